@@ -1,0 +1,186 @@
+"""What callers may pass, and the one place where error sentences are made.
+
+Every sentence reads: who, which argument, the rule, what came, what to do.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import DirToolkitWarning, LabelError, ShapeError
+
+
+def problem(
+    where: str, rule: str, *, got: object = None, fix: str = "", error: type[Exception] = ValueError
+) -> Exception:
+    """The exception to raise: ``<where>: <rule>, got <got>. <fix>``."""
+    sentence = f"{where}: {rule}"
+    if got is not None:
+        sentence += f", got {got}"
+    sentence += "."
+    if fix:
+        sentence += f" {fix}"
+    return error(sentence)
+
+
+def warn(where: str, message: str) -> None:
+    """Issue a :class:`DirToolkitWarning`; callers remember that they did, so that it is said once."""
+    warnings.warn(f"{where}: {message}", DirToolkitWarning, stacklevel=3)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at without stopping an accelerator or breaking a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_tensor(where: str, **tensors: object) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise problem(
+                where,
+                f"{name} must be a torch.Tensor",
+                got=type(value).__name__,
+                fix=f"Use torch.as_tensor({name}).",
+                error=TypeError,
+            )
+
+
+def same_shape(where: str, **tensors: Tensor) -> None:
+    """All shapes equal; the fix names the usual cause, a stray axis of length one."""
+    names, shapes = list(tensors), [tuple(t.shape) for t in tensors.values()]
+    for name, shape in zip(names[1:], shapes[1:], strict=True):
+        if shape == shapes[0]:
+            continue
+        fix = "Labels are never broadcast: bring both to one shape."
+        if shapes[0] == (*shape, 1):
+            fix = f"Use {names[0]}.squeeze({len(shape)})."
+        elif shape == (*shapes[0], 1):
+            fix = f"Use {name}.squeeze({len(shapes[0])})."
+        raise problem(
+            where,
+            f"{names[0]} and {name} must have the same shape",
+            got=f"{shapes[0]} and {shape}",
+            fix=fix,
+            error=ShapeError,
+        )
+
+
+def not_empty(where: str, **arrays: Any) -> None:
+    for name, value in arrays.items():
+        if math.prod(value.shape) == 0:
+            raise problem(where, f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}")
+
+
+def finite(where: str, error: type[Exception] = ValueError, **tensors: Tensor | np.ndarray) -> None:
+    """No NaN and no infinity; the first offender is named by its position. Accelerator tensors are not looked at."""
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            if not readable(value):
+                continue
+            value = value.detach()
+            value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+        bad = ~np.isfinite(value)
+        if bad.any():
+            place = np.unravel_index(int(bad.argmax()), bad.shape)
+            at = ", ".join(str(int(i)) for i in place)
+            raise problem(
+                where,
+                f"{name} must be finite",
+                got=f"{value[place]} at index [{at}] ({int(bad.sum())} such values)",
+                fix="Remove or repair these samples first.",
+                error=error,
+            )
+
+
+def not_negative(where: str, **tensors: Tensor) -> None:
+    for name, value in tensors.items():
+        if readable(value) and bool((value < 0).any()):
+            raise problem(where, f"{name} must not be negative", got=f"a minimum of {value.min().item():g}")
+
+
+def number(
+    where: str,
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """A finite real number between ``low`` and ``high``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise problem(where, f"{name} must be a number", got=repr(value), error=TypeError)
+    x = float(value)
+    below = x <= low if open_low else x < low
+    above = x >= high if open_high else x > high
+    if not math.isfinite(x) or below or above:
+        left = "" if low == -math.inf else f" {'>' if open_low else '>='} {low:g}"
+        right = "" if high == math.inf else f" {'<' if open_high else '<='} {high:g}"
+        rule = " and".join(part for part in (left, right) if part) or " finite"
+        raise problem(where, f"{name} must be{rule}", got=repr(value))
+    return x
+
+
+def whole(where: str, name: str, value: object, *, low: int | None = None) -> int:
+    """A whole number, at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise problem(where, f"{name} must be a whole number", got=repr(value), error=TypeError)
+    if low is not None and value < low:
+        raise problem(where, f"{name} must be at least {low}", got=repr(value))
+    return int(value)
+
+
+def one_of(where: str, name: str, value: object, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        listed = ", ".join(repr(a) for a in allowed)
+        raise problem(where, f"{name} must be one of {listed}", got=repr(value))
+
+
+def interval(where: str, name: str, value: object, *, low: float = 0.0) -> tuple[float, float]:
+    """A pair ``(a, b)`` with ``low <= a < b``."""
+    rule = f"{name} must be a pair (low, high) with {low:g} <= low < high"
+    try:
+        a, b = value  # type: ignore[misc]
+        a, b = float(a), float(b)
+    except (TypeError, ValueError):
+        raise problem(where, rule, got=repr(value)) from None
+    if not low <= a < b:
+        raise problem(where, rule, got=repr(value))
+    return a, b
+
+
+def keys(where: str, name: str, value: Mapping[str, object], expected: Collection[str]) -> None:
+    """A mapping with exactly the expected keys."""
+    missing, extra = sorted(set(expected) - set(value)), sorted(set(value) - set(expected))
+    if missing or extra:
+        raise problem(where, f"{name} must have the keys {sorted(expected)}", got=f"missing {missing}, unknown {extra}")
+
+
+def labels_array(where: str, labels: object) -> np.ndarray:
+    """Labels as a NumPy array of integers or floats; anything else is refused by name."""
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu()
+        labels = (labels.float() if labels.dtype in (torch.bfloat16, torch.float16) else labels).numpy()
+    try:
+        array = np.asarray(labels)
+    except ValueError:
+        raise problem(where, "labels must form one array of numbers", got="rows of different lengths") from None
+    if array.dtype.kind not in "iuf":
+        raise problem(
+            where, "labels must be integers or floats", got=f"dtype {array.dtype}", fix="Convert them first.",
+            error=TypeError,
+        )
+    return array
+
+
+def label_problem(where: str, rule: str, *, got: object, fix: str = "") -> Exception:
+    return problem(where, rule, got=got, fix=fix, error=LabelError)

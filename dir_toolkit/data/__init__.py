@@ -1,0 +1,1 @@
+"""Readers that trust nothing, and data the package draws itself."""

@@ -1,0 +1,61 @@
+"""The exceptions and warnings of dir_toolkit. Every one of them is also the built-in kind a caller would expect."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DirToolkitError",
+    "DirToolkitWarning",
+    "LabelError",
+    "NonFiniteLossError",
+    "NotFittedError",
+    "ResultsError",
+    "RunExistsError",
+    "SettingsError",
+    "ShapeError",
+]
+
+
+class DirToolkitError(Exception):
+    """Base of every error that dir_toolkit raises on its own behalf."""
+
+
+class ShapeError(DirToolkitError, ValueError):
+    """Shapes that must agree do not; nothing is ever broadcast in their place."""
+
+
+class LabelError(DirToolkitError, ValueError):
+    """A label is not finite, or lies outside the label axis."""
+
+
+class SettingsError(DirToolkitError, ValueError):
+    """One or several settings of a run or an object are wrong; all of them are named at once."""
+
+
+class NotFittedError(DirToolkitError, RuntimeError):
+    """An object that learns from labels was used before it had seen any."""
+
+
+class DataError(DirToolkitError, ValueError):
+    """A file from outside is damaged, hostile or not of the promised kind; names the file and the line or byte."""
+
+
+class CheckpointError(DirToolkitError, ValueError):
+    """A checkpoint cannot be read safely, or belongs to another run."""
+
+
+class ResultsError(DirToolkitError, ValueError):
+    """A result does not follow the schema of ``dir_toolkit.results``."""
+
+
+class RunExistsError(DirToolkitError, FileExistsError):
+    """A run folder already holds a run, and neither resuming nor another folder was asked for."""
+
+
+class NonFiniteLossError(DirToolkitError, ArithmeticError):
+    """Training met a loss that is NaN or infinite; tells step, learning rate, gradient norm and last good checkpoint."""
+
+
+class DirToolkitWarning(UserWarning):
+    """Something legal that is likely unwanted; issued once for each cause."""

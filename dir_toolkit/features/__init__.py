@@ -1,0 +1,1 @@
+"""What is done to features on their way from the backbone to the head."""

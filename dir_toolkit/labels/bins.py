@@ -1,0 +1,268 @@
+"""The label axis: a class is a bin, and a continuous label falls into a bin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import label_problem, labels_array, not_empty, number, one_of, problem, whole
+from ..errors import ShapeError
+
+__all__ = ["Bins", "Outside"]
+
+Outside = Literal["raise", "clip", "drop"]
+_MOST_BINS = 10_000_000
+
+
+class Bins:
+    """A label axis cut into bins that touch: bin ``b`` holds ``edges[b] <= label < edges[b + 1]``.
+
+    The last bin holds its upper edge too, as in ``numpy.histogram``. Build one with :meth:`uniform`, :meth:`from_edges`,
+    :meth:`quantile` or :meth:`classes`. An axis never changes; two with the same edges and centres are equal.
+
+    Attributes:
+        edges: (B + 1,) float64, rising, in label units; read-only.
+        centers: (B,) float64, in label units: what a bin stands for when it is decoded; read-only.
+        categorical: whether the bins are classes, whose labels must be whole numbers.
+
+    >>> bins = Bins.uniform(0, 117, width=1)
+    >>> len(bins), bins.index([26, 26.9, 117]).tolist()
+    (117, [26, 26, 116])
+    """
+
+    def __init__(self, edges: np.ndarray, *, centers: np.ndarray | None = None, categorical: bool = False) -> None:
+        edges = np.array(edges, dtype=np.float64)
+        centers = (edges[:-1] + edges[1:]) / 2 if centers is None else np.array(centers, dtype=np.float64)
+        edges.setflags(write=False)
+        centers.setflags(write=False)
+        self.edges, self.centers, self.categorical = edges, centers, categorical
+
+    @classmethod
+    def uniform(
+        cls, low: float, high: float, *, width: float | None = None, count: int | None = None, integer: bool = False
+    ) -> Bins:
+        """Bins of one width from ``low`` to ``high``.
+
+        Edges are the decimals one would write by hand (``0.3``, not ``0.30000000000000004``), so that a label that
+        equals an edge falls on the right side of it in float32 and in float64 alike.
+
+        Args:
+            width: of a bin, in label units; must divide ``high - low``. Give this or ``count``.
+            count: of bins.
+            integer: labels are whole numbers, as ages in years are; a bin's centre is then the mean of the whole
+                numbers in it (26 for [26, 27)) rather than its middle (26.5).
+        Raises:
+            ValueError: the range is empty, the width does not divide it, or there would be more than ten million bins.
+        """
+        low, high = number("Bins.uniform", "low", low), number("Bins.uniform", "high", high)
+        if not low < high:
+            raise problem("Bins.uniform", "low must be smaller than high", got=f"low={low:g} and high={high:g}")
+        if (width is None) == (count is None):
+            raise problem("Bins.uniform", "give width or count, and not both", got=f"width={width}, count={count}")
+        start, span = Fraction(repr(low)), Fraction(repr(high)) - Fraction(repr(low))
+        if width is not None:
+            step = Fraction(repr(number("Bins.uniform", "width", width, low=0, open_low=True)))
+            if (span / step).denominator != 1:
+                nearest = max(1, round(span / step))
+                raise problem(
+                    "Bins.uniform", "width must divide high - low", got=f"{width:g} in {float(span):g}",
+                    fix=f"Use count={nearest}, or high={float(start + nearest * step):g}.",
+                )
+            number_of_bins = int(span / step)
+        else:
+            number_of_bins = whole("Bins.uniform", "count", count, low=1)
+            step = span / number_of_bins
+        if number_of_bins > _MOST_BINS:
+            raise problem("Bins.uniform", f"at most {_MOST_BINS:,} bins", got=f"{number_of_bins:,}", fix="Widen them.")
+        # Python's int / int rounds once, correctly; Fraction arithmetic a bin would do the same more slowly.
+        shared = start.denominator * step.denominator
+        first, pace = int(start * shared), int(step * shared)
+        edges = np.array([(first + i * pace) / shared for i in range(number_of_bins + 1)])
+        if not (np.diff(edges) > 0).all():
+            raise problem("Bins.uniform", "bins must be wider than float64 can tell apart", got=f"width {float(step):g}")
+        return cls(edges, centers=_integer_centers("Bins.uniform", edges) if integer else None)
+
+    @classmethod
+    def from_edges(cls, edges: Sequence[float] | np.ndarray | Tensor) -> Bins:
+        """Bins between the given edges, (B + 1,), finite and strictly rising, in label units."""
+        array = labels_array("Bins.from_edges", edges).astype(np.float64)
+        if array.ndim != 1 or len(array) < 2:
+            raise problem(
+                "Bins.from_edges", "edges must be one row of at least two numbers", got=f"shape {array.shape}",
+                error=ShapeError,
+            )
+        if not np.isfinite(array).all() or not (np.diff(array) > 0).all():
+            at = int(np.argmin((np.diff(array) > 0) & np.isfinite(array[1:]) & np.isfinite(array[:-1])))
+            raise problem(
+                "Bins.from_edges", "edges must be finite and strictly rising",
+                got=f"{array[at]:g} followed by {array[at + 1]:g} at position {at}",
+                fix="Sort them and drop repeats: numpy.unique(edges).",
+            )
+        return cls(array)
+
+    @classmethod
+    def quantile(cls, labels: Any, n: int) -> Bins:
+        """``n`` bins that hold about equally many of ``labels`` each; repeats of one label can make them fewer.
+
+        Raises:
+            LabelError: labels hold NaN or infinity. ValueError: labels are empty or all equal.
+        """
+        where = "Bins.quantile"
+        n = whole(where, "n", n, low=1)
+        array = labels_array(where, labels).astype(np.float64).ravel()
+        not_empty(where, labels=array)
+        if not np.isfinite(array).all():
+            at = int(np.argmin(np.isfinite(array)))
+            raise label_problem(where, "labels must be finite", got=f"{array[at]} at index [{at}]")
+        edges = np.unique(np.quantile(array, np.linspace(0, 1, n + 1)))
+        if len(edges) < 2:
+            raise problem(where, "labels must hold at least two different values", got=f"only {edges[0]:g}")
+        return cls(edges)
+
+    @classmethod
+    def classes(cls, n: int) -> Bins:
+        """``n`` classes 0 ... n - 1, each a bin with its number as the centre."""
+        n = whole("Bins.classes", "n", n, low=1)
+        return cls(np.arange(n + 1) - 0.5, centers=np.arange(n), categorical=True)
+
+    def __len__(self) -> int:
+        return len(self.centers)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Bins):
+            return NotImplemented
+        return (
+            self.categorical == other.categorical
+            and np.array_equal(self.edges, other.edges)
+            and np.array_equal(self.centers, other.centers)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.edges.tobytes(), self.centers.tobytes(), self.categorical))
+
+    def __repr__(self) -> str:
+        if self.categorical:
+            return f"Bins.classes({len(self)})"
+        return f"<Bins: {len(self)} from {self.edges[0]:g} to {self.edges[-1]:g}>"
+
+    @overload
+    def index(self, labels: Tensor, outside: Outside = "raise") -> Tensor: ...
+    @overload
+    def index(self, labels: Any, outside: Outside = "raise") -> np.ndarray: ...
+    def index(self, labels: Any, outside: Outside = "raise") -> Any:
+        """The bin of each label.
+
+        Labels are compared with the edges in the labels' own precision: float32(0.7) falls where 0.7 does.
+
+        Args:
+            labels: any shape, in label units; a tensor is answered by a tensor on its device, all else by NumPy.
+            outside: what a label beyond the axis does: ``"raise"``; ``"clip"`` into the first or last bin; ``"drop"``,
+                which answers -1.
+        Returns:
+            int64, the shape of ``labels``.
+        Raises:
+            LabelError: a label is NaN, or lies outside under ``"raise"``, or is no whole number where bins are classes.
+                On an accelerator only ``"raise"`` looks at the labels, which costs one host sync; ``"clip"`` and
+                ``"drop"`` never do, and answer -1 for NaN (and for a broken class number).
+        """
+        where = "Bins.index"
+        one_of(where, "outside", outside, ("raise", "clip", "drop"))
+        if not isinstance(labels, Tensor):
+            array = labels_array(where, labels)
+            return self.index(torch.from_numpy(np.array(array)), outside).numpy()
+        if labels.dtype == torch.bool or labels.is_complex():
+            raise problem(where, "labels must be integers or floats", got=f"dtype {labels.dtype}", error=TypeError)
+        labels = labels.detach()
+        values = labels.double() if not labels.is_floating_point() else labels
+        edges = torch.from_numpy(self.edges.copy()).to(values.dtype).to(values.device)
+        if values.dtype in (torch.bfloat16, torch.float16):
+            values, edges = values.float(), edges.float()
+        index = torch.searchsorted(edges, values.contiguous(), right=True) - 1
+        index = torch.where(values == edges[-1], len(self) - 1, index)
+        broken = torch.isnan(values)
+        if self.categorical:
+            broken = broken | (values != values.round())
+        beyond = (index < 0) | (index >= len(self))
+        if labels.device.type == "cpu" or outside == "raise":
+            refused = broken | beyond if outside == "raise" else broken
+            if not torch.compiler.is_compiling() and bool(refused.any()):
+                raise self._refusal(where, labels, broken, refused)
+        if outside == "clip":
+            index = index.clamp(0, len(self) - 1)
+        else:
+            index = index.masked_fill(beyond, -1)
+        return index.masked_fill(broken, -1)
+
+    def _refusal(self, where: str, labels: Tensor, broken: Tensor, refused: Tensor) -> Exception:
+        at = tuple(int(i) for i in refused.nonzero()[0])
+        value = labels[at].item()
+        place = f"{value} at index {list(at)} ({int(refused.sum())} such labels)"
+        if value != value:
+            return label_problem(where, "labels must not be NaN", got=place, fix="Remove these samples first.")
+        if bool(broken[at]):
+            return label_problem(where, "class labels must be whole numbers", got=place)
+        axis = f"0 to {len(self) - 1}" if self.categorical else f"[{self.edges[0]:g}, {self.edges[-1]:g}]"
+        return label_problem(
+            where, f"labels must lie on the label axis {axis}", got=place,
+            fix='Widen the bins, or pass outside="clip" or outside="drop".',
+        )
+
+    @overload
+    def expectation(self, probabilities: Tensor) -> Tensor: ...
+    @overload
+    def expectation(self, probabilities: np.ndarray) -> np.ndarray: ...
+    def expectation(self, probabilities: Any) -> Any:
+        """The mean label of a distribution over bins, each bin standing for its centre.
+
+        Shape:
+            probabilities: (..., B), summing to one along the last axis. Returns (...), in label units.
+        Raises:
+            ShapeError: the last axis is not B long. ValueError: probabilities do not sum to one within 1e-3.
+        """
+        where = "Bins.expectation"
+        if not isinstance(probabilities, Tensor):
+            array = np.array(probabilities)
+            return self.expectation(torch.from_numpy(array)).numpy()
+        if probabilities.ndim == 0 or probabilities.shape[-1] != len(self):
+            raise problem(
+                where, f"probabilities must have {len(self)} values in the last axis", got=tuple(probabilities.shape),
+                error=ShapeError,
+            )
+        if not probabilities.is_floating_point():
+            raise problem(where, "probabilities must be floats", got=f"dtype {probabilities.dtype}", error=TypeError)
+        wide = probabilities if probabilities.dtype == torch.float64 else probabilities.float()
+        if probabilities.device.type == "cpu" and not torch.compiler.is_compiling():
+            total = wide.detach().sum(-1)
+            if not bool(((total - 1).abs() <= 1e-3).all()):
+                raise problem(
+                    where, "probabilities must sum to one along the last axis",
+                    got=f"sums from {total.min().item():g} to {total.max().item():g}",
+                    fix="Apply softmax to scores first.",
+                )
+        return wide @ torch.from_numpy(self.centers.copy()).to(wide)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that :meth:`from_dict` turns back into an equal axis; fit for JSON and checkpoints."""
+        return {"edges": self.edges.tolist(), "centers": self.centers.tolist(), "categorical": self.categorical}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Bins:
+        """The axis that :meth:`to_dict` described."""
+        return cls(np.array(values["edges"]), centers=np.array(values["centers"]), categorical=values["categorical"])
+
+
+def _integer_centers(where: str, edges: np.ndarray) -> np.ndarray:
+    first, last = np.ceil(edges[:-1]), np.ceil(edges[1:]) - 1
+    last[-1] = max(last[-1], first[-1])
+    if (last < first).any():
+        at = int(np.argmax(last < first))
+        raise problem(
+            where, "with integer=True every bin must hold a whole number",
+            got=f"[{edges[at]:g}, {edges[at + 1]:g})", fix="Use a width of at least 1.",
+        )
+    return (first + last) / 2

@@ -1,0 +1,144 @@
+"""How many labels each bin holds: counted in pieces, merged, smoothed, and read as a prior or as regions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .._checks import number, problem, whole
+from ..errors import ShapeError
+from .bins import Bins, Outside
+from .kernels import Edges, Window, smooth
+
+__all__ = ["REGIONS", "LabelDensity"]
+
+REGIONS = ("many", "medium", "few", "unseen")
+
+
+class LabelDensity:
+    """Labels counted per bin.
+
+    Attributes:
+        bins: the label axis.
+        counts: (B,), read-only: int64 as counted, float64 once smoothed (then the effective number of labels).
+
+    >>> density = LabelDensity.count([0, 0, 1], Bins.classes(3))
+    >>> density.counts.tolist(), density.regions(many=1, few=1).tolist()
+    ([2, 1, 0], ['many', 'medium', 'unseen'])
+    """
+
+    def __init__(self, bins: Bins, counts: np.ndarray) -> None:
+        counts = np.array(counts)
+        if counts.shape != (len(bins),):
+            raise problem(
+                "LabelDensity", f"counts must have one number a bin, shape ({len(bins)},)", got=counts.shape,
+                error=ShapeError,
+            )
+        if counts.dtype.kind not in "iuf" or not np.isfinite(counts).all() or (counts < 0).any():
+            raise problem("LabelDensity", "counts must be finite and not negative", got=counts.tolist())
+        counts = counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
+        counts.setflags(write=False)
+        self.bins, self.counts = bins, counts
+
+    @classmethod
+    def count(cls, labels: Any, bins: Bins, *, outside: Outside = "raise") -> LabelDensity:
+        """Count labels, which may come in pieces.
+
+        Args:
+            labels: an array, a tensor, an ``xarray.DataArray`` (a dask-backed one is read block by block), a list of
+                numbers, or an iterable of any of these, of which one piece at a time is held.
+            outside: as in :meth:`Bins.index`; ``"drop"`` leaves labels beyond the axis uncounted.
+        Raises:
+            LabelError: as :meth:`Bins.index`. ValueError: there is no label at all.
+        """
+        if not isinstance(bins, Bins):
+            raise problem("LabelDensity.count", "bins must be a Bins", got=type(bins).__name__, error=TypeError)
+        counts = np.zeros(len(bins), dtype=np.int64)
+        seen = 0
+        for piece in _pieces(labels):
+            index = bins.index(piece, outside)
+            index = (index.cpu().numpy() if isinstance(index, Tensor) else index).ravel()
+            seen += index.size
+            counts += np.bincount(index[index >= 0], minlength=len(bins))
+        if seen == 0:
+            raise problem("LabelDensity.count", "labels must hold at least one label", got="none")
+        return cls(bins, counts)
+
+    def __add__(self, other: LabelDensity) -> LabelDensity:
+        if not isinstance(other, LabelDensity):
+            return NotImplemented
+        if self.bins != other.bins:
+            raise problem("LabelDensity", "only densities over the same bins can be added",
+                          got=f"{self.bins} and {other.bins}")
+        return LabelDensity(self.bins, self.counts + other.counts)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LabelDensity):
+            return NotImplemented
+        return self.bins == other.bins and np.array_equal(self.counts, other.counts)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<LabelDensity: {self.counts.sum():g} labels in {len(self.bins)} bins>"
+
+    def smooth(self, kernel: Window, *, edges: Edges = "reflect") -> LabelDensity:
+        """The effective density: counts averaged over neighbouring bins (:func:`dir_toolkit.labels.kernels.smooth`).
+
+        Source:
+            Yang et al. 2021, equation 1 (arXiv:2102.09554).
+        """
+        return LabelDensity(self.bins, smooth(self.counts, kernel, edges=edges))
+
+    def prior(self, *, floor: float = 0.0) -> np.ndarray:
+        """The share of labels in each bin, (B,) float64, summing to one.
+
+        Args:
+            floor: least count that a bin is taken to have, in labels; above zero it keeps log-priors finite.
+        """
+        floor = number("LabelDensity.prior", "floor", floor, low=0)
+        counts = np.maximum(self.counts, floor)
+        total = counts.sum()
+        if total == 0:
+            raise problem("LabelDensity.prior", "at least one label must have been counted", got="none",
+                          fix="All labels lay outside the bins.")
+        return counts / total
+
+    def regions(self, *, many: int = 100, few: int = 20) -> np.ndarray:
+        """The region of each bin, (B,) of str: ``"many"`` with more than ``many`` labels, ``"medium"`` with ``few`` to
+        ``many``, ``"few"`` with fewer than ``few``, ``"unseen"`` with none.
+
+        Source:
+            Yang et al. 2021, section 4 (arXiv:2102.09554).
+        """
+        few = whole("LabelDensity.regions", "few", few, low=1)
+        many = whole("LabelDensity.regions", "many", many, low=few)
+        names = np.full(len(self.bins), "medium", dtype="<U6")
+        names[self.counts > many] = "many"
+        names[self.counts < few] = "few"
+        names[self.counts == 0] = "unseen"
+        return names
+
+
+def _pieces(labels: Any) -> Iterator[Any]:
+    """Labels as arrays that fit in memory, in order."""
+    if isinstance(labels, (str, bytes, dict)) or labels is None:
+        raise problem("LabelDensity.count", "labels must be an array or an iterable of arrays",
+                      got=type(labels).__name__, error=TypeError)
+    blocks = getattr(labels, "data", labels)  # a DataArray hands over what it wraps
+    if hasattr(blocks, "to_delayed"):
+        for block in blocks.to_delayed().ravel():
+            yield block.compute()
+    elif isinstance(labels, Tensor) or hasattr(labels, "__array__"):
+        yield labels
+    elif isinstance(labels, (list, tuple)) and all(np.ndim(item) == 0 for item in labels[:1]):
+        yield labels
+    elif isinstance(labels, Iterable):
+        for piece in labels:
+            yield from _pieces(piece)
+    else:
+        raise problem("LabelDensity.count", "labels must be an array or an iterable of arrays",
+                      got=type(labels).__name__, error=TypeError)

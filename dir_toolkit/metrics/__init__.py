@@ -1,0 +1,1 @@
+"""Metrics: update and compute, float64, by region, with counts."""

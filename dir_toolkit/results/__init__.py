@@ -1,0 +1,1 @@
+"""From finished runs to one labelled result, its tables, figures and report."""
