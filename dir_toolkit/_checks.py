@@ -79,7 +79,7 @@ def not_empty(where: str, **arrays: Any) -> None:
             raise problem(where, f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}")
 
 
-def finite(where: str, error: type[Exception] = ValueError, **tensors: Tensor | np.ndarray) -> None:
+def finite(where: str, **tensors: Tensor | np.ndarray) -> None:
     """No NaN and no infinity; the first offender is named by its position. Accelerator tensors are not looked at."""
     for name, value in tensors.items():
         if isinstance(value, Tensor):
@@ -96,7 +96,6 @@ def finite(where: str, error: type[Exception] = ValueError, **tensors: Tensor | 
                 f"{name} must be finite",
                 got=f"{value[place]} at index [{at}] ({int(bad.sum())} such values)",
                 fix="Remove or repair these samples first.",
-                error=error,
             )
 
 
@@ -149,8 +148,7 @@ def interval(where: str, name: str, value: object, *, low: float = 0.0) -> tuple
     """A pair ``(a, b)`` with ``low <= a < b``."""
     rule = f"{name} must be a pair (low, high) with {low:g} <= low < high"
     try:
-        a, b = value  # type: ignore[misc]
-        a, b = float(a), float(b)
+        a, b = (float(x) for x in value)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         raise problem(where, rule, got=repr(value)) from None
     if not low <= a < b:
@@ -176,7 +174,10 @@ def labels_array(where: str, labels: object) -> np.ndarray:
         raise problem(where, "labels must form one array of numbers", got="rows of different lengths") from None
     if array.dtype.kind not in "iuf":
         raise problem(
-            where, "labels must be integers or floats", got=f"dtype {array.dtype}", fix="Convert them first.",
+            where,
+            "labels must be integers or floats",
+            got=f"dtype {array.dtype}",
+            fix="Convert them first.",
             error=TypeError,
         )
     return array

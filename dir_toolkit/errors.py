@@ -54,7 +54,7 @@ class RunExistsError(DirToolkitError, FileExistsError):
 
 
 class NonFiniteLossError(DirToolkitError, ArithmeticError):
-    """Training met a loss that is NaN or infinite; tells step, learning rate, gradient norm and last good checkpoint."""
+    """Training met a loss that is NaN or infinite; tells step, rate, gradient norm and last good checkpoint."""
 
 
 class DirToolkitWarning(UserWarning):

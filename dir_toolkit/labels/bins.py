@@ -22,8 +22,9 @@ _MOST_BINS = 10_000_000
 class Bins:
     """A label axis cut into bins that touch: bin ``b`` holds ``edges[b] <= label < edges[b + 1]``.
 
-    The last bin holds its upper edge too, as in ``numpy.histogram``. Build one with :meth:`uniform`, :meth:`from_edges`,
-    :meth:`quantile` or :meth:`classes`. An axis never changes; two with the same edges and centres are equal.
+    The last bin holds its upper edge too, as in ``numpy.histogram``. Build one with :meth:`uniform`,
+    :meth:`from_edges`, :meth:`quantile` or :meth:`classes`. An axis never changes; two with the same edges and centres
+    are equal.
 
     Attributes:
         edges: (B + 1,) float64, rising, in label units; read-only.
@@ -41,6 +42,17 @@ class Bins:
         edges.setflags(write=False)
         centers.setflags(write=False)
         self.edges, self.centers, self.categorical = edges, centers, categorical
+        self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def _tensor(self, name: Literal["edges", "centers"], like: Tensor) -> Tensor:
+        """Edges or centres in the dtype and on the device of ``like``, copied there once."""
+        key = (name, like.dtype, like.device)
+        if key not in self._tensors:
+            self._tensors[key] = torch.from_numpy(getattr(self, name).copy()).to(like.dtype).to(like.device)
+        return self._tensors[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tensors": {}}
 
     @classmethod
     def uniform(
@@ -70,7 +82,9 @@ class Bins:
             if (span / step).denominator != 1:
                 nearest = max(1, round(span / step))
                 raise problem(
-                    "Bins.uniform", "width must divide high - low", got=f"{width:g} in {float(span):g}",
+                    "Bins.uniform",
+                    "width must divide high - low",
+                    got=f"{width:g} in {float(span):g}",
                     fix=f"Use count={nearest}, or high={float(start + nearest * step):g}.",
                 )
             number_of_bins = int(span / step)
@@ -84,7 +98,7 @@ class Bins:
         first, pace = int(start * shared), int(step * shared)
         edges = np.array([(first + i * pace) / shared for i in range(number_of_bins + 1)])
         if not (np.diff(edges) > 0).all():
-            raise problem("Bins.uniform", "bins must be wider than float64 can tell apart", got=f"width {float(step):g}")
+            raise problem("Bins.uniform", "bins must be wider than float64 resolves", got=f"width {float(step):g}")
         return cls(edges, centers=_integer_centers("Bins.uniform", edges) if integer else None)
 
     @classmethod
@@ -93,13 +107,16 @@ class Bins:
         array = labels_array("Bins.from_edges", edges).astype(np.float64)
         if array.ndim != 1 or len(array) < 2:
             raise problem(
-                "Bins.from_edges", "edges must be one row of at least two numbers", got=f"shape {array.shape}",
+                "Bins.from_edges",
+                "edges must be one row of at least two numbers",
+                got=f"shape {array.shape}",
                 error=ShapeError,
             )
         if not np.isfinite(array).all() or not (np.diff(array) > 0).all():
             at = int(np.argmin((np.diff(array) > 0) & np.isfinite(array[1:]) & np.isfinite(array[:-1])))
             raise problem(
-                "Bins.from_edges", "edges must be finite and strictly rising",
+                "Bins.from_edges",
+                "edges must be finite and strictly rising",
                 got=f"{array[at]:g} followed by {array[at + 1]:g} at position {at}",
                 fix="Sort them and drop repeats: numpy.unique(edges).",
             )
@@ -179,7 +196,7 @@ class Bins:
             raise problem(where, "labels must be integers or floats", got=f"dtype {labels.dtype}", error=TypeError)
         labels = labels.detach()
         values = labels.double() if not labels.is_floating_point() else labels
-        edges = torch.from_numpy(self.edges.copy()).to(values.dtype).to(values.device)
+        edges = self._tensor("edges", values)
         if values.dtype in (torch.bfloat16, torch.float16):
             values, edges = values.float(), edges.float()
         index = torch.searchsorted(edges, values.contiguous(), right=True) - 1
@@ -192,10 +209,7 @@ class Bins:
             refused = broken | beyond if outside == "raise" else broken
             if not torch.compiler.is_compiling() and bool(refused.any()):
                 raise self._refusal(where, labels, broken, refused)
-        if outside == "clip":
-            index = index.clamp(0, len(self) - 1)
-        else:
-            index = index.masked_fill(beyond, -1)
+        index = index.clamp(0, len(self) - 1) if outside == "clip" else index.masked_fill(beyond, -1)
         return index.masked_fill(broken, -1)
 
     def _refusal(self, where: str, labels: Tensor, broken: Tensor, refused: Tensor) -> Exception:
@@ -208,7 +222,9 @@ class Bins:
             return label_problem(where, "class labels must be whole numbers", got=place)
         axis = f"0 to {len(self) - 1}" if self.categorical else f"[{self.edges[0]:g}, {self.edges[-1]:g}]"
         return label_problem(
-            where, f"labels must lie on the label axis {axis}", got=place,
+            where,
+            f"labels must lie on the label axis {axis}",
+            got=place,
             fix='Widen the bins, or pass outside="clip" or outside="drop".',
         )
 
@@ -230,7 +246,9 @@ class Bins:
             return self.expectation(torch.from_numpy(array)).numpy()
         if probabilities.ndim == 0 or probabilities.shape[-1] != len(self):
             raise problem(
-                where, f"probabilities must have {len(self)} values in the last axis", got=tuple(probabilities.shape),
+                where,
+                f"probabilities must have {len(self)} values in the last axis",
+                got=tuple(probabilities.shape),
                 error=ShapeError,
             )
         if not probabilities.is_floating_point():
@@ -240,11 +258,12 @@ class Bins:
             total = wide.detach().sum(-1)
             if not bool(((total - 1).abs() <= 1e-3).all()):
                 raise problem(
-                    where, "probabilities must sum to one along the last axis",
+                    where,
+                    "probabilities must sum to one along the last axis",
                     got=f"sums from {total.min().item():g} to {total.max().item():g}",
                     fix="Apply softmax to scores first.",
                 )
-        return wide @ torch.from_numpy(self.centers.copy()).to(wide)
+        return wide @ self._tensor("centers", wide)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that :meth:`from_dict` turns back into an equal axis; fit for JSON and checkpoints."""
@@ -262,7 +281,9 @@ def _integer_centers(where: str, edges: np.ndarray) -> np.ndarray:
     if (last < first).any():
         at = int(np.argmax(last < first))
         raise problem(
-            where, "with integer=True every bin must hold a whole number",
-            got=f"[{edges[at]:g}, {edges[at + 1]:g})", fix="Use a width of at least 1.",
+            where,
+            "with integer=True every bin must hold a whole number",
+            got=f"[{edges[at]:g}, {edges[at + 1]:g})",
+            fix="Use a width of at least 1.",
         )
     return (first + last) / 2

@@ -34,7 +34,9 @@ class LabelDensity:
         counts = np.array(counts)
         if counts.shape != (len(bins),):
             raise problem(
-                "LabelDensity", f"counts must have one number a bin, shape ({len(bins)},)", got=counts.shape,
+                "LabelDensity",
+                f"counts must have one number a bin, shape ({len(bins)},)",
+                got=counts.shape,
                 error=ShapeError,
             )
         if counts.dtype.kind not in "iuf" or not np.isfinite(counts).all() or (counts < 0).any():
@@ -71,8 +73,9 @@ class LabelDensity:
         if not isinstance(other, LabelDensity):
             return NotImplemented
         if self.bins != other.bins:
-            raise problem("LabelDensity", "only densities over the same bins can be added",
-                          got=f"{self.bins} and {other.bins}")
+            raise problem(
+                "LabelDensity", "only densities over the same bins can be added", got=f"{self.bins} and {other.bins}"
+            )
         return LabelDensity(self.bins, self.counts + other.counts)
 
     def __eq__(self, other: object) -> bool:
@@ -103,8 +106,12 @@ class LabelDensity:
         counts = np.maximum(self.counts, floor)
         total = counts.sum()
         if total == 0:
-            raise problem("LabelDensity.prior", "at least one label must have been counted", got="none",
-                          fix="All labels lay outside the bins.")
+            raise problem(
+                "LabelDensity.prior",
+                "at least one label must have been counted",
+                got="none",
+                fix="All labels lay outside the bins.",
+            )
         return counts / total
 
     def regions(self, *, many: int = 100, few: int = 20) -> np.ndarray:
@@ -126,19 +133,27 @@ class LabelDensity:
 def _pieces(labels: Any) -> Iterator[Any]:
     """Labels as arrays that fit in memory, in order."""
     if isinstance(labels, (str, bytes, dict)) or labels is None:
-        raise problem("LabelDensity.count", "labels must be an array or an iterable of arrays",
-                      got=type(labels).__name__, error=TypeError)
+        raise problem(
+            "LabelDensity.count",
+            "labels must be an array or an iterable of arrays",
+            got=type(labels).__name__,
+            error=TypeError,
+        )
     blocks = getattr(labels, "data", labels)  # a DataArray hands over what it wraps
     if hasattr(blocks, "to_delayed"):
         for block in blocks.to_delayed().ravel():
             yield block.compute()
-    elif isinstance(labels, Tensor) or hasattr(labels, "__array__"):
-        yield labels
-    elif isinstance(labels, (list, tuple)) and all(np.ndim(item) == 0 for item in labels[:1]):
+    elif hasattr(labels, "__array__") or (
+        isinstance(labels, (list, tuple)) and all(np.ndim(item) == 0 for item in labels[:1])
+    ):
         yield labels
     elif isinstance(labels, Iterable):
         for piece in labels:
             yield from _pieces(piece)
     else:
-        raise problem("LabelDensity.count", "labels must be an array or an iterable of arrays",
-                      got=type(labels).__name__, error=TypeError)
+        raise problem(
+            "LabelDensity.count",
+            "labels must be an array or an iterable of arrays",
+            got=type(labels).__name__,
+            error=TypeError,
+        )

@@ -73,32 +73,42 @@ def laplace(size: int, scale: float) -> np.ndarray:
     return np.exp(-np.abs(offsets) / number("laplace", "scale", scale, low=0, open_low=True))
 
 
+DEFAULT_KERNEL = gaussian(5, 2)
+DEFAULT_KERNEL.setflags(write=False)
+
+
 def checked_window(where: str, kernel: Window, num_bins: int) -> np.ndarray:
     """The window as float64, after checking that it can smooth an axis of ``num_bins`` bins."""
     try:
         window = np.array(kernel, dtype=np.float64)
     except (TypeError, ValueError):
         raise problem(
-            where, "kernel must be a row of numbers", got=repr(kernel), fix="Use dir_toolkit.gaussian(5, 2).",
+            where,
+            "kernel must be a row of numbers",
+            got=repr(kernel),
+            fix="Use dir_toolkit.gaussian(5, 2).",
             error=TypeError,
         ) from None
     if window.ndim != 1 or window.size == 0:
         raise problem(
-            where, "kernel must be a row of numbers", got=f"shape {window.shape}",
-            fix="Use dir_toolkit.gaussian(5, 2).", error=ShapeError,
+            where,
+            "kernel must be a row of numbers",
+            got=f"shape {window.shape}",
+            fix="Use dir_toolkit.gaussian(5, 2).",
+            error=ShapeError,
         )
     if window.size % 2 == 0:
         raise problem(where, "kernel must have odd length, so that it has a middle", got=f"{window.size} values")
     if not np.isfinite(window).all() or (window < 0).any() or window[window.size // 2] <= 0:
-        raise problem(
-            where, "kernel must be finite, not negative, and positive in the middle", got=window.tolist()
-        )
+        raise problem(where, "kernel must be finite, not negative, and positive in the middle", got=window.tolist())
     if not np.allclose(window, window[::-1], rtol=1e-9, atol=0):
         raise problem(where, "kernel must be symmetric", got=window.tolist())
     if window.size > num_bins:
         longest = num_bins if num_bins % 2 else num_bins - 1
         raise problem(
-            where, "kernel must not be longer than the label axis", got=f"{window.size} values for {num_bins} bins",
+            where,
+            "kernel must not be longer than the label axis",
+            got=f"{window.size} values for {num_bins} bins",
             fix=f"Use at most {longest}.",
         )
     return window

@@ -1,0 +1,188 @@
+"""Regression errors by region and by bin, from sums that merge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._checks import finite, is_tensor, number, problem, same_shape
+from ..errors import ShapeError
+from ..labels.bins import Bins
+from ..labels.density import REGIONS, LabelDensity
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["RegressionMetrics", "regression_metrics"]
+
+_SUMS = ("count", "abs", "squared", "log", "error", "pred", "target", "pred2", "target2", "product")
+
+
+class RegressionMetrics:
+    """MAE, RMSE, GM, bMAE, bias and Pearson's correlation, over all labels and by region of the training density.
+
+    Everything follows from ten float64 sums a bin, so batches, ranks and objects merge exactly, and regions can be
+    chosen afterwards.
+
+    Args:
+        bins: the label axis; a target beyond it raises.
+        density: of the training labels, which decides the region of each bin.
+        floor: least absolute error that enters the geometric mean, in label units, so that one perfect prediction does
+            not zero it; None takes a hundredth of the median bin width.
+
+    >>> metrics = RegressionMetrics(Bins.classes(2), LabelDensity(Bins.classes(2), [200, 5]))
+    >>> metrics.update(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 0.0, 1.0]))
+    >>> metrics.compute().mae.sel(region=["all", "many", "few"]).values.tolist()
+    [1.0, 0.5, 2.0]
+    """
+
+    def __init__(self, bins: Bins, density: LabelDensity, *, floor: float | None = None) -> None:
+        where = "RegressionMetrics"
+        if not isinstance(bins, Bins):
+            raise problem(where, "bins must be a Bins", got=type(bins).__name__, error=TypeError)
+        if not isinstance(density, LabelDensity) or density.bins != bins:
+            raise problem(where, "density must be a LabelDensity over the same bins", got=repr(density))
+        self.bins, self.density = bins, density
+        widths = np.diff(bins.edges)
+        floor = float(np.median(widths)) / 100 if floor is None else floor
+        self.floor = number(where, "floor", floor, low=0, open_low=True)
+        # Correlation is taken about the middle of the axis, so that a far-away origin costs no digits.
+        self._origin = float(bins.edges[0] + bins.edges[-1]) / 2
+        self.sums: Tensor = torch.zeros(len(_SUMS), len(bins), dtype=torch.float64)
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """Add a batch.
+
+        Shape:
+            pred, target: any shape, equal; an empty batch adds nothing.
+        Units:
+            those of the label.
+        Raises:
+            ShapeError: shapes differ. LabelError: a target is NaN or beyond the axis. ValueError: a prediction is not
+            finite (on an accelerator it shows in the result instead). In each case nothing has been added.
+        """
+        where = "RegressionMetrics.update"
+        is_tensor(where, pred=pred, target=target)
+        same_shape(where, pred=pred, target=target)
+        finite(where, pred=pred)
+        index = self.bins.index(target).flatten()
+        p, t = pred.detach().double().flatten(), target.detach().double().flatten()
+        error = p - t
+        p, t = p - self._origin, t - self._origin
+        size = error.abs()
+        rows = torch.stack(
+            [
+                torch.ones_like(p),
+                size,
+                error.square(),
+                size.clamp_min(self.floor).log(),
+                error,
+                p,
+                t,
+                p.square(),
+                t.square(),
+                p * t,
+            ]
+        )  # (10, N)
+        if self.sums.device != rows.device:
+            self.sums = self.sums.to(rows.device)
+        self.sums.index_add_(1, index, rows)
+
+    def merge(self, other: RegressionMetrics) -> RegressionMetrics:
+        """Add what another object has seen; returns self."""
+        if other.bins != self.bins or other.floor != self.floor:
+            raise problem("RegressionMetrics.merge", "both must have the same bins and floor", got=repr(other.bins))
+        self.sums = self.sums + other.sums.to(self.sums.device)
+        return self
+
+    def all_reduce(self) -> RegressionMetrics:
+        """Sum over all ranks, which must all call this; does nothing outside ``torch.distributed``; returns self."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.sums)
+        return self
+
+    def compute(self, *, many: int = 100, few: int = 20) -> xr.Dataset:
+        """The errors so far, as a dataset over ``region`` (all, many, medium, few, unseen) and ``bin``.
+
+        A region or bin without a test sample is missing (NaN), not zero, and its count says so. Units are attributes.
+
+        Args:
+            many, few: limits of the regions, as in :meth:`LabelDensity.regions`.
+        """
+        import xarray as xr
+
+        regions = self.density.regions(many=many, few=few)
+        sums = dict(zip(_SUMS, self.sums.cpu().numpy(), strict=True))
+        names = ("all", *REGIONS)
+        inside = np.stack([np.ones(len(self.bins), dtype=bool)] + [regions == name for name in REGIONS])  # (5, B)
+        total = {name: np.where(inside, row, 0.0).sum(1) for name, row in sums.items()}
+        tested = sums["count"] > 0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bin_mae, bin_bias = sums["abs"] / sums["count"], sums["error"] / sums["count"]
+            n = total["count"]
+            covariance = total["product"] - total["pred"] * total["target"] / n
+            spread_pred = total["pred2"] - total["pred"] ** 2 / n
+            spread_target = total["target2"] - total["target"] ** 2 / n
+            # What cancellation leaves of a constant is noise, not spread.
+            noise = 1e-12 * n * (self.bins.edges[-1] - self.bins.edges[0]) ** 2
+            varied = (spread_pred > noise) & (spread_target > noise)
+            pearson = np.where(varied, covariance / np.sqrt(spread_pred * spread_target), np.nan)
+            values = {
+                "mae": total["abs"] / n,
+                "rmse": np.sqrt(total["squared"] / n),
+                "gm": np.exp(total["log"] / n),
+                "bmae": np.where(inside & tested, np.nan_to_num(bin_mae), 0.0).sum(1) / (inside & tested).sum(1),
+                "bias": total["error"] / n,
+                "pearson": np.clip(pearson, -1, 1),
+            }
+        data = {name: ("region", value) for name, value in values.items()}
+        data["count"] = ("region", n.astype(np.int64))
+        data["bins"] = ("region", (inside & tested).sum(1).astype(np.int64))
+        data |= {
+            "bin_mae": ("bin", bin_mae),
+            "bin_bias": ("bin", bin_bias),
+            "bin_count": ("bin", sums["count"].astype(np.int64)),
+            "train_count": ("bin", np.asarray(self.density.counts).astype(np.int64)),
+        }
+        coords = {
+            "region": list(names),
+            "bin": np.arange(len(self.bins)),
+            "bin_low": ("bin", self.bins.edges[:-1]),
+            "bin_high": ("bin", self.bins.edges[1:]),
+            "bin_center": ("bin", self.bins.centers),
+            "bin_region": ("bin", regions),
+        }
+        result = xr.Dataset(data, coords=coords)
+        for name in ("mae", "rmse", "gm", "bmae", "bias", "bin_mae", "bin_bias", "bin_low", "bin_high", "bin_center"):
+            result[name].attrs["units"] = "label units"
+        for name in ("pearson", "count", "bins", "bin_count", "train_count"):
+            result[name].attrs["units"] = "1"
+        return result
+
+
+def regression_metrics(
+    pred: Tensor,
+    target: Tensor,
+    bins: Bins,
+    density: LabelDensity,
+    *,
+    floor: float | None = None,
+    many: int = 100,
+    few: int = 20,
+) -> xr.Dataset:
+    """:class:`RegressionMetrics` of one whole set: update and compute in one call."""
+    is_tensor("regression_metrics", pred=pred, target=target)
+    if pred.numel() == 0:
+        raise problem(
+            "regression_metrics",
+            "pred must hold at least one value",
+            got=f"shape {tuple(pred.shape)}",
+            error=ShapeError,
+        )
+    metrics = RegressionMetrics(bins, density, floor=floor)
+    metrics.update(pred, target)
+    return metrics.compute(many=many, few=few)
