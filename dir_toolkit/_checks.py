@@ -51,6 +51,29 @@ def is_tensor(where: str, **tensors: object) -> None:
                 fix=f"Use torch.as_tensor({name}).",
                 error=TypeError,
             )
+        if value.layout != torch.strided:
+            raise problem(
+                where, f"{name} must be dense", got=str(value.layout), fix=f"Use {name}.to_dense().", error=TypeError
+            )
+
+
+def real(where: str, **tensors: Tensor) -> None:
+    """Integers or floats: neither complex nor boolean."""
+    for name, value in tensors.items():
+        if value.is_complex() or value.dtype == torch.bool:
+            raise problem(where, f"{name} must be integers or floats", got=f"dtype {value.dtype}", error=TypeError)
+
+
+def same_device(where: str, **tensors: Tensor) -> None:
+    names, devices = list(tensors), [t.device for t in tensors.values()]
+    for name, device in zip(names[1:], devices[1:], strict=True):
+        if device != devices[0]:
+            raise problem(
+                where,
+                f"{names[0]} and {name} must be on the same device",
+                got=f"{devices[0]} and {device}",
+                fix=f"Use {name}.to({names[0]}.device).",
+            )
 
 
 def same_shape(where: str, **tensors: Tensor) -> None:
@@ -86,7 +109,7 @@ def finite(where: str, **tensors: Tensor | np.ndarray) -> None:
             if not readable(value):
                 continue
             value = value.detach()
-            value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+            value = (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
         bad = ~np.isfinite(value)
         if bad.any():
             place = np.unravel_index(int(bad.argmax()), bad.shape)
@@ -101,7 +124,8 @@ def finite(where: str, **tensors: Tensor | np.ndarray) -> None:
 
 def not_negative(where: str, **tensors: Tensor) -> None:
     for name, value in tensors.items():
-        if readable(value) and bool((value < 0).any()):
+        value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
+        if value.dtype.is_signed and readable(value) and bool((value < 0).any()):
             raise problem(where, f"{name} must not be negative", got=f"a minimum of {value.min().item():g}")
 
 
@@ -118,7 +142,10 @@ def number(
     """A finite real number between ``low`` and ``high``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise problem(where, f"{name} must be a number", got=repr(value), error=TypeError)
-    x = float(value)
+    try:
+        x = float(value)
+    except OverflowError:
+        raise problem(where, f"{name} must fit into float64", got=f"a larger {type(value).__name__}") from None
     below = x <= low if open_low else x < low
     above = x >= high if open_high else x > high
     if not math.isfinite(x) or below or above:
@@ -139,7 +166,7 @@ def whole(where: str, name: str, value: object, *, low: int | None = None) -> in
 
 
 def one_of(where: str, name: str, value: object, allowed: Collection[str]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         listed = ", ".join(repr(a) for a in allowed)
         raise problem(where, f"{name} must be one of {listed}", got=repr(value))
 
@@ -148,12 +175,14 @@ def interval(where: str, name: str, value: object, *, low: float = 0.0) -> tuple
     """A pair ``(a, b)`` with ``low <= a < b``."""
     rule = f"{name} must be a pair (low, high) with {low:g} <= low < high"
     try:
-        a, b = (float(x) for x in value)  # type: ignore[attr-defined]
+        pair: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise problem(where, rule, got=repr(value)) from None
-    if not low <= a < b:
+        pair = ()
+    if len(pair) != 2 or any(isinstance(x, bool) or not isinstance(x, numbers.Real) for x in pair):
+        raise problem(where, rule, got=repr(value), error=TypeError)
+    if not low <= pair[0] < pair[1]:
         raise problem(where, rule, got=repr(value))
-    return a, b
+    return float(pair[0]), float(pair[1])
 
 
 def keys(where: str, name: str, value: Mapping[str, object], expected: Collection[str]) -> None:
@@ -163,24 +192,28 @@ def keys(where: str, name: str, value: Mapping[str, object], expected: Collectio
         raise problem(where, f"{name} must have the keys {sorted(expected)}", got=f"missing {missing}, unknown {extra}")
 
 
-def labels_array(where: str, labels: object) -> np.ndarray:
-    """Labels as a NumPy array of integers or floats; anything else is refused by name."""
+def labels_array(where: str, labels: object, name: str = "labels") -> np.ndarray:
+    """Labels, or what ``name`` says, as a NumPy array of integers or floats that torch can take over."""
     if isinstance(labels, Tensor):
+        is_tensor(where, **{name: labels})
         labels = labels.detach().cpu()
-        labels = (labels.float() if labels.dtype in (torch.bfloat16, torch.float16) else labels).numpy()
+        labels = (labels.float() if labels.is_floating_point() and labels.itemsize < 4 else labels).numpy()
+    if np.ma.is_masked(labels):
+        raise problem(where, f"{name} must not be masked", got="masked values", fix=f"Use {name}.compressed().")
     try:
         array = np.asarray(labels)
     except ValueError:
-        raise problem(where, "labels must form one array of numbers", got="rows of different lengths") from None
+        raise problem(where, f"{name} must form one array of numbers", got="rows of different lengths") from None
     if array.dtype.kind not in "iuf":
         raise problem(
             where,
-            "labels must be integers or floats",
+            f"{name} must be integers or floats",
             got=f"dtype {array.dtype}",
             fix="Convert them first.",
             error=TypeError,
         )
-    return array
+    # Files hold big-endian numbers (NetCDF, FITS), and some machines floats of 80 bits: torch knows neither.
+    return array.astype(np.float64 if array.itemsize > 8 else array.dtype.newbyteorder("="), copy=False)
 
 
 def label_problem(where: str, rule: str, *, got: object, fix: str = "") -> Exception:

@@ -37,7 +37,8 @@ class BinMoments:
         self.deviations = torch.zeros_like(self.mean)
 
     def update(self, features: Tensor, index: Tensor) -> None:
-        """Add features (N, D) whose labels fall into the bins ``index`` (N,) int64; -1 leaves a sample out.
+        """Add features (N, D) whose labels fall into the bins ``index`` (N,) int64; a sample with -1 or B is
+        left out.
 
         Raises:
             ShapeError: the shapes do not fit.
@@ -78,7 +79,7 @@ class BinMoments:
 
     def _add(self, count: Tensor, mean: Tensor, deviations: Tensor) -> None:
         total = self.count + count
-        share = (count / total.clamp_min(1)).to(torch.float64)[:, None]
+        share = (count.double() / total.clamp_min(1))[:, None]  # int / int would be float32
         step = mean - self.mean
         self.deviations = self.deviations + deviations + step.square() * (self.count[:, None] * share)
         self.mean = self.mean + step * share

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from scipy.ndimage import correlate1d, gaussian_filter1d
 
-from .._checks import number, one_of, problem, whole
+from .._checks import labels_array, not_empty, number, one_of, problem, whole
 from ..errors import ShapeError
 
 __all__ = ["Edges", "Window", "gaussian", "laplace", "smooth", "smoothing_matrix", "triangular"]
@@ -47,10 +47,11 @@ def gaussian(size: int, sigma: float, *, folded: bool = False) -> np.ndarray:
     """
     offsets = _offsets("gaussian", size)
     sigma = number("gaussian", "sigma", sigma, low=0, open_low=True)
-    if folded:
+    if folded and sigma > 0.1:  # narrower ones are the impulse itself
         window = gaussian_filter1d((offsets == 0).astype(np.float64), sigma)
         return window / window.max()
-    return np.exp(-0.5 * (offsets / sigma) ** 2)
+    with np.errstate(over="ignore"):
+        return np.exp(-0.5 * (offsets / sigma) ** 2)
 
 
 def triangular(size: int) -> np.ndarray:
@@ -60,7 +61,7 @@ def triangular(size: int) -> np.ndarray:
     [0.5, 1.0, 0.5]
     """
     offsets = _offsets("triangular", size)
-    return 1 - np.abs(offsets) / (size // 2 + 1)
+    return (size // 2 + 1 - np.abs(offsets)) / (size // 2 + 1)  # each rounded once, as SciPy's are
 
 
 def laplace(size: int, scale: float) -> np.ndarray:
@@ -70,7 +71,9 @@ def laplace(size: int, scale: float) -> np.ndarray:
     [0.368, 1.0, 0.368]
     """
     offsets = _offsets("laplace", size)
-    return np.exp(-np.abs(offsets) / number("laplace", "scale", scale, low=0, open_low=True))
+    scale = number("laplace", "scale", scale, low=0, open_low=True)
+    with np.errstate(over="ignore"):
+        return np.exp(-np.abs(offsets) / scale)
 
 
 DEFAULT_KERNEL = gaussian(5, 2)
@@ -79,16 +82,7 @@ DEFAULT_KERNEL.setflags(write=False)
 
 def checked_window(where: str, kernel: Window, num_bins: int) -> np.ndarray:
     """The window as float64, after checking that it can smooth an axis of ``num_bins`` bins."""
-    try:
-        window = np.array(kernel, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise problem(
-            where,
-            "kernel must be a row of numbers",
-            got=repr(kernel),
-            fix="Use dir_toolkit.gaussian(5, 2).",
-            error=TypeError,
-        ) from None
+    window = labels_array(where, kernel, "kernel").astype(np.float64)
     if window.ndim != 1 or window.size == 0:
         raise problem(
             where,
@@ -130,11 +124,12 @@ def smooth(values: np.ndarray, kernel: Window, *, edges: Edges = "reflect") -> n
     [3.0, 1.0, 0.0]
     """
     one_of("smooth", "edges", edges, tuple(_SCIPY_MODE))
-    values = np.asarray(values, dtype=np.float64)
+    values = np.atleast_1d(labels_array("smooth", values, "values").astype(np.float64))
+    not_empty("smooth", values=values)
     window = checked_window("smooth", kernel, len(values))
     return correlate1d(values, window / window.sum(), axis=0, mode=_SCIPY_MODE[edges], cval=0.0)
 
 
 def smoothing_matrix(num_bins: int, kernel: Window, *, edges: Edges = "reflect") -> np.ndarray:
     """The (B, B) matrix that :func:`smooth` multiplies by."""
-    return smooth(np.eye(num_bins), kernel, edges=edges)
+    return smooth(np.eye(whole("smoothing_matrix", "num_bins", num_bins, low=1)), kernel, edges=edges)

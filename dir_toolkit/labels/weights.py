@@ -9,7 +9,7 @@ import torch
 from scipy.ndimage import correlate1d
 from torch import Tensor, nn
 
-from .._checks import interval, number, one_of, problem
+from .._checks import interval, keys, number, one_of, problem, readable
 from ..errors import NotFittedError
 from .bins import Bins, Outside
 from .density import LabelDensity
@@ -159,7 +159,8 @@ class LDS(nn.Module):
             reached = divisor = self._smooth(self._divisor(np.clip(counts, *bounds)))
         positive = (reached > 0) & (divisor > 0)
         weights = np.zeros_like(divisor)
-        weights[positive] = 1 / divisor[positive]
+        with np.errstate(over="ignore"):
+            weights[positive] = 1 / divisor[positive]
         if not positive[counts > 0].all() or not np.isfinite(weights).all():
             raise problem(
                 "LDS.fit",
@@ -200,14 +201,15 @@ class LDS(nn.Module):
                 fix="Use lds.sample_weight(labels) for NumPy.",
                 error=TypeError,
             )
-        on_host = labels.device.type == "cpu"
-        index = self.bins.index(labels, self.outside if on_host or self.outside == "clip" else "drop")
-        return self.table.to(index.device)[index]
+        placed = self.outside if labels.device.type == "cpu" or self.outside == "clip" else "drop"
+        index = self.bins.index(labels, placed)
+        if self.outside == "drop" or not readable(labels):  # else whatever cannot be placed has raised
+            index = torch.where(index < 0, len(self.bins), index)
+        table = self.table.to(index.device)
+        return table.index_select(0, index.flatten()).view(index.shape)
 
     def sample_weight(self, labels: Any) -> np.ndarray:
         """Weights as float64 NumPy, for scikit-learn or gradient boosting: ``LDS(bins).fit(y).sample_weight(y)``."""
-        index = self.bins.index(labels, self.outside)
-        index = index.cpu().numpy() if isinstance(index, Tensor) else index
         if not self._fitted:
             raise problem(
                 "LDS.sample_weight",
@@ -215,12 +217,17 @@ class LDS(nn.Module):
                 fix="Call lds.fit(training_labels) first.",
                 error=NotFittedError,
             )
+        index = self.bins.index(labels, self.outside)
+        index = index.cpu().numpy() if isinstance(index, Tensor) else index
         return self.table.detach().cpu().double().numpy()[index]
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"fitted": self._fitted, "bins": self.bins.to_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict):
+            raise problem("LDS", "the saved state must be a dict", got=type(state).__name__, error=TypeError)
+        keys("LDS", "the saved state", state, ("fitted", "bins"))
         if Bins.from_dict(state["bins"]) != self.bins:
             raise problem(
                 "LDS",

@@ -7,7 +7,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import finite, is_tensor, not_empty, not_negative, number, one_of, problem, same_shape
+from .._checks import (
+    finite,
+    is_tensor,
+    not_empty,
+    not_negative,
+    number,
+    one_of,
+    problem,
+    real,
+    same_device,
+    same_shape,
+)
 
 __all__ = ["weighted_focal_l1", "weighted_focal_mse", "weighted_huber", "weighted_l1", "weighted_mse"]
 
@@ -125,9 +136,9 @@ def _error(where: str, pred: Tensor, target: Tensor, weight: Tensor | None, redu
     is_tensor(where, pred=pred, target=target, **weights)
     if not pred.is_floating_point():
         raise problem(where, "pred must be floats", got=f"dtype {pred.dtype}", error=TypeError)
-    if target.is_complex() or target.dtype == torch.bool:
-        raise problem(where, "target must be integers or floats", got=f"dtype {target.dtype}", error=TypeError)
+    real(where, target=target, **weights)
     same_shape(where, pred=pred, target=target, **weights)
+    same_device(where, pred=pred, target=target, **weights)
     not_empty(where, pred=pred)
     finite(where, target=target, **weights)
     not_negative(where, **weights)
@@ -148,4 +159,7 @@ def _focus(where: str, error: Tensor, beta: float, gamma: float, variant: str) -
     hardness = torch.sigmoid(beta * error)
     if variant == "reference":
         hardness = torch.tanh(beta * error / 2)  # = 2 sigmoid - 1, without the cancellation near zero
-    return hardness if gamma == 1 else hardness.pow(gamma)
+    if gamma == 1:
+        return hardness
+    # Below gamma 1 the slope of the power at zero is infinite, and infinity times an error of zero is NaN.
+    return hardness.clamp_min(torch.finfo(hardness.dtype).tiny).pow(gamma)

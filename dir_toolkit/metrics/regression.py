@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import finite, is_tensor, number, problem, same_shape
+from .._checks import finite, is_tensor, number, problem, real, same_device, same_shape
 from ..errors import ShapeError
 from ..labels.bins import Bins
 from ..labels.density import REGIONS, LabelDensity
@@ -67,7 +67,9 @@ class RegressionMetrics:
         """
         where = "RegressionMetrics.update"
         is_tensor(where, pred=pred, target=target)
+        real(where, pred=pred, target=target)
         same_shape(where, pred=pred, target=target)
+        same_device(where, pred=pred, target=target)
         finite(where, pred=pred)
         index = self.bins.index(target).flatten()
         p, t = pred.detach().double().flatten(), target.detach().double().flatten()
@@ -94,14 +96,28 @@ class RegressionMetrics:
 
     def merge(self, other: RegressionMetrics) -> RegressionMetrics:
         """Add what another object has seen; returns self."""
+        where = "RegressionMetrics.merge"
+        if not isinstance(other, RegressionMetrics):
+            raise problem(where, "other must be a RegressionMetrics", got=type(other).__name__, error=TypeError)
         if other.bins != self.bins or other.floor != self.floor:
-            raise problem("RegressionMetrics.merge", "both must have the same bins and floor", got=repr(other.bins))
+            raise problem(
+                where,
+                "both must have the same bins and floor",
+                got=f"{self.bins}, floor {self.floor:g} and {other.bins}, floor {other.floor:g}",
+            )
         self.sums = self.sums + other.sums.to(self.sums.device)
         return self
 
     def all_reduce(self) -> RegressionMetrics:
-        """Sum over all ranks, which must all call this; does nothing outside ``torch.distributed``; returns self."""
+        """Sum over all ranks, which must all call this, once, after their last update; returns self.
+
+        Does nothing outside ``torch.distributed``.
+        """
         if dist.is_available() and dist.is_initialized():
+            if (
+                dist.get_backend() == "nccl"
+            ):  # knows no CPU, where a rank without samples has its sums
+                self.sums = self.sums.cuda()
             dist.all_reduce(self.sums)
         return self
 
@@ -127,9 +143,9 @@ class RegressionMetrics:
             covariance = total["product"] - total["pred"] * total["target"] / n
             spread_pred = total["pred2"] - total["pred"] ** 2 / n
             spread_target = total["target2"] - total["target"] ** 2 / n
-            # What cancellation leaves of a constant is noise, not spread.
-            noise = 1e-12 * n * (self.bins.edges[-1] - self.bins.edges[0]) ** 2
-            varied = (spread_pred > noise) & (spread_target > noise)
+            # What cancellation leaves of a constant is noise, not spread: n roundings of the sum of squares.
+            noise = 1e-15 * n
+            varied = (spread_pred > noise * total["pred2"]) & (spread_target > noise * total["target2"])
             pearson = np.where(varied, covariance / np.sqrt(spread_pred * spread_target), np.nan)
             values = {
                 "mae": total["abs"] / n,

@@ -1,0 +1,79 @@
+"""Random flips and shifts of a whole batch of images at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import is_tensor, problem, whole
+from ..errors import ShapeError
+
+__all__ = ["augment", "to_float"]
+
+
+def augment(images: Tensor, *, generator: torch.Generator, flip: bool = True, shift: int = 4) -> Tensor:
+    """Each image mirrored left to right with probability one half, then moved by a whole number of pixels each way.
+
+    What a shift uncovers is filled by reflection about the border pixels, as ``numpy.pad(mode="reflect")`` does. Three
+    numbers an image are drawn whatever the settings, so a generator is left in the same state by all of them.
+
+    Args:
+        generator: the only source of randomness; on the device of ``images``, or on the CPU.
+        flip: whether to mirror at all.
+        shift: the farthest move, in pixels, up, down, left and right; smaller than either side. Each whole number from
+            ``-shift`` to ``shift`` is equally likely.
+    Shape:
+        images: (N, C, H, W), uint8 or any float. Returns the same shape and dtype, a copy.
+    Raises:
+        ShapeError: images have another number of axes. TypeError: images are neither uint8 nor floats.
+        ValueError: shift is negative or as large as a side.
+
+    >>> images = torch.arange(6, dtype=torch.uint8).reshape(1, 1, 2, 3)
+    >>> augment(images, generator=torch.Generator().manual_seed(0), flip=False, shift=0).equal(images)
+    True
+    """
+    where = "augment"
+    _check_images(where, images)
+    shift = whole(where, "shift", shift, low=0)
+    count, channels, height, width = images.shape
+    if shift >= min(height, width):
+        raise problem(where, "shift must be smaller than the height and the width", got=f"{shift} for {height}x{width}")
+    draws = torch.rand((3, count), generator=generator, device=generator.device, dtype=torch.float64).to(images.device)
+    mirrored = draws[0] < 0.5
+    moves = (draws[1:] * (2 * shift + 1)).long() - shift
+    y = _reflect(torch.arange(height, device=images.device) - moves[0, :, None], height)  # (N, H)
+    x = _reflect(torch.arange(width, device=images.device) - moves[1, :, None], width)  # (N, W)
+    if flip:
+        x = torch.where(mirrored[:, None], width - 1 - x, x)
+    source = (y[:, :, None] * width + x[:, None, :]).view(count, 1, height * width)
+    flat = images.reshape(count, channels, height * width)
+    return flat.gather(2, source.expand(-1, channels, -1)).view(images.shape)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1; the input is not written to.
+
+    Raises:
+        TypeError: images are not uint8.
+
+    >>> to_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    tensor([-1.0000, -0.6000,  1.0000])
+    """
+    is_tensor("to_float", images=images)
+    if images.dtype != torch.uint8:
+        raise problem("to_float", "images must be uint8", got=f"dtype {images.dtype}", error=TypeError)
+    return images.float().div_(127.5).sub_(1)
+
+
+def _check_images(where: str, images: Tensor) -> None:
+    is_tensor(where, images=images)
+    if images.ndim != 4:
+        raise problem(where, "images must have shape (N, C, H, W)", got=tuple(images.shape), error=ShapeError)
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise problem(where, "images must be uint8 or floats", got=f"dtype {images.dtype}", error=TypeError)
+
+
+def _reflect(index: Tensor, length: int) -> Tensor:
+    """Positions before the first or after the last pixel, folded back about it."""
+    index = index.abs()
+    return torch.where(index >= length, 2 * (length - 1) - index, index)

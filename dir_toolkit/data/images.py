@@ -1,0 +1,142 @@
+"""Images with one label each, and the three parts they are split into."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import label_problem, problem
+from ..errors import ShapeError
+
+__all__ = ["ImageSet", "Splits", "content_digest"]
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images with one label each: a view of rows of one array, which may be a read-only memmap.
+
+    Attributes:
+        images: (M, 3, H, W) uint8; several sets may share one array.
+        labels: (N,) float32, in label units; ``labels[i]`` belongs to ``images[rows[i]]``.
+        rows: (N,) int64, each in 0 ... M - 1.
+        digest: hex SHA-256 that identifies the content, images, labels and rows; see :func:`content_digest`.
+    Raises:
+        ShapeError: an array has the wrong number of axes, or labels and rows differ in length.
+        TypeError: an array has another dtype than above, or is none.
+        LabelError: a label is NaN or infinite. ValueError: a row lies outside, or the digest is no SHA-256.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray
+    digest: str
+
+    def __post_init__(self) -> None:
+        where = "ImageSet"
+        _array(where, "images", self.images, np.dtype(np.uint8))
+        _array(where, "labels", self.labels, np.dtype(np.float32))
+        _array(where, "rows", self.rows, np.dtype(np.int64))
+        if self.images.ndim != 4 or self.images.shape[1] != 3 or 0 in self.images.shape[2:]:
+            raise problem(where, "images must have shape (M, 3, H, W)", got=self.images.shape, error=ShapeError)
+        for name, array in (("labels", self.labels), ("rows", self.rows)):
+            if array.ndim != 1:
+                raise problem(where, f"{name} must have shape (N,)", got=array.shape, error=ShapeError)
+        if len(self.labels) != len(self.rows):
+            raise problem(
+                where, "labels and rows must be equally long", got=f"{len(self.labels)} and {len(self.rows)}",
+                error=ShapeError,
+            )
+        broken = ~np.isfinite(self.labels)
+        if broken.any():
+            at = int(broken.argmax())
+            got = f"{self.labels[at]} at index [{at}] ({int(broken.sum())} such labels)"
+            raise label_problem(where, "labels must be finite", got=got, fix="Remove these samples first.")
+        _inside(where, "rows", self.rows, len(self.images))
+        if not isinstance(self.digest, str) or not re.fullmatch("[0-9a-f]{64}", self.digest):
+            raise problem(
+                where, "digest must be 64 hexadecimal digits", got=repr(self.digest),
+                fix="Use content_digest(images, labels, rows).",
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of some images and their labels, in the order asked for.
+
+        Shape:
+            indices: (n,) int64, positions in 0 ... N - 1. Returns (n, 3, H, W) uint8 and (n,) float32.
+        Raises:
+            ShapeError: indices are not one row. TypeError: they are not int64. ValueError: one lies outside.
+        """
+        where = "ImageSet.batch"
+        at = indices.detach().cpu().numpy() if isinstance(indices, Tensor) else indices
+        _array(where, "indices", at, np.dtype(np.int64))
+        if at.ndim != 1:
+            raise problem(where, "indices must have shape (n,)", got=at.shape, error=ShapeError)
+        _inside(where, "indices", at, len(self))
+        images = np.ascontiguousarray(self.images[self.rows[at]])
+        return torch.from_numpy(images), torch.from_numpy(self.labels[at])
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Training, validation and test images of one source, with the number of files left out for each reason.
+
+    Attributes:
+        source: where the images come from, ``"portraits"`` or ``"utkface"`` for example.
+        skipped: reason -> number of files left out; empty if none.
+    """
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    source: str
+    skipped: dict[str, int]
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            if not isinstance(getattr(self, name), ImageSet):
+                raise problem(
+                    "Splits", f"{name} must be an ImageSet", got=type(getattr(self, name)).__name__, error=TypeError
+                )
+
+
+def content_digest(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> str:
+    """Hex SHA-256 of the images a set shows, in its order, with their shape, and of its labels.
+
+    It depends on what is seen and not on how it is stored: two sets with equal ``images[rows]`` and equal labels have
+    one digest, on machines of either byte order.
+
+    Shape:
+        images: (M, 3, H, W) uint8. labels: (N,) float32. rows: (N,) int64.
+
+    >>> content_digest(np.zeros((2, 3, 1, 1), np.uint8), np.zeros(1, np.float32), np.array([1]))[:8]
+    '8b3d6fbe'
+    """
+    digest = hashlib.sha256(f"{len(rows)} {tuple(images.shape[1:])}".encode())
+    digest.update(labels.astype("<f4").tobytes())
+    for start in range(0, len(rows), _CHUNK):
+        digest.update(images[rows[start : start + _CHUNK]].tobytes())
+    return digest.hexdigest()
+
+
+def _array(where: str, name: str, value: object, dtype: np.dtype) -> None:
+    if not isinstance(value, np.ndarray) or value.dtype != dtype:
+        got = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise problem(where, f"{name} must be a NumPy array of {dtype.name}", got=got, error=TypeError)
+
+
+def _inside(where: str, name: str, index: np.ndarray, length: int) -> None:
+    bad = (index < 0) | (index >= length)
+    if bad.any():
+        at = int(bad.argmax())
+        rule = f"{name} must lie in 0 to {length - 1}" if length else f"{name} must be empty, for there is nothing"
+        raise problem(where, rule, got=f"{index[at]} at index [{at}] ({int(bad.sum())} such values)")

@@ -1,0 +1,81 @@
+"""A result as one page that opens anywhere: table, figures, settings and provenance in a single HTML file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import xarray as xr
+
+from .._checks import problem
+from ..files import write_atomically
+from .figures import figure_svg
+from .schema import validate_results
+from .tables import Columns, results_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["write_report"]
+
+_SHOWN_ELSEWHERE = ("title", "command", "label_name", "label_units")
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    ds: xr.Dataset,
+    figures: Mapping[str, Figure],
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    settings: Mapping[str, object] | None = None,
+    columns: Columns | None = None,
+) -> None:
+    """Write a result as one HTML file, whole or not at all; it fetches nothing and runs no script.
+
+    Args:
+        ds: a result of the schema in ``results.schema``; its attributes are shown as provenance.
+        figures: by title, in the order of the page.
+        notes: paragraphs of plain text above the table: what was compared, and what to make of it.
+        settings: of the experiment; nested ones are shown as ``outer.inner``.
+        columns: of the table, as in :func:`results_table`.
+    Raises:
+        ResultsError: ``ds`` breaks the schema. ImportError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise problem(
+            "write_report", "jinja2 must be installed", got="no such package",
+            fix='pip install "dir_toolkit[recipes]"', error=ImportError,
+        ) from error
+    validate_results(ds)
+    provenance = {str(name): value for name, value in ds.attrs.items() if name not in _SHOWN_ELSEWHERE}
+    template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string(template).render(
+        title=title,
+        command=ds.attrs["command"],
+        notes=notes,
+        table=results_table(ds, columns=columns),
+        figures=[(name, figure_svg(figure, name=f"figure{i}")) for i, (name, figure) in enumerate(figures.items(), 1)],
+        settings=list(_flat(settings or {})),
+        provenance=list(_flat(provenance)),
+    )
+    write_atomically(path, lambda file: file.write(page.encode()))
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values as text, nested ones under dotted names; text that is a JSON object is read as one."""
+    for name, value in values.items():
+        if isinstance(value, str) and value.startswith("{"):
+            with suppress(ValueError):
+                value = json.loads(value)
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,687 @@
+"""FDS against oracles, and the faults of public FDS code, each pinned by a test that would find it."""
+
+import copy
+import io
+import itertools
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from dir_toolkit import FDS, Bins, gaussian
+from dir_toolkit.errors import DirToolkitWarning, LabelError, ShapeError
+
+BINS = Bins.uniform(0, 9, width=1)
+
+
+def batch(seed: int = 0, n: int = 90, num_features: int = 4) -> tuple[Tensor, Tensor]:
+    """Features whose mean and spread differ from bin to bin, and labels that fill all nine bins."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.arange(n) % 9).double()
+    features = torch.randn(n, num_features, generator=generator, dtype=torch.float64)
+    return features * (1 + labels[:, None] / 5) + labels[:, None].sin() * 3, labels
+
+
+def trained(fds: FDS, *batches: tuple[Tensor, Tensor]) -> FDS:
+    for features, labels in batches:
+        fds.update(features, labels)
+        fds.end_epoch()
+    return fds
+
+
+# ---- what it computes ----
+
+
+def public_code(epochs: list[tuple[Tensor, Tensor]], features: Tensor, labels: Tensor, momentum: float) -> Tensor:
+    """What the public DIR code computes when every bin is filled, written as loops over bins from its description:
+    a window folded by its reflecting filter, mirrored ends, unbiased variance, the first epoch whole."""
+    window = gaussian(5, 2, folded=True)
+    window = window / window.sum()
+    mean, variance = np.zeros((9, features.shape[1])), np.ones((9, features.shape[1]))
+    for number, (z, y) in enumerate(epochs):
+        for b in range(9):
+            here = z[y.long() == b].numpy()
+            share = 0 if number == 0 else momentum
+            mean[b] = (1 - share) * here.mean(0) + share * mean[b]
+            variance[b] = (1 - share) * here.var(0, ddof=1) + share * variance[b]
+    out = features.clone()
+    mirrored = [2, 1, *range(9), 7, 6]
+    for b in range(9):
+        near = [mirrored[b + k] for k in range(5)]
+        smooth_mean = sum(w * mean[i] for w, i in zip(window, near, strict=True))
+        smooth_variance = sum(w * variance[i] for w, i in zip(window, near, strict=True))
+        ratio = np.clip(smooth_variance / variance[b], 0.1, 10)
+        for row in torch.nonzero(labels.long() == b).flatten().tolist():
+            out[row] = torch.from_numpy((features[row].numpy() - mean[b]) * np.sqrt(ratio) + smooth_mean)
+    return out
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_reference_calibrates_as_the_public_code_does(epochs: int, momentum: float) -> None:
+    batches = [batch(seed) for seed in range(epochs)]
+    features, labels = batch(99)
+    fds = trained(FDS.reference(BINS, 4, momentum=momentum), *batches)
+    expected = public_code(batches, features, labels, momentum)
+    torch.testing.assert_close(fds.calibrate(features, labels), expected, rtol=1e-12, atol=1e-12)
+    narrow = fds.calibrate(features.float(), labels)
+    torch.testing.assert_close(narrow, expected.float(), rtol=1e-6, atol=2e-6)
+    with pytest.raises(AssertionError):  # and the comparison can fail
+        torch.testing.assert_close(trained(FDS(BINS, 4), *batches).calibrate(features, labels), expected)
+
+
+def test_empty_bins_lend_nothing_and_change_nothing() -> None:
+    features, labels = batch()
+    keep = (labels != 3) & (labels != 4)
+    fds = trained(FDS(BINS, 4, kernel=[1, 1, 1]), (features[keep], labels[keep]))
+    s = fds.statistics()
+    torch.testing.assert_close(s["smoothed_mean"][2], (s["mean"][1] + s["mean"][2]) / 2)  # not pulled towards 0
+    torch.testing.assert_close(s["smoothed_variance"][5], (s["variance"][5] + s["variance"][6]) / 2)
+    assert s["count"][3] == 0
+    assert s["mean"][3].isnan().all()
+    out = fds.calibrate(features, labels)
+    assert torch.equal(out[~keep], features[~keep])
+    assert not torch.equal(out[keep], features[keep])
+
+
+def test_a_bin_of_one_sample_is_moved_and_borrows_the_smoothed_variance() -> None:
+    features, labels = batch()
+    keep = labels != 3
+    keep[3] = True
+    fds = trained(FDS(BINS, 4, kernel=[1, 1, 1]), (features[keep], labels[keep]))
+    s = fds.statistics()
+    assert s["variance"][3].isnan().all()
+    torch.testing.assert_close(s["smoothed_variance"][3], (s["variance"][2] + s["variance"][4]) / 2)
+    out = fds.calibrate(features, labels)
+    moved = features[3] - s["mean"][3] + s["smoothed_mean"][3]
+    torch.testing.assert_close(out[3], moved)
+    assert not torch.allclose(out[3], features[3])
+
+
+def test_a_label_axis_with_a_single_filled_bin_is_left_alone() -> None:
+    features = torch.randn(5, 4, dtype=torch.float64)
+    labels = torch.full((5,), 4.0)
+    fds = trained(FDS(BINS, 4, kernel=[1, 1, 1]), (features, labels))
+    torch.testing.assert_close(fds.calibrate(features, labels), features)
+
+
+def test_momentum_weighs_the_old_statistics() -> None:
+    first, second = batch(1), batch(2)
+    fds = trained(FDS(BINS, 4, momentum=0.75), first)
+    old = fds.statistics()["mean"]
+    new = trained(FDS(BINS, 4), second).statistics()["mean"]
+    trained(fds, second)
+    torch.testing.assert_close(fds.statistics()["mean"], 0.75 * old + 0.25 * new)
+
+
+def test_a_bin_first_seen_later_takes_its_first_epoch_whole_and_others_keep_theirs() -> None:
+    features, labels = batch()
+    late = labels == 8
+    fds = trained(FDS(BINS, 4), (features[~late], labels[~late]), (features[late], labels[late]))
+    s = fds.statistics()
+    torch.testing.assert_close(s["mean"][8], features[late].mean(0))
+    torch.testing.assert_close(s["mean"][0], features[labels == 0].mean(0))
+
+
+def test_shrinkage_pulls_each_variance_to_the_pooled_one() -> None:
+    features, labels = batch()
+    keep = labels != 3
+    keep[3] = True
+    features, labels = features[keep], labels[keep]
+    plain = trained(FDS(BINS, 4), (features, labels)).statistics()
+    s = trained(FDS(BINS, 4, shrinkage=20.0), (features, labels)).statistics()
+    degrees = (plain["count"] - 1)[:, None]
+    pooled = (degrees * plain["variance"].nan_to_num()).sum(0) / degrees.sum()
+    torch.testing.assert_close(s["variance"][0], (9 * plain["variance"][0] + 20 * pooled) / 29)
+    torch.testing.assert_close(s["variance"][3], pooled)  # one sample: nothing of its own
+
+
+def test_count_weighted_smoothing_follows_the_larger_bins() -> None:
+    features, labels = batch()
+    keep = (labels != 3) | (torch.arange(90) < 20)  # two samples of label 3, ten of the others
+    features, labels = features[keep], labels[keep]
+    s = trained(FDS(BINS, 4, kernel=[1, 1, 1], count_weighted=True), (features, labels)).statistics()
+    torch.testing.assert_close(s["smoothed_mean"][3], (10 * s["mean"][2] + 2 * s["mean"][3] + 10 * s["mean"][4]) / 22)
+
+
+def test_start_epoch_delays_calibration() -> None:
+    features, labels = batch()
+    fds = FDS(BINS, 4, start_epoch=2)
+    for changed in (False, False, True):
+        assert torch.equal(fds.calibrate(features, labels), features) != changed
+        trained(fds, (features, labels))
+
+
+def test_clip_bounds_the_ratio_of_variances() -> None:
+    features, labels = batch()
+    features[labels == 4] *= 100
+    fds = trained(FDS(BINS, 4, clip=(0.5, 2.0)), (features, labels))
+    assert fds.scale.max() == 2**0.5
+    assert fds.scale.min() == 0.5**0.5
+
+
+def test_statistics_used_do_not_move_within_an_epoch() -> None:
+    """Public code: "last epoch" buffers alias the running ones."""
+    fds = trained(FDS(BINS, 4), batch(1))
+    features, labels = batch(2)
+    before = fds.calibrate(features, labels)
+    for seed in (3, 4):
+        fds.update(*batch(seed))
+    assert torch.equal(fds.calibrate(features, labels), before)
+    fds.end_epoch()
+    assert not torch.equal(fds.calibrate(features, labels), before)
+
+
+def test_float_labels_that_share_a_bin_are_all_counted() -> None:
+    """Public code: labels 3.1 and 3.9 overwrite each other."""
+    features, _ = batch(n=4)
+    fds = trained(FDS(BINS, 4), (features, torch.tensor([3.0, 3.1, 3.9, 3.999])))
+    assert fds.statistics()["count"].tolist() == [0, 0, 0, 4, 0, 0, 0, 0, 0]
+    torch.testing.assert_close(fds.statistics()["mean"][3], features.mean(0))
+
+
+@pytest.mark.parametrize("company", [0.0, 8.0])
+def test_labels_beyond_the_axis_fare_alike_in_any_company(company: float) -> None:
+    """Public code: kept where the batch also holds the last label, else dropped."""
+    features, _ = batch(n=3)
+    labels = torch.tensor([20.0, company, 3.0])
+    clipped, dropped = FDS(BINS, 4, outside="clip"), FDS(BINS, 4, outside="drop")
+    assert trained(clipped, (features, labels)).statistics()["count"].sum() == 3
+    assert trained(dropped, (features, labels)).statistics()["count"].sum() == 2
+    assert torch.equal(dropped.calibrate(features, labels)[0], features[0])
+    with pytest.raises(LabelError, match=r"must lie on the label axis \[0, 9\], got 20.0 at index \[0\]"):
+        FDS(BINS, 4).update(features, labels)
+
+
+def test_every_end_of_an_epoch_counts() -> None:
+    """Public code: an epoch counter once out of step silently ends all updates."""
+    fds = trained(FDS(BINS, 4, momentum=0.0), *[batch(s) for s in range(3)])
+    fds.load_state_dict(trained(FDS(BINS, 4, momentum=0.0), batch(7)).state_dict())
+    assert fds.epoch == 1
+    features, labels = batch(8)
+    trained(fds, (features, labels))
+    torch.testing.assert_close(fds.statistics()["mean"][0], features[labels == 0].mean(0))
+
+
+# ---- hooks ----
+
+
+class Net(nn.Module):
+    """A small regressor with the parts that bring FDS code to fall: ReLU, BatchNorm, Dropout."""
+
+    def __init__(self, checkpointed: bool | None = None) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
+        self.head = nn.Linear(4, 1)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.body(x)
+        if self.checkpointed is None:
+            return self.head(z).squeeze(1)
+        return checkpoint(self.head, z, use_reentrant=self.checkpointed).squeeze(1)
+
+
+def net_data(n: int = 90) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(n, 3, generator=generator), (torch.arange(n) % 9).float()
+
+
+def make(where: str = "input", checkpointed: bool | None = None, **settings: object) -> tuple[Net, FDS]:
+    torch.manual_seed(0)
+    net, fds = Net(checkpointed), FDS(BINS, 4, **settings)  # type: ignore[arg-type]
+    fds.attach(net.head if where == "input" else net.body, where)  # type: ignore[arg-type]
+    return net, fds
+
+
+def run_epoch(net: nn.Module, fds: FDS, x: Tensor, y: Tensor) -> Tensor:
+    with fds.labels(y):
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+    fds.end_epoch()
+    return loss
+
+
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_a_hook_gathers_and_calibrates_in_one_pass(where: str) -> None:
+    """Public code: a whole second pass in training mode, which also moves BatchNorm twice."""
+    net, fds = make(where)
+    x, y = net_data()
+    twin = copy.deepcopy(net.body)
+    twin._forward_hooks.clear()
+    run_epoch(net, fds, x, y)
+    assert net.body[1].num_batches_tracked == 1
+    z = twin(x)
+    torch.testing.assert_close(fds.statistics()["mean"][2], z[y == 2].double().mean(0))
+    twin_z = twin(x)
+    seen = []
+    net.head.register_forward_hook(lambda module, args, out: seen.append(args[0].detach()))
+    with fds.labels(y):
+        net(x)
+    torch.testing.assert_close(seen[0], fds.calibrate(twin_z, y).detach())
+    # gathered before calibration, not after
+    gathered = fds._epoch_moments.mean[2]
+    torch.testing.assert_close(gathered, twin_z[y == 2].double().mean(0))
+
+
+def test_both_places_of_a_hook_agree() -> None:
+    (net, fds), (twin, twin_fds) = make("input"), make("output")
+    x, y = net_data()
+    for _ in range(2):
+        assert torch.equal(run_epoch(net, fds, x, y), run_epoch(twin, twin_fds, x, y))
+
+
+def test_gradient_reaches_the_backbone_scaled_by_the_calibration() -> None:
+    """Public code: writes into the features in place, which breaks backward after ReLU."""
+    net, fds = make()
+    x, y = net_data()
+    run_epoch(net, fds, x, y)
+    net.zero_grad()
+    with fds.labels(y):
+        net(x).sum().backward()
+    twin = copy.deepcopy(net.body)
+    twin.zero_grad()
+    z = twin(x)
+    row = BINS.index(y)
+    z.backward(net.head.weight.detach() * fds.scale.float()[row])
+    for p, q in zip(net.body.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    features, labels = batch(n=9)
+    fds64 = trained(FDS(BINS, 4), batch())
+    assert torch.autograd.gradcheck(lambda f: fds64.calibrate(f, labels), features.requires_grad_())
+
+
+def test_features_are_never_written_to() -> None:
+    fds = trained(FDS(BINS, 4), batch())
+    features, labels = batch(5)
+    before, version = features.clone(), features._version
+    out = fds.calibrate(features, labels)
+    fds.update(features, labels)
+    assert torch.equal(features, before)
+    assert features._version == version
+    assert out.data_ptr() != features.data_ptr()
+
+
+def test_nothing_happens_in_eval_mode_or_outside_labels_or_after_removal() -> None:
+    net, fds = make()
+    x, y = net_data()
+    run_epoch(net, fds, x, y)
+    plain = copy.deepcopy(net)
+    plain.head._forward_pre_hooks.clear()
+    net.eval()
+    plain.eval()
+    with fds.labels(y):
+        assert torch.equal(net(x), plain(x))
+    assert int(fds._epoch_moments.count.sum()) == 0
+    net.train()
+    plain.train()
+    with pytest.warns(DirToolkitWarning, match="ran without labels"):
+        assert torch.equal(net(x), plain(x))
+    fds.eval()
+    with fds.labels(y):
+        assert torch.equal(net(x), plain(x))
+    net, fds = Net(), FDS(BINS, 4)
+    handle = fds.attach(net.head, "input")
+    handle.remove()
+    net(x)
+    assert int(fds._epoch_moments.count.sum()) == 0
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on operations that would wait for an accelerator; counts the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        name = func.name()
+        for banned in ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero"):
+            assert banned not in name, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_step_never_waits_for_the_device_and_does_not_loop_over_bins() -> None:
+    """Public code: a Python loop over labels, with a sync for each."""
+    calls = []
+    for num_bins in (9, 900):
+        bins = Bins.uniform(0, num_bins, width=1)
+        fds = FDS(bins, 4)
+        layer = nn.Identity()
+        fds.attach(layer, "input")
+        features, labels = torch.randn(1800, 4), torch.arange(1800) % num_bins
+        trained(fds, (features, labels))
+        with fds.labels(labels), NoSync() as mode:
+            layer(features)
+        calls.append(mode.calls)
+    assert calls[0] == calls[1]
+    with pytest.raises(AssertionError, match="waits for the device"), NoSync():
+        torch.unique(labels)
+
+
+def test_placing_labels_on_an_accelerator_never_waits_for_it() -> None:
+    """A meta tensor stands for one on an accelerator: reading its values would raise."""
+    labels = torch.empty(90, device="meta")
+    assert FDS(BINS, 4)._place("test", labels).device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):
+        BINS.index(labels, outside="raise")  # this one has to look
+
+
+@pytest.mark.parametrize("per_pixel", [False, True])
+def test_maps_equal_their_pixels_taken_one_by_one(per_pixel: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(18, 4, 2, 3, generator=generator, dtype=torch.float64)
+    labels = (torch.arange(18) % 9).double()
+    if per_pixel:
+        labels = torch.randint(0, 9, (18, 2, 3), generator=generator).double()
+    wide = labels if per_pixel else labels[:, None, None].expand(18, 2, 3)
+    pixels, pixel_labels = features.permute(0, 2, 3, 1).reshape(-1, 4), wide.reshape(-1)
+    maps, flat = trained(FDS(BINS, 4), (features, labels)), trained(FDS(BINS, 4), (pixels, pixel_labels))
+    for name, value in flat.statistics().items():
+        torch.testing.assert_close(maps.statistics()[name], value)
+    expected = flat.calibrate(pixels, pixel_labels).view(18, 2, 3, 4).permute(0, 3, 1, 2)
+    torch.testing.assert_close(maps.calibrate(features, labels), expected)
+
+
+# ---- company: autocast, compile, checkpointing, copies, checkpoints ----
+
+
+def test_autocast_keeps_the_dtype_of_features_and_float64_statistics() -> None:
+    net, fds = make()
+    x, y = net_data(900)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), fds.labels(y):
+            loss = (net(x) - y).square().mean()
+        loss.backward()
+        fds.end_epoch()
+    assert fds.statistics()["count"].sum() == 900
+    assert fds.running_mean.dtype == torch.float64
+    half = torch.randn(90, 4).bfloat16()
+    out = fds.calibrate(half, net_data()[1])
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, fds.calibrate(half.float(), net_data()[1]).bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch's own tracing
+def test_compiled_after_attaching_it_gives_the_same_steps() -> None:
+    x, y = net_data()
+    (net, fds), (twin, twin_fds) = make(), make()
+    compiled = torch.compile(twin, backend="aot_eager")
+    for _ in range(3):
+        torch.testing.assert_close(run_epoch(net, fds, x, y), run_epoch(compiled, twin_fds, x, y))
+    torch.testing.assert_close(fds.running_mean, twin_fds.running_mean)
+    assert twin_fds.epoch == 3
+
+
+def test_attached_after_the_first_compiled_call_it_says_so() -> None:
+    x, y = net_data()
+    net, fds = Net(), FDS(BINS, 4)
+    compiled = torch.compile(net, backend="eager")
+    compiled(x)
+    fds.attach(net.head, "input")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fds.labels(y):
+            compiled(x)
+    ran = int(fds._epoch_moments.count.sum()) == 90
+    warned = any("no attached module ran" in str(w.message) for w in caught)
+    assert ran != warned  # torch versions differ in whether the hook fires: it works, or it is told
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_counts_once_and_gives_equal_gradients(reentrant: bool) -> None:
+    x, y = net_data()
+    (net, fds), (twin, twin_fds) = make(), make(checkpointed=reentrant)
+    for _ in range(2):
+        net.zero_grad()
+        twin.zero_grad()
+        torch.testing.assert_close(run_epoch(net, fds, x, y), run_epoch(twin, twin_fds, x, y))
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    assert twin_fds.statistics()["count"].sum() == 90
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_with_backward_outside_labels_is_refused(reentrant: bool) -> None:
+    x, y = net_data()
+    net, fds = make(checkpointed=reentrant)
+    with fds.labels(y):
+        loss = net(x).sum()
+    with pytest.raises(RuntimeError, match="backward must run inside labels"):
+        loss.backward()
+
+
+def test_a_hooked_model_can_be_pickled_and_copied() -> None:
+    net, fds = make()
+    x, y = net_data()
+    run_epoch(net, fds, x, y)
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)  # our own file, of a moment ago
+    assert torch.equal(again.eval()(x), net.eval()(x))
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin.eval()(x), net.eval()(x))
+    assert twin.head._forward_pre_hooks[next(iter(twin.head._forward_pre_hooks))].fds is not fds  # type: ignore[attr-defined]
+
+
+def test_checkpoint_in_mid_epoch_restores_to_the_bit(tmp_path: Path) -> None:
+    fds = trained(FDS(BINS, 4), batch(0))
+    fds.update(*batch(1))
+    torch.save(fds.state_dict(), tmp_path / "fds.pt")
+    restored = FDS(BINS, 4)
+    restored.load_state_dict(torch.load(tmp_path / "fds.pt", weights_only=True))
+    features, labels = batch(5)
+    for f in (fds, restored):
+        f.update(*batch(2))
+        f.end_epoch()
+    assert torch.equal(fds.calibrate(features, labels), restored.calibrate(features, labels))
+    assert restored.epoch == fds.epoch == 2
+    with pytest.raises(ValueError, match="must be over the same bins"):
+        FDS(Bins.uniform(0, 90, width=10), 4).load_state_dict(fds.state_dict())
+
+
+def test_all_tensors_follow_the_module_but_statistics_stay_float64() -> None:
+    """Public code: a kernel that is no buffer, and a hard-coded device."""
+    fds = trained(FDS(BINS, 4), batch()).half()
+    assert {b.dtype for b in fds.buffers()} == {torch.float64}
+    features, labels = batch()
+    torch.testing.assert_close(
+        fds.calibrate(features, labels), trained(FDS(BINS, 4), batch()).calibrate(features, labels)
+    )
+    assert {b.device.type for b in fds.to("meta").buffers()} == {"meta"}
+    assert "smoothing" in dict(fds.named_buffers())
+
+
+# ---- two processes ----
+
+
+def rank_main(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    features, labels = batch()
+    mine = slice(0, 20) if rank == 0 else slice(20, None)  # uneven; and rank 0 alone holds label 8
+    hide = (labels == 8) & (torch.arange(90) >= 20)
+    fds, gathered = FDS(BINS, 4), FDS(BINS, 4)
+    for f in (fds, gathered):
+        f.update(features[mine][~hide[mine]], labels[mine][~hide[mine]])
+    fds.end_epoch()
+    gathered.gather()
+    counts = int(gathered._epoch_moments.count.sum())
+    gathered.end_epoch()
+
+    # inside the wrapped module too, whose buffers DistributedDataParallel overwrites with rank 0's
+    torch.manual_seed(0)
+    net = Net()
+    net.register_module("fds", FDS(BINS, 4))
+    net.fds.attach(net.head, "input")  # type: ignore[operator, union-attr]
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    x, y = net_data()
+    net.body[1].eval()
+    for _ in range(2):
+        with net.fds.labels(y[mine]):  # type: ignore[operator, union-attr]
+            wrapped(x[mine]).sum().backward()
+        net.fds.end_epoch()  # type: ignore[operator, union-attr]
+    inside = net.fds.statistics()  # type: ignore[operator, union-attr]
+    state = {"alone": fds.statistics(), "gathered": gathered.statistics(), "counts": counts, "inside": inside}
+    torch.save(state, f"{folder}/rank{rank}.pt")
+    del wrapped, net  # before the group they use
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    features, labels = batch()
+    keep = ~((labels == 8) & (torch.arange(90) >= 20))
+    expected = trained(FDS(BINS, 4), (features[keep], labels[keep])).statistics()
+    net, fds = make()
+    net.body[1].eval()
+    x, y = net_data()
+    for _ in range(2):
+        with fds.labels(y):
+            net(x)
+        fds.end_epoch()
+    inside = fds.statistics()
+    states = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for state, name in itertools.product(states, expected):
+        torch.testing.assert_close(state["alone"][name], expected[name], rtol=1e-12, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(state["gathered"][name], expected[name], rtol=1e-12, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(state["inside"][name], inside[name], rtol=1e-6, atol=1e-7, equal_nan=True)
+    assert [state["counts"] for state in states] == [int(keep.sum()), 0]
+
+
+# ---- what is told, and what is refused ----
+
+
+def our_warnings(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(w.message) for w in caught if issubclass(w.category, DirToolkitWarning)]
+
+
+def test_forgetting_labels_warns_once() -> None:
+    net, _ = make()
+    x, _ = net_data()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            net(x)
+    assert len(our_warnings(caught)) == 1
+    assert "Run it inside `with fds.labels(y):`" in our_warnings(caught)[0]
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_forgetting_the_end_of_more_than_one_epoch_warns_once(validates: bool) -> None:
+    net, fds = make()
+    x, y = net_data()
+    run_epoch(net, fds, x, y)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(6):
+            net.train()
+            with fds.labels(y):
+                net(x)
+            if validates:
+                net.eval()
+                net(x)
+            if epoch == 0:
+                assert not our_warnings(caught)
+    assert len(our_warnings(caught)) == 1
+    assert "Call fds.end_epoch() once after each training epoch" in our_warnings(caught)[0]
+
+
+def test_a_whole_correct_training_warns_of_nothing() -> None:
+    net, fds = make()
+    x, y = net_data()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            net.train()
+            run_epoch(net, fds, x, y)
+            net.eval()
+            net(x)
+
+
+def test_end_of_an_epoch_without_features_or_with_broken_ones_is_refused_and_changes_nothing() -> None:
+    fds = trained(FDS(BINS, 4), batch())
+    before = {k: v.clone() for k, v in fds.statistics().items()}
+    with pytest.raises(ValueError, match="features must be gathered before an epoch ends"):
+        fds.end_epoch()
+    features, labels = batch(1)
+    features[12, 0] = torch.nan  # label 3
+    fds.update(features, labels)
+    with pytest.raises(ValueError, match=r"features must be finite, got NaN or infinity in bins \[3\]"):
+        fds.end_epoch()
+    for name, value in fds.statistics().items():
+        torch.testing.assert_close(value, before[name], equal_nan=True, rtol=0, atol=0)
+    assert fds.epoch == 1
+    trained(fds, batch(2))
+    assert fds.epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 1.0}, "momentum must be >= 0 and < 1, got 1.0"),
+        ({"momentum": float("nan")}, "momentum must be"),
+        ({"clip": (2.0, 1.0)}, r"clip must be a pair \(low, high\)"),
+        ({"clip": 3}, r"clip must be a pair \(low, high\)"),
+        ({"start_epoch": 0}, "start_epoch must be at least 1"),
+        ({"shrinkage": -1.0}, "shrinkage must be >= 0"),
+        ({"kernel": [1.0, 1.0]}, "kernel must have odd length"),
+        ({"kernel": np.ones(11)}, "kernel must not be longer than the label axis, got 11 values for 9 bins"),
+        ({"covariance": "other"}, "covariance must be one of 'diagonal'"),
+        ({"outside": "ignore"}, "outside must be one of"),
+        ({"edges": "wrap"}, "edges must be one of"),
+        ({"num_features": 0}, "num_features must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FDS(BINS, **{"num_features": 4, **settings})
+
+
+def test_bad_calls_are_refused_with_what_to_do() -> None:
+    fds = FDS(BINS, 4)
+    features, labels = batch()
+    with pytest.raises(TypeError, match="bins must be a Bins, got int"):
+        FDS(9, 4)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match=r"labels must be \(N,\).*Use labels.squeeze\(1\)"):
+        fds.update(features, labels[:, None])
+    with pytest.raises(ShapeError, match=r"features must be \(N, 4\)"):
+        fds.update(features[:, :3], labels)
+    with pytest.raises(ShapeError, match="features and labels must have the same samples"):
+        fds.update(features, labels[:1])
+    with pytest.raises(TypeError, match=r"features must be one tensor of floats, got dtype torch\.int64"):
+        fds.update(features.long(), labels)
+    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor, got list"):
+        fds.update(features, [1, 2])  # type: ignore[arg-type]
+    broken = labels.clone()
+    broken[5] = torch.nan
+    with pytest.raises(LabelError, match=r"labels must not be NaN, got nan at index \[5\]"):
+        fds.update(features, broken)
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got str"):
+        fds.attach("fc", "input")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="where must be one of 'input', 'output'"):
+        fds.attach(nn.Identity(), "inside")  # type: ignore[arg-type]
+    layer = nn.Identity()
+    fds.attach(layer, "input")
+    with pytest.raises(TypeError, match="first positional input"), fds.labels(labels):
+        layer(input=features)
+    pair = nn.Module()
+    pair.forward = lambda x: (x, x)  # type: ignore[method-assign]
+    fds.attach(pair, "output")
+    with pytest.raises(TypeError, match="features must be one tensor of floats, got tuple"), fds.labels(labels):
+        pair(features)
+    assert int(fds._epoch_moments.count.sum()) == 0
+
+
+def test_a_single_sample_is_enough() -> None:
+    fds = trained(FDS(BINS, 4), (torch.ones(1, 4), torch.tensor([3.0])))
+    assert torch.equal(fds.calibrate(torch.ones(1, 4), torch.tensor([3.0])), torch.ones(1, 4))

@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+import torch
+
+from dir_toolkit.errors import ShapeError
+from dir_toolkit.features.moments import BinMoments
+
+
+def naive(features: np.ndarray, index: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count, mean and unbiased variance of each bin, one bin at a time."""
+    count = np.array([(index == b).sum() for b in range(num_bins)])
+    mean = np.array([features[index == b].mean(0) if n else np.zeros(features.shape[1]) for b, n in enumerate(count)])
+    variance = np.array(
+        [
+            features[index == b].var(0, ddof=1) if n > 1 else np.full(features.shape[1], np.nan)
+            for b, n in enumerate(count)
+        ]
+    )
+    return count, mean, variance
+
+
+def sample(seed: int = 0, n: int = 200, num_bins: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, 3, generator=generator, dtype=torch.float64) * 5 + 1e4
+    index = torch.randint(0, num_bins - 1, (n,), generator=generator)  # the last bin stays empty
+    return features, index
+
+
+def assert_same(moments: BinMoments, features: torch.Tensor, index: torch.Tensor, rtol: float = 1e-12) -> None:
+    count, mean, variance = naive(features.numpy(), index.numpy(), len(moments.count))
+    np.testing.assert_array_equal(moments.count.numpy(), count)
+    np.testing.assert_allclose(moments.mean.numpy(), mean, rtol=rtol)
+    np.testing.assert_allclose(moments.variance().numpy(), variance, rtol=1e3 * rtol)
+
+
+def test_comparing_helper_notices_a_wrong_answer() -> None:
+    features, index = sample()
+    moments = BinMoments(7, 3)
+    moments.update(features, index)
+    moments.mean[0] += 1e-3
+    with pytest.raises(AssertionError):
+        assert_same(moments, features, index)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, 200])
+def test_any_split_into_batches_gives_the_moments_of_the_whole(pieces: int) -> None:
+    features, index = sample()
+    moments = BinMoments(7, 3)
+    for x, i in zip(features.chunk(pieces), index.chunk(pieces), strict=True):
+        moments.update(x, i)
+    assert_same(moments, features, index)
+
+
+def test_order_does_not_matter() -> None:
+    features, index = sample()
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1))
+    moments = BinMoments(7, 3)
+    for at in order.chunk(9):
+        moments.update(features[at], index[at])
+    assert_same(moments, features, index)
+
+
+def test_merging_two_equals_one() -> None:
+    features, index = sample()
+    first, second = BinMoments(7, 3), BinMoments(7, 3)
+    first.update(features[:30], index[:30])
+    second.update(features[30:], index[30:])
+    assert_same(first.merge(second), features, index)
+
+
+def test_samples_without_a_bin_are_left_out() -> None:
+    features, index = sample()
+    hidden = index.clone()
+    hidden[::3] = -1
+    hidden[1::3] = 7
+    moments = BinMoments(7, 3)
+    moments.update(features, hidden)
+    assert_same(moments, features[2::3], index[2::3])
+
+
+def test_an_empty_batch_changes_nothing() -> None:
+    features, index = sample()
+    moments = BinMoments(7, 3)
+    moments.update(features, index)
+    moments.update(features[:0], index[:0])
+    assert_same(moments, features, index)
+
+
+def test_half_precision_features_are_summed_in_float64() -> None:
+    features = torch.full((1000, 1), 3.0, dtype=torch.bfloat16)
+    moments = BinMoments(1, 1)
+    moments.update(features, torch.zeros(1000, dtype=torch.int64))
+    assert moments.count.item() == 1000  # a bfloat16 counter would stop at 256
+    assert moments.mean.dtype == torch.float64
+    assert moments.mean.item() == 3.0
+
+
+def test_features_are_not_written_to() -> None:
+    features, index = sample()
+    before = features.clone()
+    BinMoments(7, 3).update(features, index)
+    assert torch.equal(features, before)
+
+
+def test_state_dict_restores_to_the_bit() -> None:
+    features, index = sample()
+    moments, restored = BinMoments(7, 3), BinMoments(7, 3)
+    moments.update(features[:50], index[:50])
+    restored.load_state_dict(moments.state_dict())
+    for m in (moments, restored):
+        m.update(features[50:], index[50:])
+    assert torch.equal(moments.mean, restored.mean)
+    assert torch.equal(moments.deviations, restored.deviations)
+
+
+def test_wrong_shapes_and_states_are_refused() -> None:
+    moments = BinMoments(7, 3)
+    with pytest.raises(ShapeError, match=r"features must be \(N, 3\) and index \(N,\), got \(4, 2\) and \(4,\)"):
+        moments.update(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ShapeError, match=r"got \(4, 3\) and \(5,\)"):
+        moments.update(torch.zeros(4, 3), torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ShapeError, match="both must have the same bins"):
+        moments.merge(BinMoments(7, 4))
+    with pytest.raises(ValueError, match=r"missing \['count'"):
+        moments.load_state_dict({})
+    with pytest.raises(ShapeError, match="must hold moments of shape"):
+        moments.load_state_dict(BinMoments(6, 3).state_dict())
+    with pytest.raises(ValueError, match="num_bins must be at least 1"):
+        BinMoments(0, 3)
