@@ -178,9 +178,8 @@ def interval(where: str, name: str, value: object, *, low: float = 0.0) -> tuple
         pair: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         pair = ()
-    if len(pair) != 2 or any(isinstance(x, bool) or not isinstance(x, numbers.Real) for x in pair):
-        raise problem(where, rule, got=repr(value), error=TypeError)
-    if not low <= pair[0] < pair[1]:
+    real_pair = len(pair) == 2 and all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in pair)
+    if not real_pair or not low <= pair[0] < pair[1]:
         raise problem(where, rule, got=repr(value))
     return float(pair[0]), float(pair[1])
 

@@ -50,7 +50,9 @@ class ImageSet:
                 raise problem(where, f"{name} must have shape (N,)", got=array.shape, error=ShapeError)
         if len(self.labels) != len(self.rows):
             raise problem(
-                where, "labels and rows must be equally long", got=f"{len(self.labels)} and {len(self.rows)}",
+                where,
+                "labels and rows must be equally long",
+                got=f"{len(self.labels)} and {len(self.rows)}",
                 error=ShapeError,
             )
         broken = ~np.isfinite(self.labels)
@@ -61,7 +63,9 @@ class ImageSet:
         _inside(where, "rows", self.rows, len(self.images))
         if not isinstance(self.digest, str) or not re.fullmatch("[0-9a-f]{64}", self.digest):
             raise problem(
-                where, "digest must be 64 hexadecimal digits", got=repr(self.digest),
+                where,
+                "digest must be 64 hexadecimal digits",
+                got=repr(self.digest),
                 fix="Use content_digest(images, labels, rows).",
             )
 

@@ -77,6 +77,7 @@ def draw_portraits(
     Raises:
         ShapeError: ages are not one row. LabelError: an age lies outside 0 ... 100, or is NaN.
         ValueError: the split is unknown, the seed or ``first`` is negative, or the size is below 16.
+        TypeError: ages are no numbers, or another argument is no whole number.
 
     >>> draw_portraits([0, 50, 100], size=16).shape
     (3, 3, 16, 16)
@@ -122,7 +123,7 @@ def _ages(split: str, length: int, seed: int) -> np.ndarray:
 
 def _raw(seed: int, split: str, use: str, first: int, count: int, width: int) -> np.ndarray:
     """Random words (count, width), row i the same for every count; width is a multiple of four."""
-    stream = np.random.SeedSequence([seed, _SPLITS.index(split), ("age", "face", "grain").index(use)])
+    stream = np.random.SeedSequence([("age", "face", "grain").index(use), _SPLITS.index(split), seed])
     philox = np.random.Philox(key=stream.generate_state(2, np.uint64), counter=first * width // 4)
     return philox.random_raw(count * width).reshape(count, width)
 
@@ -230,7 +231,14 @@ class _Canvas:
         return fade * fade
 
     def stroke(
-        self, x: np.ndarray, cu: _Number, cv: _Number, half: _Number, width: _Number, *, lean: _Number = 0.0,
+        self,
+        x: np.ndarray,
+        cu: _Number,
+        cv: _Number,
+        half: _Number,
+        width: _Number,
+        *,
+        lean: _Number = 0.0,
         bend: _Number = 0.0,
     ) -> np.ndarray:
         """A line of half length ``half``, of slope ``lean``, its ends lowered by ``bend`` (raised if negative)."""
@@ -240,7 +248,14 @@ class _Canvas:
         return self.edge(np.sqrt(past * past + off * off) - width)
 
     def upright(
-        self, x: np.ndarray, cu: _Number, cv: _Number, half: _Number, width: _Number, *, lean: _Number = 0.0,
+        self,
+        x: np.ndarray,
+        cu: _Number,
+        cv: _Number,
+        half: _Number,
+        width: _Number,
+        *,
+        lean: _Number = 0.0,
     ) -> np.ndarray:
         """A line that runs down, moving outward by ``lean`` for each unit of height."""
         along = self.v - cv
@@ -358,7 +373,7 @@ def _head(canvas: _Canvas, look: _Look, draws: _Draws) -> None:
 def _skin_marks(canvas: _Canvas, look: _Look, draws: _Draws) -> None:
     strength = look.cue(draws, 52, 96, 9)
     for _ in range(4):
-        side, height = draws.spread(0.22), draws.amount(-0.45, 0.45)
+        side, height = draws.amount(-0.3, 0.3), draws.amount(-0.45, 0.45)
         radius = draws.amount(0.035, 0.075)
         canvas.dim(canvas.spot(canvas.u, side, height, radius * 1.3, radius), strength * draws.amount(0.1, 0.6))
 
@@ -400,13 +415,22 @@ def _eyes(canvas: _Canvas, look: _Look, draws: _Draws, hair: np.ndarray) -> None
     lid = canvas.stroke(canvas.across, look.apart, look.eye - tall, wide, 0.013, bend=tall * 0.9)
     canvas.dim(lid, 0.72)
     hood = canvas.stroke(
-        canvas.across, look.apart + 0.03, look.eye - tall * 1.2, wide * 1.15, 0.006 + 0.03 * look.sag,
-        bend=tall * 1.2, lean=0.35 * look.sag,
+        canvas.across,
+        look.apart + 0.03,
+        look.eye - tall * 1.2,
+        wide * 1.15,
+        0.006 + 0.03 * look.sag,
+        bend=tall * 1.2,
+        lean=0.35 * look.sag,
     )
     canvas.paint(hood * 0.75 * look.sag, look.skin * 0.86)
     raised = _between(look.grown, 0.15, 0.14) + draws.spread(0.014)
     brow = canvas.stroke(
-        canvas.across, look.apart + 0.01, look.eye - raised, wide * 1.1, draws.amount(0.010, 0.026),
+        canvas.across,
+        look.apart + 0.01,
+        look.eye - raised,
+        wide * 1.1,
+        draws.amount(0.010, 0.026),
         bend=draws.amount(0.01, 0.05),
     )
     canvas.paint(brow * _between(look.grown, 0.2, 0.85), hair * 0.85)

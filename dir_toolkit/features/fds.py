@@ -231,19 +231,6 @@ class FDS(nn.Module):
         if self.epoch >= self.start_epoch:
             self._refresh()
 
-    def gather(self) -> None:
-        """Bring what all ranks have gathered in this epoch onto rank 0, and start the others afresh.
-
-        For a checkpoint in mid-epoch: every rank calls this, then rank 0 saves. Does nothing in one process.
-        """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        self._epoch_moments.all_reduce()
-        dist.all_reduce(self._unplaced)
-        if dist.get_rank() != 0:
-            self._epoch_moments = BinMoments(len(self.bins), self.num_features, device=self._epoch_moments.mean.device)
-            self._unplaced = torch.zeros_like(self._unplaced)
-
     def statistics(self) -> dict[str, Tensor]:
         """Running and smoothed statistics, each (B, D) float64 and NaN where unknown: ``mean``, ``variance`` (after
         shrinkage), ``smoothed_mean``, ``smoothed_variance``; and ``count`` (B,)."""

@@ -84,7 +84,8 @@ class Bins:
             width: of a bin, in label units; must divide ``high - low``. Give this or ``count``.
             count: of bins.
             integer: labels are whole numbers, as ages in years are; a bin's centre is then the mean of the whole
-                numbers in it (26 for [26, 27)) rather than its middle (26.5).
+                numbers in it (26 for [26, 27)) rather than its middle (26.5); ``high`` counts only
+                where nothing else is in the last bin.
         Raises:
             ValueError: the range is empty, the width does not divide it, or there would be more than ten million bins.
         """

@@ -110,6 +110,8 @@ class LabelDensity:
 
         Args:
             floor: least count that a bin is taken to have, in labels; above zero it keeps log-priors finite.
+        Raises:
+            ValueError: the floor is negative, or no label was counted and the floor is zero.
         """
         floor = number("LabelDensity.prior", "floor", floor, low=0)
         counts = np.maximum(self.counts, floor)

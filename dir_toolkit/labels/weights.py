@@ -50,7 +50,8 @@ class LDS(nn.Module):
         outside: what a label beyond the axis does, as in :meth:`Bins.index`; with ``"drop"`` it weighs nothing.
         beta: of ``effective_number``, in [0, 1). alpha, epsilon: of ``dense``.
     Shape:
-        forward: labels of any shape, in label units. Returns float32 weights of that shape, on the labels' device.
+        forward: labels of any shape, in label units. Returns weights of that shape, on the labels' device, in
+        the module's dtype (float32 unless it was cast).
     Raises:
         NotFittedError: called before :meth:`fit`. LabelError: as :meth:`Bins.index`; on an accelerator labels are not
         looked at, and one that cannot be placed weighs NaN, which stops training at the next check of the loss.

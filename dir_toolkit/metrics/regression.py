@@ -114,9 +114,7 @@ class RegressionMetrics:
         Does nothing outside ``torch.distributed``.
         """
         if dist.is_available() and dist.is_initialized():
-            if (
-                dist.get_backend() == "nccl"
-            ):  # knows no CPU, where a rank without samples has its sums
+            if dist.get_backend() == "nccl":  # knows no CPU, where a rank without samples has its sums
                 self.sums = self.sums.cuda()
             dist.all_reduce(self.sums)
         return self
@@ -151,7 +149,7 @@ class RegressionMetrics:
                 "mae": total["abs"] / n,
                 "rmse": np.sqrt(total["squared"] / n),
                 "gm": np.exp(total["log"] / n),
-                "bmae": np.where(inside & tested, np.nan_to_num(bin_mae), 0.0).sum(1) / (inside & tested).sum(1),
+                "bmae": np.where(inside & tested, bin_mae, 0.0).sum(1) / (inside & tested).sum(1),
                 "bias": total["error"] / n,
                 "pearson": np.clip(pearson, -1, 1),
             }

@@ -114,5 +114,5 @@ def test_batch_refuses_bad_indices(indices, error, message):
 def test_splits_hold_image_sets():
     data = ImageSet(**parts())
     assert Splits(data, data, data, source="x", skipped={}).val is data
-    with pytest.raises(TypeError, match="^Splits: val must be an ImageSet, got list"):
+    with pytest.raises(TypeError, match=r"^Splits: val must be an ImageSet, got list\."):
         Splits(data, [], data, source="x", skipped={})

@@ -509,13 +509,9 @@ def rank_main(rank: int, folder: str) -> None:
     features, labels = batch()
     mine = slice(0, 20) if rank == 0 else slice(20, None)  # uneven; and rank 0 alone holds label 8
     hide = (labels == 8) & (torch.arange(90) >= 20)
-    fds, gathered = FDS(BINS, 4), FDS(BINS, 4)
-    for f in (fds, gathered):
-        f.update(features[mine][~hide[mine]], labels[mine][~hide[mine]])
+    fds = FDS(BINS, 4)
+    fds.update(features[mine][~hide[mine]], labels[mine][~hide[mine]])
     fds.end_epoch()
-    gathered.gather()
-    counts = int(gathered._epoch_moments.count.sum())
-    gathered.end_epoch()
 
     # inside the wrapped module too, whose buffers DistributedDataParallel overwrites with rank 0's
     torch.manual_seed(0)
@@ -530,8 +526,7 @@ def rank_main(rank: int, folder: str) -> None:
             wrapped(x[mine]).sum().backward()
         net.fds.end_epoch()  # type: ignore[operator, union-attr]
     inside = net.fds.statistics()  # type: ignore[operator, union-attr]
-    state = {"alone": fds.statistics(), "gathered": gathered.statistics(), "counts": counts, "inside": inside}
-    torch.save(state, f"{folder}/rank{rank}.pt")
+    torch.save({"alone": fds.statistics(), "inside": inside}, f"{folder}/rank{rank}.pt")
     del wrapped, net  # before the group they use
     dist.barrier()
     dist.destroy_process_group()
@@ -553,9 +548,7 @@ def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path) -> None:
     states = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     for state, name in itertools.product(states, expected):
         torch.testing.assert_close(state["alone"][name], expected[name], rtol=1e-12, atol=1e-12, equal_nan=True)
-        torch.testing.assert_close(state["gathered"][name], expected[name], rtol=1e-12, atol=1e-12, equal_nan=True)
         torch.testing.assert_close(state["inside"][name], inside[name], rtol=1e-6, atol=1e-7, equal_nan=True)
-    assert [state["counts"] for state in states] == [int(keep.sum()), 0]
 
 
 # ---- what is told, and what is refused ----

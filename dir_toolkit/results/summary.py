@@ -1,0 +1,55 @@
+"""What a comparison of methods leaves behind: result, table, figures, report and TensorBoard, in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+from ..files import write_atomically
+from .figures import figure_to_tensorboard, save_figure
+from .report import write_report
+from .schema import save_results
+from .tables import Columns, markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["write_summary"]
+
+
+def write_summary(
+    folder: Path,
+    ds: xr.Dataset,
+    figures: Mapping[str, Figure],
+    *,
+    notes: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    columns: Columns | None = None,
+) -> None:
+    """Write ``results.nc``, ``table.md``, ``figures/*.png``, ``report.html`` and a TensorBoard file into ``folder``.
+
+    Args:
+        ds: a result of the schema in ``results.schema``.
+        figures: by title; a file is named after its title.
+        notes, settings, columns: as in :func:`dir_toolkit.results.report.write_report`.
+    Raises:
+        ResultsError: ``ds`` breaks the schema; nothing is written then.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    table = markdown_table(ds, columns=columns)
+    save_results(ds, folder / "results.nc")
+    write_atomically(folder / "table.md", lambda file: file.write(table.encode()))
+    (folder / "figures").mkdir(exist_ok=True)
+    with SummaryWriter(str(folder)) as board:
+        board.add_text("results", table)
+        for title, figure in figures.items():
+            name = "".join(c if c.isalnum() else "-" for c in title.lower())
+            save_figure(figure, folder / "figures" / f"{name}.png")
+            figure_to_tensorboard(board, f"figures/{name}", figure, 0)
+    write_report(
+        folder / "report.html", ds, figures, title=ds.attrs["title"], notes=notes, settings=settings, columns=columns
+    )

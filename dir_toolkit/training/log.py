@@ -1,0 +1,143 @@
+"""What a run tells while it goes: history.csv, TensorBoard, a table on the terminal, a progress bar."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import write_atomically
+from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["RunLog"]
+
+_TAGS = {
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "val_mae": "val/mae/all",
+    "val_mae_many": "val/mae/many",
+    "val_mae_medium": "val/mae/medium",
+    "val_mae_few": "val/mae/few",
+    "val_bmae": "val/bmae",
+}
+_COLUMNS = {
+    "epoch": ("epoch", "{:d}"),
+    "loss": ("loss", "{:.3f}"),
+    "lr": ("lr", "{:.1e}"),
+    "val_mae": ("MAE", "{:.2f}"),
+    "val_mae_many": ("many", "{:.2f}"),
+    "val_mae_medium": ("medium", "{:.2f}"),
+    "val_mae_few": ("few", "{:.2f}"),
+    "val_bmae": ("bMAE", "{:.2f}"),
+    "seconds": ("seconds", "{:.0f}"),
+}
+_WIDTH = 8
+
+
+class RunLog:
+    """Writes and prints a run's history on the main rank; does nothing on the others. A context manager.
+
+    ``history.csv`` is rewritten whole each epoch, so that it holds the given history and what was added, never rows of
+    an epoch that is being done again. TensorBoard forgets what lies beyond ``step``.
+
+    Args:
+        folder: of the run; must exist.
+        history: rows of the epochs that are done, when a run is resumed.
+        step: number of training steps that are done.
+        steps_per_epoch: for the bar, which is drawn on stderr if that is a terminal and rich is installed.
+    """
+
+    def __init__(
+        self, folder: Path, runtime: Runtime, *, steps_per_epoch: int, history: Sequence[dict[str, Any]] = (),
+        step: int = 0,
+    ) -> None:
+        self._folder, self._history, self._steps_per_epoch = folder, list(history), steps_per_epoch
+        self._main = runtime.is_main
+        self._header_due = True
+        self._board: SummaryWriter | None = None
+        self._bar: Progress | None = None
+        if self._main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._write_history()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close_bar()
+        if self._board is not None:
+            self._board.close()
+
+    def start_epoch(self, epoch: int, done: int = 0) -> None:
+        """Show a bar for an epoch of which ``done`` steps are done."""
+        if self._main:
+            self._bar = _progress_bar()
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.add_task(f"epoch {epoch}", total=self._steps_per_epoch, completed=done)
+
+    def step(self) -> None:
+        """One step further."""
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0])
+
+    def end_epoch(self, row: dict[str, Any], *, best: bool = False) -> None:
+        """Add one epoch: a row of plain values with ``step`` and the columns ``epoch``, ``loss``, ``lr``, ``val_mae``,
+        ``val_mae_many``, ``val_mae_medium``, ``val_mae_few``, ``val_bmae`` and ``seconds``.
+
+        Args:
+            best: whether to mark it on the terminal as the best so far.
+        """
+        self._close_bar()
+        if not self._main:
+            return
+        self._history.append(row)
+        self._write_history()
+        assert self._board is not None
+        for name, tag in _TAGS.items():
+            self._board.add_scalar(tag, row[name], row["step"])
+        self._board.flush()
+        if self._header_due:
+            print("".join(title.rjust(_WIDTH) for title, _ in _COLUMNS.values()))
+            self._header_due = False
+        cells = (pattern.format(row[name]).rjust(_WIDTH) for name, (_, pattern) in _COLUMNS.items())
+        print("".join(cells) + (" *" if best else ""), flush=True)
+
+    def say(self, message: str) -> None:
+        """Print a line on the main rank."""
+        self._close_bar()
+        if self._main:
+            print(message, flush=True)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _write_history(self) -> None:
+        text = io.StringIO()
+        names = list(self._history[0]) if self._history else ["epoch"]
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._history)
+        write_atomically(self._folder / "history.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def _progress_bar() -> Progress | None:
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        return None
+    return Progress(console=Console(stderr=True), transient=True)

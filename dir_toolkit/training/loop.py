@@ -1,0 +1,429 @@
+"""Training on images with continuous labels: one loop, on one process or many, that can be stopped and resumed."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import number, problem, whole
+from ..data.augment import augment, to_float
+from ..data.images import ImageSet
+from ..errors import CheckpointError, NonFiniteLossError, RunExistsError, SettingsError
+from ..features.fds import FDS
+from ..labels.bins import Bins
+from ..labels.density import LabelDensity
+from ..labels.weights import LDS
+from ..losses.regression import weighted_l1
+from ..metrics.regression import RegressionMetrics
+from .checkpoint import load_checkpoint, save_checkpoint
+from .log import RunLog
+from .optimization import Optimization, learning_rate, make_optimizer
+from .runtime import Runtime
+
+__all__ = ["Optimization", "evaluate", "fit"]
+
+# On an accelerator the host looks at the loss, and the ranks agree whether to stop, once in so many steps.
+_CHECK_EVERY = 50
+
+
+def fit(
+    model: nn.Module,
+    train: ImageSet,
+    val: ImageSet,
+    *,
+    bins: Bins,
+    density: LabelDensity,
+    loss: Callable[..., Tensor] = weighted_l1,
+    weights: LDS | None = None,
+    fds: FDS | None = None,
+    optimization: Optimization,
+    runtime: Runtime,
+    folder: Path,
+    resume: bool = False,
+    augmentation: bool | Callable[..., Tensor] = True,
+    checkpoint_minutes: float = 5.0,
+    fingerprint: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Train a model, keep the weights of the epoch with the least validation bMAE, and load them at the end.
+
+    Everything random follows from the seed and the place in the run: the order of an epoch from (seed, epoch), the
+    augmentation and what the model draws from (seed, epoch, step, rank). So a run that was stopped anywhere, and
+    resumed in a new process, ends with the bits of one that was not. Each global batch is dealt to the ranks in turn, and a
+    rank's loss is its sum over samples times ranks / global batch size, so that n ranks step as one does; an epoch's
+    last, short batch is kept unless it holds fewer than two samples a rank. Ctrl-C ends the step, writes a
+    checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process.
+
+    Args:
+        model: from float images (N, 3, H, W) in [-1, 1] to (N,) predictions; moved to the runtime's device.
+        bins, density: of the training labels; they decide the regions of the validation errors.
+        loss: called as ``loss(pred, target, weight, reduction="sum")``.
+        weights: fitted; None weighs all samples alike.
+        fds: attached to a part of the model, and no part of it, since ranks would then overwrite its statistics.
+        folder: of the run; made if missing.
+        resume: go on from ``checkpoint-last.pt`` where there is one.
+        augmentation: whether to flip and shift; or a function called as ``augmentation(images, generator=generator)``
+            with uint8 images.
+        checkpoint_minutes: most time between two checkpoints; 0 writes one each step. One is written each epoch anyway.
+        fingerprint: plain values that tell this run from others; a checkpoint with other ones is refused.
+    Returns:
+        the history, a row an epoch: ``epoch`` and ``step``, counted from 1; ``lr`` of the epoch's last step; ``loss``;
+        ``val_mae``, ``val_mae_many``, ``val_mae_medium``, ``val_mae_few`` and ``val_bmae`` in label units, NaN for a
+        region without samples; and ``seconds`` since the start, not counting pauses.
+    Raises:
+        RunExistsError: the folder holds a run and ``resume`` is false. CheckpointError: its checkpoint is damaged or
+        of another run. NonFiniteLossError: the loss or its gradient became NaN or infinite. SettingsError: the sets
+        are too small for the batches, or the FDS is a part of the model.
+    """
+    where = "fit"
+    _check(model, train, val, fds, optimization, runtime)
+    checkpoint_seconds = 60 * number(where, "checkpoint_minutes", checkpoint_minutes, low=0)
+    folder = Path(folder)
+    batches = _batches(len(train), optimization.batch_size, runtime.world)
+    total_steps = optimization.epochs * len(batches)
+    weights = weights.to(runtime.device) if weights is not None else None
+    fds = fds.to(runtime.device).train() if fds is not None else None
+    optimizer = make_optimizer(model.to(runtime.device), optimization)
+    at = _Progress(loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device))
+    identity = {
+        "seed": runtime.seed, "world": runtime.world, "precision": runtime.precision,
+        "train": train.digest, "val": val.digest,
+        "loss": getattr(loss, "__name__", type(loss).__name__), "lds": weights is not None, "fds": fds is not None,
+        "augmentation": getattr(augmentation, "__name__", str(augmentation)),
+        **{f"optimization.{name}": value for name, value in asdict(optimization).items()},
+        **(fingerprint or {}),
+    }
+    files = _RunFiles(folder, runtime, model, optimizer, fds, at, identity)
+    files.open(resume)
+    network = runtime.parallel(model)
+
+    with (
+        runtime.seeded("fit"),
+        RunLog(folder, runtime, steps_per_epoch=len(batches), history=at.history, step=at.steps_done(batches)) as log,
+        _CtrlC() as ctrl_c,
+    ):
+        check_every = 1 if runtime.device.type == "cpu" else _CHECK_EVERY
+        started = time.monotonic() - at.seconds
+        saved = time.monotonic()
+        while at.epoch < optimization.epochs:
+            model.train()
+            order = torch.randperm(len(train), generator=runtime.generator("order", at.epoch))
+            watch = _LossWatch(runtime.device)
+            log.start_epoch(at.epoch + 1, at.step)
+            while at.step < len(batches):
+                step = at.steps_done(batches)
+                key = (at.epoch, at.step, runtime.rank)
+                batch = order[batches[at.step]]
+                images, labels = (part.to(runtime.device) for part in train.batch(batch[runtime.rank :: runtime.world]))
+                if augmentation:
+                    change = augment if augmentation is True else augmentation
+                    images = change(images, generator=runtime.generator("augmentation", *key))
+
+                torch.manual_seed(runtime.derive("model", *key))
+                with fds.labels(labels) if fds is not None else nullcontext(), runtime.autocast():
+                    pred = network(to_float(images))
+                weight = weights(labels) if weights is not None else None
+                loss_sum = loss(pred, labels, weight, reduction="sum")
+                (loss_sum * (runtime.world / len(batch))).backward()
+
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(optimization, step, total_steps)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), optimization.clip_norm or math.inf)
+                watch.see(step, loss_sum.detach(), norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                at.loss_sum += loss_sum.detach().double()
+                at.samples += len(batch)
+                at.step += 1
+                log.step()
+
+                last = at.step == len(batches)
+                if last or at.step % check_every == 0 or (runtime.world == 1 and ctrl_c.pressed):
+                    at.seconds = time.monotonic() - started
+                    due = runtime.is_main and time.monotonic() - saved >= checkpoint_seconds
+                    broken, stop, due = runtime.any([watch.broken(), ctrl_c.pressed, due])
+                    if broken:
+                        raise watch.error(optimization, total_steps, files)
+                    if stop or due:
+                        files.save_last()
+                        saved = time.monotonic()
+                    if stop:
+                        files.stop(log)
+
+            if fds is not None:
+                fds.end_epoch()
+            runtime.share_buffers(model)
+            metrics = evaluate(model, val, bins=bins, density=density, runtime=runtime)
+            at.seconds = time.monotonic() - started
+            row = _row(at, metrics, runtime, lr=optimizer.param_groups[0]["lr"], step=at.steps_done(batches))
+            best = at.end_epoch(row)
+            if best:
+                files.save_best()
+            log.end_epoch(row, best=best)
+            files.save_last()
+            saved = time.monotonic()
+            if any(runtime.any([ctrl_c.pressed])):
+                files.stop(log)
+    files.load_best()
+    return at.history
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: ImageSet, *, bins: Bins, density: LabelDensity, runtime: Runtime, batch_size: int = 512
+) -> RegressionMetrics:
+    """A model's errors over a set, each sample counted once whatever the number of ranks, which must all call this.
+
+    Modules run in eval mode and get their own modes back. All ranks must hold the same weights and buffers.
+
+    Args:
+        model: from float images in [-1, 1] to (N,), in label units, on the runtime's device.
+        batch_size: images a forward pass of one rank.
+    Returns:
+        metrics of all ranks; ``.compute()`` makes the numbers.
+    """
+    batch_size = whole("evaluate", "batch_size", batch_size, low=1)
+    metrics = RegressionMetrics(bins, density)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for indices in torch.arange(runtime.rank, len(data), runtime.world).split(batch_size):
+            images, labels = (part.to(runtime.device) for part in data.batch(indices))
+            with runtime.autocast():
+                pred = model(to_float(images))
+            metrics.update(pred, labels)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return metrics.all_reduce()
+
+
+@dataclass
+class _Progress:
+    """Where a run stands."""
+
+    loss_sum: Tensor
+    """This rank's, over the epoch so far."""
+    epoch: int = 0
+    """Epochs done."""
+    step: int = 0
+    """Steps done in the epoch under way."""
+    samples: int = 0
+    """Seen by all ranks in the epoch under way."""
+    seconds: float = 0.0
+    best_epoch: int = 0
+    best_bmae: float = math.inf
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def steps_done(self, batches: list[slice]) -> int:
+        return self.epoch * len(batches) + self.step
+
+    def end_epoch(self, row: dict[str, Any]) -> bool:
+        """Add a row and go on to the next epoch; returns whether this was the best."""
+        self.history.append(row)
+        self.epoch, self.step, self.samples = self.epoch + 1, 0, 0
+        self.loss_sum.zero_()
+        best = row["val_bmae"] < self.best_bmae
+        if best:
+            self.best_epoch, self.best_bmae = row["epoch"], row["val_bmae"]
+        return best
+
+
+class _RunFiles:
+    """The two checkpoints of a run."""
+
+    def __init__(
+        self, folder: Path, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, fds: FDS | None,
+        at: _Progress, identity: dict[str, Any],
+    ) -> None:
+        self.last, self.best = folder / "checkpoint-last.pt", folder / "checkpoint-best.pt"
+        self.last_place = ""
+        self._runtime, self._model, self._optimizer, self._fds = runtime, model, optimizer, fds
+        self._at, self._identity = at, identity
+
+    def open(self, resume: bool) -> None:
+        """Start afresh, or from the last checkpoint."""
+        self.last.parent.mkdir(parents=True, exist_ok=True)
+        if not any(self._runtime.any([self.last.exists()])):
+            return
+        if not resume:
+            raise problem(
+                "fit", "a run is never overwritten", got=f"one in {self.last.parent}",
+                fix="Go on with it by --resume (resume=True), or choose another folder.", error=RunExistsError,
+            )
+        state = load_checkpoint(self.last)
+        self._check_identity(state)
+        own = state["ranks"][self._runtime.rank]
+        try:
+            self._model.load_state_dict(state["model"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            if self._fds is not None:
+                self._fds.load_state_dict(own["fds"])
+        except (RuntimeError, ValueError) as error:
+            raise problem(
+                "fit", f"{self.last} must fit this model", got=str(error), fix="Was it made by other code?",
+                error=CheckpointError,
+            ) from error
+        for name, value in state["progress"].items():
+            setattr(self._at, name, value)
+        self._at.loss_sum.fill_(own["loss_sum"])
+        self._tell_place()
+
+    def save_last(self) -> None:
+        """Write all that is needed to go on; all ranks must call this."""
+        own = {"loss_sum": self._at.loss_sum.item()}
+        if self._fds is not None:
+            own["fds"] = _on_cpu(self._fds.state_dict())
+        ranks = self._runtime.gather(own)
+        if self._runtime.is_main:
+            progress = {name: value for name, value in vars(self._at).items() if name != "loss_sum"}
+            state = {
+                "model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "ranks": ranks,
+                "progress": progress, "fingerprint": self._identity,
+            }
+            save_checkpoint(self.last, state)
+        self._runtime.barrier()
+        self._tell_place()
+
+    def save_best(self) -> None:
+        """Write the model's weights."""
+        if self._runtime.is_main:
+            state = {
+                "model": self._model.state_dict(), "epoch": self._at.best_epoch, "val_bmae": self._at.best_bmae,
+                "fingerprint": self._identity,
+            }
+            save_checkpoint(self.best, state)
+
+    def load_best(self) -> None:
+        """Give the model the best weights; all ranks must call this."""
+        self._runtime.barrier()
+        if self._at.best_epoch:
+            self._model.load_state_dict(load_checkpoint(self.best)["model"])
+
+    def stop(self, log: RunLog) -> None:
+        log.say(f"Stopped; {self.last_place} is saved in {self.last}. Go on with --resume.")
+        raise KeyboardInterrupt
+
+    def _tell_place(self) -> None:
+        self.last_place = f"epoch {self._at.epoch + 1}, step {self._at.step}" if self._at.step else (
+            f"the end of epoch {self._at.epoch}")
+
+    def _check_identity(self, state: dict[str, Any]) -> None:
+        saved, now = state.get("fingerprint", {}), self._identity
+        differ = [
+            f"{name} was {saved.get(name, 'absent')!r} and is {now.get(name, 'absent')!r}"
+            for name in sorted({*saved, *now})
+            if saved.get(name, "absent") != now.get(name, "absent")
+        ]
+        if differ:
+            raise problem(
+                "fit", f"{self.last} must be of the same run", got="; ".join(differ),
+                fix="Resume with the settings it was started with, or choose another folder.", error=CheckpointError,
+            )
+
+
+class _LossWatch:
+    """Keeps the first step whose loss or gradient is not finite, on the device, until it is asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.full((3,), -1.0, dtype=torch.float64, device=device)  # step, loss, gradient norm
+
+    def see(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        now = torch.stack([torch.full_like(self._first[0], step), loss.double(), norm.double()])
+        new = ~now.isfinite().all() & (self._first[0] < 0)
+        self._first = torch.where(new, now, self._first)
+
+    def broken(self) -> bool:
+        return self._first[0].item() >= 0
+
+    def error(self, optimization: Optimization, steps: int, files: _RunFiles) -> Exception:
+        step, loss, norm = self._first.tolist()
+        what = "another rank's"
+        if step >= 0:
+            lr = learning_rate(optimization, int(step), steps)
+            what = f"{loss:g} with a gradient norm of {norm:g} at step {int(step) + 1} of {steps}, learning rate {lr:g}"
+        good = f"The last good checkpoint, {files.last_place}, is {files.last}." if files.last_place else (
+            "There is no checkpoint yet.")
+        return problem(
+            "fit", "the loss and its gradient must be finite", got=what,
+            fix=f"{good} Lower the learning rate or set clip_norm, and start in another folder.",
+            error=NonFiniteLossError,
+        )
+
+
+class _CtrlC(AbstractContextManager["_CtrlC"]):
+    """Notes the first Ctrl-C and lets the second one kill. Does nothing outside the main thread."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> _CtrlC:
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _check(
+    model: nn.Module, train: ImageSet, val: ImageSet, fds: FDS | None, optimization: Optimization, runtime: Runtime
+) -> None:
+    least = 2 * runtime.world
+    faults = []
+    if len(train) < least or optimization.batch_size < least:
+        got = f"{len(train)} images in batches of {optimization.batch_size}"
+        faults.append(f"train and its batches must hold at least two images a rank, {least}, got {got}.")
+    if len(val) == 0:
+        faults.append("val must hold at least one image, got none.")
+    if fds is not None and any(module is fds for module in model.modules()):
+        faults.append("fds must be no part of the model. Keep it outside and attach it.")
+    if faults:
+        raise SettingsError("\n  ".join(["fit: this cannot be trained:", *faults]))
+
+
+def _batches(samples: int, batch_size: int, world: int) -> list[slice]:
+    """The places of each global batch in an epoch's order."""
+    batches = [slice(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size)]
+    return [batch for batch in batches if batch.stop - batch.start >= 2 * world]
+
+
+def _row(at: _Progress, metrics: RegressionMetrics, runtime: Runtime, *, lr: float, step: int) -> dict[str, Any]:
+    result = metrics.compute()
+    return {
+        "epoch": at.epoch + 1,
+        "step": step,
+        "lr": lr,
+        "loss": runtime.sum(at.loss_sum).item() / at.samples,
+        "val_mae": float(result.mae.sel(region="all")),
+        **{f"val_mae_{region}": float(result.mae.sel(region=region)) for region in ("many", "medium", "few")},
+        "val_bmae": float(result.bmae.sel(region="all")),
+        "seconds": round(at.seconds, 3),
+    }
+
+
+def _on_cpu(value: Any) -> Any:
+    """Nested state with its tensors on the CPU, so that another rank can hold it."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {name: _on_cpu(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item) for item in value)
+    return value

@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dir_toolkit import Bins
+from dir_toolkit.errors import LabelError, ShapeError
+
+
+def oracle(edges: np.ndarray, label: float) -> int:
+    """The bin of one label, -1 beyond the axis, by looking at every bin."""
+    if label == edges[-1]:
+        return len(edges) - 2
+    for i in range(len(edges) - 1):
+        if edges[i] <= label < edges[i + 1]:
+            return i
+    return -1
+
+
+# Building
+
+
+def test_uniform_by_width_and_by_count() -> None:
+    bins = Bins.uniform(0, 117, width=1)
+    assert len(bins) == 117
+    assert bins == Bins.uniform(0, 117, count=117)
+    np.testing.assert_array_equal(bins.edges, np.arange(118))
+    np.testing.assert_array_equal(bins.centers, np.arange(117) + 0.5)
+    assert not bins.categorical
+
+
+def test_integer_labels_have_whole_centers() -> None:
+    np.testing.assert_array_equal(Bins.uniform(0, 5, width=1, integer=True).centers, [0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(Bins.uniform(0, 10, width=5, integer=True).centers, [2, 7])
+    np.testing.assert_array_equal(Bins.uniform(0, 5, width=2.5, integer=True).centers, [1, 3.5])
+    np.testing.assert_array_equal(Bins.uniform(0.5, 2.5, width=1, integer=True).centers, [1, 2])
+    np.testing.assert_array_equal(Bins.uniform(0.1, 2, count=2, integer=True).centers, [1, 2])  # 2 closes the axis
+
+
+@pytest.mark.parametrize(("low", "high", "count"), [(0, 1, 4), (0.2, 0.8, 1), (0.1, 0.9, 1)])
+def test_integer_needs_a_whole_number_in_every_bin(low: float, high: float, count: int) -> None:
+    with pytest.raises(ValueError, match=r"integer=True every bin must hold a whole number, got \[0\."):
+        Bins.uniform(low, high, count=count, integer=True)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "width"),
+    [(0, 1, 0.1), (-0.3, 0.3, 0.1), (0, 117, 0.5), (1e-9, 2e-9, 1e-10), (1e9, 1e9 + 10, 0.1), (-7, 7, 0.2)],
+)
+def test_a_label_that_equals_a_decimal_edge_falls_on_its_right_side(low: float, high: float, width: float) -> None:
+    bins = Bins.uniform(low, high, width=width)
+    written = [float(Decimal(str(low)) + i * Decimal(str(width))) for i in range(len(bins) + 1)]
+    expected = [*range(len(bins)), len(bins) - 1]
+    assert bins.index(written).tolist() == expected
+    assert bins.index(torch.tensor(written, dtype=torch.float64)).tolist() == expected
+    if high < 1e6:  # a float32 tells these edges apart
+        assert bins.index(np.array(written, dtype=np.float32)).tolist() == expected
+        assert bins.index(torch.tensor(written, dtype=torch.float32)).tolist() == expected
+
+
+def test_tenths_are_the_tenths_one_writes() -> None:
+    assert Bins.uniform(0, 1, width=0.1).edges.tolist() == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
+    assert Bins.uniform(0, np.float32(0.3), width=np.float32(0.1)).edges.tolist() == [0, 0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"low": 1, "high": 1, "count": 1}, "low must be smaller than high, got low=1 and high=1"),
+        ({"low": 0, "high": 1}, "give width or count, and not both, got width=None, count=None"),
+        ({"low": 0, "high": 1, "width": 1, "count": 1}, "give width or count, and not both"),
+        ({"low": 0, "high": 10, "width": 3}, "width must divide high - low, got 3 in 10. Use count=3, or high=9."),
+        ({"low": 0, "high": 1, "width": 1e-9}, "at most 10,000,000 bins, got 1,000,000,000"),
+        ({"low": 0, "high": 1, "count": 10**9}, "at most 10,000,000 bins"),
+        ({"low": 1e16, "high": 1e16 + 4, "count": 8}, "bins must be wider than float64 resolves"),
+        ({"low": 0, "high": np.inf, "count": 1}, "high must be finite"),
+        ({"low": np.nan, "high": 1, "count": 1}, "low must be finite"),
+        ({"low": 0, "high": 1, "width": 0}, "width must be > 0"),
+        ({"low": 0, "high": 1, "count": 0}, "count must be at least 1"),
+        ({"low": "0", "high": 1, "count": 1}, "low must be a number"),
+        ({"low": 0, "high": 1, "count": 2.0}, "count must be a whole number"),
+        ({"low": 0, "high": 1, "count": True}, "count must be a whole number"),
+    ],
+)
+def test_uniform_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^Bins.uniform: {re.escape(message)}"):
+        Bins.uniform(**arguments)
+
+
+def test_edges_may_be_uneven_negative_and_of_any_scale() -> None:
+    for scale in (1e-9, 1.0, 1e9):
+        edges = np.array([-3.0, -1.0, 0.0, 0.5, 10.0]) * scale
+        for given in (edges, edges.tolist(), torch.from_numpy(edges)):
+            bins = Bins.from_edges(given)
+            np.testing.assert_array_equal(bins.edges, edges)
+            np.testing.assert_allclose(bins.centers, np.array([-2, -0.5, 0.25, 5.25]) * scale, rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("edges", "kind", "message"),
+    [
+        ([0], ShapeError, r"edges must be one row of at least two numbers, got shape \(1,\)"),
+        ([], ShapeError, r"edges must be one row of at least two numbers, got shape \(0,\)"),
+        ([[0, 1], [2, 3]], ShapeError, r"edges must be one row of at least two numbers, got shape \(2, 2\)"),
+        ([0, 1, 1], ValueError, r"edges must be finite and strictly rising, got 1 followed by 1 at position 1\."),
+        ([0, np.nan, 1], ValueError, r"edges must be finite and strictly rising, got 0 followed by nan"),
+        ([0, np.inf], ValueError, r"edges must be finite and strictly rising"),
+        (None, TypeError, "edges must be integers or floats"),
+        ("ab", TypeError, "edges must be integers or floats"),
+    ],
+)
+def test_from_edges_refuses(edges: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^Bins.from_edges: {message}"):
+        Bins.from_edges(edges)
+
+
+def test_quantile_bins_hold_equal_shares() -> None:
+    labels = np.random.default_rng(0).lognormal(size=1000)
+    bins = Bins.quantile(labels, 10)
+    assert len(bins) == 10
+    np.testing.assert_array_equal(np.bincount(bins.index(labels)), 100)
+    assert Bins.quantile(torch.from_numpy(labels), 10) == bins
+    assert len(Bins.quantile([0, 0, 0, 0, 0, 0, 0, 1, 2], 4)) < 4  # repeats make them fewer
+
+
+@pytest.mark.parametrize(
+    ("labels", "n", "kind", "message"),
+    [
+        ([1.0, np.nan], 2, LabelError, r"labels must be finite, got nan at index \[1\]"),
+        ([1.0, -np.inf], 2, LabelError, r"labels must be finite, got -inf at index \[1\]"),
+        ([], 2, ValueError, r"labels must hold at least one value, got shape \(0,\)"),
+        ([3.0, 3.0], 2, ValueError, "labels must hold at least two different values, got only 3"),
+        ([1.0, 2.0], 0, ValueError, "n must be at least 1, got 0"),
+        ([1.0, 2.0], 2.0, TypeError, "n must be a whole number"),
+        ("ab", 2, TypeError, "labels must be integers or floats"),
+    ],
+)
+def test_quantile_refuses(labels: Any, n: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^Bins.quantile: {message}"):
+        Bins.quantile(labels, n)
+
+
+def test_a_class_is_a_bin() -> None:
+    bins = Bins.classes(3)
+    assert bins.categorical
+    assert bins.index([0, 1, 2]).tolist() == [0, 1, 2]
+    assert bins.index(torch.tensor([0.0, 2.0])).tolist() == [0, 2]
+    assert bins.centers.tolist() == [0, 1, 2]
+    with pytest.raises(LabelError, match=r"class labels must be whole numbers, got 0\.5 at index \[1\]"):
+        bins.index([0, 0.5])
+    with pytest.raises(LabelError, match=r"labels must lie on the label axis 0 to 2, got 3 at index \[0\]"):
+        bins.index([3])
+    with pytest.raises(ValueError, match=r"^Bins\.classes: n must be at least 1"):
+        Bins.classes(0)
+    with pytest.raises(ValueError, match=r"^Bins\.classes: at most 10,000,000 bins, got 1,000,000,000"):
+        Bins.classes(10**9)
+
+
+def test_the_constructor_checks_what_it_is_given() -> None:
+    with pytest.raises(ValueError, match=r"^Bins: edges must be finite and strictly rising"):
+        Bins(np.array([1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"^Bins: centers must be one finite number a bin, got shape \(2,\)"):
+        Bins(np.array([0.0, 1.0]), centers=np.array([0.0, 1.0]))
+
+
+# Placing labels
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_index_agrees_with_looking_at_every_bin_on_random_axes(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        if trial % 2:  # even axes take another way through the code
+            bins = Bins.uniform(int(rng.integers(-20, 20)), 30, count=int(rng.integers(1, 40)))
+        else:
+            bins = Bins.from_edges(np.unique(rng.normal(scale=10.0 ** rng.integers(-9, 9), size=rng.integers(2, 30))))
+        edges = bins.edges.astype(dtype)
+        spread = edges[-1] - edges[0]
+        labels = rng.uniform(edges[0] - spread * (trial % 3), edges[-1] + spread * (trial % 3), size=50)
+        labels = np.concatenate([labels.astype(dtype), edges, np.nextafter(edges, dtype(np.inf))[:-1]])
+        expected = np.array([oracle(edges, x) for x in labels])
+        np.testing.assert_array_equal(bins.index(labels, "drop"), expected)
+        np.testing.assert_array_equal(bins.index(torch.from_numpy(labels), "drop").numpy(), expected)
+        inside = expected >= 0
+        np.testing.assert_array_equal(bins.index(labels[inside]), expected[inside])
+        searched = np.clip(np.searchsorted(edges, labels, side="right") - 1, 0, len(bins) - 1)
+        np.testing.assert_array_equal(bins.index(labels, "clip"), searched)
+
+
+def test_the_oracle_tells_bins_apart() -> None:
+    edges = np.array([0.0, 1.0, 2.0])
+    assert [oracle(edges, x) for x in (-0.1, 0, 0.9, 1, 2, 2.1)] == [-1, 0, 0, 1, 1, -1]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "float8_e4m3fn",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "uint16",
+    ],
+)
+def test_every_kind_of_number_is_placed_alike(dtype: str) -> None:
+    labels = torch.tensor([0, 1, 5, 9, 10]).to(getattr(torch, dtype))
+    assert Bins.uniform(0, 10, width=1).index(labels).tolist() == [0, 1, 5, 9, 9]
+    assert Bins.uniform(0, 10, width=1).index(labels).dtype == torch.int64
+
+
+def test_index_keeps_shape_and_kind_and_leaves_its_input_alone() -> None:
+    bins = Bins.uniform(0, 10, width=1)
+    for shape in ((), (0,), (3,), (2, 1, 2)):
+        array = np.full(shape, 4.5)
+        tensor = torch.from_numpy(array)
+        assert isinstance(bins.index(array), np.ndarray)
+        assert bins.index(array).shape == shape
+        assert bins.index(array).dtype == np.int64
+        assert bins.index(tensor).shape == shape
+        for outside in ("raise", "clip", "drop"):
+            bins.index(tensor, outside)
+            bins.index(array, outside)
+        assert (array == 4.5).all()
+    assert bins.index([]).shape == (0,)
+    assert bins.index(3.2).item() == 3
+    assert bins.index(np.arange(10)[::-2]).tolist() == [9, 7, 5, 3, 1]
+    assert bins.index(np.array([1.0, 2.0], dtype=">f8")).tolist() == [1, 2]
+    read_only = np.array([1.0, 2.0])
+    read_only.setflags(write=False)
+    assert bins.index(read_only).tolist() == [1, 2]
+    assert bins.index(torch.arange(10.0).reshape(5, 2).T).tolist() == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+    assert not bins.index(torch.ones(1, requires_grad=True)).requires_grad
+
+
+def test_labels_beyond_the_axis() -> None:
+    bins = Bins.uniform(-5, 5, width=1)
+    labels = [-np.inf, -5.001, -5, 5, 5.001, np.inf]
+    for given in (labels, torch.tensor(labels)):
+        assert bins.index(given, "clip").tolist() == [0, 0, 0, 9, 9, 9]
+        assert bins.index(given, "drop").tolist() == [-1, -1, 0, 9, -1, -1]
+        message = (
+            r"^Bins\.index: labels must lie on the label axis \[-5, 5\], got -inf at index \[0\] \(4 such labels\)"
+        )
+        with pytest.raises(LabelError, match=message):
+            bins.index(given)
+    with pytest.raises(ValueError, match="outside must be one of 'raise', 'clip', 'drop', got 'ignore'"):
+        bins.index([0], "ignore")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("outside", ["raise", "clip", "drop"])
+def test_nan_always_raises_and_says_where(outside: Any) -> None:
+    labels = torch.tensor([[1.0, 2.0], [float("nan"), 3.0]])
+    for given in (labels, labels.numpy()):
+        with pytest.raises(LabelError, match=r"labels must not be NaN, got nan at index \[1, 0\] \(1 such labels\)"):
+            Bins.uniform(0, 10, width=1).index(given, outside)
+
+
+@pytest.mark.parametrize(
+    "labels", [None, "abc", ["1"], True, [True], torch.tensor([True]), torch.tensor([1j]), {1: 2}, [1, None]]
+)
+def test_labels_that_are_no_numbers_are_refused_by_name(labels: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Bins\.index: labels must be integers or floats, got dtype"):
+        Bins.uniform(0, 10, width=1).index(labels)
+
+
+def test_ragged_and_sparse_labels_are_refused_by_name() -> None:
+    bins = Bins.uniform(0, 10, width=1)
+    with pytest.raises(ValueError, match="labels must form one array of numbers, got rows of different lengths"):
+        bins.index([[1, 2], [3]])
+    with pytest.raises(TypeError, match="labels must be dense"):
+        bins.index(torch.ones(2).to_sparse())
+
+
+@pytest.mark.parametrize("outside", ["clip", "drop"])
+@pytest.mark.parametrize("bins", [Bins.uniform(0, 10, width=1), Bins.classes(11)], ids=["uniform", "classes"])
+def test_clip_and_drop_read_nothing_on_an_accelerator(bins: Bins, outside: Any) -> None:
+    # A meta tensor has no values at all: whatever looked at them would raise.
+    index = bins.index(torch.empty(4, 3, device="meta"), outside)
+    assert index.device.type == "meta"
+    assert (index.shape, index.dtype) == ((4, 3), torch.int64)
+    with pytest.raises(RuntimeError, match="meta"):  # so this test would notice a read: "raise" does read
+        bins.index(torch.empty(4, 3, device="meta"), "raise")
+
+
+@pytest.mark.parametrize("outside", ["raise", "clip", "drop"])
+def test_index_is_one_graph_and_reads_nothing_when_compiled(outside: Any) -> None:
+    bins = Bins.uniform(0, 10, width=1)
+    # fullgraph=True refuses whatever brings a value to the host.
+    place = torch.compile(lambda x: bins.index(x, outside), fullgraph=True, backend="eager")
+    index = place(torch.tensor([0.0, 9.9, 10.0, float("nan"), 12.0]))
+    assert index[:4].tolist() == [0, 9, 9, -1]
+    assert index[4] == (9 if outside == "clip" else -1)
+
+
+# Decoding
+
+
+def test_expectation_by_hand() -> None:
+    bins = Bins.uniform(0, 30, width=10)  # centres 5, 15, 25
+    probabilities = np.array([[1.0, 0, 0], [0.5, 0.25, 0.25], [0, 0, 1]])
+    np.testing.assert_allclose(bins.expectation(probabilities), [5, 12.5, 25], rtol=1e-15)
+    assert_close(bins.expectation(torch.from_numpy(probabilities)), torch.tensor([5, 12.5, 25]).double())
+    assert bins.expectation(torch.from_numpy(probabilities).bfloat16()).dtype == torch.float32
+    assert bins.expectation(probabilities.tolist()).shape == (3,)
+    assert bins.expectation(np.zeros((0, 3))).shape == (0,)
+
+
+def test_expectation_equals_a_naive_loop_and_gradients_flow() -> None:
+    bins = Bins.from_edges([0, 1, 3, 10])
+    logits = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mean = bins.expectation(logits.softmax(-1))
+    for i in range(2):
+        for j in range(5):
+            p = logits.detach()[i, j].softmax(-1).tolist()
+            assert mean[i, j].item() == pytest.approx(sum(a * c for a, c in zip(p, (0.5, 2, 6.5), strict=True)), 1e-12)
+    assert torch.autograd.gradcheck(lambda x: bins.expectation(x.softmax(-1)), logits)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "kind", "message"),
+    [
+        (np.ones((3, 2)) / 2, ShapeError, r"probabilities must have 3 values in the last axis, got \(3, 2\)"),
+        (np.float64(1), ShapeError, r"probabilities must have 3 values in the last axis, got \(\)"),
+        (
+            np.array([0.5, 0.5, 0.5]),
+            ValueError,
+            r"probabilities must sum to one along the last axis, got sums from 1\.5 to 1\.5",
+        ),
+        (np.array([np.nan, 0, 1]), ValueError, "probabilities must sum to one along the last axis, got sums from nan"),
+        (np.array([1, 0, 0]), TypeError, "probabilities must be floats, got dtype torch.int64"),
+        (None, TypeError, "probabilities must be integers or floats"),
+        ("abc", TypeError, "probabilities must be integers or floats"),
+        ([[1.0], [0.5, 0.5]], ValueError, "probabilities must form one array of numbers"),
+    ],
+)
+def test_expectation_refuses(probabilities: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^Bins.expectation: {message}"):
+        Bins.classes(3).expectation(probabilities)
+
+
+# An axis is a value
+
+
+AXES = [Bins.uniform(0, 1, width=0.1), Bins.from_edges([-1, 0, 5]), Bins.classes(4), Bins.uniform(0, 9, width=3)]
+
+
+@pytest.mark.parametrize("bins", AXES, ids=repr)
+def test_copies_are_equal_and_as_unchangeable(bins: Bins) -> None:
+    bins.index(torch.tensor([0.0]), "clip")
+    for other in (
+        copy.deepcopy(bins),
+        copy.copy(bins),
+        pickle.loads(pickle.dumps(bins)),
+        Bins.from_dict(bins.to_dict()),
+        Bins.from_dict(json.loads(json.dumps(bins.to_dict()))),
+    ):
+        assert other == bins
+        assert hash(other) == hash(bins)
+        assert repr(other) == repr(bins)
+        for array in (other.edges, other.centers):
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 7
+
+
+def test_axes_differ_by_edges_centers_and_kind() -> None:
+    axes = [*AXES, Bins.uniform(0, 9, width=3, integer=True), Bins.from_edges(np.arange(5) - 0.5)]
+    assert len(set(axes)) == len(axes)
+    assert AXES[0] != "axis"
+    assert Bins.from_edges([-0.0, 1]) == Bins.from_edges([0.0, 1])
+    assert hash(Bins.from_edges([-0.0, 1])) == hash(Bins.from_edges([0.0, 1]))
+
+
+def test_the_caller_s_edges_stay_his() -> None:
+    edges = np.array([0.0, 1.0, 2.0])
+    bins = Bins.from_edges(edges)
+    edges[1] = 0.5
+    assert bins.edges.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "values must be a dict, got NoneType"),
+        ({}, "values must have the keys"),
+        ({"edges": [0, 1], "centers": [0.5]}, r"got missing \['categorical'\], unknown \[\]"),
+        ({"edges": [0, 1], "centers": [0.5], "categorical": 1}, "categorical must be true or false, got 1"),
+        ({"edges": [1, 0], "centers": [0.5], "categorical": False}, "edges must be finite and strictly rising"),
+        ({"edges": "a", "centers": [0.5], "categorical": False}, "edges must be integers or floats"),
+    ],
+)
+def test_from_dict_refuses_what_to_dict_never_wrote(values: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Bins.from_dict(values)

@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import copy
+import io
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import convolve1d, gaussian_filter1d
+from scipy.signal.windows import triang
+from sklearn.ensemble import GradientBoostingRegressor
+from sklearn.linear_model import Ridge
+
+from dir_toolkit import LDS, Bins, LabelDensity, gaussian, laplace, triangular, weighted_l1
+from dir_toolkit.errors import LabelError, NotFittedError, ShapeError
+
+SCHEMES = ("none", "inverse", "sqrt_inverse", "effective_number", "dense")
+
+
+def labels_of(counts: Any) -> np.ndarray:
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def table(lds: LDS) -> np.ndarray:
+    """The weight of each bin."""
+    return lds.table[:-1].double().numpy()
+
+
+def average_one(raw: Any, counts: Any) -> np.ndarray:
+    raw, counts = np.asarray(raw, dtype=float), np.asarray(counts)
+    return raw * counts.sum() / (raw * counts).sum()
+
+
+# Each scheme by hand
+
+
+@pytest.mark.parametrize(
+    ("options", "raw"),
+    [
+        ({"scheme": "none"}, [1, 1, 1]),
+        ({"scheme": "inverse"}, [1 / 4, 1 / 1, 1 / 5]),
+        ({"scheme": "sqrt_inverse"}, [1 / 2, 1, 1 / np.sqrt(5)]),
+        ({"scheme": "effective_number", "beta": 0.5}, [0.5 / (1 - 1 / 16), 0.5 / 0.5, 0.5 / (1 - 1 / 32)]),
+        ({"scheme": "effective_number", "beta": 0}, [1, 1, 1]),
+        ({"scheme": "dense", "alpha": 1, "epsilon": 0.1}, [1 - 3 / 4, 1, 0.1]),
+        ({"scheme": "dense", "alpha": 0.5}, [1 - 0.5 * 3 / 4, 1, 0.5]),
+        ({"scheme": "inverse", "clip": (2, 4)}, [1 / 4, 1 / 2, 1 / 4]),
+        ({"scheme": "sqrt_inverse", "clip": (2, 4), "order": "scheme_first"}, [1 / 2, 1 / np.sqrt(2), 1 / 2]),
+    ],
+)
+def test_schemes_without_smoothing_by_hand(options: dict[str, Any], raw: list[float]) -> None:
+    counts = [4, 1, 5]
+    lds = LDS(Bins.classes(3), kernel=None, **options).fit(labels_of(counts))
+    np.testing.assert_allclose(table(lds), average_one(raw, counts), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "q"),
+    [
+        # The window 1/4 1/2 1/4 over 4 1 5 8 4; its ends reflect (b a | a b), mirror or see nothing.
+        ({"edges": "reflect"}, [13 / 4, 11 / 4, 19 / 4, 25 / 4, 20 / 4]),
+        ({"edges": "mirror"}, [10 / 4, 11 / 4, 19 / 4, 25 / 4, 24 / 4]),
+        ({"edges": "zero"}, [9 / 4, 11 / 4, 19 / 4, 25 / 4, 16 / 4]),
+    ],
+)
+def test_smoothing_before_the_scheme_by_hand(options: dict[str, Any], q: list[float]) -> None:
+    counts = [4, 1, 5, 8, 4]
+    lds = LDS(Bins.classes(5), kernel=triangular(3), **options)
+    np.testing.assert_allclose(table(lds.fit(labels_of(counts))), average_one(np.array(q) ** -0.5, counts), rtol=1e-6)
+    lds = LDS(Bins.classes(5), kernel=triangular(3), scheme="inverse", clip=(3, 5), **options)
+    expected = average_one(1 / np.clip(q, 3, 5), counts)
+    np.testing.assert_allclose(table(lds.fit(labels_of(counts))), expected, rtol=1e-6)
+
+
+def test_smoothing_after_the_scheme_by_hand() -> None:
+    counts = [4, 1, 9]
+    lds = LDS(Bins.classes(3), kernel=triangular(3), order="scheme_first").fit(labels_of(counts))
+    # Roots 2 1 3, smoothed: (2+4+1)/4, (2+2+3)/4, (1+6+3)/4.
+    np.testing.assert_allclose(table(lds), average_one([4 / 7, 4 / 7, 4 / 10], counts), rtol=1e-6)
+
+
+# What holds for all of them
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kernel", [None, gaussian(5, 2), laplace(3, 1)], ids=["none", "gaussian", "laplace"])
+@pytest.mark.parametrize("order", ["smooth_first", "scheme_first"])
+def test_weights_are_finite_positive_and_average_one(scheme: Any, kernel: Any, order: Any) -> None:
+    if (scheme, order) == ("dense", "scheme_first"):
+        return
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        counts = rng.integers(0, rng.choice([2, 30, 500]), size=rng.integers(5, 40))
+        counts[rng.integers(len(counts))] += 1
+        bins, labels = Bins.classes(len(counts)), labels_of(counts)
+        lds = LDS(bins, kernel=kernel, scheme=scheme, order=order).fit(labels)
+        weights = lds(torch.from_numpy(labels))
+        assert weights.double().mean().item() == pytest.approx(1, abs=1e-6)
+        assert np.isfinite(table(lds)).all()
+        assert (table(lds) > 0).all()
+        # Order does not matter, nor does the way labels are handed over, nor whether all are seen twice.
+        if kernel is None:
+            unseen = table(lds)[counts == 0]
+            assert (unseen >= table(lds)[counts > 0].max() * (1 - 1e-6)).all()
+        shuffled = rng.permutation(labels)
+        for same in (shuffled.tolist(), torch.from_numpy(shuffled), LabelDensity.count(labels, bins)):
+            other = LDS(bins, kernel=kernel, scheme=scheme, order=order).fit(same)
+            assert torch.equal(other.table[:-1], lds.table[:-1])
+        if scheme not in ("effective_number",):  # which is not linear in the counts, on purpose
+            twice = LDS(bins, kernel=kernel, scheme=scheme, order=order).fit(np.concatenate([labels, labels]))
+            np.testing.assert_allclose(table(twice), table(lds), rtol=1e-5)
+
+
+def test_weights_make_the_loss_see_all_labels_alike() -> None:
+    labels = torch.tensor([0.0] * 30 + [1.0] * 3)
+    weights = LDS(Bins.classes(2), kernel=None, scheme="inverse").fit(labels)(labels)
+    assert weights[:30].sum() == pytest.approx(weights[30:].sum())
+    assert weighted_l1(torch.zeros(33), labels, weights) == pytest.approx(0.5)
+
+
+def test_one_label_weighs_one_and_unseen_bins_at_least_as_much() -> None:
+    for scheme in SCHEMES:
+        lds = LDS(Bins.uniform(0, 20, width=1), scheme=scheme).fit([7.5])
+        assert lds(torch.tensor([7.5])).item() == pytest.approx(1)
+        assert (table(lds) >= 1 - 1e-6).all()
+
+
+def test_fitting_anew_forgets_the_old_labels_and_inputs_stay_as_they_are() -> None:
+    lds = LDS(Bins.classes(5), kernel=triangular(3))
+    first = labels_of([5, 1, 1, 1, 1])
+    before = first.copy()
+    assert lds.fit(first) is lds
+    np.testing.assert_array_equal(first, before)
+    expected = LDS(Bins.classes(5), kernel=triangular(3)).fit(labels_of([1, 1, 1, 1, 5]))
+    assert torch.equal(lds.fit(labels_of([1, 1, 1, 1, 5])).table[:-1], expected.table[:-1])
+
+
+def test_forward_keeps_shape_and_sample_weight_gives_numpy() -> None:
+    lds = LDS(Bins.uniform(0, 10, width=1)).fit([1.0, 1.0, 5.0])
+    for shape in ((), (0,), (3,), (2, 4, 5)):
+        weights = lds(torch.full(shape, 5.0))
+        assert (weights.shape, weights.dtype) == (shape, torch.float32)
+        assert not weights.requires_grad
+        given = lds.sample_weight(np.full(shape, 5.0))
+        assert (given.shape, given.dtype) == (shape, np.float64)
+        np.testing.assert_allclose(given, weights.numpy())
+    assert lds.sample_weight(torch.tensor([5.0])).tolist() == lds.sample_weight([5.0]).tolist()
+    compiled = torch.compile(lds, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.tensor([1.0, 5.0])), lds(torch.tensor([1.0, 5.0])))
+
+
+def test_sample_weight_serves_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 2))
+    y = np.clip(np.exp(x[:, 0]) + 0.1 * rng.normal(size=300), 0, 20)
+    weight = LDS(Bins.uniform(0, 20, width=1), scheme="inverse").fit(y).sample_weight(y)
+    assert weight.mean() == pytest.approx(1, abs=1e-6)
+    rare = y > 5
+    for model in (Ridge(), GradientBoostingRegressor(n_estimators=5, max_depth=2, random_state=0)):
+        plain = np.abs(model.fit(x, y).predict(x) - y)[rare].mean()
+        assert np.abs(model.fit(x, y, sample_weight=weight).predict(x) - y)[rare].mean() < plain
+
+
+# The public code's numbers
+
+
+def public_weights(labels: np.ndarray, num_bins: int, scheme: str, window: np.ndarray | None) -> np.ndarray:
+    """What the public recipe gives each label, worked out label by label in plain Python."""
+    last = num_bins - 1
+    counts = [0] * num_bins
+    for label in labels:
+        counts[min(last, int(label))] += 1
+    if scheme == "sqrt_inverse":
+        values = [float(np.sqrt(n)) for n in counts]
+    else:
+        values = [float(min(max(n, 5), 1000)) for n in counts]
+    if window is not None:
+        half = len(window) // 2
+        smoothed = []
+        for b in range(num_bins):
+            total = sum(window[half + d] * values[b + d] for d in range(-half, half + 1) if 0 <= b + d <= last)
+            # Sums that are whole but for rounding would make truncation a matter of luck.
+            assert scheme == "sqrt_inverse" or abs(total - round(total)) > 1e-9
+            smoothed.append(float(int(total)) if scheme == "inverse" else total)
+        values = smoothed
+    weights = [1 / values[min(last, int(label))] for label in labels]
+    return np.array(weights) * len(weights) / sum(weights)
+
+
+def folded(size: int, sigma: float) -> np.ndarray:
+    impulse = gaussian_filter1d([float(i == size // 2) for i in range(size)], sigma)
+    return impulse / max(impulse)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel", "window"),
+    [
+        ("sqrt_inverse", gaussian(5, 2, folded=True), folded(5, 2)),
+        ("sqrt_inverse", gaussian(9, 1, folded=True), folded(9, 1)),
+        ("sqrt_inverse", triangular(5), triang(5)),
+        ("sqrt_inverse", laplace(5, 2), np.exp(-np.abs(np.arange(-2, 3)) / 2)),
+        ("sqrt_inverse", None, None),
+        ("inverse", gaussian(5, 2, folded=True), folded(5, 2)),
+        ("inverse", gaussian(9, 1, folded=True), folded(9, 1)),
+        ("inverse", laplace(5, 2), np.exp(-np.abs(np.arange(-2, 3)) / 2)),
+        ("inverse", None, None),
+    ],
+)
+def test_reference_gives_the_public_code_s_numbers(scheme: Any, kernel: Any, window: Any) -> None:
+    rng = np.random.default_rng(0)
+    ages = np.concatenate([rng.gamma(6, 6, size=5000), rng.uniform(0, 140, size=40)])  # some beyond 121
+    lds = LDS.reference(Bins.uniform(0, 121, width=1), kernel=kernel, scheme=scheme).fit(ages)
+    expected = public_weights(ages, 121, scheme, window)
+    np.testing.assert_allclose(lds.sample_weight(ages), expected, rtol=1e-6)
+    np.testing.assert_allclose(lds(torch.from_numpy(ages)).numpy(), expected, rtol=1e-6)
+
+
+def test_reference_rounds_whole_sums_as_the_public_code_does() -> None:
+    # A triangle over whole counts gives whole sums but for rounding, which the public code hands to SciPy as integers.
+    counts = np.random.default_rng(0).integers(0, 40, size=60)
+    smoothed = convolve1d(np.clip(counts, 5, 1000), weights=triang(5), mode="constant")
+    assert smoothed.dtype.kind == "i"
+    lds = LDS.reference(Bins.classes(60), kernel=triangular(5), scheme="inverse").fit(labels_of(counts))
+    np.testing.assert_allclose(table(lds), average_one(1 / smoothed, counts), rtol=1e-6)
+
+
+def test_the_reference_oracle_depends_on_everything_it_should() -> None:
+    labels = np.random.default_rng(0).gamma(6, 6, size=2000)
+    base = public_weights(labels, 121, "inverse", folded(5, 2))
+    for other in (
+        public_weights(labels, 121, "sqrt_inverse", folded(5, 2)),
+        public_weights(labels, 121, "inverse", folded(5, 1)),
+        public_weights(labels, 121, "inverse", None),
+        public_weights(labels, 40, "inverse", folded(5, 2)),
+    ):
+        assert not np.allclose(base, other, rtol=1e-3)
+
+
+def test_reference_defaults_and_refusals() -> None:
+    lds = LDS.reference(Bins.uniform(0, 121, width=1))
+    assert (lds.scheme, lds.edges, lds.order, lds.outside, lds.clip) == (
+        "sqrt_inverse",
+        "zero",
+        "scheme_first",
+        "clip",
+        None,
+    )
+    assert LDS.reference(Bins.classes(9), scheme="inverse").clip == (5, 1000)
+    with pytest.raises(ValueError, match=r"^LDS\.reference: scheme must be one of 'inverse', 'sqrt_inverse', got 'den"):
+        LDS.reference(Bins.classes(9), scheme="dense")  # type: ignore[arg-type]
+
+
+# Labels beyond the axis
+
+
+def test_outside_options() -> None:
+    bins, labels = Bins.uniform(0, 10, width=1), [1.0, 1.0, 9.5]
+    beyond = torch.tensor([-3.0, 9.5, 42.0])
+    with pytest.raises(LabelError, match="labels must lie on the label axis"):
+        LDS(bins).fit(labels)(beyond)
+    with pytest.raises(LabelError, match="labels must lie on the label axis"):
+        LDS(bins).fit([42.0])
+    clipped = LDS(bins, outside="clip").fit(labels)
+    assert torch.equal(clipped(beyond), clipped(torch.tensor([0.0, 9.5, 10.0])))
+    dropped = LDS(bins, outside="drop").fit([*labels, 42.0])
+    assert dropped(beyond)[[0, 2]].tolist() == [0, 0]
+    assert dropped(beyond)[1] > 0
+    np.testing.assert_allclose(dropped.sample_weight(beyond), dropped(beyond).numpy())
+    assert np.average(table(dropped)[[1, 9]], weights=[2, 1]) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="at least one label must lie on the label axis, got none"):
+        LDS(bins, outside="drop").fit([42.0])
+    for outside in ("raise", "clip", "drop"):
+        with pytest.raises(LabelError, match="labels must not be NaN"):
+            LDS(bins, outside=outside).fit(labels)(torch.tensor([np.nan]))  # type: ignore[arg-type]
+
+
+def test_an_accelerator_is_not_read() -> None:
+    for outside in ("raise", "clip", "drop"):
+        lds = LDS(Bins.uniform(0, 10, width=1), outside=outside).fit([1.0])  # type: ignore[arg-type]
+        assert lds(torch.empty(3, device="meta")).shape == (3,)
+
+
+def test_a_label_that_cannot_be_placed_weighs_nan_where_labels_are_not_read() -> None:
+    lds = LDS(Bins.uniform(0, 10, width=1)).fit([1.0])
+    compiled = torch.compile(lds, fullgraph=True, backend="eager")  # which reads no values either
+    weights = compiled(torch.tensor([1.0, 42.0, float("nan")]))
+    assert weights.isnan().tolist() == [False, True, True]
+
+
+# State
+
+
+def through_a_file(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def test_state_goes_through_a_file_and_copies_are_apart() -> None:
+    bins = Bins.uniform(0, 10, width=1)
+    lds = LDS(bins).fit([1.0, 1.0, 5.0])
+    other = LDS(bins)
+    other.load_state_dict(through_a_file(lds.state_dict()))
+    labels = torch.tensor([1.0, 5.0, 9.0])
+    assert torch.equal(other(labels), lds(labels))
+    twin = copy.deepcopy(lds)
+    twin.fit([9.0])
+    assert torch.equal(other(labels), lds(labels))
+    unfitted = LDS(bins).fit([1.0])
+    unfitted.load_state_dict(through_a_file(LDS(bins).state_dict()))
+    with pytest.raises(NotFittedError):
+        unfitted(labels)
+
+
+def test_dtype_and_device_follow() -> None:
+    lds = LDS(Bins.uniform(0, 10, width=1)).fit([1.0, 5.0])
+    assert lds.double()(torch.tensor([1.0])).dtype == torch.float64
+    assert lds.to(torch.float16)(torch.tensor([1.0])).dtype == torch.float16
+    assert lds.fit([1.0]).table.dtype == torch.float16
+    assert not list(lds.parameters())
+
+
+@pytest.mark.parametrize("bins", [Bins.uniform(0, 20, width=2), Bins.uniform(0, 20, width=1), Bins.classes(10)])
+def test_weights_of_another_axis_are_refused(bins: Bins) -> None:
+    state = LDS(bins).fit([1]).state_dict()
+    with pytest.raises(ValueError, match=r"^LDS: the saved weights belong to another label axis, got <?Bins"):
+        LDS(Bins.uniform(0, 10, width=1)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("extra", [5, {}, {"fitted": True}, {"fitted": True, "bins": 3}, {"fitted": True, "bins": {}}])
+def test_a_damaged_state_is_refused_by_name(extra: Any) -> None:
+    state = LDS(Bins.classes(5)).fit([1]).state_dict() | {"_extra_state": extra}
+    with pytest.raises((TypeError, ValueError), match=r"^(LDS|Bins\.from_dict): "):
+        LDS(Bins.classes(5)).load_state_dict(state)
+
+
+# Refusals
+
+
+def test_not_fitted() -> None:
+    lds = LDS(Bins.classes(5))
+    with pytest.raises(
+        NotFittedError, match=r"^LDS: weights are not known yet\. Call lds\.fit\(training_labels\) firs"
+    ):
+        lds(torch.tensor([1]))
+    with pytest.raises(NotFittedError, match=r"^LDS\.sample_weight: weights are not known yet\. Call lds\.fit"):
+        lds.sample_weight([1])
+    assert "fitted=False" in repr(lds)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"kernel": [1, 1]}, ValueError, "kernel must have odd length, so that it has a middle, got 2 values"),
+        ({"kernel": np.ones(7)}, ValueError, "kernel must not be longer than the label axis, got 7 values for 6 bins"),
+        ({"kernel": "gaussian"}, TypeError, "kernel must be integers or floats"),
+        ({"kernel": [[1]]}, ShapeError, "kernel must be a row of numbers"),
+        ({"scheme": "sqrt_inv"}, ValueError, "scheme must be one of 'none', 'inverse', 'sqrt_inverse'"),
+        ({"edges": "constant"}, ValueError, "edges must be one of 'reflect', 'mirror', 'zero'"),
+        ({"order": None}, ValueError, "order must be one of 'smooth_first', 'scheme_first', got None"),
+        ({"outside": True}, ValueError, "outside must be one of 'raise', 'clip', 'drop', got True"),
+        ({"clip": (5, 1)}, ValueError, "clip must be a pair (low, high) with 0 <= low < high, got (5, 1)"),
+        ({"clip": 5}, ValueError, "clip must be a pair (low, high) with 0 <= low < high, got 5"),
+        ({"beta": 1}, ValueError, "beta must be >= 0 and < 1, got 1"),
+        ({"alpha": -1}, ValueError, "alpha must be >= 0, got -1"),
+        ({"epsilon": 0}, ValueError, "epsilon must be > 0, got 0"),
+        ({"beta": "0.9"}, TypeError, "beta must be a number, got '0.9'"),
+        (
+            {"scheme": "dense", "order": "scheme_first"},
+            ValueError,
+            'scheme "dense" is defined on a density, so it needs',
+        ),
+    ],
+)
+def test_settings_are_checked(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match="^LDS: " + re.escape(message)):
+        LDS(Bins.classes(6), **options)
+
+
+def test_arguments_are_checked() -> None:
+    bins = Bins.classes(6)
+    for value in (None, 6, [0, 1, 2], "abc"):
+        with pytest.raises(TypeError, match=r"^LDS: bins must be a Bins, got"):
+            LDS(value)  # type: ignore[arg-type]
+    for value in ([1.0], np.ones(1), None, "abc", 1):
+        with pytest.raises(TypeError, match=r"^LDS: labels must be a torch\.Tensor, got .* Use lds\.sample_weight"):
+            LDS(bins).fit([1])(value)
+    with pytest.raises(ValueError, match=r"^LDS\.fit: the density must be over the same bins, got Bins\.classes\(7\)"):
+        LDS(bins).fit(LabelDensity.count([1], Bins.classes(7)))
+    with pytest.raises(ValueError, match="labels must hold at least one label"):
+        LDS(bins).fit([])
+    with pytest.raises(TypeError, match="labels must be an array or an iterable of arrays, got str"):
+        LDS(bins).fit("abc")
+
+
+def test_a_density_too_faint_for_a_finite_weight_is_refused() -> None:
+    lds = LDS(Bins.classes(2), kernel=None, scheme="inverse")
+    faint = LabelDensity(Bins.classes(2), np.array([1.0, 1e-320]))
+    with pytest.raises(ValueError, match=r"^LDS\.fit: every weight must be finite"):
+        lds.fit(faint)

@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from scipy.stats import pearsonr
+
+from dir_toolkit import Bins, LabelDensity, RegressionMetrics, regression_metrics
+from dir_toolkit.errors import LabelError, ShapeError
+
+BINS = Bins.uniform(0, 5, width=1)
+DENSITY = LabelDensity(BINS, [500, 101, 100, 19, 0])
+REGION_OF_BIN = ["many", "many", "medium", "few", "unseen"]
+
+
+def samples(n: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    target = 5 * torch.rand(n, generator=generator, dtype=torch.float64)
+    return target + 0.7 * torch.randn(n, generator=generator, dtype=torch.float64), target
+
+
+def naive(pred: torch.Tensor, target: torch.Tensor, floor: float = 0.01) -> dict[str, dict[str, float]]:
+    """Every number in plain Python, region by region and sample by sample."""
+    pairs = list(zip(pred.double().flatten().tolist(), target.double().flatten().tolist(), strict=True))
+    found: dict[str, dict[str, float]] = {}
+    for region in ("all", "many", "medium", "few", "unseen"):
+        by_bin: dict[int, list[tuple[float, float]]] = {}
+        for p, t in pairs:
+            b = min(int(t), 4)
+            if region in ("all", REGION_OF_BIN[b]):
+                by_bin.setdefault(b, []).append((p, t))
+        inside = [pair for members in by_bin.values() for pair in members]
+        n = len(inside)
+        row = dict.fromkeys(("mae", "rmse", "gm", "bmae", "bias", "pearson"), math.nan)
+        if n:
+            sizes = [abs(p - t) for p, t in inside]
+            row["mae"] = math.fsum(sizes) / n
+            row["rmse"] = math.sqrt(math.fsum(s * s for s in sizes) / n)
+            row["gm"] = math.exp(math.fsum(math.log(max(s, floor)) for s in sizes) / n)
+            row["bmae"] = sum(sum(abs(p - t) for p, t in m) / len(m) for m in by_bin.values()) / len(by_bin)
+            row["bias"] = math.fsum(p - t for p, t in inside) / n
+            mp, mt = (math.fsum(x) / n for x in zip(*inside, strict=True))
+            spread = math.sqrt(sum((p - mp) ** 2 for p, _ in inside) * sum((t - mt) ** 2 for _, t in inside))
+            row["pearson"] = sum((p - mp) * (t - mt) for p, t in inside) / spread if spread else math.nan
+        found[region] = row | {"count": n, "bins": len(by_bin)}
+    return found
+
+
+def assert_equals_naive(result: xr.Dataset, expected: dict[str, dict[str, float]], rtol: float = 1e-12) -> None:
+    for region, row in expected.items():
+        for name, value in row.items():
+            given = result[name].sel(region=region).item()
+            np.testing.assert_allclose(given, value, rtol=rtol, atol=1e-13, err_msg=f"{name} of {region}")
+
+
+def assert_same(a: xr.Dataset, b: xr.Dataset) -> None:
+    xr.testing.assert_allclose(a, b, rtol=1e-12)
+    for name in ("count", "bins", "bin_count", "train_count"):
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def of(pred: Any, target: Any, **options: Any) -> xr.Dataset:
+    return regression_metrics(torch.as_tensor(pred), torch.as_tensor(target), BINS, DENSITY, **options)
+
+
+def test_values_by_hand() -> None:
+    result = of([1.0, 4.0, 2.5], [0.0, 0.0, 2.5])  # errors 1, 4 and 0
+    assert result.mae.sel(region=["all", "many", "medium"]).values.tolist() == pytest.approx([5 / 3, 2.5, 0])
+    assert result.rmse.sel(region="many").item() == pytest.approx(math.sqrt(17 / 2))
+    assert result.gm.sel(region=["many", "medium"]).values.tolist() == pytest.approx([2, 0.01])
+    assert result.gm.sel(region="all").item() == pytest.approx((1 * 4 * 0.01) ** (1 / 3))
+    assert result.bmae.sel(region="all").item() == pytest.approx((2.5 + 0) / 2)
+    assert result.bias.sel(region="many").item() == pytest.approx(2.5)
+    assert result["count"].values.tolist() == [3, 2, 1, 0, 0]
+    assert result.bins.values.tolist() == [2, 1, 1, 0, 0]
+    assert result.bin_count.values.tolist() == [2, 0, 1, 0, 0]
+    assert result.bin_region.values.tolist() == REGION_OF_BIN
+    assert result.train_count.values.tolist() == [500, 101, 100, 19, 0]
+
+
+@pytest.mark.parametrize("shape", [(400,), (20, 20), (400, 1), (4, 10, 10)])
+def test_everything_equals_a_naive_loop(shape: tuple[int, ...]) -> None:
+    pred, target = samples()
+    result = of(pred.view(shape), target.view(shape))
+    assert_equals_naive(result, naive(pred, target))
+    assert result.pearson.sel(region="all").item() == pytest.approx(pearsonr(pred, target).statistic, 1e-12)
+    for b in range(5):
+        inside = (target >= b) & (target < b + 1)
+        assert result.bin_mae[b].item() == pytest.approx((pred - target)[inside].abs().mean().item(), 1e-12)
+        assert result.bin_bias[b].item() == pytest.approx((pred - target)[inside].mean().item(), 1e-9)
+
+
+def test_the_comparisons_notice_a_wrong_answer() -> None:
+    pred, target = samples()
+    result = of(pred, target)
+    for name in ("mae", "rmse", "gm", "bmae", "bias", "pearson", "count", "bins"):
+        wrong = naive(pred, target)
+        wrong["few"][name] += 1e-6
+        with pytest.raises(AssertionError, match=f"{name} of few"):
+            assert_equals_naive(result, wrong)
+        other = result.copy(deep=True)
+        other[name] = other[name] + 1
+        with pytest.raises(AssertionError):
+            assert_same(result, other)
+
+
+@pytest.mark.parametrize("sizes", [[400], [1] * 400, [399, 1], [0, 7, 0, 100, 293], [128, 128, 128, 16]])
+def test_any_split_into_batches_equals_the_whole(sizes: list[int]) -> None:
+    pred, target = samples()
+    batches = list(zip(pred.split(sizes), target.split(sizes), strict=True))
+    one, merged = RegressionMetrics(BINS, DENSITY), RegressionMetrics(BINS, DENSITY)
+    for p, t in batches:
+        one.update(p, t)
+        part = RegressionMetrics(BINS, DENSITY)
+        part.update(p, t)
+        assert merged.merge(part) is merged
+    assert_same(one.compute(), of(pred, target))
+    assert_same(merged.compute(), of(pred, target))
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(3))
+    assert_same(of(pred[order], target[order]), of(pred, target))
+    assert_same(one.compute(), one.compute())  # asking changes nothing
+    assert one.all_reduce() is one  # nor does this, outside torch.distributed
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {folder!r})
+from dir_toolkit import Bins, LabelDensity, RegressionMetrics
+rank, shares = int(sys.argv[1]), {shares!r}
+dist.init_process_group("gloo", init_method="file://{rendezvous}", rank=rank, world_size=2)
+bins = Bins.uniform(0, 5, width=1)
+metrics = RegressionMetrics(bins, LabelDensity(bins, [500, 101, 100, 19, 0]))
+pred, target = torch.load({data!r})
+start, stop = shares[rank]
+for i in range(start, stop, 64):
+    metrics.update(pred[i:min(i + 64, stop)], target[i:min(i + 64, stop)])
+torch.save(metrics.all_reduce().sums, f"{sums}{{rank}}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path) -> None:
+    pred, target = samples()
+    order = target.argsort()  # so that each rank lacks some bins altogether
+    pred, target = pred[order], target[order]
+    torch.save((pred, target), tmp_path / "data.pt")
+    script = tmp_path / "rank.py"
+    script.write_text(
+        RANK.format(
+            folder=str(Path(__file__).parents[2]),
+            shares=[(0, 313), (313, 400)],
+            rendezvous=tmp_path / "meet",
+            data=str(tmp_path / "data.pt"),
+            sums=tmp_path / "sums",
+        )
+    )
+    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)]) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    whole = RegressionMetrics(BINS, DENSITY)
+    whole.update(pred, target)
+    for rank in range(2):
+        both = RegressionMetrics(BINS, DENSITY)
+        both.sums = torch.load(tmp_path / f"sums{rank}.pt")
+        torch.testing.assert_close(both.sums, whole.sums, rtol=1e-12, atol=1e-12)
+        assert_same(both.compute(), of(pred, target))
+
+
+def test_a_region_without_a_test_sample_is_missing_not_zero() -> None:
+    result = of([1.0, 2.0], [0.5, 1.5])
+    for region in ("medium", "few", "unseen"):
+        row = result.sel(region=region)
+        assert all(math.isnan(row[name].item()) for name in ("mae", "rmse", "gm", "bmae", "bias", "pearson"))
+        assert row["count"].item() == row.bins.item() == 0
+    assert result.bin_mae.isnull().values.tolist() == [False, False, True, True, True]
+    assert RegressionMetrics(BINS, DENSITY).compute().mae.isnull().all()
+
+
+def test_one_sample() -> None:
+    row = of([3.0], [2.0]).sel(region="medium")
+    assert [row[name].item() for name in ("mae", "rmse", "gm", "bmae", "bias")] == [1] * 5
+    assert math.isnan(row.pearson.item())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 2.5, 3.3, 1e9, -1e9])
+@pytest.mark.parametrize("n", [2, 3, 1000, 100_000])
+def test_constant_predictions_have_no_correlation(value: float, n: int) -> None:
+    target = 5 * torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for bins in (BINS, Bins.uniform(0, 5, count=1)):
+        density = LabelDensity.count(target, bins)
+        result = regression_metrics(torch.full_like(target, value), target, bins, density)
+        assert result.pearson.isnull().all()
+        result = regression_metrics(target, torch.full_like(target, 3.3), bins, density)
+        assert result.pearson.isnull().all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e9, -1e9])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+def test_labels_far_from_zero_keep_their_correlation(offset: float, scale: float) -> None:
+    if offset and scale < 1:
+        return  # float64 does not tell these labels apart
+    pred, target = samples()
+    far = Bins.from_edges(BINS.edges * scale + offset)
+    result = regression_metrics(
+        pred * scale + offset, target * scale + offset, far, LabelDensity(far, DENSITY.counts), floor=0.01 * scale
+    )
+    expected = of(pred, target)
+    np.testing.assert_allclose(result.pearson, expected.pearson, atol=1e-6)
+    np.testing.assert_allclose(result.mae / scale, expected.mae, rtol=1e-6)
+    # Nor does it matter that predictions miss the axis by far.
+    shifted = regression_metrics(pred + 1e4, target, BINS, DENSITY)
+    np.testing.assert_allclose(shifted.pearson, expected.pearson, atol=1e-6)
+
+
+def test_perfect_predictions_correlate_fully() -> None:
+    _, target = samples()
+    assert of(target, target).pearson.sel(region="all").item() == pytest.approx(1)
+    assert of(-target, target).pearson.sel(region="all").item() == pytest.approx(-1)
+    assert (of(target, target).pearson.fillna(1) <= 1).all()
+
+
+def test_the_floor_of_the_geometric_mean() -> None:
+    assert RegressionMetrics(BINS, DENSITY).floor == 0.01  # a hundredth of a bin
+    assert of([2.5, 2.5], [2.5, 2.6], floor=0.1).gm.sel(region="all").item() == pytest.approx(0.1)
+    for floor, kind in ((0, ValueError), (-1, ValueError), (math.nan, ValueError), ("1", TypeError)):
+        with pytest.raises(kind, match=r"^RegressionMetrics: floor must be"):
+            RegressionMetrics(BINS, DENSITY, floor=floor)  # type: ignore[arg-type]
+
+
+def test_region_limits_are_chosen_afterwards() -> None:
+    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics.update(*samples())
+    assert metrics.compute(many=10, few=1).bin_region.values.tolist() == ["many"] * 4 + ["unseen"]
+    assert metrics.compute(many=1000, few=1000).bin_region.values.tolist() == ["few"] * 4 + ["unseen"]
+    assert metrics.compute().bin_region.values.tolist() == REGION_OF_BIN
+    assert metrics.compute(many=10, few=1).mae.sel(region="all") == metrics.compute().mae.sel(region="all")
+    with pytest.raises(ValueError, match="many must be at least 20, got 10"):
+        metrics.compute(many=10)
+
+
+def test_everything_carries_units_and_coordinates() -> None:
+    result = of(*samples())
+    for name in ("mae", "rmse", "gm", "bmae", "bias", "bin_mae", "bin_bias", "bin_low", "bin_high", "bin_center"):
+        assert result[name].attrs["units"] == "label units", name
+    for name in ("pearson", "count", "bins", "bin_count", "train_count"):
+        assert result[name].attrs["units"] == "1", name
+    assert set(result.data_vars) <= {name for name in result.variables if "units" in result[name].attrs}
+    np.testing.assert_array_equal(result.bin_low, BINS.edges[:-1])
+    np.testing.assert_array_equal(result.bin_high, BINS.edges[1:])
+    np.testing.assert_array_equal(result.bin_center, BINS.centers)
+    assert result.region.values.tolist() == ["all", "many", "medium", "few", "unseen"]
+    assert {result[name].dtype for name in ("count", "bins", "bin_count", "train_count")} == {np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.uint8])
+def test_sums_are_float64_whatever_comes(dtype: torch.dtype) -> None:
+    pred, target = torch.tensor([1, 4, 2]).to(dtype), torch.tensor([3, 0, 2]).to(dtype)
+    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics.update(pred, target)
+    assert metrics.sums.dtype == torch.float64
+    assert metrics.compute().mae.sel(region="all").item() == pytest.approx(2)
+    assert pred.tolist() == [1, 4, 2]
+
+
+def test_gradients_are_not_kept() -> None:
+    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics.update(torch.ones(2, requires_grad=True), torch.ones(2))
+    assert not metrics.sums.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("pred", "target", "kind", "message"),
+    [
+        (
+            [1.0, math.nan],
+            [1.0, 1.0],
+            ValueError,
+            r"RegressionMetrics\.update: pred must be finite, got nan at index \[1",
+        ),
+        ([1.0, math.inf], [1.0, 1.0], ValueError, r"RegressionMetrics\.update: pred must be finite, got inf"),
+        ([1.0, 1.0], [1.0, 5.5], LabelError, r"labels must lie on the label axis \[0, 5\], got 5\.5 at index \[1\]"),
+        ([1.0, 1.0], [1.0, math.inf], LabelError, "labels must lie on the label axis"),
+        ([1.0, 1.0], [math.nan, 1.0], LabelError, r"labels must not be NaN, got nan at index \[0\]"),
+        (
+            [[1.0], [1.0]],
+            [1.0, 1.0],
+            ShapeError,
+            r"pred and target must have the same shape, .* Use pred\.squeeze\(1\)",
+        ),
+        (
+            [1.0, 1.0],
+            [[1.0], [1.0]],
+            ShapeError,
+            r"pred and target must have the same shape, .* Use target\.squeeze\(1",
+        ),
+        ([1.0], [1.0, 1.0], ShapeError, "pred and target must have the same shape"),
+        ([True], [1.0], TypeError, "pred must be integers or floats"),
+        ([1.0], [1j], TypeError, "target must be integers or floats"),
+    ],
+)
+def test_what_is_refused_adds_nothing(pred: Any, target: Any, kind: type[Exception], message: str) -> None:
+    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics.update(*samples())
+    before = metrics.sums.clone()
+    with pytest.raises(kind, match=message):
+        metrics.update(torch.tensor(pred), torch.tensor(target))
+    assert torch.equal(metrics.sums, before)
+
+
+def test_arguments_are_checked() -> None:
+    where = r"^RegressionMetrics: "
+    for value in (None, "abc", [0, 1], np.arange(3)):
+        with pytest.raises(TypeError, match=f"{where}bins must be a Bins, got"):
+            RegressionMetrics(value, DENSITY)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"{where}density must be a LabelDensity over the same bins, got"):
+            RegressionMetrics(BINS, value)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^RegressionMetrics\.update: pred must be a torch\.Tensor"):
+            RegressionMetrics(BINS, DENSITY).update(value, torch.ones(3))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^regression_metrics: target must be a torch\.Tensor"):
+            regression_metrics(torch.ones(3), value, BINS, DENSITY)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^RegressionMetrics\.merge: other must be a RegressionMetrics, got"):
+            RegressionMetrics(BINS, DENSITY).merge(value)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=f"{where}density must be a LabelDensity over the same bins, got <LabelDensity"
+    ):
+        RegressionMetrics(BINS, LabelDensity.count([1], Bins.classes(5)))
+    with pytest.raises(ShapeError, match=r"^regression_metrics: pred must hold at least one value, got shape \(0,\)"):
+        of(torch.empty(0), torch.empty(0))
+
+
+def test_only_like_metrics_merge() -> None:
+    metrics, classes = RegressionMetrics(BINS, DENSITY), Bins.classes(5)
+    others = [RegressionMetrics(BINS, DENSITY, floor=1), RegressionMetrics(classes, LabelDensity.count([1], classes))]
+    for other in others:
+        with pytest.raises(
+            ValueError, match=r"^RegressionMetrics\.merge: both must have the same bins and floor, got <"
+        ):
+            metrics.merge(other)

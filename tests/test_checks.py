@@ -1,0 +1,112 @@
+"""The error sentences and what callers may pass; every function's own arguments are tested in its own file."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from dir_toolkit import DirToolkitWarning, _checks
+from dir_toolkit.errors import LabelError, ShapeError
+
+
+def test_a_sentence_says_who_the_rule_what_came_and_what_to_do() -> None:
+    error = _checks.problem("f", "x must be 1", got=2, fix="Use 1.", error=ShapeError)
+    assert type(error) is ShapeError
+    assert str(error) == "f: x must be 1, got 2. Use 1."
+    assert str(_checks.problem("f", "x must be 1")) == "f: x must be 1."
+    assert type(_checks.label_problem("f", "x", got=1)) is LabelError
+
+
+def test_warnings_are_ours() -> None:
+    with pytest.warns(DirToolkitWarning, match=r"^f: be careful$"):
+        _checks.warn("f", "be careful")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (True, "must be a number, got True"),
+        ("1", "must be a number, got '1'"),
+        (None, "must be a number, got None"),
+        (1j, "must be a number"),
+        (torch.tensor(1.0), "must be a number"),
+        (float("nan"), "must be > 0 and <= 2, got nan"),
+        (0, "must be > 0 and <= 2, got 0"),
+        (2.5, "must be > 0 and <= 2, got 2.5"),
+        (10**400, r"must fit into float64, got a larger int"),
+    ],
+)
+def test_number_refuses(value: object, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^f: x {message}"):
+        _checks.number("f", "x", value, low=0, high=2, open_low=True)
+
+
+def test_number_takes_every_real() -> None:
+    for value in (1, 1.0, np.float32(1), np.int8(1)):
+        assert type(_checks.number("f", "x", value, low=0)) is float
+    with pytest.raises(ValueError, match=r"^f: x must be finite, got inf"):
+        _checks.number("f", "x", np.inf)
+
+
+def test_whole_one_of_and_interval_refuse() -> None:
+    assert _checks.whole("f", "x", np.int64(3)) == 3
+    with pytest.raises(TypeError, match=r"^f: x must be a whole number, got 3\.0"):
+        _checks.whole("f", "x", 3.0)
+    with pytest.raises(ValueError, match=r"^f: x must be at least 1, got 0"):
+        _checks.whole("f", "x", 0, low=1)
+    for value in ("c", None, ["a"], np.array(["a", "b"])):
+        with pytest.raises(ValueError, match=r"^f: x must be one of 'a', 'b', got"):
+            _checks.one_of("f", "x", value, ("a", "b"))
+    assert _checks.interval("f", "x", (5, np.inf)) == (5.0, np.inf)
+    for value in ((1, 1), (2, 1), (-1, 1), (float("nan"), 1), "12", 3, (1,), (True, 2), (1j, 2), ("1", "2"), None):
+        with pytest.raises((TypeError, ValueError), match=r"^f: x must be a pair \(low, high\) with 0 <= low < high"):
+            _checks.interval("f", "x", value)
+
+
+def test_tensors_are_dense_real_and_on_one_device() -> None:
+    x = torch.ones(2)
+    with pytest.raises(TypeError, match=r"^f: x must be a torch\.Tensor, got list\. Use torch\.as_tensor\(x\)\.$"):
+        _checks.is_tensor("f", x=[1.0])
+    with pytest.raises(TypeError, match=r"^f: x must be dense, got torch\.sparse_coo\. Use x\.to_dense\(\)\.$"):
+        _checks.is_tensor("f", x=x.to_sparse())
+    with pytest.raises(TypeError, match=r"^f: x must be integers or floats, got dtype torch\.complex64"):
+        _checks.real("f", x=x.to(torch.complex64))
+    with pytest.raises(ValueError, match=r"^f: x and y must be on the same device, got cpu and meta\. Use y\.to"):
+        _checks.same_device("f", x=x, y=x.to("meta"))
+
+
+def test_the_first_value_that_is_not_finite_is_named_by_its_place() -> None:
+    x = torch.zeros(2, 3, dtype=torch.bfloat16)
+    x[1, 0] = x[1, 2] = float("inf")
+    with pytest.raises(ValueError, match=re.escape("f: x must be finite, got inf at index [1, 0] (2 such values).")):
+        _checks.finite("f", x=x)
+    _checks.finite("f", x=x.to("meta"))  # an accelerator's values are not looked at
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float64, torch.int8])
+def test_negative_values_are_found_in_every_signed_kind(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"^f: x must not be negative, got a minimum of -2\.$"):
+        _checks.not_negative("f", x=torch.tensor([1.0, -2.0]).to(dtype))
+    _checks.not_negative("f", x=torch.tensor([1, 2], dtype=torch.uint16))
+
+
+def test_label_arrays_come_out_native_and_real() -> None:
+    assert _checks.labels_array("f", np.array([1.0, 2.0], dtype=">f4")).dtype == np.dtype("=f4")
+    assert _checks.labels_array("f", np.array([1.0], dtype=np.longdouble)).dtype == np.float64
+    assert _checks.labels_array("f", torch.tensor([1.0], dtype=torch.bfloat16)).dtype == np.float32
+    masked = np.ma.array([1, 2], mask=[False, True])
+    with pytest.raises(ValueError, match=r"^f: y must not be masked"):
+        _checks.labels_array("f", masked, "y")
+    with pytest.raises(ValueError, match=r"^f: labels must form one array of numbers, got rows of different lengths"):
+        _checks.labels_array("f", [[1, 2], [3]])
+    for value in (None, "a", {"a": 1}, np.array(["2020-01-01"], dtype="datetime64[D]"), [True], [1j], [10**30]):
+        with pytest.raises(TypeError, match=r"^f: labels must be integers or floats, got dtype"):
+            _checks.labels_array("f", value)
+
+
+def test_keys_names_what_is_missing_and_what_is_unknown() -> None:
+    with pytest.raises(ValueError, match=r"got missing \['b'\], unknown \['c'\]"):
+        _checks.keys("f", "x", {"a": 1, "c": 2}, ("a", "b"))
