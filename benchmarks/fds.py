@@ -108,7 +108,8 @@ def epoch(num_images: int = 2560, size: int = 48, batch: int = 128, pairs: int =
         raise AssertionError
 
     run(True)
-    with_fds, without = [], []
+    with_fds: list[float] = []
+    without: list[float] = []
     for turn in range(pairs):  # the order alternates: neither always runs first
         for flag in (True, False) if turn % 2 else (False, True):
             (with_fds if flag else without).append(run(flag))

@@ -25,8 +25,11 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], 
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise problem(
-            "write_atomically", "path must lie in an existing folder", got=repr(os.fspath(path)),
-            fix=f"Make {target.parent} first.", error=FileNotFoundError,
+            "write_atomically",
+            "path must lie in an existing folder",
+            got=repr(os.fspath(path)),
+            fix=f"Make {target.parent} first.",
+            error=FileNotFoundError,
         )
     if target.is_dir():
         raise problem(

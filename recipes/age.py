@@ -10,9 +10,9 @@ A run that was stopped goes on with ``--resume``; its finished parts are not don
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
     from dir_toolkit.data.images import Splits
     from dir_toolkit.training.runtime import Runtime
 
-# What a method weighs samples by, and whether it smooths features.
-METHODS = {
-    "vanilla": {"weights": None, "fds": False},
-    "sqrt-inverse": {"weights": "unsmoothed", "fds": False},
-    "lds": {"weights": "lds", "fds": False},
-    "fds": {"weights": None, "fds": True},
-    "lds+fds": {"weights": "lds", "fds": True},
+Method = Literal["vanilla", "unsmoothed", "lds", "fds", "lds+fds"]
+# The density that samples are weighed by, if any, and whether features are smoothed.
+METHODS: dict[Method, tuple[Literal["counts", "smoothed"] | None, bool]] = {
+    "vanilla": (None, False),
+    "unsmoothed": ("counts", False),
+    "lds": ("smoothed", False),
+    "fds": (None, True),
+    "lds+fds": ("smoothed", True),
 }
-Method = Literal["vanilla", "sqrt-inverse", "lds", "fds", "lds+fds"]
 
 
 @dataclass(frozen=True)
@@ -196,12 +196,13 @@ def train(
     with runtime.seeded("network"):
         backbone = small_resnet() if settings.backbone == "small_resnet" else timm_backbone(settings.backbone)
         model = ImageRegressor(backbone, offset=float(median(labels)), scale=float(labels.std()))
+    weigh_by, smooth_features = METHODS[method]
     weights = None
-    if METHODS[method]["weights"]:
-        window = kernel if METHODS[method]["weights"] == "lds" else None
+    if weigh_by is not None:
+        window = kernel if weigh_by == "smoothed" else None
         weights = dt.LDS(bins, kernel=window, scheme=settings.scheme).fit(density)
     fds = None
-    if METHODS[method]["fds"]:
+    if smooth_features:
         fds = dt.FDS(
             bins,
             model.head.in_features,
@@ -349,8 +350,7 @@ def summarise(
 def command() -> str:
     """What was typed, without the place of the data on this machine."""
     words = [
-        "DIR" if before in ("--root", "--listing", "--out") else word
-        for before, word in zip(["", *sys.argv[1:]], sys.argv[1:])
+        "DIR" if before in ("--root", "--listing", "--out") else word for before, word in pairwise(["", *sys.argv[1:]])
     ]
     return " ".join(["python recipes/age.py", *words])
 

@@ -117,8 +117,11 @@ class TarFiles:
                 yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
         except (OSError, EOFError, zlib.error) as error:
             raise problem(
-                str(self.path), "the archive must be whole and readable", got=f"{type(error).__name__}: {error}",
-                fix="Download it again.", error=DataError,
+                str(self.path),
+                "the archive must be whole and readable",
+                got=f"{type(error).__name__}: {error}",
+                fix="Download it again.",
+                error=DataError,
             ) from None
 
     def _members(self, stream: BinaryIO, most_bytes: int) -> Iterator[tuple[str, bytes, int, int]]:
@@ -128,8 +131,11 @@ class TarFiles:
             size, checksum = _octal(block[124:136]), _octal(block[148:156])
             if size is None or checksum != sum(block[:148]) + sum(block[156:]) + 8 * ord(" "):
                 raise problem(
-                    str(self.path), f"the member header at byte {at:,} must be whole", got="a damaged one",
-                    fix="Download the archive again.", error=DataError,
+                    str(self.path),
+                    f"the member header at byte {at:,} must be whole",
+                    got="a damaged one",
+                    fix="Download the archive again.",
+                    error=DataError,
                 )
             kind, start = block[156:157], at + _BLOCK
             padded = -(-size // _BLOCK) * _BLOCK
@@ -138,8 +144,9 @@ class TarFiles:
                 raise self._refusal(_text(block[:100]), rule, got=f"{start + size:,}")
             if kind in (_GNU_NAME, _PAX, _PAX_GLOBAL):
                 if size > _MOST_LONG_NAME:
-                    raise self._refusal(_text(block[:100]), f"must be at most {_MOST_LONG_NAME:,} bytes of names",
-                                        got=f"{size:,}")
+                    raise self._refusal(
+                        _text(block[:100]), f"must be at most {_MOST_LONG_NAME:,} bytes of names", got=f"{size:,}"
+                    )
                 data = _take(stream, padded)[:size]
                 if kind == _GNU_NAME:
                     long_name = _text(data)
@@ -175,8 +182,10 @@ class TarFiles:
             key, _, value = record[:-1].partition(b"=")
             if key == b"size" or key.startswith(b"GNU.sparse"):
                 raise problem(
-                    str(self.path), "members must be plain files of less than 8 GiB",
-                    got=f"the pax record {_text(key)!r} at byte {at:,}", error=DataError,
+                    str(self.path),
+                    "members must be plain files of less than 8 GiB",
+                    got=f"the pax record {_text(key)!r} at byte {at:,}",
+                    error=DataError,
                 )
             if key == b"path":
                 path = _text(value)
@@ -185,7 +194,10 @@ class TarFiles:
 
     def _refusal(self, name: str, rule: str, *, got: object = None) -> Exception:
         return problem(
-            str(self.path), f"member {name!r} {rule}", got=got, fix="Nothing was read from this archive.",
+            str(self.path),
+            f"member {name!r} {rule}",
+            got=got,
+            fix="Nothing was read from this archive.",
             error=DataError,
         )
 

@@ -139,9 +139,7 @@ def decode_jpeg(data: bytes, size: int) -> np.ndarray:
     return np.asarray(small).transpose(2, 0, 1)
 
 
-def _build(
-    path: Path, shape: tuple[int, ...], files: Files, names: Sequence[str], on_error: OnError
-) -> dict[str, str]:
+def _build(path: Path, shape: tuple[int, ...], files: Files, names: Sequence[str], on_error: OnError) -> dict[str, str]:
     """Decode all, write the array and beside it why some images could not be decoded; returns the latter."""
     faults: dict[str, str] = {}
 
@@ -204,7 +202,10 @@ def _notes(path: Path) -> Path:
 
 def _unreadable(name: str, reason: str) -> Exception:
     return problem(
-        name, "the image must be a whole JPEG", got=reason, error=DataError,
+        name,
+        "the image must be a whole JPEG",
+        got=reason,
+        error=DataError,
         fix='Replace the file, or pass on_error="skip" to leave such files out.',
     )
 
@@ -230,9 +231,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def _progress(
-    images: Iterator[tuple[str, np.ndarray | str]], total: int
-) -> Iterable[tuple[str, np.ndarray | str]]:
+def _progress(images: Iterator[tuple[str, np.ndarray | str]], total: int) -> Iterable[tuple[str, np.ndarray | str]]:
     """The same, with a bar on a terminal where rich is installed."""
     if not sys.stderr.isatty():
         return images

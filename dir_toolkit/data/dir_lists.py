@@ -64,13 +64,20 @@ def dir_list(
         if split not in parts:
             raise problem(where, "split must be train, val or test", got=repr(split), error=DataError)
         if split_of.get(path, split) != split:
-            raise problem(where, "a path must stand in one split", got=f"{path!r} in {split_of[path]} and {split}",
-                          error=DataError)
+            raise problem(
+                where,
+                "a path must stand in one split",
+                got=f"{path!r} in {split_of[path]} and {split}",
+                error=DataError,
+            )
         if path not in split_of and not files.has(path, where=where):
             if on_error == "raise":
                 raise problem(
-                    where, "path must name an image", got=f"{path!r}, which is not in {files.root}",
-                    fix='Check root, or pass on_error="skip" to leave such rows out.', error=DataError,
+                    where,
+                    "path must name an image",
+                    got=f"{path!r}, which is not in {files.root}",
+                    fix='Check root, or pass on_error="skip" to leave such rows out.',
+                    error=DataError,
                 )
             missing += 1
             continue
@@ -92,8 +99,10 @@ def _rows(listing: Path) -> Iterator[tuple[int, str, str, str]]:
             header = next(reader, [])
             if missing := [column for column in _COLUMNS if header.count(column) != 1]:
                 raise problem(
-                    f"{listing}, line 1", f"the header must name each of the columns {', '.join(_COLUMNS)} once",
-                    got=f"{header} ({', '.join(missing)} missing or repeated)", error=DataError,
+                    f"{listing}, line 1",
+                    f"the header must name each of the columns {', '.join(_COLUMNS)} once",
+                    got=f"{header} ({', '.join(missing)} missing or repeated)",
+                    error=DataError,
                 )
             age, path, split = (header.index(column) for column in _COLUMNS)
             line = reader.line_num
@@ -103,12 +112,16 @@ def _rows(listing: Path) -> Iterator[tuple[int, str, str, str]]:
                     continue
                 if len(row) != len(header):
                     raise problem(
-                        f"{listing}, line {line}", f"a row must have {len(header)} columns", got=len(row),
+                        f"{listing}, line {line}",
+                        f"a row must have {len(header)} columns",
+                        got=len(row),
                         error=DataError,
                     )
                 yield line, row[age], row[path], row[split]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise problem(
-            f"{listing}, line {line + 1}", "the list must be readable as CSV in UTF-8",
-            got=f"{type(error).__name__}: {error}", error=DataError,
+            f"{listing}, line {line + 1}",
+            "the list must be readable as CSV in UTF-8",
+            got=f"{type(error).__name__}: {error}",
+            error=DataError,
         ) from None

@@ -58,8 +58,9 @@ def utkface(
         elif age not in _AGES:
             skipped["age outside [0, 117)"] += 1
         elif name in paths:
-            raise problem(str(root), "a file name must stand for one face", got=f"{paths[name]!r} and {path!r}",
-                          error=DataError)
+            raise problem(
+                str(root), "a file name must stand for one face", got=f"{paths[name]!r} and {path!r}", error=DataError
+            )
         else:
             paths[name] = path
     split = utkface_dir_split(paths)
@@ -142,6 +143,9 @@ def _find(root: Path) -> tuple[Files, list[str]]:
             if faces:
                 return files, names
     raise problem(
-        "utkface", "root must be the archive UTKFace.tar.gz, or a folder that holds it or the images", got=str(root),
-        fix="data_cards/utkface.md tells where to get them.", error=DataError,
+        "utkface",
+        "root must be the archive UTKFace.tar.gz, or a folder that holds it or the images",
+        got=str(root),
+        fix="data_cards/utkface.md tells where to get them.",
+        error=DataError,
     )

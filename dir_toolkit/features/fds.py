@@ -289,7 +289,6 @@ class FDS(nn.Module):
         self._evaluated = False
 
     def _place(self, where: str, labels: Tensor) -> Tensor:
-        """The row of the tables that each label reads: its bin, or the last one where it has none."""
         is_tensor(where, labels=labels)
         if labels.ndim not in (1, 3):
             fix = "Use labels.squeeze(1)." if labels.ndim in (2, 4) and labels.shape[1] == 1 else ""
@@ -300,9 +299,7 @@ class FDS(nn.Module):
                 fix=fix,
                 error=ShapeError,
             )
-        on_host = labels.device.type == "cpu"
-        index = self.bins.index(labels, self.outside if on_host or self.outside == "clip" else "drop")
-        return torch.where(index < 0, len(self.bins), index)
+        return self.bins._row(where, labels, self.outside)
 
     def _check_features(self, where: str, features: Tensor, row: Tensor) -> None:
         if not isinstance(features, Tensor) or not features.is_floating_point():

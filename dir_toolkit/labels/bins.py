@@ -181,7 +181,8 @@ class Bins:
     def index(self, labels: Any, outside: Outside = "raise") -> Any:
         """The bin of each label.
 
-        Labels are compared with the edges in the labels' own precision: float32(0.7) falls where 0.7 does.
+        Labels are compared with the edges in the labels' own precision: float32(0.7) falls where 0.7 does. Where that
+        precision does not tell two edges apart, as float32 does not tell 1e9 from 1e9 + 1, use wider labels.
 
         Args:
             labels: any shape, in label units; a tensor is answered by a tensor on its device, all else by NumPy.
@@ -194,13 +195,16 @@ class Bins:
                 On an accelerator only ``"raise"`` looks at the labels, which costs one host sync; ``"clip"`` and
                 ``"drop"`` never do, and answer -1 for NaN (and for a broken class number).
         """
-        where = "Bins.index"
+        return self._place("Bins.index", labels, outside)
+
+    def _place(self, where: str, labels: Any, outside: Outside, name: str = "labels") -> Any:
+        """:meth:`index` for a caller of another name."""
         one_of(where, "outside", outside, ("raise", "clip", "drop"))
         if not isinstance(labels, Tensor):
-            array = labels_array(where, labels)
-            return self.index(torch.from_numpy(np.require(array, requirements=["C", "W"])), outside).numpy()
-        is_tensor(where, labels=labels)
-        real(where, labels=labels)
+            array = labels_array(where, labels, name)
+            return self._place(where, torch.from_numpy(np.require(array, requirements=["C", "W"])), outside).numpy()
+        is_tensor(where, **{name: labels})
+        real(where, **{name: labels})
         labels = labels.detach()
         values = labels.double() if not labels.is_floating_point() else labels
         if readable(values) and (quick := self._scaled_index(values)) is not None:
@@ -217,9 +221,19 @@ class Bins:
         if labels.device.type == "cpu" or outside == "raise":
             refused = broken | beyond if outside == "raise" else broken
             if not torch.compiler.is_compiling() and bool(refused.any()):
-                raise self._refusal(where, labels, broken, refused)
+                raise self._refusal(where, name, labels, broken, refused)
         index = index.clamp(0, len(self) - 1) if outside == "clip" else index.masked_fill(beyond, -1)
         return index.masked_fill(broken, -1)
+
+    def _row(self, where: str, labels: Tensor, outside: Outside) -> Tensor:
+        """The row that each label reads in a table of one row a bin and a last one for labels that have none.
+
+        On an accelerator labels are not looked at: under ``"raise"``, too, those without a bin read the last row.
+        """
+        if labels.device.type != "cpu" and outside == "raise":
+            outside = "drop"
+        index = self._place(where, labels, outside)
+        return index if readable(labels) and outside != "drop" else torch.where(index < 0, len(self), index)
 
     def _scaled_index(self, values: Tensor) -> Tensor | None:
         """The bins of labels that all lie on an even axis, by scaling and rounding down: 30 times faster than a search.
@@ -253,20 +267,20 @@ class Bins:
         at_edge, just_below = _scaled(edges, scale).long(), _scaled(below[1:], scale).long()
         return scale if torch.equal(at_edge, expected) and torch.equal(just_below, expected[:-1]) else nothing
 
-    def _refusal(self, where: str, labels: Tensor, broken: Tensor, refused: Tensor) -> Exception:
+    def _refusal(self, where: str, name: str, labels: Tensor, broken: Tensor, refused: Tensor) -> Exception:
         at = tuple(int(i) for i in refused.nonzero()[0])
         value = labels[at].item()
         place = f"{value} at index {list(at)} ({int(refused.sum())} such labels)"
         if value != value:
-            return label_problem(where, "labels must not be NaN", got=place, fix="Remove these samples first.")
+            return label_problem(where, f"{name} must not be NaN", got=place, fix="Remove these samples first.")
         if bool(broken[at]):
-            return label_problem(where, "class labels must be whole numbers", got=place)
+            return label_problem(where, f"{name} must be whole numbers where bins are classes", got=place)
         axis = f"0 to {len(self) - 1}" if self.categorical else f"[{self.edges[0]:g}, {self.edges[-1]:g}]"
         return label_problem(
             where,
-            f"labels must lie on the label axis {axis}",
+            f"{name} must lie on the label axis {axis}",
             got=place,
-            fix='Widen the bins, or pass outside="clip" or outside="drop".',
+            fix='Widen the bins, or pass outside="clip" or "drop".' if name == "labels" else "Widen the bins.",
         )
 
     @overload

@@ -66,7 +66,7 @@ class LabelDensity:
         seen = 0
         for piece in _pieces(labels):
             # On the host, where bad labels raise whatever device they came from.
-            index = bins.index(piece.cpu() if isinstance(piece, Tensor) else piece, outside)
+            index = bins._place("LabelDensity.count", piece.cpu() if isinstance(piece, Tensor) else piece, outside)
             index = (index.numpy() if isinstance(index, Tensor) else index).ravel()
             seen += index.size
             index = index[index >= 0] if outside == "drop" else index

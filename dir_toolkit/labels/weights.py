@@ -9,7 +9,7 @@ import torch
 from scipy.ndimage import correlate1d
 from torch import Tensor, nn
 
-from .._checks import interval, keys, number, one_of, problem, readable
+from .._checks import interval, keys, number, one_of, problem
 from ..errors import NotFittedError
 from .bins import Bins, Outside
 from .density import LabelDensity
@@ -202,12 +202,8 @@ class LDS(nn.Module):
                 fix="Use lds.sample_weight(labels) for NumPy.",
                 error=TypeError,
             )
-        placed = self.outside if labels.device.type == "cpu" or self.outside == "clip" else "drop"
-        index = self.bins.index(labels, placed)
-        if self.outside == "drop" or not readable(labels):  # else whatever cannot be placed has raised
-            index = torch.where(index < 0, len(self.bins), index)
-        table = self.table.to(index.device)
-        return table.index_select(0, index.flatten()).view(index.shape)
+        row = self.bins._row("LDS", labels, self.outside)
+        return self.table.to(row.device).index_select(0, row.flatten()).view(row.shape)
 
     def sample_weight(self, labels: Any) -> np.ndarray:
         """Weights as float64 NumPy, for scikit-learn or gradient boosting: ``LDS(bins).fit(y).sample_weight(y)``."""
@@ -218,7 +214,7 @@ class LDS(nn.Module):
                 fix="Call lds.fit(training_labels) first.",
                 error=NotFittedError,
             )
-        index = self.bins.index(labels, self.outside)
+        index = self.bins._place("LDS.sample_weight", labels, self.outside)
         index = index.cpu().numpy() if isinstance(index, Tensor) else index
         return self.table.detach().cpu().double().numpy()[index]
 

@@ -46,6 +46,8 @@ class RegressionMetrics:
             raise problem(where, "bins must be a Bins", got=type(bins).__name__, error=TypeError)
         if not isinstance(density, LabelDensity) or density.bins != bins:
             raise problem(where, "density must be a LabelDensity over the same bins", got=repr(density))
+        if density.counts.dtype.kind == "f":
+            raise problem(where, "density must be as counted, not smoothed", got=repr(density))
         self.bins, self.density = bins, density
         widths = np.diff(bins.edges)
         floor = float(np.median(widths)) / 100 if floor is None else floor
@@ -71,7 +73,7 @@ class RegressionMetrics:
         same_shape(where, pred=pred, target=target)
         same_device(where, pred=pred, target=target)
         finite(where, pred=pred)
-        index = self.bins.index(target).flatten()
+        index = self.bins._place(where, target, "raise", "target").flatten()
         p, t = pred.detach().double().flatten(), target.detach().double().flatten()
         error = p - t
         p, t = p - self._origin, t - self._origin
@@ -99,11 +101,11 @@ class RegressionMetrics:
         where = "RegressionMetrics.merge"
         if not isinstance(other, RegressionMetrics):
             raise problem(where, "other must be a RegressionMetrics", got=type(other).__name__, error=TypeError)
-        if other.bins != self.bins or other.floor != self.floor:
+        if other.density != self.density or other.floor != self.floor:
             raise problem(
                 where,
-                "both must have the same bins and floor",
-                got=f"{self.bins}, floor {self.floor:g} and {other.bins}, floor {other.floor:g}",
+                "both must have the same bins, training density and floor",
+                got=f"{self.density!r}, floor {self.floor:g} and {other.density!r}, floor {other.floor:g}",
             )
         self.sums = self.sums + other.sums.to(self.sums.device)
         return self
@@ -160,7 +162,7 @@ class RegressionMetrics:
             "bin_mae": ("bin", bin_mae),
             "bin_bias": ("bin", bin_bias),
             "bin_count": ("bin", sums["count"].astype(np.int64)),
-            "train_count": ("bin", np.asarray(self.density.counts).astype(np.int64)),
+            "train_count": ("bin", np.asarray(self.density.counts)),
         }
         coords = {
             "region": list(names),

@@ -172,8 +172,13 @@ def region_figure(ds: xr.Dataset, *, colors: Colors | None = None) -> Figure:
         seeds = int(part["completed"].sum())
         mean, spread = _mean_and_spread(part["mae"].values[part["completed"].values == 1])
         axes.bar(
-            place + (i - (len(styles) - 1) / 2) * width, mean, width * 0.94, color=color, zorder=2,
-            yerr=spread if seeds > 1 else None, error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 2},
+            place + (i - (len(styles) - 1) / 2) * width,
+            mean,
+            width * 0.94,
+            color=color,
+            zorder=2,
+            yerr=spread if seeds > 1 else None,
+            error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 2},
             label=_literal(f"{method} ({_seeds(seeds)})"),
         )
     ticks = []
@@ -226,8 +231,10 @@ def similarity_figure(
         before, after = (np.asarray(values, dtype=np.float64) for values in pair)
         if before.shape != after.shape or before.ndim != 2 or len(before) != len(bins):
             raise problem(
-                where, f"{name} must have the shape ({len(bins)}, D), before and after alike",
-                got=f"{before.shape} and {after.shape}", error=ShapeError,
+                where,
+                f"{name} must have the shape ({len(bins)}, D), before and after alike",
+                got=f"{before.shape} and {after.shape}",
+                error=ShapeError,
             )
         tables[name] = (_cosines(before), _cosines(after))
         if np.isnan(tables[name][0][at, at]):
@@ -293,8 +300,12 @@ def history_figure(
     for column in (loss, metric):
         if not any(column in row for rows in histories.values() for row in rows):
             known = sorted({name for rows in histories.values() for row in rows for name in row})
-            raise problem("history_figure", "histories must have the columns asked for", got=f"no {column!r}",
-                          fix=f"Columns are {known}.")
+            raise problem(
+                "history_figure",
+                "histories must have the columns asked for",
+                got=f"no {column!r}",
+                fix=f"Columns are {known}.",
+            )
     colors = method_colors(method for method, _ in histories) if colors is None else colors
     figure = _figure(3.2)
     axes = [figure.add_subplot(1, 2, i + 1) for i in range(2)]
@@ -364,8 +375,11 @@ def _figure(height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise problem(
-            "dir_toolkit.results.figures", "matplotlib must be installed", got="no such package",
-            fix='pip install "dir_toolkit[recipes]"', error=ImportError,
+            "dir_toolkit.results.figures",
+            "matplotlib must be installed",
+            got="no such package",
+            fix='pip install "dir_toolkit[recipes]"',
+            error=ImportError,
         ) from error
     return Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
 

@@ -50,8 +50,11 @@ def write_report(
         import jinja2
     except ImportError as error:
         raise problem(
-            "write_report", "jinja2 must be installed", got="no such package",
-            fix='pip install "dir_toolkit[recipes]"', error=ImportError,
+            "write_report",
+            "jinja2 must be installed",
+            got="no such package",
+            fix='pip install "dir_toolkit[recipes]"',
+            error=ImportError,
         ) from error
     validate_results(ds)
     provenance = {str(name): value for name, value in ds.attrs.items() if name not in _SHOWN_ELSEWHERE}

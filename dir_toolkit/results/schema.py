@@ -376,8 +376,11 @@ def load_results(path: str | os.PathLike[str]) -> xr.Dataset:
             ds = file.load()
     except Exception as error:  # scipy answers a damaged file with nearly any exception
         raise problem(
-            "load_results", f"{shown} must be a whole NetCDF-3 file", got=f"{type(error).__name__}: {error}",
-            fix="Remove it and run again.", error=ResultsError,
+            "load_results",
+            f"{shown} must be a whole NetCDF-3 file",
+            got=f"{type(error).__name__}: {error}",
+            fix="Remove it and run again.",
+            error=ResultsError,
         ) from error
     ds.attrs = {name: value.item() if isinstance(value, np.generic) else value for name, value in ds.attrs.items()}
     wide: dict[Any, Any] = {n: a.astype(np.int64) for n, a in ds.data_vars.items() if a.dtype == np.int32}

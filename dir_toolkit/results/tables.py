@@ -60,7 +60,9 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
         if metric not in ds or ds[metric].dims != ("method", "seed", "region") or region not in ds["region"].values:
             known = sorted(str(name) for name in ds.data_vars if ds[name].dims == ("method", "seed", "region"))
             raise problem(
-                "results_table", "columns must be (metric, region) pairs of the result", got=repr((metric, region)),
+                "results_table",
+                "columns must be (metric, region) pairs of the result",
+                got=repr((metric, region)),
                 fix=f"Metrics are {known}, regions {ds['region'].values.tolist()}.",
             )
     methods = sorted(ds["method"].values.tolist(), key=lambda method: method == BASELINE)

@@ -55,7 +55,9 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
         reason = f"a {type(state).__name__}" if whole else "bytes that have changed since it was written"
     if not isinstance(state, dict):
         raise problem(
-            where, f"{name} must be a whole checkpoint of tensors and plain values", got=reason,
+            where,
+            f"{name} must be a whole checkpoint of tensors and plain values",
+            got=reason,
             fix="Nothing in it was run. Put an intact copy in its place, or start in another folder.",
             error=CheckpointError,
         )
@@ -79,6 +81,9 @@ def _check_plain(key: str, value: object) -> None:
             _check_plain(f"{key}[{place}]", item)
     else:
         raise problem(
-            "save_checkpoint", f"{key} must be a tensor or a plain value", got=type(value).__name__,
-            fix="Use .item() or .tolist() for NumPy, and state_dict() for modules.", error=CheckpointError,
+            "save_checkpoint",
+            f"{key} must be a tensor or a plain value",
+            got=type(value).__name__,
+            fix="Use .item() or .tolist() for NumPy, and state_dict() for modules.",
+            error=CheckpointError,
         )

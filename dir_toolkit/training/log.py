@@ -55,7 +55,12 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, runtime: Runtime, *, steps_per_epoch: int, history: Sequence[dict[str, Any]] = (),
+        self,
+        folder: Path,
+        runtime: Runtime,
+        *,
+        steps_per_epoch: int,
+        history: Sequence[dict[str, Any]] = (),
         step: int = 0,
     ) -> None:
         self._folder, self._history, self._steps_per_epoch = folder, list(history), steps_per_epoch

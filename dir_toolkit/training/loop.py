@@ -59,9 +59,9 @@ def fit(
 
     Everything random follows from the seed and the place in the run: the order of an epoch from (seed, epoch), the
     augmentation and what the model draws from (seed, epoch, step, rank). So a run that was stopped anywhere, and
-    resumed in a new process, ends with the bits of one that was not. Each global batch is dealt to the ranks in turn, and a
-    rank's loss is its sum over samples times ranks / global batch size, so that n ranks step as one does; an epoch's
-    last, short batch is kept unless it holds fewer than two samples a rank. Ctrl-C ends the step, writes a
+    resumed in a new process, ends with the bits of one that was not. Each global batch is dealt to the ranks in turn,
+    and a rank's loss is its sum over samples times ranks / global batch size, so that n ranks step as one does; an
+    epoch's last, short batch is kept unless it holds fewer than two samples a rank. Ctrl-C ends the step, writes a
     checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process.
 
     Args:
@@ -96,9 +96,14 @@ def fit(
     optimizer = make_optimizer(model.to(runtime.device), optimization)
     at = _Progress(loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device))
     identity = {
-        "seed": runtime.seed, "world": runtime.world, "precision": runtime.precision,
-        "train": train.digest, "val": val.digest,
-        "loss": getattr(loss, "__name__", type(loss).__name__), "lds": weights is not None, "fds": fds is not None,
+        "seed": runtime.seed,
+        "world": runtime.world,
+        "precision": runtime.precision,
+        "train": train.digest,
+        "val": val.digest,
+        "loss": getattr(loss, "__name__", type(loss).__name__),
+        "lds": weights is not None,
+        "fds": fds is not None,
         "augmentation": getattr(augmentation, "__name__", str(augmentation)),
         **{f"optimization.{name}": value for name, value in asdict(optimization).items()},
         **(fingerprint or {}),
@@ -243,8 +248,14 @@ class _RunFiles:
     """The two checkpoints of a run."""
 
     def __init__(
-        self, folder: Path, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, fds: FDS | None,
-        at: _Progress, identity: dict[str, Any],
+        self,
+        folder: Path,
+        runtime: Runtime,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        fds: FDS | None,
+        at: _Progress,
+        identity: dict[str, Any],
     ) -> None:
         self.last, self.best = folder / "checkpoint-last.pt", folder / "checkpoint-best.pt"
         self.last_place = ""
@@ -258,8 +269,11 @@ class _RunFiles:
             return
         if not resume:
             raise problem(
-                "fit", "a run is never overwritten", got=f"one in {self.last.parent}",
-                fix="Go on with it by --resume (resume=True), or choose another folder.", error=RunExistsError,
+                "fit",
+                "a run is never overwritten",
+                got=f"one in {self.last.parent}",
+                fix="Go on with it by --resume (resume=True), or choose another folder.",
+                error=RunExistsError,
             )
         state = load_checkpoint(self.last)
         self._check_identity(state)
@@ -271,7 +285,10 @@ class _RunFiles:
                 self._fds.load_state_dict(own["fds"])
         except (RuntimeError, ValueError) as error:
             raise problem(
-                "fit", f"{self.last} must fit this model", got=str(error), fix="Was it made by other code?",
+                "fit",
+                f"{self.last} must fit this model",
+                got=str(error),
+                fix="Was it made by other code?",
                 error=CheckpointError,
             ) from error
         for name, value in state["progress"].items():
@@ -288,8 +305,11 @@ class _RunFiles:
         if self._runtime.is_main:
             progress = {name: value for name, value in vars(self._at).items() if name != "loss_sum"}
             state = {
-                "model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "ranks": ranks,
-                "progress": progress, "fingerprint": self._identity,
+                "model": self._model.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "ranks": ranks,
+                "progress": progress,
+                "fingerprint": self._identity,
             }
             save_checkpoint(self.last, state)
         self._runtime.barrier()
@@ -299,7 +319,9 @@ class _RunFiles:
         """Write the model's weights."""
         if self._runtime.is_main:
             state = {
-                "model": self._model.state_dict(), "epoch": self._at.best_epoch, "val_bmae": self._at.best_bmae,
+                "model": self._model.state_dict(),
+                "epoch": self._at.best_epoch,
+                "val_bmae": self._at.best_bmae,
                 "fingerprint": self._identity,
             }
             save_checkpoint(self.best, state)
@@ -315,8 +337,11 @@ class _RunFiles:
         raise KeyboardInterrupt
 
     def _tell_place(self) -> None:
-        self.last_place = f"epoch {self._at.epoch + 1}, step {self._at.step}" if self._at.step else (
-            f"the end of epoch {self._at.epoch}")
+        self.last_place = (
+            f"epoch {self._at.epoch + 1}, step {self._at.step}"
+            if self._at.step
+            else (f"the end of epoch {self._at.epoch}")
+        )
 
     def _check_identity(self, state: dict[str, Any]) -> None:
         saved, now = state.get("fingerprint", {}), self._identity
@@ -327,8 +352,11 @@ class _RunFiles:
         ]
         if differ:
             raise problem(
-                "fit", f"{self.last} must be of the same run", got="; ".join(differ),
-                fix="Resume with the settings it was started with, or choose another folder.", error=CheckpointError,
+                "fit",
+                f"{self.last} must be of the same run",
+                got="; ".join(differ),
+                fix="Resume with the settings it was started with, or choose another folder.",
+                error=CheckpointError,
             )
 
 
@@ -352,10 +380,15 @@ class _LossWatch:
         if step >= 0:
             lr = learning_rate(optimization, int(step), steps)
             what = f"{loss:g} with a gradient norm of {norm:g} at step {int(step) + 1} of {steps}, learning rate {lr:g}"
-        good = f"The last good checkpoint, {files.last_place}, is {files.last}." if files.last_place else (
-            "There is no checkpoint yet.")
+        good = (
+            f"The last good checkpoint, {files.last_place}, is {files.last}."
+            if files.last_place
+            else ("There is no checkpoint yet.")
+        )
         return problem(
-            "fit", "the loss and its gradient must be finite", got=what,
+            "fit",
+            "the loss and its gradient must be finite",
+            got=what,
             fix=f"{good} Lower the learning rate or set clip_norm, and start in another folder.",
             error=NonFiniteLossError,
         )

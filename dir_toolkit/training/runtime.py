@@ -138,7 +138,9 @@ def start_runtime(device: str = "auto", precision: Precision = "float32", seed: 
         torch.cuda.set_device(place)
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise problem(
-                where, "precision bf16 needs a GPU that computes in it", got=torch.cuda.get_device_name(place),
+                where,
+                "precision bf16 needs a GPU that computes in it",
+                got=torch.cuda.get_device_name(place),
                 fix='Use precision="float32".',
             )
     started = world > 1 and not joined
@@ -169,7 +171,9 @@ def _device(name: str, local_rank: int) -> torch.device:
     number = local_rank if device.index is None else device.index
     if number >= count:
         raise problem(
-            where, f"device cuda:{number} must exist on this machine", got=f"{count} CUDA devices",
+            where,
+            f"device cuda:{number} must exist on this machine",
+            got=f"{count} CUDA devices",
             fix='Use device="cpu", or a torch built for your GPU.' if count == 0 else "Start fewer processes.",
         )
     return torch.device("cuda", number)
@@ -180,8 +184,10 @@ def _world_size() -> int:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and missing:
         raise problem(
-            "start_runtime", f"with WORLD_SIZE={world} the environment must hold all that torchrun sets",
-            got=f"no {', '.join(missing)}", fix="Start with torchrun, or unset WORLD_SIZE.",
+            "start_runtime",
+            f"with WORLD_SIZE={world} the environment must hold all that torchrun sets",
+            got=f"no {', '.join(missing)}",
+            fix="Start with torchrun, or unset WORLD_SIZE.",
         )
     return world
 

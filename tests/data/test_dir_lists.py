@@ -10,9 +10,10 @@ from dir_toolkit.data.dir_lists import dir_list
 from dir_toolkit.errors import DataError
 
 CARDS = Path(__file__).parents[2] / "data_cards"
-ROWS = [f"{age},AgeDB/{i}.jpg,{split}" for i, (age, split) in enumerate(
-    [(31, "train"), (8, "test"), (59, "val"), (101, "train"), (0, "test")]
-)]
+ROWS = [
+    f"{age},AgeDB/{i}.jpg,{split}"
+    for i, (age, split) in enumerate([(31, "train"), (8, "test"), (59, "val"), (101, "train"), (0, "test")])
+]
 
 
 @pytest.fixture

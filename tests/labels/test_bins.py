@@ -155,7 +155,9 @@ def test_a_class_is_a_bin() -> None:
     assert bins.index([0, 1, 2]).tolist() == [0, 1, 2]
     assert bins.index(torch.tensor([0.0, 2.0])).tolist() == [0, 2]
     assert bins.centers.tolist() == [0, 1, 2]
-    with pytest.raises(LabelError, match=r"class labels must be whole numbers, got 0\.5 at index \[1\]"):
+    with pytest.raises(
+        LabelError, match=r"labels must be whole numbers where bins are classes, got 0\.5 at index \[1\]"
+    ):
         bins.index([0, 0.5])
     with pytest.raises(LabelError, match=r"labels must lie on the label axis 0 to 2, got 3 at index \[0\]"):
         bins.index([3])

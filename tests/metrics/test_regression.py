@@ -288,9 +288,9 @@ def test_gradients_are_not_kept() -> None:
             r"RegressionMetrics\.update: pred must be finite, got nan at index \[1",
         ),
         ([1.0, math.inf], [1.0, 1.0], ValueError, r"RegressionMetrics\.update: pred must be finite, got inf"),
-        ([1.0, 1.0], [1.0, 5.5], LabelError, r"labels must lie on the label axis \[0, 5\], got 5\.5 at index \[1\]"),
-        ([1.0, 1.0], [1.0, math.inf], LabelError, "labels must lie on the label axis"),
-        ([1.0, 1.0], [math.nan, 1.0], LabelError, r"labels must not be NaN, got nan at index \[0\]"),
+        ([1.0, 1.0], [1.0, 5.5], LabelError, r"target must lie on the label axis \[0, 5\], got 5\.5 at index \[1\]"),
+        ([1.0, 1.0], [1.0, math.inf], LabelError, "target must lie on the label axis"),
+        ([1.0, 1.0], [math.nan, 1.0], LabelError, r"target must not be NaN, got nan at index \[0\]"),
         (
             [[1.0], [1.0]],
             [1.0, 1.0],
@@ -343,6 +343,7 @@ def test_only_like_metrics_merge() -> None:
     others = [RegressionMetrics(BINS, DENSITY, floor=1), RegressionMetrics(classes, LabelDensity.count([1], classes))]
     for other in others:
         with pytest.raises(
-            ValueError, match=r"^RegressionMetrics\.merge: both must have the same bins and floor, got <"
+            ValueError,
+            match=r"^RegressionMetrics\.merge: both must have the same bins, training density and floor, got <",
         ):
             metrics.merge(other)

@@ -32,7 +32,8 @@ Combine = Callable[..., xr.Dataset]
 BINS = dt.Bins.uniform(0, 8, width=1)
 HISTORY = {
     (method, seed): [{"epoch": str(i), "train/loss": 1.0 / (i + 1), "val/bmae": ""} for i in range(3)]
-    for method in ("vanilla", "lds") for seed in (0, 1)
+    for method in ("vanilla", "lds")
+    for seed in (0, 1)
 }
 
 
@@ -49,12 +50,21 @@ def _density() -> dt.LabelDensity:
 def _all(ds: xr.Dataset) -> dict[str, Figure]:
     density = _density()
     return {
-        "density": density_figure(density, np.ones(8), effective=density.smooth(dt.gaussian(3, 1)), label_name="age",
-                                  label_units="years"),
+        "density": density_figure(
+            density, np.ones(8), effective=density.smooth(dt.gaussian(3, 1)), label_name="age", label_units="years"
+        ),
         "error": error_figure(ds),
         "region": region_figure(ds),
-        "similarity": similarity_figure(_means(), _means(5), BINS, anchor=3, variance_before=_means() ** 2,
-                                        variance_after=_means() ** 2, label_name="age", label_units="years"),
+        "similarity": similarity_figure(
+            _means(),
+            _means(5),
+            BINS,
+            anchor=3,
+            variance_before=_means() ** 2,
+            variance_after=_means() ** 2,
+            label_name="age",
+            label_units="years",
+        ),
         "history": history_figure(HISTORY, label_units="years"),
     }
 
@@ -209,7 +219,7 @@ def _ids(svg: str) -> list[str]:
 
 
 def test_hostile_names_are_drawn_as_text(run: Run, combine: Combine) -> None:
-    ds = combine({("$a_b$ <script> --> \" id=\"x", 0): run([1, 2, 3])}, label_name="$x$", label_units="$")
+    ds = combine({('$a_b$ <script> --> " id="x', 0): run([1, 2, 3])}, label_name="$x$", label_units="$")
     for figure in (error_figure(ds), region_figure(ds)):
         svg = figure_svg(figure)
         assert "<script>" not in svg

@@ -59,17 +59,38 @@ def page(ds: xr.Dataset, tmp_path: Path) -> tuple[Page, str]:
     ds.attrs |= {"env": '{"torch": "2.13", "gpu": {"name": "none"}}', "digest": "{broken", "epochs": 12}
     path = tmp_path / "report.html"
     figures = {"Error along the axis": error_figure(ds), "Error by region": region_figure(ds)}
-    write_report(path, ds, figures, title="Ages", notes=["A note & more."],
-                 settings={"lr": 0.1, "data": {"root": None, "sizes": [1, 2]}})
+    write_report(
+        path,
+        ds,
+        figures,
+        title="Ages",
+        notes=["A note & more."],
+        settings={"lr": 0.1, "data": {"root": None, "sizes": [1, 2]}},
+    )
     text = path.read_text(encoding="utf-8")
     return Page(text), text
 
 
 def test_holds_everything_a_reader_needs(page: tuple[Page, str]) -> None:
     parsed, _ = page
-    for part in ("Ages", "A note & more.", "4.78 ± 0.79", "test samples", "constant", "python recipes/age.py",
-                 "Error by region", "data.root", "null", "[1, 2]", "env.torch", "env.gpu.name", "{broken",
-                 "dir_toolkit_version", "created", "mean ± standard deviation (n - 1) over seeds"):
+    for part in (
+        "Ages",
+        "A note & more.",
+        "4.78 ± 0.79",
+        "test samples",
+        "constant",
+        "python recipes/age.py",
+        "Error by region",
+        "data.root",
+        "null",
+        "[1, 2]",
+        "env.torch",
+        "env.gpu.name",
+        "{broken",
+        "dir_toolkit_version",
+        "created",
+        "mean ± standard deviation (n - 1) over seeds",
+    ):
         assert part in parsed.text, part
     assert parsed.tags.count("svg") == 2
 
@@ -96,8 +117,14 @@ def test_the_same_result_gives_the_same_bytes(ds: xr.Dataset, tmp_path: Path) ->
 
 
 def test_hostile_text_stays_text(run: Run, combine: Combine, tmp_path: Path) -> None:
-    ds = combine({(HOSTILE, 0): run([1, 2, 3])}, title=HOSTILE, command=HOSTILE, label_name=HOSTILE,
-                 label_units=HOSTILE, attrs={HOSTILE: HOSTILE})
+    ds = combine(
+        {(HOSTILE, 0): run([1, 2, 3])},
+        title=HOSTILE,
+        command=HOSTILE,
+        label_name=HOSTILE,
+        label_units=HOSTILE,
+        attrs={HOSTILE: HOSTILE},
+    )
     path = tmp_path / "report.html"
     write_report(path, ds, {HOSTILE: error_figure(ds)}, title=HOSTILE, notes=[HOSTILE], settings={HOSTILE: HOSTILE})
     text = path.read_text(encoding="utf-8")

@@ -84,8 +84,9 @@ def test_what_the_metrics_give_combines(combine: Combine) -> None:
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_round_trip(run: Run, combine: Combine, tmp_path: Path, seeds: int) -> None:
     runs = {("soft bins, τ", s): run([1.0 + s, 2.0, 3.0]).assign(minutes=0.5) for s in range(seeds)}
-    ds = combine(runs, label_units="days since 2000-01-01",
-                 attrs={"epochs": 12, "lr": 2e-3, "note": "ä\nb", "nothing": ""})
+    ds = combine(
+        runs, label_units="days since 2000-01-01", attrs={"epochs": 12, "lr": 2e-3, "note": "ä\nb", "nothing": ""}
+    )
     save_results(ds, tmp_path / "results.nc")
     loaded = load_results(tmp_path / "results.nc")
     xr.testing.assert_identical(loaded, ds)
@@ -99,8 +100,13 @@ def test_round_trip(run: Run, combine: Combine, tmp_path: Path, seeds: int) -> N
 
 
 def test_other_attributes_become_json(ds: xr.Dataset, tmp_path: Path) -> None:
-    ds.attrs |= {"env": {"torch": "2.13", "cuda": None}, "methods": ["a", "b"], "deterministic": True, "big": 2**40,
-                 "scalar": np.float64(0.5)}
+    ds.attrs |= {
+        "env": {"torch": "2.13", "cuda": None},
+        "methods": ["a", "b"],
+        "deterministic": True,
+        "big": 2**40,
+        "scalar": np.float64(0.5),
+    }
     save_results(ds, tmp_path / "r.nc")
     attrs = load_results(tmp_path / "r.nc").attrs
     assert attrs["env"] == '{"torch": "2.13", "cuda": null}'
@@ -176,9 +182,13 @@ FAULTS: list[tuple[Callable[[xr.Dataset], xr.Dataset], str]] = [
     (_attr("units", "months", "bin_mae"), "variable 'bin_mae' must have units 'years', got 'months'"),
     (_attr("units", "s", "minutes"), "variable 'minutes' must have units 'min', got 's'"),
     (_attr("units", "months", "bin_center"), "coordinate 'bin_center' must have units 'years', got 'months'"),
-    *((lambda ds, n=n: ds.drop_attrs(deep=False).assign_attrs({k: v for k, v in ds.attrs.items() if k != n}),
-       f"attribute '{n}' must be text, got None")
-      for n in ("title", "created", "dir_toolkit_version", "command", "label_name", "label_units")),
+    *(
+        (
+            lambda ds, n=n: ds.drop_attrs(deep=False).assign_attrs({k: v for k, v in ds.attrs.items() if k != n}),
+            f"attribute '{n}' must be text, got None",
+        )
+        for n in ("title", "created", "dir_toolkit_version", "command", "label_name", "label_units")
+    ),
     (_attr("created", "yesterday"), "attribute 'created' must be an ISO 8601 time with its zone"),
     (_attr("created", "2026-01-01T00:00:00"), "attribute 'created' must be an ISO 8601 time with its zone"),
 ]
@@ -221,8 +231,12 @@ def test_runs_that_do_not_fit_together_are_refused(run: Run, combine: Combine) -
     with pytest.raises(ResultsError, match="every run must have the same axes and variables") as caught:
         combine({("a", 0): one, ("b", 1): other})
     text = str(caught.value)
-    for part in ("('b', 1): coordinate 'bin_high' differs", "'gm' is in the first run only",
-                 "'extra' is in this run only", "'count' must be whole numbers, got float64"):
+    for part in (
+        "('b', 1): coordinate 'bin_high' differs",
+        "'gm' is in the first run only",
+        "'extra' is in this run only",
+        "'count' must be whole numbers, got float64",
+    ):
         assert part in text
     assert "('a', 0)" not in text
     with pytest.raises(ResultsError, match="coordinate 'region' is missing"):

@@ -18,8 +18,16 @@ MAIN = Runtime(torch.device("cpu"))
 
 def row(epoch: int) -> dict[str, Any]:
     return {
-        "epoch": epoch, "step": 5 * epoch, "lr": 0.002, "loss": 7.0 / epoch, "val_mae": 9.0, "val_mae_many": 5.0,
-        "val_mae_medium": 8.0, "val_mae_few": float("nan"), "val_bmae": 13.0 + epoch, "seconds": 1.5 * epoch,
+        "epoch": epoch,
+        "step": 5 * epoch,
+        "lr": 0.002,
+        "loss": 7.0 / epoch,
+        "val_mae": 9.0,
+        "val_mae_many": 5.0,
+        "val_mae_medium": 8.0,
+        "val_mae_few": float("nan"),
+        "val_bmae": 13.0 + epoch,
+        "seconds": 1.5 * epoch,
     }
 
 

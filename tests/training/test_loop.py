@@ -48,8 +48,12 @@ def image_set(samples: int = SAMPLES, seed: int = 0) -> ImageSet:
 def tiny_model(*, random: bool = True) -> ImageRegressor:
     """With dropout and BatchNorm, or without, where ranks are to agree with one process."""
     backbone = nn.Sequential(
-        nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8) if random else nn.Identity(), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2 if random else 0.0),
+        nn.Conv2d(3, 8, 5, stride=4),
+        nn.BatchNorm2d(8) if random else nn.Identity(),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2 if random else 0.0),
     )
     backbone.num_features = 8  # type: ignore[assignment]
     return ImageRegressor(backbone, offset=5.0, scale=5.0)
@@ -71,8 +75,13 @@ def train(
     if fds is not None:
         fds.attach(model.head, "input")
     arguments: dict[str, Any] = {
-        "bins": BINS, "density": LabelDensity.count(data.labels, BINS), "weights": LDS(BINS).fit(data.labels),
-        "fds": fds, "runtime": runtime, "folder": folder, "augmentation": random,
+        "bins": BINS,
+        "density": LabelDensity.count(data.labels, BINS),
+        "weights": LDS(BINS).fit(data.labels),
+        "fds": fds,
+        "runtime": runtime,
+        "folder": folder,
+        "augmentation": random,
         "optimization": Optimization(epochs=EPOCHS, batch_size=BATCH, lr=0.01, clip_norm=5.0),
     }
     history = fit(model, data, image_set(31, seed=1), **{**arguments, **changes})
@@ -222,7 +231,10 @@ def test_resuming_nothing_starts_afresh(tmp_path: Path, whole_run: Path) -> None
 def test_another_run_is_not_resumed(whole_run: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         train(
-            whole_run, one_process(seed=4), resume=True, fingerprint={"data": "faces"},
+            whole_run,
+            one_process(seed=4),
+            resume=True,
+            fingerprint={"data": "faces"},
             optimization=Optimization(epochs=EPOCHS, batch_size=BATCH, lr=0.02, clip_norm=5.0),
         )
     for part in ("optimization.lr was 0.01 and is 0.02", "seed was 3 and is 4", "data was 'absent' and is 'faces'"):
@@ -234,9 +246,17 @@ def test_another_model_is_not_resumed(whole_run: Path) -> None:
     model = tiny_model(random=False)
     with pytest.raises(CheckpointError, match="must fit this model"):
         fit(
-            model, data, image_set(31, seed=1), bins=BINS, density=LabelDensity.count(data.labels, BINS),
-            weights=LDS(BINS).fit(data.labels), fds=FDS(BINS, num_features=8), runtime=one_process(), folder=whole_run,
-            resume=True, optimization=Optimization(epochs=EPOCHS, batch_size=BATCH, lr=0.01, clip_norm=5.0),
+            model,
+            data,
+            image_set(31, seed=1),
+            bins=BINS,
+            density=LabelDensity.count(data.labels, BINS),
+            weights=LDS(BINS).fit(data.labels),
+            fds=FDS(BINS, num_features=8),
+            runtime=one_process(),
+            folder=whole_run,
+            resume=True,
+            optimization=Optimization(epochs=EPOCHS, batch_size=BATCH, lr=0.01, clip_norm=5.0),
         )
 
 
@@ -261,7 +281,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
 def test_a_diverging_run_stops_before_there_is_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match="no checkpoint yet"):
         train(
-            tmp_path, with_fds=False,
+            tmp_path,
+            with_fds=False,
             optimization=Optimization(epochs=1, batch_size=BATCH, lr=1e38, optimizer="sgd", warmup=0.0),
         )
 
@@ -293,8 +314,15 @@ def test_all_that_cannot_be_trained_is_told_at_once(tmp_path: Path) -> None:
     model.fds = FDS(BINS, num_features=8)
     with pytest.raises(SettingsError) as error:
         fit(
-            model, data, empty, bins=BINS, density=LabelDensity.count(data.labels, BINS), fds=model.fds,
-            runtime=one_process(), folder=tmp_path, optimization=Optimization(batch_size=1),
+            model,
+            data,
+            empty,
+            bins=BINS,
+            density=LabelDensity.count(data.labels, BINS),
+            fds=model.fds,
+            runtime=one_process(),
+            folder=tmp_path,
+            optimization=Optimization(batch_size=1),
         )
     for part in ("two images a rank", "val must hold at least one", "no part of the model"):
         assert part in str(error.value)
