@@ -59,13 +59,17 @@ class Bins:
         edges.setflags(write=False)
         centers.setflags(write=False)
         self.edges, self.centers, self.categorical = edges, centers, categorical
+        self._edges, self._centers = torch.from_numpy(edges.copy()), torch.from_numpy(centers.copy())
         self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}  # copies and scales, made when asked
 
     def _tensor(self, name: Literal["edges", "centers"], like: Tensor) -> Tensor:
         """Edges or centres in the dtype and on the device of ``like``, copied there once."""
+        source = self._edges if name == "edges" else self._centers
+        if torch.compiler.is_compiling():  # a compiled graph keeps its own copies
+            return source.to(like)
         key = (name, like.dtype, like.device)
         if key not in self._tensors:
-            self._tensors[key] = torch.from_numpy(getattr(self, name).copy()).to(like.dtype).to(like.device)
+            self._tensors[key] = source.to(like.dtype).to(like.device)
         return self._tensors[key]
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only

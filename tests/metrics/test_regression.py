@@ -137,7 +137,7 @@ rank, shares = int(sys.argv[1]), {shares!r}
 dist.init_process_group("gloo", init_method="file://{rendezvous}", rank=rank, world_size=2)
 bins = Bins.uniform(0, 5, width=1)
 metrics = RegressionMetrics(bins, LabelDensity(bins, [500, 101, 100, 19, 0]))
-pred, target = torch.load({data!r})
+pred, target = torch.load({data!r}, weights_only=True)
 start, stop = shares[rank]
 for i in range(start, stop, 64):
     metrics.update(pred[i:min(i + 64, stop)], target[i:min(i + 64, stop)])
@@ -171,7 +171,7 @@ def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path) -> None:
     whole.update(pred, target)
     for rank in range(2):
         both = RegressionMetrics(BINS, DENSITY)
-        both.sums = torch.load(tmp_path / f"sums{rank}.pt")
+        both.sums = torch.load(tmp_path / f"sums{rank}.pt", weights_only=True)
         torch.testing.assert_close(both.sums, whole.sums, rtol=1e-12, atol=1e-12)
         assert_same(both.compute(), of(pred, target))
 

@@ -136,7 +136,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def program(what: str, folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-W", "error", __file__, what, str(folder), *arguments]
+    return [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", __file__, what, str(folder), *arguments]
 
 
 def test_the_helper_that_compares_sees_a_difference(whole_run: Path) -> None:
