@@ -25,7 +25,7 @@ Variables, all measured on test data unless said
         ``train_count``        int64: training samples
     over (method, seed)
         ``minutes``            float64: time spent training
-        ``best_epoch``         float64 (a whole number), from 0: the epoch chosen on validation data
+        ``best_epoch``         float64 (a whole number), from 1: the epoch chosen on validation data
         ``completed``          int8: 1 for a finished run, 0 for one that is missing
     Others may stand beside them, over the same dimensions and with units.
 

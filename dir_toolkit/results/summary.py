@@ -11,13 +11,15 @@ import xarray as xr
 from ..files import write_atomically
 from .figures import figure_to_tensorboard, save_figure
 from .report import write_report
-from .schema import save_results
+from .schema import save_results, validate_results
 from .tables import Columns, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["write_summary"]
+
+_SUFFIX = ".summary"  # tells our TensorBoard file from others in the folder
 
 
 def write_summary(
@@ -31,20 +33,26 @@ def write_summary(
 ) -> None:
     """Write ``results.nc``, ``table.md``, ``figures/*.png``, ``report.html`` and a TensorBoard file into ``folder``.
 
+    What an earlier call left in the folder is replaced, its TensorBoard file too; figures of other titles stay.
+
     Args:
+        folder: must exist.
         ds: a result of the schema in ``results.schema``.
         figures: by title; a file is named after its title.
         notes, settings, columns: as in :func:`dir_toolkit.results.report.write_report`.
     Raises:
-        ResultsError: ``ds`` breaks the schema; nothing is written then.
+        ResultsError: ``ds`` breaks the schema; nothing is written then. FileNotFoundError: there is no such folder.
     """
     from torch.utils.tensorboard import SummaryWriter
 
+    validate_results(ds)
     table = markdown_table(ds, columns=columns)
     save_results(ds, folder / "results.nc")
     write_atomically(folder / "table.md", lambda file: file.write(table.encode()))
     (folder / "figures").mkdir(exist_ok=True)
-    with SummaryWriter(str(folder)) as board:
+    for earlier in folder.glob(f"events.out.tfevents.*{_SUFFIX}"):
+        earlier.unlink()
+    with SummaryWriter(str(folder), filename_suffix=_SUFFIX) as board:
         board.add_text("results", table)
         for title, figure in figures.items():
             name = "".join(c if c.isalnum() else "-" for c in title.lower())
