@@ -11,6 +11,7 @@ A run that was stopped goes on with ``--resume``; its finished parts are not don
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +22,11 @@ import tyro
 if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
     import numpy as np
     import xarray as xr
+    from torch import nn
 
     import dir_toolkit as dt
-    from dir_toolkit.data.images import Splits
+    from dir_toolkit.data.images import ImageSet, Splits
+    from dir_toolkit.training.loop import Optimization
     from dir_toolkit.training.runtime import Runtime
 
 Method = Literal["vanilla", "unsmoothed", "lds", "fds", "lds+fds"]
@@ -35,6 +38,8 @@ METHODS: dict[Method, tuple[Literal["counts", "smoothed"] | None, bool]] = {
     "fds": (None, True),
     "lds+fds": ("smoothed", True),
 }
+
+PLACES = ("root", "listing", "out")  # settings that say where things lie on this machine; no result shows them
 
 
 @dataclass(frozen=True)
@@ -95,48 +100,78 @@ class Settings:
     """Folder of all results; by default runs/age/<data>."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What one method with one seed came to."""
+
+    errors: xr.Dataset
+    """On the test set."""
+    history: list[dict[str, Any]]
+    """A row an epoch."""
+    fds: dt.FDS | None
+    """With its statistics at the end of training."""
+
+
 def main(settings: Settings) -> None:
     from dir_toolkit.results.tables import text_table
     from dir_toolkit.training.runtime import start_runtime
 
-    check(settings)
     out = settings.out or Path("runs/age") / settings.data
+    check(settings, out)
     with start_runtime(settings.device, settings.precision) as runtime:
         splits = load(settings, runtime)
         bins = label_axis(settings)
-        runs: dict[tuple[str, int], xr.Dataset] = {}
-        histories: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        features: dict[str, Any] = {}
+        runs: dict[tuple[str, int], Run] = {}
         for method in settings.methods:
             for seed in range(settings.seeds):
                 if runtime.is_main:
                     print(f"\n{method}, seed {seed}", flush=True)
-                result = train(settings, method, replace(runtime, seed=seed), splits, bins, out)
-                runs[method, seed], histories[method, seed], fds = result
-                if fds is not None and seed == 0:
-                    features[method] = {name: value.cpu().numpy() for name, value in fds.statistics().items()}
+                runs[method, seed] = train(settings, method, replace(runtime, seed=seed), splits, bins, out)
         if runtime.is_main:
-            for seed in range(settings.seeds):
-                runs["constant", seed] = constant_predictor(splits, bins)
-            ds = summarise(settings, out, splits, bins, runs, histories, features, runtime)
+            ds = summarise(settings, out, splits, bins, runs, runtime)
             print(f"\n{text_table(ds)}\nReport: {out / 'report.html'}")
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, out: Path) -> None:
     """All faults at once, before anything is loaded."""
-    from dir_toolkit.errors import SettingsError
+    import dir_toolkit as dt
+    from dir_toolkit.errors import RunExistsError, SettingsError
 
     faults = []
     if settings.data != "portraits" and settings.root is None:
         faults.append(f"--root must name the folder of the images of {settings.data}. See data_cards/.")
+    if settings.data == "portraits" and settings.root is not None:
+        faults.append("--root needs --data utkface, agedb or imdb-wiki; portraits are drawn.")
+    if settings.data in ("portraits", "utkface") and settings.listing is not None:
+        faults.append("--listing needs --data agedb or imdb-wiki.")
     if not settings.methods or len(set(settings.methods)) < len(settings.methods):
         faults.append(f"--methods must name each method once, got {' '.join(settings.methods) or 'none'}.")
     if settings.seeds < 1:
         faults.append(f"--seeds must be at least 1, got {settings.seeds}.")
     if settings.size is not None and settings.size < 16:
         faults.append(f"--size must be at least 16, got {settings.size}.")
+    if not settings.checkpoint_minutes >= 0:
+        faults.append(f"--checkpoint-minutes must be at least 0, got {settings.checkpoint_minutes:g}.")
+    usual = replace(settings, kernel_size=Settings.kernel_size, kernel_sigma=Settings.kernel_sigma)
+    makers: tuple[Callable[[], object], ...] = (
+        lambda: optimization(settings),
+        lambda: dt.LDS(label_axis(settings), kernel=window(settings)),
+        lambda: smoother(usual, 1),  # so that a fault of the window is not told twice, and hides none
+        lambda: backbone(settings),
+    )
+    for make in makers:
+        try:
+            make()
+        except (ValueError, TypeError) as error:
+            faults.append(str(error))
     if faults:
-        raise SettingsError("\n  ".join(["recipes/age.py: these settings cannot run:", *faults]))
+        listed = "\n".join(["these settings cannot run:", *faults]).replace("\n", "\n  ")
+        raise SettingsError(f"recipes/age.py: {listed}")
+    if not settings.resume and (found := sorted(out.glob("*/seed*/checkpoint-last.pt"))):
+        raise RunExistsError(
+            f"recipes/age.py: --out must hold no earlier run, for none is overwritten, got {found[0]}. "
+            "Go on with --resume, which also adds methods and seeds, or choose another folder."
+        )
 
 
 def load(settings: Settings, runtime: Runtime) -> Splits:
@@ -151,15 +186,16 @@ def load(settings: Settings, runtime: Runtime) -> Splits:
         splits = utkface(settings.root, size=settings.size or 64, on_error=settings.on_error)
     else:
         assert settings.root is not None
-        source = {"agedb": "agedb_dir", "imdb-wiki": "imdb_wiki_dir"}[settings.data]
-        listing = (
-            settings.listing or settings.root / {"agedb": "agedb.csv", "imdb-wiki": "imdb_wiki.csv"}[settings.data]
+        name = {"agedb": "agedb", "imdb-wiki": "imdb_wiki"}[settings.data]
+        listing = settings.listing or settings.root / f"{name}.csv"
+        splits = dir_list(
+            listing, settings.root, source=f"{name}_dir", size=settings.size or 64, on_error=settings.on_error
         )
-        splits = dir_list(listing, settings.root, source=source, size=settings.size or 64, on_error=settings.on_error)
     if runtime.is_main:
         print(
             f"{settings.data}: {len(splits.train):,} faces to train on, {len(splits.val):,} to validate, "
-            f"{len(splits.test):,} to test" + "".join(f"; {n} skipped: {why}" for why, n in splits.skipped.items())
+            f"{len(splits.test):,} to test" + "".join(f"; {n} skipped: {why}" for why, n in splits.skipped.items()),
+            flush=True,
         )
     return splits
 
@@ -172,19 +208,54 @@ def label_axis(settings: Settings) -> dt.Bins:
     return dt.Bins.uniform(0, highest, width=1, integer=True)
 
 
-def train(
-    settings: Settings, method: Method, runtime: Runtime, splits: Splits, bins: dt.Bins, out: Path
-) -> tuple[xr.Dataset, list[dict[str, Any]], dt.FDS | None]:
+def optimization(settings: Settings) -> Optimization:
+    from dir_toolkit.training.loop import Optimization
+
+    return Optimization(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        optimizer=settings.optimizer,
+        schedule=settings.schedule,
+    )
+
+
+def window(settings: Settings) -> np.ndarray:
+    import dir_toolkit as dt
+
+    return dt.gaussian(settings.kernel_size, settings.kernel_sigma)
+
+
+def smoother(settings: Settings, num_features: int) -> dt.FDS:
+    import dir_toolkit as dt
+
+    return dt.FDS(
+        label_axis(settings),
+        num_features,
+        kernel=window(settings),
+        momentum=settings.fds_momentum,
+        shrinkage=settings.fds_shrinkage,
+        count_weighted=settings.fds_count_weighted,
+        start_epoch=settings.fds_start_epoch,
+    )
+
+
+def backbone(settings: Settings) -> nn.Module:
+    from dir_toolkit.backbones import small_resnet, timm_backbone
+
+    return small_resnet() if settings.backbone == "small_resnet" else timm_backbone(settings.backbone)
+
+
+def train(settings: Settings, method: Method, runtime: Runtime, splits: Splits, bins: dt.Bins, out: Path) -> Run:
     """One method with one seed, from a fresh network to its errors on the test set."""
     import dir_toolkit as dt
-    from dir_toolkit.backbones import ImageRegressor, small_resnet, timm_backbone
+    from dir_toolkit.backbones import ImageRegressor
     from dir_toolkit.results.schema import combine_runs, save_results
-    from dir_toolkit.training.loop import Optimization, evaluate, fit
+    from dir_toolkit.training.loop import evaluate, fit
     from dir_toolkit.training.provenance import environment, write_json
 
     labels = splits.train.labels
     density = dt.LabelDensity.count(labels, bins)
-    kernel = dt.gaussian(settings.kernel_size, settings.kernel_sigma)
     losses = {
         "l1": dt.weighted_l1,
         "mse": dt.weighted_mse,
@@ -194,24 +265,15 @@ def train(
     }
 
     with runtime.seeded("network"):
-        backbone = small_resnet() if settings.backbone == "small_resnet" else timm_backbone(settings.backbone)
-        model = ImageRegressor(backbone, offset=float(median(labels)), scale=float(labels.std()))
+        model = ImageRegressor(backbone(settings), offset=median(splits.train), scale=float(labels.std()))
     weigh_by, smooth_features = METHODS[method]
     weights = None
     if weigh_by is not None:
-        window = kernel if weigh_by == "smoothed" else None
-        weights = dt.LDS(bins, kernel=window, scheme=settings.scheme).fit(density)
+        kernel = window(settings) if weigh_by == "smoothed" else None
+        weights = dt.LDS(bins, kernel=kernel, scheme=settings.scheme).fit(density)
     fds = None
     if smooth_features:
-        fds = dt.FDS(
-            bins,
-            model.head.in_features,
-            kernel=kernel,
-            momentum=settings.fds_momentum,
-            shrinkage=settings.fds_shrinkage,
-            count_weighted=settings.fds_count_weighted,
-            start_epoch=settings.fds_start_epoch,
-        )
+        fds = smoother(settings, model.head.in_features)
         fds.attach(model.head, "input")
 
     folder = out / method / f"seed{runtime.seed}"
@@ -226,16 +288,10 @@ def train(
         "kernel_sigma": settings.kernel_sigma,
         **{name: value for name, value in asdict(settings).items() if name.startswith("fds_")},
     }
-    optimization = Optimization(
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        optimizer=settings.optimizer,
-        schedule=settings.schedule,
-    )
+    how = optimization(settings)
     env = environment(runtime, splits)
     if runtime.is_main and not (folder / "checkpoint-last.pt").exists():
-        write_json(folder / "config.json", {**asdict(settings), **fingerprint, **asdict(optimization)})
+        write_json(folder / "config.json", {**asdict(settings), **fingerprint, **asdict(how)})
         write_json(folder / "env.json", env)
     history = fit(
         model,
@@ -246,7 +302,7 @@ def train(
         loss=losses[settings.loss],
         weights=weights,
         fds=fds,
-        optimization=optimization,
+        optimization=how,
         runtime=runtime,
         folder=folder,
         resume=settings.resume,
@@ -255,11 +311,11 @@ def train(
     )
     metrics = evaluate(model, splits.test, bins=bins, density=density, runtime=runtime)
     best = min(history, key=lambda row: row["val_bmae"])
-    run = metrics.compute().assign(minutes=history[-1]["seconds"] / 60, best_epoch=best["epoch"])
-    if runtime.is_main:
+    errors = metrics.compute().assign(minutes=history[-1]["seconds"] / 60, best_epoch=best["epoch"])
+    if runtime.is_main and not (folder / "results.nc").exists():  # of a run finished before, whose provenance stays
         title = f"Age estimation on {settings.data}: {method}, seed {runtime.seed}"
         one = combine_runs(
-            {(method, runtime.seed): run},
+            {(method, runtime.seed): errors},
             title=title,
             command=command(),
             label_name="age",
@@ -267,13 +323,13 @@ def train(
             attrs=env,
         )
         save_results(one, folder / "results.nc")
-    return run, history, fds
+    return Run(errors, history, fds)
 
 
-def median(labels: np.ndarray) -> float:
+def median(faces: ImageSet) -> float:
     import numpy as np
 
-    return float(np.median(labels))
+    return float(np.median(faces.labels))
 
 
 def constant_predictor(splits: Splits, bins: dt.Bins) -> xr.Dataset:
@@ -284,7 +340,7 @@ def constant_predictor(splits: Splits, bins: dt.Bins) -> xr.Dataset:
 
     target = torch.from_numpy(splits.test.labels)
     density = dt.LabelDensity.count(splits.train.labels, bins)
-    return dt.regression_metrics(torch.full_like(target, median(splits.train.labels)), target, bins, density)
+    return dt.regression_metrics(torch.full_like(target, median(splits.train)), target, bins, density)
 
 
 def summarise(
@@ -292,9 +348,7 @@ def summarise(
     out: Path,
     splits: Splits,
     bins: dt.Bins,
-    runs: dict[tuple[str, int], xr.Dataset],
-    histories: dict[tuple[str, int], list[dict[str, Any]]],
-    features: dict[str, Any],
+    runs: dict[tuple[str, int], Run],
     runtime: Runtime,
 ) -> xr.Dataset:
     """All runs as one result, with its table, figures and report."""
@@ -305,7 +359,7 @@ def summarise(
     from dir_toolkit.training.provenance import environment
 
     ds = combine_runs(
-        runs,
+        {**{key: run.errors for key, run in runs.items()}, ("constant", 0): constant_predictor(splits, bins)},
         title=f"Age estimation on {settings.data}",
         command=command(),
         label_name="age",
@@ -313,8 +367,9 @@ def summarise(
         attrs=environment(runtime, splits),
     )
     density = dt.LabelDensity.count(splits.train.labels, bins)
-    kernel = dt.gaussian(settings.kernel_size, settings.kernel_sigma)
+    kernel = window(settings)
     weights = dt.LDS(bins, kernel=kernel, scheme=settings.scheme).fit(density).sample_weight(bins.centers)
+    histories = {key: run.history for key, run in runs.items()}
     colors = draw.method_colors(ds["method"].values.tolist())
     pictures = {
         "Label density and LDS weights": draw.density_figure(
@@ -324,12 +379,15 @@ def summarise(
         "Error by region": draw.region_figure(ds, colors=colors),
         "Training": draw.history_figure(histories, label_units="years", loss="loss", metric="val_bmae", colors=colors),
     }
-    for method, s in features.items():
+    for method in settings.methods:
+        if (fds := runs[method, 0].fds) is None:
+            continue
+        s = {name: value.cpu().numpy() for name, value in fds.statistics().items()}
         pictures[f"Feature statistics of {method}"] = draw.similarity_figure(
             s["mean"],
             s["smoothed_mean"],
             bins,
-            anchor=30,
+            anchor=bins.centers[density.counts.argmax()],  # the age with most faces
             variance_before=s["variance"],
             variance_after=s["smoothed_variance"],
             label_name="age",
@@ -342,18 +400,38 @@ def summarise(
         "ages of each age's MAE. The constant predictor answers the training median whatever it sees.",
         "The epoch of each run was chosen by validation bMAE; the test set was used once, at its end.",
     ]
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-    write_summary(out, ds, pictures, notes=notes, settings=plain, columns=columns)
+    shown = {name: value for name, value in asdict(settings).items() if name not in (*PLACES, "resume")}
+    write_summary(out, ds, pictures, notes=notes, settings=shown, columns=columns)
     return ds
 
 
 def command() -> str:
-    """What was typed, without the place of the data on this machine."""
-    words = [
-        "DIR" if before in ("--root", "--listing", "--out") else word for before, word in pairwise(["", *sys.argv[1:]])
-    ]
-    return " ".join(["python recipes/age.py", *words])
+    """What was typed, without the places on this machine."""
+    options = [f"--{name}" for name in PLACES]
+    words = ["python", "recipes/age.py"]
+    for before, word in pairwise(["", *sys.argv[1:]]):
+        name, equals, _ = word.partition("=")
+        if before in options:
+            word = "DIR"
+        elif equals and name in options:
+            word = f"{name}=DIR"
+        words.append(word)
+    return " ".join(words)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    ending: int | str = 0
+    try:
+        main(tyro.cli(Settings))
+    except KeyboardInterrupt:
+        ending = 130
+    except ImportError as error:
+        ending = str(error)
+    except Exception as error:
+        from dir_toolkit.errors import DirToolkitError
+
+        if not isinstance(error, DirToolkitError):
+            raise
+        ending = str(error)
+    # Here, not above: there the error would keep the network alive into Python's end, where several processes may hang.
+    sys.exit(ending)

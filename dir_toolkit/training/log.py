@@ -45,7 +45,8 @@ class RunLog:
     """Writes and prints a run's history on the main rank; does nothing on the others. A context manager.
 
     ``history.csv`` is rewritten whole each epoch, so that it holds the given history and what was added, never rows of
-    an epoch that is being done again. TensorBoard forgets what lies beyond ``step``.
+    an epoch that is being done again. TensorBoard forgets what lies beyond ``step``; its file is made when the first
+    epoch ends, so that a run stopped often leaves no empty ones.
 
     Args:
         folder: of the run; must exist.
@@ -66,12 +67,10 @@ class RunLog:
         self._folder, self._history, self._steps_per_epoch = folder, list(history), steps_per_epoch
         self._main = runtime.is_main
         self._header_due = True
+        self._step = step
         self._board: SummaryWriter | None = None
         self._bar: Progress | None = None
         if self._main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
             self._write_history()
 
     def __enter__(self) -> RunLog:
@@ -107,7 +106,10 @@ class RunLog:
             return
         self._history.append(row)
         self._write_history()
-        assert self._board is not None
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
         for name, tag in _TAGS.items():
             self._board.add_scalar(tag, row[name], row["step"])
         self._board.flush()

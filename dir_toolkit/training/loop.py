@@ -71,7 +71,7 @@ def fit(
         weights: fitted; None weighs all samples alike.
         fds: attached to a part of the model, and no part of it, since ranks would then overwrite its statistics.
         folder: of the run; made if missing.
-        resume: go on from ``checkpoint-last.pt`` where there is one.
+        resume: go on from ``checkpoint-last.pt`` where there is one; a finished run is left as it is.
         augmentation: whether to flip and shift; or a function called as ``augmentation(images, generator=generator)``
             with uint8 images.
         checkpoint_minutes: most time between two checkpoints; 0 writes one each step. One is written each epoch anyway.
@@ -110,6 +110,11 @@ def fit(
     }
     files = _RunFiles(folder, runtime, model, optimizer, fds, at, identity)
     files.open(resume)
+    if at.epoch == optimization.epochs:
+        if runtime.is_main:
+            print(f"finished before: best bMAE {at.best_bmae:.2f} at epoch {at.best_epoch}", flush=True)
+        files.load_best()
+        return at.history
     network = runtime.parallel(model)
 
     with (

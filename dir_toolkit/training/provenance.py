@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..data.images import Splits
 from ..files import write_atomically
 from .runtime import Runtime
@@ -21,16 +22,17 @@ __all__ = ["environment", "write_json"]
 
 def environment(runtime: Runtime, splits: Splits) -> dict[str, Any]:
     """Plain values: versions, the commit of the toolkit where it is a checkout, the device, digests of the data."""
-    device = runtime.device
+    device, threads = runtime.device, torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("dir_toolkit", "torch", "numpy", "scipy", "xarray")},
+            "dir_toolkit": __version__,
+            **{package: version(package) for package in ("torch", "numpy", "scipy", "xarray")},
         },
         "commit": _commit(),
-        "device": f"{device.type} ({name}), {runtime.world} process{'es' if runtime.world > 1 else ''}, "
-        f"{torch.get_num_threads()} threads, {runtime.precision}",
+        "device": f"{device.type} ({name}), {runtime.world} process{'es' * (runtime.world > 1)}, "
+        f"{threads} thread{'s' * (threads > 1)}, {runtime.precision}",
         "data": {
             "source": splits.source,
             "sizes": {part: len(getattr(splits, part)) for part in ("train", "val", "test")},
@@ -41,11 +43,14 @@ def environment(runtime: Runtime, splits: Splits) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
+    checkout = Path(__file__).parents[2]
+    # Git would look further up, into whatever project holds site-packages.
+    if not (checkout / ".git").exists():
+        return "unknown"
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
+            cwd=checkout,
             capture_output=True,
             text=True,
             timeout=10,

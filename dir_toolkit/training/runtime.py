@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import one_of, problem, whole
+from ..errors import SettingsError
 
 __all__ = ["Precision", "Runtime", "start_runtime"]
 
@@ -121,8 +122,8 @@ def start_runtime(device: str = "auto", precision: Precision = "float32", seed: 
         precision: ``"bf16"`` runs the forward pass under autocast.
         seed: at least 0.
     Raises:
-        ValueError: an argument is none of the above, the machine lacks what was asked for, or torchrun's environment
-        is incomplete.
+        ValueError: the precision or the seed is none of the above. SettingsError: the device is none, the machine lacks
+        what was asked for, or torchrun's environment is incomplete.
 
     >>> with start_runtime("cpu", seed=7) as runtime:
     ...     runtime
@@ -142,6 +143,7 @@ def start_runtime(device: str = "auto", precision: Precision = "float32", seed: 
                 "precision bf16 needs a GPU that computes in it",
                 got=torch.cuda.get_device_name(place),
                 fix='Use precision="float32".',
+                error=SettingsError,
             )
     started = world > 1 and not joined
     if started:
@@ -162,9 +164,9 @@ def _device(name: str, local_rank: int) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise problem(where, rule, got=repr(name)) from None
+        raise problem(where, rule, got=repr(name), error=SettingsError) from None
     if device.type not in ("cpu", "cuda"):
-        raise problem(where, rule, got=repr(name))
+        raise problem(where, rule, got=repr(name), error=SettingsError)
     if device.type == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -175,6 +177,7 @@ def _device(name: str, local_rank: int) -> torch.device:
             f"device cuda:{number} must exist on this machine",
             got=f"{count} CUDA devices",
             fix='Use device="cpu", or a torch built for your GPU.' if count == 0 else "Start fewer processes.",
+            error=SettingsError,
         )
     return torch.device("cuda", number)
 
@@ -188,6 +191,7 @@ def _world_size() -> int:
             f"with WORLD_SIZE={world} the environment must hold all that torchrun sets",
             got=f"no {', '.join(missing)}",
             fix="Start with torchrun, or unset WORLD_SIZE.",
+            error=SettingsError,
         )
     return world
 
@@ -195,5 +199,6 @@ def _world_size() -> int:
 def _environment(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise problem("start_runtime", f"the environment variable {name} must be a whole number", got=repr(text))
+        rule = f"the environment variable {name} must be a whole number"
+        raise problem("start_runtime", rule, got=repr(text), error=SettingsError)
     return int(text)

@@ -1,0 +1,422 @@
+"""The age recipe, started as a user would start it. One small run is shared; portraits are always 4,000 faces."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dir_toolkit.results.schema import load_results, validate_results
+from dir_toolkit.training.checkpoint import load_checkpoint
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "age.py"
+QUICK = ["--size", "16", "--epochs", "2", "--batch-size", "1024", "--seeds", "1"]
+METHODS = ["--methods", "vanilla", "lds+fds"]
+RUN_FILES = {
+    "config.json",
+    "env.json",
+    "history.csv",
+    "checkpoint-last.pt",
+    "checkpoint-best.pt",
+    "results.nc",
+    "events",
+}
+FIGURES = {"error-by-age", "error-by-region", "label-density-and-lds-weights", "training"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """One thread, so that sums are always taken in one order, and a cache of its own."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DIR_TOOLKIT_CACHE": str(folder / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def recipe(folder: Path, *words: object, python: tuple[str, ...] = ("-W", "error")) -> Outcome:
+    """``python recipes/age.py`` with these words, in a folder, to its end."""
+    done = subprocess.run(
+        [sys.executable, *python, str(RECIPE), *map(str, words)],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def run(folder: Path, *words: object) -> Outcome:
+    """A recipe that must end well."""
+    outcome = recipe(folder, *words)
+    assert (outcome.code, outcome.err) == (0, ""), outcome.err
+    return outcome
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The recipe within this process, which spares the seconds in which torch is loaded, in ``tmp_path``."""
+
+    def run_here(*words: object) -> Outcome:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("DIR_TOOLKIT_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, words)])
+        message: object = None
+        try:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+        except SystemExit as end:
+            message = end.code
+        told = capsys.readouterr()
+        if isinstance(message, str):  # which Python then writes to stderr, as its exit code is 1
+            return Outcome(1, told.out, f"{told.err}{message}\n")
+        return Outcome(message or 0, told.out, told.err)
+
+    return run_here
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files below a folder by name, TensorBoard's under one."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {re.sub(r"events\.out\.tfevents\..*", "events", name): content for name, content in found.items()}
+
+
+def scalars(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def numbers(ds: xr.Dataset) -> xr.Dataset:
+    """A result without what may differ between two runs of the same thing."""
+    return ds.drop_vars("minutes").drop_attrs()
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint: weights, the optimizer's state and FDS statistics."""
+
+    def walk(value: object, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{name}.{key}")
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                walk(item, f"{name}.{i}")
+
+    found: dict[str, torch.Tensor] = {}
+    walk(load_checkpoint(path), "")
+    return found
+
+
+def equal_bits(one: Path, two: Path) -> bool:
+    a, b = tensors(one), tensors(two)
+    return a.keys() == b.keys() and all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished comparison, named by an absolute path, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder / "made", run(folder, *QUICK, *METHODS, "--out", folder / "made").out
+
+
+@pytest.fixture(scope="module")
+def stopped(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """The same comparison, its second method stopped by Ctrl-C once its first epoch was told."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(finished[0] / "vanilla", folder / "made" / "vanilla")
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", str(RECIPE), *QUICK, *METHODS, "--resume", "--out=made"],
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        told = ""
+        for line in process.stdout:
+            told += line
+            if re.match(r" +1 ", line):
+                process.send_signal(signal.SIGINT)
+                break
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+        process.wait()
+    return folder, Outcome(process.returncode, told + out, err)
+
+
+def test_help_answers_without_torch(tmp_path: Path) -> None:
+    outcome = recipe(tmp_path, "--help", python=("-X", "importtime"))
+    assert outcome.code == 0
+    assert "--methods" in outcome.out
+    assert "kernel-sigma" in outcome.out
+    imported = {line.rpartition("|")[2].strip() for line in outcome.err.splitlines()}
+    assert "tyro" in imported
+    assert not {"torch", "xarray", "matplotlib", "dir_toolkit"} & imported
+
+
+def test_a_run_leaves_the_files_that_are_promised_and_no_others(finished: tuple[Path, str]) -> None:
+    out, told = finished
+    figures = {f"figures/{name}.png" for name in (*FIGURES, "feature-statistics-of-lds-fds")}
+    runs = {f"{method}/seed0/{name}" for method in ("vanilla", "lds+fds") for name in RUN_FILES}
+    assert set(files(out)) == runs | figures | {"results.nc", "table.md", "report.html", "events"}
+    assert str(out / "report.html") in told
+
+
+def test_the_result_follows_the_schema_and_holds_the_constant_predictor(finished: tuple[Path, str]) -> None:
+    out, told = finished
+    ds = load_results(out / "results.nc")
+    validate_results(ds)
+    assert ds["method"].values.tolist() == ["vanilla", "lds+fds", "constant"]
+    assert ds["completed"].values.tolist() == [[1], [1], [1]]
+    assert (ds.sizes["bin"], ds.attrs["label_units"]) == (101, "years")
+    assert ds["count"].sel({"method": "vanilla", "seed": 0, "region": "all"}) == 1010
+    for table in (told, (out / "table.md").read_text(), (out / "report.html").read_text()):
+        assert "constant" in table
+    for method in ("vanilla", "lds+fds"):
+        one = load_results(out / method / "seed0" / "results.nc")
+        xr.testing.assert_identical(numbers(one), numbers(ds.sel({"method": [method]})))
+
+
+def test_the_constant_predictor_is_the_training_median(finished: tuple[Path, str]) -> None:
+    ds = load_results(finished[0] / "results.nc").sel({"method": "constant", "seed": 0})
+    test_ages, count = ds["bin_center"].values, ds["train_count"].values
+    median = np.median(np.repeat(test_ages, count))
+    np.testing.assert_allclose(ds["bin_mae"], np.abs(test_ages - median), atol=1e-5)
+
+
+def test_settings_and_versions_are_kept(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    config = json.loads((out / "lds+fds/seed0/config.json").read_text())
+    assert (config["method"], config["epochs"], config["size"], config["momentum"]) == ("lds+fds", 2, 16, 0.9)
+    env = json.loads((out / "lds+fds/seed0/env.json").read_text())
+    assert env["versions"]["torch"] == torch.__version__
+    assert env["data"]["sizes"] == {"train": 4000, "val": 505, "test": 1010}
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in env["data"]["digests"].values())
+
+
+def test_tensorboard_holds_every_curve_and_figure(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    tags = {"train/loss", "train/lr", "val/mae/all", "val/mae/many", "val/mae/medium", "val/mae/few", "val/bmae"}
+    for method in ("vanilla", "lds+fds"):
+        events = scalars(out / method / "seed0")
+        assert set(events.Tags()["scalars"]) == tags
+        assert [event.step for event in events.Scalars("val/bmae")] == [4, 8]
+    shown = set(scalars(out).Tags()["images"])
+    assert shown == {f"figures/{name}" for name in (*FIGURES, "feature-statistics-of-lds-fds")}
+
+
+def test_no_result_tells_where_things_lie_on_this_machine(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    results = [out / "results.nc", out / "vanilla/seed0/results.nc", out / "report.html", out / "table.md"]
+    for path in results:
+        content = path.read_bytes()
+        for place in (out.parent, RECIPE.parents[1], Path.home(), sys.prefix):
+            assert f"{place}/".encode() not in content, (path, place)
+    command = " ".join(["python recipes/age.py", *QUICK, *METHODS, "--out DIR"])
+    assert load_results(out / "results.nc").attrs["command"] == command
+    assert str(out.parent).encode() in (out / "vanilla/seed0/config.json").read_bytes()
+
+
+def test_an_earlier_run_is_refused_and_nothing_is_touched(
+    finished: tuple[Path, str], here: Callable[..., Outcome]
+) -> None:
+    out, _ = finished
+    before = files(out)
+    outcome = here(*QUICK, "--methods", "lds", "vanilla", "--out", out)
+    assert outcome.code == 1
+    assert re.fullmatch(
+        r"recipes/age.py: .* got .*made with .*checkpoint-last.pt. Go on with --resume.*\n", outcome.err
+    )
+    assert files(out) == before
+
+
+def test_resuming_with_other_settings_is_refused_and_told_which(
+    finished: tuple[Path, str], here: Callable[..., Outcome]
+) -> None:
+    out, _ = finished
+    before = files(out)
+    outcome = here(*QUICK, *METHODS, "--lr", 0.5, "--kernel-size", 9, "--out", out, "--resume")
+    assert outcome.code == 1
+    assert len(outcome.err.splitlines()) == 1
+    for part in ("optimization.lr was 0.002 and is 0.5", "kernel_size was 5 and is 9", "another folder"):
+        assert part in outcome.err
+    assert files(out) == before
+
+
+def test_ctrl_c_saves_and_tells_how_to_go_on(stopped: tuple[Path, Outcome]) -> None:
+    folder, outcome = stopped
+    assert (outcome.code, outcome.err) == (130, "")
+    assert "finished before: best bMAE" in outcome.out
+    assert outcome.out.rstrip().endswith("Go on with --resume.")
+    assert set(files(folder / "made/lds+fds/seed0")) == RUN_FILES - {"results.nc"}
+    assert not (folder / "made/results.nc").exists()
+
+
+def test_resumed_it_ends_as_if_it_had_not_been_stopped(
+    finished: tuple[Path, str], stopped: tuple[Path, Outcome]
+) -> None:
+    (whole, _), (folder, _) = finished, stopped
+    done = files(folder / "made/vanilla")
+    outcome = run(folder, *QUICK, *METHODS, "--resume", "--out=made")
+    assert outcome.out.count("finished before: best bMAE") == 1
+    for name in ("checkpoint-last.pt", "checkpoint-best.pt"):
+        assert equal_bits(whole / "lds+fds/seed0" / name, folder / "made/lds+fds/seed0" / name)
+    assert not equal_bits(whole / "lds+fds/seed0" / name, folder / "made/vanilla/seed0" / name)
+    one, two = (load_results(place / "results.nc") for place in (whole, folder / "made"))
+    xr.testing.assert_identical(numbers(one), numbers(two))
+    assert two.attrs["command"].endswith("--resume --out=DIR")
+    assert (whole / "table.md").read_text() == (folder / "made/table.md").read_text()
+    # What was finished is not touched; and every epoch stands in TensorBoard once.
+    assert files(folder / "made/vanilla") == done
+    assert [event.step for event in scalars(folder / "made/lds+fds/seed0").Scalars("val/bmae")] == [4, 8]
+
+
+def test_all_bad_settings_are_told_at_once(tmp_path: Path, here: Callable[..., Outcome]) -> None:
+    words = "--seeds 0 --size 3 --epochs 0 --lr -1 --methods lds lds --kernel-size 4 --fds-momentum 2 --root x"
+    outcome = here(*words.split())
+    assert outcome.code == 1
+    first, *faults = outcome.err.splitlines()
+    assert first == "recipes/age.py: these settings cannot run:"
+    told = "\n".join(faults)
+    for part in (
+        "--root needs",
+        "--methods must",
+        "--seeds must",
+        "--size must",
+        "epochs must",
+        "lr must",
+        "size must be odd",
+    ):
+        assert part in told
+    assert "momentum must be" in told
+    assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("data", ["utkface", "agedb"])
+def test_a_missing_folder_of_images_is_told_in_one_line(here: Callable[..., Outcome], data: str) -> None:
+    outcome = here("--data", data, "--root", "nowhere")
+    assert outcome.code == 1
+    assert re.fullmatch(r"\w+: root must be .*nowhere.*\n", outcome.err)
+
+
+def test_a_package_that_is_missing_is_told_in_one_line(
+    here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    outcome = here("--backbone", "resnet18")
+    assert outcome.code == 1
+    assert re.fullmatch(r'timm_backbone: .* pip install "dir_toolkit\[models\]".\n', outcome.err)
+
+
+def test_a_device_that_is_missing_is_told_in_one_line(here: Callable[..., Outcome]) -> None:
+    outcome = here("--device", "cuda:99")
+    assert outcome.code == 1
+    assert re.fullmatch(r"start_runtime: device cuda:99 must exist on this machine.*\n", outcome.err)
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("dir_toolkit.data.portraits.portraits", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        here()
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).resize((24, 24)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def test_a_folder_of_utkface(tmp_path: Path, here: Callable[..., Outcome]) -> None:
+    root = tmp_path / "faces" / "UTKFace"
+    root.mkdir(parents=True)
+    for age in (3, 40, 41, 90):
+        for i in range(12):
+            (root / f"{age}_{i % 2}_{i % 5}_2017{i:04d}.jpg.chip.jpg").write_bytes(jpeg(100 * age + i))
+    (root / "61_1_20170109150557335.jpg.chip.jpg").write_bytes(jpeg(0))
+    words = ["--data", "utkface", "--root", "faces", "--size", 16, "--epochs", 1, "--batch-size", 8]
+    outcome = here(*words, "--methods", "lds+fds")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "20 faces to train on, 8 to validate, 16 to test; 1 skipped: name does not parse" in outcome.out
+    ds = load_results(tmp_path / "runs/age/utkface/results.nc")
+    assert (ds.sizes["bin"], int(ds["bin_count"].sel({"method": "constant"}).sum())) == (117, 16)
+    assert ds.attrs["command"].startswith("python recipes/age.py --data utkface --root DIR --size 16")
+
+
+def test_a_list_of_agedb(tmp_path: Path, here: Callable[..., Outcome]) -> None:
+    rows = ["age,path,split"]
+    (tmp_path / "AgeDB").mkdir()
+    for i, split in enumerate(["train"] * 8 + ["val"] * 2 + ["test"] * 3):
+        (tmp_path / "AgeDB" / f"{i}.jpg").write_bytes(jpeg(i))
+        rows.append(f"{20 + i % 3},AgeDB/{i}.jpg,{split}")
+    rows.append("50,AgeDB/none.jpg,train")
+    (tmp_path / "agedb.csv").write_text("\n".join(rows))
+    words = [
+        "--data",
+        "agedb",
+        "--root",
+        ".",
+        "--size",
+        16,
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--methods",
+        "unsmoothed",
+    ]
+    refused = here(*words)
+    assert refused.code == 1
+    assert re.fullmatch(r"agedb.csv, line 15: path must name an image.*\n", refused.err)
+    outcome = here(*words, "--on-error", "skip", "--out", "out")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "8 faces to train on, 2 to validate, 3 to test; 1 skipped: missing file" in outcome.out
+    assert load_results(tmp_path / "out/results.nc")["method"].values.tolist() == ["unsmoothed", "constant"]
+
+
+def test_two_processes_leave_the_same_files_and_come_close(finished: tuple[Path, str], tmp_path: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    outcome = recipe(tmp_path, *QUICK, "--methods", "lds+fds", "--out", "made", python=launch)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("lds+fds, seed 0") == 1
+    assert set(files(tmp_path / "made")) == {name for name in files(finished[0]) if not name.startswith("vanilla/")}
+    one, two = (
+        load_results(place / "results.nc").sel({"method": "lds+fds"}) for place in (finished[0], tmp_path / "made")
+    )
+    assert "2 processes" in two.attrs["device"]
+    xr.testing.assert_identical(one["bin_count"], two["bin_count"])
+    # Batch statistics are each rank's own and augmentation is drawn anew, so that the numbers are not the same.
+    for name in ("mae", "bmae"):
+        np.testing.assert_allclose(two[name].sel(region="all"), one[name].sel(region="all"), rtol=0.1)
