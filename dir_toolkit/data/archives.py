@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import stat
-import zlib
+import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +20,10 @@ __all__ = ["Files", "FolderFiles", "TarFiles", "stays_inside"]
 
 MOST_BYTES_EACH = 2**25
 _BLOCK = 512
-_MOST_LONG_NAME = 2**16
+_MOST_HEADERS = 2**14
+_GNU_NAME, _PAX = b"L", (b"x", b"g")  # types of headers that tell of the next member
 _CHUNK = 2**16
-_REGULAR, _FOLDER, _GNU_NAME, _PAX, _PAX_GLOBAL = (b"0", b"\0"), b"5", b"L", b"x", b"g"
+_ALLOWED = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
 _REFUSED = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 
 
@@ -45,8 +46,7 @@ def stays_inside(name: str) -> bool:
 class TarFiles:
     """The regular files of a ``.tar`` or ``.tar.gz``, all of its members checked when it is opened.
 
-    Members may be regular files and folders in the ustar, GNU or pax format. The standard ``tarfile`` ends a listing
-    silently at a damaged header, and reads a long name of any size into memory; here both are refused.
+    Members may be regular files and folders in the ustar, GNU or pax format, each with at most 16 KiB of headers.
 
     Args:
         most_files, most_bytes, most_bytes_each: limits on members, bytes in all and bytes a file, when decompressed.
@@ -69,23 +69,27 @@ class TarFiles:
         self._places: dict[str, tuple[int, int]] = {}  # name -> first byte, length
         folders: set[str] = set()
         with self._stream() as stream:
-            for count, (name, kind, start, size) in enumerate(self._members(stream, most_bytes), 1):
+            for count, info in enumerate(self._members(stream), 1):
+                name, end = info.name, info.offset_data + info.size
                 plain = "/".join(part for part in name.split("/") if part not in ("", "."))
                 if count > most_files:
                     raise self._refusal(name, f"must be among the first {most_files:,} members")
-                if not stays_inside(name) or (not plain and kind != _FOLDER):
+                if end > most_bytes:
+                    raise self._refusal(name, f"must end within the first {most_bytes:,} bytes", got=f"{end:,}")
+                if not stays_inside(name) or (not plain and not info.isdir()):
                     raise self._refusal(name, "must have a name inside the archive, without '..'")
-                if kind not in (_FOLDER, *_REGULAR):
-                    raise self._refusal(name, "must be a regular file or a folder", got=_REFUSED.get(kind, repr(kind)))
-                most = 0 if kind == _FOLDER else most_bytes_each
-                if size > most:
-                    raise self._refusal(name, f"must hold at most {most:,} bytes", got=f"{size:,}")
-                if plain in self._places or (kind != _FOLDER and plain in folders):
+                if info.type not in _ALLOWED:
+                    got = _REFUSED.get(info.type, repr(info.type))
+                    raise self._refusal(name, "must be a regular file or a folder", got=got)
+                most = 0 if info.isdir() else most_bytes_each
+                if info.size > most:
+                    raise self._refusal(name, f"must hold at most {most:,} bytes", got=f"{info.size:,}")
+                if plain in self._places or (not info.isdir() and plain in folders):
                     raise self._refusal(name, "must stand in the archive once", got="it twice")
-                if kind == _FOLDER:
+                if info.isdir():
                     folders.add(plain)
                 else:
-                    self._places[plain] = (start, size)
+                    self._places[plain] = (info.offset_data, info.size)
 
     @property
     def names(self) -> list[str]:
@@ -101,9 +105,9 @@ class TarFiles:
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Each of ``names`` with its bytes, in one pass from front to back; ``names`` in the archive's order."""
+        places = [(name, *self._places[name]) for name in names]
         with self._stream() as stream:
-            for name in names:
-                start, size = self._places[name]
+            for name, start, size in places:
                 stream.seek(start)
                 yield name, _take(stream, size)
 
@@ -115,7 +119,9 @@ class TarFiles:
                 packed = file.read(2) == b"\x1f\x8b"
                 file.seek(0)
                 yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
-        except (OSError, EOFError, zlib.error) as error:
+        except DataError:
+            raise
+        except Exception as error:  # tarfile may raise anything on damaged bytes
             raise problem(
                 str(self.path),
                 "the archive must be whole and readable",
@@ -124,73 +130,29 @@ class TarFiles:
                 error=DataError,
             ) from None
 
-    def _members(self, stream: BinaryIO, most_bytes: int) -> Iterator[tuple[str, bytes, int, int]]:
-        """Name, kind, first byte and length of each member; what a member holds is passed over once it was accepted."""
-        at, long_name = 0, ""
-        while (block := _take(stream, _BLOCK)) != bytes(_BLOCK):
-            size, checksum = _octal(block[124:136]), _octal(block[148:156])
-            if size is None or checksum != sum(block[:148]) + sum(block[156:]) + 8 * ord(" "):
-                raise problem(
-                    str(self.path),
-                    f"the member header at byte {at:,} must be whole",
-                    got="a damaged one",
-                    fix="Download the archive again.",
-                    error=DataError,
-                )
-            kind, start = block[156:157], at + _BLOCK
-            padded = -(-size // _BLOCK) * _BLOCK
-            if start + size > most_bytes:
-                rule = f"must end within the first {most_bytes:,} bytes"
-                raise self._refusal(_text(block[:100]), rule, got=f"{start + size:,}")
-            if kind in (_GNU_NAME, _PAX, _PAX_GLOBAL):
-                if size > _MOST_LONG_NAME:
-                    raise self._refusal(
-                        _text(block[:100]), f"must be at most {_MOST_LONG_NAME:,} bytes of names", got=f"{size:,}"
-                    )
-                data = _take(stream, padded)[:size]
-                if kind == _GNU_NAME:
-                    long_name = _text(data)
-                else:
-                    path = self._pax_path(data, at)
-                    if path and kind == _PAX_GLOBAL:
-                        raise self._refusal(path, "must be named in a header of its own", got="a name for all members")
-                    long_name = path or long_name
-            else:
-                name = _text(block[:100])
-                if block[257:263] == b"ustar\0" and block[345] != 0:
-                    name = f"{_text(block[345:500])}/{name}"
-                yield long_name or name, kind, start, size
-                long_name = ""
-                for done in range(0, padded, _CHUNK):
-                    _take(stream, min(_CHUNK, padded - done))
-            at = start + padded
+    def _members(self, stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
+        """What tarfile lists, which takes a damaged header for the end; here that must be one, with nothing behind."""
+        headers = _Headers(stream)
+        file = cast(BinaryIO, headers)
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+            for info in tar:
+                if info.size < 0:
+                    raise tarfile.ReadError(f"the member header at byte {info.offset:,} must be whole")
+                if "path" in (tar.pax_headers or {}):
+                    raise self._refusal(info.name, "must be named in a header of its own", got="a name for all members")
+                if keys := [key for key in info.pax_headers if key == "size" or key.startswith("GNU.sparse")]:
+                    rule = "must be a plain file of less than 8 GiB"
+                    raise self._refusal(info.name, rule, got=f"the pax record {keys[0]!r}")
+                yield info
+                info.pax_headers, tar.pax_headers = {}, {}  # or they pile up, each member with a copy of all before
+                headers.left = _MOST_HEADERS
+        if headers.last != bytes(_BLOCK):
+            raise tarfile.ReadError(f"the member header at byte {stream.tell() - _BLOCK:,} must be whole")
         padding = 0
         while chunk := stream.read(_CHUNK):  # to the last byte, for gzip's check sum stands behind it
             padding += len(chunk)
             if any(chunk) or padding > 2**24:
                 raise problem(str(self.path), "nothing but zeros may follow the archive's end mark", error=DataError)
-
-    def _pax_path(self, data: bytes, at: int) -> str:
-        """The name that pax records give to the next member, or nothing."""
-        path = ""
-        while data:
-            length, _, _ = data[:8].partition(b" ")
-            end = int(length) if length.isdigit() else 0
-            record = data[len(length) + 1 : end]
-            if not record.endswith(b"\n") or end > len(data):
-                raise problem(str(self.path), f"the pax records at byte {at:,} must be whole", error=DataError)
-            key, _, value = record[:-1].partition(b"=")
-            if key == b"size" or key.startswith(b"GNU.sparse"):
-                raise problem(
-                    str(self.path),
-                    "members must be plain files of less than 8 GiB",
-                    got=f"the pax record {_text(key)!r} at byte {at:,}",
-                    error=DataError,
-                )
-            if key == b"path":
-                path = _text(value)
-            data = data[end:]
-        return path
 
     def _refusal(self, name: str, rule: str, *, got: object = None) -> Exception:
         return problem(
@@ -271,18 +233,43 @@ class FolderFiles:
             yield name, data
 
 
+class _Headers:
+    """An archive as tarfile may read it: what its headers claim is not believed.
+
+    By itself tarfile reads names of any claimed size, passes over pax records that do not parse, and takes the end of
+    the file for the end of the archive; here each is an error.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.tell, self.seek = stream, stream.tell, stream.seek
+        self.left = _MOST_HEADERS  # bytes, for the next member
+        self.last = self._kind = b""
+
+    def read(self, count: int) -> bytes:
+        if self._kind in (b"K", b"X"):  # they would swallow a file whose type was damaged
+            raise tarfile.ReadError("a GNU link name or Solaris records, which no regular file needs")
+        if not 0 <= count <= self.left:
+            raise tarfile.ReadError(f"a member may have {_MOST_HEADERS:,} bytes of names, one claims {count:,} more")
+        self.left -= count
+        self.last = _take(self._stream, count)
+        if self._kind in _PAX and not _is_pax(self.last):
+            at = self.tell() - count - _BLOCK
+            raise tarfile.ReadError(f"the pax records at byte {at:,} must be whole")
+        self._kind = b"" if self._kind in (_GNU_NAME, *_PAX) else self.last[156:157]  # of the header, if this was one
+        return self.last
+
+
+def _is_pax(data: bytes) -> bool:
+    """Whether these are records ``<length> <key>=<value>\\n``, up to the first zero behind one or to the end."""
+    while start := re.match(b"([0-9]{1,5}) [^=]+=", data):
+        end = int(start[1])
+        if start.end() >= end or data[end - 1 : end] != b"\n":
+            return False
+        data = data[end:]
+    return not data or data[0] == 0
+
+
 def _take(stream: BinaryIO, count: int) -> bytes:
-    data = stream.read(count)
-    if len(data) < count:
+    if len(data := stream.read(count)) < count:
         raise EOFError("it ends too early")
     return data
-
-
-def _octal(field: bytes) -> int | None:
-    digits = field.strip(b" \0")
-    return int(digits, 8) if re.fullmatch(b"[0-7]*", digits) and digits else None
-
-
-def _text(field: bytes) -> str:
-    """A name up to its first NUL; bytes that are no UTF-8 are shown escaped, so that they name nothing by accident."""
-    return field.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
