@@ -28,7 +28,8 @@ def environment(runtime: Runtime, splits: Splits) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "dir_toolkit": __version__,
-            **{package: version(package) for package in ("torch", "numpy", "scipy", "xarray")},
+            "torch": str(torch.__version__),  # with the build, unlike the version of the package
+            **{package: version(package) for package in ("numpy", "scipy", "xarray")},
         },
         "commit": _commit(),
         "device": f"{device.type} ({name}), {runtime.world} process{'es' * (runtime.world > 1)}, "

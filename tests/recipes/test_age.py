@@ -254,7 +254,8 @@ def test_an_earlier_run_is_refused_and_nothing_is_touched(
     outcome = here(*QUICK, "--methods", "lds", "vanilla", "--out", out)
     assert outcome.code == 1
     assert re.fullmatch(
-        r"recipes/age.py: .* got .*made with .*checkpoint-last.pt. Go on with --resume.*\n", outcome.err
+        r"recipes/age\.py: --out must hold no earlier run.* got .*checkpoint-last\.pt\. Go on with --resume.*\n",
+        outcome.err,
     )
     assert files(out) == before
 
