@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._checks import interval, is_tensor, label_problem, number, one_of, problem, warn, whole
-from ..errors import ShapeError
+from ..errors import CheckpointError, ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.kernels import DEFAULT_KERNEL, Edges, Window, checked_window, gaussian, smoothing_matrix
 from .calibration import diagonal_map
@@ -51,7 +51,7 @@ class FDS(nn.Module):
     Args:
         bins: the label axis.
         num_features: D, the number of features or channels.
-        kernel: window over bins, odd length.
+        kernel: window over bins, odd length. The smoothing is kept as a (B, B) matrix.
         momentum: weight of the *old* statistics when an epoch is folded in, in [0, 1): 0 keeps the last epoch only. A
             bin's first epoch is taken whole.
         covariance: ``"diagonal"``, a variance a feature.
@@ -424,6 +424,7 @@ class FDS(nn.Module):
                 "FDS.load_state_dict",
                 "the saved statistics must be over the same bins",
                 got=f"{saved!r} for {self.bins!r}",
+                error=CheckpointError,
             )
         self._epoch_moments.load_state_dict(state["moments"])
         self._unplaced = state["unplaced"].to(self._unplaced.device, copy=True)

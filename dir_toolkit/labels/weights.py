@@ -10,7 +10,7 @@ from scipy.ndimage import correlate1d
 from torch import Tensor, nn
 
 from .._checks import interval, keys, number, one_of, problem
-from ..errors import NotFittedError
+from ..errors import CheckpointError, NotFittedError
 from .bins import Bins, Outside
 from .density import LabelDensity
 from .kernels import DEFAULT_KERNEL, Edges, Window, checked_window, gaussian, smooth
@@ -230,6 +230,7 @@ class LDS(nn.Module):
                 "LDS",
                 "the saved weights belong to another label axis",
                 got=f"{Bins.from_dict(state['bins'])} for {self.bins}",
+                error=CheckpointError,
             )
         self._fitted = bool(state["fitted"])
 
