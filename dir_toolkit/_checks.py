@@ -41,6 +41,16 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def instance(where: str, kind: Any, **values: object) -> None:
+    """Objects of one class, ``bool`` for example, which ``bool(value)`` would make of anything."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            kind_name: str = kind.__name__
+            article = "an" if kind_name[0] in "AEIOaeio" or kind_name.isupper() else "a"  # an Image, an LDS
+            rule = f"{name} must be {article} {kind_name}"
+            raise problem(where, rule, got=type(value).__name__, error=TypeError)
+
+
 def is_tensor(where: str, **tensors: object) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
@@ -184,9 +194,11 @@ def interval(where: str, name: str, value: object, *, low: float = 0.0) -> tuple
     return float(pair[0]), float(pair[1])
 
 
-def keys(where: str, name: str, value: Mapping[str, object], expected: Collection[str]) -> None:
+def keys(where: str, name: str, value: object, expected: Collection[str]) -> None:
     """A mapping with exactly the expected keys."""
-    missing, extra = sorted(set(expected) - set(value)), sorted(set(value) - set(expected))
+    if not isinstance(value, Mapping):
+        raise problem(where, f"{name} must be a dict", got=type(value).__name__, error=TypeError)
+    missing, extra = sorted(set(expected) - set(value)), sorted(set(value) - set(expected), key=str)
     if missing or extra:
         raise problem(where, f"{name} must have the keys {sorted(expected)}", got=f"missing {missing}, unknown {extra}")
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import number, problem, whole
+from ._checks import is_tensor, number, problem, whole
+from .errors import ShapeError
 
 __all__ = ["ImageRegressor", "SmallResNet", "small_resnet", "timm_backbone"]
 
@@ -41,6 +42,8 @@ class SmallResNet(nn.Module):
         num_features: of the output.
     Shape:
         forward: images (N, C, H, W), floats in [-1, 1]. Returns (N, num_features).
+    Raises:
+        ShapeError: images have another number of axes. TypeError: they are no floats.
     Source:
         He et al. 2016, "Deep residual learning" (arXiv:1512.03385); shortcuts average before they project, as in
         ResNet-D (He et al. 2019, arXiv:1812.01187). The last BatchNorm of a block starts at one; at zero it
@@ -64,6 +67,14 @@ class SmallResNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
+        is_tensor("SmallResNet", images=images)
+        if images.ndim != 4:
+            raise problem(
+                "SmallResNet", "images must have shape (N, C, H, W)", got=tuple(images.shape), error=ShapeError
+            )
+        if not images.is_floating_point():
+            fix = "Use dir_toolkit.data.augment.to_float(images)."
+            raise problem("SmallResNet", "images must be floats", got=f"dtype {images.dtype}", fix=fix, error=TypeError)
         maps = self.blocks(self.stem(images.contiguous(memory_format=torch.channels_last)))
         return maps.mean((2, 3))
 
@@ -131,7 +142,7 @@ class ImageRegressor(nn.Module):
     Shape:
         forward: images (N, C, H, W). Returns (N,), in label units; float32 or wider, under autocast too.
     Raises:
-        TypeError: the backbone does not tell its ``num_features``. ValueError: scale is not positive.
+        TypeError: the backbone does not tell its ``num_features``. ValueError: that is below 1, or scale not positive.
 
     >>> model = ImageRegressor(small_resnet(width=8), offset=30.0, scale=15.0)
     >>> model(torch.zeros(2, 3, 32, 32)).shape
@@ -145,7 +156,7 @@ class ImageRegressor(nn.Module):
         super().__init__()
         where = "ImageRegressor"
         num_features = getattr(backbone, "num_features", None)
-        if not isinstance(backbone, nn.Module) or not isinstance(num_features, int):
+        if not isinstance(backbone, nn.Module) or num_features is None:
             raise problem(
                 where,
                 "backbone must be a module with an attribute num_features",
@@ -153,6 +164,7 @@ class ImageRegressor(nn.Module):
                 fix="Set backbone.num_features to the number of its outputs.",
                 error=TypeError,
             )
+        num_features = whole(where, "backbone.num_features", num_features, low=1)
         self.backbone = backbone
         self.head = nn.Linear(num_features, 1)
         self.register_buffer("offset", torch.tensor(number(where, "offset", offset)))

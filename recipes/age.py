@@ -10,6 +10,7 @@ A run that was stopped goes on with ``--resume``; its finished parts are not don
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -265,7 +266,7 @@ def train(settings: Settings, method: Method, runtime: Runtime, splits: Splits, 
     }
 
     with runtime.seeded("network"):
-        model = ImageRegressor(backbone(settings), offset=median(splits.train), scale=float(labels.std()))
+        model = ImageRegressor(backbone(settings), offset=median(splits.train), scale=float(labels.std()) or 1.0)
     weigh_by, smooth_features = METHODS[method]
     weights = None
     if weigh_by is not None:
@@ -310,7 +311,7 @@ def train(settings: Settings, method: Method, runtime: Runtime, splits: Splits, 
         fingerprint=fingerprint,
     )
     metrics = evaluate(model, splits.test, bins=bins, density=density, runtime=runtime)
-    best = min(history, key=lambda row: row["val_bmae"])
+    best = min(history, key=lambda row: (math.isnan(row["val_bmae"]), row["val_bmae"]))
     errors = metrics.compute().assign(minutes=history[-1]["seconds"] / 60, best_epoch=best["epoch"])
     if runtime.is_main and not (folder / "results.nc").exists():  # of a run finished before, whose provenance stays
         title = f"Age estimation on {settings.data}: {method}, seed {runtime.seed}"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dir_toolkit.backbones import ImageRegressor, small_resnet, timm_backbone
+from dir_toolkit.errors import ShapeError
 
 
 @pytest.mark.parametrize("side", [32, 45, 48, 64, 80])
@@ -77,6 +78,20 @@ def test_regressor_refuses_what_is_no_backbone() -> None:
         ImageRegressor(nn.Flatten())
     with pytest.raises(ValueError, match="scale must be > 0"):
         ImageRegressor(small_resnet(width=4), scale=0.0)
+    backbone = nn.Flatten()
+    backbone.num_features = 0  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"ImageRegressor: backbone\.num_features must be at least 1, got 0"):
+        ImageRegressor(backbone)
+
+
+def test_small_resnet_takes_float_images_only() -> None:
+    backbone = small_resnet(width=4)
+    with pytest.raises(TypeError, match=r"images must be floats, got dtype torch\.uint8\. Use .*to_float\(images\)"):
+        backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ShapeError, match=r"images must have shape \(N, C, H, W\), got \(3, 32, 32\)"):
+        backbone(torch.zeros(3, 32, 32))
+    with pytest.raises(TypeError, match=r"images must be a torch\.Tensor, got NoneType"):
+        backbone(None)
 
 
 def fake_timm() -> types.ModuleType:

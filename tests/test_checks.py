@@ -107,6 +107,18 @@ def test_label_arrays_come_out_native_and_real() -> None:
             _checks.labels_array("f", value)
 
 
+def test_instance_names_the_argument_and_its_class() -> None:
+    _checks.instance("f", bool, a=True, b=False)
+    with pytest.raises(TypeError, match=r"^f: b must be a bool, got str\."):
+        _checks.instance("f", bool, a=True, b="no")
+    with pytest.raises(TypeError, match=r"^f: x must be an int, got NoneType\."):
+        _checks.instance("f", int, x=None)
+
+
 def test_keys_names_what_is_missing_and_what_is_unknown() -> None:
+    with pytest.raises(TypeError, match=r"^f: x must be a dict, got NoneType\."):
+        _checks.keys("f", "x", None, ("a", "b"))
+    with pytest.raises(ValueError, match=r"unknown \[1, 'c'\]"):
+        _checks.keys("f", "x", {"c": 1, 1: 2}, ())
     with pytest.raises(ValueError, match=r"got missing \['b'\], unknown \['c'\]"):
         _checks.keys("f", "x", {"a": 1, "c": 2}, ("a", "b"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import is_tensor, problem, whole
+from .._checks import instance, is_tensor, problem, whole
 from ..errors import ShapeError
 
 __all__ = ["augment", "to_float"]
@@ -25,8 +25,8 @@ def augment(images: Tensor, *, generator: torch.Generator, flip: bool = True, sh
     Shape:
         images: (N, C, H, W), uint8 or any float. Returns the same shape and dtype, a copy.
     Raises:
-        ShapeError: images have another number of axes. TypeError: images are neither uint8 nor floats.
-        ValueError: shift is negative or as large as a side.
+        ShapeError: images have another number of axes. TypeError: images are neither uint8 nor floats, the generator is
+        none, flip is no bool or shift no whole number. ValueError: shift is negative or as large as a side.
 
     >>> images = torch.arange(6, dtype=torch.uint8).reshape(1, 1, 2, 3)
     >>> augment(images, generator=torch.Generator().manual_seed(0), flip=False, shift=0).equal(images)
@@ -34,6 +34,8 @@ def augment(images: Tensor, *, generator: torch.Generator, flip: bool = True, sh
     """
     where = "augment"
     _check_images(where, images)
+    instance(where, torch.Generator, generator=generator)
+    instance(where, bool, flip=flip)
     shift = whole(where, "shift", shift, low=0)
     count, channels, height, width = images.shape
     if shift >= min(height, width):

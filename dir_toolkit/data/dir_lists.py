@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,14 @@ def dir_list(
             raise problem(where, f"age must be a number from 0 to {_OLDEST}, in years", got=repr(age), error=DataError)
         if split not in parts:
             raise problem(where, "split must be train, val or test", got=repr(split), error=DataError)
+        if path and path != posixpath.normpath(path):
+            raise problem(
+                where,
+                "a path must be written in one way only",
+                got=repr(path),
+                fix=f"Write {posixpath.normpath(path)!r}.",
+                error=DataError,
+            )
         if split_of.get(path, split) != split:
             raise problem(
                 where,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import label_problem, problem
+from .._checks import instance, label_problem, problem
 from ..errors import ShapeError
 
 __all__ = ["ImageSet", "Splits", "content_digest"]
@@ -97,6 +97,8 @@ class Splits:
     Attributes:
         source: where the images come from, ``"portraits"`` or ``"utkface"`` for example.
         skipped: reason -> number of files left out; empty if none.
+    Raises:
+        TypeError: a part is no ImageSet, ``source`` is no text, or ``skipped`` no dict.
     """
 
     train: ImageSet
@@ -106,11 +108,9 @@ class Splits:
     skipped: dict[str, int]
 
     def __post_init__(self) -> None:
-        for name in ("train", "val", "test"):
-            if not isinstance(getattr(self, name), ImageSet):
-                raise problem(
-                    "Splits", f"{name} must be an ImageSet", got=type(getattr(self, name)).__name__, error=TypeError
-                )
+        instance("Splits", ImageSet, train=self.train, val=self.val, test=self.test)
+        instance("Splits", str, source=self.source)
+        instance("Splits", dict, skipped=self.skipped)
 
 
 def content_digest(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import interval, is_tensor, same_shape
+
 __all__ = ["diagonal_map"]
 
 
@@ -18,10 +20,20 @@ def diagonal_map(
             known (NaN), keeps its scale.
     Shape:
         all (B, D). Returns scale and shift, (B, D); where a mean is NaN the map is the identity.
+    Raises:
+        ShapeError: shapes differ. ValueError: clip is no pair 0 <= low < high.
     Source:
         Yang et al. 2021, equation 2 with a diagonal covariance (arXiv:2102.09554).
     """
-    ratio = (smoothed_variance / variance).clamp(*clip)
+    statistics = {
+        "mean": mean,
+        "variance": variance,
+        "smoothed_mean": smoothed_mean,
+        "smoothed_variance": smoothed_variance,
+    }
+    is_tensor("diagonal_map", **statistics)
+    same_shape("diagonal_map", **statistics)
+    ratio = (smoothed_variance / variance).clamp(*interval("diagonal_map", "clip", clip))
     scale = torch.where((variance > 0) & ratio.isfinite(), ratio.sqrt(), 1.0)
     shift = smoothed_mean - scale * mean
     known = shift.isfinite()

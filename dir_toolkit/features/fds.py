@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._checks import interval, is_tensor, label_problem, number, one_of, problem, warn, whole
+from .._checks import instance, interval, is_tensor, keys, label_problem, number, one_of, problem, warn, whole
 from ..errors import CheckpointError, ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.kernels import DEFAULT_KERNEL, Edges, Window, checked_window, gaussian, smoothing_matrix
@@ -95,8 +95,8 @@ class FDS(nn.Module):
         outside: Outside = "raise",
     ) -> None:
         super().__init__()
-        if not isinstance(bins, Bins):
-            raise problem("FDS", "bins must be a Bins", got=type(bins).__name__, error=TypeError)
+        instance("FDS", Bins, bins=bins)
+        instance("FDS", bool, count_weighted=count_weighted)
         one_of("FDS", "covariance", covariance, ("diagonal",))
         one_of("FDS", "outside", outside, ("raise", "clip", "drop"))
         self.bins, self.outside = bins, outside
@@ -105,7 +105,7 @@ class FDS(nn.Module):
         self.clip = interval("FDS", "clip", clip)
         self.start_epoch = whole("FDS", "start_epoch", start_epoch, low=1)
         self.shrinkage = number("FDS", "shrinkage", shrinkage, low=0)
-        self.count_weighted = bool(count_weighted)
+        self.count_weighted = count_weighted
         window = checked_window("FDS", kernel, len(bins))
         self.epoch = 0
 
@@ -124,7 +124,8 @@ class FDS(nn.Module):
         self._row: Tensor | None = None
         self._seen = 0
         self._last_seen: int | None = None
-        self._attached = self._ran = self._evaluated = False
+        self.attached = False
+        self._ran = self._evaluated = False
         self._rounds = 0
         self._said: set[str] = set()
 
@@ -149,7 +150,7 @@ class FDS(nn.Module):
         if not isinstance(module, nn.Module):
             raise problem("FDS.attach", "module must be a torch.nn.Module", got=type(module).__name__, error=TypeError)
         one_of("FDS.attach", "where", where, ("input", "output"))
-        self._attached = True
+        self.attached = True
         if where == "input":
             return module.register_forward_pre_hook(_InputHook(self))
         return module.register_forward_hook(_OutputHook(self))
@@ -165,7 +166,7 @@ class FDS(nn.Module):
         self._row, self._ran = self._place("FDS.labels", labels), False
         try:
             yield
-            if self._attached and not self._ran:
+            if self.attached and not self._ran:
                 self._warn_once(
                     "idle",
                     "no attached module ran inside labels(). Attach before the first call of a compiled model, "
@@ -198,7 +199,8 @@ class FDS(nn.Module):
             ValueError: features were not finite, or none were gathered. The running statistics are then as before, and
             the epoch's are dropped.
         """
-        moments, unplaced, seen = self._epoch_moments.all_reduce(), self._unplaced, self._seen
+        moments, seen = self._epoch_moments.all_reduce(), self._seen
+        unplaced = self._unplaced.to(moments.count.device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(unplaced)
         self._forget_epoch()
@@ -305,6 +307,7 @@ class FDS(nn.Module):
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = f"dtype {features.dtype}" if isinstance(features, Tensor) else type(features).__name__
             raise problem(where, "features must be one tensor of floats", got=got, error=TypeError)
+        is_tensor(where, features=features)
         if features.ndim not in (2, 4) or features.shape[1] != self.num_features:
             raise problem(
                 where,
@@ -329,7 +332,7 @@ class FDS(nn.Module):
                 row = row[:, None, None].expand(features.shape[0], *features.shape[2:])
             features = features.detach().movedim(1, 3).flatten(0, 2)  # (N * H * W, D)
             row = row.flatten()
-        self._epoch_moments.update(features, row)
+        self._epoch_moments._update(features, row)
         if self._unplaced.device != row.device:
             self._unplaced = self._unplaced.to(row.device)
         self._unplaced += (row == len(self.bins)).sum()
@@ -404,6 +407,8 @@ class FDS(nn.Module):
         for name, buffer in self._buffers.items():
             assert buffer is not None
             self._buffers[name] = buffer.to(fn(buffer[:0]).device)
+        self._epoch_moments.to(self.scale.device)
+        self._unplaced = self._unplaced.to(self.scale.device)
         self._cast.clear()
         return self
 
@@ -418,6 +423,8 @@ class FDS(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        expected = ("bins", "epoch", "seen", "last_seen", "unplaced", "moments")
+        keys("FDS.load_state_dict", "the saved state", state, expected)
         saved = Bins.from_dict(state["bins"])
         if saved != self.bins:
             raise problem(
@@ -433,8 +440,9 @@ class FDS(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.bins!r}, num_features={self.num_features}, momentum={self.momentum}, "
-            f"shrinkage={self.shrinkage}, epoch={self.epoch}"
+            f"{self.bins!r}, num_features={self.num_features}, momentum={self.momentum}, clip={self.clip}, "
+            f"start_epoch={self.start_epoch}, shrinkage={self.shrinkage}, count_weighted={self.count_weighted}, "
+            f"outside={self.outside!r}"
         )
 
 

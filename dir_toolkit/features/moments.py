@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import keys, problem, whole
+from .._checks import instance, is_tensor, keys, problem, readable, real, same_device, whole
 from ..errors import ShapeError
 
 __all__ = ["BinMoments"]
@@ -41,16 +41,30 @@ class BinMoments:
         left out.
 
         Raises:
-            ShapeError: the shapes do not fit.
+            ShapeError: the shapes do not fit. TypeError: index is not int64. ValueError: an index is beyond B, or on
+            another device; on an accelerator the former is not looked for.
         """
+        where = "BinMoments.update"
+        is_tensor(where, features=features, index=index)
+        real(where, features=features)
+        same_device(where, features=features, index=index)
         num_bins, num_features = self.mean.shape
         if features.ndim != 2 or features.shape[1] != num_features or index.shape != features.shape[:1]:
             raise problem(
-                "BinMoments.update",
+                where,
                 f"features must be (N, {num_features}) and index (N,)",
                 got=f"{tuple(features.shape)} and {tuple(index.shape)}",
                 error=ShapeError,
             )
+        if index.dtype != torch.int64:
+            raise problem(where, "index must be int64", got=f"dtype {index.dtype}", error=TypeError)
+        if readable(index) and index.numel() and int(index.max()) > num_bins:
+            raise problem(where, f"index must be at most {num_bins}", got=f"a maximum of {int(index.max())}")
+        self._update(features, index)
+
+    def _update(self, features: Tensor, index: Tensor) -> None:
+        """:meth:`update` of what has been checked; waits for nothing on a CPU either."""
+        num_bins, num_features = self.mean.shape
         if self.mean.device != features.device:
             self.to(features.device)
         x = features.detach().double()
@@ -66,6 +80,7 @@ class BinMoments:
 
     def merge(self, other: BinMoments) -> BinMoments:
         """Add what another object has seen; returns self."""
+        instance("BinMoments.merge", BinMoments, other=other)
         if other.mean.shape != self.mean.shape:
             raise problem(
                 "BinMoments.merge",
@@ -93,6 +108,8 @@ class BinMoments:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
+        if dist.get_backend() == "nccl":  # knows no CPU, where a rank without samples has its moments
+            self.to("cuda")
         total, sums = self.count.clone(), self.mean * self.count[:, None]
         dist.all_reduce(total)
         dist.all_reduce(sums)
@@ -120,13 +137,15 @@ class BinMoments:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` saved, on the present device."""
         keys("BinMoments.load_state_dict", "state", state, ("count", "mean", "deviations"))
-        if state["mean"].shape != self.mean.shape:
-            raise problem(
-                "BinMoments.load_state_dict",
-                f"state must hold moments of shape {tuple(self.mean.shape)}",
-                got=tuple(state["mean"].shape),
-                error=ShapeError,
-            )
+        is_tensor("BinMoments.load_state_dict", **state)
+        for name, expected in (("count", self.count), ("mean", self.mean), ("deviations", self.deviations)):
+            if state[name].shape != expected.shape or state[name].dtype != expected.dtype:
+                raise problem(
+                    "BinMoments.load_state_dict",
+                    f"{name} must be {expected.dtype} of shape {tuple(expected.shape)}",
+                    got=f"{state[name].dtype} of shape {tuple(state[name].shape)}",
+                    error=ShapeError,
+                )
         device = self.mean.device
         self.count, self.mean = state["count"].to(device, copy=True), state["mean"].to(device, copy=True)
         self.deviations = state["deviations"].to(device, copy=True)

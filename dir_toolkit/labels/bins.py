@@ -206,7 +206,8 @@ class Bins:
         one_of(where, "outside", outside, ("raise", "clip", "drop"))
         if not isinstance(labels, Tensor):
             array = labels_array(where, labels, name)
-            return self._place(where, torch.from_numpy(np.require(array, requirements=["C", "W"])), outside).numpy()
+            tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+            return self._place(where, tensor, outside, name).numpy()
         is_tensor(where, **{name: labels})
         real(where, **{name: labels})
         labels = labels.detach()
@@ -333,8 +334,6 @@ class Bins:
     def from_dict(cls, values: dict[str, Any]) -> Bins:
         """The axis that :meth:`to_dict` described."""
         where = "Bins.from_dict"
-        if not isinstance(values, dict):
-            raise problem(where, "values must be a dict", got=type(values).__name__, error=TypeError)
         keys(where, "values", values, ("edges", "centers", "categorical"))
         if not isinstance(values["categorical"], bool):
             raise problem(where, "categorical must be true or false", got=repr(values["categorical"]), error=TypeError)

@@ -37,7 +37,8 @@ class LDS(nn.Module):
     inverse            1 / q
     sqrt_inverse       1 / sqrt(q)
     effective_number   (1 - beta) / (1 - beta^q), Cui et al. 2019, equation 3 (arXiv:1901.05555)
-    dense              max(1 - alpha * q', epsilon), q' being q scaled to [0, 1]; Steininger et al. 2021, equation 4
+    dense              max(1 - alpha * q', epsilon), q' being q scaled to [0, 1] over all bins; Steininger et al. 2021,
+                       equation 4 (DenseWeight)
     ================== ==================================================================================
 
     Args:
@@ -129,6 +130,13 @@ class LDS(nn.Module):
         """
         if isinstance(labels, LabelDensity):
             density = labels
+            if density.counts.dtype.kind == "f" and self.kernel is not None:
+                raise problem(
+                    "LDS.fit",
+                    "the density must be as counted, since the kernel smooths it",
+                    got=repr(density),
+                    fix="Hand over the counted density, or kernel=None.",
+                )
             if density.bins != self.bins:
                 raise problem("LDS.fit", "the density must be over the same bins", got=f"{density.bins}, {self.bins}")
         else:
@@ -222,8 +230,6 @@ class LDS(nn.Module):
         return {"fitted": self._fitted, "bins": self.bins.to_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        if not isinstance(state, dict):
-            raise problem("LDS", "the saved state must be a dict", got=type(state).__name__, error=TypeError)
         keys("LDS", "the saved state", state, ("fitted", "bins"))
         if Bins.from_dict(state["bins"]) != self.bins:
             raise problem(
@@ -235,4 +241,8 @@ class LDS(nn.Module):
         self._fitted = bool(state["fitted"])
 
     def extra_repr(self) -> str:
-        return f"{self.bins!r}, scheme={self.scheme!r}, order={self.order!r}, fitted={self._fitted}"
+        kernel = None if self.kernel is None else self.kernel.round(6).tolist()
+        return (
+            f"{self.bins!r}, kernel={kernel}, scheme={self.scheme!r}, edges={self.edges!r}, order={self.order!r}, "
+            f"clip={self.clip}, outside={self.outside!r}, fitted={self._fitted}"
+        )

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import finite, is_tensor, number, problem, real, same_device, same_shape
+from .._checks import finite, instance, is_tensor, number, problem, real, same_device, same_shape
 from ..errors import ShapeError
 from ..labels.bins import Bins
 from ..labels.density import REGIONS, LabelDensity
@@ -42,8 +42,7 @@ class RegressionMetrics:
 
     def __init__(self, bins: Bins, density: LabelDensity, *, floor: float | None = None) -> None:
         where = "RegressionMetrics"
-        if not isinstance(bins, Bins):
-            raise problem(where, "bins must be a Bins", got=type(bins).__name__, error=TypeError)
+        instance(where, Bins, bins=bins)
         if not isinstance(density, LabelDensity) or density.bins != bins:
             raise problem(where, "density must be a LabelDensity over the same bins", got=repr(density))
         if density.counts.dtype.kind == "f":
@@ -99,8 +98,7 @@ class RegressionMetrics:
     def merge(self, other: RegressionMetrics) -> RegressionMetrics:
         """Add what another object has seen; returns self."""
         where = "RegressionMetrics.merge"
-        if not isinstance(other, RegressionMetrics):
-            raise problem(where, "other must be a RegressionMetrics", got=type(other).__name__, error=TypeError)
+        instance(where, RegressionMetrics, other=other)
         if other.density != self.density or other.floor != self.floor:
             raise problem(
                 where,

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xarray as xr
 
-from .._checks import problem, whole
+from .._checks import instance, labels_array, number, problem, whole
 from ..errors import ShapeError
 from ..files import write_atomically
 from ..labels.bins import Bins
 from ..labels.density import REGIONS, LabelDensity
+from .schema import validate_results
 from .tables import BASELINE, count_range
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ Colors = Mapping[str, str]
 def method_colors(methods: Iterable[str]) -> dict[str, str]:
     """One colour a method by its place in the order, and grey for the constant predictor.
 
-    Hand the same answer to every figure, and a method looks alike in all of them.
+    Hand the same answer to every figure, and a method looks alike in all of them; one that it does not name takes the
+    colour it would have had without.
     """
     names = [method for method in dict.fromkeys(methods) if method != BASELINE]
     return {**{m: _PALETTE[i % len(_PALETTE)] for i, m in enumerate(names)}, BASELINE: _GREY}
@@ -80,6 +82,9 @@ def density_figure(
     Raises:
         ShapeError: ``weights`` is not one number a bin. ValueError: ``effective`` is over other bins.
     """
+    instance("density_figure", LabelDensity, density=density)
+    if effective is not None:
+        instance("density_figure", LabelDensity, effective=effective)
     bins = density.bins
     if effective is not None and effective.bins != bins:
         both = f"{effective.bins} and {bins}"
@@ -118,9 +123,10 @@ def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | 
         window: number of bins averaged, odd; 1 shows every bin as measured. None means 5 where there are 40 bins or
             more, and 1 else.
     Raises:
-        ValueError: ``window`` is even or below 1.
+        ValueError: ``window`` is even or below 1. ResultsError: ``ds`` breaks the schema.
     """
     where = "error_figure"
+    validate_results(ds)
     window = whole(where, "window", (5 if ds.sizes["bin"] >= 40 else 1) if window is None else window, low=1)
     if window % 2 == 0:
         raise problem(where, "window must be odd, so that it has a middle", got=window)
@@ -161,12 +167,15 @@ def region_figure(ds: xr.Dataset, *, colors: Colors | None = None) -> Figure:
 
     Args:
         ds: a result of the schema in ``results.schema``.
+    Raises:
+        ResultsError: ``ds`` breaks the schema.
     """
+    validate_results(ds)
     regions = [r for r in ("all", *REGIONS) if bool((ds["count"].sel(region=r) > 0).any())]
     styles = _methods(ds, colors)
     figure = _figure(3.4)
     axes = figure.add_subplot(1, 1, 1)
-    place, width = np.arange(len(regions)), 0.84 / len(styles)
+    place, width = np.arange(len(regions)), 0.84 / max(1, len(styles))
     for i, (method, color) in enumerate(styles.items()):
         part = ds.sel({"method": method, "region": regions})
         seeds = int(part["completed"].sum())
@@ -215,7 +224,8 @@ def similarity_figure(
     Shape:
         the four arrays: (B, D).
     Raises:
-        ShapeError: shapes differ, or there is not one row a bin. ValueError: the anchor's bin is empty.
+        ShapeError: shapes differ, or there is not one row a bin. ValueError: the anchor's bin is empty. LabelError: the
+        anchor lies beyond the axis.
     Source:
         Yang et al. 2021, figures 4 and 8 (arXiv:2102.09554).
     """
@@ -225,10 +235,11 @@ def similarity_figure(
     pairs = {"feature means": (mean_before, mean_after)}
     if variance_before is not None and variance_after is not None:
         pairs["feature variances"] = (variance_before, variance_after)
-    at = int(bins.index([anchor])[0])
+    instance(where, Bins, bins=bins)
+    at = int(bins._place(where, [number(where, "anchor", anchor)], "raise", "anchor")[0])
     tables = {}
     for name, pair in pairs.items():
-        before, after = (np.asarray(values, dtype=np.float64) for values in pair)
+        before, after = (labels_array(where, values, name).astype(np.float64) for values in pair)
         if before.shape != after.shape or before.ndim != 2 or len(before) != len(bins):
             raise problem(
                 where,
@@ -306,7 +317,7 @@ def history_figure(
                 got=f"no {column!r}",
                 fix=f"Columns are {known}.",
             )
-    colors = method_colors(method for method, _ in histories) if colors is None else colors
+    colors = {**method_colors(method for method, _ in histories), **(colors or {})}
     figure = _figure(3.2)
     axes = [figure.add_subplot(1, 2, i + 1) for i in range(2)]
     named = set()
@@ -438,7 +449,7 @@ def _shade_regions(
 def _methods(ds: xr.Dataset, colors: Colors | None) -> dict[str, str]:
     """Colours of the methods that have a completed run, the constant predictor last."""
     names = ds["method"].values.tolist()
-    colors = method_colors(names) if colors is None else colors
+    colors = {**method_colors(names), **(colors or {})}
     done = ds["completed"].any("seed").values
     present = [name for name, finished in zip(names, done, strict=True) if finished]
     return {name: colors[name] for name in sorted(present, key=lambda name: name == BASELINE)}
@@ -462,7 +473,7 @@ def _literal(text: str) -> str:
 
 
 def _row(where: str, name: str, values: np.ndarray, size: int) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
+    values = labels_array(where, values, name).astype(np.float64)
     if values.shape != (size,):
         raise problem(where, f"{name} must have one number a bin, shape ({size},)", got=values.shape, error=ShapeError)
     return values

@@ -44,7 +44,7 @@ def write_report(
         settings: of the experiment; nested ones are shown as ``outer.inner``.
         columns: of the table, as in :func:`results_table`.
     Raises:
-        ResultsError: ``ds`` breaks the schema. ImportError: jinja2 is not installed.
+        ResultsError: ``ds`` breaks the schema. TypeError: ``notes`` is one text. ImportError: jinja2 is not installed.
     """
     try:
         import jinja2
@@ -57,6 +57,8 @@ def write_report(
             error=ImportError,
         ) from error
     validate_results(ds)
+    if isinstance(notes, str):
+        raise problem("write_report", "notes must be paragraphs", got="one text", fix="Use [notes].", error=TypeError)
     provenance = {str(name): value for name, value in ds.attrs.items() if name not in _SHOWN_ELSEWHERE}
     template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

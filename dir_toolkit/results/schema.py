@@ -62,7 +62,7 @@ import numpy as np
 import xarray as xr
 
 from .. import __version__
-from .._checks import problem
+from .._checks import instance, problem, whole
 from ..errors import ResultsError
 from ..files import write_atomically
 from ..labels.density import REGIONS
@@ -115,10 +115,20 @@ def combine_runs(
         attrs: provenance besides, such as versions, devices and digests of the data.
     Raises:
         ResultsError: runs differ in their bins or variables, or the result breaks the schema; names every fault.
+        TypeError: a key is no (method, seed), text and whole number, or a run no Dataset.
     """
     where = "combine_runs"
+    instance(where, Mapping, runs=runs)
+    if attrs is not None:
+        instance(where, Mapping, attrs=attrs)
     if not runs:
         raise problem(where, "runs must hold at least one run", got="none", error=ResultsError)
+    for key, run in runs.items():
+        if not isinstance(key, tuple) or len(key) != 2:
+            raise problem(where, "runs must be given by (method, seed)", got=repr(key), error=TypeError)
+        instance(where, str, method=key[0])
+        whole(where, "seed", key[1])
+        instance(where, xr.Dataset, **{f"runs[{key!r}]": run})
     first = next(iter(runs.values()))
     faults = [f"{key}: {fault}" for key, run in runs.items() for fault in _misfits(run, first)]
     if faults:
@@ -211,7 +221,10 @@ def _faults(ds: xr.Dataset) -> Iterator[str]:
     missing = [name for name in _DIMS if name not in ds.dims or name not in ds.coords]
     for name in missing:
         yield f"dimension {name!r} with its coordinate is missing"
-    if missing:
+    empty = [name for name in _DIMS if name not in missing and ds.sizes[name] == 0]
+    for name in empty:
+        yield f"dimension {name!r} must not be empty"
+    if missing or empty:
         return
     yield from _axis_faults(ds)
     sound: set[str] = set()
@@ -335,7 +348,8 @@ def save_results(ds: xr.Dataset, path: str | os.PathLike[str]) -> None:
     """Write a result to a NetCDF-3 file, whole or not at all.
 
     Raises:
-        ResultsError: ``ds`` breaks the schema, or a whole number does not fit 32 bits.
+        ResultsError: ``ds`` breaks the schema, a whole number does not fit 32 bits, or NetCDF-3 cannot hold something
+        that stands beside the schema. TypeError: ``ds`` is no Dataset.
     """
     validate_results(ds)
     faults = []
@@ -347,7 +361,11 @@ def save_results(ds: xr.Dataset, path: str | os.PathLike[str]) -> None:
     narrow = ds.assign({n: a.astype(np.int32) for n, a in ds.data_vars.items() if a.dtype == np.int64})
     narrow = narrow.assign_coords({n: ds[n].astype(np.int32) for n in ("seed", "bin")})
     narrow.attrs = {str(name): _plain(value) for name, value in ds.attrs.items()}
-    content = narrow.to_netcdf(engine="scipy")
+    try:
+        content = narrow.to_netcdf(engine="scipy")
+    except (ValueError, TypeError) as error:
+        rule = "what stands beside the schema must fit NetCDF-3"
+        raise problem("save_results", rule, got=str(error), error=ResultsError) from error
     write_atomically(path, lambda file: file.write(content))
 
 

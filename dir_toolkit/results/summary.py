@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
+from .._checks import problem
 from ..files import write_atomically
 from .figures import figure_to_tensorboard, save_figure
 from .report import write_report
@@ -23,7 +25,7 @@ _SUFFIX = ".summary"  # tells our TensorBoard file from others in the folder
 
 
 def write_summary(
-    folder: Path,
+    folder: str | os.PathLike[str],
     ds: xr.Dataset,
     figures: Mapping[str, Figure],
     *,
@@ -41,11 +43,16 @@ def write_summary(
         figures: by title; a file is named after its title.
         notes, settings, columns: as in :func:`dir_toolkit.results.report.write_report`.
     Raises:
-        ResultsError: ``ds`` breaks the schema; nothing is written then. FileNotFoundError: there is no such folder.
+        ResultsError: ``ds`` breaks the schema; nothing is written then. ValueError: two titles differ in punctuation
+        only. FileNotFoundError: there is no such folder.
     """
     from torch.utils.tensorboard import SummaryWriter
 
+    folder = Path(folder)
     validate_results(ds)
+    names = {title: "".join(c if c.isalnum() else "-" for c in title.lower()) for title in figures}
+    if len(set(names.values())) < len(names):
+        raise problem("write_summary", "titles of figures must give each a file of its own", got=sorted(names.values()))
     table = markdown_table(ds, columns=columns)
     save_results(ds, folder / "results.nc")
     write_atomically(folder / "table.md", lambda file: file.write(table.encode()))
@@ -55,9 +62,8 @@ def write_summary(
     with SummaryWriter(str(folder), filename_suffix=_SUFFIX) as board:
         board.add_text("results", table)
         for title, figure in figures.items():
-            name = "".join(c if c.isalnum() else "-" for c in title.lower())
-            save_figure(figure, folder / "figures" / f"{name}.png")
-            figure_to_tensorboard(board, f"figures/{name}", figure, 0)
+            save_figure(figure, folder / "figures" / f"{names[title]}.png")
+            figure_to_tensorboard(board, f"figures/{names[title]}", figure, 0)
     write_report(
         folder / "report.html", ds, figures, title=ds.attrs["title"], notes=notes, settings=settings, columns=columns
     )

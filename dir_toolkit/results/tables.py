@@ -11,6 +11,7 @@ import xarray as xr
 
 from .._checks import problem
 from ..labels.density import REGIONS
+from .schema import validate_results
 
 __all__ = ["BASELINE", "ResultsTable", "markdown_table", "results_table", "text_table"]
 
@@ -51,18 +52,25 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
         columns: (metric, region) pairs; None means MAE over all and in every region, and bMAE. A region that no run
             has test samples in is then left out, if it is ``unseen``.
     Raises:
-        ValueError: a metric or a region is not in ``ds``.
+        ValueError: a metric or a region is not in ``ds``. ResultsError: ``ds`` breaks the schema.
     """
+    validate_results(ds)
     if columns is None:
         regions = ["all", *(r for r in REGIONS if r != "unseen" or bool(ds["count"].sel(region=r).any()))]
         columns = [*(("mae", region) for region in regions), ("bmae", "all")]
-    for metric, region in columns:
-        if metric not in ds or ds[metric].dims != ("method", "seed", "region") or region not in ds["region"].values:
+    for column in columns:
+        metric, region = column if isinstance(column, (tuple, list)) and len(column) == 2 else (None, None)
+        if (
+            not isinstance(metric, str)
+            or metric not in ds
+            or ds[metric].dims != ("method", "seed", "region")
+            or region not in ds["region"].values
+        ):
             known = sorted(str(name) for name in ds.data_vars if ds[name].dims == ("method", "seed", "region"))
             raise problem(
                 "results_table",
                 "columns must be (metric, region) pairs of the result",
-                got=repr((metric, region)),
+                got=repr(column),
                 fix=f"Metrics are {known}, regions {ds['region'].values.tolist()}.",
             )
     methods = sorted(ds["method"].values.tolist(), key=lambda method: method == BASELINE)

@@ -28,7 +28,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
     """
     if not isinstance(state, dict):
         raise problem("save_checkpoint", "state must be a dict", got=type(state).__name__, error=CheckpointError)
-    _check_plain("state", state)
+    check_plain("save_checkpoint", "state", state)
     write_atomically(path, lambda file: torch.save(state, file))
 
 
@@ -64,24 +64,23 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
     return state
 
 
-def _check_plain(key: str, value: object) -> None:
+def check_plain(where: str, key: str, value: object) -> None:
+    """What a checkpoint may hold: tensors and plain values, in dicts, lists and tuples."""
     if value is None or type(value) in (bool, int, float, str, Tensor, nn.Parameter):
         return
     if type(value) in (dict, OrderedDict):
         assert isinstance(value, dict)
         for name, item in value.items():
             if type(name) not in (str, int):
-                raise problem(
-                    "save_checkpoint", f"keys of {key} must be str or int", got=repr(name), error=CheckpointError
-                )
-            _check_plain(f"{key}[{name!r}]", item)
+                raise problem(where, f"keys of {key} must be str or int", got=repr(name), error=CheckpointError)
+            check_plain(where, f"{key}[{name!r}]", item)
     elif type(value) in (list, tuple):
         assert isinstance(value, (list, tuple))
         for place, item in enumerate(value):
-            _check_plain(f"{key}[{place}]", item)
+            check_plain(where, f"{key}[{place}]", item)
     else:
         raise problem(
-            "save_checkpoint",
+            where,
             f"{key} must be a tensor or a plain value",
             got=type(value).__name__,
             fix="Use .item() or .tolist() for NumPy, and state_dict() for modules.",

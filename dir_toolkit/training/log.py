@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._checks import keys
 from ..files import write_atomically
 from .runtime import Runtime
 
@@ -57,14 +59,14 @@ class RunLog:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | os.PathLike[str],
         runtime: Runtime,
         *,
         steps_per_epoch: int,
         history: Sequence[dict[str, Any]] = (),
         step: int = 0,
     ) -> None:
-        self._folder, self._history, self._steps_per_epoch = folder, list(history), steps_per_epoch
+        self._folder, self._history, self._steps_per_epoch = Path(folder), list(history), steps_per_epoch
         self._main = runtime.is_main
         self._header_due = True
         self._step = step
@@ -100,7 +102,10 @@ class RunLog:
 
         Args:
             best: whether to mark it on the terminal as the best so far.
+        Raises:
+            ValueError: the row has other columns; nothing is written then.
         """
+        keys("RunLog.end_epoch", "row", row, ("step", *_COLUMNS))
         self._close_bar()
         if not self._main:
             return

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import number, problem, whole
+from .._checks import instance, number, problem, whole
 from ..data.augment import augment, to_float
 from ..data.images import ImageSet
 from ..errors import CheckpointError, NonFiniteLossError, RunExistsError, SettingsError
@@ -26,7 +26,7 @@ from ..labels.density import LabelDensity
 from ..labels.weights import LDS
 from ..losses.regression import weighted_l1
 from ..metrics.regression import RegressionMetrics
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import check_plain, load_checkpoint, save_checkpoint
 from .log import RunLog
 from .optimization import Optimization, learning_rate, make_optimizer
 from .runtime import Runtime
@@ -58,11 +58,11 @@ def fit(
     """Train a model, keep the weights of the epoch with the least validation bMAE, and load them at the end.
 
     Everything random follows from the seed and the place in the run: the order of an epoch from (seed, epoch), the
-    augmentation and what the model draws from (seed, epoch, step, rank). So a run that was stopped anywhere, and
-    resumed in a new process, ends with the bits of one that was not. Each global batch is dealt to the ranks in turn,
-    and a rank's loss is its sum over samples times ranks / global batch size, so that n ranks step as one does; an
-    epoch's last, short batch is kept unless it holds fewer than two samples a rank. Ctrl-C ends the step, writes a
-    checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process.
+    augmentation and what the model draws from (seed, epoch, step, rank). So on the CPU a run that was stopped
+    anywhere, and resumed in a new process, ends with the bits of one that was not; CUDA adds up in no fixed order. Each
+    global batch is dealt to the ranks in turn, and a rank's loss is its sum over samples times ranks / global batch
+    size, so that n ranks step as one does; an epoch's last, short batch is kept unless it holds fewer than two samples
+    a rank. Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process.
 
     Args:
         model: from float images (N, 3, H, W) in [-1, 1] to (N,) predictions; moved to the runtime's device.
@@ -83,10 +83,17 @@ def fit(
     Raises:
         RunExistsError: the folder holds a run and ``resume`` is false. CheckpointError: its checkpoint is damaged or
         of another run. NonFiniteLossError: the loss or its gradient became NaN or infinite. SettingsError: the sets
-        are too small for the batches, or the FDS is a part of the model.
+        are too small for the batches, or the FDS is a part of the model. LabelError: a validation label lies beyond
+        the axis. TypeError: an argument is of another kind.
     """
     where = "fit"
-    _check(model, train, val, fds, optimization, runtime)
+    _check(model, train, val, loss, weights, fds, optimization, runtime, augmentation)
+    # Now, not when the first epoch has ended.
+    RegressionMetrics(bins, density)
+    bins._place(where, val.labels, "raise", "val.labels")
+    if fingerprint is not None:
+        instance(where, Mapping, fingerprint=fingerprint)
+        check_plain(where, "fingerprint", dict(fingerprint))
     checkpoint_seconds = 60 * number(where, "checkpoint_minutes", checkpoint_minutes, low=0)
     folder = Path(folder)
     batches = _batches(len(train), optimization.batch_size, runtime.world)
@@ -102,8 +109,8 @@ def fit(
         "train": train.digest,
         "val": val.digest,
         "loss": getattr(loss, "__name__", type(loss).__name__),
-        "lds": weights is not None,
-        "fds": fds is not None,
+        "lds": weights.extra_repr() if weights is not None else None,
+        "fds": fds.extra_repr() if fds is not None else None,
         "augmentation": getattr(augmentation, "__name__", str(augmentation)),
         **{f"optimization.{name}": value for name, value in asdict(optimization).items()},
         **(fingerprint or {}),
@@ -202,12 +209,18 @@ def evaluate(
     Returns:
         metrics of all ranks; ``.compute()`` makes the numbers.
     """
-    batch_size = whole("evaluate", "batch_size", batch_size, low=1)
+    where = "evaluate"
+    instance(where, nn.Module, model=model)
+    instance(where, ImageSet, data=data)
+    instance(where, Runtime, runtime=runtime)
+    batch_size = whole(where, "batch_size", batch_size, low=1)
     metrics = RegressionMetrics(bins, density)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for indices in torch.arange(runtime.rank, len(data), runtime.world).split(batch_size):
+        for indices in torch.arange(len(data))[runtime.rank :: runtime.world].split(batch_size):
+            if len(indices) == 0:  # more ranks than images
+                continue
             images, labels = (part.to(runtime.device) for part in data.batch(indices))
             with runtime.autocast():
                 pred = model(to_float(images))
@@ -421,8 +434,28 @@ class _CtrlC(AbstractContextManager["_CtrlC"]):
 
 
 def _check(
-    model: nn.Module, train: ImageSet, val: ImageSet, fds: FDS | None, optimization: Optimization, runtime: Runtime
+    model: nn.Module,
+    train: ImageSet,
+    val: ImageSet,
+    loss: Callable[..., Tensor],
+    weights: LDS | None,
+    fds: FDS | None,
+    optimization: Optimization,
+    runtime: Runtime,
+    augmentation: bool | Callable[..., Tensor],
 ) -> None:
+    where = "fit"
+    instance(where, nn.Module, model=model)
+    instance(where, ImageSet, train=train, val=val)
+    instance(where, Callable, loss=loss)
+    if weights is not None:
+        instance(where, LDS, weights=weights)
+    if fds is not None:
+        instance(where, FDS, fds=fds)
+    if not callable(augmentation):
+        instance(where, bool, augmentation=augmentation)
+    instance(where, Optimization, optimization=optimization)
+    instance(where, Runtime, runtime=runtime)
     least = 2 * runtime.world
     faults = []
     if len(train) < least or optimization.batch_size < least:
@@ -432,6 +465,8 @@ def _check(
         faults.append("val must hold at least one image, got none.")
     if fds is not None and any(module is fds for module in model.modules()):
         faults.append("fds must be no part of the model. Keep it outside and attach it.")
+    if fds is not None and not fds.attached:
+        faults.append('fds must be attached to a part of the model. Call fds.attach(model.head, "input") first.')
     if faults:
         raise SettingsError("\n  ".join(["fit: this cannot be trained:", *faults]))
 

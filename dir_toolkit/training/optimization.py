@@ -52,6 +52,7 @@ class Optimization:
 
     def __post_init__(self) -> None:
         faults = []
+        # Each answers with a plain value, fit for a checkpoint: NumPy's numbers are not.
         checks: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
             (whole, ("epochs", self.epochs), {"low": 1}),
             (whole, ("batch_size", self.batch_size), {"low": 1}),
@@ -67,7 +68,9 @@ class Optimization:
             checks.append((number, ("clip_norm", self.clip_norm), {"low": 0, "open_low": True}))
         for check, arguments, options in checks:
             try:
-                check("Optimization", *arguments, **options)
+                plain = check("Optimization", *arguments, **options)
+                if plain is not None:
+                    object.__setattr__(self, arguments[0], plain)
             except (ValueError, TypeError) as error:
                 faults.append(str(error).removeprefix("Optimization: "))
         if faults:
@@ -108,9 +111,10 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
     return torch.optim.SGD(groups, lr=optimization.lr, momentum=optimization.momentum, nesterov=nesterov)
 
 
-def _rising_shares(where: str, name: str, value: object) -> None:
+def _rising_shares(where: str, name: str, value: object) -> tuple[float, ...]:
     rule = f"{name} must rise and lie between 0 and 1"
     if not isinstance(value, (tuple, list)) or not all(isinstance(share, (int, float)) for share in value):
         raise problem(where, f"{name} must be a tuple of numbers", got=repr(value), error=TypeError)
     if not all(low < high for low, high in zip((0, *value), (*value, 1), strict=True)):
         raise problem(where, rule, got=repr(value))
+    return tuple(float(share) for share in value)

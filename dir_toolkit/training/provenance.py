@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -61,8 +62,9 @@ def _commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     """Write plain values as JSON, whole or not at all; paths become text."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(values, indent=2, default=str) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))

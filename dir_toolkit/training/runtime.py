@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def start_runtime(device: str = "auto", precision: Precision = "float32", seed: 
         seed: at least 0.
     Raises:
         ValueError: the precision or the seed is none of the above. SettingsError: the device is none, the machine lacks
-        what was asked for, or torchrun's environment is incomplete.
+        what was asked for, or torchrun's environment is incomplete or contradicts itself.
 
     >>> with start_runtime("cpu", seed=7) as runtime:
     ...     runtime
@@ -153,6 +154,9 @@ def start_runtime(device: str = "auto", precision: Precision = "float32", seed: 
         yield Runtime(place, rank, world, precision, seed)
     finally:
         if started:
+            # Gloo's threads need the interpreter's lock to drop the tensors of finished work, and destroying the group
+            # holds it while it waits for them: let them have it first.
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 
@@ -191,6 +195,14 @@ def _world_size() -> int:
             f"with WORLD_SIZE={world} the environment must hold all that torchrun sets",
             got=f"no {', '.join(missing)}",
             fix="Start with torchrun, or unset WORLD_SIZE.",
+            error=SettingsError,
+        )
+    if (rank := _environment("RANK", 0)) >= world:  # no process would be the one that writes
+        raise problem(
+            "start_runtime",
+            "the environment variable RANK must be below WORLD_SIZE",
+            got=f"RANK={rank} and WORLD_SIZE={world}",
+            fix="Start with torchrun, or unset both.",
             error=SettingsError,
         )
     return world

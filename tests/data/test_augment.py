@@ -109,11 +109,13 @@ def test_odd_layouts():
         (torch.zeros(1, 3, 8, 4), {}, ValueError, "shift must be smaller than the height and the width, got 4 for"),
         (torch.zeros(1, 3, 8, 8), {"shift": -1}, ValueError, "shift must be at least 0, got -1."),
         (torch.zeros(1, 3, 8, 8), {"shift": 1.5}, TypeError, "shift must be a whole number, got 1.5."),
+        (torch.zeros(1, 3, 8, 8), {"flip": "no"}, TypeError, "flip must be a bool, got str."),
+        (torch.zeros(1, 3, 8, 8), {"generator": None}, TypeError, "generator must be a Generator, got NoneType."),
     ],
 )
 def test_refuses(images, settings, error, message):
     with pytest.raises(error, match="^augment: " + re.escape(message)):
-        augment(images, generator=seeded(), **settings)
+        augment(images, **{"generator": seeded(), **settings})
 
 
 def test_to_float():

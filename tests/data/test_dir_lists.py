@@ -82,6 +82,7 @@ def test_ages_may_have_decimals(read):
         ("30,AgeDB/link.jpg,test", "path must stay inside"),
         ("30,out/4.jpg,test", "path must stay inside"),
         ("30,,test", "path must stay inside"),
+        ("30,./AgeDB/4.jpg,test", "written in one way only"),
         ("30,AgeDB,test", "path must name a regular file"),
         ("30,AgeDB/5.jpg,test", "path must name an image, got 'AgeDB/5.jpg', which is not in"),
         ('30,"AgeDB/4.jpg"x,test', "readable as CSV"),

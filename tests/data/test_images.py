@@ -116,3 +116,7 @@ def test_splits_hold_image_sets():
     assert Splits(data, data, data, source="x", skipped={}).val is data
     with pytest.raises(TypeError, match=r"^Splits: val must be an ImageSet, got list\."):
         Splits(data, [], data, source="x", skipped={})
+    with pytest.raises(TypeError, match=r"^Splits: source must be a str, got NoneType\."):
+        Splits(data, data, data, source=None, skipped={})
+    with pytest.raises(TypeError, match=r"^Splits: skipped must be a dict, got NoneType\."):
+        Splits(data, data, data, source="x", skipped=None)

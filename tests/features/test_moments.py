@@ -1,6 +1,9 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from dir_toolkit.errors import ShapeError
 from dir_toolkit.features.moments import BinMoments
@@ -123,7 +126,54 @@ def test_wrong_shapes_and_states_are_refused() -> None:
         moments.merge(BinMoments(7, 4))
     with pytest.raises(ValueError, match=r"missing \['count'"):
         moments.load_state_dict({})
-    with pytest.raises(ShapeError, match="must hold moments of shape"):
+    with pytest.raises(ShapeError, match=r"count must be torch.int64 of shape \(7,\), got torch.int64 of shape \(6,\)"):
         moments.load_state_dict(BinMoments(6, 3).state_dict())
+    with pytest.raises(ShapeError, match=r"mean must be torch.float64 of shape .*, got torch.float32"):
+        moments.load_state_dict({**moments.state_dict(), "mean": torch.zeros(7, 3)})
+    with pytest.raises(TypeError, match="other must be a BinMoments, got NoneType"):
+        moments.merge(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_bins must be at least 1"):
         BinMoments(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("features", "index", "error", "message"),
+    [
+        (np.zeros((2, 3)), torch.tensor([0, 1]), TypeError, "features must be a torch.Tensor, got ndarray"),
+        (torch.zeros(2, 3), [0, 1], TypeError, "index must be a torch.Tensor, got list"),
+        (torch.zeros(2, 3).to_sparse(), torch.tensor([0, 1]), TypeError, "features must be dense"),
+        (
+            torch.zeros(2, 3) > 0,
+            torch.tensor([0, 1]),
+            TypeError,
+            "features must be integers or floats, got dtype torch.b",
+        ),
+        (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), TypeError, "index must be int64, got dtype torch.float32"),
+        (torch.zeros(2, 3), torch.tensor([0, 8]), ValueError, "index must be at most 7, got a maximum of 8"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, device="meta").long(),
+            ValueError,
+            "must be on the same device, got cpu and m",
+        ),
+    ],
+)
+def test_bad_batches_are_refused_and_change_nothing(
+    features: Any, index: Any, error: type[Exception], message: str
+) -> None:
+    moments = BinMoments(7, 3)
+    with pytest.raises(error, match=f"^BinMoments.update: .*{message}"):
+        moments.update(features, index)
+    assert int(moments.count.sum()) == 0
+
+
+def test_nccl_which_knows_no_cpu_gets_moments_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank without samples, or one resumed at an epoch's end, has them on the CPU."""
+    moments, moved = BinMoments(7, 3), []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: moved.append(tensor))
+    monkeypatch.setattr(moments, "to", lambda device: moved.append(device))
+    moments.all_reduce()
+    assert moved[0] == "cuda"
+    assert len(moved) == 4

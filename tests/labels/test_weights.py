@@ -401,3 +401,11 @@ def test_a_density_too_faint_for_a_finite_weight_is_refused() -> None:
     faint = LabelDensity(Bins.classes(2), np.array([1.0, 1e-320]))
     with pytest.raises(ValueError, match=r"^LDS\.fit: every weight must be finite"):
         lds.fit(faint)
+
+
+def test_a_smoothed_density_is_not_smoothed_again() -> None:
+    bins = Bins.uniform(0, 10, width=1)
+    density = LabelDensity.count([1.0, 1.0, 5.0], bins).smooth(gaussian(5, 2))
+    with pytest.raises(ValueError, match=r"LDS\.fit: the density must be as counted.* or kernel=None"):
+        LDS(bins).fit(density)
+    assert LDS(bins, kernel=None).fit(density).sample_weight([1.0])[0] > 0

@@ -9,11 +9,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from matplotlib.figure import Figure
 
 import dir_toolkit as dt
-from dir_toolkit.errors import ShapeError
+from dir_toolkit.errors import LabelError, ResultsError, ShapeError
 from dir_toolkit.results import figures
 from dir_toolkit.results.figures import (
     density_figure,
@@ -121,6 +122,24 @@ def test_density_refuses_other_bins_and_shapes() -> None:
         density_figure(_density(), np.ones(7))
     with pytest.raises(ValueError, match="density_figure: effective must be over the bins of density"):
         density_figure(_density(), effective=dt.LabelDensity.count([0], dt.Bins.classes(1)))
+    with pytest.raises(TypeError, match="density_figure: density must be a LabelDensity, got ndarray"):
+        density_figure(np.ones(8))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="density_figure: weights must be integers or floats"):
+        density_figure(_density(), np.array(["1"] * 8))
+
+
+def test_tensors_with_gradients_are_drawn_too() -> None:
+    density_figure(_density(), torch.ones(8, requires_grad=True))  # type: ignore[arg-type]
+    means = torch.from_numpy(_means()).bfloat16().requires_grad_()
+    similarity_figure(means, means, BINS, anchor=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("draw", [error_figure, region_figure])
+def test_only_a_result_is_drawn(draw: Callable[[Any], Figure], run: Run) -> None:
+    with pytest.raises(ResultsError, match="dimension 'method' with its coordinate is missing"):
+        draw(run([1, 2, 3]))
+    with pytest.raises(TypeError, match=r"ds must be an xarray\.Dataset, got str"):
+        draw("results.nc")
 
 
 def test_error_has_a_line_a_method_and_a_band_where_seeds_are_several(ds: xr.Dataset) -> None:
@@ -181,6 +200,12 @@ def test_similarity_refuses_what_it_cannot_compare() -> None:
         similarity_figure(means, means, BINS, anchor=6)
     with pytest.raises(ValueError, match="must be given both or neither"):
         similarity_figure(means, means, BINS, anchor=1, variance_before=means)
+    with pytest.raises(LabelError, match=r"similarity_figure: anchor must lie on the label axis \[0, 8\], got 9.0"):
+        similarity_figure(means, means, BINS, anchor=9)
+    with pytest.raises(TypeError, match=r"anchor must be a number, got \[1\]"):
+        similarity_figure(means, means, BINS, anchor=[1])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bins must be a Bins, got int"):
+        similarity_figure(means, means, 8, anchor=1)  # type: ignore[arg-type]
 
 
 def test_history_has_a_line_a_run_and_one_name_a_method() -> None:
@@ -203,6 +228,9 @@ def test_a_method_has_one_colour_wherever_it_stands() -> None:
 def test_colours_can_be_handed_over(ds: xr.Dataset) -> None:
     colors = {"vanilla": "#000001", "lds": "#000002", "constant": "#000003"}
     assert [line.get_color() for line in error_figure(ds, colors=colors).axes[0].lines] == list(colors.values())
+    some = {"lds": "#000002"}
+    assert [line.get_color() for line in error_figure(ds, colors=some).axes[0].lines][1] == "#000002"
+    assert history_figure(HISTORY, colors=some).axes[0].lines[0].get_color() == method_colors(["vanilla"])["vanilla"]
 
 
 def test_svg_is_the_same_each_time_and_ids_carry_the_name(ds: xr.Dataset) -> None:

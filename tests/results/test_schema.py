@@ -148,6 +148,8 @@ FAULTS: list[tuple[Callable[[xr.Dataset], xr.Dataset], str]] = [
     (_drop("mae"), "variable 'mae' is missing"),
     (_drop("bin_low"), r"coordinate 'bin_low' over \('bin',\) is missing"),
     (_drop("region"), "dimension 'region' with its coordinate is missing"),
+    (lambda ds: ds.isel(method=[]), "dimension 'method' must not be empty"),
+    (lambda ds: ds.isel(bin=[]), "dimension 'bin' must not be empty"),
     (lambda ds: ds.isel(region=[1, 0, 2, 3, 4]), "coordinate 'region' must be"),
     (lambda ds: ds.isel(bin=[0, 2, 1, 3, 4]), r"coordinate 'bin' must be 0 \.\.\. 4"),
     (lambda ds: ds.isel(seed=[1, 0]), "coordinate 'seed' must be rising whole numbers"),
@@ -243,6 +245,46 @@ def test_runs_that_do_not_fit_together_are_refused(run: Run, combine: Combine) -
         combine({("a", 0): one.drop_vars("region")})
     with pytest.raises(ResultsError, match="runs must hold at least one run"):
         combine_runs({}, title="", command="", label_name="", label_units="")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("vanilla", r"runs must be given by \(method, seed\), got 'vanilla'"),
+        (("vanilla", 0, 1), r"runs must be given by \(method, seed\)"),
+        ((None, 0), "method must be a str, got NoneType"),
+        (("vanilla", 0.5), "seed must be a whole number, got 0.5"),
+        (("vanilla", "0"), "seed must be a whole number, got '0'"),
+    ],
+)
+def test_runs_under_other_keys_are_refused(run: Run, combine: Combine, key: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        combine({key: run([1, 2, 3])})
+
+
+def test_runs_that_are_no_datasets_are_refused(run: Run, combine: Combine) -> None:
+    with pytest.raises(TypeError, match=r"runs\[\('b', 0\)\] must be a Dataset, got NoneType"):
+        combine({("a", 0): run([1, 2, 3]), ("b", 0): None})
+    with pytest.raises(TypeError, match="runs must be a Mapping, got list"):
+        combine([run([1, 2, 3])])
+    with pytest.raises(TypeError, match="attrs must be a Mapping, got str"):
+        combine({("a", 0): run([1, 2, 3])}, attrs="torch")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda ds: ds.assign(coverage=ds["pearson"].astype(np.float16)),
+        lambda ds: ds.assign_attrs({"torch/cuda": "12"}),
+        lambda ds: ds.assign_coords(note=("bin", np.array([object()] * 5))),
+    ],
+)
+def test_what_netcdf_cannot_hold_is_our_error(
+    ds: xr.Dataset, tmp_path: Path, beside: Callable[[xr.Dataset], xr.Dataset]
+) -> None:
+    with pytest.raises(ResultsError, match="save_results: what stands beside the schema must fit NetCDF-3, got"):
+        save_results(beside(ds), tmp_path / "r.nc")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_no_result_is_refused_by_name(tmp_path: Path) -> None:

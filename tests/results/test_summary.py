@@ -70,3 +70,10 @@ def test_what_breaks_the_schema_leaves_nothing(tmp_path: Path, ds: xr.Dataset) -
 def test_the_folder_must_exist(tmp_path: Path, ds: xr.Dataset) -> None:
     with pytest.raises(FileNotFoundError, match="existing folder"):
         write_summary(tmp_path / "none", ds, {})
+
+
+def test_figures_never_take_one_anothers_file(tmp_path: Path, ds: xr.Dataset) -> None:
+    figure = region_figure(ds)
+    with pytest.raises(ValueError, match=r"titles of figures must give each a file of its own, got \['a-b', 'a-b'\]"):
+        write_summary(str(tmp_path), ds, {"a b": figure, "A-b": figure})
+    assert files(tmp_path) == set()

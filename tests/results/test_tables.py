@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import xarray as xr
 
+from dir_toolkit.errors import ResultsError
 from dir_toolkit.results.tables import markdown_table, results_table, text_table
 
 Run = Callable[[list[float]], xr.Dataset]
@@ -44,7 +45,9 @@ def test_an_empty_region_and_a_method_without_runs_show_dashes(ds: xr.Dataset) -
 
 
 def test_counts_that_differ_are_a_range(ds: xr.Dataset) -> None:
-    ds["count"].loc[{"method": "vanilla", "seed": 0, "region": "many"}] = 1200
+    first = {"method": "vanilla", "seed": 0}
+    ds["count"].loc[{**first, "region": ["all", "many"]}] = [1205, 1200]
+    ds["bin_count"].loc[{**first, "bin": 0}] = 1200
     assert results_table(ds, columns=[("mae", "many")]).counts == ["test samples", "", "4 to 1,200"]
 
 
@@ -81,7 +84,14 @@ def test_text(ds: xr.Dataset) -> None:
     )
 
 
-@pytest.mark.parametrize("column", [("mse", "all"), ("mae", "some"), ("bin_mae", "all")])
+@pytest.mark.parametrize("column", [("mse", "all"), ("mae", "some"), ("bin_mae", "all"), ("mae",)])
 def test_an_unknown_column_is_refused(ds: xr.Dataset, column: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match=r"results_table: columns must be .* got \('.*Metrics are \['bias', 'bins'"):
         results_table(ds, columns=[column])
+
+
+def test_only_a_result_is_taken(run: Run) -> None:
+    with pytest.raises(ResultsError, match="dimension 'method' with its coordinate is missing"):
+        results_table(run([1, 2, 3]))
+    with pytest.raises(TypeError, match=r"ds must be an xarray\.Dataset, got str"):
+        results_table("results.nc")  # type: ignore[arg-type]

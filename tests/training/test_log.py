@@ -59,6 +59,13 @@ def test_one_row_an_epoch_and_a_header_once(tmp_path: Path, capsys: pytest.Captu
     assert float(rows[2]["loss"]) == 7.0 / 3
 
 
+def test_a_row_of_other_columns_is_refused_and_not_written(tmp_path: Path) -> None:
+    log = RunLog(str(tmp_path), MAIN, steps_per_epoch=5)
+    with pytest.raises(ValueError, match=r"RunLog.end_epoch: row must have the keys .* got missing \['lr'\]"):
+        log.end_epoch({name: value for name, value in row(1).items() if name != "lr"})
+    assert read_history(tmp_path) == []
+
+
 def test_rows_after_the_resumed_epoch_are_dropped(tmp_path: Path) -> None:
     run(tmp_path, range(1, 4), [])
     with RunLog(tmp_path, MAIN, steps_per_epoch=5, history=[row(1)], step=7):

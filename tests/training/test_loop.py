@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dir_toolkit.backbones import ImageRegressor
 from dir_toolkit.data.augment import to_float
 from dir_toolkit.data.images import ImageSet, content_digest
-from dir_toolkit.errors import CheckpointError, NonFiniteLossError, RunExistsError, SettingsError
+from dir_toolkit.errors import CheckpointError, LabelError, NonFiniteLossError, RunExistsError, SettingsError
 from dir_toolkit.features.fds import FDS
 from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.density import LabelDensity
@@ -244,6 +244,10 @@ def test_another_run_is_not_resumed(whole_run: Path) -> None:
 def test_another_model_is_not_resumed(whole_run: Path) -> None:
     data = image_set()
     model = tiny_model(random=False)
+    fds = FDS(BINS, num_features=8, momentum=0.5)
+    with pytest.raises(SettingsError, match="fds must be attached"):
+        train(whole_run / "other", fds=fds)
+    fds.attach(model.head, "input")
     with pytest.raises(CheckpointError, match="must fit this model"):
         fit(
             model,
@@ -252,7 +256,7 @@ def test_another_model_is_not_resumed(whole_run: Path) -> None:
             bins=BINS,
             density=LabelDensity.count(data.labels, BINS),
             weights=LDS(BINS).fit(data.labels),
-            fds=FDS(BINS, num_features=8),
+            fds=fds,
             runtime=one_process(),
             folder=whole_run,
             resume=True,
@@ -328,6 +332,74 @@ def test_all_that_cannot_be_trained_is_told_at_once(tmp_path: Path) -> None:
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"loss": "l1"}, TypeError, "loss must be a Callable, got str"),
+        ({"weights": 1}, TypeError, "weights must be an LDS, got int"),
+        ({"fds": 1}, TypeError, "fds must be an FDS, got int"),
+        ({"augmentation": "flip"}, TypeError, "augmentation must be a bool, got str"),
+        ({"optimization": None}, TypeError, "optimization must be an Optimization, got NoneType"),
+        ({"fingerprint": "abc"}, TypeError, "fingerprint must be a Mapping, got str"),
+        ({"runtime": "cpu"}, TypeError, "runtime must be a Runtime, got str"),
+        (
+            {"fingerprint": {"size": np.float64(1)}},
+            CheckpointError,
+            r"fingerprint\['size'\] must be a tensor or a plain",
+        ),
+        ({"bins": Bins.uniform(0, 21, width=1)}, ValueError, "density must be a LabelDensity over the same bins"),
+        (
+            {"bins": (few := Bins.uniform(0, 1, width=1)), "density": LabelDensity.count([0], few)},
+            LabelError,
+            r"val.labels must lie on the label axis \[0, 1\]",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_step(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    data = image_set()
+    arguments: dict[str, Any] = {
+        "bins": BINS,
+        "density": LabelDensity.count(data.labels, BINS),
+        "loss": at_call(1, never),
+        "optimization": Optimization(batch_size=BATCH),
+        "runtime": one_process(),
+        "folder": tmp_path / "run",
+    }
+    with pytest.raises(error, match=message):
+        fit(tiny_model(), data, image_set(31, seed=1), **{**arguments, **changes})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_image_sets_are_taken(tmp_path: Path) -> None:
+    density = LabelDensity.count(image_set().labels, BINS)
+    with pytest.raises(TypeError, match="evaluate: data must be an ImageSet, got NoneType"):
+        evaluate(tiny_model(), None, bins=BINS, density=density, runtime=one_process())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="fit: val must be an ImageSet, got list"):
+        fit(
+            tiny_model(),
+            image_set(),
+            [],  # type: ignore[arg-type]
+            bins=BINS,
+            density=density,
+            optimization=Optimization(),
+            runtime=one_process(),
+            folder=tmp_path,
+        )
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_rank_without_images_to_evaluate_waits_for_the_others(rank: int) -> None:
+    data = image_set(2)
+    runtime = Runtime(torch.device("cpu"), rank=rank, world=4)
+    density = LabelDensity.count(data.labels, BINS)
+    model = tiny_model()
+    model.register_forward_pre_hook(lambda module, images: None if len(images[0]) else never())
+    metrics = evaluate(model, data, bins=BINS, density=density, runtime=runtime)
+    assert int(metrics.compute()["count"].sel(region="all")) == (rank == 1)
+
+
 def test_fit_leaves_global_random_numbers_alone(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -381,7 +453,8 @@ def run_rank(folder: Path, rank: int) -> None:
         else:
             raise AssertionError("both ranks must stop")
         torch.save({"model": model.state_dict(), "history": history}, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # taking gloo down can hang
 
 
 if __name__ == "__main__":

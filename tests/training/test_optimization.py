@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dir_toolkit.errors import SettingsError
+from dir_toolkit.training.checkpoint import save_checkpoint
 from dir_toolkit.training.optimization import Optimization, learning_rate, make_optimizer
 
 
@@ -80,3 +85,9 @@ def test_momentum_reaches_both_optimizers() -> None:
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.param_groups[0]["momentum"] == 0.8
     make_optimizer(model, Optimization(optimizer="sgd", momentum=0))
+
+
+def test_settings_become_plain_values_that_a_checkpoint_can_hold(tmp_path: Path) -> None:
+    given = Optimization(epochs=np.int64(3), lr=np.float32(0.5), milestones=[0.5, 0.75], clip_norm=np.float64(2))  # type: ignore[arg-type]
+    assert given == Optimization(epochs=3, lr=0.5, milestones=(0.5, 0.75), clip_norm=2.0)
+    save_checkpoint(tmp_path / "settings.pt", asdict(given))

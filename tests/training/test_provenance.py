@@ -92,6 +92,6 @@ def test_without_git_the_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.M
 
 def test_json_makes_its_folder_and_writes_paths_as_text(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "config.json"
-    write_json(path, {"out": Path("runs"), "sizes": (1, 2), "none": None})
+    write_json(str(path), {"out": Path("runs"), "sizes": (1, 2), "none": None})
     assert json.loads(path.read_text()) == {"out": "runs", "sizes": [1, 2], "none": None}
     assert [file.name for file in path.parent.iterdir()] == ["config.json"]

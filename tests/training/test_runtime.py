@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dir_toolkit.errors import SettingsError
 from dir_toolkit.training.runtime import Runtime, start_runtime
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -92,6 +94,12 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         start_runtime("cpu").__enter__()
 
 
+def test_a_rank_that_would_write_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SettingsError, match=r"RANK must be below WORLD_SIZE, got RANK=1 and WORLD_SIZE=1\."):
+        start_runtime("cpu").__enter__()
+
+
 def test_torchruns_environment_starts_a_group_and_ends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
@@ -139,7 +147,8 @@ def check_rank(meet: str, rank: int) -> None:
         assert norm.running_mean.tolist() == [0, 0]
         assert isinstance(runtime.parallel(nn.Linear(1, 1)), nn.parallel.DistributedDataParallel)
     assert dist.is_initialized(), "a group that it did not start is left alone"
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # taking gloo down can hang
 
 
 if __name__ == "__main__":
