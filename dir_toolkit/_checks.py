@@ -52,6 +52,7 @@ def instance(where: str, kind: Any, **values: object) -> None:
 
 
 def is_tensor(where: str, **tensors: object) -> None:
+    """Each is a dense ``torch.Tensor``."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise problem(
@@ -75,6 +76,7 @@ def real(where: str, **tensors: Tensor) -> None:
 
 
 def same_device(where: str, **tensors: Tensor) -> None:
+    """All live on the device of the first."""
     names, devices = list(tensors), [t.device for t in tensors.values()]
     for name, device in zip(names[1:], devices[1:], strict=True):
         if device != devices[0]:
@@ -107,6 +109,7 @@ def same_shape(where: str, **tensors: Tensor) -> None:
 
 
 def not_empty(where: str, **arrays: Any) -> None:
+    """Each holds at least one value."""
     for name, value in arrays.items():
         if math.prod(value.shape) == 0:
             raise problem(where, f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}")
@@ -133,6 +136,7 @@ def finite(where: str, **tensors: Tensor | np.ndarray) -> None:
 
 
 def not_negative(where: str, **tensors: Tensor) -> None:
+    """No value is below zero. Accelerator tensors are not looked at."""
     for name, value in tensors.items():
         value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
         if value.dtype.is_signed and readable(value) and bool((value < 0).any()):
@@ -176,6 +180,7 @@ def whole(where: str, name: str, value: object, *, low: int | None = None) -> in
 
 
 def one_of(where: str, name: str, value: object, allowed: Collection[str]) -> None:
+    """``value`` is one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
         listed = ", ".join(repr(a) for a in allowed)
         raise problem(where, f"{name} must be one of {listed}", got=repr(value))
@@ -228,4 +233,5 @@ def labels_array(where: str, labels: object, name: str = "labels") -> np.ndarray
 
 
 def label_problem(where: str, rule: str, *, got: object, fix: str = "") -> Exception:
+    """The :class:`LabelError` of a label that is not finite or lies outside its axis."""
     return problem(where, rule, got=got, fix=fix, error=LabelError)
