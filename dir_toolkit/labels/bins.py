@@ -241,7 +241,7 @@ class Bins:
         return index if readable(labels) and outside != "drop" else torch.where(index < 0, len(self), index)
 
     def _scaled_index(self, values: Tensor) -> Tensor | None:
-        """The bins of labels that all lie on an even axis, by scaling and rounding down: 30 times faster than a search.
+        """The bins of labels that all lie on an even axis, by scaling and rounding down, which is faster than a search.
         None where a label lies outside, or where rounding could place one differently than a search would."""
         key = ("scale", values.dtype, values.device)
         if key not in self._tensors:

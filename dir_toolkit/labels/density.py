@@ -70,7 +70,7 @@ class LabelDensity:
             index = (index.numpy() if isinstance(index, Tensor) else index).ravel()
             seen += index.size
             index = index[index >= 0] if outside == "drop" else index
-            counts += torch.bincount(torch.from_numpy(index), minlength=len(bins)).numpy()  # twice numpy's speed
+            counts += torch.bincount(torch.from_numpy(index), minlength=len(bins)).numpy()  # faster than numpy's
         if seen == 0:
             raise problem("LabelDensity.count", "labels must hold at least one label", got="none")
         return cls(bins, counts)

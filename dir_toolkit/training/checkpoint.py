@@ -23,13 +23,27 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
     Args:
         state: tensors, None, bool, int, float and str, in dicts (keyed by str or int), lists and tuples of any depth.
     Raises:
-        CheckpointError: the state holds anything else, a NumPy number for example; nothing is written then.
+        CheckpointError: the state holds anything else, a NumPy number for example, or the disk is full; the file that
+        was there before stays as it was.
         FileNotFoundError: the folder does not exist.
     """
     if not isinstance(state, dict):
         raise problem("save_checkpoint", "state must be a dict", got=type(state).__name__, error=CheckpointError)
     check_plain("save_checkpoint", "state", state)
-    write_atomically(path, lambda file: torch.save(state, file))
+    try:
+        write_atomically(path, lambda file: torch.save(state, file))
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError) as error:
+        # torch hides what the file system said behind an error about its own archive.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise problem(
+            "save_checkpoint",
+            f"{os.fspath(path)!r} must be writable to its end",
+            got=f"{type(cause).__name__}: {cause}",
+            fix="What was there before is as it was. Free the disk, then go on from it (--resume).",
+            error=CheckpointError,
+        ) from error
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> dict[str, Any]:

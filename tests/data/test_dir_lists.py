@@ -36,7 +36,7 @@ def read(tmp_path, root):
     return read
 
 
-def check(splits):
+def assert_as_listed(splits):
     assert splits.train.labels.tolist() == [31, 101]
     assert splits.val.labels.tolist() == [59]
     assert splits.test.labels.tolist() == [8, 0]
@@ -46,16 +46,18 @@ def check(splits):
 
 
 def test_reads_a_list(read):
-    check(read())
+    assert_as_listed(read())
 
 
 def test_byte_order_mark_and_windows_lines(read):
-    check(read(header="\ufeffage,path,split", end="\r\n"))
+    assert_as_listed(read(header="\ufeffage,path,split", end="\r\n"))
 
 
 def test_quoted_fields_other_columns_and_empty_lines(read):
     rows = [row.split(",") for row in ROWS]
-    check(read([f'{split},"a, ""b""\nc","{path}",{age}\n' for age, path, split in rows], "split,note,path,age"))
+    assert_as_listed(
+        read([f'{split},"a, ""b""\nc","{path}",{age}\n' for age, path, split in rows], "split,note,path,age")
+    )
 
 
 def test_ages_may_have_decimals(read):

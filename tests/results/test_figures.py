@@ -129,9 +129,9 @@ def test_density_refuses_other_bins_and_shapes() -> None:
 
 
 def test_tensors_with_gradients_are_drawn_too() -> None:
-    density_figure(_density(), torch.ones(8, requires_grad=True))  # type: ignore[arg-type]
+    assert density_figure(_density(), torch.ones(8, requires_grad=True)).axes  # type: ignore[arg-type]
     means = torch.from_numpy(_means()).bfloat16().requires_grad_()
-    similarity_figure(means, means, BINS, anchor=3)  # type: ignore[arg-type]
+    assert similarity_figure(means, means, BINS, anchor=3).axes  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("draw", [error_figure, region_figure])

@@ -219,6 +219,9 @@ def test_pearson_may_be_missing_where_there_are_samples_and_others_may_stand_bes
     ds["pearson"][:] = np.nan
     ds["coverage"] = (("method", "seed", "region"), ds["mae"].values * 0, {"units": "1"})
     validate_results(ds)
+    del ds["coverage"].attrs["units"]
+    with pytest.raises(ResultsError, match="coverage"):
+        validate_results(ds)
 
 
 def test_only_a_dataset_is_taken() -> None:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from dir_toolkit.errors import CheckpointError
+from dir_toolkit.files import write_atomically
+from dir_toolkit.training import checkpoint
 from dir_toolkit.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -123,3 +126,33 @@ def test_a_flipped_weight_is_noticed(tmp_path: Path) -> None:
     file.write_bytes(data[:at] + b"\x01" + data[at + 1 :])
     with pytest.raises(CheckpointError, match="bytes that have changed"):
         load_checkpoint(file)
+
+
+class FullDisk:
+    """A file on a disk with room for a hundred bytes more."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._room = file, 100
+
+    def write(self, data: bytes) -> int:
+        if len(data) > self._room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._room -= len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def test_a_full_disk_is_named_and_spares_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint-last.pt"
+    save_checkpoint(path, {"step": 1})
+    monkeypatch.setattr(
+        checkpoint,
+        "write_atomically",
+        lambda path, writer: write_atomically(path, lambda file: writer(FullDisk(file))),
+    )
+    with pytest.raises(CheckpointError, match=r"checkpoint-last\.pt' must be writable to its end.*No space left"):
+        save_checkpoint(path, {"step": 2, "weights": torch.zeros(10_000)})
+    assert load_checkpoint(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["checkpoint-last.pt"]  # noqa: PTH208
