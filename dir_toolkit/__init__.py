@@ -1,20 +1,51 @@
 """Learning from long-tailed labels, continuous or discrete, on one label axis."""
 
+from .decoupling import freeze as freeze
+from .decoupling import reinitialize as reinitialize
+from .decoupling import stage_two as stage_two
 from .errors import DirToolkitError as DirToolkitError
 from .errors import DirToolkitWarning as DirToolkitWarning
 from .features.fds import FDS as FDS
+from .heads.affinity import AffinityHead as AffinityHead
+from .heads.cosine import CosineHead as CosineHead
+from .heads.linear import LinearHead as LinearHead
+from .heads.nearest_mean import NearestMeanHead as NearestMeanHead
+from .heads.normalized import ScaledHead as ScaledHead
+from .heads.normalized import tau_normalized as tau_normalized
 from .labels.bins import Bins as Bins
 from .labels.density import LabelDensity as LabelDensity
 from .labels.kernels import gaussian as gaussian
 from .labels.kernels import laplace as laplace
 from .labels.kernels import triangular as triangular
+from .labels.sampling import BinSampler as BinSampler
 from .labels.weights import LDS as LDS
+from .losses.affinity import affinity_loss as affinity_loss
+from .losses.center import CenterLoss as CenterLoss
+from .losses.center import center_loss as center_loss
+from .losses.cross_entropy import balanced_cross_entropy as balanced_cross_entropy
+from .losses.cross_entropy import cross_entropy as cross_entropy
+from .losses.cross_entropy import equalization_loss as equalization_loss
+from .losses.cross_entropy import ldam_loss as ldam_loss
+from .losses.cross_entropy import logit_adjusted_cross_entropy as logit_adjusted_cross_entropy
+from .losses.cross_entropy import pairwise_cross_entropy as pairwise_cross_entropy
+from .losses.focal import focal_loss as focal_loss
 from .losses.regression import weighted_focal_l1 as weighted_focal_l1
 from .losses.regression import weighted_focal_mse as weighted_focal_mse
 from .losses.regression import weighted_huber as weighted_huber
 from .losses.regression import weighted_l1 as weighted_l1
 from .losses.regression import weighted_mse as weighted_mse
+from .metrics.calibration import CalibrationMetrics as CalibrationMetrics
+from .metrics.calibration import calibration_metrics as calibration_metrics
+from .metrics.classification import ClassificationMetrics as ClassificationMetrics
+from .metrics.classification import balanced_error as balanced_error
+from .metrics.classification import classification_metrics as classification_metrics
 from .metrics.regression import RegressionMetrics as RegressionMetrics
 from .metrics.regression import regression_metrics as regression_metrics
+from .priors import LogitAdjuster as LogitAdjuster
+from .priors import adjust_logits as adjust_logits
+from .priors import choose_tau as choose_tau
+from .priors import class_prior as class_prior
+from .priors import fit_temperature as fit_temperature
+from .priors import pointwise_mutual_information as pointwise_mutual_information
 
 __version__ = "0.1.0"

@@ -42,12 +42,13 @@ def readable(tensor: Tensor) -> bool:
 
 
 def instance(where: str, kind: Any, **values: object) -> None:
-    """Objects of one class, ``bool`` for example, which ``bool(value)`` would make of anything."""
+    """Objects of one class, or one of several: ``bool`` for example, which ``bool(value)`` would make of anything."""
     for name, value in values.items():
         if not isinstance(value, kind):
-            kind_name: str = kind.__name__
-            article = "an" if kind_name[0] in "AEIOaeio" or kind_name.isupper() else "a"  # an Image, an LDS
-            rule = f"{name} must be {article} {kind_name}"
+            kinds = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
+            # an Image, an LDS
+            named = [f"{'an' if k[0] in 'AEIOaeio' or k.isupper() else 'a'} {k}" for k in kinds]
+            rule = f"{name} must be {' or '.join(named)}"
             raise problem(where, rule, got=type(value).__name__, error=TypeError)
 
 

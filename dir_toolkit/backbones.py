@@ -1,18 +1,27 @@
-"""Networks from images to features, and the regressor around them."""
+"""Networks from images to features, and the regressor and the classifier around them."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import is_tensor, number, problem, whole
+from ._checks import instance, is_tensor, number, problem, whole
 from .errors import ShapeError
 
-__all__ = ["ImageRegressor", "SmallResNet", "small_resnet", "timm_backbone"]
+__all__ = [
+    "DigitCNN",
+    "ImageClassifier",
+    "ImageRegressor",
+    "Scored",
+    "SmallResNet",
+    "digit_cnn",
+    "small_resnet",
+    "timm_backbone",
+]
 
 
 def small_resnet(*, width: int = 32, in_channels: int = 3) -> SmallResNet:
@@ -66,14 +75,7 @@ class SmallResNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
-        is_tensor("SmallResNet", images=images)
-        if images.ndim != 4:
-            raise problem(
-                "SmallResNet", "images must have shape (N, C, H, W)", got=tuple(images.shape), error=ShapeError
-            )
-        if not images.is_floating_point():
-            fix = "Use dir_toolkit.data.augment.to_float(images)."
-            raise problem("SmallResNet", "images must be floats", got=f"dtype {images.dtype}", fix=fix, error=TypeError)
+        _check_images("SmallResNet", images)
         maps = self.blocks(self.stem(images.contiguous(memory_format=torch.channels_last)))
         return maps.mean((2, 3))
 
@@ -97,6 +99,75 @@ class _Block(nn.Module):
         change = F.relu(self.norm1(self.conv1(maps)), inplace=True)
         change = self.norm2(self.conv2(change))
         return F.relu(change + self.shortcut(maps))
+
+
+def digit_cnn(num_features: int = 128, *, size: int = 28, in_channels: int = 1, activation: bool = True) -> DigitCNN:
+    """The network of the affinity paper's MNIST studies: three 5×5 convolutions and one fully connected layer.
+
+    Args:
+        num_features: outputs of the fully connected layer; 2 gives a feature space that can be drawn.
+        size: side of the images in pixels, at least 8.
+        activation: whether features pass a ReLU; without, two of them fill the whole plane.
+    Raises:
+        ValueError: a number is too small. TypeError: activation is no bool.
+
+    >>> backbone = digit_cnn()
+    >>> backbone.num_features, backbone(torch.zeros(2, 1, 28, 28)).shape
+    (128, torch.Size([2, 128]))
+    """
+    where = "digit_cnn"
+    instance(where, bool, activation=activation)
+    return DigitCNN(
+        whole(where, "num_features", num_features, low=1),
+        size=whole(where, "size", size, low=8),
+        in_channels=whole(where, "in_channels", in_channels, low=1),
+        activation=activation,
+    )
+
+
+class DigitCNN(nn.Module):
+    """What :func:`digit_cnn` makes: convolutions of 32, 64 and 128 channels, each with a ReLU and a pooling by two.
+
+    Weights and images are laid out channels last, which convolutions on a CPU like better.
+
+    Attributes:
+        num_features: of the output.
+    Shape:
+        forward: images (N, C, size, size), floats in [-1, 1]. Returns (N, num_features).
+    Raises:
+        ShapeError: images have another number of axes or another side. TypeError: they are no floats.
+    Source:
+        Hayat et al. 2019, section 5 (arXiv:1901.07711).
+    """
+
+    def __init__(self, num_features: int, *, size: int, in_channels: int, activation: bool) -> None:
+        super().__init__()
+        self.num_features, self.size = num_features, size
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((in_channels, 32), (32, 64), (64, 128)):
+            layers += [nn.Conv2d(inputs, outputs, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        self.convolutions = nn.Sequential(*layers)
+        self.projection = nn.Linear(128 * (size // 8) ** 2, num_features)
+        self.activation = nn.ReLU(inplace=True) if activation else nn.Identity()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> Tensor:
+        _check_images("DigitCNN", images)
+        if images.shape[2] != self.size or images.shape[3] != self.size:
+            rule = f"images must have sides of {self.size}"
+            fix = "Give digit_cnn the size of yours."
+            raise problem("DigitCNN", rule, got=tuple(images.shape), fix=fix, error=ShapeError)
+        maps = self.convolutions(images.contiguous(memory_format=torch.channels_last))
+        return self.activation(self.projection(maps.flatten(1)))
+
+
+def _check_images(where: str, images: Tensor) -> None:
+    is_tensor(where, images=images)
+    if images.ndim != 4:
+        raise problem(where, "images must have shape (N, C, H, W)", got=tuple(images.shape), error=ShapeError)
+    if not images.is_floating_point():
+        fix = "Use dir_toolkit.data.augment.to_float(images)."
+        raise problem(where, "images must be floats", got=f"dtype {images.dtype}", fix=fix, error=TypeError)
 
 
 def timm_backbone(name: str, *, pretrained: bool = False) -> nn.Module:
@@ -154,16 +225,7 @@ class ImageRegressor(nn.Module):
     def __init__(self, backbone: nn.Module, *, offset: float = 0.0, scale: float = 1.0) -> None:
         super().__init__()
         where = "ImageRegressor"
-        num_features = getattr(backbone, "num_features", None)
-        if not isinstance(backbone, nn.Module) or num_features is None:
-            raise problem(
-                where,
-                "backbone must be a module with an attribute num_features",
-                got=type(backbone).__name__,
-                fix="Set backbone.num_features to the number of its outputs.",
-                error=TypeError,
-            )
-        num_features = whole(where, "backbone.num_features", num_features, low=1)
+        num_features = _num_features(where, backbone)
         self.backbone = backbone
         self.head = nn.Linear(num_features, 1)
         self.register_buffer("offset", torch.tensor(number(where, "offset", offset)))
@@ -173,3 +235,62 @@ class ImageRegressor(nn.Module):
         score = self.head(self.backbone(images)).squeeze(1)  # (N, 1) -> (N,)
         # A bfloat16 score must not pull the offset down to its eight bits.
         return self.offset + self.scale * score.to(self.offset.dtype)
+
+
+class Scored(NamedTuple):
+    """What a classifier says of a batch, where a loss asks for features, too.
+
+    Attributes:
+        scores: (N, num_classes). features: (N, num_features).
+    """
+
+    scores: Tensor
+    features: Tensor
+
+
+class ImageClassifier(nn.Module):
+    """A backbone and a head from features to scores: ``scores = head(backbone(images))``.
+
+    Args:
+        backbone: from images to (N, backbone.num_features).
+        head: from there to (N, C); any of ``dir_toolkit.heads``, or an ``nn.Linear``.
+        return_features: whether to return :class:`Scored` in place of the scores.
+    Shape:
+        forward: images (N, C, H, W). Returns (N, num_classes), or :class:`Scored`.
+    Raises:
+        TypeError: the backbone does not tell its ``num_features``, or a part is no module. ShapeError: the head takes
+        another number of features.
+
+    >>> model = ImageClassifier(digit_cnn(), nn.Linear(128, 10))
+    >>> model(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, return_features: bool = False) -> None:
+        super().__init__()
+        where = "ImageClassifier"
+        num_features = _num_features(where, backbone)
+        instance(where, nn.Module, head=head)
+        instance(where, bool, return_features=return_features)
+        takes = getattr(head, "num_features", getattr(head, "in_features", num_features))
+        if takes != num_features:
+            raise problem(where, f"head must take the backbone's {num_features} features", got=takes, error=ShapeError)
+        self.backbone, self.head, self.return_features = backbone, head, return_features
+
+    def forward(self, images: Tensor) -> Tensor | Scored:
+        features = self.backbone(images)
+        scores = self.head(features)
+        return Scored(scores, features) if self.return_features else scores
+
+
+def _num_features(where: str, backbone: nn.Module) -> int:
+    num_features = getattr(backbone, "num_features", None)
+    if not isinstance(backbone, nn.Module) or num_features is None:
+        raise problem(
+            where,
+            "backbone must be a module with an attribute num_features",
+            got=type(backbone).__name__,
+            fix="Set backbone.num_features to the number of its outputs.",
+            error=TypeError,
+        )
+    return whole(where, "backbone.num_features", num_features, low=1)

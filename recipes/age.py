@@ -1,6 +1,6 @@
 """Age estimation from faces: what LDS and FDS do to the errors of rare ages.
 
-    python recipes/age.py                                             # synthetic portraits, no download, 3 minutes
+    python recipes/age.py                                             # synthetic portraits, no download, about a minute
     python recipes/age.py --data utkface --root DIR --seeds 3         # real faces
     torchrun --nproc_per_node 2 recipes/age.py ...                    # several processes or GPUs
 
@@ -11,14 +11,12 @@ A run that was stopped goes on with ``--resume``; its finished parts are not don
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
+from command_line import run, typed_command
 
 if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
     import numpy as np
@@ -290,6 +288,7 @@ def train(settings: Settings, method: Method, runtime: Runtime, splits: Splits, 
         **{name: value for name, value in asdict(settings).items() if name.startswith("fds_")},
     }
     how = optimization(settings)
+    metrics = dt.RegressionMetrics(bins, density)
     env = environment(runtime, splits)
     if runtime.is_main and not (folder / "checkpoint-last.pt").exists():
         write_json(folder / "config.json", {**asdict(settings), **fingerprint, **asdict(how)})
@@ -298,8 +297,7 @@ def train(settings: Settings, method: Method, runtime: Runtime, splits: Splits, 
         model,
         splits.train,
         splits.val,
-        bins=bins,
-        density=density,
+        metrics=metrics,
         loss=losses[settings.loss],
         weights=weights,
         fds=fds,
@@ -310,9 +308,9 @@ def train(settings: Settings, method: Method, runtime: Runtime, splits: Splits, 
         checkpoint_minutes=settings.checkpoint_minutes,
         fingerprint=fingerprint,
     )
-    metrics = evaluate(model, splits.test, bins=bins, density=density, runtime=runtime)
+    found = evaluate(model, splits.test, metrics=metrics, runtime=runtime)
     best = min(history, key=lambda row: (math.isnan(row["val_bmae"]), row["val_bmae"]))
-    errors = metrics.compute().assign(minutes=history[-1]["seconds"] / 60, best_epoch=best["epoch"])
+    errors = found.compute().assign(minutes=history[-1]["seconds"] / 60, best_epoch=best["epoch"])
     if runtime.is_main and not (folder / "results.nc").exists():  # of a run finished before, whose provenance stays
         title = f"Age estimation on {settings.data}: {method}, seed {runtime.seed}"
         one = combine_runs(
@@ -408,31 +406,8 @@ def summarise(
 
 def command() -> str:
     """What was typed, without the places on this machine."""
-    options = [f"--{name}" for name in PLACES]
-    words = ["python", "recipes/age.py"]
-    for before, word in pairwise(["", *sys.argv[1:]]):
-        name, equals, _ = word.partition("=")
-        if before in options:
-            word = "DIR"
-        elif equals and name in options:
-            word = f"{name}=DIR"
-        words.append(word)
-    return " ".join(words)
+    return typed_command("recipes/age.py", PLACES)
 
 
 if __name__ == "__main__":
-    ending: int | str = 0
-    try:
-        main(tyro.cli(Settings))
-    except KeyboardInterrupt:
-        ending = 130
-    except ImportError as error:
-        ending = str(error)
-    except Exception as error:
-        from dir_toolkit.errors import DirToolkitError
-
-        if not isinstance(error, DirToolkitError):
-            raise
-        ending = str(error)
-    # Here, not above: there the error would keep the network alive into Python's end, where several processes may hang.
-    sys.exit(ending)
+    run(main, Settings)

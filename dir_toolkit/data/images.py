@@ -23,14 +23,15 @@ class ImageSet:
     """Images with one label each: a view of rows of one array, which may be a read-only memmap.
 
     Attributes:
-        images: (M, 3, H, W) uint8; several sets may share one array.
-        labels: (N,) float32, in label units; ``labels[i]`` belongs to ``images[rows[i]]``.
+        images: (M, C, H, W) uint8, C being 1 for grey, 3 for red, green, blue; several sets may share one array.
+        labels: (N,) float32, in label units, or int64, class indices; ``labels[i]`` belongs to ``images[rows[i]]``.
         rows: (N,) int64, each in 0 ... M - 1.
         digest: hex SHA-256 that identifies the content, images, labels and rows; see :func:`content_digest`.
     Raises:
         ShapeError: an array has the wrong number of axes, or labels and rows differ in length.
         TypeError: an array has another dtype than above, or is none.
-        LabelError: a label is NaN or infinite. ValueError: a row lies outside, or the digest is no SHA-256.
+        LabelError: a label is NaN or infinite, or a class index negative.
+        ValueError: a row lies outside, or the digest is no SHA-256.
     """
 
     images: np.ndarray
@@ -40,11 +41,11 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         where = "ImageSet"
-        _array(where, "images", self.images, np.dtype(np.uint8))
-        _array(where, "labels", self.labels, np.dtype(np.float32))
-        _array(where, "rows", self.rows, np.dtype(np.int64))
-        if self.images.ndim != 4 or self.images.shape[1] != 3 or 0 in self.images.shape[2:]:
-            raise problem(where, "images must have shape (M, 3, H, W)", got=self.images.shape, error=ShapeError)
+        _array(where, "images", self.images, np.uint8)
+        _array(where, "labels", self.labels, np.float32, np.int64)
+        _array(where, "rows", self.rows, np.int64)
+        if self.images.ndim != 4 or 0 in self.images.shape[1:]:
+            raise problem(where, "images must have shape (M, C, H, W)", got=self.images.shape, error=ShapeError)
         for name, array in (("labels", self.labels), ("rows", self.rows)):
             if array.ndim != 1:
                 raise problem(where, f"{name} must have shape (N,)", got=array.shape, error=ShapeError)
@@ -60,6 +61,9 @@ class ImageSet:
             at = int(broken.argmax())
             got = f"{self.labels[at]} at index [{at}] ({int(broken.sum())} such labels)"
             raise label_problem(where, "labels must be finite", got=got, fix="Remove these samples first.")
+        if self.labels.dtype == np.int64 and (self.labels < 0).any():
+            at = int((self.labels < 0).argmax())
+            raise label_problem(where, "class indices must not be negative", got=f"{self.labels[at]} at index [{at}]")
         _inside(where, "rows", self.rows, len(self.images))
         if not isinstance(self.digest, str) or not re.fullmatch("[0-9a-f]{64}", self.digest):
             raise problem(
@@ -76,13 +80,13 @@ class ImageSet:
         """Copies of some images and their labels, in the order asked for.
 
         Shape:
-            indices: (n,) int64, positions in 0 ... N - 1. Returns (n, 3, H, W) uint8 and (n,) float32.
+            indices: (n,) int64, positions in 0 ... N - 1. Returns (n, C, H, W) uint8 and (n,) of the labels' dtype.
         Raises:
             ShapeError: indices are not one row. TypeError: they are not int64. ValueError: one lies outside.
         """
         where = "ImageSet.batch"
         at = indices.detach().cpu().numpy() if isinstance(indices, Tensor) else indices
-        _array(where, "indices", at, np.dtype(np.int64))
+        _array(where, "indices", at, np.int64)
         if at.ndim != 1:
             raise problem(where, "indices must have shape (n,)", got=at.shape, error=ShapeError)
         _inside(where, "indices", at, len(self))
@@ -95,7 +99,7 @@ class Splits:
     """Training, validation and test images of one source, with the number of files left out for each reason.
 
     Attributes:
-        source: where the images come from, ``"portraits"`` or ``"utkface"`` for example.
+        source: where the images come from, ``"portraits"`` or ``"mnist"`` for example.
         skipped: reason -> number of files left out; empty if none.
     Raises:
         TypeError: a part is no ImageSet, ``source`` is no text, or ``skipped`` no dict.
@@ -120,22 +124,23 @@ def content_digest(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> 
     one digest, on machines of either byte order.
 
     Shape:
-        images: (M, 3, H, W) uint8. labels: (N,) float32. rows: (N,) int64.
+        images: (M, C, H, W) uint8. labels: (N,) float32 or int64. rows: (N,) int64.
 
     >>> content_digest(np.zeros((2, 3, 1, 1), np.uint8), np.zeros(1, np.float32), np.array([1]))[:8]
     '8b3d6fbe'
     """
     digest = hashlib.sha256(f"{len(rows)} {tuple(images.shape[1:])}".encode())
-    digest.update(labels.astype("<f4").tobytes())
+    digest.update(labels.astype("<f4" if labels.dtype.kind == "f" else "<i8").tobytes())
     for start in range(0, len(rows), _CHUNK):
         digest.update(images[rows[start : start + _CHUNK]].tobytes())
     return digest.hexdigest()
 
 
-def _array(where: str, name: str, value: object, dtype: np.dtype) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype != dtype:
+def _array(where: str, name: str, value: object, *dtypes: type[np.generic]) -> None:
+    if not isinstance(value, np.ndarray) or value.dtype not in dtypes:
         got = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-        raise problem(where, f"{name} must be a NumPy array of {dtype.name}", got=got, error=TypeError)
+        allowed = " or ".join(dtype.__name__ for dtype in dtypes)
+        raise problem(where, f"{name} must be a NumPy array of {allowed}", got=got, error=TypeError)
 
 
 def _inside(where: str, name: str, index: np.ndarray, length: int) -> None:

@@ -19,10 +19,10 @@ from .._checks import (
     same_device,
     same_shape,
 )
+from ._reduce import Reduction, reduce, wide_dtype
 
 __all__ = ["weighted_focal_l1", "weighted_focal_mse", "weighted_huber", "weighted_l1", "weighted_mse"]
 
-Reduction = Literal["none", "mean", "sum"]
 FocalVariant = Literal["paper", "reference"]
 
 
@@ -48,7 +48,7 @@ def weighted_l1(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, r
     1.0
     """
     error = _error("weighted_l1", pred, target, weight, reduction)
-    return _reduce(error.abs(), weight, reduction)
+    return reduce(error.abs(), weight, reduction)
 
 
 def weighted_mse(
@@ -62,7 +62,7 @@ def weighted_mse(
     2.0
     """
     error = _error("weighted_mse", pred, target, weight, reduction)
-    return _reduce(error.square(), weight, reduction)
+    return reduce(error.square(), weight, reduction)
 
 
 def weighted_huber(
@@ -83,7 +83,7 @@ def weighted_huber(
     """
     error = _error("weighted_huber", pred, target, weight, reduction).abs()
     delta = number("weighted_huber", "delta", delta, low=0, open_low=True)
-    return _reduce(torch.where(error < delta, error.square() / (2 * delta), error - delta / 2), weight, reduction)
+    return reduce(torch.where(error < delta, error.square() / (2 * delta), error - delta / 2), weight, reduction)
 
 
 def weighted_focal_l1(
@@ -108,7 +108,7 @@ def weighted_focal_l1(
         Yang et al. 2021, section 4 (arXiv:2102.09554).
     """
     error = _error("weighted_focal_l1", pred, target, weight, reduction).abs()
-    return _reduce(_focus("weighted_focal_l1", error, beta, gamma, variant) * error, weight, reduction)
+    return reduce(_focus("weighted_focal_l1", error, beta, gamma, variant) * error, weight, reduction)
 
 
 def weighted_focal_mse(
@@ -126,7 +126,7 @@ def weighted_focal_mse(
     Arguments, shapes and errors are those of :func:`weighted_focal_l1`; units are those of the label, squared.
     """
     error = _error("weighted_focal_mse", pred, target, weight, reduction).abs()
-    return _reduce(_focus("weighted_focal_mse", error, beta, gamma, variant) * error.square(), weight, reduction)
+    return reduce(_focus("weighted_focal_mse", error, beta, gamma, variant) * error.square(), weight, reduction)
 
 
 def _error(where: str, pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -142,14 +142,8 @@ def _error(where: str, pred: Tensor, target: Tensor, weight: Tensor | None, redu
     not_empty(where, pred=pred)
     finite(where, target=target, **weights)
     not_negative(where, **weights)
-    wide = torch.float64 if torch.float64 in (pred.dtype, target.dtype) else torch.float32
+    wide = wide_dtype(pred, target)
     return pred.to(wide) - target.to(wide)
-
-
-def _reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    if weight is not None:
-        values = values * weight.to(values.dtype)
-    return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
 
 
 def _focus(where: str, error: Tensor, beta: float, gamma: float, variant: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from .._checks import finite, instance, is_tensor, number, problem, real, same_device, same_shape
 from ..errors import ShapeError
 from ..labels.bins import Bins
-from ..labels.density import REGIONS, LabelDensity
+from ..labels.density import LabelDensity
+from . import _regions
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -40,13 +41,12 @@ class RegressionMetrics:
     [1.0, 0.5, 2.0]
     """
 
+    selects: ClassVar[str] = "bmae/all"
+    """The number of :meth:`summary` by which training chooses an epoch: the less, the better."""
+
     def __init__(self, bins: Bins, density: LabelDensity, *, floor: float | None = None) -> None:
         where = "RegressionMetrics"
-        instance(where, Bins, bins=bins)
-        if not isinstance(density, LabelDensity) or density.bins != bins:
-            raise problem(where, "density must be a LabelDensity over the same bins", got=repr(density))
-        if density.counts.dtype.kind == "f":
-            raise problem(where, "density must be as counted, not smoothed", got=repr(density))
+        _regions.check_axis(where, bins, density)
         self.bins, self.density = bins, density
         widths = np.diff(bins.edges)
         floor = float(np.median(widths)) / 100 if floor is None else floor
@@ -95,6 +95,16 @@ class RegressionMetrics:
             self.sums = self.sums.to(rows.device)
         self.sums.index_add_(1, index, rows)
 
+    def fresh(self) -> RegressionMetrics:
+        """One of the same settings that has seen nothing."""
+        return RegressionMetrics(self.bins, self.density, floor=self.floor)
+
+    def summary(self) -> dict[str, float]:
+        """The numbers to watch in training: MAE over all and by region, and bMAE; NaN where there is no sample."""
+        result = self.compute()
+        shown = [("mae", "all"), ("mae", "many"), ("mae", "medium"), ("mae", "few"), ("bmae", "all")]
+        return {f"{name}/{region}": float(result[name].sel(region=region)) for name, region in shown}
+
     def merge(self, other: RegressionMetrics) -> RegressionMetrics:
         """Add what another object has seen; returns self."""
         where = "RegressionMetrics.merge"
@@ -127,12 +137,9 @@ class RegressionMetrics:
         Args:
             many, few: limits of the regions, as in :meth:`LabelDensity.regions`.
         """
-        import xarray as xr
-
         regions = self.density.regions(many=many, few=few)
         sums = dict(zip(_SUMS, self.sums.cpu().numpy(), strict=True))
-        names = ("all", *REGIONS)
-        inside = np.stack([np.ones(len(self.bins), dtype=bool)] + [regions == name for name in REGIONS])  # (5, B)
+        inside = _regions.membership(regions)  # (5, B)
         total = {name: np.where(inside, row, 0.0).sum(1) for name, row in sums.items()}
         tested = sums["count"] > 0
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -149,7 +156,7 @@ class RegressionMetrics:
                 "mae": total["abs"] / n,
                 "rmse": np.sqrt(total["squared"] / n),
                 "gm": np.exp(total["log"] / n),
-                "bmae": np.where(inside & tested, bin_mae, 0.0).sum(1) / (inside & tested).sum(1),
+                "bmae": _regions.bin_mean(bin_mae, inside & tested),
                 "bias": total["error"] / n,
                 "pearson": np.clip(pearson, -1, 1),
             }
@@ -160,22 +167,9 @@ class RegressionMetrics:
             "bin_mae": ("bin", bin_mae),
             "bin_bias": ("bin", bin_bias),
             "bin_count": ("bin", sums["count"].astype(np.int64)),
-            "train_count": ("bin", np.asarray(self.density.counts)),
         }
-        coords = {
-            "region": list(names),
-            "bin": np.arange(len(self.bins)),
-            "bin_low": ("bin", self.bins.edges[:-1]),
-            "bin_high": ("bin", self.bins.edges[1:]),
-            "bin_center": ("bin", self.bins.centers),
-            "bin_region": ("bin", regions),
-        }
-        result = xr.Dataset(data, coords=coords)
-        for name in ("mae", "rmse", "gm", "bmae", "bias", "bin_mae", "bin_bias", "bin_low", "bin_high", "bin_center"):
-            result[name].attrs["units"] = "label units"
-        for name in ("pearson", "count", "bins", "bin_count", "train_count"):
-            result[name].attrs["units"] = "1"
-        return result
+        units = ("mae", "rmse", "gm", "bmae", "bias", "bin_mae", "bin_bias")
+        return _regions.dataset(data, self.density, regions, label_units=units)
 
 
 def regression_metrics(

@@ -13,7 +13,7 @@ import xarray as xr
 
 from .._checks import problem
 from ..files import write_atomically
-from .figures import figure_svg
+from .drawing import figure_svg
 from .schema import validate_results
 from .tables import Columns, results_table
 

@@ -13,21 +13,33 @@ Coordinates along ``bin``
     ``bin_region``              text, one of the four regions
 
 Variables, all measured on test data unless said
-    over (method, seed, region)
+    A result holds one of two families whole, or both, and always the common ones.
+
+    REGRESSION, over (method, seed, region)
         ``mae rmse gm bmae``   float64, label units, >= 0: mean absolute error, root mean square, geometric mean of the
                                absolute errors, mean over bins of the bin's MAE
         ``bias``               float64, label units: mean of prediction minus label
         ``pearson``            float64, in [-1, 1]
-        ``count``, ``bins``    int64: test samples, and bins that hold any
-    over (method, seed, bin)
+    REGRESSION, over (method, seed, bin)
         ``bin_mae bin_bias``   float64, label units
+    CLASSIFICATION, over (method, seed, region), where a class is a bin
+        ``error``              float64, in [0, 1]: share of the samples whose bin is not the predicted one
+        ``balanced_error``     float64, in [0, 1]: mean over bins of one minus the bin's recall
+        ``macro_f1``           float64, in [0, 1]: mean over bins of the bin's F1
+    CLASSIFICATION, over (method, seed, bin)
+        ``bin_recall``         float64, in [0, 1]: share of the bin's samples that are predicted as such
+        ``bin_precision``      float64, in [0, 1]: share of the predictions of the bin that are right
+    Common, over (method, seed, region)
+        ``count``, ``bins``    int64: test samples, and bins that hold any
+    Common, over (method, seed, bin)
         ``bin_count``          int64: test samples
         ``train_count``        int64: training samples
-    over (method, seed)
+    Common, over (method, seed)
         ``minutes``            float64: time spent training
         ``best_epoch``         float64 (a whole number), from 1: the epoch chosen on validation data
         ``completed``          int8: 1 for a finished run, 0 for one that is missing
-    Others may stand beside them, over the same dimensions and with units.
+    Others may stand beside them, over the same dimensions and with units. One over (method, seed), such as ``ece``,
+    ``log_loss`` or ``tau``, may be missing in some of the runs.
 
 Units
     Every variable, and every coordinate in label units, has a ``units`` attribute: ``label_units``, ``min`` for
@@ -35,9 +47,10 @@ Units
 
 Counts and NaN
     A float is NaN where there is nothing to say, and nowhere else: in regions and bins without test samples (count 0),
-    in a missing run, all of whose counts are 0, in ``pearson`` where predictions or labels do not vary, in ``minutes``
-    and ``best_epoch`` where a method has none (a constant predictor). No number is infinite. Counts over regions add
-    up to ``all``, and counts over bins to their regions.
+    in a missing run, all of whose counts are 0, in ``pearson`` where predictions or labels do not vary, in
+    ``bin_precision`` where a bin was never predicted (a bin that was, but has no test samples, has precision 0), in
+    ``minutes`` and ``best_epoch`` where a method has none (a constant predictor). No number is infinite. Counts over
+    regions add up to ``all``, and counts over bins to their regions.
 
 Attributes
     ``title``, ``created`` (ISO 8601, with its time zone), ``dir_toolkit_version``, ``command``, ``label_name`` and
@@ -67,7 +80,15 @@ from ..errors import ResultsError
 from ..files import write_atomically
 from ..labels.density import REGIONS
 
-__all__ = ["ALL_REGIONS", "combine_runs", "load_results", "save_results", "validate_results"]
+__all__ = [
+    "ALL_REGIONS",
+    "CLASSIFICATION",
+    "REGRESSION",
+    "combine_runs",
+    "load_results",
+    "save_results",
+    "validate_results",
+]
 
 ALL_REGIONS = ("all", *REGIONS)
 UNNAMED_UNITS = "label units"
@@ -77,21 +98,31 @@ _RUN = ("method", "seed")
 _DIMS = (*_RUN, "region", "bin")
 _LABEL = "label_units"
 # name: (the axis besides method and seed, kind of dtype, units)
-_VARIABLES = {
+_REGRESSION = {
     **dict.fromkeys(("mae", "rmse", "gm", "bmae", "bias"), ("region", "f", _LABEL)),
     "pearson": ("region", "f", "1"),
-    "count": ("region", "i", "1"),
-    "bins": ("region", "i", "1"),
     **dict.fromkeys(("bin_mae", "bin_bias"), ("bin", "f", _LABEL)),
-    "bin_count": ("bin", "i", "1"),
-    "train_count": ("bin", "i", "1"),
+}
+_CLASSIFICATION = {
+    **dict.fromkeys(("error", "balanced_error", "macro_f1"), ("region", "f", "1")),
+    **dict.fromkeys(("bin_recall", "bin_precision"), ("bin", "f", "1")),
+}
+_COMMON = {
+    **dict.fromkeys(("count", "bins"), ("region", "i", "1")),
+    **dict.fromkeys(("bin_count", "train_count"), ("bin", "i", "1")),
     "minutes": ("", "f", "min"),
     "best_epoch": ("", "f", "1"),
     "completed": ("", "i", "1"),
 }
+_VARIABLES = {**_REGRESSION, **_CLASSIFICATION, **_COMMON}
+REGRESSION = tuple(_REGRESSION)
+"""The variables of a regression result."""
+CLASSIFICATION = tuple(_CLASSIFICATION)
+"""The variables of a classification result, all of them shares in [0, 1]."""
 _COORDS = {"bin_low": "f", "bin_high": "f", "bin_center": "f", "bin_region": "U"}
 _KINDS = {"f": "floats", "i": "whole numbers", "U": "text"}
 _ERRORS = ("mae", "rmse", "gm", "bmae", "bin_mae")
+_MAY_BE_UNKNOWN = ("pearson", "bin_precision")  # among test samples, too
 _TEXTS = ("title", "created", "dir_toolkit_version", "command", "label_name", "label_units")
 
 
@@ -108,7 +139,8 @@ def combine_runs(
 
     Args:
         runs: by (method, seed), what the metrics gave: variables over ``region`` and ``bin``, and where they are known
-            ``minutes`` and ``best_epoch`` without a dimension. Units that read "label units" become ``label_units``.
+            ``minutes``, ``best_epoch`` and others without a dimension; a run that lacks one of these is NaN there.
+            Units that read "label units" become ``label_units``.
             A part of an earlier result, ``result.sel({"method": ..., "seed": ...})``, is such a run, too. Combinations
             that are not given become missing runs.
         command: what a reader would type to get the same result.
@@ -130,7 +162,8 @@ def combine_runs(
         whole(where, "seed", key[1])
         instance(where, xr.Dataset, **{f"runs[{key!r}]": run})
     first = next(iter(runs.values()))
-    faults = [f"{key}: {fault}" for key, run in runs.items() for fault in _misfits(run, first)]
+    examples = {str(name): array for run in reversed(list(runs.values())) for name, array in run.data_vars.items()}
+    faults = [f"{key}: {fault}" for key, run in runs.items() for fault in _misfits(run, first, examples)]
     if faults:
         raise _all_of(where, "every run must have the same axes and variables", faults)
     methods = list(dict.fromkeys(method for method, _ in runs))
@@ -153,10 +186,10 @@ def combine_runs(
             **(attrs or {}),
         },
     )
-    for name in dict.fromkeys([*map(str, first.data_vars), "minutes", "best_epoch", "completed"]):
-        example = next((run[name] for run in runs.values() if name in run), xr.DataArray(np.nan))
+    for name in dict.fromkeys([*map(str, first.data_vars), *examples, "minutes", "best_epoch", "completed"]):
+        example = examples.get(name, xr.DataArray(np.nan))
         dims = (*_RUN, *example.dims)
-        counted = _kind(name, example) == "i"
+        counted = _kind(name, example) == "i" and (name in _VARIABLES or all(name in run for run in runs.values()))
         values = np.full([sizes[d] for d in dims], 0 if counted else np.nan, dtype=np.int64 if counted else np.float64)
         for (method, seed), run in runs.items():
             if name in run:
@@ -172,20 +205,20 @@ def combine_runs(
     return result
 
 
-def _misfits(run: xr.Dataset, first: xr.Dataset) -> Iterator[str]:
-    """What keeps a run from standing beside the first one."""
+def _misfits(run: xr.Dataset, first: xr.Dataset, examples: Mapping[str, xr.DataArray]) -> Iterator[str]:
+    """What keeps a run from standing beside the first one, and beside the first that has each variable."""
     for name in ("region", "bin", *_COORDS):
         if name not in run.coords:
             yield f"coordinate {name!r} is missing"
         elif name in first.coords and not np.array_equal(run[name].values, first[name].values):
             yield f"coordinate {name!r} differs from the first run's"
-    optional = {"minutes", "best_epoch", "completed"}
-    for name in sorted(map(str, (set(run.data_vars) ^ set(first.data_vars)) - optional)):
-        yield f"{name!r} is in {'this' if name in run else 'the first'} run only"
-    for name in sorted(map(str, set(run.data_vars) & set(first.data_vars))):
-        if run[name].dims != first[name].dims:
-            yield f"{name!r} is over {run[name].dims}, in the first run over {first[name].dims}"
-        if _kind(name, first[name]) == "i" and run[name].dtype.kind not in "iub":
+    for name in sorted(map(str, set(run.data_vars) ^ set(first.data_vars))):
+        if examples[name].dims:  # one without a dimension may be missing
+            yield f"{name!r} is in {'this' if name in run else 'the first'} run only"
+    for name in sorted(map(str, run.data_vars)):
+        if run[name].dims != examples[name].dims:
+            yield f"{name!r} is over {run[name].dims}, in the first run that has it over {examples[name].dims}"
+        if _kind(name, examples[name]) == "i" and run[name].dtype.kind not in "iub":
             yield f"{name!r} must be whole numbers, got {run[name].dtype}"
 
 
@@ -228,7 +261,11 @@ def _faults(ds: xr.Dataset) -> Iterator[str]:
         return
     yield from _axis_faults(ds)
     sound: set[str] = set()
-    for name in dict.fromkeys([*_VARIABLES, *map(str, ds.data_vars)]):
+    families = [family for family in (_REGRESSION, _CLASSIFICATION) if not family.keys().isdisjoint(ds.data_vars)]
+    if not families:
+        yield f"variables must be {', '.join(REGRESSION)} or {', '.join(CLASSIFICATION)}, or both, got neither"
+    needed = [name for family in (*families, _COMMON) for name in family]
+    for name in dict.fromkeys([*needed, *map(str, ds.data_vars)]):
         faults = list(_variable_faults(ds, name))
         yield from faults
         if not faults:
@@ -309,6 +346,8 @@ def _number_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
         values = ds[name].values
         if values.dtype.kind == "f" and (np.isinf(values).any() or (name in _ERRORS and (values < 0).any())):
             yield f"variable {name!r} must be {'finite and not negative' if name in _ERRORS else 'finite'} or NaN"
+        elif name in _CLASSIFICATION and ((values < 0) | (values > 1)).any():
+            yield f"variable {name!r} must lie in [0, 1]"
     for axis, count in (("region", "count"), ("bin", "bin_count")):
         if count not in sound:
             continue
@@ -316,9 +355,12 @@ def _number_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
             if ds[name].dtype.kind != "f" or axis not in ds[name].dims:
                 continue
             empty, told = ds[count] == 0, ds[name].notnull()
-            if (empty & told).any():
+            if name == "bin_precision":
+                if (empty & told & (ds[name] != 0)).any():
+                    yield f"variable {name!r} must be 0 or NaN where {count!r} is 0"
+            elif (empty & told).any():
                 yield f"variable {name!r} must be NaN where {count!r} is 0"
-            if name in _VARIABLES and name != "pearson" and (~empty & ~told).any():
+            if name in _VARIABLES and name not in _MAY_BE_UNKNOWN and (~empty & ~told).any():
                 yield f"variable {name!r} must not be NaN where {count!r} is above 0"
     for name in ("count", "bins"):
         if name in sound and (ds[name][..., 0] != ds[name][..., 1:].sum("region")).any():
@@ -337,8 +379,9 @@ def _number_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
         for name in counts:
             if (ds[name].where(completed == 0, 0) != 0).any():
                 yield f"variable {name!r} must be 0 where 'completed' is 0"
-        for name in sorted({"minutes", "best_epoch"} & sound):
-            if ((completed == 0) & ds[name].notnull()).any():
+        for name in sorted(sound):
+            by_run = ds[name].dtype.kind == "f" and (ds[name].dims == _RUN or name == "bin_precision")
+            if by_run and ((completed == 0) & ds[name].notnull()).any():
                 yield f"variable {name!r} must be NaN where 'completed' is 0"
         if "count" in sound and ((completed == 1) & (ds["count"][..., 0] == 0)).any():
             yield "variable 'count' must be above 0 where 'completed' is 1"

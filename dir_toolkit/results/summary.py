@@ -11,7 +11,7 @@ import xarray as xr
 
 from .._checks import problem
 from ..files import write_atomically
-from .figures import figure_to_tensorboard, save_figure
+from .drawing import figure_to_tensorboard, save_figure
 from .report import write_report
 from .schema import save_results, validate_results
 from .tables import Columns, markdown_table

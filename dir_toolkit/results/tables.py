@@ -1,4 +1,4 @@
-"""A result as a table: methods down, errors across, with the counts and the spread behind every number."""
+"""A result as a table: methods down, metrics across, with the counts and the spread behind every number."""
 
 from __future__ import annotations
 
@@ -18,10 +18,25 @@ __all__ = ["BASELINE", "ResultsTable", "markdown_table", "results_table", "text_
 BASELINE = "constant"
 """The name of the constant predictor, which stands last in every table."""
 
-_NAMES = {"mae": "MAE", "rmse": "RMSE", "gm": "GM", "bmae": "bMAE"}
+METRIC_NAMES = {
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "gm": "GM",
+    "bmae": "bMAE",
+    "balanced_error": "balanced error",
+    "macro_f1": "macro F1",
+    "ece": "ECE",
+    "classwise_ece": "classwise ECE",
+    "log_loss": "log loss",
+    "best_epoch": "best epoch",
+    "tau": "τ",
+}
+SHARES = ("error", "balanced_error", "macro_f1", "ece", "classwise_ece")
 _EMPTY = "–"
 
-Columns = Sequence[tuple[str, str]]
+_BY_RUN = ("method", "seed")
+
+Columns = Sequence[tuple[str, str | None]]
 
 
 @dataclass(frozen=True)
@@ -44,44 +59,68 @@ class ResultsTable:
 def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsTable:
     """Mean and standard deviation over seeds of chosen metrics in chosen regions.
 
-    Numbers have as many decimals as give the smallest mean of their metric three digits. A region without test samples
-    shows a dash, and so does a method of which no run was completed.
+    Errors of classification, macro F1 and calibration errors are in percent with two decimals; other numbers have as
+    many decimals as give the smallest mean of their metric three digits. A region without test samples shows a dash,
+    and so does a method of which no run was completed.
 
     Args:
         ds: a result of the schema in ``results.schema``.
-        columns: (metric, region) pairs; None means MAE over all and in every region, and bMAE. A region that no run
-            has test samples in is then left out, if it is ``unseen``.
+        columns: (metric, region) pairs, with None for the region of a variable over method and seed alone, such as
+            ``("ece", None)``. None means, for regression, MAE over all and in every region, and bMAE, ``unseen`` left
+            out where no run has test samples in it; for classification, balanced error over all and in every region
+            that some run has test samples in, and error over all.
     Raises:
         ValueError: a metric or a region is not in ``ds``. ResultsError: ``ds`` breaks the schema.
     """
     validate_results(ds)
-    if columns is None:
-        regions = ["all", *(r for r in REGIONS if r != "unseen" or bool(ds["count"].sel(region=r).any()))]
-        columns = [*(("mae", region) for region in regions), ("bmae", "all")]
+    columns = _default_columns(ds) if columns is None else columns
     for column in columns:
         metric, region = column if isinstance(column, (tuple, list)) and len(column) == 2 else (None, None)
-        if (
-            not isinstance(metric, str)
-            or metric not in ds
-            or ds[metric].dims != ("method", "seed", "region")
-            or region not in ds["region"].values
-        ):
-            known = sorted(str(name) for name in ds.data_vars if ds[name].dims == ("method", "seed", "region"))
+        dims = _BY_RUN if region is None else (*_BY_RUN, "region")
+        known_metric = isinstance(metric, str) and metric in ds.data_vars and ds[metric].dims == dims
+        if not known_metric or not (region is None or region in ds["region"].values):
+            by_region, by_run = (
+                sorted(str(name) for name in ds.data_vars if ds[name].dims == dims)
+                for dims in ((*_BY_RUN, "region"), _BY_RUN)
+            )
             raise problem(
                 "results_table",
                 "columns must be (metric, region) pairs of the result",
                 got=repr(column),
-                fix=f"Metrics are {known}, regions {ds['region'].values.tolist()}.",
+                fix=f"Metrics are {by_region}, regions {ds['region'].values.tolist()}; with None for the region, "
+                f"{by_run}.",
             )
     methods = sorted(ds["method"].values.tolist(), key=lambda method: method == BASELINE)
     rows = []
     for method in methods:
         row = ds.sel({"method": method})
-        cells = [_mean_and_spread(row[m].sel(region=region).values, _decimals(ds[m])) for m, region in columns]
+        cells = [_cell(row[m] if region is None else row[m].sel(region=region), ds[m]) for m, region in columns]
         rows.append([method, str(int(row["completed"].sum())), *cells])
-    header = ["method", "seeds", *(f"{_NAMES.get(metric, metric)} {region}" for metric, region in columns)]
-    counts = ["test samples", "", *(count_range(ds["count"].sel(region=region).values) for _, region in columns)]
+    header = ["method", "seeds", *(" ".join(filter(None, (_name(metric), region))) for metric, region in columns)]
+    tested = ["" if r is None else count_range(ds["count"].sel(region=r).values) for _, r in columns]
+    counts = ["test samples", "", *tested]
     return ResultsTable(_caption(ds, columns), header, counts, rows)
+
+
+def _default_columns(ds: xr.Dataset) -> Columns:
+    tested = [region for region in REGIONS if bool(ds["count"].sel(region=region).any())]
+    columns: list[tuple[str, str | None]] = []
+    if "mae" in ds:
+        regions = ["all", *(region for region in REGIONS if region != "unseen" or region in tested)]
+        columns += [*(("mae", region) for region in regions), ("bmae", "all")]
+    if "balanced_error" in ds:
+        columns += [*(("balanced_error", region) for region in ("all", *tested)), ("error", "all")]
+    return columns
+
+
+def _name(metric: str) -> str:
+    return METRIC_NAMES.get(metric, metric)
+
+
+def _cell(values: xr.DataArray, all_values: xr.DataArray) -> str:
+    if values.name in SHARES:
+        return _mean_and_spread(values.values * 100, 2)
+    return _mean_and_spread(values.values, _decimals(all_values))
 
 
 def _decimals(values: xr.DataArray) -> int:
@@ -112,9 +151,9 @@ def count_range(counts: np.ndarray) -> str:
 def _caption(ds: xr.Dataset, columns: Columns) -> str:
     by_units: dict[str, list[str]] = {}
     for metric, _ in columns:
-        names = by_units.setdefault(ds[metric].attrs["units"], [])
-        if _NAMES.get(metric, metric) not in names:
-            names.append(_NAMES.get(metric, metric))
+        names = by_units.setdefault("%" if metric in SHARES else ds[metric].attrs["units"], [])
+        if _name(metric) not in names:
+            names.append(_name(metric))
     units = [f"{' and '.join(names)} in {u}" for u, names in by_units.items() if u != "1"]
     several = bool((ds["completed"].sum("seed") > 1).any())
     spread = "mean ± standard deviation (n - 1) over seeds" if several else "one seed a method, so no spread is known"

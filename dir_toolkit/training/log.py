@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._checks import keys
+from .._checks import problem
 from ..files import write_atomically
+from ..labels.density import REGIONS
 from .runtime import Runtime
 
 if TYPE_CHECKING:
@@ -20,25 +21,18 @@ if TYPE_CHECKING:
 
 __all__ = ["RunLog"]
 
-_TAGS = {
-    "loss": "train/loss",
-    "lr": "train/lr",
-    "val_mae": "val/mae/all",
-    "val_mae_many": "val/mae/many",
-    "val_mae_medium": "val/mae/medium",
-    "val_mae_few": "val/mae/few",
-    "val_bmae": "val/bmae",
-}
 _COLUMNS = {
     "epoch": ("epoch", "{:d}"),
     "loss": ("loss", "{:.3f}"),
     "lr": ("lr", "{:.1e}"),
-    "val_mae": ("MAE", "{:.2f}"),
-    "val_mae_many": ("many", "{:.2f}"),
-    "val_mae_medium": ("medium", "{:.2f}"),
-    "val_mae_few": ("few", "{:.2f}"),
-    "val_bmae": ("bMAE", "{:.2f}"),
     "seconds": ("seconds", "{:.0f}"),
+}
+# Validation errors, whose columns start with "val_" and may end in a region.
+_ERRORS = {
+    "mae": ("MAE", "{:.2f}"),
+    "bmae": ("bMAE", "{:.2f}"),
+    "error": ("error", "{:.4f}"),
+    "balanced_error": ("BER", "{:.4f}"),
 }
 _WIDTH = 8
 
@@ -97,15 +91,20 @@ class RunLog:
             self._bar.advance(self._bar.task_ids[0])
 
     def end_epoch(self, row: dict[str, Any], *, best: bool = False) -> None:
-        """Add one epoch: a row of plain values with ``step`` and the columns ``epoch``, ``loss``, ``lr``, ``val_mae``,
-        ``val_mae_many``, ``val_mae_medium``, ``val_mae_few``, ``val_bmae`` and ``seconds``.
+        """Add one epoch: a row of plain values with ``epoch``, ``step``, ``loss``, ``lr`` and ``seconds``, and
+        validation errors as ``val_mae``, ``val_mae_few`` and so on: mae, bmae, error or balanced_error, and a region.
 
         Args:
             best: whether to mark it on the terminal as the best so far.
         Raises:
             ValueError: the row has other columns; nothing is written then.
         """
-        keys("RunLog.end_epoch", "row", row, ("step", *_COLUMNS))
+        errors = {column: _error_of(column) for column in row if column not in (*_COLUMNS, "step")}
+        missing = [column for column in ("step", *_COLUMNS) if column not in row]
+        unknown = [column for column, found in errors.items() if found is None]
+        if missing or unknown:
+            rule = "row must hold step, epoch, loss, lr, seconds and validation errors"
+            raise problem("RunLog.end_epoch", rule, got=f"missing {missing}, unknown {unknown}")
         self._close_bar()
         if not self._main:
             return
@@ -115,13 +114,22 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
-        for name, tag in _TAGS.items():
-            self._board.add_scalar(tag, row[name], row["step"])
+        tags = {"loss": "train/loss", "lr": "train/lr"}
+        shown = {name: _COLUMNS[name] for name in ("epoch", "loss", "lr")}
+        for column, found in errors.items():
+            assert found is not None
+            error, region = found
+            title, pattern = _ERRORS[error]
+            tags[column] = f"val/{error}/{region}"
+            shown[column] = (title if region == "all" else region, pattern)
+        shown["seconds"] = _COLUMNS["seconds"]
+        for column, tag in tags.items():
+            self._board.add_scalar(tag, row[column], row["step"])
         self._board.flush()
         if self._header_due:
-            print("".join(title.rjust(_WIDTH) for title, _ in _COLUMNS.values()))
+            print("".join(title.rjust(_WIDTH) for title, _ in shown.values()))
             self._header_due = False
-        cells = (pattern.format(row[name]).rjust(_WIDTH) for name, (_, pattern) in _COLUMNS.items())
+        cells = (pattern.format(row[column]).rjust(_WIDTH) for column, (_, pattern) in shown.items())
         print("".join(cells) + (" *" if best else ""), flush=True)
 
     def say(self, message: str) -> None:
@@ -142,6 +150,16 @@ class RunLog:
         writer.writeheader()
         writer.writerows(self._history)
         write_atomically(self._folder / "history.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def _error_of(column: str) -> tuple[str, str] | None:
+    """Error and region that a column holds: ``val_mae_few`` is ("mae", "few")."""
+    if not column.startswith("val_"):
+        return None
+    name = column.removeprefix("val_")
+    error, _, region = name.rpartition("_")
+    error, region = (error, region) if region in REGIONS else (name, "all")
+    return (error, region) if error in _ERRORS else None
 
 
 def _progress_bar() -> Progress | None:

@@ -1,4 +1,4 @@
-"""Training on images with continuous labels: one loop, on one process or many, that can be stopped and resumed."""
+"""Training on labelled images: one loop, on one process or many, that can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,17 +21,19 @@ from ..data.augment import augment, to_float
 from ..data.images import ImageSet
 from ..errors import CheckpointError, NonFiniteLossError, RunExistsError, SettingsError
 from ..features.fds import FDS
-from ..labels.bins import Bins
-from ..labels.density import LabelDensity
+from ..labels.sampling import BinSampler
 from ..labels.weights import LDS
 from ..losses.regression import weighted_l1
+from ..metrics.classification import ClassificationMetrics
 from ..metrics.regression import RegressionMetrics
 from .checkpoint import check_plain, load_checkpoint, save_checkpoint
 from .log import RunLog
 from .optimization import Optimization, learning_rate, make_optimizer
 from .runtime import Runtime
 
-__all__ = ["Optimization", "evaluate", "fit"]
+__all__ = ["Metrics", "Optimization", "evaluate", "fit", "predict"]
+
+Metrics = RegressionMetrics | ClassificationMetrics
 
 # On an accelerator the host looks at the loss, and the ranks agree whether to stop, once in so many steps.
 _CHECK_EVERY = 50
@@ -42,10 +44,11 @@ def fit(
     train: ImageSet,
     val: ImageSet,
     *,
-    bins: Bins,
-    density: LabelDensity,
+    metrics: Metrics,
     loss: Callable[..., Tensor] = weighted_l1,
     weights: LDS | None = None,
+    weights_from: int = 0,
+    sampler: BinSampler | None = None,
     fds: FDS | None = None,
     optimization: Optimization,
     runtime: Runtime,
@@ -55,7 +58,7 @@ def fit(
     checkpoint_minutes: float = 5.0,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train a model, keep the weights of the epoch with the least validation bMAE, and load them at the end.
+    """Train a model, keep the weights of the epoch with the least validation error, and load them at the end.
 
     Everything random follows from the seed and the place in the run: the order of an epoch from (seed, epoch), the
     augmentation and what the model draws from (seed, epoch, step, rank). So on the CPU a run that was stopped
@@ -65,10 +68,12 @@ def fit(
     a rank. Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process.
 
     Args:
-        model: from float images (N, 3, H, W) in [-1, 1] to (N,) predictions; moved to the runtime's device.
-        bins, density: of the training labels; they decide the regions of the validation errors.
-        loss: called as ``loss(pred, target, weight, reduction="sum")``.
+        model: from float images (N, C, H, W) in [-1, 1] to what the loss takes; moved to the runtime's device.
+        metrics: without samples; of its kind are the validation errors, and its ``selects`` decides the best epoch.
+        loss: called as ``loss(output, labels, weight, reduction="sum")``; a module's parameters are trained, too.
         weights: fitted; None weighs all samples alike.
+        weights_from: epochs before the weights count, as in deferred reweighting (Cao et al. 2019).
+        sampler: whose ``order(epoch)`` decides what an epoch holds; None takes every sample once, shuffled.
         fds: attached to a part of the model, and no part of it, since ranks would then overwrite its statistics.
         folder: of the run; made if missing.
         resume: go on from ``checkpoint-last.pt`` where there is one; a finished run is left as it is.
@@ -78,8 +83,8 @@ def fit(
         fingerprint: plain values that tell this run from others; a checkpoint with other ones is refused.
     Returns:
         the history, a row an epoch: ``epoch`` and ``step``, counted from 1; ``lr`` of the epoch's last step; ``loss``;
-        ``val_mae``, ``val_mae_many``, ``val_mae_medium``, ``val_mae_few`` and ``val_bmae`` in label units, NaN for a
-        region without samples; and ``seconds`` since the start, not counting pauses.
+        what ``metrics.summary()`` tells of the validation set (``"mae/all"`` and ``"mae/few"`` as ``val_mae`` and
+        ``val_mae_few``); and ``seconds`` since the start, not counting pauses.
     Raises:
         RunExistsError: the folder holds a run and ``resume`` is false. CheckpointError: its checkpoint is damaged or
         of another run. NonFiniteLossError: the loss or its gradient became NaN or infinite. SettingsError: the sets
@@ -87,20 +92,22 @@ def fit(
         the axis. TypeError: an argument is of another kind.
     """
     where = "fit"
-    _check(model, train, val, loss, weights, fds, optimization, runtime, augmentation)
+    _check(model, train, val, metrics, loss, weights, sampler, fds, optimization, runtime, augmentation)
     # Now, not when the first epoch has ended.
-    RegressionMetrics(bins, density)
-    bins._place(where, val.labels, "raise", "val.labels")
+    metrics.bins._place(where, val.labels, "raise", "val.labels")
+    weights_from = whole(where, "weights_from", weights_from, low=0)
     if fingerprint is not None:
         instance(where, Mapping, fingerprint=fingerprint)
         check_plain(where, "fingerprint", dict(fingerprint))
     checkpoint_seconds = 60 * number(where, "checkpoint_minutes", checkpoint_minutes, low=0)
     folder = Path(folder)
-    batches = _batches(len(train), optimization.batch_size, runtime.world)
+    samples = len(train) if sampler is None else sampler.num_samples
+    batches = _batches(samples, optimization.batch_size, runtime.world)
     total_steps = optimization.epochs * len(batches)
     weights = weights.to(runtime.device) if weights is not None else None
     fds = fds.to(runtime.device).train() if fds is not None else None
-    optimizer = make_optimizer(model.to(runtime.device), optimization)
+    step = _Step(model, loss, runtime).to(runtime.device)
+    optimizer = make_optimizer(step, optimization)
     at = _Progress(loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device))
     identity = {
         "seed": runtime.seed,
@@ -110,19 +117,21 @@ def fit(
         "val": val.digest,
         "loss": getattr(loss, "__name__", type(loss).__name__),
         "lds": weights.extra_repr() if weights is not None else None,
+        "weights_from": weights_from,
+        "sampler": repr(sampler) if sampler is not None else None,
         "fds": fds.extra_repr() if fds is not None else None,
         "augmentation": getattr(augmentation, "__name__", str(augmentation)),
         **{f"optimization.{name}": value for name, value in asdict(optimization).items()},
         **(fingerprint or {}),
     }
-    files = _RunFiles(folder, runtime, model, optimizer, fds, at, identity)
+    files = _RunFiles(folder, runtime, step, optimizer, fds, at, identity, _column(metrics.selects))
     files.open(resume)
     if at.epoch == optimization.epochs:
         if runtime.is_main:
-            print(f"finished before: best bMAE {at.best_bmae:.2f} at epoch {at.best_epoch}", flush=True)
+            print(f"finished before: best {files.selects} {at.best:.4g} at epoch {at.best_epoch}", flush=True)
         files.load_best()
         return at.history
-    network = runtime.parallel(model)
+    network = runtime.parallel(step)
 
     with (
         runtime.seeded("fit"),
@@ -133,12 +142,15 @@ def fit(
         started = time.monotonic() - at.seconds
         saved = time.monotonic()
         while at.epoch < optimization.epochs:
-            model.train()
-            order = torch.randperm(len(train), generator=runtime.generator("order", at.epoch))
+            step.train()
+            if sampler is not None:
+                order = sampler.order(at.epoch)
+            else:
+                order = torch.randperm(samples, generator=runtime.generator("order", at.epoch))
             watch = _LossWatch(runtime.device)
             log.start_epoch(at.epoch + 1, at.step)
             while at.step < len(batches):
-                step = at.steps_done(batches)
+                done = at.steps_done(batches)
                 key = (at.epoch, at.step, runtime.rank)
                 batch = order[batches[at.step]]
                 images, labels = (part.to(runtime.device) for part in train.batch(batch[runtime.rank :: runtime.world]))
@@ -147,16 +159,15 @@ def fit(
                     images = change(images, generator=runtime.generator("augmentation", *key))
 
                 torch.manual_seed(runtime.derive("model", *key))
-                with fds.labels(labels) if fds is not None else nullcontext(), runtime.autocast():
-                    pred = network(to_float(images))
-                weight = weights(labels) if weights is not None else None
-                loss_sum = loss(pred, labels, weight, reduction="sum")
+                weight = weights(labels) if weights is not None and at.epoch >= weights_from else None
+                with fds.labels(labels) if fds is not None else nullcontext():
+                    loss_sum = network(to_float(images), labels, weight)
                 (loss_sum * (runtime.world / len(batch))).backward()
 
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(optimization, step, total_steps)
-                norm = nn.utils.clip_grad_norm_(model.parameters(), optimization.clip_norm or math.inf)
-                watch.see(step, loss_sum.detach(), norm)
+                    group["lr"] = learning_rate(optimization, done, total_steps)
+                norm = nn.utils.clip_grad_norm_(step.parameters(), optimization.clip_norm or math.inf)
+                watch.see(done, loss_sum.detach(), norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 at.loss_sum += loss_sum.detach().double()
@@ -179,11 +190,11 @@ def fit(
 
             if fds is not None:
                 fds.end_epoch()
-            runtime.share_buffers(model)
-            metrics = evaluate(model, val, bins=bins, density=density, runtime=runtime)
+            runtime.share_buffers(step)
+            found = evaluate(model, val, metrics=metrics, runtime=runtime)
             at.seconds = time.monotonic() - started
-            row = _row(at, metrics, runtime, lr=optimizer.param_groups[0]["lr"], step=at.steps_done(batches))
-            best = at.end_epoch(row)
+            row = _row(at, found, runtime, lr=optimizer.param_groups[0]["lr"], step=at.steps_done(batches))
+            best = at.end_epoch(row, files.selects)
             if best:
                 files.save_best()
             log.end_epoch(row, best=best)
@@ -195,26 +206,63 @@ def fit(
     return at.history
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, data: ImageSet, *, bins: Bins, density: LabelDensity, runtime: Runtime, batch_size: int = 512
-) -> RegressionMetrics:
+def evaluate(model: nn.Module, data: ImageSet, *, metrics: Metrics, runtime: Runtime, batch_size: int = 512) -> Metrics:
     """A model's errors over a set, each sample counted once whatever the number of ranks, which must all call this.
 
     Modules run in eval mode and get their own modes back. All ranks must hold the same weights and buffers.
 
     Args:
-        model: from float images in [-1, 1] to (N,), in label units, on the runtime's device.
+        model: from float images in [-1, 1] to predictions or scores, or to something with ``scores``.
+        metrics: of the kind wanted; it is left as it is.
         batch_size: images a forward pass of one rank.
     Returns:
         metrics of all ranks; ``.compute()`` makes the numbers.
     """
-    where = "evaluate"
+    instance("evaluate", (RegressionMetrics, ClassificationMetrics), metrics=metrics)
+    found = metrics.fresh()
+    for _, output, labels in _outputs("evaluate", model, data, runtime, batch_size):
+        found.update(getattr(output, "scores", output), labels)
+    return found.all_reduce()
+
+
+def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: int = 512) -> Any:
+    """What a model makes of each image of a set, in the set's order, on every rank; all must call this.
+
+    Modules run in eval mode and get their own modes back. All ranks must hold the same weights and buffers.
+
+    Returns:
+        a tensor (N, ...) on the runtime's device; or, of a model that returns a named tuple, such a tuple of tensors.
+    Raises:
+        ValueError: there are fewer images than ranks.
+    """
+    instance("predict", ImageSet, data=data)
+    instance("predict", Runtime, runtime=runtime)
+    if len(data) < runtime.world:  # a rank without images would know no shapes
+        raise problem("predict", f"data must hold at least one image a rank, {runtime.world}", got=f"{len(data)}")
+    parts = list(_outputs("predict", model, data, runtime, batch_size))
+    at = torch.cat([indices for indices, _, _ in parts])
+
+    def whole_set(pieces: list[Tensor]) -> Tensor:
+        own = torch.cat(pieces)
+        everyone = own.new_zeros(len(data), *own.shape[1:])
+        everyone[at.to(own.device)] = own
+        return runtime.sum(everyone)
+
+    outputs = [output for _, output, _ in parts]
+    if isinstance(outputs[0], tuple):
+        return type(outputs[0])(*(whole_set(list(pieces)) for pieces in zip(*outputs, strict=True)))
+    return whole_set(outputs)
+
+
+@torch.no_grad()
+def _outputs(
+    where: str, model: nn.Module, data: ImageSet, runtime: Runtime, batch_size: int
+) -> Iterator[tuple[Tensor, Any, Tensor]]:
+    """This rank's share of a set: indices, what the model makes of their images in eval mode, their labels."""
     instance(where, nn.Module, model=model)
     instance(where, ImageSet, data=data)
     instance(where, Runtime, runtime=runtime)
     batch_size = whole(where, "batch_size", batch_size, low=1)
-    metrics = RegressionMetrics(bins, density)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -223,12 +271,24 @@ def evaluate(
                 continue
             images, labels = (part.to(runtime.device) for part in data.batch(indices))
             with runtime.autocast():
-                pred = model(to_float(images))
-            metrics.update(pred, labels)
+                output = model(to_float(images))
+            yield indices, output, labels
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return metrics.all_reduce()
+
+
+class _Step(nn.Module):
+    """Model and loss as one module, so that DistributedDataParallel sees the parameters of both."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], runtime: Runtime) -> None:
+        super().__init__()
+        self.model, self.loss, self._runtime = model, loss, runtime
+
+    def forward(self, images: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
+        with self._runtime.autocast():
+            output = self.model(images)
+        return self.loss(output, labels, weight, reduction="sum")
 
 
 @dataclass
@@ -245,20 +305,20 @@ class _Progress:
     """Seen by all ranks in the epoch under way."""
     seconds: float = 0.0
     best_epoch: int = 0
-    best_bmae: float = math.inf
+    best: float = math.inf
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def steps_done(self, batches: list[slice]) -> int:
         return self.epoch * len(batches) + self.step
 
-    def end_epoch(self, row: dict[str, Any]) -> bool:
+    def end_epoch(self, row: dict[str, Any], selects: str) -> bool:
         """Add a row and go on to the next epoch; returns whether this was the best."""
         self.history.append(row)
         self.epoch, self.step, self.samples = self.epoch + 1, 0, 0
         self.loss_sum.zero_()
-        best = row["val_bmae"] < self.best_bmae
+        best = row[selects] < self.best
         if best:
-            self.best_epoch, self.best_bmae = row["epoch"], row["val_bmae"]
+            self.best_epoch, self.best = row["epoch"], row[selects]
         return best
 
 
@@ -269,15 +329,18 @@ class _RunFiles:
         self,
         folder: Path,
         runtime: Runtime,
-        model: nn.Module,
+        step: _Step,
         optimizer: torch.optim.Optimizer,
         fds: FDS | None,
         at: _Progress,
         identity: dict[str, Any],
+        selects: str,
     ) -> None:
+        self.selects = selects
+        self._loss = step.loss if isinstance(step.loss, nn.Module) else None
         self.last, self.best = folder / "checkpoint-last.pt", folder / "checkpoint-best.pt"
         self.last_place = ""
-        self._runtime, self._model, self._optimizer, self._fds = runtime, model, optimizer, fds
+        self._runtime, self._model, self._optimizer, self._fds = runtime, step.model, optimizer, fds
         self._at, self._identity = at, identity
 
     def open(self, resume: bool) -> None:
@@ -298,6 +361,8 @@ class _RunFiles:
         own = state["ranks"][self._runtime.rank]
         try:
             self._model.load_state_dict(state["model"])
+            if self._loss is not None:
+                self._loss.load_state_dict(state["loss"])
             self._optimizer.load_state_dict(state["optimizer"])
             if self._fds is not None:
                 self._fds.load_state_dict(own["fds"])
@@ -324,6 +389,7 @@ class _RunFiles:
             progress = {name: value for name, value in vars(self._at).items() if name != "loss_sum"}
             state = {
                 "model": self._model.state_dict(),
+                "loss": self._loss.state_dict() if self._loss is not None else None,
                 "optimizer": self._optimizer.state_dict(),
                 "ranks": ranks,
                 "progress": progress,
@@ -339,7 +405,7 @@ class _RunFiles:
             state = {
                 "model": self._model.state_dict(),
                 "epoch": self._at.best_epoch,
-                "val_bmae": self._at.best_bmae,
+                self.selects: self._at.best,
                 "fingerprint": self._identity,
             }
             save_checkpoint(self.best, state)
@@ -437,8 +503,10 @@ def _check(
     model: nn.Module,
     train: ImageSet,
     val: ImageSet,
+    metrics: Metrics,
     loss: Callable[..., Tensor],
     weights: LDS | None,
+    sampler: BinSampler | None,
     fds: FDS | None,
     optimization: Optimization,
     runtime: Runtime,
@@ -447,9 +515,12 @@ def _check(
     where = "fit"
     instance(where, nn.Module, model=model)
     instance(where, ImageSet, train=train, val=val)
+    instance(where, (RegressionMetrics, ClassificationMetrics), metrics=metrics)
     instance(where, Callable, loss=loss)
     if weights is not None:
         instance(where, LDS, weights=weights)
+    if sampler is not None:
+        instance(where, BinSampler, sampler=sampler)
     if fds is not None:
         instance(where, FDS, fds=fds)
     if not callable(augmentation):
@@ -477,16 +548,18 @@ def _batches(samples: int, batch_size: int, world: int) -> list[slice]:
     return [batch for batch in batches if batch.stop - batch.start >= 2 * world]
 
 
-def _row(at: _Progress, metrics: RegressionMetrics, runtime: Runtime, *, lr: float, step: int) -> dict[str, Any]:
-    result = metrics.compute()
+def _column(name: str) -> str:
+    """What a history calls a number of ``metrics.summary()``: ``val_mae`` for "mae/all", ``val_mae_few``."""
+    return "val_" + name.removesuffix("/all").replace("/", "_")
+
+
+def _row(at: _Progress, metrics: Metrics, runtime: Runtime, *, lr: float, step: int) -> dict[str, Any]:
     return {
         "epoch": at.epoch + 1,
         "step": step,
         "lr": lr,
         "loss": runtime.sum(at.loss_sum).item() / at.samples,
-        "val_mae": float(result.mae.sel(region="all")),
-        **{f"val_mae_{region}": float(result.mae.sel(region=region)) for region in ("many", "medium", "few")},
-        "val_bmae": float(result.bmae.sel(region="all")),
+        **{_column(name): value for name, value in metrics.summary().items()},
         "seconds": round(at.seconds, 3),
     }
 

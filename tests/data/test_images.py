@@ -1,3 +1,4 @@
+import hashlib
 import re
 
 import numpy as np
@@ -56,6 +57,27 @@ def test_read_only_memmap(tmp_path):
     assert images[3].ravel().tolist() == list(range(18, 24))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_grey_images_and_class_indices(channels):
+    images = np.arange(4 * channels * 2, dtype=np.uint8).reshape(4, channels, 2, 1)
+    data = ImageSet(**parts(images=images, labels=np.array([2, 0, 2**40])))
+    batch, labels = data.batch(np.array([2, 1]))
+    assert batch.shape == (2, channels, 2, 1)
+    np.testing.assert_array_equal(batch.numpy(), images[[3, 0]])
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [2**40, 0]
+    labels.zero_()
+    assert data.labels.tolist() == [2, 0, 2**40]
+
+
+def test_digest_of_class_indices_by_hand():
+    images, rows, labels = np.array([7, 9], np.uint8).reshape(2, 1, 1, 1), np.array([1, 0]), np.array([3, 258])
+    bytes_seen = b"2 (1, 1, 1)" + bytes([3, 0, 0, 0, 0, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0]) + bytes([9, 7])
+    assert content_digest(images, labels, rows) == hashlib.sha256(bytes_seen).hexdigest()
+    assert content_digest(images, labels.astype(">i8"), rows) == content_digest(images, labels, rows)
+    assert content_digest(images, labels.astype(np.float32), rows) != content_digest(images, labels, rows)
+
+
 def test_digest_tells_what_is_seen_and_not_how_it_is_stored():
     images, labels, rows = parts()["images"], parts()["labels"], parts()["rows"]
     digest = content_digest(images, labels, rows)
@@ -76,10 +98,12 @@ def test_digest_tells_what_is_seen_and_not_how_it_is_stored():
     [
         ({"images": torch.zeros(4, 3, 2, 1)}, TypeError, "images must be a NumPy array of uint8, got Tensor."),
         ({"images": np.zeros((4, 3, 2, 1))}, TypeError, "images must be a NumPy array of uint8, got dtype float64."),
-        ({"images": np.zeros((4, 2, 1, 3), np.uint8)}, ShapeError, "images must have shape (M, 3, H, W)"),
-        ({"images": np.zeros((4, 3, 0, 1), np.uint8)}, ShapeError, "images must have shape (M, 3, H, W)"),
-        ({"images": np.zeros((3, 2, 1), np.uint8)}, ShapeError, "images must have shape (M, 3, H, W), got (3, 2, 1)."),
-        ({"labels": np.zeros(3)}, TypeError, "labels must be a NumPy array of float32, got dtype float64."),
+        ({"images": np.zeros((4, 0, 2, 1), np.uint8)}, ShapeError, "images must have shape (M, C, H, W)"),
+        ({"images": np.zeros((4, 3, 0, 1), np.uint8)}, ShapeError, "images must have shape (M, C, H, W)"),
+        ({"images": np.zeros((3, 2, 1), np.uint8)}, ShapeError, "images must have shape (M, C, H, W), got (3, 2, 1)."),
+        ({"labels": np.zeros(3)}, TypeError, "labels must be a NumPy array of float32 or int64, got dtype float64."),
+        ({"labels": np.zeros(3, np.int32)}, TypeError, "labels must be a NumPy array of float32 or int64, got dtype"),
+        ({"labels": np.array([0, 2, -1])}, LabelError, "class indices must not be negative, got -1 at index [2]."),
         ({"labels": np.zeros((3, 1), np.float32)}, ShapeError, "labels must have shape (N,), got (3, 1)."),
         ({"labels": np.zeros(2, np.float32)}, ShapeError, "labels and rows must be equally long, got 2 and 3."),
         ({"labels": np.array([0, np.nan, 1], np.float32)}, LabelError, "labels must be finite, got nan at index [1]"),

@@ -51,6 +51,41 @@ def _run(errors: list[float]) -> xr.Dataset:
     )
 
 
+def _class_run(right: list[int]) -> xr.Dataset:
+    """One run of classification on the same bins: ``right`` of the 4, 3 and 2 samples; the others went to bin 3."""
+    hits = np.array([*right, 0, 0])
+    inside = np.array([(region == "all") | (region == REGION) for region in ALL_REGIONS])  # (5, B)
+    samples, tested = (inside * TESTED).sum(1), inside & (TESTED > 0)
+    predicted = hits + np.array([0, 0, 0, int((TESTED - hits).sum()), 0])
+    with np.errstate(invalid="ignore"):
+        recall, precision = hits / TESTED, hits / predicted
+        balanced = (tested * np.nan_to_num(1 - recall)).sum(1) / tested.sum(1)
+        f1 = (tested * np.nan_to_num(2 * hits / (TESTED + predicted))).sum(1) / tested.sum(1)
+        error = 1 - (inside * hits).sum(1) / samples
+    labels, one = {"units": "label units"}, {"units": "1"}
+    return xr.Dataset(
+        {
+            "error": ("region", error, one),
+            "balanced_error": ("region", balanced, one),
+            "macro_f1": ("region", f1, one),
+            "count": ("region", samples, one),
+            "bins": ("region", tested.sum(1), one),
+            "bin_recall": ("bin", recall, one),
+            "bin_precision": ("bin", precision, one),
+            "bin_count": ("bin", TESTED, one),
+            "train_count": ("bin", TRAIN, one),
+        },
+        coords={
+            "region": list(ALL_REGIONS),
+            "bin": np.arange(5),
+            "bin_low": ("bin", np.arange(5) - 0.5, labels),
+            "bin_high": ("bin", np.arange(5) + 0.5, labels),
+            "bin_center": ("bin", np.arange(5.0), labels),
+            "bin_region": ("bin", REGION),
+        },
+    )
+
+
 @pytest.fixture
 def run() -> Callable[[list[float]], xr.Dataset]:
     return _run
@@ -75,3 +110,20 @@ def ds(combine: Callable[..., xr.Dataset]) -> xr.Dataset:
         ("constant", 0): _run([5.0, 8.0, 20.0]),
     }
     return combine(runs)
+
+
+@pytest.fixture
+def class_run() -> Callable[[list[int]], xr.Dataset]:
+    return _class_run
+
+
+@pytest.fixture
+def classes(combine: Callable[..., xr.Dataset]) -> xr.Dataset:
+    """Two methods and a baseline; ``adjusted`` never finished seed 1, and has a calibration error that others lack."""
+    runs = {
+        ("softmax", 0): _class_run([4, 2, 0]).assign(minutes=3.0, best_epoch=7),
+        ("softmax", 1): _class_run([4, 1, 1]).assign(minutes=4.0, best_epoch=5),
+        ("adjusted", 0): _class_run([3, 2, 1]).assign(ece=((), 0.0625, {"units": "1"})),
+        ("constant", 0): _class_run([4, 0, 0]),
+    }
+    return combine(runs, label_name="digit", label_units="1")

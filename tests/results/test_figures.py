@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import dir_toolkit as dt
 from dir_toolkit.errors import LabelError, ResultsError, ShapeError
-from dir_toolkit.results import figures
+from dir_toolkit.results import drawing
 from dir_toolkit.results.figures import (
     density_figure,
     error_figure,
@@ -90,10 +90,11 @@ def test_nothing_imports_pyplot_and_reading_a_result_does_not_import_matplotlib(
 import sys
 import dir_toolkit
 assert "xarray" not in sys.modules and "matplotlib" not in sys.modules
-from dir_toolkit.results import figures, report, schema, tables
+from dir_toolkit.results import class_figures, figures, report, schema, tables
 assert "matplotlib" not in sys.modules and "jinja2" not in sys.modules
 figure = figures.density_figure(dir_toolkit.LabelDensity.count([0, 1], dir_toolkit.Bins.classes(2)))
 figures.figure_svg(figure)
+figures.figure_svg(class_figures.feature_space_figure({"a": ([[0, 1]], [0], [[1, 0]], [0])}))
 assert "matplotlib.pyplot" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -171,6 +172,53 @@ def test_region_has_a_bar_a_method_and_region_with_counts_below(ds: xr.Dataset) 
     ticks = [label.get_text() for label in axes.get_xticklabels()]
     assert ticks[:2] == ["all\n9 samples\n3 bins", "many\n4 samples\n1 bins"]
     assert len(axes.collections) == 1  # whiskers for the method with two seeds alone
+
+
+def test_region_shows_classification_in_percent_without_the_constant_predictor(classes: xr.Dataset) -> None:
+    axes = region_figure(classes).axes[0]
+    assert axes.get_ylabel() == "balanced error (%)\nmean ± sd over seeds"
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == pytest.approx([500 / 12, 0, 50, 75, 1300 / 36, 25, 100 / 3, 50])
+    other = region_figure(classes, metric="macro_f1").axes[0]
+    assert other.get_ylabel().startswith("macro F1 (%)")
+    for metric in ("mae", "bin_recall", 3):
+        with pytest.raises(ValueError, match=r"region_figure: metric must be one of \['balanced_error', 'bins'"):
+            region_figure(classes, metric=metric)  # type: ignore[arg-type]
+
+
+def test_region_of_many_methods_has_a_row_each(run: Run, combine: Combine) -> None:
+    ds = combine({(f"m{i}", s): run([1.0 + i + s, 2.0, 3.0]) for i in range(9) for s in (0, 1)})
+    figure = region_figure(ds, metric="bmae")
+    assert len(figure.axes) == 4
+    first = figure.axes[0]
+    assert [label.get_text() for label in first.get_yticklabels()] == [f"m{i} (2 seeds)" for i in range(9)]
+    np.testing.assert_allclose([line.get_xdata()[0] for line in first.lines], [(6.5 + i) / 3 for i in range(9)])
+    assert figure.get_supxlabel() == "bMAE (years), mean ± sd over seeds"
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["all", "many", "medium", "few"]
+
+
+def test_error_is_of_regression(classes: xr.Dataset) -> None:
+    with pytest.raises(
+        ResultsError, match="error_figure: ds must be a result of regression, got one without 'bin_mae'"
+    ):
+        error_figure(classes)
+
+
+def test_history_in_percent() -> None:
+    rows = [{"epoch": 0, "loss": 1.0, "val": 0.25}, {"epoch": 1, "loss": 0.5, "val": ""}]
+    axes = history_figure({("a", 0): rows}, loss="loss", metric="val", metric_name="error", percent=True).axes
+    np.testing.assert_array_equal(axes[0].lines[0].get_ydata(), [1.0, 0.5])
+    np.testing.assert_array_equal(axes[1].lines[0].get_ydata(), [25.0, np.nan])
+    assert axes[1].get_ylabel() == "error (%)"
+
+
+def test_colours_that_repeat_come_with_another_line() -> None:
+    names = [f"m{i}" for i in range(16)]
+    axes = history_figure(
+        {(name, 0): [{"epoch": 0, "loss": 1, "val": 1}] for name in names}, loss="loss", metric="val"
+    ).axes
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes[0].lines}
+    assert len(looks) == 16
 
 
 def test_one_method_with_one_seed_is_drawn(run: Run, combine: Combine) -> None:
@@ -277,7 +325,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
     def fail(*_: object, **__: object) -> str:
         raise RuntimeError("cannot draw")
 
-    monkeypatch.setattr(figures, "figure_svg", fail)
+    monkeypatch.setattr(drawing, "figure_svg", fail)
     with pytest.raises(RuntimeError, match="cannot draw"):
         save_figure(Figure(), path)
     assert path.read_text() == "old"

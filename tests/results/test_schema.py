@@ -13,8 +13,16 @@ import xarray as xr
 
 import dir_toolkit as dt
 from dir_toolkit.errors import ResultsError
+from dir_toolkit.metrics.classification import classification_metrics
 from dir_toolkit.metrics.regression import regression_metrics
-from dir_toolkit.results.schema import combine_runs, load_results, save_results, validate_results
+from dir_toolkit.results.schema import (
+    CLASSIFICATION,
+    REGRESSION,
+    combine_runs,
+    load_results,
+    save_results,
+    validate_results,
+)
 
 Combine = Callable[..., xr.Dataset]
 Run = Callable[[list[float]], xr.Dataset]
@@ -123,6 +131,54 @@ def test_a_whole_number_beyond_32_bits_is_refused(ds: xr.Dataset, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_classification_by_hand(classes: xr.Dataset) -> None:
+    one = classes.sel({"method": "softmax", "seed": 1})
+    assert one["error"].sel(region="all").item() == pytest.approx(3 / 9, abs=1e-12)
+    assert one["balanced_error"].sel(region="all").item() == pytest.approx((0 + 2 / 3 + 1 / 2) / 3, abs=1e-12)
+    assert one["macro_f1"].sel(region="all").item() == pytest.approx((1 + 2 / 4 + 2 / 3) / 3, abs=1e-12)
+    np.testing.assert_array_equal(one["bin_precision"].values, [1, 1, 1, 0, np.nan])
+    missing = classes.sel({"method": "adjusted", "seed": 1})
+    assert all(bool(missing[name].isnull().all()) for name in CLASSIFICATION)
+
+
+def test_what_the_classification_metrics_give_combines(combine: Combine) -> None:
+    bins = dt.Bins.classes(4)
+    density = dt.LabelDensity(bins, np.array([200, 30, 3, 0]))
+    one = classification_metrics(torch.tensor([0, 0, 1, 3]), torch.tensor([0, 0, 1, 1]), bins, density)
+    ds = combine({("softmax", 0): one, ("softmax", 2): one})
+    assert set(CLASSIFICATION) <= set(ds.data_vars)
+    assert not set(REGRESSION) & set(ds.data_vars)
+    assert ds["balanced_error"].sel(region="all").values.tolist() == [[0.25, 0.25]]
+
+
+def test_a_result_may_be_of_both_families(run: Run, class_run: Callable[[list[int]], xr.Dataset]) -> None:
+    beside = class_run([4, 2, 0])
+    one = run([1, 2, 3]).assign({name: beside[name].variable for name in CLASSIFICATION})
+    ds = combine_runs({("soft bins", 0): one}, title="t", command="c", label_name="age", label_units="years")
+    assert {*REGRESSION, *CLASSIFICATION} <= set(ds.data_vars)
+    with pytest.raises(ResultsError, match="variable 'macro_f1' is missing"):
+        validate_results(ds.drop_vars("macro_f1"))
+
+
+def test_a_classification_result_survives_a_file(classes: xr.Dataset, tmp_path: Path) -> None:
+    save_results(classes, tmp_path / "results.nc")
+    xr.testing.assert_identical(load_results(tmp_path / "results.nc"), classes)
+
+
+def test_a_number_by_run_may_be_missing_in_some(class_run: Callable[[list[int]], xr.Dataset], combine: Combine) -> None:
+    ece = ((), 0.5, {"units": "1"})
+    kept = ((), 3, {"units": "1"})
+    runs = {("a", 0): class_run([4, 2, 0]), ("b", 0): class_run([4, 2, 0]).assign(ece=ece, kept=kept)}
+    ds = combine(runs)
+    np.testing.assert_array_equal(ds["ece"].values, [[np.nan], [0.5]])
+    np.testing.assert_array_equal(ds["kept"].values, [[np.nan], [3.0]])
+    runs["a", 0] = runs["a", 0].assign(ece=("region", np.full(5, np.nan)), kept=kept)
+    with pytest.raises(ResultsError, match=r"\('b', 0\): 'ece' is over \(\), in the first run that has it over"):
+        combine(runs)
+    runs["a", 0] = runs["a", 0].drop_vars("ece")
+    assert combine(runs)["kept"].dtype == np.int64  # no run lacks it
+
+
 def _drop(*names: str) -> Callable[[xr.Dataset], xr.Dataset]:
     return lambda ds: ds.drop_vars(list(names))
 
@@ -201,6 +257,37 @@ def test_each_fault_is_reported(ds: xr.Dataset, break_it: Callable[[xr.Dataset],
     validate_results(ds)
     with pytest.raises(ResultsError, match=said):
         validate_results(break_it(ds.copy(deep=True)))
+
+
+_MISSING = {"method": "adjusted", "seed": 1}
+CLASS_FAULTS: list[tuple[Callable[[xr.Dataset], xr.Dataset], str]] = [
+    (_drop("error"), "variable 'error' is missing"),
+    (_drop(*CLASSIFICATION), r"variables must be mae, rmse, .* or error, .*, or both, got neither"),
+    (lambda ds: ds.assign(mae=ds["error"]), "variable 'rmse' is missing"),
+    (_set("error", 1.5, method="softmax", seed=0, region="all"), r"variable 'error' must lie in \[0, 1\]"),
+    (_set("macro_f1", -0.5, method="softmax", seed=0, region="all"), r"variable 'macro_f1' must lie in \[0, 1\]"),
+    (_set("bin_recall", np.inf, method="softmax", seed=0, bin=0), "variable 'bin_recall' must be finite or NaN"),
+    (_set("bin_recall", np.nan, method="softmax", seed=0, bin=0), "'bin_recall' must not be NaN where 'bin_count'"),
+    (_set("bin_recall", 0.0, method="softmax", seed=0, bin=3), "'bin_recall' must be NaN where 'bin_count' is 0"),
+    (_set("bin_precision", 0.5, method="softmax", seed=0, bin=4), "'bin_precision' must be 0 or NaN where 'bin_count'"),
+    (_set("bin_precision", 0.0, **_MISSING, bin=4), "'bin_precision' must be NaN where 'completed' is 0"),
+    (_set("ece", 0.5, **_MISSING), "'ece' must be NaN where 'completed' is 0"),
+    (_attr("units", "%", "balanced_error"), "variable 'balanced_error' must have units '1', got '%'"),
+]
+
+
+@pytest.mark.parametrize(("break_it", "said"), CLASS_FAULTS, ids=[said[:60] for _, said in CLASS_FAULTS])
+def test_each_fault_of_classification_is_reported(
+    classes: xr.Dataset, break_it: Callable[[xr.Dataset], xr.Dataset], said: str
+) -> None:
+    validate_results(classes)
+    with pytest.raises(ResultsError, match=said):
+        validate_results(break_it(classes.copy(deep=True)))
+
+
+def test_a_bin_that_was_never_predicted_has_no_precision(classes: xr.Dataset) -> None:
+    classes["bin_precision"].loc[{"method": "softmax", "seed": 0, "bin": 2}] = np.nan
+    validate_results(classes)
 
 
 def test_all_faults_are_reported_at_once(ds: xr.Dataset) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import xarray as xr
 
@@ -36,6 +37,67 @@ def test_caption_says_units_and_spread(ds: xr.Dataset) -> None:
     assert results_table(ds).caption == "age: MAE and bMAE in years; mean ± standard deviation (n - 1) over seeds."
     one = results_table(ds.isel(seed=[0]), columns=[("rmse", "all"), ("pearson", "all")])
     assert one.caption == "age: RMSE in years; one seed a method, so no spread is known."
+
+
+def test_classification_is_in_percent_by_hand(classes: xr.Dataset) -> None:
+    table = results_table(classes)
+    assert table.header[2:6] == [f"balanced error {region}" for region in ("all", "many", "medium", "few")]
+    assert table.header[6:] == ["error all"]
+    assert table.counts == ["test samples", "", "9", "4", "3", "2", "9"]
+    # Recalls 1, 2/3, 0 and 1, 1/3, 1/2: balanced errors 4/9 and 7/18, mean 5/12, sd (1/18)/sqrt(2); errors 3/9 twice.
+    assert table.rows[0] == [
+        "softmax", "2", "41.67 ± 3.93", "0.00 ± 0.00", "50.00 ± 23.57", "75.00 ± 35.36", "33.33 ± 0.00",
+    ]  # fmt: skip
+    assert [row[0] for row in table.rows] == ["softmax", "adjusted", "constant"]
+    said = "digit: balanced error and error in %; mean ± standard deviation (n - 1) over seeds."
+    assert table.caption == said
+
+
+def test_numbers_by_run_stand_without_a_region(classes: xr.Dataset) -> None:
+    table = results_table(classes, columns=[("ece", None), ("minutes", None), ("macro_f1", "all")])
+    assert table.header == ["method", "seeds", "ECE", "minutes", "macro F1 all"]
+    assert table.counts == ["test samples", "", "", "", "9"]
+    assert [row[2:4] for row in table.rows] == [["–", "3.50 ± 0.71"], ["6.25", "–"], ["–", "–"]]
+    assert table.caption.startswith("digit: ECE and macro F1 in %; minutes in min; mean")
+
+
+def test_both_families_stand_side_by_side(ds: xr.Dataset) -> None:
+    three = ("error", "balanced_error", "macro_f1")
+    more = {
+        name: (ds["mae"].dims, ds["mae"].notnull().where(ds["mae"].notnull()).values, {"units": "1"}) for name in three
+    }
+    recall = (ds["bin_mae"].dims, np.where(ds["bin_mae"].notnull(), 0.5, np.nan), {"units": "1"})
+    header = results_table(ds.assign(**more, bin_recall=recall, bin_precision=recall)).header
+    assert header[2:9] == [
+        "MAE all",
+        "MAE many",
+        "MAE medium",
+        "MAE few",
+        "bMAE all",
+        "balanced error all",
+        "balanced error many",
+    ]
+
+
+def test_a_region_that_no_run_was_tested_in_is_left_out(ds: xr.Dataset, classes: xr.Dataset) -> None:
+    for result, column in ((ds, "MAE few"), (classes, "balanced error few")):
+        result["bin_count"].loc[{"bin": 2}] = 0
+        result["count"].loc[{"region": ["all", "few"]}] -= result["count"].sel(region="few")
+        result["bins"].loc[{"region": ["all", "few"]}] -= result["bins"].sel(region="few")
+        for name in result.data_vars:
+            if result[name].dtype.kind == "f" and "region" in result[name].dims:
+                result[name].loc[{"region": "few"}] = np.nan
+            elif result[name].dtype.kind == "f" and "bin" in result[name].dims:
+                result[name].loc[{"bin": 2}] = np.nan
+        assert (column in results_table(result).header) == (result is ds)  # regression shows its three regions always
+
+
+@pytest.mark.parametrize("column", ["ece", ("ece", "all"), ("error", None), ("tau", None), (None, None)])
+def test_an_unknown_column_of_classification_is_refused(classes: xr.Dataset, column: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"columns must be .*; with None for the region, \['best_epoch', 'completed', 'ece"
+    ):
+        results_table(classes, columns=[column])  # type: ignore[list-item]
 
 
 def test_an_empty_region_and_a_method_without_runs_show_dashes(ds: xr.Dataset) -> None:

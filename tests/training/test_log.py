@@ -59,10 +59,25 @@ def test_one_row_an_epoch_and_a_header_once(tmp_path: Path, capsys: pytest.Captu
     assert float(rows[2]["loss"]) == 7.0 / 3
 
 
+def test_classification_errors_have_their_own_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, MAIN, steps_per_epoch=5) as log:
+        plain = {name: value for name, value in row(1).items() if not name.startswith("val_")}
+        errors = {"val_error": 0.02, "val_balanced_error": 0.03, "val_balanced_error_few": 0.05}
+        log.end_epoch({**plain, **errors})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["epoch", "loss", "lr", "error", "BER", "few", "seconds"]
+    assert lines[1].split() == ["1", "7.000", "2.0e-03", "0.0200", "0.0300", "0.0500", "2"]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {"val/error/all", "val/balanced_error/all", "val/balanced_error/few"} < set(events.Tags()["scalars"])
+
+
 def test_a_row_of_other_columns_is_refused_and_not_written(tmp_path: Path) -> None:
     log = RunLog(str(tmp_path), MAIN, steps_per_epoch=5)
-    with pytest.raises(ValueError, match=r"RunLog.end_epoch: row must have the keys .* got missing \['lr'\]"):
+    with pytest.raises(ValueError, match=r"RunLog.end_epoch: row must hold .* got missing \['lr'\], unknown \[\]"):
         log.end_epoch({name: value for name, value in row(1).items() if name != "lr"})
+    with pytest.raises(ValueError, match=r"missing \[\], unknown \['mae', 'val_luck', 'val_mae_dozens'\]"):
+        log.end_epoch({**row(1), "mae": 1.0, "val_luck": 1.0, "val_mae_dozens": 1.0})
     assert read_history(tmp_path) == []
 
 
@@ -77,9 +92,9 @@ def test_tensorboard_holds_the_promised_tags_and_each_epoch_once_after_a_resume(
     run(tmp_path, range(2, 5), [row(1)])
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    tags = {"train/loss", "train/lr", "val/mae/all", "val/mae/many", "val/mae/medium", "val/mae/few", "val/bmae"}
+    tags = {"train/loss", "train/lr", "val/mae/all", "val/mae/many", "val/mae/medium", "val/mae/few", "val/bmae/all"}
     assert set(events.Tags()["scalars"]) == tags
-    assert [event.step for event in events.Scalars("val/bmae")] == [5, 10, 15, 20]
+    assert [event.step for event in events.Scalars("val/bmae/all")] == [5, 10, 15, 20]
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

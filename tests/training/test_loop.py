@@ -26,7 +26,7 @@ from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.weights import LDS
 from dir_toolkit.losses.regression import weighted_l1
-from dir_toolkit.metrics.regression import regression_metrics
+from dir_toolkit.metrics.regression import RegressionMetrics, regression_metrics
 from dir_toolkit.training.checkpoint import load_checkpoint
 from dir_toolkit.training.loop import Optimization, evaluate, fit
 from dir_toolkit.training.runtime import Runtime, start_runtime
@@ -63,6 +63,10 @@ def one_process(seed: int = 3, precision: Any = "float32") -> Runtime:
     return Runtime(torch.device("cpu"), seed=seed, precision=precision)
 
 
+def metrics_of(data: ImageSet) -> RegressionMetrics:
+    return RegressionMetrics(BINS, LabelDensity.count(data.labels, BINS))
+
+
 def train(
     folder: Path, runtime: Runtime | None = None, *, random: bool = True, with_fds: bool = True, **changes: Any
 ) -> Any:
@@ -75,8 +79,7 @@ def train(
     if fds is not None:
         fds.attach(model.head, "input")
     arguments: dict[str, Any] = {
-        "bins": BINS,
-        "density": LabelDensity.count(data.labels, BINS),
+        "metrics": metrics_of(data),
         "weights": LDS(BINS).fit(data.labels),
         "fds": fds,
         "runtime": runtime,
@@ -253,8 +256,7 @@ def test_another_model_is_not_resumed(whole_run: Path) -> None:
             model,
             data,
             image_set(31, seed=1),
-            bins=BINS,
-            density=LabelDensity.count(data.labels, BINS),
+            metrics=metrics_of(data),
             weights=LDS(BINS).fit(data.labels),
             fds=fds,
             runtime=one_process(),
@@ -321,8 +323,7 @@ def test_all_that_cannot_be_trained_is_told_at_once(tmp_path: Path) -> None:
             model,
             data,
             empty,
-            bins=BINS,
-            density=LabelDensity.count(data.labels, BINS),
+            metrics=metrics_of(data),
             fds=model.fds,
             runtime=one_process(),
             folder=tmp_path,
@@ -347,9 +348,11 @@ def test_all_that_cannot_be_trained_is_told_at_once(tmp_path: Path) -> None:
             CheckpointError,
             r"fingerprint\['size'\] must be a tensor or a plain",
         ),
-        ({"bins": Bins.uniform(0, 21, width=1)}, ValueError, "density must be a LabelDensity over the same bins"),
+        ({"metrics": "mae"}, TypeError, "metrics must be a RegressionMetrics or a ClassificationMetrics, got str"),
+        ({"sampler": 1}, TypeError, "sampler must be a BinSampler, got int"),
+        ({"weights_from": -1}, ValueError, "weights_from must be at least 0, got -1"),
         (
-            {"bins": (few := Bins.uniform(0, 1, width=1)), "density": LabelDensity.count([0], few)},
+            {"metrics": RegressionMetrics(few := Bins.uniform(0, 1, width=1), LabelDensity.count([0], few))},
             LabelError,
             r"val.labels must lie on the label axis \[0, 1\]",
         ),
@@ -360,8 +363,7 @@ def test_what_cannot_work_is_refused_before_any_step(
 ) -> None:
     data = image_set()
     arguments: dict[str, Any] = {
-        "bins": BINS,
-        "density": LabelDensity.count(data.labels, BINS),
+        "metrics": metrics_of(data),
         "loss": at_call(1, never),
         "optimization": Optimization(batch_size=BATCH),
         "runtime": one_process(),
@@ -373,16 +375,14 @@ def test_what_cannot_work_is_refused_before_any_step(
 
 
 def test_only_image_sets_are_taken(tmp_path: Path) -> None:
-    density = LabelDensity.count(image_set().labels, BINS)
     with pytest.raises(TypeError, match="evaluate: data must be an ImageSet, got NoneType"):
-        evaluate(tiny_model(), None, bins=BINS, density=density, runtime=one_process())  # type: ignore[arg-type]
+        evaluate(tiny_model(), None, metrics=metrics_of(image_set()), runtime=one_process())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="fit: val must be an ImageSet, got list"):
         fit(
             tiny_model(),
             image_set(),
             [],  # type: ignore[arg-type]
-            bins=BINS,
-            density=density,
+            metrics=metrics_of(image_set()),
             optimization=Optimization(),
             runtime=one_process(),
             folder=tmp_path,
@@ -393,10 +393,9 @@ def test_only_image_sets_are_taken(tmp_path: Path) -> None:
 def test_a_rank_without_images_to_evaluate_waits_for_the_others(rank: int) -> None:
     data = image_set(2)
     runtime = Runtime(torch.device("cpu"), rank=rank, world=4)
-    density = LabelDensity.count(data.labels, BINS)
     model = tiny_model()
     model.register_forward_pre_hook(lambda module, images: None if len(images[0]) else never())
-    metrics = evaluate(model, data, bins=BINS, density=density, runtime=runtime)
+    metrics = evaluate(model, data, metrics=metrics_of(data), runtime=runtime)
     assert int(metrics.compute()["count"].sel(region="all")) == (rank == 1)
 
 
@@ -413,8 +412,7 @@ def test_evaluate_restores_every_mode() -> None:
     model.train()
     model.head.eval()
     data = image_set(31)
-    density = LabelDensity.count(data.labels, BINS)
-    metrics = evaluate(model, data, bins=BINS, density=density, runtime=one_process(), batch_size=8)
+    metrics = evaluate(model, data, metrics=metrics_of(data), runtime=one_process(), batch_size=8)
     assert model.training
     assert model.backbone.training
     assert not model.head.training

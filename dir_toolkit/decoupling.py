@@ -1,0 +1,175 @@
+"""Decoupling: learn features from the labels as they come, then freeze them and balance the head alone.
+
+================== ==========================================================================================
+cRT                ``stage_two(model, "crt")``, then train with ``BinSampler(labels, bins, q=0)``
+LWS                ``stage_two(model, "lws")``, then the same: one scale a class is learnt, all else frozen
+RRT                ``stage_two(model, "rrt")``, then train a regressor with ``LDS(..., scheme="inverse")`` weights
+NCM                no training: :class:`dir_toolkit.heads.nearest_mean.NearestMeanHead` on the frozen features
+tau-normalization  no training: :func:`choose_normalization` on validation features
+================== ==========================================================================================
+
+Any training loop will do for the second stage, as long as its optimizer takes parameters that require gradients only.
+Its learning rate, epochs and schedule are its own.
+
+Source:
+    Kang et al. 2020, sections 3 and 4 (arXiv:1910.09217); Yang et al. 2021, appendix, for RRT (arXiv:2102.09554).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._checks import instance, is_tensor, one_of, problem, whole
+from .heads.normalized import ScaledHead, tau_normalized
+from .metrics.classification import balanced_error
+from .priors import TauChoice, candidate_taus, middle_of_best
+
+__all__ = ["Frozen", "choose_normalization", "freeze", "reinitialize", "stage_two"]
+
+Method = Literal["crt", "lws", "rrt"]
+
+
+class Frozen:
+    """What :func:`freeze` returns: undoes it by :meth:`remove`, or at the end of a ``with``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._required = [p for p in module.parameters() if p.requires_grad]
+        self._modes = [(part, part.training) for part in module.modules()]
+        for parameter in self._required:
+            parameter.requires_grad_(False)
+        _to_eval(module)
+        # train() of a whole model reaches the frozen part as well; this sets it back before every pass.
+        self._hook = module.register_forward_pre_hook(_to_eval)
+
+    def remove(self) -> None:
+        """Give parameters their gradients back, and modules the modes they had."""
+        self._hook.remove()
+        for parameter in self._required:
+            parameter.requires_grad_(True)
+        for part, mode in self._modes:
+            part.training = mode
+        self._required, self._modes = [], []
+
+    def __enter__(self) -> Frozen:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def _to_eval(module: nn.Module, inputs: Any = None) -> None:
+    for part in module.modules():
+        part.training = False
+
+
+def freeze(module: nn.Module) -> Frozen:
+    """Freeze a module really: no parameter moves, BatchNorm keeps its statistics, dropout drops nothing.
+
+    It stays so whatever calls ``train()`` on it or on a model around it, and is the same to the bit after any training
+    that goes through ``requires_grad``. A copy of a frozen module is frozen, too, and so is one that was pickled.
+
+    Returns:
+        a handle; ``handle.remove()`` undoes it.
+    Raises:
+        TypeError: it is no module.
+
+    >>> encoder = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    >>> handle = freeze(encoder)
+    >>> output = encoder.train()(torch.randn(4, 2))
+    >>> encoder[1].num_batches_tracked.item(), output.requires_grad
+    (0, False)
+    """
+    instance("freeze", nn.Module, module=module)
+    return Frozen(module)
+
+
+def reinitialize(module: nn.Module, *, seed: int = 0) -> None:
+    """Start every layer of a module afresh, by its own ``reset_parameters``; global random numbers are left alone.
+
+    Raises:
+        TypeError: a part holds parameters of its own and does not know how to reset them; nothing has changed then.
+        ValueError: the module has no parameters.
+    """
+    where = "reinitialize"
+    instance(where, nn.Module, module=module)
+    seed = whole(where, "seed", seed, low=0)
+    layers = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
+    if not layers:
+        raise problem(where, "module must have parameters", got=type(module).__name__)
+    for layer in layers:
+        if not callable(getattr(layer, "reset_parameters", None)):
+            rule = "every layer with parameters must have reset_parameters()"
+            raise problem(where, rule, got=type(layer).__name__, fix="Give it one, or a new layer.", error=TypeError)
+    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for layer in layers:
+            layer.reset_parameters()  # type: ignore[operator]
+
+
+def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
+    """Make a trained model ready for its second stage: ``model.backbone`` frozen, ``model.head`` to be trained.
+
+    Args:
+        model: has ``backbone`` and ``head``, as :class:`dir_toolkit.backbones.ImageClassifier` and
+            :class:`dir_toolkit.backbones.ImageRegressor` do; for others :func:`freeze` and :func:`reinitialize` serve.
+        method: ``"crt"`` and ``"rrt"`` start the head afresh; ``"lws"`` wraps it, which must be linear, in a
+            :class:`dir_toolkit.heads.normalized.ScaledHead`.
+        seed: of the head's new start.
+    Returns:
+        the handle of the frozen backbone.
+    Raises:
+        TypeError: the model lacks a part, or its head is of the wrong kind. ValueError: the method is unknown.
+    """
+    where = "stage_two"
+    instance(where, nn.Module, model=model)
+    one_of(where, "method", method, ("crt", "lws", "rrt"))
+    backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
+    if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
+        raise problem(
+            where,
+            "model must have modules named backbone and head",
+            got=type(model).__name__,
+            fix="Use freeze(encoder) and reinitialize(head).",
+            error=TypeError,
+        )
+    if method == "lws":
+        if not isinstance(head, nn.Linear):
+            rule = 'model.head must be an nn.Linear for "lws"'
+            raise problem(where, rule, got=type(head).__name__, error=TypeError)
+        model.head = ScaledHead(head)
+    else:
+        reinitialize(head, seed=seed)
+    return freeze(backbone)
+
+
+def choose_normalization(
+    head: nn.Linear, features: Tensor, labels: Tensor, *, taus: Sequence[float] | np.ndarray | None = None
+) -> TauChoice:
+    """The tau for :func:`dir_toolkit.heads.normalized.tau_normalized` that errs least on validation features.
+
+    Args:
+        features, labels: of validation data that training has not seen.
+        taus: candidates, >= 0, rising; None means 0, 0.05, ... 2.
+    Shape:
+        features: (N, D). labels: (N,) class indices.
+    Returns:
+        the choice by balanced error, with the curve; among equals the middle of the longest run.
+    Source:
+        Kang et al. 2020, section 4.1 (arXiv:1910.09217).
+    """
+    where = "choose_normalization"
+    instance(where, nn.Linear, head=head)
+    is_tensor(where, features=features, labels=labels)
+    tried = candidate_taus(where, np.linspace(0, 2, 41) if taus is None else taus)
+    with torch.no_grad():
+        scores = (tau_normalized(head, float(tau))(features) for tau in tried)
+        curve = np.array([balanced_error(pred, labels, head.out_features) for pred in scores])
+    curve.setflags(write=False)
+    return TauChoice(float(tried[middle_of_best(curve)]), tried, curve, "balanced_error", 1.0)

@@ -1,0 +1,47 @@
+"""What every head does with the features it is given."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .._checks import is_tensor, problem, real
+from ..errors import ShapeError
+
+
+def checked_features(where: str, features: Tensor, num_features: int) -> Tensor:
+    """``features`` if they are real numbers of shape (N, ``num_features``)."""
+    is_tensor(where, features=features)
+    real(where, features=features)
+    if features.ndim != 2 or features.shape[1] != num_features:
+        fix = "Use features.flatten(1)." if features.ndim > 2 else ""
+        rule = f"features must be (N, {num_features})"
+        raise problem(where, rule, got=tuple(features.shape), fix=fix, error=ShapeError)
+    return features
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 if any of ``tensors`` is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast, where it is on, is off."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows (N, D) scaled to length one. A row shorter than 1e-12 becomes zero and has the gradient zero."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    there = norm > 1e-12
+    return rows * torch.where(there, 1 / torch.where(there, norm, 1.0), 0.0)
+
+
+def squared_distances(features: Tensor, points: Tensor) -> Tensor:
+    """Squared Euclidean distances (N, P) of features (N, D) to points (P, D), by one matrix product."""
+    partial = torch.addmm(points.square().sum(1), features, points.t(), alpha=-2)
+    return (partial + features.square().sum(1, keepdim=True)).clamp_min(0)

@@ -1,0 +1,72 @@
+"""Scores by direction alone, so that no class wins by the length of its weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import instance, number, whole
+from ._features import checked_features, full_precision, unit_rows, wide
+
+__all__ = ["CosineHead"]
+
+
+class CosineHead(nn.Module):
+    r"""Scores :math:`s \cos(z, w_j)`.
+
+    A feature or weight vector shorter than 1e-12 has cosine zero with everything, and no gradient. Computes in at least
+    float32, under autocast too.
+
+    Args:
+        num_features: D. num_classes: C.
+        scale: s, > 0; scores lie in [-s, s]. learn_scale: train s, from ``scale`` on, as its logarithm.
+    Attributes:
+        weight: (C, D). scale: (), or, if it is learnt, log_scale: ().
+    Shape:
+        forward: features (N, D). Returns (N, C).
+    Raises:
+        ValueError: num_features or num_classes is below 1, or scale is not positive and finite. TypeError: features are
+        no real numbers. ShapeError: features are not (N, D).
+    Source:
+        Gidaris and Komodakis 2018, section 3.2 (arXiv:1804.09458).
+
+    >>> head = CosineHead(2, 2, scale=10.0)
+    >>> _ = head.load_state_dict({"weight": torch.tensor([[1.0, 0.0], [0.0, 5.0]]), "scale": torch.tensor(10.0)})
+    >>> head(torch.tensor([[0.0, 3.0]])).tolist()
+    [[0.0, 10.0]]
+    """
+
+    weight: nn.Parameter
+    scale: Tensor
+    log_scale: nn.Parameter
+
+    def __init__(self, num_features: int, num_classes: int, *, scale: float = 16.0, learn_scale: bool = False) -> None:
+        super().__init__()
+        self.num_features = whole("CosineHead", "num_features", num_features, low=1)
+        self.num_classes = whole("CosineHead", "num_classes", num_classes, low=1)
+        scale = number("CosineHead", "scale", scale, low=0, open_low=True)
+        instance("CosineHead", bool, learn_scale=learn_scale)
+        self.learn_scale = learn_scale
+        self.weight = nn.Parameter(torch.empty(self.num_classes, self.num_features))
+        if learn_scale:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        else:
+            self.register_buffer("scale", torch.tensor(scale))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: normal, of length about one."""
+        nn.init.normal_(self.weight, std=self.num_features**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        checked_features("CosineHead", features, self.num_features)
+        dtype = wide(features, self.weight)
+        with full_precision(features.device):
+            cosine = unit_rows(features.to(dtype)) @ unit_rows(self.weight.to(dtype)).t()
+            scale = self.log_scale.to(dtype).exp() if self.learn_scale else self.scale
+            return cosine * scale
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, {self.num_classes}, learn_scale={self.learn_scale}"

@@ -1,0 +1,52 @@
+"""The plain classifier: one weight vector per class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import instance, whole
+from ._features import checked_features
+
+__all__ = ["LinearHead"]
+
+
+class LinearHead(nn.Linear):
+    r"""Scores :math:`w_j \cdot z + b_j`: ``torch.nn.Linear`` that checks what it is given.
+
+    Args:
+        num_features: D. num_classes: C. bias: whether each class has a :math:`b_j`.
+    Attributes:
+        weight: (C, D). bias: (C,) or None.
+    Shape:
+        forward: features (N, D). Returns (N, C).
+    Raises:
+        ValueError: num_features or num_classes is below 1. TypeError: features are no real numbers. ShapeError:
+        features are not (N, D).
+
+    >>> head = LinearHead(64, 10)
+    >>> head(torch.zeros(3, 64)).shape
+    torch.Size([3, 10])
+    """
+
+    def __init__(self, num_features: int, num_classes: int, *, bias: bool = True) -> None:
+        num_features = whole("LinearHead", "num_features", num_features, low=1)
+        num_classes = whole("LinearHead", "num_classes", num_classes, low=1)
+        instance("LinearHead", bool, bias=bias)
+        super().__init__(num_features, num_classes, bias=bias)
+        self.num_features, self.num_classes = num_features, num_classes
+
+    def forward(self, features: Tensor) -> Tensor:
+        checked_features("LinearHead", features, self.num_features)
+        return super().forward(features if features.is_floating_point() else features.to(self.weight.dtype))
+
+
+def linear_of(weight: Tensor, bias: Tensor | None, *, trainable: bool) -> LinearHead:
+    """A head that owns these tensors; draws no random numbers."""
+    num_classes, num_features = weight.shape
+    with torch.device("meta"):
+        head = LinearHead(num_features, num_classes, bias=bias is not None)
+    head.weight = nn.Parameter(weight, requires_grad=trainable)
+    if bias is not None:
+        head.bias = nn.Parameter(bias, requires_grad=trainable)
+    return head

@@ -1,0 +1,171 @@
+"""The nearest-class-mean classifier, which is counted rather than trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .._checks import finite, is_tensor, label_problem, one_of, problem, readable, same_device, warn, whole
+from ..errors import NotFittedError, ShapeError
+from ..features.moments import BinMoments
+from ._features import checked_features, full_precision, squared_distances, unit_rows, wide
+
+__all__ = ["NearestMeanHead"]
+
+Metric = Literal["cosine", "euclidean"]
+
+
+class NearestMeanHead(nn.Module):
+    r"""Scores by nearness to the mean feature of each class: its cosine, or minus its squared distance.
+
+    .. code-block:: python
+
+        for x, y in loader:
+            head.update(backbone(x), y)
+        head.finish()
+
+    Every class weighs alike, however many samples its mean is taken from. What :meth:`update` has gathered is no part
+    of the ``state_dict``; what :meth:`finish` makes of it is. Computes in at least float32, under autocast too.
+
+    Args:
+        num_features: D. num_classes: C.
+        metric: ``"cosine"`` or ``"euclidean"``.
+    Attributes:
+        means: (C, D), zero for a class without samples. count: (C,) int64, samples in each mean.
+    Shape:
+        forward: features (N, D). Returns (N, C), minus infinity for a class without samples.
+    Raises:
+        ValueError: num_features or num_classes is below 1, or metric is none of the words above. NotFittedError: scores
+        are asked for before :meth:`finish`. TypeError: features are no real numbers. ShapeError: features are not
+        (N, D).
+    Source:
+        Kang et al. 2020, section 4 (arXiv:1910.09217).
+
+    >>> head = NearestMeanHead(2, 2, metric="euclidean")
+    >>> head.update(torch.tensor([[0.0, 0.0], [2.0, 0.0], [5.0, 0.0]]), torch.tensor([0, 0, 1]))
+    >>> head.finish()
+    >>> head(torch.tensor([[2.0, 0.0]])).tolist()
+    [[-1.0, -9.0]]
+    """
+
+    means: Tensor
+    count: Tensor
+
+    def __init__(self, num_features: int, num_classes: int, *, metric: Metric = "cosine") -> None:
+        super().__init__()
+        self.num_features = whole("NearestMeanHead", "num_features", num_features, low=1)
+        self.num_classes = whole("NearestMeanHead", "num_classes", num_classes, low=1)
+        one_of("NearestMeanHead", "metric", metric, ("cosine", "euclidean"))
+        self.metric = metric
+        self.register_buffer("means", torch.zeros(self.num_classes, self.num_features))
+        self.register_buffer("count", torch.zeros(self.num_classes, dtype=torch.int64))
+        self._fitted = self._warned = False
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._moments = BinMoments(self.num_classes, self.num_features)
+        self._outside = torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add samples to those that the next :meth:`finish` takes the means of.
+
+        Shape:
+            features: (N, D). labels: (N,), integers from 0 to C - 1.
+        Raises:
+            ShapeError: the shapes do not fit. TypeError: features are no real numbers, or labels no integers.
+            LabelError: a label is none of the classes. ValueError: a feature is not finite. Nothing is added then. On
+            an accelerator, where values are not looked at, :meth:`finish` raises the last two.
+        """
+        where = "NearestMeanHead.update"
+        checked_features(where, features, self.num_features)
+        is_tensor(where, labels=labels)
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            fix = "Use labels.long()." if labels.is_floating_point() else ""
+            raise problem(where, "labels must be integers", got=f"dtype {labels.dtype}", fix=fix, error=TypeError)
+        if labels.shape != features.shape[:1]:
+            fix = "Use labels.squeeze(1)." if labels.shape == (len(features), 1) else ""
+            raise problem(
+                where, f"labels must be ({len(features)},)", got=tuple(labels.shape), fix=fix, error=ShapeError
+            )
+        same_device(where, features=features, labels=labels)
+        finite(where, features=features)
+        index = labels.long()
+        outside = (index < 0) | (index >= self.num_classes)
+        if readable(index) and bool(outside.any()):
+            at = int(outside.int().argmax())
+            raise label_problem(
+                where,
+                f"labels must be classes from 0 to {self.num_classes - 1}",
+                got=f"{int(index[at])} at index [{at}] ({int(outside.sum())} such labels)",
+            )
+        self._outside = self._outside.to(index.device) + outside.sum()
+        self._moments.update(features, torch.where(outside, -1, index))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Take the means of all samples since the last call, merged over the ranks, which must all call this.
+
+        Warns once of classes without samples.
+
+        Raises:
+            NotFittedError: there is no sample. LabelError, ValueError: on an accelerator, as in :meth:`update`. The
+            means stay as they were, and the samples are forgotten.
+        """
+        where = "NearestMeanHead.finish"
+        moments, outside = self._moments, self._outside
+        self._start_over()
+        moments.all_reduce()
+        outside = outside.to(moments.count.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(outside)
+        if int(outside):
+            rule = f"labels must be classes from 0 to {self.num_classes - 1}"
+            raise label_problem(where, rule, got=f"{int(outside)} that are not")
+        if not bool(moments.count.any()):
+            raise problem(where, "there must be samples", got="none", fix="Call update first.", error=NotFittedError)
+        finite(where, means=moments.mean.cpu())
+        self.means.copy_(moments.mean)
+        self.count.copy_(moments.count)
+        self._fitted = True
+        missing = torch.nonzero(moments.count == 0).flatten().tolist()
+        if missing and not self._warned:
+            self._warned = True
+            listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            warn(where, f"{len(missing)} of {self.num_classes} classes have no sample and are never chosen: {listed}.")
+
+    def forward(self, features: Tensor) -> Tensor:
+        checked_features("NearestMeanHead", features, self.num_features)
+        if not self._fitted:
+            self._require_means()
+        dtype = wide(features, self.means)
+        with full_precision(features.device):
+            z, means = features.to(dtype), self.means.to(dtype)
+            if self.metric == "cosine":
+                scores = unit_rows(z) @ unit_rows(means).t()
+            else:
+                centre = means.mean(0)  # far from the origin digits would cancel
+                scores = -squared_distances(z - centre, means - centre)
+            return scores.masked_fill(self.count == 0, -torch.inf)
+
+    def _require_means(self) -> None:
+        """Look whether means have been copied in from another module; raise if there are none."""
+        self._fitted = bool(self.count.any())
+        if not self._fitted:
+            raise problem(
+                "NearestMeanHead",
+                "the means must be taken before scores are asked for",
+                got="none",
+                fix="Call update with the training features, then finish; or load a state_dict.",
+                error=NotFittedError,
+            )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._fitted = self.count.device.type != "meta" and bool(self.count.any())
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, {self.num_classes}, metric={self.metric!r}"

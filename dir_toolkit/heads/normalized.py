@@ -1,0 +1,93 @@
+"""Rescaling the weights of a trained linear classifier, class by class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._checks import finite, instance, number, problem
+from ._features import checked_features
+from .linear import LinearHead, linear_of
+
+__all__ = ["ScaledHead", "tau_normalized"]
+
+
+@torch.no_grad()
+def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
+    r"""A new head with the weights :math:`w_i / \|w_i\|^\tau` of a trained one, and without bias.
+
+    Weights of classes with many samples grow long; dividing by a power of the length takes that away. The bias, which
+    follows the class counts too, is dropped, as in the paper.
+
+    Args:
+        linear: left as it is.
+        tau: >= 0, chosen on validation data. 0 keeps the weights, 1 makes all equally long.
+    Raises:
+        TypeError: linear is no ``torch.nn.Linear``. ValueError: tau is negative or not finite, a weight is not finite,
+        or tau > 0 and the weights of a class are all zero or leave the dtype's range.
+    Source:
+        Kang et al. 2020, section 4 (arXiv:1910.09217).
+
+    >>> linear = torch.nn.Linear(2, 1)
+    >>> _ = linear.weight.data.copy_(torch.tensor([[3.0, 4.0]]))
+    >>> tau_normalized(linear, tau=1.0).weight.tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    where = "tau_normalized"
+    instance(where, nn.Linear, linear=linear)
+    tau = number(where, "tau", tau, low=0)
+    weight = linear.weight.detach().cpu()
+    finite(where, weight=weight)
+    norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)
+    zero = torch.nonzero(norms[:, 0] == 0).flatten().tolist()
+    if zero and tau > 0:
+        raise problem(
+            where,
+            "the weights of no class may all be zero",
+            got=f"zeros for {zero[:10]} ({len(zero)} of {linear.out_features} classes)",
+            fix="Train the head first, or pass tau=0.",
+        )
+    scaled = (weight.double() / norms.pow(tau)).to(weight.dtype) if tau > 0 else weight.clone()
+    if not bool(scaled.isfinite().all()):
+        raise problem(where, f"w / ||w||^tau must fit into {weight.dtype}", got=f"tau = {tau:g}", fix="Lower tau.")
+    return linear_of(scaled.to(linear.weight.device), None, trainable=True).train(linear.training)
+
+
+class ScaledHead(nn.Module):
+    r"""Scores :math:`f_i\, w_i \cdot z + b_i` with one learnt scale per class, all else frozen.
+
+    Learnable weight scaling: trained with class-balanced sampling on frozen features, it finds by itself how far each
+    class is to be rescaled. A bias stays as it is.
+
+    Args:
+        linear: the trained classifier, of which a frozen copy is kept.
+    Attributes:
+        scale: (C,), starts at one. linear: the frozen copy, part of the ``state_dict``.
+    Shape:
+        forward: features (N, D). Returns (N, C).
+    Raises:
+        TypeError: linear is no ``torch.nn.Linear``, or features are no real numbers. ShapeError: features are not
+        (N, D).
+    Source:
+        Kang et al. 2020, section 4 (arXiv:1910.09217).
+
+    >>> head = ScaledHead(LinearHead(64, 10))
+    >>> [name for name, parameter in head.named_parameters() if parameter.requires_grad]
+    ['scale']
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        instance("ScaledHead", nn.Linear, linear=linear)
+        self.num_features, self.num_classes = linear.in_features, linear.out_features
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        self.linear = linear_of(linear.weight.detach().clone(), bias, trainable=False)
+        self.scale = nn.Parameter(torch.ones_like(self.linear.weight[:, 0]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        checked_features("ScaledHead", features, self.num_features)
+        weight, bias = self.linear.weight, self.linear.bias
+        features = features if features.is_floating_point() else features.to(weight.dtype)
+        scores = F.linear(features, weight) * self.scale
+        return scores if bias is None else scores + bias

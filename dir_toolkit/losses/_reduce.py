@@ -1,0 +1,149 @@
+"""What the losses share: the checks of class indices and of one value a class, and the reduction."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import (
+    finite,
+    is_tensor,
+    label_problem,
+    labels_array,
+    not_empty,
+    not_negative,
+    one_of,
+    problem,
+    readable,
+    real,
+    same_device,
+)
+from ..errors import ShapeError
+
+__all__ = ["Reduction", "checked_rows", "per_class", "reduce", "wide_dtype"]
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Values times weights, then as they are, their mean over all of them, or their sum."""
+    if weight is not None:
+        values = values * weight.to(values.dtype)
+    return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is of it, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def checked_rows(
+    where: str,
+    name: str,
+    rows: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    *,
+    num_classes: int | None = None,
+) -> Tensor:
+    """``rows`` (N, C) in at least float32, once they, the classes (N,), the weights and the reduction are checked.
+
+    With ``num_classes`` the rows are no scores but features (N, D).
+    """
+    one_of(where, "reduction", reduction, ("none", "mean", "sum"))
+    weights = {} if weight is None else {"weight": weight}
+    is_tensor(where, **{name: rows}, target=target, **weights)
+    if not rows.is_floating_point():
+        raise problem(where, f"{name} must be floats", got=f"dtype {rows.dtype}", error=TypeError)
+    if rows.ndim != 2:
+        shape = "(N, C), one column a class" if num_classes is None else "(N, D), one row a sample"
+        raise problem(where, f"{name} must be {shape}", got=f"shape {tuple(rows.shape)}", error=ShapeError)
+    not_empty(where, **{name: rows})
+    samples, classes = rows.shape[0], rows.shape[1] if num_classes is None else num_classes
+    _one_a_sample(where, "target", target, samples, {(samples, classes): "Use target.argmax(1) on one-hot rows."})
+    if target.dtype != torch.int64:
+        raise problem(
+            where,
+            "target must hold class indices as int64",
+            got=f"dtype {target.dtype}",
+            fix="Use target.long().",
+            error=TypeError,
+        )
+    if weight is not None:
+        _one_a_sample(where, "weight", weight, samples, {(classes,): "Use weight[target] for one weight a class."})
+        real(where, weight=weight)
+    same_device(where, **{name: rows}, target=target, **weights)
+    if readable(target):
+        _classes_exist(where, target, classes)
+    finite(where, **weights)
+    not_negative(where, **weights)
+    return rows.to(wide_dtype(rows))
+
+
+def per_class(
+    where: str,
+    name: str,
+    value: Any,
+    scores: Tensor,
+    *,
+    positive: str = "",
+    sums_to_one: bool = False,
+) -> Tensor:
+    """One finite number >= 0 a class, (C,), in at least float32 on the device of the scores (N, C).
+
+    Args:
+        positive: what to do about a zero; given, zeros are refused.
+    """
+    classes = scores.shape[1]
+    if isinstance(value, Tensor):
+        is_tensor(where, **{name: value})
+        real(where, **{name: value})
+        same_device(where, logits=scores, **{name: value})
+        values = value.to(wide_dtype(value, scores))
+    else:
+        values = torch.from_numpy(labels_array(where, value, name).astype(np.float64, order="C"))
+    if values.shape != (classes,):
+        raise problem(
+            where,
+            f"{name} must be ({classes},), one value a class",
+            got=f"shape {tuple(values.shape)}",
+            error=ShapeError,
+        )
+    if readable(values):
+        finite(where, **{name: values})
+        bad = values <= 0 if positive else values < 0
+        if bool(bad.any()):
+            first = int(bad.to(torch.uint8).argmax())
+            rule = f"{name} must be positive" if positive else f"{name} must not be negative"
+            raise problem(where, rule, got=f"{values[first].item():g} for class {first}", fix=positive)
+        if sums_to_one and abs((total := values.sum(dtype=torch.float64).item()) - 1) > 1e-4:
+            raise problem(
+                where, f"{name} must sum to one", got=f"a sum of {total:g}", fix=f"Use {name} / {name}.sum()."
+            )
+    return values.to(scores.device, non_blocking=True)
+
+
+def _one_a_sample(where: str, name: str, value: Tensor, samples: int, fixes: dict[tuple[int, ...], str]) -> None:
+    shape = tuple(value.shape)
+    if shape == (samples,):
+        return
+    fixes = {**fixes, (samples, 1): f"Use {name}.squeeze(1)."}
+    fix = fixes.get(shape, "Labels are never broadcast: bring both to one length.")
+    rule = f"{name} must be ({samples},), one value a sample"
+    raise problem(where, rule, got=f"shape {shape}", fix=fix, error=ShapeError)
+
+
+def _classes_exist(where: str, target: Tensor, classes: int) -> None:
+    bad = (target < 0) | (target >= classes)
+    if bool(bad.any()):
+        first = int(bad.to(torch.uint8).argmax())
+        raise label_problem(
+            where,
+            f"target must hold class indices from 0 to {classes - 1}",
+            got=f"{int(target[first])} at index [{first}] ({int(bad.sum())} such values)",
+            fix="Count classes from zero, and give the model one output for each.",
+        )

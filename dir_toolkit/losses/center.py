@@ -1,0 +1,124 @@
+"""Center loss: features drawn to a center of their class, and the centers that follow them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import is_tensor, number, problem, same_device, whole
+from ..errors import ShapeError
+from ._reduce import Reduction, checked_rows, reduce, wide_dtype
+
+__all__ = ["CenterLoss", "center_loss"]
+
+
+def center_loss(
+    features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+) -> Tensor:
+    r"""Half the squared distance of a feature to the center of its class, each sample scaled by its weight.
+
+    .. math:: L = \frac1N \sum_i \frac{w_i}{2} \lVert z_i - c_{y_i} \rVert^2
+
+    Differentiable in features and centers alike.
+
+    Args:
+        weight: dimensionless, >= 0, one a sample; None means ones. Divides by N, not by the sum of weights.
+    Shape:
+        features: (N, D). target: (N,) int64, class indices. centers: (C, D). weight: (N,). Returns (), or (N,) for
+        ``reduction="none"``.
+    Units:
+        those of the features, squared.
+    Raises:
+        ShapeError: shapes do not fit. TypeError: target is not int64. LabelError: a class is not in 0..C-1.
+        ValueError: a weight is negative or not finite, or there is no sample. A feature, or a center of a class
+        in the batch, that is not finite makes the loss so. On accelerators values are not looked at.
+    Source:
+        Wen et al. 2016, equation 2 (doi:10.1007/978-3-319-46478-7_31).
+
+    >>> centers = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    >>> center_loss(torch.zeros(1, 2), torch.tensor([1]), centers).item()
+    12.5
+    """
+    features, centers = _checked("center_loss", features, target, centers, weight, reduction)
+    return reduce(_half_squares(features, centers.index_select(0, target)), weight, reduction)
+
+
+class CenterLoss(nn.Module):
+    r"""Center loss with centers that follow the features at their own rate, alike for frequent and rare classes.
+
+    The paper moves a center by :math:`c_j \leftarrow c_j - \alpha\,\Delta_j`,
+    :math:`\Delta_j = \sum_{i: y_i = j} (c_j - z_i) / (1 + n_j)` over the :math:`n_j` samples of class j in the batch.
+    Here the centers are a parameter, and :math:`\Delta_j` is what the mean loss hands the optimizer as its gradient,
+    whatever ``strength`` is. Plain SGD without momentum or decay, at the rate :math:`\alpha` (0.5 in the paper), moves
+    them as the paper does::
+
+        center = CenterLoss(10, 128, strength=0.003)
+        optimizer = SGD([{"params": model.parameters()}, {"params": center.parameters(), "lr": 0.5}], lr=0.01)
+        loss = cross_entropy(logits, y) + center(features, y)
+
+    It is not the derivative of the loss, which is :math:`N / (1 + n_j)` times smaller, so that the centers of rare
+    classes would hardly move. For the derivative, hand a parameter to :func:`center_loss`.
+
+    What differs from the paper: centers start at zero, where a class that is never seen does no harm, not at random;
+    a sample's weight scales its pull on the center too; ``"sum"`` and ``"none"`` follow the same rule with N left
+    out; under DistributedDataParallel each rank counts its own batch and the ranks' gradients are averaged; whatever
+    scales or clips the gradients of the whole loss scales the centers' steps too.
+
+    Args:
+        strength: factor of the loss, > 0, the paper's :math:`\lambda` (0.003 for faces there).
+    Attributes:
+        centers: (C, D), a parameter.
+    Shape:
+        forward: features (N, D), target (N,), weight (N,), as :func:`center_loss`, whose units and errors apply.
+    Source:
+        Wen et al. 2016, equations 3 and 4 and algorithm 1 (doi:10.1007/978-3-319-46478-7_31).
+
+    >>> center = CenterLoss(2, 1)
+    >>> center(torch.tensor([[3.0], [6.0]]), torch.tensor([1, 1])).backward()
+    >>> center.centers.grad.tolist()  # -(3 + 6) / (1 + 2)
+    [[0.0], [-3.0]]
+    """
+
+    def __init__(self, num_classes: int, num_features: int, *, strength: float = 1.0) -> None:
+        super().__init__()
+        self.num_classes = whole("CenterLoss", "num_classes", num_classes, low=1)
+        self.num_features = whole("CenterLoss", "num_features", num_features, low=1)
+        self.strength = number("CenterLoss", "strength", strength, low=0, open_low=True)
+        self.centers = nn.Parameter(torch.zeros(self.num_classes, self.num_features))
+
+    def forward(
+        self, features: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        features, centers = _checked("CenterLoss", features, target, self.centers, weight, reduction)
+        ones = torch.ones_like(target, dtype=features.dtype)
+        count = torch.zeros_like(centers[:, 0]).index_add(0, target, ones)
+        samples = len(target) if reduction == "mean" else 1
+        rate = samples / (self.strength * (1 + count.index_select(0, target)))
+        rows = centers.index_select(0, target)
+        still = rows.detach()
+        rows = still + rate[:, None] * (rows - still)  # the value of the rows, and their gradient times the rate
+        return self.strength * reduce(_half_squares(features, rows), weight, reduction)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, num_features={self.num_features}, strength={self.strength}"
+
+
+def _checked(
+    where: str, features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor]:
+    is_tensor(where, centers=centers)
+    if centers.ndim != 2:
+        raise problem(where, "centers must be (C, D)", got=f"shape {tuple(centers.shape)}", error=ShapeError)
+    if not centers.is_floating_point():
+        raise problem(where, "centers must be floats", got=f"dtype {centers.dtype}", error=TypeError)
+    wide = checked_rows(where, "features", features, target, weight, reduction, num_classes=len(centers))
+    if features.shape[1] != centers.shape[1]:
+        rule = f"features must be (N, {centers.shape[1]}), as the centers are"
+        raise problem(where, rule, got=f"shape {tuple(features.shape)}", error=ShapeError)
+    same_device(where, features=features, centers=centers)
+    dtype = wide_dtype(features, centers)
+    return wide.to(dtype), centers.to(dtype)
+
+
+def _half_squares(features: Tensor, rows: Tensor) -> Tensor:
+    return (features - rows).square().sum(1) / 2

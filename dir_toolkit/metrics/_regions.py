@@ -1,0 +1,64 @@
+"""Regions of the label axis, and the form that every metric's dataset over them has."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._checks import instance, problem
+from ..labels.bins import Bins
+from ..labels.density import REGIONS, LabelDensity
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def check_axis(where: str, bins: Bins, density: LabelDensity) -> None:
+    """A label axis, and what was counted on it in training."""
+    instance(where, Bins, bins=bins)
+    if not isinstance(density, LabelDensity) or density.bins != bins:
+        raise problem(where, "density must be a LabelDensity over the same bins", got=repr(density))
+    if density.counts.dtype.kind == "f":
+        raise problem(where, "density must be as counted, not smoothed", got=repr(density))
+
+
+def membership(regions: np.ndarray) -> np.ndarray:
+    """Which bins all labels, and each region, take in: (5, B) bool, from the region of each bin."""
+    return np.stack([np.ones(len(regions), dtype=bool)] + [regions == name for name in REGIONS])
+
+
+def bin_mean(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """The mean of ``values`` (B,) over the bins of each row of ``inside`` (5, B); NaN for a row without any."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(inside, values, 0.0).sum(1) / inside.sum(1)
+
+
+def dataset(
+    data: Mapping[str, Any], density: LabelDensity, regions: np.ndarray, *, label_units: Collection[str] = ()
+) -> xr.Dataset:
+    """``data`` over ``region`` and ``bin``, with training counts, coordinates and units.
+
+    Args:
+        regions: of each bin, (B,). label_units: the variables that are in label units; all others are plain numbers.
+    """
+    import xarray as xr
+
+    bins = density.bins
+    result = xr.Dataset(
+        {**data, "train_count": ("bin", np.asarray(density.counts))},
+        coords={
+            "region": ["all", *REGIONS],
+            "bin": np.arange(len(bins)),
+            "bin_low": ("bin", bins.edges[:-1]),
+            "bin_high": ("bin", bins.edges[1:]),
+            "bin_center": ("bin", bins.centers),
+            "bin_region": ("bin", regions),
+        },
+    )
+    for name in result.data_vars:
+        result[name].attrs["units"] = "label units" if name in label_units else "1"
+    for name in ("bin_low", "bin_high", "bin_center"):
+        result[name].attrs["units"] = "label units"
+    return result

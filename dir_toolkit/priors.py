@@ -1,0 +1,443 @@
+"""Scores from one class prior to any other, after training: adjust logits, choose tau, fit a temperature.
+
+The classes may be the bins of a label axis; a prior smoothed over bins is ``class_prior(density.smooth(kernel))``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from scipy.special import log_softmax, softmax
+from torch import Tensor, nn
+
+from ._checks import (
+    finite,
+    is_tensor,
+    label_problem,
+    labels_array,
+    not_empty,
+    not_negative,
+    number,
+    one_of,
+    problem,
+    readable,
+    real,
+    same_shape,
+    warn,
+)
+from .errors import ShapeError
+from .labels.bins import Bins
+from .labels.density import LabelDensity
+
+__all__ = [
+    "LogitAdjuster",
+    "TauChoice",
+    "adjust_logits",
+    "choose_tau",
+    "class_prior",
+    "fit_temperature",
+    "pointwise_mutual_information",
+]
+
+Criterion = Literal["balanced_error", "log_loss", "ece"]
+Prior = Tensor | np.ndarray | Sequence[float]
+
+_TEMPERATURES = (1e-3, 1e3)
+_CONFIDENCE_BINS = 15
+
+
+def class_prior(density_or_counts: LabelDensity | Prior, *, floor: float = 1.0) -> Tensor:
+    """The share of samples in each class, every class taken to have at least ``floor`` of them.
+
+    Args:
+        density_or_counts: a density, smoothed or not, or the number of samples a class.
+        floor: in samples; it keeps log-priors finite and warns of classes without a sample. 0 leaves them at zero, for
+            a target prior, and does not warn.
+    Shape:
+        counts: (C,). Returns (C,) float64 on the CPU, summing to one.
+    Raises:
+        ShapeError: counts are no row. ValueError: a count is negative or not finite, the floor is negative, or it is
+        zero and so are all counts.
+
+    >>> class_prior([6, 3, 1]).tolist()
+    [0.6, 0.3, 0.1]
+    """
+    where = "class_prior"
+    floor = number(where, "floor", floor, low=0)
+    if not isinstance(density_or_counts, LabelDensity):
+        counts = labels_array(where, density_or_counts, "counts")
+        if counts.ndim != 1:
+            raise problem(where, "counts must be one row of numbers", got=f"shape {counts.shape}", error=ShapeError)
+        not_empty(where, counts=counts)
+        finite(where, counts=counts)
+        not_negative(where, counts=torch.from_numpy(counts.astype(np.float64)))
+        density_or_counts = LabelDensity(Bins.classes(len(counts)), counts)
+    unseen = np.flatnonzero(density_or_counts.counts == 0)
+    prior = density_or_counts.prior(floor=floor)
+    if floor > 0 and len(unseen) > 0:
+        warn(where, f"no sample of {_listed(unseen)}; the prior takes each to have {floor:g}.")
+    return torch.from_numpy(prior)
+
+
+def adjust_logits(
+    logits: Tensor, prior: Prior, *, target: Literal["uniform"] | Prior = "uniform", tau: float = 1.0
+) -> Tensor:
+    r"""Scores of a model trained under one class prior, for use under another.
+
+    .. math:: s_y - \tau \log \pi_y + \log P_{target}(y)
+
+    At :math:`\tau = 1` the softmax of exact logits becomes the posterior under the target prior. The uniform target,
+    whose optimum is that of the balanced error, adds nothing, since its log is the same for every class.
+
+    Args:
+        logits: of a plainly trained model; those of a logit-adjusted loss are balanced already.
+        prior: under which it was trained, positive, summing to one: :func:`class_prior`.
+        target: a prior summing to one; zero makes a class impossible, its score -inf.
+        tau: how far to go, >= 0; :func:`choose_tau`.
+    Shape:
+        logits: (..., C). prior, target: (C,). Returns (..., C), at least float32, on the device of the logits.
+    Raises:
+        ShapeError: the number of classes differs. ValueError: a prior does not sum to one within 1e-4 or is not
+        positive, or tau is negative. On accelerators values are not looked at.
+    Source:
+        Menon et al. 2021, sections 3 and 4.1 (arXiv:2007.07314).
+
+    >>> logits = torch.tensor([[0.9, 0.1]]).log()
+    >>> adjust_logits(logits, [0.9, 0.1]).softmax(-1)
+    tensor([[0.5000, 0.5000]])
+    """
+    where = "adjust_logits"
+    offset = _offset(where, prior, target, tau)
+    logits = _wide(where, logits, len(offset))
+    return logits + offset.to(logits.dtype).to(logits.device)
+
+
+def pointwise_mutual_information(logits: Tensor, prior: Prior) -> Tensor:
+    r"""How much an input speaks for each class, :math:`\log P(y|x) - \log P(y)`, with P(y|x) the softmax of the logits.
+
+    Shape:
+        as :func:`adjust_logits`, whose errors these are too.
+    Units:
+        nats.
+    Source:
+        Menon et al. 2021, section 3 (arXiv:2007.07314).
+
+    >>> pointwise_mutual_information(torch.zeros(1, 2), [0.5, 0.5])
+    tensor([[0., 0.]])
+    """
+    where = "pointwise_mutual_information"
+    offset = _offset(where, prior, "uniform", 1.0)
+    logits = _wide(where, logits, len(offset))
+    return logits.log_softmax(-1) + offset.to(logits.dtype).to(logits.device)
+
+
+def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = None) -> float:
+    r"""The T > 0 for which ``softmax(logits / T)`` has the least negative log-likelihood on held-out data.
+
+    The likelihood is convex in 1 / T, and T the root of its slope. Where there is none within 0.001 to 1000, the nearer
+    bound comes back with a warning: the lower one if every label has the largest logit, so that certainty pays without
+    end; the upper one if the logits tell less than nothing. Logits equal in every row leave T open: 1, with a warning.
+
+    Args:
+        labels: integer classes. weight: of a sample, >= 0; None means ones.
+    Shape:
+        logits: (N, C). labels, weight: (N,).
+    Raises:
+        ShapeError, LabelError, TypeError: shapes differ, or labels are no classes of the logits. ValueError: there is
+        no sample, logits or weights are not finite, or no weight is positive.
+    Source:
+        Guo et al. 2017, section 4.2 (arXiv:1706.04599).
+
+    >>> logits = torch.tensor([[2.0, 0.0]]).repeat(4, 1)
+    >>> round(2 / fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 6)  # the log-odds of 3 in 4
+    1.098612
+    """
+    where = "fit_temperature"
+    scores, classes = _held_out(where, logits, labels)
+    shares = np.ones(len(classes))
+    if weight is not None:
+        is_tensor(where, weight=weight)
+        real(where, weight=weight)
+        same_shape(where, labels=labels, weight=weight)
+        weight = weight.detach().cpu()
+        finite(where, weight=weight)
+        not_negative(where, weight=weight)
+        shares = weight.double().numpy()
+        if not shares.any():
+            raise problem(where, "at least one weight must be positive", got="zeros")
+    return _temperature(where, scores, classes, shares)
+
+
+@dataclass(frozen=True, eq=False)
+class TauChoice:
+    """What :func:`choose_tau` chose, and the curve it chose from.
+
+    Attributes:
+        tau: the choice, one of ``taus``.
+        taus, scores: (K,) float64, read-only: the candidates, and the criterion at each; less is better.
+        by: the criterion.
+        temperature: by which the logits were divided before; hand it to :class:`LogitAdjuster` together with tau.
+    """
+
+    tau: float
+    taus: np.ndarray
+    scores: np.ndarray
+    by: Criterion
+    temperature: float
+
+
+def choose_tau(
+    logits: Tensor,
+    labels: Tensor,
+    prior: Prior,
+    *,
+    by: Criterion = "balanced_error",
+    taus: Sequence[float] | np.ndarray | None = None,
+    temperature: float | None = None,
+) -> TauChoice:
+    r"""The tau under which ``adjust_logits(logits / temperature, prior, tau=tau)`` does best on validation data.
+
+    Every class in the validation labels counts alike, whatever its share of them. ``"balanced_error"`` is the mean of
+    the classes' error rates; ``"log_loss"`` the mean of their negative log-likelihoods, in nats; ``"ece"`` the expected
+    calibration error of the largest probability over 15 equal confidence bins. A class without a validation label is
+    left out, with a warning. Where several taus are best, as on the steps of the balanced error, the middle of their
+    longest unbroken run is taken, the first run of equally long ones and the lower of two middles.
+
+    Args:
+        logits: of the plainly trained model. labels: integer classes. prior: of its training set.
+        taus: candidates, >= 0, rising; None means 0, 0.05, ... 3.
+        temperature: None fits it to the logits for ``"log_loss"`` and ``"ece"``, with validation classes weighed to the
+            shares they have in the prior, and means 1 for ``"balanced_error"``.
+    Shape:
+        logits: (N, C). labels: (N,). prior: (C,). taus: (K,).
+    Raises:
+        as :func:`adjust_logits` and :func:`fit_temperature`. ValueError: taus are empty, not rising or negative.
+    Source:
+        Menon et al. 2021, section 4.1 (arXiv:2007.07314); the temperature: Guo et al. 2017 (arXiv:1706.04599).
+
+    >>> logits = torch.tensor([[2.0, 0.0], [1.5, 0.0], [1.0, 0.0], [0.5, 0.0]])
+    >>> choose_tau(logits, torch.tensor([0, 0, 1, 1]), [0.75, 0.25], taus=[0, 0.5, 1, 1.5]).tau
+    1.0
+    """
+    where = "choose_tau"
+    one_of(where, "by", by, ("balanced_error", "log_loss", "ece"))
+    log_prior = -_offset(where, prior, "uniform", 1.0).detach().cpu().numpy()
+    scores, classes = _held_out(where, logits, labels)
+    if scores.shape[1] != len(log_prior):
+        raise _class_mismatch(where, "logits", tuple(logits.shape), len(log_prior))
+    candidates = candidate_taus(where, taus)
+    counts = np.bincount(classes, minlength=len(log_prior))
+    if temperature is not None:
+        temperature = number(where, "temperature", temperature, low=0, open_low=True)
+    elif by == "balanced_error":
+        temperature = 1.0
+    else:
+        temperature = _temperature(where, scores, classes, np.exp(log_prior[classes]) / counts[classes])
+    absent = np.flatnonzero(counts == 0)
+    if len(absent) > 0:
+        warn(where, f"no validation label of {_listed(absent)}; the criterion leaves them out.")
+    shares = 1 / counts[classes] / np.count_nonzero(counts)
+    curve = np.array([_criterion(by, scores / temperature - tau * log_prior, classes, shares) for tau in candidates])
+    curve.setflags(write=False)
+    return TauChoice(float(candidates[middle_of_best(curve)]), candidates, curve, by, temperature)
+
+
+class LogitAdjuster(nn.Module):
+    """:func:`adjust_logits` as the last layer of a model in service: ``nn.Sequential(model, LogitAdjuster(prior))``.
+
+    All it does is ``logits / temperature + offset``, both buffers, so that a loaded ``state_dict`` brings its own
+    prior, target and tau; it can be exported by ``torch.export``.
+
+    Args:
+        prior, target, tau: as in :func:`adjust_logits`.
+        temperature: > 0, by which the logits are divided first: :func:`fit_temperature`, :func:`choose_tau`.
+    Shape:
+        forward: logits (..., C). Returns (..., C), at least float32.
+    Raises:
+        as :func:`adjust_logits`; ValueError: the temperature is not positive.
+    Source:
+        Menon et al. 2021, section 4.1 (arXiv:2007.07314).
+
+    >>> LogitAdjuster([0.75, 0.25])(torch.tensor([[3.0, 1.0]]).log()).softmax(-1)
+    tensor([[0.5000, 0.5000]])
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        *,
+        target: Literal["uniform"] | Prior = "uniform",
+        tau: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.offset: Tensor
+        self.temperature: Tensor
+        temperature = number("LogitAdjuster", "temperature", temperature, low=0, open_low=True)
+        self.register_buffer("offset", _offset("LogitAdjuster", prior, target, tau).detach().float())
+        self.register_buffer("temperature", torch.tensor(temperature))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        logits = _wide("LogitAdjuster", logits, len(self.offset))
+        return logits / self.temperature.to(logits.dtype) + self.offset.to(logits.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.offset)} classes"
+
+
+def _offset(where: str, prior: Prior, target: Any, tau: float) -> Tensor:
+    """What is added to the logits: (C,) float64, on the prior's device."""
+    shares = _checked_prior(where, "prior", prior)
+    offset = -number(where, "tau", tau, low=0) * shares.log()
+    if isinstance(target, str):
+        one_of(where, "target", target, ("uniform",))
+        return offset
+    wanted = _checked_prior(where, "target", target, zeros=True)
+    if wanted.shape != shares.shape:
+        raise _class_mismatch(where, "target", tuple(wanted.shape), len(shares))
+    return offset + wanted.log().to(offset.device)
+
+
+def _checked_prior(where: str, name: str, prior: Any, *, zeros: bool = False) -> Tensor:
+    if not isinstance(prior, Tensor):
+        prior = torch.from_numpy(labels_array(where, prior, name).astype(np.float64))
+    is_tensor(where, **{name: prior})
+    real(where, **{name: prior})
+    if prior.ndim != 1:
+        raise problem(where, f"{name} must be one share a class", got=f"shape {tuple(prior.shape)}", error=ShapeError)
+    not_empty(where, **{name: prior})
+    prior = prior.double()
+    if not readable(prior):
+        return prior
+    finite(where, **{name: prior})
+    least, total = prior.min().item(), prior.sum().item()
+    if least < 0 or (least == 0 and not zeros):
+        rule, fix = f"{name} must be positive", "Floor it: class_prior(counts, floor=1)."
+        if zeros:
+            rule, fix = f"{name} must not be negative", "Use zero for a class that cannot occur."
+        raise problem(where, rule, got=f"{least:g} at class {int(prior.argmin())}", fix=fix)
+    if abs(total - 1) > 1e-4:
+        raise problem(where, f"{name} must sum to one", got=f"{total:g}", fix="Use class_prior(counts) for counts.")
+    return prior
+
+
+def _wide(where: str, logits: Tensor, num_classes: int) -> Tensor:
+    """Logits over so many classes, in at least float32."""
+    is_tensor(where, logits=logits)
+    real(where, logits=logits)
+    if logits.ndim == 0 or logits.shape[-1] != num_classes:
+        raise _class_mismatch(where, "logits", tuple(logits.shape), num_classes)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _class_mismatch(where: str, name: str, shape: tuple[int, ...], num_classes: int) -> Exception:
+    rule = f"{name} must have the prior's {num_classes} classes in the last axis"
+    return problem(where, rule, got=f"shape {shape}", error=ShapeError)
+
+
+def _held_out(where: str, logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Checked logits (N, C) in float64 and classes (N,) in int64, on the host."""
+    is_tensor(where, logits=logits, labels=labels)
+    real(where, logits=logits, labels=labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise problem(
+            where,
+            "logits must be (N, C) and labels (N,)",
+            got=f"{tuple(logits.shape)} and {tuple(labels.shape)}",
+            error=ShapeError,
+        )
+    not_empty(where, logits=logits)
+    if labels.is_floating_point():
+        rule = "labels must be integer classes"
+        raise problem(where, rule, got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError)
+    logits = logits.detach().cpu()
+    finite(where, logits=logits)
+    classes = labels.cpu().long().numpy()
+    outside = (classes < 0) | (classes >= logits.shape[1])
+    if outside.any():
+        at = int(outside.argmax())
+        raise label_problem(
+            where,
+            f"labels must be classes from 0 to {logits.shape[1] - 1}",
+            got=f"{classes[at]} at index [{at}] ({int(outside.sum())} such labels)",
+        )
+    return logits.double().numpy(), classes
+
+
+def _temperature(where: str, scores: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> float:
+    # Without the largest logit, rows of equal logits are exactly zero, and so is their slope.
+    scores = scores - scores.max(1, keepdims=True)
+    of_label = scores[np.arange(len(classes)), classes]
+
+    def slope(log_temperature: float) -> float:
+        """Of the mean negative log-likelihood, in 1 / T; it falls as T rises."""
+        expected = (softmax(scores / math.exp(log_temperature), axis=1) * scores).sum(1)
+        return float(np.average(expected - of_label, weights=shares))
+
+    low, high = (math.log(bound) for bound in _TEMPERATURES)
+    at_low, at_high = slope(low), slope(high)
+    if at_low > 0 > at_high:
+        return math.exp(brentq(slope, low, high, xtol=1e-13))
+    if at_low == 0 == at_high:
+        warn(where, "the logits of each sample are all equal, which leaves the temperature open; it is taken to be 1.")
+        return 1.0
+    if at_low <= 0:
+        warn(
+            where,
+            f"the best temperature lies at or below {_TEMPERATURES[0]:g}, since every label has the largest logit or "
+            "logits hardly differ; that bound is returned. Use more held-out data.",
+        )
+        return _TEMPERATURES[0]
+    warn(
+        where,
+        f"the best temperature lies at or above {_TEMPERATURES[1]:g}, since the logits tell no more than chance or are "
+        "huge; that bound is returned. Check that labels belong to the logits.",
+    )
+    return _TEMPERATURES[1]
+
+
+def candidate_taus(where: str, taus: Any) -> np.ndarray:
+    if taus is None:
+        taus = np.linspace(0, 3, 61)
+    values = labels_array(where, taus, "taus").astype(np.float64)
+    not_empty(where, taus=values)
+    finite(where, taus=values)
+    if values.ndim != 1 or (np.diff(values) <= 0).any() or values.flat[0] < 0:
+        raise problem(where, "taus must be one row, rising and not negative", got=values.tolist())
+    values.setflags(write=False)
+    return values
+
+
+def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> float:
+    """Less is better; ``shares``, one a sample, sum to one."""
+    if by == "log_loss":
+        return float(-(shares * log_softmax(adjusted, axis=1)[np.arange(len(classes)), classes]).sum())
+    right = adjusted.argmax(1) == classes
+    if by == "balanced_error":
+        return float((shares * ~right).sum())
+    confidence = softmax(adjusted, axis=1).max(1)
+    place = np.clip(np.ceil(confidence * _CONFIDENCE_BINS).astype(np.int64) - 1, 0, _CONFIDENCE_BINS - 1)
+    return float(np.abs(np.bincount(place, weights=shares * (right - confidence))).sum())
+
+
+def middle_of_best(scores: np.ndarray) -> int:
+    """The middle of the longest run of least scores; equal ones may differ in their last digits."""
+    best = np.append(scores <= scores.min() + 1e-12, False)
+    starts = np.flatnonzero(best & ~np.append(False, best[:-1]))
+    ends = np.flatnonzero(~best & np.append(False, best[:-1]))
+    longest = int((ends - starts).argmax())
+    return int(starts[longest] + ends[longest] - 1) // 2
+
+
+def _listed(classes: np.ndarray) -> str:
+    """``class 3`` or ``classes 3, 5, ... (40 in all)``."""
+    if len(classes) == 1:
+        return f"class {classes[0]}"
+    shown = ", ".join(str(c) for c in classes[:10])
+    return f"classes {shown}" + (f", ... ({len(classes)} in all)" if len(classes) > 10 else "")

@@ -1,0 +1,598 @@
+"""Pictures of classification: errors by class, studies, feature spaces, priors, norms and calibration.
+
+Each is a ``matplotlib`` ``Figure``, never pyplot, as in ``results.figures``; shares of one are shown in percent.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from .._checks import finite, instance, labels_array, number, problem
+from ..errors import ShapeError
+from .drawing import (
+    FAINT,
+    GREY,
+    INK,
+    MARKERS,
+    PALETTE,
+    Colors,
+    dressed,
+    holding,
+    legend_above,
+    literal,
+    mean_and_spread,
+    method_colors,
+    method_dashes,
+    new_figure,
+    seeds_text,
+    spread_shown,
+    stairs,
+    styled_methods,
+    with_units,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "bar_figure",
+    "class_error_figure",
+    "feature_space_figure",
+    "norms_figure",
+    "reliability_figure",
+    "study_figure",
+    "tau_figure",
+]
+
+_MOST_METHODS = 6  # side by side at one class
+_MOST_DOTS = 120
+_MOST_BARS = 6  # with room for their names on a line
+_MOST_NUMBERS = 12  # classes whose errors are written into a heat map
+_SPREAD = "\nmean ± sd over seeds"
+
+Panel = tuple[Any, Any, Any, Any]
+
+
+def class_error_figure(
+    ds: xr.Dataset, *, colors: Colors | None = None, class_names: Sequence[str] | None = None
+) -> Figure:
+    """Error of each class, one minus its recall, for each method, above the training counts of the classes.
+
+    Few methods are dots with whiskers of one standard deviation of the seeds; more than six, or many classes, are a
+    heat map of methods and classes. A class without test samples is a gap. The constant predictor, which errs on every
+    class but one, is left out.
+
+    Args:
+        ds: a result of classification, of the schema in ``results.schema``.
+        class_names: of the bins; None shows what each stands for.
+    Raises:
+        ResultsError: ``ds`` breaks the schema, or is not of classification. ValueError: there is not one name a class.
+    """
+    where = "class_error_figure"
+    holding(where, ds, "bin_recall", "classification")
+    names = _named(where, class_names, [f"{center:g}" for center in ds["bin_center"].values])
+    rows = []
+    for method, color in styled_methods(ds, colors, baseline=False).items():
+        part = ds.sel({"method": method})
+        done = part["completed"].values == 1
+        mean, spread = mean_and_spread(100 - 100 * part["bin_recall"].values[done])
+        rows.append((literal(f"{method} ({seeds_text(int(done.sum()))})"), color, mean, spread))
+    many = len(rows) > _MOST_METHODS or len(rows) * len(names) > _MOST_DOTS
+    height = max(1.3, 0.3 * len(rows))
+    figure = new_figure(2.2 + height if many else 4.4)
+    heights = [height, 1.2] if many else [2.0, 1.0]
+    grid = figure.add_gridspec(2, 2 if many else 1, height_ratios=heights, width_ratios=[40, 1] if many else [1])
+    top = figure.add_subplot(grid[0, 0])
+    below = figure.add_subplot(grid[1, 0], sharex=top)
+    if many:
+        bar = figure.add_subplot(grid[0, 1])
+        _heat_map(figure, top, bar, rows)
+    else:
+        place, step = np.arange(len(names)), 0.7 / len(rows)
+        for i, (label, color, mean, spread) in enumerate(rows):
+            at = place + (i - (len(rows) - 1) / 2) * step
+            whisker = spread if np.isfinite(spread).any() else None
+            marks: dict[str, Any] = {"fmt": MARKERS[i], "markersize": 5, "elinewidth": 1, "capsize": 2}
+            top.errorbar(at, mean, yerr=whisker, color=color, label=label, **marks)
+        top.set_ylabel("error of a class (%)" + spread_shown(ds))
+        top.set_ylim(bottom=0)
+        legend_above(figure, top)
+    top.tick_params(labelbottom=False)
+    train = ds["train_count"].where(ds["completed"] == 1).mean(("method", "seed")).values
+    stairs(below, np.arange(len(names) + 1) - 0.5, train, None)
+    below.set_ylabel("training\nsamples\n(log scale)")
+    below.set_xlabel(literal(ds.attrs["label_name"]))
+    _class_ticks(figure, below, names)
+    dressed(figure, [top], grid=not many)
+    return dressed(figure, [below])
+
+
+def _heat_map(figure: Figure, axes: Axes, bar: Axes, rows: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> None:
+    """Methods down, classes across; the numbers are written in where there is room."""
+    mean = np.array([mean for _, _, mean, _ in rows])
+    most = float(np.nanmax(mean)) or 1.0  # all classes may be without error
+    image = axes.imshow(mean, aspect="auto", cmap="cividis", vmin=0, vmax=most, interpolation="nearest")
+    axes.set_facecolor(FAINT)
+    axes.set_yticks(np.arange(len(rows)), [label for label, *_ in rows])
+    several = any(np.isfinite(spread).any() for *_, spread in rows)
+    written = mean.shape[1] <= _MOST_NUMBERS
+    if written:
+        for i, (_, _, values, spreads) in enumerate(rows):
+            for j, (value, spread) in enumerate(zip(values, spreads, strict=True)):
+                if math.isnan(value):
+                    continue
+                text = f"{value:.1f}" if math.isnan(spread) else f"{value:.1f}\n±{spread:.1f}"
+                ink = "white" if value < most / 2 else "black"
+                axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color=ink, linespacing=0.9)
+    scale = figure.colorbar(image, cax=bar)
+    name = "\nmean ± sd" if written else "\nmean over seeds"
+    scale.set_label("error (%)" + name * several, color=INK, fontsize=9)
+    bar.tick_params(labelsize=8, colors=INK)
+    scale.outline.set_visible(False)
+
+
+def study_figure(
+    curves: Mapping[str, Mapping[float, Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+    percent: bool = True,
+    colors: Colors | None = None,
+) -> Figure:
+    """A number of each series against what was varied: a line through the means, its band one sd of the seeds.
+
+    Args:
+        curves: by name and varied value: the number of each seed; NaN for a seed that gave none.
+        ylabel: what the numbers are, with their units unless ``percent``.
+        log_x: the varied values stand on a log scale.
+        percent: the numbers are shares of one, shown in percent.
+    Raises:
+        ValueError: a series is empty, or a varied value not finite or, on a log scale, not above 0. ShapeError: the
+        numbers of a value are not one a seed.
+    """
+    where = "study_figure"
+    _filled(where, curves=curves)
+    figure = new_figure(3.4)
+    axes = figure.add_subplot(1, 1, 1)
+    colors, dashes = {**method_colors(curves), **(colors or {})}, method_dashes(curves)
+    ticks, several = set(), False
+    for i, (name, curve) in enumerate(curves.items()):
+        _filled(where, **{f"curves[{name!r}]": curve})
+        xs = sorted(number(where, "a varied value", x, low=0 if log_x else -math.inf, open_low=log_x) for x in curve)
+        told = {float(x): _by_seed(where, f"curves[{name!r}][{x!r}]", values, percent) for x, values in curve.items()}
+        mean, spread = np.array([mean_and_spread(told[x]) for x in xs]).T
+        counts = [int(np.isfinite(told[x]).sum()) for x in xs]
+        several |= max(counts) > 1
+        label = literal(f"{name} ({_seeds_range(counts)})")
+        color = colors[name]
+        marks: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linestyle": dashes[name]}
+        axes.plot(xs, mean, color=color, label=label, zorder=3, **marks)
+        axes.fill_between(xs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+        ticks |= set(xs)
+    if log_x:
+        axes.set_xscale("log")
+    _value_ticks(axes, sorted(ticks), log_x)
+    if percent and axes.get_ylim()[0] < 0:  # a band may reach below what a share can be
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel(literal(xlabel))
+    axes.set_ylabel(_share_name(ylabel, percent) + _SPREAD * several)
+    legend_above(figure, axes)
+    return dressed(figure, [axes])
+
+
+def bar_figure(
+    values: Mapping[str, Sequence[float]], *, ylabel: str, percent: bool = True, colors: Colors | None = None
+) -> Figure:
+    """One bar a name: the mean over seeds with a whisker of one standard deviation, and a dot a seed.
+
+    Args:
+        values: by name: the number of each seed; NaN for a seed that gave none.
+        ylabel: what the numbers are, with their units unless ``percent``.
+        percent: the numbers are shares of one, shown in percent.
+        colors: by name; None draws all alike, since the names stand below the bars.
+    Raises:
+        ValueError: there are no names. ShapeError: the numbers of a name are not one a seed.
+    """
+    where = "bar_figure"
+    _filled(where, values=values)
+    figure = new_figure(3.2)
+    axes = figure.add_subplot(1, 1, 1)
+    several = False
+    for i, (name, numbers) in enumerate(values.items()):
+        told = _by_seed(where, f"values[{name!r}]", numbers, percent)
+        mean, spread = (float(x) for x in mean_and_spread(told))
+        several |= not math.isnan(spread)
+        whisker = None if math.isnan(spread) else spread
+        kit = {"ecolor": INK, "elinewidth": 1, "capsize": 3}
+        axes.bar(i, mean, 0.66, color=(colors or {}).get(name, PALETTE[0]), yerr=whisker, error_kw=kit, zorder=2)
+        if told.size > 1:
+            spot = i + np.linspace(-0.18, 0.18, told.size)
+            axes.scatter(spot, told, s=12, color="white", edgecolors=INK, linewidths=0.7, zorder=4)
+        if not math.isnan(mean):
+            top = float(np.nanmax([mean + (whisker or 0.0), *told]))
+            text: dict[str, Any] = {
+                "xytext": (0, 3),
+                "textcoords": "offset points",
+                "ha": "center",
+                "fontsize": 8,
+                "color": INK,
+            }
+            axes.annotate(f"{mean:.3g}", (i, top), **text)
+    width = max(6, 84 // len(values))
+    names = [literal(textwrap.fill(name, width) if len(values) <= _MOST_BARS else name) for name in values]
+    axes.set_xticks(np.arange(len(names)), names)
+    if len(values) > _MOST_BARS:
+        axes.tick_params(axis="x", labelrotation=90)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.margins(y=0.12)
+    axes.set_ylabel(_share_name(ylabel, percent) + "\nmean ± sd, a dot a seed" * several)
+    return dressed(figure, [axes])
+
+
+def feature_space_figure(panels: Mapping[str, Panel], *, class_names: Sequence[str] | None = None) -> Figure:
+    """Features in the plane, a dot each in the colour of its class, and prototypes as stars, in panels side by side.
+
+    Args:
+        panels: by title: features, labels, and prototypes with their labels, or None; prototypes without labels are
+            white. Labels are class indices.
+        class_names: by class index; None shows the index.
+    Shape:
+        features (N, 2), labels (N,), prototypes (P, 2), prototype labels (P,).
+    Raises:
+        ShapeError: features are not (N, 2), or labels not one each. ValueError: there is no panel, a feature is not
+        finite, a label is negative or has no name, or prototypes have labels but no places.
+    """
+    from matplotlib.lines import Line2D
+
+    where = "feature_space_figure"
+    _filled(where, panels=panels)
+    columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3
+    lines = math.ceil(len(panels) / columns)
+    figure = new_figure(0.6 + lines * (7.4 / columns + 0.2 if columns > 1 else 5.2))
+    axes_of: list[Axes] = []
+    classes: set[int] = set()
+    starred = False
+    for i, (title, panel) in enumerate(panels.items()):
+        if not isinstance(panel, (tuple, list)) or len(panel) != 4:
+            rule = f"panels[{title!r}] must be (features, labels, prototypes or None, prototype labels or None)"
+            raise problem(where, rule, got=type(panel).__name__, error=TypeError)
+        axes = figure.add_subplot(lines, columns, i + 1)
+        features, labels = _plane(where, f"panels[{title!r}]: features", panel[0], panel[1])
+        for label in np.unique(labels):
+            color, marker = _class_style(int(label))
+            dots = features[labels == label]
+            axes.scatter(
+                dots[:, 0], dots[:, 1], s=5, color=color, marker=marker, alpha=0.55, linewidths=0, rasterized=True
+            )
+        classes |= set(labels.tolist())
+        if panel[2] is not None:
+            starred = True
+            places, owners = _plane(where, f"panels[{title!r}]: prototypes", panel[2], panel[3])
+            fills = ["white" if panel[3] is None else _class_style(int(owner))[0] for owner in owners]
+            axes.scatter(
+                places[:, 0], places[:, 1], s=110, marker="*", c=fills, edgecolors="black", linewidths=0.8, zorder=3
+            )
+            classes |= set() if panel[3] is None else set(owners.tolist())
+        elif panel[3] is not None:
+            raise problem(where, f"panels[{title!r}] must have prototypes for prototype labels", got="None")
+        axes.set_title(literal(title))
+        axes.set_aspect("equal", adjustable="datalim")
+        axes_of.append(axes)
+    figure.supxlabel("first feature (dimensionless)", fontsize=10, color=INK)
+    figure.supylabel("second feature (dimensionless)", fontsize=10, color=INK)
+    size = max(classes, default=-1) + 1
+    if class_names is not None and len(class_names) < size:
+        raise problem(where, f"class_names must name each of {size} classes", got=f"{len(class_names)} names")
+    names = [str(label) for label in range(size)] if class_names is None else list(class_names)
+    handles = []
+    for label in sorted(classes):
+        color, marker = _class_style(label)
+        handles.append(Line2D([], [], color=color, marker=marker, linestyle="", label=literal(names[label])))
+    if starred:
+        ring: dict[str, Any] = {"marker": "*", "markersize": 11, "markerfacecolor": "white", "markeredgecolor": "black"}
+        handles.append(Line2D([], [], linestyle="", label="prototype", **ring))
+    if handles:
+        legend_above(figure, axes_of[0], handles)
+    return dressed(figure, axes_of, grid="both")
+
+
+def tau_figure(
+    curves: Mapping[Any, tuple[Any, Any]],
+    chosen: Mapping[Any, float],
+    *,
+    ylabel: str,
+    percent: bool = True,
+) -> Figure:
+    """A score against the strength of logit adjustment, a line a criterion or seed, its chosen strength marked.
+
+    No adjustment, τ = 0, and the one that is consistent with the balanced error, τ = 1, are dotted lines.
+
+    Args:
+        curves: by name: the τ tried and the score at each. All scores are of one kind, since they share an axis.
+        chosen: by the same names: the τ chosen, which need not be one of those tried.
+        ylabel: what the scores are, with their units unless ``percent``.
+        percent: the scores are shares of one, shown in percent.
+    Raises:
+        ValueError: there is no curve, ``chosen`` has other names, or a number is not finite. ShapeError: τ and scores
+        are not two equal rows.
+    Source:
+        Menon et al. 2021 (arXiv:2007.07314).
+    """
+    where = "tau_figure"
+    _filled(where, curves=curves)
+    instance(where, Mapping, chosen=chosen)
+    if set(chosen) != set(curves):
+        raise problem(where, f"chosen must have the names {list(curves)}", got=str(list(chosen)))
+    figure = new_figure(3.4)
+    axes = figure.add_subplot(1, 1, 1)
+    names = [str(name) for name in curves]
+    colors, dashes = method_colors(names), method_dashes(names)
+    for i, (key, name) in enumerate(zip(curves, names, strict=True)):
+        taus, scores = _pair(where, f"curves[{key!r}]", curves[key])
+        best = number(where, f"chosen[{key!r}]", chosen[key])
+        order = np.argsort(taus)
+        taus, scores = taus[order], scores[order] * (100 if percent else 1)
+        label = literal(f"{name}: τ = {best:.3g}")
+        marker = MARKERS[i % len(MARKERS)]
+        height = float(np.interp(best, taus, scores))
+        dot: dict[str, Any] = {"color": colors[name], "markeredgecolor": INK, "markersize": 8}
+        axes.plot(taus, scores, color=colors[name], linestyle=dashes[name], linewidth=1.4)
+        axes.axvline(best, color=colors[name], linewidth=0.7, alpha=0.6)
+        axes.plot([best], [height], marker=marker, linestyle="", zorder=4, label=label, **dot)
+    for tau, name in ((0, "unadjusted"), (1, "consistent")):
+        axes.axvline(tau, color=GREY, linewidth=0.9, linestyle=":", zorder=0)
+        axes.annotate(
+            name, (tau, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points",
+            fontsize=8, color=GREY,
+        )  # fmt: skip
+    axes.set_xlabel("strength of the logit adjustment τ (dimensionless)")
+    axes.set_ylabel(_share_name(ylabel, percent))
+    legend_above(figure, axes)
+    return dressed(figure, [axes])
+
+
+def norms_figure(
+    norms: Mapping[str, Any],
+    counts: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+    colors: Colors | None = None,
+) -> Figure:
+    """Lengths of the classifier's rows, by class in falling order of training samples, above their counts.
+
+    Each method's norms are divided by their mean over classes; with several seeds the line is their mean and the band
+    one standard deviation. The legend has Pearson's correlation of the norm with the logarithm of the count, over the
+    classes that have samples.
+
+    Args:
+        norms: by method, of each class, and of each seed where there are several.
+        counts: training samples of each class.
+        class_names: by class index; None shows the index.
+    Shape:
+        norms (C,) or (S, C), counts (C,).
+    Raises:
+        ShapeError: norms are not of as many classes as counts. ValueError: there is no method, a norm is negative or
+        not finite, all norms of a method are 0, a count is negative or not finite, or there is not one name a class.
+    Source:
+        Kang et al. 2020 (arXiv:1910.09217).
+    """
+    where = "norms_figure"
+    _filled(where, norms=norms)
+    counts = labels_array(where, counts, "counts").astype(np.float64)
+    if counts.ndim != 1 or counts.size == 0:
+        raise problem(where, "counts must be one number a class, shape (C,)", got=counts.shape, error=ShapeError)
+    if not (np.isfinite(counts) & (counts >= 0)).all():
+        raise problem(where, "counts must be finite and not negative", got=counts.tolist())
+    names = _named(where, class_names, [str(i) for i in range(len(counts))])
+    order = np.argsort(-counts, kind="stable")
+    place = np.arange(len(counts))
+    figure = new_figure(4.4)
+    grid = figure.add_gridspec(2, 1, height_ratios=[2, 1])
+    top = figure.add_subplot(grid[0])
+    below = figure.add_subplot(grid[1], sharex=top)
+    colors, dashes = {**method_colors(norms), **(colors or {})}, method_dashes(norms)
+    several = False
+    top.axhline(1.0, color=GREY, linewidth=0.8, linestyle=":")
+    for i, (method, values) in enumerate(norms.items()):
+        rows = np.atleast_2d(labels_array(where, values, f"norms[{method!r}]").astype(np.float64))
+        if rows.ndim != 2 or rows.shape[1] != len(counts) or len(rows) == 0:
+            rule = f"norms[{method!r}] must have the shape ({len(counts)},) or (S, {len(counts)})"
+            raise problem(where, rule, got=rows.shape, error=ShapeError)
+        if not (np.isfinite(rows) & (rows >= 0)).all() or not (rows.sum(1) > 0).all():
+            rule = f"norms[{method!r}] must be finite, not negative, and not all 0"
+            raise problem(where, rule, got=rows.tolist())
+        mean, spread = mean_and_spread(rows / rows.mean(1, keepdims=True))
+        label = literal(f"{method} ({_correlation(mean, counts)})")
+        marks: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linestyle": dashes[method]}
+        top.plot(place, mean[order], color=colors[method], label=label, **marks)
+        if len(rows) > 1:
+            several = True
+            low, high = (mean - spread)[order], (mean + spread)[order]
+            top.fill_between(place, low, high, color=colors[method], alpha=0.15, linewidth=0)
+    top.set_ylabel("relative weight norm\n(dimensionless)" + _SPREAD * several)
+    top.tick_params(labelbottom=False)
+    stairs(below, np.arange(len(counts) + 1) - 0.5, counts[order], None)
+    below.set_ylabel("training\nsamples\n(log scale)")
+    below.set_xlabel("class, in falling order of its training samples")
+    _class_ticks(figure, below, [names[i] for i in order])
+    legend_above(figure, top)
+    return dressed(figure, [top, below])
+
+
+def reliability_figure(curves: Mapping[str, Any], *, colors: Colors | None = None) -> Figure:
+    """Accuracy against confidence for each method, above the share of samples at each confidence.
+
+    The legend has the expected calibration error that follows: the mean distance from the diagonal over samples.
+
+    Args:
+        curves: by method: a dataset or mapping with ``confidence`` (the mean in each bin), ``accuracy`` and ``count``,
+            over bins of equal width from 0 to 1, such as ``CalibrationMetrics.reliability()`` gives; the first two are
+            NaN where the count is 0.
+    Shape:
+        confidence, accuracy, count: (K,), equal within a method.
+    Raises:
+        ValueError: there is no method, a part is missing or outside [0, 1], or a method has no samples. ShapeError:
+        the parts differ in shape.
+    Source:
+        Guo et al. 2017, figure 1 (arXiv:1706.04599).
+    """
+    where = "reliability_figure"
+    _filled(where, curves=curves)
+    figure = new_figure(6.0)
+    grid = figure.add_gridspec(2, 1, height_ratios=[3.2, 1])
+    top = figure.add_subplot(grid[0])
+    below = figure.add_subplot(grid[1], sharex=top)
+    colors, dashes = {**method_colors(curves), **(colors or {})}, method_dashes(curves)
+    top.plot([0, 100], [0, 100], color=GREY, linewidth=0.9, linestyle="--")
+    for i, (method, curve) in enumerate(curves.items()):
+        confidence, accuracy, count = _reliability(where, method, curve)
+        share, some = count / count.sum(), count > 0
+        error = float((share * np.abs(accuracy - confidence))[some].sum())
+        color, dash = colors[method], dashes[method]
+        label = literal(f"{method} (ECE {100 * error:.2f} %)")
+        marks: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linestyle": dash}
+        top.plot(100 * confidence[some], 100 * accuracy[some], color=color, label=label, **marks)
+        edges = np.linspace(0, 100, len(count) + 1)
+        below.stairs(100 * share, edges, color=color, linestyle=dash, linewidth=1.3)
+    top.set_xlim(0, 100)
+    top.set_ylim(0, 100)
+    top.tick_params(labelbottom=False)
+    top.set_ylabel("accuracy (%)")
+    below.set_ylim(bottom=0)
+    below.set_ylabel("share of\nsamples (%)")
+    below.set_xlabel("confidence (%)")
+    legend_above(figure, top)
+    return dressed(figure, [top, below], grid="both")
+
+
+def _reliability(where: str, method: str, curve: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    parts = []
+    for name in ("confidence", "accuracy", "count"):
+        if not isinstance(curve, (Mapping, xr.Dataset)) or name not in curve:
+            raise problem(where, f"curves[{method!r}] must have confidence, accuracy and count", got=f"no {name!r}")
+        part = curve[name]
+        part = part.values if isinstance(part, xr.DataArray) else part
+        parts.append(labels_array(where, part, f"{name} of {method!r}").astype(np.float64))
+    confidence, accuracy, count = parts
+    if not confidence.shape == accuracy.shape == count.shape or count.ndim != 1:
+        shapes = " and ".join(str(part.shape) for part in parts)
+        rule = f"curves[{method!r}] must have parts of one shape (K,)"
+        raise problem(where, rule, got=shapes, error=ShapeError)
+    if not (np.isfinite(count) & (count >= 0)).all() or count.sum() == 0:
+        rule = f"count of {method!r} must be finite, not negative, and above 0 somewhere"
+        raise problem(where, rule, got=count.tolist())
+    for name, part in (("confidence", confidence), ("accuracy", accuracy)):
+        inside = (part >= 0) & (part <= 1)
+        if not inside[count > 0].all():
+            raise problem(where, f"{name} of {method!r} must lie in [0, 1] where there are samples", got=part.tolist())
+    return confidence, accuracy, count
+
+
+def _correlation(norms: np.ndarray, counts: np.ndarray) -> str:
+    """Of norm and log count over the classes with samples."""
+    norms, logs = norms[counts > 0], np.log(counts[counts > 0])
+    flat = [np.ptp(values) <= 1e-9 * max(1.0, np.abs(values).max(initial=0)) for values in (norms, logs) if values.size]
+    if len(flat) < 2 or any(flat):
+        return "r undefined"
+    return f"r = {np.corrcoef(norms, logs)[0, 1]:.2f}"
+
+
+def _filled(where: str, **mappings: Any) -> None:
+    for name, mapping in mappings.items():
+        instance(where, Mapping, **{name: mapping})
+        if not mapping:
+            raise problem(where, f"{name} must hold at least one entry", got="none")
+
+
+def _by_seed(where: str, name: str, values: Any, percent: bool) -> np.ndarray:
+    """One number a seed, NaN where it gave none, in percent where asked for."""
+    told = labels_array(where, values, name).astype(np.float64)
+    if told.ndim != 1 or told.size == 0:
+        raise problem(where, f"{name} must be one number a seed, shape (S,)", got=told.shape, error=ShapeError)
+    if np.isinf(told).any():
+        raise problem(where, f"{name} must be finite or NaN", got=told.tolist())
+    return told * 100 if percent else told
+
+
+def _pair(where: str, name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise problem(where, f"{name} must be a pair of τ and scores", got=type(pair).__name__, error=TypeError)
+    taus, scores = (
+        labels_array(where, part, f"{name} {what}") for part, what in zip(pair, ("τ", "scores"), strict=True)
+    )
+    if taus.shape != scores.shape or taus.ndim != 1 or taus.size == 0:
+        got = f"{taus.shape} and {scores.shape}"
+        raise problem(where, f"{name} must be τ and scores of one shape (K,)", got=got, error=ShapeError)
+    finite(where, **{f"{name} τ": taus, f"{name} scores": scores})
+    return taus.astype(np.float64), scores.astype(np.float64)
+
+
+def _plane(where: str, name: str, places: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Points in the plane and the class of each; all of class 0 where there are no labels."""
+    points = labels_array(where, places, name).astype(np.float64)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise problem(where, f"{name} must have the shape (N, 2)", got=points.shape, error=ShapeError)
+    finite(where, **{name: points})
+    owners = (
+        np.zeros(len(points), dtype=np.int64) if labels is None else labels_array(where, labels, f"labels of {name}")
+    )
+    if owners.shape != (len(points),):
+        rule = f"{name} must have one label each, shape ({len(points)},)"
+        raise problem(where, rule, got=owners.shape, error=ShapeError)
+    if owners.dtype.kind == "f" or (owners < 0).any():
+        rule = f"labels of {name} must be class indices, whole numbers from 0"
+        raise problem(where, rule, got=f"dtype {owners.dtype}, minimum {owners.min(initial=0):g}")
+    return points, owners
+
+
+def _class_style(label: int) -> tuple[str, str]:
+    """A colour a class, and another marker once the colours repeat."""
+    return PALETTE[label % len(PALETTE)], MARKERS[label // len(PALETTE) % len(MARKERS)]
+
+
+def _named(where: str, names: Sequence[str] | None, default: Sequence[str]) -> list[str]:
+    if names is not None and (isinstance(names, str) or len(names) != len(default)):
+        got = repr(names) if isinstance(names, str) else f"{len(names)} names"
+        raise problem(where, f"class_names must be one name a class, {len(default)} of them", got=got)
+    return [literal(str(name)) for name in (default if names is None else names)]
+
+
+def _class_ticks(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
+    """Every class where there is room, else every so many."""
+    step = math.ceil(len(names) / 20)
+    axes.set_xticks(np.arange(0, len(names), step), list(names[::step]))
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    shown = names[::step]
+    if max(map(len, shown)) * len(shown) > 70:
+        axes.tick_params(axis="x", labelrotation=90)
+        figure.set_figheight(figure.get_figheight() + 0.08 * max(map(len, shown)))
+
+
+def _value_ticks(axes: Axes, values: Sequence[float], log_x: bool) -> None:
+    """A tick at every value that was tried, its number left out where it would run into the one before."""
+    scaled = np.log(values) if log_x else np.array(values, dtype=np.float64)
+    span = float(np.ptp(scaled)) or 1.0
+    texts, free = [], -math.inf
+    for value, at in zip(values, (scaled - scaled[0]) / span, strict=True):
+        text = f"{value:g}"
+        half = 0.006 * (len(text) + 1)
+        texts.append(text if at - half >= free else "")
+        free = at + half if texts[-1] else free
+    axes.minorticks_off()
+    axes.set_xticks(list(values), texts)
+
+
+def _seeds_range(counts: Sequence[int]) -> str:
+    return seeds_text(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)} seeds"
+
+
+def _share_name(name: str, percent: bool) -> str:
+    return with_units(name, "%") if percent else literal(name)

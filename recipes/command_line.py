@@ -1,0 +1,45 @@
+"""What the recipes share: the command as it was typed, without this machine's places, and a clean end of every kind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from itertools import pairwise
+from typing import TypeVar
+
+import tyro
+
+_Settings = TypeVar("_Settings")
+
+
+def typed_command(script: str, places: Collection[str]) -> str:
+    """What was typed after the name of the script, with DIR for the value of each option that says where things lie."""
+    options = [f"--{name}" for name in places]
+    words = ["python", script]
+    for before, word in pairwise(["", *sys.argv[1:]]):
+        name, equals, _ = word.partition("=")
+        if before in options:
+            word = "DIR"
+        elif equals and name in options:
+            word = f"{name}=DIR"
+        words.append(word)
+    return " ".join(words)
+
+
+def run(main: Callable[[_Settings], None], settings: type[_Settings]) -> None:
+    """Read the settings from the command line, run, and leave Python; bad input ends in a message without a trace."""
+    ending: int | str = 0
+    try:
+        main(tyro.cli(settings))
+    except KeyboardInterrupt:
+        ending = 130
+    except ImportError as error:
+        ending = str(error)
+    except Exception as error:
+        from dir_toolkit.errors import DirToolkitError
+
+        if not isinstance(error, DirToolkitError):
+            raise
+        ending = str(error)
+    # Here, not above: there the error would keep the network alive into Python's end, where several processes may hang.
+    sys.exit(ending)

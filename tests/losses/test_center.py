@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from dir_toolkit.errors import ShapeError
+from dir_toolkit.losses.center import CenterLoss, center_loss
+
+
+def samples(n: int = 20, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, classes of which the fourth is never met, and centers."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(n, 3, generator=generator, dtype=dtype)
+    target = torch.tensor([0, 1, 0, 2, 0])[torch.arange(n) % 5]
+    return features, target, torch.randn(4, 3, generator=generator, dtype=dtype)
+
+
+def naive(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
+    values = [
+        sum((a - b) ** 2 for a, b in zip(z, centers[y].tolist(), strict=True)) / 2
+        for z, y in zip(features.tolist(), target.tolist(), strict=True)
+    ]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def paper_step(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
+    """Equation 4 of Wen et al., class by class."""
+    step = torch.zeros_like(centers)
+    for j in range(len(centers)):
+        mine = features[target == j]
+        step[j] = (centers[j] - mine).sum(0) / (1 + len(mine))
+    return step
+
+
+def module(centers: Tensor, strength: float = 1.0) -> CenterLoss:
+    center = CenterLoss(*centers.shape, strength=strength).to(centers.dtype)
+    center.load_state_dict({"centers": centers})
+    return center
+
+
+def test_values_by_hand() -> None:
+    features, centers = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 0.0], [1.0, 2.0]])
+    assert center_loss(features, torch.tensor([1, 0]), centers, reduction="none").tolist() == [0, 12.5]
+    assert center_loss(features, torch.tensor([0, 1]), centers, torch.tensor([2, 1])).item() == (5 + 4) / 2
+
+
+def test_both_forms_equal_a_naive_loop() -> None:
+    features, target, centers = samples()
+    expected = naive(features, target, centers)
+    assert_close(center_loss(features, target, centers, reduction="none"), expected, rtol=1e-12, atol=1e-12)
+    assert_close(module(centers)(features, target), expected.mean(), rtol=1e-12, atol=1e-12)
+    assert_close(module(centers, 0.3)(features, target), 0.3 * expected.mean(), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(expected, naive(features, target, centers.flip(0)))
+
+
+def test_gradients_to_features_and_centers_agree_with_differences() -> None:
+    features, target, centers = samples(7)
+    weight = torch.linspace(0, 2, 7, dtype=torch.float64)
+    inputs = (features.requires_grad_(), centers.requires_grad_())
+    assert torch.autograd.gradcheck(lambda z, c: center_loss(z, target, c, weight), inputs)
+    assert torch.autograd.gradcheck(lambda z: module(centers.detach(), 0.5)(z, target, weight), features)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.003, 40.0])
+def test_the_centers_move_as_the_paper_moves_them_whatever_the_strength(strength: float) -> None:
+    features, target, centers = samples()
+    center = module(centers, strength)
+    optimizer = torch.optim.SGD(center.parameters(), lr=0.5)
+    expected = centers.clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        center(features, target).backward()
+        assert center.centers.grad is not None
+        assert_close(center.centers.grad, paper_step(features, target, expected), rtol=1e-12, atol=1e-12)
+        optimizer.step()
+        expected -= 0.5 * paper_step(features, target, expected)
+    assert_close(center.centers.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(center.centers[3], centers[3])  # no sample, no step
+
+
+def test_the_derivative_is_what_the_docstring_says_the_gradient_is_not() -> None:
+    features, target, centers = samples()
+    centers.requires_grad_()
+    center_loss(features, target, centers).backward()
+    count = torch.bincount(target, minlength=4)[:, None]
+    assert centers.grad is not None
+    scaled = centers.grad * len(target) / (1 + count)
+    assert_close(scaled, paper_step(features, target, centers.detach()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_other_reductions_follow_the_same_rule(reduction: str) -> None:
+    features, target, centers = samples()
+    center = module(centers, 0.25)
+    center(features, target, reduction=reduction).sum().backward()  # type: ignore[arg-type]
+    assert center.centers.grad is not None
+    assert_close(center.centers.grad, paper_step(features, target, centers), rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_scales_the_pull_on_the_center() -> None:
+    center = CenterLoss(1, 1).double()
+    features = torch.tensor([[3.0], [6.0]], dtype=torch.float64)
+    center(features, torch.tensor([0, 0]), torch.tensor([2.0, 0.5])).backward()
+    assert center.centers.grad is not None
+    assert center.centers.grad.item() == pytest.approx(-(2 * 3 + 0.5 * 6) / 3)
+
+
+def test_rare_classes_find_their_center_as_frequent_ones_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = torch.tensor([[4.0, 0.0], [0.0, 4.0], [-4.0, -4.0]])
+    center = CenterLoss(3, 2, strength=0.01)
+    optimizer = torch.optim.SGD(center.parameters(), lr=0.5)
+    target = torch.tensor([0] * 60 + [1] * 3 + [2])
+    for _ in range(30):
+        features = means[target] + 0.1 * torch.randn(64, 2, generator=generator)
+        optimizer.zero_grad()
+        center(features, target).backward()
+        optimizer.step()
+    assert_close(center.centers.detach(), means, rtol=0, atol=0.3)
+
+
+def test_the_module_starts_at_zero_and_survives_copies() -> None:
+    center = CenterLoss(4, 3, strength=0.5)
+    assert center.centers.tolist() == [[0] * 3] * 4
+    assert repr(center) == "CenterLoss(num_classes=4, num_features=3, strength=0.5)"
+    features, target, centers = samples(dtype=torch.float32)
+    center.load_state_dict({"centers": centers})
+    loss = center(features, target)
+    for twin in (copy.deepcopy(center), pickle.loads(pickle.dumps(center))):
+        assert torch.equal(twin(features, target), loss)
+    assert list(center.state_dict()) == ["centers"]
+    compiled = torch.compile(center, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(features, target), loss)
+    half = copy.deepcopy(center).half()
+    half(features.half(), target).backward()
+    assert half(features.half(), target).dtype == torch.float32
+    assert half.centers.grad is not None
+    assert half.centers.grad.dtype == torch.float16
+
+
+def test_arguments_are_checked() -> None:
+    features, target, centers = samples()
+    where = "^center_loss: "
+    with pytest.raises(TypeError, match=where + r"centers must be a torch\.Tensor, got ndarray"):
+        center_loss(features, target, centers.numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=where + "centers must be floats, got dtype torch.int64"):
+        center_loss(features, target, centers.long())
+    with pytest.raises(ShapeError, match=where + r"centers must be \(C, D\), got shape \(3,\)"):
+        center_loss(features, target, centers[0])
+    with pytest.raises(ShapeError, match=where + r"features must be \(N, 3\), as the centers are, got shape \(20, 2\)"):
+        center_loss(features[:, :2], target, centers)
+    with pytest.raises(ValueError, match=where + "features and centers must be on the same device, got cpu and meta"):
+        center_loss(features, target, centers.to("meta"))
+    for name in ("num_classes", "num_features"):
+        sizes = {"num_classes": 2, "num_features": 2}
+        with pytest.raises(ValueError, match=f"^CenterLoss: {name} must be at least 1, got 0"):
+            CenterLoss(**{**sizes, name: 0})
+        with pytest.raises(TypeError, match=rf"^CenterLoss: {name} must be a whole number, got 2\.0"):
+            CenterLoss(**{**sizes, name: 2.0})  # type: ignore[arg-type]
+    for value, kind in ((0, ValueError), (-1, ValueError), (torch.nan, ValueError), ("1", TypeError)):
+        with pytest.raises(kind, match=r"^CenterLoss: strength must be"):
+            CenterLoss(2, 2, strength=value)  # type: ignore[arg-type]
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, {folder!r})
+from torch.nn.parallel import DistributedDataParallel
+from dir_toolkit.losses.center import CenterLoss
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{rendezvous}", rank=rank, world_size=2)
+features, target, centers = torch.load({data!r}, weights_only=True)
+center = CenterLoss(4, 3, strength=0.1).double()
+center.load_state_dict({{"centers": centers}})
+mine = slice(0, 13) if rank == 0 else slice(13, 20)
+parallel = DistributedDataParallel(center)
+parallel(features[mine], target[mine]).backward()
+torch.save(center.centers.grad, f"{grads}{{rank}}.pt")
+dist.barrier()
+os._exit(0)  # taking gloo down can hang
+"""
+
+
+def test_two_processes_average_what_each_makes_of_its_own_batch(tmp_path: Path) -> None:
+    features, target, centers = samples()
+    torch.save((features, target, centers), tmp_path / "data.pt")
+    script = tmp_path / "rank.py"
+    script.write_text(
+        RANK.format(
+            folder=str(Path(__file__).parents[2]),
+            rendezvous=tmp_path / "meet",
+            data=str(tmp_path / "data.pt"),
+            grads=tmp_path / "grads",
+        )
+    )
+    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)]) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    parts = [paper_step(features[s], target[s], centers) for s in (slice(0, 13), slice(13, 20))]
+    for rank in range(2):
+        grad = torch.load(tmp_path / f"grads{rank}.pt", weights_only=True)
+        assert_close(grad, (parts[0] + parts[1]) / 2, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, precision_score, recall_score
+
+from dir_toolkit import Bins, LabelDensity
+from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.metrics.classification import ClassificationMetrics, balanced_error, classification_metrics
+
+BINS = Bins.classes(6)
+DENSITY = LabelDensity(BINS, [500, 101, 100, 19, 3, 0])
+REGION_OF_BIN = ["many", "many", "medium", "few", "few", "unseen"]
+REGIONS = ("all", "many", "medium", "few", "unseen")
+
+
+def samples(n: int = 300, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and classes; class 4 is never tested."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.tensor([0, 0, 0, 1, 1, 2, 3, 5])[torch.randint(0, 8, (n,), generator=generator)]
+    scores = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    scores[torch.arange(n), target] += 1.5
+    return scores, target
+
+
+def naive(pred: torch.Tensor, target: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Every number in plain Python, region by region and class by class, from class indices."""
+    pairs = list(zip(pred.tolist(), target.tolist(), strict=True))
+    found: dict[str, dict[str, float]] = {}
+    for region in REGIONS:
+        classes = [c for c in range(6) if region in ("all", REGION_OF_BIN[c]) and any(t == c for _, t in pairs)]
+        inside = [(p, t) for p, t in pairs if t in classes]
+        row = dict.fromkeys(("error", "balanced_error", "macro_f1"), math.nan)
+        if inside:
+            row["error"] = sum(p != t for p, t in inside) / len(inside)
+            misses, f1 = [], []
+            for c in classes:
+                mine = [p for p, t in inside if t == c]
+                misses.append(sum(p != c for p in mine) / len(mine))
+                hits, claims = sum(p == c for p in mine), sum(p == c for p, _ in pairs)
+                precision, recall = hits / claims if claims else 0.0, hits / len(mine)
+                f1.append(2 * precision * recall / (precision + recall) if hits else 0.0)
+            row["balanced_error"], row["macro_f1"] = sum(misses) / len(misses), sum(f1) / len(f1)
+        found[region] = row | {"count": len(inside), "bins": len(classes)}
+    return found
+
+
+def assert_equals_naive(result: xr.Dataset, expected: dict[str, dict[str, float]]) -> None:
+    for region, row in expected.items():
+        for name, value in row.items():
+            given = result[name].sel(region=region).item()
+            np.testing.assert_allclose(given, value, rtol=1e-12, atol=1e-13, err_msg=f"{name} of {region}")
+
+
+def of(pred: Any, target: Any, **options: Any) -> xr.Dataset:
+    return classification_metrics(torch.as_tensor(pred), torch.as_tensor(target), BINS, DENSITY, **options)
+
+
+def menon() -> tuple[torch.Tensor, torch.Tensor]:
+    """10, 20 and 30 instances, of which 1, 10 and 20 are right."""
+    target = torch.arange(3).repeat_interleave(torch.tensor([10, 20, 30]))
+    right = torch.cat([torch.arange(n) < k for n, k in ((10, 1), (20, 10), (30, 20))])
+    return torch.where(right, target, (target + 1) % 3), target
+
+
+def test_the_example_of_the_paper() -> None:
+    pred, target = menon()
+    expected = (9 / 10 + 10 / 20 + 10 / 30) / 3
+    assert balanced_error(pred, target, 3) == pytest.approx(expected, rel=1e-12)
+    assert expected == pytest.approx(0.5778, abs=5e-5)
+    bins = Bins.classes(3)
+    result = classification_metrics(pred, target, bins, LabelDensity(bins, [10, 20, 30])).sel(region="all")
+    assert result.balanced_error.item() == pytest.approx(expected, rel=1e-12)
+    assert result.error.item() == pytest.approx(29 / 60, rel=1e-12)
+
+
+def test_values_by_hand() -> None:
+    result = of([0, 0, 1, 2, 0], [0, 0, 0, 2, 3])
+    assert result.error.values.tolist()[:4] == pytest.approx([2 / 5, 1 / 3, 0, 1])
+    assert result.balanced_error.values.tolist()[:4] == pytest.approx([(1 / 3 + 0 + 1) / 3, 1 / 3, 0, 1])
+    # Class 0: two hits of three, three claims; class 2: all; class 3: never predicted.
+    assert result.macro_f1.values.tolist()[:4] == pytest.approx([(2 / 3 + 1 + 0) / 3, 2 / 3, 1, 0])
+    assert result["count"].values.tolist() == [5, 3, 1, 1, 0]
+    assert result.bins.values.tolist() == [3, 1, 1, 1, 0]
+    np.testing.assert_allclose(result.bin_recall, [2 / 3, np.nan, 1, 0, np.nan, np.nan])
+    np.testing.assert_allclose(result.bin_precision, [2 / 3, 0, 1, np.nan, np.nan, np.nan])
+    assert result.bin_count.values.tolist() == [3, 0, 1, 1, 0, 0]
+    assert result.train_count.values.tolist() == [500, 101, 100, 19, 3, 0]
+    assert result.bin_region.values.tolist() == REGION_OF_BIN
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 300])
+def test_everything_equals_a_naive_loop(n: int) -> None:
+    scores, target = samples(n)
+    assert_equals_naive(of(scores, target), naive(scores.argmax(1), target))
+    assert_equals_naive(of(scores.argmax(1), target.double()), naive(scores.argmax(1), target))
+    expected = naive(scores.argmax(1), target)["all"]["balanced_error"]
+    assert balanced_error(scores, target, 6) == pytest.approx(expected, rel=1e-12)
+    assert balanced_error(scores.argmax(1).int(), target.to(torch.uint8), 6) == pytest.approx(expected, rel=1e-12)
+
+
+def test_scikit_learn_agrees() -> None:
+    scores, target = samples()
+    pred, true = scores.argmax(1).numpy(), target.numpy()
+    result = of(scores, target)
+    everything = result.sel(region="all")
+    assert everything.error.item() == pytest.approx(1 - accuracy_score(true, pred), rel=1e-12)
+    # Scikit-learn warns that class 4 is predicted and never true.
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        balanced = balanced_accuracy_score(true, pred)
+    assert everything.balanced_error.item() == pytest.approx(1 - balanced, rel=1e-12)
+    assert balanced_error(scores, target, 6) == pytest.approx(1 - balanced, rel=1e-12)
+    for region, tested in (("all", [0, 1, 2, 3, 5]), ("many", [0, 1]), ("few", [3])):
+        f1 = f1_score(true, pred, labels=tested, average="macro")
+        assert result.macro_f1.sel(region=region).item() == pytest.approx(f1, rel=1e-12)
+    recall = recall_score(true, pred, labels=range(6), average=None, zero_division=np.nan)
+    np.testing.assert_allclose(result.bin_recall, recall, rtol=1e-12)
+    precision = precision_score(true, pred, labels=range(6), average=None, zero_division=np.nan)
+    np.testing.assert_allclose(result.bin_precision, precision, rtol=1e-12)
+
+
+def test_the_comparison_notices_a_wrong_answer() -> None:
+    scores, target = samples()
+    result = of(scores, target)
+    for name in ("error", "balanced_error", "macro_f1", "count", "bins"):
+        wrong = naive(scores.argmax(1), target)
+        wrong["few"][name] += 1e-6
+        with pytest.raises(AssertionError, match=f"{name} of few"):
+            assert_equals_naive(result, wrong)
+
+
+@pytest.mark.parametrize("sizes", [[300], [1] * 300, [299, 1], [0, 7, 0, 100, 193]])
+def test_any_split_into_batches_equals_the_whole(sizes: list[int]) -> None:
+    scores, target = samples()
+    one, merged = ClassificationMetrics(BINS, DENSITY), ClassificationMetrics(BINS, DENSITY)
+    for s, t in zip(scores.split(sizes), target.split(sizes), strict=True):
+        one.update(s, t)
+        part = merged.fresh()
+        part.update(s, t)
+        assert merged.merge(part) is merged
+    whole = of(scores, target)
+    xr.testing.assert_identical(one.compute(), whole)
+    xr.testing.assert_identical(merged.compute(), whole)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
+    xr.testing.assert_identical(of(scores[order], target[order]), whole)
+    xr.testing.assert_identical(one.compute(), whole)  # asking changes nothing
+    assert one.all_reduce() is one  # nor does this, outside torch.distributed
+    xr.testing.assert_identical(pickle.loads(pickle.dumps(one)).compute(), whole)
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, {folder!r})
+from dir_toolkit import Bins, LabelDensity
+from dir_toolkit.metrics.classification import ClassificationMetrics
+rank, shares = int(sys.argv[1]), {shares!r}
+dist.init_process_group("gloo", init_method="file://{rendezvous}", rank=rank, world_size=2)
+bins = Bins.classes(6)
+metrics = ClassificationMetrics(bins, LabelDensity(bins, [500, 101, 100, 19, 3, 0]))
+pred, target = torch.load({data!r}, weights_only=True)
+start, stop = shares[rank]
+for i in range(start, stop, 64):
+    metrics.update(pred[i:min(i + 64, stop)], target[i:min(i + 64, stop)])
+torch.save(metrics.all_reduce().confusion, f"{confusion}{{rank}}.pt")
+dist.barrier()
+os._exit(0)  # taking gloo down can hang
+"""
+
+
+def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path) -> None:
+    pred, target = samples()
+    order = target.argsort()  # so that each rank lacks some classes altogether
+    pred, target = pred[order], target[order]
+    torch.save((pred, target), tmp_path / "data.pt")
+    script = tmp_path / "rank.py"
+    script.write_text(
+        RANK.format(
+            folder=str(Path(__file__).parents[2]),
+            shares=[(0, 233), (233, 300)],
+            rendezvous=tmp_path / "meet",
+            data=str(tmp_path / "data.pt"),
+            confusion=tmp_path / "confusion",
+        )
+    )
+    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)]) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank in range(2):
+        both = ClassificationMetrics(BINS, DENSITY)
+        both.confusion = torch.load(tmp_path / f"confusion{rank}.pt", weights_only=True)
+        xr.testing.assert_identical(both.compute(), of(pred, target))
+
+
+def test_the_confusion_matrix() -> None:
+    metrics = ClassificationMetrics(BINS, DENSITY)
+    metrics.update(torch.tensor([0, 1, 1, 5]), torch.tensor([0, 0, 0, 2]))
+    matrix = metrics.confusion_matrix()
+    assert matrix.dims == ("target", "pred")
+    assert matrix.dtype == np.int64
+    assert matrix.attrs["units"] == "1"
+    assert [matrix.sel(target=0, pred=p).item() for p in range(6)] == [1, 2, 0, 0, 0, 0]
+    assert matrix.sel(target=2, pred=5).item() == 1
+    assert matrix.sum().item() == 4
+    metrics.update(torch.tensor([0]), torch.tensor([0]))
+    assert matrix.sum().item() == 4  # what was handed out does not change
+
+
+def test_equal_scores_go_to_the_lowest_index_and_infinite_ones_count() -> None:
+    metrics = ClassificationMetrics(BINS, DENSITY)
+    scores = torch.zeros(3, 6)
+    scores[1] = -math.inf
+    scores[2, 4] = math.inf
+    metrics.update(scores, torch.tensor([0, 0, 4]))
+    assert metrics.confusion.diagonal().tolist() == [2, 0, 0, 0, 1, 0]
+
+
+def test_continuous_labels_fall_into_bins() -> None:
+    bins = Bins.uniform(0, 6, width=2)
+    result = classification_metrics(
+        torch.tensor([0, 1, 1, 2]), torch.tensor([0.5, 1.9, 2.0, 6.0]), bins, LabelDensity(bins, [200, 50, 1])
+    )
+    assert result.error.values.tolist()[:4] == [0.25, 0.5, 0, 0]
+    assert result.bin_count.values.tolist() == [2, 1, 1]
+    with pytest.raises(
+        LabelError, match=r"update: target must lie on the label axis \[0, 6\], got 6\.5 at index \[0\]"
+    ):
+        classification_metrics(torch.tensor([0]), torch.tensor([6.5]), bins, LabelDensity(bins, [1, 1, 1]))
+
+
+def test_a_region_without_a_test_sample_is_missing_not_zero() -> None:
+    result = of([0, 1], [0, 1])
+    for region in ("medium", "few", "unseen"):
+        row = result.sel(region=region)
+        assert all(math.isnan(row[name].item()) for name in ("error", "balanced_error", "macro_f1"))
+        assert row["count"].item() == row.bins.item() == 0
+    empty = ClassificationMetrics(BINS, DENSITY)
+    empty.update(torch.empty(0, 6), torch.empty(0, dtype=torch.int64))
+    empty.update(torch.empty(0, dtype=torch.int64), torch.empty(0))
+    for name in ("error", "balanced_error", "macro_f1", "bin_recall", "bin_precision"):
+        assert empty.compute()[name].isnull().all()
+    assert all(math.isnan(value) for value in empty.summary().values())
+
+
+def test_the_summary_holds_what_selects_an_epoch() -> None:
+    metrics = ClassificationMetrics(BINS, DENSITY)
+    metrics.update(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 2]))
+    summary = metrics.summary()
+    assert list(summary) == ["error/all", *(f"balanced_error/{r}" for r in ("all", "many", "medium", "few"))]
+    assert list(summary.values())[:4] == pytest.approx([1 / 4, 1 / 6, 1 / 4, 0])
+    assert math.isnan(summary["balanced_error/few"])
+    assert metrics.selects in summary
+    fresh = metrics.fresh()
+    assert fresh.confusion.sum() == 0
+    assert metrics.confusion.sum() == 4
+    xr.testing.assert_identical(fresh.compute(), ClassificationMetrics(BINS, DENSITY).compute())
+
+
+def test_region_limits_are_chosen_afterwards() -> None:
+    metrics = ClassificationMetrics(BINS, DENSITY)
+    metrics.update(*samples())
+    assert metrics.compute(many=10, few=1).bin_region.values.tolist() == ["many"] * 4 + ["medium", "unseen"]
+    assert metrics.compute().bin_region.values.tolist() == REGION_OF_BIN
+    assert metrics.compute(many=10, few=1).error.sel(region="all") == metrics.compute().error.sel(region="all")
+    with pytest.raises(ValueError, match="many must be at least 20, got 10"):
+        metrics.compute(many=10)
+
+
+def test_regions_can_be_given() -> None:
+    scores, target = samples()
+    given = ["few", "many", "many", "medium", "unseen", "few"]
+    metrics = ClassificationMetrics(BINS, DENSITY, regions=given)
+    metrics.update(scores, target)
+    result = metrics.compute()
+    assert result.bin_region.values.tolist() == given
+    assert result["count"].sel(region="few").item() == int(((target == 0) | (target == 5)).sum())
+    xr.testing.assert_identical(of(scores, target, regions=np.array(given)), result)
+    xr.testing.assert_identical(metrics.compute(many=1, few=1), result)
+    assert metrics.fresh().compute().bin_region.values.tolist() == given
+    given[0] = "many"
+    assert metrics.compute().bin_region.values.tolist()[0] == "few"
+    with pytest.raises(ValueError, match=r"merge: both must have the same bins, training density and regions, got <"):
+        metrics.merge(ClassificationMetrics(BINS, DENSITY))
+
+
+def test_everything_carries_units_and_coordinates() -> None:
+    result = of(*samples())
+    for name in ("bin_low", "bin_high", "bin_center"):
+        assert result[name].attrs["units"] == "label units", name
+    assert {result[name].attrs["units"] for name in result.data_vars} == {"1"}
+    assert set(result.data_vars) == {
+        *("error", "balanced_error", "macro_f1", "count", "bins"),
+        *("bin_recall", "bin_precision", "bin_count", "train_count"),
+    }
+    np.testing.assert_array_equal(result.bin, np.arange(6))
+    np.testing.assert_array_equal(result.bin_low, BINS.edges[:-1])
+    np.testing.assert_array_equal(result.bin_high, BINS.edges[1:])
+    np.testing.assert_array_equal(result.bin_center, BINS.centers)
+    assert result.region.values.tolist() == list(REGIONS)
+    assert {result[name].dtype for name in ("count", "bins", "bin_count", "train_count")} == {np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int32])
+def test_scores_may_have_any_precision_and_are_left_alone(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[0, 3, 1], [2, 0, 0]]).to(dtype)
+    before = scores.clone()
+    bins = Bins.classes(3)
+    metrics = ClassificationMetrics(bins, LabelDensity(bins, [1, 1, 1]))
+    metrics.update(scores.requires_grad_() if scores.is_floating_point() else scores, torch.tensor([1.0, 2.0]))
+    assert metrics.confusion.dtype == torch.int64
+    assert metrics.confusion.tolist() == [[0, 0, 0], [0, 1, 0], [1, 0, 0]]
+    assert torch.equal(scores, before)
+
+
+NAN_ROW = [[0.0] * 6, [0.0, math.nan, 0.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("pred", "target", "kind", "message"),
+    [
+        (NAN_ROW, [0, 0], ValueError, r"pred must not be NaN, got NaN in row 1 \(1 such rows\)\. Remove or"),
+        ([0, 6], [0, 1], LabelError, r"pred must be indices from 0 to 5, got 6 at index \[1\] \(1 such indices\)\."),
+        ([-1, -2], [0, 1], LabelError, r"pred must be indices from 0 to 5, got -1 at index \[0\] \(2 such"),
+        ([0, 1], [0, 6], LabelError, r"target must .* 0 to 5, got 6 at index \[1\]"),
+        ([0.0, 1.0], [0, 1], TypeError, r"pred must be integers, got dtype torch\.float32\. Use pred\.long\(\)"),
+        ([True, False], [0, 1], TypeError, "pred must be integers or floats"),
+        ([0, 1], [0j, 1j], TypeError, "target must be integers or floats"),
+        ([0, 1, 2], [0, 1], ShapeError, r"pred and target must have the same shape, got \(3,\) and \(2,\)"),
+        ([0, 1], [[0], [1]], ShapeError, r"target must have the shape \(N,\), got \(2, 1\)\. Use target\.flatten"),
+        ([[0.0] * 5] * 2, [0, 1], ShapeError, r"pred must be indices \(2,\) or scores \(2, 6\), got \(2, 5\)"),
+        ([[0.0] * 6], [0, 1], ShapeError, r"pred must be indices \(2,\) or scores \(2, 6\), got \(1, 6\)"),
+        ([[[0.0] * 6]], [0], ShapeError, r"pred must be indices \(1,\) or scores \(1, 6\), got \(1, 1, 6\)"),
+    ],
+)
+def test_what_is_refused_adds_nothing(pred: Any, target: Any, kind: type[Exception], message: str) -> None:
+    metrics = ClassificationMetrics(BINS, DENSITY)
+    metrics.update(*samples())
+    before = metrics.confusion.clone()
+    with pytest.raises(kind, match=rf"^ClassificationMetrics\.update: {message}"):
+        metrics.update(torch.tensor(pred), torch.tensor(target))
+    assert torch.equal(metrics.confusion, before)
+    with pytest.raises(kind, match=rf"^balanced_error: {message}"):
+        balanced_error(torch.tensor(pred), torch.tensor(target), 6)
+
+
+@pytest.mark.parametrize("label", [math.nan, 0.5, 6.0, -1.0, math.inf])
+def test_labels_that_are_no_class_are_refused(label: float) -> None:
+    metrics = ClassificationMetrics(BINS, DENSITY)
+    with pytest.raises(LabelError, match=r"^ClassificationMetrics\.update: target must"):
+        metrics.update(torch.tensor([0, 1]), torch.tensor([0.0, label]))
+    assert metrics.confusion.sum() == 0
+    with pytest.raises(TypeError, match=r"^balanced_error: target must be integers, .* Use target\.long\(\)"):
+        balanced_error(torch.tensor([0, 1]), torch.tensor([0.0, label]), 6)
+
+
+def test_arguments_are_checked() -> None:
+    where = r"^ClassificationMetrics: "
+    for value in (None, "abc", [0, 1], np.arange(3)):
+        with pytest.raises(TypeError, match=f"{where}bins must be a Bins, got"):
+            ClassificationMetrics(value, DENSITY)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"{where}density must be a LabelDensity over the same bins, got"):
+            ClassificationMetrics(BINS, value)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^ClassificationMetrics\.update: pred must be a torch\.Tensor"):
+            ClassificationMetrics(BINS, DENSITY).update(value, torch.ones(3))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^classification_metrics: target must be a torch\.Tensor"):
+            classification_metrics(torch.ones(3), value, BINS, DENSITY)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^balanced_error: target must be a torch\.Tensor"):
+            balanced_error(torch.ones(3), value, 2)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"merge: other must be a ClassificationMetrics, got"):
+            ClassificationMetrics(BINS, DENSITY).merge(value)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=f"{where}density must be a LabelDensity over the same bins, got <LabelDensity"
+    ):
+        ClassificationMetrics(BINS, LabelDensity.count([1], Bins.classes(5)))
+    with pytest.raises(ValueError, match=f"{where}density must be as counted, not smoothed"):
+        ClassificationMetrics(BINS, LabelDensity(BINS, DENSITY.counts / 2))
+    with pytest.raises(
+        ShapeError, match=r"^classification_metrics: target must hold at least one value, got shape \(0,"
+    ):
+        of(torch.empty(0, 6), torch.empty(0))
+    with pytest.raises(ShapeError, match=r"^balanced_error: target must hold at least one value, got shape \(0,"):
+        balanced_error(torch.empty(0, 6), torch.empty(0, dtype=torch.int64), 6)
+    for classes, kind in ((0, ValueError), (2.0, TypeError), (None, TypeError)):
+        with pytest.raises(kind, match=r"^balanced_error: num_classes must be"):
+            balanced_error(torch.tensor([0]), torch.tensor([0]), classes)  # type: ignore[arg-type]
+    other = ClassificationMetrics(BINS, LabelDensity(BINS, [1] * 6))
+    with pytest.raises(ValueError, match=r"merge: both must have the same bins, training density and regions, got <"):
+        ClassificationMetrics(BINS, DENSITY).merge(other)
+
+
+@pytest.mark.parametrize(
+    ("regions", "kind", "got"),
+    [
+        (["many"] * 5, ShapeError, "5 names"),
+        (["many"] * 5 + ["head"], ValueError, r"'head' at index \[5\]"),
+        ([0, 1, 2, 3, 4, 5], ValueError, r"0 at index \[0\]"),
+        ("medium", TypeError, "'medium'"),
+        (3, TypeError, "3"),
+    ],
+)
+def test_region_names_are_checked(regions: Any, kind: type[Exception], got: str) -> None:
+    with pytest.raises(kind, match=rf"^ClassificationMetrics: regions must be 6 names, .*'unseen', got {got}\."):
+        ClassificationMetrics(BINS, DENSITY, regions=regions)
