@@ -45,7 +45,7 @@ SIGMAS = (0.1, 0.5, 1.0, 5.0, 10.0, 20.0, 50.0)
 
 # What decides the numbers of a loss, beside the network and its optimization.
 DECISIVE: dict[str, tuple[str, ...]] = {
-    "affinity": ("margin",),
+    "affinity": ("margin", "feature_scale"),
     "focal": ("focal_gamma",),
     "ldam-drw": ("ldam_margin", "ldam_start"),
     "logit-adjusted": ("tau",),
@@ -96,6 +96,8 @@ class Settings:
     """From feature to prototype: the squared Euclidean distance, or the sum of absolute differences."""
     similarity: Literal["gaussian", "inverse"] = "gaussian"
     """What it makes of the distance."""
+    feature_scale: float = 1.0
+    """What it multiplies features by; 1 is the paper's formula, for features of the paper's network."""
     margin: float = 0.75
     """Between the affinities of the true class and the others."""
     tau: float = 1.0
@@ -325,7 +327,7 @@ def check(settings: Settings, variants: list[Variant], out: Path) -> None:
         if value is not None and not low <= value <= high:
             limit = f"between {low} and {high:g}" if math.isfinite(high) else f"at least {low}"
             faults.append(f"--{name.replace('_', '-')} must be {limit}, got {value:g}.")
-    for name in ("sigma", "margin", "ldam_margin", "center_strength", "retention"):
+    for name in ("sigma", "feature_scale", "margin", "ldam_margin", "center_strength", "retention"):
         value = getattr(settings, name)
         if not 0 < value < math.inf:
             faults.append(f"--{name.replace('_', '-')} must be > 0, got {value:g}.")
@@ -452,7 +454,7 @@ def global_generator(near: Tensor) -> Any:
     return torch.default_generator if near.device.type == "cpu" else torch.cuda.default_generators[near.device.index]
 
 
-def network(variant: Variant, size: int) -> ImageClassifier:
+def network(settings: Settings, variant: Variant, size: int) -> ImageClassifier:
     """The affinity paper's network, with the head of a variant."""
     import dir_toolkit as dt
     from dir_toolkit.backbones import ImageClassifier, digit_cnn
@@ -461,7 +463,13 @@ def network(variant: Variant, size: int) -> ImageClassifier:
     backbone = digit_cnn(features, size=size, activation=features > 2)
     if variant.head == "affinity":
         head: Any = dt.AffinityHead(
-            features, 10, variant.prototypes, variant.sigma, variant.distance, variant.similarity
+            features,
+            10,
+            variant.prototypes,
+            variant.sigma,
+            variant.distance,
+            variant.similarity,
+            feature_scale=settings.feature_scale,
         )
     elif variant.loss == "ldam-drw":  # whose paper normalises features and weights
         head = dt.CosineHead(features, 10, scale=1.0)
@@ -477,7 +485,7 @@ def train(settings: Settings, variant: Variant, runtime: Runtime, data: Splits, 
     bins = dt.Bins.classes(10)
     how = optimization(settings)
     with runtime.seeded("network"):
-        model = network(variant, data.train.images.shape[2])
+        model = network(settings, variant, data.train.images.shape[2])
     weights = None
     if variant.loss == "balanced":
         weights = dt.LDS(bins, kernel=None, scheme="inverse").fit(data.train.labels)
