@@ -120,6 +120,8 @@ class Settings:
     """Highest learning rate."""
     weight_decay: float = 5e-4
     """Pull of weights towards zero."""
+    clip_norm: float = 5.0
+    """Longest gradient; without a limit LDAM, whose scores are scaled by 30, and high learning rates diverge."""
     stage_two_epochs: int = 5
     """Passes in which crt and lws retrain the head."""
     device: str = "auto"
@@ -384,6 +386,7 @@ def optimization(settings: Settings, epochs: int | None = None) -> Optimization:
         lr=settings.lr,
         optimizer="sgd",
         weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
     )
 
 

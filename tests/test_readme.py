@@ -9,17 +9,19 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs_and_prints_errors_by_region(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert [region for region in ("all", "many", "medium", "few", "unseen") if region not in printed] == []
+def test_the_examples_run_one_after_the_other_and_print_errors_by_region(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    for example in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(compile(example, "README.md", "exec"), names)
+        printed = capsys.readouterr().out
+        assert [region for region in ("all", "many", "medium", "few", "unseen") if region not in printed] == []
+    assert "scores" in names
 
 
 def test_every_file_it_names_exists() -> None:
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     named = re.findall(
-        r"`((?:tests|dir_toolkit|recipes|benchmarks|data_cards|labels|features|losses|metrics)/[\w/.]+)`", README
+        r"`((?:tests|dir_toolkit|recipes|benchmarks|data_cards|labels|features|heads|losses|metrics)/[\w/.]+)`", README
     )
     assert linked
     assert named

@@ -50,7 +50,7 @@ def digits(
     where = "digits"
     test_per_class = whole(where, "test_per_class", test_per_class, low=1)
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError:
         raise problem(
             where, "the images come from scikit-learn", fix='pip install "dir_toolkit[recipes]"', error=ImportError

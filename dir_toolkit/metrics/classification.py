@@ -145,11 +145,11 @@ class ClassificationMetrics:
         return ClassificationMetrics(self.bins, self.density, regions=self.regions)
 
     def summary(self) -> dict[str, float]:
-        """What a log shows of an epoch: the error, and the balanced error over all labels and by region (NaN if none
-        of its bins was tested), under keys such as "balanced_error/few"."""
+        """The numbers to watch in training, under keys such as "balanced_error/few": the error, and the balanced error
+        over all labels and in each region that has a bin; NaN where none of them was tested."""
         result = self.compute()
         row = {"error/all": float(result.error.sel(region="all"))}
-        for region in ("all", "many", "medium", "few"):
+        for region in ("all", *(name for name in ("many", "medium", "few") if name in result["bin_region"].values)):
             row[f"balanced_error/{region}"] = float(result.balanced_error.sel(region=region))
         return row
 

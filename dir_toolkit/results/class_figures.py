@@ -99,7 +99,13 @@ def class_error_figure(
         for i, (label, color, mean, spread) in enumerate(rows):
             at = place + (i - (len(rows) - 1) / 2) * step
             whisker = spread if np.isfinite(spread).any() else None
-            marks: dict[str, Any] = {"fmt": MARKERS[i], "markersize": 5, "elinewidth": 1, "capsize": 2}
+            marks: dict[str, Any] = {
+                "fmt": MARKERS[i],
+                "markersize": 5,
+                "elinewidth": 1,
+                "capsize": 2,
+                "clip_on": False,
+            }
             top.errorbar(at, mean, yerr=whisker, color=color, label=label, **marks)
         top.set_ylabel("error of a class (%)" + spread_shown(ds))
         top.set_ylim(bottom=0)

@@ -412,3 +412,12 @@ def test_arguments_are_checked() -> None:
 def test_region_names_are_checked(regions: Any, kind: type[Exception], got: str) -> None:
     with pytest.raises(kind, match=rf"^ClassificationMetrics: regions must be 6 names, .*'unseen', got {got}\."):
         ClassificationMetrics(BINS, DENSITY, regions=regions)
+
+
+def test_the_summary_shows_the_regions_that_the_axis_has() -> None:
+    metrics = ClassificationMetrics(BINS, DENSITY, regions=["few", "many", "many", "many", "many", "many"])
+    assert [name for name in metrics.summary() if name.startswith("balanced")] == [
+        "balanced_error/all",
+        "balanced_error/many",
+        "balanced_error/few",
+    ]
