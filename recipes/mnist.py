@@ -4,7 +4,8 @@
     python recipes/mnist.py --data mnist --root DIR --study remedies         # real MNIST, every remedy
     python recipes/mnist.py --data mnist --root DIR --study imbalance --resume
 
-Trains a network per method and seed and ends with a table, figures and a report in ``runs/mnist/<data>/<study>``.
+Trains a network per method and seed and ends with a table, figures and a report in
+``runs/mnist/<data>/<study>-<how the data were thinned>``.
 Studies share their runs: with ``--resume`` what was trained before is taken, and what was stopped goes on.
 """
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
     from dir_toolkit.training.runtime import Runtime
 
 Head = Literal["softmax", "cosine", "affinity"]
-Loss = Literal["cross-entropy", "balanced", "focal", "ldam-drw", "logit-adjusted", "equalized", "center"]
+Loss = Literal["cross-entropy", "balanced", "focal", "ldam", "ldam-drw", "logit-adjusted", "equalized", "center"]
 After = Literal["post-hoc", "post-hoc-chosen", "tau-norm", "ncm", "crt", "lws"]
 Study = Literal["remedies", "imbalance", "noise", "prototypes", "sigma", "similarity", "features", "tau", "decoupling"]
 COLUMNS = (("balanced_error", "all"), ("balanced_error", "few"), ("balanced_error", "many"), ("error", "all"))
@@ -47,6 +48,7 @@ SIGMAS = (0.1, 0.5, 1.0, 5.0, 10.0, 20.0, 50.0)
 DECISIVE: dict[str, tuple[str, ...]] = {
     "affinity": ("margin", "feature_scale"),
     "focal": ("focal_gamma",),
+    "ldam": ("ldam_margin",),
     "ldam-drw": ("ldam_margin", "ldam_start"),
     "logit-adjusted": ("tau",),
     "equalized": ("equalized_drop",),
@@ -230,7 +232,7 @@ def main(settings: Settings) -> None:
                     trained[base] = train(settings, variant.trained, here, data, place)
                 runs[variant, seed] = finish(settings, variant, here, data, place, trained[base])
         if runtime.is_main:
-            folder = out / (settings.study or "comparison")
+            folder = out / summary_name(settings, variants)
             ds = summarise(settings, folder, variants, splits, runs, runtime)
             print(f"\n{text_table(ds, columns=COLUMNS)}\nReport: {folder / 'report.html'}")
 
@@ -288,6 +290,13 @@ def data_name(settings: Settings, variant: Variant) -> str:
     return name + (f"-of-{settings.train_per_class}" if settings.train_per_class else "")
 
 
+def summary_name(settings: Settings, variants: list[Variant]) -> str:
+    """Folder of a study's table and figures: one for each data set it is made on, unless it compares those."""
+    places = {data_name(settings, v) for v in variants}
+    several = settings.profile + (f"-of-{settings.train_per_class}" if settings.train_per_class else "")
+    return f"{settings.study or 'comparison'}-{places.pop() if len(places) == 1 else several}"
+
+
 def thinned(settings: Settings) -> range:
     """The digits that a profile makes rare."""
     return range(5) if settings.profile == "step" else range(5, 10)
@@ -309,8 +318,8 @@ def check(settings: Settings, variants: list[Variant], out: Path) -> None:
             faults.append(f"--{name} must name each once, got {' '.join(words) or 'none'}.")
         if settings.study is not None and words != getattr(Settings, name):
             faults.append(f"--{name} has no say in a --study, which compares what it always compares.")
-    if {"cosine", "softmax"} <= set(settings.head) and "ldam-drw" in settings.loss:
-        faults.append("--loss ldam-drw has a cosine head of its own: name softmax or cosine, and not both.")
+    if "cosine" in settings.head and {"ldam", "ldam-drw"} & set(settings.loss):
+        faults.append("--loss ldam has a cosine head of its own: run it with --head softmax, apart from --head cosine.")
     for name, low, high in (
         ("seeds", 1, math.inf),
         ("prototypes", 1, math.inf),
@@ -406,7 +415,7 @@ def objective(settings: Settings, variant: Variant, model: ImageClassifier, dens
     import dir_toolkit as dt
 
     prior = dt.class_prior(density).to(next(model.parameters()).device)
-    counts = torch.as_tensor(density.counts).to(prior.device)
+    counts = torch.tensor(density.counts, device=prior.device)
 
     def margin_loss(out: Scored, target: Tensor, weight: Tensor | None = None, *, reduction: str) -> Tensor:
         values = dt.affinity_loss(out.scores, target, weight, margin=settings.margin, reduction="none")
@@ -426,11 +435,16 @@ def objective(settings: Settings, variant: Variant, model: ImageClassifier, dens
         return margin_loss
     if variant.loss == "center":
         return WithCenters()
+
+    def ldam(s: Tensor, y: Tensor, w: Tensor | None, **how: Any) -> Tensor:
+        return dt.ldam_loss(s, y, counts, max_margin=settings.ldam_margin, weight=w, **how)
+
     losses: dict[Loss, Callable[..., Tensor]] = {
         "cross-entropy": dt.cross_entropy,
         "balanced": dt.cross_entropy,  # with weights
         "focal": lambda s, y, w, **how: dt.focal_loss(s, y, w, gamma=settings.focal_gamma, **how),
-        "ldam-drw": lambda s, y, w, **how: dt.ldam_loss(s, y, counts, max_margin=settings.ldam_margin, weight=w, **how),
+        "ldam": ldam,
+        "ldam-drw": ldam,  # with weights from a later epoch on
         "logit-adjusted": lambda s, y, w, **how: dt.logit_adjusted_cross_entropy(
             s, y, prior, settings.tau, weight=w, **how
         ),
@@ -474,7 +488,7 @@ def network(settings: Settings, variant: Variant, size: int) -> ImageClassifier:
             variant.similarity,
             feature_scale=settings.feature_scale,
         )
-    elif variant.loss == "ldam-drw":  # whose paper normalises features and weights
+    elif variant.loss in ("ldam", "ldam-drw"):  # whose paper normalises features and weights
         head = dt.CosineHead(features, 10, scale=1.0)
     else:
         head = dt.CosineHead(features, 10) if variant.head == "cosine" else dt.LinearHead(features, 10)
