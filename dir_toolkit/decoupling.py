@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import instance, is_tensor, one_of, problem, whole
+from .errors import ShapeError
 from .heads.normalized import ScaledHead, tau_normalized
 from .metrics.classification import balanced_error
 from .priors import TauChoice, candidate_taus, middle_of_best
@@ -44,12 +45,14 @@ class Frozen:
         for parameter in self._required:
             parameter.requires_grad_(False)
         _to_eval(module)
-        # train() of a whole model reaches the frozen part as well; this sets it back before every pass.
-        self._hook = module.register_forward_pre_hook(_to_eval)
+        # train() of a whole model reaches the frozen part as well; this sets it back before every pass, also of a part
+        # that is called by itself.
+        self._hooks = [part.register_forward_pre_hook(_to_eval) for part in module.modules()]
 
     def remove(self) -> None:
         """Give parameters their gradients back, and modules the modes they had."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for parameter in self._required:
             parameter.requires_grad_(True)
         for part, mode in self._modes:
@@ -72,7 +75,8 @@ def freeze(module: nn.Module) -> Frozen:
     """Freeze a module really: no parameter moves, BatchNorm keeps its statistics, dropout drops nothing.
 
     It stays so whatever calls ``train()`` on it or on a model around it, and is the same to the bit after any training
-    that goes through ``requires_grad``. A copy of a frozen module is frozen, too, and so is one that was pickled.
+    that goes through ``requires_grad``. A copy of a frozen module is frozen, too, and so is one that was pickled. As
+    with every hook, freeze before a compiled model is first called.
 
     Returns:
         a handle; ``handle.remove()`` undoes it.
@@ -99,16 +103,20 @@ def reinitialize(module: nn.Module, *, seed: int = 0) -> None:
     where = "reinitialize"
     instance(where, nn.Module, module=module)
     seed = whole(where, "seed", seed, low=0)
-    layers = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
-    if not layers:
+    if next(module.parameters(), None) is None:
         raise problem(where, "module must have parameters", got=type(module).__name__)
+    # A BatchNorm without parameters has statistics to forget.
+    known = {part for part in module.modules() if callable(getattr(part, "reset_parameters", None))}
+    layers = [p for p in module.modules() if p in known or next(p.parameters(recurse=False), None) is not None]
     for layer in layers:
-        if not callable(getattr(layer, "reset_parameters", None)):
+        if layer not in known:
             rule = "every layer with parameters must have reset_parameters()"
             raise problem(where, rule, got=type(layer).__name__, fix="Give it one, or a new layer.", error=TypeError)
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every accelerator
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
         for layer in layers:
             layer.reset_parameters()  # type: ignore[operator]
 
@@ -161,12 +169,23 @@ def choose_normalization(
         features: (N, D). labels: (N,) class indices.
     Returns:
         the choice by balanced error, with the curve; among equals the middle of the longest run.
+    Raises:
+        TypeError: the head is not linear, or labels are no integers. ShapeError: features and labels do not fit.
+        ValueError: taus are empty, not rising or negative.
     Source:
         Kang et al. 2020, section 4.1 (arXiv:1910.09217).
     """
     where = "choose_normalization"
     instance(where, nn.Linear, head=head)
     is_tensor(where, features=features, labels=labels)
+    if features.ndim != 2 or features.shape[1] != head.in_features or labels.shape != features.shape[:1]:
+        rule = f"features must be (N, {head.in_features}) and labels (N,)"
+        got = f"{tuple(features.shape)} and {tuple(labels.shape)}"
+        raise problem(where, rule, got=got, error=ShapeError)
+    if labels.is_floating_point():
+        raise problem(
+            where, "labels must be integers", got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError
+        )
     tried = candidate_taus(where, np.linspace(0, 2, 41) if taus is None else taus)
     with torch.no_grad():
         scores = (tau_normalized(head, float(tau))(features) for tau in tried)

@@ -115,6 +115,16 @@ def test_instance_names_the_argument_and_its_class() -> None:
         _checks.instance("f", int, x=None)
 
 
+def test_instance_names_every_kind_that_would_do() -> None:
+    _checks.instance("f", (bool, str), a=True, b="no")
+    with pytest.raises(TypeError, match=r"^f: b must be a bool or a str, got int\.$"):
+        _checks.instance("f", (bool, str), a=True, b=1)
+    with pytest.raises(TypeError, match=r"^f: x must be an LDS or an int or a Bins, got NoneType\.$"):
+        _checks.instance("f", (type("LDS", (), {}), int, type("Bins", (), {})), x=None)
+    with pytest.raises(TypeError, match=r"^f: x must be a bool, got int\.$"):
+        _checks.instance("f", (bool,), x=1)
+
+
 def test_keys_names_what_is_missing_and_what_is_unknown() -> None:
     with pytest.raises(TypeError, match=r"^f: x must be a dict, got NoneType\."):
         _checks.keys("f", "x", None, ("a", "b"))

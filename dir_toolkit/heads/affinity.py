@@ -96,8 +96,9 @@ class AffinityHead(nn.Module):
         feature_scale = number("AffinityHead", "feature_scale", feature_scale, low=0, open_low=True)
         self.register_buffer("feature_scale", torch.tensor(feature_scale))
         self._sigma_known = sigma_mode != "first_batch"
+        self._start = math.log(sigma)
         if sigma_mode == "learnt":
-            self.log_sigma = nn.Parameter(torch.tensor(math.log(sigma)))
+            self.log_sigma = nn.Parameter(torch.tensor(self._start))
         else:
             self.register_buffer("sigma", torch.tensor(sigma if self._sigma_known else math.nan))
         self.weight = nn.Parameter(torch.empty(self.num_classes, self.num_prototypes, self.num_features))
@@ -110,8 +111,13 @@ class AffinityHead(nn.Module):
         return math.sqrt(math.pi) * _START_DISTANCE / 2 / self.num_features
 
     def reset_parameters(self) -> None:
-        """Draw the prototypes anew."""
+        """Draw the prototypes anew, and let sigma start again: as given, or as the next first batch says."""
         nn.init.normal_(self.weight, std=self._start_std())
+        if self.sigma_mode == "learnt":
+            nn.init.constant_(self.log_sigma, self._start)
+        elif self.sigma_mode == "first_batch":
+            nn.init.constant_(self.sigma, math.nan)
+            self._sigma_known = False
 
     def forward(self, features: Tensor) -> Tensor:
         checked_features("AffinityHead", features, self.num_features)

@@ -50,15 +50,18 @@ class CosineHead(nn.Module):
         instance("CosineHead", bool, learn_scale=learn_scale)
         self.learn_scale = learn_scale
         self.weight = nn.Parameter(torch.empty(self.num_classes, self.num_features))
+        self._start = math.log(scale)
         if learn_scale:
-            self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+            self.log_scale = nn.Parameter(torch.tensor(self._start))
         else:
             self.register_buffer("scale", torch.tensor(scale))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew: normal, of length about one."""
+        """Draw the weights anew, normal, of length about one, and let a learnt scale start again."""
         nn.init.normal_(self.weight, std=self.num_features**-0.5)
+        if self.learn_scale:
+            nn.init.constant_(self.log_scale, self._start)
 
     def forward(self, features: Tensor) -> Tensor:
         checked_features("CosineHead", features, self.num_features)

@@ -207,7 +207,7 @@ class BinSampler(Sampler[int]):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch, as plain values; it counts what was yielded, be it used or not (:meth:`start`)."""
-        return {"epoch": self.epoch, "yielded": self._yielded, "settings": self._settings()}
+        return {"epoch": self.epoch, "yielded": self._yielded, "settings": self.settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, on this rank or another of the same run.
@@ -217,11 +217,11 @@ class BinSampler(Sampler[int]):
         """
         where = "BinSampler.load_state_dict"
         keys(where, "state", state, ("epoch", "yielded", "settings"))
-        if state["settings"] != self._settings():
+        if state["settings"] != self.settings:
             raise problem(
                 where,
                 "the state belongs to a sampler of other settings",
-                got=f"<{state['settings']}> for <{self._settings()}>",
+                got=f"<{state['settings']}> for <{self.settings}>",
                 error=CheckpointError,
             )
         epoch = whole(where, "epoch", state["epoch"], low=0)
@@ -233,7 +233,7 @@ class BinSampler(Sampler[int]):
         self.start(min(yielded, len(self)))
 
     def __repr__(self) -> str:
-        return f"<BinSampler: {self._settings()}, rank={self.rank}>"
+        return f"<BinSampler: {self.settings}, rank={self.rank}>"
 
     def _probabilities(self, epoch: int) -> np.ndarray:
         counts = self._counts.numpy().astype(np.float64)
@@ -241,7 +241,14 @@ class BinSampler(Sampler[int]):
             return _power(counts, self.q)
         return _progressive(counts, min(epoch, self.progressive_epochs - 1), self.progressive_epochs)
 
-    def _settings(self) -> str:
+    @property
+    def num_labels(self) -> int:
+        """How many samples the orders are drawn from."""
+        return len(self._members)
+
+    @property
+    def settings(self) -> str:
+        """What the orders follow from, beside the labels, in words; the same on every rank."""
         kind = f"q={self.q:g}" if self.progressive_epochs is None else f"progressive_epochs={self.progressive_epochs}"
         return (
             f"{len(self._members)} labels, {kind}, num_samples={self.num_samples}, replacement={self.replacement}, "

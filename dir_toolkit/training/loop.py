@@ -107,6 +107,7 @@ def fit(
     weights = weights.to(runtime.device) if weights is not None else None
     fds = fds.to(runtime.device).train() if fds is not None else None
     step = _Step(model, loss, runtime).to(runtime.device)
+    step.zero_grad()  # what an earlier training left, on frozen parts too, would count in the first step and its norm
     optimizer = make_optimizer(step, optimization)
     at = _Progress(loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device))
     identity = {
@@ -115,12 +116,12 @@ def fit(
         "precision": runtime.precision,
         "train": train.digest,
         "val": val.digest,
-        "loss": getattr(loss, "__name__", type(loss).__name__),
+        "loss": " ".join(repr(loss).split()) if isinstance(loss, nn.Module) else _name(loss),
         "lds": weights.extra_repr() if weights is not None else None,
         "weights_from": weights_from,
-        "sampler": repr(sampler) if sampler is not None else None,
+        "sampler": sampler.settings if sampler is not None else None,
         "fds": fds.extra_repr() if fds is not None else None,
-        "augmentation": getattr(augmentation, "__name__", str(augmentation)),
+        "augmentation": str(augmentation) if isinstance(augmentation, bool) else _name(augmentation),
         **{f"optimization.{name}": value for name, value in asdict(optimization).items()},
         **(fingerprint or {}),
     }
@@ -231,7 +232,7 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
     Modules run in eval mode and get their own modes back. All ranks must hold the same weights and buffers.
 
     Returns:
-        a tensor (N, ...) on the runtime's device; or, of a model that returns a named tuple, such a tuple of tensors.
+        a tensor (N, ...) on the runtime's device; or, of a model that returns a tuple, such a tuple of tensors.
     Raises:
         ValueError: there are fewer images than ranks.
     """
@@ -250,7 +251,9 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
 
     outputs = [output for _, output, _ in parts]
     if isinstance(outputs[0], tuple):
-        return type(outputs[0])(*(whole_set(list(pieces)) for pieces in zip(*outputs, strict=True)))
+        pieces = [whole_set(list(parts)) for parts in zip(*outputs, strict=True)]
+        kind = type(outputs[0])
+        return kind(*pieces) if hasattr(kind, "_fields") else kind(pieces)
     return whole_set(outputs)
 
 
@@ -529,8 +532,11 @@ def _check(
     instance(where, Runtime, runtime=runtime)
     least = 2 * runtime.world
     faults = []
-    if len(train) < least or optimization.batch_size < least:
-        got = f"{len(train)} images in batches of {optimization.batch_size}"
+    samples = len(train) if sampler is None else sampler.num_samples
+    if sampler is not None and sampler.num_labels != len(train):
+        faults.append(f"sampler must draw from the {len(train)} labels of train, got one of {sampler.num_labels}.")
+    if samples < least or optimization.batch_size < least:
+        got = f"{samples} images in batches of {optimization.batch_size}"
         faults.append(f"train and its batches must hold at least two images a rank, {least}, got {got}.")
     if len(val) == 0:
         faults.append("val must hold at least one image, got none.")
@@ -540,6 +546,10 @@ def _check(
         faults.append('fds must be attached to a part of the model. Call fds.attach(model.head, "input") first.')
     if faults:
         raise SettingsError("\n  ".join(["fit: this cannot be trained:", *faults]))
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _batches(samples: int, batch_size: int, world: int) -> list[slice]:

@@ -177,6 +177,31 @@ def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path) -> None:
         assert_same(both.compute(), of(pred, target))
 
 
+def test_a_fresh_one_has_the_settings_and_no_sample() -> None:
+    metrics = RegressionMetrics(BINS, DENSITY, floor=0.3)
+    metrics.update(*samples())
+    before = metrics.sums.clone()
+    fresh = metrics.fresh()
+    assert (fresh.bins, fresh.density, fresh.floor) == (metrics.bins, metrics.density, 0.3)
+    assert not fresh.sums.any()
+    fresh.update(torch.tensor([1.0]), torch.tensor([2.0]))
+    assert torch.equal(metrics.sums, before)
+    assert metrics.merge(fresh) is metrics
+    assert RegressionMetrics(BINS, DENSITY).fresh().floor == 0.01
+
+
+def test_the_summary_holds_what_training_watches() -> None:
+    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics.update(torch.tensor([1.0, 4.0, 2.5]), torch.tensor([0.0, 0.0, 2.5]))  # errors 1, 4 and 0
+    summary = metrics.summary()
+    assert list(summary) == ["mae/all", "mae/many", "mae/medium", "mae/few", "bmae/all"]
+    assert {type(value) for value in summary.values()} == {float}
+    assert list(summary.values()) == pytest.approx([5 / 3, 2.5, 0, math.nan, 1.25], nan_ok=True)
+    assert metrics.selects == RegressionMetrics.selects == "bmae/all"
+    assert metrics.selects in summary
+    assert all(math.isnan(value) for value in metrics.fresh().summary().values())
+
+
 def test_a_region_without_a_test_sample_is_missing_not_zero() -> None:
     result = of([1.0, 2.0], [0.5, 1.5])
     for region in ("medium", "few", "unseen"):

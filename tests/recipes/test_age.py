@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import running
 import torch
 import xarray as xr
 from PIL import Image
+from running import Outcome, environment, equal_bits, files, numbers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dir_toolkit.results.schema import load_results, validate_results
-from dir_toolkit.training.checkpoint import load_checkpoint
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "age.py"
+RECIPE = running.RECIPES / "age.py"
 QUICK = ["--size", "16", "--epochs", "2", "--batch-size", "1024", "--seeds", "1"]
 METHODS = ["--methods", "vanilla", "lds+fds"]
 RUN_FILES = {
@@ -40,102 +39,13 @@ RUN_FILES = {
 FIGURES = {"error-by-age", "error-by-region", "label-density-and-lds-weights", "training"}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """One thread, so that sums are always taken in one order, and a cache of its own."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DIR_TOOLKIT_CACHE": str(folder / "cache"),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-
-
-def recipe(folder: Path, *words: object, python: tuple[str, ...] = ("-W", "error")) -> Outcome:
-    """``python recipes/age.py`` with these words, in a folder, to its end."""
-    done = subprocess.run(
-        [sys.executable, *python, str(RECIPE), *map(str, words)],
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def run(folder: Path, *words: object) -> Outcome:
-    """A recipe that must end well."""
-    outcome = recipe(folder, *words)
-    assert (outcome.code, outcome.err) == (0, ""), outcome.err
-    return outcome
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The recipe within this process, which spares the seconds in which torch is loaded, in ``tmp_path``."""
-
-    def run_here(*words: object) -> Outcome:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("DIR_TOOLKIT_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, words)])
-        message: object = None
-        try:
-            runpy.run_path(str(RECIPE), run_name="__main__")
-        except SystemExit as end:
-            message = end.code
-        told = capsys.readouterr()
-        if isinstance(message, str):  # which Python then writes to stderr, as its exit code is 1
-            return Outcome(1, told.out, f"{told.err}{message}\n")
-        return Outcome(message or 0, told.out, told.err)
-
-    return run_here
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """All files below a folder by name, TensorBoard's under one."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {re.sub(r"events\.out\.tfevents\..*", "events", name): content for name, content in found.items()}
+recipe, run = partial(running.start, RECIPE), partial(running.run, RECIPE)
 
 
 def scalars(folder: Path) -> EventAccumulator:
     events = EventAccumulator(str(folder))
     events.Reload()
     return events
-
-
-def numbers(ds: xr.Dataset) -> xr.Dataset:
-    """A result without what may differ between two runs of the same thing."""
-    return ds.drop_vars("minutes").drop_attrs()
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint: weights, the optimizer's state and FDS statistics."""
-
-    def walk(value: object, name: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(item, f"{name}.{key}")
-        elif isinstance(value, list):
-            for i, item in enumerate(value):
-                walk(item, f"{name}.{i}")
-
-    found: dict[str, torch.Tensor] = {}
-    walk(load_checkpoint(path), "")
-    return found
-
-
-def equal_bits(one: Path, two: Path) -> bool:
-    a, b = tensors(one), tensors(two)
-    return a.keys() == b.keys() and all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a)
 
 
 @pytest.fixture(scope="module")
