@@ -15,20 +15,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DirToolkitWarning, LabelError, ShapeError
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DirToolkitWarning,
+    LabelError,
+    MissingPackageError,
+    ShapeError,
+)
+
+_OURS: dict[type[Exception], type[Exception]] = {
+    ValueError: ArgumentError,
+    TypeError: ArgumentTypeError,
+    ImportError: MissingPackageError,
+}
 
 
 def problem(
     where: str, rule: str, *, got: object = None, fix: str = "", error: type[Exception] = ValueError
 ) -> Exception:
-    """The exception to raise: ``<where>: <rule>, got <got>. <fix>``."""
+    """The exception to raise: ``<where>: <rule>, got <got>. <fix>``. It is one of ours, whatever is asked for."""
     sentence = f"{where}: {rule}"
     if got is not None:
         sentence += f", got {got}"
     sentence += "."
     if fix:
         sentence += f" {fix}"
-    return error(sentence)
+    return _OURS.get(error, error)(sentence)
 
 
 def warn(where: str, message: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 __all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
     "CheckpointError",
     "DataError",
     "DirToolkitError",
     "DirToolkitWarning",
     "LabelError",
+    "MissingPackageError",
     "NonFiniteLossError",
     "NotFittedError",
     "ResultsError",
@@ -19,6 +22,18 @@ __all__ = [
 
 class DirToolkitError(Exception):
     """Base of every error that dir_toolkit raises on its own behalf."""
+
+
+class ArgumentError(DirToolkitError, ValueError):
+    """An argument has a value that it must not have, and no narrower error of ours says so."""
+
+
+class ArgumentTypeError(DirToolkitError, TypeError):
+    """An argument is of the wrong kind."""
+
+
+class MissingPackageError(DirToolkitError, ImportError):
+    """A package that is optional, and needed here, is not installed or does not load."""
 
 
 class ShapeError(DirToolkitError, ValueError):

@@ -55,6 +55,16 @@ DECISIVE: dict[str, tuple[str, ...]] = {
     "center": ("center_strength",),
 }
 
+# What a study varies, or keeps at a value of its own.
+VARIED: dict[Study, tuple[str, ...]] = {
+    "remedies": ("prototypes",),
+    "imbalance": ("retention",),
+    "noise": ("noise", "retention"),
+    "prototypes": ("prototypes",),
+    "sigma": ("sigma",),
+    "similarity": ("distance", "similarity"),
+}
+
 PLACES = ("root", "out")  # settings that say where things lie on this machine; no result shows them
 
 
@@ -302,6 +312,11 @@ def thinned(settings: Settings) -> range:
     return range(5) if settings.profile == "step" else range(5, 10)
 
 
+def unused(settings: Settings) -> tuple[str, ...]:
+    """Settings that a study does not look at."""
+    return ("head", "loss", "after", *VARIED.get(settings.study, ())) if settings.study is not None else ()
+
+
 def check(settings: Settings, variants: list[Variant], out: Path) -> None:
     """All faults at once, before anything is loaded."""
     from dir_toolkit.errors import RunExistsError, SettingsError
@@ -316,8 +331,9 @@ def check(settings: Settings, variants: list[Variant], out: Path) -> None:
         words = getattr(settings, name)
         if len(set(words)) < len(words) or (name != "after" and not words):
             faults.append(f"--{name} must name each once, got {' '.join(words) or 'none'}.")
-        if settings.study is not None and words != getattr(Settings, name):
-            faults.append(f"--{name} has no say in a --study, which compares what it always compares.")
+    for name in unused(settings):
+        if getattr(settings, name) != getattr(Settings, name):
+            faults.append(f"--{name} has no say in --study {settings.study}, which takes values of its own.")
     if "cosine" in settings.head and {"ldam", "ldam-drw"} & set(settings.loss):
         faults.append("--loss ldam has a cosine head of its own: run it with --head softmax, apart from --head cosine.")
     for name, low, high in (
@@ -372,17 +388,23 @@ def load(settings: Settings, variant: Variant, seed: int) -> Splits:
     else:
         shares = exponential_profile(10, 1 / variant.retention)
     if settings.data == "digits":
-        return digits(shares=shares, noise=variant.noise, val_per_class=settings.val_per_class or 20, seed=seed)
+        return digits(
+            shares=shares, noise=variant.noise, val_per_class=first_given(settings.val_per_class, 20), seed=seed
+        )
     assert settings.root is not None
     return mnist(
         settings.root,
         shares=shares,
         noise=variant.noise,
         train_per_class=settings.train_per_class,
-        val_per_class=settings.val_per_class or 200,
+        val_per_class=first_given(settings.val_per_class, 200),
         verify=settings.verify,
         seed=seed,
     )
+
+
+def first_given(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
 
 
 def optimization(settings: Settings, epochs: int | None = None) -> Optimization:
@@ -390,8 +412,8 @@ def optimization(settings: Settings, epochs: int | None = None) -> Optimization:
 
     small = settings.data == "digits"
     return Optimization(
-        epochs=epochs or settings.epochs or (40 if small else 15),
-        batch_size=settings.batch_size or (32 if small else 128),
+        epochs=first_given(epochs, settings.epochs, 40 if small else 15),
+        batch_size=first_given(settings.batch_size, 32 if small else 128),
         lr=settings.lr,
         optimizer="sgd",
         weight_decay=settings.weight_decay,
@@ -427,7 +449,8 @@ def objective(settings: Settings, variant: Variant, model: ImageClassifier, dens
             self.centers = dt.CenterLoss(10, variant.num_features, strength=settings.center_strength)
 
         def forward(self, out: Scored, target: Tensor, weight: Tensor | None = None, *, reduction: str) -> Tensor:
-            # By the mean, so that the centers move as in the paper whatever the batch size.
+            # By the mean, so that a center's gradient is the paper's step whatever the batch size. SGD takes that step
+            # as it does all others, with its rate, momentum and decay.
             near = len(target) * self.centers(out.features, target, weight)
             return near + dt.cross_entropy(out.scores, target, weight, reduction="sum")
 
@@ -627,7 +650,8 @@ def finish(settings: Settings, variant: Variant, runtime: Runtime, data: Splits,
         errors = errors.assign(tau=choice.tau)
         errors["tau"].attrs["units"] = "1"
     path = place / variant.method / f"seed{runtime.seed}" / "results.nc"
-    if runtime.is_main and not path.exists():  # of a run finished before, whose provenance stays
+    # A run that was finished before keeps its provenance; what follows without training is always made anew.
+    if runtime.is_main and (variant.after not in (None, "crt", "lws") or not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         title = f"Long-tailed {settings.data}: {variant.method} on {place.name}, seed {runtime.seed}"
         save_results(combined({(variant.method, runtime.seed): errors}, title, environment(runtime, data)), path)
@@ -684,7 +708,9 @@ def summarise(
         "The epoch of each run, and tau where it is chosen, follow from the balanced error on clean, balanced "
         "validation images that were cut before anything was thinned; the test set was used once, at the end.",
     ]
-    told = {name: value for name, value in asdict(settings).items() if name not in (*PLACES, "resume")}
+    told = {
+        name: value for name, value in asdict(settings).items() if name not in (*PLACES, *unused(settings), "resume")
+    }
     folder.mkdir(parents=True, exist_ok=True)
     write_summary(folder, ds, pictures, notes=notes, settings=told, columns=COLUMNS)
     return ds

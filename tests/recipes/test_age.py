@@ -135,11 +135,11 @@ def test_settings_and_versions_are_kept(finished: tuple[Path, str]) -> None:
 
 def test_tensorboard_holds_every_curve_and_figure(finished: tuple[Path, str]) -> None:
     out, _ = finished
-    tags = {"train/loss", "train/lr", "val/mae/all", "val/mae/many", "val/mae/medium", "val/mae/few", "val/bmae"}
+    tags = {"train/loss", "train/lr", "val/mae/all", "val/mae/many", "val/mae/medium", "val/mae/few", "val/bmae/all"}
     for method in ("vanilla", "lds+fds"):
         events = scalars(out / method / "seed0")
         assert set(events.Tags()["scalars"]) == tags
-        assert [event.step for event in events.Scalars("val/bmae")] == [4, 8]
+        assert [event.step for event in events.Scalars("val/bmae/all")] == [4, 8]
     shown = set(scalars(out).Tags()["images"])
     assert shown == {f"figures/{name}" for name in (*FIGURES, "feature-statistics-of-lds-fds")}
 
@@ -186,7 +186,7 @@ def test_resuming_with_other_settings_is_refused_and_told_which(
 def test_ctrl_c_saves_and_tells_how_to_go_on(stopped: tuple[Path, Outcome]) -> None:
     folder, outcome = stopped
     assert (outcome.code, outcome.err) == (130, "")
-    assert "finished before: best bMAE" in outcome.out
+    assert "finished before: best val_bmae" in outcome.out
     assert outcome.out.rstrip().endswith("Go on with --resume.")
     assert set(files(folder / "made/lds+fds/seed0")) == RUN_FILES - {"results.nc"}
     assert not (folder / "made/results.nc").exists()
@@ -198,7 +198,7 @@ def test_resumed_it_ends_as_if_it_had_not_been_stopped(
     (whole, _), (folder, _) = finished, stopped
     done = files(folder / "made/vanilla")
     outcome = run(folder, *QUICK, *METHODS, "--resume", "--out=made")
-    assert outcome.out.count("finished before: best bMAE") == 1
+    assert outcome.out.count("finished before: best val_bmae") == 1
     for name in ("checkpoint-last.pt", "checkpoint-best.pt"):
         assert equal_bits(whole / "lds+fds/seed0" / name, folder / "made/lds+fds/seed0" / name)
     assert not equal_bits(whole / "lds+fds/seed0" / name, folder / "made/vanilla/seed0" / name)
@@ -208,7 +208,7 @@ def test_resumed_it_ends_as_if_it_had_not_been_stopped(
     assert (whole / "table.md").read_text() == (folder / "made/table.md").read_text()
     # What was finished is not touched; and every epoch stands in TensorBoard once.
     assert files(folder / "made/vanilla") == done
-    assert [event.step for event in scalars(folder / "made/lds+fds/seed0").Scalars("val/bmae")] == [4, 8]
+    assert [event.step for event in scalars(folder / "made/lds+fds/seed0").Scalars("val/bmae/all")] == [4, 8]
 
 
 def test_all_bad_settings_are_told_at_once(tmp_path: Path, here: Callable[..., Outcome]) -> None:

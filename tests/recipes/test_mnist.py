@@ -103,16 +103,15 @@ def copied(finished: tuple[Path, str], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Outcome, Outcome]:
-    """Folders of a comparison that was not stopped and of one that was, by Ctrl-C and then killed; how those ended."""
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, Outcome]:
+    """The folder of a comparison that was stopped by Ctrl-C, went on, and was killed; and how the two ended."""
     folder = tmp_path_factory.mktemp("stopped")
-    run(folder, *STOPPED, "--out", "whole")
     words = [*STOPPED, "--resume", "--out", "made"]
     ctrl_c = signalled(folder, signal.SIGINT, STEPS + 6, *words)
     # The rest of equalized, both epochs of softmax, one of crt and a part of the next.
     at = (STEPS - 6) + 2 * STEPS + STEPS + 6
     killed = signalled(folder, signal.SIGKILL, at, *words, "--checkpoint-minutes", 0)
-    return folder / "whole", folder / "made", ctrl_c, killed
+    return folder / "made", ctrl_c, killed
 
 
 @pytest.fixture(scope="module")
@@ -267,47 +266,55 @@ def test_what_is_done_afterwards_is_saved_as_the_table_tells_it(copied: Path, he
     assert found[0] != found[1]
 
 
-def test_ctrl_c_saves_and_tells_how_to_go_on(stopped: tuple[Path, Path, Outcome, Outcome]) -> None:
-    _, made, outcome, _ = stopped
+def test_ctrl_c_saves_and_tells_how_to_go_on(stopped: tuple[Path, Outcome, Outcome]) -> None:
+    _, outcome, _ = stopped
     assert (outcome.code, outcome.err) == (130, "")
     assert "Stopped; epoch 2, step 6 is saved in made/step-0.1/equalized/seed0/checkpoint-last.pt." in outcome.out
     assert outcome.out.rstrip().endswith("Go on with --resume.")
     assert "softmax on" not in outcome.out
-    assert not (made / "comparison-step-0.1").exists()
+    assert "Report" not in outcome.out
 
 
-def test_stopped_and_killed_it_ends_as_if_it_had_not_been(stopped: tuple[Path, Path, Outcome, Outcome]) -> None:
-    whole, made, _, killed = stopped
+def test_stopped_and_killed_it_ends_as_if_it_had_not_been(
+    stopped: tuple[Path, Outcome, Outcome], here: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    made, _, killed = stopped
     assert (killed.code, killed.err) == (-signal.SIGKILL, "")
-    crt = made / "step-0.1/crt/seed0"
-    if not (crt / "results.nc").exists():  # of a test that ran before this one
-        progress = load_checkpoint(crt / "checkpoint-last.pt")["progress"]
-        assert (progress["epoch"], progress["step"]) == (1, 5)
-    outcome = run(made.parent, *STOPPED, "--resume", "--out", "made")
+    progress = load_checkpoint(made / "step-0.1/crt/seed0/checkpoint-last.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 5)
+    outcome = here(*STOPPED, "--resume", "--out", made)
+    assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.count("finished before") == 2
+    whole = tmp_path / "whole"
+    outcome = here(*STOPPED, "--out", whole)
+    assert (outcome.code, outcome.err) == (0, "")
     for method in ("equalized", "softmax", "crt"):
         for name in ("checkpoint-last.pt", "checkpoint-best.pt"):
             one, two = (out / "step-0.1" / method / "seed0" / name for out in (whole, made))
             assert equal_bits(one, two), two
+        history = (made / f"step-0.1/{method}/seed0/history.csv").read_text().splitlines()
+        assert [row.split(",")[0] for row in history] == ["epoch", "1", "2"]  # each once
     assert not equal_bits(whole / "step-0.1/softmax/seed0" / name, two)
     one, two = (load_results(out / "comparison-step-0.1/results.nc") for out in (whole, made))
     xr.testing.assert_identical(numbers(one), numbers(two))
     assert one["method"].values.tolist() == ["equalized", "crt"]
     tables = [(out / "comparison-step-0.1/table.md").read_text() for out in (whole, made)]
     assert tables[0] == tables[1]
-    for method, epochs in (("equalized", 2), ("crt", 2)):  # each epoch once
-        history = (made / f"step-0.1/{method}/seed0/history.csv").read_text().splitlines()
-        assert [row.split(",")[0] for row in history] == ["epoch", *map(str, range(1, epochs + 1))]
 
 
-def test_the_second_stage_leaves_the_encoder_alone(stopped: tuple[Path, Path, Outcome, Outcome]) -> None:
-    whole = stopped[0] / "step-0.1"
-    first, second = (
-        load_checkpoint(whole / place)["model"]
-        for place in ("softmax/seed0/checkpoint-best.pt", "crt/seed0/checkpoint-last.pt")
+def test_the_second_stage_leaves_the_encoder_alone(copied: Path, here: Callable[..., Outcome]) -> None:
+    words = ["--epochs", 2, "--head", "softmax", "--loss", "cross-entropy", "--after", "crt", "lws"]
+    outcome = here(*words, "--stage-two-epochs", 1, "--resume", "--out", copied)
+    assert (outcome.code, outcome.err) == (0, "")
+    first, crt, lws = (
+        load_checkpoint(copied / f"step-0.1/{method}/seed0/checkpoint-best.pt")["model"]
+        for method in ("softmax", "crt", "lws")
     )
-    same = {name for name in first if torch.equal(first[name], second[name])}
-    assert same == {name for name in first if name.startswith("backbone.")}
+    encoder = {name for name in first if name.startswith("backbone.")}
+    assert {name for name in first if torch.equal(first[name], crt[name])} == encoder
+    assert {name for name in encoder if torch.equal(first[name], lws[name])} == encoder
+    assert torch.equal(lws["head.linear.weight"], first["head.weight"])
+    assert not torch.equal(lws["head.scale"], torch.ones(10))
 
 
 @pytest.mark.parametrize(
@@ -393,7 +400,7 @@ def test_all_bad_settings_are_told_at_once(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", 0), ("batch-size", 0), ("epochs", -1), ("tau-step-0.1", "inf"), ("focal-gamma", "inf")],
+    [("epochs", 0), ("batch-size", 0), ("epochs", -1), ("tau", "inf"), ("focal-gamma", "inf")],
 )
 def test_a_number_out_of_range_is_refused(here: Callable[..., Outcome], name: str, value: object) -> None:
     words = ["--head", "softmax", "--loss", "logit-adjusted", "focal"]
@@ -423,7 +430,7 @@ def test_a_package_that_is_missing_is_told_in_one_line(
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     outcome = here()
     assert outcome.code == 1
-    assert re.fullmatch(r'digits: .*scikit-learn.* pip install "dir_toolkit\[recipes\]"\.\n', outcome.err)
+    assert re.fullmatch(r'digits: .*scikit-learn.* pip install "dir_toolkit\[recipes\]"\n', outcome.err)
 
 
 def test_noise_touches_training_labels_alone(here: Callable[..., Outcome], tmp_path: Path) -> None:
