@@ -342,22 +342,22 @@ def check(settings: Settings, variants: list[Variant], out: Path) -> None:
         ("stage_two_epochs", 1, math.inf),
         ("train_per_class", 1, math.inf),
         ("val_per_class", 1, math.inf),
-        ("noise", 0, 0.999),
         ("checkpoint_minutes", 0, math.inf),
         ("ldam_start", 0, 1),
         ("equalized_drop", 0, 1),
         ("focal_gamma", 0, math.inf),
         ("tau", 0, math.inf),
-        ("weight_decay", 0, math.inf),
     ):
         value = getattr(settings, name)
-        if value is not None and not low <= value <= high:
-            limit = f"between {low} and {high:g}" if math.isfinite(high) else f"at least {low}"
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            limit = f"between {low} and {high:g}" if math.isfinite(high) else f"finite and at least {low}"
             faults.append(f"--{name.replace('_', '-')} must be {limit}, got {value:g}.")
     for name in ("sigma", "feature_scale", "margin", "ldam_margin", "center_strength", "retention"):
         value = getattr(settings, name)
         if not 0 < value < math.inf:
             faults.append(f"--{name.replace('_', '-')} must be > 0, got {value:g}.")
+    if not 0 <= settings.noise < 1:
+        faults.append(f"--noise must be at least 0 and below 1, got {settings.noise:g}.")
     if settings.retention > 1:
         faults.append(f"--retention must be at most 1, got {settings.retention:g}.")
     try:

@@ -379,7 +379,7 @@ def test_each_seed_cuts_the_data_anew(here: Callable[..., Outcome], tmp_path: Pa
                 *("--head must name each once", "--loss must name", "--after must name", "--seeds must be"),
                 *("--prototypes must", "--stage-two-epochs must", "--val-per-class must", "--noise must"),
                 *("--checkpoint-minutes must", "--ldam-start must", "--equalized-drop must", "--focal-gamma must"),
-                *("--tau must be at least 0, got nan", "weight-decay must", "--sigma must be > 0, got 0"),
+                *("--tau must be finite and at least 0, got nan", "weight_decay must", "--sigma must be > 0, got 0"),
                 *("--feature-scale must", "--margin must", "--ldam-margin must", "--center-strength must"),
                 *("--retention must be at most 1, got 1.5", "lr must be > 0"),
             ],
