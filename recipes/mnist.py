@@ -643,9 +643,10 @@ def finish(settings: Settings, variant: Variant, runtime: Runtime, data: Splits,
     if isinstance(head, (nn.Linear, dt.ScaledHead)):  # scores are logits
         calibration = dt.calibration_metrics(scores.double().softmax(1), test_labels)
         errors = errors.assign({name: calibration[name] for name in ("ece", "classwise_ece", "log_loss")})
-        scale = head.scale[:, None] if isinstance(head, dt.ScaledHead) else 1.0
-        weight = head.linear.weight if isinstance(head, dt.ScaledHead) else head.weight
-        norms = (scale * weight).detach().norm(dim=1).cpu().numpy()
+        if variant.after not in ("post-hoc", "post-hoc-chosen"):  # which leave the weights as they are
+            scale = head.scale[:, None] if isinstance(head, dt.ScaledHead) else 1.0
+            weight = head.linear.weight if isinstance(head, dt.ScaledHead) else head.weight
+            norms = (scale * weight).detach().norm(dim=1).cpu().numpy()
     if choice is not None:
         errors = errors.assign(tau=choice.tau)
         errors["tau"].attrs["units"] = "1"

@@ -21,19 +21,25 @@ from .drawing import (
     INK,
     MARKERS,
     PALETTE,
+    SPREAD,
     Colors,
+    color_scale,
+    cut_below_zero,
     dressed,
+    given_colors,
     holding,
     legend_above,
+    line_and_band,
     literal,
     mean_and_spread,
-    method_colors,
-    method_dashes,
     new_figure,
+    note_no_runs,
     seeds_text,
     spread_shown,
     stairs,
     styled_methods,
+    styles,
+    train_counts,
     with_units,
 )
 
@@ -55,7 +61,7 @@ _MOST_METHODS = 6  # side by side at one class
 _MOST_DOTS = 120
 _MOST_BARS = 6  # with room for their names on a line
 _MOST_NUMBERS = 12  # classes whose errors are written into a heat map
-_SPREAD = "\nmean ± sd over seeds"
+_MOST_NAMED = 20  # classes in a legend
 
 Panel = tuple[Any, Any, Any, Any]
 
@@ -67,19 +73,21 @@ def class_error_figure(
 
     Few methods are dots with whiskers of one standard deviation of the seeds; more than six, or many classes, are a
     heat map of methods and classes. A class without test samples is a gap. The constant predictor, which errs on every
-    class but one, is left out.
+    class but one, is left out. Whiskers are cut at 0 and 100 %.
 
     Args:
         ds: a result of classification, of the schema in ``results.schema``.
         class_names: of the bins; None shows what each stands for.
     Raises:
-        ResultsError: ``ds`` breaks the schema, or is not of classification. ValueError: there is not one name a class.
+        ResultsError: ``ds`` breaks the schema, or is not of classification. ValueError: there is not one name a class,
+        or a color is unknown.
     """
     where = "class_error_figure"
     holding(where, ds, "bin_recall", "classification")
-    names = _named(where, class_names, [f"{center:g}" for center in ds["bin_center"].values])
+    centers = [f"{center:g}" for center in ds["bin_center"].values]
+    names = _named(where, class_names, len(centers)) or centers
     rows = []
-    for method, color in styled_methods(ds, colors, baseline=False).items():
+    for method, color in styled_methods(where, ds, colors, baseline=False).items():
         part = ds.sel({"method": method})
         done = part["completed"].values == 1
         mean, spread = mean_and_spread(100 - 100 * part["bin_recall"].values[done])
@@ -95,7 +103,7 @@ def class_error_figure(
         bar = figure.add_subplot(grid[0, 1])
         _heat_map(figure, top, bar, rows)
     else:
-        place, step = np.arange(len(names)), 0.7 / len(rows)
+        place, step = np.arange(len(names)), 0.7 / max(1, len(rows))
         for i, (label, color, mean, spread) in enumerate(rows):
             at = place + (i - (len(rows) - 1) / 2) * step
             whisker = spread if np.isfinite(spread).any() else None
@@ -104,18 +112,17 @@ def class_error_figure(
                 "markersize": 5,
                 "elinewidth": 1,
                 "capsize": 2,
-                "clip_on": False,
             }
-            top.errorbar(at, mean, yerr=whisker, color=color, label=label, **marks)
+            dots = top.errorbar(at, mean, yerr=whisker, color=color, label=label, **marks).lines[0]
+            dots.set(clip_on=False, zorder=3)  # one at 0 or 100 is seen whole; its whisker ends at the axes
         top.set_ylabel("error of a class (%)" + spread_shown(ds))
-        top.set_ylim(bottom=0)
+        top.set_ylim(0, min(100.0, top.get_ylim()[1]))
+        if not rows:
+            note_no_runs(top)
         legend_above(figure, top)
     top.tick_params(labelbottom=False)
-    train = ds["train_count"].where(ds["completed"] == 1).mean(("method", "seed")).values
-    stairs(below, np.arange(len(names) + 1) - 0.5, train, None)
-    below.set_ylabel("training\nsamples\n(log scale)")
+    _class_counts(figure, below, train_counts(ds), names)
     below.set_xlabel(literal(ds.attrs["label_name"]))
-    _class_ticks(figure, below, names)
     dressed(figure, [top], grid=not many)
     return dressed(figure, [below])
 
@@ -137,11 +144,8 @@ def _heat_map(figure: Figure, axes: Axes, bar: Axes, rows: Sequence[tuple[str, s
                 text = f"{value:.1f}" if math.isnan(spread) else f"{value:.1f}\n±{spread:.1f}"
                 ink = "white" if value < most / 2 else "black"
                 axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color=ink, linespacing=0.9)
-    scale = figure.colorbar(image, cax=bar)
     name = "\nmean ± sd" if written else "\nmean over seeds"
-    scale.set_label("error (%)" + name * several, color=INK, fontsize=9)
-    bar.tick_params(labelsize=8, colors=INK)
-    scale.outline.set_visible(False)
+    color_scale(figure, image, "error (%)" + name * several, cax=bar)
 
 
 def study_figure(
@@ -161,35 +165,33 @@ def study_figure(
         log_x: the varied values stand on a log scale.
         percent: the numbers are shares of one, shown in percent.
     Raises:
-        ValueError: a series is empty, or a varied value not finite or, on a log scale, not above 0. ShapeError: the
-        numbers of a value are not one a seed.
+        ValueError: a series is empty, a varied value not finite or, on a log scale, not above 0, or a color is unknown.
+        ShapeError: the numbers of a value are not one a seed.
     """
     where = "study_figure"
-    _filled(where, curves=curves)
+    _filled(where, "curves", curves)
+    instance(where, str, xlabel=xlabel, ylabel=ylabel)
+    known, dashes = styles(where, curves, colors)
     figure = new_figure(3.4)
     axes = figure.add_subplot(1, 1, 1)
-    colors, dashes = {**method_colors(curves), **(colors or {})}, method_dashes(curves)
     ticks, several = set(), False
-    for i, (name, curve) in enumerate(curves.items()):
-        _filled(where, **{f"curves[{name!r}]": curve})
-        xs = sorted(number(where, "a varied value", x, low=0 if log_x else -math.inf, open_low=log_x) for x in curve)
-        told = {float(x): _by_seed(where, f"curves[{name!r}][{x!r}]", values, percent) for x, values in curve.items()}
+    for i, (name, series) in enumerate(curves.items()):
+        _filled(where, f"curves[{name!r}]", series, texts=False)
+        xs = sorted(number(where, "a varied value", x, low=0 if log_x else -math.inf, open_low=log_x) for x in series)
+        told = {float(x): _by_seed(where, f"curves[{name!r}][{x!r}]", values, percent) for x, values in series.items()}
         mean, spread = np.array([mean_and_spread(told[x]) for x in xs]).T
         counts = [int(np.isfinite(told[x]).sum()) for x in xs]
         several |= max(counts) > 1
         label = literal(f"{name} ({_seeds_range(counts)})")
-        color = colors[name]
-        marks: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linestyle": dashes[name]}
-        axes.plot(xs, mean, color=color, label=label, zorder=3, **marks)
-        axes.fill_between(xs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+        line_and_band(axes, xs, mean, spread, known[name], label=label, **_line(i, dashes[name]))
         ticks |= set(xs)
     if log_x:
         axes.set_xscale("log")
     _value_ticks(axes, sorted(ticks), log_x)
-    if percent and axes.get_ylim()[0] < 0:  # a band may reach below what a share can be
-        axes.set_ylim(bottom=0)
+    if percent:
+        cut_below_zero(axes)
     axes.set_xlabel(literal(xlabel))
-    axes.set_ylabel(_share_name(ylabel, percent) + _SPREAD * several)
+    axes.set_ylabel(_share_name(ylabel, percent) + f"\n{SPREAD}" * several)
     legend_above(figure, axes)
     return dressed(figure, [axes])
 
@@ -205,10 +207,12 @@ def bar_figure(
         percent: the numbers are shares of one, shown in percent.
         colors: by name; None draws all alike, since the names stand below the bars.
     Raises:
-        ValueError: there are no names. ShapeError: the numbers of a name are not one a seed.
+        ValueError: there are no names, or a color is unknown. ShapeError: the numbers of a name are not one a seed.
     """
     where = "bar_figure"
-    _filled(where, values=values)
+    _filled(where, "values", values)
+    instance(where, str, ylabel=ylabel)
+    given = given_colors(where, colors)
     figure = new_figure(3.2)
     axes = figure.add_subplot(1, 1, 1)
     several = False
@@ -218,10 +222,10 @@ def bar_figure(
         several |= not math.isnan(spread)
         whisker = None if math.isnan(spread) else spread
         kit = {"ecolor": INK, "elinewidth": 1, "capsize": 3}
-        axes.bar(i, mean, 0.66, color=(colors or {}).get(name, PALETTE[0]), yerr=whisker, error_kw=kit, zorder=2)
+        axes.bar(i, mean, 0.66, color=given.get(name, PALETTE[0]), yerr=whisker, error_kw=kit, zorder=2)
         if told.size > 1:
             spot = i + np.linspace(-0.18, 0.18, told.size)
-            axes.scatter(spot, told, s=12, color="white", edgecolors=INK, linewidths=0.7, zorder=4)
+            axes.scatter(spot, told, s=12, color="white", edgecolors=INK, linewidths=0.7, zorder=4, clip_on=False)
         if not math.isnan(mean):
             top = float(np.nanmax([mean + (whisker or 0.0), *told]))
             text: dict[str, Any] = {
@@ -239,12 +243,16 @@ def bar_figure(
         axes.tick_params(axis="x", labelrotation=90)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.margins(y=0.12)
+    if percent:
+        cut_below_zero(axes)
     axes.set_ylabel(_share_name(ylabel, percent) + "\nmean ± sd, a dot a seed" * several)
     return dressed(figure, [axes])
 
 
 def feature_space_figure(panels: Mapping[str, Panel], *, class_names: Sequence[str] | None = None) -> Figure:
     """Features in the plane, a dot each in the colour of its class, and prototypes as stars, in panels side by side.
+
+    The legend has the first twenty classes and the number of the others; looks repeat after a hundred classes.
 
     Args:
         panels: by title: features, labels, and prototypes with their labels, or None; prototypes without labels are
@@ -256,13 +264,13 @@ def feature_space_figure(panels: Mapping[str, Panel], *, class_names: Sequence[s
         ShapeError: features are not (N, 2), or labels not one each. ValueError: there is no panel, a feature is not
         finite, a label is negative or has no name, or prototypes have labels but no places.
     """
-    from matplotlib.lines import Line2D
-
     where = "feature_space_figure"
-    _filled(where, panels=panels)
+    _filled(where, "panels", panels)
     columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3
     lines = math.ceil(len(panels) / columns)
     figure = new_figure(0.6 + lines * (7.4 / columns + 0.2 if columns > 1 else 5.2))
+    from matplotlib.lines import Line2D
+
     axes_of: list[Axes] = []
     classes: set[int] = set()
     starred = False
@@ -272,9 +280,10 @@ def feature_space_figure(panels: Mapping[str, Panel], *, class_names: Sequence[s
             raise problem(where, rule, got=type(panel).__name__, error=TypeError)
         axes = figure.add_subplot(lines, columns, i + 1)
         features, labels = _plane(where, f"panels[{title!r}]: features", panel[0], panel[1])
-        for label in np.unique(labels):
-            color, marker = _class_style(int(label))
-            dots = features[labels == label]
+        looks = labels % (len(PALETTE) * len(MARKERS))
+        for look in np.unique(looks):
+            color, marker = _class_style(int(look))
+            dots = features[looks == look]
             axes.scatter(
                 dots[:, 0], dots[:, 1], s=5, color=color, marker=marker, alpha=0.55, linewidths=0, rasterized=True
             )
@@ -294,14 +303,14 @@ def feature_space_figure(panels: Mapping[str, Panel], *, class_names: Sequence[s
         axes_of.append(axes)
     figure.supxlabel("first feature (dimensionless)", fontsize=10, color=INK)
     figure.supylabel("second feature (dimensionless)", fontsize=10, color=INK)
-    size = max(classes, default=-1) + 1
-    if class_names is not None and len(class_names) < size:
-        raise problem(where, f"class_names must name each of {size} classes", got=f"{len(class_names)} names")
-    names = [str(label) for label in range(size)] if class_names is None else list(class_names)
+    names = _named(where, class_names, max(classes, default=-1) + 1, more=True)
     handles = []
-    for label in sorted(classes):
+    for label in sorted(classes)[:_MOST_NAMED]:
         color, marker = _class_style(label)
-        handles.append(Line2D([], [], color=color, marker=marker, linestyle="", label=literal(names[label])))
+        name = names[label] if names else str(label)
+        handles.append(Line2D([], [], color=color, marker=marker, linestyle="", label=name))
+    if len(classes) > _MOST_NAMED:
+        handles.append(Line2D([], [], linestyle="", label=f"and {len(classes) - _MOST_NAMED:,} more"))
     if starred:
         ring: dict[str, Any] = {"marker": "*", "markersize": 11, "markerfacecolor": "white", "markeredgecolor": "black"}
         handles.append(Line2D([], [], linestyle="", label="prototype", **ring))
@@ -333,14 +342,15 @@ def tau_figure(
         Menon et al. 2021 (arXiv:2007.07314).
     """
     where = "tau_figure"
-    _filled(where, curves=curves)
+    _filled(where, "curves", curves, texts=False)
     instance(where, Mapping, chosen=chosen)
+    instance(where, str, ylabel=ylabel)
     if set(chosen) != set(curves):
         raise problem(where, f"chosen must have the names {list(curves)}", got=str(list(chosen)))
     figure = new_figure(3.4)
     axes = figure.add_subplot(1, 1, 1)
     names = [str(name) for name in curves]
-    colors, dashes = method_colors(names), method_dashes(names)
+    colors, dashes = styles(where, names)
     for i, (key, name) in enumerate(zip(curves, names, strict=True)):
         taus, scores = _pair(where, f"curves[{key!r}]", curves[key])
         best = number(where, f"chosen[{key!r}]", chosen[key])
@@ -386,25 +396,26 @@ def norms_figure(
         norms (C,) or (S, C), counts (C,).
     Raises:
         ShapeError: norms are not of as many classes as counts. ValueError: there is no method, a norm is negative or
-        not finite, all norms of a method are 0, a count is negative or not finite, or there is not one name a class.
+        not finite, all norms of a method are 0, a count is negative or not finite, there is not one name a class, or a
+        color is unknown.
     Source:
         Kang et al. 2020 (arXiv:1910.09217).
     """
     where = "norms_figure"
-    _filled(where, norms=norms)
+    _filled(where, "norms", norms)
     counts = labels_array(where, counts, "counts").astype(np.float64)
     if counts.ndim != 1 or counts.size == 0:
         raise problem(where, "counts must be one number a class, shape (C,)", got=counts.shape, error=ShapeError)
     if not (np.isfinite(counts) & (counts >= 0)).all():
         raise problem(where, "counts must be finite and not negative", got=counts.tolist())
-    names = _named(where, class_names, [str(i) for i in range(len(counts))])
+    names = _named(where, class_names, len(counts)) or [str(i) for i in range(len(counts))]
+    known, dashes = styles(where, norms, colors)
     order = np.argsort(-counts, kind="stable")
     place = np.arange(len(counts))
     figure = new_figure(4.4)
     grid = figure.add_gridspec(2, 1, height_ratios=[2, 1])
     top = figure.add_subplot(grid[0])
     below = figure.add_subplot(grid[1], sharex=top)
-    colors, dashes = {**method_colors(norms), **(colors or {})}, method_dashes(norms)
     several = False
     top.axhline(1.0, color=GREY, linewidth=0.8, linestyle=":")
     for i, (method, values) in enumerate(norms.items()):
@@ -417,18 +428,12 @@ def norms_figure(
             raise problem(where, rule, got=rows.tolist())
         mean, spread = mean_and_spread(rows / rows.mean(1, keepdims=True))
         label = literal(f"{method} ({_correlation(mean, counts)})")
-        marks: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linestyle": dashes[method]}
-        top.plot(place, mean[order], color=colors[method], label=label, **marks)
-        if len(rows) > 1:
-            several = True
-            low, high = (mean - spread)[order], (mean + spread)[order]
-            top.fill_between(place, low, high, color=colors[method], alpha=0.15, linewidth=0)
-    top.set_ylabel("relative weight norm\n(dimensionless)" + _SPREAD * several)
+        several |= len(rows) > 1
+        line_and_band(top, place, mean[order], spread[order], known[method], label=label, **_line(i, dashes[method]))
+    top.set_ylabel("relative weight norm\n(dimensionless)" + f"\n{SPREAD}" * several)
     top.tick_params(labelbottom=False)
-    stairs(below, np.arange(len(counts) + 1) - 0.5, counts[order], None)
-    below.set_ylabel("training\nsamples\n(log scale)")
+    _class_counts(figure, below, counts[order], [names[i] for i in order])
     below.set_xlabel("class, in falling order of its training samples")
-    _class_ticks(figure, below, [names[i] for i in order])
     legend_above(figure, top)
     return dressed(figure, [top, below])
 
@@ -445,27 +450,26 @@ def reliability_figure(curves: Mapping[str, Any], *, colors: Colors | None = Non
     Shape:
         confidence, accuracy, count: (K,), equal within a method.
     Raises:
-        ValueError: there is no method, a part is missing or outside [0, 1], or a method has no samples. ShapeError:
-        the parts differ in shape.
+        ValueError: there is no method, a part is missing or outside [0, 1], a method has no samples, or a color is
+        unknown. ShapeError: the parts differ in shape.
     Source:
         Guo et al. 2017, figure 1 (arXiv:1706.04599).
     """
     where = "reliability_figure"
-    _filled(where, curves=curves)
+    _filled(where, "curves", curves)
+    known, dashes = styles(where, curves, colors)
     figure = new_figure(6.0)
     grid = figure.add_gridspec(2, 1, height_ratios=[3.2, 1])
     top = figure.add_subplot(grid[0])
     below = figure.add_subplot(grid[1], sharex=top)
-    colors, dashes = {**method_colors(curves), **(colors or {})}, method_dashes(curves)
     top.plot([0, 100], [0, 100], color=GREY, linewidth=0.9, linestyle="--")
     for i, (method, curve) in enumerate(curves.items()):
         confidence, accuracy, count = _reliability(where, method, curve)
         share, some = count / count.sum(), count > 0
         error = float((share * np.abs(accuracy - confidence))[some].sum())
-        color, dash = colors[method], dashes[method]
+        color, dash = known[method], dashes[method]
         label = literal(f"{method} (ECE {100 * error:.2f} %)")
-        marks: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linestyle": dash}
-        top.plot(100 * confidence[some], 100 * accuracy[some], color=color, label=label, **marks)
+        top.plot(100 * confidence[some], 100 * accuracy[some], color=color, label=label, **_line(i, dash))
         edges = np.linspace(0, 100, len(count) + 1)
         below.stairs(100 * share, edges, color=color, linestyle=dash, linewidth=1.3)
     top.set_xlim(0, 100)
@@ -511,11 +515,14 @@ def _correlation(norms: np.ndarray, counts: np.ndarray) -> str:
     return f"r = {np.corrcoef(norms, logs)[0, 1]:.2f}"
 
 
-def _filled(where: str, **mappings: Any) -> None:
-    for name, mapping in mappings.items():
-        instance(where, Mapping, **{name: mapping})
-        if not mapping:
-            raise problem(where, f"{name} must hold at least one entry", got="none")
+def _filled(where: str, name: str, mapping: Any, *, texts: bool = True) -> None:
+    """A mapping with entries, by names that are text unless they are something else by right."""
+    instance(where, Mapping, **{name: mapping})
+    if not mapping:
+        raise problem(where, f"{name} must hold at least one entry", got="none")
+    if texts:
+        for key in mapping:
+            instance(where, str, **{f"the name {key!r} in {name}": key})
 
 
 def _by_seed(where: str, name: str, values: Any, percent: bool) -> np.ndarray:
@@ -564,11 +571,29 @@ def _class_style(label: int) -> tuple[str, str]:
     return PALETTE[label % len(PALETTE)], MARKERS[label // len(PALETTE) % len(MARKERS)]
 
 
-def _named(where: str, names: Sequence[str] | None, default: Sequence[str]) -> list[str]:
-    if names is not None and (isinstance(names, str) or len(names) != len(default)):
+def _line(i: int, dash: str) -> dict[str, Any]:
+    """The look of the ``i``-th line, whose marks at the edge of the axes are seen whole."""
+    return {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linestyle": dash, "clip_on": False, "zorder": 3}
+
+
+def _named(where: str, names: Any, size: int, *, more: bool = False) -> list[str]:
+    """Names of ``size`` classes, or with ``more`` of at least that many; none where they are not given."""
+    if names is None:
+        return []
+    instance(where, Sequence, class_names=names)
+    if isinstance(names, str) or len(names) < size or (len(names) > size and not more):
         got = repr(names) if isinstance(names, str) else f"{len(names)} names"
-        raise problem(where, f"class_names must be one name a class, {len(default)} of them", got=got)
-    return [literal(str(name)) for name in (default if names is None else names)]
+        rule = f"class_names must be one name a class, {'at least ' * more}{size} of them"
+        raise problem(where, rule, got=got)
+    instance(where, str, **{f"class_names[{i}]": name for i, name in enumerate(names)})
+    return [literal(name) for name in names]
+
+
+def _class_counts(figure: Figure, axes: Axes, counts: np.ndarray, names: Sequence[str]) -> None:
+    """Training samples of each class, with the names of the classes below."""
+    stairs(axes, np.arange(len(counts) + 1) - 0.5, counts, None)
+    axes.set_ylabel("training\nsamples\n(log scale)")
+    _class_ticks(figure, axes, names)
 
 
 def _class_ticks(figure: Figure, axes: Axes, names: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xarray as xr
 
-from .._checks import problem
+from .._checks import instance, problem
 from ..errors import ResultsError
 from ..files import write_atomically
 from .schema import validate_results
@@ -33,6 +33,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 INK, FAINT, GREY = "#222222", "#d9d9d9", "#777777"
 _WIDTH = 7.0  # inches: 700 pixels at matplotlib's 100 dots an inch
 _LEGEND_ROW = 0.2  # inches
+SPREAD = "mean ± sd over seeds"
 
 Colors = Mapping[str, str]
 
@@ -97,8 +98,15 @@ def figure_to_tensorboard(writer: Any, tag: str, figure: Figure, step: int) -> N
 
 
 def new_figure(height: float) -> Figure:
+    _installed()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
+
+
+def _installed() -> None:
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise problem(
             "dir_toolkit.results.figures",
@@ -107,7 +115,6 @@ def new_figure(height: float) -> Figure:
             fix='pip install "dir_toolkit[recipes]"',
             error=ImportError,
         ) from error
-    return Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
 
 
 def dressed(figure: Figure, panels: Sequence[Axes], *, grid: bool | Literal["both"] = True) -> Figure:
@@ -150,15 +157,60 @@ def stairs(axes: Axes, edges: np.ndarray, counts: np.ndarray, label: str | None)
     axes.set_ylim(floor, max(10.0, 2 * float(counts.max())))
 
 
-def styled_methods(ds: xr.Dataset, colors: Colors | None, *, baseline: bool = True) -> dict[str, str]:
+def line_and_band(axes: Axes, x: Any, mean: np.ndarray, spread: np.ndarray, color: str, **style: Any) -> None:
+    """A line through the means, and a band of one spread either way where there is any."""
+    axes.plot(x, mean, color=color, **style)
+    if np.isfinite(spread).any():
+        axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.16, linewidth=0)
+
+
+def color_scale(figure: Figure, image: Any, label: str, **place: Any) -> None:
+    bar = figure.colorbar(image, **place)
+    bar.set_label(label, color=INK, fontsize=9)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.outline.set_visible(False)
+
+
+def cut_below_zero(axes: Axes) -> None:
+    """Shares have no values below 0, but a band or whisker around one may reach there."""
+    if axes.get_ylim()[0] < 0:
+        axes.set_ylim(bottom=0)
+
+
+def note_no_runs(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "no completed run", transform=axes.transAxes, ha="center", va="center", color=INK, fontsize=10)
+
+
+def given_colors(where: str, colors: Colors | None) -> dict[str, str]:
+    """The colours that were handed over, each of which matplotlib knows."""
+    if colors is None:
+        return {}
+    instance(where, Mapping, colors=colors)
+    _installed()
+    from matplotlib.colors import is_color_like
+
+    for name, color in colors.items():
+        if not is_color_like(color):
+            fix = 'Use a hex code such as "#0072B2" or a name that matplotlib knows.'
+            raise problem(where, f"colors[{name!r}] must be a color", got=repr(color), fix=fix)
+    return dict(colors)
+
+
+def styles(where: str, methods: Iterable[str], colors: Colors | None = None) -> tuple[dict[str, str], dict[str, str]]:
+    """Colours, those handed over before our own, and dashes of the lines."""
+    names = list(methods)
+    return {**method_colors(names), **given_colors(where, colors)}, method_dashes(names)
+
+
+def styled_methods(where: str, ds: xr.Dataset, colors: Colors | None, *, baseline: bool = True) -> dict[str, str]:
     """Colours of the methods that have a completed run, the constant predictor last, if at all."""
     names = ds["method"].values.tolist()
-    colors = {**method_colors(names), **(colors or {})}
+    known, _ = styles(where, names, colors)
     done = ds["completed"].any("seed").values
     present = [name for name, finished in zip(names, done, strict=True) if finished]
     if not baseline and present != [BASELINE]:
         present = [name for name in present if name != BASELINE]
-    return {name: colors[name] for name in sorted(present, key=lambda name: name == BASELINE)}
+    return {name: known[name] for name in sorted(present, key=lambda name: name == BASELINE)}
 
 
 def holding(where: str, ds: xr.Dataset, name: str, kind: str) -> None:
@@ -168,12 +220,17 @@ def holding(where: str, ds: xr.Dataset, name: str, kind: str) -> None:
         raise problem(where, f"ds must be a result of {kind}", got=f"one without {name!r}", error=ResultsError)
 
 
+def train_counts(ds: xr.Dataset) -> np.ndarray:
+    """Training samples of each bin, the mean over completed runs."""
+    return ds["train_count"].where(ds["completed"] == 1).mean(("method", "seed")).values
+
+
 def seeds_text(number: int) -> str:
     return f"{number} seed{'s' * (number != 1)}"
 
 
 def spread_shown(ds: xr.Dataset) -> str:
-    return "\nmean ± sd over seeds" if bool((ds["completed"].sum("seed") > 1).any()) else ""
+    return f"\n{SPREAD}" if bool((ds["completed"].sum("seed") > 1).any()) else ""
 
 
 def with_units(name: str, units: str) -> str:

@@ -24,22 +24,28 @@ from .drawing import (
     GREY,
     INK,
     Colors,
+    color_scale,
+    cut_below_zero,
     dressed,
     figure_svg,
     figure_to_tensorboard,
     holding,
     legend,
     legend_above,
+    line_and_band,
     literal,
     mean_and_spread,
     method_colors,
     method_dashes,
     new_figure,
+    note_no_runs,
     save_figure,
     seeds_text,
     spread_shown,
     stairs,
     styled_methods,
+    styles,
+    train_counts,
     with_units,
 )
 from .schema import validate_results
@@ -85,15 +91,17 @@ def density_figure(
     Raises:
         ShapeError: ``weights`` is not one number a bin. ValueError: ``effective`` is over other bins.
     """
-    instance("density_figure", LabelDensity, density=density)
+    where = "density_figure"
+    instance(where, LabelDensity, density=density)
+    instance(where, str, label_name=label_name, label_units=label_units)
     if effective is not None:
-        instance("density_figure", LabelDensity, effective=effective)
+        instance(where, LabelDensity, effective=effective)
     bins = density.bins
     if effective is not None and effective.bins != bins:
         both = f"{effective.bins} and {bins}"
-        raise problem("density_figure", "effective must be over the bins of density", got=both)
+        raise problem(where, "effective must be over the bins of density", got=both)
     if weights is not None:
-        weights = _row("density_figure", "weights", weights, len(bins))
+        weights = _row(where, "weights", weights, len(bins))
     panels = 1 if weights is None else 2
     figure = new_figure(3.0 if panels == 1 else 4.4)
     axes = [figure.add_subplot(panels, 1, 1)]
@@ -126,7 +134,8 @@ def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | 
         window: number of bins averaged, odd; 1 shows every bin as measured. None means 5 where there are 40 bins or
             more, and 1 else.
     Raises:
-        ValueError: ``window`` is even or below 1. ResultsError: ``ds`` breaks the schema, or is not of regression.
+        ValueError: ``window`` is even or below 1, or a color is unknown. ResultsError: ``ds`` breaks the schema, or is
+        not of regression.
     """
     where = "error_figure"
     holding(where, ds, "bin_mae", "regression")
@@ -139,26 +148,24 @@ def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | 
     axes = [top, figure.add_subplot(grid[1], sharex=top)]
     center = ds["bin_center"].values
     dashes = method_dashes(ds["method"].values.tolist())
-    for method, color in styled_methods(ds, colors).items():
+    for method, color in styled_methods(where, ds, colors).items():
         part = ds.sel({"method": method})
         curves = [
             _running_mean(part["bin_mae"].sel(seed=seed).values, part["bin_count"].sel(seed=seed).values, window)
             for seed in ds["seed"].values[part["completed"].values == 1]
         ]
         mean, spread = mean_and_spread(np.array(curves))
-        top.plot(
-            center, mean, color=color, linestyle=dashes[method], label=literal(f"{method} ({seeds_text(len(curves))})")
-        )
-        if len(curves) > 1:
-            top.fill_between(center, mean - spread, mean + spread, color=color, alpha=0.18, linewidth=0)
+        label = literal(f"{method} ({seeds_text(len(curves))})")
+        line_and_band(top, center, mean, spread, color, linestyle=dashes[method], label=label)
+    if not top.lines:
+        note_no_runs(top)
     units = ds.attrs["label_units"]
     name = "MAE" if window == 1 else f"MAE, mean of {window} bins"
     top.set_ylabel(with_units(name, units) + spread_shown(ds))
     top.set_ylim(bottom=0)
     top.tick_params(labelbottom=False)
     low, high = ds["bin_low"].values, ds["bin_high"].values
-    train = ds["train_count"].where(ds["completed"] == 1).mean(("method", "seed")).values
-    stairs(axes[1], np.append(low, high[-1]), train, None)
+    stairs(axes[1], np.append(low, high[-1]), train_counts(ds), None)
     axes[1].set_ylabel("training\nlabels per bin\n(log scale)")
     axes[1].set_xlabel(with_units(ds.attrs["label_name"], units))
     axes[1].set_xlim(low[0], high[-1])
@@ -178,17 +185,18 @@ def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors |
         metric: a variable of ``ds`` over ``region``; None means MAE, or in a result of classification alone balanced
             error.
     Raises:
-        ValueError: ``ds`` has no such metric. ResultsError: ``ds`` breaks the schema.
+        ValueError: ``ds`` has no such metric, or a color is unknown. ResultsError: ``ds`` breaks the schema.
     """
+    where = "region_figure"
     validate_results(ds)
     metric = ("mae" if "mae" in ds else "balanced_error") if metric is None else metric
     if not isinstance(metric, str) or metric not in ds or ds[metric].dims != ("method", "seed", "region"):
         known = sorted(str(name) for name in ds.data_vars if ds[name].dims == ("method", "seed", "region"))
-        raise problem("region_figure", f"metric must be one of {known}", got=repr(metric))
+        raise problem(where, f"metric must be one of {known}", got=repr(metric))
     regions = [r for r in ("all", *REGIONS) if bool((ds["count"].sel(region=r) > 0).any())]
     percent = metric in SHARES
     bars = []
-    for method, color in styled_methods(ds, colors, baseline=not percent).items():
+    for method, color in styled_methods(where, ds, colors, baseline=not percent).items():
         part = ds.sel({"method": method, "region": regions})
         seeds = int(part["completed"].sum())
         mean, spread = mean_and_spread(part[metric].values[part["completed"].values == 1] * (100 if percent else 1))
@@ -214,6 +222,10 @@ def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors |
             error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
             label=label,
         )
+    if not bars:
+        note_no_runs(axes)
+    if percent:
+        cut_below_zero(axes)
     axes.set_xticks(place, ticks)
     axes.set_xlabel("region, with its test samples and the bins that hold them")
     axes.set_ylabel(name + spread_shown(ds))
@@ -280,6 +292,7 @@ def similarity_figure(
     if variance_before is not None and variance_after is not None:
         pairs["feature variances"] = (variance_before, variance_after)
     instance(where, Bins, bins=bins)
+    instance(where, str, label_name=label_name, label_units=label_units)
     at = int(bins._place(where, [number(where, "anchor", anchor)], "raise", "anchor")[0])
     tables = {}
     for name, pair in pairs.items():
@@ -325,10 +338,7 @@ def similarity_figure(
         axes.set_xlabel(with_units(label_name, label_units) if even else "bin")
         axes.set_ylabel(with_units(label_name, label_units) if even else "bin")
         maps.append(axes)
-    bar = figure.colorbar(image, ax=maps, shrink=0.9)
-    bar.set_label("cosine similarity (dimensionless)", color=INK, fontsize=9)
-    bar.ax.tick_params(labelsize=8, colors=INK)
-    bar.outline.set_visible(False)
+    color_scale(figure, image, "cosine similarity (dimensionless)", ax=maps, shrink=0.9)
     dressed(figure, lines)
     return dressed(figure, maps, grid=False)
 
@@ -352,21 +362,26 @@ def history_figure(
         metric: the column of the metric, in label units.
         percent: the metric is a share, such as an error rate, and is shown in percent; ``label_units`` do not matter.
     Raises:
-        ValueError: no row of any run has the column.
+        ValueError: no row of any run has the column, or a color is unknown.
     """
+    where = "history_figure"
+    instance(where, Mapping, histories=histories)
+    for key in histories:
+        if not isinstance(key, tuple) or len(key) != 2 or not isinstance(key[0], str):
+            raise problem(where, "histories must be given by (method, seed)", got=repr(key), error=TypeError)
+    instance(where, str, label_units=label_units, metric_name=metric_name)
     for column in (loss, metric):
         if not any(column in row for rows in histories.values() for row in rows):
-            known = sorted({name for rows in histories.values() for row in rows for name in row})
+            columns = sorted({name for rows in histories.values() for row in rows for name in row})
             raise problem(
-                "history_figure",
+                where,
                 "histories must have the columns asked for",
                 got=f"no {column!r}",
-                fix=f"Columns are {known}.",
+                fix=f"Columns are {columns}.",
             )
-    colors = {**method_colors(method for method, _ in histories), **(colors or {})}
+    known, dashes = styles(where, (method for method, _ in histories), colors)
     figure = new_figure(3.2)
     axes = [figure.add_subplot(1, 2, i + 1) for i in range(2)]
-    dashes = method_dashes(method for method, _ in histories)
     named = set()
     for (method, _), rows in histories.items():
         epoch = [_number(row.get("epoch")) for row in rows]
@@ -377,7 +392,7 @@ def history_figure(
             values = [_number(row.get(column)) * scale for row in rows]
             marker = "o" if len(rows) == 1 else None
             style: dict[str, Any] = {
-                "color": colors[method],
+                "color": known[method],
                 "linestyle": dashes[method],
                 "linewidth": 1.2,
                 "alpha": 0.85,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from .._checks import problem
+from .._checks import instance, problem
 from ..labels.density import REGIONS
 from .schema import validate_results
 
@@ -74,11 +74,13 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
     """
     validate_results(ds)
     columns = _default_columns(ds) if columns is None else columns
+    instance("results_table", Sequence, columns=columns)
     for column in columns:
         metric, region = column if isinstance(column, (tuple, list)) and len(column) == 2 else (None, None)
         dims = _BY_RUN if region is None else (*_BY_RUN, "region")
         known_metric = isinstance(metric, str) and metric in ds.data_vars and ds[metric].dims == dims
-        if not known_metric or not (region is None or region in ds["region"].values):
+        known_region = region is None or (isinstance(region, str) and region in ds["region"].values)
+        if not known_metric or not known_region:
             by_region, by_run = (
                 sorted(str(name) for name in ds.data_vars if ds[name].dims == dims)
                 for dims in ((*_BY_RUN, "region"), _BY_RUN)

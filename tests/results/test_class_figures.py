@@ -22,7 +22,7 @@ from dir_toolkit.results.class_figures import (
     study_figure,
     tau_figure,
 )
-from dir_toolkit.results.figures import figure_svg, method_colors, save_figure
+from dir_toolkit.results.figures import figure_svg, method_colors, region_figure, save_figure
 
 ClassRun = Callable[[list[int]], xr.Dataset]
 Combine = Callable[..., xr.Dataset]
@@ -112,6 +112,39 @@ def test_class_error_of_the_constant_predictor_alone_is_drawn(class_run: ClassRu
     assert _legend(figure) == ["constant (1 seed)"]
 
 
+def test_without_a_completed_run_the_picture_says_so(class_run: ClassRun, combine: Combine) -> None:
+    ds = combine({("a", 0): class_run([4, 2, 0]), ("b", 1): class_run([4, 2, 0])}).isel({"seed": [1], "method": [0]})
+    for figure in (class_error_figure(ds), region_figure(ds)):
+        assert [text.get_text() for text in figure.axes[0].texts] == ["no completed run"]
+        assert figure_svg(figure)
+
+
+def test_dots_at_the_ends_are_seen_whole_and_whiskers_end_there(class_run: ClassRun, combine: Combine) -> None:
+    top = class_error_figure(combine({("a", s): class_run([4, 0, 2 * s]) for s in (0, 1)})).axes[0]
+    dots, caps, (whiskers,) = top.containers[0].lines
+    np.testing.assert_allclose(dots.get_ydata()[:3], [0, 100, 50])
+    assert top.get_ylim() == (0, 100)
+    reach = whiskers.get_segments()[2][:, 1]
+    assert reach.min() < 0
+    assert reach.max() > 100
+    assert all(part.get_clip_on() for part in (whiskers, *caps))
+    assert not dots.get_clip_on()
+    assert dots.get_zorder() > top.spines["bottom"].get_zorder()
+
+
+def test_shares_start_at_zero_where_a_spread_reaches_below(class_run: ClassRun, combine: Combine) -> None:
+    values = [0.0, 0.1]  # mean 5 %, sd 7.1 %
+    runs = {("a", s): class_run([4 - s, 3, 2]) for s in (0, 1)}
+    for figure in (
+        bar_figure({"a": values}, ylabel="error"),
+        study_figure({"a": {1: values}}, xlabel="x", ylabel="error"),
+        region_figure(combine(runs)),
+    ):
+        assert figure.axes[0].get_ylim()[0] == 0
+    loss = bar_figure({"a": values}, ylabel="loss difference (nats)", percent=False)
+    assert loss.axes[0].get_ylim()[0] < 0
+
+
 def test_class_error_refuses_other_results_and_names(classes: xr.Dataset, ds: xr.Dataset) -> None:
     said = "class_error_figure: ds must be a result of classification, got one without 'bin_recall'"
     with pytest.raises(ResultsError, match=said):
@@ -121,6 +154,60 @@ def test_class_error_refuses_other_results_and_names(classes: xr.Dataset, ds: xr
     for names, got in ((["a"], "got 1 names"), ("abcde", "got 'abcde'")):
         with pytest.raises(ValueError, match=f"class_names must be one name a class, 5 of them, {got}"):
             class_error_figure(classes, class_names=names)
+
+
+DRAWN: dict[str, Callable[..., Figure]] = {
+    "study": lambda **more: study_figure(STUDY, **{"xlabel": "x", "ylabel": "y", **more}),
+    "bar": lambda **more: bar_figure({"a": [0.1]}, **{"ylabel": "y", **more}),
+    "tau": lambda **more: tau_figure({"a": ([0, 1], [1, 2])}, {"a": 1}, **{"ylabel": "y", **more}),
+    "norms": lambda **more: norms_figure({"a": [1, 2, 3]}, COUNTS, **more),
+    "reliability": lambda **more: reliability_figure({"a": CURVE}, **more),
+    "feature_space": lambda **more: feature_space_figure(_panels(), **more),
+}
+
+
+@pytest.mark.parametrize("name", ["study", "bar", "norms", "reliability"])
+def test_what_is_no_color_is_refused(name: str) -> None:
+    said = rf"{name}_figure: colors\['a'\] must be a color, got 'nocolor'\. Use a hex code"
+    with pytest.raises(ValueError, match=said):
+        DRAWN[name](colors={"a": "nocolor"})
+    with pytest.raises(TypeError, match="colors must be a Mapping, got str"):
+        DRAWN[name](colors="red")
+    assert DRAWN[name](colors={"a": "tab:red", "b": "C0"}).axes
+
+
+def test_what_is_no_color_is_refused_for_a_result_too(classes: xr.Dataset) -> None:
+    for draw in (class_error_figure, region_figure):
+        with pytest.raises(ValueError, match=rf"{draw.__name__}: colors\['a'\] must be a color, got 3"):
+            draw(classes, colors={"a": 3})  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("study", "xlabel"), ("study", "ylabel"), ("bar", "ylabel"), ("tau", "ylabel")]
+)
+def test_labels_of_axes_are_text(name: str, argument: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}_figure: {argument} must be a str, got int"):
+        DRAWN[name](**{argument: 3})
+
+
+@pytest.mark.parametrize("name", ["norms", "feature_space"])
+def test_class_names_are_texts(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}_figure: class_names must be a Sequence, got int"):
+        DRAWN[name](class_names=5)
+    with pytest.raises(TypeError, match=rf"{name}_figure: class_names\[1\] must be a str, got int"):
+        DRAWN[name](class_names=["a", 1, "c"])
+
+
+def test_names_are_texts() -> None:
+    for draw, where in (
+        (lambda: bar_figure({1: [0.1]}, ylabel="y"), "bar_figure: the name 1 in values"),  # type: ignore[dict-item]
+        (lambda: study_figure({1: {1: [0.1]}}, xlabel="x", ylabel="y"), "study_figure: the name 1 in curves"),  # type: ignore[dict-item]
+        (lambda: norms_figure({1: [1, 2, 3]}, COUNTS), "norms_figure: the name 1 in norms"),  # type: ignore[dict-item]
+        (lambda: reliability_figure({1: CURVE}), "reliability_figure: the name 1 in curves"),  # type: ignore[dict-item]
+        (lambda: feature_space_figure({1: _panels()["softmax"]}), "feature_space_figure: the name 1 in panels"),  # type: ignore[dict-item]
+    ):
+        with pytest.raises(TypeError, match=f"{where} must be a str, got int"):
+            draw()
 
 
 def test_colours_can_be_handed_over(classes: xr.Dataset) -> None:
@@ -215,6 +302,24 @@ def test_classes_beyond_ten_have_another_marker() -> None:
     assert len({(handle.get_color(), handle.get_marker()) for handle in handles}) == 20
 
 
+def test_only_classes_that_are_there_are_named() -> None:
+    figure = feature_space_figure({"a": (np.zeros((2, 2)), [3, 10**9], np.zeros((1, 2)), [10**12])})
+    assert _legend(figure) == ["3", "1000000000", "1000000000000", "prototype"]
+    with pytest.raises(ValueError, match="at least 1000000001 of them, got 1 names"):
+        feature_space_figure({"a": (np.zeros((1, 2)), [10**9], None, None)}, class_names=["x"])
+
+
+def test_a_legend_of_many_classes_is_cut() -> None:
+    features = np.stack([np.arange(1200), np.zeros(1200)], axis=1)
+    figure = feature_space_figure({"a": (features, np.arange(1200), None, None)})
+    assert _legend(figure) == [*map(str, range(20)), "and 1,180 more"]
+    drawn = figure.axes[0].collections
+    assert len(drawn) == 100  # looks
+    assert sorted(x for dots in drawn for x in dots.get_offsets()[:, 0]) == list(range(1200))
+    twenty = feature_space_figure({"a": (features[:20], np.arange(20), None, None)})
+    assert _legend(twenty) == [*map(str, range(20))]
+
+
 def test_feature_space_takes_tensors_and_no_samples() -> None:
     z = torch.zeros(2, 2, dtype=torch.bfloat16, requires_grad=True)
     figure = feature_space_figure({"a": (z, torch.tensor([0, 1]), None, None)})  # type: ignore[dict-item]
@@ -232,7 +337,11 @@ def test_feature_space_takes_tensors_and_no_samples() -> None:
         ((np.zeros((1, 2)), [0], None, [0]), ValueError, "must have prototypes for prototype labels"),
         ((np.zeros((1, 2)), [0], np.zeros(2), None), ShapeError, r"prototypes must have the shape \(N, 2\)"),
         ((np.zeros((1, 2)), [0]), TypeError, r"panels\['a'\] must be \(features, labels"),
-        ((np.zeros((1, 2)), [2], None, None), ValueError, "class_names must name each of 3 classes, got 2 names"),
+        (
+            (np.zeros((1, 2)), [2], None, None),
+            ValueError,
+            "class_names must be one name a class, at least 3 of them, got 2 names",
+        ),
         ((np.full((1, 2), np.nan), [0], None, None), ValueError, "features must be finite"),
     ],
 )

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 import dir_toolkit as dt
 from dir_toolkit.errors import LabelError, ResultsError, ShapeError
 from dir_toolkit.results import drawing
+from dir_toolkit.results.class_figures import feature_space_figure
 from dir_toolkit.results.figures import (
     density_figure,
     error_figure,
@@ -103,8 +104,14 @@ assert "matplotlib.pyplot" not in sys.modules
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, ds: xr.Dataset) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'matplotlib must be installed, .* pip install "dir_toolkit\[recipes\]"'):
-        region_figure(ds)
+    panel = (np.zeros((1, 2)), [0], None, None)
+    for draw in (
+        lambda: region_figure(ds),
+        lambda: region_figure(ds, colors={"vanilla": "red"}),
+        lambda: feature_space_figure({"a": panel}),
+    ):
+        with pytest.raises(ImportError, match=r'matplotlib must be installed, .* pip install "dir_toolkit\[recipes\]"'):
+            draw()
 
 
 def test_density_shows_counts_the_effective_density_and_weights() -> None:
@@ -195,6 +202,30 @@ def test_region_of_many_methods_has_a_row_each(run: Run, combine: Combine) -> No
     np.testing.assert_allclose([line.get_xdata()[0] for line in first.lines], [(6.5 + i) / 3 for i in range(9)])
     assert figure.get_supxlabel() == "bMAE (years), mean ± sd over seeds"
     assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["all", "many", "medium", "few"]
+
+
+def test_without_a_completed_run_the_picture_says_so(run: Run, combine: Combine) -> None:
+    ds = combine({("a", 0): run([1, 2, 3]), ("b", 1): run([1, 2, 3])}).isel({"seed": [1], "method": [0]})
+    for figure in (error_figure(ds), region_figure(ds)):
+        assert [text.get_text() for text in figure.axes[0].texts] == ["no completed run"]
+
+
+def test_texts_histories_and_colors_are_checked(ds: xr.Dataset) -> None:
+    with pytest.raises(TypeError, match="density_figure: label_name must be a str, got int"):
+        density_figure(_density(), label_name=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="similarity_figure: label_units must be a str, got int"):
+        similarity_figure(_means(), _means(), BINS, anchor=3, label_units=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="history_figure: metric_name must be a str, got int"):
+        history_figure(HISTORY, metric_name=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="history_figure: histories must be a Mapping, got list"):
+        history_figure([])  # type: ignore[arg-type]
+    for key in ("vanilla", (1, 0), ("vanilla",)):
+        with pytest.raises(TypeError, match=r"histories must be given by \(method, seed\), got "):
+            history_figure({key: []})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"history_figure: colors\['lds'\] must be a color, got 'nocolor'"):
+        history_figure(HISTORY, colors={"lds": "nocolor"})
+    with pytest.raises(ValueError, match=r"error_figure: colors\['lds'\] must be a color, got None"):
+        error_figure(ds, colors={"lds": None})  # type: ignore[dict-item]
 
 
 def test_error_is_of_regression(classes: xr.Dataset) -> None:

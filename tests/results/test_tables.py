@@ -146,10 +146,16 @@ def test_text(ds: xr.Dataset) -> None:
     )
 
 
-@pytest.mark.parametrize("column", [("mse", "all"), ("mae", "some"), ("bin_mae", "all"), ("mae",)])
+@pytest.mark.parametrize("column", [("mse", "all"), ("mae", "some"), ("bin_mae", "all"), ("mae",), ("mae", ["all"])])
 def test_an_unknown_column_is_refused(ds: xr.Dataset, column: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match=r"results_table: columns must be .* got \('.*Metrics are \['bias', 'bins'"):
         results_table(ds, columns=[column])
+
+
+def test_columns_are_a_sequence(ds: xr.Dataset) -> None:
+    for table in (results_table, text_table, markdown_table):
+        with pytest.raises(TypeError, match="results_table: columns must be a Sequence, got int"):
+            table(ds, columns=5)  # type: ignore[operator]
 
 
 def test_only_a_result_is_taken(run: Run) -> None:
