@@ -82,6 +82,20 @@ def is_tensor(where: str, **tensors: object) -> None:
             )
 
 
+def on_host(where: str, name: str, tensor: Tensor) -> Tensor:
+    """``tensor`` on the CPU and without its graph, for code that reads values."""
+    if tensor.is_meta:
+        raise problem(
+            where, f"{name} must hold values", got="a tensor on the meta device", fix="Load or compute it first."
+        )
+    return tensor.detach().cpu()
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 if any tensor is of it, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def real(where: str, **tensors: Tensor) -> None:
     """Integers or floats: neither complex nor boolean."""
     for name, value in tensors.items():
@@ -157,6 +171,21 @@ def not_negative(where: str, **tensors: Tensor) -> None:
             raise problem(where, f"{name} must not be negative", got=f"a minimum of {value.min().item():g}")
 
 
+def prior_shares(where: str, name: str, prior: Tensor, *, zeros: bool = False) -> None:
+    """Shares > 0, or >= 0 with ``zeros``, that sum to one. Accelerator tensors are not looked at."""
+    if not readable(prior):
+        return
+    finite(where, **{name: prior})
+    fix = f"Use dt.class_prior(counts{', floor=0' if zeros else ''}), which floors counts and divides by their sum."
+    bad = prior < 0 if zeros else prior <= 0
+    if bool(bad.any()):
+        first = int(bad.to(torch.uint8).argmax())
+        rule = f"{name} must not be negative" if zeros else f"{name} must be positive"
+        raise problem(where, rule, got=f"{prior[first].item():g} for class {first}", fix=fix)
+    if abs((total := prior.sum(dtype=torch.float64).item()) - 1) > 1e-4:
+        raise problem(where, f"{name} must sum to one", got=f"a sum of {total:g}", fix=fix)
+
+
 def number(
     where: str,
     name: str,
@@ -166,8 +195,9 @@ def number(
     high: float = math.inf,
     open_low: bool = False,
     open_high: bool = False,
+    float32: bool = False,
 ) -> float:
-    """A finite real number between ``low`` and ``high``."""
+    """A finite real number between ``low`` and ``high``; with ``float32`` one that it holds in full, or zero."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise problem(where, f"{name} must be a number", got=repr(value), error=TypeError)
     try:
@@ -181,6 +211,9 @@ def number(
         right = "" if high == math.inf else f" {'<' if open_high else '<='} {high:g}"
         rule = " and".join(part for part in (left, right) if part) or " finite"
         raise problem(where, f"{name} must be{rule}", got=repr(value))
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if float32 and x != 0 and not least <= abs(x) <= most:
+        raise problem(where, f"{name} must fit into float32, from {least:.2g} to {most:.2g} in size", got=repr(value))
     return x
 
 
@@ -226,7 +259,7 @@ def labels_array(where: str, labels: object, name: str = "labels") -> np.ndarray
     """Labels, or what ``name`` says, as a NumPy array of integers or floats that torch can take over."""
     if isinstance(labels, Tensor):
         is_tensor(where, **{name: labels})
-        labels = labels.detach().cpu()
+        labels = on_host(where, name, labels)
         labels = (labels.float() if labels.is_floating_point() and labels.itemsize < 4 else labels).numpy()
     if np.ma.is_masked(labels):
         raise problem(where, f"{name} must not be masked", got="masked values", fix=f"Use {name}.compressed().")

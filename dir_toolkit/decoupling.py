@@ -36,28 +36,28 @@ Method = Literal["crt", "lws", "rrt"]
 
 
 class Frozen:
-    """What :func:`freeze` returns: undoes it by :meth:`remove`, or at the end of a ``with``."""
+    """What :func:`freeze` returns: undoes it by :meth:`remove`, or at the end of a ``with``.
+
+    A part that was frozen several times is free when all its handles have been removed, in whatever order.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._required = [p for p in module.parameters() if p.requires_grad]
-        self._modes = [(part, part.training) for part in module.modules()]
-        for parameter in self._required:
+        # train() of a whole model reaches the frozen part as well; a hook sets it back before every pass, also of a
+        # part that is called by itself.
+        holds = [(part, _Hold(part)) for part in module.modules()]
+        self._held = [(part, hold, part.register_forward_pre_hook(hold)) for part, hold in holds]
+        for parameter in module.parameters():
             parameter.requires_grad_(False)
+            parameter.grad = None
         _to_eval(module)
-        # train() of a whole model reaches the frozen part as well; this sets it back before every pass, also of a part
-        # that is called by itself.
-        self._hooks = [part.register_forward_pre_hook(_to_eval) for part in module.modules()]
 
     def remove(self) -> None:
-        """Give parameters their gradients back, and modules the modes they had."""
-        for hook in self._hooks:
+        """Give parameters their gradients back, and modules the modes they had, where no other handle holds them."""
+        for part, hold, hook in self._held:
             hook.remove()
-        for parameter in self._required:
-            parameter.requires_grad_(True)
-        for part, mode in self._modes:
-            part.training = mode
-        self._required, self._modes = [], []
+            if _held(part) is None:
+                hold.release(part)
+        self._held = []
 
     def __enter__(self) -> Frozen:
         return self
@@ -66,7 +66,31 @@ class Frozen:
         self.remove()
 
 
-def _to_eval(module: nn.Module, inputs: Any = None) -> None:
+class _Hold:
+    """The hook that keeps a part in eval mode; it knows what the part was before, and goes along with its copies."""
+
+    def __init__(self, part: nn.Module) -> None:
+        earlier = _held(part)
+        self.training: bool = earlier.training if earlier else part.training
+        required = [name for name, p in part.named_parameters(recurse=False) if p.requires_grad]
+        self.required: list[str] = earlier.required if earlier else required
+
+    def __call__(self, part: nn.Module, inputs: Any) -> None:
+        _to_eval(part)
+
+    def release(self, part: nn.Module) -> None:
+        part.training = self.training
+        for name, parameter in part.named_parameters(recurse=False):
+            if name in self.required:
+                parameter.requires_grad_(True)
+
+
+def _held(part: nn.Module) -> _Hold | None:
+    """One of the hooks that hold a part, if it is frozen."""
+    return next((hook for hook in part._forward_pre_hooks.values() if isinstance(hook, _Hold)), None)
+
+
+def _to_eval(module: nn.Module) -> None:
     for part in module.modules():
         part.training = False
 
@@ -75,8 +99,11 @@ def freeze(module: nn.Module) -> Frozen:
     """Freeze a module really: no parameter moves, BatchNorm keeps its statistics, dropout drops nothing.
 
     It stays so whatever calls ``train()`` on it or on a model around it, and is the same to the bit after any training
-    that goes through ``requires_grad``. A copy of a frozen module is frozen, too, and so is one that was pickled. As
-    with every hook, freeze before a compiled model is first called.
+    that goes through ``requires_grad``. Gradients left over from before are dropped. Make the optimizer after freezing:
+    one with momentum or decay that was made before must not step these parameters, not with gradients of zero either.
+
+    A copy of a frozen module is frozen, too, and so is one that was pickled. What is frozen several times stays so
+    until the last handle is removed. As with every hook, freeze before a compiled model is first called.
 
     Returns:
         a handle; ``handle.remove()`` undoes it.
@@ -98,11 +125,12 @@ def reinitialize(module: nn.Module, *, seed: int = 0) -> None:
 
     Raises:
         TypeError: a part holds parameters of its own and does not know how to reset them; nothing has changed then.
-        ValueError: the module has no parameters.
+        ValueError: the module has no parameters, or the seed is not in 0 ... 2**63 - 1.
     """
     where = "reinitialize"
     instance(where, nn.Module, module=module)
-    seed = whole(where, "seed", seed, low=0)
+    if (seed := whole(where, "seed", seed, low=0)) >= 2**63:
+        raise problem(where, "seed must be below 2**63", got=seed)
     if next(module.parameters(), None) is None:
         raise problem(where, "module must have parameters", got=type(module).__name__)
     # A BatchNorm without parameters has statistics to forget.
@@ -127,13 +155,14 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
     Args:
         model: has ``backbone`` and ``head``, as :class:`dir_toolkit.backbones.ImageClassifier` and
             :class:`dir_toolkit.backbones.ImageRegressor` do; for others :func:`freeze` and :func:`reinitialize` serve.
-        method: ``"crt"`` and ``"rrt"`` start the head afresh; ``"lws"`` wraps it, which must be linear, in a
-            :class:`dir_toolkit.heads.normalized.ScaledHead`.
+        method: ``"crt"`` and ``"rrt"`` start the head afresh, all of it to learn; ``"lws"`` wraps it, which must be
+            linear, in a :class:`dir_toolkit.heads.normalized.ScaledHead`.
         seed: of the head's new start.
     Returns:
         the handle of the frozen backbone.
     Raises:
-        TypeError: the model lacks a part, or its head is of the wrong kind. ValueError: the method is unknown.
+        TypeError: the model lacks a part, or its head is of the wrong kind, as a ScaledHead is for every method.
+        ValueError: the method is unknown, or the seed is not in 0 ... 2**63 - 1.
     """
     where = "stage_two"
     instance(where, nn.Module, model=model)
@@ -153,7 +182,11 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
             raise problem(where, rule, got=type(head).__name__, error=TypeError)
         model.head = ScaledHead(head)
     else:
+        if isinstance(head, ScaledHead):
+            rule, fix = f'model.head must learn anew for "{method}"', "Set model.head = model.head.linear first."
+            raise problem(where, rule, got="a ScaledHead, which learns scales alone", fix=fix, error=TypeError)
         reinitialize(head, seed=seed)
+        head.requires_grad_(True)
     return freeze(backbone)
 
 

@@ -24,16 +24,20 @@ from ._checks import (
     not_empty,
     not_negative,
     number,
+    on_host,
     one_of,
+    prior_shares,
     problem,
-    readable,
     real,
+    same_device,
     same_shape,
     warn,
+    wide_dtype,
 )
 from .errors import ShapeError
 from .labels.bins import Bins
 from .labels.density import LabelDensity
+from .metrics.calibration import confidence_bin, confidence_edges
 
 __all__ = [
     "LogitAdjuster",
@@ -49,7 +53,7 @@ Criterion = Literal["balanced_error", "log_loss", "ece"]
 Prior = Tensor | np.ndarray | Sequence[float]
 
 _TEMPERATURES = (1e-3, 1e3)
-_CONFIDENCE_BINS = 15
+_CONFIDENCE_EDGES = confidence_edges(15)
 
 
 def class_prior(density_or_counts: LabelDensity | Prior, *, floor: float = 1.0) -> Tensor:
@@ -140,9 +144,10 @@ def pointwise_mutual_information(logits: Tensor, prior: Prior) -> Tensor:
 def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = None) -> float:
     r"""The T > 0 for which ``softmax(logits / T)`` has the least negative log-likelihood on held-out data.
 
-    The likelihood is convex in 1 / T, and T the root of its slope. Where there is none within 0.001 to 1000, the nearer
-    bound comes back with a warning: the lower one if every label has the largest logit, so that certainty pays without
-    end; the upper one if the logits tell less than nothing. Logits equal in every row leave T open: 1, with a warning.
+    The negative log-likelihood is convex in 1 / T, and T the root of its slope. Where there is none within 0.001 to
+    1000, the nearer bound comes back with a warning: the lower one if every label has the largest logit, so that
+    certainty pays without end; the upper one if the logits tell less than nothing. Logits equal in every row leave T
+    open: 1, with a warning.
 
     Args:
         labels: integer classes. weight: of a sample, >= 0; None means ones.
@@ -165,12 +170,13 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = N
         is_tensor(where, weight=weight)
         real(where, weight=weight)
         same_shape(where, labels=labels, weight=weight)
-        weight = weight.detach().cpu()
+        weight = on_host(where, "weight", weight)
         finite(where, weight=weight)
         not_negative(where, weight=weight)
         shares = weight.double().numpy()
         if not shares.any():
             raise problem(where, "at least one weight must be positive", got="zeros")
+        shares = shares / shares.max()  # else sums may overflow
     return _temperature(where, scores, classes, shares)
 
 
@@ -227,7 +233,7 @@ def choose_tau(
     """
     where = "choose_tau"
     one_of(where, "by", by, ("balanced_error", "log_loss", "ece"))
-    log_prior = -_offset(where, prior, "uniform", 1.0).detach().cpu().numpy()
+    log_prior = -on_host(where, "prior", _offset(where, prior, "uniform", 1.0)).numpy()
     scores, classes = _held_out(where, logits, labels)
     if scores.shape[1] != len(log_prior):
         raise _class_mismatch(where, "logits", tuple(logits.shape), len(log_prior))
@@ -252,7 +258,8 @@ class LogitAdjuster(nn.Module):
     """:func:`adjust_logits` as the last layer of a model in service: ``nn.Sequential(model, LogitAdjuster(prior))``.
 
     All it does is ``logits / temperature + offset``, both buffers, so that a loaded ``state_dict`` brings its own
-    prior, target and tau; it can be exported by ``torch.export``.
+    prior, target and tau; it can be exported by ``torch.export``. The buffers are float32: logits in float64 stay so,
+    and are adjusted to about seven digits, where :func:`adjust_logits` is exact.
 
     Args:
         prior, target, tau: as in :func:`adjust_logits`.
@@ -260,7 +267,8 @@ class LogitAdjuster(nn.Module):
     Shape:
         forward: logits (..., C). Returns (..., C), at least float32.
     Raises:
-        as :func:`adjust_logits`; ValueError: the temperature is not positive.
+        as :func:`adjust_logits`; ValueError: the temperature is not positive or does not fit into float32, or logits
+        are on another device than the buffers.
     Source:
         Menon et al. 2021, section 4.1 (arXiv:2007.07314).
 
@@ -279,12 +287,13 @@ class LogitAdjuster(nn.Module):
         super().__init__()
         self.offset: Tensor
         self.temperature: Tensor
-        temperature = number("LogitAdjuster", "temperature", temperature, low=0, open_low=True)
+        temperature = number("LogitAdjuster", "temperature", temperature, low=0, open_low=True, float32=True)
         self.register_buffer("offset", _offset("LogitAdjuster", prior, target, tau).detach().float())
         self.register_buffer("temperature", torch.tensor(temperature))
 
     def forward(self, logits: Tensor) -> Tensor:
         logits = _wide("LogitAdjuster", logits, len(self.offset))
+        same_device("LogitAdjuster", offset=self.offset, logits=logits)
         return logits / self.temperature.to(logits.dtype) + self.offset.to(logits.dtype)
 
     def extra_repr(self) -> str:
@@ -313,17 +322,7 @@ def _checked_prior(where: str, name: str, prior: Any, *, zeros: bool = False) ->
         raise problem(where, f"{name} must be one share a class", got=f"shape {tuple(prior.shape)}", error=ShapeError)
     not_empty(where, **{name: prior})
     prior = prior.double()
-    if not readable(prior):
-        return prior
-    finite(where, **{name: prior})
-    least, total = prior.min().item(), prior.sum().item()
-    if least < 0 or (least == 0 and not zeros):
-        rule, fix = f"{name} must be positive", "Floor it: class_prior(counts, floor=1)."
-        if zeros:
-            rule, fix = f"{name} must not be negative", "Use zero for a class that cannot occur."
-        raise problem(where, rule, got=f"{least:g} at class {int(prior.argmin())}", fix=fix)
-    if abs(total - 1) > 1e-4:
-        raise problem(where, f"{name} must sum to one", got=f"{total:g}", fix="Use class_prior(counts) for counts.")
+    prior_shares(where, name, prior, zeros=zeros)
     return prior
 
 
@@ -333,7 +332,7 @@ def _wide(where: str, logits: Tensor, num_classes: int) -> Tensor:
     real(where, logits=logits)
     if logits.ndim == 0 or logits.shape[-1] != num_classes:
         raise _class_mismatch(where, "logits", tuple(logits.shape), num_classes)
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return logits.to(wide_dtype(logits))
 
 
 def _class_mismatch(where: str, name: str, shape: tuple[int, ...], num_classes: int) -> Exception:
@@ -356,9 +355,9 @@ def _held_out(where: str, logits: Tensor, labels: Tensor) -> tuple[np.ndarray, n
     if labels.is_floating_point():
         rule = "labels must be integer classes"
         raise problem(where, rule, got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError)
-    logits = logits.detach().cpu()
+    logits = on_host(where, "logits", logits)
     finite(where, logits=logits)
-    classes = labels.cpu().long().numpy()
+    classes = on_host(where, "labels", labels).long().numpy()
     outside = (classes < 0) | (classes >= logits.shape[1])
     if outside.any():
         at = int(outside.argmax())
@@ -403,6 +402,7 @@ def _temperature(where: str, scores: np.ndarray, classes: np.ndarray, shares: np
 
 
 def candidate_taus(where: str, taus: Any) -> np.ndarray:
+    """The taus to try, checked, as a read-only row; None means 0, 0.05, ... 3."""
     if taus is None:
         taus = np.linspace(0, 3, 61)
     values = labels_array(where, taus, "taus").astype(np.float64)
@@ -422,7 +422,7 @@ def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares:
     if by == "balanced_error":
         return float((shares * ~right).sum())
     confidence = softmax(adjusted, axis=1).max(1)
-    place = np.clip(np.ceil(confidence * _CONFIDENCE_BINS).astype(np.int64) - 1, 0, _CONFIDENCE_BINS - 1)
+    place = confidence_bin(torch.from_numpy(confidence), _CONFIDENCE_EDGES).numpy()
     return float(np.abs(np.bincount(place, weights=shares * (right - confidence))).sum())
 
 

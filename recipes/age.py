@@ -376,7 +376,7 @@ def summarise(
         ),
         "Error by age": draw.error_figure(ds, window=5, colors=colors),
         "Error by region": draw.region_figure(ds, colors=colors),
-        "Training": draw.history_figure(histories, label_units="years", loss="loss", metric="val_bmae", colors=colors),
+        "Training": draw.history_figure(histories, label_units="years", colors=colors),
     }
     for method in settings.methods:
         if (fds := runs[method, 0].fds) is None:

@@ -695,7 +695,6 @@ def summarise(
     if len({name for name, _ in histories}) <= 10:
         pictures["Training"] = history_figure(
             histories,
-            loss="loss",
             metric="val_balanced_error",
             metric_name="validation balanced error",
             percent=True,

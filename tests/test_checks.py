@@ -51,6 +51,47 @@ def test_number_takes_every_real() -> None:
         _checks.number("f", "x", np.inf)
 
 
+def test_a_number_for_float32_is_held_by_it_in_full() -> None:
+    for value in (1e39, -1e39, 1e-50, 1e-39):  # infinite, zero and subnormal there
+        with pytest.raises(
+            ValueError,
+            match=f"^f: x must fit into float32, from 1.2e-38 to 3.4e.38 in size, got {re.escape(str(value))}",
+        ):
+            _checks.number("f", "x", value, float32=True)
+        assert _checks.number("f", "x", value) == value
+    for value in (0, 1.2e-38, 3.4e38, -5.0):
+        assert _checks.number("f", "x", value, float32=True) == value
+
+
+def test_what_has_no_values_is_refused_where_they_are_read() -> None:
+    message = r"^f: y must hold values, got a tensor on the meta device\. Load or compute it first\.$"
+    with pytest.raises(ValueError, match=message):
+        _checks.on_host("f", "y", torch.zeros(2, device="meta"))
+    with pytest.raises(ValueError, match=message):
+        _checks.labels_array("f", torch.zeros(2, device="meta"), "y")
+    x = torch.ones(2, requires_grad=True)
+    assert not _checks.on_host("f", "x", x).requires_grad
+
+
+def test_a_prior_is_positive_and_sums_to_one() -> None:
+    fix = r"Use dt\.class_prior\(counts{}\), which floors counts and divides by their sum\.$"
+    for zeros, value, rule in (
+        (False, [0.5, 0.5, 0], "must be positive, got 0 for class 2"),
+        (False, [0.5, 0.6, -0.1], "must be positive, got -0.1 for class 2"),
+        (True, [0.5, 0.6, -0.1], "must not be negative, got -0.1 for class 2"),
+        (True, [1, 1, 0], "must sum to one, got a sum of 2"),
+        (False, [1e308] * 3, "must sum to one, got a sum of inf"),
+        (False, [0.5, 0.25, 0.249], "must sum to one, got a sum of 0.999"),
+    ):
+        with pytest.raises(ValueError, match=rf"^f: p {rule}\. " + fix.format(", floor=0" if zeros else "")):
+            _checks.prior_shares("f", "p", torch.tensor(value, dtype=torch.float64), zeros=zeros)
+    with pytest.raises(ValueError, match=r"^f: p must be finite, got nan at index \[1\]"):
+        _checks.prior_shares("f", "p", torch.tensor([1, torch.nan]))
+    _checks.prior_shares("f", "p", torch.tensor([0.5, 0.5, 0]), zeros=True)
+    _checks.prior_shares("f", "p", torch.tensor([0.5, 0.25, 0.24999]))
+    _checks.prior_shares("f", "p", torch.ones(3, device="meta"))
+
+
 def test_whole_one_of_and_interval_refuse() -> None:
     assert _checks.whole("f", "x", np.int64(3)) == 3
     with pytest.raises(TypeError, match=r"^f: x must be a whole number, got 3\.0"):

@@ -210,6 +210,42 @@ def test_frozen_twice_is_undone_twice() -> None:
     assert all(p.requires_grad for p in encoder.parameters())
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("inner", [False, True])
+def test_what_is_frozen_twice_is_free_when_both_handles_are_gone(first: int, inner: bool) -> None:
+    model = nn.Sequential(with_dropout(), nn.Linear(16, 1)).train()
+    model[0][3].eval()
+    model[0][2].weight.requires_grad_(False)
+    required = [p.requires_grad for p in model.parameters()]
+    modes = [part.training for part in model.modules()]
+    handles = [freeze(model), freeze(model[0] if inner else model)]
+    handles.pop(first).remove()
+    model.train()(IMAGES)
+    assert not any(part.training for part in model[0].modules())
+    assert not any(p.requires_grad for p in model[0].parameters())
+    outer_stands = not inner or first == 1
+    assert model[1].weight.requires_grad != outer_stands
+    handles.pop().remove()
+    assert [p.requires_grad for p in model.parameters()] == required
+    for part, mode in zip(model[0].modules(), modes[1:], strict=False):
+        assert part.training == mode
+
+
+def test_an_optimizer_made_before_moves_nothing_by_gradients_left_over() -> None:
+    model = nn.Sequential(with_dropout(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(2):
+        model(IMAGES).sum().backward()
+        optimizer.step()
+    handle = freeze(model[0])
+    assert all(p.grad is None for p in model[0].parameters())
+    before, head = bits(model[0]), bits(model[1])
+    optimizer.step()
+    assert bits(model[0]) == before
+    assert bits(model[1]) != head
+    handle.remove()
+
+
 def through_pickle(module: nn.Module) -> nn.Module:
     copied: nn.Module = pickle.loads(pickle.dumps(module))
     return copied
@@ -336,6 +372,9 @@ def test_a_layer_that_cannot_be_reset_is_refused_before_anything_changes() -> No
         reinitialize(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^reinitialize: seed must be at least 0, got -1\."):
         reinitialize(nn.Linear(1, 1), seed=-1)
+    with pytest.raises(ValueError, match=rf"^reinitialize: seed must be below 2\*\*63, got {2**70}\.$"):
+        reinitialize(nn.Linear(1, 1), seed=2**70)
+    reinitialize(nn.Linear(1, 1), seed=2**63 - 1)
     with pytest.raises(TypeError, match=r"^reinitialize: seed must be a whole number, got 1\.5\."):
         reinitialize(nn.Linear(1, 1), seed=1.5)  # type: ignore[arg-type]
 
@@ -359,6 +398,14 @@ def test_crt_and_rrt_freeze_the_backbone_and_start_the_head_afresh(make: Any, me
     assert torch.equal(model.train()(IMAGES), model(IMAGES))
     handle.remove()
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_head_that_was_frozen_learns_again_in_the_second_stage() -> None:
+    model = ImageClassifier(with_dropout(), nn.Linear(16, 4))
+    stage_two(model, "lws").remove()
+    model.head = model.head.linear  # frozen, as a ScaledHead has it
+    stage_two(model, "crt")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +439,10 @@ def test_a_model_without_the_two_parts_or_with_another_head_is_refused() -> None
     stage_two(twice, "lws").remove()
     with pytest.raises(TypeError, match=r'must be an nn\.Linear for "lws", got ScaledHead'):
         stage_two(twice, "lws")
-    with pytest.raises(TypeError, match="must have reset_parameters"):
+    rule = (
+        r'^stage_two: model\.head must learn anew for "crt", got a ScaledHead, .*Set model\.head = model\.head\.linear'
+    )
+    with pytest.raises(TypeError, match=rule):
         stage_two(twice, "crt")
     for refused in (model, twice):  # nothing was frozen
         assert all(p.requires_grad for p in refused.backbone.parameters())

@@ -62,6 +62,7 @@ def test_class_prior_by_hand() -> None:
     assert class_prior([6, 3, 1], floor=2).tolist() == pytest.approx([6 / 11, 3 / 11, 2 / 11])
     assert class_prior([3, 0, 1], floor=0).tolist() == [0.75, 0, 0.25]
     assert class_prior(torch.tensor([7])).tolist() == [1]
+    assert class_prior([1e308, 1e308]).tolist() == [0.5, 0.5]  # of which the sum lies beyond float64
     for counts in ([6, 3, 1], (6, 3, 1), np.array([6, 3, 1], np.uint8), torch.tensor([6, 3, 1], dtype=torch.bfloat16)):
         prior = class_prior(counts)
         assert prior.tolist() == [0.6, 0.3, 0.1]
@@ -96,6 +97,7 @@ def test_classes_without_a_sample_are_named_in_one_warning() -> None:
         ([1, math.nan], ValueError, r"counts must be finite, got nan at index \[1\]"),
         ([1, math.inf], ValueError, "counts must be finite"),
         ("abc", TypeError, "counts must be integers or floats"),
+        (torch.ones(2, device="meta"), ValueError, "counts must hold values, got a tensor on the meta device"),
     ],
 )
 def test_class_prior_refuses_other_counts(counts: Any, kind: type[Exception], message: str) -> None:
@@ -207,11 +209,11 @@ BAD_PRIORS: list[tuple[Any, type[Exception], str]] = [
     (
         [0.5, 0.5, 0.0],
         ValueError,
-        r"prior must be positive, got 0 at class 2\. Floor it: class_prior\(counts, floor=1\)",
+        r"prior must be positive, got 0 for class 2\. Use dt\.class_prior\(counts\), which floors counts",
     ),
-    ([0.7, 0.5, -0.2], ValueError, "prior must be positive, got -0.2 at class 2"),
-    ([6, 3, 1], ValueError, r"prior must sum to one, got 10\. Use class_prior\(counts\) for counts\."),
-    ([0.5, 0.3, 0.1], ValueError, "prior must sum to one, got 0.9"),
+    ([0.7, 0.5, -0.2], ValueError, "prior must be positive, got -0.2 for class 2"),
+    ([6, 3, 1], ValueError, r"prior must sum to one, got a sum of 10\. Use dt\.class_prior\(counts\)"),
+    ([0.5, 0.3, 0.1], ValueError, "prior must sum to one, got a sum of 0.9"),
     ([0.5, math.nan, 0.5], ValueError, r"prior must be finite, got nan at index \[1\]"),
     ([[0.5, 0.5]], ShapeError, r"prior must be one share a class, got shape \(1, 2\)"),
     ([], ValueError, "prior must hold at least one value"),
@@ -248,8 +250,8 @@ def test_a_prior_may_be_off_by_rounding() -> None:
             ShapeError,
             r"target must have the prior's 3 classes in the last axis, got shape \(2,\)",
         ),
-        ({"target": [1.2, -0.2, 0]}, ValueError, "target must not be negative, got -0.2 at class 1"),
-        ({"target": [1, 1, 1]}, ValueError, "target must sum to one, got 3"),
+        ({"target": [1.2, -0.2, 0]}, ValueError, "target must not be negative, got -0.2 for class 1"),
+        ({"target": [1, 1, 1]}, ValueError, "target must sum to one, got a sum of 3"),
         ({"target": None}, TypeError, "target must be integers or floats"),
         ({"tau": -1}, ValueError, "tau must be >= 0, got -1"),
         ({"tau": math.inf}, ValueError, "tau must be >= 0, got inf"),
@@ -310,6 +312,8 @@ def test_temperature_by_hand() -> None:
     assert fit_temperature(logits, labels) == pytest.approx(4 / math.log(3), rel=1e-12)
     weighted = fit_temperature(logits, labels, weight=torch.tensor([1.0, 1, 0, 1]))
     assert weighted == pytest.approx(4 / math.log(2), rel=1e-12)
+    huge = torch.tensor([1e308, 1e308, 0, 1e308], dtype=torch.float64)  # of which the sum lies beyond float64
+    assert fit_temperature(logits, labels, weight=huge) == pytest.approx(4 / math.log(2), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -395,6 +399,18 @@ BAD_DATA: list[tuple[Any, Any, type[Exception], str]] = [
     ),
     (torch.tensor([[0, math.inf]]), torch.tensor([0]), ValueError, r"logits must be finite, got inf at index \[0, 1\]"),
     (torch.tensor([[math.nan, 0]]), torch.tensor([0]), ValueError, "logits must be finite, got nan"),
+    (
+        torch.zeros(1, 2, device="meta"),
+        torch.tensor([0]),
+        ValueError,
+        "logits must hold values, got a tensor on the me",
+    ),
+    (
+        torch.zeros(1, 2),
+        torch.tensor([0], device="meta"),
+        ValueError,
+        "labels must hold values, got a tensor on the me",
+    ),
 ]
 
 
@@ -415,6 +431,7 @@ def test_other_held_out_data_are_refused(logits: Any, labels: Any, kind: type[Ex
         (torch.tensor([1, math.nan]), ValueError, "weight must be finite"),
         (torch.zeros(2), ValueError, "at least one weight must be positive, got zeros"),
         (torch.tensor([True, True]), TypeError, "weight must be integers or floats"),
+        (torch.ones(2, device="meta"), ValueError, "weight must hold values, got a tensor on the meta device"),
     ],
 )
 def test_other_weights_are_refused(weight: Any, kind: type[Exception], message: str) -> None:
@@ -573,6 +590,11 @@ def test_choose_tau_refuses_other_options(options: Any, kind: type[Exception], m
         choose_tau(torch.eye(2), torch.tensor([0, 1]), [0.5, 0.5], **options)
 
 
+def test_choose_tau_reads_the_prior() -> None:
+    with pytest.raises(ValueError, match=r"^choose_tau: prior must hold values, got a tensor on the meta device"):
+        choose_tau(torch.eye(2), torch.tensor([0, 1]), torch.ones(2, device="meta") / 2)
+
+
 def test_choose_tau_leaves_its_inputs_alone() -> None:
     logits, labels, taus = torch.eye(2)[[0, 0, 1]].requires_grad_(), torch.tensor([0, 1, 1]), np.array([0.0, 1.0])
     before, state = logits.detach().clone(), torch.get_rng_state()
@@ -631,3 +653,12 @@ def test_the_module_refuses_a_temperature_of_zero() -> None:
     for temperature in (0, -1, math.nan):
         with pytest.raises(ValueError, match=r"^LogitAdjuster: temperature must be > 0, got"):
             LogitAdjuster(PRIOR, temperature=temperature)
+    for temperature in (1e39, 1e-50):
+        with pytest.raises(ValueError, match=r"^LogitAdjuster: temperature must fit into float32"):
+            LogitAdjuster(PRIOR, temperature=temperature)
+
+
+def test_the_module_refuses_logits_on_another_device() -> None:
+    rule = r"^LogitAdjuster: offset and logits must be on the same device, got cpu and meta\. Use logits\.to\("
+    with pytest.raises(ValueError, match=rule):
+        LogitAdjuster(PRIOR)(torch.zeros(1, 3, device="meta"))

@@ -24,12 +24,12 @@ _Labels = Sequence[int] | np.ndarray | Tensor
 _USES = ("holdout", "cap", "thin", "noise", "class")
 
 
-def step_profile(num_classes: int, retention: float, *, thinned: Iterable[int] = range(5)) -> np.ndarray:
+def step_profile(num_classes: int, retention: float, *, thinned: Iterable[int] | None = None) -> np.ndarray:
     """The share of each class that is kept, where some classes are thinned and the others stay whole.
 
     Args:
         retention: share kept of the thinned classes, in (0, 1].
-        thinned: class indices.
+        thinned: class indices; None means the first half of the classes, rounded down.
     Shape:
         Returns (num_classes,) float64.
     Raises:
@@ -44,6 +44,7 @@ def step_profile(num_classes: int, retention: float, *, thinned: Iterable[int] =
     where = "step_profile"
     shares = np.ones(whole(where, "num_classes", num_classes, low=1))
     retention = number(where, "retention", retention, low=0, high=1, open_low=True)
+    thinned = range(len(shares) // 2) if thinned is None else thinned
     instance(where, Iterable, thinned=thinned)
     for index in thinned:
         if whole(where, "thinned", index, low=0) >= num_classes:

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .._checks import is_tensor, problem, real
+from .._checks import is_tensor, problem, real, wide_dtype
 from ..errors import ShapeError
 
 
@@ -22,9 +23,10 @@ def checked_features(where: str, features: Tensor, num_features: int) -> Tensor:
     return features
 
 
-def wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype to compute in: float64 if any of ``tensors`` is, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+def linear_scores(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` in at least float32, or what autocast makes of that."""
+    dtype = wide_dtype(features, weight)
+    return F.linear(features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -36,8 +38,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows (N, D) scaled to length one. A row shorter than 1e-12 becomes zero and has the gradient zero."""
+    # Squares of large numbers overflow. The result does not depend on the size, and so has no gradient by it.
+    size = rows.detach().abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    rows = rows / size
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    there = norm > 1e-12
+    there = norm * size > 1e-12
     return rows * torch.where(there, 1 / torch.where(there, norm, 1.0), 0.0)
 
 

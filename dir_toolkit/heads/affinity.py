@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._checks import number, one_of, problem, whole
+from .._checks import number, one_of, problem, same_device, whole, wide_dtype
 from ..errors import NotFittedError
-from ._features import checked_features, full_precision, squared_distances, wide
+from ._features import checked_features, full_precision, squared_distances
 
 __all__ = ["AffinityHead"]
 
@@ -41,7 +41,8 @@ class AffinityHead(nn.Module):
         prototypes: m, how many each class has, at least 1.
         sigma: width :math:`\sigma` > 0; where it starts if it is learnt; not used with ``"first_batch"``.
         distance: ``"l2"``, the *squared* Euclidean distance, or ``"l1"``, the sum of absolute differences.
-        similarity: ``"gaussian"`` or ``"inverse"``, the first and second form above.
+        similarity: ``"gaussian"`` or ``"inverse"``, the first and second form above. The paper's inverse similarity is
+            :math:`1 / (1 + d)`; here d is divided by sigma there too, so ``sigma=1`` gives the paper's.
         sigma_mode: ``"fixed"``; ``"learnt"``, as its logarithm; or ``"first_batch"``, the mean distance between the
             first batch seen in training mode, on all ranks, and all prototypes.
         feature_scale: s > 0; 1 gives the paper's formula as written. None chooses :math:`\sqrt{5 / D}` for ``"l2"``
@@ -52,9 +53,10 @@ class AffinityHead(nn.Module):
     Shape:
         forward: features (N, D). Returns (N, C).
     Raises:
-        ValueError: a count is below 1; sigma or feature_scale is not positive and finite; a word is not among those
-        above; or the first batch gives no positive, finite sigma. NotFittedError: in eval mode, before the first batch
-        has set sigma. TypeError: features are no real numbers. ShapeError: features are not (N, D).
+        ValueError: a count is below 1; sigma or feature_scale is not positive or does not fit into float32; a word is
+        not among those above; features are on another device than the prototypes; or the first batch gives no positive,
+        finite sigma. NotFittedError: in eval mode, before the first batch has set sigma. TypeError: features are no
+        real numbers. ShapeError: features are not (N, D).
     Source:
         Hayat et al. 2019, section 3 (arXiv:1901.07711).
 
@@ -86,14 +88,14 @@ class AffinityHead(nn.Module):
         self.num_features = whole("AffinityHead", "num_features", num_features, low=1)
         self.num_classes = whole("AffinityHead", "num_classes", num_classes, low=1)
         self.num_prototypes = whole("AffinityHead", "prototypes", prototypes, low=1)
-        sigma = number("AffinityHead", "sigma", sigma, low=0, open_low=True)
+        sigma = number("AffinityHead", "sigma", sigma, low=0, open_low=True, float32=True)
         one_of("AffinityHead", "distance", distance, ("l2", "l1"))
         one_of("AffinityHead", "similarity", similarity, ("gaussian", "inverse"))
         one_of("AffinityHead", "sigma_mode", sigma_mode, ("fixed", "learnt", "first_batch"))
         self.distance, self.similarity, self.sigma_mode = distance, similarity, sigma_mode
         if feature_scale is None:
             feature_scale = self._start_std()
-        feature_scale = number("AffinityHead", "feature_scale", feature_scale, low=0, open_low=True)
+        feature_scale = number("AffinityHead", "feature_scale", feature_scale, low=0, open_low=True, float32=True)
         self.register_buffer("feature_scale", torch.tensor(feature_scale))
         self._sigma_known = sigma_mode != "first_batch"
         self._start = math.log(sigma)
@@ -121,7 +123,8 @@ class AffinityHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         checked_features("AffinityHead", features, self.num_features)
-        dtype = wide(features, self.weight)
+        same_device("AffinityHead", weight=self.weight, features=features)
+        dtype = wide_dtype(features, self.weight)
         with full_precision(features.device):
             z, w = features.to(dtype) * self.feature_scale.to(dtype), self.weight.to(dtype)
             if not self._sigma_known:
@@ -150,7 +153,7 @@ class AffinityHead(nn.Module):
             Hayat et al. 2019, section 3.3 (arXiv:1901.07711).
         """
         count = self.num_classes * self.num_prototypes
-        w = self.weight.to(wide(self.weight)).flatten(0, 1)
+        w = self.weight.to(wide_dtype(self.weight)).flatten(0, 1)
         if count == 1:
             return 0 * w.sum()
         # About the centre the cross terms vanish, and what is left are sums of squares, from which nothing cancels:

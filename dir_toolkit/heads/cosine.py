@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, number, whole
-from ._features import checked_features, full_precision, unit_rows, wide
+from .._checks import instance, number, same_device, whole, wide_dtype
+from ._features import checked_features, full_precision, unit_rows
 
 __all__ = ["CosineHead"]
 
@@ -27,8 +27,9 @@ class CosineHead(nn.Module):
     Shape:
         forward: features (N, D). Returns (N, C).
     Raises:
-        ValueError: num_features or num_classes is below 1, or scale is not positive and finite. TypeError: features are
-        no real numbers. ShapeError: features are not (N, D).
+        ValueError: num_features or num_classes is below 1; scale is not positive or does not fit into float32; or
+        features are on another device than the weights. TypeError: features are no real numbers. ShapeError: features
+        are not (N, D).
     Source:
         Gidaris and Komodakis 2018, section 3.2 (arXiv:1804.09458).
 
@@ -46,7 +47,7 @@ class CosineHead(nn.Module):
         super().__init__()
         self.num_features = whole("CosineHead", "num_features", num_features, low=1)
         self.num_classes = whole("CosineHead", "num_classes", num_classes, low=1)
-        scale = number("CosineHead", "scale", scale, low=0, open_low=True)
+        scale = number("CosineHead", "scale", scale, low=0, open_low=True, float32=True)
         instance("CosineHead", bool, learn_scale=learn_scale)
         self.learn_scale = learn_scale
         self.weight = nn.Parameter(torch.empty(self.num_classes, self.num_features))
@@ -65,7 +66,8 @@ class CosineHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         checked_features("CosineHead", features, self.num_features)
-        dtype = wide(features, self.weight)
+        same_device("CosineHead", weight=self.weight, features=features)
+        dtype = wide_dtype(features, self.weight)
         with full_precision(features.device):
             cosine = unit_rows(features.to(dtype)) @ unit_rows(self.weight.to(dtype)).t()
             scale = self.log_scale.to(dtype).exp() if self.learn_scale else self.scale

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, whole
-from ._features import checked_features
+from .._checks import instance, same_device, whole
+from ._features import checked_features, linear_scores
 
 __all__ = ["LinearHead"]
 
 
 class LinearHead(nn.Linear):
     r"""Scores :math:`w_j \cdot z + b_j`: ``torch.nn.Linear`` that checks what it is given.
+
+    Outside autocast it computes in the wider dtype of features and weights, at least float32.
 
     Args:
         num_features: D. num_classes: C. bias: whether each class has a :math:`b_j`.
@@ -21,8 +23,8 @@ class LinearHead(nn.Linear):
     Shape:
         forward: features (N, D). Returns (N, C).
     Raises:
-        ValueError: num_features or num_classes is below 1. TypeError: features are no real numbers. ShapeError:
-        features are not (N, D).
+        ValueError: num_features or num_classes is below 1, or features are on another device than the weights.
+        TypeError: features are no real numbers. ShapeError: features are not (N, D).
 
     >>> head = LinearHead(64, 10)
     >>> head(torch.zeros(3, 64)).shape
@@ -38,7 +40,8 @@ class LinearHead(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         checked_features("LinearHead", features, self.num_features)
-        return super().forward(features if features.is_floating_point() else features.to(self.weight.dtype))
+        same_device("LinearHead", weight=self.weight, features=features)
+        return linear_scores(features, self.weight, self.bias)
 
 
 def linear_of(weight: Tensor, bias: Tensor | None, *, trainable: bool) -> LinearHead:

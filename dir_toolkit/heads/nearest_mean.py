@@ -8,10 +8,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._checks import finite, is_tensor, label_problem, one_of, problem, readable, same_device, warn, whole
+from .._checks import (
+    finite,
+    is_tensor,
+    label_problem,
+    one_of,
+    problem,
+    readable,
+    same_device,
+    warn,
+    whole,
+    wide_dtype,
+)
 from ..errors import NotFittedError, ShapeError
 from ..features.moments import BinMoments
-from ._features import checked_features, full_precision, squared_distances, unit_rows, wide
+from ._features import checked_features, full_precision, squared_distances, unit_rows
 
 __all__ = ["NearestMeanHead"]
 
@@ -27,6 +38,9 @@ class NearestMeanHead(nn.Module):
             head.update(backbone(x), y)
         head.finish()
 
+    The paper takes the Euclidean distance to means scaled to length one, which ranks classes as the cosine does.
+    ``"euclidean"`` differs from that: means keep their lengths, and features count as they are in both.
+
     Every class weighs alike, however many samples its mean is taken from. What :meth:`update` has gathered is no part
     of the ``state_dict``; what :meth:`finish` makes of it is. Computes in at least float32, under autocast too.
 
@@ -38,9 +52,9 @@ class NearestMeanHead(nn.Module):
     Shape:
         forward: features (N, D). Returns (N, C), minus infinity for a class without samples.
     Raises:
-        ValueError: num_features or num_classes is below 1, or metric is none of the words above. NotFittedError: scores
-        are asked for before :meth:`finish`. TypeError: features are no real numbers. ShapeError: features are not
-        (N, D).
+        ValueError: num_features or num_classes is below 1, metric is none of the words above, or features are on
+        another device than the means. NotFittedError: scores are asked for before :meth:`finish`. TypeError: features
+        are no real numbers. ShapeError: features are not (N, D).
     Source:
         Kang et al. 2020, section 4 (arXiv:1910.09217).
 
@@ -112,8 +126,9 @@ class NearestMeanHead(nn.Module):
         Warns once of classes without samples.
 
         Raises:
-            NotFittedError: there is no sample. LabelError, ValueError: on an accelerator, as in :meth:`update`. The
-            means stay as they were, and the samples are forgotten.
+            NotFittedError: there is no sample. ValueError: a mean leaves the range of the buffer's dtype. LabelError,
+            ValueError: on an accelerator, as in :meth:`update`. The means stay as they were, and the samples are
+            forgotten.
         """
         where = "NearestMeanHead.finish"
         moments, outside = self._moments, self._outside
@@ -127,8 +142,9 @@ class NearestMeanHead(nn.Module):
             raise label_problem(where, rule, got=f"{int(outside)} that are not")
         if not bool(moments.count.any()):
             raise problem(where, "there must be samples", got="none", fix="Call update first.", error=NotFittedError)
-        finite(where, means=moments.mean.cpu())
-        self.means.copy_(moments.mean)
+        means = moments.mean.to(self.means.dtype)
+        finite(where, means=means.cpu())
+        self.means.copy_(means)
         self.count.copy_(moments.count)
         self._fitted = True
         missing = torch.nonzero(moments.count == 0).flatten().tolist()
@@ -141,7 +157,8 @@ class NearestMeanHead(nn.Module):
         checked_features("NearestMeanHead", features, self.num_features)
         if not self._fitted:
             self._require_means()
-        dtype = wide(features, self.means)
+        same_device("NearestMeanHead", means=self.means, features=features)
+        dtype = wide_dtype(features, self.means)
         with full_precision(features.device):
             z, means = features.to(dtype), self.means.to(dtype)
             if self.metric == "cosine":

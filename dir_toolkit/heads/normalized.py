@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .._checks import finite, instance, number, problem
-from ._features import checked_features
+from .._checks import finite, instance, number, on_host, problem, same_device
+from ._features import checked_features, linear_scores
 from .linear import LinearHead, linear_of
 
 __all__ = ["ScaledHead", "tau_normalized"]
@@ -25,7 +24,7 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
         tau: >= 0, chosen on validation data. 0 keeps the weights, 1 makes all equally long.
     Raises:
         TypeError: linear is no ``torch.nn.Linear``. ValueError: tau is negative or not finite, a weight is not finite,
-        or tau > 0 and the weights of a class are all zero or leave the dtype's range.
+        or tau > 0 and the weights of a class are all zero or leave the dtype's range, upwards or downwards.
     Source:
         Kang et al. 2020, section 4 (arXiv:1910.09217).
 
@@ -37,7 +36,7 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
     where = "tau_normalized"
     instance(where, nn.Linear, linear=linear)
     tau = number(where, "tau", tau, low=0)
-    weight = linear.weight.detach().cpu()
+    weight = on_host(where, "weight", linear.weight)
     finite(where, weight=weight)
     norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)
     zero = torch.nonzero(norms[:, 0] == 0).flatten().tolist()
@@ -49,7 +48,8 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
             fix="Train the head first, or pass tau=0.",
         )
     scaled = (weight.double() / norms.pow(tau)).to(weight.dtype) if tau > 0 else weight.clone()
-    if not bool(scaled.isfinite().all()):
+    vanished = scaled.abs().amax(1) < torch.finfo(weight.dtype).tiny
+    if not bool(scaled.isfinite().all()) or (tau > 0 and bool(vanished.any())):
         raise problem(where, f"w / ||w||^tau must fit into {weight.dtype}", got=f"tau = {tau:g}", fix="Lower tau.")
     return linear_of(scaled.to(linear.weight.device), None, trainable=True).train(linear.training)
 
@@ -58,7 +58,7 @@ class ScaledHead(nn.Module):
     r"""Scores :math:`f_i\, w_i \cdot z + b_i` with one learnt scale per class, all else frozen.
 
     Learnable weight scaling: trained with class-balanced sampling on frozen features, it finds by itself how far each
-    class is to be rescaled. A bias stays as it is.
+    class is to be rescaled. A bias stays as it is. Dtypes are those of :class:`~dir_toolkit.heads.linear.LinearHead`.
 
     Args:
         linear: the trained classifier, of which a frozen copy is kept.
@@ -68,7 +68,7 @@ class ScaledHead(nn.Module):
         forward: features (N, D). Returns (N, C).
     Raises:
         TypeError: linear is no ``torch.nn.Linear``, or features are no real numbers. ShapeError: features are not
-        (N, D).
+        (N, D). ValueError: features are on another device than the weights.
     Source:
         Kang et al. 2020, section 4 (arXiv:1910.09217).
 
@@ -88,6 +88,6 @@ class ScaledHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         checked_features("ScaledHead", features, self.num_features)
         weight, bias = self.linear.weight, self.linear.bias
-        features = features if features.is_floating_point() else features.to(weight.dtype)
-        scores = F.linear(features, weight) * self.scale
+        same_device("ScaledHead", weight=weight, features=features)
+        scores = linear_scores(features, weight, None) * self.scale
         return scores if bias is None else scores + bias

@@ -115,15 +115,14 @@ class LabelDensity:
         """
         floor = number("LabelDensity.prior", "floor", floor, low=0)
         counts = np.maximum(self.counts, floor)
-        total = counts.sum()
-        if total == 0:
+        if not counts.any():
             raise problem(
                 "LabelDensity.prior",
                 "at least one label must have been counted",
                 got="none",
                 fix="All labels lay outside the bins.",
             )
-        return counts / total
+        return to_shares(counts)
 
     def regions(self, *, many: int = 100, few: int = 20) -> np.ndarray:
         """The region of each bin, (B,) of str: ``"many"`` with more than ``many`` labels, ``"medium"`` with ``few`` to
@@ -139,6 +138,12 @@ class LabelDensity:
         names[self.counts < few] = "few"
         names[self.counts == 0] = "unseen"
         return names
+
+
+def to_shares(counts: np.ndarray) -> np.ndarray:
+    """Counts divided by their sum, which may lie beyond float64; not all of them zero."""
+    counts = np.ldexp(counts, -np.frexp(counts.max())[1])  # by a power of two, so that no bit changes
+    return counts / counts.sum()
 
 
 def _pieces(labels: Any) -> Iterator[Any]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .._checks import finite, instance, keys, labels_array, not_empty, number, problem, warn, whole
+from .._checks import finite, instance, keys, labels_array, not_empty, number, on_host, problem, warn, whole
 from ..errors import CheckpointError, ShapeError
 from .bins import Bins
-from .density import LabelDensity
+from .density import LabelDensity, to_shares
 
 __all__ = ["BinSampler", "bin_probabilities", "progressive_probabilities"]
 
@@ -119,8 +119,8 @@ class BinSampler(Sampler[int]):
         instance(where, Bins, bins=bins)
         instance(where, bool, replacement=replacement)
         # Not named by the argument alone, since Bins would then advise what a sampler does not take.
-        index = bins._place(where, labels.cpu() if isinstance(labels, Tensor) else labels, "raise", "the labels")
-        index = torch.as_tensor(index)
+        labels = on_host(where, "labels", labels) if isinstance(labels, Tensor) else labels
+        index = torch.as_tensor(bins._place(where, labels, "raise", "the labels"))
         if index.ndim != 1:
             raise problem(where, "labels must be (N,)", got=f"shape {tuple(index.shape)}", error=ShapeError)
         not_empty(where, labels=index)
@@ -153,6 +153,7 @@ class BinSampler(Sampler[int]):
                 "without replacement all samples are drawn once, so that an epoch is reordered but not balanced. Use "
                 "replacement=True, or a smaller num_samples.",
             )
+        self._digest = hashlib.sha256(index.numpy().astype("<i8").tobytes()).hexdigest()[:12]
         self._counts = torch.bincount(index, minlength=len(bins))
         self._members = torch.argsort(index, stable=True)  # by bin
         self.epoch = 0
@@ -213,14 +214,14 @@ class BinSampler(Sampler[int]):
         """Go on where :meth:`state_dict` was taken, on this rank or another of the same run.
 
         Raises:
-            CheckpointError: the state belongs to a sampler of other settings.
+            CheckpointError: the state belongs to a sampler of other settings or labels.
         """
         where = "BinSampler.load_state_dict"
         keys(where, "state", state, ("epoch", "yielded", "settings"))
         if state["settings"] != self.settings:
             raise problem(
                 where,
-                "the state belongs to a sampler of other settings",
+                "the state belongs to a sampler of other settings or labels",
                 got=f"<{state['settings']}> for <{self.settings}>",
                 error=CheckpointError,
             )
@@ -248,11 +249,11 @@ class BinSampler(Sampler[int]):
 
     @property
     def settings(self) -> str:
-        """What the orders follow from, beside the labels, in words; the same on every rank."""
-        kind = f"q={self.q:g}" if self.progressive_epochs is None else f"progressive_epochs={self.progressive_epochs}"
+        """What the orders follow from, in words, with a digest of the labels' bins; the same on every rank."""
+        kind = f"q={self.q!r}" if self.progressive_epochs is None else f"progressive_epochs={self.progressive_epochs}"
         return (
-            f"{len(self._members)} labels, {kind}, num_samples={self.num_samples}, replacement={self.replacement}, "
-            f"seed={self.seed}, world={self.world}"
+            f"{len(self._members)} labels ({self._digest}), {kind}, num_samples={self.num_samples}, "
+            f"replacement={self.replacement}, seed={self.seed}, world={self.world}"
         )
 
 
@@ -273,8 +274,7 @@ def _checked_counts(where: str, density_or_counts: Counts) -> np.ndarray:
 
 
 def _power(counts: np.ndarray, q: float) -> np.ndarray:
-    powers = np.where(counts > 0, counts**q, 0.0)
-    return powers / powers.sum()
+    return to_shares(np.where(counts > 0, counts**q, 0.0))
 
 
 def _progressive(counts: np.ndarray, epoch: int, epochs: int) -> np.ndarray:

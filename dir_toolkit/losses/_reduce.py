@@ -16,14 +16,16 @@ from .._checks import (
     not_empty,
     not_negative,
     one_of,
+    prior_shares,
     problem,
     readable,
     real,
     same_device,
+    wide_dtype,
 )
 from ..errors import ShapeError
 
-__all__ = ["Reduction", "checked_rows", "per_class", "reduce", "wide_dtype"]
+__all__ = ["Reduction", "checked_prior", "checked_rows", "per_class", "present", "reduce"]
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -35,9 +37,15 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
 
 
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is of it, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def present(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Values (N, ...) with zeros for samples of weight zero, which so leave no trace, in gradients either.
+
+    Before the loss, since zero times what is not finite is NaN, forward or backward.
+    """
+    if weight is None:
+        return values
+    absent = weight.to(values.dtype) == 0
+    return values.masked_fill(absent if values.ndim == weight.ndim else absent[:, None], 0.0)
 
 
 def checked_rows(
@@ -52,7 +60,7 @@ def checked_rows(
 ) -> Tensor:
     """``rows`` (N, C) in at least float32, once they, the classes (N,), the weights and the reduction are checked.
 
-    With ``num_classes`` the rows are no scores but features (N, D).
+    With ``num_classes`` the rows are no scores but features (N, D). Those of weight zero are zero.
     """
     one_of(where, "reduction", reduction, ("none", "mean", "sum"))
     weights = {} if weight is None else {"weight": weight}
@@ -81,23 +89,34 @@ def checked_rows(
         _classes_exist(where, target, classes)
     finite(where, **weights)
     not_negative(where, **weights)
-    return rows.to(wide_dtype(rows))
+    return present(rows.to(wide_dtype(rows)), weight)
 
 
-def per_class(
-    where: str,
-    name: str,
-    value: Any,
-    scores: Tensor,
-    *,
-    positive: str = "",
-    sums_to_one: bool = False,
-) -> Tensor:
+def per_class(where: str, name: str, value: Any, scores: Tensor, *, positive: str = "") -> Tensor:
     """One finite number >= 0 a class, (C,), in at least float32 on the device of the scores (N, C).
 
     Args:
         positive: what to do about a zero; given, zeros are refused.
     """
+    values = _one_a_class(where, name, value, scores)
+    if readable(values):
+        finite(where, **{name: values})
+        bad = values <= 0 if positive else values < 0
+        if bool(bad.any()):
+            first = int(bad.to(torch.uint8).argmax())
+            rule = f"{name} must be positive" if positive else f"{name} must not be negative"
+            raise problem(where, rule, got=f"{values[first].item():g} for class {first}", fix=positive)
+    return values.to(scores.device, non_blocking=True)
+
+
+def checked_prior(where: str, prior: Any, scores: Tensor) -> Tensor:
+    """Shares > 0 of the classes, (C,), summing to one, in at least float32 on the device of the scores (N, C)."""
+    values = _one_a_class(where, "prior", prior, scores)
+    prior_shares(where, "prior", values)
+    return values.to(scores.device, non_blocking=True)
+
+
+def _one_a_class(where: str, name: str, value: Any, scores: Tensor) -> Tensor:
     classes = scores.shape[1]
     if isinstance(value, Tensor):
         is_tensor(where, **{name: value})
@@ -113,18 +132,7 @@ def per_class(
             got=f"shape {tuple(values.shape)}",
             error=ShapeError,
         )
-    if readable(values):
-        finite(where, **{name: values})
-        bad = values <= 0 if positive else values < 0
-        if bool(bad.any()):
-            first = int(bad.to(torch.uint8).argmax())
-            rule = f"{name} must be positive" if positive else f"{name} must not be negative"
-            raise problem(where, rule, got=f"{values[first].item():g} for class {first}", fix=positive)
-        if sums_to_one and abs((total := values.sum(dtype=torch.float64).item()) - 1) > 1e-4:
-            raise problem(
-                where, f"{name} must sum to one", got=f"a sum of {total:g}", fix=f"Use {name} / {name}.sum()."
-            )
-    return values.to(scores.device, non_blocking=True)
+    return values
 
 
 def _one_a_sample(where: str, name: str, value: Tensor, samples: int, fixes: dict[tuple[int, ...], str]) -> None:

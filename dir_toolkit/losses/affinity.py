@@ -26,7 +26,8 @@ def affinity_loss(
     The paper's diversity term belongs to the prototypes: add ``head.diversity()`` of an ``AffinityHead``.
 
     Args:
-        weight: dimensionless, >= 0, one a sample; None means ones. Divides by N, not by the sum of weights.
+        weight: dimensionless, >= 0, one a sample; None means ones. Divides by N, not by the sum of weights. A sample
+            of weight 0 adds nothing, whatever its affinities are.
         margin: :math:`\lambda`, > 0, in units of the affinities, which Gaussian similarity keeps in (0, 1].
     Shape:
         affinities: (N, C), C >= 2. target: (N,) int64, class indices. weight: (N,). Returns (), or (N,) for

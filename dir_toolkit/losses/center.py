@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import is_tensor, number, problem, same_device, whole
+from .._checks import is_tensor, number, problem, same_device, whole, wide_dtype
 from ..errors import ShapeError
-from ._reduce import Reduction, checked_rows, reduce, wide_dtype
+from ._reduce import Reduction, checked_rows, reduce
 
 __all__ = ["CenterLoss", "center_loss"]
 
@@ -22,7 +22,8 @@ def center_loss(
     Differentiable in features and centers alike.
 
     Args:
-        weight: dimensionless, >= 0, one a sample; None means ones. Divides by N, not by the sum of weights.
+        weight: dimensionless, >= 0, one a sample; None means ones. Divides by N, not by the sum of weights. A sample
+            of weight 0 adds nothing, whatever its features are.
     Shape:
         features: (N, D). target: (N,) int64, class indices. centers: (C, D). weight: (N,). Returns (), or (N,) for
         ``reduction="none"``.
@@ -83,7 +84,7 @@ class CenterLoss(nn.Module):
         super().__init__()
         self.num_classes = whole("CenterLoss", "num_classes", num_classes, low=1)
         self.num_features = whole("CenterLoss", "num_features", num_features, low=1)
-        self.strength = number("CenterLoss", "strength", strength, low=0, open_low=True)
+        self.strength = number("CenterLoss", "strength", strength, low=0, open_low=True, float32=True)
         self.centers = nn.Parameter(torch.zeros(self.num_classes, self.num_features))
 
     def forward(

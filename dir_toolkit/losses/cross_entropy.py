@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._checks import instance, is_tensor, number, problem, readable, real, same_device
 from ..errors import ShapeError
-from ._reduce import Reduction, checked_rows, per_class, reduce
+from ._reduce import Reduction, checked_prior, checked_rows, per_class, reduce
 
 __all__ = [
     "balanced_cross_entropy",
@@ -30,7 +30,7 @@ __all__ = [
     "pairwise_cross_entropy",
 ]
 
-_UNSEEN = "Floor it: density.prior(floor=1) of a LabelDensity takes every class to have one label."
+_SLACK = 1e-3  # what rounding may add to a cosine
 
 
 def cross_entropy(
@@ -48,7 +48,8 @@ def cross_entropy(
 
     Args:
         weight: dimensionless, >= 0, one a sample; None means ones. Divides by N, not by the sum of weights, unlike
-            ``torch.nn.functional.cross_entropy``, whose weights are one a class.
+            ``torch.nn.functional.cross_entropy``, whose weights are one a class. A sample of weight 0 adds nothing,
+            and has the gradient 0, whatever its logits are.
         label_smoothing: :math:`\varepsilon`, in [0, 1]: how much of each target is spread over all classes alike.
     Shape:
         logits: (N, C). target: (N,) int64, class indices. weight: (N,). Returns (), or (N,) for ``reduction="none"``.
@@ -57,7 +58,8 @@ def cross_entropy(
     Raises:
         ShapeError: shapes do not fit. TypeError: target is not int64. LabelError: a class is not in 0..C-1.
         ValueError: a weight is negative or not finite, or there is no sample. A logit that is NaN or ``inf`` makes
-        the loss NaN; training loops stop there. On accelerators values are not looked at.
+        the loss NaN; training loops stop there. One that is ``-inf`` makes its class impossible: the loss is infinite
+        if that is the true class, or if labels are smoothed. On accelerators values are not looked at.
     Source:
         Szegedy et al. 2016, section 7, for the smoothing (arXiv:1512.00567).
 
@@ -102,7 +104,7 @@ def logit_adjusted_cross_entropy(
     """
     where = "logit_adjusted_cross_entropy"
     logits = checked_rows(where, "logits", logits, target, weight, reduction)
-    prior = per_class(where, "prior", prior, logits, positive=_UNSEEN, sums_to_one=True)
+    prior = checked_prior(where, prior, logits)
     tau = number(where, "tau", tau, low=0)
     smoothing = _smoothing(where, label_smoothing)
     adjusted = logits + (tau * prior.log()).to(logits.dtype)
@@ -169,7 +171,7 @@ def balanced_cross_entropy(
     """
     where = "balanced_cross_entropy"
     logits = checked_rows(where, "logits", logits, target, weight, reduction)
-    prior = per_class(where, "prior", prior, logits, positive=_UNSEEN, sums_to_one=True)
+    prior = checked_prior(where, prior, logits)
     alpha = (1 / (logits.shape[1] * prior)).to(logits.dtype)
     return reduce(_cross_entropy(logits, target) * alpha.index_select(0, target), weight, reduction)
 
@@ -190,15 +192,16 @@ def ldam_loss(
               m_y = m_{\max}\, \frac{n_y^{-1/4}}{\max_j n_j^{-1/4}}
 
     The logits are cosines in [-1, 1], as ``CosineHead(scale=1)`` gives them; this loss scales them. Deferred
-    reweighting is a ``weight`` handed over from a late epoch on, for example that of the module's first lines. Other
-    arguments, shapes, units and errors are those of :func:`cross_entropy`.
+    reweighting is a ``weight`` handed over from a late epoch on: that of ``LDS(bins, kernel=None,
+    scheme="effective_number", beta=0.9999)``, by ``fit(..., weights_from=...)`` of :mod:`dir_toolkit.training.loop`.
+    Other arguments, shapes, units and errors are those of :func:`cross_entropy`.
 
     Args:
         counts: (C,), training labels in each class, > 0; only their ratios matter, so a prior serves as well.
         max_margin: :math:`m_{\max}`, the margin of the rarest class, in units of the cosine, >= 0.
         scale: :math:`a`, > 0, the inverse temperature of the softmax.
     Raises:
-        ValueError: besides, a count is not positive.
+        ValueError: besides, a count is not positive, or a logit is no cosine: above 1.001 in size.
     Source:
         Cao et al. 2019, sections 3.2 and 3.3 (arXiv:1906.07413).
 
@@ -210,7 +213,10 @@ def ldam_loss(
     logits = checked_rows(where, "logits", logits, target, weight, reduction)
     counts = per_class(where, "counts", counts, logits, positive="Raise the counts of unseen classes to one.")
     max_margin = number(where, "max_margin", max_margin, low=0)
-    scale = number(where, "scale", scale, low=0, open_low=True)
+    scale = number(where, "scale", scale, low=0, open_low=True, float32=True)
+    if readable(logits) and (largest := logits.detach().abs().amax().item()) > 1 + _SLACK:
+        fix = "Use CosineHead(num_features, num_classes, scale=1)."
+        raise problem(where, "logits must be cosines, in [-1, 1]", got=f"one of size {largest:g}", fix=fix)
     margin = (max_margin * (counts.min() / counts).pow(0.25)).to(logits.dtype)
     own = target[:, None]
     led = logits.scatter_add(1, own, -margin.index_select(0, target)[:, None])
@@ -251,7 +257,7 @@ def equalization_loss(
     """
     where = "equalization_loss"
     logits = checked_rows(where, "logits", logits, target, weight, reduction)
-    prior = per_class(where, "prior", prior, logits, positive=_UNSEEN, sums_to_one=True)
+    prior = checked_prior(where, prior, logits)
     threshold = number(where, "threshold", threshold, low=0, high=1)
     drop = number(where, "drop", drop, low=0, high=1)
     dropped = (prior < threshold).expand_as(logits)

@@ -18,8 +18,9 @@ from .._checks import (
     real,
     same_device,
     same_shape,
+    wide_dtype,
 )
-from ._reduce import Reduction, reduce, wide_dtype
+from ._reduce import Reduction, present, reduce
 
 __all__ = ["weighted_focal_l1", "weighted_focal_mse", "weighted_huber", "weighted_l1", "weighted_mse"]
 
@@ -33,6 +34,7 @@ def weighted_l1(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, r
 
     Args:
         weight: dimensionless, >= 0; None means ones. Divides by N, as the DIR paper does, not by the sum of weights.
+            A sample of weight 0 adds nothing, and has the gradient 0, whatever its prediction is.
     Shape:
         pred, target, weight: any shape, all equal. Returns (), or the input's shape for ``reduction="none"``.
     Units:
@@ -130,7 +132,10 @@ def weighted_focal_mse(
 
 
 def _error(where: str, pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """pred - target in at least float32, after checking everything that can be checked without a host sync."""
+    """pred - target in at least float32, after checking everything that can be checked without a host sync.
+
+    Zero where the weight is.
+    """
     one_of(where, "reduction", reduction, ("none", "mean", "sum"))
     weights = {} if weight is None else {"weight": weight}
     is_tensor(where, pred=pred, target=target, **weights)
@@ -143,7 +148,7 @@ def _error(where: str, pred: Tensor, target: Tensor, weight: Tensor | None, redu
     finite(where, target=target, **weights)
     not_negative(where, **weights)
     wide = wide_dtype(pred, target)
-    return pred.to(wide) - target.to(wide)
+    return present(pred.to(wide) - target.to(wide), weight)
 
 
 def _focus(where: str, error: Tensor, beta: float, gamma: float, variant: str) -> Tensor:

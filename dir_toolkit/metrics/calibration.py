@@ -31,6 +31,7 @@ __all__ = ["CalibrationMetrics", "calibration_metrics"]
 
 _LEAST = torch.finfo(torch.float32).tiny
 _SLACK = 1e-3
+_MOST_WEIGHT = 1e300  # of which the sums of losses are finite
 
 
 class CalibrationMetrics:
@@ -63,7 +64,7 @@ class CalibrationMetrics:
     def __init__(self, num_classes: int, *, num_bins: int = 15) -> None:
         self.num_classes = whole("CalibrationMetrics", "num_classes", num_classes, low=1)
         self.num_bins = whole("CalibrationMetrics", "num_bins", num_bins, low=1)
-        self._edges = torch.tensor([m / self.num_bins for m in range(self.num_bins + 1)], dtype=torch.float64)
+        self._edges = confidence_edges(self.num_bins)
         self.histograms: Tensor = torch.zeros(3, 1 + self.num_classes, self.num_bins, dtype=torch.float64)
         self.totals: Tensor = torch.zeros(3, dtype=torch.float64)
 
@@ -79,9 +80,9 @@ class CalibrationMetrics:
             nothing.
         Raises:
             ShapeError: the shapes do not fit. TypeError: target is not integers. LabelError: a class index lies beyond
-            the classes. ValueError: probabilities or weights are not finite or negative, or a row does not sum to one.
-            In each case nothing has been added. On an accelerator nothing is looked at; each of these then makes the
-            results NaN.
+            the classes. ValueError: probabilities or weights are not finite or negative, a row does not sum to one, or
+            all weights together reach 1e300. In each case nothing has been added. On an accelerator nothing is looked
+            at; each of these then makes the results NaN.
         """
         where = "CalibrationMetrics.update"
         _check_batch(where, probabilities, target, weight, self.num_classes)
@@ -92,11 +93,14 @@ class CalibrationMetrics:
         if readable(p):
             finite(where, probabilities=probabilities)
             _check_values(where, p, target, astray, off)
+            if (total := w.sum().item() + self.totals[0].item()) >= _MOST_WEIGHT:
+                rule, fix = f"all weights together must be below {_MOST_WEIGHT:g}", "Scale the weights down."
+                raise problem(where, rule, got=f"{total:g}", fix=fix)
         broken = astray | off | (p < 0).any(1) | ~((w >= 0) & (w < torch.inf))
         w = w.masked_fill(broken, torch.nan)
         index = index.masked_fill(astray, 0)
 
-        place = self._place(probabilities)  # (N, C)
+        place = confidence_bin(probabilities, self._edges)  # (N, C)
         # Of equal probabilities the first counts as the top label, as in classification.
         top = p.argmax(1, keepdim=True)
         labels = torch.arange(1 + self.num_classes, device=p.device)
@@ -200,15 +204,6 @@ class CalibrationMetrics:
             result[name].attrs["units"] = "1"
         return result
 
-    def _place(self, probabilities: Tensor) -> Tensor:
-        """The confidence bin of each probability."""
-        p = probabilities.detach()
-        p = p if p.is_floating_point() else p.double()
-        edges = self._edges.to(p.dtype).to(p.device)
-        if p.itemsize < 4:  # both sides once rounded alike, since few operations know half precision
-            p, edges = p.float(), edges.float()
-        return (torch.searchsorted(edges, p.contiguous()) - 1).clamp(0, self.num_bins - 1)
-
     def _to(self, device: torch.device | str) -> None:
         self.histograms, self.totals = self.histograms.to(device), self.totals.to(device)
 
@@ -229,6 +224,21 @@ def calibration_metrics(
     metrics = CalibrationMetrics(probabilities.shape[1], num_bins=num_bins)
     metrics.update(probabilities, target, weight)
     return metrics.compute()
+
+
+def confidence_edges(num_bins: int) -> Tensor:
+    """Edges of equally wide confidence bins: (num_bins + 1,) float64."""
+    return torch.tensor([m / num_bins for m in range(num_bins + 1)], dtype=torch.float64)
+
+
+def confidence_bin(probabilities: Tensor, edges: Tensor) -> Tensor:
+    """The confidence bin of each probability, whose upper edge belongs to it."""
+    p = probabilities.detach()
+    p = p if p.is_floating_point() else p.double()
+    edges = edges.to(p.dtype).to(p.device)
+    if p.itemsize < 4:  # both sides once rounded alike, since few operations know half precision
+        p, edges = p.float(), edges.float()
+    return (torch.searchsorted(edges, p.contiguous()) - 1).clamp(0, len(edges) - 2)
 
 
 def _check_batch(where: str, probabilities: Tensor, target: Tensor, weight: Tensor | None, num_classes: int) -> None:

@@ -33,6 +33,8 @@ def splits_of(**changes):
 
 def test_step_profile_by_hand():
     assert step_profile(10, 0.025).tolist() == [0.025] * 5 + [1.0] * 5
+    assert step_profile(3, 0.1).tolist() == [0.1, 1, 1]  # by default the first half, rounded down
+    assert step_profile(1, 0.1).tolist() == [1]
     assert step_profile(3, 0.5, thinned=iter([2])).tolist() == [1, 1, 0.5]
     assert step_profile(3, 1, thinned=[]).tolist() == [1, 1, 1]
     assert step_profile(3, 0.5, thinned=np.array([0, 0])).dtype == np.float64
@@ -164,7 +166,16 @@ def test_seeds_of_splits():
         (lambda: step_profile(10, 0), ValueError, "step_profile: retention must be > 0 and <= 1, got 0."),
         (lambda: step_profile(10, 1.5), ValueError, "step_profile: retention must be > 0 and <= 1, got 1.5."),
         (lambda: step_profile(10, "a"), TypeError, "step_profile: retention must be a number, got 'a'."),
-        (lambda: step_profile(4, 0.5), ValueError, "step_profile: thinned must hold classes in 0 to 3, got 4."),
+        (
+            lambda: thin(torch.zeros(2, device="meta").long(), [1.0], seed=0),
+            ValueError,
+            "thin: labels must hold values, got a tensor on the meta device.",
+        ),
+        (
+            lambda: step_profile(4, 0.5, thinned=range(5)),
+            ValueError,
+            "step_profile: thinned must hold classes in 0 to 3, got 4.",
+        ),
         (lambda: step_profile(4, 0.5, thinned=[-1]), ValueError, "step_profile: thinned must be at least 0, got -1."),
         (lambda: step_profile(4, 0.5, thinned=3), TypeError, "step_profile: thinned must be an Iterable, got int."),
         (lambda: step_profile(4, 0.5, thinned=[0.5]), TypeError, "step_profile: thinned must be a whole number"),

@@ -82,6 +82,24 @@ def test_a_zero_feature_has_score_and_gradient_zero() -> None:
     assert features.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1e-11, 1e20, 1e38])
+def test_long_and_short_features_and_weights_have_their_directions(size: float) -> None:
+    head, features = CosineHead(4, 3, scale=1.0), torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    expected = head(features).detach()
+    large = (features.sign() * size * features.abs() / features.abs().max()).requires_grad_()
+    head(large).square().sum().backward()
+    assert_close(head(large).detach(), expected)
+    with torch.no_grad():
+        head.weight.mul_(size / head.weight.abs().max())
+    assert_close(head(features).detach(), expected)
+    plain = features.clone().requires_grad_()
+    head(plain).square().sum().backward()
+    assert large.grad is not None
+    assert plain.grad is not None
+    factor = size / features.abs().max()
+    assert_close(large.grad * factor, plain.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_a_learnt_scale_stays_positive() -> None:
     head = CosineHead(3, 2, scale=0.5, learn_scale=True)
     optimizer = torch.optim.SGD([head.log_scale], lr=10.0)
@@ -119,6 +137,8 @@ def test_copies_pickles_and_compiled_forms_score_alike() -> None:
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
         ({"scale": 0.0}, ValueError, "scale must be > 0, got 0.0"),
         ({"scale": math.inf}, ValueError, "scale must be > 0, got inf"),
+        ({"scale": 1e39}, ValueError, "scale must fit into float32, from 1.2e-38 to"),
+        ({"scale": 1e-50, "learn_scale": True}, ValueError, "scale must fit into float32"),
         ({"learn_scale": "yes"}, TypeError, "learn_scale must be a bool, got str"),
     ],
 )

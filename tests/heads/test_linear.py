@@ -8,7 +8,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from dir_toolkit.errors import ShapeError
+from dir_toolkit.heads.affinity import AffinityHead
+from dir_toolkit.heads.cosine import CosineHead
 from dir_toolkit.heads.linear import LinearHead
+from dir_toolkit.heads.nearest_mean import NearestMeanHead
+from dir_toolkit.heads.normalized import ScaledHead
 
 
 def test_scores_by_hand() -> None:
@@ -39,6 +43,26 @@ def test_copies_pickles_and_compiled_forms_score_alike() -> None:
     assert head(features[:0]).shape == (0, 3)
 
 
+@pytest.mark.parametrize("kind", [LinearHead, lambda d, c: ScaledHead(LinearHead(d, c))], ids=["linear", "scaled"])
+def test_scores_are_of_the_wider_dtype_and_at_least_float32(kind: Any) -> None:
+    torch.manual_seed(0)
+    head, features = kind(5, 3), torch.randn(7, 5)
+    expected = copy.deepcopy(head).double()(features.double())
+    assert head(features.double()).dtype == torch.float64
+    assert_close(head(features.double()), expected, rtol=1e-12, atol=1e-12)
+    assert_close(copy.deepcopy(head).double()(features), expected, rtol=1e-12, atol=1e-12)
+    for half in (torch.float16, torch.bfloat16):
+        assert torch.equal(head(features.to(half)), head(features.to(half).float()))
+        low = copy.deepcopy(head).to(half)(features.to(half))
+        assert low.dtype == torch.float32
+        assert_close(low, expected.float(), rtol=2e-2, atol=2e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # left to itself
+        for given in (features, features.bfloat16()):
+            assert_close(head(given), expected.to(head(given).dtype), rtol=2e-2, atol=2e-2)
+        assert LinearHead(5, 3)(features).dtype == torch.bfloat16
+        assert head(features.double()).dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -64,3 +88,16 @@ def test_wrong_arguments_are_refused() -> None:
         head([[0.0] * 5])
     with pytest.raises(TypeError, match=r"features must be integers or floats, got dtype torch.complex64"):
         head(torch.zeros(2, 5, dtype=torch.complex64))
+
+
+def test_features_on_another_device_are_refused_by_every_head() -> None:
+    mean = NearestMeanHead(5, 2)
+    mean.update(torch.eye(5)[:2], torch.arange(2))
+    mean.finish()
+    for head in (LinearHead(5, 2), ScaledHead(LinearHead(5, 2)), CosineHead(5, 2), AffinityHead(5, 2), mean):
+        name = type(head).__name__
+        rule = (
+            rf"^{name}: (weight|means) and features must be on the same device, got cpu and meta\. Use features\.to\("
+        )
+        with pytest.raises(ValueError, match=rule):
+            head(torch.zeros(3, 5, device="meta"))

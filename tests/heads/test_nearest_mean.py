@@ -131,6 +131,14 @@ def test_half_precision_and_autocast_give_float32_scores(metric: Any) -> None:
     assert torch.equal(inside, head(features))
 
 
+def test_distances_to_means_of_length_one_rank_as_cosines_do() -> None:
+    """The paper's Euclidean distance; that to the means as they are ranks otherwise."""
+    queries, head = sample(1)[0], fitted()
+    unit = head.means / head.means.norm(dim=1, keepdim=True)
+    assert torch.equal((-torch.cdist(queries, unit)).argmax(1), head(queries).argmax(1))
+    assert not torch.equal(fitted("euclidean")(queries).argmax(1), head(queries).argmax(1))
+
+
 # ---- update and finish ----
 
 
@@ -175,6 +183,22 @@ def test_inputs_are_left_alone() -> None:
     fitted("cosine", (features, labels))(features)
     assert torch.equal(features, before[0])
     assert torch.equal(labels, before[1])
+
+
+def test_means_that_the_buffer_cannot_hold_are_refused() -> None:
+    for dtype, size in ((torch.float32, 1e39), (torch.float16, 1e5)):
+        head = NearestMeanHead(4, 3).to(dtype)
+        head.update(*sample())
+        head.finish()
+        before = copy.deepcopy(head.state_dict())
+        features, labels = sample(2)
+        features[labels == 1, 2] = size
+        head.update(features, labels)
+        with pytest.raises(
+            ValueError, match=r"^NearestMeanHead.finish: means must be finite, got inf at index \[1, 2\]"
+        ):
+            head.finish()
+        assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 
 @pytest.mark.parametrize(

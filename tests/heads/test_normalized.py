@@ -74,6 +74,14 @@ def test_what_cannot_be_normalized_is_refused() -> None:
             tau_normalized(head, tau)
     with pytest.raises(ValueError, match=r"must fit into torch\.float32, got tau = 400\. Lower tau"):
         tau_normalized(head, 400)
+    for factor, tau in ((10.0, 60), (10.0, 39.5), (1e30, 300)):  # zero, subnormal, zero since the power is infinite
+        long = LinearHead(4, 3)
+        with torch.no_grad():
+            long.weight.fill_(0.5).mul_(torch.tensor([[1.0], [1.0], [factor]]))
+        with pytest.raises(ValueError, match=rf"must fit into torch\.float32, got tau = {tau}\. Lower tau"):
+            tau_normalized(long, tau)
+    with pytest.raises(ValueError, match=r"^tau_normalized: weight must hold values, got a tensor on the meta device"):
+        tau_normalized(LinearHead(4, 3).to("meta"), 1)
     with torch.no_grad():
         head.weight[1] = 0
     message = r"no class may all be zero, got zeros for \[1\] \(1 of 3 classes\)\. Train the head first, or pass tau=0"

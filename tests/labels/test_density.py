@@ -185,6 +185,8 @@ def test_prior_by_hand() -> None:
     assert density.prior(floor=1).tolist() == [0.6, 0.2, 0.2]
     assert density.prior(floor=0.5).sum() == pytest.approx(1)
     assert LabelDensity(Bins.classes(2), [0, 0]).prior(floor=1).tolist() == [0.5, 0.5]
+    assert LabelDensity(Bins.classes(2), [1e308, 1e308]).prior().tolist() == [0.5, 0.5]
+    assert LabelDensity(Bins.classes(2), [2**62, 2**62]).prior(floor=1).tolist() == [0.5, 0.5]
     message = r"^LabelDensity\.prior: at least one label must have been counted, got none\. All labels lay outside"
     with pytest.raises(ValueError, match=message):
         LabelDensity.count([99.0], BINS, outside="drop").prior()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import pickle
 from collections.abc import Sequence
@@ -64,6 +65,12 @@ def test_probabilities_equal_a_naive_loop(q: float) -> None:
     assert given.sum() == pytest.approx(1, abs=1e-15)
 
 
+def test_counts_whose_sum_lies_beyond_float64_have_probabilities() -> None:
+    assert bin_probabilities([1e308, 1e308, 0], 1).tolist() == [0.5, 0.5, 0]
+    assert bin_probabilities([1.5e308, 0.5e308], 1).tolist() == pytest.approx([0.75, 0.25], rel=1e-15)
+    assert progressive_probabilities([1e308, 1e308], 0, 2).tolist() == [0.5, 0.5]
+
+
 def test_progressive_probabilities_go_from_one_end_to_the_other() -> None:
     path = [progressive_probabilities(COUNTS, t, 11) for t in range(11)]
     first, last = bin_probabilities(COUNTS, 1), bin_probabilities(COUNTS, 0)
@@ -84,6 +91,7 @@ def test_progressive_probabilities_go_from_one_end_to_the_other() -> None:
         ([0, 0], ValueError, "at least one bin must hold a sample, got counts of zero"),
         (LabelDensity(Bins.classes(2), [0, 0]), ValueError, "at least one bin must hold a sample"),
         ("abc", TypeError, "counts must be integers or floats"),
+        (torch.ones(2, device="meta"), ValueError, "counts must hold values, got a tensor on the meta device"),
     ],
 )
 def test_other_counts_are_refused(counts: Any, kind: type[Exception], message: str) -> None:
@@ -323,10 +331,21 @@ def test_the_state_of_one_rank_serves_another() -> None:
 def test_a_state_of_other_settings_is_refused(options: Any) -> None:
     other = BinSampler(LABELS, BINS, **options)
     message = (
-        r"^BinSampler.load_state_dict: the state belongs to a sampler of other settings, got <100 labels, .* for <100"
+        r"^BinSampler.load_state_dict: the state belongs to a sampler of other settings or labels, got <100 labels .* "
+        r"for <100 labels "
     )
     with pytest.raises(CheckpointError, match=message):
         BinSampler(LABELS, BINS).load_state_dict(other.state_dict())
+
+
+def test_a_state_of_other_labels_or_of_almost_the_same_q_is_refused() -> None:
+    state = BinSampler(LABELS, BINS, q=0.5).state_dict()
+    same = BinSampler(LABELS.double().numpy(), Bins.classes(8), q=0.5)  # an empty bin more draws alike
+    same.load_state_dict(state)
+    assert torch.equal(same.order(1), BinSampler(LABELS, BINS, q=0.5).order(1))
+    for other in (BinSampler(LABELS.flip(0), BINS, q=0.5), BinSampler(LABELS, BINS, q=0.5000001)):
+        with pytest.raises(CheckpointError, match="sampler of other settings or labels"):
+            other.load_state_dict(state)
 
 
 def test_a_broken_state_is_refused() -> None:
@@ -364,6 +383,7 @@ def test_a_broken_state_is_refused() -> None:
         ([[1], [2]], ShapeError, r"labels must be \(N,\), got shape \(2, 1\)"),
         (["a"], TypeError, "the labels must be integers or floats"),
         (None, TypeError, "the labels must be integers or floats"),
+        (torch.zeros(3, device="meta"), ValueError, "labels must hold values, got a tensor on the meta device"),
     ],
 )
 def test_other_labels_are_refused(labels: Any, kind: type[Exception], message: str) -> None:
@@ -407,6 +427,9 @@ def test_other_epochs_are_refused() -> None:
 
 
 def test_its_name_tells_its_settings() -> None:
-    sampler = BinSampler(LABELS, BINS, q=0.5, rank=1, world=2)
-    expected = "<BinSampler: 100 labels, q=0.5, num_samples=100, replacement=True, seed=0, world=2, rank=1>"
+    sampler = BinSampler([0, 1], BINS, q=0.5, seed=2**70, rank=1, world=2)
+    digest = hashlib.sha256(bytes(8) + b"\x01" + bytes(7)).hexdigest()[:12]
+    expected = (
+        f"<BinSampler: 2 labels ({digest}), q=0.5, num_samples=2, replacement=True, seed={2**70}, world=2, rank=1>"
+    )
     assert repr(sampler) == expected

@@ -168,6 +168,9 @@ def test_arguments_are_checked() -> None:
     for value, kind in ((0, ValueError), (-1, ValueError), (torch.nan, ValueError), ("1", TypeError)):
         with pytest.raises(kind, match=r"^CenterLoss: strength must be"):
             CenterLoss(2, 2, strength=value)  # type: ignore[arg-type]
+    for value in (1e39, 1e-50):
+        with pytest.raises(ValueError, match=r"^CenterLoss: strength must fit into float32"):
+            CenterLoss(2, 2, strength=value)  # type: ignore[arg-type]
 
 
 RANK = """

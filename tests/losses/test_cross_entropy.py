@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from dir_toolkit import LDS, Bins, LabelDensity
 from dir_toolkit.errors import ShapeError
+from dir_toolkit.heads.cosine import CosineHead
 from dir_toolkit.losses.cross_entropy import (
     balanced_cross_entropy,
     cross_entropy,
@@ -184,7 +185,8 @@ def test_gradients_to_margins_and_prior_agree_with_differences() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_logits_lose_nothing(name: str, dtype: torch.dtype) -> None:
     logits = torch.zeros(2, 5, dtype=dtype)
-    logits[0, 3], logits[1, 3] = 1e4, -1e4
+    large = 1.0 if name.startswith("ldam") else 1e4  # cosines end at one
+    logits[0, 3], logits[1, 3] = large, -large
     logits.requires_grad_()
     target = torch.tensor([3, 3])
     values = LOSSES[name][0](logits, target, reduction="none")
@@ -202,6 +204,8 @@ def test_impossible_classes_drop_out() -> None:
     masked = logits.clone()
     masked[:, 4] = -torch.inf
     exact(cross_entropy(masked, target), cross_entropy(logits[:, :4], target))
+    assert cross_entropy(masked, target.new_full((4,), 4)).item() == torch.inf
+    assert cross_entropy(masked, target, label_smoothing=0.1).item() == torch.inf
     alone = torch.full((5, 5), -torch.inf)
     assert pairwise_cross_entropy(logits, target, alone).item() == 0
 
@@ -259,7 +263,7 @@ def test_the_prior_of_a_density_serves() -> None:
     )
     unseen = LabelDensity(Bins.classes(5), np.array([5, 3, 2, 1, 0]))
     with pytest.raises(
-        ValueError, match=r"prior must be positive, got 0 for class 4\. Floor it: density\.prior\(floor=1\)"
+        ValueError, match=r"prior must be positive, got 0 for class 4\. Use dt\.class_prior\(counts\), which floors"
     ):
         logit_adjusted_cross_entropy(logits, target, unseen.prior())
     assert logit_adjusted_cross_entropy(logits, target, unseen.prior(floor=1)).isfinite()
@@ -284,6 +288,25 @@ def test_settings_are_checked() -> None:
             ldam_loss(logits, target, COUNTS, scale=value)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^ldam_loss: scale must be > 0, got 0"):
         ldam_loss(logits, target, COUNTS, scale=0)
+    for value in (1e39, 1e-50):
+        with pytest.raises(ValueError, match=r"^ldam_loss: scale must fit into float32"):
+            ldam_loss(logits, target, COUNTS, scale=value)
+
+
+def test_margins_are_for_cosines() -> None:
+    logits, target, weight = samples()
+    fix = r"Use CosineHead\(num_features, num_classes, scale=1\)\.$"
+    for value in (1.01, -3.0, torch.inf):
+        bad = logits.clone()
+        bad[3, 2] = value
+        with pytest.raises(ValueError, match=rf"^ldam_loss: logits must be cosines, in \[-1, 1\], got one of .*{fix}"):
+            ldam_loss(bad, target, COUNTS)
+        weight[3] = 0
+        assert ldam_loss(bad, target, COUNTS, weight=weight).isfinite()  # a sample that is left out
+    bad[3, 2] = 1.0005  # as rounding makes them
+    assert ldam_loss(bad, target, COUNTS).isfinite()
+    head = CosineHead(4, 5, scale=1)
+    assert ldam_loss(head(1e3 * torch.eye(4)), torch.arange(4), COUNTS).isfinite()
 
 
 @pytest.mark.parametrize(
@@ -292,11 +315,13 @@ def test_settings_are_checked() -> None:
 )
 def test_priors_are_checked(loss: Callable[..., Tensor]) -> None:
     logits, target, _ = samples()
-    with pytest.raises(ValueError, match=r"prior must be positive, got 0 for class 1\. Floor it"):
+    with pytest.raises(ValueError, match=r"prior must be positive, got 0 for class 1\. Use dt\.class_prior\(counts\)"):
         loss(logits, target, [1.0, 0.0, 0.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match=r"prior must be positive, got -0\.5 for class 4\. Floor it"):
+    with pytest.raises(
+        ValueError, match=r"prior must be positive, got -0\.5 for class 4\. Use dt\.class_prior\(counts\)"
+    ):
         loss(logits, target, torch.tensor([0.5, 0.25, 0.5, 0.25, -0.5]))
-    with pytest.raises(ValueError, match=r"prior must sum to one, got a sum of 500\. Use prior / prior\.sum\(\)"):
+    with pytest.raises(ValueError, match=r"prior must sum to one, got a sum of 500\. Use dt\.class_prior\(counts\)"):
         loss(logits, target, COUNTS)
     with pytest.raises(ShapeError, match=r"prior must be \(5,\), one value a class, got shape \(2,\)"):
         loss(logits, target, [0.5, 0.5])

@@ -72,6 +72,23 @@ def samples(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
     return pred, target, torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
+@each_loss
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_sample_of_weight_zero_leaves_no_trace(name: str, value: float) -> None:
+    loss = LOSSES[name][0]
+    pred, target, weight = samples(6)
+    weight[4] = 0
+    pred[4] = value
+    pred.requires_grad_()
+    result = loss(pred, target, weight, reduction="sum")
+    rest = torch.arange(6) != 4
+    assert_close(result, loss(pred[rest], target[rest], weight[rest], reduction="sum"), rtol=1e-12, atol=1e-12)
+    result.backward()
+    assert pred.grad is not None
+    assert pred.grad[4] == 0
+    assert (pred.grad[rest] != 0).all()
+
+
 def test_values_by_hand() -> None:
     pred, target = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 4.0, 4.5])  # errors 0, -2, 0.5
     weight = torch.tensor([9.0, 0.5, 2.0])

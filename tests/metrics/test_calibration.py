@@ -377,6 +377,21 @@ def test_what_cannot_be_looked_at_makes_the_results_nan(
     assert all(math.isnan(metrics.compute()[name].item()) for name in NAMES)
 
 
+def test_weights_whose_sums_would_overflow_are_refused_and_add_nothing() -> None:
+    p, target = torch.tensor([[0.75, 0.25], [0.0, 1.0]]), torch.tensor([0, 0])
+    metrics = CalibrationMetrics(2)
+    metrics.update(p, target, torch.tensor([5e299, 4e299], dtype=torch.float64))
+    expected = calibration_metrics(p, target, weight=torch.tensor([5.0, 4.0]))
+    before = metrics.compute()
+    for name in ("ece", "classwise_ece", "log_loss", "brier"):
+        assert before[name].item() == pytest.approx(expected[name].item(), rel=1e-12)
+    rule = r"^CalibrationMetrics.update: all weights together must be below 1e\+300, got {}\. Scale the weights down\.$"
+    for weight, total in ((1e299, r"1\.1e\+300"), (1e308, "inf")):
+        with pytest.raises(ValueError, match=rule.format(total)):
+            metrics.update(p, target, torch.full((2,), weight, dtype=torch.float64))
+        xr.testing.assert_identical(metrics.compute(), before)
+
+
 def test_rows_may_be_off_by_rounding() -> None:
     result = calibration_metrics(torch.tensor([[1.0005, 0.0], [0.4996, 0.4996]]), torch.tensor([0, 0]))
     assert result["count"].item() == 2

@@ -33,7 +33,7 @@ Run = Callable[[list[float]], xr.Dataset]
 Combine = Callable[..., xr.Dataset]
 BINS = dt.Bins.uniform(0, 8, width=1)
 HISTORY = {
-    (method, seed): [{"epoch": str(i), "train/loss": 1.0 / (i + 1), "val/bmae": ""} for i in range(3)]
+    (method, seed): [{"epoch": str(i), "loss": 1.0 / (i + 1), "val_bmae": ""} for i in range(3)]
     for method in ("vanilla", "lds")
     for seed in (0, 1)
 }
@@ -294,8 +294,8 @@ def test_history_has_a_line_a_run_and_one_name_a_method() -> None:
     colors = [line.get_color() for line in figure.axes[0].lines]
     assert colors[0] == colors[1] != colors[2] == colors[3]
     assert np.isnan(figure.axes[1].lines[0].get_ydata()).all()
-    with pytest.raises(ValueError, match=r"got no 'loss'\. Columns are \['epoch', 'train/loss', 'val/bmae'\]"):
-        history_figure(HISTORY, loss="loss")
+    with pytest.raises(ValueError, match=r"got no 'lost'\. Columns are \['epoch', 'loss', 'val_bmae'\]"):
+        history_figure(HISTORY, loss="lost")
 
 
 def test_a_method_has_one_colour_wherever_it_stands() -> None:
