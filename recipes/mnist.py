@@ -686,7 +686,7 @@ def summarise(
     shown = names(variants)
     env = environment(runtime, next(iter(splits.values())))
     env["data"] = {f"{name}, seed {seed}": environment(runtime, data)["data"] for (name, seed), data in splits.items()}
-    title = f"Long-tailed {settings.data}: {settings.study or 'comparison'}"
+    title = f"Long-tailed {settings.data}: {summary_name(settings, variants)}"
     ds = combined({(shown[variant], seed): run.errors for (variant, seed), run in runs.items()}, title, env)
     pictures = STUDIES[settings.study](settings, variants, splits, runs) if settings.study else {}
     if len(variants) <= 16:
