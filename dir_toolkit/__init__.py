@@ -1,5 +1,6 @@
 """Learning from long-tailed labels, continuous or discrete, on one label axis."""
 
+from .decoupling import choose_normalization as choose_normalization
 from .decoupling import freeze as freeze
 from .decoupling import reinitialize as reinitialize
 from .decoupling import stage_two as stage_two

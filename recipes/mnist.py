@@ -606,7 +606,6 @@ def finish(settings: Settings, variant: Variant, runtime: Runtime, data: Splits,
     from torch import nn
 
     import dir_toolkit as dt
-    from dir_toolkit.decoupling import choose_normalization
     from dir_toolkit.results.schema import save_results
     from dir_toolkit.training.loop import predict
     from dir_toolkit.training.provenance import environment
@@ -626,7 +625,7 @@ def finish(settings: Settings, variant: Variant, runtime: Runtime, data: Splits,
         scores = dt.adjust_logits(scores, prior, tau=choice.tau)
     elif variant.after == "tau-norm":
         assert isinstance(head, nn.Linear)
-        choice = choose_normalization(head, trained.val.features, val_labels)
+        choice = dt.choose_normalization(head, trained.val.features, val_labels)
         head = dt.tau_normalized(head, choice.tau)
         scores = head(trained.test.features).detach()
     elif variant.after == "ncm":
