@@ -244,7 +244,7 @@ def main(settings: Settings) -> None:
         if runtime.is_main:
             folder = out / summary_name(settings, variants)
             ds = summarise(settings, folder, variants, splits, runs, runtime)
-            print(f"\n{text_table(ds, columns=COLUMNS)}\nReport: {folder / 'report.html'}")
+            print(f"\n{text_table(ds, columns=columns(settings))}\nReport: {folder / 'report.html'}")
 
 
 # ----------------------------------------------------------------------------------------------- what is to be compared
@@ -440,8 +440,10 @@ def objective(settings: Settings, variant: Variant, model: ImageClassifier, dens
     counts = torch.tensor(density.counts, device=prior.device)
 
     def margin_loss(out: Scored, target: Tensor, weight: Tensor | None = None, *, reduction: str) -> Tensor:
-        values = dt.affinity_loss(out.scores, target, weight, margin=settings.margin, reduction="none")
-        return (values + model.head.diversity()).sum()  # type: ignore[operator]
+        loss = dt.affinity_loss(out.scores, target, weight, margin=settings.margin, reduction="sum")
+        # In the plane only three prototypes can be equally far apart, and the term would pull all others together.
+        even: Tensor | float = model.head.diversity() if variant.num_features > 2 else 0.0  # type: ignore[operator]
+        return loss + len(target) * even
 
     class WithCenters(torch.nn.Module):
         def __init__(self) -> None:
@@ -711,17 +713,28 @@ def summarise(
         name: value for name, value in asdict(settings).items() if name not in (*PLACES, *unused(settings), "resume")
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder, ds, pictures, notes=notes, settings=told, columns=COLUMNS)
+    write_summary(folder, ds, pictures, notes=notes, settings=told, columns=columns(settings))
     return ds
+
+
+def columns(settings: Settings) -> list[tuple[str, str | None]]:
+    """Of the table: metrics and regions."""
+    calibration = [("ece", None), ("log_loss", None), ("tau", None)] if settings.study == "tau" else []
+    return [*COLUMNS, *calibration]
 
 
 def names(variants: list[Variant]) -> dict[Variant, str]:
     """What tables call the variants: the method, with what else differs between them."""
-    several = {key for key in ("retention", "noise") if len({getattr(v, key) for v in variants}) > 1}
+    several = {key for key in asdict(variants[0]) if len({getattr(v, key) for v in variants}) > 1}
 
     def name(v: Variant) -> str:
-        kept = f", {100 * v.retention:g} % kept" if "retention" in several else ""
-        return v.method + kept + (f", {100 * v.noise:g} % noise" if "noise" in several else "")
+        plain = v.head == "affinity"  # whose usual values a method's name leaves out
+        told = v.method
+        told += f"-sigma{v.sigma:g}" if plain and "sigma" in several and v.sigma == 10 else ""
+        usual = plain and {"distance", "similarity"} & several and (v.distance, v.similarity) == ("l2", "gaussian")
+        told += "-l2-gaussian" if usual else ""
+        told += f", {100 * v.retention:g} % kept" if "retention" in several else ""
+        return told + (f", {100 * v.noise:g} % noise" if "noise" in several else "")
 
     return {v: name(v) for v in variants}
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import (
@@ -23,6 +22,7 @@ from .._checks import (
     whole,
 )
 from ..errors import ShapeError
+from ._ranks import summed
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -136,11 +136,7 @@ class CalibrationMetrics:
 
         Does nothing outside ``torch.distributed``.
         """
-        if dist.is_available() and dist.is_initialized():
-            if dist.get_backend() == "nccl":  # knows no CPU, where a rank without samples has its sums
-                self._to("cuda")
-            dist.all_reduce(self.histograms)
-            dist.all_reduce(self.totals)
+        self.histograms, self.totals = summed(self.histograms, self.totals)
         return self
 
     def fresh(self) -> CalibrationMetrics:

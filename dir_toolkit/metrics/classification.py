@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import instance, is_tensor, label_problem, problem, real, same_device, same_shape, whole
@@ -15,6 +14,7 @@ from ..errors import ShapeError
 from ..labels.bins import Bins
 from ..labels.density import REGIONS, LabelDensity
 from . import _regions
+from ._ranks import summed
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -134,10 +134,7 @@ class ClassificationMetrics:
 
         Does nothing outside ``torch.distributed``.
         """
-        if dist.is_available() and dist.is_initialized():
-            if dist.get_backend() == "nccl":  # knows no CPU, where a rank without samples has its counts
-                self.confusion = self.confusion.cuda()
-            dist.all_reduce(self.confusion)
+        (self.confusion,) = summed(self.confusion)
         return self
 
     def fresh(self) -> ClassificationMetrics:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import finite, instance, is_tensor, number, problem, real, same_device, same_shape
@@ -14,6 +13,7 @@ from ..errors import ShapeError
 from ..labels.bins import Bins
 from ..labels.density import LabelDensity
 from . import _regions
+from ._ranks import summed
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -123,10 +123,7 @@ class RegressionMetrics:
 
         Does nothing outside ``torch.distributed``.
         """
-        if dist.is_available() and dist.is_initialized():
-            if dist.get_backend() == "nccl":  # knows no CPU, where a rank without samples has its sums
-                self.sums = self.sums.cuda()
-            dist.all_reduce(self.sums)
+        (self.sums,) = summed(self.sums)
         return self
 
     def compute(self, *, many: int = 100, few: int = 20) -> xr.Dataset:

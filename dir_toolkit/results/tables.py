@@ -156,10 +156,14 @@ def _caption(ds: xr.Dataset, columns: Columns) -> str:
         names = by_units.setdefault("%" if metric in SHARES else ds[metric].attrs["units"], [])
         if _name(metric) not in names:
             names.append(_name(metric))
-    units = [f"{' and '.join(names)} in {u}" for u, names in by_units.items() if u != "1"]
+    units = [f"{_listed(names)} in {u}" for u, names in by_units.items() if u != "1"]
     several = bool((ds["completed"].sum("seed") > 1).any())
     spread = "mean ± standard deviation (n - 1) over seeds" if several else "one seed a method, so no spread is known"
     return f"{ds.attrs['label_name']}: " + "; ".join([*units, spread]) + "."
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def markdown_table(ds: xr.Dataset, *, columns: Columns | None = None) -> str:

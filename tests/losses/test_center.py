@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from dir_toolkit.errors import ShapeError
@@ -173,44 +173,19 @@ def test_arguments_are_checked() -> None:
             CenterLoss(2, 2, strength=value)  # type: ignore[arg-type]
 
 
-RANK = """
-import os, sys, torch, torch.distributed as dist
-sys.path.insert(0, {folder!r})
-from torch.nn.parallel import DistributedDataParallel
-from dir_toolkit.losses.center import CenterLoss
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{rendezvous}", rank=rank, world_size=2)
-features, target, centers = torch.load({data!r}, weights_only=True)
-center = CenterLoss(4, 3, strength=0.1).double()
-center.load_state_dict({{"centers": centers}})
-mine = slice(0, 13) if rank == 0 else slice(13, 20)
-parallel = DistributedDataParallel(center)
-parallel(features[mine], target[mine]).backward()
-torch.save(center.centers.grad, f"{grads}{{rank}}.pt")
-dist.barrier()
-os._exit(0)  # taking gloo down can hang
-"""
+SHARES = (slice(0, 13), slice(13, 20))  # uneven
 
 
-def test_two_processes_average_what_each_makes_of_its_own_batch(tmp_path: Path) -> None:
+def rank_main(rank: int) -> Tensor | None:
     features, target, centers = samples()
-    torch.save((features, target, centers), tmp_path / "data.pt")
-    script = tmp_path / "rank.py"
-    script.write_text(
-        RANK.format(
-            folder=str(Path(__file__).parents[2]),
-            rendezvous=tmp_path / "meet",
-            data=str(tmp_path / "data.pt"),
-            grads=tmp_path / "grads",
-        )
-    )
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)]) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    parts = [paper_step(features[s], target[s], centers) for s in (slice(0, 13), slice(13, 20))]
-    for rank in range(2):
-        grad = torch.load(tmp_path / f"grads{rank}.pt", weights_only=True)
+    center, mine = module(centers, 0.1), SHARES[rank]
+    parallel = DistributedDataParallel(center)  # which averages as long as it lives
+    parallel(features[mine], target[mine]).backward()
+    return center.centers.grad
+
+
+def test_two_processes_average_what_each_makes_of_its_own_batch(two_ranks: Callable[..., list[Any]]) -> None:
+    features, target, centers = samples()
+    parts = [paper_step(features[s], target[s], centers) for s in SHARES]
+    for grad in two_ranks(rank_main):
         assert_close(grad, (parts[0] + parts[1]) / 2, rtol=1e-12, atol=1e-12)

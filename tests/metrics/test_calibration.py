@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import math
 import pickle
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -188,47 +186,20 @@ def test_any_split_into_batches_equals_the_whole(sizes: list[int]) -> None:
     assert_same(pickle.loads(pickle.dumps(one)), whole)
 
 
-RANK = """
-import os, sys, torch, torch.distributed as dist
-sys.path.insert(0, {folder!r})
-from dir_toolkit.metrics.calibration import CalibrationMetrics
-rank, shares = int(sys.argv[1]), {shares!r}
-dist.init_process_group("gloo", init_method="file://{rendezvous}", rank=rank, world_size=2)
-metrics = CalibrationMetrics(4)
-batch = torch.load({data!r}, weights_only=True)
-start, stop = shares[rank]
-for i in range(start, stop, 64):
-    metrics.update(*(tensor[i:min(i + 64, stop)] for tensor in batch))
-metrics.all_reduce()
-torch.save((metrics.histograms, metrics.totals), f"{sums}{{rank}}.pt")
-dist.barrier()
-os._exit(0)  # taking gloo down can hang
-"""
+def rank_main(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    metrics = CalibrationMetrics(4)
+    mine = (tensor[:153] if rank == 0 else tensor[153:] for tensor in samples())
+    for batch in zip(*(tensor.split(64) for tensor in mine), strict=True):
+        metrics.update(*batch)
+    metrics.all_reduce()
+    return metrics.histograms, metrics.totals
 
 
-def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path) -> None:
-    batch = samples()
-    torch.save(batch, tmp_path / "data.pt")
-    script = tmp_path / "rank.py"
-    script.write_text(
-        RANK.format(
-            folder=str(Path(__file__).parents[2]),
-            shares=[(0, 153), (153, 200)],
-            rendezvous=tmp_path / "meet",
-            data=str(tmp_path / "data.pt"),
-            sums=tmp_path / "sums",
-        )
-    )
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)]) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank in range(2):
+def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
+    for sums in two_ranks(rank_main):
         both = CalibrationMetrics(4)
-        both.histograms, both.totals = torch.load(tmp_path / f"sums{rank}.pt", weights_only=True)
-        assert_same(both, metrics_of(*batch))
+        both.histograms, both.totals = sums
+        assert_same(both, metrics_of(*samples()))
 
 
 def test_the_reliability_diagram() -> None:

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import math
 import pickle
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -157,49 +155,26 @@ def test_any_split_into_batches_equals_the_whole(sizes: list[int]) -> None:
     xr.testing.assert_identical(pickle.loads(pickle.dumps(one)).compute(), whole)
 
 
-RANK = """
-import os, sys, torch, torch.distributed as dist
-sys.path.insert(0, {folder!r})
-from dir_toolkit import Bins, LabelDensity
-from dir_toolkit.metrics.classification import ClassificationMetrics
-rank, shares = int(sys.argv[1]), {shares!r}
-dist.init_process_group("gloo", init_method="file://{rendezvous}", rank=rank, world_size=2)
-bins = Bins.classes(6)
-metrics = ClassificationMetrics(bins, LabelDensity(bins, [500, 101, 100, 19, 3, 0]))
-pred, target = torch.load({data!r}, weights_only=True)
-start, stop = shares[rank]
-for i in range(start, stop, 64):
-    metrics.update(pred[i:min(i + 64, stop)], target[i:min(i + 64, stop)])
-torch.save(metrics.all_reduce().confusion, f"{confusion}{{rank}}.pt")
-dist.barrier()
-os._exit(0)  # taking gloo down can hang
-"""
-
-
-def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path) -> None:
+def in_order() -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples by label, so that each of two ranks lacks some classes altogether."""
     pred, target = samples()
-    order = target.argsort()  # so that each rank lacks some classes altogether
-    pred, target = pred[order], target[order]
-    torch.save((pred, target), tmp_path / "data.pt")
-    script = tmp_path / "rank.py"
-    script.write_text(
-        RANK.format(
-            folder=str(Path(__file__).parents[2]),
-            shares=[(0, 233), (233, 300)],
-            rendezvous=tmp_path / "meet",
-            data=str(tmp_path / "data.pt"),
-            confusion=tmp_path / "confusion",
-        )
-    )
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)]) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank in range(2):
+    order = target.argsort()
+    return pred[order], target[order]
+
+
+def rank_main(rank: int) -> torch.Tensor:
+    metrics = ClassificationMetrics(BINS, DENSITY)
+    pred, target = (tensor[:233] if rank == 0 else tensor[233:] for tensor in in_order())
+    for p, t in zip(pred.split(64), target.split(64), strict=True):
+        metrics.update(p, t)
+    return metrics.all_reduce().confusion
+
+
+def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
+    pred, target = in_order()
+    for confusion in two_ranks(rank_main):
         both = ClassificationMetrics(BINS, DENSITY)
-        both.confusion = torch.load(tmp_path / f"confusion{rank}.pt", weights_only=True)
+        both.confusion = confusion
         xr.testing.assert_identical(both.compute(), of(pred, target))
 
 

@@ -15,6 +15,15 @@ import xarray as xr
 from dir_toolkit.training.checkpoint import load_checkpoint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+RUN_FILES = {  # of one run of any recipe
+    "config.json",
+    "env.json",
+    "history.csv",
+    "checkpoint-last.pt",
+    "checkpoint-best.pt",
+    "results.nc",
+    "events",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,16 @@ def run(script: Path, folder: Path, *words: object) -> Outcome:
     outcome = start(script, folder, *words)
     assert (outcome.code, outcome.err) == (0, ""), outcome.err
     return outcome
+
+
+def check_help_answers_without_torch(script: Path, folder: Path, *words: str) -> None:
+    """``--help`` names all these words, and imports no package that takes seconds."""
+    outcome = start(script, folder, "--help", python=("-X", "importtime"))
+    imported = {line.rpartition("|")[2].strip() for line in outcome.err.splitlines()}
+    assert outcome.code == 0
+    assert "tyro" in imported
+    assert not {"torch", "xarray", "matplotlib", "dir_toolkit"} & imported
+    assert all(word in outcome.out for word in words)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ import running
 import torch
 import xarray as xr
 from PIL import Image
-from running import Outcome, environment, equal_bits, files, numbers
+from running import RUN_FILES, Outcome, environment, equal_bits, files, numbers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dir_toolkit.results.schema import load_results, validate_results
@@ -27,15 +27,6 @@ from dir_toolkit.results.schema import load_results, validate_results
 RECIPE = running.RECIPES / "age.py"
 QUICK = ["--size", "16", "--epochs", "2", "--batch-size", "1024", "--seeds", "1"]
 METHODS = ["--methods", "vanilla", "lds+fds"]
-RUN_FILES = {
-    "config.json",
-    "env.json",
-    "history.csv",
-    "checkpoint-last.pt",
-    "checkpoint-best.pt",
-    "results.nc",
-    "events",
-}
 FIGURES = {"error-by-age", "error-by-region", "label-density-and-lds-weights", "training"}
 
 
@@ -84,13 +75,7 @@ def stopped(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
-    outcome = recipe(tmp_path, "--help", python=("-X", "importtime"))
-    assert outcome.code == 0
-    assert "--methods" in outcome.out
-    assert "kernel-sigma" in outcome.out
-    imported = {line.rpartition("|")[2].strip() for line in outcome.err.splitlines()}
-    assert "tyro" in imported
-    assert not {"torch", "xarray", "matplotlib", "dir_toolkit"} & imported
+    running.check_help_answers_without_torch(RECIPE, tmp_path, "--methods", "kernel-sigma")
 
 
 def test_a_run_leaves_the_files_that_are_promised_and_no_others(finished: tuple[Path, str]) -> None:

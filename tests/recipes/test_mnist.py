@@ -16,22 +16,13 @@ import pytest
 import running
 import torch
 import xarray as xr
-from running import Outcome, equal_bits, files, numbers
+from running import RUN_FILES, Outcome, equal_bits, files, numbers
 
 from dir_toolkit.data.digits import digits
 from dir_toolkit.results.schema import load_results
 from dir_toolkit.training.checkpoint import load_checkpoint
 
 RECIPE = running.RECIPES / "mnist.py"
-RUN_FILES = {
-    "config.json",
-    "env.json",
-    "history.csv",
-    "checkpoint-last.pt",
-    "checkpoint-best.pt",
-    "results.nc",
-    "events",
-}
 SUMMARY_FILES = {"results.nc", "table.md", "report.html", "events"}
 SHORT = ["--epochs", 1, "--batch-size", 512, "--stage-two-epochs", 1]
 # One that draws random numbers, and one with a sampler, behind the softmax network that it starts from.
@@ -121,13 +112,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
-    outcome = recipe(tmp_path, "--help", python=("-X", "importtime"))
-    assert outcome.code == 0
-    assert "--retention" in outcome.out
-    assert "stage-two-epochs" in outcome.out
-    imported = {line.rpartition("|")[2].strip() for line in outcome.err.splitlines()}
-    assert "tyro" in imported
-    assert not {"torch", "xarray", "matplotlib", "dir_toolkit"} & imported
+    running.check_help_answers_without_torch(RECIPE, tmp_path, "--retention", "stage-two-epochs")
 
 
 def test_the_default_leaves_the_files_that_are_promised_and_no_others(finished: tuple[Path, str]) -> None:

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,21 +117,11 @@ def test_torchruns_environment_starts_a_group_and_ends_it(monkeypatch: pytest.Mo
     assert begun == [("gloo", None), "ended"]
 
 
-def test_two_ranks(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen([sys.executable, "-W", "error", __file__, str(tmp_path / "meet"), str(rank)])
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+def test_two_ranks(two_ranks: Callable[..., list[Any]]) -> None:
+    two_ranks(check_rank)
 
 
-def check_rank(meet: str, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+def check_rank(rank: int) -> None:
     with start_runtime("cpu") as runtime:
         assert (runtime.rank, runtime.world, runtime.is_main) == (rank, 2, rank == 0)
         runtime.barrier()
@@ -147,9 +136,3 @@ def check_rank(meet: str, rank: int) -> None:
         assert norm.running_mean.tolist() == [0, 0]
         assert isinstance(runtime.parallel(nn.Linear(1, 1)), nn.parallel.DistributedDataParallel)
     assert dist.is_initialized(), "a group that it did not start is left alone"
-    dist.barrier()
-    os._exit(0)  # taking gloo down can hang
-
-
-if __name__ == "__main__":
-    check_rank(sys.argv[1], int(sys.argv[2]))
