@@ -353,6 +353,7 @@ def summarise(
     """All runs as one result, with its table, figures and report."""
     import dir_toolkit as dt
     from dir_toolkit.results import figures as draw
+    from dir_toolkit.results.drawing import method_colors
     from dir_toolkit.results.schema import combine_runs
     from dir_toolkit.results.summary import write_summary
     from dir_toolkit.training.provenance import environment
@@ -369,7 +370,7 @@ def summarise(
     kernel = window(settings)
     weights = dt.LDS(bins, kernel=kernel, scheme=settings.scheme).fit(density).sample_weight(bins.centers)
     histories = {key: run.history for key, run in runs.items()}
-    colors = draw.method_colors(ds["method"].values.tolist())
+    colors = method_colors(ds["method"].values.tolist())
     pictures = {
         "Label density and LDS weights": draw.density_figure(
             density, weights, effective=density.smooth(kernel), label_name="age", label_units="years"

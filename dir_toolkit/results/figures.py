@@ -3,7 +3,7 @@
 Those of classification stand in ``results.class_figures``.
 
 matplotlib is imported where a figure is made, so that a result can be read and written without it. Nothing global of it
-is touched, but while :func:`figure_svg` writes.
+is touched, but while ``results.drawing.figure_svg`` writes.
 """
 
 from __future__ import annotations
@@ -27,19 +27,15 @@ from .drawing import (
     color_scale,
     cut_below_zero,
     dressed,
-    figure_svg,
-    figure_to_tensorboard,
     holding,
     legend,
     legend_above,
     line_and_band,
     literal,
     mean_and_spread,
-    method_colors,
     method_dashes,
     new_figure,
     note_no_runs,
-    save_figure,
     seeds_text,
     spread_shown,
     stairs,
@@ -58,12 +54,8 @@ if TYPE_CHECKING:
 __all__ = [
     "density_figure",
     "error_figure",
-    "figure_svg",
-    "figure_to_tensorboard",
     "history_figure",
-    "method_colors",
     "region_figure",
-    "save_figure",
     "similarity_figure",
 ]
 

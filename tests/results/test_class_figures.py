@@ -22,7 +22,8 @@ from dir_toolkit.results.class_figures import (
     study_figure,
     tau_figure,
 )
-from dir_toolkit.results.figures import figure_svg, method_colors, region_figure, save_figure
+from dir_toolkit.results.drawing import figure_svg, method_colors, save_figure
+from dir_toolkit.results.figures import region_figure
 
 ClassRun = Callable[[list[int]], xr.Dataset]
 Combine = Callable[..., xr.Dataset]

@@ -15,17 +15,13 @@ from matplotlib.figure import Figure
 
 import dir_toolkit as dt
 from dir_toolkit.errors import LabelError, ResultsError, ShapeError
-from dir_toolkit.results import drawing
 from dir_toolkit.results.class_figures import feature_space_figure
+from dir_toolkit.results.drawing import figure_svg, method_colors, save_figure
 from dir_toolkit.results.figures import (
     density_figure,
     error_figure,
-    figure_svg,
-    figure_to_tensorboard,
     history_figure,
-    method_colors,
     region_figure,
-    save_figure,
     similarity_figure,
 )
 
@@ -91,11 +87,11 @@ def test_nothing_imports_pyplot_and_reading_a_result_does_not_import_matplotlib(
 import sys
 import dir_toolkit
 assert "xarray" not in sys.modules and "matplotlib" not in sys.modules
-from dir_toolkit.results import class_figures, figures, report, schema, tables
+from dir_toolkit.results import class_figures, drawing, figures, report, schema, tables
 assert "matplotlib" not in sys.modules and "jinja2" not in sys.modules
 figure = figures.density_figure(dir_toolkit.LabelDensity.count([0, 1], dir_toolkit.Bins.classes(2)))
-figures.figure_svg(figure)
-figures.figure_svg(class_figures.feature_space_figure({"a": ([[0, 1]], [0], [[1, 0]], [0])}))
+drawing.figure_svg(figure)
+drawing.figure_svg(class_figures.feature_space_figure({"a": ([[0, 1]], [0], [[1, 0]], [0])}))
 assert "matplotlib.pyplot" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -298,31 +294,12 @@ def test_history_has_a_line_a_run_and_one_name_a_method() -> None:
         history_figure(HISTORY, loss="lost")
 
 
-def test_a_method_has_one_colour_wherever_it_stands() -> None:
-    colors = method_colors(["vanilla", "constant", "lds"])
-    assert colors == method_colors(["constant", "vanilla", "lds"])
-    assert len(set(method_colors(map(str, range(10))).values())) == 11
-
-
 def test_colours_can_be_handed_over(ds: xr.Dataset) -> None:
     colors = {"vanilla": "#000001", "lds": "#000002", "constant": "#000003"}
     assert [line.get_color() for line in error_figure(ds, colors=colors).axes[0].lines] == list(colors.values())
     some = {"lds": "#000002"}
     assert [line.get_color() for line in error_figure(ds, colors=some).axes[0].lines][1] == "#000002"
     assert history_figure(HISTORY, colors=some).axes[0].lines[0].get_color() == method_colors(["vanilla"])["vanilla"]
-
-
-def test_svg_is_the_same_each_time_and_ids_carry_the_name(ds: xr.Dataset) -> None:
-    svg = figure_svg(error_figure(ds), name="one")
-    assert svg == figure_svg(error_figure(ds), name="one")
-    assert svg.startswith("<svg")
-    assert 'id="one-figure_1"' in svg
-    assert "<metadata" not in svg
-    assert set(_ids(svg)).isdisjoint(_ids(figure_svg(error_figure(ds), name="two")))
-
-
-def _ids(svg: str) -> list[str]:
-    return [part.split('"')[0] for part in svg.split(' id="')[1:]]
 
 
 def test_hostile_names_are_drawn_as_text(run: Run, combine: Combine) -> None:
@@ -332,32 +309,3 @@ def test_hostile_names_are_drawn_as_text(run: Run, combine: Combine) -> None:
         assert "<script>" not in svg
         assert "$a_b$" in svg
         assert "$" in _texts(figure)
-
-
-def test_tensorboard_gets_the_picture(ds: xr.Dataset) -> None:
-    added: list[tuple[Any, ...]] = []
-
-    class Writer:
-        def add_image(self, tag: str, image: np.ndarray, step: int, *, dataformats: str) -> None:
-            added.append((tag, image, step, dataformats))
-
-    figure_to_tensorboard(Writer(), "figures/region", region_figure(ds), 3)
-    tag, image, step, dataformats = added[0]
-    assert (tag, step, dataformats) == ("figures/region", 3, "HWC")
-    assert image.shape == (340, 700, 3)
-    assert image.dtype == np.uint8
-    assert image.min() < 100 < image.max() == 255
-
-
-def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.svg"
-    path.write_text("old")
-
-    def fail(*_: object, **__: object) -> str:
-        raise RuntimeError("cannot draw")
-
-    monkeypatch.setattr(drawing, "figure_svg", fail)
-    with pytest.raises(RuntimeError, match="cannot draw"):
-        save_figure(Figure(), path)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.svg"]
