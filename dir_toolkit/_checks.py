@@ -22,19 +22,21 @@ from .errors import (
     LabelError,
     MissingPackageError,
     ShapeError,
+    UsageError,
 )
 
 _OURS: dict[type[Exception], type[Exception]] = {
     ValueError: ArgumentError,
     TypeError: ArgumentTypeError,
     ImportError: MissingPackageError,
+    RuntimeError: UsageError,
 }
 
 
 def problem(
     where: str, rule: str, *, got: object = None, fix: str = "", error: type[Exception] = ValueError
 ) -> Exception:
-    """The exception to raise: ``<where>: <rule>, got <got>. <fix>``. It is one of ours, whatever is asked for."""
+    """The exception to raise: ``<where>: <rule>, got <got>. <fix>``. It is one of ours, errors of files apart."""
     sentence = f"{where}: {rule}"
     if got is not None:
         sentence += f", got {got}"

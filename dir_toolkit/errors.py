@@ -17,11 +17,12 @@ __all__ = [
     "RunExistsError",
     "SettingsError",
     "ShapeError",
+    "UsageError",
 ]
 
 
 class DirToolkitError(Exception):
-    """Base of every error that dir_toolkit raises on its own behalf."""
+    """Base of the errors that dir_toolkit raises on its own behalf; those of missing files are Python's own."""
 
 
 class ArgumentError(DirToolkitError, ValueError):
@@ -54,6 +55,10 @@ class NotFittedError(DirToolkitError, RuntimeError):
 
 class DataError(DirToolkitError, ValueError):
     """A file from outside is damaged, hostile or not of the promised kind; names the file and the line or byte."""
+
+
+class UsageError(DirToolkitError, RuntimeError):
+    """Something was called at a time or place at which it must not be."""
 
 
 class CheckpointError(DirToolkitError, ValueError):

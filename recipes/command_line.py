@@ -33,13 +33,14 @@ def run(main: Callable[[_Settings], None], settings: type[_Settings]) -> None:
         main(tyro.cli(settings))
     except KeyboardInterrupt:
         ending = 130
-    except ImportError as error:
-        ending = str(error)
     except Exception as error:
         from dir_toolkit.errors import DirToolkitError
 
-        if not isinstance(error, DirToolkitError):
+        if isinstance(error, (DirToolkitError, ImportError)):
+            ending = str(error)
+        elif isinstance(error, OSError):  # a full disk, a file where a folder should be
+            ending = f"{type(error).__name__}: {error}. What was written before is whole: go on with --resume."
+        else:
             raise
-        ending = str(error)
     # Here, not above: there the error would keep the network alive into Python's end, where several processes may hang.
     sys.exit(ending)

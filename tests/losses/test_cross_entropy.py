@@ -30,7 +30,7 @@ MARGINS = torch.randn(5, 5, generator=torch.Generator().manual_seed(5), dtype=to
 MARGINS[1, 2] = MARGINS[4, 0] = -torch.inf
 ALPHA = [0.5, 1.0, 0.0, 2.0, 3.0]
 prior = torch.tensor(PRIOR, dtype=torch.float64)
-exact = partial(assert_close, rtol=1e-12, atol=1e-12)
+assert_exact = partial(assert_close, rtol=1e-12, atol=1e-12)
 
 
 # Each paper's own formula for one sample: scores s and true class y, in plain Python.
@@ -121,8 +121,8 @@ def test_every_loss_equals_its_paper_s_formula(name: str) -> None:
     loss, one = LOSSES[name]
     logits, target, weight = samples()
     values = naive(one, logits, target)
-    exact(loss(logits, target, reduction="none"), values)
-    exact(loss(logits, target, weight=weight), (values * weight).sum() / 40)
+    assert_exact(loss(logits, target, reduction="none"), values)
+    assert_exact(loss(logits, target, weight=weight), (values * weight).sum() / 40)
 
 
 def test_the_formulas_tell_the_losses_apart() -> None:
@@ -136,7 +136,7 @@ def test_every_named_loss_is_a_member_of_the_family(name: str) -> None:
     logits, target, weight = samples()
     scale, margins, alpha = MEMBERS[name]
     member = pairwise_cross_entropy(scale * logits, target, margins.double(), alpha=alpha, weight=weight)
-    exact(LOSSES[name][0](logits, target, weight=weight), member)
+    assert_exact(LOSSES[name][0](logits, target, weight=weight), member)
 
 
 def test_adjusting_the_loss_is_cross_entropy_of_shifted_logits() -> None:
@@ -144,7 +144,7 @@ def test_adjusting_the_loss_is_cross_entropy_of_shifted_logits() -> None:
     for tau in (0.0, 0.5, 1.0, 3.0):
         for smoothing in (0.0, 0.1):
             shifted = F.cross_entropy(logits + tau * prior.log(), target, label_smoothing=smoothing)
-            exact(logit_adjusted_cross_entropy(logits, target, prior, tau, label_smoothing=smoothing), shifted)
+            assert_exact(logit_adjusted_cross_entropy(logits, target, prior, tau, label_smoothing=smoothing), shifted)
 
 
 def test_torch_s_cross_entropy_agrees() -> None:
@@ -152,19 +152,19 @@ def test_torch_s_cross_entropy_agrees() -> None:
     for reduction in ("none", "mean", "sum"):
         for smoothing in (0.0, 0.2, 1.0):
             options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
-            exact(cross_entropy(logits, target, **options), F.cross_entropy(logits, target, **options))
+            assert_exact(cross_entropy(logits, target, **options), F.cross_entropy(logits, target, **options))
 
 
 def test_settings_that_leave_plain_cross_entropy() -> None:
     logits, target, weight = samples()
     plain, uniform = cross_entropy(logits, target, weight), [0.2] * 5
-    exact(logit_adjusted_cross_entropy(logits, target, PRIOR, 0, weight=weight), plain)
-    exact(logit_adjusted_cross_entropy(logits, target, uniform, 2, weight=weight), plain)
-    exact(balanced_cross_entropy(logits, target, uniform, weight=weight), plain)
-    exact(equalization_loss(logits, target, PRIOR, threshold=0, weight=weight), plain)
-    exact(equalization_loss(logits, target, PRIOR, threshold=1, drop=0, weight=weight), plain)
-    exact(ldam_loss(logits, target, COUNTS, max_margin=0, scale=1, weight=weight), plain)
-    exact(ldam_loss(logits, target, COUNTS, weight=weight), ldam_loss(logits, target, PRIOR, weight=weight))
+    assert_exact(logit_adjusted_cross_entropy(logits, target, PRIOR, 0, weight=weight), plain)
+    assert_exact(logit_adjusted_cross_entropy(logits, target, uniform, 2, weight=weight), plain)
+    assert_exact(balanced_cross_entropy(logits, target, uniform, weight=weight), plain)
+    assert_exact(equalization_loss(logits, target, PRIOR, threshold=0, weight=weight), plain)
+    assert_exact(equalization_loss(logits, target, PRIOR, threshold=1, drop=0, weight=weight), plain)
+    assert_exact(ldam_loss(logits, target, COUNTS, max_margin=0, scale=1, weight=weight), plain)
+    assert_exact(ldam_loss(logits, target, COUNTS, weight=weight), ldam_loss(logits, target, PRIOR, weight=weight))
 
 
 @each_loss
@@ -203,7 +203,7 @@ def test_impossible_classes_drop_out() -> None:
     logits, target, _ = samples(4)  # the fifth class is nobody's
     masked = logits.clone()
     masked[:, 4] = -torch.inf
-    exact(cross_entropy(masked, target), cross_entropy(logits[:, :4], target))
+    assert_exact(cross_entropy(masked, target), cross_entropy(logits[:, :4], target))
     assert cross_entropy(masked, target.new_full((4,), 4)).item() == torch.inf
     assert cross_entropy(masked, target, label_smoothing=0.1).item() == torch.inf
     alone = torch.full((5, 5), -torch.inf)
@@ -214,7 +214,7 @@ def test_the_diagonal_of_the_margins_is_not_used() -> None:
     logits, target, _ = samples()
     other = MARGINS.clone().fill_diagonal_(torch.nan).requires_grad_()
     loss = pairwise_cross_entropy(logits, target, other)
-    exact(loss, pairwise_cross_entropy(logits, target, MARGINS))
+    assert_exact(loss, pairwise_cross_entropy(logits, target, MARGINS))
     loss.backward()
     assert other.grad is not None
     assert other.grad.diagonal().tolist() == [0] * 5
@@ -257,7 +257,7 @@ def test_effective_number_weights_come_from_the_label_axis() -> None:
 def test_the_prior_of_a_density_serves() -> None:
     logits, target, _ = samples()
     density = LabelDensity(Bins.classes(5), np.array(COUNTS))
-    exact(
+    assert_exact(
         logit_adjusted_cross_entropy(logits, target, density.prior()),
         logit_adjusted_cross_entropy(logits, target, prior),
     )

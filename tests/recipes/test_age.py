@@ -316,3 +316,12 @@ def test_two_processes_leave_the_same_files_and_come_close(finished: tuple[Path,
     # Batch statistics are each rank's own and augmentation is drawn anew, so that the numbers are not the same.
     for name in ("mae", "bmae"):
         np.testing.assert_allclose(two[name].sel(region="all"), one[name].sel(region="all"), rtol=0.1)
+
+
+def test_a_file_in_the_place_of_the_folder_ends_in_a_message(here: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    outcome = here("--epochs", 1, "--out", "taken")
+    assert outcome.code == 1
+    assert "NotADirectoryError" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert (tmp_path / "taken").read_text() == "mine"

@@ -502,3 +502,12 @@ def test_two_processes_come_to_the_same(finished: tuple[Path, str], tmp_path: Pa
             for out in (finished[0], tmp_path / "made")
         ]
         np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+def test_a_file_in_the_place_of_the_folder_ends_in_a_message(here: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    outcome = here("--epochs", 1, "--out", "taken")
+    assert outcome.code == 1
+    assert "NotADirectoryError" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert (tmp_path / "taken").read_text() == "mine"

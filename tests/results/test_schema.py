@@ -286,8 +286,12 @@ def test_each_fault_of_classification_is_reported(
 
 
 def test_a_bin_that_was_never_predicted_has_no_precision(classes: xr.Dataset) -> None:
-    classes["bin_precision"].loc[{"method": "softmax", "seed": 0, "bin": 2}] = np.nan
-    validate_results(classes)
+    place = {"method": "softmax", "seed": 0, "bin": 2}
+    classes["bin_precision"].loc[place] = np.nan
+    assert validate_results(classes) is None
+    classes["bin_recall"].loc[place] = np.nan
+    with pytest.raises(ResultsError, match="'bin_recall' must not be NaN where 'bin_count' is above 0"):
+        validate_results(classes)
 
 
 def test_all_faults_are_reported_at_once(ds: xr.Dataset) -> None:
