@@ -1,0 +1,584 @@
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.integrate import quad
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from dir_toolkit import Bins, LabelDensity, weighted_mse
+from dir_toolkit.errors import DirToolkitError, ShapeError
+from dir_toolkit.losses.balanced_mse import BatchMCLoss, BinnedIntegrationLoss, GaussianMixtureLoss
+
+BINS = Bins.uniform(-4, 4, width=0.5)
+PRIOR = np.array([1, 0, 2, 5, 9, 8, 7, 6, 5, 4, 3, 2, 2, 1, 1, 0]) / 56
+MIXTURE = ([0.25, 0.75], [-1.5, 0.5], [0.25, 2.0])
+PLANE = ([0.5, 0.25, 0.25], [[0, 1], [-1, 0.5], [2, 2]], [[0.5, 1], [2, 0.25], [1, 0.75]])
+
+# Each form of the loss, built with a noise that float32 holds, and the dimensions of its labels.
+FORMS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "batch": (BatchMCLoss, ()),
+    "batch of 3-D labels": (BatchMCLoss, (3,)),
+    "mixture": (lambda **options: GaussianMixtureLoss(*MIXTURE, **options), ()),
+    "mixture of 2-D labels": (lambda **options: GaussianMixtureLoss(*PLANE, **options), (2,)),
+    "bins": (lambda **options: BinnedIntegrationLoss(BINS, PRIOR, **options), ()),
+}
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def samples(form: str, n: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (n, *FORMS[form][1])
+    pred, target = torch.randn(2, *shape, generator=generator, dtype=torch.float64).unbind()
+    return pred, target, 0.5 + torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def built(form: str, noise_sigma: float = 0.75, **options: Any) -> Any:
+    """In float64, the noise too."""
+    loss: Any = FORMS[form][0](noise_sigma=noise_sigma, **options).double()
+    if loss.learn:
+        nn.init.constant_(loss.log_sigma, math.log(noise_sigma))
+    return loss
+
+
+def normal(y: float, mean: float, variance: float) -> float:
+    return math.exp(-((y - mean) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+
+
+def normals(y: list[float], mean: list[float], variance: list[float]) -> float:
+    return math.prod(normal(*numbers) for numbers in zip(y, mean, variance, strict=True))
+
+
+def rows(x: Tensor) -> list[list[float]]:
+    return x.reshape(len(x), -1).tolist()
+
+
+def naive(loss: Any, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Each sample's loss by the formula with all its constants, in plain float64 Python."""
+    variance = loss.noise_sigma.item() ** 2
+    weights = [1.0] * len(pred) if weight is None else weight.tolist()
+    values = []
+    for p, y, w in zip(rows(pred), rows(target), weights, strict=True):
+        noise = [variance] * len(p)
+        if isinstance(loss, BatchMCLoss):
+            integral = sum(v * normals(other, p, noise) for other, v in zip(rows(target), weights, strict=True))
+        elif isinstance(loss, GaussianMixtureLoss):
+            parts = zip(loss.weights.tolist(), rows(loss.means), rows(loss.variances), strict=True)
+            integral = sum(k * normals(p, mean, [v + variance for v in own]) for k, mean, own in parts)
+        else:
+            centers = BINS.centers.tolist()
+            integral = sum(k * normal(c, p[0], variance) for k, c in zip(loss.prior.tolist(), centers, strict=True))
+        values.append(w * 2 * variance * (-math.log(normals(y, p, noise)) + math.log(integral)))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_values_by_hand() -> None:
+    batch = BatchMCLoss(noise_sigma=2.0, learn=False)
+    pred, target = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])
+    # Squared distances to the two labels: 0 and 16, 9 and 1; 2 sigma² = 8.
+    expected = [8 * math.log(1 + math.exp(-2)), 8 * math.log(1 + math.exp(-1))]
+    assert batch(pred, target, reduction="none").tolist() == pytest.approx(expected, rel=1e-6)
+    assert batch(pred, target).item() == pytest.approx(sum(expected) / 2, rel=1e-6)
+    assert batch(pred, target, reduction="sum").item() == pytest.approx(sum(expected), rel=1e-6)
+
+    mixture = GaussianMixtureLoss([1.0], [0.0], [3.0])
+    expected_one = 2 * (0.5 * (3 - 2) ** 2 - math.log(2) - 9 / 8)
+    assert mixture(torch.tensor([3.0]), torch.tensor([2.0])).item() == pytest.approx(expected_one, rel=1e-6)
+
+    bins = BinnedIntegrationLoss(Bins.uniform(0, 3, width=1), [0.5, 0.0, 0.5])  # centers 0.5, 1.5, 2.5
+    expected_one = 2 * (0.5 + math.log(0.5 * math.exp(-0.125) + 0.5 * math.exp(-1.125)))
+    assert bins(torch.tensor([1.0]), torch.tensor([0.0])).item() == pytest.approx(expected_one, abs=1e-6)
+
+
+@each_form
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("noise_sigma", [0.5, 1.0, 3.0])
+def test_every_form_equals_a_naive_loop(form: str, learn: bool, noise_sigma: float) -> None:
+    loss = built(form, noise_sigma, learn=learn)
+    pred, target, weight = samples(form)
+    for w in (None, weight):
+        expected = naive(loss, pred, target, w)
+        assert_close(loss(pred, target, w, reduction="none"), expected, rtol=1e-12, atol=1e-12)
+        assert_close(loss(pred, target, w), expected.mean(), rtol=1e-12, atol=1e-12)
+        assert_close(loss(pred, target, w, reduction="sum"), expected.sum(), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(naive(loss, pred, target), naive(loss, target, pred), rtol=1e-3)
+    assert not torch.allclose(naive(loss, pred, target), naive(built(form, 0.6), pred, target), rtol=1e-3)
+
+
+def test_the_batch_form_is_cross_entropy_over_the_labels() -> None:
+    pred, target, _ = samples("batch", 30)
+    target = target.round()  # with repeats
+    loss = built("batch", 0.5)
+    logits = -(pred[:, None] - target).square() / (2 * 0.5**2)
+    expected = 2 * 0.5**2 * F.cross_entropy(logits, torch.arange(30))
+    assert_close(loss(pred, target), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["mixture", "bins"])
+def test_the_integral_is_the_one_that_quadrature_finds(form: str) -> None:
+    pred, target, _ = samples(form, 4)
+    if form == "mixture":
+        loss, tolerance = built(form), 1e-9
+
+        def density(y: float) -> float:
+            return sum(w * normal(y, m, v) for w, m, v in zip(*MIXTURE, strict=True))
+    else:  # narrow bins, a smooth density
+
+        def density(y: float) -> float:
+            return 0.3 * normal(y, -1, 0.5) + 0.7 * normal(y, 1, 1)
+
+        bins = Bins.uniform(-8, 8, count=640)
+        prior = np.array([density(c) for c in bins.centers])
+        loss, tolerance = BinnedIntegrationLoss(bins, prior / prior.sum(), noise_sigma=0.75, learn=False).double(), 1e-6
+    values = []
+    for p, y in zip(pred.tolist(), target.tolist(), strict=True):
+        integral = quad(lambda x, p=p: normal(x, p, 0.75**2) * density(x), -12, 12, points=[p], limit=200)[0]
+        values.append(2 * 0.75**2 * (-math.log(normal(y, p, 0.75**2)) + math.log(integral)))
+    given = loss(pred, target, reduction="none")
+    assert_close(given, torch.tensor(values, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+
+
+def big_sample(n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    rare = torch.rand(n, generator=generator) < 0.2
+    return torch.where(rare, 9.0, 2.0) + torch.randn(n, generator=generator) * torch.where(rare, 2.0, 1.0)
+
+
+def test_the_three_forms_agree_on_a_large_sample() -> None:
+    target = big_sample(1500)
+    pred = 0.8 * target + 1
+    bins = Bins.uniform(-5, 25, width=0.02)
+    binned = BinnedIntegrationLoss(bins, LabelDensity.count(target, bins))(pred, target, reduction="none")
+    batch = BatchMCLoss()(pred, target, reduction="none") - 2 * math.log(1500)
+    assert_close(batch, binned, rtol=0, atol=5e-3)  # a label is up to 0.01 from its bin's center
+    body = target < 13  # beyond, too few samples tell the density
+
+    def distance(components: int) -> float:
+        mixture = GaussianMixtureLoss.fit(target, components=components)
+        return (mixture(pred, target, reduction="none") - binned)[body].abs().mean().item()
+
+    assert distance(2) < 0.03
+    assert distance(1) > 0.3
+
+
+@pytest.mark.parametrize("form", ["batch", "mixture", "bins"])
+def test_the_prediction_is_balanced_where_mse_shrinks_it_toward_the_frequent(form: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    target = torch.randn(1000, generator=generator, dtype=torch.float64)  # standard deviation 1, all of it imbalance
+    seen = target + torch.randn(1000, generator=generator, dtype=torch.float64)  # noise of standard deviation 1
+    bins = Bins.uniform(-5, 5, width=0.1)
+    losses: dict[str, Callable[..., Tensor]] = {
+        "batch": BatchMCLoss(learn=False),
+        "mixture": GaussianMixtureLoss([1.0], [0.0], [1.0], learn=False),
+        "bins": BinnedIntegrationLoss(bins, LabelDensity.count(target, bins), learn=False),
+    }
+
+    def best_slope(loss: Callable[..., Tensor]) -> float:
+        slopes = torch.linspace(0.3, 1.5, 25, dtype=torch.float64)
+        return slopes[torch.stack([loss(slope * seen, target) for slope in slopes]).argmin()].item()
+
+    assert best_slope(weighted_mse) == pytest.approx(0.5, abs=0.051)
+    assert best_slope(losses[form]) == pytest.approx(1.0, abs=0.101)
+
+
+@each_form
+def test_gradients_agree_with_differences(form: str) -> None:
+    loss = built(form)
+    pred, target, weight = samples(form, 5)
+    weight[2] = 0
+
+    def likelihood(pred: Tensor, log_sigma: Tensor) -> Tensor:
+        """The loss without its factor, through which no gradient goes."""
+        values = torch.func.functional_call(loss, {"log_sigma": log_sigma}, (pred, target, weight))
+        return values / (2 * log_sigma.exp().square()).detach()
+
+    log_sigma = torch.tensor(math.log(0.75), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(likelihood, (pred.requires_grad_(), log_sigma))
+
+
+@each_form
+def test_no_gradient_goes_through_the_factor(form: str) -> None:
+    loss = built(form)
+    pred, target, _ = samples(form)
+    loss(pred, target).backward()
+    step = 1e-6
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            other = built(form, 0.75 * math.exp(sign * step))
+            values.append(other(pred, target) / (2 * other.noise_sigma.square()))
+    assert loss.log_sigma.grad.item() == pytest.approx(
+        2 * 0.75**2 * ((values[0] - values[1]) / (2 * step)).item(), 1e-4
+    )
+    fixed = built(form, learn=False)
+    assert list(fixed.parameters()) == []
+    assert_close(fixed(pred, target), loss(pred, target).detach(), rtol=1e-6, atol=1e-6)
+
+
+@each_form
+def test_a_learnt_noise_finds_the_likelier_one_and_stays_positive(form: str) -> None:
+    loss = built(form, 10.0)
+    generator = torch.Generator().manual_seed(0)
+    shape = (60, *FORMS[form][1])
+    target = torch.randn(shape, generator=generator, dtype=torch.float64)
+    pred = target + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss(pred, target).backward()
+        optimizer.step()
+    assert 0.1 < loss.noise_sigma.item() < 0.7
+
+
+@each_form
+def test_weight_two_is_seen_twice_and_weight_zero_is_absent(form: str) -> None:
+    loss = built(form)
+    pred, target, weight = samples(form)
+    again = torch.cat([torch.arange(9), torch.tensor([3, 7])])
+    doubled = weight.clone()
+    doubled[[3, 7]] *= 2
+    assert_close(
+        loss(pred, target, doubled, reduction="sum"),
+        loss(pred[again], target[again], weight[again], reduction="sum"),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    assert_close(loss(pred, target, doubled), loss(pred[order], target[order], doubled[order]))
+    rest = torch.arange(9) != 4
+    for value in (torch.inf, torch.nan):
+        pred[4], weight[4] = value, 0
+        own = pred.clone().requires_grad_()
+        result = loss(own, target, weight, reduction="sum")
+        expected = loss(pred[rest], target[rest], weight[rest], reduction="sum")
+        assert_close(result, expected, rtol=1e-12, atol=1e-12)
+        result.backward()
+        assert own.grad is not None
+        assert (own.grad[4] == 0).all()
+        assert (own.grad[rest] != 0).all()
+    nothing = loss(pred.nan_to_num().requires_grad_(), target, torch.zeros(9))
+    assert nothing.item() == 0
+    nothing.backward()
+    assert all(p.grad.isfinite() for p in loss.parameters())
+
+
+def test_a_batch_of_one_has_nothing_to_be_compared_with() -> None:
+    loss = BatchMCLoss()
+    for shape in ((1,), (1, 3)):
+        with pytest.raises(ValueError, match=r"^BatchMCLoss: the batch must hold at least two samples.*got 1\. Drop a"):
+            loss(torch.ones(shape), torch.ones(shape))
+    for form in ("mixture", "bins"):
+        pred, target, _ = samples(form, 1)
+        assert_close(built(form)(pred, target, reduction="none"), naive(built(form), pred, target))
+
+
+@each_form
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_lower_precision_is_raised_and_far_predictions_stay_finite(form: str, dtype: torch.dtype) -> None:
+    loss = FORMS[form][0](noise_sigma=0.5)
+    pred, target, weight = (x.to(dtype) for x in samples(form))
+    result = loss(pred, target, weight)
+    assert result.dtype == torch.float32
+    assert_close(result, loss(pred.float(), target.float(), weight.float()))
+    assert_close(
+        result.double(), built(form, 0.5)(pred.double(), target.double(), weight.double()), rtol=1e-5, atol=1e-5
+    )
+    far = (1000 * pred).requires_grad_()
+    result = loss(far, target)
+    assert result.isfinite()
+    result.backward()
+    assert far.grad is not None
+    assert far.grad.isfinite().all()
+    half = copy.deepcopy(loss).half()
+    assert half(pred, target).dtype == torch.float32
+    assert loss(pred, target.double()).dtype == torch.float64
+    whole_numbers = torch.arange(math.prod(target.shape)).reshape(target.shape).to(torch.uint8)
+    assert_close(loss(pred, whole_numbers), loss(pred, whole_numbers.float()))
+
+
+@each_form
+def test_a_prediction_that_is_not_finite_shows(form: str) -> None:
+    pred, target, _ = samples(form)
+    for value in (torch.nan, torch.inf):
+        pred[2] = value
+        assert built(form)(pred, target).isnan()
+
+
+@each_form
+def test_the_module_survives_copies_and_changes_nothing(form: str) -> None:
+    pred, target, weight = samples(form)
+    loss, copies, rng = built(form), [pred.clone(), target.clone(), weight.clone()], torch.get_rng_state()
+    result = loss(pred, target, weight)
+    assert all(map(torch.equal, (pred, target, weight), copies))
+    assert torch.equal(torch.get_rng_state(), rng)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(twin(pred, target, weight), result)
+    other = built(form, 2.0)
+    assert other(pred, target, weight) != result
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(other(pred, target, weight), result)
+    assert repr(other).startswith(type(loss).__name__)
+    assert "noise_sigma=2, learn=True" in repr(other)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(pred, target, weight), result)
+    meta = [x.to("meta") for x in (pred, target, weight)]
+    assert copy.deepcopy(loss).to("meta")(*meta).device.type == "meta"  # no value is looked at
+    target.requires_grad_()
+    assert torch.equal(loss(pred.requires_grad_(), target, weight), result)
+
+
+def test_the_states_hold_what_the_losses_know() -> None:
+    assert list(BatchMCLoss().state_dict()) == ["log_sigma"]
+    assert list(BatchMCLoss(learn=False).state_dict()) == ["sigma"]
+    assert list(GaussianMixtureLoss(*PLANE).state_dict()) == ["log_sigma", "weights", "means", "variances"]
+    assert list(BinnedIntegrationLoss(BINS, PRIOR).state_dict()) == ["log_sigma", "centers", "prior"]
+    assert repr(BatchMCLoss(0.5, learn=False)) == "BatchMCLoss(noise_sigma=0.5, learn=False, gather=False)"
+    assert repr(GaussianMixtureLoss(*PLANE)) == "GaussianMixtureLoss(components=3, noise_sigma=1, learn=True)"
+    expected = "BinnedIntegrationLoss(bins=<Bins: 16 from -4 to 4>, noise_sigma=1, learn=True)"
+    assert repr(BinnedIntegrationLoss(BINS, PRIOR)) == expected
+    assert BatchMCLoss(0.1, learn=False).noise_sigma == torch.tensor(0.1)
+    assert_close(BatchMCLoss(0.1).noise_sigma.detach(), torch.tensor(0.1))
+
+
+def test_fit_finds_the_mixture_that_labels_were_drawn_from() -> None:
+    target = big_sample(20000)
+    loss = GaussianMixtureLoss.fit(target, components=2, noise_sigma=0.5, learn=False)
+    order = loss.means.argsort()
+    assert_close(loss.weights[order], torch.tensor([0.8, 0.2]), rtol=0, atol=0.02)
+    assert_close(loss.means[order], torch.tensor([2.0, 9.0]), rtol=0, atol=0.15)
+    assert_close(loss.variances[order], torch.tensor([1.0, 4.0]), rtol=0, atol=0.4)
+    assert loss.noise_sigma == 0.5
+    assert list(loss.parameters()) == []
+
+
+@pytest.mark.parametrize("components", [1, 4, 8])
+def test_fit_keeps_the_moments_and_gains_by_components(components: int) -> None:
+    target = big_sample(3000).double()
+    loss = GaussianMixtureLoss.fit(target, components=components).double()
+    assert loss.weights.sum().item() == pytest.approx(1, abs=1e-6)
+    mean = (loss.weights * loss.means).sum()
+    second = (loss.weights * (loss.variances + loss.means.square())).sum()
+    assert_close(mean, target.mean(), rtol=1e-5, atol=1e-5)
+    assert_close(second - mean.square(), target.var(correction=0), rtol=1e-4, atol=1e-4)
+
+    def likelihood(mixture: GaussianMixtureLoss) -> float:
+        parts = zip(mixture.weights.tolist(), mixture.means.tolist(), mixture.variances.tolist(), strict=True)
+        densities = sum(w * np.exp(-((target.numpy() - m) ** 2) / (2 * v)) / math.sqrt(v) for w, m, v in parts)
+        return float(np.log(densities).mean())
+
+    if components > 1:
+        assert likelihood(loss) > likelihood(GaussianMixtureLoss.fit(target, components=1)) + 0.2
+
+
+def test_fit_depends_on_labels_and_seed_alone() -> None:
+    target = big_sample(500)
+    rng = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first = GaussianMixtureLoss.fit(target, components=5)
+    for labels in (target.flip(0), target.numpy(), target.tolist()):
+        again = GaussianMixtureLoss.fit(labels, components=5)
+        assert all(torch.equal(a, b) for a, b in zip(first.buffers(), again.buffers(), strict=True))
+    assert torch.equal(torch.get_rng_state(), rng[0])
+    assert np.array_equal(np.random.get_state()[1], rng[1])  # noqa: NPY002
+    # Labels in other units, far from zero.
+    shifted = GaussianMixtureLoss.fit(1000 + 4 * target.double(), components=5)
+    assert_close(shifted.means, 1000 + 4 * first.means, rtol=1e-5, atol=1e-5)
+    assert_close(shifted.variances, 16 * first.variances, rtol=1e-3, atol=1e-3)
+
+
+def test_fit_takes_labels_of_several_numbers_and_repeated_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randn(2000, 2, generator=generator)
+    labels[:500] = labels[:500] * torch.tensor([0.5, 2.0]) + torch.tensor([10.0, -5.0])
+    loss = GaussianMixtureLoss.fit(labels, components=2)
+    order = loss.means[:, 0].argsort()
+    assert_close(loss.means[order], torch.tensor([[0.0, 0.0], [10.0, -5.0]]), rtol=0, atol=0.3)
+    assert_close(loss.variances[order], torch.tensor([[1.0, 1.0], [0.25, 4.0]]), rtol=0, atol=0.6)
+    ages = np.repeat([1, 26, 27, 60], [100, 500, 300, 2])
+    for components in (2, 4):  # as many as there are ages
+        loss = GaussianMixtureLoss.fit(ages, components=components, least_variance=1e-3)
+        assert (loss.variances >= 0.999e-3 * ages.var()).all()
+        assert all(x.isfinite().all() for x in loss.buffers())
+
+
+SHARES = (slice(0, 13), slice(13, 20))  # uneven
+
+
+def rank_main(rank: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    pred, target, weight = samples("batch of 3-D labels", 20)
+    loss, mine = built("batch of 3-D labels", gather=True), SHARES[rank]
+    own = pred[mine].requires_grad_()
+    parallel = DistributedDataParallel(loss)
+    plain = loss(own.detach(), target[mine], reduction="sum").detach()
+    value = parallel(own, target[mine], weight[mine], reduction="sum")
+    (value * 2 / 20).backward()  # as the training loop does
+    assert own.grad is not None
+    return [plain, value.detach()], own.grad / 2, loss.log_sigma.grad
+
+
+def test_two_processes_make_the_loss_of_the_whole_batch(two_ranks: Callable[..., list[Any]]) -> None:
+    pred, target, weight = samples("batch of 3-D labels", 20)
+    loss = built("batch of 3-D labels", gather=True)  # which alone has nobody to ask
+    pred.requires_grad_()
+    expected = loss(pred, target, weight)
+    expected.backward()
+    returned = two_ranks(rank_main)
+    plain = loss(pred, target)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    assert_close(sum(values[0] for values, _, _ in returned) / 20, plain.detach(), **close)
+    assert_close(sum(values[1] for values, _, _ in returned) / 20, expected.detach(), **close)
+    assert_close(torch.cat([grad for _, grad, _ in returned]), pred.grad, **close)
+    for _, _, grad in returned:
+        assert_close(grad, loss.log_sigma.grad, **close)
+    alone = built("batch of 3-D labels")
+    parts = sum(alone(pred[s], target[s], weight[s], reduction="sum") for s in SHARES)
+    assert not torch.allclose(parts / 20, expected)
+
+
+@each_form
+def test_arguments_are_checked(form: str) -> None:
+    loss = FORMS[form][0]()
+    where, (pred, target, weight) = f"^{type(loss).__name__}: ", samples(form)
+    for value in (torch.nan, torch.inf):
+        broken, bad_weight = target.clone(), weight.clone()
+        broken[1], bad_weight[1] = value, value
+        with pytest.raises(ValueError, match=where + r"target must be finite, got (nan|inf) at index \[1"):
+            loss(pred, broken)
+        with pytest.raises(ValueError, match=where + r"weight must be finite, got (nan|inf) at index \[1\]"):
+            loss(pred, target, bad_weight)
+    with pytest.raises(ValueError, match=where + "weight must not be negative"):
+        loss(pred, target, -weight)
+    with pytest.raises(ShapeError, match=where + r"weight must be \(9,\), one value a sample, got shape \(9, 1\)"):
+        loss(pred, target, weight[:, None])
+    with pytest.raises(ShapeError, match=where + "pred and target must have the same shape"):
+        loss(pred, target[:5])
+    with pytest.raises(ShapeError, match=where + r"pred must be \(N.*\), got shape \(\)"):
+        loss(pred.sum(), target.sum())
+    with pytest.raises(ShapeError, match=where + r"pred must be \(N.*\), got shape \(9, 2, 2\)"):
+        loss(torch.ones(9, 2, 2), torch.ones(9, 2, 2))
+    with pytest.raises(ValueError, match=where + "pred must hold at least one value"):
+        loss(pred[:0], target[:0])
+    with pytest.raises(TypeError, match=where + "pred must be floats, got dtype torch.int64"):
+        loss(pred.long(), target)
+    with pytest.raises(TypeError, match=where + "target must be integers or floats, got dtype torch.bool"):
+        loss(pred, target > 0)
+    with pytest.raises(TypeError, match=where + r"target must be a torch\.Tensor, got ndarray"):
+        loss(pred, target.numpy())
+    with pytest.raises(ValueError, match=where + "pred and target must be on the same device, got cpu and meta"):
+        loss(pred, target.to("meta"))
+    with pytest.raises(ValueError, match=where + "reduction must be one of 'none', 'mean', 'sum', got 'avg'"):
+        loss(pred, target, reduction="avg")
+
+
+@each_form
+def test_settings_are_checked(form: str) -> None:
+    build = FORMS[form][0]
+    where = f"^{type(build()).__name__}: "
+    for value in (0, -1, 1e-19, 1e19, math.nan, math.inf):
+        with pytest.raises(ValueError, match=where + "noise_sigma must be >= 1e-18 and <= 1e\\+18, got"):
+            build(noise_sigma=value)
+    with pytest.raises(TypeError, match=where + "noise_sigma must be a number"):
+        build(noise_sigma="1")
+    with pytest.raises(TypeError, match=where + "learn must be a bool"):
+        build(learn=1)
+    for value in (1e-18, 1e18):
+        pred, target, _ = samples(form)
+        assert build(noise_sigma=value, learn=False)(value * pred.float(), value * target.float()).isfinite()
+
+
+def test_gather_is_a_switch() -> None:
+    with pytest.raises(TypeError, match=r"^BatchMCLoss: gather must be a bool, got int"):
+        BatchMCLoss(gather=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "error", "message"),
+    [
+        (([[1.0]], [0.0], [1.0]), ShapeError, r"weights must be \(K,\), got shape \(1, 1\)"),
+        (([], [], []), ValueError, "weights must hold at least one value"),
+        (
+            ([0.5, 0.5], [0.0], [1.0, 1.0]),
+            ShapeError,
+            r"means must be \(K,\) or \(K, D\).* 2 weights, got shape \(1,\)",
+        ),
+        (([0.5, 0.5], [0.0, 1.0], 1.0), ShapeError, r"variances must be \(K,\) or \(K, D\).*, got shape \(\)"),
+        (([1.0], [[0.0, 1.0]], [1.0]), ShapeError, r"means and variances .* same shape, got \(1, 2\) and \(1,\)"),
+        (([1.0], np.ones((1, 0)), np.ones((1, 0))), ValueError, "means must hold at least one value"),
+        (([1.0], [math.nan], [1.0]), ValueError, "means must be finite, got nan"),
+        (([1.0], [1e300], [1.0]), ValueError, "means must be finite, got inf"),
+        (([1.0], [0.0], [-1.0]), ValueError, "variances must not be negative, got a minimum of -1"),
+        (([1.5, -0.5], [0.0, 1.0], [1.0, 1.0]), ValueError, "weights must not be negative"),
+        (([1.0, 1.0], [0.0, 1.0], [1.0, 1.0]), ValueError, "weights must sum to one, got a sum of 2. Divide"),
+        ((["a"], [0.0], [1.0]), TypeError, "weights must be integers or floats"),
+    ],
+)
+def test_mixtures_are_checked(mixture: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^GaussianMixtureLoss: {message}") as caught:
+        GaussianMixtureLoss(*mixture)
+    assert isinstance(caught.value, DirToolkitError)
+
+
+def test_the_label_must_have_the_mixture_s_dimensions() -> None:
+    with pytest.raises(ShapeError, match=r"^GaussianMixtureLoss: pred must be \(N, 2\), got shape \(4, 3\)"):
+        GaussianMixtureLoss(*PLANE)(torch.ones(4, 3), torch.ones(4, 3))
+    with pytest.raises(ShapeError, match=r"^GaussianMixtureLoss: pred must be \(N,\), got shape \(4, 1\)"):
+        GaussianMixtureLoss(*MIXTURE)(torch.ones(4, 1), torch.ones(4, 1))
+    with pytest.raises(ShapeError, match=r"^BinnedIntegrationLoss: pred must be \(N,\), got shape \(4, 1\)"):
+        BinnedIntegrationLoss(BINS, PRIOR)(torch.ones(4, 1), torch.ones(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "labels must hold at least one value"),
+        ([1.0, math.nan], {}, ValueError, r"labels must be finite, got nan at index \[1\]"),
+        ([3.0, 3.0], {}, ValueError, "labels must hold at least two different values, got only 3"),
+        ([[1.0, 3.0], [2.0, 3.0]], {}, ValueError, "labels must hold at least two .*, got only 3 in column 1"),
+        ([[[1.0]]], {}, ShapeError, r"labels must be \(N,\) or \(N, D\), got shape \(1, 1, 1\)"),
+        ([1.0, 2.0, 2.0], {"components": 3}, ValueError, "components must be at most .* different labels, 2, got 3"),
+        ([1.0, 2.0], {"components": 0}, ValueError, "components must be at least 1, got 0"),
+        ([1.0, 2.0], {"components": 1, "seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ([1.0, 2.0], {"components": 1, "least_variance": 0}, ValueError, "least_variance must be > 0, got 0"),
+        (["a"], {}, TypeError, "labels must be integers or floats"),
+    ],
+)
+def test_labels_to_fit_are_checked(labels: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=rf"^GaussianMixtureLoss\.fit: {message}") as caught:
+        GaussianMixtureLoss.fit(labels, **options)
+    assert isinstance(caught.value, DirToolkitError)
+
+
+def test_a_density_gives_its_prior() -> None:
+    density = LabelDensity(BINS, np.round(PRIOR * 56).astype(np.int64))
+    assert_close(BinnedIntegrationLoss(BINS, density).prior, BinnedIntegrationLoss(BINS, PRIOR).prior)
+    effective = LabelDensity(BINS, PRIOR * 10)  # in float64, as smoothed ones are
+    assert_close(BinnedIntegrationLoss(BINS, effective).prior, BinnedIntegrationLoss(BINS, torch.tensor(PRIOR)).prior)
+
+
+@pytest.mark.parametrize(
+    ("bins", "density", "error", "message"),
+    [
+        (BINS, None, TypeError, r"density must be a LabelDensity.*, got NoneType\. Use LabelDensity\.count"),
+        (BINS, "uniform", TypeError, "density must be a LabelDensity.*, got str"),
+        (BINS, LabelDensity.count([1], Bins.uniform(0, 8, width=0.5)), ValueError, "density must be over .* own bins"),
+        (BINS, LabelDensity(BINS, np.zeros(16)), ValueError, "density must hold at least one label, got none"),
+        (BINS, PRIOR[1:], ShapeError, r"density must be \(16,\), one share of labels a bin, got shape \(15,\)"),
+        (BINS, PRIOR * 56, ValueError, "density must sum to one, got a sum of 56"),
+        (BINS, np.where(PRIOR == 0, -PRIOR.max(), PRIOR), ValueError, "density must not be negative"),
+        (BINS, PRIOR * np.nan, ValueError, "density must be finite"),
+        ("bins", PRIOR, TypeError, "bins must be a Bins, got str"),
+        (Bins.classes(16), PRIOR, ValueError, r"bins must cut a continuous .*, got Bins.classes\(16\)\. For classes"),
+    ],
+)
+def test_densities_are_checked(bins: Any, density: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^BinnedIntegrationLoss: {message}") as caught:
+        BinnedIntegrationLoss(bins, density)
+    assert isinstance(caught.value, DirToolkitError)
