@@ -1,0 +1,184 @@
+"""ConR: features of samples that the predictions confuse are pushed apart, rare labels hardest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import instance, number, problem, wide_dtype
+from ..heads._features import full_precision, unit_rows
+from ..labels.weights import LDS
+from ._reduce import Reduction, reduce
+from .rank_n_contrast import checked_samples, field, pairs_of
+from .regression import weighted_l1
+
+__all__ = ["ConRLoss", "conr_loss"]
+
+
+def conr_loss(
+    features: Tensor,
+    labels: Tensor,
+    pred: Tensor,
+    weight: Tensor | None = None,
+    *,
+    push_weight: Tensor | None = None,
+    omega: float = 1.0,
+    temperature: float = 0.2,
+    eta: float = 0.01,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Contrast of samples alike in label with those that only the predictions take to be alike.
+
+    .. math::
+        L = \frac1N \sum_{j \in A} \frac{w_j}{|P_j|} \sum_{i \in P_j} -\log \frac{\exp(c_{ji} / \tau)}
+            {\sum_{p \in P_j} \exp(c_{jp} / \tau) + \sum_{q \in Q_j} S_{jq} \exp(c_{jq} / \tau)}, \qquad
+        S_{jq} = r_j\, e^{\eta |y_j - y_q|}
+
+    ================= ================================================================================================
+    symbol            meaning
+    ================= ================================================================================================
+    :math:`c`         cosine of two features; that of a feature of zero is 0, without gradient
+    :math:`P_j`       positives: the other samples with :math:`|y_j - y_p| < \omega`
+    :math:`Q_j`       negatives: those with :math:`|y_j - y_q| \ge \omega` though :math:`|\hat y_j - \hat y_q| < \omega`
+    :math:`A`         anchors: the samples that have a negative, and a positive to be drawn to
+    :math:`S`         pushing weight: how much a negative counts, more with a rare anchor and a gross confusion
+    ================= ================================================================================================
+
+    A regularizer, to be added to a loss of the predictions, as :class:`ConRLoss` does: no gradient passes to ``pred``.
+    Zero, with zero gradients, where nothing is confused. Of the paper's two augmented views, hand both over as 2N
+    samples, ``torch.cat([z1, z2])`` with the rest repeated; with one view a sample without a neighbor in label is no
+    anchor. Each rank of a distributed run contrasts its own batch.
+
+    Args:
+        weight: dimensionless, >= 0, one a sample; None means ones. Scales the sample's term as an anchor. Divides by N,
+            not by the sum of weights. A sample of weight 0 takes no part, in pairs with others neither, whatever its
+            features are.
+        push_weight: r, dimensionless, >= 0, one a sample, larger for rare labels, such as ``lds(labels)`` of a fitted
+            :class:`~dir_toolkit.LDS`; None means ones. No gradient passes to it.
+        omega: :math:`\omega`, > 0, in label units. At 1, labels in whole years are alike if they are equal.
+        temperature: :math:`\tau`, > 0. eta: :math:`\eta`, >= 0, per label unit.
+    Shape:
+        features: (N, D). labels, pred, weight, push_weight: (N,). Returns (), or (N,) for ``reduction="none"``.
+    Units:
+        none; it is a log-probability.
+    Raises:
+        ShapeError: shapes do not fit. TypeError: features are no floats. ValueError: there is no sample, labels or a
+        weight are not finite, or a weight is negative. A feature in a pair that is not finite makes the loss so; a
+        prediction that is not finite is alike to none. On accelerators values are not looked at.
+    Source:
+        Keramati et al. 2024, section 3 (arXiv:2309.06651).
+
+    >>> features, labels = torch.ones(3, 2), torch.tensor([20.0, 20.5, 60.0])
+    >>> conr_loss(features, labels, torch.tensor([20.0, 20.0, 60.0])).item()  # nothing is confused
+    0.0
+    >>> values = conr_loss(features, labels, torch.tensor([20.0, 20.0, 20.0]), eta=0.0, reduction="none")
+    >>> values.exp()  # 1 positive, 1 negative; the third has no positive
+    tensor([2., 2., 1.])
+    """
+    where = "conr_loss"
+    omega = number(where, "omega", omega, low=0, open_low=True, float32=True)
+    temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
+    eta = number(where, "eta", eta, low=0, float32=True)
+    columns = {"labels": labels, "pred": pred}
+    if push_weight is not None:
+        columns["push_weight"] = push_weight
+    features = checked_samples(where, features, columns, weight, reduction)
+    dtype = wide_dtype(features, labels, pred)
+    pairs = pairs_of(features, weight)
+    distance = _distances(labels.to(dtype))
+    positive = pairs & (distance < omega)
+    negative = pairs & (distance >= omega) & (_distances(pred.detach().to(dtype)) < omega)
+    anchor = positive.any(1) & negative.any(1)
+    push = eta * distance  # log S
+    if push_weight is not None:
+        push = push + push_weight.detach().to(dtype).log()[:, None]
+    with full_precision(features.device):
+        unit = unit_rows(features.to(dtype))
+        logits = unit @ unit.t() / temperature  # (N, N)
+    among = torch.where(negative, logits + push, logits).masked_fill(~(positive | negative), -torch.inf)
+    # A row without any pair would be infinite, with a gradient of NaN.
+    total = among.masked_fill(~anchor[:, None], 0.0).logsumexp(1)
+    drawn = logits.masked_fill(~positive, 0.0).sum(1) / positive.sum(1).clamp_min(1)
+    return reduce((total - drawn).masked_fill(~anchor, 0.0), weight, reduction)
+
+
+class ConRLoss(nn.Module):
+    r"""A regression loss with ConR added to it: :math:`L = L_\text{base} + \beta L_\text{ConR}`.
+
+    Called as ``loss(output, labels, weight, reduction=...)``; r of :func:`conr_loss` is ``weights(labels)``. A sample's
+    weight scales both terms.
+
+    Args:
+        base: called as ``base(prediction, labels, weight, reduction=...)``; a module's parameters are ours, too.
+        coefficient: :math:`\beta`, >= 0, in units of the base loss.
+        omega, temperature, eta: as in :func:`conr_loss`.
+        weights: fitted; None pushes with all labels alike.
+    Shape:
+        forward: output.prediction (N,) in label units, output.features (N, D), labels (N,), weight (N,). Returns (), or
+        (N,) for ``reduction="none"``.
+    Units:
+        those of the base loss.
+    Raises:
+        TypeError: output lacks an attribute. Besides, what base, ``weights`` and :func:`conr_loss` raise.
+    Source:
+        Keramati et al. 2024, section 3 (arXiv:2309.06651).
+
+    >>> from types import SimpleNamespace
+    >>> output = SimpleNamespace(prediction=torch.tensor([20.0, 60.0]), features=torch.ones(2, 3))
+    >>> ConRLoss(coefficient=4.0)(output, torch.tensor([22.0, 60.0])).item()  # nothing is confused
+    1.0
+    """
+
+    def __init__(
+        self,
+        base: Callable[..., Tensor] = weighted_l1,
+        *,
+        coefficient: float = 1.0,
+        omega: float = 1.0,
+        temperature: float = 0.2,
+        eta: float = 0.01,
+        weights: LDS | None = None,
+    ) -> None:
+        super().__init__()
+        where = "ConRLoss"
+        if not callable(base):
+            raise problem(where, "base must be a loss to call", got=type(base).__name__, error=TypeError)
+        if weights is not None:
+            instance(where, LDS, weights=weights)
+        self.base, self.weights = base, weights
+        self.coefficient = number(where, "coefficient", coefficient, low=0, float32=True)
+        self.omega = number(where, "omega", omega, low=0, open_low=True, float32=True)
+        self.temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
+        self.eta = number(where, "eta", eta, low=0, float32=True)
+
+    def forward(
+        self, output: Any, labels: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        prediction, features = (field("ConRLoss", output, name) for name in ("prediction", "features"))
+        error = self.base(prediction, labels, weight, reduction=reduction)
+        contrast = conr_loss(
+            features,
+            labels,
+            prediction,
+            weight,
+            push_weight=None if self.weights is None else self.weights(labels),
+            omega=self.omega,
+            temperature=self.temperature,
+            eta=self.eta,
+            reduction=reduction,
+        )
+        return error + self.coefficient * contrast
+
+    def extra_repr(self) -> str:
+        base = "" if isinstance(self.base, nn.Module) else f"base={getattr(self.base, '__name__', self.base)}, "
+        return (
+            f"{base}coefficient={self.coefficient}, omega={self.omega}, temperature={self.temperature}, eta={self.eta}"
+        )
+
+
+def _distances(values: Tensor) -> Tensor:
+    """|v_i - v_j|, (N, N)."""
+    return (values[:, None] - values).abs()

@@ -1,0 +1,180 @@
+"""Rank-N-Contrast: features as far from each other as their labels rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import (
+    finite,
+    is_tensor,
+    not_empty,
+    not_negative,
+    number,
+    one_of,
+    problem,
+    real,
+    same_device,
+    wide_dtype,
+)
+from ..errors import ShapeError
+from ._reduce import Reduction, _one_a_sample, present, reduce
+
+__all__ = ["RankNContrast", "rank_n_contrast"]
+
+
+def rank_n_contrast(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor | None = None,
+    *,
+    temperature: float = 2.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Contrast of every pair of samples with all samples whose labels lie at least as far from the first one's.
+
+    .. math::
+        L = \frac1N \sum_i \frac{w_i}{N-1} \sum_{j \ne i}
+            -\log \frac{\exp(s_{ij} / \tau)}{\sum_{k \in S_{ij}} \exp(s_{ik} / \tau)}, \qquad
+        S_{ij} = \{k \ne i : d(y_i, y_k) \ge d(y_i, y_j)\}
+
+    with :math:`s_{ij} = -\lVert z_i - z_j \rVert_2` between features and :math:`d` the L1 distance between labels.
+    Distances that are equal as floats are ties, and a tie belongs to :math:`S_{ij}`. It trains an encoder; a head from
+    features to predictions is trained with another loss, afterwards in the paper.
+
+    Takes memory for N × N numbers, not N × N × N. Each rank of a distributed run contrasts its own batch. Of the
+    paper's two augmented views, hand both over as 2N samples, ``torch.cat([z1, z2])`` with the labels repeated.
+
+    Args:
+        weight: dimensionless, >= 0, one a sample; None means ones. Scales the sample's term as anchor i. Divides by N,
+            not by the sum of weights. A sample of weight 0 takes no part, as another's j or k neither, whatever its
+            features are, and N - 1 becomes the number of the others that do.
+        temperature: :math:`\tau`, > 0, in units of the features.
+    Shape:
+        features: (N, D), N >= 2. labels: (N,) or (N, K). weight: (N,). Returns (), or (N,) for ``reduction="none"``.
+    Units:
+        none; it is a log-probability.
+    Raises:
+        ShapeError: shapes do not fit, or there is one sample, which has no pair. TypeError: features are no floats.
+        ValueError: there is no sample, labels or weight are not finite, or a weight is negative. A feature that is not
+        finite makes the loss so. On accelerators values are not looked at.
+    Source:
+        Zha et al. 2023, section 3 (arXiv:2210.01189).
+
+    >>> round(rank_n_contrast(torch.zeros(3, 2), torch.tensor([0, 1, 3])).item(), 4)  # log(2) / 2
+    0.3466
+    """
+    where = "rank_n_contrast"
+    temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
+    features = checked_samples(where, features, {"labels": labels}, weight, reduction, several=True)
+    samples = len(features)
+    if samples < 2:
+        rule, got = "features must hold at least two samples, else there is no pair", tuple(features.shape)
+        raise problem(where, rule, got=f"shape {got}", fix="Leave out a last batch of one.", error=ShapeError)
+    wide = labels.to(wide_dtype(labels)).reshape(samples, -1)  # (N, K)
+    pairs = pairs_of(features, weight)
+    # By differences, not by products, which would round the distances of near neighbors away.
+    exact = "donot_use_mm_for_euclid_dist"
+    similarity = torch.cdist(features, features, compute_mode=exact) / -temperature  # (N, N)
+    # What is no pair comes first in the order of distances, so that no set S reaches back to it.
+    distance, order = torch.cdist(wide, wide, p=1.0).masked_fill(~pairs, -1.0).sort(dim=1)
+    similarity = similarity.gather(1, order)
+    onward = similarity.flip(1).logcumsumexp(1).flip(1)  # over a place in the row and all after it
+    first = torch.searchsorted(distance, distance)  # place of each tie
+    values = (onward.gather(1, first) - similarity).masked_fill(distance < 0, 0.0).sum(1)
+    return reduce(values / pairs.sum(1).clamp_min(1), weight, reduction)
+
+
+class RankNContrast(nn.Module):
+    """:func:`rank_n_contrast` as a module, called with features or with a model's output that holds them.
+
+    Args:
+        temperature: as there.
+    Shape:
+        forward: output (N, D), or an object whose ``features`` are; labels (N,) or (N, K); weight (N,), as there, whose
+        units and errors apply.
+    Raises:
+        TypeError: output is neither.
+
+    >>> features, labels = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0, 1, 3])
+    >>> RankNContrast(temperature=0.1)(features, labels) < 1e-4 < RankNContrast()(features, labels)
+    tensor(True)
+    """
+
+    def __init__(self, *, temperature: float = 2.0) -> None:
+        super().__init__()
+        self.temperature = number("RankNContrast", "temperature", temperature, low=0, open_low=True, float32=True)
+
+    def forward(
+        self, output: Any, labels: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        features = output if isinstance(output, Tensor) else field("RankNContrast", output, "features")
+        return rank_n_contrast(features, labels, weight, temperature=self.temperature, reduction=reduction)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+
+def checked_samples(
+    where: str,
+    features: Tensor,
+    columns: dict[str, Tensor],
+    weight: Tensor | None,
+    reduction: str,
+    *,
+    several: bool = False,
+) -> Tensor:
+    """``features`` (N, D) in at least float32, zero where the weight is, once all arguments of the loss are checked.
+
+    Args:
+        columns: real numbers (N,) by their names, of which only ``pred`` may be other than finite, and
+            ``push_weight`` must not be negative.
+        several: whether they may be (N, K), too.
+    """
+    one_of(where, "reduction", reduction, ("none", "mean", "sum"))
+    if weight is not None:
+        columns = {**columns, "weight": weight}
+    is_tensor(where, features=features, **columns)
+    if not features.is_floating_point():
+        raise problem(where, "features must be floats", got=f"dtype {features.dtype}", error=TypeError)
+    if features.ndim != 2:
+        fix = "Use features.flatten(1)." if features.ndim > 2 else ""
+        rule = "features must be (N, D), one row a sample"
+        raise problem(where, rule, got=f"shape {tuple(features.shape)}", fix=fix, error=ShapeError)
+    not_empty(where, features=features)
+    real(where, **columns)
+    for name, column in columns.items():
+        if not (several and name != "weight" and column.ndim == 2 and len(column) == len(features)):
+            _one_a_sample(where, name, column, len(features), {})
+    same_device(where, features=features, **columns)
+    not_empty(where, **columns)
+    finite(where, **{name: column for name, column in columns.items() if name != "pred"})
+    not_negative(where, **{name: columns[name] for name in ("push_weight", "weight") if name in columns})
+    return present(features.to(wide_dtype(features)), weight)
+
+
+def pairs_of(features: Tensor, weight: Tensor | None) -> Tensor:
+    """Which two of N samples make a pair, (N, N): two different ones, both of a weight above zero."""
+    samples = len(features)
+    pairs = ~torch.eye(samples, dtype=torch.bool, device=features.device)
+    if weight is None:
+        return pairs
+    there = weight > 0
+    return pairs & there & there[:, None]
+
+
+def field(where: str, output: Any, name: str) -> Tensor:
+    """What a model's output holds under ``name``."""
+    value = getattr(output, name, None)
+    if value is None:
+        raise problem(
+            where,
+            f"output must have an attribute {name}",
+            got=type(output).__name__,
+            fix="Let the model return its features, too.",
+            error=TypeError,
+        )
+    is_tensor(where, **{f"output.{name}": value})
+    return value

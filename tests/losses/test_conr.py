@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from dir_toolkit import LDS, Bins, weighted_huber, weighted_l1
+from dir_toolkit.errors import ShapeError
+from dir_toolkit.losses.conr import ConRLoss, conr_loss
+
+
+def samples(n: int = 14, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Samples of which some are confused, some have no neighbor, and the last two are neither."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 6, (n,), generator=generator)
+    pred = labels + torch.randint(-2, 3, (n,), generator=generator) * 0.75
+    labels[-1], pred[-2:] = 90, torch.tensor([50.0, 90.0])
+    return {
+        "features": torch.randn(n, 3, generator=generator, dtype=torch.float64).to(dtype),
+        "labels": labels,
+        "pred": pred.to(dtype),
+        "push_weight": torch.rand(n, generator=generator, dtype=torch.float64).to(dtype) + 0.5,
+    }
+
+
+def naive(
+    features: Tensor,
+    labels: Tensor,
+    pred: Tensor,
+    weight: Tensor | None = None,
+    *,
+    push_weight: Tensor | None = None,
+    omega: float = 1.0,
+    temperature: float = 0.2,
+    eta: float = 0.01,
+) -> Tensor:
+    """The formula, pair by pair; samples of weight zero are left out."""
+    n = len(features)
+    z, y, p = features.tolist(), labels.tolist(), pred.tolist()
+    w = [1.0] * n if weight is None else weight.tolist()
+    r = [1.0] * n if push_weight is None else push_weight.tolist()
+
+    def likeness(i: int, j: int) -> float:
+        dot = sum(a * b for a, b in zip(z[i], z[j], strict=True))
+        return math.exp(dot / math.hypot(*z[i]) / math.hypot(*z[j]) / temperature)
+
+    values = [0.0] * n
+    for j in range(n):
+        others = [k for k in range(n) if k != j and w[k] > 0 and w[j] > 0]
+        positives = [k for k in others if abs(y[j] - y[k]) < omega]
+        negatives = [k for k in others if abs(y[j] - y[k]) >= omega and abs(p[j] - p[k]) < omega]
+        if not positives or not negatives:
+            continue
+        pull = sum(likeness(j, k) for k in positives)
+        push = sum(r[j] * math.exp(eta * abs(y[j] - y[k])) * likeness(j, k) for k in negatives)
+        values[j] = w[j] * sum(-math.log(likeness(j, k) / (pull + push)) for k in positives) / len(positives)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def output(**parts: Any) -> SimpleNamespace:
+    return SimpleNamespace(prediction=parts["pred"], features=parts["features"])
+
+
+OPTIONS: list[dict[str, float]] = [{}, {"omega": 2.5}, {"temperature": 0.7}, {"eta": 0.5}, {"eta": 0.0}]
+
+
+def test_values_by_hand() -> None:
+    features = torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 5.0], [4.0, 0.0]], dtype=torch.float64)
+    labels, pred = torch.tensor([10.0, 10.5, 30.0, 80.0]), torch.tensor([12.0, 20.0, 12.5, 50.0])
+    # Only the first and the third are confused, and only the first has a positive: the second, of cosine 1.
+    push = 3.0 * math.exp(0.1 * 20)  # times exp(0), the cosine being 0
+    expected = math.log((math.exp(1 / 0.5) + push) / math.exp(1 / 0.5))
+    r = torch.tensor([3.0, 7.0, 7.0, 7.0])
+    given = conr_loss(features, labels, pred, push_weight=r, eta=0.1, temperature=0.5, reduction="none")
+    assert given.tolist() == pytest.approx([expected, 0, 0, 0])
+    given = conr_loss(features, labels, pred, torch.tensor([2.0, 1, 1, 1]), push_weight=r, eta=0.1, temperature=0.5)
+    assert given.item() == pytest.approx(2 * expected / 4)  # by N
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("n", [2, 3, 14, 40])
+def test_it_equals_a_naive_loop(n: int, options: dict[str, float]) -> None:
+    parts = samples(n)
+    weight = torch.linspace(0, 2, n, dtype=torch.float64)  # the first is absent
+    for w in (None, weight):
+        expected = naive(**parts, weight=w, **options)
+        same(conr_loss(**parts, weight=w, reduction="none", **options), expected)
+        same(conr_loss(**parts, weight=w, reduction="sum", **options), expected.sum())
+        same(conr_loss(**parts, weight=w, **options), expected.mean())
+    del parts["push_weight"]
+    same(conr_loss(**parts, **options), naive(**parts, **options).mean())
+
+
+def test_the_naive_loop_tells_settings_apart() -> None:
+    parts = samples()
+    values = [naive(**parts, **options) for options in OPTIONS]
+    values += [naive(**{**parts, "push_weight": None}), naive(**{**parts, "pred": parts["pred"].flip(0)})]
+    assert all((value[:-2] > 0).any() and (value[-2:] == 0).all() for value in values[:-1])
+    assert len({round(value.sum().item(), 9) for value in values}) == len(values)
+
+
+def test_labels_on_the_threshold_are_unlike() -> None:
+    features, pred = torch.ones(3, 2), torch.zeros(3)
+    assert conr_loss(features, torch.tensor([0, 0, 1]), pred, eta=0.0).item() == pytest.approx(2 * math.log(2) / 3)
+    assert conr_loss(features, torch.tensor([0, 0, 1]), pred, omega=1.01).item() == 0  # all alike
+    assert conr_loss(features, torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1.0])).item() == 0  # none confused
+
+
+def test_gradients_agree_with_differences_and_reach_features_alone() -> None:
+    parts = samples(9)
+    weight = torch.linspace(0, 2, 9, dtype=torch.float64)
+    for name in ("features", "pred", "push_weight"):
+        parts[name].requires_grad_()
+    rest = {name: value.detach() for name, value in parts.items() if name != "features"}
+    assert torch.autograd.gradcheck(lambda z: conr_loss(z, weight=weight, **rest), parts["features"])
+    conr_loss(**parts, weight=weight).backward()
+    assert parts["features"].grad is not None
+    assert parts["features"].grad.abs().sum() > 0
+    assert parts["pred"].grad is None
+    assert parts["push_weight"].grad is None
+
+
+@pytest.mark.parametrize("case", ["no anchor", "one sample", "no positive"])
+def test_without_an_anchor_the_loss_and_its_gradient_are_zero(case: str) -> None:
+    n = 1 if case == "one sample" else 4
+    features = torch.randn(n, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.arange(n) * 10.0
+    pred = torch.zeros(n) if case == "no positive" else labels.clone()
+    loss = conr_loss(features, labels, pred)
+    loss.backward()
+    assert loss.item() == 0
+    assert features.grad is not None
+    assert (features.grad == 0).all()
+
+
+def test_a_step_pulls_what_is_alike_and_pushes_what_is_confused() -> None:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(6, 4, generator=generator).requires_grad_()
+    labels, pred = torch.tensor([20.0, 20, 20, 70, 70, 70]), torch.full((6,), 30.0)
+    optimizer = torch.optim.Adam([features], lr=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        conr_loss(features, labels, pred).backward()
+        optimizer.step()
+    cosine = torch.nn.functional.cosine_similarity(features[:, None], features, dim=2).detach()
+    assert cosine[:3, :3].min() > 0.9
+    assert cosine[:3, 3:].max() < -0.2
+
+
+def test_a_rarer_anchor_and_a_grosser_confusion_push_harder() -> None:
+    parts = samples()
+    values = conr_loss(**parts, reduction="none")
+    anchors = values > 0
+    more = conr_loss(**{**parts, "push_weight": parts["push_weight"] * 2}, reduction="none")
+    assert (more[anchors] > values[anchors]).all()
+    assert (conr_loss(**parts, eta=0.1, reduction="none")[anchors] > values[anchors]).all()
+    none = conr_loss(**{**parts, "push_weight": torch.zeros(14)}, reduction="none")
+    assert (none[anchors] < values[anchors]).all()
+    assert none.isfinite().all()
+    far = conr_loss(torch.eye(3), torch.tensor([0, 0, 1e6]), torch.zeros(3), eta=1.0, reduction="none")
+    assert_close(far, torch.tensor([1e6, 1e6, 0.0]))  # exp(1e6) overflows
+
+
+def test_order_size_and_views() -> None:
+    parts = samples()
+    values = conr_loss(**parts, reduction="none")
+    order = torch.randperm(14, generator=torch.Generator().manual_seed(1))
+    same(conr_loss(**{k: v[order] for k, v in parts.items()}, reduction="none"), values[order])
+    scale = torch.logspace(-6, 6, 14, dtype=torch.float64)[:, None]
+    same(conr_loss(**{**parts, "features": parts["features"] * scale}, reduction="none"), values)
+    views = {k: torch.cat([v, v]) for k, v in parts.items()}
+    twice = conr_loss(**views, reduction="none")
+    same(twice, naive(**views))
+    features, labels, pred = torch.eye(3), torch.arange(3) * 10, torch.zeros(3)
+    assert conr_loss(features, labels, pred).item() == 0  # no positive
+    assert conr_loss(features.repeat(2, 1), labels.repeat(2), pred.repeat(2)).item() > 0  # the other view is one
+
+
+def test_a_weight_scales_an_anchor_and_zero_leaves_no_trace() -> None:
+    parts = samples()
+    plain = conr_loss(**parts, reduction="none")
+    anchor = int(plain.argmax())
+    weight = torch.ones(14, dtype=torch.float64)
+    weight[anchor] = 2
+    same(conr_loss(**parts, weight=weight, reduction="sum"), plain.sum() + plain[anchor])
+    weight[anchor] = 0
+    rest = torch.arange(14) != anchor
+    expected = conr_loss(**{k: v[rest] for k, v in parts.items()}, weight=weight[rest], reduction="sum")
+    assert not torch.allclose(expected, plain.sum() - plain[anchor])  # it was a partner, too
+    for value in (torch.inf, torch.nan):
+        parts["features"][anchor] = value
+        parts["pred"][anchor] = value
+        leaf = parts["features"].clone().requires_grad_()
+        loss = conr_loss(**{**parts, "features": leaf}, weight=weight, reduction="sum")
+        same(loss, expected)
+        loss.backward()
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+        assert (leaf.grad[anchor] == 0).all()
+
+
+def test_features_of_zero_or_not_finite() -> None:
+    parts = samples()
+    anchor = int(conr_loss(**parts, reduction="none").argmax())
+    parts["features"][anchor] = 0
+    leaf = parts["features"].clone().requires_grad_()
+    conr_loss(**{**parts, "features": leaf}).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    assert (leaf.grad[anchor] == 0).all()
+    for value in (torch.nan, torch.inf):
+        parts["features"][anchor] = value
+        assert not conr_loss(**parts).isfinite()
+    parts = samples()
+    parts["pred"][anchor] = torch.nan  # alike to none
+    assert conr_loss(**parts, reduction="none")[anchor] == 0
+
+
+def test_inputs_stay_as_they_are_and_half_precision_is_raised() -> None:
+    parts = samples(dtype=torch.bfloat16)
+    copies = {name: value.clone() for name, value in parts.items()}
+    state = torch.get_rng_state()
+    loss = conr_loss(**parts)
+    assert all(torch.equal(value, copies[name]) for name, value in parts.items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert loss.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(conr_loss(**parts), loss)
+    assert conr_loss(**{**parts, "labels": parts["labels"].to(torch.uint8)}) == loss
+    assert_close(loss, conr_loss(**{k: v.float() for k, v in parts.items()}))
+
+
+def test_the_module_adds_conr_to_its_base() -> None:
+    parts = samples()
+    out, labels, weight = output(**parts), parts["labels"], torch.linspace(0, 2, 14, dtype=torch.float64)
+    lds = LDS(Bins.from_edges(list(range(101))), outside="clip").fit(labels)
+    settings: dict[str, float] = {"omega": 2.0, "temperature": 0.5, "eta": 0.2}
+    loss = ConRLoss(weighted_huber, coefficient=4.0, weights=lds, **settings)
+    parts["push_weight"] = lds(labels)
+    for reduction in ("none", "sum", "mean"):
+        extra = conr_loss(**parts, weight=weight, reduction=reduction, **settings)  # type: ignore[arg-type]
+        base = weighted_huber(out.prediction, labels, weight, reduction=reduction)  # type: ignore[arg-type]
+        for twin in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+            same(twin(out, labels, weight, reduction=reduction), base + 4 * extra)
+    twin = ConRLoss(weighted_huber, weights=LDS(Bins.from_edges(list(range(101))), outside="clip"))
+    twin.load_state_dict(loss.state_dict())
+    assert twin.weights is not None
+    assert torch.equal(twin.weights(labels), lds(labels))
+    plain = ConRLoss(coefficient=0.0)
+    same(plain(out, labels), weighted_l1(out.prediction, labels))
+    assert repr(plain) == "ConRLoss(base=weighted_l1, coefficient=0.0, omega=1.0, temperature=0.2, eta=0.01)"
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Any = "mean") -> Tensor:
+        return weighted_l1(pred, target, weight, reduction=reduction) * self.log_scale.exp()
+
+
+def test_a_base_with_parameters_is_trained_and_the_prediction_gets_the_base_s_gradient() -> None:
+    parts = samples()
+    loss = ConRLoss(Scaled())
+    assert [name for name, _ in loss.named_parameters()] == ["base.log_scale"]
+    assert repr(loss).count("base") == 1
+    pred = parts["pred"].requires_grad_()
+    features = parts["features"].requires_grad_()
+    loss(output(**parts), parts["labels"]).backward()
+    assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in (pred, features, *loss.parameters()))
+
+
+def test_accelerators_are_not_read_and_the_loss_is_one_graph() -> None:
+    x = torch.ones(3, 2, device="meta")
+    assert conr_loss(x, x[:, 0], x[:, 0], x[:, 0], push_weight=x[:, 0]).device.type == "meta"
+    parts = samples()
+    compiled = torch.compile(conr_loss, fullgraph=True, backend="eager")
+    assert_close(compiled(**parts), conr_loss(**parts))
+
+
+def test_arguments_are_checked() -> None:
+    parts = samples()
+    ones, where = torch.ones(14), "^conr_loss: "
+
+    def refused(kind: type[Exception], match: str, **changes: Any) -> None:
+        with pytest.raises(kind, match=where + match):
+            conr_loss(**{**parts, **changes})
+
+    refused(TypeError, r"features must be a torch\.Tensor, got ndarray", features=parts["features"].numpy())
+    refused(TypeError, "features must be floats, got dtype torch.int64", features=parts["features"].long())
+    refused(ShapeError, r"features must be \(N, D\), one row a sample, got shape \(3,\)", features=parts["features"][0])
+    refused(ValueError, r"features must hold at least one value", features=parts["features"][:0])
+    for name in ("labels", "pred", "push_weight", "weight"):
+        refused(TypeError, rf"{name} must be a torch\.Tensor, got list", **{name: [1.0] * 14})
+        refused(TypeError, f"{name} must be integers or floats, got dtype torch.bool", **{name: ones > 0})
+        refused(ShapeError, rf"{name} must be \(14,\), .*\(13,\)", **{name: ones[1:]})
+        refused(ShapeError, rf"{name} must be \(14,\), .*Use {name}\.squeeze\(1\)", **{name: ones[:, None]})
+        refused(ShapeError, rf"{name} must be \(14,\), .*\(14, 2\)", **{name: torch.ones(14, 2)})
+        refused(ValueError, f"features and {name} must be on the same device", **{name: ones.to("meta")})
+        for value in (torch.nan, torch.inf):
+            bad = ones.clone()
+            bad[4] = value
+            if name != "pred":
+                refused(ValueError, rf"{name} must be finite, got {value} at index \[4\]", **{name: bad})
+    for name in ("push_weight", "weight"):
+        refused(ValueError, f"{name} must not be negative, got a minimum of -1", **{name: -ones})
+    refused(ValueError, "reduction must be one of 'none', 'mean', 'sum'", reduction="avg")
+
+
+@pytest.mark.parametrize("name", ["omega", "temperature", "eta", "coefficient"])
+def test_settings_are_checked(name: str) -> None:
+    values: list[tuple[Any, type[Exception]]] = [(-1, ValueError), (torch.nan, ValueError), ("1", TypeError)]
+    values += [(1e39, ValueError)]
+    if name in ("omega", "temperature"):
+        values.append((0, ValueError))
+    for value, kind in values:
+        with pytest.raises(kind, match=f"^ConRLoss: {name} must"):
+            ConRLoss(**{name: value})
+        if name != "coefficient":
+            with pytest.raises(kind, match=f"^conr_loss: {name} must"):
+                conr_loss(**samples(), **{name: value})
+
+
+def test_the_module_s_parts_are_checked() -> None:
+    parts = samples()
+    with pytest.raises(TypeError, match=r"^ConRLoss: base must be a loss to call, got str"):
+        ConRLoss("l1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^ConRLoss: weights must be an LDS, got Tensor"):
+        ConRLoss(weights=torch.ones(3))  # type: ignore[arg-type]
+    loss: Callable[..., Tensor] = ConRLoss()
+    with pytest.raises(TypeError, match=r"^ConRLoss: output must have an attribute prediction, got Tensor\. Let the"):
+        loss(parts["pred"], parts["labels"])
+    with pytest.raises(TypeError, match=r"^ConRLoss: output must have an attribute features, got SimpleNamespace"):
+        loss(SimpleNamespace(prediction=parts["pred"]), parts["labels"])

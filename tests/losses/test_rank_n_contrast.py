@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from dir_toolkit.errors import ShapeError
+from dir_toolkit.losses.rank_n_contrast import RankNContrast, rank_n_contrast
+
+
+def samples(n: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Features, and whole-number labels with many ties."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    return features.to(dtype), torch.randint(0, 6, (n,), generator=generator)
+
+
+def naive(features: Tensor, labels: Tensor, weight: Tensor | None = None, temperature: float = 2.0) -> Tensor:
+    """The formula, pair by pair; samples of weight zero are left out."""
+    n = len(features)
+    z, y = features.tolist(), labels.reshape(n, -1).tolist()
+    w = [1.0] * n if weight is None else weight.tolist()
+    there = [i for i in range(n) if w[i] > 0]
+
+    def similarity(i: int, j: int) -> float:
+        return -math.dist(z[i], z[j]) / temperature
+
+    def distance(i: int, j: int) -> float:
+        return sum(abs(a - b) for a, b in zip(y[i], y[j], strict=True))
+
+    values = [0.0] * n
+    for i in there:
+        others = [j for j in there if j != i]
+        for j in others:
+            further = [k for k in others if distance(i, k) >= distance(i, j)]
+            terms = [math.exp(similarity(i, k)) for k in further]
+            values[i] += w[i] * (math.log(sum(terms)) - similarity(i, j)) / len(others)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_values_by_hand() -> None:
+    features, labels = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([10, 20, 50])
+    # From 0 the others lie at 1 and 3, from 1 at 1 and 2, from 3 at 2 and 3; the further one contributes log 1.
+    expected = [math.log(1 + math.exp(-gap)) / 2 for gap in (2, 1, 1)]
+    given = rank_n_contrast(features, labels, temperature=1.0, reduction="none")
+    assert given.tolist() == pytest.approx(expected)
+    weight = torch.tensor([3.0, 1.0, 1.0])
+    total = 3 * expected[0] + expected[1] + expected[2]
+    assert rank_n_contrast(features, labels, weight, temperature=1.0).item() == pytest.approx(total / 3)  # by N
+
+
+def test_two_samples_have_nothing_to_contrast() -> None:
+    features = torch.tensor([[0.0], [1.0]], requires_grad=True)
+    loss = rank_n_contrast(features, torch.tensor([1.0, 2.0]))
+    loss.backward()
+    assert loss.item() == 0
+    assert features.grad is not None
+    assert features.grad.tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+@pytest.mark.parametrize("n", [2, 3, 12, 40])
+def test_it_equals_a_naive_loop(n: int, temperature: float) -> None:
+    features, labels = samples(n)
+    weight = torch.linspace(0, 2, n, dtype=torch.float64)  # the first is absent
+    for w in (None, weight):
+        expected = naive(features, labels, w, temperature)
+        same(rank_n_contrast(features, labels, w, temperature=temperature, reduction="none"), expected)
+        same(rank_n_contrast(features, labels, w, temperature=temperature, reduction="sum"), expected.sum())
+        same(rank_n_contrast(features, labels, w, temperature=temperature), expected.mean())
+
+
+def test_labels_may_differ_in_several_directions_or_all_be_equal_or_unique() -> None:
+    features, labels = samples()
+    for other in (
+        torch.stack([labels, labels.flip(0), labels * 0], 1),
+        labels[:, None],
+        torch.zeros(12),
+        torch.arange(12.0, dtype=torch.float64).square(),
+    ):
+        same(rank_n_contrast(features, other, reduction="none"), naive(features, other))
+    same(rank_n_contrast(features, labels[:, None]), rank_n_contrast(features, labels))
+
+
+def test_the_naive_loop_tells_settings_apart() -> None:
+    features, labels = samples()
+    unique = labels + torch.arange(12) / 100
+    values = [naive(features, labels), naive(features, labels, temperature=1.0), naive(features, unique)]
+    values += [
+        naive(features, labels.flip(0)),
+        naive(features, labels, torch.ones(12).index_fill(0, torch.tensor(3), 0)),
+    ]
+    assert len({round(value.sum().item(), 9) for value in values}) == len(values)
+
+
+def test_gradients_agree_with_differences() -> None:
+    features, labels = samples(7)
+    weight = torch.linspace(0, 2, 7, dtype=torch.float64)
+    features.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: rank_n_contrast(z, labels, weight), features)
+    assert torch.autograd.gradcheck(lambda z: rank_n_contrast(z, labels, temperature=0.3, reduction="none"), features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_equal_features_have_a_finite_gradient(dtype: torch.dtype) -> None:
+    features = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [4.0, 2.0]], dtype=dtype, requires_grad=True)
+    rank_n_contrast(features, torch.arange(4)).backward()
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
+    assert features.grad[3, 0] != 0
+
+
+def test_far_features_neither_overflow_nor_vanish() -> None:
+    features = torch.tensor([[0.0], [3e4], [1e4]], requires_grad=True)  # the last two in the wrong order
+    loss = rank_n_contrast(features, torch.tensor([0, 1, 2]), reduction="none")
+    assert_close(loss[0].item(), 2e4 / 2 / 2)
+    loss[0].backward()
+    assert features.grad is not None
+    assert_close(features.grad.flatten().tolist(), [0.0, 0.25, -0.25])
+
+
+def test_order_does_not_matter_and_learning_orders_features() -> None:
+    features, labels = samples()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    values = rank_n_contrast(features, labels, reduction="none")
+    same(rank_n_contrast(features[order], labels[order], reduction="none"), values[order])
+    points = torch.randn(20, 4, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    ranks = torch.arange(20.0)[:, None]
+    optimizer = torch.optim.Adam([points], lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        rank_n_contrast(points, ranks).backward()
+        optimizer.step()
+    apart = torch.stack([torch.cdist(x, x).flatten() for x in (points.detach(), ranks)])
+    assert torch.corrcoef(apart)[0, 1] > 0.95
+
+
+def test_a_weight_scales_an_anchor_and_zero_leaves_no_trace() -> None:
+    features, labels = samples()
+    weight = torch.ones(12, dtype=torch.float64)
+    plain = rank_n_contrast(features, labels, weight, reduction="none")
+    weight[3] = 2
+    same(rank_n_contrast(features, labels, weight, reduction="sum"), plain.sum() + plain[3])
+    weight[5] = 0
+    rest = torch.arange(12) != 5
+    expected = rank_n_contrast(features[rest], labels[rest], weight[rest], reduction="sum")
+    for value in (torch.inf, torch.nan):
+        features[5] = value
+        leaf = features.clone().requires_grad_()
+        loss = rank_n_contrast(leaf, labels, weight, reduction="sum")
+        same(loss, expected)
+        loss.backward()
+        assert leaf.grad is not None
+        assert (leaf.grad[5] == 0).all()
+        assert (leaf.grad[rest] != 0).all()
+    assert rank_n_contrast(features[4:6], labels[4:6], weight[4:6]).item() == 0  # one left, which has no pair
+
+
+def test_inputs_stay_as_they_are_and_half_precision_is_raised() -> None:
+    features, labels = samples(dtype=torch.bfloat16)
+    weight = torch.ones(12, dtype=torch.float16)
+    copies = [x.clone() for x in (features, labels, weight)]
+    state = torch.get_rng_state()
+    loss = rank_n_contrast(features, labels, weight)
+    assert all(map(torch.equal, (features, labels, weight), copies))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert loss.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rank_n_contrast(features, labels, weight), loss)
+    assert_close(loss, rank_n_contrast(features.float(), labels))
+    assert rank_n_contrast(features, labels.to(torch.uint8)) == loss
+
+
+def test_a_feature_that_is_not_finite_shows() -> None:
+    features, labels = samples()
+    for value in (torch.nan, torch.inf):
+        features[2] = value
+        assert not rank_n_contrast(features, labels).isfinite()
+
+
+def test_the_module_takes_features_or_an_output_that_holds_them() -> None:
+    features, labels = samples()
+    loss = RankNContrast(temperature=0.5)
+    assert repr(loss) == "RankNContrast(temperature=0.5)"
+    assert list(loss.state_dict()) == []
+    expected = rank_n_contrast(features, labels, temperature=0.5, reduction="sum")
+    for twin in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(twin(features, labels, None, reduction="sum"), expected)
+        assert torch.equal(twin(SimpleNamespace(features=features), labels, reduction="sum"), expected)
+    where = "^RankNContrast: "
+    with pytest.raises(TypeError, match=where + "output must have an attribute features, got list. Let the model"):
+        loss([1.0], labels)
+    with pytest.raises(TypeError, match=where + r"output\.features must be a torch\.Tensor, got ndarray"):
+        loss(SimpleNamespace(features=features.numpy()), labels)
+
+
+def test_accelerators_are_not_read_and_the_loss_is_one_graph() -> None:
+    x = torch.ones(3, 2, device="meta")
+    assert rank_n_contrast(x, x, x[:, 0]).device.type == "meta"
+    features, labels = samples(5)
+    compiled = torch.compile(rank_n_contrast, fullgraph=True, backend="eager")
+    assert_close(compiled(features, labels), rank_n_contrast(features, labels))
+
+
+def test_arguments_are_checked() -> None:
+    features, labels = samples()
+    ones, where = torch.ones(12), "^rank_n_contrast: "
+
+    def refused(kind: type[Exception], match: str, *arguments: Any, **options: Any) -> None:
+        with pytest.raises(kind, match=where + match):
+            rank_n_contrast(*arguments, **options)
+
+    refused(TypeError, r"features must be a torch\.Tensor, got ndarray", features.numpy(), labels)
+    refused(TypeError, r"labels must be a torch\.Tensor, got list", features, labels.tolist())
+    refused(TypeError, "features must be floats, got dtype torch.int64", features.long(), labels)
+    refused(TypeError, "labels must be integers or floats, got dtype torch.bool", features, labels > 2)
+    refused(ShapeError, r"features must be \(N, D\), one row a sample, got shape \(12,\)", features[:, 0], labels)
+    refused(ShapeError, r"features must be .* Use features\.flatten\(1\)", features[:, :, None], labels)
+    refused(ShapeError, r"labels must be \(12,\), one value a sample, got shape \(11,\)", features, labels[1:])
+    refused(ShapeError, r"labels must be \(12,\), .* got shape \(11, 2\)", features, torch.ones(11, 2))
+    refused(ShapeError, r"weight must be \(12,\), .* Use weight\.squeeze\(1\)", features, labels, ones[:, None])
+    refused(ShapeError, r"features must hold at least two samples, else .* \(1, 3\)", features[:1], labels[:1])
+    refused(ValueError, r"features must hold at least one value, got shape \(0, 3\)", features[:0], labels[:0])
+    refused(ValueError, r"labels must hold at least one value, got shape \(12, 0\)", features, torch.ones(12, 0))
+    refused(ValueError, "features and labels must be on the same device", features, labels.to("meta"))
+    refused(ValueError, "weight must not be negative, got a minimum of -1", features, labels, -ones)
+    refused(ValueError, "reduction must be one of 'none', 'mean', 'sum'", features, labels, reduction="avg")
+    for value in (torch.nan, torch.inf):
+        bad = ones.clone()
+        bad[4] = value
+        refused(ValueError, rf"labels must be finite, got {value} at index \[4\]", features, bad)
+        refused(ValueError, rf"weight must be finite, got {value} at index \[4\]", features, labels, bad)
+    for value, kind in (
+        (0, ValueError),
+        (-1, ValueError),
+        (torch.nan, ValueError),
+        (1e-50, ValueError),
+        ("1", TypeError),
+    ):
+        refused(kind, "temperature must", features, labels, temperature=value)
+        with pytest.raises(kind, match=r"^RankNContrast: temperature must"):
+            RankNContrast(temperature=value)  # type: ignore[arg-type]
