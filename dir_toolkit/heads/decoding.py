@@ -1,0 +1,162 @@
+"""From a distribution over the bins of a label axis back to labels: points, quantiles and intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .._checks import (
+    finite,
+    instance,
+    is_tensor,
+    number,
+    one_of,
+    problem,
+    readable,
+    real,
+    same_device,
+    wide_dtype,
+)
+from ..errors import ShapeError
+from ..labels.bins import Bins
+from ..labels.soft_labels import checked_distribution, limits
+
+__all__ = ["Decoding", "decode", "interval", "quantiles"]
+
+Decoding = Literal["expectation", "median", "mode"]
+
+
+def decode(probabilities: Tensor, bins: Bins, how: Decoding = "expectation") -> Tensor:
+    """The label that a distribution over bins stands for.
+
+    Args:
+        probabilities: >= 0; each row is divided by its sum, which rounding may take off one.
+        how: ``"expectation"``, the mean of the bins' centres, least in squared error; ``"median"``, the
+            :func:`quantiles` of level 0.5, least in absolute error; ``"mode"``, the centre of the most probable bin, or
+            the number of the most probable class, the only choice for classes.
+    Shape:
+        probabilities: (..., B). Returns (...), at least float32; int64 where bins are classes.
+    Units:
+        those of the label.
+    Raises:
+        ShapeError: the last axis is not B long. TypeError: probabilities are no floats. ValueError: a probability is
+        negative, or they do not sum to one within 1e-3 (1e-2 in half precision), or an expectation or median of classes
+        is asked for. On accelerators values are not looked at.
+
+    >>> bins = Bins.uniform(0, 4, width=1)
+    >>> probabilities = torch.tensor([0.0, 0.75, 0.0, 0.25])
+    >>> [round(decode(probabilities, bins, how).item(), 3) for how in ("expectation", "median", "mode")]
+    [2.0, 1.667, 1.5]
+    """
+    where = "decode"
+    one_of(where, "how", how, ("expectation", "median", "mode"))
+    probabilities = _checked(where, probabilities, bins, order_for="" if how == "mode" else f"how={how!r}")
+    if how == "mode":
+        index = probabilities.argmax(-1)
+        return index if bins.categorical else bins._tensor("centers", probabilities)[index]
+    if how == "median":
+        return _quantiles(probabilities, bins, _levels(where, 0.5, probabilities)).squeeze(-1)
+    # Not a matrix product, which autocast would take in half precision.
+    mean = (probabilities * bins._tensor("centers", probabilities)).sum(-1)
+    return mean / probabilities.sum(-1)
+
+
+def quantiles(probabilities: Tensor, bins: Bins, levels: float | Sequence[float] | Tensor) -> Tensor:
+    """The labels below which given shares of a distribution over bins lie.
+
+    The mass of a bin is spread evenly between its :func:`~dir_toolkit.labels.soft_labels.limits`, so that the
+    cumulative distribution is a line in each bin; bins without mass make it flat, where the smallest label is taken.
+
+    Args:
+        probabilities: as in :func:`decode`, whose errors these are too.
+        levels: each in (0, 1).
+    Shape:
+        probabilities: (..., B). levels: (L,), or one number. Returns (..., L), with L = 1 for one number.
+    Units:
+        those of the label.
+    Raises:
+        ValueError: besides, there is no level, one is outside (0, 1), or bins are classes, which have no order.
+
+    >>> quantiles(torch.tensor([0.5, 0.25, 0.25]), Bins.uniform(0, 30, width=10), [0.25, 0.5, 0.75])
+    tensor([ 5., 10., 20.])
+    """
+    where = "quantiles"
+    probabilities = _checked(where, probabilities, bins, order_for="quantiles")
+    return _quantiles(probabilities, bins, _levels(where, levels, probabilities))
+
+
+def interval(probabilities: Tensor, bins: Bins, level: float = 0.9) -> tuple[Tensor, Tensor]:
+    """The central interval that holds a share ``level`` of a distribution over bins, with equal shares on both sides.
+
+    Args:
+        probabilities: as in :func:`quantiles`, whose shapes, units and errors these are too.
+        level: in (0, 1).
+    Returns:
+        the lower and the upper end, each (...).
+
+    >>> lower, upper = interval(torch.full((10,), 0.1), Bins.uniform(0, 100, count=10), level=0.8)
+    >>> round(lower.item(), 3), round(upper.item(), 3)
+    (10.0, 90.0)
+    """
+    where = "interval"
+    level = number(where, "level", level, low=0, high=1, open_low=True, open_high=True)
+    probabilities = _checked(where, probabilities, bins, order_for="an interval")
+    ends = torch.stack([probabilities.new_full((), (1 + side * level) / 2) for side in (-1, 1)])
+    lower, upper = _quantiles(probabilities, bins, ends).unbind(-1)
+    return lower, upper
+
+
+def _quantiles(probabilities: Tensor, bins: Bins, levels: Tensor) -> Tensor:
+    knots = limits(bins, probabilities)
+    cumulative = probabilities.cumsum(-1)
+    cumulative = cumulative / cumulative[..., -1:]
+    levels = levels.expand(*probabilities.shape[:-1], len(levels)).contiguous()  # (..., L)
+    # The first bin that reaches the level has mass, unless rounding says otherwise; NaN lies beyond the last bin.
+    index = torch.searchsorted(cumulative.detach().contiguous(), levels).clamp_max(len(bins) - 1)
+    below = torch.nn.functional.pad(cumulative[..., :-1], (1, 0)).gather(-1, index)
+    mass = cumulative.gather(-1, index) - below
+    share = (levels - below) / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+    return knots[index] + share.clamp(0, 1) * knots.diff()[index]
+
+
+def _checked(where: str, probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:
+    """The probabilities in at least float32. ``order_for``: what is asked for that classes cannot give."""
+    is_tensor(where, probabilities=probabilities)
+    instance(where, Bins, bins=bins)
+    if bins.categorical and order_for:
+        rule = f"bins must not be classes, which have no order, for {order_for}"
+        raise problem(where, rule, got=repr(bins), fix='Use decode(..., how="mode"), or Bins.uniform if they have one.')
+    if not probabilities.is_floating_point():
+        raise problem(where, "probabilities must be floats", got=f"dtype {probabilities.dtype}", error=TypeError)
+    if probabilities.ndim == 0 or probabilities.shape[-1] != len(bins):
+        rule = f"probabilities must have {len(bins)} values in the last axis, one a bin"
+        raise problem(where, rule, got=f"shape {tuple(probabilities.shape)}", error=ShapeError)
+    wide = probabilities.to(wide_dtype(probabilities))
+    checked_distribution(where, probabilities=probabilities)
+    return wide
+
+
+def _levels(where: str, levels: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """(L,), each in (0, 1), in the dtype and on the device of ``like``."""
+    rule = "levels must be one number or a row of them, each in (0, 1)"
+    if not isinstance(levels, Tensor):
+        row = list(levels) if isinstance(levels, Sequence) else [levels]
+        checked = [number(where, "levels", q, low=0, high=1, open_low=True, open_high=True) for q in row]
+        if not checked:
+            raise problem(where, rule, got="none")
+        # Filled in one by one: a list would be copied to an accelerator, which waits for it.
+        return torch.stack([like.new_full((), q) for q in checked])
+    is_tensor(where, levels=levels)
+    real(where, levels=levels)
+    same_device(where, probabilities=like, levels=levels)
+    if levels.ndim > 1 or levels.numel() == 0:
+        raise problem(where, rule, got=f"shape {tuple(levels.shape)}", error=ShapeError)
+    if readable(levels):
+        finite(where, levels=levels)
+        outside = (levels <= 0) | (levels >= 1)
+        if bool(outside.any()):
+            raise problem(where, rule, got=f"{levels[outside].flatten()[0].item():g}")
+    return levels.detach().to(like.dtype).reshape(-1)

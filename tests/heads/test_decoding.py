@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from dir_toolkit import Bins
+from dir_toolkit.errors import ShapeError
+from dir_toolkit.heads.decoding import decode, interval, quantiles
+from dir_toolkit.labels.soft_labels import limits, soft_labels
+
+AGES = Bins.uniform(0, 117, width=1, integer=True)
+UNEVEN = Bins.from_edges([-3, -1, 0, 0.1, 4, 20])
+CLASSES = Bins.classes(3)
+LEVELS = [0.001, 0.05, 0.25, 0.5, 0.77, 0.999]
+HOWS = ("expectation", "median", "mode")
+each_axis = pytest.mark.parametrize("bins", [AGES, UNEVEN], ids=["ages", "uneven"])
+
+
+def distributions(bins: Bins, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(*shape, len(bins), generator=generator, dtype=torch.float64)
+    scores[torch.rand(scores.shape, generator=generator) < 0.3] = -torch.inf  # flat stretches
+    scores[..., 1] = 0
+    return scores.softmax(-1).to(dtype)
+
+
+def naive(row: list[float], bins: Bins, q: float) -> float:
+    """The smallest label at which the cumulative distribution, a line in each bin, reaches q."""
+    at = limits(bins, torch.zeros((), dtype=torch.float64)).tolist()
+    reached = 0.0
+    for b, p in enumerate(row):
+        if reached + p >= q:
+            return at[b] + (at[b + 1] - at[b]) * (q - reached) / p
+        reached += p
+    return at[-1]
+
+
+def test_values_by_hand() -> None:
+    bins = Bins.from_edges([0, 10, 20, 50])
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.0, 1.0], [0.5, 0.0, 0.5], [1.0, 0.0, 0.0]])
+    assert decode(p, bins).tolist() == pytest.approx([5 * 0.5 + 15 * 0.25 + 35 * 0.25, 35, 20, 5])
+    assert decode(p, bins, "median").tolist() == [10, 35, 10, 5]  # on the flat stretch the smallest
+    assert decode(p, bins, "mode").tolist() == [5, 35, 5, 5]
+    assert quantiles(p, bins, [0.25, 0.75]).tolist() == [[5, 20], [27.5, 42.5], [5, 35], [2.5, 7.5]]
+    lower, upper = interval(p, bins, 0.5)
+    assert torch.equal(torch.stack([lower, upper], -1), quantiles(p, bins, [0.25, 0.75]))
+    # Age 26 is all ages that round to it.
+    certain = torch.nn.functional.one_hot(torch.tensor(26), 117).float()
+    assert [decode(certain, AGES, how).item() for how in HOWS] == [26, 26, 26]  # type: ignore[arg-type]
+    assert [end.item() for end in interval(certain, AGES, 0.9)] == pytest.approx([25.55, 26.45])
+
+
+@each_axis
+def test_quantiles_equal_a_naive_loop(bins: Bins) -> None:
+    p = distributions(bins, 30)
+    expected = torch.tensor([[naive(row, bins, q) for q in LEVELS] for row in p.tolist()], dtype=torch.float64)
+    assert_close(quantiles(p, bins, LEVELS), expected, rtol=1e-12, atol=1e-12)
+    assert_close(quantiles(p, bins, torch.tensor(LEVELS, dtype=torch.float64)), expected, rtol=1e-12, atol=1e-12)
+    assert_close(decode(p, bins, "median"), expected[:, 3], rtol=1e-12, atol=1e-12)
+    assert torch.equal(decode(p, bins, "median"), quantiles(p, bins, 0.5)[:, 0])
+    for level in (0.1, 0.9, 0.99):
+        ends = torch.tensor(
+            [[naive(r, bins, (1 + s * level) / 2) for s in (-1, 1)] for r in p.tolist()], dtype=torch.float64
+        )
+        assert_close(torch.stack(interval(p, bins, level), -1), ends, rtol=1e-12, atol=1e-12)
+
+
+@each_axis
+def test_the_cumulative_distribution_takes_quantiles_back_to_their_levels(bins: Bins) -> None:
+    p = distributions(bins, 30)
+    at = limits(bins, p).numpy()
+    for row, labels in zip(p.numpy(), quantiles(p, bins, LEVELS).numpy(), strict=True):
+        back = np.interp(labels, at, np.concatenate([[0], row.cumsum()]))
+        np.testing.assert_allclose(back, LEVELS, atol=1e-12)
+
+
+@each_axis
+def test_expectation_is_that_of_the_axis_and_mode_the_most_probable_bin(bins: Bins) -> None:
+    p = distributions(bins, 4, 5)
+    assert_close(decode(p, bins), bins.expectation(p), rtol=1e-13, atol=1e-13)
+    assert decode(p, bins, "mode").tolist() == bins.centers[p.numpy().argmax(-1)].tolist()
+
+
+@pytest.mark.parametrize("sigma", [0.6, 2.0, 6.0])
+def test_soft_labels_decode_to_their_labels(sigma: float) -> None:
+    labels = torch.arange(40, 75).double()  # far from the ends
+    soft = soft_labels(labels, AGES, sigma)
+    for how in HOWS:
+        assert_close(decode(soft, AGES, how), labels, rtol=0, atol=1e-9)  # type: ignore[arg-type]
+    lower, upper = interval(soft_labels(labels, AGES, 6.0), AGES, 0.9)
+    assert_close(upper - lower, torch.full((35,), 2 * 1.6449 * 6).double(), rtol=1e-2, atol=0)
+
+
+@each_axis
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_that_rounding_took_off_one(bins: Bins, dtype: torch.dtype) -> None:
+    p = distributions(bins, 50, dtype=dtype)
+    exact = p.double() / p.double().sum(-1, keepdim=True)
+    for how in HOWS:
+        given = decode(p, bins, how)  # type: ignore[arg-type]
+        assert given.dtype == torch.float32
+        assert_close(given.double(), decode(exact, bins, how), rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+    ends = quantiles(p, bins, [1e-6, 0.9999999])
+    assert (ends >= limits(bins, p)[0]).all()
+    assert (ends <= limits(bins, p)[-1]).all()
+    short = torch.full((4,), 0.2499, dtype=torch.float64)
+    assert quantiles(short, Bins.uniform(0, 4, width=1), [0.25, 0.75]).tolist() == pytest.approx([1, 3])
+    assert decode(short, Bins.uniform(0, 4, width=1)).item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3), (2, 3, 4)])
+def test_any_leading_shape(shape: tuple[int, ...]) -> None:
+    p = distributions(UNEVEN, *shape)
+    copy = p.clone()
+    for how in HOWS:
+        assert decode(p, UNEVEN, how).shape == shape  # type: ignore[arg-type]
+    assert quantiles(p, UNEVEN, (0.1, 0.5)).shape == (*shape, 2)
+    assert quantiles(p, UNEVEN, 0.1).shape == quantiles(p, UNEVEN, torch.tensor(0.1)).shape == (*shape, 1)
+    assert [end.shape for end in interval(p, UNEVEN)] == [shape, shape]
+    for row, median in zip(p.reshape(-1, 5), decode(p, UNEVEN, "median").flatten(), strict=True):
+        assert torch.equal(decode(row, UNEVEN, "median"), median)
+    assert torch.equal(p, copy)
+
+
+def test_one_bin() -> None:
+    p, bins = torch.ones(2, 1), Bins.from_edges([2, 6])
+    assert [decode(p, bins, how).tolist() for how in HOWS] == [[4, 4]] * 3  # type: ignore[arg-type]
+    assert interval(p, bins, 0.5)[0].tolist() == [3, 3]
+
+
+def test_classes_have_a_mode_alone() -> None:
+    p = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.2, 0.2]])
+    assert decode(p, CLASSES, "mode").tolist() == [1, 0]
+    assert decode(p, CLASSES, "mode").dtype == torch.int64
+    rule = r"bins must not be classes, which have no order, for {}, got Bins\.classes\(3\)\. Use decode\(.*\"mode\"\)"
+    for how in ("expectation", "median"):
+        with pytest.raises(ValueError, match=r"^decode: " + rule.format(f"how='{how}'")):
+            decode(p, CLASSES, how)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^quantiles: " + rule.format("quantiles")):
+        quantiles(p, CLASSES, 0.5)
+    with pytest.raises(ValueError, match=r"^interval: " + rule.format("an interval")):
+        interval(p, CLASSES)
+
+
+def test_gradients_agree_with_differences() -> None:
+    scores = torch.randn(3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    for how in ("expectation", "median"):
+        assert torch.autograd.gradcheck(lambda s, h=how: decode(s.softmax(-1), UNEVEN, h), scores)
+    assert torch.autograd.gradcheck(lambda s: interval(s.softmax(-1), UNEVEN), scores)
+
+
+@pytest.mark.parametrize("name", ["decode", "quantiles", "interval"])
+def test_what_is_no_distribution_is_refused(name: str) -> None:
+    call: Any = {"decode": decode, "quantiles": partial(quantiles, levels=0.5), "interval": interval}[name]
+    p = distributions(UNEVEN, 2)
+    with pytest.raises(TypeError, match=rf"^{name}: probabilities must be a torch\.Tensor, got ndarray"):
+        call(p.numpy(), UNEVEN)
+    with pytest.raises(TypeError, match=rf"^{name}: probabilities must be floats, got dtype torch\.int64"):
+        call(p.long(), UNEVEN)
+    with pytest.raises(TypeError, match=f"^{name}: bins must be a Bins, got int"):
+        call(p, 5)
+    for bad in (p[:, :4], p.mT, torch.tensor(1.0)):
+        with pytest.raises(ShapeError, match=f"^{name}: probabilities must have 5 values in the last axis, one a bin"):
+            call(bad, UNEVEN)
+    with pytest.raises(
+        ValueError, match=f"^{name}: probabilities must sum to one along the last axis, got sums from 2"
+    ):
+        call(2 * p, UNEVEN)
+    with pytest.raises(ValueError, match=f"^{name}: probabilities must not be negative, got a minimum of -0.5"):
+        call(torch.tensor([1.5, -0.5, 0, 0, 0]), UNEVEN)
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"^{name}: probabilities must be finite, got {value} at index \[1, 2\]"):
+            call(p.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(value).double()), UNEVEN)
+
+
+def test_settings_are_checked() -> None:
+    p = distributions(UNEVEN, 2)
+    with pytest.raises(ValueError, match=r"^decode: how must be one of 'expectation', 'median', 'mode', got 'mean'"):
+        decode(p, UNEVEN, "mean")  # type: ignore[arg-type]
+    for value in (0, 1, -0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=f"^interval: level must be > 0 and < 1, got {value}"):
+            interval(p, UNEVEN, value)
+        for levels in (value, [0.5, value]):
+            with pytest.raises(ValueError, match=f"^quantiles: levels must be > 0 and < 1, got {value}"):
+                quantiles(p, UNEVEN, levels)
+        with pytest.raises(ValueError, match=r"^quantiles: levels must be"):
+            quantiles(p, UNEVEN, torch.tensor([0.5, value]))
+    with pytest.raises(TypeError, match=r"^interval: level must be a number, got '0.9'"):
+        interval(p, UNEVEN, "0.9")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^quantiles: levels must be a number, got None"):
+        quantiles(p, UNEVEN, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^quantiles: levels must be one number or a row of them, .*, got none"):
+        quantiles(p, UNEVEN, [])
+    for row in (torch.tensor([]), torch.tensor([[0.5]])):
+        with pytest.raises(ShapeError, match=r"^quantiles: levels must be one number or a row of them, .*, got shape"):
+            quantiles(p, UNEVEN, row)
+    with pytest.raises(ValueError, match=r"^quantiles: probabilities and levels must be on the same device"):
+        quantiles(p, UNEVEN, torch.ones(1, device="meta"))
+
+
+class Decoder(torch.nn.Module):
+    def forward(self, scores: Tensor) -> tuple[Tensor, ...]:
+        p = scores.softmax(-1)
+        points = tuple(decode(p, UNEVEN, how) for how in HOWS)  # type: ignore[arg-type]
+        return (*points, *interval(p, UNEVEN, 0.8), quantiles(p, UNEVEN, [0.1, 0.9]))
+
+
+def test_one_graph_that_reads_no_values_and_can_be_exported() -> None:
+    scores = torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
+    expected = Decoder()(scores)
+    assert all(x.device.type == "meta" for x in Decoder()(scores.to("meta")))
+    assert_close(torch.compile(Decoder(), fullgraph=True, backend="eager")(scores), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.4 warns of its own nodes
+        batch = torch.export.Dim("batch")
+        exported = torch.export.export(Decoder(), (scores[:3],), dynamic_shapes=({0: batch},), strict=False).module()
+    assert_close(tuple(exported(scores)), expected)
+
+
+def test_autocast_takes_nothing_away() -> None:
+    p = distributions(AGES, 20, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = [decode(p, AGES, how) for how in HOWS]  # type: ignore[arg-type]
+    assert_close(inside, [decode(p, AGES, how) for how in HOWS])  # type: ignore[arg-type]
