@@ -1,26 +1,31 @@
-"""Age estimation from faces: what LDS and FDS do to the errors of rare ages.
+"""Age estimation from faces: what remedies for long-tailed labels do to the errors of rare ages.
 
     python recipes/age.py                                             # synthetic portraits, no download, about a minute
     python recipes/age.py --data utkface --root DIR --seeds 3         # real faces
+    python recipes/age.py --methods soft --tune label_sigma,lr        # settings chosen on validation, then one run
     torchrun --nproc_per_node 2 recipes/age.py ...                    # several processes or GPUs
 
 Each run trains a network per method and seed and ends with a table, figures and a report in ``runs/age/<data>``.
-A run that was stopped goes on with ``--resume``; its finished parts are not done again.
+A run that was stopped goes on with ``--resume``; its finished parts are not done again. ``compare.py`` compares all
+methods, ``age_methods.py`` says what they are.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from age_methods import METHODS, Method, MethodName, named, network, objective
 from command_line import run, typed_command
 
 if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
     import numpy as np
     import xarray as xr
+    from matplotlib.figure import Figure
     from torch import nn
 
     import dir_toolkit as dt
@@ -28,22 +33,26 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
     from dir_toolkit.training.loop import Optimization
     from dir_toolkit.training.runtime import Runtime
 
-Method = Literal["vanilla", "unsmoothed", "lds", "fds", "lds+fds"]
-# The density that samples are weighed by, if any, and whether features are smoothed.
-METHODS: dict[Method, tuple[Literal["counts", "smoothed"] | None, bool]] = {
-    "vanilla": (None, False),
-    "unsmoothed": ("counts", False),
-    "lds": ("smoothed", False),
-    "fds": (None, True),
-    "lds+fds": ("smoothed", True),
+LEVEL = 0.9  # of the intervals
+# What --tune tries, by name: settings that go together.
+TUNABLE: dict[str, tuple[dict[str, Any], ...]] = {
+    "kernel": tuple({"kernel_size": n, "kernel_sigma": sigma} for n, sigma in ((3, 1.0), (5, 2.0), (9, 4.0), (15, 6.0))),
+    "sigma": tuple({"label_sigma": sigma} for sigma in (1.0, 2.0, 3.0, 5.0)),
+    "scheme": tuple({"scheme": scheme} for scheme in ("inverse", "sqrt_inverse", "effective_number", "dense")),
+    "momentum": tuple({"fds_momentum": momentum} for momentum in (0.0, 0.5, 0.9)),
+    "lr": tuple({"lr": lr} for lr in (1e-3, 2e-3, 4e-3)),
 }
-
+NOTES = (
+    "Regions by training faces an age: many more than 100, medium 20 to 100, few 1 to 19. bMAE is the mean over "
+    "ages of each age's MAE. The constant predictor answers the training median whatever it sees.",
+    "The epoch of each run was chosen by validation bMAE; the test set was used once, at its end.",
+)
 PLACES = ("root", "listing", "out")  # settings that say where things lie on this machine; no result shows them
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Age estimation from faces: what LDS and FDS do to the errors of rare ages."""
+    """Age estimation from faces: what remedies for long-tailed labels do to the errors of rare ages."""
 
     data: Literal["portraits", "utkface", "agedb", "imdb-wiki"] = "portraits"
     """Faces: drawn by the package, or real ones in --root."""
@@ -55,14 +64,14 @@ class Settings:
     """What an image that cannot be read does: stop, or be skipped and counted."""
     size: int | None = None
     """Side of the images in pixels; by default 32 for portraits and 64 for photographs."""
-    methods: tuple[Method, ...] = ("vanilla", "lds", "fds", "lds+fds")
-    """What to compare."""
+    methods: tuple[MethodName | Literal["default", "all"], ...] = ("vanilla", "lds", "default")
+    """What to train, see age_methods.py; default is what did best of all."""
     seeds: int = 1
     """How many seeds a method is trained with: 0, 1, ..."""
     backbone: str = "small_resnet"
     """The network: small_resnet, or the name of any timm model (needs the extra "models")."""
     loss: Literal["l1", "mse", "huber", "focal-l1", "focal-mse"] = "l1"
-    """What is minimised."""
+    """What regression minimises, where a method does not say otherwise."""
     epochs: int = 12
     """Passes over the training faces."""
     batch_size: int = 128
@@ -79,6 +88,12 @@ class Settings:
     """Width of the Gaussian window of LDS and FDS, in years, odd."""
     kernel_sigma: float = 2.0
     """Its standard deviation, in years."""
+    label_sigma: float = 2.0
+    """How far labels are spread over neighbouring bins, in years."""
+    tau: float | None = None
+    """Strength of the adjustment after training; by default what validation finds best."""
+    stage_two_epochs: int = 4
+    """Passes over the training faces where a head is trained again on a frozen encoder."""
     fds_momentum: float = 0.9
     """Weight of the old statistics when an epoch is folded in; 0 uses the last epoch only."""
     fds_shrinkage: float = 0.0
@@ -91,6 +106,8 @@ class Settings:
     """auto, cpu, cuda or cuda:1."""
     precision: Literal["float32", "bf16"] = "float32"
     """Of the forward pass."""
+    tune: str = ""
+    """What to choose on validation before training, separated by commas: kernel,sigma,scheme,momentum,lr."""
     checkpoint_minutes: float = 5.0
     """Most time between two checkpoints."""
     resume: bool = False
@@ -100,15 +117,26 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A network at the end of its training."""
+
+    model: dt.LongTailModel
+    history: list[dict[str, Any]]
+    """A row an epoch; of a method in two stages, of the second."""
+    minutes: float
+    """Spent on all its stages."""
+
+
+@dataclass(frozen=True)
 class Run:
     """What one method with one seed came to."""
 
     errors: xr.Dataset
-    """On the test set."""
+    """On the test set, sample by sample, too."""
     history: list[dict[str, Any]]
     """A row an epoch."""
-    fds: dt.FDS | None
-    """With its statistics at the end of training."""
+    model: dt.LongTailModel
+    """As it predicted."""
 
 
 def main(settings: Settings) -> None:
@@ -116,22 +144,23 @@ def main(settings: Settings) -> None:
     from dir_toolkit.training.runtime import start_runtime
 
     out = settings.out or Path("runs/age") / settings.data
-    check(settings, out)
+    check("recipes/age.py", settings, out)
     with start_runtime(settings.device, settings.precision) as runtime:
         splits = load(settings, runtime)
-        bins = label_axis(settings)
+        if settings.tune:
+            settings = replace(settings, **tune(settings, runtime, splits, out))
         runs: dict[tuple[str, int], Run] = {}
-        for method in settings.methods:
+        for method in named(settings.methods):
             for seed in range(settings.seeds):
                 if runtime.is_main:
                     print(f"\n{method}, seed {seed}", flush=True)
-                runs[method, seed] = train(settings, method, replace(runtime, seed=seed), splits, bins, out)
+                runs[method, seed] = train(settings, method, replace(runtime, seed=seed), splits, out)
         if runtime.is_main:
-            ds = summarise(settings, out, splits, bins, runs, runtime)
+            ds = summarise(settings, out, splits, runs, runtime)
             print(f"\n{text_table(ds)}\nReport: {out / 'report.html'}")
 
 
-def check(settings: Settings, out: Path) -> None:
+def check(recipe: str, settings: Settings, out: Path) -> None:
     """All faults at once, before anything is loaded."""
     import dir_toolkit as dt
     from dir_toolkit.errors import RunExistsError, SettingsError
@@ -143,8 +172,18 @@ def check(settings: Settings, out: Path) -> None:
         faults.append("--root needs --data utkface, agedb or imdb-wiki; portraits are drawn.")
     if settings.data in ("portraits", "utkface") and settings.listing is not None:
         faults.append("--listing needs --data agedb or imdb-wiki.")
-    if not settings.methods or len(set(settings.methods)) < len(settings.methods):
-        faults.append(f"--methods must name each method once, got {' '.join(settings.methods) or 'none'}.")
+    if not settings.methods:
+        faults.append("--methods must name a method, got none.")
+    unknown = [knob for knob in knobs(settings) if knob not in (*TUNABLE, "tau")]
+    if unknown or len(set(knobs(settings))) < len(knobs(settings)):
+        known = ", ".join((*TUNABLE, "tau"))
+        faults.append(f"--tune must name some of {known}, each once, separated by commas, got {settings.tune}.")
+    if settings.tune and len(named(settings.methods)) != 1:
+        faults.append("--tune needs one method in --methods, for each has settings of its own.")
+    if "tau" in knobs(settings) and (
+        settings.tau is not None or not all(METHODS[method].tau for method in named(settings.methods))
+    ):
+        faults.append("--tune tau needs a method that is adjusted after training, such as soft+tau, and no --tau.")
     if settings.seeds < 1:
         faults.append(f"--seeds must be at least 1, got {settings.seeds}.")
     if settings.size is not None and settings.size < 16:
@@ -165,10 +204,10 @@ def check(settings: Settings, out: Path) -> None:
             faults.append(str(error))
     if faults:
         listed = "\n".join(["these settings cannot run:", *faults]).replace("\n", "\n  ")
-        raise SettingsError(f"recipes/age.py: {listed}")
+        raise SettingsError(f"{recipe}: {listed}")
     if not settings.resume and (found := sorted(out.glob("*/seed*/checkpoint-last.pt"))):
         raise RunExistsError(
-            f"recipes/age.py: --out must hold no earlier run, for none is overwritten, got {found[0]}. "
+            f"{recipe}: --out must hold no earlier run, for none is overwritten, got {found[0]}. "
             "Go on with --resume, which also adds methods and seeds, or choose another folder."
         )
 
@@ -225,18 +264,18 @@ def window(settings: Settings) -> np.ndarray:
     return dt.gaussian(settings.kernel_size, settings.kernel_sigma)
 
 
-def smoother(settings: Settings, num_features: int) -> dt.FDS:
+def smoother(settings: Settings, num_features: int, **changes: Any) -> dt.FDS:
+    """FDS as the settings say, with the changes that a method makes to them."""
     import dir_toolkit as dt
 
-    return dt.FDS(
-        label_axis(settings),
-        num_features,
-        kernel=window(settings),
-        momentum=settings.fds_momentum,
-        shrinkage=settings.fds_shrinkage,
-        count_weighted=settings.fds_count_weighted,
-        start_epoch=settings.fds_start_epoch,
-    )
+    usual = {
+        "kernel": window(settings),
+        "momentum": settings.fds_momentum,
+        "shrinkage": settings.fds_shrinkage,
+        "count_weighted": settings.fds_count_weighted,
+        "start_epoch": settings.fds_start_epoch,
+    }
+    return dt.FDS(label_axis(settings), num_features, **{**usual, **changes})
 
 
 def backbone(settings: Settings) -> nn.Module:
@@ -245,90 +284,177 @@ def backbone(settings: Settings) -> nn.Module:
     return small_resnet() if settings.backbone == "small_resnet" else timm_backbone(settings.backbone)
 
 
-def train(settings: Settings, method: Method, runtime: Runtime, splits: Splits, bins: dt.Bins, out: Path) -> Run:
-    """One method with one seed, from a fresh network to its errors on the test set."""
+def fresh(settings: Settings, method: Method, runtime: Runtime, density: dt.LabelDensity) -> dt.LongTailModel:
+    """A network of a method, not trained yet."""
+    with runtime.seeded("network"):
+        features: Any = backbone(settings)
+        fds = None if method.fds is None else smoother(settings, features.num_features, **method.fds)
+        return network(
+            method,
+            features,
+            features.num_features,
+            density,
+            regression_loss=f"weighted_{settings.loss.replace('-', '_')}",
+            sigma=settings.label_sigma,
+            fds=fds,
+        )
+
+
+def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits, out: Path) -> Trained:
+    """The network of a method, trained now or in an earlier run."""
     import dir_toolkit as dt
-    from dir_toolkit.backbones import ImageRegressor
-    from dir_toolkit.results.schema import combine_runs, save_results
-    from dir_toolkit.training.loop import evaluate, fit
+    from dir_toolkit.training.loop import fit
     from dir_toolkit.training.provenance import environment, write_json
 
-    labels = splits.train.labels
+    method = METHODS[name]
+    labels, bins = splits.train.labels, label_axis(settings)
     density = dt.LabelDensity.count(labels, bins)
-    losses = {
-        "l1": dt.weighted_l1,
-        "mse": dt.weighted_mse,
-        "huber": dt.weighted_huber,
-        "focal-l1": dt.weighted_focal_l1,
-        "focal-mse": dt.weighted_focal_mse,
-    }
-
-    with runtime.seeded("network"):
-        model = ImageRegressor(backbone(settings), offset=median(splits.train), scale=float(labels.std()) or 1.0)
-    weigh_by, smooth_features = METHODS[method]
+    how, earlier = optimization(settings), 0.0
+    if method.start is None:
+        model = fresh(settings, method, runtime, density)
+    else:
+        first = trained(settings, method.start, runtime, splits, out)
+        if method.tau:
+            return first
+        model, earlier = first.model, first.minutes
+        dt.stage_two(model, "rrt" if method.head == "regression" else "crt", seed=runtime.derive("head"))
+        how = replace(how, epochs=settings.stage_two_epochs)
     weights = None
-    if weigh_by is not None:
-        kernel = window(settings) if weigh_by == "smoothed" else None
-        weights = dt.LDS(bins, kernel=kernel, scheme=settings.scheme).fit(density)
-    fds = None
-    if smooth_features:
-        fds = smoother(settings, model.head.in_features)
-        fds.attach(model.head, "input")
+    if method.weights is not None:
+        kernel = window(settings) if method.weights == "smoothed" else None
+        weights = dt.LDS(bins, kernel=kernel, scheme=method.scheme or settings.scheme).fit(density)
+    sampler = None if method.q is None else dt.BinSampler(labels, bins, q=method.q, seed=runtime.seed)
 
-    folder = out / method / f"seed{runtime.seed}"
+    folder = out / name / f"seed{runtime.seed}"
     # What decides the numbers; a checkpoint of a run with other values is refused.
+    decisive = ("backbone", "loss", "scheme", "kernel_size", "kernel_sigma", "label_sigma", "stage_two_epochs")
     fingerprint = {
-        "method": method,
+        "method": name,
+        **{key: str(value) for key, value in asdict(method).items()},
         "size": splits.train.images.shape[2],
-        "backbone": settings.backbone,
-        "loss": settings.loss,
-        "scheme": settings.scheme,
-        "kernel_size": settings.kernel_size,
-        "kernel_sigma": settings.kernel_sigma,
-        **{name: value for name, value in asdict(settings).items() if name.startswith("fds_")},
+        **{name: value for name, value in asdict(settings).items() if name in decisive or name.startswith("fds_")},
     }
-    how = optimization(settings)
-    metrics = dt.RegressionMetrics(bins, density)
-    env = environment(runtime, splits)
     if runtime.is_main and not (folder / "checkpoint-last.pt").exists():
         write_json(folder / "config.json", {**asdict(settings), **fingerprint, **asdict(how)})
-        write_json(folder / "env.json", env)
+        write_json(folder / "env.json", environment(runtime, splits))
     history = fit(
         model,
         splits.train,
         splits.val,
-        metrics=metrics,
-        loss=losses[settings.loss],
+        metrics=dt.RegressionMetrics(bins, density),
+        loss=objective(method, model, density),
         weights=weights,
-        fds=fds,
+        sampler=sampler,
+        fds=model.fds,
         optimization=how,
         runtime=runtime,
         folder=folder,
-        resume=settings.resume,
+        resume=True,  # a method may go on from another's network; check() refused what was there before all of them
         checkpoint_minutes=settings.checkpoint_minutes,
         fingerprint=fingerprint,
     )
-    found = evaluate(model, splits.test, metrics=metrics, runtime=runtime)
-    best = min(history, key=lambda row: (math.isnan(row["val_bmae"]), row["val_bmae"]))
-    errors = found.compute().assign(minutes=history[-1]["seconds"] / 60, best_epoch=best["epoch"])
-    if runtime.is_main and not (folder / "results.nc").exists():  # of a run finished before, whose provenance stays
-        title = f"Age estimation on {settings.data}: {method}, seed {runtime.seed}"
-        one = combine_runs(
-            {(method, runtime.seed): errors},
-            title=title,
-            command=command(),
-            label_name="age",
-            label_units="years",
-            attrs=env,
-        )
+    return Trained(model, history, earlier + history[-1]["seconds"] / 60)
+
+
+def train(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits, out: Path) -> Run:
+    """One method with one seed, from a fresh network to its errors on the test set."""
+    import torch
+
+    import dir_toolkit as dt
+    from dir_toolkit.results.schema import save_results
+    from dir_toolkit.training.loop import predict
+
+    end = trained(settings, name, runtime, splits, out)
+    model = end.model
+    found: dict[str, Any] = {}
+    if METHODS[name].tau:
+        tau = best_tau(model, splits, runtime).tau if settings.tau is None else settings.tau
+        model.set_prior("uniform", tau)
+        found["tau"] = tau
+    output = predict(model, splits.test, runtime=runtime)
+    metrics = dt.RegressionMetrics(model.bins, dt.LabelDensity.count(splits.train.labels, model.bins))
+    metrics.update(output.prediction, torch.from_numpy(splits.test.labels).to(runtime.device))
+    best = min(end.history, key=lambda row: (math.isnan(row["val_bmae"]), row["val_bmae"]))
+    errors = metrics.compute().assign(minutes=end.minutes, best_epoch=best["epoch"], **found)
+    errors = errors.assign(by_sample(model, output, splits.test.labels))
+    folder = out / name / f"seed{runtime.seed}"
+    # Of a run that was finished before, whose provenance stays.
+    if runtime.is_main and not (folder / "results.nc").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        one = as_result(settings, f"{name}, seed {runtime.seed}", {(name, runtime.seed): errors}, runtime, splits)
         save_results(one, folder / "results.nc")
-    return Run(errors, history, fds)
+    return Run(errors, end.history, model)
+
+
+def by_sample(model: dt.LongTailModel, output: dt.LongTailOutput, labels: np.ndarray) -> dict[str, Any]:
+    """Each test face's age, what was predicted, and where the head tells a distribution the interval of 90 %."""
+    columns: dict[str, Any] = {"target": ("sample", labels), "prediction": ("sample", output.prediction.cpu().numpy())}
+    if output.distribution is not None or output.scores.ndim == 2:
+        for side, ends in zip(("lower", "upper"), model.interval(output, LEVEL), strict=True):
+            columns[side] = ("sample", ends.cpu().numpy(), {"interval_level": LEVEL})
+    return columns
 
 
 def median(faces: ImageSet) -> float:
     import numpy as np
 
     return float(np.median(faces.labels))
+
+
+def knobs(settings: Settings) -> list[str]:
+    """What is to be chosen."""
+    return [knob.strip() for knob in settings.tune.split(",") if knob.strip()]
+
+
+def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> dict[str, Any]:
+    """The settings of one method that do best on validation faces, by successive halving; the curves go to ``out/tune``.
+
+    Tau needs no training, so that every candidate is judged at the tau that suits it best.
+    """
+    from dir_toolkit.errors import SettingsError
+    from dir_toolkit.results.drawing import save_figure
+    from dir_toolkit.results.selection_figures import tuning_figure
+    from dir_toolkit.training.selection import successive_halving
+
+    if runtime.world > 1:
+        raise SettingsError("recipes/age.py: --tune must run in one process; drop torchrun, and use it afterwards.")
+    (name,) = named(settings.methods)
+    tried = [TUNABLE[knob] for knob in knobs(settings) if knob != "tau"]
+    candidates = [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*tried)]
+    if candidates == [{}]:  # tau alone, which train() chooses
+        return {}
+
+    def score(candidate: dict[str, Any], epochs: int, seed: int) -> float:
+        words = "-".join(f"{setting}={value}" for setting, value in candidate.items())
+        trial = replace(settings, **candidate, epochs=epochs)
+        place = out / "tune" / words / f"{epochs}-epochs"
+        end = trained(trial, name, replace(runtime, seed=seed), splits, place)
+        if METHODS[name].tau and settings.tau is None:
+            return float(best_tau(end.model, splits, runtime).scores.min())
+        return min(row["val_bmae"] for row in end.history)
+
+    shares = sorted({max(1, settings.epochs // part) for part in (4, 2, 1)})
+    found = successive_halving(
+        candidates,
+        score,
+        budgets=shares,
+        folder=out / "tune",
+        resume=settings.resume and (out / "tune" / "selection.json").exists(),
+        fingerprint={"method": name, **{k: str(v) for k, v in shown(settings).items() if k not in ("seeds", "methods")}},
+    )
+    save_figure(tuning_figure(found, score_name="validation bMAE (years)", budget_name="epochs"), out / "tune/tuning.png")
+    print(f"chosen on validation: {found.best}; curves: {out / 'tune/tuning.png'}", flush=True)
+    return found.best
+
+
+def best_tau(model: dt.LongTailModel, splits: Splits, runtime: Runtime) -> dt.TauChoice:
+    """How strongly to adjust predictions: what validation faces find best."""
+    import torch
+
+    from dir_toolkit.training.loop import predict
+
+    labels = torch.from_numpy(splits.val.labels).to(runtime.device)
+    return model.choose_tau(predict(model, splits.val, runtime=runtime).scores, labels)
 
 
 def constant_predictor(splits: Splits, bins: dt.Bins) -> xr.Dataset:
@@ -338,34 +464,42 @@ def constant_predictor(splits: Splits, bins: dt.Bins) -> xr.Dataset:
     import dir_toolkit as dt
 
     target = torch.from_numpy(splits.test.labels)
+    pred = torch.full_like(target, median(splits.train))
     density = dt.LabelDensity.count(splits.train.labels, bins)
-    return dt.regression_metrics(torch.full_like(target, median(splits.train)), target, bins, density)
+    samples = {"target": ("sample", splits.test.labels), "prediction": ("sample", pred.numpy())}
+    return dt.regression_metrics(pred, target, bins, density).assign(samples)
 
 
-def summarise(
-    settings: Settings,
-    out: Path,
-    splits: Splits,
-    bins: dt.Bins,
-    runs: dict[tuple[str, int], Run],
-    runtime: Runtime,
+def as_result(
+    settings: Settings, title: str, runs: dict[tuple[str, int], xr.Dataset], runtime: Runtime, splits: Splits
 ) -> xr.Dataset:
-    """All runs as one result, with its table, figures and report."""
-    import dir_toolkit as dt
-    from dir_toolkit.results import figures as draw
-    from dir_toolkit.results.drawing import method_colors
+    """Runs as one result of the schema."""
     from dir_toolkit.results.schema import combine_runs
-    from dir_toolkit.results.summary import write_summary
     from dir_toolkit.training.provenance import environment
 
-    ds = combine_runs(
-        {**{key: run.errors for key, run in runs.items()}, ("constant", 0): constant_predictor(splits, bins)},
-        title=f"Age estimation on {settings.data}",
+    return combine_runs(
+        runs,
+        title=f"Age estimation on {settings.data}: {title}",
         command=command(),
         label_name="age",
         label_units="years",
         attrs=environment(runtime, splits),
     )
+
+
+def summarise(
+    settings: Settings, out: Path, splits: Splits, runs: dict[tuple[str, int], Run], runtime: Runtime
+) -> xr.Dataset:
+    """All runs as one result, with its table, figures and report."""
+    import dir_toolkit as dt
+    from dir_toolkit.results import figures as draw
+    from dir_toolkit.results.drawing import method_colors
+    from dir_toolkit.results.summary import write_summary
+
+    bins = label_axis(settings)
+    errors = {key: run.errors for key, run in runs.items()}
+    constant = {("constant", 0): constant_predictor(splits, bins)}
+    ds = as_result(settings, "methods", {**errors, **constant}, runtime, splits)
     density = dt.LabelDensity.count(splits.train.labels, bins)
     kernel = window(settings)
     weights = dt.LDS(bins, kernel=kernel, scheme=settings.scheme).fit(density).sample_weight(bins.centers)
@@ -379,30 +513,35 @@ def summarise(
         "Error by region": draw.region_figure(ds, colors=colors),
         "Training": draw.history_figure(histories, label_units="years", colors=colors),
     }
-    for method in settings.methods:
-        if (fds := runs[method, 0].fds) is None:
-            continue
-        s = {name: value.cpu().numpy() for name, value in fds.statistics().items()}
-        pictures[f"Feature statistics of {method}"] = draw.similarity_figure(
-            s["mean"],
-            s["smoothed_mean"],
-            bins,
-            anchor=bins.centers[density.counts.argmax()],  # the age with most faces
-            variance_before=s["variance"],
-            variance_after=s["smoothed_variance"],
-            label_name="age",
-            label_units="years",
-        )
+    for (method, seed), one in runs.items():
+        if seed == 0 and one.model.fds is not None:
+            pictures[f"Feature statistics of {method}"] = statistics_picture(one.model.fds, density)
     regions = ("all", "many", "medium", "few")
     columns = [(metric, region) for metric in ("mae", "bmae") for region in regions]
-    notes = [
-        "Regions by training faces an age: many more than 100, medium 20 to 100, few 1 to 19. bMAE is the mean over "
-        "ages of each age's MAE. The constant predictor answers the training median whatever it sees.",
-        "The epoch of each run was chosen by validation bMAE; the test set was used once, at its end.",
-    ]
-    shown = {name: value for name, value in asdict(settings).items() if name not in (*PLACES, "resume")}
-    write_summary(out, ds, pictures, notes=notes, settings=shown, columns=columns)
+    write_summary(out, ds, pictures, notes=NOTES, settings=shown(settings), columns=columns)
     return ds
+
+
+def statistics_picture(fds: dt.FDS, density: dt.LabelDensity) -> Figure:
+    """How alike the features of all ages are to those of the age with most faces, before and after smoothing."""
+    from dir_toolkit.results.figures import similarity_figure
+
+    s = {name: value.cpu().numpy() for name, value in fds.statistics().items()}
+    return similarity_figure(
+        s["mean"],
+        s["smoothed_mean"],
+        density.bins,
+        anchor=density.bins.centers[density.counts.argmax()],
+        variance_before=s["variance"],
+        variance_after=s["smoothed_variance"],
+        label_name="age",
+        label_units="years",
+    )
+
+
+def shown(settings: Settings) -> dict[str, Any]:
+    """The settings that a report shows."""
+    return {name: value for name, value in asdict(settings).items() if name not in (*PLACES, "resume")}
 
 
 def command() -> str:

@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from .._checks import instance, interval, is_tensor, keys, label_problem, number, one_of, problem, warn, whole
 from ..errors import CheckpointError, ShapeError
 from ..labels.bins import Bins, Outside
-from ..labels.kernels import DEFAULT_KERNEL, Edges, Window, checked_window, gaussian, smoothing_matrix
+from ..labels.grid import AnyBins, BinGrid, Windows, checked_windows, saved_bins
+from ..labels.kernels import DEFAULT_KERNEL, Edges, gaussian, smoothing_matrix
 from .calibration import diagonal_map
 from .moments import BinMoments
 
@@ -49,9 +50,10 @@ class FDS(nn.Module):
     activation checkpointing, run backward inside ``labels`` too.
 
     Args:
-        bins: the label axis.
+        bins: the label axis, or a grid of several, whose joint bins then have statistics of their own.
         num_features: D, the number of features or channels.
-        kernel: window over bins, odd length. The smoothing is kept as a (B, B) matrix.
+        kernel: window over bins, odd length. The smoothing is kept as a (B, B) matrix; over a grid, one an axis, and
+            the window may be one for all axes or one an axis.
         momentum: weight of the *old* statistics when an epoch is folded in, in [0, 1): 0 keeps the last epoch only. A
             bin's first epoch is taken whole.
         covariance: ``"diagonal"``, a variance a feature.
@@ -62,10 +64,11 @@ class FDS(nn.Module):
         count_weighted: smooth each bin's statistics in proportion to its number of samples rather than all bins alike.
         edges: what lies beyond the label axis, as in :func:`dir_toolkit.labels.kernels.smooth`.
         outside: what a label beyond the axis does, as in :meth:`Bins.index`; a dropped sample is neither counted nor
-            calibrated. On an accelerator ``"raise"`` raises at :meth:`end_epoch`, to keep the step free of host syncs.
+            calibrated, so give pixels without a label one beyond the axis. On an accelerator ``"raise"`` raises at
+            :meth:`end_epoch`, to keep the step free of host syncs.
     Shape:
-        features: (N, D), or maps (N, D, H, W). labels: (N,), or (N, H, W) for one label a pixel of a map. Each pixel of
-        a map counts as a sample.
+        features: (N, D), or maps (N, D, H, W). labels: (N,), or (N, H, W) for one label a pixel of a map; over a grid
+        of K axes (N, K) or (N, H, W, K). Each pixel of a map counts as a sample.
     Units:
         labels in those of the axis; features any.
     Source:
@@ -81,10 +84,10 @@ class FDS(nn.Module):
 
     def __init__(
         self,
-        bins: Bins,
+        bins: AnyBins,
         num_features: int,
         *,
-        kernel: Window = DEFAULT_KERNEL,
+        kernel: Windows = DEFAULT_KERNEL,
         momentum: float = 0.9,
         covariance: Literal["diagonal"] = "diagonal",
         clip: tuple[float, float] = (0.1, 10.0),
@@ -95,7 +98,7 @@ class FDS(nn.Module):
         outside: Outside = "raise",
     ) -> None:
         super().__init__()
-        instance("FDS", Bins, bins=bins)
+        instance("FDS", (Bins, BinGrid), bins=bins)
         instance("FDS", bool, count_weighted=count_weighted)
         one_of("FDS", "covariance", covariance, ("diagonal",))
         one_of("FDS", "outside", outside, ("raise", "clip", "drop"))
@@ -106,11 +109,13 @@ class FDS(nn.Module):
         self.start_epoch = whole("FDS", "start_epoch", start_epoch, low=1)
         self.shrinkage = number("FDS", "shrinkage", shrinkage, low=0)
         self.count_weighted = count_weighted
-        window = checked_window("FDS", kernel, len(bins))
+        windows = checked_windows("FDS", kernel, bins)
         self.epoch = 0
 
         shape = (len(bins), self.num_features)
-        self.register_buffer("smoothing", torch.from_numpy(smoothing_matrix(len(bins), window, edges=edges)))
+        for k, (size, window) in enumerate(zip(bins.shape, windows, strict=True)):
+            matrix = torch.from_numpy(smoothing_matrix(size, window, edges=edges))
+            self.register_buffer(_smoothing_name(k), matrix)
         self.register_buffer("running_count", torch.zeros(len(bins), dtype=torch.float64))
         self.register_buffer("running_mean", torch.full(shape, torch.nan, dtype=torch.float64))
         self.register_buffer("running_variance", torch.full(shape, torch.nan, dtype=torch.float64))
@@ -130,7 +135,7 @@ class FDS(nn.Module):
         self._said: set[str] = set()
 
     @classmethod
-    def reference(cls, bins: Bins, num_features: int, *, kernel: Window = _FOLDED, momentum: float = 0.9) -> FDS:
+    def reference(cls, bins: AnyBins, num_features: int, *, kernel: Windows = _FOLDED, momentum: float = 0.9) -> FDS:
         """The settings of the public DIR code: folded window, mirrored edges, labels beyond the axis clipped, no
         shrinkage. With every bin filled it calibrates as that code does.
 
@@ -160,7 +165,8 @@ class FDS(nn.Module):
         """Within, attached modules run on samples with these labels.
 
         Raises:
-            LabelError: as :meth:`Bins.index`. ShapeError: labels are neither (N,) nor (N, H, W).
+            LabelError: as :meth:`Bins.index`. ShapeError: labels are neither (N,) nor (N, H, W), over a grid followed
+            by one axis of its dimensions.
         """
         outer, ran = self._row, self._ran
         self._row, self._ran = self._place("FDS.labels", labels), False
@@ -260,7 +266,16 @@ class FDS(nn.Module):
         """Smooth over the bins whose values are known, the window renormalised; NaN where none is in reach."""
         known = values.isfinite()
         share = weight[:, None] * known
-        return (self.smoothing @ (values.nan_to_num() * share)) / (self.smoothing @ share)
+        return self._over_bins(values.nan_to_num() * share) / self._over_bins(share)
+
+    def _over_bins(self, values: Tensor) -> Tensor:
+        """(B, D) times the smoothing matrix of each axis in turn, since a window over joint bins is their product."""
+        values = values.unflatten(0, self.bins.shape)
+        for k in range(len(self.bins.shape)):
+            matrix = self._buffers[_smoothing_name(k)]
+            assert matrix is not None
+            values = torch.tensordot(matrix, values, ([1], [k])).movedim(0, k)
+        return values.flatten(0, -2)
 
     def _fold(self, moments: BinMoments) -> None:
         """running = momentum * running + (1 - momentum) * epoch, where the epoch has seen the bin."""
@@ -292,11 +307,15 @@ class FDS(nn.Module):
 
     def _place(self, where: str, labels: Tensor) -> Tensor:
         is_tensor(where, labels=labels)
-        if labels.ndim not in (1, 3):
-            fix = "Use labels.squeeze(1)." if labels.ndim in (2, 4) and labels.shape[1] == 1 else ""
+        grid = isinstance(self.bins, BinGrid)
+        if labels.ndim not in ((2, 4) if grid else (1, 3)):
+            one_channel = not grid and labels.ndim in (2, 4) and labels.shape[1] == 1
+            k = len(self.bins.axes)
+            shapes = f"(N, {k}), or (N, H, W, {k})" if grid else "(N,), or (N, H, W)"
+            fix = "Use labels.squeeze(1)." if one_channel else ""
             raise problem(
                 where,
-                "labels must be (N,), or (N, H, W) for one label a pixel",
+                f"labels must be {shapes} for one label a pixel",
                 got=tuple(labels.shape),
                 fix=fix,
                 error=ShapeError,
@@ -317,10 +336,19 @@ class FDS(nn.Module):
             )
         pixels = (features.shape[0], *features.shape[2:])
         if tuple(row.shape) not in (pixels, pixels[:1]):
+            fix = ""
+            if features.ndim == 4 and row.ndim == 3 and len(row) == pixels[0]:
+                fix = (
+                    f"Resize the labels to the maps: F.interpolate(labels[:, None], {pixels[1:]})[:, 0], whose "
+                    "nearest pixel makes up no labels, or attach where maps have the size of the labels."
+                )
+                if isinstance(self.bins, BinGrid):
+                    fix = f"Resize the labels to {pixels[1:]}, or attach where maps have the size of the labels."
             raise problem(
                 where,
                 "features and labels must have the same samples",
                 got=f"{tuple(features.shape)} and {tuple(row.shape)}",
+                fix=fix,
                 error=ShapeError,
             )
 
@@ -425,7 +453,7 @@ class FDS(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         expected = ("bins", "epoch", "seen", "last_seen", "unplaced", "moments")
         keys("FDS.load_state_dict", "the saved state", state, expected)
-        saved = Bins.from_dict(state["bins"])
+        saved = saved_bins(state["bins"])
         if saved != self.bins:
             raise problem(
                 "FDS.load_state_dict",
@@ -444,6 +472,11 @@ class FDS(nn.Module):
             f"start_epoch={self.start_epoch}, shrinkage={self.shrinkage}, count_weighted={self.count_weighted}, "
             f"outside={self.outside!r}"
         )
+
+
+def _smoothing_name(axis: int) -> str:
+    """The buffer of an axis; that of the first has the name that files of one axis know."""
+    return f"smoothing_{axis}" if axis else "smoothing"
 
 
 def _in_backward() -> bool:

@@ -11,6 +11,8 @@ from ..errors import ShapeError
 
 __all__ = ["BinMoments"]
 
+_PIECE = 2**24  # float64 numbers at a time: maps with a sample a pixel are many
+
 
 class BinMoments:
     """Count, mean and sum of squared deviations of features per bin, in float64 and about each bin's own mean.
@@ -65,6 +67,11 @@ class BinMoments:
     def _update(self, features: Tensor, index: Tensor) -> None:
         """:meth:`update` of what has been checked; waits for nothing on a CPU either."""
         num_bins, num_features = self.mean.shape
+        rows = max(_PIECE // num_features, 1)
+        if len(features) > rows:
+            for some, of_bin in zip(features.split(rows), index.split(rows), strict=True):
+                self._update(some, of_bin)
+            return
         if self.mean.device != features.device:
             self.to(features.device)
         x = features.detach().double()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -25,18 +26,75 @@ from .._checks import (
 )
 from ..errors import ShapeError
 
+if TYPE_CHECKING:
+    from .grid import BinGrid
+
 __all__ = ["Bins", "Outside"]
 
 Outside = Literal["raise", "clip", "drop"]
 _MOST_BINS = 10_000_000
 
 
-class Bins:
+class LabelAxes(ABC):
+    """What one label axis and a grid of several have in common, seen from those who count, weigh and measure."""
+
+    @property
+    @abstractmethod
+    def axes(self) -> tuple[Bins, ...]: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of bins of each axis."""
+        return tuple(len(axis) for axis in self.axes)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _place(self, where: str, labels: Any, outside: Outside, name: str = "labels") -> Any:
+        """``index`` for a caller of another name."""
+
+    def _row(self, where: str, labels: Tensor, outside: Outside) -> Tensor:
+        """The row that each label reads in a table of one row a bin and a last one for labels that have none.
+
+        On an accelerator labels are not looked at: under ``"raise"``, too, those without a bin read the last row.
+        """
+        if labels.device.type != "cpu" and outside == "raise":
+            outside = "drop"
+        index = self._place(where, labels, outside)
+        return index if readable(labels) and outside != "drop" else torch.where(index < 0, len(self), index)
+
+    def _shares(self, where: str, probabilities: Tensor) -> Tensor:
+        """Probabilities (..., B) in at least float32, once checked."""
+        is_tensor(where, probabilities=probabilities)
+        if probabilities.ndim == 0 or probabilities.shape[-1] != len(self):
+            raise problem(
+                where,
+                f"probabilities must have {len(self)} values in the last axis",
+                got=tuple(probabilities.shape),
+                error=ShapeError,
+            )
+        if not probabilities.is_floating_point():
+            raise problem(where, "probabilities must be floats", got=f"dtype {probabilities.dtype}", error=TypeError)
+        wide = probabilities if probabilities.dtype == torch.float64 else probabilities.float()
+        if probabilities.device.type == "cpu" and not torch.compiler.is_compiling():
+            total = wide.detach().sum(-1)
+            if not bool(((total - 1).abs() <= 1e-3).all()):
+                raise problem(
+                    where,
+                    "probabilities must sum to one along the last axis",
+                    got=f"sums from {total.min().item():g} to {total.max().item():g}",
+                    fix="Apply softmax to scores first.",
+                )
+        return wide
+
+
+class Bins(LabelAxes):
     """A label axis cut into bins that touch: bin ``b`` holds ``edges[b] <= label < edges[b + 1]``.
 
     The last bin holds its upper edge too, as in ``numpy.histogram``. Build one with :meth:`uniform`,
-    :meth:`from_edges`, :meth:`quantile` or :meth:`classes`. An axis never changes; two with the same edges and centres
-    are equal.
+    :meth:`from_edges`, :meth:`quantile` or :meth:`classes`; :meth:`grid` joins several. An axis never changes; two with
+    the same edges and centres are equal.
 
     Attributes:
         edges: (B + 1,) float64, rising, in label units; read-only.
@@ -158,6 +216,22 @@ class Bins:
             raise problem("Bins.classes", f"at most {_MOST_BINS:,} bins", got=f"{n:,}")
         return cls(np.arange(n + 1) - 0.5, centers=np.arange(n), categorical=True)
 
+    @staticmethod
+    def grid(*axes: Bins) -> BinGrid:
+        """Joint bins of labels with several dimensions, such as age and pose: the product of these axes.
+
+        >>> Bins.grid(Bins.uniform(0, 100, width=10), Bins.classes(3)).shape
+        (10, 3)
+        """
+        from .grid import BinGrid
+
+        return BinGrid(*axes)
+
+    @property
+    def axes(self) -> tuple[Bins, ...]:
+        """The axis itself, alone."""
+        return (self,)
+
     def __len__(self) -> int:
         return len(self.centers)
 
@@ -230,16 +304,6 @@ class Bins:
         index = index.clamp(0, len(self) - 1) if outside == "clip" else index.masked_fill(beyond, -1)
         return index.masked_fill(broken, -1)
 
-    def _row(self, where: str, labels: Tensor, outside: Outside) -> Tensor:
-        """The row that each label reads in a table of one row a bin and a last one for labels that have none.
-
-        On an accelerator labels are not looked at: under ``"raise"``, too, those without a bin read the last row.
-        """
-        if labels.device.type != "cpu" and outside == "raise":
-            outside = "drop"
-        index = self._place(where, labels, outside)
-        return index if readable(labels) and outside != "drop" else torch.where(index < 0, len(self), index)
-
     def _scaled_index(self, values: Tensor) -> Tensor | None:
         """The bins of labels that all lie on an even axis, by scaling and rounding down, which is faster than a search.
         None where a label lies outside, or where rounding could place one differently than a search would."""
@@ -285,7 +349,7 @@ class Bins:
             where,
             f"{name} must lie on the label axis {axis}",
             got=place,
-            fix='Widen the bins, or pass outside="clip" or "drop".' if name == "labels" else "Widen the bins.",
+            fix='Widen the bins, or pass outside="clip" or "drop".' if name.startswith("labels") else "Widen the bins.",
         )
 
     @overload
@@ -304,26 +368,7 @@ class Bins:
         if not isinstance(probabilities, Tensor):
             array = labels_array(where, probabilities, "probabilities")
             return self.expectation(torch.from_numpy(array.copy())).numpy()
-        is_tensor(where, probabilities=probabilities)
-        if probabilities.ndim == 0 or probabilities.shape[-1] != len(self):
-            raise problem(
-                where,
-                f"probabilities must have {len(self)} values in the last axis",
-                got=tuple(probabilities.shape),
-                error=ShapeError,
-            )
-        if not probabilities.is_floating_point():
-            raise problem(where, "probabilities must be floats", got=f"dtype {probabilities.dtype}", error=TypeError)
-        wide = probabilities if probabilities.dtype == torch.float64 else probabilities.float()
-        if probabilities.device.type == "cpu" and not torch.compiler.is_compiling():
-            total = wide.detach().sum(-1)
-            if not bool(((total - 1).abs() <= 1e-3).all()):
-                raise problem(
-                    where,
-                    "probabilities must sum to one along the last axis",
-                    got=f"sums from {total.min().item():g} to {total.max().item():g}",
-                    fix="Apply softmax to scores first.",
-                )
+        wide = self._shares(where, probabilities)
         return wide @ self._tensor("centers", wide)
 
     def to_dict(self) -> dict[str, Any]:

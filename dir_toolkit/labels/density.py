@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import finite, labels_array, number, problem, whole
+from .._checks import finite, instance, labels_array, number, problem, whole
 from ..errors import ShapeError
 from .bins import Bins, Outside
-from .kernels import Edges, Window, smooth
+from .grid import AnyBins, BinGrid, Windows, checked_windows
+from .kernels import Edges, smooth_axes
 
 __all__ = ["REGIONS", "LabelDensity"]
 
@@ -23,17 +24,17 @@ class LabelDensity:
     """Labels counted per bin.
 
     Attributes:
-        bins: the label axis.
-        counts: (B,), read-only: int64 as counted, float64 once smoothed (then the effective number of labels).
+        bins: the label axis, or a grid of several.
+        counts: (B,), read-only: int64 as counted, float64 once smoothed (then the effective number of labels). Over a
+            grid, ``counts.reshape(bins.shape)`` has one dimension an axis.
 
     >>> density = LabelDensity.count([0, 0, 1], Bins.classes(3))
     >>> density.counts.tolist(), density.regions(many=1, few=1).tolist()
     ([2, 1, 0], ['many', 'medium', 'unseen'])
     """
 
-    def __init__(self, bins: Bins, counts: np.ndarray) -> None:
-        if not isinstance(bins, Bins):
-            raise problem("LabelDensity", "bins must be a Bins", got=type(bins).__name__, error=TypeError)
+    def __init__(self, bins: AnyBins, counts: np.ndarray) -> None:
+        instance("LabelDensity", (Bins, BinGrid), bins=bins)
         counts = labels_array("LabelDensity", counts, "counts")
         if counts.shape != (len(bins),):
             raise problem(
@@ -50,21 +51,22 @@ class LabelDensity:
         self.bins, self.counts = bins, counts
 
     @classmethod
-    def count(cls, labels: Any, bins: Bins, *, outside: Outside = "raise") -> LabelDensity:
+    def count(cls, labels: Any, bins: AnyBins, *, outside: Outside = "raise") -> LabelDensity:
         """Count labels, which may come in pieces.
 
         Args:
             labels: an array, a tensor, an ``xarray.DataArray`` (a dask-backed one is read block by block), a list of
-                numbers, or an iterable of any of these, of which one piece at a time is held.
+                numbers, or an iterable of any of these, of which one piece at a time is held. Any shape, such as maps
+                of one label a pixel; over a grid of K axes (..., K).
             outside: as in :meth:`Bins.index`; ``"drop"`` leaves labels beyond the axis uncounted.
         Raises:
-            LabelError: as :meth:`Bins.index`. ValueError: there is no label at all.
+            LabelError: as :meth:`Bins.index`. ValueError: there is no label at all. ShapeError: over a grid, the last
+            axis is not K long.
         """
-        if not isinstance(bins, Bins):
-            raise problem("LabelDensity.count", "bins must be a Bins", got=type(bins).__name__, error=TypeError)
+        instance("LabelDensity.count", (Bins, BinGrid), bins=bins)
         counts = np.zeros(len(bins), dtype=np.int64)
         seen = 0
-        for piece in _pieces(labels):
+        for piece in _pieces(labels, rows=isinstance(bins, BinGrid)):
             # On the host, where bad labels raise whatever device they came from.
             index = bins._place("LabelDensity.count", piece.cpu() if isinstance(piece, Tensor) else piece, outside)
             index = (index.numpy() if isinstance(index, Tensor) else index).ravel()
@@ -97,13 +99,18 @@ class LabelDensity:
     def __repr__(self) -> str:
         return f"<LabelDensity: {self.counts.sum():g} labels in {len(self.bins)} bins>"
 
-    def smooth(self, kernel: Window, *, edges: Edges = "reflect") -> LabelDensity:
+    def smooth(self, kernel: Windows, *, edges: Edges = "reflect") -> LabelDensity:
         """The effective density: counts averaged over neighbouring bins (:func:`dir_toolkit.labels.kernels.smooth`).
 
+        Args:
+            kernel: one window; over a grid, smoothed along each axis in turn, also one an axis (``[1.0]`` leaves an
+                axis as it is).
         Source:
             Yang et al. 2021, equation 1 (arXiv:2102.09554).
         """
-        return LabelDensity(self.bins, smooth(self.counts, kernel, edges=edges))
+        windows = checked_windows("LabelDensity.smooth", kernel, self.bins)
+        smoothed = smooth_axes(self.counts.reshape(self.bins.shape), windows, edges=edges)
+        return LabelDensity(self.bins, smoothed.ravel())
 
     def prior(self, *, floor: float = 0.0) -> np.ndarray:
         """The share of labels in each bin, (B,) float64, summing to one.
@@ -146,8 +153,8 @@ def to_shares(counts: np.ndarray) -> np.ndarray:
     return counts / counts.sum()
 
 
-def _pieces(labels: Any) -> Iterator[Any]:
-    """Labels as arrays that fit in memory, in order."""
+def _pieces(labels: Any, *, rows: bool) -> Iterator[Any]:
+    """Labels as arrays that fit in memory, in order; with ``rows`` none is cut along its last axis."""
     if isinstance(labels, (str, bytes, dict)) or labels is None:
         raise problem(
             "LabelDensity.count",
@@ -156,8 +163,9 @@ def _pieces(labels: Any) -> Iterator[Any]:
             error=TypeError,
         )
     # A DataArray hands over what it wraps; the data of an array would be its bytes.
-    blocks = labels if isinstance(labels, np.ndarray) else getattr(labels, "data", labels)
+    blocks: Any = labels if isinstance(labels, np.ndarray) else getattr(labels, "data", labels)
     if hasattr(blocks, "to_delayed"):
+        blocks = blocks.rechunk({-1: -1}) if rows and blocks.ndim > 0 else blocks
         for block in blocks.to_delayed().ravel():
             yield block.compute()
     elif hasattr(labels, "__array__") or (
@@ -166,7 +174,7 @@ def _pieces(labels: Any) -> Iterator[Any]:
         yield labels
     elif isinstance(labels, Iterable):
         for piece in labels:
-            yield from _pieces(piece)
+            yield from _pieces(piece, rows=rows)
     else:
         raise problem(
             "LabelDensity.count",

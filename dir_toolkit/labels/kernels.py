@@ -130,6 +130,13 @@ def smooth(values: np.ndarray, kernel: Window, *, edges: Edges = "reflect") -> n
     return correlate1d(values, window / window.sum(), axis=0, mode=_SCIPY_MODE[edges], cval=0.0)
 
 
+def smooth_axes(values: np.ndarray, kernels: Sequence[np.ndarray], *, edges: Edges) -> np.ndarray:
+    """:func:`smooth` along each axis of ``values`` (B_1, ..., B_K) in turn, by the window of that axis."""
+    for axis, kernel in enumerate(kernels):
+        values = np.moveaxis(smooth(np.moveaxis(values, axis, 0), kernel, edges=edges), 0, axis)
+    return values
+
+
 def smoothing_matrix(num_bins: int, kernel: Window, *, edges: Edges = "reflect") -> np.ndarray:
     """The (B, B) matrix that :func:`smooth` multiplies by."""
     return smooth(np.eye(whole("smoothing_matrix", "num_bins", num_bins, low=1)), kernel, edges=edges)

@@ -9,11 +9,12 @@ import torch
 from scipy.ndimage import correlate1d
 from torch import Tensor, nn
 
-from .._checks import interval, keys, number, one_of, problem
+from .._checks import instance, interval, keys, number, one_of, problem
 from ..errors import CheckpointError, NotFittedError
 from .bins import Bins, Outside
 from .density import LabelDensity
-from .kernels import DEFAULT_KERNEL, Edges, Window, checked_window, gaussian, smooth
+from .grid import AnyBins, BinGrid, Windows, checked_windows, saved_bins
+from .kernels import DEFAULT_KERNEL, Edges, gaussian, smooth_axes
 
 __all__ = ["LDS", "Scheme"]
 
@@ -42,7 +43,8 @@ class LDS(nn.Module):
     ================== ==================================================================================
 
     Args:
-        kernel: window over bins, odd length; None for none.
+        bins: the label axis, or a grid of several, whose joint bins are weighed.
+        kernel: window over bins, odd length; None for none. Over a grid, one for all axes or one an axis.
         edges: what the smoothing takes to lie beyond the axis; ``"zero"``, as in the public code, raises the weight of
             the labels at both ends.
         order: ``"smooth_first"`` smooths the counts and then applies the scheme, as the paper writes it;
@@ -51,8 +53,9 @@ class LDS(nn.Module):
         outside: what a label beyond the axis does, as in :meth:`Bins.index`; with ``"drop"`` it weighs nothing.
         beta: of ``effective_number``, in [0, 1). alpha, epsilon: of ``dense``.
     Shape:
-        forward: labels of any shape, in label units. Returns weights of that shape, on the labels' device, in
-        the module's dtype (float32 unless it was cast).
+        forward: labels of any shape, such as (N,) or maps (N, H, W), in label units. Returns weights of that shape, on
+        the labels' device, in the module's dtype (float32 unless it was cast). Over a grid of K axes labels are
+        (..., K) and weights (...): a loss takes ``lds(y)[..., None].expand_as(y)``.
     Raises:
         NotFittedError: called before :meth:`fit`. LabelError: as :meth:`Bins.index`; on an accelerator labels are not
         looked at, and one that cannot be placed weighs NaN, which stops training at the next check of the loss.
@@ -66,9 +69,9 @@ class LDS(nn.Module):
 
     def __init__(
         self,
-        bins: Bins,
+        bins: AnyBins,
         *,
-        kernel: Window | None = DEFAULT_KERNEL,
+        kernel: Windows | None = DEFAULT_KERNEL,
         scheme: Scheme = "sqrt_inverse",
         edges: Edges = "reflect",
         order: Order = "smooth_first",
@@ -79,8 +82,7 @@ class LDS(nn.Module):
         epsilon: float = 1e-3,
     ) -> None:
         super().__init__()
-        if not isinstance(bins, Bins):
-            raise problem("LDS", "bins must be a Bins", got=type(bins).__name__, error=TypeError)
+        instance("LDS", (Bins, BinGrid), bins=bins)
         one_of("LDS", "scheme", scheme, _SCHEMES)
         one_of("LDS", "edges", edges, ("reflect", "mirror", "zero"))
         one_of("LDS", "order", order, ("smooth_first", "scheme_first"))
@@ -88,7 +90,7 @@ class LDS(nn.Module):
         if scheme == "dense" and order == "scheme_first":
             raise problem("LDS", 'scheme "dense" is defined on a density, so it needs order="smooth_first"', got=order)
         self.bins, self.scheme, self.edges, self.order, self.outside = bins, scheme, edges, order, outside
-        self.kernel = None if kernel is None else checked_window("LDS", kernel, len(bins))
+        self.kernels = None if kernel is None else checked_windows("LDS", kernel, bins)
         self.clip = None if clip is None else interval("LDS", "clip", clip)
         self.beta = number("LDS", "beta", beta, low=0, high=1, open_high=True)
         self.alpha = number("LDS", "alpha", alpha, low=0)
@@ -102,9 +104,9 @@ class LDS(nn.Module):
     @classmethod
     def reference(
         cls,
-        bins: Bins,
+        bins: AnyBins,
         *,
-        kernel: Window | None = _FOLDED,
+        kernel: Windows | None = _FOLDED,
         scheme: Literal["inverse", "sqrt_inverse"] = "sqrt_inverse",
         outside: Outside = "clip",
     ) -> LDS:
@@ -130,7 +132,7 @@ class LDS(nn.Module):
         """
         if isinstance(labels, LabelDensity):
             density = labels
-            if density.counts.dtype.kind == "f" and self.kernel is not None:
+            if density.counts.dtype.kind == "f" and self.kernels is not None:
                 raise problem(
                     "LDS.fit",
                     "the density must be as counted, since the kernel smooths it",
@@ -190,12 +192,14 @@ class LDS(nn.Module):
         return density
 
     def _smooth(self, values: np.ndarray) -> np.ndarray:
-        if self.kernel is None:
+        if self.kernels is None:
             return values
+        values = values.reshape(self.bins.shape)
         if self._public_integers:
-            window = self.kernel / self.kernel.max()
-            return np.trunc(correlate1d(values, window, mode="constant"))
-        return smooth(values, self.kernel, edges=self.edges)
+            for axis, window in enumerate(self.kernels):
+                values = correlate1d(values, window / window.max(), axis=axis, mode="constant")
+            return np.trunc(values).ravel()
+        return smooth_axes(values, self.kernels, edges=self.edges).ravel()
 
     def forward(self, labels: Tensor) -> Tensor:
         if not self._fitted:
@@ -231,17 +235,18 @@ class LDS(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         keys("LDS", "the saved state", state, ("fitted", "bins"))
-        if Bins.from_dict(state["bins"]) != self.bins:
+        if (saved := saved_bins(state["bins"])) != self.bins:
             raise problem(
                 "LDS",
                 "the saved weights belong to another label axis",
-                got=f"{Bins.from_dict(state['bins'])} for {self.bins}",
+                got=f"{saved} for {self.bins}",
                 error=CheckpointError,
             )
         self._fitted = bool(state["fitted"])
 
     def extra_repr(self) -> str:
-        kernel = None if self.kernel is None else self.kernel.round(6).tolist()
+        windows = [window.round(6).tolist() for window in self.kernels or ()]
+        kernel = None if not windows else windows if isinstance(self.bins, BinGrid) else windows[0]
         return (
             f"{self.bins!r}, kernel={kernel}, scheme={self.scheme!r}, edges={self.edges!r}, order={self.order!r}, "
             f"clip={self.clip}, outside={self.outside!r}, fitted={self._fitted}"

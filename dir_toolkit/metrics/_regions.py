@@ -10,14 +10,15 @@ import numpy as np
 from .._checks import instance, problem
 from ..labels.bins import Bins
 from ..labels.density import REGIONS, LabelDensity
+from ..labels.grid import AnyBins, BinGrid
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-def check_axis(where: str, bins: Bins, density: LabelDensity) -> None:
-    """A label axis, and what was counted on it in training."""
-    instance(where, Bins, bins=bins)
+def check_axis(where: str, bins: AnyBins, density: LabelDensity, *, grid: bool = False) -> None:
+    """A label axis, or a grid of several where ``grid`` says so, and what was counted on it in training."""
+    instance(where, (Bins, BinGrid) if grid else Bins, bins=bins)
     if not isinstance(density, LabelDensity) or density.bins != bins:
         raise problem(where, "density must be a LabelDensity over the same bins", got=repr(density))
     if density.counts.dtype.kind == "f":
@@ -46,14 +47,19 @@ def dataset(
     import xarray as xr
 
     bins = density.bins
+    if isinstance(bins, BinGrid):
+        dims: Any = ("bin", "axis")
+        low, high = (bins._corners([axis.edges[i : len(axis) + i] for axis in bins.axes]) for i in (0, 1))
+    else:
+        dims, low, high = "bin", bins.edges[:-1], bins.edges[1:]
     result = xr.Dataset(
         {**data, "train_count": ("bin", np.asarray(density.counts))},
         coords={
             "region": ["all", *REGIONS],
             "bin": np.arange(len(bins)),
-            "bin_low": ("bin", bins.edges[:-1]),
-            "bin_high": ("bin", bins.edges[1:]),
-            "bin_center": ("bin", bins.centers),
+            "bin_low": (dims, low),
+            "bin_high": (dims, high),
+            "bin_center": (dims, bins.centers),
             "bin_region": ("bin", regions),
         },
     )

@@ -73,6 +73,7 @@ class ClassificationMetrics:
     Attributes:
         confusion: (B, B) int64, samples by true bin (rows) and predicted bin (columns).
         selects: the key of :meth:`summary` whose least value marks the best model.
+        takes: what :meth:`update` takes of a model's output, by name.
     Source:
         Menon et al. 2021, section 2 (arXiv:2007.07314); Liu et al. 2019, section 4 (arXiv:1904.05160), for the regions.
 
@@ -83,6 +84,7 @@ class ClassificationMetrics:
     """
 
     selects: ClassVar[str] = "balanced_error/all"
+    takes: ClassVar[str] = "scores"
 
     def __init__(self, bins: Bins, density: LabelDensity, *, regions: Sequence[str] | np.ndarray | None = None) -> None:
         _regions.check_axis("ClassificationMetrics", bins, density)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from .._checks import finite, instance, is_tensor, number, problem, real, same_device, same_shape
 from ..errors import ShapeError
-from ..labels.bins import Bins
 from ..labels.density import LabelDensity
+from ..labels.grid import AnyBins, BinGrid
 from . import _regions
 from ._ranks import summed
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RegressionMetrics", "regression_metrics"]
 
+_PIECE = 2**20  # labels at a time, so that maps of one label a pixel need no ten copies
 _SUMS = ("count", "abs", "squared", "log", "error", "pred", "target", "pred2", "target2", "product")
 
 
@@ -29,12 +31,17 @@ class RegressionMetrics:
     Everything follows from ten float64 sums a bin, so batches, ranks and objects merge exactly, and regions can be
     chosen afterwards.
 
+    Over a grid of K axes the joint bin decides the region, and each number is the mean over the K dimensions: absolute
+    and squared errors, logarithms (for GM), bias and correlation of a sample's dimensions weigh alike, so bring labels
+    of different units to one scale first. The numbers of each dimension by itself stand beside.
+
     Args:
-        bins: the label axis; a target beyond it raises.
+        bins: the label axis, or a grid of several; a target beyond it raises.
         density: of the training labels, which decides the region of each bin.
         floor: least absolute error that enters the geometric mean, in label units, so that one perfect prediction does
-            not zero it; None takes a hundredth of the median bin width.
+            not zero it; None takes a hundredth of the median bin width. Over a grid one for all axes or one an axis.
 
+    >>> from dir_toolkit import Bins
     >>> metrics = RegressionMetrics(Bins.classes(2), LabelDensity(Bins.classes(2), [200, 5]))
     >>> metrics.update(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 0.0, 1.0]))
     >>> metrics.compute().mae.sel(region=["all", "many", "few"]).values.tolist()
@@ -43,23 +50,26 @@ class RegressionMetrics:
 
     selects: ClassVar[str] = "bmae/all"
     """The number of :meth:`summary` by which training chooses an epoch: the less, the better."""
+    takes: ClassVar[str] = "prediction"
+    """What :meth:`update` takes of a model's output, by name."""
 
-    def __init__(self, bins: Bins, density: LabelDensity, *, floor: float | None = None) -> None:
+    def __init__(self, bins: AnyBins, density: LabelDensity, *, floor: float | Sequence[float] | None = None) -> None:
         where = "RegressionMetrics"
-        _regions.check_axis(where, bins, density)
+        _regions.check_axis(where, bins, density, grid=True)
         self.bins, self.density = bins, density
-        widths = np.diff(bins.edges)
-        floor = float(np.median(widths)) / 100 if floor is None else floor
-        self.floor = number(where, "floor", floor, low=0, open_low=True)
+        self._floors = _checked_floors(where, floor, bins)
+        self.floor = self._floors if isinstance(bins, BinGrid) else self._floors[0]
         # Correlation is taken about the middle of the axis, so that a far-away origin costs no digits.
-        self._origin = float(bins.edges[0] + bins.edges[-1]) / 2
-        self.sums: Tensor = torch.zeros(len(_SUMS), len(bins), dtype=torch.float64)
+        self._origins = [float(axis.edges[0] + axis.edges[-1]) / 2 for axis in bins.axes]
+        axes = (len(bins.axes),) if isinstance(bins, BinGrid) else ()
+        self.sums: Tensor = torch.zeros(*axes, len(_SUMS), len(bins), dtype=torch.float64)
 
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add a batch.
 
         Shape:
-            pred, target: any shape, equal; an empty batch adds nothing.
+            pred, target: any shape, equal, such as maps of one label a pixel; over a grid (..., K). An empty batch
+            adds nothing. Pixels without a label are left out by the caller: ``update(pred[valid], target[valid])``.
         Units:
             those of the label.
         Raises:
@@ -73,16 +83,26 @@ class RegressionMetrics:
         same_device(where, pred=pred, target=target)
         finite(where, pred=pred)
         index = self.bins._place(where, target, "raise", "target").flatten()
-        p, t = pred.detach().double().flatten(), target.detach().double().flatten()
-        error = p - t
-        p, t = p - self._origin, t - self._origin
-        size = error.abs()
-        rows = torch.stack(
-            [
+        if self.sums.device != index.device:
+            self.sums = self.sums.to(index.device)
+        sums = self.sums.view(-1, len(self.bins))  # (K * 10, B)
+        p, t = (x.detach().reshape(-1, len(self.bins.axes)) for x in (pred, target))  # (N, K)
+        for p_piece, t_piece, of_bin in zip(p.split(_PIECE), t.split(_PIECE), index.split(_PIECE), strict=True):
+            sums.index_add_(1, of_bin, self._rows(p_piece.double(), t_piece.double()))
+
+    def _rows(self, pred: Tensor, target: Tensor) -> Tensor:
+        """What each sample (N, K) adds to the sums of its bin, (K * 10, N)."""
+        rows = []
+        for k, (origin, floor) in enumerate(zip(self._origins, self._floors, strict=True)):
+            p, t = pred[:, k], target[:, k]
+            error = p - t
+            p, t = p - origin, t - origin
+            size = error.abs()
+            rows += [
                 torch.ones_like(p),
                 size,
                 error.square(),
-                size.clamp_min(self.floor).log(),
+                size.clamp_min(floor).log(),
                 error,
                 p,
                 t,
@@ -90,10 +110,7 @@ class RegressionMetrics:
                 t.square(),
                 p * t,
             ]
-        )  # (10, N)
-        if self.sums.device != rows.device:
-            self.sums = self.sums.to(rows.device)
-        self.sums.index_add_(1, index, rows)
+        return torch.stack(rows)
 
     def fresh(self) -> RegressionMetrics:
         """One of the same settings that has seen nothing."""
@@ -113,7 +130,8 @@ class RegressionMetrics:
             raise problem(
                 where,
                 "both must have the same bins, training density and floor",
-                got=f"{self.density!r}, floor {self.floor:g} and {other.density!r}, floor {other.floor:g}",
+                got=f"{self.density!r}, floor {_listed(self._floors)} and {other.density!r}, "
+                f"floor {_listed(other._floors)}",
             )
         self.sums = self.sums + other.sums.to(self.sums.device)
         return self
@@ -130,15 +148,18 @@ class RegressionMetrics:
         """The errors so far, as a dataset over ``region`` (all, many, medium, few, unseen) and ``bin``.
 
         A region or bin without a test sample is missing (NaN), not zero, and its count says so. Units are attributes.
+        Over a grid there is ``axis``, too: ``axis_mae``, ``axis_rmse`` and so on hold each dimension by itself, and the
+        bounds and centres of bins have one value a dimension.
 
         Args:
             many, few: limits of the regions, as in :meth:`LabelDensity.regions`.
         """
         regions = self.density.regions(many=many, few=few)
-        sums = dict(zip(_SUMS, self.sums.cpu().numpy(), strict=True))
+        rows = self.sums.view(-1, *self.sums.shape[-2:]).cpu().numpy()  # (K, 10, B)
+        sums = dict(zip(_SUMS, rows.swapaxes(0, 1), strict=True))
         inside = _regions.membership(regions)  # (5, B)
-        total = {name: np.where(inside, row, 0.0).sum(1) for name, row in sums.items()}
-        tested = sums["count"] > 0
+        total = {name: np.stack([np.where(inside, r, 0.0).sum(1) for r in row]) for name, row in sums.items()}
+        tested = sums["count"][0] > 0
         with np.errstate(divide="ignore", invalid="ignore"):
             bin_mae, bin_bias = sums["abs"] / sums["count"], sums["error"] / sums["count"]
             n = total["count"]
@@ -149,33 +170,54 @@ class RegressionMetrics:
             noise = 1e-15 * n
             varied = (spread_pred > noise * total["pred2"]) & (spread_target > noise * total["target2"])
             pearson = np.where(varied, covariance / np.sqrt(spread_pred * spread_target), np.nan)
-            values = {
+            of_axis = {
                 "mae": total["abs"] / n,
                 "rmse": np.sqrt(total["squared"] / n),
                 "gm": np.exp(total["log"] / n),
-                "bmae": _regions.bin_mean(bin_mae, inside & tested),
+                "bmae": np.stack([_regions.bin_mean(row, inside & tested) for row in bin_mae]),
                 "bias": total["error"] / n,
                 "pearson": np.clip(pearson, -1, 1),
-            }
-        data = {name: ("region", value) for name, value in values.items()}
-        data["count"] = ("region", n.astype(np.int64))
+            }  # each (K, 5)
+            values = {name: row.mean(0) for name, row in of_axis.items()}
+            values["rmse"] = np.sqrt((total["squared"] / n).mean(0))
+            values["gm"] = np.exp((total["log"] / n).mean(0))
+        data: dict[str, Any] = {name: ("region", value) for name, value in values.items()}
+        data["count"] = ("region", n[0].astype(np.int64))
         data["bins"] = ("region", (inside & tested).sum(1).astype(np.int64))
         data |= {
-            "bin_mae": ("bin", bin_mae),
-            "bin_bias": ("bin", bin_bias),
-            "bin_count": ("bin", sums["count"].astype(np.int64)),
+            "bin_mae": ("bin", bin_mae.mean(0)),
+            "bin_bias": ("bin", bin_bias.mean(0)),
+            "bin_count": ("bin", sums["count"][0].astype(np.int64)),
         }
-        units = ("mae", "rmse", "gm", "bmae", "bias", "bin_mae", "bin_bias")
+        units = ["mae", "rmse", "gm", "bmae", "bias", "bin_mae", "bin_bias"]
+        if isinstance(self.bins, BinGrid):
+            data |= {f"axis_{name}": (("axis", "region"), row) for name, row in of_axis.items()}
+            units += [f"axis_{name}" for name in of_axis if name != "pearson"]
         return _regions.dataset(data, self.density, regions, label_units=units)
+
+
+def _checked_floors(where: str, floor: float | Sequence[float] | None, bins: AnyBins) -> tuple[float, ...]:
+    """The least error of each axis."""
+    if floor is None:
+        floor = [float(np.median(np.diff(axis.edges))) / 100 for axis in bins.axes]
+    elif not (isinstance(bins, BinGrid) and isinstance(floor, Sequence)):
+        floor = [number(where, "floor", floor, low=0, open_low=True)] * len(bins.axes)
+    if len(floor) != len(bins.axes):
+        raise problem(where, f"floor must be one number, or one for each of {len(bins.axes)} axes", got=repr(floor))
+    return tuple(number(where, "floor", value, low=0, open_low=True) for value in floor)
+
+
+def _listed(floors: tuple[float, ...]) -> str:
+    return ", ".join(f"{floor:g}" for floor in floors)
 
 
 def regression_metrics(
     pred: Tensor,
     target: Tensor,
-    bins: Bins,
+    bins: AnyBins,
     density: LabelDensity,
     *,
-    floor: float | None = None,
+    floor: float | Sequence[float] | None = None,
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:

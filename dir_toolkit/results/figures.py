@@ -170,7 +170,7 @@ def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors |
     """A metric of each method over all and in each region with test samples; whiskers are one sd of the seeds.
 
     Up to eight methods are bars side by side; more are rows, with a column a region. The constant predictor, which
-    would dwarf the error rates of the others, is left out of those.
+    would dwarf the others, is left out of error rates, and where there are more than eight methods with it.
 
     Args:
         ds: a result of the schema in ``results.schema``.
@@ -188,7 +188,8 @@ def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors |
     regions = [r for r in ("all", *REGIONS) if bool((ds["count"].sel(region=r) > 0).any())]
     percent = metric in SHARES
     bars = []
-    for method, color in styled_methods(where, ds, colors, baseline=not percent).items():
+    crowded = int(ds["completed"].any("seed").sum()) > _MOST_BARS
+    for method, color in styled_methods(where, ds, colors, baseline=not percent and not crowded).items():
         part = ds.sel({"method": method, "region": regions})
         seeds = int(part["completed"].sum())
         mean, spread = mean_and_spread(part[metric].values[part["completed"].values == 1] * (100 if percent else 1))
@@ -246,7 +247,10 @@ def _region_rows(
     if panels[0].get_xlim()[0] > 0:
         panels[0].set_xlim(left=0)
     figure.supxlabel(name, fontsize=10, color=INK)
-    return dressed(figure, panels, grid="both")
+    dressed(figure, panels, grid="both")
+    for axes in panels:
+        axes.title.set(fontsize=8)  # five stand side by side
+    return figure
 
 
 def similarity_figure(

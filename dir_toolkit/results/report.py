@@ -15,7 +15,7 @@ from .._checks import problem
 from ..files import write_atomically
 from .drawing import figure_svg
 from .schema import validate_results
-from .tables import Columns, results_table
+from .tables import Columns, ResultsTable, results_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +34,7 @@ def write_report(
     notes: Sequence[str] = (),
     settings: Mapping[str, object] | None = None,
     columns: Columns | None = None,
+    table: ResultsTable | None = None,
 ) -> None:
     """Write a result as one HTML file, whole or not at all; it fetches nothing and runs no script.
 
@@ -43,6 +44,7 @@ def write_report(
         notes: paragraphs of plain text above the table: what was compared, and what to make of it.
         settings: of the experiment; nested ones are shown as ``outer.inner``.
         columns: of the table, as in :func:`results_table`.
+        table: shown instead of that of ``columns``.
     Raises:
         ResultsError: ``ds`` breaks the schema. TypeError: ``notes`` is one text. ImportError: jinja2 is not installed.
     """
@@ -66,7 +68,7 @@ def write_report(
         title=title,
         command=ds.attrs["command"],
         notes=notes,
-        table=results_table(ds, columns=columns),
+        table=results_table(ds, columns=columns) if table is None else table,
         figures=[(name, figure_svg(figure, name=f"figure{i}")) for i, (name, figure) in enumerate(figures.items(), 1)],
         settings=list(_flat(settings or {})),
         provenance=list(_flat(provenance)),

@@ -6,6 +6,8 @@ Dimensions
     ``seed``     the seeds tried, int64, rising
     ``region``   ``all``, then ``many``, ``medium``, ``few``, ``unseen``: parts of the label axis by training count
     ``bin``      int64, 0 ... B - 1: the bins of the label axis
+    ``sample``   the test samples, in the order of the test set, without a coordinate; only in a result of regression
+                 that holds predictions
 
 Coordinates along ``bin``
     ``bin_low``, ``bin_high``   float64, label units; a bin holds ``low <= label < high`` and touches the next one
@@ -38,6 +40,11 @@ Variables, all measured on test data unless said
         ``minutes``            float64: time spent training
         ``best_epoch``         float64 (a whole number), from 1: the epoch chosen on validation data
         ``completed``          int8: 1 for a finished run, 0 for one that is missing
+    Regression, sample by sample, where it is held
+        ``target``             float32 or float64, label units, over (sample) alone: every run saw the same samples
+        ``prediction``         float32, label units, over (method, seed, sample); stands and falls with ``target``
+        ``lower``, ``upper``   float32, label units, over (method, seed, sample): an interval that is meant to hold the
+                               label with the probability in their attribute ``interval_level``; both or neither
     Others may stand beside them, over the same dimensions and with units. One over (method, seed), such as ``ece``,
     ``log_loss`` or ``tau``, may be missing in some of the runs.
 
@@ -49,8 +56,11 @@ Counts and NaN
     A float is NaN where there is nothing to say, and nowhere else: in regions and bins without test samples (count 0),
     in a missing run, all of whose counts are 0, in ``pearson`` where predictions or labels do not vary, in
     ``bin_precision`` where a bin was never predicted (a bin that was, but has no test samples, has precision 0), in
-    ``minutes`` and ``best_epoch`` where a method has none (a constant predictor). No number is infinite. Counts over
-    regions add up to ``all``, and counts over bins to their regions.
+    ``minutes`` and ``best_epoch`` where a method has none (a constant predictor), in ``prediction`` where a run kept
+    none, and in ``lower`` and ``upper`` where a method gives no interval: a run has these for all samples or for none.
+    No number is infinite. Counts over regions add up to ``all``, and counts over bins to their regions. A run that has
+    predictions was tested on ``target``: its counts are those of these labels, and its MAE over all is theirs, to a
+    thousandth of the label axis.
 
 Attributes
     ``title``, ``created`` (ISO 8601, with its time zone), ``dir_toolkit_version``, ``command``, ``label_name`` and
@@ -78,6 +88,7 @@ from .. import __version__
 from .._checks import instance, problem, whole
 from ..errors import ResultsError
 from ..files import write_atomically
+from ..labels.bins import Bins
 from ..labels.density import REGIONS
 
 __all__ = [
@@ -114,7 +125,8 @@ _COMMON = {
     "best_epoch": ("", "f", "1"),
     "completed": ("", "i", "1"),
 }
-_VARIABLES = {**_REGRESSION, **_CLASSIFICATION, **_COMMON}
+_BY_SAMPLE = dict.fromkeys(("target", "prediction", "lower", "upper"), ("sample", "f", _LABEL))
+_VARIABLES = {**_REGRESSION, **_CLASSIFICATION, **_COMMON, **_BY_SAMPLE}
 REGRESSION = tuple(_REGRESSION)
 """The variables of a regression result."""
 CLASSIFICATION = tuple(_CLASSIFICATION)
@@ -140,6 +152,7 @@ def combine_runs(
     Args:
         runs: by (method, seed), what the metrics gave: variables over ``region`` and ``bin``, and where they are known
             ``minutes``, ``best_epoch`` and others without a dimension; a run that lacks one of these is NaN there.
+            It may also hold ``target``, ``prediction``, ``lower`` and ``upper`` over ``sample``.
             Units that read "label units" become ``label_units``.
             A part of an earlier result, ``result.sel({"method": ..., "seed": ...})``, is such a run, too. Combinations
             that are not given become missing runs.
@@ -169,6 +182,7 @@ def combine_runs(
     methods = list(dict.fromkeys(method for method, _ in runs))
     seeds = sorted({seed for _, seed in runs})
     sizes = {"method": len(methods), "seed": len(seeds), **first.sizes}
+    sizes |= {"sample": examples["target"].size} if "target" in examples else {}
     known = {name: label_units if units == _LABEL else units for name, (_, _, units) in _VARIABLES.items()}
     result = xr.Dataset(
         coords={
@@ -188,9 +202,14 @@ def combine_runs(
     )
     for name in dict.fromkeys([*map(str, first.data_vars), *examples, "minutes", "best_epoch", "completed"]):
         example = examples.get(name, xr.DataArray(np.nan))
+        if name == "target":
+            labels = example.values.astype(np.float32 if example.dtype == np.float32 else np.float64)
+            result[name] = ("sample", labels, {"units": label_units, **example.attrs})
+            continue
         dims = (*_RUN, *example.dims)
         counted = _kind(name, example) == "i" and (name in _VARIABLES or all(name in run for run in runs.values()))
-        values = np.full([sizes[d] for d in dims], 0 if counted else np.nan, dtype=np.int64 if counted else np.float64)
+        kind = np.int64 if counted else np.float32 if name in _BY_SAMPLE else np.float64
+        values = np.full([sizes[d] for d in dims], 0 if counted else np.nan, dtype=kind)
         for (method, seed), run in runs.items():
             if name in run:
                 values[methods.index(method), seeds.index(seed)] = run[name].values
@@ -213,13 +232,24 @@ def _misfits(run: xr.Dataset, first: xr.Dataset, examples: Mapping[str, xr.DataA
         elif name in first.coords and not np.array_equal(run[name].values, first[name].values):
             yield f"coordinate {name!r} differs from the first run's"
     for name in sorted(map(str, set(run.data_vars) ^ set(first.data_vars))):
-        if examples[name].dims:  # one without a dimension may be missing
+        if examples[name].dims and name not in _BY_SAMPLE:  # these, and one without a dimension, may be missing
             yield f"{name!r} is in {'this' if name in run else 'the first'} run only"
     for name in sorted(map(str, run.data_vars)):
         if run[name].dims != examples[name].dims:
             yield f"{name!r} is over {run[name].dims}, in the first run that has it over {examples[name].dims}"
         if _kind(name, examples[name]) == "i" and run[name].dtype.kind not in "iub":
             yield f"{name!r} must be whole numbers, got {run[name].dtype}"
+    for name in [name for name in _BY_SAMPLE if name in run]:
+        example = examples[name]
+        if run[name].dims == example.dims and run[name].shape != example.shape:
+            yield f"{name!r} has {run[name].size} samples, in the first run that has it {example.size}"
+        elif name == "target" and not np.array_equal(run[name].values, example.values):
+            yield "'target' differs from that of the first run that has it: predictions must be in one order"
+        if name != "target" and "target" not in run:
+            yield f"{name!r} must stand beside 'target'"
+        level, other = (array.attrs.get("interval_level") for array in (run[name], example))
+        if level != other:
+            yield f"{name!r} has interval_level {level}, in the first run that has it {other}"
 
 
 def _kind(name: str, example: xr.DataArray) -> str:
@@ -254,7 +284,7 @@ def _faults(ds: xr.Dataset) -> Iterator[str]:
     missing = [name for name in _DIMS if name not in ds.dims or name not in ds.coords]
     for name in missing:
         yield f"dimension {name!r} with its coordinate is missing"
-    empty = [name for name in _DIMS if name not in missing and ds.sizes[name] == 0]
+    empty = [name for name in (*_DIMS, "sample") if name not in missing and ds.sizes.get(name) == 0]
     for name in empty:
         yield f"dimension {name!r} must not be empty"
     if missing or empty:
@@ -272,6 +302,7 @@ def _faults(ds: xr.Dataset) -> Iterator[str]:
             sound.add(name)
     if tuple(ds["region"].values) == ALL_REGIONS:
         yield from _number_faults(ds, sound)
+        yield from _sample_faults(ds, sound)
 
 
 def _is_moment(text: str) -> bool:
@@ -305,7 +336,7 @@ def _axis_faults(ds: xr.Dataset) -> Iterator[str]:
                 yield f"coordinate {name!r} must have units {expected!r}, got {found!r}"
     if {"bin_low", "bin_high", "bin_center"} <= sound:
         low, high, center = (ds[name].values for name in ("bin_low", "bin_high", "bin_center"))
-        if not (np.isfinite([low, high]).all() and (low < high).all() and np.array_equal(low[1:], high[:-1])):
+        if not _sound_edges(ds):
             yield "bin edges must be finite and rising, each bin starting where the last one ends"
         elif not ((low <= center) & (center <= high)).all():
             yield "coordinate 'bin_center' must lie within its bin"
@@ -327,7 +358,9 @@ def _variable_faults(ds: xr.Dataset, name: str) -> Iterator[str]:
         return
     array = ds[name]
     axis, kind, units = _VARIABLES.get(name, ("", "", ""))
-    allowed = {_RUN + ((axis,) if axis else ())} if kind else {_RUN, (*_RUN, "region"), (*_RUN, "bin")}
+    allowed: set[tuple[str, ...]] = {_RUN, (*_RUN, "region"), (*_RUN, "bin")}
+    if kind:
+        allowed = {("sample",) if name == "target" else _RUN + ((axis,) if axis else ())}
     if array.dims not in allowed:
         yield f"variable {name!r} must be over {' or '.join(map(str, sorted(allowed)))}, got {array.dims}"
     if array.dtype.kind not in (kind or "fi"):
@@ -385,6 +418,61 @@ def _number_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
                 yield f"variable {name!r} must be NaN where 'completed' is 0"
         if "count" in sound and ((completed == 1) & (ds["count"][..., 0] == 0)).any():
             yield "variable 'count' must be above 0 where 'completed' is 1"
+
+
+def _sample_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
+    """Faults of predictions and intervals, each of which also tells samples that are not in the order of ``target``."""
+    held = [name for name in _BY_SAMPLE if name in ds.data_vars]
+    for one, other in (("target", "prediction"), ("lower", "upper")):
+        if (one in held) != (other in held):
+            yield f"variables {one!r} and {other!r} must be given both or neither"
+    if "lower" in held and "prediction" not in held:
+        yield "variables 'lower' and 'upper' must stand beside 'prediction'"
+    if "prediction" in held and "mae" not in ds:
+        yield "variable 'prediction' must be in a result of regression"
+    levels = [ds[name].attrs.get("interval_level") for name in ("lower", "upper") if name in held]
+    if levels and not (isinstance(levels[0], (int, float)) and 0 < levels[0] < 1 and levels[0] == levels[-1]):
+        yield f"variables 'lower' and 'upper' must have one interval_level between 0 and 1, got {levels}"
+    needed = {"target", "prediction", "mae", "count", "bin_count", "completed"}
+    edges = np.append(ds["bin_low"].values, ds["bin_high"].values[-1:]) if _sound_edges(ds) else None
+    if not needed <= sound or edges is None:
+        return
+    target = ds["target"].values
+    if not np.isfinite(target).all() or (place := Bins.from_edges(edges).index(target, "drop")).min() < 0:
+        yield "variable 'target' must be finite and on the label axis"
+        return
+    runs = {}
+    for name in ("prediction", "lower", "upper"):
+        if name in sound:
+            known = np.isfinite(ds[name].values)
+            runs[name] = known.all(-1)
+            if (known.any(-1) != runs[name]).any():
+                yield f"variable {name!r} must be finite for all samples of a run, or NaN for all"
+    told, allowed = runs["prediction"], ds["completed"].values == 1
+    if (told & ~allowed).any():
+        yield "variable 'prediction' must be NaN where 'completed' is 0"
+    tested = np.bincount(place, minlength=ds.sizes["bin"])
+    if (ds["bin_count"].values[told] != tested).any():
+        yield "variable 'bin_count' must count the labels in 'target' in every run that has predictions"
+    found = np.array([np.abs(row.astype(np.float64) - target).mean() for row in ds["prediction"].values[told]])
+    off = np.abs(found - ds["mae"].values[..., 0][told])
+    if (off > 1e-3 * (edges[-1] - edges[0])).any():
+        yield f"variable 'mae' over all must be that of 'prediction' and 'target', is off by up to {np.nanmax(off):g}"
+    if {"lower", "upper"} <= runs.keys():
+        if (runs["lower"] != runs["upper"]).any() or (runs["lower"] & ~told).any():
+            yield "variables 'lower' and 'upper' must be NaN in the same runs, and where 'prediction' is"
+        elif (ds["lower"].values[runs["lower"]] > ds["upper"].values[runs["lower"]]).any():
+            yield "variable 'lower' must not be above 'upper'"
+
+
+def _sound_edges(ds: xr.Dataset) -> bool:
+    """Whether the bins can be built again; what is wrong with them is said elsewhere."""
+    if not all(name in ds.coords and ds[name].dims == ("bin",) for name in ("bin_low", "bin_high")):
+        return False
+    low, high = ds["bin_low"].values, ds["bin_high"].values
+    if low.dtype.kind != "f" or high.dtype.kind != "f":
+        return False
+    return bool(np.isfinite([low, high]).all() and (low < high).all() and np.array_equal(low[1:], high[:-1]))
 
 
 def save_results(ds: xr.Dataset, path: str | os.PathLike[str]) -> None:

@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from .._checks import problem
+from .._checks import instance, one_of, problem
 from ..files import write_atomically
+from ..labels.density import LabelDensity
+from .comparison import comparison_table, differences_csv, leading_methods, paired_differences
+from .comparison_figures import cost_figure, coverage_figure, difference_figure
 from .drawing import figure_to_tensorboard, save_figure
+from .figures import density_figure, error_figure, region_figure
 from .report import write_report
 from .schema import save_results, validate_results
-from .tables import Columns, markdown_table
+from .tables import Columns, ResultsTable, as_markdown, results_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["write_summary"]
+__all__ = ["write_comparison", "write_summary"]
 
 _SUFFIX = ".summary"  # tells our TensorBoard file from others in the folder
 
@@ -32,6 +36,7 @@ def write_summary(
     notes: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     columns: Columns | None = None,
+    table: ResultsTable | None = None,
 ) -> None:
     """Write ``results.nc``, ``table.md``, ``figures/*.png``, ``report.html`` and a TensorBoard file into ``folder``.
 
@@ -41,7 +46,7 @@ def write_summary(
         folder: must exist.
         ds: a result of the schema in ``results.schema``.
         figures: by title; a file is named after its title.
-        notes, settings, columns: as in :func:`dir_toolkit.results.report.write_report`.
+        notes, settings, columns, table: as in :func:`dir_toolkit.results.report.write_report`.
     Raises:
         ResultsError: ``ds`` breaks the schema; nothing is written then. ValueError: two titles differ in punctuation
         only. FileNotFoundError: there is no such folder.
@@ -53,17 +58,78 @@ def write_summary(
     names = {title: "".join(c if c.isalnum() else "-" for c in title.lower()) for title in figures}
     if len(set(names.values())) < len(names):
         raise problem("write_summary", "titles of figures must give each a file of its own", got=sorted(names.values()))
-    table = markdown_table(ds, columns=columns)
+    table = results_table(ds, columns=columns) if table is None else table
+    text = as_markdown(table)
     save_results(ds, folder / "results.nc")
-    write_atomically(folder / "table.md", lambda file: file.write(table.encode()))
+    write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
     (folder / "figures").mkdir(exist_ok=True)
     for earlier in folder.glob(f"events.out.tfevents.*{_SUFFIX}"):
         earlier.unlink()
     with SummaryWriter(str(folder), filename_suffix=_SUFFIX) as board:
-        board.add_text("results", table)
+        board.add_text("results", text)
         for title, figure in figures.items():
             save_figure(figure, folder / "figures" / f"{names[title]}.png")
             figure_to_tensorboard(board, f"figures/{names[title]}", figure, 0)
     write_report(
-        folder / "report.html", ds, figures, title=ds.attrs["title"], notes=notes, settings=settings, columns=columns
+        folder / "report.html", ds, figures, title=ds.attrs["title"], notes=notes, settings=settings, table=table
     )
+
+
+def write_comparison(
+    folder: str | os.PathLike[str],
+    ds: xr.Dataset,
+    *,
+    baseline: str = "vanilla",
+    density: LabelDensity | None = None,
+    level: float = 0.95,
+    replicates: int = 2000,
+    seed: int = 0,
+    methods: Sequence[str] | None = None,
+    figures: Mapping[str, Figure] | None = None,
+    notes: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> xr.Dataset:
+    """Compare methods with a baseline; write what :func:`write_summary` does, and ``differences.csv``.
+
+    The table is that of :func:`dir_toolkit.results.comparison.comparison_table`. Figures show regions, differences,
+    coverage where a method gives intervals, cost where minutes are known, and the error along the axis.
+
+    Args:
+        folder: must exist.
+        ds: a result of regression, of the schema in ``results.schema``, that holds predictions.
+        density: of the training labels; None leaves its figure out.
+        level, replicates, seed: as in :func:`dir_toolkit.results.comparison.paired_differences`.
+        methods: those in the figure of errors along the axis, which has no room for many; None takes
+            :func:`dir_toolkit.results.comparison.leading_methods`.
+        figures: more of them by title, after ours.
+        notes, settings: as in :func:`dir_toolkit.results.report.write_report`.
+    Returns:
+        the differences, as ``paired_differences`` gives them.
+    Raises:
+        As ``paired_differences`` and ``write_summary`` do, and ValueError: one of ``methods`` is unknown. Nothing is
+        written then.
+    """
+    where = "write_comparison"
+    differences = paired_differences(ds, baseline, level=level, replicates=replicates, seed=seed)
+    methods = leading_methods(ds, baseline) if methods is None else methods
+    instance(where, Sequence, methods=methods)
+    for method in methods:
+        one_of(where, "methods", method, ds["method"].values.tolist())
+    name, units = ds.attrs["label_name"], ds.attrs["label_units"]
+    pictures: dict[str, Figure] = {}
+    if density is not None:
+        pictures["Label density"] = density_figure(density, label_name=name, label_units=units)
+    pictures["Error by region"] = region_figure(ds)
+    pictures[f"Difference to {baseline}: MAE"] = difference_figure(differences)
+    pictures[f"Difference to {baseline}: bMAE"] = difference_figure(differences, metric="bmae")
+    if "lower" in ds and bool(ds["lower"].notnull().any()):
+        pictures["Intervals"] = coverage_figure(ds)
+    if bool(ds["minutes"].notnull().any()):
+        pictures["Error and cost"] = cost_figure(ds)
+    pictures[f"Error by {name}, some methods"] = error_figure(ds.sel({"method": list(methods)}))
+    pictures |= figures or {}
+    table = comparison_table(ds, differences)
+    text = differences_csv(differences)
+    write_summary(folder, ds, pictures, notes=notes, settings=settings, table=table)
+    write_atomically(Path(folder) / "differences.csv", lambda file: file.write(text.encode()))
+    return differences

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -13,7 +14,7 @@ from .._checks import instance, problem
 from ..labels.density import REGIONS
 from .schema import validate_results
 
-__all__ = ["BASELINE", "ResultsTable", "markdown_table", "results_table", "text_table"]
+__all__ = ["BASELINE", "ResultsTable", "as_markdown", "as_text", "markdown_table", "results_table", "text_table"]
 
 BASELINE = "constant"
 """The name of the constant predictor, which stands last in every table."""
@@ -37,6 +38,7 @@ _EMPTY = "–"
 _BY_RUN = ("method", "seed")
 
 Columns = Sequence[tuple[str, str | None]]
+Mark = Literal["better", "worse"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class ResultsTable:
         header: one name a column; the first column holds methods.
         counts: test samples behind each column, a row below the header.
         rows: one row a method, as long as the header.
+        marks: by (row, column), cells that stand out: ``better`` ones are bold, ``worse`` ones in italics.
     """
 
     caption: str
     header: list[str]
     counts: list[str]
     rows: list[list[str]]
+    marks: dict[tuple[int, int], Mark] = field(default_factory=dict)
 
 
 def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsTable:
@@ -168,16 +172,25 @@ def _listed(names: list[str]) -> str:
 
 def markdown_table(ds: xr.Dataset, *, columns: Columns | None = None) -> str:
     """:func:`results_table` as Markdown, with its caption below it; ends in a newline."""
-    table = results_table(ds, columns=columns)
-    lines = [table.header, ["---", *("---:" for _ in table.header[1:])], table.counts, *table.rows]
+    return as_markdown(results_table(ds, columns=columns))
+
+
+def as_markdown(table: ResultsTable) -> str:
+    """A table as Markdown, with its caption below it; ends in a newline."""
+    rows = _marked(table)
+    lines = [table.header, ["---", *("---:" for _ in table.header[1:])], table.counts, *rows]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"{body}\n\n{table.caption}\n"
 
 
 def text_table(ds: xr.Dataset, *, columns: Columns | None = None) -> str:
     """:func:`results_table` in aligned columns for a terminal; ends in a newline."""
-    table = results_table(ds, columns=columns)
-    lines = [table.header, table.counts, *table.rows]
+    return as_text(results_table(ds, columns=columns))
+
+
+def as_text(table: ResultsTable) -> str:
+    """A table in aligned columns for a terminal, its marks as in Markdown; ends in a newline."""
+    lines = [table.header, table.counts, *_marked(table)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     laid = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
@@ -185,3 +198,12 @@ def text_table(ds: xr.Dataset, *, columns: Columns | None = None) -> str:
     ]
     laid.insert(2, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join([*laid, table.caption]) + "\n"
+
+
+def _marked(table: ResultsTable) -> list[list[str]]:
+    """The rows, with asterisks around each cell that stands out."""
+    rows = [list(row) for row in table.rows]
+    for (i, j), mark in table.marks.items():
+        stars = "**" if mark == "better" else "*"
+        rows[i][j] = f"{stars}{rows[i][j]}{stars}"
+    return rows

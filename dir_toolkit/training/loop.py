@@ -213,7 +213,8 @@ def evaluate(model: nn.Module, data: ImageSet, *, metrics: Metrics, runtime: Run
     Modules run in eval mode and get their own modes back. All ranks must hold the same weights and buffers.
 
     Args:
-        model: from float images in [-1, 1] to predictions or scores, or to something with ``scores``.
+        model: from float images in [-1, 1] to what ``metrics`` takes, or to something that names it: ``prediction``
+            for regression, ``scores`` for classes.
         metrics: of the kind wanted; it is left as it is.
         batch_size: images a forward pass of one rank.
     Returns:
@@ -222,7 +223,7 @@ def evaluate(model: nn.Module, data: ImageSet, *, metrics: Metrics, runtime: Run
     instance("evaluate", (RegressionMetrics, ClassificationMetrics), metrics=metrics)
     found = metrics.fresh()
     for _, output, labels in _outputs("evaluate", model, data, runtime, batch_size):
-        found.update(getattr(output, "scores", output), labels)
+        found.update(getattr(output, metrics.takes, output), labels)
     return found.all_reduce()
 
 
@@ -232,7 +233,8 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
     Modules run in eval mode and get their own modes back. All ranks must hold the same weights and buffers.
 
     Returns:
-        a tensor (N, ...) on the runtime's device; or, of a model that returns a tuple, such a tuple of tensors.
+        a tensor (N, ...) on the runtime's device; or, of a model that returns a tuple, such a tuple of tensors, None
+        where the model's is None.
     Raises:
         ValueError: there are fewer images than ranks.
     """
@@ -243,7 +245,9 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
     parts = list(_outputs("predict", model, data, runtime, batch_size))
     at = torch.cat([indices for indices, _, _ in parts])
 
-    def whole_set(pieces: list[Tensor]) -> Tensor:
+    def whole_set(pieces: list[Any]) -> Tensor | None:
+        if pieces[0] is None:
+            return None
         own = torch.cat(pieces)
         everyone = own.new_zeros(len(data), *own.shape[1:])
         everyone[at.to(own.device)] = own

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dir_toolkit import FDS, Bins, gaussian
-from dir_toolkit.errors import DirToolkitWarning, LabelError, ShapeError
+from dir_toolkit.errors import CheckpointError, DirToolkitWarning, LabelError, ShapeError
+from dir_toolkit.labels.kernels import smoothing_matrix
 
 BINS = Bins.uniform(0, 9, width=1)
 
@@ -391,6 +392,129 @@ def test_maps_equal_their_pixels_taken_one_by_one(per_pixel: bool) -> None:
     torch.testing.assert_close(maps.calibrate(features, labels), expected)
 
 
+class Depth(nn.Module):
+    """Maps of four channels, and a 1x1 convolution that reads a label off each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(2, 4, 3, padding=1)
+        self.head = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu())[:, 0]
+
+
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_a_hook_on_a_convolution_calibrates_the_channels_of_each_pixel(where: Any) -> None:
+    torch.manual_seed(0)
+    net, fds = Depth().double(), FDS(BINS, 4, outside="drop")
+    plain = copy.deepcopy(net)
+    fds.attach(net.head if where == "input" else net.body, where)
+    x, y = torch.randn(6, 2, 8, 5, dtype=torch.float64), (torch.arange(240.0).view(6, 8, 5) % 9)
+    y[:, 0] = -1  # pixels without a label
+    with fds.labels(y):
+        assert torch.equal(net(x), plain(x))
+    fds.end_epoch()
+    assert fds.statistics()["count"].sum() == (y >= 0).sum()
+    before = plain.body(x) if where == "output" else plain.body(x).relu()
+    with fds.labels(y):
+        pred = net(x)
+    s = fds.statistics()
+    ratio = (s["smoothed_variance"] / s["variance"]).clamp(*fds.clip).sqrt()
+    expected = before.clone()
+    for n, i, j in itertools.product(range(6), range(8), range(5)):
+        b = int(y[n, i, j])
+        if b >= 0:
+            expected[n, :, i, j] = (before[n, :, i, j] - s["mean"][b]) * ratio[b] + s["smoothed_mean"][b]
+    expected = plain.head(expected.relu() if where == "output" else expected)[:, 0]
+    torch.testing.assert_close(pred, expected, rtol=1e-12, atol=1e-12)
+    pred.sum().backward()
+    assert net.body.weight.grad is not None
+    assert net.body.weight.grad.isfinite().all()
+
+
+def test_labels_of_another_resolution_are_refused_with_what_to_do() -> None:
+    fds, maps = FDS(BINS, 4), torch.zeros(3, 4, 8, 5)
+    message = r"same samples, got \(3, 4, 8, 5\) and \(3, 16, 10\)\. Resize the labels to the maps: F\.interpolate"
+    with pytest.raises(ShapeError, match=message):
+        fds.update(maps, torch.zeros(3, 16, 10))
+    fds.update(maps, nn.functional.interpolate(torch.zeros(3, 16, 10)[:, None], (8, 5))[:, 0])
+    grid = FDS(Bins.grid(BINS, BINS), 4)
+    with pytest.raises(ShapeError, match=r"same samples.* Resize the labels to \(8, 5\), or attach where"):
+        grid.update(maps, torch.zeros(3, 16, 10, 2))
+
+
+# ---- grids of label axes ----
+
+GRID = Bins.grid(BINS, Bins.uniform(0, 4, width=1))
+WINDOWS = (gaussian(5, 2), gaussian(3, 1))
+
+
+def joint_batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """As ``batch``, with a second dimension; joint bins have three samples each, and three of them none."""
+    features, labels = batch(seed, n=9 * 12)
+    labels = torch.stack([labels, torch.arange(9 * 12).div(9, rounding_mode="floor") % 4], 1)
+    keep = (labels[:, 0] != 4) | (labels[:, 1] == 2)
+    return features[keep], labels[keep]
+
+
+@pytest.mark.parametrize("count_weighted", [False, True])
+def test_statistics_over_a_grid_are_smoothed_by_the_product_of_windows(count_weighted: bool) -> None:
+    features, labels = joint_batch()
+    fds = trained(FDS(GRID, 4, kernel=WINDOWS, count_weighted=count_weighted), (features, labels))
+    s = fds.statistics()
+    index = GRID.index(labels)
+    matrices = [smoothing_matrix(n, w) for n, w in zip(GRID.shape, WINDOWS, strict=True)]
+    for b in range(len(GRID)):
+        weighted, total = torch.zeros(4, dtype=torch.float64), 0.0
+        for other in range(len(GRID)):
+            here = features[index == other]
+            if len(here):
+                (i, j), (k, m) = divmod(b, 4), divmod(other, 4)
+                share = matrices[0][i, k] * matrices[1][j, m] * (len(here) if count_weighted else 1)
+                weighted, total = weighted + share * here.mean(0), total + share
+        torch.testing.assert_close(s["smoothed_mean"][b], weighted / total, rtol=1e-12, atol=1e-12)
+    assert (s["count"] == 0).sum() == 3
+    unseen = torch.tensor([[4.0, 0.0]])
+    assert torch.equal(fds.calibrate(features[:1], unseen), features[:1])
+    assert not torch.equal(fds.calibrate(features, labels), features)
+    assert max(buffer.numel() for name, buffer in fds.named_buffers() if "smoothing" in name) == 81
+
+
+def test_a_grid_of_one_axis_is_that_axis_to_the_bit() -> None:
+    batches = [batch(seed) for seed in range(3)]
+    flat = trained(FDS(BINS, 4, shrinkage=3.0), *batches)
+    over = trained(FDS(Bins.grid(BINS), 4, shrinkage=3.0), *((z, y[:, None]) for z, y in batches))
+    features, labels = batch(9)
+    assert torch.equal(over.calibrate(features, labels[:, None]), flat.calibrate(features, labels))
+    for name, value in flat.state_dict().items():
+        if isinstance(value, Tensor):
+            assert value.numpy().tobytes() == over.state_dict()[name].numpy().tobytes()
+    matrix, share = flat.smoothing, (flat.running_count > 0).double()[:, None].expand(9, 4)
+    plain = (matrix @ flat.running_mean) / (matrix @ share)
+    assert torch.equal(flat.statistics()["smoothed_mean"], plain)
+
+
+def test_maps_checkpoints_and_mistakes_over_a_grid() -> None:
+    features, labels = joint_batch()
+    maps, of_pixels = features.view(3, 3, 11, 4).movedim(3, 1), labels.view(3, 3, 11, 2)
+    fds = trained(FDS(GRID, 4, kernel=WINDOWS), (features, labels))
+    wide = trained(FDS(GRID, 4, kernel=WINDOWS), (maps, of_pixels))
+    expected = fds.calibrate(features, labels).view(3, 3, 11, 4).movedim(3, 1)
+    torch.testing.assert_close(wide.calibrate(maps, of_pixels), expected)
+    other = FDS(GRID, 4, kernel=WINDOWS)
+    other.load_state_dict(fds.state_dict())
+    assert torch.equal(other.calibrate(features, labels), fds.calibrate(features, labels))
+    with pytest.raises(CheckpointError, match="the saved statistics must be over the same bins, got <BinGrid"):
+        other.set_extra_state(fds.get_extra_state() | {"bins": Bins.grid(BINS).to_dict()})
+    with pytest.raises(ShapeError, match=r"labels must be \(N, 2\), or \(N, H, W, 2\) for one label a pixel, got \(90"):
+        fds.update(features, labels[:90, 0])
+    with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 2\), one number a dimension"):
+        fds.update(features, torch.zeros(len(features), 3))
+    with pytest.raises(ValueError, match=r"^FDS: kernel must not be longer than the label axis, got 5 values for 4"):
+        FDS(GRID, 4)
+
+
 # ---- company: autocast, compile, checkpointing, copies, checkpoints ----
 
 
@@ -639,7 +763,7 @@ def test_bad_settings_are_refused(settings: dict, message: str) -> None:
 def test_bad_calls_are_refused_with_what_to_do() -> None:
     fds = FDS(BINS, 4)
     features, labels = batch()
-    with pytest.raises(TypeError, match="bins must be a Bins, got int"):
+    with pytest.raises(TypeError, match="bins must be a Bins or a BinGrid, got int"):
         FDS(9, 4)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"labels must be \(N,\).*Use labels.squeeze\(1\)"):
         fds.update(features, labels[:, None])

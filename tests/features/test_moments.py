@@ -36,6 +36,14 @@ def assert_same(moments: BinMoments, features: torch.Tensor, index: torch.Tensor
     np.testing.assert_allclose(moments.variance().numpy(), variance, rtol=1e3 * rtol)
 
 
+def test_more_samples_than_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, index = sample()
+    monkeypatch.setattr("dir_toolkit.features.moments._PIECE", 20)
+    moments = BinMoments(7, 3)
+    moments.update(features, index)
+    assert_same(moments, features, index)
+
+
 def test_comparing_helper_notices_a_wrong_answer() -> None:
     features, index = sample()
     moments = BinMoments(7, 3)

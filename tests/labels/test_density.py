@@ -139,9 +139,9 @@ def test_counts_of_one_s_own_are_checked(counts: Any, kind: type[Exception], mes
 
 @pytest.mark.parametrize("bins", [None, 3, [0, 1], "abc"])
 def test_bins_must_be_bins(bins: Any) -> None:
-    with pytest.raises(TypeError, match=r"^LabelDensity: bins must be a Bins, got"):
+    with pytest.raises(TypeError, match=r"^LabelDensity: bins must be a Bins or a BinGrid, got"):
         LabelDensity(bins, np.ones(3))
-    with pytest.raises(TypeError, match=r"^LabelDensity\.count: bins must be a Bins, got"):
+    with pytest.raises(TypeError, match=r"^LabelDensity\.count: bins must be a Bins or a BinGrid, got"):
         LabelDensity.count([1], bins)
 
 

@@ -383,7 +383,7 @@ def test_settings_are_checked(options: dict[str, Any], kind: type[Exception], me
 def test_arguments_are_checked() -> None:
     bins = Bins.classes(6)
     for value in (None, 6, [0, 1, 2], "abc"):
-        with pytest.raises(TypeError, match=r"^LDS: bins must be a Bins, got"):
+        with pytest.raises(TypeError, match=r"^LDS: bins must be a Bins or a BinGrid, got"):
             LDS(value)  # type: ignore[arg-type]
     for value in ([1.0], np.ones(1), None, "abc", 1):
         with pytest.raises(TypeError, match=r"^LDS: labels must be a torch\.Tensor, got .* Use lds\.sample_weight"):

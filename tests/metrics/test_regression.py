@@ -322,7 +322,7 @@ def test_what_is_refused_adds_nothing(pred: Any, target: Any, kind: type[Excepti
 def test_arguments_are_checked() -> None:
     where = r"^RegressionMetrics: "
     for value in (None, "abc", [0, 1], np.arange(3)):
-        with pytest.raises(TypeError, match=f"{where}bins must be a Bins, got"):
+        with pytest.raises(TypeError, match=f"{where}bins must be a Bins or a BinGrid, got"):
             RegressionMetrics(value, DENSITY)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=f"{where}density must be a LabelDensity over the same bins, got"):
             RegressionMetrics(BINS, value)  # type: ignore[arg-type]
@@ -349,3 +349,107 @@ def test_only_like_metrics_merge() -> None:
             match=r"^RegressionMetrics\.merge: both must have the same bins, training density and floor, got <",
         ):
             metrics.merge(other)
+
+
+# Maps of one label a pixel, and grids of label axes
+
+
+def test_maps_are_their_pixels_and_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pred, target = samples()
+    valid = torch.arange(400).view(4, 10, 10) % 7 > 0
+    maps, labels = pred.view(4, 10, 10), target.view(4, 10, 10)
+    one, pieces = RegressionMetrics(BINS, DENSITY), RegressionMetrics(BINS, DENSITY)
+    one.update(maps[valid], labels[valid])
+    assert_equals_naive(one.compute(), naive(pred[valid.flatten()], target[valid.flatten()]))
+    monkeypatch.setattr("dir_toolkit.metrics.regression._PIECE", 13)
+    pieces.update(maps[valid], labels[valid])
+    assert torch.equal(one.sums, pieces.sums)
+
+
+OTHER = Bins.from_edges([-10, 0, 4, 5, 20])
+GRID = Bins.grid(BINS, OTHER)
+JOINT = LabelDensity(GRID, [400, 101, 100, 20, 19, 1, 0, 0, 300, 2, 30, 0, 0, 0, 0, 500, 3, 4, 5, 999])
+
+
+def joint_samples(n: int = 600) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    target = torch.stack([5 * torch.rand(n, generator=generator), 30 * torch.rand(n, generator=generator) - 10], 1)
+    return (target + torch.randn(n, 2, generator=generator)).double(), target.double()
+
+
+@pytest.mark.parametrize("floor", [None, 0.3, (0.2, 0.5)])
+def test_a_grid_equals_a_naive_loop(floor: Any) -> None:
+    pred, target = joint_samples()
+    ds = regression_metrics(pred.view(20, 30, 2), target.view(20, 30, 2), GRID, JOINT, floor=floor)
+    floors = {None: (0.01, 0.07), 0.3: (0.3, 0.3)}.get(floor, floor)  # median widths are 1 and (4 + 10) / 2
+    regions = JOINT.regions()
+    index = GRID.index(target).tolist()
+    for region in ("all", "many", "medium", "few", "unseen"):
+        inside = [i for i, b in enumerate(index) if region in ("all", regions[b])]
+        cells = sorted({index[i] for i in inside})
+        assert ds["count"].sel(region=region) == len(inside)
+        assert ds.bins.sel(region=region) == len(cells)
+        found: dict[str, list[float]] = {name: [] for name in ("mae", "square", "log", "bias", "bmae", "pearson")}
+        for k in range(2):
+            errors = {i: (pred[i, k] - target[i, k]).item() for i in inside}
+            found["mae"].append(sum(abs(e) for e in errors.values()) / len(inside))
+            found["square"].append(sum(e * e for e in errors.values()) / len(inside))
+            found["log"].append(sum(math.log(max(abs(e), floors[k])) for e in errors.values()) / len(inside))
+            found["bias"].append(sum(errors.values()) / len(inside))
+            means = [np.mean([abs(errors[i]) for i in inside if index[i] == b]) for b in cells]
+            found["bmae"].append(float(np.mean(means)))
+            found["pearson"].append(pearsonr(pred[inside, k], target[inside, k]).statistic)
+        expected = {name: sum(found[name]) / 2 for name in ("mae", "bias", "bmae", "pearson")}
+        expected["rmse"], expected["gm"] = math.sqrt(sum(found["square"]) / 2), math.exp(sum(found["log"]) / 2)
+        for name, value in expected.items():
+            np.testing.assert_allclose(ds[name].sel(region=region), value, rtol=1e-11, err_msg=f"{name} of {region}")
+        of_axis = {name: found[name] for name in ("mae", "bias", "bmae", "pearson")}
+        of_axis |= {"rmse": list(map(math.sqrt, found["square"])), "gm": list(map(math.exp, found["log"]))}
+        for name, row in of_axis.items():
+            np.testing.assert_allclose(ds[f"axis_{name}"].sel(region=region), row, rtol=1e-11)
+    b = index[0]
+    here = [i for i in range(600) if index[i] == b]
+    np.testing.assert_allclose(ds.bin_mae[b], (pred - target)[here].abs().mean(), rtol=1e-12)
+    np.testing.assert_allclose(ds.bin_bias[b], (pred - target)[here].mean(), rtol=1e-11)
+    assert (ds.bin_low[7].values.tolist(), ds.bin_high[7].values.tolist()) == ([1, 5], [2, 20])
+    np.testing.assert_array_equal(ds.bin_center, GRID.centers)
+    assert (ds.axis_gm.attrs["units"], ds.axis_pearson.attrs["units"]) == ("label units", "1")
+
+
+def test_a_grid_of_one_axis_is_that_axis_to_the_bit() -> None:
+    pred, target = samples()
+    grid = Bins.grid(BINS)
+    density = LabelDensity(grid, DENSITY.counts)
+    flat, over = of(pred, target), regression_metrics(pred[:, None], target[:, None], grid, density)
+    for name in flat.data_vars:
+        assert over[name].values.tobytes() == flat[name].values.tobytes(), name
+        assert over[name].attrs == flat[name].attrs
+    assert over.axis_mae.values.tobytes() == flat.mae.values.tobytes()
+
+
+def test_grids_merge_and_split_and_know_their_settings() -> None:
+    pred, target = joint_samples()
+    whole, parts = RegressionMetrics(GRID, JOINT), RegressionMetrics(GRID, JOINT, floor=None)
+    whole.update(pred, target)
+    for p, t in zip(pred.split([1, 0, 99, 500]), target.split([1, 0, 99, 500]), strict=True):
+        part = parts.fresh()
+        part.update(p, t)
+        parts.merge(part)
+    assert_same(parts.compute(), whole.compute())
+    assert whole.floor == parts.fresh().floor == (0.01, 0.07)
+    message = r"same bins, training density and floor, got .*floor 0\.01, 0\.07 and .*floor 0\.1, 0\.1"
+    with pytest.raises(ValueError, match=message):
+        whole.merge(RegressionMetrics(GRID, JOINT, floor=0.1))
+    with pytest.raises(ShapeError, match=r"target must be \(\.\.\., 2\), one number a dimension in the last axis"):
+        whole.update(pred[:, 0], target[:, 0])
+    with pytest.raises(LabelError, match=r"target\[\.\.\., 1\] must lie on the label axis \[-10, 20\], got 21\.0 at"):
+        whole.update(torch.zeros(1, 2), torch.tensor([[1.0, 21.0]]))
+    assert whole.sums[0, 0].sum() == 600
+    with pytest.raises(ValueError, match="floor must be one number, or one for each of 2 axes, got"):
+        RegressionMetrics(GRID, JOINT, floor=[0.1])
+    with pytest.raises(TypeError, match="floor must be a number, got"):
+        RegressionMetrics(BINS, DENSITY, floor=[0.1])
+    with pytest.raises(ValueError, match="floor must be > 0, got 0"):
+        RegressionMetrics(GRID, JOINT, floor=[0.1, 0])
+    with pytest.raises(ValueError, match="density must be a LabelDensity over the same bins"):
+        RegressionMetrics(GRID, DENSITY)

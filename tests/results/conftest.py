@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
+import dir_toolkit as dt
 from dir_toolkit.results.schema import ALL_REGIONS, combine_runs
 
 TRAIN = np.array([300, 50, 5, 0, 0])
@@ -127,3 +129,42 @@ def classes(combine: Callable[..., xr.Dataset]) -> xr.Dataset:
         ("constant", 0): _class_run([4, 0, 0]),
     }
     return combine(runs, label_name="digit", label_units="1")
+
+
+@pytest.fixture
+def predicted() -> Callable[..., xr.Dataset]:
+    """One run from its predictions, and half widths of its intervals where given, on five bins of a year."""
+
+    def run(target: np.ndarray, prediction: np.ndarray, *, half: float | None = None) -> xr.Dataset:
+        bins = dt.Bins.uniform(0, 5, width=1)
+        found = dt.regression_metrics(
+            torch.from_numpy(prediction.astype(np.float64)),
+            torch.from_numpy(target),
+            bins,
+            dt.LabelDensity(bins, TRAIN),
+        )
+        years = {"units": "label units"}
+        parts = {"target": target, "prediction": prediction}
+        if half is not None:
+            parts |= {"lower": prediction - half, "upper": prediction + half}
+        level = {"lower": {"interval_level": 0.75}, "upper": {"interval_level": 0.75}}
+        return found.assign({name: ("sample", part, years | level.get(name, {})) for name, part in parts.items()})
+
+    return run
+
+
+@pytest.fixture
+def compared(predicted: Callable[..., xr.Dataset], combine: Callable[..., xr.Dataset]) -> xr.Dataset:
+    """Nine samples in three bins: ``half`` errs half as much as ``vanilla`` and has two seeds; ``plain`` held nothing.
+
+    Predictions are exact in float32. ``vanilla`` has seeds 0 to 2, ``half`` 1 and 2, ``alone`` only 2.
+    """
+    target = np.array([0.5, 0.25, 0.75, 0.5, 1.5, 1.25, 1.75, 2.5, 2.25])
+    error = np.array([1, 2, -1, 2, 4, -2, 3, 8, 4]) / 4
+    runs = {("vanilla", s): predicted(target, target + error * (1 + s / 4)).assign(minutes=3.0 + s) for s in range(3)}
+    for s in (1, 2):
+        runs["half", s] = predicted(target, target + error * (1 + s / 4) / 2, half=0.5).assign(minutes=6.0)
+    runs["alone", 2] = predicted(target, target + error * 2, half=1.0)
+    runs["plain", 0] = predicted(target, target + error).drop_vars(["target", "prediction"])
+    runs["constant", 0] = predicted(target, np.full(9, 0.5))
+    return combine(runs)

@@ -87,7 +87,7 @@ def test_nothing_imports_pyplot_and_reading_a_result_does_not_import_matplotlib(
 import sys
 import dir_toolkit
 assert "xarray" not in sys.modules and "matplotlib" not in sys.modules
-from dir_toolkit.results import class_figures, drawing, figures, report, schema, tables
+from dir_toolkit.results import class_figures, comparison_figures, drawing, figures, report, schema, summary, tables
 assert "matplotlib" not in sys.modules and "jinja2" not in sys.modules
 figure = figures.density_figure(dir_toolkit.LabelDensity.count([0, 1], dir_toolkit.Bins.classes(2)))
 drawing.figure_svg(figure)

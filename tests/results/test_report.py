@@ -12,6 +12,7 @@ import xarray as xr
 from dir_toolkit.errors import ResultsError
 from dir_toolkit.results.figures import error_figure, region_figure
 from dir_toolkit.results.report import write_report
+from dir_toolkit.results.tables import ResultsTable
 
 Run = Callable[[list[float]], xr.Dataset]
 Combine = Callable[..., xr.Dataset]
@@ -157,3 +158,16 @@ def test_without_jinja2_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r'jinja2 must be installed, .* pip install "dir_toolkit\[recipes\]"'):
         write_report(tmp_path / "report.html", ds, {}, title="Ages")
+
+
+def test_another_table_may_be_shown_and_marks_stay_marks(ds: xr.Dataset, tmp_path: Path) -> None:
+    marks = {(0, 1): "better", (1, 1): "worse"}
+    table = ResultsTable("said.", ["m", "x"], ["n", "2"], [["a", HOSTILE], ["b", "3"], ["c", "4"]], marks)  # type: ignore[arg-type]
+    path = tmp_path / "report.html"
+    write_report(path, ds, {}, title="Ages", table=table)
+    text = path.read_text(encoding="utf-8")
+    assert Page(text).tags.count("strong") == Page(text).tags.count("em") == 1
+    assert "<strong>&lt;script&gt;" in text
+    assert "<em>3</em>" in text
+    assert "<td>4</td>" in text
+    assert "MAE many" not in text

@@ -285,6 +285,115 @@ def test_each_fault_of_classification_is_reported(
         validate_results(break_it(classes.copy(deep=True)))
 
 
+_HALF = {"method": "half", "seed": 1}
+SAMPLE_FAULTS: list[tuple[Callable[[xr.Dataset], xr.Dataset], str]] = [
+    (_drop("target"), "variables 'target' and 'prediction' must be given both or neither"),
+    (_drop("prediction", "lower", "upper"), "variables 'target' and 'prediction' must be given both or neither"),
+    (_drop("upper"), "variables 'lower' and 'upper' must be given both or neither"),
+    (_drop("prediction"), "variables 'lower' and 'upper' must stand beside 'prediction'"),
+    (_attr("interval_level", 0.5, "upper"), r"must have one interval_level between 0 and 1, got \[0.75, 0.5\]"),
+    (lambda ds: ds.assign({n: ds[n].assign_attrs(interval_level=1) for n in ("lower", "upper")}), "got \\[1, 1\\]"),
+    (_attr("units", "months", "prediction"), "variable 'prediction' must have units 'years', got 'months'"),
+    (lambda ds: ds.assign(target=ds["prediction"]), r"variable 'target' must be over \('sample',\)"),
+    (lambda ds: ds.assign(lower=ds["target"]), r"variable 'lower' must be over \('method', 'seed', 'sample'\)"),
+    (lambda ds: ds.isel(sample=[]), "dimension 'sample' must not be empty"),
+    (_set("target", np.nan, sample=0), "variable 'target' must be finite and on the label axis"),
+    (_set("target", 6.0, sample=0), "variable 'target' must be finite and on the label axis"),
+    (_set("target", 4.5, sample=0), "'bin_count' must count the labels in 'target' in every run that has predictions"),
+    (_set("prediction", np.nan, **_HALF, sample=0), "'prediction' must be finite for all samples of a run, or NaN for"),
+    (_set("prediction", np.inf, **_HALF, sample=0), "variable 'prediction' must be finite or NaN"),
+    (_set("prediction", 1.0, method="half", seed=0), "variable 'prediction' must be NaN where 'completed' is 0"),
+    (_set("prediction", 4.0, **_HALF, sample=0), "'mae' over all must be that of 'prediction' and 'target', is off by"),
+    (_set("lower", np.nan, **_HALF), "'lower' and 'upper' must be NaN in the same runs, and where 'prediction' is"),
+    (
+        lambda ds: _set("upper", 1.0, method="half", seed=0)(_set("lower", 1.0, method="half", seed=0)(ds)),
+        "in the same",
+    ),
+    (_set("lower", 4.5, **_HALF, sample=0), "variable 'lower' must not be above 'upper'"),
+    (lambda ds: ds.drop_vars([*REGRESSION, "lower", "upper"]), "'prediction' must be in a result of regression"),
+]
+
+
+@pytest.mark.parametrize(("break_it", "said"), SAMPLE_FAULTS, ids=[said[:60] for _, said in SAMPLE_FAULTS])
+def test_each_fault_of_samples_is_reported(
+    compared: xr.Dataset, break_it: Callable[[xr.Dataset], xr.Dataset], said: str
+) -> None:
+    validate_results(compared)
+    with pytest.raises(ResultsError, match=said):
+        validate_results(break_it(compared.copy(deep=True)))
+
+
+def test_predictions_in_another_order_are_found_out(compared: xr.Dataset) -> None:
+    order = [8, 1, 2, 3, 4, 5, 6, 7, 0]
+    for name in ("prediction", "lower", "upper"):
+        compared[name] = compared[name].isel(sample=order)
+    with pytest.raises(ResultsError, match="'mae' over all must be that of 'prediction' and 'target'"):
+        validate_results(compared)
+
+
+def test_runs_with_and_without_predictions_and_intervals_stand_side_by_side(compared: xr.Dataset) -> None:
+    assert compared["target"].dims == ("sample",)
+    assert compared["target"].dtype == np.float64
+    assert compared["prediction"].dims == ("method", "seed", "sample")
+    told = {name: compared[name].notnull().all("sample").values.tolist() for name in ("prediction", "lower", "upper")}
+    assert told["prediction"] == [
+        [True] * 3,
+        [False, True, True],
+        [False, False, True],
+        [False] * 3,
+        [True, False, False],
+    ]
+    assert (
+        told["lower"]
+        == told["upper"]
+        == [[False] * 3, [False, True, True], [False, False, True], [False] * 3, [False] * 3]
+    )
+    assert {compared[name].dtype for name in told} == {np.dtype(np.float32)}
+    assert compared["lower"].attrs == {"units": "years", "interval_level": 0.75}
+
+
+def test_predictions_survive_a_file_and_combine_again(compared: xr.Dataset, combine: Combine, tmp_path: Path) -> None:
+    save_results(compared, tmp_path / "results.nc")
+    loaded = load_results(tmp_path / "results.nc")
+    xr.testing.assert_identical(loaded, compared)
+    assert loaded["prediction"].dtype == np.float32
+    parts = {(m, int(s)): loaded.sel({"method": m, "seed": s}) for m in loaded["method"].values for s in (0, 1, 2)}
+    again = combine(parts)
+    again.attrs = dict(compared.attrs)
+    xr.testing.assert_identical(again, compared)
+
+
+def test_samples_that_do_not_fit_together_are_refused(predicted: Callable[..., xr.Dataset], combine: Combine) -> None:
+    target = np.array([0.5, 1.5, 2.5])
+    one = predicted(target, target + 1, half=1.0)
+    turned = predicted(target[::-1].copy(), target + 1)
+    short = predicted(target[:2], target[:2], half=1.0)
+    short["lower"].attrs["interval_level"] = 0.5
+    with pytest.raises(ResultsError, match="every run must have the same axes and variables") as caught:
+        combine({("a", 0): one, ("b", 0): turned, ("c", 0): short, ("d", 0): one.drop_vars("target")})
+    for part in (
+        "('b', 0): 'target' differs from that of the first run that has it: predictions must be in one order",
+        "('c', 0): 'target' has 2 samples, in the first run that has it 3",
+        "('c', 0): 'prediction' has 2 samples",
+        "('c', 0): 'lower' has interval_level 0.5, in the first run that has it 0.75",
+        "('d', 0): 'prediction' must stand beside 'target'",
+    ):
+        assert part in str(caught.value)
+
+
+def test_labels_keep_the_precision_that_decides_their_bins(
+    predicted: Callable[..., xr.Dataset], combine: Combine
+) -> None:
+    for given, kept in ((np.float32, np.float32), (np.float64, np.float64), (np.int64, np.float64)):
+        target = np.array([0, 1, 2], dtype=given)
+        assert (
+            combine({("a", 0): predicted(target.astype(float), target + 0.5).assign(target=("sample", target))})[
+                "target"
+            ].dtype
+            == kept
+        )
+
+
 def test_a_bin_that_was_never_predicted_has_no_precision(classes: xr.Dataset) -> None:
     place = {"method": "softmax", "seed": 0, "bin": 2}
     classes["bin_precision"].loc[place] = np.nan

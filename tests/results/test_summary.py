@@ -7,11 +7,13 @@ import xarray as xr
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import dir_toolkit as dt
 from dir_toolkit.errors import ResultsError
+from dir_toolkit.results.comparison import comparison_table, differences_csv, paired_differences
 from dir_toolkit.results.figures import region_figure
 from dir_toolkit.results.schema import load_results
-from dir_toolkit.results.summary import write_summary
-from dir_toolkit.results.tables import markdown_table
+from dir_toolkit.results.summary import write_comparison, write_summary
+from dir_toolkit.results.tables import as_markdown, markdown_table
 
 TITLE = "Error by region (lds+fds)"
 NAME = "error-by-region--lds-fds-"
@@ -76,4 +78,60 @@ def test_figures_never_take_one_anothers_file(tmp_path: Path, ds: xr.Dataset) ->
     figure = region_figure(ds)
     with pytest.raises(ValueError, match=r"titles of figures must give each a file of its own, got \['a-b', 'a-b'\]"):
         write_summary(str(tmp_path), ds, {"a b": figure, "A-b": figure})
+    assert files(tmp_path) == set()
+
+
+def test_a_comparison_in_one_folder(tmp_path: Path, compared: xr.Dataset) -> None:
+    density = dt.LabelDensity(dt.Bins.uniform(0, 5, width=1), [300, 50, 5, 0, 0])
+    more = figures(compared)
+    found = write_comparison(
+        tmp_path, compared, density=density, level=0.9, replicates=200, seed=3, notes=["A note."], figures=more
+    )
+    xr.testing.assert_identical(found, paired_differences(compared, level=0.9, replicates=200, seed=3))
+    drawn = {
+        "label-density",
+        "error-by-region",
+        "difference-to-vanilla--mae",
+        "difference-to-vanilla--bmae",
+        "intervals",
+        "error-and-cost",
+        "error-by-age--some-methods",
+        NAME,
+    }
+    others = {"results.nc", "table.md", "report.html", "differences.csv", "events"}
+    assert files(tmp_path) == others | {f"figures/{name}.png" for name in drawn}
+    xr.testing.assert_identical(load_results(tmp_path / "results.nc"), compared)
+    assert (tmp_path / "table.md").read_text() == as_markdown(comparison_table(compared, found))
+    assert (tmp_path / "differences.csv").read_text() == differences_csv(found)
+    page = (tmp_path / "report.html").read_text()
+    for part in ("A note.", "the 90 % bootstrap interval", "<strong>0.516 ± 0.066 (×0.50)</strong>", TITLE):
+        assert part in page
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {f"figures/{name}" for name in drawn}
+    text = events.Tensors("results/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text == as_markdown(comparison_table(compared, found))
+
+
+def test_a_comparison_shows_what_there_is(tmp_path: Path, compared: xr.Dataset) -> None:
+    bare = compared.drop_vars(["lower", "upper"])
+    bare["minutes"][:] = float("nan")
+    write_comparison(tmp_path, bare, baseline="half", replicates=100, methods=["half", "vanilla"])
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
+        "error-by-region",
+        "difference-to-half--mae",
+        "difference-to-half--bmae",
+        "error-by-age--some-methods",
+    }
+
+
+def test_a_comparison_that_is_refused_leaves_nothing(tmp_path: Path, ds: xr.Dataset, compared: xr.Dataset) -> None:
+    with pytest.raises(ResultsError, match="ds must hold the prediction for each test sample"):
+        write_comparison(tmp_path, ds)
+    with pytest.raises(ValueError, match=r"write_comparison: methods must be one of 'vanilla', .*, got 'lds'"):
+        write_comparison(tmp_path, compared, methods=["lds"], replicates=100)
+    with pytest.raises(TypeError, match="methods must be a Sequence, got int"):
+        write_comparison(tmp_path, compared, methods=1, replicates=100)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="existing folder"):
+        write_comparison(tmp_path / "none", compared, replicates=100)
     assert files(tmp_path) == set()

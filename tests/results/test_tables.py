@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from dir_toolkit.errors import ResultsError
-from dir_toolkit.results.tables import markdown_table, results_table, text_table
+from dir_toolkit.results.tables import ResultsTable, as_markdown, as_text, markdown_table, results_table, text_table
 
 Run = Callable[[list[float]], xr.Dataset]
 Combine = Callable[..., xr.Dataset]
@@ -163,3 +163,12 @@ def test_only_a_result_is_taken(run: Run) -> None:
         results_table(run([1, 2, 3]))
     with pytest.raises(TypeError, match=r"ds must be an xarray\.Dataset, got str"):
         results_table("results.nc")  # type: ignore[arg-type]
+
+
+def test_cells_that_stand_out() -> None:
+    table = ResultsTable(
+        "said.", ["m", "x"], ["n", "2"], [["a", "1"], ["b|c", "3"]], {(0, 1): "better", (1, 1): "worse"}
+    )
+    assert as_markdown(table) == ("| m | x |\n| --- | ---: |\n| n | 2 |\n| a | **1** |\n| b\\|c | *3* |\n\nsaid.\n")
+    assert as_text(table) == "m        x\nn        2\n----------\na    **1**\nb|c    *3*\nsaid.\n"
+    assert table.rows == [["a", "1"], ["b|c", "3"]]

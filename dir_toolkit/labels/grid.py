@@ -1,0 +1,201 @@
+"""Labels of several dimensions: a grid of joint bins, one label axis a dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import instance, is_tensor, keys, labels_array, problem
+from ..errors import ShapeError
+from .bins import _MOST_BINS, Bins, LabelAxes, Outside
+from .kernels import Window, checked_window
+
+__all__ = ["AnyBins", "BinGrid", "Windows"]
+
+Windows = Window | Sequence[Window]
+
+
+class BinGrid(LabelAxes):
+    """The product of label axes: labels are (..., K), and each falls into one of the B joint bins.
+
+    Joint bins are numbered with the last axis running fastest, so that ``counts.reshape(grid.shape)`` has one
+    dimension an axis. What takes a :class:`Bins` and says so takes a grid in its place. Build one with
+    :meth:`Bins.grid`. A grid never changes; two of equal axes are equal.
+
+    Attributes:
+        axes: K label axes.
+
+    Raises:
+        TypeError: an axis is no :class:`Bins`. ValueError: there is no axis, or there would be more than ten million
+            joint bins.
+
+    >>> grid = BinGrid(Bins.uniform(0, 100, width=10), Bins.classes(3))
+    >>> len(grid), grid.index([[0, 0], [15, 2], [100, 1]]).tolist()
+    (30, [0, 5, 28])
+    """
+
+    def __init__(self, *axes: Bins) -> None:
+        if not axes:
+            raise problem("BinGrid", "axes must hold at least one Bins", got="none")
+        for i, axis in enumerate(axes):
+            instance("BinGrid", Bins, **{f"axes[{i}]": axis})
+        self._axes = axes
+        if len(self) > _MOST_BINS:
+            raise problem(
+                "BinGrid",
+                f"at most {_MOST_BINS:,} joint bins",
+                got=f"{' x '.join(map(str, self.shape))} = {len(self):,}",
+                fix="Widen the bins of an axis.",
+            )
+
+    @property
+    def axes(self) -> tuple[Bins, ...]:
+        return self._axes
+
+    @cached_property
+    def centers(self) -> np.ndarray:
+        """(B, K) float64, in label units: what each joint bin stands for; read-only."""
+        centers = self._corners([axis.centers for axis in self.axes])
+        centers.setflags(write=False)
+        return centers
+
+    @property
+    def edges(self) -> np.ndarray:
+        """Only an axis has edges: this says so to code that knows one axis alone.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise problem(
+            "BinGrid",
+            "this needs one label axis, and edges belong to an axis",
+            got=repr(self),
+            fix="Use an axis: grid.axes[0].",
+            error=AttributeError,
+        )
+
+    def _corners(self, of_axes: Sequence[np.ndarray]) -> np.ndarray:
+        """One value a bin of each axis, as (B, K)."""
+        return np.stack(np.meshgrid(*of_axes, indexing="ij"), -1).reshape(len(self), len(self.axes))
+
+    def __len__(self) -> int:
+        return math.prod(self.shape)
+
+    def __eq__(self, other: object) -> bool:
+        return self.axes == other.axes if isinstance(other, BinGrid) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.axes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BinGrid, self.axes
+
+    def __repr__(self) -> str:
+        return f"<BinGrid: {' x '.join(map(repr, self.axes))}>"
+
+    @overload
+    def index(self, labels: Tensor, outside: Outside = "raise") -> Tensor: ...
+    @overload
+    def index(self, labels: Any, outside: Outside = "raise") -> np.ndarray: ...
+    def index(self, labels: Any, outside: Outside = "raise") -> Any:
+        """The joint bin of each label.
+
+        Args:
+            outside: as in :meth:`Bins.index`. ``"clip"`` clips along each axis; ``"drop"`` answers -1 where a label
+                lies beyond any axis.
+        Shape:
+            labels: (..., K), the last axis being the dimensions. Returns (...), int64.
+        Raises:
+            ShapeError: the last axis is not K long. LabelError: as :meth:`Bins.index`, naming the dimension.
+        """
+        return self._place("BinGrid.index", labels, outside)
+
+    def _place(self, where: str, labels: Any, outside: Outside, name: str = "labels") -> Any:
+        if not isinstance(labels, Tensor):
+            array = labels_array(where, labels, name)
+            tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+            return self._place(where, tensor, outside, name).numpy()
+        is_tensor(where, **{name: labels})
+        if labels.ndim == 0 or labels.shape[-1] != len(self.axes):
+            raise problem(
+                where,
+                f"{name} must be (..., {len(self.axes)}), one number a dimension in the last axis",
+                got=f"shape {tuple(labels.shape)}",
+                error=ShapeError,
+            )
+        index = torch.zeros_like(labels[..., 0], dtype=torch.int64)
+        beyond = torch.zeros_like(index, dtype=torch.bool)
+        for k, axis in enumerate(self.axes):
+            of_axis = axis._place(where, labels[..., k], outside, f"{name}[..., {k}]")
+            index, beyond = index * len(axis) + of_axis, beyond | (of_axis < 0)
+        return index.masked_fill(beyond, -1)
+
+    @overload
+    def expectation(self, probabilities: Tensor) -> Tensor: ...
+    @overload
+    def expectation(self, probabilities: np.ndarray) -> np.ndarray: ...
+    def expectation(self, probabilities: Any) -> Any:
+        """The mean label of a distribution over joint bins, each bin standing for its centre.
+
+        Shape:
+            probabilities: (..., B), summing to one along the last axis. Returns (..., K), in label units.
+        Raises:
+            ShapeError: the last axis is not B long. ValueError: probabilities do not sum to one within 1e-3.
+        """
+        where = "BinGrid.expectation"
+        if not isinstance(probabilities, Tensor):
+            array = labels_array(where, probabilities, "probabilities")
+            return self.expectation(torch.from_numpy(array.copy())).numpy()
+        joint = self._shares(where, probabilities).unflatten(-1, self.shape)  # (..., B_1, ..., B_K)
+        first = joint.ndim - len(self.axes)
+        means = []
+        for k, axis in enumerate(self.axes):
+            others = [first + i for i in range(len(self.axes)) if i != k]
+            marginal = joint.sum(others) if others else joint
+            means.append(marginal @ axis._tensor("centers", marginal))
+        return torch.stack(means, -1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that :meth:`from_dict` turns back into an equal grid; fit for JSON and checkpoints."""
+        return {"axes": [axis.to_dict() for axis in self.axes]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BinGrid:
+        """The grid that :meth:`to_dict` described."""
+        keys("BinGrid.from_dict", "values", values, ("axes",))
+        instance("BinGrid.from_dict", (list, tuple), axes=values["axes"])
+        return cls(*map(Bins.from_dict, values["axes"]))
+
+
+AnyBins = Bins | BinGrid
+
+
+def saved_bins(values: dict[str, Any]) -> AnyBins:
+    """The axis or the grid whose ``to_dict`` this is."""
+    return BinGrid.from_dict(values) if isinstance(values, dict) and "axes" in values else Bins.from_dict(values)
+
+
+def checked_windows(where: str, kernel: Windows, bins: AnyBins) -> tuple[np.ndarray, ...]:
+    """A window an axis, each checked: one for all axes of a grid, or one for each of them."""
+    axes = bins.axes
+    several = isinstance(bins, BinGrid) and isinstance(kernel, (Sequence, np.ndarray))
+    if not (several and any(np.ndim(window) > 0 for window in kernel)):
+        return tuple(checked_window(where, kernel, len(axis)) for axis in axes)  # type: ignore[arg-type]
+    if len(kernel) != len(axes):
+        raise problem(
+            where,
+            f"kernel must be one window, or one for each of {len(axes)} label axes",
+            got=f"{len(kernel)} windows",
+            fix="Use [1.0] for an axis that is not to be smoothed.",
+            error=ShapeError,
+        )
+    return tuple(
+        checked_window(where, window, len(axis))  # type: ignore[arg-type]
+        for window, axis in zip(kernel, axes, strict=True)
+    )

@@ -1,0 +1,599 @@
+"""Backbone, feature smoothing, head, loss and prior as one module: continuous labels and classes by the same path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._checks import (
+    instance,
+    is_tensor,
+    keys,
+    labels_array,
+    number,
+    one_of,
+    prior_shares,
+    problem,
+    warn,
+    whole,
+    wide_dtype,
+)
+from .errors import CheckpointError, ShapeError
+from .features.fds import FDS
+from .heads.affinity import AffinityHead
+from .heads.cosine import CosineHead
+from .heads.decoding import Decoding, decode, interval, quantiles
+from .heads.linear import LinearHead
+from .labels.bins import Bins
+from .labels.density import LabelDensity
+from .labels.kernels import DEFAULT_KERNEL, Window
+from .labels.soft_labels import LabelKernel, limits, soft_labels
+from .labels.weights import LDS
+from .losses._reduce import Reduction
+from .losses.affinity import affinity_loss
+from .losses.balanced_mse import BinnedIntegrationLoss
+from .losses.cross_entropy import cross_entropy
+from .losses.distribution import crps, soft_cross_entropy, squared_emd
+from .losses.gaussian_nll import gaussian_interval, gaussian_nll
+from .losses.regression import weighted_focal_l1, weighted_focal_mse, weighted_huber, weighted_l1, weighted_mse
+from .priors import LogitAdjuster, Prior
+
+__all__ = ["LongTailModel", "LongTailOutput"]
+
+HeadName = Literal["regression", "gaussian", "linear", "cosine", "affinity"]
+TargetPrior = Literal["uniform"] | Prior | None
+
+_HEADS = ("regression", "gaussian", "linear", "cosine", "affinity")
+_POINT_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "weighted_l1": weighted_l1,
+    "weighted_mse": weighted_mse,
+    "weighted_huber": weighted_huber,
+    "weighted_focal_l1": weighted_focal_l1,
+    "weighted_focal_mse": weighted_focal_mse,
+}
+
+
+class LongTailOutput(NamedTuple):
+    """What a :class:`LongTailModel` says of a batch.
+
+    Attributes:
+        loss: (), or None without labels.
+        scores: (N, B), logits or affinities as the head gives them. Of ``"regression"`` (N,), the prediction; of
+            ``"gaussian"`` (N, 2), what :func:`dir_toolkit.losses.gaussian_nll.gaussian_nll` takes; both in label units.
+        prediction: (N,), in label units; int64 for classes.
+        features: (N, num_features), as the backbone gives them, before any calibration.
+        distribution: (N, B), the adjusted shares of the bins, each row summing to one; None without bins.
+        residual: (N, B), what the label adds to the centre of each bin, in label units; None unless asked for.
+    """
+
+    loss: Tensor | None
+    scores: Tensor
+    prediction: Tensor
+    features: Tensor
+    distribution: Tensor | None
+    residual: Tensor | None = None
+
+
+class LongTailModel(nn.Module):
+    r"""A backbone with all that long-tailed labels ask for, each part optional, over classes or a continuous axis.
+
+    On a continuous axis a head scores bins, is trained on labels spread over neighbouring bins, and is decoded into a
+    label. Its softmax is the posterior under the training prior, and is carried to any other prior as classes are:
+
+    .. math:: P(b|x) = \mathrm{softmax}\big(s_b / T - \tau \log \pi_b + \log P_{target}(b)\big),
+
+    with :math:`\pi` the training prior, smoothed over bins. Over ``Bins.classes`` the same path is plain classification
+    with logit adjustment. ``model(x, labels)`` computes the loss, too; in training it enters ``fds.labels(labels)``.
+    With :func:`dir_toolkit.training.loop.fit` use ``loss=model.criterion`` and, if there is one, ``fds=model.fds``.
+    In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is no submodule, so that DistributedDataParallel
+    does not send its buffers around; it goes along with ``to()``, with copies, and with the ``state_dict``.
+
+    Args:
+        num_features: D, what the backbone gives.
+        bins: the label axis.
+        density: of the training labels, as counted, over these bins; needed for a prior and ``"balanced_mse"``.
+        head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"regression"``, one number, or
+            ``"gaussian"``, mean and variance, both around the density's median in units of its standard deviation
+            (those of evenly spread labels, without one); or a module from (N, D) to (N, B).
+            Affinities a are read as logits log a, so that they are shares after division by their sum; on a continuous
+            axis each bin has one prototype, else five.
+        loss: by name, in the order default first: bins ``"cross_entropy"``, ``"crps"``, ``"squared_emd"``; classes
+            ``"cross_entropy"``, or with affinities ``"affinity_loss"``, the max-margin loss plus the head's diversity,
+            ``"cross_entropy"``; regression ``"weighted_l1"``, ``"weighted_mse"``, ``"weighted_huber"``,
+            ``"weighted_focal_l1"``, ``"weighted_focal_mse"``, ``"balanced_mse"``; Gaussian ``"gaussian_nll"``. Or
+            a function or module called as ``loss(scores, labels, weight, reduction=reduction)``.
+        sigma: by how much ``"cross_entropy"`` and ``"squared_emd"`` spread labels over bins; ``"auto"`` takes 2 on a
+            continuous axis. None or 0 means hard labels; other losses take labels as they are.
+        label_kernel: as in :func:`dir_toolkit.labels.soft_labels.soft_labels`.
+        fds: not attached yet; the model attaches it to what its head takes.
+        weights: fitted; weighs the loss, in eval mode too, where none are given.
+        prior: what to predict under: None, the training prior; ``"uniform"``; or the share of each bin, (B,).
+        tau: strength of the adjustment, >= 0.
+        adjust: ``"after"`` adjusts predictions; ``"in_loss"`` adds the opposite to the logits that a named loss sees
+            (``"affinity_loss"`` apart), so that plain scores predict under ``prior``.
+        prior_kernel: window that smooths the training prior, for ``"balanced_mse"`` too; ``"auto"`` is
+            ``gaussian(5, 2)`` on a continuous axis of five bins or more, else None. For a prior, bins below one label
+            count as one.
+        temperature: T > 0, :func:`dir_toolkit.fit_temperature`.
+        decode: how a distribution becomes a label, :func:`dir_toolkit.heads.decoding.decode`. None means the median,
+            or the mode for classes.
+        residual: also learn where in its bin a label lies, an offset no larger than reaches the bin's edges. The
+            prediction is then the centre of the decoded bin plus its offset. Pays where bins are coarse.
+        residual_weight: factor, >= 0, of the absolute error of that offset in the loss.
+        expectation_weight: factor, >= 0, of the absolute error of the expectation in the loss, per label unit.
+    Attributes:
+        backbone, head: the two parts. adjuster: a :class:`dir_toolkit.LogitAdjuster`, with bins.
+        fds, weights, bins, density: as given.
+    Shape:
+        forward: x as the backbone takes it; labels, weight: (N,). Returns :class:`LongTailOutput`; floats are float32
+        or wider, under autocast too.
+    Units:
+        labels, sigma and predictions in those of the axis; ``"cross_entropy"`` in nats.
+    Raises:
+        ShapeError: head or backbone do not fit features and axis; labels are not (N,), one a sample: maps of labels
+        are not supported. ValueError: options do not go together, a word is unknown, a number is out of range, or
+        there is no density where one is needed. TypeError: a part is of another kind. LabelError: a label lies beyond
+        the axis; on accelerators the loss is NaN instead.
+    Source:
+        Menon et al. 2021 (arXiv:2007.07314) for the adjustment; Yang et al. 2021 (arXiv:2102.09554) for smoothing.
+
+    >>> bins = Bins.uniform(0, 100, width=1)
+    >>> density = LabelDensity(bins, torch.arange(1, 101))
+    >>> model = LongTailModel(nn.Flatten(), 8, bins, density=density, prior="uniform", tau=0.5)
+    >>> out = model(torch.zeros(3, 8), torch.tensor([20.0, 30.0, 99.5]))
+    >>> out.loss.shape, out.prediction.shape, out.distribution.shape
+    (torch.Size([]), torch.Size([3]), torch.Size([3, 100]))
+    """
+
+    fds: FDS | None
+    weights: LDS | None
+    offset: Tensor
+    scale: Tensor
+    loss_offset: Tensor
+    reach: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_features: int,
+        bins: Bins,
+        *,
+        density: LabelDensity | None = None,
+        head: HeadName | nn.Module = "linear",
+        loss: str | Callable[..., Tensor] | None = None,
+        sigma: float | Literal["auto"] | None = "auto",
+        label_kernel: LabelKernel = "gaussian",
+        fds: FDS | None = None,
+        weights: LDS | None = None,
+        prior: TargetPrior = None,
+        tau: float = 1.0,
+        adjust: Literal["after", "in_loss"] = "after",
+        prior_kernel: Window | Literal["auto"] | None = "auto",
+        temperature: float = 1.0,
+        decode: Decoding | None = None,
+        residual: bool = False,
+        residual_weight: float = 0.1,
+        expectation_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        where = "LongTailModel"
+        _check_axis(where, bins, density)
+        instance(where, nn.Module, backbone=backbone)
+        instance(where, bool, residual=residual)
+        one_of(where, "label_kernel", label_kernel, ("gaussian", "laplace", "triangular"))
+        one_of(where, "adjust", adjust, ("after", "in_loss"))
+        if decode is not None:
+            one_of(where, "decode", decode, ("expectation", "median", "mode"))
+        self.bins, self.density, self.num_features = bins, density, _num_features(where, backbone, num_features)
+        self.adjust, self.label_kernel = adjust, label_kernel
+        self.residual_weight = number(where, "residual_weight", residual_weight, low=0)
+        self.expectation_weight = number(where, "expectation_weight", expectation_weight, low=0)
+
+        self.backbone = backbone
+        self.neck = nn.Identity()  # where FDS is attached, so that all that reads features reads calibrated ones
+        self.head = self._make_head(where, head)
+        self._by_affinity = isinstance(self.head, AffinityHead)
+        self._kind = head if head in ("regression", "gaussian") else "classes" if bins.categorical else "bins"
+        self._has_bins = self._kind in ("classes", "bins")
+        self._refuse_options(where, sigma, prior, temperature, decode, residual)
+        self.decoding: Decoding = decode or ("median" if self._kind == "bins" else "mode")
+        if isinstance(prior_kernel, str):
+            one_of(where, "prior_kernel", prior_kernel, ("auto",))
+            smooths = not bins.categorical and len(bins) >= len(DEFAULT_KERNEL)
+            self.prior_kernel: Window | None = DEFAULT_KERNEL if smooths else None
+        else:
+            self.prior_kernel = prior_kernel
+        self.loss = self._make_loss(where, loss)
+        self.sigma = self._checked_sigma(where, sigma)
+
+        self._told_unseen = False
+        if self._has_bins:
+            self._start_prior(where, prior, tau, temperature)
+        else:
+            offset, scale = self._spread_of_labels()
+            self.register_buffer("offset", torch.tensor(offset))
+            self.register_buffer("scale", torch.tensor(scale))
+        self.residual = LinearHead(num_features, len(bins)) if residual else None
+        if residual:
+            reach = np.maximum(bins.edges[1:] - bins.centers, bins.centers - bins.edges[:-1])
+            self.register_buffer("reach", torch.from_numpy(reach).float())
+
+        if weights is not None:
+            instance(where, LDS, weights=weights)
+        self.weights = weights
+        self.__dict__["fds"] = fds  # no submodule
+        if fds is not None:
+            self._attach(where, fds)
+
+    def forward(self, x: Any, labels: Tensor | None = None, weight: Tensor | None = None) -> LongTailOutput:
+        if labels is None and weight is not None:
+            fix = "Use model(x, labels, weight)."
+            raise problem("LongTailModel", "weight needs labels", got="labels=None", fix=fix)
+        features = self.backbone(x)
+        self._check_features(features)
+        calibrated = features
+        # A compiled graph in eval mode has no use for the hook, which would break it.
+        if self.training or not torch.compiler.is_compiling():
+            labelled = self.fds is not None and self.training and labels is not None
+            with self.fds.labels(labels) if labelled else nullcontext():  # type: ignore[union-attr, arg-type]
+                calibrated = self.neck(features)
+        output = self._read(self.head(calibrated), features, calibrated)
+        return output if labels is None else LongTailOutput(self.criterion(output, labels, weight), *output[1:])
+
+    def criterion(
+        self, output: LongTailOutput, labels: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """The loss of what ``model(x)`` returned, with all its terms; ``model(x, labels)`` computes it like this.
+
+        Args:
+            weight: >= 0, one a sample; None takes those of ``weights``. Divides by N, not by the sum of weights.
+        Shape:
+            labels, weight: (N,). Returns (), or (N,) for ``reduction="none"``.
+        Raises:
+            as the model itself.
+        """
+        where = "LongTailModel.criterion"
+        instance(where, LongTailOutput, output=output)
+        one_of(where, "reduction", reduction, ("none", "mean", "sum"))
+        is_tensor(where, labels=labels)
+        if labels.shape != output.scores.shape[:1]:
+            rule = f"labels must be ({len(output.scores)},), one a sample"
+            fix = "Use labels.squeeze(1)." if labels.shape[1:] == (1,) else ""
+            raise problem(where, rule, got=f"shape {tuple(labels.shape)}", fix=fix, error=ShapeError)
+        if weight is None and self.weights is not None:
+            weight = self.weights(labels)
+        how: dict[str, Any] = {"reduction": reduction}
+        loss = self._first_term(output.scores, labels, weight, how)
+        if self.expectation_weight:
+            expected = self._decoded(self._trained_logits(output.scores).softmax(1), "expectation")
+            loss = loss + self.expectation_weight * weighted_l1(expected, labels, weight, **how)
+        if output.residual is not None:
+            row = self.bins._row(where, labels, "raise").clamp_max(len(self.bins) - 1)
+            rest = labels - self.bins._tensor("centers", output.residual)[row]
+            own = output.residual.gather(1, row[:, None]).squeeze(1)
+            loss = loss + self.residual_weight * weighted_l1(own, rest, weight, **how)
+        return loss
+
+    def set_prior(
+        self,
+        target: TargetPrior = None,
+        tau: float = 1.0,
+        *,
+        kernel: Window | Literal["auto"] | None = "auto",
+        temperature: float | None = None,
+    ) -> None:
+        """Choose, after training, the prior under which the model predicts. Its buffers change, no parameter does.
+
+        Where the prior was adjusted in the loss already, what the scores know of it is taken off first.
+
+        Args:
+            target, tau: as ``prior`` and ``tau`` of the model. :func:`dir_toolkit.choose_tau` finds tau for classes.
+            kernel: as ``prior_kernel`` of the model; ``"auto"`` takes the model's own.
+            temperature: > 0; None leaves it as it is.
+        Raises:
+            ValueError: there is no density, the target has another length or is no distribution, or a number is out of
+            range. RuntimeError: the head has no bins.
+        """
+        where = "LongTailModel.set_prior"
+        if not self._has_bins:
+            raise problem(where, "only heads that score bins have a prior", got=repr(self._kind), error=RuntimeError)
+        tau = number(where, "tau", tau, low=0)
+        if temperature is None:
+            temperature = self.adjuster.temperature.item()
+        temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
+        if isinstance(target, str):
+            one_of(where, "prior", target, ("uniform",))
+        elif target is not None:
+            target = torch.from_numpy(labels_array(where, target, "prior").astype(np.float64))
+            if target.shape != (len(self.bins),):
+                rule = f"prior must be ({len(self.bins)},), one share a bin"
+                raise problem(where, rule, got=f"shape {tuple(target.shape)}", error=ShapeError)
+            prior_shares(where, "prior", target, zeros=True)
+        offset = torch.zeros(len(self.bins))
+        if target is not None:
+            shares = self._training_prior(where, self.prior_kernel if isinstance(kernel, str) else kernel)
+            offset = LogitAdjuster(shares, target=target, tau=tau).offset
+        self.adjuster.offset.copy_(offset.to(self.loss_offset) + self.loss_offset)
+        self.adjuster.temperature.fill_(temperature)
+
+    def interval(self, output: LongTailOutput | Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """The central interval that holds a label with the probability ``level``.
+
+        Args:
+            output: of the model, or its ``distribution``; with ``"gaussian"``, its ``scores``.
+            level: in (0, 1).
+        Shape:
+            Returns the lower and the upper end, (N,) each.
+        Units:
+            those of the label.
+        Raises:
+            ValueError: the level lies outside (0, 1), or bins are classes, which have no order. RuntimeError: a head of
+            one number has no distribution.
+        """
+        where = "LongTailModel.interval"
+        level = number(where, "level", level, low=0, high=1, open_low=True, open_high=True)
+        if self._kind == "regression":
+            fix = 'Use head="gaussian", or one that scores bins.'
+            raise problem(where, "the head must tell a distribution", got="'regression'", fix=fix, error=RuntimeError)
+        if self._kind == "gaussian":
+            return gaussian_interval(output.scores if isinstance(output, LongTailOutput) else output, level)
+        shares: Any = output.distribution if isinstance(output, LongTailOutput) else output
+        return interval(shares, self.bins, level)
+
+    def _check_features(self, features: Any) -> None:
+        got: Any = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        if got[1:] != (self.num_features,):
+            rule = f"backbone must give features (N, {self.num_features}), one row a sample"
+            fix = "Pool over pixels first: maps of labels are not supported." if len(got[2:]) in (1, 2) else ""
+            raise problem("LongTailModel", rule, got=got, fix=fix, error=ShapeError)
+
+    def _read(self, scores: Tensor, features: Tensor, calibrated: Tensor) -> LongTailOutput:
+        scores = scores.to(wide_dtype(scores))
+        if self._kind == "regression":
+            prediction = self.offset + self.scale * scores.squeeze(1)  # (N, 1) -> (N,)
+            return LongTailOutput(None, prediction, prediction, features, None)
+        if self._kind == "gaussian":
+            mean, log_variance = scores.unbind(1)
+            mean = self.offset + self.scale * mean
+            return LongTailOutput(
+                None, torch.stack([mean, log_variance + 2 * self.scale.log()], 1), mean, features, None
+            )
+        if scores.shape != (features.shape[0], len(self.bins)):
+            raise _wrong_head("LongTailModel", len(self.bins), f"shape {tuple(scores.shape)}")
+        adjusted = self.adjuster(self._logits(scores))
+        distribution = adjusted.softmax(1)
+        if self._kind == "classes":
+            return LongTailOutput(None, scores, adjusted.argmax(1), features, distribution)
+        prediction = self._decoded(distribution, self.decoding)
+        if self.residual is None:
+            return LongTailOutput(None, scores, prediction, features, distribution)
+        residual = self.residual(calibrated)
+        residual = self.reach.to(scores.dtype) * residual.to(scores.dtype).tanh()
+        between = limits(self.bins, scores)[1:-1]
+        row = torch.searchsorted(between, prediction.detach(), right=True)
+        prediction = self.bins._tensor("centers", scores)[row] + residual.gather(1, row[:, None]).squeeze(1)
+        return LongTailOutput(None, scores, prediction, features, distribution, residual)
+
+    def _logits(self, scores: Tensor) -> Tensor:
+        # An affinity that has underflowed to zero has no slope; log 0 would give it an infinite one.
+        return scores.clamp_min(torch.finfo(scores.dtype).tiny).log() if self._by_affinity else scores
+
+    def _trained_logits(self, scores: Tensor) -> Tensor:
+        """The logits that the loss sees."""
+        return self._logits(scores) + self.loss_offset.to(scores.dtype)
+
+    def _decoded(self, distribution: Tensor, how: Decoding) -> Tensor:
+        """NaN where the scores are, so that a training loop tells where training broke."""
+        known = distribution.detach().isfinite().all(1)
+        value = decode(torch.where(known[:, None], distribution, 1 / len(self.bins)), self.bins, how)
+        return value.masked_fill(~known, torch.nan)
+
+    def _first_term(self, scores: Tensor, labels: Tensor, weight: Tensor | None, how: dict[str, Any]) -> Tensor:
+        if not isinstance(self.loss, str):
+            return self.loss(scores, labels, weight, **how)
+        if self.loss == "affinity_loss":
+            samples = len(labels) if how["reduction"] == "sum" else 1
+            return affinity_loss(scores, labels, weight, **how) + samples * self.head.diversity()  # type: ignore[operator]
+        logits = self._trained_logits(scores)
+        if self.loss == "crps":
+            return crps(logits, labels, self.bins, weight, **how)
+        if self._kind == "classes":
+            return cross_entropy(logits, labels, weight, **how)
+        target = soft_labels(labels, self.bins, self.sigma, kernel=self.label_kernel)
+        if self.loss == "squared_emd":
+            return squared_emd(logits, target, self.bins, weight, **how)
+        return soft_cross_entropy(logits, target, weight, **how)
+
+    def _make_head(self, where: str, head: Any) -> nn.Module:
+        size, count = self.num_features, len(self.bins)
+        if isinstance(head, nn.Module):
+            takes = getattr(head, "num_features", getattr(head, "in_features", size))
+            if takes != size:
+                rule = f"head must take the backbone's {size} features"
+                raise problem(where, rule, got=takes, error=ShapeError)
+            gives = getattr(head, "num_classes", getattr(head, "out_features", count))
+            if gives != count:
+                raise _wrong_head(where, count, gives)
+            return head
+        one_of(where, "head", head, _HEADS)
+        if head in ("regression", "gaussian"):
+            if self.bins.categorical:
+                rule = f"head must score classes, which are no numbers, with {self.bins!r}"
+                raise problem(where, rule, got=repr(head), fix="Use head='linear'.")
+            return LinearHead(size, 1 if head == "regression" else 2)
+        if head == "affinity":
+            return AffinityHead(size, count, prototypes=5 if self.bins.categorical else 1)
+        return CosineHead(size, count) if head == "cosine" else LinearHead(size, count)
+
+    def _refuse_options(
+        self, where: str, sigma: Any, prior: Any, temperature: Any, decode: Any, residual: bool
+    ) -> None:
+        """Options that the kind of head cannot follow must not be left without effect."""
+        given: dict[str, Any] = {}
+        if self._kind != "bins":
+            given = {"residual": residual, "expectation_weight": self.expectation_weight}
+            given["sigma"] = None if sigma == "auto" else sigma
+            given["decode"] = None if decode == "mode" and self._has_bins else decode
+        if not self._has_bins:
+            given["prior"] = None if prior is None else "one"
+            given["adjust"] = None if self.adjust == "after" else self.adjust
+            given["temperature"] = None if temperature == 1 else temperature
+        for name, value in given.items():
+            if value:
+                without = "classes, which have no distances" if self._has_bins else f"head={self._kind!r}, without bins"
+                raise problem(where, f"{name} must be left out for {without}", got=repr(value))
+
+    def _checked_sigma(self, where: str, sigma: Any) -> float | None:
+        if self._kind != "bins" or sigma is None:
+            return None
+        if isinstance(sigma, str):
+            one_of(where, "sigma", sigma, ("auto",))
+        if self.loss not in ("cross_entropy", "squared_emd"):
+            if sigma not in ("auto", 0):
+                rule, fix = (
+                    "sigma must be left out with a loss that takes labels as they are",
+                    'Use loss="cross_entropy".',
+                )
+                raise problem(where, rule, got=repr(sigma), fix=fix)
+            return None
+        sigma = 2.0 if isinstance(sigma, str) else sigma
+        sigma = number(where, "sigma", sigma, low=0, float32=True)
+        length = float(self.bins.edges[-1] - self.bins.edges[0])
+        if sigma > length / 4:
+            message = f"sigma={sigma:g} spreads each label over most of an axis {length:g} long. Pass a smaller one."
+            warn(where, message)
+        return sigma
+
+    def _make_loss(self, where: str, loss: Any) -> str | Callable[..., Tensor]:
+        """A function, or the name of a loss of bins."""
+        names: tuple[str, ...] = {
+            "regression": (*_POINT_LOSSES, "balanced_mse"),
+            "gaussian": ("gaussian_nll",),
+            "bins": ("cross_entropy", "crps", "squared_emd"),
+            "classes": ("affinity_loss", "cross_entropy") if self._by_affinity else ("cross_entropy",),
+        }[self._kind]
+        if loss is None:
+            loss = names[0]
+        if isinstance(loss, str):
+            one_of(where, "loss", loss, names)
+        elif not callable(loss):
+            raise problem(where, "loss must be a name or a function", got=type(loss).__name__, error=TypeError)
+        if self.adjust == "in_loss" and (not isinstance(loss, str) or loss == "affinity_loss"):
+            rule = 'adjust must be "after" with a loss that takes scores as they are'
+            raise problem(where, rule, got='"in_loss"', fix='Use loss="cross_entropy".')
+        if loss == "balanced_mse":
+            density = self._needed_density(where, 'loss="balanced_mse"', self.prior_kernel)
+            return BinnedIntegrationLoss(self.bins, density)
+        return (
+            gaussian_nll if loss == "gaussian_nll" else _POINT_LOSSES.get(loss, loss) if isinstance(loss, str) else loss
+        )
+
+    def _start_prior(self, where: str, prior: TargetPrior, tau: float, temperature: float) -> None:
+        shares = torch.full((len(self.bins),), 1 / len(self.bins), dtype=torch.float64)
+        self.adjuster = LogitAdjuster(shares, tau=0.0)
+        self.register_buffer("loss_offset", torch.zeros(len(self.bins)))
+        self.set_prior(prior, tau, temperature=temperature)
+        if self.adjust == "after":
+            return
+        if prior is None:
+            raise problem(where, 'adjust="in_loss" needs a prior', got="None", fix='Pass prior="uniform".')
+        if not bool(self.adjuster.offset.isfinite().all()):
+            raise problem(where, 'prior must be positive with adjust="in_loss"', got="a share of zero")
+        self.loss_offset.copy_(-self.adjuster.offset)
+        self.adjuster.offset.zero_()
+
+    def _training_prior(self, where: str, kernel: Window | None) -> Tensor:
+        density = self._needed_density(where, "a prior", kernel)
+        unseen = int((density.counts == 0).sum())
+        if unseen and not self._told_unseen:
+            self._told_unseen = True
+            warn(where, f"no label in or near {unseen} of {len(self.bins)} bins; the prior takes each to have one.")
+        return torch.from_numpy(density.prior(floor=1.0))
+
+    def _needed_density(self, where: str, what: str, kernel: Window | None) -> LabelDensity:
+        """The density smoothed by ``kernel``."""
+        if self.density is None:
+            fix = "Pass density=LabelDensity.count(train_labels, bins)."
+            raise problem(where, f"{what} needs density", got="None", fix=fix)
+        if kernel is None:
+            return self.density
+        if self.density.counts.dtype.kind == "f":
+            fix = "Hand over the counted density, or no kernel."
+            raise problem(where, "density must be as counted, to be smoothed", got=repr(self.density), fix=fix)
+        return self.density.smooth(kernel)
+
+    def _spread_of_labels(self) -> tuple[float, float]:
+        """Median and standard deviation of the labels, spread evenly in each bin."""
+        edges, centers = self.bins.edges, self.bins.centers
+        widths = np.diff(edges)
+        shares = widths / widths.sum() if self.density is None else self.density.prior()
+        median = quantiles(torch.from_numpy(shares), self.bins, 0.5).item()
+        variance = shares @ ((centers - shares @ centers) ** 2 + widths**2 / 12)
+        return median, math.sqrt(variance)
+
+    def _attach(self, where: str, fds: FDS) -> None:
+        instance(where, FDS, fds=fds)
+        if fds.num_features != self.num_features:
+            rule = f"fds must be over the backbone's {self.num_features} features"
+            raise problem(where, rule, got=fds.num_features, error=ShapeError)
+        if fds.attached:
+            rule = "fds must not be attached yet, since the model attaches it"
+            raise problem(where, rule, got="an FDS in use", fix="Make one for each model.")
+        fds.attach(self.neck, "output")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LongTailModel:
+        super()._apply(fn, recurse)
+        if self.fds is not None:
+            self.fds._apply(fn)
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"bins": self.bins.to_dict(), "fds": None if self.fds is None else dict(self.fds.state_dict())}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        where = "LongTailModel.load_state_dict"
+        keys(where, "the saved state", state, ("bins", "fds"))
+        if (saved := Bins.from_dict(state["bins"])) != self.bins:
+            rule = "the saved model must be over the same bins"
+            raise problem(where, rule, got=f"{saved!r} for {self.bins!r}", error=CheckpointError)
+        if self.fds is None:  # nothing to calibrate; predictions do not need the statistics
+            return
+        if state["fds"] is None:
+            rule, fix = "the saved model must hold FDS statistics", "Build the model without fds."
+            raise problem(where, rule, got="none", fix=fix, error=CheckpointError)
+        self.fds.load_state_dict(state["fds"])
+
+    def extra_repr(self) -> str:
+        loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", type(self.loss).__name__)
+        return f"{self.bins!r}, loss={loss}, sigma={self.sigma}, adjust={self.adjust!r}, decode={self.decoding!r}"
+
+
+def _check_axis(where: str, bins: Any, density: Any) -> None:
+    if not isinstance(bins, Bins):
+        fix = "One label a sample: use Bins.uniform, .from_edges, .quantile or .classes."
+        raise problem(where, "bins must be one label axis, a Bins", got=type(bins).__name__, fix=fix, error=TypeError)
+    if density is None:
+        return
+    instance(where, LabelDensity, density=density)
+    if density.bins != bins:
+        raise problem(where, "density must be over the same bins", got=f"{density.bins} for {bins}")
+
+
+def _num_features(where: str, backbone: nn.Module, num_features: Any) -> int:
+    size = whole(where, "num_features", num_features, low=1)
+    gives = getattr(backbone, "num_features", size)
+    if gives != size:
+        rule = f"num_features must be the backbone's {gives}"
+        raise problem(where, rule, got=size, error=ShapeError)
+    return size
+
+
+def _wrong_head(where: str, count: int, got: object) -> Exception:
+    rule = f"head must give one score a bin, (N, {count})"
+    return problem(where, rule, got=got, error=ShapeError)

@@ -1,0 +1,188 @@
+"""The methods that ``age.py`` trains and ``compare.py`` compares: what tells each of them from plain L1 regression.
+
+A method is one line of ``METHODS``. ``network`` and ``objective`` turn it into a model and a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    import dir_toolkit as dt
+
+MethodName = Literal[
+    "vanilla",
+    "unsmoothed",
+    "lds",
+    "fds",
+    "lds+fds",
+    "sampling",
+    "rrt",
+    "bmc",
+    "gai",
+    "bni",
+    "conr",
+    "rnc",
+    "nll",
+    "bins",
+    "soft",
+    "soft+cosine",
+    "soft+affinity",
+    "soft+emd",
+    "soft+crps",
+    "soft+in-loss",
+    "soft+tau",
+    "soft+fds",
+    "soft+lds",
+    "soft+lds+tau",
+    "soft+lds+fds",
+    "soft+crt",
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train and to predict; all defaults together are plain L1 regression."""
+
+    title: str
+    """In a few words."""
+    head: Literal["regression", "gaussian", "linear", "cosine", "affinity"] = "regression"
+    """Of ``LongTailModel``; all but the first two score bins of the label axis."""
+    loss: str | None = None
+    """Of ``LongTailModel`` by name, or one of ``objective``; None takes the setting for regression, else the head's."""
+    hard: bool = False
+    """Labels are not spread over neighbouring bins."""
+    weights: Literal["counts", "smoothed"] | None = None
+    """The density that samples are weighed by."""
+    scheme: Literal["inverse"] | None = None
+    """Of these weights, in place of the setting."""
+    fds: Mapping[str, Any] | None = None
+    """Features are smoothed, with these settings in place of the usual ones."""
+    in_loss: bool = False
+    """The prior is adjusted in the loss, with tau 1."""
+    q: float | None = None
+    """Ages are drawn in proportion to their counts to this power."""
+    start: MethodName | None = None
+    """The method whose trained network is taken over."""
+    tau: bool = False
+    """The network taken over is not trained again: predictions are adjusted, as validation finds best."""
+
+
+METHODS: dict[MethodName, Method] = {
+    "vanilla": Method("plain regression"),
+    "unsmoothed": Method("weights of the plain density", weights="counts"),
+    "lds": Method("weights of the smoothed density", weights="smoothed"),
+    "fds": Method("feature smoothing", fds={}),
+    "lds+fds": Method("both", weights="smoothed", fds={}),
+    "sampling": Method("ages drawn by the root of their counts", q=0.5),
+    "rrt": Method(
+        "frozen encoder of vanilla, regressor trained again with inverse weights",
+        start="vanilla",
+        weights="counts",
+        scheme="inverse",
+    ),
+    "bmc": Method("balanced MSE over the batch", loss="bmc"),
+    "gai": Method("balanced MSE with a Gaussian mixture", loss="gai"),
+    "bni": Method("balanced MSE over bins", loss="balanced_mse"),
+    "conr": Method("L1 and the contrastive regularizer ConR", loss="conr"),
+    "rnc": Method("encoder by Rank-N-Contrast, regressor on what it gives", loss="rnc"),
+    "nll": Method("Gaussian mean and variance", head="gaussian"),
+    "bins": Method("hard bins of a year", head="linear", hard=True),
+    "soft": Method("soft bins", head="linear"),
+    "soft+cosine": Method("soft bins, cosine head", head="cosine"),
+    "soft+affinity": Method("soft bins, Gaussian affinities to one prototype a bin", head="affinity"),
+    "soft+emd": Method("bins, squared earth mover's distance", head="linear", loss="squared_emd"),
+    "soft+crps": Method("bins, CRPS", head="linear", loss="crps"),
+    "soft+in-loss": Method("soft bins, prior adjusted in the loss", head="linear", in_loss=True),
+    "soft+tau": Method("soft bins, prior adjusted after training", start="soft", tau=True),
+    "soft+fds": Method("soft bins, feature smoothing", head="linear", fds={}),
+    "soft+lds": Method("soft bins, LDS weights", head="linear", weights="smoothed"),
+    "soft+lds+tau": Method("soft bins, LDS weights, prior adjusted after training", start="soft+lds", tau=True),
+    "soft+lds+fds": Method("soft bins, LDS weights, feature smoothing", head="linear", weights="smoothed", fds={}),
+    "soft+crt": Method(
+        "frozen encoder of soft bins, head trained again on even ages", head="linear", start="soft", q=0.0
+    ),
+}
+
+WINNER: MethodName = "soft+tau"
+"""What ``--methods default`` means: the method that did best, as the README tells."""
+
+ALL: tuple[MethodName, ...] = tuple(METHODS)
+"""What ``--methods all`` means."""
+
+
+def named(methods: Sequence[str]) -> list[MethodName]:
+    """Methods by their own names, each once, where a name may stand for several."""
+    groups: dict[str, tuple[MethodName, ...]] = {"default": (WINNER,), "all": ALL}
+    return list(dict.fromkeys(name for method in methods for name in groups.get(method, (cast(MethodName, method),))))
+
+
+def network(
+    method: Method,
+    backbone: nn.Module,
+    num_features: int,
+    density: dt.LabelDensity,
+    *,
+    regression_loss: str,
+    sigma: float,
+    fds: dt.FDS | None,
+) -> dt.LongTailModel:
+    """A fresh model of a method.
+
+    Args:
+        regression_loss: of methods that do not name one.
+        sigma: of labels spread over bins, in years.
+    """
+    import dir_toolkit as dt
+
+    loss: Any = method.loss
+    if loss == "bmc":
+        loss = dt.BatchMCLoss()
+    elif loss == "gai":
+        loss = dt.GaussianMixtureLoss.fit(ages(density))
+    elif method.head == "regression" and loss != "balanced_mse":
+        loss = regression_loss
+    return dt.LongTailModel(
+        backbone,
+        num_features,
+        density.bins,
+        density=density,
+        head=method.head,
+        loss=loss,
+        sigma=None if method.hard else sigma if method.head in ("linear", "cosine", "affinity") else "auto",
+        fds=fds,
+        prior="uniform" if method.in_loss else None,
+        adjust="in_loss" if method.in_loss else "after",
+    )
+
+
+def ages(density: dt.LabelDensity) -> Any:
+    """The labels that were counted, each at the centre of its bin."""
+    import numpy as np
+
+    return np.repeat(density.bins.centers, density.counts)
+
+
+def objective(method: Method, model: dt.LongTailModel, density: dt.LabelDensity) -> Callable[..., Tensor]:
+    """The loss of what the model returns for images."""
+    import dir_toolkit as dt
+
+    if method.loss == "conr":
+        weights = dt.LDS(density.bins).fit(density)
+        return dt.ConRLoss(model.criterion, coefficient=4.0, weights=weights)
+    if method.loss == "rnc":
+
+        def rank_and_probe(
+            output: dt.LongTailOutput, labels: Tensor, weight: Tensor | None, *, reduction: str
+        ) -> Tensor:
+            """The regressor reads features that its loss does not move, so that it is trained beside the encoder."""
+            contrast = dt.rank_n_contrast(output.features, labels, weight, reduction=reduction)
+            probe = model.read(output.features.detach())
+            return contrast + model.criterion(probe, labels, weight, reduction=reduction)
+
+        return rank_and_probe
+    return model.criterion

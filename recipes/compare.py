@@ -1,0 +1,70 @@
+"""All methods for long-tailed ages under one budget: which one should be used?
+
+    python recipes/compare.py                                                       # portraits
+    python recipes/compare.py --data utkface --root DIR --methods all --seeds 5     # real faces
+
+Runs are made one after the other, all methods with one seed before the next seed, in ``runs/compare/<data>``. A run
+that fails is named at the end and costs the others nothing; ``--resume`` makes up for it, goes on after a stop, and
+adds methods and seeds. Several such processes may share a folder, each with methods of its own. The result, the table
+with intervals of the paired differences to the baseline, figures and report cover all runs in the folder.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import age
+from age_methods import MethodName, named
+from command_line import run
+
+if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
+    import xarray as xr
+
+    from dir_toolkit.data.images import Splits
+    from dir_toolkit.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Settings(age.Settings):
+    """All methods for long-tailed ages under one budget: which one should be used?"""
+
+    methods: tuple[MethodName | Literal["default", "all"], ...] = ("all",)
+    """What to train, see age_methods.py; default is what did best of all."""
+    seeds: int = 3
+    """How many seeds a method is trained with: 0, 1, ..."""
+    baseline: MethodName = "vanilla"
+    """What the others are compared with."""
+    replicates: int = 2000
+    """Bootstrap replicates behind each interval."""
+    out: Path | None = None
+    """Folder of all results; by default runs/compare/<data>."""
+
+
+def main(settings: Settings) -> None:
+    from dir_toolkit.results.tables import as_text
+    from dir_toolkit.training.runtime import start_runtime
+
+    out = settings.out or Path("runs/compare") / settings.data
+    check(settings, out)
+    with start_runtime(settings.device, settings.precision) as runtime:
+        splits = age.load(settings, runtime)
+        todo = [(method, seed) for seed in range(settings.seeds) for method in named(settings.methods)]
+        failed = []
+        for done, (method, seed) in enumerate(todo):
+            if runtime.is_main:
+                print(f"\n{method}, seed {seed} ({done + 1} of {len(todo)})", flush=True)
+            try:
+                age.train(settings, method, replace(runtime, seed=seed), splits, out)
+            except Exception as error:
+                if runtime.world > 1:  # the other ranks wait for this one
+                    raise
+                failed.append(f"{method}, seed {seed}: {type(error).__name__}: {error}")
+                print(traceback.format_exc(), flush=True)
+        if runtime.is_main:
+            table = summarise(settings, out, splits, runtime, failed)
+            print(f"\n{as_text(table)}\nReport: {out / 'report.html'}")
+    if failed:
+        raise SystemExit("\n  ".join(["these runs failed; --resume tries them again:", *failed]))

@@ -1,0 +1,849 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+from torch import Tensor, nn
+
+from dir_toolkit.backbones import ImageClassifier, ImageRegressor
+from dir_toolkit.data.images import ImageSet, content_digest
+from dir_toolkit.errors import CheckpointError, DirToolkitWarning, LabelError, ShapeError, UsageError
+from dir_toolkit.features.fds import FDS
+from dir_toolkit.heads.affinity import AffinityHead
+from dir_toolkit.heads.decoding import decode
+from dir_toolkit.heads.linear import LinearHead
+from dir_toolkit.labels.bins import Bins
+from dir_toolkit.labels.density import LabelDensity
+from dir_toolkit.labels.kernels import gaussian, triangular
+from dir_toolkit.labels.soft_labels import soft_labels
+from dir_toolkit.labels.weights import LDS
+from dir_toolkit.longtail import LongTailModel, LongTailOutput
+from dir_toolkit.losses.affinity import affinity_loss
+from dir_toolkit.losses.cross_entropy import cross_entropy, logit_adjusted_cross_entropy
+from dir_toolkit.losses.distribution import crps
+from dir_toolkit.losses.focal import focal_loss
+from dir_toolkit.losses.gaussian_nll import gaussian_nll
+from dir_toolkit.losses.regression import weighted_huber, weighted_l1
+from dir_toolkit.metrics.classification import ClassificationMetrics
+from dir_toolkit.priors import adjust_logits, class_prior
+from dir_toolkit.training.checkpoint import load_checkpoint, save_checkpoint
+from dir_toolkit.training.loop import Optimization, fit
+from dir_toolkit.training.runtime import Runtime
+
+AGES = Bins.uniform(0, 20, width=1)
+CLASSES = Bins.classes(4)
+AGE_DENSITY = LabelDensity(AGES, np.arange(1, 21)[::-1] ** 2)
+CLASS_DENSITY = LabelDensity(CLASSES, np.array([40, 9, 4, 1]))
+HEADS = ("regression", "gaussian", "linear", "cosine", "affinity")
+
+
+def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+def net(num_features: int = 6) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, num_features), nn.Tanh())
+
+
+def ages(**options: Any) -> LongTailModel:
+    arguments = {"density": AGE_DENSITY, **options}
+    return seeded(lambda: LongTailModel(net(), 6, AGES, **arguments))
+
+
+def classes(**options: Any) -> LongTailModel:
+    arguments = {"density": CLASS_DENSITY, **options}
+    return seeded(lambda: LongTailModel(net(), 6, CLASSES, **arguments))
+
+
+def batch(samples: int = 9, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 3, generator=generator)
+    return x, (20 * torch.rand(samples, generator=generator)).clamp_max(19.9)
+
+
+def class_batch(samples: int = 9) -> tuple[Tensor, Tensor]:
+    x, y = batch(samples)
+    return x, (y / 5).long()
+
+
+def same_output(a: LongTailOutput, b: LongTailOutput) -> None:
+    for name, one, other in zip(a._fields, a, b, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            assert torch.equal(one, other), name
+
+
+def test_comparing_outputs_can_fail() -> None:
+    out = ages()(batch()[0])
+    with pytest.raises(AssertionError):
+        same_output(out, out._replace(prediction=out.prediction + 1))
+    with pytest.raises(AssertionError):
+        same_output(out, out._replace(distribution=None))
+
+
+# ---- classes are classification, to the bit ----
+
+
+def test_classes_with_a_linear_head_are_the_classifier_to_the_bit() -> None:
+    x, y = class_batch()
+    model = classes()
+
+    def make() -> ImageClassifier:
+        backbone = net()
+        backbone.num_features = 6  # type: ignore[assignment]
+        return ImageClassifier(backbone, LinearHead(6, 4))
+
+    plain = seeded(make)
+    out, scores = model(x, y), plain(x)
+    assert torch.equal(out.scores, scores)
+    assert torch.equal(out.loss, cross_entropy(scores, y))
+    assert torch.equal(out.prediction, scores.argmax(1))
+    assert out.prediction.dtype == torch.int64
+    assert torch.equal(out.distribution, scores.softmax(1))
+    weight = torch.linspace(0.5, 2, len(y))
+    assert torch.equal(model(x, y, weight).loss, cross_entropy(scores, y, weight))
+    out.loss.backward()
+    cross_entropy(scores, y).backward()
+    for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert own.grad is not None
+        assert torch.equal(own.grad, other.grad)
+
+
+@pytest.mark.parametrize("target", ["uniform", [0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.0, 0.0]])
+@pytest.mark.parametrize("tau", [0.0, 0.7, 1.0])
+def test_an_adjusted_model_is_adjusted_logits_to_the_bit(target: Any, tau: float) -> None:
+    x, _ = class_batch()
+    prior = class_prior(CLASS_DENSITY)
+    for model in (classes(prior=target, tau=tau), classes()):
+        model.set_prior(target, tau)
+        out = model(x)
+        adjusted = adjust_logits(out.scores, prior, target=target, tau=tau)
+        assert torch.equal(out.distribution, adjusted.softmax(1))
+        assert torch.equal(out.prediction, adjusted.argmax(1))
+    model.set_prior(None)
+    assert torch.equal(model(x).distribution, out.scores.softmax(1))
+
+
+def test_adjusted_in_the_loss_is_the_logit_adjusted_loss_to_the_bit() -> None:
+    x, y = class_batch()
+    model = classes(prior="uniform", tau=0.7, adjust="in_loss")
+    out = model(x, y)
+    assert torch.equal(out.loss, logit_adjusted_cross_entropy(out.scores, y, class_prior(CLASS_DENSITY), 0.7))
+    assert torch.equal(out.distribution, out.scores.softmax(1))
+    shares = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    towards = classes(prior=shares, tau=0.7, adjust="in_loss")
+    expected = cross_entropy(
+        out.scores - adjust_logits(torch.zeros(4), class_prior(CLASS_DENSITY), target=shares, tau=0.7), y
+    )
+    assert torch.equal(towards(x, y).loss, expected)
+
+
+def test_a_prior_chosen_later_undoes_the_one_in_the_loss() -> None:
+    x, y = class_batch()
+    prior = class_prior(CLASS_DENSITY)
+    model = classes(prior="uniform", tau=0.7, adjust="in_loss")
+    scores, loss = model(x).scores, model(x, y).loss
+    model.set_prior("uniform", 0.7)
+    assert torch.equal(model(x).distribution, scores.softmax(1))
+    model.set_prior(None)
+    torch.testing.assert_close(model(x).distribution, (scores + 0.7 * prior.log().float()).softmax(1))
+    model.set_prior("uniform", 0.5)
+    torch.testing.assert_close(model(x).distribution, (scores + 0.2 * prior.log().float()).softmax(1))
+    assert torch.equal(model(x, y).loss, loss)  # what training sees has not changed
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_affinity_over_classes_is_its_loss_and_diversity_to_the_bit(reduction: Any) -> None:
+    x, y = class_batch()
+    model = classes(head="affinity")
+    out = model(x)
+    assert isinstance(model.head, AffinityHead)
+    assert model.head.num_prototypes == 5
+    assert torch.equal(out.scores, model.head(out.features))
+    expected = affinity_loss(out.scores, y, reduction=reduction)
+    expected = expected + (len(y) if reduction == "sum" else 1) * model.head.diversity()
+    assert torch.equal(model.criterion(out, y, reduction=reduction), expected)
+    assert torch.equal(out.prediction, out.scores.argmax(1))
+    torch.testing.assert_close(out.distribution, out.scores / out.scores.sum(1, keepdim=True))
+
+
+def test_temperature_divides_scores_first() -> None:
+    x, _ = class_batch()
+    model = classes(temperature=2.0)
+    model.set_prior("uniform", 0.5)  # the temperature stays
+    out = model(x)
+    assert torch.equal(out.distribution, adjust_logits(out.scores / 2, class_prior(CLASS_DENSITY), tau=0.5).softmax(1))
+    model.set_prior("uniform", 0.5, temperature=4.0)
+    assert torch.equal(
+        model(x).distribution, adjust_logits(out.scores / 4, class_prior(CLASS_DENSITY), tau=0.5).softmax(1)
+    )
+
+
+# ---- a continuous axis ----
+
+
+def test_a_value_worked_out_by_hand() -> None:
+    bins = Bins.uniform(0, 4, width=2)
+    density = LabelDensity(bins, np.array([3, 1]))
+    model = LongTailModel(nn.Flatten(), 1, bins, density=density, sigma=0, prior="uniform", decode="expectation")
+    with torch.no_grad():
+        model.head.weight.copy_(torch.tensor([[math.log(3)], [0.0]]))  # shares of 3/4 and 1/4, as in training
+        model.head.bias.zero_()
+    out = model(torch.ones(1, 1), torch.tensor([3.5]))
+    torch.testing.assert_close(out.distribution, torch.tensor([[0.5, 0.5]]))
+    torch.testing.assert_close(out.prediction, torch.tensor([2.0]))
+    torch.testing.assert_close(out.loss, torch.tensor(math.log(4)))
+    model.set_prior()
+    torch.testing.assert_close(model(torch.ones(1, 1)).prediction, torch.tensor([1.5]))  # 3/4 * 1 + 1/4 * 3
+
+
+@pytest.mark.parametrize("adjust", ["after", "in_loss"])
+def test_loss_and_expectation_equal_a_naive_loop(adjust: Any) -> None:
+    x, y = batch()
+    settings = {"prior": "uniform", "tau": 0.6, "adjust": adjust, "expectation_weight": 0.3, "decode": "expectation"}
+    model = ages(**settings).double()
+    out = model(x.double(), y.double(), weight := torch.linspace(0.5, 2, len(y)).double())
+    prior = AGE_DENSITY.smooth(gaussian(5, 2)).prior(floor=1.0)
+    moved = (0.6 * np.log(prior)).astype(np.float32).astype(np.float64)
+    values, expected = [], []
+    for i in range(len(y)):
+        s = out.scores[i].detach().numpy()
+        seen = s + moved if adjust == "in_loss" else s
+        target = soft_labels(y[i].double(), AGES, 2.0).numpy()
+        off = abs(softmax(seen) @ AGES.centers - y[i].item())
+        values.append(weight[i].item() * (-(target * log_softmax(seen)).sum() + 0.3 * off))
+        expected.append(softmax(s if adjust == "in_loss" else s - moved) @ AGES.centers)
+    assert out.loss.item() == pytest.approx(np.mean(values), rel=1e-12)
+    np.testing.assert_allclose(out.prediction.detach().numpy(), expected, rtol=1e-12)
+
+
+def test_the_default_prior_is_the_smoothed_one_and_the_kernel_can_be_chosen() -> None:
+    x, _ = batch()
+    model = ages(prior="uniform", decode="expectation")
+    scores = model(x).scores
+    for kernel in ("auto", None, triangular(3)):
+        window = gaussian(5, 2) if isinstance(kernel, str) else kernel
+        density = AGE_DENSITY if window is None else AGE_DENSITY.smooth(window)
+        expected = adjust_logits(scores, class_prior(density)).softmax(1)
+        model.set_prior("uniform", kernel=kernel)
+        assert torch.equal(model(x).distribution, expected)
+        assert torch.equal(ages(prior="uniform", prior_kernel=kernel)(x).distribution, expected)
+
+
+@pytest.mark.parametrize("how", ["expectation", "median", "mode"])
+def test_predictions_are_decoded(how: Any) -> None:
+    out = ages(decode=how)(batch()[0])
+    assert torch.equal(out.prediction, decode(out.distribution, AGES, how))
+    if how == "median":
+        assert torch.equal(ages()(batch()[0]).prediction, out.prediction)
+
+
+@pytest.mark.parametrize("head", ["linear", "cosine", "affinity"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "crps", "squared_emd"])
+def test_heads_over_bins_learn_the_label(head: Any, loss: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 3, generator=generator)
+    y = 10 + 5 * torch.tanh(x[:, 0])
+    model = ages(head=head, loss=loss)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    first = weighted_l1(model(x).prediction, y).item()
+    for _ in range(80):
+        optimizer.zero_grad()
+        model(x, y).loss.backward()
+        optimizer.step()
+    assert weighted_l1(model(x).prediction, y).item() < min(1.5, first / 2)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_named_losses_are_the_functions() -> None:
+    x, y = batch()
+    out = ages(loss="crps")(x, y)
+    assert torch.equal(out.loss, crps(out.scores, y, AGES))
+    model = ages(head="affinity")
+    assert model.head.num_prototypes == 1
+    out = model(x, y)
+    target = soft_labels(y, AGES, 2.0)
+    torch.testing.assert_close(out.loss, -(target * out.scores.log().log_softmax(1)).sum(1).mean())
+
+
+def test_an_affinity_of_zero_has_finite_slopes() -> None:
+    model = ages(head="affinity")
+    far = 100 * torch.ones(2, 6)
+    model.backbone = nn.Identity()
+    model(far.requires_grad_(), torch.tensor([1.0, 2.0])).loss.backward()
+    assert far.grad is not None
+    assert far.grad.isfinite().all()
+    assert model.head.weight.grad.isfinite().all()
+
+
+def test_own_loss_and_own_head() -> None:
+    x, y = class_batch()
+    out = classes(loss=focal_loss)(x, y)
+    assert torch.equal(out.loss, focal_loss(out.scores, y))
+    x, y = batch()
+    model = seeded(lambda: LongTailModel(net(), 6, AGES, head=nn.Sequential(nn.ReLU(), nn.Linear(6, 20))))
+    assert model(x, y).scores.shape == (9, 20)
+
+    class Learnt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None, *, reduction: Any) -> Tensor:
+            return self.factor * weighted_huber(pred, target, weight, reduction=reduction)
+
+    model = ages(head="regression", loss=Learnt())
+    model(x, y).loss.backward()
+    assert model.loss.factor.grad.item() == pytest.approx(model(x, y).loss.item())
+
+
+# ---- regression and Gaussian heads ----
+
+
+def test_regression_is_the_regressor_to_the_bit_and_starts_where_labels_are() -> None:
+    x, y = batch()
+    model = ages(head="regression")
+    labels = np.repeat(AGES.centers, AGE_DENSITY.counts)
+    spread = math.sqrt(labels.var() + 1 / 12)  # labels are taken to fill their bins
+    assert model.scale.item() == pytest.approx(spread, rel=1e-6)
+    assert abs(model.offset.item() - np.median(labels)) < 0.5
+
+    def make() -> ImageRegressor:
+        backbone = net()
+        backbone.num_features = 6  # type: ignore[assignment]
+        return ImageRegressor(backbone, offset=model.offset.item(), scale=model.scale.item())
+
+    pred = seeded(make)(x)
+    out = model(x, y)
+    assert torch.equal(out.scores, pred)
+    assert torch.equal(out.prediction, pred)
+    assert torch.equal(out.loss, weighted_l1(pred, y))
+    assert out.distribution is None
+    evenly = seeded(lambda: LongTailModel(net(), 6, AGES, head="regression"))
+    assert evenly.offset.item() == pytest.approx(10)
+    assert evenly.scale.item() == pytest.approx(20 / math.sqrt(12))
+
+
+@pytest.mark.parametrize(
+    "loss", ["weighted_mse", "weighted_huber", "weighted_focal_l1", "weighted_focal_mse", "balanced_mse"]
+)
+def test_regression_losses_by_name(loss: str) -> None:
+    x, y = batch()
+    model = ages(head="regression", loss=loss)
+    out = model(x, y)
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_gaussian_head_is_in_label_units() -> None:
+    x, y = batch()
+    model = ages(head="gaussian")
+    out = model(x, y)
+    raw = model.head(out.features)
+    mean = model.offset + model.scale * raw[:, 0]
+    assert torch.equal(out.prediction, mean)
+    assert torch.equal(out.loss, gaussian_nll(out.scores, y))
+    torch.testing.assert_close(out.scores[:, 1].exp(), model.scale**2 * raw[:, 1].exp())
+    lower, upper = model.interval(out, 0.6827)  # one standard deviation
+    torch.testing.assert_close((upper - lower) / 2, model.scale * (raw[:, 1] / 2).exp(), rtol=1e-3, atol=0)
+    assert torch.equal(model.interval(out.scores, 0.6827)[0], lower)
+
+
+def test_intervals_hold_their_share() -> None:
+    model = ages(prior="uniform")
+    out = model(batch()[0])
+    lower, upper = model.interval(out, level=0.5)
+    again = model.interval(out.distribution, level=0.5)
+    assert torch.equal(lower, again[0])
+    assert torch.equal(upper, again[1])
+    wide = model.interval(out)
+    assert (wide[0] < lower).all()
+    assert (upper < wide[1]).all()
+    assert ((lower <= out.prediction) & (out.prediction <= upper)).all()
+
+
+# ---- residuals ----
+
+
+def test_residual_is_an_offset_in_the_decoded_bin() -> None:
+    bins = Bins.uniform(0, 20, width=10)
+    x, y = batch()
+    make = lambda: LongTailModel(net(), 6, bins, sigma=None, residual=True, residual_weight=0.3)  # noqa: E731
+    model = seeded(make)
+    out = model(x, y)
+    assert out.residual.shape == (9, 2)
+    assert torch.equal(out.residual, 5 * model.residual(out.features).tanh())
+    values = []
+    for i in range(9):
+        b = int(out.distribution[i, 0] < 0.5)  # of the median
+        assert out.prediction[i].item() == pytest.approx(bins.centers[b] + out.residual[i, b].item(), rel=1e-6)
+        own = int(y[i] >= 10)
+        off = abs(out.residual[i, own].item() - (y[i].item() - bins.centers[own]))
+        values.append(-out.scores[i].log_softmax(0)[own].item() + 0.3 * off)
+    assert out.loss.item() == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_residual_of_whole_numbers_reaches_every_label_of_its_bin() -> None:
+    model = LongTailModel(net(), 6, Bins.uniform(0, 20, width=10, integer=True), sigma=None, residual=True)
+    assert model.reach.tolist() == [5.5, 5.5]  # from 4.5 up to 10, which the bin does not hold any more
+
+
+def test_residual_pays_where_bins_are_coarse() -> None:
+    bins = Bins.uniform(0, 100, width=10)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(400, 1, generator=generator)
+    y = 100 * x.squeeze(1)
+
+    def error(residual: bool) -> float:
+        def make() -> LongTailModel:
+            backbone = nn.Sequential(nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+            return LongTailModel(backbone, 32, bins, sigma=None, residual=residual, decode="mode")
+
+        model = seeded(make)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for _ in range(300):
+            optimizer.zero_grad()
+            model(x, y).loss.backward()
+            optimizer.step()
+        return weighted_l1(model(x).prediction, y).item()
+
+    coarse = error(False)
+    assert coarse > 2  # the mean distance to the centre of a bin of ten is 2.5
+    assert error(True) < coarse / 2
+
+
+# ---- the criterion ----
+
+VARIANTS: list[dict[str, Any]] = [
+    *({"head": head} for head in HEADS),
+    {"residual": True, "expectation_weight": 0.1},
+    {"prior": "uniform", "adjust": "in_loss", "loss": "crps"},
+    {"loss": "squared_emd", "label_kernel": "laplace", "sigma": 1.0},
+    {"head": "regression", "loss": "balanced_mse"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_criterion_on_a_plain_output_is_the_loss(options: dict[str, Any]) -> None:
+    x, y = batch()
+    model = ages(**options)
+    weight = torch.linspace(0, 2, len(y))
+    out = model(x)
+    assert out.loss is None
+    same_output(model(x, y, weight), out._replace(loss=model.criterion(out, y, weight)))
+    each = model.criterion(out, y, weight, reduction="none")
+    torch.testing.assert_close(each.mean(), model.criterion(out, y, weight))
+    torch.testing.assert_close(each.sum(), model.criterion(out, y, weight, reduction="sum"))
+    assert each[0] == 0
+    # A weight of two is the sample seen twice, in whatever order.
+    twice = LongTailOutput(*(None if part is None else torch.cat([part[[4]], part]) for part in out))
+    torch.testing.assert_close(
+        model.criterion(twice, torch.cat([y[[4]], y]), reduction="sum"),
+        model.criterion(out, y, 1 + (torch.arange(len(y)) == 4).float(), reduction="sum"),
+    )
+    one = model(x[:1], y[:1])
+    assert one.loss.shape == ()
+    assert one.prediction.shape == (1,)
+
+
+@pytest.mark.parametrize("options", [v for v in VARIANTS if v.get("loss") != "balanced_mse"], ids=str)
+def test_gradients(options: dict[str, Any]) -> None:
+    x, y = batch(4)
+    model = ages(**options).double()
+    # Features and not inputs, since a median steps where its bin changes; the loss does not.
+    assert torch.autograd.gradcheck(lambda x: model(x, y.double()).loss, (x.double().requires_grad_(),))
+
+
+def test_whole_numbers_are_labels_too() -> None:
+    x, y = batch()
+    for options in VARIANTS:
+        model = ages(**options)
+        torch.testing.assert_close(model(x, y.long()).loss, model(x, y.floor()).loss)
+
+
+def test_weights_are_applied_where_none_are_given() -> None:
+    x, y = batch()
+    weights = LDS(AGES).fit(AGE_DENSITY)
+    model, plain = ages(weights=weights), ages()
+    assert torch.equal(model(x, y).loss, plain(x, y, weights(y)).loss)
+    assert torch.equal(model(x, y, torch.ones(9)).loss, plain(x, y).loss)
+    assert torch.equal(model.criterion(model(x), y), model(x, y).loss)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_step_reads_no_value(options: dict[str, Any]) -> None:
+    x, y = batch()
+    model = ages(**options, weights=LDS(AGES).fit(AGE_DENSITY)).to("meta")
+    model(x.to("meta"), y.to("meta")).loss.backward()  # reading a value of a meta tensor raises
+
+
+def test_what_is_not_finite_shows_in_the_loss_and_raises_nowhere() -> None:
+    x, y = batch()
+    x[3] = math.nan
+    for options in VARIANTS:
+        out = ages(**options)(x, y)
+        assert out.loss.isnan()
+        assert out.prediction[3].isnan()
+        assert out.prediction[:3].isfinite().all()
+
+
+# ---- calibrated features ----
+
+
+def test_labels_reach_fds_in_training_only() -> None:
+    x, y = batch(40)
+    fds = FDS(AGES, 6, momentum=0.0)
+    model = ages(fds=fds)
+    assert model.fds is fds
+    assert not any(module is fds for module in model.modules())
+    before = model(x, y)
+    fds.end_epoch()
+    alone = FDS(AGES, 6, momentum=0.0)
+    alone.update(before.features.detach(), y)
+    alone.end_epoch()
+    for name, value in fds.statistics().items():
+        torch.testing.assert_close(value, alone.statistics()[name], equal_nan=True)
+    after = model(x, y)
+    assert torch.equal(after.features, before.features)
+    assert torch.equal(after.scores, model.head(alone.calibrate(before.features, y)))
+    assert not torch.equal(after.scores, before.scores)
+    with fds.labels(y):  # as the training loop does
+        assert torch.equal(model(x).scores, after.scores)
+    model.eval()
+    assert torch.equal(model(x, y).scores, before.scores)
+
+
+def test_residuals_read_calibrated_features_too() -> None:
+    x, y = batch(40)
+    model = ages(fds=FDS(AGES, 6, momentum=0.0), residual=True)
+    before = model(x, y).residual
+    model.fds.end_epoch()
+    assert not torch.equal(model(x, y).residual, before)
+
+
+def trained_with_fds(
+    x: Tensor, y: Tensor, model: LongTailModel, call: Callable[..., LongTailOutput]
+) -> dict[str, Tensor]:
+    for _ in range(2):
+        call(x, y).loss.backward()
+        model.fds.end_epoch()
+    return {**model.fds.statistics(), "prediction": model.eval()(x).prediction.detach()}
+
+
+def rank_main(rank: int) -> dict[str, Any]:
+    x, y = batch(40)
+    mine = slice(0, 13) if rank == 0 else slice(13, None)
+    model = ages(fds=FDS(AGES, 6))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    return trained_with_fds(x[mine], y[mine], model, wrapped)
+
+
+def test_two_ranks_with_uneven_shares_gather_what_one_does(two_ranks: Callable[..., list[Any]]) -> None:
+    x, y = batch(40)
+    model = ages(fds=FDS(AGES, 6))
+    expected = trained_with_fds(x, y, model, model)
+    states = two_ranks(rank_main)
+    for state in states:
+        for name in model.fds.statistics():
+            torch.testing.assert_close(state[name], expected[name], rtol=1e-6, atol=1e-7, equal_nan=True)
+    prediction = torch.cat([state["prediction"] for state in states])
+    torch.testing.assert_close(prediction, expected["prediction"])
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("options", [*VARIANTS, {"prior": "uniform", "tau": 0.3, "temperature": 2.0}], ids=str)
+def test_state_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
+    x, y = batch(40)
+    model = ages(**options, fds=FDS(AGES, 6), weights=LDS(AGES).fit(AGE_DENSITY))
+    model(x, y)
+    model.fds.end_epoch()
+    expected = model(x, y)
+    path = tmp_path / "state.pt"
+    torch.save(model.state_dict(), path)
+    # Another prior, or none, is what a fresh model may have been built with: the state brings its own.
+    fresh_options = {k: v for k, v in options.items() if k not in ("prior", "adjust", "tau", "temperature")}
+    fresh = seeded(
+        lambda: LongTailModel(
+            net(), 6, AGES, density=AGE_DENSITY, **fresh_options, fds=FDS(AGES, 6), weights=LDS(AGES)
+        ),
+        7,
+    )
+    fresh.load_state_dict(torch.load(path, weights_only=True))
+    same_output(fresh(x, y), expected)
+    assert list(fresh.state_dict()) == list(model.state_dict())
+    save_checkpoint(path, {"model": model.state_dict()})
+    fresh.load_state_dict(load_checkpoint(path)["model"])
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        same_output(copied(x, y), expected)
+        assert copied.fds is not model.fds
+        copied.fds.end_epoch()  # the copy's own statistics, fed by the copy
+        assert copied.fds.epoch == 2
+    assert model.fds.epoch == 1
+    without = ages(**options, weights=LDS(AGES).fit(AGE_DENSITY))
+    without.load_state_dict(model.state_dict())  # needs no statistics
+    same_output(without.eval()(x, y), model.eval()(x, y))
+
+
+def test_a_state_of_another_axis_or_without_statistics_is_refused() -> None:
+    other = LongTailModel(net(), 6, Bins.uniform(0, 40, width=2))
+    with pytest.raises(
+        CheckpointError, match=r"^LongTailModel\.load_state_dict: the saved model must be over the same"
+    ):
+        ages().load_state_dict(other.state_dict())
+    with pytest.raises(CheckpointError, match="the saved model must hold FDS statistics, got none"):
+        ages(fds=FDS(AGES, 6)).load_state_dict(ages().state_dict())
+
+
+def test_fds_follows_the_model_to_its_device() -> None:
+    model = ages(fds=FDS(AGES, 6)).to("meta")
+    assert model.fds.scale.device.type == "meta"
+    assert model.double().fds.scale.dtype == torch.float64
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_scores_are_float32_under_autocast(options: dict[str, Any]) -> None:
+    x, y = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ages(**options)(x, y)
+    for name in ("loss", "scores", "prediction", "distribution", "residual"):
+        value = getattr(out, name)
+        assert value is None or value.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("options", VARIANTS[:6], ids=str)
+def test_export_and_compile(options: dict[str, Any]) -> None:
+    x, y = batch()
+    model = ages(**options, fds=FDS(AGES, 6)).eval()
+    torch.compiler.reset()  # else all models together compile one forward too often
+    sizes = ({0: torch.export.Dim("n", min=2, max=64)},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.4 warns of its own nodes
+        exported = torch.export.export(model, (x,), dynamic_shapes=sizes).module()
+    for samples in (2, 9):
+        for own, other in zip(model(x[:samples]), exported(x[:samples]), strict=True):
+            torch.testing.assert_close(own, other)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x).prediction, model(x).prediction)
+    plain = ages(**options)
+    step = torch.compile(plain, backend="eager", fullgraph=True)
+    torch.testing.assert_close(step(x, y).loss, plain(x, y).loss)
+
+
+def class_images(samples: int, seed: int) -> ImageSet:
+    random = np.random.default_rng(seed)
+    labels = np.minimum(random.geometric(0.5, samples) - 1, 3)
+    images = (random.integers(0, 60, (samples, 1, 4, 4)) + 60 * labels[:, None, None, None]).astype(np.uint8)
+    rows = np.arange(samples)
+    return ImageSet(images, labels, rows, content_digest(images, labels, rows))
+
+
+def test_the_training_loop_takes_its_criterion_and_fds(tmp_path: Path) -> None:
+    train, val = class_images(64, 0), class_images(32, 1)
+    density = LabelDensity.count(train.labels, CLASSES)
+    fds = FDS(CLASSES, 16, kernel=triangular(3))
+
+    def make() -> LongTailModel:
+        backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU())
+        return LongTailModel(backbone, 16, CLASSES, density=density, fds=fds, prior="uniform", adjust="in_loss")
+
+    model = seeded(make)
+    history = fit(
+        model, train, val, metrics=ClassificationMetrics(CLASSES, density), loss=model.criterion, fds=fds,
+        optimization=Optimization(epochs=3, batch_size=16, lr=0.02), runtime=Runtime(torch.device("cpu"), seed=3),
+        folder=tmp_path / "run", augmentation=False,
+    )  # fmt: skip
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert fds.epoch > 0
+
+
+# ---- what is told, and what is refused ----
+
+
+def test_bins_without_labels_are_told_once() -> None:
+    density = LabelDensity(CLASSES, np.array([3, 2, 1, 0]))
+    with pytest.warns(DirToolkitWarning, match="no label in or near 1 of 4 bins; the prior takes each to have one"):
+        model = LongTailModel(net(), 6, CLASSES, density=density, prior="uniform")
+    model.set_prior("uniform", 0.5)  # pytest would raise a second warning
+    assert torch.isfinite(model.adjuster.offset).all()
+
+
+def test_soft_labels_as_wide_as_the_axis_are_told() -> None:
+    with pytest.warns(DirToolkitWarning, match="sigma=2 spreads each label over most of an axis 1 long"):
+        LongTailModel(net(), 6, Bins.uniform(0, 1, count=10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LongTailModel(net(), 6, Bins.uniform(0, 1, count=10), sigma=0.02)
+        LongTailModel(net(), 6, Bins.uniform(0, 1, count=10), loss="crps")
+
+
+FLOAT_DENSITY = AGE_DENSITY.smooth(gaussian(5, 2))
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"bins": [1, 2]}, TypeError, "bins must be one label axis, a Bins, got list. One label a sample: use"),
+    ({"density": [1, 2]}, TypeError, "density must be a LabelDensity, got list"),
+    ({"density": CLASS_DENSITY}, ValueError, "density must be over the same bins, got"),
+    ({"backbone": len}, TypeError, "backbone must be a Module, got builtin"),
+    ({"num_features": 0}, ValueError, "num_features must be at least 1, got 0"),
+    ({"backbone": LinearHead(3, 6), "num_features": 5}, ShapeError, "num_features must be the backbone's 3, got 5"),
+    ({"head": "softmax"}, ValueError, "head must be one of 'regression', 'gaussian', 'linear', 'cosine', 'affinity'"),
+    ({"head": nn.Linear(5, 20)}, ShapeError, "head must take the backbone's 6 features, got 5"),
+    ({"head": nn.Linear(6, 19)}, ShapeError, r"head must give one score a bin, \(N, 20\), got 19"),
+    ({"head": AffinityHead(6, 21)}, ShapeError, r"head must give one score a bin, \(N, 20\), got 21"),
+    ({"loss": "l1"}, ValueError, "loss must be one of 'cross_entropy', 'crps', 'squared_emd', got 'l1'"),
+    ({"head": "regression", "loss": "crps"}, ValueError, "loss must be one of 'weighted_l1', .*'balanced_mse', got"),
+    ({"head": "gaussian", "loss": "crps"}, ValueError, "loss must be one of 'gaussian_nll', got 'crps'"),
+    ({"loss": 3}, TypeError, "loss must be a name or a function, got int"),
+    ({"head": "regression", "loss": "balanced_mse", "density": None}, ValueError, 'loss="balanced_mse" needs density'),
+    ({"prior": "uniform", "density": None}, ValueError, "a prior needs density, got None. Pass density=LabelDensity"),
+    ({"prior": "uniform", "density": FLOAT_DENSITY}, ValueError, "density must be as counted, to be smoothed, got"),
+    ({"prior": "balanced"}, ValueError, "prior must be one of 'uniform', got 'balanced'"),
+    ({"prior": [0.5, 0.5]}, ShapeError, r"prior must be \(20,\), one share a bin, got shape \(2,\)"),
+    ({"prior": [1.0] * 20}, ValueError, "prior must sum to one, got a sum of 20"),
+    ({"tau": -1}, ValueError, "tau must be >= 0, got -1"),
+    ({"temperature": 0}, ValueError, "temperature must be > 0, got 0"),
+    ({"adjust": "before"}, ValueError, "adjust must be one of 'after', 'in_loss', got 'before'"),
+    ({"adjust": "in_loss"}, ValueError, 'adjust="in_loss" needs a prior, got None'),
+    ({"adjust": "in_loss", "prior": [0.5, 0.5] + [0.0] * 18}, ValueError, "prior must be positive with adjust="),
+    (
+        {"adjust": "in_loss", "prior": "uniform", "loss": cross_entropy},
+        ValueError,
+        'adjust must be "after" with a loss',
+    ),
+    ({"prior_kernel": "none"}, ValueError, "prior_kernel must be one of 'auto', got 'none'"),
+    ({"prior_kernel": [1, 1], "prior": "uniform"}, ValueError, "kernel must have odd length"),
+    ({"sigma": -1.0}, ValueError, "sigma must be >= 0, got -1"),
+    ({"sigma": "wide"}, ValueError, "sigma must be one of 'auto', got 'wide'"),
+    ({"sigma": 1.0, "loss": "crps"}, ValueError, "sigma must be left out with a loss that takes labels as they are"),
+    ({"label_kernel": "box"}, ValueError, "label_kernel must be one of 'gaussian', 'laplace', 'triangular'"),
+    ({"decode": "mean"}, ValueError, "decode must be one of 'expectation', 'median', 'mode', got 'mean'"),
+    ({"residual": 1}, TypeError, "residual must be a bool, got int"),
+    ({"residual_weight": -1}, ValueError, "residual_weight must be >= 0, got -1"),
+    ({"expectation_weight": math.inf}, ValueError, "expectation_weight must be >= 0, got inf"),
+    ({"weights": 2}, TypeError, "weights must be an LDS, got int"),
+    ({"fds": 2}, TypeError, "fds must be an FDS, got int"),
+    ({"fds": FDS(AGES, 5)}, ShapeError, "fds must be over the backbone's 6 features, got 5"),
+]
+NUMBERS = "must be left out for head='regression', without bins"
+REFUSED += [({"head": "regression", name: value}, ValueError, f"{name} {NUMBERS}") for name, value in {
+    "sigma": 1.0, "residual": True, "expectation_weight": 0.1, "decode": "mode", "prior": "uniform",
+    "adjust": "in_loss", "temperature": 2.0}.items()]  # fmt: skip
+OVER_CLASSES = "must be left out for classes, which have no distances"
+REFUSED += [({"bins": CLASSES, "density": CLASS_DENSITY, **options}, error, rule) for options, error, rule in [
+    ({"sigma": 2.0}, ValueError, f"sigma {OVER_CLASSES}, got 2.0"),
+    ({"decode": "median"}, ValueError, f"decode {OVER_CLASSES}, got 'median'"),
+    ({"residual": True}, ValueError, f"residual {OVER_CLASSES}, got True"),
+    ({"expectation_weight": 0.1}, ValueError, f"expectation_weight {OVER_CLASSES}, got 0.1"),
+    ({"head": "regression"}, ValueError, "head must score classes, which are no numbers.*Use head='linear'"),
+    ({"head": "gaussian"}, ValueError, "head must score classes"),
+    ({"loss": "crps"}, ValueError, "loss must be one of 'cross_entropy', got 'crps'"),
+    ({"head": "affinity", "loss": "crps"}, ValueError, "loss must be one of 'affinity_loss', 'cross_entropy', got"),
+    ({"head": "affinity", "adjust": "in_loss", "prior": "uniform"}, ValueError, 'adjust must be "after"'),
+]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "error", "rule"), REFUSED, ids=lambda value: str(value)[:60])
+def test_options_are_refused(options: dict[str, Any], error: type[Exception], rule: str) -> None:
+    arguments = {"backbone": net(), "num_features": 6, "bins": AGES, "density": AGE_DENSITY, **options}
+    with pytest.raises(error, match=rf"^\w+(\.\w+)?: {rule}"):
+        LongTailModel(**arguments)
+
+
+def test_an_fds_serves_one_model() -> None:
+    fds = FDS(AGES, 6)
+    ages(fds=fds)
+    with pytest.raises(ValueError, match=r"fds must not be attached yet.* Make one for each model\."):
+        ages(fds=fds)
+
+
+def test_harmless_options_are_taken() -> None:
+    classes(sigma=None, decode="mode")
+    classes(sigma=0)
+    ages(sigma=None)
+    ages(head="regression", sigma=None)
+    assert LongTailModel(net(), 6, Bins.uniform(0, 3, width=1), sigma=0.5).prior_kernel is None
+
+
+def test_batches_are_refused() -> None:
+    x, y = batch()
+    model = ages()
+    with pytest.raises(ValueError, match=r"^LongTailModel: weight needs labels, got labels=None"):
+        model(x, weight=torch.ones(9))
+    with pytest.raises(
+        ShapeError, match=r"labels must be \(9,\), one a sample, got shape \(9, 1\)\. Use labels\.squeeze"
+    ):
+        model(x, y[:, None])
+    with pytest.raises(ShapeError, match=r"labels must be \(9,\), one a sample, got shape \(9, 4, 4\)"):
+        model(x, torch.zeros(9, 4, 4))
+    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor, got list"):
+        model(x, [1.0] * 9)
+    with pytest.raises(LabelError, match=r"labels must lie on the label axis \[0, 20\], got [23]\d\."):
+        model(x, y + 21)
+    with pytest.raises(LabelError, match="labels must not be NaN"):
+        model(x, y * math.nan)
+    with pytest.raises(ShapeError, match="weight"):
+        model(x, y, torch.ones(8))
+    with pytest.raises(ValueError, match="at least one"):
+        model(x[:0], y[:0])
+    assert model(x[:0]).prediction.shape == (0,)
+    with pytest.raises(TypeError, match=r"^LongTailModel\.criterion: output must be a LongTailOutput, got Tensor"):
+        model.criterion(x, y)
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        model.criterion(model(x), y, reduction="all")
+    with pytest.raises(ShapeError, match=r"head must give one score a bin, \(N, 20\), got shape \(9, 19\)"):
+        LongTailModel(net(), 6, AGES, head=nn.Sequential(nn.Linear(6, 19)))(x)
+
+
+def test_maps_of_features_are_refused() -> None:
+    model = LongTailModel(nn.Conv2d(3, 6, 1), 6, AGES)
+    rule = (
+        r"^LongTailModel: backbone must give features \(N, 6\), one row a sample, got \(2, 6, 4, 4\)\. Pool over pixels"
+    )
+    with pytest.raises(ShapeError, match=rule):
+        model(torch.zeros(2, 3, 4, 4))
+    model.backbone = nn.LSTM(3, 6)
+    with pytest.raises(ShapeError, match="one row a sample, got tuple"):
+        model(torch.zeros(2, 3))
+
+
+def test_what_needs_a_distribution_says_so() -> None:
+    x, _ = batch()
+    model = ages(head="regression")
+    with pytest.raises(
+        UsageError, match=r"^LongTailModel\.interval: the head must tell a distribution, got 'regression'"
+    ):
+        model.interval(model(x))
+    with pytest.raises(
+        UsageError, match=r"^LongTailModel\.set_prior: only heads that score bins have a prior, got 'reg"
+    ):
+        model.set_prior("uniform")
+    for level in (0, 1, 1.5):
+        with pytest.raises(ValueError, match=r"^LongTailModel\.interval: level must be > 0 and < 1"):
+            ages().interval(ages()(x), level)
+    with pytest.raises(ValueError, match="bins must not be classes"):
+        classes().interval(classes()(x))
+    with pytest.raises(ValueError, match="a prior needs density"):
+        LongTailModel(net(), 6, AGES).set_prior("uniform")
+    with pytest.raises(ValueError, match=r"^LongTailModel\.set_prior: tau must be >= 0"):
+        ages().set_prior("uniform", -1)
+
+
+def test_repr_tells_the_settings() -> None:
+    shown = repr(ages(head="regression"))
+    assert "loss=weighted_l1" in shown
+    assert "loss=cross_entropy, sigma=2.0, adjust='after', decode='median'" in repr(ages())
