@@ -18,6 +18,7 @@ from .heads.normalized import ScaledHead as ScaledHead
 from .heads.normalized import tau_normalized as tau_normalized
 from .labels.bins import Bins as Bins
 from .labels.density import LabelDensity as LabelDensity
+from .labels.grid import BinGrid as BinGrid
 from .labels.kernels import gaussian as gaussian
 from .labels.kernels import laplace as laplace
 from .labels.kernels import triangular as triangular
@@ -61,6 +62,7 @@ from .metrics.classification import classification_metrics as classification_met
 from .metrics.regression import RegressionMetrics as RegressionMetrics
 from .metrics.regression import regression_metrics as regression_metrics
 from .priors import LogitAdjuster as LogitAdjuster
+from .priors import TauChoice as TauChoice
 from .priors import adjust_logits as adjust_logits
 from .priors import choose_tau as choose_tau
 from .priors import class_prior as class_prior

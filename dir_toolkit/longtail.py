@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from ._checks import (
     is_tensor,
     keys,
     labels_array,
+    not_empty,
     number,
     one_of,
     prior_shares,
@@ -42,7 +44,7 @@ from .losses.cross_entropy import cross_entropy
 from .losses.distribution import crps, soft_cross_entropy, squared_emd
 from .losses.gaussian_nll import gaussian_interval, gaussian_nll
 from .losses.regression import weighted_focal_l1, weighted_focal_mse, weighted_huber, weighted_l1, weighted_mse
-from .priors import LogitAdjuster, Prior
+from .priors import LogitAdjuster, Prior, TauChoice, candidate_taus, middle_of_best
 
 __all__ = ["LongTailModel", "LongTailOutput"]
 
@@ -246,6 +248,15 @@ class LongTailModel(nn.Module):
         output = self._read(self.head(calibrated), features, calibrated)
         return output if labels is None else LongTailOutput(self.criterion(output, labels, weight), *output[1:])
 
+    def read(self, features: Tensor) -> LongTailOutput:
+        """What the model says of features that its backbone gave before; no FDS calibrates them.
+
+        Shape:
+            features: (N, num_features).
+        """
+        self._check_features(features)
+        return self._read(self.head(features), features, features)
+
     def criterion(
         self, output: LongTailOutput, labels: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
@@ -303,10 +314,15 @@ class LongTailModel(nn.Module):
         where = "LongTailModel.set_prior"
         if not self._has_bins:
             raise problem(where, "only heads that score bins have a prior", got=repr(self._kind), error=RuntimeError)
-        tau = number(where, "tau", tau, low=0)
         if temperature is None:
             temperature = self.adjuster.temperature.item()
         temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
+        self.adjuster.offset.copy_(self._offset(where, target, tau, kernel))
+        self.adjuster.temperature.fill_(temperature)
+
+    def _offset(self, where: str, target: TargetPrior, tau: float, kernel: Window | Literal["auto"] | None) -> Tensor:
+        """What is added to the logits to predict under ``target``, (B,)."""
+        tau = number(where, "tau", tau, low=0)
         if isinstance(target, str):
             one_of(where, "prior", target, ("uniform",))
         elif target is not None:
@@ -319,8 +335,60 @@ class LongTailModel(nn.Module):
         if target is not None:
             shares = self._training_prior(where, self.prior_kernel if isinstance(kernel, str) else kernel)
             offset = LogitAdjuster(shares, target=target, tau=tau).offset
-        self.adjuster.offset.copy_(offset.to(self.loss_offset) + self.loss_offset)
-        self.adjuster.temperature.fill_(temperature)
+        return offset.to(self.loss_offset) + self.loss_offset
+
+    @torch.no_grad()
+    def choose_tau(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        *,
+        by: Literal["bmae", "mae"] = "bmae",
+        taus: Sequence[float] | np.ndarray | None = None,
+        kernel: Window | Literal["auto"] | None = "auto",
+    ) -> TauChoice:
+        """The tau with which ``set_prior("uniform", tau)`` errs least on validation data; the model stays as it is.
+
+        Args:
+            scores: as the model gives them, of validation data that training has not seen; whatever prior it predicts
+                under now does not matter.
+            labels: in label units.
+            by: ``"bmae"``, the mean over bins of each bin's mean absolute error, or ``"mae"``, over samples.
+            taus: candidates, >= 0, rising; None means 0, 0.05, ... 3.
+            kernel: as in :meth:`set_prior`.
+        Shape:
+            scores: (N, B). labels: (N,).
+        Returns:
+            the choice and its curve, in label units; among equals the middle of the longest run.
+        Raises:
+            as :meth:`set_prior`; ShapeError: scores and labels do not fit; LabelError: a label lies beyond the axis.
+            ValueError: there is no label, taus are empty, not rising or negative, or bins are classes: for these
+            :func:`dir_toolkit.choose_tau` serves.
+        """
+        where = "LongTailModel.choose_tau"
+        one_of(where, "by", by, ("bmae", "mae"))
+        if self._kind != "bins":
+            fix = "For classes use dir_toolkit.choose_tau." if self._kind == "classes" else ""
+            raise problem(where, "the head must score bins of a continuous axis", got=repr(self._kind), fix=fix)
+        is_tensor(where, scores=scores, labels=labels)
+        if scores.shape != (*labels.shape[:1], len(self.bins)) or labels.ndim != 1:
+            rule = f"scores must be (N, {len(self.bins)}) and labels (N,)"
+            got = f"{tuple(scores.shape)} and {tuple(labels.shape)}"
+            raise problem(where, rule, got=got, error=ShapeError)
+        not_empty(where, labels=labels)
+        row = self.bins._place(where, labels, "raise")
+        tried = candidate_taus(where, taus)
+        trial = copy.deepcopy(self.adjuster)
+        curve = []
+        for tau in tried:
+            trial.offset.copy_(self._offset(where, "uniform", float(tau), kernel))
+            error = (self._decoded(trial(self._logits(scores)).softmax(1), self.decoding) - labels).abs().double()
+            sums, counts = (error.new_zeros(len(self.bins)).index_add(0, row, x) for x in (error, error**0))
+            mean_of_bins = (sums / counts)[counts > 0].mean() if by == "bmae" else error.mean()
+            curve.append(mean_of_bins.item())
+        scored = np.array(curve)
+        scored.setflags(write=False)
+        return TauChoice(float(tried[middle_of_best(scored)]), tried, scored, by, trial.temperature.item())
 
     def interval(self, output: LongTailOutput | Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """The central interval that holds a label with the probability ``level``.

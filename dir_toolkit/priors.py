@@ -187,14 +187,14 @@ class TauChoice:
     Attributes:
         tau: the choice, one of ``taus``.
         taus, scores: (K,) float64, read-only: the candidates, and the criterion at each; less is better.
-        by: the criterion.
+        by: the criterion; of :meth:`dir_toolkit.LongTailModel.choose_tau` "bmae" or "mae".
         temperature: by which the logits were divided before; hand it to :class:`LogitAdjuster` together with tau.
     """
 
     tau: float
     taus: np.ndarray
     scores: np.ndarray
-    by: Criterion
+    by: Criterion | Literal["bmae", "mae"]
     temperature: float
 
 

@@ -36,7 +36,9 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
 LEVEL = 0.9  # of the intervals
 # What --tune tries, by name: settings that go together.
 TUNABLE: dict[str, tuple[dict[str, Any], ...]] = {
-    "kernel": tuple({"kernel_size": n, "kernel_sigma": sigma} for n, sigma in ((3, 1.0), (5, 2.0), (9, 4.0), (15, 6.0))),
+    "kernel": tuple(
+        {"kernel_size": n, "kernel_sigma": sigma} for n, sigma in ((3, 1.0), (5, 2.0), (9, 4.0), (15, 6.0))
+    ),
     "sigma": tuple({"label_sigma": sigma} for sigma in (1.0, 2.0, 3.0, 5.0)),
     "scheme": tuple({"scheme": scheme} for scheme in ("inverse", "sqrt_inverse", "effective_number", "dense")),
     "momentum": tuple({"fds_momentum": momentum} for momentum in (0.0, 0.5, 0.9)),
@@ -293,6 +295,7 @@ def fresh(settings: Settings, method: Method, runtime: Runtime, density: dt.Labe
             method,
             features,
             features.num_features,
+            label_axis(settings),
             density,
             regression_loss=f"weighted_{settings.loss.replace('-', '_')}",
             sigma=settings.label_sigma,
@@ -370,7 +373,7 @@ def train(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits
     if METHODS[name].tau:
         tau = best_tau(model, splits, runtime).tau if settings.tau is None else settings.tau
         model.set_prior("uniform", tau)
-        found["tau"] = tau
+        found["tau"] = ((), tau, {"units": "1"})
     output = predict(model, splits.test, runtime=runtime)
     metrics = dt.RegressionMetrics(model.bins, dt.LabelDensity.count(splits.train.labels, model.bins))
     metrics.update(output.prediction, torch.from_numpy(splits.test.labels).to(runtime.device))
@@ -407,7 +410,7 @@ def knobs(settings: Settings) -> list[str]:
 
 
 def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> dict[str, Any]:
-    """The settings of one method that do best on validation faces, by successive halving; the curves go to ``out/tune``.
+    """The settings of one method that do best on validation faces, by successive halving; curves go to ``out/tune``.
 
     Tau needs no training, so that every candidate is judged at the tau that suits it best.
     """
@@ -440,9 +443,14 @@ def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> dic
         budgets=shares,
         folder=out / "tune",
         resume=settings.resume and (out / "tune" / "selection.json").exists(),
-        fingerprint={"method": name, **{k: str(v) for k, v in shown(settings).items() if k not in ("seeds", "methods")}},
+        fingerprint={
+            "method": name,
+            **{k: str(v) for k, v in shown(settings).items() if k not in ("seeds", "methods")},
+        },
     )
-    save_figure(tuning_figure(found, score_name="validation bMAE (years)", budget_name="epochs"), out / "tune/tuning.png")
+    save_figure(
+        tuning_figure(found, score_name="validation bMAE (years)", budget_name="epochs"), out / "tune/tuning.png"
+    )
     print(f"chosen on validation: {found.best}; curves: {out / 'tune/tuning.png'}", flush=True)
     return found.best
 
@@ -515,14 +523,14 @@ def summarise(
     }
     for (method, seed), one in runs.items():
         if seed == 0 and one.model.fds is not None:
-            pictures[f"Feature statistics of {method}"] = statistics_picture(one.model.fds, density)
+            pictures[f"Feature statistics of {method}"] = statistics_picture(one.model.fds, bins, density)
     regions = ("all", "many", "medium", "few")
     columns = [(metric, region) for metric in ("mae", "bmae") for region in regions]
     write_summary(out, ds, pictures, notes=NOTES, settings=shown(settings), columns=columns)
     return ds
 
 
-def statistics_picture(fds: dt.FDS, density: dt.LabelDensity) -> Figure:
+def statistics_picture(fds: dt.FDS, bins: dt.Bins, density: dt.LabelDensity) -> Figure:
     """How alike the features of all ages are to those of the age with most faces, before and after smoothing."""
     from dir_toolkit.results.figures import similarity_figure
 
@@ -530,8 +538,8 @@ def statistics_picture(fds: dt.FDS, density: dt.LabelDensity) -> Figure:
     return similarity_figure(
         s["mean"],
         s["smoothed_mean"],
-        density.bins,
-        anchor=density.bins.centers[density.counts.argmax()],
+        bins,
+        anchor=bins.centers[density.counts.argmax()],
         variance_before=s["variance"],
         variance_after=s["smoothed_variance"],
         label_name="age",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     import dir_toolkit as dt
 
+    Reduction = Literal["none", "mean", "sum"]
+
 MethodName = Literal[
     "vanilla",
     "unsmoothed",
@@ -125,6 +127,7 @@ def network(
     method: Method,
     backbone: nn.Module,
     num_features: int,
+    bins: dt.Bins,
     density: dt.LabelDensity,
     *,
     regression_loss: str,
@@ -137,34 +140,29 @@ def network(
         regression_loss: of methods that do not name one.
         sigma: of labels spread over bins, in years.
     """
+    import numpy as np
+
     import dir_toolkit as dt
 
     loss: Any = method.loss
     if loss == "bmc":
         loss = dt.BatchMCLoss()
     elif loss == "gai":
-        loss = dt.GaussianMixtureLoss.fit(ages(density))
+        loss = dt.GaussianMixtureLoss.fit(np.repeat(bins.centers, density.counts))
     elif method.head == "regression" and loss != "balanced_mse":
         loss = regression_loss
     return dt.LongTailModel(
         backbone,
         num_features,
-        density.bins,
+        bins,
         density=density,
         head=method.head,
         loss=loss,
-        sigma=None if method.hard else sigma if method.head in ("linear", "cosine", "affinity") else "auto",
+        sigma=None if method.hard else "auto" if method.head in ("regression", "gaussian") or loss == "crps" else sigma,
         fds=fds,
         prior="uniform" if method.in_loss else None,
         adjust="in_loss" if method.in_loss else "after",
     )
-
-
-def ages(density: dt.LabelDensity) -> Any:
-    """The labels that were counted, each at the centre of its bin."""
-    import numpy as np
-
-    return np.repeat(density.bins.centers, density.counts)
 
 
 def objective(method: Method, model: dt.LongTailModel, density: dt.LabelDensity) -> Callable[..., Tensor]:
@@ -173,11 +171,11 @@ def objective(method: Method, model: dt.LongTailModel, density: dt.LabelDensity)
 
     if method.loss == "conr":
         weights = dt.LDS(density.bins).fit(density)
-        return dt.ConRLoss(model.criterion, coefficient=4.0, weights=weights)
+        return dt.ConRLoss(coefficient=4.0, weights=weights)
     if method.loss == "rnc":
 
         def rank_and_probe(
-            output: dt.LongTailOutput, labels: Tensor, weight: Tensor | None, *, reduction: str
+            output: dt.LongTailOutput, labels: Tensor, weight: Tensor | None, *, reduction: Reduction
         ) -> Tensor:
             """The regressor reads features that its loss does not move, so that it is trained beside the encoder."""
             contrast = dt.rank_n_contrast(output.features, labels, weight, reduction=reduction)

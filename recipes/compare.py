@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import age
-from age_methods import MethodName, named
+from age_methods import METHODS, MethodName, named
 from command_line import run
 
 if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
     import xarray as xr
 
     from dir_toolkit.data.images import Splits
+    from dir_toolkit.results.tables import ResultsTable
     from dir_toolkit.training.runtime import Runtime
 
 
@@ -68,3 +69,55 @@ def main(settings: Settings) -> None:
             print(f"\n{as_text(table)}\nReport: {out / 'report.html'}")
     if failed:
         raise SystemExit("\n  ".join(["these runs failed; --resume tries them again:", *failed]))
+
+
+def check(settings: Settings, out: Path) -> None:
+    """All faults at once, before anything is loaded."""
+    from dir_toolkit.errors import SettingsError
+
+    if settings.tune:
+        raise SettingsError("recipes/compare.py: --tune is of age.py; give what it chose as settings.")
+    if settings.replicates < 100:
+        raise SettingsError(f"recipes/compare.py: --replicates must be at least 100, got {settings.replicates}.")
+    if settings.baseline not in named(settings.methods) and not settings.resume:
+        rule = f"--methods must include the baseline {settings.baseline}"
+        raise SettingsError(f"recipes/compare.py: {rule}, got {' '.join(settings.methods)}.")
+    age.check("recipes/compare.py", settings, out)
+
+
+def summarise(settings: Settings, out: Path, splits: Splits, runtime: Runtime, failed: list[str]) -> ResultsTable:
+    """All runs in the folder as one result, with its table, figures and report."""
+    import dir_toolkit as dt
+    from dir_toolkit.errors import SettingsError
+    from dir_toolkit.results.comparison import comparison_table
+    from dir_toolkit.results.schema import load_results
+    from dir_toolkit.results.summary import write_comparison
+
+    errors: dict[tuple[str, int], xr.Dataset] = {}
+    for method in METHODS:  # in their order
+        for path in sorted(out.glob(f"{method}/seed*/results.nc"), key=lambda path: int(path.parent.name[4:])):
+            one = load_results(path)
+            errors[method, one["seed"].values.item()] = one.isel({"method": 0, "seed": 0})
+    if not any(method == settings.baseline for method, _ in errors):
+        raise SettingsError(
+            f"recipes/compare.py: --baseline must have a finished run in {out}, got {settings.baseline}. "
+            "Add it to --methods."
+        )
+    bins = age.label_axis(settings)
+    errors["constant", 0] = age.constant_predictor(splits, bins)
+    ds = age.as_result(settings, "comparison of methods", errors, runtime, splits)
+    notes = [*age.NOTES, "; ".join(f"{name}: {METHODS[name].title}" for name in METHODS if (name, 0) in errors) + "."]
+    differences = write_comparison(
+        out,
+        ds,
+        baseline=settings.baseline,
+        density=dt.LabelDensity.count(splits.train.labels, bins),
+        replicates=settings.replicates,
+        notes=[*notes, *(f"Failed: {failure}" for failure in failed)],
+        settings=age.shown(settings),
+    )
+    return comparison_table(ds, differences)
+
+
+if __name__ == "__main__":
+    run(main, Settings)

@@ -255,7 +255,7 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
 
     outputs = [output for _, output, _ in parts]
     if isinstance(outputs[0], tuple):
-        pieces = [whole_set(list(parts)) for parts in zip(*outputs, strict=True)]
+        pieces: list[Any] = [whole_set(list(parts)) for parts in zip(*outputs, strict=True)]
         kind = type(outputs[0])
         return kind(*pieces) if hasattr(kind, "_fields") else kind(pieces)
     return whole_set(outputs)
