@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -554,7 +555,7 @@ def shown(settings: Settings) -> dict[str, Any]:
 
 def command() -> str:
     """What was typed, without the places on this machine."""
-    return typed_command("recipes/age.py", PLACES)
+    return typed_command(f"recipes/{Path(sys.argv[0]).name}", PLACES)
 
 
 if __name__ == "__main__":

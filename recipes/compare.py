@@ -106,15 +106,15 @@ def summarise(settings: Settings, out: Path, splits: Splits, runtime: Runtime, f
     bins = age.label_axis(settings)
     errors["constant", 0] = age.constant_predictor(splits, bins)
     ds = age.as_result(settings, "comparison of methods", errors, runtime, splits)
-    notes = [*age.NOTES, "; ".join(f"{name}: {METHODS[name].title}" for name in METHODS if (name, 0) in errors) + "."]
+    titles = {name: method.title for name, method in METHODS.items() if name in ds["method"].values}
     differences = write_comparison(
         out,
         ds,
         baseline=settings.baseline,
         density=dt.LabelDensity.count(splits.train.labels, bins),
         replicates=settings.replicates,
-        notes=[*notes, *(f"Failed: {failure}" for failure in failed)],
-        settings=age.shown(settings),
+        notes=[*age.NOTES, *(f"Failed: {failure}" for failure in failed)],
+        settings={**titles, **age.shown(settings)},
     )
     return comparison_table(ds, differences)
 
