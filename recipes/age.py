@@ -334,7 +334,7 @@ def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Spli
     decisive = ("backbone", "loss", "scheme", "kernel_size", "kernel_sigma", "label_sigma", "stage_two_epochs")
     fingerprint = {
         "method": name,
-        **{key: str(value) for key, value in asdict(method).items()},
+        **{key: str(value) for key, value in asdict(method).items() if value != getattr(Method, key, None)},
         "size": splits.train.images.shape[2],
         **{name: value for name, value in asdict(settings).items() if name in decisive or name.startswith("fds_")},
     }
