@@ -13,15 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import (
+    finite,
     instance,
     is_tensor,
     keys,
     labels_array,
     not_empty,
     number,
+    on_host,
     one_of,
     prior_shares,
     problem,
+    real,
     warn,
     whole,
     wide_dtype,
@@ -351,7 +354,7 @@ class LongTailModel(nn.Module):
 
         Args:
             scores: as the model gives them, of validation data that training has not seen; whatever prior it predicts
-                under now does not matter.
+                under now does not matter, and neither do the offsets of ``residual``.
             labels: in label units.
             by: ``"bmae"``, the mean over bins of each bin's mean absolute error, or ``"mae"``, over samples.
             taus: candidates, >= 0, rising; None means 0, 0.05, ... 3.
@@ -362,20 +365,25 @@ class LongTailModel(nn.Module):
             the choice and its curve, in label units; among equals the middle of the longest run.
         Raises:
             as :meth:`set_prior`; ShapeError: scores and labels do not fit; LabelError: a label lies beyond the axis.
-            ValueError: there is no label, taus are empty, not rising or negative, or bins are classes: for these
-            :func:`dir_toolkit.choose_tau` serves.
+            ValueError: there is no label, a score is not finite, taus are empty, not rising or negative, or bins are
+            classes: for these :func:`dir_toolkit.choose_tau` serves. TypeError: scores are no tensor of real numbers.
         """
         where = "LongTailModel.choose_tau"
         one_of(where, "by", by, ("bmae", "mae"))
         if self._kind != "bins":
-            fix = "For classes use dir_toolkit.choose_tau." if self._kind == "classes" else ""
-            raise problem(where, "the head must score bins of a continuous axis", got=repr(self._kind), fix=fix)
+            rule, got = "the head must score bins of a continuous axis", repr(self._kind)
+            if self._has_bins:
+                raise problem(where, rule, got=got, fix="For classes use dir_toolkit.choose_tau.")
+            raise problem(where, rule, got=got, error=RuntimeError)
         is_tensor(where, scores=scores, labels=labels)
+        real(where, scores=scores)
         if scores.shape != (*labels.shape[:1], len(self.bins)) or labels.ndim != 1:
             rule = f"scores must be (N, {len(self.bins)}) and labels (N,)"
             got = f"{tuple(scores.shape)} and {tuple(labels.shape)}"
             raise problem(where, rule, got=got, error=ShapeError)
         not_empty(where, labels=labels)
+        scores = scores.to(wide_dtype(scores))
+        finite(where, scores=on_host(where, "scores", scores))
         row = self.bins._place(where, labels, "raise")
         tried = candidate_taus(where, taus)
         trial = copy.deepcopy(self.adjuster)

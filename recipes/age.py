@@ -2,7 +2,7 @@
 
     python recipes/age.py                                             # synthetic portraits, no download, about a minute
     python recipes/age.py --data utkface --root DIR --seeds 3         # real faces
-    python recipes/age.py --methods soft --tune label_sigma,lr        # settings chosen on validation, then one run
+    python recipes/age.py --methods soft --tune sigma,lr              # settings chosen on validation, then one run
     torchrun --nproc_per_node 2 recipes/age.py ...                    # several processes or GPUs
 
 Each run trains a network per method and seed and ends with a table, figures and a report in ``runs/age/<data>``.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,7 +67,7 @@ class Settings:
     """What an image that cannot be read does: stop, or be skipped and counted."""
     size: int | None = None
     """Side of the images in pixels; by default 32 for portraits and 64 for photographs."""
-    methods: tuple[MethodName | Literal["default", "all"], ...] = ("vanilla", "lds", "default")
+    methods: tuple[MethodName | Literal["default", "all", "fds-study"], ...] = ("vanilla", "lds", "default")
     """What to train, see age_methods.py; default is what did best of all."""
     seeds: int = 1
     """How many seeds a method is trained with: 0, 1, ..."""
@@ -110,7 +110,7 @@ class Settings:
     precision: Literal["float32", "bf16"] = "float32"
     """Of the forward pass."""
     tune: str = ""
-    """What to choose on validation before training, separated by commas: kernel,sigma,scheme,momentum,lr."""
+    """What to choose on validation before training, separated by commas: kernel,sigma,scheme,momentum,lr,tau."""
     checkpoint_minutes: float = 5.0
     """Most time between two checkpoints."""
     resume: bool = False
@@ -124,6 +124,8 @@ class Trained:
     """A network at the end of its training."""
 
     model: dt.LongTailModel
+    fds: dt.FDS | None
+    """With its statistics at the end of training."""
     history: list[dict[str, Any]]
     """A row an epoch; of a method in two stages, of the second."""
     minutes: float
@@ -138,8 +140,8 @@ class Run:
     """On the test set, sample by sample, too."""
     history: list[dict[str, Any]]
     """A row an epoch."""
-    model: dt.LongTailModel
-    """As it predicted."""
+    fds: dt.FDS | None
+    """With its statistics at the end of training."""
 
 
 def main(settings: Settings) -> None:
@@ -163,12 +165,12 @@ def main(settings: Settings) -> None:
             print(f"\n{text_table(ds)}\nReport: {out / 'report.html'}")
 
 
-def check(recipe: str, settings: Settings, out: Path) -> None:
-    """All faults at once, before anything is loaded."""
+def check(recipe: str, settings: Settings, out: Path, others: Sequence[str] = ()) -> None:
+    """All faults at once, those of ``others`` too, before anything is loaded."""
     import dir_toolkit as dt
     from dir_toolkit.errors import RunExistsError, SettingsError
 
-    faults = []
+    faults = list(others)
     if settings.data != "portraits" and settings.root is None:
         faults.append(f"--root must name the folder of the images of {settings.data}. See data_cards/.")
     if settings.data == "portraits" and settings.root is not None:
@@ -183,10 +185,20 @@ def check(recipe: str, settings: Settings, out: Path) -> None:
         faults.append(f"--tune must name some of {known}, each once, separated by commas, got {settings.tune}.")
     if settings.tune and len(named(settings.methods)) != 1:
         faults.append("--tune needs one method in --methods, for each has settings of its own.")
-    if "tau" in knobs(settings) and (
-        settings.tau is not None or not all(METHODS[method].tau for method in named(settings.methods))
-    ):
+    idle = [knob for knob in knobs(settings) if knob in TUNABLE and not any(moved(knob, settings.methods))]
+    if idle:
+        faults.append(f"--tune {','.join(idle)} would change nothing in {' '.join(settings.methods)}.")
+    adjusted = any(METHODS[method].tau for method in named(settings.methods))
+    if "tau" in knobs(settings) and (settings.tau is not None or not adjusted):
         faults.append("--tune tau needs a method that is adjusted after training, such as soft+tau, and no --tau.")
+    if settings.tau is not None and not adjusted:
+        faults.append("--tau needs a method that is adjusted after training, such as soft+tau.")
+    if settings.tau is not None and not 0 <= settings.tau < math.inf:
+        faults.append(f"--tau must be finite and at least 0, got {settings.tau:g}.")
+    if not 0 <= settings.label_sigma < math.inf:
+        faults.append(f"--label-sigma must be finite and at least 0, got {settings.label_sigma:g}.")
+    if settings.stage_two_epochs < 1:
+        faults.append(f"--stage-two-epochs must be at least 1, got {settings.stage_two_epochs}.")
     if settings.seeds < 1:
         faults.append(f"--seeds must be at least 1, got {settings.seeds}.")
     if settings.size is not None and settings.size < 16:
@@ -208,7 +220,8 @@ def check(recipe: str, settings: Settings, out: Path) -> None:
     if faults:
         listed = "\n".join(["these settings cannot run:", *faults]).replace("\n", "\n  ")
         raise SettingsError(f"{recipe}: {listed}")
-    if not settings.resume and (found := sorted(out.glob("*/seed*/checkpoint-last.pt"))):
+    earlier = ("*/seed*/checkpoint-last.pt", "tune/**/checkpoint-last.pt", "tune/selection.json")
+    if not settings.resume and (found := sorted(path for name in earlier for path in out.glob(name))):
         raise RunExistsError(
             f"{recipe}: --out must hold no earlier run, for none is overwritten, got {found[0]}. "
             "Go on with --resume, which also adds methods and seeds, or choose another folder."
@@ -287,20 +300,28 @@ def backbone(settings: Settings) -> nn.Module:
     return small_resnet() if settings.backbone == "small_resnet" else timm_backbone(settings.backbone)
 
 
-def fresh(settings: Settings, method: Method, runtime: Runtime, density: dt.LabelDensity) -> dt.LongTailModel:
-    """A network of a method, not trained yet."""
+def fresh(
+    settings: Settings, method: Method, runtime: Runtime, density: dt.LabelDensity
+) -> tuple[dt.LongTailModel, dt.FDS | None]:
+    """A network of a method, not trained yet, and the FDS in it."""
+
+    def smooth(num_features: int) -> dt.FDS:
+        changes = dict(method.fds or {})
+        if "kernel" in changes:
+            changes["kernel"] = dt.gaussian(*changes["kernel"])
+        return smoother(settings, num_features, **changes)
+
+    import dir_toolkit as dt
+
     with runtime.seeded("network"):
-        features: Any = backbone(settings)
-        fds = None if method.fds is None else smoother(settings, features.num_features, **method.fds)
         return network(
             method,
-            features,
-            features.num_features,
+            backbone(settings),
             label_axis(settings),
             density,
             regression_loss=f"weighted_{settings.loss.replace('-', '_')}",
             sigma=settings.label_sigma,
-            fds=fds,
+            smoother=None if method.fds is None else smooth,
         )
 
 
@@ -313,9 +334,9 @@ def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Spli
     method = METHODS[name]
     labels, bins = splits.train.labels, label_axis(settings)
     density = dt.LabelDensity.count(labels, bins)
-    how, earlier = optimization(settings), 0.0
+    how, earlier, fds = optimization(settings), 0.0, None
     if method.start is None:
-        model = fresh(settings, method, runtime, density)
+        model, fds = fresh(settings, method, runtime, density)
     else:
         first = trained(settings, method.start, runtime, splits, out)
         if method.tau:
@@ -349,7 +370,7 @@ def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Spli
         loss=objective(method, model, density),
         weights=weights,
         sampler=sampler,
-        fds=model.fds,
+        fds=fds,
         optimization=how,
         runtime=runtime,
         folder=folder,
@@ -357,7 +378,7 @@ def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Spli
         checkpoint_minutes=settings.checkpoint_minutes,
         fingerprint=fingerprint,
     )
-    return Trained(model, history, earlier + history[-1]["seconds"] / 60)
+    return Trained(model, fds, history, earlier + history[-1]["seconds"] / 60)
 
 
 def train(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits, out: Path) -> Run:
@@ -372,7 +393,7 @@ def train(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits
     model = end.model
     found: dict[str, Any] = {}
     if METHODS[name].tau:
-        tau = best_tau(model, splits, runtime).tau if settings.tau is None else settings.tau
+        tau = best_tau(settings, model, splits, runtime).tau
         model.set_prior("uniform", tau)
         found["tau"] = ((), tau, {"units": "1"})
     output = predict(model, splits.test, runtime=runtime)
@@ -382,12 +403,12 @@ def train(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits
     errors = metrics.compute().assign(minutes=end.minutes, best_epoch=best["epoch"], **found)
     errors = errors.assign(by_sample(model, output, splits.test.labels))
     folder = out / name / f"seed{runtime.seed}"
-    # Of a run that was finished before, whose provenance stays.
-    if runtime.is_main and not (folder / "results.nc").exists():
+    # A run that was finished before keeps its provenance; what follows without training is always made anew.
+    if runtime.is_main and (METHODS[name].tau or not (folder / "results.nc").exists()):
         folder.mkdir(parents=True, exist_ok=True)
         one = as_result(settings, f"{name}, seed {runtime.seed}", {(name, runtime.seed): errors}, runtime, splits)
         save_results(one, folder / "results.nc")
-    return Run(errors, end.history, model)
+    return Run(errors, end.history, end.fds)
 
 
 def by_sample(model: dt.LongTailModel, output: dt.LongTailOutput, labels: np.ndarray) -> dict[str, Any]:
@@ -410,10 +431,27 @@ def knobs(settings: Settings) -> list[str]:
     return [knob.strip() for knob in settings.tune.split(",") if knob.strip()]
 
 
+def moved(knob: str, methods: Sequence[str]) -> list[bool]:
+    """Whether what a knob sets decides how each method, and each that it starts from, is trained."""
+    names: list[Any] = list(named(methods))
+    for name in names:  # which grows meanwhile
+        names += [METHODS[name].start] if METHODS[name].start else []
+    used: dict[str, Callable[[Method], bool]] = {
+        "kernel": lambda method: method.weights == "smoothed" or method.fds is not None,
+        "sigma": lambda method: (
+            method.head not in ("regression", "gaussian") and method.loss != "crps" and not method.hard
+        ),
+        "scheme": lambda method: method.weights is not None and method.scheme is None,
+        "momentum": lambda method: method.fds is not None and "momentum" not in method.fds,
+        "lr": lambda method: True,
+    }
+    return [used[knob](METHODS[name]) for name in names]
+
+
 def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> dict[str, Any]:
     """The settings of one method that do best on validation faces, by successive halving; curves go to ``out/tune``.
 
-    Tau needs no training, so that every candidate is judged at the tau that suits it best.
+    Tau needs no training, so that every candidate is judged at the tau that suits it best, or that is given.
     """
     from dir_toolkit.errors import SettingsError
     from dir_toolkit.results.drawing import save_figure
@@ -433,8 +471,8 @@ def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> dic
         trial = replace(settings, **candidate, epochs=epochs)
         place = out / "tune" / words / f"{epochs}-epochs"
         end = trained(trial, name, replace(runtime, seed=seed), splits, place)
-        if METHODS[name].tau and settings.tau is None:
-            return float(best_tau(end.model, splits, runtime).scores.min())
+        if METHODS[name].tau:
+            return float(best_tau(settings, end.model, splits, runtime).scores.min())
         return min(row["val_bmae"] for row in end.history)
 
     shares = sorted({max(1, settings.epochs // part) for part in (4, 2, 1)})
@@ -456,14 +494,15 @@ def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> dic
     return found.best
 
 
-def best_tau(model: dt.LongTailModel, splits: Splits, runtime: Runtime) -> dt.TauChoice:
-    """How strongly to adjust predictions: what validation faces find best."""
+def best_tau(settings: Settings, model: dt.LongTailModel, splits: Splits, runtime: Runtime) -> dt.TauChoice:
+    """How strongly to adjust predictions: what validation faces find best, or what the settings say."""
     import torch
 
     from dir_toolkit.training.loop import predict
 
     labels = torch.from_numpy(splits.val.labels).to(runtime.device)
-    return model.choose_tau(predict(model, splits.val, runtime=runtime).scores, labels)
+    taus = None if settings.tau is None else [settings.tau]
+    return model.choose_tau(predict(model, splits.val, runtime=runtime).scores, labels, taus=taus)
 
 
 def constant_predictor(splits: Splits, bins: dt.Bins) -> xr.Dataset:
@@ -523,8 +562,8 @@ def summarise(
         "Training": draw.history_figure(histories, label_units="years", colors=colors),
     }
     for (method, seed), one in runs.items():
-        if seed == 0 and one.model.fds is not None:
-            pictures[f"Feature statistics of {method}"] = statistics_picture(one.model.fds, bins, density)
+        if seed == 0 and one.fds is not None:
+            pictures[f"Feature statistics of {method}"] = statistics_picture(one.fds, bins, density)
     regions = ("all", "many", "medium", "few")
     columns = [(metric, region) for metric in ("mae", "bmae") for region in regions]
     write_summary(out, ds, pictures, notes=NOTES, settings=shown(settings), columns=columns)

@@ -43,6 +43,15 @@ MethodName = Literal[
     "soft+lds+tau",
     "soft+lds+fds",
     "soft+crt",
+    "lds+fds-m0",
+    "lds+fds-shrunk",
+    "lds+fds-counts",
+    "lds+fds-wide",
+    "lds-normalized",
+    "lds+fds-normalized",
+    "lds-bottleneck",
+    "lds+fds-bottleneck",
+    "lds+fds-before-bottleneck",
 ]
 
 
@@ -64,6 +73,12 @@ class Method:
     """Of these weights, in place of the setting."""
     fds: Mapping[str, Any] | None = None
     """Features are smoothed, with these settings in place of the usual ones."""
+    normalized: bool = False
+    """Features pass a BatchNorm before they are smoothed and read."""
+    bottleneck: bool = False
+    """A layer of 32 features stands between the backbone and the head."""
+    fds_before: bool = False
+    """Features are smoothed before that layer, not after it."""
     in_loss: bool = False
     """The prior is adjusted in the loss, with tau 1."""
     q: float | None = None
@@ -108,42 +123,76 @@ METHODS: dict[MethodName, Method] = {
     "soft+crt": Method(
         "frozen encoder of soft bins, head trained again on even ages", head="linear", start="soft", q=0.0
     ),
+    "lds+fds-m0": Method("of the last epoch alone", weights="smoothed", fds={"momentum": 0.0}),
+    "lds+fds-shrunk": Method("variances shrunk", weights="smoothed", fds={"shrinkage": 20.0}),
+    "lds+fds-counts": Method("weighted by counts", weights="smoothed", fds={"count_weighted": True}),
+    "lds+fds-wide": Method("window of 15 years", weights="smoothed", fds={"kernel": (15, 6.0)}),
+    "lds-normalized": Method("normalized features", weights="smoothed", normalized=True),
+    "lds+fds-normalized": Method("normalized features, smoothed", weights="smoothed", normalized=True, fds={}),
+    "lds-bottleneck": Method("bottleneck", weights="smoothed", bottleneck=True),
+    "lds+fds-bottleneck": Method("smoothed after a bottleneck", weights="smoothed", bottleneck=True, fds={}),
+    "lds+fds-before-bottleneck": Method(
+        "smoothed before a bottleneck", weights="smoothed", bottleneck=True, fds={}, fds_before=True
+    ),
 }
 
 WINNER: MethodName = "soft+tau"
 """What ``--methods default`` means: the method that did best, as the README tells."""
 
-ALL: tuple[MethodName, ...] = tuple(METHODS)
-"""What ``--methods all`` means."""
+FDS_STUDY: tuple[MethodName, ...] = (
+    "lds",
+    "lds+fds",
+    *(name for name in METHODS if name.startswith(("lds-", "lds+fds-"))),
+    "soft+lds",
+    "soft+lds+fds",
+)
+"""What ``--methods fds-study`` means: whether, and how, feature smoothing adds to LDS or to bins."""
+
+ALL: tuple[MethodName, ...] = tuple(
+    name for name in METHODS if name not in FDS_STUDY or name in ("lds", "lds+fds", "soft+lds", "soft+lds+fds")
+)
+"""What ``--methods all`` means: all but the variants of the study."""
 
 
 def named(methods: Sequence[str]) -> list[MethodName]:
     """Methods by their own names, each once, where a name may stand for several."""
-    groups: dict[str, tuple[MethodName, ...]] = {"default": (WINNER,), "all": ALL}
+    groups: dict[str, tuple[MethodName, ...]] = {"default": (WINNER,), "all": ALL, "fds-study": FDS_STUDY}
     return list(dict.fromkeys(name for method in methods for name in groups.get(method, (cast(MethodName, method),))))
 
 
 def network(
     method: Method,
     backbone: nn.Module,
-    num_features: int,
     bins: dt.Bins,
     density: dt.LabelDensity,
     *,
     regression_loss: str,
     sigma: float,
-    fds: dt.FDS | None,
-) -> dt.LongTailModel:
-    """A fresh model of a method.
+    smoother: Callable[[int], dt.FDS] | None,
+) -> tuple[dt.LongTailModel, dt.FDS | None]:
+    """A fresh model of a method, and the FDS in it.
 
     Args:
         regression_loss: of methods that do not name one.
         sigma: of labels spread over bins, in years.
+        smoother: makes an FDS for so many features.
     """
     import numpy as np
+    from torch import nn
 
     import dir_toolkit as dt
 
+    num_features: Any = backbone.num_features
+    body, fds = backbone, None
+    if method.normalized:
+        body = nn.Sequential(body, nn.BatchNorm1d(num_features, affine=False))
+    if method.bottleneck:
+        if smoother is not None and method.fds_before:
+            fds = smoother(num_features)
+            fds.attach(backbone, "output")
+        body, num_features = nn.Sequential(body, nn.Linear(num_features, 32), nn.ReLU()), 32
+    if smoother is not None and fds is None:
+        fds = smoother(num_features)
     loss: Any = method.loss
     if loss == "bmc":
         loss = dt.BatchMCLoss()
@@ -151,18 +200,19 @@ def network(
         loss = dt.GaussianMixtureLoss.fit(np.repeat(bins.centers, density.counts))
     elif method.head == "regression" and loss != "balanced_mse":
         loss = regression_loss
-    return dt.LongTailModel(
-        backbone,
+    model = dt.LongTailModel(
+        body,
         num_features,
         bins,
         density=density,
         head=method.head,
         loss=loss,
         sigma=None if method.hard else "auto" if method.head in ("regression", "gaussian") or loss == "crps" else sigma,
-        fds=fds,
+        fds=None if method.fds_before else fds,
         prior="uniform" if method.in_loss else None,
         adjust="in_loss" if method.in_loss else "after",
     )
+    return model, fds
 
 
 def objective(method: Method, model: dt.LongTailModel, density: dt.LabelDensity) -> Callable[..., Tensor]:

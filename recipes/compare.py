@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
 class Settings(age.Settings):
     """All methods for long-tailed ages under one budget: which one should be used?"""
 
-    methods: tuple[MethodName | Literal["default", "all"], ...] = ("all",)
+    methods: tuple[MethodName | Literal["default", "all", "fds-study"], ...] = ("all",)
     """What to train, see age_methods.py; default is what did best of all."""
     seeds: int = 3
     """How many seeds a method is trained with: 0, 1, ..."""
@@ -73,16 +73,15 @@ def main(settings: Settings) -> None:
 
 def check(settings: Settings, out: Path) -> None:
     """All faults at once, before anything is loaded."""
-    from dir_toolkit.errors import SettingsError
-
+    faults = []
     if settings.tune:
-        raise SettingsError("recipes/compare.py: --tune is of age.py; give what it chose as settings.")
+        faults.append("--tune is of age.py; give what it chose as settings.")
     if settings.replicates < 100:
-        raise SettingsError(f"recipes/compare.py: --replicates must be at least 100, got {settings.replicates}.")
+        faults.append(f"--replicates must be at least 100, got {settings.replicates}.")
     if settings.baseline not in named(settings.methods) and not settings.resume:
-        rule = f"--methods must include the baseline {settings.baseline}"
-        raise SettingsError(f"recipes/compare.py: {rule}, got {' '.join(settings.methods)}.")
-    age.check("recipes/compare.py", settings, out)
+        given = " ".join(settings.methods)
+        faults.append(f"--methods must include the baseline {settings.baseline}, got {given}.")
+    age.check("recipes/compare.py", replace(settings, tune=""), out, faults)
 
 
 def summarise(settings: Settings, out: Path, splits: Splits, runtime: Runtime, failed: list[str]) -> ResultsTable:
@@ -99,21 +98,20 @@ def summarise(settings: Settings, out: Path, splits: Splits, runtime: Runtime, f
             one = load_results(path)
             errors[method, one["seed"].values.item()] = one.isel({"method": 0, "seed": 0})
     if not any(method == settings.baseline for method, _ in errors):
-        raise SettingsError(
-            f"recipes/compare.py: --baseline must have a finished run in {out}, got {settings.baseline}. "
-            "Add it to --methods."
-        )
+        rule = f"--baseline must have a finished run in {out}, got {settings.baseline}, which has none"
+        fix = "These runs failed; --resume tries them again:" if failed else "Add it to --methods."
+        raise SettingsError("\n  ".join([f"recipes/compare.py: {rule}. {fix}", *failed]))
     bins = age.label_axis(settings)
     errors["constant", 0] = age.constant_predictor(splits, bins)
     ds = age.as_result(settings, "comparison of methods", errors, runtime, splits)
-    titles = {name: method.title for name, method in METHODS.items() if name in ds["method"].values}
+    titles: dict[str, str] = {name: method.title for name, method in METHODS.items() if name in ds["method"].values}
     differences = write_comparison(
         out,
         ds,
         baseline=settings.baseline,
         density=dt.LabelDensity.count(splits.train.labels, bins),
         replicates=settings.replicates,
-        notes=[*age.NOTES, *(f"Failed: {failure}" for failure in failed)],
+        notes=[*age.NOTES, *(f"Failed: {failure.replace(str(out), 'DIR')}" for failure in failed)],
         settings={**titles, **age.shown(settings)},
     )
     return comparison_table(ds, differences)

@@ -34,6 +34,7 @@ from dir_toolkit.losses.focal import focal_loss
 from dir_toolkit.losses.gaussian_nll import gaussian_nll
 from dir_toolkit.losses.regression import weighted_huber, weighted_l1
 from dir_toolkit.metrics.classification import ClassificationMetrics
+from dir_toolkit.metrics.regression import regression_metrics
 from dir_toolkit.priors import adjust_logits, class_prior
 from dir_toolkit.training.checkpoint import load_checkpoint, save_checkpoint
 from dir_toolkit.training.loop import Optimization, fit
@@ -306,6 +307,181 @@ def test_own_loss_and_own_head() -> None:
     model = ages(head="regression", loss=Learnt())
     model(x, y).loss.backward()
     assert model.loss.factor.grad.item() == pytest.approx(model(x, y).loss.item())
+
+
+# ---- tau, chosen on validation data ----
+
+
+def bits(model: LongTailModel) -> dict[str, bytes]:
+    """Parameters and buffers, those of FDS left out."""
+    return {
+        name: value.numpy().tobytes() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)
+    }
+
+
+def error_under(
+    model: LongTailModel, scores: Tensor, y: Tensor, by: str, tau: float, kernel: Any = "auto", *, of_mean: Any = None
+) -> float:
+    """Of a copy of the model that predicts under the uniform prior with this tau."""
+    one = copy.deepcopy(model)
+    one.set_prior("uniform", tau, kernel=kernel)
+    pred = decode(one.adjuster(one._logits(scores)).softmax(1), AGES, of_mean or one.decoding)
+    return float(regression_metrics(pred, y, AGES, AGE_DENSITY)[by].sel(region="all"))
+
+
+TAU_MODELS: list[dict[str, Any]] = [
+    {},
+    {"head": "affinity", "decode": "expectation"},
+    {"prior": "uniform", "tau": 0.8, "adjust": "in_loss"},
+    {"prior": "uniform", "tau": 1.7, "temperature": 2.5, "decode": "mode"},
+]
+
+
+@pytest.mark.parametrize("by", ["bmae", "mae"])
+@pytest.mark.parametrize("options", TAU_MODELS, ids=str)
+def test_tau_is_the_one_with_the_least_error(options: dict[str, Any], by: Any) -> None:
+    x, y = batch(60)
+    model = ages(**options).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(4)  # so that scores differ
+    scores = model(x).scores
+    for kernel in ("auto", None, triangular(3)):
+        before = bits(model)
+        choice = model.choose_tau(scores, y, by=by, taus=(taus := [0, 0.3, 1.0, 2.5]), kernel=kernel)
+        assert bits(model) == before
+        expected = [error_under(model, scores.detach(), y, by, tau, kernel) for tau in taus]
+        np.testing.assert_allclose(choice.scores, expected, rtol=1e-6)
+        assert (choice.tau, choice.by) == (taus[int(np.argmin(expected))], by)
+        assert choice.temperature == options.get("temperature", 1.0)
+        assert choice.taus.tolist() == taus
+        assert choice.scores.max() - choice.scores.min() > 0.05  # so that another curve would have been seen
+        assert not choice.scores.flags.writeable
+
+
+def test_the_oracle_of_tau_sees_another_decoding() -> None:
+    x, y = batch(60)
+    model = ages()
+    scores = model(x).scores.detach()
+    found = model.choose_tau(scores, y, taus=[0.5]).scores[0]
+    assert error_under(model, scores, y, "bmae", 0.5) == pytest.approx(found, rel=1e-6)
+    assert error_under(model, scores, y, "bmae", 0.5, of_mean="expectation") != pytest.approx(found, rel=1e-3)
+
+
+def test_a_tau_worked_out_by_hand() -> None:
+    bins = Bins.uniform(0, 4, width=2)  # centres 1 and 3
+    model = LongTailModel(nn.Flatten(), 1, bins, density=LabelDensity(bins, [9, 1]), decode="mode", prior_kernel=None)
+    # The log-odds of the second bin rise by tau log 9: at 0.25 two of its labels of 3 are found, at 1 all three are, but
+    # one of the three labels of 1 is lost.
+    gap = math.log(9) * torch.tensor([-2.0, -2.0, -0.5, -0.2, -0.2, -0.6])
+    scores, labels = torch.stack([-gap / 2, gap / 2], 1), torch.tensor([1.0, 1.0, 1.0, 3.0, 3.0, 3.0])
+    choice = model.choose_tau(scores, labels, taus=[0.0, 0.25, 1.0])
+    np.testing.assert_allclose(choice.scores, [1.0, 1 / 3, 1 / 3], rtol=1e-6)
+    assert choice.tau == 0.25  # of two middles the lower
+    # Five more labels of 1 found anyway: bins still count alike, samples do not.
+    more = torch.cat([scores, scores[:1].expand(5, 2)]), torch.cat([labels, labels[:1].expand(5)])
+    np.testing.assert_allclose(model.choose_tau(*more, taus=[0.0, 1.0]).scores, [1.0, 0.5 * 2 / 8], rtol=1e-6)
+    np.testing.assert_allclose(model.choose_tau(*more, taus=[0.0, 1.0], by="mae").scores, [6 / 11, 2 / 11], rtol=1e-6)
+
+
+def test_tau_of_one_sample_of_half_precision_and_of_whole_labels() -> None:
+    x, y = batch(30)
+    model = ages(head="affinity")
+    out = model(x)
+    choice = model.choose_tau(out.scores, y)
+    assert (len(choice.taus), choice.taus[-1]) == (61, 3.0)
+    assert choice.scores[list(choice.taus).index(choice.tau)] == pytest.approx(choice.scores.min())
+    half = model.choose_tau(out.scores.half(), y.long(), taus=[0.5])
+    whole = model.choose_tau(out.scores.half().float(), y.floor(), taus=[0.5])
+    assert half.scores.tolist() == whole.scores.tolist()
+    one = model.choose_tau(out.scores[:1], y[:1], taus=[0.5])
+    wanted = error_under(model, out.scores[:1].detach(), y[:1], "mae", 0.5)
+    assert one.scores[0] == pytest.approx(wanted, rel=1e-6)
+    assert out.scores.requires_grad  # and the choice needed none
+    double = model.choose_tau(out.scores.double(), y.double(), taus=[0.5])
+    assert double.scores[0] == pytest.approx(error_under(model, out.scores.detach().double(), y, "bmae", 0.5))
+
+
+def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
+    x, y = batch()
+    model = ages()
+    scores = model(x).scores.detach()
+    broken = scores.clone()
+    broken[2, 1] = math.nan
+    cases: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: model.choose_tau(scores, y, by="rmse"), ValueError, "by must be one of 'bmae', 'mae', got 'rmse'"),
+        (lambda: model.choose_tau([1.0], y), TypeError, r"scores must be a torch\.Tensor, got list"),
+        (lambda: model.choose_tau(scores, [1.0]), TypeError, r"labels must be a torch\.Tensor, got list"),
+        (
+            lambda: model.choose_tau(scores > 0, y),
+            TypeError,
+            r"scores must be integers or floats, got dtype torch\.bool",
+        ),
+        (
+            lambda: model.choose_tau(scores[:, :5], y),
+            ShapeError,
+            r"scores must be \(N, 20\) and labels \(N,\), got \(9, 5\) and \(9,\)",
+        ),
+        (lambda: model.choose_tau(scores, y[:, None]), ShapeError, r"scores must be .* got \(9, 20\) and \(9, 1\)"),
+        (lambda: model.choose_tau(scores, y[:8]), ShapeError, r"scores must be .* got \(9, 20\) and \(8,\)"),
+        (lambda: model.choose_tau(scores[:0], y[:0]), ValueError, "labels must hold at least one value"),
+        (lambda: model.choose_tau(broken, y), ValueError, r"scores must be finite, got nan at index \[2, 1\]"),
+        (lambda: model.choose_tau(scores, y + 20), LabelError, r"labels must lie on the label axis \[0, 20\]"),
+        (lambda: model.choose_tau(scores, y * math.nan), LabelError, "labels must not be NaN"),
+        (lambda: model.choose_tau(scores, y, taus=[]), ValueError, "taus must hold at least one value"),
+        (lambda: model.choose_tau(scores, y, taus=[1, 0]), ValueError, "taus must be one row, rising and not negative"),
+        (lambda: model.choose_tau(scores, y, taus=[-1, 0]), ValueError, "taus must be one row, rising and not neg"),
+        (lambda: model.choose_tau(scores, y, taus=[math.inf]), ValueError, "taus must be finite, got inf"),
+    ]
+    for call, error, rule in cases:
+        with pytest.raises(error, match=rf"^LongTailModel\.choose_tau: {rule}"):
+            call()
+    with pytest.raises(ValueError, match="kernel must have odd length"):
+        model.choose_tau(scores, y, kernel=[1, 1])
+    with pytest.raises(ValueError, match=r"^LongTailModel\.choose_tau: a prior needs density, got None"):
+        ages(density=None).choose_tau(scores, y)
+    for head in ("regression", "gaussian"):
+        with pytest.raises(UsageError, match=rf"the head must score bins of a continuous axis, got '{head}'"):
+            ages(head=head).choose_tau(scores, y)
+    rule = r"got 'classes'\. For classes use dir_toolkit\.choose_tau\."
+    with pytest.raises(ValueError, match=rule) as told:
+        classes().choose_tau(torch.zeros(9, 4), class_batch()[1])
+    assert not isinstance(told.value, UsageError)
+
+
+# ---- features that were kept ----
+
+
+@pytest.mark.parametrize("over", [ages, classes])
+@pytest.mark.parametrize(
+    "options", [{"head": head} for head in HEADS] + [{"residual": True}, {"prior": "uniform"}], ids=str
+)
+def test_features_are_read_as_forward_reads_them(over: Any, options: dict[str, Any]) -> None:
+    if over is classes and ({"regression", "gaussian"} & set(options.values()) or "residual" in options):
+        pytest.skip("classes are no numbers")
+    model = over(**options)
+    out = model(batch()[0])
+    same_output(model.read(out.features), out)
+    own = out.features.detach()
+    model.read(own).scores.sum().backward()  # what a head beside the backbone learns from
+    assert model.head.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_features_are_read_without_calibration() -> None:
+    x, y = batch(40)
+    model = ages(fds=FDS(AGES, 6, momentum=0.0))
+    model(x, y)
+    model.fds.end_epoch()
+    calibrated = model(x, y)
+    assert not torch.equal(model.read(calibrated.features).scores, calibrated.scores)
+    plain = model.eval()(x)
+    same_output(model.read(plain.features), plain)
+
+
+def test_features_of_another_shape_are_refused() -> None:
+    for features, got in ((torch.zeros(2, 5), r"\(2, 5\)"), (torch.zeros(6), r"\(6,\)"), ([1.0], "list")):
+        with pytest.raises(ShapeError, match=rf"^LongTailModel.*features \(N, 6\), one row a sample, got {got}"):
+            ages().read(features)
 
 
 # ---- regression and Gaussian heads ----
