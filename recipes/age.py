@@ -48,7 +48,8 @@ TUNABLE: dict[str, tuple[dict[str, Any], ...]] = {
 NOTES = (
     "Regions by training faces an age: many more than 100, medium 20 to 100, few 1 to 19. bMAE is the mean over "
     "ages of each age's MAE. The constant predictor answers the training median whatever it sees.",
-    "The epoch of each run was chosen by validation bMAE; the test set was used once, at its end.",
+    "The epoch of each run was chosen by validation bMAE, but that what goes on from a trained network takes its last; "
+    "the test set was used once, at its end.",
 )
 PLACES = ("root", "listing", "out")  # settings that say where things lie on this machine; no result shows them
 
@@ -128,6 +129,8 @@ class Trained:
     """With its statistics at the end of training."""
     history: list[dict[str, Any]]
     """A row an epoch; of a method in two stages, of the second."""
+    epoch: int
+    """Of the weights."""
     minutes: float
     """Spent on all its stages."""
 
@@ -185,7 +188,7 @@ def check(recipe: str, settings: Settings, out: Path, others: Sequence[str] = ()
         faults.append(f"--tune must name some of {known}, each once, separated by commas, got {settings.tune}.")
     if settings.tune and len(named(settings.methods)) != 1:
         faults.append("--tune needs one method in --methods, for each has settings of its own.")
-    idle = [knob for knob in knobs(settings) if knob in TUNABLE and not any(moved(knob, settings.methods))]
+    idle = [knob for knob in knobs(settings) if knob in TUNABLE and not moved(knob, settings.methods)]
     if idle:
         faults.append(f"--tune {','.join(idle)} would change nothing in {' '.join(settings.methods)}.")
     adjusted = any(METHODS[method].tau for method in named(settings.methods))
@@ -328,6 +331,7 @@ def fresh(
 def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits, out: Path) -> Trained:
     """The network of a method, trained now or in an earlier run."""
     import dir_toolkit as dt
+    from dir_toolkit.training.checkpoint import load_checkpoint
     from dir_toolkit.training.loop import fit
     from dir_toolkit.training.provenance import environment, write_json
 
@@ -339,8 +343,11 @@ def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Spli
         model, fds = fresh(settings, method, runtime, density)
     else:
         first = trained(settings, method.start, runtime, splits, out)
+        # As it was at the end: which epoch errs least before the prior is adjusted says little of what it does after.
+        last = out / method.start / f"seed{runtime.seed}" / "checkpoint-last.pt"
+        first.model.load_state_dict(load_checkpoint(last)["model"])
         if method.tau:
-            return first
+            return replace(first, epoch=settings.epochs)
         model, earlier = first.model, first.minutes
         dt.stage_two(model, "rrt" if method.head == "regression" else "crt", seed=runtime.derive("head"))
         how = replace(how, epochs=settings.stage_two_epochs)
@@ -378,7 +385,8 @@ def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Spli
         checkpoint_minutes=settings.checkpoint_minutes,
         fingerprint=fingerprint,
     )
-    return Trained(model, fds, history, earlier + history[-1]["seconds"] / 60)
+    best = min(history, key=lambda row: (math.isnan(row["val_bmae"]), row["val_bmae"]))["epoch"]
+    return Trained(model, fds, history, best, earlier + history[-1]["seconds"] / 60)
 
 
 def train(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits, out: Path) -> Run:
@@ -399,8 +407,7 @@ def train(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits
     output = predict(model, splits.test, runtime=runtime)
     metrics = dt.RegressionMetrics(model.bins, dt.LabelDensity.count(splits.train.labels, model.bins))
     metrics.update(output.prediction, torch.from_numpy(splits.test.labels).to(runtime.device))
-    best = min(end.history, key=lambda row: (math.isnan(row["val_bmae"]), row["val_bmae"]))
-    errors = metrics.compute().assign(minutes=end.minutes, best_epoch=best["epoch"], **found)
+    errors = metrics.compute().assign(minutes=end.minutes, best_epoch=end.epoch, **found)
     errors = errors.assign(by_sample(model, output, splits.test.labels))
     folder = out / name / f"seed{runtime.seed}"
     # A run that was finished before keeps its provenance; what follows without training is always made anew.
@@ -431,21 +438,25 @@ def knobs(settings: Settings) -> list[str]:
     return [knob.strip() for knob in settings.tune.split(",") if knob.strip()]
 
 
-def moved(knob: str, methods: Sequence[str]) -> list[bool]:
-    """Whether what a knob sets decides how each method, and each that it starts from, is trained."""
+def moved(knob: str, methods: Sequence[str]) -> bool:
+    """Whether what a knob sets decides how one of the methods, or of those they start from, is trained."""
     names: list[Any] = list(named(methods))
     for name in names:  # which grows meanwhile
         names += [METHODS[name].start] if METHODS[name].start else []
+
+    def smooths(method: Method, unless: str) -> bool:
+        return method.fds is not None and unless not in method.fds
+
     used: dict[str, Callable[[Method], bool]] = {
-        "kernel": lambda method: method.weights == "smoothed" or method.fds is not None,
+        "kernel": lambda method: method.weights == "smoothed" or smooths(method, "kernel"),
         "sigma": lambda method: (
             method.head not in ("regression", "gaussian") and method.loss != "crps" and not method.hard
         ),
         "scheme": lambda method: method.weights is not None and method.scheme is None,
-        "momentum": lambda method: method.fds is not None and "momentum" not in method.fds,
+        "momentum": lambda method: smooths(method, "momentum"),
         "lr": lambda method: True,
     }
-    return [used[knob](METHODS[name]) for name in names]
+    return any(used[knob](METHODS[name]) for name in names)
 
 
 def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> dict[str, Any]:
@@ -480,6 +491,7 @@ def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> dic
         candidates,
         score,
         budgets=shares,
+        reduction=2,
         folder=out / "tune",
         resume=settings.resume and (out / "tune" / "selection.json").exists(),
         fingerprint={

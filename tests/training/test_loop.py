@@ -28,6 +28,7 @@ from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.sampling import BinSampler
 from dir_toolkit.labels.weights import LDS
+from dir_toolkit.longtail import LongTailModel, LongTailOutput
 from dir_toolkit.losses.center import CenterLoss
 from dir_toolkit.losses.cross_entropy import cross_entropy
 from dir_toolkit.losses.regression import weighted_l1
@@ -166,6 +167,40 @@ def classify(folder: Path, runtime: Runtime | None = None, *, second_stage: bool
         "optimization": Optimization(epochs=EPOCHS, batch_size=BATCH, lr=0.01),
     }
     return model, fit(model, data, class_set(31, seed=1), **{**arguments, **changes})
+
+
+def binned_model(*, random: bool = True, with_fds: bool = False, **changes: Any) -> LongTailModel:
+    """Over the bins of a year."""
+    fds = FDS(BINS, num_features=8, momentum=0.5) if with_fds else None
+    density = LabelDensity.count(image_set().labels, BINS)
+    return LongTailModel(tiny_model(random=random).backbone, 8, BINS, density=density, fds=fds, **changes)
+
+
+def train_binned(
+    folder: Path, runtime: Runtime | None = None, *, random: bool = True, stop_at: int = 0, **changes: Any
+) -> Any:
+    """A whole method, soft bins, weights of the loss, an offset in each bin and FDS; returns (model, history)."""
+    runtime = runtime or one_process()
+    with runtime.seeded("init"):
+        model = binned_model(random=random, with_fds=True, residual=True, weights=LDS(BINS).fit(image_set().labels))
+    calls = [0]
+
+    def criterion(output: LongTailOutput, *arguments: Any, reduction: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == stop_at:
+            press_ctrl_c()
+        return model.criterion(output, *arguments, reduction=reduction)
+
+    arguments: dict[str, Any] = {
+        "metrics": metrics_of(image_set()),
+        "loss": criterion if stop_at else model.criterion,
+        "fds": model.fds,
+        "runtime": runtime,
+        "folder": folder,
+        "augmentation": random,
+        "optimization": Optimization(epochs=EPOCHS, batch_size=BATCH, lr=0.01),
+    }
+    return model, fit(model, image_set(), image_set(31, seed=1), **{**arguments, **changes})
 
 
 def at_call(number: int, act: Callable[[], object]) -> Callable[..., Tensor]:
@@ -675,6 +710,78 @@ def test_evaluate_takes_scores_from_what_has_them_and_leaves_the_metrics_alone()
     assert int(found.confusion.sum()) == 31
 
 
+@pytest.mark.parametrize("head", ["regression", "gaussian", "linear"])
+def test_evaluate_takes_the_prediction_of_what_has_one(head: Any) -> None:
+    data = image_set(31)
+    model = binned_model(head=head)
+    with torch.no_grad():
+        out = model.eval()(to_float(torch.from_numpy(data.images)))
+    found = evaluate(model, data, metrics=metrics_of(data), runtime=one_process(), batch_size=8)
+    expected = metrics_of(data)
+    expected.update(out.prediction, torch.from_numpy(data.labels))
+    for name in ("mae", "bmae"):
+        own, wanted = (float(m.compute()[name].sel(region="all")) for m in (found, expected))
+        assert own == pytest.approx(wanted, rel=1e-5)
+
+
+def test_evaluate_takes_the_scores_of_what_has_them_for_classes() -> None:
+    data = class_set(31)
+    model = LongTailModel(class_model().backbone, 54, CLASSES)
+    found = evaluate(model, data, metrics=class_metrics(data), runtime=one_process(), batch_size=8)
+    expected = class_metrics(data)
+    with torch.no_grad():
+        expected.update(model.eval()(to_float(torch.from_numpy(data.images))).scores, torch.from_numpy(data.labels))
+    assert torch.equal(found.confusion, expected.confusion)
+
+
+@pytest.mark.parametrize("batch_size", [8, 512])
+@pytest.mark.parametrize("options", [{"head": "regression"}, {"head": "gaussian"}, {}, {"residual": True}], ids=str)
+def test_predict_keeps_the_fields_and_leaves_out_what_the_model_does(options: Any, batch_size: int) -> None:
+    data = image_set(31)
+    model = binned_model(**options)
+    with torch.no_grad():
+        expected = model.eval()(to_float(torch.from_numpy(data.images)))
+    found = predict(model.train(), data, runtime=one_process(), batch_size=batch_size)
+    assert type(found) is LongTailOutput
+    assert model.training
+    for name in found._fields:
+        one, other = getattr(found, name), getattr(expected, name)
+        assert (one is None) == (other is None), name
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert found.loss is None
+    assert (found.distribution is None) == ("head" in options)
+    assert (found.residual is None) == ("residual" not in options)
+
+
+def test_predict_returns_none_and_plain_tuples_as_the_model_does() -> None:
+    class Two(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, None]:
+            return images[:, 0, 0, 0], None
+
+    pixels, nothing = predict(Two(), image_set(5), runtime=one_process(), batch_size=2)
+    torch.testing.assert_close(pixels, to_float(torch.from_numpy(image_set(5).images))[:, 0, 0, 0])
+    assert nothing is None
+
+
+def test_a_binned_model_learns_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    model, history = train_binned(tmp_path / "whole")
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert model.fds.epoch > 0
+    assert sum(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.parameters()) == 0  # none is left
+    with pytest.raises(KeyboardInterrupt):
+        train_binned(tmp_path / "stopped", stop_at=8)
+    other, again = train_binned(tmp_path / "stopped", resume=True)
+    assert same(history, again)
+    assert same_runs(tmp_path / "whole", tmp_path / "stopped")
+    assert same(dict(model.state_dict()), dict(other.state_dict()))
+    assert same(dict(model.fds.state_dict()), dict(other.fds.state_dict()))
+    # A finished run gives the best epoch's network, with the statistics it then had.
+    third, finished = train_binned(tmp_path / "whole", resume=True, stop_at=1)
+    assert same(history, finished)
+    assert same(dict(model.state_dict()), dict(third.state_dict()))
+
+
 @pytest.mark.parametrize("use", ["evaluate", "predict"])
 def test_modes_are_restored_after_an_error(use: str) -> None:
     data = class_set(31)
@@ -706,6 +813,14 @@ def test_two_ranks_with_uneven_shares_step_as_one_process_and_resume_to_the_bit(
         for name in ("loss", "lr", "val_mae", "val_bmae", "val_mae_few"):
             assert row[name] == pytest.approx(expected[name], rel=1e-4)
     assert same_runs(tmp_path / "two", tmp_path / "two-stopped")
+    binned, history = train_binned(tmp_path / "one-binned", random=False)
+    expected = predict(binned, image_set(31, seed=1), runtime=one_process())
+    for state in states:
+        for row, wanted in zip(state["binned"]["history"], history, strict=True):
+            assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+            assert row["val_bmae"] == pytest.approx(wanted["val_bmae"], rel=1e-4)
+        torch.testing.assert_close(state["binned"]["predicted"], tuple(expected), rtol=1e-3, atol=1e-4)
+    assert same(states[0]["binned"]["predicted"], states[1]["binned"]["predicted"])
     for kind, second_stage in (("classes", False), ("second", True)):
         model, history = classify(tmp_path / f"one-{kind}", second_stage=second_stage)
         expected = predict(model, class_set(31, seed=1), runtime=one_process())
@@ -733,6 +848,9 @@ def run_rank(rank: int) -> dict[str, Any]:
         else:
             raise AssertionError("both ranks must stop")
         found = {"model": model.state_dict(), "history": history}
+        model, history = train_binned(folder / "binned", runtime, random=False)
+        predicted = predict(model, image_set(31, seed=1), runtime=runtime)
+        found["binned"] = {"history": history, "predicted": tuple(predicted)}
         for kind in ("classes", "second"):
             model, history = classify(folder / kind, runtime, second_stage=kind == "second")
             predicted = predict(model, class_set(31, seed=1), runtime=runtime)
