@@ -113,8 +113,9 @@ class LongTailModel(nn.Module):
             ``"cross_entropy"``; regression ``"weighted_l1"``, ``"weighted_mse"``, ``"weighted_huber"``,
             ``"weighted_focal_l1"``, ``"weighted_focal_mse"``, ``"balanced_mse"``; Gaussian ``"gaussian_nll"``. Or
             a function or module called as ``loss(scores, labels, weight, reduction=reduction)``.
-        sigma: by how much ``"cross_entropy"`` and ``"squared_emd"`` spread labels over bins; ``"auto"`` takes 2 on a
-            continuous axis. None or 0 means hard labels; other losses take labels as they are.
+        sigma: by how much ``"cross_entropy"`` and ``"squared_emd"`` spread labels over bins; ``"auto"`` takes twice the
+            median width of a bin on a continuous axis. None or 0 means hard labels; other losses take labels as they
+            are.
         label_kernel: as in :func:`dir_toolkit.labels.soft_labels.soft_labels`.
         fds: not attached yet; the model attaches it to what its head takes.
         weights: fitted; weighs the loss, in eval mode too, where none are given.
@@ -538,7 +539,7 @@ class LongTailModel(nn.Module):
                 )
                 raise problem(where, rule, got=repr(sigma), fix=fix)
             return None
-        sigma = 2.0 if isinstance(sigma, str) else sigma
+        sigma = 2 * float(np.median(np.diff(self.bins.edges))) if isinstance(sigma, str) else sigma
         sigma = number(where, "sigma", sigma, low=0, float32=True)
         length = float(self.bins.edges[-1] - self.bins.edges[0])
         if sigma > length / 4:

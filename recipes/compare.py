@@ -68,7 +68,7 @@ def main(settings: Settings) -> None:
             table = summarise(settings, out, splits, runtime, failed)
             print(f"\n{as_text(table)}\nReport: {out / 'report.html'}")
     if failed:
-        raise SystemExit("\n  ".join(["these runs failed; --resume tries them again:", *failed]))
+        raise SystemExit("\n  ".join(["recipes/compare.py: these runs failed; --resume tries them again:", *failed]))
 
 
 def check(settings: Settings, out: Path) -> None:

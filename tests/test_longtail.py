@@ -869,10 +869,10 @@ def test_bins_without_labels_are_told_once() -> None:
 
 def test_soft_labels_as_wide_as_the_axis_are_told() -> None:
     with pytest.warns(DirToolkitWarning, match="sigma=2 spreads each label over most of an axis 1 long"):
-        LongTailModel(net(), 6, Bins.uniform(0, 1, count=10))
+        LongTailModel(net(), 6, Bins.uniform(0, 1, count=10), sigma=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        LongTailModel(net(), 6, Bins.uniform(0, 1, count=10), sigma=0.02)
+        assert LongTailModel(net(), 6, Bins.uniform(0, 1, count=10)).sigma == pytest.approx(0.2)  # two bins
         LongTailModel(net(), 6, Bins.uniform(0, 1, count=10), loss="crps")
 
 

@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,7 +25,18 @@ from PIL import Image
 from running import RUN_FILES, Outcome, environment, equal_bits, files, numbers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dir_toolkit.decoupling import stage_two
+from dir_toolkit.errors import SettingsError
+from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.results.schema import load_results, validate_results
+from dir_toolkit.training.checkpoint import load_checkpoint, save_checkpoint
+from dir_toolkit.training.runtime import Runtime
+
+sys.path.insert(0, str(running.RECIPES))  # as Python does for a script
+
+import age
+import age_methods
+from age_methods import ALL, WINNER, named
 
 RECIPE = running.RECIPES / "age.py"
 QUICK = ["--size", "16", "--epochs", "2", "--batch-size", "1024", "--seeds", "1"]
@@ -197,7 +211,10 @@ def test_resumed_it_ends_as_if_it_had_not_been_stopped(
 
 
 def test_all_bad_settings_are_told_at_once(tmp_path: Path, here: Callable[..., Outcome]) -> None:
-    words = "--seeds 0 --size 3 --epochs 0 --lr -1 --methods lds lds --kernel-size 4 --fds-momentum 2 --root x"
+    words = (
+        "--seeds 0 --size 3 --epochs 0 --lr -1 --kernel-size 4 --fds-momentum 2 --root x --listing y --tau -1 "
+        "--label-sigma nan --stage-two-epochs 0 --checkpoint-minutes -1 --tune sigma,smoothing --methods"
+    )
     outcome = here(*words.split())
     assert outcome.code == 1
     first, *faults = outcome.err.splitlines()
@@ -205,7 +222,15 @@ def test_all_bad_settings_are_told_at_once(tmp_path: Path, here: Callable[..., O
     told = "\n".join(faults)
     for part in (
         "--root needs",
-        "--methods must",
+        "--listing needs",
+        "--methods must name a method, got none",
+        "--tune must name some of kernel, sigma, scheme, momentum, lr, tau, each once, separated by commas, got",
+        "--tune needs one method",
+        "--tau needs a method that is adjusted after training",
+        "--tau must be finite and at least 0, got -1",
+        "--label-sigma must be finite and at least 0, got nan",
+        "--stage-two-epochs must be at least 1, got 0",
+        "--checkpoint-minutes must",
         "--seeds must",
         "--size must",
         "epochs must",
@@ -215,6 +240,37 @@ def test_all_bad_settings_are_told_at_once(tmp_path: Path, here: Callable[..., O
         assert part in told
     assert "momentum must be" in told
     assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        ("--methods soft --tune width", "--tune must name some of .* got width"),
+        ("--methods soft --tune sigma,lr,sigma", "--tune must name some of .* each once, .* got sigma,lr,sigma"),
+        ("--methods soft bins --tune lr", "--tune needs one method in --methods, for each has settings of its own"),
+        ("--tune lr", "--tune needs one method"),
+        ("--methods soft --tune tau", "--tune tau needs a method that is adjusted after training, such as soft.tau"),
+        ("--methods soft+tau --tau 1 --tune tau", "--tune tau needs .*, and no --tau"),
+        ("--methods soft --tune lr,kernel,momentum", "--tune kernel,momentum would change nothing in soft"),
+        ("--methods vanilla --tune sigma", "--tune sigma would change nothing in vanilla"),
+        ("--methods rrt --tune scheme", "--tune scheme would change nothing in rrt"),
+        ("--methods vanilla soft --tau 0.5", "--tau needs a method that is adjusted after training"),
+        ("--methods soft+tau --tau nan", "--tau must be finite and at least 0, got nan"),
+    ],
+)
+def test_what_cannot_be_tuned_or_adjusted_is_told(
+    tmp_path: Path, here: Callable[..., Outcome], words: str, rule: str
+) -> None:
+    outcome = here(*words.split())
+    assert outcome.code == 1
+    assert re.fullmatch(rf"recipes/age\.py: these settings cannot run:\n  {rule}.*\.\n", outcome.err), outcome.err
+    assert files(tmp_path) == {}
+
+
+def test_several_processes_cannot_tune() -> None:
+    two = Runtime(torch.device("cpu"), world=2)
+    with pytest.raises(SettingsError, match="--tune must run in one process; drop torchrun, and use it afterwards"):
+        age.tune(age.Settings(methods=("soft",), tune="lr"), two, None, Path("nowhere"))
 
 
 @pytest.mark.parametrize("data", ["utkface", "agedb"])
@@ -258,9 +314,9 @@ def jpeg(seed: int) -> bytes:
 def test_a_folder_of_utkface(tmp_path: Path, here: Callable[..., Outcome]) -> None:
     root = tmp_path / "faces" / "UTKFace"
     root.mkdir(parents=True)
-    for age in (3, 40, 41, 90):
+    for years in (3, 40, 41, 90):
         for i in range(12):
-            (root / f"{age}_{i % 2}_{i % 5}_2017{i:04d}.jpg.chip.jpg").write_bytes(jpeg(100 * age + i))
+            (root / f"{years}_{i % 2}_{i % 5}_2017{i:04d}.jpg.chip.jpg").write_bytes(jpeg(100 * years + i))
     (root / "61_1_20170109150557335.jpg.chip.jpg").write_bytes(jpeg(0))
     words = ["--data", "utkface", "--root", "faces", "--size", 16, "--epochs", 1, "--batch-size", 8]
     outcome = here(*words, "--methods", "lds+fds")
@@ -325,3 +381,199 @@ def test_a_file_in_the_place_of_the_folder_ends_in_a_message(here: Callable[...,
     assert "NotADirectoryError" in outcome.err
     assert "Traceback" not in outcome.err
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+# ---- the methods ----
+
+AXIS = age.label_axis(age.Settings())
+# All ages, after a tail of them.
+AGES = np.append(np.minimum(np.random.default_rng(0).exponential(20, 500), 100).astype(np.int64), np.arange(101))
+DENSITY = LabelDensity.count(AGES, AXIS)
+
+
+def test_the_names_of_methods_are_all_known() -> None:
+    assert set(get_args(age_methods.MethodName)) == set(age_methods.METHODS)
+    assert {WINNER, *ALL} <= set(age_methods.METHODS)
+    assert named(age.Settings().methods) == ["vanilla", "lds", WINNER]
+    assert named(["soft", "all", "soft"]) == ["soft", *(name for name in ALL if name != "soft")]
+    titles = [method.title for method in age_methods.METHODS.values()]
+    assert len(set(titles)) == len(titles)
+    for method in age_methods.METHODS.values():
+        assert method.start is None or age_methods.METHODS[method.start].start is None
+        assert not method.tau or method.start is not None
+
+
+def step(name: str, model: torch.nn.Module, fds: object, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """One step of what a method minimises, as the training loop does it."""
+    loss = age_methods.objective(age_methods.METHODS[name], model, DENSITY)
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    with fds.labels(labels) if fds is not None else nullcontext():
+        output = model(images)
+    value = loss(output, labels, None, reduction="sum")
+    value.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert 0 < norm.item() < float("inf")
+    optimizer.step()
+    return value.detach()
+
+
+@pytest.mark.parametrize("name", age_methods.METHODS)
+def test_every_method_trains_and_predicts_ages(name: str) -> None:
+    settings, method = age.Settings(), age_methods.METHODS[name]
+    generator = torch.Generator().manual_seed(0)
+    images = 2 * torch.rand(24, 3, 16, 16, generator=generator) - 1
+    labels = torch.from_numpy(AGES[:24]).float()
+    runtime = Runtime(torch.device("cpu"))
+    model, fds = age.fresh(settings, age_methods.METHODS[method.start or name], runtime, DENSITY)
+    assert (fds is None) == (age_methods.METHODS[method.start or name].fds is None)
+    for _ in range(3):  # epochs of one step; features are calibrated in the second and third
+        assert step(method.start or name, model, fds, images, labels).isfinite()
+        if fds is not None:
+            fds.end_epoch()
+    if method.tau:
+        model.set_prior("uniform", model.choose_tau(model.eval()(images).scores, labels).tau)
+    elif method.start is not None:
+        stage_two(model, "rrt" if method.head == "regression" else "crt", seed=0)
+        before = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+        assert step(name, model, fds, images, labels).isfinite()
+        moved = {key for key in before if not torch.equal(before[key], model.state_dict()[key])}
+        assert moved == {"head.weight", "head.bias"}
+    with torch.no_grad():
+        output = model.eval()(images)
+    assert output.prediction.shape == (24,)
+    assert output.prediction.isfinite().all()
+    held = age.by_sample(model, output, AGES[:24])
+    assert set(held) - {"lower", "upper"} == {"target", "prediction"}
+    assert ("lower" in held) == (method.head != "regression" or method.tau)
+    if "lower" in held:
+        assert (held["lower"][1] <= held["upper"][1]).all()
+
+
+def test_settings_reach_the_network() -> None:
+    def of(name: str, **settings: object) -> object:
+        runtime = Runtime(torch.device("cpu"))
+        return age.fresh(replace(age.Settings(), **settings), age_methods.METHODS[name], runtime, DENSITY)
+
+    assert of("soft", label_sigma=3.5)[0].sigma == 3.5
+    assert of("bins", label_sigma=3.5)[0].sigma is None
+    assert of("vanilla", loss="focal-mse")[0].loss.__name__ == "weighted_focal_mse"
+    assert of("fds", fds_momentum=0.25, fds_shrinkage=3.0)[1].extra_repr().count("momentum=0.25") == 1
+    assert of("vanilla")[1] is None
+
+
+# ---- methods that go on from others, and settings chosen on validation ----
+
+SHORT = ["--size", 16, "--epochs", 1, "--batch-size", 1024]
+
+
+def test_a_method_goes_on_from_the_run_of_another(here: Callable[..., Outcome], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome = here(*SHORT, "--methods", "soft+tau", "--out", out)
+    assert (outcome.code, outcome.err) == (0, "")
+    kept = {name for name in files(out) if "/seed0/" in name}
+    assert kept == {f"soft/seed0/{name}" for name in RUN_FILES - {"results.nc"}} | {"soft+tau/seed0/results.nc"}
+    assert load_results(out / "results.nc")["method"].values.tolist() == ["soft+tau", "constant"]
+    trained = files(out / "soft")
+    chosen = load_results(out / "soft+tau/seed0/results.nc")
+    assert chosen["tau"].values.item() in np.linspace(0, 3, 61)
+
+    # Its network is there: nothing of it is trained again, whatever starts from it.
+    methods = ["vanilla", "soft", "soft+tau", "soft+crt"]
+    words = [*SHORT, "--stage-two-epochs", 4, "--methods", *methods, "--resume", "--out", out]
+    outcome = here(*words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.count("finished before") == 3
+    assert {name: content for name, content in files(out / "soft").items() if name in trained} == trained
+    ds = load_results(out / "results.nc").sel({"seed": 0})
+    assert ds["method"].values.tolist() == [*methods, "constant"]
+    soft, crt = (load_checkpoint(out / f"{name}/seed0/checkpoint-last.pt")["model"] for name in ("soft", "soft+crt"))
+    differ = {name for name, value in soft.items() if torch.is_tensor(value) and not torch.equal(value, crt[name])}
+    assert differ == {"head.weight", "head.bias"}
+    assert len((out / "soft+crt/seed0/history.csv").read_text().splitlines()) == 1 + 4
+    assert ds["minutes"].sel({"method": "soft+crt"}) > ds["minutes"].sel({"method": "soft"})
+    assert ds["minutes"].sel({"method": "soft+tau"}) == ds["minutes"].sel({"method": "soft"})
+    assert ds["tau"].notnull().values.tolist() == [False, False, True, False, False]
+    assert ds["tau"].sel({"method": "soft+tau"}) == chosen["tau"].values.item()
+
+    # Each face is told, and its interval where the head tells a distribution.
+    assert ds.sizes["sample"] == 1010
+    off = np.abs(ds["prediction"] - ds["target"]).mean("sample")
+    np.testing.assert_allclose(off, ds["mae"].sel(region="all"), rtol=1e-5)
+    assert ds["lower"].attrs["interval_level"] == 0.9
+    assert ds["lower"].notnull().all("sample").values.tolist() == [False, True, True, True, False]
+    assert (ds["lower"] <= ds["upper"]).sel({"method": ["soft", "soft+tau", "soft+crt"]}).all()
+
+    # What follows without training is made anew, in the run's own result, too; tau 0 adjusts nothing.
+    outcome = here(*words, "--tau", 0)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.count("finished before") == 5
+    again = load_results(out / "results.nc").sel({"seed": 0})
+    one = load_results(out / "soft+tau/seed0/results.nc").sel({"seed": 0, "method": "soft+tau"})
+    assert (again["tau"].sel({"method": "soft+tau"}), one["tau"]) == (0, 0)
+    for name in ("prediction", "lower", "upper"):
+        np.testing.assert_array_equal(again[name].sel({"method": "soft+tau"}), again[name].sel({"method": "soft"}))
+        np.testing.assert_array_equal(one[name], again[name].sel({"method": "soft"}))
+    assert not np.array_equal(again["prediction"].sel({"method": "soft"}), ds["prediction"].sel({"method": "soft+tau"}))
+
+    # It goes on from the last epoch, whatever the best one is.
+    best = load_checkpoint(out / "soft/seed0/checkpoint-best.pt")
+    best["model"]["head.bias"][0] += 50
+    save_checkpoint(out / "soft/seed0/checkpoint-best.pt", best)
+    outcome = here(*SHORT, "--stage-two-epochs", 4, "--methods", "soft+tau", "--tau", 0, "--resume", "--out", out)
+    assert (outcome.code, outcome.err) == (0, "")
+    last = load_results(out / "soft+tau/seed0/results.nc").sel({"seed": 0, "method": "soft+tau"})
+    np.testing.assert_array_equal(last["prediction"], one["prediction"])
+
+
+def test_settings_are_chosen_on_validation_and_used(here: Callable[..., Outcome], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [*SHORT, "--methods", "soft+tau", "--tune", "sigma,tau", "--out", out]
+    outcome = here(*words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert (out / "tune/tuning.png").stat().st_size > 1000
+    rows = json.loads((out / "tune/selection.json").read_text())["rows"]
+    assert [(row["budget"], row["status"]) for row in rows] == [(1, "ok")] * 4
+    sigmas = [settings["label_sigma"] for settings in age.TUNABLE["sigma"]]
+    chosen = sigmas[int(np.argmin([row["score"] for row in rows]))]
+    assert f"chosen on validation: {{'label_sigma': {chosen}}}; curves: " in outcome.out
+    # The run has the chosen settings: at the same epochs and seed it is the winning trial again.
+    assert json.loads((out / "soft/seed0/config.json").read_text())["label_sigma"] == chosen
+    name = "soft/seed0/checkpoint-best.pt"
+    same = [equal_bits(out / name, out / f"tune/label_sigma={sigma}/1-epochs" / name) for sigma in sigmas]
+    assert same == [sigma == chosen for sigma in sigmas]
+    history = (out / "soft/seed0/history.csv").read_text()
+    assert min(row["score"] for row in rows) <= float(
+        history.splitlines()[1].split(",")[history.split(",").index("val_bmae")]
+    )
+
+    before = files(out)
+    refused = here(*words)
+    assert refused.code == 1
+    assert re.fullmatch(r"recipes/age\.py: --out must hold no earlier run.* Go on with --resume.*\n", refused.err)
+    assert files(out) == before
+    outcome = here(*words, "--resume")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.count("(done before)") == 4
+    assert outcome.out.count("finished before") == 1
+    after = files(out)
+    assert set(after) == set(before)
+    assert {
+        name for name in before if "checkpoint" in name or "selection" in name if before[name] != after[name]
+    } == set()
+
+
+def test_a_search_alone_is_not_overwritten_either(here: Callable[..., Outcome], tmp_path: Path) -> None:
+    state = tmp_path / "out/tune/selection.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("mine")
+    words = [*SHORT, "--methods", "soft", "--tune", "sigma", "--out", "out"]
+    outcome = here(*words)
+    assert outcome.code == 1
+    assert re.fullmatch(
+        r"recipes/age\.py: --out must hold no earlier run.* got out/tune/selection\.json\. .*\n", outcome.err
+    )
+    outcome = here(*words, "--resume")
+    assert outcome.code == 1
+    assert re.fullmatch(r"successive_halving: out/tune/selection\.json must be the whole state.*\n", outcome.err)
+    assert state.read_text() == "mine"

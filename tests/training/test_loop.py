@@ -768,7 +768,6 @@ def test_a_binned_model_learns_and_resumes_to_the_bit(tmp_path: Path) -> None:
     model, history = train_binned(tmp_path / "whole")
     assert history[-1]["loss"] < history[0]["loss"]
     assert model.fds.epoch > 0
-    assert sum(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.parameters()) == 0  # none is left
     with pytest.raises(KeyboardInterrupt):
         train_binned(tmp_path / "stopped", stop_at=8)
     other, again = train_binned(tmp_path / "stopped", resume=True)
