@@ -5,14 +5,16 @@
 
 Runs are made one after the other, all methods with one seed before the next seed, in ``runs/compare/<data>``. A run
 that fails is named at the end and costs the others nothing; ``--resume`` makes up for it, goes on after a stop, and
-adds methods and seeds. Several such processes may share a folder, each with methods of its own. The result, the table
-with intervals of the paired differences to the baseline, figures and report cover all runs in the folder.
+adds methods and seeds. Several such processes may share a folder, each with methods of its own, those that they start
+from included. The result, the table with intervals of the paired differences to the baseline, figures and report cover
+all runs in the folder.
 """
 
 from __future__ import annotations
 
+import json
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -93,10 +95,15 @@ def summarise(settings: Settings, out: Path, splits: Splits, runtime: Runtime, f
     from dir_toolkit.results.summary import write_comparison
 
     errors: dict[tuple[str, int], xr.Dataset] = {}
+    others = []
     for method in METHODS:  # in their order
         for path in sorted(out.glob(f"{method}/seed*/results.nc"), key=lambda path: int(path.parent.name[4:])):
+            others += [f"{path.parent}: {difference}" for difference in other_budget(settings, path.parent)]
             one = load_results(path)
             errors[method, one["seed"].values.item()] = one.isel({"method": 0, "seed": 0})
+    if others:
+        rule = "all runs in --out must have had one budget"
+        raise SettingsError("\n  ".join([f"recipes/compare.py: {rule}; these had another:", *others]))
     if not any(method == settings.baseline for method, _ in errors):
         rule = f"--baseline must have a finished run in {out}, got {settings.baseline}, which has none"
         fix = "These runs failed; --resume tries them again:" if failed else "Add it to --methods."
@@ -115,6 +122,19 @@ def summarise(settings: Settings, out: Path, splits: Splits, runtime: Runtime, f
         settings={**titles, **age.shown(settings)},
     )
     return comparison_table(ds, differences)
+
+
+def other_budget(settings: Settings, folder: Path) -> list[str]:
+    """In what a run was trained otherwise than the settings say; what was not trained itself has no file to tell."""
+    config = folder / "config.json"
+    if not config.exists():
+        return []
+    was = json.loads(config.read_text(encoding="utf-8"))
+    names = ["backbone", "loss", "batch_size", "lr", "optimizer", "schedule", "precision", "scheme", "label_sigma"]
+    if METHODS[was["method"]].start is None:
+        names.append("epochs")
+    now = asdict(settings)
+    return [f"--{name.replace('_', '-')} {was[name]}, now {now[name]}" for name in names if was[name] != now[name]]
 
 
 if __name__ == "__main__":

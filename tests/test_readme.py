@@ -17,7 +17,7 @@ def test_the_examples_run_one_after_the_other_and_print_errors_by_region(capsys:
         if "print(" not in example:
             continue
         assert [region for region in ("all", "many", "medium", "few", "unseen") if region not in printed] == []
-    assert "tau" in names and "fds" in names and "scores" in names
+    assert {"tau", "fds", "scores"} <= set(names)
 
 
 def test_every_file_it_names_exists() -> None:

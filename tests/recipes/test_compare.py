@@ -209,6 +209,15 @@ def test_a_run_that_fails_costs_the_others_nothing_and_is_made_up_for(
     assert "Failed:" not in (copied / "report.html").read_text()
 
 
+def test_runs_of_another_budget_are_told(copied: Path, here: Callable[..., Outcome]) -> None:
+    config = copied / "soft/seed1/config.json"
+    config.write_text(config.read_text().replace('"lr": 0.002', '"lr": 0.1'))
+    told = here(*SHORT, *METHODS, "--seeds", 2, "--resume", "--out", copied)
+    assert told.code != 0
+    assert "all runs in --out must have had one budget; these had another:" in told.err
+    assert re.search(r"soft/seed1: --lr 0\.1, now 0\.002\n?$", told.err)
+
+
 def test_a_comparison_without_its_baseline_says_so(copied: Path, here: Callable[..., Outcome]) -> None:
     for seed in (0, 1):
         (copied / f"vanilla/seed{seed}/results.nc").unlink()
