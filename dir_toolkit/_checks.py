@@ -25,6 +25,8 @@ from .errors import (
     UsageError,
 )
 
+MOST_TAU = 1e30  # its product with any log-share fits into float32
+
 _OURS: dict[type[Exception], type[Exception]] = {
     ValueError: ArgumentError,
     TypeError: ArgumentTypeError,
@@ -105,6 +107,13 @@ def real(where: str, **tensors: Tensor) -> None:
             raise problem(where, f"{name} must be integers or floats", got=f"dtype {value.dtype}", error=TypeError)
 
 
+def floats(where: str, **tensors: Tensor) -> None:
+    """Of a floating-point dtype, in which alone there are gradients and shares."""
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            raise problem(where, f"{name} must be floats", got=f"dtype {value.dtype}", error=TypeError)
+
+
 def same_device(where: str, **tensors: Tensor) -> None:
     """All live on the device of the first."""
     names, devices = list(tensors), [t.device for t in tensors.values()]
@@ -173,6 +182,24 @@ def not_negative(where: str, **tensors: Tensor) -> None:
             raise problem(where, f"{name} must not be negative", got=f"a minimum of {value.min().item():g}")
 
 
+def distributions(where: str, **values: Tensor) -> None:
+    """Floats (..., B) >= 0 that sum to one along the last axis, but for rounding. Accelerators are not looked at."""
+    for name, value in values.items():
+        if not readable(value) or value.numel() == 0:
+            continue
+        shares = value.detach().to(wide_dtype(value))
+        total = shares.sum(-1)
+        if not bool(((total - 1).abs() <= (1e-3 if value.itemsize >= 4 else 1e-2)).all()):
+            finite(where, **{name: shares})
+            raise problem(
+                where,
+                f"{name} must sum to one along the last axis",
+                got=f"sums from {total.min().item():g} to {total.max().item():g}",
+                fix="Apply softmax to scores first.",
+            )
+        not_negative(where, **{name: shares})
+
+
 def prior_shares(where: str, name: str, prior: Tensor, *, zeros: bool = False) -> None:
     """Shares > 0, or >= 0 with ``zeros``, that sum to one. Accelerator tensors are not looked at."""
     if not readable(prior):
@@ -217,6 +244,11 @@ def number(
     if float32 and x != 0 and not least <= abs(x) <= most:
         raise problem(where, f"{name} must fit into float32, from {least:.2g} to {most:.2g} in size", got=repr(value))
     return x
+
+
+def checked_tau(where: str, tau: object) -> float:
+    """The strength of an adjustment by a prior."""
+    return number(where, "tau", tau, low=0, high=MOST_TAU)
 
 
 def whole(where: str, name: str, value: object, *, low: int | None = None) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import (
+    checked_tau,
     finite,
     instance,
     is_tensor,
@@ -37,8 +38,9 @@ from .heads.decoding import Decoding, decode, interval, quantiles
 from .heads.linear import LinearHead
 from .labels.bins import Bins
 from .labels.density import LabelDensity
+from .labels.grid import AnyBins
 from .labels.kernels import DEFAULT_KERNEL, Window
-from .labels.soft_labels import LabelKernel, limits, soft_labels
+from .labels.soft_labels import LabelKernel, checked_sigma, limits, soft_labels
 from .labels.weights import LDS
 from .losses._reduce import Reduction
 from .losses.affinity import affinity_loss
@@ -118,7 +120,7 @@ class LongTailModel(nn.Module):
             are.
         label_kernel: as in :func:`dir_toolkit.labels.soft_labels.soft_labels`.
         fds: not attached yet; the model attaches it to what its head takes.
-        weights: fitted; weighs the loss, in eval mode too, where none are given.
+        weights: fitted, over these bins or others of the axis; weighs the loss, in eval mode too, where none are given.
         prior: what to predict under: None, the training prior; ``"uniform"``; or the share of each bin, (B,).
         tau: strength of the adjustment, >= 0.
         adjust: ``"after"`` adjusts predictions; ``"in_loss"`` adds the opposite to the logits that a named loss sees
@@ -207,7 +209,7 @@ class LongTailModel(nn.Module):
         self._by_affinity = isinstance(self.head, AffinityHead)
         self._kind = head if head in ("regression", "gaussian") else "classes" if bins.categorical else "bins"
         self._has_bins = self._kind in ("classes", "bins")
-        self._refuse_options(where, sigma, prior, temperature, decode, residual)
+        self._refuse_options(where, sigma, prior, tau, temperature, decode, residual)
         self.decoding: Decoding = decode or ("median" if self._kind == "bins" else "mode")
         if isinstance(prior_kernel, str):
             one_of(where, "prior_kernel", prior_kernel, ("auto",))
@@ -232,6 +234,7 @@ class LongTailModel(nn.Module):
 
         if weights is not None:
             instance(where, LDS, weights=weights)
+            _check_kind(where, "weights", weights.bins, bins)
         self.weights = weights
         self.__dict__["fds"] = fds  # no submodule
         if fds is not None:
@@ -275,6 +278,9 @@ class LongTailModel(nn.Module):
         """
         where = "LongTailModel.criterion"
         instance(where, LongTailOutput, output=output)
+        if self._has_bins and output.scores.shape[1:] != (len(self.bins),):
+            rule = f"output must be this model's, with scores (N, {len(self.bins)})"
+            raise problem(where, rule, got=f"shape {tuple(output.scores.shape)}", error=ShapeError)
         one_of(where, "reduction", reduction, ("none", "mean", "sum"))
         is_tensor(where, labels=labels)
         if labels.shape != output.scores.shape[:1]:
@@ -326,7 +332,7 @@ class LongTailModel(nn.Module):
 
     def _offset(self, where: str, target: TargetPrior, tau: float, kernel: Window | Literal["auto"] | None) -> Tensor:
         """What is added to the logits to predict under ``target``, (B,)."""
-        tau = number(where, "tau", tau, low=0)
+        checked_tau(where, tau)
         if isinstance(target, str):
             one_of(where, "prior", target, ("uniform",))
         elif target is not None:
@@ -336,8 +342,11 @@ class LongTailModel(nn.Module):
                 raise problem(where, rule, got=f"shape {tuple(target.shape)}", error=ShapeError)
             prior_shares(where, "prior", target, zeros=True)
         offset = torch.zeros(len(self.bins))
+        if isinstance(kernel, str):
+            one_of(where, "kernel", kernel, ("auto",))
+            kernel = self.prior_kernel
         if target is not None:
-            shares = self._training_prior(where, self.prior_kernel if isinstance(kernel, str) else kernel)
+            shares = self._training_prior(where, kernel)
             offset = LogitAdjuster(shares, target=target, tau=tau).offset
         return offset.to(self.loss_offset) + self.loss_offset
 
@@ -424,13 +433,16 @@ class LongTailModel(nn.Module):
         return interval(shares, self.bins, level)
 
     def _check_features(self, features: Any) -> None:
-        got: Any = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        if got[1:] != (self.num_features,):
+        shape = tuple(features.shape) if isinstance(features, Tensor) else ()
+        if shape[1:] != (self.num_features,):
             rule = f"backbone must give features (N, {self.num_features}), one row a sample"
-            fix = "Pool over pixels first: maps of labels are not supported." if len(got[2:]) in (1, 2) else ""
+            fix = "Pool over pixels first: maps of labels are not supported." if len(shape) in (3, 4) else ""
+            got = shape if isinstance(features, Tensor) else type(features).__name__
             raise problem("LongTailModel", rule, got=got, fix=fix, error=ShapeError)
 
     def _read(self, scores: Tensor, features: Tensor, calibrated: Tensor) -> LongTailOutput:
+        if not isinstance(scores, Tensor):
+            raise _wrong_head("LongTailModel", len(self.bins), type(scores).__name__)
         scores = scores.to(wide_dtype(scores))
         if self._kind == "regression":
             prediction = self.offset + self.scale * scores.squeeze(1)  # (N, 1) -> (N,)
@@ -452,9 +464,13 @@ class LongTailModel(nn.Module):
             return LongTailOutput(None, scores, prediction, features, distribution)
         residual = self.residual(calibrated)
         residual = self.reach.to(scores.dtype) * residual.to(scores.dtype).tanh()
-        between = limits(self.bins, scores)[1:-1]
-        row = torch.searchsorted(between, prediction.detach(), right=True)
-        prediction = self.bins._tensor("centers", scores)[row] + residual.gather(1, row[:, None]).squeeze(1)
+        if self.decoding == "mode":
+            row = distribution.argmax(1)
+        else:
+            row = torch.searchsorted(limits(self.bins, scores)[1:-1], prediction.detach(), right=True)
+        inside = self.bins._tensor("centers", scores)[row] + residual.gather(1, row[:, None]).squeeze(1)
+        # The search places NaN in the last bin.
+        prediction = inside.masked_fill(prediction.isnan(), torch.nan)
         return LongTailOutput(None, scores, prediction, features, distribution, residual)
 
     def _logits(self, scores: Tensor) -> Tensor:
@@ -509,20 +525,23 @@ class LongTailModel(nn.Module):
         return CosineHead(size, count) if head == "cosine" else LinearHead(size, count)
 
     def _refuse_options(
-        self, where: str, sigma: Any, prior: Any, temperature: Any, decode: Any, residual: bool
+        self, where: str, sigma: Any, prior: Any, tau: Any, temperature: Any, decode: Any, residual: bool
     ) -> None:
         """Options that the kind of head cannot follow must not be left without effect."""
-        given: dict[str, Any] = {}
+        given: dict[str, tuple[Any, tuple[Any, ...]]] = {}  # each with what it may be
         if self._kind != "bins":
-            given = {"residual": residual, "expectation_weight": self.expectation_weight}
-            given["sigma"] = None if sigma == "auto" else sigma
-            given["decode"] = None if decode == "mode" and self._has_bins else decode
+            given = {
+                "residual": (residual, (False,)),
+                "expectation_weight": (self.expectation_weight, (0,)),
+                "sigma": (sigma, ("auto", None, 0)),
+                "decode": (decode, (None, "mode") if self._has_bins else (None,)),
+            }
         if not self._has_bins:
-            given["prior"] = None if prior is None else "one"
-            given["adjust"] = None if self.adjust == "after" else self.adjust
-            given["temperature"] = None if temperature == 1 else temperature
-        for name, value in given.items():
-            if value:
+            given["prior"] = ("one" if prior is not None else None, (None,))
+            given["adjust"] = (self.adjust, ("after",))
+            given["tau"], given["temperature"] = (tau, (1,)), (temperature, (1,))
+        for name, (value, allowed) in given.items():
+            if value not in allowed:
                 without = "classes, which have no distances" if self._has_bins else f"head={self._kind!r}, without bins"
                 raise problem(where, f"{name} must be left out for {without}", got=repr(value))
 
@@ -540,7 +559,7 @@ class LongTailModel(nn.Module):
                 raise problem(where, rule, got=repr(sigma), fix=fix)
             return None
         sigma = 2 * float(np.median(np.diff(self.bins.edges))) if isinstance(sigma, str) else sigma
-        sigma = number(where, "sigma", sigma, low=0, float32=True)
+        sigma = checked_sigma(where, sigma, self.bins)
         length = float(self.bins.edges[-1] - self.bins.edges[0])
         if sigma > length / 4:
             message = f"sigma={sigma:g} spreads each label over most of an axis {length:g} long. Pass a smaller one."
@@ -616,6 +635,7 @@ class LongTailModel(nn.Module):
 
     def _attach(self, where: str, fds: FDS) -> None:
         instance(where, FDS, fds=fds)
+        _check_kind(where, "fds", fds.bins, self.bins)
         if fds.num_features != self.num_features:
             rule = f"fds must be over the backbone's {self.num_features} features"
             raise problem(where, rule, got=fds.num_features, error=ShapeError)
@@ -660,6 +680,13 @@ def _check_axis(where: str, bins: Any, density: Any) -> None:
     instance(where, LabelDensity, density=density)
     if density.bins != bins:
         raise problem(where, "density must be over the same bins", got=f"{density.bins} for {bins}")
+
+
+def _check_kind(where: str, name: str, own: AnyBins, bins: Bins) -> None:
+    """A part may cut the axis into bins of its own, but must take the same labels."""
+    if not isinstance(own, Bins) or own.categorical != bins.categorical:
+        rule = f"{name} must be over {'classes' if bins.categorical else 'a continuous label axis'}, as the model is"
+        raise problem(where, rule, got=repr(own))
 
 
 def _num_features(where: str, backbone: nn.Module, num_features: Any) -> int:

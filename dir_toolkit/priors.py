@@ -17,6 +17,8 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
 from ._checks import (
+    MOST_TAU,
+    checked_tau,
     finite,
     is_tensor,
     label_problem,
@@ -303,7 +305,7 @@ class LogitAdjuster(nn.Module):
 def _offset(where: str, prior: Prior, target: Any, tau: float) -> Tensor:
     """What is added to the logits: (C,) float64, on the prior's device."""
     shares = _checked_prior(where, "prior", prior)
-    offset = -number(where, "tau", tau, low=0) * shares.log()
+    offset = -checked_tau(where, tau) * shares.log()
     if isinstance(target, str):
         one_of(where, "target", target, ("uniform",))
         return offset
@@ -408,8 +410,9 @@ def candidate_taus(where: str, taus: Any) -> np.ndarray:
     values = labels_array(where, taus, "taus").astype(np.float64)
     not_empty(where, taus=values)
     finite(where, taus=values)
-    if values.ndim != 1 or (np.diff(values) <= 0).any() or values.flat[0] < 0:
-        raise problem(where, "taus must be one row, rising and not negative", got=values.tolist())
+    if values.ndim != 1 or (np.diff(values) <= 0).any() or values.flat[0] < 0 or values.flat[-1] > MOST_TAU:
+        rule = f"taus must be one row, rising and not negative, at most {MOST_TAU:g}"
+        raise problem(where, rule, got=values.tolist())
     values.setflags(write=False)
     return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -92,6 +93,19 @@ def test_a_prior_is_positive_and_sums_to_one() -> None:
     _checks.prior_shares("f", "p", torch.ones(3, device="meta"))
 
 
+def test_distributions_sum_to_one_but_for_rounding() -> None:
+    for values, rule in (
+        ([[0.5, 0.5], [0.5, 0.6]], "must sum to one along the last axis, got sums from 1 to 1.1. Apply softmax"),
+        ([[1.5, -0.5]], "must not be negative, got a minimum of -0.5"),
+        ([[0.5, math.nan]], r"must be finite, got nan at index \[0, 1\]"),
+        ([[0.5, 0.498]], "must sum to one"),
+    ):
+        with pytest.raises(ValueError, match=f"^f: p {rule}"):
+            _checks.distributions("f", p=torch.tensor(values))
+    _checks.distributions("f", p=torch.tensor([[0.5, 0.498]]).bfloat16(), q=torch.ones(3, 0))
+    _checks.distributions("f", p=torch.ones(3, 2, device="meta"))
+
+
 def test_whole_one_of_and_interval_refuse() -> None:
     assert _checks.whole("f", "x", np.int64(3)) == 3
     with pytest.raises(TypeError, match=r"^f: x must be a whole number, got 3\.0"):
@@ -115,6 +129,8 @@ def test_tensors_are_dense_real_and_on_one_device() -> None:
         _checks.is_tensor("f", x=x.to_sparse())
     with pytest.raises(TypeError, match=r"^f: x must be integers or floats, got dtype torch\.complex64"):
         _checks.real("f", x=x.to(torch.complex64))
+    with pytest.raises(TypeError, match=r"^f: x must be floats, got dtype torch\.int64\.$"):
+        _checks.floats("f", x=x.long())
     with pytest.raises(ValueError, match=r"^f: x and y must be on the same device, got cpu and meta\. Use y\.to"):
         _checks.same_device("f", x=x, y=x.to("meta"))
 

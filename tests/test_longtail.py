@@ -25,7 +25,7 @@ from dir_toolkit.heads.linear import LinearHead
 from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.kernels import gaussian, triangular
-from dir_toolkit.labels.soft_labels import soft_labels
+from dir_toolkit.labels.soft_labels import limits, soft_labels
 from dir_toolkit.labels.weights import LDS
 from dir_toolkit.longtail import LongTailModel, LongTailOutput
 from dir_toolkit.losses.affinity import affinity_loss
@@ -486,7 +486,7 @@ def test_features_are_read_without_calibration() -> None:
 
 
 def test_features_of_another_shape_are_refused() -> None:
-    for features, got in ((torch.zeros(2, 5), r"\(2, 5\)"), (torch.zeros(6), r"\(6,\)"), ([1.0], "list")):
+    for features, got in ((torch.zeros(2, 5), r"\(2, 5\)"), (torch.zeros(6), r"\(6,\)"), ([1.0], r"list\.$")):
         with pytest.raises(ShapeError, match=rf"^LongTailModel.*features \(N, 6\), one row a sample, got {got}"):
             ages().read(features)
 
@@ -576,6 +576,18 @@ def test_residual_is_an_offset_in_the_decoded_bin() -> None:
         off = abs(out.residual[i, own].item() - (y[i].item() - bins.centers[own]))
         values.append(-out.scores[i].log_softmax(0)[own].item() + 0.3 * off)
     assert out.loss.item() == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_residual_of_the_mode_is_of_its_bin_wherever_its_center_lies() -> None:
+    bins = Bins(np.array([0.0, 10, 11, 21]), centers=np.array([7.4, 10.0, 20.9]))
+    assert bins.centers[1] < limits(bins, torch.zeros(()))[1]  # so that a search would miss the bin
+    model = seeded(lambda: LongTailModel(net(), 6, bins, sigma=None, residual=True, decode="mode"))
+    model.head.bias.data[1] += 0.5
+    out = model(batch()[0])
+    b = out.distribution.argmax(1)
+    assert (b == 1).any()
+    expected = torch.tensor(bins.centers).float()[b] + out.residual.gather(1, b[:, None]).squeeze(1)
+    assert torch.equal(out.prediction, expected)
 
 
 def test_residual_of_whole_numbers_reaches_every_label_of_its_bin() -> None:
@@ -680,6 +692,14 @@ def test_what_is_not_finite_shows_in_the_loss_and_raises_nowhere() -> None:
         assert out.loss.isnan()
         assert out.prediction[3].isnan()
         assert out.prediction[:3].isfinite().all()
+
+
+def test_an_offset_in_a_bin_does_not_hide_scores_that_are_not_finite() -> None:
+    model = ages(residual=True)
+    model.head.weight.data[0] = math.nan
+    out = model(batch()[0])
+    assert out.residual.isfinite().all()
+    assert out.prediction.isnan().all()
 
 
 # ---- calibrated features ----
@@ -898,7 +918,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"prior": "balanced"}, ValueError, "prior must be one of 'uniform', got 'balanced'"),
     ({"prior": [0.5, 0.5]}, ShapeError, r"prior must be \(20,\), one share a bin, got shape \(2,\)"),
     ({"prior": [1.0] * 20}, ValueError, "prior must sum to one, got a sum of 20"),
-    ({"tau": -1}, ValueError, "tau must be >= 0, got -1"),
+    ({"tau": -1}, ValueError, r"tau must be >= 0 and <= 1e\+30, got -1"),
+    ({"tau": 1e38, "prior": "uniform"}, ValueError, r"tau must be >= 0 and <= 1e\+30, got 1e\+38"),
     ({"temperature": 0}, ValueError, "temperature must be > 0, got 0"),
     ({"adjust": "before"}, ValueError, "adjust must be one of 'after', 'in_loss', got 'before'"),
     ({"adjust": "in_loss"}, ValueError, 'adjust="in_loss" needs a prior, got None'),
@@ -910,7 +931,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"prior_kernel": "none"}, ValueError, "prior_kernel must be one of 'auto', got 'none'"),
     ({"prior_kernel": [1, 1], "prior": "uniform"}, ValueError, "kernel must have odd length"),
-    ({"sigma": -1.0}, ValueError, "sigma must be >= 0, got -1"),
+    ({"sigma": -1.0}, ValueError, "sigma must be >= 0 and <= 2000, got -1"),
+    ({"sigma": 2001.0}, ValueError, "sigma must be >= 0 and <= 2000, got 2001"),
     ({"sigma": "wide"}, ValueError, "sigma must be one of 'auto', got 'wide'"),
     ({"sigma": 1.0, "loss": "crps"}, ValueError, "sigma must be left out with a loss that takes labels as they are"),
     ({"label_kernel": "box"}, ValueError, "label_kernel must be one of 'gaussian', 'laplace', 'triangular'"),
@@ -920,15 +942,18 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"expectation_weight": math.inf}, ValueError, "expectation_weight must be >= 0, got inf"),
     ({"weights": 2}, TypeError, "weights must be an LDS, got int"),
     ({"fds": 2}, TypeError, "fds must be an FDS, got int"),
+    ({"weights": LDS(Bins.grid(AGES, AGES))}, ValueError, "weights must be over a continuous label axis, as the model"),
+    ({"fds": FDS(CLASSES, 6, kernel=[1.0])}, ValueError, "fds must be over a continuous label axis, as the model is"),
     ({"fds": FDS(AGES, 5)}, ShapeError, "fds must be over the backbone's 6 features, got 5"),
 ]
 NUMBERS = "must be left out for head='regression', without bins"
 REFUSED += [({"head": "regression", name: value}, ValueError, f"{name} {NUMBERS}") for name, value in {
     "sigma": 1.0, "residual": True, "expectation_weight": 0.1, "decode": "mode", "prior": "uniform",
-    "adjust": "in_loss", "temperature": 2.0}.items()]  # fmt: skip
+    "adjust": "in_loss", "tau": 0, "temperature": 0}.items()]  # fmt: skip
 OVER_CLASSES = "must be left out for classes, which have no distances"
 REFUSED += [({"bins": CLASSES, "density": CLASS_DENSITY, **options}, error, rule) for options, error, rule in [
     ({"sigma": 2.0}, ValueError, f"sigma {OVER_CLASSES}, got 2.0"),
+    ({"weights": LDS(AGES)}, ValueError, "weights must be over classes, as the model is, got <Bins: 20"),
     ({"decode": "median"}, ValueError, f"decode {OVER_CLASSES}, got 'median'"),
     ({"residual": True}, ValueError, f"residual {OVER_CLASSES}, got True"),
     ({"expectation_weight": 0.1}, ValueError, f"expectation_weight {OVER_CLASSES}, got 0.1"),
@@ -990,6 +1015,10 @@ def test_batches_are_refused() -> None:
         model.criterion(model(x), y, reduction="all")
     with pytest.raises(ShapeError, match=r"head must give one score a bin, \(N, 20\), got shape \(9, 19\)"):
         LongTailModel(net(), 6, AGES, head=nn.Sequential(nn.Linear(6, 19)))(x)
+    with pytest.raises(ShapeError, match=r"head must give one score a bin, \(N, 20\), got tuple"):
+        LongTailModel(net(), 6, AGES, head=nn.LSTM(6, 20))(x)
+    with pytest.raises(ShapeError, match=r"output must be this model's, with scores \(N, 20\), got shape \(9, 2\)"):
+        model.criterion(ages(head="gaussian")(x), y)
 
 
 def test_maps_of_features_are_refused() -> None:
@@ -1020,6 +1049,8 @@ def test_what_needs_a_distribution_says_so() -> None:
             ages().interval(ages()(x), level)
     with pytest.raises(ValueError, match="bins must not be classes"):
         classes().interval(classes()(x))
+    with pytest.raises(ValueError, match=r"^LongTailModel\.set_prior: kernel must be one of 'auto', got 'none'"):
+        ages().set_prior("uniform", kernel="none")
     with pytest.raises(ValueError, match="a prior needs density"):
         LongTailModel(net(), 6, AGES).set_prior("uniform")
     with pytest.raises(ValueError, match=r"^LongTailModel\.set_prior: tau must be >= 0"):

@@ -242,8 +242,9 @@ def test_a_prior_may_be_off_by_rounding() -> None:
         ({"target": [1.2, -0.2, 0]}, ValueError, "target must not be negative, got -0.2 for class 1"),
         ({"target": [1, 1, 1]}, ValueError, "target must sum to one, got a sum of 3"),
         ({"target": None}, TypeError, "target must be integers or floats"),
-        ({"tau": -1}, ValueError, "tau must be >= 0, got -1"),
-        ({"tau": math.inf}, ValueError, "tau must be >= 0, got inf"),
+        ({"tau": -1}, ValueError, r"tau must be >= 0 and <= 1e\+30, got -1"),
+        ({"tau": math.inf}, ValueError, r"tau must be >= 0 and <= 1e\+30, got inf"),
+        ({"tau": 1e38}, ValueError, r"tau must be >= 0 and <= 1e\+30, got 1e\+38"),
         ({"tau": "1"}, TypeError, "tau must be a number"),
     ],
 )
@@ -566,7 +567,12 @@ def test_one_sample_and_absent_classes() -> None:
     [
         ({"by": "accuracy"}, ValueError, "by must be one of 'balanced_error', 'log_loss', 'ece', got 'accuracy'"),
         ({"taus": []}, ValueError, "taus must hold at least one value"),
-        ({"taus": [0, 1, 1]}, ValueError, r"taus must be one row, rising and not negative, got \[0.0, 1.0, 1.0\]"),
+        (
+            {"taus": [0, 1, 1]},
+            ValueError,
+            r"taus must be one row, rising and not negative, at most 1e\+30, got \[0.0, 1.0, 1.0\]",
+        ),
+        ({"taus": [0, 1e38]}, ValueError, "taus must be one row, rising and not negative, at most"),
         ({"taus": [-1, 0]}, ValueError, "taus must be one row, rising and not negative"),
         ({"taus": [[0, 1]]}, ValueError, "taus must be one row"),
         ({"taus": [0, math.nan]}, ValueError, "taus must be finite"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +19,10 @@ from .._checks import (
     readable,
     real,
     same_device,
-    wide_dtype,
 )
 from ..errors import ShapeError
 from ..labels.bins import Bins
-from ..labels.soft_labels import checked_distribution, limits
+from ..labels.soft_labels import limits
 
 __all__ = ["Decoding", "decode", "interval", "quantiles"]
 
@@ -64,7 +64,7 @@ def decode(probabilities: Tensor, bins: Bins, how: Decoding = "expectation") -> 
     return mean / probabilities.sum(-1)
 
 
-def quantiles(probabilities: Tensor, bins: Bins, levels: float | Sequence[float] | Tensor) -> Tensor:
+def quantiles(probabilities: Tensor, bins: Bins, levels: float | Sequence[float] | np.ndarray | Tensor) -> Tensor:
     """The labels below which given shares of a distribution over bins lie.
 
     The mass of a bin is spread evenly between its :func:`~dir_toolkit.labels.soft_labels.limits`, so that the
@@ -124,26 +124,20 @@ def _quantiles(probabilities: Tensor, bins: Bins, levels: Tensor) -> Tensor:
 
 def _checked(where: str, probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:
     """The probabilities in at least float32. ``order_for``: what is asked for that classes cannot give."""
-    is_tensor(where, probabilities=probabilities)
     instance(where, Bins, bins=bins)
     if bins.categorical and order_for:
         rule = f"bins must not be classes, which have no order, for {order_for}"
         raise problem(where, rule, got=repr(bins), fix='Use decode(..., how="mode"), or Bins.uniform if they have one.')
-    if not probabilities.is_floating_point():
-        raise problem(where, "probabilities must be floats", got=f"dtype {probabilities.dtype}", error=TypeError)
-    if probabilities.ndim == 0 or probabilities.shape[-1] != len(bins):
-        rule = f"probabilities must have {len(bins)} values in the last axis, one a bin"
-        raise problem(where, rule, got=f"shape {tuple(probabilities.shape)}", error=ShapeError)
-    wide = probabilities.to(wide_dtype(probabilities))
-    checked_distribution(where, probabilities=probabilities)
-    return wide
+    return bins._shares(where, probabilities)
 
 
-def _levels(where: str, levels: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
+def _levels(where: str, levels: float | Sequence[float] | np.ndarray | Tensor, like: Tensor) -> Tensor:
     """(L,), each in (0, 1), in the dtype and on the device of ``like``."""
     rule = "levels must be one number or a row of them, each in (0, 1)"
     if not isinstance(levels, Tensor):
-        row = list(levels) if isinstance(levels, Sequence) else [levels]
+        if isinstance(levels, np.ndarray):
+            levels = levels.tolist()
+        row = list(levels) if isinstance(levels, Sequence) and not isinstance(levels, str) else [levels]
         checked = [number(where, "levels", q, low=0, high=1, open_low=True, open_high=True) for q in row]
         if not checked:
             raise problem(where, rule, got="none")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import instance, is_tensor, keys, labels_array, problem
 from ..errors import ShapeError
-from .bins import _MOST_BINS, Bins, LabelAxes, Outside
+from .bins import MOST_BINS, Bins, LabelAxes, Outside
 from .kernels import Window, checked_window
 
 __all__ = ["AnyBins", "BinGrid", "Windows"]
@@ -46,10 +46,10 @@ class BinGrid(LabelAxes):
         for i, axis in enumerate(axes):
             instance("BinGrid", Bins, **{f"axes[{i}]": axis})
         self._axes = axes
-        if len(self) > _MOST_BINS:
+        if len(self) > MOST_BINS:
             raise problem(
                 "BinGrid",
-                f"at most {_MOST_BINS:,} joint bins",
+                f"at most {MOST_BINS:,} joint bins",
                 got=f"{' x '.join(map(str, self.shape))} = {len(self):,}",
                 fix="Widen the bins of an axis.",
             )
@@ -146,7 +146,7 @@ class BinGrid(LabelAxes):
         Shape:
             probabilities: (..., B), summing to one along the last axis. Returns (..., K), in label units.
         Raises:
-            ShapeError: the last axis is not B long. ValueError: probabilities do not sum to one within 1e-3.
+            ShapeError: the last axis is not B long. ValueError: as :meth:`Bins.expectation`.
         """
         where = "BinGrid.expectation"
         if not isinstance(probabilities, Tensor):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import finite, instance, is_tensor, not_negative, number, one_of, problem, readable, wide_dtype
+from .._checks import instance, is_tensor, number, one_of, problem, wide_dtype
 from .bins import Bins
 
 __all__ = ["LabelKernel", "limits", "soft_labels"]
@@ -49,9 +49,8 @@ def soft_labels(labels: Tensor, bins: Bins, sigma: float | None, *, kernel: Labe
     is_tensor(where, labels=labels)
     instance(where, Bins, bins=bins)
     one_of(where, "kernel", kernel, ("gaussian", "laplace", "triangular"))
-    if sigma is not None:
-        widest = math.inf if torch.compiler.is_compiling() else _WIDEST * float(bins.edges[-1] - bins.edges[0])
-        sigma = number(where, "sigma", sigma, low=0, high=widest, float32=True)
+    if sigma is not None and not torch.compiler.is_compiling():
+        sigma = checked_sigma(where, sigma, bins)
     if sigma and bins.categorical:
         rule = "sigma must be None or 0 where bins are classes, which have no distances"
         raise problem(where, rule, got=sigma, fix="Smooth classes by label_smoothing of cross_entropy.")
@@ -65,6 +64,11 @@ def soft_labels(labels: Tensor, bins: Bins, sigma: float | None, *, kernel: Labe
     if on_host and not torch.compiler.is_compiling():
         return soft
     return soft.masked_fill((index < 0).unsqueeze(-1), torch.nan)
+
+
+def checked_sigma(where: str, sigma: float, bins: Bins) -> float:
+    """By how much labels may be spread over an axis."""
+    return number(where, "sigma", sigma, low=0, high=_WIDEST * float(bins.edges[-1] - bins.edges[0]), float32=True)
 
 
 def limits(bins: Bins, like: Tensor) -> Tensor:
@@ -89,24 +93,6 @@ def limits(bins: Bins, like: Tensor) -> Tensor:
     off = centers - (edges[:-1] + edges[1:]) / 2
     moved = edges + torch.cat([off[:1], (off[:-1] + off[1:]) / 2, off[-1:]])
     return torch.where((moved[1:] > moved[:-1]).all(), moved, edges)
-
-
-def checked_distribution(where: str, **distributions: Tensor) -> None:
-    """Floats (..., B) >= 0 that sum to one along the last axis, but for rounding. Accelerators are not looked at."""
-    for name, value in distributions.items():
-        if not readable(value) or value.numel() == 0:
-            continue
-        values = value.detach().to(wide_dtype(value))
-        total = values.sum(-1)
-        if not bool(((total - 1).abs() <= (1e-3 if value.itemsize >= 4 else 1e-2)).all()):
-            finite(where, **{name: values})
-            raise problem(
-                where,
-                f"{name} must sum to one along the last axis",
-                got=f"sums from {total.min().item():g} to {total.max().item():g}",
-                fix="Apply softmax to scores first.",
-            )
-        not_negative(where, **{name: values})
 
 
 def _masses(labels: Tensor, knots: Tensor, sigma: float, kernel: LabelKernel) -> Tensor:

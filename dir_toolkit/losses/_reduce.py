@@ -1,4 +1,4 @@
-"""What the losses share: the checks of class indices and of one value a class, and the reduction."""
+"""What the losses share: the checks of samples, class indices and one value a class, and the reduction."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import (
     finite,
+    floats,
     is_tensor,
     label_problem,
     labels_array,
@@ -25,7 +26,18 @@ from .._checks import (
 )
 from ..errors import ShapeError
 
-__all__ = ["Reduction", "checked_prior", "checked_rows", "per_class", "present", "reduce"]
+__all__ = [
+    "Reduction",
+    "checked_prior",
+    "checked_rows",
+    "checked_samples",
+    "field",
+    "one_a_sample",
+    "pairs_of",
+    "per_class",
+    "present",
+    "reduce",
+]
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -65,14 +77,13 @@ def checked_rows(
     one_of(where, "reduction", reduction, ("none", "mean", "sum"))
     weights = {} if weight is None else {"weight": weight}
     is_tensor(where, **{name: rows}, target=target, **weights)
-    if not rows.is_floating_point():
-        raise problem(where, f"{name} must be floats", got=f"dtype {rows.dtype}", error=TypeError)
+    floats(where, **{name: rows})
     if rows.ndim != 2:
         shape = "(N, C), one column a class" if num_classes is None else "(N, D), one row a sample"
         raise problem(where, f"{name} must be {shape}", got=f"shape {tuple(rows.shape)}", error=ShapeError)
     not_empty(where, **{name: rows})
     samples, classes = rows.shape[0], rows.shape[1] if num_classes is None else num_classes
-    _one_a_sample(where, "target", target, samples, {(samples, classes): "Use target.argmax(1) on one-hot rows."})
+    one_a_sample(where, "target", target, samples, {(samples, classes): "Use target.argmax(1) on one-hot rows."})
     if target.dtype != torch.int64:
         raise problem(
             where,
@@ -82,7 +93,7 @@ def checked_rows(
             error=TypeError,
         )
     if weight is not None:
-        _one_a_sample(where, "weight", weight, samples, {(classes,): "Use weight[target] for one weight a class."})
+        one_a_sample(where, "weight", weight, samples, {(classes,): "Use weight[target] for one weight a class."})
         real(where, weight=weight)
     same_device(where, **{name: rows}, target=target, **weights)
     if readable(target):
@@ -90,6 +101,68 @@ def checked_rows(
     finite(where, **weights)
     not_negative(where, **weights)
     return present(rows.to(wide_dtype(rows)), weight)
+
+
+def checked_samples(
+    where: str,
+    features: Tensor,
+    columns: dict[str, Tensor],
+    weight: Tensor | None,
+    reduction: str,
+    *,
+    several: bool = False,
+) -> Tensor:
+    """``features`` (N, D) in at least float32, zero where the weight is, once all arguments of the loss are checked.
+
+    Args:
+        columns: real numbers (N,) by their names, of which only ``pred`` may be other than finite, and
+            ``push_weight`` must not be negative.
+        several: whether they may be (N, K), too.
+    """
+    one_of(where, "reduction", reduction, ("none", "mean", "sum"))
+    if weight is not None:
+        columns = {**columns, "weight": weight}
+    is_tensor(where, features=features, **columns)
+    floats(where, features=features)
+    if features.ndim != 2:
+        fix = "Use features.flatten(1)." if features.ndim > 2 else ""
+        rule = "features must be (N, D), one row a sample"
+        raise problem(where, rule, got=f"shape {tuple(features.shape)}", fix=fix, error=ShapeError)
+    not_empty(where, features=features)
+    real(where, **columns)
+    for name, column in columns.items():
+        if not (several and name != "weight" and column.ndim == 2 and len(column) == len(features)):
+            one_a_sample(where, name, column, len(features), {})
+    same_device(where, features=features, **columns)
+    not_empty(where, **columns)
+    finite(where, **{name: column for name, column in columns.items() if name != "pred"})
+    not_negative(where, **{name: columns[name] for name in ("push_weight", "weight") if name in columns})
+    return present(features.to(wide_dtype(features)), weight)
+
+
+def pairs_of(features: Tensor, weight: Tensor | None) -> Tensor:
+    """Which two of N samples make a pair, (N, N): two different ones, both of a weight above zero."""
+    samples = len(features)
+    pairs = ~torch.eye(samples, dtype=torch.bool, device=features.device)
+    if weight is None:
+        return pairs
+    there = weight > 0
+    return pairs & there & there[:, None]
+
+
+def field(where: str, output: Any, name: str) -> Tensor:
+    """What a model's output holds under ``name``."""
+    value = getattr(output, name, None)
+    if value is None:
+        raise problem(
+            where,
+            f"output must have an attribute {name}",
+            got=type(output).__name__,
+            fix="Let the model return its features, too.",
+            error=TypeError,
+        )
+    is_tensor(where, **{f"output.{name}": value})
+    return value
 
 
 def per_class(where: str, name: str, value: Any, scores: Tensor, *, positive: str = "") -> Tensor:
@@ -135,7 +208,7 @@ def _one_a_class(where: str, name: str, value: Any, scores: Tensor) -> Tensor:
     return values
 
 
-def _one_a_sample(where: str, name: str, value: Tensor, samples: int, fixes: dict[tuple[int, ...], str]) -> None:
+def one_a_sample(where: str, name: str, value: Tensor, samples: int, fixes: dict[tuple[int, ...], str]) -> None:
     shape = tuple(value.shape)
     if shape == (samples,):
         return

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .._checks import (
     finite,
+    floats,
     instance,
     is_tensor,
     labels_array,
@@ -44,7 +45,7 @@ from ..errors import ShapeError
 from ..labels.bins import Bins
 from ..labels.density import LabelDensity
 from ..metrics._ranks import summed
-from ._reduce import Reduction, _one_a_sample, present, reduce
+from ._reduce import Reduction, one_a_sample, present, reduce
 
 __all__ = ["BatchMCLoss", "BinnedIntegrationLoss", "GaussianMixtureLoss"]
 
@@ -95,8 +96,7 @@ class _BalancedMSE(nn.Module):
         one_of(where, "reduction", reduction, ("none", "mean", "sum"))
         weights = {} if weight is None else {"weight": weight}
         is_tensor(where, pred=pred, target=target, **weights)
-        if not pred.is_floating_point():
-            raise problem(where, "pred must be floats", got=f"dtype {pred.dtype}", error=TypeError)
+        floats(where, pred=pred)
         real(where, target=target, **weights)
         same_shape(where, pred=pred, target=target)
         if self._label_shape is None:
@@ -107,7 +107,7 @@ class _BalancedMSE(nn.Module):
         if not fits:
             raise problem(where, f"pred must be {rule}", got=f"shape {tuple(pred.shape)}", error=ShapeError)
         if weight is not None:
-            _one_a_sample(where, "weight", weight, len(pred), {})
+            one_a_sample(where, "weight", weight, len(pred), {})
         same_device(where, pred=pred, target=target, **weights)
         not_empty(where, pred=pred)
         finite(where, target=target, **weights)

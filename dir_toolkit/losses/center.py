@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import is_tensor, number, problem, same_device, whole, wide_dtype
+from .._checks import floats, is_tensor, number, problem, same_device, whole, wide_dtype
 from ..errors import ShapeError
 from ._reduce import Reduction, checked_rows, reduce
 
@@ -110,8 +110,7 @@ def _checked(
     is_tensor(where, centers=centers)
     if centers.ndim != 2:
         raise problem(where, "centers must be (C, D)", got=f"shape {tuple(centers.shape)}", error=ShapeError)
-    if not centers.is_floating_point():
-        raise problem(where, "centers must be floats", got=f"dtype {centers.dtype}", error=TypeError)
+    floats(where, centers=centers)
     wide = checked_rows(where, "features", features, target, weight, reduction, num_classes=len(centers))
     if features.shape[1] != centers.shape[1]:
         rule = f"features must be (N, {centers.shape[1]}), as the centers are"

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from .._checks import instance, number, problem, wide_dtype
 from ..heads._features import full_precision, unit_rows
 from ..labels.weights import LDS
-from ._reduce import Reduction, reduce
-from .rank_n_contrast import checked_samples, field, pairs_of
+from ._reduce import Reduction, checked_samples, field, pairs_of, reduce
 from .regression import weighted_l1
 
 __all__ = ["ConRLoss", "conr_loss"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import instance, is_tensor, number, problem, readable, real, same_device
+from .._checks import checked_tau, instance, is_tensor, number, problem, readable, real, same_device
 from ..errors import ShapeError
 from ._reduce import Reduction, checked_prior, checked_rows, per_class, reduce
 
@@ -68,7 +68,7 @@ def cross_entropy(
     """
     where = "cross_entropy"
     logits = checked_rows(where, "logits", logits, target, weight, reduction)
-    return reduce(_cross_entropy(logits, target, _smoothing(where, label_smoothing)), weight, reduction)
+    return reduce(of_classes(logits, target, _smoothing(where, label_smoothing)), weight, reduction)
 
 
 def logit_adjusted_cross_entropy(
@@ -105,10 +105,10 @@ def logit_adjusted_cross_entropy(
     where = "logit_adjusted_cross_entropy"
     logits = checked_rows(where, "logits", logits, target, weight, reduction)
     prior = checked_prior(where, prior, logits)
-    tau = number(where, "tau", tau, low=0)
+    tau = checked_tau(where, tau)
     smoothing = _smoothing(where, label_smoothing)
     adjusted = logits + (tau * prior.log()).to(logits.dtype)
-    return reduce(_cross_entropy(adjusted, target, smoothing), weight, reduction)
+    return reduce(of_classes(adjusted, target, smoothing), weight, reduction)
 
 
 def pairwise_cross_entropy(
@@ -146,7 +146,7 @@ def pairwise_cross_entropy(
     margins = _checked_margins(where, margins, logits)
     own = target[:, None]
     rows = margins.to(logits.dtype).index_select(0, target).scatter(1, own, 0.0)
-    values = _cross_entropy(logits + rows, target)
+    values = of_classes(logits + rows, target)
     if alpha is not None:
         alpha = per_class(where, "alpha", alpha, logits)
         values = values * alpha.to(values.dtype).index_select(0, target)
@@ -173,7 +173,7 @@ def balanced_cross_entropy(
     logits = checked_rows(where, "logits", logits, target, weight, reduction)
     prior = checked_prior(where, prior, logits)
     alpha = (1 / (logits.shape[1] * prior)).to(logits.dtype)
-    return reduce(_cross_entropy(logits, target) * alpha.index_select(0, target), weight, reduction)
+    return reduce(of_classes(logits, target) * alpha.index_select(0, target), weight, reduction)
 
 
 def ldam_loss(
@@ -220,7 +220,7 @@ def ldam_loss(
     margin = (max_margin * (counts.min() / counts).pow(0.25)).to(logits.dtype)
     own = target[:, None]
     led = logits.scatter_add(1, own, -margin.index_select(0, target)[:, None])
-    return reduce(_cross_entropy(scale * led, target), weight, reduction)
+    return reduce(of_classes(scale * led, target), weight, reduction)
 
 
 def equalization_loss(
@@ -268,10 +268,11 @@ def equalization_loss(
     dropped = dropped.scatter(1, target[:, None], False)
     # Added, not filled in, so that a logit that is not finite shows.
     offset = torch.zeros_like(logits).masked_fill(dropped, -torch.inf)
-    return reduce(_cross_entropy(logits + offset, target), weight, reduction)
+    return reduce(of_classes(logits + offset, target), weight, reduction)
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def of_classes(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy of each sample, (N,), of what has been checked."""
     log_p = logits.log_softmax(1)
     values = -log_p.gather(1, target[:, None]).squeeze(1)
     if label_smoothing:

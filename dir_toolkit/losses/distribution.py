@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    checked_tau,
+    distributions,
     finite,
+    floats,
     instance,
     is_tensor,
     not_empty,
     not_negative,
-    number,
     one_of,
     problem,
     readable,
@@ -23,9 +25,9 @@ from .._checks import (
 )
 from ..errors import ShapeError
 from ..labels.bins import Bins
-from ..labels.soft_labels import checked_distribution, limits
+from ..labels.soft_labels import limits
 from ._reduce import Reduction, checked_prior, checked_rows, present, reduce
-from .cross_entropy import _cross_entropy
+from .cross_entropy import of_classes
 
 __all__ = ["crps", "soft_cross_entropy", "squared_emd"]
 
@@ -74,11 +76,11 @@ def soft_cross_entropy(
     """
     where = "soft_cross_entropy"
     rows, target, weight = _checked(where, logits, weight, reduction, target=target)
-    tau = number(where, "tau", tau, low=0)
+    tau = checked_tau(where, tau)
     if prior is not None:
         rows = rows + (tau * checked_prior(where, prior, rows).log()).to(rows.dtype)
     if target.ndim == 1:
-        values = _cross_entropy(rows, target)
+        values = of_classes(rows, target)
     else:
         # Zero times the log-probability of an impossible bin would be NaN.
         values = -(target * rows.log_softmax(1).masked_fill(target == 0, 0.0)).sum(1)
@@ -203,8 +205,7 @@ def _checked(
     one_of(where, "reduction", reduction, ("none", "mean", "sum"))
     weights = {} if weight is None else {"weight": weight}
     is_tensor(where, logits=logits, **beside, **weights)
-    if not logits.is_floating_point():
-        raise problem(where, "logits must be floats", got=f"dtype {logits.dtype}", error=TypeError)
+    floats(where, logits=logits)
     if logits.ndim == 0 or (bins is not None and logits.shape[-1] != len(bins)):
         rule = f"logits must have {'one value a bin' if bins is None else f'{len(bins)} values'} in the last axis"
         raise problem(where, rule, got=f"shape {tuple(logits.shape)}", error=ShapeError)
@@ -225,7 +226,7 @@ def _checked(
         rows = logits.reshape(-1, logits.shape[-1])
         return checked_rows(where, "logits", rows, other.reshape(-1), weight, reduction), other.reshape(-1), weight
     if name == "target":
-        checked_distribution(where, target=other)
+        distributions(where, target=other)
     dtype = wide_dtype(logits, other)
     rows = logits.to(dtype).reshape(-1, logits.shape[-1])
     other = other.to(dtype).reshape(-1, *other.shape[logits.ndim - 1 :])

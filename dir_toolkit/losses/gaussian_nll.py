@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._checks import (
     finite,
+    floats,
     is_tensor,
     not_empty,
     not_negative,
@@ -122,8 +123,7 @@ def gaussian_interval(pred: Tensor, level: float = 0.9, *, min_variance: float =
 
 
 def _two_numbers(where: str, pred: Tensor, label_shape: tuple[int, ...] | None) -> None:
-    if not pred.is_floating_point():
-        raise problem(where, "pred must be floats", got=f"dtype {pred.dtype}", error=TypeError)
+    floats(where, pred=pred)
     shape = tuple(pred.shape)
     if shape[-1:] != (2,) or label_shape not in (None, shape[:-1]):
         shown = "(..., 2)" if label_shape is None else str((*label_shape, 2))

@@ -7,20 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import (
-    finite,
-    is_tensor,
-    not_empty,
-    not_negative,
-    number,
-    one_of,
-    problem,
-    real,
-    same_device,
-    wide_dtype,
-)
+from .._checks import number, problem, wide_dtype
 from ..errors import ShapeError
-from ._reduce import Reduction, _one_a_sample, present, reduce
+from ._reduce import Reduction, checked_samples, field, pairs_of, reduce
 
 __all__ = ["RankNContrast", "rank_n_contrast"]
 
@@ -115,66 +104,3 @@ class RankNContrast(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
-
-
-def checked_samples(
-    where: str,
-    features: Tensor,
-    columns: dict[str, Tensor],
-    weight: Tensor | None,
-    reduction: str,
-    *,
-    several: bool = False,
-) -> Tensor:
-    """``features`` (N, D) in at least float32, zero where the weight is, once all arguments of the loss are checked.
-
-    Args:
-        columns: real numbers (N,) by their names, of which only ``pred`` may be other than finite, and
-            ``push_weight`` must not be negative.
-        several: whether they may be (N, K), too.
-    """
-    one_of(where, "reduction", reduction, ("none", "mean", "sum"))
-    if weight is not None:
-        columns = {**columns, "weight": weight}
-    is_tensor(where, features=features, **columns)
-    if not features.is_floating_point():
-        raise problem(where, "features must be floats", got=f"dtype {features.dtype}", error=TypeError)
-    if features.ndim != 2:
-        fix = "Use features.flatten(1)." if features.ndim > 2 else ""
-        rule = "features must be (N, D), one row a sample"
-        raise problem(where, rule, got=f"shape {tuple(features.shape)}", fix=fix, error=ShapeError)
-    not_empty(where, features=features)
-    real(where, **columns)
-    for name, column in columns.items():
-        if not (several and name != "weight" and column.ndim == 2 and len(column) == len(features)):
-            _one_a_sample(where, name, column, len(features), {})
-    same_device(where, features=features, **columns)
-    not_empty(where, **columns)
-    finite(where, **{name: column for name, column in columns.items() if name != "pred"})
-    not_negative(where, **{name: columns[name] for name in ("push_weight", "weight") if name in columns})
-    return present(features.to(wide_dtype(features)), weight)
-
-
-def pairs_of(features: Tensor, weight: Tensor | None) -> Tensor:
-    """Which two of N samples make a pair, (N, N): two different ones, both of a weight above zero."""
-    samples = len(features)
-    pairs = ~torch.eye(samples, dtype=torch.bool, device=features.device)
-    if weight is None:
-        return pairs
-    there = weight > 0
-    return pairs & there & there[:, None]
-
-
-def field(where: str, output: Any, name: str) -> Tensor:
-    """What a model's output holds under ``name``."""
-    value = getattr(output, name, None)
-    if value is None:
-        raise problem(
-            where,
-            f"output must have an attribute {name}",
-            got=type(output).__name__,
-            fix="Let the model return its features, too.",
-            error=TypeError,
-        )
-    is_tensor(where, **{f"output.{name}": value})
-    return value

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .._checks import (
     finite,
+    floats,
     is_tensor,
     not_empty,
     not_negative,
     number,
     one_of,
-    problem,
     real,
     same_device,
     same_shape,
@@ -139,8 +139,7 @@ def _error(where: str, pred: Tensor, target: Tensor, weight: Tensor | None, redu
     one_of(where, "reduction", reduction, ("none", "mean", "sum"))
     weights = {} if weight is None else {"weight": weight}
     is_tensor(where, pred=pred, target=target, **weights)
-    if not pred.is_floating_point():
-        raise problem(where, "pred must be floats", got=f"dtype {pred.dtype}", error=TypeError)
+    floats(where, pred=pred)
     real(where, target=target, **weights)
     same_shape(where, pred=pred, target=target, **weights)
     same_device(where, pred=pred, target=target, **weights)

@@ -313,9 +313,16 @@ class _State:
 
     def open(self, resume: bool) -> None:
         """Start afresh, or from the rows in the file."""
-        if self._path is None or not self._path.exists():
-            return
         where = "successive_halving"
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)  # before anything is trained
+        except (FileExistsError, NotADirectoryError):
+            got = f"{self._path.parent}, where a file is in its way"
+            raise problem(where, "folder must be a folder", got=got) from None
+        if not self._path.exists():
+            return
         if not resume:
             raise problem(
                 where,

@@ -62,7 +62,8 @@ def test_values_by_hand() -> None:
 def test_quantiles_equal_a_naive_loop(bins: Bins) -> None:
     p = distributions(bins, 30)
     expected = torch.tensor([[naive(row, bins, q) for q in LEVELS] for row in p.tolist()], dtype=torch.float64)
-    assert_close(quantiles(p, bins, LEVELS), expected, rtol=1e-12, atol=1e-12)
+    for levels in (LEVELS, np.array(LEVELS)):
+        assert_close(quantiles(p, bins, levels), expected, rtol=1e-12, atol=1e-12)
     assert_close(quantiles(p, bins, torch.tensor(LEVELS, dtype=torch.float64)), expected, rtol=1e-12, atol=1e-12)
     assert_close(decode(p, bins, "median"), expected[:, 3], rtol=1e-12, atol=1e-12)
     assert torch.equal(decode(p, bins, "median"), quantiles(p, bins, 0.5)[:, 0])
@@ -195,6 +196,8 @@ def test_settings_are_checked() -> None:
             quantiles(p, UNEVEN, torch.tensor([0.5, value]))
     with pytest.raises(TypeError, match=r"^interval: level must be a number, got '0.9'"):
         interval(p, UNEVEN, "0.9")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^quantiles: levels must be a number, got '0\.5'"):
+        quantiles(p, UNEVEN, "0.5")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^quantiles: levels must be a number, got None"):
         quantiles(p, UNEVEN, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^quantiles: levels must be one number or a row of them, .*, got none"):

@@ -336,14 +336,19 @@ def test_expectation_equals_a_naive_loop_and_gradients_flow() -> None:
 @pytest.mark.parametrize(
     ("probabilities", "kind", "message"),
     [
-        (np.ones((3, 2)) / 2, ShapeError, r"probabilities must have 3 values in the last axis, got \(3, 2\)"),
-        (np.float64(1), ShapeError, r"probabilities must have 3 values in the last axis, got \(\)"),
+        (
+            np.ones((3, 2)) / 2,
+            ShapeError,
+            r"probabilities must have 3 values in the last axis, one a bin, got shape \(3, 2\)",
+        ),
+        (np.float64(1), ShapeError, r"probabilities must have 3 values in the last axis, one a bin, got shape \(\)"),
         (
             np.array([0.5, 0.5, 0.5]),
             ValueError,
             r"probabilities must sum to one along the last axis, got sums from 1\.5 to 1\.5",
         ),
-        (np.array([np.nan, 0, 1]), ValueError, "probabilities must sum to one along the last axis, got sums from nan"),
+        (np.array([np.nan, 0, 1]), ValueError, r"probabilities must be finite, got nan at index \[0\]"),
+        (np.array([1.5, -0.5, 0]), ValueError, "probabilities must not be negative, got a minimum of -0.5"),
         (np.array([1, 0, 0]), TypeError, "probabilities must be floats, got dtype torch.int64"),
         (None, TypeError, "probabilities must be integers or floats"),
         ("abc", TypeError, "probabilities must be integers or floats"),

@@ -74,7 +74,7 @@ def test_labels_outside_follow_the_option_on_each_axis() -> None:
     assert grid.index(labels, "clip").tolist() == [1, 7, 7, 18]
     assert grid.index(labels, "drop").tolist() == [-1, -1, 7, -1]
     message = r"^BinGrid\.index: labels\[\.\.\., 1\] must lie on the label axis \[0, 2\], got 9\.0 at index \[1\] \(1 "
-    with pytest.raises(LabelError, match=message + 'such labels.*or pass outside="clip"'):
+    with pytest.raises(LabelError, match=message + "such labels.*what takes outside= also clips"):
         grid.index([[0.0, 0.0], labels[1]])
     with pytest.raises(ValueError, match="outside must be one of"):
         grid.index(labels, "ignore")  # type: ignore[call-overload]

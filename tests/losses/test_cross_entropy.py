@@ -279,6 +279,8 @@ def test_settings_are_checked() -> None:
         for name in ("threshold", "drop"):
             with pytest.raises(kind, match=f"^equalization_loss: {name} must be"):
                 equalization_loss(logits, target, PRIOR, **{"threshold": 0.1, name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^logit_adjusted_cross_entropy: tau must be >= 0 and <= 1e\+30"):
+        logit_adjusted_cross_entropy(logits, target, PRIOR, 1e38)
     for value, kind in ((-0.1, ValueError), (torch.inf, ValueError), (None, TypeError)):
         with pytest.raises(kind, match=r"^logit_adjusted_cross_entropy: tau must be"):
             logit_adjusted_cross_entropy(logits, target, PRIOR, value)  # type: ignore[arg-type]

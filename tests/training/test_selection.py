@@ -250,6 +250,13 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
     assert isinstance(caught.value, DirToolkitError)
 
 
+def test_a_folder_that_cannot_be_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "under"):
+        with pytest.raises(ValueError, match=r"^successive_halving: folder must be a folder, got .*file is in its way"):
+            search(folder=folder, function=lambda *run: pytest.fail("it was trained"))
+
+
 def test_a_search_is_never_overwritten_and_never_mixed(tmp_path: Path) -> None:
     search(folder=tmp_path)
     with pytest.raises(RunExistsError, match="a search is never overwritten"):
