@@ -17,11 +17,13 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from age_methods import METHODS, Method, MethodName, named, network, objective
-from command_line import run, typed_command
+from age_methods import METHODS, Method, MethodName, named, network, objective, overview, unknown
+from age_tuning import TUNABLE, chosen, knobs, moved, search_figure
+from command_line import run, typed_command, unfit_folder
 
 if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
     import numpy as np
@@ -30,26 +32,18 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
     from torch import nn
 
     import dir_toolkit as dt
-    from dir_toolkit.data.images import ImageSet, Splits
+    from dir_toolkit.data.images import Splits
     from dir_toolkit.training.loop import Optimization
     from dir_toolkit.training.runtime import Runtime
+    from dir_toolkit.training.selection import Selection
 
 LEVEL = 0.9  # of the intervals
-# What --tune tries, by name: settings that go together.
-TUNABLE: dict[str, tuple[dict[str, Any], ...]] = {
-    "kernel": tuple(
-        {"kernel_size": n, "kernel_sigma": sigma} for n, sigma in ((3, 1.0), (5, 2.0), (9, 4.0), (15, 6.0))
-    ),
-    "sigma": tuple({"label_sigma": sigma} for sigma in (1.0, 2.0, 3.0, 5.0)),
-    "scheme": tuple({"scheme": scheme} for scheme in ("inverse", "sqrt_inverse", "effective_number", "dense")),
-    "momentum": tuple({"fds_momentum": momentum} for momentum in (0.0, 0.5, 0.9)),
-    "lr": tuple({"lr": lr} for lr in (1e-3, 2e-3, 4e-3)),
-}
 NOTES = (
-    "Regions by training faces an age: many more than 100, medium 20 to 100, few 1 to 19. bMAE is the mean over "
-    "ages of each age's MAE. The constant predictor answers the training median whatever it sees.",
-    "The epoch of each run was chosen by validation bMAE, but that what goes on from a trained network takes its last; "
-    "the test set was used once, at its end.",
+    "Ages fall into regions by their training faces: many (more than 100 an age), medium (20 to 100), few (1 to 19). "
+    "MAE is the mean over faces, bMAE the mean over ages of each age's MAE: the two are the same where all ages have "
+    "equally many test faces. The constant predictor answers the training median whatever it sees.",
+    "Each run is judged at the epoch of its least validation bMAE. A method that goes on from another's network takes "
+    "it as it was after its last epoch. The test set was used once, at the end.",
 )
 PLACES = ("root", "listing", "out")  # settings that say where things lie on this machine; no result shows them
 
@@ -68,8 +62,8 @@ class Settings:
     """What an image that cannot be read does: stop, or be skipped and counted."""
     size: int | None = None
     """Side of the images in pixels; by default 32 for portraits and 64 for photographs."""
-    methods: tuple[MethodName | Literal["default", "all", "fds-study"], ...] = ("vanilla", "lds", "default")
-    """What to train, see age_methods.py; default is what did best of all."""
+    methods: tuple[str, ...] = ("vanilla", "lds", "default")
+    """What to train, of the names above."""
     seeds: int = 1
     """How many seeds a method is trained with: 0, 1, ..."""
     backbone: str = "small_resnet"
@@ -155,8 +149,9 @@ def main(settings: Settings) -> None:
     check("recipes/age.py", settings, out)
     with start_runtime(settings.device, settings.precision) as runtime:
         splits = load(settings, runtime)
-        if settings.tune:
-            settings = replace(settings, **tune(settings, runtime, splits, out))
+        search = tune(settings, runtime, splits, out) if settings.tune else None
+        if search is not None:
+            settings = replace(settings, **search.best)
         runs: dict[tuple[str, int], Run] = {}
         for method in named(settings.methods):
             for seed in range(settings.seeds):
@@ -164,8 +159,8 @@ def main(settings: Settings) -> None:
                     print(f"\n{method}, seed {seed}", flush=True)
                 runs[method, seed] = train(settings, method, replace(runtime, seed=seed), splits, out)
         if runtime.is_main:
-            ds = summarise(settings, out, splits, runs, runtime)
-            print(f"\n{text_table(ds)}\nReport: {out / 'report.html'}")
+            ds = summarise(settings, out, splits, runs, runtime, search)
+            print(f"\n{text_table(ds, columns=columns(ds))}\n{ending(out)}")
 
 
 def check(recipe: str, settings: Settings, out: Path, others: Sequence[str] = ()) -> None:
@@ -173,7 +168,9 @@ def check(recipe: str, settings: Settings, out: Path, others: Sequence[str] = ()
     import dir_toolkit as dt
     from dir_toolkit.errors import RunExistsError, SettingsError
 
-    faults = list(others)
+    strange = unknown("--methods", settings.methods)
+    faults = [*others, *unfit_folder("--out", out), *strange]
+    methods = [name for name in named(settings.methods) if name in METHODS]
     if settings.data != "portraits" and settings.root is None:
         faults.append(f"--root must name the folder of the images of {settings.data}. See data_cards/.")
     if settings.data == "portraits" and settings.root is not None:
@@ -182,17 +179,18 @@ def check(recipe: str, settings: Settings, out: Path, others: Sequence[str] = ()
         faults.append("--listing needs --data agedb or imdb-wiki.")
     if not settings.methods:
         faults.append("--methods must name a method, got none.")
-    unknown = [knob for knob in knobs(settings) if knob not in (*TUNABLE, "tau")]
-    if unknown or len(set(knobs(settings))) < len(knobs(settings)):
-        known = ", ".join((*TUNABLE, "tau"))
-        faults.append(f"--tune must name some of {known}, each once, separated by commas, got {settings.tune}.")
+    known = (*TUNABLE, "tau")
+    if not set(knobs(settings.tune)) <= set(known) or len(set(knobs(settings.tune))) < len(knobs(settings.tune)):
+        faults.append(
+            f"--tune must name some of {', '.join(known)}, each once, separated by commas, got {settings.tune}."
+        )
     if settings.tune and len(named(settings.methods)) != 1:
         faults.append("--tune needs one method in --methods, for each has settings of its own.")
-    idle = [knob for knob in knobs(settings) if knob in TUNABLE and not moved(knob, settings.methods)]
-    if idle:
+    idle = [knob for knob in knobs(settings.tune) if knob in TUNABLE and not moved(knob, methods)]
+    if idle and methods and not strange:
         faults.append(f"--tune {','.join(idle)} would change nothing in {' '.join(settings.methods)}.")
-    adjusted = any(METHODS[method].tau for method in named(settings.methods))
-    if "tau" in knobs(settings) and (settings.tau is not None or not adjusted):
+    adjusted = bool(strange) or any(METHODS[method].tau for method in methods)
+    if "tau" in knobs(settings.tune) and (settings.tau is not None or not adjusted):
         faults.append("--tune tau needs a method that is adjusted after training, such as soft+tau, and no --tau.")
     if settings.tau is not None and not adjusted:
         faults.append("--tau needs a method that is adjusted after training, such as soft+tau.")
@@ -283,12 +281,14 @@ def window(settings: Settings) -> np.ndarray:
     return dt.gaussian(settings.kernel_size, settings.kernel_sigma)
 
 
-def smoother(settings: Settings, num_features: int, **changes: Any) -> dt.FDS:
+def smoother(
+    settings: Settings, num_features: int, *, kernel: tuple[int, float] | None = None, **changes: Any
+) -> dt.FDS:
     """FDS as the settings say, with the changes that a method makes to them."""
     import dir_toolkit as dt
 
     usual = {
-        "kernel": window(settings),
+        "kernel": window(settings) if kernel is None else dt.gaussian(*kernel),
         "momentum": settings.fds_momentum,
         "shrinkage": settings.fds_shrinkage,
         "count_weighted": settings.fds_count_weighted,
@@ -308,14 +308,6 @@ def fresh(
 ) -> tuple[dt.LongTailModel, dt.FDS | None]:
     """A network of a method, not trained yet, and the FDS in it."""
 
-    def smooth(num_features: int) -> dt.FDS:
-        changes = dict(method.fds or {})
-        if "kernel" in changes:
-            changes["kernel"] = dt.gaussian(*changes["kernel"])
-        return smoother(settings, num_features, **changes)
-
-    import dir_toolkit as dt
-
     with runtime.seeded("network"):
         return network(
             method,
@@ -324,7 +316,7 @@ def fresh(
             density,
             regression_loss=f"weighted_{settings.loss.replace('-', '_')}",
             sigma=settings.label_sigma,
-            smoother=None if method.fds is None else smooth,
+            smoother=None if method.fds is None else partial(smoother, settings, **method.fds),
         )
 
 
@@ -342,6 +334,8 @@ def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Spli
     if method.start is None:
         model, fds = fresh(settings, method, runtime, density)
     else:
+        if runtime.is_main:
+            print(f"{name} goes on from {method.start}:", flush=True)
         first = trained(settings, method.start, runtime, splits, out)
         # As it was at the end: which epoch errs least before the prior is adjusted says little of what it does after.
         last = out / method.start / f"seed{runtime.seed}" / "checkpoint-last.pt"
@@ -402,6 +396,8 @@ def train(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits
     found: dict[str, Any] = {}
     if METHODS[name].tau:
         tau = best_tau(settings, model, splits, runtime).tau
+        if runtime.is_main:
+            print(f"tau {tau:g}" + ", chosen on validation" * (settings.tau is None), flush=True)
         model.set_prior("uniform", tau)
         found["tau"] = ((), tau, {"units": "1"})
     output = predict(model, splits.test, runtime=runtime)
@@ -427,58 +423,27 @@ def by_sample(model: dt.LongTailModel, output: dt.LongTailOutput, labels: np.nda
     return columns
 
 
-def median(faces: ImageSet) -> float:
-    import numpy as np
-
-    return float(np.median(faces.labels))
-
-
-def knobs(settings: Settings) -> list[str]:
-    """What is to be chosen."""
-    return [knob.strip() for knob in settings.tune.split(",") if knob.strip()]
-
-
-def moved(knob: str, methods: Sequence[str]) -> bool:
-    """Whether what a knob sets decides how one of the methods, or of those they start from, is trained."""
-    names: list[Any] = list(named(methods))
-    for name in names:  # which grows meanwhile
-        names += [METHODS[name].start] if METHODS[name].start else []
-
-    def smooths(method: Method, unless: str) -> bool:
-        return method.fds is not None and unless not in method.fds
-
-    used: dict[str, Callable[[Method], bool]] = {
-        "kernel": lambda method: method.weights == "smoothed" or smooths(method, "kernel"),
-        "sigma": lambda method: (
-            method.head not in ("regression", "gaussian") and method.loss != "crps" and not method.hard
-        ),
-        "scheme": lambda method: method.weights is not None and method.scheme is None,
-        "momentum": lambda method: smooths(method, "momentum"),
-        "lr": lambda method: True,
-    }
-    return any(used[knob](METHODS[name]) for name in names)
-
-
-def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> dict[str, Any]:
+def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> Selection | None:
     """The settings of one method that do best on validation faces, by successive halving; curves go to ``out/tune``.
 
-    Tau needs no training, so that every candidate is judged at the tau that suits it best, or that is given.
+    None where tau alone is to be chosen, which :func:`train` does anyway. Tau needs no training, so that every
+    candidate is judged at the tau that suits it best, or that is given.
     """
     from dir_toolkit.errors import SettingsError
     from dir_toolkit.results.drawing import save_figure
-    from dir_toolkit.results.selection_figures import tuning_figure
     from dir_toolkit.training.selection import successive_halving
 
     if runtime.world > 1:
         raise SettingsError("recipes/age.py: --tune must run in one process; drop torchrun, and use it afterwards.")
     (name,) = named(settings.methods)
-    tried = [TUNABLE[knob] for knob in knobs(settings) if knob != "tau"]
+    tried = [TUNABLE[knob] for knob in knobs(settings.tune) if knob != "tau"]
     candidates = [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*tried)]
-    if candidates == [{}]:  # tau alone, which train() chooses
-        return {}
+    if candidates == [{}]:
+        return None
 
     def score(candidate: dict[str, Any], epochs: int, seed: int) -> float:
         words = "-".join(f"{setting}={value}" for setting, value in candidate.items())
+        print(f"  {words}, {epochs} epochs:", flush=True)
         trial = replace(settings, **candidate, epochs=epochs)
         place = out / "tune" / words / f"{epochs}-epochs"
         end = trained(trial, name, replace(runtime, seed=seed), splits, place)
@@ -499,11 +464,9 @@ def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> dic
             **{k: str(v) for k, v in shown(settings).items() if k not in ("seeds", "methods")},
         },
     )
-    save_figure(
-        tuning_figure(found, score_name="validation bMAE (years)", budget_name="epochs"), out / "tune/tuning.png"
-    )
-    print(f"chosen on validation: {found.best}; curves: {out / 'tune/tuning.png'}", flush=True)
-    return found.best
+    save_figure(search_figure(found), out / "tune/tuning.png")
+    print(f"{chosen(found)} Curves: {out / 'tune/tuning.png'}", flush=True)
+    return found
 
 
 def best_tau(settings: Settings, model: dt.LongTailModel, splits: Splits, runtime: Runtime) -> dt.TauChoice:
@@ -519,12 +482,13 @@ def best_tau(settings: Settings, model: dt.LongTailModel, splits: Splits, runtim
 
 def constant_predictor(splits: Splits, bins: dt.Bins) -> xr.Dataset:
     """What one reaches without looking at a face: the median age of the training set for everyone."""
+    import numpy as np
     import torch
 
     import dir_toolkit as dt
 
     target = torch.from_numpy(splits.test.labels)
-    pred = torch.full_like(target, median(splits.train))
+    pred = torch.full_like(target, float(np.median(splits.train.labels)))
     density = dt.LabelDensity.count(splits.train.labels, bins)
     samples = {"target": ("sample", splits.test.labels), "prediction": ("sample", pred.numpy())}
     return dt.regression_metrics(pred, target, bins, density).assign(samples)
@@ -548,7 +512,12 @@ def as_result(
 
 
 def summarise(
-    settings: Settings, out: Path, splits: Splits, runs: dict[tuple[str, int], Run], runtime: Runtime
+    settings: Settings,
+    out: Path,
+    splits: Splits,
+    runs: dict[tuple[str, int], Run],
+    runtime: Runtime,
+    search: Selection | None,
 ) -> xr.Dataset:
     """All runs as one result, with its table, figures and report."""
     import dir_toolkit as dt
@@ -560,26 +529,59 @@ def summarise(
     errors = {key: run.errors for key, run in runs.items()}
     constant = {("constant", 0): constant_predictor(splits, bins)}
     ds = as_result(settings, "methods", {**errors, **constant}, runtime, splits)
-    density = dt.LabelDensity.count(splits.train.labels, bins)
-    kernel = window(settings)
-    weights = dt.LDS(bins, kernel=kernel, scheme=settings.scheme).fit(density).sample_weight(bins.centers)
     histories = {key: run.history for key, run in runs.items()}
+    density = dt.LabelDensity.count(splits.train.labels, bins)
     colors = method_colors(ds["method"].values.tolist())
     pictures = {
-        "Label density and LDS weights": draw.density_figure(
-            density, weights, effective=density.smooth(kernel), label_name="age", label_units="years"
-        ),
-        "Error by age": draw.error_figure(ds, window=5, colors=colors),
         "Error by region": draw.region_figure(ds, colors=colors),
+        "Error by age": draw.error_figure(ds, window=5, colors=colors),
+        **density_picture(settings, density),
         "Training": draw.history_figure(histories, label_units="years", colors=colors),
     }
+    notes = list(NOTES)
+    if search is not None:
+        pictures["Settings tried on validation"] = search_figure(search)
+        notes.append(chosen(search))
     for (method, seed), one in runs.items():
         if seed == 0 and one.fds is not None:
             pictures[f"Feature statistics of {method}"] = statistics_picture(one.fds, bins, density)
-    regions = ("all", "many", "medium", "few")
-    columns = [(metric, region) for metric in ("mae", "bmae") for region in regions]
-    write_summary(out, ds, pictures, notes=NOTES, settings=shown(settings), columns=columns)
+    write_summary(out, ds, pictures, notes=notes, titles=titles(ds), settings=shown(settings), columns=columns(ds))
     return ds
+
+
+def titles(ds: xr.Dataset) -> dict[str, str]:
+    """What the methods of a result are, in a few words."""
+    return {name: method.title for name, method in METHODS.items() if name in ds["method"].values}
+
+
+def columns(ds: xr.Dataset) -> list[tuple[str, str | None]]:
+    """Of the table: errors by region, and the tau of methods that are adjusted after training."""
+    regions = ("all", "many", "medium", "few")
+    errors: list[tuple[str, str | None]] = [(metric, region) for metric in ("mae", "bmae") for region in regions]
+    return [*errors, ("tau", None)] if "tau" in ds else errors
+
+
+def ending(out: Path) -> str:
+    """What to look at."""
+    return (
+        "Compare few with many: ages with few training faces are where plain regression fails.\n"
+        f"Figures, settings and what the methods are: {out / 'report.html'}\n"
+        f"All numbers: {out / 'results.nc'}. Curves: tensorboard --logdir {out}"
+    )
+
+
+def density_picture(settings: Settings, density: dt.LabelDensity) -> dict[str, Figure]:
+    """Training labels along the axis and, where a method has them, what weights LDS makes of them."""
+    import dir_toolkit as dt
+    from dir_toolkit.results.figures import density_figure
+
+    draw = partial(density_figure, density, label_name="age", label_units="years")
+    if not moved("scheme", settings.methods):
+        return {"Label density": draw()}
+    kernel = window(settings)
+    weights = dt.LDS(density.bins, kernel=kernel, scheme=settings.scheme).fit(density)
+    each = weights.sample_weight(density.bins.centers)
+    return {"Label density and LDS weights": draw(each, effective=density.smooth(kernel))}
 
 
 def statistics_picture(fds: dt.FDS, bins: dt.Bins, density: dt.LabelDensity) -> Figure:
@@ -610,4 +612,4 @@ def command() -> str:
 
 
 if __name__ == "__main__":
-    run(main, Settings)
+    run(main, Settings, description=f"{Settings.__doc__}\n\n{overview()}")

@@ -5,6 +5,7 @@ A method is one line of ``METHODS``. ``network`` and ``objective`` turn it into 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -153,11 +154,43 @@ ALL: tuple[MethodName, ...] = tuple(
 )
 """What ``--methods all`` means: all but the variants of the study."""
 
+GROUPS: dict[str, tuple[MethodName, ...]] = {"default": (WINNER,), "all": ALL, "fds-study": FDS_STUDY}
+
 
 def named(methods: Sequence[str]) -> list[MethodName]:
     """Methods by their own names, each once, where a name may stand for several."""
-    groups: dict[str, tuple[MethodName, ...]] = {"default": (WINNER,), "all": ALL, "fds-study": FDS_STUDY}
-    return list(dict.fromkeys(name for method in methods for name in groups.get(method, (cast(MethodName, method),))))
+    return list(dict.fromkeys(name for method in methods for name in GROUPS.get(method, (cast(MethodName, method),))))
+
+
+def unknown(option: str, methods: Sequence[str]) -> list[str]:
+    """What is wrong with names that ``named`` does not know."""
+    strange = [name for name in named(methods) if name not in METHODS]
+    near = [difflib.get_close_matches(name, (*METHODS, *GROUPS), n=2) for name in strange]
+    return [
+        f"{option} must name methods that --help lists, got {name}."
+        + f" Did you mean {' or '.join(close)}?" * bool(close)
+        for name, close in zip(strange, near, strict=True)
+    ]
+
+
+def overview() -> str:
+    """All methods and groups of them, for ``--help``."""
+
+    def told(names: Sequence[MethodName]) -> list[str]:
+        return [f"  {name:26}{METHODS[name].title}" for name in names]
+
+    return "\n".join(
+        [
+            "methods; LDS and FDS are label and feature distribution smoothing (Yang et al. 2021):",
+            *told(ALL),
+            "variants of lds and lds+fds:",
+            *told([name for name in METHODS if name not in ALL]),
+            "names that stand for several:",
+            f"  {'default':26}{WINNER}, which did best of all",
+            f"  {'all':26}all methods but the variants",
+            f"  {'fds-study':26}the variants, and what they are compared with",
+        ]
+    )
 
 
 def network(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection
 from itertools import pairwise
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -26,13 +28,26 @@ def typed_command(script: str, places: Collection[str]) -> str:
     return " ".join(words)
 
 
-def run(main: Callable[[_Settings], None], settings: type[_Settings]) -> None:
+def unfit_folder(option: str, folder: Path) -> list[str]:
+    """What is wrong with a folder to write into, before hours are spent on what goes there."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        return [f"{option} must be a folder, got {folder}, where {there} is a file."]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"{option} must be a folder that can be written to, got {folder}, where {there} cannot."]
+    return []
+
+
+def run(main: Callable[[_Settings], None], settings: type[_Settings], *, description: str | None = None) -> None:
     """Read the settings from the command line, run, and leave Python; bad input ends in a message without a trace."""
     ending: int | str = 0
     try:
-        main(tyro.cli(settings))
+        main(tyro.cli(settings, description=description))
     except KeyboardInterrupt:
         ending = 130
+    except BrokenPipeError:  # nobody reads on, as after `| head`; what Python still holds back goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ending = 141
     except Exception as error:
         from dir_toolkit.errors import DirToolkitError
 

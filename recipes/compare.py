@@ -16,10 +16,10 @@ import json
 import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import age
-from age_methods import METHODS, MethodName, named
+from age_methods import GROUPS, METHODS, named, overview, unknown
 from command_line import run
 
 if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
@@ -34,11 +34,13 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
 class Settings(age.Settings):
     """All methods for long-tailed ages under one budget: which one should be used?"""
 
-    methods: tuple[MethodName | Literal["default", "all", "fds-study"], ...] = ("all",)
-    """What to train, see age_methods.py; default is what did best of all."""
+    methods: tuple[str, ...] = ("all",)
+    """What to train, of the names above."""
     seeds: int = 3
     """How many seeds a method is trained with: 0, 1, ..."""
-    baseline: MethodName = "vanilla"
+    tune: str = ""
+    """Of age.py alone; give what it chose as settings."""
+    baseline: str = "vanilla"
     """What the others are compared with."""
     replicates: int = 2000
     """Bootstrap replicates behind each interval."""
@@ -75,12 +77,14 @@ def main(settings: Settings) -> None:
 
 def check(settings: Settings, out: Path) -> None:
     """All faults at once, before anything is loaded."""
-    faults = []
+    faults = unknown("--baseline", [settings.baseline])
+    if settings.baseline in GROUPS:
+        faults.append(f"--baseline must be one method, got {settings.baseline}.")
     if settings.tune:
         faults.append("--tune is of age.py; give what it chose as settings.")
     if settings.replicates < 100:
         faults.append(f"--replicates must be at least 100, got {settings.replicates}.")
-    if settings.baseline not in named(settings.methods) and not settings.resume:
+    if settings.baseline in METHODS and settings.baseline not in named(settings.methods) and not settings.resume:
         given = " ".join(settings.methods)
         faults.append(f"--methods must include the baseline {settings.baseline}, got {given}.")
     age.check("recipes/compare.py", replace(settings, tune=""), out, faults)
@@ -111,7 +115,6 @@ def summarise(settings: Settings, out: Path, splits: Splits, runtime: Runtime, f
     bins = age.label_axis(settings)
     errors["constant", 0] = age.constant_predictor(splits, bins)
     ds = age.as_result(settings, "comparison of methods", errors, runtime, splits)
-    titles: dict[str, str] = {name: method.title for name, method in METHODS.items() if name in ds["method"].values}
     differences = write_comparison(
         out,
         ds,
@@ -119,7 +122,8 @@ def summarise(settings: Settings, out: Path, splits: Splits, runtime: Runtime, f
         density=dt.LabelDensity.count(splits.train.labels, bins),
         replicates=settings.replicates,
         notes=[*age.NOTES, *(f"Failed: {failure.replace(str(out), 'DIR')}" for failure in failed)],
-        settings={**titles, **age.shown(settings)},
+        titles=age.titles(ds),
+        settings=age.shown(settings),
     )
     return comparison_table(ds, differences)
 
@@ -138,4 +142,4 @@ def other_budget(settings: Settings, folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main, Settings)
+    run(main, Settings, description=f"{Settings.__doc__}\n\n{overview()}")

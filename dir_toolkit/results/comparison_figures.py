@@ -6,6 +6,7 @@ of them, with long names, can be read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,8 @@ from ..labels.bins import Bins
 from ..labels.density import REGIONS
 from .comparison import PAIRED, check_differences
 from .drawing import (
-    FAINT,
     GREY,
     INK,
-    MARKERS,
     PALETTE,
     Colors,
     dressed,
@@ -46,7 +45,8 @@ __all__ = ["cost_figure", "coverage_figure", "difference_figure"]
 
 _ROW = 0.22  # inches
 _VERDICTS = {"better": PALETTE[0], "worse": PALETTE[1], "interval holds 0": GREY}
-_REGION_COLORS = dict(zip(("all", *REGIONS), (INK, *PALETTE[:4]), strict=True))
+_SHORT_TO_LONG = ("#E69F00", "#FFFFFF", "#56B4E9")  # light enough for numbers on it
+_FAR = 25.0  # percentage points
 
 
 def difference_figure(
@@ -99,16 +99,17 @@ def difference_figure(
     if not order:
         note_no_runs(panels[0])
     name = with_units(f"{METRIC_NAMES[metric]} minus that of {baseline}", differences.attrs["label_units"])
-    figure.supxlabel(f"{name}, {100 * level:g} % interval", fontsize=10, color=INK)
+    figure.supxlabel(f"{name}, {100 * level:g} % interval; left of 0 is better", fontsize=10, color=INK)
     _legend(figure, panels[0], {word: ("o", color, word in ("better", "worse")) for word, color in _VERDICTS.items()})
     return dressed(figure, panels, grid="both")
 
 
 def coverage_figure(ds: xr.Dataset) -> Figure:
-    """Share of the test samples inside their interval, by region, beside the intervals' mean width.
+    """Share of the test samples inside their interval, and the intervals' mean width: methods down, regions across.
 
-    For the methods that give intervals; dots are means over seeds, whiskers one standard deviation. The dashed line is
-    the share that the intervals were made for: left of it they promise too much.
+    For the methods that give intervals; numbers are means over seeds, shares with one standard deviation. A share is
+    white where intervals hold what they promise, orange where fewer samples lie inside than intended, blue where more
+    do.
 
     Args:
         ds: a result of the schema in ``results.schema``.
@@ -125,37 +126,51 @@ def coverage_figure(ds: xr.Dataset) -> Figure:
     edges = np.append(ds["bin_low"].values, ds["bin_high"].values[-1])
     region_of = ds["bin_region"].values[Bins.from_edges(edges).index(ds["target"].values)]
     regions = [region for region in ("all", *REGIONS) if region == "all" or region in region_of]
-    inside = 100.0 * ((lower <= target) & (target <= upper))
-    level = ds["lower"].attrs["interval_level"]
-    figure = new_figure(1.5 + (0.1 + 0.075 * len(regions)) * max(2, len(rows)))
-    panels = [figure.add_subplot(1, 2, 1)]
-    panels.append(figure.add_subplot(1, 2, 2, sharey=panels[0]))
-    offsets = (np.arange(len(regions)) - (len(regions) - 1) / 2) * 0.8 / len(regions)
-    for axes, values in zip(panels, (inside, upper - lower), strict=True):
-        for k, region in enumerate(regions):
+    level = 100 * ds["lower"].attrs["interval_level"]
+    figure = new_figure(1.1 + 0.26 * max(2, len(rows)))
+    from matplotlib.colors import LinearSegmentedColormap
+
+    panels: list[Axes] = []
+    for values in (100.0 * ((lower <= target) & (target <= upper)), upper - lower):
+        axes = figure.add_subplot(1, 2, len(panels) + 1, sharey=panels[0] if panels else None)
+        means = np.zeros((len(rows), len(regions)))
+        spreads = np.zeros_like(means)
+        for j, region in enumerate(regions):
             here = slice(None) if region == "all" else region_of == region
             for row, i in enumerate(rows):
-                mean, spread = mean_and_spread(values[i][told[i]][:, here].mean(-1))
-                whisker = None if np.isnan(spread) else float(spread)
-                look: dict[str, Any] = {"color": _REGION_COLORS[region], "markersize": 4.5, "elinewidth": 1}
-                axes.errorbar(float(mean), row + offsets[k], xerr=whisker, fmt=MARKERS[k], **look)
-        for row in range(1, len(rows), 2):
-            axes.axhspan(row - 0.5, row + 0.5, color=FAINT, alpha=0.35, linewidth=0, zorder=0)
-        axes.tick_params(labelleft=axes is panels[0])
-    panels[0].axvline(100 * level, color=INK, linewidth=0.9, linestyle="--", zorder=1)
-    panels[0].set_xlim(right=min(100.0, panels[0].get_xlim()[1]))
-    panels[0].set_xlabel(f"samples inside (%)\nof {100 * level:g} % intended" + spread_shown(ds))
-    panels[1].set_xlim(left=0)
-    panels[1].set_xlabel(with_units("mean width", ds.attrs["label_units"]) + spread_shown(ds))
-    names = [literal(f"{ds['method'].values[i]} ({seeds_text(int(told[i].sum()))})") for i in rows]
-    _rows(panels[0], names)
-    marks = {region: (MARKERS[k], _REGION_COLORS[region], True) for k, region in enumerate(regions)}
-    _legend(figure, panels[0], marks)
-    dressed(figure, panels)
-    for axes in panels:
-        axes.grid(visible=False, axis="y")
-        axes.grid(visible=True, axis="x", color=FAINT, linewidth=0.6)
-    return figure
+                means[row, j], spreads[row, j] = mean_and_spread(values[i][told[i]][:, here].mean(-1))
+        if panels:
+            look: dict[str, Any] = {
+                "cmap": "Greys",
+                "vmin": 0,
+                "vmax": 3 * max(means.max(), 1e-9),
+            }  # pale below the numbers
+            title = with_units("mean width", ds.attrs["label_units"])
+        else:
+            look = {
+                "cmap": LinearSegmentedColormap.from_list("coverage", _SHORT_TO_LONG),
+                "vmin": level - _FAR,
+                "vmax": level + _FAR,
+            }
+            title = f"samples inside (%), {level:g} intended"
+        axes.imshow(means, aspect="auto", interpolation="nearest", **look)
+        digits = max(0, 1 - math.floor(math.log10(means.min()))) if means.min() > 0 else 0
+        for row, j in np.ndindex(*means.shape):
+            words = f"{means[row, j]:.{digits if panels else 0}f}"
+            if not panels and np.isfinite(spreads[row, j]):
+                words += f" ± {spreads[row, j]:.0f}"
+            axes.text(j, row, words, ha="center", va="center", fontsize=8, color=INK)
+        axes.set_title(title)
+        axes.set_xticks(range(len(regions)), regions)
+        axes.set_xticks(np.arange(1, len(regions)) - 0.5, minor=True)
+        axes.set_yticks(np.arange(1, len(rows)) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=2)
+        axes.tick_params(which="both", length=0, labelleft=not panels)
+        panels.append(axes)
+    _rows(panels[0], [literal(f"{ds['method'].values[i]} ({seeds_text(int(told[i].sum()))})") for i in rows])
+    below = "orange: fewer inside than intended; blue: more" + spread_shown(ds).replace("\n", "; ")
+    figure.supxlabel(below, fontsize=9, color=INK)
+    return dressed(figure, panels, grid=False)
 
 
 def cost_figure(ds: xr.Dataset, *, metric: str = "bmae", region: str = "all", colors: Colors | None = None) -> Figure:

@@ -32,6 +32,7 @@ def write_report(
     *,
     title: str,
     notes: Sequence[str] = (),
+    titles: Mapping[str, str] | None = None,
     settings: Mapping[str, object] | None = None,
     columns: Columns | None = None,
     table: ResultsTable | None = None,
@@ -42,6 +43,7 @@ def write_report(
         ds: a result of the schema in ``results.schema``; its attributes are shown as provenance.
         figures: by title, in the order of the page.
         notes: paragraphs of plain text above the table: what was compared, and what to make of it.
+        titles: what each method is, in a few words, shown below the table.
         settings: of the experiment; nested ones are shown as ``outer.inner``.
         columns: of the table, as in :func:`results_table`.
         table: shown instead of that of ``columns``.
@@ -68,6 +70,7 @@ def write_report(
         title=title,
         command=ds.attrs["command"],
         notes=notes,
+        methods=dict(titles or {}),
         table=results_table(ds, columns=columns) if table is None else table,
         figures=[(name, figure_svg(figure, name=f"figure{i}")) for i, (name, figure) in enumerate(figures.items(), 1)],
         settings=list(_flat(settings or {})),

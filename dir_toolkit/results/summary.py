@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xarray as xr
 
 from .._checks import instance, one_of, problem
@@ -14,7 +15,7 @@ from ..files import write_atomically
 from ..labels.density import LabelDensity
 from .comparison import comparison_table, differences_csv, leading_methods, paired_differences
 from .comparison_figures import cost_figure, coverage_figure, difference_figure
-from .drawing import figure_to_tensorboard, save_figure
+from .drawing import figure_to_tensorboard, method_colors, save_figure
 from .figures import density_figure, error_figure, region_figure
 from .report import write_report
 from .schema import save_results, validate_results
@@ -34,11 +35,15 @@ def write_summary(
     figures: Mapping[str, Figure],
     *,
     notes: Sequence[str] = (),
+    titles: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
     columns: Columns | None = None,
     table: ResultsTable | None = None,
 ) -> None:
     """Write ``results.nc``, ``table.md``, ``figures/*.png``, ``report.html`` and a TensorBoard file into ``folder``.
+
+    TensorBoard shows the table, the figures, and as scalars MAE and bMAE, or balanced error, means over seeds. Their
+    tags are ``test-<metric>-<region>/<method>``, so that each section of its page compares the methods in one region.
 
     What an earlier call left in the folder is replaced, its TensorBoard file too; figures of other titles stay.
 
@@ -46,6 +51,7 @@ def write_summary(
         folder: must exist.
         ds: a result of the schema in ``results.schema``.
         figures: by title; a file is named after its title.
+        titles: what each method is, in a few words.
         notes, settings, columns, table: as in :func:`dir_toolkit.results.report.write_report`.
     Raises:
         ResultsError: ``ds`` breaks the schema; nothing is written then. ValueError: two titles differ in punctuation
@@ -67,12 +73,32 @@ def write_summary(
         earlier.unlink()
     with SummaryWriter(str(folder), filename_suffix=_SUFFIX) as board:
         board.add_text("results", text)
+        for tag, mean in _scalars(ds):
+            board.add_scalar(tag, mean, 0)
         for title, figure in figures.items():
             save_figure(figure, folder / "figures" / f"{names[title]}.png")
             figure_to_tensorboard(board, f"figures/{names[title]}", figure, 0)
     write_report(
-        folder / "report.html", ds, figures, title=ds.attrs["title"], notes=notes, settings=settings, table=table
+        folder / "report.html",
+        ds,
+        figures,
+        title=ds.attrs["title"],
+        notes=notes,
+        titles=titles,
+        settings=settings,
+        table=table,
     )
+
+
+def _scalars(ds: xr.Dataset) -> Iterator[tuple[str, float]]:
+    """Tags and means over seeds of the metrics that are compared, region by region; what no run has is left out."""
+    for metric in (name for name in ("mae", "bmae", "balanced_error") if name in ds):
+        means = ds[metric].mean("seed")
+        for region in ds["region"].values.tolist():
+            for method in ds["method"].values.tolist():
+                mean = float(means.sel({"method": method, "region": region}))
+                if np.isfinite(mean):
+                    yield f"test-{metric}-{region}/{method}", mean
 
 
 def write_comparison(
@@ -87,6 +113,7 @@ def write_comparison(
     methods: Sequence[str] | None = None,
     figures: Mapping[str, Figure] | None = None,
     notes: Sequence[str] = (),
+    titles: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
     """Compare methods with a baseline; write what :func:`write_summary` does, and ``differences.csv``.
@@ -102,7 +129,7 @@ def write_comparison(
         methods: those in the figure of errors along the axis, which has no room for many; None takes
             :func:`dir_toolkit.results.comparison.leading_methods`.
         figures: more of them by title, after ours.
-        notes, settings: as in :func:`dir_toolkit.results.report.write_report`.
+        notes, titles, settings: as in :func:`write_summary`.
     Returns:
         the differences, as ``paired_differences`` gives them.
     Raises:
@@ -116,20 +143,22 @@ def write_comparison(
     for method in methods:
         one_of(where, "methods", method, ds["method"].values.tolist())
     name, units = ds.attrs["label_name"], ds.attrs["label_units"]
-    pictures: dict[str, Figure] = {}
-    if density is not None:
-        pictures["Label density"] = density_figure(density, label_name=name, label_units=units)
-    pictures["Error by region"] = region_figure(ds)
+    everyone = ds["method"].values.tolist()
+    colors = method_colors([*methods, *everyone])  # those shown along the axis come first, so that no two are alike
+    pictures: dict[str, Figure] = {"Error by region": region_figure(ds, colors=colors)}
     pictures[f"Difference to {baseline}: MAE"] = difference_figure(differences)
     pictures[f"Difference to {baseline}: bMAE"] = difference_figure(differences, metric="bmae")
+    shown = ds.sel({"method": list(methods)})
+    pictures[f"Error by {name}, some methods"] = error_figure(shown, colors=colors)
     if "lower" in ds and bool(ds["lower"].notnull().any()):
-        pictures["Intervals"] = coverage_figure(ds)
+        pictures["Interval coverage by region"] = coverage_figure(ds)
     if bool(ds["minutes"].notnull().any()):
-        pictures["Error and cost"] = cost_figure(ds)
-    pictures[f"Error by {name}, some methods"] = error_figure(ds.sel({"method": list(methods)}))
+        pictures["Error and cost"] = cost_figure(ds, colors=colors)
+    if density is not None:
+        pictures["Label density"] = density_figure(density, label_name=name, label_units=units)
     pictures |= figures or {}
     table = comparison_table(ds, differences)
     text = differences_csv(differences)
-    write_summary(folder, ds, pictures, notes=notes, settings=settings, table=table)
+    write_summary(folder, ds, pictures, notes=notes, titles=titles, settings=settings, table=table)
     write_atomically(Path(folder) / "differences.csv", lambda file: file.write(text.encode()))
     return differences

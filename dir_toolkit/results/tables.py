@@ -160,7 +160,7 @@ def _caption(ds: xr.Dataset, columns: Columns) -> str:
         names = by_units.setdefault("%" if metric in SHARES else ds[metric].attrs["units"], [])
         if _name(metric) not in names:
             names.append(_name(metric))
-    units = [f"{_listed(names)} in {u}" for u, names in by_units.items() if u != "1"]
+    units = [f"{_listed(names)} in {u}" for u, names in by_units.items() if u != "1" and names != ["minutes"]]
     several = bool((ds["completed"].sum("seed") > 1).any())
     spread = "mean ± standard deviation (n - 1) over seeds" if several else "one seed a method, so no spread is known"
     return f"{ds.attrs['label_name']}: " + "; ".join([*units, spread]) + "."

@@ -89,7 +89,7 @@ def stopped(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
-    running.check_help_answers_without_torch(RECIPE, tmp_path, "--methods", "kernel-sigma")
+    running.check_help_answers_without_torch(RECIPE, tmp_path, "--methods", "kernel-sigma", "soft bins")
 
 
 def test_a_run_leaves_the_files_that_are_promised_and_no_others(finished: tuple[Path, str]) -> None:
@@ -97,6 +97,7 @@ def test_a_run_leaves_the_files_that_are_promised_and_no_others(finished: tuple[
     figures = {f"figures/{name}.png" for name in (*FIGURES, "feature-statistics-of-lds-fds")}
     runs = {f"{method}/seed0/{name}" for method in ("vanilla", "lds+fds") for name in RUN_FILES}
     assert set(files(out)) == runs | figures | {"results.nc", "table.md", "report.html", "events"}
+    assert told.rstrip().endswith(f"tensorboard --logdir {out}")
     assert str(out / "report.html") in told
 
 
@@ -376,11 +377,52 @@ def test_two_processes_leave_the_same_files_and_come_close(finished: tuple[Path,
 
 def test_a_file_in_the_place_of_the_folder_ends_in_a_message(here: Callable[..., Outcome], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
-    outcome = here("--epochs", 1, "--out", "taken")
-    assert outcome.code == 1
-    assert "NotADirectoryError" in outcome.err
-    assert "Traceback" not in outcome.err
+    for out in ("taken", "taken/below"):
+        outcome = here("--epochs", 1, "--out", out)
+        assert outcome.code == 1
+        _, told = outcome.err.splitlines()
+        assert told == f"  --out must be a folder, got {out}, where taken is a file."
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(
+    here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    outcome = here("--out", "made")
+    assert outcome.code == 1
+    assert outcome.err.endswith("  --out must be a folder that can be written to, got made, where . cannot.\n")
+
+
+def test_a_method_that_is_not_known_is_told_with_what_was_meant(here: Callable[..., Outcome]) -> None:
+    outcome = here("--methods", "vanila", "soft", "xyz", "--tune", "sigma")
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[1:] == [
+        "  --methods must name methods that --help lists, got vanila. Did you mean vanilla?",
+        "  --methods must name methods that --help lists, got xyz.",
+        "  --tune needs one method in --methods, for each has settings of its own.",
+    ]
+
+
+def test_help_says_what_every_method_is(here: Callable[..., Outcome]) -> None:
+    told = " ".join(here("--help").out.split())  # however wide the terminal
+    for name, method in age_methods.METHODS.items():
+        assert f" {name} {method.title} " in told
+    for name, words in (("default", "soft+tau, which did best"), ("all", "all methods but"), ("fds-study", "the var")):
+        assert f" {name} {words}" in told
+        assert name in age_methods.GROUPS
+
+
+def test_a_reader_who_stops_reading_ends_it_quietly(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(RECIPE), "--help"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141
+    process.stderr.close()
 
 
 # ---- the methods ----
@@ -536,7 +578,11 @@ def test_settings_are_chosen_on_validation_and_used(here: Callable[..., Outcome]
     assert [(row["budget"], row["status"]) for row in rows] == [(1, "ok")] * 4
     sigmas = [settings["label_sigma"] for settings in age.TUNABLE["sigma"]]
     chosen = sigmas[int(np.argmin([row["score"] for row in rows]))]
-    assert f"chosen on validation: {{'label_sigma': {chosen}}}; curves: " in outcome.out
+    assert f"Chosen on validation from 4 settings: --label-sigma {chosen}. Curves: " in outcome.out
+    page = (out / "report.html").read_text()
+    assert "Settings tried on validation" in page
+    assert f"Chosen on validation from 4 settings: --label-sigma {chosen}." in page
+    assert "LDS weights" not in page  # which soft has not
     # The run has the chosen settings: at the same epochs and seed it is the winning trial again.
     assert json.loads((out / "soft/seed0/config.json").read_text())["label_sigma"] == chosen
     name = "soft/seed0/checkpoint-best.pt"

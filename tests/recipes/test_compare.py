@@ -25,7 +25,7 @@ FIGURES = {
     "error-by-region",
     "difference-to-vanilla--mae",
     "difference-to-vanilla--bmae",
-    "intervals",
+    "interval-coverage-by-region",
     "error-and-cost",
     "error-by-age--some-methods",
 }
@@ -239,6 +239,11 @@ def test_a_comparison_without_its_baseline_says_so(copied: Path, here: Callable[
         ("--tune lr", ["--tune is of age.py; give what it chose as settings."]),
         ("--replicates 10", ["--replicates must be at least 100, got 10."]),
         ("--methods soft bins", ["--methods must include the baseline vanilla, got soft bins."]),
+        ("--baseline default", ["--baseline must be one method, got default."]),
+        (
+            "--methods vanila --baseline sofft",
+            ["--baseline must name methods that --help lists, got sofft. Did", "--methods must name methods that --h"],
+        ),
         ("--methods vanilla --baseline soft", ["--methods must include the baseline soft, got vanilla."]),
         (
             "--replicates 0 --tune x --methods soft --seeds 0 --tau 1",

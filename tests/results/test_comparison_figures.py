@@ -59,7 +59,7 @@ def test_every_figure_is_drawn_labels_its_units_and_leaves_matplotlib_alone(
     found = paired_differences(compared, replicates=100)
     for i, figure in enumerate((difference_figure(found), coverage_figure(compared), cost_figure(compared))):
         said = [name for axes in figure.axes for name in (axes.get_xlabel(), axes.get_ylabel())]
-        said += [figure.get_supxlabel()]
+        said += [figure.get_supxlabel(), *(axes.get_title() for axes in figure.axes)]
         assert any("(years)" in text for text in said)
         for kind in ("svg", "png"):
             save_figure(figure, tmp_path / f"{i}.{kind}", dpi=40)
@@ -89,7 +89,7 @@ def test_difference_leaves_out_regions_that_were_not_compared(compared: xr.Datas
     found = paired_differences(compared)
     figure = difference_figure(found, metric="bmae")
     assert [axes.get_title() for axes in figure.axes] == ["all", "few"]
-    assert figure.get_supxlabel() == "bMAE minus that of vanilla (years), 95 % interval"
+    assert figure.get_supxlabel() == "bMAE minus that of vanilla (years), 95 % interval; left of 0 is better"
     with pytest.raises(ValueError, match=r"regions must be some in which bmae was compared, got \['many'\]"):
         difference_figure(found, metric="bmae", regions=["many"])
     with pytest.raises(ValueError, match="metric must be one of 'mae', 'bmae', got 'rmse'"):
@@ -107,17 +107,24 @@ def test_difference_without_others_says_so(compared: xr.Dataset) -> None:
 
 def test_coverage_by_hand(compared: xr.Dataset) -> None:
     # "half" errs |e| / 8 times 1.25 and 1.5, within 0.5: of 1 2 1 2 | 4 2 3 | 8 4 eighths those up to 3.2 and 2.67.
+    # "alone" errs |e| / 2, within 1.
     figure = coverage_figure(compared)
     left, right = figure.axes
     assert [text.get_text() for text in left.get_yticklabels()] == ["half (2 seeds)", "alone (1 seed)"]
-    dots = {round(float(line.get_ydata()[0]), 3): float(line.get_xdata()[0]) for line in left.lines[:8]}
-    places = (np.arange(4) - 1.5) * 0.2
-    half = [dots[round(y, 3)] for y in places]
-    assert half == pytest.approx([100 * (6 + 5) / 18, 100, 100 * (2 / 3 + 1 / 3) / 2, 0])
-    widths = [float(line.get_xdata()[0]) for line in right.lines[:8]]
-    assert sorted(widths) == pytest.approx([1.0] * 4 + [2.0] * 4)
-    assert set(left.lines[-1].get_xdata()) == {75.0}
-    assert [text.get_text() for text in figure.legends[0].texts] == ["all", "many", "medium", "few"]
+    for axes in figure.axes:
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["all", "many", "medium", "few"]
+    assert [text.get_text() for text in left.texts] == [
+        *("61 ± 8", "100 ± 0", "50 ± 24", "0 ± 0"),
+        *("56", "100", "33", "0"),
+    ]
+    assert [text.get_text() for text in right.texts] == ["1.0"] * 4 + ["2.0"] * 4
+    assert [axes.get_title() for axes in figure.axes] == ["samples inside (%), 75 intended", "mean width (years)"]
+    shares = left.images[0]
+    assert shares.get_array()[0].tolist() == pytest.approx([100 * 11 / 18, 100, 50, 0])
+    red, _, blue = shares.cmap(shares.norm(75.0))[:3]
+    assert (red, blue) == pytest.approx((1, 1), abs=0.01)  # as promised is white
+    assert shares.cmap(shares.norm(50.0))[2] < 0.1  # too few inside is orange
+    assert shares.cmap(shares.norm(100.0))[0] < 0.4  # too many are blue
 
 
 def test_coverage_needs_intervals(compared: xr.Dataset, ds: xr.Dataset) -> None:
@@ -164,6 +171,9 @@ def test_names_of_twenty_five_methods_never_overlap(crowd: xr.Dataset) -> None:
         region_figure(crowd),
     ):
         _assert_apart(figure, figure.axes[0].get_yticklabels())
+        for axes in figure.axes:
+            if len(axes.texts) > 1:
+                _assert_apart(figure, axes.texts)
         titles = [axes.title for axes in figure.axes if axes.get_title()]
         if titles:
             _assert_apart(figure, titles)

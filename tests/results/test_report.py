@@ -66,6 +66,7 @@ def page(ds: xr.Dataset, tmp_path: Path) -> tuple[Page, str]:
         figures,
         title="Ages",
         notes=["A note & more."],
+        titles={"lds": "weights < 1 & more"},
         settings={"lr": 0.1, "data": {"root": None, "sizes": [1, 2]}},
     )
     text = path.read_text(encoding="utf-8")
@@ -77,6 +78,7 @@ def test_holds_everything_a_reader_needs(page: tuple[Page, str]) -> None:
     for part in (
         "Ages",
         "A note & more.",
+        "weights < 1 & more",
         "4.78 ± 0.79",
         "test samples",
         "constant",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dir_toolkit as dt
 from dir_toolkit.errors import ResultsError
+from dir_toolkit.results import summary
 from dir_toolkit.results.comparison import comparison_table, differences_csv, paired_differences
 from dir_toolkit.results.figures import region_figure
 from dir_toolkit.results.schema import load_results
@@ -51,6 +53,50 @@ def test_tensorboard_shows_table_and_figures(tmp_path: Path, ds: xr.Dataset) -> 
     assert text == markdown_table(ds)
 
 
+def test_tensorboard_compares_methods_by_region(tmp_path: Path, ds: xr.Dataset, classes: xr.Dataset) -> None:
+    write_summary(tmp_path, ds.assign_coords({"method": ["vanilla", "soft+tau", "constant"]}), {})
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        f"test-{metric}-{region}/{method}"
+        for metric in ("mae", "bmae")
+        for region in ("all", "many", "medium", "few")  # nothing is unseen
+        for method in ("vanilla", "soft+tau", "constant")
+    }
+    (one,) = events.Scalars("test-mae-few/vanilla")
+    assert (one.step, one.value) == (0, 10.5)  # of 9 and 12
+    (one,) = events.Scalars("test-bmae-all/soft+tau")
+    assert one.value == 4.0  # of one seed
+    other = tmp_path / "classes"
+    other.mkdir()
+    write_summary(other, classes, {})
+    events = EventAccumulator(str(other))
+    events.Reload()
+    assert {tag.split("/")[0] for tag in events.Tags()["scalars"]} == {
+        f"test-balanced_error-{region}" for region in ("all", "many", "medium", "few")
+    }
+
+
+def test_a_method_has_one_color_in_all_figures_of_a_comparison(
+    tmp_path: Path, compared: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def noting(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+        def noted(ds: xr.Dataset, *, colors: dict[str, str]) -> Figure:
+            given.append(colors)
+            return draw(ds, colors=colors)
+
+        return noted
+
+    for name in ("region_figure", "cost_figure", "error_figure"):
+        monkeypatch.setattr(summary, name, noting(getattr(summary, name)))
+    write_comparison(tmp_path, compared, methods=["half", "vanilla"], replicates=100)
+    assert len(given) == 3
+    assert given[0] == given[1] == given[2]
+    assert list(given[0])[:2] == ["half", "vanilla"]
+
+
 def test_written_again_it_replaces_its_own_and_spares_the_rest(tmp_path: Path, ds: xr.Dataset) -> None:
     other = tmp_path / "events.out.tfevents.1.elsewhere.2.0"
     other.write_bytes(b"of another run")
@@ -85,7 +131,15 @@ def test_a_comparison_in_one_folder(tmp_path: Path, compared: xr.Dataset) -> Non
     density = dt.LabelDensity(dt.Bins.uniform(0, 5, width=1), [300, 50, 5, 0, 0])
     more = figures(compared)
     found = write_comparison(
-        tmp_path, compared, density=density, level=0.9, replicates=200, seed=3, notes=["A note."], figures=more
+        tmp_path,
+        compared,
+        density=density,
+        level=0.9,
+        replicates=200,
+        seed=3,
+        notes=["A note."],
+        titles={"half": "errs half as much"},
+        figures=more,
     )
     xr.testing.assert_identical(found, paired_differences(compared, level=0.9, replicates=200, seed=3))
     drawn = {
@@ -93,7 +147,7 @@ def test_a_comparison_in_one_folder(tmp_path: Path, compared: xr.Dataset) -> Non
         "error-by-region",
         "difference-to-vanilla--mae",
         "difference-to-vanilla--bmae",
-        "intervals",
+        "interval-coverage-by-region",
         "error-and-cost",
         "error-by-age--some-methods",
         NAME,
@@ -104,7 +158,13 @@ def test_a_comparison_in_one_folder(tmp_path: Path, compared: xr.Dataset) -> Non
     assert (tmp_path / "table.md").read_text() == as_markdown(comparison_table(compared, found))
     assert (tmp_path / "differences.csv").read_text() == differences_csv(found)
     page = (tmp_path / "report.html").read_text()
-    for part in ("A note.", "the 90 % bootstrap interval", "<strong>0.516 ± 0.066 (×0.50)</strong>", TITLE):
+    for part in (
+        "A note.",
+        "errs half as much",
+        "the 90 % bootstrap interval",
+        "<strong>0.516 ± 0.066\n(×0.50)</strong>",
+        TITLE,
+    ):
         assert part in page
     events = EventAccumulator(str(tmp_path))
     events.Reload()

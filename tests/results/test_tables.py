@@ -58,7 +58,7 @@ def test_numbers_by_run_stand_without_a_region(classes: xr.Dataset) -> None:
     assert table.header == ["method", "seeds", "ECE", "minutes", "macro F1 all"]
     assert table.counts == ["test samples", "", "", "", "9"]
     assert [row[2:4] for row in table.rows] == [["–", "3.50 ± 0.71"], ["6.25", "–"], ["–", "–"]]
-    assert table.caption.startswith("digit: ECE and macro F1 in %; minutes in min; mean")
+    assert table.caption.startswith("digit: ECE and macro F1 in %; mean")
 
 
 def test_both_families_stand_side_by_side(ds: xr.Dataset) -> None:
