@@ -80,6 +80,8 @@ class Settings:
     """How parameters are moved."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """How the learning rate falls."""
+    augmentation: Literal["plain", "strong"] = "plain"
+    """Flips and shifts; or turns, zooms, light and colors too, which long trainings ask for."""
     scheme: Literal["inverse", "sqrt_inverse", "effective_number", "dense"] = "sqrt_inverse"
     """How LDS turns the smoothed density into weights."""
     kernel_size: int = 5
@@ -323,6 +325,7 @@ def fresh(
 def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits, out: Path) -> Trained:
     """The network of a method, trained now or in an earlier run."""
     import dir_toolkit as dt
+    from dir_toolkit.data.augment import augment_strongly
     from dir_toolkit.training.checkpoint import load_checkpoint
     from dir_toolkit.training.loop import fit
     from dir_toolkit.training.provenance import environment, write_json
@@ -376,6 +379,7 @@ def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Spli
         runtime=runtime,
         folder=folder,
         resume=True,  # a method may go on from another's network; check() refused what was there before all of them
+        augmentation=augment_strongly if settings.augmentation == "strong" else True,
         checkpoint_minutes=settings.checkpoint_minutes,
         fingerprint=fingerprint,
     )

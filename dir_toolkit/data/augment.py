@@ -1,14 +1,17 @@
-"""Random flips and shifts of a whole batch of images at once."""
+"""Random changes of a whole batch of images at once, each image on its own."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._checks import instance, is_tensor, problem, whole
 from ..errors import ShapeError
 
-__all__ = ["augment", "to_float"]
+__all__ = ["augment", "augment_strongly", "to_float"]
 
 
 def augment(images: Tensor, *, generator: torch.Generator, flip: bool = True, shift: int = 4) -> Tensor:
@@ -50,6 +53,51 @@ def augment(images: Tensor, *, generator: torch.Generator, flip: bool = True, sh
     source = (y[:, :, None] * width + x[:, None, :]).view(count, 1, height * width)
     flat = images.reshape(count, channels, height * width)
     return flat.gather(2, source.expand(-1, channels, -1)).view(images.shape)
+
+
+def augment_strongly(images: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Each image mirrored, turned, zoomed and moved, and its light and colors changed: for long trainings.
+
+    Evenly drawn: a mirror image with probability one half; a turn of up to 15 degrees, a zoom of up to 15 % and a move
+    of up to a twelfth of the side, each way; brightness up to an eighth of the range of values, each way; contrast
+    about the image's mean between 75 and 125 %; all colors replaced by their mean with probability one fifth. What
+    turns and moves uncover is filled by reflection. Eight numbers an image are drawn.
+
+    Args:
+        generator: the only source of randomness; on the device of ``images``, or on the CPU.
+    Shape:
+        images: (N, C, H, W) uint8. Returns the same shape and dtype, a copy; values are rounded and cut to 0 ... 255.
+    Raises:
+        ShapeError: images have another number of axes. TypeError: they are not uint8, or the generator is none.
+
+    >>> images = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
+    >>> augment_strongly(images, generator=torch.Generator().manual_seed(0)).shape
+    torch.Size([1, 3, 8, 8])
+    """
+    where = "augment_strongly"
+    _check_images(where, images)
+    if images.dtype != torch.uint8:
+        raise problem(where, "images must be uint8", got=f"dtype {images.dtype}", error=TypeError)
+    instance(where, torch.Generator, generator=generator)
+    count, _, height, width = images.shape
+    if count == 0:
+        return images.clone()
+    draws = torch.rand((8, count), generator=generator, device=generator.device, dtype=torch.float64)
+    draws = draws.float().to(images.device)
+    mirror = torch.where(draws[0] < 0.5, -1.0, 1.0)
+    angle, zoom, right, down, light, contrast = (2 * draws[1:7] - 1).unbind()
+    angle, zoom = math.radians(15) * angle, 1 + 0.15 * zoom
+    # Where each pixel of the result is read, in units of half a side; a turn must not shear what is not square.
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    rows = [mirror * cos, -sin * height / width, right / 6, mirror * sin * width / height, cos, down / 6]
+    grid = F.affine_grid(torch.stack(rows, 1).view(count, 2, 3), list(images.shape), align_corners=False)
+    result = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    mean = result.mean((1, 2, 3), keepdim=True)
+    contrast, light = (x.view(count, 1, 1, 1) for x in (1 + 0.25 * contrast, 32 * light))
+    result = (result - mean) * contrast + mean + light
+    gray = (draws[7] < 0.2).view(count, 1, 1, 1)
+    result = torch.where(gray, result.mean(1, keepdim=True), result)
+    return result.round().clamp(0, 255).to(torch.uint8)
 
 
 def to_float(images: Tensor) -> Tensor:

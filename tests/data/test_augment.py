@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dir_toolkit.data.augment import augment, to_float
+from dir_toolkit.data.augment import augment, augment_strongly, to_float
 from dir_toolkit.errors import ShapeError
 
 
@@ -125,3 +125,77 @@ def test_to_float():
     assert (everything + everything.flip(0)).abs().max() < 1e-6
     with pytest.raises(TypeError, match=r"^to_float: images must be uint8, got dtype torch\.float32\."):
         to_float(torch.zeros(3))
+
+
+def strongly_by_hand(images, seed):
+    """One image and one pixel after the other, in float64, from the definition."""
+    count, _, height, width = images.shape
+    draws = torch.rand((8, count), generator=seeded(seed), dtype=torch.float64).numpy()
+    result = np.empty(images.shape)
+    for i, image in enumerate(images.numpy().astype(float)):
+        mirrored, turn, zoom, right, down, light, contrast, gray = draws[:, i]
+        angle, zoom = np.radians(15) * (2 * turn - 1), 1 + 0.15 * (2 * zoom - 1)
+        for row in range(height):
+            for column in range(width):
+                # About the middle, in pixels.
+                x, y = column - (width - 1) / 2, row - (height - 1) / 2
+                x = -x if mirrored < 0.5 else x
+                at_x = zoom * (x * np.cos(angle) - y * np.sin(angle)) + (2 * right - 1) * width / 12
+                at_y = zoom * (x * np.sin(angle) + y * np.cos(angle)) + (2 * down - 1) * height / 12
+                result[i, :, row, column] = bilinear(image, at_y + (height - 1) / 2, at_x + (width - 1) / 2)
+        mean = result[i].mean()
+        result[i] = (result[i] - mean) * (1 + 0.25 * (2 * contrast - 1)) + mean + 32 * (2 * light - 1)
+        if gray < 0.2:
+            result[i] = result[i].mean(0)
+    return torch.from_numpy(result.clip(0, 255))
+
+
+def bilinear(image, y, x):
+    def reflected(at, size):  # about the outer edges of the border pixels
+        at = (at + 0.5) % (2 * size)
+        return np.clip(min(at, 2 * size - at) - 0.5, 0, size - 1)
+
+    y, x = reflected(y, image.shape[1]), reflected(x, image.shape[2])
+    top, left = int(y), int(x)
+    bottom, right = min(top + 1, image.shape[1] - 1), min(left + 1, image.shape[2] - 1)
+    upper = image[:, top, left] * (left + 1 - x) + image[:, top, right] * (x - left)
+    lower = image[:, bottom, left] * (left + 1 - x) + image[:, bottom, right] * (x - left)
+    return upper * (top + 1 - y) + lower * (y - top)
+
+
+def test_strong_changes_equal_one_pixel_after_the_other():
+    images = photos(count=20, height=9, width=12)
+    result = augment_strongly(images, generator=seeded(4))
+    assert result.dtype == torch.uint8
+    assert (result - strongly_by_hand(images, 4)).abs().max() < 0.51  # rounding, and float32
+    assert (result - strongly_by_hand(images, 5)).abs().max() > 10
+
+
+def test_strong_changes_come_from_the_generator_alone_and_leave_the_input():
+    images = photos()
+    before, state = images.clone(), torch.get_rng_state()
+    first = augment_strongly(images, generator=seeded(1))
+    assert augment_strongly(images, generator=seeded(1)).equal(first)
+    assert not augment_strongly(images, generator=seeded(2)).equal(first)
+    assert images.equal(before)
+    assert torch.get_rng_state().equal(state)
+    assert augment_strongly(images[:0], generator=seeded()).shape == (0, 3, 6, 9)
+
+
+def test_one_gray_in_five_is_made():
+    result = augment_strongly(photos(count=2000), generator=seeded())
+    gray = (result == result[:, :1]).flatten(1).all(1).sum().item()
+    assert abs(gray - 400) < 5 * (2000 * 0.2 * 0.8) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "error", "message"),
+    [
+        (torch.zeros(3, 8, 8), {}, ShapeError, "images must have shape (N, C, H, W), got (3, 8, 8)."),
+        (torch.zeros(1, 3, 8, 8), {}, TypeError, "images must be uint8, got dtype torch.float32."),
+        (photos(1), {"generator": None}, TypeError, "generator must be a Generator, got NoneType."),
+    ],
+)
+def test_strong_refuses(images, settings, error, message):
+    with pytest.raises(error, match="^augment_strongly: " + re.escape(message)):
+        augment_strongly(images, **{"generator": seeded(), **settings})
