@@ -319,7 +319,20 @@ def test_a_folder_of_utkface(tmp_path: Path, here: Callable[..., Outcome]) -> No
         for i in range(12):
             (root / f"{years}_{i % 2}_{i % 5}_2017{i:04d}.jpg.chip.jpg").write_bytes(jpeg(100 * years + i))
     (root / "61_1_20170109150557335.jpg.chip.jpg").write_bytes(jpeg(0))
-    words = ["--data", "utkface", "--root", "faces", "--size", 16, "--epochs", 1, "--batch-size", 8, "--augmentation", "strong"]
+    words = [
+        "--data",
+        "utkface",
+        "--root",
+        "faces",
+        "--size",
+        16,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--augmentation",
+        "strong",
+    ]
     outcome = here(*words, "--methods", "lds+fds")
     assert (outcome.code, outcome.err) == (0, "")
     assert "20 faces to train on, 8 to validate, 16 to test; 1 skipped: name does not parse" in outcome.out
