@@ -228,7 +228,7 @@ def network(
         fds = smoother(num_features)
     loss: Any = method.loss
     if loss == "bmc":
-        loss = dt.BatchMCLoss()
+        loss = dt.BatchMCLoss(gather=True)
     elif loss == "gai":
         loss = dt.GaussianMixtureLoss.fit(np.repeat(bins.centers, density.counts))
     elif method.head == "regression" and loss != "balanced_mse":
