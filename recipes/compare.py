@@ -133,15 +133,13 @@ def other_budget(settings: Settings, folder: Path) -> list[str]:
     config = folder / "config.json"
     if not config.exists():
         return []
-    was = json.loads(config.read_text(encoding="utf-8"))
+    was = {**asdict(Settings()), **json.loads(config.read_text(encoding="utf-8"))}  # what was not yet a setting then
     names = ["backbone", "loss", "batch_size", "lr", "optimizer", "schedule", "augmentation", "precision", "scheme"]
     names += ["label_sigma"]
     if METHODS[was["method"]].start is None:
         names.append("epochs")
     now = asdict(settings)
-    return [
-        f"--{name.replace('_', '-')} {was.get(name)}, now {now[name]}" for name in names if was.get(name) != now[name]
-    ]
+    return [f"--{name.replace('_', '-')} {was[name]}, now {now[name]}" for name in names if was[name] != now[name]]
 
 
 if __name__ == "__main__":
