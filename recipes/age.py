@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from age_methods import METHODS, Method, MethodName, named, network, objective, overview, unknown
+from age_methods import METHODS, Method, named, network, objective, overview, unknown
 from age_tuning import TUNABLE, chosen, knobs, moved, search_figure
 from command_line import run, typed_command, unfit_folder
 
@@ -322,7 +322,7 @@ def fresh(
         )
 
 
-def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits, out: Path) -> Trained:
+def trained(settings: Settings, name: str, runtime: Runtime, splits: Splits, out: Path) -> Trained:
     """The network of a method, trained now or in an earlier run."""
     import dir_toolkit as dt
     from dir_toolkit.data.augment import augment_strongly
@@ -356,10 +356,12 @@ def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Spli
 
     folder = out / name / f"seed{runtime.seed}"
     # What decides the numbers; a checkpoint of a run with other values is refused.
-    decisive = ("backbone", "loss", "scheme", "kernel_size", "kernel_sigma", "label_sigma", "stage_two_epochs")
+    decisive = ["backbone", "loss", "scheme", "kernel_size", "kernel_sigma", "label_sigma"]
+    decisive += ["stage_two_epochs"] if method.start is not None else []
+    plain = asdict(METHODS["vanilla"])
     fingerprint = {
         "method": name,
-        **{key: str(value) for key, value in asdict(method).items() if value != getattr(Method, key, None)},
+        **{key: str(value) for key, value in asdict(method).items() if key != "title" and value != plain[key]},
         "size": splits.train.images.shape[2],
         **{name: value for name, value in asdict(settings).items() if name in decisive or name.startswith("fds_")},
     }
@@ -387,7 +389,7 @@ def trained(settings: Settings, name: MethodName, runtime: Runtime, splits: Spli
     return Trained(model, fds, history, best, earlier + history[-1]["seconds"] / 60)
 
 
-def train(settings: Settings, name: MethodName, runtime: Runtime, splits: Splits, out: Path) -> Run:
+def train(settings: Settings, name: str, runtime: Runtime, splits: Splits, out: Path) -> Run:
     """One method with one seed, from a fresh network to its errors on the test set."""
     import torch
 

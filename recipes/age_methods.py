@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,44 +16,6 @@ if TYPE_CHECKING:
     import dir_toolkit as dt
 
     Reduction = Literal["none", "mean", "sum"]
-
-MethodName = Literal[
-    "vanilla",
-    "unsmoothed",
-    "lds",
-    "fds",
-    "lds+fds",
-    "sampling",
-    "rrt",
-    "bmc",
-    "gai",
-    "bni",
-    "conr",
-    "rnc",
-    "nll",
-    "bins",
-    "soft",
-    "soft+cosine",
-    "soft+affinity",
-    "soft+emd",
-    "soft+crps",
-    "soft+in-loss",
-    "soft+tau",
-    "soft+fds",
-    "soft+lds",
-    "soft+lds+tau",
-    "soft+lds+fds",
-    "soft+crt",
-    "lds+fds-m0",
-    "lds+fds-shrunk",
-    "lds+fds-counts",
-    "lds+fds-wide",
-    "lds-normalized",
-    "lds+fds-normalized",
-    "lds-bottleneck",
-    "lds+fds-bottleneck",
-    "lds+fds-before-bottleneck",
-]
 
 
 @dataclass(frozen=True)
@@ -84,18 +46,18 @@ class Method:
     """The prior is adjusted in the loss, with tau 1."""
     q: float | None = None
     """Ages are drawn in proportion to their counts to this power."""
-    start: MethodName | None = None
+    start: str | None = None
     """The method whose trained network is taken over."""
     tau: bool = False
     """The network taken over is not trained again: predictions are adjusted, as validation finds best."""
 
 
-METHODS: dict[MethodName, Method] = {
+MAIN: dict[str, Method] = {
     "vanilla": Method("plain regression"),
-    "unsmoothed": Method("weights of the plain density", weights="counts"),
-    "lds": Method("weights of the smoothed density", weights="smoothed"),
+    "unsmoothed": Method("weights of the density as counted", weights="counts"),
+    "lds": Method("label smoothing: weights of the smoothed density", weights="smoothed"),
     "fds": Method("feature smoothing", fds={}),
-    "lds+fds": Method("both", weights="smoothed", fds={}),
+    "lds+fds": Method("label and feature smoothing", weights="smoothed", fds={}),
     "sampling": Method("ages drawn by the root of their counts", q=0.5),
     "rrt": Method(
         "frozen encoder of vanilla, regressor trained again with inverse weights",
@@ -124,42 +86,45 @@ METHODS: dict[MethodName, Method] = {
     "soft+crt": Method(
         "frozen encoder of soft bins, head trained again on even ages", head="linear", start="soft", q=0.0
     ),
-    "lds+fds-m0": Method("of the last epoch alone", weights="smoothed", fds={"momentum": 0.0}),
-    "lds+fds-shrunk": Method("variances shrunk", weights="smoothed", fds={"shrinkage": 20.0}),
-    "lds+fds-counts": Method("weighted by counts", weights="smoothed", fds={"count_weighted": True}),
-    "lds+fds-wide": Method("window of 15 years", weights="smoothed", fds={"kernel": (15, 6.0)}),
-    "lds-normalized": Method("normalized features", weights="smoothed", normalized=True),
-    "lds+fds-normalized": Method("normalized features, smoothed", weights="smoothed", normalized=True, fds={}),
-    "lds-bottleneck": Method("bottleneck", weights="smoothed", bottleneck=True),
-    "lds+fds-bottleneck": Method("smoothed after a bottleneck", weights="smoothed", bottleneck=True, fds={}),
+}
+"""All methods but variants."""
+
+VARIANTS: dict[str, Method] = {
+    "lds+fds-m0": Method("LDS and FDS of the last epoch's statistics alone", weights="smoothed", fds={"momentum": 0.0}),
+    "lds+fds-shrunk": Method(
+        "LDS and FDS, variances shrunk towards the pooled one", weights="smoothed", fds={"shrinkage": 20.0}
+    ),
+    "lds+fds-counts": Method(
+        "LDS and FDS, smoothing weighted by counts", weights="smoothed", fds={"count_weighted": True}
+    ),
+    "lds+fds-wide": Method("LDS and FDS with a window of 15 years", weights="smoothed", fds={"kernel": (15, 6.0)}),
+    "lds-normalized": Method("LDS, features normalized", weights="smoothed", normalized=True),
+    "lds+fds-normalized": Method(
+        "LDS, features normalized, then smoothed", weights="smoothed", normalized=True, fds={}
+    ),
+    "lds-bottleneck": Method("LDS, a bottleneck of 32 features", weights="smoothed", bottleneck=True),
+    "lds+fds-bottleneck": Method("LDS and FDS after that bottleneck", weights="smoothed", bottleneck=True, fds={}),
     "lds+fds-before-bottleneck": Method(
-        "smoothed before a bottleneck", weights="smoothed", bottleneck=True, fds={}, fds_before=True
+        "LDS and FDS before that bottleneck", weights="smoothed", bottleneck=True, fds={}, fds_before=True
     ),
 }
 
-WINNER: MethodName = "soft+tau"
-"""What ``--methods default`` means: the method that did best, as the README tells."""
+METHODS = MAIN | VARIANTS
 
-FDS_STUDY: tuple[MethodName, ...] = (
-    "lds",
-    "lds+fds",
-    *(name for name in METHODS if name.startswith(("lds-", "lds+fds-"))),
-    "soft+lds",
-    "soft+lds+fds",
-)
-"""What ``--methods fds-study`` means: whether, and how, feature smoothing adds to LDS or to bins."""
+WINNER = "soft+tau"
+"""The method that did best, as the README tells."""
 
-ALL: tuple[MethodName, ...] = tuple(
-    name for name in METHODS if name not in FDS_STUDY or name in ("lds", "lds+fds", "soft+lds", "soft+lds+fds")
-)
-"""What ``--methods all`` means: all but the variants of the study."""
-
-GROUPS: dict[str, tuple[MethodName, ...]] = {"default": (WINNER,), "all": ALL, "fds-study": FDS_STUDY}
+GROUPS: dict[str, tuple[str, ...]] = {
+    "default": (WINNER,),
+    "all": tuple(MAIN),
+    "fds-study": ("lds", "lds+fds", *VARIANTS, "soft+lds", "soft+lds+fds"),
+}
+"""Names that stand for several methods; the study asks whether, and how, feature smoothing adds to LDS or to bins."""
 
 
-def named(methods: Sequence[str]) -> list[MethodName]:
+def named(methods: Sequence[str]) -> list[str]:
     """Methods by their own names, each once, where a name may stand for several."""
-    return list(dict.fromkeys(name for method in methods for name in GROUPS.get(method, (cast(MethodName, method),))))
+    return list(dict.fromkeys(name for method in methods for name in GROUPS.get(method, (method,))))
 
 
 def unknown(option: str, methods: Sequence[str]) -> list[str]:
@@ -176,15 +141,15 @@ def unknown(option: str, methods: Sequence[str]) -> list[str]:
 def overview() -> str:
     """All methods and groups of them, for ``--help``."""
 
-    def told(names: Sequence[MethodName]) -> list[str]:
-        return [f"  {name:26}{METHODS[name].title}" for name in names]
+    def told(methods: Mapping[str, Method]) -> list[str]:
+        return [f"  {name:26}{method.title}" for name, method in methods.items()]
 
     return "\n".join(
         [
             "methods; LDS and FDS are label and feature distribution smoothing (Yang et al. 2021):",
-            *told(ALL),
+            *told(MAIN),
             "variants of lds and lds+fds:",
-            *told([name for name in METHODS if name not in ALL]),
+            *told(VARIANTS),
             "names that stand for several:",
             f"  {'default':26}{WINNER}, which did best of all",
             f"  {'all':26}all methods but the variants",
