@@ -17,7 +17,7 @@ from timing import line, medians
 from torch import Tensor
 
 import dir_toolkit as dt
-from dir_toolkit.backbones import ImageRegressor, small_resnet
+from dir_toolkit.backbones import small_resnet
 
 BATCH, NUM_BINS = 256, 100
 
@@ -98,20 +98,14 @@ def epoch(num_images: int = 2560, size: int = 48, batch: int = 128, pairs: int =
     def run(with_fds: bool) -> float:
         torch.manual_seed(0)
         backbone = small_resnet()
-        model = ImageRegressor(backbone).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         fds = dt.FDS(bins, backbone.num_features) if with_fds else None
-        if fds is not None:
-            fds.attach(model.head, "input")
+        model = dt.LongTailModel(backbone, backbone.num_features, bins, head="regression", fds=fds).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for number in range(2):  # the first epoch only gathers; the second, which is timed, calibrates as well
             start = time.perf_counter()
             for at in range(0, num_images, batch):
                 x, y = images[at : at + batch], labels[at : at + batch]
-                if fds is None:
-                    loss = dt.weighted_l1(model(x), y)
-                else:
-                    with fds.labels(y):
-                        loss = dt.weighted_l1(model(x), y)
+                loss = model(x, y).loss
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

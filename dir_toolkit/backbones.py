@@ -1,4 +1,4 @@
-"""Networks from images to features, and the regressor and the classifier around them."""
+"""Networks from images to features, and the classifier around them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import instance, is_tensor, number, problem, whole
+from ._checks import instance, is_tensor, problem, whole
 from .errors import ShapeError
 
 __all__ = [
     "DigitCNN",
     "ImageClassifier",
-    "ImageRegressor",
     "Scored",
     "SmallResNet",
     "digit_cnn",
@@ -198,45 +197,6 @@ def timm_backbone(name: str, *, pretrained: bool = False) -> nn.Module:
     return model
 
 
-class ImageRegressor(nn.Module):
-    """A backbone and a linear head: ``pred = offset + scale * head(backbone(images))``.
-
-    With offset and scale near the labels' median and spread the head starts where labels are. :class:`dir_toolkit.FDS`
-    attaches to ``model.head, "input"``.
-
-    Args:
-        backbone: from images to (N, backbone.num_features).
-        offset, scale: in label units; scale > 0.
-    Attributes:
-        backbone, head: the two parts, head an ``nn.Linear(num_features, 1)``.
-    Shape:
-        forward: images (N, C, H, W). Returns (N,), in label units; float32 or wider, under autocast too.
-    Raises:
-        TypeError: the backbone does not tell its ``num_features``. ValueError: that is below 1, or scale not positive.
-
-    >>> model = ImageRegressor(small_resnet(width=8), offset=30.0, scale=15.0)
-    >>> model(torch.zeros(2, 3, 32, 32)).shape
-    torch.Size([2])
-    """
-
-    offset: Tensor
-    scale: Tensor
-
-    def __init__(self, backbone: nn.Module, *, offset: float = 0.0, scale: float = 1.0) -> None:
-        super().__init__()
-        where = "ImageRegressor"
-        num_features = _num_features(where, backbone)
-        self.backbone = backbone
-        self.head = nn.Linear(num_features, 1)
-        self.register_buffer("offset", torch.tensor(number(where, "offset", offset)))
-        self.register_buffer("scale", torch.tensor(number(where, "scale", scale, low=0, open_low=True)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        score = self.head(self.backbone(images)).squeeze(1)  # (N, 1) -> (N,)
-        # A bfloat16 score must not pull the offset down to its eight bits.
-        return self.offset + self.scale * score.to(self.offset.dtype)
-
-
 class Scored(NamedTuple):
     """What a classifier says of a batch, where a loss asks for features, too.
 
@@ -269,7 +229,16 @@ class ImageClassifier(nn.Module):
     def __init__(self, backbone: nn.Module, head: nn.Module, *, return_features: bool = False) -> None:
         super().__init__()
         where = "ImageClassifier"
-        num_features = _num_features(where, backbone)
+        num_features = getattr(backbone, "num_features", None)
+        if not isinstance(backbone, nn.Module) or num_features is None:
+            raise problem(
+                where,
+                "backbone must be a module with an attribute num_features",
+                got=type(backbone).__name__,
+                fix="Set backbone.num_features to the number of its outputs.",
+                error=TypeError,
+            )
+        num_features = whole(where, "backbone.num_features", num_features, low=1)
         instance(where, nn.Module, head=head)
         instance(where, bool, return_features=return_features)
         takes = getattr(head, "num_features", getattr(head, "in_features", num_features))
@@ -281,16 +250,3 @@ class ImageClassifier(nn.Module):
         features = self.backbone(images)
         scores = self.head(features)
         return Scored(scores, features) if self.return_features else scores
-
-
-def _num_features(where: str, backbone: nn.Module) -> int:
-    num_features = getattr(backbone, "num_features", None)
-    if not isinstance(backbone, nn.Module) or num_features is None:
-        raise problem(
-            where,
-            "backbone must be a module with an attribute num_features",
-            got=type(backbone).__name__,
-            fix="Set backbone.num_features to the number of its outputs.",
-            error=TypeError,
-        )
-    return whole(where, "backbone.num_features", num_features, low=1)

@@ -154,7 +154,7 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
 
     Args:
         model: has ``backbone`` and ``head``, as :class:`dir_toolkit.backbones.ImageClassifier` and
-            :class:`dir_toolkit.backbones.ImageRegressor` do; for others :func:`freeze` and :func:`reinitialize` serve.
+            :class:`dir_toolkit.LongTailModel` do; for others :func:`freeze` and :func:`reinitialize` serve.
         method: ``"crt"`` and ``"rrt"`` start the head afresh, all of it to learn; ``"lws"`` wraps it, which must be
             linear, in a :class:`dir_toolkit.heads.normalized.ScaledHead`.
         seed: of the head's new start.

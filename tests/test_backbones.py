@@ -10,7 +10,6 @@ from torch import nn
 from dir_toolkit.backbones import (
     DigitCNN,
     ImageClassifier,
-    ImageRegressor,
     Scored,
     digit_cnn,
     small_resnet,
@@ -47,7 +46,7 @@ def test_memory_layout_of_the_images_does_not_matter() -> None:
 
 def test_every_parameter_of_small_resnet_learns() -> None:
     torch.manual_seed(0)
-    model = ImageRegressor(small_resnet(width=4))
+    model = nn.Sequential(small_resnet(width=4), nn.Linear(16, 1), nn.Flatten(0))
     images, labels = torch.randn(8, 3, 32, 32), torch.linspace(-1, 1, 8)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     losses = []
@@ -65,36 +64,6 @@ def test_every_parameter_of_small_resnet_learns() -> None:
 def test_small_resnet_refuses(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} must be at least 1, got 0"):
         small_resnet(**settings)
-
-
-def test_regressor_is_offset_plus_scale_times_head() -> None:
-    backbone = nn.Flatten()
-    backbone.num_features = 3  # type: ignore[assignment]
-    model = ImageRegressor(backbone, offset=30.0, scale=2.0)
-    with torch.no_grad():
-        model.head.weight.copy_(torch.tensor([[1.0, 0.0, -1.0]]))
-        model.head.bias.fill_(0.5)
-    pred = model(torch.tensor([[[[5.0]], [[1.0]], [[2.0]]]]))
-    assert pred.tolist() == [30 + 2 * (5 - 2 + 0.5)]
-    assert {"offset", "scale"} <= set(dict(model.named_buffers()))
-
-
-def test_regressor_keeps_float32_under_autocast() -> None:
-    model = ImageRegressor(small_resnet(width=4), offset=100.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(torch.zeros(2, 3, 32, 32)).dtype == torch.float32
-    assert model.double()(torch.zeros(2, 3, 32, 32).double()).dtype == torch.float64
-
-
-def test_regressor_refuses_what_is_no_backbone() -> None:
-    with pytest.raises(TypeError, match=r"attribute num_features, got Flatten\. Set backbone\.num_features"):
-        ImageRegressor(nn.Flatten())
-    with pytest.raises(ValueError, match="scale must be > 0"):
-        ImageRegressor(small_resnet(width=4), scale=0.0)
-    backbone = nn.Flatten()
-    backbone.num_features = 0  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"ImageRegressor: backbone\.num_features must be at least 1, got 0"):
-        ImageRegressor(backbone)
 
 
 def test_small_resnet_takes_float_images_only() -> None:
@@ -267,7 +236,9 @@ def fake_timm() -> types.ModuleType:
 
 def test_timm_backbone_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", fake_timm())
-    assert ImageRegressor(timm_backbone("resnet50")).head.in_features == 2
+    backbone = timm_backbone("resnet50")
+    assert backbone.num_features == 2
+    assert ImageClassifier(backbone, nn.Linear(2, 3))(torch.zeros(4, 2)).shape == (4, 3)
 
 
 def test_timm_backbone_suggests_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dir_toolkit.backbones import DigitCNN, ImageClassifier, ImageRegressor, small_resnet
+from dir_toolkit.backbones import DigitCNN, ImageClassifier, small_resnet
 from dir_toolkit.data.augment import to_float
 from dir_toolkit.data.images import ImageSet, content_digest
 from dir_toolkit.decoupling import Frozen, choose_normalization, freeze, reinitialize, stage_two
@@ -28,8 +28,8 @@ from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.sampling import BinSampler
 from dir_toolkit.labels.weights import LDS
+from dir_toolkit.longtail import LongTailModel
 from dir_toolkit.losses.cross_entropy import cross_entropy
-from dir_toolkit.losses.regression import weighted_l1
 from dir_toolkit.metrics.classification import ClassificationMetrics, balanced_error
 from dir_toolkit.metrics.regression import RegressionMetrics
 from dir_toolkit.training.loop import Optimization, evaluate, fit, predict
@@ -382,10 +382,17 @@ def test_a_layer_that_cannot_be_reset_is_refused_before_anything_changes() -> No
 # -- stage_two
 
 
+def regressor(backbone: nn.Module) -> LongTailModel:
+    return LongTailModel(backbone, 16, Bins.uniform(0, 12, count=12), head="regression")
+
+
+def scores(model: nn.Module) -> Tensor:
+    output = model(IMAGES)
+    return getattr(output, "scores", output)
+
+
 @pytest.mark.parametrize("method", ["crt", "rrt"])
-@pytest.mark.parametrize(
-    "make", [lambda b: ImageClassifier(b, LinearHead(16, 4)), lambda b: ImageRegressor(b, offset=3.0)]
-)
+@pytest.mark.parametrize("make", [lambda b: ImageClassifier(b, LinearHead(16, 4)), regressor])
 def test_crt_and_rrt_freeze_the_backbone_and_start_the_head_afresh(make: Any, method: Any) -> None:
     model = make(with_dropout())
     head, before, expected = model.head, bits(model.backbone), copy.deepcopy(model.head)
@@ -395,7 +402,7 @@ def test_crt_and_rrt_freeze_the_backbone_and_start_the_head_afresh(make: Any, me
     assert bits(model.head) == bits(expected)
     assert bits(model.backbone) == before
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
-    assert torch.equal(model.train()(IMAGES), model(IMAGES))
+    assert torch.equal(scores(model.train()), scores(model))
     handle.remove()
     assert all(p.requires_grad for p in model.parameters())
 
@@ -408,17 +415,15 @@ def test_a_head_that_was_frozen_learns_again_in_the_second_stage() -> None:
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
-@pytest.mark.parametrize(
-    "make", [lambda b: ImageClassifier(b, nn.Linear(16, 4)), lambda b: ImageRegressor(b, scale=2.0)]
-)
+@pytest.mark.parametrize("make", [lambda b: ImageClassifier(b, nn.Linear(16, 4)), regressor])
 def test_lws_scales_the_head_as_it_was_trained(make: Any) -> None:
     model = make(with_dropout()).eval()
-    before, linear = model(IMAGES), bits(model.head)
+    before, linear = scores(model), bits(model.head)
     stage_two(model, "lws")
     assert isinstance(model.head, ScaledHead)
     assert {"linear." + name: value for name, value in linear.items()}.items() <= bits(model.head).items()
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.scale"]
-    torch.testing.assert_close(model(IMAGES), before)
+    torch.testing.assert_close(scores(model), before)
 
 
 def test_a_model_without_the_two_parts_or_with_another_head_is_refused() -> None:
@@ -517,10 +522,10 @@ def test_rrt_with_inverse_weights_lowers_the_error_of_rare_labels(tmp_path: Path
     density = LabelDensity.count(train.labels, bins)
     metrics = RegressionMetrics(bins, density)
     with RUNTIME.seeded("shades"):
-        model = ImageRegressor(with_dropout(), offset=2.5, scale=2.0)
+        model = LongTailModel(with_dropout(), 16, bins, density=density, head="regression")
     arguments: dict[str, Any] = {
         "metrics": metrics,
-        "loss": weighted_l1,
+        "loss": model.criterion,
         "runtime": RUNTIME,
         "augmentation": False,
         "optimization": Optimization(epochs=6, batch_size=32, lr=0.02),

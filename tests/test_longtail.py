@@ -15,7 +15,7 @@ import torch
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
-from dir_toolkit.backbones import ImageClassifier, ImageRegressor
+from dir_toolkit.backbones import ImageClassifier
 from dir_toolkit.data.images import ImageSet, content_digest
 from dir_toolkit.errors import CheckpointError, DirToolkitWarning, LabelError, ShapeError, UsageError
 from dir_toolkit.features.fds import FDS
@@ -494,7 +494,20 @@ def test_features_of_another_shape_are_refused() -> None:
 # ---- regression and Gaussian heads ----
 
 
-def test_regression_is_the_regressor_to_the_bit_and_starts_where_labels_are() -> None:
+def test_regression_is_offset_plus_scale_times_head() -> None:
+    model = LongTailModel(nn.Flatten(), 3, AGES, head="regression")
+    with torch.no_grad():
+        model.head.weight.copy_(torch.tensor([[1.0, 0.0, -1.0]]))
+        model.head.bias.fill_(0.5)
+    model.offset.fill_(30)
+    model.scale.fill_(2)
+    out = model(torch.tensor([[5.0, 1.0, 2.0]]), torch.tensor([19.0]))
+    assert out.prediction.tolist() == [30 + 2 * (5 - 2 + 0.5)]
+    assert out.loss.item() == 37 - 19
+    assert {"offset", "scale"} <= set(dict(model.named_buffers()))
+
+
+def test_regression_is_its_parts_to_the_bit_and_starts_where_labels_are() -> None:
     x, y = batch()
     model = ages(head="regression")
     labels = np.repeat(AGES.centers, AGE_DENSITY.counts)
@@ -502,12 +515,8 @@ def test_regression_is_the_regressor_to_the_bit_and_starts_where_labels_are() ->
     assert model.scale.item() == pytest.approx(spread, rel=1e-6)
     assert abs(model.offset.item() - np.median(labels)) < 0.5
 
-    def make() -> ImageRegressor:
-        backbone = net()
-        backbone.num_features = 6  # type: ignore[assignment]
-        return ImageRegressor(backbone, offset=model.offset.item(), scale=model.scale.item())
-
-    pred = seeded(make)(x)
+    parts = seeded(lambda: nn.Sequential(net(), nn.Linear(6, 1), nn.Flatten(0)))
+    pred = model.offset + model.scale * parts(x)
     out = model(x, y)
     assert torch.equal(out.scores, pred)
     assert torch.equal(out.prediction, pred)
