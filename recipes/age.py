@@ -144,7 +144,7 @@ class Run:
 
 
 def main(settings: Settings) -> None:
-    from dir_toolkit.results.tables import text_table
+    from dir_toolkit.results.tables import as_text, results_table
     from dir_toolkit.training.runtime import start_runtime
 
     out = settings.out or Path("runs/age") / settings.data
@@ -162,7 +162,7 @@ def main(settings: Settings) -> None:
                 runs[method, seed] = train(settings, method, replace(runtime, seed=seed), splits, out)
         if runtime.is_main:
             ds = summarise(settings, out, splits, runs, runtime, search)
-            print(f"\n{text_table(ds, columns=columns(ds))}\n{ending(out)}")
+            print(f"\n{as_text(results_table(ds, columns=columns(ds)))}\n{ending(out)}")
 
 
 def check(recipe: str, settings: Settings, out: Path, others: Sequence[str] = ()) -> None:

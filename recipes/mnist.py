@@ -214,7 +214,7 @@ Runs = Mapping[tuple[Variant, int], Run]
 
 def main(settings: Settings) -> None:
     from dir_toolkit.data.mnist import download_mnist
-    from dir_toolkit.results.tables import text_table
+    from dir_toolkit.results.tables import as_text, results_table
     from dir_toolkit.training.runtime import start_runtime
 
     out = settings.out or Path("runs/mnist") / settings.data
@@ -244,7 +244,7 @@ def main(settings: Settings) -> None:
         if runtime.is_main:
             folder = out / summary_name(settings, variants)
             ds = summarise(settings, folder, variants, splits, runs, runtime)
-            print(f"\n{text_table(ds, columns=columns(settings))}\nReport: {folder / 'report.html'}")
+            print(f"\n{as_text(results_table(ds, columns=columns(settings)))}\nReport: {folder / 'report.html'}")
 
 
 # ----------------------------------------------------------------------------------------------- what is to be compared

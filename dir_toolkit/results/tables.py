@@ -14,7 +14,7 @@ from .._checks import instance, problem
 from ..labels.density import REGIONS
 from .schema import validate_results
 
-__all__ = ["BASELINE", "ResultsTable", "as_markdown", "as_text", "markdown_table", "results_table", "text_table"]
+__all__ = ["BASELINE", "ResultsTable", "as_markdown", "as_text", "results_table"]
 
 BASELINE = "constant"
 """The name of the constant predictor, which stands last in every table."""
@@ -170,22 +170,12 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def markdown_table(ds: xr.Dataset, *, columns: Columns | None = None) -> str:
-    """:func:`results_table` as Markdown, with its caption below it; ends in a newline."""
-    return as_markdown(results_table(ds, columns=columns))
-
-
 def as_markdown(table: ResultsTable) -> str:
     """A table as Markdown, with its caption below it; ends in a newline."""
     rows = _marked(table)
     lines = [table.header, ["---", *("---:" for _ in table.header[1:])], table.counts, *rows]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"{body}\n\n{table.caption}\n"
-
-
-def text_table(ds: xr.Dataset, *, columns: Columns | None = None) -> str:
-    """:func:`results_table` in aligned columns for a terminal; ends in a newline."""
-    return as_text(results_table(ds, columns=columns))
 
 
 def as_text(table: ResultsTable) -> str:

@@ -15,7 +15,7 @@ from dir_toolkit.results.comparison import comparison_table, differences_csv, pa
 from dir_toolkit.results.figures import region_figure
 from dir_toolkit.results.schema import load_results
 from dir_toolkit.results.summary import write_comparison, write_summary
-from dir_toolkit.results.tables import as_markdown, markdown_table
+from dir_toolkit.results.tables import as_markdown, results_table
 
 TITLE = "Error by region (lds+fds)"
 NAME = "error-by-region--lds-fds-"
@@ -36,7 +36,7 @@ def test_everything_lands_in_one_folder(tmp_path: Path, ds: xr.Dataset) -> None:
     assert files(tmp_path) == {"results.nc", "table.md", "report.html", f"figures/{NAME}.png", "events"}
     assert load_results(tmp_path / "results.nc")["mae"].equals(ds["mae"])
     table = (tmp_path / "table.md").read_text()
-    assert table == markdown_table(ds, columns=[("bmae", "few")])
+    assert table == as_markdown(results_table(ds, columns=[("bmae", "few")]))
     page = (tmp_path / "report.html").read_text()
     for part in ("A note.", "epochs", TITLE, "bMAE few", ds.attrs["command"]):
         assert part in page
@@ -50,7 +50,7 @@ def test_tensorboard_shows_table_and_figures(tmp_path: Path, ds: xr.Dataset) -> 
     events.Reload()
     assert events.Tags()["images"] == [f"figures/{NAME}"]
     text = events.Tensors("results/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text == markdown_table(ds)
+    assert text == as_markdown(results_table(ds))
 
 
 def test_tensorboard_compares_methods_by_region(tmp_path: Path, ds: xr.Dataset, classes: xr.Dataset) -> None:
