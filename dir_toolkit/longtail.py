@@ -668,7 +668,17 @@ class LongTailModel(nn.Module):
 
     def extra_repr(self) -> str:
         loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", type(self.loss).__name__)
-        return f"{self.bins!r}, loss={loss}, sigma={self.sigma}, adjust={self.adjust!r}, decode={self.decoding!r}"
+        settings = {
+            "loss": loss,
+            "sigma": self.sigma,
+            "label_kernel": self.label_kernel,
+            "adjust": self.adjust,
+            "decode": self.decoding,
+            "residual_weight": self.residual_weight if self.residual is not None else 0.0,
+            "expectation_weight": self.expectation_weight,
+            "weights": None if self.weights is None else f"LDS({self.weights.extra_repr()})",
+        }
+        return ", ".join([repr(self.bins), *(f"{name}={value}" for name, value in settings.items())])
 
 
 def _check_axis(where: str, bins: Any, density: Any) -> None:

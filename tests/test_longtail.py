@@ -1069,4 +1069,4 @@ def test_what_needs_a_distribution_says_so() -> None:
 def test_repr_tells_the_settings() -> None:
     shown = repr(ages(head="regression"))
     assert "loss=weighted_l1" in shown
-    assert "loss=cross_entropy, sigma=2.0, adjust='after', decode='median'" in repr(ages())
+    assert "loss=cross_entropy, sigma=2.0, label_kernel=gaussian, adjust=after, decode=median" in repr(ages())

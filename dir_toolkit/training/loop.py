@@ -553,7 +553,10 @@ def _check(
 
 
 def _name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+    """What a checkpoint knows a function by; a module's method by the module's settings, too."""
+    name = getattr(function, "__name__", type(function).__name__)
+    owner = getattr(function, "__self__", None)
+    return f"{type(owner).__name__}({owner.extra_repr()}).{name}" if isinstance(owner, nn.Module) else name
 
 
 def _batches(samples: int, batch_size: int, world: int) -> list[slice]:

@@ -201,6 +201,7 @@ def train_binned(
             press_ctrl_c()
         return model.criterion(output, *arguments, reduction=reduction)
 
+    criterion.__name__ = f"LongTailModel({model.extra_repr()}).criterion"  # what a checkpoint knows the method by
     arguments: dict[str, Any] = {
         "metrics": metrics_of(image_set()),
         "loss": criterion if stop_at else model.criterion,
@@ -789,6 +790,13 @@ def test_a_binned_model_learns_and_resumes_to_the_bit(tmp_path: Path) -> None:
     third, finished = train_binned(tmp_path / "whole", resume=True, stop_at=1)
     assert same(history, finished)
     assert same(dict(model.state_dict()), dict(third.state_dict()))
+
+
+def test_a_binned_model_with_another_loss_is_not_resumed(tmp_path: Path) -> None:
+    train_binned(tmp_path)
+    other = binned_model(random=True, sigma=0.25)
+    with pytest.raises(CheckpointError, match=r"loss was 'LongTailModel\(.*sigma=\d.*' and is '.*sigma=0\.25,"):
+        train_binned(tmp_path, resume=True, loss=other.criterion)
 
 
 @pytest.mark.parametrize("use", ["evaluate", "predict"])
