@@ -141,6 +141,8 @@ class Run:
     """A row an epoch."""
     fds: dt.FDS | None
     """With its statistics at the end of training."""
+    tau: dt.TauChoice | None
+    """Of a method that is adjusted after training, and what it was chosen from."""
 
 
 def main(settings: Settings) -> None:
@@ -400,12 +402,13 @@ def train(settings: Settings, name: str, runtime: Runtime, splits: Splits, out: 
     end = trained(settings, name, runtime, splits, out)
     model = end.model
     found: dict[str, Any] = {}
+    choice = None
     if METHODS[name].tau:
-        tau = best_tau(settings, model, splits, runtime).tau
+        choice = best_tau(settings, model, splits, runtime)
         if runtime.is_main:
-            print(f"tau {tau:g}" + ", chosen on validation" * (settings.tau is None), flush=True)
-        model.set_prior("uniform", tau)
-        found["tau"] = ((), tau, {"units": "1"})
+            print(f"tau {choice.tau:g}" + ", chosen on validation" * (settings.tau is None), flush=True)
+        model.set_prior("uniform", choice.tau)
+        found["tau"] = ((), choice.tau, {"units": "1"})
     output = predict(model, splits.test, runtime=runtime)
     metrics = dt.RegressionMetrics(model.bins, dt.LabelDensity.count(splits.train.labels, model.bins))
     metrics.update(output.prediction, torch.from_numpy(splits.test.labels).to(runtime.device))
@@ -417,7 +420,7 @@ def train(settings: Settings, name: str, runtime: Runtime, splits: Splits, out: 
         folder.mkdir(parents=True, exist_ok=True)
         one = as_result(settings, f"{name}, seed {runtime.seed}", {(name, runtime.seed): errors}, runtime, splits)
         save_results(one, folder / "results.nc")
-    return Run(errors, end.history, end.fds)
+    return Run(errors, end.history, end.fds, choice)
 
 
 def by_sample(model: dt.LongTailModel, output: dt.LongTailOutput, labels: np.ndarray) -> dict[str, Any]:
@@ -543,6 +546,7 @@ def summarise(
         "Error by age": draw.error_figure(ds, window=5, colors=colors),
         **density_picture(settings, density),
         "Training": draw.history_figure(histories, label_units="years", colors=colors),
+        **tau_picture({key: run.tau for key, run in runs.items() if run.tau is not None}),
     }
     notes = list(NOTES)
     if search is not None:
@@ -574,6 +578,23 @@ def ending(out: Path) -> str:
         f"Figures, settings and what the methods are: {out / 'report.html'}\n"
         f"All numbers: {out / 'results.nc'}. Curves: tensorboard --logdir {out}"
     )
+
+
+def tau_picture(choices: dict[tuple[str, int], dt.TauChoice]) -> dict[str, Figure]:
+    """What validation faces say of each strength of the adjustment, a line a method, its mean over seeds."""
+    import numpy as np
+
+    from dir_toolkit.results.class_figures import tau_figure
+
+    by_method: dict[str, list[dt.TauChoice]] = {}
+    for (method, _), choice in choices.items():
+        if len(choice.taus) > 1:  # not given, but chosen
+            by_method.setdefault(method, []).append(choice)
+    if not by_method:
+        return {}
+    curves = {method: (many[0].taus, np.mean([c.scores for c in many], 0)) for method, many in by_method.items()}
+    chosen = {method: float(np.mean([c.tau for c in many])) for method, many in by_method.items()}
+    return {"Tau on validation": tau_figure(curves, chosen, ylabel="validation bMAE (years)", percent=False)}
 
 
 def density_picture(settings: Settings, density: dt.LabelDensity) -> dict[str, Figure]:

@@ -24,6 +24,7 @@ from command_line import run
 
 if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
     import xarray as xr
+    from matplotlib.figure import Figure
 
     from dir_toolkit.data.images import Splits
     from dir_toolkit.results.tables import ResultsTable
@@ -58,18 +59,21 @@ def main(settings: Settings) -> None:
         splits = age.load(settings, runtime)
         todo = [(method, seed) for seed in range(settings.seeds) for method in named(settings.methods)]
         failed = []
+        taus = {}
         for done, (method, seed) in enumerate(todo):
             if runtime.is_main:
                 print(f"\n{method}, seed {seed} ({done + 1} of {len(todo)})", flush=True)
             try:
-                age.train(settings, method, replace(runtime, seed=seed), splits, out)
+                one = age.train(settings, method, replace(runtime, seed=seed), splits, out)
+                if one.tau is not None:
+                    taus[method, seed] = one.tau
             except Exception as error:
                 if runtime.world > 1:  # the other ranks wait for this one
                     raise
                 failed.append(f"{method}, seed {seed}: {type(error).__name__}: {error}")
                 print(traceback.format_exc(), flush=True)
         if runtime.is_main:
-            table = summarise(settings, out, splits, runtime, failed)
+            table = summarise(settings, out, splits, runtime, age.tau_picture(taus), failed)
             print(f"\n{as_text(table)}\nReport: {out / 'report.html'}")
     if failed:
         raise SystemExit("\n  ".join(["recipes/compare.py: these runs failed; --resume tries them again:", *failed]))
@@ -90,7 +94,14 @@ def check(settings: Settings, out: Path) -> None:
     age.check("recipes/compare.py", replace(settings, tune=""), out, faults)
 
 
-def summarise(settings: Settings, out: Path, splits: Splits, runtime: Runtime, failed: list[str]) -> ResultsTable:
+def summarise(
+    settings: Settings,
+    out: Path,
+    splits: Splits,
+    runtime: Runtime,
+    pictures: dict[str, Figure],
+    failed: list[str],
+) -> ResultsTable:
     """All runs in the folder as one result, with its table, figures and report."""
     import dir_toolkit as dt
     from dir_toolkit.errors import SettingsError
@@ -121,6 +132,7 @@ def summarise(settings: Settings, out: Path, splits: Splits, runtime: Runtime, f
         baseline=settings.baseline,
         density=dt.LabelDensity.count(splits.train.labels, bins),
         replicates=settings.replicates,
+        figures=pictures,
         notes=[*age.NOTES, *(f"Failed: {failure.replace(str(out), 'DIR')}" for failure in failed)],
         titles=age.titles(ds),
         settings=age.shown(settings),

@@ -28,6 +28,7 @@ FIGURES = {
     "interval-coverage-by-region",
     "error-and-cost",
     "error-by-age--some-methods",
+    "tau-on-validation",
 }
 run = partial(running.run, RECIPE)
 
