@@ -16,6 +16,7 @@ it, as in the paper's code, so that a learnt :math:`\sigma` follows the likeliho
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ _MOST_ROUNDS = 500
 _LEAST_GAIN = 1e-5  # of the mean log-likelihood, in nats
 
 
-class _BalancedMSE(nn.Module):
+class _BalancedMSE(nn.Module, ABC):
     """What the three forms share: the noise, the checks and the likelihood."""
 
     log_sigma: Tensor
@@ -86,9 +87,9 @@ class _BalancedMSE(nn.Module):
         values = (pred - target).square().sum(1) / scale + self._log_integral(pred, target, weight, scale)
         return reduce(values * scale.detach(), weight, reduction)
 
+    @abstractmethod
     def _log_integral(self, pred: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor) -> Tensor:
         """log of the integral of exp(-||y' - pred||² / scale) p(y'), (N,): the Gaussian's own factor cancels."""
-        raise NotImplementedError
 
     def _checked(self, pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
         """Predictions, those of weight zero as zeros, and labels, both (N, D) in at least float32."""
