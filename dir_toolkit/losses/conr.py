@@ -68,8 +68,8 @@ def conr_loss(
         weight are not finite, or a weight is negative. A feature in a pair that is not finite makes the loss so; a
         prediction that is not finite is alike to none. On accelerators values are not looked at.
     Source:
-        Keramati et al. 2024, section 3 (arXiv:2309.06651). Its equation was not at hand: that the mean is of logarithms,
-        and that S is an exponential, follow descriptions of the method.
+        Keramati et al. 2024, section 3 (arXiv:2309.06651). Its equation was not at hand: that the mean is of
+        logarithms, and that S is an exponential, follow descriptions of the method.
 
     >>> features, labels = torch.ones(3, 2), torch.tensor([20.0, 20.5, 60.0])
     >>> conr_loss(features, labels, torch.tensor([20.0, 20.0, 60.0])).item()  # nothing is confused
