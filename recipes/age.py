@@ -96,8 +96,15 @@ class Settings:
     """Passes over the training faces where a head is trained again on a frozen encoder."""
     fds_momentum: float = 0.9
     """Weight of the old statistics when an epoch is folded in; 0 uses the last epoch only."""
-    fds_shrinkage: float = 0.0
-    """Pseudo-samples that pull the variance of each age towards the pooled one."""
+    fds_covariance: Literal["diagonal", "full", "low_rank"] = "diagonal"
+    """What of the features' covariances is smoothed."""
+    fds_map: Literal["paper", "transport"] = "transport"
+    """How features go over to a covariance that is not diagonal."""
+    fds_rank: int = 32
+    """Directions of low_rank."""
+    fds_shrinkage: float | None = None
+    """Pseudo-samples that pull the covariance of each age towards the pooled one; by default none for a diagonal, else
+    as many as the matrices have rows."""
     fds_count_weighted: bool = False
     """Smooth statistics in proportion to the samples behind them."""
     fds_start_epoch: int = 1
@@ -214,7 +221,9 @@ def check(recipe: str, settings: Settings, out: Path, others: Sequence[str] = ()
     makers: tuple[Callable[[], object], ...] = (
         lambda: optimization(settings),
         lambda: dt.LDS(label_axis(settings), kernel=window(settings)),
-        lambda: smoother(usual, 1),  # so that a fault of the window is not told twice, and hides none
+        lambda: smoother(
+            usual, max(usual.fds_rank, 1) + 1
+        ),  # so that a fault of the window is not told twice, and hides none
         lambda: backbone(settings),
     )
     for make in makers:
@@ -294,6 +303,9 @@ def smoother(
     usual = {
         "kernel": window(settings) if kernel is None else dt.gaussian(*kernel),
         "momentum": settings.fds_momentum,
+        "covariance": settings.fds_covariance,
+        "map": settings.fds_map,
+        "rank": settings.fds_rank,
         "shrinkage": settings.fds_shrinkage,
         "count_weighted": settings.fds_count_weighted,
         "start_epoch": settings.fds_start_epoch,

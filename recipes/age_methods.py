@@ -98,6 +98,13 @@ VARIANTS: dict[str, Method] = {
         "LDS and FDS, smoothing weighted by counts", weights="smoothed", fds={"count_weighted": True}
     ),
     "lds+fds-wide": Method("LDS and FDS with a window of 15 years", weights="smoothed", fds={"kernel": (15, 6.0)}),
+    "lds+fds-full": Method("LDS and FDS with full covariances", weights="smoothed", fds={"covariance": "full"}),
+    "lds+fds-full-paper": Method(
+        "the same, by the map that the paper writes", weights="smoothed", fds={"covariance": "full", "map": "paper"}
+    ),
+    "lds+fds-low-rank": Method(
+        "LDS and FDS with covariances in 32 directions", weights="smoothed", fds={"covariance": "low_rank"}
+    ),
     "lds-normalized": Method("LDS, features normalized", weights="smoothed", normalized=True),
     "lds+fds-normalized": Method(
         "LDS, features normalized, then smoothed", weights="smoothed", normalized=True, fds={}

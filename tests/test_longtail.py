@@ -825,8 +825,8 @@ def test_a_state_of_another_axis_or_without_statistics_is_refused() -> None:
 
 def test_fds_follows_the_model_to_its_device() -> None:
     model = ages(fds=FDS(AGES, 6)).to("meta")
-    assert model.fds.scale.device.type == "meta"
-    assert model.double().fds.scale.dtype == torch.float64
+    assert model.fds.covariance.scale.device.type == "meta"
+    assert model.double().fds.covariance.scale.dtype == torch.float64
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)

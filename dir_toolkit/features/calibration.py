@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from .._checks import interval, is_tensor, same_shape
+from .._checks import interval, is_tensor, one_of, problem, same_shape
+from ..errors import ShapeError
 
-__all__ = ["diagonal_map"]
+__all__ = ["Map", "covariance_map", "diagonal_map"]
+
+Map = Literal["paper", "transport"]
+_FLOOR = 1e-9  # of the mean variance: gives directions in which nothing varies a variance, so that they are left alone
 
 
 def diagonal_map(
@@ -38,3 +45,59 @@ def diagonal_map(
     shift = smoothed_mean - scale * mean
     known = shift.isfinite()
     return torch.where(known, scale, 1.0), torch.where(known, shift, 0.0)
+
+
+def covariance_map(covariance: Tensor, smoothed: Tensor, *, clip: tuple[float, float], map: Map) -> Tensor:
+    r"""The matrix A that carries covariance :math:`\Sigma` to :math:`\Sigma'`, :math:`A \Sigma A^T = \Sigma'`.
+
+    Before, :math:`\Sigma'` is brought to between clip[0] and clip[1] times :math:`\Sigma` in every direction, which
+    bounds the singular values of A by the roots of clip. Where both are diagonal A is that of :func:`diagonal_map`.
+
+    Args:
+        clip: bounds of the ratio of variances in any direction.
+        map: ``"paper"``, :math:`\Sigma'^{1/2} \Sigma^{-1/2}`, which also rotates where the two do not commute; or
+            ``"transport"``, :math:`\Sigma^{-1/2} (\Sigma^{1/2} \Sigma' \Sigma^{1/2})^{1/2} \Sigma^{-1/2}`, the one
+            symmetric map, which moves a sample least.
+    Shape:
+        both (D, D), symmetric and positive semidefinite, float64. Returns (D, D).
+    Raises:
+        ShapeError: they are not square, or shapes differ. ValueError: map is neither, or clip no pair 0 <= low < high.
+    Source:
+        Yang et al. 2021, equation 2 (arXiv:2102.09554); Olkin and Pukelsheim 1982 for the transport.
+    """
+    where = "covariance_map"
+    is_tensor(where, covariance=covariance, smoothed=smoothed)
+    same_shape(where, covariance=covariance, smoothed=smoothed)
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise problem(where, "covariance must be square", got=tuple(covariance.shape), error=ShapeError)
+    one_of(where, "map", map, ("paper", "transport"))
+    low, high = interval(where, "clip", clip)
+    own = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    floor = _FLOOR * torch.maximum(covariance.diagonal().mean(), smoothed.diagonal().mean())
+    if floor == 0:  # nothing varies
+        return own
+    covariance, smoothed = covariance + floor * own, smoothed + floor * own
+    factor = torch.linalg.cholesky(covariance)
+    within = all(
+        int(torch.linalg.cholesky_ex(d).info) == 0 for d in (high * covariance - smoothed, smoothed - low * covariance)
+    )
+    if not within:
+        half = torch.linalg.solve_triangular(factor, smoothed, upper=False)
+        ratio = torch.linalg.solve_triangular(factor, half.T, upper=False)  # smoothed, where covariance is 1
+        smoothed = factor @ _of_eigenvalues(ratio, lambda values: values.clamp(low, high)) @ factor.T
+    if map == "paper":
+        return _of_eigenvalues(smoothed, _root) @ _of_eigenvalues(covariance, lambda values: 1 / _root(values))
+    # With S = L L^T the map is L^-T (L^T S' L)^(1/2) L^-1: one decomposition in place of two.
+    middle = _of_eigenvalues(factor.T @ smoothed @ factor, _root)
+    half = torch.linalg.solve_triangular(factor.T, middle, upper=True)
+    return torch.linalg.solve_triangular(factor.T, half.T, upper=True)
+
+
+def _root(values: Tensor) -> Tensor:
+    return values.clamp_min(0).sqrt()
+
+
+def _of_eigenvalues(matrix: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of a symmetric matrix."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * function(values)) @ vectors.T

@@ -16,21 +16,30 @@ from ..errors import CheckpointError, ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.grid import AnyBins, BinGrid, Windows, checked_windows, saved_bins
 from ..labels.kernels import DEFAULT_KERNEL, Edges, gaussian, smoothing_matrix
-from .calibration import diagonal_map
-from .moments import BinMoments
+from .calibration import Map
+from .covariance import (
+    BinCovariance,
+    DiagonalCovariance,
+    Float64Module,
+    FullCovariance,
+    LowRankCovariance,
+    Settings,
+    blend,
+)
+from .moments import BinMoments, SubspaceMoments
 
 __all__ = ["FDS"]
 
 _FOLDED = gaussian(5, 2, folded=True)
 
 
-class FDS(nn.Module):
+class FDS(Float64Module):
     r"""Feature distribution smoothing.
 
-    While a model trains, the features of each bin are shifted and scaled from the bin's own mean and variance to those
-    smoothed over neighbouring bins, :math:`z' = \sqrt{v'_b / v_b}\,(z - \mu_b) + \mu'_b`. Statistics are gathered in
-    the same pass, from the features as they come, and used from the next epoch on. In eval mode, and outside
-    :meth:`labels`, features pass untouched.
+    While a model trains, the features of each bin are carried from the bin's own mean and covariance to those smoothed
+    over neighbouring bins, :math:`z' = A_b (z - \mu_b) + \mu'_b`; with variances alone, as is usual,
+    :math:`A_b = \mathrm{diag}\sqrt{v'_b / v_b}`. Statistics are gathered in the same pass, from the features as they
+    come, and used from the next epoch on. In eval mode, and outside :meth:`labels`, features pass untouched.
 
     .. code-block:: python
 
@@ -56,11 +65,16 @@ class FDS(nn.Module):
             the window may be one for all axes or one an axis.
         momentum: weight of the *old* statistics when an epoch is folded in, in [0, 1): 0 keeps the last epoch only. A
             bin's first epoch is taken whole.
-        covariance: ``"diagonal"``, a variance a feature.
-        clip: bounds of the ratio of variances.
+        covariance: ``"diagonal"``, a variance a feature; ``"full"``, a (D, D) matrix a bin; or ``"low_rank"``, a full
+            one within the ``rank`` leading directions of the covariance pooled over bins, found anew each epoch, and
+            one variance beyond them. Low rank moves means only in the first epoch that it calibrates.
+        map: how a covariance that is not diagonal is carried to the smoothed one, ``"paper"`` or ``"transport"``, as
+            in :func:`dir_toolkit.features.calibration.covariance_map`.
+        rank: r, of ``"low_rank"``, below D.
+        clip: bounds of the ratio of variances, in any direction.
         start_epoch: number of epochs folded in before features are calibrated, at least 1.
-        shrinkage: pseudo-samples that pull each bin's variance towards the one pooled over all bins; steadies bins of a
-            few samples.
+        shrinkage: pseudo-samples that pull each bin's covariance towards the one pooled over all bins; steadies bins of
+            a few samples. None takes 0 for a diagonal, D for full and r for low rank.
         count_weighted: smooth each bin's statistics in proportion to its number of samples rather than all bins alike.
         edges: what lies beyond the label axis, as in :func:`dir_toolkit.labels.kernels.smooth`.
         outside: what a label beyond the axis does, as in :meth:`Bins.index`; a dropped sample is neither counted nor
@@ -71,16 +85,20 @@ class FDS(nn.Module):
         of K axes (N, K) or (N, H, W, K). Each pixel of a map counts as a sample.
     Units:
         labels in those of the axis; features any.
+    Memory:
+        statistics and maps are float64: about 56 bytes times B * D^2 when an epoch with full covariance ends, times
+        B * r^2 with low rank. It must be free when the FDS is made. Full covariance waits for an accelerator once a
+        step.
+    Raises:
+        ValueError: a setting is out of bounds, or covariances would take more memory than is free.
     Source:
-        Yang et al. 2021, section 3.2, equation 2 (arXiv:2102.09554).
+        Yang et al. 2021, section 3.2, equation 2 (arXiv:2102.09554). The low-rank form is ours: probabilistic PCA
+        (Tipping and Bishop 1999) in a subspace that all bins share.
     """
 
     smoothing: Tensor
     running_count: Tensor
     running_mean: Tensor
-    running_variance: Tensor
-    scale: Tensor
-    shift: Tensor
 
     def __init__(
         self,
@@ -89,10 +107,12 @@ class FDS(nn.Module):
         *,
         kernel: Windows = DEFAULT_KERNEL,
         momentum: float = 0.9,
-        covariance: Literal["diagonal"] = "diagonal",
+        covariance: Literal["diagonal", "full", "low_rank"] = "diagonal",
+        map: Map = "transport",
+        rank: int = 32,
         clip: tuple[float, float] = (0.1, 10.0),
         start_epoch: int = 1,
-        shrinkage: float = 0.0,
+        shrinkage: float | None = None,
         count_weighted: bool = False,
         edges: Edges = "reflect",
         outside: Outside = "raise",
@@ -100,14 +120,20 @@ class FDS(nn.Module):
         super().__init__()
         instance("FDS", (Bins, BinGrid), bins=bins)
         instance("FDS", bool, count_weighted=count_weighted)
-        one_of("FDS", "covariance", covariance, ("diagonal",))
+        one_of("FDS", "covariance", covariance, ("diagonal", "full", "low_rank"))
+        one_of("FDS", "map", map, ("paper", "transport"))
         one_of("FDS", "outside", outside, ("raise", "clip", "drop"))
         self.bins, self.outside = bins, outside
         self.num_features = whole("FDS", "num_features", num_features, low=1)
         self.momentum = number("FDS", "momentum", momentum, low=0, high=1, open_high=True)
-        self.clip = interval("FDS", "clip", clip)
+        clip = interval("FDS", "clip", clip)
+        rank = whole("FDS", "rank", rank, low=1)
+        if covariance == "low_rank" and rank >= self.num_features:
+            rule = f"rank must be below num_features {self.num_features}"
+            raise problem("FDS", rule, got=rank, fix='Pass covariance="full".')
         self.start_epoch = whole("FDS", "start_epoch", start_epoch, low=1)
-        self.shrinkage = number("FDS", "shrinkage", shrinkage, low=0)
+        if shrinkage is not None:
+            shrinkage = number("FDS", "shrinkage", shrinkage, low=0)
         self.count_weighted = count_weighted
         windows = checked_windows("FDS", kernel, bins)
         self.epoch = 0
@@ -118,13 +144,17 @@ class FDS(nn.Module):
             self.register_buffer(_smoothing_name(k), matrix)
         self.register_buffer("running_count", torch.zeros(len(bins), dtype=torch.float64))
         self.register_buffer("running_mean", torch.full(shape, torch.nan, dtype=torch.float64))
-        self.register_buffer("running_variance", torch.full(shape, torch.nan, dtype=torch.float64))
-        # One row a bin, and a last one, for samples that have no bin, which leaves features alone.
-        self.register_buffer("scale", torch.ones(len(bins) + 1, self.num_features, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(len(bins) + 1, self.num_features, dtype=torch.float64))
-        self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        settings = Settings(self.momentum, shrinkage, clip, map)
+        self.covariance: BinCovariance
+        if covariance == "diagonal":
+            self.covariance = DiagonalCovariance(*shape, settings)
+        elif covariance == "full":
+            self.covariance = FullCovariance(*shape, settings)
+        else:
+            self.covariance = LowRankCovariance(*shape, settings, rank=rank)
+        self.register_load_state_dict_post_hook(_remake_maps)
 
-        self._epoch_moments = BinMoments(*shape)
+        self._epoch_moments = self.covariance.moments()
         self._unplaced = torch.zeros((), dtype=torch.int64)
         self._row: Tensor | None = None
         self._seen = 0
@@ -224,7 +254,7 @@ class FDS(nn.Module):
                 got="none",
                 fix="Run the model in training mode inside `with fds.labels(y):`.",
             )
-        broken = ~(moments.mean.isfinite() & moments.deviations.isfinite()).all(1)
+        broken = ~moments.finite()
         if bool(broken.any()):
             raise problem(
                 "FDS.end_epoch",
@@ -236,31 +266,21 @@ class FDS(nn.Module):
         self.to(moments.mean.device)
         self._fold(moments)
         self.epoch += 1
-        if self.epoch >= self.start_epoch:
-            self._refresh()
+        self._refresh()
 
     def statistics(self) -> dict[str, Tensor]:
-        """Running and smoothed statistics, each (B, D) float64 and NaN where unknown: ``mean``, ``variance`` (after
-        shrinkage), ``smoothed_mean``, ``smoothed_variance``; and ``count`` (B,)."""
+        """Running and smoothed statistics, float64 and NaN where unknown: ``mean``, ``variance`` (after shrinkage),
+        ``smoothed_mean`` and ``smoothed_variance``, each (B, D); and ``count`` (B,). Besides, with full covariance,
+        ``covariance`` and ``smoothed_covariance`` (B, D, D); with low rank these within the ``basis`` (D, r), so
+        (B, r, r), and the variance beyond it, ``rest`` and ``smoothed_rest`` (B,)."""
         mean, count = self.running_mean, self.running_count
-        variance = self._shrunk_variance()
         weight = count if self.count_weighted else (count > 0).double()
         return {
             "count": count.clone(),
             "mean": mean.clone(),
-            "variance": variance,
             "smoothed_mean": self._smooth(mean, weight),
-            "smoothed_variance": self._smooth(variance, weight),
+            **self.covariance.statistics(count, lambda values: self._smooth(values, weight)),
         }
-
-    def _shrunk_variance(self) -> Tensor:
-        if self.shrinkage == 0:
-            return self.running_variance.clone()
-        degrees = (self.running_count - 1).clamp_min(0)[:, None]
-        variance = self.running_variance.nan_to_num()
-        pooled = (degrees * variance).sum(0) / degrees.sum()
-        shrunk = (degrees * variance + self.shrinkage * pooled) / (degrees + self.shrinkage)
-        return torch.where(self.running_count[:, None] > 0, shrunk, torch.nan)
 
     def _smooth(self, values: Tensor, weight: Tensor) -> Tensor:
         """Smooth over the bins whose values are known, the window renormalised; NaN where none is in reach."""
@@ -277,30 +297,22 @@ class FDS(nn.Module):
             values = torch.tensordot(matrix, values, ([1], [k])).movedim(0, k)
         return values.flatten(0, -2)
 
-    def _fold(self, moments: BinMoments) -> None:
+    def _fold(self, moments: BinMoments | SubspaceMoments) -> None:
         """running = momentum * running + (1 - momentum) * epoch, where the epoch has seen the bin."""
         present = moments.count > 0
         count = moments.count.double()
-        self.running_variance = self._blend(self.running_variance, moments.variance(), moments.count > 1)
-        self.running_mean = self._blend(self.running_mean, moments.mean, present)
+        self.running_mean = blend(self.running_mean, moments.mean, present, self.momentum)
         before = torch.where(self.running_count > 0, self.running_count, torch.nan)
-        self.running_count = self._blend(before[:, None], count[:, None], present)[:, 0].nan_to_num()
-
-    def _blend(self, old: Tensor, new: Tensor, present: Tensor) -> Tensor:
-        mixed = torch.where(old.isnan(), new, self.momentum * old + (1 - self.momentum) * new)
-        return torch.where(present[:, None], mixed, old)
+        self.running_count = blend(before, count, present, self.momentum).nan_to_num()
+        self.covariance.fold(moments)
+        self._epoch_moments = self.covariance.moments()  # anew, since folding may have found another subspace
 
     def _refresh(self) -> None:
-        s = self.statistics()
-        scale, shift = diagonal_map(
-            s["mean"], s["variance"], s["smoothed_mean"], s["smoothed_variance"], clip=self.clip
-        )
-        self.scale[:-1] = scale
-        self.shift[:-1] = shift
-        self._cast.clear()
+        if self.epoch >= self.start_epoch:
+            self.covariance.refresh(self.statistics())
 
     def _forget_epoch(self) -> None:
-        self._epoch_moments = BinMoments(len(self.bins), self.num_features, device=self._epoch_moments.mean.device)
+        self._epoch_moments = self.covariance.moments()
         self._unplaced = torch.zeros_like(self._unplaced)
         self._seen = self._rounds = 0
         self._evaluated = False
@@ -371,19 +383,9 @@ class FDS(nn.Module):
     def _calibrate(self, features: Tensor, row: Tensor) -> Tensor:
         if self.epoch < self.start_epoch or not self.training:
             return features
-        if self.scale.device != features.device:
+        if self.running_count.device != features.device:
             self.to(features.device)
-        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        if dtype not in self._cast:
-            self._cast[dtype] = (self.scale.to(dtype), self.shift.to(dtype))
-        flat = row.flatten().to(features.device)
-        scale, shift = (table.index_select(0, flat) for table in self._cast[dtype])
-        if features.ndim == 4:
-            shape = (*row.shape, self.num_features) if row.ndim == 3 else (len(row), 1, 1, self.num_features)
-            scale, shift = scale.view(shape).movedim(3, 1), shift.view(shape).movedim(3, 1)
-            return torch.addcmul(shift, features.to(dtype), scale).to(features.dtype)
-        # In place on the freshly gathered shift: one allocation less, which at 2,048 features is most of the time.
-        return shift.addcmul_(features.to(dtype), scale).to(features.dtype)
+        return self.covariance.calibrate(features, row)
 
     @torch.compiler.disable
     def _run(self, where: str, module: nn.Module, features: Tensor, repeated: bool) -> Tensor:
@@ -431,13 +433,9 @@ class FDS(nn.Module):
             warn("FDS", message)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FDS:
-        """Follow a module's ``.to(device)``; statistics stay float64 whatever dtype the module is cast to."""
-        for name, buffer in self._buffers.items():
-            assert buffer is not None
-            self._buffers[name] = buffer.to(fn(buffer[:0]).device)
-        self._epoch_moments.to(self.scale.device)
-        self._unplaced = self._unplaced.to(self.scale.device)
-        self._cast.clear()
+        super()._apply(fn)
+        self._epoch_moments.to(self.running_count.device)
+        self._unplaced = self._unplaced.to(self.running_count.device)
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -464,14 +462,17 @@ class FDS(nn.Module):
         self._epoch_moments.load_state_dict(state["moments"])
         self._unplaced = state["unplaced"].to(self._unplaced.device, copy=True)
         self.epoch, self._seen, self._last_seen = state["epoch"], state["seen"], state["last_seen"]
-        self._cast.clear()
 
     def extra_repr(self) -> str:
         return (
-            f"{self.bins!r}, num_features={self.num_features}, momentum={self.momentum}, clip={self.clip}, "
-            f"start_epoch={self.start_epoch}, shrinkage={self.shrinkage}, count_weighted={self.count_weighted}, "
-            f"outside={self.outside!r}"
+            f"{self.bins!r}, num_features={self.num_features}, momentum={self.momentum}, "
+            f"start_epoch={self.start_epoch}, count_weighted={self.count_weighted}, outside={self.outside!r}"
         )
+
+
+def _remake_maps(fds: FDS, incompatible_keys: object) -> None:
+    """After a state was loaded, the running statistics in it included."""
+    fds._refresh()
 
 
 def _smoothing_name(axis: int) -> str:

@@ -1,4 +1,4 @@
-"""Mean and variance of features in each bin: streaming, mergeable, summed over ranks."""
+"""Mean, variance and covariance of features in each bin: streaming, mergeable, summed over ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from .._checks import instance, is_tensor, keys, problem, readable, real, same_device, whole
 from ..errors import ShapeError
 
-__all__ = ["BinMoments"]
+__all__ = ["BinMoments", "BinScatters", "SubspaceMoments"]
 
 _PIECE = 2**24  # float64 numbers at a time: maps with a sample a pixel are many
 
@@ -88,11 +88,11 @@ class BinMoments:
     def merge(self, other: BinMoments) -> BinMoments:
         """Add what another object has seen; returns self."""
         instance("BinMoments.merge", BinMoments, other=other)
-        if other.mean.shape != self.mean.shape:
+        if other.deviations.shape != self.deviations.shape:
             raise problem(
                 "BinMoments.merge",
                 "both must have the same bins and features",
-                got=f"{tuple(self.mean.shape)} and {tuple(other.mean.shape)}",
+                got=f"{tuple(self.deviations.shape)} and {tuple(other.deviations.shape)}",
                 error=ShapeError,
             )
         device = self.mean.device
@@ -103,9 +103,14 @@ class BinMoments:
         total = self.count + count
         share = (count.double() / total.clamp_min(1))[:, None]  # int / int would be float32
         step = mean - self.mean
-        self.deviations = self.deviations + deviations + step.square() * (self.count[:, None] * share)
+        self.deviations = self.deviations + deviations + self._squared(step, self.count[:, None] * share)
         self.mean = self.mean + step * share
         self.count = total
+
+    @staticmethod
+    def _squared(step: Tensor, weight: Tensor) -> Tensor:
+        """What steps (B, D) between means add to the deviations, each bin's weighed by (B, 1)."""
+        return step.square() * weight
 
     def all_reduce(self) -> BinMoments:
         """Merge the moments of all ranks into each, which must all call this; returns self.
@@ -121,7 +126,7 @@ class BinMoments:
         dist.all_reduce(total)
         dist.all_reduce(sums)
         mean = sums / total.clamp_min(1)[:, None]
-        deviations = self.deviations + (self.mean - mean).square() * self.count[:, None]
+        deviations = self.deviations + self._squared(self.mean - mean, self.count[:, None])
         dist.all_reduce(deviations)
         self.count, self.mean, self.deviations = total, mean, deviations
         return self
@@ -130,6 +135,10 @@ class BinMoments:
         """Unbiased variance, (B, D) float64; NaN in bins with fewer than two samples."""
         degrees = (self.count - 1).to(torch.float64)[:, None]
         return torch.where(degrees > 0, self.deviations / degrees, torch.nan)
+
+    def finite(self) -> Tensor:
+        """Whether all that a bin has seen was finite, (B,) bool."""
+        return self.mean.isfinite().all(1) & self.deviations.isfinite().flatten(1).all(1)
 
     def to(self, device: torch.device | str) -> BinMoments:
         """Move to a device; returns self."""
@@ -156,3 +165,176 @@ class BinMoments:
         device = self.mean.device
         self.count, self.mean = state["count"].to(device, copy=True), state["mean"].to(device, copy=True)
         self.deviations = state["deviations"].to(device, copy=True)
+
+
+class BinScatters(BinMoments):
+    """Count, mean and scatter matrix of features per bin: :class:`BinMoments` with covariances.
+
+    A matrix costs far more to touch than a batch does. So batches are held, copied, up to 8 million numbers, and taken
+    in together; only then does this wait for an accelerator. :meth:`settle` takes in the rest; call it before reading.
+
+    Attributes:
+        count: (B,) int64. mean: (B, D) float64. deviations: (B, D, D) float64, the sum of outer products of deviations
+            from the mean.
+
+    >>> scatters = BinScatters(1, 2)
+    >>> scatters.update(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([0, 0]))
+    >>> scatters.settle().deviations[0].tolist()
+    [[2.0, 4.0], [4.0, 8.0]]
+    """
+
+    def __init__(self, num_bins: int, num_features: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__(num_bins, num_features, device=device)
+        self.deviations = torch.zeros(*self.mean.shape, num_features, dtype=torch.float64, device=device)
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._room = _PIECE // 2
+
+    def _update(self, features: Tensor, index: Tensor) -> None:
+        self._held.append((features.detach().clone(), index))  # a layer after the hook may write to features
+        self._room -= features.numel()
+        if self._room <= 0:
+            self.settle()
+
+    def settle(self) -> BinScatters:
+        """Take in the batches that are held; returns self."""
+        if not self._held:
+            return self
+        features = torch.cat([x for x, _ in self._held])
+        index = torch.cat([i for _, i in self._held])
+        self._held, self._room = [], _PIECE // 2
+        if self.mean.device != features.device:
+            self.to(features.device)
+        num_bins = len(self.mean)
+        index = torch.where(index < 0, num_bins, index)
+        sizes = index.bincount(minlength=num_bins + 1).tolist()
+        for b, some in enumerate(features[index.argsort(stable=True)].split(sizes)[:num_bins]):
+            if not len(some):
+                continue
+            x = some.double()
+            mean = x.mean(0)
+            x -= mean
+            share = len(x) / (self.count[b].double() + len(x))  # int / int would be float32
+            step = mean - self.mean[b]
+            self.deviations[b] += torch.addmm(torch.outer(step, step) * (self.count[b] * share), x.T, x)
+            self.mean[b] += step * share
+            self.count[b] += len(x)
+        return self
+
+    @staticmethod
+    def _squared(step: Tensor, weight: Tensor) -> Tensor:
+        return step[:, :, None] * (step * weight)[:, None, :]
+
+    def merge(self, other: BinMoments) -> BinMoments:
+        if isinstance(other, BinScatters):
+            other.settle()
+        self.settle()
+        return super().merge(other)
+
+    def all_reduce(self) -> BinMoments:
+        self.settle()
+        return super().all_reduce()
+
+    def to(self, device: torch.device | str) -> BinMoments:
+        self._held = [(x.to(device), i.to(device)) for x, i in self._held]
+        return super().to(device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        self.settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._held, self._room = [], _PIECE // 2
+
+
+class SubspaceMoments:
+    """Moments of features per bin whose covariance is kept within a subspace.
+
+    Three parts: mean and variance of each feature in each bin; one scatter matrix over all samples, whatever their bin,
+    from which the next subspace follows; and, once there is a subspace, the scatter matrix of each bin within it.
+
+    Args:
+        basis: (D, r) float64, orthonormal columns; None while there is no subspace.
+    Attributes:
+        bins, overall, within: the three parts.
+    """
+
+    def __init__(
+        self,
+        num_bins: int,
+        num_features: int,
+        rank: int,
+        *,
+        basis: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.basis = basis
+        self.bins = BinMoments(num_bins, num_features, device=device)
+        self.overall = BinScatters(1, num_features, device=device)
+        self.within = BinScatters(num_bins, rank, device=device)
+
+    @property
+    def parts(self) -> dict[str, BinMoments]:
+        return {"bins": self.bins, "overall": self.overall, "within": self.within}
+
+    @property
+    def count(self) -> Tensor:
+        return self.bins.count
+
+    @property
+    def mean(self) -> Tensor:
+        return self.bins.mean
+
+    def _update(self, features: Tensor, index: Tensor) -> None:
+        self.bins._update(features, index)
+        nowhere = (index < 0) | (index == len(self.count))
+        self.overall._update(features, torch.where(nowhere, -1, 0))
+        if self.basis is not None:
+            if self.basis.device != features.device:
+                self.basis = self.basis.to(features.device)
+            self.within._update(features.detach().double() @ self.basis, index)
+
+    def pooled_scatter(self) -> Tensor:
+        """Scatter of all samples about the means of their own bins, (D, D) float64."""
+        step = self.bins.mean - self.overall.mean
+        return self.overall.deviations[0] - step.T @ (step * self.count[:, None])
+
+    def all_reduce(self) -> SubspaceMoments:
+        """As :meth:`BinMoments.all_reduce`."""
+        for part in self.parts.values():
+            part.all_reduce()
+        return self
+
+    def finite(self) -> Tensor:
+        """Whether all that a bin has seen was finite, (B,) bool."""
+        return self.bins.finite()
+
+    def to(self, device: torch.device | str) -> SubspaceMoments:
+        """Move to a device; returns self."""
+        for part in self.parts.values():
+            part.to(device)
+        self.basis = None if self.basis is None else self.basis.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that :meth:`load_state_dict` restores to the bit."""
+        state = {
+            f"{name}.{key}": value for name, part in self.parts.items() for key, value in part.state_dict().items()
+        }
+        return state if self.basis is None else {**state, "basis": self.basis.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` saved, on the present device."""
+        where = "SubspaceMoments.load_state_dict"
+        expected = {f"{name}.{key}" for name, part in self.parts.items() for key in part.state_dict()}
+        keys(where, "state", {name: value for name, value in state.items() if name != "basis"}, tuple(expected))
+        for name, part in self.parts.items():
+            part.load_state_dict({key: state[f"{name}.{key}"] for key in ("count", "mean", "deviations")})
+        basis = state.get("basis")
+        if basis is not None:
+            is_tensor(where, basis=basis)
+            basis = basis.to(self.mean.device, torch.float64, copy=True)
+            shape = (self.mean.shape[1], self.within.mean.shape[1])
+            if basis.shape != shape:
+                raise problem(where, f"basis must be {shape}", got=tuple(basis.shape), error=ShapeError)
+        self.basis = basis

@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
+import scipy.linalg
 import torch
 
 from dir_toolkit.errors import ShapeError
-from dir_toolkit.features.calibration import diagonal_map
+from dir_toolkit.features.calibration import covariance_map, diagonal_map
 
 
 def column(*values: float) -> torch.Tensor:
@@ -39,3 +42,69 @@ def test_statistics_are_never_broadcast_and_the_clip_is_a_range() -> None:
         diagonal_map(one, one, None, one, clip=(0.1, 10))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"diagonal_map: clip must be a pair .* got \(10, 0.1\)"):
         diagonal_map(one, one, one, one, clip=(10, 0.1))
+
+
+def two_covariances(seed: int = 0, n: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    a, b = torch.randn(2, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    own = torch.eye(n, dtype=torch.float64)
+    return a @ a.T + own, b @ b.T + own
+
+
+def root(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(scipy.linalg.sqrtm(matrix.numpy()).real)
+
+
+def test_covariance_maps_are_the_formulas() -> None:
+    first, second = two_covariances()
+    half = root(first)
+    inverse = torch.linalg.inv(half)
+    formulas = {"paper": root(second) @ inverse, "transport": inverse @ root(half @ second @ half) @ inverse}
+    names: list[Any] = ["paper", "transport"]
+    for name in names:
+        matrix = covariance_map(first, second, clip=(0.0, 1e6), map=name)
+        torch.testing.assert_close(matrix, formulas[name], rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(matrix @ first @ matrix.T, second, rtol=1e-7, atol=1e-7)
+    assert not torch.allclose(formulas["paper"], formulas["transport"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("map", ["paper", "transport"])
+def test_of_diagonal_covariances_it_is_the_diagonal_map(map: Any) -> None:
+    variance, smoothed = torch.tensor([[1.0, 2.0, 3.0, 1.0]]).double(), torch.tensor([[2.0, 1.0, 90.0, 0.01]]).double()
+    scale, _ = diagonal_map(variance, variance, smoothed, smoothed, clip=(0.1, 10.0))
+    matrix = covariance_map(variance[0].diag(), smoothed[0].diag(), clip=(0.1, 10.0), map=map)
+    torch.testing.assert_close(matrix, scale[0].diag(), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("map", ["paper", "transport"])
+def test_clip_bounds_the_ratio_of_variances_in_every_direction(map: Any) -> None:
+    first, second = two_covariances()
+    matrix = covariance_map(first, second, clip=(0.5, 2.0), map=map)
+    assert torch.linalg.svdvals(matrix).max() <= 2**0.5 + 1e-7
+    assert torch.linalg.svdvals(matrix).min() >= 0.5**0.5 - 1e-7
+    ratios = scipy.linalg.eigh((matrix @ first @ matrix.T).numpy(), first.numpy(), eigvals_only=True)
+    before = scipy.linalg.eigh(second.numpy(), first.numpy(), eigvals_only=True)
+    assert before.min() < 0.5  # else nothing was clipped
+    assert ratios == pytest.approx(before.clip(0.5, 2.0), rel=1e-6)
+
+
+def test_directions_without_variance_are_left_alone() -> None:
+    flat = torch.zeros(3, 3, dtype=torch.float64)
+    assert torch.equal(covariance_map(flat, flat, clip=(0.1, 10.0), map="paper"), torch.eye(3, dtype=torch.float64))
+    first, second = flat.clone(), flat.clone()
+    first[0, 0], second[0, 0] = 1.0, 4.0
+    expected = torch.tensor([2.0, 1.0, 1.0]).double().diag()
+    torch.testing.assert_close(covariance_map(first, second, clip=(0.1, 10.0), map="transport"), expected)
+
+
+def test_covariances_that_do_not_fit_are_refused() -> None:
+    first, second = two_covariances()
+    with pytest.raises(ShapeError, match=r"covariance_map: covariance and smoothed must have the same shape"):
+        covariance_map(first, second[:4, :4], clip=(0.1, 10.0), map="paper")
+    with pytest.raises(ShapeError, match=r"covariance_map: covariance must be square, got \(5, 4\)"):
+        covariance_map(first[:, :4], second[:, :4], clip=(0.1, 10.0), map="paper")
+    with pytest.raises(ValueError, match="covariance_map: map must be one of 'paper', 'transport', got 'other'"):
+        covariance_map(first, second, clip=(0.1, 10.0), map="other")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="covariance_map: clip must be a pair"):
+        covariance_map(first, second, clip=(10.0, 0.1), map="paper")
+    with pytest.raises(TypeError, match=r"covariance_map: smoothed must be a torch.Tensor, got list"):
+        covariance_map(first, [[1.0]], clip=(0.1, 10.0), map="paper")  # type: ignore[arg-type]

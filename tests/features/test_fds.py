@@ -164,8 +164,8 @@ def test_clip_bounds_the_ratio_of_variances() -> None:
     features, labels = batch()
     features[labels == 4] *= 100
     fds = trained(FDS(BINS, 4, clip=(0.5, 2.0)), (features, labels))
-    assert fds.scale.max() == 2**0.5
-    assert fds.scale.min() == 0.5**0.5
+    assert fds.covariance.scale.max() == 2**0.5
+    assert fds.covariance.scale.min() == 0.5**0.5
 
 
 def test_statistics_used_do_not_move_within_an_epoch() -> None:
@@ -291,7 +291,7 @@ def test_gradient_reaches_the_backbone_scaled_by_the_calibration() -> None:
     twin.zero_grad()
     z = twin(x)
     row = BINS.index(y)
-    z.backward(net.head.weight.detach() * fds.scale.float()[row])
+    z.backward(net.head.weight.detach() * fds.covariance.scale.float()[row])
     for p, q in zip(net.body.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     features, labels = batch(n=9)
@@ -420,7 +420,7 @@ def test_a_hook_on_a_convolution_calibrates_the_channels_of_each_pixel(where: An
     with fds.labels(y):
         pred = net(x)
     s = fds.statistics()
-    ratio = (s["smoothed_variance"] / s["variance"]).clamp(*fds.clip).sqrt()
+    ratio = (s["smoothed_variance"] / s["variance"]).clamp(*fds.covariance.settings.clip).sqrt()
     expected = before.clone()
     for n, i, j in itertools.product(range(6), range(8), range(5)):
         b = int(y[n, i, j])

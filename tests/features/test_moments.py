@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from dir_toolkit.errors import ShapeError
-from dir_toolkit.features.moments import BinMoments
+from dir_toolkit.features.moments import BinMoments, BinScatters, SubspaceMoments
 
 
 def naive(features: np.ndarray, index: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -185,3 +185,72 @@ def test_nccl_which_knows_no_cpu_gets_moments_on_the_gpu(monkeypatch: pytest.Mon
     moments.all_reduce()
     assert moved[0] == "cuda"
     assert len(moved) == 4
+
+
+def assert_scatters(scatters: BinScatters, features: torch.Tensor, index: torch.Tensor) -> None:
+    """Against numpy's covariance, one bin at a time."""
+    scatters.settle()
+    count, mean, _ = naive(features.numpy(), index.numpy(), 7)
+    np.testing.assert_array_equal(scatters.count.numpy(), count)
+    np.testing.assert_allclose(scatters.mean.numpy(), mean, rtol=1e-12)
+    for b, n in enumerate(count):
+        expected = np.cov(features[index == b].numpy().T) * (n - 1) if n > 1 else np.zeros((3, 3))
+        np.testing.assert_allclose(scatters.deviations[b].numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, 200])
+@pytest.mark.parametrize("room", [2, 100, 10**6])
+def test_scatters_of_any_split_are_those_of_the_whole(pieces: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dir_toolkit.features.moments._PIECE", room)
+    features, index = sample()
+    index[::10] = -1
+    index[5::10] = 7
+    scatters, keep = BinScatters(7, 3), (index >= 0) & (index < 7)
+    for x, i in zip(features.chunk(pieces), index.chunk(pieces), strict=True):
+        held = x.clone()
+        scatters.update(held, i)
+        held.zero_()  # what a layer after the hook does to features is not seen
+    assert_scatters(scatters, features[keep], index[keep])
+
+
+def test_comparing_scatters_notices_a_wrong_answer() -> None:
+    features, index = sample()
+    scatters = BinScatters(7, 3)
+    scatters.update(features, index)
+    scatters.settle().deviations[0, 0, 1] += 1e-3
+    with pytest.raises(AssertionError):
+        assert_scatters(scatters, features, index)
+
+
+def test_scatters_merge_and_are_restored_to_the_bit() -> None:
+    features, index = sample()
+    first, second = BinScatters(7, 3), BinScatters(7, 3)
+    first.update(features[:30], index[:30])
+    second.update(features[30:], index[30:])
+    first.merge(second)
+    assert_scatters(first, features, index)
+    restored = BinScatters(7, 3)
+    restored.update(features, index)  # held until now, and given up
+    restored.load_state_dict(first.state_dict())
+    assert torch.equal(restored.settle().deviations, first.deviations)
+    with pytest.raises(ShapeError, match=r"both must have the same bins and features, got \(7, 3, 3\) and \(7, 3\)"):
+        first.merge(BinMoments(7, 3))
+
+
+def test_pooled_scatter_of_a_subspace_is_about_the_means_of_bins() -> None:
+    features, index = sample()
+    moments = SubspaceMoments(7, 3, 2)
+    for x, i in zip(features.chunk(3), index.chunk(3), strict=True):
+        moments._update(x, i)
+    moments.all_reduce()
+    within = features - torch.stack([features[index == b].mean(0) for b in index.tolist()])
+    torch.testing.assert_close(moments.pooled_scatter(), within.T @ within, rtol=1e-9, atol=1e-9)
+
+
+def test_states_of_another_subspace_are_refused() -> None:
+    moments = SubspaceMoments(7, 3, 2, basis=torch.eye(3, dtype=torch.float64)[:, :2])
+    state = moments.state_dict()
+    with pytest.raises(ShapeError, match=r"SubspaceMoments.load_state_dict: basis must be \(3, 2\), got \(3, 3\)"):
+        moments.load_state_dict({**state, "basis": torch.eye(3)})
+    with pytest.raises(ValueError, match=r"SubspaceMoments.load_state_dict: .*missing \['within.count'\]"):
+        moments.load_state_dict({name: value for name, value in state.items() if name != "within.count"})

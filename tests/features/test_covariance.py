@@ -1,0 +1,347 @@
+"""FDS with full and low-rank covariances."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dir_toolkit import FDS, Bins
+from dir_toolkit.features import covariance as covariance_module
+from dir_toolkit.features.calibration import covariance_map
+from dir_toolkit.features.covariance import FullCovariance, LowRankCovariance
+
+BINS = Bins.uniform(0, 5, width=1)
+FORMS = ["full", "low_rank"]
+
+
+def batch(seed: int = 0, n: int = 400, num_features: int = 6) -> tuple[Tensor, Tensor]:
+    """Correlated features whose mean and covariance differ from bin to bin, and labels in four of the five bins."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.arange(n) % 5).double()
+    labels[labels == 3] = 4.0
+    mixing = torch.randn(5, num_features, num_features, generator=generator, dtype=torch.float64)
+    mixing = torch.eye(num_features, dtype=torch.float64) + mixing / 3
+    noise = torch.randn(n, num_features, generator=generator, dtype=torch.float64)
+    return torch.einsum("nij,nj->ni", mixing[labels.long()], noise) + labels[:, None].sin(), labels
+
+
+def make(form: Any, num_features: int = 6, **settings: Any) -> FDS:
+    return FDS(BINS, num_features, covariance=form, rank=2, kernel=[1, 2, 1], **settings)
+
+
+def trained(fds: FDS, *batches: tuple[Tensor, Tensor]) -> FDS:
+    for features, labels in batches:
+        fds.update(features, labels)
+        fds.end_epoch()
+    return fds
+
+
+def scatter(features: Tensor) -> Tensor:
+    return torch.from_numpy(np.cov(features.numpy().T))
+
+
+def assert_carried(fds: FDS, features: Tensor, labels: Tensor) -> None:
+    """The mapped sample of each bin has the smoothed mean and covariance, computed here bin by bin."""
+    mapped = fds.calibrate(features, labels)
+    present = [0, 1, 2, 4]
+    mean = {b: features[labels == b].mean(0) for b in present}
+    spread = {b: scatter(features[labels == b]) for b in present}
+    windows: dict[int, dict[int, int]] = {0: {0: 3, 1: 1}, 1: {0: 1, 1: 2, 2: 1}, 2: {1: 1, 2: 2}, 4: {4: 3}}
+    for b, window in windows.items():  # at the ends the window is reflected
+        total = sum(window.values())
+        own = mapped[labels == b]
+        torch.testing.assert_close(own.mean(0), sum(w * mean[k] for k, w in window.items()) / total)
+        expected = sum(w * spread[k] for k, w in window.items()) / total
+        torch.testing.assert_close(scatter(own), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("map", ["paper", "transport"])
+def test_mapped_samples_have_the_smoothed_covariance(map: Any) -> None:
+    features, labels = batch()
+    fds = trained(make("full", map=map, shrinkage=0, clip=(0.0, 1e6)), (features, labels))
+    assert_carried(fds, features, labels)
+    with pytest.raises(AssertionError):  # variances alone do not carry covariances
+        assert_carried(trained(make("diagonal"), (features, labels)), features, labels)
+
+
+def test_transport_moves_features_least() -> None:
+    features, labels = batch()
+    moved = {}
+    for map in ("paper", "transport"):
+        fds = trained(make("full", map=map, shrinkage=0, clip=(0.0, 1e6)), (features, labels))
+        moved[map] = (fds.calibrate(features, labels) - features).square().sum()
+    assert moved["transport"] < 0.99 * moved["paper"]
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 3.0])
+def test_of_one_feature_full_covariance_is_the_diagonal_form(shrinkage: float) -> None:
+    batches = [tuple(x[:, :1] if x.ndim == 2 else x for x in batch(seed)) for seed in range(3)]
+    forms = [trained(FDS(BINS, 1, covariance=form, shrinkage=shrinkage), *batches) for form in ("diagonal", "full")]
+    features, labels = batches[0]
+    diagonal, full = (fds.calibrate(features, labels) for fds in forms)
+    torch.testing.assert_close(full, diagonal, rtol=1e-8, atol=1e-8)
+    assert not torch.equal(full, features)
+
+
+def test_running_covariance_follows_momentum_and_shrinkage() -> None:
+    first, second = batch(1), batch(2)
+    fds = trained(make("full", momentum=0.75, shrinkage=7.0), first, second)
+    running, count = {}, {}
+    for b in (0, 1, 2, 4):
+        (x, y), (v, w) = first, second
+        running[b] = 0.75 * scatter(x[y == b]) + 0.25 * scatter(v[w == b])
+        count[b] = float((y == b).sum())
+    pooled = sum((count[b] - 1) * running[b] for b in running) / sum(n - 1 for n in count.values())
+    s = fds.statistics()
+    for b in running:
+        expected = ((count[b] - 1) * running[b] + 7 * pooled) / (count[b] - 1 + 7)
+        torch.testing.assert_close(s["covariance"][b], expected)
+        torch.testing.assert_close(s["variance"][b], expected.diagonal())
+    assert s["covariance"][3].isnan().all()
+
+
+def test_shrinkage_is_by_default_the_side_of_the_matrices() -> None:
+    assert [make(form).covariance.shrinkage for form in ("diagonal", "full", "low_rank")] == [0.0, 6.0, 2.0]
+
+
+def test_bins_of_fewer_samples_than_features_have_bounded_maps() -> None:
+    features, labels = batch(num_features=40)
+    few = torch.cat([torch.arange(3), torch.arange(5, 400)])
+    few = few[(labels[few] != 0) | (few == 0)]  # one sample of bin 0; fewer than 40 of some others follow
+    few = few[(labels[few] != 1) | (few < 30)]
+    fds = trained(make("full", 40), (features[few], labels[few]))
+    assert fds.statistics()["count"][:2].tolist() == [1, 6]
+    values = torch.linalg.svdvals(fds.covariance.matrix)
+    assert values.max() <= 10**0.5 * (1 + 1e-6)
+    assert values.min() >= 0.1**0.5 * (1 - 1e-6)
+    assert fds.calibrate(features, labels).isfinite().all()
+    unshrunk = trained(make("full", 40, shrinkage=0), (features[few], labels[few]))
+    assert torch.linalg.svdvals(unshrunk.covariance.matrix).max() <= 10**0.5 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_features_that_never_vary_are_left_alone(form: str) -> None:
+    features, labels = batch()
+    features[:, 2] = 0
+    fds = trained(make(form), *[(features, labels)] * 2)
+    torch.testing.assert_close(fds.calibrate(features, labels)[:, 2], features[:, 2], rtol=0, atol=1e-4)
+
+
+def test_low_rank_is_the_map_of_its_own_covariances() -> None:
+    """Against the full maps of the matrices that the low-rank form stands for."""
+    batches = [batch(seed) for seed in range(3)]
+    fds = trained(make("low_rank"), *batches)
+    s = fds.statistics()
+    q = s["basis"]
+    torch.testing.assert_close(q.T @ q, torch.eye(2, dtype=torch.float64))
+    own = torch.eye(6, dtype=torch.float64)
+    features, labels = batches[0]
+    carried = fds.calibrate(features, labels)
+    for b in (0, 1, 2, 4):
+        sigma, smoothed = (
+            q @ s[f"{kind}covariance"][b] @ q.T + s[f"{kind}rest"][b] * (own - q @ q.T) for kind in ("", "smoothed_")
+        )
+        torch.testing.assert_close(sigma.diagonal(), s["variance"][b])
+        matrix = covariance_map(sigma, smoothed, clip=(0.1, 10.0), map="transport")
+        expected = (features[labels == b] - s["mean"][b]) @ matrix.T + s["smoothed_mean"][b]
+        torch.testing.assert_close(carried[labels == b], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_low_rank_keeps_the_leading_directions_and_the_total_variance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(6, 2, generator=generator, dtype=torch.float64)).Q
+    labels = (torch.arange(500) % 5).double()
+    strong = torch.randn(500, 2, generator=generator, dtype=torch.float64) * (3 + labels[:, None])
+    features = strong @ directions.T + 0.1 * torch.randn(500, 6, generator=generator, dtype=torch.float64)
+    fds = trained(make("low_rank", shrinkage=0), *[(features, labels)] * 2)
+    s = fds.statistics()
+    overlap = torch.linalg.svdvals(s["basis"].T @ directions)
+    torch.testing.assert_close(overlap, torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-4)
+    for b in range(5):
+        total = features[labels == b].var(0).sum()
+        kept = s["covariance"][b].trace() + 4 * s["rest"][b]
+        torch.testing.assert_close(kept, total)
+        torch.testing.assert_close(s["variance"][b].sum(), total)
+
+
+def test_low_rank_moves_means_only_in_the_first_epoch_that_it_calibrates() -> None:
+    features, labels = batch()
+    fds = trained(make("low_rank"), (features, labels))
+    s = fds.statistics()
+    step = (s["smoothed_mean"] - s["mean"])[labels.long()]
+    torch.testing.assert_close(fds.calibrate(features, labels), features + step)
+    trained(fds, (features, labels))
+    assert not torch.allclose(fds.calibrate(features, labels), features + step)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_without_a_bin_are_neither_counted_nor_moved(form: str) -> None:
+    features, labels = batch()
+    beyond = labels.clone()
+    beyond[::4] = 99.0
+    keep = beyond < 99
+    dropping, plain = make(form, outside="drop"), make(form)
+    trained(dropping, *[(features, beyond)] * 2)
+    trained(plain, *[(features[keep], labels[keep])] * 2)
+    for name, value in plain.statistics().items():
+        torch.testing.assert_close(dropping.statistics()[name], value, equal_nan=True)
+    out = dropping.calibrate(features, beyond)
+    assert torch.equal(out[~keep], features[~keep])
+    torch.testing.assert_close(out[keep], plain.calibrate(features[keep], labels[keep]))
+    empty = plain.calibrate(features[:0], labels[:0])
+    assert empty.shape == (0, 6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("per_pixel", [False, True])
+def test_maps_equal_their_pixels_taken_one_by_one(form: str, per_pixel: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 6, 2, 3, generator=generator, dtype=torch.float64)
+    labels = (torch.arange(20) % 5).double()
+    if per_pixel:
+        labels = torch.randint(0, 5, (20, 2, 3), generator=generator).double()
+    wide = labels if per_pixel else labels[:, None, None].expand(20, 2, 3)
+    pixels, pixel_labels = features.permute(0, 2, 3, 1).reshape(-1, 6), wide.reshape(-1)
+    maps = trained(make(form), *[(features, labels)] * 2)
+    flat = trained(make(form), *[(pixels, pixel_labels)] * 2)
+    expected = flat.calibrate(pixels, pixel_labels).view(20, 2, 3, 6).permute(0, 3, 1, 2)
+    torch.testing.assert_close(maps.calibrate(features, labels), expected)
+    assert not torch.allclose(expected, features)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_reach_the_features_through_the_map(form: str) -> None:
+    features, labels = batch()
+    fds = trained(make(form), *[(features, labels)] * 2)
+    some = features[:7].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: fds.calibrate(x, labels[:7]), some)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_of_features_is_kept(form: str, dtype: torch.dtype) -> None:
+    features, labels = batch()
+    fds = trained(make(form), *[(features, labels)] * 2)
+    narrow = fds.calibrate(features.to(dtype), labels)
+    assert narrow.dtype == dtype
+    torch.testing.assert_close(narrow.double(), fds.calibrate(features, labels), rtol=3e-2, atol=5e-2)
+    assert all(buffer.dtype == torch.float64 for buffer in fds.half().buffers())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_eval_mode_leaves_features_alone(form: str) -> None:
+    features, labels = batch()
+    fds = trained(make(form), *[(features, labels)] * 2).eval()
+    assert fds.calibrate(features, labels) is features
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("epochs", [0, 1, 2])
+def test_state_goes_on_in_mid_epoch_to_the_bit(form: str, epochs: int) -> None:
+    (features, labels), more = batch(), batch(9)
+    fds = trained(make(form), *[batch(seed) for seed in range(epochs)])
+    fds.update(features, labels)
+    again = make(form)
+    again.load_state_dict(copy.deepcopy(fds.state_dict()))
+    assert torch.equal(again.calibrate(features, labels), fds.calibrate(features, labels))
+    for one in (fds, again):
+        one.update(*more)
+        one.end_epoch()
+        trained(one, batch(10))
+    for name, value in fds.statistics().items():
+        torch.testing.assert_close(again.statistics()[name], value, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(again.calibrate(features, labels), fds.calibrate(features, labels))
+    assert not torch.equal(fds.calibrate(features, labels), features)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_broken_epoch_is_dropped_and_leaves_the_statistics(form: str) -> None:
+    features, labels = batch()
+    fds = trained(make(form), *[(features, labels)] * 2)
+    before = fds.statistics()
+    broken = features.clone()
+    broken[11, 0] = torch.inf
+    fds.update(broken, labels)
+    with pytest.raises(ValueError, match=r"FDS.end_epoch: features must be finite, got NaN or infinity in bins \[1\]"):
+        fds.end_epoch()
+    for name, value in fds.statistics().items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num())
+    trained(fds, (features, labels))
+
+
+def rank_main(rank: int) -> dict[str, Any]:
+    features, labels = batch()
+    out: dict[str, Any] = {}
+    share = (torch.arange(400) < 90) == (rank == 0)
+    share &= (labels != 0) | (rank == 1)  # rank 0 has no sample of bin 0
+    share |= (labels == 0) & (rank == 1)
+    for form in FORMS:
+        fds = make(form)
+        for _ in range(2):
+            fds.update(features[share], labels[share])
+            fds.end_epoch()
+        out[form] = fds.statistics()
+    return out
+
+
+def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
+    features, labels = batch()
+    states = two_ranks(rank_main)
+    for form in FORMS:
+        expected = trained(make(form), *[(features, labels)] * 2).statistics()
+        for state in states:
+            got = state[form]
+            if form == "low_rank":  # eigenvectors have no sign
+                turn = (got["basis"] * expected["basis"]).sum(0).sign()
+                got["basis"] = got["basis"] * turn
+                for name in ("covariance", "smoothed_covariance"):
+                    got[name] = got[name] * turn[:, None] * turn
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=1e-11, atol=1e-12, equal_nan=True)
+
+
+def test_more_matrices_than_memory_are_refused_before_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^FDS: covariance 'full' over 5 bins of 100000 features takes 2607.7 GiB, which must be free, got .* "
+        r'GiB. Pass covariance="low_rank" or "diagonal", or wider bins.$',
+    ):
+        FDS(BINS, 100_000, covariance="full")
+    monkeypatch.setattr(covariance_module, "_free_memory", lambda: 56 * 5 * 36 - 1)
+    with pytest.raises(ValueError, match="covariance 'full' over 5 bins of 6 features"):
+        make("full")
+    monkeypatch.setattr(covariance_module, "_free_memory", lambda: 56 * 5 * 36)
+    make("full")
+    monkeypatch.setattr(covariance_module, "_free_memory", lambda: None)  # a machine that does not tell
+    make("full")
+
+
+def test_free_memory_is_told_here() -> None:
+    free = covariance_module._free_memory()
+    assert free is not None
+    assert 2**20 < free < 2**50
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"FDS: covariance must be one of .*, got 'half'"):
+        make("half")
+    with pytest.raises(ValueError, match=r"FDS: map must be one of 'paper', 'transport', got 'rotation'"):
+        make("full", map="rotation")
+    with pytest.raises(ValueError, match=r'FDS: rank must be below num_features 2, got 2\. Pass covariance="full"\.'):
+        make("low_rank", 2)
+    with pytest.raises(ValueError, match="FDS: rank must be at least 1, got 0"):
+        FDS(BINS, 6, covariance="low_rank", rank=0)
+
+
+def test_settings_are_told() -> None:
+    assert "(covariance): FullCovariance(6 directions, map='paper', clip=(0.1, 10.0), shrinkage=6.0)" in repr(
+        make("full", map="paper")
+    )
+    assert isinstance(make("full").covariance, FullCovariance)
+    assert isinstance(make("low_rank").covariance, LowRankCovariance)
+    with pytest.raises(TypeError):
+        covariance_module.BinCovariance(5, 6, covariance_module.Settings(), shrinkage=0.0).moments()  # type: ignore[abstract]
