@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import line, medians
+from timing import Report, medians, milliseconds
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -84,43 +84,40 @@ def peak_bytes(step: Step) -> int:
 
 
 def compare(
-    first: str, second: str, steps: dict[str, Step], *, repeats: int, goals: tuple[str, str] = ("", "")
+    report: Report, first: str, second: str, steps: dict[str, Step], *, repeats: int, goals: tuple[str, str] = ("", "")
 ) -> None:
     runs: dict[str, Callable[[], object]] = dict(steps)
     times = medians(runs, repeats=repeats)
     held = {name: step.held() for name, step in steps.items()}
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
-    print(line(f"{first} / {second}, time", times[first] / times[second], goals[0]))
-    print(line(f"{first} / {second}, peak memory beyond what is held", peaks[first] / peaks[second], goals[1]))
     whole = {name: held[name] + peaks[name] for name in steps}
-    print(line(f"{first} / {second}, peak memory with parameters", whole[first] / whole[second], goals[1]))
-    for name in steps:
-        print(f"  {name}: {1e3 * times[name]:.1f} ms, {held[name] / 2**20:.1f} + {peaks[name] / 2**20:.1f} MiB")
+    told = ", ".join(f"{name} {held[name] / 2**20:.1f} + {peaks[name] / 2**20:.1f} MiB" for name in steps)
+    what = f"{first} / {second}, batch {len(steps[first].features)}"
+    report.add(f"{what}: time", times[first] / times[second], goals[0], milliseconds(times))
+    report.add(f"{what}: peak memory beyond what is held", peaks[first] / peaks[second], goals[1], told)
+    report.add(f"{what}: peak memory with parameters", whole[first] / whole[second], goals[1])
 
 
-def main() -> None:
+def main(report: Report) -> None:
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, cpu")
     outputs = NUM_CLASSES * PROTOTYPES
     affinity = AffinityHead(NUM_FEATURES, NUM_CLASSES, PROTOTYPES)
-    print(f"batch {BATCH}, {NUM_FEATURES} features, {NUM_CLASSES} classes x {PROTOTYPES} prototypes")
     steps = {
-        "affinity": Step(affinity, NUM_CLASSES, BATCH),
-        "linear": Step(LinearHead(NUM_FEATURES, outputs), outputs, BATCH),
+        "affinity head": Step(affinity, NUM_CLASSES, BATCH),
+        "linear head": Step(LinearHead(NUM_FEATURES, outputs), outputs, BATCH),
     }
-    compare("affinity", "linear", steps, repeats=50, goals=("<= 1.3", "<= 1.2"))
+    compare(report, "affinity head", "linear head", steps, repeats=50, goals=("<= 1.3", "<= 1.2"))
 
     broadcast = BroadcastAffinity(affinity)
-    print(f"batch {SMALL_BATCH}")
     steps = {
-        "broadcast": Step(broadcast, NUM_CLASSES, SMALL_BATCH),
-        "affinity": Step(affinity, NUM_CLASSES, SMALL_BATCH),
+        "affinities by broadcast": Step(broadcast, NUM_CLASSES, SMALL_BATCH),
+        "affinity head": Step(affinity, NUM_CLASSES, SMALL_BATCH),
     }
     with torch.no_grad():
-        features = steps["affinity"].features
+        features = steps["affinity head"].features
         torch.testing.assert_close(affinity(features), broadcast(features), rtol=1e-4, atol=1e-6)
-    compare("broadcast", "affinity", steps, repeats=7)
+    compare(report, "affinities by broadcast", "affinity head", steps, repeats=7)
 
 
 if __name__ == "__main__":
-    main()
+    main(Report())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy.ndimage import convolve1d
-from timing import line, medians
+from timing import Report, medians, milliseconds
 
 import dir_toolkit as dt
 
@@ -32,7 +32,7 @@ def weights_by_loop(labels: np.ndarray) -> list[float]:
     return [scale * w for w in weights]
 
 
-def main() -> None:
+def main(report: Report) -> None:
     labels = np.random.default_rng(0).gamma(4, 8, NUM_LABELS).clip(0, NUM_BINS).astype(np.float32)
     bins = dt.Bins.uniform(0, NUM_BINS, width=1)
     tensor = torch.from_numpy(labels)
@@ -43,10 +43,9 @@ def main() -> None:
         repeats=9,
         warmup=2,
     )
-    print(f"numpy {np.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, cpu")
-    print(line(f"loop over labels / fit and weigh, {NUM_LABELS:,} labels", times["loop"] / times["LDS"], ">= 100"))
-    print(f"  loop {1e3 * times['loop']:.0f} ms, LDS {1e3 * times['LDS']:.2f} ms")
+    what = f"loop over labels / LDS fit and weigh, {NUM_LABELS:,} labels"
+    report.add(what, times["loop"] / times["LDS"], ">= 100", milliseconds(times))
 
 
 if __name__ == "__main__":
-    main()
+    main(Report())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 
-def medians(functions: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 3) -> dict[str, float]:
+def medians(functions: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 3) -> dict[str, float]:
     """Median seconds of each function over ``repeats`` rounds, in each of which every function runs once."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
@@ -20,6 +21,41 @@ def medians(functions: dict[str, Callable[[], object]], *, repeats: int, warmup:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def line(what: str, ratio: float, goal: str = "") -> str:
-    """One row of a benchmark's output."""
-    return f"{what:<58} {ratio:8.2f}x" + (f"  goal {goal}" if goal else "")
+def milliseconds(seconds: Mapping[str, float]) -> str:
+    """Times of several things in one line."""
+    return ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ratio, or one figure with its unit, and what it ought to be."""
+
+    what: str
+    value: float
+    unit: str = "x"
+    goal: str = ""
+    """Such as ``<= 3``."""
+    detail: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if not self.goal:
+            return ""
+        sign, bound = self.goal.split()
+        met = self.value <= float(bound) if sign == "<=" else self.value >= float(bound)
+        return "met" if met else "missed"
+
+
+@dataclass
+class Report:
+    """Prints rows as they come, and keeps them."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, what: str, value: float, goal: str = "", detail: str = "", *, unit: str = "x") -> None:
+        row = Row(what, value, unit, goal, detail)
+        self.rows.append(row)
+        told = f"  goal {goal}: {row.verdict}" if goal else ""
+        print(f"{what:<72} {value:9.2f} {unit:<4}{told}", flush=True)
+        if detail:
+            print(f"    {detail}", flush=True)

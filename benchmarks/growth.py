@@ -1,0 +1,167 @@
+"""How costs grow: with samples N, bins B, features D, prototypes m and ranks, a picture each.
+
+    python benchmarks/growth.py
+
+Draws into ``runs/benchmarks``. Times are medians on the machine it runs on, so only their slopes carry over. Takes
+about two minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timing import medians
+
+import dir_toolkit as dt
+
+FORMS = ("diagonal", "full", "low_rank")
+N, B, D = 256, 100, 256
+OUT = Path("runs/benchmarks")
+Curves = dict[str, tuple[Sequence[int], list[float]]]
+
+
+def fds(num_bins: int = B, num_features: int = D, form: Any = "diagonal") -> dt.FDS:
+    """With statistics of two epochs, so that it calibrates."""
+    smoothing = dt.FDS(dt.Bins.classes(num_bins), num_features, covariance=form)
+    every_bin = torch.arange(num_bins).repeat_interleave(20)
+    for _ in range(2):
+        smoothing.update(torch.randn(len(every_bin), num_features), every_bin)
+        smoothing.end_epoch()
+    return smoothing
+
+
+def step(smoothing: dt.FDS, num_samples: int = N) -> Callable[[], object]:
+    """A batch gathered and calibrated; 16 of them, since full covariances take batches in together."""
+    features = torch.randn(num_samples, smoothing.num_features)
+    labels = torch.randint(0, len(smoothing.bins), (num_samples,))
+
+    def run() -> None:
+        for _ in range(16):
+            smoothing.update(features, labels)
+            smoothing.calibrate(features, labels)
+        smoothing._epoch_moments.state_dict()  # takes in what is held
+
+    return run
+
+
+def timed(runs: dict[str, Callable[[], object]], parts: int) -> dict[str, float]:
+    """Seconds of one of the equal parts that each run has."""
+    return {name: value / parts for name, value in medians(runs, repeats=5, warmup=1).items()}
+
+
+def with_samples() -> Curves:
+    sizes = (64, 256, 1024, 4096)
+    kept = {form: fds(form=form) for form in FORMS}
+    return {form: (sizes, [timed({"": step(kept[form], n)}, 16)[""] for n in sizes]) for form in FORMS}
+
+
+def with_bins() -> Curves:
+    sizes = (10, 30, 100, 300)
+    return {form: (sizes, [timed({"": step(fds(num_bins=b, form=form))}, 16)[""] for b in sizes]) for form in FORMS}
+
+
+def with_features() -> Curves:
+    sizes = {"diagonal": (64, 128, 256, 512, 1024, 2048), "full": (64, 128, 256, 512), "low_rank": (64, 128, 256, 512)}
+    return {
+        form: (sizes[form], [timed({"": step(fds(num_features=d, form=form))}, 16)[""] for d in sizes[form]])
+        for form in FORMS
+    }
+
+
+def with_prototypes() -> Curves:
+    sizes = (1, 2, 5, 10, 20)
+    features = torch.randn(N, D)
+
+    def run(head: torch.nn.Module) -> None:
+        head(features).sum().backward()
+
+    seconds = [timed({"": partial(run, dt.AffinityHead(D, B, m))}, 1)[""] for m in sizes]
+    return {f"affinity head, {B} classes": (sizes, seconds)}
+
+
+def with_ranks() -> Curves:
+    sizes = (1, 2, 4)
+    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+    for world in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            if world == 1:
+                end_epochs(0, 1, folder)
+            else:
+                mp.spawn(end_epochs, (world, folder), nprocs=world)
+            for form, value in torch.load(Path(folder) / "seconds.pt", weights_only=True).items():
+                seconds[form].append(value)
+    return {form: (sizes, seconds[form]) for form in FORMS}
+
+
+def end_epochs(rank: int, world: int, folder: str) -> None:
+    """One rank: the median time of the end of an epoch."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+    out = {}
+    for form in FORMS:
+        smoothing = fds(form=form)
+        features, labels = torch.randn(N, D), torch.randint(0, B, (N,))
+        taken = []
+        for _ in range(5):
+            smoothing.update(features, labels)
+            start = time.perf_counter()
+            smoothing.end_epoch()
+            taken.append(time.perf_counter() - start)
+        out[form] = sorted(taken)[2]
+    if rank == 0:
+        torch.save(out, Path(folder) / "seconds.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def draw(curves: Curves, what: str, x: str, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for name, (sizes, seconds) in curves.items():
+        axes.plot(sizes, [1e3 * s for s in seconds], marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel="ms", title=what)
+    axes.set_xticks(sorted({size for sizes, _ in curves.values() for size in sizes}))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+PICTURES: dict[str, tuple[Callable[[], Curves], str, str]] = {
+    "samples": (with_samples, f"FDS step, {B} bins of {D} features", "samples in the batch, N"),
+    "bins": (with_bins, f"FDS step, {N} samples of {D} features", "bins, B"),
+    "features": (with_features, f"FDS step, {N} samples, {B} bins", "features, D"),
+    "prototypes": (with_prototypes, f"forward and backward, {N} samples", "prototypes a class, m"),
+    "ranks": (with_ranks, f"end of an epoch with FDS, {B} bins of {D} features", "processes on this machine"),
+}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore", dt.DirToolkitWarning)  # that batches repeat and no epoch ends
+    torch.manual_seed(0)
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name, (measure, what, x) in PICTURES.items():
+        curves = measure()
+        draw(curves, what, x, OUT / f"growth-{name}.png")
+        for label, (sizes, seconds) in curves.items():
+            told = ", ".join(f"{size}: {1e3 * s:.3g} ms" for size, s in zip(sizes, seconds, strict=True))
+            print(f"{x}; {label}; {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
