@@ -40,8 +40,8 @@ def conr_loss(
     symbol            meaning
     ================= ================================================================================================
     :math:`c`         cosine of two features; that of a feature of zero is 0, without gradient
-    :math:`P_j`       positives: the other samples with :math:`|y_j - y_p| < \omega`
-    :math:`Q_j`       negatives: those with :math:`|y_j - y_q| \ge \omega` though :math:`|\hat y_j - \hat y_q| < \omega`
+    :math:`P_j`       positives: the other samples with :math:`|y_j - y_p| \le \omega`
+    :math:`Q_j`       negatives: those with :math:`|y_j - y_q| > \omega` though :math:`|\hat y_j - \hat y_q| \le \omega`
     :math:`A`         anchors: the samples that have a negative, and a positive to be drawn to
     :math:`S`         pushing weight: how much a negative counts, more with a rare anchor and a gross confusion
     ================= ================================================================================================
@@ -57,7 +57,7 @@ def conr_loss(
             features are.
         push_weight: r, dimensionless, >= 0, one a sample, larger for rare labels, such as ``lds(labels)`` of a fitted
             :class:`~dir_toolkit.LDS`; None means ones. No gradient passes to it.
-        omega: :math:`\omega`, > 0, in label units. At 1, labels in whole years are alike if they are equal.
+        omega: :math:`\omega`, > 0, in label units. At 1, labels in whole years are alike if they are a year apart at most.
         temperature: :math:`\tau`, > 0. eta: :math:`\eta`, >= 0, per label unit.
     Shape:
         features: (N, D). labels, pred, weight, push_weight: (N,). Returns (), or (N,) for ``reduction="none"``.
@@ -68,8 +68,8 @@ def conr_loss(
         weight are not finite, or a weight is negative. A feature in a pair that is not finite makes the loss so; a
         prediction that is not finite is alike to none. On accelerators values are not looked at.
     Source:
-        Keramati et al. 2024, section 3 (arXiv:2309.06651). Its equation was not at hand: that the mean is of
-        logarithms, and that S is an exponential, follow descriptions of the method.
+        Keramati et al. 2024, section 3 (arXiv:2309.06651). The form of the mean and of S, and that pairs at
+        :math:`\omega` are alike, follow the authors' code (github.com/BorealisAI/ConR).
 
     >>> features, labels = torch.ones(3, 2), torch.tensor([20.0, 20.5, 60.0])
     >>> conr_loss(features, labels, torch.tensor([20.0, 20.0, 60.0])).item()  # nothing is confused
@@ -89,8 +89,8 @@ def conr_loss(
     dtype = wide_dtype(features, labels, pred)
     pairs = pairs_of(features, weight)
     distance = _distances(labels.to(dtype))
-    positive = pairs & (distance < omega)
-    negative = pairs & (distance >= omega) & (_distances(pred.detach().to(dtype)) < omega)
+    positive = pairs & (distance <= omega)
+    negative = pairs & (distance > omega) & (_distances(pred.detach().to(dtype)) <= omega)
     anchor = positive.any(1) & negative.any(1)
     push = eta * distance  # log S
     if push_weight is not None:

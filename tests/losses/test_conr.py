@@ -55,8 +55,8 @@ def naive(
     values = [0.0] * n
     for j in range(n):
         others = [k for k in range(n) if k != j and w[k] > 0 and w[j] > 0]
-        positives = [k for k in others if abs(y[j] - y[k]) < omega]
-        negatives = [k for k in others if abs(y[j] - y[k]) >= omega and abs(p[j] - p[k]) < omega]
+        positives = [k for k in others if abs(y[j] - y[k]) <= omega]
+        negatives = [k for k in others if abs(y[j] - y[k]) > omega and abs(p[j] - p[k]) <= omega]
         if not positives or not negatives:
             continue
         pull = sum(likeness(j, k) for k in positives)
@@ -111,11 +111,12 @@ def test_the_naive_loop_tells_settings_apart() -> None:
     assert len({round(value.sum().item(), 9) for value in values}) == len(values)
 
 
-def test_labels_on_the_threshold_are_unlike() -> None:
-    features, pred = torch.ones(3, 2), torch.zeros(3)
-    assert conr_loss(features, torch.tensor([0, 0, 1]), pred, eta=0.0).item() == pytest.approx(2 * math.log(2) / 3)
-    assert conr_loss(features, torch.tensor([0, 0, 1]), pred, omega=1.01).item() == 0  # all alike
-    assert conr_loss(features, torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1.0])).item() == 0  # none confused
+def test_labels_on_the_threshold_are_alike() -> None:
+    features, pred, labels = torch.ones(3, 2), torch.zeros(3), torch.tensor([0, 0, 1])
+    assert conr_loss(features, labels, pred).item() == 0
+    beyond = conr_loss(features, labels, pred, omega=0.99, eta=0.0).item()
+    assert beyond == pytest.approx(2 * math.log(2) / 3)
+    assert conr_loss(features, labels, torch.tensor([0, 0, 1.0]), omega=0.99).item() == 0  # none confused
 
 
 def test_gradients_agree_with_differences_and_reach_features_alone() -> None:
