@@ -57,6 +57,12 @@ class LabelAxes(ABC):
     def _place(self, where: str, labels: Any, outside: Outside, name: str = "labels") -> Any:
         """``index`` for a caller of another name."""
 
+    def _tally(self, where: str, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
+        """How many of these labels each bin holds, (B,) int64; those that ``"drop"`` leaves out are in none."""
+        index = self._place(where, labels, outside, name).ravel()
+        index = index[index >= 0] if outside == "drop" else index
+        return torch.bincount(torch.from_numpy(index), minlength=len(self)).numpy()  # faster than numpy's
+
     def _row(self, where: str, labels: Tensor, outside: Outside) -> Tensor:
         """The row that each label reads in a table of one row a bin and a last one for labels that have none.
 
@@ -293,13 +299,26 @@ class Bins(LabelAxes):
         index = index.clamp(0, len(self) - 1) if outside == "clip" else index.masked_fill(beyond, -1)
         return index.masked_fill(broken, -1)
 
+    def _tally(self, where: str, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
+        counts = self._sorted_tally(labels_array(where, labels, name))
+        return super()._tally(where, labels, outside, name) if counts is None else counts
+
+    def _sorted_tally(self, labels: np.ndarray) -> np.ndarray | None:
+        """How many labels each bin of an uneven axis holds, from where its edges lie among the sorted labels, which is
+        faster than a search for each. None where a label has no bin, or where another way is faster."""
+        like = torch.empty(0, dtype=torch.float32 if labels.dtype == np.float32 else torch.float64)
+        if self.categorical or labels.dtype == np.float16 or len(self) >= labels.size or self._scale(like).numel():
+            return None
+        values = np.sort(labels.astype(like.numpy().dtype, copy=False), axis=None)
+        edges = self._tensor("edges", like).numpy()
+        ends = np.searchsorted(values, edges)
+        ends[-1] = np.searchsorted(values, edges[-1], side="right")  # NaN is sorted to the end
+        return np.diff(ends) if ends[0] == 0 and ends[-1] == len(values) else None
+
     def _scaled_index(self, values: Tensor) -> Tensor | None:
         """The bins of labels that all lie on an even axis, by scaling and rounding down, which is faster than a search.
         None where a label lies outside, or where rounding could place one differently than a search would."""
-        key = ("scale", values.dtype, values.device)
-        if key not in self._tensors:
-            self._tensors[key] = self._exact_scale(values)
-        scale = self._tensors[key]
+        scale = self._scale(values)
         if scale.numel() == 0 or values.numel() == 0:
             return None
         low, high = (x.item() for x in torch.aminmax(values))  # NaN if any label is
@@ -308,6 +327,13 @@ class Bins(LabelAxes):
             return None
         index = _scaled(values, scale).long()
         return index.clamp_(max=len(self) - 1) if high == last else index
+
+    def _scale(self, like: Tensor) -> Tensor:
+        """:meth:`_exact_scale`, once made."""
+        key = ("scale", like.dtype, like.device)
+        if key not in self._tensors:
+            self._tensors[key] = self._exact_scale(like)
+        return self._tensors[key]
 
     def _exact_scale(self, like: Tensor) -> Tensor:
         """(offset, slope) such that rounding ``slope * label + offset`` down gives the bin of every label of this

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
-from .._checks import finite, instance, labels_array, number, problem, whole
-from ..errors import ShapeError
+from .._checks import finite, instance, labels_array, number, one_of, problem, whole
+from .._ranks import summed
+from ..errors import LabelError, ShapeError
 from .bins import Bins, Outside
 from .grid import AnyBins, BinGrid, Windows, checked_windows
 from .kernels import Edges, smooth_axes
@@ -18,6 +22,8 @@ from .kernels import Edges, smooth_axes
 __all__ = ["REGIONS", "LabelDensity"]
 
 REGIONS = ("many", "medium", "few", "unseen")
+
+_PIECE = 2**17  # labels at a time, which stay in a processor's cache
 
 
 class LabelDensity:
@@ -54,28 +60,49 @@ class LabelDensity:
     def count(cls, labels: Any, bins: AnyBins, *, outside: Outside = "raise") -> LabelDensity:
         """Count labels, which may come in pieces.
 
+        A dask array, or what wraps one, is counted by dask: within the task of each chunk, so that nothing but counts
+        leaves the worker that holds it, and as many chunks are in memory as there are workers. Chunks of unknown size
+        are fine. What a chunk's own task raises is passed on.
+
         Args:
-            labels: an array, a tensor, an ``xarray.DataArray`` (a dask-backed one is read block by block), a list of
-                numbers, or an iterable of any of these, of which one piece at a time is held. Any shape, such as maps
-                of one label a pixel; over a grid of K axes (..., K).
+            labels: an array, a tensor, an ``xarray.DataArray``, a dask array, a list of numbers, or an iterable of any
+                of these, of which one piece at a time is held. Any shape, such as maps of one label a pixel; over a
+                grid of K axes (..., K).
             outside: as in :meth:`Bins.index`; ``"drop"`` leaves labels beyond the axis uncounted.
         Raises:
-            LabelError: as :meth:`Bins.index`. ValueError: there is no label at all. ShapeError: over a grid, the last
-            axis is not K long.
+            LabelError: as :meth:`Bins.index`, naming the chunk of a dask array. ValueError: there is no label at all.
+            ShapeError: over a grid, the last axis is not K long.
         """
-        instance("LabelDensity.count", (Bins, BinGrid), bins=bins)
-        counts = np.zeros(len(bins), dtype=np.int64)
-        seen = 0
-        for piece in _pieces(labels, rows=isinstance(bins, BinGrid)):
-            # On the host, where bad labels raise whatever device they came from.
-            index = bins._place("LabelDensity.count", piece.cpu() if isinstance(piece, Tensor) else piece, outside)
-            index = (index.numpy() if isinstance(index, Tensor) else index).ravel()
-            seen += index.size
-            index = index[index >= 0] if outside == "drop" else index
-            counts += torch.bincount(torch.from_numpy(index), minlength=len(bins)).numpy()  # faster than numpy's
-        if seen == 0:
-            raise problem("LabelDensity.count", "labels must hold at least one label", got="none")
-        return cls(bins, counts)
+        where = "LabelDensity.count"
+        instance(where, (Bins, BinGrid), bins=bins)
+        one_of(where, "outside", outside, ("raise", "clip", "drop"))
+        found = np.zeros(len(bins) + 1, dtype=np.int64)
+        for piece in _pieces(labels):
+            found += _found_in_chunks(piece, bins, outside) if _is_dask(piece) else _found(piece, bins, outside)
+        if found[-1] == 0:
+            raise problem(where, "labels must hold at least one label", got="none")
+        return cls(bins, found[:-1])
+
+    def all_reduce(self) -> LabelDensity:
+        """The labels of all ranks counted together, on each; all must call this. The density itself outside
+        ``torch.distributed``.
+
+        A rank without labels brings ``LabelDensity(bins, [0] * len(bins))``.
+
+        Raises:
+            ValueError: the ranks' bins differ. Then it is raised on every rank.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        own = (_digest(self.bins), self.counts.dtype == np.float64)
+        known: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(known, own)
+        if differ := [rank for rank, (digest, _) in enumerate(known) if digest != known[0][0]]:
+            rule = "all ranks must count over the same bins"
+            raise problem("LabelDensity.all_reduce", rule, got=f"other bins on ranks {differ} than on rank 0")
+        dtype = torch.float64 if any(smoothed for _, smoothed in known) else torch.int64
+        (counts,) = summed(torch.tensor(self.counts, dtype=dtype))
+        return LabelDensity(self.bins, counts.cpu().numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
         return LabelDensity, (self.bins, self.counts)
@@ -153,8 +180,72 @@ def to_shares(counts: np.ndarray) -> np.ndarray:
     return counts / counts.sum()
 
 
-def _pieces(labels: Any, *, rows: bool) -> Iterator[Any]:
-    """Labels as arrays that fit in memory, in order; with ``rows`` none is cut along its last axis."""
+def _digest(bins: AnyBins) -> str:
+    values = [part for axis in bins.axes for part in (axis.edges, axis.centers, np.array([axis.categorical]))]
+    return hashlib.sha256(b"".join(part.tobytes() for part in values)).hexdigest()
+
+
+def _found(labels: Any, bins: AnyBins, outside: Outside, name: str = "labels") -> np.ndarray:
+    """How many labels each bin holds and, last, how many there are: (B + 1,) int64."""
+    where = "LabelDensity.count"
+    plain = isinstance(labels, np.ndarray) and not np.ma.is_masked(labels)
+    array = np.asarray(labels) if plain else labels_array(where, labels, name)
+    found = np.zeros(len(bins) + 1, dtype=np.int64)
+    whole_axes = int(isinstance(bins, BinGrid))
+    try:
+        for part in _parts(array, max(_PIECE, len(bins)), whole_axes=whole_axes):
+            found[:-1] += bins._tally(where, part, outside, name)
+    except LabelError:
+        bins._place(where, array, outside, name)  # to say where in all labels it lies
+        raise
+    found[-1] = math.prod(array.shape[: array.ndim - whole_axes])
+    return found
+
+
+def _parts(array: np.ndarray, size: int, *, whole_axes: int) -> Iterator[np.ndarray]:
+    """Views that hold an array's values, about ``size`` each; none is cut along its last ``whole_axes`` axes."""
+    if array.size <= size or array.ndim <= whole_axes:
+        yield array
+        return
+    rows = size // (array.size // len(array))
+    if rows > 0:
+        yield from (array[start : start + rows] for start in range(0, len(array), rows))
+    else:
+        for row in array:
+            yield from _parts(row, size, whole_axes=whole_axes)
+
+
+def _is_dask(labels: Any) -> bool:
+    return hasattr(labels, "to_delayed")
+
+
+def _found_in_chunks(labels: Any, bins: AnyBins, outside: Outside) -> np.ndarray:
+    """:func:`_found` of a dask array, taken in the tasks that make its chunks and summed on the way."""
+    where = "LabelDensity.count"
+    if not hasattr(labels, "map_blocks"):  # a bag or a table
+        rule = "labels kept by dask must be a dask array"
+        raise problem(where, rule, got=type(labels).__name__, fix="Use .to_dask_array().", error=TypeError)
+    if isinstance(bins, BinGrid) and labels.ndim > 0 and labels.numblocks[-1] > 1:
+        if np.isnan(labels.shape[-1]):
+            rule = f"the last axis, of {len(bins.axes)} numbers a label, must not be in chunks of unknown size"
+            raise problem(where, rule, got=labels.chunks[-1], fix="Call labels.compute_chunk_sizes().")
+        labels = labels.rechunk({-1: -1})
+    found = labels.map_blocks(
+        partial(_found_in_chunk, bins=bins, outside=outside),
+        chunks=(*((1,) * count for count in labels.numblocks), (len(bins) + 1,)),
+        new_axis=labels.ndim,
+        meta=np.empty((0,) * (labels.ndim + 1), dtype=np.int64),
+    )
+    return found.sum(axis=tuple(range(labels.ndim))).compute()
+
+
+def _found_in_chunk(chunk: Any, bins: AnyBins, outside: Outside, block_id: tuple[int, ...]) -> np.ndarray:
+    found = _found(chunk, bins, outside, f"labels of chunk {block_id[:-1]}")
+    return found.reshape(*(1,) * np.ndim(chunk), -1)
+
+
+def _pieces(labels: Any) -> Iterator[Any]:
+    """Labels as arrays, in order: each fits in memory, or is dask's."""
     if isinstance(labels, (str, bytes, dict)) or labels is None:
         raise problem(
             "LabelDensity.count",
@@ -163,18 +254,16 @@ def _pieces(labels: Any, *, rows: bool) -> Iterator[Any]:
             error=TypeError,
         )
     # A DataArray hands over what it wraps; the data of an array would be its bytes.
-    blocks: Any = labels if isinstance(labels, np.ndarray) else getattr(labels, "data", labels)
-    if hasattr(blocks, "to_delayed"):
-        blocks = blocks.rechunk({-1: -1}) if rows and blocks.ndim > 0 else blocks
-        for block in blocks.to_delayed().ravel():
-            yield block.compute()
+    wrapped: Any = labels if isinstance(labels, np.ndarray) else getattr(labels, "data", labels)
+    if _is_dask(wrapped):
+        yield wrapped
     elif hasattr(labels, "__array__") or (
         isinstance(labels, (list, tuple)) and all(np.ndim(item) == 0 for item in labels[:1])
     ):
         yield labels
     elif isinstance(labels, Iterable):
         for piece in labels:
-            yield from _pieces(piece, rows=rows)
+            yield from _pieces(piece)
     else:
         raise problem(
             "LabelDensity.count",

@@ -45,7 +45,7 @@ from .._checks import (
 from ..errors import ShapeError
 from ..labels.bins import Bins
 from ..labels.density import LabelDensity
-from ..metrics._ranks import summed
+from .._ranks import summed
 from ._reduce import Reduction, one_a_sample, present, reduce
 
 __all__ = ["BatchMCLoss", "BinnedIntegrationLoss", "GaussianMixtureLoss"]

@@ -22,7 +22,7 @@ from .._checks import (
     whole,
 )
 from ..errors import ShapeError
-from ._ranks import summed
+from .._ranks import summed
 
 if TYPE_CHECKING:
     import xarray as xr

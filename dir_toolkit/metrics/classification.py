@@ -14,7 +14,7 @@ from ..errors import ShapeError
 from ..labels.bins import Bins
 from ..labels.density import REGIONS, LabelDensity
 from . import _regions
-from ._ranks import summed
+from .._ranks import summed
 
 if TYPE_CHECKING:
     import xarray as xr

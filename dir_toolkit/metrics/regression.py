@@ -14,7 +14,7 @@ from ..errors import ShapeError
 from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins, BinGrid
 from . import _regions
-from ._ranks import summed
+from .._ranks import summed
 
 if TYPE_CHECKING:
     import xarray as xr

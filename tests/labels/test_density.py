@@ -3,10 +3,12 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import dask
 import dask.array
+import dask.bag
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ import xarray as xr
 
 from dir_toolkit import Bins, LabelDensity, gaussian, triangular
 from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.labels import density as module
 
 BINS = Bins.uniform(0, 10, width=1)
 LABELS = np.random.default_rng(0).uniform(0, 10, size=(6, 50))
@@ -70,16 +73,242 @@ def test_one_piece_at_a_time_is_held() -> None:
     assert not any(ref() is not None for ref in alive)
 
 
-def test_blocks_of_dask_are_computed_one_by_one() -> None:
-    computed = []
+# ---- large arrays ----
+
+
+UNEVEN = Bins.from_edges([-1, -0.5, 0, 0.1, 0.3, 0.7, 1, 4])
+
+
+@pytest.mark.parametrize("bins", [UNEVEN, Bins.uniform(-1, 4, count=7), Bins.uniform(-1, 4, width=0.1)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int64, np.uint8, ">f4", np.longdouble])
+def test_labels_at_and_beside_the_edges_count_where_index_places_them(bins: Bins, dtype: Any) -> None:
+    edges = bins.edges.astype(dtype)
+    if edges.dtype.kind == "f":
+        low, high = np.array([-np.inf, np.inf], dtype)
+        edges = np.concatenate([edges, np.nextafter(edges[1:], low), np.nextafter(edges[:-1], high)])
+    labels = np.tile(edges[(edges >= -1) & (edges <= 4)], 20)
+    index = bins.index(labels)
+    expected = [int((index == b).sum()) for b in range(len(bins))]
+    assert sum(expected) == labels.size > len(bins)
+    assert LabelDensity.count(labels, bins).counts.tolist() == expected
+
+
+@pytest.mark.parametrize("bins", [BINS, Bins.quantile(LABELS, 6), Bins.quantile(LABELS, 290)])
+def test_labels_off_an_axis_that_are_many_follow_the_option(bins: Bins) -> None:
+    labels = np.concatenate([LABELS.ravel(), [-5, 50, bins.edges[0], bins.edges[-1]]])
+    inside = LabelDensity.count(LABELS.ravel(), bins, outside="drop").counts
+    ends = np.zeros_like(inside)
+    ends[[0, -1]] = 1
+    np.testing.assert_array_equal(LabelDensity.count(labels, bins, outside="drop").counts, inside + ends)
+    clipped = LabelDensity.count(LABELS.ravel(), bins, outside="clip").counts
+    np.testing.assert_array_equal(LabelDensity.count(labels, bins, outside="clip").counts, clipped + 2 * ends)
+    labels[7] = np.nan
+    for outside in ("raise", "clip", "drop"):
+        with pytest.raises(LabelError, match="labels must"):
+            LabelDensity.count(labels, bins, outside=outside)
+
+
+@pytest.mark.parametrize("layout", [np.asarray, np.asfortranarray, lambda a: a[::-1, ::2], np.ma.array])
+def test_an_array_is_counted_in_views_that_stay_in_a_cache(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE", 40)
+    labels, sizes = layout(LABELS), []
+
+    class Watched(Bins):
+        def _tally(self, where: str, labels: np.ndarray, *options: Any) -> np.ndarray:
+            sizes.append(labels.size)
+            assert np.shares_memory(labels, LABELS) or layout is np.asfortranarray
+            return super()._tally(where, labels, *options)
+
+    expected = np.histogram(np.asarray(labels), BINS.edges)[0]
+    np.testing.assert_array_equal(LabelDensity.count(labels, Watched(BINS.edges)).counts, expected)
+    assert max(sizes) <= 40
+    assert sum(sizes) == labels.size
+    pairs = np.asarray(LABELS).reshape(-1, 2)
+    grid = Bins.grid(BINS, UNEVEN)
+    monkeypatch.setattr(module, "_PIECE", 2**17)
+    whole = LabelDensity.count(pairs, grid, outside="clip")
+    monkeypatch.setattr(module, "_PIECE", 1)  # and no pair is cut
+    assert LabelDensity.count(pairs, grid, outside="clip") == whole
+
+
+def test_an_error_tells_the_place_in_the_whole_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE", 40)
+    labels = LABELS.copy()
+    labels[3, 17] = labels[5, 2] = 12
+    with pytest.raises(LabelError, match=r"got 12\.0 at index \[3, 17\] \(2 such labels\)"):
+        LabelDensity.count(labels, BINS)
+
+
+# ---- dask ----
+
+
+def in_chunks(labels: np.ndarray = LABELS) -> Any:
+    return dask.array.from_array(labels, chunks=(4, 20))
+
+
+@pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
+def test_each_chunk_is_read_once_and_only_counts_leave_its_task(scheduler: str) -> None:
+    read = []
 
     def block(block_id: tuple[int, ...]) -> np.ndarray:
-        computed.append(block_id)
-        return np.full((4,), float(block_id[0]))
+        read.append(block_id)
+        return np.full((1000,), float(block_id[0]))
 
-    lazy = dask.array.map_blocks(block, chunks=((4,) * 5,), dtype=float, meta=np.empty(0))
-    assert LabelDensity.count(xr.DataArray(lazy), BINS).counts.tolist() == [4] * 5 + [0] * 5
-    assert len(computed) == 5
+    lazy = dask.array.map_blocks(block, chunks=((1000,) * 6,), dtype=float, meta=np.empty(0))
+    made = []
+
+    class Recorder(dask.callbacks.Callback):
+        def _posttask(self, key: Any, result: Any, *_: Any) -> None:
+            made.append(np.size(result))
+
+    with Recorder(), dask.config.set(scheduler=scheduler):
+        density = LabelDensity.count(xr.DataArray(lazy), BINS)
+    assert density.counts.tolist() == [1000] * 6 + [0] * 4
+    assert sorted(read) == [(i,) for i in range(6)]
+    assert made
+    assert max(made) == len(BINS) + 1
+
+
+def test_chunks_of_unknown_size_are_counted() -> None:
+    lazy = in_chunks()
+    assert np.isnan(lazy[lazy > 3].shape[0])
+    assert LabelDensity.count(lazy[lazy > 3], BINS) == LabelDensity.count(LABELS[LABELS > 3], BINS)
+    rows = LABELS[:, 0] > 3
+    assert LabelDensity.count(lazy[lazy[:, 0] > 3], BINS) == LabelDensity.count(LABELS[rows], BINS)
+    with pytest.raises(ValueError, match="labels must hold at least one label, got none"):
+        LabelDensity.count(lazy[lazy > 99], BINS)
+
+
+def test_pairs_of_labels_are_counted_whole() -> None:
+    grid, pairs = Bins.grid(BINS, BINS), LABELS.reshape(-1, 2)
+    whole = LabelDensity.count(pairs, grid)
+    cut = dask.array.from_array(pairs, chunks=(40, 1))
+    assert LabelDensity.count(cut, grid) == whole
+    some = pairs[:, 0] > 3
+    assert LabelDensity.count(cut[cut[:, 0] > 3], grid) == LabelDensity.count(pairs[some], grid)
+    message = (
+        r"^LabelDensity\.count: the last axis, of 2 numbers a label, must not be in chunks of unknown size, "
+        r"got \(nan, nan\)\. Call labels\.compute_chunk_sizes\(\)\.$"
+    )
+    unknown = cut[:, cut[0] >= 0]
+    with pytest.raises(ValueError, match=message):
+        LabelDensity.count(unknown, grid)
+    unknown.compute_chunk_sizes()
+    assert LabelDensity.count(unknown, grid) == whole
+
+
+def test_a_number_in_dask_is_one_label() -> None:
+    assert LabelDensity.count(dask.array.from_array(np.array(3.5)), BINS).counts[3] == 1
+    assert LabelDensity.count([in_chunks(), LABELS[0], in_chunks()], BINS).counts.sum() == 650
+
+
+@pytest.mark.parametrize("outside", ["raise", "clip", "drop"])
+def test_bad_labels_are_named_with_their_chunk(outside: Any) -> None:
+    labels = LABELS.copy()
+    labels[5, 41] = np.nan
+    with pytest.raises(LabelError, match=r"labels of chunk \(1, 2\) must not be NaN, got nan at index \[1, 1\]"):
+        LabelDensity.count(in_chunks(labels), BINS, outside=outside)
+    labels[5, 41] = 12
+    if outside != "raise":
+        expected = LabelDensity.count(labels, BINS, outside=outside)
+        assert LabelDensity.count(in_chunks(labels), BINS, outside=outside) == expected
+        return
+    message = r"labels of chunk \(1, 2\) must lie on the label axis \[0, 10\], got 12\.0 at index \[1, 1\] \(1 such"
+    with pytest.raises(LabelError, match=message):
+        LabelDensity.count(in_chunks(labels), BINS)
+
+
+def test_what_is_no_labels_in_dask_is_refused() -> None:
+    broken = in_chunks().map_blocks(
+        lambda chunk, block_id: chunk.astype(str) if block_id == (1, 0) else chunk, dtype=float, meta=np.empty((0, 0))
+    )
+    with pytest.raises(TypeError, match=r"labels of chunk \(1, 0\) must be integers or floats, got dtype <U32"):
+        LabelDensity.count(broken, BINS)
+    with pytest.raises(ShapeError, match=r"labels of chunk \(\d, \d\) must be \(\.\.\., 2\)"):
+        LabelDensity.count(in_chunks(), Bins.grid(BINS, BINS))
+    message = r"^LabelDensity\.count: labels kept by dask must be a dask array, got Bag\. Use \.to_dask_array\(\)\.$"
+    with pytest.raises(TypeError, match=message):
+        LabelDensity.count(dask.bag.from_sequence([1.0, 2.0]), BINS)
+
+
+def test_a_chunk_that_fails_raises_its_own_error() -> None:
+    def unreadable(chunk: np.ndarray, block_id: tuple[int, ...]) -> np.ndarray:
+        if block_id == (0, 1):
+            raise OSError("disk is gone")
+        return chunk
+
+    with pytest.raises(OSError, match=r"^disk is gone$"):
+        LabelDensity.count(in_chunks().map_blocks(unreadable, dtype=float, meta=np.empty((0, 0))), BINS)
+
+
+@pytest.mark.filterwarnings("ignore")  # of a cluster's own
+def test_a_cluster_sends_counts_and_no_labels() -> None:
+    distributed = pytest.importorskip("distributed")
+
+    class Recorder(distributed.WorkerPlugin):
+        def setup(self, worker: Any) -> None:
+            self.worker, worker.made = worker, {}
+
+        def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
+            if finish == "memory":
+                self.worker.made[key] = self.worker.state.tasks[key].nbytes
+
+    def block(block_id: tuple[int, ...]) -> np.ndarray:
+        return np.full(100_000, float(block_id[0]))
+
+    lazy = dask.array.map_blocks(block, chunks=((100_000,) * 6,), dtype=float, meta=np.empty(0))
+    with distributed.Client(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as client:
+        client.register_plugin(Recorder())
+        assert LabelDensity.count(xr.DataArray(lazy), BINS).counts.tolist() == [100_000] * 6 + [0] * 4
+        made = [
+            size
+            for of_worker in client.run(lambda dask_worker: dask_worker.made).values()
+            for size in of_worker.values()
+        ]
+        assert max(made) == 8 * (len(BINS) + 1)
+        with pytest.raises(LabelError, match=r"labels of chunk \(5,\) must lie on the label axis \[0, 5\], got 5\.5"):
+            LabelDensity.count(lazy + 0.5, Bins.uniform(0, 5, width=1))
+
+
+# ---- two processes ----
+
+
+SHARED = Bins.uniform(0, 10, width=1)
+
+
+def rank_main(rank: int) -> dict[str, Any]:
+    ordered = np.sort(LABELS, axis=None)  # so that each rank lacks some bins
+    mine = ordered[:213] if rank == 0 else ordered[213:]
+    own = LabelDensity.count(mine, SHARED)
+    nothing = LabelDensity(SHARED, [0] * 10)
+    smoothed = own.smooth(triangular(3)) if rank == 0 else own
+    other = Bins.uniform(0, 5, count=10) if rank else SHARED
+    with pytest.raises(ValueError, match="all ranks must count over the same bins") as told:
+        LabelDensity(other, own.counts).all_reduce()
+    return {
+        "own": torch.tensor(own.counts),
+        "both": torch.tensor(own.all_reduce().counts),
+        "one empty": torch.tensor((own if rank else nothing).all_reduce().counts),
+        "one smoothed": torch.tensor(smoothed.all_reduce().counts),
+        "grid": torch.tensor(LabelDensity(Bins.grid(SHARED), own.counts).all_reduce().counts),
+        "told": str(told.value),
+    }
+
+
+def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
+    returned = two_ranks(rank_main)
+    first, second = (found["own"] for found in returned)
+    assert (first == 0).any()
+    assert (second == 0).any()
+    for found in returned:
+        assert found["both"].dtype == torch.int64
+        assert found["both"].tolist() == found["grid"].tolist() == COUNTS.tolist()
+        assert torch.equal(found["one empty"], second)
+        smoothed = LabelDensity(SHARED, first.numpy()).smooth(triangular(3)).counts + second.numpy()
+        np.testing.assert_allclose(found["one smoothed"].numpy(), smoothed, rtol=1e-12)
+        assert found["told"].endswith("got other bins on ranks [1] than on rank 0.")
+    alone = LabelDensity.count(LABELS, BINS)
+    assert alone.all_reduce() is alone
 
 
 def test_labels_outside_follow_the_option() -> None:
