@@ -42,10 +42,10 @@ from .._checks import (
     whole,
     wide_dtype,
 )
+from .._ranks import summed
 from ..errors import ShapeError
 from ..labels.bins import Bins
 from ..labels.density import LabelDensity
-from .._ranks import summed
 from ._reduce import Reduction, one_a_sample, present, reduce
 
 __all__ = ["BatchMCLoss", "BinnedIntegrationLoss", "GaussianMixtureLoss"]

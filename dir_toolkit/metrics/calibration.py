@@ -21,8 +21,8 @@ from .._checks import (
     same_shape,
     whole,
 )
-from ..errors import ShapeError
 from .._ranks import summed
+from ..errors import ShapeError
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .._checks import instance, is_tensor, label_problem, problem, real, same_device, same_shape, whole
+from .._ranks import summed
 from ..errors import ShapeError
 from ..labels.bins import Bins
 from ..labels.density import REGIONS, LabelDensity
 from . import _regions
-from .._ranks import summed
 
 if TYPE_CHECKING:
     import xarray as xr

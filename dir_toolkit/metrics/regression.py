@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .._checks import finite, instance, is_tensor, number, problem, real, same_device, same_shape
+from .._ranks import summed
 from ..errors import ShapeError
 from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins, BinGrid
 from . import _regions
-from .._ranks import summed
 
 if TYPE_CHECKING:
     import xarray as xr
