@@ -57,7 +57,7 @@ def conr_loss(
             features are.
         push_weight: r, dimensionless, >= 0, one a sample, larger for rare labels, such as ``lds(labels)`` of a fitted
             :class:`~dir_toolkit.LDS`; None means ones. No gradient passes to it.
-        omega: :math:`\omega`, > 0, in label units. At 1, labels in whole years are alike if they are a year apart at most.
+        omega: :math:`\omega`, > 0, in label units. At 1, labels in whole years are alike if a year apart at most.
         temperature: :math:`\tau`, > 0. eta: :math:`\eta`, >= 0, per label unit.
     Shape:
         features: (N, D). labels, pred, weight, push_weight: (N,). Returns (), or (N,) for ``reduction="none"``.
