@@ -25,6 +25,8 @@ from .errors import (
     UsageError,
 )
 
+MOST_BINS = 10_000_000
+MOST_LONG = 2**31 - 1  # of any other axis
 MOST_TAU = 1e30  # its product with any log-share fits into float32
 
 _OURS: dict[type[Exception], type[Exception]] = {
@@ -70,7 +72,7 @@ def instance(where: str, kind: Any, **values: object) -> None:
 
 
 def is_tensor(where: str, **tensors: object) -> None:
-    """Each is a dense ``torch.Tensor``."""
+    """Each is a dense ``torch.Tensor`` of plain numbers."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise problem(
@@ -84,6 +86,9 @@ def is_tensor(where: str, **tensors: object) -> None:
             raise problem(
                 where, f"{name} must be dense", got=str(value.layout), fix=f"Use {name}.to_dense().", error=TypeError
             )
+        if value.is_quantized:
+            got, fix = f"dtype {value.dtype}", f"Use {name}.dequantize()."
+            raise problem(where, f"{name} must not be quantized", got=got, fix=fix, error=TypeError)
 
 
 def on_host(where: str, name: str, tensor: Tensor) -> Tensor:
@@ -251,13 +256,26 @@ def checked_tau(where: str, tau: object) -> float:
     return number(where, "tau", tau, low=0, high=MOST_TAU)
 
 
-def whole(where: str, name: str, value: object, *, low: int | None = None) -> int:
-    """A whole number, at least ``low``."""
+def whole(where: str, name: str, value: object, *, low: int | None = None, high: int | None = None) -> int:
+    """A whole number, from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise problem(where, f"{name} must be a whole number", got=repr(value), error=TypeError)
     if low is not None and value < low:
-        raise problem(where, f"{name} must be at least {low}", got=repr(value))
+        raise problem(where, f"{name} must be at least {low}", got=_shown(value))
+    if high is not None and value > high:
+        raise problem(where, f"{name} must be at most {high:,}", got=_shown(value))
     return int(value)
+
+
+def length(where: str, name: str, value: object, *, most: int = MOST_LONG) -> int:
+    """The length of an axis: at least 1, and not so large that nothing could hold it."""
+    return whole(where, name, value, low=1, high=most)
+
+
+def _shown(value: object) -> str:
+    """``repr``, but for whole numbers of more digits than one reads, some of which Python does not write out."""
+    bits = value.bit_length() if isinstance(value, int) else 0
+    return repr(value) if bits <= 64 else f"a whole number of {bits:,} bits"
 
 
 def one_of(where: str, name: str, value: object, allowed: Collection[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import instance, is_tensor, problem, whole
+from ._checks import instance, is_tensor, length, problem, whole
 from .errors import ShapeError
 
 __all__ = [
@@ -36,8 +36,8 @@ def small_resnet(*, width: int = 32, in_channels: int = 3) -> SmallResNet:
     (32, torch.Size([2, 32]))
     """
     return SmallResNet(
-        width=whole("small_resnet", "width", width, low=1),
-        in_channels=whole("small_resnet", "in_channels", in_channels, low=1),
+        width=length("small_resnet", "width", width),
+        in_channels=length("small_resnet", "in_channels", in_channels),
     )
 
 
@@ -117,9 +117,9 @@ def digit_cnn(num_features: int = 128, *, size: int = 28, in_channels: int = 1, 
     where = "digit_cnn"
     instance(where, bool, activation=activation)
     return DigitCNN(
-        whole(where, "num_features", num_features, low=1),
+        length(where, "num_features", num_features),
         size=whole(where, "size", size, low=8),
-        in_channels=whole(where, "in_channels", in_channels, low=1),
+        in_channels=length(where, "in_channels", in_channels),
         activation=activation,
     )
 
@@ -238,7 +238,7 @@ class ImageClassifier(nn.Module):
                 fix="Set backbone.num_features to the number of its outputs.",
                 error=TypeError,
             )
-        num_features = whole(where, "backbone.num_features", num_features, low=1)
+        num_features = length(where, "backbone.num_features", num_features)
         instance(where, nn.Module, head=head)
         instance(where, bool, return_features=return_features)
         takes = getattr(head, "num_features", getattr(head, "in_features", num_features))

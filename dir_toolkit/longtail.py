@@ -19,6 +19,7 @@ from ._checks import (
     is_tensor,
     keys,
     labels_array,
+    length,
     not_empty,
     number,
     on_host,
@@ -27,7 +28,6 @@ from ._checks import (
     problem,
     real,
     warn,
-    whole,
     wide_dtype,
 )
 from .errors import CheckpointError, ShapeError
@@ -39,7 +39,7 @@ from .heads.linear import LinearHead
 from .labels.bins import Bins
 from .labels.density import LabelDensity
 from .labels.grid import AnyBins
-from .labels.kernels import DEFAULT_KERNEL, Window
+from .labels.kernels import DEFAULT_KERNEL, Window, checked_window
 from .labels.soft_labels import LabelKernel, checked_sigma, limits, soft_labels
 from .labels.weights import LDS
 from .losses._reduce import Reduction
@@ -345,6 +345,8 @@ class LongTailModel(nn.Module):
         if isinstance(kernel, str):
             one_of(where, "kernel", kernel, ("auto",))
             kernel = self.prior_kernel
+        if kernel is not None:
+            checked_window(where, kernel, len(self.bins))
         if target is not None:
             shares = self._training_prior(where, kernel)
             offset = LogitAdjuster(shares, target=target, tau=tau).offset
@@ -700,7 +702,7 @@ def _check_kind(where: str, name: str, own: AnyBins, bins: Bins) -> None:
 
 
 def _num_features(where: str, backbone: nn.Module, num_features: Any) -> int:
-    size = whole(where, "num_features", num_features, low=1)
+    size = length(where, "num_features", num_features)
     gives = getattr(backbone, "num_features", size)
     if gives != size:
         rule = f"num_features must be the backbone's {gives}"

@@ -242,7 +242,7 @@ def choose_tau(
     candidates = candidate_taus(where, taus)
     counts = np.bincount(classes, minlength=len(log_prior))
     if temperature is not None:
-        temperature = number(where, "temperature", temperature, low=0, open_low=True)
+        temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
     elif by == "balanced_error":
         temperature = 1.0
     else:

@@ -28,6 +28,24 @@ NOT_COUNTS: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    attack = parser.getgroup("attack", "how hard tests/attack tries")
+    attack.addoption("--mutations", type=int, default=200, help="mutations of each kind of file (default: 200)")
+    attack.addoption("--kills", type=int, default=2, help="kills of a training run (default: 2)")
+
+
+@pytest.fixture
+def mutations(request: pytest.FixtureRequest) -> int:
+    """How many mutations of each kind of file are tried; a quarter as many wrong arguments of each function."""
+    return int(request.config.getoption("--mutations"))
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    """How many times a training run is killed."""
+    return int(request.config.getoption("--kills"))
+
+
 @pytest.fixture(params=NOT_COUNTS)
 def not_counts(request: pytest.FixtureRequest) -> tuple[Any, type[Exception], str]:
     """What no function takes for counts, the error it raises, and how its message goes on after the function's name."""

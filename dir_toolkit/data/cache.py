@@ -17,7 +17,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
-from .._checks import one_of, problem, whole
+from .._checks import length, one_of, problem
 from ..errors import DataError
 from ..files import write_atomically
 from .archives import Files
@@ -68,7 +68,7 @@ def decode_once(
         DataError: an image cannot be decoded, or a file cannot be read. ImportError: Pillow is missing.
     """
     where = "decode_once"
-    size = whole(where, "size", size, low=1)
+    size = length(where, "size", size)
     one_of(where, "on_error", on_error, ("raise", "skip"))
     if not names:
         raise problem(where, "names must hold at least one image", got="none", error=DataError)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
-from .._checks import instance, label_problem, labels_array, number, problem, whole
+from .._checks import instance, label_problem, labels_array, length, number, problem, whole
 from ..errors import ShapeError
 from .images import ImageSet, Splits, content_digest
 
@@ -42,7 +42,7 @@ def step_profile(num_classes: int, retention: float, *, thinned: Iterable[int] |
     array([0.1, 1. , 0.1, 1. ])
     """
     where = "step_profile"
-    shares = np.ones(whole(where, "num_classes", num_classes, low=1))
+    shares = np.ones(length(where, "num_classes", num_classes))
     retention = number(where, "retention", retention, low=0, high=1, open_low=True)
     thinned = range(len(shares) // 2) if thinned is None else thinned
     instance(where, Iterable, thinned=thinned)
@@ -71,7 +71,7 @@ def exponential_profile(num_classes: int, ratio: float) -> np.ndarray:
     array([1.  , 0.1 , 0.01])
     """
     where = "exponential_profile"
-    num_classes = whole(where, "num_classes", num_classes, low=1)
+    num_classes = length(where, "num_classes", num_classes)
     ratio = number(where, "ratio", ratio, low=1)
     return ratio ** -(np.arange(num_classes) / max(num_classes - 1, 1))
 

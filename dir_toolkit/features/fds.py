@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._checks import instance, interval, is_tensor, keys, label_problem, number, one_of, problem, warn, whole
+from .._checks import instance, interval, is_tensor, keys, label_problem, length, number, one_of, problem, warn, whole
 from ..errors import CheckpointError, ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.grid import AnyBins, BinGrid, Windows, checked_windows, saved_bins
@@ -124,7 +124,7 @@ class FDS(Float64Module):
         one_of("FDS", "map", map, ("paper", "transport"))
         one_of("FDS", "outside", outside, ("raise", "clip", "drop"))
         self.bins, self.outside = bins, outside
-        self.num_features = whole("FDS", "num_features", num_features, low=1)
+        self.num_features = length("FDS", "num_features", num_features)
         self.momentum = number("FDS", "momentum", momentum, low=0, high=1, open_high=True)
         clip = interval("FDS", "clip", clip)
         rank = whole("FDS", "rank", rank, low=1)
@@ -459,9 +459,13 @@ class FDS(Float64Module):
                 got=f"{saved!r} for {self.bins!r}",
                 error=CheckpointError,
             )
+        is_tensor("FDS.load_state_dict", unplaced=state["unplaced"])
+        epoch, seen = (whole("FDS.load_state_dict", name, state[name], low=0) for name in ("epoch", "seen"))
+        if (last_seen := state["last_seen"]) is not None:
+            last_seen = whole("FDS.load_state_dict", "last_seen", last_seen, low=0)
         self._epoch_moments.load_state_dict(state["moments"])
         self._unplaced = state["unplaced"].to(self._unplaced.device, copy=True)
-        self.epoch, self._seen, self._last_seen = state["epoch"], state["seen"], state["last_seen"]
+        self.epoch, self._seen, self._last_seen = epoch, seen, last_seen
 
     def extra_repr(self) -> str:
         return (

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import instance, is_tensor, keys, problem, readable, real, same_device, whole
+from .._checks import instance, is_tensor, keys, length, problem, readable, real, same_device
 from ..errors import ShapeError
 
 __all__ = ["BinMoments", "BinScatters", "SubspaceMoments"]
@@ -32,8 +32,8 @@ class BinMoments:
     """
 
     def __init__(self, num_bins: int, num_features: int, *, device: torch.device | str | None = None) -> None:
-        num_bins = whole("BinMoments", "num_bins", num_bins, low=1)
-        num_features = whole("BinMoments", "num_features", num_features, low=1)
+        num_bins = length("BinMoments", "num_bins", num_bins)
+        num_features = length("BinMoments", "num_features", num_features)
         self.count = torch.zeros(num_bins, dtype=torch.int64, device=device)
         self.mean = torch.zeros(num_bins, num_features, dtype=torch.float64, device=device)
         self.deviations = torch.zeros_like(self.mean)

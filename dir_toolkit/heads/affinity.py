@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._checks import number, one_of, problem, same_device, whole, wide_dtype
+from .._checks import length, number, one_of, problem, same_device, wide_dtype
 from ..errors import NotFittedError
 from ._features import checked_features, full_precision, squared_distances
 
@@ -85,9 +85,9 @@ class AffinityHead(nn.Module):
         feature_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.num_features = whole("AffinityHead", "num_features", num_features, low=1)
-        self.num_classes = whole("AffinityHead", "num_classes", num_classes, low=1)
-        self.num_prototypes = whole("AffinityHead", "prototypes", prototypes, low=1)
+        self.num_features = length("AffinityHead", "num_features", num_features)
+        self.num_classes = length("AffinityHead", "num_classes", num_classes)
+        self.num_prototypes = length("AffinityHead", "prototypes", prototypes)
         sigma = number("AffinityHead", "sigma", sigma, low=0, open_low=True, float32=True)
         one_of("AffinityHead", "distance", distance, ("l2", "l1"))
         one_of("AffinityHead", "similarity", similarity, ("gaussian", "inverse"))

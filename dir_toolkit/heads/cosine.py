@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, number, same_device, whole, wide_dtype
+from .._checks import instance, length, number, same_device, wide_dtype
 from ._features import checked_features, full_precision, unit_rows
 
 __all__ = ["CosineHead"]
@@ -45,8 +45,8 @@ class CosineHead(nn.Module):
 
     def __init__(self, num_features: int, num_classes: int, *, scale: float = 16.0, learn_scale: bool = False) -> None:
         super().__init__()
-        self.num_features = whole("CosineHead", "num_features", num_features, low=1)
-        self.num_classes = whole("CosineHead", "num_classes", num_classes, low=1)
+        self.num_features = length("CosineHead", "num_features", num_features)
+        self.num_classes = length("CosineHead", "num_classes", num_classes)
         scale = number("CosineHead", "scale", scale, low=0, open_low=True, float32=True)
         instance("CosineHead", bool, learn_scale=learn_scale)
         self.learn_scale = learn_scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, same_device, whole
+from .._checks import instance, length, same_device
 from ._features import checked_features, linear_scores
 
 __all__ = ["LinearHead"]
@@ -32,8 +32,8 @@ class LinearHead(nn.Linear):
     """
 
     def __init__(self, num_features: int, num_classes: int, *, bias: bool = True) -> None:
-        num_features = whole("LinearHead", "num_features", num_features, low=1)
-        num_classes = whole("LinearHead", "num_classes", num_classes, low=1)
+        num_features = length("LinearHead", "num_features", num_features)
+        num_classes = length("LinearHead", "num_classes", num_classes)
         instance("LinearHead", bool, bias=bias)
         super().__init__(num_features, num_classes, bias=bias)
         self.num_features, self.num_classes = num_features, num_classes

@@ -8,18 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._checks import (
-    finite,
-    is_tensor,
-    label_problem,
-    one_of,
-    problem,
-    readable,
-    same_device,
-    warn,
-    whole,
-    wide_dtype,
-)
+from .._checks import finite, is_tensor, label_problem, length, one_of, problem, readable, same_device, warn, wide_dtype
 from ..errors import NotFittedError, ShapeError
 from ..features.moments import BinMoments
 from ._features import checked_features, full_precision, squared_distances, unit_rows
@@ -70,8 +59,8 @@ class NearestMeanHead(nn.Module):
 
     def __init__(self, num_features: int, num_classes: int, *, metric: Metric = "cosine") -> None:
         super().__init__()
-        self.num_features = whole("NearestMeanHead", "num_features", num_features, low=1)
-        self.num_classes = whole("NearestMeanHead", "num_classes", num_classes, low=1)
+        self.num_features = length("NearestMeanHead", "num_features", num_features)
+        self.num_classes = length("NearestMeanHead", "num_classes", num_classes)
         one_of("NearestMeanHead", "metric", metric, ("cosine", "euclidean"))
         self.metric = metric
         self.register_buffer("means", torch.zeros(self.num_classes, self.num_features))

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    MOST_BINS,
     distributions,
     floats,
+    instance,
     is_tensor,
     keys,
     label_problem,
     labels_array,
+    length,
     not_empty,
     number,
+    on_host,
     one_of,
     problem,
     readable,
     real,
-    whole,
     wide_dtype,
 )
 from ..errors import ShapeError
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["Bins", "Outside"]
 
 Outside = Literal["raise", "clip", "drop"]
-MOST_BINS = 10_000_000
 
 
 class LabelAxes(ABC):
@@ -146,6 +148,7 @@ class Bins(LabelAxes):
         Raises:
             ValueError: the range is empty, the width does not divide it, or there would be more than ten million bins.
         """
+        instance("Bins.uniform", bool, integer=integer)
         number("Bins.uniform", "low", low)
         number("Bins.uniform", "high", high)
         if not low < high:
@@ -167,7 +170,7 @@ class Bins(LabelAxes):
                 )
             number_of_bins = int(span / step)
         else:
-            number_of_bins = whole("Bins.uniform", "count", count, low=1)
+            number_of_bins = length("Bins.uniform", "count", count, most=MOST_BINS)
             step = span / number_of_bins
         if number_of_bins > MOST_BINS:
             raise problem("Bins.uniform", f"at most {MOST_BINS:,} bins", got=f"{number_of_bins:,}", fix="Widen them.")
@@ -192,7 +195,7 @@ class Bins(LabelAxes):
             LabelError: labels hold NaN or infinity. ValueError: labels are empty or all equal.
         """
         where = "Bins.quantile"
-        n = whole(where, "n", n, low=1)
+        n = length(where, "n", n, most=MOST_BINS)
         array = labels_array(where, labels).astype(np.float64).ravel()
         not_empty(where, labels=array)
         if not np.isfinite(array).all():
@@ -206,9 +209,7 @@ class Bins(LabelAxes):
     @classmethod
     def classes(cls, n: int) -> Bins:
         """``n`` classes 0 ... n - 1, each a bin with its number as the centre."""
-        n = whole("Bins.classes", "n", n, low=1)
-        if n > MOST_BINS:
-            raise problem("Bins.classes", f"at most {MOST_BINS:,} bins", got=f"{n:,}")
+        n = length("Bins.classes", "n", n, most=MOST_BINS)
         return cls(np.arange(n + 1) - 0.5, centers=np.arange(n), categorical=True)
 
     @staticmethod
@@ -279,7 +280,7 @@ class Bins(LabelAxes):
             return self._place(where, tensor, outside, name).numpy()
         is_tensor(where, **{name: labels})
         real(where, **{name: labels})
-        labels = labels.detach()
+        labels = on_host(where, name, labels) if labels.is_meta and outside == "raise" else labels.detach()
         values = labels.double() if not labels.is_floating_point() else labels
         if readable(values) and (quick := self._scaled_index(values)) is not None:
             return quick

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import instance, is_tensor, keys, labels_array, problem
+from .._checks import MOST_BINS, instance, is_tensor, keys, labels_array, problem
 from ..errors import ShapeError
-from .bins import MOST_BINS, Bins, LabelAxes, Outside
+from .bins import Bins, LabelAxes, Outside
 from .kernels import Window, checked_window
 
 __all__ = ["AnyBins", "BinGrid", "Windows"]

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from scipy.ndimage import correlate1d, gaussian_filter1d
 
-from .._checks import labels_array, not_empty, number, one_of, problem, whole
+from .._checks import MOST_BINS, instance, labels_array, length, not_empty, number, one_of, problem
 from ..errors import ShapeError
 
 __all__ = ["Edges", "Window", "gaussian", "laplace", "smooth", "smoothing_matrix", "triangular"]
@@ -19,7 +19,7 @@ _SCIPY_MODE = {"reflect": "reflect", "mirror": "mirror", "zero": "constant"}
 
 
 def _offsets(where: str, size: int) -> np.ndarray:
-    size = whole(where, "size", size, low=1)
+    size = length(where, "size", size, most=MOST_BINS)
     if size % 2 == 0:
         raise problem(
             where, "size must be odd, so that the window has a middle", got=size, fix=f"Use {size - 1} or {size + 1}."
@@ -47,6 +47,7 @@ def gaussian(size: int, sigma: float, *, folded: bool = False) -> np.ndarray:
     """
     offsets = _offsets("gaussian", size)
     sigma = number("gaussian", "sigma", sigma, low=0, open_low=True)
+    instance("gaussian", bool, folded=folded)
     if folded and sigma > 0.1:  # narrower ones are the impulse itself
         window = gaussian_filter1d((offsets == 0).astype(np.float64), sigma)
         return window / window.max()
@@ -139,4 +140,4 @@ def smooth_axes(values: np.ndarray, kernels: Sequence[np.ndarray], *, edges: Edg
 
 def smoothing_matrix(num_bins: int, kernel: Window, *, edges: Edges = "reflect") -> np.ndarray:
     """The (B, B) matrix that :func:`smooth` multiplies by."""
-    return smooth(np.eye(whole("smoothing_matrix", "num_bins", num_bins, low=1)), kernel, edges=edges)
+    return smooth(np.eye(length("smoothing_matrix", "num_bins", num_bins)), kernel, edges=edges)

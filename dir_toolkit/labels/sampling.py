@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .._checks import finite, instance, keys, labels_array, not_empty, number, on_host, problem, warn, whole
+from .._checks import finite, instance, keys, labels_array, length, not_empty, number, on_host, problem, warn, whole
 from ..errors import CheckpointError, ShapeError
 from .bins import Bins
 from .density import LabelDensity, to_shares
@@ -135,7 +135,7 @@ class BinSampler(Sampler[int]):
         self.rank = whole(where, "rank", rank, low=0)
         if self.rank >= self.world:
             raise problem(where, f"rank must be below world={self.world}", got=self.rank)
-        self.num_samples = len(index) if num_samples is None else whole(where, "num_samples", num_samples, low=1)
+        self.num_samples = len(index) if num_samples is None else length(where, "num_samples", num_samples)
         if self.num_samples < self.world:
             rule = f"num_samples must be at least one a rank, {self.world}"
             raise problem(where, rule, got=self.num_samples)

@@ -31,6 +31,7 @@ from .._checks import (
     instance,
     is_tensor,
     labels_array,
+    length,
     not_empty,
     not_negative,
     number,
@@ -285,9 +286,9 @@ class GaussianMixtureLoss(_BalancedMSE):
         [0.5, 20.5]
         """
         where = "GaussianMixtureLoss.fit"
-        components = whole(where, "components", components, low=1)
+        components = length(where, "components", components)
         seed = whole(where, "seed", seed, low=0)
-        least = number(where, "least_variance", least_variance, low=0, open_low=True)
+        least = number(where, "least_variance", least_variance, low=0, high=1e36, open_low=True)
         array = labels_array(where, labels).astype(np.float64)
         if array.ndim not in (1, 2):
             raise problem(where, "labels must be (N,) or (N, D)", got=f"shape {array.shape}", error=ShapeError)

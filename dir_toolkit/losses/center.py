@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import floats, is_tensor, number, problem, same_device, whole, wide_dtype
+from .._checks import floats, is_tensor, length, number, problem, same_device, wide_dtype
 from ..errors import ShapeError
 from ._reduce import Reduction, checked_rows, reduce
 
@@ -82,8 +82,8 @@ class CenterLoss(nn.Module):
 
     def __init__(self, num_classes: int, num_features: int, *, strength: float = 1.0) -> None:
         super().__init__()
-        self.num_classes = whole("CenterLoss", "num_classes", num_classes, low=1)
-        self.num_features = whole("CenterLoss", "num_features", num_features, low=1)
+        self.num_classes = length("CenterLoss", "num_classes", num_classes)
+        self.num_features = length("CenterLoss", "num_features", num_features)
         self.strength = number("CenterLoss", "strength", strength, low=0, open_low=True, float32=True)
         self.centers = nn.Parameter(torch.zeros(self.num_classes, self.num_features))
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    MOST_BINS,
     finite,
     instance,
     is_tensor,
     label_problem,
+    length,
     not_negative,
     problem,
     readable,
@@ -62,8 +64,8 @@ class CalibrationMetrics:
     """
 
     def __init__(self, num_classes: int, *, num_bins: int = 15) -> None:
-        self.num_classes = whole("CalibrationMetrics", "num_classes", num_classes, low=1)
-        self.num_bins = whole("CalibrationMetrics", "num_bins", num_bins, low=1)
+        self.num_classes = length("CalibrationMetrics", "num_classes", num_classes)
+        self.num_bins = length("CalibrationMetrics", "num_bins", num_bins, most=MOST_BINS)
         self._edges = confidence_edges(self.num_bins)
         self.histograms: Tensor = torch.zeros(3, 1 + self.num_classes, self.num_bins, dtype=torch.float64)
         self.totals: Tensor = torch.zeros(3, dtype=torch.float64)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import instance, is_tensor, label_problem, problem, real, same_device, same_shape, whole
+from .._checks import instance, is_tensor, label_problem, length, problem, real, same_device, same_shape
 from .._ranks import summed
 from ..errors import ShapeError
 from ..labels.bins import Bins
@@ -46,7 +46,7 @@ def balanced_error(pred: Tensor, target: Tensor, num_classes: int) -> float:
     (0.5778, 29)
     """
     where = "balanced_error"
-    num_classes = whole(where, "num_classes", num_classes, low=1)
+    num_classes = length(where, "num_classes", num_classes)
     _check_batch(where, pred, target, num_classes)
     if target.numel() == 0:
         raise problem(
@@ -272,7 +272,8 @@ def _class_indices(where: str, name: str, index: Tensor, num_classes: int) -> Te
 def _region_names(where: str, regions: object, num_bins: int) -> np.ndarray:
     listed = ", ".join(repr(name) for name in REGIONS)
     rule = f"regions must be {num_bins} names, one a bin, out of {listed}"
-    if isinstance(regions, str) or not isinstance(regions, (Sequence, np.ndarray)):
+    scalar = isinstance(regions, str) or (isinstance(regions, np.ndarray) and regions.ndim == 0)
+    if scalar or not isinstance(regions, (Sequence, np.ndarray)):
         raise problem(where, rule, got=repr(regions), error=TypeError)
     if len(regions) != num_bins:
         raise problem(where, rule, got=f"{len(regions)} names", error=ShapeError)

@@ -1,0 +1,629 @@
+"""Every public name and method, fed with wrong arguments, one at a time: it works, or our own error names them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dir_toolkit as dt
+from dir_toolkit import _checks
+from dir_toolkit.errors import DirToolkitError
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+KERNEL = {"kernel": dt.gaussian(3, 1)}
+BINS, CLASSES = dt.Bins.uniform(0, 4, width=1), dt.Bins.classes(4)
+LABELS = [0.5, 1.5, 2.5, 3.5, 0.25]
+COUNTS = [5, 4, 2, 1]
+
+
+with warnings.catch_warnings():  # torch no longer likes to make them, but there are some
+    warnings.simplefilter("ignore")
+    QUANTIZED = torch.quantize_per_tensor(torch.ones(5), 0.1, 0, torch.quint8)
+
+
+def years() -> Tensor:
+    return torch.tensor(LABELS)
+
+
+def classes() -> Tensor:
+    return torch.tensor([0, 1, 2, 3, 0])
+
+
+def rows(columns: int = 4) -> Tensor:
+    return torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
+
+
+def shares() -> Tensor:
+    return rows().softmax(1)
+
+
+def ones() -> Tensor:
+    return torch.ones(5)
+
+
+def prior() -> Tensor:
+    return torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+
+def density(bins: dt.Bins = BINS) -> dt.LabelDensity:
+    return dt.LabelDensity(bins, np.array(COUNTS))
+
+
+def lds() -> dt.LDS:
+    return dt.LDS(BINS, **KERNEL).fit(LABELS)
+
+
+def model(**options: Any) -> dt.LongTailModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return dt.LongTailModel(nn.Linear(3, 3), 3, BINS, density=density(), **{"sigma": 0.5, **options})
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(3, 4)
+
+
+def pred_target() -> dict[str, Any]:
+    return {"pred": years() + 0.5, "target": years(), "weight": ones(), "reduction": "mean"}
+
+
+def logits_target() -> dict[str, Any]:
+    return {"logits": rows(), "target": classes(), "weight": ones(), "reduction": "mean"}
+
+
+def fds() -> dt.FDS:
+    return dt.FDS(BINS, 3, **KERNEL)
+
+
+def nearest() -> dt.NearestMeanHead:
+    head = dt.NearestMeanHead(3, 4)
+    head.update(rows(3), classes())
+    head.finish()
+    return head
+
+
+def metrics(kind: Any, bins: dt.Bins) -> Any:
+    return kind(bins, density(bins))
+
+
+OVER_BINS: dict[str, Any] = {"bins": BINS}
+SAMPLER = {"labels": LABELS, "bins": BINS, "num_samples": 4, "replacement": True, "seed": 0, "rank": 0, "world": 1}
+MIXTURE = {"weights": [0.5, 0.5], "means": [1.0, 2.0], "variances": [1.0, 1.0], "noise_sigma": 1.0, "learn": True}
+LONG_TAIL = {
+    "head": "linear",
+    "loss": "cross_entropy",
+    "sigma": 0.5,
+    "label_kernel": "gaussian",
+    "prior": [0.25] * 4,
+    "tau": 1.0,
+    "adjust": "after",
+    "prior_kernel": dt.gaussian(3, 1),
+    "temperature": 1.0,
+    "decode": "median",
+    "residual": True,
+    "residual_weight": 0.1,
+    "expectation_weight": 0.1,
+}
+
+# One valid call of each name, with every argument that is to be attacked; made anew for each attack.
+VALID: dict[str, Callable[[], Call]] = {
+    "AffinityHead": lambda: (dt.AffinityHead, {"num_features": 3, "num_classes": 4, "feature_scale": 1.0}),
+    "AffinityHead.forward": lambda: (dt.AffinityHead(3, 4), {"features": rows(3)}),
+    "BatchMCLoss": lambda: (dt.BatchMCLoss, {}),
+    "BatchMCLoss.forward": lambda: (dt.BatchMCLoss(), pred_target()),
+    "BinGrid": lambda: (dt.BinGrid, {"axes": BINS}),
+    "BinGrid.index": lambda: (dt.BinGrid(BINS, CLASSES).index, {"labels": [[0.5, 1], [1.5, 3]]}),
+    "BinGrid.expectation": lambda: (dt.BinGrid(BINS).expectation, {"probabilities": shares()}),
+    "BinGrid.from_dict": lambda: (dt.BinGrid.from_dict, {"values": dt.BinGrid(BINS).to_dict()}),
+    "BinSampler": lambda: (dt.BinSampler, {**SAMPLER, "q": 0.5}),
+    "BinSampler, progressive": lambda: (dt.BinSampler, {**SAMPLER, "progressive_epochs": 3}),
+    "BinSampler.order": lambda: (dt.BinSampler(LABELS, BINS).order, {"epoch": 0}),
+    "BinSampler.set_epoch": lambda: (dt.BinSampler(LABELS, BINS).set_epoch, {"epoch": 0}),
+    "BinSampler.start": lambda: (dt.BinSampler(LABELS, BINS).start, {"consumed": 0}),
+    "BinSampler.load_state_dict": lambda: (
+        dt.BinSampler(LABELS, BINS).load_state_dict,
+        {"state": dt.BinSampler(LABELS, BINS).state_dict()},
+    ),
+    "BinnedIntegrationLoss": lambda: (dt.BinnedIntegrationLoss, {"bins": BINS, "density": density()}),
+    "BinnedIntegrationLoss.forward": lambda: (dt.BinnedIntegrationLoss(BINS, density()), pred_target()),
+    "Bins": lambda: (dt.Bins, {"edges": np.arange(5.0), "centers": np.arange(4) + 0.5, "categorical": False}),
+    "Bins.uniform": lambda: (dt.Bins.uniform, {"low": 0, "high": 4, "width": 1.0}),
+    "Bins.uniform, by count": lambda: (dt.Bins.uniform, {"low": 0, "high": 4, "count": 4}),
+    "Bins.from_edges": lambda: (dt.Bins.from_edges, {"edges": [0.0, 1.0, 2.0]}),
+    "Bins.quantile": lambda: (dt.Bins.quantile, {"labels": LABELS, "n": 3}),
+    "Bins.classes": lambda: (dt.Bins.classes, {"n": 4}),
+    "Bins.grid": lambda: (dt.Bins.grid, {"axes": BINS}),
+    "Bins.index": lambda: (BINS.index, {"labels": years()}),
+    "Bins.index, of a list": lambda: (CLASSES.index, {"labels": [0, 3]}),
+    "Bins.expectation": lambda: (BINS.expectation, {"probabilities": shares()}),
+    "Bins.from_dict": lambda: (dt.Bins.from_dict, {"values": BINS.to_dict()}),
+    "CalibrationMetrics": lambda: (dt.CalibrationMetrics, {"num_classes": 4}),
+    "CalibrationMetrics.update": lambda: (
+        dt.CalibrationMetrics(4).update,
+        {"probabilities": shares(), "target": classes(), "weight": ones()},
+    ),
+    "CalibrationMetrics.merge": lambda: (dt.CalibrationMetrics(4).merge, {"other": dt.CalibrationMetrics(4)}),
+    "CalibrationMetrics.reliability": lambda: (dt.CalibrationMetrics(4).reliability, {"class_index": 1}),
+    "CenterLoss": lambda: (dt.CenterLoss, {"num_classes": 4, "num_features": 3}),
+    "CenterLoss.forward": lambda: (
+        dt.CenterLoss(4, 3),
+        {"features": rows(3), "target": classes(), "weight": ones(), "reduction": "mean"},
+    ),
+    "ClassificationMetrics": lambda: (
+        dt.ClassificationMetrics,
+        {"bins": CLASSES, "density": density(CLASSES), "regions": ["many", "many", "few", "few"]},
+    ),
+    "ClassificationMetrics.update": lambda: (
+        metrics(dt.ClassificationMetrics, CLASSES).update,
+        {"pred": rows(), "target": classes()},
+    ),
+    "ClassificationMetrics.merge": lambda: (
+        metrics(dt.ClassificationMetrics, CLASSES).merge,
+        {"other": metrics(dt.ClassificationMetrics, CLASSES)},
+    ),
+    "ClassificationMetrics.compute": lambda: (metrics(dt.ClassificationMetrics, CLASSES).compute, {}),
+    "ConRLoss": lambda: (dt.ConRLoss, {"weights": lds()}),
+    "ConRLoss.forward": lambda: (
+        dt.ConRLoss(),
+        {
+            "output": dt.LongTailOutput(None, years(), years(), rows(3), None),
+            "labels": years(),
+            "weight": ones(),
+            "reduction": "mean",
+        },
+    ),
+    "CosineHead": lambda: (dt.CosineHead, {"num_features": 3, "num_classes": 4}),
+    "CosineHead.forward": lambda: (dt.CosineHead(3, 4), {"features": rows(3)}),
+    "FDS": lambda: (dt.FDS, {**OVER_BINS, "num_features": 3, **KERNEL}),
+    "FDS.reference": lambda: (dt.FDS.reference, {**OVER_BINS, "num_features": 3, **KERNEL}),
+    "FDS.attach": lambda: (fds().attach, {"module": linear(), "where": "input"}),
+    "FDS.labels": lambda: (lambda labels: fds().labels(labels).__enter__(), {"labels": years()}),
+    "FDS.update": lambda: (fds().update, {"features": rows(3), "labels": years()}),
+    "FDS.calibrate": lambda: (fds().calibrate, {"features": rows(3), "labels": years()}),
+    "FDS.set_extra_state": lambda: (fds().set_extra_state, {"state": fds().get_extra_state()}),
+    "GaussianMixtureLoss": lambda: (dt.GaussianMixtureLoss, dict(MIXTURE)),
+    "GaussianMixtureLoss.fit": lambda: (
+        dt.GaussianMixtureLoss.fit,
+        {"labels": LABELS, "components": 1, "noise_sigma": 1.0, "learn": True, "least_variance": 1e-4, "seed": 0},
+    ),
+    "GaussianMixtureLoss.forward": lambda: (dt.GaussianMixtureLoss(**MIXTURE), pred_target()),
+    "LDS": lambda: (dt.LDS, {**OVER_BINS, **KERNEL, "clip": (0.1, 10.0)}),
+    "LDS.reference": lambda: (dt.LDS.reference, {**OVER_BINS, **KERNEL}),
+    "LDS.fit": lambda: (dt.LDS(BINS, **KERNEL).fit, {"labels": LABELS}),
+    "LDS.forward": lambda: (lds(), {"labels": years()}),
+    "LDS.sample_weight": lambda: (lds().sample_weight, {"labels": LABELS}),
+    "LDS.set_extra_state": lambda: (lds().set_extra_state, {"state": lds().get_extra_state()}),
+    "LabelDensity": lambda: (dt.LabelDensity, {"bins": BINS, "counts": COUNTS}),
+    "LabelDensity.count": lambda: (dt.LabelDensity.count, {"labels": LABELS, "bins": BINS}),
+    "LabelDensity.smooth": lambda: (density().smooth, {**KERNEL, "edges": "reflect"}),
+    "LabelDensity.prior": lambda: (density().prior, {}),
+    "LabelDensity.regions": lambda: (density().regions, {}),
+    "LinearHead": lambda: (dt.LinearHead, {"num_features": 3, "num_classes": 4}),
+    "LinearHead.forward": lambda: (dt.LinearHead(3, 4), {"features": rows(3)}),
+    "LogitAdjuster": lambda: (dt.LogitAdjuster, {"prior": prior(), "target": prior()}),
+    "LogitAdjuster.forward": lambda: (dt.LogitAdjuster(prior()), {"logits": rows()}),
+    "LongTailModel": lambda: (
+        dt.LongTailModel,
+        {
+            "backbone": nn.Linear(3, 3),
+            "num_features": 3,
+            "bins": BINS,
+            "density": density(),
+            "fds": fds(),
+            "weights": lds(),
+            **LONG_TAIL,
+        },
+    ),
+    "LongTailModel.forward": lambda: (model(), {"x": rows(3), "labels": years(), "weight": ones()}),
+    "LongTailModel.forward, of a regressor": lambda: (
+        model(head="regression", sigma="auto"),
+        {"x": rows(3), "labels": years(), "weight": ones()},
+    ),
+    "LongTailModel.read": lambda: (model().read, {"features": rows(3)}),
+    "LongTailModel.criterion": lambda: (
+        (m := model(residual=True)).criterion,
+        {"output": m(rows(3)), "labels": years(), "weight": ones(), "reduction": "mean"},
+    ),
+    "LongTailModel.set_prior": lambda: (
+        model().set_prior,
+        {"target": [0.25] * 4, "tau": 1.0, "kernel": None, "temperature": 1.0},
+    ),
+    "LongTailModel.choose_tau": lambda: (
+        model().choose_tau,
+        {"scores": rows(), "labels": years(), "by": "bmae", "taus": [0.0, 1.0], "kernel": None},
+    ),
+    "LongTailModel.interval": lambda: ((m := model()).interval, {"output": m(rows(3)), "level": 0.9}),
+    "LongTailModel.set_extra_state": lambda: (model().set_extra_state, {"state": model().get_extra_state()}),
+    "NearestMeanHead": lambda: (dt.NearestMeanHead, {"num_features": 3, "num_classes": 4}),
+    "NearestMeanHead.update": lambda: (
+        dt.NearestMeanHead(3, 4).update,
+        {"features": rows(3), "labels": classes()},
+    ),
+    "NearestMeanHead.forward": lambda: (nearest(), {"features": rows(3)}),
+    "RankNContrast": lambda: (dt.RankNContrast, {}),
+    "RankNContrast.forward": lambda: (
+        dt.RankNContrast(),
+        {"output": dt.LongTailOutput(None, years(), years(), rows(3), None), "labels": years(), "weight": ones()},
+    ),
+    "RegressionMetrics": lambda: (dt.RegressionMetrics, {"bins": BINS, "density": density(), "floor": 0.1}),
+    "RegressionMetrics.update": lambda: (
+        metrics(dt.RegressionMetrics, BINS).update,
+        {"pred": years(), "target": years()},
+    ),
+    "RegressionMetrics.merge": lambda: (
+        metrics(dt.RegressionMetrics, BINS).merge,
+        {"other": metrics(dt.RegressionMetrics, BINS)},
+    ),
+    "RegressionMetrics.compute": lambda: (metrics(dt.RegressionMetrics, BINS).compute, {}),
+    "ScaledHead": lambda: (dt.ScaledHead, {"linear": linear()}),
+    "ScaledHead.forward": lambda: (dt.ScaledHead(linear()), {"features": rows(3)}),
+    "adjust_logits": lambda: (dt.adjust_logits, {"logits": rows(), "prior": prior(), "target": prior()}),
+    "affinity_loss": lambda: (
+        dt.affinity_loss,
+        {"affinities": shares(), "target": classes(), "weight": ones(), "margin": 0.5, "reduction": "mean"},
+    ),
+    "balanced_cross_entropy": lambda: (dt.balanced_cross_entropy, {**logits_target(), "prior": prior()}),
+    "balanced_error": lambda: (dt.balanced_error, {"pred": rows(), "target": classes(), "num_classes": 4}),
+    "calibration_metrics": lambda: (
+        dt.calibration_metrics,
+        {"probabilities": shares(), "target": classes(), "weight": ones(), "num_bins": 5},
+    ),
+    "center_loss": lambda: (
+        dt.center_loss,
+        {
+            "features": rows(3),
+            "target": classes(),
+            "centers": rows(3)[:4],
+            "weight": ones(),
+            "reduction": "mean",
+        },
+    ),
+    "choose_normalization": lambda: (
+        dt.choose_normalization,
+        {"head": linear(), "features": rows(3), "labels": classes(), "taus": [0.0, 1.0]},
+    ),
+    "choose_tau": lambda: (
+        dt.choose_tau,
+        {"logits": rows(), "labels": classes(), "prior": prior(), "taus": [0.0, 1.0], "temperature": 1.0},
+    ),
+    "class_prior": lambda: (dt.class_prior, {"density_or_counts": COUNTS}),
+    "classification_metrics": lambda: (
+        dt.classification_metrics,
+        {"pred": rows(), "target": classes(), "bins": CLASSES, "density": density(CLASSES), "many": 100, "few": 20},
+    ),
+    "conr_loss": lambda: (
+        dt.conr_loss,
+        {"features": rows(3), "labels": years(), "pred": years(), "weight": ones(), "push_weight": ones()},
+    ),
+    "cross_entropy": lambda: (dt.cross_entropy, {**logits_target(), "label_smoothing": 0.1}),
+    "crps": lambda: (dt.crps, {"logits": rows(), "labels": years(), "bins": BINS, "weight": ones()}),
+    "decode": lambda: (dt.decode, {"probabilities": shares(), "bins": BINS}),
+    "equalization_loss": lambda: (
+        dt.equalization_loss,
+        {**logits_target(), "prior": prior(), "threshold": 0.2, "drop": 0.5, "generator": torch.Generator()},
+    ),
+    "fit_temperature": lambda: (dt.fit_temperature, {"logits": rows(), "labels": classes(), "weight": ones()}),
+    "focal_loss": lambda: (dt.focal_loss, {**logits_target(), "gamma": 2.0, "alpha": [1.0, 2.0, 3.0, 4.0]}),
+    "freeze": lambda: (dt.freeze, {"module": linear()}),
+    "gaussian": lambda: (dt.gaussian, {"size": 5, "sigma": 2.0}),
+    "gaussian_interval": lambda: (dt.gaussian_interval, {"pred": rows(2)}),
+    "gaussian_nll": lambda: (
+        dt.gaussian_nll,
+        {"pred": rows(2), "target": years(), "weight": ones(), "beta": 0.5, "min_variance": 1e-6},
+    ),
+    "interval": lambda: (dt.interval, {"probabilities": shares(), "bins": BINS}),
+    "laplace": lambda: (dt.laplace, {"size": 5, "scale": 2.0}),
+    "ldam_loss": lambda: (dt.ldam_loss, {**logits_target(), "logits": rows().tanh(), "counts": prior() * 10}),
+    "logit_adjusted_cross_entropy": lambda: (dt.logit_adjusted_cross_entropy, {**logits_target(), "prior": prior()}),
+    "pairwise_cross_entropy": lambda: (
+        dt.pairwise_cross_entropy,
+        {**logits_target(), "margins": torch.zeros(4, 4), "alpha": [1.0, 2.0, 3.0, 4.0]},
+    ),
+    "pointwise_mutual_information": lambda: (
+        dt.pointwise_mutual_information,
+        {"logits": rows(), "prior": prior()},
+    ),
+    "quantiles": lambda: (dt.quantiles, {"probabilities": shares(), "bins": BINS, "levels": [0.1, 0.5]}),
+    "rank_n_contrast": lambda: (
+        dt.rank_n_contrast,
+        {"features": rows(3), "labels": years(), "weight": ones(), "temperature": 2.0},
+    ),
+    "regression_metrics": lambda: (
+        dt.regression_metrics,
+        {"pred": years(), "target": years(), "bins": BINS, "density": density(), "floor": 0.1},
+    ),
+    "reinitialize": lambda: (dt.reinitialize, {"module": linear()}),
+    "soft_cross_entropy": lambda: (dt.soft_cross_entropy, {**logits_target(), "target": shares(), "prior": prior()}),
+    "soft_labels": lambda: (dt.soft_labels, {"labels": years(), "bins": BINS, "sigma": 1.0}),
+    "squared_emd": lambda: (
+        dt.squared_emd,
+        {"logits": rows(), "target": shares(), "bins": BINS, "weight": ones(), "reduction": "mean"},
+    ),
+    "stage_two": lambda: (dt.stage_two, {"model": model(), "method": "crt"}),
+    "tau_normalized": lambda: (dt.tau_normalized, {"linear": linear(), "tau": 1.0}),
+    "triangular": lambda: (dt.triangular, {"size": 5}),
+    "weighted_focal_l1": lambda: (dt.weighted_focal_l1, pred_target()),
+    "weighted_focal_mse": lambda: (dt.weighted_focal_mse, pred_target()),
+    "weighted_huber": lambda: (dt.weighted_huber, pred_target()),
+    "weighted_l1": lambda: (dt.weighted_l1, pred_target()),
+    "weighted_mse": lambda: (dt.weighted_mse, pred_target()),
+}
+
+# Names that take no arguments of their own to check.
+NOT_CALLED = {
+    "DirToolkitError": "an exception, which takes any message",
+    "DirToolkitWarning": "a warning, which takes any message",
+    "LongTailOutput": "a NamedTuple, which holds what the model puts there",
+    "TauChoice": "a NamedTuple or dataclass, which holds what the choice puts there",
+}
+
+
+# Names besides its own under which a call may raise: of what it is short for, or hands an argument on to unchanged.
+SPEAKS_AS: dict[str, tuple[str, ...]] = {
+    "BinGrid.from_dict": ("BinGrid", "Bins.from_dict"),
+    "Bins.from_dict": ("Bins",),
+    "Bins.grid": ("BinGrid",),
+    "ClassificationMetrics.compute": ("LabelDensity.regions",),
+    "ConRLoss": ("conr_loss", "weighted_l1"),
+    "FDS": ("smooth",),
+    "FDS.reference": ("FDS",),
+    "FDS.set_extra_state": ("FDS.load_state_dict", "BinMoments.load_state_dict", "Bins.from_dict"),
+    "GaussianMixtureLoss.fit": ("GaussianMixtureLoss",),
+    "LDS.fit": ("LabelDensity.count",),
+    "LDS.reference": ("LDS",),
+    "LDS.set_extra_state": ("LDS", "Bins.from_dict"),
+    "LabelDensity.smooth": ("smooth",),
+    "LongTailModel": ("LongTailModel.set_prior", "LongTailModel.criterion", "LinearHead", "weighted_l1"),
+    "LongTailModel.criterion": ("soft_cross_entropy", "soft_labels", "weighted_l1"),
+    "LongTailModel.interval": ("interval",),
+    "LongTailModel.read": ("LongTailModel", "LinearHead"),
+    "LongTailModel.set_extra_state": ("LongTailModel.load_state_dict", "Bins.from_dict"),
+    "RankNContrast": ("rank_n_contrast",),
+    "RegressionMetrics.compute": ("LabelDensity.regions",),
+    "calibration_metrics": ("CalibrationMetrics", "CalibrationMetrics.update"),
+    "choose_normalization": ("LinearHead", "balanced_error"),
+    "classification_metrics": ("ClassificationMetrics", "ClassificationMetrics.update", "LabelDensity.regions"),
+    "regression_metrics": ("RegressionMetrics", "RegressionMetrics.update", "LabelDensity.regions"),
+    "stage_two": ("reinitialize",),
+}
+SPEAKS_AS["LongTailModel"] += SPEAKS_AS["LongTailModel.criterion"]
+
+# Words that stand for an argument where its own name does not.
+KNOWN_AS: dict[str, tuple[str, ...]] = {
+    "BinSampler.load_state_dict": ("yielded",),
+    "Bins.uniform": ("bins",),  # too many of them, or too narrow
+    "ConRLoss": ("target",),
+    "FDS.set_extra_state": ("values",),
+    "LDS.set_extra_state": ("values",),
+    "LongTailModel": ("kernel", "target"),
+    "LongTailModel.criterion": ("target",),
+    "LongTailModel.interval": ("probabilities",),
+    "LongTailModel.set_extra_state": ("values",),
+    "LongTailModel.set_prior": ("prior",),
+    "RankNContrast": ("features",),
+    "choose_normalization": ("pred", "target"),
+    "class_prior": ("counts",),
+}
+
+# What may come out besides our own errors, and why.
+NO_VALUES = "a tensor on the meta device has no values to copy to another device, which is torch's own sentence"
+BACKBONE = "what the backbone makes of its input is the backbone's own"
+MAY_RAISE: dict[tuple[str, str], str] = {
+    ("FDS.update", "labels"): NO_VALUES,
+    ("LogitAdjuster", "target"): NO_VALUES,
+    ("LongTailModel.forward", "x"): BACKBONE,
+    ("adjust_logits", "prior"): NO_VALUES,
+    ("adjust_logits", "target"): NO_VALUES,
+    ("pointwise_mutual_information", "prior"): NO_VALUES,
+}
+
+
+class Opaque:
+    """An object that no function has heard of."""
+
+    def __repr__(self) -> str:
+        return "<Opaque>"
+
+
+def wrong_values(valid: Any) -> Iterator[tuple[str, Any]]:
+    """Values of other kinds, and the valid one made wrong in its own kind."""
+    yield from {
+        "None": None,
+        "a word": "no such word",
+        "an empty str": "",
+        "bytes": b"1",
+        "nan": float("nan"),
+        "inf": float("inf"),
+        "-inf": -float("inf"),
+        "-1": -1,
+        "-0.5": -0.5,
+        "0": 0,
+        "0.5": 0.5,
+        "tiny": 5e-324,
+        "1e308": 1e308,
+        "2**62": 2**62,
+        "10**400": 10**400,
+        "True": True,
+        "complex": 1j,
+        "[]": [],
+        "()": (),
+        "{}": {},
+        "rows of two lengths": [[1.0], [1.0, 2.0]],
+        "nested": [[[0.5]], [[0.5]]],
+        "strings": ["a", "b", "c", "d"],
+        "Nones": [None, None, None, None],
+        "a pair": (1, 2),
+        "an object": Opaque(),
+        "a class": Opaque,
+        "a module": nn.ReLU(),
+        "NumPy nan": np.float64("nan"),
+        "an array of objects": np.array([Opaque(), None], dtype=object),
+        "an array of dates": np.array(["2020-01-01"], dtype="datetime64[D]"),
+        "a scalar array": np.array(0.5),
+        "an empty array": np.zeros(0),
+        "an array with nan": np.array([0.5, np.nan, 0.5, 0.5]),
+        "a masked array": np.ma.masked_array([0.5, 1.5, 2.5, 3.5], [True, False, False, False]),
+        "a scalar tensor": torch.tensor(0.5),
+        "an empty tensor": torch.zeros(0),
+        "a complex tensor": torch.ones(5, dtype=torch.complex64),
+        "a sparse tensor": torch.eye(4).to_sparse(),
+        "a meta tensor": torch.ones(5, device="meta"),
+        "a quantized tensor": QUANTIZED,
+    }.items()
+    if isinstance(valid, (list, np.ndarray)) and np.asarray(valid).dtype.kind in "if":
+        for name, changed in changed_tensors(torch.tensor(np.asarray(valid), dtype=torch.float64)):
+            if not changed.is_complex() and changed.dtype != torch.bfloat16:
+                yield f"array {name}", changed.detach().numpy()
+    if isinstance(valid, Tensor):
+        yield "its list", valid.tolist()
+        yield "its array", valid.detach().numpy()
+        yield "on meta", valid.to("meta")
+        yield "as a parameter", nn.Parameter(valid.float())
+        yield from changed_tensors(valid)
+    if isinstance(valid, dict):
+        for key in valid:
+            yield f"without {key}", {name: value for name, value in valid.items() if name != key}
+            for wrong in (None, "no such word", -1, float("nan"), [], {}):
+                yield f"{key} of {wrong!r}", {**valid, key: wrong}
+        yield "one key more", {**valid, "more": 1}
+
+
+def changed_tensors(valid: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for dtype in (torch.bool, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex64):
+        yield f"as {dtype}", valid.to(dtype)
+    yield "one sample less", valid[:-1]
+    yield "one sample more", torch.cat([valid, valid[:1]])
+    yield "without samples", valid[:0]
+    yield "one axis more", valid[:, None]
+    yield "a leading axis more", valid[None]
+    yield "a scalar", valid.flatten()[0]
+    if valid.ndim > 1:
+        yield "flat", valid.flatten()
+        yield "without columns", valid[:, :0]
+        yield "one column less", valid[:, :-1]
+        yield "one column more", torch.cat([valid, valid[:, :1]], 1)
+        yield "not contiguous", valid.t().contiguous().t()
+    yield "strided", valid.repeat_interleave(2, 0)[::2]
+    yield "negative", -valid - 1
+    yield "huge", torch.full_like(valid, 2**40) if not valid.is_floating_point() else valid + 3e38
+    yield "zero", torch.zeros_like(valid)
+    if valid.is_floating_point():
+        for name, wrong in (("nan", float("nan")), ("inf", float("inf")), ("-inf", -float("inf"))):
+            changed = valid.detach().clone()
+            changed.view(-1)[-1] = wrong
+            yield f"{name} in its last place", changed
+            yield f"{name} all over", torch.full_like(valid, wrong)
+        yield "requires grad", valid.detach().clone().requires_grad_()
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    called = function.forward if isinstance(function, nn.Module) else function
+    return dict(inspect.signature(called).parameters)
+
+
+def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """With every argument by name, but for ``*axes``."""
+    for name, parameter in parameters_of(function).items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return function(arguments[name])
+    return function(**arguments)
+
+
+def attacks(name: str) -> Iterator[tuple[str, str, Any]]:
+    """Parameter, what is wrong with its value, and the value."""
+    function, valid = VALID[name]()
+    for parameter, told in parameters_of(function).items():
+        if parameter not in valid and name.partition(",")[2]:
+            continue  # those that the other variant attacks
+        for label, value in wrong_values(valid.get(parameter, told.default)):
+            yield parameter, label, value
+
+
+def fault_of(name: str, parameter: str, value: Any) -> str | None:
+    """What is wrong with the answer to one wrong argument; None where it works, or our error tells who and what."""
+    function, valid = VALID[name]()
+    named = name.partition(",")[0].removesuffix(".forward")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", dt.DirToolkitWarning)
+            call(function, {**valid, parameter: value})
+    except DirToolkitError as error:
+        who, _, what = str(error).partition(": ")
+        if who not in (named, *SPEAKS_AS.get(named, ())):
+            return f"says it is {who!r}: {error}"
+        parts = valid[parameter] if isinstance(valid.get(parameter), dict) else ()
+        if not any(word in what for word in (*parameters_of(function), *parts, *KNOWN_AS.get(named, ()))):
+            return f"does not name it: {error}"
+    except NotImplementedError as error:
+        if MAY_RAISE.get((named, parameter)) != NO_VALUES or "meta tensor" not in str(error):
+            return f"{type(error).__name__}: {str(error)[:200]}"
+    except Exception as error:
+        if MAY_RAISE.get((name.partition(",")[0], parameter)) != BACKBONE:
+            return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def exported() -> list[str]:
+    tree = ast.parse(Path(dt.__file__).read_text())
+    return [alias.asname or "" for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+
+
+def test_the_table_covers_every_public_name_and_method() -> None:
+    covered = {name.partition(",")[0] for name in VALID}
+    missing = [name for name in exported() if name not in covered and name not in NOT_CALLED]
+    for name in exported():
+        kind = getattr(dt, name)
+        if not inspect.isclass(kind) or name in NOT_CALLED:
+            continue
+        for method in (method for method in dir(kind) if not method.startswith("_") or method == "forward"):
+            value = inspect.getattr_static(kind, method)
+            function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+            ours = inspect.isfunction(function) and function.__module__.startswith("dir_toolkit")
+            if ours and len(inspect.signature(function).parameters) > (not isinstance(value, staticmethod)):
+                missing += [f"{name}.{method}"] if f"{name}.{method}" not in covered else []
+    assert not missing
+
+
+@pytest.mark.filterwarnings("ignore::dir_toolkit.DirToolkitWarning")
+@pytest.mark.parametrize("name", VALID)
+def test_the_valid_call_is_valid(name: str) -> None:
+    call(*VALID[name]())
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_a_wrong_argument_works_or_is_named(name: str, mutations: int) -> None:
+    tried = list(attacks(name))
+    assert len(tried) > 30
+    random.Random(name).shuffle(tried)
+    found = (
+        (parameter, label, fault_of(name, parameter, value)) for parameter, label, value in tried[: mutations // 4]
+    )
+    faults = [f"{parameter} = {label}: {fault}" for parameter, label, fault in found if fault]
+    assert not faults, "\n".join(faults)
+
+
+def test_a_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(labels: Any, bins: Any) -> Any:
+        if isinstance(bins, str):
+            raise _checks.problem("careless", "it must be right", got=bins)
+        if bins is None:
+            raise _checks.problem("another", "bins must be right")
+        return labels.shape
+
+    monkeypatch.setitem(VALID, "careless", lambda: (careless, {"labels": years(), "bins": BINS}))
+    assert fault_of("careless", "labels", ones()) is None
+    assert fault_of("careless", "labels", 1) == "AttributeError: 'int' object has no attribute 'shape'"
+    assert fault_of("careless", "bins", "b") == "does not name it: careless: it must be right, got b."
+    assert fault_of("careless", "bins", None) == "says it is 'another': another: bins must be right."

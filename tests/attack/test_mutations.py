@@ -1,0 +1,268 @@
+"""Files from outside, damaged and hostile: our own error or a valid result comes out, and nothing else happens.
+
+``pytest tests/attack/test_mutations.py --mutations 10000`` is the full attack.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import random
+import re
+import resource
+import struct
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import dir_toolkit as dt
+from dir_toolkit.data.archives import FolderFiles, TarFiles, stays_inside
+from dir_toolkit.data.cache import decode_once
+from dir_toolkit.data.dir_lists import dir_list
+from dir_toolkit.data.idx import read_idx
+from dir_toolkit.errors import DirToolkitError
+from dir_toolkit.results.schema import combine_runs, load_results, save_results, validate_results
+from dir_toolkit.training.checkpoint import load_checkpoint
+
+pytest.importorskip("PIL")
+
+GIGABYTE = 2**30
+EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1)
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """One to three changes of the kinds that broken disks, cut downloads and attackers make."""
+    changed = bytearray(data)
+    for _ in range(chance.randint(1, 3)):
+        at = chance.randrange(len(changed) + 1)
+        end = min(len(changed), at + chance.choice([1, 4, 30, 600, len(data)]))
+        kind = chance.randrange(11)
+        if kind <= 1 and at < len(changed):
+            changed[at] ^= 1 << chance.randrange(8)
+        elif kind == 2:
+            del changed[at:]
+        elif kind == 3:
+            del changed[at:end]
+        elif kind == 4:
+            changed[at:at] = chance.randbytes(chance.choice([1, 4, 30, 600]))
+        elif kind == 5:
+            changed[at:end] = chance.randbytes(end - at)
+        elif kind == 6:
+            changed[at:at] = changed[at:end]
+        elif kind == 7:  # two neighbouring chunks swapped
+            middle = (at + end) // 2
+            changed[at:end] = changed[middle:end] + changed[at:middle]
+        elif kind == 8:  # an extreme number, as headers of either byte order hold them
+            size = chance.choice([1, 2, 4, 8])
+            number = chance.choice(EXTREMES) & (256**size - 1)
+            changed[at : at + size] = number.to_bytes(size, chance.choice(["big", "little"]))
+        elif kind == 9:  # and as text
+            number = chance.choice([0, 7, 8, 9, 99999999, 77777777777, 10**30, -1])
+            changed[at : at + 12] = str(number).encode()
+        else:
+            changed[at:end] = bytes(end - at)
+    return bytes(changed) if chance.random() > 0.01 else chance.randbytes(chance.randrange(len(data) + 1))
+
+
+@contextmanager
+def a_gigabyte_more() -> Iterator[None]:
+    """No more memory than there is now and one gigabyte."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+class Arena:
+    """Folders in which one reader is attacked, and all that it may write to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.inputs, self.cache, self.rest = (folder / name for name in ("inputs", "cache", "rest"))
+        for one in (self.inputs, self.cache, self.rest):
+            one.mkdir()
+
+    def write(self, name: str, data: bytes) -> Path:
+        path = self.inputs / name
+        path.write_bytes(data)
+        return path
+
+    def snapshot(self) -> set[str]:
+        """All files but those of the cache."""
+        return {str(path) for root in (self.inputs, self.rest) for path in root.rglob("*")}
+
+
+@pytest.fixture
+def arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Arena:
+    arena = Arena(tmp_path)
+    monkeypatch.chdir(arena.rest)
+    monkeypatch.setenv("HOME", str(arena.rest))
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # of what is thrown away at once
+    return arena
+
+
+def jpeg(seed: int) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), np.uint8)
+    Image.fromarray(pixels).save(out, "JPEG", progressive=bool(seed % 2))
+    return out.getvalue()
+
+
+def tar(form: int) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
+        for name, data in {"faces/1.jpg": b"one", "faces/" + "x" * 80 + ".jpg": b"2" * 700, "é.jpg": b""}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+IDX = bytes([0, 0, 8, 3]) + struct.pack(">3I", 4, 5, 6) + bytes(range(120))
+LIST = "age,path,split\n" + "".join(f"{20 + i},{i}.jpg,{('train', 'val', 'test')[i % 3]}\n" for i in range(6))
+
+
+def checkpoint() -> bytes:
+    out = io.BytesIO()
+    model = torch.nn.Linear(5, 3)
+    torch.save({"model": model.state_dict(), "epoch": 3, "history": [{"loss": 0.5}], "name": "run"}, out)
+    return out.getvalue()
+
+
+def result() -> xr.Dataset:
+    bins = dt.Bins.uniform(0, 4, width=1)
+    target = torch.tensor([0.5, 1.5, 2.5, 2.75])
+    found = dt.regression_metrics(target + 0.25, target, bins, dt.LabelDensity(bins, np.array([200, 50, 5, 0])))
+    years = {"units": "label units"}
+    labels, guesses = target.numpy(), (target + 0.25).numpy()
+    run = found.assign({"target": ("sample", labels, years), "prediction": ("sample", guesses, years)})
+    runs = {("vanilla", 0): run, ("lds", 1): run}
+    return combine_runs(runs, title="t", command="c", label_name="age", label_units="years")
+
+
+def results_file() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        save_results(result(), path := Path(folder, "results.nc"))
+        return path.read_bytes()
+
+
+def reads_idx(arena: Arena, data: bytes) -> None:
+    array = read_idx(arena.write("a.idx", data))
+    assert array.ndim >= 1
+    assert array.size >= 1
+    assert array.nbytes < 1032 * len(data)
+
+
+def reads_checkpoint(arena: Arena, data: bytes) -> None:
+    state = load_checkpoint(arena.write("c.pt", data))
+    assert isinstance(state, dict)
+
+
+def reads_results(arena: Arena, data: bytes) -> None:
+    validate_results(load_results(arena.write("r.nc", data)))
+
+
+def reads_tar(arena: Arena, data: bytes) -> None:
+    files = TarFiles(arena.write("faces.tar", data))
+    files.digest()
+    contents = dict(files.read(files.names))
+    assert list(contents) == files.names
+    assert all(map(stays_inside, files.names))
+
+
+def reads_list(arena: Arena, data: bytes) -> None:
+    for i in range(6):
+        if not (arena.inputs / f"{i}.jpg").exists():
+            arena.write(f"{i}.jpg", jpeg(i))
+    splits = dir_list(arena.write("list.csv", data), arena.inputs, source="faces", size=8, cache=arena.cache)
+    for part in (splits.train, splits.val, splits.test):
+        assert ((part.labels >= 0) & (part.labels <= 200)).all()
+        assert part.images.shape[1:] == (3, 8, 8)
+
+
+def reads_folder(arena: Arena, data: bytes) -> None:
+    for name, content in {"a.jpg": jpeg(0), "b.jpg": data}.items():
+        arena.write(name, content)
+    files = FolderFiles(arena.inputs)
+    names = [name for name in ("a.jpg", "b.jpg") if files.has(name, where="test")]
+    skipping = decode_once(files, names, size=8, cache=arena.cache, on_error="skip")
+    assert "a.jpg" in skipping.rows
+    assert skipping.images.shape == (2, 3, 8, 8)
+    if len(skipping.rows) == 1:
+        decode_once(files, names, size=8, cache=arena.cache)  # which tells why
+
+
+def reads_cache(arena: Arena, data: bytes) -> None:
+    """What an earlier run left in the cache is no more to be trusted."""
+    arena.write("a.jpg", jpeg(0))
+    files = FolderFiles(arena.inputs)
+    whole = decode_once(files, ["a.jpg"], size=8, cache=arena.cache)
+    notes = next(arena.cache.glob("*.json"))
+    notes.write_bytes(data)
+    again = decode_once(files, ["a.jpg"], size=8, cache=arena.cache, on_error="skip")
+    assert (again.images == whole.images).all()
+
+
+TARGETS: dict[str, tuple[Callable[[], bytes], Callable[[Arena, bytes], None]]] = {
+    "idx": (lambda: IDX, reads_idx),
+    "idx, packed": (lambda: gzip.compress(IDX, mtime=0), reads_idx),
+    "jpeg": (lambda: jpeg(0), reads_folder),
+    "progressive jpeg": (lambda: jpeg(1), reads_folder),
+    "tar, ustar": (lambda: tar(tarfile.USTAR_FORMAT), reads_tar),
+    "tar, GNU": (lambda: tar(tarfile.GNU_FORMAT), reads_tar),
+    "tar, pax": (lambda: tar(tarfile.PAX_FORMAT), reads_tar),
+    "tar, packed": (lambda: gzip.compress(tar(tarfile.PAX_FORMAT), mtime=0), reads_tar),
+    "list": (LIST.encode, reads_list),
+    "notes in the cache": (lambda: b'{"a.jpg": "it is cut short"}', reads_cache),
+    "checkpoint": (checkpoint, reads_checkpoint),
+    "results": (results_file, reads_results),
+}
+
+
+def refusal(read: Callable[[Arena, bytes], None], arena: Arena, data: bytes) -> DirToolkitError | None:
+    """The error of ours with which a reader answered, None where it took the bytes; anything else goes through."""
+    try:
+        read(arena, data)
+    except DirToolkitError as error:
+        if re.search("MemoryError|allocate", str(error)):
+            raise MemoryError(str(error)) from error
+        return error
+    return None
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_not_mutated_is_read(arena: Arena, target: str) -> None:
+    make, read = TARGETS[target]
+    read(arena, make())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory in use is read from /proc")
+@pytest.mark.parametrize("target", TARGETS)
+def test_mutations_end_in_our_error_or_a_valid_result(arena: Arena, target: str, mutations: int) -> None:
+    make, read = TARGETS[target]
+    valid, chance = make(), random.Random(target)
+    read(arena, valid)
+    refused, before = 0, arena.snapshot()
+    with a_gigabyte_more():
+        for number in range(mutations):
+            data = mutated(valid, chance)
+            try:
+                refused += refusal(read, arena, data) is not None
+            except Exception as error:
+                raise AssertionError(f"mutation {number} of {target}: {type(error).__name__}: {error}") from error
+    assert arena.snapshot() == before
+    assert not any(arena.rest.iterdir())
+    assert target == "notes in the cache" or refused > mutations // 10
+    print(f"{target}: {mutations} mutations, {refused} refused, {mutations - refused} read")
