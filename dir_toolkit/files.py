@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: checkpoints, caches, results."""
+"""Files that are written whole or not at all, such as checkpoints, and folders that one process at a time works in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from ._checks import problem
 
-__all__ = ["write_atomically"]
+__all__ = ["FolderLock", "write_atomically"]
 
 
 def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], object]) -> None:
@@ -52,3 +52,36 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], 
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+class FolderLock:
+    """A lock on a folder, which leaves nothing in it and ends with the process, however that ends.
+
+    Where the system has no such locks, on Windows or some network drives, everyone gets it.
+
+    Attributes:
+        held: whether this object holds it; if not, another one did when this was made.
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.held = True
+        self._descriptor: int | None = None
+        if os.name != "posix":  # elsewhere a folder cannot be opened
+            return
+        import fcntl
+
+        self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+        except OSError:
+            pass
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self.held, self._descriptor = False, None

@@ -23,7 +23,6 @@ from .._checks import (
     length,
     not_empty,
     number,
-    on_host,
     one_of,
     problem,
     readable,
@@ -280,7 +279,7 @@ class Bins(LabelAxes):
             return self._place(where, tensor, outside, name).numpy()
         is_tensor(where, **{name: labels})
         real(where, **{name: labels})
-        labels = on_host(where, name, labels) if labels.is_meta and outside == "raise" else labels.detach()
+        labels = labels.detach()
         values = labels.double() if not labels.is_floating_point() else labels
         if readable(values) and (quick := self._scaled_index(values)) is not None:
             return quick

@@ -21,6 +21,7 @@ from ..data.augment import augment, to_float
 from ..data.images import ImageSet
 from ..errors import CheckpointError, NonFiniteLossError, RunExistsError, SettingsError
 from ..features.fds import FDS
+from ..files import FolderLock
 from ..labels.sampling import BinSampler
 from ..labels.weights import LDS
 from ..losses.regression import weighted_l1
@@ -86,7 +87,8 @@ def fit(
         what ``metrics.summary()`` tells of the validation set (``"mae/all"`` and ``"mae/few"`` as ``val_mae`` and
         ``val_mae_few``); and ``seconds`` since the start, not counting pauses.
     Raises:
-        RunExistsError: the folder holds a run and ``resume`` is false. CheckpointError: its checkpoint is damaged or
+        RunExistsError: the folder holds a run and ``resume`` is false, or another process trains in it, of which a
+        lock tells that ends with the process, even a killed one. CheckpointError: its checkpoint is damaged or
         of another run. NonFiniteLossError: the loss or its gradient became NaN or infinite. SettingsError: the sets
         are too small for the batches, or the FDS is a part of the model. LabelError: a validation label lies beyond
         the axis. TypeError: an argument is of another kind.
@@ -130,15 +132,17 @@ def fit(
     if at.epoch == optimization.epochs:
         if runtime.is_main:
             print(f"finished before: best {files.selects} {at.best:.4g} at epoch {at.best_epoch}", flush=True)
-        files.load_best()
+        with files:
+            files.load_best()
         return at.history
-    network = runtime.parallel(step)
 
     with (
+        files,
         runtime.seeded("fit"),
         RunLog(folder, runtime, steps_per_epoch=len(batches), history=at.history, step=at.steps_done(batches)) as log,
         _CtrlC() as ctrl_c,
     ):
+        network = runtime.parallel(step)
         check_every = 1 if runtime.device.type == "cpu" else _CHECK_EVERY
         started = time.monotonic() - at.seconds
         saved = time.monotonic()
@@ -203,7 +207,7 @@ def fit(
             saved = time.monotonic()
             if any(runtime.any([ctrl_c.pressed])):
                 files.stop(log)
-    files.load_best()
+        files.load_best()
     return at.history
 
 
@@ -329,8 +333,8 @@ class _Progress:
         return best
 
 
-class _RunFiles:
-    """The two checkpoints of a run."""
+class _RunFiles(AbstractContextManager["_RunFiles"]):
+    """The two checkpoints of a run, and the lock on its folder from when they are opened to the end of the context."""
 
     def __init__(
         self,
@@ -349,10 +353,31 @@ class _RunFiles:
         self.last_place = ""
         self._runtime, self._model, self._optimizer, self._fds = runtime, step.model, optimizer, fds
         self._at, self._identity = at, identity
+        self._lock: FolderLock | None = None
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def open(self, resume: bool) -> None:
         """Start afresh, or from the last checkpoint."""
         self.last.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.last.parent) if self._runtime.is_main else None
+        if any(self._runtime.any([self._lock is not None and not self._lock.held])):
+            raise problem(
+                "fit",
+                "one process at a time may train in a folder",
+                got=f"another one at work in {self.last.parent}",
+                fix="Wait for its end, then go on with --resume (resume=True), or choose another folder.",
+                error=RunExistsError,
+            )
+        try:
+            self._open(resume)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _open(self, resume: bool) -> None:
         if not any(self._runtime.any([self.last.exists()])):
             return
         if not resume:

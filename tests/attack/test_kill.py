@@ -1,0 +1,267 @@
+"""Training that is killed, meets a full disk or is started twice; also the program that is killed.
+
+``pytest tests/attack/test_kill.py --kills 20`` is the full attack.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dir_toolkit import FDS, LDS, Bins, LabelDensity, RegressionMetrics
+from dir_toolkit.data.images import ImageSet, content_digest
+from dir_toolkit.errors import CheckpointError, RunExistsError
+from dir_toolkit.files import FolderLock, write_atomically
+from dir_toolkit.training.checkpoint import load_checkpoint, save_checkpoint
+from dir_toolkit.training.loop import Optimization, fit
+from dir_toolkit.training.runtime import Runtime
+
+BINS = Bins.uniform(0, 20, width=1)
+CHECKPOINTS = ("checkpoint-last.pt", "checkpoint-best.pt")
+EPOCHS = 6
+
+
+def image_set(samples: int, seed: int) -> ImageSet:
+    chance = np.random.default_rng(seed)
+    labels = np.minimum(chance.exponential(5, samples), 19).astype(np.float32)
+    images = (chance.integers(0, 60, (samples, 3, 8, 8)) + labels[:, None, None, None] * 9).astype(np.uint8)
+    rows = np.arange(samples)
+    return ImageSet(images, labels, rows, content_digest(images, labels, rows))
+
+
+class Regressor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 5 + self.head(self.backbone(images)).squeeze(1)
+
+
+def train(folder: Path, *, resume: bool = False, epochs: int = EPOCHS) -> None:
+    """Weights, FDS, dropout, BatchNorm and augmentation; a checkpoint is written at each step, so one is hit often."""
+    runtime = Runtime(torch.device("cpu"), seed=3)
+    data = image_set(40, 0)
+    with runtime.seeded("init"):
+        model = Regressor()
+    fds = FDS(BINS, 8)
+    fds.attach(model.head, "input")
+    fit(
+        model,
+        data,
+        image_set(20, 1),
+        metrics=RegressionMetrics(BINS, LabelDensity.count(data.labels, BINS)),
+        weights=LDS(BINS).fit(data.labels),
+        fds=fds,
+        optimization=Optimization(epochs=epochs, batch_size=10, lr=0.01),
+        runtime=runtime,
+        folder=folder,
+        resume=resume,
+        checkpoint_minutes=0,
+    )
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    """This file as a program, which says "ready" before it trains."""
+    program = [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", __file__, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(program, env=environment, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    return process
+
+
+def same(a: Any, b: Any) -> bool:
+    """Nested states with equal bits, whatever time they took."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[name], b[name]) for name in a if name != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b or (a != a and b != b))
+
+
+def same_runs(one: Path, two: Path) -> bool:
+    return all(same(load_checkpoint(one / name), load_checkpoint(two / name)) for name in CHECKPOINTS)
+
+
+def torn_files(folder: Path) -> list[str]:
+    """Files that cannot be read to their end; what a kill left half written has a name of its own, ending in .tmp."""
+    torn = []
+    for path in folder.iterdir():
+        try:
+            if path.suffix == ".pt":
+                load_checkpoint(path)
+            elif path.name == "history.csv":
+                rows = list(csv.DictReader(path.read_text().splitlines()))
+                assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
+                assert all(None not in row.values() for row in rows)
+            elif not path.name.startswith("events.") and not path.name.endswith(".tmp"):
+                torn.append(f"{path.name}, which is of no known kind")
+        except (AssertionError, CheckpointError, KeyError, ValueError) as error:
+            torn.append(f"{path.name}: {error}")
+    return torn
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unkilled run."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start("train", folder)
+    assert process.wait(timeout=200) == 0
+    process.communicate()
+    return folder
+
+
+def test_the_helpers_see_what_they_are_to_see(tmp_path: Path, whole: Path) -> None:
+    assert torn_files(whole) == []
+    assert same_runs(whole, whole)
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    state = load_checkpoint(folder / CHECKPOINTS[0])
+    state["model"]["head.bias"] += 1e-6
+    save_checkpoint(folder / CHECKPOINTS[0], state)
+    assert not same_runs(folder, whole)
+    (folder / CHECKPOINTS[1]).write_bytes((folder / CHECKPOINTS[1]).read_bytes()[:-100])
+    (folder / "history.csv").write_text((folder / "history.csv").read_text()[:-20])
+    assert len(torn_files(folder)) == 2
+
+
+def test_killed_at_any_moment_and_resumed_gives_equal_bits(tmp_path: Path, whole: Path, kills: int) -> None:
+    """Each run is killed and resumed until it ends by itself; moments are drawn over all of training."""
+    chance = random.Random(5)
+    killed, runs, steps = 0, 0, set()
+    while killed < kills:
+        folder = tmp_path / str(runs)
+        runs += 1
+        code = -signal.SIGKILL
+        while code == -signal.SIGKILL:
+            process = start(
+                "train" if not folder.exists() or not (folder / CHECKPOINTS[0]).exists() else "resume", folder
+            )
+            if killed < kills:
+                time.sleep(chance.uniform(0, 1.5))
+                process.kill()
+            code = process.wait(timeout=200)
+            killed += code == -signal.SIGKILL
+            errors = process.communicate()[1]
+            assert code in (0, -signal.SIGKILL), errors
+            if folder.exists():
+                assert torn_files(folder) == []
+            if (folder / CHECKPOINTS[0]).exists():
+                progress = load_checkpoint(folder / CHECKPOINTS[0])["progress"]
+                steps.add((progress["epoch"], progress["step"]))
+        assert same_runs(folder, whole)
+    print(f"{killed} kills in {runs} runs, last steps {sorted(steps)}")
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path: Path, whole: Path) -> None:
+    first = start("wait", tmp_path)
+    try:
+        for resume in (False, True):
+            with pytest.raises(RunExistsError, match=f"one process at a time.* at work in {tmp_path}.*--resume"):
+                train(tmp_path, resume=resume)
+    finally:
+        first.kill()
+        first.wait()
+        first.communicate()
+    train(tmp_path, resume=True)  # a lock ends with its holder, however that ends
+    train(tmp_path, resume=True)  # and one that was released is free, also of a finished run
+    assert same_runs(tmp_path, whole)
+
+
+def test_a_refused_run_leaves_no_lock(tmp_path: Path) -> None:
+    train(tmp_path, epochs=1)
+    with pytest.raises(RunExistsError, match="never overwritten") as refused:
+        train(tmp_path, epochs=1)
+    assert FolderLock(tmp_path).held, refused  # whose frames are still alive
+
+
+class FullDisk:
+    """A file that takes so many bytes and no more."""
+
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self._file, self._room = file, room
+
+    def write(self, data: bytes) -> int:
+        if len(data) > self._room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._room -= len(data)
+        return self._file.write(data)
+
+
+@pytest.mark.parametrize("room", [0, 1, 150])
+def test_a_full_disk_spares_the_old_file(tmp_path: Path, room: int) -> None:
+    path = tmp_path / "results.nc"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, lambda file: [FullDisk(file, room).write(bytes(100)) for _ in range(2)] and 1 / 0)
+    assert path.read_bytes() == b"old"
+    assert [left.name for left in tmp_path.iterdir()] == ["results.nc"]
+
+
+def test_a_disk_that_fills_up_in_training_is_named_and_spares_the_last_checkpoint(tmp_path: Path) -> None:
+    process = start("limited", tmp_path)
+    errors = process.communicate(timeout=200)[1]
+    assert process.returncode == 1
+    assert "CheckpointError: save_checkpoint: " in errors
+    assert "must be writable to its end" in errors
+    assert "File too large" in errors
+    assert torn_files(tmp_path) == []
+    assert not list(tmp_path.glob(".*"))
+    load_checkpoint(tmp_path / CHECKPOINTS[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions are those of POSIX")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """By a mode where that binds; root is stopped by a file system that takes no files."""
+    folder = tmp_path
+    if os.geteuid() == 0:
+        folder = Path("/proc/self")
+        if not folder.is_dir():
+            pytest.skip("root may write everywhere, and there is no /proc")
+    else:
+        folder.chmod(0o500)
+    with pytest.raises(OSError, match=r"Permission denied|No such file|not permitted|Read-only"):
+        write_atomically(folder / "checkpoint-last.pt", lambda file: file.write(b"new"))
+    with pytest.raises((CheckpointError, FileNotFoundError), match=r"checkpoint-last\.pt"):
+        save_checkpoint(folder / "checkpoint-last.pt", {"step": 1})
+    if folder == tmp_path:
+        folder.chmod(0o700)
+
+
+def main(what: str, folder: Path) -> None:
+    lock = FolderLock(folder) if what == "wait" else None
+    print("ready", flush=True)
+    if lock is not None:
+        assert lock.held
+        time.sleep(600)
+    elif what == "limited":
+        train(folder, epochs=1)
+        size = (folder / CHECKPOINTS[0]).stat().st_size
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
+        save_checkpoint(folder / CHECKPOINTS[0], load_checkpoint(folder / CHECKPOINTS[0]))
+    else:
+        train(folder, resume=what == "resume")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
