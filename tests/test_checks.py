@@ -189,3 +189,24 @@ def test_keys_names_what_is_missing_and_what_is_unknown() -> None:
         _checks.keys("f", "x", {"c": 1, 1: 2}, ())
     with pytest.raises(ValueError, match=r"got missing \['b'\], unknown \['c'\]"):
         _checks.keys("f", "x", {"a": 1, "c": 2}, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0, "must be at least 1, got 0"),
+        (2**31, "must be at most 2,147,483,647, got 2147483648"),
+        (10**5000, "must be at most 2,147,483,647, got a whole number of 16,610 bits"),
+        (2.0, "must be a whole number, got 2.0"),
+    ],
+)
+def test_length_refuses_what_no_axis_can_have(value: object, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^f: x {message}"):
+        _checks.length("f", "x", value)
+    assert _checks.length("f", "x", 2**31 - 1) == 2**31 - 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_quantized_tensors_are_no_plain_numbers() -> None:
+    with pytest.raises(TypeError, match=r"^f: x must not be quantized, got dtype torch\.quint8\. Use x\.dequantize"):
+        _checks.is_tensor("f", x=torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8))

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import pytest
 
-from dir_toolkit.files import write_atomically
+from dir_toolkit.files import FolderLock, write_atomically
 
 
 def test_writes_a_new_file_and_replaces_an_old_one(tmp_path: Path) -> None:
@@ -90,3 +90,16 @@ def test_refuses_a_missing_folder_and_a_folder(tmp_path: Path) -> None:
         write_atomically(tmp_path / "gone" / "a", lambda file: None)
     with pytest.raises(IsADirectoryError, match="write_atomically: path must be a file, got the folder"):
         write_atomically(tmp_path, lambda file: None)
+
+
+def test_a_folder_is_locked_until_it_is_released_and_left_as_it_was(tmp_path: Path) -> None:
+    first = FolderLock(tmp_path)
+    assert first.held
+    assert not FolderLock(tmp_path).held
+    first.release()
+    first.release()
+    assert not first.held
+    assert FolderLock(tmp_path).held
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        FolderLock(tmp_path / "gone")

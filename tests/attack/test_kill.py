@@ -194,6 +194,27 @@ def test_a_refused_run_leaves_no_lock(tmp_path: Path) -> None:
     assert FolderLock(tmp_path).held, refused  # whose frames are still alive
 
 
+class Attack:
+    """What an attacker's pickle does: make a folder when it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_run_is_not_resumed_from_a_checkpoint_with_code_in_it(tmp_path: Path) -> None:
+    run, trace = tmp_path / "run", tmp_path / "trace"
+    train(run, epochs=1)
+    torch.save({**load_checkpoint(run / CHECKPOINTS[0]), "more": Attack(trace)}, run / CHECKPOINTS[0])
+    with pytest.raises(CheckpointError, match=r"checkpoint-last\.pt.*Nothing in it was run"):
+        train(run, resume=True, epochs=1)
+    assert not trace.exists()
+    torch.load(run / CHECKPOINTS[0], weights_only=False)
+    assert trace.exists(), "the attack itself must work, or this test shows nothing"
+
+
 class FullDisk:
     """A file that takes so many bytes and no more."""
 

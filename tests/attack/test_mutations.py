@@ -14,6 +14,7 @@ import resource
 import struct
 import tarfile
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -266,3 +267,34 @@ def test_mutations_end_in_our_error_or_a_valid_result(arena: Arena, target: str,
     assert not any(arena.rest.iterdir())
     assert target == "notes in the cache" or refused > mutations // 10
     print(f"{target}: {mutations} mutations, {refused} refused, {mutations - refused} read")
+
+
+def patched(data: bytes, mark: bytes, offset: int, number: bytes) -> bytes:
+    """``number`` written over what stands ``offset`` bytes behind the last ``mark``."""
+    at = data.rindex(mark) + offset
+    return data[:at] + number + data[at + len(number) :]
+
+
+LIES: dict[str, Callable[[], bytes]] = {
+    "idx": lambda: patched(IDX, b"\0\0\x08\x03", 4, struct.pack(">3I", 1024, 1024, 2047)),
+    "idx, packed": lambda: gzip.compress(patched(IDX, b"\0\0\x08\x03", 4, struct.pack(">3I", 1024, 1024, 2047))),
+    "jpeg": lambda: patched(jpeg(0), b"\xff\xc0", 5, struct.pack(">2H", 65500, 65500)),
+    "tar, ustar": lambda: patched(tar(tarfile.USTAR_FORMAT), b"faces/1.jpg", 124, b"17777777777\0"),
+    "tar, GNU": lambda: patched(tar(tarfile.GNU_FORMAT), b"faces/1.jpg", 124, b"\x80" + b"\0" * 6 + b"\x7f" + bytes(4)),
+    "checkpoint": lambda: patched(checkpoint(), b"PK\x01\x02", 20, struct.pack("<2I", 2**32 - 16, 2**32 - 16)),
+    "results": lambda: patched(results_file(), b"\0\0\0\x03bin\0", 8, struct.pack(">I", 2**31 - 1)),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory in use is read from /proc")
+@pytest.mark.parametrize("target", LIES)
+def test_a_header_that_claims_gigabytes_is_refused_and_nothing_of_it_allocated(arena: Arena, target: str) -> None:
+    make, read = TARGETS[target]
+    read(arena, make())
+    tracemalloc.start()
+    try:
+        with a_gigabyte_more():
+            assert refusal(read, arena, LIES[target]()) is not None
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
