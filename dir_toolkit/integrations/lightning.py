@@ -1,0 +1,107 @@
+"""A Lightning callback that drives FDS."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from .._checks import problem
+from ..errors import CheckpointError
+from ..features.fds import FDS
+from ._fds import Driver, LabelsOf
+
+try:
+    import lightning.pytorch as pl
+except ImportError as error:
+    raise problem(
+        "dir_toolkit.integrations.lightning",
+        "lightning must be installed",
+        got=f"{type(error).__name__}: {error}",
+        fix="pip install 'lightning>=2.4'",
+        error=ImportError,
+    ) from error
+
+__all__ = ["FDSCallback"]
+
+
+class FDSCallback(pl.Callback):
+    """Drives FDS in a Lightning training: places the labels of each batch around the training step, ends its epochs,
+    and saves its statistics.
+
+    .. code-block:: python
+
+        fds = FDS(bins, num_features=512)
+        fds.attach(module.head, "input")        # anywhere before fit, or in configure_model
+        trainer = lightning.Trainer(callbacks=[FDSCallback(fds, labels_of="age")])
+        trainer.fit(module, loader)
+
+    Labels are placed for backward, too, so activation checkpointing works; not for validation, whether in mid-epoch or
+    before training. An epoch ends after its last validation. Statistics go into Lightning's checkpoints whether or not
+    ``fds`` is a part of the module, and with ``fit(ckpt_path=...)`` training goes on as if it had never stopped; on
+    several ranks, from a checkpoint in mid-epoch, but for rounding. If ``fit`` is called again without one, an epoch
+    that was broken off is dropped and the statistics of whole epochs stay. Not for ``pytorch_lightning``, whose
+    callbacks are of another class.
+
+    Args:
+        fds: one, or several, each attached by the time training starts.
+        labels_of: where the labels are in a batch as it arrives at ``training_step``: an index (of a tuple), a key (of
+            a dict), or a function of the batch; one for all FDS, or a list of one each. None where the module places
+            them itself, as :class:`dir_toolkit.LongTailModel` does when it is given labels.
+    Raises:
+        ValueError: a batch has no labels there. TypeError: they are no tensor. UsageError: an FDS is attached nowhere,
+        or ``training_step`` takes ``dataloader_iter``. CheckpointError: the checkpoint to go on from has no statistics,
+        or those of other bins. And as :meth:`FDS.labels` and :meth:`FDS.end_epoch`.
+    Source:
+        Yang et al. 2021, section 3.2 (arXiv:2102.09554), for FDS.
+    """
+
+    def __init__(self, fds: FDS | Sequence[FDS], labels_of: LabelsOf | Sequence[LabelsOf] = 1) -> None:
+        self._driver = Driver("FDSCallback", fds, labels_of)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._driver.places and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise problem(
+                "FDSCallback",
+                "training_step must take the batch",
+                got="a dataloader_iter, whose batch no callback sees in time",
+                fix="Let it take (self, batch), or place the labels in it yourself and pass labels_of=None.",
+                error=RuntimeError,
+            )
+        # Saved at its last batch, an epoch is not run again, and Lightning skips its end.
+        self._driver.start(resumed=trainer.ckpt_path is not None, epoch_is_over=trainer.fit_loop.batch_idx < 0)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._driver.enter(batch)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._driver.leave()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._driver.end_epoch()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._driver.leave(broken_off=True)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        inside = all(any(part is fds for part in pl_module.modules()) for fds in self._driver.all)
+        if trainer.state.fn == "fit" and not inside and self.state_key not in checkpoint.get("callbacks", {}):
+            raise problem(
+                "FDSCallback",
+                "the checkpoint to go on from must hold FDS statistics",
+                got="one that was saved without this callback",
+                fix="Load its weights into the module, and call fit without ckpt_path.",
+                error=CheckpointError,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._driver.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._driver.load_state_dict(state_dict)
