@@ -41,9 +41,8 @@ class Driver:
         self.places = any(key is not None for key in self._labels_of)
         self._placed: ExitStack | None = None
 
-    def start(self, *, resumed: bool, epoch_is_over: bool = False) -> None:
-        """Make ready for training. Statistics of an epoch that was broken off are dropped, unless it is ``resumed``; an
-        epoch that was saved after its last step is ended."""
+    def start(self, *, resumed: bool) -> None:
+        """Make ready for training. Statistics of an epoch that was broken off are dropped, unless it is ``resumed``."""
         self.leave(broken_off=True)
         for fds in self.all:
             if not fds.attached:
@@ -58,7 +57,11 @@ class Driver:
             fds._said.add("end")  # a forgotten end is guessed from evaluations; here they may come in mid-epoch
             if not resumed:
                 fds._forget_epoch()
-            elif epoch_is_over and fds._seen:
+
+    def end_overdue_epoch(self) -> None:
+        """End an epoch that was saved after its last step and before its end, once the next is about to begin."""
+        for fds in self.all:
+            if fds._seen:
                 fds.end_epoch()
 
     def enter(self, batch: Any) -> None:

@@ -68,12 +68,13 @@ class FDSCallback(pl.Callback):
                 fix="Let it take (self, batch), or place the labels in it yourself and pass labels_of=None.",
                 error=RuntimeError,
             )
-        # Saved at its last batch, an epoch is not run again, and Lightning skips its end.
-        self._driver.start(resumed=trainer.ckpt_path is not None, epoch_is_over=trainer.fit_loop.batch_idx < 0)
+        self._driver.start(resumed=trainer.ckpt_path is not None)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if batch_idx == 0:  # Lightning skips the end of an epoch that was saved at its last batch
+            self._driver.end_overdue_epoch()
         self._driver.enter(batch)
 
     def on_train_batch_end(

@@ -97,7 +97,9 @@ class FDSCallback(TrainerCallback):
         if resumed:
             self._load(args, state)
         over = float(state.epoch or 0).is_integer()  # saved after an epoch's last step, perhaps before its end
-        self._driver.start(resumed=resumed and (over or not args.ignore_data_skip), epoch_is_over=over)
+        self._driver.start(resumed=resumed and (over or not args.ignore_data_skip))
+        if over:
+            self._driver.end_overdue_epoch()
         self._remove_hooks()
         if self._driver.places:
             self._hooks = [

@@ -21,6 +21,8 @@ from dir_toolkit.integrations.lightning import FDSCallback  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument:UserWarning"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
 ]
 
@@ -29,22 +31,22 @@ EPOCHS = 3
 
 
 class Loader:
-    """Six batches in one order, that go on where a checkpoint left them, as Lightning asks of a loader."""
+    """Batches in one order, which goes on where a checkpoint left it, as Lightning asks of a loader."""
 
-    def __init__(self, share: slice = slice(0, 8)) -> None:
+    def __init__(self, *batches: Any, share: slice = slice(0, 8)) -> None:
         generator = torch.Generator().manual_seed(0)
         y = torch.arange(48) * 5 % 9 + torch.rand(48, generator=generator)
         x = torch.randn(48, 3, generator=generator) + y[:, None] / 3
-        self.batches = [(x[i : i + 8][share], y[i : i + 8][share]) for i in range(0, 48, 8)]
+        self.batches = batches or [(x[i : i + 8][share], y[i : i + 8][share]) for i in range(0, 48, 8)]
         self.at = 0
 
     def __len__(self) -> int:
-        return 6
+        return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         start, self.at = self.at, 0
-        for i in range(start, 6):
-            self.at = (i + 1) % 6
+        for i in range(start, len(self)):
+            self.at = (i + 1) % len(self)
             yield self.batches[i]
 
     def state_dict(self) -> dict[str, int]:
@@ -186,7 +188,7 @@ def test_labels_under_a_key(tmp_path: Path) -> None:
 
     fds = FDS(BINS, 4)
     module = Named(fds)
-    loader = [{"image": x, "age": y} for x, y in Loader()]
+    loader = Loader(*({"image": x, "age": y} for x, y in Loader()))
     trainer(tmp_path, FDSCallback(fds, "age")).fit(module, loader)
     assert_equal_bits(everything(module, fds), plain())
 
@@ -247,7 +249,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     one.save_checkpoint(tmp_path / "without.ckpt")
     other = FDS(Bins.uniform(0, 18, width=2), 4)
     with_callback = trainer(tmp_path, FDSCallback(other), max_epochs=1)
-    with_callback.fit(Module(other), [(x, 2 * y) for x, y in Loader()])
+    with_callback.fit(Module(other), Loader(*((x, 2 * y) for x, y in Loader())))
     with_callback.save_checkpoint(tmp_path / "other.ckpt")
     for name, message in [
         ("without", "the checkpoint to go on from must hold FDS statistics, got one that was saved without"),
@@ -275,7 +277,7 @@ def rank_main(rank: int) -> dict[str, Any]:
             keeps = pl.callbacks.ModelCheckpoint(name, "{epoch}-{step}", save_top_k=-1, every_n_train_steps=9)
             strategy = pl.strategies.DDPStrategy(process_group_backend="gloo")
             how = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
-            trainer(Path(name), FDSCallback(fds), keeps, **how).fit(module, Loader(share), ckpt_path=start)
+            trainer(Path(name), FDSCallback(fds), keeps, **how).fit(module, Loader(share=share), ckpt_path=start)
             result[f"{name}, {'resumed' if start else 'whole'}"] = everything(module, fds)
     return result
 
@@ -345,7 +347,7 @@ def test_batches_without_fit_labels(
 ) -> None:
     fds = FDS(BINS, 4)
     with pytest.raises(error, match=message):
-        trainer(tmp_path, FDSCallback(fds, labels_of)).fit(Module(fds), [batch])
+        trainer(tmp_path, FDSCallback(fds, labels_of)).fit(Module(fds), Loader(batch))
 
 
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:

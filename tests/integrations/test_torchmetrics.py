@@ -1,0 +1,156 @@
+"""The torchmetrics adapter gives the numbers of the metrics behind it, to the bit."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import xarray as xr
+from torch import Tensor
+
+from dir_toolkit import Bins, ClassificationMetrics, LabelDensity, RegressionMetrics
+from dir_toolkit.errors import LabelError
+
+torchmetrics = pytest.importorskip("torchmetrics")
+
+from dir_toolkit.integrations.torchmetrics import RegionMetric  # noqa: E402
+
+BINS = Bins.classes(4)
+DENSITY = LabelDensity(BINS, [500, 120, 30, 5])
+Metrics = RegressionMetrics | ClassificationMetrics
+
+
+def make(kind: str) -> Metrics:
+    return RegressionMetrics(BINS, DENSITY) if kind == "regression" else ClassificationMetrics(BINS, DENSITY)
+
+
+def batches(kind: str) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (7, 1, 20, 3)
+    if kind == "regression":
+        return [
+            (4 * torch.rand(n, generator=generator), torch.randint(0, 4, (n,), generator=generator).float())
+            for n in sizes
+        ]
+    return [(torch.randn(n, 4, generator=generator), torch.randint(0, 4, (n,), generator=generator)) for n in sizes]
+
+
+def assert_same(numbers: dict[str, Tensor], expected: xr.Dataset) -> None:
+    names = {name for name, value in expected.items() if value.dims == ("region",)}
+    assert set(numbers) == {f"{name}/{region}" for name in names for region in expected.region.values}
+    for key, value in numbers.items():
+        name, region = key.split("/")
+        want = torch.tensor(float(expected[name].sel(region=region)), dtype=torch.float64)
+        assert value.dtype == torch.float64
+        assert value.numpy().tobytes() == want.numpy().tobytes(), key
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_update_and_compute_are_those_of_the_metrics(kind: str) -> None:
+    metric, oracle = RegionMetric(make(kind)), make(kind)
+    for _ in range(2):
+        for pred, target in batches(kind):
+            metric.update(pred, target)
+            oracle.update(pred, target)
+        assert_same(metric.compute(), oracle.compute())
+        with pytest.raises(AssertionError):  # and the comparison can fail
+            assert_same(metric.compute(), make(kind).compute())
+        assert_same(pickle.loads(pickle.dumps(metric.clone())).compute(), oracle.compute())
+        metric.reset()
+        oracle = oracle.fresh()
+    with pytest.warns(UserWarning, match="was called before the ``update`` method"):
+        assert_same(metric.compute(), oracle.compute())  # of no sample: counts are 0, the rest NaN
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_forward_returns_the_numbers_of_the_batch_and_merges_it(kind: str) -> None:
+    metric, merged = RegionMetric(make(kind)), make(kind)
+    for pred, target in batches(kind):
+        alone = make(kind)
+        alone.update(pred, target)
+        assert_same(metric(pred, target), alone.compute())
+        merged.merge(alone)
+    assert_same(metric.compute(), merged.compute())
+
+
+def test_limits_and_keys() -> None:
+    metric = RegionMetric(make("regression"), keys=["bmae/all", "count/many"], many=10, few=1)
+    oracle = make("regression")
+    for pred, target in batches("regression"):
+        metric.update(pred, target)
+        oracle.update(pred, target)
+    expected = oracle.compute(many=10, few=1)
+    got = metric.compute()
+    assert list(got) == ["bmae/all", "count/many"]
+    assert got["count/many"].item() == int(expected["count"].sel(region="many"))
+    assert got["count/many"].item() > int(oracle.compute()["count"].sel(region="many"))
+
+
+def test_in_a_collection_it_shares_its_sums_only_with_its_like() -> None:
+    wide = Bins.uniform(0, 8, width=2)  # of as many bins, and labels of 0 fall into the first of either
+    collection = torchmetrics.MetricCollection(
+        {
+            "a": RegionMetric(make("regression"), keys=["mae/many"]),
+            "b": RegionMetric(make("regression"), keys=["bmae/all"]),
+            "c": RegionMetric(RegressionMetrics(wide, LabelDensity(wide, [500, 120, 30, 5])), keys=["mae/few"]),
+            "d": RegionMetric(RegressionMetrics(BINS, DENSITY, floor=1e-3), keys=["gm/all"]),
+        }
+    )
+    first = (torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))
+    rest = [(pred, target) for pred, target in batches("regression")] + [(torch.tensor([1.0]), torch.tensor([1.0]))]
+    oracles = {
+        "mae/many": make("regression"),
+        "mae/few": RegressionMetrics(wide, LabelDensity(wide, [500, 120, 30, 5])),
+        "gm/all": RegressionMetrics(BINS, DENSITY, floor=1e-3),
+    }
+    for pred, target in [first, *rest]:
+        collection.update(pred, target)
+        for oracle in oracles.values():
+            oracle.update(pred, target)
+    assert sorted(map(sorted, collection.compute_groups.values())) == [["a", "b"], ["c"], ["d"]]
+    got = collection.compute()
+    assert set(got) == {"mae/many", "bmae/all", "mae/few", "gm/all"}
+    for key, oracle in oracles.items():
+        name, region = key.split("/")
+        want = float(oracle.compute()[name].sel(region=region))
+        assert got[key].item() == want or want != want, key
+
+
+def rank_main(rank: int) -> dict[str, Any]:
+    result = {}
+    for kind in ("regression", "classification"):
+        metric = RegionMetric(make(kind))
+        for pred, target in batches(kind)[rank::2]:
+            metric.update(pred, target)
+        result[kind] = metric.compute()
+        result[f"{kind} after"] = getattr(metric, metric._sums)  # a rank's own again
+    return result
+
+
+def test_two_processes_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
+    results = two_ranks(rank_main, timeout=120)
+    for kind in ("regression", "classification"):
+        halves = []
+        for rank, result in enumerate(results):
+            half = make(kind)
+            for pred, target in batches(kind)[rank::2]:
+                half.update(pred, target)
+            halves.append(half)
+            assert torch.equal(result[f"{kind} after"], getattr(half, RegionMetric(half)._sums))
+        for result in results:
+            assert_same(result[kind], halves[0].fresh().merge(halves[0]).merge(halves[1]).compute())  # type: ignore[arg-type]
+
+
+def test_bad_input_is_refused_and_adds_nothing() -> None:
+    with pytest.raises(TypeError, match="metrics must be a RegressionMetrics or a ClassificationMetrics, got Bins"):
+        RegionMetric(BINS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"keys must be out of mae/all, .*, got 'mae/rare'"):
+        RegionMetric(make("regression"), keys=["mae/rare"])
+    metric = RegionMetric(make("regression"), keys=["count/all"])
+    with pytest.raises(LabelError):
+        metric.update(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 9.0]))
+    metric.update(torch.tensor([1.0]), torch.tensor([1.0]))
+    assert metric.compute()["count/all"].item() == 1
