@@ -166,5 +166,5 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 def _fingerprint(state: TrainerState) -> str:
     """What a checkpoint's ``trainer_state.json`` holds of a run, and no other's does."""
-    told = json.dumps([state.global_step, state.epoch, state.total_flos, state.log_history], default=str)
+    told = json.dumps([state.global_step, state.epoch, state.total_flos, state.log_history], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
