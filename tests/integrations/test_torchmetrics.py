@@ -131,7 +131,7 @@ def rank_main(rank: int) -> dict[str, Any]:
 
 
 def test_two_processes_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
-    results = two_ranks(rank_main, timeout=120)
+    results = two_ranks(rank_main, timeout=240)
     for kind in ("regression", "classification"):
         halves = []
         for rank, result in enumerate(results):
