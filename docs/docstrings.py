@@ -13,6 +13,8 @@ import griffe
 from latex2mathml.converter import convert
 
 _DIRECTIVE = re.compile(r"^( *)\.\. (math|code-block)::(.*)\n((?:\1 +.*\n|\s*\n)*)", re.MULTILINE)
+_TABLE = re.compile(r"^([A-Z][^.:\n]*)\n((?: {4}.*\n|\s*\n)+)", re.MULTILINE)
+_COMPARISON = re.compile(r"(?<=: )>(?=[= ])|^>(?=[= ])", re.MULTILINE)
 _LITERAL = re.compile(r"^( *)(\S.*):: *\n((?: *\n|\1 +.*\n)+)", re.MULTILINE)
 _DOCTEST = re.compile(r"^( *)(>>> .*\n(?:\1\S.*\n|\1 +\S.*\n)*)", re.MULTILINE)
 _ROLE = re.compile(r":(math|class|func|meth|mod|attr):`([^`]+)`")
@@ -20,7 +22,8 @@ _ENTRY = re.compile(r"(?:^|(?<=[.;] ))([a-z]\w*(?:, [a-z]\w*)*): |(?<=\. )(Retur
 _SECTION = re.compile(
     r"^(Args|Attributes|Returns|Yields|Raises|Shape|Units|Source):\n((?: +.*\n|\s*\n)*)", re.MULTILINE
 )
-_RAISED = re.compile(r"(?:^|(?<=[.;,] )|(?<=, and )|(?<=; and ))(\w+(?:Error|Warning|Exception)): ")
+_IDENTIFIER = re.compile(r"\b(arXiv|doi):(10\.\S+\w|\d+\.\d+)")
+_RAISED = re.compile(r"(?:^|(?<=[.;,]\s))(\w+Error(?:, \w+Error)*):\s")
 
 # What browsers do not do by themselves: spaces about the names of functions, and letters that are set otherwise.
 _REWRITTEN = {
@@ -35,7 +38,11 @@ class Markdown(griffe.Extension):
     """Rewrites every docstring of the package once it is loaded, when names can be looked up."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
+        errors = {name: error for name, error in pkg["errors"].members.items() if not error.is_alias and error.is_class}
         for thing in _things(pkg):
+            if isinstance(thing, griffe.Module):  # so that what a function raises is known where it is not imported
+                for name in errors.keys() - thing.members.keys():
+                    thing.set_member(name, griffe.Alias(name, errors[name]))
             if thing.docstring:
                 thing.docstring.value = translate(thing.docstring.value, thing)
             if isinstance(thing, griffe.Function):
@@ -50,6 +57,8 @@ class Markdown(griffe.Extension):
 def translate(text: str, thing: griffe.Object) -> str:
     """The docstring of a thing, in Markdown with the sections of griffe's Google style."""
     text = inspect.cleandoc(text) + "\n"
+    text = _TABLE.sub(lambda m: f"**{m[1]}**\n" + _fence("", "text", m[2].replace("``", "")), text)
+    text = _COMPARISON.sub(r"\\>", text)
     text = _DOCTEST.sub(lambda m: _fence(m[1], "pycon", m[2]), text)
     text = _DIRECTIVE.sub(_directive, text)
     text = _LITERAL.sub(lambda m: f"{m[1]}{m[2]}:\n\n" + _fence(m[1], "python", m[3]), text)
@@ -69,7 +78,7 @@ def mathml(formula: str, display: str = "inline") -> str:
 
 def _things(thing: griffe.Object) -> Iterator[griffe.Object]:
     yield thing
-    for member in thing.members.values():
+    for member in list(thing.members.values()):
         if not member.is_alias:
             yield from _things(member)
 
@@ -124,18 +133,28 @@ def _section(match: re.Match[str], thing: griffe.Object) -> str:
         if not before:
             items = [
                 f"{name}: " + " ".join(why.split()).rstrip(" ;,")
-                for name, why in zip(raised[::2], raised[1::2], strict=True)
+                for names, why in zip(raised[::2], raised[1::2], strict=True)
+                for name in names.split(", ")
             ]
             return "\nRaises:\n" + textwrap.indent("\n".join(items), "    ") + "\n\n"
-    if title in ("Args", "Attributes"):
-        known = {parameter.name for parameter in thing.parameters} if title == "Args" else None
+    if title == "Source":
+        body = _IDENTIFIER.sub(_cited, body)
+    if title == "Args":
+        known = {parameter.name for parameter in thing.parameters}
         entries = [(name, what) for names, what in _entries(body, known) for name in names.split(", ")]
+    elif title == "Attributes":
+        entries = _entries(body)
+    if title in ("Args", "Attributes"):
         body = "\n".join(f"{name}: {what}" if name else what for name, what in entries)
     if title == "Shape":
         body = "\n".join(f"- **{names}**: {what}" if names else f"{what}\n" for names, what in _entries(body))
     if title in ("Args", "Attributes", "Returns", "Yields"):
         return f"\n{title}:\n" + textwrap.indent(body, "    ") + "\n\n"
     return f'\n<p><span class="doc-section-title">{title}:</span></p>\n\n{body}\n\n'
+
+
+def _cited(match: re.Match[str]) -> str:
+    return f"[{match[0]}](https://{'arxiv.org/abs' if match[1] == 'arXiv' else 'doi.org'}/{match[2]})"
 
 
 def _entries(body: str, known: Collection[str] | None = None) -> list[tuple[str, str]]:
@@ -147,4 +166,4 @@ def _entries(body: str, known: Collection[str] | None = None) -> list[tuple[str,
     edges = [m.start() for m in starts] + [len(body)]
     said = [(m[1] or m[2], body[m.end() : end]) for m, end in zip(starts, edges[1:], strict=True)]
     lead = [("", body[: edges[0]])] if edges[0] else []
-    return [(name, what.strip().rstrip(";")) for name, what in lead + said]
+    return [(name, re.sub(r"\n *", "\n    ", what.strip().rstrip(";"))) for name, what in lead + said]

@@ -6,6 +6,7 @@ import ast
 import re
 from pathlib import Path
 
+from docstrings import mathml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -82,5 +83,6 @@ def _summary(module: str | None, name: str) -> str:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
             first = (ast.get_docstring(node) or "").partition("\n\n")[0]
-            return re.sub(r":\w+:(`[^`]+`)", r"\1", " ".join(first.split())).replace("|", r"\|")
+            text = re.sub(r":math:`([^`]+)`", lambda m: mathml(m[1]), " ".join(first.split()))
+            return re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
     raise ValueError(f"{path} makes no {name}.")

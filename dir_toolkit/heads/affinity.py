@@ -48,8 +48,8 @@ class AffinityHead(nn.Module):
         feature_scale: s > 0; 1 gives the paper's formula as written. None chooses :math:`\sqrt{5 / D}` for ``"l2"``
             and :math:`5 \sqrt\pi / D` for ``"l1"``.
     Attributes:
-        weight: (C, m, D), the prototypes. feature_scale: (). sigma: (), NaN until the first batch has set it; or, if it
-        is learnt, log_sigma: ().
+        weight: (C, m, D), the prototypes. feature_scale: ().
+        sigma: (), NaN until the first batch has set it. log_sigma: (), in place of sigma if it is learnt.
     Shape:
         forward: features (N, D). Returns (N, C).
     Raises:

@@ -23,7 +23,7 @@ class CosineHead(nn.Module):
         num_features: D. num_classes: C.
         scale: s, > 0; scores lie in [-s, s]. learn_scale: train s, from ``scale`` on, as its logarithm.
     Attributes:
-        weight: (C, D). scale: (), or, if it is learnt, log_scale: ().
+        weight: (C, D). scale: (). log_scale: (), in place of scale if it is learnt.
     Shape:
         forward: features (N, D). Returns (N, C).
     Raises:
