@@ -13,7 +13,8 @@ import griffe
 from latex2mathml.converter import convert
 
 _DIRECTIVE = re.compile(r"^( *)\.\. (math|code-block)::(.*)\n((?:\1 +.*\n|\s*\n)*)", re.MULTILINE)
-_TABLE = re.compile(r"^([A-Z][^.:\n]*)\n((?: {4}.*\n|\s*\n)+)", re.MULTILINE)
+_LISTING = re.compile(r"^([A-Z][^.:\n]*)\n((?: {4}.*\n|\s*\n)+)", re.MULTILINE)
+_GRID = re.compile(r"^( *)(=+)( +)=+\n((?:.*\n)+?)\1=+ +=+ *\n(?! *\S)", re.MULTILINE)
 _COMPARISON = re.compile(r"(?<=: )>(?=[= ])|^>(?=[= ])", re.MULTILINE)
 _LITERAL = re.compile(r"^( *)(\S.*):: *\n((?: *\n|\1 +.*\n)+)", re.MULTILINE)
 _DOCTEST = re.compile(r"^( *)(>>> .*\n(?:\1\S.*\n|\1 +\S.*\n)*)", re.MULTILINE)
@@ -23,7 +24,7 @@ _SECTION = re.compile(
     r"^(Args|Attributes|Returns|Yields|Raises|Shape|Units|Source):\n((?: +.*\n|\s*\n)*)", re.MULTILINE
 )
 _IDENTIFIER = re.compile(r"\b(arXiv|doi):(10\.\S+\w|\d+\.\d+)")
-_RAISED = re.compile(r"(?:^|(?<=[.;,]\s))(\w+Error(?:, \w+Error)*):\s")
+_RAISED = re.compile(r"(?:^|(?<=[.;,]\s))(\w+Error(?:,\s+\w+Error)*):\s")
 
 # What browsers do not do by themselves: spaces about the names of functions, and letters that are set otherwise.
 _REWRITTEN = {
@@ -51,13 +52,16 @@ class Markdown(griffe.Extension):
                     parameter.annotation = _inlined(parameter.annotation, pkg)
                     parameter.default = _inlined(parameter.default, pkg)
             elif isinstance(thing, griffe.Attribute):
+                if thing.is_public and not thing.docstring and isinstance(thing.parent, griffe.Module):
+                    thing.docstring = griffe.Docstring("A name for this, which is written out elsewhere.", parent=thing)
                 thing.annotation = _inlined(thing.annotation, pkg)
 
 
 def translate(text: str, thing: griffe.Object) -> str:
     """The docstring of a thing, in Markdown with the sections of griffe's Google style."""
     text = inspect.cleandoc(text) + "\n"
-    text = _TABLE.sub(lambda m: f"**{m[1]}**\n" + _fence("", "text", m[2].replace("``", "")), text)
+    text = _LISTING.sub(lambda m: f"**{m[1]}**\n" + _fence("", "text", m[2].replace("``", "")), text)
+    text = _GRID.sub(_table, text)
     text = _COMPARISON.sub(r"\\>", text)
     text = _DOCTEST.sub(lambda m: _fence(m[1], "pycon", m[2]), text)
     text = _DIRECTIVE.sub(_directive, text)
@@ -109,6 +113,23 @@ def _fence(indent: str, language: str, code: str) -> str:
     return textwrap.indent(f"\n```{language}\n{textwrap.dedent(code).strip()}\n```\n\n", indent)
 
 
+def _table(match: re.Match[str]) -> str:
+    """A simple table of two columns, with a head or without."""
+    indent, rule, gap, body = match.groups()
+    width = len(rule + gap)
+    head: list[list[str]] = [["", ""]]
+    rows: list[list[str]] = []
+    for line in textwrap.dedent(body).splitlines():
+        if line.startswith("=="):
+            head, rows = rows, []
+        elif line[:width].strip():
+            rows.append([line[:width].strip(), line[width:].strip()])
+        else:
+            rows[-1][1] += " " + line.strip()
+    cells = [*head, ["---", "---"], *rows]
+    return "\n" + "".join(f"{indent}| {first} | {second} |\n" for first, second in cells) + "\n"
+
+
 def _directive(match: re.Match[str]) -> str:
     indent, kind, first, rest = match.groups()
     if kind == "math":
@@ -134,17 +155,14 @@ def _section(match: re.Match[str], thing: griffe.Object) -> str:
             items = [
                 f"{name}: " + " ".join(why.split()).rstrip(" ;,")
                 for names, why in zip(raised[::2], raised[1::2], strict=True)
-                for name in names.split(", ")
+                for name in re.split(r",\s+", names)
             ]
             return "\nRaises:\n" + textwrap.indent("\n".join(items), "    ") + "\n\n"
     if title == "Source":
         body = _IDENTIFIER.sub(_cited, body)
-    if title == "Args":
-        known = {parameter.name for parameter in thing.parameters}
-        entries = [(name, what) for names, what in _entries(body, known) for name in names.split(", ")]
-    elif title == "Attributes":
-        entries = _entries(body)
     if title in ("Args", "Attributes"):
+        known = {parameter.name for parameter in thing.parameters} if title == "Args" else None
+        entries = [(name, what) for names, what in _entries(body, known) for name in names.split(", ")]
         body = "\n".join(f"{name}: {what}" if name else what for name, what in entries)
     if title == "Shape":
         body = "\n".join(f"- **{names}**: {what}" if names else f"{what}\n" for names, what in _entries(body))
