@@ -260,11 +260,12 @@ def whole(where: str, name: str, value: object, *, low: int | None = None, high:
     """A whole number, from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise problem(where, f"{name} must be a whole number", got=repr(value), error=TypeError)
-    if low is not None and value < low:
+    number = int(value)
+    if low is not None and number < low:
         raise problem(where, f"{name} must be at least {low}", got=_shown(value))
-    if high is not None and value > high:
+    if high is not None and number > high:
         raise problem(where, f"{name} must be at most {high:,}", got=_shown(value))
-    return int(value)
+    return number
 
 
 def length(where: str, name: str, value: object, *, most: int = MOST_LONG) -> int:

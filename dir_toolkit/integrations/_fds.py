@@ -11,10 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import instance, keys, problem
+from .._ranks import summed
 from ..errors import CheckpointError
 from ..features.fds import FDS
-from ..features.moments import BinMoments
-from ..metrics._ranks import summed
 
 LabelsOf = Callable[[Any], Tensor] | str | int | None
 
@@ -100,7 +99,7 @@ class Driver:
         for fds, saved in zip(self.all, state["fds"], strict=True):
             fds.load_state_dict(saved)
             if not first:
-                fds._epoch_moments = BinMoments(len(fds.bins), fds.num_features, device=fds._epoch_moments.mean.device)
+                fds._epoch_moments = fds.covariance.moments()
                 fds._unplaced = torch.zeros_like(fds._unplaced)
 
     def _labels(self, batch: Any, key: Callable[[Any], Tensor] | str | int) -> Tensor:
@@ -133,7 +132,7 @@ def _merged_state(fds: FDS) -> dict[str, Any]:
     state = dict(fds.state_dict())
     if _ranks():
         extra = state["_extra_state"]
-        moments = BinMoments(len(fds.bins), fds.num_features, device=fds._epoch_moments.mean.device)
+        moments = fds.covariance.moments()
         moments.load_state_dict(extra["moments"])
         extra["moments"] = moments.all_reduce().state_dict()
         (extra["unplaced"],) = summed(extra["unplaced"])
