@@ -53,7 +53,7 @@ class Markdown(griffe.Extension):
                     parameter.default = _inlined(parameter.default, pkg)
             elif isinstance(thing, griffe.Attribute):
                 if thing.is_public and not thing.docstring and isinstance(thing.parent, griffe.Module):
-                    thing.docstring = griffe.Docstring("A name for this, which is written out elsewhere.", parent=thing)
+                    thing.docstring = griffe.Docstring("A short name; signatures write it out.", parent=thing)
                 thing.annotation = _inlined(thing.annotation, pkg)
 
 
@@ -148,6 +148,7 @@ def _link(role: str, thing: griffe.Object) -> str:
 
 
 def _section(match: re.Match[str], thing: griffe.Object) -> str:
+    """Arguments, attributes and errors as lists that griffe reads; the sections it does not know as text."""
     title, body = match[1], textwrap.dedent(match[2]).strip()
     if title == "Raises":
         before, *raised = _RAISED.split(body)
@@ -163,11 +164,10 @@ def _section(match: re.Match[str], thing: griffe.Object) -> str:
     if title in ("Args", "Attributes"):
         known = {parameter.name for parameter in thing.parameters} if title == "Args" else None
         entries = [(name, what) for names, what in _entries(body, known) for name in names.split(", ")]
-        body = "\n".join(f"{name}: {what}" if name else what for name, what in entries)
+        items = [f"{name}: {what}" if name else what for name, what in entries]
+        return f"\n{title}:\n" + textwrap.indent("\n".join(items), "    ") + "\n\n"
     if title == "Shape":
         body = "\n".join(f"- **{names}**: {what}" if names else f"{what}\n" for names, what in _entries(body))
-    if title in ("Args", "Attributes", "Returns", "Yields"):
-        return f"\n{title}:\n" + textwrap.indent(body, "    ") + "\n\n"
     return f'\n<p><span class="doc-section-title">{title}:</span></p>\n\n{body}\n\n'
 
 
