@@ -1,0 +1,508 @@
+"""Estimators for scikit-learn: :class:`dir_toolkit.LongTailModel` on a perceptron over the columns of a table."""
+# ruff: noqa: N803, N806, since scikit-learn's tables are called X
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._checks import instance, labels_array, number, one_of, problem, whole
+from ..errors import NonFiniteLossError
+from ..heads.decoding import Decoding
+from ..labels.bins import Bins
+from ..labels.density import LabelDensity
+from ..labels.kernels import DEFAULT_KERNEL
+from ..labels.weights import LDS, Scheme
+from ..longtail import LongTailModel, LongTailOutput
+from ..priors import TauChoice, choose_tau, class_prior
+from ..training.optimization import Optimization, learning_rate, make_optimizer
+from ..training.runtime import Runtime, _device
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.utils import check_random_state
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+except ImportError as error:
+    raise problem(
+        "dir_toolkit.integrations.scikit_learn",
+        "the estimators need scikit-learn 1.6 or newer",
+        got=str(error),
+        fix='pip install "dir_toolkit[integrations]"',
+        error=ImportError,
+    ) from error
+
+__all__ = ["LongTailClassifier", "LongTailRegressor"]
+
+_ROWS = 8192  # at a time in prediction, which holds a share of each bin for each row
+_FEWEST_WHOLE = 8  # bins of a whole number; on fewer the usual spread of labels would cover most of the axis
+
+
+class _LongTailEstimator(BaseEstimator):
+    """How both estimators train and predict; their settings stand in the signatures of the two."""
+
+    hidden: Sequence[int]
+    head: Any
+    loss: str | Callable[..., Tensor] | None
+    weights: Scheme | None
+    tau: float | Literal["auto"]
+    adjust: Literal["after", "in_loss"]
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    validation_fraction: float
+    patience: int | None
+    random_state: Any
+    device: str
+    verbose: bool
+    model_: LongTailModel
+
+    @property
+    def _where(self) -> str:
+        return type(self).__name__
+
+    @property
+    def _has_bins(self) -> bool:
+        return self.head not in ("regression", "gaussian")
+
+    def _checked(self, X: Any, y: Any, sample_weight: Any, **how: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Columns, labels and weights of the rows that weigh anything: weight zero is as good as absent."""
+        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2, **how)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        present = weight > 0
+        if not present.any():
+            raise problem(self._where, "sample_weight must be positive for at least one row", got="zeros")
+        return X[present], y[present], weight[present]
+
+    def _tau(self) -> float | Literal["auto"] | None:
+        """None where there is nothing to adjust."""
+        one_of(self._where, "adjust", self.adjust, ("after", "in_loss"))
+        if not isinstance(self.tau, str):
+            if self._has_bins:
+                return number(self._where, "tau", self.tau, low=0)
+            rule = f'tau must be "auto", which does nothing, with head={self.head!r}, which has no bins'
+            raise problem(self._where, rule, got=repr(self.tau))
+        one_of(self._where, "tau", self.tau, ("auto",))
+        if self._has_bins and self.adjust == "in_loss":
+            rule = 'tau must be a number with adjust="in_loss", since no training can choose it'
+            raise problem(self._where, rule, got='"auto"', fix='Use adjust="after".')
+        return "auto" if self._has_bins else None
+
+    def _fit(self, columns: np.ndarray, labels: np.ndarray, weight: np.ndarray, bins: Bins, **options: Any) -> None:
+        """Train on labels of the axis.
+
+        Args:
+            options: of :class:`LongTailModel`, besides those that both estimators have.
+        """
+        tau = self._tau()
+        how = Optimization(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay)
+        fraction = number(self._where, "validation_fraction", self.validation_fraction, low=0, high=0.5, open_low=True)
+        if self.patience is not None:
+            whole(self._where, "patience", self.patience, low=1)
+        if self.weights is not None:
+            one_of(self._where, "weights", self.weights, ("inverse", "sqrt_inverse", "effective_number", "dense"))
+        random = check_random_state(self.random_state)
+        runtime = Runtime(_device(self.device, 0), seed=int(random.randint(2**31 - 1)))
+
+        held = np.zeros(len(labels), dtype=bool)
+        if self.patience is not None or tau == "auto":
+            held[_validation_rows(random, labels, fraction, bins)] = True
+            if not held.any():
+                fix = "Pass patience=None and a number as tau, to train without."
+                raise problem(self._where, "y must hold a label twice, to validate on", got="each once", fix=fix)
+        own = ~held
+        weight = weight / weight[own].mean()
+        self.scaler_ = StandardScaler().fit(columns[own], sample_weight=weight[own])
+        scaled = self.scaler_.transform(columns)
+        smooths = not bins.categorical and len(bins) >= len(DEFAULT_KERNEL)
+        counts = np.bincount(bins.index(labels[own]), weights=weight[own], minlength=len(bins))
+        density = LabelDensity(bins, counts)
+        density = density.smooth(DEFAULT_KERNEL) if smooths else density
+        if self._has_bins:  # as a prior takes them
+            density = LabelDensity(bins, np.maximum(density.counts, 1.0))
+        if self.weights is not None:
+            lds = LDS(bins, kernel=DEFAULT_KERNEL if smooths else None, scheme=self.weights).fit(labels[own])
+            weight = weight * lds.sample_weight(labels)
+
+        def tensors(part: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+            x, y, w = (torch.from_numpy(values[part]).to(runtime.device) for values in (scaled, labels, weight))
+            return x.float(), y, w.float()
+
+        with torch.inference_mode(False), torch.enable_grad():
+            with runtime.seeded("network"):
+                backbone, num_features = self._backbone(columns.shape[1])
+                prior = {} if tau in ("auto", None) else {"prior": "uniform", "tau": tau}
+                model = LongTailModel(
+                    backbone,
+                    num_features,
+                    bins,
+                    density=density,
+                    head=self.head,
+                    loss=self.loss,
+                    adjust=self.adjust if self._has_bins else "after",
+                    prior_kernel=None,  # the density is smooth already
+                    **prior,
+                    **options,
+                )
+            model = model.to(runtime.device, torch.float32)
+            self._train(model, tensors(own), tensors(held) if held.any() else None, how, runtime)
+        # In float64 a prediction does not depend on the rows beside it; on the CPU a pickle can be loaded anywhere.
+        self.model_ = model.eval().cpu().double()
+        self.tau_choice_ = None
+        if tau == "auto":
+            self.tau_choice_ = self._choose_tau(scaled[held], torch.from_numpy(labels[held]))
+            tau = self.tau_choice_.tau
+            self.model_.set_prior("uniform", tau)
+        self.tau_ = tau
+
+    def _backbone(self, columns: int) -> tuple[nn.Module, int]:
+        """A perceptron, and how many features it gives."""
+        if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
+            rule = "hidden must be a tuple of whole numbers"
+            raise problem(self._where, rule, got=repr(self.hidden), fix="Use (64,) for one layer.", error=TypeError)
+        widths = [columns, *(whole(self._where, "hidden", width, low=1) for width in self.hidden)]
+        layers = [layer for inputs, outputs in pairwise(widths) for layer in (nn.Linear(inputs, outputs), nn.ReLU())]
+        return nn.Sequential(*layers), widths[-1]
+
+    def _train(
+        self,
+        model: LongTailModel,
+        train: tuple[Tensor, Tensor, Tensor],
+        val: tuple[Tensor, Tensor, Tensor] | None,
+        how: Optimization,
+        runtime: Runtime,
+    ) -> None:
+        """Train with columns, labels and weights; with patience the best weights are kept, else the last."""
+        optimizer = make_optimizer(model, how)
+        steps, step = how.epochs * -(-len(train[0]) // how.batch_size), 0
+        self.history_: list[dict[str, float]] = []
+        self.best_epoch_, best, kept = how.epochs, math.inf, None
+        for epoch in range(1, how.epochs + 1):
+            total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+            order = torch.randperm(len(train[0]), generator=runtime.generator("order", epoch)).to(runtime.device)
+            for batch in order.split(how.batch_size):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(how, step, steps)
+                loss = model(*(values[batch] for values in train)).loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += len(batch) * loss.detach()
+                step += 1
+            row = {"epoch": epoch, "loss": total.item() / len(train[0])}
+            if val is not None:
+                model.eval()
+                with torch.no_grad():
+                    row["val_loss"] = model(*val).loss.item()
+                model.train()
+            self.history_.append(row)
+            if self.verbose:
+                print(" ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
+            if not all(map(math.isfinite, row.values())):
+                fix = "Lower lr, or look for values of X far from all others."
+                got = f"{row['loss']:g} in epoch {epoch}"
+                raise problem(self._where, "the loss must be finite", got=got, fix=fix, error=NonFiniteLossError)
+            if self.patience is not None:
+                if row["val_loss"] < best:
+                    self.best_epoch_, best, kept = epoch, row["val_loss"], copy.deepcopy(model.state_dict())
+                elif epoch - self.best_epoch_ >= self.patience:
+                    break
+        if kept is not None:
+            model.load_state_dict(kept)
+
+    @torch.no_grad()
+    def _read(self, scaled: np.ndarray, read: Callable[[LongTailOutput], Tensor]) -> Tensor:
+        """Something of what the model says of each row."""
+        return torch.cat([read(self.model_(x)) for x in torch.from_numpy(scaled).split(_ROWS)])
+
+    def _predicted(self, X: Any, read: Callable[[LongTailOutput], Tensor]) -> np.ndarray:
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        return self._read(self.scaler_.transform(X), read).numpy()
+
+    def _choose_tau(self, scaled: np.ndarray, labels: Tensor) -> TauChoice:
+        raise NotImplementedError
+
+
+class LongTailRegressor(RegressorMixin, _LongTailEstimator):
+    """A regressor for long-tailed labels, as scikit-learn wants one.
+
+    The default scores the bins of a label axis, is trained on labels spread over neighbouring bins, and is adjusted
+    after training towards rare labels, as far as a share of the rows, held out, finds best. Columns are standardized
+    inside. Rows are held out evenly along the sorted labels.
+
+    Args:
+        hidden: widths of the hidden layers; ``()`` makes a linear model.
+        bins: the label axis, which must hold all labels; None makes one from the least label to the largest.
+        num_bins: of the axis that is made. Where labels are whole numbers, and 8 or more from the least to the
+            largest, bins are a whole number wide, and may be fewer.
+        head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"regression"``, one number; or
+            ``"gaussian"``, mean and variance.
+        loss, sigma, decode: as in :class:`dir_toolkit.LongTailModel`.
+        weights: the scheme of :class:`dir_toolkit.LDS` by which the smoothed density of labels weighs the loss:
+            ``"sqrt_inverse"``, ``"inverse"``, ``"effective_number"`` or ``"dense"``. None weighs all labels alike.
+        tau: how far to go towards rare labels: 0 keeps the training prior, 1 goes all the way to even labels;
+            ``"auto"`` takes what errs least on the held-out rows by bMAE, the mean of the bins' mean absolute errors.
+            Heads without bins have nothing to adjust.
+        adjust: ``"after"`` training, or ``"in_loss"``, which needs a number as ``tau``.
+        epochs: most passes over the rows.
+        batch_size: rows a step.
+        lr: highest learning rate of AdamW; it rises over the first twentieth of all steps and falls as a cosine.
+        weight_decay: pull of weight matrices towards zero.
+        validation_fraction: share of the rows held out, in (0, 0.5]; none are with ``patience=None`` and a number as
+            ``tau``.
+        patience: epochs without a lower loss on the held-out rows after which training stops, and the weights of the
+            best epoch are taken. None trains all epochs and takes the last weights.
+        random_state: decides which rows are held out, the first weights and the order of rows.
+        device: to train on: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, CUDA where there is any. Predictions
+            are made on the CPU.
+        verbose: print a line an epoch.
+    Attributes:
+        bins_: the label axis.
+        model_: the :class:`dir_toolkit.LongTailModel` in float64, over standardized columns. ``model_.set_prior`` turns
+            predictions to any other prior.
+        scaler_: what standardizes the columns.
+        tau_: the strength of the adjustment; None without bins.
+        tau_choice_: the :class:`dir_toolkit.TauChoice` that ``"auto"`` made, with its curve; else None.
+        history_: a row an epoch: ``epoch``, ``loss`` and, with held-out rows, ``val_loss``.
+        best_epoch_: of the weights.
+        n_features_in_, feature_names_in_: as everywhere in scikit-learn.
+    Shape:
+        X: (N, columns). y, sample_weight: (N,), one label a row.
+    Units:
+        those of the labels.
+    Raises:
+        ValueError: X or y hold NaN or infinity, labels are all equal or too large for float32, there is one row only,
+        or y has several columns; a setting is unknown or out of range. LabelError: a label lies beyond ``bins``.
+        TypeError: labels are no numbers, or a setting is of another kind. NonFiniteLossError: training diverged.
+        scikit-learn's NotFittedError: predictions are asked for before ``fit``.
+
+    >>> X = np.linspace(0, 1, 400)[:, None]
+    >>> regressor = LongTailRegressor(epochs=20, random_state=0).fit(X, 60 * X[:, 0] ** 3)
+    >>> lower, upper = regressor.predict_interval(X, level=0.9)
+    >>> bool((lower <= regressor.predict(X)).all()), len(regressor.bins_)
+    (True, 100)
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden: Sequence[int] = (64, 64),
+        bins: Bins | None = None,
+        num_bins: int = 100,
+        head: Literal["linear", "cosine", "affinity", "regression", "gaussian"] = "linear",
+        loss: str | Callable[..., Tensor] | None = None,
+        sigma: float | Literal["auto"] | None = "auto",
+        decode: Decoding | None = None,
+        weights: Scheme | None = None,
+        tau: float | Literal["auto"] = "auto",
+        adjust: Literal["after", "in_loss"] = "after",
+        epochs: int = 100,
+        batch_size: int = 64,
+        lr: float = 2e-3,
+        weight_decay: float = 0.05,
+        validation_fraction: float = 0.15,
+        patience: int | None = 15,
+        random_state: Any = None,
+        device: str = "cpu",
+        verbose: bool = False,
+    ) -> None:
+        self.hidden = hidden
+        self.bins = bins
+        self.num_bins = num_bins
+        self.head = head
+        self.loss = loss
+        self.sigma = sigma
+        self.decode = decode
+        self.weights = weights
+        self.tau = tau
+        self.adjust = adjust
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LongTailRegressor:
+        """Train on rows X and their labels.
+
+        Args:
+            sample_weight: >= 0; scaled to a mean of one. A row of weight zero is as good as absent, and the prior that
+                predictions are adjusted from counts weights, not rows.
+        """
+        one_of(self._where, "head", self.head, ("linear", "cosine", "affinity", "regression", "gaussian"))
+        X, y, weight = self._checked(X, y, sample_weight, y_numeric=True)
+        labels = labels_array(self._where, y, "y").astype(np.float64)
+        self.bins_ = self._axis(labels)
+        self._fit(X, labels, weight, self.bins_, sigma=self.sigma, decode=self.decode)
+        return self
+
+    def _axis(self, labels: np.ndarray) -> Bins:
+        number(self._where, "the largest label", float(np.abs(labels).max()), float32=True)
+        low, high = float(labels.min()), float(labels.max())
+        if low == high:
+            raise problem(self._where, "y must hold at least two different labels", got=f"only {low:g}")
+        if self.bins is not None:
+            instance(self._where, Bins, bins=self.bins)
+            if self.bins.categorical:
+                fix = "Use LongTailClassifier for classes."
+                raise problem(self._where, "bins must be a continuous label axis", got=repr(self.bins), fix=fix)
+            return self.bins
+        count = whole(self._where, "num_bins", self.num_bins, low=2)
+        span = int(high) - int(low) + 1
+        if span >= _FEWEST_WHOLE and (labels == labels.round()).all():
+            width = -(-span // count)
+            return Bins.uniform(low, low + width * -(-span // width), width=width, integer=True)
+        return Bins.uniform(low, high, count=count)
+
+    def _choose_tau(self, scaled: np.ndarray, labels: Tensor) -> TauChoice:
+        return self.model_.choose_tau(self._read(scaled, lambda out: out.scores), labels)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The label of each row, (N,)."""
+        return self._predicted(X, lambda out: out.prediction)
+
+    def predict_interval(self, X: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+        """The lower and the upper end, (N,) each, of the central interval that holds a label with probability ``level``.
+
+        Raises:
+            ValueError: the level lies outside (0, 1). RuntimeError: ``head="regression"`` tells no distribution.
+        """
+
+        def ends(out: LongTailOutput) -> Tensor:
+            return torch.stack(self.model_.interval(out, level), 1)
+
+        lower, upper = self._predicted(X, ends).T
+        return lower, upper
+
+
+class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
+    """A classifier for long-tailed classes, as scikit-learn wants one.
+
+    The default is trained by the logit-adjusted loss, so that it predicts as if all classes were equally frequent.
+    Columns are standardized inside. Rows are held out in proportion to the classes, of each of which at least one is
+    left to train on.
+
+    Args:
+        head: ``"linear"``, ``"cosine"`` or ``"affinity"``.
+        loss: as in :class:`dir_toolkit.LongTailModel`.
+        weights: the scheme of :class:`dir_toolkit.LDS` by which the classes' counts weigh the loss, None for none.
+        tau: how far to go towards rare classes: 0 keeps the training prior, 1 goes all the way to even classes;
+            ``"auto"`` takes what has the least balanced error on the held-out rows, which needs ``adjust="after"``.
+        adjust: ``"in_loss"``, or ``"after"`` training. Affinities need the latter, unless ``loss="cross_entropy"``.
+        hidden, epochs, batch_size, lr, weight_decay, validation_fraction, patience, random_state, device, verbose: as
+            in :class:`LongTailRegressor`.
+    Attributes:
+        classes_: in order.
+        model_, scaler_, tau_, tau_choice_, history_, best_epoch_, n_features_in_, feature_names_in_: as in
+            :class:`LongTailRegressor`.
+    Shape:
+        X: (N, columns). y, sample_weight: (N,), one class a row, of numbers or strings.
+    Raises:
+        ValueError: X or y hold NaN or infinity, labels are of one class, of one row or continuous, or y has several
+        columns; a setting is unknown or out of range. TypeError: a setting is of another kind. NonFiniteLossError:
+        training diverged. scikit-learn's NotFittedError: predictions are asked for before ``fit``.
+
+    >>> X = np.linspace(0, 1, 400)[:, None]
+    >>> classifier = LongTailClassifier(epochs=20, random_state=0).fit(X, np.where(X[:, 0] < 0.9, "benign", "rare"))
+    >>> classifier.predict([[0.1], [0.99]]).tolist()
+    ['benign', 'rare']
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden: Sequence[int] = (64, 64),
+        head: Literal["linear", "cosine", "affinity"] = "linear",
+        loss: str | Callable[..., Tensor] | None = None,
+        weights: Scheme | None = None,
+        tau: float | Literal["auto"] = 1.0,
+        adjust: Literal["after", "in_loss"] = "in_loss",
+        epochs: int = 100,
+        batch_size: int = 64,
+        lr: float = 2e-3,
+        weight_decay: float = 0.05,
+        validation_fraction: float = 0.15,
+        patience: int | None = 15,
+        random_state: Any = None,
+        device: str = "cpu",
+        verbose: bool = False,
+    ) -> None:
+        self.hidden = hidden
+        self.head = head
+        self.loss = loss
+        self.weights = weights
+        self.tau = tau
+        self.adjust = adjust
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LongTailClassifier:
+        """Train on rows X and their classes; ``sample_weight`` as in :meth:`LongTailRegressor.fit`."""
+        one_of(self._where, "head", self.head, ("linear", "cosine", "affinity"))
+        X, y, weight = self._checked(X, y, sample_weight)
+        check_classification_targets(y)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise problem(self._where, "y must hold at least two classes", got=f"one class, {self.classes_[0]!r}")
+        self._fit(X, labels, weight, Bins.classes(len(self.classes_)))
+        return self
+
+    def _choose_tau(self, scaled: np.ndarray, labels: Tensor) -> TauChoice:
+        assert self.model_.density is not None
+        return choose_tau(self._read(scaled, _log_shares), labels, class_prior(self.model_.density))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The class of each row, (N,)."""
+        place = self._predicted(X, lambda out: out.prediction)
+        return self.classes_[place]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The probability of each class, (N, classes), under the prior that predictions are made for."""
+        return self._predicted(X, _shares)
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """The log-probability of each class, (N, classes); of two classes the log-odds of the second, (N,)."""
+        scores = self._predicted(X, _log_shares)
+        return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores
+
+
+def _shares(output: LongTailOutput) -> Tensor:
+    assert output.distribution is not None
+    return output.distribution
+
+
+def _log_shares(output: LongTailOutput) -> Tensor:
+    shares = _shares(output)
+    return shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
+
+
+def _validation_rows(random: np.random.RandomState, labels: np.ndarray, fraction: float, bins: Bins) -> np.ndarray:
+    """Rows to hold out, one of each run along the sorted labels; no class loses its last row."""
+    order = np.lexsort((random.random_sample(len(labels)), labels))
+    runs = np.array_split(order, max(1, min(len(labels) // 2, round(fraction * len(labels)))))
+    rows = np.array([random.choice(run) for run in runs])
+    if not bins.categorical:
+        return rows
+    left = np.delete(labels, rows)
+    return rows[np.isin(labels[rows], left)]
