@@ -376,7 +376,7 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         return self._predicted(X, lambda out: out.prediction)
 
     def predict_interval(self, X: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-        """The lower and the upper end, (N,) each, of the central interval that holds a label with probability ``level``.
+        """Lower and upper ends, (N,) each, of central intervals that hold a label with the probability ``level``.
 
         Raises:
             ValueError: the level lies outside (0, 1). RuntimeError: ``head="regression"`` tells no distribution.

@@ -1,0 +1,328 @@
+"""scikit-learn's own checks of the estimators, and what these promise beyond them."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn", minversion="1.6")
+
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import QuantileTransformer
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import dir_toolkit as dt
+from dir_toolkit.errors import ArgumentTypeError, DirToolkitError, LabelError, NonFiniteLossError, SettingsError
+from dir_toolkit.integrations.scikit_learn import LongTailClassifier, LongTailRegressor, _validation_rows
+
+QUICK: dict[str, Any] = {"hidden": (16,), "epochs": 40, "lr": 1e-2, "batch_size": 32}
+REGRESSOR = LongTailRegressor(**QUICK, random_state=0)
+CLASSIFIER = LongTailClassifier(**QUICK, random_state=0)
+NOT_APPLICABLE = {
+    # Weight two is twice the gradient, not two places in the order of rows; whole batches are tested below.
+    "check_sample_weight_equivalence_on_dense_data": "training is stochastic: its batches are of rows, not of weights",
+}
+
+
+@parametrize_with_checks(
+    [LongTailRegressor(**QUICK), LongTailClassifier(**QUICK)], expected_failed_checks=lambda estimator: NOT_APPLICABLE
+)
+def test_scikit_learns_own_checks(estimator: Any, check: functools.partial[Any]) -> None:
+    check(estimator)
+
+
+def long_tailed(n: int, seed: int, *, even: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Labels in [0, 50], mostly small, seen through two noisy columns."""
+    random = np.random.default_rng(seed)
+    y = random.uniform(0, 50, n) if even else np.minimum(random.exponential(5, n), 50)
+    return np.log1p(y / 4)[:, None] + random.normal(size=(n, 2)) * [0.4, 1.0], y
+
+
+def two_classes(n: int, seed: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Overlapping clouds; ``share`` of the rows are rare."""
+    random = np.random.default_rng(seed)
+    rare = np.arange(n) < share * n
+    return random.normal(size=(n, 2)) + 1.5 * rare[:, None], np.where(rare, "rare", "usual")
+
+
+@pytest.fixture(scope="module")
+def regressor() -> LongTailRegressor:
+    bins = dt.Bins.uniform(0, 50, width=1)
+    return LongTailRegressor(hidden=(32,), bins=bins, epochs=40, random_state=0).fit(*long_tailed(2000, 0))
+
+
+@pytest.fixture(scope="module")
+def classifier() -> LongTailClassifier:
+    return clone(CLASSIFIER).fit(*two_classes(1000, 0, 0.05))
+
+
+def test_few_shot_labels_are_predicted_better_than_by_the_median_and_than_under_the_training_prior(
+    regressor: LongTailRegressor,
+) -> None:
+    (_, y), (x_test, y_test) = long_tailed(2000, 0), long_tailed(2000, 1, even=True)
+    density = dt.LabelDensity.count(y, regressor.bins_)
+    few = density.regions()[regressor.bins_.index(y_test)] == "few"
+    assert few.sum() > 300
+    plain = pickle.loads(pickle.dumps(regressor))
+    plain.model_.set_prior(None)
+
+    def error(pred: Any) -> float:
+        return float(np.abs(pred - y_test)[few].mean())
+
+    assert error(regressor.predict(x_test)) < 0.9 * error(plain.predict(x_test)) < 0.9 * error(np.median(y))
+
+
+def test_tau_is_chosen_on_held_out_rows_and_moves_predictions_to_rare_labels(regressor: LongTailRegressor) -> None:
+    x, y = long_tailed(2000, 0)
+    assert regressor.tau_choice_.tau == regressor.tau_ > 0
+    assert regressor.tau_choice_.by == "bmae"
+    plain, full = (clone(regressor).set_params(tau=tau).fit(x, y) for tau in (0, 1.0))
+    assert (plain.tau_, plain.tau_choice_) == (0, None)
+    # The same network, since the same rows are held out: at tau 0 it speaks under the training prior.
+    assert plain.predict(x).mean() + 0.5 < full.predict(x).mean()
+    copied = pickle.loads(pickle.dumps(regressor))
+    copied.model_.set_prior("uniform", 1.0)
+    np.testing.assert_array_equal(copied.predict(x), full.predict(x))
+
+
+def test_intervals_hold_labels_as_often_as_they_say() -> None:
+    x, y = long_tailed(2000, 0)
+    plain = LongTailRegressor(hidden=(32,), tau=0, sigma=0.5, epochs=40, random_state=0).fit(x, y)
+    x_test, y_test = long_tailed(4000, 2)
+    for level in (0.5, 0.9):
+        lower, upper = plain.predict_interval(x_test, level=level)
+        assert abs(((lower <= y_test) & (y_test <= upper)).mean() - level) < 0.06
+    narrow, wide = (np.subtract(*plain.predict_interval(x_test, level)[::-1]) for level in (0.5, 0.9))
+    assert (narrow < wide).all()
+
+
+def test_the_axis_follows_the_labels() -> None:
+    x = np.arange(300.0)[:, None]
+    short = LongTailRegressor(epochs=1, num_bins=50)
+    assert short.fit(x, x[:, 0] / 7).bins_ == dt.Bins.uniform(0, 299 / 7, count=50)
+    # 300 whole numbers in at most 50 bins: six a bin.
+    assert short.fit(x, x[:, 0]).bins_ == dt.Bins.uniform(0, 300, width=6, integer=True)
+    assert short.fit(x, x[:, 0] % 20 + 3).bins_ == dt.Bins.uniform(3, 23, width=1, integer=True)
+    assert len(short.fit(x, x[:, 0] % 7).bins_) == 50  # too few whole numbers to spread labels over
+    own = dt.Bins.from_edges([0, 10, 100, 400])
+    assert clone(short).set_params(bins=own, sigma=5).fit(x, x[:, 0]).bins_ == own
+
+
+@pytest.mark.parametrize("estimator", [REGRESSOR, CLASSIFIER])
+def test_weight_zero_is_as_good_as_absent_and_the_scale_of_weights_does_not_matter(estimator: Any) -> None:
+    x, y = long_tailed(200, 0)
+    y = y if estimator is REGRESSOR else y > 5
+    weight = np.random.default_rng(0).choice([0.0, 1.0, 2.0], 200)
+    weight[np.argmax(y)] = 0  # the axis, too, must not know of it
+    one = clone(estimator).fit(x, y, sample_weight=weight).predict(x)
+    without = clone(estimator).fit(x[weight > 0], y[weight > 0], sample_weight=8 * weight[weight > 0]).predict(x)
+    np.testing.assert_array_equal(one, without)
+    assert not np.array_equal(one, clone(estimator).fit(x, y).predict(x))
+
+
+@pytest.mark.parametrize("estimator", [REGRESSOR, CLASSIFIER])
+def test_in_whole_batches_weight_two_is_seen_twice(estimator: Any) -> None:
+    x, y = long_tailed(60, 0)
+    y = y if estimator is REGRESSOR else y > 5
+    twice = np.arange(60) < 25
+    whole = clone(estimator).set_params(batch_size=1000, patience=None, tau=0, epochs=15)
+    weighted = clone(whole).fit(x, y, sample_weight=1.0 + twice)
+    repeated = clone(whole).fit(np.r_[x, x[twice]], np.r_[y, y[twice]])
+    read = "predict" if estimator is REGRESSOR else "predict_proba"
+    told = [getattr(one, read)(x) for one in (weighted, repeated, clone(whole).fit(x, y))]
+    np.testing.assert_allclose(told[0], told[1], atol=2e-3)
+    assert np.abs(told[0] - told[2]).max() > 10 * np.abs(told[0] - told[1]).max()
+
+
+def test_weights_of_lds_raise_predictions() -> None:
+    x, y = long_tailed(300, 0)
+    usual = clone(REGRESSOR).set_params(bins=dt.Bins.uniform(0, 50, width=1), head="regression", patience=None)
+    means = [clone(usual).set_params(weights=weights).fit(x, y).predict(x).mean() for weights in (None, "inverse")]
+    assert means[0] + 0.5 < means[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head": "gaussian"},
+        {"head": "regression", "loss": "balanced_mse"},
+        {"head": "affinity", "loss": "crps", "epochs": 60},
+        {"adjust": "in_loss", "tau": 0.5},
+        {"hidden": (), "patience": None, "decode": "expectation", "weights": "dense"},
+    ],
+)
+def test_regressors_of_every_kind_learn(changes: dict[str, Any]) -> None:
+    x, y = long_tailed(400, 0)
+    model = clone(REGRESSOR).set_params(**{"epochs": 15, **changes}).fit(x, y)
+    assert np.abs(model.predict(x) - y).mean() < 0.9 * np.abs(np.median(y) - y).mean()
+    if changes.get("head") == "gaussian":
+        lower, upper = model.predict_interval(x, 0.5)
+        assert ((lower < model.predict(x)) & (model.predict(x) < upper)).all()
+
+
+def test_probabilities_sum_to_one_and_agree_with_decisions(classifier: LongTailClassifier) -> None:
+    x, _ = two_classes(500, 1, 0.5)
+    shares, odds = classifier.predict_proba(x), classifier.decision_function(x)
+    np.testing.assert_allclose(shares.sum(1), 1, atol=1e-12)
+    np.testing.assert_allclose(odds, np.log(shares[:, 1] / shares[:, 0]), rtol=1e-9)
+    assert classifier.classes_.tolist() == ["rare", "usual"]
+    np.testing.assert_array_equal(classifier.predict(x), np.where(odds > 0, "usual", "rare"))
+
+
+def test_logit_adjustment_finds_rare_classes(classifier: LongTailClassifier) -> None:
+    (x, y), (x_test, y_test) = two_classes(1000, 0, 0.05), two_classes(1000, 1, 0.5)
+    after = clone(classifier).set_params(adjust="after", tau="auto").fit(x, y)
+    plain = clone(classifier).set_params(tau=0).fit(x, y)
+    weighed = clone(plain).set_params(weights="inverse").fit(x, y)
+    margin = clone(plain).set_params(head="affinity", adjust="after").fit(x, y)
+    assert after.tau_choice_.by == "balanced_error"
+    assert after.tau_ == after.tau_choice_.tau > 0
+    found = {
+        name: (model.predict(x_test) == y_test).mean() for name, model in locals().items() if hasattr(model, "tau_")
+    }
+    assert found["plain"] + 0.1 < min(found["classifier"], found["after"], found["weighed"])
+    assert found["margin"] > 0.5
+
+
+@pytest.mark.parametrize("estimator", [REGRESSOR, CLASSIFIER])
+def test_a_seed_decides_all_and_torchs_own_random_numbers_go_on(estimator: Any) -> None:
+    x, y = long_tailed(100, 0)
+    y = y if estimator is REGRESSOR else y > 5
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with torch.inference_mode():  # which a caller may have entered
+        one, again = (clone(estimator).fit(x, y) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    other = clone(estimator).set_params(random_state=1).fit(x, y)
+    drawn = np.random.RandomState(0)
+    first, second = (clone(estimator).set_params(random_state=drawn).fit(x, y) for _ in range(2))
+    assert one.history_ == again.history_ == first.history_
+    assert len({str(model.history_) for model in (one, other, second)}) == 3
+
+
+@pytest.mark.parametrize("estimator", [REGRESSOR, CLASSIFIER])
+def test_it_goes_through_pipelines_searches_folds_and_pickle(estimator: Any) -> None:
+    x, y = long_tailed(120, 0)
+    y = y if estimator is REGRESSOR else y > 5
+    piped = make_pipeline(QuantileTransformer(n_quantiles=50), clone(estimator).set_params(epochs=5))
+    assert np.isfinite(cross_val_score(piped, x, y, cv=2)).all()
+    name = estimator.__class__.__name__.lower()
+    search = GridSearchCV(piped, {f"{name}__tau": [0.0, 1.0], f"{name}__hidden": [(), (8,)]}, cv=2).fit(x, y)
+    assert len(search.cv_results_["params"]) == 4
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    copied = pickle.loads(pickle.dumps(search.best_estimator_))
+    np.testing.assert_array_equal(copied.predict(x), search.predict(x))
+
+
+def test_patience_keeps_the_best_epoch_and_verbose_prints_each(capsys: pytest.CaptureFixture[str]) -> None:
+    x, y = long_tailed(100, 0)
+    model = clone(REGRESSOR).set_params(patience=3, epochs=300, verbose=True).fit(x, y)
+    losses = [row["val_loss"] for row in model.history_]
+    assert len(losses) == model.best_epoch_ + 3 < 300
+    assert min(losses) == losses[model.best_epoch_ - 1]
+    assert len(capsys.readouterr().out.splitlines()) == len(losses)
+    patient = clone(REGRESSOR).set_params(patience=None, epochs=4, tau=1).fit(x, y)
+    assert patient.best_epoch_ == len(patient.history_) == 4
+    assert "val_loss" not in patient.history_[0]  # nothing is held out
+
+
+def test_rows_are_held_out_along_the_labels_and_no_class_loses_its_last() -> None:
+    random, axis = np.random.RandomState(0), dt.Bins.uniform(0, 1000, count=10)
+    labels = random.permutation(1000.0 * np.arange(100) / 99)
+    held = np.sort(labels[_validation_rows(random, labels, 0.1, axis)])
+    assert (dt.LabelDensity.count(held, axis).counts == 1).all()
+    classes = np.array([0] * 50 + [1, 1, 2])
+    for _ in range(50):
+        rows = _validation_rows(random, classes, 0.5, dt.Bins.classes(3))
+        assert set(np.delete(classes, rows)) == {0, 1, 2}
+    assert len(_validation_rows(random, np.array([0.0, 1.0]), 0.01, axis)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": "forest"}, r"LongTailRegressor: head must be one of 'linear', .*got 'forest'"),
+        ({"loss": "l1"}, "loss must be one of 'cross_entropy'"),
+        ({"weights": "lds"}, r"LongTailRegressor: weights must be one of 'inverse', .*got 'lds'"),
+        ({"tau": -1}, "LongTailRegressor: tau must be >= 0, got -1"),
+        ({"tau": "best"}, "LongTailRegressor: tau must be one of 'auto', got 'best'"),
+        ({"tau": 1.0, "head": "gaussian"}, "tau must be \"auto\", which does nothing, with head='gaussian'"),
+        ({"adjust": "in_loss"}, 'tau must be a number with adjust="in_loss"'),
+        ({"adjust": "before"}, "LongTailRegressor: adjust must be one of 'after', 'in_loss', got 'before'"),
+        ({"hidden": (0,)}, "LongTailRegressor: hidden must be at least 1, got 0"),
+        ({"hidden": 64}, r"LongTailRegressor: hidden must be a tuple of whole numbers, got 64\. Use \(64,\)"),
+        ({"num_bins": 1}, "LongTailRegressor: num_bins must be at least 2, got 1"),
+        ({"bins": 50}, "LongTailRegressor: bins must be a Bins, got int"),
+        ({"bins": dt.Bins.classes(3)}, "LongTailRegressor: bins must be a continuous label axis"),
+        ({"validation_fraction": 0.6}, "validation_fraction must be > 0 and <= 0.5, got 0.6"),
+        ({"patience": 0}, "LongTailRegressor: patience must be at least 1, got 0"),
+        ({"device": "abacus"}, 'device must be "auto", "cpu"'),
+    ],
+)
+def test_bad_settings_of_a_regressor_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DirToolkitError, match=message):
+        clone(REGRESSOR).set_params(**changes).fit(*long_tailed(50, 0))
+
+
+def test_bad_settings_of_training_are_all_named_at_once() -> None:
+    with pytest.raises(SettingsError, match=r"epochs must be at least 1, got 0.\n  lr must be > 0, got -1"):
+        clone(CLASSIFIER).set_params(epochs=0, lr=-1).fit([[0.0], [1.0]], [0, 1])
+    with pytest.raises(DirToolkitError, match="LongTailClassifier: head must be one of 'linear', 'cosine', 'affinity'"):
+        clone(CLASSIFIER).set_params(head="regression").fit([[0.0], [1.0]], [0, 1])
+
+
+def test_bad_labels_are_refused() -> None:
+    x, y = long_tailed(50, 0)
+    with pytest.raises(ValueError, match="y must hold at least two different labels, got only 3"):
+        REGRESSOR.fit(x, np.full(50, 3.0))
+    with pytest.raises(ArgumentTypeError, match="LongTailRegressor: y must be integers or floats, got dtype <U2"):
+        REGRESSOR.fit(x, np.full(50, "30"))
+    with pytest.raises(ValueError, match="the largest label must fit into float32"):
+        REGRESSOR.fit(x, 1e300 * y)
+    with pytest.raises(LabelError, match="index"):
+        clone(REGRESSOR).set_params(bins=dt.Bins.uniform(0, 2, width=1)).fit(x, y)
+    with pytest.raises(ValueError, match="y should be a 1d array"):
+        REGRESSOR.fit(x, np.c_[y, y])
+    with pytest.raises(ValueError, match="Input y contains NaN"):
+        REGRESSOR.fit(x, np.where(y > 5, np.nan, y))
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        REGRESSOR.fit(np.where(x > 1, np.nan, x), y)
+    with pytest.raises(ValueError, match="minimum of 2 is required"):
+        CLASSIFIER.fit(x[:1], [1])
+    with pytest.raises(ValueError, match="y must hold at least two classes, got one class, "):
+        CLASSIFIER.fit(x, np.ones(50))
+    with pytest.raises(ValueError, match="Unknown label type: continuous"):
+        CLASSIFIER.fit(x, y)
+    with pytest.raises(
+        ValueError, match=r"y must hold a label twice, to validate on, got each once. Pass patience=None"
+    ):
+        CLASSIFIER.fit(x[:3], [0, 1, 2])
+
+
+def test_bad_weights_and_untrained_or_diverging_models_are_refused() -> None:
+    x, y = long_tailed(50, 0)
+    with pytest.raises(ValueError, match=r"(?i)weights? .*(zero|positive)"):
+        REGRESSOR.fit(x, y, sample_weight=np.zeros(50))
+    with pytest.raises(ValueError, match="Negative values"):
+        REGRESSOR.fit(x, y, sample_weight=-np.ones(50))
+    with pytest.raises(NotFittedError):
+        LongTailRegressor().predict_interval(x)
+    with pytest.raises(NotFittedError):
+        LongTailClassifier().predict(x)
+    with pytest.raises(
+        NonFiniteLossError, match=r"LongTailRegressor: the loss must be finite, got .* in epoch .* Lower lr"
+    ):
+        clone(REGRESSOR).set_params(head="regression", loss="weighted_mse", lr=1e30, hidden=()).fit(x, y)
+    point = clone(REGRESSOR).set_params(head="regression", epochs=1).fit(x, y)
+    with pytest.raises(RuntimeError, match="the head must tell a distribution"):
+        point.predict_interval(x)
+    with pytest.raises(ValueError, match="level must be > 0 and < 1, got 1"):
+        clone(REGRESSOR).set_params(epochs=1).fit(x, y).predict_interval(x, level=1)
