@@ -102,9 +102,9 @@ def main(settings: Settings) -> None:
             row = [as_drawn, errors.bmae.sel(region="all"), *errors.mae]
             table.setdefault(name, []).append([float(value) for value in row])
     print(
-        f"Errors in days, mean ± standard deviation over {settings.seeds} table(s) of {settings.samples:,} patients. MAE "
-        f"of {len(usual[1]):,} new\nones as they come; then, of {len(even[1]):,} whose stays are evenly spread, bMAE and "
-        "MAE by the training patients of a\nday: many (more than 100), medium (20 to 100), few (1 to 19), unseen."
+        f"Errors in days, mean ± standard deviation over {settings.seeds} table(s) of {settings.samples:,} patients. "
+        f"MAE of {len(usual[1]):,} new\nones as they come; then, of {len(even[1]):,} whose stays are evenly spread, "
+        "bMAE and MAE by the training patients of a\nday: many (more than 100), medium (20 to 100), few (1 to 19), unseen."
     )
     print(" " * 18 + "".join(f"{name:>13}" for name in ("as they come", "bMAE", *errors.region.values)))
     for name, rows in table.items():

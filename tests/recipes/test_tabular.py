@@ -16,7 +16,7 @@ from running import Outcome
 pytest.importorskip("sklearn", minversion="1.6")
 
 RECIPE = running.RECIPES / "tabular.py"
-TINY = ["--samples", "300", "--trees", "3", "--epochs", "2"]
+TINY = ["--samples", "1500", "--trees", "3", "--epochs", "2"]
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
