@@ -60,9 +60,19 @@ def methods(settings: Settings, seed: int, bins: dt.Bins) -> dict[str, tuple[Any
 
     from dir_toolkit.integrations.scikit_learn import LongTailRegressor
 
-    boosting = {"loss": "absolute_error", "max_iter": settings.trees, "early_stopping": False, "random_state": seed}
-    network = {"bins": bins, "epochs": settings.epochs, "batch_size": settings.batch_size, "random_state": seed}
-    found = {
+    boosting: dict[str, Any] = {
+        "loss": "absolute_error",
+        "max_iter": settings.trees,
+        "early_stopping": False,
+        "random_state": seed,
+    }
+    network: dict[str, Any] = {
+        "bins": bins,
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        "random_state": seed,
+    }
+    found: dict[str, tuple[Any, bool]] = {
         "boosting": (HistGradientBoostingRegressor(**boosting), False),
         "boosting, LDS": (HistGradientBoostingRegressor(**boosting), True),
     }
@@ -72,7 +82,7 @@ def methods(settings: Settings, seed: int, bins: dt.Bins) -> dict[str, tuple[Any
         if seed == 0:
             print('lightgbm is left out, since it cannot be loaded: pip install "dir_toolkit[integrations]"')
     else:
-        trees = {"objective": "l1", "n_estimators": settings.trees, "n_jobs": 1, "verbosity": -1}
+        trees: dict[str, Any] = {"objective": "l1", "n_estimators": settings.trees, "n_jobs": 1, "verbosity": -1}
         found["lightgbm, LDS"] = (LGBMRegressor(**trees, random_state=seed), True)
     return found | {
         "perceptron": (LongTailRegressor(head="regression", **network), False),
@@ -102,9 +112,9 @@ def main(settings: Settings) -> None:
             row = [as_drawn, errors.bmae.sel(region="all"), *errors.mae]
             table.setdefault(name, []).append([float(value) for value in row])
     print(
-        f"Errors in days, mean ± standard deviation over {settings.seeds} table(s) of {settings.samples:,} patients. "
-        f"MAE of {len(usual[1]):,} new\nones as they come; then, of {len(even[1]):,} whose stays are evenly spread, "
-        "bMAE and MAE by the training patients of a\nday: many (more than 100), medium (20 to 100), few (1 to 19), unseen."
+        f"Errors in days, mean ± standard deviation over {settings.seeds} table(s) of {settings.samples:,} patients.\n"
+        f"MAE of {len(usual[1]):,} new ones as they come; then, of {len(even[1]):,} whose stays are evenly spread,\n"
+        "bMAE and MAE by the training patients of a day: many (more than 100), medium (20 to 100), few (1 to 19), unseen."
     )
     print(" " * 18 + "".join(f"{name:>13}" for name in ("as they come", "bMAE", *errors.region.values)))
     for name, rows in table.items():

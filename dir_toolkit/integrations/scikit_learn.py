@@ -140,7 +140,7 @@ class _LongTailEstimator(BaseEstimator):
         with torch.inference_mode(False), torch.enable_grad():
             with runtime.seeded("network"):
                 backbone, num_features = self._backbone(columns.shape[1])
-                prior = {} if tau in ("auto", None) else {"prior": "uniform", "tau": tau}
+                prior: dict[str, Any] = {} if tau in ("auto", None) else {"prior": "uniform", "tau": tau}
                 model = LongTailModel(
                     backbone,
                     num_features,
