@@ -114,7 +114,7 @@ def main(settings: Settings) -> None:
     print(
         f"Errors in days, mean ± standard deviation over {settings.seeds} table(s) of {settings.samples:,} patients.\n"
         f"MAE of {len(usual[1]):,} new ones as they come; then, of {len(even[1]):,} whose stays are evenly spread,\n"
-        "bMAE and MAE by the training patients of a day: many (more than 100), medium (20 to 100), few (1 to 19), unseen."
+        "bMAE and MAE by training patients a day: many (more than 100), medium (20 to 100), few (under 20), unseen."
     )
     print(" " * 18 + "".join(f"{name:>13}" for name in ("as they come", "bMAE", *errors.region.values)))
     for name, rows in table.items():
