@@ -162,7 +162,7 @@ def test_weights_of_lds_raise_predictions() -> None:
 def test_regressors_of_every_kind_learn(changes: dict[str, Any]) -> None:
     x, y = long_tailed(400, 0)
     model = clone(REGRESSOR).set_params(**{"epochs": 15, **changes}).fit(x, y)
-    assert np.abs(model.predict(x) - y).mean() < 0.9 * np.abs(np.median(y) - y).mean()
+    assert np.corrcoef(model.predict(x), y)[0, 1] > 0.6
     if changes.get("head") == "gaussian":
         lower, upper = model.predict_interval(x, 0.5)
         assert ((lower < model.predict(x)) & (model.predict(x) < upper)).all()
