@@ -156,7 +156,7 @@ def test_weights_of_lds_raise_predictions() -> None:
         {"head": "regression", "loss": "balanced_mse"},
         {"head": "affinity", "loss": "crps", "epochs": 60},
         {"adjust": "in_loss", "tau": 0.5},
-        {"hidden": (), "patience": None, "decode": "expectation", "weights": "dense"},
+        {"hidden": (), "patience": None, "decode": "expectation", "weights": "dense", "epochs": 60},
     ],
 )
 def test_regressors_of_every_kind_learn(changes: dict[str, Any]) -> None:
