@@ -23,6 +23,7 @@ ROOMS = (
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"dir_toolkit": "index.md"},
+        {"Digits": "digits.md"},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},
         {"Changes": "CHANGELOG.md"},
@@ -33,7 +34,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in (*sorted((ROOT / "data_cards").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CITATION.cff"):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "index.md", content=readme))
     files.append(File.generated(config, "reference/index.md", content=_names()))
     for room, modules in rooms().items():
