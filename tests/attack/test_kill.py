@@ -182,8 +182,10 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path: Path, whole: Path) -> N
         first.kill()
         first.wait()
         first.communicate()
-    train(tmp_path, resume=True)  # a lock ends with its holder, however that ends
-    train(tmp_path, resume=True)  # and one that was released is free, also of a finished run
+    for _ in range(2):  # a lock ends with its holder, however that ends, and is free after a finished run
+        again = start("resume", tmp_path)
+        assert again.communicate(timeout=200)[1] == ""
+        assert again.returncode == 0
     assert same_runs(tmp_path, whole)
 
 
