@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
-from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
 from ._checks import (
@@ -376,6 +374,9 @@ def _temperature(where: str, scores: np.ndarray, classes: np.ndarray, shares: np
     scores = scores - scores.max(1, keepdims=True)
     of_label = scores[np.arange(len(classes)), classes]
 
+    from scipy.optimize import brentq
+    from scipy.special import softmax
+
     def slope(log_temperature: float) -> float:
         """Of the mean negative log-likelihood, in 1 / T; it falls as T rises."""
         expected = (softmax(scores / math.exp(log_temperature), axis=1) * scores).sum(1)
@@ -419,6 +420,8 @@ def candidate_taus(where: str, taus: Any) -> np.ndarray:
 
 def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> float:
     """Less is better; ``shares``, one a sample, sum to one."""
+    from scipy.special import log_softmax, softmax
+
     if by == "log_loss":
         return float(-(shares * log_softmax(adjusted, axis=1)[np.arange(len(classes)), classes]).sum())
     right = adjusted.argmax(1) == classes

@@ -33,3 +33,12 @@ def test_importing_the_package_imports_no_optional_library() -> None:
     loaded = set(done.stdout.split())
     assert "torch" in loaded  # else this test would see nothing
     assert not loaded & OPTIONAL
+
+
+def test_importing_the_package_takes_little_longer_than_importing_torch() -> None:
+    """Neither SciPy nor torch's compiler, each slower than all of ours, is imported before it is used."""
+    code = "import sys, torch; old = set(sys.modules); import dir_toolkit; print(*sorted(set(sys.modules) - old))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "dir_toolkit.labels.bins" in loaded  # else this test would see nothing
+    assert not [name for name in loaded if name.startswith(("scipy", "torch._dynamo", "sympy"))]

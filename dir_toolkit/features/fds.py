@@ -387,7 +387,7 @@ class FDS(Float64Module):
             self.to(features.device)
         return self.covariance.calibrate(features, row)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable imports the whole compiler at once, this when it is called
     def _run(self, where: str, module: nn.Module, features: Tensor, repeated: bool) -> Tensor:
         """What a hook does: gather, then calibrate. ``repeated`` is activation checkpointing running the module again
         in backward: the same calibration, and nothing counted twice."""

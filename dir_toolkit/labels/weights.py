@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.ndimage import correlate1d
 from torch import Tensor, nn
 
 from .._checks import instance, interval, keys, number, one_of, problem
@@ -196,6 +195,8 @@ class LDS(nn.Module):
             return values
         values = values.reshape(self.bins.shape)
         if self._public_integers:
+            from scipy.ndimage import correlate1d
+
             for axis, window in enumerate(self.kernels):
                 values = correlate1d(values, window / window.max(), axis=axis, mode="constant")
             return np.trunc(values).ravel()

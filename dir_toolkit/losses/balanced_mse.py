@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.special import logsumexp, softmax
 from torch import Tensor, nn
 
 from .._checks import (
@@ -430,6 +429,8 @@ def _mixture(
     rows: np.ndarray, shares: np.ndarray, components: int, least: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights (K,), means (K, D) and variances (K, D) of a mixture for rows (M, D), all different, of variance one."""
+    from scipy.special import logsumexp, softmax
+
     random = np.random.default_rng(seed)
     starts = rows[[random.choice(len(rows), p=shares)]]
     nearest = ((rows - starts) ** 2).sum(1)

@@ -546,7 +546,7 @@ def test_the_label_must_have_the_mixture_s_dimensions() -> None:
         ([1.0, 2.0, 2.0], {"components": 3}, ValueError, "components must be at most .* different labels, 2, got 3"),
         ([1.0, 2.0], {"components": 0}, ValueError, "components must be at least 1, got 0"),
         ([1.0, 2.0], {"components": 1, "seed": -1}, ValueError, "seed must be at least 0, got -1"),
-        ([1.0, 2.0], {"components": 1, "least_variance": 0}, ValueError, "least_variance must be > 0, got 0"),
+        ([1.0, 2.0], {"components": 1, "least_variance": 0}, ValueError, "least_variance must be > 0 and .*, got 0"),
         (["a"], {}, TypeError, "labels must be integers or floats"),
     ],
 )
