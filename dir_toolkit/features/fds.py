@@ -209,7 +209,7 @@ class FDS(Float64Module):
                     "and run the model inside `with fds.labels(y):`.",
                 )
         finally:
-            self._row, self._ran = outer, ran
+            self._row, self._ran = outer, ran or self._ran
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Gather the statistics of features, without a hook. Features are not changed."""

@@ -688,6 +688,18 @@ def test_forgetting_labels_warns_once() -> None:
     assert "Run it inside `with fds.labels(y):`" in our_warnings(caught)[0]
 
 
+def test_labels_around_a_model_that_places_its_own_do_not_warn() -> None:
+    net, fds = make()
+    x, y = net_data()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fds.labels(y), fds.labels(y):
+            net(x)
+        with fds.labels(y):
+            pass
+    assert ["no attached module ran" in told for told in our_warnings(caught)] == [True]  # of the last
+
+
 @pytest.mark.parametrize("validates", [True, False])
 def test_forgetting_the_end_of_more_than_one_epoch_warns_once(validates: bool) -> None:
     net, fds = make()
