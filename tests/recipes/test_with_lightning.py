@@ -11,6 +11,9 @@ import running
 import torch
 from running import Outcome
 
+pytest.importorskip("lightning")
+pytest.importorskip("torchmetrics")
+
 RECIPE = running.RECIPES / "with_lightning.py"
 TINY = ["--samples", "400", "--epochs", "2"]
 
@@ -26,8 +29,6 @@ def test_help_answers_without_torch(tmp_path: Path) -> None:
 
 
 def test_it_prints_a_row_a_method(here: Callable[..., Outcome]) -> None:
-    pytest.importorskip("lightning")
-    pytest.importorskip("torchmetrics")
     outcome = here(*TINY)
     assert outcome.code == 0, outcome.err
     title, header, *rows = outcome.out.splitlines()

@@ -11,6 +11,9 @@ import running
 import torch
 from running import Outcome
 
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
 RECIPE = running.RECIPES / "with_transformers.py"
 TINY = ["--samples", "400", "--epochs", "2"]
 
@@ -20,8 +23,6 @@ def test_help_answers_without_torch(tmp_path: Path) -> None:
 
 
 def test_it_prints_a_row_a_method(here: Callable[..., Outcome]) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
     outcome = here(*TINY)
     assert outcome.code == 0, outcome.err
     title, header, *rows = outcome.out.splitlines()
