@@ -61,7 +61,8 @@ def two_ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., l
 
     def run(main: Callable[[int], object], *, timeout: float = 60) -> list[Any]:
         program = [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", __file__]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        # One thread each, as torchrun has it.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         ranks = [
             subprocess.Popen(
                 [*program, str(request.path), main.__name__, str(rank)],
