@@ -353,7 +353,8 @@ def _trace(matrices: Tensor) -> Tensor:
 
 def _check_memory(form: str, num_bins: int, num_features: int, side: int) -> None:
     """Before statistics of matrices are taken."""
-    needed = 56 * num_bins * side**2 + 24 * (num_features**2 if form == "low_rank" else 0)
+    each = 80 if form == "full" else 165  # bytes of a number in the matrices, at the end of an epoch
+    needed = each * num_bins * side**2 + 24 * (num_features**2 if form == "low_rank" else 0)
     free = _free_memory()
     if free is not None and needed > free:
         raise problem(

@@ -86,9 +86,9 @@ class FDS(Float64Module):
     Units:
         labels in those of the axis; features any.
     Memory:
-        statistics and maps are float64: about 56 bytes times B * D^2 when an epoch with full covariance ends, times
-        B * r^2 with low rank. It must be free when the FDS is made. Full covariance waits for an accelerator once a
-        step.
+        statistics and maps are float64: about 80 bytes times B * D^2 when an epoch with full covariance ends, 165
+        times B * r^2 with low rank. It must be free when the FDS is made. Full covariance waits for an accelerator once
+        a step, low rank now and then.
     Raises:
         ValueError: a setting is out of bounds, or covariances would take more memory than is free.
     Source:

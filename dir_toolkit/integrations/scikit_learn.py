@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -229,8 +230,9 @@ class _LongTailEstimator(BaseEstimator):
         X = validate_data(self, X, dtype=np.float64, reset=False)
         return self._read(self.scaler_.transform(X), read).numpy()
 
+    @abstractmethod
     def _choose_tau(self, scaled: np.ndarray, labels: Tensor) -> TauChoice:
-        raise NotImplementedError
+        """The tau that held-out rows find best."""
 
 
 class LongTailRegressor(RegressorMixin, _LongTailEstimator):
