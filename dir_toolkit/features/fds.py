@@ -67,7 +67,8 @@ class FDS(Float64Module):
             bin's first epoch is taken whole.
         covariance: ``"diagonal"``, a variance a feature; ``"full"``, a (D, D) matrix a bin; or ``"low_rank"``, a full
             one within the ``rank`` leading directions of the covariance pooled over bins, found anew each epoch, and
-            one variance beyond them. Low rank moves means only in the first epoch that it calibrates.
+            one variance beyond them. The first epoch that low rank calibrates moves means only, as none before it
+            had a subspace.
         map: how a covariance that is not diagonal is carried to the smoothed one, ``"paper"`` or ``"transport"``, as
             in :func:`dir_toolkit.features.calibration.covariance_map`.
         rank: r, of ``"low_rank"``, below D.

@@ -62,7 +62,7 @@ class LabelAxes(ABC):
         """How many of these labels each bin holds, (B,) int64; those that ``"drop"`` leaves out are in none."""
         index = self._place(where, labels, outside, name).ravel()
         index = index[index >= 0] if outside == "drop" else index
-        return torch.bincount(torch.from_numpy(index), minlength=len(self)).numpy()  # faster than numpy's
+        return np.bincount(index, minlength=len(self))
 
     def _row(self, where: str, labels: Tensor, outside: Outside) -> Tensor:
         """The row that each label reads in a table of one row a bin and a last one for labels that have none.
@@ -114,7 +114,8 @@ class Bins(LabelAxes):
         centers.setflags(write=False)
         self.edges, self.centers, self.categorical = edges, centers, categorical
         self._edges, self._centers = torch.from_numpy(edges.copy()), torch.from_numpy(centers.copy())
-        self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}  # copies and scales, made when asked
+        self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}  # copies, made when asked
+        self._scales: dict[np.dtype, np.ndarray | None] = {}
 
     def _tensor(self, name: Literal["edges", "centers"], like: Tensor) -> Tensor:
         """Edges or centres in the dtype and on the device of ``like``, copied there once."""
@@ -281,8 +282,10 @@ class Bins(LabelAxes):
         real(where, **{name: labels})
         labels = labels.detach()
         values = labels.double() if not labels.is_floating_point() else labels
-        if readable(values) and (quick := self._scaled_index(values)) is not None:
-            return quick
+        if readable(values) and (not labels.is_floating_point() or labels.dtype in (torch.float32, torch.float64)):
+            quick = self._quick_index(labels.numpy(force=True))
+            if quick is not None:
+                return torch.from_numpy(quick)
         edges = self._tensor("edges", values)
         if values.itemsize < 4:
             values, edges = values.float(), edges.float()
@@ -300,56 +303,63 @@ class Bins(LabelAxes):
         return index.masked_fill(broken, -1)
 
     def _tally(self, where: str, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
-        counts = self._sorted_tally(labels_array(where, labels, name))
+        labels = labels_array(where, labels, name)
+        if (index := self._quick_index(labels)) is not None:
+            return np.bincount(index.ravel(), minlength=len(self))
+        counts = self._sorted_tally(labels)
         return super()._tally(where, labels, outside, name) if counts is None else counts
 
     def _sorted_tally(self, labels: np.ndarray) -> np.ndarray | None:
-        """How many labels each bin of an uneven axis holds, from where its edges lie among the sorted labels, which is
-        faster than a search for each. None where a label has no bin, or where another way is faster."""
-        like = torch.empty(0, dtype=torch.float32 if labels.dtype == np.float32 else torch.float64)
-        if self.categorical or labels.dtype == np.float16 or len(self) >= labels.size or self._scale(like).numel():
+        """How many labels each bin holds, from where the edges lie among the sorted labels, which is faster than a
+        search for each. None where a label has no bin, or there are too few labels."""
+        if self.categorical or labels.dtype == np.float16 or len(self) >= labels.size:
             return None
-        values = np.sort(labels.astype(like.numpy().dtype, copy=False), axis=None)
-        edges = self._tensor("edges", like).numpy()
+        values = np.sort(_floats(labels), axis=None)
+        with np.errstate(over="ignore"):
+            edges = self.edges.astype(values.dtype)
         ends = np.searchsorted(values, edges)
         ends[-1] = np.searchsorted(values, edges[-1], side="right")  # NaN is sorted to the end
         return np.diff(ends) if ends[0] == 0 and ends[-1] == len(values) else None
 
-    def _scaled_index(self, values: Tensor) -> Tensor | None:
-        """The bins of labels that all lie on an even axis, by scaling and rounding down, which is faster than a search.
-        None where a label lies outside, or where rounding could place one differently than a search would."""
-        scale = self._scale(values)
-        if scale.numel() == 0 or values.numel() == 0:
+    def _quick_index(self, labels: np.ndarray) -> np.ndarray | None:
+        """The bins of labels that all are numbers of classes or lie on an even axis, found without a search. None where
+        one does not, or where rounding could place one differently than a search would."""
+        if labels.size == 0:
             return None
-        low, high = (x.item() for x in torch.aminmax(values))  # NaN if any label is
-        first, last = self._tensor("edges", values)[[0, -1]].tolist()
+        if self.categorical:
+            whole = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < len(self)
+            return labels.astype(np.int64) if whole else None
+        values = _floats(labels)
+        if (scale := self._scale(values.dtype)) is None:
+            return None
+        first, last = self.edges[[0, -1]].astype(values.dtype)
+        low, high = values.min(), values.max()  # NaN if any label is
         if not first <= low <= high <= last:
             return None
-        index = _scaled(values, scale).long()
-        return index.clamp_(max=len(self) - 1) if high == last else index
+        index = _scaled(values, scale).astype(np.int64)
+        return np.minimum(index, len(self) - 1, out=index) if high == last else index
 
-    def _scale(self, like: Tensor) -> Tensor:
+    def _scale(self, dtype: np.dtype) -> np.ndarray | None:
         """:meth:`_exact_scale`, once made."""
-        key = ("scale", like.dtype, like.device)
-        if key not in self._tensors:
-            self._tensors[key] = self._exact_scale(like)
-        return self._tensors[key]
+        if dtype not in self._scales:
+            self._scales[dtype] = self._exact_scale(dtype)
+        return self._scales[dtype]
 
-    def _exact_scale(self, like: Tensor) -> Tensor:
+    def _exact_scale(self, dtype: np.dtype) -> np.ndarray | None:
         """(offset, slope) such that rounding ``slope * label + offset`` down gives the bin of every label of this
-        dtype; empty if there is none. Each step is monotone, so it holds everywhere if it holds on both sides of each
+        dtype; None if there is none. Each step is monotone, so it holds everywhere if it holds on both sides of each
         edge."""
-        nothing = torch.empty(0, dtype=like.dtype)
-        if self.categorical or like.dtype not in (torch.float32, torch.float64):
-            return nothing
-        edges = self._tensor("edges", like)
-        with np.errstate(over="ignore"):
+        if self.categorical or dtype not in (np.float32, np.float64):
+            return None
+        with np.errstate(over="ignore", invalid="ignore"):
+            edges = self.edges.astype(dtype)
             slope = len(self) / (self.edges[-1] - self.edges[0])
-        scale = torch.tensor([-self.edges[0] * slope, slope], dtype=like.dtype)
-        below = torch.nextafter(edges, edges.new_full((), -torch.inf))
-        expected = torch.arange(len(edges))
-        at_edge, just_below = _scaled(edges, scale).long(), _scaled(below[1:], scale).long()
-        return scale if torch.equal(at_edge, expected) and torch.equal(just_below, expected[:-1]) else nothing
+            scale = np.array([-self.edges[0] * slope, slope], dtype=dtype)
+            at_edge = _scaled(edges, scale).astype(np.int64)
+            just_below = _scaled(np.nextafter(edges[1:], dtype.type(-np.inf)), scale).astype(np.int64)
+        expected = np.arange(len(edges))
+        exact = np.array_equal(at_edge, expected) and np.array_equal(just_below, expected[:-1])
+        return scale if exact else None
 
     def _refusal(self, where: str, name: str, labels: Tensor, broken: Tensor, refused: Tensor) -> Exception:
         at = tuple(int(i) for i in refused.nonzero()[0])
@@ -419,8 +429,13 @@ def _edges_array(where: str, edges: object) -> np.ndarray:
     return array
 
 
-def _scaled(values: Tensor, scale: Tensor) -> Tensor:
-    offset, slope = scale.tolist()
+def _floats(labels: np.ndarray) -> np.ndarray:
+    """Labels in the precision in which they are compared with edges."""
+    return labels if labels.dtype.kind == "f" else labels.astype(np.float64)
+
+
+def _scaled(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    offset, slope = scale
     values = values if slope == 1 else values * slope
     return values if offset == 0 else values + offset
 

@@ -23,7 +23,7 @@ __all__ = ["REGIONS", "LabelDensity"]
 
 REGIONS = ("many", "medium", "few", "unseen")
 
-_PIECE = 2**17  # labels at a time, which stay in a processor's cache
+_PIECE = 2**16  # labels at a time, which stay in a processor's cache
 
 
 class LabelDensity:
