@@ -1,9 +1,10 @@
 """All benchmarks, one after the other, as one table and one xarray result.
 
-    python benchmarks/all.py                     # or: python benchmarks/all.py fds losses
+    python benchmarks/all.py
 
 Prints ratios as they come and writes ``table.md``, ``results.nc`` and the pictures of growth.py into
-``runs/benchmarks``. Takes about twelve minutes on two idle CPU cores, 400 MB of disk for a while, and Linux.
+``runs/benchmarks``. Each runs in a process of its own, since threads that one leaves behind slow the next. Takes about
+TIME minutes on two idle CPU cores, 400 MB of disk for a while, and Linux.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import platform
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ import torch
 import xarray as xr
 from timing import Report, Row
 
-NAMES = ("startup", "lds", "density", "fds", "heads", "losses", "images")
+NAMES = ("startup", "lds", "density", "fds", "heads", "losses", "images", "growth")
 OUT = Path("runs/benchmarks")
 
 
@@ -40,13 +43,14 @@ def as_result(rows: dict[str, list[Row]], machine: str) -> xr.Dataset:
     )
 
 
+def measured(name: str) -> list[Row]:
+    report = Report()
+    importlib.import_module(name).main(report)
+    return report.rows
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [*NAMES, "growth"]
-    parser.add_argument("names", nargs="*", help=f"which of {', '.join(known)}; by default all")
-    names = parser.parse_args().names or known
-    if unknown := set(names) - set(known):
-        parser.error(f"names must be of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     machine = (
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, numpy {np.__version__}, "
         f"Python {platform.python_version()}, CPU"
@@ -54,15 +58,10 @@ def main() -> None:
     print(machine)
     OUT.mkdir(parents=True, exist_ok=True)
     rows = {}
-    for name in names:
+    for name in NAMES:
         print(f"\n{name}", flush=True)
-        module = importlib.import_module(name)
-        if name == "growth":
-            module.main()
-            continue
-        report = Report()
-        module.main(report)
-        rows[name] = report.rows
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            rows[name] = process.submit(measured, name).result()
         (OUT / "table.md").write_text(as_markdown(rows, machine), encoding="utf-8")
         as_result(rows, machine).to_netcdf(OUT / "results.nc", engine="scipy")
 

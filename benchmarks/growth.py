@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from timing import medians
+from timing import Report, medians
 
 import dir_toolkit as dt
 
@@ -59,7 +59,7 @@ def step(smoothing: dt.FDS, num_samples: int = N) -> Callable[[], object]:
 
 def timed(runs: dict[str, Callable[[], object]], parts: int) -> dict[str, float]:
     """Seconds of one of the equal parts that each run has."""
-    return {name: value / parts for name, value in medians(runs, repeats=5, warmup=1).items()}
+    return {name: value / parts for name, value in medians(runs, repeats=7, warmup=3).items()}
 
 
 def with_samples() -> Curves:
@@ -151,7 +151,7 @@ PICTURES: dict[str, tuple[Callable[[], Curves], str, str]] = {
 }
 
 
-def main() -> None:
+def main(report: Report) -> None:
     warnings.simplefilter("ignore", dt.DirToolkitWarning)  # that batches repeat and no epoch ends
     torch.manual_seed(0)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -160,8 +160,9 @@ def main() -> None:
         draw(curves, what, x, OUT / f"growth-{name}.png")
         for label, (sizes, seconds) in curves.items():
             told = ", ".join(f"{size}: {1e3 * s:.3g} ms" for size, s in zip(sizes, seconds, strict=True))
-            print(f"{x}; {label}; {told}", flush=True)
+            grown = seconds[-1] / seconds[0]
+            report.add(f"{what}, {label}: {x} {sizes[-1]} / {sizes[0]}", grown, "", told)
 
 
 if __name__ == "__main__":
-    main()
+    main(Report())

@@ -3,9 +3,9 @@
     python benchmarks/heads.py
 
 Prints time and peak memory of forward and backward through an affinity head of 1,000 classes with 5 prototypes each,
-against a linear head of 5,000 outputs, and against affinities by broadcast differences. Takes half a minute on two CPU
-cores. The broadcast form runs on a smaller batch: on the whole one its differences alone would take 2.6 GB, and
-autograd holds several times as much.
+against a linear head of 5,000 outputs, and against affinities by broadcast differences; and of the other heads against
+a linear one. Takes half a minute on two CPU cores. The broadcast form runs on a smaller batch: on the whole one its
+differences alone would take 2.6 GB, and autograd holds several times as much.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from dir_toolkit.heads.affinity import AffinityHead
+from dir_toolkit.heads.cosine import CosineHead
 from dir_toolkit.heads.linear import LinearHead
+from dir_toolkit.heads.nearest_mean import NearestMeanHead
+from dir_toolkit.heads.normalized import ScaledHead
 
 BATCH, NUM_FEATURES, NUM_CLASSES, PROTOTYPES = 256, 512, 1000, 5
 SMALL_BATCH = 32
@@ -117,6 +120,18 @@ def main(report: Report) -> None:
         features = steps["affinity head"].features
         torch.testing.assert_close(affinity(features), broadcast(features), rtol=1e-4, atol=1e-6)
     compare(report, "affinities by broadcast", "affinity head", steps, repeats=7)
+
+    means = NearestMeanHead(NUM_FEATURES, NUM_CLASSES)
+    means.update(torch.randn(4 * NUM_CLASSES, NUM_FEATURES), torch.arange(NUM_CLASSES).repeat(4))
+    means.finish()
+    others = {
+        "cosine head": CosineHead(NUM_FEATURES, NUM_CLASSES),
+        "scaled head": ScaledHead(nn.Linear(NUM_FEATURES, NUM_CLASSES)),
+        "nearest-mean head": means,
+    }
+    for name, head in others.items():
+        linear = Step(LinearHead(NUM_FEATURES, NUM_CLASSES), NUM_CLASSES, BATCH)
+        compare(report, name, "linear head", {name: Step(head, NUM_CLASSES, BATCH), "linear head": linear}, repeats=50)
 
 
 if __name__ == "__main__":
