@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from matplotlib.ticker import LogLocator
 from timing import Report, medians
 
 import dir_toolkit as dt
@@ -134,7 +135,9 @@ def draw(curves: Curves, what: str, x: str, path: Path) -> None:
         axes.plot(sizes, [1e3 * s for s in seconds], marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel="ms", title=what)
     axes.set_xticks(sorted({size for sizes, _ in curves.values() for size in sizes}))
-    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
