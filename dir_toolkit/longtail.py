@@ -213,8 +213,7 @@ class LongTailModel(nn.Module):
         self.decoding: Decoding = decode or ("median" if self._kind == "bins" else "mode")
         if isinstance(prior_kernel, str):
             one_of(where, "prior_kernel", prior_kernel, ("auto",))
-            smooths = not bins.categorical and len(bins) >= len(DEFAULT_KERNEL)
-            self.prior_kernel: Window | None = DEFAULT_KERNEL if smooths else None
+            self.prior_kernel: Window | None = usual_kernel(bins)
         else:
             self.prior_kernel = prior_kernel
         self.loss = self._make_loss(where, loss)
@@ -681,6 +680,11 @@ class LongTailModel(nn.Module):
             "weights": None if self.weights is None else f"LDS({self.weights.extra_repr()})",
         }
         return ", ".join([repr(self.bins), *(f"{name}={value}" for name, value in settings.items())])
+
+
+def usual_kernel(bins: Bins) -> Window | None:
+    """What smooths a density over these bins unless told otherwise: nothing over classes or few bins."""
+    return None if bins.categorical or len(bins) < len(DEFAULT_KERNEL) else DEFAULT_KERNEL
 
 
 def _check_axis(where: str, bins: Any, density: Any) -> None:

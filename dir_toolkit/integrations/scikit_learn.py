@@ -19,12 +19,11 @@ from ..errors import NonFiniteLossError
 from ..heads.decoding import Decoding
 from ..labels.bins import Bins
 from ..labels.density import LabelDensity
-from ..labels.kernels import DEFAULT_KERNEL
 from ..labels.weights import LDS, Scheme
-from ..longtail import LongTailModel, LongTailOutput
+from ..longtail import LongTailModel, LongTailOutput, usual_kernel
 from ..priors import TauChoice, choose_tau, class_prior
 from ..training.optimization import Optimization, learning_rate, make_optimizer
-from ..training.runtime import Runtime, _device
+from ..training.runtime import Runtime, chosen_device
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -112,7 +111,7 @@ class _LongTailEstimator(BaseEstimator):
         if self.weights is not None:
             one_of(self._where, "weights", self.weights, ("inverse", "sqrt_inverse", "effective_number", "dense"))
         random = check_random_state(self.random_state)
-        runtime = Runtime(_device(self.device, 0), seed=int(random.randint(2**31 - 1)))
+        runtime = Runtime(chosen_device(self._where, self.device), seed=int(random.randint(2**31 - 1)))
 
         held = np.zeros(len(labels), dtype=bool)
         if self.patience is not None or tau == "auto":
@@ -124,14 +123,14 @@ class _LongTailEstimator(BaseEstimator):
         weight = weight / weight[own].mean()
         self.scaler_ = StandardScaler().fit(columns[own], sample_weight=weight[own])
         scaled = self.scaler_.transform(columns)
-        smooths = not bins.categorical and len(bins) >= len(DEFAULT_KERNEL)
+        kernel = usual_kernel(bins)
         counts = np.bincount(bins.index(labels[own]), weights=weight[own], minlength=len(bins))
         density = LabelDensity(bins, counts)
-        density = density.smooth(DEFAULT_KERNEL) if smooths else density
-        if self._has_bins:  # as a prior takes them
+        density = density if kernel is None else density.smooth(kernel)
+        if self._has_bins:  # as a prior takes them, which would warn of bins that the held-out rows left empty
             density = LabelDensity(bins, np.maximum(density.counts, 1.0))
         if self.weights is not None:
-            lds = LDS(bins, kernel=DEFAULT_KERNEL if smooths else None, scheme=self.weights).fit(labels[own])
+            lds = LDS(bins, kernel=kernel, scheme=self.weights).fit(labels[own])
             weight = weight * lds.sample_weight(labels)
 
         def tensors(part: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

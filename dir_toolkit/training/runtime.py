@@ -135,7 +135,7 @@ def start_runtime(device: str = "auto", precision: Precision = "float32", seed: 
     seed = whole(where, "seed", seed, low=0)
     joined = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (_environment("RANK", 0), _world_size())
-    place = _device(device, _environment("LOCAL_RANK", 0))
+    place = chosen_device("start_runtime", device, _environment("LOCAL_RANK", 0))
     if place.type == "cuda":
         torch.cuda.set_device(place)
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -160,8 +160,8 @@ def start_runtime(device: str = "auto", precision: Precision = "float32", seed: 
             dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int) -> torch.device:
-    where = "start_runtime"
+def chosen_device(where: str, name: str, local_rank: int = 0) -> torch.device:
+    """The device of a name, for a caller of the name ``where``."""
     rule = 'device must be "auto", "cpu", "cuda" or "cuda:<number>"'
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
