@@ -66,7 +66,10 @@ class Runtime:
         """Within, torch's global random numbers follow from ``key``; afterwards they go on as if nothing had been."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.derive(*key))
+            torch.default_generator.manual_seed(self.derive(*key))  # torch.manual_seed would seed every accelerator
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(self.derive(*key))
             yield
 
     def parallel(self, model: nn.Module) -> nn.Module:

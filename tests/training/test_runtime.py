@@ -53,6 +53,16 @@ def test_derived_seeds_depend_on_seed_and_key_alone() -> None:
     )
 
 
+def test_seeded_on_the_cpu_leaves_accelerators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(1)
+    assert seeded == [1]  # what a global seed does
+    with Runtime(torch.device("cpu"), seed=1).seeded("init"):
+        pass
+    assert seeded == [1]
+
+
 def test_seeded_gives_global_numbers_back() -> None:
     runtime = Runtime(torch.device("cpu"))
     before = torch.get_rng_state()
