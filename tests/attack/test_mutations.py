@@ -86,21 +86,33 @@ def a_gigabyte_more() -> Iterator[None]:
 
 
 class Arena:
-    """Folders in which one reader is attacked, and all that it may write to."""
+    """Folders in which one reader is attacked, of which it may write to the cache alone."""
 
     def __init__(self, folder: Path) -> None:
-        self.inputs, self.cache, self.rest = (folder / name for name in ("inputs", "cache", "rest"))
+        self.whole = folder
+        self.inputs, self.cache, self.rest = (folder / "in" / name for name in ("inputs", "cache", "rest"))
         for one in (self.inputs, self.cache, self.rest):
-            one.mkdir()
+            one.mkdir(parents=True)
+        self._as_it_was = self._outside()
 
     def write(self, name: str, data: bytes) -> Path:
         path = self.inputs / name
         path.write_bytes(data)
+        self._as_it_was[path] = data
         return path
 
-    def snapshot(self) -> set[str]:
-        """All files but those of the cache."""
-        return {str(path) for root in (self.inputs, self.rest) for path in root.rglob("*")}
+    def strays(self) -> list[str]:
+        """Files and folders outside the cache that a reader made, changed or took away."""
+        now, then = self._outside(), self._as_it_was
+        return sorted(str(path) for path in {*now, *then} if now.get(path) != then.get(path))
+
+    def _outside(self) -> dict[Path, bytes]:
+        found: dict[Path, bytes] = {}
+        for at, folders, names in os.walk(self.whole):
+            folders[:] = [name for name in folders if Path(at, name) != self.cache]
+            found |= dict.fromkeys((Path(at, name) for name in folders), b"a folder")
+            found |= {path: path.read_bytes() for path in (Path(at, name) for name in names)}
+        return found
 
 
 @pytest.fixture
@@ -234,13 +246,29 @@ TARGETS: dict[str, tuple[Callable[[], bytes], Callable[[Arena, bytes], None]]] =
 
 def refusal(read: Callable[[Arena, bytes], None], arena: Arena, data: bytes) -> DirToolkitError | None:
     """The error of ours with which a reader answered, None where it took the bytes; anything else goes through."""
+    answer = None
     try:
         read(arena, data)
     except DirToolkitError as error:
         if re.search("MemoryError|allocate", str(error)):
             raise MemoryError(str(error)) from error
-        return error
-    return None
+        answer = error
+    if strays := arena.strays():
+        raise AssertionError(f"the reader wrote to {strays}")
+    return answer
+
+
+@pytest.mark.parametrize("place", ["evil", "rest/evil", "../evil", "inputs/a.idx"])
+def test_what_a_reader_writes_outside_the_cache_is_seen(arena: Arena, place: str) -> None:
+    """By way of the cache, to a file of its own or over an input with as many bytes."""
+    arena.write("a.idx", IDX)
+
+    def reads_and_writes(arena: Arena, data: bytes) -> None:
+        (arena.cache / "fine").write_bytes(data)
+        (arena.cache / ".." / place).write_bytes(data)
+
+    with pytest.raises(AssertionError, match=rf"wrote to \['[^']*{Path(place).name}'\]"):
+        refusal(reads_and_writes, arena, IDX[::-1])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -255,7 +283,7 @@ def test_mutations_end_in_our_error_or_a_valid_result(arena: Arena, target: str,
     make, read = TARGETS[target]
     valid, chance = make(), random.Random(target)
     read(arena, valid)
-    refused, before = 0, arena.snapshot()
+    refused = 0
     with a_gigabyte_more():
         for number in range(mutations):
             data = mutated(valid, chance)
@@ -263,38 +291,66 @@ def test_mutations_end_in_our_error_or_a_valid_result(arena: Arena, target: str,
                 refused += refusal(read, arena, data) is not None
             except Exception as error:
                 raise AssertionError(f"mutation {number} of {target}: {type(error).__name__}: {error}") from error
-    assert arena.snapshot() == before
-    assert not any(arena.rest.iterdir())
     assert target == "notes in the cache" or refused > mutations // 10
     print(f"{target}: {mutations} mutations, {refused} refused, {mutations - refused} read")
 
 
 def patched(data: bytes, mark: bytes, offset: int, number: bytes) -> bytes:
-    """``number`` written over what stands ``offset`` bytes behind the last ``mark``."""
-    at = data.rindex(mark) + offset
+    """``number`` written over what stands ``offset`` bytes behind the first ``mark``."""
+    at = data.index(mark) + offset
     return data[:at] + number + data[at + len(number) :]
 
 
-LIES: dict[str, Callable[[], bytes]] = {
-    "idx": lambda: patched(IDX, b"\0\0\x08\x03", 4, struct.pack(">3I", 1024, 1024, 2047)),
-    "idx, packed": lambda: gzip.compress(patched(IDX, b"\0\0\x08\x03", 4, struct.pack(">3I", 1024, 1024, 2047))),
-    "jpeg": lambda: patched(jpeg(0), b"\xff\xc0", 5, struct.pack(">2H", 65500, 65500)),
-    "tar, ustar": lambda: patched(tar(tarfile.USTAR_FORMAT), b"faces/1.jpg", 124, b"17777777777\0"),
-    "tar, GNU": lambda: patched(tar(tarfile.GNU_FORMAT), b"faces/1.jpg", 124, b"\x80" + b"\0" * 6 + b"\x7f" + bytes(4)),
-    "checkpoint": lambda: patched(checkpoint(), b"PK\x01\x02", 20, struct.pack("<2I", 2**32 - 16, 2**32 - 16)),
-    "results": lambda: patched(results_file(), b"\0\0\0\x03bin\0", 8, struct.pack(">I", 2**31 - 1)),
-}
+def lying_tar(form: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """One member that claims four or sixteen gigabytes, in a header whose sums are right."""
+    info = tarfile.TarInfo("faces/1.jpg")
+    info.size, info.type = 2**32 if form == tarfile.USTAR_FORMAT else 2**34, kind
+    return info.tobuf(form) + bytes(2048)
+
+
+def packed(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)
+
+
+LYING_IDX = patched(IDX, b"\0\0\x08\x03", 4, struct.pack(">3I", 1024, 1024, 2047))
+SIDES = struct.pack(">2H", 65500, 65500)
+USTAR, GNU, PAX = tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT
+# What is read, the lie, and what the refusal says of it.
+LIES: list[tuple[str, Callable[[], bytes], str]] = [
+    ("idx", lambda: LYING_IDX, "2,146,435,072"),
+    ("idx, packed", lambda: packed(LYING_IDX), "2,146,435,072"),
+    ("jpeg", lambda: patched(jpeg(0), b"\xff\xc0", 5, SIDES), "4,290,250,000 pixels"),
+    ("progressive jpeg", lambda: patched(jpeg(1), b"\xff\xc2", 5, SIDES), "4,290,250,000 pixels"),
+    ("tar, ustar", lambda: lying_tar(USTAR), "at most 33,554,432 bytes, got 4,294,967,296"),
+    ("tar, GNU", lambda: lying_tar(GNU), "at most 33,554,432 bytes, got 17,179,869,184"),
+    ("tar, GNU", lambda: lying_tar(GNU, tarfile.GNUTYPE_LONGNAME), "bytes of names, one claims 17,179,869,184"),
+    ("tar, pax", lambda: lying_tar(PAX), "the pax record 'size'"),
+    ("tar, pax", lambda: lying_tar(USTAR, tarfile.XHDTYPE), "bytes of names, one claims 4,294,967,296"),
+    ("tar, packed", lambda: packed(lying_tar(USTAR)), "at most 33,554,432 bytes, got 4,294,967,296"),
+    ("tar, packed", lambda: packed(lying_tar(PAX)), "the pax record 'size'"),
+    ("tar, packed", lambda: packed(lying_tar(USTAR, tarfile.XHDTYPE)), "bytes of names, one claims 4,294,967,296"),
+    ("checkpoint", lambda: patched(checkpoint(), b"PK\x01\x02", 20, struct.pack("<2I", 2**32 - 16, 2**32 - 16)), "EOF"),
+    ("results", lambda: patched(results_file(), b"\0\0\0\x03bin\0", 8, struct.pack(">I", 2**31 - 1)), "2147483647"),
+]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory in use is read from /proc")
-@pytest.mark.parametrize("target", LIES)
-def test_a_header_that_claims_gigabytes_is_refused_and_nothing_of_it_allocated(arena: Arena, target: str) -> None:
+@pytest.mark.parametrize(("target", "lie", "words"), LIES)
+def test_a_header_that_claims_gigabytes_is_refused_and_nothing_of_it_allocated(
+    arena: Arena, target: str, lie: Callable[[], bytes], words: str
+) -> None:
     make, read = TARGETS[target]
     read(arena, make())
+    data = lie()
     tracemalloc.start()
     try:
         with a_gigabyte_more():
-            assert refusal(read, arena, LIES[target]()) is not None
+            answer = refusal(read, arena, data)
         assert tracemalloc.get_traced_memory()[1] < 2**25
     finally:
         tracemalloc.stop()
+    assert words in str(answer)
+
+
+def test_every_target_whose_headers_tell_sizes_is_lied_to() -> None:
+    assert {*TARGETS} - {target for target, _, _ in LIES} == {"list", "notes in the cache"}
