@@ -183,7 +183,7 @@ def _stored_faults(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> 
             if not whole_file or file.read(len(header)) != header:
                 return None
         faults = json.loads(_notes(path).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(faults, dict) or not faults.keys() <= set(names):
         return None
