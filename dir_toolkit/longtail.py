@@ -325,21 +325,40 @@ class LongTailModel(nn.Module):
             raise problem(where, "only heads that score bins have a prior", got=repr(self._kind), error=RuntimeError)
         if temperature is None:
             temperature = self.adjuster.temperature.item()
+        self._adjust(where, target, tau, kernel, temperature, "target")
+
+    def _adjust(
+        self,
+        where: str,
+        target: TargetPrior,
+        tau: float,
+        kernel: Window | Literal["auto"] | None,
+        temperature: float,
+        name: str,
+    ) -> None:
+        """Predict under ``target``, which the caller knows as ``name``."""
         temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
-        self.adjuster.offset.copy_(self._offset(where, target, tau, kernel))
+        self.adjuster.offset.copy_(self._offset(where, target, tau, kernel, name))
         self.adjuster.temperature.fill_(temperature)
 
-    def _offset(self, where: str, target: TargetPrior, tau: float, kernel: Window | Literal["auto"] | None) -> Tensor:
+    def _offset(
+        self,
+        where: str,
+        target: TargetPrior,
+        tau: float,
+        kernel: Window | Literal["auto"] | None,
+        name: str = "target",
+    ) -> Tensor:
         """What is added to the logits to predict under ``target``, (B,)."""
         checked_tau(where, tau)
         if isinstance(target, str):
-            one_of(where, "prior", target, ("uniform",))
+            one_of(where, name, target, ("uniform",))
         elif target is not None:
-            target = torch.from_numpy(labels_array(where, target, "prior").astype(np.float64))
+            target = torch.from_numpy(labels_array(where, target, name).astype(np.float64))
             if target.shape != (len(self.bins),):
-                rule = f"prior must be ({len(self.bins)},), one share a bin"
+                rule = f"{name} must be ({len(self.bins)},), one share a bin"
                 raise problem(where, rule, got=f"shape {tuple(target.shape)}", error=ShapeError)
-            prior_shares(where, "prior", target, zeros=True)
+            prior_shares(where, name, target, zeros=True)
         offset = torch.zeros(len(self.bins))
         if isinstance(kernel, str):
             one_of(where, "kernel", kernel, ("auto",))
@@ -428,6 +447,7 @@ class LongTailModel(nn.Module):
         if self._kind == "regression":
             fix = 'Use head="gaussian", or one that scores bins.'
             raise problem(where, "the head must tell a distribution", got="'regression'", fix=fix, error=RuntimeError)
+        instance(where, (LongTailOutput, Tensor), output=output)
         if self._kind == "gaussian":
             return gaussian_interval(output.scores if isinstance(output, LongTailOutput) else output, level)
         shares: Any = output.distribution if isinstance(output, LongTailOutput) else output
@@ -595,7 +615,7 @@ class LongTailModel(nn.Module):
         shares = torch.full((len(self.bins),), 1 / len(self.bins), dtype=torch.float64)
         self.adjuster = LogitAdjuster(shares, tau=0.0)
         self.register_buffer("loss_offset", torch.zeros(len(self.bins)))
-        self.set_prior(prior, tau, temperature=temperature)
+        self._adjust(where, prior, tau, "auto", temperature, "prior")
         if self.adjust == "after":
             return
         if prior is None:

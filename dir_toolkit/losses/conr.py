@@ -158,7 +158,6 @@ class ConRLoss(nn.Module):
         self, output: Any, labels: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
         prediction, features = (field("ConRLoss", output, name) for name in ("prediction", "features"))
-        error = self.base(prediction, labels, weight, reduction=reduction)
         contrast = conr_loss(
             features,
             labels,
@@ -170,7 +169,7 @@ class ConRLoss(nn.Module):
             eta=self.eta,
             reduction=reduction,
         )
-        return error + self.coefficient * contrast
+        return self.base(prediction, labels, weight, reduction=reduction) + self.coefficient * contrast
 
     def extra_repr(self) -> str:
         base = "" if isinstance(self.base, nn.Module) else f"base={getattr(self.base, '__name__', self.base)}, "
