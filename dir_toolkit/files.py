@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from ._checks import problem
 
-__all__ = ["FolderLock", "write_atomically"]
+__all__ = ["FolderLock", "naming", "write_atomically"]
 
 
 def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], object]) -> None:
@@ -52,6 +53,21 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], 
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def naming(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the file system says of ``path`` comes out as an error of the same kind that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise problem(
+            where,
+            f"{os.fspath(path)!r} must be writable to its end",
+            got=f"{type(error).__name__}: {error}",
+            fix="Free the disk, or choose another folder.",
+            error=type(error),
+        ) from error
 
 
 class FolderLock:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._checks import problem
-from ..files import write_atomically
+from ..files import naming, write_atomically
 from ..labels.density import REGIONS
 from .runtime import Runtime
 
@@ -110,10 +110,6 @@ class RunLog:
             return
         self._history.append(row)
         self._write_history()
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
         tags = {"loss": "train/loss", "lr": "train/lr"}
         shown = {name: _COLUMNS[name] for name in ("epoch", "loss", "lr")}
         for column, found in errors.items():
@@ -123,9 +119,8 @@ class RunLog:
             tags[column] = f"val/{error}/{region}"
             shown[column] = (title if region == "all" else region, pattern)
         shown["seconds"] = _COLUMNS["seconds"]
-        for column, tag in tags.items():
-            self._board.add_scalar(tag, row[column], row["step"])
-        self._board.flush()
+        with naming("RunLog", self._folder):
+            self._write_board({tag: row[column] for column, tag in tags.items()}, row["step"])
         if self._header_due:
             print("".join(title.rjust(_WIDTH) for title, _ in shown.values()))
             self._header_due = False
@@ -143,13 +138,25 @@ class RunLog:
             self._bar.stop()
             self._bar = None
 
+    def _write_board(self, scalars: dict[str, float], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = self._board or SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
+        self._board = None  # one that breaks cannot be closed
+        for tag, value in scalars.items():
+            board.add_scalar(tag, value, step)
+        board.flush()
+        self._board = board
+
     def _write_history(self) -> None:
         text = io.StringIO()
         names = list(self._history[0]) if self._history else ["epoch"]
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._history)
-        write_atomically(self._folder / "history.csv", lambda file: file.write(text.getvalue().encode()))
+        path = self._folder / "history.csv"
+        with naming("RunLog", path):
+            write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def _error_of(column: str) -> tuple[str, str] | None:

@@ -21,7 +21,7 @@ from ..data.augment import augment, to_float
 from ..data.images import ImageSet
 from ..errors import CheckpointError, NonFiniteLossError, RunExistsError, SettingsError
 from ..features.fds import FDS
-from ..files import FolderLock
+from ..files import FolderLock, naming
 from ..labels.sampling import BinSampler
 from ..labels.weights import LDS
 from ..losses.regression import weighted_l1
@@ -91,7 +91,7 @@ def fit(
         lock tells that ends with the process, even a killed one. CheckpointError: its checkpoint is damaged or
         of another run. NonFiniteLossError: the loss or its gradient became NaN or infinite. SettingsError: the sets
         are too small for the batches, or the FDS is a part of the model. LabelError: a validation label lies beyond
-        the axis. TypeError: an argument is of another kind.
+        the axis. TypeError: an argument is of another kind. OSError: the folder cannot be made or written to.
     """
     where = "fit"
     _check(model, train, val, metrics, loss, weights, sampler, fds, optimization, runtime, augmentation)
@@ -361,8 +361,9 @@ class _RunFiles(AbstractContextManager["_RunFiles"]):
 
     def open(self, resume: bool) -> None:
         """Start afresh, or from the last checkpoint."""
-        self.last.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(self.last.parent) if self._runtime.is_main else None
+        with naming("fit", self.last.parent):
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.last.parent) if self._runtime.is_main else None
         if any(self._runtime.any([self._lock is not None and not self._lock.held])):
             raise problem(
                 "fit",

@@ -714,7 +714,9 @@ def test_nan_that_is_passed_over_or_not_told_apart_is_seen(monkeypatch: pytest.M
 def test_nan_in_features_of_fds_is_told_when_the_epoch_ends() -> None:
     broken, smoothing = with_nan(rows(3)), fds()
     smoothing.update(broken, years())
-    with pytest.raises(DirToolkitError, match=r"FDS.end_epoch: features must be finite, got NaN or infinity in bins \[3\]"):
+    with pytest.raises(
+        DirToolkitError, match=r"FDS.end_epoch: features must be finite, got NaN or infinity in bins \[3\]"
+    ):
         smoothing.end_epoch()
 
 

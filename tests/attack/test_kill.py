@@ -23,17 +23,18 @@ import pytest
 import torch
 from torch import nn
 
-from dir_toolkit import FDS, LDS, Bins, LabelDensity, RegressionMetrics
+from dir_toolkit import FDS, LDS, Bins, LabelDensity, RegressionMetrics, weighted_l1
 from dir_toolkit.data.images import ImageSet, content_digest
 from dir_toolkit.errors import CheckpointError, RunExistsError
 from dir_toolkit.files import FolderLock, write_atomically
 from dir_toolkit.training.checkpoint import load_checkpoint, save_checkpoint
+from dir_toolkit.training.log import RunLog
 from dir_toolkit.training.loop import Optimization, fit
 from dir_toolkit.training.runtime import Runtime
 
 BINS = Bins.uniform(0, 20, width=1)
 CHECKPOINTS = ("checkpoint-last.pt", "checkpoint-best.pt")
-EPOCHS = 6
+EPOCHS, STEPS = 6, 4
 
 
 def image_set(samples: int, seed: int) -> ImageSet:
@@ -54,7 +55,14 @@ class Regressor(nn.Module):
         return 5 + self.head(self.backbone(images)).squeeze(1)
 
 
-def train(folder: Path, *, resume: bool = False, epochs: int = EPOCHS) -> None:
+def step_by_step(*arguments: Any, **options: Any) -> torch.Tensor:
+    """A loss that says "step" and waits to be answered, or for stdin to close."""
+    print("step", flush=True)
+    sys.stdin.readline()
+    return weighted_l1(*arguments, **options)
+
+
+def train(folder: Path, *, resume: bool = False, epochs: int = EPOCHS, loss: Any = weighted_l1) -> None:
     """Weights, FDS, dropout, BatchNorm and augmentation; a checkpoint is written at each step, so one is hit often."""
     runtime = Runtime(torch.device("cpu"), seed=3)
     data = image_set(40, 0)
@@ -67,6 +75,7 @@ def train(folder: Path, *, resume: bool = False, epochs: int = EPOCHS) -> None:
         data,
         image_set(20, 1),
         metrics=RegressionMetrics(BINS, LabelDensity.count(data.labels, BINS)),
+        loss=loss,
         weights=LDS(BINS).fit(data.labels),
         fds=fds,
         optimization=Optimization(epochs=epochs, batch_size=10, lr=0.01),
@@ -78,11 +87,11 @@ def train(folder: Path, *, resume: bool = False, epochs: int = EPOCHS) -> None:
 
 
 def start(*words: object) -> subprocess.Popen[str]:
-    """This file as a program, which says "ready" before it trains."""
+    """This file as a program, which says "ready" before it trains, and "step" in each step until stdin is closed."""
     program = [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", __file__, *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     pipe = subprocess.PIPE
-    process = subprocess.Popen(program, env=environment, stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(program, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n", process.communicate()[1]
     return process
@@ -126,8 +135,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unkilled run."""
     folder = tmp_path_factory.mktemp("whole")
     process = start("train", folder)
-    assert process.wait(timeout=200) == 0
-    process.communicate()
+    said, errors = process.communicate(timeout=200)
+    assert (said.count("step\n"), errors) == (EPOCHS * STEPS, "")
     return folder
 
 
@@ -144,32 +153,50 @@ def test_the_helpers_see_what_they_are_to_see(tmp_path: Path, whole: Path) -> No
     assert len(torn_files(folder)) == 2
 
 
+def kill_in_step(process: subprocess.Popen[str], step: int, chance: random.Random) -> None:
+    """Kill a program at a random moment of its step so many, of 0 before the first, if it gets that far."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    took = 0.3  # seconds, from "ready" to the first step
+    for _ in range(step):
+        before = time.monotonic()
+        while (line := process.stdout.readline()) and line != "step\n":
+            pass
+        if not line:
+            return
+        took = time.monotonic() - before
+        process.stdin.write("\n")
+        process.stdin.flush()
+    time.sleep(chance.uniform(0, 2 * took))  # the epoch's last step takes longer, and validation follows
+    process.kill()
+
+
 def test_killed_at_any_moment_and_resumed_gives_equal_bits(tmp_path: Path, whole: Path, kills: int) -> None:
-    """Each run is killed and resumed until it ends by itself; moments are drawn over all of training."""
+    """Each run is killed and resumed until it ends by itself; steps and the moments in them are drawn."""
     chance = random.Random(5)
-    killed, runs, steps = 0, 0, set()
+    killed, runs, places = 0, 0, []
     while killed < kills:
         folder = tmp_path / str(runs)
+        last = folder / CHECKPOINTS[0]
         runs += 1
         code = -signal.SIGKILL
         while code == -signal.SIGKILL:
-            process = start(
-                "train" if not folder.exists() or not (folder / CHECKPOINTS[0]).exists() else "resume", folder
-            )
+            process = start("resume" if last.exists() else "train", folder)
             if killed < kills:
-                time.sleep(chance.uniform(0, 1.5))
-                process.kill()
-            code = process.wait(timeout=200)
-            killed += code == -signal.SIGKILL
-            errors = process.communicate()[1]
+                kill_in_step(process, chance.randrange(3 * STEPS) if killed else 3, chance)
+            errors = process.communicate(timeout=200)[1]
+            code = process.returncode
             assert code in (0, -signal.SIGKILL), errors
             if folder.exists():
                 assert torn_files(folder) == []
-            if (folder / CHECKPOINTS[0]).exists():
-                progress = load_checkpoint(folder / CHECKPOINTS[0])["progress"]
-                steps.add((progress["epoch"], progress["step"]))
+            if code:
+                killed += 1
+                progress = load_checkpoint(last)["progress"] if last.exists() else {"epoch": 0, "step": 0}
+                places.append((progress["epoch"], progress["step"]))
         assert same_runs(folder, whole)
-    print(f"{killed} kills in {runs} runs, last steps {sorted(steps)}")
+    print(f"{killed} kills in {runs} runs, after (epoch, step): {', '.join(map(str, places))}")
+    assert any(step > 0 for _, step in places)
+    assert len({*places}) > killed // 3
 
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path: Path, whole: Path) -> None:
@@ -246,16 +273,33 @@ def test_a_full_disk_spares_the_old_file(tmp_path: Path, room: int) -> None:
     assert [left.name for left in tmp_path.iterdir()] == ["results.nc"]
 
 
-def test_a_disk_that_fills_up_in_training_is_named_and_spares_the_last_checkpoint(tmp_path: Path) -> None:
-    process = start("limited", tmp_path)
-    errors = process.communicate(timeout=200)[1]
-    assert process.returncode == 1
+def test_a_disk_that_fills_up_in_training_is_named_and_spares_the_last_checkpoint(tmp_path: Path, whole: Path) -> None:
+    """Checkpoints grow with the history, so that the first ones are written and a later one is not."""
+    size = (whole / CHECKPOINTS[0]).stat().st_size
+    errors = start("limited", tmp_path, size - 300).communicate(timeout=200)[1]
     assert "CheckpointError: save_checkpoint: " in errors
-    assert "must be writable to its end" in errors
-    assert "File too large" in errors
+    assert "must be writable to its end, got OSError: [Errno 27] File too large" in errors
     assert torn_files(tmp_path) == []
     assert not list(tmp_path.glob(".*"))
-    load_checkpoint(tmp_path / CHECKPOINTS[0])
+    assert 1 < load_checkpoint(tmp_path / CHECKPOINTS[0])["progress"]["epoch"] < EPOCHS
+    assert start("resume", tmp_path).communicate(timeout=200)[1] == ""
+    assert same_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("room", "named"), [(3, "/history.csv"), (150, "")])
+def test_a_log_that_meets_a_full_disk_names_it(tmp_path: Path, room: int, named: str) -> None:
+    """The history, and TensorBoard's events, whose own thread meets it."""
+    errors = start("log", tmp_path, room).communicate(timeout=200)[1]
+    assert f"OSError: RunLog: '{tmp_path}{named}' must be writable to its end, got OSError: [Errno 27]" in errors
+    assert torn_files(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=rf"^fit: '{tmp_path}/file/run' must be writable"):
+        train(tmp_path / "file" / "run")
+    with pytest.raises(FileExistsError, match=rf"^fit: '{tmp_path}/file' must be writable"):
+        train(tmp_path / "file")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions are those of POSIX")
@@ -272,25 +316,26 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_atomically(folder / "checkpoint-last.pt", lambda file: file.write(b"new"))
     with pytest.raises((CheckpointError, FileNotFoundError), match=r"checkpoint-last\.pt"):
         save_checkpoint(folder / "checkpoint-last.pt", {"step": 1})
+    with pytest.raises(OSError, match=rf"^RunLog: '{folder}/history\.csv' must be writable"):
+        train(folder)
     if folder == tmp_path:
         folder.chmod(0o700)
 
 
-def main(what: str, folder: Path) -> None:
+def main(what: str, folder: Path, room: int = 0) -> None:
     lock = FolderLock(folder) if what == "wait" else None
     print("ready", flush=True)
+    if room:  # bytes that a file may take
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     if lock is not None:
         assert lock.held
         time.sleep(600)
-    elif what == "limited":
-        train(folder, epochs=1)
-        size = (folder / CHECKPOINTS[0]).stat().st_size
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
-        save_checkpoint(folder / CHECKPOINTS[0], load_checkpoint(folder / CHECKPOINTS[0]))
+    elif what == "log":
+        with RunLog(folder, Runtime(torch.device("cpu"), seed=0), steps_per_epoch=1) as log:
+            log.end_epoch({"epoch": 1, "step": 1, "loss": 1.0, "lr": 1.0, "seconds": 1.0, "val_mae": 1.0})
     else:
-        train(folder, resume=what == "resume")
+        train(folder, resume=what == "resume", loss=step_by_step)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))
