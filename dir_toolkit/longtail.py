@@ -342,12 +342,7 @@ class LongTailModel(nn.Module):
         self.adjuster.temperature.fill_(temperature)
 
     def _offset(
-        self,
-        where: str,
-        target: TargetPrior,
-        tau: float,
-        kernel: Window | Literal["auto"] | None,
-        name: str = "target",
+        self, where: str, target: TargetPrior, tau: float, kernel: Window | Literal["auto"] | None, name: str = "target"
     ) -> Tensor:
         """What is added to the logits to predict under ``target``, (B,)."""
         checked_tau(where, tau)

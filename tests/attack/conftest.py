@@ -1,5 +1,15 @@
-"""The profile of the property tests here: the same examples on every machine, and none fails for being slow."""
+"""The profile of the property tests here: the same examples on every machine, and none fails for being slow.
 
+With ``--mutations`` above its default the examples are drawn anew each time, a fifth as many.
+"""
+
+import pytest
 from hypothesis import settings
 
-settings.register_profile("attack", derandomize=True, deadline=None, max_examples=40, database=None)
+
+def pytest_configure(config: pytest.Config) -> None:
+    mutations = config.getoption("--mutations")
+    examples = max(1, mutations // 5)
+    settings.register_profile(
+        "attack", derandomize=mutations <= 200, deadline=None, max_examples=examples, database=None
+    )

@@ -1,4 +1,7 @@
-"""What must hold whatever the labels, axes and splits are."""
+"""What must hold whatever the labels, axes and splits are.
+
+``pytest tests/attack/test_properties.py --mutations 10000`` draws 2,000 other examples of each.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dir_toolkit as dt
-from dir_toolkit.features.moments import BinMoments
+from dir_toolkit.features.moments import BinMoments, BinScatters, SubspaceMoments
 
 attack = settings.get_profile("attack")
 inside = st.floats(0, 10, allow_subnormal=False)
@@ -154,6 +157,37 @@ def test_moments_in_any_split_are_those_of_one_pass(
                 np.testing.assert_allclose(found.variance()[b], mine.var(0, ddof=1), rtol=1e-7, atol=1e-12)
 
 
+@attack
+@given(st.integers(1, 40), cuts, st.integers(0, 2**31), st.sampled_from([0.0, 1e4]), st.randoms(use_true_random=False))
+def test_scatters_in_any_split_are_those_of_one_pass_also_within_a_subspace(
+    n: int, at: list[int], seed: int, shift: float, chance: Any
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, 3, generator=generator, dtype=torch.float64) + shift
+    index = torch.randint(-1, 4, (n,), generator=generator)
+    basis = torch.linalg.qr(torch.randn(3, 2, generator=generator, dtype=torch.float64))[0]
+    streamed, subspace, parts = BinScatters(4, 3), SubspaceMoments(4, 3, 2, basis=basis), []
+    for part in pieces(torch.arange(n), at):
+        streamed.update(features[part], index[part])
+        subspace._update(features[part], index[part])
+        parts.append(BinScatters(4, 3))
+        parts[-1].update(features[part], index[part])
+    chance.shuffle(parts)
+    merged = reduce(lambda a, b: a.merge(b), parts, BinScatters(4, 3))
+    for part in subspace.parts.values():
+        part.state_dict()  # takes in the batches that are held
+    along, pooled = basis.numpy(), np.zeros((3, 3))
+    for b in range(4):
+        mine = features[index == b].numpy()
+        own = np.cov(mine.T, bias=True) * len(mine) if len(mine) else np.zeros((3, 3))
+        pooled += own
+        for found in (streamed.settle(), merged):
+            assert found.count[b] == len(mine)
+            np.testing.assert_allclose(found.deviations[b], own, rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(subspace.within.deviations[b], along.T @ own @ along, rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(subspace.pooled_scatter(), pooled, rtol=1e-7, atol=1e-7 * max(1.0, shift))
+
+
 def assert_close(one: Any, two: Any) -> None:
     for name in one.data_vars:
         np.testing.assert_allclose(one[name].values, two[name].values, rtol=1e-9, atol=1e-9, err_msg=str(name))
@@ -193,3 +227,24 @@ def test_classification_metrics_do_not_know_batches_or_order(n: int, at: list[in
         metrics.merge(other)
     assert_close(metrics.compute(), whole)
     np.testing.assert_allclose(whole["error"].sel(region="all"), (pred != target).double().mean(), rtol=1e-12)
+
+
+@attack
+@given(st.integers(1, 40), cuts, st.integers(0, 2**31), st.integers(1, 20))
+def test_calibration_metrics_do_not_know_batches_or_order(n: int, at: list[int], seed: int, num_bins: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shares = (3 * torch.randn(n, 4, generator=generator, dtype=torch.float64)).softmax(1)
+    target = torch.randint(0, 4, (n,), generator=generator)
+    weight = torch.randint(1, 4, (n,), generator=generator).double()
+    whole = dt.calibration_metrics(shares, target, weight=weight, num_bins=num_bins)
+    metrics = dt.CalibrationMetrics(4, num_bins=num_bins)
+    for part in pieces(torch.randperm(n, generator=generator), at):
+        other = metrics.fresh()
+        other.update(shares[part], target[part], weight[part])
+        metrics.merge(other)
+    assert_close(metrics.compute(), whole)
+    often = weight.long()  # weight two is a sample seen twice
+    seen = dt.calibration_metrics(
+        shares.repeat_interleave(often, 0), target.repeat_interleave(often), num_bins=num_bins
+    )
+    assert_close(seen, whole)
