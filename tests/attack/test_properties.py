@@ -51,7 +51,8 @@ def test_a_label_lies_between_the_edges_of_its_bin(bins: dt.Bins, some: list[flo
     assert (bins.edges[index] <= array).all()
     assert ((array < bins.edges[index + 1]) | (last & (array == 10))).all()
     assert (bins.index(torch.tensor(some, dtype=torch.float64)).numpy() == index).all()
-    assert (bins.index(bins.centers) == np.arange(len(bins))).all()
+    wide = bins.centers < bins.edges[1:]  # between neighbouring numbers there is no middle
+    assert (bins.index(bins.centers) == np.arange(len(bins)))[wide].all()
     assert (bins.index(bins.edges[:-1]) == np.arange(len(bins))).all()
 
 
