@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,13 +185,15 @@ class _MatrixCovariance(BinCovariance):
         self.register_buffer("running_covariance", _unknown(num_bins, side, side))
 
     def calibrate(self, features: Tensor, row: Tensor) -> Tensor:
-        row = row.to(features.device)
-        if features.ndim == 2:
-            return self._carry(features, row).to(features.dtype)
-        n, _, h, w = features.shape
-        rows = row.flatten() if row.ndim == 3 else row.repeat_interleave(h * w)
-        carried = self._carry(features.movedim(1, 3).flatten(0, 2), rows)  # (N * H * W, D)
-        return carried.view(n, h, w, -1).movedim(3, 1).to(features.dtype)
+        row, device = row.to(features.device), features.device.type
+        autocast = torch.amp.is_autocast_available(device)  # which would take the products in half precision
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            if features.ndim == 2:
+                return self._carry(features, row).to(features.dtype)
+            n, _, h, w = features.shape
+            rows = row.flatten() if row.ndim == 3 else row.repeat_interleave(h * w)
+            carried = self._carry(features.movedim(1, 3).flatten(0, 2), rows)  # (N * H * W, D)
+            return carried.view(n, h, w, -1).movedim(3, 1).to(features.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.running_covariance.shape[1]} directions, map={self.settings.map!r}, {super().extra_repr()}"

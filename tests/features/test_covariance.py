@@ -232,6 +232,24 @@ def test_dtype_of_features_is_kept(form: str, dtype: torch.dtype) -> None:
     assert all(buffer.dtype == torch.float64 for buffer in fds.half().buffers())
 
 
+@pytest.mark.parametrize("form", ["diagonal", *FORMS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_every_bit_is_the_same(form: str, dtype: torch.dtype) -> None:
+    features, labels = batch()
+    features = (features + 12).to(dtype)
+    plain, under = make(form), make(form)
+    trained(plain, *[(features, labels)] * 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained(under, *[(features, labels)] * 2)
+        carried = under.calibrate(features, labels)
+        maps = under.calibrate(features[:, :, None, None], labels)
+        assert (features.float() @ features.float().T).dtype == torch.bfloat16  # autocast is on
+    for name, value in plain.statistics().items():
+        torch.testing.assert_close(under.statistics()[name], value, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(carried, plain.calibrate(features, labels))
+    assert torch.equal(maps[:, :, 0, 0], carried)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_eval_mode_leaves_features_alone(form: str) -> None:
     features, labels = batch()
