@@ -250,13 +250,8 @@ class FullCovariance(_MatrixCovariance):
         order = row.argsort()
         sizes = row.bincount(minlength=self.num_bins + 1).tolist()
         pieces = features.to(matrix.dtype).index_select(0, order).split(sizes)  # one product a bin, none a sample
-        carried = [
-            torch.addmm(shift[b], piece, matrix[b].T) if b < self.num_bins else piece
-            for b, piece in enumerate(pieces)
-            if len(piece)
-        ]
-        out = torch.cat([*carried, pieces[0][:0]])
-        return torch.empty_like(out).index_copy(0, order, out)
+        carried = [piece @ matrix[b].T if b < self.num_bins else piece for b, piece in enumerate(pieces) if len(piece)]
+        return shift.index_select(0, row).index_add_(0, order, torch.cat([*carried, pieces[0][:0]]))
 
 
 class LowRankCovariance(_MatrixCovariance):

@@ -227,6 +227,7 @@ class FDS(Float64Module):
         self._check_features("FDS.calibrate", features, row)
         return self._calibrate(features, row)
 
+    @torch.inference_mode(False)  # whose tensors could not be written to in the next epoch
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Fold the epoch's statistics, merged over all ranks, into the running ones, and smooth them again.

@@ -81,8 +81,8 @@ class BinMoments:
         mean = torch.zeros(num_bins + 1, num_features, dtype=torch.float64, device=x.device)
         mean.index_add_(0, row, x)
         mean /= count.clamp_min(1)[:, None]
-        x = (x - mean.index_select(0, row)).square_()
-        deviations = torch.zeros_like(mean).index_add_(0, row, x)
+        away = mean.index_select(0, row).sub_(x).square_()  # in place: fresh memory is most of what a batch costs
+        deviations = torch.zeros_like(mean).index_add_(0, row, away)
         self._add(count[:-1], mean[:-1], deviations[:-1])
 
     def merge(self, other: BinMoments) -> BinMoments:
@@ -103,14 +103,14 @@ class BinMoments:
         total = self.count + count
         share = (count.double() / total.clamp_min(1))[:, None]  # int / int would be float32
         step = mean - self.mean
-        self.deviations = self.deviations + deviations + self._squared(step, self.count[:, None] * share)
-        self.mean = self.mean + step * share
+        self.mean.addcmul_(step, share)
+        self.deviations += deviations
+        self._spread(step, self.count[:, None] * share)
         self.count = total
 
-    @staticmethod
-    def _squared(step: Tensor, weight: Tensor) -> Tensor:
-        """What steps (B, D) between means add to the deviations, each bin's weighed by (B, 1)."""
-        return step.square() * weight
+    def _spread(self, step: Tensor, weight: Tensor) -> None:
+        """Add to the deviations what steps (B, D) between means make of them, each bin's weighed by (B, 1)."""
+        self.deviations.addcmul_(step.square(), weight)
 
     def all_reduce(self) -> BinMoments:
         """Merge the moments of all ranks into each, which must all call this; returns self.
@@ -126,9 +126,9 @@ class BinMoments:
         dist.all_reduce(total)
         dist.all_reduce(sums)
         mean = sums / total.clamp_min(1)[:, None]
-        deviations = self.deviations + self._squared(self.mean - mean, self.count[:, None])
-        dist.all_reduce(deviations)
-        self.count, self.mean, self.deviations = total, mean, deviations
+        self._spread(self.mean - mean, self.count[:, None])
+        dist.all_reduce(self.deviations)
+        self.count, self.mean = total, mean
         return self
 
     def variance(self) -> Tensor:
@@ -215,14 +215,13 @@ class BinScatters(BinMoments):
             x -= mean
             share = len(x) / (self.count[b].double() + len(x))  # int / int would be float32
             step = mean - self.mean[b]
-            self.deviations[b] += torch.addmm(torch.outer(step, step) * (self.count[b] * share), x.T, x)
+            self.deviations[b].addmm_(x.T, x).addr_(step, step * (self.count[b] * share))
             self.mean[b] += step * share
             self.count[b] += len(x)
         return self
 
-    @staticmethod
-    def _squared(step: Tensor, weight: Tensor) -> Tensor:
-        return step[:, :, None] * (step * weight)[:, None, :]
+    def _spread(self, step: Tensor, weight: Tensor) -> None:
+        self.deviations.addcmul_(step[:, :, None], (step * weight)[:, None, :])
 
     def merge(self, other: BinMoments) -> BinMoments:
         if isinstance(other, BinScatters):

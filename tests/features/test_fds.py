@@ -515,6 +515,20 @@ def test_maps_checkpoints_and_mistakes_over_a_grid() -> None:
         FDS(GRID, 4)
 
 
+@pytest.mark.parametrize("form", ["diagonal", "full", "low_rank"])
+def test_an_epoch_that_ends_in_inference_mode_is_like_any_other(form: Any) -> None:
+    plain, inferring = (FDS(BINS, 4, covariance=form, rank=2) for _ in range(2))
+    for seed in range(3):
+        trained(plain, batch(seed))
+        inferring.update(*batch(seed))
+        with torch.inference_mode():
+            inferring.end_epoch()
+    features, labels = batch(9)
+    carried = inferring.calibrate(features.requires_grad_(), labels)
+    carried.sum().backward()
+    assert torch.equal(carried, plain.calibrate(features, labels))
+
+
 # ---- company: autocast, compile, checkpointing, copies, checkpoints ----
 
 
