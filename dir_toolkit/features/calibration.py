@@ -51,7 +51,8 @@ def covariance_map(covariance: Tensor, smoothed: Tensor, *, clip: tuple[float, f
     r"""The matrix A that carries covariance :math:`\Sigma` to :math:`\Sigma'`, :math:`A \Sigma A^T = \Sigma'`.
 
     Before, :math:`\Sigma'` is brought to between clip[0] and clip[1] times :math:`\Sigma` in every direction, which
-    bounds the singular values of A by the roots of clip. Where both are diagonal A is that of :func:`diagonal_map`.
+    bounds the singular values of A by the roots of clip. A feature that does not vary (a variance of 0) keeps its scale
+    and mixes with no other. Where both are diagonal A is that of :func:`diagonal_map`.
 
     Args:
         clip: bounds of the ratio of variances in any direction.
@@ -73,6 +74,8 @@ def covariance_map(covariance: Tensor, smoothed: Tensor, *, clip: tuple[float, f
     one_of(where, "map", map, ("paper", "transport"))
     low, high = interval(where, "clip", clip)
     own = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    varies = covariance.diagonal() > 0
+    smoothed = torch.where(varies[:, None] & varies, smoothed, 0.0)
     floor = _FLOOR * torch.maximum(covariance.diagonal().mean(), smoothed.diagonal().mean())
     if floor == 0:  # nothing varies
         return own

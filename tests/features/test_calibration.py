@@ -69,8 +69,10 @@ def test_covariance_maps_are_the_formulas() -> None:
 
 @pytest.mark.parametrize("map", ["paper", "transport"])
 def test_of_diagonal_covariances_it_is_the_diagonal_map(map: Any) -> None:
-    variance, smoothed = torch.tensor([[1.0, 2.0, 3.0, 1.0]]).double(), torch.tensor([[2.0, 1.0, 90.0, 0.01]]).double()
+    variance = torch.tensor([[1.0, 2.0, 3.0, 1.0, 0.0, 0.0, 2.0, *[0.5] * 9]]).double()
+    smoothed = torch.tensor([[2.0, 1.0, 90.0, 0.01, 2.0, 0.0, 0.0, *torch.linspace(0.1, 4, 9)]]).double()
     scale, _ = diagonal_map(variance, variance, smoothed, smoothed, clip=(0.1, 10.0))
+    assert scale[0, 4] == scale[0, 5] == 1  # what does not vary keeps its scale
     matrix = covariance_map(variance[0].diag(), smoothed[0].diag(), clip=(0.1, 10.0), map=map)
     torch.testing.assert_close(matrix, scale[0].diag(), rtol=1e-7, atol=1e-7)
 
@@ -85,6 +87,15 @@ def test_clip_bounds_the_ratio_of_variances_in_every_direction(map: Any) -> None
     before = scipy.linalg.eigh(second.numpy(), first.numpy(), eigvals_only=True)
     assert before.min() < 0.5  # else nothing was clipped
     assert ratios == pytest.approx(before.clip(0.5, 2.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("map", ["paper", "transport"])
+def test_a_feature_that_does_not_vary_is_apart_from_the_others(map: Any) -> None:
+    first, second = two_covariances()
+    rest = covariance_map(first[1:, 1:], second[1:, 1:], clip=(0.1, 10.0), map=map)
+    first[0] = first[:, 0] = 0
+    matrix = covariance_map(first, second, clip=(0.1, 10.0), map=map)
+    torch.testing.assert_close(matrix, torch.block_diag(torch.eye(1), rest).double(), rtol=1e-7, atol=1e-7)
 
 
 def test_directions_without_variance_are_left_alone() -> None:
