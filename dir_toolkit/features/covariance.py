@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ __all__ = [
     "Settings",
     "blend",
 ]
+
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 Smooth = Callable[[Tensor], Tensor]
 
@@ -229,7 +231,7 @@ class FullCovariance(_MatrixCovariance):
 
     def statistics(self, count: Tensor, smooth: Smooth) -> dict[str, Tensor]:
         covariance = self._shrunk(self.running_covariance, count)
-        smoothed = smooth(covariance.flatten(1)).view_as(covariance)
+        smoothed = _by_row(smooth, covariance)
         return {
             "covariance": covariance,
             "smoothed_covariance": smoothed,
@@ -301,7 +303,7 @@ class LowRankCovariance(_MatrixCovariance):
 
     def statistics(self, count: Tensor, smooth: Smooth) -> dict[str, Tensor]:
         covariance, rest = self._shrunk(self.running_covariance, count), self._shrunk(self.running_rest, count)
-        smoothed = smooth(covariance.flatten(1)).view_as(covariance)
+        smoothed = _by_row(smooth, covariance)
         smoothed_rest = smooth(rest[:, None])[:, 0]
         return {
             "basis": self.basis.clone(),
@@ -345,32 +347,54 @@ def _unknown(*shape: int) -> Tensor:
     return torch.full(shape, torch.nan, dtype=torch.float64)
 
 
+def _by_row(smooth: Smooth, matrices: Tensor) -> Tensor:
+    """Matrices (B, K, K) smoothed over bins, with memory for the result alone."""
+    smoothed = torch.empty_like(matrices)
+    for i in range(matrices.shape[1]):
+        smoothed[:, i] = smooth(matrices[:, i])
+    return smoothed
+
+
 def _trace(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def _check_memory(form: str, num_bins: int, num_features: int, side: int) -> None:
     """Before statistics of matrices are taken."""
-    each = 80 if form == "full" else 165  # bytes of a number in the matrices, at the end of an epoch
-    needed = each * num_bins * side**2 + 24 * (num_features**2 if form == "low_rank" else 0)
+    needed = _bytes(form, num_bins, num_features, side)
     free = _free_memory()
     if free is not None and needed > free:
+        smaller = 'covariance="low_rank" or "diagonal"' if form == "full" else 'a smaller rank, covariance="diagonal"'
         raise problem(
             "FDS",
             f"covariance {form!r} over {num_bins} bins of {num_features} features takes {needed / 2**30:.1f} GiB, "
             "which must be free",
             got=f"{free / 2**30:.1f} GiB",
-            fix='Pass covariance="low_rank" or "diagonal", or wider bins.',
+            fix=f"Pass {smaller}, or wider bins.",
         )
 
 
+def _bytes(form: str, num_bins: int, num_features: int, side: int) -> int:
+    """At the end of an epoch, when most is taken; as measured."""
+    if form == "full":
+        return 80 * num_bins * side**2
+    return 165 * num_bins * side**2 + 80 * num_features**2 + 200 * num_bins * num_features
+
+
 def _free_memory() -> int | None:
-    """Bytes that could be taken on this machine; None where it does not tell."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    """Bytes that could be taken on this machine and in its container; None where neither tells."""
+    free = []
+    with suppress(OSError):
+        lines = _MEMINFO.read_text(encoding="utf-8").splitlines()
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for folder, limit, usage in (
+        (_CGROUP, "memory.max", "memory.current"),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError, KeyError):  # there is no such file, or no limit: "max"
+            most, taken = (int((folder / name).read_text()) for name in (limit, usage))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free.append(most - taken + int(stat["active_file"]) + int(stat["inactive_file"]))  # files are given up
+    return min(free, default=None)

@@ -87,9 +87,11 @@ class FDS(Float64Module):
     Units:
         labels in those of the axis; features any.
     Memory:
-        statistics and maps are float64: about 80 bytes times B * D^2 when an epoch with full covariance ends, 165
-        times B * r^2 with low rank. It must be free when the FDS is made. Full covariance waits for an accelerator once
-        a step, low rank now and then.
+        statistics and maps are float64. When an epoch ends, full covariance takes up to 80 bytes times B * D^2, and low
+        rank 165 times B * r^2, 80 times D^2 and 200 times B * D; besides, up to 8 million numbers of the latest batches
+        are held, or with low rank twice as many. So much must be free when the FDS is made: on the host, or in its
+        container, which is where it is looked for even if the statistics then follow the features to an accelerator.
+        Full covariance waits for an accelerator once a step, low rank now and then.
     Raises:
         ValueError: a setting is out of bounds, or covariances would take more memory than is free.
     Source:
@@ -267,6 +269,7 @@ class FDS(Float64Module):
         self._last_seen = seen
         self.to(moments.mean.device)
         self._fold(moments)
+        del moments  # matrices, it may be, and the maps are about to need room
         self.epoch += 1
         self._refresh()
 

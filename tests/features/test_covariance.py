@@ -1,7 +1,11 @@
 """FDS with full and low-rank covariances."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -329,19 +333,74 @@ def test_more_matrices_than_memory_are_refused_before_they_are_taken(monkeypatch
         r'GiB. Pass covariance="low_rank" or "diagonal", or wider bins.$',
     ):
         FDS(BINS, 100_000, covariance="full")
-    monkeypatch.setattr(covariance_module, "_free_memory", lambda: 80 * 5 * 36 - 1)
-    with pytest.raises(ValueError, match="covariance 'full' over 5 bins of 6 features"):
-        make("full")
-    monkeypatch.setattr(covariance_module, "_free_memory", lambda: 80 * 5 * 36)
-    make("full")
-    monkeypatch.setattr(covariance_module, "_free_memory", lambda: None)  # a machine that does not tell
-    make("full")
+    with pytest.raises(
+        ValueError,
+        match=r"^FDS: covariance 'low_rank' over 5 bins of 1000000 features takes .* GiB, which must be free, got .* "
+        r'GiB. Pass a smaller rank, covariance="diagonal", or wider bins.$',
+    ):
+        FDS(BINS, 1_000_000, covariance="low_rank")
+    for form, stated in (("full", 80 * 5 * 36), ("low_rank", 165 * 5 * 4 + 80 * 36 + 200 * 30)):
+        monkeypatch.setattr(covariance_module, "_free_memory", lambda: stated - 1)  # noqa: B023
+        with pytest.raises(ValueError, match=f"covariance '{form}' over 5 bins of 6 features"):
+            make(form)
+        for enough in (stated, None):  # or a machine that does not tell
+            monkeypatch.setattr(covariance_module, "_free_memory", lambda: enough)  # noqa: B023
+            make(form)
 
 
-def test_free_memory_is_told_here() -> None:
+MEASURE = """
+import re, sys, torch
+from pathlib import Path
+from dir_toolkit import FDS, Bins
+
+def peak(form, B, D, rank):
+    y = torch.arange(B).repeat_interleave(4)
+    fds = FDS(Bins.classes(B), D, covariance=form, rank=rank)
+    for _ in range(2):
+        fds.update(torch.randn(len(y), D), y)
+        fds.end_epoch()
+        fds.calibrate(torch.randn(9, D), y[:9])
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+form, *sizes = sys.argv[1:]
+before = peak(form, 5, 6, 2)
+print(peak(form, *map(int, sizes)) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("form", "sizes"), [("full", (450, 96, 2)), ("low_rank", (300, 256, 64))])
+def test_no_more_memory_is_taken_than_stated(form: str, sizes: tuple[int, int, int]) -> None:
+    num_bins, num_features, rank = sizes
+    command = [sys.executable, "-c", MEASURE, form, *map(str, sizes)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    side = num_features if form == "full" else rank
+    stated = covariance_module._bytes(form, num_bins, num_features, side)
+    assert stated / 2 < int(told.stdout) <= stated
+
+
+def test_free_memory_is_the_least_that_machine_and_container_tell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     free = covariance_module._free_memory()
     assert free is not None
     assert 2**20 < free < 2**50
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 5 kB\n")
+    monkeypatch.setattr(covariance_module, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(covariance_module, "_CGROUP", tmp_path)
+    assert covariance_module._free_memory() == 5 * 1024
+    (tmp_path / "memory").mkdir()
+    for folder, limit, usage in (
+        (tmp_path, "memory.max", "memory.current"),
+        (tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        (folder / "memory.stat").write_text("anon 600\ninactive_file 30\nactive_file 7\n")
+        (folder / usage).write_text("700\n")
+        (folder / limit).write_text("1000\n")
+        assert covariance_module._free_memory() == 1000 - 700 + 37
+        (folder / limit).write_text("max\n")
+        assert covariance_module._free_memory() == 5 * 1024
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
