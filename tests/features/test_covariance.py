@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dir_toolkit import FDS, Bins
 from dir_toolkit.features import covariance as covariance_module
@@ -73,12 +75,64 @@ def test_mapped_samples_have_the_smoothed_covariance(map: Any) -> None:
 
 
 def test_transport_moves_features_least() -> None:
+    """Of all maps that carry the covariance there: those are S'^(1/2) Q S^(-1/2) for orthogonal Q; Q = 1, the paper's,
+    is among them."""
+    generator = torch.Generator().manual_seed(0)
     features, labels = batch()
-    moved = {}
-    for map in ("paper", "transport"):
-        fds = trained(make("full", map=map, shrinkage=0, clip=(0.0, 1e6)), (features, labels))
-        moved[map] = (fds.calibrate(features, labels) - features).square().sum()
-    assert moved["transport"] < 0.99 * moved["paper"]
+    features = features[labels == 1] - features[labels == 1].mean(0)
+    sigma, smoothed = scatter(features), scatter(batch(1)[0])
+    inverse = covariance_map(sigma, torch.eye(6).double(), clip=(0.0, 1e6), map="paper")  # S^(-1/2)
+    half = torch.linalg.inv(covariance_map(smoothed, torch.eye(6).double(), clip=(0.0, 1e6), map="paper"))
+
+    def moved(matrix: Tensor) -> float:
+        torch.testing.assert_close(matrix @ sigma @ matrix.T, smoothed, rtol=1e-6, atol=1e-6)
+        return float((features @ matrix.T - features).square().sum())
+
+    least = moved(covariance_map(sigma, smoothed, clip=(0.0, 1e6), map="transport"))
+    assert least < 0.99 * moved(half @ inverse)
+    for near in (0.01, 1.0) * 25:  # little turns of the transport itself, and any orthogonal matrix
+        noise = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+        turn = torch.linalg.matrix_exp(near * (noise - noise.T)) if near < 1 else torch.linalg.qr(noise).Q
+        own = torch.linalg.inv(half) @ covariance_map(sigma, smoothed, clip=(0.0, 1e6), map="transport")
+        assert least < moved(half @ (turn @ own if near < 1 else turn @ inverse))
+
+
+class Count(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.of[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("map", "clip", "decompositions"),
+    [
+        ("transport", (0.0, 1e6), 4),
+        ("paper", (0.0, 1e6), 8),
+        ("transport", (0.999, 1.001), 7),
+        ("paper", (0.999, 1.001), 11),
+    ],
+)
+def test_decompositions_of_an_epoch_and_products_of_a_step(form: str, map: Any, clip: Any, decompositions: int) -> None:
+    features, labels = batch()
+    fds = trained(make(form, map=map, clip=clip), (features, labels))
+    fds.update(features, labels)
+    with Count() as count:
+        fds.end_epoch()
+    # One a bin with statistics for the transport, two for the paper's map, one more to clip, which bin 4, alone, needs
+    # not; of low rank, besides, that which finds the subspace.
+    assert count.of["aten::_linalg_eigh"] == decompositions + (form == "low_rank")
+    some = labels < 2
+    with Count() as count:
+        fds.calibrate(features[some], labels[some])
+    products = sum(count.of[f"aten::{name}"] for name in ("mm", "addmm", "bmm"))
+    assert products == (2 if form == "full" else 3)  # one a bin present; or into the subspace, within and back
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 3.0])
@@ -125,6 +179,29 @@ def test_bins_of_fewer_samples_than_features_have_bounded_maps() -> None:
     assert fds.calibrate(features, labels).isfinite().all()
     unshrunk = trained(make("full", 40, shrinkage=0), (features[few], labels[few]))
     assert torch.linalg.svdvals(unshrunk.covariance.matrix).max() <= 10**0.5 * (1 + 1e-4)
+
+
+def test_low_rank_maps_of_few_samples_are_bounded_and_shrunk_as_an_oracle_shrinks() -> None:
+    features, labels = batch(num_features=40)
+    few = (labels > 1) | (torch.arange(400) < 11)  # three samples of bin 0 and of bin 1
+    features, labels = features[few], labels[few]
+    fds = FDS(BINS, 40, covariance="low_rank", rank=8, kernel=[1, 2, 1], momentum=0.0)
+    s = trained(fds, *[(features, labels)] * 2).statistics()
+    assert s["count"][:2].tolist() == [3, 2]
+    within = fds.covariance.matrix[:-1] + fds.covariance.scale[:-1, :, None] * torch.eye(8)
+    for values in (torch.linalg.svdvals(within), fds.covariance.scale):
+        assert values.max() <= 10**0.5 * (1 + 1e-6)
+        assert values.min() >= 0.1**0.5 * (1 - 1e-6)
+    assert fds.calibrate(features, labels).isfinite().all()
+    present = [0, 1, 2, 4]
+    spread = {b: scatter(features[labels == b] @ s["basis"]) for b in present}
+    rest = {b: (features[labels == b].var(0).sum() - spread[b].trace()) / 32 for b in present}
+    degrees = {b: float((labels == b).sum()) - 1 for b in present}
+    for values, name in ((spread, "covariance"), (rest, "rest")):
+        pooled = sum(degrees[b] * values[b] for b in present) / sum(degrees.values())
+        for b in present:
+            shrunk = (degrees[b] * values[b] + 8 * pooled) / (degrees[b] + 8)
+            torch.testing.assert_close(s[name][b], shrunk, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -323,7 +400,7 @@ def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., lis
                 for name in ("covariance", "smoothed_covariance"):
                     got[name] = got[name] * turn[:, None] * turn
             for name, value in expected.items():
-                torch.testing.assert_close(got[name], value, rtol=1e-11, atol=1e-12, equal_nan=True)
+                torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_more_matrices_than_memory_are_refused_before_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,10 +99,10 @@ def trainer(folder: Path, *callbacks: Any, **settings: Any) -> Any:
 
 
 def fitted(
-    folder: Path, *callbacks: Any, inside: bool = False, start: Any = None, **settings: Any
+    folder: Path, *callbacks: Any, inside: bool = False, start: Any = None, form: Any = "diagonal", **settings: Any
 ) -> dict[str, Tensor]:
     """What a fit with the callback comes to, validated in mid-epoch and before it."""
-    fds = FDS(BINS, 4)
+    fds = FDS(BINS, 4, covariance=form, rank=2)
     module = Module(fds, inside=inside)
     how = {"num_sanity_val_steps": 2, "val_check_interval": 2, **settings}
     trainer(folder, FDSCallback(fds), *callbacks, **how).fit(module, Loader(), Loader(), ckpt_path=start)
@@ -238,6 +238,14 @@ def test_a_resumed_training_is_one_that_never_stopped(tmp_path: Path, inside: bo
     assert_equal_bits(expected, plain())
     (saved,) = [file for file in tmp_path.glob("*.ckpt") if any(f"epoch=1-step={n}.ckpt" == file.name for n in (9, 12))]
     assert_equal_bits(fitted(tmp_path, inside=inside, start=saved), expected)
+
+
+@pytest.mark.parametrize("form", ["full", "low_rank"])
+def test_covariances_of_any_form_are_resumed_in_mid_epoch(tmp_path: Path, form: str) -> None:
+    keeps = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=9)
+    expected = fitted(tmp_path, keeps, form=form)
+    assert int(expected["epochs"]) == EPOCHS
+    assert_equal_bits(fitted(tmp_path, form=form, start=tmp_path / "step=9.ckpt"), expected)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -80,9 +80,11 @@ def trainer(folder: Path, model: nn.Module, *callbacks: Any, train: Any = None, 
     )
 
 
-def fitted(folder: Path, start: Any = None, resume_from: Any = None, **settings: Any) -> dict[str, Tensor]:
+def fitted(
+    folder: Path, start: Any = None, resume_from: Any = None, form: Any = "diagonal", **settings: Any
+) -> dict[str, Tensor]:
     """What training with the callback comes to, evaluated in mid-epoch."""
-    fds = FDS(BINS, 4)
+    fds = FDS(BINS, 4, covariance=form, rank=2)
     model = Model(fds)
     callback = FDSCallback(fds, resume_from=resume_from)
     trainer(folder, model, callback, **settings).train(resume_from_checkpoint=start)
@@ -171,6 +173,14 @@ def test_a_resumed_training_is_one_that_never_stopped(tmp_path: Path, step: int)
     elsewhere = shutil.copytree(start, tmp_path / "elsewhere")
     there = fitted(tmp_path / "new", start=str(elsewhere), resume_from=elsewhere)
     assert_equal_bits(there, expected)
+
+
+@pytest.mark.parametrize("form", ["full", "low_rank"])
+def test_covariances_of_any_form_are_resumed_in_mid_epoch(tmp_path: Path, form: str) -> None:
+    how = {"save_strategy": "steps", "save_steps": 9}
+    expected = fitted(tmp_path, form=form, **how)
+    assert int(expected["epochs"]) == EPOCHS
+    assert_equal_bits(fitted(tmp_path, form=form, start=str(tmp_path / "checkpoint-9"), **how), expected)
 
 
 def test_a_resumed_training_after_an_epoch(tmp_path: Path) -> None:
