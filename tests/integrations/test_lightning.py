@@ -278,9 +278,10 @@ def rank_main(rank: int) -> dict[str, Any]:
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}  # processes are there already
     share = slice(0, 3) if rank == 0 else slice(3, None)  # uneven
     result = {}
-    for name, inside in [("outside", False), ("inside", True)]:
+    for name in ("outside", "inside", "full", "low_rank"):
+        inside, form = name == "inside", name if name in ("full", "low_rank") else "diagonal"
         for start in (None, f"{name}/epoch=1-step=9.ckpt"):
-            fds = FDS(BINS, 4)
+            fds = FDS(BINS, 4, covariance=form, rank=2)  # type: ignore[arg-type]
             module = Module(fds, inside=inside)
             keeps = pl.callbacks.ModelCheckpoint(name, "{epoch}-{step}", save_top_k=-1, every_n_train_steps=9)
             strategy = pl.strategies.DDPStrategy(process_group_backend="gloo")
@@ -295,11 +296,11 @@ def test_two_ranks_gather_over_both_and_resume_in_mid_epoch(two_ranks: Callable[
     labels = torch.cat([y for _, y in Loader()])
     count = torch.bincount(labels.long(), minlength=9).double()
     for results in (first, second):
-        for inside in ("inside", "outside"):
-            whole, resumed = results[f"{inside}, whole"], results[f"{inside}, resumed"]
-            assert_equal_bits(whole, first[f"{inside}, whole"])
-            for name in whole:
-                torch.testing.assert_close(resumed[name], whole[name], rtol=1e-5, atol=1e-6)
+        for name in ("inside", "outside", "full", "low_rank"):
+            whole, resumed = results[f"{name}, whole"], results[f"{name}, resumed"]
+            assert_equal_bits(whole, first[f"{name}, whole"])
+            for key in whole:
+                torch.testing.assert_close(resumed[key], whole[key], rtol=1e-5, atol=1e-6, equal_nan=True)
             torch.testing.assert_close(whole["fds.running_count"], count, rtol=1e-12, atol=0)
             assert int(whole["epochs"]) == EPOCHS
 
