@@ -446,15 +446,17 @@ print(peak(form, *map(int, sizes)) - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("form", "sizes"), [("full", (450, 96, 2)), ("low_rank", (300, 256, 64))])
+@pytest.mark.parametrize(("form", "sizes"), [("full", (600, 96, 2)), ("low_rank", (300, 256, 64))])
 def test_no_more_memory_is_taken_than_stated(form: str, sizes: tuple[int, int, int]) -> None:
     num_bins, num_features, rank = sizes
     command = [sys.executable, "-c", MEASURE, form, *map(str, sizes)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    # The threshold has the allocator give large arrays back at once: else gaps between them count.
+    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     side = num_features if form == "full" else rank
     stated = covariance_module._bytes(form, num_bins, num_features, side)
-    assert stated / 2 < int(told.stdout) <= stated
+    assert stated / 3 < int(told.stdout) <= stated
 
 
 def test_free_memory_is_the_least_that_machine_and_container_tell(
