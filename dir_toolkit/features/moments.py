@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import instance, is_tensor, keys, length, problem, readable, real, same_device
-from ..errors import ShapeError
+from ..errors import CheckpointError, ShapeError
 
 __all__ = ["BinMoments", "BinScatters", "SubspaceMoments"]
 
@@ -17,7 +17,8 @@ _PIECE = 2**24  # float64 numbers at a time: maps with a sample a pixel are many
 class BinMoments:
     """Count, mean and sum of squared deviations of features per bin, in float64 and about each bin's own mean.
 
-    Nothing here waits for an accelerator. Tensors live where the features do.
+    Nothing here waits for an accelerator. Tensors live where the features do. Batches may come in inference mode, which
+    is left for what is kept, since tensors made in it could not be written to afterwards.
 
     Attributes:
         count: (B,) int64. mean: (B, D) float64, zero where a bin is empty.
@@ -31,6 +32,7 @@ class BinMoments:
     ([2, 0], 2.0, 2.0)
     """
 
+    @torch.inference_mode(False)
     def __init__(self, num_bins: int, num_features: int, *, device: torch.device | str | None = None) -> None:
         num_bins = length("BinMoments", "num_bins", num_bins)
         num_features = length("BinMoments", "num_features", num_features)
@@ -99,6 +101,7 @@ class BinMoments:
         self._add(other.count.to(device), other.mean.to(device), other.deviations.to(device))
         return self
 
+    @torch.inference_mode(False)
     def _add(self, count: Tensor, mean: Tensor, deviations: Tensor) -> None:
         total = self.count + count
         share = (count.double() / total.clamp_min(1))[:, None]  # int / int would be float32
@@ -112,6 +115,7 @@ class BinMoments:
         """Add to the deviations what steps (B, D) between means make of them, each bin's weighed by (B, 1)."""
         self.deviations.addcmul_(step.square(), weight)
 
+    @torch.inference_mode(False)
     def all_reduce(self) -> BinMoments:
         """Merge the moments of all ranks into each, which must all call this; returns self.
 
@@ -140,6 +144,7 @@ class BinMoments:
         """Whether all that a bin has seen was finite, (B,) bool."""
         return self.mean.isfinite().all(1) & self.deviations.isfinite().flatten(1).all(1)
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> BinMoments:
         """Move to a device; returns self."""
         self.count, self.mean = self.count.to(device), self.mean.to(device)
@@ -150,6 +155,7 @@ class BinMoments:
         """Tensors that :meth:`load_state_dict` restores to the bit."""
         return {"count": self.count.clone(), "mean": self.mean.clone(), "deviations": self.deviations.clone()}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` saved, on the present device."""
         keys("BinMoments.load_state_dict", "state", state, ("count", "mean", "deviations"))
@@ -183,6 +189,7 @@ class BinScatters(BinMoments):
     [[2.0, 4.0], [4.0, 8.0]]
     """
 
+    @torch.inference_mode(False)
     def __init__(self, num_bins: int, num_features: int, *, device: torch.device | str | None = None) -> None:
         super().__init__(num_bins, num_features, device=device)
         self.deviations = torch.zeros(*self.mean.shape, num_features, dtype=torch.float64, device=device)
@@ -195,6 +202,7 @@ class BinScatters(BinMoments):
         if self._room <= 0:
             self.settle()
 
+    @torch.inference_mode(False)
     def settle(self) -> BinScatters:
         """Take in the batches that are held; returns self."""
         if not self._held:
@@ -238,12 +246,23 @@ class BinScatters(BinMoments):
         return super().to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        self.settle()
-        return super().state_dict()
+        """What is held goes along as it is: taken in now, sums would end in other digits than without saving."""
+        state = super().state_dict()
+        if self._held:
+            features, index = zip(*self._held, strict=True)
+            state |= {"held": torch.cat(features), "held_index": torch.cat(index)}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state)
+        where = "BinScatters.load_state_dict"
+        instance(where, dict, state=state)
+        held = {name: value for name, value in state.items() if name in ("held", "held_index")}
+        super().load_state_dict({name: value for name, value in state.items() if name not in held})
         self._held, self._room = [], _PIECE // 2
+        if held:
+            keys(where, "state", held, ("held", "held_index"))
+            is_tensor(where, **held)
+            self.update(held["held"].to(self.mean.device), held["held_index"].to(self.mean.device))
 
 
 class SubspaceMoments:
@@ -325,10 +344,18 @@ class SubspaceMoments:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` saved, on the present device."""
         where = "SubspaceMoments.load_state_dict"
-        expected = {f"{name}.{key}" for name, part in self.parts.items() for key in part.state_dict()}
-        keys(where, "state", {name: value for name, value in state.items() if name != "basis"}, tuple(expected))
-        for name, part in self.parts.items():
-            part.load_state_dict({key: state[f"{name}.{key}"] for key in ("count", "mean", "deviations")})
+        instance(where, dict, state=state)
+        of_part: dict[str, dict[str, Tensor]] = {name: {} for name in self.parts}
+        for name, value in state.items():
+            part, _, key = str(name).partition(".")
+            if part in of_part:
+                of_part[part][key] = value
+            elif name != "basis":
+                raise problem(
+                    where, "state must be of a SubspaceMoments", got=f"the key {name!r}", error=CheckpointError
+                )
+        for name, part_state in of_part.items():
+            self.parts[name].load_state_dict(part_state)
         basis = state.get("basis")
         if basis is not None:
             is_tensor(where, basis=basis)

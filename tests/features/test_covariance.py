@@ -341,18 +341,21 @@ def test_eval_mode_leaves_features_alone(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("epochs", [0, 1, 2])
 def test_state_goes_on_in_mid_epoch_to_the_bit(form: str, epochs: int) -> None:
+    """Also as if it had never been saved."""
     (features, labels), more = batch(), batch(9)
-    fds = trained(make(form), *[batch(seed) for seed in range(epochs)])
-    fds.update(features, labels)
+    fds, never = (trained(make(form), *[batch(seed) for seed in range(epochs)]) for _ in range(2))
+    for one in (fds, never):
+        one.update(features, labels)
     again = make(form)
     again.load_state_dict(copy.deepcopy(fds.state_dict()))
     assert torch.equal(again.calibrate(features, labels), fds.calibrate(features, labels))
-    for one in (fds, again):
+    for one in (fds, again, never):
         one.update(*more)
         one.end_epoch()
         trained(one, batch(10))
     for name, value in fds.statistics().items():
-        torch.testing.assert_close(again.statistics()[name], value, rtol=0, atol=0, equal_nan=True)
+        for other in (again, never):
+            torch.testing.assert_close(other.statistics()[name], value, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(again.calibrate(features, labels), fds.calibrate(features, labels))
     assert not torch.equal(fds.calibrate(features, labels), features)
 

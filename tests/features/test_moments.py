@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dir_toolkit.errors import ShapeError
+from dir_toolkit.errors import CheckpointError, ShapeError
 from dir_toolkit.features.moments import BinMoments, BinScatters, SubspaceMoments
 
 
@@ -252,5 +252,40 @@ def test_states_of_another_subspace_are_refused() -> None:
     state = moments.state_dict()
     with pytest.raises(ShapeError, match=r"SubspaceMoments.load_state_dict: basis must be \(3, 2\), got \(3, 3\)"):
         moments.load_state_dict({**state, "basis": torch.eye(3)})
-    with pytest.raises(ValueError, match=r"SubspaceMoments.load_state_dict: .*missing \['within.count'\]"):
+    with pytest.raises(ValueError, match=r"missing \['count'\]"):
         moments.load_state_dict({name: value for name, value in state.items() if name != "within.count"})
+    with pytest.raises(CheckpointError, match=r"state must be of a SubspaceMoments, got the key 'beyond\.count'"):
+        moments.load_state_dict({**state, "beyond.count": state["within.count"]})
+
+
+def test_states_of_other_batches_that_are_held_are_refused() -> None:
+    scatters, (features, index) = BinScatters(7, 3), sample()
+    scatters.update(features, index)
+    state = scatters.state_dict()
+    assert state["held"].shape == features.shape
+    with pytest.raises(ValueError, match=r"missing \['held_index'\]"):
+        scatters.load_state_dict({name: value for name, value in state.items() if name != "held_index"})
+    with pytest.raises(ShapeError, match=r"features must be \(N, 3\) and index \(N,\)"):
+        scatters.load_state_dict({**state, "held": features[:, :2]})
+    with pytest.raises(ValueError, match="index must be at most 7, got a maximum of 8"):
+        scatters.load_state_dict({**state, "held_index": torch.full_like(index, 8)})
+    with pytest.raises(TypeError, match="state must be a dict, got list"):
+        scatters.load_state_dict([])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [BinMoments, BinScatters])
+def test_batches_may_come_within_inference_mode_and_after_it(kind: type[BinMoments]) -> None:
+    features, index = sample()
+    with torch.inference_mode():
+        moments, other = kind(7, 3), kind(7, 3)
+        moments.load_state_dict(kind(7, 3).state_dict())
+        moments.update(features[:20].clone(), index[:20].clone())
+        other.update(features[20:40].clone(), index[20:40].clone())
+        moments.merge(other)
+    moments.update(features[40:], index[40:])
+    whole = kind(7, 3)
+    whole.update(features, index)
+    for one in (moments, whole):
+        one.merge(kind(7, 3))  # which takes in what is held
+    torch.testing.assert_close(moments.deviations, whole.deviations, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(moments.mean, whole.mean, rtol=1e-12, atol=1e-12)
