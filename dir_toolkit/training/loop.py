@@ -65,8 +65,9 @@ def fit(
     augmentation and what the model draws from (seed, epoch, step, rank). So on the CPU a run that was stopped
     anywhere, and resumed in a new process, ends with the bits of one that was not; CUDA adds up in no fixed order. Each
     global batch is dealt to the ranks in turn, and a rank's loss is its sum over samples times ranks / global batch
-    size, so that n ranks step as one does; an epoch's last, short batch is kept unless it holds fewer than two samples
-    a rank. Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process.
+    size, so that n ranks step as one does, but for BatchNorm, whose statistics are those of a rank's share; an epoch's
+    last, short batch is kept unless it holds fewer than two samples a rank. Only as many ranks as started a run may go
+    on with it. Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process.
 
     Args:
         model: from float images (N, C, H, W) in [-1, 1] to what the loss takes; moved to the runtime's device.
@@ -463,7 +464,8 @@ class _RunFiles(AbstractContextManager["_RunFiles"]):
     def _check_identity(self, state: dict[str, Any]) -> None:
         saved, now = state.get("fingerprint", {}), self._identity
         differ = [
-            f"{name} was {saved.get(name, 'absent')!r} and is {now.get(name, 'absent')!r}"
+            f"{'number of processes' if name == 'world' else name} was {saved.get(name, 'absent')!r} "
+            f"and is {now.get(name, 'absent')!r}"
             for name in sorted({*saved, *now})
             if saved.get(name, "absent") != now.get(name, "absent")
         ]
@@ -472,7 +474,7 @@ class _RunFiles(AbstractContextManager["_RunFiles"]):
                 "fit",
                 f"{self.last} must be of the same run",
                 got="; ".join(differ),
-                fix="Resume with the settings it was started with, or choose another folder.",
+                fix="Resume with the settings, and as many processes, as it was started with, or choose another folder.",
                 error=CheckpointError,
             )
 

@@ -102,6 +102,11 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def layout(path: Path) -> set[tuple[str, torch.Size, torch.dtype]]:
+    """Name, shape and type of all tensors of a checkpoint, those of any rank under the name of the first."""
+    return {(re.sub(r"^\.ranks\.\d+", ".ranks.0", name), t.shape, t.dtype) for name, t in tensors(path).items()}
+
+
 def equal_bits(one: Path, two: Path) -> bool:
     a, b = tensors(one), tensors(two)
     return a.keys() == b.keys() and all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a)

@@ -21,7 +21,7 @@ import running
 import torch
 import xarray as xr
 from PIL import Image
-from running import RUN_FILES, Outcome, environment, equal_bits, files, numbers
+from running import RUN_FILES, Outcome, environment, equal_bits, files, layout, numbers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dir_toolkit.decoupling import stage_two
@@ -289,6 +289,24 @@ def test_a_package_that_is_missing_is_told_in_one_line(
     assert re.fullmatch(r'timm_backbone: .* pip install "dir_toolkit\[models\]".\n', outcome.err)
 
 
+def test_a_model_of_timm_is_trained_stopped_and_resumed(
+    here: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("timm")
+    words = [*QUICK, "--methods", "vanilla", "--backbone", "mobilenetv3_small_050"]
+    assert here(*words, "--out", "whole").code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("dir_toolkit.training.log.RunLog.end_epoch", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        assert here(*words, "--out", "made").code == 130
+    assert not (tmp_path / "made/results.nc").exists()
+    assert here(*words, "--out", "made", "--resume").code == 0
+    assert equal_bits(*(tmp_path / place / "vanilla/seed0/checkpoint-last.pt" for place in ("whole", "made")))
+    one, two = (load_results(tmp_path / place / "results.nc") for place in ("whole", "made"))
+    xr.testing.assert_identical(numbers(one), numbers(two))
+    config = json.loads((tmp_path / "made/vanilla/seed0/config.json").read_text())
+    assert config["backbone"] == "mobilenetv3_small_050"
+
+
 def test_a_device_that_is_missing_is_told_in_one_line(here: Callable[..., Outcome]) -> None:
     outcome = here("--device", "cuda:99")
     assert outcome.code == 1
@@ -371,12 +389,21 @@ def test_a_list_of_agedb(tmp_path: Path, here: Callable[..., Outcome]) -> None:
     assert load_results(tmp_path / "out/results.nc")["method"].values.tolist() == ["unsmoothed", "constant"]
 
 
-def test_two_processes_leave_the_same_files_and_come_close(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_two_processes_leave_the_same_files_and_come_close(
+    finished: tuple[Path, str], tmp_path: Path, here: Callable[..., Outcome]
+) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     outcome = recipe(tmp_path, *QUICK, "--methods", "lds+fds", "--out", "made", python=launch)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("lds+fds, seed 0") == 1
     assert set(files(tmp_path / "made")) == {name for name in files(finished[0]) if not name.startswith("vanilla/")}
+    for name in ("checkpoint-last.pt", "checkpoint-best.pt"):
+        found = layout(tmp_path / "made/lds+fds/seed0" / name)
+        assert found == layout(finished[0] / "lds+fds/seed0" / name)
+        assert found != layout(finished[0] / "vanilla/seed0" / name)
+    refused = here(*QUICK, "--methods", "lds+fds", "--out", "made", "--resume")
+    assert refused.code == 1
+    assert "number of processes was 2 and is 1. Resume with the settings, and as many processes," in refused.err
     one, two = (
         load_results(place / "results.nc").sel({"method": "lds+fds"}) for place in (finished[0], tmp_path / "made")
     )

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dir_toolkit.backbones import ImageClassifier, Scored
 from dir_toolkit.data.augment import to_float
@@ -423,7 +424,7 @@ def test_bf16_trains(tmp_path: Path) -> None:
 
 
 def test_sgd_with_steps_and_an_augmentation_of_ones_own(tmp_path: Path) -> None:
-    seen = []
+    seen: list[list[Tensor]] = []
 
     def darken(images: Tensor, *, generator: torch.Generator) -> Tensor:
         seen.append(len(images))
@@ -832,6 +833,13 @@ def test_two_ranks_with_uneven_shares_step_as_one_process_and_resume_to_the_bit(
         for name in ("loss", "lr", "val_mae", "val_bmae", "val_mae_few"):
             assert row[name] == pytest.approx(expected[name], rel=1e-4)
     assert same_runs(tmp_path / "two", tmp_path / "two-stopped")
+    expected = gradients(tmp_path / "one-gradients", one_process())
+    assert len(expected) == STEPS
+    assert all(gradient.any() for step in expected for gradient in step)
+    for state in states:
+        torch.testing.assert_close(state["gradients"], expected, rtol=1e-11, atol=1e-13)
+    with pytest.raises(CheckpointError, match=r"number of processes was 2 and is 1\. .* as many processes"):
+        train(tmp_path / "two", random=False, resume=True)
     binned, history = train_binned(tmp_path / "one-binned", random=False)
     expected = predict(binned, image_set(31, seed=1), runtime=one_process())
     for state in states:
@@ -854,6 +862,43 @@ def test_two_ranks_with_uneven_shares_step_as_one_process_and_resume_to_the_bit(
         assert same(states[0][kind]["predicted"], states[1][kind]["predicted"])
 
 
+class InDoubles(Regressor):
+    """Linear and without chance, so that ranks differ from one process by rounding alone."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.Tanh()), 8)
+        self.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 5 + 5 * self.head(self.backbone(images.double())).squeeze(1)
+
+
+def gradients(folder: Path, runtime: Runtime) -> list[list[Tensor]]:
+    """Of each parameter in each step of an epoch: weighted samples, the last batch of seven, an odd number."""
+    seen: list[list[Tensor]] = []
+    data = image_set()
+    with runtime.seeded("init"):
+        model = InDoubles()
+
+    def note(*_: Any) -> None:
+        seen.append([parameter.grad.clone() for parameter in model.parameters()])
+
+    handle = register_optimizer_step_pre_hook(note)
+    fit(
+        model,
+        data,
+        image_set(31, seed=1),
+        metrics=metrics_of(data),
+        weights=LDS(BINS).fit(data.labels),
+        runtime=runtime,
+        folder=folder,
+        augmentation=False,
+        optimization=Optimization(epochs=1, batch_size=BATCH, lr=0.01),
+    )
+    handle.remove()
+    return seen
+
+
 def run_rank(rank: int) -> dict[str, Any]:
     """One of two ranks: a whole run, another that only rank 1 stops and that both resume, and runs of classes."""
     folder = Path.cwd()
@@ -867,6 +912,9 @@ def run_rank(rank: int) -> dict[str, Any]:
         else:
             raise AssertionError("both ranks must stop")
         found = {"model": model.state_dict(), "history": history}
+        found["gradients"] = gradients(folder / "two-gradients", runtime)
+        with pytest.raises(CheckpointError, match="number of processes was 1 and is 2"):
+            train(folder / "one", runtime, random=False, resume=True)
         model, history = train_binned(folder / "binned", runtime, random=False)
         predicted = predict(model, image_set(31, seed=1), runtime=runtime)
         found["binned"] = {"history": history, "predicted": tuple(predicted)}
