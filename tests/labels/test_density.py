@@ -245,27 +245,26 @@ def test_a_chunk_that_fails_raises_its_own_error() -> None:
 def test_a_cluster_sends_counts_and_no_labels() -> None:
     distributed = pytest.importorskip("distributed")
 
-    class Recorder(distributed.WorkerPlugin):
-        def setup(self, worker: Any) -> None:
-            self.worker, worker.made = worker, {}
-
-        def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
-            if finish == "memory":
-                self.worker.made[key] = self.worker.state.tasks[key].nbytes
-
     def block(block_id: tuple[int, ...]) -> np.ndarray:
         return np.full(100_000, float(block_id[0]))
 
+    def sent() -> int:
+        """Bytes that workers have sent until now, to each other and to us."""
+        return sum(client.run(lambda dask_worker: dask_worker.transfer_outgoing_bytes_total).values())
+
     lazy = dask.array.map_blocks(block, chunks=((100_000,) * 6,), dtype=float, meta=np.empty(0))
-    with distributed.Client(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as client:
-        client.register_plugin(Recorder())
-        assert LabelDensity.count(xr.DataArray(lazy), BINS).counts.tolist() == [100_000] * 6 + [0] * 4
-        made = [
-            size
-            for of_worker in client.run(lambda dask_worker: dask_worker.made).values()
-            for size in of_worker.values()
-        ]
-        assert max(made) == 8 * (len(BINS) + 1)
+    with (
+        dask.config.set({"distributed.scheduler.work-stealing": False}),
+        distributed.Client(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as client,
+    ):
+        kept = client.persist(lazy)
+        for labels in (lazy, kept):  # made when they are counted, or lying with the workers
+            before = sent()
+            assert LabelDensity.count(xr.DataArray(labels), BINS).counts.tolist() == [100_000] * 6 + [0] * 4
+            assert 0 < sent() - before < lazy.nbytes / 1000
+        before = sent()
+        kept.compute()
+        assert sent() - before >= lazy.nbytes
         with pytest.raises(LabelError, match=r"labels of chunk \(5,\) must lie on the label axis \[0, 5\], got 5\.5"):
             LabelDensity.count(lazy + 0.5, Bins.uniform(0, 5, width=1))
 
