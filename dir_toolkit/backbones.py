@@ -194,6 +194,8 @@ def timm_backbone(name: str, *, pretrained: bool = False) -> nn.Module:
         fix = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them."
         raise problem(where, "name must be a model of timm", got=repr(name), fix=fix)
     model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    # Some widen what they pooled: num_features is then the width before, and what comes out has this one.
+    model.num_features = getattr(model, "head_hidden_size", model.num_features)
     return model
 
 

@@ -220,7 +220,7 @@ def test_classifier_refuses_parts_that_do_not_fit() -> None:
 
 def fake_timm() -> types.ModuleType:
     timm = types.ModuleType("timm")
-    names = ["resnet18", "resnet50", "vit_tiny"]
+    names = ["resnet18", "resnet50", "mobilenetv3"]
     timm.is_model = lambda name: name in names  # type: ignore[attr-defined]
     timm.list_models = lambda: names  # type: ignore[attr-defined]
 
@@ -228,15 +228,18 @@ def fake_timm() -> types.ModuleType:
         assert num_classes == 0
         model = nn.Linear(2, 2)
         model.num_features = 2  # type: ignore[assignment]
+        if name == "mobilenetv3":  # which widens its features after pooling them
+            model.num_features, model.head_hidden_size = 1, 2  # type: ignore[assignment]
         return model
 
     timm.create_model = create_model  # type: ignore[attr-defined]
     return timm
 
 
-def test_timm_backbone_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["resnet50", "mobilenetv3"])
+def test_timm_backbone_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", fake_timm())
-    backbone = timm_backbone("resnet50")
+    backbone = timm_backbone(name)
     assert backbone.num_features == 2
     assert ImageClassifier(backbone, nn.Linear(2, 3))(torch.zeros(4, 2)).shape == (4, 3)
 
