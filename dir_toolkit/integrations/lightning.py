@@ -18,7 +18,7 @@ except ImportError as error:
         "dir_toolkit.integrations.lightning",
         "lightning must be installed",
         got=f"{type(error).__name__}: {error}",
-        fix="pip install 'lightning>=2.4'",
+        fix="pip install 'lightning>=2.5'",
         error=ImportError,
     ) from error
 

@@ -21,7 +21,7 @@ except ImportError as error:
         "dir_toolkit.integrations.torchmetrics",
         "torchmetrics must be installed",
         got=f"{type(error).__name__}: {error}",
-        fix="pip install 'torchmetrics>=1.4'",
+        fix="pip install 'torchmetrics>=1.7'",
         error=ImportError,
     ) from error
 

@@ -26,7 +26,7 @@ except ImportError as error:
         "dir_toolkit.integrations.transformers",
         "transformers must be installed",
         got=f"{type(error).__name__}: {error}",
-        fix="pip install 'transformers[torch]>=4.46'",
+        fix="pip install 'transformers[torch]>=4.57'",
         error=ImportError,
     ) from error
 
