@@ -67,7 +67,8 @@ def fit(
     global batch is dealt to the ranks in turn, and a rank's loss is its sum over samples times ranks / global batch
     size, so that n ranks step as one does, but for BatchNorm, whose statistics are those of a rank's share; an epoch's
     last, short batch is kept unless it holds fewer than two samples a rank. Only as many ranks as started a run may go
-    on with it. Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process.
+    on with it. Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the
+    process.
 
     Args:
         model: from float images (N, C, H, W) in [-1, 1] to what the loss takes; moved to the runtime's device.
@@ -474,7 +475,7 @@ class _RunFiles(AbstractContextManager["_RunFiles"]):
                 "fit",
                 f"{self.last} must be of the same run",
                 got="; ".join(differ),
-                fix="Resume with the settings, and as many processes, as it was started with, or choose another folder.",
+                fix="Resume with the settings and as many processes as it was started with, or choose another folder.",
                 error=CheckpointError,
             )
 

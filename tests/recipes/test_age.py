@@ -296,7 +296,8 @@ def test_a_model_of_timm_is_trained_stopped_and_resumed(
     words = [*QUICK, "--methods", "vanilla", "--backbone", "mobilenetv3_small_050"]
     assert here(*words, "--out", "whole").code == 0
     with monkeypatch.context() as patched:
-        patched.setattr("dir_toolkit.training.log.RunLog.end_epoch", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        press = partial(signal.raise_signal, signal.SIGINT)
+        patched.setattr("dir_toolkit.training.log.RunLog.end_epoch", lambda *_, **__: press())
         assert here(*words, "--out", "made").code == 130
     assert not (tmp_path / "made/results.nc").exists()
     assert here(*words, "--out", "made", "--resume").code == 0
@@ -403,7 +404,7 @@ def test_two_processes_leave_the_same_files_and_come_close(
         assert found != layout(finished[0] / "vanilla/seed0" / name)
     refused = here(*QUICK, "--methods", "lds+fds", "--out", "made", "--resume")
     assert refused.code == 1
-    assert "number of processes was 2 and is 1. Resume with the settings, and as many processes," in refused.err
+    assert "number of processes was 2 and is 1. Resume with the settings and as many processes" in refused.err
     one, two = (
         load_results(place / "results.nc").sel({"method": "lds+fds"}) for place in (finished[0], tmp_path / "made")
     )
