@@ -88,7 +88,7 @@ def main(report: Report) -> None:
         counts = {name: function() for name, function in functions.items()}
         for name in functions:
             np.testing.assert_array_equal(counts[name], counts["np.histogram" + ", uneven" * ("uneven" in name)])
-        times = medians(functions, repeats=3, warmup=0)
+        times = medians(functions, repeats=7, warmup=0)
         for ours, theirs in (
             ("memmap", "np.histogram"),
             ("memmap, uneven", "np.histogram, uneven"),

@@ -4,7 +4,7 @@
 
 Prints calibration against a loop over labels, as the public DIR code does it, and against one multiply-add on as many
 numbers; full and low-rank covariances against diagonal ones and against a loop; and a training epoch with FDS, of each
-form and compiled, against the same epoch without. Takes about four minutes on two CPU cores.
+form and compiled, against the same epoch without. Takes about five minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def calibration(report: Report, num_features: int) -> None:
         repeats=300,
     )
     where = f"{BATCH} x {num_features}, {NUM_BINS} bins"
-    report.add(f"loop over labels / FDS calibration, {where}", times["loop"] / times["calibrate"], ">= 50")
+    # The loop's cost is per label and ours per number, so that the goal is one of 512 features.
+    goal = ">= 50" if num_features == 512 else ""
+    report.add(f"loop over labels / FDS calibration, {where}", times["loop"] / times["calibrate"], goal)
     told = milliseconds(times)
     report.add(f"FDS calibration / multiply-add, {where}", times["calibrate"] / times["multiply-add"], "<= 3", told)
     placed = times["with labels placed"] / times["multiply-add"]
@@ -146,7 +148,8 @@ def forms(report: Report, num_features: int = 512) -> None:
         told = f"64 steps: {milliseconds(steps)}"
         report.add(f"FDS steps, {form} / diagonal, {where}", steps[form] / steps["diagonal"], "", told)
     for form, seconds in ends.items():
-        report.add(f"end of an epoch with {form} FDS, {num_features} features, {NUM_BINS} bins", seconds, unit="s")
+        what = f"end of an epoch with {form} FDS, {num_features} features, {NUM_BINS} bins"
+        report.add(what, 1e3 * seconds, unit="ms")
 
 
 class Training:

@@ -62,7 +62,7 @@ class LabelAxes(ABC):
         """How many of these labels each bin holds, (B,) int64; those that ``"drop"`` leaves out are in none."""
         index = self._place(where, labels, outside, name).ravel()
         index = index[index >= 0] if outside == "drop" else index
-        return np.bincount(index, minlength=len(self))
+        return _counts(index, len(self))
 
     def _row(self, where: str, labels: Tensor, outside: Outside) -> Tensor:
         """The row that each label reads in a table of one row a bin and a last one for labels that have none.
@@ -305,7 +305,7 @@ class Bins(LabelAxes):
     def _tally(self, where: str, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
         labels = labels_array(where, labels, name)
         if (index := self._quick_index(labels)) is not None:
-            return np.bincount(index.ravel(), minlength=len(self))
+            return _counts(index.ravel(), len(self))
         counts = self._sorted_tally(labels)
         return super()._tally(where, labels, outside, name) if counts is None else counts
 
@@ -427,6 +427,11 @@ def _edges_array(where: str, edges: object) -> np.ndarray:
             fix="Sort them and drop repeats: numpy.unique(edges).",
         )
     return array
+
+
+def _counts(index: np.ndarray, num_bins: int) -> np.ndarray:
+    """How often each bin occurs, counted by torch, since NumPy would keep other threads waiting."""
+    return torch.bincount(torch.from_numpy(index), minlength=num_bins).numpy()
 
 
 def _floats(labels: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ __all__ = ["REGIONS", "LabelDensity"]
 
 REGIONS = ("many", "medium", "few", "unseen")
 
-_PIECE = 2**16  # labels at a time, which stay in a processor's cache
+_PIECE = 2**15  # labels at a time: they stay in a processor's cache, and torch takes no threads for so few
 
 
 class LabelDensity:
