@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -249,10 +248,14 @@ class LongTailModel(nn.Module):
         # A compiled graph in eval mode has no use for the hook, which would break it.
         if self.training or not torch.compiler.is_compiling():
             labelled = self.fds is not None and self.training and labels is not None
-            with self.fds.labels(labels) if labelled else nullcontext():  # type: ignore[union-attr, arg-type]
-                calibrated = self.neck(features)
+            calibrated = self._neck_under(labels, features) if labelled else self.neck(features)  # type: ignore[arg-type]
         output = self._read(self.head(calibrated), features, calibrated)
         return output if labels is None else LongTailOutput(self.criterion(output, labels, weight), *output[1:])
+
+    @torch._disable_dynamo  # so that the compiler breaks its graph once, around all of FDS, and not within a with
+    def _neck_under(self, labels: Tensor, features: Tensor) -> Tensor:
+        with self.fds.labels(labels):  # type: ignore[union-attr]
+            return self.neck(features)
 
     def read(self, features: Tensor) -> LongTailOutput:
         """What the model says of features that its backbone gave before; no FDS calibrates them.

@@ -392,7 +392,6 @@ class FDS(Float64Module):
             self.to(features.device)
         return self.covariance.calibrate(features, row)
 
-    @torch._disable_dynamo  # torch.compiler.disable imports the whole compiler at once, this when it is called
     def _run(self, where: str, module: nn.Module, features: Tensor, repeated: bool) -> Tensor:
         """What a hook does: gather, then calibrate. ``repeated`` is activation checkpointing running the module again
         in backward: the same calibration, and nothing counted twice."""
@@ -499,6 +498,7 @@ class _InputHook:
     def __init__(self, fds: FDS) -> None:
         self.fds = fds
 
+    @torch._disable_dynamo  # torch.compiler.disable imports the whole compiler at once, this when it is called
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not args:
             raise problem(
@@ -514,5 +514,6 @@ class _OutputHook:
     def __init__(self, fds: FDS) -> None:
         self.fds = fds
 
+    @torch._disable_dynamo
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return self.fds._run("FDS output hook", module, output, _in_backward())
