@@ -91,7 +91,8 @@ class FDS(Float64Module):
         rank 165 times B * r^2, 80 times D^2 and 200 times B * D; besides, up to 8 million numbers of the latest batches
         are held, or with low rank twice as many. So much must be free when the FDS is made: on the host, or in its
         container, which is where it is looked for even if the statistics then follow the features to an accelerator.
-        Full covariance waits for an accelerator once a step, low rank now and then.
+        Full covariance waits for an accelerator once a step, low rank now and then. In a step low rank holds r^2
+        numbers for each sample, or each pixel of a map, so that large maps want a small rank.
     Raises:
         ValueError: a setting is out of bounds, or covariances would take more memory than is free.
     Source:
