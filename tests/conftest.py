@@ -17,6 +17,9 @@ import torch.distributed as dist
 
 from dir_toolkit.errors import ShapeError
 
+# Tensors of tests are small, and threads that wait for one another stall on a machine with other work.
+torch.set_num_threads(1)
+
 NOT_COUNTS: list[tuple[Any, type[Exception], str]] = [
     ([[1, 2]], ShapeError, r"counts must be one row of numbers, got shape \(1, 2\)"),
     ([], ValueError, "counts must hold at least one value"),

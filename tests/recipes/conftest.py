@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -21,7 +20,7 @@ def here(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Iterator[Callable[..., Outcome]]:
+) -> Callable[..., Outcome]:
     """The test module's RECIPE within this process, which spares the seconds in which torch is loaded, in tmp_path."""
     script = request.module.RECIPE
     monkeypatch.chdir(tmp_path)
@@ -40,7 +39,4 @@ def here(
             return Outcome(1, told.out, f"{told.err}{message}\n")
         return Outcome(message or 0, told.out, told.err)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run_here
-    torch.set_num_threads(threads)
+    return run_here
