@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from dir_toolkit.errors import ShapeError
 
-# Tensors of tests are small, and threads that wait for one another stall on a machine with other work.
+# Tensors of tests are small, and threads that wait for one another stall on a machine with other work. What tests start
+# runs on as many threads, too, since sums of other threads end in other digits.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 NOT_COUNTS: list[tuple[Any, type[Exception], str]] = [
     ([[1, 2]], ShapeError, r"counts must be one row of numbers, got shape \(1, 2\)"),
@@ -65,7 +67,7 @@ def two_ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., l
     def run(main: Callable[[int], object], *, timeout: float = 60) -> list[Any]:
         program = [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", __file__]
         # One thread each, as torchrun has it.
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         ranks = [
             subprocess.Popen(
                 [*program, str(request.path), main.__name__, str(rank)],

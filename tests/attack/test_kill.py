@@ -89,7 +89,7 @@ def train(folder: Path, *, resume: bool = False, epochs: int = EPOCHS, loss: Any
 def start(*words: object) -> subprocess.Popen[str]:
     """This file as a program, which says "ready" before it trains, and "step" in each step until stdin is closed."""
     program = [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", __file__, *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     pipe = subprocess.PIPE
     process = subprocess.Popen(program, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None

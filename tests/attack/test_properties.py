@@ -176,8 +176,7 @@ def test_scatters_in_any_split_are_those_of_one_pass_also_within_a_subspace(
         parts[-1].update(features[part], index[part])
     chance.shuffle(parts)
     merged = reduce(lambda a, b: a.merge(b), parts, BinScatters(4, 3))
-    for part in subspace.parts.values():
-        part.state_dict()  # takes in the batches that are held
+    subspace.all_reduce()  # takes in the batches that are held
     along, pooled = basis.numpy(), np.zeros((3, 3))
     for b in range(4):
         mine = features[index == b].numpy()
