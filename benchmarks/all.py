@@ -4,7 +4,7 @@
 
 Prints ratios as they come and writes ``table.md``, ``results.nc`` and the pictures of growth.py into
 ``runs/benchmarks``. Each runs in a process of its own, since threads that one leaves behind slow the next. Takes about
-eight minutes on two idle CPU cores, 400 MB of disk for a while, and Linux.
+ten minutes on two idle CPU cores, 400 MB of disk for a while, and Linux.
 """
 
 from __future__ import annotations
