@@ -324,7 +324,7 @@ class Bins(LabelAxes):
     def _quick_index(self, labels: np.ndarray) -> np.ndarray | None:
         """The bins of labels that all are numbers of classes or lie on an even axis, found without a search. None where
         one does not, or where rounding could place one differently than a search would."""
-        if labels.size == 0:
+        if labels.size == 0 or labels.ndim == 0:  # of no dimension NumPy makes numbers, which are no arrays
             return None
         if self.categorical:
             whole = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < len(self)

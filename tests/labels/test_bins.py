@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dir_toolkit import Bins
+from dir_toolkit import Bins, LabelDensity
 from dir_toolkit.errors import LabelError, ShapeError
 
 
@@ -413,3 +413,16 @@ def test_the_caller_s_edges_stay_his() -> None:
 def test_from_dict_refuses_what_to_dict_never_wrote(values: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         Bins.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "axis", [Bins.uniform(0, 60, width=0.5), Bins.uniform(-4, 61, width=1), Bins.classes(61)], ids=repr
+)
+@pytest.mark.parametrize("label", [26, 60, 0])
+def test_a_single_label_is_placed_as_one_of_many(axis: Bins, label: int) -> None:
+    expected = axis.index([label, label]).tolist()[0]
+    for one in (label, np.float32(label), np.array(label), torch.tensor(label), torch.tensor(float(label))):
+        found = axis.index(one)
+        assert found.shape == ()
+        assert int(found) == expected
+        assert LabelDensity.count(np.asarray(one), axis).counts[expected] == 1
