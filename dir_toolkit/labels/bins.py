@@ -128,7 +128,7 @@ class Bins(LabelAxes):
         return self._tensors[key]
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
-        return Bins.from_dict, ({"edges": self.edges, "centers": self.centers, "categorical": self.categorical},)
+        return Bins.from_dict, (self.settings,)
 
     @classmethod
     def uniform(
@@ -396,6 +396,11 @@ class Bins(LabelAxes):
             return self.expectation(torch.from_numpy(array.copy())).numpy()
         wide = self._shares(where, probabilities)
         return wide @ self._tensor("centers", wide)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this axis from others; :meth:`from_dict` makes an equal one of it."""
+        return {"edges": self.edges, "centers": self.centers, "categorical": self.categorical}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that :meth:`from_dict` turns back into an equal axis; fit for JSON and checkpoints."""

@@ -161,6 +161,11 @@ class BinGrid(LabelAxes):
             means.append(marginal @ axis._tensor("centers", marginal))
         return torch.stack(means, -1)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this grid from others; :meth:`from_dict` makes an equal one of it."""
+        return {"axes": [axis.settings for axis in self.axes]}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values that :meth:`from_dict` turns back into an equal grid; fit for JSON and checkpoints."""
         return {"axes": [axis.to_dict() for axis in self.axes]}

@@ -1,0 +1,151 @@
+"""What tells two objects apart that were made with other arguments.
+
+Whatever has settings has one dict of them, ``settings``: an entry for each argument of its constructor, and what it has
+learnt from labels since. Its repr, its checkpoint and the fingerprint of a run all read that dict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._checks import problem
+from .errors import SettingsError
+
+_LONGEST = 64  # numbers of an array that are written out; of longer ones a digest stands
+
+
+def described(where: str, name: str, value: object) -> Any:
+    """Plain values, fit for JSON, that differ between two values that are not the same setting.
+
+    Arrays are written out where they are short, and stand as a digest where they are long. Objects give their
+    ``settings``, functions their module and name, a partial what it calls and its arguments, a module without
+    ``settings`` its class, its public plain attributes, its buffers and its children.
+
+    Raises:
+        SettingsError: nothing but its place in memory tells the value from another, as with a lambda.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (np.ndarray, Tensor)):
+        return _array(value)
+    if isinstance(value, Mapping):
+        return {str(key): described(where, f"{name}[{key!r}]", item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(where, f"{name}[{i}]", item) for i, item in enumerate(value)]
+    if isinstance(value, (set, frozenset)):
+        return sorted((described(where, name, item) for item in value), key=repr)
+    if isinstance(value, (torch.dtype, torch.device, PurePath)):
+        return str(value)
+    if isinstance(value, Enum):
+        return f"{_qualified(type(value))}.{value.name}"
+    if isinstance(value, functools.partial):
+        return {
+            "is": "functools.partial",
+            "calls": described(where, name, value.func),
+            "args": described(where, name, value.args),
+            "keywords": described(where, name, value.keywords),
+        }
+    if isinstance(value, type):
+        return _qualified(value)
+    if inspect.ismethod(value):
+        return {"is": value.__name__, "of": described(where, name, value.__self__)}
+    if inspect.isfunction(value):
+        return _function(where, name, value)
+    if inspect.isbuiltin(value):
+        return _qualified(value)
+    own = getattr(value, "settings", None)
+    if isinstance(own, Mapping):
+        return {"is": _qualified(type(value)), **described(where, name, own)}
+    if isinstance(value, nn.Module):
+        return _module(where, name, value)
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"is": _qualified(type(value)), **described(where, name, fields)}
+    raise _unidentifiable(where, name, f"a {type(value).__name__}")
+
+
+def shown(settings: Mapping[str, Any]) -> str:
+    """Settings as a repr shows them, ``name=value`` each."""
+    return ", ".join(f"{name}={_short(value)}" for name, value in settings.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (np.ndarray, Tensor)):
+        plain = _array(value)
+        return plain if isinstance(plain, str) else repr(_rounded(plain))
+    if isinstance(value, (list, tuple)):
+        inside = ", ".join(map(_short, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' if len(value) == 1 else ''})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name!r}: {_short(item)}" for name, item in value.items()) + "}"
+    if inspect.isfunction(value):
+        return value.__name__
+    return " ".join(repr(value).split())
+
+
+def _rounded(plain: Any) -> Any:
+    if isinstance(plain, list):
+        return [_rounded(item) for item in plain]
+    return float(f"{plain:.6g}") if isinstance(plain, float) else plain
+
+
+def _array(value: np.ndarray | Tensor) -> Any:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if value.size <= _LONGEST:
+        return value.tolist()
+    return f"{value.dtype} {value.shape} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]}"
+
+
+def _function(where: str, name: str, function: Any) -> Any:
+    """Its module and name; one made inside another also by its defaults and by what it takes from there."""
+    qualified = _qualified(function)
+    if "<lambda>" in qualified:
+        raise _unidentifiable(where, name, "a lambda")
+    if "<locals>" not in qualified:
+        return qualified
+    taken = dict(inspect.getclosurevars(function).nonlocals)
+    return {
+        "is": qualified,
+        "defaults": described(where, name, function.__defaults__),
+        "takes": {key: described(where, f"{name} (its {key})", item) for key, item in taken.items()},
+    }
+
+
+def _module(where: str, name: str, module: nn.Module) -> dict[str, Any]:
+    plain = {key: item for key, item in vars(module).items() if not key.startswith("_") and key != "training"}
+    return {
+        "is": _qualified(type(module)),
+        **described(where, name, plain),
+        "parameters": {key: list(item.shape) for key, item in module.named_parameters(recurse=False)},
+        "buffers": {key: _array(item) for key, item in module.named_buffers(recurse=False)},
+        "children": {key: described(where, f"{name}.{key}", item) for key, item in module.named_children()},
+    }
+
+
+def _qualified(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _unidentifiable(where: str, name: str, got: str) -> Exception:
+    return problem(
+        where,
+        f"{name} must be something that can be told from another by its settings, for a run to be resumed",
+        got=got,
+        fix="Use a function that a module defines, functools.partial of one, or an object with a dict `settings`.",
+        error=SettingsError,
+    )

@@ -1,0 +1,113 @@
+"""The extra state of modules as one tensor of bytes, since what saves and averages models knows tensors alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._checks import problem
+from .errors import CheckpointError
+
+_FORMAT = 1
+_TENSOR, _TUPLE = "tensor", "tuple"  # keys of dicts that stand for a tensor, or a tuple, in the header
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16,
+           torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}  # fmt: skip
+
+
+def pack(state: dict[str, Any]) -> Tensor:
+    """Plain values and tensors, in dicts keyed by str, lists and tuples, as (n,) uint8 on the CPU.
+
+    The length depends on the shapes of the tensors and on how plain values are written. So that a model's average can
+    be kept, which wants equal shapes throughout, what changes while a model trains belongs into tensors.
+    """
+    parts: list[bytes] = []
+    header = {"format": _FORMAT, "state": _encoded(state, parts)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)
+    blob = b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    return torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+
+
+def unpack(where: str, packed: object) -> dict[str, Any]:
+    """The state that :func:`pack` wrote. Nothing in it is run.
+
+    Raises:
+        CheckpointError: these are no such bytes, or they are damaged, cut short or of another format.
+    """
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.ndim != 1 or packed.is_meta:
+        got = f"{packed.dtype} of shape {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
+        raise _damaged(where, got)
+    blob = packed.detach().cpu().contiguous().numpy().tobytes()
+    start = 8 + int.from_bytes(blob[:8], "little")
+    try:
+        header = json.loads(blob[8:start])
+        version, state = header["format"], header["state"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _damaged(where, "a header that cannot be read") from None
+    if version != _FORMAT:
+        raise problem(
+            where,
+            f"the saved state must be of format {_FORMAT}",
+            got=f"format {version!r}",
+            fix="Load it with the release of dir_toolkit that saved it.",
+            error=CheckpointError,
+        )
+    try:
+        decoded = _decoded(state, memoryview(blob)[start:])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise _damaged(where, str(error)) from None
+    if not isinstance(decoded, dict):
+        raise _damaged(where, type(decoded).__name__)
+    return decoded
+
+
+def _encoded(value: Any, parts: list[bytes]) -> Any:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.array(value))  # a copy, since theirs may be read-only
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        name = str(value.dtype).removeprefix("torch.")
+        start = sum(map(len, parts))
+        parts.append(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        return {_TENSOR: [name, list(value.shape), start]}
+    if isinstance(value, dict):
+        assert not {_TENSOR, _TUPLE} & value.keys()
+        return {key: _encoded(item, parts) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return {_TUPLE: [_encoded(item, parts) for item in value]}
+    if isinstance(value, list):
+        return [_encoded(item, parts) for item in value]
+    assert value is None or isinstance(value, (bool, int, float, str)), type(value)
+    return value
+
+
+def _decoded(value: Any, blob: memoryview) -> Any:
+    if isinstance(value, dict) and value.keys() == {_TENSOR}:
+        name, shape, start = value[_TENSOR]
+        dtype = _DTYPES[name]
+        if not all(isinstance(size, int) and size >= 0 for size in (*shape, start)):
+            raise ValueError("a tensor of no shape")
+        numbers = math.prod(shape)
+        size = numbers * dtype.itemsize
+        if start + size > len(blob):
+            raise ValueError("bytes that end too early")
+        if not numbers:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(bytearray(blob[start : start + size]), dtype=dtype).reshape(shape)
+    if isinstance(value, dict) and value.keys() == {_TUPLE}:
+        return tuple(_decoded(item, blob) for item in value[_TUPLE])
+    if isinstance(value, dict):
+        return {key: _decoded(item, blob) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decoded(item, blob) for item in value]
+    return value
+
+
+def _damaged(where: str, got: str) -> Exception:
+    rule = "the saved state must be the bytes that state_dict() gave"
+    return problem(where, rule, got=got, fix="Load an intact copy.", error=CheckpointError)

@@ -1,0 +1,114 @@
+"""Whatever has settings tells them: each argument of its constructor, once changed, changes ``settings`` and the repr.
+
+A case is a class, the arguments it is made with, and another value for each argument. A class whose constructor has an
+argument that its case does not name fails.
+"""
+
+import functools
+import inspect
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dir_toolkit as dt
+from dir_toolkit._settings import described
+from dir_toolkit.errors import SettingsError
+
+BINS, OTHER_BINS = dt.Bins.uniform(0, 60, width=1), dt.Bins.uniform(0, 60, width=2)
+
+
+@dataclass
+class Case:
+    kind: type
+    base: dict[str, Any]
+    others: dict[str, dict[str, Any]]
+    """By argument, what to make the other object with; several arguments where one does not go alone."""
+    no_settings: tuple[str, ...] = ()
+    """Arguments that are no settings, such as a backbone."""
+
+
+LABELS: list[Case] = []
+FEATURES: list[Case] = []
+LOSSES: list[Case] = []
+HEADS: list[Case] = []
+MODELS: list[Case] = []
+METRICS: list[Case] = []
+
+CASES = [*LABELS, *FEATURES, *LOSSES, *HEADS, *MODELS, *METRICS]
+CHANGES = [(case, name) for case in CASES for name in case.others]
+
+
+def told(value: Any) -> str:
+    return json.dumps(described("here", "it", value), sort_keys=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.kind.__name__)
+def test_every_argument_has_another_value_to_be_tried(case):
+    arguments = {name for name, p in inspect.signature(case.kind).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    assert arguments == {*case.others, *case.no_settings}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.kind.__name__)
+def test_two_made_alike_have_the_same_settings(case):
+    torch.manual_seed(0)
+    first = case.kind(**case.base)
+    torch.manual_seed(1)
+    second = case.kind(**case.base)
+    assert told(first) == told(second)
+    assert repr(first) == repr(second)
+
+
+@pytest.mark.parametrize(("case", "name"), CHANGES, ids=lambda x: x if isinstance(x, str) else x.kind.__name__)
+def test_another_argument_has_other_settings_and_another_repr(case, name):
+    first, second = case.kind(**case.base), case.kind(**{**case.base, **case.others[name]})
+    assert told(first) != told(second)
+    assert repr(first) != repr(second)
+
+
+def test_a_partial_counts_by_its_arguments():
+    of = functools.partial
+    assert told(of(dt.weighted_huber, delta=0.1)) == told(of(dt.weighted_huber, delta=0.1))
+    assert told(of(dt.weighted_huber, delta=0.1)) != told(of(dt.weighted_huber, delta=10.0))
+    assert told(of(dt.weighted_l1)) != told(of(dt.weighted_mse))
+
+
+def test_a_lambda_is_refused():
+    with pytest.raises(
+        SettingsError, match=r"here: it must be something that can be told .* got a lambda\. Use a func"
+    ):
+        told(lambda x: x)
+    with pytest.raises(SettingsError, match="got a lambda"):
+        told(functools.partial(lambda x: x))
+
+
+def test_a_function_made_in_another_counts_by_what_it_takes_from_there():
+    def made(number, default):
+        def inner(x, d=default):
+            return x * number * d
+
+        return inner
+
+    assert told(made(1, 2)) == told(made(1, 2))
+    assert told(made(1, 2)) != told(made(3, 2))
+    assert told(made(1, 2)) != told(made(1, 3))
+    with pytest.raises(SettingsError, match=r"its number\) must be something that can be told"):
+        told(made(lambda: 1, 2))
+
+
+def test_modules_without_settings_count_by_their_attributes_buffers_and_children():
+    assert told(nn.SmoothL1Loss(beta=1.0)) != told(nn.SmoothL1Loss(beta=2.0))
+    assert told(nn.Sequential(nn.Dropout(0.1))) != told(nn.Sequential(nn.Dropout(0.2)))
+    assert told(nn.CrossEntropyLoss(torch.ones(3))) != told(nn.CrossEntropyLoss(torch.arange(3.0)))
+    assert told(nn.Linear(2, 3)) == told(nn.Linear(2, 3))
+
+
+def test_long_arrays_count_by_a_digest():
+    a = np.arange(1000.0)
+    assert told(a) != told(a + 1e-9)
+    assert len(told(a)) < 100
+    assert told(torch.from_numpy(a)) == told(a)

@@ -1,0 +1,66 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dir_toolkit import Bins
+from dir_toolkit._state import pack, unpack
+from dir_toolkit.errors import CheckpointError
+
+
+def example():
+    return {
+        "epoch": torch.tensor(7),
+        "mean": torch.tensor([[1.5, float("nan")], [-0.0, float("inf")]], dtype=torch.float64),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "none": torch.zeros(0, 4),
+        "bins": Bins.uniform(0, 3, width=1).settings,
+        "words": ["a", None, True, 1.25, {"deep": ("x", 2)}],
+    }
+
+
+def test_a_state_comes_back_as_it_was():
+    state = unpack("here", pack(example()))
+    for name, tensor in example().items():
+        if isinstance(tensor, torch.Tensor):
+            assert state[name].dtype == tensor.dtype
+            assert torch.equal(state[name].nan_to_num(99), tensor.nan_to_num(99))
+    assert Bins.from_dict(state["bins"]) == Bins.uniform(0, 3, width=1)
+    assert state["words"] == example()["words"]
+
+
+def test_the_length_does_not_depend_on_the_numbers_in_tensors():
+    assert pack({"epoch": torch.tensor(1)}).shape == pack({"epoch": torch.tensor(10**12)}).shape
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_changed_bytes_end_in_our_own_error_or_in_a_dict(seed):
+    random = np.random.default_rng(seed)
+    packed = pack(example()).clone()
+    match seed % 3:
+        case 0:
+            packed = packed[: random.integers(len(packed))]
+        case 1:
+            for _ in range(random.integers(1, 5)):
+                packed[random.integers(len(packed) // 2)] = int(random.integers(256))
+        case 2:
+            packed = torch.cat([packed[: random.integers(len(packed))], packed])
+    try:
+        state = unpack("here", packed)
+    except CheckpointError:
+        return
+    assert isinstance(state, dict)
+
+
+def test_another_format_is_named():
+    text = json.dumps({"format": 99, "state": {}}).encode()
+    blob = len(text).to_bytes(8, "little") + text
+    with pytest.raises(CheckpointError, match=r"of format 1, got format 99. Load it with the release"):
+        unpack("here", torch.frombuffer(bytearray(blob), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("packed", [None, {}, torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)])
+def test_what_is_no_packed_state_is_refused(packed):
+    with pytest.raises(CheckpointError, match="the bytes that state_dict"):
+        unpack("here", packed)
