@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -53,6 +54,12 @@ class LabelAxes(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def relative_widths(self) -> np.ndarray:
+        """(B,) float64, read-only: the width of each bin divided by the mean width of all bins; exactly one for each
+        bin of an even axis and for each class. Counts divided by it are densities per label unit."""
 
     @abstractmethod
     def _place(self, where: str, labels: Any, outside: Outside, name: str = "labels") -> Any:
@@ -230,6 +237,16 @@ class Bins(LabelAxes):
 
     def __len__(self) -> int:
         return len(self.centers)
+
+    @cached_property
+    def relative_widths(self) -> np.ndarray:
+        widths = np.diff(self.edges)
+        mean = widths.mean()
+        rounding = 1e-9 * mean + 4 * np.spacing(np.abs(self.edges).max())
+        even = self.categorical or bool((np.abs(widths - mean) <= rounding).all())
+        relative = np.ones(len(self)) if even else widths / mean
+        relative.setflags(write=False)
+        return relative
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Bins):

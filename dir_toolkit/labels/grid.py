@@ -65,6 +65,12 @@ class BinGrid(LabelAxes):
         centers.setflags(write=False)
         return centers
 
+    @cached_property
+    def relative_widths(self) -> np.ndarray:
+        relative = self._corners([axis.relative_widths for axis in self.axes]).prod(1)
+        relative.setflags(write=False)
+        return relative
+
     @property
     def edges(self) -> np.ndarray:
         """Only an axis has edges: this says so to code that knows one axis alone.

@@ -426,3 +426,12 @@ def test_a_single_label_is_placed_as_one_of_many(axis: Bins, label: int) -> None
         assert found.shape == ()
         assert int(found) == expected
         assert LabelDensity.count(np.asarray(one), axis).counts[expected] == 1
+
+
+def test_relative_widths_are_ones_on_even_axes_and_classes_and_average_one_on_others():
+    even = [Bins.uniform(0, 1, count=7), Bins.uniform(1.7e9, 1.7e9 + 3600, width=60), Bins.classes(3)]
+    for bins in even:
+        assert (bins.relative_widths == 1).all()
+    assert Bins.from_edges([0, 1, 2, 6]).relative_widths.tolist() == [0.5, 0.5, 2.0]
+    grid = Bins.grid(Bins.from_edges([0, 1, 4]), Bins.classes(2))
+    assert grid.relative_widths.tolist() == [0.5, 0.5, 1.5, 1.5]
