@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_OF_THE_HOST = ("gloo", "mpi", "ucc")  # backends that take tensors of the CPU
 
-def summed(*sums: Tensor) -> tuple[Tensor, ...]:
-    """Each tensor summed over all ranks, which must all call this; as they are outside ``torch.distributed``."""
-    if not (dist.is_available() and dist.is_initialized()):
+
+def is_parallel() -> bool:
+    """Whether there are ranks to sum over."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def reduce_device(like: Tensor, group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where the ranks of a group (None: all) sum what ``like`` is one of: the same kind of device on each of them,
+    wherever their tensors are. That is the accelerator if the group has a backend of its own for it, as NCCL is, else
+    the CPU.
+
+    The device is that of ``like`` if it is on the accelerator already, else the one that the group is bound to, else
+    this rank's current one.
+    """
+    kind = _accelerator()
+    backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).lower().split(",") if ":" in pair)
+    if kind is None or backends.get(kind, "gloo") in _OF_THE_HOST:
+        return torch.device("cpu")
+    if like.device.type == kind:
+        return like.device
+    bound = (group or dist.group.WORLD).bound_device_id  # type: ignore[union-attr]
+    return bound or torch.device(kind, getattr(torch, kind).current_device())
+
+
+@torch.inference_mode(False)  # sums are kept, and written to later
+def summed(*sums: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, ...]:
+    """Each tensor summed over the ranks of a group (None: all), which must all call this, on the device that it came
+    on; as they are outside ``torch.distributed``."""
+    if not is_parallel():
         return sums
-    if dist.get_backend() == "nccl":  # knows no CPU, where a rank without samples has its sums
-        sums = tuple(tensor.cuda() for tensor in sums)
-    for tensor in sums:
-        dist.all_reduce(tensor)
-    return sums
+    totals = [tensor.to(reduce_device(tensor, group), copy=True) for tensor in sums]
+    for total in totals:
+        dist.all_reduce(total, group=group)
+    return tuple(total.to(tensor.device) for total, tensor in zip(totals, sums, strict=True))
+
+
+def _accelerator() -> str | None:
+    """The kind of accelerator that this process has."""
+    if not hasattr(torch, "accelerator"):  # torch 2.4 and 2.5
+        return "cuda" if torch.cuda.is_available() else None
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if found is None else found.type

@@ -38,7 +38,7 @@ from .heads.linear import LinearHead
 from .labels.bins import Bins
 from .labels.density import LabelDensity
 from .labels.grid import AnyBins
-from .labels.kernels import DEFAULT_KERNEL, Window, checked_window
+from .labels.kernels import Window, checked_window, usual_kernel
 from .labels.soft_labels import LabelKernel, checked_sigma, limits, soft_labels
 from .labels.weights import LDS
 from .losses._reduce import Reduction
@@ -212,7 +212,7 @@ class LongTailModel(nn.Module):
         self.decoding: Decoding = decode or ("median" if self._kind == "bins" else "mode")
         if isinstance(prior_kernel, str):
             one_of(where, "prior_kernel", prior_kernel, ("auto",))
-            self.prior_kernel: Window | None = usual_kernel(bins)
+            self.prior_kernel: Window | None = usual_kernel(bins)  # type: ignore[assignment]
         else:
             self.prior_kernel = prior_kernel
         self.loss = self._make_loss(where, loss)
@@ -698,11 +698,6 @@ class LongTailModel(nn.Module):
             "weights": None if self.weights is None else f"LDS({self.weights.extra_repr()})",
         }
         return ", ".join([repr(self.bins), *(f"{name}={value}" for name, value in settings.items())])
-
-
-def usual_kernel(bins: Bins) -> Window | None:
-    """What smooths a density over these bins unless told otherwise: nothing over classes or few bins."""
-    return None if bins.categorical or len(bins) < len(DEFAULT_KERNEL) else DEFAULT_KERNEL
 
 
 def _check_axis(where: str, bins: Any, density: Any) -> None:

@@ -6,18 +6,21 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from .._checks import finite, instance, labels_array, number, one_of, problem, whole
-from .._ranks import summed
+from .._ranks import is_parallel, summed
 from ..errors import LabelError, ShapeError
 from .bins import Bins, Outside
 from .grid import AnyBins, BinGrid, Windows, checked_windows
 from .kernels import Edges, smooth_axes
+
+if TYPE_CHECKING:
+    from .weights import LDS
 
 __all__ = ["REGIONS", "LabelDensity"]
 
@@ -83,26 +86,29 @@ class LabelDensity:
             raise problem(where, "labels must hold at least one label", got="none")
         return cls(bins, found[:-1])
 
-    def all_reduce(self) -> LabelDensity:
+    def all_reduce(self, *, group: dist.ProcessGroup | None = None) -> LabelDensity:
         """The labels of all ranks counted together, on each; all must call this. The density itself outside
         ``torch.distributed``.
 
         A rank without labels brings ``LabelDensity(bins, [0] * len(bins))``.
 
+        Args:
+            group: the ranks that hold different labels, where not all do, as in tensor or pipeline parallel layouts;
+                None means all ranks.
         Raises:
             ValueError: the ranks' bins differ. Then it is raised on every rank.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_parallel():
             return self
         own = (_digest(self.bins), self.counts.dtype == np.float64)
-        known: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(known, own)
+        known: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(known, own, group=group)
         if differ := [rank for rank, (digest, _) in enumerate(known) if digest != known[0][0]]:
             rule = "all ranks must count over the same bins"
             raise problem("LabelDensity.all_reduce", rule, got=f"other bins on ranks {differ} than on rank 0")
         dtype = torch.float64 if any(smoothed for _, smoothed in known) else torch.int64
-        (counts,) = summed(torch.tensor(self.counts, dtype=dtype))
-        return LabelDensity(self.bins, counts.cpu().numpy())
+        (counts,) = summed(torch.tensor(self.counts, dtype=dtype, device="cpu"), group=group)
+        return LabelDensity(self.bins, counts.numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
         return LabelDensity, (self.bins, self.counts)
@@ -138,6 +144,30 @@ class LabelDensity:
         windows = checked_windows("LabelDensity.smooth", kernel, self.bins)
         smoothed = smooth_axes(self.counts.reshape(self.bins.shape), windows, edges=edges)
         return LabelDensity(self.bins, smoothed.ravel())
+
+    def weighted(self, lds: LDS) -> LabelDensity:
+        """What a loss sees of this density whose samples these weights scale: the counts of each bin times the mean
+        weight of its labels, which is the prior that a model is trained under.
+
+        Args:
+            lds: fitted, over these bins, or over others of the same axes. Where its bins are others, labels are taken
+                to lie evenly within each bin of the density.
+        Raises:
+            TypeError: lds is no LDS. NotFittedError: it is not fitted. ValueError: it weighs labels of another kind, or
+            a bin with labels reaches beyond its axis and it has ``outside="raise"``.
+        """
+        from .weights import LDS
+
+        where = "LabelDensity.weighted"
+        instance(where, LDS, lds=lds)
+        weights = lds._of_bins(where, self.bins)
+        counts = np.where(self.counts > 0, self.counts * weights, 0.0)
+        if np.isnan(counts).any():
+            at = int(np.isnan(counts).argmax())
+            rule = f"lds must weigh all labels of the density, which reach beyond its axis {lds.bins!r}"
+            fix = 'Make the LDS over the same axis, or with outside="clip".'
+            raise problem(where, rule, got=f"{self.counts[at]:g} labels in bin {at} of {self.bins!r}", fix=fix)
+        return LabelDensity(self.bins, counts)
 
     def prior(self, *, floor: float = 0.0) -> np.ndarray:
         """The share of labels in each bin, (B,) float64, summing to one.

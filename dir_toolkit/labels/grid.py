@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 from .._checks import MOST_BINS, instance, is_tensor, keys, labels_array, problem
 from ..errors import ShapeError
 from .bins import Bins, LabelAxes, Outside
-from .kernels import Window, checked_window
+from .kernels import DEFAULT_KERNEL, Window, checked_window, usual_kernel
 
 __all__ = ["AnyBins", "BinGrid", "Windows"]
 
 Windows = Window | Sequence[Window]
+_ALONE = np.ones(1)
 
 
 class BinGrid(LabelAxes):
@@ -193,11 +194,20 @@ def saved_bins(values: dict[str, Any]) -> AnyBins:
 
 
 def checked_windows(where: str, kernel: Windows, bins: AnyBins) -> tuple[np.ndarray, ...]:
-    """A window an axis, each checked: one for all axes of a grid, or one for each of them."""
+    """A window per axis, each checked: one for each of them, or one for all continuous axes of a grid."""
     axes = bins.axes
     several = isinstance(bins, BinGrid) and isinstance(kernel, (Sequence, np.ndarray))
     if not (several and any(np.ndim(window) > 0 for window in kernel)):
-        return tuple(checked_window(where, kernel, len(axis)) for axis in axes)  # type: ignore[arg-type]
+        # Classes have no neighbours, and so are smoothed where a window is given for them alone.
+        smoothed = [len(axes) == 1 or not axis.categorical for axis in axes]
+        if not any(smoothed):
+            rule = "kernel must be one window for each axis of a grid of classes, which have no neighbours"
+            fix = "Use kernel=None, or one window per axis, with [1.0] for those that are not to be smoothed."
+            raise problem(where, rule, got="one window", fix=fix)
+        return tuple(
+            checked_window(where, kernel if of_axis else _ALONE, len(axis))  # type: ignore[arg-type]
+            for axis, of_axis in zip(axes, smoothed, strict=True)
+        )
     if len(kernel) != len(axes):
         raise problem(
             where,
@@ -210,3 +220,16 @@ def checked_windows(where: str, kernel: Windows, bins: AnyBins) -> tuple[np.ndar
         checked_window(where, window, len(axis))  # type: ignore[arg-type]
         for window, axis in zip(kernel, axes, strict=True)
     )
+
+
+def chosen_windows(
+    where: str, kernel: Windows | Literal["auto"] | None, bins: AnyBins, usual: np.ndarray = DEFAULT_KERNEL
+) -> tuple[np.ndarray, ...] | None:
+    """:func:`checked_windows` of a kernel, which may be ``"auto"`` (:func:`usual_kernel`) or None: then None, which
+    smooths nothing."""
+    if isinstance(kernel, str):
+        if kernel != "auto":
+            rule, fix = 'kernel must be a window, "auto" or None', "Use dir_toolkit.gaussian(5, 2)."
+            raise problem(where, rule, got=repr(kernel), fix=fix, error=TypeError)
+        kernel = usual_kernel(bins, usual)
+    return None if kernel is None else checked_windows(where, kernel, bins)

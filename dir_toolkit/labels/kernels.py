@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .._checks import MOST_BINS, instance, labels_array, length, not_empty, number, one_of, problem
 from ..errors import ShapeError
+
+if TYPE_CHECKING:
+    from .bins import LabelAxes
 
 __all__ = ["Edges", "Window", "gaussian", "laplace", "smooth", "smoothing_matrix", "triangular"]
 
@@ -79,7 +84,19 @@ def laplace(size: int, scale: float) -> np.ndarray:
 
 
 DEFAULT_KERNEL = gaussian(5, 2)
-DEFAULT_KERNEL.setflags(write=False)
+FOLDED_KERNEL = gaussian(5, 2, folded=True)
+for _window in (DEFAULT_KERNEL, FOLDED_KERNEL):
+    _window.setflags(write=False)
+
+
+def usual_kernel(bins: LabelAxes, window: np.ndarray = DEFAULT_KERNEL) -> np.ndarray | tuple[np.ndarray, ...] | None:
+    """What smooths over these bins unless told otherwise: the window, but nothing over classes, which have no
+    neighbours, nor over an axis of fewer bins than the window. Over a grid one window per axis, and None where no axis
+    is smoothed."""
+    windows = [not axis.categorical and len(axis) >= len(window) for axis in bins.axes]
+    if not any(windows):
+        return None
+    return window if len(windows) == 1 else tuple(window if smoothed else np.ones(1) for smoothed in windows)
 
 
 def checked_window(where: str, kernel: Window, num_bins: int) -> np.ndarray:
@@ -139,6 +156,32 @@ def smooth_axes(values: np.ndarray, kernels: Sequence[np.ndarray], *, edges: Edg
     for axis, kernel in enumerate(kernels):
         values = np.moveaxis(smooth(np.moveaxis(values, axis, 0), kernel, edges=edges), 0, axis)
     return values
+
+
+def smoothing_window(where: str, kernel: Window, num_bins: int) -> np.ndarray:
+    """The window, scaled to sum to one, that :func:`smooth_rows` takes, after checking that it can smooth so many
+    bins."""
+    window = checked_window(where, kernel, num_bins)
+    return window / window.sum()
+
+
+def smooth_rows(values: Tensor, window: np.ndarray, edges: Edges) -> Tensor:
+    """:func:`smooth` of a tensor (B, ...) along its first axis, in its own dtype and on its device, by a window of
+    :func:`smoothing_window`. It needs the memory of three times the values, where :func:`smoothing_matrix` needs
+    B x B."""
+    reach, count = len(window) // 2, len(values)
+    if edges == "zero":
+        first = last = values.new_zeros(reach, *values.shape[1:])
+    elif edges == "reflect":
+        first, last = values[:reach].flip(0), values[count - reach :].flip(0)
+    else:
+        first, last = values[1 : 1 + reach].flip(0), values[count - 1 - reach : count - 1].flip(0)
+    beyond = torch.cat([first, values, last])
+    smoothed = values * float(window[reach])
+    for d in range(1, reach + 1):
+        lower, upper = beyond[reach - d : reach - d + count], beyond[reach + d : reach + d + count]
+        smoothed.add_(lower + upper, alpha=float(window[reach + d]))
+    return smoothed
 
 
 def smoothing_matrix(num_bins: int, kernel: Window, *, edges: Edges = "reflect") -> np.ndarray:

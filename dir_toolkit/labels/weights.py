@@ -12,14 +12,13 @@ from .._checks import instance, interval, keys, number, one_of, problem
 from ..errors import CheckpointError, NotFittedError
 from .bins import Bins, Outside
 from .density import LabelDensity
-from .grid import AnyBins, BinGrid, Windows, checked_windows, saved_bins
-from .kernels import DEFAULT_KERNEL, Edges, gaussian, smooth_axes
+from .grid import AnyBins, BinGrid, Windows, chosen_windows, saved_bins
+from .kernels import FOLDED_KERNEL, Edges, smooth_axes
 
 __all__ = ["LDS", "Scheme"]
 
 Scheme = Literal["none", "inverse", "sqrt_inverse", "effective_number", "dense"]
 Order = Literal["smooth_first", "scheme_first"]
-_FOLDED = gaussian(5, 2, folded=True)
 _SCHEMES = ("none", "inverse", "sqrt_inverse", "effective_number", "dense")
 
 
@@ -43,7 +42,9 @@ class LDS(nn.Module):
 
     Args:
         bins: the label axis, or a grid of several, whose joint bins are weighed.
-        kernel: window over bins, odd length; None for none. Over a grid, one for all axes or one an axis.
+        kernel: window over bins, odd length; None for none. Over a grid, one for each axis, or one for all of its
+            continuous axes. ``"auto"`` is ``gaussian(5, 2)``, but nothing over classes, which have no neighbours, nor
+            over an axis of fewer than five bins.
         edges: what the smoothing takes to lie beyond the axis; ``"zero"``, as in the public code, raises the weight of
             the labels at both ends.
         order: ``"smooth_first"`` smooths the counts and then applies the scheme, as the paper writes it;
@@ -70,7 +71,7 @@ class LDS(nn.Module):
         self,
         bins: AnyBins,
         *,
-        kernel: Windows | None = DEFAULT_KERNEL,
+        kernel: Windows | Literal["auto"] | None = "auto",
         scheme: Scheme = "sqrt_inverse",
         edges: Edges = "reflect",
         order: Order = "smooth_first",
@@ -89,7 +90,7 @@ class LDS(nn.Module):
         if scheme == "dense" and order == "scheme_first":
             raise problem("LDS", 'scheme "dense" is defined on a density, so it needs order="smooth_first"', got=order)
         self.bins, self.scheme, self.edges, self.order, self.outside = bins, scheme, edges, order, outside
-        self.kernels = None if kernel is None else checked_windows("LDS", kernel, bins)
+        self.kernels = chosen_windows("LDS", kernel, bins)
         self.clip = None if clip is None else interval("LDS", "clip", clip)
         self.beta = number("LDS", "beta", beta, low=0, high=1, open_high=True)
         self.alpha = number("LDS", "alpha", alpha, low=0)
@@ -105,7 +106,7 @@ class LDS(nn.Module):
         cls,
         bins: AnyBins,
         *,
-        kernel: Windows | None = _FOLDED,
+        kernel: Windows | Literal["auto"] | None = "auto",
         scheme: Literal["inverse", "sqrt_inverse"] = "sqrt_inverse",
         outside: Outside = "clip",
     ) -> LDS:
@@ -117,7 +118,9 @@ class LDS(nn.Module):
         """
         one_of("LDS.reference", "scheme", scheme, ("inverse", "sqrt_inverse"))
         clip = (5, 1000) if scheme == "inverse" else None
-        lds = cls(bins, kernel=kernel, scheme=scheme, edges="zero", order="scheme_first", clip=clip, outside=outside)
+        windows = chosen_windows("LDS.reference", kernel, bins, FOLDED_KERNEL)
+        lds = cls(bins, kernel=None, scheme=scheme, edges="zero", order="scheme_first", clip=clip, outside=outside)
+        lds.kernels = windows
         lds._public_integers = scheme == "inverse"
         return lds
 
@@ -204,9 +207,7 @@ class LDS(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         if not self._fitted:
-            raise problem(
-                "LDS", "weights are not known yet", fix="Call lds.fit(training_labels) first.", error=NotFittedError
-            )
+            raise _not_fitted("LDS")
         if not isinstance(labels, Tensor):
             raise problem(
                 "LDS",
@@ -221,15 +222,31 @@ class LDS(nn.Module):
     def sample_weight(self, labels: Any) -> np.ndarray:
         """Weights as float64 NumPy, for scikit-learn or gradient boosting: ``LDS(bins).fit(y).sample_weight(y)``."""
         if not self._fitted:
-            raise problem(
-                "LDS.sample_weight",
-                "weights are not known yet",
-                fix="Call lds.fit(training_labels) first.",
-                error=NotFittedError,
-            )
+            raise _not_fitted("LDS.sample_weight")
         index = self.bins._place("LDS.sample_weight", labels, self.outside)
         index = index.cpu().numpy() if isinstance(index, Tensor) else index
         return self.table.detach().cpu().double().numpy()[index]
+
+    def _of_bins(self, where: str, bins: AnyBins) -> np.ndarray:
+        """The mean weight of labels that lie evenly in each of these bins, (B,) float64. A bin that reaches beyond the
+        axis of a label that raises has NaN."""
+        if not self._fitted:
+            raise _not_fitted(where)
+        table = self.table.detach().cpu().double().numpy()[:-1]
+        if bins == self.bins:
+            return table
+        kinds = [[axis.categorical for axis in own.axes] for own in (bins, self.bins)]
+        if kinds[0] != kinds[1]:
+            raise problem(
+                where,
+                "lds must weigh the labels that the density counts",
+                got=f"{self.bins} for {bins}",
+                fix="Make the LDS over the bins of the density.",
+            )
+        means = table.reshape(self.bins.shape)
+        for k, (own, other) in enumerate(zip(self.bins.axes, bins.axes, strict=True)):
+            means = np.moveaxis(_means_over(np.moveaxis(means, k, 0), own, other, self.outside), 0, k)
+        return means.ravel()
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"fitted": self._fitted, "bins": self.bins.to_dict()}
@@ -252,3 +269,26 @@ class LDS(nn.Module):
             f"{self.bins!r}, kernel={kernel}, scheme={self.scheme!r}, edges={self.edges!r}, order={self.order!r}, "
             f"clip={self.clip}, outside={self.outside!r}, fitted={self._fitted}"
         )
+
+
+def _means_over(values: np.ndarray, own: Bins, other: Bins, outside: Outside) -> np.ndarray:
+    """The means over each bin of ``other`` of a function that is one value, or row of values, in each bin of
+    ``own``."""
+    inside = (own.edges > other.edges[0]) & (own.edges < other.edges[-1])
+    cuts = np.union1d(own.edges[inside], other.edges)  # between two of them lies a piece of one bin of each
+    widths = np.diff(cuts)
+    of_own = np.searchsorted(own.edges, cuts[:-1], side="right") - 1
+    pieces = values[of_own.clip(0, len(own) - 1)]
+    starts = np.searchsorted(cuts[:-1], other.edges[:-1])
+    wholes = np.add.reduceat(widths, starts)
+    if outside != "clip":
+        of_other = np.searchsorted(other.edges, cuts[:-1], side="right") - 1
+        beyond = ((of_own < 0) | (of_own >= len(own))) & (widths > 1e-9 * wholes[of_other])  # by more than rounding
+        pieces[beyond] = 0.0 if outside == "drop" else np.nan
+    wide = (-1, *[1] * (values.ndim - 1))
+    return np.add.reduceat(pieces * widths.reshape(wide), starts) / wholes.reshape(wide)
+
+
+def _not_fitted(where: str) -> Exception:
+    fix = "Call lds.fit(training_labels) first."
+    return problem(where, "weights are not known yet", fix=fix, error=NotFittedError)

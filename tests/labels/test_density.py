@@ -12,10 +12,11 @@ import dask.bag
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import xarray as xr
 
-from dir_toolkit import Bins, LabelDensity, gaussian, triangular
-from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit import LDS, Bins, LabelDensity, gaussian, triangular
+from dir_toolkit.errors import LabelError, NotFittedError, ShapeError
 from dir_toolkit.labels import density as module
 
 BINS = Bins.uniform(0, 10, width=1)
@@ -281,6 +282,7 @@ def rank_main(rank: int) -> dict[str, Any]:
     own = LabelDensity.count(mine, SHARED)
     nothing = LabelDensity(SHARED, [0] * 10)
     smoothed = own.smooth(triangular(3)) if rank == 0 else own
+    alone, together = [dist.new_group([r]) for r in range(2)][rank], dist.new_group([0, 1])
     other = Bins.uniform(0, 5, count=10) if rank else SHARED
     with pytest.raises(ValueError, match="all ranks must count over the same bins") as told:
         LabelDensity(other, own.counts).all_reduce()
@@ -290,6 +292,8 @@ def rank_main(rank: int) -> dict[str, Any]:
         "one empty": torch.tensor((own if rank else nothing).all_reduce().counts),
         "one smoothed": torch.tensor(smoothed.all_reduce().counts),
         "grid": torch.tensor(LabelDensity(Bins.grid(SHARED), own.counts).all_reduce().counts),
+        "a group of one": torch.tensor(own.all_reduce(group=alone).counts),
+        "a group of both": torch.tensor(own.all_reduce(group=together).counts),
         "told": str(told.value),
     }
 
@@ -303,6 +307,8 @@ def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., lis
         assert found["both"].dtype == torch.int64
         assert found["both"].tolist() == found["grid"].tolist() == COUNTS.tolist()
         assert torch.equal(found["one empty"], second)
+        assert torch.equal(found["a group of one"], found["own"])
+        assert torch.equal(found["a group of both"], found["both"])
         smoothed = LabelDensity(SHARED, first.numpy()).smooth(triangular(3)).counts + second.numpy()
         np.testing.assert_allclose(found["one smoothed"].numpy(), smoothed, rtol=1e-12)
         assert found["told"].endswith("got other bins on ranks [1] than on rank 0.")
@@ -422,6 +428,67 @@ def test_prior_by_hand() -> None:
         density.prior(floor=-1)
     with pytest.raises(TypeError, match="floor must be a number"):
         density.prior(floor="1")  # type: ignore[arg-type]
+
+
+# ---- weighted ----
+
+
+def test_counts_are_weighed_as_the_loss_weighs_them() -> None:
+    density = LabelDensity(Bins.classes(3), [900, 100, 0])
+    weighted = density.weighted(LDS(Bins.classes(3), scheme="inverse").fit(density))
+    np.testing.assert_allclose(weighted.counts, [500, 500, 0], rtol=1e-6)
+    assert weighted.counts.dtype == np.float64
+    labels = np.random.default_rng(0).exponential(2, 500).clip(0, 10)
+    for options in ({}, {"scheme": "dense"}, {"scheme": "none"}, {"clip": (3, 20)}):
+        lds = LDS(BINS, **options).fit(labels)
+        per_bin = [lds.sample_weight(labels)[BINS.index(labels) == b].sum() for b in range(10)]
+        np.testing.assert_allclose(LabelDensity.count(labels, BINS).weighted(lds).counts, per_bin, rtol=1e-12)
+
+
+def test_weights_over_other_bins_are_averaged_over_evenly_spread_labels() -> None:
+    own = LDS(Bins.from_edges([0, 1, 4, 10]), kernel=None, scheme="inverse").fit([0.5] * 8 + [2] * 4 + [5])
+    a, b, c = own.table[:-1].double().tolist()
+    over = Bins.from_edges([0, 0.5, 3, 10])
+    assert LabelDensity(over, [4, 5, 7]).weighted(own).counts.tolist() == pytest.approx(
+        [4 * a, 5 * (0.5 * a + 2 * b) / 2.5, 7 * (b + 6 * c) / 7], rel=1e-12
+    )
+    grid, coarse = Bins.grid(over, Bins.classes(2)), Bins.grid(own.bins, Bins.classes(2))
+    joint = LDS(coarse, kernel=None).fit([[0.5, 0]] * 8 + [[2, 1]] * 4 + [[5, 0]])
+    points = np.random.default_rng(0).uniform(0, 10, (200_000, 1))
+    weights = joint.sample_weight(np.hstack([points, np.ones_like(points)]))
+    means = [weights[over.index(points[:, 0]) == i].mean() for i in range(3)]
+    given = LabelDensity(grid, [1] * 6).weighted(joint).counts.reshape(3, 2)[:, 1]
+    np.testing.assert_allclose(given, means, rtol=0.02)
+
+
+def test_weights_of_a_shorter_axis_follow_outside() -> None:
+    short, long = Bins.uniform(0, 5, width=1), LabelDensity(BINS, [1] * 10)
+    labels = [0.5, 0.5, 1.5, 4.5]
+    assert long.weighted(LDS(short, kernel=None, outside="drop").fit(labels)).counts[5:].tolist() == [0] * 5
+    clipped = LDS(short, kernel=None, outside="clip").fit(labels)
+    assert long.weighted(clipped).counts[5:].tolist() == [clipped.table[4].double().item()] * 5
+    raising = LDS(short, kernel=None).fit(labels)
+    message = r"which reach beyond its axis <Bins: 5 from 0 to 5>, got 1 labels in bin 5 of .* outside=\"clip\"\.$"
+    with pytest.raises(
+        ValueError, match=rf"^LabelDensity\.weighted: lds must weigh all labels of the density, {message}"
+    ):
+        long.weighted(raising)
+    inside = LabelDensity(BINS, [1] * 5 + [0] * 5)
+    assert inside.weighted(raising).counts[:5].tolist() == raising.table[:-1].double().tolist()
+    # Edges that differ by rounding are one.
+    rounded = LDS(Bins.from_edges([0.0, 0.1, 0.3]), kernel=None).fit([0.05, 0.2])
+    hardly = LabelDensity(Bins.from_edges([0.0, 0.1, 0.1 + 0.2]), [1, 1])
+    assert hardly.weighted(rounded).counts.tolist() == pytest.approx(rounded.table[:-1].tolist(), rel=1e-12)
+
+
+def test_other_weights_are_refused() -> None:
+    density = LabelDensity(BINS, COUNTS)
+    with pytest.raises(TypeError, match=r"^LabelDensity\.weighted: lds must be an LDS, got list"):
+        density.weighted([1.0] * 10)  # type: ignore[arg-type]
+    with pytest.raises(NotFittedError, match=r"^LabelDensity\.weighted: weights are not known yet"):
+        density.weighted(LDS(BINS))
+    with pytest.raises(ValueError, match=r"^LabelDensity\.weighted: lds must weigh the labels that the density counts"):
+        density.weighted(LDS(Bins.classes(10)).fit([1]))
 
 
 def test_regions_at_their_very_limits() -> None:

@@ -10,9 +10,9 @@ from scipy.signal.windows import triang
 from scipy.stats import laplace as laplace_distribution
 from scipy.stats import norm
 
-from dir_toolkit import gaussian, laplace, triangular
+from dir_toolkit import Bins, gaussian, laplace, triangular
 from dir_toolkit.errors import ShapeError
-from dir_toolkit.labels.kernels import smooth, smoothing_matrix
+from dir_toolkit.labels.kernels import smooth, smooth_rows, smoothing_matrix, smoothing_window, usual_kernel
 
 EDGES = ("reflect", "mirror", "zero")
 
@@ -105,6 +105,39 @@ def test_reflecting_keeps_the_sum_and_a_constant(size: int) -> None:
     assert smooth(values, gaussian(size, 3)).sum() == pytest.approx(values.sum(), 1e-13)
     np.testing.assert_allclose(smooth(np.full(11, 2.0), gaussian(size, 3)), 2, rtol=1e-14)
     np.testing.assert_allclose(smoothing_matrix(11, gaussian(size, 3)).sum(0), 1, rtol=1e-13)
+
+
+@pytest.mark.parametrize("edges", EDGES)
+@pytest.mark.parametrize("bins", [1, 2, 5, 6, 40])
+@pytest.mark.parametrize("size", [1, 3, 5, 39])
+@pytest.mark.parametrize("shape", [(), (4,), (3, 2)])
+def test_rows_are_smoothed_as_arrays_are(edges: Any, bins: int, size: int, shape: tuple[int, ...]) -> None:
+    if size > bins:
+        return
+    values = np.random.default_rng(0).normal(size=(bins, *shape))
+    window = gaussian(size, 1.7)
+    given = torch.from_numpy(values)
+    smoothed = smooth_rows(given, smoothing_window("here", window, bins), edges)
+    np.testing.assert_allclose(smoothed, smooth(values, window, edges=edges), rtol=1e-12, atol=1e-15)
+    np.testing.assert_array_equal(given, values)
+    if size == 39:
+        other = "zero" if edges != "zero" else "mirror"
+        assert not np.allclose(smoothed, smooth(values, window, edges=other), rtol=1e-3)
+    assert smooth_rows(given.float(), smoothing_window("here", window, bins), edges).dtype == torch.float32
+
+
+def test_rows_are_smoothed_in_little_memory() -> None:
+    rows = torch.ones(100_000, 4, dtype=torch.float64)
+    window = smoothing_window("here", gaussian(5, 2), len(rows))
+    torch.testing.assert_close(smooth_rows(rows, window, "reflect"), rows)
+
+
+def test_the_usual_kernel() -> None:
+    assert usual_kernel(Bins.classes(100)) is None
+    assert usual_kernel(Bins.uniform(0, 4, width=1)) is None
+    assert np.array_equal(usual_kernel(Bins.uniform(0, 5, width=1)), gaussian(5, 2))
+    of_axes = usual_kernel(Bins.grid(Bins.uniform(0, 5, width=1), Bins.classes(9)))
+    assert [window.tolist() for window in of_axes] == [gaussian(5, 2).tolist(), [1.0]]
 
 
 def test_smooth_leaves_its_inputs_alone() -> None:

@@ -252,6 +252,34 @@ def test_reference_defaults_and_refusals() -> None:
         LDS.reference(Bins.classes(9), scheme="dense")  # type: ignore[arg-type]
 
 
+# What is smoothed unless told otherwise
+
+
+def test_classes_have_no_neighbours_unless_a_window_is_given_for_them() -> None:
+    labels = labels_of([1000, 10, 1000, 10, 1000])
+    for bins in (Bins.classes(5), Bins.classes(7)):
+        weights = table(LDS(bins, scheme="inverse").fit(labels))
+        np.testing.assert_allclose(
+            weights[:5], average_one([1 / 1000, 1 / 10] * 2 + [1 / 1000], [1000, 10] * 2 + [1000])
+        )
+    given = LDS(Bins.classes(5), scheme="inverse", kernel=gaussian(5, 2)).fit(labels)
+    assert np.ptp(table(given)) < 0.2
+    roots = LDS.reference(Bins.classes(5)).fit(labels)
+    np.testing.assert_allclose(table(roots), average_one(np.bincount(labels) ** -0.5, np.bincount(labels)), rtol=1e-6)
+
+
+def test_an_axis_shorter_than_the_usual_window_is_not_smoothed() -> None:
+    for count in (1, 4):
+        bins = Bins.uniform(0, count, width=1)
+        fitted = LDS(bins, scheme="inverse").fit([0.5])
+        assert torch.equal(fitted.table[:-1], LDS(bins, kernel=None, scheme="inverse").fit([0.5]).table[:-1])
+        assert LDS.reference(bins).kernels is None
+    bins = Bins.uniform(0, 5, width=1)
+    for usual, window in ((LDS(bins), gaussian(5, 2)), (LDS.reference(bins), gaussian(5, 2, folded=True))):
+        assert usual.kernels is not None
+        assert [of_axis.tolist() for of_axis in usual.kernels] == [window.tolist()]
+
+
 # Labels beyond the axis
 
 
@@ -356,7 +384,7 @@ def test_not_fitted() -> None:
     [
         ({"kernel": [1, 1]}, ValueError, "kernel must have odd length, so that it has a middle, got 2 values"),
         ({"kernel": np.ones(7)}, ValueError, "kernel must not be longer than the label axis, got 7 values for 6 bins"),
-        ({"kernel": "gaussian"}, TypeError, "kernel must be integers or floats"),
+        ({"kernel": "gaussian"}, TypeError, "kernel must be a window, \"auto\" or None, got 'gaussian'. Use dir_"),
         ({"kernel": [[1]]}, ShapeError, "kernel must be a row of numbers"),
         ({"scheme": "sqrt_inv"}, ValueError, "scheme must be one of 'none', 'inverse', 'sqrt_inverse'"),
         ({"edges": "constant"}, ValueError, "edges must be one of 'reflect', 'mirror', 'zero'"),
