@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import (
     ArgumentError,
@@ -55,9 +55,32 @@ def warn(where: str, message: str) -> None:
     warnings.warn(f"{where}: {message}", DirToolkitWarning, stacklevel=3)
 
 
+def plain(tensor: Tensor) -> bool:
+    """Whether a tensor may be kept: no subclass (as fake and distributed ones are), none that functorch wraps, none of
+    inference mode, which training could not use."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not tensor.is_inference()
+    )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether values can be looked at, if need be by waiting for an accelerator. They cannot in compiled graphs, under
+    the transforms of ``torch.func``, inside which every result is wrapped, in fake mode, and where they lie elsewhere.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+    )
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at without stopping an accelerator or breaking a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and has_values(tensor)
 
 
 def instance(where: str, kind: Any, **values: object) -> None:
@@ -94,10 +117,14 @@ def is_tensor(where: str, **tensors: object) -> None:
 def on_host(where: str, name: str, tensor: Tensor) -> Tensor:
     """``tensor`` on the CPU and without its graph, for code that reads values."""
     if tensor.is_meta:
-        raise problem(
-            where, f"{name} must hold values", got="a tensor on the meta device", fix="Load or compute it first."
-        )
+        raise no_values(where, name)
     return tensor.detach().cpu()
+
+
+def no_values(where: str, name: str) -> Exception:
+    """The error of a meta tensor where values are read."""
+    rule, got = f"{name} must hold values", "a tensor on the meta device"
+    return problem(where, rule, got=got, fix="Load or compute it first.")
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -166,7 +193,7 @@ def finite(where: str, **tensors: Tensor | np.ndarray) -> None:
             if not readable(value):
                 continue
             value = value.detach()
-            value = (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
+            value = (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy(force=True)
         bad = ~np.isfinite(value)
         if bad.any():
             place = np.unravel_index(int(bad.argmax()), bad.shape)
