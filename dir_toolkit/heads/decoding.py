@@ -21,7 +21,7 @@ from .._checks import (
     same_device,
 )
 from ..errors import ShapeError
-from ..labels.bins import Bins
+from ..labels.bins import Bins, taken
 from ..labels.soft_labels import limits
 
 __all__ = ["Decoding", "decode", "interval", "quantiles"]
@@ -56,7 +56,7 @@ def decode(probabilities: Tensor, bins: Bins, how: Decoding = "expectation") -> 
     probabilities = _checked(where, probabilities, bins, order_for="" if how == "mode" else f"how={how!r}")
     if how == "mode":
         index = probabilities.argmax(-1)
-        return index if bins.categorical else bins._tensor("centers", probabilities)[index]
+        return index if bins.categorical else taken(bins._tensor("centers", probabilities), index)
     if how == "median":
         return _quantiles(probabilities, bins, _levels(where, 0.5, probabilities)).squeeze(-1)
     # Not a matrix product, which autocast would take in half precision.
@@ -128,7 +128,8 @@ def _checked(where: str, probabilities: Tensor, bins: Bins, *, order_for: str) -
     if bins.categorical and order_for:
         rule = f"bins must not be classes, which have no order, for {order_for}"
         raise problem(where, rule, got=repr(bins), fix='Use decode(..., how="mode"), or Bins.uniform if they have one.')
-    return bins._shares(where, probabilities)
+    shares = bins._shares(where, probabilities)
+    return shares.to(bins._wide(shares))
 
 
 def _levels(where: str, levels: float | Sequence[float] | np.ndarray | Tensor, like: Tensor) -> Tensor:

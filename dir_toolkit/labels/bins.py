@@ -16,15 +16,18 @@ from .._checks import (
     MOST_BINS,
     distributions,
     floats,
+    has_values,
     instance,
     is_tensor,
     keys,
     label_problem,
     labels_array,
     length,
+    no_values,
     not_empty,
     number,
     one_of,
+    plain,
     problem,
     readable,
     real,
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["Bins", "Outside"]
 
 Outside = Literal["raise", "clip", "drop"]
+
+_LARGEST = float(np.finfo(np.float64).max) / 4  # float64 still holds what twice an axis is long
+_STEPS = 256  # of float32 in a bin, fewer than which would show in predictions
 
 
 class LabelAxes(ABC):
@@ -120,19 +126,34 @@ class Bins(LabelAxes):
         edges.setflags(write=False)
         centers.setflags(write=False)
         self.edges, self.centers, self.categorical = edges, centers, categorical
-        self._edges, self._centers = torch.from_numpy(edges.copy()), torch.from_numpy(centers.copy())
+        widths = np.diff(edges)
+        rounding = 1e-9 * widths.mean() + 4 * np.spacing(np.abs(edges).max())
+        self._even = categorical or bool((np.abs(widths - widths.mean()) <= rounding).all())
+        self._width = float(np.median(widths))
+        with np.errstate(over="ignore", invalid="ignore"):
+            steps = np.spacing(np.maximum(np.abs(edges[:-1]), np.abs(edges[1:])).astype(np.float32))
+        self._fits_float32 = bool((_STEPS * steps <= widths).all())
+        with torch.inference_mode(False):
+            self._edges, self._centers = torch.from_numpy(edges.copy()), torch.from_numpy(centers.copy())
         self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}  # copies, made when asked
         self._scales: dict[np.dtype, np.ndarray | None] = {}
 
     def _tensor(self, name: Literal["edges", "centers"], like: Tensor) -> Tensor:
         """Edges or centres in the dtype and on the device of ``like``, copied there once."""
-        source = self._edges if name == "edges" else self._centers
         if torch.compiler.is_compiling():  # a compiled graph keeps its own copies
-            return source.to(like)
+            return (self._edges if name == "edges" else self._centers).to(like)
         key = (name, like.dtype, like.device)
-        if key not in self._tensors:
-            self._tensors[key] = source.to(like.dtype).to(like.device)
-        return self._tensors[key]
+        if (kept := self._tensors.get(key)) is None:
+            with torch.inference_mode(False):
+                kept = torch.from_numpy(getattr(self, name).copy()).to(like.dtype).to(like.device)
+            if plain(kept):
+                self._tensors[key] = kept
+        return kept
+
+    def _wide(self, *tensors: Tensor) -> torch.dtype:
+        """The dtype in which labels of this axis are computed from these tensors: float64 if one of them is of it, or
+        where float32 does not resolve the bins; else float32."""
+        return wide_dtype(*tensors) if self._fits_float32 else torch.float64
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
         return Bins.from_dict, (self.settings,)
@@ -241,10 +262,7 @@ class Bins(LabelAxes):
     @cached_property
     def relative_widths(self) -> np.ndarray:
         widths = np.diff(self.edges)
-        mean = widths.mean()
-        rounding = 1e-9 * mean + 4 * np.spacing(np.abs(self.edges).max())
-        even = self.categorical or bool((np.abs(widths - mean) <= rounding).all())
-        relative = np.ones(len(self)) if even else widths / mean
+        relative = np.ones(len(self)) if self._even else widths / widths.mean()
         relative.setflags(write=False)
         return relative
 
@@ -297,6 +315,8 @@ class Bins(LabelAxes):
             return self._place(where, tensor, outside, name).numpy()
         is_tensor(where, **{name: labels})
         real(where, **{name: labels})
+        if outside == "raise" and labels.is_meta:
+            raise no_values(where, name)
         labels = labels.detach()
         values = labels.double() if not labels.is_floating_point() else labels
         if readable(values) and (not labels.is_floating_point() or labels.dtype in (torch.float32, torch.float64)):
@@ -312,9 +332,9 @@ class Bins(LabelAxes):
         if self.categorical:
             broken = broken | (values != values.round())
         beyond = (index < 0) | (index >= len(self))
-        if labels.device.type == "cpu" or outside == "raise":
+        if readable(labels) or (outside == "raise" and has_values(labels)):
             refused = broken | beyond if outside == "raise" else broken
-            if not torch.compiler.is_compiling() and bool(refused.any()):
+            if bool(refused.any()):
                 raise self._refusal(where, name, labels, broken, refused)
         index = index.clamp(0, len(self) - 1) if outside == "clip" else index.masked_fill(beyond, -1)
         return index.masked_fill(broken, -1)
@@ -411,8 +431,13 @@ class Bins(LabelAxes):
         if not isinstance(probabilities, Tensor):
             array = labels_array(where, probabilities, "probabilities")
             return self.expectation(torch.from_numpy(array.copy())).numpy()
-        wide = self._shares(where, probabilities)
-        return wide @ self._tensor("centers", wide)
+        return self._mean(self._shares(where, probabilities))
+
+    def _mean(self, shares: Tensor) -> Tensor:
+        wide = shares.to(self._wide(shares))
+        mean = wide @ self._tensor("centers", wide)
+        # Far from zero a sum that rounding took off one would move the mean by bins.
+        return mean if self._fits_float32 else mean / wide.sum(-1)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -433,12 +458,19 @@ class Bins(LabelAxes):
         return cls(**values)
 
 
+def taken(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]``, which reads an index of no dimension on the host."""
+    return table.index_select(0, index.flatten()).reshape(index.shape)
+
+
 def _edges_array(where: str, edges: object) -> np.ndarray:
     array = labels_array(where, edges, "edges").astype(np.float64) + 0.0  # no -0.0, which hashes unlike 0.0
     if array.ndim != 1 or len(array) < 2:
         raise problem(
             where, "edges must be one row of at least two numbers", got=f"shape {array.shape}", error=ShapeError
         )
+    if not (np.abs(array) <= _LARGEST).all() and np.isfinite(array).all():
+        raise problem(where, f"edges must lie within {_LARGEST:.3g} of zero", got=f"{np.abs(array).max():g}")
     sound = (array[1:] > array[:-1]) & np.isfinite(array[1:]) & np.isfinite(array[:-1])
     if not sound.all():
         at = int(np.argmin(sound))

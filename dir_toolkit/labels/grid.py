@@ -165,7 +165,7 @@ class BinGrid(LabelAxes):
         for k, axis in enumerate(self.axes):
             others = [first + i for i in range(len(self.axes)) if i != k]
             marginal = joint.sum(others) if others else joint
-            means.append(marginal @ axis._tensor("centers", marginal))
+            means.append(axis._mean(marginal))
         return torch.stack(means, -1)
 
     @property

@@ -8,37 +8,50 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import instance, is_tensor, number, one_of, problem, wide_dtype
-from .bins import Bins
+from .._checks import instance, is_tensor, number, one_of, problem, readable, wide_dtype
+from .bins import Bins, Outside, taken
 
-__all__ = ["LabelKernel", "limits", "soft_labels"]
+__all__ = ["KernelUnit", "LabelKernel", "limits", "soft_labels"]
 
+KernelUnit = Literal["label", "bin"]
 LabelKernel = Literal["gaussian", "laplace", "triangular"]
 
 _WIDEST = 100  # axes; on one axis so wide a kernel is flat, and float32 no longer tells its tails apart
 
 
-def soft_labels(labels: Tensor, bins: Bins, sigma: float | None, *, kernel: LabelKernel = "gaussian") -> Tensor:
+def soft_labels(
+    labels: Tensor,
+    bins: Bins,
+    sigma: float | None,
+    *,
+    kernel: LabelKernel = "gaussian",
+    unit: KernelUnit = "label",
+    outside: Outside = "raise",
+) -> Tensor:
     r"""The distribution over bins that a label spread by a kernel has.
 
-    .. math:: t_{ib} = \frac{K((k_{b+1} - y_i)/\sigma) - K((k_b - y_i)/\sigma)}
-              {K((k_B - y_i)/\sigma) - K((k_0 - y_i)/\sigma)}
+    .. math:: t_{ib} = \frac{K(c_i(k_{b+1} - y_i)/\sigma) - K(c_i(k_b - y_i)/\sigma)}{K(d_i/\sigma) - K(-d_i/\sigma)},
+              \quad c_i(x) = \min(\max(x, -d_i), d_i), \quad d_i = \min(y_i - k_0, k_B - y_i)
 
     K is the kernel's cumulative distribution and :math:`k` are the :func:`limits` of the bins. The kernel stands on the
-    label itself, not on its bin, and a bin gets the mass between its limits, whatever the widths; what would fall
-    beyond the axis is shared out in proportion.
+    label itself, not on its bin, and a bin gets the mass between its limits, whatever the widths. It is cut off on both
+    sides as far away as the nearer end of the axis is, so that it stays symmetric about the label and decodes to it.
+    Within half a bin of an end all of it is in the end bin: no distribution over bins decodes to a label further out.
 
     Args:
         sigma: standard deviation of the kernel, of each of the three, so that they compare: a Laplace kernel falls by
-            e every :math:`\sigma / \sqrt 2`, a triangle reaches zero at :math:`\sqrt 6\,\sigma`. In label units, at
-            most 100 times the axis. None or 0 gives 1 in the bin that ``bins.index`` names, the only choice for
-            classes.
+            e every :math:`\sigma / \sqrt 2`, a triangle reaches zero at :math:`\sqrt 6\,\sigma`. At most 100 times the
+            axis. None or 0 gives 1 in the bin that ``bins.index`` names, the only choice for classes.
+        unit: of sigma: the label's, or ``"bin"``. On an uneven axis a kernel so many bins wide is as wide as the bins
+            are where the label lies; labels and limits are then measured along the axis in bins.
+        outside: what a label beyond the axis does: ``"raise"``; ``"clip"``, to be spread as the end of the axis is;
+            ``"drop"``, with a row of zeros, whose cross entropy is 0 whatever is predicted.
     Shape:
         labels: any. Returns (..., B), float64 for float64 labels, else float32, each row summing to one.
     Raises:
-        LabelError: a label is NaN or lies outside the axis. On accelerators labels are not looked at; the row of such a
-        label is NaN there. ValueError: sigma is negative or too large, is positive where bins are classes, or the
-        kernel has another name.
+        LabelError: a label is NaN, or lies outside the axis under ``"raise"``. On accelerators labels are not looked
+        at; the row of such a label is NaN there. ValueError: sigma is negative or too large, is positive where bins are
+        classes, or the kernel or unit has another name.
     Source:
         Gao et al. 2017, for the Gaussian at bin centres (arXiv:1611.01731).
 
@@ -49,26 +62,35 @@ def soft_labels(labels: Tensor, bins: Bins, sigma: float | None, *, kernel: Labe
     is_tensor(where, labels=labels)
     instance(where, Bins, bins=bins)
     one_of(where, "kernel", kernel, ("gaussian", "laplace", "triangular"))
+    one_of(where, "unit", unit, ("label", "bin"))
     if sigma is not None and not torch.compiler.is_compiling():
-        sigma = checked_sigma(where, sigma, bins)
+        sigma = checked_sigma(where, sigma, bins, unit)
     if sigma and bins.categorical:
         rule = "sigma must be None or 0 where bins are classes, which have no distances"
         raise problem(where, rule, got=sigma, fix="Smooth classes by label_smoothing of cross_entropy.")
-    on_host = labels.device.type == "cpu"
-    index = bins._place(where, labels, "raise" if on_host else "drop")
-    values = labels.to(wide_dtype(labels))
+    looked_at = readable(labels)
+    index = bins._place(where, labels, outside if looked_at or outside != "raise" else "drop")
+    values = labels.to(bins._wide(labels))
     if not sigma:
-        soft = (index.unsqueeze(-1) == torch.arange(len(bins), device=labels.device)).to(values.dtype)
+        soft = (index.unsqueeze(-1) == torch.arange(len(bins), device=labels.device)).to(wide_dtype(labels))
     else:
-        soft = _masses(values, limits(bins, values), sigma, kernel)
-    if on_host and not torch.compiler.is_compiling():
-        return soft
-    return soft.masked_fill((index < 0).unsqueeze(-1), torch.nan)
+        knots = limits(bins, values)
+        if unit == "bin" and bins._even:
+            sigma = sigma * bins._width
+        elif unit == "bin":
+            values, knots = _in_bins(values, knots)
+        soft = _masses(values, knots, sigma, kernel).to(wide_dtype(labels))
+    without_bin = (index < 0).unsqueeze(-1)
+    if outside == "drop":
+        soft = soft.masked_fill(without_bin, 0)
+        without_bin = without_bin if looked_at else (bins._place(where, labels, "clip") < 0).unsqueeze(-1)
+    return soft if looked_at else soft.masked_fill(without_bin, torch.nan)
 
 
-def checked_sigma(where: str, sigma: float, bins: Bins) -> float:
+def checked_sigma(where: str, sigma: float, bins: Bins, unit: KernelUnit = "label") -> float:
     """By how much labels may be spread over an axis."""
-    return number(where, "sigma", sigma, low=0, high=_WIDEST * float(bins.edges[-1] - bins.edges[0]), float32=True)
+    axis = len(bins) if unit == "bin" else float(bins.edges[-1] - bins.edges[0])
+    return number(where, "sigma", sigma, low=0, high=_WIDEST * axis, float32=True)
 
 
 def limits(bins: Bins, like: Tensor) -> Tensor:
@@ -79,7 +101,7 @@ def limits(bins: Bins, like: Tensor) -> Tensor:
     moved like this would not rise, the edges stay.
 
     Args:
-        like: gives device and dtype, at least float32.
+        like: gives device and dtype, at least float32, and float64 where float32 does not resolve the bins.
     Shape:
         Returns (B + 1,).
     Units:
@@ -88,24 +110,34 @@ def limits(bins: Bins, like: Tensor) -> Tensor:
     >>> limits(Bins.uniform(0, 30, width=10, integer=True), torch.zeros(()))
     tensor([-0.5000,  9.5000, 19.5000, 29.5000])
     """
-    like = like.detach().to(wide_dtype(like))
+    like = like.detach().to(bins._wide(like))
     edges, centers = bins._tensor("edges", like), bins._tensor("centers", like)
     off = centers - (edges[:-1] + edges[1:]) / 2
     moved = edges + torch.cat([off[:1], (off[:-1] + off[1:]) / 2, off[-1:]])
     return torch.where((moved[1:] > moved[:-1]).all(), moved, edges)
 
 
+def _in_bins(labels: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels and knots measured along the axis in bins."""
+    labels = labels.clamp(knots[0], knots[-1])
+    index = torch.searchsorted(knots[1:-1].contiguous(), labels.detach().contiguous(), right=True)
+    along = index + (labels - taken(knots, index)) / taken(knots.diff(), index)
+    return along, torch.arange(len(knots), dtype=knots.dtype, device=knots.device)
+
+
 def _masses(labels: Tensor, knots: Tensor, sigma: float, kernel: LabelKernel) -> Tensor:
     """(..., B): the mass of each label's kernel between neighbouring knots, scaled to sum to one."""
-    # Whole-number axes end half a bin early: a label there must not leave a narrow kernel without any mass.
-    labels = labels.clamp(knots[0], knots[-1])
-    distance = (knots - labels.unsqueeze(-1)) / sigma  # (..., B + 1)
+    # Nearer to an end than half a bin the kernel is cut off within the end bin, which holds all of it.
+    labels = labels.clamp((knots[0] + knots[1]) / 2, (knots[-2] + knots[-1]) / 2).unsqueeze(-1)
+    reach = torch.minimum(labels - knots[0], knots[-1] - labels) / sigma
+    distance = ((knots - labels) / sigma).clamp(-reach, reach)  # (..., B + 1)
     tail = _tail(distance.abs(), kernel)
     # Tails are subtracted on the side where they are small, so that both sides are equally exact.
     above = distance >= 0
     cumulative = torch.where(above, -tail, tail)
-    holds_label = above[..., 1:] & ~above[..., :-1]
-    mass = (cumulative.diff(dim=-1) + holds_label).clamp_min(0)
+    holds_label = (above[..., 1:] & ~above[..., :-1]).to(tail.dtype)
+    # However wide the kernel, what rounding leaves of it lies where the label does.
+    mass = torch.maximum(cumulative.diff(dim=-1) + holds_label, holds_label * torch.finfo(tail.dtype).tiny)
     return mass / mass.sum(-1, keepdim=True)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing import assert_close
 
 from dir_toolkit import Bins
@@ -233,3 +234,79 @@ def test_autocast_takes_nothing_away() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = [decode(p, AGES, how) for how in HOWS]  # type: ignore[arg-type]
     assert_close(inside, [decode(p, AGES, how) for how in HOWS])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_axis_far_from_zero_is_decoded_as_one_at_zero(dtype: torch.dtype) -> None:
+    start = 1_700_000_000  # where float32 goes in steps of 128
+    near, far = Bins.uniform(0, 3600, width=60), Bins.uniform(start, start + 3600, width=60)
+    p = distributions(near, 200, dtype=dtype)
+    for how in HOWS:
+        expected = decode(p.double(), near, how)  # type: ignore[arg-type]
+        assert_close(decode(p, far, how) - start, expected, rtol=0, atol=1e-3)  # type: ignore[arg-type]
+        assert_close(far.expectation(p) - start, near.expectation(p.double()), rtol=0, atol=1e-3)
+    assert_close(quantiles(p, far, LEVELS) - start, quantiles(p.double(), near, LEVELS), rtol=0, atol=1e-3)
+    assert_close(interval(p, far)[0] - start, interval(p.double(), near)[0], rtol=0, atol=1e-3)
+    assert limits(far, p).diff().tolist() == [60] * 60
+
+
+def test_predictions_are_as_wide_as_the_axis_needs() -> None:
+    p = torch.full((4,), 0.25)
+    for low, width, dtype in ((0, 1, torch.float32), (2000, 1, torch.float32), (738_000, 1, torch.float64)):
+        assert decode(p, Bins.uniform(low, low + 4 * width, width=width)).dtype == dtype
+    assert decode(p, Bins.from_edges([1e-6, 1e-3, 1, 1e3, 1e6])).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bins", [AGES, UNEVEN, Bins.uniform(1.7e9, 1.7e9 + 60, width=1)], ids=["a", "u", "far"])
+@pytest.mark.parametrize("how", HOWS[:2])
+def test_what_inference_mode_used_first_can_be_trained_with(bins: Bins, how: Any) -> None:
+    bins = Bins.from_dict(bins.to_dict())  # that nothing has used
+    scores = torch.zeros(3, len(bins), requires_grad=True)
+    with torch.inference_mode():
+        decode(scores.softmax(-1), bins, how)
+        bins.expectation(scores.softmax(-1))
+        soft_labels(torch.full((3,), bins.centers[1].item()), bins, 2.0)
+        made_inside = Bins.from_dict(bins.to_dict())
+    for axis in (bins, made_inside):
+        (decode(scores.softmax(-1), axis, how) * scores.softmax(-1).sum(-1)).sum().backward()
+        axis.expectation(scores.softmax(-1)).sum().backward()
+
+
+def test_nothing_fake_is_kept() -> None:
+    bins = Bins.uniform(0, 4, width=1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = decode(torch.full((2, 4), 0.25), bins, "median")
+        assert soft_labels(torch.tensor([1.0, 2.0]), bins, 1.0).shape == (2, 4)
+    assert isinstance(fake, FakeTensor)
+    for how in HOWS:
+        real = decode(torch.full((2, 4), 0.25), bins, how)  # type: ignore[arg-type]
+        assert type(real) is Tensor
+    assert soft_labels(torch.tensor([2.0]), bins, 1.0).sum().item() == pytest.approx(1)
+
+
+def test_per_sample_gradients_equal_a_loop() -> None:
+    scores = distributions(UNEVEN, 6).log().clamp_min(-9)
+    labels = torch.tensor([-2.0, -1.0, 0.05, 2.0, 3.0, 20.0]).double()
+
+    def loss(row: Tensor, label: Tensor) -> Tensor:
+        p = row.softmax(-1)
+        points = sum((decode(p, UNEVEN, how) - label).square() for how in HOWS[:2])  # type: ignore[arg-type]
+        ends = torch.stack(interval(p, UNEVEN)).sum() + UNEVEN.expectation(p)
+        return points + ends - (soft_labels(label, UNEVEN, 1.0, unit="bin") * row.log_softmax(-1)).sum()
+
+    together = torch.func.vmap(torch.func.grad(loss))(scores, labels)
+    one_by_one = torch.stack([torch.func.grad(loss)(row, label) for row, label in zip(scores, labels, strict=True)])
+    rows = scores.clone().requires_grad_()
+    sum(loss(row, label) for row, label in zip(rows, labels, strict=True)).backward()  # type: ignore[union-attr]
+    assert_close(together, one_by_one)
+    assert_close(together, rows.grad)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    p = torch.full((2, 4), 0.25)
+    with torch.device("meta"):
+        bins = Bins.uniform(0, 4, width=1)
+        found = [decode(p, bins, how) for how in HOWS]  # type: ignore[arg-type]
+        found += [quantiles(p, bins, [0.2, 0.7]), *interval(p, bins), soft_labels(p[:, 0], bins, 1.0, unit="bin")]
+        assert bins.index([1.0, 2.5]).tolist() == [1, 2]
+    assert all(x.device.type == "cpu" for x in found)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 
 from dir_toolkit import Bins
 from dir_toolkit.errors import LabelError
+from dir_toolkit.heads.decoding import decode
 from dir_toolkit.labels.soft_labels import limits, soft_labels
 
 AGES = Bins.uniform(0, 117, width=1, integer=True)
@@ -36,12 +38,12 @@ def knots(bins: Bins) -> list[float]:
 
 
 def naive(label: float, bins: Bins, sigma: float, kernel: str) -> list[float]:
+    """The kernel, cut off on both sides as far away as the nearer end is, or within the end bin."""
     at = knots(bins)
-    label = min(max(label, at[0]), at[-1])
-    mass = [
-        KERNELS[kernel].cdf((high - label) / sigma) - KERNELS[kernel].cdf((low - label) / sigma)
-        for low, high in pairwise(at)
-    ]
+    label = min(max(label, (at[0] + at[1]) / 2), (at[-2] + at[-1]) / 2)
+    reach = min(label - at[0], at[-1] - label)
+    cdf = [KERNELS[kernel].cdf(min(max(k - label, -reach), reach) / sigma) for k in at]
+    mass = [high - low for low, high in pairwise(cdf)]
     return [m / sum(mass) for m in mass]
 
 
@@ -67,6 +69,9 @@ def test_values_by_hand() -> None:
     assert_close(
         soft, torch.tensor([[tail, middle - tail, 1 - 2 * middle, middle - tail, tail]]).double(), atol=1e-15, rtol=0
     )
+    # The nearer end of the axis cuts the kernel off on both sides: half of label 1 is in [0, 1) and half in [1, 2).
+    soft = soft_labels(torch.tensor([1.0, 0.5, 0.0]), Bins.uniform(0, 5, width=1), 2)
+    assert_close(soft, torch.tensor([[0.5, 0.5, 0, 0, 0], [1.0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0]]))
     # Two bins with a Laplace kernel on the edge between them: half each, whatever their widths.
     soft = soft_labels(torch.tensor(1.0), Bins.from_edges([-50, 1, 200]), 1, kernel="laplace")
     assert_close(soft, torch.tensor([0.5, 0.5]))
@@ -119,9 +124,125 @@ def test_no_width_is_one_hot(sigma: float | None) -> None:
 def test_narrow_kernels_become_one_hot_and_wide_ones_flat(kernel: Any) -> None:
     labels = torch.tensor([0.5, 7.2, 19.9])
     assert_close(soft_labels(labels, YEARS, 1e-4, kernel=kernel), soft_labels(labels, YEARS, None))
+    middle, near = torch.tensor(10.0).double(), torch.tensor(2.0).double()
+    assert_close(soft_labels(middle, YEARS, 1990, kernel=kernel), torch.full((20,), 0.05).double(), rtol=0.02, atol=0)
+    flat = torch.tensor([0.25] * 4 + [0.0] * 16).double()  # as far to one side as to the other
+    assert_close(soft_labels(near, YEARS, 1990, kernel=kernel), flat, rtol=0.02, atol=0)
+
+
+@each_kernel
+@pytest.mark.parametrize("sigma", [0.3, 2, 7, 100])
+def test_a_soft_label_decodes_to_its_label_up_to_the_ends(kernel: Any, sigma: float) -> None:
+    labels = torch.linspace(0, 20, 201, dtype=torch.float64)
+    soft = soft_labels(labels, YEARS, sigma, kernel=kernel)
+    reached = labels.clamp(0.5, 19.5)  # what a distribution over bins can stand for
+    edges = torch.arange(1, 20).double() * 10
+    for how in ("median", "expectation"):
+        found = decode(soft, YEARS, how)  # type: ignore[arg-type]
+        assert_close(found[edges.long()], reached[edges.long()], rtol=0, atol=1e-9)
+        # Between edges a bin's mass is taken to lie evenly in it, which a kernel narrower than the bin does not.
+        assert (found - reached).abs().max() < (0.25 if sigma < 1 else 0.13)
+    whole = torch.arange(118).double()
+    for how in ("median", "expectation"):
+        found = decode(soft_labels(whole, AGES, sigma, kernel=kernel), AGES, how)  # type: ignore[arg-type]
+        assert_close(found, whole.clamp_max(116), rtol=0, atol=1e-9)
+
+
+@each_kernel
+def test_zeros_decode_to_zero_where_the_least_label_is_a_middle(kernel: Any) -> None:
+    bins = Bins.uniform(-0.5, 99.5, width=1)
+    soft = soft_labels(torch.zeros(1), bins, 2.0, kernel=kernel)
+    assert [decode(soft, bins, how).item() for how in ("median", "expectation", "mode")] == [0, 0, 0]  # type: ignore[arg-type]
+
+
+# Sigma in bins
+
+
+@each_kernel
+def test_bins_are_the_unit_that_an_even_axis_has_anyway(kernel: Any) -> None:
+    for bins, width in ((YEARS, 1), (Bins.uniform(0, 120, width=10, integer=True), 10)):
+        labels = labels_on(bins)
+        for sigma in (0.5, 2.0):
+            in_bins = soft_labels(labels, bins, sigma, kernel=kernel, unit="bin")
+            assert torch.equal(in_bins, soft_labels(labels, bins, sigma * width, kernel=kernel))
+
+
+@each_kernel
+def test_a_kernel_in_bins_follows_uneven_ones(kernel: Any) -> None:
+    log = Bins.from_edges(torch.logspace(0, 6, 61, dtype=torch.float64))
+    even = Bins.uniform(0, 60, width=1)
+    at = torch.tensor([0.5, 1.0, 7.3, 30.0, 59.2], dtype=torch.float64)
+    whole = at.floor().long()
+    edges = torch.tensor(log.edges)
+    labels = edges[whole] + (at - whole) * edges.diff()[whole]  # as far along the axis, counted in bins
     assert_close(
-        soft_labels(labels.double(), YEARS, 1990, kernel=kernel), torch.full((3, 20), 0.05).double(), rtol=0.02, atol=0
+        soft_labels(labels, log, 2, kernel=kernel, unit="bin"),
+        soft_labels(at, even, 2, kernel=kernel),
+        rtol=0,
+        atol=1e-9,
     )
+    labels = torch.tensor([2.0, 20.0, 200.0, 2e5])
+    median = decode(soft_labels(labels, log, 2, kernel=kernel, unit="bin"), log, "median")
+    assert_close(median, labels, rtol=0.02, atol=0)  # with two median widths, 465, they are 315, 322, 401 and 2e5
+
+
+def test_a_sigma_in_bins_has_its_own_limit() -> None:
+    log = Bins.from_edges([1, 10, 1000])
+    assert soft_labels(torch.ones(1), log, 200, unit="bin").shape == (1, 2)
+    with pytest.raises(ValueError, match=r"^soft_labels: sigma must be >= 0 and <= 200, got 201"):
+        soft_labels(torch.ones(1), log, 201, unit="bin")
+    with pytest.raises(ValueError, match=r"^soft_labels: unit must be one of 'label', 'bin', got 'bins'"):
+        soft_labels(torch.ones(1), log, 1, unit="bins")  # type: ignore[arg-type]
+
+
+# Labels beyond the axis
+
+
+@pytest.mark.parametrize("sigma", [None, 2.0])
+@pytest.mark.parametrize("bins", [YEARS, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("unit", ["label", "bin"])
+def test_clip_spreads_the_end_and_drop_leaves_a_row_of_zeros(sigma: float | None, bins: Bins, unit: Any) -> None:
+    spread: Any = partial(soft_labels, bins=bins, sigma=sigma, unit=unit)
+    low, high = bins.edges[0].item(), bins.edges[-1].item()
+    labels = torch.tensor([low - 7, 3.0, high + 1e6, math.inf, -math.inf])
+    ends = torch.tensor([low, 3.0, high, high, low])
+    assert torch.equal(spread(labels, outside="clip"), spread(ends))
+    dropped = spread(labels, outside="drop")
+    assert torch.equal(dropped[1], spread(ends)[1])
+    assert dropped.sum(-1).tolist() == pytest.approx([0, 1, 0, 0, 0])
+    for outside in ("clip", "drop"):
+        with pytest.raises(LabelError, match=r"^soft_labels: labels must not be NaN, got nan at index \[1\]"):
+            spread(torch.tensor([low, math.nan]), outside=outside)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda y, o=outside: spread(y, outside=o), fullgraph=True, backend="eager")
+        assert_close(compiled(labels), spread(labels, outside=outside))
+        assert compiled(torch.full((5,), torch.nan)).isnan().all()  # as on accelerators
+    with pytest.raises(ValueError, match=r"^soft_labels: outside must be one of 'raise', 'clip', 'drop', got 'nan'"):
+        spread(labels, outside="nan")
+
+
+@pytest.mark.parametrize(("outside", "row"), [("clip", [0, 0, 1]), ("drop", [0, 0, 0])])
+def test_classes_beyond_the_last_are_clipped_or_dropped(outside: Any, row: list[int]) -> None:
+    classes = Bins.classes(3)
+    assert soft_labels(torch.tensor([5, 1]), classes, None, outside=outside).tolist() == [row, [0, 1, 0]]
+    with pytest.raises(LabelError, match="labels must be whole numbers"):
+        soft_labels(torch.tensor([0.5]), classes, None, outside=outside)
+
+
+# Axes far from zero
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+@pytest.mark.parametrize("unit", ["label", "bin"])
+def test_an_axis_far_from_zero_is_resolved_as_one_at_zero(dtype: torch.dtype, unit: Any) -> None:
+    start = 1_700_000_000
+    near, far = Bins.uniform(0, 3600, width=60), Bins.uniform(start, start + 3600, width=60)
+    labels = torch.arange(0, 3600, 37)
+    sigma = 2 if unit == "bin" else 120
+    expected = soft_labels(labels.double(), near, sigma, unit=unit)
+    soft = soft_labels(labels.to(dtype) + start, far, sigma, unit=unit)
+    assert soft.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(soft.double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3), (2, 3, 4)])
