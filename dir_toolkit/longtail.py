@@ -36,7 +36,7 @@ from .heads.cosine import CosineHead
 from .heads.decoding import Decoding, decode, interval, quantiles
 from .heads.linear import LinearHead
 from .labels.bins import Bins
-from .labels.density import LabelDensity
+from .labels.density import LabelDensity, to_shares
 from .labels.grid import AnyBins
 from .labels.kernels import Window, checked_window, usual_kernel
 from .labels.soft_labels import LabelKernel, checked_sigma, limits, soft_labels
@@ -48,7 +48,7 @@ from .losses.cross_entropy import cross_entropy
 from .losses.distribution import crps, soft_cross_entropy, squared_emd
 from .losses.gaussian_nll import gaussian_interval, gaussian_nll
 from .losses.regression import weighted_focal_l1, weighted_focal_mse, weighted_huber, weighted_l1, weighted_mse
-from .priors import LogitAdjuster, Prior, TauChoice, candidate_taus, middle_of_best
+from .priors import LogitAdjuster, Prior, TauChoice, candidate_taus, middle_of_best, prior_offset
 
 __all__ = ["LongTailModel", "LongTailOutput"]
 
@@ -92,9 +92,10 @@ class LongTailModel(nn.Module):
     On a continuous axis a head scores bins, is trained on labels spread over neighbouring bins, and is decoded into a
     label. Its softmax is the posterior under the training prior, and is carried to any other prior as classes are:
 
-    .. math:: P(b|x) = \mathrm{softmax}\big(s_b / T - \tau \log \pi_b + \log P_{target}(b)\big),
+    .. math:: P(b|x) = \mathrm{softmax}\big(s_b / T - \tau \log (\pi_b / u_b) + \log (P_{target}(b) / u_b)\big),
 
-    with :math:`\pi` the training prior, smoothed over bins. Over ``Bins.classes`` the same path is plain classification
+    with :math:`\pi` the training prior, the shares of labels times the weights that their loss had, smoothed over
+    bins, and :math:`u` the shares of the bins' widths. Over ``Bins.classes`` the same path is plain classification
     with logit adjustment. ``model(x, labels)`` computes the loss, too; in training it enters ``fds.labels(labels)``.
     With :func:`dir_toolkit.training.loop.fit` use ``loss=model.criterion`` and, if there is one, ``fds=model.fds``.
     In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is no submodule, so that DistributedDataParallel
@@ -103,7 +104,8 @@ class LongTailModel(nn.Module):
     Args:
         num_features: D, what the backbone gives.
         bins: the label axis.
-        density: of the training labels, as counted, over these bins; needed for a prior and ``"balanced_mse"``.
+        density: of the training labels, as counted, over these bins; needed for a prior and ``"balanced_mse"``. Where a
+            sampler draws them, of what it draws: ``LabelDensity.count(labels[sampler.order(0)], bins)``.
         head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"regression"``, one number, or
             ``"gaussian"``, mean and variance, both around the density's median in units of its standard deviation
             (those of evenly spread labels, without one); or a module from (N, D) to (N, B).
@@ -120,7 +122,10 @@ class LongTailModel(nn.Module):
         label_kernel: as in :func:`dir_toolkit.labels.soft_labels.soft_labels`.
         fds: not attached yet; the model attaches it to what its head takes.
         weights: fitted, over these bins or others of the axis; weighs the loss, in eval mode too, where none are given.
-        prior: what to predict under: None, the training prior; ``"uniform"``; or the share of each bin, (B,).
+            Weights are a part of the training prior, which is the density times them; so a model that is trained with
+            weights should know them here, however they reach its loss.
+        prior: what to predict under: None, the training prior; ``"uniform"``, even over the axis, whatever the widths
+            of its bins; or the share of each bin, (B,).
         tau: strength of the adjustment, >= 0.
         adjust: ``"after"`` adjusts predictions; ``"in_loss"`` adds the opposite to the logits that a named loss sees
             (``"affinity_loss"`` apart), so that plain scores predict under ``prior``.
@@ -215,6 +220,10 @@ class LongTailModel(nn.Module):
             self.prior_kernel: Window | None = usual_kernel(bins)  # type: ignore[assignment]
         else:
             self.prior_kernel = prior_kernel
+        if weights is not None:
+            instance(where, LDS, weights=weights)
+            _check_kind(where, "weights", weights.bins, bins)
+        self.weights = weights
         self.loss = self._make_loss(where, loss)
         self.sigma = self._checked_sigma(where, sigma)
 
@@ -230,10 +239,6 @@ class LongTailModel(nn.Module):
             reach = np.maximum(bins.edges[1:] - bins.centers, bins.centers - bins.edges[:-1])
             self.register_buffer("reach", torch.from_numpy(reach).float())
 
-        if weights is not None:
-            instance(where, LDS, weights=weights)
-            _check_kind(where, "weights", weights.bins, bins)
-        self.weights = weights
         self.__dict__["fds"] = fds  # no submodule
         if fds is not None:
             self._attach(where, fds)
@@ -316,7 +321,8 @@ class LongTailModel(nn.Module):
         Where the prior was adjusted in the loss already, what the scores know of it is taken off first.
 
         Args:
-            target, tau: as ``prior`` and ``tau`` of the model. :func:`dir_toolkit.choose_tau` finds tau for classes.
+            target, tau: as ``prior`` and ``tau`` of the model. :func:`dir_toolkit.choose_tau` finds tau for classes,
+                given ``class_prior(density, weights=weights)`` where the loss was weighted.
             kernel: as ``prior_kernel`` of the model; ``"auto"`` takes the model's own.
             temperature: > 0; None leaves it as it is.
         Raises:
@@ -357,16 +363,18 @@ class LongTailModel(nn.Module):
                 rule = f"{name} must be ({len(self.bins)},), one share a bin"
                 raise problem(where, rule, got=f"shape {tuple(target.shape)}", error=ShapeError)
             prior_shares(where, name, target, zeros=True)
-        offset = torch.zeros(len(self.bins))
         if isinstance(kernel, str):
             one_of(where, "kernel", kernel, ("auto",))
             kernel = self.prior_kernel
         if kernel is not None:
             checked_window(where, kernel, len(self.bins))
-        if target is not None:
-            shares = self._training_prior(where, kernel)
-            offset = LogitAdjuster(shares, target=target, tau=tau).offset
-        return offset.to(self.loss_offset) + self.loss_offset
+        if target is None:
+            return self.loss_offset.clone()
+        offset = prior_offset(where, self._training_prior(where, kernel), target, tau)
+        # Per label unit: u cancels at tau 1, but where the target is u itself.
+        power = tau if isinstance(target, str) else tau - 1
+        offset = offset + power * torch.from_numpy(np.log(self.bins.relative_widths))
+        return offset.float().to(self.loss_offset) + self.loss_offset
 
     @torch.no_grad()
     def choose_tau(
@@ -624,24 +632,28 @@ class LongTailModel(nn.Module):
         self.adjuster.offset.zero_()
 
     def _training_prior(self, where: str, kernel: Window | None) -> Tensor:
-        density = self._needed_density(where, "a prior", kernel)
-        unseen = int((density.counts == 0).sum())
+        counts = self._needed_density(where, "a prior", kernel).counts
+        unseen = int((counts == 0).sum())
         if unseen and not self._told_unseen:
             self._told_unseen = True
             warn(where, f"no label in or near {unseen} of {len(self.bins)} bins; the prior takes each to have one.")
-        return torch.from_numpy(density.prior(floor=1.0))
+        one_each = self._weighted(LabelDensity(self.bins, np.ones(len(self.bins))))
+        return torch.from_numpy(to_shares(np.maximum(counts, one_each.counts)))
 
     def _needed_density(self, where: str, what: str, kernel: Window | None) -> LabelDensity:
-        """The density smoothed by ``kernel``."""
+        """The density as the loss sees it, smoothed by ``kernel``."""
         if self.density is None:
             fix = "Pass density=LabelDensity.count(train_labels, bins)."
             raise problem(where, f"{what} needs density", got="None", fix=fix)
         if kernel is None:
-            return self.density
+            return self._weighted(self.density)
         if self.density.counts.dtype.kind == "f":
             fix = "Hand over the counted density, or no kernel."
             raise problem(where, "density must be as counted, to be smoothed", got=repr(self.density), fix=fix)
-        return self.density.smooth(kernel)
+        return self._weighted(self.density).smooth(kernel)
+
+    def _weighted(self, density: LabelDensity) -> LabelDensity:
+        return density if self.weights is None else density.weighted(self.weights)
 
     def _spread_of_labels(self) -> tuple[float, float]:
         """Median and standard deviation of the labels, spread evenly in each bin."""

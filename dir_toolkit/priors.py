@@ -1,6 +1,8 @@
 """Scores from one class prior to any other, after training: adjust logits, choose tau, fit a temperature.
 
-The classes may be the bins of a label axis; a prior smoothed over bins is ``class_prior(density.smooth(kernel))``.
+The classes may be the bins of a label axis; a prior smoothed over bins is ``class_prior(density.smooth(kernel))``. All
+shares here are of bins. For an answer even per label unit over bins that differ in width, divide the prior by
+``bins.relative_widths`` and scale it to sum to one; :class:`dir_toolkit.LongTailModel` does so by itself.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from ._checks import (
     MOST_TAU,
     checked_tau,
     finite,
+    instance,
     is_tensor,
     label_problem,
     labels_array,
@@ -37,6 +40,7 @@ from ._checks import (
 from .errors import ShapeError
 from .labels.bins import Bins
 from .labels.density import LabelDensity
+from .labels.weights import LDS
 from .metrics.calibration import confidence_bin, confidence_edges
 
 __all__ = [
@@ -56,21 +60,29 @@ _TEMPERATURES = (1e-3, 1e3)
 _CONFIDENCE_EDGES = confidence_edges(15)
 
 
-def class_prior(density_or_counts: LabelDensity | Prior, *, floor: float = 1.0) -> Tensor:
-    """The share of samples in each class, every class taken to have at least ``floor`` of them.
+def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None = None, floor: float = 1.0) -> Tensor:
+    """The prior that a model was trained under: the share of samples in each class, times the weight of their loss.
+
+    Every class is taken to have at least ``floor`` samples.
 
     Args:
-        density_or_counts: a density, smoothed or not, or the number of samples a class.
+        density_or_counts: a density, smoothed or not, or the number of samples per class: of those that training drew,
+            where a sampler drew them.
+        weights: what the loss was weighted by, fitted; None for a loss without weights. A model trained with weights
+            and adjusted by a prior without them is corrected twice.
         floor: in samples; it keeps log-priors finite and warns of classes without a sample. 0 leaves them at zero, for
             a target prior, and does not warn.
     Shape:
         counts: (C,). Returns (C,) float64 on the CPU, summing to one.
     Raises:
         ShapeError: counts are no row. ValueError: a count is negative or not finite, the floor is negative, or it is
-        zero and so are all counts.
+        zero and so are all counts. NotFittedError: weights are not known yet.
 
     >>> class_prior([6, 3, 1]).tolist()
     [0.6, 0.3, 0.1]
+    >>> weights = LDS(Bins.classes(2), kernel=None, scheme="inverse").fit([0, 0, 0, 1])
+    >>> class_prior([3, 1], weights=weights).tolist()
+    [0.5, 0.5]
     """
     where = "class_prior"
     floor = number(where, "floor", floor, low=0)
@@ -84,6 +96,10 @@ def class_prior(density_or_counts: LabelDensity | Prior, *, floor: float = 1.0) 
         density_or_counts = LabelDensity(Bins.classes(len(counts)), counts)
     unseen = np.flatnonzero(density_or_counts.counts == 0)
     prior = density_or_counts.prior(floor=floor)
+    if weights is not None:
+        instance(where, LDS, weights=weights)
+        floored = LabelDensity(density_or_counts.bins, np.maximum(density_or_counts.counts, floor))
+        prior = floored.weighted(weights).prior()
     if floor > 0 and len(unseen) > 0:
         warn(where, f"no sample of {_listed(unseen)}; the prior takes each to have {floor:g}.")
     return torch.from_numpy(prior)
@@ -117,7 +133,7 @@ def adjust_logits(
     tensor([[0.5000, 0.5000]])
     """
     where = "adjust_logits"
-    offset = _offset(where, prior, target, tau)
+    offset = prior_offset(where, prior, target, tau)
     logits = _wide(where, logits, len(offset))
     return logits + offset.to(logits.dtype).to(logits.device)
 
@@ -136,7 +152,7 @@ def pointwise_mutual_information(logits: Tensor, prior: Prior) -> Tensor:
     tensor([[0., 0.]])
     """
     where = "pointwise_mutual_information"
-    offset = _offset(where, prior, "uniform", 1.0)
+    offset = prior_offset(where, prior, "uniform", 1.0)
     logits = _wide(where, logits, len(offset))
     return logits.log_softmax(-1) + offset.to(logits.dtype).to(logits.device)
 
@@ -233,7 +249,7 @@ def choose_tau(
     """
     where = "choose_tau"
     one_of(where, "by", by, ("balanced_error", "log_loss", "ece"))
-    log_prior = -on_host(where, "prior", _offset(where, prior, "uniform", 1.0)).numpy()
+    log_prior = -on_host(where, "prior", prior_offset(where, prior, "uniform", 1.0)).numpy()
     scores, classes = _held_out(where, logits, labels)
     if scores.shape[1] != len(log_prior):
         raise _class_mismatch(where, "logits", tuple(logits.shape), len(log_prior))
@@ -288,7 +304,7 @@ class LogitAdjuster(nn.Module):
         self.offset: Tensor
         self.temperature: Tensor
         temperature = number("LogitAdjuster", "temperature", temperature, low=0, open_low=True, float32=True)
-        self.register_buffer("offset", _offset("LogitAdjuster", prior, target, tau).detach().float())
+        self.register_buffer("offset", prior_offset("LogitAdjuster", prior, target, tau).detach().float())
         self.register_buffer("temperature", torch.tensor(temperature))
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -300,7 +316,7 @@ class LogitAdjuster(nn.Module):
         return f"{len(self.offset)} classes"
 
 
-def _offset(where: str, prior: Prior, target: Any, tau: float) -> Tensor:
+def prior_offset(where: str, prior: Prior, target: Any, tau: float) -> Tensor:
     """What is added to the logits: (C,) float64, on the prior's device."""
     shares = _checked_prior(where, "prior", prior)
     offset = -checked_tau(where, tau) * shares.log()

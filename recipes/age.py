@@ -320,7 +320,7 @@ def backbone(settings: Settings) -> nn.Module:
 
 
 def fresh(
-    settings: Settings, method: Method, runtime: Runtime, density: dt.LabelDensity
+    settings: Settings, method: Method, runtime: Runtime, density: dt.LabelDensity, weights: dt.LDS | None = None
 ) -> tuple[dt.LongTailModel, dt.FDS | None]:
     """A network of a method, not trained yet, and the FDS in it."""
 
@@ -333,6 +333,7 @@ def fresh(
             regression_loss=f"weighted_{settings.loss.replace('-', '_')}",
             sigma=settings.label_sigma,
             smoother=None if method.fds is None else partial(smoother, settings, **method.fds),
+            weights=weights,
         )
 
 
@@ -348,8 +349,12 @@ def trained(settings: Settings, name: str, runtime: Runtime, splits: Splits, out
     labels, bins = splits.train.labels, label_axis(settings)
     density = dt.LabelDensity.count(labels, bins)
     how, earlier, fds = optimization(settings), 0.0, None
+    weights = None
+    if method.weights is not None:
+        kernel = window(settings) if method.weights == "smoothed" else None
+        weights = dt.LDS(bins, kernel=kernel, scheme=method.scheme or settings.scheme).fit(density)
     if method.start is None:
-        model, fds = fresh(settings, method, runtime, density)
+        model, fds = fresh(settings, method, runtime, density, weights)
     else:
         if runtime.is_main:
             print(f"{name} goes on from {method.start}:", flush=True)
@@ -362,10 +367,6 @@ def trained(settings: Settings, name: str, runtime: Runtime, splits: Splits, out
         model, earlier = first.model, first.minutes
         dt.stage_two(model, "rrt" if method.head == "regression" else "crt", seed=runtime.derive("head"))
         how = replace(how, epochs=settings.stage_two_epochs)
-    weights = None
-    if method.weights is not None:
-        kernel = window(settings) if method.weights == "smoothed" else None
-        weights = dt.LDS(bins, kernel=kernel, scheme=method.scheme or settings.scheme).fit(density)
     sampler = None if method.q is None else dt.BinSampler(labels, bins, q=method.q, seed=runtime.seed)
 
     folder = out / name / f"seed{runtime.seed}"

@@ -174,6 +174,7 @@ def network(
     regression_loss: str,
     sigma: float,
     smoother: Callable[[int], dt.FDS] | None,
+    weights: dt.LDS | None = None,
 ) -> tuple[dt.LongTailModel, dt.FDS | None]:
     """A fresh model of a method, and the FDS in it.
 
@@ -181,6 +182,7 @@ def network(
         regression_loss: of methods that do not name one.
         sigma: of labels spread over bins, in years.
         smoother: makes an FDS for so many features.
+        weights: of the loss, which are a part of the prior that the model is trained under.
     """
     import numpy as np
     from torch import nn
@@ -214,6 +216,7 @@ def network(
         loss=loss,
         sigma=None if method.hard else "auto" if method.head in ("regression", "gaussian") or loss == "crps" else sigma,
         fds=None if method.fds_before else fds,
+        weights=weights,
         prior="uniform" if method.in_loss else None,
         adjust="in_loss" if method.in_loss else "after",
     )

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from dir_toolkit.backbones import ImageClassifier
 from dir_toolkit.data.images import ImageSet, content_digest
-from dir_toolkit.errors import CheckpointError, DirToolkitWarning, LabelError, ShapeError, UsageError
+from dir_toolkit.errors import (
+    CheckpointError,
+    DirToolkitWarning,
+    LabelError,
+    NotFittedError,
+    ShapeError,
+    UsageError,
+)
 from dir_toolkit.features.fds import FDS
 from dir_toolkit.heads.affinity import AffinityHead
 from dir_toolkit.heads.decoding import decode
@@ -190,6 +197,131 @@ def test_temperature_divides_scores_first() -> None:
     assert torch.equal(
         model(x).distribution, adjust_logits(out.scores / 4, class_prior(CLASS_DENSITY), tau=0.5).softmax(1)
     )
+
+
+# ---- weights are a part of the training prior ----
+
+UNEVEN = Bins.from_edges([0.0, 1.0, 3.0, 4.0, 12.0])
+FOUR = Bins.uniform(0, 12, count=4)
+OTHER_AXIS = Bins.uniform(0, 12, width=1)  # other bins of the same axis as FOUR and UNEVEN
+WEIGHTS: list[dict[str, Any] | None] = [
+    None,
+    *(
+        {"scheme": scheme, "kernel": None}
+        for scheme in ("none", "inverse", "sqrt_inverse", "effective_number", "dense")
+    ),
+    {"scheme": "sqrt_inverse", "kernel": triangular(3)},
+    {"scheme": "inverse", "kernel": triangular(3)},
+    {"scheme": "inverse", "kernel": None, "bins": OTHER_AXIS},
+]
+
+
+def skewed(bins: Bins) -> Tensor:
+    """Labels ever fewer from bin to bin; on an axis they lie evenly in each bin."""
+    if bins.categorical:
+        return torch.arange(4).repeat_interleave(torch.tensor([100, 40, 9, 3]))
+    of_unit = torch.tensor([33, 14, 4, 1])[torch.from_numpy(bins.index(OTHER_AXIS.centers))]
+    return torch.from_numpy(OTHER_AXIS.centers.copy()).repeat_interleave(of_unit)
+
+
+def learnt_without_a_clue(y: Tensor, bins: Bins, **options: Any) -> LongTailModel:
+    """A model of one constant feature, trained to its optimum."""
+    density = LabelDensity.count(y, bins)
+    options = {"density": density, "sigma": None, "prior_kernel": None, **options}
+    model = LongTailModel(nn.Identity(), 1, bins, **options).double()
+    x = torch.ones(len(y), 1, dtype=torch.float64)
+    optimizer = torch.optim.LBFGS(
+        model.head.parameters(), max_iter=200, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x, y).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return model.eval()
+
+
+@pytest.mark.parametrize("adjust", ["after", "in_loss"])
+@pytest.mark.parametrize("options", WEIGHTS, ids=str)
+@pytest.mark.parametrize("bins", [Bins.classes(4), FOUR, UNEVEN], ids=["classes", "even", "uneven"])
+def test_who_learns_nothing_answers_with_the_prior_whatever_the_weights(bins: Bins, options: Any, adjust: Any) -> None:
+    y = skewed(bins)
+    weights = None
+    if options is not None:
+        if bins.categorical and "bins" in options:
+            pytest.skip("classes cut their axis in one way")
+        weights = LDS(**{"bins": bins, **options}).fit(y)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    even = torch.ones(4).double() / 4 if bins.categorical else torch.tensor(np.diff(bins.edges) / 12)
+    rising = [0.1, 0.2, 0.3, 0.4]
+    model = learnt_without_a_clue(y, bins, weights=weights, prior="uniform", adjust=adjust)
+    torch.testing.assert_close(model(one).distribution[0], even, rtol=1e-4, atol=1e-5)
+    model.set_prior(rising)
+    torch.testing.assert_close(model(one).distribution[0], torch.tensor(rising).double(), rtol=1e-4, atol=1e-5)
+    if adjust == "in_loss":
+        model = learnt_without_a_clue(y, bins, weights=weights, prior=rising, adjust=adjust)
+        torch.testing.assert_close(model(one).distribution[0], torch.tensor(rising).double(), rtol=1e-4, atol=1e-5)
+        model.set_prior("uniform")
+        torch.testing.assert_close(model(one).distribution[0], even, rtol=1e-4, atol=1e-5)
+
+
+def test_the_oracle_without_a_clue_sees_a_double_correction() -> None:
+    y = skewed(FOUR)
+    weights = LDS(FOUR, kernel=None, scheme="inverse").fit(y)
+    model = learnt_without_a_clue(y, FOUR, weights=weights)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    torch.testing.assert_close(model(one).distribution[0], torch.full((4,), 0.25).double(), rtol=1e-5, atol=1e-6)
+    model.weights = None  # the prior as if the loss had had none
+    model.set_prior("uniform")
+    assert model(one).distribution[0, 3] > 0.7
+
+
+def test_classes_adjusted_by_hand_take_the_weights_into_the_prior() -> None:
+    y = skewed(Bins.classes(4))
+    weights = LDS(Bins.classes(4), kernel=None, scheme="sqrt_inverse").fit(y)
+    model = learnt_without_a_clue(y, Bins.classes(4), weights=weights)
+    scores = model(torch.ones(len(y), 1, dtype=torch.float64)).scores
+    prior = class_prior(LabelDensity.count(y, Bins.classes(4)), weights=weights)
+    adjusted = adjust_logits(scores, prior).softmax(1)
+    torch.testing.assert_close(adjusted, torch.full_like(adjusted, 0.25), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.softmax(1)[0], prior, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bin_without_labels_counts_as_one_label_of_its_weight() -> None:
+    density = LabelDensity(Bins.classes(3), np.array([8, 2, 0]))
+    weights = LDS(Bins.classes(3), kernel=None, scheme="inverse").fit(density)  # 8 : 2 : 2 labels, so 0.625, 2.5, 2.5
+    with pytest.warns(DirToolkitWarning, match="no label in or near 1 of 3 bins"):
+        model = LongTailModel(nn.Identity(), 1, Bins.classes(3), density=density, weights=weights, prior="uniform")
+    expected = torch.tensor([5.0, 5.0, 2.5]) / 12.5
+    torch.testing.assert_close(model.adjuster.offset, -expected.log())
+    with pytest.warns(DirToolkitWarning, match="no sample of class 2"):
+        torch.testing.assert_close(class_prior(density, weights=weights).float(), expected)
+
+
+def test_balanced_mse_integrates_over_the_labels_as_the_loss_sees_them() -> None:
+    weights = LDS(AGES, kernel=None, scheme="inverse").fit(AGE_DENSITY)
+    model = ages(head="regression", loss="balanced_mse", weights=weights, prior_kernel=None)
+    torch.testing.assert_close(model.loss.prior, torch.full((20,), 0.05))
+
+
+def test_weights_that_are_not_known_yet_leave_no_prior() -> None:
+    with pytest.raises(NotFittedError):
+        ages(prior="uniform", weights=LDS(AGES))
+    ages(weights=LDS(AGES))  # none is asked for yet
+
+
+def test_even_means_over_the_axis_at_every_strength() -> None:
+    density = LabelDensity(UNEVEN, np.array([10, 20, 10, 80]))  # evenly spread over the axis
+    x = torch.randn(5, 1, generator=torch.Generator().manual_seed(0))
+    for tau in (0.0, 0.4, 1.0, 2.0):
+        model = LongTailModel(nn.Identity(), 1, UNEVEN, density=density, sigma=None, prior="uniform", tau=tau)
+        out = model(x)
+        torch.testing.assert_close(out.distribution, out.scores.softmax(1))  # nothing to correct
+    model.set_prior(None)
+    torch.testing.assert_close(model(x).distribution, out.distribution)
 
 
 # ---- a continuous axis ----
@@ -790,7 +922,7 @@ def test_state_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
     fresh_options = {k: v for k, v in options.items() if k not in ("prior", "adjust", "tau", "temperature")}
     fresh = seeded(
         lambda: LongTailModel(
-            net(), 6, AGES, density=AGE_DENSITY, **fresh_options, fds=FDS(AGES, 6), weights=LDS(AGES)
+            net(), 6, AGES, density=AGE_DENSITY, **fresh_options, fds=FDS(AGES, 6), weights=LDS(AGES).fit(y)
         ),
         7,
     )
