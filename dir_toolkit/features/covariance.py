@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import problem
+from .._memory import free_memory
 from .calibration import Map, covariance_map, diagonal_map
 from .moments import BinMoments, BinScatters, SubspaceMoments
 
@@ -26,8 +25,6 @@ __all__ = [
     "Settings",
     "blend",
 ]
-
-_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 Smooth = Callable[[Tensor], Tensor]
 
@@ -362,7 +359,7 @@ def _trace(matrices: Tensor) -> Tensor:
 def _check_memory(form: str, num_bins: int, num_features: int, side: int) -> None:
     """Before statistics of matrices are taken."""
     needed = _bytes(form, num_bins, num_features, side)
-    free = _free_memory()
+    free = free_memory()
     if free is not None and needed > free:
         smaller = 'covariance="low_rank" or "diagonal"' if form == "full" else 'a smaller rank, covariance="diagonal"'
         raise problem(
@@ -379,22 +376,3 @@ def _bytes(form: str, num_bins: int, num_features: int, side: int) -> int:
     if form == "full":
         return 80 * num_bins * side**2
     return 165 * num_bins * side**2 + 80 * num_features**2 + 200 * num_bins * num_features
-
-
-def _free_memory() -> int | None:
-    """Bytes that could be taken on this machine and in its container; None where neither tells."""
-    free = []
-    with suppress(OSError):
-        lines = _MEMINFO.read_text(encoding="utf-8").splitlines()
-        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for folder, limit, usage in (
-        (_CGROUP, "memory.max", "memory.current"),
-        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError, KeyError):  # there is no such file, or no limit: "max"
-            most, taken = (int((folder / name).read_text()) for name in (limit, usage))
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            free.append(most - taken + int(stat["active_file"]) + int(stat["inactive_file"]))  # files are given up
-    return min(free, default=None)

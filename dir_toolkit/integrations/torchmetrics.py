@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import instance, problem
+from .._settings import shown
 from ..metrics.classification import ClassificationMetrics
 from ..metrics.regression import RegressionMetrics
 
@@ -57,7 +58,8 @@ class RegionMetric(Metric):
     higher_is_better = None
     full_state_update = False
 
-    settings: Tensor
+    identity: Tensor
+    refused: Tensor
 
     def __init__(
         self,
@@ -71,32 +73,53 @@ class RegionMetric(Metric):
         super().__init__(**options)
         instance("RegionMetric", (RegressionMetrics, ClassificationMetrics), metrics=metrics)
         self._metrics, self._limits = metrics.fresh(), {"many": many, "few": few}
-        self._sums = "sums" if isinstance(metrics, RegressionMetrics) else "confusion"
-        self.add_state(self._sums, getattr(self._metrics, self._sums), dist_reduce_fx="sum")
+        for name in self._metrics.kept:
+            self.add_state(name, getattr(self._metrics, name), dist_reduce_fx="sum")
         # A MetricCollection lets metrics of equal states share one, after a first batch; it must not by chance.
-        self.add_state("settings", _digest(self._metrics), dist_reduce_fx="max")
+        self.add_state("identity", _digest(self._metrics), dist_reduce_fx="max")
         known = list(_numbers(self._metrics, self._limits))
         self._keys = known if keys is None else list(keys)
         for key in self._keys:
             if key not in known:
                 raise problem("RegionMetric", f"keys must be out of {', '.join(known)}", got=repr(key))
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, by argument; the options of torchmetrics apart."""
+        return {"metrics": self._metrics, "keys": self._keys, **self._limits}
+
+    def extra_repr(self) -> str:
+        return shown(self.settings)
+
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add a batch, as ``metrics.update`` does."""
         metrics = self._seen()
         metrics.update(pred, target)
-        setattr(self, self._sums, getattr(metrics, self._sums))
+        for name in metrics.kept:
+            setattr(self, name, getattr(metrics, name))
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers so far, over all ranks, each () float64."""
         numbers = _numbers(self._seen(), self._limits)
-        device = getattr(self, self._sums).device
+        device = self.refused.device
         return {key: torch.tensor(numbers[key], dtype=torch.float64, device=device) for key in self._keys}
 
     def _seen(self) -> RegressionMetrics | ClassificationMetrics:
         metrics = self._metrics.fresh()
-        setattr(metrics, self._sums, getattr(self, self._sums))
+        for name in metrics.kept:
+            setattr(metrics, name, getattr(self, name))
         return metrics
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        """Sums move with a module, and stay float64 and whole numbers whatever it is cast to."""
+        self._computed = None  # would be cast
+        super()._apply(fn, exclude_state=[*self._defaults, *exclude_state])
+        for name, default in self._defaults.items():
+            device = fn(default[:0]).device
+            if device.type not in ("meta", "mps"):  # of which one has no numbers, and the other no float64
+                self._defaults[name] = default.to(device)
+                setattr(self, name, getattr(self, name).to(device))
+        return self
 
 
 def _numbers(metrics: RegressionMetrics | ClassificationMetrics, limits: dict[str, int]) -> dict[str, float]:
@@ -111,5 +134,5 @@ def _numbers(metrics: RegressionMetrics | ClassificationMetrics, limits: dict[st
 
 def _digest(metrics: RegressionMetrics | ClassificationMetrics) -> Tensor:
     """What the sums depend on, as 32 numbers."""
-    told = json.dumps([metrics.bins.to_dict(), getattr(metrics, "floor", None)])
-    return torch.tensor(list(hashlib.sha256(told.encode()).digest()))
+    told = json.dumps([metrics.bins.to_dict(), getattr(metrics, "floor", None), metrics.outside])
+    return torch.tensor(list(hashlib.sha256(told.encode()).digest()), device="cpu")

@@ -30,10 +30,11 @@ def membership(regions: np.ndarray) -> np.ndarray:
     return np.stack([np.ones(len(regions), dtype=bool)] + [regions == name for name in REGIONS])
 
 
-def bin_mean(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """The mean of ``values`` (B,) over the bins of each row of ``inside`` (5, B); NaN for a row without any."""
+def bin_mean(values: np.ndarray, inside: np.ndarray, widths: np.ndarray | float = 1.0) -> np.ndarray:
+    """The mean of ``values`` (B,) over the bins of each row of ``inside`` (5, B), each weighted by its width; NaN for a
+    row without any."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(inside, values, 0.0).sum(1) / inside.sum(1)
+        return np.where(inside, values * widths, 0.0).sum(1) / (inside * widths).sum(1)
 
 
 def dataset(

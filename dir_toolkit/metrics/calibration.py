@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 from .._checks import (
     MOST_BINS,
     finite,
-    instance,
     is_tensor,
     label_problem,
     length,
     not_negative,
+    one_of,
     problem,
     readable,
     real,
@@ -23,8 +24,9 @@ from .._checks import (
     same_shape,
     whole,
 )
-from .._ranks import summed
 from ..errors import ShapeError
+from ..labels.bins import Outside
+from ._sums import MergingSums, check_memory, check_tensors
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -36,7 +38,7 @@ _SLACK = 1e-3
 _MOST_WEIGHT = 1e300  # of which the sums of losses are finite
 
 
-class CalibrationMetrics:
+class CalibrationMetrics(MergingSums):
     r"""Expected calibration error, of the top label and class by class, with log-loss and Brier score.
 
     Confidences fall into M equally wide bins, ((m - 1)/M, m/M], zero into the first, compared with the edges in their
@@ -49,6 +51,8 @@ class CalibrationMetrics:
 
     Args:
         num_bins: M.
+        outside: what a target beyond the classes does: ``"raise"``; ``"clip"``, which counts it as one of the first or
+            last class, the end bins of an axis; ``"drop"``, which counts it nowhere.
     Attributes:
         histograms: (3, 1 + C, M) float64: the sums of weight, of weighted probability, and of the weight of samples
             that are of that label, by label (the top one, then each class) and confidence bin.
@@ -63,12 +67,25 @@ class CalibrationMetrics:
     0.3333
     """
 
-    def __init__(self, num_classes: int, *, num_bins: int = 15) -> None:
-        self.num_classes = length("CalibrationMetrics", "num_classes", num_classes)
-        self.num_bins = length("CalibrationMetrics", "num_bins", num_bins, most=MOST_BINS)
-        self._edges = confidence_edges(self.num_bins)
-        self.histograms: Tensor = torch.zeros(3, 1 + self.num_classes, self.num_bins, dtype=torch.float64)
-        self.totals: Tensor = torch.zeros(3, dtype=torch.float64)
+    kept: ClassVar[tuple[str, ...]] = ("histograms", "totals")
+
+    histograms: Tensor
+    totals: Tensor
+
+    def __init__(self, num_classes: int, *, num_bins: int = 15, outside: Outside = "raise") -> None:
+        where = "CalibrationMetrics"
+        self.num_classes = length(where, "num_classes", num_classes)
+        self.num_bins = length(where, "num_bins", num_bins, most=MOST_BINS)
+        one_of(where, "outside", outside, ("raise", "clip", "drop"))
+        self.outside = outside
+        cells = (3, 1 + self.num_classes, self.num_bins)
+        named = f"the histograms of {self.num_classes:,} classes in {self.num_bins:,} bins"
+        check_memory(where, named, 8 * math.prod(cells), "Use fewer bins.")
+        self._begin(histograms=cells, totals=(3,))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes, "num_bins": self.num_bins, "outside": self.outside}
 
     def update(self, probabilities: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         """Add a batch.
@@ -82,15 +99,19 @@ class CalibrationMetrics:
             nothing.
         Raises:
             ShapeError: the shapes do not fit. TypeError: target is not integers. LabelError: a class index lies beyond
-            the classes. ValueError: probabilities or weights are not finite or negative, a row does not sum to one, or
-            all weights together reach 1e300. In each case nothing has been added. On an accelerator nothing is looked
-            at; each of these then makes the results NaN.
+            the classes under ``outside="raise"``. ValueError: probabilities or weights are not finite or negative, a
+            row does not sum to one, or all weights together reach 1e300. In each case nothing has been added. On an
+            accelerator nothing is looked at; each of these then makes the results NaN.
         """
         where = "CalibrationMetrics.update"
         _check_batch(where, probabilities, target, weight, self.num_classes)
         p, index = probabilities.detach().double(), target.detach().long()
         w = torch.ones_like(p[:, 0]) if weight is None else weight.detach().double()
+        if self.outside == "clip":
+            index = index.clamp(0, self.num_classes - 1)
         astray = (index < 0) | (index >= self.num_classes)
+        if self.outside == "drop":
+            w, index, astray = w.masked_fill(astray, 0), index.masked_fill(astray, 0), torch.zeros_like(astray)
         off = ~((p.sum(1) - 1).abs() <= _SLACK)
         if readable(p):
             finite(where, probabilities=probabilities)
@@ -102,7 +123,7 @@ class CalibrationMetrics:
         w = w.masked_fill(broken, torch.nan)
         index = index.masked_fill(astray, 0)
 
-        place = confidence_bin(probabilities, self._edges)  # (N, C)
+        place = confidence_bin(probabilities, confidence_edges(self.num_bins, p.device))  # (N, C)
         # Of equal probabilities the first counts as the top label, as in classification.
         top = p.argmax(1, keepdim=True)
         labels = torch.arange(1 + self.num_classes, device=p.device)
@@ -114,36 +135,9 @@ class CalibrationMetrics:
 
         log_loss = -p.gather(1, index[:, None])[:, 0].clamp_min(_LEAST).log()
         brier = (p - is_class).square().sum(1)
-        if self.totals.device != p.device:
-            self._to(p.device)
+        self._ready(p.device)
         self.histograms.view(3, -1).index_add_(1, cell.flatten(), rows.flatten(1))
         self.totals += torch.stack([w, w * log_loss, w * brier]).sum(1)
-
-    def merge(self, other: CalibrationMetrics) -> CalibrationMetrics:
-        """Add what another object has seen; returns self."""
-        where = "CalibrationMetrics.merge"
-        instance(where, CalibrationMetrics, other=other)
-        if (other.num_classes, other.num_bins) != (self.num_classes, self.num_bins):
-            raise problem(
-                where,
-                "both must have the same num_classes and num_bins",
-                got=f"{self.num_classes}, {self.num_bins} and {other.num_classes}, {other.num_bins}",
-            )
-        self.histograms = self.histograms + other.histograms.to(self.histograms.device)
-        self.totals = self.totals + other.totals.to(self.totals.device)
-        return self
-
-    def all_reduce(self) -> CalibrationMetrics:
-        """Sum over all ranks, which must all call this, once, after their last update; returns self.
-
-        Does nothing outside ``torch.distributed``.
-        """
-        self.histograms, self.totals = summed(self.histograms, self.totals)
-        return self
-
-    def fresh(self) -> CalibrationMetrics:
-        """An empty object of the same settings."""
-        return CalibrationMetrics(self.num_classes, num_bins=self.num_bins)
 
     def compute(self) -> xr.Dataset:
         """The results so far, as a dataset of plain numbers; NaN before the first sample.
@@ -189,7 +183,7 @@ class CalibrationMetrics:
         count, confidence, right = self.histograms[:, row].cpu().numpy().copy()
         with np.errstate(invalid="ignore"):
             data = {"confidence": confidence / count, "accuracy": right / count, "count": count}
-        edges = self._edges.numpy()
+        edges = confidence_edges(self.num_bins).numpy()
         result = xr.Dataset(
             {name: ("confidence_bin", values) for name, values in data.items()},
             coords={
@@ -202,12 +196,14 @@ class CalibrationMetrics:
             result[name].attrs["units"] = "1"
         return result
 
-    def _to(self, device: torch.device | str) -> None:
-        self.histograms, self.totals = self.histograms.to(device), self.totals.to(device)
-
 
 def calibration_metrics(
-    probabilities: Tensor, target: Tensor, *, num_bins: int = 15, weight: Tensor | None = None
+    probabilities: Tensor,
+    target: Tensor,
+    *,
+    num_bins: int = 15,
+    weight: Tensor | None = None,
+    outside: Outside = "raise",
 ) -> xr.Dataset:
     """:class:`CalibrationMetrics` of one whole set: update and compute in one call."""
     where = "calibration_metrics"
@@ -219,14 +215,14 @@ def calibration_metrics(
             got=tuple(probabilities.shape),
             error=ShapeError,
         )
-    metrics = CalibrationMetrics(probabilities.shape[1], num_bins=num_bins)
+    metrics = CalibrationMetrics(probabilities.shape[1], num_bins=num_bins, outside=outside)
     metrics.update(probabilities, target, weight)
     return metrics.compute()
 
 
-def confidence_edges(num_bins: int) -> Tensor:
-    """Edges of equally wide confidence bins: (num_bins + 1,) float64."""
-    return torch.tensor([m / num_bins for m in range(num_bins + 1)], dtype=torch.float64)
+def confidence_edges(num_bins: int, device: torch.device | str = "cpu") -> Tensor:
+    """Edges of equally wide confidence bins, made on the device: (num_bins + 1,) float64."""
+    return torch.arange(num_bins + 1, dtype=torch.float64, device=device) / num_bins
 
 
 def confidence_bin(probabilities: Tensor, edges: Tensor) -> Tensor:
@@ -241,6 +237,7 @@ def confidence_bin(probabilities: Tensor, edges: Tensor) -> Tensor:
 
 def _check_batch(where: str, probabilities: Tensor, target: Tensor, weight: Tensor | None, num_classes: int) -> None:
     is_tensor(where, probabilities=probabilities, target=target)
+    check_tensors(where, probabilities=probabilities, target=target)
     real(where, probabilities=probabilities, target=target)
     same_device(where, probabilities=probabilities, target=target)
     if probabilities.ndim != 2 or probabilities.shape[1] != num_classes or target.shape != probabilities.shape[:1]:

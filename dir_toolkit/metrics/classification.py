@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import instance, is_tensor, label_problem, length, problem, real, same_device, same_shape
-from .._ranks import summed
+from .._checks import (
+    is_tensor,
+    label_problem,
+    length,
+    on_host,
+    one_of,
+    problem,
+    readable,
+    real,
+    same_device,
+    same_shape,
+)
 from ..errors import ShapeError
-from ..labels.bins import Bins
+from ..labels.bins import Bins, Outside
 from ..labels.density import REGIONS, LabelDensity
 from . import _regions
+from ._sums import MergingSums, check_memory, check_tensors, placed
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -52,6 +63,7 @@ def balanced_error(pred: Tensor, target: Tensor, num_classes: int) -> float:
         raise problem(
             where, "target must hold at least one value", got=f"shape {tuple(target.shape)}", error=ShapeError
         )
+    pred, target = on_host(where, "pred", pred), on_host(where, "target", target)
     index, predicted = _class_indices(where, "target", target, num_classes), _predicted(where, pred, num_classes)
     count = torch.bincount(index, minlength=num_classes)
     wrong = torch.bincount(index[predicted != index], minlength=num_classes)
@@ -59,21 +71,25 @@ def balanced_error(pred: Tensor, target: Tensor, num_classes: int) -> float:
     return (wrong[present].double() / count[present]).mean().item()
 
 
-class ClassificationMetrics:
+class ClassificationMetrics(MergingSums):
     """Error, balanced error and macro F1, over all labels and by region of the training density.
 
     Everything follows from one int64 confusion matrix, so batches, ranks and objects merge exactly, and regions can be
     chosen afterwards. A class is a bin; a continuous label counts as the bin it falls into.
 
     Args:
-        bins: the label axis; a target beyond it raises.
+        bins: the label axis.
         density: of the training labels, which decides the region of each bin.
         regions: the region of each bin, B names out of "many", "medium", "few" and "unseen", in place of those that
             ``density`` gives.
+        outside: what a target beyond the axis does: ``"raise"``; ``"clip"``, which counts it as one of the end bin;
+            ``"drop"``, which counts it nowhere.
     Attributes:
         confusion: (B, B) int64, samples by true bin (rows) and predicted bin (columns).
         selects: the key of :meth:`summary` whose least value marks the best model.
         takes: what :meth:`update` takes of a model's output, by name.
+    Raises:
+        ValueError: the confusion matrix would not fit into memory.
     Source:
         Menon et al. 2021, section 2 (arXiv:2007.07314); Liu et al. 2019, section 4 (arXiv:1904.05160), for the regions.
 
@@ -86,17 +102,32 @@ class ClassificationMetrics:
     selects: ClassVar[str] = "balanced_error/all"
     takes: ClassVar[str] = "scores"
 
-    def __init__(self, bins: Bins, density: LabelDensity, *, regions: Sequence[str] | np.ndarray | None = None) -> None:
-        _regions.check_axis("ClassificationMetrics", bins, density)
-        self.bins, self.density = bins, density
-        self.regions = None if regions is None else _region_names("ClassificationMetrics", regions, len(bins))
-        self.confusion: Tensor = torch.zeros(len(bins), len(bins), dtype=torch.int64)
+    kept: ClassVar[tuple[str, ...]] = ("confusion", "refused")
+
+    confusion: Tensor
+
+    def __init__(
+        self,
+        bins: Bins,
+        density: LabelDensity,
+        *,
+        regions: Sequence[str] | np.ndarray | None = None,
+        outside: Outside = "raise",
+    ) -> None:
+        where = "ClassificationMetrics"
+        _regions.check_axis(where, bins, density)
+        one_of(where, "outside", outside, ("raise", "clip", "drop"))
+        self.bins, self.density, self.outside = bins, density, outside
+        self.regions = None if regions is None else _region_names(where, regions, len(bins))
+        check_memory(where, f"the confusion matrix of {len(bins):,} bins", 8 * len(bins) ** 2, "Use fewer bins.")
+        self._begin(confusion=(len(bins), len(bins)), refused=(2,))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"bins": self.bins, "density": self.density, "regions": self.regions, "outside": self.outside}
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """Add a batch.
-
-        Values are looked at on every device, since counts could not show a bad one later; on an accelerator that
-        costs two host syncs.
+        """Add a batch. On an accelerator nothing waits for the host.
 
         Args:
             pred: bin indices, or scores, of which the highest is taken and, of equal ones, the first. A predicted
@@ -105,43 +136,21 @@ class ClassificationMetrics:
         Shape:
             pred: (N,) or (N, B). target: (N,). An empty batch adds nothing.
         Raises:
-            ShapeError: the shapes do not fit. TypeError: bin indices are not integers. LabelError: a target is NaN or
-            beyond the axis, or a bin index beyond the bins. ValueError: a score is NaN. In each case nothing has been
-            added.
+            ShapeError: the shapes do not fit. TypeError: bin indices are not integers. LabelError: a target is NaN, or
+            beyond the axis under ``outside="raise"``, or a bin index beyond the bins. ValueError: a score is NaN. In
+            each case nothing has been added. On an accelerator such samples are counted, and :meth:`compute`,
+            :meth:`confusion_matrix` and :meth:`all_reduce` raise for them.
         """
         where = "ClassificationMetrics.update"
         _check_batch(where, pred, target, len(self.bins))
-        index = self.bins._place(where, target, "raise", "target")
-        cell = index * len(self.bins) + _predicted(where, pred, len(self.bins))
-        if self.confusion.device != cell.device:
-            self.confusion = self.confusion.to(cell.device)
-        self.confusion.view(-1).index_add_(0, cell, torch.ones_like(cell))
-
-    def merge(self, other: ClassificationMetrics) -> ClassificationMetrics:
-        """Add what another object has seen; returns self."""
-        where = "ClassificationMetrics.merge"
-        instance(where, ClassificationMetrics, other=other)
-        if other.density != self.density or _listed(other.regions) != _listed(self.regions):
-            raise problem(
-                where,
-                "both must have the same bins, training density and regions",
-                got=f"{self.density!r}, regions {_listed(self.regions)} and "
-                f"{other.density!r}, regions {_listed(other.regions)}",
-            )
-        self.confusion = self.confusion + other.confusion.to(self.confusion.device)
-        return self
-
-    def all_reduce(self) -> ClassificationMetrics:
-        """Sum over all ranks, which must all call this, once, after their last update; returns self.
-
-        Does nothing outside ``torch.distributed``.
-        """
-        (self.confusion,) = summed(self.confusion)
-        return self
-
-    def fresh(self) -> ClassificationMetrics:
-        """An empty object of the same settings."""
-        return ClassificationMetrics(self.bins, self.density, regions=self.regions)
+        index, refused = placed(where, self.bins, target, self.outside)
+        predicted = _predicted(where, pred, len(self.bins))
+        counts = (index >= 0) & (predicted >= 0)
+        cell = (index * len(self.bins) + predicted).masked_fill(~counts, 0)
+        self._ready(cell.device)
+        if refused is not None:
+            self.refused += torch.stack([refused, (predicted < 0).sum()])
+        self.confusion.view(-1).index_add_(0, cell, counts.long())
 
     def summary(self) -> dict[str, float]:
         """The numbers to watch in training, under keys such as "balanced_error/few": the error, and the balanced error
@@ -162,7 +171,10 @@ class ClassificationMetrics:
 
         Args:
             many, few: limits of the regions, as in :meth:`LabelDensity.regions`; not used where the regions were given.
+        Raises:
+            LabelError, ValueError: on an accelerator :meth:`update` was handed what it refuses on the CPU.
         """
+        self._check_refused("compute")
         regions = self.density.regions(many=many, few=few) if self.regions is None else self.regions
         confusion = self.confusion.cpu().numpy()
         right, count, predicted = np.diagonal(confusion), confusion.sum(1), confusion.sum(0)
@@ -186,6 +198,7 @@ class ClassificationMetrics:
         """Samples by true and predicted bin, int64 over ``target`` and ``pred``."""
         import xarray as xr
 
+        self._check_refused("confusion_matrix")
         index = np.arange(len(self.bins))
         return xr.DataArray(
             self.confusion.cpu().numpy().copy(),
@@ -203,6 +216,7 @@ def classification_metrics(
     density: LabelDensity,
     *,
     regions: Sequence[str] | np.ndarray | None = None,
+    outside: Outside = "raise",
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
@@ -213,13 +227,14 @@ def classification_metrics(
         raise problem(
             where, "target must hold at least one value", got=f"shape {tuple(target.shape)}", error=ShapeError
         )
-    metrics = ClassificationMetrics(bins, density, regions=regions)
+    metrics = ClassificationMetrics(bins, density, regions=regions, outside=outside)
     metrics.update(pred, target)
     return metrics.compute(many=many, few=few)
 
 
 def _check_batch(where: str, pred: Tensor, target: Tensor, num_classes: int) -> None:
     is_tensor(where, pred=pred, target=target)
+    check_tensors(where, pred=pred, target=target)
     real(where, pred=pred, target=target)
     same_device(where, pred=pred, target=target)
     if target.ndim != 1:
@@ -237,41 +252,41 @@ def _check_batch(where: str, pred: Tensor, target: Tensor, num_classes: int) -> 
 
 
 def _predicted(where: str, pred: Tensor, num_classes: int) -> Tensor:
-    """The predicted class of each sample, (N,) int64."""
+    """The predicted class of each sample, (N,) int64; -1 where it names none, and values are not looked at."""
     if pred.ndim == 1:
         return _class_indices(where, "pred", pred, num_classes)
-    unclear = pred.isnan().any(1)
-    if bool(unclear.any()):
+    unclear = pred.detach().isnan().any(1)
+    if readable(pred) and bool(unclear.any()):
         raise problem(
             where,
             "pred must not be NaN",
             got=f"NaN in row {int(unclear.nonzero()[0])} ({int(unclear.sum())} such rows)",
             fix="Remove or repair these samples first.",
         )
-    return pred.detach().argmax(1)
+    return pred.detach().argmax(1).masked_fill(unclear, -1)
 
 
 def _class_indices(where: str, name: str, index: Tensor, num_classes: int) -> Tensor:
-    """``index`` as int64 numbers from 0 to ``num_classes`` - 1."""
+    """``index`` as int64 numbers from 0 to ``num_classes`` - 1; -1 for others, where values are not looked at."""
     if index.is_floating_point():
         raise problem(
             where, f"{name} must be integers", got=f"dtype {index.dtype}", fix=f"Use {name}.long().", error=TypeError
         )
     classes = index.detach().long()
     beyond = (classes < 0) | (classes >= num_classes)
-    if bool(beyond.any()):
+    if readable(index) and bool(beyond.any()):
         at = int(beyond.nonzero()[0])
         raise label_problem(
             where,
             f"{name} must be indices from 0 to {num_classes - 1}",
             got=f"{index[at].item()} at index [{at}] ({int(beyond.sum())} such indices)",
         )
-    return classes
+    return classes.masked_fill(beyond, -1)
 
 
 def _region_names(where: str, regions: object, num_bins: int) -> np.ndarray:
     listed = ", ".join(repr(name) for name in REGIONS)
-    rule = f"regions must be {num_bins} names, one a bin, out of {listed}"
+    rule = f"regions must be {num_bins} names, one per bin, out of {listed}"
     scalar = isinstance(regions, str) or (isinstance(regions, np.ndarray) and regions.ndim == 0)
     if scalar or not isinstance(regions, (Sequence, np.ndarray)):
         raise problem(where, rule, got=repr(regions), error=TypeError)
@@ -283,7 +298,3 @@ def _region_names(where: str, regions: object, num_bins: int) -> np.ndarray:
     names = np.array([str(name) for name in regions])
     names.setflags(write=False)
     return names
-
-
-def _listed(regions: np.ndarray | None) -> object:
-    return "by count" if regions is None else regions.tolist()

@@ -9,37 +9,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import finite, instance, is_tensor, number, problem, real, same_device, same_shape
-from .._ranks import summed
+from .._checks import finite, is_tensor, number, one_of, problem, real, same_device, same_shape
 from ..errors import ShapeError
+from ..labels.bins import Outside
 from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins, BinGrid
 from . import _regions
+from ._sums import MergingSums, check_tensors, placed
 
 if TYPE_CHECKING:
     import xarray as xr
 
 __all__ = ["RegressionMetrics", "regression_metrics"]
 
-_PIECE = 2**20  # labels at a time, so that maps of one label a pixel need no ten copies
+_PIECE = 2**20  # labels at a time, so that maps of one label per pixel need no ten copies
 _SUMS = ("count", "abs", "squared", "log", "error", "pred", "target", "pred2", "target2", "product")
 
 
-class RegressionMetrics:
+class RegressionMetrics(MergingSums):
     """MAE, RMSE, GM, bMAE, bias and Pearson's correlation, over all labels and by region of the training density.
 
-    Everything follows from ten float64 sums a bin, so batches, ranks and objects merge exactly, and regions can be
-    chosen afterwards.
+    Everything follows from ten float64 sums per bin, so batches, ranks and objects merge exactly, and regions can be
+    chosen afterwards. The bMAE is the mean of the bins' own MAE over the bins that were tested, each as wide as it is
+    on the label axis, so that all labels of the axis weigh alike.
 
     Over a grid of K axes the joint bin decides the region, and each number is the mean over the K dimensions: absolute
     and squared errors, logarithms (for GM), bias and correlation of a sample's dimensions weigh alike, so bring labels
     of different units to one scale first. The numbers of each dimension by itself stand beside.
 
     Args:
-        bins: the label axis, or a grid of several; a target beyond it raises.
+        bins: the label axis, or a grid of several.
         density: of the training labels, which decides the region of each bin.
         floor: least absolute error that enters the geometric mean, in label units, so that one perfect prediction does
-            not zero it; None takes a hundredth of the median bin width. Over a grid one for all axes or one an axis.
+            not zero it; None takes a hundredth of the median bin width. Over a grid one for all axes or one per axis.
+        outside: what a target beyond the axis does: ``"raise"``; ``"clip"``, which counts it in the end bin and leaves
+            its error exact; ``"drop"``, which counts it nowhere.
 
     >>> from dir_toolkit import Bins
     >>> metrics = RegressionMetrics(Bins.classes(2), LabelDensity(Bins.classes(2), [200, 5]))
@@ -53,42 +57,69 @@ class RegressionMetrics:
     takes: ClassVar[str] = "prediction"
     """What :meth:`update` takes of a model's output, by name."""
 
-    def __init__(self, bins: AnyBins, density: LabelDensity, *, floor: float | Sequence[float] | None = None) -> None:
+    kept: ClassVar[tuple[str, ...]] = ("sums", "refused")
+
+    sums: Tensor
+
+    def __init__(
+        self,
+        bins: AnyBins,
+        density: LabelDensity,
+        *,
+        floor: float | Sequence[float] | None = None,
+        outside: Outside = "raise",
+    ) -> None:
         where = "RegressionMetrics"
         _regions.check_axis(where, bins, density, grid=True)
-        self.bins, self.density = bins, density
+        one_of(where, "outside", outside, ("raise", "clip", "drop"))
+        self.bins, self.density, self.outside = bins, density, outside
         self._floors = _checked_floors(where, floor, bins)
         self.floor = self._floors if isinstance(bins, BinGrid) else self._floors[0]
         # Correlation is taken about the middle of the axis, so that a far-away origin costs no digits.
         self._origins = [float(axis.edges[0] + axis.edges[-1]) / 2 for axis in bins.axes]
         axes = (len(bins.axes),) if isinstance(bins, BinGrid) else ()
-        self.sums: Tensor = torch.zeros(*axes, len(_SUMS), len(bins), dtype=torch.float64)
+        self._begin(sums=(*axes, len(_SUMS), len(bins)), refused=(2,))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"bins": self.bins, "density": self.density, "floor": self.floor, "outside": self.outside}
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """Add a batch.
+        """Add a batch. On an accelerator nothing waits for the host.
 
         Shape:
-            pred, target: any shape, equal, such as maps of one label a pixel; over a grid (..., K). An empty batch
+            pred, target: any shape, equal, such as maps of one label per pixel; over a grid (..., K). An empty batch
             adds nothing. Pixels without a label are left out by the caller: ``update(pred[valid], target[valid])``.
         Units:
             those of the label.
         Raises:
-            ShapeError: shapes differ. LabelError: a target is NaN or beyond the axis. ValueError: a prediction is not
-            finite (on an accelerator it shows in the result instead). In each case nothing has been added.
+            ShapeError: shapes differ. LabelError: a target is NaN, or beyond the axis under ``outside="raise"``.
+            ValueError: a prediction is not finite, or a target that is clipped. In each case nothing has been added.
+            On an accelerator targets without a bin are counted, and :meth:`compute` and :meth:`all_reduce` raise for
+            them; what is not finite shows in the result.
         """
         where = "RegressionMetrics.update"
         is_tensor(where, pred=pred, target=target)
+        check_tensors(where, pred=pred, target=target)
         real(where, pred=pred, target=target)
         same_shape(where, pred=pred, target=target)
         same_device(where, pred=pred, target=target)
         finite(where, pred=pred)
-        index = self.bins._place(where, target, "raise", "target").flatten()
-        if self.sums.device != index.device:
-            self.sums = self.sums.to(index.device)
+        index, refused = placed(where, self.bins, target, self.outside)
+        if self.outside == "clip":
+            finite(where, target=target)
+        some_lack_a_bin = refused is not None or self.outside == "drop"
+        self._ready(index.device)
+        if refused is not None:
+            self.refused[0] += refused
         sums = self.sums.view(-1, len(self.bins))  # (K * 10, B)
         p, t = (x.detach().reshape(-1, len(self.bins.axes)) for x in (pred, target))  # (N, K)
-        for p_piece, t_piece, of_bin in zip(p.split(_PIECE), t.split(_PIECE), index.split(_PIECE), strict=True):
-            sums.index_add_(1, of_bin, self._rows(p_piece.double(), t_piece.double()))
+        pieces = (x.split(_PIECE) for x in (p, t, index.flatten()))
+        for p_piece, t_piece, of_bin in zip(*pieces, strict=True):
+            rows = self._rows(p_piece.double(), t_piece.double())
+            if some_lack_a_bin:
+                rows = rows.masked_fill(of_bin < 0, 0)
+            sums.index_add_(1, of_bin.clamp_min(0) if some_lack_a_bin else of_bin, rows)
 
     def _rows(self, pred: Tensor, target: Tensor) -> Tensor:
         """What each sample (N, K) adds to the sums of its bin, (K * 10, N)."""
@@ -112,54 +143,31 @@ class RegressionMetrics:
             ]
         return torch.stack(rows)
 
-    def fresh(self) -> RegressionMetrics:
-        """One of the same settings that has seen nothing."""
-        return RegressionMetrics(self.bins, self.density, floor=self.floor)
-
     def summary(self) -> dict[str, float]:
         """The numbers to watch in training: MAE over all and by region, and bMAE; NaN where there is no sample."""
         result = self.compute()
         shown = [("mae", "all"), ("mae", "many"), ("mae", "medium"), ("mae", "few"), ("bmae", "all")]
         return {f"{name}/{region}": float(result[name].sel(region=region)) for name, region in shown}
 
-    def merge(self, other: RegressionMetrics) -> RegressionMetrics:
-        """Add what another object has seen; returns self."""
-        where = "RegressionMetrics.merge"
-        instance(where, RegressionMetrics, other=other)
-        if other.density != self.density or other.floor != self.floor:
-            raise problem(
-                where,
-                "both must have the same bins, training density and floor",
-                got=f"{self.density!r}, floor {_listed(self._floors)} and {other.density!r}, "
-                f"floor {_listed(other._floors)}",
-            )
-        self.sums = self.sums + other.sums.to(self.sums.device)
-        return self
-
-    def all_reduce(self) -> RegressionMetrics:
-        """Sum over all ranks, which must all call this, once, after their last update; returns self.
-
-        Does nothing outside ``torch.distributed``.
-        """
-        (self.sums,) = summed(self.sums)
-        return self
-
     def compute(self, *, many: int = 100, few: int = 20) -> xr.Dataset:
         """The errors so far, as a dataset over ``region`` (all, many, medium, few, unseen) and ``bin``.
 
         A region or bin without a test sample is missing (NaN), not zero, and its count says so. Units are attributes.
         Over a grid there is ``axis``, too: ``axis_mae``, ``axis_rmse`` and so on hold each dimension by itself, and the
-        bounds and centres of bins have one value a dimension.
+        bounds and centres of bins have one value per dimension.
 
         Args:
             many, few: limits of the regions, as in :meth:`LabelDensity.regions`.
+        Raises:
+            LabelError: targets on an accelerator were NaN, or beyond the axis under ``outside="raise"``.
         """
+        self._check_refused("compute")
         regions = self.density.regions(many=many, few=few)
         rows = self.sums.view(-1, *self.sums.shape[-2:]).cpu().numpy()  # (K, 10, B)
         sums = dict(zip(_SUMS, rows.swapaxes(0, 1), strict=True))
         inside = _regions.membership(regions)  # (5, B)
         total = {name: np.stack([np.where(inside, r, 0.0).sum(1) for r in row]) for name, row in sums.items()}
-        tested = sums["count"][0] > 0
+        tested = inside & (sums["count"][0] > 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             bin_mae, bin_bias = sums["abs"] / sums["count"], sums["error"] / sums["count"]
             n = total["count"]
@@ -174,7 +182,7 @@ class RegressionMetrics:
                 "mae": total["abs"] / n,
                 "rmse": np.sqrt(total["squared"] / n),
                 "gm": np.exp(total["log"] / n),
-                "bmae": np.stack([_regions.bin_mean(row, inside & tested) for row in bin_mae]),
+                "bmae": np.stack([_regions.bin_mean(row, tested, self.bins.relative_widths) for row in bin_mae]),
                 "bias": total["error"] / n,
                 "pearson": np.clip(pearson, -1, 1),
             }  # each (K, 5)
@@ -183,7 +191,7 @@ class RegressionMetrics:
             values["gm"] = np.exp((total["log"] / n).mean(0))
         data: dict[str, Any] = {name: ("region", value) for name, value in values.items()}
         data["count"] = ("region", n[0].astype(np.int64))
-        data["bins"] = ("region", (inside & tested).sum(1).astype(np.int64))
+        data["bins"] = ("region", tested.sum(1).astype(np.int64))
         data |= {
             "bin_mae": ("bin", bin_mae.mean(0)),
             "bin_bias": ("bin", bin_bias.mean(0)),
@@ -207,10 +215,6 @@ def _checked_floors(where: str, floor: float | Sequence[float] | None, bins: Any
     return tuple(number(where, "floor", value, low=0, open_low=True) for value in floor)
 
 
-def _listed(floors: tuple[float, ...]) -> str:
-    return ", ".join(f"{floor:g}" for floor in floors)
-
-
 def regression_metrics(
     pred: Tensor,
     target: Tensor,
@@ -218,6 +222,7 @@ def regression_metrics(
     density: LabelDensity,
     *,
     floor: float | Sequence[float] | None = None,
+    outside: Outside = "raise",
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
@@ -230,6 +235,6 @@ def regression_metrics(
             got=f"shape {tuple(pred.shape)}",
             error=ShapeError,
         )
-    metrics = RegressionMetrics(bins, density, floor=floor)
+    metrics = RegressionMetrics(bins, density, floor=floor, outside=outside)
     metrics.update(pred, target)
     return metrics.compute(many=many, few=few)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -420,11 +419,11 @@ def test_more_matrices_than_memory_are_refused_before_they_are_taken(monkeypatch
     ):
         FDS(BINS, 1_000_000, covariance="low_rank")
     for form, stated in (("full", 80 * 5 * 36), ("low_rank", 165 * 5 * 4 + 80 * 36 + 200 * 30)):
-        monkeypatch.setattr(covariance_module, "_free_memory", lambda: stated - 1)  # noqa: B023
+        monkeypatch.setattr(covariance_module, "free_memory", lambda: stated - 1)  # noqa: B023
         with pytest.raises(ValueError, match=f"covariance '{form}' over 5 bins of 6 features"):
             make(form)
         for enough in (stated, None):  # or a machine that does not tell
-            monkeypatch.setattr(covariance_module, "_free_memory", lambda: enough)  # noqa: B023
+            monkeypatch.setattr(covariance_module, "free_memory", lambda: enough)  # noqa: B023
             make(form)
 
 
@@ -460,29 +459,6 @@ def test_no_more_memory_is_taken_than_stated(form: str, sizes: tuple[int, int, i
     side = num_features if form == "full" else rank
     stated = covariance_module._bytes(form, num_bins, num_features, side)
     assert stated / 3 < int(told.stdout) <= stated
-
-
-def test_free_memory_is_the_least_that_machine_and_container_tell(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    free = covariance_module._free_memory()
-    assert free is not None
-    assert 2**20 < free < 2**50
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 5 kB\n")
-    monkeypatch.setattr(covariance_module, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(covariance_module, "_CGROUP", tmp_path)
-    assert covariance_module._free_memory() == 5 * 1024
-    (tmp_path / "memory").mkdir()
-    for folder, limit, usage in (
-        (tmp_path, "memory.max", "memory.current"),
-        (tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        (folder / "memory.stat").write_text("anon 600\ninactive_file 30\nactive_file 7\n")
-        (folder / usage).write_text("700\n")
-        (folder / limit).write_text("1000\n")
-        assert covariance_module._free_memory() == 1000 - 700 + 37
-        (folder / limit).write_text("max\n")
-        assert covariance_module._free_memory() == 5 * 1024
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

@@ -126,7 +126,7 @@ def rank_main(rank: int) -> dict[str, Any]:
         for pred, target in batches(kind)[rank::2]:
             metric.update(pred, target)
         result[kind] = metric.compute()
-        result[f"{kind} after"] = getattr(metric, metric._sums)  # a rank's own again
+        result[f"{kind} after"] = getattr(metric, make(kind).kept[0])  # a rank's own again
     return result
 
 
@@ -139,7 +139,7 @@ def test_two_processes_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
             for pred, target in batches(kind)[rank::2]:
                 half.update(pred, target)
             halves.append(half)
-            assert torch.equal(result[f"{kind} after"], getattr(half, RegionMetric(half)._sums))
+            assert torch.equal(result[f"{kind} after"], getattr(half, half.kept[0]))
         for result in results:
             assert_same(result[kind], halves[0].fresh().merge(halves[0]).merge(halves[1]).compute())  # type: ignore[arg-type]
 
@@ -154,3 +154,81 @@ def test_bad_input_is_refused_and_adds_nothing() -> None:
         metric.update(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 9.0]))
     metric.update(torch.tensor([1.0]), torch.tensor([1.0]))
     assert metric.compute()["count/all"].item() == 1
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_keep_their_precision_in_a_module_that_is_cast(kind: str, dtype: torch.dtype) -> None:
+    metric, oracle = RegionMetric(make(kind)), make(kind)
+    data = batches(kind)
+    metric.update(*data[0])
+    oracle.update(*data[0])
+    metric.compute()  # is remembered
+    torch.nn.ModuleList([metric]).to(dtype)
+    assert_same(metric.compute(), oracle.compute())
+    for pred, target in data[1:]:
+        metric.update(pred, target)
+        oracle.update(pred, target)
+    assert_same(metric.compute(), oracle.compute())
+    for cast in ("half", "bfloat16", "double"):
+        getattr(torch.nn.ModuleList([metric]), cast)()
+    metric.set_dtype(dtype)
+    assert_same(metric.compute(), oracle.compute())
+    metric.reset()
+    metric.update(*data[0])
+    assert_same(metric.compute(), oracle.fresh().merge(updated(kind, *data[0])).compute())  # type: ignore[arg-type]
+
+
+def updated(kind: str, pred: Tensor, target: Tensor) -> Any:
+    metrics = make(kind)
+    metrics.update(pred, target)
+    return metrics
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_what_was_made_or_reset_in_inference_mode_goes_on_outside(kind: str) -> None:
+    data = batches(kind)
+    with torch.inference_mode():
+        made = RegionMetric(make(kind))
+    reset = RegionMetric(make(kind))
+    reset.update(*data[0])
+    with torch.inference_mode():
+        reset.reset()
+        reset.update(*data[0])
+    reset.reset()
+    for metric in (made, reset):
+        with torch.inference_mode():
+            metric.reset()
+        metric.update(*data[1])
+        assert_same(metric.compute(), updated(kind, *data[1]).compute())
+        with torch.inference_mode():
+            metric(*data[2])
+        metric(*data[3])
+        metric.update(*data[3])
+
+
+def test_a_module_moved_to_meta_keeps_its_sums() -> None:
+    metric = RegionMetric(make("regression"))
+    metric.update(*batches("regression")[0])
+    torch.nn.ModuleList([metric]).to("meta").to_empty(device="cpu")
+    assert_same(metric.compute(), updated("regression", *batches("regression")[0]).compute())
+    with torch.device("meta"):
+        made = RegionMetric(make("regression"))
+    made.update(*batches("regression")[0])
+    assert_same(made.compute(), updated("regression", *batches("regression")[0]).compute())
+
+
+def test_what_outside_says_is_kept() -> None:
+    pred, target = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 9.0])
+    for outside, count, mae in (("clip", 2, 4.0), ("drop", 1, 0.0)):
+        bins = Bins.uniform(0, 4, width=1)
+        metrics = RegressionMetrics(bins, LabelDensity(bins, [500, 120, 30, 5]), outside=outside)  # type: ignore[arg-type]
+        metric = RegionMetric(metrics, keys=["count/all", "mae/all"])
+        metric.update(pred, target)
+        assert {key: value.item() for key, value in metric.compute().items()} == {"count/all": count, "mae/all": mae}
+
+
+def test_settings_are_shown() -> None:
+    metric = RegionMetric(make("regression"), keys=["mae/all"], many=50)
+    assert list(metric.settings) == ["metrics", "keys", "many", "few"]
+    assert "keys=['mae/all'], many=50, few=20" in repr(metric)

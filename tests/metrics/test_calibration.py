@@ -387,8 +387,12 @@ def test_arguments_are_checked() -> None:
     for empty in (torch.empty(0, 2), torch.empty(3, 0), torch.ones(2)):
         with pytest.raises(ShapeError, match=r"^calibration_metrics: probabilities must have the shape \(N, C\) and"):
             calibration_metrics(empty, torch.zeros(len(empty), dtype=torch.int64))
-    for other in (CalibrationMetrics(3), CalibrationMetrics(2, num_bins=10)):
-        with pytest.raises(ValueError, match=r"merge: both must have the same num_classes and num_bins, got 2, 15 and"):
+    for other, got in (
+        (CalibrationMetrics(3), "num_classes=2 and num_classes=3"),
+        (CalibrationMetrics(2, num_bins=10), "num_bins=15 and num_bins=10"),
+        (CalibrationMetrics(2, outside="clip"), "outside='raise' and outside='clip'"),
+    ):
+        with pytest.raises(ValueError, match=f"merge: both must have the same settings, got {got}"):
             CalibrationMetrics(2).merge(other)
     fresh = metrics_of(torch.tensor(GOOD), torch.tensor([0, 1]), num_bins=7).fresh()
     assert (fresh.num_classes, fresh.num_bins, fresh.totals.sum().item()) == (2, 7, 0)

@@ -265,7 +265,7 @@ def test_regions_can_be_given() -> None:
     assert metrics.fresh().compute().bin_region.values.tolist() == given
     given[0] = "many"
     assert metrics.compute().bin_region.values.tolist()[0] == "few"
-    with pytest.raises(ValueError, match=r"merge: both must have the same bins, training density and regions, got <"):
+    with pytest.raises(ValueError, match=r"merge: both must have the same settings, got "):
         metrics.merge(ClassificationMetrics(BINS, DENSITY))
 
 
@@ -370,7 +370,7 @@ def test_arguments_are_checked() -> None:
         with pytest.raises(kind, match=r"^balanced_error: num_classes must be"):
             balanced_error(torch.tensor([0]), torch.tensor([0]), classes)  # type: ignore[arg-type]
     other = ClassificationMetrics(BINS, LabelDensity(BINS, [1] * 6))
-    with pytest.raises(ValueError, match=r"merge: both must have the same bins, training density and regions, got <"):
+    with pytest.raises(ValueError, match=r"merge: both must have the same settings, got "):
         ClassificationMetrics(BINS, DENSITY).merge(other)
 
 

@@ -1,0 +1,28 @@
+"""How much memory is free."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int | None:
+    """Bytes that could be taken on this machine and in its container; None where neither tells."""
+    free = []
+    with suppress(OSError):
+        lines = _MEMINFO.read_text(encoding="utf-8").splitlines()
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for folder, limit, usage in (
+        (_CGROUP, "memory.max", "memory.current"),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError, KeyError):  # there is no such file, or no limit: "max"
+            most, taken = (int((folder / name).read_text()) for name in (limit, usage))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free.append(most - taken + int(stat["active_file"]) + int(stat["inactive_file"]))  # files are given up
+    return min(free, default=None)

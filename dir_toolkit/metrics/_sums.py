@@ -1,0 +1,160 @@
+"""What all metrics have in common: sums of what was seen, kept on its device, which add up over objects and ranks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import instance, label_problem, problem, readable
+from .._memory import free_memory
+from .._ranks import summed
+from .._settings import shown
+from ..labels.bins import Outside
+from ..labels.grid import AnyBins
+
+_Metric = TypeVar("_Metric", bound="MergingSums")
+
+
+class MergingSums(ABC):
+    """A metric whose state is tensors that add up.
+
+    On an accelerator nothing that an update is handed is looked at, since that would stop it: what must be refused is
+    counted there, and told by the first call that looks at results.
+    """
+
+    kept: ClassVar[tuple[str, ...]]
+    """The names of the tensors."""
+
+    refused: Tensor
+    """(2,) int64, of those that count: targets without a bin, and predictions that name none, on an accelerator."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, by argument."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({shown(self.settings)})"
+
+    def fresh(self: _Metric) -> _Metric:
+        """One of the same settings that has seen nothing."""
+        return type(self)(**self.settings)
+
+    def merge(self: _Metric, other: _Metric) -> _Metric:
+        """Add what another object of the same settings has seen; returns self."""
+        where, kind = f"{type(self).__name__}.merge", _own_kind(self)
+        instance(where, kind, other=other)
+        mine, theirs = self.settings, other.settings
+        differ = [name for name in mine if not _equal(mine[name], theirs[name])]
+        if differ:
+            both = (shown({name: settings[name] for name in differ}) for settings in (mine, theirs))
+            raise problem(where, "both must have the same settings", got=" and ".join(both))
+        with torch.inference_mode(False):
+            for name in self.kept:
+                own: Tensor = getattr(self, name)
+                setattr(self, name, own + getattr(other, name).to(own.device))
+        return self
+
+    def all_reduce(self: _Metric, group: Any = None) -> _Metric:
+        """Sum over the ranks of ``torch.distributed``, which must all call this, once, after their last update; returns
+        self. Does nothing outside of it.
+
+        Args:
+            group: the ranks that saw different samples, where some saw the same ones, as in tensor parallelism; None
+                for all ranks.
+        Raises:
+            as ``compute``, on every rank alike.
+        """
+        with torch.inference_mode(False):
+            sums = summed(*(getattr(self, name) for name in self.kept), group=group)
+        for name, tensor in zip(self.kept, sums, strict=True):
+            setattr(self, name, tensor)
+        self._check_refused("all_reduce")
+        return self
+
+    def _begin(self, **shapes: tuple[int, ...]) -> None:
+        """Zeros, of float64 where the name is not one of a count. On the CPU until the first update."""
+        with torch.inference_mode(False):
+            for name, shape in shapes.items():
+                dtype = torch.int64 if name in ("confusion", "refused") else torch.float64
+                setattr(self, name, torch.zeros(shape, dtype=dtype, device="cpu"))
+
+    def _ready(self, device: torch.device) -> None:
+        """Sums on this device, and such as can be added to inside and outside of inference mode."""
+        for name in self.kept:
+            kept: Tensor = getattr(self, name)
+            if kept.device != device or kept.is_inference():
+                with torch.inference_mode(False):
+                    setattr(self, name, kept.to(device, copy=True))
+
+    def _check_refused(self, method: str) -> None:
+        """Raise for what was counted on an accelerator."""
+        if "refused" not in self.kept:
+            return
+        targets, predictions = self.refused.tolist()
+        where, fix = f"{type(self).__name__}.{method}", "Remove or repair these samples, and measure again."
+        if targets:
+            rule = "every target must be a label of the axis"
+            raise label_problem(where, rule, got=f"{targets} that are not", fix=fix)
+        if predictions:
+            rule = "every prediction must be a bin, or scores that are not NaN"
+            raise problem(where, rule, got=f"{predictions} that are not", fix=fix)
+
+
+def check_tensors(where: str, **tensors: Tensor) -> None:
+    """Plain tensors whose values sums kept elsewhere can take in, on a device that knows float64."""
+    for name, value in tensors.items():
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise problem(
+                where,
+                "must not be called inside torch.func transforms, out of which sums cannot be carried",
+                fix=f"Return {name} from the function (has_aux=True), and update afterwards.",
+                error=RuntimeError,
+            )
+        if hasattr(value, "full_tensor"):
+            raise problem(
+                where,
+                f"{name} must be a plain tensor",
+                got=f"a {type(value).__name__}",
+                fix=f"Use {name}.full_tensor(), or {name}.to_local() on each rank and all_reduce() in the end.",
+                error=TypeError,
+            )
+        if value.device.type == "mps":
+            raise problem(
+                where,
+                f"{name} must be on a device that knows float64, in which sums are kept",
+                got="mps",
+                fix=f"Use {name}.cpu().",
+            )
+
+
+def check_memory(where: str, what: str, needed: int, fix: str) -> None:
+    """Before so many bytes are taken, where they are many."""
+    free = free_memory() if needed > 2**28 else None
+    if free is not None and needed > free:
+        rule = f"{what} takes {needed / 2**30:.1f} GiB, which must be free"
+        raise problem(where, rule, got=f"{free / 2**30:.1f} GiB", fix=fix)
+
+
+def placed(where: str, bins: AnyBins, target: Tensor, outside: Outside) -> tuple[Tensor, Tensor | None]:
+    """The bin of each target, -1 where it has none; and how many are refused, () int64, where values are not looked at
+    and so nothing is raised."""
+    if readable(target):
+        return bins._place(where, target, outside, "target"), None
+    index = bins._place(where, target, "drop" if outside == "raise" else outside, "target")
+    # What "drop" leaves out may be NaN as well, which is refused.
+    sound = bins._place(where, target, "clip", "target") if outside == "drop" else index
+    return index, (sound < 0).sum()
+
+
+def _own_kind(metric: MergingSums) -> type:
+    """The class of this package, which subclasses of others share."""
+    return next(kind for kind in type(metric).__mro__ if MergingSums in kind.__bases__)
+
+
+def _equal(a: object, b: object) -> bool:
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else a == b  # type: ignore[arg-type]

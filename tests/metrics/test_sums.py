@@ -1,0 +1,375 @@
+"""What all metrics have in common: targets beyond the axis, sums that are kept, and values that are not looked at."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import xarray as xr
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dir_toolkit import Bins, LabelDensity, RegressionMetrics, regression_metrics
+from dir_toolkit.errors import LabelError
+from dir_toolkit.metrics import _sums
+from dir_toolkit.metrics.calibration import CalibrationMetrics, calibration_metrics
+from dir_toolkit.metrics.classification import ClassificationMetrics, classification_metrics
+
+BINS = Bins.uniform(0, 4, width=1)
+DENSITY = LabelDensity(BINS, [500, 60, 40, 5])
+KINDS = ["regression", "classification", "calibration"]
+Metrics = RegressionMetrics | ClassificationMetrics | CalibrationMetrics
+
+
+def make(kind: str, **settings: Any) -> Any:
+    if kind == "calibration":
+        return CalibrationMetrics(4, **settings)
+    return (RegressionMetrics if kind == "regression" else ClassificationMetrics)(BINS, DENSITY, **settings)
+
+
+def batch(kind: str, targets: list[float], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    n, generator = len(targets), torch.Generator().manual_seed(0)
+    if kind == "regression":
+        return 4 * torch.rand(n, generator=generator, dtype=dtype), torch.tensor(targets, dtype=dtype)
+    scores = torch.randn(n, 4, generator=generator, dtype=dtype).softmax(1)
+    return scores, torch.tensor(targets).floor().long() if kind == "calibration" else torch.tensor(targets, dtype=dtype)
+
+
+def states(metrics: Metrics) -> list[torch.Tensor]:
+    return [getattr(metrics, name) for name in metrics.kept]
+
+
+def assert_same_states(a: Metrics, b: Metrics) -> None:
+    assert [(s.dtype, s.tolist()) for s in states(a)] == [(s.dtype, s.tolist()) for s in states(b)]
+
+
+# Targets beyond the axis
+
+INSIDE, BEYOND = [0.5, 1.5, 3.5, 2.5], [0.5, 1.5, 7.0, 2.5, -3.0]
+
+
+def test_a_clipped_target_keeps_its_error_and_counts_in_the_end_bin() -> None:
+    pred, target = torch.tensor([0.0, 4.0, 4.5]), torch.tensor([-3.0, 3.5, 7.0])
+    result = regression_metrics(pred, target, BINS, DENSITY, outside="clip")
+    assert result.bin_count.values.tolist() == [1, 0, 0, 2]
+    assert result.bin_mae.values.tolist() == pytest.approx([3, math.nan, math.nan, (0.5 + 2.5) / 2], nan_ok=True)
+    assert result.bin_bias.values.tolist() == pytest.approx([3, math.nan, math.nan, (0.5 - 2.5) / 2], nan_ok=True)
+    assert result.mae.sel(region=["all", "many", "few"]).values.tolist() == pytest.approx([2, 3, 1.5])
+    assert result.rmse.sel(region="all").item() == pytest.approx(math.sqrt((9 + 0.25 + 6.25) / 3))
+    expected = np.corrcoef(pred.numpy(), target.numpy())[0, 1]
+    assert result.pearson.sel(region="all").item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_clipped_target_over_a_grid_keeps_its_error_in_each_dimension() -> None:
+    grid = Bins.grid(BINS, BINS)
+    density = LabelDensity(grid, np.arange(16))
+    pred, target = torch.tensor([[0.0, 1.0]]), torch.tensor([[9.0, 1.5]])
+    result = regression_metrics(pred, target, grid, density, outside="clip")
+    assert result.bin_count.values.nonzero()[0].tolist() == [3 * 4 + 1]
+    assert result.axis_mae.sel(region="all").values.tolist() == [9, 0.5]
+    dropped = regression_metrics(pred, target, grid, density, outside="drop")
+    assert dropped["count"].sel(region="all") == 0
+
+
+def test_a_clipped_target_is_one_of_the_end_bin_and_of_the_last_class() -> None:
+    pred = torch.tensor([0, 0, 3])
+    result = classification_metrics(pred, torch.tensor([-1.0, 9.0, 9.0]), BINS, DENSITY, outside="clip")
+    assert result.bin_count.values.tolist() == [1, 0, 0, 2]
+    assert result.bin_recall.values.tolist() == pytest.approx([1, math.nan, math.nan, 0.5], nan_ok=True)
+    p = torch.tensor([[0.75, 0.25], [0.25, 0.75]])
+    clipped = calibration_metrics(p, torch.tensor([-4, 7]), outside="clip")
+    xr.testing.assert_identical(clipped, calibration_metrics(p, torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dropped_target_counts_nowhere(kind: str) -> None:
+    pred, target = batch(kind, BEYOND)
+    within = (target >= 0) & (target < 4)
+    dropped, without = make(kind, outside="drop"), make(kind)
+    dropped.update(pred, target)
+    without.update(pred[within], target[within])
+    for a, b in zip(states(dropped), states(without), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-15, atol=0)
+    dropped.update(pred[~within], target[~within])
+    xr.testing.assert_allclose(dropped.compute(), without.compute(), rtol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outside", ["clip", "drop"])
+def test_targets_on_the_axis_are_as_they_were_to_the_bit(kind: str, outside: str) -> None:
+    one, other = make(kind), make(kind, outside=outside)
+    one.update(*batch(kind, INSIDE))
+    other.update(*batch(kind, INSIDE))
+    assert_same_states(one, other)
+    assert other.fresh().outside == outside
+    with pytest.raises(ValueError, match=f"same settings, got outside='raise' and outside='{outside}'"):
+        one.merge(other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_default_a_target_beyond_the_axis_is_refused(kind: str) -> None:
+    metrics = make(kind)
+    with pytest.raises(LabelError, match=r"update: target must "):
+        metrics.update(*batch(kind, BEYOND))
+    assert not any(state.any() for state in states(metrics))
+    with pytest.raises(ValueError, match=r"Metrics: outside must be one of 'raise', 'clip', 'drop', got 'ignore'"):
+        make(kind, outside="ignore")
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+@pytest.mark.parametrize("outside", ["raise", "clip", "drop"])
+def test_nan_is_refused_whatever_outside_says(kind: str, outside: str) -> None:
+    metrics = make(kind, outside=outside)
+    with pytest.raises(LabelError, match="target must not be NaN"):
+        metrics.update(*batch(kind, [0.5, math.nan]))
+    assert not any(state.any() for state in states(metrics))
+
+
+def test_an_infinite_target_has_no_error_that_could_be_counted() -> None:
+    metrics = make("regression", outside="clip")
+    with pytest.raises(ValueError, match=r"RegressionMetrics\.update: target must be finite, got inf"):
+        metrics.update(torch.tensor([1.0]), torch.tensor([math.inf]))
+    assert not metrics.sums.any()
+    dropped = make("regression", outside="drop")
+    dropped.update(torch.tensor([1.0]), torch.tensor([math.inf]))
+    assert not dropped.sums.any()
+
+
+# Values that are not looked at
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outside", ["raise", "clip", "drop"])
+def test_sums_are_the_same_where_nothing_is_looked_at(kind: str, outside: str, request: pytest.FixtureRequest) -> None:
+    targets = INSIDE if outside == "raise" else BEYOND
+    looked = make(kind, outside=outside)
+    looked.update(*batch(kind, targets))
+    request.getfixturevalue("unread")
+    unlooked = make(kind, outside=outside)
+    unlooked.update(*batch(kind, targets))
+    assert_same_states(looked, unlooked)
+    xr.testing.assert_identical(looked.compute(), unlooked.compute())
+
+
+@pytest.mark.parametrize(
+    ("kind", "outside", "bad"),
+    [
+        ("regression", "raise", [0.5, 9.0, math.nan]),
+        ("classification", "raise", [0.5, -9.0, math.nan]),
+        ("regression", "clip", [math.nan, 9.0, math.nan]),
+        ("classification", "drop", [math.nan, 9.0, math.nan]),
+        ("regression", "drop", [math.nan, math.nan, -1.0]),
+    ],
+)
+def test_bad_targets_are_counted_and_told_when_results_are_asked_for(
+    kind: str, outside: str, bad: list[float], unread: None
+) -> None:
+    metrics, other = make(kind, outside=outside), make(kind, outside=outside)
+    metrics.update(*batch(kind, INSIDE))
+    metrics.compute()
+    metrics.update(*batch(kind, bad))
+    metrics.update(*batch(kind, INSIDE))  # goes on
+    where = type(metrics).__name__
+    for asked in ("compute", "all_reduce", *(["confusion_matrix"] if kind == "classification" else [])):
+        with pytest.raises(LabelError, match=rf"^{where}\.{asked}: every target must be .*, got 2 that are not\. Rem"):
+            getattr(metrics, asked)()
+    other.merge(metrics).merge(metrics)
+    with pytest.raises(LabelError, match="got 4 that are not"):
+        other.compute()
+    metrics.fresh().compute()
+
+
+def test_bad_predictions_are_counted_and_told_when_results_are_asked_for(unread: None) -> None:
+    scores, target = batch("classification", INSIDE)
+    scores[1, 2] = math.nan
+    metrics = make("classification")
+    metrics.update(scores, target)
+    metrics.update(torch.tensor([4, -1, 2]), torch.tensor([0.5, 0.5, 2.5]))
+    rule = r"^ClassificationMetrics\.compute: every prediction must be a bin, or scores that are not NaN, got 3 that"
+    with pytest.raises(ValueError, match=rule):
+        metrics.compute()
+    assert metrics.confusion.sum() == 3 + 1
+    assert metrics.confusion[2, 2] >= 1
+
+
+# Sums that are kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_made_in_inference_mode_goes_on_outside(kind: str) -> None:
+    once = batch(kind, INSIDE)
+    expected = make(kind)
+    expected.update(*once)
+    expected.update(*once)
+    with torch.inference_mode():
+        here, part = make(kind), make(kind)
+        here.update(*batch(kind, INSIDE))
+        part.update(*batch(kind, INSIDE))
+        copied, merged = copy.deepcopy(here), make(kind).merge(part).all_reduce()
+        loaded = pickle.loads(pickle.dumps(here))
+    for metrics in (here, copied, merged, loaded):
+        metrics.update(*once)
+        assert_same_states(metrics, expected)
+        assert not any(state.is_inference() or state.requires_grad for state in states(metrics))
+    with torch.inference_mode():
+        here.update(*once)  # and in again
+    here.update(*once)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_device_is_no_matter(kind: str) -> None:
+    expected = make(kind)
+    expected.update(*batch(kind, INSIDE))
+    data = batch(kind, INSIDE)
+    with torch.device("meta"):
+        metrics = make(kind)
+        metrics.update(*data)
+        result = metrics.merge(metrics.fresh()).compute()
+    xr.testing.assert_identical(result, expected.compute())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_and_their_repr(kind: str) -> None:
+    metrics = make(kind, outside="clip")
+    assert (
+        list(metrics.settings)
+        == {
+            "regression": ["bins", "density", "floor", "outside"],
+            "classification": ["bins", "density", "regions", "outside"],
+            "calibration": ["num_classes", "num_bins", "outside"],
+        }[kind]
+    )
+    assert type(metrics)(**metrics.settings).settings == metrics.settings
+    assert repr(metrics).startswith(f"{type(metrics).__name__}(")
+    assert "outside='clip'" in repr(metrics)
+
+
+def test_an_object_of_a_subclass_makes_fresh_ones_of_its_kind_and_merges_with_ours() -> None:
+    class Own(RegressionMetrics):
+        pass
+
+    own = Own(BINS, DENSITY)
+    assert type(own.fresh()) is Own
+    own.merge(make("regression"))
+    with pytest.raises(TypeError, match="other must be a RegressionMetrics, got ClassificationMetrics"):
+        own.merge(make("classification"))
+
+
+def rank_main(rank: int) -> list[list[torch.Tensor]]:
+    groups = [dist.new_group([r]) for r in range(2)]
+    found = []
+    for kind in KINDS:
+        metrics, alone = make(kind), make(kind)
+        for target in (metrics, alone):
+            target.update(*batch(kind, INSIDE[: 2 + rank]))
+        found.append(states(alone.all_reduce(groups[rank])) + states(metrics.all_reduce(group=None)))
+    return found
+
+
+def test_ranks_that_hold_the_same_data_are_left_out_by_a_group(two_ranks: Callable[..., list[Any]]) -> None:
+    results = two_ranks(rank_main)
+    for i, kind in enumerate(KINDS):
+        parts = [make(kind) for _ in range(2)]
+        for rank, part in enumerate(parts):
+            part.update(*batch(kind, INSIDE[: 2 + rank]))
+        both = make(kind).merge(parts[0]).merge(parts[1])
+        for rank, part in enumerate(parts):
+            expected = states(part) + states(both)
+            assert all(torch.equal(a, b) for a, b in zip(results[rank][i], expected, strict=True))
+
+
+def refusing_main(rank: int) -> list[str]:
+    metrics = make("regression")
+    metrics.update(*batch("regression", INSIDE))
+    metrics.refused[0] += rank  # as an accelerator counts them
+    with pytest.raises(LabelError) as told:
+        metrics.all_reduce()
+    return [str(told.value)]
+
+
+def test_what_one_rank_was_handed_every_rank_tells(two_ranks: Callable[..., list[Any]]) -> None:
+    for (message,) in two_ranks(refusing_main):
+        assert message.startswith("RegressionMetrics.all_reduce: every target must be a label of the axis, got 1 that")
+
+
+# What cannot be taken
+
+
+def test_transforms_of_torch_func_are_refused_in_words() -> None:
+    pred, target = batch("regression", INSIDE)
+    rule = r"^{}\.update: must not be called inside torch\.func transforms, .* Return pred"
+    with pytest.raises(RuntimeError, match=rule.format("RegressionMetrics")):
+        torch.func.grad(lambda p: make("regression").update(p, target) or p.sum())(pred)
+    with pytest.raises(RuntimeError, match=rule.format("RegressionMetrics")):
+        torch.func.vmap(lambda p, t: make("regression").update(p, t) or p)(pred, target)
+    scores, classes = batch("calibration", INSIDE)
+    with pytest.raises(RuntimeError, match=r"^CalibrationMetrics\.update: must not .* Return probabilities"):
+        torch.func.grad(lambda p: make("calibration").update(p, classes) or p.sum())(scores)
+    with pytest.raises(RuntimeError, match=rule.format("ClassificationMetrics")):
+        torch.func.grad(lambda p: make("classification").update(p, target) or p.sum())(scores)
+
+
+def test_a_device_without_float64_is_refused_in_words() -> None:
+    with FakeTensorMode():
+        for kind in KINDS:
+            pred, target = (torch.empty_like(x, device="mps") for x in batch(kind, INSIDE, torch.float32))
+            rule = r"must be on a device that knows float64, in which sums are kept, got mps\. Use (pred|prob\w+)\.cpu"
+            with pytest.raises(ValueError, match=rule):
+                make(kind).update(pred, target)
+
+
+def test_tables_that_do_not_fit_into_memory_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sums, "free_memory", lambda: 2**30)
+    classes = Bins.classes(30_000)
+    density = LabelDensity(classes, np.ones(30_000, dtype=np.int64))
+    rule = (
+        r"^ClassificationMetrics: the confusion matrix of 30,000 bins takes 6\.7 GiB, which must be free, got 1\.0 GiB"
+    )
+    with pytest.raises(ValueError, match=rule):
+        ClassificationMetrics(classes, density)
+    RegressionMetrics(classes, density)
+    with pytest.raises(ValueError, match=r"histograms of 1,000,000 classes in 1,000 bins takes 22\.4 GiB, which must"):
+        CalibrationMetrics(1_000_000, num_bins=1_000)
+    monkeypatch.setattr(_sums, "free_memory", lambda: None)  # where nothing tells, it is tried
+    CalibrationMetrics(1_000_000, num_bins=20)
+
+
+# Bins of different widths
+
+
+def test_bmae_weighs_each_bin_by_its_width() -> None:
+    uneven = Bins.from_edges([0, 1, 2, 8])
+    pred, target = torch.tensor([1.5, 1.5, 8.0]), torch.tensor([0.5, 1.5, 5.0])
+    result = regression_metrics(pred, target, uneven, LabelDensity(uneven, [200, 50, 60]))
+    assert result.bmae.sel(region="all").item() == pytest.approx((1 * 1 + 1 * 0 + 6 * 3) / 8)
+    assert result.bmae.sel(region="medium").item() == pytest.approx((1 * 0 + 6 * 3) / 7)
+    assert regression_metrics(pred[1:], target[1:], uneven, LabelDensity(uneven, [200, 50, 60])).bmae.values[
+        0
+    ] == pytest.approx(18 / 7)
+
+
+def test_bmae_over_uneven_bins_is_that_of_fine_even_ones() -> None:
+    generator = torch.Generator().manual_seed(1)
+    target = 10 * torch.rand(20_000, generator=generator, dtype=torch.float64) ** 3
+    pred = target + 0.3 * target * torch.randn(20_000, generator=generator, dtype=torch.float64)
+    fine, coarse = Bins.uniform(0, 10, width=0.1), Bins.quantile(target, 40)
+    found = [regression_metrics(pred, target, b, LabelDensity.count(target, b)) for b in (fine, coarse)]
+    even, quantile = (float(r.bmae.sel(region="all")) for r in found)
+    assert quantile == pytest.approx(even, rel=0.03)
+    assert float(found[0].mae.sel(region="all")) < 0.6 * even  # which plain means over quantile bins would give
+
+
+@pytest.mark.parametrize(
+    "bins", [Bins.uniform(0, 0.3, width=0.1), Bins.classes(3), Bins.uniform(1e9, 1e9 + 3, width=1)]
+)
+def test_bmae_over_even_bins_is_their_plain_mean_to_the_bit(bins: Bins) -> None:
+    target = torch.from_numpy(np.repeat(bins.centers, [3, 2, 1]))
+    pred = target + torch.tensor([0.1, 0.2, 0.4, 0.3, 0.7, 0.9], dtype=torch.float64)
+    result = regression_metrics(pred, target, bins, LabelDensity.count(target, bins))
+    assert result.bmae.values[0] == result.bin_mae.values.sum() / 3
