@@ -20,6 +20,7 @@ from dir_toolkit._settings import described
 from dir_toolkit.errors import SettingsError
 
 BINS, OTHER_BINS = dt.Bins.uniform(0, 60, width=1), dt.Bins.uniform(0, 60, width=2)
+DENSITY, OTHER_DENSITY = dt.LabelDensity(BINS, np.arange(60)), dt.LabelDensity(OTHER_BINS, np.arange(30))
 
 
 @dataclass
@@ -37,7 +38,33 @@ FEATURES: list[Case] = []
 LOSSES: list[Case] = []
 HEADS: list[Case] = []
 MODELS: list[Case] = []
-METRICS: list[Case] = []
+METRICS: list[Case] = [
+    Case(
+        dt.RegressionMetrics,
+        {"bins": BINS, "density": DENSITY},
+        {
+            "bins": {"bins": OTHER_BINS, "density": OTHER_DENSITY},
+            "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
+            "floor": {"floor": 0.5},
+            "outside": {"outside": "clip"},
+        },
+    ),
+    Case(
+        dt.ClassificationMetrics,
+        {"bins": BINS, "density": DENSITY},
+        {
+            "bins": {"bins": OTHER_BINS, "density": OTHER_DENSITY},
+            "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
+            "regions": {"regions": ["many", "few"] * 30},
+            "outside": {"outside": "drop"},
+        },
+    ),
+    Case(
+        dt.CalibrationMetrics,
+        {"num_classes": 5},
+        {"num_classes": {"num_classes": 6}, "num_bins": {"num_bins": 10}, "outside": {"outside": "clip"}},
+    ),
+]
 
 CASES = [*LABELS, *FEATURES, *LOSSES, *HEADS, *MODELS, *METRICS]
 CHANGES = [(case, name) for case in CASES for name in case.others]

@@ -113,6 +113,11 @@ class LabelDensity:
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
         return LabelDensity, (self.bins, self.counts)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this density from others."""
+        return {"bins": self.bins, "counts": self.counts}
+
     def __add__(self, other: LabelDensity) -> LabelDensity:
         if not isinstance(other, LabelDensity):
             return NotImplemented
