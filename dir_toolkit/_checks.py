@@ -50,6 +50,12 @@ def problem(
     return _OURS.get(error, error)(sentence)
 
 
+def told(x: float) -> str:
+    """A number for a sentence: six digits where they are the number itself, else all, so that two never look alike."""
+    x = float(x)
+    return short if float(short := f"{x:g}") == x or x != x else repr(x)
+
+
 def warn(where: str, message: str) -> None:
     """Issue a :class:`DirToolkitWarning`; callers remember that they did, so that it is said once."""
     warnings.warn(f"{where}: {message}", DirToolkitWarning, stacklevel=3)
@@ -105,6 +111,9 @@ def is_tensor(where: str, **tensors: object) -> None:
                 fix=f"Use torch.as_tensor({name}).",
                 error=TypeError,
             )
+        if value.is_nested:
+            got, fix = "a nested tensor", f"Use torch.cat({name}.unbind())."
+            raise problem(where, f"{name} must be one dense tensor", got=got, fix=fix, error=TypeError)
         if value.layout != torch.strided:
             raise problem(
                 where, f"{name} must be dense", got=str(value.layout), fix=f"Use {name}.to_dense().", error=TypeError
@@ -211,7 +220,7 @@ def not_negative(where: str, **tensors: Tensor) -> None:
     for name, value in tensors.items():
         value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
         if value.dtype.is_signed and readable(value) and bool((value < 0).any()):
-            raise problem(where, f"{name} must not be negative", got=f"a minimum of {value.min().item():g}")
+            raise problem(where, f"{name} must not be negative", got=f"a minimum of {told(value.min().item())}")
 
 
 def distributions(where: str, **values: Tensor) -> None:
@@ -244,7 +253,7 @@ def prior_shares(where: str, name: str, prior: Tensor, *, zeros: bool = False) -
         rule = f"{name} must not be negative" if zeros else f"{name} must be positive"
         raise problem(where, rule, got=f"{prior[first].item():g} for class {first}", fix=fix)
     if abs((total := prior.sum(dtype=torch.float64).item()) - 1) > 1e-4:
-        raise problem(where, f"{name} must sum to one", got=f"a sum of {total:g}", fix=fix)
+        raise problem(where, f"{name} must sum to one", got=f"a sum of {told(total)}", fix=fix)
 
 
 def number(
@@ -268,8 +277,8 @@ def number(
     below = x <= low if open_low else x < low
     above = x >= high if open_high else x > high
     if not math.isfinite(x) or below or above:
-        left = "" if low == -math.inf else f" {'>' if open_low else '>='} {low:g}"
-        right = "" if high == math.inf else f" {'<' if open_high else '<='} {high:g}"
+        left = "" if low == -math.inf else f" {'>' if open_low else '>='} {told(low)}"
+        right = "" if high == math.inf else f" {'<' if open_high else '<='} {told(high)}"
         rule = " and".join(part for part in (left, right) if part) or " finite"
         raise problem(where, f"{name} must be{rule}", got=repr(value))
     least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -315,7 +324,7 @@ def one_of(where: str, name: str, value: object, allowed: Collection[str]) -> No
 
 def interval(where: str, name: str, value: object, *, low: float = 0.0) -> tuple[float, float]:
     """A pair ``(a, b)`` with ``low <= a < b``."""
-    rule = f"{name} must be a pair (low, high) with {low:g} <= low < high"
+    rule = f"{name} must be a pair (low, high) with {told(low)} <= low < high"
     try:
         pair: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -337,16 +346,14 @@ def keys(where: str, name: str, value: object, expected: Collection[str]) -> Non
 
 def labels_array(where: str, labels: object, name: str = "labels") -> np.ndarray:
     """Labels, or what ``name`` says, as a NumPy array of integers or floats that torch can take over."""
-    if isinstance(labels, Tensor):
-        is_tensor(where, **{name: labels})
-        labels = on_host(where, name, labels)
-        labels = (labels.float() if labels.is_floating_point() and labels.itemsize < 4 else labels).numpy()
-    if np.ma.is_masked(labels):
-        raise problem(where, f"{name} must not be masked", got="masked values", fix=f"Use {name}.compressed().")
+    labels = _without_tensors(where, labels, name)
     try:
         array = np.asarray(labels)
     except ValueError:
         raise problem(where, f"{name} must form one array of numbers", got="rows of different lengths") from None
+    except (TypeError, RuntimeError):  # of what says that it is an array
+        rule, got = f"{name} must form one array of numbers", type(labels).__name__
+        raise problem(where, rule, got=got, fix="Hand over its values.", error=TypeError) from None
     if array.dtype.kind not in "iuf":
         raise problem(
             where,
@@ -357,6 +364,28 @@ def labels_array(where: str, labels: object, name: str = "labels") -> np.ndarray
         )
     # Files hold big-endian numbers (NetCDF, FITS), and some machines floats of 80 bits: torch knows neither.
     return array.astype(np.float64 if array.itemsize > 8 else array.dtype.newbyteorder("="), copy=False)
+
+
+def _without_tensors(where: str, labels: Any, name: str) -> Any:
+    """Tensors, also those in lists, as arrays. Nothing is masked."""
+    if isinstance(labels, Tensor):
+        is_tensor(where, **{name: labels})
+        labels = on_host(where, name, labels)
+        return (labels.float() if labels.is_floating_point() and labels.itemsize < 4 else labels).numpy(force=True)
+    if isinstance(labels, (list, tuple)):
+        kinds = set(map(type, labels))
+        if any(issubclass(kind, (Tensor, list, tuple, np.ndarray)) for kind in kinds):
+            return [_without_tensors(where, item, name) for item in labels]
+    if np.ma.is_masked(labels):
+        raise problem(where, f"{name} must not be masked", got="masked values", fix=f"Use {name}.compressed().")
+    return labels
+
+
+def scalar(where: str, name: str, value: Any) -> Any:
+    """A number out of a tensor or array of no dimension, in the precision that it has there."""
+    if isinstance(value, (bool, numbers.Real)) or getattr(value, "ndim", None) != 0:
+        return value
+    return labels_array(where, value, name)[()]
 
 
 def label_problem(where: str, rule: str, *, got: object, fix: str = "") -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
@@ -31,6 +32,8 @@ from .._checks import (
     problem,
     readable,
     real,
+    scalar,
+    told,
     wide_dtype,
 )
 from ..errors import ShapeError
@@ -127,9 +130,11 @@ class Bins(LabelAxes):
         centers.setflags(write=False)
         self.edges, self.centers, self.categorical = edges, centers, categorical
         widths = np.diff(edges)
-        rounding = 1e-9 * widths.mean() + 4 * np.spacing(np.abs(edges).max())
-        self._even = categorical or bool((np.abs(widths - widths.mean()) <= rounding).all())
         self._width = float(np.median(widths))
+        rounding = np.full(len(widths), 1e-9 * self._width + 4 * np.spacing(np.abs(edges).max()))
+        with np.errstate(over="ignore", invalid="ignore"):  # end bins may hold the rounding of a bound in float32
+            rounding[[0, -1]] += np.fmin(np.spacing(np.abs(edges[[0, -1]]).astype(np.float32)), 1e-3 * self._width)
+        self._even = categorical or bool((np.abs(widths - self._width) <= rounding).all())
         with np.errstate(over="ignore", invalid="ignore"):
             steps = np.spacing(np.maximum(np.abs(edges[:-1]), np.abs(edges[1:])).astype(np.float32))
         self._fits_float32 = bool((_STEPS * steps <= widths).all())
@@ -165,9 +170,12 @@ class Bins(LabelAxes):
         """Bins of one width from ``low`` to ``high``.
 
         Edges are the decimals one would write by hand (``0.3``, not ``0.30000000000000004``), so that a label that
-        equals an edge falls on the right side of it in float32 and in float64 alike.
+        equals an edge falls on the right side of it in float32 and in float64 alike. A bound in less than float64, as
+        ``labels.min()`` of float32 labels is, is taken outwards where its decimal excludes it: the axis holds these
+        labels in every precision.
 
         Args:
+            low, high: numbers, or tensors or arrays of no dimension.
             width: of a bin, in label units; must divide ``high - low``. Give this or ``count``.
             count: of bins.
             integer: labels are whole numbers, as ages in years are; a bin's centre is then the mean of the whole
@@ -176,39 +184,40 @@ class Bins(LabelAxes):
         Raises:
             ValueError: the range is empty, the width does not divide it, or there would be more than ten million bins.
         """
-        instance("Bins.uniform", bool, integer=integer)
-        number("Bins.uniform", "low", low)
-        number("Bins.uniform", "high", high)
-        if not low < high:
-            raise problem("Bins.uniform", "low must be smaller than high", got=f"low={low} and high={high}")
-        if (width is None) == (count is None):
-            raise problem("Bins.uniform", "give width or count, and not both", got=f"width={width}, count={count}")
+        where = "Bins.uniform"
+        instance(where, bool, integer=integer)
+        low, high, width = (scalar(where, name, x) for name, x in (("low", low), ("high", high), ("width", width)))
+        lowest, highest = number(where, "low", low), number(where, "high", high)
+        if (largest := max(abs(lowest), abs(highest))) > _LARGEST:
+            raise _too_large(where, "low and high", largest)
         # str, since it is the shortest decimal that names the number, also for a float32.
-        start, span = Fraction(str(low)), Fraction(str(high)) - Fraction(str(low))
+        start, end = Fraction(str(low)), Fraction(str(high))
+        if not (lowest < highest and start < end):
+            raise problem(where, "low must be smaller than high", got=f"low={low} and high={high}")
+        if (width is None) == (count is None):
+            raise problem(where, "give width or count, and not both", got=f"width={width}, count={count}")
         if width is not None:
-            number("Bins.uniform", "width", width, low=0, open_low=True)
+            number(where, "width", width, low=0, open_low=True)
             step = Fraction(str(width))
-            if (span / step).denominator != 1:
-                nearest = max(1, round(span / step))
-                raise problem(
-                    "Bins.uniform",
-                    "width must divide high - low",
-                    got=f"{width} in {float(span):g}",
-                    fix=f"Use count={nearest}, or high={float(start + nearest * step):g}.",
-                )
-            number_of_bins = int(span / step)
+            number_of_bins = math.ceil((end - start) / step)
+            if number_of_bins > MOST_BINS:
+                raise problem(where, f"at most {MOST_BINS:,} bins", got=f"{number_of_bins:,}", fix="Widen them.")
+            if start + number_of_bins * step != end:
+                got, fix = f"{width} in {told(float(end - start))}", _dividing(low, high, step)
+                raise problem(where, "width must divide high - low", got=got, fix=fix)
         else:
-            number_of_bins = length("Bins.uniform", "count", count, most=MOST_BINS)
-            step = span / number_of_bins
-        if number_of_bins > MOST_BINS:
-            raise problem("Bins.uniform", f"at most {MOST_BINS:,} bins", got=f"{number_of_bins:,}", fix="Widen them.")
-        # Python's int / int rounds once, correctly; Fraction arithmetic a bin would do the same more slowly.
+            number_of_bins = length(where, "count", count, most=MOST_BINS)
+            start, end = _outwards(min, low), _outwards(max, high)
+            step = (end - start) / number_of_bins
+        # Python's int / int rounds once, correctly; Fraction arithmetic per bin would do the same more slowly.
         shared = start.denominator * step.denominator
         first, pace = int(start * shared), int(step * shared)
         edges = np.array([(first + i * pace) / shared for i in range(number_of_bins + 1)])
+        edges[0], edges[-1] = min(edges[0], lowest), max(edges[-1], highest)
         if not (edges[1:] > edges[:-1]).all():
-            raise problem("Bins.uniform", "bins must be wider than float64 resolves", got=f"width {float(step):g}")
-        return cls(edges, centers=_integer_centers("Bins.uniform", edges) if integer else None)
+            fix = "Widen them, or count labels from a nearer zero."
+            raise problem(where, "bins must be wider than float64 resolves", got=f"width {float(step):g}", fix=fix)
+        return cls(edges, centers=_integer_centers(where, edges) if integer else None)
 
     @classmethod
     def from_edges(cls, edges: Sequence[float] | np.ndarray | Tensor) -> Bins:
@@ -231,7 +240,7 @@ class Bins(LabelAxes):
             raise label_problem(where, "labels must be finite", got=f"{array[at]} at index [{at}]")
         edges = np.unique(np.quantile(array, np.linspace(0, 1, n + 1)))
         if len(edges) < 2:
-            raise problem(where, "labels must hold at least two different values", got=f"only {edges[0]:g}")
+            raise problem(where, "labels must hold at least two different values", got=f"only {told(edges[0])}")
         return cls(edges)
 
     @classmethod
@@ -406,7 +415,7 @@ class Bins(LabelAxes):
             return label_problem(where, f"{name} must not be NaN", got=place, fix="Remove these samples first.")
         if bool(broken[at]):
             return label_problem(where, f"{name} must be whole numbers where bins are classes", got=place)
-        axis = f"0 to {len(self) - 1}" if self.categorical else f"[{self.edges[0]:g}, {self.edges[-1]:g}]"
+        axis = f"0 to {len(self) - 1}" if self.categorical else f"[{told(self.edges[0])}, {told(self.edges[-1])}]"
         return label_problem(
             where,
             f"{name} must lie on the label axis {axis}",
@@ -458,6 +467,33 @@ class Bins(LabelAxes):
         return cls(**values)
 
 
+def _outwards(which: Any, bound: Any) -> Fraction:
+    """The decimal of a bound, or its value in float64, whichever is further out."""
+    decimal = Fraction(str(bound))
+    narrow = isinstance(bound, np.floating) and bound.itemsize < 8
+    return which(decimal, Fraction(float(bound))) if narrow else decimal
+
+
+def _dividing(low: Any, high: Any, step: Fraction) -> str:
+    """What makes whole bins of this width out of an axis that holds all of low to high."""
+    start, end = _outwards(min, low), _outwards(max, high)
+    count = math.ceil((end - Fraction(str(low))) / step)
+    ends = {"high": Fraction(str(low)) + count * step}
+    if not _is_decimal(*ends.values()):
+        ends = {"low": math.floor(start / step) * step, "high": math.ceil(end / step) * step}
+    other = " and ".join(f"{name}={told(float(x))}" for name, x in ends.items())
+    return f"Use count={count}" + (f", or {other}." if _is_decimal(*ends.values()) else ".")
+
+
+def _is_decimal(*numbers: Fraction) -> bool:
+    """Whether these are what their floats are written as."""
+    return all(Fraction(str(float(x))) == x for x in numbers)
+
+
+def _too_large(where: str, name: str, largest: float) -> Exception:
+    return problem(where, f"{name} must lie within {_LARGEST:.3g} of zero", got=f"{largest:.3g}")
+
+
 def taken(table: Tensor, index: Tensor) -> Tensor:
     """``table[index]``, which reads an index of no dimension on the host."""
     return table.index_select(0, index.flatten()).reshape(index.shape)
@@ -470,14 +506,14 @@ def _edges_array(where: str, edges: object) -> np.ndarray:
             where, "edges must be one row of at least two numbers", got=f"shape {array.shape}", error=ShapeError
         )
     if not (np.abs(array) <= _LARGEST).all() and np.isfinite(array).all():
-        raise problem(where, f"edges must lie within {_LARGEST:.3g} of zero", got=f"{np.abs(array).max():g}")
+        raise _too_large(where, "edges", float(np.abs(array).max()))
     sound = (array[1:] > array[:-1]) & np.isfinite(array[1:]) & np.isfinite(array[:-1])
     if not sound.all():
         at = int(np.argmin(sound))
         raise problem(
             where,
             "edges must be finite and strictly rising",
-            got=f"{array[at]:g} followed by {array[at + 1]:g} at position {at}",
+            got=f"{told(array[at])} followed by {told(array[at + 1])} at position {at}",
             fix="Sort them and drop repeats: numpy.unique(edges).",
         )
     return array
@@ -508,7 +544,7 @@ def _integer_centers(where: str, edges: np.ndarray) -> np.ndarray:
         raise problem(
             where,
             "with integer=True every bin must hold a whole number",
-            got=f"[{edges[at]:g}, {edges[at + 1]:g})",
+            got=f"[{told(edges[at])}, {told(edges[at + 1])})",
             fix="Use a width of at least 1.",
         )
     return (first + last) / 2

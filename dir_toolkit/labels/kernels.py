@@ -25,9 +25,8 @@ _SCIPY_MODE = {"reflect": "reflect", "mirror": "mirror", "zero": "constant"}
 def _offsets(where: str, size: int) -> np.ndarray:
     size = length(where, "size", size, most=MOST_BINS)
     if size % 2 == 0:
-        raise problem(
-            where, "size must be odd, so that the window has a middle", got=size, fix=f"Use {size - 1} or {size + 1}."
-        )
+        fix = f"Use {size - 1}" + (f" or {size + 1}." if size < MOST_BINS else ".")
+        raise problem(where, "size must be odd, so that the window has a middle", got=size, fix=fix)
     return np.arange(size) - size // 2
 
 

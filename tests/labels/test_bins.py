@@ -69,7 +69,10 @@ def test_a_label_that_equals_a_decimal_edge_falls_on_its_right_side(low: float, 
 
 def test_tenths_are_the_tenths_one_writes() -> None:
     assert Bins.uniform(0, 1, width=0.1).edges.tolist() == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
-    assert Bins.uniform(0, np.float32(0.3), width=np.float32(0.1)).edges.tolist() == [0, 0.1, 0.2, 0.3]
+    # The end lies further out than 0.3, where the float32 does.
+    bins = Bins.uniform(0, np.float32(0.3), width=np.float32(0.1))
+    assert bins.edges.tolist() == [0, 0.1, 0.2, float(np.float32(0.3))]
+    assert (bins.relative_widths == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -78,9 +81,19 @@ def test_tenths_are_the_tenths_one_writes() -> None:
         ({"low": 1, "high": 1, "count": 1}, "low must be smaller than high, got low=1 and high=1"),
         ({"low": 0, "high": 1}, "give width or count, and not both, got width=None, count=None"),
         ({"low": 0, "high": 1, "width": 1, "count": 1}, "give width or count, and not both"),
-        ({"low": 0, "high": 10, "width": 3}, "width must divide high - low, got 3 in 10. Use count=3, or high=9."),
+        ({"low": 0, "high": 10, "width": 3}, "width must divide high - low, got 3 in 10. Use count=4, or high=12."),
         ({"low": 0, "high": 1, "width": 1e-9}, "at most 10,000,000 bins, got 1,000,000,000"),
         ({"low": 0, "high": 1, "count": 10**9}, "count must be at most 10,000,000, got 1000000000"),
+        ({"low": 1, "high": 1.3, "width": 0.1 + 1e-9}, "width must divide high - low, got 0.100000001 in 0.3. Use"),
+        ({"low": 0, "high": 0.1 + 1e-9, "width": 0.1}, "width must divide high - low, got 0.1 in 0.100000001. Use"),
+        ({"low": -1e308, "high": 1e308, "count": 2}, "low and high must lie within 4.49e+307 of zero, got 1e+308"),
+        ({"low": np.float32(0.7), "high": 0.7, "width": 0.1}, "low must be smaller than high"),
+        ({"low": [0], "high": 1, "count": 1}, "low must be a number, got [0]"),
+        ({"low": 0, "high": torch.ones(1), "count": 1}, "high must be a number, got tensor([1.])"),
+        (
+            {"low": torch.zeros((), device="meta"), "high": 1, "count": 1},
+            "low must hold values, got a tensor on the meta",
+        ),
         ({"low": 1e16, "high": 1e16 + 4, "count": 8}, "bins must be wider than float64 resolves"),
         ({"low": 0, "high": np.inf, "count": 1}, "high must be finite"),
         ({"low": np.nan, "high": 1, "count": 1}, "low must be finite"),
@@ -94,6 +107,40 @@ def test_tenths_are_the_tenths_one_writes() -> None:
 def test_uniform_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"^Bins.uniform: {re.escape(message)}"):
         Bins.uniform(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("how", ["numpy", "torch", "array"])
+def test_an_axis_from_the_least_to_the_largest_label_holds_all(dtype: Any, how: str) -> None:
+    for seed in range(60):
+        y = (np.random.default_rng(seed).standard_normal(50) * 10 ** (seed % 7 - 3)).astype(dtype)
+        low, high = y.min(), y.max()
+        if how == "torch":
+            low, high = torch.from_numpy(y).min(), torch.from_numpy(y).max()
+        elif how == "array":
+            low, high = np.array(low), np.array(high)
+        bins = Bins.uniform(low, high, count=7)
+        assert (bins.relative_widths == 1).all()
+        for labels in (y, torch.from_numpy(y), y.astype(np.float32), y.astype(np.float64), y.tolist()):
+            index = np.asarray(bins.index(labels))
+            assert index[y.argmin()] == 0
+            assert index[y.argmax()] == 6
+
+
+def test_a_width_and_bounds_in_float32_give_decimals_that_hold_the_bounds() -> None:
+    for low, high in ((0.1, 0.7), (-0.7, 0.3), (0.7, 1.3), (-1.2, -0.1)):
+        bins = Bins.uniform(np.float32(low), np.float32(high), width=0.1)
+        ends = [float(np.float32(low)), float(np.float32(high))]
+        assert bins.index(ends).tolist() == [0, len(bins) - 1]
+        assert bins.index(np.array(ends, dtype=np.float32)).tolist() == [0, len(bins) - 1]
+        assert bins.edges[1:-1].tolist() == [round(low + 0.1 * i, 1) for i in range(1, len(bins))]
+        assert (bins.relative_widths == 1).all()
+
+
+def test_sentences_never_show_two_numbers_alike() -> None:
+    bins = Bins.uniform(-3.899420738, 3.06603670, count=50)
+    with pytest.raises(LabelError, match=re.escape("axis [-3.899420738, 3.0660367], got 3.0660367012")):
+        bins.index([3.0660367012])
 
 
 def test_edges_may_be_uneven_negative_and_of_any_scale() -> None:
@@ -114,6 +161,12 @@ def test_edges_may_be_uneven_negative_and_of_any_scale() -> None:
         ([0, 1, 1], ValueError, r"edges must be finite and strictly rising, got 1 followed by 1 at position 1\."),
         ([0, np.nan, 1], ValueError, r"edges must be finite and strictly rising, got 0 followed by nan"),
         ([0, np.inf], ValueError, r"edges must be finite and strictly rising"),
+        ([0, 1e308], ValueError, r"edges must lie within 4\.49e\+307 of zero, got 1e\+308"),
+        (
+            [0, 1.0000001, 1.00000009],
+            ValueError,
+            r"edges must be .*, got 1\.0000001 followed by 1\.00000009 at position 1\.",
+        ),
         (None, TypeError, "edges must be integers or floats"),
         ("ab", TypeError, "edges must be integers or floats"),
     ],
@@ -280,8 +333,54 @@ def test_labels_that_are_no_numbers_are_refused_by_name(labels: Any) -> None:
         Bins.uniform(0, 10, width=1).index(labels)
 
 
+class NoArray:
+    """As an xarray.Dataset and an array of CuPy are: it says that it is an array, and then is not."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        raise TypeError("Implicit conversion is not allowed.")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor(5.0, dtype=torch.bfloat16)],
+        [torch.tensor(1.0, requires_grad=True), 5.0],
+        (torch.tensor(1), np.float32(5)),
+        np.array([1.0, 5.0], dtype=np.longdouble),
+        torch.tensor([-1.0, -5.0]).neg(),
+        torch._neg_view(torch.tensor([-1.0, -5.0])),
+        torch.tensor([1j, 5j]).conj().imag.neg(),
+        np.ma.array([1.0, 5.0], mask=[False, False]),
+    ],
+    ids=["bf16", "grad", "mixed", "long", "neg", "view", "imag", "unmasked"],
+)
+def test_unusual_holders_of_plain_numbers_are_read(labels: Any) -> None:
+    bins = Bins.uniform(0, 10, width=1)
+    assert bins.index(labels).tolist() == [1, 5]
+    assert LabelDensity.count(labels, bins).counts.tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 0, 0]
+
+
 def test_ragged_and_sparse_labels_are_refused_by_name() -> None:
     bins = Bins.uniform(0, 10, width=1)
+    masked = np.ma.array([1.0, 2.0], mask=[False, True])
+    for labels in (masked, [masked, masked], [1.0, np.ma.masked]):
+        with pytest.raises(
+            ValueError, match=r"^Bins\.index: labels must not be masked, got masked values\. Use labels"
+        ):
+            bins.index(labels)
+    for labels in (
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        [torch.ones(2).to_sparse()],
+    ):
+        with pytest.raises(TypeError, match=r"^Bins\.index: labels must be (one )?dense"):
+            bins.index(labels)
+    with pytest.raises(
+        TypeError, match=r"^Bins\.index: labels must form one array of numbers, got NoArray\. Hand over"
+    ):
+        bins.index(NoArray())
+    for outside in ("raise", "clip"):
+        with pytest.raises(ValueError, match=r"^Bins\.index: labels must hold values, got a tensor on the meta device"):
+            bins.index([torch.zeros((), device="meta")], outside)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="labels must form one array of numbers, got rows of different lengths"):
         bins.index([[1, 2], [3]])
     with pytest.raises(TypeError, match="labels must be dense"):

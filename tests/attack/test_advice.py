@@ -1,0 +1,167 @@
+"""Advice that names what to use works when it is followed: each such sentence is provoked, read, and done.
+
+A sentence of the files named in FILES that begins with "Use" and is provoked by no test here fails the last test.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dir_toolkit as dt
+from dir_toolkit import Bins, _checks
+from dir_toolkit.labels.kernels import laplace, smooth, triangular
+
+FILES = ("_checks.py", "labels/bins.py", "labels/soft_labels.py", "labels/kernels.py", "heads/decoding.py")
+
+heard: list[str] = []
+
+
+def advice(call: Callable[[], object], pattern: str) -> re.Match[str]:
+    """What the error of this call says is to be done."""
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call()
+    heard.append(str(caught.value))
+    found = re.search(pattern, str(caught.value))
+    assert found, str(caught.value)
+    return found
+
+
+def done(code: str, **names: Any) -> Any:
+    return eval(code, {"numpy": np, "torch": torch, "dt": dt, "dir_toolkit": dt, **names})
+
+
+AXES: list[tuple[Any, Any, Any]] = [
+    (0, 611.657, 10),
+    (0, 10, 3),
+    (-3.89942, 3.0660367012023926, 0.1),
+    (0.12345678901234567, 6.2, 0.1),
+    (1, 1.3, 0.1 + 1e-9),
+    (0.1, 0.15, 7),
+    (-1e-7, 1e-7, 0.3e-8),
+    (1e9 + 0.1, 1e9 + 10, 0.4),
+    *((*np.random.default_rng(seed).lognormal(sigma=2, size=2).cumsum(), 0.25) for seed in range(20)),
+    *(
+        (*np.random.default_rng(seed).lognormal(sigma=2, size=2).cumsum().astype(np.float32), np.float32(0.1))
+        for seed in range(40)
+    ),
+]
+
+
+@pytest.mark.parametrize(("low", "high", "width"), AXES)
+def test_a_width_that_does_not_divide(low: Any, high: Any, width: Any) -> None:
+    found = advice(
+        lambda: Bins.uniform(low, high, width=width),
+        r"Use count=(?P<count>\d+)(, or (low=(?P<low>\S+) and )?high=(?P<high>\S+))?\.$",
+    )
+    axes = [Bins.uniform(low, high, count=int(found["count"]))]
+    if found["high"]:
+        axes.append(Bins.uniform(float(found["low"]) if found["low"] else low, float(found["high"]), width=width))
+        np.testing.assert_allclose(np.diff(axes[1].edges), float(str(width)), rtol=1e-4)
+    else:
+        assert len(str(width)) > 6  # only where no decimals are to be had
+    for bins in axes:
+        for kind in (np.float32, np.float64) if high < 1e6 else (np.float64,):
+            index = bins.index(np.array([low, high], dtype=kind))
+            assert index[0] <= 1
+            assert index[1] >= len(bins) - 2
+        assert bins.edges[0] <= float(low) < float(high) <= bins.edges[-1]
+
+
+def test_whole_numbers_need_a_width_of_one() -> None:
+    found = advice(lambda: Bins.uniform(0, 3, width=0.5, integer=True), r"Use a width of at least (\S+)\.$")
+    assert len(Bins.uniform(0, 3, width=float(found[1]), integer=True)) == 3
+
+
+@pytest.mark.parametrize("edges", [[0, 1, 1, 2], [2, 0, 1], [1, 0.0, -0.0]])
+def test_edges_sorted_without_repeats(edges: list[float]) -> None:
+    found = advice(lambda: Bins.from_edges(edges), r"Sort them and drop repeats: (\S+)\.$")
+    assert Bins.from_edges(done(found[1], edges=edges)).edges.tolist() == sorted({x + 0.0 for x in edges})
+
+
+@pytest.mark.parametrize("size", [2, 10, 10_000_000])
+@pytest.mark.parametrize("window", [lambda n: dt.gaussian(n, 2), triangular, lambda n: laplace(n, 2)])
+def test_windows_of_even_size(window: Callable[[int], np.ndarray], size: int) -> None:
+    found = advice(lambda: window(size), r"Use (\d+)(?: or (\d+))?\.$")
+    for other in filter(None, found.groups()):
+        assert len(window(int(other))) == int(other)
+
+
+def test_windows_for_an_axis() -> None:
+    values = np.ones(4)
+    found = advice(lambda: smooth(values, np.ones((3, 3))), r"Use (dir_toolkit\S+ 2\))\.$")
+    assert len(done(found[1])) == 5
+    for bins in (1, 4, 5, 8):
+        found = advice(lambda n=bins: smooth(np.ones(n), dt.gaussian(9, 2)), r"Use at most (\d+)\.$")
+        assert smooth(np.ones(bins), dt.gaussian(int(found[1]), 2)).shape == (bins,)
+
+
+def test_what_is_no_plain_tensor() -> None:
+    bins = Bins.uniform(0, 4, width=1)
+    found = advice(lambda: dt.soft_labels([1.0, 2.0], bins, None), r"Use (torch.as_tensor\(labels\))\.$")  # type: ignore[arg-type]
+    assert dt.soft_labels(done(found[1], labels=[1.0, 2.0]), bins, None).shape == (2, 4)
+    with pytest.warns(UserWarning, match="quantiz"):
+        quantized = torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.quint8)
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(1)], layout=torch.jagged)
+    for labels, code in (
+        (torch.ones(2).to_sparse(), r"labels\.to_dense\(\)"),
+        (quantized, r"labels\.dequantize\(\)"),
+        (nested, r"torch\.cat\(labels\.unbind\(\)\)"),
+        (np.ma.array([1.0, 1.0, 9.0], mask=[False, False, True]), r"labels\.compressed\(\)"),
+    ):
+        found = advice(lambda y=labels: bins.index(y), rf"Use ({code})\.$")
+        assert bins.index(done(found[1], labels=labels)).tolist() == [1, 1]
+
+
+def test_shapes_and_devices() -> None:
+    pred, target = torch.ones(3, 1), torch.ones(3)
+    for a, b in ((pred, target), (target, pred), (torch.ones(2, 3, 1), torch.ones(2, 3))):
+        found = advice(lambda a=a, b=b: dt.weighted_l1(a, b), r"Use ((pred|target)\.squeeze\(\d\))\.$")
+        mended = {"pred": a, "target": b}
+        mended[found[2]] = done(found[1], **mended)
+        dt.weighted_l1(**mended)
+    far = target.to("meta")
+    found = advice(lambda: _checks.same_device("f", pred=target, target=far), r"Use (target\.to\(pred\.device\))\.$")
+    assert "meta" in str(far.device)
+    assert found[1] == "target.to(pred.device)"
+
+
+def test_priors() -> None:
+    for prior, zeros in (([0.5, 0.5, 0.0], False), ([30.0, 20.0, 10.0], False), ([0.6, 0.6, -0.2], True)):
+        values = torch.tensor(prior)
+        found = advice(lambda p=values, z=zeros: _checks.prior_shares("f", "prior", p, zeros=z), r"Use (dt\S+( \S+)?),")
+        shares = done(found[1], counts=[30, 20, 10])
+        _checks.prior_shares("f", "prior", torch.as_tensor(shares), zeros=zeros)
+
+
+def test_classes_decode_by_their_mode() -> None:
+    p, bins = torch.tensor([[0.2, 0.8]]), Bins.classes(2)
+    for call in (dt.decode, lambda p, bins: dt.quantiles(p, bins, 0.5), dt.interval):
+        found = advice(lambda c=call: c(p, bins), r"Use decode\(\.\.\., (how=\"mode\")\), or Bins\.uniform")
+        assert done(f"dt.decode(p, bins, {found[1]})", p=p, bins=bins).tolist() == [1]
+
+
+def patterns(file: Path) -> list[str]:
+    """The sentences of a file that begin with "Use", what they fill in standing for anything."""
+    parts = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            pieces = [re.escape(v.value) if isinstance(v, ast.Constant) else ".*" for v in node.values]
+            parts.append("".join(map(str, pieces)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts.append(re.escape(node.value))
+    return [part for part in parts if part.startswith("Use\\ ")]
+
+
+def test_every_such_sentence_was_followed() -> None:
+    package = Path(dt.__file__).parent
+    expected = {pattern: name for name in FILES for pattern in patterns(package / name)}
+    assert len(expected) >= 12
+    assert [p for p in expected if not any(re.search(p, sentence) for sentence in heard)] == []
