@@ -53,7 +53,7 @@ def problem(
 def told(x: float) -> str:
     """A number for a sentence: six digits where they are the number itself, else all, so that two never look alike."""
     x = float(x)
-    return short if float(short := f"{x:g}") == x or x != x else repr(x)
+    return short if float(short := f"{x:g}") == x or x != x else repr(x).removesuffix(".0")
 
 
 def warn(where: str, message: str) -> None:
@@ -121,6 +121,14 @@ def is_tensor(where: str, **tensors: object) -> None:
         if value.is_quantized:
             got, fix = f"dtype {value.dtype}", f"Use {name}.dequantize()."
             raise problem(where, f"{name} must not be quantized", got=got, fix=fix, error=TypeError)
+
+
+def on_one_device(where: str, **tensors: Tensor) -> None:
+    """None is spread over several devices, as a DTensor is."""
+    for name, value in tensors.items():
+        if type(value) not in (Tensor, nn.Parameter) and hasattr(value, "full_tensor"):
+            got, fix = f"a {type(value).__name__}", f"Use {name}.to_local(), or {name}.full_tensor()."
+            raise problem(where, f"{name} must be a plain tensor", got=got, fix=fix, error=TypeError)
 
 
 def on_host(where: str, name: str, tensor: Tensor) -> Tensor:
@@ -370,6 +378,7 @@ def _without_tensors(where: str, labels: Any, name: str) -> Any:
     """Tensors, also those in lists, as arrays. Nothing is masked."""
     if isinstance(labels, Tensor):
         is_tensor(where, **{name: labels})
+        on_one_device(where, **{name: labels})
         labels = on_host(where, name, labels)
         return (labels.float() if labels.is_floating_point() and labels.itemsize < 4 else labels).numpy(force=True)
     if isinstance(labels, (list, tuple)):

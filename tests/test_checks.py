@@ -243,3 +243,16 @@ def test_what_may_be_kept_is_plain() -> None:
         kept.append(_checks.plain(torch.ones(2)))
     torch.func.grad(lambda y: (kept.append(_checks.plain(y)), y.sum())[1])(torch.ones(2))
     assert kept == [False] * 3
+
+
+def test_what_lies_on_several_devices_is_refused() -> None:
+    class DTensor(torch.Tensor):
+        def full_tensor(self) -> torch.Tensor: ...  # type: ignore[empty-body]
+
+    spread = torch.ones(2).as_subclass(DTensor)
+    message = r"^f: x must be a plain tensor, got a DTensor\. Use x\.to_local\(\), or x\.full_tensor\(\)\.$"
+    for call in (lambda: _checks.on_one_device("f", x=spread), lambda: _checks.labels_array("f", [spread], "x")):
+        with pytest.raises(TypeError, match=message):
+            call()
+    _checks.on_one_device("f", x=torch.ones(2), y=torch.nn.Parameter(torch.ones(2)))
+    assert not _checks.readable(spread)

@@ -27,6 +27,7 @@ from .._checks import (
     no_values,
     not_empty,
     number,
+    on_one_device,
     one_of,
     plain,
     problem,
@@ -97,6 +98,7 @@ class LabelAxes(ABC):
             rule = f"probabilities must have {len(self)} values in the last axis, one a bin"
             raise problem(where, rule, got=f"shape {tuple(probabilities.shape)}", error=ShapeError)
         floats(where, probabilities=probabilities)
+        on_one_device(where, probabilities=probabilities)
         distributions(where, probabilities=probabilities)
         return probabilities.to(wide_dtype(probabilities))
 
@@ -158,7 +160,12 @@ class Bins(LabelAxes):
     def _wide(self, *tensors: Tensor) -> torch.dtype:
         """The dtype in which labels of this axis are computed from these tensors: float64 if one of them is of it, or
         where float32 does not resolve the bins; else float32."""
-        return wide_dtype(*tensors) if self._fits_float32 else torch.float64
+        if self._fits_float32:
+            return wide_dtype(*tensors)
+        if any(t.device.type == "mps" for t in tensors):
+            rule = "an axis that float32 does not resolve needs a device that knows float64"
+            raise problem(repr(self), rule, got="mps", fix="Count labels from a nearer zero.")
+        return torch.float64
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
         return Bins.from_dict, (self.settings,)
@@ -290,7 +297,7 @@ class Bins(LabelAxes):
     def __repr__(self) -> str:
         if self.categorical:
             return f"Bins.classes({len(self)})"
-        return f"<Bins: {len(self)} from {self.edges[0]:g} to {self.edges[-1]:g}>"
+        return f"<Bins: {len(self)} from {told(self.edges[0])} to {told(self.edges[-1])}>"
 
     @overload
     def index(self, labels: Tensor, outside: Outside = "raise") -> Tensor: ...
@@ -324,10 +331,13 @@ class Bins(LabelAxes):
             return self._place(where, tensor, outside, name).numpy()
         is_tensor(where, **{name: labels})
         real(where, **{name: labels})
+        on_one_device(where, **{name: labels})
         if outside == "raise" and labels.is_meta:
             raise no_values(where, name)
         labels = labels.detach()
-        values = labels.double() if not labels.is_floating_point() else labels
+        # Apple's GPUs have no float64.
+        wide = torch.float32 if labels.device.type == "mps" else torch.float64
+        values = labels if labels.is_floating_point() else labels.to(wide)
         if readable(values) and (not labels.is_floating_point() or labels.dtype in (torch.float32, torch.float64)):
             quick = self._quick_index(labels.numpy(force=True))
             if quick is not None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from dir_toolkit import Bins, LabelDensity
+from dir_toolkit import Bins, LabelDensity, decode, soft_labels
 from dir_toolkit.errors import LabelError, ShapeError
 
 
@@ -534,3 +535,42 @@ def test_relative_widths_are_ones_on_even_axes_and_classes_and_average_one_on_ot
     assert Bins.from_edges([0, 1, 2, 6]).relative_widths.tolist() == [0.5, 0.5, 2.0]
     grid = Bins.grid(Bins.from_edges([0, 1, 4]), Bins.classes(2))
     assert grid.relative_widths.tolist() == [0.5, 0.5, 1.5, 1.5]
+
+
+def test_a_tensor_on_several_devices_is_refused_by_name() -> None:
+    dist = torch.distributed
+    if not dist.is_available():
+        pytest.skip("torch without torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    try:
+        from torch.distributed.tensor import Replicate, distribute_tensor
+    except ImportError:  # torch 2.4
+        from torch.distributed._tensor import Replicate, distribute_tensor
+
+    bins = Bins.uniform(0, 10, width=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        labels, p = (distribute_tensor(x, mesh, [Replicate()]) for x in (torch.ones(3), torch.full((3, 10), 0.1)))
+        for call, name in (
+            (lambda: bins.index(labels), "Bins.index: labels"),
+            (lambda: soft_labels(labels, bins, 2.0), "soft_labels: labels"),
+            (lambda: LabelDensity.count(labels, bins), "LabelDensity.count: labels"),
+            (lambda: bins.expectation(p), "Bins.expectation: probabilities"),
+            (lambda: decode(p, bins, "median"), "decode: probabilities"),
+        ):
+            with pytest.raises(TypeError, match=rf"^{name} must be a plain tensor, got a DTensor\. Use \w+\.to_local"):
+                call()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_apples_gpus_get_a_sentence_where_float64_is_needed() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        p = torch.empty(3, 10, device="mps")
+        assert decode(p, Bins.uniform(0, 10, width=1), "mode").dtype == torch.float32
+        with pytest.raises(
+            ValueError, match=r"10 from 1e\+09 to 1000000010>: an axis that .* float64, got mps\. Count"
+        ):
+            decode(p, Bins.uniform(1e9, 1e9 + 10, width=1))
