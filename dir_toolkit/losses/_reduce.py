@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from .._checks import (
     wide_dtype,
 )
 from ..errors import ShapeError
+from ..labels.bins import Bins, Outside
 
 __all__ = [
     "Reduction",
@@ -58,6 +60,35 @@ def present(values: Tensor, weight: Tensor | None) -> Tensor:
         return values
     absent = weight.to(values.dtype) == 0
     return values.masked_fill(absent if values.ndim == weight.ndim else absent[:, None], 0.0)
+
+
+def finite_targets(where: str, weight: Tensor | None, **targets: Tensor) -> None:
+    """No label is NaN or infinite whose weight is above zero, and no weight. Accelerator tensors are not looked at."""
+    if weight is not None:
+        finite(where, weight=weight)
+    for name, target in targets.items():
+        if target.is_floating_point() and readable(target) and not bool(target.isfinite().all()):
+            finite(where, **{name: present(target.detach(), weight)})
+
+
+def within(where: str, name: str, labels: Tensor, bins: Bins, weight: Tensor | None, outside: Outside) -> Tensor | None:
+    """The weights, with zeros for labels beyond the axis under ``"drop"``, and on an accelerator NaN under ``"raise"``.
+
+    Raises:
+        LabelError: a label lies beyond the axis, under ``"raise"``, where values may be looked at.
+    """
+    if outside == "clip":
+        return weight
+    looked_at = readable(labels)
+    if looked_at and weight is not None and bool((absent := weight == 0).any()):
+        if bool(absent.all()):
+            return weight
+        labels = torch.where(absent, labels[~absent][0], labels)
+    index = bins._place(where, labels, outside if looked_at else "drop", name)
+    if looked_at and outside == "raise":
+        return weight
+    weight = torch.ones_like(index, dtype=wide_dtype(labels)) if weight is None else weight.to(wide_dtype(weight))
+    return weight.masked_fill((index < 0) & (weight != 0), math.nan if outside == "raise" else 0.0)
 
 
 def checked_rows(

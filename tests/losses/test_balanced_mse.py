@@ -16,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from dir_toolkit import Bins, LabelDensity, weighted_mse
-from dir_toolkit.errors import DirToolkitError, ShapeError
+from dir_toolkit.errors import DirToolkitError, DirToolkitWarning, LabelError, ShapeError
 from dir_toolkit.losses.balanced_mse import BatchMCLoss, BinnedIntegrationLoss, GaussianMixtureLoss
 
 BINS = Bins.uniform(-4, 4, width=0.5)
 PRIOR = np.array([1, 0, 2, 5, 9, 8, 7, 6, 5, 4, 3, 2, 2, 1, 1, 0]) / 56
+LIMITS = list(zip(BINS.edges[:-1].tolist(), BINS.edges[1:].tolist(), strict=True))
 MIXTURE = ([0.25, 0.75], [-1.5, 0.5], [0.25, 2.0])
 PLANE = ([0.5, 0.25, 0.25], [[0, 1], [-1, 0.5], [2, 2]], [[0.5, 1], [2, 0.25], [1, 0.75]])
 
@@ -58,6 +59,15 @@ def normals(y: list[float], mean: list[float], variance: list[float]) -> float:
     return math.prod(normal(*numbers) for numbers in zip(y, mean, variance, strict=True))
 
 
+def mean_normal(mean: float, variance: float, low: float, high: float) -> float:
+    """The mean of the density between two limits."""
+    low, high, scale = low - mean, high - mean, math.sqrt(2 * variance)
+    low, high = (low, high) if high > 0 else (-high, -low)  # to the side where tails are small
+    if low > 0:
+        return (math.erfc(low / scale) - math.erfc(high / scale)) / (2 * (high - low))
+    return (math.erf(high / scale) - math.erf(low / scale)) / (2 * (high - low))
+
+
 def rows(x: Tensor) -> list[list[float]]:
     return x.reshape(len(x), -1).tolist()
 
@@ -72,11 +82,18 @@ def naive(loss: Any, pred: Tensor, target: Tensor, weight: Tensor | None = None)
         if isinstance(loss, BatchMCLoss):
             integral = sum(v * normals(other, p, noise) for other, v in zip(rows(target), weights, strict=True))
         elif isinstance(loss, GaussianMixtureLoss):
-            parts = zip(loss.weights.tolist(), rows(loss.means), rows(loss.variances), strict=True)
+            shares, means, variances = loss.weights.tolist(), rows(loss.means), rows(loss.variances)
+            parts = list(zip(shares, means, variances, strict=True))
             integral = sum(k * normals(p, mean, [v + variance for v in own]) for k, mean, own in parts)
+            middle = np.average(means, 0, shares)
+            total = np.average(np.square(np.array(means) - middle) + np.array(variances), 0, shares)
+            background = normals(p, middle.tolist(), (total + 2 * variance).tolist())
+            integral = (1 - 1e-9) * integral + 1e-9 * background
         else:
-            centers = BINS.centers.tolist()
-            integral = sum(k * normal(c, p[0], variance) for k, c in zip(loss.prior.tolist(), centers, strict=True))
+            integral = sum(
+                k * mean_normal(p[0], variance, *own) for k, own in zip(loss.prior.tolist(), LIMITS, strict=True)
+            )
+            integral = (1 - 1e-9) * integral + 1e-9 * normal(p[0], 0, 8**2 + 2 * variance)
         values.append(w * 2 * variance * (-math.log(normals(y, p, noise)) + math.log(integral)))
     return torch.tensor(values, dtype=torch.float64)
 
@@ -90,12 +107,14 @@ def test_values_by_hand() -> None:
     assert batch(pred, target).item() == pytest.approx(sum(expected) / 2, rel=1e-6)
     assert batch(pred, target, reduction="sum").item() == pytest.approx(sum(expected), rel=1e-6)
 
-    mixture = GaussianMixtureLoss([1.0], [0.0], [3.0])
+    mixture = GaussianMixtureLoss([1.0], [0.0], [3.0], noise_sigma=1.0)
     expected_one = 2 * (0.5 * (3 - 2) ** 2 - math.log(2) - 9 / 8)
     assert mixture(torch.tensor([3.0]), torch.tensor([2.0])).item() == pytest.approx(expected_one, rel=1e-6)
 
-    bins = BinnedIntegrationLoss(Bins.uniform(0, 3, width=1), [0.5, 0.0, 0.5])  # centers 0.5, 1.5, 2.5
-    expected_one = 2 * (0.5 + math.log(0.5 * math.exp(-0.125) + 0.5 * math.exp(-1.125)))
+    bins = BinnedIntegrationLoss(Bins.uniform(0, 3, width=1), [0.5, 0.0, 0.5], noise_sigma=1.0)
+    # Between 0 and 1, and between 2 and 3, as seen from 1: Phi(0) - Phi(-1) and Phi(2) - Phi(1).
+    mass = 0.5 * (0.3413447461 + 0.1359051220)
+    expected_one = 2 * (0.5 + math.log(math.sqrt(2 * math.pi)) + math.log(mass))
     assert bins(torch.tensor([1.0]), torch.tensor([0.0])).item() == pytest.approx(expected_one, abs=1e-6)
 
 
@@ -138,7 +157,7 @@ def test_the_integral_is_the_one_that_quadrature_finds(form: str) -> None:
 
         bins = Bins.uniform(-8, 8, count=640)
         prior = np.array([density(c) for c in bins.centers])
-        loss, tolerance = BinnedIntegrationLoss(bins, prior / prior.sum(), noise_sigma=0.75, learn=False).double(), 1e-6
+        loss, tolerance = BinnedIntegrationLoss(bins, prior / prior.sum(), noise_sigma=0.75, learn=False).double(), 1e-4
     values = []
     for p, y in zip(pred.tolist(), target.tolist(), strict=True):
         integral = quad(lambda x, p=p: normal(x, p, 0.75**2) * density(x), -12, 12, points=[p], limit=200)[0]
@@ -157,13 +176,15 @@ def test_the_three_forms_agree_on_a_large_sample() -> None:
     target = big_sample(1500)
     pred = 0.8 * target + 1
     bins = Bins.uniform(-5, 25, width=0.02)
-    binned = BinnedIntegrationLoss(bins, LabelDensity.count(target, bins))(pred, target, reduction="none")
-    batch = BatchMCLoss()(pred, target, reduction="none") - 2 * math.log(1500)
+    binned = BinnedIntegrationLoss(bins, LabelDensity.count(target, bins), noise_sigma=1.0)(
+        pred, target, reduction="none"
+    )
+    batch = BatchMCLoss(1.0)(pred, target, reduction="none") - 2 * math.log(1500)
     assert_close(batch, binned, rtol=0, atol=5e-3)  # a label is up to 0.01 from its bin's center
     body = target < 13  # beyond, too few samples tell the density
 
     def distance(components: int) -> float:
-        mixture = GaussianMixtureLoss.fit(target, components=components)
+        mixture = GaussianMixtureLoss.fit(target, components=components, noise_sigma=1.0)
         return (mixture(pred, target, reduction="none") - binned)[body].abs().mean().item()
 
     assert distance(2) < 0.03
@@ -177,9 +198,9 @@ def test_the_prediction_is_balanced_where_mse_shrinks_it_toward_the_frequent(for
     seen = target + torch.randn(1000, generator=generator, dtype=torch.float64)  # noise of standard deviation 1
     bins = Bins.uniform(-5, 5, width=0.1)
     losses: dict[str, Callable[..., Tensor]] = {
-        "batch": BatchMCLoss(learn=False),
-        "mixture": GaussianMixtureLoss([1.0], [0.0], [1.0], learn=False),
-        "bins": BinnedIntegrationLoss(bins, LabelDensity.count(target, bins), learn=False),
+        "batch": BatchMCLoss(1.0, learn=False),
+        "mixture": GaussianMixtureLoss([1.0], [0.0], [1.0], noise_sigma=1.0, learn=False),
+        "bins": BinnedIntegrationLoss(bins, LabelDensity.count(target, bins), noise_sigma=1.0, learn=False),
     }
 
     def best_slope(loss: Callable[..., Tensor]) -> float:
@@ -271,11 +292,18 @@ def test_weight_two_is_seen_twice_and_weight_zero_is_absent(form: str) -> None:
     assert all(p.grad.isfinite() for p in loss.parameters())
 
 
-def test_a_batch_of_one_has_nothing_to_be_compared_with() -> None:
-    loss = BatchMCLoss()
-    for shape in ((1,), (1, 3)):
-        with pytest.raises(ValueError, match=r"^BatchMCLoss: the batch must hold at least two samples.*got 1\. Drop a"):
-            loss(torch.ones(shape), torch.ones(shape))
+@pytest.mark.parametrize("noise_sigma", [None, 1.0])
+def test_a_batch_of_one_adds_nothing_and_says_so_once(noise_sigma: float | None) -> None:
+    loss = BatchMCLoss(noise_sigma)
+    pred = torch.ones(1, requires_grad=True)
+    with pytest.warns(DirToolkitWarning, match=r"^BatchMCLoss: a batch of one label .* adds nothing\. Drop a last"):
+        value = loss(pred, torch.zeros(1))
+    value.backward()
+    assert value == 0
+    assert pred.grad == 0
+    assert loss.log_sigma.grad == 0
+    assert loss(torch.ones(1, 3), torch.zeros(1, 3)) == 0  # and says nothing more
+    assert loss(torch.full((1,), torch.inf), torch.zeros(1)).isnan()
     for form in ("mixture", "bins"):
         pred, target, _ = samples(form, 1)
         assert_close(built(form)(pred, target, reduction="none"), naive(built(form), pred, target))
@@ -327,24 +355,27 @@ def test_the_module_survives_copies_and_changes_nothing(form: str) -> None:
     other.load_state_dict(loss.state_dict())
     assert torch.equal(other(pred, target, weight), result)
     assert repr(other).startswith(type(loss).__name__)
-    assert "noise_sigma=2, learn=True" in repr(other)
+    assert "noise_sigma=2.0, learn=True" in repr(other)
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     assert torch.equal(compiled(pred, target, weight), result)
     meta = [x.to("meta") for x in (pred, target, weight)]
     assert copy.deepcopy(loss).to("meta")(*meta).device.type == "meta"  # no value is looked at
-    target.requires_grad_()
-    assert torch.equal(loss(pred.requires_grad_(), target, weight), result)
+    pred.requires_grad_()
+    assert torch.equal(loss(pred, target.requires_grad_(), weight), result)
+    with pytest.raises(ValueError, match=r"target must hold labels, which have no gradient, .* Pass pred first\.$"):
+        loss(pred.detach(), target, weight)
 
 
 def test_the_states_hold_what_the_losses_know() -> None:
-    assert list(BatchMCLoss().state_dict()) == ["log_sigma"]
-    assert list(BatchMCLoss(learn=False).state_dict()) == ["sigma"]
+    assert list(BatchMCLoss(1.0).state_dict()) == ["log_sigma"]
+    assert list(BatchMCLoss().state_dict()) == ["log_sigma", "unit"]
+    assert list(BatchMCLoss(1.0, learn=False).state_dict()) == ["sigma"]
     assert list(GaussianMixtureLoss(*PLANE).state_dict()) == ["log_sigma", "weights", "means", "variances"]
-    assert list(BinnedIntegrationLoss(BINS, PRIOR).state_dict()) == ["log_sigma", "centers", "prior"]
+    assert list(BinnedIntegrationLoss(BINS, PRIOR).state_dict()) == ["log_sigma", "prior"]
     assert repr(BatchMCLoss(0.5, learn=False)) == "BatchMCLoss(noise_sigma=0.5, learn=False, gather=False)"
-    assert repr(GaussianMixtureLoss(*PLANE)) == "GaussianMixtureLoss(components=3, noise_sigma=1, learn=True)"
-    expected = "BinnedIntegrationLoss(bins=<Bins: 16 from -4 to 4>, noise_sigma=1, learn=True)"
-    assert repr(BinnedIntegrationLoss(BINS, PRIOR)) == expected
+    expected = "weights=[0.25, 0.75], means=[-1.5, 0.5], variances=[0.25, 2.0], noise_sigma=None, learn=True"
+    assert repr(GaussianMixtureLoss(*MIXTURE)) == f"GaussianMixtureLoss({expected})"
+    assert repr(BinnedIntegrationLoss(BINS, PRIOR)).startswith("BinnedIntegrationLoss(bins=<Bins: 16 from -4 to 4>, de")
     assert BatchMCLoss(0.1, learn=False).noise_sigma == torch.tensor(0.1)
     assert_close(BatchMCLoss(0.1).noise_sigma.detach(), torch.tensor(0.1))
 
@@ -447,11 +478,14 @@ def test_two_processes_make_the_loss_of_the_whole_batch(two_ranks: Callable[...,
 def test_arguments_are_checked(form: str) -> None:
     loss = FORMS[form][0]()
     where, (pred, target, weight) = f"^{type(loss).__name__}: ", samples(form)
+    absent = weight.clone()
+    absent[1] = 0
     for value in (torch.nan, torch.inf):
         broken, bad_weight = target.clone(), weight.clone()
         broken[1], bad_weight[1] = value, value
         with pytest.raises(ValueError, match=where + r"target must be finite, got (nan|inf) at index \[1"):
             loss(pred, broken)
+        assert torch.equal(loss(pred, broken, absent), loss(pred, target, absent))
         with pytest.raises(ValueError, match=where + r"weight must be finite, got (nan|inf) at index \[1\]"):
             loss(pred, target, bad_weight)
     with pytest.raises(ValueError, match=where + "weight must not be negative"):
@@ -582,3 +616,180 @@ def test_densities_are_checked(bins: Any, density: Any, error: type[Exception], 
     with pytest.raises(error, match=f"^BinnedIntegrationLoss: {message}") as caught:
         BinnedIntegrationLoss(bins, density)
     assert isinstance(caught.value, DirToolkitError)
+
+
+LONG_TAIL = 10 * torch.rand(2000, generator=torch.Generator().manual_seed(0)) ** 3
+FINE = Bins.uniform(0, 10, width=0.05)
+RUNNING: dict[str, Callable[[], Any]] = {
+    "bins": lambda: BinnedIntegrationLoss(FINE, LabelDensity.count(LONG_TAIL, FINE), learn=False),
+    "bins of which one holds all": lambda: BinnedIntegrationLoss(FINE, np.eye(200)[7], learn=False),
+    "uneven bins": lambda: BinnedIntegrationLoss(Bins.from_edges([0, 1, 10]), [0.9, 0.1], noise_sigma=0.3, learn=False),
+    "whole numbers": lambda: BinnedIntegrationLoss(
+        Bins.uniform(0, 10, width=1, integer=True), np.eye(10)[0] * 0.8 + 0.02, learn=False
+    ),
+    "mixture": lambda: GaussianMixtureLoss.fit(LONG_TAIL, components=4, learn=False),
+    "spikes": lambda: GaussianMixtureLoss([0.5, 0.5], [2.0, 5.0], [0.0, 0.0], learn=False),
+    "a spike": lambda: GaussianMixtureLoss([1.0], [2.0], [0.0], noise_sigma=1.0, learn=False),
+}
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])
+@pytest.mark.parametrize("label", [0.0, 0.01, 0.37, 5.0, 9.99, 10.0, 12.0])
+@pytest.mark.parametrize("form", RUNNING)
+def test_a_prediction_that_runs_away_is_brought_back(form: str, label: float, unit: float) -> None:
+    """In float32, from a thousand and a million axes away on either side."""
+    loss = RUNNING[form]()
+    sigma = loss.noise_sigma.item()
+    if unit != 1:
+        if not isinstance(loss, BinnedIntegrationLoss):
+            loss = GaussianMixtureLoss(
+                loss.weights, loss.means * unit, loss.variances * unit**2, noise_sigma=sigma * unit, learn=False
+            )
+        else:
+            bins = Bins(loss.bins.edges * unit, centers=loss.bins.centers * unit)
+            loss = BinnedIntegrationLoss(bins, loss.prior, noise_sigma=sigma * unit, learn=False)
+    target = torch.tensor([label * unit])
+    near = min(loss(target + k * sigma * unit, target).item() for k in range(-12, 13))
+    for away in (-1e7, -1e4, -100.0, 100.0, 1e4, 1e7):
+        pred = torch.tensor([away * unit], requires_grad=True)
+        value = loss(pred, target)
+        value.backward()
+        assert value > near
+        assert pred.grad is not None
+        assert pred.grad.sign() == math.copysign(1, away)
+    # Nowhere does it fall below what it is within a few sigma of the label or of the ends.
+    path = (torch.linspace(-40, 50, 2000) * unit).requires_grad_()
+    values = loss(path, target.expand(2000), reduction="none")
+    assert values.min() > near - 60 * (sigma * unit) ** 2
+
+
+def test_the_bound_is_what_the_report_asks_for() -> None:
+    loss = BinnedIntegrationLoss(FINE, LabelDensity.count(LONG_TAIL, FINE), noise_sigma=1.0, learn=False)
+    pred = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([pred], lr=0.1)
+    for _ in range(3000):
+        optimizer.zero_grad()
+        loss(pred, torch.tensor([0.01])).backward()
+        optimizer.step()
+    assert -8 < pred.item() < 0.1
+
+
+def test_gradients_far_out_are_those_of_float64() -> None:
+    for form in FORMS:
+        pred, target, _ = samples(form)
+        for away in (3.0, 30.0, 1e3, 1e5):
+            grads = []
+            for dtype in (torch.float32, torch.float64):
+                own = (pred.sign() * away).to(dtype).requires_grad_()
+                loss = FORMS[form][0](noise_sigma=0.5, learn=False).to(dtype)
+                loss(own, target.float().to(dtype), reduction="sum").backward()
+                assert own.grad is not None
+                grads.append(own.grad.double())
+            assert_close(grads[0], grads[1], rtol=2e-4, atol=2e-3)
+
+
+def test_bins_far_narrower_than_the_noise_lose_no_digits() -> None:
+    bins = Bins.uniform(-4, 4, count=40_000)
+    shares = np.exp(-(bins.centers**2) / 2)
+    shares /= shares.sum()
+    pred, target, _ = (x.float() for x in samples("bins"))
+    wide = BinnedIntegrationLoss(bins, shares, noise_sigma=1.0).double()
+    narrow = BinnedIntegrationLoss(bins, shares, noise_sigma=1.0)
+    assert_close(narrow(pred, target).double(), wide(pred.double(), target.double()), rtol=0, atol=2e-5)
+    spike = BinnedIntegrationLoss(bins, (np.arange(40_000) == 20_000).astype(float), noise_sigma=100.0).double()
+    center = torch.tensor(bins.centers[20_000])
+    pred, target = pred.double(), target.double()
+    expected = weighted_mse(pred, target) - weighted_mse(pred, center.expand(9))
+    assert_close(spike(pred, target), expected, rtol=1e-4, atol=1e-4)  # but for the background
+
+
+@each_form
+def test_tiny_and_huge_noise_has_finite_gradients(form: str) -> None:
+    for noise_sigma in (1e-18, 1e-12, 1e-9, 1e-6, 1e6, 1e12, 1e18):
+        loss = FORMS[form][0](noise_sigma=noise_sigma)
+        for scale in (1.0, noise_sigma):
+            pred, target, _ = (x.float() * scale for x in samples(form))
+            pred.requires_grad_()
+            loss(pred, target).backward()
+            assert pred.grad is not None
+            assert pred.grad.isfinite().all()
+            assert loss.log_sigma.grad.isfinite().all()
+
+
+def test_noise_starts_at_a_tenth_of_the_labels_spread() -> None:
+    binned = BinnedIntegrationLoss(FINE, LabelDensity.count(LONG_TAIL, FINE))
+    mixture = GaussianMixtureLoss.fit(LONG_TAIL)
+    batch = BatchMCLoss()
+    assert batch.noise_sigma.isnan()
+    batch(torch.zeros(2000), LONG_TAIL)
+    for loss in (binned, mixture, batch):
+        assert loss.noise_sigma.item() == pytest.approx(0.1 * LONG_TAIL.std(correction=0).item(), rel=1e-3)
+    with pytest.raises(ValueError, match="noise_sigma must be given where the mixture has no spread"):
+        GaussianMixtureLoss([1.0], [2.0], [0.0])
+
+
+def test_the_first_batch_of_different_labels_sets_the_noise_once() -> None:
+    loss, y = BatchMCLoss(), torch.tensor([1.0, 3.0, 7.0])
+    assert loss(torch.zeros(3), torch.ones(3)).isfinite()  # all alike
+    assert loss.noise_sigma.isnan()
+    loss.eval()
+    loss(torch.zeros(3), 100 * y)  # a batch to validate on keeps nothing
+    assert loss.noise_sigma.isnan()
+    loss.train()
+    with torch.inference_mode():
+        assert BatchMCLoss()(torch.zeros(3), y).isfinite()
+        loss(torch.zeros(4), torch.tensor([1.0, 3.0, 7.0, torch.nan]), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    expected = 0.1 * y.std(correction=0)
+    assert_close(loss.noise_sigma.detach(), expected)
+    loss(torch.zeros(3), 100 * y).backward()
+    assert_close(loss.noise_sigma.detach(), expected)
+    twin = BatchMCLoss()
+    twin.load_state_dict(loss.state_dict())
+    twin(torch.zeros(3), 100 * y)
+    assert_close(twin.noise_sigma.detach(), expected)
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1e5])
+def test_defaults_are_free_of_the_label_s_unit(unit: float) -> None:
+    pred, target, _ = samples("bins", 200)
+    target = target.clamp(-4, 4)
+    scaled = Bins.from_edges(BINS.edges * unit)
+    pairs = [
+        (BatchMCLoss(), BatchMCLoss()),
+        (GaussianMixtureLoss.fit(target), GaussianMixtureLoss.fit(target * unit)),
+        (BinnedIntegrationLoss(BINS, PRIOR), BinnedIntegrationLoss(scaled, PRIOR)),
+    ]
+    for one, other in pairs:
+        assert_close(other(pred * unit, target * unit) / unit**2, one(pred, target), rtol=1e-4, atol=1e-5)
+        assert_close(other.noise_sigma / unit, one.noise_sigma, rtol=1e-4, atol=0)
+
+
+def test_labels_beyond_the_axis() -> None:
+    pred, target, weight = samples("bins")
+    far = target.clone()
+    far[2], far[5] = 4.5, -9.0
+    inside = torch.tensor([i not in (2, 5) for i in range(9)])
+    clip, drop, refuse = (
+        BinnedIntegrationLoss(BINS, PRIOR, noise_sigma=0.75, learn=False, outside=outside).double()
+        for outside in ("clip", "drop", "raise")
+    )
+    for w in (None, weight):
+        exact = clip(pred, far, w, reduction="none")
+        assert_close(exact, naive(clip, pred, far, w), rtol=1e-10, atol=1e-10)  # its error is as it is
+        own = pred.clone().requires_grad_()
+        dropped = drop(own, far, w, reduction="none")
+        assert_close(dropped, exact * inside)
+        dropped.sum().backward()
+        assert own.grad is not None
+        assert torch.equal(own.grad != 0, inside)
+        with pytest.raises(LabelError, match=r"^BinnedIntegrationLoss: target must lie on .*got 4\.5 at index \[2\]"):
+            refuse(pred, far, w)
+    assert_close(refuse(pred, far, inside.double()), clip(pred, far, inside.double()))
+    assert_close(refuse(pred, target), clip(pred, target))
+
+
+def test_buffers_keep_their_digits_in_half_precision() -> None:
+    loss = GaussianMixtureLoss([1.0], [1001.0], [0.1]).bfloat16()
+    assert loss.means.dtype == torch.float32
+    assert loss.means == 1001
+    assert loss.log_sigma.dtype == torch.bfloat16
