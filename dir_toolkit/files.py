@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from typing import BinaryIO
 
 from ._checks import problem
 
-__all__ = ["FolderLock", "naming", "write_atomically"]
+__all__ = ["FolderLock", "naming", "unwritable", "write_atomically"]
+
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
 
 
 def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], object]) -> None:
@@ -61,13 +64,21 @@ def naming(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise problem(
-            where,
-            f"{os.fspath(path)!r} must be writable to its end",
-            got=f"{type(error).__name__}: {error}",
-            fix="Free the disk, or choose another folder.",
-            error=type(error),
-        ) from error
+        raise unwritable(where, path, error, kind=type(error)) from error
+
+
+def unwritable(
+    where: str, path: str | os.PathLike[str], error: BaseException, *, kind: type[Exception], then: str = ""
+) -> Exception:
+    """The error of a file or folder that could not be written: a full disk is told from a wrong place."""
+    folder = next((place for place in (Path(path), *Path(path).parents) if place.exists()), Path())
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and not folder.is_dir():
+        rule, got, fix = "must be a folder, or lie in one", f"the file {folder}", "Choose another folder."
+    else:
+        rule, got = "must be writable to its end", f"{type(error).__name__}: {error}"
+        full = getattr(error, "errno", None) in _FULL
+        fix = "Free the disk, or choose another folder." if full else "Choose a folder that can be written to."
+    return problem(where, f"{os.fspath(path)!r} {rule}", got=got, fix=" ".join(filter(None, (fix, then))), error=kind)
 
 
 class FolderLock:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._checks import problem
 from ..errors import CheckpointError
-from ..files import write_atomically
+from ..files import unwritable, write_atomically
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -37,13 +37,8 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
     except (OSError, RuntimeError) as error:
         # torch hides what the file system said behind an error about its own archive.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise problem(
-            "save_checkpoint",
-            f"{os.fspath(path)!r} must be writable to its end",
-            got=f"{type(cause).__name__}: {cause}",
-            fix="What was there before is as it was. Free the disk, then go on from it (--resume).",
-            error=CheckpointError,
-        ) from error
+        then = "What was there before is as it was: go on from it (--resume)."
+        raise unwritable("save_checkpoint", path, cause, kind=CheckpointError, then=then) from error
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,20 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, number, problem, whole
+from .._checks import instance, number, problem, warn, whole
 from ..data.augment import augment, to_float
 from ..data.images import ImageSet
-from ..errors import CheckpointError, NonFiniteLossError, RunExistsError, SettingsError
+from ..errors import NonFiniteLossError, SettingsError, ShapeError
 from ..features.fds import FDS
-from ..files import FolderLock, naming
 from ..labels.sampling import BinSampler
 from ..labels.weights import LDS
 from ..losses.regression import weighted_l1
 from ..metrics.classification import ClassificationMetrics
 from ..metrics.regression import RegressionMetrics
-from .checkpoint import check_plain, load_checkpoint, save_checkpoint
+from .checkpoint import check_plain
+from .identity import run_identity
 from .log import RunLog
 from .optimization import Optimization, learning_rate, make_optimizer
+from .run_files import Progress, RunFiles
 from .runtime import Runtime
 
 __all__ = ["Metrics", "Optimization", "evaluate", "fit", "predict"]
@@ -38,6 +40,8 @@ Metrics = RegressionMetrics | ClassificationMetrics
 
 # On an accelerator the host looks at the loss, and the ranks agree whether to stop, once in so many steps.
 _CHECK_EVERY = 50
+
+_EARLY = 3  # epochs; where none after them is better, a training has done little good
 
 
 def fit(
@@ -63,12 +67,14 @@ def fit(
 
     Everything random follows from the seed and the place in the run: the order of an epoch from (seed, epoch), the
     augmentation and what the model draws from (seed, epoch, step, rank). So on the CPU a run that was stopped
-    anywhere, and resumed in a new process, ends with the bits of one that was not; CUDA adds up in no fixed order. Each
+    anywhere, and resumed in a new process with as many threads, ends with the bits of one that was not; with another
+    number of threads it warns, and CUDA adds up in no fixed order. Each
     global batch is dealt to the ranks in turn, and a rank's loss is its sum over samples times ranks / global batch
     size, so that n ranks step as one does, but for BatchNorm, whose statistics are those of a rank's share; an epoch's
-    last, short batch is kept unless it holds fewer than two samples a rank. Only as many ranks as started a run may go
-    on with it. Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the
-    process.
+    last, short batch is kept unless it holds fewer than two samples per rank. Only as many ranks as started a run may
+    go on with it. Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the
+    process. SIGTERM, by which schedulers end a job, does the same, however often it comes, unless the program has a
+    handler of its own.
 
     Args:
         model: from float images (N, C, H, W) in [-1, 1] to what the loss takes; moved to the runtime's device.
@@ -83,20 +89,28 @@ def fit(
         augmentation: whether to flip and shift; or a function called as ``augmentation(images, generator=generator)``
             with uint8 images.
         checkpoint_minutes: most time between two checkpoints; 0 writes one each step. One is written each epoch anyway.
-        fingerprint: plain values that tell this run from others; a checkpoint with other ones is refused.
+        fingerprint: plain values that tell this run from others, beside the settings of all that is passed here; a
+            checkpoint with other ones is refused. Of the model count its modules' classes and settings. An entry named
+            after an argument takes that one's place, for what cannot be told from another by itself, such as a lambda:
+            ``{"loss": "huber, delta 2"}``.
     Returns:
         the history, a row an epoch: ``epoch`` and ``step``, counted from 1; ``lr`` of the epoch's last step; ``loss``;
         what ``metrics.summary()`` tells of the validation set (``"mae/all"`` and ``"mae/few"`` as ``val_mae`` and
         ``val_mae_few``); and ``seconds`` since the start, not counting pauses.
     Raises:
         RunExistsError: the folder holds a run and ``resume`` is false, or another process trains in it, of which a
-        lock tells that ends with the process, even a killed one. CheckpointError: its checkpoint is damaged or
-        of another run. NonFiniteLossError: the loss or its gradient became NaN or infinite. SettingsError: the sets
-        are too small for the batches, or the FDS is a part of the model. LabelError: a validation label lies beyond
-        the axis. TypeError: an argument is of another kind. OSError: the folder cannot be made or written to.
+        lock tells that ends with the process, even a killed one. CheckpointError: its checkpoint is damaged, of
+        another run or of another release; nothing has been changed then. NonFiniteLossError: the loss or its gradient
+        became NaN or infinite. SettingsError: the sets are too small for the batches, nothing can be trained, the FDS
+        is a part of the model, or nothing but its place in memory tells an argument from another. ShapeError: the loss
+        is not one number. UsageError: another thread of the process trains, gradients are off, or the loss has none.
+        LabelError: a validation label lies beyond the axis. TypeError: an argument is of another kind. OSError: the
+        folder cannot be made or written to.
     """
     where = "fit"
     _check(model, train, val, metrics, loss, weights, sampler, fds, optimization, runtime, augmentation)
+    instance(where, (str, os.PathLike), folder=folder)
+    instance(where, bool, resume=resume)
     # Now, not when the first epoch has ended.
     metrics.bins._place(where, val.labels, "raise", "val.labels")
     weights_from = whole(where, "weights_from", weights_from, low=0)
@@ -113,23 +127,35 @@ def fit(
     step = _Step(model, loss, runtime).to(runtime.device)
     step.zero_grad()  # what an earlier training left, on frozen parts too, would count in the first step and its norm
     optimizer = make_optimizer(step, optimization)
-    at = _Progress(loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device))
-    identity = {
+    at = Progress(loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device))
+    parts = {
         "seed": runtime.seed,
         "world": runtime.world,
         "precision": runtime.precision,
         "train": train.digest,
         "val": val.digest,
-        "loss": " ".join(repr(loss).split()) if isinstance(loss, nn.Module) else _name(loss),
-        "lds": weights.extra_repr() if weights is not None else None,
+        "metrics": getattr(metrics, "settings", type(metrics).__qualname__),
+        "weights": weights,
         "weights_from": weights_from,
-        "sampler": sampler.settings if sampler is not None else None,
-        "fds": fds.extra_repr() if fds is not None else None,
-        "augmentation": str(augmentation) if isinstance(augmentation, bool) else _name(augmentation),
-        **{f"optimization.{name}": value for name, value in asdict(optimization).items()},
-        **(fingerprint or {}),
+        "sampler": _same_on_all_ranks(sampler),
+        "fds": fds,
+        "augmentation": augmentation,
+        "optimization": asdict(optimization),
     }
-    files = _RunFiles(folder, runtime, step, optimizer, fds, at, identity, _column(metrics.selects))
+    files = RunFiles(
+        folder,
+        runtime,
+        model=model,
+        loss=loss if isinstance(loss, nn.Module) else None,
+        optimizer=optimizer,
+        fds=fds,
+        at=at,
+        identity=run_identity(parts, model=model, loss=loss, fingerprint=fingerprint or {}),
+        selects=_column(metrics.selects),
+        columns=("epoch", "step", "lr", "loss", *map(_column, metrics.fresh().summary()), "seconds"),
+        epochs=optimization.epochs,
+        batches=batches,
+    )
     files.open(resume)
     if at.epoch == optimization.epochs:
         if runtime.is_main:
@@ -142,7 +168,7 @@ def fit(
         files,
         runtime.seeded("fit"),
         RunLog(folder, runtime, steps_per_epoch=len(batches), history=at.history, step=at.steps_done(batches)) as log,
-        _CtrlC() as ctrl_c,
+        _Interrupts() as interrupts,
     ):
         network = runtime.parallel(step)
         check_every = 1 if runtime.device.type == "cpu" else _CHECK_EVERY
@@ -153,7 +179,7 @@ def fit(
             if sampler is not None:
                 order = sampler.order(at.epoch)
             else:
-                order = torch.randperm(samples, generator=runtime.generator("order", at.epoch))
+                order = torch.randperm(samples, generator=runtime.generator("order", at.epoch), device="cpu")
             watch = _LossWatch(runtime.device)
             log.start_epoch(at.epoch + 1, at.step)
             while at.step < len(batches):
@@ -168,7 +194,7 @@ def fit(
                 torch.manual_seed(runtime.derive("model", *key))
                 weight = weights(labels) if weights is not None and at.epoch >= weights_from else None
                 with fds.labels(labels) if fds is not None else nullcontext():
-                    loss_sum = network(to_float(images), labels, weight)
+                    loss_sum = _checked_loss(network(to_float(images), labels, weight))
                 (loss_sum * (runtime.world / len(batch))).backward()
 
                 for group in optimizer.param_groups:
@@ -183,33 +209,40 @@ def fit(
                 log.step()
 
                 last = at.step == len(batches)
-                if last or at.step % check_every == 0 or (runtime.world == 1 and ctrl_c.pressed):
+                if last or at.step % check_every == 0 or (runtime.world == 1 and interrupts.noted):
                     at.seconds = time.monotonic() - started
                     due = runtime.is_main and time.monotonic() - saved >= checkpoint_seconds
-                    broken, stop, due = runtime.any([watch.broken(), ctrl_c.pressed, due])
+                    broken, stop, due = runtime.any([watch.broken(), interrupts.noted, due])
                     if broken:
                         raise watch.error(optimization, total_steps, files)
                     if stop or due:
                         files.save_last()
                         saved = time.monotonic()
                     if stop:
-                        files.stop(log)
+                        _stop(files, log)
 
             if fds is not None:
                 fds.end_epoch()
             runtime.share_buffers(step)
             found = evaluate(model, val, metrics=metrics, runtime=runtime)
             at.seconds = time.monotonic() - started
-            row = _row(at, found, runtime, lr=optimizer.param_groups[0]["lr"], step=at.steps_done(batches))
+            done = at.steps_done(batches)
+            row = _row(at, found, runtime, lr=learning_rate(optimization, done - 1, total_steps), step=done)
             best = at.end_epoch(row, files.selects)
             if best:
                 files.save_best()
             log.end_epoch(row, best=best)
             files.save_last()
             saved = time.monotonic()
-            if any(runtime.any([ctrl_c.pressed])):
-                files.stop(log)
+            if any(runtime.any([interrupts.noted])):
+                _stop(files, log)
         files.load_best()
+    if runtime.is_main and 0 < at.best_epoch <= _EARLY < optimization.epochs // 2:
+        warn(
+            "fit",
+            f"{files.selects} was least at epoch {at.best_epoch} of {optimization.epochs}, and these weights are "
+            "loaded. Lower the learning rate, look for odd labels in the validation set, or train for fewer epochs.",
+        )
     return at.history
 
 
@@ -279,7 +312,7 @@ def _outputs(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for indices in torch.arange(len(data))[runtime.rank :: runtime.world].split(batch_size):
+        for indices in torch.arange(len(data), device="cpu")[runtime.rank :: runtime.world].split(batch_size):
             if len(indices) == 0:  # more ranks than images
                 continue
             images, labels = (part.to(runtime.device) for part in data.batch(indices))
@@ -304,182 +337,6 @@ class _Step(nn.Module):
         return self.loss(output, labels, weight, reduction="sum")
 
 
-@dataclass
-class _Progress:
-    """Where a run stands."""
-
-    loss_sum: Tensor
-    """This rank's, over the epoch so far."""
-    epoch: int = 0
-    """Epochs done."""
-    step: int = 0
-    """Steps done in the epoch under way."""
-    samples: int = 0
-    """Seen by all ranks in the epoch under way."""
-    seconds: float = 0.0
-    best_epoch: int = 0
-    best: float = math.inf
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    def steps_done(self, batches: list[slice]) -> int:
-        return self.epoch * len(batches) + self.step
-
-    def end_epoch(self, row: dict[str, Any], selects: str) -> bool:
-        """Add a row and go on to the next epoch; returns whether this was the best."""
-        self.history.append(row)
-        self.epoch, self.step, self.samples = self.epoch + 1, 0, 0
-        self.loss_sum.zero_()
-        best = row[selects] < self.best
-        if best:
-            self.best_epoch, self.best = row["epoch"], row[selects]
-        return best
-
-
-class _RunFiles(AbstractContextManager["_RunFiles"]):
-    """The two checkpoints of a run, and the lock on its folder from when they are opened to the end of the context."""
-
-    def __init__(
-        self,
-        folder: Path,
-        runtime: Runtime,
-        step: _Step,
-        optimizer: torch.optim.Optimizer,
-        fds: FDS | None,
-        at: _Progress,
-        identity: dict[str, Any],
-        selects: str,
-    ) -> None:
-        self.selects = selects
-        self._loss = step.loss if isinstance(step.loss, nn.Module) else None
-        self.last, self.best = folder / "checkpoint-last.pt", folder / "checkpoint-best.pt"
-        self.last_place = ""
-        self._runtime, self._model, self._optimizer, self._fds = runtime, step.model, optimizer, fds
-        self._at, self._identity = at, identity
-        self._lock: FolderLock | None = None
-
-    def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
-            self._lock.release()
-
-    def open(self, resume: bool) -> None:
-        """Start afresh, or from the last checkpoint."""
-        with naming("fit", self.last.parent):
-            self.last.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.last.parent) if self._runtime.is_main else None
-        if any(self._runtime.any([self._lock is not None and not self._lock.held])):
-            raise problem(
-                "fit",
-                "one process at a time may train in a folder",
-                got=f"another one at work in {self.last.parent}",
-                fix="Wait for its end, then go on with --resume (resume=True), or choose another folder.",
-                error=RunExistsError,
-            )
-        try:
-            self._open(resume)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def _open(self, resume: bool) -> None:
-        if not any(self._runtime.any([self.last.exists()])):
-            return
-        if not resume:
-            raise problem(
-                "fit",
-                "a run is never overwritten",
-                got=f"one in {self.last.parent}",
-                fix="Go on with it by --resume (resume=True), or choose another folder.",
-                error=RunExistsError,
-            )
-        state = load_checkpoint(self.last)
-        self._check_identity(state)
-        own = state["ranks"][self._runtime.rank]
-        try:
-            self._model.load_state_dict(state["model"])
-            if self._loss is not None:
-                self._loss.load_state_dict(state["loss"])
-            self._optimizer.load_state_dict(state["optimizer"])
-            if self._fds is not None:
-                self._fds.load_state_dict(own["fds"])
-        except (RuntimeError, ValueError) as error:
-            raise problem(
-                "fit",
-                f"{self.last} must fit this model",
-                got=str(error),
-                fix="Was it made by other code?",
-                error=CheckpointError,
-            ) from error
-        for name, value in state["progress"].items():
-            setattr(self._at, name, value)
-        self._at.loss_sum.fill_(own["loss_sum"])
-        self._tell_place()
-
-    def save_last(self) -> None:
-        """Write all that is needed to go on; all ranks must call this."""
-        own = {"loss_sum": self._at.loss_sum.item()}
-        if self._fds is not None:
-            own["fds"] = _on_cpu(self._fds.state_dict())
-        ranks = self._runtime.gather(own)
-        if self._runtime.is_main:
-            progress = {name: value for name, value in vars(self._at).items() if name != "loss_sum"}
-            state = {
-                "model": self._model.state_dict(),
-                "loss": self._loss.state_dict() if self._loss is not None else None,
-                "optimizer": self._optimizer.state_dict(),
-                "ranks": ranks,
-                "progress": progress,
-                "fingerprint": self._identity,
-            }
-            save_checkpoint(self.last, state)
-        self._runtime.barrier()
-        self._tell_place()
-
-    def save_best(self) -> None:
-        """Write the model's weights."""
-        if self._runtime.is_main:
-            state = {
-                "model": self._model.state_dict(),
-                "epoch": self._at.best_epoch,
-                self.selects: self._at.best,
-                "fingerprint": self._identity,
-            }
-            save_checkpoint(self.best, state)
-
-    def load_best(self) -> None:
-        """Give the model the best weights; all ranks must call this."""
-        self._runtime.barrier()
-        if self._at.best_epoch:
-            self._model.load_state_dict(load_checkpoint(self.best)["model"])
-
-    def stop(self, log: RunLog) -> None:
-        log.say(f"Stopped; {self.last_place} is saved in {self.last}. Go on with --resume.")
-        raise KeyboardInterrupt
-
-    def _tell_place(self) -> None:
-        self.last_place = (
-            f"epoch {self._at.epoch + 1}, step {self._at.step}"
-            if self._at.step
-            else (f"the end of epoch {self._at.epoch}")
-        )
-
-    def _check_identity(self, state: dict[str, Any]) -> None:
-        saved, now = state.get("fingerprint", {}), self._identity
-        differ = [
-            f"{'number of processes' if name == 'world' else name} was {saved.get(name, 'absent')!r} "
-            f"and is {now.get(name, 'absent')!r}"
-            for name in sorted({*saved, *now})
-            if saved.get(name, "absent") != now.get(name, "absent")
-        ]
-        if differ:
-            raise problem(
-                "fit",
-                f"{self.last} must be of the same run",
-                got="; ".join(differ),
-                fix="Resume with the settings and as many processes as it was started with, or choose another folder.",
-                error=CheckpointError,
-            )
-
-
 class _LossWatch:
     """Keeps the first step whose loss or gradient is not finite, on the device, until it is asked."""
 
@@ -494,7 +351,7 @@ class _LossWatch:
     def broken(self) -> bool:
         return self._first[0].item() >= 0
 
-    def error(self, optimization: Optimization, steps: int, files: _RunFiles) -> Exception:
+    def error(self, optimization: Optimization, steps: int, files: RunFiles) -> Exception:
         step, loss, norm = self._first.tolist()
         what = "another rank's"
         if step >= 0:
@@ -514,25 +371,59 @@ class _LossWatch:
         )
 
 
-class _CtrlC(AbstractContextManager["_CtrlC"]):
-    """Notes the first Ctrl-C and lets the second one kill. Does nothing outside the main thread."""
+class _Interrupts(AbstractContextManager["_Interrupts"]):
+    """Notes Ctrl-C, the second of which kills, and SIGTERM. Does nothing outside the main thread."""
 
     def __init__(self) -> None:
-        self.pressed = False
-        self._main = threading.current_thread() is threading.main_thread()
+        self.noted = False
+        self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> _CtrlC:
-        if self._main:
-            self._before = signal.signal(signal.SIGINT, self._note)
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            # Handlers that were not set by Python are None, and could not be put back.
+            before = {sort: signal.getsignal(sort) for sort in (signal.SIGINT, signal.SIGTERM)}
+            if before[signal.SIGTERM] is not signal.SIG_DFL:
+                del before[signal.SIGTERM]
+            for sort, handler in before.items():
+                if handler is not None:
+                    self._before[sort] = handler
+                    signal.signal(sort, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._before)
+        for sort, handler in self._before.items():
+            signal.signal(sort, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.pressed = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        self.noted = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _stop(files: RunFiles, log: RunLog) -> None:
+    log.say(f"Stopped; {files.place()}. Go on with --resume.")
+    raise KeyboardInterrupt
+
+
+def _checked_loss(loss: object) -> Tensor:
+    """The loss, which is one number and has a gradient."""
+    if not isinstance(loss, Tensor):
+        raise problem("fit", "loss must return a tensor", got=type(loss).__name__, error=TypeError)
+    if loss.ndim:
+        got, fix = f"shape {tuple(loss.shape)}", 'Return the sum over samples; it is called with reduction="sum".'
+        raise problem("fit", "loss must return one number", got=got, fix=fix, error=ShapeError)
+    if not loss.requires_grad:
+        fix = "Leave out .detach() and torch.no_grad(), and use the output it is handed."
+        raise problem(
+            "fit", "loss must depend on what is trained", got="one without a gradient", fix=fix, error=RuntimeError
+        )
+    return loss
+
+
+def _same_on_all_ranks(sampler: BinSampler | None) -> Any:
+    """A sampler's settings but for its rank, since one rank writes the checkpoint that all read."""
+    settings = sampler.settings if sampler is not None else None
+    return {name: v for name, v in settings.items() if name != "rank"} if isinstance(settings, Mapping) else settings
 
 
 def _check(
@@ -563,6 +454,14 @@ def _check(
         instance(where, bool, augmentation=augmentation)
     instance(where, Optimization, optimization=optimization)
     instance(where, Runtime, runtime=runtime)
+    if not torch.is_grad_enabled():
+        raise problem(
+            where,
+            "gradients must be on",
+            got="torch.no_grad() or torch.inference_mode() around it",
+            fix="Call it outside of these.",
+            error=RuntimeError,
+        )
     least = 2 * runtime.world
     faults = []
     samples = len(train) if sampler is None else sampler.num_samples
@@ -570,22 +469,19 @@ def _check(
         faults.append(f"sampler must draw from the {len(train)} labels of train, got one of {sampler.num_labels}.")
     if samples < least or optimization.batch_size < least:
         got = f"{samples} images in batches of {optimization.batch_size}"
-        faults.append(f"train and its batches must hold at least two images a rank, {least}, got {got}.")
+        faults.append(f"train and its batches must hold at least two images per rank, {least}, got {got}.")
     if len(val) == 0:
         faults.append("val must hold at least one image, got none.")
+    if not any(p.requires_grad for part in (model, loss) if isinstance(part, nn.Module) for p in part.parameters()):
+        faults.append("model must have parameters that are trained, got none. Call model.requires_grad_(True).")
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        faults.append("model must have weights, got lazy layers that have none yet. Run it once on a few images first.")
     if fds is not None and any(module is fds for module in model.modules()):
         faults.append("fds must be no part of the model. Keep it outside and attach it.")
     if fds is not None and not fds.attached:
         faults.append('fds must be attached to a part of the model. Call fds.attach(model.head, "input") first.')
     if faults:
         raise SettingsError("\n  ".join(["fit: this cannot be trained:", *faults]))
-
-
-def _name(function: Callable[..., Any]) -> str:
-    """What a checkpoint knows a function by; a module's method by the module's settings, too."""
-    name = getattr(function, "__name__", type(function).__name__)
-    owner = getattr(function, "__self__", None)
-    return f"{type(owner).__name__}({owner.extra_repr()}).{name}" if isinstance(owner, nn.Module) else name
 
 
 def _batches(samples: int, batch_size: int, world: int) -> list[slice]:
@@ -599,7 +495,7 @@ def _column(name: str) -> str:
     return "val_" + name.removesuffix("/all").replace("/", "_")
 
 
-def _row(at: _Progress, metrics: Metrics, runtime: Runtime, *, lr: float, step: int) -> dict[str, Any]:
+def _row(at: Progress, metrics: Metrics, runtime: Runtime, *, lr: float, step: int) -> dict[str, Any]:
     return {
         "epoch": at.epoch + 1,
         "step": step,
@@ -608,14 +504,3 @@ def _row(at: _Progress, metrics: Metrics, runtime: Runtime, *, lr: float, step: 
         **{_column(name): value for name, value in metrics.summary().items()},
         "seconds": round(at.seconds, 3),
     }
-
-
-def _on_cpu(value: Any) -> Any:
-    """Nested state with its tensors on the CPU, so that another rank can hold it."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {name: _on_cpu(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(item) for item in value)
-    return value

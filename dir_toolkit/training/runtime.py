@@ -59,7 +59,7 @@ class Runtime:
 
     def generator(self, *key: str | int) -> torch.Generator:
         """A CPU generator seeded by :meth:`derive`."""
-        return torch.Generator().manual_seed(self.derive(*key))
+        return torch.Generator("cpu").manual_seed(self.derive(*key))
 
     @contextmanager
     def seeded(self, *key: str | int) -> Iterator[None]:
