@@ -134,7 +134,7 @@ def fit(
         "precision": runtime.precision,
         "train": train.digest,
         "val": val.digest,
-        "metrics": getattr(metrics, "settings", type(metrics).__qualname__),
+        "metrics": metrics,
         "weights": weights,
         "weights_from": weights_from,
         "sampler": _same_on_all_ranks(sampler),
