@@ -33,7 +33,17 @@ class Case:
     """Arguments that are no settings, such as a backbone."""
 
 
-LABELS: list[Case] = []
+LABELS: list[Case] = [
+    Case(
+        dt.Bins,
+        {"edges": np.array([0.0, 1.0, 2.0])},
+        {
+            "edges": {"edges": np.array([0.0, 1.5, 2.0])},
+            "centers": {"centers": np.array([0.0, 1.0])},
+            "categorical": {"categorical": True},
+        },
+    ),
+]
 FEATURES: list[Case] = []
 LOSSES: list[Case] = []
 HEADS: list[Case] = []

@@ -19,6 +19,7 @@ from .._checks import (
     readable,
     real,
     same_device,
+    told,
 )
 from ..errors import ShapeError
 from ..labels.bins import Bins, taken
@@ -153,5 +154,5 @@ def _levels(where: str, levels: float | Sequence[float] | np.ndarray | Tensor, l
         finite(where, levels=levels)
         outside = (levels <= 0) | (levels >= 1)
         if bool(outside.any()):
-            raise problem(where, rule, got=f"{levels[outside].flatten()[0].item():g}")
+            raise problem(where, rule, got=told(levels[outside].flatten()[0].item()))
     return levels.detach().to(like.dtype).reshape(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -292,12 +293,17 @@ class Bins(LabelAxes):
         )
 
     def __hash__(self) -> int:
-        return hash((self.edges.tobytes(), self.centers.tobytes(), self.categorical))
+        return hash(_bytes(self))
 
     def __repr__(self) -> str:
-        if self.categorical:
+        middles, whole = (self.edges[:-1] + self.edges[1:]) / 2, np.add(*_whole_numbers(self.edges)) / 2
+        if self.categorical and np.array_equal(self.edges, np.arange(len(self) + 1) - 0.5):
             return f"Bins.classes({len(self)})"
-        return f"<Bins: {len(self)} from {told(self.edges[0])} to {told(self.edges[-1])}>"
+        kind = ""
+        if self.categorical or not self._even or not np.array_equal(self.centers, middles):
+            at_whole = self._even and not self.categorical and np.array_equal(self.centers, whole)
+            kind = " of whole numbers" if at_whole else f" #{hashlib.sha256(_bytes(self)).hexdigest()[:8]}"
+        return f"<Bins: {len(self)}{kind} from {told(self.edges[0])} to {told(self.edges[-1])}>"
 
     @overload
     def index(self, labels: Tensor, outside: Outside = "raise") -> Tensor: ...
@@ -318,7 +324,8 @@ class Bins(LabelAxes):
         Raises:
             LabelError: a label is NaN, or lies outside under ``"raise"``, or is no whole number where bins are classes.
                 On an accelerator only ``"raise"`` looks at the labels, which costs one host sync; ``"clip"`` and
-                ``"drop"`` never do, and answer -1 for NaN (and for a broken class number).
+                ``"drop"`` never do, and answer -1 for NaN (and for a broken class number). In compiled graphs and
+                under the transforms of ``torch.func`` no label is looked at, and such a one is answered by -1 too.
         """
         return self._place("Bins.index", labels, outside)
 
@@ -545,10 +552,20 @@ def _scaled(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return values if offset == 0 else values + offset
 
 
-def _integer_centers(where: str, edges: np.ndarray) -> np.ndarray:
+def _bytes(bins: Bins) -> bytes:
+    return bins.edges.tobytes() + bins.centers.tobytes() + bytes([bins.categorical])
+
+
+def _whole_numbers(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last whole number in each bin."""
     first, last = np.ceil(edges[:-1]), np.ceil(edges[1:]) - 1
     if first[-1] == edges[-1]:  # the last bin holds its upper edge
         last[-1] = first[-1]
+    return first, last
+
+
+def _integer_centers(where: str, edges: np.ndarray) -> np.ndarray:
+    first, last = _whole_numbers(edges)
     if (last < first).any():
         at = int(np.argmax(last < first))
         raise problem(

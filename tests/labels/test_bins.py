@@ -574,3 +574,19 @@ def test_apples_gpus_get_a_sentence_where_float64_is_needed() -> None:
             ValueError, match=r"10 from 1e\+09 to 1000000010>: an axis that .* float64, got mps\. Count"
         ):
             decode(p, Bins.uniform(1e9, 1e9 + 10, width=1))
+
+
+def test_axes_that_differ_are_shown_unlike() -> None:
+    axes = [
+        Bins.uniform(0, 4, width=1),
+        Bins.uniform(0, 4, width=1, integer=True),
+        Bins.uniform(0, 4.0000001, count=4),
+        Bins.from_edges([0, 1, 2.5, 3, 4]),
+        Bins.from_edges([0, 1, 2.6, 3, 4]),
+        Bins(np.arange(5.0), centers=np.array([0.1, 1, 2, 3])),
+        Bins(np.arange(5.0), categorical=True),
+        Bins.classes(4),
+    ]
+    assert len({repr(bins) for bins in axes}) == len(axes)
+    assert repr(axes[1]) == "<Bins: 4 of whole numbers from 0 to 4>"
+    assert repr(axes[0]) == repr(Bins.from_dict(axes[0].to_dict())) == "<Bins: 4 from 0 to 4>"
