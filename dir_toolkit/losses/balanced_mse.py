@@ -419,7 +419,7 @@ class GaussianMixtureLoss(_BalancedMSE):
         middle, total = _total_variance(shares, means, variances)
         beside = (torch.cat([means, middle[None]]) - target[:, None]) / sigma  # (N, K + 1, D)
         widths = torch.cat([variances, (total + sigma.square())[None]]).sqrt() / sigma
-        log_shares = torch.cat([(1 - _BACKGROUND) * shares, shares.new_tensor([_BACKGROUND])]).log()
+        log_shares = torch.cat([(1 - _BACKGROUND) * shares, shares.new_full((1,), _BACKGROUND)]).log()
         noise = 1 / (1 + widths.square())  # the share of the variance that is noise
         own = error[:, None]
         exponents = own.square() * (noise * widths.square()) / 2 + noise * beside * (own - beside / 2)

@@ -1,0 +1,567 @@
+"""Training steps on an accelerator that is not there: nothing makes the host wait for it, and no devices are mixed.
+
+Fake tensors have a device and a shape, and no numbers: whatever asks for one fails, and a watch counts what else stops
+a real accelerator. Each job is first run on the CPU, with numbers, so that what a first step looks at is known. Forward
+passes run on fake CUDA in this process. Autograd wants a device that exists: with backward passes they run in a process
+of their own, on a device made up in Python, where torch can make one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.utils.backend_registration
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dir_toolkit as dt
+from dir_toolkit.labels import bins as bins_module
+from dir_toolkit.longtail import HeadName
+
+N, D, C = 32, 6, 5
+_STEPS = 5  # of an epoch, more than a job does in the next
+BINS = dt.Bins.uniform(0, 12, width=1)
+UNEVEN = dt.Bins.from_edges([0, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12])
+CLASSES = dt.Bins.classes(C)
+GRID = dt.Bins.grid(BINS, UNEVEN)
+
+Data = SimpleNamespace
+Job = tuple[list[nn.Module], Callable[[Data], Tensor | None]]
+"""Modules that go along to the device, and a step, which returns a loss or None."""
+
+
+def batch() -> dict[str, Tensor]:
+    """Numbers for every kind of argument. Labels of all bins; gradients are asked of what a network would give."""
+    g = torch.Generator().manual_seed(0)
+    y = 12 * torch.rand(N, generator=g)
+    c = torch.arange(N) % C
+    leaves = {
+        "pred": y + torch.randn(N, generator=g),
+        "pair": torch.randn(N, 2, generator=g),
+        "pred2": torch.stack([y, y], 1) + 1,
+        "scores": torch.randn(N, len(BINS), generator=g),
+        "logits": torch.randn(N, C, generator=g),
+        "cosines": 2 * torch.rand(N, C, generator=g) - 1,
+        "affinities": torch.rand(N, C, generator=g),
+        "features": torch.randn(N, D, generator=g),
+        "centers": torch.randn(C, D, generator=g),
+        "maps": torch.randn(4, D, 4, 2, generator=g),
+    }
+    others = {
+        "x": torch.randn(N, D, generator=g),
+        "y": y,
+        "y2": torch.stack([y, y.flip(0)], 1),
+        "pixels": y.view(4, 4, 2),
+        "c": c,
+        "w": torch.rand(N, generator=g),
+        "spread": dt.soft_labels(y, BINS, 1.5),
+        "prior": torch.full((C,), 1 / C),
+        "counts": torch.arange(1, C + 1),
+        "margins": torch.zeros(C, C),
+    }
+    return {**{name: value.requires_grad_() for name, value in leaves.items()}, **others}
+
+
+def density(bins: Any) -> dt.LabelDensity:
+    return dt.LabelDensity(bins, torch.arange(1, len(bins) + 1))
+
+
+def lds(bins: Any, **settings: Any) -> dt.LDS:
+    labels = batch()["y2" if bins is GRID else "c" if bins is CLASSES else "y"]
+    return dt.LDS(bins, **settings).fit(labels)
+
+
+def alone(step: Callable[[Data], Tensor | None]) -> Callable[[], Job]:
+    return lambda: ([], step)
+
+
+def of(make: Callable[[], nn.Module], step: Callable[[Any, Data], Tensor | None]) -> Callable[[], Job]:
+    def job() -> Job:
+        module = make()
+        return [module], lambda d: step(module, d)
+
+    return job
+
+
+def measured(make: Callable[[], Any], *names: str) -> Callable[[], Job]:
+    def job() -> Job:
+        metrics = make()
+        return [metrics] if isinstance(metrics, nn.Module) else [], lambda d: metrics.update(
+            *(getattr(d, name).detach() for name in names)
+        )
+
+    return job
+
+
+LOSSES: dict[str, Callable[[], Job]] = {
+    "affinity_loss": alone(lambda d: dt.affinity_loss(d.affinities, d.c, d.w)),
+    "balanced_cross_entropy": alone(lambda d: dt.balanced_cross_entropy(d.logits, d.c, d.prior, weight=d.w)),
+    "BatchMCLoss": of(lambda: dt.BatchMCLoss(), lambda m, d: m(d.pred, d.y, d.w)),
+    "BatchMCLoss of rows": of(lambda: dt.BatchMCLoss(learn=False), lambda m, d: m(d.pred2, d.y2, d.w)),
+    "BinnedIntegrationLoss": of(
+        lambda: dt.BinnedIntegrationLoss(BINS, density(BINS)), lambda m, d: m(d.pred, d.y, d.w)
+    ),
+    "BinnedIntegrationLoss of uneven bins": of(
+        lambda: dt.BinnedIntegrationLoss(UNEVEN, density(UNEVEN)), lambda m, d: m(d.pred, d.y)
+    ),
+    "CenterLoss": of(lambda: dt.CenterLoss(C, D), lambda m, d: m(d.features, d.c, d.w)),
+    "center_loss": alone(lambda d: dt.center_loss(d.features, d.c, d.centers, d.w)),
+    "ConRLoss": of(
+        lambda: dt.ConRLoss(weights=lds(BINS), omega=1.0),
+        lambda m, d: m(SimpleNamespace(prediction=d.pred, features=d.features), d.y, d.w),
+    ),
+    "conr_loss": alone(lambda d: dt.conr_loss(d.features, d.y, d.pred, d.w, omega=1.0)),
+    "crps": alone(lambda d: dt.crps(d.scores, d.y, BINS, d.w)),
+    "cross_entropy": alone(lambda d: dt.cross_entropy(d.logits, d.c, d.w, label_smoothing=0.1)),
+    "equalization_loss": alone(lambda d: dt.equalization_loss(d.logits, d.c, d.prior, threshold=0.3)),
+    "focal_loss": alone(lambda d: dt.focal_loss(d.logits, d.c, d.w, alpha=d.prior)),
+    "gaussian_nll": alone(lambda d: dt.gaussian_nll(d.pair, d.y, d.w, beta=0.5)),
+    "GaussianMixtureLoss": of(
+        lambda: dt.GaussianMixtureLoss([0.5, 0.5], [2.0, 8.0], [1.0, 1.0]), lambda m, d: m(d.pred, d.y, d.w)
+    ),
+    "ldam_loss": alone(lambda d: dt.ldam_loss(d.cosines, d.c, d.counts, weight=d.w)),
+    "logit_adjusted_cross_entropy": alone(lambda d: dt.logit_adjusted_cross_entropy(d.logits, d.c, d.prior)),
+    "pairwise_cross_entropy": alone(lambda d: dt.pairwise_cross_entropy(d.logits, d.c, d.margins, alpha=d.prior)),
+    "RankNContrast": of(lambda: dt.RankNContrast(), lambda m, d: m(d.features, d.y, d.w)),
+    "rank_n_contrast": alone(lambda d: dt.rank_n_contrast(d.features, d.y2)),
+    "soft_cross_entropy": alone(lambda d: dt.soft_cross_entropy(d.scores, d.spread, weight=d.w)),
+    "squared_emd": alone(lambda d: dt.squared_emd(d.scores, d.spread, BINS, d.w)),
+    "weighted_focal_l1": alone(lambda d: dt.weighted_focal_l1(d.pred, d.y, d.w)),
+    "weighted_focal_mse": alone(lambda d: dt.weighted_focal_mse(d.pred, d.y, d.w, variant="reference")),
+    "weighted_huber": alone(lambda d: dt.weighted_huber(d.pred, d.y, d.w)),
+    "weighted_l1": alone(lambda d: dt.weighted_l1(d.pred, d.y, d.w)),
+    "weighted_mse": alone(lambda d: dt.weighted_mse(d.pred, d.y, d.w)),
+}
+NO_LOSSES = {"gaussian_interval"}  # of what dir_toolkit.losses offers
+
+
+def affinity(**settings: Any) -> Callable[[], nn.Module]:
+    return lambda: dt.AffinityHead(D, C, 2, **settings)
+
+
+HEADS: dict[str, Callable[[], Job]] = {
+    "LinearHead": of(lambda: dt.LinearHead(D, C), lambda m, d: m(d.features).square().mean()),
+    "CosineHead": of(lambda: dt.CosineHead(D, C), lambda m, d: m(d.features).square().mean()),
+    "CosineHead learnt": of(lambda: dt.CosineHead(D, C, learn_scale=True), lambda m, d: m(d.features).square().mean()),
+    "ScaledHead": of(lambda: dt.ScaledHead(nn.Linear(D, C)), lambda m, d: m(d.features).square().mean()),
+    "NearestMeanHead": of(lambda: nearest_mean(), lambda m, d: m(d.features).square().mean()),
+    **{
+        f"AffinityHead {settings}": of(affinity(**settings), lambda m, d: m(d.features).log().mean() + m.diversity())
+        for settings in (
+            {},
+            {"distance": "l1", "similarity": "inverse"},
+            {"sigma_mode": "learnt"},
+            {"sigma_mode": "first_batch"},
+        )
+    },
+}
+
+
+def nearest_mean() -> nn.Module:
+    head, d = dt.NearestMeanHead(D, C), batch()
+    head.update(d["features"].detach(), d["c"])
+    head.finish()
+    return head
+
+
+def model_job(bins: Any, options: dict[str, Any], fds: str | None = None, weighted: bool = False) -> Callable[[], Job]:
+    """A model's step, in training and then in eval mode."""
+
+    def job() -> Job:
+        given = dict(options)
+        if fds:
+            given["fds"] = dt.FDS(bins, D, covariance=fds, rank=2)  # type: ignore[arg-type]
+        if weighted:
+            given["weights"] = lds(bins)
+        model = dt.LongTailModel(nn.Linear(D, D), D, bins, density=density(bins), **given)
+        if model.fds is not None:
+            d = batch()
+            for _ in range(_STEPS):
+                model(d["x"], d["y"])
+            model.fds.end_epoch()
+
+        def step(d: Data) -> Tensor:
+            labels = d.c if bins is CLASSES else d.y
+            model.train()
+            loss = model(d.x, labels).loss
+            if model.fds is not None:  # which would take each eval pass for the end of an epoch
+                return loss
+            model.eval()
+            with torch.no_grad():
+                output = model(d.x, labels)
+                if bins is not CLASSES and output.distribution is not None and output.distribution.shape[1:].numel():
+                    dt.interval(output.distribution, bins)
+            return loss
+
+        return [model], step
+
+    return job
+
+
+MODELS: dict[str, Callable[[], Job]] = {
+    f"{'classes' if bins is CLASSES else 'uneven' if bins is UNEVEN else 'even'} {options}": model_job(bins, options)
+    for bins, several in (
+        (
+            BINS,
+            [
+                {},
+                {"prior": "uniform", "tau": 0.5},
+                {"prior": "uniform", "adjust": "in_loss"},
+                {"loss": "crps"},
+                {"loss": "squared_emd"},
+                {"sigma": None},
+                {"decode": "expectation", "expectation_weight": 0.1},
+                {"decode": "mode", "residual": True},
+                {"label_kernel": "triangular"},
+                {"head": "cosine"},
+                {"head": "affinity"},
+                {"head": "gaussian"},
+                *(
+                    {"head": "regression", "loss": loss}
+                    for loss in (
+                        "weighted_l1",
+                        "weighted_mse",
+                        "weighted_huber",
+                        "weighted_focal_l1",
+                        "weighted_focal_mse",
+                        "balanced_mse",
+                    )
+                ),
+            ],
+        ),
+        (UNEVEN, [{"prior": "uniform"}, {"residual": True}, {"head": "regression", "loss": "balanced_mse"}]),
+        (
+            CLASSES,
+            [
+                {},
+                {"prior": "uniform", "adjust": "in_loss"},
+                {"head": "cosine", "prior": "uniform"},
+                {"head": "affinity"},
+                {"head": "affinity", "loss": "cross_entropy"},
+            ],
+        ),
+    )
+    for options in several
+}
+MODELS |= {
+    "with LDS": model_job(BINS, {}, weighted=True),
+    "with LDS over uneven bins": model_job(UNEVEN, {"prior": "uniform"}, weighted=True),
+    "classes with LDS": model_job(CLASSES, {"prior": "uniform"}, weighted=True),
+    "with FDS": model_job(BINS, {}, fds="diagonal"),
+    "with low-rank FDS": model_job(BINS, {"head": "regression"}, fds="low_rank", weighted=True),
+}
+
+
+def fds_job(form: str, data: str, labels: str, bins: Any = BINS, **settings: Any) -> Callable[[], Job]:
+    def job() -> Job:
+        fds = dt.FDS(bins, D, covariance=form, rank=2, **settings)  # type: ignore[arg-type]
+        place = nn.Identity()
+        fds.attach(place, "output")
+        d = batch()
+        for _ in range(_STEPS):
+            fds.update(d[data].detach(), d[labels])
+        fds.end_epoch()
+
+        def step(d: Data) -> Tensor:
+            with fds.labels(getattr(d, labels)):
+                return place(getattr(d, data)).square().mean()
+
+        return [fds, place], step
+
+    return job
+
+
+FEATURES: dict[str, Callable[[], Job]] = {
+    "FDS": fds_job("diagonal", "features", "y"),
+    "FDS of maps": fds_job("diagonal", "maps", "pixels"),
+    "FDS over a grid": fds_job("diagonal", "features", "y2", GRID),
+    "FDS that drops": fds_job("diagonal", "features", "y", outside="drop"),
+    "FDS over classes": fds_job("diagonal", "features", "c", CLASSES, kernel=[1.0]),
+    "low-rank FDS": fds_job("low_rank", "features", "y"),
+    "low-rank FDS of maps": fds_job("low_rank", "maps", "pixels"),
+}
+
+
+def weigh(module: Any, labels: Tensor) -> None:
+    module(labels)
+
+
+def nothing(*_: Tensor) -> None:
+    """A step without a gradient."""
+
+
+def lds_job(outside: Any) -> Callable[[], Job]:
+    return of(lambda: lds(BINS, outside=outside), lambda m, d: weigh(m, d.y))
+
+
+def spread_job(unit: Any) -> Callable[[], Job]:
+    return alone(lambda d: nothing(dt.soft_labels(d.y, UNEVEN, 1.5, unit=unit, outside="clip")))
+
+
+LABELS: dict[str, Callable[[], Job]] = {
+    **{f"LDS {outside}": lds_job(outside) for outside in ("raise", "clip", "drop")},
+    "LDS over a grid": of(lambda: lds(GRID), lambda m, d: weigh(m, d.y2)),
+    "LDS over classes": of(lambda: lds(CLASSES), lambda m, d: weigh(m, d.c)),
+    **{f"soft_labels {unit}": spread_job(unit) for unit in ("label", "bin")},
+    "decode expectation": alone(lambda d: dt.decode(d.scores.softmax(1), BINS, "expectation").mean()),
+    "decode median": alone(lambda d: dt.decode(d.scores.softmax(1), BINS, "median").mean()),
+    "decode mode": alone(lambda d: nothing(dt.decode(d.scores.softmax(1), BINS, "mode"))),
+    "quantiles": alone(lambda d: dt.quantiles(d.scores.softmax(1), BINS, [0.1, 0.5]).mean()),
+    "interval": alone(lambda d: dt.interval(d.scores.softmax(1), BINS)[0].mean()),
+    "Bins.expectation": alone(lambda d: BINS.expectation(d.scores.softmax(1)).mean()),
+    "Bins.index": alone(lambda d: nothing(BINS.index(d.y, "clip"), GRID.index(d.y2, "drop"))),
+    "gaussian_interval": alone(lambda d: dt.gaussian_interval(d.pair)[0].mean()),
+    "LogitAdjuster": of(
+        lambda: dt.LogitAdjuster(torch.full((C,), 1 / C), tau=0.5), lambda m, d: m(d.logits).logsumexp(1).mean()
+    ),
+    "adjust_logits": alone(lambda d: dt.adjust_logits(d.logits, d.prior).logsumexp(1).mean()),
+}
+
+
+def metrics_jobs(outside: Any) -> dict[str, Callable[[], Job]]:
+    regression, grid, classes, calibration = (
+        lambda: dt.RegressionMetrics(BINS, density(BINS), outside=outside),
+        lambda: dt.RegressionMetrics(GRID, density(GRID), outside=outside),
+        lambda: dt.ClassificationMetrics(CLASSES, density(CLASSES), outside=outside),
+        lambda: dt.CalibrationMetrics(C, outside=outside),
+    )
+    return {
+        f"RegressionMetrics {outside}": measured(regression, "pred", "y"),
+        f"RegressionMetrics over a grid {outside}": measured(grid, "pred2", "y2"),
+        f"ClassificationMetrics {outside}": measured(classes, "logits", "c"),
+        f"ClassificationMetrics of indices {outside}": measured(classes, "c", "c"),
+        f"CalibrationMetrics {outside}": measured(calibration, "affinities", "c", "w"),
+    }
+
+
+METRICS = {name: job for how in ("raise", "clip", "drop") for name, job in metrics_jobs(how).items()}
+if importlib.util.find_spec("torchmetrics"):
+
+    def region_metric() -> nn.Module:
+        from dir_toolkit.integrations.torchmetrics import RegionMetric
+
+        return RegionMetric(dt.RegressionMetrics(BINS, density(BINS)))
+
+    METRICS["RegionMetric"] = measured(region_metric, "pred", "y")
+
+JOBS = {**LOSSES, **HEADS, **MODELS, **FEATURES, **LABELS, **METRICS}
+
+
+# The watch
+
+_WAITS = {
+    *("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "bincount", "histc"),
+    *("_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "repeat_interleave"),
+    *("_linalg_eigh", "linalg_cholesky", "_linalg_svd", "linalg_inv", "linalg_solve", "linalg_eig", "linalg_lstsq"),
+}
+
+
+_ONCE = ("a copy", "a tensor")  # may be made once, and kept
+
+
+class Watch(TorchDispatchMode):
+    """Names what makes the host wait for the device, or copies between the two."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.kind, self.seen = device, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        given = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        there = any(t.device.type == self.kind for t in given)
+        if there and name in _WAITS:
+            self.note(name)
+        if (
+            name in ("index", "index_put_")
+            and there
+            and any(t.dtype in (torch.bool, torch.uint8) for t in args[1] if t is not None)
+        ):
+            self.note("indexing by a mask")
+        result = func(*args, **kwargs)
+        if name in ("_to_copy", "copy_", "_copy_from", "to") and given:
+            source = given[1] if name == "copy_" else given[0]
+            if isinstance(result, Tensor) and source.device.type != result.device.type:
+                self.note(f"a copy from {source.device.type} to {result.device.type}")
+        return result
+
+    def note(self, what: str) -> None:
+        own = [frame for frame in traceback.extract_stack() if "/dir_toolkit/" in frame.filename]
+        at = f" at {own[-1].filename.rsplit('/dir_toolkit/', 1)[1]}:{own[-1].lineno}" if own else ""
+        self.seen.add(what + at)
+
+
+class Fakes(FakeTensorMode):
+    avoid_device_init = True  # what is sent from the CPU to the device is not computed on the way
+
+
+class Asking(TorchFunctionMode):
+    """Tells the watch of tensors that are made of Python's numbers on the device, which copies them there."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+        if made and result.device.type == self.watch.kind and not (args and isinstance(args[0], Tensor)):
+            self.watch.note("a tensor of Python's numbers")
+        return result
+
+
+def watched(job: Callable[[], Job], device: str, *, backward: bool) -> list[str]:
+    """What made the host wait in two steps of a job on the device, or the error that ended it; but for copies that
+    only the first one made."""
+    torch.manual_seed(0)
+    modules, step = job()
+
+    def whole_step(d: Data) -> None:
+        loss = step(d)
+        if loss is not None:
+            assert loss.requires_grad
+            assert loss.ndim == 0
+            if backward or d.x.device.type == "cpu":
+                loss.backward()
+
+    numbers = batch()
+    numbers["affinities"] = numbers["affinities"].detach().softmax(1).requires_grad_()
+    whole_step(Data(**numbers))
+    for module in modules:
+        module.zero_grad()
+    with Fakes(allow_non_fake_inputs=True):
+        for module in modules:
+            module.to(device)
+        there = {k: v.detach().to(device).requires_grad_(v.requires_grad) for k, v in numbers.items()}
+        watch = Watch(device)
+        try:
+            with watch, Asking(watch):
+                whole_step(Data(**there))
+                watch.seen = {what for what in watch.seen if not what.startswith(_ONCE)}
+                whole_step(Data(**there))
+        except Exception as error:
+            own = [f for f in traceback.extract_tb(error.__traceback__) if "/dir_toolkit/" in f.filename]
+            at = f"{own[-1].filename.rsplit('/dir_toolkit/', 1)[1]}:{own[-1].lineno}" if own else "the test"
+            watch.seen.add(f"{type(error).__name__} at {at}: {str(error)[:200]}")
+    return sorted(watch.seen)
+
+
+@pytest.fixture(autouse=True)
+def _fakes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tensors of a real accelerator are, since a copy in each step would hide what else is copied."""
+    monkeypatch.setattr(bins_module, "plain", lambda tensor: True)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_forward_pass_on_cuda_makes_nothing_wait(name: str) -> None:
+    assert watched(JOBS[name], "cuda", backward=False) == []
+
+
+@pytest.fixture(scope="module")
+def of_whole_steps() -> dict[str, list[str]]:
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch cannot make up a device in Python")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    return dict(json.loads(ran.stdout))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_whole_step_makes_nothing_wait(name: str, of_whole_steps: dict[str, list[str]]) -> None:
+    assert of_whole_steps[name] == []
+
+
+def offered(package: Any) -> set[str]:
+    """What the modules of a package offer."""
+    files = [found.name for found in pkgutil.iter_modules(package.__path__) if not found.name.startswith("_")]
+    return {name for file in files for name in import_module(f"{package.__name__}.{file}").__all__}
+
+
+def test_every_loss_head_and_metric_is_watched() -> None:
+    def watched_names(jobs: dict[str, Any]) -> set[str]:
+        return {name.split()[0] for name in jobs}
+
+    assert offered(dt.losses) - NO_LOSSES == watched_names(LOSSES)
+    assert {name for name in offered(dt.heads) if name.endswith("Head")} == watched_names(HEADS)
+    assert {name for name in offered(dt.metrics) if name.endswith("Metrics")} <= watched_names(METRICS)
+    for head in get_args(HeadName):
+        assert head == "linear" or any(f"'head': '{head}'" in name for name in MODELS), head
+
+
+class Asked(TorchFunctionMode):
+    """Counts what is asked of tensors' values, on whatever device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "bincount", "nonzero"):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_full_covariance_waits_once_a_step_to_sort_samples_by_bin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As documented; fake tensors cannot go that way, so it is counted on the CPU, as if nothing were to be read."""
+    _, step = fds_job("full", "features", "y", outside="drop")()
+    d = Data(**batch())
+    for name, module in list(sys.modules.items()):
+        if name.startswith("dir_toolkit") and hasattr(module, "readable"):
+            monkeypatch.setattr(module, "readable", lambda tensor: False)
+    step(d)
+    with Asked() as asked:
+        step(d)
+    assert asked.counts == {"bincount": 1, "tolist": 1}
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (lambda d: d.y.sum().item(), "_local_scalar_dense"),
+        (lambda d: d.y.tolist(), "_local_scalar_dense"),
+        (lambda d: bool((d.y > 0).any()), "DataDependent"),
+        (lambda d: d.y[d.y > 3], "nonzero"),
+        (lambda d: d.y.clone().index_put_((d.y > 3,), torch.ones((), device=d.y.device)), "indexing by a mask"),
+        (lambda d: d.y.repeat_interleave(d.c), "repeat_interleave"),
+        (lambda d: d.y.unique(), "unique"),
+        (lambda d: d.y.nonzero(), "nonzero"),
+        (lambda d: torch.bincount(d.c, minlength=C), "bincount"),
+        (lambda d: d.y.cpu(), "a copy from cuda to cpu"),
+        (lambda d: torch.ones(3).to(d.y.device), "a copy from cpu to cuda"),
+        (lambda d: torch.tensor([1.0, 2.0], device=d.y.device), "a tensor of Python's numbers"),
+        (lambda d: d.y + torch.ones(N), "device"),
+    ],
+)
+def test_the_watch_sees_what_waits(step: Callable[[Data], Any], expected: str) -> None:
+    def job(d: Data) -> None:
+        if d.x.device.type == "cuda":
+            step(d)
+
+    assert expected in " ".join(watched(alone(job), "cuda", backward=False))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    registration = torch.utils.backend_registration
+    registration._DummyBackendModule.get_amp_supported_dtype = lambda self: [torch.bfloat16]
+    registration._setup_privateuseone_for_python_backend("madeup")
+    bins_module.plain = lambda tensor: True
+    sys.stdout.write(json.dumps({name: watched(job, "madeup", backward=True) for name, job in JOBS.items()}))
