@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, labels_array, number, one_of, problem, whole
+from .._checks import instance, labels_array, number, one_of, problem, warn, whole
 from ..errors import NonFiniteLossError
 from ..heads.decoding import Decoding
 from ..labels.bins import Bins
 from ..labels.density import LabelDensity
+from ..labels.kernels import usual_kernel
 from ..labels.weights import LDS, Scheme
-from ..longtail import LongTailModel, LongTailOutput, usual_kernel
+from ..longtail import LongTailModel, LongTailOutput
 from ..priors import TauChoice, choose_tau, class_prior
 from ..training.optimization import Optimization, learning_rate, make_optimizer
 from ..training.runtime import Runtime, chosen_device
@@ -43,7 +44,12 @@ except ImportError as error:
 __all__ = ["LongTailClassifier", "LongTailRegressor"]
 
 _ROWS = 8192  # at a time in prediction, which holds a share of each bin for each row
-_FEWEST_WHOLE = 8  # bins of a whole number; on fewer the usual spread of labels would cover most of the axis
+_FEWEST_STEPS = 8  # bins of one step of the labels; on fewer the usual spread of labels would cover most of the axis
+_MOST_STEPS = 10**6  # from the least label to the largest; rounding hides finer ones
+_USUAL_DISTANCES = 30  # of a column from its median, beyond which it is cut off
+_DEVIATIONS = 10  # the same, in standard deviations from the mean
+_FEWEST_TO_CROWD = 10  # bins, since labels may well share one of few
+_FEWEST_TO_CHOOSE_FROM = 20  # held-out rows, for a tau that is more than chance
 
 
 class _LongTailEstimator(BaseEstimator):
@@ -121,17 +127,23 @@ class _LongTailEstimator(BaseEstimator):
                 raise problem(self._where, "y must hold a label twice, to validate on", got="each once", fix=fix)
         own = ~held
         weight = weight / weight[own].mean()
-        self.scaler_ = StandardScaler().fit(columns[own], sample_weight=weight[own])
-        scaled = self.scaler_.transform(columns)
+        self._fit_scaler(columns[own], weight[own])
+        scaled = self._scaled(columns)
+        held &= ~_unlike(scaled, own, held)
         kernel = usual_kernel(bins)
         counts = np.bincount(bins.index(labels[own]), weights=weight[own], minlength=len(bins))
         density = LabelDensity(bins, counts)
         density = density if kernel is None else density.smooth(kernel)
-        if self._has_bins:  # as a prior takes them, which would warn of bins that the held-out rows left empty
-            density = LabelDensity(bins, np.maximum(density.counts, 1.0))
+        seen, least = density.counts, np.ones(len(bins))
         if self.weights is not None:
-            lds = LDS(bins, kernel=kernel, scheme=self.weights).fit(labels[own])
+            lds = LDS(bins, kernel=None, scheme=self.weights).fit(density)
             weight = weight * lds.sample_weight(labels)
+            of_bin = lds.sample_weight(bins.centers)
+            seen, least = seen * of_bin, np.minimum(of_bin, 1)  # the weights, too, are a part of the training prior
+        if self._has_bins:  # bins that the held-out rows left empty are taken to have one label
+            seen = np.maximum(seen, least)
+            seen = seen / min(seen.min(), 1)  # a prior takes less than one for empty
+        density = LabelDensity(bins, seen)
 
         def tensors(part: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
             x, y, w = (torch.from_numpy(values[part]).to(runtime.device) for values in (scaled, labels, weight))
@@ -155,14 +167,38 @@ class _LongTailEstimator(BaseEstimator):
                 )
             model = model.to(runtime.device, torch.float32)
             self._train(model, tensors(own), tensors(held) if held.any() else None, how, runtime)
+        if self.patience is not None and self.best_epoch_ <= 3 < len(self.history_):
+            first = f"epoch {self.best_epoch_} of {len(self.history_)} had the least loss on the held-out rows"
+            fix = "Lower lr, look for rows unlike all others, or pass patience=None."
+            warn(self._where, f"{first}, which mostly means that little was learnt. {fix}")
         # In float64 a prediction does not depend on the rows beside it; on the CPU a pickle can be loaded anywhere.
         self.model_ = model.eval().cpu().double()
         self.tau_choice_ = None
         if tau == "auto":
+            if (rows := int(held.sum())) < _FEWEST_TO_CHOOSE_FROM:
+                warn(self._where, f"tau is chosen on {rows} held-out rows, little more than by chance. Pass a number.")
             self.tau_choice_ = self._choose_tau(scaled[held], torch.from_numpy(labels[held]))
             tau = self.tau_choice_.tau
             self.model_.set_prior("uniform", tau)
         self.tau_ = tau
+        self._compare(scaled[held], labels[held], labels[own])
+
+    def _fit_scaler(self, columns: np.ndarray, weight: np.ndarray) -> None:
+        """Learn how columns are cut off and standardized, so that neither a sentinel among the rows to train on
+        squeezes all other values together, nor one among other rows reaches weights that were never trained."""
+        middle = np.array([_median(column, weight) for column in columns.T])
+        distance = np.abs(columns - middle)
+        usual = np.array(
+            [_median(row[row > 0], weight[row > 0]) if row.any() else 0.0 for row in distance.T]
+        )  # 0 where a column is constant, which is thus taken to be so everywhere
+        reach = _USUAL_DISTANCES * usual
+        self.scaler_ = StandardScaler().fit(np.clip(columns, middle - reach, middle + reach), sample_weight=weight)
+        mean, far = self.scaler_.mean_, _DEVIATIONS * self.scaler_.scale_
+        low, high = np.maximum(middle - reach, mean - far), np.minimum(middle + reach, mean + far)
+        self.column_limits_ = np.array([low, high])
+
+    def _scaled(self, columns: np.ndarray) -> np.ndarray:
+        return self.scaler_.transform(np.clip(columns, *self.column_limits_))
 
     def _backbone(self, columns: int) -> tuple[nn.Module, int]:
         """A perceptron, and how many features it gives."""
@@ -227,7 +263,10 @@ class _LongTailEstimator(BaseEstimator):
     def _predicted(self, X: Any, read: Callable[[LongTailOutput], Tensor]) -> np.ndarray:
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        return self._read(self.scaler_.transform(X), read).numpy()
+        return self._read(self._scaled(X), read).numpy()
+
+    def _compare(self, scaled: np.ndarray, held: np.ndarray, own: np.ndarray) -> None:
+        """Warn where held-out labels are met no better than by one number."""
 
     @abstractmethod
     def _choose_tau(self, scaled: np.ndarray, labels: Tensor) -> TauChoice:
@@ -348,6 +387,7 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         X, y, weight = self._checked(X, y, sample_weight, y_numeric=True)
         labels = labels_array(self._where, y, "y").astype(np.float64)
         self.bins_ = self._axis(labels)
+        self._crowded = self._has_bins and _warned_of_crowding(self._where, labels, self.bins_)
         self._fit(X, labels, weight, self.bins_, sigma=self.sigma, decode=self.decode)
         return self
 
@@ -363,18 +403,41 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
                 raise problem(self._where, "bins must be a continuous label axis", got=repr(self.bins), fix=fix)
             return self.bins
         count = whole(self._where, "num_bins", self.num_bins, low=2)
-        span = int(high) - int(low) + 1
-        if span >= _FEWEST_WHOLE and (labels == labels.round()).all():
-            width = -(-span // count)
-            return Bins.uniform(low, low + width * -(-span // width), width=width, integer=True)
-        return Bins.uniform(low, high, count=count)
+        step = _step(labels)
+        steps = round((high - low) / step) + 1 if step else 0
+        width = (high - low) / (count - 1)
+        if steps >= _FEWEST_STEPS:
+            each = steps // count | 1  # an odd number has a middle
+            width, count = each * step, -(-(steps + each // 2) // each)
+            if step == 1 and low == round(low):
+                start = low - each // 2
+                return Bins.uniform(start, start + each * count, width=each, integer=True)
+        return Bins.from_edges(low + width * (np.arange(count + 1) - 0.5))
 
     def _choose_tau(self, scaled: np.ndarray, labels: Tensor) -> TauChoice:
         return self.model_.choose_tau(self._read(scaled, lambda out: out.scores), labels)
 
+    def _compare(self, scaled: np.ndarray, held: np.ndarray, own: np.ndarray) -> None:
+        if len(held) < _FEWEST_TO_CHOOSE_FROM or self._crowded:
+            return
+        row = self.bins_.index(held)
+        alike = 1 / np.bincount(row)[row]  # each bin counts alike, as where rare labels are what matters
+        errors = [np.abs(pred - held) for pred in (self._read(scaled, self._label).numpy(), np.median(own))]
+        (mean, constant), (balanced, of_constant) = ([np.average(e, weights=w) for e in errors] for w in (None, alike))
+        if mean > 1.1 * constant and balanced > of_constant:
+            message = f"on {len(held)} held-out rows the mean absolute error is {mean:.3g}, and {constant:.3g} for a "
+            message += "constant, the median label. Lower tau or lr, or train on the logarithm of y if it is skewed."
+            warn(self._where, message)
+
     def predict(self, X: Any) -> np.ndarray:
-        """The label of each row, (N,)."""
-        return self._predicted(X, lambda out: out.prediction)
+        """The label of each row, (N,), which lies on the label axis."""
+        return self._predicted(X, self._label)
+
+    def _label(self, output: LongTailOutput) -> Tensor:
+        return self._on_axis(output.prediction)
+
+    def _on_axis(self, values: Tensor) -> Tensor:
+        return values.clamp(float(self.bins_.edges[0]), float(self.bins_.edges[-1]))
 
     def predict_interval(self, X: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper ends, (N,) each, of central intervals that hold a label with the probability ``level``.
@@ -384,7 +447,7 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         """
 
         def ends(out: LongTailOutput) -> Tensor:
-            return torch.stack(self.model_.interval(out, level), 1)
+            return self._on_axis(torch.stack(self.model_.interval(out, level), 1))
 
         lower, upper = self._predicted(X, ends).T
         return lower, upper
@@ -486,6 +549,52 @@ class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
         """The log-probability of each class, (N, classes); of two classes the log-odds of the second, (N,)."""
         scores = self._predicted(X, _log_shares)
         return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores
+
+
+def _warned_of_crowding(where: str, labels: np.ndarray, bins: Bins) -> bool:
+    """Whether more than half of the labels, not all alike, share one bin of many; says so."""
+    index = bins.index(labels)
+    fullest = np.bincount(index).argmax()
+    inside = labels[index == fullest]
+    share = len(inside) / len(labels)
+    if len(bins) < _FEWEST_TO_CROWD or share <= 0.5 or np.ptp(inside) == 0:
+        return False
+    low, high = bins.edges[fullest : fullest + 2]
+    message = f"{share:.0%} of the labels lie in one of {len(bins)} bins, from {low:.4g} to {high:.4g}, where they are "
+    message += "hardly told apart. Train on their logarithm, by scikit-learn's TransformedTargetRegressor(regressor, "
+    message += "func=numpy.log1p, inverse_func=numpy.expm1), pass narrower bins there, or look for mistyped labels."
+    warn(where, message)
+    return True
+
+
+def _step(labels: np.ndarray) -> float:
+    """The step from one label to the next where all are multiples of one, counted from the least: 1 for whole numbers,
+    whatever their unit. 0 where there is none."""
+    values = np.unique(labels)
+    values = values[1:] - values[0]
+    step = values.min()
+    while (steps := values / step)[-1] < _MOST_STEPS:
+        rest = np.abs(steps - steps.round())
+        if not (between := rest > 1e-3).any():  # multiples but for rounding
+            return float(values[-1] / steps[-1].round())
+        step *= rest[between].min()  # as Euclid finds the greatest divisor
+    return 0.0
+
+
+def _median(values: np.ndarray, weight: np.ndarray) -> float:
+    """The least value that half of the weight does not exceed."""
+    order = np.argsort(values, kind="stable")
+    share = np.cumsum(weight[order])
+    return float(values[order[np.searchsorted(share, share[-1] / 2)]])
+
+
+def _unlike(scaled: np.ndarray, own: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Rows held out of which a column lies farther off those to train on than half of their range. What a network
+    makes of such rows says nothing of how well it has learnt, and few of them outweigh all others. None, if all are."""
+    low, high = scaled[own].min(0), scaled[own].max(0)
+    margin = (high - low) / 2
+    far = held & ((scaled < low - margin) | (scaled > high + margin)).any(1)
+    return far if far.sum() < held.sum() else np.zeros_like(far)
 
 
 def _shares(output: LongTailOutput) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import pickle
+import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 pytest.importorskip("sklearn", minversion="1.6")
 
 from sklearn.base import clone
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -32,6 +35,13 @@ NOT_APPLICABLE = {
 }
 
 
+# Tables of these tests are small.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* tau is chosen on .* held-out rows:dir_toolkit.errors.DirToolkitWarning"
+)
+
+
+@pytest.mark.filterwarnings("ignore::dir_toolkit.errors.DirToolkitWarning")  # many of their tables are noise
 @parametrize_with_checks(
     [LongTailRegressor(**QUICK), LongTailClassifier(**QUICK)], expected_failed_checks=lambda estimator: NOT_APPLICABLE
 )
@@ -104,12 +114,12 @@ def test_intervals_hold_labels_as_often_as_they_say() -> None:
     assert (narrow < wide).all()
 
 
+@pytest.mark.filterwarnings("ignore:.* held-out rows the mean absolute error is:dir_toolkit.errors.DirToolkitWarning")
 def test_the_axis_follows_the_labels() -> None:
     x = np.arange(300.0)[:, None]
     short = LongTailRegressor(epochs=1, num_bins=50)
-    assert short.fit(x, x[:, 0] / 7).bins_ == dt.Bins.uniform(0, 299 / 7, count=50)
-    # 300 whole numbers in at most 50 bins: six a bin.
-    assert short.fit(x, x[:, 0]).bins_ == dt.Bins.uniform(0, 300, width=6, integer=True)
+    # 300 whole numbers in about 50 bins: seven a bin, since the least of them is to lie in the middle of its bin.
+    assert short.fit(x, x[:, 0]).bins_ == dt.Bins.uniform(-3, 305, width=7, integer=True)
     assert short.fit(x, x[:, 0] % 20 + 3).bins_ == dt.Bins.uniform(3, 23, width=1, integer=True)
     assert len(short.fit(x, x[:, 0] % 7).bins_) == 50  # too few whole numbers to spread labels over
     own = dt.Bins.from_edges([0, 10, 100, 400])
@@ -177,6 +187,7 @@ def test_probabilities_sum_to_one_and_agree_with_decisions(classifier: LongTailC
     np.testing.assert_array_equal(classifier.predict(x), np.where(odds > 0, "usual", "rare"))
 
 
+@pytest.mark.filterwarnings("ignore:.* epoch 3 of .* had the least loss:dir_toolkit.errors.DirToolkitWarning")
 def test_logit_adjustment_finds_rare_classes(classifier: LongTailClassifier) -> None:
     (x, y), (x_test, y_test) = two_classes(1000, 0, 0.05), two_classes(1000, 1, 0.5)
     after = clone(classifier).set_params(adjust="after", tau="auto").fit(x, y)
@@ -326,3 +337,189 @@ def test_bad_weights_and_untrained_or_diverging_models_are_refused() -> None:
         point.predict_interval(x)
     with pytest.raises(ValueError, match="level must be > 0 and < 1, got 1"):
         clone(REGRESSOR).set_params(epochs=1).fit(x, y).predict_interval(x, level=1)
+
+
+# ---- weights and prior ----
+
+SCHEMES: list[Any] = [None, "sqrt_inverse", "inverse", "effective_number", "dense"]
+
+
+@pytest.mark.parametrize("weights", SCHEMES)
+@pytest.mark.parametrize("how", [{"adjust": "in_loss"}, {"adjust": "after"}, {"adjust": "after", "sampled": True}])
+def test_with_columns_that_tell_nothing_classes_come_out_even_under_any_weights(weights: Any, how: Any) -> None:
+    sampled = how.pop("sampled", False) if (how := dict(how)) else False
+    y = np.repeat([0, 1, 2], [180, 40, 20])
+    model = LongTailClassifier(
+        hidden=(), weights=weights, tau=1.0, patience=None, batch_size=240, random_state=0, **how
+    )
+    model.set_params(epochs=400, lr=0.1 if weights != "dense" else 2.0)
+    model.fit(np.zeros((240, 1)), y, sample_weight=np.where(y == 1, 3.0, 1.0) if sampled else None)
+    np.testing.assert_allclose(model.predict_proba([[0.0]]), 1 / 3, atol=1e-3)
+    model.model_.set_prior(None)
+    if weights is None and not sampled:  # and without the adjustment they do not
+        np.testing.assert_allclose(model.predict_proba([[0.0]]), [[0.75, 1 / 6, 1 / 12]], atol=1e-3)
+
+
+@pytest.mark.parametrize("weights", SCHEMES)
+def test_with_columns_that_tell_nothing_labels_come_out_even_under_any_weights(weights: Any) -> None:
+    counts = np.array([60] * 6 + [20] * 6 + [5] * 6)  # in steps, each longer than the window that smooths them
+    axis = dt.Bins.uniform(0, 18, width=1)
+    y = np.repeat(axis.centers, counts)
+    model = LongTailRegressor(hidden=(), bins=axis, weights=weights, tau=1.0, patience=None, batch_size=600, sigma=0)
+    model.set_params(epochs=400, lr=0.1 if weights != "dense" else 2.0, random_state=0).fit(np.zeros((len(y), 1)), y)
+    shares = model.model_.eval()(torch.zeros(1, 1, dtype=torch.float64)).distribution[0].detach().numpy()
+    inside = [0, 1, 2, 3, 8, 9, 14, 15, 16, 17]  # where the window meets one step alone
+    np.testing.assert_allclose(shares[inside] / shares[inside].mean(), 1, atol=0.01)
+    assert abs(model.predict([[0.0]])[0] - 9) < 0.5
+    model.model_.set_prior(None)
+    if weights is None:
+        assert model.predict([[0.0]])[0] < 5
+
+
+# ---- what tables hold ----
+
+
+def sentinels(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two columns that tell the label and four that do not, in one of which 9999 stands for a missing value; the labels
+    and the rows that hold no such value. The rows held out are known, since they are drawn first."""
+    random, drawn = np.random.default_rng(seed), np.random.RandomState(seed)
+    x = random.normal(size=(400, 6))
+    y = 30 + 10 * x[:, 0] + 3 * x[:, 1] ** 2 + 0.1 * random.normal(size=400)
+    drawn.randint(2**31 - 1)
+    held = _validation_rows(drawn, y, 0.15, dt.Bins.uniform(-1000, 1000, count=2))
+    own = np.setdiff1d(np.arange(400), held)
+    rows = {"held out": held[3:4], "trained on": own[3:4], "both": np.r_[held[3], own[3]], "many": own[:20]}
+    place, which = kind.split(", ")
+    if place == "constant column":
+        x[:, 5] = 0
+    x[rows[which], 0 if place == "column that tells" else 5] = 9999
+    return x, y, np.setdiff1d(np.arange(400), rows[which])
+
+
+@pytest.mark.parametrize("head", ["linear", "regression"])
+@pytest.mark.parametrize(
+    "kind",
+    [f"constant column, {which}" for which in ("held out", "trained on", "both")]
+    + [f"{place}, {which}" for place in ("useless column", "column that tells") for which in ("held out", "trained on")]
+    + ["column that tells, many"],
+)
+def test_sentinels_in_a_few_rows_do_not_spoil_the_others(kind: str, head: Any) -> None:
+    model = LongTailRegressor(hidden=(32,), head=head, epochs=60, lr=1e-2, random_state=0)
+    x, y, usual = sentinels(kind, 0)
+    error = np.abs(model.fit(x, y).predict(x[usual]) - y[usual]).mean()
+    assert error < (4 if "many" in kind else 2.5)  # where a constant errs by 8
+    assert model.best_epoch_ > 10
+    wild = model.predict(np.full((3, 6), [[1e300], [9999.0], [-9999.0]]))
+    assert (wild >= model.bins_.edges[0]).all()
+    assert (wild <= model.bins_.edges[-1]).all()
+
+
+def test_a_column_that_was_constant_in_training_says_nothing_later() -> None:
+    x, y = long_tailed(200, 0)
+    x = np.c_[x, np.full(200, 0.3)]
+    for estimator, labels in ((REGRESSOR, y), (CLASSIFIER, y > 5)):
+        model = clone(estimator).fit(x, labels)
+        np.testing.assert_array_equal(model.predict(x), model.predict(np.c_[x[:, :2], np.full(200, 9999.0)]))
+        assert not np.array_equal(model.predict(x), model.predict(x[:, ::-1]))
+
+
+def test_columns_are_cut_off_far_from_all_others_and_nowhere_else() -> None:
+    x, y = long_tailed(200, 0)
+    model = clone(REGRESSOR).set_params(epochs=1, patience=None, tau=0).fit(x, y)
+    plain = (x - x.mean(0)) / x.std(0)
+    np.testing.assert_allclose(model._scaled(x), plain, rtol=1e-12, atol=1e-12)
+    assert np.abs(model._scaled([[1e9, -1e9]])).tolist() == [[10.0, 10.0]]
+    x[7, 0] = 9999
+    scaled = clone(model).fit(x, y)._scaled(x)
+    assert np.delete(scaled, 7, 0).std(0).min() > 0.2  # where the plain standard deviation leaves 0.001
+    assert scaled[7, 0] == scaled[:, 0].max() <= 10
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-5, 1e5])
+def test_the_least_label_is_the_middle_of_a_bin_and_the_axis_does_not_depend_on_the_unit(unit: float) -> None:
+    random = np.random.default_rng(0)
+    for labels in (random.exponential(size=300), random.integers(0, 30, 300), random.integers(-4, 900, 300) / 4):
+        axis, scaled = (LongTailRegressor()._axis(factor * labels.astype(float)) for factor in (1, unit))
+        assert len(scaled) == len(axis)
+        np.testing.assert_allclose(scaled.centers, unit * axis.centers, rtol=1e-9, atol=1e-12 * unit)
+        assert abs(axis.centers[0] - labels.min()) < 1e-12 * np.ptp(labels)
+        np.testing.assert_array_equal(scaled.index(unit * labels), axis.index(labels))
+        single = (unit * labels).astype(np.float32)
+        LongTailRegressor()._axis(single.astype(float)).index(single)
+
+
+def test_zeros_are_predicted_as_zeros() -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(1500, 3))
+    y = np.maximum(0, 10 * x[:, 0] - 8 + 0.5 * random.normal(size=1500))
+    zero = y == 0
+    assert zero.mean() > 0.7
+    model = LongTailRegressor(hidden=(32,), epochs=40, random_state=0)
+    with pytest.warns(dt.errors.DirToolkitWarning, match="% of the labels lie in one of 100 bins, .* their logarithm"):
+        pred = model.fit(x, y).predict(x)
+    width = float(np.diff(model.bins_.edges)[0])
+    assert np.median(np.abs(pred[zero])) < 0.1 * width
+    assert np.corrcoef(pred[~zero], y[~zero])[0, 1] > 0.7
+
+
+# ---- what is told ----
+
+
+def told(estimator: Any, x: np.ndarray, y: np.ndarray) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        estimator.fit(x, y)
+    assert {warning.category for warning in caught} <= {dt.errors.DirToolkitWarning}
+    return [str(warning.message) for warning in caught]
+
+
+def test_one_warning_tells_that_labels_share_a_bin() -> None:
+    random = np.random.default_rng(1)
+    x = random.normal(size=(600, 2))
+    skewed = np.exp(2 * (0.9 * x[:, 0] + 0.4 * random.normal(size=600)))
+    mistyped = 30 + 10 * x[:, 0]
+    even = clone(REGRESSOR).set_params(epochs=10)
+    assert told(even, x, mistyped) == []
+    mistyped[0] = 1e6
+    for y in (skewed, mistyped):
+        (message,) = (text for text in told(even, x, y) if "labels lie in one of" in text)
+        assert "LongTailRegressor: " in message
+        assert "TransformedTargetRegressor(regressor, func=numpy.log1p, inverse_func=numpy.expm1)" in message
+    assert not any("in one of" in text for text in told(clone(even).set_params(head="regression"), x, skewed))
+    alike = np.where(random.random(600) < 0.8, 0, random.integers(0, 30, 600))
+    assert not any("in one of" in text for text in told(even, x, alike))  # no narrower bins would tell these apart
+    followed = TransformedTargetRegressor(clone(REGRESSOR), func=np.log1p, inverse_func=np.expm1)
+    assert told(followed, x, skewed) == []
+    assert np.abs(followed.predict(x) - skewed).mean() < 0.8 * np.abs(np.median(skewed) - skewed).mean()
+
+
+def test_a_regressor_worse_than_a_constant_says_so() -> None:
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(400, 3)), random.normal(size=400)
+    diverged = clone(REGRESSOR).set_params(head="regression", loss="weighted_mse", patience=100, epochs=1, lr=1.0)
+    (message,) = (text for text in told(diverged, x, y) if "mean absolute error" in text)
+    assert re.search(
+        r"on 60 held-out rows the mean absolute error is .*, and 0\..* for a constant, the median", message
+    )
+    assert told(clone(REGRESSOR), *long_tailed(400, 0)) == []
+
+
+def test_a_best_epoch_among_the_first_three_is_told() -> None:
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(200, 3)), random.normal(size=200)
+    noise = clone(REGRESSOR).set_params(patience=5, tau=0, lr=0.05)
+    (message,) = (text for text in told(noise, x, y) if "least loss" in text)
+    assert re.match(
+        r"LongTailRegressor: epoch [123] of \d+ had the least loss on the held-out rows, .*patience=None", message
+    )
+    assert told(clone(noise).set_params(patience=None, tau=1), x, y) == []
+
+
+def test_a_tau_chosen_on_few_rows_is_told() -> None:
+    x, y = long_tailed(60, 0)
+    for estimator, labels in ((REGRESSOR, y), (clone(CLASSIFIER).set_params(adjust="after", tau="auto"), y > 5)):
+        few = [text for text in told(clone(estimator), x, labels) if "held-out rows" in text and "tau" in text]
+        assert len(few) == 1
+        assert re.match(
+            r"LongTail.*: tau is chosen on 9 held-out rows, little more than by chance\. Pass a number", few[0]
+        )
