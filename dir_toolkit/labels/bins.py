@@ -36,6 +36,7 @@ from .._checks import (
     real,
     scalar,
     told,
+    warn,
     wide_dtype,
 )
 from ..errors import ShapeError
@@ -140,6 +141,7 @@ class Bins(LabelAxes):
         self._even = categorical or bool((np.abs(widths - self._width) <= rounding).all())
         with np.errstate(over="ignore", invalid="ignore"):
             steps = np.spacing(np.maximum(np.abs(edges[:-1]), np.abs(edges[1:])).astype(np.float32))
+            self._collapses = bool((np.diff(edges.astype(np.float32)) <= 0).any())  # in float32
         self._fits_float32 = bool((_STEPS * steps <= widths).all())
         with torch.inference_mode(False):
             self._edges, self._centers = torch.from_numpy(edges.copy()), torch.from_numpy(centers.copy())
@@ -313,7 +315,7 @@ class Bins(LabelAxes):
         """The bin of each label.
 
         Labels are compared with the edges in the labels' own precision: float32(0.7) falls where 0.7 does. Where that
-        precision does not tell two edges apart, as float32 does not tell 1e9 from 1e9 + 1, use wider labels.
+        precision does not tell two edges apart, as float32 does not tell 1e9 from 1e9 + 1, a warning asks for wider ones.
 
         Args:
             labels: any shape, in label units; a tensor is answered by a tensor on its device, all else by NumPy.
@@ -341,6 +343,8 @@ class Bins(LabelAxes):
         on_one_device(where, **{name: labels})
         if outside == "raise" and labels.is_meta:
             raise no_values(where, name)
+        if self._collapses and labels.is_floating_point() and labels.itemsize < 8:
+            self._warn_of_narrow(where, name, labels.dtype)
         labels = labels.detach()
         # Apple's GPUs have no float64.
         wide = torch.float32 if labels.device.type == "mps" else torch.float64
@@ -365,8 +369,20 @@ class Bins(LabelAxes):
         index = index.clamp(0, len(self) - 1) if outside == "clip" else index.masked_fill(beyond, -1)
         return index.masked_fill(broken, -1)
 
+    def _warn_of_narrow(self, where: str, name: str, dtype: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._collapses = False  # said once
+        warn(
+            where,
+            f"{dtype} does not tell all edges of {self!r} apart, so that {name} fall into fewer bins. "
+            "Hand them over in float64, or count them from a nearer zero.",
+        )
+
     def _tally(self, where: str, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
         labels = labels_array(where, labels, name)
+        if self._collapses and labels.dtype.kind == "f" and labels.itemsize < 8:
+            self._warn_of_narrow(where, name, labels.dtype)
         if (index := self._quick_index(labels)) is not None:
             return _counts(index.ravel(), len(self))
         counts = self._sorted_tally(labels)

@@ -265,7 +265,7 @@ def test_what_inference_mode_used_first_can_be_trained_with(bins: Bins, how: Any
     with torch.inference_mode():
         decode(scores.softmax(-1), bins, how)
         bins.expectation(scores.softmax(-1))
-        soft_labels(torch.full((3,), bins.centers[1].item()), bins, 2.0)
+        soft_labels(torch.full((3,), bins.centers[1].item(), dtype=torch.float64), bins, 2.0)
         made_inside = Bins.from_dict(bins.to_dict())
     for axis in (bins, made_inside):
         (decode(scores.softmax(-1), axis, how) * scores.softmax(-1).sum(-1)).sum().backward()

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from dir_toolkit import Bins, LabelDensity, decode, soft_labels
+from dir_toolkit import Bins, DirToolkitWarning, LabelDensity, decode, soft_labels
 from dir_toolkit.errors import LabelError, ShapeError
 
 
@@ -590,3 +590,21 @@ def test_axes_that_differ_are_shown_unlike() -> None:
     assert len({repr(bins) for bins in axes}) == len(axes)
     assert repr(axes[1]) == "<Bins: 4 of whole numbers from 0 to 4>"
     assert repr(axes[0]) == repr(Bins.from_dict(axes[0].to_dict())) == "<Bins: 4 from 0 to 4>"
+
+
+@pytest.mark.parametrize("place", ["index", "count", "tensor"])
+def test_labels_too_narrow_for_the_axis_are_warned_of_once(place: str) -> None:
+    bins = Bins.uniform(1.7e9, 1.7e9 + 3600, width=60)  # where float32 goes in steps of 128
+    labels = np.linspace(1.7e9, 1.7e9 + 3600, 50)
+    call: Any = {
+        "index": bins.index,
+        "count": lambda y: LabelDensity.count(y, bins),
+        "tensor": lambda y: bins.index(torch.from_numpy(y)),
+    }[place]
+    call(labels)
+    call(labels.astype(np.int64))
+    with pytest.warns(DirToolkitWarning, match=r"float32 does not tell all edges of <Bins: 60 .* apart, .* float64"):
+        call(labels.astype(np.float32))
+    call(labels.astype(np.float32))
+    near = Bins.uniform(0, 3600, width=60)
+    near.index(np.linspace(0, 3600, 9, dtype=np.float32))
