@@ -315,7 +315,7 @@ class Bins(LabelAxes):
         """The bin of each label.
 
         Labels are compared with the edges in the labels' own precision: float32(0.7) falls where 0.7 does. Where that
-        precision does not tell two edges apart, as float32 does not tell 1e9 from 1e9 + 1, a warning asks for wider ones.
+        precision does not tell two edges apart, as float32 does not tell 1e9 from 1e9 + 1, a warning says so.
 
         Args:
             labels: any shape, in label units; a tensor is answered by a tensor on its device, all else by NumPy.
