@@ -305,7 +305,7 @@ class LogitAdjuster(nn.Module):
         self.temperature: Tensor
         temperature = number("LogitAdjuster", "temperature", temperature, low=0, open_low=True, float32=True)
         self.register_buffer("offset", prior_offset("LogitAdjuster", prior, target, tau).detach().float())
-        self.register_buffer("temperature", torch.tensor(temperature))
+        self.register_buffer("temperature", self.offset.new_full((), temperature))
 
     def forward(self, logits: Tensor) -> Tensor:
         logits = _wide("LogitAdjuster", logits, len(self.offset))

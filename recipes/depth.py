@@ -74,7 +74,7 @@ def main(settings: Settings) -> None:
     valid = test_depth > 0
     density = dt.LabelDensity.count(depth, bins, outside="drop")
     pixels = int(density.counts.sum())
-    limits = {"many": pixels // 50, "few": pixels // 200}  # of the pixels a bin holds: more than 2 %, less than 0.5 %
+    many, few = pixels // 50, pixels // 200  # of the pixels a bin holds: more than 2 %, less than 0.5 %
     lds = dt.LDS(bins, outside="drop").fit(density)
     table: dict[str, list[np.ndarray]] = {name: [] for name in METHODS}
     for name, (weighted, smoothed) in METHODS.items():
@@ -105,7 +105,7 @@ def main(settings: Settings) -> None:
                     fds.end_epoch()
             with torch.no_grad():
                 pred = model.eval()(test_image)[:, 0]
-            errors = dt.regression_metrics(pred[valid], test_depth[valid], bins, density, **limits)
+            errors = dt.regression_metrics(pred[valid], test_depth[valid], bins, density, many=many, few=few)
             table[name].append(np.append(errors.mae, errors.bmae.sel(region="all")))
     print(f"MAE in metres, mean over {settings.seeds} seed(s); bins of 0.5 m by their share of the training pixels")
     print(" " * 12 + "".join(f"{name:>9}" for name in (*errors.region.values, "bMAE")))

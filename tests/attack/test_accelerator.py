@@ -326,6 +326,9 @@ LABELS: dict[str, Callable[[], Job]] = {
     "Bins.expectation": alone(lambda d: BINS.expectation(d.scores.softmax(1)).mean()),
     "Bins.index": alone(lambda d: nothing(BINS.index(d.y, "clip"), GRID.index(d.y2, "drop"))),
     "gaussian_interval": alone(lambda d: dt.gaussian_interval(d.pair)[0].mean()),
+    "LogitAdjuster of a prior there": alone(
+        lambda d: dt.LogitAdjuster(d.prior, tau=0.5, temperature=2.0)(d.logits).logsumexp(1).mean()
+    ),
     "LogitAdjuster": of(
         lambda: dt.LogitAdjuster(torch.full((C,), 1 / C), tau=0.5), lambda m, d: m(d.logits).logsumexp(1).mean()
     ),
@@ -394,6 +397,8 @@ class Watch(TorchDispatchMode):
             and any(t.dtype in (torch.bool, torch.uint8) for t in args[1] if t is not None)
         ):
             self.note("indexing by a mask")
+        if there and name != "copy_" and any(t.device.type == "cpu" for t in given):
+            self.note("two devices in one operation")
         result = func(*args, **kwargs)
         if name in ("_to_copy", "copy_", "_copy_from", "to") and given:
             source = given[1] if name == "copy_" else given[0]
@@ -547,7 +552,8 @@ def test_full_covariance_waits_once_a_step_to_sort_samples_by_bin(monkeypatch: p
         (lambda d: d.y.cpu(), "a copy from cuda to cpu"),
         (lambda d: torch.ones(3).to(d.y.device), "a copy from cpu to cuda"),
         (lambda d: torch.tensor([1.0, 2.0], device=d.y.device), "a tensor of Python's numbers"),
-        (lambda d: d.y + torch.ones(N), "device"),
+        (lambda d: d.y + torch.ones(N), "two devices in one operation"),
+        (lambda d: d.y + torch.ones(()), "two devices in one operation"),
     ],
 )
 def test_the_watch_sees_what_waits(step: Callable[[Data], Any], expected: str) -> None:
