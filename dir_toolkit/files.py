@@ -40,7 +40,8 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], 
             "write_atomically", "path must be a file", got=f"the folder {os.fspath(path)!r}", error=IsADirectoryError
         )
     # tempfile would make it readable by its owner alone; opened like this it gets the mode that any new file gets.
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    start = target.name.encode()[:200].decode(errors="ignore")  # the name of a file has 255 bytes at most
+    temporary = target.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
             writer(file)
@@ -51,7 +52,10 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], 
         temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            folder = os.open(target.parent, os.O_RDONLY)
+        except PermissionError:  # a folder that may be written to and not read
+            return
         try:
             os.fsync(folder)
         finally:

@@ -155,8 +155,10 @@ def overview() -> str:
         [
             "methods; LDS and FDS are label and feature distribution smoothing (Yang et al. 2021):",
             *told(MAIN),
+            "",
             "variants of lds and lds+fds:",
             *told(VARIANTS),
+            "",
             "names that stand for several:",
             f"  {'default':26}{WINNER}, which did best of all",
             f"  {'all':26}all methods but the variants",

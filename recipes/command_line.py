@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -41,6 +42,9 @@ def unfit_folder(option: str, folder: Path) -> list[str]:
 def run(main: Callable[[_Settings], None], settings: type[_Settings], *, description: str | None = None) -> None:
     """Read the settings from the command line, run, and leave Python; bad input ends in a message without a trace."""
     ending: int | str = 0
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not of UTF-8 gets "?" in place of what it cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main(tyro.cli(settings, description=description))
     except KeyboardInterrupt:

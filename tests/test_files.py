@@ -4,7 +4,7 @@ import os
 import stat
 import threading
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -103,3 +103,23 @@ def test_a_folder_is_locked_until_it_is_released_and_left_as_it_was(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError):
         FolderLock(tmp_path / "gone")
+
+
+def test_a_name_as_long_as_a_file_may_have(tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 127)
+    write_atomically(path, lambda file: file.write(b"whole"))
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_can_be_written_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    write_atomically(tmp_path / "a", lambda file: file.write(b"whole"))
+    assert (tmp_path / "a").read_bytes() == b"whole"

@@ -18,7 +18,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from .._checks import length, one_of, problem
-from ..errors import DataError
+from ..errors import DataError, SettingsError
 from ..files import write_atomically
 from .archives import Files
 from .images import ImageSet, Splits, content_digest
@@ -212,7 +212,16 @@ def _unreadable(name: str, reason: str) -> Exception:
 
 def _default_folder() -> Path:
     named = os.environ.get("DIR_TOOLKIT_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "dir_toolkit"
+    try:
+        return Path(named).expanduser() if named else Path.home() / ".cache" / "dir_toolkit"
+    except RuntimeError:  # neither HOME nor a user of this number, as in some containers
+        raise problem(
+            "cache",
+            "there must be a folder to keep decoded images in",
+            got=f"DIR_TOOLKIT_CACHE={named}" if named else "no home folder",
+            fix="Set the environment variable DIR_TOOLKIT_CACHE to a folder, or pass cache=...",
+            error=SettingsError,
+        ) from None
 
 
 @contextmanager

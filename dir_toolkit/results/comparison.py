@@ -23,6 +23,7 @@ PAIRED = ("mae", "bmae")
 
 _DEFAULT = (("bmae", "all"), ("mae", "all"), ("mae", "many"), ("mae", "medium"), ("mae", "few"), ("bmae", "few"))
 _NUMBERS = tuple(f"{name}{end}" for name in ("difference", "ratio") for end in ("", "_low", "_high"))
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of one
 _BLOCK = 2**22  # counts drawn at a time
 
 
@@ -269,6 +270,8 @@ def _explained(differences: xr.Dataset) -> str:
 def differences_csv(differences: xr.Dataset) -> str:
     """Differences as CSV, a line for each method and column; what is not known is empty.
 
+    A name that a spreadsheet would take for a formula, such as ``=a+b``, gets an apostrophe in front.
+
     Raises:
         ResultsError: ``differences`` is not what :func:`paired_differences` gives.
     """
@@ -286,6 +289,7 @@ def _csv_rows(differences: xr.Dataset) -> Iterator[list[object]]:
         for j in range(differences.sizes["column"]):
             told = [float(part[name].values[j]) for name in _NUMBERS]
             head = [method, differences.attrs["baseline"], *(str(part[n].values[j]) for n in ("metric", "region"))]
+            head = [f"'{text}" if text.startswith(_FORMULA) else text for text in head]
             yield [*head, int(part["seeds"]), *("" if np.isnan(x) else f"{x:.6g}" for x in told)]
 
 

@@ -33,6 +33,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 INK, FAINT, GREY = "#222222", "#d9d9d9", "#777777"
 _WIDTH = 7.0  # inches: 700 pixels at matplotlib's 100 dots an inch
 _LEGEND_ROW = 0.2  # inches
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 SPREAD = "mean ± sd over seeds"
 
 Colors = Mapping[str, str]
@@ -66,7 +67,7 @@ def figure_svg(figure: Figure, *, name: str = "figure") -> str:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", dpi=200, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    text = _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text[text.index("<svg") :])
     # Only tags are looked at: a label may well read id="x".
     return re.sub(r"<[^>]*>", lambda tag: re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag[0]), text)
 

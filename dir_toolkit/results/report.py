@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _SHOWN_ELSEWHERE = ("title", "command", "label_name", "label_units")
+_DEEPEST = 20  # levels of settings that are told one by one
 
 
 def write_report(
@@ -79,13 +80,20 @@ def write_report(
     write_atomically(path, lambda file: file.write(page.encode()))
 
 
-def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(values: Mapping[str, object], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
     """Names and values as text, nested ones under dotted names; text that is a JSON object is read as one."""
     for name, value in values.items():
+        read = value
         if isinstance(value, str) and value.startswith("{"):
-            with suppress(ValueError):
-                value = json.loads(value)
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
+            with suppress(ValueError, RecursionError):
+                read = json.loads(value)
+        if isinstance(read, Mapping) and read and depth < _DEEPEST:
+            yield from _flat(read, f"{prefix}{name}.", depth + 1)
+            continue
+        text = value
+        if not isinstance(value, str):
+            try:
+                text = json.dumps(value, default=str)
+            except (ValueError, RecursionError):  # in circles, or nested too deep
+                text = "..."
+        yield f"{prefix}{name}", str(text)

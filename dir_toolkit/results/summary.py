@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_comparison", "write_summary"]
 
+_LONGEST = 150  # bytes of the name of a figure's file
 _SUFFIX = ".summary"  # tells our TensorBoard file from others in the folder
 
 
@@ -61,7 +64,7 @@ def write_summary(
 
     folder = Path(folder)
     validate_results(ds)
-    names = {title: "".join(c if c.isalnum() else "-" for c in title.lower()) for title in figures}
+    names = {title: _file_name(title) for title in figures}
     if len(set(names.values())) < len(names):
         raise problem("write_summary", "titles of figures must give each a file of its own", got=sorted(names.values()))
     table = results_table(ds, columns=columns) if table is None else table
@@ -70,7 +73,8 @@ def write_summary(
     write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
     (folder / "figures").mkdir(exist_ok=True)
     for earlier in folder.glob(f"events.out.tfevents.*{_SUFFIX}"):
-        earlier.unlink()
+        with suppress(PermissionError):  # on Windows, while TensorBoard reads it
+            earlier.unlink()
     with SummaryWriter(str(folder), filename_suffix=_SUFFIX) as board:
         board.add_text("results", text)
         for tag, mean in _scalars(ds):
@@ -88,6 +92,15 @@ def write_summary(
         settings=settings,
         table=table,
     )
+
+
+def _file_name(title: str) -> str:
+    """Letters, digits and dashes; a title too long for a file system is cut and told from others by a digest."""
+    name = "".join(c if c.isalnum() else "-" for c in title.lower())
+    if len(name.encode()) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(title.encode()).hexdigest()[:12]
+    return f"{name.encode()[:_LONGEST].decode(errors='ignore')}-{digest}"
 
 
 def _scalars(ds: xr.Dataset) -> Iterator[tuple[str, float]]:

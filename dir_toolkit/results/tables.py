@@ -174,20 +174,24 @@ def as_markdown(table: ResultsTable) -> str:
     """A table as Markdown, with its caption below it; ends in a newline."""
     rows = _marked(table)
     lines = [table.header, ["---", *("---:" for _ in table.header[1:])], table.counts, *rows]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{body}\n\n{table.caption}\n"
+    body = "\n".join("| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"{body}\n\n{_one_line(table.caption)}\n"
 
 
 def as_text(table: ResultsTable) -> str:
     """A table in aligned columns for a terminal, its marks as in Markdown; ends in a newline."""
-    lines = [table.header, table.counts, *_marked(table)]
+    lines = [[_one_line(cell) for cell in line] for line in (table.header, table.counts, *_marked(table))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     laid = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
         for line in lines
     ]
     laid.insert(2, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return "\n".join([*laid, table.caption]) + "\n"
+    return "\n".join([*laid, _one_line(table.caption)]) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
 
 
 def _marked(table: ResultsTable) -> list[list[str]]:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from dir_toolkit.data import cache as cache_module
 from dir_toolkit.data.archives import FolderFiles
 from dir_toolkit.data.cache import Decoded, decode_jpeg, decode_once, make_splits
-from dir_toolkit.errors import DataError
+from dir_toolkit.errors import DataError, SettingsError
 
 NAMES = [f"{i}.jpg" for i in range(5)]
 
@@ -146,6 +147,24 @@ def test_default_folder(files, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     decode_once(files, NAMES, size=8)
     assert ".npy" in kept(tmp_path / "home" / ".cache" / "dir_toolkit")
+
+
+def test_default_folder_of_a_user_with_or_without_a_home(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DIR_TOOLKIT_CACHE", "~/named")
+    decode_once(files, NAMES, size=8)
+    assert ".npy" in kept(tmp_path / "home" / "named")
+
+    def nobody(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.delenv("DIR_TOOLKIT_CACHE")
+    with pytest.raises(SettingsError, match=r"^cache: .* got no home folder\. Set .* DIR_TOOLKIT_CACHE to a folder"):
+        decode_once(files, NAMES, size=8)
+    monkeypatch.setenv("DIR_TOOLKIT_CACHE", "~nobody-of-this-name/x")
+    with pytest.raises(SettingsError, match="got DIR_TOOLKIT_CACHE=~nobody-of-this-name/x"):
+        decode_once(files, NAMES, size=8)
 
 
 @pytest.mark.parametrize("what", ["cut", "grown", "dtype", "empty", "gone", "notes", "notes gone", "other notes"])

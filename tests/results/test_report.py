@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xarray as xr
@@ -173,3 +174,15 @@ def test_another_table_may_be_shown_and_marks_stay_marks(ds: xr.Dataset, tmp_pat
     assert "<em>3</em>" in text
     assert "<td>4</td>" in text
     assert "MAE many" not in text
+
+
+def test_settings_nested_beyond_measure_are_told_as_they_are(ds: xr.Dataset, tmp_path: Path) -> None:
+    deep = '{"a":' * 5_000 + "1" + "}" * 5_000
+    circle: dict[str, Any] = {}
+    circle["again"] = circle
+    write_report(
+        tmp_path / "r.html", ds.assign_attrs(note=deep, short='{"a": {"b": 1}}'), {}, title="t", settings=circle
+    )
+    page = (tmp_path / "r.html").read_text()
+    assert deep.replace('"', "&#34;") in page
+    assert "short.a.b" in page

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import xarray as xr
@@ -195,3 +198,29 @@ def test_a_comparison_that_is_refused_leaves_nothing(tmp_path: Path, ds: xr.Data
     with pytest.raises(FileNotFoundError, match="existing folder"):
         write_comparison(tmp_path / "none", compared, replicates=100)
     assert files(tmp_path) == set()
+
+
+def test_names_of_any_length_and_kind_leave_whole_files(tmp_path: Path, compared: xr.Dataset) -> None:
+    """Longer than a file's name may be, with control characters, line breaks and what a spreadsheet would run."""
+    long, odd = "m" * 300, "=HYPERLINK(1)\x01\n\x0bend"
+    names = {"vanilla": long, "half": odd}
+    ds = compared.assign_coords({"method": [names.get(m, m) for m in compared["method"].values.tolist()]})
+    ds = ds.assign_attrs(label_name="age\n" + "ä" * 300)
+    write_comparison(tmp_path, ds, baseline=long, replicates=100)
+    figures = [path.name for path in (tmp_path / "figures").iterdir()]
+    assert len(figures) >= 5
+    assert all(len(name.encode()) < 200 for name in figures)
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert len([line for line in table if line.startswith("|")]) == 3 + ds.sizes["method"]
+    assert len(table) == 3 + ds.sizes["method"] + 2
+    with (tmp_path / "differences.csv").open(newline="") as file:
+        assert {row["method"] for row in csv.DictReader(file)} >= {f"'{odd}"}
+    page = (tmp_path / "report.html").read_text()
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(svg)
+    assert page.count("<svg") >= 5
+
+
+def test_titles_that_are_alike_for_long_get_files_of_their_own(tmp_path: Path, ds: xr.Dataset) -> None:
+    write_summary(tmp_path, ds, {"t" * 400 + end: region_figure(ds) for end in "ab"})
+    assert len(list((tmp_path / "figures").iterdir())) == 2

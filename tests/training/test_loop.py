@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,15 @@ from dir_toolkit.backbones import ImageClassifier, Scored
 from dir_toolkit.data.augment import to_float
 from dir_toolkit.data.images import ImageSet, content_digest
 from dir_toolkit.decoupling import stage_two
-from dir_toolkit.errors import CheckpointError, LabelError, NonFiniteLossError, RunExistsError, SettingsError
+from dir_toolkit.errors import (
+    CheckpointError,
+    LabelError,
+    NonFiniteLossError,
+    RunExistsError,
+    SettingsError,
+    ShapeError,
+    UsageError,
+)
 from dir_toolkit.features.fds import FDS
 from dir_toolkit.heads.linear import LinearHead
 from dir_toolkit.labels.bins import Bins
@@ -43,6 +52,7 @@ BINS = Bins.uniform(0, 20, width=1)
 EPOCHS, BATCH, SAMPLES = 3, 15, 67  # five steps an epoch, the last of seven samples
 STEPS = 5
 CLASSES = Bins.classes(4)
+ONE_EPOCH = Optimization(epochs=1, batch_size=BATCH)
 
 
 def image_set(samples: int = SAMPLES, seed: int = 0) -> ImageSet:
@@ -313,6 +323,66 @@ def test_a_second_ctrl_c_would_kill(tmp_path: Path) -> None:
     assert handlers == [signal.SIG_DFL]
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_sigterm_saves_as_ctrl_c_does_however_often_it_comes(tmp_path: Path, whole_run: Path, times: int) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate() -> None:
+        for _ in range(times):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, loss=at_call(8, terminate))
+    assert signal.getsignal(signal.SIGTERM) is before
+    train(tmp_path, resume=True)
+    assert same_runs(tmp_path, whole_run)
+
+
+def test_a_handler_of_ones_own_for_sigterm_stays(tmp_path: Path) -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        train(tmp_path, loss=at_call(1, lambda: signal.raise_signal(signal.SIGTERM)), optimization=ONE_EPOCH)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("what", ["getsignal", "signal"])
+def test_handlers_that_python_did_not_set_are_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """As where a host program set its own before it started Python."""
+    monkeypatch.setattr(signal, what, lambda *_: None)
+    _, _, history = train(tmp_path, optimization=ONE_EPOCH)
+    assert len(history) == 1
+
+
+def test_a_second_training_in_another_thread_is_refused_and_spares_the_first(tmp_path: Path, whole_run: Path) -> None:
+    refused: list[BaseException] = []
+
+    def second() -> None:
+        try:
+            train(tmp_path / "second")
+        except BaseException as error:
+            refused.append(error)
+
+    def start() -> None:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+
+    train(tmp_path / "first", loss=at_call(3, start))
+    assert same_runs(tmp_path / "first", whole_run)
+    (error,) = refused
+    assert isinstance(error, UsageError)
+    assert "one thread of a process may train at a time" in str(error)
+    assert not (tmp_path / "second").exists()
+    second()  # free again
+    assert len(refused) == 1
+    assert same_runs(tmp_path / "second", whole_run)
+
+
 def test_the_best_weights_are_loaded_at_the_end(tmp_path: Path) -> None:
     model, _, history = train(tmp_path)
     best = load_checkpoint(tmp_path / "checkpoint-best.pt")
@@ -496,6 +566,99 @@ def test_what_cannot_work_is_refused_before_any_step(
     with pytest.raises(error, match=message):
         fit(tiny_model(), data, image_set(31, seed=1), **{**arguments, **changes})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_no_gradient_is_refused_in_words(tmp_path: Path) -> None:
+    def detached(output: Tensor, target: Tensor, weight: Tensor, *, reduction: str) -> Tensor:
+        return weighted_l1(output.detach(), target, weight, reduction="sum")
+
+    def by_sample(output: Tensor, target: Tensor, weight: Tensor, *, reduction: str) -> Tensor:
+        return weighted_l1(output, target, weight, reduction="none")
+
+    def number(output: Tensor, target: Tensor, weight: Tensor, *, reduction: str) -> float:
+        return 1.0
+
+    for loss, error, says in (
+        (detached, UsageError, "loss must depend on what is trained, got one without a gradient"),
+        (by_sample, ShapeError, r"loss must return one number, got shape \(15,\)"),
+        (number, TypeError, "loss must return a tensor, got float"),
+    ):
+        with pytest.raises(error, match=rf"^fit: {says}"):
+            train(tmp_path / loss.__name__, loss=loss)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context, pytest.raises(UsageError, match=r"^fit: gradients must be on, got torch\.no_grad"):
+            train(tmp_path / "off")
+    data = image_set()
+    for name, model, says in (
+        ("frozen", tiny_model().requires_grad_(False), "model must have parameters that are trained, got none"),
+        ("lazy", nn.Sequential(nn.Flatten(), nn.LazyLinear(1)), "model must have weights, got lazy layers"),
+    ):
+        with pytest.raises(SettingsError, match=says):
+            fit(
+                model,
+                data,
+                data,
+                metrics=metrics_of(data),
+                optimization=ONE_EPOCH,
+                runtime=one_process(),
+                folder=tmp_path / name,
+            )
+        assert not (tmp_path / name).exists()
+
+
+def test_another_default_device_changes_nothing(tmp_path: Path) -> None:
+    """Meta stands for an accelerator; AdamW itself makes tensors there."""
+    how = Optimization(epochs=1, batch_size=BATCH, lr=0.01, optimizer="sgd", momentum=0.0)
+
+    def run(folder: Path, device: str) -> None:
+        data, model = image_set(), Regressor(nn.Sequential(nn.Flatten(), nn.Linear(768, 8)), 8)
+        arguments: dict[str, Any] = {"metrics": metrics_of(data), "weights": LDS(BINS).fit(data.labels)}
+        with torch.device(device), start_runtime("cpu", seed=3) as runtime:
+            with runtime.seeded("init"):
+                for parameter in model.parameters():
+                    nn.init.normal_(parameter, std=0.01)
+            fit(model, data, image_set(31, 1), runtime=runtime, folder=folder, optimization=how, **arguments)
+            predict(model, data, runtime=runtime)
+
+    run(tmp_path / "meta", "meta")
+    run(tmp_path / "cpu", "cpu")
+    assert same_runs(tmp_path / "meta", tmp_path / "cpu")
+
+
+def test_a_best_epoch_among_the_first_is_told_once(tmp_path: Path) -> None:
+    class Worse(nn.Module):
+        """Whose predictions run away."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = nn.Parameter(torch.zeros(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return 1e3 * self.by.square() * images.new_ones(len(images))
+
+    def away(output: Tensor, target: Tensor, weight: Tensor | None, *, reduction: str) -> Tensor:
+        return -(output + model.by).sum()
+
+    def run(epochs: int, folder: Path) -> None:
+        data = image_set()
+        fit(
+            model,
+            data,
+            data,
+            metrics=metrics_of(data),
+            loss=away,
+            optimization=Optimization(epochs=epochs, batch_size=BATCH, lr=0.01),
+            runtime=one_process(),
+            folder=folder,
+            fingerprint={"loss": "away"},
+        )
+
+    model = Worse()
+    with pytest.warns(UserWarning, match=r"val_bmae was least at epoch [12] of 8, .* Lower the learning rate") as said:
+        run(8, tmp_path / "eight")
+    assert len(said) == 1
+    model = Worse()
+    run(3, tmp_path / "three")
 
 
 def test_only_image_sets_are_taken(tmp_path: Path) -> None:
