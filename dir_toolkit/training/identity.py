@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -30,9 +31,9 @@ def run_identity(
         SettingsError: nothing but its place in memory tells a part from another, as with a lambda.
     """
     named: dict[str, Callable[[], Any]] = {
-        "model": lambda: _network(model),
-        "loss": lambda: _loss(loss, model),
-        **{name: lambda name=name, value=value: described("fit", name, value) for name, value in parts.items()},
+        "model": partial(_network, model),
+        "loss": partial(_loss, loss, model),
+        **{name: partial(described, "fit", name, value) for name, value in parts.items()},
     }
     identity = {}
     for name, plain in named.items():
@@ -96,9 +97,9 @@ def _is_plain(value: object) -> bool:
 def _differences(saved: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """Where two plain values differ, by dotted names."""
     if isinstance(saved, Mapping) and isinstance(now, Mapping):
-        kinds = [value.get("is") for value in (saved, now)]
-        if not _same(*kinds):
-            return [(name, *kinds)]
+        was, became = saved.get("is"), now.get("is")
+        if not _same(was, became):
+            return [(name, was, became)]
         return [
             difference
             for key in sorted({*saved, *now}, key=str)

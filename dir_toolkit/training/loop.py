@@ -139,6 +139,7 @@ def fit(
         "weights_from": weights_from,
         "sampler": _same_on_all_ranks(sampler),
         "fds": fds,
+        "fds_attached": _attached(fds, model),
         "augmentation": augmentation,
         "optimization": asdict(optimization),
     }
@@ -418,6 +419,16 @@ def _checked_loss(loss: object) -> Tensor:
             "fit", "loss must depend on what is trained", got="one without a gradient", fix=fix, error=RuntimeError
         )
     return loss
+
+
+def _attached(fds: FDS | None, model: nn.Module) -> list[tuple[str, str]]:
+    """Where in the model an FDS works: the names of modules, and on which of their ends."""
+    return [
+        (name, end)
+        for name, module in model.named_modules()
+        for end, hooks in (("input", module._forward_pre_hooks), ("output", module._forward_hooks))
+        if any(fds is not None and getattr(hook, "fds", None) is fds for hook in hooks.values())
+    ]
 
 
 def _same_on_all_ranks(sampler: BinSampler | None) -> Any:

@@ -200,6 +200,7 @@ def test_a_comparison_that_is_refused_leaves_nothing(tmp_path: Path, ds: xr.Data
     assert files(tmp_path) == set()
 
 
+@pytest.mark.filterwarnings("ignore:Glyph", "ignore:constrained_layout")  # what no font has, and no figure room for
 def test_names_of_any_length_and_kind_leave_whole_files(tmp_path: Path, compared: xr.Dataset) -> None:
     """Longer than a file's name may be, with control characters, line breaks and what a spreadsheet would run."""
     long, odd = "m" * 300, "=HYPERLINK(1)\x01\n\x0bend"
