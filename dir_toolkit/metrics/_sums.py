@@ -108,7 +108,7 @@ class MergingSums(ABC):
 def check_tensors(where: str, **tensors: Tensor) -> None:
     """Plain tensors whose values sums kept elsewhere can take in, on a device that knows float64."""
     for name, value in tensors.items():
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value):
             raise problem(
                 where,
                 "must not be called inside torch.func transforms, out of which sums cannot be carried",

@@ -137,7 +137,7 @@ class CalibrationMetrics(MergingSums):
         brier = (p - is_class).square().sum(1)
         self._ready(p.device)
         self.histograms.view(3, -1).index_add_(1, cell.flatten(), rows.flatten(1))
-        self.totals += torch.stack([w, w * log_loss, w * brier]).sum(1)
+        self.totals.add_(torch.stack([w, w * log_loss, w * brier]).sum(1))
 
     def compute(self) -> xr.Dataset:
         """The results so far, as a dataset of plain numbers; NaN before the first sample.

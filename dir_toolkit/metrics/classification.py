@@ -149,7 +149,7 @@ class ClassificationMetrics(MergingSums):
         cell = (index * len(self.bins) + predicted).masked_fill(~counts, 0)
         self._ready(cell.device)
         if refused is not None:
-            self.refused += torch.stack([refused, (predicted < 0).sum()])
+            self.refused.add_(torch.stack([refused, (predicted < 0).sum()]))
         self.confusion.view(-1).index_add_(0, cell, counts.long())
 
     def summary(self) -> dict[str, float]:

@@ -111,7 +111,7 @@ class RegressionMetrics(MergingSums):
         some_lack_a_bin = refused is not None or self.outside == "drop"
         self._ready(index.device)
         if refused is not None:
-            self.refused[0] += refused
+            self.refused[0].add_(refused)
         sums = self.sums.view(-1, len(self.bins))  # (K * 10, B)
         p, t = (x.detach().reshape(-1, len(self.bins.axes)) for x in (pred, target))  # (N, K)
         pieces = (x.split(_PIECE) for x in (p, t, index.flatten()))

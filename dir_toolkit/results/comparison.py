@@ -96,8 +96,10 @@ def paired_differences(
         got = "a baseline without any"
         raise problem(where, f"{baseline!r} must have predictions to be compared with", got=got, error=ResultsError)
     edges = np.append(ds["bin_low"].values, ds["bin_high"].values[-1])
-    place = Bins.from_edges(edges).index(target)
-    shares = np.stack([_bin_shares(ds, metric, region, place) for metric, region in columns])  # (C, B)
+    bins = Bins.from_edges(edges)
+    place = bins.index(target)
+    weights = {"mae": np.bincount(place, minlength=len(bins)), "bmae": bins.relative_widths}
+    shares = np.stack([_bin_shares(ds, weights[metric], region, place) for metric, region in columns])  # (C, B)
     point, drawn = _replicates(errors[told], place, shares, replicates, seed)
 
     found = {name: np.full((len(methods), len(columns)), np.nan) for name in _NUMBERS}
@@ -154,12 +156,13 @@ def _columns(where: str, metrics: Any, ds: xr.Dataset) -> list[tuple[str, str]]:
     return columns
 
 
-def _bin_shares(ds: xr.Dataset, metric: str, region: str, place: np.ndarray) -> np.ndarray:
-    """What each bin's mean error weighs in a metric, (B,); NaN throughout where the region has no test sample."""
-    tested = np.bincount(place, minlength=ds.sizes["bin"]).astype(np.float64)
+def _bin_shares(ds: xr.Dataset, weights: np.ndarray, region: str, place: np.ndarray) -> np.ndarray:
+    """What each bin's mean error weighs, (B,), of which those with samples have ``weights``; NaN throughout where the
+    region has no test sample."""
+    tested = np.bincount(place, minlength=ds.sizes["bin"]) > 0
     if region != "all":
-        tested = np.where(ds["bin_region"].values == region, tested, 0.0)
-    shares = (tested > 0).astype(np.float64) if metric == "bmae" else tested
+        tested &= ds["bin_region"].values == region
+    shares = np.where(tested, weights, 0.0)
     return shares / shares.sum() if shares.any() else np.full(len(shares), np.nan)
 
 

@@ -19,7 +19,7 @@ Variables, all measured on test data unless said
 
     REGRESSION, over (method, seed, region)
         ``mae rmse gm bmae``   float64, label units, >= 0: mean absolute error, root mean square, geometric mean of the
-                               absolute errors, mean over bins of the bin's MAE
+                               absolute errors, mean over bins, each by its width, of the bin's MAE
         ``bias``               float64, label units: mean of prediction minus label
         ``pearson``            float64, in [-1, 1]
     REGRESSION, over (method, seed, bin)

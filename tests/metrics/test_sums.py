@@ -315,6 +315,56 @@ def test_transforms_of_torch_func_are_refused_in_words() -> None:
         torch.func.grad(lambda p: make("classification").update(p, target) or p.sum())(scores)
 
 
+def distributed_main(rank: int) -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, told = init_device_mesh("cpu", (2,)), []
+    for kind in KINDS:
+        pred, target = (distribute_tensor(x, mesh, [Shard(0)]) for x in batch(kind, INSIDE))
+        with pytest.raises(TypeError) as error:
+            make(kind).update(pred, target)
+        metrics, whole = make(kind), make(kind)
+        metrics.update(pred.to_local(), target.to_local())
+        whole.update(*batch(kind, INSIDE))
+        for a, b in zip(states(metrics.all_reduce()), states(whole), strict=True):
+            torch.testing.assert_close(a, b)
+        told.append(str(error.value))
+    return told
+
+
+def test_distributed_tensors_are_refused_in_words_that_work(two_ranks: Callable[..., list[Any]]) -> None:
+    pytest.importorskip("torch.distributed.tensor")
+    for messages in two_ranks(distributed_main):
+        for message in messages:
+            assert "must be a plain tensor, got a DTensor. Use" in message
+
+
+class Marked(torch.Tensor):
+    """Numbers of the CPU by another name, as masks of torchvision have."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_subclasses_of_tensors_are_taken(kind: str) -> None:
+    plain, marked = make(kind), make(kind)
+    plain.update(*batch(kind, INSIDE))
+    for _ in range(2):
+        marked.update(*(x.as_subclass(Marked) for x in batch(kind, INSIDE)))
+        assert {type(state) for state in states(marked)} == {torch.Tensor}
+    plain.update(*batch(kind, INSIDE))
+    assert_same_states(plain, marked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_update_is_the_plain_one(kind: str) -> None:
+    plain, compiled = make(kind), make(kind)
+    update = torch.compile(lambda p, t: compiled.update(p, t), backend="eager")
+    for _ in range(2):
+        plain.update(*batch(kind, INSIDE))
+        update(*batch(kind, INSIDE))
+    assert_same_states(plain, compiled)
+
+
 def test_a_device_without_float64_is_refused_in_words() -> None:
     with FakeTensorMode():
         for kind in KINDS:

@@ -314,11 +314,13 @@ def test_the_axis_may_be_of_any_edges(combine: Combine) -> None:
     target = np.array([0.1, 0.3, 3.9, 9.0], dtype=np.float32)  # the end of the axis is in the last bin
     runs = {}
     for seed, method in enumerate(("vanilla", "a")):
-        told = target + np.float32(seed + 1)
+        told = target + np.float32(seed + 1) * np.array([1, 1, 1, 3], dtype=np.float32)
         found = dt.regression_metrics(
             torch.from_numpy(told), torch.from_numpy(target), bins, dt.LabelDensity(bins, [200, 30, 3])
         )
         years = {"units": "label units"}
         runs[method, 0] = found.assign(target=("sample", target, years), prediction=("sample", told, years))
-    part = _of(paired_differences(combine(runs)), "a")
-    assert part["difference"] == pytest.approx(1, abs=1e-6)
+    found = paired_differences(combine(runs))
+    assert _of(found, "a")["difference"] == pytest.approx(6 / 4, abs=1e-6)
+    # A bin weighs by its width in the bMAE.
+    assert _of(found, "a", "bmae")["difference"] == pytest.approx((0.3 + 3.7 + 3 * 5) / 9, abs=1e-6)
