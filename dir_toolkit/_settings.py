@@ -66,6 +66,8 @@ def described(where: str, name: str, value: object) -> Any:
         return _function(where, name, value)
     if inspect.isbuiltin(value):
         return _qualified(value)
+    if inspect.ismodule(value):
+        return value.__name__
     own = getattr(value, "settings", None)
     if isinstance(own, Mapping):
         return {"is": _qualified(type(value)), **described(where, name, own)}

@@ -370,18 +370,18 @@ def trained(settings: Settings, name: str, runtime: Runtime, splits: Splits, out
     sampler = None if method.q is None else dt.BinSampler(labels, bins, q=method.q, seed=runtime.seed)
 
     folder = out / name / f"seed{runtime.seed}"
-    # What decides the numbers; a checkpoint of a run with other values is refused.
+    # What decides the numbers, beside what fit() is handed; a checkpoint of a run with other values is refused.
     decisive = ["backbone", "loss", "scheme", "kernel_size", "kernel_sigma", "label_sigma"]
     decisive += ["stage_two_epochs"] if method.start is not None else []
     plain = asdict(METHODS["vanilla"])
-    fingerprint = {
+    decided = {
         "method": name,
         **{key: str(value) for key, value in asdict(method).items() if key != "title" and value != plain[key]},
         "size": splits.train.images.shape[2],
         **{name: value for name, value in asdict(settings).items() if name in decisive or name.startswith("fds_")},
     }
     if runtime.is_main and not (folder / "checkpoint-last.pt").exists():
-        write_json(folder / "config.json", {**asdict(settings), **fingerprint, **asdict(how)})
+        write_json(folder / "config.json", {**asdict(settings), **decided, **asdict(how)})
         write_json(folder / "env.json", environment(runtime, splits))
     history = fit(
         model,
@@ -398,7 +398,7 @@ def trained(settings: Settings, name: str, runtime: Runtime, splits: Splits, out
         resume=True,  # a method may go on from another's network; check() refused what was there before all of them
         augmentation=augment_strongly if settings.augmentation == "strong" else True,
         checkpoint_minutes=settings.checkpoint_minutes,
-        fingerprint=fingerprint,
+        fingerprint={"recipe": decided},
     )
     best = min(history, key=lambda row: (math.isnan(row["val_bmae"]), row["val_bmae"]))["epoch"]
     return Trained(model, fds, history, best, earlier + history[-1]["seconds"] / 60)

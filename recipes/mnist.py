@@ -576,11 +576,11 @@ def fit_and_predict(
     metrics = metrics_of(settings, data)
     folder = place / variant.method / f"seed{runtime.seed}"
     model.to(runtime.device)
-    # What decides the numbers; a checkpoint of a run with other values is refused.
+    # What decides the numbers, beside what fit() is handed; a checkpoint of a run with other values is refused.
     kind = "affinity" if variant.head == "affinity" else variant.loss
-    fingerprint = {**asdict(variant), **{name: getattr(settings, name) for name in DECISIVE.get(kind, ())}}
+    decisive = {name: getattr(settings, name) for name in DECISIVE.get(kind, ())}
     if runtime.is_main and not (folder / "checkpoint-last.pt").exists():
-        write_json(folder / "config.json", {**asdict(settings), **fingerprint, **asdict(how)})
+        write_json(folder / "config.json", {**asdict(settings), **asdict(variant), **decisive, **asdict(how)})
         write_json(folder / "env.json", environment(runtime, data))
     history = fit(
         model,
@@ -594,7 +594,7 @@ def fit_and_predict(
         resume=settings.resume,
         augmentation=False,
         checkpoint_minutes=settings.checkpoint_minutes,
-        fingerprint=fingerprint,
+        fingerprint={"recipe": asdict(variant), "loss": {"kind": kind, **decisive}},
         **options,
     )
     return Trained(

@@ -133,6 +133,7 @@ def test_a_function_made_in_another_counts_by_what_it_takes_from_there():
     assert told(made(1, 2)) == told(made(1, 2))
     assert told(made(1, 2)) != told(made(3, 2))
     assert told(made(1, 2)) != told(made(1, 3))
+    assert told(made(np, 2)) == told(made(np, 2)) != told(made(torch, 2))
     with pytest.raises(SettingsError, match=r"its number\) must be something that can be told"):
         told(made(lambda: 1, 2))
 
