@@ -106,6 +106,8 @@ def _rounded(plain: Any) -> Any:
 
 def _array(value: np.ndarray | Tensor) -> Any:
     if isinstance(value, Tensor):
+        if value.is_meta:
+            return f"{value.dtype} {tuple(value.shape)} without values"
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     if value.size <= _LONGEST:

@@ -9,7 +9,8 @@ tau-normalization  no training: :func:`choose_normalization` on validation featu
 ================== ==========================================================================================
 
 Any training loop will do for the second stage, as long as its optimizer takes parameters that require gradients only.
-Its learning rate, epochs and schedule are its own.
+Its learning rate, epochs and schedule are its own. A head that was trained again on evenly drawn or inversely weighted
+samples has an even prior: to adjust it by the prior of the labels as they came would correct it twice.
 
 Source:
     Kang et al. 2020, sections 3 and 4 (arXiv:1910.09217); Yang et al. 2021, appendix, for RRT (arXiv:2102.09554).
@@ -28,7 +29,7 @@ from ._checks import instance, is_tensor, one_of, problem, whole
 from .errors import ShapeError
 from .heads.normalized import ScaledHead, tau_normalized
 from .metrics.classification import balanced_error
-from .priors import TauChoice, candidate_taus, middle_of_best
+from .priors import TauChoice, candidate_taus, chosen_tau
 
 __all__ = ["Frozen", "choose_normalization", "freeze", "reinitialize", "stage_two"]
 
@@ -223,5 +224,4 @@ def choose_normalization(
     with torch.no_grad():
         scores = (tau_normalized(head, float(tau))(features) for tau in tried)
         curve = np.array([balanced_error(pred, labels, head.out_features) for pred in scores])
-    curve.setflags(write=False)
-    return TauChoice(float(tried[middle_of_best(curve)]), tried, curve, "balanced_error", 1.0)
+    return chosen_tau(where, tried, curve, "balanced_error", 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,21 +26,26 @@ from ._checks import (
     one_of,
     prior_shares,
     problem,
+    readable,
     real,
+    same_device,
+    same_shape,
     warn,
     wide_dtype,
 )
+from ._settings import shown
+from ._state import pack, unpack
 from .errors import CheckpointError, ShapeError
 from .features.fds import FDS
 from .heads.affinity import AffinityHead
 from .heads.cosine import CosineHead
 from .heads.decoding import Decoding, decode, interval, quantiles
 from .heads.linear import LinearHead
-from .labels.bins import Bins
+from .labels.bins import Bins, Outside
 from .labels.density import LabelDensity, to_shares
 from .labels.grid import AnyBins
 from .labels.kernels import Window, checked_window, usual_kernel
-from .labels.soft_labels import LabelKernel, checked_sigma, limits, soft_labels
+from .labels.soft_labels import KernelUnit, LabelKernel, checked_sigma, limits, soft_labels
 from .labels.weights import LDS
 from .losses._reduce import Reduction
 from .losses.affinity import affinity_loss
@@ -48,7 +54,7 @@ from .losses.cross_entropy import cross_entropy
 from .losses.distribution import crps, soft_cross_entropy, squared_emd
 from .losses.gaussian_nll import gaussian_interval, gaussian_nll
 from .losses.regression import weighted_focal_l1, weighted_focal_mse, weighted_huber, weighted_l1, weighted_mse
-from .priors import LogitAdjuster, Prior, TauChoice, candidate_taus, middle_of_best, prior_offset
+from .priors import LogitAdjuster, Prior, TauChoice, candidate_taus, chosen_tau, prior_offset
 
 __all__ = ["LongTailModel", "LongTailOutput"]
 
@@ -56,34 +62,44 @@ HeadName = Literal["regression", "gaussian", "linear", "cosine", "affinity"]
 TargetPrior = Literal["uniform"] | Prior | None
 
 _HEADS = ("regression", "gaussian", "linear", "cosine", "affinity")
-_POINT_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "weighted_l1": weighted_l1,
-    "weighted_mse": weighted_mse,
-    "weighted_huber": weighted_huber,
-    "weighted_focal_l1": weighted_focal_l1,
-    "weighted_focal_mse": weighted_focal_mse,
+# Losses that are in label units, and the power of them.
+_POINT_LOSSES = {
+    "weighted_l1": 1,
+    "weighted_mse": 2,
+    "weighted_huber": 1,
+    "weighted_focal_l1": 1,
+    "weighted_focal_mse": 2,
+    "balanced_mse": 2,
 }
+_BIN_LOSSES = {"crps": 1, "squared_emd": 1}
+
+_LEAST_VARIANCE = 1e-6  # of the Gaussian head, in variances of the labels
+_SMALL_ERROR = 0.1  # in standard deviations of the labels: what Huber's and the focal losses take for one unit
 
 
 class LongTailOutput(NamedTuple):
-    """What a :class:`LongTailModel` says of a batch.
+    """What a :class:`LongTailModel` says of a batch: tensors all, for whatever gathers, saves or averages outputs.
 
     Attributes:
-        loss: (), or None without labels.
+        loss: (); NaN without labels.
         scores: (N, B), logits or affinities as the head gives them. Of ``"regression"`` (N,), the prediction; of
             ``"gaussian"`` (N, 2), what :func:`dir_toolkit.losses.gaussian_nll.gaussian_nll` takes; both in label units.
         prediction: (N,), in label units; int64 for classes.
         features: (N, num_features), as the backbone gives them, before any calibration.
-        distribution: (N, B), the adjusted shares of the bins, each row summing to one; None without bins.
-        residual: (N, B), what the label adds to the centre of each bin, in label units; None unless asked for.
+        distribution: (N, B), the adjusted shares of the bins, each row summing to one; (N, 0) without bins.
+        residual: (N, B), what the label adds to the centre of each bin, in label units; (N, 0) unless asked for.
     """
 
-    loss: Tensor | None
+    loss: Tensor
     scores: Tensor
     prediction: Tensor
     features: Tensor
-    distribution: Tensor | None
-    residual: Tensor | None = None
+    distribution: Tensor
+    residual: Tensor
+
+
+# So that torch.export can save a model that returns it.
+torch.utils._pytree._register_namedtuple(LongTailOutput, serialized_type_name="dir_toolkit.LongTailOutput")
 
 
 class LongTailModel(nn.Module):
@@ -170,6 +186,7 @@ class LongTailModel(nn.Module):
     loss_offset: Tensor
     reach: Tensor
 
+    @torch.inference_mode(False)  # what is kept must serve training, too
     def __init__(
         self,
         backbone: nn.Module,
@@ -192,18 +209,21 @@ class LongTailModel(nn.Module):
         residual: bool = False,
         residual_weight: float = 0.1,
         expectation_weight: float = 0.0,
+        within_axis: bool = False,
+        outside: Outside = "raise",
     ) -> None:
         super().__init__()
         where = "LongTailModel"
         _check_axis(where, bins, density)
         instance(where, nn.Module, backbone=backbone)
-        instance(where, bool, residual=residual)
+        instance(where, bool, residual=residual, within_axis=within_axis)
+        one_of(where, "outside", outside, ("raise", "clip", "drop"))
         one_of(where, "label_kernel", label_kernel, ("gaussian", "laplace", "triangular"))
         one_of(where, "adjust", adjust, ("after", "in_loss"))
         if decode is not None:
             one_of(where, "decode", decode, ("expectation", "median", "mode"))
         self.bins, self.density, self.num_features = bins, density, _num_features(where, backbone, num_features)
-        self.adjust, self.label_kernel = adjust, label_kernel
+        self.adjust, self.label_kernel, self.within_axis, self.outside = adjust, label_kernel, within_axis, outside
         self.residual_weight = number(where, "residual_weight", residual_weight, low=0)
         self.expectation_weight = number(where, "expectation_weight", expectation_weight, low=0)
 
@@ -214,6 +234,8 @@ class LongTailModel(nn.Module):
         self._kind = head if head in ("regression", "gaussian") else "classes" if bins.categorical else "bins"
         self._has_bins = self._kind in ("classes", "bins")
         self._refuse_options(where, sigma, prior, tau, temperature, decode, residual)
+        self._told = {"head": head, "sigma": sigma}  # as given
+        median, self._spread = (0.0, 1.0) if bins.categorical else self._spread_of_labels()
         self.decoding: Decoding = decode or ("median" if self._kind == "bins" else "mode")
         if isinstance(prior_kernel, str):
             one_of(where, "prior_kernel", prior_kernel, ("auto",))
@@ -228,16 +250,17 @@ class LongTailModel(nn.Module):
         self.sigma = self._checked_sigma(where, sigma)
 
         self._told_unseen = False
+        self._prior: dict[str, Any] = {"prior": prior, "tau": tau, "temperature": temperature}
         if self._has_bins:
             self._start_prior(where, prior, tau, temperature)
         else:
-            offset, scale = self._spread_of_labels()
-            self.register_buffer("offset", torch.tensor(offset))
-            self.register_buffer("scale", torch.tensor(scale))
+            dtype = bins._wide(torch.zeros(()))
+            self.register_buffer("offset", torch.tensor(median, dtype=dtype))
+            self.register_buffer("scale", torch.tensor(self._spread, dtype=dtype))
         self.residual = LinearHead(num_features, len(bins)) if residual else None
         if residual:
             reach = np.maximum(bins.edges[1:] - bins.centers, bins.centers - bins.edges[:-1])
-            self.register_buffer("reach", torch.from_numpy(reach).float())
+            self.register_buffer("reach", torch.tensor(reach, dtype=torch.float32))
 
         self.__dict__["fds"] = fds  # no submodule
         if fds is not None:
@@ -252,10 +275,12 @@ class LongTailModel(nn.Module):
         calibrated = features
         # A compiled graph in eval mode has no use for the hook, which would break it.
         if self.training or not torch.compiler.is_compiling():
-            labelled = self.fds is not None and self.training and labels is not None
-            calibrated = self._neck_under(labels, features) if labelled else self.neck(features)  # type: ignore[arg-type]
+            if self.fds is not None and self.training and labels is not None:
+                calibrated = self._neck_under(self._clipped(labels), features)
+            else:
+                calibrated = self.neck(features)
         output = self._read(self.head(calibrated), features, calibrated)
-        return output if labels is None else LongTailOutput(self.criterion(output, labels, weight), *output[1:])
+        return output if labels is None else output._replace(loss=self.criterion(output, labels, weight))
 
     @torch._disable_dynamo  # so that the compiler breaks its graph once, around all of FDS, and not within a with
     def _neck_under(self, labels: Tensor, features: Tensor) -> Tensor:
@@ -294,19 +319,58 @@ class LongTailModel(nn.Module):
             rule = f"labels must be ({len(output.scores)},), one a sample"
             fix = "Use labels.squeeze(1)." if labels.shape[1:] == (1,) else ""
             raise problem(where, rule, got=f"shape {tuple(labels.shape)}", fix=fix, error=ShapeError)
+        same_device(where, scores=output.scores, labels=labels)
+        placed, known = self._placed(where, labels)
         if weight is None and self.weights is not None:
-            weight = self.weights(labels)
+            weight = self.weights(placed)
+        if self.outside == "drop" and known is not None:
+            if weight is not None:
+                same_shape(where, labels=labels, weight=weight)
+            weight = known.to(output.scores.dtype) if weight is None else torch.where(known, weight, 0)
         how: dict[str, Any] = {"reduction": reduction}
-        loss = self._first_term(output.scores, labels, weight, how)
+        # A bin is that of the label as it was placed; an error is that of the label itself.
+        exact = placed if self.outside == "drop" else labels
+        loss = self._first_term(output.scores, placed if self._has_bins else exact, weight, how)
         if self.expectation_weight:
             expected = self._decoded(self._trained_logits(output.scores).softmax(1), "expectation")
-            loss = loss + self.expectation_weight * weighted_l1(expected, labels, weight, **how)
-        if output.residual is not None:
-            row = self.bins._row(where, labels, "raise").clamp_max(len(self.bins) - 1)
-            rest = labels - self.bins._tensor("centers", output.residual)[row]
-            own = output.residual.gather(1, row[:, None]).squeeze(1)
+            off = weighted_l1(expected, exact, weight, **how)
+            loss = loss + self.expectation_weight / self._spread * off
+        if self.residual is not None:
+            row = self.bins._row(where, placed, "clip").clamp_max(len(self.bins) - 1)
+            values = exact.to(self.bins._wide(exact))
+            widths = self.bins._tensor("edges", values).diff()[row]
+            rest = (values - self.bins._tensor("centers", values)[row]) / widths
+            own = output.residual.gather(1, row[:, None]).squeeze(1) / widths
             loss = loss + self.residual_weight * weighted_l1(own, rest, weight, **how)
+        if self.outside != "drop" and known is not None:
+            sound = known if reduction == "none" else known.all()
+            loss = loss * torch.where(sound, 1.0, torch.nan).to(loss.dtype)
         return loss
+
+    def _placed(self, where: str, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Labels moved onto the axis, and whether each may count; None where all may.
+
+        Raises:
+            LabelError: a label lies beyond the axis and is to raise, or is NaN. Where values are not looked at such a
+            label may not count.
+        """
+        if readable(labels) and self.outside != "drop":
+            self.bins._place(where, labels, self.outside)
+            return self._clipped(labels), None
+        index = self.bins._place(where, labels, "clip" if self.outside == "clip" else "drop")
+        known = index >= 0
+        if self.bins.categorical:
+            return index.clamp_min(0), known
+        values = self._clipped(labels.to(self.bins._wide(labels)))
+        return torch.where(known, values, self.bins._tensor("edges", values)[0]), known
+
+    def _clipped(self, labels: Tensor) -> Tensor:
+        """Labels as they are, or with ``outside="clip"`` those beyond the axis at its end."""
+        if self.outside != "clip":
+            return labels
+        if self.bins.categorical:
+            return labels.clamp(0, len(self.bins) - 1)
+        return labels.to(self.bins._wide(labels)).clamp(float(self.bins.edges[0]), float(self.bins.edges[-1]))
 
     def set_prior(
         self,
@@ -349,6 +413,7 @@ class LongTailModel(nn.Module):
         temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
         self.adjuster.offset.copy_(self._offset(where, target, tau, kernel, name))
         self.adjuster.temperature.fill_(temperature)
+        self._prior = {"prior": target, "tau": tau, "temperature": temperature}
 
     def _offset(
         self, where: str, target: TargetPrior, tau: float, kernel: Window | Literal["auto"] | None, name: str = "target"
@@ -385,6 +450,7 @@ class LongTailModel(nn.Module):
         by: Literal["bmae", "mae"] = "bmae",
         taus: Sequence[float] | np.ndarray | None = None,
         kernel: Window | Literal["auto"] | None = "auto",
+        outside: Outside | None = None,
     ) -> TauChoice:
         """The tau with which ``set_prior("uniform", tau)`` errs least on validation data; the model stays as it is.
 
@@ -392,9 +458,11 @@ class LongTailModel(nn.Module):
             scores: as the model gives them, of validation data that training has not seen; whatever prior it predicts
                 under now does not matter, and neither do the offsets of ``residual``.
             labels: in label units.
-            by: ``"bmae"``, the mean over bins of each bin's mean absolute error, or ``"mae"``, over samples.
-            taus: candidates, >= 0, rising; None means 0, 0.05, ... 3.
+            by: ``"bmae"``, the mean over the axis of each bin's mean absolute error, bins without labels left out, or
+                ``"mae"``, over samples.
+            taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. A choice at their end is warned of.
             kernel: as in :meth:`set_prior`.
+            outside: as ``outside`` of the model; None takes the model's own.
         Shape:
             scores: (N, B). labels: (N,).
         Returns:
@@ -420,7 +488,13 @@ class LongTailModel(nn.Module):
         not_empty(where, labels=labels)
         scores = scores.to(wide_dtype(scores))
         finite(where, scores=on_host(where, "scores", scores))
-        row = self.bins._place(where, labels, "raise")
+        row = self.bins._place(where, on_host(where, "labels", labels), outside or self.outside)
+        if not bool((row >= 0).all()):
+            scores, labels, row = (part[(row >= 0).to(part.device)] for part in (scores, labels, row))
+            if len(row) == 0:
+                raise problem(where, "at least one label must lie on the axis", got="none")
+        row = row.to(scores.device)
+        share = torch.tensor(self.bins.relative_widths, device=scores.device)
         tried = candidate_taus(where, taus)
         trial = copy.deepcopy(self.adjuster)
         curve = []
@@ -428,11 +502,10 @@ class LongTailModel(nn.Module):
             trial.offset.copy_(self._offset(where, "uniform", float(tau), kernel))
             error = (self._decoded(trial(self._logits(scores)).softmax(1), self.decoding) - labels).abs().double()
             sums, counts = (error.new_zeros(len(self.bins)).index_add(0, row, x) for x in (error, error**0))
-            mean_of_bins = (sums / counts)[counts > 0].mean() if by == "bmae" else error.mean()
-            curve.append(mean_of_bins.item())
-        scored = np.array(curve)
-        scored.setflags(write=False)
-        return TauChoice(float(tried[middle_of_best(scored)]), tried, scored, by, trial.temperature.item())
+            seen = counts > 0
+            of_bins = (share * sums / counts)[seen].sum() / share[seen].sum()
+            curve.append((of_bins if by == "bmae" else error.mean()).item())
+        return chosen_tau(where, tried, np.array(curve), by, trial.temperature.item())
 
     def interval(self, output: LongTailOutput | Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """The central interval that holds a label with the probability ``level``.
@@ -455,7 +528,9 @@ class LongTailModel(nn.Module):
             raise problem(where, "the head must tell a distribution", got="'regression'", fix=fix, error=RuntimeError)
         instance(where, (LongTailOutput, Tensor), output=output)
         if self._kind == "gaussian":
-            return gaussian_interval(output.scores if isinstance(output, LongTailOutput) else output, level)
+            pred = output.scores if isinstance(output, LongTailOutput) else output
+            lower, upper = gaussian_interval(pred, level, min_variance=self._least_variance)
+            return self._held(lower), self._held(upper)
         shares: Any = output.distribution if isinstance(output, LongTailOutput) else output
         return interval(shares, self.bins, level)
 
@@ -471,34 +546,41 @@ class LongTailModel(nn.Module):
         if not isinstance(scores, Tensor):
             raise _wrong_head("LongTailModel", len(self.bins), type(scores).__name__)
         scores = scores.to(wide_dtype(scores))
-        if self._kind == "regression":
-            prediction = self.offset + self.scale * scores.squeeze(1)  # (N, 1) -> (N,)
-            return LongTailOutput(None, prediction, prediction, features, None)
-        if self._kind == "gaussian":
-            mean, log_variance = scores.unbind(1)
-            mean = self.offset + self.scale * mean
-            return LongTailOutput(
-                None, torch.stack([mean, log_variance + 2 * self.scale.log()], 1), mean, features, None
-            )
+        loss, none = scores.new_full((), torch.nan), scores.new_zeros(scores.shape[0], 0)
+        if not self._has_bins:
+            scores = scores.to(self.bins._wide(scores))
+            offset, scale = self.offset.to(scores.dtype), self.scale.to(scores.dtype)
+            if self._kind == "regression":
+                scores = mean = offset + scale * scores.squeeze(1)  # (N, 1) -> (N,)
+            else:
+                mean, log_variance = scores.unbind(1)
+                mean = offset + scale * mean
+                scores = torch.stack([mean, log_variance + 2 * scale.log()], 1)
+            return LongTailOutput(loss, scores, self._held(mean), features, none, none)
         if scores.shape != (features.shape[0], len(self.bins)):
             raise _wrong_head("LongTailModel", len(self.bins), f"shape {tuple(scores.shape)}")
         adjusted = self.adjuster(self._logits(scores))
         distribution = adjusted.softmax(1)
         if self._kind == "classes":
-            return LongTailOutput(None, scores, adjusted.argmax(1), features, distribution)
+            return LongTailOutput(loss, scores, adjusted.argmax(1), features, distribution, none)
         prediction = self._decoded(distribution, self.decoding)
         if self.residual is None:
-            return LongTailOutput(None, scores, prediction, features, distribution)
+            return LongTailOutput(loss, scores, prediction, features, distribution, none)
         residual = self.residual(calibrated)
         residual = self.reach.to(scores.dtype) * residual.to(scores.dtype).tanh()
         if self.decoding == "mode":
             row = distribution.argmax(1)
         else:
-            row = torch.searchsorted(limits(self.bins, scores)[1:-1], prediction.detach(), right=True)
-        inside = self.bins._tensor("centers", scores)[row] + residual.gather(1, row[:, None]).squeeze(1)
+            row = torch.searchsorted(limits(self.bins, scores)[1:-1].contiguous(), prediction.detach(), right=True)
+        inside = self.bins._tensor("centers", prediction)[row] + residual.gather(1, row[:, None]).squeeze(1)
         # The search places NaN in the last bin.
         prediction = inside.masked_fill(prediction.isnan(), torch.nan)
-        return LongTailOutput(None, scores, prediction, features, distribution, residual)
+        return LongTailOutput(loss, scores, prediction, features, distribution, residual)
+
+    def _held(self, prediction: Tensor) -> Tensor:
+        if not self.within_axis:
+            return prediction
+        return prediction.clamp(float(self.bins.edges[0]), float(self.bins.edges[-1]))
 
     def _logits(self, scores: Tensor) -> Tensor:
         # An affinity that has underflowed to zero has no slope; log 0 would give it an infinite one.
@@ -516,18 +598,18 @@ class LongTailModel(nn.Module):
 
     def _first_term(self, scores: Tensor, labels: Tensor, weight: Tensor | None, how: dict[str, Any]) -> Tensor:
         if not isinstance(self.loss, str):
-            return self.loss(scores, labels, weight, **how)
+            return self.loss(scores, labels, weight, **how) / self._loss_unit
         if self.loss == "affinity_loss":
             samples = len(labels) if how["reduction"] == "sum" else 1
             return affinity_loss(scores, labels, weight, **how) + samples * self.head.diversity()  # type: ignore[operator]
         logits = self._trained_logits(scores)
         if self.loss == "crps":
-            return crps(logits, labels, self.bins, weight, **how)
+            return crps(logits, labels, self.bins, weight, **how) / self._loss_unit
         if self._kind == "classes":
             return cross_entropy(logits, labels, weight, **how)
-        target = soft_labels(labels, self.bins, self.sigma, kernel=self.label_kernel)
+        target = soft_labels(labels, self.bins, self.sigma, kernel=self.label_kernel, unit=self._sigma_unit)
         if self.loss == "squared_emd":
-            return squared_emd(logits, target, self.bins, weight, **how)
+            return squared_emd(logits, target, self.bins, weight, **how) / self._loss_unit
         return soft_cross_entropy(logits, target, weight, **how)
 
     def _make_head(self, where: str, head: Any) -> nn.Module:
@@ -567,12 +649,16 @@ class LongTailModel(nn.Module):
             given["prior"] = ("one" if prior is not None else None, (None,))
             given["adjust"] = (self.adjust, ("after",))
             given["tau"], given["temperature"] = (tau, (1,)), (temperature, (1,))
+        elif self.within_axis:
+            rule = "within_axis must be left out for heads that score bins, whose predictions are"
+            raise problem(where, rule, got="True")
         for name, (value, allowed) in given.items():
             if value not in allowed:
                 without = "classes, which have no distances" if self._has_bins else f"head={self._kind!r}, without bins"
                 raise problem(where, f"{name} must be left out for {without}", got=repr(value))
 
     def _checked_sigma(self, where: str, sigma: Any) -> float | None:
+        self._sigma_unit: KernelUnit = "label"
         if self._kind != "bins" or sigma is None:
             return None
         if isinstance(sigma, str):
@@ -585,24 +671,43 @@ class LongTailModel(nn.Module):
                 )
                 raise problem(where, rule, got=repr(sigma), fix=fix)
             return None
-        sigma = 2 * float(np.median(np.diff(self.bins.edges))) if isinstance(sigma, str) else sigma
-        sigma = checked_sigma(where, sigma, self.bins)
-        length = float(self.bins.edges[-1] - self.bins.edges[0])
-        if sigma > length / 4:
-            message = f"sigma={sigma:g} spreads each label over most of an axis {length:g} long. Pass a smaller one."
-            warn(where, message)
+        if isinstance(sigma, str):  # two bins, however wide each is
+            even = bool((self.bins.relative_widths == 1).all())
+            self._sigma_unit = "label" if even else "bin"
+            sigma = 2 * float(np.median(np.diff(self.bins.edges))) if even else 2.0
+        sigma = checked_sigma(where, sigma, self.bins, self._sigma_unit)
+        in_bins = self._sigma_unit == "bin"
+        reach = len(self.bins) if in_bins else float(self.bins.edges[-1] - self.bins.edges[0])
+        told = f"sigma={sigma:g}" + " bins" * in_bins
+        if sigma > reach / 4:
+            axis = f"an axis of {reach} bins" if in_bins else f"an axis {reach:g} long"
+            warn(where, f"{told} spreads each label over most of {axis}. Pass a smaller one.")
+        elif self.density is not None and sigma > (middle := self._middle_half(in_bins)) / 1.35:
+            warn(
+                where,
+                f"{told} spreads each label wider than the middle half of all labels lies, {middle:.3g} of {reach:g}. "
+                "Learn the logarithm of the labels, or use bins that are narrow where labels are, as Bins.quantile or "
+                "Bins.from_edges(numpy.geomspace(...)) make them.",
+            )
         return sigma
+
+    def _middle_half(self, in_bins: bool) -> float:
+        """How far the quartiles of the labels lie apart, in label units or in bins."""
+        assert self.density is not None
+        ends = quantiles(torch.from_numpy(self.density.prior()), self.bins, [0.25, 0.75]).numpy()
+        if in_bins:
+            ends = np.interp(ends, self.bins.edges, np.arange(len(self.bins) + 1))
+        return float(ends[1] - ends[0])
 
     def _make_loss(self, where: str, loss: Any) -> str | Callable[..., Tensor]:
         """A function, or the name of a loss of bins."""
         names: tuple[str, ...] = {
-            "regression": (*_POINT_LOSSES, "balanced_mse"),
+            "regression": tuple(_POINT_LOSSES),
             "gaussian": ("gaussian_nll",),
-            "bins": ("cross_entropy", "crps", "squared_emd"),
+            "bins": ("cross_entropy", *_BIN_LOSSES),
             "classes": ("affinity_loss", "cross_entropy") if self._by_affinity else ("cross_entropy",),
         }[self._kind]
-        if loss is None:
-            loss = names[0]
+        loss = self._told["loss"] = names[0] if loss is None else loss
         if isinstance(loss, str):
             one_of(where, "loss", loss, names)
         elif not callable(loss):
@@ -610,23 +715,32 @@ class LongTailModel(nn.Module):
         if self.adjust == "in_loss" and (not isinstance(loss, str) or loss == "affinity_loss"):
             rule = 'adjust must be "after" with a loss that takes scores as they are'
             raise problem(where, rule, got='"in_loss"', fix='Use loss="cross_entropy".')
+        power = {**_POINT_LOSSES, **_BIN_LOSSES}.get(loss, 0) if isinstance(loss, str) else 0
+        self._loss_unit = self._spread**power
+        self._least_variance = max(_LEAST_VARIANCE * self._spread**2, torch.finfo(torch.float32).tiny)
         if loss == "balanced_mse":
             density = self._needed_density(where, 'loss="balanced_mse"', self.prior_kernel)
             return BinnedIntegrationLoss(self.bins, density)
-        return (
-            gaussian_nll if loss == "gaussian_nll" else _POINT_LOSSES.get(loss, loss) if isinstance(loss, str) else loss
-        )
+        small = _SMALL_ERROR * self._spread
+        functions: dict[str, Callable[..., Tensor]] = {
+            "weighted_l1": weighted_l1,
+            "weighted_mse": weighted_mse,
+            "weighted_huber": partial(weighted_huber, delta=small),
+            "weighted_focal_l1": partial(weighted_focal_l1, beta=0.2 / small),
+            "weighted_focal_mse": partial(weighted_focal_mse, beta=0.2 / small),
+            "gaussian_nll": partial(gaussian_nll, min_variance=self._least_variance),
+        }
+        return functions.get(loss, loss) if isinstance(loss, str) else loss
 
     def _start_prior(self, where: str, prior: TargetPrior, tau: float, temperature: float) -> None:
-        shares = torch.full((len(self.bins),), 1 / len(self.bins), dtype=torch.float64)
-        self.adjuster = LogitAdjuster(shares, tau=0.0)
+        self.adjuster = LogitAdjuster(np.full(len(self.bins), 1 / len(self.bins)), tau=0.0)
         self.register_buffer("loss_offset", torch.zeros(len(self.bins)))
         self._adjust(where, prior, tau, "auto", temperature, "prior")
         if self.adjust == "after":
             return
         if prior is None:
             raise problem(where, 'adjust="in_loss" needs a prior', got="None", fix='Pass prior="uniform".')
-        if not bool(self.adjuster.offset.isfinite().all()):
+        if not isinstance(prior, str) and (labels_array(where, prior, "prior") == 0).any():
             raise problem(where, 'prior must be positive with adjust="in_loss"', got="a share of zero")
         self.loss_offset.copy_(-self.adjuster.offset)
         self.adjuster.offset.zero_()
@@ -667,6 +781,8 @@ class LongTailModel(nn.Module):
     def _attach(self, where: str, fds: FDS) -> None:
         instance(where, FDS, fds=fds)
         _check_kind(where, "fds", fds.bins, self.bins)
+        if self.outside == "drop" and fds.outside != "drop":
+            raise problem(where, 'fds must have outside="drop", as the model has', got=repr(fds.outside))
         if fds.num_features != self.num_features:
             rule = f"fds must be over the backbone's {self.num_features} features"
             raise problem(where, rule, got=fds.num_features, error=ShapeError)
@@ -676,16 +792,33 @@ class LongTailModel(nn.Module):
         fds.attach(self.neck, "output")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LongTailModel:
+        kept = {name: self._buffers[name] for name in ("offset", "scale") if name in self._buffers}
         super()._apply(fn, recurse)
+        for name, old in kept.items():  # where labels lie is not rounded to the precision of weights
+            new = self._buffers[name]
+            if old is not None and new is not None and new.itemsize < old.itemsize:
+                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
         if self.fds is not None:
             self.fds._apply(fn)
         return self
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"bins": self.bins.to_dict(), "fds": None if self.fds is None else dict(self.fds.state_dict())}
+    def get_extra_state(self) -> Tensor:
+        return pack({"bins": self.bins.settings, "fds": None if self.fds is None else dict(self.fds.state_dict())})
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
+        """Taken up by ``_load_from_state_dict``, before anything of the model changes."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
+    ) -> None:
+        if f"{prefix}_extra_state" in state_dict:
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            self._take_up(state_dict[f"{prefix}_extra_state"], assign)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+    def _take_up(self, packed: Any, assign: bool) -> None:
         where = "LongTailModel.load_state_dict"
+        state = unpack(where, packed)
         keys(where, "the saved state", state, ("bins", "fds"))
         if (saved := Bins.from_dict(state["bins"])) != self.bins:
             rule = "the saved model must be over the same bins"
@@ -695,21 +828,35 @@ class LongTailModel(nn.Module):
         if state["fds"] is None:
             rule, fix = "the saved model must hold FDS statistics", "Build the model without fds."
             raise problem(where, rule, got="none", fix=fix, error=CheckpointError)
-        self.fds.load_state_dict(state["fds"])
+        self.fds.load_state_dict(state["fds"], assign=assign)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the model was made with, but for its backbone, and the prior that it predicts under now."""
+        head, loss = self._told["head"], self._told["loss"]
+        return {
+            "num_features": self.num_features,
+            "bins": self.bins,
+            "density": None if self.density is None else self.density.counts,
+            "head": head if isinstance(head, str) else self.head,
+            "loss": loss if isinstance(loss, str) else self.loss,
+            "sigma": self._told["sigma"],
+            "label_kernel": self.label_kernel,
+            "fds": self.fds,
+            "weights": self.weights,
+            **self._prior,
+            "adjust": self.adjust,
+            "prior_kernel": self.prior_kernel,
+            "decode": self.decoding,
+            "residual": self.residual is not None,
+            "residual_weight": self.residual_weight,
+            "expectation_weight": self.expectation_weight,
+            "within_axis": self.within_axis,
+            "outside": self.outside,
+        }
 
     def extra_repr(self) -> str:
-        loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", type(self.loss).__name__)
-        settings = {
-            "loss": loss,
-            "sigma": self.sigma,
-            "label_kernel": self.label_kernel,
-            "adjust": self.adjust,
-            "decode": self.decoding,
-            "residual_weight": self.residual_weight if self.residual is not None else 0.0,
-            "expectation_weight": self.expectation_weight,
-            "weights": None if self.weights is None else f"LDS({self.weights.extra_repr()})",
-        }
-        return ", ".join([repr(self.bins), *(f"{name}={value}" for name, value in settings.items())])
+        return shown(self.settings)
 
 
 def _check_axis(where: str, bins: Any, density: Any) -> None:

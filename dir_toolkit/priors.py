@@ -37,6 +37,7 @@ from ._checks import (
     warn,
     wide_dtype,
 )
+from ._settings import shown
 from .errors import ShapeError
 from .labels.bins import Bins
 from .labels.density import LabelDensity
@@ -58,6 +59,7 @@ Prior = Tensor | np.ndarray | Sequence[float]
 
 _TEMPERATURES = (1e-3, 1e3)
 _CONFIDENCE_EDGES = confidence_edges(15)
+_HANDFUL = 4  # of taus, which are alternatives; more are a range, which has an end
 
 
 def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None = None, floor: float = 1.0) -> Tensor:
@@ -233,7 +235,7 @@ def choose_tau(
 
     Args:
         logits: of the plainly trained model. labels: integer classes. prior: of its training set.
-        taus: candidates, >= 0, rising; None means 0, 0.05, ... 3.
+        taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. The end of a range is warned of where it is best.
         temperature: None fits it to the logits for ``"log_loss"`` and ``"ece"``, with validation classes weighed to the
             shares they have in the prior, and means 1 for ``"balanced_error"``.
     Shape:
@@ -266,8 +268,7 @@ def choose_tau(
         warn(where, f"no validation label of {_listed(absent)}; the criterion leaves them out.")
     shares = 1 / counts[classes] / np.count_nonzero(counts)
     curve = np.array([_criterion(by, scores / temperature - tau * log_prior, classes, shares) for tau in candidates])
-    curve.setflags(write=False)
-    return TauChoice(float(candidates[middle_of_best(curve)]), candidates, curve, by, temperature)
+    return chosen_tau(where, candidates, curve, by, temperature)
 
 
 class LogitAdjuster(nn.Module):
@@ -292,6 +293,7 @@ class LogitAdjuster(nn.Module):
     tensor([[0.5000, 0.5000]])
     """
 
+    @torch.inference_mode(False)  # what is kept must serve training, too
     def __init__(
         self,
         prior: Prior,
@@ -304,16 +306,23 @@ class LogitAdjuster(nn.Module):
         self.offset: Tensor
         self.temperature: Tensor
         temperature = number("LogitAdjuster", "temperature", temperature, low=0, open_low=True, float32=True)
-        self.register_buffer("offset", prior_offset("LogitAdjuster", prior, target, tau).detach().float())
-        self.register_buffer("temperature", self.offset.new_full((), temperature))
+        offset = prior_offset("LogitAdjuster", prior, target, tau).detach().float()
+        device = prior.device if isinstance(prior, Tensor) else torch.empty(()).device  # the default one
+        self.register_buffer("offset", offset.to(device))
+        self.register_buffer("temperature", torch.full((), temperature, device=device))
 
     def forward(self, logits: Tensor) -> Tensor:
         logits = _wide("LogitAdjuster", logits, len(self.offset))
         same_device("LogitAdjuster", offset=self.offset, logits=logits)
         return logits / self.temperature.to(logits.dtype) + self.offset.to(logits.dtype)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is added to logits, which prior, target and tau come to, and what they are divided by first."""
+        return {"offset": self.offset, "temperature": self.temperature}
+
     def extra_repr(self) -> str:
-        return f"{len(self.offset)} classes"
+        return shown(self.settings)
 
 
 def prior_offset(where: str, prior: Prior, target: Any, tau: float) -> Tensor:
@@ -446,6 +455,19 @@ def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares:
     confidence = softmax(adjusted, axis=1).max(1)
     place = confidence_bin(torch.from_numpy(confidence), _CONFIDENCE_EDGES).numpy()
     return float(np.abs(np.bincount(place, weights=shares * (right - confidence))).sum())
+
+
+def chosen_tau(where: str, taus: np.ndarray, scores: np.ndarray, by: Any, temperature: float) -> TauChoice:
+    """The choice among candidates. Where they are a range, and no mere handful, its end is warned of."""
+    scores.setflags(write=False)
+    at = middle_of_best(scores)
+    if at == len(taus) - 1 >= _HANDFUL:
+        warn(
+            where,
+            f"the best tau is the largest of those tried, {taus[at]:g}. Either labels are so few that the criterion is "
+            "left to chance, or the prior is not the one the model was trained under; else try larger taus.",
+        )
+    return TauChoice(float(taus[at]), taus, scores, by, temperature)
 
 
 def middle_of_best(scores: np.ndarray) -> int:

@@ -439,7 +439,7 @@ def train(settings: Settings, name: str, runtime: Runtime, splits: Splits, out: 
 def by_sample(model: dt.LongTailModel, output: dt.LongTailOutput, labels: np.ndarray) -> dict[str, Any]:
     """Each test face's age, what was predicted, and where the head tells a distribution the interval of 90 %."""
     columns: dict[str, Any] = {"target": ("sample", labels), "prediction": ("sample", output.prediction.cpu().numpy())}
-    if output.distribution is not None or output.scores.ndim == 2:
+    if output.scores.ndim == 2:
         for side, ends in zip(("lower", "upper"), model.interval(output, LEVEL), strict=True):
             columns[side] = ("sample", ends.cpu().numpy(), {"interval_level": LEVEL})
     return columns

@@ -612,7 +612,8 @@ def test_the_module_does_what_the_function_does(target: Any) -> None:
     assert adjuster.offset.shape == (3,)
     assert adjuster.offset.dtype == torch.float32
     assert not list(adjuster.parameters())
-    assert str(adjuster) == "LogitAdjuster(3 classes)"
+    assert str(adjuster).startswith("LogitAdjuster(offset=[")
+    assert str(adjuster).endswith(", temperature=1.6)")
     model = nn.Sequential(nn.Linear(2, 3), adjuster)
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
     assert_close(model(x), adjust_logits(model[0](x) / 1.6, PRIOR, target=target, tau=0.7))

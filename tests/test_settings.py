@@ -47,7 +47,48 @@ LABELS: list[Case] = [
 FEATURES: list[Case] = []
 LOSSES: list[Case] = []
 HEADS: list[Case] = []
-MODELS: list[Case] = []
+
+MODEL_DENSITY = dt.LabelDensity(BINS, np.arange(1, 61))
+MODEL = {"backbone": nn.Identity(), "num_features": 4, "bins": BINS, "density": MODEL_DENSITY}
+MODELS: list[Case] = [
+    Case(
+        dt.LongTailModel,
+        MODEL,
+        {
+            "num_features": {"num_features": 5},
+            "bins": {"bins": OTHER_BINS, "density": None},
+            "density": {"density": dt.LabelDensity(BINS, np.arange(2, 62))},
+            "head": {"head": "cosine"},
+            "loss": {"loss": "squared_emd"},
+            "sigma": {"sigma": 3.0},
+            "label_kernel": {"label_kernel": "laplace"},
+            "fds": {"fds": dt.FDS(BINS, 4)},
+            "weights": {"weights": dt.LDS(BINS).fit(MODEL_DENSITY)},
+            "prior": {"prior": "uniform"},
+            "tau": {"tau": 0.5},
+            "adjust": {"prior": "uniform", "adjust": "in_loss"},
+            "prior_kernel": {"prior_kernel": None},
+            "temperature": {"temperature": 2.0},
+            "decode": {"decode": "mode"},
+            "residual": {"residual": True},
+            "residual_weight": {"residual_weight": 0.2},
+            "expectation_weight": {"expectation_weight": 0.2},
+            "within_axis": {"head": "regression", "within_axis": True},
+            "outside": {"outside": "clip"},
+        },
+        no_settings=("backbone",),
+    ),
+    Case(
+        dt.LogitAdjuster,
+        {"prior": [0.2, 0.8]},
+        {
+            "prior": {"prior": [0.3, 0.7]},
+            "target": {"target": [0.5, 0.5]},
+            "tau": {"tau": 0.5},
+            "temperature": {"temperature": 2.0},
+        },
+    ),
+]
 METRICS: list[Case] = [
     Case(
         dt.RegressionMetrics,

@@ -274,7 +274,7 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
 
     Returns:
         a tensor (N, ...) on the runtime's device; or, of a model that returns a tuple, such a tuple of tensors, None
-        where the model's is None.
+        where the model's is None, and of a number per batch that of the first.
     Raises:
         ValueError: there are fewer images than ranks.
     """
@@ -286,8 +286,8 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
     at = torch.cat([indices for indices, _, _ in parts])
 
     def whole_set(pieces: list[Any]) -> Tensor | None:
-        if pieces[0] is None:
-            return None
+        if pieces[0] is None or pieces[0].ndim == 0:
+            return pieces[0]
         own = torch.cat(pieces)
         everyone = own.new_zeros(len(data), *own.shape[1:])
         everyone[at.to(own.device)] = own
