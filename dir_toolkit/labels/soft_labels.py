@@ -43,7 +43,8 @@ def soft_labels(
             e every :math:`\sigma / \sqrt 2`, a triangle reaches zero at :math:`\sqrt 6\,\sigma`. At most 100 times the
             axis. None or 0 gives 1 in the bin that ``bins.index`` names, the only choice for classes.
         unit: of sigma: the label's, or ``"bin"``. On an uneven axis a kernel so many bins wide is as wide as the bins
-            are where the label lies; labels and limits are then measured along the axis in bins.
+            are where the label lies; labels and limits are then measured along the axis in bins. The median still
+            decodes a row to its label, while the expectation leans to where bins are wider.
         outside: what a label beyond the axis does: ``"raise"``; ``"clip"``, to be spread as the end of the axis is;
             ``"drop"``, with a row of zeros, whose cross entropy is 0 whatever is predicted.
     Shape:
