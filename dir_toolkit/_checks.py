@@ -73,7 +73,8 @@ def plain(tensor: Tensor) -> bool:
 
 def has_values(tensor: Tensor) -> bool:
     """Whether values can be looked at, if need be by waiting for an accelerator. They cannot in compiled graphs, under
-    the transforms of ``torch.func``, inside which every result is wrapped, in fake mode, and where they lie elsewhere.
+    the transforms of ``torch.func``, inside which every result is wrapped, where make_fx traces, in fake mode, and
+    where they lie elsewhere.
     """
     return (
         not torch.compiler.is_compiling()
@@ -81,7 +82,14 @@ def has_values(tensor: Tensor) -> bool:
         and not tensor.is_meta
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
     )
+
+
+def strict_fake_mode() -> bool:
+    """Whether tensors are made without values, and may not meet those that have some."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return mode is not None and not mode.allow_non_fake_inputs
 
 
 def readable(tensor: Tensor) -> bool:

@@ -35,6 +35,7 @@ from .._checks import (
     readable,
     real,
     scalar,
+    strict_fake_mode,
     told,
     warn,
     wide_dtype,
@@ -153,7 +154,7 @@ class Bins(LabelAxes):
         if torch.compiler.is_compiling():  # a compiled graph keeps its own copies
             return (self._edges if name == "edges" else self._centers).to(like)
         key = (name, like.dtype, like.device)
-        if (kept := self._tensors.get(key)) is None:
+        if (kept := self._tensors.get(key)) is None or strict_fake_mode():
             with torch.inference_mode(False):
                 kept = torch.from_numpy(getattr(self, name).copy()).to(like.dtype).to(like.device)
             if plain(kept):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from dir_toolkit import Bins
@@ -272,9 +273,12 @@ def test_what_inference_mode_used_first_can_be_trained_with(bins: Bins, how: Any
         axis.expectation(scores.softmax(-1)).sum().backward()
 
 
-def test_nothing_fake_is_kept() -> None:
+@pytest.mark.parametrize("mixed", [True, False])
+def test_nothing_fake_is_kept(mixed: bool) -> None:
     bins = Bins.uniform(0, 4, width=1)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    if not mixed:
+        decode(torch.full((2, 4), 0.25), bins, "median")  # keeps what fake tensors do not mix with
+    with FakeTensorMode(allow_non_fake_inputs=mixed):
         fake = decode(torch.full((2, 4), 0.25), bins, "median")
         assert soft_labels(torch.tensor([1.0, 2.0]), bins, 1.0).shape == (2, 4)
     assert isinstance(fake, FakeTensor)
@@ -310,3 +314,14 @@ def test_another_default_device_changes_nothing() -> None:
         found += [quantiles(p, bins, [0.2, 0.7]), *interval(p, bins), soft_labels(p[:, 0], bins, 1.0, unit="bin")]
         assert bins.index([1.0, 2.5]).tolist() == [1, 2]
     assert all(x.device.type == "cpu" for x in found)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_traces_what_it_is_not_shown(mode: Any) -> None:
+    def both(p: Tensor, labels: Tensor) -> Tensor:
+        return decode(p, AGES, "median") + AGES.index(labels) + (soft_labels(labels, AGES, 2.0) * p).sum(-1)
+
+    p, labels = distributions(AGES, 3), torch.tensor([3.0, 50.0, 99.0])
+    traced = make_fx(both, tracing_mode=mode)(p, labels)
+    other = labels + 7
+    assert_close(traced(p.flip(0), other), both(p.flip(0), other))
