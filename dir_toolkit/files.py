@@ -88,7 +88,7 @@ def unwritable(
 class FolderLock:
     """A lock on a folder, which leaves nothing in it and ends with the process, however that ends.
 
-    Where the system has no such locks, on Windows or some network drives, everyone gets it.
+    Where there are no such locks, on Windows, some network drives and in folders that cannot be read, everyone gets it.
 
     Attributes:
         held: whether this object holds it; if not, another one did when this was made.
@@ -103,7 +103,10 @@ class FolderLock:
             return
         import fcntl
 
-        self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except PermissionError:  # a folder that may be written to and not read
+            return
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

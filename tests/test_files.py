@@ -123,3 +123,4 @@ def test_a_folder_that_can_be_written_and_not_read(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "open", refuse)
     write_atomically(tmp_path / "a", lambda file: file.write(b"whole"))
     assert (tmp_path / "a").read_bytes() == b"whole"
+    assert FolderLock(tmp_path).held

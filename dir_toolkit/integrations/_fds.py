@@ -17,6 +17,11 @@ from ..features.fds import FDS
 
 LabelsOf = Callable[[Any], Tensor] | str | int | None
 
+_TAKEN_OUT = (
+    " For label smoothing or a compute_loss_func the Hugging Face Trainer takes `labels` out: hand them to the model "
+    "under another name, too."
+)
+
 
 class Driver:
     """One FDS or several, and where in a batch their labels are."""
@@ -115,7 +120,8 @@ class Driver:
                     self.where,
                     f"a batch must hold its labels under {key!r}",
                     got=_form(batch),
-                    fix="Pass labels_of: the key or index of the labels, or a function of the batch that returns them.",
+                    fix="Pass labels_of: the key or index of the labels, or a function of the batch that returns them."
+                    + _TAKEN_OUT * (key == "labels"),
                 )
             labels = batch[key]
         if not isinstance(labels, Tensor):

@@ -306,6 +306,11 @@ class RunFiles(AbstractContextManager["RunFiles"]):
                 raise self._foreign(self.last, f"{own['loss_sum']!r} as a sum of losses")
             if not _is_whole(own["threads"], 1, 2**31):
                 raise self._foreign(self.last, f"{own['threads']!r} threads")
+            for name, value in own["fds"].items() if isinstance(own.get("fds"), dict) else ():
+                if isinstance(value, Tensor) and (
+                    bool(value.isinf().any()) or (name == "running_count" and not bool((value >= 0).all()))
+                ):
+                    raise self._foreign(self.last, f"{name} of an FDS that no features have")
         found: dict[str, Any] = ranks[self._runtime.rank]
         return found
 

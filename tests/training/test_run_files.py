@@ -194,6 +194,12 @@ NAN = float("nan")
         (("ranks", 0, "fds"), ..., "a rank with other entries"),
         (("ranks", 0, "fds"), {}, "must fit this model"),
         (("ranks", 0, "fds"), 4, "a int as the state of a module"),
+        (
+            ("ranks", 0, "fds", "running_count"),
+            torch.full((20,), -1.0),
+            "running_count of an FDS that no features have",
+        ),
+        (("ranks", 0, "fds", "running_mean"), torch.full((20, 4), math.inf), "running_mean of an FDS that no features"),
         (("ranks", 0, "loss_sum"), "1", "'1' as a sum of losses"),
         (("ranks", 0, "loss_sum"), NAN, "nan as a sum of losses"),
         (("ranks", 0, "threads"), 0, "0 threads"),
@@ -243,15 +249,11 @@ def test_a_checkpoint_of_another_structure_is_refused_and_nothing_changed(
         assert torch.equal(kept, before[name]), name
 
 
-@pytest.mark.parametrize("value", [..., None, -1, "text", [], {}, {"a": torch.ones(2)}, math.inf], ids=repr)
-def test_any_place_may_hold_anything(
-    resumed: Callable[..., Any], stopped: dict[str, Any], value: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("value", [..., None, -1, {"a": torch.ones(2)}], ids=repr)
+def test_any_place_may_hold_anything(resumed: Callable[..., Any], stopped: dict[str, Any], value: Any) -> None:
     """Only our own error comes out, or a run that goes on to its end."""
     told = 0
     for path in places({key: item for key, item in stopped[LAST].items() if key != "fingerprint"}):
-        if not isinstance(value, float) and isinstance(at(stopped[LAST], path), (list, tuple)) and value is ...:
-            continue
         try:
             resumed(changed(stopped[LAST], path, value))
         except CheckpointError:
