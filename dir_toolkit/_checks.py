@@ -161,7 +161,9 @@ def real(where: str, **tensors: Tensor) -> None:
     """Integers or floats: neither complex nor boolean."""
     for name, value in tensors.items():
         if value.is_complex() or value.dtype == torch.bool:
-            raise problem(where, f"{name} must be integers or floats", got=f"dtype {value.dtype}", error=TypeError)
+            fix = "" if value.is_complex() else f"Use {name}.float()."
+            rule = f"{name} must be integers or floats"
+            raise problem(where, rule, got=f"dtype {value.dtype}", fix=fix, error=TypeError)
 
 
 def floats(where: str, **tensors: Tensor) -> None:
@@ -239,14 +241,16 @@ def not_negative(where: str, **tensors: Tensor) -> None:
             raise problem(where, f"{name} must not be negative", got=f"a minimum of {told(value.min().item())}")
 
 
-def distributions(where: str, **values: Tensor) -> None:
-    """Floats (..., B) >= 0 that sum to one along the last axis, but for rounding. Accelerators are not looked at."""
+def distributions(where: str, *, zeros: bool = False, **values: Tensor) -> None:
+    """Floats (..., B) >= 0 that sum to one along the last axis, but for rounding, or with ``zeros`` hold nothing else.
+    Accelerators are not looked at."""
     for name, value in values.items():
         if not readable(value) or value.numel() == 0:
             continue
         shares = value.detach().to(wide_dtype(value))
         total = shares.sum(-1)
-        if not bool(((total - 1).abs() <= (1e-3 if value.itemsize >= 4 else 1e-2)).all()):
+        sound = (total - 1).abs() <= (1e-3 if value.itemsize >= 4 else 1e-2)
+        if not bool((sound | (shares == 0).all(-1) if zeros else sound).all()):
             finite(where, **{name: shares})
             raise problem(
                 where,

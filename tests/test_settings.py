@@ -45,8 +45,74 @@ LABELS: list[Case] = [
     ),
 ]
 FEATURES: list[Case] = []
-LOSSES: list[Case] = []
-HEADS: list[Case] = []
+LOSSES: list[Case] = [
+    Case(
+        dt.BatchMCLoss,
+        {},
+        {"noise_sigma": {"noise_sigma": 2.0}, "learn": {"learn": False}, "gather": {"gather": True}},
+    ),
+    Case(
+        dt.GaussianMixtureLoss,
+        {"weights": [0.5, 0.5], "means": [1.0, 2.0], "variances": [1.0, 1.0]},
+        {
+            "weights": {"weights": [0.25, 0.75]},
+            "means": {"means": [1.0, 3.0]},
+            "variances": {"variances": [1.0, 2.0]},
+            "noise_sigma": {"noise_sigma": 2.0},
+            "learn": {"learn": False},
+        },
+    ),
+    Case(
+        dt.BinnedIntegrationLoss,
+        {"bins": BINS, "density": np.full(60, 1 / 60)},
+        {
+            "bins": {"bins": dt.Bins.uniform(0, 120, width=2)},
+            "density": {"density": np.eye(60)[3]},
+            "noise_sigma": {"noise_sigma": 2.0},
+            "learn": {"learn": False},
+            "outside": {"outside": "drop"},
+        },
+    ),
+    Case(
+        dt.ConRLoss,
+        {},
+        {
+            "base": {"base": functools.partial(dt.weighted_huber, delta=2.0)},
+            "coefficient": {"coefficient": 2.0},
+            "omega": {"omega": 2.0},
+            "temperature": {"temperature": 2.0},
+            "eta": {"eta": 2.0},
+            "weights": {"weights": dt.LDS(BINS)},
+        },
+    ),
+    Case(dt.RankNContrast, {}, {"temperature": {"temperature": 1.0}}),
+    Case(
+        dt.CenterLoss,
+        {"num_classes": 3, "num_features": 4},
+        {"num_classes": {"num_classes": 4}, "num_features": {"num_features": 5}, "strength": {"strength": 0.5}},
+    ),
+]
+SHAPE = {"num_features": 4, "num_classes": 3}
+OTHER_SHAPES = {"num_features": {"num_features": 5}, "num_classes": {"num_classes": 4}}
+HEADS: list[Case] = [
+    Case(dt.LinearHead, SHAPE, {**OTHER_SHAPES, "bias": {"bias": False}}),
+    Case(dt.CosineHead, SHAPE, {**OTHER_SHAPES, "scale": {"scale": 2.0}, "learn_scale": {"learn_scale": True}}),
+    Case(dt.NearestMeanHead, SHAPE, {**OTHER_SHAPES, "metric": {"metric": "euclidean"}}),
+    Case(dt.ScaledHead, {"linear": nn.Linear(4, 3)}, {"linear": {"linear": nn.Linear(4, 3)}}),
+    Case(
+        dt.AffinityHead,
+        SHAPE,
+        {
+            **OTHER_SHAPES,
+            "prototypes": {"prototypes": 2},
+            "sigma": {"sigma": 2.0},
+            "distance": {"distance": "l1"},
+            "similarity": {"similarity": "inverse"},
+            "sigma_mode": {"sigma_mode": "first_batch"},
+            "feature_scale": {"feature_scale": 1.0},
+        },
+    ),
+]
 
 MODEL_DENSITY = dt.LabelDensity(BINS, np.arange(1, 61))
 MODEL = {"backbone": nn.Identity(), "num_features": 4, "bins": BINS, "density": MODEL_DENSITY}

@@ -18,6 +18,8 @@ def checked_features(where: str, features: Tensor, num_features: int) -> Tensor:
     real(where, features=features)
     if features.ndim != 2 or features.shape[1] != num_features:
         fix = "Use features.flatten(1)." if features.ndim > 2 else ""
+        if features.ndim > 2 and features.shape[-1] == num_features:
+            fix = f"Use features.flatten(0, {features.ndim - 2})."
         rule = f"features must be (N, {num_features})"
         raise problem(where, rule, got=tuple(features.shape), fix=fix, error=ShapeError)
     return features

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import length, number, one_of, problem, same_device, wide_dtype
+from .._settings import shown
 from ..errors import NotFittedError
 from ._features import checked_features, full_precision, squared_distances
 
@@ -49,7 +50,7 @@ class AffinityHead(nn.Module):
             and :math:`5 \sqrt\pi / D` for ``"l1"``.
     Attributes:
         weight: (C, m, D), the prototypes. feature_scale: ().
-        sigma: (), NaN until the first batch has set it. log_sigma: (), in place of sigma if it is learnt.
+        sigma: (), NaN until the first batch has set it. log_sigma: (1,), in place of sigma if it is learnt.
     Shape:
         forward: features (N, D). Returns (N, C).
     Raises:
@@ -93,6 +94,7 @@ class AffinityHead(nn.Module):
         one_of("AffinityHead", "similarity", similarity, ("gaussian", "inverse"))
         one_of("AffinityHead", "sigma_mode", sigma_mode, ("fixed", "learnt", "first_batch"))
         self.distance, self.similarity, self.sigma_mode = distance, similarity, sigma_mode
+        self._given = {"sigma": sigma, "feature_scale": feature_scale}
         if feature_scale is None:
             feature_scale = self._start_std()
         feature_scale = number("AffinityHead", "feature_scale", feature_scale, low=0, open_low=True, float32=True)
@@ -100,7 +102,7 @@ class AffinityHead(nn.Module):
         self._sigma_known = sigma_mode != "first_batch"
         self._start = math.log(sigma)
         if sigma_mode == "learnt":
-            self.log_sigma = nn.Parameter(torch.tensor(self._start))
+            self.log_sigma = nn.Parameter(torch.tensor([self._start]))
         else:
             self.register_buffer("sigma", torch.tensor(sigma if self._sigma_known else math.nan))
         self.weight = nn.Parameter(torch.empty(self.num_classes, self.num_prototypes, self.num_features))
@@ -213,11 +215,22 @@ class AffinityHead(nn.Module):
         if self.sigma_mode == "first_batch":
             self._sigma_known = self.sigma.device.type != "meta" and not bool(self.sigma.isnan())
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the head was made with."""
+        return {
+            "num_features": self.num_features,
+            "num_classes": self.num_classes,
+            "prototypes": self.num_prototypes,
+            "sigma": self._given["sigma"],
+            "distance": self.distance,
+            "similarity": self.similarity,
+            "sigma_mode": self.sigma_mode,
+            "feature_scale": self._given["feature_scale"],
+        }
+
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, {self.num_classes}, prototypes={self.num_prototypes}, distance={self.distance!r}, "
-            f"similarity={self.similarity!r}, sigma_mode={self.sigma_mode!r}"
-        )
+        return shown(self.settings)
 
 
 def _nearest_squared(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:

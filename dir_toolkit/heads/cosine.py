@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import instance, length, number, same_device, wide_dtype
+from .._settings import shown
 from ._features import checked_features, full_precision, unit_rows
 
 __all__ = ["CosineHead"]
@@ -23,7 +25,7 @@ class CosineHead(nn.Module):
         num_features: D. num_classes: C.
         scale: s, > 0; scores lie in [-s, s]. learn_scale: train s, from ``scale`` on, as its logarithm.
     Attributes:
-        weight: (C, D). scale: (). log_scale: (), in place of scale if it is learnt.
+        weight: (C, D). scale: (). log_scale: (1,), in place of scale if it is learnt.
     Shape:
         forward: features (N, D). Returns (N, C).
     Raises:
@@ -51,9 +53,9 @@ class CosineHead(nn.Module):
         instance("CosineHead", bool, learn_scale=learn_scale)
         self.learn_scale = learn_scale
         self.weight = nn.Parameter(torch.empty(self.num_classes, self.num_features))
-        self._start = math.log(scale)
+        self._scale, self._start = scale, math.log(scale)
         if learn_scale:
-            self.log_scale = nn.Parameter(torch.tensor(self._start))
+            self.log_scale = nn.Parameter(torch.tensor([self._start]))
         else:
             self.register_buffer("scale", torch.tensor(scale))
         self.reset_parameters()
@@ -73,5 +75,11 @@ class CosineHead(nn.Module):
             scale = self.log_scale.to(dtype).exp() if self.learn_scale else self.scale
             return cosine * scale
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the head was made with."""
+        shape = {"num_features": self.num_features, "num_classes": self.num_classes}
+        return {**shape, "scale": self._scale, "learn_scale": self.learn_scale}
+
     def extra_repr(self) -> str:
-        return f"{self.num_features}, {self.num_classes}, learn_scale={self.learn_scale}"
+        return shown(self.settings)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .._checks import instance, length, same_device
+from .._settings import shown
 from ._features import checked_features, linear_scores
 
 __all__ = ["LinearHead"]
@@ -42,6 +45,15 @@ class LinearHead(nn.Linear):
         checked_features("LinearHead", features, self.num_features)
         same_device("LinearHead", weight=self.weight, features=features)
         return linear_scores(features, self.weight, self.bias)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the head was made with."""
+        shape = {"num_features": self.num_features, "num_classes": self.num_classes}
+        return {**shape, "bias": self.bias is not None}
+
+    def extra_repr(self) -> str:
+        return shown(self.settings)
 
 
 def linear_of(weight: Tensor, bias: Tensor | None, *, trainable: bool) -> LinearHead:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import finite, is_tensor, label_problem, length, one_of, problem, readable, same_device, warn, wide_dtype
+from .._settings import shown
 from ..errors import NotFittedError, ShapeError
 from ..features.moments import BinMoments
 from ._features import checked_features, full_precision, squared_distances, unit_rows
@@ -63,14 +64,16 @@ class NearestMeanHead(nn.Module):
         self.num_classes = length("NearestMeanHead", "num_classes", num_classes)
         one_of("NearestMeanHead", "metric", metric, ("cosine", "euclidean"))
         self.metric = metric
-        self.register_buffer("means", torch.zeros(self.num_classes, self.num_features))
-        self.register_buffer("count", torch.zeros(self.num_classes, dtype=torch.int64))
+        with torch.inference_mode(False):
+            self.register_buffer("means", torch.zeros(self.num_classes, self.num_features))
+            self.register_buffer("count", torch.zeros(self.num_classes, dtype=torch.int64))
         self._fitted = self._warned = False
         self._start_over()
 
     def _start_over(self) -> None:
         self._moments = BinMoments(self.num_classes, self.num_features)
-        self._outside = torch.zeros((), dtype=torch.int64)
+        with torch.inference_mode(False):
+            self._outside = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -105,7 +108,8 @@ class NearestMeanHead(nn.Module):
                 f"labels must be classes from 0 to {self.num_classes - 1}",
                 got=f"{int(index[at])} at index [{at}] ({int(outside.sum())} such labels)",
             )
-        self._outside = self._outside.to(index.device) + outside.sum()
+        with torch.inference_mode(False):
+            self._outside = self._outside.to(index.device) + outside.sum()
         self._moments.update(features, torch.where(outside, -1, index))
 
     @torch.no_grad()
@@ -173,5 +177,10 @@ class NearestMeanHead(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._fitted = self.count.device.type != "meta" and bool(self.count.any())
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the head was made with."""
+        return {"num_features": self.num_features, "num_classes": self.num_classes, "metric": self.metric}
+
     def extra_repr(self) -> str:
-        return f"{self.num_features}, {self.num_classes}, metric={self.metric!r}"
+        return shown(self.settings)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .._checks import finite, instance, number, on_host, problem, same_device
+from .._settings import shown
 from ._features import checked_features, linear_scores
 from .linear import LinearHead, linear_of
 
@@ -91,3 +94,11 @@ class ScaledHead(nn.Module):
         same_device("ScaledHead", weight=weight, features=features)
         scores = linear_scores(features, weight, None) * self.scale
         return scores if bias is None else scores + bias
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the head was made with: the frozen classifier's own numbers."""
+        return {"linear": {"weight": self.linear.weight, "bias": self.linear.bias}}
+
+    def extra_repr(self) -> str:
+        return shown(self.settings)

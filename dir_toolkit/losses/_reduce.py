@@ -25,6 +25,7 @@ from .._checks import (
     same_device,
     wide_dtype,
 )
+from .._ranks import summed
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 
@@ -77,18 +78,33 @@ def within(where: str, name: str, labels: Tensor, bins: Bins, weight: Tensor | N
     Raises:
         LabelError: a label lies beyond the axis, under ``"raise"``, where values may be looked at.
     """
-    if outside == "clip":
-        return weight
     looked_at = readable(labels)
+    if outside == "clip" and not looked_at:
+        return weight
     if looked_at and weight is not None and bool((absent := weight == 0).any()):
         if bool(absent.all()):
             return weight
         labels = torch.where(absent, labels[~absent][0], labels)
     index = bins._place(where, labels, outside if looked_at else "drop", name)
-    if looked_at and outside == "raise":
+    if outside == "clip" or (looked_at and outside == "raise"):
         return weight
     weight = torch.ones_like(index, dtype=wide_dtype(labels)) if weight is None else weight.to(wide_dtype(weight))
     return weight.masked_fill((index < 0) & (weight != 0), math.nan if outside == "raise" else 0.0)
+
+
+def spread_of(labels: Tensor, weight: Tensor | None, *, ranks: bool = False) -> Tensor:
+    """The standard deviation of labels (N,) or (N, D), over their D numbers the mean one, (); NaN if all are equal."""
+    labels = labels.reshape(len(labels), -1)
+    share = torch.ones_like(labels[:, :1]) if weight is None else weight.to(labels.dtype)[:, None]
+    labels = present(labels, weight)
+
+    def mean(values: Tensor) -> Tensor:
+        sums = torch.cat([(share * values).sum(0), share.sum()[None]])
+        sums = summed(sums)[0].to(sums.device) if ranks else sums
+        return sums[:-1] / sums[-1]
+
+    variance = mean((labels - mean(labels)).square()).mean()
+    return torch.where(variance > 0, variance, math.nan).sqrt()
 
 
 def checked_rows(
@@ -111,10 +127,12 @@ def checked_rows(
     floats(where, **{name: rows})
     if rows.ndim != 2:
         shape = "(N, C), one column a class" if num_classes is None else "(N, D), one row a sample"
-        raise problem(where, f"{name} must be {shape}", got=f"shape {tuple(rows.shape)}", error=ShapeError)
+        fix = flattening(rows, name, target, "target")
+        raise problem(where, f"{name} must be {shape}", got=f"shape {tuple(rows.shape)}", fix=fix, error=ShapeError)
     not_empty(where, **{name: rows})
     samples, classes = rows.shape[0], rows.shape[1] if num_classes is None else num_classes
-    one_a_sample(where, "target", target, samples, {(samples, classes): "Use target.argmax(1) on one-hot rows."})
+    fixes = {(samples, classes): _for_rows_of_classes(target)} if target.ndim == 2 else {}
+    one_a_sample(where, "target", target, samples, fixes)
     if target.dtype != torch.int64:
         raise problem(
             where,
@@ -134,6 +152,24 @@ def checked_rows(
     return present(rows.to(wide_dtype(rows)), weight)
 
 
+def flattening(rows: Tensor, name: str, labels: Tensor, labels_name: str) -> str:
+    """What to do about rows of more than two dimensions."""
+    if rows.ndim < 3:
+        return ""
+    if labels.shape == rows.shape[:-1]:
+        last = rows.ndim - 2
+        return f"Use {name}.flatten(0, {last}) and {labels_name}.flatten()."
+    if labels.shape == (rows.shape[0], *rows.shape[2:]):
+        return f"Use {name}.movedim(1, -1).flatten(0, {rows.ndim - 2}) and {labels_name}.flatten()."
+    return f"Use {name}.flatten(1)."
+
+
+def _for_rows_of_classes(target: Tensor) -> str:
+    if readable(target) and bool(((target == 0) | (target == 1)).all() & (target.sum(1) != 1).any()):
+        return "Samples of several classes at once are not for a softmax: use torch's binary_cross_entropy_with_logits."
+    return "Use target.argmax(1) on one-hot rows."
+
+
 def checked_samples(
     where: str,
     features: Tensor,
@@ -146,8 +182,8 @@ def checked_samples(
     """``features`` (N, D) in at least float32, zero where the weight is, once all arguments of the loss are checked.
 
     Args:
-        columns: real numbers (N,) by their names, of which only ``pred`` may be other than finite, and
-            ``push_weight`` must not be negative.
+        columns: real numbers (N,) by their names, of which only ``pred`` may be other than finite where the weight is
+            above zero, and ``push_weight`` must not be negative.
         several: whether they may be (N, K), too.
     """
     one_of(where, "reduction", reduction, ("none", "mean", "sum"))
@@ -156,7 +192,8 @@ def checked_samples(
     is_tensor(where, features=features, **columns)
     floats(where, features=features)
     if features.ndim != 2:
-        fix = "Use features.flatten(1)." if features.ndim > 2 else ""
+        name, first = next(iter(columns.items()))
+        fix = flattening(features, "features", first, name)
         rule = "features must be (N, D), one row a sample"
         raise problem(where, rule, got=f"shape {tuple(features.shape)}", fix=fix, error=ShapeError)
     not_empty(where, features=features)
@@ -166,7 +203,7 @@ def checked_samples(
             one_a_sample(where, name, column, len(features), {})
     same_device(where, features=features, **columns)
     not_empty(where, **columns)
-    finite(where, **{name: column for name, column in columns.items() if name != "pred"})
+    finite_targets(where, weight, **{name: c for name, c in columns.items() if name not in ("pred", "weight")})
     not_negative(where, **{name: columns[name] for name in ("push_weight", "weight") if name in columns})
     return present(features.to(wide_dtype(features)), weight)
 

@@ -60,7 +60,7 @@ from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.density import LabelDensity
 from ..labels.soft_labels import limits
-from ._reduce import Reduction, finite_targets, one_a_sample, present, reduce, within
+from ._reduce import Reduction, finite_targets, one_a_sample, present, reduce, spread_of, within
 
 __all__ = ["BatchMCLoss", "BinnedIntegrationLoss", "GaussianMixtureLoss"]
 
@@ -249,7 +249,7 @@ class BatchMCLoss(_BalancedMSE):
         if self._unit_known:
             return self.unit
         ranks = self.training and dist.is_available() and dist.is_initialized()
-        found = (_NOISE * _spread(labels, weight, ranks)).to(self.unit.dtype)
+        found = (_NOISE * spread_of(labels, weight, ranks=ranks)).to(self.unit.dtype)
         unit = torch.where(self.unit.isnan(), found, self.unit)
         if self.training and not is_functorch_wrapped_tensor(unit):
             self.unit.copy_(unit)
@@ -510,7 +510,8 @@ class BinnedIntegrationLoss(_BalancedMSE):
         return super().forward(pred, target, weight, reduction=reduction)
 
     def _log_ratio(self, error: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor) -> Tensor:
-        edges, knots = self.bins._tensor("edges", error), limits(self.bins, error)
+        knots = limits(self.bins, error)
+        edges = self.bins._tensor("edges", knots)
         # The first and the last bin hold labels up to their edges, even where the limits were moved inwards.
         first, last = torch.minimum(knots[:1], edges[:1]), torch.maximum(knots[-1:], edges[-1:])
         knots = torch.cat([first, knots[1:-1], last])
@@ -559,19 +560,6 @@ def _total_variance(shares: Any, means: Any, variances: Any) -> tuple[Any, Any]:
     shares = shares.reshape(-1, *(1,) * (means.ndim - 1)) / shares.sum()
     middle = (shares * means).sum(0)
     return middle, (shares * (variances + (means - middle) ** 2)).sum(0)
-
-
-def _spread(labels: Tensor, weight: Tensor | None, ranks: bool) -> Tensor:
-    """The standard deviation of labels (N, D), over their D numbers the mean one; NaN if all are equal."""
-    share = torch.ones_like(labels[:, :1]) if weight is None else weight.to(labels.dtype)[:, None]
-
-    def mean(values: Tensor) -> Tensor:
-        sums = torch.cat([(share * values).sum(0), share.sum()[None]])
-        sums = summed(sums)[0].to(sums.device) if ranks else sums
-        return sums[:-1] / sums[-1]
-
-    variance = mean((labels - mean(labels)).square()).mean()
-    return torch.where(variance > 0, variance, math.nan).sqrt()
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .._checks import floats, is_tensor, length, number, problem, same_device, wide_dtype
+from .._settings import shown
 from ..errors import ShapeError
 from ._reduce import Reduction, checked_rows, reduce
 
@@ -100,8 +103,13 @@ class CenterLoss(nn.Module):
         rows = still + rate[:, None] * (rows - still)  # the value of the rows, and their gradient times the rate
         return self.strength * reduce(_half_squares(features, rows), weight, reduction)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the loss was made with."""
+        return {"num_classes": self.num_classes, "num_features": self.num_features, "strength": self.strength}
+
     def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, num_features={self.num_features}, strength={self.strength}"
+        return shown(self.settings)
 
 
 def _checked(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import instance, number, problem, wide_dtype
+from .._settings import shown
 from ..heads._features import full_precision, unit_rows
 from ..labels.weights import LDS
-from ._reduce import Reduction, checked_samples, field, pairs_of, reduce
+from ._reduce import Reduction, checked_samples, field, pairs_of, present, reduce, spread_of
 from .regression import weighted_l1
 
 __all__ = ["ConRLoss", "conr_loss"]
@@ -24,9 +25,9 @@ def conr_loss(
     weight: Tensor | None = None,
     *,
     push_weight: Tensor | None = None,
-    omega: float = 1.0,
+    omega: float | None = None,
     temperature: float = 0.2,
-    eta: float = 0.01,
+    eta: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Contrast of samples alike in label with those that only the predictions take to be alike.
@@ -57,8 +58,10 @@ def conr_loss(
             features are.
         push_weight: r, dimensionless, >= 0, one a sample, larger for rare labels, such as ``lds(labels)`` of a fitted
             :class:`~dir_toolkit.LDS`; None means ones. No gradient passes to it.
-        omega: :math:`\omega`, > 0, in label units. At 1, labels in whole years are alike if a year apart at most.
-        temperature: :math:`\tau`, > 0. eta: :math:`\eta`, >= 0, per label unit.
+        omega: :math:`\omega`, > 0, in label units. At 1, labels in whole years are alike if a year apart at most. None
+            takes a twentieth of the standard deviation of the batch's labels, about as much.
+        temperature: :math:`\tau`, > 0.
+        eta: :math:`\eta`, >= 0, per label unit. None takes 0.01 per :math:`\omega`.
     Shape:
         features: (N, D). labels, pred, weight, push_weight: (N,). Returns (), or (N,) for ``reduction="none"``.
     Units:
@@ -79,20 +82,22 @@ def conr_loss(
     tensor([2., 2., 1.])
     """
     where = "conr_loss"
-    omega = number(where, "omega", omega, low=0, open_low=True, float32=True)
+    _checked_scales(where, omega, eta)
     temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
-    eta = number(where, "eta", eta, low=0, float32=True)
     columns = {"labels": labels, "pred": pred}
     if push_weight is not None:
         columns["push_weight"] = push_weight
     features = checked_samples(where, features, columns, weight, reduction)
     dtype = wide_dtype(features, labels, pred)
     pairs = pairs_of(features, weight)
-    distance = _distances(labels.to(dtype))
+    distance = _distances(present(labels.to(dtype), weight))
+    if omega is None:
+        there = None if weight is None else weight > 0
+        omega = 0.05 * spread_of(labels.detach().to(dtype), there).nan_to_num(0.0)
     positive = pairs & (distance <= omega)
     negative = pairs & (distance > omega) & (_distances(pred.detach().to(dtype)) <= omega)
     anchor = positive.any(1) & negative.any(1)
-    push = eta * distance  # log S
+    push = (0.01 * distance / omega).nan_to_num(0.0) if eta is None else eta * distance  # log S
     if push_weight is not None:
         push = push + push_weight.detach().to(dtype).log()[:, None]
     with full_precision(features.device):
@@ -137,9 +142,9 @@ class ConRLoss(nn.Module):
         base: Callable[..., Tensor] = weighted_l1,
         *,
         coefficient: float = 1.0,
-        omega: float = 1.0,
+        omega: float | None = None,
         temperature: float = 0.2,
-        eta: float = 0.01,
+        eta: float | None = None,
         weights: LDS | None = None,
     ) -> None:
         super().__init__()
@@ -150,9 +155,8 @@ class ConRLoss(nn.Module):
             instance(where, LDS, weights=weights)
         self.base, self.weights = base, weights
         self.coefficient = number(where, "coefficient", coefficient, low=0, float32=True)
-        self.omega = number(where, "omega", omega, low=0, open_low=True, float32=True)
+        self.omega, self.eta = _checked_scales(where, omega, eta)
         self.temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
-        self.eta = number(where, "eta", eta, low=0, float32=True)
 
     def forward(
         self, output: Any, labels: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
@@ -171,11 +175,26 @@ class ConRLoss(nn.Module):
         )
         return self.base(prediction, labels, weight, reduction=reduction) + self.coefficient * contrast
 
-    def extra_repr(self) -> str:
-        base = "" if isinstance(self.base, nn.Module) else f"base={getattr(self.base, '__name__', self.base)}, "
-        return (
-            f"{base}coefficient={self.coefficient}, omega={self.omega}, temperature={self.temperature}, eta={self.eta}"
-        )
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the loss was made with."""
+        return {
+            "base": self.base,
+            "coefficient": self.coefficient,
+            "omega": self.omega,
+            "temperature": self.temperature,
+            "eta": self.eta,
+            "weights": self.weights,
+        }
+
+    def extra_repr(self) -> str:  # a base or weights that are modules are shown as children
+        return shown({name: value for name, value in self.settings.items() if not isinstance(value, nn.Module)})
+
+
+def _checked_scales(where: str, omega: float | None, eta: float | None) -> tuple[float | None, float | None]:
+    if omega is not None:
+        omega = number(where, "omega", omega, low=0, open_low=True, float32=True)
+    return omega, None if eta is None else number(where, "eta", eta, low=0, float32=True)
 
 
 def _distances(values: Tensor) -> Tensor:

@@ -18,15 +18,14 @@ from .._checks import (
     not_negative,
     one_of,
     problem,
-    readable,
     real,
     same_device,
     wide_dtype,
 )
 from ..errors import ShapeError
-from ..labels.bins import Bins
+from ..labels.bins import Bins, Outside
 from ..labels.soft_labels import limits
-from ._reduce import Reduction, checked_prior, checked_rows, present, reduce
+from ._reduce import Reduction, checked_prior, checked_rows, present, reduce, within
 from .cross_entropy import of_classes
 
 __all__ = ["crps", "soft_cross_entropy", "squared_emd"]
@@ -46,9 +45,9 @@ def soft_cross_entropy(
     .. math:: L = -\frac1N \sum_i w_i \sum_b t_{ib} \log \mathrm{softmax}(s_i + \tau \log \pi)_b
 
     Args:
-        target: a distribution over bins, such as :func:`~dir_toolkit.labels.soft_labels.soft_labels` gives, or the
-            numbers of classes as int64, for which this is ``cross_entropy`` or ``logit_adjusted_cross_entropy`` to the
-            bit.
+        target: a distribution over bins, such as :func:`~dir_toolkit.labels.soft_labels.soft_labels` gives, or a row of
+            zeros, as it gives for a dropped label, whose loss is 0; or the numbers of classes as int64, for which this
+            is ``cross_entropy`` or ``logit_adjusted_cross_entropy`` to the bit.
         weight: dimensionless, >= 0, one a label; None means ones. Divides by the number of labels, not by the sum of
             weights. A label of weight 0 adds nothing, and has the gradient 0, whatever its logits are.
         prior: the share of training labels in each bin, positive, summing to one: adjusts the logits in training, so
@@ -88,7 +87,13 @@ def soft_cross_entropy(
 
 
 def crps(
-    logits: Tensor, labels: Tensor, bins: Bins, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+    logits: Tensor,
+    labels: Tensor,
+    bins: Bins,
+    weight: Tensor | None = None,
+    *,
+    outside: Outside = "raise",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Continuous ranked probability score of the softmax over bins, each sample scaled by its weight.
 
@@ -100,15 +105,17 @@ def crps(
 
     Args:
         weight: as in :func:`soft_cross_entropy`.
+        outside: what a label beyond the axis does: ``"raise"``; ``"clip"``, to count by its distance; ``"drop"``, to
+            have weight 0.
     Shape:
         logits: (..., B). labels, weight: (...). Returns (), or (...) for ``reduction="none"``.
     Units:
         those of the label.
     Raises:
-        ShapeError: shapes do not fit. LabelError: a label is NaN or lies outside the axis. TypeError: logits are no
+        ShapeError: shapes do not fit. LabelError: a label of a weight above zero is NaN, or lies outside the axis under
+        ``"raise"``; on accelerators, where values are not looked at, the loss is NaN then. TypeError: logits are no
         floats. ValueError: a weight is negative or not finite, there is no label, or bins are classes, which have no
-        distances. A logit that is NaN or ``inf`` makes the loss NaN. On accelerators values are not looked at, and a
-        label beyond the axis counts by its distance.
+        distances. A logit that is NaN or ``inf`` makes the loss NaN.
     Source:
         Gneiting and Raftery 2007, section 4.2, doi:10.1198/016214506000001437.
 
@@ -118,13 +125,14 @@ def crps(
     """
     where = "crps"
     _ordered(where, bins, "Use soft_cross_entropy.")
-    rows, y, weight = _checked(where, logits, weight, reduction, bins, labels=labels)
-    if readable(labels):
-        bins._place(where, labels, "raise")
-    y = y.unsqueeze(1)  # (M, 1)
+    one_of(where, "outside", outside, ("raise", "clip", "drop"))
+    rows, y, _ = _checked(where, logits, weight, reduction, bins, labels=labels)
+    weight = within(where, "labels", labels, bins, weight, outside)
+    weight = None if weight is None else weight.reshape(-1)
+    rows, y = present(rows, weight), present(y, weight).unsqueeze(1)  # (M, 1)
     knots = limits(bins, rows)
     widths = knots.diff()
-    p = rows.softmax(1)
+    y, p = y.to(knots.dtype), rows.softmax(1)
     upper = p.cumsum(1)  # F at the upper limit of each bin
     lower = torch.nn.functional.pad(upper[:, :-1], (1, 0))
     before = ((y - knots[:-1]) / widths).clamp(0, 1)  # the share of each bin that lies below the label
@@ -149,7 +157,7 @@ def squared_emd(
               \Big(\sum_{j \le b} \mathrm{softmax}(s_i)_j - \sum_{j \le b} t_{ij}\Big)^2
 
     Args:
-        target: a distribution over bins, such as :func:`~dir_toolkit.labels.soft_labels.soft_labels` gives.
+        target: a distribution over bins, or a row of zeros, as in :func:`soft_cross_entropy`.
         bins: makes :math:`h_b` the way from the middle of bin b to that of the next, which is the width of equally wide
             bins; None, which suits classes that have an order, makes it one.
         weight: as in :func:`soft_cross_entropy`.
@@ -180,7 +188,7 @@ def squared_emd(
     if bins is not None:
         knots = limits(bins, rows)
         squares = squares * ((knots[2:] - knots[:-2]) / 2)
-    return _reduced(squares.sum(1), weight, reduction, logits)
+    return _reduced(squares.sum(1).masked_fill(_dropped(target), 0.0), weight, reduction, logits)
 
 
 def _mean_square(first: Tensor, last: Tensor) -> Tensor:
@@ -226,11 +234,18 @@ def _checked(
         rows = logits.reshape(-1, logits.shape[-1])
         return checked_rows(where, "logits", rows, other.reshape(-1), weight, reduction), other.reshape(-1), weight
     if name == "target":
-        distributions(where, target=other)
+        distributions(where, zeros=True, target=other)
     dtype = wide_dtype(logits, other)
     rows = logits.to(dtype).reshape(-1, logits.shape[-1])
     other = other.to(dtype).reshape(-1, *other.shape[logits.ndim - 1 :])
+    if name == "target":
+        rows = rows.masked_fill(_dropped(other)[:, None], 0.0)
     return present(rows, weight), present(other, weight), weight
+
+
+def _dropped(target: Tensor) -> Tensor:
+    """Which rows of (M, B) hold nothing."""
+    return (target == 0).all(1)
 
 
 def _reduced(values: Tensor, weight: Tensor | None, reduction: str, logits: Tensor) -> Tensor:

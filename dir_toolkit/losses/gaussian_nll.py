@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .._checks import (
-    finite,
     floats,
     is_tensor,
     not_empty,
@@ -22,7 +21,9 @@ from .._checks import (
     wide_dtype,
 )
 from ..errors import ShapeError
-from ._reduce import Reduction, present, reduce
+from ._reduce import Reduction, finite_targets, present, reduce
+
+LEAST_VARIANCE = 1e-20
 
 __all__ = ["gaussian_interval", "gaussian_nll"]
 
@@ -33,7 +34,7 @@ def gaussian_nll(
     weight: Tensor | None = None,
     *,
     beta: float = 0.0,
-    min_variance: float = 1e-6,
+    min_variance: float = LEAST_VARIANCE,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Negative log-likelihood of the label under a Gaussian whose mean and variance are both predicted.
@@ -52,7 +53,8 @@ def gaussian_nll(
             adds nothing, and has the gradient 0, whatever its prediction is.
         beta: in [0, 1].
         min_variance: > 0, in label units squared, below which no variance falls. It is added, so that the gradient of s
-            fades there and does not break off.
+            fades there and does not break off. The default only keeps float32 from overflowing, so that it does not
+            depend on the label's unit; a millionth of the labels' variance suits most.
     Shape:
         target, weight: any shape, equal. pred: that shape and a last axis of two. Returns (), or the target's shape for
         ``reduction="none"``.
@@ -79,7 +81,7 @@ def gaussian_nll(
     same_shape(where, target=target, **weights)
     same_device(where, pred=pred, target=target, **weights)
     not_empty(where, target=target)
-    finite(where, target=target, **weights)
+    finite_targets(where, weight, target=target)
     not_negative(where, **weights)
     wide = wide_dtype(pred, target)
     mean, raw = pred.to(wide).unbind(-1)
@@ -91,7 +93,9 @@ def gaussian_nll(
     return reduce(values, weight, reduction)
 
 
-def gaussian_interval(pred: Tensor, level: float = 0.9, *, min_variance: float = 1e-6) -> tuple[Tensor, Tensor]:
+def gaussian_interval(
+    pred: Tensor, level: float = 0.9, *, min_variance: float = LEAST_VARIANCE
+) -> tuple[Tensor, Tensor]:
     r"""The central interval that holds the label with the probability ``level``: :math:`\mu \pm z \sqrt v`.
 
     Args:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import number, problem, wide_dtype
+from .._settings import shown
 from ..errors import ShapeError
 from ._reduce import Reduction, checked_samples, field, pairs_of, reduce
 
@@ -102,5 +103,10 @@ class RankNContrast(nn.Module):
         features = output if isinstance(output, Tensor) else field("RankNContrast", output, "features")
         return rank_n_contrast(features, labels, weight, temperature=self.temperature, reduction=reduction)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the loss was made with."""
+        return {"temperature": self.temperature}
+
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
+        return shown(self.settings)

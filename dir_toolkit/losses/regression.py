@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .._checks import (
-    finite,
     floats,
     is_tensor,
     not_empty,
@@ -20,7 +19,7 @@ from .._checks import (
     same_shape,
     wide_dtype,
 )
-from ._reduce import Reduction, present, reduce
+from ._reduce import Reduction, finite_targets, present, reduce
 
 __all__ = ["weighted_focal_l1", "weighted_focal_mse", "weighted_huber", "weighted_l1", "weighted_mse"]
 
@@ -34,15 +33,16 @@ def weighted_l1(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, r
 
     Args:
         weight: dimensionless, >= 0; None means ones. Divides by N, as the DIR paper does, not by the sum of weights.
-            A sample of weight 0 adds nothing, and has the gradient 0, whatever its prediction is.
+            A sample of weight 0 adds nothing, and has the gradient 0, whatever its prediction and its target are, NaN
+            too: a mask of missing labels is ``mask.float()``.
     Shape:
         pred, target, weight: any shape, all equal. Returns (), or the input's shape for ``reduction="none"``.
     Units:
         those of the label.
     Raises:
-        ShapeError: shapes differ (labels are never broadcast). ValueError: target or weight is not finite, a weight is
-        negative, or there is no sample. A prediction that is not finite makes the loss so; training loops stop there.
-        On accelerators values are not looked at.
+        ShapeError: shapes differ (labels are never broadcast). ValueError: a weight, or a target of a weight above
+        zero, is not finite, a weight is negative, or there is no sample. A prediction that is not finite makes the loss
+        so; training loops stop there. On accelerators values are not looked at.
     Source:
         Yang et al. 2021, section 4.1 (arXiv:2102.09554).
 
@@ -76,7 +76,7 @@ def weighted_huber(
     ``smooth_l1_loss``). Other arguments, shapes, units and errors are those of :func:`weighted_l1`.
 
     Args:
-        delta: where the parabola meets the line, > 0, in label units.
+        delta: where the parabola meets the line, > 0, in label units: of other labels than ages another one is right.
     Source:
         Huber 1964; Yang et al. 2021, appendix (arXiv:2102.09554).
 
@@ -103,7 +103,8 @@ def weighted_focal_l1(
     Other arguments, shapes, units and errors are those of :func:`weighted_l1`.
 
     Args:
-        beta: how fast an error counts as hard, > 0, per label unit. gamma: focus, >= 0; 0 gives the plain loss.
+        beta: how fast an error counts as hard, > 0, per label unit; the paper's 0.2 is for ages.
+        gamma: focus, >= 0; 0 gives the plain loss.
         variant: ``"paper"`` scales by sigmoid, from 1/2; ``"reference"`` by ``2 sigmoid - 1``, from 0, as the public
             code does.
     Source:
@@ -144,7 +145,7 @@ def _error(where: str, pred: Tensor, target: Tensor, weight: Tensor | None, redu
     same_shape(where, pred=pred, target=target, **weights)
     same_device(where, pred=pred, target=target, **weights)
     not_empty(where, pred=pred)
-    finite(where, target=target, **weights)
+    finite_targets(where, weight, target=target)
     not_negative(where, **weights)
     wide = wide_dtype(pred, target)
     return present(pred.to(wide) - target.to(wide), weight)

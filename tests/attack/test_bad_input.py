@@ -305,7 +305,7 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "conr_loss": lambda: (
         dt.conr_loss,
-        {"features": rows(3), "labels": years(), "pred": ones(), "weight": ones(), "push_weight": ones()},
+        {"features": rows(3), "labels": years(), "pred": ones(), "weight": ones(), "push_weight": ones(), "omega": 1.0},
     ),
     "cross_entropy": lambda: (dt.cross_entropy, {**logits_target(), "label_smoothing": 0.1}),
     "crps": lambda: (dt.crps, {"logits": rows(), "labels": years(), "bins": BINS, "weight": ones()}),

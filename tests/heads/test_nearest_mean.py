@@ -302,7 +302,7 @@ def test_copies_pickles_states_and_compiled_forms_score_alike(metric: Any) -> No
         assert_close(other(features), head(features))
     assert list(head.state_dict()) == ["means", "count"]
     assert (head.num_features, head.num_classes) == (4, 3)
-    assert repr(head) == f"NearestMeanHead(4, 3, metric={metric!r})"
+    assert repr(head) == f"NearestMeanHead(num_features=4, num_classes=3, metric={metric!r})"
     head.load_state_dict(NearestMeanHead(4, 3).state_dict())
     with pytest.raises(NotFittedError, match="or load a state_dict"):
         head(features)
@@ -336,3 +336,18 @@ def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., lis
         assert_close(saved["means"], fitted().means, rtol=1e-12, atol=1e-12)
         assert torch.equal(saved["count"], fitted().count)
         assert "got 1 that are not" in saved["told"]
+
+
+def test_means_taken_in_inference_mode_serve_afterwards() -> None:
+    features, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    with torch.inference_mode():
+        head = NearestMeanHead(4, 3)
+        head.update(features, labels)
+    head.update(features, labels)
+    head.finish()
+    with torch.inference_mode():
+        head.update(features, labels)
+        head.finish()
+    z = features.clone().requires_grad_()
+    head(z).sum().backward()
+    assert z.grad is not None

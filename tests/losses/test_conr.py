@@ -14,7 +14,13 @@ from torch.testing import assert_close
 
 from dir_toolkit import LDS, Bins, weighted_huber, weighted_l1
 from dir_toolkit.errors import ShapeError
-from dir_toolkit.losses.conr import ConRLoss, conr_loss
+from dir_toolkit.losses import conr
+from dir_toolkit.losses.conr import ConRLoss
+
+
+def conr_loss(*args: Any, omega: float = 1.0, eta: float = 0.01, **options: Any) -> Tensor:
+    """With the scales of the paper, labels in years."""
+    return conr.conr_loss(*args, omega=omega, eta=eta, **options)
 
 
 def samples(n: int = 14, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -261,7 +267,10 @@ def test_the_module_adds_conr_to_its_base() -> None:
     assert torch.equal(twin.weights(labels), lds(labels))
     plain = ConRLoss(coefficient=0.0)
     same(plain(out, labels), weighted_l1(out.prediction, labels))
-    assert repr(plain) == "ConRLoss(base=weighted_l1, coefficient=0.0, omega=1.0, temperature=0.2, eta=0.01)"
+    assert (
+        repr(plain)
+        == "ConRLoss(base=weighted_l1, coefficient=0.0, omega=None, temperature=0.2, eta=None, weights=None)"
+    )
 
 
 class Scaled(nn.Module):
@@ -275,7 +284,7 @@ class Scaled(nn.Module):
 
 def test_a_base_with_parameters_is_trained_and_the_prediction_gets_the_base_s_gradient() -> None:
     parts = samples()
-    loss = ConRLoss(Scaled())
+    loss = ConRLoss(Scaled(), omega=1.0)
     assert [name for name, _ in loss.named_parameters()] == ["base.log_scale"]
     assert repr(loss).count("base") == 1
     pred = parts["pred"].requires_grad_()
@@ -346,3 +355,22 @@ def test_the_module_s_parts_are_checked() -> None:
         loss(parts["pred"], parts["labels"])
     with pytest.raises(TypeError, match=r"^ConRLoss: output must have an attribute features, got SimpleNamespace"):
         loss(SimpleNamespace(prediction=parts["pred"]), parts["labels"])
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])
+def test_defaults_follow_the_spread_of_the_labels(unit: float) -> None:
+    parts = samples(40)
+    weight = torch.linspace(0, 2, 40, dtype=torch.float64)
+    there = parts["labels"][1:].double()
+    omega = 0.05 * there.std(correction=0).item()
+    expected = conr_loss(**parts, weight=weight, omega=omega, eta=0.01 / omega)
+    assert expected > 0
+    scaled = {**parts, "labels": parts["labels"] * unit, "pred": parts["pred"] * unit}
+    assert_close(conr.conr_loss(**scaled, weight=weight), expected, rtol=1e-6, atol=0)
+    loss = ConRLoss()(output(**scaled), scaled["labels"], weight)
+    base = weighted_l1(scaled["pred"], scaled["labels"], weight)
+    assert_close(
+        loss - base, conr.conr_loss(**{**scaled, "push_weight": None}, weight=weight), rtol=1e-6, atol=1e-6 * unit
+    )
+    alike = {**scaled, "labels": torch.ones(40)}
+    assert conr.conr_loss(**alike).item() == 0  # all are positives

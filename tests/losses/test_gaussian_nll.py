@@ -23,7 +23,7 @@ def samples(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def naive(
-    pred: Tensor, target: Tensor, weight: Tensor | None = None, beta: float = 0.0, min_variance: float = 1e-6
+    pred: Tensor, target: Tensor, weight: Tensor | None = None, beta: float = 0.0, min_variance: float = 1e-20
 ) -> Tensor:
     """Each label's loss in plain float64 Python."""
     weights = torch.ones_like(target) if weight is None else weight
@@ -95,7 +95,7 @@ def test_beta_scales_each_sample_s_gradient_and_lets_none_through(beta: float) -
     gaussian_nll(scaled, target, beta=beta).backward()
     assert plain.grad is not None
     assert scaled.grad is not None
-    assert_close(scaled.grad, plain.grad * (pred[:, 1:].exp() + 1e-6) ** beta, rtol=1e-12, atol=1e-12)
+    assert_close(scaled.grad, plain.grad * pred[:, 1:].exp() ** beta, rtol=1e-12, atol=1e-12)
 
 
 def test_with_beta_one_the_mean_learns_as_under_half_the_squared_error() -> None:
@@ -111,7 +111,7 @@ def test_with_beta_one_the_mean_learns_as_under_half_the_squared_error() -> None
 
 def test_the_best_variance_is_the_squared_error() -> None:
     error = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
-    pred = torch.stack([torch.zeros(3, dtype=torch.float64), (error.square() - 1e-6).log()], 1).requires_grad_()
+    pred = torch.stack([torch.zeros(3, dtype=torch.float64), error.square().log()], 1).requires_grad_()
     gaussian_nll(pred, error).backward()
     assert pred.grad is not None
     assert_close(pred.grad[:, 1], torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -256,3 +256,13 @@ def test_the_interval_s_arguments_are_checked() -> None:
         gaussian_interval(pred.tolist())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=where + "min_variance must be > 0, got 0"):
         gaussian_interval(pred, min_variance=0)
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1e5])
+def test_defaults_are_free_of_the_label_s_unit(unit: float) -> None:
+    pred, target, _ = samples(8)
+    scaled = torch.stack([pred[:, 0] * unit, pred[:, 1] + 2 * math.log(unit)], 1).float()
+    given = gaussian_nll(scaled, (target * unit).float())
+    assert_close(given, (gaussian_nll(pred, target) + math.log(unit)).float(), rtol=1e-5, atol=1e-5)
+    for end, own in zip(gaussian_interval(scaled), gaussian_interval(pred), strict=True):
+        assert_close(end, (own * unit).float(), rtol=1e-4, atol=1e-5 * unit)
