@@ -178,7 +178,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "ConRLoss.forward": lambda: (
         dt.ConRLoss(),
         {
-            "output": dt.LongTailOutput(None, years(), years(), rows(3), None),
+            "output": dt.LongTailOutput(None, years(), years(), rows(3), None, None),
             "labels": years(),
             "weight": ones(),
             "reduction": "mean",
@@ -255,7 +255,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "RankNContrast": lambda: (dt.RankNContrast, {}),
     "RankNContrast.forward": lambda: (
         dt.RankNContrast(),
-        {"output": dt.LongTailOutput(None, years(), years(), rows(3), None), "labels": years(), "weight": ones()},
+        {"output": dt.LongTailOutput(None, years(), years(), rows(3), None, None), "labels": years(), "weight": ones()},
     ),
     "RegressionMetrics": lambda: (dt.RegressionMetrics, {"bins": BINS, "density": density(), "floor": 0.1}),
     "RegressionMetrics.update": lambda: (
@@ -720,5 +720,5 @@ def test_nan_in_features_of_fds_is_told_when_the_epoch_ends() -> None:
 
 
 def test_nan_in_a_prediction_makes_a_loss_with_conr_nan() -> None:
-    output = dt.LongTailOutput(None, years(), with_nan(years()), rows(3), None)
+    output = dt.LongTailOutput(None, years(), with_nan(years()), rows(3), None, None)
     assert dt.ConRLoss()(output, years()).isnan()
