@@ -117,6 +117,9 @@ class LongTailModel(nn.Module):
     In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is no submodule, so that DistributedDataParallel
     does not send its buffers around; it goes along with ``to()``, with copies, and with the ``state_dict``.
 
+    ``torch.export`` takes and saves every model. ``torch.onnx`` has no search among sorted numbers, which the median
+    needs: convert a model with ``decode="expectation"`` or ``"mode"``.
+
     Args:
         num_features: D, what the backbone gives.
         bins: the label axis.
@@ -131,10 +134,13 @@ class LongTailModel(nn.Module):
             ``"cross_entropy"``, or with affinities ``"affinity_loss"``, the max-margin loss plus the head's diversity,
             ``"cross_entropy"``; regression ``"weighted_l1"``, ``"weighted_mse"``, ``"weighted_huber"``,
             ``"weighted_focal_l1"``, ``"weighted_focal_mse"``, ``"balanced_mse"``; Gaussian ``"gaussian_nll"``. Or
-            a function or module called as ``loss(scores, labels, weight, reduction=reduction)``.
-        sigma: by how much ``"cross_entropy"`` and ``"squared_emd"`` spread labels over bins; ``"auto"`` takes twice the
-            median width of a bin on a continuous axis. None or 0 means hard labels; other losses take labels as they
-            are.
+            a function or module called as ``loss(scores, labels, weight, reduction=reduction)``. Named losses that
+            are in label units are divided by the labels' spread, squared errors by its square, so that a model does not
+            depend on the unit; what Huber's and the focal losses take for one unit is a tenth of the spread. The spread
+            is the standard deviation of the density, or of evenly spread labels without one.
+        sigma: by how much ``"cross_entropy"`` and ``"squared_emd"`` spread labels over bins, in label units;
+            ``"auto"`` takes two bins on a continuous axis, as wide as they are where the label lies. None or 0 means
+            hard labels; other losses take labels as they are.
         label_kernel: as in :func:`dir_toolkit.labels.soft_labels.soft_labels`.
         fds: not attached yet; the model attaches it to what its head takes.
         weights: fitted, over these bins or others of the axis; weighs the loss, in eval mode too, where none are given.
@@ -153,8 +159,13 @@ class LongTailModel(nn.Module):
             or the mode for classes.
         residual: also learn where in its bin a label lies, an offset no larger than reaches the bin's edges. The
             prediction is then the centre of the decoded bin plus its offset. Pays where bins are coarse.
-        residual_weight: factor, >= 0, of the absolute error of that offset in the loss.
-        expectation_weight: factor, >= 0, of the absolute error of the expectation in the loss, per label unit.
+        residual_weight: factor, >= 0, of the absolute error of that offset, in widths of the bin, in the loss.
+        expectation_weight: factor, >= 0, of the absolute error of the expectation, in the labels' spread, in the loss.
+        within_axis: hold the predictions of heads of one number, and their intervals, to the axis; scores, and with
+            them the loss, are left as they are. Balanced MSE predicts beyond the labels otherwise.
+        outside: what a label beyond the axis does in the loss: ``"raise"``; ``"clip"``, to be placed in the end bin,
+            while its error stays exact; ``"drop"``, to count nowhere, as a weight of zero does. An ``fds`` must drop,
+            too, where the model does.
     Attributes:
         backbone, head: the two parts. adjuster: a :class:`dir_toolkit.LogitAdjuster`, with bins.
         fds, weights, bins, density: as given.
@@ -162,12 +173,14 @@ class LongTailModel(nn.Module):
         forward: x as the backbone takes it; labels, weight: (N,). Returns :class:`LongTailOutput`; floats are float32
         or wider, under autocast too.
     Units:
-        labels, sigma and predictions in those of the axis; ``"cross_entropy"`` in nats.
+        labels, sigma and predictions in those of the axis, in float64 where float32 does not tell its bins apart;
+        ``"cross_entropy"`` and ``"gaussian_nll"`` in nats, other named losses in spreads of the labels.
     Raises:
         ShapeError: head or backbone do not fit features and axis; labels are not (N,), one a sample: maps of labels
         are not supported. ValueError: options do not go together, a word is unknown, a number is out of range, or
-        there is no density where one is needed. TypeError: a part is of another kind. LabelError: a label lies beyond
-        the axis; on accelerators the loss is NaN instead.
+        there is no density where one is needed. TypeError: a part is of another kind. NotFittedError: weights are not
+        fitted where a prior is asked for. LabelError: a label is NaN, or lies beyond the axis under ``"raise"``; on
+        accelerators the loss is NaN instead.
     Source:
         Menon et al. 2021 (arXiv:2007.07314) for the adjustment; Yang et al. 2021 (arXiv:2102.09554) for smoothing.
 
@@ -234,7 +247,7 @@ class LongTailModel(nn.Module):
         self._kind = head if head in ("regression", "gaussian") else "classes" if bins.categorical else "bins"
         self._has_bins = self._kind in ("classes", "bins")
         self._refuse_options(where, sigma, prior, tau, temperature, decode, residual)
-        self._told = {"head": head, "sigma": sigma}  # as given
+        self._told: dict[str, Any] = {"head": head, "sigma": sigma}  # as given
         median, self._spread = (0.0, 1.0) if bins.categorical else self._spread_of_labels()
         self.decoding: Decoding = decode or ("median" if self._kind == "bins" else "mode")
         if isinstance(prior_kernel, str):
@@ -320,13 +333,13 @@ class LongTailModel(nn.Module):
             fix = "Use labels.squeeze(1)." if labels.shape[1:] == (1,) else ""
             raise problem(where, rule, got=f"shape {tuple(labels.shape)}", fix=fix, error=ShapeError)
         same_device(where, scores=output.scores, labels=labels)
-        placed, known = self._placed(where, labels)
+        placed, counts, sound = self._placed(where, labels)
         if weight is None and self.weights is not None:
             weight = self.weights(placed)
-        if self.outside == "drop" and known is not None:
+        if counts is not None:
             if weight is not None:
                 same_shape(where, labels=labels, weight=weight)
-            weight = known.to(output.scores.dtype) if weight is None else torch.where(known, weight, 0)
+            weight = counts.to(output.scores.dtype) if weight is None else torch.where(counts, weight, 0)
         how: dict[str, Any] = {"reduction": reduction}
         # A bin is that of the label as it was placed; an error is that of the label itself.
         exact = placed if self.outside == "drop" else labels
@@ -342,27 +355,30 @@ class LongTailModel(nn.Module):
             rest = (values - self.bins._tensor("centers", values)[row]) / widths
             own = output.residual.gather(1, row[:, None]).squeeze(1) / widths
             loss = loss + self.residual_weight * weighted_l1(own, rest, weight, **how)
-        if self.outside != "drop" and known is not None:
-            sound = known if reduction == "none" else known.all()
+        if sound is not None:
+            sound = sound if reduction == "none" else sound.all()
             loss = loss * torch.where(sound, 1.0, torch.nan).to(loss.dtype)
         return loss
 
-    def _placed(self, where: str, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Labels moved onto the axis, and whether each may count; None where all may.
+    def _placed(self, where: str, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Labels moved onto the axis; which of them count, None for all; and which are labels that may be there, None
+        where those that may not would have raised.
 
         Raises:
-            LabelError: a label lies beyond the axis and is to raise, or is NaN. Where values are not looked at such a
-            label may not count.
+            LabelError: a label is NaN, or lies beyond the axis and is to raise.
         """
-        if readable(labels) and self.outside != "drop":
+        looked_at = readable(labels)
+        if looked_at and self.outside != "drop":
             self.bins._place(where, labels, self.outside)
-            return self._clipped(labels), None
+            return self._clipped(labels), None, None
         index = self.bins._place(where, labels, "clip" if self.outside == "clip" else "drop")
-        known = index >= 0
-        if self.bins.categorical:
-            return index.clamp_min(0), known
-        values = self._clipped(labels.to(self.bins._wide(labels)))
-        return torch.where(known, values, self.bins._tensor("edges", values)[0]), known
+        placed: Tensor = index.clamp_min(0)
+        if not self.bins.categorical:
+            values = self._clipped(labels.to(self.bins._wide(labels)))
+            placed = torch.where(index >= 0, values, self.bins._tensor("edges", values)[0])
+        if self.outside != "drop":
+            return placed, None, index >= 0
+        return placed, index >= 0, None if looked_at else self.bins._place(where, labels, "clip") >= 0
 
     def _clipped(self, labels: Tensor) -> Tensor:
         """Labels as they are, or with ``outside="clip"`` those beyond the axis at its end."""

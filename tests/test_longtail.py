@@ -890,6 +890,11 @@ def test_where_labels_are_not_looked_at_one_beyond_makes_the_loss_nan(
     assert model(x, y).loss.isnan()
     each = model.criterion(model(x), y, reduction="none")
     assert each.isnan().tolist() == [i == 4 for i in range(9)]
+    for outside in ("clip", "drop"):
+        other = make(**options, outside=outside)
+        assert other(x, y).loss.isfinite()
+        if make is ages:
+            assert other(x, torch.where(torch.arange(9) == 4, math.nan, y)).loss.isnan()
 
 
 @each_kind
