@@ -6,12 +6,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._checks import problem
+
 _OF_THE_HOST = ("gloo", "mpi", "ucc")  # backends that take tensors of the CPU
 
 
 def is_parallel() -> bool:
     """Whether there are ranks to sum over."""
     return dist.is_available() and dist.is_initialized()
+
+
+def check_group(where: str, group: object) -> None:
+    """A process group, or None for all ranks; what a rank has of a group that it is no part of is neither."""
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        rule = "group must be a torch.distributed.ProcessGroup that this rank is in, or None"
+        raise problem(where, rule, got=repr(group), error=TypeError)
 
 
 def reduce_device(like: Tensor, group: dist.ProcessGroup | None = None) -> torch.device:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .._checks import finite, instance, labels_array, number, one_of, problem, whole
-from .._ranks import is_parallel, summed
+from .._ranks import check_group, is_parallel, summed
 from ..errors import LabelError, ShapeError
 from .bins import Bins, Outside
 from .grid import AnyBins, BinGrid, Windows, checked_windows
@@ -96,8 +96,9 @@ class LabelDensity:
             group: the ranks that hold different labels, where not all do, as in tensor or pipeline parallel layouts;
                 None means all ranks.
         Raises:
-            ValueError: the ranks' bins differ. Then it is raised on every rank.
+            ValueError: the ranks' bins differ. Then it is raised on every rank. TypeError: ``group`` is none.
         """
+        check_group("LabelDensity.all_reduce", group)
         if not is_parallel():
             return self
         own = (_digest(self.bins), self.counts.dtype == np.float64)

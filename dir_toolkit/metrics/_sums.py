@@ -7,11 +7,12 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import instance, label_problem, problem, readable
 from .._memory import free_memory
-from .._ranks import summed
+from .._ranks import check_group, summed
 from .._settings import shown
 from ..labels.bins import Outside
 from ..labels.grid import AnyBins
@@ -59,7 +60,7 @@ class MergingSums(ABC):
                 setattr(self, name, own + getattr(other, name).to(own.device))
         return self
 
-    def all_reduce(self: _Metric, group: Any = None) -> _Metric:
+    def all_reduce(self: _Metric, *, group: dist.ProcessGroup | None = None) -> _Metric:
         """Sum over the ranks of ``torch.distributed``, which must all call this, once, after their last update; returns
         self. Does nothing outside of it.
 
@@ -67,8 +68,9 @@ class MergingSums(ABC):
             group: the ranks that saw different samples, where some saw the same ones, as in tensor parallelism; None
                 for all ranks.
         Raises:
-            as ``compute``, on every rank alike.
+            as ``compute``, on every rank alike. TypeError: ``group`` is none.
         """
+        check_group(f"{type(self).__name__}.all_reduce", group)
         with torch.inference_mode(False):
             sums = summed(*(getattr(self, name) for name in self.kept), group=group)
         for name, tensor in zip(self.kept, sums, strict=True):

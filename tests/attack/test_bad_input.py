@@ -155,6 +155,7 @@ VALID: dict[str, Callable[[], Call]] = {
         {"probabilities": shares(), "target": classes(), "weight": ones()},
     ),
     "CalibrationMetrics.merge": lambda: (dt.CalibrationMetrics(4).merge, {"other": dt.CalibrationMetrics(4)}),
+    "CalibrationMetrics.all_reduce": lambda: (dt.CalibrationMetrics(4).all_reduce, {}),
     "CalibrationMetrics.reliability": lambda: (dt.CalibrationMetrics(4).reliability, {"class_index": 1}),
     "CenterLoss": lambda: (dt.CenterLoss, {"num_classes": 4, "num_features": 3}),
     "CenterLoss.forward": lambda: (
@@ -174,6 +175,7 @@ VALID: dict[str, Callable[[], Call]] = {
         {"other": metrics(dt.ClassificationMetrics, CLASSES)},
     ),
     "ClassificationMetrics.compute": lambda: (metrics(dt.ClassificationMetrics, CLASSES).compute, {}),
+    "ClassificationMetrics.all_reduce": lambda: (metrics(dt.ClassificationMetrics, CLASSES).all_reduce, {}),
     "ConRLoss": lambda: (dt.ConRLoss, {"weights": lds()}),
     "ConRLoss.forward": lambda: (
         dt.ConRLoss(),
@@ -210,6 +212,8 @@ VALID: dict[str, Callable[[], Call]] = {
     "LabelDensity.smooth": lambda: (density().smooth, {**KERNEL, "edges": "reflect"}),
     "LabelDensity.prior": lambda: (density().prior, {}),
     "LabelDensity.regions": lambda: (density().regions, {}),
+    "LabelDensity.weighted": lambda: (density().weighted, {"lds": lds()}),
+    "LabelDensity.all_reduce": lambda: (density().all_reduce, {}),
     "LinearHead": lambda: (dt.LinearHead, {"num_features": 3, "num_classes": 4}),
     "LinearHead.forward": lambda: (dt.LinearHead(3, 4), {"features": rows(3)}),
     "LogitAdjuster": lambda: (dt.LogitAdjuster, {"prior": prior(), "target": prior()}),
@@ -267,6 +271,7 @@ VALID: dict[str, Callable[[], Call]] = {
         {"other": metrics(dt.RegressionMetrics, BINS)},
     ),
     "RegressionMetrics.compute": lambda: (metrics(dt.RegressionMetrics, BINS).compute, {}),
+    "RegressionMetrics.all_reduce": lambda: (metrics(dt.RegressionMetrics, BINS).all_reduce, {}),
     "ScaledHead": lambda: (dt.ScaledHead, {"linear": linear()}),
     "ScaledHead.forward": lambda: (dt.ScaledHead(linear()), {"features": rows(3)}),
     "adjust_logits": lambda: (dt.adjust_logits, {"logits": rows(), "prior": prior(), "target": prior()}),

@@ -268,7 +268,7 @@ def rank_main(rank: int) -> list[list[torch.Tensor]]:
         metrics, alone = make(kind), make(kind)
         for target in (metrics, alone):
             target.update(*batch(kind, INSIDE[: 2 + rank]))
-        found.append(states(alone.all_reduce(groups[rank])) + states(metrics.all_reduce(group=None)))
+        found.append(states(alone.all_reduce(group=groups[rank])) + states(metrics.all_reduce(group=None)))
     return found
 
 
@@ -282,6 +282,15 @@ def test_ranks_that_hold_the_same_data_are_left_out_by_a_group(two_ranks: Callab
         for rank, part in enumerate(parts):
             expected = states(part) + states(both)
             assert all(torch.equal(a, b) for a, b in zip(results[rank][i], expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_group_is_refused(kind: str) -> None:
+    for group in ("world", [0, 1], dist.GroupMember.NON_GROUP_MEMBER):
+        with pytest.raises(
+            TypeError, match=r"all_reduce: group must be a torch\.distributed\.ProcessGroup that"
+        ):
+            make(kind).all_reduce(group=group)
 
 
 def refusing_main(rank: int) -> list[str]:
