@@ -119,6 +119,9 @@ LOSSES: dict[str, Callable[[], Job]] = {
     "BinnedIntegrationLoss of uneven bins": of(
         lambda: dt.BinnedIntegrationLoss(UNEVEN, density(UNEVEN)), lambda m, d: m(d.pred, d.y)
     ),
+    "BinnedIntegrationLoss that drops": of(
+        lambda: dt.BinnedIntegrationLoss(BINS, density(BINS), outside="drop"), lambda m, d: m(d.pred, d.y)
+    ),
     "CenterLoss": of(lambda: dt.CenterLoss(C, D), lambda m, d: m(d.features, d.c, d.w)),
     "center_loss": alone(lambda d: dt.center_loss(d.features, d.c, d.centers, d.w)),
     "ConRLoss": of(
@@ -231,6 +234,11 @@ MODELS: dict[str, Callable[[], Job]] = {
                 {"head": "cosine"},
                 {"head": "affinity"},
                 {"head": "gaussian"},
+                {"head": "gaussian", "within_axis": True, "outside": "clip"},
+                {"outside": "clip"},
+                {"outside": "drop", "residual": True, "expectation_weight": 0.1},
+                {"loss": "crps", "outside": "drop"},
+                {"head": "regression", "outside": "drop", "within_axis": True},
                 *(
                     {"head": "regression", "loss": loss}
                     for loss in (

@@ -287,9 +287,7 @@ def test_ranks_that_hold_the_same_data_are_left_out_by_a_group(two_ranks: Callab
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_group_is_refused(kind: str) -> None:
     for group in ("world", [0, 1], dist.GroupMember.NON_GROUP_MEMBER):
-        with pytest.raises(
-            TypeError, match=r"all_reduce: group must be a torch\.distributed\.ProcessGroup that"
-        ):
+        with pytest.raises(TypeError, match=r"all_reduce: group must be a torch\.distributed\.ProcessGroup that"):
             make(kind).all_reduce(group=group)
 
 
