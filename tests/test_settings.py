@@ -44,7 +44,28 @@ LABELS: list[Case] = [
         },
     ),
 ]
-FEATURES: list[Case] = []
+FEATURES: list[Case] = [
+    Case(
+        dt.FDS,
+        {"bins": BINS, "num_features": 4, "rank": 2},
+        {
+            "bins": {"bins": OTHER_BINS},
+            "num_features": {"num_features": 5},
+            "kernel": {"kernel": dt.gaussian(5, 3)},
+            "momentum": {"momentum": 0.5},
+            "covariance": {"covariance": "low_rank"},
+            "map": {"map": "paper"},
+            "rank": {"rank": 3},
+            "clip": {"clip": (0.2, 5.0)},
+            "start_epoch": {"start_epoch": 2},
+            "shrinkage": {"shrinkage": 1.0},
+            "count_weighted": {"count_weighted": True},
+            "edges": {"edges": "mirror"},
+            "outside": {"outside": "clip"},
+        },
+        no_settings=("group",),
+    ),
+]
 LOSSES: list[Case] = [
     Case(
         dt.BatchMCLoss,

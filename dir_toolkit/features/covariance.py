@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from .._checks import problem
 from .._memory import free_memory
+from .._ranks import is_parallel, reduce_device
 from .calibration import Map, covariance_map, diagonal_map
 from .moments import BinMoments, BinScatters, SubspaceMoments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "BinCovariance",
@@ -52,6 +56,7 @@ def _a_bin(values: Tensor, like: Tensor) -> Tensor:
 class Float64Module(nn.Module):
     """A module whose buffers follow ``.to(device)`` and stay float64, whatever dtype it is cast to."""
 
+    @torch.inference_mode(False)  # whose tensors training could not use
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for name, buffer in self._buffers.items():
             assert buffer is not None
@@ -64,7 +69,8 @@ class Float64Module(nn.Module):
 class BinCovariance(Float64Module, ABC):
     """Running covariances of B bins, and the maps that carry features to the smoothed ones.
 
-    The maps have one row a bin, and a last one, for samples that have no bin, which leaves features alone.
+    The maps have one row per bin, and a last one, for samples that have no bin, which leaves features alone.
+    :meth:`begin` makes the buffers.
     """
 
     form: str
@@ -74,8 +80,13 @@ class BinCovariance(Float64Module, ABC):
         super().__init__()
         self.num_bins, self.num_features, self.settings = num_bins, num_features, settings
         self.shrinkage = shrinkage if settings.shrinkage is None else settings.shrinkage
-        self._map("shift", torch.zeros(num_bins + 1, num_features, dtype=torch.float64))
         self._cast: dict[torch.dtype, list[Tensor]] = {}
+
+    def begin(self, device: torch.device) -> None:
+        """Make all buffers, as of no sample, on a device."""
+        shape = (self.num_bins + 1, self.num_features)
+        self._map("shift", torch.zeros(shape, dtype=torch.float64, device=device))
+        self._cast.clear()
 
     def extra_repr(self) -> str:
         return f"clip={self.settings.clip}, shrinkage={self.shrinkage}"
@@ -85,12 +96,12 @@ class BinCovariance(Float64Module, ABC):
         self.register_buffer(name, value, persistent=False)
 
     @abstractmethod
-    def moments(self) -> Any:
-        """What gathers an epoch's features."""
+    def moments(self, device: torch.device | None = None) -> Any:
+        """What gathers an epoch's features, on a device, or where the maps are."""
 
     @abstractmethod
-    def fold(self, moments: Any) -> None:
-        """Mix an epoch's covariances into the running ones."""
+    def fold(self, moments: Any, group: ProcessGroup | None) -> None:
+        """Mix an epoch's covariances, summed over the ranks of a group, into the running ones."""
 
     @abstractmethod
     def statistics(self, count: Tensor, smooth: Smooth) -> dict[str, Tensor]:
@@ -120,13 +131,20 @@ class BinCovariance(Float64Module, ABC):
     def _tables(self, features: Tensor, *names: str) -> list[Tensor]:
         """Maps in the dtype in which features are carried."""
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        if dtype not in self._cast:
-            self._cast[dtype] = [getattr(self, name).to(dtype) for name in names]
-        return self._cast[dtype]
+        if dtype in self._cast:
+            return self._cast[dtype]
+        with torch.inference_mode(False):
+            tables = [getattr(self, name).to(dtype) for name in names]
+        if all(type(table) is Tensor for table in tables):  # none of fake mode
+            self._cast[dtype] = tables
+        return tables
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._cast.clear()
         return super()._apply(fn)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """The FDS that this is a part of has loaded it, once all was checked."""
 
 
 class DiagonalCovariance(BinCovariance):
@@ -138,13 +156,16 @@ class DiagonalCovariance(BinCovariance):
 
     def __init__(self, num_bins: int, num_features: int, settings: Settings) -> None:
         super().__init__(num_bins, num_features, settings, shrinkage=0.0)
-        self.register_buffer("running_variance", _unknown(num_bins, num_features))
+
+    def begin(self, device: torch.device) -> None:
+        super().begin(device)
+        self.register_buffer("running_variance", _unknown(self.num_bins, self.num_features, device=device))
         self._map("scale", torch.ones_like(self.shift))
 
-    def moments(self) -> BinMoments:
-        return BinMoments(self.num_bins, self.num_features, device=self.shift.device)
+    def moments(self, device: torch.device | None = None) -> BinMoments:
+        return BinMoments(self.num_bins, self.num_features, device=device or self.shift.device)
 
-    def fold(self, moments: BinMoments) -> None:
+    def fold(self, moments: BinMoments, group: ProcessGroup | None) -> None:
         self.running_variance = self._blend(self.running_variance, moments.variance(), moments.count)
 
     def statistics(self, count: Tensor, smooth: Smooth) -> dict[str, Tensor]:
@@ -181,7 +202,11 @@ class _MatrixCovariance(BinCovariance):
     def __init__(self, num_bins: int, num_features: int, settings: Settings, *, side: int) -> None:
         _check_memory(self.form, num_bins, num_features, side)
         super().__init__(num_bins, num_features, settings, shrinkage=float(side))
-        self.register_buffer("running_covariance", _unknown(num_bins, side, side))
+        self.side = side
+
+    def begin(self, device: torch.device) -> None:
+        super().begin(device)
+        self.register_buffer("running_covariance", _unknown(self.num_bins, self.side, self.side, device=device))
 
     def calibrate(self, features: Tensor, row: Tensor) -> Tensor:
         row, device = row.to(features.device), features.device.type
@@ -192,10 +217,10 @@ class _MatrixCovariance(BinCovariance):
             n, _, h, w = features.shape
             rows = row.flatten() if row.ndim == 3 else row.repeat_interleave(h * w)
             carried = self._carry(features.movedim(1, 3).flatten(0, 2), rows)  # (N * H * W, D)
-            return carried.view(n, h, w, -1).movedim(3, 1).to(features.dtype)
+            return carried.view(n, h, w, self.num_features).movedim(3, 1).to(features.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.running_covariance.shape[1]} directions, map={self.settings.map!r}, {super().extra_repr()}"
+        return f"{self.side} directions, map={self.settings.map!r}, {super().extra_repr()}"
 
     @abstractmethod
     def _carry(self, features: Tensor, row: Tensor) -> Tensor:
@@ -217,12 +242,16 @@ class FullCovariance(_MatrixCovariance):
 
     def __init__(self, num_bins: int, num_features: int, settings: Settings) -> None:
         super().__init__(num_bins, num_features, settings, side=num_features)
-        self._map("matrix", torch.eye(num_features, dtype=torch.float64).repeat(num_bins, 1, 1))
 
-    def moments(self) -> BinScatters:
-        return BinScatters(self.num_bins, self.num_features, device=self.shift.device)
+    def begin(self, device: torch.device) -> None:
+        super().begin(device)
+        own = torch.eye(self.num_features, dtype=torch.float64, device=device)
+        self._map("matrix", own.repeat(self.num_bins, 1, 1))
 
-    def fold(self, moments: BinScatters) -> None:
+    def moments(self, device: torch.device | None = None) -> BinScatters:
+        return BinScatters(self.num_bins, self.num_features, device=device or self.shift.device)
+
+    def fold(self, moments: BinScatters, group: ProcessGroup | None) -> None:
         moments.deviations /= _a_bin(moments.count - 1, moments.deviations)  # in place: memory is what is short here
         self.running_covariance = self._blend(self.running_covariance, moments.deviations, moments.count)
 
@@ -269,16 +298,21 @@ class LowRankCovariance(_MatrixCovariance):
     def __init__(self, num_bins: int, num_features: int, settings: Settings, *, rank: int) -> None:
         super().__init__(num_bins, num_features, settings, side=rank)
         self.rank = rank
-        self.register_buffer("basis", _unknown(num_features, rank))
-        self.register_buffer("running_rest", _unknown(num_bins))
-        self._map("matrix", torch.zeros(num_bins + 1, rank, rank, dtype=torch.float64))
-        self._map("scale", torch.ones(num_bins + 1, 1, dtype=torch.float64))
 
-    def moments(self) -> SubspaceMoments:
-        basis = None if bool(self.basis.isnan().any()) else self.basis
-        return SubspaceMoments(self.num_bins, self.num_features, self.rank, basis=basis, device=self.shift.device)
+    def begin(self, device: torch.device) -> None:
+        super().begin(device)
+        rows, like = self.num_bins + 1, {"dtype": torch.float64, "device": device}
+        self.register_buffer("basis", _unknown(self.num_features, self.rank, device=device))
+        self.register_buffer("running_rest", _unknown(self.num_bins, device=device))
+        self._map("matrix", torch.zeros(rows, self.rank, self.rank, **like))  # type: ignore[call-overload]
+        self._map("scale", torch.ones(rows, 1, **like))  # type: ignore[call-overload]
 
-    def fold(self, moments: SubspaceMoments) -> None:
+    def moments(self, device: torch.device | None = None) -> SubspaceMoments:
+        basis = None if self.basis.is_meta or bool(self.basis.isnan().any()) else self.basis
+        device = device or self.shift.device
+        return SubspaceMoments(self.num_bins, self.num_features, self.rank, basis=basis, device=device)
+
+    def fold(self, moments: SubspaceMoments, group: ProcessGroup | None) -> None:
         beyond = self.num_features - self.rank
         if moments.basis is not None:
             covariance = moments.within.deviations / _a_bin(moments.count - 1, moments.within.deviations)
@@ -287,8 +321,7 @@ class LowRankCovariance(_MatrixCovariance):
             self.running_rest = self._blend(self.running_rest, rest, moments.count)
         _, vectors = torch.linalg.eigh(moments.pooled_scatter())
         basis = vectors[:, -self.rank :].contiguous()
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast(basis, src=0)  # signs of eigenvectors may differ between machines
+        basis = _of_first_rank(basis, group)  # signs of eigenvectors may differ between machines
         if moments.basis is not None:
             turn = basis.T @ moments.basis
             total = _trace(self.running_covariance) + beyond * self.running_rest
@@ -340,8 +373,8 @@ class LowRankCovariance(_MatrixCovariance):
         return torch.addmm(shift.index_select(0, row) + scale.index_select(0, row) * x, within, basis.T)
 
 
-def _unknown(*shape: int) -> Tensor:
-    return torch.full(shape, torch.nan, dtype=torch.float64)
+def _unknown(*shape: int, device: torch.device) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=torch.float64, device=device)
 
 
 def _by_row(smooth: Smooth, matrices: Tensor) -> Tensor:
@@ -350,6 +383,14 @@ def _by_row(smooth: Smooth, matrices: Tensor) -> Tensor:
     for i in range(matrices.shape[1]):
         smoothed[:, i] = smooth(matrices[:, i])
     return smoothed
+
+
+def _of_first_rank(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    if not is_parallel():
+        return tensor
+    shared = tensor.to(reduce_device(tensor, group))
+    dist.broadcast(shared, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    return shared.to(tensor.device)
 
 
 def _trace(matrices: Tensor) -> Tensor:

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._checks import instance, interval, is_tensor, keys, label_problem, length, number, one_of, problem, warn, whole
+from .._checks import (
+    instance,
+    interval,
+    is_tensor,
+    keys,
+    label_problem,
+    length,
+    number,
+    one_of,
+    problem,
+    warn,
+    whole,
+)
+from .._ranks import summed
+from .._settings import shown
+from .._state import pack, unpack
 from ..errors import CheckpointError, ShapeError
 from ..labels.bins import Bins, Outside
-from ..labels.grid import AnyBins, BinGrid, Windows, checked_windows, saved_bins
-from ..labels.kernels import DEFAULT_KERNEL, Edges, gaussian, smoothing_matrix
+from ..labels.grid import AnyBins, BinGrid, Windows, chosen_windows, saved_bins
+from ..labels.kernels import FOLDED_KERNEL, Edges, smooth_rows, smoothing_window, usual_kernel
 from .calibration import Map
 from .covariance import (
     BinCovariance,
@@ -27,10 +42,15 @@ from .covariance import (
     blend,
 )
 from .moments import BinMoments, SubspaceMoments
+from .passes import Passes, in_backward
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["FDS"]
 
-_FOLDED = gaussian(5, 2, folded=True)
+_LOAD = "FDS.load_state_dict"
+_STATE = ("bins", "covariance", "counters", "unplaced", "moments")
 
 
 class FDS(Float64Module):
@@ -55,19 +75,24 @@ class FDS(Float64Module):
 
     A bin without samples lends nothing to its neighbours and changes nothing; the window is renormalised over the bins
     that have statistics. A bin with one sample borrows the smoothed variance. Under ``torch.distributed`` the epoch's
-    sums are merged over ranks in :meth:`end_epoch`. Under ``torch.compile``, attach before the first call. With
-    activation checkpointing, run backward inside ``labels`` too.
+    sums are merged over ranks in :meth:`end_epoch`. Under ``torch.compile``, attach before the first call.
+
+    Activation checkpointing, which runs a part of the forward again in backward, works in any order and outside
+    ``labels``: each forward that it may repeat is found again by its features and carried as it was. For this backward
+    waits for an accelerator once per such run, must come before :meth:`end_epoch`, and is refused where two of the
+    latest forwards had the same features and other labels.
 
     Args:
         bins: the label axis, or a grid of several, whose joint bins then have statistics of their own.
         num_features: D, the number of features or channels.
-        kernel: window over bins, odd length. The smoothing is kept as a (B, B) matrix; over a grid, one an axis, and
-            the window may be one for all axes or one an axis.
+        kernel: window over bins, odd length; over a grid one for all continuous axes, or one per axis. ``"auto"`` is
+            the window of the paper, but smooths nothing over classes, which have no neighbours, nor over fewer than
+            five bins. None smooths nothing.
         momentum: weight of the *old* statistics when an epoch is folded in, in [0, 1): 0 keeps the last epoch only. A
             bin's first epoch is taken whole.
-        covariance: ``"diagonal"``, a variance a feature; ``"full"``, a (D, D) matrix a bin; or ``"low_rank"``, a full
-            one within the ``rank`` leading directions of the covariance pooled over bins, found anew each epoch, and
-            one variance beyond them. The first epoch that low rank calibrates moves means only, as none before it
+        covariance: ``"diagonal"``, a variance per feature; ``"full"``, a (D, D) matrix per bin; or ``"low_rank"``, a
+            full one within the ``rank`` leading directions of the covariance pooled over bins, found anew each epoch,
+            and one variance beyond them. The first epoch that low rank calibrates moves means only, as none before it
             had a subspace.
         map: how a covariance that is not diagonal is carried to the smoothed one, ``"paper"`` or ``"transport"``, as
             in :func:`dir_toolkit.features.calibration.covariance_map`.
@@ -81,16 +106,24 @@ class FDS(Float64Module):
         outside: what a label beyond the axis does, as in :meth:`Bins.index`; a dropped sample is neither counted nor
             calibrated, so give pixels without a label one beyond the axis. On an accelerator ``"raise"`` raises at
             :meth:`end_epoch`, to keep the step free of host syncs.
+        group: the ``torch.distributed`` group whose ranks hold different samples; None for all ranks. Where some ranks
+            hold the same samples, as with tensor, sequence or pipeline parallelism, pass the data-parallel group, since
+            their samples would count once per rank.
+    Attributes:
+        settings: the arguments, by name, ``kernel`` as the window that they chose.
+        smoothing: (K,) float64, the window of the first axis, scaled to sum to one.
+        epoch: how many epochs are folded in.
     Shape:
-        features: (N, D), or maps (N, D, H, W). labels: (N,), or (N, H, W) for one label a pixel of a map; over a grid
+        features: (N, D), or maps (N, D, H, W). labels: (N,), or (N, H, W) for one label per pixel of a map; over a grid
         of K axes (N, K) or (N, H, W, K). Each pixel of a map counts as a sample.
     Units:
         labels in those of the axis; features any.
     Memory:
-        statistics and maps are float64. When an epoch ends, full covariance takes up to 80 bytes times B * D^2, and low
-        rank 165 times B * r^2, 80 times D^2 and 200 times B * D; besides, up to 8 million numbers of the latest batches
-        are held, or with low rank twice as many. So much must be free when the FDS is made: on the host, or in its
-        container, which is where it is looked for even if the statistics then follow the features to an accelerator.
+        statistics and maps are float64, so that they cannot live on Apple GPUs. When an epoch ends, full covariance
+        takes up to 80 bytes times B * D^2, and low rank 165 times B * r^2, 80 times D^2 and 200 times B * D; besides,
+        up to 8 million numbers of the latest batches are held, or with low rank twice as many. So much must be free
+        when the FDS is made: on the host, or in its container, which is where it is looked for even if the statistics
+        then follow the features to an accelerator.
         Full covariance waits for an accelerator once a step, low rank now and then. In a step low rank holds r^2
         numbers for each sample, or each pixel of a map, so that large maps want a small rank.
     Raises:
@@ -100,7 +133,6 @@ class FDS(Float64Module):
         (Tipping and Bishop 1999) in a subspace that all bins share.
     """
 
-    smoothing: Tensor
     running_count: Tensor
     running_mean: Tensor
 
@@ -109,7 +141,7 @@ class FDS(Float64Module):
         bins: AnyBins,
         num_features: int,
         *,
-        kernel: Windows = DEFAULT_KERNEL,
+        kernel: Windows | Literal["auto"] | None = "auto",
         momentum: float = 0.9,
         covariance: Literal["diagonal", "full", "low_rank"] = "diagonal",
         map: Map = "transport",
@@ -120,12 +152,14 @@ class FDS(Float64Module):
         count_weighted: bool = False,
         edges: Edges = "reflect",
         outside: Outside = "raise",
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         instance("FDS", (Bins, BinGrid), bins=bins)
         instance("FDS", bool, count_weighted=count_weighted)
         one_of("FDS", "covariance", covariance, ("diagonal", "full", "low_rank"))
         one_of("FDS", "map", map, ("paper", "transport"))
+        one_of("FDS", "edges", edges, ("reflect", "mirror", "zero"))
         one_of("FDS", "outside", outside, ("raise", "clip", "drop"))
         self.bins, self.outside = bins, outside
         self.num_features = length("FDS", "num_features", num_features)
@@ -139,16 +173,35 @@ class FDS(Float64Module):
         if shrinkage is not None:
             shrinkage = number("FDS", "shrinkage", shrinkage, low=0)
         self.count_weighted = count_weighted
-        windows = checked_windows("FDS", kernel, bins)
-        self.epoch = 0
-
-        shape = (len(bins), self.num_features)
-        for k, (size, window) in enumerate(zip(bins.shape, windows, strict=True)):
-            matrix = torch.from_numpy(smoothing_matrix(size, window, edges=edges))
-            self.register_buffer(_smoothing_name(k), matrix)
-        self.register_buffer("running_count", torch.zeros(len(bins), dtype=torch.float64))
-        self.register_buffer("running_mean", torch.full(shape, torch.nan, dtype=torch.float64))
+        windows = chosen_windows("FDS", kernel, bins) or tuple(np.ones(1) for _ in bins.axes)
+        if isinstance(kernel, str) and all(len(window) == 1 for window in windows):
+            warn(
+                "FDS",
+                f"nothing is smoothed over {bins!r}, whose bins have no neighbours or are fewer than five, so features "
+                "pass unchanged. Pass a window as kernel= if neighbouring bins are alike, else leave FDS out.",
+            )
+        self._windows = tuple(
+            smoothing_window("FDS", window, size) for window, size in zip(windows, bins.shape, strict=True)
+        )
+        self._edges: Edges = edges
+        self._settings = {
+            "bins": bins,
+            "num_features": self.num_features,
+            "kernel": windows if isinstance(bins, BinGrid) else windows[0],
+            "momentum": self.momentum,
+            "covariance": covariance,
+            "map": map,
+            "rank": rank,
+            "clip": clip,
+            "start_epoch": self.start_epoch,
+            "shrinkage": shrinkage,
+            "count_weighted": count_weighted,
+            "edges": edges,
+            "outside": outside,
+        }
+        self._group = _Group(group)
         settings = Settings(self.momentum, shrinkage, clip, map)
+        shape = (len(bins), self.num_features)
         self.covariance: BinCovariance
         if covariance == "diagonal":
             self.covariance = DiagonalCovariance(*shape, settings)
@@ -156,26 +209,52 @@ class FDS(Float64Module):
             self.covariance = FullCovariance(*shape, settings)
         else:
             self.covariance = LowRankCovariance(*shape, settings, rank=rank)
-        self.register_load_state_dict_post_hook(_remake_maps)
-
-        self._epoch_moments = self.covariance.moments()
-        self._unplaced = torch.zeros((), dtype=torch.int64)
         self._row: Tensor | None = None
-        self._seen = 0
-        self._last_seen: int | None = None
+        self._passes = Passes()
+        self._maps = 0  # how often they were made
         self.attached = False
-        self._ran = self._evaluated = False
-        self._rounds = 0
+        self._ran = False
+        self._by: object = None
         self._said: set[str] = set()
+        self._begin(torch.empty(0).device)
+
+    @torch.inference_mode(False)  # whose tensors training could not use
+    def _begin(self, device: torch.device) -> None:
+        """As of no sample, on a device."""
+        shape = (len(self.bins), self.num_features)
+        self.register_buffer("running_count", torch.zeros(shape[0], dtype=torch.float64, device=device))
+        self.register_buffer("running_mean", torch.full(shape, torch.nan, dtype=torch.float64, device=device))
+        self.covariance.begin(device)
+        self.epoch = 0
+        self._last_seen: int | None = None
+        self._forget_epoch()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self._settings)
+
+    @property
+    def smoothing(self) -> Tensor:
+        return torch.from_numpy(self._windows[0].copy())
 
     @classmethod
-    def reference(cls, bins: AnyBins, num_features: int, *, kernel: Windows = _FOLDED, momentum: float = 0.9) -> FDS:
-        """The settings of the public DIR code: folded window, mirrored edges, labels beyond the axis clipped, no
-        shrinkage. With every bin filled it calibrates as that code does.
+    def reference(
+        cls,
+        bins: AnyBins,
+        num_features: int,
+        *,
+        kernel: Windows | Literal["auto"] | None = "auto",
+        momentum: float = 0.9,
+    ) -> FDS:
+        """The settings of the public DIR code: folded window (not over classes), mirrored edges, labels beyond the axis
+        clipped, no shrinkage. With every bin filled it calibrates as that code does.
 
         Source:
             github.com/YyzHarry/imbalanced-regression, ``fds.py``.
         """
+        instance("FDS", (Bins, BinGrid), bins=bins)
+        if isinstance(kernel, str) and kernel == "auto" and (usual := usual_kernel(bins, FOLDED_KERNEL)) is not None:
+            kernel = usual
         return cls(bins, num_features, kernel=kernel, momentum=momentum, edges="mirror", outside="clip")
 
     def attach(self, module: nn.Module, where: Literal["input", "output"]) -> RemovableHandle:
@@ -184,11 +263,21 @@ class FDS(Float64Module):
         Returns:
             a handle; ``handle.remove()`` detaches.
         Raises:
-            TypeError: ``module`` is no module. ValueError: ``where`` is neither.
+            TypeError: ``module`` is no module. ValueError: ``where`` is neither. UsageError: this FDS is attached to it
+            already.
         """
         if not isinstance(module, nn.Module):
             raise problem("FDS.attach", "module must be a torch.nn.Module", got=type(module).__name__, error=TypeError)
         one_of("FDS.attach", "where", where, ("input", "output"))
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if any(isinstance(hook, _Hook) and hook.fds is self for hook in hooks):
+            raise problem(
+                "FDS.attach",
+                "module must have no hook of this FDS yet, since features would be counted and calibrated twice",
+                got=f"a {type(module).__name__} that has one",
+                fix="Call remove() on the handle that attach returned, or make another FDS.",
+                error=RuntimeError,
+            )
         self.attached = True
         if where == "input":
             return module.register_forward_pre_hook(_InputHook(self))
@@ -196,14 +285,15 @@ class FDS(Float64Module):
 
     @contextmanager
     def labels(self, labels: Tensor) -> Iterator[None]:
-        """Within, attached modules run on samples with these labels.
+        """Within, attached modules run on samples with these labels; of several, the first to run is the one whose
+        features are gathered and calibrated.
 
         Raises:
             LabelError: as :meth:`Bins.index`. ShapeError: labels are neither (N,) nor (N, H, W), over a grid followed
             by one axis of its dimensions.
         """
-        outer, ran = self._row, self._ran
-        self._row, self._ran = self._place("FDS.labels", labels), False
+        outer, by, ran = self._row, self._by, self._ran
+        self._row, self._by, self._ran = self._place("FDS.labels", labels), None, False
         try:
             yield
             if self.attached and not self._ran:
@@ -213,7 +303,7 @@ class FDS(Float64Module):
                     "and run the model inside `with fds.labels(y):`.",
                 )
         finally:
-            self._row, self._ran = outer, ran or self._ran
+            self._row, self._by, self._ran = outer, by, ran or self._ran
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Gather the statistics of features, without a hook. Features are not changed."""
@@ -233,17 +323,15 @@ class FDS(Float64Module):
     @torch.inference_mode(False)  # whose tensors could not be written to in the next epoch
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """Fold the epoch's statistics, merged over all ranks, into the running ones, and smooth them again.
+        """Fold the epoch's statistics, merged over the group's ranks, into the running ones, and smooth them again.
 
         Raises:
             LabelError: a label lay beyond the axis in this epoch, on an accelerator, under ``outside="raise"``.
             ValueError: features were not finite, or none were gathered. The running statistics are then as before, and
             the epoch's are dropped.
         """
-        moments, seen = self._epoch_moments.all_reduce(), self._seen
-        unplaced = self._unplaced.to(moments.count.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(unplaced)
+        moments, seen = self._epoch_moments.all_reduce(self._group.of), self._seen
+        (unplaced,) = summed(self._unplaced.to(moments.count.device), group=self._group.of)
         self._forget_epoch()
         if self.outside == "raise" and int(unplaced):
             raise label_problem(
@@ -295,12 +383,11 @@ class FDS(Float64Module):
         return self._over_bins(values.nan_to_num() * share) / self._over_bins(share)
 
     def _over_bins(self, values: Tensor) -> Tensor:
-        """(B, D) times the smoothing matrix of each axis in turn, since a window over joint bins is their product."""
+        """(B, D), smoothed along each axis in turn, since a window over joint bins is their product."""
         values = values.unflatten(0, self.bins.shape)
-        for k in range(len(self.bins.shape)):
-            matrix = self._buffers[_smoothing_name(k)]
-            assert matrix is not None
-            values = torch.tensordot(matrix, values, ([1], [k])).movedim(0, k)
+        for k, window in enumerate(self._windows):
+            if len(window) > 1:
+                values = smooth_rows(values.movedim(k, 0), window, self._edges).movedim(0, k)
         return values.flatten(0, -2)
 
     def _fold(self, moments: BinMoments | SubspaceMoments) -> None:
@@ -310,16 +397,20 @@ class FDS(Float64Module):
         self.running_mean = blend(self.running_mean, moments.mean, present, self.momentum)
         before = torch.where(self.running_count > 0, self.running_count, torch.nan)
         self.running_count = blend(before, count, present, self.momentum).nan_to_num()
-        self.covariance.fold(moments)
+        self.covariance.fold(moments, self._group.of)
         self._epoch_moments = self.covariance.moments()  # anew, since folding may have found another subspace
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _refresh(self) -> None:
+        self._maps += 1
         if self.epoch >= self.start_epoch:
             self.covariance.refresh(self.statistics())
 
+    @torch.inference_mode(False)
     def _forget_epoch(self) -> None:
         self._epoch_moments = self.covariance.moments()
-        self._unplaced = torch.zeros_like(self._unplaced)
+        self._unplaced = torch.zeros((), dtype=torch.int64, device=self.running_count.device)
         self._seen = self._rounds = 0
         self._evaluated = False
 
@@ -333,18 +424,36 @@ class FDS(Float64Module):
             fix = "Use labels.squeeze(1)." if one_channel else ""
             raise problem(
                 where,
-                f"labels must be {shapes} for one label a pixel",
+                f"labels must be {shapes} for one label per pixel",
                 got=tuple(labels.shape),
                 fix=fix,
                 error=ShapeError,
             )
-        return self.bins._row(where, labels, self.outside)
+        row = self.bins._row(where, labels, self.outside)
+        return row.clone() if row.is_inference() and not torch.is_inference_mode_enabled() else row
 
     def _check_features(self, where: str, features: Tensor, row: Tensor) -> None:
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = f"dtype {features.dtype}" if isinstance(features, Tensor) else type(features).__name__
             raise problem(where, "features must be one tensor of floats", got=got, error=TypeError)
         is_tensor(where, features=features)
+        _refuse_without_float64(where, features.device)
+        if torch._C._functorch.is_functorch_wrapped_tensor(features):
+            raise problem(
+                where,
+                "features must not be under a transform of torch.func, since statistics are kept",
+                got="such features",
+                fix="Leave out the labels, use eval mode, or call remove() on the handle before.",
+                error=RuntimeError,
+            )
+        if features.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise problem(
+                where,
+                "features must not be gathered while a CUDA graph is captured, which would not count its replays",
+                got="a stream that is capturing",
+                fix="Capture the parts before and after the attached module, each by itself.",
+                error=RuntimeError,
+            )
         if features.ndim not in (2, 4) or features.shape[1] != self.num_features:
             raise problem(
                 where,
@@ -370,6 +479,7 @@ class FDS(Float64Module):
                 error=ShapeError,
             )
 
+    @torch.inference_mode(False)  # whose tensors could not be written to in the next step
     @torch.no_grad()
     def _gather(self, features: Tensor, row: Tensor) -> None:
         row = row.to(features.device)
@@ -389,41 +499,67 @@ class FDS(Float64Module):
     def _calibrate(self, features: Tensor, row: Tensor) -> Tensor:
         if self.epoch < self.start_epoch or not self.training:
             return features
+        return self._carried(features, row)
+
+    def _carried(self, features: Tensor, row: Tensor) -> Tensor:
         if self.running_count.device != features.device:
             self.to(features.device)
         return self.covariance.calibrate(features, row)
 
-    def _run(self, where: str, module: nn.Module, features: Tensor, repeated: bool) -> Tensor:
-        """What a hook does: gather, then calibrate. ``repeated`` is activation checkpointing running the module again
-        in backward: the same calibration, and nothing counted twice."""
+    def _run(self, hook: _Hook, module: nn.Module, features: Tensor) -> Tensor:
+        """What a hook does: gather, then calibrate."""
         self._ran = True
-        if not (module.training and self.training):
+        active = module.training and self.training
+        if in_backward():
+            return self._repeat(hook, features, must=active)
+        if not active:
             self._evaluated = self._evaluated or self._seen > 0
             return features
         if self._row is None:
-            if repeated and self._seen:
-                raise problem(
-                    where,
-                    "with activation checkpointing backward must run inside labels()",
-                    got="none active",
-                    fix="Indent loss.backward() under `with fds.labels(y):`.",
-                    error=RuntimeError,
-                )
+            if isinstance(features, Tensor) and features.is_floating_point():
+                self._passes.keep(hook, features, None, self._maps)
             self._warn_once(
                 "labels",
                 "a training pass ran without labels, so features were neither gathered nor calibrated. "
                 "Run it inside `with fds.labels(y):`.",
             )
             return features
-        self._check_features(where, features, self._row)
-        if not repeated:
-            if self._evaluated:
-                self._evaluated = False
-                self._rounds += 1
-                if self._rounds > 1:
-                    self._warn_forgotten_end()
-            self._gather(features, self._row)
+        self._check_features(hook.where, features, self._row)
+        if self._by not in (None, hook):
+            self._passes.keep(hook, features, None, self._maps)
+            self._warn_once(
+                "hooks",
+                "two modules that this FDS is attached to ran within one labels(). The second one's features are "
+                "neither gathered nor calibrated, so that none are twice. Call remove() on one of the two handles.",
+            )
+            return features
+        self._by = hook
+        if self._evaluated:
+            self._evaluated = False
+            self._rounds += 1
+            if self._rounds > 1:
+                self._warn_forgotten_end()
+        self._gather(features, self._row)
+        self._passes.keep(hook, features, self._row if self.epoch >= self.start_epoch else None, self._maps)
         return self._calibrate(features, self._row)
+
+    def _repeat(self, hook: _Hook, features: Tensor, *, must: bool) -> Tensor:
+        """Activation checkpointing runs the module again in backward: the same calibration, and nothing counted
+        twice."""
+        if not (isinstance(features, Tensor) and features.is_floating_point()):
+            return features
+        before = self._passes.find(hook.where, hook, features, self._maps, must=must)
+        if before is None or before.row is None:
+            return features
+        if before.maps != self._maps:
+            raise problem(
+                hook.where,
+                "with activation checkpointing backward must run before end_epoch() and load_state_dict()",
+                got="a forward before and its backward after",
+                fix="Call fds.end_epoch() after the backward of the epoch's last step.",
+                error=RuntimeError,
+            )
+        return self._carried(features, before.row)
 
     def _warn_forgotten_end(self) -> None:
         self._warn_once(
@@ -437,67 +573,190 @@ class FDS(Float64Module):
             self._said.add(key)
             warn("FDS", message)
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FDS:
+        device = fn(self.running_count[:0]).device
+        _refuse_without_float64("FDS", device)
+        if self.running_count.is_meta and device.type != "meta":  # what it had seen is nowhere
+            self._begin(device)
+            return self
         super()._apply(fn)
-        self._epoch_moments.to(self.running_count.device)
-        self._unplaced = self._unplaced.to(self.running_count.device)
+        self._epoch_moments.to(device)
+        self._unplaced = self._unplaced.to(device)
         return self
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def _unsaved(self) -> dict[str, Any]:
+        """What is saved besides buffers. What changes while a model trains stands in tensors, so that the state of a
+        diagonal form is of one length throughout."""
+        meta = self.running_count.is_meta
         return {
-            "bins": self.bins.to_dict(),
-            "epoch": self.epoch,
-            "seen": self._seen,
-            "last_seen": self._last_seen,
-            "unplaced": self._unplaced.clone(),
-            "moments": self._epoch_moments.state_dict(),
+            "bins": self.bins.settings,
+            "covariance": self.covariance.form,
+            "counters": torch.tensor(
+                [self.epoch, self._seen, -1 if self._last_seen is None else self._last_seen], device="cpu"
+            ),
+            "unplaced": torch.zeros((), dtype=torch.int64, device="cpu") if meta else self._unplaced,
+            "moments": None if meta else self._epoch_moments.state_dict(),
         }
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        expected = ("bins", "epoch", "seen", "last_seen", "unplaced", "moments")
-        keys("FDS.load_state_dict", "the saved state", state, expected)
+    def get_extra_state(self) -> Tensor:
+        return pack(self._unsaved())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._take(*self._unpacked(state, self.running_count.device))
+
+    def _unpacked(self, packed: object, device: torch.device) -> tuple[list[int], Tensor, Any]:
+        """Counters, unplaced labels and moments, all checked."""
+        state = unpack(_LOAD, packed)
+        keys(_LOAD, "the saved state", state, _STATE)
         saved = saved_bins(state["bins"])
         if saved != self.bins:
-            raise problem(
-                "FDS.load_state_dict",
-                "the saved statistics must be over the same bins",
-                got=f"{saved!r} for {self.bins!r}",
-                error=CheckpointError,
-            )
-        is_tensor("FDS.load_state_dict", unplaced=state["unplaced"])
-        epoch, seen = (whole("FDS.load_state_dict", name, state[name], low=0) for name in ("epoch", "seen"))
-        if (last_seen := state["last_seen"]) is not None:
-            last_seen = whole("FDS.load_state_dict", "last_seen", last_seen, low=0)
-        self._epoch_moments.load_state_dict(state["moments"])
-        self._unplaced = state["unplaced"].to(self._unplaced.device, copy=True)
-        self.epoch, self._seen, self._last_seen = epoch, seen, last_seen
+            rule = "the saved statistics must be over the same bins"
+            raise problem(_LOAD, rule, got=f"{saved!r} for {self.bins!r}", error=CheckpointError)
+        if state["covariance"] != self.covariance.form:
+            rule = f"the saved statistics must be of covariance {self.covariance.form!r}"
+            raise problem(_LOAD, rule, got=repr(state["covariance"]), error=CheckpointError)
+        for name, shape in (("counters", (3,)), ("unplaced", ())):
+            value = state[name]
+            is_tensor(_LOAD, **{name: value})
+            if value.dtype != torch.int64 or value.shape != shape:
+                rule, got = f"{name} must be int64 of shape {shape}", f"{value.dtype} of shape {tuple(value.shape)}"
+                raise problem(_LOAD, rule, got=got, error=CheckpointError)
+        counters, unplaced = state["counters"].tolist(), state["unplaced"]
+        if min(*counters[:2], counters[2] + 1, int(unplaced)) < 0:
+            rule = "the saved counters must not be negative"
+            raise problem(_LOAD, rule, got=f"{counters} and {int(unplaced)}", error=CheckpointError)
+        moments = self.covariance.moments(device)
+        if state["moments"] is not None:
+            moments.load_state_dict(state["moments"])
+        return counters, unplaced.to(device), moments
+
+    def _take(self, counters: list[int], unplaced: Tensor, moments: Any) -> None:
+        self.epoch, self._seen, last_seen = counters
+        self._last_seen = None if last_seen < 0 else last_seen
+        self._unplaced, self._epoch_moments = unplaced, moments
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """All that there is, covariances included, once all of it was checked."""
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        saved = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+        expected = {*(name for name, _, _ in self._persistent()), "_extra_state"}
+        if not strict and not expected & saved.keys():
+            missing_keys += [prefix + name for name in sorted(expected)]
+            return
+        missing, unknown = sorted(expected - saved.keys()), sorted(saved.keys() - expected if strict else ())
+        if missing or unknown:
+            rule = f"the saved state must have the keys {sorted(expected)}"
+            raise problem(_LOAD, rule, got=f"missing {missing}, unknown {unknown}", error=CheckpointError)
+        values = {
+            name: _checked_buffer(name, saved[name], module._buffers[leaf]) for name, module, leaf in self._persistent()
+        }
+        device = self.running_count.device
+        if device.type == "meta":
+            device = values["running_count"].device
+        taken = self._unpacked(saved["_extra_state"], device)
+        if self.running_count.is_meta:
+            self._begin(device)
+        for name, module, leaf in self._persistent():
+            module._buffers[leaf] = values[name].to(device, torch.float64, copy=True)
+        self._take(*taken)
+        self._refresh()
+
+    def _persistent(self) -> list[tuple[str, nn.Module, str]]:
+        """Buffers that are saved: name, the module that has it, and its name there."""
+        return [
+            (f"{prefix}{name}", module, name)
+            for prefix, module in (("", self), ("covariance.", self.covariance))
+            for name in module._buffers
+            if name not in module._non_persistent_buffers_set
+        ]
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.bins!r}, num_features={self.num_features}, momentum={self.momentum}, "
-            f"start_epoch={self.start_epoch}, count_weighted={self.count_weighted}, outside={self.outside!r}"
+        return shown(self.settings)
+
+
+def _checked_buffer(name: str, value: object, own: Tensor | None) -> Tensor:
+    """Running statistics that a file holds. They may be NaN, which is unknown."""
+    assert own is not None
+    is_tensor(_LOAD, **{name: value})
+    assert isinstance(value, Tensor)
+    if value.is_meta:
+        raise problem(_LOAD, f"{name} must hold values", got="a tensor on the meta device", error=CheckpointError)
+    if value.shape != own.shape or not value.is_floating_point():
+        rule = f"{name} must be floats of shape {tuple(own.shape)}"
+        raise problem(_LOAD, rule, got=f"{value.dtype} of shape {tuple(value.shape)}", error=ShapeError)
+    if bool(value.isinf().any()) or (name == "running_count" and bool(value.isnan().any())):
+        raise problem(_LOAD, f"{name} must be finite", got="infinity or NaN", error=CheckpointError)
+    if not name.endswith(("mean", "running_covariance", "basis")) and bool((value < 0).any()):
+        got = f"a minimum of {value.nan_to_num().min().item():g}"
+        raise problem(_LOAD, f"{name} must not be negative", got=got, error=CheckpointError)
+    return value
+
+
+def _refuse_without_float64(where: str, device: torch.device) -> None:
+    if device.type == "mps":
+        raise problem(
+            where,
+            "statistics must be on a device that knows float64, in which they are kept",
+            got=f"device {str(device)!r}",
+            fix="Train on the CPU or a CUDA device, or without FDS.",
+            error=RuntimeError,
         )
 
 
-def _remake_maps(fds: FDS, incompatible_keys: object) -> None:
-    """After a state was loaded, the running statistics in it included."""
-    fds._refresh()
+class _Group:
+    """A process group, which copies of an FDS share and no file can hold."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.of = group
+
+    def __deepcopy__(self, memo: object) -> _Group:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.of is not None:
+            fix = "Save its state_dict()."
+            raise problem(
+                "FDS", "an FDS must have no group, to be pickled", got=repr(self.of), fix=fix, error=TypeError
+            )
+        return _Group, (None,)
 
 
-def _smoothing_name(axis: int) -> str:
-    """The buffer of an axis; that of the first has the name that files of one axis know."""
-    return f"smoothing_{axis}" if axis else "smoothing"
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-class _InputHook:
+class _Hook:
     """A class, and no lambda, so that a hooked model can be pickled."""
+
+    where: str
 
     def __init__(self, fds: FDS) -> None:
         self.fds = fds
+        self.__name__ = self.where.replace(" ", "_").lower()
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """What ``torch.jit.script``, and nothing else, asks hooks for: a hook that keeps statistics has no script."""
+        raise problem(
+            "FDS",
+            "a module must have no hook of an FDS when torch.jit.script compiles it",
+            got="one that is attached",
+            fix="Call remove() on the handle that attach returned, and script the trained model.",
+            error=RuntimeError,
+        )
+
+
+class _InputHook(_Hook):
+    where = "FDS input hook"
 
     @torch._disable_dynamo  # torch.compiler.disable imports the whole compiler at once, this when it is called
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -508,13 +767,12 @@ class _InputHook:
                 got="none",
                 error=TypeError,
             )
-        return (self.fds._run("FDS input hook", module, args[0], _in_backward()), *args[1:])
+        return (self.fds._run(self, module, args[0]), *args[1:])
 
 
-class _OutputHook:
-    def __init__(self, fds: FDS) -> None:
-        self.fds = fds
+class _OutputHook(_Hook):
+    where = "FDS output hook"
 
     @torch._disable_dynamo
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return self.fds._run("FDS output hook", module, output, _in_backward())
+        return self.fds._run(self, module, output)

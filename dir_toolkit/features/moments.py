@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import instance, is_tensor, keys, length, problem, readable, real, same_device
+from .._checks import instance, is_tensor, keys, length, not_negative, problem, readable, real, same_device
+from .._ranks import is_parallel, summed
 from ..errors import CheckpointError, ShapeError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["BinMoments", "BinScatters", "SubspaceMoments"]
 
@@ -48,6 +53,10 @@ class BinMoments:
             ShapeError: the shapes do not fit. TypeError: index is not int64. ValueError: an index is beyond B, or on
             another device; on an accelerator the former is not looked for.
         """
+        self._check_batch(features, index)
+        self._update(features, index)
+
+    def _check_batch(self, features: Tensor, index: Tensor) -> None:
         where = "BinMoments.update"
         is_tensor(where, features=features, index=index)
         real(where, features=features)
@@ -64,7 +73,6 @@ class BinMoments:
             raise problem(where, "index must be int64", got=f"dtype {index.dtype}", error=TypeError)
         if readable(index) and index.numel() and int(index.max()) > num_bins:
             raise problem(where, f"index must be at most {num_bins}", got=f"a maximum of {int(index.max())}")
-        self._update(features, index)
 
     def _update(self, features: Tensor, index: Tensor) -> None:
         """:meth:`update` of what has been checked; waits for nothing on a CPU either."""
@@ -116,22 +124,18 @@ class BinMoments:
         self.deviations.addcmul_(step.square(), weight)
 
     @torch.inference_mode(False)
-    def all_reduce(self) -> BinMoments:
-        """Merge the moments of all ranks into each, which must all call this; returns self.
+    def all_reduce(self, group: ProcessGroup | None = None) -> BinMoments:
+        """Merge the moments of all ranks of a group (None: all) into each, which must all call this; returns self.
 
         Means first, then deviations about the common mean, so that no digits cancel. Does nothing outside
         ``torch.distributed``.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_parallel():
             return self
-        if dist.get_backend() == "nccl":  # knows no CPU, where a rank without samples has its moments
-            self.to("cuda")
-        total, sums = self.count.clone(), self.mean * self.count[:, None]
-        dist.all_reduce(total)
-        dist.all_reduce(sums)
+        total, sums = summed(self.count, self.mean * self.count[:, None], group=group)
         mean = sums / total.clamp_min(1)[:, None]
         self._spread(self.mean - mean, self.count[:, None])
-        dist.all_reduce(self.deviations)
+        (self.deviations,) = summed(self.deviations, group=group)
         self.count, self.mean = total, mean
         return self
 
@@ -157,17 +161,19 @@ class BinMoments:
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what :meth:`state_dict` saved, on the present device."""
-        keys("BinMoments.load_state_dict", "state", state, ("count", "mean", "deviations"))
-        is_tensor("BinMoments.load_state_dict", **state)
+        """Restore what :meth:`state_dict` saved, on the present device; a state that is refused changes nothing."""
+        where = "BinMoments.load_state_dict"
+        keys(where, "state", state, ("count", "mean", "deviations"))
+        is_tensor(where, **state)
         for name, expected in (("count", self.count), ("mean", self.mean), ("deviations", self.deviations)):
             if state[name].shape != expected.shape or state[name].dtype != expected.dtype:
                 raise problem(
-                    "BinMoments.load_state_dict",
+                    where,
                     f"{name} must be {expected.dtype} of shape {tuple(expected.shape)}",
                     got=f"{state[name].dtype} of shape {tuple(state[name].shape)}",
                     error=ShapeError,
                 )
+        not_negative(where, count=state["count"])
         device = self.mean.device
         self.count, self.mean = state["count"].to(device, copy=True), state["mean"].to(device, copy=True)
         self.deviations = state["deviations"].to(device, copy=True)
@@ -237,9 +243,9 @@ class BinScatters(BinMoments):
         self.settle()
         return super().merge(other)
 
-    def all_reduce(self) -> BinMoments:
+    def all_reduce(self, group: ProcessGroup | None = None) -> BinMoments:
         self.settle()
-        return super().all_reduce()
+        return super().all_reduce(group)
 
     def to(self, device: torch.device | str) -> BinMoments:
         self._held = [(x.to(device), i.to(device)) for x, i in self._held]
@@ -257,12 +263,15 @@ class BinScatters(BinMoments):
         where = "BinScatters.load_state_dict"
         instance(where, dict, state=state)
         held = {name: value for name, value in state.items() if name in ("held", "held_index")}
-        super().load_state_dict({name: value for name, value in state.items() if name not in held})
-        self._held, self._room = [], _PIECE // 2
         if held:
             keys(where, "state", held, ("held", "held_index"))
             is_tensor(where, **held)
-            self.update(held["held"].to(self.mean.device), held["held_index"].to(self.mean.device))
+            held = {name: value.to(self.mean.device) for name, value in held.items()}
+            self._check_batch(held["held"], held["held_index"])
+        super().load_state_dict({name: value for name, value in state.items() if name not in held})
+        self._held, self._room = [], _PIECE // 2
+        if held:
+            self._update(held["held"], held["held_index"])
 
 
 class SubspaceMoments:
@@ -317,10 +326,10 @@ class SubspaceMoments:
         step = self.bins.mean - self.overall.mean
         return self.overall.deviations[0] - step.T @ (step * self.count[:, None])
 
-    def all_reduce(self) -> SubspaceMoments:
+    def all_reduce(self, group: ProcessGroup | None = None) -> SubspaceMoments:
         """As :meth:`BinMoments.all_reduce`."""
         for part in self.parts.values():
-            part.all_reduce()
+            part.all_reduce(group)
         return self
 
     def finite(self) -> Tensor:
@@ -354,13 +363,14 @@ class SubspaceMoments:
                 raise problem(
                     where, "state must be of a SubspaceMoments", got=f"the key {name!r}", error=CheckpointError
                 )
-        for name, part_state in of_part.items():
-            self.parts[name].load_state_dict(part_state)
-        basis = state.get("basis")
-        if basis is not None:
+        device, (num_bins, num_features) = self.mean.device, self.mean.shape
+        if (basis := state.get("basis")) is not None:
             is_tensor(where, basis=basis)
-            basis = basis.to(self.mean.device, torch.float64, copy=True)
-            shape = (self.mean.shape[1], self.within.mean.shape[1])
+            basis = basis.to(device, torch.float64, copy=True)
+            shape = (num_features, self.within.mean.shape[1])
             if basis.shape != shape:
                 raise problem(where, f"basis must be {shape}", got=tuple(basis.shape), error=ShapeError)
-        self.basis = basis
+        fresh = SubspaceMoments(num_bins, num_features, self.within.mean.shape[1], basis=basis, device=device)
+        for name, part_state in of_part.items():
+            fresh.parts[name].load_state_dict(part_state)
+        self.__dict__.update(fresh.__dict__)

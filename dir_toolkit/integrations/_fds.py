@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import instance, keys, problem
-from .._ranks import summed
+from .._ranks import is_parallel, summed
+from .._state import pack
 from ..errors import CheckpointError
 from ..features.fds import FDS
 
@@ -100,12 +100,12 @@ class Driver:
         if len(state["fds"]) != len(self.all):
             rule = f"the saved state must be of {len(self.all)} FDS"
             raise problem(self.where, rule, got=len(state["fds"]), error=CheckpointError)
-        first = not _ranks() or dist.get_rank() == 0
         for fds, saved in zip(self.all, state["fds"], strict=True):
             fds.load_state_dict(saved)
-            if not first:
-                fds._epoch_moments = fds.covariance.moments()
-                fds._unplaced = torch.zeros_like(fds._unplaced)
+            if is_parallel() and dist.get_rank(fds._group.of) != 0:
+                seen = fds._seen
+                fds._forget_epoch()
+                fds._seen = seen
 
     def _labels(self, batch: Any, key: Callable[[Any], Tensor] | str | int) -> Tensor:
         if callable(key):
@@ -130,18 +130,16 @@ class Driver:
         return labels
 
 
-def _ranks() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _merged_state(fds: FDS) -> dict[str, Any]:
     state = dict(fds.state_dict())
-    if _ranks():
-        extra = state["_extra_state"]
+    if is_parallel():
+        unsaved = fds._unsaved()
         moments = fds.covariance.moments()
-        moments.load_state_dict(extra["moments"])
-        extra["moments"] = moments.all_reduce().state_dict()
-        (extra["unplaced"],) = summed(extra["unplaced"])
+        moments.load_state_dict(unsaved["moments"])
+        (unplaced,) = summed(unsaved["unplaced"], group=fds._group.of)
+        state["_extra_state"] = pack(
+            unsaved | {"unplaced": unplaced, "moments": moments.all_reduce(fds._group.of).state_dict()}
+        )
     return state
 
 

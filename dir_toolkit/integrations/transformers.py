@@ -91,7 +91,7 @@ class FDSCallback(TrainerCallback):
             raise problem("FDSCallback", rule, got=f"{args.n_gpu} in one", fix=fix, error=RuntimeError)
         if any(part is fds for part in model.modules() for fds in self._driver.all):
             fix = "Keep it in a variable and attach it; this callback saves it."
-            rule = "fds must be no part of the model, whose files hold tensors alone"
+            rule = "fds must be no part of the model, whose buffers each rank overwrites with those of the first"
             raise problem("FDSCallback", rule, got="one that is", fix=fix, error=RuntimeError)
         resumed = state.global_step > 0
         if resumed:

