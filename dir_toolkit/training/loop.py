@@ -94,7 +94,7 @@ def fit(
             after an argument takes that one's place, for what cannot be told from another by itself, such as a lambda:
             ``{"loss": "huber, delta 2"}``.
     Returns:
-        the history, a row an epoch: ``epoch`` and ``step``, counted from 1; ``lr`` of the epoch's last step; ``loss``;
+        the history, a row per epoch: ``epoch`` and ``step``, counted from 1; ``lr`` of the epoch's last step; ``loss``;
         what ``metrics.summary()`` tells of the validation set (``"mae/all"`` and ``"mae/few"`` as ``val_mae`` and
         ``val_mae_few``); and ``seconds`` since the start, not counting pauses.
     Raises:
@@ -256,7 +256,7 @@ def evaluate(model: nn.Module, data: ImageSet, *, metrics: Metrics, runtime: Run
         model: from float images in [-1, 1] to what ``metrics`` takes, or to something that names it: ``prediction``
             for regression, ``scores`` for classes.
         metrics: of the kind wanted; it is left as it is.
-        batch_size: images a forward pass of one rank.
+        batch_size: images per forward pass of one rank.
     Returns:
         metrics of all ranks; ``.compute()`` makes the numbers.
     """
@@ -281,7 +281,7 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
     instance("predict", ImageSet, data=data)
     instance("predict", Runtime, runtime=runtime)
     if len(data) < runtime.world:  # a rank without images would know no shapes
-        raise problem("predict", f"data must hold at least one image a rank, {runtime.world}", got=f"{len(data)}")
+        raise problem("predict", f"data must hold at least one image per rank, {runtime.world}", got=f"{len(data)}")
     parts = list(_outputs("predict", model, data, runtime, batch_size))
     at = torch.cat([indices for indices, _, _ in parts])
 

@@ -860,9 +860,9 @@ def test_predict_returns_a_row_an_image_in_order(batch_size: int) -> None:
 def test_predict_needs_an_image_a_rank() -> None:
     for rank in range(2):
         runtime = Runtime(torch.device("cpu"), rank=rank, world=2)
-        with pytest.raises(ValueError, match=r"^predict: data must hold at least one image a rank, 2, got 1\."):
+        with pytest.raises(ValueError, match=r"^predict: data must hold at least one image per rank, 2, got 1\."):
             predict(class_model(), class_set(1), runtime=runtime)
-    with pytest.raises(ValueError, match="at least one image a rank, 1, got 0"):
+    with pytest.raises(ValueError, match="at least one image per rank, 1, got 0"):
         predict(class_model(), class_set(0), runtime=one_process())
     with pytest.raises(TypeError, match=r"^predict: data must be an ImageSet, got list"):
         predict(class_model(), [], runtime=one_process())  # type: ignore[arg-type]
