@@ -131,7 +131,7 @@ def checked_rows(
         raise problem(where, f"{name} must be {shape}", got=f"shape {tuple(rows.shape)}", fix=fix, error=ShapeError)
     not_empty(where, **{name: rows})
     samples, classes = rows.shape[0], rows.shape[1] if num_classes is None else num_classes
-    fixes = {(samples, classes): _for_rows_of_classes(target)} if target.ndim == 2 else {}
+    fixes: dict[tuple[int, ...], str] = {(samples, classes): _for_rows_of_classes(target)} if target.ndim == 2 else {}
     one_a_sample(where, "target", target, samples, fixes)
     if target.dtype != torch.int64:
         raise problem(

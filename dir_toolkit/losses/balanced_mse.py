@@ -162,8 +162,9 @@ class _BalancedMSE(nn.Module, ABC):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():  # labels are not rounded where a model is cast to half precision
-            assert buffer is not None
             cast = self._buffers[name]
+            assert buffer is not None
+            assert cast is not None
             if cast.itemsize < 4:
                 self._buffers[name] = buffer.to(cast.device)
         return self

@@ -91,13 +91,12 @@ def conr_loss(
     dtype = wide_dtype(features, labels, pred)
     pairs = pairs_of(features, weight)
     distance = _distances(present(labels.to(dtype), weight))
-    if omega is None:
-        there = None if weight is None else weight > 0
-        omega = 0.05 * spread_of(labels.detach().to(dtype), there).nan_to_num(0.0)
-    positive = pairs & (distance <= omega)
-    negative = pairs & (distance > omega) & (_distances(pred.detach().to(dtype)) <= omega)
+    there = None if weight is None else weight > 0
+    near = 0.05 * spread_of(labels.detach().to(dtype), there).nan_to_num(0.0) if omega is None else omega
+    positive = pairs & (distance <= near)
+    negative = pairs & (distance > near) & (_distances(pred.detach().to(dtype)) <= near)
     anchor = positive.any(1) & negative.any(1)
-    push = (0.01 * distance / omega).nan_to_num(0.0) if eta is None else eta * distance  # log S
+    push = (0.01 * distance / near).nan_to_num(0.0) if eta is None else eta * distance  # log S
     if push_weight is not None:
         push = push + push_weight.detach().to(dtype).log()[:, None]
     with full_precision(features.device):

@@ -793,3 +793,16 @@ def test_buffers_keep_their_digits_in_half_precision() -> None:
     assert loss.means.dtype == torch.float32
     assert loss.means == 1001
     assert loss.log_sigma.dtype == torch.bfloat16
+
+
+def rank_with_its_own_labels(rank: int) -> Tensor:
+    loss = BatchMCLoss()
+    y = samples("batch", 20)[1][SHARES[rank]]
+    loss(torch.zeros_like(y), y).backward()
+    return loss.noise_sigma.detach()
+
+
+def test_two_processes_start_from_the_spread_of_all_labels(two_ranks: Callable[..., list[Any]]) -> None:
+    expected = (0.1 * samples("batch", 20)[1].std(correction=0)).float()
+    for noise_sigma in two_ranks(rank_with_its_own_labels):
+        assert_close(noise_sigma, expected)
