@@ -84,6 +84,16 @@ def shown(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={_short(value)}" for name, value in settings.items())
 
 
+def differing(saved: object, own: Mapping[str, Any]) -> str:
+    """What a saved description says other than one's own, in words; empty where they are the same."""
+    if not isinstance(saved, Mapping):
+        return repr(saved)
+    absent = "nothing"
+    names = [name for name in {**saved, **own} if saved.get(name, absent) != own.get(name, absent)]
+    words = [f"{name}={saved.get(name, absent)!r} for {own.get(name, absent)!r}" for name in names]
+    return ", ".join(text if len(text) <= 200 else f"{text[:200]}..." for text in words)
+
+
 def _short(value: Any) -> str:
     if isinstance(value, (np.ndarray, Tensor)):
         plain = _array(value)

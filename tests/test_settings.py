@@ -35,6 +35,37 @@ class Case:
 
 LABELS: list[Case] = [
     Case(
+        dt.LDS,
+        {"bins": BINS},
+        {
+            "bins": {"bins": OTHER_BINS},
+            "kernel": {"kernel": None},
+            "scheme": {"scheme": "inverse"},
+            "edges": {"edges": "zero"},
+            "order": {"order": "scheme_first"},
+            "clip": {"clip": (1, 5)},
+            "outside": {"outside": "clip"},
+            "beta": {"beta": 0.9},
+            "alpha": {"alpha": 0.5},
+            "epsilon": {"epsilon": 0.1},
+        },
+    ),
+    Case(
+        dt.BinSampler,
+        {"labels": [0.5, 1.5, 1.5], "bins": BINS},
+        {
+            "labels": {"labels": [0.5, 0.5, 1.5]},
+            "bins": {"bins": OTHER_BINS},
+            "q": {"q": 0.5},
+            "progressive_epochs": {"progressive_epochs": 3},
+            "num_samples": {"num_samples": 2},
+            "replacement": {"replacement": False, "num_samples": 2},
+            "seed": {"seed": 1},
+            "world": {"world": 2},
+        },
+        no_settings=("rank",),  # ranks go on from the state of one of them
+    ),
+    Case(
         dt.Bins,
         {"edges": np.array([0.0, 1.0, 2.0])},
         {
@@ -233,6 +264,13 @@ def test_another_argument_has_other_settings_and_another_repr(case, name):
     first, second = case.kind(**case.base), case.kind(**{**case.base, **case.others[name]})
     assert told(first) != told(second)
     assert repr(first) != repr(second)
+
+
+def test_weights_count_by_what_they_learnt():
+    assert told(dt.LDS(BINS).fit([1.0, 2.0])) == told(dt.LDS(BINS).fit([2.0, 1.0]))
+    assert told(dt.LDS(BINS).fit([1.0, 2.0])) != told(dt.LDS(BINS).fit([1.0, 20.0]))
+    assert told(dt.LDS(BINS).fit([1.0, 2.0])) != told(dt.LDS(BINS))
+    assert told(dt.LDS.reference(BINS, scheme="inverse")) != told(dt.LDS.reference(BINS))
 
 
 def test_a_partial_counts_by_its_arguments():

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
-from .._checks import finite, instance, labels_array, number, one_of, problem, whole
+from .._checks import finite, instance, labels_array, number, one_of, problem, warn, whole
 from .._ranks import check_group, is_parallel, summed
 from ..errors import LabelError, ShapeError
 from .bins import Bins, Outside
@@ -26,6 +27,7 @@ __all__ = ["REGIONS", "LabelDensity"]
 
 REGIONS = ("many", "medium", "few", "unseen")
 
+_FEWEST_LABELS, _FEWEST_BINS = 20, 10  # of an axis, for one bin with more than half of all labels to be warned of
 _PIECE = 2**15  # labels at a time: they stay in a processor's cache, and torch takes no threads for so few
 
 
@@ -55,6 +57,8 @@ class LabelDensity:
         finite("LabelDensity", counts=counts)
         if counts.min() < 0:
             raise problem("LabelDensity", "counts must not be negative", got=f"a minimum of {counts.min():g}")
+        if counts.dtype.kind == "u" and counts.max() >= 2**63:
+            raise problem("LabelDensity", "counts must be below 2^63", got=f"{counts.max()}", fix="Hand over floats.")
         counts = counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
         counts.setflags(write=False)
         self.bins, self.counts = bins, counts
@@ -69,8 +73,10 @@ class LabelDensity:
 
         Args:
             labels: an array, a tensor, an ``xarray.DataArray``, a dask array, a list of numbers, or an iterable of any
-                of these, of which one piece at a time is held. Any shape, such as maps of one label a pixel; over a
-                grid of K axes (..., K).
+                of these, of which one piece at a time is held. Any shape, such as maps of one label per pixel; over a
+                grid of K axes (..., K). Of a loader of inputs and labels hand over the labels alone:
+                ``(y for x, y in loader)``. One warning if one of ten bins or more of a continuous axis holds more than
+                half of them.
             outside: as in :meth:`Bins.index`; ``"drop"`` leaves labels beyond the axis uncounted.
         Raises:
             LabelError: as :meth:`Bins.index`, naming the chunk of a dask array. ValueError: there is no label at all.
@@ -84,7 +90,28 @@ class LabelDensity:
             found += _found_in_chunks(piece, bins, outside) if _is_dask(piece) else _found(piece, bins, outside)
         if found[-1] == 0:
             raise problem(where, "labels must hold at least one label", got="none")
-        return cls(bins, found[:-1])
+        density = cls(bins, found[:-1])
+        density._warn_of_crowding(where)
+        return density
+
+    def _warn_of_crowding(self, where: str) -> None:
+        labels = self.counts.sum()
+        if labels < _FEWEST_LABELS:
+            return
+        joint = self.counts.reshape(self.bins.shape)
+        for k, axis in enumerate(self.bins.axes):
+            counts = np.moveaxis(joint, k, 0).reshape(len(axis), -1).sum(1)
+            fullest = int(counts.argmax())
+            if axis.categorical or len(axis) < _FEWEST_BINS or not labels / 2 < counts[fullest] < labels:
+                continue
+            low, high = axis.edges[fullest : fullest + 2]
+            warn(
+                where,
+                f"{counts[fullest] / labels:.0%} of the labels lie in one of {len(axis)} bins, from {low:.4g} to "
+                f"{high:.4g}, and are not told apart there. Take the logarithm of labels that reach over orders of "
+                "magnitude, or bins that are narrow where labels are many, as Bins.quantile or Bins.from_edges with "
+                "numpy.geomspace makes them; or look for mistyped labels.",
+            )
 
     def all_reduce(self, *, group: dist.ProcessGroup | None = None) -> LabelDensity:
         """The labels of all ranks counted together, on each; all must call this. The density itself outside
@@ -140,6 +167,7 @@ class LabelDensity:
 
     def smooth(self, kernel: Windows, *, edges: Edges = "reflect") -> LabelDensity:
         """The effective density: counts averaged over neighbouring bins (:func:`dir_toolkit.labels.kernels.smooth`).
+        Where bins differ in width it is the counts per label unit that are averaged.
 
         Args:
             kernel: one window; over a grid, smoothed along each axis in turn, also one an axis (``[1.0]`` leaves an
@@ -148,8 +176,12 @@ class LabelDensity:
             Yang et al. 2021, equation 1 (arXiv:2102.09554).
         """
         windows = checked_windows("LabelDensity.smooth", kernel, self.bins)
-        smoothed = smooth_axes(self.counts.reshape(self.bins.shape), windows, edges=edges)
-        return LabelDensity(self.bins, smoothed.ravel())
+        smoothed = smooth_axes(self._per_width().reshape(self.bins.shape), windows, edges=edges)
+        return LabelDensity(self.bins, smoothed.ravel() * self.bins.relative_widths)
+
+    def _per_width(self) -> np.ndarray:
+        """What each bin would hold if it were of the mean width: the density per label unit, (B,) float64."""
+        return self.counts / self.bins.relative_widths
 
     def weighted(self, lds: LDS) -> LabelDensity:
         """What a loss sees of this density whose samples these weights scale: the counts of each bin times the mean
@@ -179,12 +211,13 @@ class LabelDensity:
         """The share of labels in each bin, (B,) float64, summing to one.
 
         Args:
-            floor: least count that a bin is taken to have, in labels; above zero it keeps log-priors finite.
+            floor: least count that a bin is taken to have, in labels, or a bin of mean width where widths differ; above
+                zero it keeps log-priors finite.
         Raises:
             ValueError: the floor is negative, or no label was counted and the floor is zero.
         """
         floor = number("LabelDensity.prior", "floor", floor, low=0)
-        counts = np.maximum(self.counts, floor)
+        counts = np.maximum(self.counts, floor * self.bins.relative_widths)
         if not counts.any():
             raise problem(
                 "LabelDensity.prior",
@@ -204,8 +237,9 @@ class LabelDensity:
         few = whole("LabelDensity.regions", "few", few, low=1)
         many = whole("LabelDensity.regions", "many", many, low=few)
         names = np.full(len(self.bins), "medium", dtype="<U6")
-        names[self.counts > many] = "many"
-        names[self.counts < few] = "few"
+        per_width = self._per_width()
+        names[per_width > many] = "many"
+        names[per_width < few] = "few"
         names[self.counts == 0] = "unseen"
         return names
 
@@ -280,6 +314,27 @@ def _found_in_chunk(chunk: Any, bins: AnyBins, outside: Outside, block_id: tuple
     return found.reshape(*(1,) * np.ndim(chunk), -1)
 
 
+def _refuse_inputs(labels: Any) -> None:
+    """A loader, and a pair of inputs and labels, which are known by as many rows of another shape."""
+    got = ""
+    if isinstance(labels, DataLoader):
+        got = "a DataLoader, whose batches hold inputs too"
+    elif isinstance(labels, (list, tuple)):
+        shapes = [shape for item in labels if isinstance(shape := getattr(item, "shape", None), tuple)]
+        if len(shapes) == len(labels) > 1 and len({shape[:1] for shape in shapes}) == 1 < len(set(shapes)):
+            got = f"arrays of shapes {', '.join(map(str, map(tuple, shapes[:3])))}"
+        elif shapes and any(shapes) and (not all(shapes) or any(isinstance(item, (int, float)) for item in labels)):
+            got = "arrays together with single numbers"
+    if got:
+        raise problem(
+            "LabelDensity.count",
+            "labels must be labels alone, without the inputs that they belong to",
+            got=got,
+            fix="Hand over the labels of each batch: (y for x, y in loader).",
+            error=TypeError,
+        )
+
+
 def _pieces(labels: Any) -> Iterator[Any]:
     """Labels as arrays, in order: each fits in memory, or is dask's."""
     if isinstance(labels, (str, bytes, dict)) or labels is None:
@@ -289,12 +344,14 @@ def _pieces(labels: Any) -> Iterator[Any]:
             got=type(labels).__name__,
             error=TypeError,
         )
+    _refuse_inputs(labels)
     # A DataArray hands over what it wraps; the data of an array would be its bytes.
     wrapped: Any = labels if isinstance(labels, np.ndarray) else getattr(labels, "data", labels)
     if _is_dask(wrapped):
         yield wrapped
     elif hasattr(labels, "__array__") or (
-        isinstance(labels, (list, tuple)) and all(np.ndim(item) == 0 for item in labels[:1])
+        isinstance(labels, (list, tuple))
+        and all(not isinstance(item, (list, tuple)) and np.ndim(item) == 0 for item in labels[:1])
     ):
         yield labels
     elif isinstance(labels, Iterable):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler, Sampler
 
 from .._checks import finite, instance, keys, labels_array, length, not_empty, number, on_host, problem, warn, whole
+from .._settings import described, differing, shown
 from ..errors import CheckpointError, ShapeError
 from .bins import Bins
 from .density import LabelDensity, to_shares
@@ -24,8 +26,11 @@ Counts = LabelDensity | Tensor | np.ndarray | Sequence[float]
 def bin_probabilities(density_or_counts: Counts, q: float) -> np.ndarray:
     r"""How likely each bin is drawn: :math:`p_j = n_j^q / \sum_i n_i^q`.
 
+    Where the bins of a density differ in width, :math:`p_j \propto w_j (n_j / w_j)^q`, w being widths: q = 0 then draws
+    labels evenly along the axis.
+
     Args:
-        density_or_counts: a density, or the number of samples a bin.
+        density_or_counts: a density, or the number of samples per bin.
         q: in [0, 1]: 1 draws every sample alike (instance-balanced), 0 every bin (class-balanced), 1/2 is the square
             root. Bins without a sample have probability zero at every q.
     Shape:
@@ -40,7 +45,8 @@ def bin_probabilities(density_or_counts: Counts, q: float) -> np.ndarray:
     [0.667, 0.333, 0.0]
     """
     where = "bin_probabilities"
-    return _power(_checked_counts(where, density_or_counts), number(where, "q", q, low=0, high=1))
+    counts, widths = _checked_counts(where, density_or_counts)
+    return _power(counts, number(where, "q", q, low=0, high=1), widths)
 
 
 def progressive_probabilities(density_or_counts: Counts, epoch: int, epochs: int) -> np.ndarray:
@@ -60,12 +66,12 @@ def progressive_probabilities(density_or_counts: Counts, epoch: int, epochs: int
     [[0.75, 0.25], [0.625, 0.375], [0.5, 0.5]]
     """
     where = "progressive_probabilities"
-    counts = _checked_counts(where, density_or_counts)
+    counts, widths = _checked_counts(where, density_or_counts)
     epochs = whole(where, "epochs", epochs, low=1)
     epoch = whole(where, "epoch", epoch, low=0)
     if epoch >= epochs:
         raise problem(where, f"epoch must be below epochs={epochs}", got=epoch, fix="Epochs count from 0.")
-    return _progressive(counts, epoch, epochs)
+    return _progressive(counts, epoch, epochs, widths)
 
 
 class BinSampler(Sampler[int]):
@@ -76,7 +82,11 @@ class BinSampler(Sampler[int]):
     is no multiple of ``world``: under DistributedDataParallel choose one that is, or use its ``join``.
 
     A pass starts at the epoch's first sample, except once after :meth:`load_state_dict` or :meth:`start`. Call
-    :meth:`set_epoch` before each epoch.
+    :meth:`set_epoch` before each epoch; a pass that begins without it goes on to the next epoch, which is said once.
+
+    Share the samples out once. Lightning takes both this sampler with ``rank`` and ``world`` and one without, whatever
+    its ``use_distributed_sampler``, which shares out the latter. Accelerate, and with it the Trainer of transformers,
+    shares out every sampler: leave ``rank`` and ``world`` out there.
 
     Args:
         labels: of the training set, in label units; sample i has ``labels[i]``.
@@ -120,10 +130,11 @@ class BinSampler(Sampler[int]):
         instance(where, bool, replacement=replacement)
         # Not named by the argument alone, since Bins would then advise what a sampler does not take.
         labels = on_host(where, "labels", labels) if isinstance(labels, Tensor) else labels
-        index = torch.as_tensor(bins._place(where, labels, "raise", "the labels"))
+        index = torch.as_tensor(bins._place(where, labels, "raise", "the labels"), device="cpu")
         if index.ndim != 1:
             raise problem(where, "labels must be (N,)", got=f"shape {tuple(index.shape)}", error=ShapeError)
         not_empty(where, labels=index)
+        self.bins = bins
         self.q = number(where, "q", q, low=0, high=1)
         self.progressive_epochs = progressive_epochs
         if progressive_epochs is not None:
@@ -135,6 +146,8 @@ class BinSampler(Sampler[int]):
         self.rank = whole(where, "rank", rank, low=0)
         if self.rank >= self.world:
             raise problem(where, f"rank must be below world={self.world}", got=self.rank)
+        if self.world > 1 and type(self) is BinSampler:
+            self.__class__ = _SharedBinSampler
         self.num_samples = len(index) if num_samples is None else length(where, "num_samples", num_samples)
         if self.num_samples < self.world:
             rule = f"num_samples must be at least one a rank, {self.world}"
@@ -158,19 +171,23 @@ class BinSampler(Sampler[int]):
         self._members = torch.argsort(index, stable=True)  # by bin
         self.epoch = 0
         self._yielded = self._skip = 0
+        self._passed = self._said = False  # whether a pass has begun at this epoch since it was set
 
     def order(self, epoch: int) -> Tensor:
         """The sample numbers of an epoch, over all ranks: (num_samples,) int64."""
         epoch = whole("BinSampler.order", "epoch", epoch, low=0)
-        generator = torch.Generator().manual_seed(_derived(self.seed, epoch))
+        generator = torch.Generator("cpu").manual_seed(_derived(self.seed, epoch))
+        uniform = partial(torch.rand, dtype=torch.float64, generator=generator, device="cpu")
         probabilities = torch.from_numpy(self._probabilities(epoch))
         if not self.replacement:
             # The sample that comes first in a race of exponential clocks is drawn in proportion to the clocks' rates.
             # From uniform numbers, since torch's own exponential ones depend on how it was built.
-            waits = -torch.log1p(-torch.rand(len(self._members), dtype=torch.float64, generator=generator))
+            waits = -torch.log1p(
+                -torch.rand(len(self._members), dtype=torch.float64, generator=generator, device="cpu")
+            )
             rates = (probabilities / self._counts).repeat_interleave(self._counts)
             return self._members[torch.argsort(waits / rates, stable=True)[: self.num_samples]]
-        chances = torch.rand(2, self.num_samples, dtype=torch.float64, generator=generator)
+        chances = uniform(2, self.num_samples)
         reach = probabilities.cumsum(0)
         drawn = torch.searchsorted(reach / reach[-1], chances[0], right=True)  # never a bin of no width
         counts = self._counts[drawn]
@@ -178,11 +195,24 @@ class BinSampler(Sampler[int]):
         return self._members[(self._counts.cumsum(0) - self._counts)[drawn] + within]
 
     def __iter__(self) -> Iterator[int]:
+        if self._passed:
+            self._go_on()
+        self._passed = True
         share = self.order(self.epoch)[self.rank :: self.world].tolist()
         self._yielded, self._skip = self._skip, 0
         for place in range(self._yielded, len(share)):
             self._yielded = place + 1
             yield share[place]
+
+    def _go_on(self) -> None:
+        if not self._said:
+            self._said = True
+            warn(
+                "BinSampler",
+                "set_epoch was not called since the last pass, so that this one draws the next epoch. Call "
+                "sampler.set_epoch(epoch) before each epoch, as a resumed run needs it.",
+            )
+        self.set_epoch(self.epoch + 1)
 
     def __len__(self) -> int:
         """This rank's samples an epoch."""
@@ -191,6 +221,7 @@ class BinSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next pass draws. The epoch it stands at is not started anew."""
         epoch = whole("BinSampler.set_epoch", "epoch", epoch, low=0)
+        self._passed = False
         if epoch != self.epoch:
             self.epoch = epoch
             self._yielded = self._skip = 0
@@ -204,11 +235,16 @@ class BinSampler(Sampler[int]):
         consumed = whole("BinSampler.start", "consumed", consumed, low=0)
         if consumed > len(self):
             raise problem("BinSampler.start", f"consumed must be at most {len(self)}, this rank's share", got=consumed)
+        self._passed = False
         self._yielded = self._skip = consumed
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch, as plain values; it counts what was yielded, be it used or not (:meth:`start`)."""
-        return {"epoch": self.epoch, "yielded": self._yielded, "settings": self.settings}
+        return {
+            "epoch": self.epoch,
+            "yielded": self._yielded,
+            "settings": described("BinSampler", "settings", self.settings),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, on this rank or another of the same run.
@@ -218,13 +254,9 @@ class BinSampler(Sampler[int]):
         """
         where = "BinSampler.load_state_dict"
         keys(where, "state", state, ("epoch", "yielded", "settings"))
-        if state["settings"] != self.settings:
-            raise problem(
-                where,
-                "the state belongs to a sampler of other settings or labels",
-                got=f"<{state['settings']}> for <{self.settings}>",
-                error=CheckpointError,
-            )
+        if got := differing(state["settings"], self._described()):
+            rule = "the state must belong to a sampler of the same settings and labels"
+            raise problem(where, rule, got=got, error=CheckpointError)
         epoch = whole(where, "epoch", state["epoch"], low=0)
         yielded = whole(where, "yielded", state["yielded"], low=0)
         largest_share = len(range(0, self.num_samples, self.world))
@@ -234,32 +266,46 @@ class BinSampler(Sampler[int]):
         self.start(min(yielded, len(self)))
 
     def __repr__(self) -> str:
-        return f"<BinSampler: {self.settings}, rank={self.rank}>"
+        return f"<BinSampler: {shown(self.settings)}, rank={self.rank}>"
 
     def _probabilities(self, epoch: int) -> np.ndarray:
         counts = self._counts.numpy().astype(np.float64)
+        widths = self.bins.relative_widths
         if self.progressive_epochs is None:
-            return _power(counts, self.q)
-        return _progressive(counts, min(epoch, self.progressive_epochs - 1), self.progressive_epochs)
+            return _power(counts, self.q, widths)
+        return _progressive(counts, min(epoch, self.progressive_epochs - 1), self.progressive_epochs, widths)
 
     @property
     def num_labels(self) -> int:
         """How many samples the orders are drawn from."""
         return len(self._members)
 
+    def _described(self) -> dict[str, Any]:
+        return described("BinSampler", "settings", self.settings)
+
     @property
-    def settings(self) -> str:
-        """What the orders follow from, in words, with a digest of the labels' bins; the same on every rank."""
-        kind = f"q={self.q!r}" if self.progressive_epochs is None else f"progressive_epochs={self.progressive_epochs}"
-        return (
-            f"{len(self._members)} labels ({self._digest}), {kind}, num_samples={self.num_samples}, "
-            f"replacement={self.replacement}, seed={self.seed}, world={self.world}"
-        )
+    def settings(self) -> dict[str, Any]:
+        """What the orders follow from, the same on every rank; of the labels, how many and a digest of their bins."""
+        return {
+            "labels": f"{len(self._members)} ({self._digest})",
+            "bins": self.bins,
+            "q": self.q,
+            "progressive_epochs": self.progressive_epochs,
+            "num_samples": self.num_samples,
+            "replacement": self.replacement,
+            "seed": self.seed,
+            "world": self.world,
+        }
 
 
-def _checked_counts(where: str, density_or_counts: Counts) -> np.ndarray:
+class _SharedBinSampler(BinSampler, DistributedSampler[int]):
+    """One that Lightning can tell is shared out over ranks already, by its class."""
+
+
+def _checked_counts(where: str, density_or_counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+    """Counts, and the relative widths of their bins."""
     if isinstance(density_or_counts, LabelDensity):
-        counts = density_or_counts.counts
+        counts, widths = density_or_counts.counts, density_or_counts.bins.relative_widths
     else:
         counts = labels_array(where, density_or_counts, "counts")
         if counts.ndim != 1:
@@ -268,18 +314,19 @@ def _checked_counts(where: str, density_or_counts: Counts) -> np.ndarray:
         finite(where, counts=counts)
         if counts.min() < 0:
             raise problem(where, "counts must not be negative", got=f"a minimum of {counts.min():g}")
+        widths = np.ones(len(counts))
     if not counts.any():
         raise problem(where, "at least one bin must hold a sample", got="counts of zero")
-    return counts.astype(np.float64)
+    return counts.astype(np.float64), widths
 
 
-def _power(counts: np.ndarray, q: float) -> np.ndarray:
-    return to_shares(np.where(counts > 0, counts**q, 0.0))
+def _power(counts: np.ndarray, q: float, widths: np.ndarray) -> np.ndarray:
+    return to_shares(np.where(counts > 0, widths * (counts / widths) ** q, 0.0))
 
 
-def _progressive(counts: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
+def _progressive(counts: np.ndarray, epoch: int, epochs: int, widths: np.ndarray) -> np.ndarray:
     done = epoch / (epochs - 1) if epochs > 1 else 1.0
-    return (1 - done) * _power(counts, 1.0) + done * _power(counts, 0.0)
+    return (1 - done) * _power(counts, 1.0, widths) + done * _power(counts, 0.0, widths)
 
 
 def _derived(seed: int, epoch: int) -> int:

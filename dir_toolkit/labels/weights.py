@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, interval, keys, number, one_of, problem
+from .._checks import has_values, instance, interval, keys, number, one_of, plain, problem, warn
+from .._settings import described, differing, shown
+from .._state import pack, unpack
 from ..errors import CheckpointError, NotFittedError
 from .bins import Bins, Outside
 from .density import LabelDensity
@@ -24,6 +27,8 @@ _SCHEMES = ("none", "inverse", "sqrt_inverse", "effective_number", "dense")
 
 class LDS(nn.Module):
     r"""Loss weights from a smoothed label density, so that rare labels count more.
+
+    Where bins differ in width, n are counts per label unit, so that weights follow the labels and not the bins.
 
     The effective density of bin b is :math:`q_b = \sum_{b'} \kappa(b, b') n_{b'}`; a label in b weighs
     :math:`c / g(q_b)`, with c such that weights average one over the fitted labels. ``kernel=None`` does not smooth,
@@ -49,13 +54,14 @@ class LDS(nn.Module):
             the labels at both ends.
         order: ``"smooth_first"`` smooths the counts and then applies the scheme, as the paper writes it;
             ``"scheme_first"`` smooths g(counts), as the public code does (not for ``dense``).
-        clip: (low, high) bounds in labels a bin, applied to what enters the scheme; bounds the ratio of weights.
+        clip: (low, high) bounds in labels per bin, of mean width where widths differ, applied to what enters the
+            scheme; bounds the ratio of weights.
         outside: what a label beyond the axis does, as in :meth:`Bins.index`; with ``"drop"`` it weighs nothing.
         beta: of ``effective_number``, in [0, 1). alpha, epsilon: of ``dense``.
     Shape:
         forward: labels of any shape, such as (N,) or maps (N, H, W), in label units. Returns weights of that shape, on
-        the labels' device, in the module's dtype (float32 unless it was cast). Over a grid of K axes labels are
-        (..., K) and weights (...): a loss takes ``lds(y)[..., None].expand_as(y)``.
+        the labels' device, in float32, or in float64 where the module was cast to it; half precision cannot hold them.
+        Over a grid of K axes labels are (..., K) and weights (...): a loss takes ``lds(y)[..., None].expand_as(y)``.
     Raises:
         NotFittedError: called before :meth:`fit`. LabelError: as :meth:`Bins.index`; on an accelerator labels are not
         looked at, and one that cannot be placed weighs NaN, which stops training at the next check of the loss.
@@ -96,10 +102,14 @@ class LDS(nn.Module):
         self.alpha = number("LDS", "alpha", alpha, low=0)
         self.epsilon = number("LDS", "epsilon", epsilon, low=0, open_low=True)
         self._public_integers = False
-        # One weight a bin; the last is what index -1 finds: a label that could not be placed.
+        # One weight per bin; the last is what index -1 finds: a label that could not be placed.
         self.table: Tensor
-        self.register_buffer("table", torch.full((len(bins) + 1,), torch.nan))
+        with torch.inference_mode(False):  # whose tensors training could not use
+            wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.register_buffer("table", torch.full((len(bins) + 1,), torch.nan, dtype=wide))
         self._fitted = False
+        self._copy: tuple[Tensor, int, Tensor] | None = None
+        self._strict = False
 
     @classmethod
     def reference(
@@ -129,6 +139,9 @@ class LDS(nn.Module):
 
         Bins whose effective density is zero, where no training label can fall, get the largest weight of the others.
 
+        Warns once where the weights leave less than a tenth of the labels to be seen, by their effective sample size,
+        or where the scheme makes no difference between labels that differ in density.
+
         Raises:
             ValueError: no label was counted, or a weight would not be finite. LabelError: as :meth:`Bins.index`.
         """
@@ -148,15 +161,41 @@ class LDS(nn.Module):
         counts = density.counts.astype(np.float64)
         if counts.sum() == 0:
             raise problem("LDS.fit", "at least one label must lie on the label axis", got="none")
-        weights = self._unscaled(counts)
+        weights = self._unscaled(density._per_width())
         weights *= counts.sum() / (counts * weights).sum()
-        last = 0.0 if self.outside == "drop" else np.nan
-        self.table.copy_(torch.from_numpy(np.append(weights, last)))
-        self._fitted = True
+        if weights.max() > torch.finfo(torch.float32).max:
+            raise _infinite(f"a weight of {weights.max():.3g}")
+        self._warn(counts, weights)
+        self._set(torch.from_numpy(weights))
         return self
 
+    @torch.inference_mode(False)
+    def _set(self, weights: Tensor) -> None:
+        with torch.no_grad():
+            self.table[:-1].copy_(weights)
+            self.table[-1] = 0.0 if self.outside == "drop" else torch.nan
+        self._fitted = True
+
+    def _warn(self, counts: np.ndarray, weights: np.ndarray) -> None:
+        labels, effective = counts.sum(), counts.sum() ** 2 / (counts * weights**2).sum()  # weights average one
+        if effective < labels / 10:
+            warn(
+                "LDS.fit",
+                f"the weights leave the loss {effective:.3g} of {labels:.6g} labels to learn from (their effective "
+                'sample size), so that few rare labels rule it. Use scheme="sqrt_inverse", a wider kernel, or '
+                "clip=(low, high), which bounds the ratio of weights.",
+            )
+        held, weights = counts[counts > 0], weights[counts > 0]
+        alike = held.max() > 2 * held.min() and weights.max() < 1.01 * weights.min()
+        if self.scheme == "effective_number" and self.beta > 0 and alike:
+            warn(
+                "LDS.fit",
+                f"beta={self.beta:g} is too small for {held.max():.6g} labels in a bin, so that all weigh the same. "
+                f"Use a beta nearer one, such as {1 - 1 / held.max():.{2 + len(str(int(held.max())))}g}.",
+            )
+
     def _unscaled(self, counts: np.ndarray) -> np.ndarray:
-        """1 / g(q) a bin, where q = 0 taking the largest weight of the rest."""
+        """1 / g(q) per bin, where q = 0 taking the largest weight of the rest."""
         if self.scheme == "none":
             return np.ones_like(counts)
         bounds = self.clip or (0.0, np.inf)
@@ -175,12 +214,7 @@ class LDS(nn.Module):
         with np.errstate(over="ignore"):
             weights[positive] = 1 / divisor[positive]
         if not positive[counts > 0].all() or not np.isfinite(weights).all():
-            raise problem(
-                "LDS.fit",
-                "every weight must be finite",
-                got="a density of zero where labels lie",
-                fix="Use a kernel with wider support, or clip from 1.",
-            )
+            raise _infinite("a density of zero where labels lie")
         weights[~positive] = weights.max()
         return weights
 
@@ -217,7 +251,21 @@ class LDS(nn.Module):
                 error=TypeError,
             )
         row = self.bins._row("LDS", labels, self.outside)
-        return self.table.to(row.device).index_select(0, row.flatten()).view(row.shape)
+        return self._table_on(row.device).index_select(0, row.flatten()).view(row.shape)
+
+    def _table_on(self, device: torch.device) -> Tensor:
+        """The table where labels lie, copied there once and anew whenever it has changed."""
+        if self.table.device == device or not has_values(self.table):
+            return self.table.to(device)
+        if self._copy is None or self._copy[0] is not self.table or self._copy[1] != self.table._version:
+            self._copy = None
+        if self._copy is None or self._copy[2].device != device:
+            with torch.inference_mode(False):
+                copy = self.table.to(device)
+            if not plain(copy):
+                return copy
+            self._copy = self.table, self.table._version, copy
+        return self._copy[2]
 
     def sample_weight(self, labels: Any) -> np.ndarray:
         """Weights as float64 NumPy, for scikit-learn or gradient boosting: ``LDS(bins).fit(y).sample_weight(y)``."""
@@ -248,27 +296,121 @@ class LDS(nn.Module):
             means = np.moveaxis(_means_over(np.moveaxis(means, k, 0), own, other, self.outside), 0, k)
         return means.ravel()
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"fitted": self._fitted, "bins": self.bins.to_dict()}
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells these weights from others: the arguments, and the weight of each bin once they are known."""
+        return {**self._arguments(), "weights": self.table[:-1] if self._fitted and not self.table.is_meta else None}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        keys("LDS", "the saved state", state, ("fitted", "bins"))
-        if (saved := saved_bins(state["bins"])) != self.bins:
+    def _arguments(self) -> dict[str, Any]:
+        grid = isinstance(self.bins, BinGrid)
+        return {
+            "bins": self.bins,
+            "kernel": None if self.kernels is None else list(self.kernels) if grid else self.kernels[0],
+            "scheme": self.scheme,
+            "edges": self.edges,
+            "order": self.order,
+            "clip": self.clip,
+            "outside": self.outside,
+            "beta": self.beta,
+            "alpha": self.alpha,
+            "epsilon": self.epsilon,
+            **({"public_integers": True} if self._public_integers else {}),
+        }
+
+    def get_extra_state(self) -> Tensor:
+        settings = described("LDS", "settings", self._arguments())
+        # Once more the bins, of which settings hold a digest where they are many. Fitted or not, the length is one.
+        return pack({"settings": settings, "bins": self.bins.settings, "fitted": torch.tensor([self._fitted])})
+
+    def set_extra_state(self, state: Any) -> None:
+        """Only its being there matters, since :meth:`_load_from_state_dict` reads the state."""
+
+    def _checked_state(self, state: object) -> bool:
+        """Whether the weights that were saved with this state were known."""
+        values = unpack("LDS", state)
+        try:
+            keys("LDS", "the saved state", values, ("settings", "bins", "fitted"))
+            fitted, bins = bool(values["fitted"]), saved_bins(values["bins"])
+        except (ValueError, TypeError, RuntimeError) as error:
             raise problem(
-                "LDS",
-                "the saved weights belong to another label axis",
-                got=f"{saved} for {self.bins}",
-                error=CheckpointError,
+                "LDS", "the saved state must be one of weights", got=str(error), error=CheckpointError
+            ) from None
+        if bins != self.bins:
+            rule = "the saved weights must be over the same label axis"
+            raise problem("LDS", rule, got=f"{bins} for {self.bins}", error=CheckpointError)
+        if got := differing(values["settings"], described("LDS", "settings", self._arguments())):
+            rule = "the saved weights must be of the same settings"
+            raise problem(
+                "LDS", rule, got=got, fix="Make the LDS with the settings it was saved with.", error=CheckpointError
             )
-        self._fitted = bool(state["fitted"])
+        return fitted
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self._strict = strict  # of which a module is not told otherwise
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._strict = False
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """All is looked at before anything is changed. Weights that come without settings, as those that were exported
+        alone do, are taken where they are whole."""
+        names = [prefix + "table", prefix + "_extra_state"]
+        missing = [name for name in names if name not in state_dict]
+        missing_keys += missing if strict else []
+        fitted = None if names[1] in missing else self._checked_state(state_dict[names[1]])
+        unexpected = [name for name in state_dict if strict and name.startswith(prefix) and name not in names]
+        unexpected_keys += unexpected
+        if names[0] in missing or (self._strict and (missing or unexpected)):
+            return
+        table = state_dict[names[0]]
+        if not isinstance(table, Tensor) or table.shape != self.table.shape:
+            got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
+            error_msgs.append(f"LDS: {names[0]} must have shape {tuple(self.table.shape)}, got {got}.")
+            return
+        weights = table.detach()[:-1]
+        known = bool((weights.isfinite() & (weights >= 0)).all()) if has_values(weights) else fitted is not False
+        if not known and (fitted or not bool(weights.isnan().all())):
+            rule, fix = "the saved weights must be finite and not negative", "Load an intact copy."
+            raise problem("LDS", rule, got="some that are not", fix=fix, error=CheckpointError)
+        if local_metadata.get("assign_to_params_buffers", False):
+            with torch.inference_mode(False):
+                self.table = table.detach().to(torch.promote_types(table.dtype, torch.float32), copy=True)
+        elif self.table.is_meta:
+            error_msgs.append(f"LDS: {names[0]} is on the meta device, which holds no weights. Pass assign=True.")
+            return
+        self._set(weights)
+        self._fitted = known if fitted is None else fitted
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LDS:
+        """The table goes where it is moved, but is never narrower than float32, which half precision would make
+        infinite. Off the meta device it comes without its weights."""
+        old = self.table
+        with torch.inference_mode(False):
+            super()._apply(fn, recurse)
+            if self.table.dtype != old.dtype and self.table.itemsize < 4:
+                self.table = old.to(self.table.device, torch.float32)
+        if old.is_meta and not self.table.is_meta:
+            with torch.no_grad():
+                self.table.fill_(torch.nan)
+            self._fitted = False
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = getattr(super(), "__getstate__", lambda: self.__dict__)()  # object's own from Python 3.11 on
+        return {**state, "_copy": None}
 
     def extra_repr(self) -> str:
-        windows = [window.round(6).tolist() for window in self.kernels or ()]
-        kernel = None if not windows else windows if isinstance(self.bins, BinGrid) else windows[0]
-        return (
-            f"{self.bins!r}, kernel={kernel}, scheme={self.scheme!r}, edges={self.edges!r}, order={self.order!r}, "
-            f"clip={self.clip}, outside={self.outside!r}, fitted={self._fitted}"
-        )
+        return f"{shown(self._arguments())}, fitted={self._fitted}"
 
 
 def _means_over(values: np.ndarray, own: Bins, other: Bins, outside: Outside) -> np.ndarray:
@@ -292,3 +434,8 @@ def _means_over(values: np.ndarray, own: Bins, other: Bins, outside: Outside) ->
 def _not_fitted(where: str) -> Exception:
     fix = "Call lds.fit(training_labels) first."
     return problem(where, "weights are not known yet", fix=fix, error=NotFittedError)
+
+
+def _infinite(got: str) -> Exception:
+    fix = "Use a kernel with wider support, or clip from 1."
+    return problem("LDS.fit", "every weight must be finite", got=got, fix=fix)

@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import xarray as xr
+from torch.utils.data import DataLoader, TensorDataset
 
 from dir_toolkit import LDS, Bins, LabelDensity, gaussian, triangular
-from dir_toolkit.errors import LabelError, NotFittedError, ShapeError
+from dir_toolkit.errors import DirToolkitWarning, LabelError, NotFittedError, ShapeError
 from dir_toolkit.labels import density as module
 
 BINS = Bins.uniform(0, 10, width=1)
@@ -428,6 +429,62 @@ def test_prior_by_hand() -> None:
         density.prior(floor=-1)
     with pytest.raises(TypeError, match="floor must be a number"):
         density.prior(floor="1")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*effective sample size")
+def test_uneven_bins_are_read_by_the_unit() -> None:
+    bins = Bins.from_edges([0, 1, 2, 4, 12])
+    density = LabelDensity(bins, [30, 10, 20, 80])  # 30, 10, 10, 10 per unit; mean width 3
+    assert density.regions(many=50, few=31).tolist() == ["many", "few", "few", "few"]
+    smoothed = density.smooth(triangular(3)).counts / np.diff(bins.edges)
+    np.testing.assert_allclose(smoothed, [25, 15, 10, 10], rtol=1e-12)
+    np.testing.assert_allclose(LabelDensity(bins, [0, 0, 0, 8]).prior(floor=3), np.array([1, 1, 2, 8]) / 12)
+    labels = np.random.default_rng(0).exponential(10, 50_000)
+    labels = labels[labels < 60]
+    fine = LDS(Bins.uniform(0, 60, width=1), scheme="inverse").fit(labels)
+    for coarse in (Bins.from_edges([0, 1, 2, 5, 10, 20, 60]), Bins.quantile([*labels, 0.0, 60.0], 20)):
+        weights = LDS(coarse, kernel=None, scheme="inverse").fit(labels)
+        at = np.array([0.5, 7.0, 15.0])
+        ratio = weights.sample_weight(at) / fine.sample_weight(at)
+        assert ratio.max() / ratio.min() < 2
+        assert weights.sample_weight(at)[2] > 2 * weights.sample_weight(at)[0]
+
+
+def test_a_bin_with_more_than_half_of_the_labels_is_told_once() -> None:
+    heavy = np.random.default_rng(1).lognormal(0, 2, 2000)
+    bins = Bins.uniform(0, float(np.ceil(heavy.max())), count=50)
+    message = r"^LabelDensity\.count: 9\d% of the labels lie in one of 50 bins, from 0 to .* Take the logarithm"
+    for count in (lambda: LabelDensity.count(heavy, bins), lambda: LDS(bins).fit(heavy)):
+        with pytest.warns(DirToolkitWarning, match=message) as seen:
+            count()
+        assert len(seen) == 1
+    grid = Bins.grid(Bins.classes(2), bins)
+    with pytest.warns(DirToolkitWarning, match="of the labels lie in one of 50 bins"):
+        LabelDensity.count(np.stack([heavy > 1, heavy], 1).astype(float), grid)
+    for quiet in (Bins.quantile(heavy, 20), Bins.uniform(0, float(np.ceil(heavy.max())), count=9)):
+        LabelDensity.count(heavy, quiet)
+    LabelDensity.count([0] * 90 + [1] * 10, Bins.classes(12))
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        (DataLoader(TensorDataset(torch.rand(8, 3), torch.rand(8))), "a DataLoader, whose batches hold inputs too"),
+        ((torch.rand(8, 3, 2), torch.rand(8)), r"arrays of shapes \(8, 3, 2\), \(8,\)"),
+        ([[torch.rand(8, 3), torch.rand(8)]], r"arrays of shapes \(8, 3\), \(8,\)"),
+        (((x, y) for x, y in zip(torch.rand(8, 3), torch.rand(8), strict=True)), "arrays together with single numbers"),
+        ([(torch.rand(3), 1.0)], "arrays together with single numbers"),
+    ],
+)
+def test_inputs_are_not_counted_with_labels(labels: Any, got: str) -> None:
+    message = rf"^LabelDensity\.count: labels must be labels alone.* got {got}\. Hand over .*\(y for x, y in loader\)"
+    with pytest.raises(TypeError, match=message):
+        LabelDensity.count(labels, BINS)
+
+
+def test_counts_that_int64_cannot_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match=rf"^LabelDensity: counts must be below 2\^63, got {2**63}\. Hand over floats"):
+        LabelDensity(Bins.classes(2), np.array([2**63, 1], dtype=np.uint64))
 
 
 # ---- weighted ----

@@ -248,15 +248,16 @@ DENSITY = LabelDensity.count(LABELS[:, :2], GRID2)
 @pytest.mark.parametrize(("edges", "mode"), [("reflect", "reflect"), ("mirror", "mirror"), ("zero", "constant")])
 def test_smoothing_is_scipy_s_along_each_axis(edges: Any, mode: str) -> None:
     wide, narrow = gaussian(5, 2), triangular(3)
-    counts = DENSITY.counts.reshape(GRID2.shape).astype(float)
+    widths = GRID2.relative_widths.reshape(GRID2.shape)
+    counts = DENSITY.counts.reshape(GRID2.shape) / widths
     for kernel, windows in ((wide, (wide, wide)), ((wide, narrow), (wide, narrow)), (([1.0], narrow), ([1.0], narrow))):
         expected = counts
         for axis, window in enumerate(windows):
             expected = correlate1d(expected, np.divide(window, np.sum(window)), axis=axis, mode=mode)
         smoothed = DENSITY.smooth(kernel, edges=edges)
-        assert smoothed.counts.tobytes() == expected.tobytes()
+        assert smoothed.counts.tobytes() == (expected * widths).tobytes()
         assert smoothed.bins == GRID2
-    assert DENSITY.smooth(wide).counts.sum() == pytest.approx(400)
+    assert (DENSITY.smooth(wide).counts / widths.ravel()).sum() == pytest.approx(counts.sum())
     assert DENSITY.smooth(np.stack([narrow, narrow])) == DENSITY.smooth(narrow)
 
 
@@ -277,8 +278,8 @@ def test_one_window_smooths_the_continuous_axes_only() -> None:
         assert [of_axis.tolist() for of_axis in windows] == [window.tolist(), [1.0], window.tolist()]
         assert [of_axis.tolist() for of_axis in made(grid, kernel=window).kernels] == [w.tolist() for w in windows]
         assert made(Bins.grid(SEX, Bins.classes(9))).kernels is None
-    shares = LDS(Bins.grid(SEX, Bins.uniform(0, 1, count=10)), scheme="inverse").fit([[0, 0.5]] * 900 + [[1, 0.5]] * 9)
-    assert shares(torch.tensor([[0.0, 0.5], [1.0, 0.5]])).tolist() == pytest.approx([0.505, 50.5], rel=1e-3)
+    shares = LDS(Bins.grid(SEX, Bins.uniform(0, 1, count=10)), scheme="inverse").fit([[0, 0.5]] * 90 + [[1, 0.5]] * 9)
+    assert shares(torch.tensor([[0.0, 0.5], [1.0, 0.5]])).tolist() == pytest.approx([0.55, 5.5], rel=1e-3)
 
 
 def test_one_window_for_a_grid_of_classes_is_refused() -> None:
@@ -319,7 +320,7 @@ def test_windows_are_checked(kernel: Any, message: str) -> None:
 def test_weights_are_those_of_a_naive_loop(order: Any) -> None:
     window = gaussian(3, 1)
     lds = LDS(GRID2, kernel=(window, [1.0]), scheme="sqrt_inverse", order=order).fit(LABELS[:, :2])
-    counts = DENSITY.counts.reshape(GRID2.shape).astype(float)
+    counts = (DENSITY.counts / GRID2.relative_widths).reshape(GRID2.shape)
     before = np.sqrt(counts) if order == "scheme_first" else counts
     smoothed = correlate1d(before, window / window.sum(), axis=0, mode="reflect")
     density = (smoothed if order == "scheme_first" else np.sqrt(smoothed)).ravel()
@@ -345,9 +346,9 @@ def test_state_and_dropped_labels_over_a_grid() -> None:
     other.load_state_dict(lds.state_dict())
     assert torch.equal(other.table, lds.table)
     assert "kernel=[[0.5, 1.0, 0.5], [0.5, 1.0, 0.5]]" in repr(lds)
-    with pytest.raises(CheckpointError, match="the saved weights belong to another label axis, got <BinGrid"):
+    with pytest.raises(CheckpointError, match="the saved weights must be over the same label axis, got <BinGrid"):
         LDS(Bins.grid(POSE, AGE), kernel=triangular(3)).load_state_dict(lds.state_dict())
-    with pytest.raises(CheckpointError, match="the saved weights belong to another label axis"):
+    with pytest.raises(CheckpointError, match="the saved weights must be over the same label axis"):
         LDS(Bins.classes(60)).load_state_dict(lds.state_dict())
     with pytest.raises(ValueError, match="the density must be over the same bins"):
         LDS(GRID2, kernel=None).fit(LabelDensity.count([1], AGE))
