@@ -128,8 +128,12 @@ LOSSES: dict[str, Callable[[], Job]] = {
         lambda: dt.ConRLoss(weights=lds(BINS), omega=1.0),
         lambda m, d: m(SimpleNamespace(prediction=d.pred, features=d.features), d.y, d.w),
     ),
+    "ConRLoss by default": of(
+        lambda: dt.ConRLoss(), lambda m, d: m(SimpleNamespace(prediction=d.pred, features=d.features), d.y)
+    ),
     "conr_loss": alone(lambda d: dt.conr_loss(d.features, d.y, d.pred, d.w, omega=1.0)),
     "crps": alone(lambda d: dt.crps(d.scores, d.y, BINS, d.w)),
+    "crps that drops": alone(lambda d: dt.crps(d.scores, d.y, BINS, d.w, outside="drop")),
     "cross_entropy": alone(lambda d: dt.cross_entropy(d.logits, d.c, d.w, label_smoothing=0.1)),
     "equalization_loss": alone(lambda d: dt.equalization_loss(d.logits, d.c, d.prior, threshold=0.3)),
     "focal_loss": alone(lambda d: dt.focal_loss(d.logits, d.c, d.w, alpha=d.prior)),
