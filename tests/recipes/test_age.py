@@ -538,7 +538,7 @@ def test_settings_reach_the_network() -> None:
 
     assert of("soft", label_sigma=3.5)[0].sigma == 3.5
     assert of("bins", label_sigma=3.5)[0].sigma is None
-    assert of("vanilla", loss="focal-mse")[0].loss.__name__ == "weighted_focal_mse"
+    assert of("vanilla", loss="focal-mse")[0].settings["loss"] == "weighted_focal_mse"
     assert of("fds", fds_momentum=0.25, fds_shrinkage=3.0)[1].extra_repr().count("momentum=0.25") == 1
     assert of("vanilla")[1] is None
 
