@@ -517,7 +517,7 @@ class FDS(Float64Module):
             return features
         if self._row is None:
             if isinstance(features, Tensor) and features.is_floating_point():
-                self._passes.keep(hook, features, None, self._maps)
+                self._passes.keep(hook, features, None, None)
             self._warn_once(
                 "labels",
                 "a training pass ran without labels, so features were neither gathered nor calibrated. "
@@ -526,7 +526,7 @@ class FDS(Float64Module):
             return features
         self._check_features(hook.where, features, self._row)
         if self._by not in (None, hook):
-            self._passes.keep(hook, features, None, self._maps)
+            self._passes.keep(hook, features, None, None)
             self._warn_once(
                 "hooks",
                 "two modules that this FDS is attached to ran within one labels(). The second one's features are "
@@ -540,7 +540,7 @@ class FDS(Float64Module):
             if self._rounds > 1:
                 self._warn_forgotten_end()
         self._gather(features, self._row)
-        self._passes.keep(hook, features, self._row if self.epoch >= self.start_epoch else None, self._maps)
+        self._passes.keep(hook, features, self._row, self._maps if self.epoch >= self.start_epoch else None)
         return self._calibrate(features, self._row)
 
     def _repeat(self, hook: _Hook, features: Tensor, *, must: bool) -> Tensor:
@@ -549,7 +549,7 @@ class FDS(Float64Module):
         if not (isinstance(features, Tensor) and features.is_floating_point()):
             return features
         before = self._passes.find(hook.where, hook, features, self._maps, must=must)
-        if before is None or before.row is None:
+        if before is None or before.row is None or before.maps is None:
             return features
         if before.maps != self._maps:
             raise problem(
@@ -653,10 +653,10 @@ class FDS(Float64Module):
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         saved = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
         expected = {*(name for name, _, _ in self._persistent()), "_extra_state"}
-        if not strict and not expected & saved.keys():
+        if prefix and not expected & saved.keys():  # of a model without FDS, which torch takes unless it is strict
             missing_keys += [prefix + name for name in sorted(expected)]
             return
-        missing, unknown = sorted(expected - saved.keys()), sorted(saved.keys() - expected if strict else ())
+        missing, unknown = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
         if missing or unknown:
             rule = f"the saved state must have the keys {sorted(expected)}"
             raise problem(_LOAD, rule, got=f"missing {missing}, unknown {unknown}", error=CheckpointError)

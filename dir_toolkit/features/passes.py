@@ -24,8 +24,11 @@ class Pass:
     shape: torch.Size
     mark: Tensor
     row: Tensor | None
-    maps: int
-    """Which maps were in force."""
+    maps: int | None
+    """Which maps carried the features; None if they passed untouched."""
+    repeated: bool = False
+    over: bool = False
+    """Whether backward had come to it before a later forward, so that others are more likely to be repeated."""
 
 
 class Passes:
@@ -38,10 +41,12 @@ class Passes:
     def __init__(self) -> None:
         self._kept: list[Pass] = []
 
-    def keep(self, hook: object, features: Tensor, row: Tensor | None, maps: int) -> None:
+    def keep(self, hook: object, features: Tensor, row: Tensor | None, maps: int | None) -> None:
         """Note a forward, if a checkpoint may be around it."""
         if not _may_be_repeated() or torch._C._functorch.is_functorch_wrapped_tensor(features):
             return
+        for kept in self._kept:
+            kept.over = kept.repeated
         self._kept.append(Pass(hook, features.shape, _mark(features), row, maps))
         numbers = 0
         for first in range(len(self._kept) - 1, -1, -1):
@@ -52,8 +57,7 @@ class Passes:
                 break
 
     def find(self, where: str, hook: object, features: Tensor, maps: int, *, must: bool) -> Pass | None:
-        """The forward that is being repeated, one under the present maps if there is any. This waits for an
-        accelerator.
+        """The forward that is being repeated. This waits for an accelerator.
 
         Raises:
             UsageError: it ``must`` be known and is not, or two forwards of equal features had other labels.
@@ -61,7 +65,6 @@ class Passes:
         mark = _mark(features)
         same = [kept for kept in self._kept if kept.hook is hook and kept.shape == features.shape]
         same = [kept for kept in same if kept.mark.device == mark.device and kept.mark.dtype == mark.dtype]
-        same = [kept for kept in same if kept.maps == maps] or same
         if same and not mark.numel():
             return same[-1]
         if same:
@@ -73,8 +76,11 @@ class Passes:
             least = min(aways)
             if least == 0 or least <= _ALIKE * scale:
                 near = [kept for kept, far in zip(same, aways, strict=True) if far <= _APART * least]
-                broken, stale = scale - scale != 0, near[-1].maps != maps  # no gradient is right, or will be taken
-                if broken or stale or all(_equal(kept.row, near[0].row) for kept in near):
+                near = [kept for kept in near if not kept.over] or near
+                near = [kept for kept in near if kept.maps in (None, maps)] or near
+                broken = scale - scale != 0  # so that no gradient can be right
+                if broken or all(_equal(kept.row, near[0].row) for kept in near):
+                    near[-1].repeated = True
                     return near[-1]
                 raise problem(
                     where,
