@@ -252,7 +252,7 @@ class BatchMCLoss(_BalancedMSE):
         ranks = self.training and dist.is_available() and dist.is_initialized()
         found = (_NOISE * spread_of(labels, weight, ranks=ranks)).to(self.unit.dtype)
         unit = torch.where(self.unit.isnan(), found, self.unit)
-        if self.training and not is_functorch_wrapped_tensor(unit):
+        if self.training and (torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(unit)):
             self.unit.copy_(unit)
             self._unit_known = (ranks or readable(self.unit)) and not bool(self.unit.isnan())
         return unit.nan_to_num(1.0)

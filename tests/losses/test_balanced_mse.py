@@ -806,3 +806,13 @@ def test_two_processes_start_from_the_spread_of_all_labels(two_ranks: Callable[.
     expected = (0.1 * samples("batch", 20)[1].std(correction=0)).float()
     for noise_sigma in two_ranks(rank_with_its_own_labels):
         assert_close(noise_sigma, expected)
+
+
+def test_a_compiled_loss_takes_its_noise_from_the_first_batch_too() -> None:
+    pred, target, _ = (x.float() for x in samples("batch"))
+    loss = BatchMCLoss()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    assert_close(compiled(pred, target), BatchMCLoss()(pred, target))
+    assert_close(loss.noise_sigma.detach(), 0.1 * target.std(correction=0))
+    compiled(pred, 100 * target)
+    assert_close(loss.noise_sigma.detach(), 0.1 * target.std(correction=0))
