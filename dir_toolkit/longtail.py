@@ -827,6 +827,8 @@ class LongTailModel(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
     ) -> None:
+        if self.weights is not None and f"{prefix}weights._extra_state" in state_dict:
+            self.weights._checked_state(state_dict[f"{prefix}weights._extra_state"])
         if f"{prefix}_extra_state" in state_dict:
             assign = local_metadata.get("assign_to_params_buffers", False)
             self._take_up(state_dict[f"{prefix}_extra_state"], assign)

@@ -1228,7 +1228,7 @@ def test_a_state_of_another_axis_or_without_statistics_is_refused() -> None:
 def test_a_state_holds_tensors_alone_and_averages_like_one() -> None:
     x, y = batch(40)
     for options in ({}, {"head": "gaussian"}, {"prior": "uniform"}):
-        model = ages(**options)
+        model = ages(**options, weights=LDS(AGES).fit(AGE_DENSITY), fds=FDS(AGES, 6))
         before = model.state_dict()
         assert all(isinstance(value, Tensor) for value in before.values())
         model(x, y).loss.backward()
@@ -1236,6 +1236,14 @@ def test_a_state_holds_tensors_alone_and_averages_like_one() -> None:
 
 
 def test_a_refused_state_changes_nothing() -> None:
+    weighted = ages(weights=LDS(AGES).fit(AGE_DENSITY))
+    held = {name: value.clone() for name, value in weighted.state_dict().items()}
+    inverse = seeded(lambda: LongTailModel(net(), 6, AGES, weights=LDS(AGES, scheme="inverse").fit(AGE_DENSITY)), 3)
+    with pytest.raises(CheckpointError, match="the saved weights must be of the same settings"):
+        weighted.load_state_dict(inverse.state_dict())
+    after = weighted.state_dict()
+    assert all(torch.equal(value.nan_to_num(-1), held[name].nan_to_num(-1)) for name, value in after.items())
+
     model = ages(head="gaussian")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     other = seeded(lambda: LongTailModel(net(), 6, Bins.uniform(0, 40, width=2), head="gaussian"), 3)
