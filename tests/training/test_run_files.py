@@ -333,8 +333,10 @@ def test_sgd_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_model_as_it_was_left_may_go_on(tmp_path: Path) -> None:
-    """As in a notebook, where nobody makes it anew."""
-    model = Tiny()
+    """As in a notebook, where nobody makes it anew, nor its FDS."""
+    model, fds = Tiny(), FDS(BINS, num_features=4)
+    fds.attach(model.head, "input")
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, stop=STOP + 1, model=model, fds=None)
-    train(tmp_path, resume=True, model=model, fds=None)
+        train(tmp_path, stop=STOP + 1, model=model, fds=fds)
+    assert fds.running_count.sum() > 0
+    train(tmp_path, resume=True, model=model, fds=fds)
