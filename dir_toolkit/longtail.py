@@ -194,6 +194,7 @@ class LongTailModel(nn.Module):
 
     fds: FDS | None
     weights: LDS | None
+    _told_crowded = False
     offset: Tensor
     scale: Tensor
     loss_offset: Tensor
@@ -699,6 +700,7 @@ class LongTailModel(nn.Module):
             axis = f"an axis of {reach} bins" if in_bins else f"an axis {reach:g} long"
             warn(where, f"{told} spreads each label over most of {axis}. Pass a smaller one.")
         elif self.density is not None and sigma > (middle := self._middle_half(in_bins)) / 1.35:
+            self._told_crowded = True
             warn(
                 where,
                 f"{told} spreads each label wider than the middle half of all labels lies, {middle:.3g} of {reach:g}. "
@@ -822,7 +824,9 @@ class LongTailModel(nn.Module):
         return pack({"bins": self.bins.settings, "fds": None if self.fds is None else dict(self.fds.state_dict())})
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Taken up by ``_load_from_state_dict``, before anything of the model changes."""
+        """``load_state_dict`` has taken it up before anything of the model changed; others hand over nothing else."""
+        if self.__dict__.pop("_taken_up", None) is not state:
+            self._take_up(state, assign=False)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
@@ -832,6 +836,7 @@ class LongTailModel(nn.Module):
         if f"{prefix}_extra_state" in state_dict:
             assign = local_metadata.get("assign_to_params_buffers", False)
             self._take_up(state_dict[f"{prefix}_extra_state"], assign)
+            self.__dict__["_taken_up"] = state_dict[f"{prefix}_extra_state"]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def _take_up(self, packed: Any, assign: bool) -> None:

@@ -134,16 +134,12 @@ class _LongTailEstimator(BaseEstimator):
         counts = np.bincount(bins.index(labels[own]), weights=weight[own], minlength=len(bins))
         density = LabelDensity(bins, counts)
         density = density if kernel is None else density.smooth(kernel)
-        seen, least = density.counts, np.ones(len(bins))
+        if self._has_bins:  # as a prior takes them, which would warn of bins that the held-out rows left empty
+            density = LabelDensity(bins, np.maximum(density.counts, 1.0))
+        lds = None
         if self.weights is not None:
-            lds = LDS(bins, kernel=None, scheme=self.weights).fit(density)
+            lds = LDS(bins, kernel=None, scheme=self.weights).fit(density)  # which is smooth already
             weight = weight * lds.sample_weight(labels)
-            of_bin = lds.sample_weight(bins.centers)
-            seen, least = seen * of_bin, np.minimum(of_bin, 1)  # the weights, too, are a part of the training prior
-        if self._has_bins:  # bins that the held-out rows left empty are taken to have one label
-            seen = np.maximum(seen, least)
-            seen = seen / min(seen.min(), 1)  # a prior takes less than one for empty
-        density = LabelDensity(bins, seen)
 
         def tensors(part: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
             x, y, w = (torch.from_numpy(values[part]).to(runtime.device) for values in (scaled, labels, weight))
@@ -160,6 +156,7 @@ class _LongTailEstimator(BaseEstimator):
                     density=density,
                     head=self.head,
                     loss=self.loss,
+                    weights=lds,  # a part of the prior, though the loss is given them together with those of rows
                     adjust=self.adjust if self._has_bins else "after",
                     prior_kernel=None,  # the density is smooth already
                     **prior,
@@ -224,7 +221,9 @@ class _LongTailEstimator(BaseEstimator):
         self.best_epoch_, best, kept = how.epochs, math.inf, None
         for epoch in range(1, how.epochs + 1):
             total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-            order = torch.randperm(len(train[0]), generator=runtime.generator("order", epoch)).to(runtime.device)
+            order = torch.randperm(len(train[0]), generator=runtime.generator("order", epoch), device="cpu").to(
+                runtime.device
+            )
             for batch in order.split(how.batch_size):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(how, step, steps)
@@ -278,24 +277,32 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
 
     The default scores the bins of a label axis, is trained on labels spread over neighbouring bins, and is adjusted
     after training towards rare labels, as far as a share of the rows, held out, finds best. Columns are standardized
-    inside. Rows are held out evenly along the sorted labels.
+    inside, and cut off far from all that the rows to train on hold there; a column that is constant in these counts for
+    nothing. Rows are held out evenly along the sorted labels; those unlike all that is trained on judge nothing.
+
+    Labels that spread over orders of magnitude, such as prices, are best learnt by their logarithm:
+    ``TransformedTargetRegressor(LongTailRegressor(), func=numpy.log1p, inverse_func=numpy.expm1)``. A warning tells
+    where most labels crowd in a few bins, where the best epoch is one of the first three, where few rows choose tau,
+    and where held-out rows are met no better than by one number for all.
 
     Args:
         hidden: widths of the hidden layers; ``()`` makes a linear model.
-        bins: the label axis, which must hold all labels; None makes one from the least label to the largest.
-        num_bins: of the axis that is made. Where labels are whole numbers, and 8 or more from the least to the
-            largest, bins are a whole number wide, and may be fewer.
+        bins: the label axis, which must hold all labels; None makes one that begins half a bin below the least label
+            and ends half a bin or more beyond the largest, so that the least label is the middle of its bin.
+        num_bins: of the axis that is made. Where labels are multiples of one step, as whole numbers are, and 8 or more
+            from the least to the largest, each bin holds an odd number of them, and there may be fewer bins or more.
         head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"regression"``, one number; or
             ``"gaussian"``, mean and variance.
         loss, sigma, decode: as in :class:`dir_toolkit.LongTailModel`.
         weights: the scheme of :class:`dir_toolkit.LDS` by which the smoothed density of labels weighs the loss:
             ``"sqrt_inverse"``, ``"inverse"``, ``"effective_number"`` or ``"dense"``. None weighs all labels alike.
+            Weights are a part of the prior that ``tau`` starts from, so that with any of them 1 means even labels.
         tau: how far to go towards rare labels: 0 keeps the training prior, 1 goes all the way to even labels;
             ``"auto"`` takes what errs least on the held-out rows by bMAE, the mean of the bins' mean absolute errors.
             Heads without bins have nothing to adjust.
         adjust: ``"after"`` training, or ``"in_loss"``, which needs a number as ``tau``.
         epochs: most passes over the rows.
-        batch_size: rows a step.
+        batch_size: rows per step.
         lr: highest learning rate of AdamW; it rises over the first twentieth of all steps and falls as a cosine.
         weight_decay: pull of weight matrices towards zero.
         validation_fraction: share of the rows held out, in (0, 0.5]; none are with ``patience=None`` and a number as
@@ -305,19 +312,19 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         random_state: decides which rows are held out, the first weights and the order of rows.
         device: to train on: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, CUDA where there is any. Predictions
             are made on the CPU.
-        verbose: print a line an epoch.
+        verbose: print a line per epoch.
     Attributes:
         bins_: the label axis.
         model_: the :class:`dir_toolkit.LongTailModel` in float64, over standardized columns. ``model_.set_prior`` turns
             predictions to any other prior.
-        scaler_: what standardizes the columns.
+        column_limits_: (2, columns), where columns are cut off. scaler_: what standardizes them then.
         tau_: the strength of the adjustment; None without bins.
         tau_choice_: the :class:`dir_toolkit.TauChoice` that ``"auto"`` made, with its curve; else None.
-        history_: a row an epoch: ``epoch``, ``loss`` and, with held-out rows, ``val_loss``.
+        history_: a row per epoch: ``epoch``, ``loss`` and, with held-out rows, ``val_loss``.
         best_epoch_: of the weights.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
     Shape:
-        X: (N, columns). y, sample_weight: (N,), one label a row.
+        X: (N, columns). y, sample_weight: (N,), one label per row.
     Units:
         those of the labels.
     Raises:
@@ -387,8 +394,10 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         X, y, weight = self._checked(X, y, sample_weight, y_numeric=True)
         labels = labels_array(self._where, y, "y").astype(np.float64)
         self.bins_ = self._axis(labels)
-        self._crowded = self._has_bins and _warned_of_crowding(self._where, labels, self.bins_)
         self._fit(X, labels, weight, self.bins_, sigma=self.sigma, decode=self.decode)
+        crowding = "" if self.model_._told_crowded or not self._has_bins else _crowding(labels, self.bins_)
+        if crowding:
+            warn(self._where, crowding)
         return self
 
     def _axis(self, labels: np.ndarray) -> Bins:
@@ -418,7 +427,7 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         return self.model_.choose_tau(self._read(scaled, lambda out: out.scores), labels)
 
     def _compare(self, scaled: np.ndarray, held: np.ndarray, own: np.ndarray) -> None:
-        if len(held) < _FEWEST_TO_CHOOSE_FROM or self._crowded:
+        if len(held) < _FEWEST_TO_CHOOSE_FROM or _crowding(own, self.bins_):
             return
         row = self.bins_.index(held)
         alike = 1 / np.bincount(row)[row]  # each bin counts alike, as where rare labels are what matters
@@ -457,13 +466,14 @@ class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
     """A classifier for long-tailed classes, as scikit-learn wants one.
 
     The default is trained by the logit-adjusted loss, so that it predicts as if all classes were equally frequent.
-    Columns are standardized inside. Rows are held out in proportion to the classes, of each of which at least one is
-    left to train on.
+    Columns are standardized and cut off inside as by :class:`LongTailRegressor`. Rows are held out in proportion to the
+    classes, of each of which at least one is left to train on.
 
     Args:
         head: ``"linear"``, ``"cosine"`` or ``"affinity"``.
         loss: as in :class:`dir_toolkit.LongTailModel`.
-        weights: the scheme of :class:`dir_toolkit.LDS` by which the classes' counts weigh the loss, None for none.
+        weights: the scheme of :class:`dir_toolkit.LDS` by which the classes' counts weigh the loss, None for none; a
+            part of the prior that ``tau`` starts from.
         tau: how far to go towards rare classes: 0 keeps the training prior, 1 goes all the way to even classes;
             ``"auto"`` takes what has the least balanced error on the held-out rows, which needs ``adjust="after"``.
         adjust: ``"in_loss"``, or ``"after"`` training. Affinities need the latter, unless ``loss="cross_entropy"``.
@@ -471,10 +481,10 @@ class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
             in :class:`LongTailRegressor`.
     Attributes:
         classes_: in order.
-        model_, scaler_, tau_, tau_choice_, history_, best_epoch_, n_features_in_, feature_names_in_: as in
-            :class:`LongTailRegressor`.
+        model_, column_limits_, scaler_, tau_, tau_choice_, history_, best_epoch_, n_features_in_, feature_names_in_: as
+            in :class:`LongTailRegressor`.
     Shape:
-        X: (N, columns). y, sample_weight: (N,), one class a row, of numbers or strings.
+        X: (N, columns). y, sample_weight: (N,), one class per row, of numbers or strings.
     Raises:
         ValueError: X or y hold NaN or infinity, labels are of one class, of one row or continuous, or y has several
         columns; a setting is unknown or out of range. TypeError: a setting is of another kind. NonFiniteLossError:
@@ -533,8 +543,9 @@ class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
         return self
 
     def _choose_tau(self, scaled: np.ndarray, labels: Tensor) -> TauChoice:
-        assert self.model_.density is not None
-        return choose_tau(self._read(scaled, _log_shares), labels, class_prior(self.model_.density))
+        density = self.model_.density
+        assert density is not None
+        return choose_tau(self._read(scaled, _log_shares), labels, class_prior(density, weights=self.model_.weights))
 
     def predict(self, X: Any) -> np.ndarray:
         """The class of each row, (N,)."""
@@ -551,20 +562,20 @@ class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
         return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores
 
 
-def _warned_of_crowding(where: str, labels: np.ndarray, bins: Bins) -> bool:
-    """Whether more than half of the labels, not all alike, share one bin of many; says so."""
+def _crowding(labels: np.ndarray, bins: Bins) -> str:
+    """What there is to say of labels more than half of which, not all alike, share one bin of many; else nothing."""
     index = bins.index(labels)
     fullest = np.bincount(index).argmax()
     inside = labels[index == fullest]
     share = len(inside) / len(labels)
     if len(bins) < _FEWEST_TO_CROWD or share <= 0.5 or np.ptp(inside) == 0:
-        return False
+        return ""
     low, high = bins.edges[fullest : fullest + 2]
-    message = f"{share:.0%} of the labels lie in one of {len(bins)} bins, from {low:.4g} to {high:.4g}, where they are "
-    message += "hardly told apart. Train on their logarithm, by scikit-learn's TransformedTargetRegressor(regressor, "
-    message += "func=numpy.log1p, inverse_func=numpy.expm1), pass narrower bins there, or look for mistyped labels."
-    warn(where, message)
-    return True
+    return (
+        f"{share:.0%} of the labels lie in one of {len(bins)} bins, from {low:.4g} to {high:.4g}, where they are "
+        "hardly told apart. Train on their logarithm, by scikit-learn's TransformedTargetRegressor(regressor, "
+        "func=numpy.log1p, inverse_func=numpy.expm1), pass narrower bins there, or look for mistyped labels."
+    )
 
 
 def _step(labels: np.ndarray) -> float:
@@ -598,7 +609,6 @@ def _unlike(scaled: np.ndarray, own: np.ndarray, held: np.ndarray) -> np.ndarray
 
 
 def _shares(output: LongTailOutput) -> Tensor:
-    assert output.distribution is not None
     return output.distribution
 
 
