@@ -129,7 +129,7 @@ def density(last: int) -> dt.LabelDensity:
         ("loss", functools.partial(dt.weighted_l1), functools.partial(dt.weighted_mse), r"loss\.calls was"),
         ("loss", OwnLoss(1.0), OwnLoss(2.0), r"loss\.children\.inner\.beta was 1\.0 and is 2\.0"),
         ("loss", scaled(1.0), scaled(2.0), r"loss\.takes\.factor was 1\.0 and is 2\.0"),
-        ("weights", dt.LDS(BINS).fit(density(1)), dt.LDS(BINS).fit(density(2)), r"weights\.\S*table"),
+        ("weights", dt.LDS(BINS).fit(density(1)), dt.LDS(BINS).fit(density(2)), r"weights\.weights was"),
         ("weights", dt.LDS(BINS).fit(density(1)), None, "weights was .* and is None"),
         ("weights_from", 0, 1, "weights_from was 0 and is 1"),
         ("augmentation", True, False, "augmentation was True and is False"),
