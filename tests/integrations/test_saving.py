@@ -41,6 +41,7 @@ def model(kind: str, seed: int = 0) -> dt.LongTailModel:
         "default": lambda: {"prior": "uniform", "tau": 0.5},
         "fds": lambda: {"fds": dt.FDS(BINS, 8), "prior": "uniform"},
         "fds, low rank": lambda: {"fds": dt.FDS(BINS, 8, covariance="low_rank", rank=2)},
+        "weights": lambda: {"weights": dt.LDS(BINS).fit(y), "residual": True, "decode": "expectation"},
         "balanced": lambda: {"head": "regression", "loss": "balanced_mse"},
         "gaussian": lambda: {"head": "gaussian"},
         "affinity": lambda: {"head": "affinity", "loss": "crps"},
@@ -53,7 +54,7 @@ def model(kind: str, seed: int = 0) -> dt.LongTailModel:
         return dt.LongTailModel(backbone, 8, bins, density=density, **options[kind]())
 
 
-KINDS = ["default", "fds", "fds, low rank", "balanced", "gaussian", "affinity", "classes"]
+KINDS = ["default", "fds", "fds, low rank", "weights", "balanced", "gaussian", "affinity", "classes"]
 
 
 def labels_of(net: dt.LongTailModel) -> Tensor:
@@ -132,6 +133,8 @@ def parts() -> dict[str, Callable[[], nn.Module]]:
     _, y = data()
     density = dt.LabelDensity.count(y, BINS)
     return {
+        "LDS": lambda: dt.LDS(BINS).fit(y),
+        "LDS, inverse": lambda: dt.LDS(BINS, scheme="inverse", clip=(1, 5), outside="clip").fit(y),
         "LinearHead": lambda: dt.LinearHead(8, 30),
         "CosineHead": lambda: dt.CosineHead(8, 30),
         "AffinityHead": lambda: dt.AffinityHead(8, 4),
