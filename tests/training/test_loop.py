@@ -752,7 +752,7 @@ def test_a_run_is_resumed_with_its_own_sampler_only(tmp_path: Path) -> None:
     how = Optimization(epochs=1, batch_size=BATCH)
     classify(tmp_path, optimization=how)
     for other in (BinSampler(labels, CLASSES, q=0.5, num_samples=40, seed=8), None):
-        with pytest.raises(CheckpointError, match=r"sampler was '.*seed=7.*' and is ('.*seed=8|None)"):
+        with pytest.raises(CheckpointError, match=r"sampler(\.seed was 7 and is 8| was .* and is None)"):
             classify(tmp_path, optimization=how, resume=True, sampler=other)
     with pytest.raises(CheckpointError, match="weights_from was 1 and is 2"):
         classify(tmp_path, optimization=how, resume=True, weights_from=2)
