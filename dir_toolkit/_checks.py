@@ -50,7 +50,7 @@ def problem(
     return _OURS.get(error, error)(sentence)
 
 
-def told(x: float) -> str:
+def digits(x: float) -> str:
     """A number for a sentence: six digits where they are the number itself, else all, so that two never look alike."""
     x = float(x)
     return short if float(short := f"{x:g}") == x or x != x else repr(x).removesuffix(".0")
@@ -61,14 +61,15 @@ def warn(where: str, message: str) -> None:
     warnings.warn(f"{where}: {message}", DirToolkitWarning, stacklevel=3)
 
 
-def plain(tensor: Tensor) -> bool:
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one that the transforms of ``torch.func`` hand around."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def keepable(tensor: Tensor) -> bool:
     """Whether a tensor may be kept: no subclass (as fake and distributed ones are), none that functorch wraps, none of
     inference mode, which training could not use."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not tensor.is_inference()
-    )
+    return type(tensor) in (Tensor, nn.Parameter) and not is_wrapped(tensor) and not tensor.is_inference()
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -238,7 +239,7 @@ def not_negative(where: str, **tensors: Tensor) -> None:
     for name, value in tensors.items():
         value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
         if value.dtype.is_signed and readable(value) and bool((value < 0).any()):
-            raise problem(where, f"{name} must not be negative", got=f"a minimum of {told(value.min().item())}")
+            raise problem(where, f"{name} must not be negative", got=f"a minimum of {digits(value.min().item())}")
 
 
 def distributions(where: str, *, zeros: bool = False, **values: Tensor) -> None:
@@ -273,7 +274,7 @@ def prior_shares(where: str, name: str, prior: Tensor, *, zeros: bool = False) -
         rule = f"{name} must not be negative" if zeros else f"{name} must be positive"
         raise problem(where, rule, got=f"{prior[first].item():g} for class {first}", fix=fix)
     if abs((total := prior.sum(dtype=torch.float64).item()) - 1) > 1e-4:
-        raise problem(where, f"{name} must sum to one", got=f"a sum of {told(total)}", fix=fix)
+        raise problem(where, f"{name} must sum to one", got=f"a sum of {digits(total)}", fix=fix)
 
 
 def number(
@@ -297,8 +298,8 @@ def number(
     below = x <= low if open_low else x < low
     above = x >= high if open_high else x > high
     if not math.isfinite(x) or below or above:
-        left = "" if low == -math.inf else f" {'>' if open_low else '>='} {told(low)}"
-        right = "" if high == math.inf else f" {'<' if open_high else '<='} {told(high)}"
+        left = "" if low == -math.inf else f" {'>' if open_low else '>='} {digits(low)}"
+        right = "" if high == math.inf else f" {'<' if open_high else '<='} {digits(high)}"
         rule = " and".join(part for part in (left, right) if part) or " finite"
         raise problem(where, f"{name} must be{rule}", got=repr(value))
     least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -344,7 +345,7 @@ def one_of(where: str, name: str, value: object, allowed: Collection[str]) -> No
 
 def interval(where: str, name: str, value: object, *, low: float = 0.0) -> tuple[float, float]:
     """A pair ``(a, b)`` with ``low <= a < b``."""
-    rule = f"{name} must be a pair (low, high) with {told(low)} <= low < high"
+    rule = f"{name} must be a pair (low, high) with {digits(low)} <= low < high"
     try:
         pair: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -194,7 +194,7 @@ class LongTailModel(nn.Module):
 
     fds: FDS | None
     weights: LDS | None
-    _told_crowded = False
+    _warned_crowded = False
     offset: Tensor
     scale: Tensor
     loss_offset: Tensor
@@ -248,7 +248,7 @@ class LongTailModel(nn.Module):
         self._kind = head if head in ("regression", "gaussian") else "classes" if bins.categorical else "bins"
         self._has_bins = self._kind in ("classes", "bins")
         self._refuse_options(where, sigma, prior, tau, temperature, decode, residual)
-        self._told: dict[str, Any] = {"head": head, "sigma": sigma}  # as given
+        self._given: dict[str, Any] = {"head": head, "sigma": sigma}  # as given
         median, self._spread = (0.0, 1.0) if bins.categorical else self._spread_of_labels()
         self.decoding: Decoding = decode or ("median" if self._kind == "bins" else "mode")
         if isinstance(prior_kernel, str):
@@ -263,7 +263,7 @@ class LongTailModel(nn.Module):
         self.loss = self._make_loss(where, loss)
         self.sigma = self._checked_sigma(where, sigma)
 
-        self._told_unseen = False
+        self._warned_unseen = False
         self._prior: dict[str, Any] = {"prior": prior, "tau": tau, "temperature": temperature}
         if self._has_bins:
             self._start_prior(where, prior, tau, temperature)
@@ -700,7 +700,7 @@ class LongTailModel(nn.Module):
             axis = f"an axis of {reach} bins" if in_bins else f"an axis {reach:g} long"
             warn(where, f"{told} spreads each label over most of {axis}. Pass a smaller one.")
         elif self.density is not None and sigma > (middle := self._middle_half(in_bins)) / 1.35:
-            self._told_crowded = True
+            self._warned_crowded = True
             warn(
                 where,
                 f"{told} spreads each label wider than the middle half of all labels lies, {middle:.3g} of {reach:g}. "
@@ -725,7 +725,7 @@ class LongTailModel(nn.Module):
             "bins": ("cross_entropy", *_BIN_LOSSES),
             "classes": ("affinity_loss", "cross_entropy") if self._by_affinity else ("cross_entropy",),
         }[self._kind]
-        loss = self._told["loss"] = names[0] if loss is None else loss
+        loss = self._given["loss"] = names[0] if loss is None else loss
         if isinstance(loss, str):
             one_of(where, "loss", loss, names)
         elif not callable(loss):
@@ -766,8 +766,8 @@ class LongTailModel(nn.Module):
     def _training_prior(self, where: str, kernel: Window | None) -> Tensor:
         counts = self._needed_density(where, "a prior", kernel).counts
         unseen = int((counts == 0).sum())
-        if unseen and not self._told_unseen:
-            self._told_unseen = True
+        if unseen and not self._warned_unseen:
+            self._warned_unseen = True
             warn(where, f"no label in or near {unseen} of {len(self.bins)} bins; the prior takes each to have one.")
         one_each = self._weighted(LabelDensity(self.bins, np.ones(len(self.bins))))
         return torch.from_numpy(to_shares(np.maximum(counts, one_each.counts)))
@@ -856,14 +856,14 @@ class LongTailModel(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """What the model was made with, but for its backbone, and the prior that it predicts under now."""
-        head, loss = self._told["head"], self._told["loss"]
+        head, loss = self._given["head"], self._given["loss"]
         return {
             "num_features": self.num_features,
             "bins": self.bins,
             "density": None if self.density is None else self.density.counts,
             "head": head if isinstance(head, str) else self.head,
             "loss": loss if isinstance(loss, str) else self.loss,
-            "sigma": self._told["sigma"],
+            "sigma": self._given["sigma"],
             "label_kernel": self.label_kernel,
             "fds": self.fds,
             "weights": self.weights,

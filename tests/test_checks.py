@@ -233,15 +233,15 @@ def test_values_are_looked_at_only_where_that_costs_nothing_and_breaks_nothing()
     assert torch.compile(lambda y: y + _checks.readable(y), fullgraph=True, backend="eager")(x).tolist() == [1, 1]
 
 
-def test_what_may_be_kept_is_plain() -> None:
+def test_what_is_keepable() -> None:
     kept = []
-    assert _checks.plain(torch.ones(2))
-    assert _checks.plain(torch.nn.Parameter(torch.ones(2)))
+    assert _checks.keepable(torch.ones(2))
+    assert _checks.keepable(torch.nn.Parameter(torch.ones(2)))
     with torch.inference_mode():
-        kept.append(_checks.plain(torch.ones(2)))
+        kept.append(_checks.keepable(torch.ones(2)))
     with FakeTensorMode():
-        kept.append(_checks.plain(torch.ones(2)))
-    torch.func.grad(lambda y: (kept.append(_checks.plain(y)), y.sum())[1])(torch.ones(2))
+        kept.append(_checks.keepable(torch.ones(2)))
+    torch.func.grad(lambda y: (kept.append(_checks.keepable(y)), y.sum())[1])(torch.ones(2))
     assert kept == [False] * 3
 
 

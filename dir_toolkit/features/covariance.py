@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._checks import plain, problem
+from .._checks import keepable, problem
 from .._memory import free_memory
 from .._ranks import is_parallel, reduce_device
 from .calibration import Map, covariance_map, diagonal_map
@@ -135,7 +135,7 @@ class BinCovariance(Float64Module, ABC):
             return self._cast[dtype]
         with torch.inference_mode(False):
             tables = [getattr(self, name).to(dtype) for name in names]
-        if all(map(plain, tables)):
+        if all(map(keepable, tables)):
             self._cast[dtype] = tables
         return tables
 

@@ -15,6 +15,7 @@ from .._checks import (
     instance,
     interval,
     is_tensor,
+    is_wrapped,
     keys,
     label_problem,
     length,
@@ -438,7 +439,7 @@ class FDS(Float64Module):
             raise problem(where, "features must be one tensor of floats", got=got, error=TypeError)
         is_tensor(where, features=features)
         _refuse_without_float64(where, features.device)
-        if torch._C._functorch.is_functorch_wrapped_tensor(features):
+        if is_wrapped(features):
             raise problem(
                 where,
                 "features must not be under a transform of torch.func, since statistics are kept",

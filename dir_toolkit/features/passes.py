@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import problem, wide_dtype
+from .._checks import is_wrapped, problem, wide_dtype
 
 __all__ = ["Pass", "Passes", "in_backward"]
 
@@ -43,7 +43,7 @@ class Passes:
 
     def keep(self, hook: object, features: Tensor, row: Tensor | None, maps: int | None) -> None:
         """Note a forward, if a checkpoint may be around it."""
-        if not _may_be_repeated() or torch._C._functorch.is_functorch_wrapped_tensor(features):
+        if not _may_be_repeated() or is_wrapped(features):
             return
         for kept in self._kept:
             kept.over = kept.repeated

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    digits,
     finite,
     instance,
     is_tensor,
@@ -19,10 +20,9 @@ from .._checks import (
     readable,
     real,
     same_device,
-    told,
 )
 from ..errors import ShapeError
-from ..labels.bins import Bins, taken
+from ..labels.bins import Bins, lookup
 from ..labels.soft_labels import limits
 
 __all__ = ["Decoding", "decode", "interval", "quantiles"]
@@ -57,7 +57,7 @@ def decode(probabilities: Tensor, bins: Bins, how: Decoding = "expectation") -> 
     probabilities = _checked(where, probabilities, bins, order_for="" if how == "mode" else f"how={how!r}")
     if how == "mode":
         index = probabilities.argmax(-1)
-        return index if bins.categorical else taken(bins._tensor("centers", probabilities), index)
+        return index if bins.categorical else lookup(bins._tensor("centers", probabilities), index)
     if how == "median":
         return _quantiles(probabilities, bins, _levels(where, 0.5, probabilities)).squeeze(-1)
     # Not a matrix product, which autocast would take in half precision.
@@ -154,5 +154,5 @@ def _levels(where: str, levels: float | Sequence[float] | np.ndarray | Tensor, l
         finite(where, levels=levels)
         outside = (levels <= 0) | (levels >= 1)
         if bool(outside.any()):
-            raise problem(where, rule, got=told(levels[outside].flatten()[0].item()))
+            raise problem(where, rule, got=digits(levels[outside].flatten()[0].item()))
     return levels.detach().to(like.dtype).reshape(-1)

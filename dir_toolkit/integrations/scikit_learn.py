@@ -395,7 +395,7 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         labels = labels_array(self._where, y, "y").astype(np.float64)
         self.bins_ = self._axis(labels)
         self._fit(X, labels, weight, self.bins_, sigma=self.sigma, decode=self.decode)
-        crowding = "" if self.model_._told_crowded or not self._has_bins else _crowding(labels, self.bins_)
+        crowding = "" if self.model_._warned_crowded or not self._has_bins else _crowding(labels, self.bins_)
         if crowding:
             warn(self._where, crowding)
         return self

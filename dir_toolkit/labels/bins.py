@@ -16,11 +16,13 @@ from torch import Tensor
 
 from .._checks import (
     MOST_BINS,
+    digits,
     distributions,
     floats,
     has_values,
     instance,
     is_tensor,
+    keepable,
     keys,
     label_problem,
     labels_array,
@@ -30,13 +32,11 @@ from .._checks import (
     number,
     on_one_device,
     one_of,
-    plain,
     problem,
     readable,
     real,
     scalar,
     strict_fake_mode,
-    told,
     warn,
     wide_dtype,
 )
@@ -157,7 +157,7 @@ class Bins(LabelAxes):
         if (kept := self._tensors.get(key)) is None or strict_fake_mode():
             with torch.inference_mode(False):
                 kept = torch.from_numpy(getattr(self, name).copy()).to(like.dtype).to(like.device)
-            if plain(kept):
+            if keepable(kept):
                 self._tensors[key] = kept
         return kept
 
@@ -214,7 +214,7 @@ class Bins(LabelAxes):
             if number_of_bins > MOST_BINS:
                 raise problem(where, f"at most {MOST_BINS:,} bins", got=f"{number_of_bins:,}", fix="Widen them.")
             if start + number_of_bins * step != end:
-                got, fix = f"{width} in {told(float(end - start))}", _dividing(low, high, step)
+                got, fix = f"{width} in {digits(float(end - start))}", _dividing(low, high, step)
                 raise problem(where, "width must divide high - low", got=got, fix=fix)
         else:
             number_of_bins = length(where, "count", count, most=MOST_BINS)
@@ -251,7 +251,7 @@ class Bins(LabelAxes):
             raise label_problem(where, "labels must be finite", got=f"{array[at]} at index [{at}]")
         edges = np.unique(np.quantile(array, np.linspace(0, 1, n + 1)))
         if len(edges) < 2:
-            raise problem(where, "labels must hold at least two different values", got=f"only {told(edges[0])}")
+            raise problem(where, "labels must hold at least two different values", got=f"only {digits(edges[0])}")
         return cls(edges)
 
     @classmethod
@@ -306,7 +306,7 @@ class Bins(LabelAxes):
         if self.categorical or not self._even or not np.array_equal(self.centers, middles):
             at_whole = self._even and not self.categorical and np.array_equal(self.centers, whole)
             kind = " of whole numbers" if at_whole else f" #{hashlib.sha256(_bytes(self)).hexdigest()[:8]}"
-        return f"<Bins: {len(self)}{kind} from {told(self.edges[0])} to {told(self.edges[-1])}>"
+        return f"<Bins: {len(self)}{kind} from {digits(self.edges[0])} to {digits(self.edges[-1])}>"
 
     @overload
     def index(self, labels: Tensor, outside: Outside = "raise") -> Tensor: ...
@@ -449,7 +449,7 @@ class Bins(LabelAxes):
             return label_problem(where, f"{name} must not be NaN", got=place, fix="Remove these samples first.")
         if bool(broken[at]):
             return label_problem(where, f"{name} must be whole numbers where bins are classes", got=place)
-        axis = f"0 to {len(self) - 1}" if self.categorical else f"[{told(self.edges[0])}, {told(self.edges[-1])}]"
+        axis = f"0 to {len(self) - 1}" if self.categorical else f"[{digits(self.edges[0])}, {digits(self.edges[-1])}]"
         return label_problem(
             where,
             f"{name} must lie on the label axis {axis}",
@@ -515,7 +515,7 @@ def _dividing(low: Any, high: Any, step: Fraction) -> str:
     ends = {"high": Fraction(str(low)) + count * step}
     if not _is_decimal(*ends.values()):
         ends = {"low": math.floor(start / step) * step, "high": math.ceil(end / step) * step}
-    other = " and ".join(f"{name}={told(float(x))}" for name, x in ends.items())
+    other = " and ".join(f"{name}={digits(float(x))}" for name, x in ends.items())
     return f"Use count={count}" + (f", or {other}." if _is_decimal(*ends.values()) else ".")
 
 
@@ -528,7 +528,7 @@ def _too_large(where: str, name: str, largest: float) -> Exception:
     return problem(where, f"{name} must lie within {_LARGEST:.3g} of zero", got=f"{largest:.3g}")
 
 
-def taken(table: Tensor, index: Tensor) -> Tensor:
+def lookup(table: Tensor, index: Tensor) -> Tensor:
     """``table[index]``, which reads an index of no dimension on the host."""
     return table.index_select(0, index.flatten()).reshape(index.shape)
 
@@ -547,7 +547,7 @@ def _edges_array(where: str, edges: object) -> np.ndarray:
         raise problem(
             where,
             "edges must be finite and strictly rising",
-            got=f"{told(array[at])} followed by {told(array[at + 1])} at position {at}",
+            got=f"{digits(array[at])} followed by {digits(array[at + 1])} at position {at}",
             fix="Sort them and drop repeats: numpy.unique(edges).",
         )
     return array
@@ -588,7 +588,7 @@ def _integer_centers(where: str, edges: np.ndarray) -> np.ndarray:
         raise problem(
             where,
             "with integer=True every bin must hold a whole number",
-            got=f"[{told(edges[at])}, {told(edges[at + 1])})",
+            got=f"[{digits(edges[at])}, {digits(edges[at + 1])})",
             fix="Use a width of at least 1.",
         )
     return (first + last) / 2

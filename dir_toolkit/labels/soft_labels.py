@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import instance, is_tensor, number, one_of, problem, readable, wide_dtype
-from .bins import Bins, Outside, taken
+from .bins import Bins, Outside, lookup
 
 __all__ = ["KernelUnit", "LabelKernel", "limits", "soft_labels"]
 
@@ -122,7 +122,7 @@ def _in_bins(labels: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
     """Labels and knots measured along the axis in bins."""
     labels = labels.clamp(knots[0], knots[-1])
     index = torch.searchsorted(knots[1:-1].contiguous(), labels.detach().contiguous(), right=True)
-    along = index + (labels - taken(knots, index)) / taken(knots.diff(), index)
+    along = index + (labels - lookup(knots, index)) / lookup(knots.diff(), index)
     return along, torch.arange(len(knots), dtype=knots.dtype, device=knots.device)
 
 

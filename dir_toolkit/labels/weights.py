@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import has_values, instance, interval, keys, number, one_of, plain, problem, warn
+from .._checks import has_values, instance, interval, keepable, keys, number, one_of, problem, warn
 from .._settings import described, differing, shown
 from .._state import pack, unpack
 from ..errors import CheckpointError, NotFittedError
@@ -262,7 +262,7 @@ class LDS(nn.Module):
         if self._copy is None or self._copy[2].device != device:
             with torch.inference_mode(False):
                 copy = self.table.to(device)
-            if not plain(copy):
+            if not keepable(copy):
                 return copy
             self._copy = self.table, self.table._version, copy
         return self._copy[2]

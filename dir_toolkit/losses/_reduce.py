@@ -72,7 +72,9 @@ def finite_targets(where: str, weight: Tensor | None, **targets: Tensor) -> None
             finite(where, **{name: present(target.detach(), weight)})
 
 
-def within(where: str, name: str, labels: Tensor, bins: Bins, weight: Tensor | None, outside: Outside) -> Tensor | None:
+def weight_on_axis(
+    where: str, name: str, labels: Tensor, bins: Bins, weight: Tensor | None, outside: Outside
+) -> Tensor | None:
     """The weights, with zeros for labels beyond the axis under ``"drop"``, and on an accelerator NaN under ``"raise"``.
 
     Raises:

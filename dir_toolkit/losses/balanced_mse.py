@@ -32,13 +32,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .._checks import (
     finite,
     floats,
     instance,
     is_tensor,
+    is_wrapped,
     labels_array,
     length,
     not_empty,
@@ -54,13 +54,13 @@ from .._checks import (
     whole,
     wide_dtype,
 )
-from .._ranks import summed
+from .._ranks import is_parallel, summed
 from .._settings import shown
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.density import LabelDensity
 from ..labels.soft_labels import limits
-from ._reduce import Reduction, finite_targets, one_a_sample, present, reduce, spread_of, within
+from ._reduce import Reduction, finite_targets, one_a_sample, present, reduce, spread_of, weight_on_axis
 
 __all__ = ["BatchMCLoss", "BinnedIntegrationLoss", "GaussianMixtureLoss"]
 
@@ -249,10 +249,10 @@ class BatchMCLoss(_BalancedMSE):
         """:attr:`unit`, set from these labels (N, D) if no batch has set it; one while all labels are equal."""
         if self._unit_known:
             return self.unit
-        ranks = self.training and dist.is_available() and dist.is_initialized()
+        ranks = self.training and is_parallel()
         found = (_NOISE * spread_of(labels, weight, ranks=ranks)).to(self.unit.dtype)
         unit = torch.where(self.unit.isnan(), found, self.unit)
-        if self.training and (torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(unit)):
+        if self.training and (torch.compiler.is_compiling() or not is_wrapped(unit)):
             self.unit.copy_(unit)
             self._unit_known = (ranks or readable(self.unit)) and not bool(self.unit.isnan())
         return unit.nan_to_num(1.0)
@@ -260,7 +260,7 @@ class BatchMCLoss(_BalancedMSE):
     def _log_ratio(self, error: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor) -> Tensor:
         share = torch.ones_like(target[:, 0]) if weight is None else weight.detach().to(target.dtype)
         drawn = torch.cat([target, share[:, None]], 1)  # (M, D + 1)
-        if self.gather and dist.is_available() and dist.is_initialized():
+        if self.gather and is_parallel():
             drawn = _of_all_ranks(drawn)
         if len(drawn) < 2 and not self._warned:
             self._warned = True
@@ -507,7 +507,7 @@ class BinnedIntegrationLoss(_BalancedMSE):
     ) -> Tensor:
         if self.outside != "clip":
             self._checked(pred, target, weight, reduction)
-            weight = within("BinnedIntegrationLoss", "target", target, self.bins, weight, self.outside)
+            weight = weight_on_axis("BinnedIntegrationLoss", "target", target, self.bins, weight, self.outside)
         return super().forward(pred, target, weight, reduction=reduction)
 
     def _log_ratio(self, error: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor) -> Tensor:

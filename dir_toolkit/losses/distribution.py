@@ -25,7 +25,7 @@ from .._checks import (
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.soft_labels import limits
-from ._reduce import Reduction, checked_prior, checked_rows, present, reduce, within
+from ._reduce import Reduction, checked_prior, checked_rows, present, reduce, weight_on_axis
 from .cross_entropy import of_classes
 
 __all__ = ["crps", "soft_cross_entropy", "squared_emd"]
@@ -127,7 +127,7 @@ def crps(
     _ordered(where, bins, "Use soft_cross_entropy.")
     one_of(where, "outside", outside, ("raise", "clip", "drop"))
     rows, y, _ = _checked(where, logits, weight, reduction, bins, labels=labels)
-    weight = within(where, "labels", labels, bins, weight, outside)
+    weight = weight_on_axis(where, "labels", labels, bins, weight, outside)
     weight = None if weight is None else weight.reshape(-1)
     rows, y = present(rows, weight), present(y, weight).unsqueeze(1)  # (M, 1)
     knots = limits(bins, rows)

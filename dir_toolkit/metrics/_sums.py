@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import instance, label_problem, problem, readable
+from .._checks import instance, is_wrapped, label_problem, problem, readable
 from .._memory import free_memory
 from .._ranks import check_group, summed
 from .._settings import shown
@@ -110,7 +110,7 @@ class MergingSums(ABC):
 def check_tensors(where: str, **tensors: Tensor) -> None:
     """Plain tensors whose values sums kept elsewhere can take in, on a device that knows float64."""
     for name, value in tensors.items():
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if not torch.compiler.is_compiling() and is_wrapped(value):
             raise problem(
                 where,
                 "must not be called inside torch.func transforms, out of which sums cannot be carried",

@@ -36,11 +36,11 @@ def run_identity(
         **{name: partial(described, "fit", name, value) for name, value in parts.items()},
     }
     identity = {}
-    for name, plain in named.items():
+    for name, describe in named.items():
         if name in fingerprint:
             continue
         try:
-            identity[name] = plain()
+            identity[name] = describe()
         except SettingsError as error:
             raise SettingsError(f'{error} Or name it by hand: fingerprint={{"{name}": "..."}}.') from None
     return {**identity, **described("fit", "fingerprint", fingerprint)}

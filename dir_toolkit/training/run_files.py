@@ -61,7 +61,7 @@ class Progress:
             self.best_epoch, self.best = row["epoch"], row[selects]
         return best
 
-    def plain(self) -> dict[str, Any]:
+    def shared(self) -> dict[str, Any]:
         """What all ranks share."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "loss_sum"}
 
@@ -196,7 +196,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
                     "param_groups": groups,
                 },
                 "ranks": ranks,
-                "progress": self._at.plain(),
+                "progress": self._at.shared(),
             }
             save_checkpoint(self.last, state)
         self._runtime.barrier()
@@ -263,7 +263,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
     def _check_progress(self, progress: object) -> None:
         """A place at which a run may stand, and rows of as many epochs."""
         at, steps = self._at, len(self._batches)
-        if not isinstance(progress, dict) or progress.keys() != at.plain().keys():
+        if not isinstance(progress, dict) or progress.keys() != at.shared().keys():
             raise self._foreign(self.last, "a place in the run with other entries")
         epoch, step = progress["epoch"], progress["step"]
         if not _is_whole(epoch, 0, self._epochs) or not _is_whole(step, 0, steps if epoch < self._epochs else 0):
