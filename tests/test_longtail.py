@@ -302,6 +302,7 @@ def test_a_bin_without_labels_counts_as_one_label_of_its_weight() -> None:
         torch.testing.assert_close(class_prior(density, weights=weights).float(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*effective sample size")
 def test_balanced_mse_integrates_over_the_labels_as_the_loss_sees_them() -> None:
     weights = LDS(AGES, kernel=None, scheme="inverse").fit(AGE_DENSITY)
     model = ages(head="regression", loss="balanced_mse", weights=weights, prior_kernel=None)

@@ -266,6 +266,17 @@ def test_another_argument_has_other_settings_and_another_repr(case, name):
     assert repr(first) != repr(second)
 
 
+def test_densities_grids_and_windows_count_by_what_they_hold():
+    other = dt.LabelDensity(BINS, np.arange(60)[::-1])  # as many labels
+    assert told(DENSITY) == told(dt.LabelDensity(BINS, DENSITY.counts)) != told(other)
+    grids = [dt.BinGrid(BINS, dt.Bins.classes(3)), dt.BinGrid(BINS, dt.Bins.classes(4)), dt.BinGrid(BINS)]
+    assert len(set(map(told, grids))) == len(set(map(repr, grids))) == 3
+    assert told(grids[0]) == told(dt.BinGrid(BINS, dt.Bins.classes(3)))
+    windows = [dt.gaussian(5, 2), dt.gaussian(5, 2, folded=True), dt.laplace(5, 2), dt.triangular(5)]
+    for made in (dt.LDS, dt.LDS.reference):
+        assert len({told(made(grids[0], kernel=[w, [1.0]])) for w in windows}) == len(windows)
+
+
 def test_weights_count_by_what_they_learnt():
     assert told(dt.LDS(BINS).fit([1.0, 2.0])) == told(dt.LDS(BINS).fit([2.0, 1.0]))
     assert told(dt.LDS(BINS).fit([1.0, 2.0])) != told(dt.LDS(BINS).fit([1.0, 20.0]))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from .._checks import finite, instance, labels_array, number, one_of, problem, warn, whole
 from .._ranks import check_group, is_parallel, summed
@@ -95,7 +96,7 @@ class LabelDensity:
         return density
 
     def _warn_of_crowding(self, where: str) -> None:
-        labels = self.counts.sum()
+        labels = self.counts.sum(dtype=np.float64)
         if labels < _FEWEST_LABELS:
             return
         joint = self.counts.reshape(self.bins.shape)
@@ -153,7 +154,10 @@ class LabelDensity:
             raise problem(
                 "LabelDensity", "only densities over the same bins can be added", got=f"{self.bins} and {other.bins}"
             )
-        return LabelDensity(self.bins, self.counts + other.counts)
+        counts = self.counts + other.counts
+        if counts.dtype.kind == "i" and counts.min() < 0:
+            raise problem("LabelDensity", "counts must be below 2^63 when added", got="a larger sum")
+        return LabelDensity(self.bins, counts)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LabelDensity):
@@ -163,7 +167,7 @@ class LabelDensity:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"<LabelDensity: {self.counts.sum():g} labels in {len(self.bins)} bins>"
+        return f"<LabelDensity: {self.counts.sum(dtype=np.float64):g} labels in {len(self.bins)} bins>"
 
     def smooth(self, kernel: Windows, *, edges: Edges = "reflect") -> LabelDensity:
         """The effective density: counts averaged over neighbouring bins (:func:`dir_toolkit.labels.kernels.smooth`).
@@ -237,9 +241,9 @@ class LabelDensity:
         few = whole("LabelDensity.regions", "few", few, low=1)
         many = whole("LabelDensity.regions", "many", many, low=few)
         names = np.full(len(self.bins), "medium", dtype="<U6")
-        per_width = self._per_width()
-        names[per_width > many] = "many"
-        names[per_width < few] = "few"
+        per_width, most = self._per_width(), 2**63  # whole numbers need not fit into float64
+        names[per_width > min(many, most)] = "many"
+        names[per_width < min(few, most)] = "few"
         names[self.counts == 0] = "unseen"
         return names
 
@@ -314,14 +318,22 @@ def _found_in_chunk(chunk: Any, bins: AnyBins, outside: Outside, block_id: tuple
     return found.reshape(*(1,) * np.ndim(chunk), -1)
 
 
-def _refuse_inputs(labels: Any) -> None:
-    """A loader, and a pair of inputs and labels, which are known by as many rows of another shape."""
+def _are_inputs_and_labels(shapes: list[tuple[int, ...]]) -> bool:
+    """Whether arrays have as many rows, but not one number per row each. Maps may differ in width alone."""
+    alone = {math.prod(shape[1:]) == 1 for shape in shapes}
+    alike = len({len(shape) for shape in shapes}) == 1
+    return len({shape[0] for shape in shapes}) == 1 and len(set(shapes)) > 1 and (not alike or len(alone) == 2)
+
+
+def _refuse_inputs(labels: Any, *, of_several: bool) -> None:
+    """A loader, and a pair of inputs and labels, which are known by as many rows of another shape, or as a piece of
+    several arrays."""
     got = ""
-    if isinstance(labels, DataLoader):
+    if isinstance(labels, (DataLoader, _BaseDataLoaderIter)):
         got = "a DataLoader, whose batches hold inputs too"
     elif isinstance(labels, (list, tuple)):
         shapes = [shape for item in labels if isinstance(shape := getattr(item, "shape", None), tuple)]
-        if len(shapes) == len(labels) > 1 and len({shape[:1] for shape in shapes}) == 1 < len(set(shapes)):
+        if len(shapes) == len(labels) > 1 and all(shapes) and (of_several or _are_inputs_and_labels(shapes)):
             got = f"arrays of shapes {', '.join(map(str, map(tuple, shapes[:3])))}"
         elif shapes and any(shapes) and (not all(shapes) or any(isinstance(item, (int, float)) for item in labels)):
             got = "arrays together with single numbers"
@@ -335,8 +347,8 @@ def _refuse_inputs(labels: Any) -> None:
         )
 
 
-def _pieces(labels: Any) -> Iterator[Any]:
-    """Labels as arrays, in order: each fits in memory, or is dask's."""
+def _pieces(labels: Any, *, of_several: bool = False) -> Iterator[Any]:
+    """Labels as arrays, in order: each fits in memory, or is dask's. ``of_several``: they are one piece of more."""
     if isinstance(labels, (str, bytes, dict)) or labels is None:
         raise problem(
             "LabelDensity.count",
@@ -344,7 +356,7 @@ def _pieces(labels: Any) -> Iterator[Any]:
             got=type(labels).__name__,
             error=TypeError,
         )
-    _refuse_inputs(labels)
+    _refuse_inputs(labels, of_several=of_several)
     # A DataArray hands over what it wraps; the data of an array would be its bytes.
     wrapped: Any = labels if isinstance(labels, np.ndarray) else getattr(labels, "data", labels)
     if _is_dask(wrapped):
@@ -356,7 +368,7 @@ def _pieces(labels: Any) -> Iterator[Any]:
         yield labels
     elif isinstance(labels, Iterable):
         for piece in labels:
-            yield from _pieces(piece)
+            yield from _pieces(piece, of_several=True)
     else:
         raise problem(
             "LabelDensity.count",

@@ -14,7 +14,7 @@ from .._settings import described, differing, shown
 from .._state import pack, unpack
 from ..errors import CheckpointError, NotFittedError
 from .bins import Bins, Outside
-from .density import LabelDensity
+from .density import LabelDensity, to_shares
 from .grid import AnyBins, BinGrid, Windows, chosen_windows, saved_bins
 from .kernels import FOLDED_KERNEL, Edges, smooth_axes
 
@@ -126,6 +126,7 @@ class LDS(nn.Module):
         Source:
             github.com/YyzHarry/imbalanced-regression, ``_prepare_weights`` of its data sets.
         """
+        instance("LDS.reference", (Bins, BinGrid), bins=bins)
         one_of("LDS.reference", "scheme", scheme, ("inverse", "sqrt_inverse"))
         clip = (5, 1000) if scheme == "inverse" else None
         windows = chosen_windows("LDS.reference", kernel, bins, FOLDED_KERNEL)
@@ -159,13 +160,14 @@ class LDS(nn.Module):
         else:
             density = LabelDensity.count(labels, self.bins, outside=self.outside)
         counts = density.counts.astype(np.float64)
-        if counts.sum() == 0:
+        if not counts.any():
             raise problem("LDS.fit", "at least one label must lie on the label axis", got="none")
         weights = self._unscaled(density._per_width())
+        counts = np.ldexp(counts, -np.frexp(counts.max())[1])  # by a power of two: sums of large ones are no infinity
         weights *= counts.sum() / (counts * weights).sum()
         if weights.max() > torch.finfo(torch.float32).max:
             raise _infinite(f"a weight of {weights.max():.3g}")
-        self._warn(counts, weights)
+        self._warn(density.counts.astype(np.float64), weights)
         self._set(torch.from_numpy(weights))
         return self
 
@@ -177,16 +179,17 @@ class LDS(nn.Module):
         self._fitted = True
 
     def _warn(self, counts: np.ndarray, weights: np.ndarray) -> None:
-        labels, effective = counts.sum(), counts.sum() ** 2 / (counts * weights**2).sum()  # weights average one
-        if effective < labels / 10:
+        effective = 1 / (to_shares(counts) * weights**2).sum()  # weights average one
+        if effective < 1 / 10:
+            labels = counts.sum()
             warn(
                 "LDS.fit",
-                f"the weights leave the loss {effective:.3g} of {labels:.6g} labels to learn from (their effective "
-                'sample size), so that few rare labels rule it. Use scheme="sqrt_inverse", a wider kernel, or '
-                "clip=(low, high), which bounds the ratio of weights.",
+                f"the weights leave the loss {effective * labels:.3g} of {labels:.6g} labels to learn from (their "
+                'effective sample size), so that few rare labels rule it. Use scheme="sqrt_inverse", a wider kernel, '
+                "or clip=(low, high), which bounds the ratio of weights.",
             )
         held, weights = counts[counts > 0], weights[counts > 0]
-        alike = held.max() > 2 * held.min() and weights.max() < 1.01 * weights.min()
+        alike = held.max() / 2 > held.min() and weights.max() < 1.01 * weights.min()
         if self.scheme == "effective_number" and self.beta > 0 and alike:
             warn(
                 "LDS.fit",
@@ -269,18 +272,19 @@ class LDS(nn.Module):
 
     def sample_weight(self, labels: Any) -> np.ndarray:
         """Weights as float64 NumPy, for scikit-learn or gradient boosting: ``LDS(bins).fit(y).sample_weight(y)``."""
-        if not self._fitted:
-            raise _not_fitted("LDS.sample_weight")
+        table = self._known("LDS.sample_weight")
         index = self.bins._place("LDS.sample_weight", labels, self.outside)
-        index = index.cpu().numpy() if isinstance(index, Tensor) else index
-        return self.table.detach().cpu().double().numpy()[index]
+        return table[index.cpu().numpy() if isinstance(index, Tensor) else index]
+
+    def _known(self, where: str) -> np.ndarray:
+        if not self._fitted or self.table.is_meta:
+            raise _not_fitted(where)
+        return self.table.detach().cpu().double().numpy()
 
     def _of_bins(self, where: str, bins: AnyBins) -> np.ndarray:
         """The mean weight of labels that lie evenly in each of these bins, (B,) float64. A bin that reaches beyond the
         axis of a label that raises has NaN."""
-        if not self._fitted:
-            raise _not_fitted(where)
-        table = self.table.detach().cpu().double().numpy()[:-1]
+        table = self._known(where)[:-1]
         if bins == self.bins:
             return table
         kinds = [[axis.categorical for axis in own.axes] for own in (bins, self.bins)]
@@ -320,10 +324,13 @@ class LDS(nn.Module):
     def get_extra_state(self) -> Tensor:
         settings = described("LDS", "settings", self._arguments())
         # Once more the bins, of which settings hold a digest where they are many. Fitted or not, the length is one.
-        return pack({"settings": settings, "bins": self.bins.settings, "fitted": torch.tensor([self._fitted])})
+        return pack(
+            {"settings": settings, "bins": self.bins.settings, "fitted": torch.tensor([self._fitted], device="cpu")}
+        )
 
     def set_extra_state(self, state: Any) -> None:
-        """Only its being there matters, since :meth:`_load_from_state_dict` reads the state."""
+        """Refuse a state of other weights; :meth:`load_state_dict` takes it up, together with the weights."""
+        self._checked_state(state)
 
     def _checked_state(self, state: object) -> bool:
         """Whether the weights that were saved with this state were known."""

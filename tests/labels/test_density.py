@@ -474,6 +474,16 @@ def test_a_bin_with_more_than_half_of_the_labels_is_told_once() -> None:
         ([[torch.rand(8, 3), torch.rand(8)]], r"arrays of shapes \(8, 3\), \(8,\)"),
         (((x, y) for x, y in zip(torch.rand(8, 3), torch.rand(8), strict=True)), "arrays together with single numbers"),
         ([(torch.rand(3), 1.0)], "arrays together with single numbers"),
+        (
+            iter(DataLoader(TensorDataset(torch.rand(8, 3), torch.rand(8)))),
+            "a DataLoader, whose batches hold inputs too",
+        ),
+        (
+            list(DataLoader(TensorDataset(torch.rand(8, 1), torch.rand(8, 1)), 4)),
+            r"arrays of shapes \(4, 1\), \(4, 1\)",
+        ),
+        (((x, x) for x in torch.rand(3, 5)), r"arrays of shapes \(5,\), \(5,\)"),
+        ((np.ones((8, 3)), np.ones((8, 1))), r"arrays of shapes \(8, 3\), \(8, 1\)"),
     ],
 )
 def test_inputs_are_not_counted_with_labels(labels: Any, got: str) -> None:
@@ -482,7 +492,18 @@ def test_inputs_are_not_counted_with_labels(labels: Any, got: str) -> None:
         LabelDensity.count(labels, BINS)
 
 
+def test_maps_of_one_height_are_labels() -> None:
+    maps = [LABELS.ravel()[: 4 * width].reshape(4, width) for width in (5, 7, 7)]
+    assert LabelDensity.count(maps, BINS).counts.sum() == 76
+    assert LabelDensity.count([LABELS[0], LABELS[0]], BINS).counts.sum() == 2 * len(LABELS[0])
+
+
 def test_counts_that_int64_cannot_hold_are_refused() -> None:
+    most = LabelDensity(Bins.classes(2), np.array([2**63 - 1, 1], dtype=np.uint64))
+    assert repr(most) == "<LabelDensity: 9.22337e+18 labels in 2 bins>"
+    assert most.prior().tolist() == [1.0, 2.0**-63]
+    with pytest.raises(ValueError, match=r"^LabelDensity: counts must be below 2\^63 when added, got a larger sum"):
+        _ = most + most
     with pytest.raises(ValueError, match=rf"^LabelDensity: counts must be below 2\^63, got {2**63}\. Hand over floats"):
         LabelDensity(Bins.classes(2), np.array([2**63, 1], dtype=np.uint64))
 
@@ -546,6 +567,12 @@ def test_other_weights_are_refused() -> None:
         density.weighted(LDS(BINS))
     with pytest.raises(ValueError, match=r"^LabelDensity\.weighted: lds must weigh the labels that the density counts"):
         density.weighted(LDS(Bins.classes(10)).fit([1]))
+
+
+def test_limits_of_regions_may_be_larger_than_floats() -> None:
+    density = LabelDensity(Bins.classes(3), [0, 1, 2**62])
+    assert density.regions(many=10**400, few=1).tolist() == ["unseen", "medium", "medium"]
+    assert density.regions(many=10**400, few=10**400).tolist() == ["unseen", "few", "few"]
 
 
 def test_regions_at_their_very_limits() -> None:

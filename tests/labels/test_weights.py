@@ -15,6 +15,7 @@ from sklearn.linear_model import Ridge
 
 from dir_toolkit import LDS, Bins, LabelDensity, gaussian, laplace, triangular, weighted_l1
 from dir_toolkit.errors import CheckpointError, DirToolkitWarning, LabelError, NotFittedError, ShapeError
+from dir_toolkit.labels.kernels import smooth
 
 SCHEMES = ("none", "inverse", "sqrt_inverse", "effective_number", "dense")
 
@@ -341,6 +342,69 @@ def test_state_goes_through_a_file_and_copies_are_apart() -> None:
     unfitted.load_state_dict(through_a_file(LDS(bins).state_dict()))
     with pytest.raises(NotFittedError):
         unfitted(labels)
+
+
+@pytest.mark.filterwarnings("ignore:.*effective sample size", "ignore:.*lie in one of")
+@pytest.mark.parametrize("scheme", ["inverse", "sqrt_inverse", "dense"])
+@pytest.mark.parametrize("of", ["quantile", "by_hand"])
+def test_uneven_bins_weigh_as_fine_even_ones_do(scheme: Any, of: str) -> None:
+    """Of a density that is straight within each coarse bin, so that a bin's mean is the density at its middle."""
+    labels = 60 * np.sqrt(np.random.default_rng(0).random(2_000_000))
+    fine, cuts = Bins.uniform(0, 60, width=0.5), [0, 1, 2, 5, 10, 20, 60]
+    coarse = Bins.quantile([0.0, *labels, 60.0], 20) if of == "quantile" else Bins.from_edges(cuts)
+    middles = (coarse.edges[:-1] + coarse.edges[1:]) / 2
+    middles, counts = middles[1:], coarse.index(labels)  # a density near zero has the most error
+    exact = 60 / middles if scheme == "inverse" else np.sqrt(60 / middles) if scheme == "sqrt_inverse" else None
+    found = [LDS(bins, kernel=None, scheme=scheme).fit(labels).sample_weight(middles) for bins in (coarse, fine)]
+    if exact is None:  # dense: falls in a straight line with the density
+        at = [np.polyfit(middles, weights / weights.max(), 1) for weights in found]
+        for weights, line in zip(found, at, strict=True):
+            np.testing.assert_allclose(weights / weights.max(), np.polyval(line, middles), atol=0.02)
+        return
+    least = min(np.bincount(counts)[1:].min(), np.histogram(labels, fine.edges)[0][fine.index(middles)].min())
+    for weights in found:
+        np.testing.assert_allclose(weights / weights[-1], exact / exact[-1], rtol=6 / np.sqrt(least))
+
+
+@pytest.mark.filterwarnings("ignore:.*effective sample size")
+@pytest.mark.parametrize("bins", [Bins.uniform(0, 12, width=1), Bins.uniform(0, 1.2, count=12), Bins.classes(12)])
+def test_even_bins_and_classes_weigh_by_their_counts_to_the_bit(bins: Bins) -> None:
+    counts = np.array([900, 411, 3, 0, 17, 57, 1, 2, 333, 77, 5, 23])
+    density = LabelDensity(bins, counts)
+    roots = np.where(counts > 0, 1 / np.sqrt(np.maximum(counts, 1)), 1.0)
+    expected = roots * (counts.sum() / (counts * roots).sum())
+    assert np.array_equal(table(LDS(bins, kernel=None).fit(density)), torch.tensor(expected).float().double().numpy())
+    smoothed = smooth(counts, gaussian(5, 2))
+    assert np.array_equal(density.smooth(gaussian(5, 2)).counts, smoothed)
+    weights = 1 / smoothed
+    expected = weights * (counts.sum() / (counts * weights).sum())
+    of_lds = LDS(bins, kernel=gaussian(5, 2), scheme="inverse").fit(density)
+    assert np.array_equal(table(of_lds), torch.tensor(expected).float().double().numpy())
+
+
+def test_counts_whose_sum_lies_beyond_float64_are_weighed() -> None:
+    density = LabelDensity(Bins.classes(2), [1.5e308, 1e308])
+    np.testing.assert_allclose(table(LDS(density.bins, scheme="inverse").fit(density)), [5 / 6, 5 / 4], rtol=1e-6)
+
+
+def test_state_is_saved_whatever_the_default_device() -> None:
+    labels, bins = torch.tensor([1.0, 5.0]), Bins.uniform(0, 10, width=1)
+    fitted = LDS(bins).fit(labels)
+    with torch.device("meta"):
+        state = fitted.state_dict()
+        lost = LDS(bins).fit([1.0, 5.0])
+    other = LDS(bins)
+    other.load_state_dict(state)
+    assert torch.equal(other(labels), fitted(labels))
+    with pytest.raises(NotFittedError, match=r"^LDS\.sample_weight: weights are not known yet"):
+        lost.sample_weight(labels)
+
+
+def test_a_state_set_by_hand_is_checked() -> None:
+    lds = LDS(Bins.uniform(0, 10, width=1))
+    lds.set_extra_state(lds.get_extra_state())
+    with pytest.raises(CheckpointError, match=r"^LDS: the saved weights must be of the same settings, got scheme="):
+        lds.set_extra_state(LDS(lds.bins, scheme="inverse").get_extra_state())
 
 
 def test_state_holds_tensors_only_and_of_one_shape() -> None:
