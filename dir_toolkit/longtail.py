@@ -688,6 +688,7 @@ class LongTailModel(nn.Module):
                 )
                 raise problem(where, rule, got=repr(sigma), fix=fix)
             return None
+        warned_before = self.density is not None and self.density._warned_crowded and isinstance(sigma, str)
         if isinstance(sigma, str):  # two bins, however wide each is
             even = bool((self.bins.relative_widths == 1).all())
             self._sigma_unit = "label" if even else "bin"
@@ -701,6 +702,8 @@ class LongTailModel(nn.Module):
             warn(where, f"{told} spreads each label over most of {axis}. Pass a smaller one.")
         elif self.density is not None and sigma > (middle := self._middle_half(in_bins)) / 1.35:
             self._warned_crowded = True
+            if warned_before:
+                return sigma
             warn(
                 where,
                 f"{told} spreads each label wider than the middle half of all labels lies, {middle:.3g} of {reach:g}. "

@@ -1091,6 +1091,17 @@ def test_two_bins_are_two_bins_wherever_they_lie() -> None:
     torch.testing.assert_close(decode(target, bins, "median"), y, rtol=0.05, atol=0)
 
 
+def test_labels_whose_density_was_warned_of_are_not_told_again() -> None:
+    bins, labels = Bins.uniform(0, 1000, count=50), [1.0] * 90 + [25.0, 900.0]
+    with pytest.warns(DirToolkitWarning, match=r"^LabelDensity\.count: 98% of the labels lie in one of 50 bins"):
+        density = LabelDensity.count(labels, bins)
+    LongTailModel(net(), 6, bins, density=density)
+    with pytest.warns(DirToolkitWarning, match=r"sigma=30 spreads each label wider than the middle half"):
+        LongTailModel(net(), 6, bins, density=density, sigma=30)  # of one's own choice
+    with pytest.warns(DirToolkitWarning, match=r"sigma=40 spreads each label wider than the middle half"):
+        LongTailModel(net(), 6, bins, density=LabelDensity(bins, density.counts))
+
+
 def test_labels_narrower_than_they_are_spread_are_told() -> None:
     bins = Bins.uniform(0, 1000, count=50)
     density = LabelDensity(bins, np.array([900, 60] + [1] * 48))

@@ -63,6 +63,7 @@ class LabelDensity:
         counts = counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
         counts.setflags(write=False)
         self.bins, self.counts = bins, counts
+        self._warned_crowded = False  # whether count has warned of these labels, for what would say so again
 
     @classmethod
     def count(cls, labels: Any, bins: AnyBins, *, outside: Outside = "raise") -> LabelDensity:
@@ -106,6 +107,7 @@ class LabelDensity:
             if axis.categorical or len(axis) < _FEWEST_BINS or not labels / 2 < counts[fullest] < labels:
                 continue
             low, high = axis.edges[fullest : fullest + 2]
+            self._warned_crowded = True
             warn(
                 where,
                 f"{counts[fullest] / labels:.0%} of the labels lie in one of {len(axis)} bins, from {low:.4g} to "
