@@ -72,8 +72,8 @@ def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None 
             where a sampler drew them.
         weights: what the loss was weighted by, fitted; None for a loss without weights. A model trained with weights
             and adjusted by a prior without them is corrected twice.
-        floor: in samples; it keeps log-priors finite and warns of classes without a sample. 0 leaves them at zero, for
-            a target prior, and does not warn.
+        floor: in samples, for a bin of mean width where widths differ; it keeps log-priors finite and warns of classes
+            without a sample. 0 leaves them at zero, for a target prior, and does not warn.
     Shape:
         counts: (C,). Returns (C,) float64 on the CPU, summing to one.
     Raises:
@@ -96,12 +96,12 @@ def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None 
         finite(where, counts=counts)
         not_negative(where, counts=torch.from_numpy(counts.astype(np.float64)))
         density_or_counts = LabelDensity(Bins.classes(len(counts)), counts)
-    unseen = np.flatnonzero(density_or_counts.counts == 0)
+    bins, counts = density_or_counts.bins, density_or_counts.counts
+    unseen = np.flatnonzero(counts == 0)
     prior = density_or_counts.prior(floor=floor)
     if weights is not None:
         instance(where, LDS, weights=weights)
-        floored = LabelDensity(density_or_counts.bins, np.maximum(density_or_counts.counts, floor))
-        prior = floored.weighted(weights).prior()
+        prior = LabelDensity(bins, np.maximum(counts, floor * bins.relative_widths)).weighted(weights).prior()
     if floor > 0 and len(unseen) > 0:
         warn(where, f"no sample of {_listed(unseen)}; the prior takes each to have {floor:g}.")
     return torch.from_numpy(prior)

@@ -15,6 +15,7 @@ from dir_toolkit.errors import DirToolkitWarning, LabelError, ShapeError
 from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.kernels import triangular
+from dir_toolkit.labels.weights import LDS
 from dir_toolkit.priors import (
     LogitAdjuster,
     TauChoice,
@@ -74,6 +75,16 @@ def test_class_prior_of_a_density_is_its_prior() -> None:
     for given in (density, density.smooth(triangular(3))):
         assert class_prior(given).tolist() == given.prior(floor=1).tolist()
         assert class_prior(given.counts).tolist() == given.prior(floor=1).tolist()
+
+
+def test_weights_of_one_change_no_prior_where_widths_differ() -> None:
+    uneven = Bins.from_edges([0, 1, 2, 8])
+    density = LabelDensity(uneven, [30, 0, 2])
+    alike = LDS(uneven, kernel=None, scheme="none").fit(density)
+    for weights in (None, alike):
+        with pytest.warns(DirToolkitWarning, match="no sample of class 1; "):
+            prior = class_prior(density, weights=weights, floor=4)
+        assert prior.tolist() == pytest.approx([30 / 40.5, 1.5 / 40.5, 9 / 40.5])
 
 
 def test_classes_without_a_sample_are_named_in_one_warning() -> None:
