@@ -6,10 +6,10 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import length, number, one_of, problem, same_device, wide_dtype
+from .._ranks import summed
 from .._settings import shown
 from ..errors import NotFittedError
 from ._features import checked_features, full_precision, squared_distances
@@ -193,9 +193,7 @@ class AffinityHead(nn.Module):
             distances = squared_distances(features, prototypes)
         else:
             distances = torch.cdist(features, prototypes, p=1.0)
-        sums = torch.stack([distances.sum(), distances.new_tensor(distances.numel())])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
+        (sums,) = summed(torch.stack([distances.sum(), distances.new_tensor(distances.numel())]))
         total, number_of_pairs = sums.tolist()
         if number_of_pairs == 0:
             return

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import finite, is_tensor, label_problem, length, one_of, problem, readable, same_device, warn, wide_dtype
+from .._ranks import summed
 from .._settings import shown
 from ..errors import NotFittedError, ShapeError
 from ..features.moments import BinMoments
@@ -127,9 +127,7 @@ class NearestMeanHead(nn.Module):
         moments, outside = self._moments, self._outside
         self._start_over()
         moments.all_reduce()
-        outside = outside.to(moments.count.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(outside)
+        (outside,) = summed(outside.to(moments.count.device))
         if int(outside):
             rule = f"labels must be classes from 0 to {self.num_classes - 1}"
             raise label_problem(where, rule, got=f"{int(outside)} that are not")

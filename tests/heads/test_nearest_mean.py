@@ -246,6 +246,15 @@ def test_bad_batches_are_refused_and_change_nothing(
     assert_close(head.means, fitted().means)
 
 
+def test_labels_that_another_rank_could_not_look_at_are_summed_with_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what knows where ranks sum: a rank without samples has none of its tensors on the accelerator."""
+    monkeypatch.setattr("dir_toolkit.heads.nearest_mean.summed", lambda outside: (outside + 2,))
+    head = NearestMeanHead(4, 3).double()
+    head.update(*sample())
+    with pytest.raises(LabelError, match=r"must be classes from 0 to 2, got 2 that are not"):
+        head.finish()
+
+
 def test_where_values_are_not_looked_at_finish_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator."""
     for module in ("heads.nearest_mean", "features.moments", "_checks"):
