@@ -182,9 +182,7 @@ class BinSampler(Sampler[int]):
         if not self.replacement:
             # The sample that comes first in a race of exponential clocks is drawn in proportion to the clocks' rates.
             # From uniform numbers, since torch's own exponential ones depend on how it was built.
-            waits = -torch.log1p(
-                -torch.rand(len(self._members), dtype=torch.float64, generator=generator, device="cpu")
-            )
+            waits = -torch.log1p(-uniform(len(self._members)))
             rates = (probabilities / self._counts).repeat_interleave(self._counts)
             return self._members[torch.argsort(waits / rates, stable=True)[: self.num_samples]]
         chances = uniform(2, self.num_samples)
@@ -243,7 +241,7 @@ class BinSampler(Sampler[int]):
         return {
             "epoch": self.epoch,
             "yielded": self._yielded,
-            "settings": described("BinSampler", "settings", self.settings),
+            "settings": self._described(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

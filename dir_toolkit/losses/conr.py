@@ -82,7 +82,7 @@ def conr_loss(
     tensor([2., 2., 1.])
     """
     where = "conr_loss"
-    _checked_scales(where, omega, eta)
+    omega, eta = _checked_scales(where, omega, eta)
     temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
     columns = {"labels": labels, "pred": pred}
     if push_weight is not None:

@@ -13,7 +13,7 @@ from .._checks import problem
 from .._settings import described
 from ..errors import CheckpointError, SettingsError
 
-__all__ = ["check_same_run", "run_identity"]
+__all__ = ["check_same_run", "is_plain", "run_identity"]
 
 _MOST_SHOWN = 6  # differences in one message
 _LONGEST = 200  # characters of a value in it
@@ -83,14 +83,17 @@ def _module(name: str, module: nn.Module) -> Any:
     plain = {
         key: value
         for key, value in vars(module).items()
-        if not key.startswith("_") and key != "training" and _is_plain(value)
+        if not key.startswith("_") and key != "training" and is_plain(value)
     }
     return {"is": told, **described("fit", name, plain)}
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
+def is_plain(value: object) -> bool:
+    """Whether a value, and all in it, is what JSON knows."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 

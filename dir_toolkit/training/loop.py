@@ -68,13 +68,12 @@ def fit(
     Everything random follows from the seed and the place in the run: the order of an epoch from (seed, epoch), the
     augmentation and what the model draws from (seed, epoch, step, rank). So on the CPU a run that was stopped
     anywhere, and resumed in a new process with as many threads, ends with the bits of one that was not; with another
-    number of threads it warns, and CUDA adds up in no fixed order. Each
-    global batch is dealt to the ranks in turn, and a rank's loss is its sum over samples times ranks / global batch
-    size, so that n ranks step as one does, but for BatchNorm, whose statistics are those of a rank's share; an epoch's
-    last, short batch is kept unless it holds fewer than two samples per rank. Only as many ranks as started a run may
-    go on with it. Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the
-    process. SIGTERM, by which schedulers end a job, does the same, however often it comes, unless the program has a
-    handler of its own.
+    number of threads it warns, and CUDA adds up in no fixed order. Each global batch is dealt to the ranks in turn, and
+    a rank's loss is its sum over samples times ranks / global batch size, so that n ranks step as one does, but for
+    BatchNorm, whose statistics are those of a rank's share; an epoch's last, short batch is kept unless it holds fewer
+    than two samples per rank. Only as many ranks as started a run may go on with it. Ctrl-C ends the step, writes a
+    checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process. SIGTERM, by which schedulers end a
+    job, ends it like the first Ctrl-C, however often it comes, unless the program has a handler of its own.
 
     Args:
         model: from float images (N, C, H, W) in [-1, 1] to what the loss takes; moved to the runtime's device.
@@ -137,7 +136,7 @@ def fit(
         "metrics": metrics,
         "weights": weights,
         "weights_from": weights_from,
-        "sampler": _same_on_all_ranks(sampler),
+        "sampler": None if sampler is None else sampler.settings,
         "fds": fds,
         "fds_attached": _attached(fds, model),
         "augmentation": augmentation,
@@ -429,12 +428,6 @@ def _attached(fds: FDS | None, model: nn.Module) -> list[tuple[str, str]]:
         for end, hooks in (("input", module._forward_pre_hooks), ("output", module._forward_hooks))
         if any(fds is not None and getattr(hook, "fds", None) is fds for hook in hooks.values())
     ]
-
-
-def _same_on_all_ranks(sampler: BinSampler | None) -> Any:
-    """A sampler's settings but for its rank, since one rank writes the checkpoint that all read."""
-    settings = sampler.settings if sampler is not None else None
-    return {name: v for name, v in settings.items() if name != "rank"} if isinstance(settings, Mapping) else settings
 
 
 def _check(

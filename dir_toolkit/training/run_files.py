@@ -20,7 +20,7 @@ from ..errors import CheckpointError, RunExistsError
 from ..features.fds import FDS
 from ..files import FolderLock, naming
 from .checkpoint import load_checkpoint, save_checkpoint
-from .identity import check_same_run
+from .identity import check_same_run, is_plain
 from .runtime import Runtime
 
 __all__ = ["Progress", "RunFiles"]
@@ -251,7 +251,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
                 fix="Go on with the release of dir_toolkit that wrote it, or start in another folder.",
                 error=CheckpointError,
             )
-        if not isinstance(state.get("fingerprint"), dict) or not _is_plain(state["fingerprint"]):
+        if not isinstance(state.get("fingerprint"), dict) or not is_plain(state["fingerprint"]):
             raise self._foreign(path, "no settings of a run")
         check_same_run(path, state["fingerprint"], self._identity)
         missing = [repr(key) for key in expected if key not in state]
@@ -323,7 +323,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
             raise self._foreign(self.last, "no state of an optimizer")
         assert isinstance(saved, dict)
         numbered = [group.get("params") for group in groups]
-        if not _is_plain(numbered) or numbered != [group["params"] for group in own["param_groups"]]:
+        if not is_plain(numbered) or numbered != [group["params"] for group in own["param_groups"]]:
             raise self._foreign(self.last, "an optimizer of other parameters")
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         entries = saved["state"]
@@ -378,14 +378,6 @@ def _is_whole(value: object, low: int, high: int) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _on_cpu(value: Any) -> Any:
