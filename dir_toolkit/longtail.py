@@ -667,7 +667,7 @@ class LongTailModel(nn.Module):
             given["adjust"] = (self.adjust, ("after",))
             given["tau"], given["temperature"] = (tau, (1,)), (temperature, (1,))
         elif self.within_axis:
-            rule = "within_axis must be left out for heads that score bins, whose predictions are"
+            rule = "within_axis must be left out for heads that score bins, whose predictions lie on it"
             raise problem(where, rule, got="True")
         for name, (value, allowed) in given.items():
             if value not in allowed:

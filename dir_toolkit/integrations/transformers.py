@@ -51,8 +51,8 @@ class FDSCallback(TrainerCallback):
     model's tree, as :meth:`FDS.attach` does, since the Trainer's files hold tensors alone: each checkpoint folder gets
     a file ``fds.pt`` of its own, and ``train(resume_from_checkpoint=...)`` goes on from it as if training had never
     stopped; on several ranks, in mid-epoch, but for rounding. Under ``ignore_data_skip`` an epoch is begun again, and
-    what was gathered of it is dropped. A hyperparameter search saves no statistics. Gradient
-    checkpointing works, too.
+    what was gathered of it is dropped. A hyperparameter search saves no statistics. Gradient checkpointing works,
+    too.
 
     Args:
         fds: one, or several, each attached by the time training starts.

@@ -126,7 +126,8 @@ class LabelDensity:
             group: the ranks that hold different labels, where not all do, as in tensor or pipeline parallel layouts;
                 None means all ranks.
         Raises:
-            ValueError: the ranks' bins differ. Then it is raised on every rank. TypeError: ``group`` is none.
+            ValueError: the ranks' bins differ. Then it is raised on every rank. TypeError: ``group`` is no process
+            group.
         """
         check_group("LabelDensity.all_reduce", group)
         if not is_parallel():
@@ -217,8 +218,8 @@ class LabelDensity:
         """The share of labels in each bin, (B,) float64, summing to one.
 
         Args:
-            floor: least count that a bin is taken to have, in labels, or a bin of mean width where widths differ; above
-                zero it keeps log-priors finite.
+            floor: least count that a bin is taken to have, in labels, for a bin of mean width where widths differ;
+                above zero it keeps log-priors finite.
         Raises:
             ValueError: the floor is negative, or no label was counted and the floor is zero.
         """

@@ -68,7 +68,7 @@ class MergingSums(ABC):
             group: the ranks that saw different samples, where some saw the same ones, as in tensor parallelism; None
                 for all ranks.
         Raises:
-            as ``compute``, on every rank alike. TypeError: ``group`` is none.
+            as ``compute``, on every rank alike. TypeError: ``group`` is no process group.
         """
         check_group(f"{type(self).__name__}.all_reduce", group)
         with torch.inference_mode(False):
