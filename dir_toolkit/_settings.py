@@ -30,11 +30,19 @@ def described(where: str, name: str, value: object) -> Any:
 
     Arrays are written out where they are short, and stand as a digest where they are long. Objects give their
     ``settings``, functions their module and name, a partial what it calls and its arguments, a module without
-    ``settings`` its class, its public plain attributes, its buffers and its children.
+    ``settings`` its class, its attributes, its buffers and what of its parameters is frozen, and its children.
 
     Raises:
-        SettingsError: nothing but its place in memory tells the value from another, as with a lambda.
+        SettingsError: nothing but its place in memory tells the value from another, as with a lambda, or it holds
+        itself.
     """
+    try:
+        return _described(where, name, value)
+    except RecursionError:
+        raise _unidentifiable(where, name.split("[")[0].split(".")[0], "something that holds itself") from None
+
+
+def _described(where: str, name: str, value: object) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic):
@@ -70,7 +78,7 @@ def described(where: str, name: str, value: object) -> Any:
         return value.__name__
     own = getattr(value, "settings", None)
     if isinstance(own, Mapping):
-        return {"is": _qualified(type(value)), **described(where, name, own)}
+        return {"is": _qualified(type(value)), **described(where, name, {**own, **_added(value, own)})}
     if isinstance(value, nn.Module):
         return _module(where, name, value)
     if dataclasses.is_dataclass(value):
@@ -119,33 +127,61 @@ def _array(value: np.ndarray | Tensor) -> Any:
         if value.is_meta:
             return f"{value.dtype} {tuple(value.shape)} without values"
         value = value.detach().cpu()
-        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        value = value.to_dense() if value.layout != torch.strided else value
+        value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
+        value = value.resolve_conj().resolve_neg().numpy()
+    if value.dtype.kind == "c":
+        return [_array(value.real), _array(value.imag)]
     if value.size <= _LONGEST:
         return value.tolist()
     return f"{value.dtype} {value.shape} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]}"
 
 
 def _function(where: str, name: str, function: Any) -> Any:
-    """Its module and name; one made inside another also by its defaults and by what it takes from there."""
+    """Its module and name; one made inside another also by its defaults and by what it takes from there.
+
+    A decorator gives what it makes the name of what it wraps. If that is a module's own, what the two take from there
+    counts where it can be told.
+    """
     qualified = _qualified(function)
     if "<lambda>" in qualified:
         raise _unidentifiable(where, name, "a lambda")
-    if "<locals>" not in qualified:
+    named = "<locals>" not in qualified
+    if named and not hasattr(function, "__wrapped__"):
         return qualified
-    taken = dict(inspect.getclosurevars(function).nonlocals)
-    return {
-        "is": qualified,
-        "defaults": described(where, name, function.__defaults__),
-        "takes": {key: described(where, f"{name} (its {key})", item) for key, item in taken.items()},
-    }
+    takes = {}
+    for key, item in inspect.getclosurevars(function).nonlocals.items():
+        try:
+            takes[key] = described(where, f"{name} (its {key})", item)
+        except SettingsError:
+            if not named:
+                raise
+            takes[key] = _qualified(type(item))
+    defaults = described(where, name, [function.__defaults__, function.__kwdefaults__])
+    return {"is": qualified, "defaults": defaults, "takes": takes}
+
+
+def _added(value: object, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a subclass takes besides, of an object that tells the settings of the class that it inherits from."""
+    if "settings" in vars(type(value)):
+        return {}
+    taken = inspect.signature(type(value)).parameters
+    return {name: getattr(value, name) for name in taken if name not in own and hasattr(value, name)}
 
 
 def _module(where: str, name: str, module: nn.Module) -> dict[str, Any]:
-    plain = {key: item for key, item in vars(module).items() if not key.startswith("_") and key != "training"}
+    torchs = type(module).__module__.startswith("torch.")  # whose private attributes are no settings
+    hidden = vars(nn.Module()).keys()
+    plain = {
+        key: item for key, item in vars(module).items() if key not in hidden and not (torchs and key.startswith("_"))
+    }
     return {
         "is": _qualified(type(module)),
         **described(where, name, plain),
-        "parameters": {key: list(item.shape) for key, item in module.named_parameters(recurse=False)},
+        "parameters": {
+            key: list(item.shape) if item.requires_grad else _array(item)
+            for key, item in module.named_parameters(recurse=False)
+        },
         "buffers": {key: _array(item) for key, item in module.named_buffers(recurse=False)},
         "children": {key: described(where, f"{name}.{key}", item) for key, item in module.named_children()},
     }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import problem
 from .errors import CheckpointError
@@ -64,6 +66,41 @@ def unpack(where: str, packed: object) -> dict[str, Any]:
     if not isinstance(decoded, dict):
         raise _damaged(where, type(decoded).__name__)
     return decoded
+
+
+@contextmanager
+def whole_or_not_at_all(*modules: nn.Module) -> Iterator[None]:
+    """Within, states are loaded into modules; where that raises, they are as they were. For this all of their numbers
+    are held twice meanwhile."""
+    parts = [part for module in modules for part in module.modules()]
+    attributes = [
+        (part, {**vars(part), "_parameters": {**part._parameters}, "_buffers": {**part._buffers}}) for part in parts
+    ]
+    tensors = {id(x): x for part in parts for x in (*part._parameters.values(), *part._buffers.values())}
+    copies = [(x, x.detach().clone()) for x in tensors.values() if x is not None and not nn.parameter.is_lazy(x)]
+    try:
+        yield
+    except BaseException:
+        for part, before in attributes:
+            vars(part).clear()
+            vars(part).update(before)
+        for x, before in copies:
+            with torch.inference_mode(x.is_inference()), torch.no_grad():
+                x.copy_(before)
+        raise
+
+
+class SoundModule(nn.Module):
+    """A module that a refused ``load_state_dict`` leaves as it was, where torch leaves it half loaded, and that can be
+    trained after it was moved or cast in inference mode."""
+
+    @torch.inference_mode(False)
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        with whole_or_not_at_all(self):
+            return super().load_state_dict(state_dict, strict, assign)
 
 
 def _encoded(value: Any, parts: list[bytes]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +34,7 @@ from ._checks import (
     wide_dtype,
 )
 from ._settings import shown
-from ._state import pack, unpack
+from ._state import pack, unpack, whole_or_not_at_all
 from .errors import CheckpointError, ShapeError
 from .features.fds import FDS
 from .heads.affinity import AffinityHead
@@ -812,6 +812,7 @@ class LongTailModel(nn.Module):
             raise problem(where, rule, got="an FDS in use", fix="Make one for each model.")
         fds.attach(self.neck, "output")
 
+    @torch.inference_mode(False)  # what is kept must serve training, too
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LongTailModel:
         kept = {name: self._buffers[name] for name in ("offset", "scale") if name in self._buffers}
         super()._apply(fn, recurse)
@@ -824,12 +825,18 @@ class LongTailModel(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        return pack({"bins": self.bins.settings, "fds": None if self.fds is None else dict(self.fds.state_dict())})
+        without = self.fds is None or self.fds.running_count.is_meta
+        return pack({"bins": self.bins.settings, "fds": None if without else dict(self.fds.state_dict())})  # type: ignore[union-attr]
 
     def set_extra_state(self, state: Tensor) -> None:
         """``load_state_dict`` has taken it up before anything of the model changed; others hand over nothing else."""
         if self.__dict__.pop("_taken_up", None) is not state:
             self._take_up(state, assign=False)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but a state that is refused changes nothing, for which all numbers are held twice meanwhile."""
+        with whole_or_not_at_all(self, *([] if self.fds is None else [self.fds])):
+            return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._checks import (
     MOST_TAU,
@@ -38,6 +38,7 @@ from ._checks import (
     wide_dtype,
 )
 from ._settings import shown
+from ._state import SoundModule
 from .errors import ShapeError
 from .labels.bins import Bins
 from .labels.density import LabelDensity
@@ -271,7 +272,7 @@ def choose_tau(
     return chosen_tau(where, candidates, curve, by, temperature)
 
 
-class LogitAdjuster(nn.Module):
+class LogitAdjuster(SoundModule):
     """:func:`adjust_logits` as the last layer of a model in service: ``nn.Sequential(model, LogitAdjuster(prior))``.
 
     All it does is ``logits / temperature + offset``, both buffers, so that a loaded ``state_dict`` brings its own

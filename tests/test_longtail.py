@@ -1266,6 +1266,32 @@ def test_a_refused_state_changes_nothing() -> None:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("change", [{"head.weight": None}, {"other": torch.ones(1)}, {"head.bias": torch.ones(2)}])
+def test_a_state_that_is_refused_late_changes_nothing_either(change: dict[str, Any], assign: bool) -> None:
+    x, y = batch(40)
+
+    def trained(seed: int) -> LongTailModel:
+        model = seeded(lambda: LongTailModel(net(), 6, AGES, density=AGE_DENSITY, fds=FDS(AGES, 6)), seed)
+        model(x, y)
+        model.fds.end_epoch()
+        return model
+
+    model, other = trained(0), trained(3)
+    state = {k: v for k, v in {**other.state_dict(), **change}.items() if v is not None}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = model(x, y)
+    with pytest.raises(RuntimeError):
+        model.load_state_dict(state, assign=assign)
+    same_output(model(x, y), expected)
+    model.fds._forget_epoch()
+    assert {k: v.tolist() for k, v in model.state_dict().items() if k != "_extra_state"} == {
+        k: v.tolist() for k, v in before.items() if k != "_extra_state"
+    }
+    model.load_state_dict(other.state_dict(), assign=assign)
+    same_output(model(x, y), other(x, y))
+
+
 @pytest.mark.parametrize("options", [*VARIANTS, {"decode": "expectation"}, {"prior": "uniform"}], ids=str)
 def test_made_and_called_in_inference_mode_first_a_model_trains_later(options: dict[str, Any]) -> None:
     x, y = batch()
@@ -1291,11 +1317,33 @@ def test_made_without_storage_a_model_is_filled_by_a_state(options: dict[str, An
         empty = ages(**options)
     assert {value.device.type for value in [*empty.parameters(), *empty.buffers()]} == {"meta"}
     assert repr(empty).startswith("LongTailModel(")
+    assert empty.state_dict().keys() == expected.state_dict().keys()  # as transformers asks for before it loads
+    assert copy.deepcopy(empty).state_dict().keys() == expected.state_dict().keys()
     empty.to_empty(device="cpu").load_state_dict(expected.state_dict())
     same_output(empty(x, y), expected(x, y))
     assigned = ages(**options).to("meta")
     assigned.load_state_dict(expected.state_dict(), assign=True)
     same_output(assigned(x, y), expected(x, y))
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full", "low_rank"])
+def test_made_without_storage_a_model_with_statistics_is_filled_by_a_state(covariance: Any) -> None:
+    x, y = batch(40)
+
+    def made() -> LongTailModel:
+        return ages(fds=FDS(AGES, 6, covariance=covariance, rank=2))
+
+    expected = made()
+    expected(x, y)
+    expected.fds.end_epoch()
+    with torch.device("meta"):
+        empty = made()
+    assert empty.state_dict().keys() == expected.state_dict().keys()
+    with pytest.raises(CheckpointError, match="the saved model must hold FDS statistics, got none"):
+        expected.load_state_dict(empty.to_empty(device="meta").state_dict())
+    for load in (copy.deepcopy(empty), copy.deepcopy(empty).to_empty(device="cpu")):
+        load.load_state_dict(expected.state_dict(), assign=True)
+        same_output(load(x, y), expected(x, y))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of operations it does not batch

@@ -322,6 +322,88 @@ def test_modules_without_settings_count_by_their_attributes_buffers_and_children
     assert told(nn.Linear(2, 3)) == told(nn.Linear(2, 3))
 
 
+class Hidden(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self._number = number
+
+
+class Frozen(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor(number), requires_grad=False)
+
+
+def test_private_attributes_and_frozen_parameters_of_a_module_count():
+    assert told(Hidden(1.0)) == told(Hidden(1.0)) != told(Hidden(2.0))
+    assert told(Frozen(1.0)) == told(Frozen(1.0)) != told(Frozen(2.0))
+
+
+def times(function, number):
+    @functools.wraps(function)
+    def inner(*arguments, **options):
+        return number * function(*arguments, **options)
+
+    return inner
+
+
+@torch.no_grad()
+def decorated(x):
+    return x
+
+
+def test_a_function_counts_by_what_its_decorator_takes_too():
+    assert told(times(dt.weighted_l1, 1.0)) == told(times(dt.weighted_l1, 1.0))
+    assert told(times(dt.weighted_l1, 1.0)) != told(times(dt.weighted_l1, 2.0))
+    assert told(times(dt.weighted_l1, 1.0)) != told(dt.weighted_l1)
+    assert "decorated" in told(decorated)
+
+
+def test_defaults_that_are_given_by_name_count():
+    def made(default):
+        def inner(x, *, d=default):
+            return x * d
+
+        return inner
+
+    assert told(made(1)) == told(made(1)) != told(made(2))
+
+
+def test_what_holds_itself_is_refused():
+    def itself(x):
+        return x and itself(x - 1)
+
+    module = nn.Identity()
+    module.others = [module]
+    for value in (itself, module):
+        with pytest.raises(SettingsError, match=r"here: it .*got something that holds itself"):
+            told(value)
+
+
+class Extended(dt.ConRLoss):
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+
+
+def test_a_subclass_counts_by_the_arguments_that_it_adds():
+    assert told(Extended(1.0)) == told(Extended(1.0)) != told(Extended(2.0))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: torch.tensor([x, 1.0]).to_sparse(),
+        lambda x: torch.tensor([x, 1.0]).to(torch.float8_e4m3fn),
+        lambda x: torch.tensor([x + 1j]).conj(),
+        lambda x: np.array([1j * x]),
+        lambda x: torch.tensor([x] * 100).to(torch.bfloat16),
+    ],
+)
+def test_arrays_of_every_kind_count(made):
+    assert told(made(1.0)) == told(made(1.0)) != told(made(2.0))
+
+
 def test_long_arrays_count_by_a_digest():
     a = np.arange(1000.0)
     assert told(a) != told(a + 1e-9)

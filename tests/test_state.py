@@ -3,7 +3,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import dir_toolkit as dt
 from dir_toolkit import Bins
 from dir_toolkit._state import pack, unpack
 from dir_toolkit.errors import CheckpointError
@@ -64,3 +66,48 @@ def test_another_format_is_named():
 def test_what_is_no_packed_state_is_refused(packed):
     with pytest.raises(CheckpointError, match="the bytes that state_dict"):
         unpack("here", packed)
+
+
+MADE = [
+    lambda: dt.LinearHead(4, 3),
+    lambda: dt.CosineHead(4, 3, learn_scale=True),
+    lambda: dt.AffinityHead(4, 3),
+    lambda: dt.NearestMeanHead(4, 3),
+    lambda: dt.ScaledHead(nn.Linear(4, 3)),
+    lambda: dt.BatchMCLoss(),
+    lambda: dt.GaussianMixtureLoss([0.5, 0.5], [1.0, 2.0], [1.0, 1.0]),
+    lambda: dt.BinnedIntegrationLoss(Bins.uniform(0, 3, width=1), [0.2, 0.3, 0.5]),
+    lambda: dt.ConRLoss(weights=dt.LDS(Bins.uniform(0, 3, width=1)).fit([0.5, 0.5, 2.5])),
+    lambda: dt.CenterLoss(3, 4),
+    lambda: dt.LogitAdjuster([0.2, 0.8]),
+]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("how", ["missing", "of another shape", "unknown besides"])
+@pytest.mark.parametrize("make", MADE, ids=lambda make: type(make()).__name__)
+def test_a_refused_load_changes_nothing(make, how, assign):
+    module = make()
+    good = {name: value + 1 if value.is_floating_point() else value for name, value in module.state_dict().items()}
+    for name in good:
+        state = dict(good)
+        if how == "missing":
+            del state[name]
+        elif how == "of another shape":
+            state[name] = torch.ones(7, 7)
+        else:
+            state["other"] = torch.ones(1)
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        parameters = list(module.parameters())
+        with pytest.raises((RuntimeError, ValueError)):
+            module.load_state_dict(state, assign=assign)
+        assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
+        for key, value in module.state_dict().items():
+            assert torch.equal(value.nan_to_num(-1), before[key].nan_to_num(-1))
+
+
+@pytest.mark.parametrize("make", MADE, ids=lambda make: type(make()).__name__)
+def test_what_is_made_and_moved_in_inference_mode_can_be_trained(make):
+    with torch.inference_mode():
+        module = make().double()
+    assert not any(tensor.is_inference() for tensor in (*module.parameters(), *module.buffers()))

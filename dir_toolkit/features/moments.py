@@ -174,6 +174,8 @@ class BinMoments:
                     error=ShapeError,
                 )
         not_negative(where, count=state["count"])
+        if self.deviations.ndim == 2:  # sums of squares
+            not_negative(where, deviations=state["deviations"])
         device = self.mean.device
         self.count, self.mean = state["count"].to(device, copy=True), state["mean"].to(device, copy=True)
         self.deviations = state["deviations"].to(device, copy=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._checks import length, number, one_of, problem, same_device, wide_dtype
 from .._ranks import summed
 from .._settings import shown
+from .._state import SoundModule
 from ..errors import NotFittedError
 from ._features import checked_features, full_precision, squared_distances
 
@@ -23,7 +24,7 @@ SigmaMode = Literal["fixed", "learnt", "first_batch"]
 _START_DISTANCE = 10.0  # the mean distance between features and prototypes before training
 
 
-class AffinityHead(nn.Module):
+class AffinityHead(SoundModule):
     r"""Scores in (0, 1] that say how near a feature is to the nearest prototype of each class.
 
     .. math:: a_j = \max_t \exp\bigl(-d(s z, w_{t,j}) / \sigma\bigr) \quad\text{or}\quad
@@ -73,6 +74,7 @@ class AffinityHead(nn.Module):
     sigma: Tensor
     log_sigma: nn.Parameter
 
+    @torch.inference_mode(False)  # what is kept must serve training, too
     def __init__(
         self,
         num_features: int,

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from .._checks import instance, length, number, same_device, wide_dtype
 from .._settings import shown
+from .._state import SoundModule
 from ._features import checked_features, full_precision, unit_rows
 
 __all__ = ["CosineHead"]
 
 
-class CosineHead(nn.Module):
+class CosineHead(SoundModule):
     r"""Scores :math:`s \cos(z, w_j)`.
 
     A feature or weight vector shorter than 1e-12 has cosine zero with everything, and no gradient. Computes in at least
@@ -45,6 +46,7 @@ class CosineHead(nn.Module):
     scale: Tensor
     log_scale: nn.Parameter
 
+    @torch.inference_mode(False)  # what is kept must serve training, too
     def __init__(self, num_features: int, num_classes: int, *, scale: float = 16.0, learn_scale: bool = False) -> None:
         super().__init__()
         self.num_features = length("CosineHead", "num_features", num_features)

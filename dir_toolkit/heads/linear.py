@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from .._checks import instance, length, same_device
 from .._settings import shown
+from .._state import SoundModule
 from ._features import checked_features, linear_scores
 
 __all__ = ["LinearHead"]
 
 
-class LinearHead(nn.Linear):
+class LinearHead(SoundModule, nn.Linear):
     r"""Scores :math:`w_j \cdot z + b_j`: ``torch.nn.Linear`` that checks what it is given.
 
     Outside autocast it computes in the wider dtype of features and weights, at least float32.
@@ -34,6 +35,7 @@ class LinearHead(nn.Linear):
     torch.Size([3, 10])
     """
 
+    @torch.inference_mode(False)  # what is kept must serve training, too
     def __init__(self, num_features: int, num_classes: int, *, bias: bool = True) -> None:
         num_features = length("LinearHead", "num_features", num_features)
         num_classes = length("LinearHead", "num_classes", num_classes)

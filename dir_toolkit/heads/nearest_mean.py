@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import finite, is_tensor, label_problem, length, one_of, problem, readable, same_device, warn, wide_dtype
 from .._ranks import summed
 from .._settings import shown
+from .._state import SoundModule
 from ..errors import NotFittedError, ShapeError
 from ..features.moments import BinMoments
 from ._features import checked_features, full_precision, squared_distances, unit_rows
@@ -19,7 +20,7 @@ __all__ = ["NearestMeanHead"]
 Metric = Literal["cosine", "euclidean"]
 
 
-class NearestMeanHead(nn.Module):
+class NearestMeanHead(SoundModule):
     r"""Scores by nearness to the mean feature of each class: its cosine, or minus its squared distance.
 
     .. code-block:: python

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._checks import finite, instance, number, on_host, problem, same_device
 from .._settings import shown
+from .._state import SoundModule
 from ._features import checked_features, linear_scores
 from .linear import LinearHead, linear_of
 
@@ -57,7 +58,7 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
     return linear_of(scaled.to(linear.weight.device), None, trainable=True).train(linear.training)
 
 
-class ScaledHead(nn.Module):
+class ScaledHead(SoundModule):
     r"""Scores :math:`f_i\, w_i \cdot z + b_i` with one learnt scale per class, all else frozen.
 
     Learnable weight scaling: trained with class-balanced sampling on frozen features, it finds by itself how far each
@@ -80,6 +81,7 @@ class ScaledHead(nn.Module):
     ['scale']
     """
 
+    @torch.inference_mode(False)  # what is kept must serve training, too
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         instance("ScaledHead", nn.Linear, linear=linear)

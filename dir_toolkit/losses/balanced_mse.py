@@ -56,6 +56,7 @@ from .._checks import (
 )
 from .._ranks import is_parallel, summed
 from .._settings import shown
+from .._state import SoundModule
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.density import LabelDensity
@@ -70,7 +71,7 @@ _MOST_ROUNDS = 500
 _LEAST_GAIN = 1e-5  # of the mean log-likelihood, in nats
 
 
-class _BalancedMSE(nn.Module, ABC):
+class _BalancedMSE(SoundModule, ABC):
     """What the three forms share: the noise, the checks and the likelihood."""
 
     log_sigma: Tensor

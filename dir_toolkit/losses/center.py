@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._checks import floats, is_tensor, length, number, problem, same_device, wide_dtype
 from .._settings import shown
+from .._state import SoundModule
 from ..errors import ShapeError
 from ._reduce import Reduction, checked_rows, reduce
 
@@ -47,7 +48,7 @@ def center_loss(
     return reduce(_half_squares(features, centers.index_select(0, target)), weight, reduction)
 
 
-class CenterLoss(nn.Module):
+class CenterLoss(SoundModule):
     r"""Center loss with centers that follow the features at their own rate, alike for frequent and rare classes.
 
     The paper moves a center by :math:`c_j \leftarrow c_j - \alpha\,\Delta_j`,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import instance, number, problem, wide_dtype
 from .._settings import shown
+from .._state import SoundModule
 from ..heads._features import full_precision, unit_rows
 from ..labels.weights import LDS
 from ._reduce import Reduction, checked_samples, field, pairs_of, present, reduce, spread_of
@@ -109,7 +110,7 @@ def conr_loss(
     return reduce((total - drawn).masked_fill(~anchor, 0.0), weight, reduction)
 
 
-class ConRLoss(nn.Module):
+class ConRLoss(SoundModule):
     r"""A regression loss with ConR added to it: :math:`L = L_\text{base} + \beta L_\text{ConR}`.
 
     Called as ``loss(output, labels, weight, reduction=...)``; r of :func:`conr_loss` is ``weights(labels)``. A sample's
