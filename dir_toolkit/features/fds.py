@@ -25,7 +25,7 @@ from .._checks import (
     warn,
     whole,
 )
-from .._ranks import summed
+from .._ranks import check_group, summed
 from .._settings import shown
 from .._state import pack, unpack
 from ..errors import CheckpointError, ShapeError
@@ -111,7 +111,7 @@ class FDS(Float64Module):
             hold the same samples, as with tensor, sequence or pipeline parallelism, pass the data-parallel group, since
             their samples would count once per rank.
     Attributes:
-        settings: the arguments, by name, ``kernel`` as the window that they chose.
+        settings: the arguments but ``group``, by name, ``kernel`` as the window that they chose.
         smoothing: (K,) float64, the window of the first axis, scaled to sum to one.
         epoch: how many epochs are folded in.
     Shape:
@@ -128,7 +128,8 @@ class FDS(Float64Module):
         Full covariance waits for an accelerator once a step, low rank now and then. In a step low rank holds r^2
         numbers for each sample, or each pixel of a map, so that large maps want a small rank.
     Raises:
-        ValueError: a setting is out of bounds, or covariances would take more memory than is free.
+        ValueError: a setting is out of bounds, or covariances would take more memory than is free. TypeError: an
+        argument is of another kind; ``group`` is one that this rank is not in.
     Source:
         Yang et al. 2021, section 3.2, equation 2 (arXiv:2102.09554). The low-rank form is ours: probabilistic PCA
         (Tipping and Bishop 1999) in a subspace that all bins share.
@@ -162,6 +163,7 @@ class FDS(Float64Module):
         one_of("FDS", "map", map, ("paper", "transport"))
         one_of("FDS", "edges", edges, ("reflect", "mirror", "zero"))
         one_of("FDS", "outside", outside, ("raise", "clip", "drop"))
+        check_group("FDS", group)
         self.bins, self.outside = bins, outside
         self.num_features = length("FDS", "num_features", num_features)
         self.momentum = number("FDS", "momentum", momentum, low=0, high=1, open_high=True)
@@ -250,6 +252,9 @@ class FDS(Float64Module):
         """The settings of the public DIR code: folded window (not over classes), mirrored edges, labels beyond the axis
         clipped, no shrinkage. With every bin filled it calibrates as that code does.
 
+        Args:
+            bins, num_features, momentum: as of the class.
+            kernel: as of the class; ``"auto"`` is ``gaussian(5, 2, folded=True)``, with the same exceptions.
         Source:
             github.com/YyzHarry/imbalanced-regression, ``fds.py``.
         """

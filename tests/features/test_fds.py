@@ -993,6 +993,7 @@ def test_end_of_an_epoch_without_features_or_with_broken_ones_is_refused_and_cha
         ({"edges": "wrap"}, "edges must be one of"),
         ({"num_features": 0}, "num_features must be at least 1"),
         ({"count_weighted": "no"}, "count_weighted must be a bool, got str"),
+        ({"group": "data"}, "group must be a torch.distributed.ProcessGroup that this rank is in, or None, got 'data'"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:
