@@ -123,6 +123,10 @@ class LDS(nn.Module):
         """The weights of the public DIR code: folded window, zero edges, scheme before smoothing, ``inverse`` from
         counts clipped to [5, 1000] and, as its integer array does, rounded down after smoothing.
 
+        Args:
+            kernel: window over bins, as of the class; ``"auto"`` is the folded ``gaussian(5, 2, folded=True)``, with
+                the same exceptions.
+            outside: as of the class; the public code clips.
         Source:
             github.com/YyzHarry/imbalanced-regression, ``_prepare_weights`` of its data sets.
         """

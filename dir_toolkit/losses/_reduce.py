@@ -102,7 +102,7 @@ def spread_of(labels: Tensor, weight: Tensor | None, *, ranks: bool = False) -> 
 
     def mean(values: Tensor) -> Tensor:
         sums = torch.cat([(share * values).sum(0), share.sum()[None]])
-        sums = summed(sums)[0].to(sums.device) if ranks else sums
+        sums = summed(sums)[0] if ranks else sums
         return sums[:-1] / sums[-1]
 
     variance = mean((labels - mean(labels)).square()).mean()

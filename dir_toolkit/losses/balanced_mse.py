@@ -347,7 +347,7 @@ class GaussianMixtureLoss(_BalancedMSE):
         spread = float(np.sqrt(_total_variance(*parts.values())[1].mean()))
         if spread == 0 and noise_sigma is None:
             rule = "noise_sigma must be given where the mixture has no spread of which it could be a tenth"
-            raise problem(where, rule, got="None")
+            raise problem(where, rule, got="None", fix="Pass how far off predictions are, in label units.")
         super().__init__(noise_sigma, _NOISE * spread, learn, shapes["means"][1:])
         with torch.inference_mode(False):
             for name, part in parts.items():
@@ -572,7 +572,7 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
     ends = summed(sizes)[0].cumsum(0).tolist()
     everyone = rows.new_zeros(ends[-1], rows.shape[1])
     everyone[ends[rank] - len(rows) : ends[rank]] = rows
-    return summed(everyone)[0].to(rows.device)
+    return summed(everyone)[0]
 
 
 def _shares(where: str, bins: Bins, density: Any) -> np.ndarray:
