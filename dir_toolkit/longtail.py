@@ -788,7 +788,9 @@ class LongTailModel(nn.Module):
         return self._weighted(self.density).smooth(kernel)
 
     def _weighted(self, density: LabelDensity) -> LabelDensity:
-        return density if self.weights is None else density.weighted(self.weights)
+        if self.weights is None or (self.weights.table.is_meta and torch.empty(0).is_meta):
+            return density  # without storage, which a state will fill
+        return density.weighted(self.weights)
 
     def _spread_of_labels(self) -> tuple[float, float]:
         """Median and standard deviation of the labels, spread evenly in each bin."""

@@ -1326,6 +1326,30 @@ def test_made_without_storage_a_model_is_filled_by_a_state(options: dict[str, An
     same_output(assigned(x, y), expected(x, y))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"prior": "uniform"}, {"prior": "uniform", "adjust": "in_loss"}, {"head": "regression", "loss": "balanced_mse"}],
+)
+def test_made_without_storage_a_model_with_weights_is_filled_by_a_state(options: dict[str, Any]) -> None:
+    x, y = batch(40)
+
+    def made() -> LongTailModel:
+        return LongTailModel(net(), 6, AGES, density=AGE_DENSITY, weights=LDS(AGES).fit(AGE_DENSITY), **options)
+
+    expected = made()
+    with torch.device("meta"):
+        empty = made()
+    empty.load_state_dict(expected.state_dict(), assign=True)
+    same_output(empty(x, y), expected(x, y))
+    if "prior" in options:
+        for model in (empty, expected):
+            model.set_prior("uniform", 0.5)
+        same_output(empty(x, y), expected(x, y))
+    weights = LDS(AGES).fit(AGE_DENSITY).to("meta")
+    with pytest.raises(NotFittedError):
+        LongTailModel(net(), 6, AGES, density=AGE_DENSITY, weights=weights, **options)
+
+
 @pytest.mark.parametrize("covariance", ["diagonal", "full", "low_rank"])
 def test_made_without_storage_a_model_with_statistics_is_filled_by_a_state(covariance: Any) -> None:
     x, y = batch(40)
