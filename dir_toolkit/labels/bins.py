@@ -146,17 +146,27 @@ class Bins(LabelAxes):
         self._fits_float32 = bool((_STEPS * steps <= widths).all())
         with torch.inference_mode(False):
             self._edges, self._centers = torch.from_numpy(edges.copy()), torch.from_numpy(centers.copy())
+            self._limits = torch.from_numpy(self._placed_limits())
         self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}  # copies, made when asked
         self._scales: dict[np.dtype, np.ndarray | None] = {}
 
-    def _tensor(self, name: Literal["edges", "centers"], like: Tensor) -> Tensor:
-        """Edges or centres in the dtype and on the device of ``like``, copied there once."""
+    def _placed_limits(self) -> np.ndarray:
+        """The edges, moved by as much as the centres on either side lie off the middle; the edges where those would not
+        rise."""
+        off = self.centers - (self.edges[:-1] + self.edges[1:]) / 2
+        moved = self.edges + np.concatenate([off[:1], (off[:-1] + off[1:]) / 2, off[-1:]])
+        rises = np.diff(moved.astype(np.float32 if self._fits_float32 else np.float64)) > 0
+        return moved if rises.all() else self.edges.copy()
+
+    def _tensor(self, name: Literal["edges", "centers", "limits"], like: Tensor) -> Tensor:
+        """Edges, centres or limits in the dtype and on the device of ``like``, copied there once."""
         if torch.compiler.is_compiling():  # a compiled graph keeps its own copies
-            return (self._edges if name == "edges" else self._centers).to(like)
+            return {"edges": self._edges, "centers": self._centers, "limits": self._limits}[name].to(like)
         key = (name, like.dtype, like.device)
         if (kept := self._tensors.get(key)) is None or strict_fake_mode():
             with torch.inference_mode(False):
-                kept = torch.from_numpy(getattr(self, name).copy()).to(like.dtype).to(like.device)
+                array = self._placed_limits() if name == "limits" else getattr(self, name).copy()
+                kept = torch.from_numpy(array).to(like.dtype).to(like.device)
             if keepable(kept):
                 self._tensors[key] = kept
         return kept

@@ -111,11 +111,7 @@ def limits(bins: Bins, like: Tensor) -> Tensor:
     >>> limits(Bins.uniform(0, 30, width=10, integer=True), torch.zeros(()))
     tensor([-0.5000,  9.5000, 19.5000, 29.5000])
     """
-    like = like.detach().to(bins._wide(like))
-    edges, centers = bins._tensor("edges", like), bins._tensor("centers", like)
-    off = centers - (edges[:-1] + edges[1:]) / 2
-    moved = edges + torch.cat([off[:1], (off[:-1] + off[1:]) / 2, off[-1:]])
-    return torch.where((moved[1:] > moved[:-1]).all(), moved, edges)
+    return bins._tensor("limits", like.detach().to(bins._wide(like)))
 
 
 def _in_bins(labels: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:

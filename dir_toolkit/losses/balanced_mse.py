@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import (
@@ -58,7 +59,7 @@ from .._ranks import is_parallel, summed
 from .._settings import shown
 from .._state import SoundModule
 from ..errors import ShapeError
-from ..labels.bins import Bins, Outside
+from ..labels.bins import Bins, Outside, lookup
 from ..labels.density import LabelDensity
 from ..labels.soft_labels import limits
 from ._reduce import Reduction, finite_targets, one_a_sample, present, reduce, spread_of, weight_on_axis
@@ -67,6 +68,9 @@ __all__ = ["BatchMCLoss", "BinnedIntegrationLoss", "GaussianMixtureLoss"]
 
 _NOISE = 0.1  # where sigma starts, in standard deviations of the labels
 _BACKGROUND = 1e-9  # the share of mixtures and bins that lies in one wide Gaussian
+_NARROW = {torch.float64: 1e-5, torch.float32: 1e-2}  # a bin, in units of sigma
+_MOST_GAP = {torch.float64: 300.0, torch.float32: 80.0}  # whose exponential is still finite
+_HALF_PEAK = 1 / math.sqrt(8 * math.pi)  # of the normal density
 _MOST_ROUNDS = 500
 _LEAST_GAIN = 1e-5  # of the mean log-likelihood, in nats
 
@@ -512,49 +516,38 @@ class BinnedIntegrationLoss(_BalancedMSE):
         return super().forward(pred, target, weight, reduction=reduction)
 
     def _log_ratio(self, error: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor) -> Tensor:
-        knots = limits(self.bins, error)
-        edges = self.bins._tensor("edges", knots)
+        # Tails are subtracted below, and float32 would keep few of their digits where bins are narrow.
+        wide = torch.float32 if error.device.type == "mps" else torch.float64
+        error, target, scale = error.to(wide), target.to(wide), sigma.to(wide)
+        knots, edges = limits(self.bins, error), self.bins._tensor("edges", error)
         # The first and the last bin hold labels up to their edges, even where the limits were moved inwards.
-        first, last = torch.minimum(knots[:1], edges[:1]), torch.maximum(knots[-1:], edges[-1:])
-        knots = torch.cat([first, knots[1:-1], last])
-        width = knots.diff() / sigma  # (B,), as all below in units of sigma
-        knots = (knots - target) / sigma  # (N, B + 1)
-        low, high = knots[:, :-1], knots[:, 1:]
-        # Relative to its value at the label, the normal density is exp(x (error - x / 2)) at a distance x from the
-        # label. Over a bin it averages that at the nearest point to the prediction, times a factor at most one.
-        nearest = torch.minimum(torch.maximum(error, low), high)
-        below, above = high <= error, low > error
-        away = error - knots
-        tail = _scaled_tail(torch.where(away >= 0, away, -away) * math.sqrt(0.5))
-        gone = tail * torch.exp(-away.square() / 2)
-        outer = torch.where(below, tail[:, 1:], tail[:, :-1])
-        inner = torch.where(below, tail[:, :-1], tail[:, 1:])
-        middle = (low + high) / 2
-        slope = torch.where(away[:, 1:] + away[:, :-1] >= 0, 0.5, -0.5) * (away[:, 1:] + away[:, :-1])
-        mass = torch.where(below | above, outer - torch.exp(-slope * width) * inner, 2 - gone[:, :-1] - gone[:, 1:])
-        # Where the density hardly changes within a bin the tails would cancel, and a parabola is exact.
-        narrow = width * (1 + slope.detach()) < (1e-3 if error.dtype == torch.float64 else 0.1)
-        factor = mass * math.sqrt(math.pi / 2) / torch.where(narrow, 1.0, width)
-        factor = torch.where(narrow, 1 + width.square() / 24 * (slope.square() - 1), factor)
-        point = torch.where(narrow, middle, nearest)
-        heights = ((1 - _BACKGROUND) * self.prior.to(error.dtype)).log() + point * (error - point / 2)
-        # The background, as wide as the axis.
-        span = knots[:, -1:] - knots[:, :1]
-        center = (knots[:, -1:] + knots[:, :1]) / 2
-        noise = 1 / (2 + span.square())
-        wide = error.square() * (1 - noise) / 2 + noise * center * (error - center / 2)
-        wide = wide + (noise.log() / 2 + math.log(_BACKGROUND))
-        top = torch.maximum(heights.detach().amax(1, keepdim=True), wide.detach())
-        return (top + (((heights - top).exp() * factor).sum(1, keepdim=True) + (wide - top).exp()).log()).squeeze(1)
-
-
-def _scaled_tail(x: Tensor) -> Tensor:
-    """erfc(x) exp(x²) for x >= 0, with exact derivatives far out. ``torch.special.erfcx`` takes fifty times as long."""
-    most = 20.0 if x.dtype == torch.float64 else 6.0
-    near, far = x.clamp_max(most), x.clamp_min(most)
-    t = 0.5 / far.square()
-    series = 1 - t * (1 - t * (3 - t * (15 - t * (105 - t * (945 - t * 10395)))))
-    return torch.where(x < most, torch.erfc(near) * near.square().exp(), series / (far * math.sqrt(math.pi)))
+        knots = torch.cat([torch.minimum(knots[:1], edges[:1]), knots[1:-1], torch.maximum(knots[-1:], edges[-1:])])
+        # From here on in units of sigma, along the axis from its beginning.
+        start, knots = knots[0], (knots - knots[0]) / scale
+        label = (target - start) / scale
+        pred = label + error  # (N, 1)
+        width, prior = knots.diff(), self.prior.to(wide)
+        narrow = width < _NARROW[wide]
+        height = torch.where(narrow, 0.0, prior) / torch.where(narrow, 1.0, width)
+        height = F.pad(height, (1, 1))  # (B + 2,), nothing beyond the axis
+        away = knots - pred  # (N, B + 1)
+        # The integral is the height at the prediction, and where it changes, that change times the tail beyond.
+        side = torch.copysign(away.new_full((), math.sqrt(0.5)), away.detach())
+        tails = torch.erfc(away * side) * side
+        index = torch.searchsorted(knots.detach(), pred.detach())
+        integral = lookup(height, index) + (tails @ (height.diff() * math.sqrt(0.5)))[:, None]
+        if not readable(scale) or narrow.any():
+            # Of bins that narrow the tails would cancel; their density is that halfway between their ends.
+            points = F.pad(torch.where(narrow, prior, 0.0), (1, 1))
+            integral = integral + (torch.exp(-away.square() / 2) @ (points[1:] + points[:-1]))[:, None] * _HALF_PEAK
+        # The background, as wide as the axis, takes over where predictions are so far out that tails vanish.
+        center, noise = knots[-1] / 2, 1 / (2 + knots[-1].square())
+        log_noise = noise.log() / 2 + math.log(_BACKGROUND)
+        beside = center - label
+        wide_part = error.square() * (1 - noise) / 2 + noise * beside * (error - beside / 2) + log_noise
+        gap = (noise * (pred - center).square() / 2 - log_noise).clamp_max(_MOST_GAP[wide])
+        odds = integral.clamp_min(0) * gap.exp() * (1 - _BACKGROUND) * math.sqrt(2 * math.pi)
+        return (wide_part + torch.log1p(odds)).squeeze(1).to(sigma.dtype)
 
 
 def _total_variance(shares: Any, means: Any, variances: Any) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from scipy.integrate import quad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dir_toolkit import Bins, LabelDensity, weighted_mse
 from dir_toolkit.errors import DirToolkitError, DirToolkitWarning, LabelError, ShapeError
@@ -816,3 +818,68 @@ def test_a_compiled_loss_takes_its_noise_from_the_first_batch_too() -> None:
     assert_close(loss.noise_sigma.detach(), 0.1 * target.std(correction=0))
     compiled(pred, 100 * target)
     assert_close(loss.noise_sigma.detach(), 0.1 * target.std(correction=0))
+
+
+class Elements(TorchDispatchMode):
+    """Counts the elements that operations put out, other than views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.count += out.numel()
+        return out
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_bins_cost_few_passes_over_the_samples_and_bins(learn: bool) -> None:
+    target = LONG_TAIL[:256]
+    loss = BinnedIntegrationLoss(FINE, LabelDensity.count(LONG_TAIL, FINE), learn=learn)
+    pred = (target + 0.1).requires_grad_()
+    loss(pred, target).backward()  # what is kept is made
+    with Elements() as elements:
+        loss(pred, target).backward()
+    assert elements.count < 25 * 256 * 201
+
+
+def test_the_bins_have_second_derivatives() -> None:
+    loss = built("bins", learn=False)
+    pred, target, _ = samples("bins", 5)
+    assert torch.autograd.gradgradcheck(lambda p: loss(p, target), (pred.requires_grad_(),))
+
+
+@pytest.mark.parametrize("noise_sigma", [1e-4, 0.3, 40.0, 4e5, 4e8])
+def test_bins_of_all_widths_give_the_exact_integral(noise_sigma: float) -> None:
+    """Narrow ones next to wide ones, as seen with noise narrower than all of them and wider than all of them."""
+    edges = [0, 1e-6, 2e-6, 3e-3, 0.5, 2, 2.001, 7, 10]
+    prior = np.array([0.1, 0, 0.3, 0.05, 0.1, 0.4, 0.05, 0])
+    loss = BinnedIntegrationLoss(Bins.from_edges(edges), prior, noise_sigma=noise_sigma, learn=False).double()
+    sigma = loss.noise_sigma.item()
+    pred = torch.tensor([0.0, 1e-6, 0.2, 2.0005, 6, 9.5, 12, -1], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0.0, 1e-6, 2e-3, 2.0005, 6, 8, 10, 0], dtype=torch.float64)
+    values = loss(pred, target, reduction="none")
+    grads = torch.autograd.grad(values.sum(), pred)[0]
+    with mpmath.workdps(50):
+        scale, parts = mpmath.mpf(sigma), [float(p) for p in loss.prior]
+
+        def exact(p: Any, y: float) -> Any:
+            def phi(x: Any) -> Any:
+                return mpmath.erfc(-(mpmath.mpf(x) - p) / scale / mpmath.sqrt(2)) / 2
+
+            def tail(x: Any) -> Any:
+                return mpmath.erfc((mpmath.mpf(x) - p) / scale / mpmath.sqrt(2)) / 2
+
+            def mass(low: float, high: float) -> Any:
+                return tail(low) - tail(high) if low > p else phi(high) - phi(low)
+
+            bins = zip(parts, edges[:-1], edges[1:], strict=True)
+            inside = sum(k * mass(low, high) / (mpmath.mpf(high) - low) for k, low, high in bins)
+            wide = mpmath.npdf(p, 5, mpmath.sqrt(100 + 2 * scale**2))
+            total = (1 - mpmath.mpf("1e-9")) * inside + mpmath.mpf("1e-9") * wide
+            return 2 * scale**2 * (mpmath.log(total) - mpmath.log(mpmath.npdf(y, p, scale)))
+
+        for p, y, value, grad in zip(pred.tolist(), target.tolist(), values.tolist(), grads.tolist(), strict=True):
+            assert value == pytest.approx(float(exact(mpmath.mpf(p), y)), rel=1e-9, abs=4e-11 * sigma**2)
+            slope = float(mpmath.diff(lambda at, y=y: exact(at, y), mpmath.mpf(p)))
+            assert grad == pytest.approx(slope, rel=1e-6, abs=4e-11 * sigma)
