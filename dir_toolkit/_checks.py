@@ -379,7 +379,7 @@ def labels_array(where: str, labels: object, name: str = "labels") -> np.ndarray
         raise problem(
             where,
             f"{name} must be integers or floats",
-            got=f"dtype {array.dtype}",
+            got=type(labels).__name__ if array.shape == () and array.dtype == object else f"dtype {array.dtype}",
             fix="Convert them first.",
             error=TypeError,
         )

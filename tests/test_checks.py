@@ -160,8 +160,11 @@ def test_label_arrays_come_out_native_and_real() -> None:
         _checks.labels_array("f", masked, "y")
     with pytest.raises(ValueError, match=r"^f: labels must form one array of numbers, got rows of different lengths"):
         _checks.labels_array("f", [[1, 2], [3]])
-    for value in (None, "a", {"a": 1}, np.array(["2020-01-01"], dtype="datetime64[D]"), [True], [1j], [10**30]):
+    for value in ("a", np.array(["2020-01-01"], dtype="datetime64[D]"), [True], [1j], [10**30]):
         with pytest.raises(TypeError, match=r"^f: labels must be integers or floats, got dtype"):
+            _checks.labels_array("f", value)
+    for value in (None, {"a": 1}, torch.utils.data.DataLoader([1, 2])):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=rf"^f: labels must be integers or floats, got {type(value).__name__}\."):
             _checks.labels_array("f", value)
 
 

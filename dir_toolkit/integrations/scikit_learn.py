@@ -427,15 +427,18 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         return self.model_.choose_tau(self._read(scaled, lambda out: out.scores), labels)
 
     def _compare(self, scaled: np.ndarray, held: np.ndarray, own: np.ndarray) -> None:
-        if len(held) < _FEWEST_TO_CHOOSE_FROM or _crowding(own, self.bins_):
+        told = self._has_bins and _crowding(own, self.bins_)
+        if told or len(held) < _FEWEST_TO_CHOOSE_FROM:
             return
         row = self.bins_.index(held)
         alike = 1 / np.bincount(row)[row]  # each bin counts alike, as where rare labels are what matters
         errors = [np.abs(pred - held) for pred in (self._read(scaled, self._label).numpy(), np.median(own))]
         (mean, constant), (balanced, of_constant) = ([np.average(e, weights=w) for e in errors] for w in (None, alike))
         if mean > 1.1 * constant and balanced > of_constant:
+            lower = "tau or lr" if self._has_bins else "lr"
             message = f"on {len(held)} held-out rows the mean absolute error is {mean:.3g}, and {constant:.3g} for a "
-            message += "constant, the median label. Lower tau or lr, or train on the logarithm of y if it is skewed."
+            message += f"constant, the median label. Lower {lower}, look for mistyped labels, or train on the "
+            message += "logarithm of y if it is skewed."
             warn(self._where, message)
 
     def predict(self, X: Any) -> np.ndarray:

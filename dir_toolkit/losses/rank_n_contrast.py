@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import number, problem, wide_dtype
+from .._checks import number, warn, wide_dtype
 from .._settings import shown
-from ..errors import ShapeError
 from ._reduce import Reduction, checked_samples, field, pairs_of, reduce
 
 __all__ = ["RankNContrast", "rank_n_contrast"]
@@ -35,7 +34,8 @@ def rank_n_contrast(
     features to predictions is trained with another loss, afterwards in the paper.
 
     Takes memory for N × N numbers, not N × N × N. Each rank of a distributed run contrasts its own batch. Of the
-    paper's two augmented views, hand both over as 2N samples, ``torch.cat([z1, z2])`` with the labels repeated.
+    paper's two augmented views, hand both over as 2N samples, ``torch.cat([z1, z2])`` with the labels repeated. A batch
+    of one sample, which has no pair, adds nothing, and is warned of.
 
     Args:
         weight: dimensionless, >= 0, one a sample; None means ones. Scales the sample's term as anchor i. Divides by N,
@@ -43,11 +43,11 @@ def rank_n_contrast(
             features are, and N - 1 becomes the number of the others that do.
         temperature: :math:`\tau`, > 0, in units of the features.
     Shape:
-        features: (N, D), N >= 2. labels: (N,) or (N, K). weight: (N,). Returns (), or (N,) for ``reduction="none"``.
+        features: (N, D). labels: (N,) or (N, K). weight: (N,). Returns (), or (N,) for ``reduction="none"``.
     Units:
         none; it is a log-probability.
     Raises:
-        ShapeError: shapes do not fit, or there is one sample, which has no pair. TypeError: features are no floats.
+        ShapeError: shapes do not fit. TypeError: features are no floats.
         ValueError: there is no sample, labels or weight are not finite, or a weight is negative. A feature that is not
         finite makes the loss so. On accelerators values are not looked at.
     Source:
@@ -61,8 +61,7 @@ def rank_n_contrast(
     features = checked_samples(where, features, {"labels": labels}, weight, reduction, several=True)
     samples = len(features)
     if samples < 2:
-        rule, got = "features must hold at least two samples, else there is no pair", tuple(features.shape)
-        raise problem(where, rule, got=f"shape {got}", fix="Leave out a last batch of one.", error=ShapeError)
+        warn(where, "a batch of one sample has no pair, and adds nothing. Drop a last batch of one (drop_last=True).")
     wide = labels.to(wide_dtype(labels)).reshape(samples, -1)  # (N, K)
     pairs = pairs_of(features, weight)
     # By differences, not by products, which would round the distances of near neighbors away.

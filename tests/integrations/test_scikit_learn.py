@@ -508,6 +508,17 @@ def test_a_regressor_worse_than_a_constant_says_so() -> None:
     assert told(clone(REGRESSOR), *long_tailed(400, 0)) == []
 
 
+def test_a_mistyped_label_that_spoils_a_head_of_one_number_is_told() -> None:
+    random = np.random.default_rng(1)
+    x = random.normal(size=(600, 4))
+    y = 30 + 10 * x[:, 0]
+    y[0] = 1e6
+    spoilt = clone(REGRESSOR).set_params(head="regression", epochs=20)
+    (message,) = (text for text in told(spoilt, x, y) if "mean absolute error" in text)
+    assert "look for mistyped labels" in message
+    assert np.median(np.abs(spoilt.predict(x) - y)) > 2 * np.median(np.abs(np.median(y) - y))  # so it should be
+
+
 def test_a_best_epoch_among_the_first_three_is_told() -> None:
     random = np.random.default_rng(0)
     x, y = random.normal(size=(200, 3)), random.normal(size=200)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from dir_toolkit.errors import ShapeError
+from dir_toolkit.errors import DirToolkitWarning, ShapeError
 from dir_toolkit.losses.rank_n_contrast import RankNContrast, rank_n_contrast
 
 
@@ -230,7 +230,6 @@ def test_arguments_are_checked() -> None:
     refused(ShapeError, r"labels must be \(12,\), one value a sample, got shape \(11,\)", features, labels[1:])
     refused(ShapeError, r"labels must be \(12,\), .* got shape \(11, 2\)", features, torch.ones(11, 2))
     refused(ShapeError, r"weight must be \(12,\), .* Use weight\.squeeze\(1\)", features, labels, ones[:, None])
-    refused(ShapeError, r"features must hold at least two samples, else .* \(1, 3\)", features[:1], labels[:1])
     refused(ValueError, r"features must hold at least one value, got shape \(0, 3\)", features[:0], labels[:0])
     refused(ValueError, r"labels must hold at least one value, got shape \(12, 0\)", features, torch.ones(12, 0))
     refused(ValueError, "features and labels must be on the same device", features, labels.to("meta"))
@@ -251,3 +250,15 @@ def test_arguments_are_checked() -> None:
         refused(kind, "temperature must", features, labels, temperature=value)
         with pytest.raises(kind, match=r"^RankNContrast: temperature must"):
             RankNContrast(temperature=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_batch_of_one_adds_nothing_and_is_told(reduction: Any) -> None:
+    features, labels = samples(1)
+    features.requires_grad_()
+    with pytest.warns(DirToolkitWarning, match="rank_n_contrast: a batch of one sample has no pair"):
+        value = RankNContrast()(features, labels, torch.ones(1), reduction=reduction)
+    assert value.sum().item() == 0
+    assert value.shape == ((1,) if reduction == "none" else ())
+    (grad,) = torch.autograd.grad(value.sum(), features)
+    assert torch.equal(grad, torch.zeros_like(features))
