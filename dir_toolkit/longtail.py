@@ -496,6 +496,8 @@ class LongTailModel(nn.Module):
             if self._has_bins:
                 raise problem(where, rule, got=got, fix="For classes use dir_toolkit.choose_tau.")
             raise problem(where, rule, got=got, error=RuntimeError)
+        outside = self.outside if outside is None else outside
+        one_of(where, "outside", outside, ("raise", "clip", "drop"))
         is_tensor(where, scores=scores, labels=labels)
         real(where, scores=scores)
         if scores.shape != (*labels.shape[:1], len(self.bins)) or labels.ndim != 1:
@@ -505,7 +507,7 @@ class LongTailModel(nn.Module):
         not_empty(where, labels=labels)
         scores = scores.to(wide_dtype(scores))
         finite(where, scores=on_host(where, "scores", scores))
-        row = self.bins._place(where, on_host(where, "labels", labels), outside or self.outside)
+        row = self.bins._place(where, on_host(where, "labels", labels), outside)
         if not bool((row >= 0).all()):
             scores, labels, row = (part[(row >= 0).to(part.device)] for part in (scores, labels, row))
             if len(row) == 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def test_what_is_no_plain_tensor() -> None:
     bins = Bins.uniform(0, 4, width=1)
     found = advice(lambda: dt.soft_labels([1.0, 2.0], bins, None), r"Use (torch.as_tensor\(labels\))\.$")  # type: ignore[arg-type]
     assert dt.soft_labels(done(found[1], labels=[1.0, 2.0]), bins, None).shape == (2, 4)
-    with pytest.warns(UserWarning, match="quantiz"):
+    with warnings.catch_warnings():  # torch's own, which it gives once in a process
+        warnings.simplefilter("ignore", UserWarning)
         quantized = torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.quint8)
     nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(1)], layout=torch.jagged)
     for labels, code in (
@@ -118,6 +120,12 @@ def test_what_is_no_plain_tensor() -> None:
     ):
         found = advice(lambda y=labels: bins.index(y), rf"Use ({code})\.$")
         assert bins.index(done(found[1], labels=labels)).tolist() == [1, 1]
+
+
+def test_what_is_no_number() -> None:
+    mask = torch.tensor([True, False])
+    found = advice(lambda: dt.weighted_l1(torch.ones(2), torch.zeros(2), mask), r"Use (weight\.float\(\))\.$")
+    assert dt.weighted_l1(torch.ones(2), torch.zeros(2), done(found[1], weight=mask)).item() == 0.5
 
 
 def test_what_lies_on_several_devices() -> None:
