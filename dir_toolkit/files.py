@@ -74,7 +74,12 @@ def naming(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
 def unwritable(
     where: str, path: str | os.PathLike[str], error: BaseException, *, kind: type[Exception], then: str = ""
 ) -> Exception:
-    """The error of a file or folder that could not be written: a full disk is told from a wrong place."""
+    """The error of a file or folder that could not be written: a full disk is told from a wrong place.
+
+    Args:
+        where: who wrote. error: what the file system said. kind: of the error that is returned.
+        then: a sentence that its advice ends with.
+    """
     folder = next((place for place in (Path(path), *Path(path).parents) if place.exists()), Path())
     if isinstance(error, (FileExistsError, NotADirectoryError)) and not folder.is_dir():
         rule, got, fix = "must be a folder, or lie in one", f"the file {folder}", "Choose another folder."

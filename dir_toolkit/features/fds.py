@@ -214,10 +214,10 @@ class FDS(Float64Module):
             self.covariance = LowRankCovariance(*shape, settings, rank=rank)
         self._row: Tensor | None = None
         self._passes = Passes()
-        self._maps = 0  # how often they were made
+        self._maps_made = 0  # how often
         self.attached = False
         self._ran = False
-        self._by: object = None
+        self._gathered_by: object = None
         self._said: set[str] = set()
         self._begin(torch.empty(0).device)
 
@@ -298,8 +298,8 @@ class FDS(Float64Module):
             LabelError: as :meth:`Bins.index`. ShapeError: labels are neither (N,) nor (N, H, W), over a grid followed
             by one axis of its dimensions.
         """
-        outer, by, ran = self._row, self._by, self._ran
-        self._row, self._by, self._ran = self._place("FDS.labels", labels), None, False
+        outer, gathered_by, ran = self._row, self._gathered_by, self._ran
+        self._row, self._gathered_by, self._ran = self._place("FDS.labels", labels), None, False
         try:
             yield
             if self.attached and not self._ran:
@@ -309,7 +309,7 @@ class FDS(Float64Module):
                     "and run the model inside `with fds.labels(y):`.",
                 )
         finally:
-            self._row, self._by, self._ran = outer, by, ran or self._ran
+            self._row, self._gathered_by, self._ran = outer, gathered_by, ran or self._ran
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Gather the statistics of features, without a hook. Features are not changed."""
@@ -409,7 +409,7 @@ class FDS(Float64Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _refresh(self) -> None:
-        self._maps += 1
+        self._maps_made += 1
         if self.epoch >= self.start_epoch:
             self.covariance.refresh(self.statistics())
 
@@ -531,7 +531,7 @@ class FDS(Float64Module):
             )
             return features
         self._check_features(hook.where, features, self._row)
-        if self._by not in (None, hook):
+        if self._gathered_by not in (None, hook):
             self._passes.keep(hook, features, None, None)
             self._warn_once(
                 "hooks",
@@ -539,14 +539,14 @@ class FDS(Float64Module):
                 "neither gathered nor calibrated, so that none are twice. Call remove() on one of the two handles.",
             )
             return features
-        self._by = hook
+        self._gathered_by = hook
         if self._evaluated:
             self._evaluated = False
             self._rounds += 1
             if self._rounds > 1:
                 self._warn_forgotten_end()
         self._gather(features, self._row)
-        self._passes.keep(hook, features, self._row, self._maps if self.epoch >= self.start_epoch else None)
+        self._passes.keep(hook, features, self._row, self._maps_made if self.epoch >= self.start_epoch else None)
         return self._calibrate(features, self._row)
 
     def _repeat(self, hook: _Hook, features: Tensor, *, must: bool) -> Tensor:
@@ -554,10 +554,10 @@ class FDS(Float64Module):
         twice."""
         if not (isinstance(features, Tensor) and features.is_floating_point()):
             return features
-        before = self._passes.find(hook.where, hook, features, self._maps, must=must)
+        before = self._passes.find(hook.where, hook, features, self._maps_made, must=must)
         if before is None or before.row is None or before.maps is None:
             return features
-        if before.maps != self._maps:
+        if before.maps != self._maps_made:
             raise problem(
                 hook.where,
                 "with activation checkpointing backward must run before end_epoch() and load_state_dict()",

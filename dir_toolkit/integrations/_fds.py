@@ -17,7 +17,7 @@ from ..features.fds import FDS
 
 LabelsOf = Callable[[Any], Tensor] | str | int | None
 
-_TAKEN_OUT = (
+_TRAINER_HINT = (
     " For label smoothing or a compute_loss_func the Hugging Face Trainer takes `labels` out: hand them to the model "
     "under another name, too."
 )
@@ -121,7 +121,7 @@ class Driver:
                     f"a batch must hold its labels under {key!r}",
                     got=_form(batch),
                     fix="Pass labels_of: the key or index of the labels, or a function of the batch that returns them."
-                    + _TAKEN_OUT * (key == "labels"),
+                    + _TRAINER_HINT * (key == "labels"),
                 )
             labels = batch[key]
         if not isinstance(labels, Tensor):

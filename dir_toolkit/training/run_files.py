@@ -28,7 +28,7 @@ __all__ = ["Progress", "RunFiles"]
 _FORMAT = 2  # 1, which was not written down, had no settings of what a run was made of
 # Held while a run's files are open: each step seeds torch's random numbers, which all threads share.
 _AT_WORK = threading.RLock()
-_STATE = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
+_OPTIMIZER_STATE = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 
 
 @dataclass
@@ -329,7 +329,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         entries = saved["state"]
         if not isinstance(entries, dict) or list(entries) != list(range(len(parameters))):
             raise self._foreign(self.last, "a state of the optimizer for other parameters")
-        expected = _STATE[type(self._optimizer).__name__.lower()]
+        expected = _OPTIMIZER_STATE[type(self._optimizer).__name__.lower()]
         for entry, parameter in zip(entries.values(), parameters, strict=True):
             if not isinstance(entry, dict) or (entry and entry.keys() != expected):
                 raise self._foreign(self.last, "a state of another optimizer")
