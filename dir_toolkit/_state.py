@@ -81,9 +81,9 @@ def whole_or_not_at_all(*modules: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for part, before in attributes:
+        for part, own in attributes:
             vars(part).clear()
-            vars(part).update(before)
+            vars(part).update(own)
         for x, before in copies:
             with torch.inference_mode(x.is_inference()), torch.no_grad():
                 x.copy_(before)

@@ -258,6 +258,21 @@ class _NearestSquared(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_forward(*inputs, output[1])
+
+    @staticmethod
+    def jvp(ctx: Any, toward: Tensor | None, prototypes_toward: Tensor | None) -> tuple[Tensor, None]:  # type: ignore[override]
+        features, prototypes, which = ctx.saved_tensors
+        flat, count = prototypes.flatten(0, 1), prototypes.shape[:2]
+        with full_precision(features.device):
+            change = features.new_zeros(len(features), len(flat))
+            if toward is not None:
+                change = change + (features * toward).sum(1, keepdim=True) - toward @ flat.t()
+            if prototypes_toward is not None:
+                moved = prototypes_toward.flatten(0, 1)
+                change = change + (flat * moved).sum(1) - features @ moved.t()
+            change = change.unflatten(1, count).gather(2, which[..., None].long()).squeeze(2)
+        return 2 * change, None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]

@@ -72,9 +72,9 @@ class NearestMeanHead(SoundModule):
         self._start_over()
 
     def _start_over(self) -> None:
-        self._moments = BinMoments(self.num_classes, self.num_features)
+        self._moments = BinMoments(self.num_classes, self.num_features, device="cpu")
         with torch.inference_mode(False):
-            self._outside = torch.zeros((), dtype=torch.int64)
+            self._outside = torch.zeros((), dtype=torch.int64, device="cpu")
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -171,6 +171,16 @@ class NearestMeanHead(SoundModule):
                 fix="Call update with the training features, then finish; or load a state_dict.",
                 error=NotFittedError,
             )
+
+    @torch.inference_mode(False)
+    def _apply(self, fn: Any, recurse: bool = True) -> NearestMeanHead:
+        empty = self.means.is_meta
+        super()._apply(fn, recurse)
+        if empty and not self.means.is_meta:  # whose numbers are none
+            self.means.zero_()
+            self.count.zero_()
+            self._fitted = False
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, vmap
+from torch.func import functional_call, hessian, vmap
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -209,6 +209,22 @@ def test_only_what_asks_for_a_gradient_gets_one() -> None:
     head(features.requires_grad_()).sum().backward()
     assert features.grad is not None
     assert head.weight.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of operations it does not batch
+@pytest.mark.parametrize("similarity", ["gaussian", "inverse"])
+def test_forward_mode_and_second_derivatives(similarity: Any) -> None:
+    head = AffinityHead(4, 3, prototypes=2, similarity=similarity).double()
+    features = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+
+    def scores(x: Tensor, weight: Tensor) -> Tensor:
+        return functional_call(head, {"weight": weight}, (x,))
+
+    weight = head.weight.detach().clone().requires_grad_()
+    assert gradcheck(scores, (features, weight), check_forward_ad=True)
+    backward = torch.autograd.functional.hessian(lambda x: scores(x, head.weight).sum(), features.detach())
+    forward = hessian(lambda x: scores(x, head.weight).sum())(features.detach())
+    assert_close(forward, backward)
 
 
 def test_scores_under_vmap() -> None:

@@ -360,3 +360,21 @@ def test_means_taken_in_inference_mode_serve_afterwards() -> None:
     z = features.clone().requires_grad_()
     head(z).sum().backward()
     assert z.grad is not None
+
+
+def test_made_without_storage_means_are_taken_later() -> None:
+    features, labels = torch.randn(9, 4), torch.arange(9) % 3
+    with torch.device("meta"):
+        head = NearestMeanHead(4, 3)
+    head.to_empty(device="cpu")
+    with pytest.raises(NotFittedError):
+        head(features)
+    head.update(features, labels)
+    with torch.device("meta"):
+        head.finish()
+        head.update(features, labels)
+        head.finish()
+    expected = NearestMeanHead(4, 3)
+    expected.update(features, labels)
+    expected.finish()
+    assert_close(head(features), expected(features))
