@@ -267,7 +267,8 @@ class FDS(Float64Module):
         """Gather from and calibrate a module's first input or its output whenever it runs.
 
         Returns:
-            a handle; ``handle.remove()`` detaches.
+            a handle; ``handle.remove()`` detaches, which ``torch.jit.script`` and ``torch.compile(fullgraph=True)``
+            ask for.
         Raises:
             TypeError: ``module`` is no module. ValueError: ``where`` is neither. UsageError: this FDS is attached to it
             already.
