@@ -16,8 +16,9 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -482,7 +483,7 @@ def watched(job: Callable[[], Job], device: str, *, backward: bool) -> list[str]
 @pytest.fixture(autouse=True)
 def _fakes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """As tensors of a real accelerator are, since a copy in each step would hide what else is copied."""
-    monkeypatch.setattr(bins_module, "plain", lambda tensor: True)
+    monkeypatch.setattr(bins_module, "keepable", lambda tensor: True)
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -490,14 +491,28 @@ def test_a_forward_pass_on_cuda_makes_nothing_wait(name: str) -> None:
     assert watched(JOBS[name], "cuda", backward=False) == []
 
 
-@pytest.fixture(scope="module")
-def of_whole_steps() -> dict[str, list[str]]:
+@pytest.fixture(scope="module", autouse=True)
+def whole_steps_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], Path] | None]:
+    """The process with the backward passes, which runs beside the forward passes here, and where it writes."""
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch cannot make up a device in Python")
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("whole_steps")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    return dict(json.loads(ran.stdout))
+    with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+        run = subprocess.Popen([sys.executable, __file__], env=environment, stdout=out, stderr=err)
+    with run:
+        yield run, folder
+        run.kill()
+
+
+@pytest.fixture(scope="module")
+def of_whole_steps(whole_steps_run: tuple[subprocess.Popen[bytes], Path] | None) -> dict[str, list[str]]:
+    if whole_steps_run is None:
+        pytest.skip("this torch cannot make up a device in Python")
+    run, folder = whole_steps_run
+    assert run.wait(timeout=300) == 0, (folder / "err").read_text()
+    return dict(json.loads((folder / "out").read_text()))
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -581,5 +596,5 @@ if __name__ == "__main__":
     registration = torch.utils.backend_registration
     registration._DummyBackendModule.get_amp_supported_dtype = lambda self: [torch.bfloat16]
     registration._setup_privateuseone_for_python_backend("madeup")
-    bins_module.plain = lambda tensor: True
+    bins_module.keepable = lambda tensor: True
     sys.stdout.write(json.dumps({name: watched(job, "madeup", backward=True) for name, job in JOBS.items()}))
