@@ -84,7 +84,7 @@ def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None 
     >>> class_prior([6, 3, 1]).tolist()
     [0.6, 0.3, 0.1]
     >>> weights = LDS(Bins.classes(2), kernel=None, scheme="inverse").fit([0, 0, 0, 1])
-    >>> class_prior([3, 1], weights=weights).tolist()
+    >>> class_prior([3, 1], weights=weights).round(decimals=6).tolist()
     [0.5, 0.5]
     """
     where = "class_prior"
@@ -466,7 +466,8 @@ def chosen_tau(where: str, taus: np.ndarray, scores: np.ndarray, by: Any, temper
         warn(
             where,
             f"the best tau is the largest of those tried, {taus[at]:g}. Either labels are so few that the criterion is "
-            "left to chance, or the prior is not the one the model was trained under; else try larger taus.",
+            "left to chance, or tau makes up for something else, such as a prior that is not the one of training. Give "
+            "more labels and the right prior, or try larger taus.",
         )
     return TauChoice(float(taus[at]), taus, scores, by, temperature)
 

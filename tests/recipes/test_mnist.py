@@ -237,6 +237,7 @@ def test_another_optimization_is_refused(copied: Path, here: Callable[..., Outco
     assert "optimization.lr was 0.05 and is 0.01" in outcome.err
 
 
+@pytest.mark.filterwarnings("ignore:choose_normalization. the best tau is the largest")  # of two epochs
 def test_what_is_done_afterwards_is_saved_as_the_table_tells_it(copied: Path, here: Callable[..., Outcome]) -> None:
     words = ["--epochs", 2, "--head", "softmax", "--loss", "cross-entropy", "--after", "post-hoc", "tau-norm"]
     found = []
