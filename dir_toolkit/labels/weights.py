@@ -333,7 +333,7 @@ class LDS(nn.Module):
         )
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse a state of other weights; :meth:`load_state_dict` takes it up, together with the weights."""
+        """Refuse a state of other weights; ``load_state_dict`` takes it up, together with the weights."""
         self._checked_state(state)
 
     def _checked_state(self, state: object) -> bool:

@@ -139,7 +139,7 @@ class ClassificationMetrics(MergingSums):
             ShapeError: the shapes do not fit. TypeError: bin indices are not integers. LabelError: a target is NaN, or
             beyond the axis under ``outside="raise"``, or a bin index beyond the bins. ValueError: a score is NaN. In
             each case nothing has been added. On an accelerator such samples are counted, and :meth:`compute`,
-            :meth:`confusion_matrix` and :meth:`all_reduce` raise for them.
+            :meth:`confusion_matrix` and ``all_reduce`` raise for them.
         """
         where = "ClassificationMetrics.update"
         _check_batch(where, pred, target, len(self.bins))

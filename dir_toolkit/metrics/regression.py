@@ -95,7 +95,7 @@ class RegressionMetrics(MergingSums):
         Raises:
             ShapeError: shapes differ. LabelError: a target is NaN, or beyond the axis under ``outside="raise"``.
             ValueError: a prediction is not finite, or a target that is clipped. In each case nothing has been added.
-            On an accelerator targets without a bin are counted, and :meth:`compute` and :meth:`all_reduce` raise for
+            On an accelerator targets without a bin are counted, and :meth:`compute` and ``all_reduce`` raise for
             them; what is not finite shows in the result.
         """
         where = "RegressionMetrics.update"
