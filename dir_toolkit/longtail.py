@@ -261,6 +261,7 @@ class LongTailModel(nn.Module):
             _check_kind(where, "weights", weights.bins, bins)
         self.weights = weights
         self.loss = self._make_loss(where, loss)
+        self._calls_loss = not isinstance(self.loss, str)  # told now: torch 2.4's compiler cannot ask a partial
         self.sigma = self._checked_sigma(where, sigma)
 
         self._warned_unseen = False
@@ -294,7 +295,7 @@ class LongTailModel(nn.Module):
             else:
                 calibrated = self.neck(features)
         output = self._read(self.head(calibrated), features, calibrated)
-        return output if labels is None else output._replace(loss=self.criterion(output, labels, weight))
+        return output if labels is None else LongTailOutput(self.criterion(output, labels, weight), *output[1:])
 
     @torch._disable_dynamo  # so that the compiler breaks its graph once, around all of FDS, and not within a with
     def _neck_under(self, labels: Tensor, features: Tensor) -> Tensor:
@@ -616,8 +617,8 @@ class LongTailModel(nn.Module):
         return value.masked_fill(~known, torch.nan)
 
     def _first_term(self, scores: Tensor, labels: Tensor, weight: Tensor | None, how: dict[str, Any]) -> Tensor:
-        if not isinstance(self.loss, str):
-            return self.loss(scores, labels, weight, **how) / self._loss_unit
+        if self._calls_loss:
+            return self.loss(scores, labels, weight, **how) / self._loss_unit  # type: ignore[operator]
         if self.loss == "affinity_loss":
             samples = len(labels) if how["reduction"] == "sum" else 1
             return affinity_loss(scores, labels, weight, **how) + samples * self.head.diversity()  # type: ignore[operator]

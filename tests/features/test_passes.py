@@ -211,7 +211,8 @@ def test_forwards_that_none_can_repeat_are_not_kept_and_others_in_bounded_number
 ) -> None:
     net, fds = made(None)
     losses(net, fds, 5, 6)
-    assert not fds._passes._kept
+    if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):  # else each forward may be in a checkpoint
+        assert not fds._passes._kept
     monkeypatch.setattr(passes, "_MOST", 3)
     net, fds = made("plain")
     losses(net, fds, *range(9))
