@@ -62,8 +62,8 @@ def warn(where: str, message: str) -> None:
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor is one that the transforms of ``torch.func`` hand around."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether a tensor is one that the transforms of ``torch.func`` hand around. Compiled graphs cannot ask."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def keepable(tensor: Tensor) -> bool:
