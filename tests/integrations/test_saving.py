@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import dir_toolkit as dt
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.pin_memory. argument is set as true but no accelerator:UserWarning"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]
 
 BINS, CLASSES = dt.Bins.uniform(0, 60, width=2), dt.Bins.classes(4)
@@ -332,6 +332,8 @@ def test_pretrained_models_are_saved_and_loaded(kind: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_lightning_validates_first_and_trains_then(kind: str, tmp_path: Path) -> None:
     pl = pytest.importorskip("lightning.pytorch")
+    hints = pytest.importorskip("lightning.fabric.utilities.warnings")
+    warnings.simplefilter("ignore", hints.PossibleUserWarning)  # pytest's marker would import it before the skip
 
     class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self, seed: int = 0) -> None:
