@@ -20,7 +20,7 @@ from timing import Report, medians, milliseconds
 from torch import Tensor
 
 import dir_toolkit as dt
-from dir_toolkit.backbones import small_resnet
+from dir_toolkit.experiment.backbones import small_resnet
 
 BATCH, NUM_BINS = 256, 100
 FORMS = ("diagonal", "full", "low_rank")

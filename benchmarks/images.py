@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from timing import Report, medians, milliseconds
 
-from dir_toolkit.data.cache import decode_jpeg
-from dir_toolkit.data.images import ImageSet, content_digest
-from dir_toolkit.data.portraits import portraits
+from dir_toolkit.experiment.data.cache import decode_jpeg
+from dir_toolkit.experiment.data.images import ImageSet, content_digest
+from dir_toolkit.experiment.data.portraits import portraits
 
 NUM_IMAGES, STORED, SIZE, BATCH = 1000, 200, 48, 128
 

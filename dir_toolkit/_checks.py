@@ -5,10 +5,16 @@ Every sentence reads: who, which argument, the rule, what came, what to do.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import numbers
+import os
+import sys
 import warnings
 from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -29,6 +35,11 @@ MOST_BINS = 10_000_000
 MOST_LONG = 2**31 - 1  # of any other axis
 MOST_TAU = 1e30  # its product with any log-share fits into float32
 
+_HERE = str(Path(__file__).parent) + os.sep
+# What stands between the user and a function of this package without being either of them.
+_BETWEEN = (str(Path(torch.__file__).parent) + os.sep, contextlib.__file__, functools.__file__, "<string>")
+_OTHERS = ("builtins", "torch", "abc", "typing")  # whose classes ours are made of
+
 _OURS: dict[type[Exception], type[Exception]] = {
     ValueError: ArgumentError,
     TypeError: ArgumentTypeError,
@@ -38,10 +49,15 @@ _OURS: dict[type[Exception], type[Exception]] = {
 
 
 def problem(
-    where: str, rule: str, *, got: object = None, fix: str = "", error: type[Exception] = ValueError
+    rule: str, *, got: object = None, fix: str = "", error: type[Exception] = ValueError, source: str = ""
 ) -> Exception:
-    """The exception to raise: ``<where>: <rule>, got <got>. <fix>``. It is one of ours, errors of files apart."""
-    sentence = f"{where}: {rule}"
+    """The exception to raise: ``<who>: <rule>, got <got>. <fix>``. It is one of ours, errors of files apart.
+
+    Args:
+        source: stands for who: the file, with its line or byte, where the fault lies in a file. Else it is
+            :func:`caller`.
+    """
+    sentence = f"{source or caller()[0]}: {rule}"
     if got is not None:
         sentence += f", got {got}"
     sentence += "."
@@ -50,15 +66,48 @@ def problem(
     return _OURS.get(error, error)(sentence)
 
 
+def caller() -> tuple[str, int]:
+    """What the user called of this package, read off the stack, and how many frames from here the user's own is.
+
+    A method bears the name of its class, ``LDS.fit``; what Python or torch call in the user's place, as ``__init__``,
+    ``forward`` or a hook, bears the name of the class alone.
+    """
+    name, depth = "dir_toolkit", 0
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(_HERE):
+            name = _public_name(frame) or name
+        elif not code.co_filename.startswith(_BETWEEN):
+            break
+        frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
+    return name, depth
+
+
+def _public_name(frame: FrameType) -> str | None:
+    code = frame.f_code
+    first = code.co_varnames[0] if code.co_argcount else ""
+    own = frame.f_locals.get(first) if first in ("self", "cls") else None
+    if own is None:
+        private = Path(code.co_filename).name.startswith("_") or code.co_name.startswith(("_", "<"))
+        return None if private else getattr(code, "co_qualname", code.co_name).rpartition("<locals>.")[2]
+    kinds = (own if isinstance(own, type) else type(own)).__mro__
+    kind = next((k.__name__ for k in kinds if k.__name__[0] != "_" and k.__module__.split(".")[0] not in _OTHERS), None)
+    if kind is None:
+        return None
+    return kind if code.co_name.startswith("_") or code.co_name == "forward" else f"{kind}.{code.co_name}"
+
+
 def digits(x: float) -> str:
     """A number for a sentence: six digits where they are the number itself, else all, so that two never look alike."""
     x = float(x)
     return short if float(short := f"{x:g}") == x or x != x else repr(x).removesuffix(".0")
 
 
-def warn(where: str, message: str) -> None:
+def warn(message: str) -> None:
     """Issue a :class:`DirToolkitWarning`; callers remember that they did, so that it is said once."""
-    warnings.warn(f"{where}: {message}", DirToolkitWarning, stacklevel=3)
+    name, depth = caller()
+    warnings.warn(f"{name}: {message}", DirToolkitWarning, stacklevel=depth + 1)
 
 
 def is_wrapped(tensor: Tensor) -> bool:
@@ -98,7 +147,7 @@ def readable(tensor: Tensor) -> bool:
     return tensor.is_cpu and has_values(tensor)
 
 
-def instance(where: str, kind: Any, **values: object) -> None:
+def instance(kind: Any, **values: object) -> None:
     """Objects of one class, or one of several: ``bool`` for example, which ``bool(value)`` would make of anything."""
     for name, value in values.items():
         if not isinstance(value, kind):
@@ -106,15 +155,14 @@ def instance(where: str, kind: Any, **values: object) -> None:
             # an Image, an LDS
             named = [f"{'an' if k[0] in 'AEIOaeio' or k.isupper() else 'a'} {k}" for k in kinds]
             rule = f"{name} must be {' or '.join(named)}"
-            raise problem(where, rule, got=type(value).__name__, error=TypeError)
+            raise problem(rule, got=type(value).__name__, error=TypeError)
 
 
-def is_tensor(where: str, **tensors: object) -> None:
+def is_tensor(**tensors: object) -> None:
     """Each is a dense ``torch.Tensor`` of plain numbers."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise problem(
-                where,
                 f"{name} must be a torch.Tensor",
                 got=type(value).__name__,
                 fix=f"Use torch.as_tensor({name}).",
@@ -122,35 +170,35 @@ def is_tensor(where: str, **tensors: object) -> None:
             )
         if value.is_nested:
             got, fix = "a nested tensor", f"Use torch.cat({name}.unbind())."
-            raise problem(where, f"{name} must be one dense tensor", got=got, fix=fix, error=TypeError)
+            raise problem(f"{name} must be one dense tensor", got=got, fix=fix, error=TypeError)
         if value.layout != torch.strided:
             raise problem(
-                where, f"{name} must be dense", got=str(value.layout), fix=f"Use {name}.to_dense().", error=TypeError
+                f"{name} must be dense", got=str(value.layout), fix=f"Use {name}.to_dense().", error=TypeError
             )
         if value.is_quantized:
             got, fix = f"dtype {value.dtype}", f"Use {name}.dequantize()."
-            raise problem(where, f"{name} must not be quantized", got=got, fix=fix, error=TypeError)
+            raise problem(f"{name} must not be quantized", got=got, fix=fix, error=TypeError)
 
 
-def on_one_device(where: str, **tensors: Tensor) -> None:
+def on_one_device(**tensors: Tensor) -> None:
     """None is spread over several devices, as a DTensor is."""
     for name, value in tensors.items():
         if type(value) not in (Tensor, nn.Parameter) and hasattr(value, "full_tensor"):
             got, fix = f"a {type(value).__name__}", f"Use {name}.to_local(), or {name}.full_tensor()."
-            raise problem(where, f"{name} must be a plain tensor", got=got, fix=fix, error=TypeError)
+            raise problem(f"{name} must be a plain tensor", got=got, fix=fix, error=TypeError)
 
 
-def on_host(where: str, name: str, tensor: Tensor) -> Tensor:
+def on_host(name: str, tensor: Tensor) -> Tensor:
     """``tensor`` on the CPU and without its graph, for code that reads values."""
     if tensor.is_meta:
-        raise no_values(where, name)
+        raise no_values(name)
     return tensor.detach().cpu()
 
 
-def no_values(where: str, name: str) -> Exception:
+def no_values(name: str) -> Exception:
     """The error of a meta tensor where values are read."""
     rule, got = f"{name} must hold values", "a tensor on the meta device"
-    return problem(where, rule, got=got, fix="Load or compute it first.")
+    return problem(rule, got=got, fix="Load or compute it first.")
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -158,36 +206,35 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def real(where: str, **tensors: Tensor) -> None:
+def real(**tensors: Tensor) -> None:
     """Integers or floats: neither complex nor boolean."""
     for name, value in tensors.items():
         if value.is_complex() or value.dtype == torch.bool:
             fix = "" if value.is_complex() else f"Use {name}.float()."
             rule = f"{name} must be integers or floats"
-            raise problem(where, rule, got=f"dtype {value.dtype}", fix=fix, error=TypeError)
+            raise problem(rule, got=f"dtype {value.dtype}", fix=fix, error=TypeError)
 
 
-def floats(where: str, **tensors: Tensor) -> None:
+def floats(**tensors: Tensor) -> None:
     """Of a floating-point dtype, in which alone there are gradients and shares."""
     for name, value in tensors.items():
         if not value.is_floating_point():
-            raise problem(where, f"{name} must be floats", got=f"dtype {value.dtype}", error=TypeError)
+            raise problem(f"{name} must be floats", got=f"dtype {value.dtype}", error=TypeError)
 
 
-def same_device(where: str, **tensors: Tensor) -> None:
+def same_device(**tensors: Tensor) -> None:
     """All live on the device of the first."""
     names, devices = list(tensors), [t.device for t in tensors.values()]
     for name, device in zip(names[1:], devices[1:], strict=True):
         if device != devices[0]:
             raise problem(
-                where,
                 f"{names[0]} and {name} must be on the same device",
                 got=f"{devices[0]} and {device}",
                 fix=f"Use {name}.to({names[0]}.device).",
             )
 
 
-def same_shape(where: str, **tensors: Tensor) -> None:
+def same_shape(**tensors: Tensor) -> None:
     """All shapes equal; the fix names the usual cause, a stray axis of length one."""
     names, shapes = list(tensors), [tuple(t.shape) for t in tensors.values()]
     for name, shape in zip(names[1:], shapes[1:], strict=True):
@@ -199,7 +246,6 @@ def same_shape(where: str, **tensors: Tensor) -> None:
         elif shape == (*shapes[0], 1):
             fix = f"Use {name}.squeeze({len(shapes[0])})."
         raise problem(
-            where,
             f"{names[0]} and {name} must have the same shape",
             got=f"{shapes[0]} and {shape}",
             fix=fix,
@@ -207,14 +253,14 @@ def same_shape(where: str, **tensors: Tensor) -> None:
         )
 
 
-def not_empty(where: str, **arrays: Any) -> None:
+def not_empty(**arrays: Any) -> None:
     """Each holds at least one value."""
     for name, value in arrays.items():
         if math.prod(value.shape) == 0:
-            raise problem(where, f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}")
+            raise problem(f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}")
 
 
-def finite(where: str, **tensors: Tensor | np.ndarray) -> None:
+def finite(**tensors: Tensor | np.ndarray) -> None:
     """No NaN and no infinity; the first offender is named by its position. Accelerator tensors are not looked at."""
     for name, value in tensors.items():
         if isinstance(value, Tensor):
@@ -227,22 +273,21 @@ def finite(where: str, **tensors: Tensor | np.ndarray) -> None:
             place = np.unravel_index(int(bad.argmax()), bad.shape)
             at = ", ".join(str(int(i)) for i in place)
             raise problem(
-                where,
                 f"{name} must be finite",
                 got=f"{value[place]} at index [{at}] ({int(bad.sum())} such values)",
                 fix="Remove or repair these samples first.",
             )
 
 
-def not_negative(where: str, **tensors: Tensor) -> None:
+def not_negative(**tensors: Tensor) -> None:
     """No value is below zero. Accelerator tensors are not looked at."""
     for name, value in tensors.items():
         value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
         if value.dtype.is_signed and readable(value) and bool((value < 0).any()):
-            raise problem(where, f"{name} must not be negative", got=f"a minimum of {digits(value.min().item())}")
+            raise problem(f"{name} must not be negative", got=f"a minimum of {digits(value.min().item())}")
 
 
-def distributions(where: str, *, zeros: bool = False, **values: Tensor) -> None:
+def distributions(*, zeros: bool = False, **values: Tensor) -> None:
     """Floats (..., B) >= 0 that sum to one along the last axis, but for rounding, or with ``zeros`` hold nothing else.
     Accelerators are not looked at."""
     for name, value in values.items():
@@ -252,33 +297,31 @@ def distributions(where: str, *, zeros: bool = False, **values: Tensor) -> None:
         total = shares.sum(-1)
         sound = (total - 1).abs() <= (1e-3 if value.itemsize >= 4 else 1e-2)
         if not bool((sound | (shares == 0).all(-1) if zeros else sound).all()):
-            finite(where, **{name: shares})
+            finite(**{name: shares})
             raise problem(
-                where,
                 f"{name} must sum to one along the last axis",
                 got=f"sums from {total.min().item():g} to {total.max().item():g}",
                 fix="Apply softmax to scores first.",
             )
-        not_negative(where, **{name: shares})
+        not_negative(**{name: shares})
 
 
-def prior_shares(where: str, name: str, prior: Tensor, *, zeros: bool = False) -> None:
+def prior_shares(name: str, prior: Tensor, *, zeros: bool = False) -> None:
     """Shares > 0, or >= 0 with ``zeros``, that sum to one. Accelerator tensors are not looked at."""
     if not readable(prior):
         return
-    finite(where, **{name: prior})
+    finite(**{name: prior})
     fix = f"Use dt.class_prior(counts{', floor=0' if zeros else ''}), which floors counts and divides by their sum."
     bad = prior < 0 if zeros else prior <= 0
     if bool(bad.any()):
         first = int(bad.to(torch.uint8).argmax())
         rule = f"{name} must not be negative" if zeros else f"{name} must be positive"
-        raise problem(where, rule, got=f"{prior[first].item():g} for class {first}", fix=fix)
+        raise problem(rule, got=f"{prior[first].item():g} for class {first}", fix=fix)
     if abs((total := prior.sum(dtype=torch.float64).item()) - 1) > 1e-4:
-        raise problem(where, f"{name} must sum to one", got=f"a sum of {digits(total)}", fix=fix)
+        raise problem(f"{name} must sum to one", got=f"a sum of {digits(total)}", fix=fix)
 
 
 def number(
-    where: str,
     name: str,
     value: object,
     *,
@@ -290,44 +333,44 @@ def number(
 ) -> float:
     """A finite real number between ``low`` and ``high``; with ``float32`` one that it holds in full, or zero."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise problem(where, f"{name} must be a number", got=repr(value), error=TypeError)
+        raise problem(f"{name} must be a number", got=repr(value), error=TypeError)
     try:
         x = float(value)
     except OverflowError:
-        raise problem(where, f"{name} must fit into float64", got=f"a larger {type(value).__name__}") from None
+        raise problem(f"{name} must fit into float64", got=f"a larger {type(value).__name__}") from None
     below = x <= low if open_low else x < low
     above = x >= high if open_high else x > high
     if not math.isfinite(x) or below or above:
         left = "" if low == -math.inf else f" {'>' if open_low else '>='} {digits(low)}"
         right = "" if high == math.inf else f" {'<' if open_high else '<='} {digits(high)}"
         rule = " and".join(part for part in (left, right) if part) or " finite"
-        raise problem(where, f"{name} must be{rule}", got=repr(value))
+        raise problem(f"{name} must be{rule}", got=repr(value))
     least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     if float32 and x != 0 and not least <= abs(x) <= most:
-        raise problem(where, f"{name} must fit into float32, from {least:.2g} to {most:.2g} in size", got=repr(value))
+        raise problem(f"{name} must fit into float32, from {least:.2g} to {most:.2g} in size", got=repr(value))
     return x
 
 
-def checked_tau(where: str, tau: object) -> float:
+def checked_tau(tau: object) -> float:
     """The strength of an adjustment by a prior."""
-    return number(where, "tau", tau, low=0, high=MOST_TAU)
+    return number("tau", tau, low=0, high=MOST_TAU)
 
 
-def whole(where: str, name: str, value: object, *, low: int | None = None, high: int | None = None) -> int:
+def whole(name: str, value: object, *, low: int | None = None, high: int | None = None) -> int:
     """A whole number, from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise problem(where, f"{name} must be a whole number", got=repr(value), error=TypeError)
+        raise problem(f"{name} must be a whole number", got=repr(value), error=TypeError)
     number = int(value)
     if low is not None and number < low:
-        raise problem(where, f"{name} must be at least {low}", got=_shown(value))
+        raise problem(f"{name} must be at least {low}", got=_shown(value))
     if high is not None and number > high:
-        raise problem(where, f"{name} must be at most {high:,}", got=_shown(value))
+        raise problem(f"{name} must be at most {high:,}", got=_shown(value))
     return number
 
 
-def length(where: str, name: str, value: object, *, most: int = MOST_LONG) -> int:
+def length(name: str, value: object, *, most: int = MOST_LONG) -> int:
     """The length of an axis: at least 1, and not so large that nothing could hold it."""
-    return whole(where, name, value, low=1, high=most)
+    return whole(name, value, low=1, high=most)
 
 
 def _shown(value: object) -> str:
@@ -336,14 +379,14 @@ def _shown(value: object) -> str:
     return repr(value) if bits <= 64 else f"a whole number of {bits:,} bits"
 
 
-def one_of(where: str, name: str, value: object, allowed: Collection[str]) -> None:
+def one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """``value`` is one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
         listed = ", ".join(repr(a) for a in allowed)
-        raise problem(where, f"{name} must be one of {listed}", got=repr(value))
+        raise problem(f"{name} must be one of {listed}", got=repr(value))
 
 
-def interval(where: str, name: str, value: object, *, low: float = 0.0) -> tuple[float, float]:
+def interval(name: str, value: object, *, low: float = 0.0) -> tuple[float, float]:
     """A pair ``(a, b)`` with ``low <= a < b``."""
     rule = f"{name} must be a pair (low, high) with {digits(low)} <= low < high"
     try:
@@ -352,32 +395,31 @@ def interval(where: str, name: str, value: object, *, low: float = 0.0) -> tuple
         pair = ()
     real_pair = len(pair) == 2 and all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in pair)
     if not real_pair or not low <= pair[0] < pair[1]:
-        raise problem(where, rule, got=repr(value))
+        raise problem(rule, got=repr(value))
     return float(pair[0]), float(pair[1])
 
 
-def keys(where: str, name: str, value: object, expected: Collection[str]) -> None:
+def keys(name: str, value: object, expected: Collection[str]) -> None:
     """A mapping with exactly the expected keys."""
     if not isinstance(value, Mapping):
-        raise problem(where, f"{name} must be a dict", got=type(value).__name__, error=TypeError)
+        raise problem(f"{name} must be a dict", got=type(value).__name__, error=TypeError)
     missing, extra = sorted(set(expected) - set(value)), sorted(set(value) - set(expected), key=str)
     if missing or extra:
-        raise problem(where, f"{name} must have the keys {sorted(expected)}", got=f"missing {missing}, unknown {extra}")
+        raise problem(f"{name} must have the keys {sorted(expected)}", got=f"missing {missing}, unknown {extra}")
 
 
-def labels_array(where: str, labels: object, name: str = "labels") -> np.ndarray:
+def labels_array(labels: object, name: str = "labels") -> np.ndarray:
     """Labels, or what ``name`` says, as a NumPy array of integers or floats that torch can take over."""
-    labels = _without_tensors(where, labels, name)
+    labels = _without_tensors(labels, name)
     try:
         array = np.asarray(labels)
     except ValueError:
-        raise problem(where, f"{name} must form one array of numbers", got="rows of different lengths") from None
+        raise problem(f"{name} must form one array of numbers", got="rows of different lengths") from None
     except (TypeError, RuntimeError):  # of what says that it is an array
         rule, got = f"{name} must form one array of numbers", type(labels).__name__
-        raise problem(where, rule, got=got, fix="Hand over its values.", error=TypeError) from None
+        raise problem(rule, got=got, fix="Hand over its values.", error=TypeError) from None
     if array.dtype.kind not in "iuf":
         raise problem(
-            where,
             f"{name} must be integers or floats",
             got=type(labels).__name__ if array.shape == () and array.dtype == object else f"dtype {array.dtype}",
             fix="Convert them first.",
@@ -387,29 +429,29 @@ def labels_array(where: str, labels: object, name: str = "labels") -> np.ndarray
     return array.astype(np.float64 if array.itemsize > 8 else array.dtype.newbyteorder("="), copy=False)
 
 
-def _without_tensors(where: str, labels: Any, name: str) -> Any:
+def _without_tensors(labels: Any, name: str) -> Any:
     """Tensors, also those in lists, as arrays. Nothing is masked."""
     if isinstance(labels, Tensor):
-        is_tensor(where, **{name: labels})
-        on_one_device(where, **{name: labels})
-        labels = on_host(where, name, labels)
+        is_tensor(**{name: labels})
+        on_one_device(**{name: labels})
+        labels = on_host(name, labels)
         return (labels.float() if labels.is_floating_point() and labels.itemsize < 4 else labels).numpy(force=True)
     if isinstance(labels, (list, tuple)):
         kinds = set(map(type, labels))
         if any(issubclass(kind, (Tensor, list, tuple, np.ndarray)) for kind in kinds):
-            return [_without_tensors(where, item, name) for item in labels]
+            return [_without_tensors(item, name) for item in labels]
     if np.ma.is_masked(labels):
-        raise problem(where, f"{name} must not be masked", got="masked values", fix=f"Use {name}.compressed().")
+        raise problem(f"{name} must not be masked", got="masked values", fix=f"Use {name}.compressed().")
     return labels
 
 
-def scalar(where: str, name: str, value: Any) -> Any:
+def scalar(name: str, value: Any) -> Any:
     """A number out of a tensor or array of no dimension, in the precision that it has there."""
     if isinstance(value, (bool, numbers.Real)) or getattr(value, "ndim", None) != 0:
         return value
-    return labels_array(where, value, name)[()]
+    return labels_array(value, name)[()]
 
 
-def label_problem(where: str, rule: str, *, got: object, fix: str = "") -> Exception:
+def label_problem(rule: str, *, got: object, fix: str = "") -> Exception:
     """The :class:`LabelError` of a label that is not finite or lies outside its axis."""
-    return problem(where, rule, got=got, fix=fix, error=LabelError)
+    return problem(rule, got=got, fix=fix, error=LabelError)

@@ -16,11 +16,11 @@ def is_parallel() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def check_group(where: str, group: object) -> None:
+def check_group(group: object) -> None:
     """A process group, or None for all ranks; what a rank has of a group that it is no part of is neither."""
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         rule = "group must be a torch.distributed.ProcessGroup that this rank is in, or None"
-        raise problem(where, rule, got=repr(group), error=TypeError)
+        raise problem(rule, got=repr(group), error=TypeError)
 
 
 def reduce_device(like: Tensor, group: dist.ProcessGroup | None = None) -> torch.device:

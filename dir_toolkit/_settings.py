@@ -25,7 +25,7 @@ from .errors import SettingsError
 _LONGEST = 64  # numbers of an array that are written out; of longer ones a digest stands
 
 
-def described(where: str, name: str, value: object) -> Any:
+def described(name: str, value: object) -> Any:
     """Plain values, fit for JSON, that differ between two values that are not the same setting.
 
     Arrays are written out where they are short, and stand as a digest where they are long. Objects give their
@@ -37,12 +37,12 @@ def described(where: str, name: str, value: object) -> Any:
         itself.
     """
     try:
-        return _described(where, name, value)
+        return _described(name, value)
     except RecursionError:
-        raise _unidentifiable(where, name.split("[")[0].split(".")[0], "something that holds itself") from None
+        raise _unidentifiable(name.split("[")[0].split(".")[0], "something that holds itself") from None
 
 
-def _described(where: str, name: str, value: object) -> Any:
+def _described(name: str, value: object) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic):
@@ -50,11 +50,11 @@ def _described(where: str, name: str, value: object) -> Any:
     if isinstance(value, (np.ndarray, Tensor)):
         return _array(value)
     if isinstance(value, Mapping):
-        return {str(key): described(where, f"{name}[{key!r}]", item) for key, item in value.items()}
+        return {str(key): described(f"{name}[{key!r}]", item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [described(where, f"{name}[{i}]", item) for i, item in enumerate(value)]
+        return [described(f"{name}[{i}]", item) for i, item in enumerate(value)]
     if isinstance(value, (set, frozenset)):
-        return sorted((described(where, name, item) for item in value), key=repr)
+        return sorted((described(name, item) for item in value), key=repr)
     if isinstance(value, (torch.dtype, torch.device, PurePath)):
         return str(value)
     if isinstance(value, Enum):
@@ -62,29 +62,29 @@ def _described(where: str, name: str, value: object) -> Any:
     if isinstance(value, functools.partial):
         return {
             "is": "functools.partial",
-            "calls": described(where, name, value.func),
-            "args": described(where, name, value.args),
-            "keywords": described(where, name, value.keywords),
+            "calls": described(name, value.func),
+            "args": described(name, value.args),
+            "keywords": described(name, value.keywords),
         }
     if isinstance(value, type):
         return _qualified(value)
     if inspect.ismethod(value):
-        return {"is": value.__name__, "of": described(where, name, value.__self__)}
+        return {"is": value.__name__, "of": described(name, value.__self__)}
     if inspect.isfunction(value):
-        return _function(where, name, value)
+        return _function(name, value)
     if inspect.isbuiltin(value):
         return _qualified(value)
     if inspect.ismodule(value):
         return value.__name__
     own = getattr(value, "settings", None)
     if isinstance(own, Mapping):
-        return {"is": _qualified(type(value)), **described(where, name, {**own, **_added(value, own)})}
+        return {"is": _qualified(type(value)), **described(name, {**own, **_added(value, own)})}
     if isinstance(value, nn.Module):
-        return _module(where, name, value)
+        return _module(name, value)
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {"is": _qualified(type(value)), **described(where, name, fields)}
-    raise _unidentifiable(where, name, f"a {type(value).__name__}")
+        return {"is": _qualified(type(value)), **described(name, fields)}
+    raise _unidentifiable(name, f"a {type(value).__name__}")
 
 
 def shown(settings: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ def _array(value: np.ndarray | Tensor) -> Any:
     return f"{value.dtype} {value.shape} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]}"
 
 
-def _function(where: str, name: str, function: Any) -> Any:
+def _function(name: str, function: Any) -> Any:
     """Its module and name; one made inside another also by its defaults and by what it takes from there.
 
     A decorator gives what it makes the name of what it wraps. If that is a module's own, what the two take from there
@@ -145,19 +145,19 @@ def _function(where: str, name: str, function: Any) -> Any:
     """
     qualified = _qualified(function)
     if "<lambda>" in qualified:
-        raise _unidentifiable(where, name, "a lambda")
+        raise _unidentifiable(name, "a lambda")
     named = "<locals>" not in qualified
     if named and not hasattr(function, "__wrapped__"):
         return qualified
     takes = {}
     for key, item in inspect.getclosurevars(function).nonlocals.items():
         try:
-            takes[key] = described(where, f"{name} (its {key})", item)
+            takes[key] = described(f"{name} (its {key})", item)
         except SettingsError:
             if not named:
                 raise
             takes[key] = _qualified(type(item))
-    defaults = described(where, name, [function.__defaults__, function.__kwdefaults__])
+    defaults = described(name, [function.__defaults__, function.__kwdefaults__])
     return {"is": qualified, "defaults": defaults, "takes": takes}
 
 
@@ -169,7 +169,7 @@ def _added(value: object, own: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(value, name) for name in taken if name not in own and hasattr(value, name)}
 
 
-def _module(where: str, name: str, module: nn.Module) -> dict[str, Any]:
+def _module(name: str, module: nn.Module) -> dict[str, Any]:
     torchs = type(module).__module__.startswith("torch.")  # whose private attributes are no settings
     hidden = vars(nn.Module()).keys()
     plain = {
@@ -177,13 +177,13 @@ def _module(where: str, name: str, module: nn.Module) -> dict[str, Any]:
     }
     return {
         "is": _qualified(type(module)),
-        **described(where, name, plain),
+        **described(name, plain),
         "parameters": {
             key: list(item.shape) if item.requires_grad else _array(item)
             for key, item in module.named_parameters(recurse=False)
         },
         "buffers": {key: _array(item) for key, item in module.named_buffers(recurse=False)},
-        "children": {key: described(where, f"{name}.{key}", item) for key, item in module.named_children()},
+        "children": {key: described(f"{name}.{key}", item) for key, item in module.named_children()},
     }
 
 
@@ -191,9 +191,8 @@ def _qualified(value: Any) -> str:
     return f"{value.__module__}.{value.__qualname__}"
 
 
-def _unidentifiable(where: str, name: str, got: str) -> Exception:
+def _unidentifiable(name: str, got: str) -> Exception:
     return problem(
-        where,
         f"{name} must be something that can be told from another by its settings, for a run to be resumed",
         got=got,
         fix="Use a function that a module defines, functools.partial of one, or an object with a dict `settings`.",

@@ -35,7 +35,7 @@ def pack(state: dict[str, Any]) -> Tensor:
     return torch.frombuffer(bytearray(blob), dtype=torch.uint8)
 
 
-def unpack(where: str, packed: object) -> dict[str, Any]:
+def unpack(packed: object) -> dict[str, Any]:
     """The state that :func:`pack` wrote. Nothing in it is run.
 
     Raises:
@@ -43,17 +43,16 @@ def unpack(where: str, packed: object) -> dict[str, Any]:
     """
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.ndim != 1 or packed.is_meta:
         got = f"{packed.dtype} of shape {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
-        raise _damaged(where, got)
+        raise _damaged(got)
     blob = packed.detach().cpu().contiguous().numpy().tobytes()
     start = 8 + int.from_bytes(blob[:8], "little")
     try:
         header = json.loads(blob[8:start])
         version, state = header["format"], header["state"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise _damaged(where, "a header that cannot be read") from None
+        raise _damaged("a header that cannot be read") from None
     if version != _FORMAT:
         raise problem(
-            where,
             f"the saved state must be of format {_FORMAT}",
             got=f"format {version!r}",
             fix="Load it with the release of dir_toolkit that saved it.",
@@ -62,9 +61,9 @@ def unpack(where: str, packed: object) -> dict[str, Any]:
     try:
         decoded = _decoded(state, memoryview(blob)[start:])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise _damaged(where, str(error)) from None
+        raise _damaged(str(error)) from None
     if not isinstance(decoded, dict):
-        raise _damaged(where, type(decoded).__name__)
+        raise _damaged(type(decoded).__name__)
     return decoded
 
 
@@ -145,6 +144,6 @@ def _decoded(value: Any, blob: memoryview) -> Any:
     return value
 
 
-def _damaged(where: str, got: str) -> Exception:
+def _damaged(got: str) -> Exception:
     rule = "the saved state must be the bytes that state_dict() gave"
-    return problem(where, rule, got=got, fix="Load an intact copy.", error=CheckpointError)
+    return problem(rule, got=got, fix="Load an intact copy.", error=CheckpointError)

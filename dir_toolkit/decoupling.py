@@ -117,7 +117,7 @@ def freeze(module: nn.Module) -> Frozen:
     >>> encoder[1].num_batches_tracked.item(), output.requires_grad
     (0, False)
     """
-    instance("freeze", nn.Module, module=module)
+    instance(nn.Module, module=module)
     return Frozen(module)
 
 
@@ -128,19 +128,18 @@ def reinitialize(module: nn.Module, *, seed: int = 0) -> None:
         TypeError: a part holds parameters of its own and does not know how to reset them; nothing has changed then.
         ValueError: the module has no parameters, or the seed is not in 0 ... 2**63 - 1.
     """
-    where = "reinitialize"
-    instance(where, nn.Module, module=module)
-    if (seed := whole(where, "seed", seed, low=0)) >= 2**63:
-        raise problem(where, "seed must be below 2**63", got=seed)
+    instance(nn.Module, module=module)
+    if (seed := whole("seed", seed, low=0)) >= 2**63:
+        raise problem("seed must be below 2**63", got=seed)
     if next(module.parameters(), None) is None:
-        raise problem(where, "module must have parameters", got=type(module).__name__)
+        raise problem("module must have parameters", got=type(module).__name__)
     # A BatchNorm without parameters has statistics to forget.
     known = {part for part in module.modules() if callable(getattr(part, "reset_parameters", None))}
     layers = [p for p in module.modules() if p in known or next(p.parameters(recurse=False), None) is not None]
     for layer in layers:
         if layer not in known:
             rule = "every layer with parameters must have reset_parameters()"
-            raise problem(where, rule, got=type(layer).__name__, fix="Give it one, or a new layer.", error=TypeError)
+            raise problem(rule, got=type(layer).__name__, fix="Give it one, or a new layer.", error=TypeError)
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every accelerator
@@ -154,7 +153,7 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
     """Make a trained model ready for its second stage: ``model.backbone`` frozen, ``model.head`` to be trained.
 
     Args:
-        model: has ``backbone`` and ``head``, as :class:`dir_toolkit.backbones.ImageClassifier` and
+        model: has ``backbone`` and ``head``, as :class:`dir_toolkit.experiment.backbones.ImageClassifier` and
             :class:`dir_toolkit.LongTailModel` do; for others :func:`freeze` and :func:`reinitialize` serve.
         method: ``"crt"`` and ``"rrt"`` start the head afresh, all of it to learn; ``"lws"`` wraps it, which must be
             linear, in a :class:`dir_toolkit.heads.normalized.ScaledHead`.
@@ -165,13 +164,11 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
         TypeError: the model lacks a part, or its head is of the wrong kind, as a ScaledHead is for every method.
         ValueError: the method is unknown, or the seed is not in 0 ... 2**63 - 1.
     """
-    where = "stage_two"
-    instance(where, nn.Module, model=model)
-    one_of(where, "method", method, ("crt", "lws", "rrt"))
+    instance(nn.Module, model=model)
+    one_of("method", method, ("crt", "lws", "rrt"))
     backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
         raise problem(
-            where,
             "model must have modules named backbone and head",
             got=type(model).__name__,
             fix="Use freeze(encoder) and reinitialize(head).",
@@ -180,12 +177,12 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
     if method == "lws":
         if not isinstance(head, nn.Linear):
             rule = 'model.head must be an nn.Linear for "lws"'
-            raise problem(where, rule, got=type(head).__name__, error=TypeError)
+            raise problem(rule, got=type(head).__name__, error=TypeError)
         model.head = ScaledHead(head)
     else:
         if isinstance(head, ScaledHead):
             rule, fix = f'model.head must learn anew for "{method}"', "Set model.head = model.head.linear first."
-            raise problem(where, rule, got="a ScaledHead, which learns scales alone", fix=fix, error=TypeError)
+            raise problem(rule, got="a ScaledHead, which learns scales alone", fix=fix, error=TypeError)
         reinitialize(head, seed=seed)
         head.requires_grad_(True)
     return freeze(backbone)
@@ -209,19 +206,16 @@ def choose_normalization(
     Source:
         Kang et al. 2020, section 4.1 (arXiv:1910.09217).
     """
-    where = "choose_normalization"
-    instance(where, nn.Linear, head=head)
-    is_tensor(where, features=features, labels=labels)
+    instance(nn.Linear, head=head)
+    is_tensor(features=features, labels=labels)
     if features.ndim != 2 or features.shape[1] != head.in_features or labels.shape != features.shape[:1]:
         rule = f"features must be (N, {head.in_features}) and labels (N,)"
         got = f"{tuple(features.shape)} and {tuple(labels.shape)}"
-        raise problem(where, rule, got=got, error=ShapeError)
+        raise problem(rule, got=got, error=ShapeError)
     if labels.is_floating_point():
-        raise problem(
-            where, "labels must be integers", got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError
-        )
-    tried = candidate_taus(where, np.linspace(0, 2, 41) if taus is None else taus)
+        raise problem("labels must be integers", got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError)
+    tried = candidate_taus(np.linspace(0, 2, 41) if taus is None else taus)
     with torch.no_grad():
         scores = (tau_normalized(head, float(tau))(features) for tau in tried)
         curve = np.array([balanced_error(pred, labels, head.out_features) for pred in scores])
-    return chosen_tau(where, tried, curve, "balanced_error", 1.0)
+    return chosen_tau(tried, curve, "balanced_error", 1.0)

@@ -66,7 +66,7 @@ class CheckpointError(DirToolkitError, ValueError):
 
 
 class ResultsError(DirToolkitError, ValueError):
-    """A result does not follow the schema of ``dir_toolkit.results``."""
+    """A result does not follow the schema of ``dir_toolkit.experiment.results``."""
 
 
 class RunExistsError(DirToolkitError, FileExistsError):

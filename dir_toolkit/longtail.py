@@ -113,9 +113,10 @@ class LongTailModel(nn.Module):
     with :math:`\pi` the training prior, the shares of labels times the weights that their loss had, smoothed over
     bins, and :math:`u` the shares of the bins' widths. Over ``Bins.classes`` the same path is plain classification
     with logit adjustment. ``model(x, labels)`` computes the loss, too; in training it enters ``fds.labels(labels)``.
-    With :func:`dir_toolkit.training.loop.fit` use ``loss=model.criterion`` and, if there is one, ``fds=model.fds``.
-    In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is no submodule, so that DistributedDataParallel
-    does not send its buffers around; it goes along with ``to()``, with copies, and with the ``state_dict``.
+    With :func:`dir_toolkit.experiment.training.loop.fit` use ``loss=model.criterion`` and, if there is one,
+    ``fds=model.fds``. In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is no submodule, so that
+    DistributedDataParallel does not send its buffers around; it goes along with ``to()``, with copies, and with the
+    ``state_dict``.
 
     ``torch.export`` takes and saves every model. ``torch.onnx`` has no search among sorted numbers, which the median
     needs: convert a model with ``decode="expectation"`` or ``"mode"``.
@@ -227,47 +228,46 @@ class LongTailModel(nn.Module):
         outside: Outside = "raise",
     ) -> None:
         super().__init__()
-        where = "LongTailModel"
-        _check_axis(where, bins, density)
-        instance(where, nn.Module, backbone=backbone)
-        instance(where, bool, residual=residual, within_axis=within_axis)
-        one_of(where, "outside", outside, ("raise", "clip", "drop"))
-        one_of(where, "label_kernel", label_kernel, ("gaussian", "laplace", "triangular"))
-        one_of(where, "adjust", adjust, ("after", "in_loss"))
+        _check_axis(bins, density)
+        instance(nn.Module, backbone=backbone)
+        instance(bool, residual=residual, within_axis=within_axis)
+        one_of("outside", outside, ("raise", "clip", "drop"))
+        one_of("label_kernel", label_kernel, ("gaussian", "laplace", "triangular"))
+        one_of("adjust", adjust, ("after", "in_loss"))
         if decode is not None:
-            one_of(where, "decode", decode, ("expectation", "median", "mode"))
-        self.bins, self.density, self.num_features = bins, density, _num_features(where, backbone, num_features)
+            one_of("decode", decode, ("expectation", "median", "mode"))
+        self.bins, self.density, self.num_features = bins, density, _num_features(backbone, num_features)
         self.adjust, self.label_kernel, self.within_axis, self.outside = adjust, label_kernel, within_axis, outside
-        self.residual_weight = number(where, "residual_weight", residual_weight, low=0)
-        self.expectation_weight = number(where, "expectation_weight", expectation_weight, low=0)
+        self.residual_weight = number("residual_weight", residual_weight, low=0)
+        self.expectation_weight = number("expectation_weight", expectation_weight, low=0)
 
         self.backbone = backbone
         self.neck = nn.Identity()  # where FDS is attached, so that all that reads features reads calibrated ones
-        self.head = self._make_head(where, head)
+        self.head = self._make_head(head)
         self._by_affinity = isinstance(self.head, AffinityHead)
         self._kind = head if head in ("regression", "gaussian") else "classes" if bins.categorical else "bins"
         self._has_bins = self._kind in ("classes", "bins")
-        self._refuse_options(where, sigma, prior, tau, temperature, decode, residual)
+        self._refuse_options(sigma, prior, tau, temperature, decode, residual)
         self._given: dict[str, Any] = {"head": head, "sigma": sigma}  # as given
         median, self._spread = (0.0, 1.0) if bins.categorical else self._spread_of_labels()
         self.decoding: Decoding = decode or ("median" if self._kind == "bins" else "mode")
         if isinstance(prior_kernel, str):
-            one_of(where, "prior_kernel", prior_kernel, ("auto",))
+            one_of("prior_kernel", prior_kernel, ("auto",))
             self.prior_kernel: Window | None = usual_kernel(bins)  # type: ignore[assignment]
         else:
             self.prior_kernel = prior_kernel
         if weights is not None:
-            instance(where, LDS, weights=weights)
-            _check_kind(where, "weights", weights.bins, bins)
+            instance(LDS, weights=weights)
+            _check_kind("weights", weights.bins, bins)
         self.weights = weights
-        self.loss = self._make_loss(where, loss)
+        self.loss = self._make_loss(loss)
         self._calls_loss = not isinstance(self.loss, str)  # told now: torch 2.4's compiler cannot ask a partial
-        self.sigma = self._checked_sigma(where, sigma)
+        self.sigma = self._checked_sigma(sigma)
 
         self._warned_unseen = False
         self._prior: dict[str, Any] = {"prior": prior, "tau": tau, "temperature": temperature}
         if self._has_bins:
-            self._start_prior(where, prior, tau, temperature)
+            self._start_prior(prior, tau, temperature)
         else:
             dtype = bins._wide(torch.zeros(()))
             self.register_buffer("offset", torch.tensor(median, dtype=dtype))
@@ -279,12 +279,12 @@ class LongTailModel(nn.Module):
 
         self.__dict__["fds"] = fds  # no submodule
         if fds is not None:
-            self._attach(where, fds)
+            self._attach(fds)
 
     def forward(self, x: Any, labels: Tensor | None = None, weight: Tensor | None = None) -> LongTailOutput:
         if labels is None and weight is not None:
             fix = "Use model(x, labels, weight)."
-            raise problem("LongTailModel", "weight needs labels", got="labels=None", fix=fix)
+            raise problem("weight needs labels", got="labels=None", fix=fix)
         features = self.backbone(x)
         self._check_features(features)
         calibrated = features
@@ -323,24 +323,23 @@ class LongTailModel(nn.Module):
         Raises:
             as the model itself.
         """
-        where = "LongTailModel.criterion"
-        instance(where, LongTailOutput, output=output)
+        instance(LongTailOutput, output=output)
         if self._has_bins and output.scores.shape[1:] != (len(self.bins),):
             rule = f"output must be this model's, with scores (N, {len(self.bins)})"
-            raise problem(where, rule, got=f"shape {tuple(output.scores.shape)}", error=ShapeError)
-        one_of(where, "reduction", reduction, ("none", "mean", "sum"))
-        is_tensor(where, labels=labels)
+            raise problem(rule, got=f"shape {tuple(output.scores.shape)}", error=ShapeError)
+        one_of("reduction", reduction, ("none", "mean", "sum"))
+        is_tensor(labels=labels)
         if labels.shape != output.scores.shape[:1]:
             rule = f"labels must be ({len(output.scores)},), one a sample"
             fix = "Use labels.squeeze(1)." if labels.shape[1:] == (1,) else ""
-            raise problem(where, rule, got=f"shape {tuple(labels.shape)}", fix=fix, error=ShapeError)
-        same_device(where, scores=output.scores, labels=labels)
-        placed, counts, sound = self._placed(where, labels)
+            raise problem(rule, got=f"shape {tuple(labels.shape)}", fix=fix, error=ShapeError)
+        same_device(scores=output.scores, labels=labels)
+        placed, counts, sound = self._placed(labels)
         if weight is None and self.weights is not None:
             weight = self.weights(placed)
         if counts is not None:
             if weight is not None:
-                same_shape(where, labels=labels, weight=weight)
+                same_shape(labels=labels, weight=weight)
             weight = counts.to(output.scores.dtype) if weight is None else torch.where(counts, weight, 0)
         how: dict[str, Any] = {"reduction": reduction}
         # A bin is that of the label as it was placed; an error is that of the label itself.
@@ -351,7 +350,7 @@ class LongTailModel(nn.Module):
             off = weighted_l1(expected, exact, weight, **how)
             loss = loss + self.expectation_weight / self._spread * off
         if self.residual is not None:
-            row = self.bins._row(where, placed, "clip").clamp_max(len(self.bins) - 1)
+            row = self.bins._row(placed, "clip").clamp_max(len(self.bins) - 1)
             values = exact.to(self.bins._wide(exact))
             widths = self.bins._tensor("edges", values).diff()[row]
             rest = (values - self.bins._tensor("centers", values)[row]) / widths
@@ -362,7 +361,7 @@ class LongTailModel(nn.Module):
             loss = loss * torch.where(sound, 1.0, torch.nan).to(loss.dtype)
         return loss
 
-    def _placed(self, where: str, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _placed(self, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Labels moved onto the axis; which of them count, None for all; and which are labels that may be there, None
         where those that may not would have raised.
 
@@ -371,16 +370,16 @@ class LongTailModel(nn.Module):
         """
         looked_at = readable(labels)
         if looked_at and self.outside != "drop":
-            self.bins._place(where, labels, self.outside)
+            self.bins._place(labels, self.outside)
             return self._clipped(labels), None, None
-        index = self.bins._place(where, labels, "clip" if self.outside == "clip" else "drop")
+        index = self.bins._place(labels, "clip" if self.outside == "clip" else "drop")
         placed: Tensor = index.clamp_min(0)
         if not self.bins.categorical:
             values = self._clipped(labels.to(self.bins._wide(labels)))
             placed = torch.where(index >= 0, values, self.bins._tensor("edges", values)[0])
         if self.outside != "drop":
             return placed, None, index >= 0
-        return placed, index >= 0, None if looked_at else self.bins._place(where, labels, "clip") >= 0
+        return placed, index >= 0, None if looked_at else self.bins._place(labels, "clip") >= 0
 
     def _clipped(self, labels: Tensor) -> Tensor:
         """Labels as they are, or with ``outside="clip"`` those beyond the axis at its end."""
@@ -411,16 +410,14 @@ class LongTailModel(nn.Module):
             ValueError: there is no density, the target has another length or is no distribution, or a number is out of
             range. RuntimeError: the head has no bins.
         """
-        where = "LongTailModel.set_prior"
         if not self._has_bins:
-            raise problem(where, "only heads that score bins have a prior", got=repr(self._kind), error=RuntimeError)
+            raise problem("only heads that score bins have a prior", got=repr(self._kind), error=RuntimeError)
         if temperature is None:
             temperature = self.adjuster.temperature.item()
-        self._adjust(where, target, tau, kernel, temperature, "target")
+        self._adjust(target, tau, kernel, temperature, "target")
 
     def _adjust(
         self,
-        where: str,
         target: TargetPrior,
         tau: float,
         kernel: Window | Literal["auto"] | None,
@@ -428,32 +425,32 @@ class LongTailModel(nn.Module):
         name: str,
     ) -> None:
         """Predict under ``target``, which the caller knows as ``name``."""
-        temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
-        self.adjuster.offset.copy_(self._offset(where, target, tau, kernel, name))
+        temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
+        self.adjuster.offset.copy_(self._offset(target, tau, kernel, name))
         self.adjuster.temperature.fill_(temperature)
         self._prior = {"prior": target, "tau": tau, "temperature": temperature}
 
     def _offset(
-        self, where: str, target: TargetPrior, tau: float, kernel: Window | Literal["auto"] | None, name: str = "target"
+        self, target: TargetPrior, tau: float, kernel: Window | Literal["auto"] | None, name: str = "target"
     ) -> Tensor:
         """What is added to the logits to predict under ``target``, (B,)."""
-        checked_tau(where, tau)
+        checked_tau(tau)
         if isinstance(target, str):
-            one_of(where, name, target, ("uniform",))
+            one_of(name, target, ("uniform",))
         elif target is not None:
-            target = torch.from_numpy(labels_array(where, target, name).astype(np.float64))
+            target = torch.from_numpy(labels_array(target, name).astype(np.float64))
             if target.shape != (len(self.bins),):
                 rule = f"{name} must be ({len(self.bins)},), one share a bin"
-                raise problem(where, rule, got=f"shape {tuple(target.shape)}", error=ShapeError)
-            prior_shares(where, name, target, zeros=True)
+                raise problem(rule, got=f"shape {tuple(target.shape)}", error=ShapeError)
+            prior_shares(name, target, zeros=True)
         if isinstance(kernel, str):
-            one_of(where, "kernel", kernel, ("auto",))
+            one_of("kernel", kernel, ("auto",))
             kernel = self.prior_kernel
         if kernel is not None:
-            checked_window(where, kernel, len(self.bins))
+            checked_window(kernel, len(self.bins))
         if target is None:
             return self.loss_offset.clone()
-        offset = prior_offset(where, self._training_prior(where, kernel), target, tau)
+        offset = prior_offset(self._training_prior(kernel), target, tau)
         # Per label unit: u cancels at tau 1, but where the target is u itself.
         power = tau if isinstance(target, str) else tau - 1
         offset = offset + power * torch.from_numpy(np.log(self.bins.relative_widths))
@@ -490,42 +487,41 @@ class LongTailModel(nn.Module):
             ValueError: there is no label, a score is not finite, taus are empty, not rising or negative, or bins are
             classes: for these :func:`dir_toolkit.choose_tau` serves. TypeError: scores are no tensor of real numbers.
         """
-        where = "LongTailModel.choose_tau"
-        one_of(where, "by", by, ("bmae", "mae"))
+        one_of("by", by, ("bmae", "mae"))
         if self._kind != "bins":
             rule, got = "the head must score bins of a continuous axis", repr(self._kind)
             if self._has_bins:
-                raise problem(where, rule, got=got, fix="For classes use dir_toolkit.choose_tau.")
-            raise problem(where, rule, got=got, error=RuntimeError)
+                raise problem(rule, got=got, fix="For classes use dir_toolkit.choose_tau.")
+            raise problem(rule, got=got, error=RuntimeError)
         outside = self.outside if outside is None else outside
-        one_of(where, "outside", outside, ("raise", "clip", "drop"))
-        is_tensor(where, scores=scores, labels=labels)
-        real(where, scores=scores)
+        one_of("outside", outside, ("raise", "clip", "drop"))
+        is_tensor(scores=scores, labels=labels)
+        real(scores=scores)
         if scores.shape != (*labels.shape[:1], len(self.bins)) or labels.ndim != 1:
             rule = f"scores must be (N, {len(self.bins)}) and labels (N,)"
             got = f"{tuple(scores.shape)} and {tuple(labels.shape)}"
-            raise problem(where, rule, got=got, error=ShapeError)
-        not_empty(where, labels=labels)
+            raise problem(rule, got=got, error=ShapeError)
+        not_empty(labels=labels)
         scores = scores.to(wide_dtype(scores))
-        finite(where, scores=on_host(where, "scores", scores))
-        row = self.bins._place(where, on_host(where, "labels", labels), outside)
+        finite(scores=on_host("scores", scores))
+        row = self.bins._place(on_host("labels", labels), outside)
         if not bool((row >= 0).all()):
             scores, labels, row = (part[(row >= 0).to(part.device)] for part in (scores, labels, row))
             if len(row) == 0:
-                raise problem(where, "at least one label must lie on the axis", got="none")
+                raise problem("at least one label must lie on the axis", got="none")
         row = row.to(scores.device)
         share = torch.tensor(self.bins.relative_widths, device=scores.device)
-        tried = candidate_taus(where, taus)
+        tried = candidate_taus(taus)
         trial = copy.deepcopy(self.adjuster)
         curve = []
         for tau in tried:
-            trial.offset.copy_(self._offset(where, "uniform", float(tau), kernel))
+            trial.offset.copy_(self._offset("uniform", float(tau), kernel))
             error = (self._decoded(trial(self._logits(scores)).softmax(1), self.decoding) - labels).abs().double()
             sums, counts = (error.new_zeros(len(self.bins)).index_add(0, row, x) for x in (error, error**0))
             seen = counts > 0
             of_bins = (share * sums / counts)[seen].sum() / share[seen].sum()
             curve.append((of_bins if by == "bmae" else error.mean()).item())
-        return chosen_tau(where, tried, np.array(curve), by, trial.temperature.item())
+        return chosen_tau(tried, np.array(curve), by, trial.temperature.item())
 
     def interval(self, output: LongTailOutput | Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """The central interval that holds a label with the probability ``level``.
@@ -541,12 +537,11 @@ class LongTailModel(nn.Module):
             ValueError: the level lies outside (0, 1), or bins are classes, which have no order. RuntimeError: a head of
             one number has no distribution.
         """
-        where = "LongTailModel.interval"
-        level = number(where, "level", level, low=0, high=1, open_low=True, open_high=True)
+        level = number("level", level, low=0, high=1, open_low=True, open_high=True)
         if self._kind == "regression":
             fix = 'Use head="gaussian", or one that scores bins.'
-            raise problem(where, "the head must tell a distribution", got="'regression'", fix=fix, error=RuntimeError)
-        instance(where, (LongTailOutput, Tensor), output=output)
+            raise problem("the head must tell a distribution", got="'regression'", fix=fix, error=RuntimeError)
+        instance((LongTailOutput, Tensor), output=output)
         if self._kind == "gaussian":
             pred = output.scores if isinstance(output, LongTailOutput) else output
             lower, upper = gaussian_interval(pred, level, min_variance=self._least_variance)
@@ -560,11 +555,11 @@ class LongTailModel(nn.Module):
             rule = f"backbone must give features (N, {self.num_features}), one row a sample"
             fix = "Pool over pixels first: maps of labels are not supported." if len(shape) in (3, 4) else ""
             got = shape if isinstance(features, Tensor) else type(features).__name__
-            raise problem("LongTailModel", rule, got=got, fix=fix, error=ShapeError)
+            raise problem(rule, got=got, fix=fix, error=ShapeError)
 
     def _read(self, scores: Tensor, features: Tensor, calibrated: Tensor) -> LongTailOutput:
         if not isinstance(scores, Tensor):
-            raise _wrong_head("LongTailModel", len(self.bins), type(scores).__name__)
+            raise _wrong_head(len(self.bins), type(scores).__name__)
         scores = scores.to(wide_dtype(scores))
         loss, none = scores.new_full((), torch.nan), scores.new_zeros(scores.shape[0], 0)
         if not self._has_bins:
@@ -578,7 +573,7 @@ class LongTailModel(nn.Module):
                 scores = torch.stack([mean, log_variance + 2 * scale.log()], 1)
             return LongTailOutput(loss, scores, self._held(mean), features, none, none)
         if scores.shape != (features.shape[0], len(self.bins)):
-            raise _wrong_head("LongTailModel", len(self.bins), f"shape {tuple(scores.shape)}")
+            raise _wrong_head(len(self.bins), f"shape {tuple(scores.shape)}")
         adjusted = self.adjuster(self._logits(scores))
         distribution = adjusted.softmax(1)
         if self._kind == "classes":
@@ -632,30 +627,28 @@ class LongTailModel(nn.Module):
             return squared_emd(logits, target, self.bins, weight, **how) / self._loss_unit
         return soft_cross_entropy(logits, target, weight, **how)
 
-    def _make_head(self, where: str, head: Any) -> nn.Module:
+    def _make_head(self, head: Any) -> nn.Module:
         size, count = self.num_features, len(self.bins)
         if isinstance(head, nn.Module):
             takes = getattr(head, "num_features", getattr(head, "in_features", size))
             if takes != size:
                 rule = f"head must take the backbone's {size} features"
-                raise problem(where, rule, got=takes, error=ShapeError)
+                raise problem(rule, got=takes, error=ShapeError)
             gives = getattr(head, "num_classes", getattr(head, "out_features", count))
             if gives != count:
-                raise _wrong_head(where, count, gives)
+                raise _wrong_head(count, gives)
             return head
-        one_of(where, "head", head, _HEADS)
+        one_of("head", head, _HEADS)
         if head in ("regression", "gaussian"):
             if self.bins.categorical:
                 rule = f"head must score classes, which are no numbers, with {self.bins!r}"
-                raise problem(where, rule, got=repr(head), fix="Use head='linear'.")
+                raise problem(rule, got=repr(head), fix="Use head='linear'.")
             return LinearHead(size, 1 if head == "regression" else 2)
         if head == "affinity":
             return AffinityHead(size, count, prototypes=5 if self.bins.categorical else 1)
         return CosineHead(size, count) if head == "cosine" else LinearHead(size, count)
 
-    def _refuse_options(
-        self, where: str, sigma: Any, prior: Any, tau: Any, temperature: Any, decode: Any, residual: bool
-    ) -> None:
+    def _refuse_options(self, sigma: Any, prior: Any, tau: Any, temperature: Any, decode: Any, residual: bool) -> None:
         """Options that the kind of head cannot follow must not be left without effect."""
         given: dict[str, tuple[Any, tuple[Any, ...]]] = {}  # each with what it may be
         if self._kind != "bins":
@@ -671,44 +664,43 @@ class LongTailModel(nn.Module):
             given["tau"], given["temperature"] = (tau, (1,)), (temperature, (1,))
         elif self.within_axis:
             rule = "within_axis must be left out for heads that score bins, whose predictions lie on it"
-            raise problem(where, rule, got="True")
+            raise problem(rule, got="True")
         for name, (value, allowed) in given.items():
             if value not in allowed:
                 without = "classes, which have no distances" if self._has_bins else f"head={self._kind!r}, without bins"
-                raise problem(where, f"{name} must be left out for {without}", got=repr(value))
+                raise problem(f"{name} must be left out for {without}", got=repr(value))
 
-    def _checked_sigma(self, where: str, sigma: Any) -> float | None:
+    def _checked_sigma(self, sigma: Any) -> float | None:
         self._sigma_unit: KernelUnit = "label"
         if self._kind != "bins" or sigma is None:
             return None
         if isinstance(sigma, str):
-            one_of(where, "sigma", sigma, ("auto",))
+            one_of("sigma", sigma, ("auto",))
         if self.loss not in ("cross_entropy", "squared_emd"):
             if sigma not in ("auto", 0):
                 rule, fix = (
                     "sigma must be left out with a loss that takes labels as they are",
                     'Use loss="cross_entropy".',
                 )
-                raise problem(where, rule, got=repr(sigma), fix=fix)
+                raise problem(rule, got=repr(sigma), fix=fix)
             return None
         warned_before = self.density is not None and self.density._warned_crowded and isinstance(sigma, str)
         if isinstance(sigma, str):  # two bins, however wide each is
             even = bool((self.bins.relative_widths == 1).all())
             self._sigma_unit = "label" if even else "bin"
             sigma = 2 * float(np.median(np.diff(self.bins.edges))) if even else 2.0
-        sigma = checked_sigma(where, sigma, self.bins, self._sigma_unit)
+        sigma = checked_sigma(sigma, self.bins, self._sigma_unit)
         in_bins = self._sigma_unit == "bin"
         reach = len(self.bins) if in_bins else float(self.bins.edges[-1] - self.bins.edges[0])
         told = f"sigma={sigma:g}" + " bins" * in_bins
         if sigma > reach / 4:
             axis = f"an axis of {reach} bins" if in_bins else f"an axis {reach:g} long"
-            warn(where, f"{told} spreads each label over most of {axis}. Pass a smaller one.")
+            warn(f"{told} spreads each label over most of {axis}. Pass a smaller one.")
         elif self.density is not None and sigma > (middle := self._middle_half(in_bins)) / 1.35:
             self._warned_crowded = True
             if warned_before:
                 return sigma
             warn(
-                where,
                 f"{told} spreads each label wider than the middle half of all labels lies, {middle:.3g} of {reach:g}. "
                 "Learn the logarithm of the labels, or use bins that are narrow where labels are, as Bins.quantile or "
                 "Bins.from_edges(numpy.geomspace(...)) make them.",
@@ -723,7 +715,7 @@ class LongTailModel(nn.Module):
             ends = np.interp(ends, self.bins.edges, np.arange(len(self.bins) + 1))
         return float(ends[1] - ends[0])
 
-    def _make_loss(self, where: str, loss: Any) -> str | Callable[..., Tensor]:
+    def _make_loss(self, loss: Any) -> str | Callable[..., Tensor]:
         """A function, or the name of a loss of bins."""
         names: tuple[str, ...] = {
             "regression": tuple(_POINT_LOSSES),
@@ -733,17 +725,17 @@ class LongTailModel(nn.Module):
         }[self._kind]
         loss = self._given["loss"] = names[0] if loss is None else loss
         if isinstance(loss, str):
-            one_of(where, "loss", loss, names)
+            one_of("loss", loss, names)
         elif not callable(loss):
-            raise problem(where, "loss must be a name or a function", got=type(loss).__name__, error=TypeError)
+            raise problem("loss must be a name or a function", got=type(loss).__name__, error=TypeError)
         if self.adjust == "in_loss" and (not isinstance(loss, str) or loss == "affinity_loss"):
             rule = 'adjust must be "after" with a loss that takes scores as they are'
-            raise problem(where, rule, got='"in_loss"', fix='Use loss="cross_entropy".')
+            raise problem(rule, got='"in_loss"', fix='Use loss="cross_entropy".')
         power = {**_POINT_LOSSES, **_BIN_LOSSES}.get(loss, 0) if isinstance(loss, str) else 0
         self._loss_unit = self._spread**power
         self._least_variance = max(_LEAST_VARIANCE * self._spread**2, torch.finfo(torch.float32).tiny)
         if loss == "balanced_mse":
-            density = self._needed_density(where, 'loss="balanced_mse"', self.prior_kernel)
+            density = self._needed_density('loss="balanced_mse"', self.prior_kernel)
             return BinnedIntegrationLoss(self.bins, density)
         small = _SMALL_ERROR * self._spread
         functions: dict[str, Callable[..., Tensor]] = {
@@ -756,38 +748,38 @@ class LongTailModel(nn.Module):
         }
         return functions.get(loss, loss) if isinstance(loss, str) else loss
 
-    def _start_prior(self, where: str, prior: TargetPrior, tau: float, temperature: float) -> None:
+    def _start_prior(self, prior: TargetPrior, tau: float, temperature: float) -> None:
         self.adjuster = LogitAdjuster(np.full(len(self.bins), 1 / len(self.bins)), tau=0.0)
         self.register_buffer("loss_offset", torch.zeros(len(self.bins)))
-        self._adjust(where, prior, tau, "auto", temperature, "prior")
+        self._adjust(prior, tau, "auto", temperature, "prior")
         if self.adjust == "after":
             return
         if prior is None:
-            raise problem(where, 'adjust="in_loss" needs a prior', got="None", fix='Pass prior="uniform".')
-        if not isinstance(prior, str) and (labels_array(where, prior, "prior") == 0).any():
-            raise problem(where, 'prior must be positive with adjust="in_loss"', got="a share of zero")
+            raise problem('adjust="in_loss" needs a prior', got="None", fix='Pass prior="uniform".')
+        if not isinstance(prior, str) and (labels_array(prior, "prior") == 0).any():
+            raise problem('prior must be positive with adjust="in_loss"', got="a share of zero")
         self.loss_offset.copy_(-self.adjuster.offset)
         self.adjuster.offset.zero_()
 
-    def _training_prior(self, where: str, kernel: Window | None) -> Tensor:
-        counts = self._needed_density(where, "a prior", kernel).counts
+    def _training_prior(self, kernel: Window | None) -> Tensor:
+        counts = self._needed_density("a prior", kernel).counts
         unseen = int((counts == 0).sum())
         if unseen and not self._warned_unseen:
             self._warned_unseen = True
-            warn(where, f"no label in or near {unseen} of {len(self.bins)} bins; the prior takes each to have one.")
+            warn(f"no label in or near {unseen} of {len(self.bins)} bins; the prior takes each to have one.")
         one_each = self._weighted(LabelDensity(self.bins, np.ones(len(self.bins))))
         return torch.from_numpy(to_shares(np.maximum(counts, one_each.counts)))
 
-    def _needed_density(self, where: str, what: str, kernel: Window | None) -> LabelDensity:
+    def _needed_density(self, what: str, kernel: Window | None) -> LabelDensity:
         """The density as the loss sees it, smoothed by ``kernel``."""
         if self.density is None:
             fix = "Pass density=LabelDensity.count(train_labels, bins)."
-            raise problem(where, f"{what} needs density", got="None", fix=fix)
+            raise problem(f"{what} needs density", got="None", fix=fix)
         if kernel is None:
             return self._weighted(self.density)
         if self.density.counts.dtype.kind == "f":
             fix = "Hand over the counted density, or no kernel."
-            raise problem(where, "density must be as counted, to be smoothed", got=repr(self.density), fix=fix)
+            raise problem("density must be as counted, to be smoothed", got=repr(self.density), fix=fix)
         return self._weighted(self.density).smooth(kernel)
 
     def _weighted(self, density: LabelDensity) -> LabelDensity:
@@ -804,17 +796,17 @@ class LongTailModel(nn.Module):
         variance = shares @ ((centers - shares @ centers) ** 2 + widths**2 / 12)
         return median, math.sqrt(variance)
 
-    def _attach(self, where: str, fds: FDS) -> None:
-        instance(where, FDS, fds=fds)
-        _check_kind(where, "fds", fds.bins, self.bins)
+    def _attach(self, fds: FDS) -> None:
+        instance(FDS, fds=fds)
+        _check_kind("fds", fds.bins, self.bins)
         if self.outside == "drop" and fds.outside != "drop":
-            raise problem(where, 'fds must have outside="drop", as the model has', got=repr(fds.outside))
+            raise problem('fds must have outside="drop", as the model has', got=repr(fds.outside))
         if fds.num_features != self.num_features:
             rule = f"fds must be over the backbone's {self.num_features} features"
-            raise problem(where, rule, got=fds.num_features, error=ShapeError)
+            raise problem(rule, got=fds.num_features, error=ShapeError)
         if fds.attached:
             rule = "fds must not be attached yet, since the model attaches it"
-            raise problem(where, rule, got="an FDS in use", fix="Make one for each model.")
+            raise problem(rule, got="an FDS in use", fix="Make one for each model.")
         fds.attach(self.neck, "output")
 
     @torch.inference_mode(False)  # what is kept must serve training, too
@@ -855,17 +847,16 @@ class LongTailModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def _take_up(self, packed: Any, assign: bool) -> None:
-        where = "LongTailModel.load_state_dict"
-        state = unpack(where, packed)
-        keys(where, "the saved state", state, ("bins", "fds"))
+        state = unpack(packed)
+        keys("the saved state", state, ("bins", "fds"))
         if (saved := Bins.from_dict(state["bins"])) != self.bins:
             rule = "the saved model must be over the same bins"
-            raise problem(where, rule, got=f"{saved!r} for {self.bins!r}", error=CheckpointError)
+            raise problem(rule, got=f"{saved!r} for {self.bins!r}", error=CheckpointError)
         if self.fds is None:  # nothing to calibrate; predictions do not need the statistics
             return
         if state["fds"] is None:
             rule, fix = "the saved model must hold FDS statistics", "Build the model without fds."
-            raise problem(where, rule, got="none", fix=fix, error=CheckpointError)
+            raise problem(rule, got="none", fix=fix, error=CheckpointError)
         self.fds.load_state_dict(state["fds"], assign=assign)
 
     @property
@@ -897,33 +888,33 @@ class LongTailModel(nn.Module):
         return shown(self.settings)
 
 
-def _check_axis(where: str, bins: Any, density: Any) -> None:
+def _check_axis(bins: Any, density: Any) -> None:
     if not isinstance(bins, Bins):
         fix = "One label a sample: use Bins.uniform, .from_edges, .quantile or .classes."
-        raise problem(where, "bins must be one label axis, a Bins", got=type(bins).__name__, fix=fix, error=TypeError)
+        raise problem("bins must be one label axis, a Bins", got=type(bins).__name__, fix=fix, error=TypeError)
     if density is None:
         return
-    instance(where, LabelDensity, density=density)
+    instance(LabelDensity, density=density)
     if density.bins != bins:
-        raise problem(where, "density must be over the same bins", got=f"{density.bins} for {bins}")
+        raise problem("density must be over the same bins", got=f"{density.bins} for {bins}")
 
 
-def _check_kind(where: str, name: str, own: AnyBins, bins: Bins) -> None:
+def _check_kind(name: str, own: AnyBins, bins: Bins) -> None:
     """A part may cut the axis into bins of its own, but must take the same labels."""
     if not isinstance(own, Bins) or own.categorical != bins.categorical:
         rule = f"{name} must be over {'classes' if bins.categorical else 'a continuous label axis'}, as the model is"
-        raise problem(where, rule, got=repr(own))
+        raise problem(rule, got=repr(own))
 
 
-def _num_features(where: str, backbone: nn.Module, num_features: Any) -> int:
-    size = length(where, "num_features", num_features)
+def _num_features(backbone: nn.Module, num_features: Any) -> int:
+    size = length("num_features", num_features)
     gives = getattr(backbone, "num_features", size)
     if gives != size:
         rule = f"num_features must be the backbone's {gives}"
-        raise problem(where, rule, got=size, error=ShapeError)
+        raise problem(rule, got=size, error=ShapeError)
     return size
 
 
-def _wrong_head(where: str, count: int, got: object) -> Exception:
+def _wrong_head(count: int, got: object) -> Exception:
     rule = f"head must give one score a bin, (N, {count})"
-    return problem(where, rule, got=got, error=ShapeError)
+    return problem(rule, got=got, error=ShapeError)

@@ -87,24 +87,23 @@ def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None 
     >>> class_prior([3, 1], weights=weights).round(decimals=6).tolist()
     [0.5, 0.5]
     """
-    where = "class_prior"
-    floor = number(where, "floor", floor, low=0)
+    floor = number("floor", floor, low=0)
     if not isinstance(density_or_counts, LabelDensity):
-        counts = labels_array(where, density_or_counts, "counts")
+        counts = labels_array(density_or_counts, "counts")
         if counts.ndim != 1:
-            raise problem(where, "counts must be one row of numbers", got=f"shape {counts.shape}", error=ShapeError)
-        not_empty(where, counts=counts)
-        finite(where, counts=counts)
-        not_negative(where, counts=torch.from_numpy(counts.astype(np.float64)))
+            raise problem("counts must be one row of numbers", got=f"shape {counts.shape}", error=ShapeError)
+        not_empty(counts=counts)
+        finite(counts=counts)
+        not_negative(counts=torch.from_numpy(counts.astype(np.float64)))
         density_or_counts = LabelDensity(Bins.classes(len(counts)), counts)
     bins, counts = density_or_counts.bins, density_or_counts.counts
     unseen = np.flatnonzero(counts == 0)
     prior = density_or_counts.prior(floor=floor)
     if weights is not None:
-        instance(where, LDS, weights=weights)
+        instance(LDS, weights=weights)
         prior = LabelDensity(bins, np.maximum(counts, floor * bins.relative_widths)).weighted(weights).prior()
     if floor > 0 and len(unseen) > 0:
-        warn(where, f"no sample of {_listed(unseen)}; the prior takes each to have {floor:g}.")
+        warn(f"no sample of {_listed(unseen)}; the prior takes each to have {floor:g}.")
     return torch.from_numpy(prior)
 
 
@@ -135,9 +134,8 @@ def adjust_logits(
     >>> adjust_logits(logits, [0.9, 0.1]).softmax(-1)
     tensor([[0.5000, 0.5000]])
     """
-    where = "adjust_logits"
-    offset = prior_offset(where, prior, target, tau)
-    logits = _wide(where, logits, len(offset))
+    offset = prior_offset(prior, target, tau)
+    logits = _wide(logits, len(offset))
     return logits + offset.to(logits.dtype).to(logits.device)
 
 
@@ -154,9 +152,8 @@ def pointwise_mutual_information(logits: Tensor, prior: Prior) -> Tensor:
     >>> pointwise_mutual_information(torch.zeros(1, 2), [0.5, 0.5])
     tensor([[0., 0.]])
     """
-    where = "pointwise_mutual_information"
-    offset = prior_offset(where, prior, "uniform", 1.0)
-    logits = _wide(where, logits, len(offset))
+    offset = prior_offset(prior, "uniform", 1.0)
+    logits = _wide(logits, len(offset))
     return logits.log_softmax(-1) + offset.to(logits.dtype).to(logits.device)
 
 
@@ -182,21 +179,20 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = N
     >>> round(2 / fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 6)  # the log-odds of 3 in 4
     1.098612
     """
-    where = "fit_temperature"
-    scores, classes = _held_out(where, logits, labels)
+    scores, classes = _held_out(logits, labels)
     shares = np.ones(len(classes))
     if weight is not None:
-        is_tensor(where, weight=weight)
-        real(where, weight=weight)
-        same_shape(where, labels=labels, weight=weight)
-        weight = on_host(where, "weight", weight)
-        finite(where, weight=weight)
-        not_negative(where, weight=weight)
+        is_tensor(weight=weight)
+        real(weight=weight)
+        same_shape(labels=labels, weight=weight)
+        weight = on_host("weight", weight)
+        finite(weight=weight)
+        not_negative(weight=weight)
         shares = weight.double().numpy()
         if not shares.any():
-            raise problem(where, "at least one weight must be positive", got="zeros")
+            raise problem("at least one weight must be positive", got="zeros")
         shares = shares / shares.max()  # else sums may overflow
-    return _temperature(where, scores, classes, shares)
+    return _temperature(scores, classes, shares)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,26 +246,25 @@ def choose_tau(
     >>> choose_tau(logits, torch.tensor([0, 0, 1, 1]), [0.75, 0.25], taus=[0, 0.5, 1, 1.5]).tau
     1.0
     """
-    where = "choose_tau"
-    one_of(where, "by", by, ("balanced_error", "log_loss", "ece"))
-    log_prior = -on_host(where, "prior", prior_offset(where, prior, "uniform", 1.0)).numpy()
-    scores, classes = _held_out(where, logits, labels)
+    one_of("by", by, ("balanced_error", "log_loss", "ece"))
+    log_prior = -on_host("prior", prior_offset(prior, "uniform", 1.0)).numpy()
+    scores, classes = _held_out(logits, labels)
     if scores.shape[1] != len(log_prior):
-        raise _class_mismatch(where, "logits", tuple(logits.shape), len(log_prior))
-    candidates = candidate_taus(where, taus)
+        raise _class_mismatch("logits", tuple(logits.shape), len(log_prior))
+    candidates = candidate_taus(taus)
     counts = np.bincount(classes, minlength=len(log_prior))
     if temperature is not None:
-        temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
+        temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
     elif by == "balanced_error":
         temperature = 1.0
     else:
-        temperature = _temperature(where, scores, classes, np.exp(log_prior[classes]) / counts[classes])
+        temperature = _temperature(scores, classes, np.exp(log_prior[classes]) / counts[classes])
     absent = np.flatnonzero(counts == 0)
     if len(absent) > 0:
-        warn(where, f"no validation label of {_listed(absent)}; the criterion leaves them out.")
+        warn(f"no validation label of {_listed(absent)}; the criterion leaves them out.")
     shares = 1 / counts[classes] / np.count_nonzero(counts)
     curve = np.array([_criterion(by, scores / temperature - tau * log_prior, classes, shares) for tau in candidates])
-    return chosen_tau(where, candidates, curve, by, temperature)
+    return chosen_tau(candidates, curve, by, temperature)
 
 
 class LogitAdjuster(SoundModule):
@@ -306,15 +301,15 @@ class LogitAdjuster(SoundModule):
         super().__init__()
         self.offset: Tensor
         self.temperature: Tensor
-        temperature = number("LogitAdjuster", "temperature", temperature, low=0, open_low=True, float32=True)
-        offset = prior_offset("LogitAdjuster", prior, target, tau).detach().float()
+        temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
+        offset = prior_offset(prior, target, tau).detach().float()
         device = prior.device if isinstance(prior, Tensor) else torch.empty(()).device  # the default one
         self.register_buffer("offset", offset.to(device))
         self.register_buffer("temperature", torch.full((), temperature, device=device))
 
     def forward(self, logits: Tensor) -> Tensor:
-        logits = _wide("LogitAdjuster", logits, len(self.offset))
-        same_device("LogitAdjuster", offset=self.offset, logits=logits)
+        logits = _wide(logits, len(self.offset))
+        same_device(offset=self.offset, logits=logits)
         return logits / self.temperature.to(logits.dtype) + self.offset.to(logits.dtype)
 
     @property
@@ -326,76 +321,74 @@ class LogitAdjuster(SoundModule):
         return shown(self.settings)
 
 
-def prior_offset(where: str, prior: Prior, target: Any, tau: float) -> Tensor:
+def prior_offset(prior: Prior, target: Any, tau: float) -> Tensor:
     """What is added to the logits: (C,) float64, on the prior's device."""
-    shares = _checked_prior(where, "prior", prior)
-    offset = -checked_tau(where, tau) * shares.log()
+    shares = _checked_prior("prior", prior)
+    offset = -checked_tau(tau) * shares.log()
     if isinstance(target, str):
-        one_of(where, "target", target, ("uniform",))
+        one_of("target", target, ("uniform",))
         return offset
-    wanted = _checked_prior(where, "target", target, zeros=True)
+    wanted = _checked_prior("target", target, zeros=True)
     if wanted.shape != shares.shape:
-        raise _class_mismatch(where, "target", tuple(wanted.shape), len(shares))
+        raise _class_mismatch("target", tuple(wanted.shape), len(shares))
     return offset + wanted.log().to(offset.device)
 
 
-def _checked_prior(where: str, name: str, prior: Any, *, zeros: bool = False) -> Tensor:
+def _checked_prior(name: str, prior: Any, *, zeros: bool = False) -> Tensor:
     if not isinstance(prior, Tensor):
-        prior = torch.from_numpy(labels_array(where, prior, name).astype(np.float64))
-    is_tensor(where, **{name: prior})
-    real(where, **{name: prior})
+        prior = torch.from_numpy(labels_array(prior, name).astype(np.float64))
+    is_tensor(**{name: prior})
+    real(**{name: prior})
     if prior.ndim != 1:
-        raise problem(where, f"{name} must be one share a class", got=f"shape {tuple(prior.shape)}", error=ShapeError)
-    not_empty(where, **{name: prior})
+        raise problem(f"{name} must be one share a class", got=f"shape {tuple(prior.shape)}", error=ShapeError)
+    not_empty(**{name: prior})
     prior = prior.double()
-    prior_shares(where, name, prior, zeros=zeros)
+    prior_shares(name, prior, zeros=zeros)
     return prior
 
 
-def _wide(where: str, logits: Tensor, num_classes: int) -> Tensor:
+def _wide(logits: Tensor, num_classes: int) -> Tensor:
     """Logits over so many classes, in at least float32."""
-    is_tensor(where, logits=logits)
-    real(where, logits=logits)
+    is_tensor(logits=logits)
+    real(logits=logits)
     if logits.ndim == 0 or logits.shape[-1] != num_classes:
-        raise _class_mismatch(where, "logits", tuple(logits.shape), num_classes)
+        raise _class_mismatch("logits", tuple(logits.shape), num_classes)
     return logits.to(wide_dtype(logits))
 
 
-def _class_mismatch(where: str, name: str, shape: tuple[int, ...], num_classes: int) -> Exception:
+def _class_mismatch(name: str, shape: tuple[int, ...], num_classes: int) -> Exception:
     rule = f"{name} must have the prior's {num_classes} classes in the last axis"
-    return problem(where, rule, got=f"shape {shape}", error=ShapeError)
+    return problem(rule, got=f"shape {shape}", error=ShapeError)
 
 
-def _held_out(where: str, logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _held_out(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Checked logits (N, C) in float64 and classes (N,) in int64, on the host."""
-    is_tensor(where, logits=logits, labels=labels)
-    real(where, logits=logits, labels=labels)
+    is_tensor(logits=logits, labels=labels)
+    real(logits=logits, labels=labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise problem(
-            where,
             "logits must be (N, C) and labels (N,)",
             got=f"{tuple(logits.shape)} and {tuple(labels.shape)}",
             error=ShapeError,
         )
-    not_empty(where, logits=logits)
+    not_empty(logits=logits)
     if labels.is_floating_point():
         rule = "labels must be integer classes"
-        raise problem(where, rule, got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError)
-    logits = on_host(where, "logits", logits)
-    finite(where, logits=logits)
-    classes = on_host(where, "labels", labels).long().numpy()
+        raise problem(rule, got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError)
+    logits = on_host("logits", logits)
+    finite(logits=logits)
+    classes = on_host("labels", labels).long().numpy()
     outside = (classes < 0) | (classes >= logits.shape[1])
     if outside.any():
         at = int(outside.argmax())
         raise label_problem(
-            where,
             f"labels must be classes from 0 to {logits.shape[1] - 1}",
             got=f"{classes[at]} at index [{at}] ({int(outside.sum())} such labels)",
         )
     return logits.double().numpy(), classes
 
 
-def _temperature(where: str, scores: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> float:
+def _temperature(scores: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> float:
     # Without the largest logit, rows of equal logits are exactly zero, and so is their slope.
     scores = scores - scores.max(1, keepdims=True)
     of_label = scores[np.arange(len(classes)), classes]
@@ -413,33 +406,31 @@ def _temperature(where: str, scores: np.ndarray, classes: np.ndarray, shares: np
     if at_low > 0 > at_high:
         return math.exp(brentq(slope, low, high, xtol=1e-13))
     if at_low == 0 == at_high:
-        warn(where, "the logits of each sample are all equal, which leaves the temperature open; it is taken to be 1.")
+        warn("the logits of each sample are all equal, which leaves the temperature open; it is taken to be 1.")
         return 1.0
     if at_low <= 0:
         warn(
-            where,
             f"the best temperature lies at or below {_TEMPERATURES[0]:g}, since every label has the largest logit or "
             "logits hardly differ; that bound is returned. Use more held-out data.",
         )
         return _TEMPERATURES[0]
     warn(
-        where,
         f"the best temperature lies at or above {_TEMPERATURES[1]:g}, since the logits tell no more than chance or are "
         "huge; that bound is returned. Check that labels belong to the logits.",
     )
     return _TEMPERATURES[1]
 
 
-def candidate_taus(where: str, taus: Any) -> np.ndarray:
+def candidate_taus(taus: Any) -> np.ndarray:
     """The taus to try, checked, as a read-only row; None means 0, 0.05, ... 3."""
     if taus is None:
         taus = np.linspace(0, 3, 61)
-    values = labels_array(where, taus, "taus").astype(np.float64)
-    not_empty(where, taus=values)
-    finite(where, taus=values)
+    values = labels_array(taus, "taus").astype(np.float64)
+    not_empty(taus=values)
+    finite(taus=values)
     if values.ndim != 1 or (np.diff(values) <= 0).any() or values.flat[0] < 0 or values.flat[-1] > MOST_TAU:
         rule = f"taus must be one row, rising and not negative, at most {MOST_TAU:g}"
-        raise problem(where, rule, got=values.tolist())
+        raise problem(rule, got=values.tolist())
     values.setflags(write=False)
     return values
 
@@ -458,13 +449,12 @@ def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares:
     return float(np.abs(np.bincount(place, weights=shares * (right - confidence))).sum())
 
 
-def chosen_tau(where: str, taus: np.ndarray, scores: np.ndarray, by: Any, temperature: float) -> TauChoice:
+def chosen_tau(taus: np.ndarray, scores: np.ndarray, by: Any, temperature: float) -> TauChoice:
     """The choice among candidates. Where they are a range, and no mere handful, its end is warned of."""
     scores.setflags(write=False)
     at = middle_of_best(scores)
     if at == len(taus) - 1 >= _HANDFUL:
         warn(
-            where,
             f"the best tau is the largest of those tried, {taus[at]:g}. Either labels are so few that the criterion is "
             "left to chance, or tau makes up for something else, such as a prior that is not the one of training. Give "
             "more labels and the right prior, or try larger taus.",

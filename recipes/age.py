@@ -32,10 +32,10 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
     from torch import nn
 
     import dir_toolkit as dt
-    from dir_toolkit.data.images import Splits
-    from dir_toolkit.training.loop import Optimization
-    from dir_toolkit.training.runtime import Runtime
-    from dir_toolkit.training.selection import Selection
+    from dir_toolkit.experiment.data.images import Splits
+    from dir_toolkit.experiment.training.loop import Optimization
+    from dir_toolkit.experiment.training.runtime import Runtime
+    from dir_toolkit.experiment.training.selection import Selection
 
 LEVEL = 0.9  # of the intervals
 NOTES = (
@@ -153,8 +153,8 @@ class Run:
 
 
 def main(settings: Settings) -> None:
-    from dir_toolkit.results.tables import as_text, results_table
-    from dir_toolkit.training.runtime import start_runtime
+    from dir_toolkit.experiment.results.tables import as_text, results_table
+    from dir_toolkit.experiment.training.runtime import start_runtime
 
     out = settings.out or Path("runs/age") / settings.data
     check("recipes/age.py", settings, out)
@@ -243,9 +243,9 @@ def check(recipe: str, settings: Settings, out: Path, others: Sequence[str] = ()
 
 
 def load(settings: Settings, runtime: Runtime) -> Splits:
-    from dir_toolkit.data.dir_lists import dir_list
-    from dir_toolkit.data.portraits import portraits
-    from dir_toolkit.data.utkface import utkface
+    from dir_toolkit.experiment.data.dir_lists import dir_list
+    from dir_toolkit.experiment.data.portraits import portraits
+    from dir_toolkit.experiment.data.utkface import utkface
 
     if settings.data == "portraits":
         splits = portraits(size=settings.size or 32)
@@ -277,7 +277,7 @@ def label_axis(settings: Settings) -> dt.Bins:
 
 
 def optimization(settings: Settings) -> Optimization:
-    from dir_toolkit.training.loop import Optimization
+    from dir_toolkit.experiment.training.loop import Optimization
 
     return Optimization(
         epochs=settings.epochs,
@@ -314,7 +314,7 @@ def smoother(
 
 
 def backbone(settings: Settings) -> nn.Module:
-    from dir_toolkit.backbones import small_resnet, timm_backbone
+    from dir_toolkit.experiment.backbones import small_resnet, timm_backbone
 
     return small_resnet() if settings.backbone == "small_resnet" else timm_backbone(settings.backbone)
 
@@ -340,10 +340,10 @@ def fresh(
 def trained(settings: Settings, name: str, runtime: Runtime, splits: Splits, out: Path) -> Trained:
     """The network of a method, trained now or in an earlier run."""
     import dir_toolkit as dt
-    from dir_toolkit.data.augment import augment_strongly
-    from dir_toolkit.training.checkpoint import load_checkpoint
-    from dir_toolkit.training.loop import fit
-    from dir_toolkit.training.provenance import environment, write_json
+    from dir_toolkit.experiment.data.augment import augment_strongly
+    from dir_toolkit.experiment.training.checkpoint import load_checkpoint
+    from dir_toolkit.experiment.training.loop import fit
+    from dir_toolkit.experiment.training.provenance import environment, write_json
 
     method = METHODS[name]
     labels, bins = splits.train.labels, label_axis(settings)
@@ -409,8 +409,8 @@ def train(settings: Settings, name: str, runtime: Runtime, splits: Splits, out: 
     import torch
 
     import dir_toolkit as dt
-    from dir_toolkit.results.schema import save_results
-    from dir_toolkit.training.loop import predict
+    from dir_toolkit.experiment.results.schema import save_results
+    from dir_toolkit.experiment.training.loop import predict
 
     end = trained(settings, name, runtime, splits, out)
     model = end.model
@@ -452,8 +452,8 @@ def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> Sel
     candidate is judged at the tau that suits it best, or that is given.
     """
     from dir_toolkit.errors import SettingsError
-    from dir_toolkit.results.drawing import save_figure
-    from dir_toolkit.training.selection import successive_halving
+    from dir_toolkit.experiment.results.drawing import save_figure
+    from dir_toolkit.experiment.training.selection import successive_halving
 
     if runtime.world > 1:
         raise SettingsError("recipes/age.py: --tune must run in one process; drop torchrun, and use it afterwards.")
@@ -495,7 +495,7 @@ def best_tau(settings: Settings, model: dt.LongTailModel, splits: Splits, runtim
     """How strongly to adjust predictions: what validation faces find best, or what the settings say."""
     import torch
 
-    from dir_toolkit.training.loop import predict
+    from dir_toolkit.experiment.training.loop import predict
 
     labels = torch.from_numpy(splits.val.labels).to(runtime.device)
     taus = None if settings.tau is None else [settings.tau]
@@ -520,8 +520,8 @@ def as_result(
     settings: Settings, title: str, runs: dict[tuple[str, int], xr.Dataset], runtime: Runtime, splits: Splits
 ) -> xr.Dataset:
     """Runs as one result of the schema."""
-    from dir_toolkit.results.schema import combine_runs
-    from dir_toolkit.training.provenance import environment
+    from dir_toolkit.experiment.results.schema import combine_runs
+    from dir_toolkit.experiment.training.provenance import environment
 
     return combine_runs(
         runs,
@@ -543,9 +543,9 @@ def summarise(
 ) -> xr.Dataset:
     """All runs as one result, with its table, figures and report."""
     import dir_toolkit as dt
-    from dir_toolkit.results import figures as draw
-    from dir_toolkit.results.drawing import method_colors
-    from dir_toolkit.results.summary import write_summary
+    from dir_toolkit.experiment.results import figures as draw
+    from dir_toolkit.experiment.results.drawing import method_colors
+    from dir_toolkit.experiment.results.summary import write_summary
 
     bins = label_axis(settings)
     errors = {key: run.errors for key, run in runs.items()}
@@ -597,7 +597,7 @@ def tau_picture(choices: dict[tuple[str, int], dt.TauChoice]) -> dict[str, Figur
     """What validation faces say of each strength of the adjustment, a line a method, its mean over seeds."""
     import numpy as np
 
-    from dir_toolkit.results.class_figures import tau_figure
+    from dir_toolkit.experiment.results.class_figures import tau_figure
 
     by_method: dict[str, list[dt.TauChoice]] = {}
     for (method, _), choice in choices.items():
@@ -613,7 +613,7 @@ def tau_picture(choices: dict[tuple[str, int], dt.TauChoice]) -> dict[str, Figur
 def density_picture(settings: Settings, density: dt.LabelDensity) -> dict[str, Figure]:
     """Training labels along the axis and, where a method has them, what weights LDS makes of them."""
     import dir_toolkit as dt
-    from dir_toolkit.results.figures import density_figure
+    from dir_toolkit.experiment.results.figures import density_figure
 
     draw = partial(density_figure, density, label_name="age", label_units="years")
     if not moved("scheme", settings.methods):
@@ -626,7 +626,7 @@ def density_picture(settings: Settings, density: dt.LabelDensity) -> dict[str, F
 
 def statistics_picture(fds: dt.FDS, bins: dt.Bins, density: dt.LabelDensity) -> Figure:
     """How alike the features of all ages are to those of the age with most faces, before and after smoothing."""
-    from dir_toolkit.results.figures import similarity_figure
+    from dir_toolkit.experiment.results.figures import similarity_figure
 
     s = {name: value.cpu().numpy() for name, value in fds.statistics().items()}
     return similarity_figure(

@@ -10,7 +10,7 @@ from age_methods import METHODS, Method, named
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dir_toolkit.training.selection import Selection
+    from dir_toolkit.experiment.training.selection import Selection
 
 TUNABLE: dict[str, tuple[dict[str, Any], ...]] = {
     "kernel": tuple(
@@ -58,6 +58,6 @@ def chosen(search: Selection) -> str:
 
 def search_figure(search: Selection) -> Figure:
     """How the settings that were tried did."""
-    from dir_toolkit.results.selection_figures import tuning_figure
+    from dir_toolkit.experiment.results.selection_figures import tuning_figure
 
     return tuning_figure(search, score_name="validation bMAE (years)", budget_name="epochs")

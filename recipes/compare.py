@@ -26,9 +26,9 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
     import xarray as xr
     from matplotlib.figure import Figure
 
-    from dir_toolkit.data.images import Splits
-    from dir_toolkit.results.tables import ResultsTable
-    from dir_toolkit.training.runtime import Runtime
+    from dir_toolkit.experiment.data.images import Splits
+    from dir_toolkit.experiment.results.tables import ResultsTable
+    from dir_toolkit.experiment.training.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Settings(age.Settings):
 
 
 def main(settings: Settings) -> None:
-    from dir_toolkit.results.tables import as_text
-    from dir_toolkit.training.runtime import start_runtime
+    from dir_toolkit.experiment.results.tables import as_text
+    from dir_toolkit.experiment.training.runtime import start_runtime
 
     out = settings.out or Path("runs/compare") / settings.data
     check(settings, out)
@@ -105,9 +105,9 @@ def summarise(
     """All runs in the folder as one result, with its table, figures and report."""
     import dir_toolkit as dt
     from dir_toolkit.errors import SettingsError
-    from dir_toolkit.results.comparison import comparison_table
-    from dir_toolkit.results.schema import load_results
-    from dir_toolkit.results.summary import write_comparison
+    from dir_toolkit.experiment.results.comparison import comparison_table
+    from dir_toolkit.experiment.results.schema import load_results
+    from dir_toolkit.experiment.results.summary import write_comparison
 
     errors: dict[tuple[str, int], xr.Dataset] = {}
     others = []

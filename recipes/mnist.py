@@ -27,10 +27,10 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
     from torch import Tensor
 
     import dir_toolkit as dt
-    from dir_toolkit.backbones import ImageClassifier, Scored
-    from dir_toolkit.data.images import Splits
-    from dir_toolkit.training.loop import Optimization
-    from dir_toolkit.training.runtime import Runtime
+    from dir_toolkit.experiment.backbones import ImageClassifier, Scored
+    from dir_toolkit.experiment.data.images import Splits
+    from dir_toolkit.experiment.training.loop import Optimization
+    from dir_toolkit.experiment.training.runtime import Runtime
 
 Head = Literal["softmax", "cosine", "affinity"]
 Loss = Literal["cross-entropy", "balanced", "focal", "ldam", "ldam-drw", "logit-adjusted", "equalized", "center"]
@@ -213,9 +213,9 @@ Runs = Mapping[tuple[Variant, int], Run]
 
 
 def main(settings: Settings) -> None:
-    from dir_toolkit.data.mnist import download_mnist
-    from dir_toolkit.results.tables import as_text, results_table
-    from dir_toolkit.training.runtime import start_runtime
+    from dir_toolkit.experiment.data.mnist import download_mnist
+    from dir_toolkit.experiment.results.tables import as_text, results_table
+    from dir_toolkit.experiment.training.runtime import start_runtime
 
     out = settings.out or Path("runs/mnist") / settings.data
     variants = plan(settings)
@@ -379,9 +379,9 @@ def check(settings: Settings, variants: list[Variant], out: Path) -> None:
 
 
 def load(settings: Settings, variant: Variant, seed: int) -> Splits:
-    from dir_toolkit.data.digits import digits
-    from dir_toolkit.data.long_tail import exponential_profile, step_profile
-    from dir_toolkit.data.mnist import mnist
+    from dir_toolkit.experiment.data.digits import digits
+    from dir_toolkit.experiment.data.long_tail import exponential_profile, step_profile
+    from dir_toolkit.experiment.data.mnist import mnist
 
     if settings.profile == "step":
         shares = step_profile(10, variant.retention, thinned=thinned(settings))
@@ -408,7 +408,7 @@ def first_given(*values: int | None) -> int:
 
 
 def optimization(settings: Settings, epochs: int | None = None) -> Optimization:
-    from dir_toolkit.training.loop import Optimization
+    from dir_toolkit.experiment.training.loop import Optimization
 
     small = settings.data == "digits"
     return Optimization(
@@ -499,7 +499,7 @@ def global_generator(near: Tensor) -> Any:
 def network(settings: Settings, variant: Variant, size: int) -> ImageClassifier:
     """The affinity paper's network, with the head of a variant."""
     import dir_toolkit as dt
-    from dir_toolkit.backbones import ImageClassifier, digit_cnn
+    from dir_toolkit.experiment.backbones import ImageClassifier, digit_cnn
 
     features = variant.num_features
     backbone = digit_cnn(features, size=size, activation=features > 2)
@@ -570,8 +570,8 @@ def fit_and_predict(
     how: Optimization,
     **options: Any,
 ) -> Trained:
-    from dir_toolkit.training.loop import fit, predict
-    from dir_toolkit.training.provenance import environment, write_json
+    from dir_toolkit.experiment.training.loop import fit, predict
+    from dir_toolkit.experiment.training.provenance import environment, write_json
 
     metrics = metrics_of(settings, data)
     folder = place / variant.method / f"seed{runtime.seed}"
@@ -608,9 +608,9 @@ def finish(settings: Settings, variant: Variant, runtime: Runtime, data: Splits,
     from torch import nn
 
     import dir_toolkit as dt
-    from dir_toolkit.results.schema import save_results
-    from dir_toolkit.training.loop import predict
-    from dir_toolkit.training.provenance import environment
+    from dir_toolkit.experiment.results.schema import save_results
+    from dir_toolkit.experiment.training.loop import predict
+    from dir_toolkit.experiment.training.provenance import environment
 
     metrics = metrics_of(settings, data)
     prior = dt.class_prior(metrics.density)
@@ -664,7 +664,7 @@ def finish(settings: Settings, variant: Variant, runtime: Runtime, data: Splits,
 
 
 def combined(runs: dict[tuple[str, int], xr.Dataset], title: str, attrs: dict[str, Any]) -> xr.Dataset:
-    from dir_toolkit.results.schema import combine_runs
+    from dir_toolkit.experiment.results.schema import combine_runs
 
     command = typed_command("recipes/mnist.py", PLACES)
     return combine_runs(runs, title=title, command=command, label_name="digit", label_units="1", attrs=attrs)
@@ -679,10 +679,10 @@ def summarise(
     runtime: Runtime,
 ) -> xr.Dataset:
     """All runs as one result, with its table, figures and report."""
-    from dir_toolkit.results import class_figures as draw
-    from dir_toolkit.results.figures import history_figure
-    from dir_toolkit.results.summary import write_summary
-    from dir_toolkit.training.provenance import environment
+    from dir_toolkit.experiment.results import class_figures as draw
+    from dir_toolkit.experiment.results.figures import history_figure
+    from dir_toolkit.experiment.results.summary import write_summary
+    from dir_toolkit.experiment.training.provenance import environment
 
     shown = names(variants)
     env = environment(runtime, next(iter(splits.values())))
@@ -748,7 +748,7 @@ def curve_picture(
     runs: Runs, variants: list[Variant], varied: str, xlabel: str, region: str = "few", *, log_x: bool = False
 ) -> Figure:
     """The balanced error in a region against one field of the variants."""
-    from dir_toolkit.results.class_figures import study_figure
+    from dir_toolkit.experiment.results.class_figures import study_figure
 
     curves: dict[str, dict[float, list[float]]] = {}
     for v in variants:
@@ -781,7 +781,7 @@ def show_sigma(settings: Settings, variants: list[Variant], splits: Any, runs: R
 
 
 def show_similarity(settings: Settings, variants: list[Variant], splits: Any, runs: Runs) -> dict[str, Figure]:
-    from dir_toolkit.results.class_figures import bar_figure
+    from dir_toolkit.experiment.results.class_figures import bar_figure
 
     bars = {f"{v.distance}, {v.similarity}": by_seed(runs, v, "all") for v in variants}
     return {"Distance and similarity": bar_figure(bars, ylabel="balanced error of all digits")}
@@ -790,7 +790,7 @@ def show_similarity(settings: Settings, variants: list[Variant], splits: Any, ru
 def show_features(settings: Settings, variants: list[Variant], splits: Any, runs: Runs) -> dict[str, Figure]:
     import torch
 
-    from dir_toolkit.results.class_figures import feature_space_figure
+    from dir_toolkit.experiment.results.class_figures import feature_space_figure
 
     panels = {}
     for v in variants:
@@ -809,8 +809,8 @@ def show_tau(settings: Settings, variants: list[Variant], splits: Any, runs: Run
     import torch
 
     import dir_toolkit as dt
+    from dir_toolkit.experiment.results.class_figures import reliability_figure, tau_figure
     from dir_toolkit.metrics.calibration import CalibrationMetrics
-    from dir_toolkit.results.class_figures import reliability_figure, tau_figure
 
     base, place = variants[0], data_name(settings, variants[0])
     curves: dict[str, dict[int, Any]] = {"validation": {}, "test": {}, "log-loss": {}}
@@ -854,7 +854,7 @@ def show_tau(settings: Settings, variants: list[Variant], splits: Any, runs: Run
 def show_decoupling(settings: Settings, variants: list[Variant], splits: Any, runs: Runs) -> dict[str, Figure]:
     import numpy as np
 
-    from dir_toolkit.results.class_figures import norms_figure
+    from dir_toolkit.experiment.results.class_figures import norms_figure
 
     norms: dict[str, Any] = {}
     for v in variants:

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dir_toolkit.backbones import DigitCNN, ImageClassifier, small_resnet
-from dir_toolkit.data.augment import to_float
-from dir_toolkit.data.images import ImageSet, content_digest
 from dir_toolkit.decoupling import Frozen, choose_normalization, freeze, reinitialize, stage_two
 from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.experiment.backbones import DigitCNN, ImageClassifier, small_resnet
+from dir_toolkit.experiment.data.augment import to_float
+from dir_toolkit.experiment.data.images import ImageSet, content_digest
+from dir_toolkit.experiment.training.loop import Optimization, evaluate, fit, predict
+from dir_toolkit.experiment.training.runtime import Runtime
 from dir_toolkit.heads.affinity import AffinityHead
 from dir_toolkit.heads.cosine import CosineHead
 from dir_toolkit.heads.linear import LinearHead
@@ -32,8 +34,6 @@ from dir_toolkit.longtail import LongTailModel
 from dir_toolkit.losses.cross_entropy import cross_entropy
 from dir_toolkit.metrics.classification import ClassificationMetrics, balanced_error
 from dir_toolkit.metrics.regression import RegressionMetrics
-from dir_toolkit.training.loop import Optimization, evaluate, fit, predict
-from dir_toolkit.training.runtime import Runtime
 
 CLASSES = Bins.classes(4)
 TAIL = (150, 40, 12, 4)

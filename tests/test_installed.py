@@ -7,7 +7,7 @@ import pytest
 import dir_toolkit
 
 
-@pytest.mark.parametrize("name", ["py.typed", "results/report.html.jinja"])
+@pytest.mark.parametrize("name", ["py.typed", "experiment/results/report.html.jinja"])
 def test_the_package_holds_its_files(name: str) -> None:
     assert resources.files(dir_toolkit).joinpath(name).is_file()
 

@@ -16,8 +16,6 @@ import torch
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
-from dir_toolkit.backbones import ImageClassifier
-from dir_toolkit.data.images import ImageSet, content_digest
 from dir_toolkit.errors import (
     CheckpointError,
     DirToolkitWarning,
@@ -26,6 +24,11 @@ from dir_toolkit.errors import (
     ShapeError,
     UsageError,
 )
+from dir_toolkit.experiment.backbones import ImageClassifier
+from dir_toolkit.experiment.data.images import ImageSet, content_digest
+from dir_toolkit.experiment.training.checkpoint import load_checkpoint, save_checkpoint
+from dir_toolkit.experiment.training.loop import Optimization, fit
+from dir_toolkit.experiment.training.runtime import Runtime
 from dir_toolkit.features.fds import FDS
 from dir_toolkit.heads.affinity import AffinityHead
 from dir_toolkit.heads.decoding import decode
@@ -45,9 +48,6 @@ from dir_toolkit.losses.regression import weighted_huber, weighted_l1
 from dir_toolkit.metrics.classification import ClassificationMetrics
 from dir_toolkit.metrics.regression import regression_metrics
 from dir_toolkit.priors import adjust_logits, choose_tau, class_prior
-from dir_toolkit.training.checkpoint import load_checkpoint, save_checkpoint
-from dir_toolkit.training.loop import Optimization, fit
-from dir_toolkit.training.runtime import Runtime
 
 AGES = Bins.uniform(0, 20, width=1)
 CLASSES = Bins.classes(4)

@@ -240,7 +240,7 @@ CHANGES = [(case, name) for case in CASES for name in case.others]
 
 
 def told(value: Any) -> str:
-    return json.dumps(described("here", "it", value), sort_keys=True)
+    return json.dumps(described("it", value), sort_keys=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.kind.__name__)

@@ -68,7 +68,9 @@ def test_every_public_name_has_its_place(site: Path) -> None:
     reference = "".join(page for name, page in pages(site).items() if name.startswith("reference/"))
     anchors = set(re.findall(r'\bid="([^"]+)"', reference))
     names = public_names()
-    assert {"dir_toolkit.labels.bins.Bins", "dir_toolkit.longtail", "dir_toolkit.data.idx.read_idx"} <= set(names)
+    assert {"dir_toolkit.labels.bins.Bins", "dir_toolkit.longtail", "dir_toolkit.experiment.data.idx.read_idx"} <= set(
+        names
+    )
     assert [name for name in names if name not in anchors] == []
 
 

@@ -23,7 +23,7 @@ def example():
 
 
 def test_a_state_comes_back_as_it_was():
-    state = unpack("here", pack(example()))
+    state = unpack(pack(example()))
     for name, tensor in example().items():
         if isinstance(tensor, torch.Tensor):
             assert state[name].dtype == tensor.dtype
@@ -49,7 +49,7 @@ def test_changed_bytes_end_in_our_own_error_or_in_a_dict(seed):
         case 2:
             packed = torch.cat([packed[: random.integers(len(packed))], packed])
     try:
-        state = unpack("here", packed)
+        state = unpack(packed)
     except CheckpointError:
         return
     assert isinstance(state, dict)
@@ -59,13 +59,13 @@ def test_another_format_is_named():
     text = json.dumps({"format": 99, "state": {}}).encode()
     blob = len(text).to_bytes(8, "little") + text
     with pytest.raises(CheckpointError, match=r"of format 1, got format 99. Load it with the release"):
-        unpack("here", torch.frombuffer(bytearray(blob), dtype=torch.uint8))
+        unpack(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("packed", [None, {}, torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)])
 def test_what_is_no_packed_state_is_refused(packed):
     with pytest.raises(CheckpointError, match="the bytes that state_dict"):
-        unpack("here", packed)
+        unpack(packed)
 
 
 MADE = [

@@ -38,9 +38,9 @@ def diagonal_map(
         "smoothed_mean": smoothed_mean,
         "smoothed_variance": smoothed_variance,
     }
-    is_tensor("diagonal_map", **statistics)
-    same_shape("diagonal_map", **statistics)
-    ratio = (smoothed_variance / variance).clamp(*interval("diagonal_map", "clip", clip))
+    is_tensor(**statistics)
+    same_shape(**statistics)
+    ratio = (smoothed_variance / variance).clamp(*interval("clip", clip))
     scale = torch.where((variance > 0) & ratio.isfinite(), ratio.sqrt(), 1.0)
     shift = smoothed_mean - scale * mean
     known = shift.isfinite()
@@ -66,13 +66,12 @@ def covariance_map(covariance: Tensor, smoothed: Tensor, *, clip: tuple[float, f
     Source:
         Yang et al. 2021, equation 2 (arXiv:2102.09554); Olkin and Pukelsheim 1982 for the transport.
     """
-    where = "covariance_map"
-    is_tensor(where, covariance=covariance, smoothed=smoothed)
-    same_shape(where, covariance=covariance, smoothed=smoothed)
+    is_tensor(covariance=covariance, smoothed=smoothed)
+    same_shape(covariance=covariance, smoothed=smoothed)
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
-        raise problem(where, "covariance must be square", got=tuple(covariance.shape), error=ShapeError)
-    one_of(where, "map", map, ("paper", "transport"))
-    low, high = interval(where, "clip", clip)
+        raise problem("covariance must be square", got=tuple(covariance.shape), error=ShapeError)
+    one_of("map", map, ("paper", "transport"))
+    low, high = interval("clip", clip)
     own = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     varies = covariance.diagonal() > 0
     smoothed = torch.where(varies[:, None] & varies, smoothed, 0.0)

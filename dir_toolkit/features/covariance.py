@@ -404,7 +404,6 @@ def _check_memory(form: str, num_bins: int, num_features: int, side: int) -> Non
     if free is not None and needed > free:
         smaller = 'covariance="low_rank" or "diagonal"' if form == "full" else 'a smaller rank, covariance="diagonal"'
         raise problem(
-            "FDS",
             f"covariance {form!r} over {num_bins} bins of {num_features} features takes {needed / 2**30:.1f} GiB, "
             "which must be free",
             got=f"{free / 2**30:.1f} GiB",

@@ -157,35 +157,32 @@ class FDS(Float64Module):
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        instance("FDS", (Bins, BinGrid), bins=bins)
-        instance("FDS", bool, count_weighted=count_weighted)
-        one_of("FDS", "covariance", covariance, ("diagonal", "full", "low_rank"))
-        one_of("FDS", "map", map, ("paper", "transport"))
-        one_of("FDS", "edges", edges, ("reflect", "mirror", "zero"))
-        one_of("FDS", "outside", outside, ("raise", "clip", "drop"))
-        check_group("FDS", group)
+        instance((Bins, BinGrid), bins=bins)
+        instance(bool, count_weighted=count_weighted)
+        one_of("covariance", covariance, ("diagonal", "full", "low_rank"))
+        one_of("map", map, ("paper", "transport"))
+        one_of("edges", edges, ("reflect", "mirror", "zero"))
+        one_of("outside", outside, ("raise", "clip", "drop"))
+        check_group(group)
         self.bins, self.outside = bins, outside
-        self.num_features = length("FDS", "num_features", num_features)
-        self.momentum = number("FDS", "momentum", momentum, low=0, high=1, open_high=True)
-        clip = interval("FDS", "clip", clip)
-        rank = whole("FDS", "rank", rank, low=1)
+        self.num_features = length("num_features", num_features)
+        self.momentum = number("momentum", momentum, low=0, high=1, open_high=True)
+        clip = interval("clip", clip)
+        rank = whole("rank", rank, low=1)
         if covariance == "low_rank" and rank >= self.num_features:
             rule = f"rank must be below num_features {self.num_features}"
-            raise problem("FDS", rule, got=rank, fix='Pass covariance="full".')
-        self.start_epoch = whole("FDS", "start_epoch", start_epoch, low=1)
+            raise problem(rule, got=rank, fix='Pass covariance="full".')
+        self.start_epoch = whole("start_epoch", start_epoch, low=1)
         if shrinkage is not None:
-            shrinkage = number("FDS", "shrinkage", shrinkage, low=0)
+            shrinkage = number("shrinkage", shrinkage, low=0)
         self.count_weighted = count_weighted
-        windows = chosen_windows("FDS", kernel, bins) or tuple(np.ones(1) for _ in bins.axes)
+        windows = chosen_windows(kernel, bins) or tuple(np.ones(1) for _ in bins.axes)
         if isinstance(kernel, str) and all(len(window) == 1 for window in windows):
             warn(
-                "FDS",
                 f"nothing is smoothed over {bins!r}, whose bins have no neighbours or are fewer than five, so features "
                 "pass unchanged. Pass a window as kernel= if neighbouring bins are alike, else leave FDS out.",
             )
-        self._windows = tuple(
-            smoothing_window("FDS", window, size) for window, size in zip(windows, bins.shape, strict=True)
-        )
+        self._windows = tuple(smoothing_window(window, size) for window, size in zip(windows, bins.shape, strict=True))
         self._edges: Edges = edges
         self._settings = {
             "bins": bins,
@@ -258,7 +255,7 @@ class FDS(Float64Module):
         Source:
             github.com/YyzHarry/imbalanced-regression, ``fds.py``.
         """
-        instance("FDS", (Bins, BinGrid), bins=bins)
+        instance((Bins, BinGrid), bins=bins)
         if isinstance(kernel, str) and kernel == "auto" and (usual := usual_kernel(bins, FOLDED_KERNEL)) is not None:
             kernel = usual
         return cls(bins, num_features, kernel=kernel, momentum=momentum, edges="mirror", outside="clip")
@@ -274,12 +271,11 @@ class FDS(Float64Module):
             already.
         """
         if not isinstance(module, nn.Module):
-            raise problem("FDS.attach", "module must be a torch.nn.Module", got=type(module).__name__, error=TypeError)
-        one_of("FDS.attach", "where", where, ("input", "output"))
+            raise problem("module must be a torch.nn.Module", got=type(module).__name__, error=TypeError)
+        one_of("where", where, ("input", "output"))
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if any(isinstance(hook, _Hook) and hook.fds is self for hook in hooks):
             raise problem(
-                "FDS.attach",
                 "module must have no hook of this FDS yet, since features would be counted and calibrated twice",
                 got=f"a {type(module).__name__} that has one",
                 fix="Call remove() on the handle that attach returned, or make another FDS.",
@@ -300,7 +296,7 @@ class FDS(Float64Module):
             by one axis of its dimensions.
         """
         outer, gathered_by, ran = self._row, self._gathered_by, self._ran
-        self._row, self._gathered_by, self._ran = self._place("FDS.labels", labels), None, False
+        self._row, self._gathered_by, self._ran = self._place(labels), None, False
         try:
             yield
             if self.attached and not self._ran:
@@ -314,8 +310,8 @@ class FDS(Float64Module):
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Gather the statistics of features, without a hook. Features are not changed."""
-        row = self._place("FDS.update", labels)
-        self._check_features("FDS.update", features, row)
+        row = self._place(labels)
+        self._check_features(features, row)
         self._gather(features, row)
 
     def calibrate(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -323,8 +319,8 @@ class FDS(Float64Module):
 
         Before ``start_epoch`` epochs have ended, and in eval mode, the features themselves.
         """
-        row = self._place("FDS.calibrate", labels)
-        self._check_features("FDS.calibrate", features, row)
+        row = self._place(labels)
+        self._check_features(features, row)
         return self._calibrate(features, row)
 
     @torch.inference_mode(False)  # whose tensors could not be written to in the next epoch
@@ -342,14 +338,12 @@ class FDS(Float64Module):
         self._forget_epoch()
         if self.outside == "raise" and int(unplaced):
             raise label_problem(
-                "FDS.end_epoch",
                 f"labels must lie on the label axis {self.bins!r}",
                 got=f"{int(unplaced)} that do not",
                 fix='Pass outside="clip" or outside="drop".',
             )
         if int(moments.count.sum()) == 0:
             raise problem(
-                "FDS.end_epoch",
                 "features must be gathered before an epoch ends",
                 got="none",
                 fix="Run the model in training mode inside `with fds.labels(y):`.",
@@ -357,7 +351,6 @@ class FDS(Float64Module):
         broken = ~moments.finite()
         if bool(broken.any()):
             raise problem(
-                "FDS.end_epoch",
                 "features must be finite",
                 got=f"NaN or infinity in bins {broken.nonzero().flatten().tolist()}",
                 fix="Look at the loss and the learning rate.",
@@ -421,8 +414,8 @@ class FDS(Float64Module):
         self._seen = self._rounds = 0
         self._evaluated = False
 
-    def _place(self, where: str, labels: Tensor) -> Tensor:
-        is_tensor(where, labels=labels)
+    def _place(self, labels: Tensor) -> Tensor:
+        is_tensor(labels=labels)
         grid = isinstance(self.bins, BinGrid)
         if labels.ndim not in ((2, 4) if grid else (1, 3)):
             one_channel = not grid and labels.ndim in (2, 4) and labels.shape[1] == 1
@@ -430,24 +423,22 @@ class FDS(Float64Module):
             shapes = f"(N, {k}), or (N, H, W, {k})" if grid else "(N,), or (N, H, W)"
             fix = "Use labels.squeeze(1)." if one_channel else ""
             raise problem(
-                where,
                 f"labels must be {shapes} for one label per pixel",
                 got=tuple(labels.shape),
                 fix=fix,
                 error=ShapeError,
             )
-        row = self.bins._row(where, labels, self.outside)
+        row = self.bins._row(labels, self.outside)
         return row.clone() if row.is_inference() and not torch.is_inference_mode_enabled() else row
 
-    def _check_features(self, where: str, features: Tensor, row: Tensor) -> None:
+    def _check_features(self, features: Tensor, row: Tensor) -> None:
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = f"dtype {features.dtype}" if isinstance(features, Tensor) else type(features).__name__
-            raise problem(where, "features must be one tensor of floats", got=got, error=TypeError)
-        is_tensor(where, features=features)
-        _refuse_without_float64(where, features.device)
+            raise problem("features must be one tensor of floats", got=got, error=TypeError)
+        is_tensor(features=features)
+        _refuse_without_float64(features.device)
         if is_wrapped(features):
             raise problem(
-                where,
                 "features must not be under a transform of torch.func, since statistics are kept",
                 got="such features",
                 fix="Leave out the labels, use eval mode, or call remove() on the handle before.",
@@ -455,7 +446,6 @@ class FDS(Float64Module):
             )
         if features.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise problem(
-                where,
                 "features must not be gathered while a CUDA graph is captured, which would not count its replays",
                 got="a stream that is capturing",
                 fix="Capture the parts before and after the attached module, each by itself.",
@@ -463,7 +453,6 @@ class FDS(Float64Module):
             )
         if features.ndim not in (2, 4) or features.shape[1] != self.num_features:
             raise problem(
-                where,
                 f"features must be (N, {self.num_features}) or (N, {self.num_features}, H, W)",
                 got=tuple(features.shape),
                 error=ShapeError,
@@ -479,7 +468,6 @@ class FDS(Float64Module):
                 if isinstance(self.bins, BinGrid):
                     fix = f"Resize the labels to {pixels[1:]}, or attach where maps have the size of the labels."
             raise problem(
-                where,
                 "features and labels must have the same samples",
                 got=f"{tuple(features.shape)} and {tuple(row.shape)}",
                 fix=fix,
@@ -531,7 +519,7 @@ class FDS(Float64Module):
                 "Run it inside `with fds.labels(y):`.",
             )
             return features
-        self._check_features(hook.where, features, self._row)
+        self._check_features(features, self._row)
         if self._gathered_by not in (None, hook):
             self._passes.keep(hook, features, None, None)
             self._warn_once(
@@ -555,12 +543,11 @@ class FDS(Float64Module):
         twice."""
         if not (isinstance(features, Tensor) and features.is_floating_point()):
             return features
-        before = self._passes.find(hook.where, hook, features, self._maps_made, must=must)
+        before = self._passes.find(hook, features, self._maps_made, must=must)
         if before is None or before.row is None or before.maps is None:
             return features
         if before.maps != self._maps_made:
             raise problem(
-                hook.where,
                 "with activation checkpointing backward must run before end_epoch() and load_state_dict()",
                 got="a forward before and its backward after",
                 fix="Call fds.end_epoch() after the backward of the epoch's last step.",
@@ -578,12 +565,12 @@ class FDS(Float64Module):
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._said:
             self._said.add(key)
-            warn("FDS", message)
+            warn(message)
 
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FDS:
         device = fn(self.running_count[:0]).device
-        _refuse_without_float64("FDS", device)
+        _refuse_without_float64(device)
         if self.running_count.is_meta and device.type != "meta":  # what it had seen is nowhere
             self._begin(device)
             return self
@@ -614,25 +601,25 @@ class FDS(Float64Module):
 
     def _unpacked(self, packed: object, device: torch.device) -> tuple[list[int], Tensor, Any]:
         """Counters, unplaced labels and moments, all checked."""
-        state = unpack(_LOAD, packed)
-        keys(_LOAD, "the saved state", state, _STATE)
+        state = unpack(packed)
+        keys("the saved state", state, _STATE)
         saved = saved_bins(state["bins"])
         if saved != self.bins:
             rule = "the saved statistics must be over the same bins"
-            raise problem(_LOAD, rule, got=f"{saved!r} for {self.bins!r}", error=CheckpointError)
+            raise problem(rule, got=f"{saved!r} for {self.bins!r}", error=CheckpointError)
         if state["covariance"] != self.covariance.form:
             rule = f"the saved statistics must be of covariance {self.covariance.form!r}"
-            raise problem(_LOAD, rule, got=repr(state["covariance"]), error=CheckpointError)
+            raise problem(rule, got=repr(state["covariance"]), error=CheckpointError)
         for name, shape in (("counters", (3,)), ("unplaced", ())):
             value = state[name]
-            is_tensor(_LOAD, **{name: value})
+            is_tensor(**{name: value})
             if value.dtype != torch.int64 or value.shape != shape:
                 rule, got = f"{name} must be int64 of shape {shape}", f"{value.dtype} of shape {tuple(value.shape)}"
-                raise problem(_LOAD, rule, got=got, error=CheckpointError)
+                raise problem(rule, got=got, error=CheckpointError)
         counters, unplaced = state["counters"].tolist(), state["unplaced"]
         if min(*counters[:2], counters[2] + 1, int(unplaced)) < 0:
             rule = "the saved counters must not be negative"
-            raise problem(_LOAD, rule, got=f"{counters} and {int(unplaced)}", error=CheckpointError)
+            raise problem(rule, got=f"{counters} and {int(unplaced)}", error=CheckpointError)
         moments = self.covariance.moments(device)
         if state["moments"] is not None:
             moments.load_state_dict(state["moments"])
@@ -666,7 +653,7 @@ class FDS(Float64Module):
         missing, unknown = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
         if missing or unknown:
             rule = f"the saved state must have the keys {sorted(expected)}"
-            raise problem(_LOAD, rule, got=f"missing {missing}, unknown {unknown}", error=CheckpointError)
+            raise problem(rule, got=f"missing {missing}, unknown {unknown}", error=CheckpointError)
         values = {
             name: _checked_buffer(name, saved[name], module._buffers[leaf]) for name, module, leaf in self._persistent()
         }
@@ -697,25 +684,24 @@ class FDS(Float64Module):
 def _checked_buffer(name: str, value: object, own: Tensor | None) -> Tensor:
     """Running statistics that a file holds. They may be NaN, which is unknown."""
     assert own is not None
-    is_tensor(_LOAD, **{name: value})
+    is_tensor(**{name: value})
     assert isinstance(value, Tensor)
     if value.is_meta:
-        raise problem(_LOAD, f"{name} must hold values", got="a tensor on the meta device", error=CheckpointError)
+        raise problem(f"{name} must hold values", got="a tensor on the meta device", error=CheckpointError)
     if value.shape != own.shape or not value.is_floating_point():
         rule = f"{name} must be floats of shape {tuple(own.shape)}"
-        raise problem(_LOAD, rule, got=f"{value.dtype} of shape {tuple(value.shape)}", error=ShapeError)
+        raise problem(rule, got=f"{value.dtype} of shape {tuple(value.shape)}", error=ShapeError)
     if bool(value.isinf().any()) or (name == "running_count" and bool(value.isnan().any())):
-        raise problem(_LOAD, f"{name} must be finite", got="infinity or NaN", error=CheckpointError)
+        raise problem(f"{name} must be finite", got="infinity or NaN", error=CheckpointError)
     if not name.endswith(("mean", "running_covariance", "basis")) and bool((value < 0).any()):
         got = f"a minimum of {value.nan_to_num().min().item():g}"
-        raise problem(_LOAD, f"{name} must not be negative", got=got, error=CheckpointError)
+        raise problem(f"{name} must not be negative", got=got, error=CheckpointError)
     return value
 
 
-def _refuse_without_float64(where: str, device: torch.device) -> None:
+def _refuse_without_float64(device: torch.device) -> None:
     if device.type == "mps":
         raise problem(
-            where,
             "statistics must be on a device that knows float64, in which they are kept",
             got=f"device {str(device)!r}",
             fix="Train on the CPU or a CUDA device, or without FDS.",
@@ -735,26 +721,21 @@ class _Group:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.of is not None:
             fix = "Save its state_dict()."
-            raise problem(
-                "FDS", "an FDS must have no group, to be pickled", got=repr(self.of), fix=fix, error=TypeError
-            )
+            raise problem("an FDS must have no group, to be pickled", got=repr(self.of), fix=fix, error=TypeError)
         return _Group, (None,)
 
 
 class _Hook:
     """A class, and no lambda, so that a hooked model can be pickled."""
 
-    where: str
-
     def __init__(self, fds: FDS) -> None:
         self.fds = fds
-        self.__name__ = self.where.replace(" ", "_").lower()
+        self.__name__ = type(self).__name__.strip("_")
 
     @property
     def __globals__(self) -> dict[str, Any]:
         """What ``torch.jit.script``, and nothing else, asks hooks for: a hook that keeps statistics has no script."""
         raise problem(
-            "FDS",
             "a module must have no hook of an FDS when torch.jit.script compiles it",
             got="one that is attached",
             fix="Call remove() on the handle that attach returned, and script the trained model.",
@@ -763,13 +744,10 @@ class _Hook:
 
 
 class _InputHook(_Hook):
-    where = "FDS input hook"
-
     @torch._disable_dynamo  # torch.compiler.disable imports the whole compiler at once, this when it is called
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not args:
             raise problem(
-                "FDS",
                 "the attached module must get its features as first positional input",
                 got="none",
                 error=TypeError,
@@ -778,8 +756,6 @@ class _InputHook(_Hook):
 
 
 class _OutputHook(_Hook):
-    where = "FDS output hook"
-
     @torch._disable_dynamo
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return self.fds._run(self, module, output)

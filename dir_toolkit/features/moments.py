@@ -39,8 +39,8 @@ class BinMoments:
 
     @torch.inference_mode(False)
     def __init__(self, num_bins: int, num_features: int, *, device: torch.device | str | None = None) -> None:
-        num_bins = length("BinMoments", "num_bins", num_bins)
-        num_features = length("BinMoments", "num_features", num_features)
+        num_bins = length("num_bins", num_bins)
+        num_features = length("num_features", num_features)
         self.count = torch.zeros(num_bins, dtype=torch.int64, device=device)
         self.mean = torch.zeros(num_bins, num_features, dtype=torch.float64, device=device)
         self.deviations = torch.zeros_like(self.mean)
@@ -57,22 +57,20 @@ class BinMoments:
         self._update(features, index)
 
     def _check_batch(self, features: Tensor, index: Tensor) -> None:
-        where = "BinMoments.update"
-        is_tensor(where, features=features, index=index)
-        real(where, features=features)
-        same_device(where, features=features, index=index)
+        is_tensor(features=features, index=index)
+        real(features=features)
+        same_device(features=features, index=index)
         num_bins, num_features = self.mean.shape
         if features.ndim != 2 or features.shape[1] != num_features or index.shape != features.shape[:1]:
             raise problem(
-                where,
                 f"features must be (N, {num_features}) and index (N,)",
                 got=f"{tuple(features.shape)} and {tuple(index.shape)}",
                 error=ShapeError,
             )
         if index.dtype != torch.int64:
-            raise problem(where, "index must be int64", got=f"dtype {index.dtype}", error=TypeError)
+            raise problem("index must be int64", got=f"dtype {index.dtype}", error=TypeError)
         if readable(index) and index.numel() and int(index.max()) > num_bins:
-            raise problem(where, f"index must be at most {num_bins}", got=f"a maximum of {int(index.max())}")
+            raise problem(f"index must be at most {num_bins}", got=f"a maximum of {int(index.max())}")
 
     def _update(self, features: Tensor, index: Tensor) -> None:
         """:meth:`update` of what has been checked; waits for nothing on a CPU either."""
@@ -97,10 +95,9 @@ class BinMoments:
 
     def merge(self, other: BinMoments) -> BinMoments:
         """Add what another object has seen; returns self."""
-        instance("BinMoments.merge", BinMoments, other=other)
+        instance(BinMoments, other=other)
         if other.deviations.shape != self.deviations.shape:
             raise problem(
-                "BinMoments.merge",
                 "both must have the same bins and features",
                 got=f"{tuple(self.deviations.shape)} and {tuple(other.deviations.shape)}",
                 error=ShapeError,
@@ -162,20 +159,18 @@ class BinMoments:
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` saved, on the present device; a state that is refused changes nothing."""
-        where = "BinMoments.load_state_dict"
-        keys(where, "state", state, ("count", "mean", "deviations"))
-        is_tensor(where, **state)
+        keys("state", state, ("count", "mean", "deviations"))
+        is_tensor(**state)
         for name, expected in (("count", self.count), ("mean", self.mean), ("deviations", self.deviations)):
             if state[name].shape != expected.shape or state[name].dtype != expected.dtype:
                 raise problem(
-                    where,
                     f"{name} must be {expected.dtype} of shape {tuple(expected.shape)}",
                     got=f"{state[name].dtype} of shape {tuple(state[name].shape)}",
                     error=ShapeError,
                 )
-        not_negative(where, count=state["count"])
+        not_negative(count=state["count"])
         if self.deviations.ndim == 2:  # sums of squares
-            not_negative(where, deviations=state["deviations"])
+            not_negative(deviations=state["deviations"])
         device = self.mean.device
         self.count, self.mean = state["count"].to(device, copy=True), state["mean"].to(device, copy=True)
         self.deviations = state["deviations"].to(device, copy=True)
@@ -262,12 +257,11 @@ class BinScatters(BinMoments):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        where = "BinScatters.load_state_dict"
-        instance(where, dict, state=state)
+        instance(dict, state=state)
         held = {name: value for name, value in state.items() if name in ("held", "held_index")}
         if held:
-            keys(where, "state", held, ("held", "held_index"))
-            is_tensor(where, **held)
+            keys("state", held, ("held", "held_index"))
+            is_tensor(**held)
             held = {name: value.to(self.mean.device) for name, value in held.items()}
             self._check_batch(held["held"], held["held_index"])
         super().load_state_dict({name: value for name, value in state.items() if name not in held})
@@ -354,24 +348,21 @@ class SubspaceMoments:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` saved, on the present device."""
-        where = "SubspaceMoments.load_state_dict"
-        instance(where, dict, state=state)
+        instance(dict, state=state)
         of_part: dict[str, dict[str, Tensor]] = {name: {} for name in self.parts}
         for name, value in state.items():
             part, _, key = str(name).partition(".")
             if part in of_part:
                 of_part[part][key] = value
             elif name != "basis":
-                raise problem(
-                    where, "state must be of a SubspaceMoments", got=f"the key {name!r}", error=CheckpointError
-                )
+                raise problem("state must be of a SubspaceMoments", got=f"the key {name!r}", error=CheckpointError)
         device, (num_bins, num_features) = self.mean.device, self.mean.shape
         if (basis := state.get("basis")) is not None:
-            is_tensor(where, basis=basis)
+            is_tensor(basis=basis)
             basis = basis.to(device, torch.float64, copy=True)
             shape = (num_features, self.within.mean.shape[1])
             if basis.shape != shape:
-                raise problem(where, f"basis must be {shape}", got=tuple(basis.shape), error=ShapeError)
+                raise problem(f"basis must be {shape}", got=tuple(basis.shape), error=ShapeError)
         fresh = SubspaceMoments(num_bins, num_features, self.within.mean.shape[1], basis=basis, device=device)
         for name, part_state in of_part.items():
             fresh.parts[name].load_state_dict(part_state)

@@ -56,7 +56,7 @@ class Passes:
                 del self._kept[: min(first + 1, len(self._kept) - 2)]
                 break
 
-    def find(self, where: str, hook: object, features: Tensor, maps: int, *, must: bool) -> Pass | None:
+    def find(self, hook: object, features: Tensor, maps: int, *, must: bool) -> Pass | None:
         """The forward that is being repeated. This waits for an accelerator.
 
         Raises:
@@ -83,7 +83,6 @@ class Passes:
                     near[-1].repeated = True
                     return near[-1]
                 raise problem(
-                    where,
                     "with activation checkpointing forwards of one backward must differ in their features where they "
                     "differ in their labels",
                     got="two of equal features and other labels",
@@ -93,7 +92,6 @@ class Passes:
         if not must:
             return None
         raise problem(
-            where,
             "with activation checkpointing backward must compute the features of a forward again",
             got="others than those of the latest forwards" if self._kept else "no forward within a checkpoint",
             fix="Keep the checkpoint's preserve_rng_state=True and the model in training mode until then, or attach to "

@@ -12,16 +12,16 @@ from .._checks import is_tensor, problem, real, wide_dtype
 from ..errors import ShapeError
 
 
-def checked_features(where: str, features: Tensor, num_features: int) -> Tensor:
+def checked_features(features: Tensor, num_features: int) -> Tensor:
     """``features`` if they are real numbers of shape (N, ``num_features``)."""
-    is_tensor(where, features=features)
-    real(where, features=features)
+    is_tensor(features=features)
+    real(features=features)
     if features.ndim != 2 or features.shape[1] != num_features:
         fix = "Use features.flatten(1)." if features.ndim > 2 else ""
         if features.ndim > 2 and features.shape[-1] == num_features:
             fix = f"Use features.flatten(0, {features.ndim - 2})."
         rule = f"features must be (N, {num_features})"
-        raise problem(where, rule, got=tuple(features.shape), fix=fix, error=ShapeError)
+        raise problem(rule, got=tuple(features.shape), fix=fix, error=ShapeError)
     return features
 
 

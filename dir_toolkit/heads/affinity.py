@@ -88,18 +88,18 @@ class AffinityHead(SoundModule):
         feature_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.num_features = length("AffinityHead", "num_features", num_features)
-        self.num_classes = length("AffinityHead", "num_classes", num_classes)
-        self.num_prototypes = length("AffinityHead", "prototypes", prototypes)
-        sigma = number("AffinityHead", "sigma", sigma, low=0, open_low=True, float32=True)
-        one_of("AffinityHead", "distance", distance, ("l2", "l1"))
-        one_of("AffinityHead", "similarity", similarity, ("gaussian", "inverse"))
-        one_of("AffinityHead", "sigma_mode", sigma_mode, ("fixed", "learnt", "first_batch"))
+        self.num_features = length("num_features", num_features)
+        self.num_classes = length("num_classes", num_classes)
+        self.num_prototypes = length("prototypes", prototypes)
+        sigma = number("sigma", sigma, low=0, open_low=True, float32=True)
+        one_of("distance", distance, ("l2", "l1"))
+        one_of("similarity", similarity, ("gaussian", "inverse"))
+        one_of("sigma_mode", sigma_mode, ("fixed", "learnt", "first_batch"))
         self.distance, self.similarity, self.sigma_mode = distance, similarity, sigma_mode
         self._given = {"sigma": sigma, "feature_scale": feature_scale}
         if feature_scale is None:
             feature_scale = self._start_std()
-        feature_scale = number("AffinityHead", "feature_scale", feature_scale, low=0, open_low=True, float32=True)
+        feature_scale = number("feature_scale", feature_scale, low=0, open_low=True, float32=True)
         self.register_buffer("feature_scale", torch.tensor(feature_scale))
         self._sigma_known = sigma_mode != "first_batch"
         self._start = math.log(sigma)
@@ -126,8 +126,8 @@ class AffinityHead(SoundModule):
             self._sigma_known = False
 
     def forward(self, features: Tensor) -> Tensor:
-        checked_features("AffinityHead", features, self.num_features)
-        same_device("AffinityHead", weight=self.weight, features=features)
+        checked_features(features, self.num_features)
+        same_device(weight=self.weight, features=features)
         dtype = wide_dtype(features, self.weight)
         with full_precision(features.device):
             z, w = features.to(dtype) * self.feature_scale.to(dtype), self.weight.to(dtype)
@@ -185,7 +185,6 @@ class AffinityHead(SoundModule):
             return
         if not self.training:
             raise problem(
-                "AffinityHead",
                 "sigma must be set before it is used in eval mode",
                 got="no batch in training mode yet",
                 fix="Run one batch in training mode, load a state_dict, or pass sigma_mode='fixed'.",
@@ -202,7 +201,6 @@ class AffinityHead(SoundModule):
         sigma = total / number_of_pairs
         if not (math.isfinite(sigma) and sigma > 0):
             raise problem(
-                "AffinityHead",
                 "the first batch must lie at a positive, finite mean distance from the prototypes",
                 got=f"{sigma:g}",
                 fix="Look at its features, or pass sigma_mode='fixed'.",

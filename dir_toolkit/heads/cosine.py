@@ -49,10 +49,10 @@ class CosineHead(SoundModule):
     @torch.inference_mode(False)  # what is kept must serve training, too
     def __init__(self, num_features: int, num_classes: int, *, scale: float = 16.0, learn_scale: bool = False) -> None:
         super().__init__()
-        self.num_features = length("CosineHead", "num_features", num_features)
-        self.num_classes = length("CosineHead", "num_classes", num_classes)
-        scale = number("CosineHead", "scale", scale, low=0, open_low=True, float32=True)
-        instance("CosineHead", bool, learn_scale=learn_scale)
+        self.num_features = length("num_features", num_features)
+        self.num_classes = length("num_classes", num_classes)
+        scale = number("scale", scale, low=0, open_low=True, float32=True)
+        instance(bool, learn_scale=learn_scale)
         self.learn_scale = learn_scale
         self.weight = nn.Parameter(torch.empty(self.num_classes, self.num_features))
         self._scale, self._start = scale, math.log(scale)
@@ -69,8 +69,8 @@ class CosineHead(SoundModule):
             nn.init.constant_(self.log_scale, self._start)
 
     def forward(self, features: Tensor) -> Tensor:
-        checked_features("CosineHead", features, self.num_features)
-        same_device("CosineHead", weight=self.weight, features=features)
+        checked_features(features, self.num_features)
+        same_device(weight=self.weight, features=features)
         dtype = wide_dtype(features, self.weight)
         with full_precision(features.device):
             cosine = unit_rows(features.to(dtype)) @ unit_rows(self.weight.to(dtype)).t()

@@ -52,14 +52,13 @@ def decode(probabilities: Tensor, bins: Bins, how: Decoding = "expectation") -> 
     >>> [round(decode(probabilities, bins, how).item(), 3) for how in ("expectation", "median", "mode")]
     [2.0, 1.667, 1.5]
     """
-    where = "decode"
-    one_of(where, "how", how, ("expectation", "median", "mode"))
-    probabilities = _checked(where, probabilities, bins, order_for="" if how == "mode" else f"how={how!r}")
+    one_of("how", how, ("expectation", "median", "mode"))
+    probabilities = _checked(probabilities, bins, order_for="" if how == "mode" else f"how={how!r}")
     if how == "mode":
         index = probabilities.argmax(-1)
         return index if bins.categorical else lookup(bins._tensor("centers", probabilities), index)
     if how == "median":
-        return _quantiles(probabilities, bins, _levels(where, 0.5, probabilities)).squeeze(-1)
+        return _quantiles(probabilities, bins, _levels(0.5, probabilities)).squeeze(-1)
     # Not a matrix product, which autocast would take in half precision.
     mean = (probabilities * bins._tensor("centers", probabilities)).sum(-1)
     return mean / probabilities.sum(-1)
@@ -84,9 +83,8 @@ def quantiles(probabilities: Tensor, bins: Bins, levels: float | Sequence[float]
     >>> quantiles(torch.tensor([0.5, 0.25, 0.25]), Bins.uniform(0, 30, width=10), [0.25, 0.5, 0.75])
     tensor([ 5., 10., 20.])
     """
-    where = "quantiles"
-    probabilities = _checked(where, probabilities, bins, order_for="quantiles")
-    return _quantiles(probabilities, bins, _levels(where, levels, probabilities))
+    probabilities = _checked(probabilities, bins, order_for="quantiles")
+    return _quantiles(probabilities, bins, _levels(levels, probabilities))
 
 
 def interval(probabilities: Tensor, bins: Bins, level: float = 0.9) -> tuple[Tensor, Tensor]:
@@ -102,9 +100,8 @@ def interval(probabilities: Tensor, bins: Bins, level: float = 0.9) -> tuple[Ten
     >>> round(lower.item(), 3), round(upper.item(), 3)
     (10.0, 90.0)
     """
-    where = "interval"
-    level = number(where, "level", level, low=0, high=1, open_low=True, open_high=True)
-    probabilities = _checked(where, probabilities, bins, order_for="an interval")
+    level = number("level", level, low=0, high=1, open_low=True, open_high=True)
+    probabilities = _checked(probabilities, bins, order_for="an interval")
     ends = torch.stack([probabilities.new_full((), (1 + side * level) / 2) for side in (-1, 1)])
     lower, upper = _quantiles(probabilities, bins, ends).unbind(-1)
     return lower, upper
@@ -123,36 +120,36 @@ def _quantiles(probabilities: Tensor, bins: Bins, levels: Tensor) -> Tensor:
     return knots[index] + share.clamp(0, 1) * knots.diff()[index]
 
 
-def _checked(where: str, probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:
+def _checked(probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:
     """The probabilities in at least float32. ``order_for``: what is asked for that classes cannot give."""
-    instance(where, Bins, bins=bins)
+    instance(Bins, bins=bins)
     if bins.categorical and order_for:
         rule = f"bins must not be classes, which have no order, for {order_for}"
-        raise problem(where, rule, got=repr(bins), fix='Use decode(..., how="mode"), or Bins.uniform if they have one.')
-    shares = bins._shares(where, probabilities)
+        raise problem(rule, got=repr(bins), fix='Use decode(..., how="mode"), or Bins.uniform if they have one.')
+    shares = bins._shares(probabilities)
     return shares.to(bins._wide(shares))
 
 
-def _levels(where: str, levels: float | Sequence[float] | np.ndarray | Tensor, like: Tensor) -> Tensor:
+def _levels(levels: float | Sequence[float] | np.ndarray | Tensor, like: Tensor) -> Tensor:
     """(L,), each in (0, 1), in the dtype and on the device of ``like``."""
     rule = "levels must be one number or a row of them, each in (0, 1)"
     if not isinstance(levels, Tensor):
         if isinstance(levels, np.ndarray):
             levels = levels.tolist()
         row = list(levels) if isinstance(levels, Sequence) and not isinstance(levels, str) else [levels]
-        checked = [number(where, "levels", q, low=0, high=1, open_low=True, open_high=True) for q in row]
+        checked = [number("levels", q, low=0, high=1, open_low=True, open_high=True) for q in row]
         if not checked:
-            raise problem(where, rule, got="none")
+            raise problem(rule, got="none")
         # Filled in one by one: a list would be copied to an accelerator, which waits for it.
         return torch.stack([like.new_full((), q) for q in checked])
-    is_tensor(where, levels=levels)
-    real(where, levels=levels)
-    same_device(where, probabilities=like, levels=levels)
+    is_tensor(levels=levels)
+    real(levels=levels)
+    same_device(probabilities=like, levels=levels)
     if levels.ndim > 1 or levels.numel() == 0:
-        raise problem(where, rule, got=f"shape {tuple(levels.shape)}", error=ShapeError)
+        raise problem(rule, got=f"shape {tuple(levels.shape)}", error=ShapeError)
     if readable(levels):
-        finite(where, levels=levels)
+        finite(levels=levels)
         outside = (levels <= 0) | (levels >= 1)
         if bool(outside.any()):
-            raise problem(where, rule, got=digits(levels[outside].flatten()[0].item()))
+            raise problem(rule, got=digits(levels[outside].flatten()[0].item()))
     return levels.detach().to(like.dtype).reshape(-1)

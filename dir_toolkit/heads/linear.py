@@ -37,15 +37,15 @@ class LinearHead(SoundModule, nn.Linear):
 
     @torch.inference_mode(False)  # what is kept must serve training, too
     def __init__(self, num_features: int, num_classes: int, *, bias: bool = True) -> None:
-        num_features = length("LinearHead", "num_features", num_features)
-        num_classes = length("LinearHead", "num_classes", num_classes)
-        instance("LinearHead", bool, bias=bias)
+        num_features = length("num_features", num_features)
+        num_classes = length("num_classes", num_classes)
+        instance(bool, bias=bias)
         super().__init__(num_features, num_classes, bias=bias)
         self.num_features, self.num_classes = num_features, num_classes
 
     def forward(self, features: Tensor) -> Tensor:
-        checked_features("LinearHead", features, self.num_features)
-        same_device("LinearHead", weight=self.weight, features=features)
+        checked_features(features, self.num_features)
+        same_device(weight=self.weight, features=features)
         return linear_scores(features, self.weight, self.bias)
 
     @property

@@ -61,9 +61,9 @@ class NearestMeanHead(SoundModule):
 
     def __init__(self, num_features: int, num_classes: int, *, metric: Metric = "cosine") -> None:
         super().__init__()
-        self.num_features = length("NearestMeanHead", "num_features", num_features)
-        self.num_classes = length("NearestMeanHead", "num_classes", num_classes)
-        one_of("NearestMeanHead", "metric", metric, ("cosine", "euclidean"))
+        self.num_features = length("num_features", num_features)
+        self.num_classes = length("num_classes", num_classes)
+        one_of("metric", metric, ("cosine", "euclidean"))
         self.metric = metric
         with torch.inference_mode(False):
             self.register_buffer("means", torch.zeros(self.num_classes, self.num_features))
@@ -87,25 +87,21 @@ class NearestMeanHead(SoundModule):
             LabelError: a label is none of the classes. ValueError: a feature is not finite. Nothing is added then. On
             an accelerator, where values are not looked at, :meth:`finish` raises the last two.
         """
-        where = "NearestMeanHead.update"
-        checked_features(where, features, self.num_features)
-        is_tensor(where, labels=labels)
+        checked_features(features, self.num_features)
+        is_tensor(labels=labels)
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             fix = "Use labels.long()." if labels.is_floating_point() else ""
-            raise problem(where, "labels must be integers", got=f"dtype {labels.dtype}", fix=fix, error=TypeError)
+            raise problem("labels must be integers", got=f"dtype {labels.dtype}", fix=fix, error=TypeError)
         if labels.shape != features.shape[:1]:
             fix = "Use labels.squeeze(1)." if labels.shape == (len(features), 1) else ""
-            raise problem(
-                where, f"labels must be ({len(features)},)", got=tuple(labels.shape), fix=fix, error=ShapeError
-            )
-        same_device(where, features=features, labels=labels)
-        finite(where, features=features)
+            raise problem(f"labels must be ({len(features)},)", got=tuple(labels.shape), fix=fix, error=ShapeError)
+        same_device(features=features, labels=labels)
+        finite(features=features)
         index = labels.long()
         outside = (index < 0) | (index >= self.num_classes)
         if readable(index) and bool(outside.any()):
             at = int(outside.int().argmax())
             raise label_problem(
-                where,
                 f"labels must be classes from 0 to {self.num_classes - 1}",
                 got=f"{int(index[at])} at index [{at}] ({int(outside.sum())} such labels)",
             )
@@ -124,18 +120,17 @@ class NearestMeanHead(SoundModule):
             ValueError: on an accelerator, as in :meth:`update`. The means stay as they were, and the samples are
             forgotten.
         """
-        where = "NearestMeanHead.finish"
         moments, outside = self._moments, self._outside
         self._start_over()
         moments.all_reduce()
         (outside,) = summed(outside.to(moments.count.device))
         if int(outside):
             rule = f"labels must be classes from 0 to {self.num_classes - 1}"
-            raise label_problem(where, rule, got=f"{int(outside)} that are not")
+            raise label_problem(rule, got=f"{int(outside)} that are not")
         if not bool(moments.count.any()):
-            raise problem(where, "there must be samples", got="none", fix="Call update first.", error=NotFittedError)
+            raise problem("there must be samples", got="none", fix="Call update first.", error=NotFittedError)
         means = moments.mean.to(self.means.dtype)
-        finite(where, means=means.cpu())
+        finite(means=means.cpu())
         self.means.copy_(means)
         self.count.copy_(moments.count)
         self._fitted = True
@@ -143,13 +138,13 @@ class NearestMeanHead(SoundModule):
         if missing and not self._warned:
             self._warned = True
             listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            warn(where, f"{len(missing)} of {self.num_classes} classes have no sample and are never chosen: {listed}.")
+            warn(f"{len(missing)} of {self.num_classes} classes have no sample and are never chosen: {listed}.")
 
     def forward(self, features: Tensor) -> Tensor:
-        checked_features("NearestMeanHead", features, self.num_features)
+        checked_features(features, self.num_features)
         if not self._fitted:
             self._require_means()
-        same_device("NearestMeanHead", means=self.means, features=features)
+        same_device(means=self.means, features=features)
         dtype = wide_dtype(features, self.means)
         with full_precision(features.device):
             z, means = features.to(dtype), self.means.to(dtype)
@@ -165,7 +160,6 @@ class NearestMeanHead(SoundModule):
         self._fitted = bool(self.count.any())
         if not self._fitted:
             raise problem(
-                "NearestMeanHead",
                 "the means must be taken before scores are asked for",
                 got="none",
                 fix="Call update with the training features, then finish; or load a state_dict.",

@@ -37,16 +37,14 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
     >>> tau_normalized(linear, tau=1.0).weight.tolist()
     [[0.6000000238418579, 0.800000011920929]]
     """
-    where = "tau_normalized"
-    instance(where, nn.Linear, linear=linear)
-    tau = number(where, "tau", tau, low=0)
-    weight = on_host(where, "weight", linear.weight)
-    finite(where, weight=weight)
+    instance(nn.Linear, linear=linear)
+    tau = number("tau", tau, low=0)
+    weight = on_host("weight", linear.weight)
+    finite(weight=weight)
     norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)
     zero = torch.nonzero(norms[:, 0] == 0).flatten().tolist()
     if zero and tau > 0:
         raise problem(
-            where,
             "the weights of no class may all be zero",
             got=f"zeros for {zero[:10]} ({len(zero)} of {linear.out_features} classes)",
             fix="Train the head first, or pass tau=0.",
@@ -54,7 +52,7 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
     scaled = (weight.double() / norms.pow(tau)).to(weight.dtype) if tau > 0 else weight.clone()
     vanished = scaled.abs().amax(1) < torch.finfo(weight.dtype).tiny
     if not bool(scaled.isfinite().all()) or (tau > 0 and bool(vanished.any())):
-        raise problem(where, f"w / ||w||^tau must fit into {weight.dtype}", got=f"tau = {tau:g}", fix="Lower tau.")
+        raise problem(f"w / ||w||^tau must fit into {weight.dtype}", got=f"tau = {tau:g}", fix="Lower tau.")
     return linear_of(scaled.to(linear.weight.device), None, trainable=True).train(linear.training)
 
 
@@ -84,16 +82,16 @@ class ScaledHead(SoundModule):
     @torch.inference_mode(False)  # what is kept must serve training, too
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        instance("ScaledHead", nn.Linear, linear=linear)
+        instance(nn.Linear, linear=linear)
         self.num_features, self.num_classes = linear.in_features, linear.out_features
         bias = None if linear.bias is None else linear.bias.detach().clone()
         self.linear = linear_of(linear.weight.detach().clone(), bias, trainable=False)
         self.scale = nn.Parameter(torch.ones_like(self.linear.weight[:, 0]))
 
     def forward(self, features: Tensor) -> Tensor:
-        checked_features("ScaledHead", features, self.num_features)
+        checked_features(features, self.num_features)
         weight, bias = self.linear.weight, self.linear.bias
-        same_device("ScaledHead", weight=weight, features=features)
+        same_device(weight=weight, features=features)
         scores = linear_scores(features, weight, None) * self.scale
         return scores if bias is None else scores + bias
 

@@ -26,22 +26,21 @@ _TRAINER_HINT = (
 class Driver:
     """One FDS or several, and where in a batch their labels are."""
 
-    def __init__(self, where: str, fds: FDS | Sequence[FDS], labels_of: LabelsOf | Sequence[LabelsOf]) -> None:
-        self.where = where
+    def __init__(self, fds: FDS | Sequence[FDS], labels_of: LabelsOf | Sequence[LabelsOf]) -> None:
         self.all: list[FDS] = list(fds) if isinstance(fds, Sequence) else [fds]
         if not self.all:
-            raise problem(where, "fds must be an FDS or several", got=repr(fds))
+            raise problem("fds must be an FDS or several", got=repr(fds))
         for one in self.all:
-            instance(where, FDS, fds=one)
+            instance(FDS, fds=one)
         several = isinstance(labels_of, Sequence) and not isinstance(labels_of, str)
         self._labels_of: list[LabelsOf] = list(labels_of) if several else [labels_of] * len(self.all)  # type: ignore[arg-type, list-item]
         if len(self._labels_of) != len(self.all):
             rule = f"labels_of must be one for all FDS, or one for each of {len(self.all)}"
-            raise problem(where, rule, got=len(self._labels_of))
+            raise problem(rule, got=len(self._labels_of))
         for key in self._labels_of:
             if not (key is None or callable(key) or isinstance(key, (str, int))):
                 rule = "labels_of must be a function of the batch, a key, an index or None"
-                raise problem(where, rule, got=repr(key), error=TypeError)
+                raise problem(rule, got=repr(key), error=TypeError)
         self.places = any(key is not None for key in self._labels_of)
         self._placed: ExitStack | None = None
 
@@ -51,7 +50,6 @@ class Driver:
         for fds in self.all:
             if not fds.attached:
                 raise problem(
-                    self.where,
                     "fds must be attached to a part of the model",
                     got="one that is attached nowhere",
                     fix='Call fds.attach(model.head, "input") first.',
@@ -96,10 +94,10 @@ class Driver:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, on any number of ranks: the epoch so far is rank 0's from here on."""
-        keys(self.where, "the saved state", state, ("fds",))
+        keys("the saved state", state, ("fds",))
         if len(state["fds"]) != len(self.all):
             rule = f"the saved state must be of {len(self.all)} FDS"
-            raise problem(self.where, rule, got=len(state["fds"]), error=CheckpointError)
+            raise problem(rule, got=len(state["fds"]), error=CheckpointError)
         for fds, saved in zip(self.all, state["fds"], strict=True):
             fds.load_state_dict(saved)
             if is_parallel() and dist.get_rank(fds._group.of) != 0:
@@ -117,7 +115,6 @@ class Driver:
                 within = isinstance(batch, Sequence) and isinstance(key, int) and -len(batch) <= key < len(batch)
             if not within:
                 raise problem(
-                    self.where,
                     f"a batch must hold its labels under {key!r}",
                     got=_form(batch),
                     fix="Pass labels_of: the key or index of the labels, or a function of the batch that returns them."
@@ -126,7 +123,7 @@ class Driver:
             labels = batch[key]
         if not isinstance(labels, Tensor):
             rule = f"what labels_of={key!r} finds in a batch must be a torch.Tensor"
-            raise problem(self.where, rule, got=type(labels).__name__, error=TypeError)
+            raise problem(rule, got=type(labels).__name__, error=TypeError)
         return labels
 
 

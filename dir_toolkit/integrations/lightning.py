@@ -15,7 +15,6 @@ try:
     import lightning.pytorch as pl
 except ImportError as error:
     raise problem(
-        "dir_toolkit.integrations.lightning",
         "lightning must be installed",
         got=f"{type(error).__name__}: {error}",
         fix="pip install 'lightning>=2.5'",
@@ -57,12 +56,11 @@ class FDSCallback(pl.Callback):
     """
 
     def __init__(self, fds: FDS | Sequence[FDS], labels_of: LabelsOf | Sequence[LabelsOf] = 1) -> None:
-        self._driver = Driver("FDSCallback", fds, labels_of)
+        self._driver = Driver(fds, labels_of)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._driver.places and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise problem(
-                "FDSCallback",
                 "training_step must take the batch",
                 got="a dataloader_iter, whose batch no callback sees in time",
                 fix="Let it take (self, batch), or place the labels in it yourself and pass labels_of=None.",
@@ -94,7 +92,6 @@ class FDSCallback(pl.Callback):
         inside = all(any(part is fds for part in pl_module.modules()) for fds in self._driver.all)
         if trainer.state.fn == "fit" and not inside and self.state_key not in checkpoint.get("callbacks", {}):
             raise problem(
-                "FDSCallback",
                 "the checkpoint to go on from must hold FDS statistics",
                 got="one that was saved without this callback",
                 fix="Load its weights into the module, and call fit without ckpt_path.",

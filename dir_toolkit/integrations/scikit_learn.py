@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from .._checks import instance, labels_array, number, one_of, problem, warn, whole
 from ..errors import NonFiniteLossError
+from ..experiment.training.optimization import Optimization, learning_rate, make_optimizer
+from ..experiment.training.runtime import Runtime, chosen_device
 from ..heads.decoding import Decoding
 from ..labels.bins import Bins
 from ..labels.density import LabelDensity
@@ -23,8 +25,6 @@ from ..labels.kernels import usual_kernel
 from ..labels.weights import LDS, Scheme
 from ..longtail import LongTailModel, LongTailOutput
 from ..priors import TauChoice, choose_tau, class_prior
-from ..training.optimization import Optimization, learning_rate, make_optimizer
-from ..training.runtime import Runtime, chosen_device
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -34,7 +34,6 @@ try:
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as error:
     raise problem(
-        "dir_toolkit.integrations.scikit_learn",
         "the estimators need scikit-learn 1.6 or newer",
         got=str(error),
         fix='pip install "dir_toolkit[integrations]"',
@@ -73,10 +72,6 @@ class _LongTailEstimator(BaseEstimator):
     model_: LongTailModel
 
     @property
-    def _where(self) -> str:
-        return type(self).__name__
-
-    @property
     def _has_bins(self) -> bool:
         return self.head not in ("regression", "gaussian")
 
@@ -86,21 +81,21 @@ class _LongTailEstimator(BaseEstimator):
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         present = weight > 0
         if not present.any():
-            raise problem(self._where, "sample_weight must be positive for at least one row", got="zeros")
+            raise problem("sample_weight must be positive for at least one row", got="zeros")
         return X[present], y[present], weight[present]
 
     def _tau(self) -> float | Literal["auto"] | None:
         """None where there is nothing to adjust."""
-        one_of(self._where, "adjust", self.adjust, ("after", "in_loss"))
+        one_of("adjust", self.adjust, ("after", "in_loss"))
         if not isinstance(self.tau, str):
             if self._has_bins:
-                return number(self._where, "tau", self.tau, low=0)
+                return number("tau", self.tau, low=0)
             rule = f'tau must be "auto", which does nothing, with head={self.head!r}, which has no bins'
-            raise problem(self._where, rule, got=repr(self.tau))
-        one_of(self._where, "tau", self.tau, ("auto",))
+            raise problem(rule, got=repr(self.tau))
+        one_of("tau", self.tau, ("auto",))
         if self._has_bins and self.adjust == "in_loss":
             rule = 'tau must be a number with adjust="in_loss", since no training can choose it'
-            raise problem(self._where, rule, got='"auto"', fix='Use adjust="after".')
+            raise problem(rule, got='"auto"', fix='Use adjust="after".')
         return "auto" if self._has_bins else None
 
     def _fit(self, columns: np.ndarray, labels: np.ndarray, weight: np.ndarray, bins: Bins, **options: Any) -> None:
@@ -111,20 +106,20 @@ class _LongTailEstimator(BaseEstimator):
         """
         tau = self._tau()
         how = Optimization(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay)
-        fraction = number(self._where, "validation_fraction", self.validation_fraction, low=0, high=0.5, open_low=True)
+        fraction = number("validation_fraction", self.validation_fraction, low=0, high=0.5, open_low=True)
         if self.patience is not None:
-            whole(self._where, "patience", self.patience, low=1)
+            whole("patience", self.patience, low=1)
         if self.weights is not None:
-            one_of(self._where, "weights", self.weights, ("inverse", "sqrt_inverse", "effective_number", "dense"))
+            one_of("weights", self.weights, ("inverse", "sqrt_inverse", "effective_number", "dense"))
         random = check_random_state(self.random_state)
-        runtime = Runtime(chosen_device(self._where, self.device), seed=int(random.randint(2**31 - 1)))
+        runtime = Runtime(chosen_device(self.device), seed=int(random.randint(2**31 - 1)))
 
         held = np.zeros(len(labels), dtype=bool)
         if self.patience is not None or tau == "auto":
             held[_validation_rows(random, labels, fraction, bins)] = True
             if not held.any():
                 fix = "Pass patience=None and a number as tau, to train without."
-                raise problem(self._where, "y must hold a label twice, to validate on", got="each once", fix=fix)
+                raise problem("y must hold a label twice, to validate on", got="each once", fix=fix)
         own = ~held
         weight = weight / weight[own].mean()
         self._fit_scaler(columns[own], weight[own])
@@ -167,13 +162,13 @@ class _LongTailEstimator(BaseEstimator):
         if self.patience is not None and self.best_epoch_ <= 3 < len(self.history_):
             first = f"epoch {self.best_epoch_} of {len(self.history_)} had the least loss on the held-out rows"
             fix = "Lower lr, look for rows unlike all others, or pass patience=None."
-            warn(self._where, f"{first}, which mostly means that little was learnt. {fix}")
+            warn(f"{first}, which mostly means that little was learnt. {fix}")
         # In float64 a prediction does not depend on the rows beside it; on the CPU a pickle can be loaded anywhere.
         self.model_ = model.eval().cpu().double()
         self.tau_choice_ = None
         if tau == "auto":
             if (rows := int(held.sum())) < _FEWEST_TO_CHOOSE_FROM:
-                warn(self._where, f"tau is chosen on {rows} held-out rows, little more than by chance. Pass a number.")
+                warn(f"tau is chosen on {rows} held-out rows, little more than by chance. Pass a number.")
             self.tau_choice_ = self._choose_tau(scaled[held], torch.from_numpy(labels[held]))
             tau = self.tau_choice_.tau
             self.model_.set_prior("uniform", tau)
@@ -201,8 +196,8 @@ class _LongTailEstimator(BaseEstimator):
         """A perceptron, and how many features it gives."""
         if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
             rule = "hidden must be a tuple of whole numbers"
-            raise problem(self._where, rule, got=repr(self.hidden), fix="Use (64,) for one layer.", error=TypeError)
-        widths = [columns, *(whole(self._where, "hidden", width, low=1) for width in self.hidden)]
+            raise problem(rule, got=repr(self.hidden), fix="Use (64,) for one layer.", error=TypeError)
+        widths = [columns, *(whole("hidden", width, low=1) for width in self.hidden)]
         layers = [layer for inputs, outputs in pairwise(widths) for layer in (nn.Linear(inputs, outputs), nn.ReLU())]
         return nn.Sequential(*layers), widths[-1]
 
@@ -245,7 +240,7 @@ class _LongTailEstimator(BaseEstimator):
             if not all(map(math.isfinite, row.values())):
                 fix = "Lower lr, or look for values of X far from all others."
                 got = f"{row['loss']:g} in epoch {epoch}"
-                raise problem(self._where, "the loss must be finite", got=got, fix=fix, error=NonFiniteLossError)
+                raise problem("the loss must be finite", got=got, fix=fix, error=NonFiniteLossError)
             if self.patience is not None:
                 if row["val_loss"] < best:
                     self.best_epoch_, best, kept = epoch, row["val_loss"], copy.deepcopy(model.state_dict())
@@ -390,28 +385,28 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
             sample_weight: >= 0; scaled to a mean of one. A row of weight zero is as good as absent, and the prior that
                 predictions are adjusted from counts weights, not rows.
         """
-        one_of(self._where, "head", self.head, ("linear", "cosine", "affinity", "regression", "gaussian"))
+        one_of("head", self.head, ("linear", "cosine", "affinity", "regression", "gaussian"))
         X, y, weight = self._checked(X, y, sample_weight, y_numeric=True)
-        labels = labels_array(self._where, y, "y").astype(np.float64)
+        labels = labels_array(y, "y").astype(np.float64)
         self.bins_ = self._axis(labels)
         self._fit(X, labels, weight, self.bins_, sigma=self.sigma, decode=self.decode)
         crowding = "" if self.model_._warned_crowded or not self._has_bins else _crowding(labels, self.bins_)
         if crowding:
-            warn(self._where, crowding)
+            warn(crowding)
         return self
 
     def _axis(self, labels: np.ndarray) -> Bins:
-        number(self._where, "the largest label", float(np.abs(labels).max()), float32=True)
+        number("the largest label", float(np.abs(labels).max()), float32=True)
         low, high = float(labels.min()), float(labels.max())
         if low == high:
-            raise problem(self._where, "y must hold at least two different labels", got=f"only {low:g}")
+            raise problem("y must hold at least two different labels", got=f"only {low:g}")
         if self.bins is not None:
-            instance(self._where, Bins, bins=self.bins)
+            instance(Bins, bins=self.bins)
             if self.bins.categorical:
                 fix = "Use LongTailClassifier for classes."
-                raise problem(self._where, "bins must be a continuous label axis", got=repr(self.bins), fix=fix)
+                raise problem("bins must be a continuous label axis", got=repr(self.bins), fix=fix)
             return self.bins
-        count = whole(self._where, "num_bins", self.num_bins, low=2)
+        count = whole("num_bins", self.num_bins, low=2)
         step = _step(labels)
         steps = round((high - low) / step) + 1 if step else 0
         width = (high - low) / (count - 1)
@@ -439,7 +434,7 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
             message = f"on {len(held)} held-out rows the mean absolute error is {mean:.3g}, and {constant:.3g} for a "
             message += f"constant, the median label. Lower {lower}, look for mistyped labels, or train on the "
             message += "logarithm of y if it is skewed."
-            warn(self._where, message)
+            warn(message)
 
     def predict(self, X: Any) -> np.ndarray:
         """The label of each row, (N,), which lies on the label axis."""
@@ -536,12 +531,12 @@ class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LongTailClassifier:
         """Train on rows X and their classes; ``sample_weight`` as in :meth:`LongTailRegressor.fit`."""
-        one_of(self._where, "head", self.head, ("linear", "cosine", "affinity"))
+        one_of("head", self.head, ("linear", "cosine", "affinity"))
         X, y, weight = self._checked(X, y, sample_weight)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise problem(self._where, "y must hold at least two classes", got=f"one class, {self.classes_[0]!r}")
+            raise problem("y must hold at least two classes", got=f"one class, {self.classes_[0]!r}")
         self._fit(X, labels, weight, Bins.classes(len(self.classes_)))
         return self
 

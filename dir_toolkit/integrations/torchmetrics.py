@@ -19,7 +19,6 @@ try:
     from torchmetrics import Metric
 except ImportError as error:
     raise problem(
-        "dir_toolkit.integrations.torchmetrics",
         "torchmetrics must be installed",
         got=f"{type(error).__name__}: {error}",
         fix="pip install 'torchmetrics>=1.7'",
@@ -71,7 +70,7 @@ class RegionMetric(Metric):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        instance("RegionMetric", (RegressionMetrics, ClassificationMetrics), metrics=metrics)
+        instance((RegressionMetrics, ClassificationMetrics), metrics=metrics)
         self._metrics, self._limits = metrics.fresh(), {"many": many, "few": few}
         for name in self._metrics.kept:
             self.add_state(name, getattr(self._metrics, name), dist_reduce_fx="sum")
@@ -81,7 +80,7 @@ class RegionMetric(Metric):
         self._keys = known if keys is None else list(keys)
         for key in self._keys:
             if key not in known:
-                raise problem("RegionMetric", f"keys must be out of {', '.join(known)}", got=repr(key))
+                raise problem(f"keys must be out of {', '.join(known)}", got=repr(key))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -15,15 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .._checks import problem
 from ..errors import CheckpointError
+from ..experiment.training.checkpoint import load_checkpoint, save_checkpoint
 from ..features.fds import FDS
-from ..training.checkpoint import load_checkpoint, save_checkpoint
 from ._fds import Driver, LabelsOf
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
     raise problem(
-        "dir_toolkit.integrations.transformers",
         "transformers must be installed",
         got=f"{type(error).__name__}: {error}",
         fix="pip install 'transformers[torch]>=4.57'",
@@ -77,7 +76,7 @@ class FDSCallback(TrainerCallback):
         *,
         resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._driver = Driver("FDSCallback", fds, labels_of)
+        self._driver = Driver(fds, labels_of)
         self._resume_from = None if resume_from is None else Path(resume_from)
         self._hooks: list[RemovableHandle] = []
 
@@ -88,11 +87,11 @@ class FDSCallback(TrainerCallback):
         if args.n_gpu > 1:
             fix = "Start one process a GPU (torchrun), or set CUDA_VISIBLE_DEVICES to one of them."
             rule = "each process must train on one GPU"
-            raise problem("FDSCallback", rule, got=f"{args.n_gpu} in one", fix=fix, error=RuntimeError)
+            raise problem(rule, got=f"{args.n_gpu} in one", fix=fix, error=RuntimeError)
         if any(part is fds for part in model.modules() for fds in self._driver.all):
             fix = "Keep it in a variable and attach it; this callback saves it."
             rule = "fds must be no part of the model, whose buffers each rank overwrites with those of the first"
-            raise problem("FDSCallback", rule, got="one that is", fix=fix, error=RuntimeError)
+            raise problem(rule, got="one that is", fix=fix, error=RuntimeError)
         resumed = state.global_step > 0
         if resumed:
             self._load(args, state)
@@ -128,7 +127,6 @@ class FDSCallback(TrainerCallback):
         folder = self._resume_from or _folder(args, state)
         if not (folder / _FILE).exists():
             raise problem(
-                "FDSCallback",
                 "the checkpoint to go on from must hold FDS statistics",
                 got=f"no file {str(folder / _FILE)!r}",
                 fix="Pass resume_from= the folder of the checkpoint if it lies elsewhere. If it was saved without this "
@@ -138,7 +136,6 @@ class FDSCallback(TrainerCallback):
         saved = load_checkpoint(folder / _FILE)
         if saved.pop("of", None) != _fingerprint(state):
             raise problem(
-                "FDSCallback",
                 "the FDS statistics must be of the checkpoint to go on from",
                 got=f"those of another in {str(folder)!r}",
                 fix="Pass resume_from= the folder that is given to train(resume_from_checkpoint=...).",

@@ -75,34 +75,34 @@ class LabelAxes(ABC):
         bin of an even axis and for each class. Counts divided by it are densities per label unit."""
 
     @abstractmethod
-    def _place(self, where: str, labels: Any, outside: Outside, name: str = "labels") -> Any:
+    def _place(self, labels: Any, outside: Outside, name: str = "labels") -> Any:
         """``index`` for a caller of another name."""
 
-    def _tally(self, where: str, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
+    def _tally(self, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
         """How many of these labels each bin holds, (B,) int64; those that ``"drop"`` leaves out are in none."""
-        index = self._place(where, labels, outside, name).ravel()
+        index = self._place(labels, outside, name).ravel()
         index = index[index >= 0] if outside == "drop" else index
         return _counts(index, len(self))
 
-    def _row(self, where: str, labels: Tensor, outside: Outside) -> Tensor:
+    def _row(self, labels: Tensor, outside: Outside) -> Tensor:
         """The row that each label reads in a table of one row a bin and a last one for labels that have none.
 
         On an accelerator labels are not looked at: under ``"raise"``, too, those without a bin read the last row.
         """
         if labels.device.type != "cpu" and outside == "raise":
             outside = "drop"
-        index = self._place(where, labels, outside)
+        index = self._place(labels, outside)
         return index if readable(labels) and outside != "drop" else torch.where(index < 0, len(self), index)
 
-    def _shares(self, where: str, probabilities: Tensor) -> Tensor:
+    def _shares(self, probabilities: Tensor) -> Tensor:
         """Probabilities (..., B) in at least float32, once checked."""
-        is_tensor(where, probabilities=probabilities)
+        is_tensor(probabilities=probabilities)
         if probabilities.ndim == 0 or probabilities.shape[-1] != len(self):
             rule = f"probabilities must have {len(self)} values in the last axis, one a bin"
-            raise problem(where, rule, got=f"shape {tuple(probabilities.shape)}", error=ShapeError)
-        floats(where, probabilities=probabilities)
-        on_one_device(where, probabilities=probabilities)
-        distributions(where, probabilities=probabilities)
+            raise problem(rule, got=f"shape {tuple(probabilities.shape)}", error=ShapeError)
+        floats(probabilities=probabilities)
+        on_one_device(probabilities=probabilities)
+        distributions(probabilities=probabilities)
         return probabilities.to(wide_dtype(probabilities))
 
 
@@ -124,13 +124,13 @@ class Bins(LabelAxes):
     """
 
     def __init__(self, edges: np.ndarray, *, centers: np.ndarray | None = None, categorical: bool = False) -> None:
-        edges = _edges_array("Bins", edges)
+        edges = _edges_array(edges)
         if centers is None:
             centers = (edges[:-1] + edges[1:]) / 2
         else:
-            centers = labels_array("Bins", centers, "centers").astype(np.float64)
+            centers = labels_array(centers, "centers").astype(np.float64)
             if centers.shape != (len(edges) - 1,) or not np.isfinite(centers).all():
-                raise problem("Bins", "centers must be one finite number a bin", got=f"shape {centers.shape}")
+                raise problem("centers must be one finite number a bin", got=f"shape {centers.shape}")
         edges.setflags(write=False)
         centers.setflags(write=False)
         self.edges, self.centers, self.categorical = edges, centers, categorical
@@ -178,7 +178,7 @@ class Bins(LabelAxes):
             return wide_dtype(*tensors)
         if any(t.device.type == "mps" for t in tensors):
             rule = "an axis that float32 does not resolve needs a device that knows float64"
-            raise problem(repr(self), rule, got="mps", fix="Count labels from a nearer zero.")
+            raise problem(rule, got="mps", fix="Count labels from a nearer zero.", source=repr(self))
         return torch.float64
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
@@ -205,29 +205,28 @@ class Bins(LabelAxes):
         Raises:
             ValueError: the range is empty, the width does not divide it, or there would be more than ten million bins.
         """
-        where = "Bins.uniform"
-        instance(where, bool, integer=integer)
-        low, high, width = (scalar(where, name, x) for name, x in (("low", low), ("high", high), ("width", width)))
-        lowest, highest = number(where, "low", low), number(where, "high", high)
+        instance(bool, integer=integer)
+        low, high, width = (scalar(name, x) for name, x in (("low", low), ("high", high), ("width", width)))
+        lowest, highest = number("low", low), number("high", high)
         if (largest := max(abs(lowest), abs(highest))) > _LARGEST:
-            raise _too_large(where, "low and high", largest)
+            raise _too_large("low and high", largest)
         # str, since it is the shortest decimal that names the number, also for a float32.
         start, end = Fraction(str(low)), Fraction(str(high))
         if not (lowest < highest and start < end):
-            raise problem(where, "low must be smaller than high", got=f"low={low} and high={high}")
+            raise problem("low must be smaller than high", got=f"low={low} and high={high}")
         if (width is None) == (count is None):
-            raise problem(where, "give width or count, and not both", got=f"width={width}, count={count}")
+            raise problem("give width or count, and not both", got=f"width={width}, count={count}")
         if width is not None:
-            number(where, "width", width, low=0, open_low=True)
+            number("width", width, low=0, open_low=True)
             step = Fraction(str(width))
             number_of_bins = math.ceil((end - start) / step)
             if number_of_bins > MOST_BINS:
-                raise problem(where, f"at most {MOST_BINS:,} bins", got=f"{number_of_bins:,}", fix="Widen them.")
+                raise problem(f"at most {MOST_BINS:,} bins", got=f"{number_of_bins:,}", fix="Widen them.")
             if start + number_of_bins * step != end:
                 got, fix = f"{width} in {digits(float(end - start))}", _dividing(low, high, step)
-                raise problem(where, "width must divide high - low", got=got, fix=fix)
+                raise problem("width must divide high - low", got=got, fix=fix)
         else:
-            number_of_bins = length(where, "count", count, most=MOST_BINS)
+            number_of_bins = length("count", count, most=MOST_BINS)
             start, end = _outwards(min, low), _outwards(max, high)
             step = (end - start) / number_of_bins
         # Python's int / int rounds once, correctly; Fraction arithmetic per bin would do the same more slowly.
@@ -237,13 +236,13 @@ class Bins(LabelAxes):
         edges[0], edges[-1] = min(edges[0], lowest), max(edges[-1], highest)
         if not (edges[1:] > edges[:-1]).all():
             fix = "Widen them, or count labels from a nearer zero."
-            raise problem(where, "bins must be wider than float64 resolves", got=f"width {float(step):g}", fix=fix)
-        return cls(edges, centers=_integer_centers(where, edges) if integer else None)
+            raise problem("bins must be wider than float64 resolves", got=f"width {float(step):g}", fix=fix)
+        return cls(edges, centers=_integer_centers(edges) if integer else None)
 
     @classmethod
     def from_edges(cls, edges: Sequence[float] | np.ndarray | Tensor) -> Bins:
         """Bins between the given edges, (B + 1,), finite and strictly rising, in label units."""
-        return cls(_edges_array("Bins.from_edges", edges))
+        return cls(_edges_array(edges))
 
     @classmethod
     def quantile(cls, labels: Any, n: int) -> Bins:
@@ -252,22 +251,21 @@ class Bins(LabelAxes):
         Raises:
             LabelError: labels hold NaN or infinity. ValueError: labels are empty or all equal.
         """
-        where = "Bins.quantile"
-        n = length(where, "n", n, most=MOST_BINS)
-        array = labels_array(where, labels).astype(np.float64).ravel()
-        not_empty(where, labels=array)
+        n = length("n", n, most=MOST_BINS)
+        array = labels_array(labels).astype(np.float64).ravel()
+        not_empty(labels=array)
         if not np.isfinite(array).all():
             at = int(np.argmin(np.isfinite(array)))
-            raise label_problem(where, "labels must be finite", got=f"{array[at]} at index [{at}]")
+            raise label_problem("labels must be finite", got=f"{array[at]} at index [{at}]")
         edges = np.unique(np.quantile(array, np.linspace(0, 1, n + 1)))
         if len(edges) < 2:
-            raise problem(where, "labels must hold at least two different values", got=f"only {digits(edges[0])}")
+            raise problem("labels must hold at least two different values", got=f"only {digits(edges[0])}")
         return cls(edges)
 
     @classmethod
     def classes(cls, n: int) -> Bins:
         """``n`` classes 0 ... n - 1, each a bin with its number as the centre."""
-        n = length("Bins.classes", "n", n, most=MOST_BINS)
+        n = length("n", n, most=MOST_BINS)
         return cls(np.arange(n + 1) - 0.5, centers=np.arange(n), categorical=True)
 
     @staticmethod
@@ -340,22 +338,22 @@ class Bins(LabelAxes):
                 ``"drop"`` never do, and answer -1 for NaN (and for a broken class number). In compiled graphs and
                 under the transforms of ``torch.func`` no label is looked at, and such a one is answered by -1 too.
         """
-        return self._place("Bins.index", labels, outside)
+        return self._place(labels, outside)
 
-    def _place(self, where: str, labels: Any, outside: Outside, name: str = "labels") -> Any:
+    def _place(self, labels: Any, outside: Outside, name: str = "labels") -> Any:
         """:meth:`index` for a caller of another name."""
-        one_of(where, "outside", outside, ("raise", "clip", "drop"))
+        one_of("outside", outside, ("raise", "clip", "drop"))
         if not isinstance(labels, Tensor):
-            array = labels_array(where, labels, name)
+            array = labels_array(labels, name)
             tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-            return self._place(where, tensor, outside, name).numpy()
-        is_tensor(where, **{name: labels})
-        real(where, **{name: labels})
-        on_one_device(where, **{name: labels})
+            return self._place(tensor, outside, name).numpy()
+        is_tensor(**{name: labels})
+        real(**{name: labels})
+        on_one_device(**{name: labels})
         if outside == "raise" and labels.is_meta:
-            raise no_values(where, name)
+            raise no_values(name)
         if self._collapses and labels.is_floating_point() and labels.itemsize < 8:
-            self._warn_of_narrow(where, name, labels.dtype)
+            self._warn_of_narrow(name, labels.dtype)
         labels = labels.detach()
         # Apple's GPUs have no float64.
         wide = torch.float32 if labels.device.type == "mps" else torch.float64
@@ -376,28 +374,27 @@ class Bins(LabelAxes):
         if readable(labels) or (outside == "raise" and has_values(labels)):
             refused = broken | beyond if outside == "raise" else broken
             if bool(refused.any()):
-                raise self._refusal(where, name, labels, broken, refused)
+                raise self._refusal(name, labels, broken, refused)
         index = index.clamp(0, len(self) - 1) if outside == "clip" else index.masked_fill(beyond, -1)
         return index.masked_fill(broken, -1)
 
-    def _warn_of_narrow(self, where: str, name: str, dtype: object) -> None:
+    def _warn_of_narrow(self, name: str, dtype: object) -> None:
         if torch.compiler.is_compiling():
             return
         self._collapses = False  # said once
         warn(
-            where,
             f"{dtype} does not tell all edges of {self!r} apart, so that {name} fall into fewer bins. "
             "Hand them over in float64, or count them from a nearer zero.",
         )
 
-    def _tally(self, where: str, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
-        labels = labels_array(where, labels, name)
+    def _tally(self, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
+        labels = labels_array(labels, name)
         if self._collapses and labels.dtype.kind == "f" and labels.itemsize < 8:
-            self._warn_of_narrow(where, name, labels.dtype)
+            self._warn_of_narrow(name, labels.dtype)
         if (index := self._quick_index(labels)) is not None:
             return _counts(index.ravel(), len(self))
         counts = self._sorted_tally(labels)
-        return super()._tally(where, labels, outside, name) if counts is None else counts
+        return super()._tally(labels, outside, name) if counts is None else counts
 
     def _sorted_tally(self, labels: np.ndarray) -> np.ndarray | None:
         """How many labels each bin holds, from where the edges lie among the sorted labels, which is faster than a
@@ -451,17 +448,16 @@ class Bins(LabelAxes):
         exact = np.array_equal(at_edge, expected) and np.array_equal(just_below, expected[:-1])
         return scale if exact else None
 
-    def _refusal(self, where: str, name: str, labels: Tensor, broken: Tensor, refused: Tensor) -> Exception:
+    def _refusal(self, name: str, labels: Tensor, broken: Tensor, refused: Tensor) -> Exception:
         at = tuple(int(i) for i in refused.nonzero()[0])
         value = labels[at].item()
         place = f"{value} at index {list(at)} ({int(refused.sum())} such labels)"
         if value != value:
-            return label_problem(where, f"{name} must not be NaN", got=place, fix="Remove these samples first.")
+            return label_problem(f"{name} must not be NaN", got=place, fix="Remove these samples first.")
         if bool(broken[at]):
-            return label_problem(where, f"{name} must be whole numbers where bins are classes", got=place)
+            return label_problem(f"{name} must be whole numbers where bins are classes", got=place)
         axis = f"0 to {len(self) - 1}" if self.categorical else f"[{digits(self.edges[0])}, {digits(self.edges[-1])}]"
         return label_problem(
-            where,
             f"{name} must lie on the label axis {axis}",
             got=place,
             fix="Widen the bins, or leave these samples out; what takes outside= also clips or drops them.",
@@ -480,11 +476,10 @@ class Bins(LabelAxes):
             ShapeError: the last axis is not B long. ValueError: a probability is negative, or they do not sum to one
             within 1e-3 (1e-2 in half precision).
         """
-        where = "Bins.expectation"
         if not isinstance(probabilities, Tensor):
-            array = labels_array(where, probabilities, "probabilities")
+            array = labels_array(probabilities, "probabilities")
             return self.expectation(torch.from_numpy(array.copy())).numpy()
-        return self._mean(self._shares(where, probabilities))
+        return self._mean(self._shares(probabilities))
 
     def _mean(self, shares: Tensor) -> Tensor:
         wide = shares.to(self._wide(shares))
@@ -504,10 +499,9 @@ class Bins(LabelAxes):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Bins:
         """The axis that :meth:`to_dict` described."""
-        where = "Bins.from_dict"
-        keys(where, "values", values, ("edges", "centers", "categorical"))
+        keys("values", values, ("edges", "centers", "categorical"))
         if not isinstance(values["categorical"], bool):
-            raise problem(where, "categorical must be true or false", got=repr(values["categorical"]), error=TypeError)
+            raise problem("categorical must be true or false", got=repr(values["categorical"]), error=TypeError)
         return cls(**values)
 
 
@@ -534,8 +528,8 @@ def _is_decimal(*numbers: Fraction) -> bool:
     return all(Fraction(str(float(x))) == x for x in numbers)
 
 
-def _too_large(where: str, name: str, largest: float) -> Exception:
-    return problem(where, f"{name} must lie within {_LARGEST:.3g} of zero", got=f"{largest:.3g}")
+def _too_large(name: str, largest: float) -> Exception:
+    return problem(f"{name} must lie within {_LARGEST:.3g} of zero", got=f"{largest:.3g}")
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
@@ -543,19 +537,16 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.flatten()).reshape(index.shape)
 
 
-def _edges_array(where: str, edges: object) -> np.ndarray:
-    array = labels_array(where, edges, "edges").astype(np.float64) + 0.0  # no -0.0, which hashes unlike 0.0
+def _edges_array(edges: object) -> np.ndarray:
+    array = labels_array(edges, "edges").astype(np.float64) + 0.0  # no -0.0, which hashes unlike 0.0
     if array.ndim != 1 or len(array) < 2:
-        raise problem(
-            where, "edges must be one row of at least two numbers", got=f"shape {array.shape}", error=ShapeError
-        )
+        raise problem("edges must be one row of at least two numbers", got=f"shape {array.shape}", error=ShapeError)
     if not (np.abs(array) <= _LARGEST).all() and np.isfinite(array).all():
-        raise _too_large(where, "edges", float(np.abs(array).max()))
+        raise _too_large("edges", float(np.abs(array).max()))
     sound = (array[1:] > array[:-1]) & np.isfinite(array[1:]) & np.isfinite(array[:-1])
     if not sound.all():
         at = int(np.argmin(sound))
         raise problem(
-            where,
             "edges must be finite and strictly rising",
             got=f"{digits(array[at])} followed by {digits(array[at + 1])} at position {at}",
             fix="Sort them and drop repeats: numpy.unique(edges).",
@@ -591,12 +582,11 @@ def _whole_numbers(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first, last
 
 
-def _integer_centers(where: str, edges: np.ndarray) -> np.ndarray:
+def _integer_centers(edges: np.ndarray) -> np.ndarray:
     first, last = _whole_numbers(edges)
     if (last < first).any():
         at = int(np.argmax(last < first))
         raise problem(
-            where,
             "with integer=True every bin must hold a whole number",
             got=f"[{digits(edges[at])}, {digits(edges[at + 1])})",
             fix="Use a width of at least 1.",

@@ -46,20 +46,19 @@ class LabelDensity:
     """
 
     def __init__(self, bins: AnyBins, counts: np.ndarray) -> None:
-        instance("LabelDensity", (Bins, BinGrid), bins=bins)
-        counts = labels_array("LabelDensity", counts, "counts")
+        instance((Bins, BinGrid), bins=bins)
+        counts = labels_array(counts, "counts")
         if counts.shape != (len(bins),):
             raise problem(
-                "LabelDensity",
                 f"counts must have one number a bin, shape ({len(bins)},)",
                 got=counts.shape,
                 error=ShapeError,
             )
-        finite("LabelDensity", counts=counts)
+        finite(counts=counts)
         if counts.min() < 0:
-            raise problem("LabelDensity", "counts must not be negative", got=f"a minimum of {counts.min():g}")
+            raise problem("counts must not be negative", got=f"a minimum of {counts.min():g}")
         if counts.dtype.kind == "u" and counts.max() >= 2**63:
-            raise problem("LabelDensity", "counts must be below 2^63", got=f"{counts.max()}", fix="Hand over floats.")
+            raise problem("counts must be below 2^63", got=f"{counts.max()}", fix="Hand over floats.")
         counts = counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
         counts.setflags(write=False)
         self.bins, self.counts = bins, counts
@@ -84,19 +83,18 @@ class LabelDensity:
             LabelError: as :meth:`Bins.index`, naming the chunk of a dask array. ValueError: there is no label at all.
             ShapeError: over a grid, the last axis is not K long.
         """
-        where = "LabelDensity.count"
-        instance(where, (Bins, BinGrid), bins=bins)
-        one_of(where, "outside", outside, ("raise", "clip", "drop"))
+        instance((Bins, BinGrid), bins=bins)
+        one_of("outside", outside, ("raise", "clip", "drop"))
         found = np.zeros(len(bins) + 1, dtype=np.int64)
         for piece in _pieces(labels):
             found += _found_in_chunks(piece, bins, outside) if _is_dask(piece) else _found(piece, bins, outside)
         if found[-1] == 0:
-            raise problem(where, "labels must hold at least one label", got="none")
+            raise problem("labels must hold at least one label", got="none")
         density = cls(bins, found[:-1])
-        density._warn_of_crowding(where)
+        density._warn_of_crowding()
         return density
 
-    def _warn_of_crowding(self, where: str) -> None:
+    def _warn_of_crowding(self) -> None:
         labels = self.counts.sum(dtype=np.float64)
         if labels < _FEWEST_LABELS:
             return
@@ -109,7 +107,6 @@ class LabelDensity:
             low, high = axis.edges[fullest : fullest + 2]
             self._warned_crowded = True
             warn(
-                where,
                 f"{counts[fullest] / labels:.0%} of the labels lie in one of {len(axis)} bins, from {low:.4g} to "
                 f"{high:.4g}, and are not told apart there. Take the logarithm of labels that reach over orders of "
                 "magnitude, or bins that are narrow where labels are many, as Bins.quantile or Bins.from_edges with "
@@ -129,7 +126,7 @@ class LabelDensity:
             ValueError: the ranks' bins differ. Then it is raised on every rank. TypeError: ``group`` is no process
             group.
         """
-        check_group("LabelDensity.all_reduce", group)
+        check_group(group)
         if not is_parallel():
             return self
         own = (_digest(self.bins), self.counts.dtype == np.float64)
@@ -137,7 +134,7 @@ class LabelDensity:
         dist.all_gather_object(known, own, group=group)
         if differ := [rank for rank, (digest, _) in enumerate(known) if digest != known[0][0]]:
             rule = "all ranks must count over the same bins"
-            raise problem("LabelDensity.all_reduce", rule, got=f"other bins on ranks {differ} than on rank 0")
+            raise problem(rule, got=f"other bins on ranks {differ} than on rank 0")
         dtype = torch.float64 if any(smoothed for _, smoothed in known) else torch.int64
         (counts,) = summed(torch.tensor(self.counts, dtype=dtype, device="cpu"), group=group)
         return LabelDensity(self.bins, counts.numpy())
@@ -154,12 +151,10 @@ class LabelDensity:
         if not isinstance(other, LabelDensity):
             return NotImplemented
         if self.bins != other.bins:
-            raise problem(
-                "LabelDensity", "only densities over the same bins can be added", got=f"{self.bins} and {other.bins}"
-            )
+            raise problem("only densities over the same bins can be added", got=f"{self.bins} and {other.bins}")
         counts = self.counts + other.counts
         if counts.dtype.kind == "i" and counts.min() < 0:
-            raise problem("LabelDensity", "counts must be below 2^63 when added", got="a larger sum")
+            raise problem("counts must be below 2^63 when added", got="a larger sum")
         return LabelDensity(self.bins, counts)
 
     def __eq__(self, other: object) -> bool:
@@ -182,7 +177,7 @@ class LabelDensity:
         Source:
             Yang et al. 2021, equation 1 (arXiv:2102.09554).
         """
-        windows = checked_windows("LabelDensity.smooth", kernel, self.bins)
+        windows = checked_windows(kernel, self.bins)
         smoothed = smooth_axes(self._per_width().reshape(self.bins.shape), windows, edges=edges)
         return LabelDensity(self.bins, smoothed.ravel() * self.bins.relative_widths)
 
@@ -203,15 +198,14 @@ class LabelDensity:
         """
         from .weights import LDS
 
-        where = "LabelDensity.weighted"
-        instance(where, LDS, lds=lds)
-        weights = lds._of_bins(where, self.bins)
+        instance(LDS, lds=lds)
+        weights = lds._of_bins(self.bins)
         counts = np.where(self.counts > 0, self.counts * weights, 0.0)
         if np.isnan(counts).any():
             at = int(np.isnan(counts).argmax())
             rule = f"lds must weigh all labels of the density, which reach beyond its axis {lds.bins!r}"
             fix = 'Make the LDS over the same axis, or with outside="clip".'
-            raise problem(where, rule, got=f"{self.counts[at]:g} labels in bin {at} of {self.bins!r}", fix=fix)
+            raise problem(rule, got=f"{self.counts[at]:g} labels in bin {at} of {self.bins!r}", fix=fix)
         return LabelDensity(self.bins, counts)
 
     def prior(self, *, floor: float = 0.0) -> np.ndarray:
@@ -223,11 +217,10 @@ class LabelDensity:
         Raises:
             ValueError: the floor is negative, or no label was counted and the floor is zero.
         """
-        floor = number("LabelDensity.prior", "floor", floor, low=0)
+        floor = number("floor", floor, low=0)
         counts = np.maximum(self.counts, floor * self.bins.relative_widths)
         if not counts.any():
             raise problem(
-                "LabelDensity.prior",
                 "at least one label must have been counted",
                 got="none",
                 fix="All labels lay outside the bins.",
@@ -241,8 +234,8 @@ class LabelDensity:
         Source:
             Yang et al. 2021, section 4 (arXiv:2102.09554).
         """
-        few = whole("LabelDensity.regions", "few", few, low=1)
-        many = whole("LabelDensity.regions", "many", many, low=few)
+        few = whole("few", few, low=1)
+        many = whole("many", many, low=few)
         names = np.full(len(self.bins), "medium", dtype="<U6")
         per_width, most = self._per_width(), 2**63  # whole numbers need not fit into float64
         names[per_width > min(many, most)] = "many"
@@ -264,16 +257,15 @@ def _digest(bins: AnyBins) -> str:
 
 def _found(labels: Any, bins: AnyBins, outside: Outside, name: str = "labels") -> np.ndarray:
     """How many labels each bin holds and, last, how many there are: (B + 1,) int64."""
-    where = "LabelDensity.count"
     plain = isinstance(labels, np.ndarray) and not np.ma.is_masked(labels)
-    array = np.asarray(labels) if plain else labels_array(where, labels, name)
+    array = np.asarray(labels) if plain else labels_array(labels, name)
     found = np.zeros(len(bins) + 1, dtype=np.int64)
     whole_axes = int(isinstance(bins, BinGrid))
     try:
         for part in _parts(array, max(_PIECE, len(bins)), whole_axes=whole_axes):
-            found[:-1] += bins._tally(where, part, outside, name)
+            found[:-1] += bins._tally(part, outside, name)
     except LabelError:
-        bins._place(where, array, outside, name)  # to say where in all labels it lies
+        bins._place(array, outside, name)  # to say where in all labels it lies
         raise
     found[-1] = math.prod(array.shape[: array.ndim - whole_axes])
     return found
@@ -298,14 +290,13 @@ def _is_dask(labels: Any) -> bool:
 
 def _found_in_chunks(labels: Any, bins: AnyBins, outside: Outside) -> np.ndarray:
     """:func:`_found` of a dask array, taken in the tasks that make its chunks and summed on the way."""
-    where = "LabelDensity.count"
     if not hasattr(labels, "map_blocks"):  # a bag or a table
         rule = "labels kept by dask must be a dask array"
-        raise problem(where, rule, got=type(labels).__name__, fix="Use .to_dask_array().", error=TypeError)
+        raise problem(rule, got=type(labels).__name__, fix="Use .to_dask_array().", error=TypeError)
     if isinstance(bins, BinGrid) and labels.ndim > 0 and labels.numblocks[-1] > 1:
         if np.isnan(labels.shape[-1]):
             rule = f"the last axis, of {len(bins.axes)} numbers a label, must not be in chunks of unknown size"
-            raise problem(where, rule, got=labels.chunks[-1], fix="Call labels.compute_chunk_sizes().")
+            raise problem(rule, got=labels.chunks[-1], fix="Call labels.compute_chunk_sizes().")
         labels = labels.rechunk({-1: -1})
     found = labels.map_blocks(
         partial(_found_in_chunk, bins=bins, outside=outside),
@@ -342,7 +333,6 @@ def _refuse_inputs(labels: Any, *, of_several: bool) -> None:
             got = "arrays together with single numbers"
     if got:
         raise problem(
-            "LabelDensity.count",
             "labels must be labels alone, without the inputs that they belong to",
             got=got,
             fix="Hand over the labels of each batch: (y for x, y in loader).",
@@ -354,7 +344,6 @@ def _pieces(labels: Any, *, of_several: bool = False) -> Iterator[Any]:
     """Labels as arrays, in order: each fits in memory, or is dask's. ``of_several``: they are one piece of more."""
     if isinstance(labels, (str, bytes, dict)) or labels is None:
         raise problem(
-            "LabelDensity.count",
             "labels must be an array or an iterable of arrays",
             got=type(labels).__name__,
             error=TypeError,
@@ -374,7 +363,6 @@ def _pieces(labels: Any, *, of_several: bool = False) -> Iterator[Any]:
             yield from _pieces(piece, of_several=True)
     else:
         raise problem(
-            "LabelDensity.count",
             "labels must be an array or an iterable of arrays",
             got=type(labels).__name__,
             fix="Gather single numbers into a list.",

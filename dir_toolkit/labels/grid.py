@@ -43,13 +43,12 @@ class BinGrid(LabelAxes):
 
     def __init__(self, *axes: Bins) -> None:
         if not axes:
-            raise problem("BinGrid", "axes must hold at least one Bins", got="none")
+            raise problem("axes must hold at least one Bins", got="none")
         for i, axis in enumerate(axes):
-            instance("BinGrid", Bins, **{f"axes[{i}]": axis})
+            instance(Bins, **{f"axes[{i}]": axis})
         self._axes = axes
         if len(self) > MOST_BINS:
             raise problem(
-                "BinGrid",
                 f"at most {MOST_BINS:,} joint bins",
                 got=f"{' x '.join(map(str, self.shape))} = {len(self):,}",
                 fix="Widen the bins of an axis.",
@@ -80,7 +79,6 @@ class BinGrid(LabelAxes):
             AttributeError: always.
         """
         raise problem(
-            "BinGrid",
             "this needs one label axis, and edges belong to an axis",
             got=repr(self),
             fix="Use an axis: grid.axes[0].",
@@ -121,17 +119,16 @@ class BinGrid(LabelAxes):
         Raises:
             ShapeError: the last axis is not K long. LabelError: as :meth:`Bins.index`, naming the dimension.
         """
-        return self._place("BinGrid.index", labels, outside)
+        return self._place(labels, outside)
 
-    def _place(self, where: str, labels: Any, outside: Outside, name: str = "labels") -> Any:
+    def _place(self, labels: Any, outside: Outside, name: str = "labels") -> Any:
         if not isinstance(labels, Tensor):
-            array = labels_array(where, labels, name)
+            array = labels_array(labels, name)
             tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-            return self._place(where, tensor, outside, name).numpy()
-        is_tensor(where, **{name: labels})
+            return self._place(tensor, outside, name).numpy()
+        is_tensor(**{name: labels})
         if labels.ndim == 0 or labels.shape[-1] != len(self.axes):
             raise problem(
-                where,
                 f"{name} must be (..., {len(self.axes)}), one number a dimension in the last axis",
                 got=f"shape {tuple(labels.shape)}",
                 error=ShapeError,
@@ -139,7 +136,7 @@ class BinGrid(LabelAxes):
         index = torch.zeros_like(labels[..., 0], dtype=torch.int64)
         beyond = torch.zeros_like(index, dtype=torch.bool)
         for k, axis in enumerate(self.axes):
-            of_axis = axis._place(where, labels[..., k], outside, f"{name}[..., {k}]")
+            of_axis = axis._place(labels[..., k], outside, f"{name}[..., {k}]")
             index, beyond = index * len(axis) + of_axis, beyond | (of_axis < 0)
         return index.masked_fill(beyond, -1)
 
@@ -155,11 +152,10 @@ class BinGrid(LabelAxes):
         Raises:
             ShapeError: the last axis is not B long. ValueError: as :meth:`Bins.expectation`.
         """
-        where = "BinGrid.expectation"
         if not isinstance(probabilities, Tensor):
-            array = labels_array(where, probabilities, "probabilities")
+            array = labels_array(probabilities, "probabilities")
             return self.expectation(torch.from_numpy(array.copy())).numpy()
-        joint = self._shares(where, probabilities).unflatten(-1, self.shape)  # (..., B_1, ..., B_K)
+        joint = self._shares(probabilities).unflatten(-1, self.shape)  # (..., B_1, ..., B_K)
         first = joint.ndim - len(self.axes)
         means = []
         for k, axis in enumerate(self.axes):
@@ -180,8 +176,8 @@ class BinGrid(LabelAxes):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BinGrid:
         """The grid that :meth:`to_dict` described."""
-        keys("BinGrid.from_dict", "values", values, ("axes",))
-        instance("BinGrid.from_dict", (list, tuple), axes=values["axes"])
+        keys("values", values, ("axes",))
+        instance((list, tuple), axes=values["axes"])
         return cls(*map(Bins.from_dict, values["axes"]))
 
 
@@ -193,7 +189,7 @@ def saved_bins(values: dict[str, Any]) -> AnyBins:
     return BinGrid.from_dict(values) if isinstance(values, dict) and "axes" in values else Bins.from_dict(values)
 
 
-def checked_windows(where: str, kernel: Windows, bins: AnyBins) -> tuple[np.ndarray, ...]:
+def checked_windows(kernel: Windows, bins: AnyBins) -> tuple[np.ndarray, ...]:
     """A window per axis, each checked: one for each of them, or one for all continuous axes of a grid."""
     axes = bins.axes
     several = isinstance(bins, BinGrid) and isinstance(kernel, (Sequence, np.ndarray))
@@ -203,33 +199,32 @@ def checked_windows(where: str, kernel: Windows, bins: AnyBins) -> tuple[np.ndar
         if not any(smoothed):
             rule = "kernel must be one window for each axis of a grid of classes, which have no neighbours"
             fix = "Use kernel=None, or one window per axis, with [1.0] for those that are not to be smoothed."
-            raise problem(where, rule, got="one window", fix=fix)
+            raise problem(rule, got="one window", fix=fix)
         return tuple(
-            checked_window(where, kernel if of_axis else _ALONE, len(axis))  # type: ignore[arg-type]
+            checked_window(kernel if of_axis else _ALONE, len(axis))  # type: ignore[arg-type]
             for axis, of_axis in zip(axes, smoothed, strict=True)
         )
     if len(kernel) != len(axes):
         raise problem(
-            where,
             f"kernel must be one window, or one for each of {len(axes)} label axes",
             got=f"{len(kernel)} windows",
             fix="Use [1.0] for an axis that is not to be smoothed.",
             error=ShapeError,
         )
     return tuple(
-        checked_window(where, window, len(axis))  # type: ignore[arg-type]
+        checked_window(window, len(axis))  # type: ignore[arg-type]
         for window, axis in zip(kernel, axes, strict=True)
     )
 
 
 def chosen_windows(
-    where: str, kernel: Windows | Literal["auto"] | None, bins: AnyBins, usual: np.ndarray = DEFAULT_KERNEL
+    kernel: Windows | Literal["auto"] | None, bins: AnyBins, usual: np.ndarray = DEFAULT_KERNEL
 ) -> tuple[np.ndarray, ...] | None:
     """:func:`checked_windows` of a kernel, which may be ``"auto"`` (:func:`usual_kernel`) or None: then None, which
     smooths nothing."""
     if isinstance(kernel, str):
         if kernel != "auto":
             rule, fix = 'kernel must be a window, "auto" or None', "Use dir_toolkit.gaussian(5, 2)."
-            raise problem(where, rule, got=repr(kernel), fix=fix, error=TypeError)
+            raise problem(rule, got=repr(kernel), fix=fix, error=TypeError)
         kernel = usual_kernel(bins, usual)
-    return None if kernel is None else checked_windows(where, kernel, bins)
+    return None if kernel is None else checked_windows(kernel, bins)

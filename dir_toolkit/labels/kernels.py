@@ -22,11 +22,11 @@ Edges = Literal["reflect", "mirror", "zero"]
 _SCIPY_MODE = {"reflect": "reflect", "mirror": "mirror", "zero": "constant"}
 
 
-def _offsets(where: str, size: int) -> np.ndarray:
-    size = length(where, "size", size, most=MOST_BINS)
+def _offsets(size: int) -> np.ndarray:
+    size = length("size", size, most=MOST_BINS)
     if size % 2 == 0:
         fix = f"Use {size - 1}" + (f" or {size + 1}." if size < MOST_BINS else ".")
-        raise problem(where, "size must be odd, so that the window has a middle", got=size, fix=fix)
+        raise problem("size must be odd, so that the window has a middle", got=size, fix=fix)
     return np.arange(size) - size // 2
 
 
@@ -48,9 +48,9 @@ def gaussian(size: int, sigma: float, *, folded: bool = False) -> np.ndarray:
     >>> gaussian(5, 2, folded=True).round(3).tolist()
     [0.858, 0.946, 1.0, 0.946, 0.858]
     """
-    offsets = _offsets("gaussian", size)
-    sigma = number("gaussian", "sigma", sigma, low=0, open_low=True)
-    instance("gaussian", bool, folded=folded)
+    offsets = _offsets(size)
+    sigma = number("sigma", sigma, low=0, open_low=True)
+    instance(bool, folded=folded)
     if folded and sigma > 0.1:  # narrower ones are the impulse itself
         reach = int(4 * sigma + 0.5)  # where SciPy's filter, which that code uses, ends
         impulse = np.pad((offsets == 0).astype(np.float64), reach, mode="symmetric")
@@ -66,7 +66,7 @@ def triangular(size: int) -> np.ndarray:
     >>> triangular(3).tolist()
     [0.5, 1.0, 0.5]
     """
-    offsets = _offsets("triangular", size)
+    offsets = _offsets(size)
     return (size // 2 + 1 - np.abs(offsets)) / (size // 2 + 1)  # each rounded once, as SciPy's are
 
 
@@ -76,8 +76,8 @@ def laplace(size: int, scale: float) -> np.ndarray:
     >>> laplace(3, 1).round(3).tolist()
     [0.368, 1.0, 0.368]
     """
-    offsets = _offsets("laplace", size)
-    scale = number("laplace", "scale", scale, low=0, open_low=True)
+    offsets = _offsets(size)
+    scale = number("scale", scale, low=0, open_low=True)
     with np.errstate(over="ignore"):
         return np.exp(-np.abs(offsets) / scale)
 
@@ -98,27 +98,25 @@ def usual_kernel(bins: LabelAxes, window: np.ndarray = DEFAULT_KERNEL) -> np.nda
     return window if len(windows) == 1 else tuple(window if smoothed else np.ones(1) for smoothed in windows)
 
 
-def checked_window(where: str, kernel: Window, num_bins: int) -> np.ndarray:
+def checked_window(kernel: Window, num_bins: int) -> np.ndarray:
     """The window as float64, after checking that it can smooth an axis of ``num_bins`` bins."""
-    window = labels_array(where, kernel, "kernel").astype(np.float64)
+    window = labels_array(kernel, "kernel").astype(np.float64)
     if window.ndim != 1 or window.size == 0:
         raise problem(
-            where,
             "kernel must be a row of numbers",
             got=f"shape {window.shape}",
             fix="Use dir_toolkit.gaussian(5, 2).",
             error=ShapeError,
         )
     if window.size % 2 == 0:
-        raise problem(where, "kernel must have odd length, so that it has a middle", got=f"{window.size} values")
+        raise problem("kernel must have odd length, so that it has a middle", got=f"{window.size} values")
     if not np.isfinite(window).all() or (window < 0).any() or window[window.size // 2] <= 0:
-        raise problem(where, "kernel must be finite, not negative, and positive in the middle", got=window.tolist())
+        raise problem("kernel must be finite, not negative, and positive in the middle", got=window.tolist())
     if not np.allclose(window, window[::-1], rtol=1e-9, atol=0):
-        raise problem(where, "kernel must be symmetric", got=window.tolist())
+        raise problem("kernel must be symmetric", got=window.tolist())
     if window.size > num_bins:
         longest = num_bins if num_bins % 2 else num_bins - 1
         raise problem(
-            where,
             "kernel must not be longer than the label axis",
             got=f"{window.size} values for {num_bins} bins",
             fix=f"Use at most {longest}.",
@@ -141,10 +139,10 @@ def smooth(values: np.ndarray, kernel: Window, *, edges: Edges = "reflect") -> n
     >>> smooth(np.array([4.0, 0.0, 0.0]), triangular(3)).tolist()
     [3.0, 1.0, 0.0]
     """
-    one_of("smooth", "edges", edges, tuple(_SCIPY_MODE))
-    values = np.atleast_1d(labels_array("smooth", values, "values").astype(np.float64))
-    not_empty("smooth", values=values)
-    window = checked_window("smooth", kernel, len(values))
+    one_of("edges", edges, tuple(_SCIPY_MODE))
+    values = np.atleast_1d(labels_array(values, "values").astype(np.float64))
+    not_empty(values=values)
+    window = checked_window(kernel, len(values))
     from scipy.ndimage import correlate1d
 
     return correlate1d(values, window / window.sum(), axis=0, mode=_SCIPY_MODE[edges], cval=0.0)
@@ -157,10 +155,10 @@ def smooth_axes(values: np.ndarray, kernels: Sequence[np.ndarray], *, edges: Edg
     return values
 
 
-def smoothing_window(where: str, kernel: Window, num_bins: int) -> np.ndarray:
+def smoothing_window(kernel: Window, num_bins: int) -> np.ndarray:
     """The window, scaled to sum to one, that :func:`smooth_rows` takes, after checking that it can smooth so many
     bins."""
-    window = checked_window(where, kernel, num_bins)
+    window = checked_window(kernel, num_bins)
     return window / window.sum()
 
 
@@ -185,4 +183,4 @@ def smooth_rows(values: Tensor, window: np.ndarray, edges: Edges) -> Tensor:
 
 def smoothing_matrix(num_bins: int, kernel: Window, *, edges: Edges = "reflect") -> np.ndarray:
     """The (B, B) matrix that :func:`smooth` multiplies by."""
-    return smooth(np.eye(length("smoothing_matrix", "num_bins", num_bins)), kernel, edges=edges)
+    return smooth(np.eye(length("num_bins", num_bins)), kernel, edges=edges)

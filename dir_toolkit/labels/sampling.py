@@ -44,9 +44,8 @@ def bin_probabilities(density_or_counts: Counts, q: float) -> np.ndarray:
     >>> bin_probabilities([16, 4, 0], 0.5).round(3).tolist()
     [0.667, 0.333, 0.0]
     """
-    where = "bin_probabilities"
-    counts, widths = _checked_counts(where, density_or_counts)
-    return _power(counts, number(where, "q", q, low=0, high=1), widths)
+    counts, widths = _checked_counts(density_or_counts)
+    return _power(counts, number("q", q, low=0, high=1), widths)
 
 
 def progressive_probabilities(density_or_counts: Counts, epoch: int, epochs: int) -> np.ndarray:
@@ -65,12 +64,11 @@ def progressive_probabilities(density_or_counts: Counts, epoch: int, epochs: int
     >>> [progressive_probabilities([3, 1], epoch, 3).tolist() for epoch in range(3)]
     [[0.75, 0.25], [0.625, 0.375], [0.5, 0.5]]
     """
-    where = "progressive_probabilities"
-    counts, widths = _checked_counts(where, density_or_counts)
-    epochs = whole(where, "epochs", epochs, low=1)
-    epoch = whole(where, "epoch", epoch, low=0)
+    counts, widths = _checked_counts(density_or_counts)
+    epochs = whole("epochs", epochs, low=1)
+    epoch = whole("epoch", epoch, low=0)
     if epoch >= epochs:
-        raise problem(where, f"epoch must be below epochs={epochs}", got=epoch, fix="Epochs count from 0.")
+        raise problem(f"epoch must be below epochs={epochs}", got=epoch, fix="Epochs count from 0.")
     return _progressive(counts, epoch, epochs, widths)
 
 
@@ -125,44 +123,41 @@ class BinSampler(Sampler[int]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        where = "BinSampler"
-        instance(where, Bins, bins=bins)
-        instance(where, bool, replacement=replacement)
+        instance(Bins, bins=bins)
+        instance(bool, replacement=replacement)
         # Not named by the argument alone, since Bins would then advise what a sampler does not take.
-        labels = on_host(where, "labels", labels) if isinstance(labels, Tensor) else labels
-        index = torch.as_tensor(bins._place(where, labels, "raise", "the labels"), device="cpu")
+        labels = on_host("labels", labels) if isinstance(labels, Tensor) else labels
+        index = torch.as_tensor(bins._place(labels, "raise", "the labels"), device="cpu")
         if index.ndim != 1:
-            raise problem(where, "labels must be (N,)", got=f"shape {tuple(index.shape)}", error=ShapeError)
-        not_empty(where, labels=index)
+            raise problem("labels must be (N,)", got=f"shape {tuple(index.shape)}", error=ShapeError)
+        not_empty(labels=index)
         self.bins = bins
-        self.q = number(where, "q", q, low=0, high=1)
+        self.q = number("q", q, low=0, high=1)
         self.progressive_epochs = progressive_epochs
         if progressive_epochs is not None:
-            self.progressive_epochs = whole(where, "progressive_epochs", progressive_epochs, low=1)
+            self.progressive_epochs = whole("progressive_epochs", progressive_epochs, low=1)
             if self.q != 0:
-                raise problem(where, "give q or progressive_epochs, and not both", got=f"{q} and {progressive_epochs}")
-        self.seed = whole(where, "seed", seed, low=0)
-        self.world = whole(where, "world", world, low=1)
-        self.rank = whole(where, "rank", rank, low=0)
+                raise problem("give q or progressive_epochs, and not both", got=f"{q} and {progressive_epochs}")
+        self.seed = whole("seed", seed, low=0)
+        self.world = whole("world", world, low=1)
+        self.rank = whole("rank", rank, low=0)
         if self.rank >= self.world:
-            raise problem(where, f"rank must be below world={self.world}", got=self.rank)
+            raise problem(f"rank must be below world={self.world}", got=self.rank)
         if self.world > 1 and type(self) is BinSampler:
             self.__class__ = _SharedBinSampler
-        self.num_samples = len(index) if num_samples is None else length(where, "num_samples", num_samples)
+        self.num_samples = len(index) if num_samples is None else length("num_samples", num_samples)
         if self.num_samples < self.world:
             rule = f"num_samples must be at least one a rank, {self.world}"
-            raise problem(where, rule, got=self.num_samples)
+            raise problem(rule, got=self.num_samples)
         self.replacement = replacement
         if not replacement and self.num_samples > len(index):
             raise problem(
-                where,
                 f"without replacement num_samples must be at most {len(index)}, the number of labels",
                 got=self.num_samples,
                 fix="Use replacement=True.",
             )
         if not replacement and self.num_samples == len(index) and (self.q < 1 or progressive_epochs is not None):
             warn(
-                where,
                 "without replacement all samples are drawn once, so that an epoch is reordered but not balanced. Use "
                 "replacement=True, or a smaller num_samples.",
             )
@@ -175,7 +170,7 @@ class BinSampler(Sampler[int]):
 
     def order(self, epoch: int) -> Tensor:
         """The sample numbers of an epoch, over all ranks: (num_samples,) int64."""
-        epoch = whole("BinSampler.order", "epoch", epoch, low=0)
+        epoch = whole("epoch", epoch, low=0)
         generator = torch.Generator("cpu").manual_seed(_derived(self.seed, epoch))
         uniform = partial(torch.rand, dtype=torch.float64, generator=generator, device="cpu")
         probabilities = torch.from_numpy(self._probabilities(epoch))
@@ -206,7 +201,6 @@ class BinSampler(Sampler[int]):
         if not self._said:
             self._said = True
             warn(
-                "BinSampler",
                 "set_epoch was not called since the last pass, so that this one draws the next epoch. Call "
                 "sampler.set_epoch(epoch) before each epoch, as a resumed run needs it.",
             )
@@ -218,7 +212,7 @@ class BinSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next pass draws. The epoch it stands at is not started anew."""
-        epoch = whole("BinSampler.set_epoch", "epoch", epoch, low=0)
+        epoch = whole("epoch", epoch, low=0)
         self._passed = False
         if epoch != self.epoch:
             self.epoch = epoch
@@ -230,9 +224,9 @@ class BinSampler(Sampler[int]):
         For a ``DataLoader`` with workers, which asks for samples before they are used: count what was trained on, and
         hand that number over after loading the state.
         """
-        consumed = whole("BinSampler.start", "consumed", consumed, low=0)
+        consumed = whole("consumed", consumed, low=0)
         if consumed > len(self):
-            raise problem("BinSampler.start", f"consumed must be at most {len(self)}, this rank's share", got=consumed)
+            raise problem(f"consumed must be at most {len(self)}, this rank's share", got=consumed)
         self._passed = False
         self._yielded = self._skip = consumed
 
@@ -250,16 +244,15 @@ class BinSampler(Sampler[int]):
         Raises:
             CheckpointError: the state belongs to a sampler of other settings or labels.
         """
-        where = "BinSampler.load_state_dict"
-        keys(where, "state", state, ("epoch", "yielded", "settings"))
+        keys("state", state, ("epoch", "yielded", "settings"))
         if got := differing(state["settings"], self._described()):
             rule = "the state must belong to a sampler of the same settings and labels"
-            raise problem(where, rule, got=got, error=CheckpointError)
-        epoch = whole(where, "epoch", state["epoch"], low=0)
-        yielded = whole(where, "yielded", state["yielded"], low=0)
+            raise problem(rule, got=got, error=CheckpointError)
+        epoch = whole("epoch", state["epoch"], low=0)
+        yielded = whole("yielded", state["yielded"], low=0)
         largest_share = len(range(0, self.num_samples, self.world))
         if yielded > largest_share:
-            raise problem(where, f"yielded must be at most {largest_share}", got=yielded, error=CheckpointError)
+            raise problem(f"yielded must be at most {largest_share}", got=yielded, error=CheckpointError)
         self.set_epoch(epoch)
         self.start(min(yielded, len(self)))
 
@@ -279,7 +272,7 @@ class BinSampler(Sampler[int]):
         return len(self._members)
 
     def _described(self) -> dict[str, Any]:
-        return described("BinSampler", "settings", self.settings)
+        return described("settings", self.settings)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -300,21 +293,21 @@ class _SharedBinSampler(BinSampler, DistributedSampler[int]):
     """One that Lightning can tell is shared out over ranks already, by its class."""
 
 
-def _checked_counts(where: str, density_or_counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+def _checked_counts(density_or_counts: Counts) -> tuple[np.ndarray, np.ndarray]:
     """Counts, and the relative widths of their bins."""
     if isinstance(density_or_counts, LabelDensity):
         counts, widths = density_or_counts.counts, density_or_counts.bins.relative_widths
     else:
-        counts = labels_array(where, density_or_counts, "counts")
+        counts = labels_array(density_or_counts, "counts")
         if counts.ndim != 1:
-            raise problem(where, "counts must be one row of numbers", got=f"shape {counts.shape}", error=ShapeError)
-        not_empty(where, counts=counts)
-        finite(where, counts=counts)
+            raise problem("counts must be one row of numbers", got=f"shape {counts.shape}", error=ShapeError)
+        not_empty(counts=counts)
+        finite(counts=counts)
         if counts.min() < 0:
-            raise problem(where, "counts must not be negative", got=f"a minimum of {counts.min():g}")
+            raise problem("counts must not be negative", got=f"a minimum of {counts.min():g}")
         widths = np.ones(len(counts))
     if not counts.any():
-        raise problem(where, "at least one bin must hold a sample", got="counts of zero")
+        raise problem("at least one bin must hold a sample", got="counts of zero")
     return counts.astype(np.float64), widths
 
 

@@ -59,18 +59,17 @@ def soft_labels(
     >>> soft_labels(torch.tensor([2.0]), Bins.uniform(0, 5, width=1, integer=True), 0.5).round(decimals=3)
     tensor([[0.0010, 0.1570, 0.6830, 0.1570, 0.0010]])
     """
-    where = "soft_labels"
-    is_tensor(where, labels=labels)
-    instance(where, Bins, bins=bins)
-    one_of(where, "kernel", kernel, ("gaussian", "laplace", "triangular"))
-    one_of(where, "unit", unit, ("label", "bin"))
+    is_tensor(labels=labels)
+    instance(Bins, bins=bins)
+    one_of("kernel", kernel, ("gaussian", "laplace", "triangular"))
+    one_of("unit", unit, ("label", "bin"))
     if sigma is not None and not torch.compiler.is_compiling():
-        sigma = checked_sigma(where, sigma, bins, unit)
+        sigma = checked_sigma(sigma, bins, unit)
     if sigma and bins.categorical:
         rule = "sigma must be None or 0 where bins are classes, which have no distances"
-        raise problem(where, rule, got=sigma, fix="Smooth classes by label_smoothing of cross_entropy.")
+        raise problem(rule, got=sigma, fix="Smooth classes by label_smoothing of cross_entropy.")
     looked_at = readable(labels)
-    index = bins._place(where, labels, outside if looked_at or outside != "raise" else "drop")
+    index = bins._place(labels, outside if looked_at or outside != "raise" else "drop")
     values = labels.to(bins._wide(labels))
     if not sigma:
         soft = (index.unsqueeze(-1) == torch.arange(len(bins), device=labels.device)).to(wide_dtype(labels))
@@ -84,14 +83,14 @@ def soft_labels(
     without_bin = (index < 0).unsqueeze(-1)
     if outside == "drop":
         soft = soft.masked_fill(without_bin, 0)
-        without_bin = without_bin if looked_at else (bins._place(where, labels, "clip") < 0).unsqueeze(-1)
+        without_bin = without_bin if looked_at else (bins._place(labels, "clip") < 0).unsqueeze(-1)
     return soft if looked_at else soft.masked_fill(without_bin, torch.nan)
 
 
-def checked_sigma(where: str, sigma: float, bins: Bins, unit: KernelUnit = "label") -> float:
+def checked_sigma(sigma: float, bins: Bins, unit: KernelUnit = "label") -> float:
     """By how much labels may be spread over an axis."""
     axis = len(bins) if unit == "bin" else float(bins.edges[-1] - bins.edges[0])
-    return number(where, "sigma", sigma, low=0, high=_WIDEST * axis, float32=True)
+    return number("sigma", sigma, low=0, high=_WIDEST * axis, float32=True)
 
 
 def limits(bins: Bins, like: Tensor) -> Tensor:

@@ -88,19 +88,19 @@ class LDS(nn.Module):
         epsilon: float = 1e-3,
     ) -> None:
         super().__init__()
-        instance("LDS", (Bins, BinGrid), bins=bins)
-        one_of("LDS", "scheme", scheme, _SCHEMES)
-        one_of("LDS", "edges", edges, ("reflect", "mirror", "zero"))
-        one_of("LDS", "order", order, ("smooth_first", "scheme_first"))
-        one_of("LDS", "outside", outside, ("raise", "clip", "drop"))
+        instance((Bins, BinGrid), bins=bins)
+        one_of("scheme", scheme, _SCHEMES)
+        one_of("edges", edges, ("reflect", "mirror", "zero"))
+        one_of("order", order, ("smooth_first", "scheme_first"))
+        one_of("outside", outside, ("raise", "clip", "drop"))
         if scheme == "dense" and order == "scheme_first":
-            raise problem("LDS", 'scheme "dense" is defined on a density, so it needs order="smooth_first"', got=order)
+            raise problem('scheme "dense" is defined on a density, so it needs order="smooth_first"', got=order)
         self.bins, self.scheme, self.edges, self.order, self.outside = bins, scheme, edges, order, outside
-        self.kernels = chosen_windows("LDS", kernel, bins)
-        self.clip = None if clip is None else interval("LDS", "clip", clip)
-        self.beta = number("LDS", "beta", beta, low=0, high=1, open_high=True)
-        self.alpha = number("LDS", "alpha", alpha, low=0)
-        self.epsilon = number("LDS", "epsilon", epsilon, low=0, open_low=True)
+        self.kernels = chosen_windows(kernel, bins)
+        self.clip = None if clip is None else interval("clip", clip)
+        self.beta = number("beta", beta, low=0, high=1, open_high=True)
+        self.alpha = number("alpha", alpha, low=0)
+        self.epsilon = number("epsilon", epsilon, low=0, open_low=True)
         self._public_integers = False
         # One weight per bin; the last is what index -1 finds: a label that could not be placed.
         self.table: Tensor
@@ -130,10 +130,10 @@ class LDS(nn.Module):
         Source:
             github.com/YyzHarry/imbalanced-regression, ``_prepare_weights`` of its data sets.
         """
-        instance("LDS.reference", (Bins, BinGrid), bins=bins)
-        one_of("LDS.reference", "scheme", scheme, ("inverse", "sqrt_inverse"))
+        instance((Bins, BinGrid), bins=bins)
+        one_of("scheme", scheme, ("inverse", "sqrt_inverse"))
         clip = (5, 1000) if scheme == "inverse" else None
-        windows = chosen_windows("LDS.reference", kernel, bins, FOLDED_KERNEL)
+        windows = chosen_windows(kernel, bins, FOLDED_KERNEL)
         lds = cls(bins, kernel=None, scheme=scheme, edges="zero", order="scheme_first", clip=clip, outside=outside)
         lds.kernels = windows
         lds._public_integers = scheme == "inverse"
@@ -154,18 +154,17 @@ class LDS(nn.Module):
             density = labels
             if density.counts.dtype.kind == "f" and self.kernels is not None:
                 raise problem(
-                    "LDS.fit",
                     "the density must be as counted, since the kernel smooths it",
                     got=repr(density),
                     fix="Hand over the counted density, or kernel=None.",
                 )
             if density.bins != self.bins:
-                raise problem("LDS.fit", "the density must be over the same bins", got=f"{density.bins}, {self.bins}")
+                raise problem("the density must be over the same bins", got=f"{density.bins}, {self.bins}")
         else:
             density = LabelDensity.count(labels, self.bins, outside=self.outside)
         counts = density.counts.astype(np.float64)
         if not counts.any():
-            raise problem("LDS.fit", "at least one label must lie on the label axis", got="none")
+            raise problem("at least one label must lie on the label axis", got="none")
         weights = self._unscaled(density._per_width())
         counts = np.ldexp(counts, -np.frexp(counts.max())[1])  # by a power of two: sums of large ones are no infinity
         weights *= counts.sum() / (counts * weights).sum()
@@ -187,7 +186,6 @@ class LDS(nn.Module):
         if effective < 1 / 10:
             labels = counts.sum()
             warn(
-                "LDS.fit",
                 f"the weights leave the loss {effective * labels:.3g} of {labels:.6g} labels to learn from (their "
                 'effective sample size), so that few rare labels rule it. Use scheme="sqrt_inverse", a wider kernel, '
                 "or clip=(low, high), which bounds the ratio of weights.",
@@ -196,7 +194,6 @@ class LDS(nn.Module):
         alike = held.max() / 2 > held.min() and weights.max() < 1.01 * weights.min()
         if self.scheme == "effective_number" and self.beta > 0 and alike:
             warn(
-                "LDS.fit",
                 f"beta={self.beta:g} is too small for {held.max():.6g} labels in a bin, so that all weigh the same. "
                 f"Use a beta nearer one, such as {1 - 1 / held.max():.{2 + len(str(int(held.max())))}g}.",
             )
@@ -248,16 +245,15 @@ class LDS(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         if not self._fitted:
-            raise _not_fitted("LDS")
+            raise _not_fitted()
         if not isinstance(labels, Tensor):
             raise problem(
-                "LDS",
                 "labels must be a torch.Tensor",
                 got=type(labels).__name__,
                 fix="Use lds.sample_weight(labels) for NumPy.",
                 error=TypeError,
             )
-        row = self.bins._row("LDS", labels, self.outside)
+        row = self.bins._row(labels, self.outside)
         return self._table_on(row.device).index_select(0, row.flatten()).view(row.shape)
 
     def _table_on(self, device: torch.device) -> Tensor:
@@ -276,25 +272,24 @@ class LDS(nn.Module):
 
     def sample_weight(self, labels: Any) -> np.ndarray:
         """Weights as float64 NumPy, for scikit-learn or gradient boosting: ``LDS(bins).fit(y).sample_weight(y)``."""
-        table = self._known("LDS.sample_weight")
-        index = self.bins._place("LDS.sample_weight", labels, self.outside)
+        table = self._known()
+        index = self.bins._place(labels, self.outside)
         return table[index.cpu().numpy() if isinstance(index, Tensor) else index]
 
-    def _known(self, where: str) -> np.ndarray:
+    def _known(self) -> np.ndarray:
         if not self._fitted or self.table.is_meta:
-            raise _not_fitted(where)
+            raise _not_fitted()
         return self.table.detach().cpu().double().numpy()
 
-    def _of_bins(self, where: str, bins: AnyBins) -> np.ndarray:
+    def _of_bins(self, bins: AnyBins) -> np.ndarray:
         """The mean weight of labels that lie evenly in each of these bins, (B,) float64. A bin that reaches beyond the
         axis of a label that raises has NaN."""
-        table = self._known(where)[:-1]
+        table = self._known()[:-1]
         if bins == self.bins:
             return table
         kinds = [[axis.categorical for axis in own.axes] for own in (bins, self.bins)]
         if kinds[0] != kinds[1]:
             raise problem(
-                where,
                 "lds must weigh the labels that the density counts",
                 got=f"{self.bins} for {bins}",
                 fix="Make the LDS over the bins of the density.",
@@ -326,7 +321,7 @@ class LDS(nn.Module):
         }
 
     def get_extra_state(self) -> Tensor:
-        settings = described("LDS", "settings", self._arguments())
+        settings = described("settings", self._arguments())
         # Once more the bins, of which settings hold a digest where they are many. Fitted or not, the length is one.
         return pack(
             {"settings": settings, "bins": self.bins.settings, "fitted": torch.tensor([self._fitted], device="cpu")}
@@ -338,22 +333,18 @@ class LDS(nn.Module):
 
     def _checked_state(self, state: object) -> bool:
         """Whether the weights that were saved with this state were known."""
-        values = unpack("LDS", state)
+        values = unpack(state)
         try:
-            keys("LDS", "the saved state", values, ("settings", "bins", "fitted"))
+            keys("the saved state", values, ("settings", "bins", "fitted"))
             fitted, bins = bool(values["fitted"]), saved_bins(values["bins"])
         except (ValueError, TypeError, RuntimeError) as error:
-            raise problem(
-                "LDS", "the saved state must be one of weights", got=str(error), error=CheckpointError
-            ) from None
+            raise problem("the saved state must be one of weights", got=str(error), error=CheckpointError) from None
         if bins != self.bins:
             rule = "the saved weights must be over the same label axis"
-            raise problem("LDS", rule, got=f"{bins} for {self.bins}", error=CheckpointError)
-        if got := differing(values["settings"], described("LDS", "settings", self._arguments())):
+            raise problem(rule, got=f"{bins} for {self.bins}", error=CheckpointError)
+        if got := differing(values["settings"], described("settings", self._arguments())):
             rule = "the saved weights must be of the same settings"
-            raise problem(
-                "LDS", rule, got=got, fix="Make the LDS with the settings it was saved with.", error=CheckpointError
-            )
+            raise problem(rule, got=got, fix="Make the LDS with the settings it was saved with.", error=CheckpointError)
         return fitted
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -392,7 +383,7 @@ class LDS(nn.Module):
         known = bool((weights.isfinite() & (weights >= 0)).all()) if has_values(weights) else fitted is not False
         if not known and (fitted or not bool(weights.isnan().all())):
             rule, fix = "the saved weights must be finite and not negative", "Load an intact copy."
-            raise problem("LDS", rule, got="some that are not", fix=fix, error=CheckpointError)
+            raise problem(rule, got="some that are not", fix=fix, error=CheckpointError)
         if local_metadata.get("assign_to_params_buffers", False):
             with torch.inference_mode(False):
                 self.table = table.detach().to(torch.promote_types(table.dtype, torch.float32), copy=True)
@@ -442,11 +433,11 @@ def _means_over(values: np.ndarray, own: Bins, other: Bins, outside: Outside) ->
     return np.add.reduceat(pieces * widths.reshape(wide), starts) / wholes.reshape(wide)
 
 
-def _not_fitted(where: str) -> Exception:
+def _not_fitted() -> Exception:
     fix = "Call lds.fit(training_labels) first."
-    return problem(where, "weights are not known yet", fix=fix, error=NotFittedError)
+    return problem("weights are not known yet", fix=fix, error=NotFittedError)
 
 
 def _infinite(got: str) -> Exception:
     fix = "Use a kernel with wider support, or clip from 1."
-    return problem("LDS.fit", "every weight must be finite", got=got, fix=fix)
+    return problem("every weight must be finite", got=got, fix=fix)

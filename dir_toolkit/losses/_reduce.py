@@ -63,18 +63,16 @@ def present(values: Tensor, weight: Tensor | None) -> Tensor:
     return values.masked_fill(absent if values.ndim == weight.ndim else absent[:, None], 0.0)
 
 
-def finite_targets(where: str, weight: Tensor | None, **targets: Tensor) -> None:
+def finite_targets(weight: Tensor | None, **targets: Tensor) -> None:
     """No label is NaN or infinite whose weight is above zero, and no weight. Accelerator tensors are not looked at."""
     if weight is not None:
-        finite(where, weight=weight)
+        finite(weight=weight)
     for name, target in targets.items():
         if target.is_floating_point() and readable(target) and not bool(target.isfinite().all()):
-            finite(where, **{name: present(target.detach(), weight)})
+            finite(**{name: present(target.detach(), weight)})
 
 
-def weight_on_axis(
-    where: str, name: str, labels: Tensor, bins: Bins, weight: Tensor | None, outside: Outside
-) -> Tensor | None:
+def weight_on_axis(name: str, labels: Tensor, bins: Bins, weight: Tensor | None, outside: Outside) -> Tensor | None:
     """The weights, with zeros for labels beyond the axis under ``"drop"``, and on an accelerator NaN under ``"raise"``.
 
     Raises:
@@ -87,7 +85,7 @@ def weight_on_axis(
         if bool(absent.all()):
             return weight
         labels = torch.where(absent, labels[~absent][0], labels)
-    index = bins._place(where, labels, outside if looked_at else "drop", name)
+    index = bins._place(labels, outside if looked_at else "drop", name)
     if outside == "clip" or (looked_at and outside == "raise"):
         return weight
     weight = torch.ones_like(index, dtype=wide_dtype(labels)) if weight is None else weight.to(wide_dtype(weight))
@@ -110,7 +108,6 @@ def spread_of(labels: Tensor, weight: Tensor | None, *, ranks: bool = False) -> 
 
 
 def checked_rows(
-    where: str,
     name: str,
     rows: Tensor,
     target: Tensor,
@@ -123,34 +120,33 @@ def checked_rows(
 
     With ``num_classes`` the rows are no scores but features (N, D). Those of weight zero are zero.
     """
-    one_of(where, "reduction", reduction, ("none", "mean", "sum"))
+    one_of("reduction", reduction, ("none", "mean", "sum"))
     weights = {} if weight is None else {"weight": weight}
-    is_tensor(where, **{name: rows}, target=target, **weights)
-    floats(where, **{name: rows})
+    is_tensor(**{name: rows}, target=target, **weights)
+    floats(**{name: rows})
     if rows.ndim != 2:
         shape = "(N, C), one column a class" if num_classes is None else "(N, D), one row a sample"
         fix = flattening(rows, name, target, "target")
-        raise problem(where, f"{name} must be {shape}", got=f"shape {tuple(rows.shape)}", fix=fix, error=ShapeError)
-    not_empty(where, **{name: rows})
+        raise problem(f"{name} must be {shape}", got=f"shape {tuple(rows.shape)}", fix=fix, error=ShapeError)
+    not_empty(**{name: rows})
     samples, classes = rows.shape[0], rows.shape[1] if num_classes is None else num_classes
     fixes: dict[tuple[int, ...], str] = {(samples, classes): _for_rows_of_classes(target)} if target.ndim == 2 else {}
-    one_a_sample(where, "target", target, samples, fixes)
+    one_a_sample("target", target, samples, fixes)
     if target.dtype != torch.int64:
         raise problem(
-            where,
             "target must hold class indices as int64",
             got=f"dtype {target.dtype}",
             fix="Use target.long().",
             error=TypeError,
         )
     if weight is not None:
-        one_a_sample(where, "weight", weight, samples, {(classes,): "Use weight[target] for one weight a class."})
-        real(where, weight=weight)
-    same_device(where, **{name: rows}, target=target, **weights)
+        one_a_sample("weight", weight, samples, {(classes,): "Use weight[target] for one weight a class."})
+        real(weight=weight)
+    same_device(**{name: rows}, target=target, **weights)
     if readable(target):
-        _classes_exist(where, target, classes)
-    finite(where, **weights)
-    not_negative(where, **weights)
+        _classes_exist(target, classes)
+    finite(**weights)
+    not_negative(**weights)
     return present(rows.to(wide_dtype(rows)), weight)
 
 
@@ -173,7 +169,6 @@ def _for_rows_of_classes(target: Tensor) -> str:
 
 
 def checked_samples(
-    where: str,
     features: Tensor,
     columns: dict[str, Tensor],
     weight: Tensor | None,
@@ -188,25 +183,25 @@ def checked_samples(
             above zero, and ``push_weight`` must not be negative.
         several: whether they may be (N, K), too.
     """
-    one_of(where, "reduction", reduction, ("none", "mean", "sum"))
+    one_of("reduction", reduction, ("none", "mean", "sum"))
     if weight is not None:
         columns = {**columns, "weight": weight}
-    is_tensor(where, features=features, **columns)
-    floats(where, features=features)
+    is_tensor(features=features, **columns)
+    floats(features=features)
     if features.ndim != 2:
         name, first = next(iter(columns.items()))
         fix = flattening(features, "features", first, name)
         rule = "features must be (N, D), one row a sample"
-        raise problem(where, rule, got=f"shape {tuple(features.shape)}", fix=fix, error=ShapeError)
-    not_empty(where, features=features)
-    real(where, **columns)
+        raise problem(rule, got=f"shape {tuple(features.shape)}", fix=fix, error=ShapeError)
+    not_empty(features=features)
+    real(**columns)
     for name, column in columns.items():
         if not (several and name != "weight" and column.ndim == 2 and len(column) == len(features)):
-            one_a_sample(where, name, column, len(features), {})
-    same_device(where, features=features, **columns)
-    not_empty(where, **columns)
-    finite_targets(where, weight, **{name: c for name, c in columns.items() if name not in ("pred", "weight")})
-    not_negative(where, **{name: columns[name] for name in ("push_weight", "weight") if name in columns})
+            one_a_sample(name, column, len(features), {})
+    same_device(features=features, **columns)
+    not_empty(**columns)
+    finite_targets(weight, **{name: c for name, c in columns.items() if name not in ("pred", "weight")})
+    not_negative(**{name: columns[name] for name in ("push_weight", "weight") if name in columns})
     return present(features.to(wide_dtype(features)), weight)
 
 
@@ -220,57 +215,55 @@ def pairs_of(features: Tensor, weight: Tensor | None) -> Tensor:
     return pairs & there & there[:, None]
 
 
-def field(where: str, output: Any, name: str) -> Tensor:
+def field(output: Any, name: str) -> Tensor:
     """What a model's output holds under ``name``."""
     value = getattr(output, name, None)
     if value is None:
         raise problem(
-            where,
             f"output must have an attribute {name}",
             got=type(output).__name__,
             fix="Let the model return its features, too.",
             error=TypeError,
         )
-    is_tensor(where, **{f"output.{name}": value})
+    is_tensor(**{f"output.{name}": value})
     return value
 
 
-def per_class(where: str, name: str, value: Any, scores: Tensor, *, positive: str = "") -> Tensor:
+def per_class(name: str, value: Any, scores: Tensor, *, positive: str = "") -> Tensor:
     """One finite number >= 0 a class, (C,), in at least float32 on the device of the scores (N, C).
 
     Args:
         positive: what to do about a zero; given, zeros are refused.
     """
-    values = _one_a_class(where, name, value, scores)
+    values = _one_a_class(name, value, scores)
     if readable(values):
-        finite(where, **{name: values})
+        finite(**{name: values})
         bad = values <= 0 if positive else values < 0
         if bool(bad.any()):
             first = int(bad.to(torch.uint8).argmax())
             rule = f"{name} must be positive" if positive else f"{name} must not be negative"
-            raise problem(where, rule, got=f"{values[first].item():g} for class {first}", fix=positive)
+            raise problem(rule, got=f"{values[first].item():g} for class {first}", fix=positive)
     return values.to(scores.device, non_blocking=True)
 
 
-def checked_prior(where: str, prior: Any, scores: Tensor) -> Tensor:
+def checked_prior(prior: Any, scores: Tensor) -> Tensor:
     """Shares > 0 of the classes, (C,), summing to one, in at least float32 on the device of the scores (N, C)."""
-    values = _one_a_class(where, "prior", prior, scores)
-    prior_shares(where, "prior", values)
+    values = _one_a_class("prior", prior, scores)
+    prior_shares("prior", values)
     return values.to(scores.device, non_blocking=True)
 
 
-def _one_a_class(where: str, name: str, value: Any, scores: Tensor) -> Tensor:
+def _one_a_class(name: str, value: Any, scores: Tensor) -> Tensor:
     classes = scores.shape[1]
     if isinstance(value, Tensor):
-        is_tensor(where, **{name: value})
-        real(where, **{name: value})
-        same_device(where, logits=scores, **{name: value})
+        is_tensor(**{name: value})
+        real(**{name: value})
+        same_device(logits=scores, **{name: value})
         values = value.to(wide_dtype(value, scores))
     else:
-        values = torch.from_numpy(labels_array(where, value, name).astype(np.float64, order="C"))
+        values = torch.from_numpy(labels_array(value, name).astype(np.float64, order="C"))
     if values.shape != (classes,):
         raise problem(
-            where,
             f"{name} must be ({classes},), one value a class",
             got=f"shape {tuple(values.shape)}",
             error=ShapeError,
@@ -278,22 +271,21 @@ def _one_a_class(where: str, name: str, value: Any, scores: Tensor) -> Tensor:
     return values
 
 
-def one_a_sample(where: str, name: str, value: Tensor, samples: int, fixes: dict[tuple[int, ...], str]) -> None:
+def one_a_sample(name: str, value: Tensor, samples: int, fixes: dict[tuple[int, ...], str]) -> None:
     shape = tuple(value.shape)
     if shape == (samples,):
         return
     fixes = {**fixes, (samples, 1): f"Use {name}.squeeze(1)."}
     fix = fixes.get(shape, "Labels are never broadcast: bring both to one length.")
     rule = f"{name} must be ({samples},), one value a sample"
-    raise problem(where, rule, got=f"shape {shape}", fix=fix, error=ShapeError)
+    raise problem(rule, got=f"shape {shape}", fix=fix, error=ShapeError)
 
 
-def _classes_exist(where: str, target: Tensor, classes: int) -> None:
+def _classes_exist(target: Tensor, classes: int) -> None:
     bad = (target < 0) | (target >= classes)
     if bool(bad.any()):
         first = int(bad.to(torch.uint8).argmax())
         raise label_problem(
-            where,
             f"target must hold class indices from 0 to {classes - 1}",
             got=f"{int(target[first])} at index [{first}] ({int(bad.sum())} such values)",
             fix="Count classes from zero, and give the model one output for each.",

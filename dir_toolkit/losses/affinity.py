@@ -45,11 +45,11 @@ def affinity_loss(
     >>> affinity_loss(torch.tensor([[0.75, 0.5, 0.125]]), torch.tensor([0]), margin=0.5).item()  # 0.5 + 0.5 - 0.75
     0.25
     """
-    affinities = checked_rows("affinity_loss", "affinities", affinities, target, weight, reduction)
+    affinities = checked_rows("affinities", affinities, target, weight, reduction)
     if affinities.shape[1] < 2:
         rule = "affinities must be (N, C) with C >= 2, else there is no other class"
-        raise problem("affinity_loss", rule, got=f"shape {tuple(affinities.shape)}", error=ShapeError)
-    margin = number("affinity_loss", "margin", margin, low=0, open_low=True)
+        raise problem(rule, got=f"shape {tuple(affinities.shape)}", error=ShapeError)
+    margin = number("margin", margin, low=0, open_low=True)
     own = target[:, None]
     lead = affinities - affinities.gather(1, own)  # (N, C), zero at the true class
     values = (margin + lead).relu().scatter(1, own, 0.0).sum(1)

@@ -85,12 +85,11 @@ class _BalancedMSE(SoundModule, ABC):
         self, noise_sigma: float | None, start: float, learn: bool, label_shape: tuple[int, ...] | None
     ) -> None:
         super().__init__()
-        where = type(self).__name__
         if noise_sigma is not None:
             start = noise_sigma
         # Its square, and what is divided by it, must fit into float32.
-        start = number(where, "noise_sigma", start, low=1e-18, high=1e18)
-        instance(where, bool, learn=learn)
+        start = number("noise_sigma", start, low=1e-18, high=1e18)
+        instance(bool, learn=learn)
         self.initial_sigma = None if noise_sigma is None else start
         self.learn = learn
         self._label_shape = label_shape
@@ -134,29 +133,28 @@ class _BalancedMSE(SoundModule, ABC):
 
     def _checked(self, pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
         """Predictions and labels, those of weight zero as zeros, both (N, D) in at least float32."""
-        where = type(self).__name__
-        one_of(where, "reduction", reduction, ("none", "mean", "sum"))
+        one_of("reduction", reduction, ("none", "mean", "sum"))
         weights = {} if weight is None else {"weight": weight}
-        is_tensor(where, pred=pred, target=target, **weights)
-        floats(where, pred=pred)
-        real(where, target=target, **weights)
-        same_shape(where, pred=pred, target=target)
+        is_tensor(pred=pred, target=target, **weights)
+        floats(pred=pred)
+        real(target=target, **weights)
+        same_shape(pred=pred, target=target)
         if self._label_shape is None:
             fits, rule = pred.ndim in (1, 2), "(N,) or (N, D)"
         else:
             fits = pred.ndim > 0 and pred.shape[1:] == self._label_shape
             rule = str(("N", *self._label_shape)).replace("'", "")
         if not fits:
-            raise problem(where, f"pred must be {rule}", got=f"shape {tuple(pred.shape)}", error=ShapeError)
+            raise problem(f"pred must be {rule}", got=f"shape {tuple(pred.shape)}", error=ShapeError)
         if weight is not None:
-            one_a_sample(where, "weight", weight, len(pred), {})
-        same_device(where, pred=pred, target=target, **weights)
-        not_empty(where, pred=pred)
+            one_a_sample("weight", weight, len(pred), {})
+        same_device(pred=pred, target=target, **weights)
+        not_empty(pred=pred)
         if target.requires_grad and not pred.requires_grad:
             got = "a target that requires a gradient, and a pred that does not"
-            raise problem(where, "target must hold labels, which have no gradient", got=got, fix="Pass pred first.")
-        finite_targets(where, weight, target=target)
-        not_negative(where, **weights)
+            raise problem("target must hold labels, which have no gradient", got=got, fix="Pass pred first.")
+        finite_targets(weight, target=target)
+        not_negative(**weights)
         wide = wide_dtype(pred, target)
         pred, target = pred.to(wide), target.detach().to(wide)
         if pred.ndim == 1:
@@ -227,7 +225,7 @@ class BatchMCLoss(_BalancedMSE):
 
     def __init__(self, noise_sigma: float | None = None, *, learn: bool = True, gather: bool = False) -> None:
         super().__init__(noise_sigma, 1.0, learn, None)
-        instance("BatchMCLoss", bool, gather=gather)
+        instance(bool, gather=gather)
         self.gather = gather
         self._unit_known, self._warned = noise_sigma is not None, False
         if not self._unit_known:
@@ -270,7 +268,6 @@ class BatchMCLoss(_BalancedMSE):
         if len(drawn) < 2 and not self._warned:
             self._warned = True
             warn(
-                "BatchMCLoss",
                 "a batch of one label has nothing to be compared with, and adds nothing. Drop a last batch of one "
                 "(drop_last=True), or use GaussianMixtureLoss or BinnedIntegrationLoss.",
             )
@@ -326,32 +323,29 @@ class GaussianMixtureLoss(_BalancedMSE):
     def __init__(
         self, weights: Any, means: Any, variances: Any, *, noise_sigma: float | None = None, learn: bool = True
     ) -> None:
-        where = "GaussianMixtureLoss"
         given = {"weights": weights, "means": means, "variances": variances}
-        parts = {name: labels_array(where, value, name).astype(np.float64) for name, value in given.items()}
+        parts = {name: labels_array(value, name).astype(np.float64) for name, value in given.items()}
         shapes = {name: part.shape for name, part in parts.items()}
         if len(shapes["weights"]) != 1:
-            raise problem(where, "weights must be (K,)", got=f"shape {shapes['weights']}", error=ShapeError)
-        not_empty(where, weights=parts["weights"])
+            raise problem("weights must be (K,)", got=f"shape {shapes['weights']}", error=ShapeError)
+        not_empty(weights=parts["weights"])
         for name in ("means", "variances"):
             if len(shapes[name]) not in (1, 2) or shapes[name][:1] != shapes["weights"]:
                 rule = f"{name} must be (K,) or (K, D), with one row for each of {shapes['weights'][0]} weights"
-                raise problem(where, rule, got=f"shape {shapes[name]}", error=ShapeError)
+                raise problem(rule, got=f"shape {shapes[name]}", error=ShapeError)
         if shapes["means"] != shapes["variances"]:
             got = f"{shapes['means']} and {shapes['variances']}"
-            raise problem(where, "means and variances must have the same shape", got=got, error=ShapeError)
-        not_empty(where, means=parts["means"])
+            raise problem("means and variances must have the same shape", got=got, error=ShapeError)
+        not_empty(means=parts["means"])
         with np.errstate(over="ignore"):
-            finite(
-                where, **{name: torch.from_numpy(part).to(torch.get_default_dtype()) for name, part in parts.items()}
-            )
+            finite(**{name: torch.from_numpy(part).to(torch.get_default_dtype()) for name, part in parts.items()})
         for name in ("weights", "variances"):
-            not_negative(where, **{name: torch.from_numpy(parts[name])})
-        _sums_to_one(where, "weights", parts["weights"])
+            not_negative(**{name: torch.from_numpy(parts[name])})
+        _sums_to_one("weights", parts["weights"])
         spread = float(np.sqrt(_total_variance(*parts.values())[1].mean()))
         if spread == 0 and noise_sigma is None:
             rule = "noise_sigma must be given where the mixture has no spread of which it could be a tenth"
-            raise problem(where, rule, got="None", fix="Pass how far off predictions are, in label units.")
+            raise problem(rule, got="None", fix="Pass how far off predictions are, in label units.")
         super().__init__(noise_sigma, _NOISE * spread, learn, shapes["means"][1:])
         with torch.inference_mode(False):
             for name, part in parts.items():
@@ -389,23 +383,22 @@ class GaussianMixtureLoss(_BalancedMSE):
         >>> sorted(round(mean, 3) for mean in loss.means.tolist())
         [0.5, 20.5]
         """
-        where = "GaussianMixtureLoss.fit"
-        components = length(where, "components", components)
-        seed = whole(where, "seed", seed, low=0)
-        least = number(where, "least_variance", least_variance, low=0, high=1e36, open_low=True)
-        array = labels_array(where, labels).astype(np.float64)
+        components = length("components", components)
+        seed = whole("seed", seed, low=0)
+        least = number("least_variance", least_variance, low=0, high=1e36, open_low=True)
+        array = labels_array(labels).astype(np.float64)
         if array.ndim not in (1, 2):
-            raise problem(where, "labels must be (N,) or (N, D)", got=f"shape {array.shape}", error=ShapeError)
-        not_empty(where, labels=array)
-        finite(where, labels=array)
+            raise problem("labels must be (N,) or (N, D)", got=f"shape {array.shape}", error=ShapeError)
+        not_empty(labels=array)
+        finite(labels=array)
         rows, counts = np.unique(array.reshape(len(array), -1), axis=0, return_counts=True)
         if (rows.min(0) == rows.max(0)).any():
             at = int((rows.min(0) == rows.max(0)).argmax())
             got = f"only {rows[0, at]:g}" + (f" in column {at}" if array.ndim == 2 else "")
-            raise problem(where, "labels must hold at least two different values", got=got)
+            raise problem("labels must hold at least two different values", got=got)
         if components > len(rows):
             rule = f"components must be at most the number of different labels, {len(rows)}"
-            raise problem(where, rule, got=str(components))
+            raise problem(rule, got=str(components))
         center, spread = np.average(rows, 0, counts), rows.max(0) - rows.min(0)
         spread = spread * np.sqrt(np.average(((rows - center) / spread) ** 2, 0, counts))
         weights, means, variances = _mixture((rows - center) / spread, counts / len(array), components, least, seed)
@@ -485,17 +478,15 @@ class BinnedIntegrationLoss(_BalancedMSE):
         learn: bool = True,
         outside: Outside = "clip",
     ) -> None:
-        where = "BinnedIntegrationLoss"
-        instance(where, Bins, bins=bins)
+        instance(Bins, bins=bins)
         if bins.categorical:
             raise problem(
-                where,
                 "bins must cut a continuous label axis",
                 got=repr(bins),
                 fix="For classes use logit_adjusted_cross_entropy.",
             )
-        one_of(where, "outside", outside, ("raise", "clip", "drop"))
-        prior = _shares(where, bins, density)
+        one_of("outside", outside, ("raise", "clip", "drop"))
+        prior = _shares(bins, density)
         spread = float(np.sqrt(_total_variance(prior, bins.centers, np.diff(bins.edges) ** 2 / 12)[1]))
         super().__init__(noise_sigma, _NOISE * spread, learn, ())
         self.bins, self.outside = bins, outside
@@ -512,7 +503,7 @@ class BinnedIntegrationLoss(_BalancedMSE):
     ) -> Tensor:
         if self.outside != "clip":
             self._checked(pred, target, weight, reduction)
-            weight = weight_on_axis("BinnedIntegrationLoss", "target", target, self.bins, weight, self.outside)
+            weight = weight_on_axis("target", target, self.bins, weight, self.outside)
         return super().forward(pred, target, weight, reduction=reduction)
 
     def _log_ratio(self, error: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor) -> Tensor:
@@ -568,34 +559,33 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
     return summed(everyone)[0]
 
 
-def _shares(where: str, bins: Bins, density: Any) -> np.ndarray:
+def _shares(bins: Bins, density: Any) -> np.ndarray:
     if isinstance(density, LabelDensity):
         if density.bins != bins:
-            raise problem(where, "density must be over the loss's own bins", got=f"{density.bins} for {bins}")
+            raise problem("density must be over the loss's own bins", got=f"{density.bins} for {bins}")
         if not density.counts.any():
-            raise problem(where, "density must hold at least one label", got="none", fix="Count the training labels.")
+            raise problem("density must hold at least one label", got="none", fix="Count the training labels.")
         return density.prior()
     if density is None or isinstance(density, str):
         raise problem(
-            where,
             "density must be a LabelDensity, or one share of labels a bin",
             got=type(density).__name__,
             fix="Use LabelDensity.count(train_labels, bins).",
             error=TypeError,
         )
-    prior = labels_array(where, density, "density").astype(np.float64)
+    prior = labels_array(density, "density").astype(np.float64)
     if prior.shape != (len(bins),):
         rule = f"density must be ({len(bins)},), one share of labels a bin"
-        raise problem(where, rule, got=f"shape {prior.shape}", error=ShapeError)
-    finite(where, density=prior)
-    not_negative(where, density=torch.from_numpy(prior))
-    _sums_to_one(where, "density", prior)
+        raise problem(rule, got=f"shape {prior.shape}", error=ShapeError)
+    finite(density=prior)
+    not_negative(density=torch.from_numpy(prior))
+    _sums_to_one("density", prior)
     return prior
 
 
-def _sums_to_one(where: str, name: str, shares: np.ndarray) -> None:
+def _sums_to_one(name: str, shares: np.ndarray) -> None:
     if abs((total := shares.sum()) - 1) > 1e-4:
-        raise problem(where, f"{name} must sum to one", got=f"a sum of {total:g}", fix="Divide by the sum.")
+        raise problem(f"{name} must sum to one", got=f"a sum of {total:g}", fix="Divide by the sum.")
 
 
 def _mixture(

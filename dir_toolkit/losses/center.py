@@ -44,7 +44,7 @@ def center_loss(
     >>> center_loss(torch.zeros(1, 2), torch.tensor([1]), centers).item()
     12.5
     """
-    features, centers = _checked("center_loss", features, target, centers, weight, reduction)
+    features, centers = _checked(features, target, centers, weight, reduction)
     return reduce(_half_squares(features, centers.index_select(0, target)), weight, reduction)
 
 
@@ -86,15 +86,15 @@ class CenterLoss(SoundModule):
 
     def __init__(self, num_classes: int, num_features: int, *, strength: float = 1.0) -> None:
         super().__init__()
-        self.num_classes = length("CenterLoss", "num_classes", num_classes)
-        self.num_features = length("CenterLoss", "num_features", num_features)
-        self.strength = number("CenterLoss", "strength", strength, low=0, open_low=True, float32=True)
+        self.num_classes = length("num_classes", num_classes)
+        self.num_features = length("num_features", num_features)
+        self.strength = number("strength", strength, low=0, open_low=True, float32=True)
         self.centers = nn.Parameter(torch.zeros(self.num_classes, self.num_features))
 
     def forward(
         self, features: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
-        features, centers = _checked("CenterLoss", features, target, self.centers, weight, reduction)
+        features, centers = _checked(features, target, self.centers, weight, reduction)
         ones = torch.ones_like(target, dtype=features.dtype)
         count = torch.zeros_like(centers[:, 0]).index_add(0, target, ones)
         samples = len(target) if reduction == "mean" else 1
@@ -114,17 +114,17 @@ class CenterLoss(SoundModule):
 
 
 def _checked(
-    where: str, features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, reduction: str
+    features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    is_tensor(where, centers=centers)
+    is_tensor(centers=centers)
     if centers.ndim != 2:
-        raise problem(where, "centers must be (C, D)", got=f"shape {tuple(centers.shape)}", error=ShapeError)
-    floats(where, centers=centers)
-    wide = checked_rows(where, "features", features, target, weight, reduction, num_classes=len(centers))
+        raise problem("centers must be (C, D)", got=f"shape {tuple(centers.shape)}", error=ShapeError)
+    floats(centers=centers)
+    wide = checked_rows("features", features, target, weight, reduction, num_classes=len(centers))
     if features.shape[1] != centers.shape[1]:
         rule = f"features must be (N, {centers.shape[1]}), as the centers are"
-        raise problem(where, rule, got=f"shape {tuple(features.shape)}", error=ShapeError)
-    same_device(where, features=features, centers=centers)
+        raise problem(rule, got=f"shape {tuple(features.shape)}", error=ShapeError)
+    same_device(features=features, centers=centers)
     dtype = wide_dtype(features, centers)
     return wide.to(dtype), centers.to(dtype)
 

@@ -82,13 +82,12 @@ def conr_loss(
     >>> values.exp()  # 1 positive, 1 negative; the third has no positive
     tensor([2., 2., 1.])
     """
-    where = "conr_loss"
-    omega, eta = _checked_scales(where, omega, eta)
-    temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
+    omega, eta = _checked_scales(omega, eta)
+    temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
     columns = {"labels": labels, "pred": pred}
     if push_weight is not None:
         columns["push_weight"] = push_weight
-    features = checked_samples(where, features, columns, weight, reduction)
+    features = checked_samples(features, columns, weight, reduction)
     dtype = wide_dtype(features, labels, pred)
     pairs = pairs_of(features, weight)
     distance = _distances(present(labels.to(dtype), weight))
@@ -148,20 +147,19 @@ class ConRLoss(SoundModule):
         weights: LDS | None = None,
     ) -> None:
         super().__init__()
-        where = "ConRLoss"
         if not callable(base):
-            raise problem(where, "base must be a loss to call", got=type(base).__name__, error=TypeError)
+            raise problem("base must be a loss to call", got=type(base).__name__, error=TypeError)
         if weights is not None:
-            instance(where, LDS, weights=weights)
+            instance(LDS, weights=weights)
         self.base, self.weights = base, weights
-        self.coefficient = number(where, "coefficient", coefficient, low=0, float32=True)
-        self.omega, self.eta = _checked_scales(where, omega, eta)
-        self.temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
+        self.coefficient = number("coefficient", coefficient, low=0, float32=True)
+        self.omega, self.eta = _checked_scales(omega, eta)
+        self.temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
 
     def forward(
         self, output: Any, labels: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
-        prediction, features = (field("ConRLoss", output, name) for name in ("prediction", "features"))
+        prediction, features = (field(output, name) for name in ("prediction", "features"))
         contrast = conr_loss(
             features,
             labels,
@@ -191,10 +189,10 @@ class ConRLoss(SoundModule):
         return shown({name: value for name, value in self.settings.items() if not isinstance(value, nn.Module)})
 
 
-def _checked_scales(where: str, omega: float | None, eta: float | None) -> tuple[float | None, float | None]:
+def _checked_scales(omega: float | None, eta: float | None) -> tuple[float | None, float | None]:
     if omega is not None:
-        omega = number(where, "omega", omega, low=0, open_low=True, float32=True)
-    return omega, None if eta is None else number(where, "eta", eta, low=0, float32=True)
+        omega = number("omega", omega, low=0, open_low=True, float32=True)
+    return omega, None if eta is None else number("eta", eta, low=0, float32=True)
 
 
 def _distances(values: Tensor) -> Tensor:

@@ -66,9 +66,8 @@ def cross_entropy(
     >>> round(cross_entropy(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), torch.tensor([0, 1])).item(), 4)  # log 2
     0.6931
     """
-    where = "cross_entropy"
-    logits = checked_rows(where, "logits", logits, target, weight, reduction)
-    return reduce(of_classes(logits, target, _smoothing(where, label_smoothing)), weight, reduction)
+    logits = checked_rows("logits", logits, target, weight, reduction)
+    return reduce(of_classes(logits, target, _smoothing(label_smoothing)), weight, reduction)
 
 
 def logit_adjusted_cross_entropy(
@@ -102,11 +101,10 @@ def logit_adjusted_cross_entropy(
     >>> round(logit_adjusted_cross_entropy(logits, torch.tensor([1]), prior).item(), 4)  # log 4
     1.3863
     """
-    where = "logit_adjusted_cross_entropy"
-    logits = checked_rows(where, "logits", logits, target, weight, reduction)
-    prior = checked_prior(where, prior, logits)
-    tau = checked_tau(where, tau)
-    smoothing = _smoothing(where, label_smoothing)
+    logits = checked_rows("logits", logits, target, weight, reduction)
+    prior = checked_prior(prior, logits)
+    tau = checked_tau(tau)
+    smoothing = _smoothing(label_smoothing)
     adjusted = logits + (tau * prior.log()).to(logits.dtype)
     return reduce(of_classes(adjusted, target, smoothing), weight, reduction)
 
@@ -141,14 +139,13 @@ def pairwise_cross_entropy(
     >>> round(pairwise_cross_entropy(logits, target, margins).item(), 4)
     0.6931
     """
-    where = "pairwise_cross_entropy"
-    logits = checked_rows(where, "logits", logits, target, weight, reduction)
-    margins = _checked_margins(where, margins, logits)
+    logits = checked_rows("logits", logits, target, weight, reduction)
+    margins = _checked_margins(margins, logits)
     own = target[:, None]
     rows = margins.to(logits.dtype).index_select(0, target).scatter(1, own, 0.0)
     values = of_classes(logits + rows, target)
     if alpha is not None:
-        alpha = per_class(where, "alpha", alpha, logits)
+        alpha = per_class("alpha", alpha, logits)
         values = values * alpha.to(values.dtype).index_select(0, target)
     return reduce(values, weight, reduction)
 
@@ -169,9 +166,8 @@ def balanced_cross_entropy(
     >>> round(loss.item(), 4)  # log 2 / (2 * 0.25)
     1.3863
     """
-    where = "balanced_cross_entropy"
-    logits = checked_rows(where, "logits", logits, target, weight, reduction)
-    prior = checked_prior(where, prior, logits)
+    logits = checked_rows("logits", logits, target, weight, reduction)
+    prior = checked_prior(prior, logits)
     alpha = (1 / (logits.shape[1] * prior)).to(logits.dtype)
     return reduce(of_classes(logits, target) * alpha.index_select(0, target), weight, reduction)
 
@@ -193,7 +189,8 @@ def ldam_loss(
 
     The logits are cosines in [-1, 1], as ``CosineHead(scale=1)`` gives them; this loss scales them. Deferred
     reweighting is a ``weight`` handed over from a late epoch on: that of ``LDS(bins, kernel=None,
-    scheme="effective_number", beta=0.9999)``, by ``fit(..., weights_from=...)`` of :mod:`dir_toolkit.training.loop`.
+    scheme="effective_number", beta=0.9999)``, by ``fit(..., weights_from=...)`` of
+    :mod:`dir_toolkit.experiment.training.loop`.
     Other arguments, shapes, units and errors are those of :func:`cross_entropy`.
 
     Args:
@@ -209,14 +206,13 @@ def ldam_loss(
     >>> round(loss.item(), 4)  # the margin of 0.5 takes the lead away: log 2
     0.6931
     """
-    where = "ldam_loss"
-    logits = checked_rows(where, "logits", logits, target, weight, reduction)
-    counts = per_class(where, "counts", counts, logits, positive="Raise the counts of unseen classes to one.")
-    max_margin = number(where, "max_margin", max_margin, low=0)
-    scale = number(where, "scale", scale, low=0, open_low=True, float32=True)
+    logits = checked_rows("logits", logits, target, weight, reduction)
+    counts = per_class("counts", counts, logits, positive="Raise the counts of unseen classes to one.")
+    max_margin = number("max_margin", max_margin, low=0)
+    scale = number("scale", scale, low=0, open_low=True, float32=True)
     if readable(logits) and (largest := logits.detach().abs().amax().item()) > 1 + _SLACK:
         fix = "Use CosineHead(num_features, num_classes, scale=1)."
-        raise problem(where, "logits must be cosines, in [-1, 1]", got=f"one of size {largest:g}", fix=fix)
+        raise problem("logits must be cosines, in [-1, 1]", got=f"one of size {largest:g}", fix=fix)
     margin = (max_margin * (counts.min() / counts).pow(0.25)).to(logits.dtype)
     own = target[:, None]
     led = logits.scatter_add(1, own, -margin.index_select(0, target)[:, None])
@@ -255,14 +251,13 @@ def equalization_loss(
     >>> round(loss.item(), 4)  # the third class is left out: log 2
     0.6931
     """
-    where = "equalization_loss"
-    logits = checked_rows(where, "logits", logits, target, weight, reduction)
-    prior = checked_prior(where, prior, logits)
-    threshold = number(where, "threshold", threshold, low=0, high=1)
-    drop = number(where, "drop", drop, low=0, high=1)
+    logits = checked_rows("logits", logits, target, weight, reduction)
+    prior = checked_prior(prior, logits)
+    threshold = number("threshold", threshold, low=0, high=1)
+    drop = number("drop", drop, low=0, high=1)
     dropped = (prior < threshold).expand_as(logits)
     if 0 < drop < 1:
-        dropped = dropped & (_uniform(where, logits, generator) < drop)
+        dropped = dropped & (_uniform(logits, generator) < drop)
     elif drop == 0:
         dropped = torch.zeros_like(dropped)
     dropped = dropped.scatter(1, target[:, None], False)
@@ -280,39 +275,37 @@ def of_classes(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> 
     return values
 
 
-def _smoothing(where: str, label_smoothing: float) -> float:
-    return number(where, "label_smoothing", label_smoothing, low=0, high=1)
+def _smoothing(label_smoothing: float) -> float:
+    return number("label_smoothing", label_smoothing, low=0, high=1)
 
 
-def _checked_margins(where: str, margins: Tensor, logits: Tensor) -> Tensor:
+def _checked_margins(margins: Tensor, logits: Tensor) -> Tensor:
     classes = logits.shape[1]
-    is_tensor(where, margins=margins)
-    real(where, margins=margins)
-    same_device(where, logits=logits, margins=margins)
+    is_tensor(margins=margins)
+    real(margins=margins)
+    same_device(logits=logits, margins=margins)
     if margins.shape != (classes, classes):
         rule = f"margins must be ({classes}, {classes}), true class by other class"
-        raise problem(where, rule, got=f"shape {tuple(margins.shape)}", error=ShapeError)
+        raise problem(rule, got=f"shape {tuple(margins.shape)}", error=ShapeError)
     if readable(margins):
         bad = (margins.isnan() | (margins == torch.inf)).fill_diagonal_(False)
         if bool(bad.any()):
             row, column = divmod(int(bad.flatten().to(torch.uint8).argmax()), classes)
             got = f"{margins[row, column].item():g} at index [{row}, {column}] ({int(bad.sum())} such values)"
-            raise problem(where, "margins must be finite or -inf", got=got)
+            raise problem("margins must be finite or -inf", got=got)
     return margins
 
 
-def _uniform(where: str, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+def _uniform(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         raise problem(
-            where,
             "generator must be given where drop lies between 0 and 1",
             got="None",
             fix="Use torch.Generator(logits.device).manual_seed(seed), one for all steps.",
         )
-    instance(where, torch.Generator, generator=generator)
+    instance(torch.Generator, generator=generator)
     if generator.device.type != logits.device.type:
         raise problem(
-            where,
             "generator must be on the logits' kind of device",
             got=f"{generator.device.type} for {logits.device.type}",
             fix="Use torch.Generator(logits.device).",

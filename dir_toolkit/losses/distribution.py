@@ -73,11 +73,10 @@ def soft_cross_entropy(
     >>> round(loss.item(), 4)  # log 4
     1.3863
     """
-    where = "soft_cross_entropy"
-    rows, target, weight = _checked(where, logits, weight, reduction, target=target)
-    tau = checked_tau(where, tau)
+    rows, target, weight = _checked(logits, weight, reduction, target=target)
+    tau = checked_tau(tau)
     if prior is not None:
-        rows = rows + (tau * checked_prior(where, prior, rows).log()).to(rows.dtype)
+        rows = rows + (tau * checked_prior(prior, rows).log()).to(rows.dtype)
     if target.ndim == 1:
         values = of_classes(rows, target)
     else:
@@ -123,11 +122,10 @@ def crps(
     >>> round(crps(torch.zeros(1, 2), torch.tensor([1.0]), bins).item(), 4)  # uniform on [0, 2], label in the middle
     0.1667
     """
-    where = "crps"
-    _ordered(where, bins, "Use soft_cross_entropy.")
-    one_of(where, "outside", outside, ("raise", "clip", "drop"))
-    rows, y, _ = _checked(where, logits, weight, reduction, bins, labels=labels)
-    weight = weight_on_axis(where, "labels", labels, bins, weight, outside)
+    _ordered(bins, "Use soft_cross_entropy.")
+    one_of("outside", outside, ("raise", "clip", "drop"))
+    rows, y, _ = _checked(logits, weight, reduction, bins, labels=labels)
+    weight = weight_on_axis("labels", labels, bins, weight, outside)
     weight = None if weight is None else weight.reshape(-1)
     rows, y = present(rows, weight), present(y, weight).unsqueeze(1)  # (M, 1)
     knots = limits(bins, rows)
@@ -176,14 +174,13 @@ def squared_emd(
     >>> round(squared_emd(torch.zeros(1, 3), target).item(), 4)  # (1/3)^2 + (2/3)^2
     0.5556
     """
-    where = "squared_emd"
     if bins is not None:
-        _ordered(where, bins, "Use bins=None if the classes have an order, which then counts one for each step.")
-    is_tensor(where, target=target)
+        _ordered(bins, "Use bins=None if the classes have an order, which then counts one for each step.")
+    is_tensor(target=target)
     if not target.is_floating_point():
         fix = "Use soft_labels(labels, bins, sigma)."
-        raise problem(where, "target must be floats", got=f"dtype {target.dtype}", fix=fix, error=TypeError)
-    rows, target, weight = _checked(where, logits, weight, reduction, bins, target=target)
+        raise problem("target must be floats", got=f"dtype {target.dtype}", fix=fix, error=TypeError)
+    rows, target, weight = _checked(logits, weight, reduction, bins, target=target)
     squares = (rows.softmax(1) - target).cumsum(1)[:, :-1].square()  # the last is zero but for rounding
     if bins is not None:
         knots = limits(bins, rows)
@@ -196,45 +193,45 @@ def _mean_square(first: Tensor, last: Tensor) -> Tensor:
     return (first.square() + first * last + last.square()) / 3
 
 
-def _ordered(where: str, bins: Bins, fix: str) -> None:
-    instance(where, Bins, bins=bins)
+def _ordered(bins: Bins, fix: str) -> None:
+    instance(Bins, bins=bins)
     if bins.categorical:
         rule = "bins must not be classes, which have no distances"
-        raise problem(where, rule, got=repr(bins), fix=fix)
+        raise problem(rule, got=repr(bins), fix=fix)
 
 
 def _checked(
-    where: str, logits: Tensor, weight: Tensor | None, reduction: str, bins: Bins | None = None, **beside: Tensor
+    logits: Tensor, weight: Tensor | None, reduction: str, bins: Bins | None = None, **beside: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits (M, B), the target (M, B) or labels (M,) of ``beside``, both in at least float32, and weights (M,).
 
     What has weight zero is zero.
     """
-    one_of(where, "reduction", reduction, ("none", "mean", "sum"))
+    one_of("reduction", reduction, ("none", "mean", "sum"))
     weights = {} if weight is None else {"weight": weight}
-    is_tensor(where, logits=logits, **beside, **weights)
-    floats(where, logits=logits)
+    is_tensor(logits=logits, **beside, **weights)
+    floats(logits=logits)
     if logits.ndim == 0 or (bins is not None and logits.shape[-1] != len(bins)):
         rule = f"logits must have {'one value a bin' if bins is None else f'{len(bins)} values'} in the last axis"
-        raise problem(where, rule, got=f"shape {tuple(logits.shape)}", error=ShapeError)
-    real(where, **beside, **weights)
+        raise problem(rule, got=f"shape {tuple(logits.shape)}", error=ShapeError)
+    real(**beside, **weights)
     for name, value in (*beside.items(), *weights.items()):
         shape = logits.shape if name == "target" and value.is_floating_point() else logits.shape[:-1]
         if value.shape != shape:
             rule = f"{name} must be {tuple(shape)} for logits of shape {tuple(logits.shape)}"
             fix = f"Use {name}.squeeze({len(shape)})." if value.shape == (*shape, 1) else ""
-            raise problem(where, rule, got=f"shape {tuple(value.shape)}", fix=fix, error=ShapeError)
-    same_device(where, logits=logits, **beside, **weights)
-    not_empty(where, logits=logits)
-    finite(where, **weights)
-    not_negative(where, **weights)
+            raise problem(rule, got=f"shape {tuple(value.shape)}", fix=fix, error=ShapeError)
+    same_device(logits=logits, **beside, **weights)
+    not_empty(logits=logits)
+    finite(**weights)
+    not_negative(**weights)
     [(name, other)] = beside.items()
     weight = None if weight is None else weight.reshape(-1)
     if not other.is_floating_point() and name == "target":
         rows = logits.reshape(-1, logits.shape[-1])
-        return checked_rows(where, "logits", rows, other.reshape(-1), weight, reduction), other.reshape(-1), weight
+        return checked_rows("logits", rows, other.reshape(-1), weight, reduction), other.reshape(-1), weight
     if name == "target":
-        distributions(where, zeros=True, target=other)
+        distributions(zeros=True, target=other)
     dtype = wide_dtype(logits, other)
     rows = logits.to(dtype).reshape(-1, logits.shape[-1])
     other = other.to(dtype).reshape(-1, *other.shape[logits.ndim - 1 :])

@@ -42,13 +42,13 @@ def focal_loss(
     >>> round(focal_loss(torch.zeros(1, 2), torch.tensor([0])).item(), 4)  # log 2 / 4
     0.1733
     """
-    logits = checked_rows("focal_loss", "logits", logits, target, weight, reduction)
-    gamma = number("focal_loss", "gamma", gamma, low=0)
+    logits = checked_rows("logits", logits, target, weight, reduction)
+    gamma = number("gamma", gamma, low=0)
     log_p = logits.log_softmax(1).gather(1, target[:, None]).squeeze(1)
     # Below gamma 1 the slope of the power at zero is infinite, and infinity times a loss of zero is NaN.
     miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
     values = -miss.pow(gamma) * log_p
     if alpha is not None:
-        factor = per_class("focal_loss", "alpha", alpha, logits)
+        factor = per_class("alpha", alpha, logits)
         values = values * factor.to(values.dtype).index_select(0, target)
     return reduce(values, weight, reduction)

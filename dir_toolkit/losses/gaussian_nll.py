@@ -71,22 +71,21 @@ def gaussian_nll(
     >>> round(gaussian_nll(torch.tensor([[3.0, 0.0]]), torch.tensor([3.0])).item(), 4)  # log(2 pi) / 2
     0.9189
     """
-    where = "gaussian_nll"
-    one_of(where, "reduction", reduction, ("none", "mean", "sum"))
-    beta = number(where, "beta", beta, low=0, high=1)
+    one_of("reduction", reduction, ("none", "mean", "sum"))
+    beta = number("beta", beta, low=0, high=1)
     weights = {} if weight is None else {"weight": weight}
-    is_tensor(where, pred=pred, target=target, **weights)
-    real(where, target=target, **weights)
-    _two_numbers(where, pred, tuple(target.shape))
-    same_shape(where, target=target, **weights)
-    same_device(where, pred=pred, target=target, **weights)
-    not_empty(where, target=target)
-    finite_targets(where, weight, target=target)
-    not_negative(where, **weights)
+    is_tensor(pred=pred, target=target, **weights)
+    real(target=target, **weights)
+    _two_numbers(pred, tuple(target.shape))
+    same_shape(target=target, **weights)
+    same_device(pred=pred, target=target, **weights)
+    not_empty(target=target)
+    finite_targets(weight, target=target)
+    not_negative(**weights)
     wide = wide_dtype(pred, target)
     mean, raw = pred.to(wide).unbind(-1)
     error = present(mean - target.to(wide), weight)
-    log_variance = _log_variance(where, present(raw, weight), min_variance)
+    log_variance = _log_variance(present(raw, weight), min_variance)
     values = (error.square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi)) / 2
     if beta:
         values = values * (beta * log_variance.detach()).exp()
@@ -115,27 +114,26 @@ def gaussian_interval(
     >>> round(lower.item(), 2), round(upper.item(), 2)
     (28.04, 31.96)
     """
-    where = "gaussian_interval"
-    level = number(where, "level", level, low=0, high=1, open_low=True, open_high=True)
-    is_tensor(where, pred=pred)
-    _two_numbers(where, pred, None)
+    level = number("level", level, low=0, high=1, open_low=True, open_high=True)
+    is_tensor(pred=pred)
+    _two_numbers(pred, None)
     mean, raw = pred.to(wide_dtype(pred)).unbind(-1)
     # From the lower tail, since 1 + level would round to 2 next to one.
     z = -torch.special.ndtri(torch.full_like(mean, (1 - level) / 2))
-    half = z * (_log_variance(where, raw, min_variance) / 2).exp()
+    half = z * (_log_variance(raw, min_variance) / 2).exp()
     return mean - half, mean + half
 
 
-def _two_numbers(where: str, pred: Tensor, label_shape: tuple[int, ...] | None) -> None:
-    floats(where, pred=pred)
+def _two_numbers(pred: Tensor, label_shape: tuple[int, ...] | None) -> None:
+    floats(pred=pred)
     shape = tuple(pred.shape)
     if shape[-1:] != (2,) or label_shape not in (None, shape[:-1]):
         shown = "(..., 2)" if label_shape is None else str((*label_shape, 2))
         rule = f"pred must be {shown}, a mean and a log-variance for each label"
-        raise problem(where, rule, got=f"shape {shape}", error=ShapeError)
+        raise problem(rule, got=f"shape {shape}", error=ShapeError)
 
 
-def _log_variance(where: str, raw: Tensor, min_variance: float) -> Tensor:
+def _log_variance(raw: Tensor, min_variance: float) -> Tensor:
     """log(exp(raw) + min_variance), which neither overflows nor loses the smaller of the two."""
-    least = number(where, "min_variance", min_variance, low=0, open_low=True, float32=True)
+    least = number("min_variance", min_variance, low=0, open_low=True, float32=True)
     return torch.logaddexp(raw, torch.full_like(raw, math.log(least)))

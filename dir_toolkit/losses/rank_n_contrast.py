@@ -56,12 +56,11 @@ def rank_n_contrast(
     >>> round(rank_n_contrast(torch.zeros(3, 2), torch.tensor([0, 1, 3])).item(), 4)  # log(2) / 2
     0.3466
     """
-    where = "rank_n_contrast"
-    temperature = number(where, "temperature", temperature, low=0, open_low=True, float32=True)
-    features = checked_samples(where, features, {"labels": labels}, weight, reduction, several=True)
+    temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
+    features = checked_samples(features, {"labels": labels}, weight, reduction, several=True)
     samples = len(features)
     if samples < 2:
-        warn(where, "a batch of one sample has no pair, and adds nothing. Drop a last batch of one (drop_last=True).")
+        warn("a batch of one sample has no pair, and adds nothing. Drop a last batch of one (drop_last=True).")
     wide = labels.to(wide_dtype(labels)).reshape(samples, -1)  # (N, K)
     pairs = pairs_of(features, weight)
     # By differences, not by products, which would round the distances of near neighbors away.
@@ -94,12 +93,12 @@ class RankNContrast(nn.Module):
 
     def __init__(self, *, temperature: float = 2.0) -> None:
         super().__init__()
-        self.temperature = number("RankNContrast", "temperature", temperature, low=0, open_low=True, float32=True)
+        self.temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
 
     def forward(
         self, output: Any, labels: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
-        features = output if isinstance(output, Tensor) else field("RankNContrast", output, "features")
+        features = output if isinstance(output, Tensor) else field(output, "features")
         return rank_n_contrast(features, labels, weight, temperature=self.temperature, reduction=reduction)
 
     @property

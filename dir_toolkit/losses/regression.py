@@ -49,7 +49,7 @@ def weighted_l1(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, r
     >>> weighted_l1(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])).item()
     1.0
     """
-    error = _error("weighted_l1", pred, target, weight, reduction)
+    error = _error(pred, target, weight, reduction)
     return reduce(error.abs(), weight, reduction)
 
 
@@ -63,7 +63,7 @@ def weighted_mse(
     >>> weighted_mse(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])).item()
     2.0
     """
-    error = _error("weighted_mse", pred, target, weight, reduction)
+    error = _error(pred, target, weight, reduction)
     return reduce(error.square(), weight, reduction)
 
 
@@ -83,8 +83,8 @@ def weighted_huber(
     >>> weighted_huber(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]), reduction="none").tolist()
     [0.125, 2.5]
     """
-    error = _error("weighted_huber", pred, target, weight, reduction).abs()
-    delta = number("weighted_huber", "delta", delta, low=0, open_low=True)
+    error = _error(pred, target, weight, reduction).abs()
+    delta = number("delta", delta, low=0, open_low=True)
     return reduce(torch.where(error < delta, error.square() / (2 * delta), error - delta / 2), weight, reduction)
 
 
@@ -110,8 +110,8 @@ def weighted_focal_l1(
     Source:
         Yang et al. 2021, section 4 (arXiv:2102.09554).
     """
-    error = _error("weighted_focal_l1", pred, target, weight, reduction).abs()
-    return reduce(_focus("weighted_focal_l1", error, beta, gamma, variant) * error, weight, reduction)
+    error = _error(pred, target, weight, reduction).abs()
+    return reduce(_focus(error, beta, gamma, variant) * error, weight, reduction)
 
 
 def weighted_focal_mse(
@@ -128,33 +128,33 @@ def weighted_focal_mse(
 
     Arguments, shapes and errors are those of :func:`weighted_focal_l1`; units are those of the label, squared.
     """
-    error = _error("weighted_focal_mse", pred, target, weight, reduction).abs()
-    return reduce(_focus("weighted_focal_mse", error, beta, gamma, variant) * error.square(), weight, reduction)
+    error = _error(pred, target, weight, reduction).abs()
+    return reduce(_focus(error, beta, gamma, variant) * error.square(), weight, reduction)
 
 
-def _error(where: str, pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+def _error(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """pred - target in at least float32, after checking everything that can be checked without a host sync.
 
     Zero where the weight is.
     """
-    one_of(where, "reduction", reduction, ("none", "mean", "sum"))
+    one_of("reduction", reduction, ("none", "mean", "sum"))
     weights = {} if weight is None else {"weight": weight}
-    is_tensor(where, pred=pred, target=target, **weights)
-    floats(where, pred=pred)
-    real(where, target=target, **weights)
-    same_shape(where, pred=pred, target=target, **weights)
-    same_device(where, pred=pred, target=target, **weights)
-    not_empty(where, pred=pred)
-    finite_targets(where, weight, target=target)
-    not_negative(where, **weights)
+    is_tensor(pred=pred, target=target, **weights)
+    floats(pred=pred)
+    real(target=target, **weights)
+    same_shape(pred=pred, target=target, **weights)
+    same_device(pred=pred, target=target, **weights)
+    not_empty(pred=pred)
+    finite_targets(weight, target=target)
+    not_negative(**weights)
     wide = wide_dtype(pred, target)
     return present(pred.to(wide) - target.to(wide), weight)
 
 
-def _focus(where: str, error: Tensor, beta: float, gamma: float, variant: str) -> Tensor:
-    beta = number(where, "beta", beta, low=0, open_low=True)
-    gamma = number(where, "gamma", gamma, low=0)
-    one_of(where, "variant", variant, ("paper", "reference"))
+def _focus(error: Tensor, beta: float, gamma: float, variant: str) -> Tensor:
+    beta = number("beta", beta, low=0, open_low=True)
+    gamma = number("gamma", gamma, low=0)
+    one_of("variant", variant, ("paper", "reference"))
     hardness = torch.sigmoid(beta * error)
     if variant == "reference":
         hardness = torch.tanh(beta * error / 2)  # = 2 sigmoid - 1, without the cancellation near zero

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
-def check_axis(where: str, bins: AnyBins, density: LabelDensity, *, grid: bool = False) -> None:
+def check_axis(bins: AnyBins, density: LabelDensity, *, grid: bool = False) -> None:
     """A label axis, or a grid of several where ``grid`` says so, and what was counted on it in training."""
-    instance(where, (Bins, BinGrid) if grid else Bins, bins=bins)
+    instance((Bins, BinGrid) if grid else Bins, bins=bins)
     if not isinstance(density, LabelDensity) or density.bins != bins:
-        raise problem(where, "density must be a LabelDensity over the same bins", got=repr(density))
+        raise problem("density must be a LabelDensity over the same bins", got=repr(density))
     if density.counts.dtype.kind == "f":
-        raise problem(where, "density must be as counted, not smoothed", got=repr(density))
+        raise problem("density must be as counted, not smoothed", got=repr(density))
 
 
 def membership(regions: np.ndarray) -> np.ndarray:

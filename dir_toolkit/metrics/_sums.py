@@ -47,13 +47,12 @@ class MergingSums(ABC):
 
     def merge(self: _Metric, other: _Metric) -> _Metric:
         """Add what another object of the same settings has seen; returns self."""
-        where, kind = f"{type(self).__name__}.merge", _own_kind(self)
-        instance(where, kind, other=other)
+        instance(_own_kind(self), other=other)
         mine, theirs = self.settings, other.settings
         differ = [name for name in mine if not _equal(mine[name], theirs[name])]
         if differ:
             both = (shown({name: settings[name] for name in differ}) for settings in (mine, theirs))
-            raise problem(where, "both must have the same settings", got=" and ".join(both))
+            raise problem("both must have the same settings", got=" and ".join(both))
         with torch.inference_mode(False):
             for name in self.kept:
                 own: Tensor = getattr(self, name)
@@ -70,12 +69,12 @@ class MergingSums(ABC):
         Raises:
             as ``compute``, on every rank alike. TypeError: ``group`` is no process group.
         """
-        check_group(f"{type(self).__name__}.all_reduce", group)
+        check_group(group)
         with torch.inference_mode(False):
             sums = summed(*(getattr(self, name) for name in self.kept), group=group)
         for name, tensor in zip(self.kept, sums, strict=True):
             setattr(self, name, tensor)
-        self._check_refused("all_reduce")
+        self._check_refused()
         return self
 
     def _begin(self, **shapes: tuple[int, ...]) -> None:
@@ -93,33 +92,31 @@ class MergingSums(ABC):
                 with torch.inference_mode(False):
                     setattr(self, name, kept.to(device, copy=True))
 
-    def _check_refused(self, method: str) -> None:
+    def _check_refused(self) -> None:
         """Raise for what was counted on an accelerator."""
         if "refused" not in self.kept:
             return
         targets, predictions = self.refused.tolist()
-        where, fix = f"{type(self).__name__}.{method}", "Remove or repair these samples, and measure again."
+        fix = "Remove or repair these samples, and measure again."
         if targets:
             rule = "every target must be a label of the axis"
-            raise label_problem(where, rule, got=f"{targets} that are not", fix=fix)
+            raise label_problem(rule, got=f"{targets} that are not", fix=fix)
         if predictions:
             rule = "every prediction must be a bin, or scores that are not NaN"
-            raise problem(where, rule, got=f"{predictions} that are not", fix=fix)
+            raise problem(rule, got=f"{predictions} that are not", fix=fix)
 
 
-def check_tensors(where: str, **tensors: Tensor) -> None:
+def check_tensors(**tensors: Tensor) -> None:
     """Plain tensors whose values sums kept elsewhere can take in, on a device that knows float64."""
     for name, value in tensors.items():
         if not torch.compiler.is_compiling() and is_wrapped(value):
             raise problem(
-                where,
                 "must not be called inside torch.func transforms, out of which sums cannot be carried",
                 fix=f"Return {name} from the function (has_aux=True), and update afterwards.",
                 error=RuntimeError,
             )
         if hasattr(value, "full_tensor"):
             raise problem(
-                where,
                 f"{name} must be a plain tensor",
                 got=f"a {type(value).__name__}",
                 fix=f"Use {name}.full_tensor(), or {name}.to_local() on each rank and all_reduce() in the end.",
@@ -127,29 +124,28 @@ def check_tensors(where: str, **tensors: Tensor) -> None:
             )
         if value.device.type == "mps":
             raise problem(
-                where,
                 f"{name} must be on a device that knows float64, in which sums are kept",
                 got="mps",
                 fix=f"Use {name}.cpu().",
             )
 
 
-def check_memory(where: str, what: str, needed: int, fix: str) -> None:
+def check_memory(what: str, needed: int, fix: str) -> None:
     """Before so many bytes are taken, where they are many."""
     free = free_memory() if needed > 2**28 else None
     if free is not None and needed > free:
         rule = f"{what} takes {needed / 2**30:.1f} GiB, which must be free"
-        raise problem(where, rule, got=f"{free / 2**30:.1f} GiB", fix=fix)
+        raise problem(rule, got=f"{free / 2**30:.1f} GiB", fix=fix)
 
 
-def placed(where: str, bins: AnyBins, target: Tensor, outside: Outside) -> tuple[Tensor, Tensor | None]:
+def placed(bins: AnyBins, target: Tensor, outside: Outside) -> tuple[Tensor, Tensor | None]:
     """The bin of each target, -1 where it has none; and how many are refused, () int64, where values are not looked at
     and so nothing is raised."""
     if readable(target):
-        return bins._place(where, target, outside, "target"), None
-    index = bins._place(where, target, "drop" if outside == "raise" else outside, "target")
+        return bins._place(target, outside, "target"), None
+    index = bins._place(target, "drop" if outside == "raise" else outside, "target")
     # What "drop" leaves out may be NaN as well, which is refused.
-    sound = bins._place(where, target, "clip", "target") if outside == "drop" else index
+    sound = bins._place(target, "clip", "target") if outside == "drop" else index
     return index, (sound < 0).sum()
 
 

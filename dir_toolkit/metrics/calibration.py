@@ -73,14 +73,13 @@ class CalibrationMetrics(MergingSums):
     totals: Tensor
 
     def __init__(self, num_classes: int, *, num_bins: int = 15, outside: Outside = "raise") -> None:
-        where = "CalibrationMetrics"
-        self.num_classes = length(where, "num_classes", num_classes)
-        self.num_bins = length(where, "num_bins", num_bins, most=MOST_BINS)
-        one_of(where, "outside", outside, ("raise", "clip", "drop"))
+        self.num_classes = length("num_classes", num_classes)
+        self.num_bins = length("num_bins", num_bins, most=MOST_BINS)
+        one_of("outside", outside, ("raise", "clip", "drop"))
         self.outside = outside
         cells = (3, 1 + self.num_classes, self.num_bins)
         named = f"the histograms of {self.num_classes:,} classes in {self.num_bins:,} bins"
-        check_memory(where, named, 8 * math.prod(cells), "Use fewer bins.")
+        check_memory(named, 8 * math.prod(cells), "Use fewer bins.")
         self._begin(histograms=cells, totals=(3,))
 
     @property
@@ -103,8 +102,7 @@ class CalibrationMetrics(MergingSums):
             row does not sum to one, or all weights together reach 1e300. In each case nothing has been added. On an
             accelerator nothing is looked at; each of these then makes the results NaN.
         """
-        where = "CalibrationMetrics.update"
-        _check_batch(where, probabilities, target, weight, self.num_classes)
+        _check_batch(probabilities, target, weight, self.num_classes)
         p, index = probabilities.detach().double(), target.detach().long()
         w = torch.ones_like(p[:, 0]) if weight is None else weight.detach().double()
         if self.outside == "clip":
@@ -114,11 +112,11 @@ class CalibrationMetrics(MergingSums):
             w, index, astray = w.masked_fill(astray, 0), index.masked_fill(astray, 0), torch.zeros_like(astray)
         off = ~((p.sum(1) - 1).abs() <= _SLACK)
         if readable(p):
-            finite(where, probabilities=probabilities)
-            _check_values(where, p, target, astray, off)
+            finite(probabilities=probabilities)
+            _check_values(p, target, astray, off)
             if (total := w.sum().item() + self.totals[0].item()) >= _MOST_WEIGHT:
                 rule, fix = f"all weights together must be below {_MOST_WEIGHT:g}", "Scale the weights down."
-                raise problem(where, rule, got=f"{total:g}", fix=fix)
+                raise problem(rule, got=f"{total:g}", fix=fix)
         broken = astray | off | (p < 0).any(1) | ~((w >= 0) & (w < torch.inf))
         w = w.masked_fill(broken, torch.nan)
         index = index.masked_fill(astray, 0)
@@ -175,11 +173,11 @@ class CalibrationMetrics(MergingSums):
         """
         import xarray as xr
 
-        where, row = "CalibrationMetrics.reliability", 0
+        row = 0
         if class_index is not None:
-            row = 1 + whole(where, "class_index", class_index, low=0)
+            row = 1 + whole("class_index", class_index, low=0)
             if row > self.num_classes:
-                raise problem(where, f"class_index must be at most {self.num_classes - 1}", got=class_index)
+                raise problem(f"class_index must be at most {self.num_classes - 1}", got=class_index)
         count, confidence, right = self.histograms[:, row].cpu().numpy().copy()
         with np.errstate(invalid="ignore"):
             data = {"confidence": confidence / count, "accuracy": right / count, "count": count}
@@ -206,11 +204,9 @@ def calibration_metrics(
     outside: Outside = "raise",
 ) -> xr.Dataset:
     """:class:`CalibrationMetrics` of one whole set: update and compute in one call."""
-    where = "calibration_metrics"
-    is_tensor(where, probabilities=probabilities, target=target)
+    is_tensor(probabilities=probabilities, target=target)
     if probabilities.ndim != 2 or probabilities.numel() == 0:
         raise problem(
-            where,
             "probabilities must have the shape (N, C) and hold at least one value",
             got=tuple(probabilities.shape),
             error=ShapeError,
@@ -235,47 +231,43 @@ def confidence_bin(probabilities: Tensor, edges: Tensor) -> Tensor:
     return (torch.searchsorted(edges, p.contiguous()) - 1).clamp(0, len(edges) - 2)
 
 
-def _check_batch(where: str, probabilities: Tensor, target: Tensor, weight: Tensor | None, num_classes: int) -> None:
-    is_tensor(where, probabilities=probabilities, target=target)
-    check_tensors(where, probabilities=probabilities, target=target)
-    real(where, probabilities=probabilities, target=target)
-    same_device(where, probabilities=probabilities, target=target)
+def _check_batch(probabilities: Tensor, target: Tensor, weight: Tensor | None, num_classes: int) -> None:
+    is_tensor(probabilities=probabilities, target=target)
+    check_tensors(probabilities=probabilities, target=target)
+    real(probabilities=probabilities, target=target)
+    same_device(probabilities=probabilities, target=target)
     if probabilities.ndim != 2 or probabilities.shape[1] != num_classes or target.shape != probabilities.shape[:1]:
         raise problem(
-            where,
             f"probabilities must be (N, {num_classes}) and target (N,)",
             got=f"{tuple(probabilities.shape)} and {tuple(target.shape)}",
             error=ShapeError,
         )
     if target.is_floating_point():
-        raise problem(
-            where, "target must be integers", got=f"dtype {target.dtype}", fix="Use target.long().", error=TypeError
-        )
+        raise problem("target must be integers", got=f"dtype {target.dtype}", fix="Use target.long().", error=TypeError)
     if weight is not None:
-        is_tensor(where, weight=weight)
-        real(where, weight=weight)
-        same_shape(where, target=target, weight=weight)
-        same_device(where, target=target, weight=weight)
-        finite(where, weight=weight)
-        not_negative(where, weight=weight)
+        is_tensor(weight=weight)
+        real(weight=weight)
+        same_shape(target=target, weight=weight)
+        same_device(target=target, weight=weight)
+        finite(weight=weight)
+        not_negative(weight=weight)
 
 
-def _check_values(where: str, p: Tensor, target: Tensor, astray: Tensor, off: Tensor) -> None:
+def _check_values(p: Tensor, target: Tensor, astray: Tensor, off: Tensor) -> None:
     softmax = "Use scores.float().softmax(1)."
     beyond = (p < 0) | (p > 1 + _SLACK)
     if bool(beyond.any()):
         row, column = beyond.nonzero()[0].tolist()
         place = f"{p[row, column]:g} at index [{row}, {column}]"
         rule = "probabilities must lie in [0, 1]"
-        raise problem(where, rule, got=f"{place} ({int(beyond.sum())} such values)", fix=softmax)
+        raise problem(rule, got=f"{place} ({int(beyond.sum())} such values)", fix=softmax)
     if bool(off.any()):
         row = int(off.nonzero()[0])
         rule = "each row of probabilities must sum to one"
-        raise problem(where, rule, got=f"{p[row].sum():g} in row {row} ({int(off.sum())} such rows)", fix=softmax)
+        raise problem(rule, got=f"{p[row].sum():g} in row {row} ({int(off.sum())} such rows)", fix=softmax)
     if bool(astray.any()):
         at = int(astray.nonzero()[0])
         raise label_problem(
-            where,
             f"target must be class indices from 0 to {p.shape[1] - 1}",
             got=f"{target[at].item()} at index [{at}] ({int(astray.sum())} such indices)",
         )

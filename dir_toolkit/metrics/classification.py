@@ -56,15 +56,12 @@ def balanced_error(pred: Tensor, target: Tensor, num_classes: int) -> float:
     >>> round(balanced_error(pred, target, 3), 4), (pred != target).sum().item()
     (0.5778, 29)
     """
-    where = "balanced_error"
-    num_classes = length(where, "num_classes", num_classes)
-    _check_batch(where, pred, target, num_classes)
+    num_classes = length("num_classes", num_classes)
+    _check_batch(pred, target, num_classes)
     if target.numel() == 0:
-        raise problem(
-            where, "target must hold at least one value", got=f"shape {tuple(target.shape)}", error=ShapeError
-        )
-    pred, target = on_host(where, "pred", pred), on_host(where, "target", target)
-    index, predicted = _class_indices(where, "target", target, num_classes), _predicted(where, pred, num_classes)
+        raise problem("target must hold at least one value", got=f"shape {tuple(target.shape)}", error=ShapeError)
+    pred, target = on_host("pred", pred), on_host("target", target)
+    index, predicted = _class_indices("target", target, num_classes), _predicted(pred, num_classes)
     count = torch.bincount(index, minlength=num_classes)
     wrong = torch.bincount(index[predicted != index], minlength=num_classes)
     present = count > 0
@@ -114,12 +111,11 @@ class ClassificationMetrics(MergingSums):
         regions: Sequence[str] | np.ndarray | None = None,
         outside: Outside = "raise",
     ) -> None:
-        where = "ClassificationMetrics"
-        _regions.check_axis(where, bins, density)
-        one_of(where, "outside", outside, ("raise", "clip", "drop"))
+        _regions.check_axis(bins, density)
+        one_of("outside", outside, ("raise", "clip", "drop"))
         self.bins, self.density, self.outside = bins, density, outside
-        self.regions = None if regions is None else _region_names(where, regions, len(bins))
-        check_memory(where, f"the confusion matrix of {len(bins):,} bins", 8 * len(bins) ** 2, "Use fewer bins.")
+        self.regions = None if regions is None else _region_names(regions, len(bins))
+        check_memory(f"the confusion matrix of {len(bins):,} bins", 8 * len(bins) ** 2, "Use fewer bins.")
         self._begin(confusion=(len(bins), len(bins)), refused=(2,))
 
     @property
@@ -141,10 +137,9 @@ class ClassificationMetrics(MergingSums):
             each case nothing has been added. On an accelerator such samples are counted, and :meth:`compute`,
             :meth:`confusion_matrix` and ``all_reduce`` raise for them.
         """
-        where = "ClassificationMetrics.update"
-        _check_batch(where, pred, target, len(self.bins))
-        index, refused = placed(where, self.bins, target, self.outside)
-        predicted = _predicted(where, pred, len(self.bins))
+        _check_batch(pred, target, len(self.bins))
+        index, refused = placed(self.bins, target, self.outside)
+        predicted = _predicted(pred, len(self.bins))
         counts = (index >= 0) & (predicted >= 0)
         cell = (index * len(self.bins) + predicted).masked_fill(~counts, 0)
         self._ready(cell.device)
@@ -174,7 +169,7 @@ class ClassificationMetrics(MergingSums):
         Raises:
             LabelError, ValueError: on an accelerator :meth:`update` was handed what it refuses on the CPU.
         """
-        self._check_refused("compute")
+        self._check_refused()
         regions = self.density.regions(many=many, few=few) if self.regions is None else self.regions
         confusion = self.confusion.cpu().numpy()
         right, count, predicted = np.diagonal(confusion), confusion.sum(1), confusion.sum(0)
@@ -198,7 +193,7 @@ class ClassificationMetrics(MergingSums):
         """Samples by true and predicted bin, int64 over ``target`` and ``pred``."""
         import xarray as xr
 
-        self._check_refused("confusion_matrix")
+        self._check_refused()
         index = np.arange(len(self.bins))
         return xr.DataArray(
             self.confusion.cpu().numpy().copy(),
@@ -221,44 +216,39 @@ def classification_metrics(
     few: int = 20,
 ) -> xr.Dataset:
     """:class:`ClassificationMetrics` of one whole set: update and compute in one call."""
-    where = "classification_metrics"
-    is_tensor(where, pred=pred, target=target)
+    is_tensor(pred=pred, target=target)
     if target.numel() == 0:
-        raise problem(
-            where, "target must hold at least one value", got=f"shape {tuple(target.shape)}", error=ShapeError
-        )
+        raise problem("target must hold at least one value", got=f"shape {tuple(target.shape)}", error=ShapeError)
     metrics = ClassificationMetrics(bins, density, regions=regions, outside=outside)
     metrics.update(pred, target)
     return metrics.compute(many=many, few=few)
 
 
-def _check_batch(where: str, pred: Tensor, target: Tensor, num_classes: int) -> None:
-    is_tensor(where, pred=pred, target=target)
-    check_tensors(where, pred=pred, target=target)
-    real(where, pred=pred, target=target)
-    same_device(where, pred=pred, target=target)
+def _check_batch(pred: Tensor, target: Tensor, num_classes: int) -> None:
+    is_tensor(pred=pred, target=target)
+    check_tensors(pred=pred, target=target)
+    real(pred=pred, target=target)
+    same_device(pred=pred, target=target)
     if target.ndim != 1:
         rule = "target must have the shape (N,)"
-        raise problem(where, rule, got=tuple(target.shape), fix="Use target.flatten().", error=ShapeError)
+        raise problem(rule, got=tuple(target.shape), fix="Use target.flatten().", error=ShapeError)
     if pred.ndim == 1:
-        same_shape(where, pred=pred, target=target)
+        same_shape(pred=pred, target=target)
     elif pred.shape != (len(target), num_classes):
         raise problem(
-            where,
             f"pred must be indices ({len(target)},) or scores ({len(target)}, {num_classes})",
             got=tuple(pred.shape),
             error=ShapeError,
         )
 
 
-def _predicted(where: str, pred: Tensor, num_classes: int) -> Tensor:
+def _predicted(pred: Tensor, num_classes: int) -> Tensor:
     """The predicted class of each sample, (N,) int64; -1 where it names none, and values are not looked at."""
     if pred.ndim == 1:
-        return _class_indices(where, "pred", pred, num_classes)
+        return _class_indices("pred", pred, num_classes)
     unclear = pred.detach().isnan().any(1)
     if readable(pred) and bool(unclear.any()):
         raise problem(
-            where,
             "pred must not be NaN",
             got=f"NaN in row {int(unclear.nonzero()[0])} ({int(unclear.sum())} such rows)",
             fix="Remove or repair these samples first.",
@@ -266,35 +256,34 @@ def _predicted(where: str, pred: Tensor, num_classes: int) -> Tensor:
     return pred.detach().argmax(1).masked_fill(unclear, -1)
 
 
-def _class_indices(where: str, name: str, index: Tensor, num_classes: int) -> Tensor:
+def _class_indices(name: str, index: Tensor, num_classes: int) -> Tensor:
     """``index`` as int64 numbers from 0 to ``num_classes`` - 1; -1 for others, where values are not looked at."""
     if index.is_floating_point():
         raise problem(
-            where, f"{name} must be integers", got=f"dtype {index.dtype}", fix=f"Use {name}.long().", error=TypeError
+            f"{name} must be integers", got=f"dtype {index.dtype}", fix=f"Use {name}.long().", error=TypeError
         )
     classes = index.detach().long()
     beyond = (classes < 0) | (classes >= num_classes)
     if readable(index) and bool(beyond.any()):
         at = int(beyond.nonzero()[0])
         raise label_problem(
-            where,
             f"{name} must be indices from 0 to {num_classes - 1}",
             got=f"{index[at].item()} at index [{at}] ({int(beyond.sum())} such indices)",
         )
     return classes.masked_fill(beyond, -1)
 
 
-def _region_names(where: str, regions: object, num_bins: int) -> np.ndarray:
+def _region_names(regions: object, num_bins: int) -> np.ndarray:
     listed = ", ".join(repr(name) for name in REGIONS)
     rule = f"regions must be {num_bins} names, one per bin, out of {listed}"
     scalar = isinstance(regions, str) or (isinstance(regions, np.ndarray) and regions.ndim == 0)
     if scalar or not isinstance(regions, (Sequence, np.ndarray)):
-        raise problem(where, rule, got=repr(regions), error=TypeError)
+        raise problem(rule, got=repr(regions), error=TypeError)
     if len(regions) != num_bins:
-        raise problem(where, rule, got=f"{len(regions)} names", error=ShapeError)
+        raise problem(rule, got=f"{len(regions)} names", error=ShapeError)
     for at, name in enumerate(regions):
         if not isinstance(name, str) or name not in REGIONS:
-            raise problem(where, rule, got=f"{name!r} at index [{at}]")
+            raise problem(rule, got=f"{name!r} at index [{at}]")
     names = np.array([str(name) for name in regions])
     names.setflags(write=False)
     return names

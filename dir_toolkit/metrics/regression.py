@@ -69,11 +69,10 @@ class RegressionMetrics(MergingSums):
         floor: float | Sequence[float] | None = None,
         outside: Outside = "raise",
     ) -> None:
-        where = "RegressionMetrics"
-        _regions.check_axis(where, bins, density, grid=True)
-        one_of(where, "outside", outside, ("raise", "clip", "drop"))
+        _regions.check_axis(bins, density, grid=True)
+        one_of("outside", outside, ("raise", "clip", "drop"))
         self.bins, self.density, self.outside = bins, density, outside
-        self._floors = _checked_floors(where, floor, bins)
+        self._floors = _checked_floors(floor, bins)
         self.floor = self._floors if isinstance(bins, BinGrid) else self._floors[0]
         # Correlation is taken about the middle of the axis, so that a far-away origin costs no digits.
         self._origins = [float(axis.edges[0] + axis.edges[-1]) / 2 for axis in bins.axes]
@@ -98,16 +97,15 @@ class RegressionMetrics(MergingSums):
             On an accelerator targets without a bin are counted, and :meth:`compute` and ``all_reduce`` raise for
             them; what is not finite shows in the result.
         """
-        where = "RegressionMetrics.update"
-        is_tensor(where, pred=pred, target=target)
-        check_tensors(where, pred=pred, target=target)
-        real(where, pred=pred, target=target)
-        same_shape(where, pred=pred, target=target)
-        same_device(where, pred=pred, target=target)
-        finite(where, pred=pred)
-        index, refused = placed(where, self.bins, target, self.outside)
+        is_tensor(pred=pred, target=target)
+        check_tensors(pred=pred, target=target)
+        real(pred=pred, target=target)
+        same_shape(pred=pred, target=target)
+        same_device(pred=pred, target=target)
+        finite(pred=pred)
+        index, refused = placed(self.bins, target, self.outside)
         if self.outside == "clip":
-            finite(where, target=target)
+            finite(target=target)
         some_lack_a_bin = refused is not None or self.outside == "drop"
         self._ready(index.device)
         if refused is not None:
@@ -161,7 +159,7 @@ class RegressionMetrics(MergingSums):
         Raises:
             LabelError: targets on an accelerator were NaN, or beyond the axis under ``outside="raise"``.
         """
-        self._check_refused("compute")
+        self._check_refused()
         regions = self.density.regions(many=many, few=few)
         rows = self.sums.view(-1, *self.sums.shape[-2:]).cpu().numpy()  # (K, 10, B)
         sums = dict(zip(_SUMS, rows.swapaxes(0, 1), strict=True))
@@ -204,15 +202,15 @@ class RegressionMetrics(MergingSums):
         return _regions.dataset(data, self.density, regions, label_units=units)
 
 
-def _checked_floors(where: str, floor: float | Sequence[float] | None, bins: AnyBins) -> tuple[float, ...]:
+def _checked_floors(floor: float | Sequence[float] | None, bins: AnyBins) -> tuple[float, ...]:
     """The least error of each axis."""
     if floor is None:
         floor = [float(np.median(np.diff(axis.edges))) / 100 for axis in bins.axes]
     elif not (isinstance(bins, BinGrid) and isinstance(floor, Sequence)):
-        floor = [number(where, "floor", floor, low=0, open_low=True)] * len(bins.axes)
+        floor = [number("floor", floor, low=0, open_low=True)] * len(bins.axes)
     if len(floor) != len(bins.axes):
-        raise problem(where, f"floor must be one number, or one for each of {len(bins.axes)} axes", got=repr(floor))
-    return tuple(number(where, "floor", value, low=0, open_low=True) for value in floor)
+        raise problem(f"floor must be one number, or one for each of {len(bins.axes)} axes", got=repr(floor))
+    return tuple(number("floor", value, low=0, open_low=True) for value in floor)
 
 
 def regression_metrics(
@@ -227,10 +225,9 @@ def regression_metrics(
     few: int = 20,
 ) -> xr.Dataset:
     """:class:`RegressionMetrics` of one whole set: update and compute in one call."""
-    is_tensor("regression_metrics", pred=pred, target=target)
+    is_tensor(pred=pred, target=target)
     if pred.numel() == 0:
         raise problem(
-            "regression_metrics",
             "pred must hold at least one value",
             got=f"shape {tuple(pred.shape)}",
             error=ShapeError,

@@ -149,7 +149,7 @@ def test_shapes_and_devices() -> None:
         mended[found[2]] = done(found[1], **mended)
         dt.weighted_l1(**mended)
     far = target.to("meta")
-    found = advice(lambda: _checks.same_device("f", pred=target, target=far), r"Use (target\.to\(pred\.device\))\.$")
+    found = advice(lambda: _checks.same_device(pred=target, target=far), r"Use (target\.to\(pred\.device\))\.$")
     assert "meta" in str(far.device)
     assert found[1] == "target.to(pred.device)"
 
@@ -157,9 +157,9 @@ def test_shapes_and_devices() -> None:
 def test_priors() -> None:
     for prior, zeros in (([0.5, 0.5, 0.0], False), ([30.0, 20.0, 10.0], False), ([0.6, 0.6, -0.2], True)):
         values = torch.tensor(prior)
-        found = advice(lambda p=values, z=zeros: _checks.prior_shares("f", "prior", p, zeros=z), r"Use (dt\S+( \S+)?),")
+        found = advice(lambda p=values, z=zeros: _checks.prior_shares("prior", p, zeros=z), r"Use (dt\S+( \S+)?),")
         shares = done(found[1], counts=[30, 20, 10])
-        _checks.prior_shares("f", "prior", torch.as_tensor(shares), zeros=zeros)
+        _checks.prior_shares("prior", torch.as_tensor(shares), zeros=zeros)
 
 
 def test_classes_decode_by_their_mode() -> None:

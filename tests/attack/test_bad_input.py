@@ -646,11 +646,11 @@ def test_a_wrong_argument_works_or_is_named(name: str, mutations: int) -> None:
 def test_a_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(labels: Any, bins: Any) -> Any:
         if isinstance(bins, str):
-            raise _checks.problem("careless", "it must be right", got=bins)
+            raise _checks.problem("it must be right", got=bins)
         if bins is None:
-            raise _checks.problem("another", "bins must be right")
+            raise _checks.problem("bins must be right")
         if bins == 0:
-            raise _checks.problem("careless", "bins_of_it and labels must be right")
+            raise _checks.problem("bins_of_it and labels must be right")
         return labels.shape
 
     monkeypatch.setitem(VALID, "careless", lambda: (careless, {"labels": years(), "bins": BINS}))
@@ -708,7 +708,7 @@ def test_nan_in_one_sample_is_named_by_its_index_or_comes_out(name: str) -> None
 def test_nan_that_is_passed_over_or_not_told_apart_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(pred: Tensor, labels: Tensor) -> Tensor:
         if labels.isnan().any():
-            raise _checks.problem("careless", "labels must be finite", got="nan at index [33]")
+            raise _checks.problem("labels must be finite", got="nan at index [33]")
         return pred.nanmean()
 
     monkeypatch.setitem(VALID, "careless", lambda: (careless, {"pred": years(), "labels": years()}))

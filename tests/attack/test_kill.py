@@ -25,13 +25,13 @@ import torch
 from torch import nn
 
 from dir_toolkit import FDS, LDS, Bins, LabelDensity, RegressionMetrics, weighted_l1
-from dir_toolkit.data.images import ImageSet, content_digest
 from dir_toolkit.errors import CheckpointError, RunExistsError
-from dir_toolkit.files import FolderLock, write_atomically
-from dir_toolkit.training.checkpoint import load_checkpoint, save_checkpoint
-from dir_toolkit.training.log import RunLog
-from dir_toolkit.training.loop import Optimization, fit
-from dir_toolkit.training.runtime import Runtime
+from dir_toolkit.experiment.data.images import ImageSet, content_digest
+from dir_toolkit.experiment.files import FolderLock, write_atomically
+from dir_toolkit.experiment.training.checkpoint import load_checkpoint, save_checkpoint
+from dir_toolkit.experiment.training.log import RunLog
+from dir_toolkit.experiment.training.loop import Optimization, fit
+from dir_toolkit.experiment.training.runtime import Runtime
 
 BINS = Bins.uniform(0, 20, width=1)
 CHECKPOINTS = ("checkpoint-last.pt", "checkpoint-best.pt")

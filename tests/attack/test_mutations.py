@@ -25,13 +25,13 @@ import torch
 import xarray as xr
 
 import dir_toolkit as dt
-from dir_toolkit.data.archives import FolderFiles, TarFiles, stays_inside
-from dir_toolkit.data.cache import decode_once
-from dir_toolkit.data.dir_lists import dir_list
-from dir_toolkit.data.idx import read_idx
 from dir_toolkit.errors import DirToolkitError
-from dir_toolkit.results.schema import combine_runs, load_results, save_results, validate_results
-from dir_toolkit.training.checkpoint import load_checkpoint
+from dir_toolkit.experiment.data.archives import FolderFiles, TarFiles, stays_inside
+from dir_toolkit.experiment.data.cache import decode_once
+from dir_toolkit.experiment.data.dir_lists import dir_list
+from dir_toolkit.experiment.data.idx import read_idx
+from dir_toolkit.experiment.results.schema import combine_runs, load_results, save_results, validate_results
+from dir_toolkit.experiment.training.checkpoint import load_checkpoint
 
 pytest.importorskip("PIL")
 

@@ -373,7 +373,7 @@ def test_the_step_never_waits_for_the_device_and_does_not_loop_over_bins() -> No
 def test_placing_labels_on_an_accelerator_never_waits_for_it() -> None:
     """A meta tensor stands for one on an accelerator: reading its values would raise."""
     labels = torch.empty(90, device="meta")
-    assert FDS(BINS, 4)._place("test", labels).device.type == "meta"
+    assert FDS(BINS, 4)._place(labels).device.type == "meta"
     with pytest.raises(ValueError, match="labels must hold values, got a tensor on the meta device"):
         BINS.index(labels, outside="raise")  # this one has to look
 

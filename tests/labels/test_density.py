@@ -116,10 +116,10 @@ def test_an_array_is_counted_in_views_that_stay_in_a_cache(layout: Any, monkeypa
     labels, sizes = layout(LABELS), []
 
     class Watched(Bins):
-        def _tally(self, where: str, labels: np.ndarray, *options: Any) -> np.ndarray:
+        def _tally(self, labels: np.ndarray, *options: Any) -> np.ndarray:
             sizes.append(labels.size)
             assert np.shares_memory(labels, LABELS) or layout is np.asfortranarray
-            return super()._tally(where, labels, *options)
+            return super()._tally(labels, *options)
 
     expected = np.histogram(np.asarray(labels), BINS.edges)[0]
     np.testing.assert_array_equal(LabelDensity.count(labels, Watched(BINS.edges)).counts, expected)

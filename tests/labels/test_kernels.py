@@ -117,18 +117,18 @@ def test_rows_are_smoothed_as_arrays_are(edges: Any, bins: int, size: int, shape
     values = np.random.default_rng(0).normal(size=(bins, *shape))
     window = gaussian(size, 1.7)
     given = torch.from_numpy(values)
-    smoothed = smooth_rows(given, smoothing_window("here", window, bins), edges)
+    smoothed = smooth_rows(given, smoothing_window(window, bins), edges)
     np.testing.assert_allclose(smoothed, smooth(values, window, edges=edges), rtol=1e-12, atol=1e-15)
     np.testing.assert_array_equal(given, values)
     if size == 39:
         other = "zero" if edges != "zero" else "mirror"
         assert not np.allclose(smoothed, smooth(values, window, edges=other), rtol=1e-3)
-    assert smooth_rows(given.float(), smoothing_window("here", window, bins), edges).dtype == torch.float32
+    assert smooth_rows(given.float(), smoothing_window(window, bins), edges).dtype == torch.float32
 
 
 def test_rows_are_smoothed_in_little_memory() -> None:
     rows = torch.ones(100_000, 4, dtype=torch.float64)
-    window = smoothing_window("here", gaussian(5, 2), len(rows))
+    window = smoothing_window(gaussian(5, 2), len(rows))
     torch.testing.assert_close(smooth_rows(rows, window, "reflect"), rows)
 
 

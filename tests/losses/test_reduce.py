@@ -251,41 +251,43 @@ def test_one_value_a_class_may_come_as_any_array() -> None:
     locked = np.array([3, 2, 1])[::-1]
     locked.setflags(write=False)
     for value in (torch.tensor([1, 2, 3]), [1, 2, 3], (1.0, 2.0, 3.0), locked, locked.astype(np.uint64)):
-        assert per_class("f", "counts", value, scores).tolist() == [1, 2, 3]
-    assert per_class("f", "counts", torch.tensor([1, 2, 3]), scores).dtype == torch.float32
-    assert per_class("f", "counts", torch.tensor([1, 2, 3]), scores.double()).dtype == torch.float64
-    assert per_class("f", "counts", [1, 2, 3], scores.to("meta")).device.type == "meta"
+        assert per_class("counts", value, scores).tolist() == [1, 2, 3]
+    assert per_class("counts", torch.tensor([1, 2, 3]), scores).dtype == torch.float32
+    assert per_class("counts", torch.tensor([1, 2, 3]), scores.double()).dtype == torch.float64
+    assert per_class("counts", [1, 2, 3], scores.to("meta")).device.type == "meta"
 
 
 def test_one_value_a_class_is_checked() -> None:
     scores = torch.zeros(2, 3)
-    check = partial(per_class, "f", "p", scores=scores)
+    check = partial(per_class, "p", scores=scores)
     for value in ([1.0, 2.0], torch.ones(3, 1), 1.0, torch.ones(2)):
-        with pytest.raises(ShapeError, match=r"^f: p must be \(3,\), one value a class, got shape"):
+        with pytest.raises(ShapeError, match=r"^\S+: p must be \(3,\), one value a class, got shape"):
             check(value)
     for value in ([1.0, torch.nan, 1.0], torch.tensor([1.0, torch.inf, 1.0])):
-        with pytest.raises(ValueError, match=r"^f: p must be finite, got (nan|inf) at index \[1\]"):
+        with pytest.raises(ValueError, match=r"^\S+: p must be finite, got (nan|inf) at index \[1\]"):
             check(value)
-    with pytest.raises(ValueError, match=r"^f: p must not be negative, got -2 for class 2\.$"):
+    with pytest.raises(ValueError, match=r"^\S+: p must not be negative, got -2 for class 2\.$"):
         check([0, 0, -2])
-    with pytest.raises(ValueError, match=r"^f: p must be positive, got 0 for class 1\. Mend it\.$"):
+    with pytest.raises(ValueError, match=r"^\S+: p must be positive, got 0 for class 1\. Mend it\.$"):
         check([1, 0, 0], positive="Mend it.")
     for value in ("abc", None, torch.ones(3) > 0):
-        with pytest.raises(TypeError, match=r"^f: p must be integers or floats, got (dtype|NoneType)"):
+        with pytest.raises(TypeError, match=r"^\S+: p must be integers or floats, got (dtype|NoneType)"):
             check(value)
-    with pytest.raises(ValueError, match=r"^f: logits and p must be on the same device, got cpu and meta"):
+    with pytest.raises(ValueError, match=r"^\S+: logits and p must be on the same device, got cpu and meta"):
         check(torch.ones(3, device="meta"))
 
 
 def test_a_prior_comes_as_any_array_and_is_checked() -> None:
     scores = torch.zeros(2, 3)
     for value in (torch.tensor([0.5, 0.25, 0.25]), [0.5, 0.25, 0.25], np.array([0.5, 0.25, 0.25])):
-        assert checked_prior("f", value, scores).tolist() == [0.5, 0.25, 0.25]
+        assert checked_prior(value, scores).tolist() == [0.5, 0.25, 0.25]
     with pytest.raises(
-        ValueError, match=r"^f: prior must be positive, got 0 for class 1\. Use dt\.class_prior\(counts\)"
+        ValueError, match=r"^\S+: prior must be positive, got 0 for class 1\. Use dt\.class_prior\(counts\)"
     ):
-        checked_prior("f", [0.5, 0, 0.5], scores)
-    with pytest.raises(ValueError, match=r"^f: prior must sum to one, got a sum of 6\. Use dt\.class_prior\(counts\)"):
-        checked_prior("f", [1, 2, 3], scores)
-    with pytest.raises(ShapeError, match=r"^f: prior must be \(3,\), one value a class, got shape \(2,\)"):
-        checked_prior("f", [0.5, 0.5], scores)
+        checked_prior([0.5, 0, 0.5], scores)
+    with pytest.raises(
+        ValueError, match=r"^\S+: prior must sum to one, got a sum of 6\. Use dt\.class_prior\(counts\)"
+    ):
+        checked_prior([1, 2, 3], scores)
+    with pytest.raises(ShapeError, match=r"^\S+: prior must be \(3,\), one value a class, got shape \(2,\)"):
+        checked_prior([0.5, 0.5], scores)

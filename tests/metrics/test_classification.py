@@ -209,7 +209,7 @@ def test_continuous_labels_fall_into_bins() -> None:
     assert result.error.values.tolist()[:4] == [0.25, 0.5, 0, 0]
     assert result.bin_count.values.tolist() == [2, 1, 1]
     with pytest.raises(
-        LabelError, match=r"update: target must lie on the label axis \[0, 6\], got 6\.5 at index \[0\]"
+        LabelError, match=r"classification_metrics: target must lie on the label axis \[0, 6\], got 6\.5 at index \[0\]"
     ):
         classification_metrics(torch.tensor([0]), torch.tensor([6.5]), bins, LabelDensity(bins, [1, 1, 1]))
 

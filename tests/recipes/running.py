@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import xarray as xr
 
-from dir_toolkit.training.checkpoint import load_checkpoint
+from dir_toolkit.experiment.training.checkpoint import load_checkpoint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RUN_FILES = {  # of one run of any recipe

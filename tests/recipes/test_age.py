@@ -26,10 +26,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dir_toolkit.decoupling import stage_two
 from dir_toolkit.errors import SettingsError
+from dir_toolkit.experiment.results.schema import load_results, validate_results
+from dir_toolkit.experiment.training.checkpoint import load_checkpoint, save_checkpoint
+from dir_toolkit.experiment.training.runtime import Runtime
 from dir_toolkit.labels.density import LabelDensity
-from dir_toolkit.results.schema import load_results, validate_results
-from dir_toolkit.training.checkpoint import load_checkpoint, save_checkpoint
-from dir_toolkit.training.runtime import Runtime
 
 sys.path.insert(0, str(running.RECIPES))  # as Python does for a script
 
@@ -297,7 +297,7 @@ def test_a_model_of_timm_is_trained_stopped_and_resumed(
     assert here(*words, "--out", "whole").code == 0
     with monkeypatch.context() as patched:
         press = partial(signal.raise_signal, signal.SIGINT)
-        patched.setattr("dir_toolkit.training.log.RunLog.end_epoch", lambda *_, **__: press())
+        patched.setattr("dir_toolkit.experiment.training.log.RunLog.end_epoch", lambda *_, **__: press())
         assert here(*words, "--out", "made").code == 130
     assert not (tmp_path / "made/results.nc").exists()
     assert here(*words, "--out", "made", "--resume").code == 0
@@ -318,7 +318,7 @@ def test_a_fault_of_our_own_keeps_its_traceback(here: Callable[..., Outcome], mo
     def broken(**_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("dir_toolkit.data.portraits.portraits", broken)
+    monkeypatch.setattr("dir_toolkit.experiment.data.portraits.portraits", broken)
     with pytest.raises(ValueError, match="a bug"):
         here()
 

@@ -15,7 +15,7 @@ import running
 import xarray as xr
 from running import RUN_FILES, Outcome, files, numbers
 
-from dir_toolkit.results.schema import load_results, validate_results
+from dir_toolkit.experiment.results.schema import load_results, validate_results
 
 RECIPE = running.RECIPES / "compare.py"
 SHORT = ["--size", 16, "--epochs", 1, "--batch-size", 1024, "--replicates", 100]

@@ -18,9 +18,9 @@ import torch
 import xarray as xr
 from running import RUN_FILES, Outcome, equal_bits, files, numbers
 
-from dir_toolkit.data.digits import digits
-from dir_toolkit.results.schema import load_results
-from dir_toolkit.training.checkpoint import load_checkpoint
+from dir_toolkit.experiment.data.digits import digits
+from dir_toolkit.experiment.results.schema import load_results
+from dir_toolkit.experiment.training.checkpoint import load_checkpoint
 
 RECIPE = running.RECIPES / "mnist.py"
 SUMMARY_FILES = {"results.nc", "table.md", "report.html", "events"}
@@ -31,7 +31,7 @@ STEPS = 19  # an epoch of STOPPED
 # The recipe, but in its n-th step a signal comes.
 WITH_SIGNAL = """
 import itertools, os, pathlib, runpy, sys
-from dir_toolkit.training.log import RunLog
+from dir_toolkit.experiment.training.log import RunLog
 number, at, script, *words = sys.argv[1:]
 steps, usual = itertools.count(1), RunLog.step
 def step(self):
@@ -405,7 +405,7 @@ def test_a_fault_of_our_own_keeps_its_traceback(here: Callable[..., Outcome], mo
     def broken(**_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("dir_toolkit.data.digits.digits", broken)
+    monkeypatch.setattr("dir_toolkit.experiment.data.digits.digits", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         here()
 
@@ -479,7 +479,7 @@ def test_files_of_mnist_that_are_missing_or_not_official_are_told_in_one_line(
 def test_files_of_mnist_are_fetched_when_asked_for(
     here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("dir_toolkit.data.mnist.download_mnist", make_mnist)
+    monkeypatch.setattr("dir_toolkit.experiment.data.mnist.download_mnist", make_mnist)
     outcome = here(*MNIST, "--val-per-class", 1, "--head", "affinity", "--download")
     assert (outcome.code, outcome.err) == (0, "")
     assert (tmp_path / "runs/mnist/mnist/comparison-step-0.1/results.nc").exists()

@@ -1,0 +1,236 @@
+"""MNIST: 70,000 handwritten digits from the four idx files, cut to a long tail, and how to get the files."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from operator import methodcaller
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from ..._checks import instance, problem
+from ...errors import DataError
+from ..files import write_atomically
+from .idx import read_idx
+from .images import Splits
+from .long_tail import long_tail_splits
+
+__all__ = ["download_mnist", "mnist"]
+
+
+class _Official(NamedTuple):
+    """One of the four files as published: SHA-256 unpacked and packed, and bytes packed."""
+
+    unpacked: str
+    packed: str
+    size: int
+
+
+_FILES = {
+    "train-images-idx3-ubyte": _Official(
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        9_912_422,
+    ),
+    "train-labels-idx1-ubyte": _Official(
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        28_881,
+    ),
+    "t10k-images-idx3-ubyte": _Official(
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        1_648_877,
+    ),
+    "t10k-labels-idx1-ubyte": _Official(
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        4_542,
+    ),
+}
+_MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+_TIMEOUT = 30  # seconds without a byte
+_SIDE = 28
+_DIGITS = 10
+_MOST_BYTES = 2**28
+
+
+def mnist(
+    root: str | os.PathLike[str],
+    *,
+    shares: Sequence[float] | np.ndarray | None = None,
+    noise: float = 0.0,
+    train_per_class: int | None = None,
+    val_per_class: int = 500,
+    verify: bool = False,
+    seed: int = 0,
+) -> Splits:
+    """MNIST with a long tail: the test set whole, validation balanced and clean, training thinned and made noisy.
+
+    Validation is cut from the training part before anything else, see
+    :func:`dir_toolkit.experiment.data.long_tail.long_tail_splits`.
+
+    Args:
+        root: folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two of ``t10k``, each with
+            ``.gz`` or without; where there are both, the packed one is read. :func:`download_mnist` fetches them.
+        shares: kept of each digit; None keeps all.
+        noise: share of training labels made wrong, in [0, 1).
+        train_per_class: most training images of a digit before it is thinned; None sets no limit.
+        val_per_class: images of each digit held out for validation.
+        verify: whether the four files must be the official ones, by the SHA-256 of what they hold unpacked.
+        seed: of the data, any whole number from 0 on; it has nothing to do with the seed of the training.
+    Shape:
+        images: (M, 1, 28, 28) uint8, grey, the digit bright. labels: (N,) int64, 0 to 9.
+        shares: (10,), see :func:`~dir_toolkit.experiment.data.long_tail.step_profile` and
+        :func:`~dir_toolkit.experiment.data.long_tail.exponential_profile`.
+    Raises:
+        DataError: a file is missing, damaged, or not of 28 × 28 uint8 images or labels 0 to 9; images and labels differ
+            in number; or ``verify`` finds another file than the official one.
+        ShapeError: shares are not ten. ValueError: a setting is out of range, or a digit has too few images.
+        TypeError: a setting is no number, or ``verify`` no bool.
+    Source:
+        LeCun, Bottou, Bengio, Haffner 1998, Gradient-based learning applied to document recognition.
+        The thinning: Hayat et al. 2019, section 4 (arXiv:1901.07711).
+    """
+    instance(bool, verify=verify)
+    folder = Path(root)
+    paths = {name: _find(folder, name) for name in _FILES}
+    if missing := [name for name, path in paths.items() if path is None]:
+        raise problem(
+            "root must hold the four files of MNIST, with or without .gz",
+            got=f"{folder} without {', '.join(missing)}",
+            fix="download_mnist(root) fetches them.",
+            error=DataError,
+        )
+    arrays = {name: _read(path, name, verify=verify) for name, path in paths.items() if path is not None}
+    for part in ("train", "t10k"):
+        images, labels = arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"]
+        if len(images) != len(labels):
+            got = f"{len(images):,} and {len(labels):,} of {part}"
+            raise problem("there must be as many images as labels", got=got, error=DataError, source=str(folder))
+    return long_tail_splits(
+        arrays["train-images-idx3-ubyte"],
+        arrays["train-labels-idx1-ubyte"],
+        arrays["t10k-images-idx3-ubyte"],
+        arrays["t10k-labels-idx1-ubyte"],
+        source="mnist",
+        val_per_class=val_per_class,
+        shares=shares,
+        noise=noise,
+        train_per_class=train_per_class,
+        seed=seed,
+    )
+
+
+def download_mnist(root: str | os.PathLike[str]) -> None:
+    """Fetch what is missing of the four files of MNIST, packed, from two public mirrors in turn.
+
+    Only https is spoken, no more bytes are taken than the official file has, and a file gets its name once its SHA-256
+    is the official one. Files that are there, packed or not, are kept, and must be official as well.
+
+    Args:
+        root: folder; made where there is none.
+    Raises:
+        DataError: a file that is there is damaged or not the official one, before anything is fetched; or no mirror
+            gave a file, with what each gave instead.
+        OSError: the folder cannot be made or written to.
+    """
+    folder = Path(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for name in _FILES:
+        if (path := _find(folder, name)) is None:
+            missing.append(name)
+        else:
+            _read(path, name, verify=True)
+    for name in missing:
+        write_atomically(folder / f"{name}.gz", methodcaller("write", _from_mirrors(name)))
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / f"{name}.gz", folder / name) if path.exists()), None)
+
+
+def _read(path: Path, name: str, *, verify: bool) -> np.ndarray:
+    """Images as (M, 1, 28, 28), or labels as (M,), both uint8."""
+    array = read_idx(path, max_bytes=_MOST_BYTES)
+    images = "images" in name
+    shape, text = ((_SIDE, _SIDE), f"(M, {_SIDE}, {_SIDE})") if images else ((), "(M,)")
+    if array.dtype != np.uint8 or array.ndim != len(shape) + 1 or array.shape[1:] != shape:
+        got = f"{array.dtype} {array.shape}"
+        raise problem(f"the array must be uint8 {text}", got=got, error=DataError, source=str(path))
+    if not images and array.max() >= _DIGITS:
+        at = int((array >= _DIGITS).argmax())
+        # Behind four bytes and one axis of four.
+        raise problem(
+            f"labels must be 0 to {_DIGITS - 1}", got=array[at], error=DataError, source=f"{path}, byte {8 + at:,}"
+        )
+    if verify:
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        digest = hashlib.sha256(header + array.tobytes()).hexdigest()
+        if digest != _FILES[name].unpacked:
+            raise problem(
+                f"SHA-256 of the unpacked file must be the official {_FILES[name].unpacked}",
+                got=digest,
+                fix="Move it away and call download_mnist(root), or pass verify=False to read it as it is.",
+                error=DataError,
+                source=str(path),
+            )
+    return array[:, None] if images else array
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but to https alone."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        if not newurl.lower().startswith("https://"):
+            raise urllib.error.HTTPError(req.full_url, code, f"leads to {newurl}, not https", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _from_mirrors(name: str) -> bytes:
+    faults = []
+    for mirror in _MIRRORS:
+        url = f"{mirror}{name}.gz"
+        try:
+            return _fetch(url, _FILES[name])
+        except (OSError, http.client.HTTPException, DataError) as error:
+            faults.append(f"{url}: {str(error) or type(error).__name__}")
+    raise problem(
+        f"one of the mirrors must give {name}.gz",
+        got="; ".join(faults),
+        fix="Try again later, or put the file into root by hand; data_cards/mnist.md tells where it is.",
+        error=DataError,
+    )
+
+
+def _fetch(url: str, official: _Official) -> bytes:
+    try:
+        with urllib.request.build_opener(_HttpsOnly).open(url, timeout=_TIMEOUT) as response:
+            data = bytes(response.read(official.size + 1))
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+    if len(data) != official.size:
+        got = f"more than {official.size:,}" if len(data) > official.size else f"{len(data):,}"
+        raise DataError(f"{got} bytes instead of {official.size:,}")
+    if (digest := hashlib.sha256(data).hexdigest()) != official.packed:
+        raise DataError(f"SHA-256 {digest} instead of {official.packed}")
+    return data

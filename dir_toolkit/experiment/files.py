@@ -1,0 +1,123 @@
+"""Files that are written whole or not at all, such as checkpoints, and folders that one process at a time works in."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from .._checks import problem
+
+__all__ = ["FolderLock", "naming", "unwritable", "write_atomically"]
+
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
+
+
+def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], object]) -> None:
+    """Replace ``path`` by what ``writer`` writes; a reader, or a crash, meets the old file or the new one, whole.
+
+    Args:
+        path: its folder must exist; a link is followed, so that what it points to is replaced.
+        writer: is handed a binary file. Where it raises, the old file stays and nothing is left behind.
+    Raises:
+        FileNotFoundError: the folder does not exist. IsADirectoryError: ``path`` is a folder.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise problem(
+            "path must lie in an existing folder",
+            got=repr(os.fspath(path)),
+            fix=f"Make {target.parent} first.",
+            error=FileNotFoundError,
+        )
+    if target.is_dir():
+        raise problem("path must be a file", got=f"the folder {os.fspath(path)!r}", error=IsADirectoryError)
+    # tempfile would make it readable by its owner alone; opened like this it gets the mode that any new file gets.
+    start = target.name.encode()[:200].decode(errors="ignore")  # the name of a file has 255 bytes at most
+    temporary = target.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            writer(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        try:
+            folder = os.open(target.parent, os.O_RDONLY)
+        except PermissionError:  # a folder that may be written to and not read
+            return
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the file system says of ``path`` comes out as an error of the same kind that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error, kind=type(error)) from error
+
+
+def unwritable(
+    path: str | os.PathLike[str], error: BaseException, *, kind: type[Exception], then: str = ""
+) -> Exception:
+    """The error of a file or folder that could not be written: a full disk is told from a wrong place.
+
+    Args:
+        error: what the file system said. kind: of the error that is returned.
+        then: a sentence that its advice ends with.
+    """
+    folder = next((place for place in (Path(path), *Path(path).parents) if place.exists()), Path())
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and not folder.is_dir():
+        rule, got, fix = "must be a folder, or lie in one", f"the file {folder}", "Choose another folder."
+    else:
+        rule, got = "must be writable to its end", f"{type(error).__name__}: {error}"
+        full = getattr(error, "errno", None) in _FULL
+        fix = "Free the disk, or choose another folder." if full else "Choose a folder that can be written to."
+    return problem(f"{os.fspath(path)!r} {rule}", got=got, fix=" ".join(filter(None, (fix, then))), error=kind)
+
+
+class FolderLock:
+    """A lock on a folder, which leaves nothing in it and ends with the process, however that ends.
+
+    Where there are no such locks, on Windows, some network drives and in folders that cannot be read, everyone gets it.
+
+    Attributes:
+        held: whether this object holds it; if not, another one did when this was made.
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.held = True
+        self._descriptor: int | None = None
+        if os.name != "posix":  # elsewhere a folder cannot be opened
+            return
+        import fcntl
+
+        try:
+            self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except PermissionError:  # a folder that may be written to and not read
+            return
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+        except OSError:
+            pass
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self.held, self._descriptor = False, None

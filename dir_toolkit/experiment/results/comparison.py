@@ -1,0 +1,322 @@
+"""Which methods differ from a baseline by more than their seeds and the test samples explain."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..._checks import instance, number, one_of, problem, whole
+from ...errors import ResultsError
+from ...labels.bins import Bins
+from .schema import validate_results
+from .tables import BASELINE, Columns, Mark, ResultsTable, results_table
+
+__all__ = ["comparison_table", "differences_csv", "leading_methods", "paired_differences"]
+
+PAIRED = ("mae", "bmae")
+"""The metrics that are a weighted mean of absolute errors, and so can be drawn again sample by sample."""
+
+_DEFAULT = (("bmae", "all"), ("mae", "all"), ("mae", "many"), ("mae", "medium"), ("mae", "few"), ("bmae", "few"))
+_NUMBERS = tuple(f"{name}{end}" for name in ("difference", "ratio") for end in ("", "_low", "_high"))
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of one
+_BLOCK = 2**22  # counts drawn at a time
+
+
+def paired_differences(
+    ds: xr.Dataset,
+    baseline: str = "vanilla",
+    *,
+    metrics: Sequence[tuple[str, str]] = _DEFAULT,
+    replicates: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> xr.Dataset:
+    r"""Difference of every method to a baseline, and ratio, with bootstrap intervals over seeds and test samples.
+
+    Runs are paired: a method and the baseline are compared over the seeds that both completed, and in each replicate
+    both are judged by the same seeds and the same test samples. Every percentile interval holds both sources of
+    variation, but for a method with one shared seed, whose interval is of the test samples alone.
+
+    Test samples are drawn within their bins, so that each replicate has every bin with as many samples as the test set:
+    bMAE is a mean over bins, and a replicate that lost the rare ones would be another metric. Of n samples, or seeds,
+    n - 1 are drawn, each counting n / (n - 1) times: with few of them, drawing n would make intervals too narrow, since
+    the variance of their mean would come out (n - 1) / n times too small. What stands alone in its bin never varies.
+
+    The constant predictor, which no seed changes, meets every seed of the other side.
+
+    Args:
+        ds: a result of regression, of the schema in ``results.schema``, that holds predictions. Methods without are
+            NaN, and have 0 seeds.
+        metrics: (``"mae"`` or ``"bmae"``, region) pairs.
+        replicates: at least 100.
+        level: of the intervals, each by itself: where many are looked at, some exclude 0 by chance.
+        seed: of the draws. Those of a method do not depend on which others are compared.
+    Shape:
+        ``difference``, ``difference_low``, ``difference_high``, ``ratio``, ``ratio_low``, ``ratio_high`` over (method,
+        column); coordinates ``metric`` and ``region`` along ``column``; ``seeds``, those shared, over (method).
+    Units:
+        differences are in label units, method minus baseline, so that below 0 is better; ratios are method by baseline.
+    Raises:
+        ResultsError: ``ds`` breaks the schema, or holds no predictions, or none of the baseline. ValueError: the
+        baseline, a metric or a region is unknown, or a number out of range.
+    Source:
+        Rao and Wu 1988, Resampling inference with complex survey data, for drawing n - 1 within strata.
+    """
+    validate_results(ds)
+    if "prediction" not in ds:
+        raise problem(
+            "ds must hold the prediction for each test sample",
+            got="none",
+            fix="Hand target and prediction over sample to combine_runs.",
+            error=ResultsError,
+        )
+    methods = ds["method"].values.tolist()
+    one_of("baseline", baseline, methods)
+    columns = _columns(metrics, ds)
+    replicates = whole("replicates", replicates, low=100)
+    level = number("level", level, low=0, high=1, open_low=True, open_high=True)
+    whole("seed", seed, low=0)
+
+    target = ds["target"].values
+    errors = np.abs(ds["prediction"].values.astype(np.float64) - target)  # (M, S, N)
+    told = np.isfinite(errors[..., 0])
+    run_of = np.full(told.shape, -1)  # the row in ``rows``
+    run_of[told] = np.arange(told.sum())
+    for i in [i for i, method in enumerate(methods) if method == BASELINE and told[i].any()]:
+        run_of[i] = run_of[i].max()
+    base = methods.index(baseline)
+    if (run_of[base] < 0).all():
+        got = "a baseline without any"
+        raise problem(f"{baseline!r} must have predictions to be compared with", got=got, error=ResultsError)
+    edges = np.append(ds["bin_low"].values, ds["bin_high"].values[-1])
+    bins = Bins.from_edges(edges)
+    place = bins.index(target)
+    weights = {"mae": np.bincount(place, minlength=len(bins)), "bmae": bins.relative_widths}
+    shares = np.stack([_bin_shares(ds, weights[metric], region, place) for metric, region in columns])  # (C, B)
+    point, drawn = _replicates(errors[told], place, shares, replicates, seed)
+
+    found = {name: np.full((len(methods), len(columns)), np.nan) for name in _NUMBERS}
+    seeds = np.zeros(len(methods), dtype=np.int64)
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    for i in range(len(methods)):
+        shared = (run_of[base] >= 0) & (run_of[i] >= 0)
+        seeds[i] = n = shared.sum()
+        if n == 0:
+            continue
+        counts = _redrawn(np.random.default_rng([seed, 1]), n, replicates)  # equal seeds are drawn equally
+        mine, theirs = run_of[i][shared], run_of[base][shared]
+        once = (point[:, mine].mean(-1), point[:, theirs].mean(-1))
+        again = tuple(np.einsum("rcs,rs->rc", drawn[..., runs], counts) / n for runs in (mine, theirs))
+        for name, compare in (("difference", np.subtract), ("ratio", _ratio)):
+            found[name][i] = compare(*once)
+            found[f"{name}_low"][i], found[f"{name}_high"][i] = np.quantile(compare(*again), ends, axis=0)
+    units = ds.attrs["label_units"]
+    alone = [method for method, n in zip(methods, seeds, strict=True) if n == 1]
+    sources = "seeds, and test samples within their bins"
+    return xr.Dataset(
+        {
+            **{n: (("method", "column"), v, {"units": "1" if "ratio" in n else units}) for n, v in found.items()},
+            "seeds": ("method", seeds, {"units": "1"}),
+        },
+        coords={
+            "method": ds["method"].values,
+            "metric": ("column", np.array([metric for metric, _ in columns])),
+            "region": ("column", np.array([region for _, region in columns])),
+        },
+        attrs={
+            "baseline": baseline,
+            "level": level,
+            "replicates": replicates,
+            "draws_seed": seed,
+            "label_name": ds.attrs["label_name"],
+            "label_units": units,
+            "resampled": f"{sources}; of one seed, test samples alone: {', '.join(alone)}" if alone else sources,
+        },
+    )
+
+
+def _columns(metrics: Any, ds: xr.Dataset) -> list[tuple[str, str]]:
+    instance(Sequence, metrics=metrics)
+    columns = []
+    for column in metrics:
+        if not isinstance(column, (tuple, list)) or len(column) != 2:
+            raise problem("metrics must be (metric, region) pairs", got=repr(column))
+        one_of("a metric", column[0], PAIRED)
+        one_of("a region", column[1], ds["region"].values.tolist())
+        columns.append((column[0], column[1]))
+    if not columns:
+        raise problem("metrics must hold at least one pair", got="none")
+    return columns
+
+
+def _bin_shares(ds: xr.Dataset, weights: np.ndarray, region: str, place: np.ndarray) -> np.ndarray:
+    """What each bin's mean error weighs, (B,), of which those with samples have ``weights``; NaN throughout where the
+    region has no test sample."""
+    tested = np.bincount(place, minlength=ds.sizes["bin"]) > 0
+    if region != "all":
+        tested &= ds["bin_region"].values == region
+    shares = np.where(tested, weights, 0.0)
+    return shares / shares.sum() if shares.any() else np.full(len(shares), np.nan)
+
+
+def _replicates(
+    rows: np.ndarray, place: np.ndarray, shares: np.ndarray, replicates: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each column of each run as measured, (C, P), and drawn again, (R, C, P), from errors of runs, (P, N)."""
+    empty = np.isnan(shares[:, 0])
+    point = np.zeros((len(shares), len(rows)))
+    drawn = np.zeros((replicates, *point.shape))
+    rng = np.random.default_rng([seed, 0])
+    for b in np.unique(place):
+        members = rows[:, place == b]  # (P, n)
+        used = np.flatnonzero(np.nan_to_num(shares[:, b]))
+        point[used] += shares[used, b, None] * members.mean(1)
+        step = max(1, _BLOCK // members.shape[1])
+        for first in range(0, replicates, step):
+            counts = _redrawn(rng, members.shape[1], min(step, replicates - first))
+            means = counts @ members.T / members.shape[1]  # (r, P)
+            for c in used:
+                drawn[first : first + step, c] += shares[c, b] * means
+    point[empty], drawn[:, empty] = np.nan, np.nan
+    return point, drawn
+
+
+def _redrawn(rng: np.random.Generator, n: int, replicates: int) -> np.ndarray:
+    """How often each of n counts in each replicate, (R, n), n in all."""
+    if n == 1:
+        return np.ones((replicates, 1))
+    return rng.multinomial(n - 1, np.full(n, 1 / n), size=replicates) * (n / (n - 1))
+
+
+def _ratio(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    return np.divide(mine, theirs, out=np.full(mine.shape, np.nan), where=theirs > 0)
+
+
+def check_differences(differences: object) -> None:
+    """``differences`` is what :func:`paired_differences` gave."""
+    instance(xr.Dataset, differences=differences)
+    assert isinstance(differences, xr.Dataset)
+    missing = [name for name in (*_NUMBERS, "seeds", "metric", "region") if name not in differences]
+    missing += [name for name in ("baseline", "level") if name not in differences.attrs]
+    if missing:
+        raise problem(
+            "differences must be what paired_differences gives",
+            got=f"a dataset without {', '.join(missing)}",
+            error=ResultsError,
+        )
+
+
+def comparison_table(ds: xr.Dataset, differences: xr.Dataset) -> ResultsTable:
+    """Mean and standard deviation over seeds for each compared column, the ratio to the baseline, and minutes.
+
+    A cell is bold where the interval of the difference lies below 0, so that the method is better than the baseline,
+    and in italics where it lies above; the caption says so. ``results.tables.as_markdown`` and ``as_text`` lay it out.
+
+    Args:
+        ds: the result that was compared.
+        differences: what :func:`paired_differences` made of it.
+    Raises:
+        ResultsError: ``ds`` breaks the schema, or ``differences`` is something else. ValueError: it is of other
+        methods.
+    """
+    validate_results(ds)
+    check_differences(differences)
+    methods, compared = ds["method"].values.tolist(), differences["method"].values.tolist()
+    if set(methods) != set(compared):
+        raise problem("differences must be of the methods of ds", got=f"{compared} and {methods}")
+    metrics, regions = (differences[name].values.tolist() for name in ("metric", "region"))
+    columns: Columns = list(zip(metrics, regions, strict=True))
+    timed = bool(ds["minutes"].notnull().any())
+    plain = results_table(ds, columns=[*columns, ("minutes", None)] if timed else columns)
+    baseline = differences.attrs["baseline"]
+    rows: list[list[str]] = []
+    marks: dict[tuple[int, int], Mark] = {}
+    for i, row in enumerate(plain.rows):
+        part = differences.sel({"method": row[0]})
+        cells = list(row)
+        for j, ratio in enumerate(part["ratio"].values, 2):
+            if row[0] != baseline and np.isfinite(ratio):
+                cells[j] += f" (×{ratio:.2f})"
+            if part["difference_high"].values[j - 2] < 0:
+                marks[i, j] = "better"
+            elif part["difference_low"].values[j - 2] > 0:
+                marks[i, j] = "worse"
+        rows.append(cells)
+    caption = f"{plain.caption} {_explained(differences)}"
+    return ResultsTable(caption, plain.header, plain.counts, rows, marks)
+
+
+def _explained(differences: xr.Dataset) -> str:
+    """What brackets, bold and italics mean."""
+    attrs = differences.attrs
+    said = (
+        f"In brackets: ratio to {attrs['baseline']}, over the seeds that both have. Bold: better than "
+        f"{attrs['baseline']}; italics: worse; that is, the {100 * attrs['level']:g} % bootstrap interval of the "
+        "paired difference excludes 0. Each interval stands by itself: of many, some exclude 0 by chance."
+    )
+    others = differences["method"] != attrs["baseline"]
+    alone = differences["method"].values[((differences["seeds"] == 1) & others).values]
+    if alone.size:
+        said += f" With one shared seed an interval is of the test samples alone: {', '.join(alone)}."
+    return said
+
+
+def differences_csv(differences: xr.Dataset) -> str:
+    """Differences as CSV, a line for each method and column; what is not known is empty.
+
+    A name that a spreadsheet would take for a formula, such as ``=a+b``, gets an apostrophe in front.
+
+    Raises:
+        ResultsError: ``differences`` is not what :func:`paired_differences` gives.
+    """
+    check_differences(differences)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "baseline", "metric", "region", "seeds", *_NUMBERS])
+    writer.writerows(_csv_rows(differences))
+    return text.getvalue()
+
+
+def _csv_rows(differences: xr.Dataset) -> Iterator[list[object]]:
+    for method in differences["method"].values.tolist():
+        part = differences.sel({"method": method})
+        for j in range(differences.sizes["column"]):
+            told = [float(part[name].values[j]) for name in _NUMBERS]
+            head = [method, differences.attrs["baseline"], *(str(part[n].values[j]) for n in ("metric", "region"))]
+            head = [f"'{text}" if text.startswith(_FORMULA) else text for text in head]
+            yield [*head, int(part["seeds"]), *("" if np.isnan(x) else f"{x:.6g}" for x in told)]
+
+
+def leading_methods(ds: xr.Dataset, baseline: str = "vanilla", *, most: int = 6) -> list[str]:
+    """The baseline and the methods worth a closer look, for figures that have no room for all.
+
+    They are those with the least mean bMAE over all, then the least MAE in the few-shot region, over all and in the
+    many-shot region, and then others by their bMAE; without the constant predictor, in the order of ``ds``.
+
+    Args:
+        ds: a result of regression, of the schema in ``results.schema``.
+        most: how many at most, the baseline among them.
+    Raises:
+        ResultsError: ``ds`` breaks the schema, or is not of regression. ValueError: the baseline is unknown, or
+        ``most`` below 1.
+    """
+    validate_results(ds)
+    if "mae" not in ds:
+        raise problem("ds must be a result of regression", got="one without 'mae'", error=ResultsError)
+    methods = ds["method"].values.tolist()
+    one_of("baseline", baseline, methods)
+    whole("most", most, low=1)
+
+    def ranked(metric: str, region: str) -> list[str]:
+        means = ds[metric].sel(region=region).mean("seed").values
+        return [methods[i] for i in np.argsort(means) if np.isfinite(means[i]) and methods[i] != BASELINE]
+
+    by_bmae = ranked("bmae", "all")
+    firsts = [method for region in ("few", "all", "many") for method in ranked("mae", region)[:1]]
+    chosen = list(dict.fromkeys([baseline, *by_bmae[:1], *firsts, *by_bmae]))[:most]
+    return [method for method in methods if method in chosen]

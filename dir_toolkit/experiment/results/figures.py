@@ -1,0 +1,438 @@
+"""Pictures of label densities, errors, features and training; a ``matplotlib`` ``Figure`` each, never pyplot.
+
+Those of classification stand in ``results.class_figures``.
+
+matplotlib is imported where a figure is made, so that a result can be read and written without it. Nothing global of it
+is touched, but while ``results.drawing.figure_svg`` writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from ..._checks import instance, labels_array, number, problem, whole
+from ...errors import ShapeError
+from ...labels.bins import Bins
+from ...labels.density import REGIONS, LabelDensity
+from .drawing import (
+    FAINT,
+    GREY,
+    INK,
+    Colors,
+    color_scale,
+    cut_below_zero,
+    dressed,
+    holding,
+    legend,
+    legend_above,
+    line_and_band,
+    literal,
+    mean_and_spread,
+    method_dashes,
+    new_figure,
+    note_no_runs,
+    seeds_text,
+    spread_shown,
+    stairs,
+    styled_methods,
+    styles,
+    train_counts,
+    with_units,
+)
+from .schema import validate_results
+from .tables import METRIC_NAMES, SHARES, count_range
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "density_figure",
+    "error_figure",
+    "history_figure",
+    "region_figure",
+    "similarity_figure",
+]
+
+_SHADES = {"many": "#dcdcdc", "medium": "#ededed", "few": "#fafafa", "unseen": "#fdeee6"}
+_MOST_BARS = 8  # side by side in one region
+_BEFORE, _AFTER = "#D55E00", "#0072B2"
+
+
+def density_figure(
+    density: LabelDensity,
+    weights: np.ndarray | None = None,
+    *,
+    effective: LabelDensity | None = None,
+    label_name: str = "label",
+    label_units: str = "1",
+) -> Figure:
+    """Labels counted per bin as bars, the effective density as a line, and the weight of a label in a panel below.
+
+    Args:
+        density: as counted.
+        weights: dimensionless: the loss weight of a label in each bin, such as ``lds(bins.centers)``.
+        effective: the smoothed density, over the same bins.
+    Shape:
+        weights: (B,).
+    Raises:
+        ShapeError: ``weights`` is not one number a bin. ValueError: ``effective`` is over other bins.
+    """
+    instance(LabelDensity, density=density)
+    instance(str, label_name=label_name, label_units=label_units)
+    if effective is not None:
+        instance(LabelDensity, effective=effective)
+    bins = density.bins
+    if effective is not None and effective.bins != bins:
+        both = f"{effective.bins} and {bins}"
+        raise problem("effective must be over the bins of density", got=both)
+    if weights is not None:
+        weights = _row("weights", weights, len(bins))
+    panels = 1 if weights is None else 2
+    figure = new_figure(3.0 if panels == 1 else 4.4)
+    axes = [figure.add_subplot(panels, 1, 1)]
+    stairs(axes[0], bins.edges, density.counts, "labels counted")
+    if effective is not None:
+        positive = np.where(effective.counts > 0, effective.counts, np.nan)
+        axes[0].plot(bins.centers, positive, color=_AFTER, label="effective density (smoothed)")
+    axes[0].set_ylabel("labels per bin\n(log scale)")
+    legend(axes[0])
+    if weights is not None:
+        axes.append(figure.add_subplot(panels, 1, 2, sharex=axes[0]))
+        axes[1].axhline(1.0, color=GREY, linewidth=0.8, linestyle="--")
+        axes[1].plot(bins.centers, weights, color=_BEFORE)
+        axes[1].set_ylabel("weight of a label\n(dimensionless)")
+        axes[1].set_ylim(bottom=0)
+        axes[0].tick_params(labelbottom=False)
+    axes[-1].set_xlabel(with_units(label_name, label_units))
+    axes[-1].set_xlim(bins.edges[0], bins.edges[-1])
+    return dressed(figure, axes)
+
+
+def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | None = None) -> Figure:
+    """MAE along the label axis for each method, above the training counts; regions are shaded.
+
+    A line is the mean over seeds, its band one standard deviation of the seeds either way. Bins hold few test samples,
+    so lines are running means over ``window`` bins, each bin weighted by its test samples, and the axis says so.
+
+    Args:
+        ds: a result of the schema in ``results.schema``.
+        window: number of bins averaged, odd; 1 shows every bin as measured. None means 5 where there are 40 bins or
+            more, and 1 else.
+    Raises:
+        ValueError: ``window`` is even or below 1, or a color is unknown. ResultsError: ``ds`` breaks the schema, or is
+        not of regression.
+    """
+    holding(ds, "bin_mae", "regression")
+    window = whole("window", (5 if ds.sizes["bin"] >= 40 else 1) if window is None else window, low=1)
+    if window % 2 == 0:
+        raise problem("window must be odd, so that it has a middle", got=window)
+    figure = new_figure(4.8)
+    grid = figure.add_gridspec(2, 1, height_ratios=[2.2, 1])
+    top = figure.add_subplot(grid[0])
+    axes = [top, figure.add_subplot(grid[1], sharex=top)]
+    center = ds["bin_center"].values
+    dashes = method_dashes(ds["method"].values.tolist())
+    for method, color in styled_methods(ds, colors).items():
+        part = ds.sel({"method": method})
+        curves = [
+            _running_mean(part["bin_mae"].sel(seed=seed).values, part["bin_count"].sel(seed=seed).values, window)
+            for seed in ds["seed"].values[part["completed"].values == 1]
+        ]
+        mean, spread = mean_and_spread(np.array(curves))
+        label = literal(f"{method} ({seeds_text(len(curves))})")
+        line_and_band(top, center, mean, spread, color, linestyle=dashes[method], label=label)
+    if not top.lines:
+        note_no_runs(top)
+    units = ds.attrs["label_units"]
+    name = "MAE" if window == 1 else f"MAE, mean of {window} bins"
+    top.set_ylabel(with_units(name, units) + spread_shown(ds))
+    top.set_ylim(bottom=0)
+    top.tick_params(labelbottom=False)
+    low, high = ds["bin_low"].values, ds["bin_high"].values
+    stairs(axes[1], np.append(low, high[-1]), train_counts(ds), None)
+    axes[1].set_ylabel("training\nlabels per bin\n(log scale)")
+    axes[1].set_xlabel(with_units(ds.attrs["label_name"], units))
+    axes[1].set_xlim(low[0], high[-1])
+    _shade_regions(figure, axes, low, high, ds["bin_region"].values)
+    legend_above(figure, top)
+    return dressed(figure, axes)
+
+
+def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors | None = None) -> Figure:
+    """A metric of each method over all and in each region with test samples; whiskers are one sd of the seeds.
+
+    Up to eight methods are bars side by side; more are rows, with a column a region. The constant predictor, which
+    would dwarf the others, is left out of error rates, and where there are more than eight methods with it.
+
+    Args:
+        ds: a result of the schema in ``results.schema``.
+        metric: a variable of ``ds`` over ``region``; None means MAE, or in a result of classification alone balanced
+            error.
+    Raises:
+        ValueError: ``ds`` has no such metric, or a color is unknown. ResultsError: ``ds`` breaks the schema.
+    """
+    validate_results(ds)
+    metric = ("mae" if "mae" in ds else "balanced_error") if metric is None else metric
+    if not isinstance(metric, str) or metric not in ds or ds[metric].dims != ("method", "seed", "region"):
+        known = sorted(str(name) for name in ds.data_vars if ds[name].dims == ("method", "seed", "region"))
+        raise problem(f"metric must be one of {known}", got=repr(metric))
+    regions = [r for r in ("all", *REGIONS) if bool((ds["count"].sel(region=r) > 0).any())]
+    percent = metric in SHARES
+    bars = []
+    crowded = int(ds["completed"].any("seed").sum()) > _MOST_BARS
+    for method, color in styled_methods(ds, colors, baseline=not percent and not crowded).items():
+        part = ds.sel({"method": method, "region": regions})
+        seeds = int(part["completed"].sum())
+        mean, spread = mean_and_spread(part[metric].values[part["completed"].values == 1] * (100 if percent else 1))
+        bars.append((literal(f"{method} ({seeds_text(seeds)})"), color, mean, spread if seeds > 1 else None))
+    name = with_units(METRIC_NAMES.get(metric, metric), "%" if percent else ds[metric].attrs["units"])
+    ticks = []
+    for region in regions:
+        samples, bins = (count_range(ds[name].sel(region=region).values) for name in ("count", "bins"))
+        ticks.append(f"{region}\n{samples} samples\n{bins} bins")
+    if len(bars) > _MOST_BARS:
+        return _region_rows(bars, ticks, name + spread_shown(ds).replace("\n", ", "))
+    figure = new_figure(3.4)
+    axes = figure.add_subplot(1, 1, 1)
+    place, width = np.arange(len(regions)), 0.84 / max(1, len(bars))
+    for i, (label, color, mean, whisker) in enumerate(bars):
+        axes.bar(
+            place + (i - (len(bars) - 1) / 2) * width,
+            mean,
+            width * 0.94,
+            color=color,
+            zorder=2,
+            yerr=whisker,
+            error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
+            label=label,
+        )
+    if not bars:
+        note_no_runs(axes)
+    if percent:
+        cut_below_zero(axes)
+    axes.set_xticks(place, ticks)
+    axes.set_xlabel("region, with its test samples and the bins that hold them")
+    axes.set_ylabel(name + spread_shown(ds))
+    legend_above(figure, axes)
+    return dressed(figure, [axes])
+
+
+def _region_rows(
+    bars: Sequence[tuple[str, str, np.ndarray, np.ndarray | None]], titles: Sequence[str], name: str
+) -> Figure:
+    """Methods down, regions across, a dot each."""
+    figure = new_figure(1.3 + 0.22 * len(bars))
+    panels: list[Axes] = []
+    row = np.arange(len(bars))
+    for j, title in enumerate(titles):
+        first = panels[0] if panels else None
+        axes = figure.add_subplot(1, len(titles), j + 1, sharex=first, sharey=first)
+        for i, (_, color, mean, whisker) in enumerate(bars):
+            error = None if whisker is None else whisker[j]
+            axes.errorbar(mean[j], i, xerr=error, fmt="o", markersize=5, color=color, ecolor=INK, elinewidth=1)
+        axes.set_title(title)
+        axes.tick_params(labelleft=not panels)
+        panels.append(axes)
+    panels[0].set_yticks(row, [label for label, *_ in bars])
+    panels[0].set_ylim(len(bars) - 0.5, -0.5)
+    if panels[0].get_xlim()[0] > 0:
+        panels[0].set_xlim(left=0)
+    figure.supxlabel(name, fontsize=10, color=INK)
+    dressed(figure, panels, grid="both")
+    for axes in panels:
+        axes.title.set(fontsize=8)  # five stand side by side
+    return figure
+
+
+def similarity_figure(
+    mean_before: np.ndarray,
+    mean_after: np.ndarray,
+    bins: Bins,
+    *,
+    anchor: float,
+    variance_before: np.ndarray | None = None,
+    variance_after: np.ndarray | None = None,
+    label_name: str = "label",
+    label_units: str = "1",
+) -> Figure:
+    """Cosine similarity of the features of one bin to those of every other, before and after smoothing over bins.
+
+    Above, the anchor's bin against all, for feature means and, where given, variances. Below, the means of every bin
+    against every other.
+
+    Args:
+        mean_before: feature means of each bin; a bin without samples is NaN throughout and stays a gap.
+        anchor: a label, in label units; its bin must have samples.
+        variance_before: feature variances likewise; give both or neither.
+    Shape:
+        the four arrays: (B, D).
+    Raises:
+        ShapeError: shapes differ, or there is not one row a bin. ValueError: the anchor's bin is empty. LabelError: the
+        anchor lies beyond the axis.
+    Source:
+        Yang et al. 2021, figures 4 and 8 (arXiv:2102.09554).
+    """
+    if (variance_before is None) != (variance_after is None):
+        raise problem("variance_before and variance_after must be given both or neither", got="one of them")
+    pairs = {"feature means": (mean_before, mean_after)}
+    if variance_before is not None and variance_after is not None:
+        pairs["feature variances"] = (variance_before, variance_after)
+    instance(Bins, bins=bins)
+    instance(str, label_name=label_name, label_units=label_units)
+    at = int(bins._place([number("anchor", anchor)], "raise", "anchor")[0])
+    tables = {}
+    for name, pair in pairs.items():
+        before, after = (labels_array(values, name).astype(np.float64) for values in pair)
+        if before.shape != after.shape or before.ndim != 2 or len(before) != len(bins):
+            raise problem(
+                f"{name} must have the shape ({len(bins)}, D), before and after alike",
+                got=f"{before.shape} and {after.shape}",
+                error=ShapeError,
+            )
+        tables[name] = (_cosines(before), _cosines(after))
+        if np.isnan(tables[name][0][at, at]):
+            raise problem(f"anchor must lie in a bin that has {name}", got=f"{anchor:g}, whose bin is empty")
+    figure = new_figure(5.6)
+    grid = figure.add_gridspec(2, 1, height_ratios=[1, 1.25])
+    upper, lower = grid[0].subgridspec(1, len(tables)), grid[1].subgridspec(1, 2)
+    lines: list[Axes] = []
+    for i, (name, (before, after)) in enumerate(tables.items()):
+        axes = figure.add_subplot(upper[i], sharey=lines[0] if lines else None)
+        axes.axvline(bins.centers[at], color=GREY, linewidth=0.8, linestyle="--")
+        axes.plot(bins.centers, before[at], color=_BEFORE, label="before smoothing")
+        axes.plot(bins.centers, after[at], color=_AFTER, label="after smoothing")
+        axes.set_title(literal(f"{name}, against {label_name} {anchor:g}"))
+        axes.set_xlabel(with_units(label_name, label_units))
+        axes.set_xlim(bins.edges[0], bins.edges[-1])
+        lines.append(axes)
+    lines[0].set_ylabel("cosine similarity\n(dimensionless)")
+    legend(lines[0], loc="best")
+    before, after = tables["feature means"]
+    least = float(np.nanmin([before, after]))
+    maps: list[Axes] = []
+    for i, (name, values) in enumerate((("before smoothing", before), ("after smoothing", after))):
+        axes = figure.add_subplot(lower[i])
+        # Bins are drawn one wide each; where they are not, as labels run, the axis is numbered by bin.
+        even = np.allclose(np.diff(bins.edges), bins.edges[1] - bins.edges[0])
+        span = (bins.edges[0], bins.edges[-1]) if even else (-0.5, len(bins) - 0.5)
+        image = axes.imshow(
+            values, origin="lower", extent=(*span, *span), vmin=least, vmax=1, cmap="cividis", interpolation="nearest"
+        )
+        axes.set_facecolor(FAINT)
+        axes.set_title(f"feature means, {name}")
+        axes.set_xlabel(with_units(label_name, label_units) if even else "bin")
+        axes.set_ylabel(with_units(label_name, label_units) if even else "bin")
+        maps.append(axes)
+    color_scale(figure, image, "cosine similarity (dimensionless)", ax=maps, shrink=0.9)
+    dressed(figure, lines)
+    return dressed(figure, maps, grid=False)
+
+
+def history_figure(
+    histories: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
+    *,
+    label_units: str = "1",
+    loss: str = "loss",
+    metric: str = "val_bmae",
+    metric_name: str = "validation bMAE",
+    percent: bool = False,
+    colors: Colors | None = None,
+) -> Figure:
+    """Training loss and a validation metric by epoch, a line a run; runs of one method share a colour.
+
+    Args:
+        histories: by (method, seed): rows with an ``epoch``, as read from ``history.csv``; numbers may still be text,
+            and an empty or missing one is a gap.
+        loss: the column of the training loss. It is the one each method trains on, so that heights do not compare.
+        metric: the column of the metric, in label units.
+        percent: the metric is a share, such as an error rate, and is shown in percent; ``label_units`` do not matter.
+    Raises:
+        ValueError: no row of any run has the column, or a color is unknown.
+    """
+    instance(Mapping, histories=histories)
+    for key in histories:
+        if not isinstance(key, tuple) or len(key) != 2 or not isinstance(key[0], str):
+            raise problem("histories must be given by (method, seed)", got=repr(key), error=TypeError)
+    instance(str, label_units=label_units, metric_name=metric_name)
+    for column in (loss, metric):
+        if not any(column in row for rows in histories.values() for row in rows):
+            columns = sorted({name for rows in histories.values() for row in rows for name in row})
+            raise problem(
+                "histories must have the columns asked for",
+                got=f"no {column!r}",
+                fix=f"Columns are {columns}.",
+            )
+    known, dashes = styles((method for method, _ in histories), colors)
+    figure = new_figure(3.2)
+    axes = [figure.add_subplot(1, 2, i + 1) for i in range(2)]
+    named = set()
+    for (method, _), rows in histories.items():
+        epoch = [_number(row.get("epoch")) for row in rows]
+        label = None if method in named else literal(method)
+        named.add(method)
+        for panel, column in zip(axes, (loss, metric), strict=True):
+            scale = 100 if percent and column == metric else 1
+            values = [_number(row.get(column)) * scale for row in rows]
+            marker = "o" if len(rows) == 1 else None
+            style: dict[str, Any] = {
+                "color": known[method],
+                "linestyle": dashes[method],
+                "linewidth": 1.2,
+                "alpha": 0.85,
+            }
+            panel.plot(epoch, values, marker=marker, label=label, **style)
+    axes[0].set_ylabel("training loss, each method's own")
+    axes[1].set_ylabel(with_units(metric_name, "%" if percent else label_units))
+    for panel in axes:
+        panel.set_xlabel("epoch")
+        panel.locator_params(axis="x", integer=True)
+    legend_above(figure, axes[0])
+    return dressed(figure, axes)
+
+
+def _shade_regions(
+    figure: Figure, panels: Sequence[Axes], low: np.ndarray, high: np.ndarray, regions: np.ndarray
+) -> None:
+    """A shade behind each run of bins of one region, and what the shades mean below the panels."""
+    starts = [0, *(np.flatnonzero(regions[1:] != regions[:-1]) + 1), len(regions)]
+    for first, last in pairwise(starts):
+        for axes in panels:
+            axes.axvspan(low[first], high[last - 1], facecolor=_SHADES[str(regions[first])], edgecolor="none", zorder=0)
+    from matplotlib.patches import Patch
+
+    present = [region for region in REGIONS if region in regions]
+    patches = [Patch(facecolor=_SHADES[region], edgecolor=GREY, linewidth=0.5) for region in present]
+    names = [f"region: {region}" for region in present]
+    figure.legend(patches, names, loc="outside lower center", ncols=4, fontsize=9, labelcolor=INK, frameon=False)
+
+
+def _row(name: str, values: np.ndarray, size: int) -> np.ndarray:
+    values = labels_array(values, name).astype(np.float64)
+    if values.shape != (size,):
+        raise problem(f"{name} must have one number a bin, shape ({size},)", got=values.shape, error=ShapeError)
+    return values
+
+
+def _number(value: object) -> float:
+    return float("nan") if value in (None, "") else float(value)  # type: ignore[arg-type]
+
+
+def _running_mean(mean: np.ndarray, count: np.ndarray, window: int) -> np.ndarray:
+    """Means over ``window`` bins weighted by samples; NaN for a bin without samples of its own."""
+    kernel = np.ones(window)
+    total = np.convolve(np.where(count > 0, mean, 0.0) * count, kernel, mode="full")[window // 2 :][: len(mean)]
+    samples = np.convolve(count, kernel, mode="full")[window // 2 :][: len(mean)]
+    return np.divide(total, samples, out=np.full(len(mean), np.nan), where=count > 0)
+
+
+def _cosines(rows: np.ndarray) -> np.ndarray:
+    """Cosine similarity of every row to every other, (B, B); NaN for rows with NaN or of length zero."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = np.divide(rows, length, out=np.full(rows.shape, np.nan), where=length > 0)
+    return unit @ unit.T

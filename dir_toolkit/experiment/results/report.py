@@ -1,0 +1,98 @@
+"""A result as one page that opens anywhere: table, figures, settings and provenance in a single HTML file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import xarray as xr
+
+from ..._checks import problem
+from ..files import write_atomically
+from .drawing import figure_svg
+from .schema import validate_results
+from .tables import Columns, ResultsTable, results_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["write_report"]
+
+_SHOWN_ELSEWHERE = ("title", "command", "label_name", "label_units")
+_DEEPEST = 20  # levels of settings that are told one by one
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    ds: xr.Dataset,
+    figures: Mapping[str, Figure],
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    titles: Mapping[str, str] | None = None,
+    settings: Mapping[str, object] | None = None,
+    columns: Columns | None = None,
+    table: ResultsTable | None = None,
+) -> None:
+    """Write a result as one HTML file, whole or not at all; it fetches nothing and runs no script.
+
+    Args:
+        ds: a result of the schema in ``results.schema``; its attributes are shown as provenance.
+        figures: by title, in the order of the page.
+        notes: paragraphs of plain text above the table: what was compared, and what to make of it.
+        titles: what each method is, in a few words, shown below the table.
+        settings: of the experiment; nested ones are shown as ``outer.inner``.
+        columns: of the table, as in :func:`results_table`.
+        table: shown instead of that of ``columns``.
+    Raises:
+        ResultsError: ``ds`` breaks the schema. TypeError: ``notes`` is one text. ImportError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise problem(
+            "jinja2 must be installed",
+            got="no such package",
+            fix='pip install "dir_toolkit[recipes]"',
+            error=ImportError,
+        ) from error
+    validate_results(ds)
+    if isinstance(notes, str):
+        raise problem("notes must be paragraphs", got="one text", fix="Use [notes].", error=TypeError)
+    provenance = {str(name): value for name, value in ds.attrs.items() if name not in _SHOWN_ELSEWHERE}
+    template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string(template).render(
+        title=title,
+        command=ds.attrs["command"],
+        notes=notes,
+        methods=dict(titles or {}),
+        table=results_table(ds, columns=columns) if table is None else table,
+        figures=[(name, figure_svg(figure, name=f"figure{i}")) for i, (name, figure) in enumerate(figures.items(), 1)],
+        settings=list(_flat(settings or {})),
+        provenance=list(_flat(provenance)),
+    )
+    write_atomically(path, lambda file: file.write(page.encode()))
+
+
+def _flat(values: Mapping[str, object], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """Names and values as text, nested ones under dotted names; text that is a JSON object is read as one."""
+    for name, value in values.items():
+        read = value
+        if isinstance(value, str) and value.startswith("{"):
+            with suppress(ValueError, RecursionError):
+                read = json.loads(value)
+        if isinstance(read, Mapping) and read and depth < _DEEPEST:
+            yield from _flat(read, f"{prefix}{name}.", depth + 1)
+            continue
+        text = value
+        if not isinstance(value, str):
+            try:
+                text = json.dumps(value, default=str)
+            except (ValueError, RecursionError):  # in circles, or nested too deep
+                text = "..."
+        yield f"{prefix}{name}", str(text)

@@ -1,0 +1,538 @@
+"""The result of an experiment, as one ``xarray.Dataset``: what is in it, and what every part means.
+
+Dimensions
+    ``method``   the methods compared, text, in the order given; ``sel`` has an argument of that name, so select with
+                 ``ds.sel({"method": "lds"})``
+    ``seed``     the seeds tried, int64, rising
+    ``region``   ``all``, then ``many``, ``medium``, ``few``, ``unseen``: parts of the label axis by training count
+    ``bin``      int64, 0 ... B - 1: the bins of the label axis
+    ``sample``   the test samples, in the order of the test set, without a coordinate; only in a result of regression
+                 that holds predictions
+
+Coordinates along ``bin``
+    ``bin_low``, ``bin_high``   float64, label units; a bin holds ``low <= label < high`` and touches the next one
+    ``bin_center``              float64, label units; what a bin stands for when it is decoded
+    ``bin_region``              text, one of the four regions
+
+Variables, all measured on test data unless said
+    A result holds one of two families whole, or both, and always the common ones.
+
+    REGRESSION, over (method, seed, region)
+        ``mae rmse gm bmae``   float64, label units, >= 0: mean absolute error, root mean square, geometric mean of the
+                               absolute errors, mean over bins, each by its width, of the bin's MAE
+        ``bias``               float64, label units: mean of prediction minus label
+        ``pearson``            float64, in [-1, 1]
+    REGRESSION, over (method, seed, bin)
+        ``bin_mae bin_bias``   float64, label units
+    CLASSIFICATION, over (method, seed, region), where a class is a bin
+        ``error``              float64, in [0, 1]: share of the samples whose bin is not the predicted one
+        ``balanced_error``     float64, in [0, 1]: mean over bins of one minus the bin's recall
+        ``macro_f1``           float64, in [0, 1]: mean over bins of the bin's F1
+    CLASSIFICATION, over (method, seed, bin)
+        ``bin_recall``         float64, in [0, 1]: share of the bin's samples that are predicted as such
+        ``bin_precision``      float64, in [0, 1]: share of the predictions of the bin that are right
+    Common, over (method, seed, region)
+        ``count``, ``bins``    int64: test samples, and bins that hold any
+    Common, over (method, seed, bin)
+        ``bin_count``          int64: test samples
+        ``train_count``        int64: training samples
+    Common, over (method, seed)
+        ``minutes``            float64: time spent training
+        ``best_epoch``         float64 (a whole number), from 1: the epoch chosen on validation data
+        ``completed``          int8: 1 for a finished run, 0 for one that is missing
+    Regression, sample by sample, where it is held
+        ``target``             float32 or float64, label units, over (sample) alone: every run saw the same samples
+        ``prediction``         float32, label units, over (method, seed, sample); stands and falls with ``target``
+        ``lower``, ``upper``   float32, label units, over (method, seed, sample): an interval that is meant to hold the
+                               label with the probability in their attribute ``interval_level``; both or neither
+    Others may stand beside them, over the same dimensions and with units. One over (method, seed), such as ``ece``,
+    ``log_loss`` or ``tau``, may be missing in some of the runs.
+
+Units
+    Every variable, and every coordinate in label units, has a ``units`` attribute: ``label_units``, ``min`` for
+    ``minutes``, ``1`` for a number without.
+
+Counts and NaN
+    A float is NaN where there is nothing to say, and nowhere else: in regions and bins without test samples (count 0),
+    in a missing run, all of whose counts are 0, in ``pearson`` where predictions or labels do not vary, in
+    ``bin_precision`` where a bin was never predicted (a bin that was, but has no test samples, has precision 0), in
+    ``minutes`` and ``best_epoch`` where a method has none (a constant predictor), in ``prediction`` where a run kept
+    none, and in ``lower`` and ``upper`` where a method gives no interval: a run has these for all samples or for none.
+    No number is infinite. Counts over regions add up to ``all``, and counts over bins to their regions. A run that has
+    predictions was tested on ``target``: its counts are those of these labels, and its MAE over all is theirs, to a
+    thousandth of the label axis.
+
+Attributes
+    ``title``, ``created`` (ISO 8601, with its time zone), ``dir_toolkit_version``, ``command``, ``label_name`` and
+    ``label_units``, all text; any others are text or numbers.
+
+In a file
+    NetCDF-3 through xarray's scipy engine, written whole or not at all. It knows no int64: whole numbers are int32
+    there and int64 again once loaded. Attributes that are neither text nor numbers are written as JSON, and stay text.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ... import __version__
+from ..._checks import instance, problem, whole
+from ...errors import ResultsError
+from ...labels.bins import Bins
+from ...labels.density import REGIONS
+from ..files import write_atomically
+
+__all__ = [
+    "ALL_REGIONS",
+    "CLASSIFICATION",
+    "REGRESSION",
+    "combine_runs",
+    "load_results",
+    "save_results",
+    "validate_results",
+]
+
+ALL_REGIONS = ("all", *REGIONS)
+UNNAMED_UNITS = "label units"
+"""What a metric, which has never heard the labels' units, calls them."""
+
+_RUN = ("method", "seed")
+_DIMS = (*_RUN, "region", "bin")
+_LABEL = "label_units"
+# name: (the axis besides method and seed, kind of dtype, units)
+_REGRESSION = {
+    **dict.fromkeys(("mae", "rmse", "gm", "bmae", "bias"), ("region", "f", _LABEL)),
+    "pearson": ("region", "f", "1"),
+    **dict.fromkeys(("bin_mae", "bin_bias"), ("bin", "f", _LABEL)),
+}
+_CLASSIFICATION = {
+    **dict.fromkeys(("error", "balanced_error", "macro_f1"), ("region", "f", "1")),
+    **dict.fromkeys(("bin_recall", "bin_precision"), ("bin", "f", "1")),
+}
+_COMMON = {
+    **dict.fromkeys(("count", "bins"), ("region", "i", "1")),
+    **dict.fromkeys(("bin_count", "train_count"), ("bin", "i", "1")),
+    "minutes": ("", "f", "min"),
+    "best_epoch": ("", "f", "1"),
+    "completed": ("", "i", "1"),
+}
+_BY_SAMPLE = dict.fromkeys(("target", "prediction", "lower", "upper"), ("sample", "f", _LABEL))
+_VARIABLES = {**_REGRESSION, **_CLASSIFICATION, **_COMMON, **_BY_SAMPLE}
+REGRESSION = tuple(_REGRESSION)
+"""The variables of a regression result."""
+CLASSIFICATION = tuple(_CLASSIFICATION)
+"""The variables of a classification result, all of them shares in [0, 1]."""
+_COORDS = {"bin_low": "f", "bin_high": "f", "bin_center": "f", "bin_region": "U"}
+_KINDS = {"f": "floats", "i": "whole numbers", "U": "text"}
+_ERRORS = ("mae", "rmse", "gm", "bmae", "bin_mae")
+_MAY_BE_UNKNOWN = ("pearson", "bin_precision")  # among test samples, too
+_TEXTS = ("title", "created", "dir_toolkit_version", "command", "label_name", "label_units")
+
+
+def combine_runs(
+    runs: Mapping[tuple[str, int], xr.Dataset],
+    *,
+    title: str,
+    command: str,
+    label_name: str,
+    label_units: str,
+    attrs: Mapping[str, object] | None = None,
+) -> xr.Dataset:
+    """One result from the runs of several methods and seeds.
+
+    Args:
+        runs: by (method, seed), what the metrics gave: variables over ``region`` and ``bin``, and where they are known
+            ``minutes``, ``best_epoch`` and others without a dimension; a run that lacks one of these is NaN there.
+            It may also hold ``target``, ``prediction``, ``lower`` and ``upper`` over ``sample``.
+            Units that read "label units" become ``label_units``.
+            A part of an earlier result, ``result.sel({"method": ..., "seed": ...})``, is such a run, too. Combinations
+            that are not given become missing runs.
+        command: what a reader would type to get the same result.
+        attrs: provenance besides, such as versions, devices and digests of the data.
+    Raises:
+        ResultsError: runs differ in their bins or variables, or the result breaks the schema; names every fault.
+        TypeError: a key is no (method, seed), text and whole number, or a run no Dataset.
+    """
+    instance(Mapping, runs=runs)
+    if attrs is not None:
+        instance(Mapping, attrs=attrs)
+    if not runs:
+        raise problem("runs must hold at least one run", got="none", error=ResultsError)
+    for key, run in runs.items():
+        if not isinstance(key, tuple) or len(key) != 2:
+            raise problem("runs must be given by (method, seed)", got=repr(key), error=TypeError)
+        instance(str, method=key[0])
+        whole("seed", key[1])
+        instance(xr.Dataset, **{f"runs[{key!r}]": run})
+    first = next(iter(runs.values()))
+    examples = {str(name): array for run in reversed(list(runs.values())) for name, array in run.data_vars.items()}
+    faults = [f"{key}: {fault}" for key, run in runs.items() for fault in _misfits(run, first, examples)]
+    if faults:
+        raise _all_of("every run must have the same axes and variables", faults)
+    methods = list(dict.fromkeys(method for method, _ in runs))
+    seeds = sorted({seed for _, seed in runs})
+    sizes = {"method": len(methods), "seed": len(seeds), **first.sizes}
+    sizes |= {"sample": examples["target"].size} if "target" in examples else {}
+    known = {name: label_units if units == _LABEL else units for name, (_, _, units) in _VARIABLES.items()}
+    result = xr.Dataset(
+        coords={
+            "method": np.array(methods, dtype=str),
+            "seed": np.array(seeds, dtype=np.int64),
+            **{name: (first[name].dims, first[name].values, first[name].attrs) for name in ("region", "bin", *_COORDS)},
+        },
+        attrs={
+            "title": title,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "dir_toolkit_version": __version__,
+            "command": command,
+            "label_name": label_name,
+            "label_units": label_units,
+            **(attrs or {}),
+        },
+    )
+    for name in dict.fromkeys([*map(str, first.data_vars), *examples, "minutes", "best_epoch", "completed"]):
+        example = examples.get(name, xr.DataArray(np.nan))
+        if name == "target":
+            labels = example.values.astype(np.float32 if example.dtype == np.float32 else np.float64)
+            result[name] = ("sample", labels, {"units": label_units, **example.attrs})
+            continue
+        dims = (*_RUN, *example.dims)
+        counted = _kind(name, example) == "i" and (name in _VARIABLES or all(name in run for run in runs.values()))
+        kind = np.int64 if counted else np.float32 if name in _BY_SAMPLE else np.float64
+        values = np.full([sizes[d] for d in dims], 0 if counted else np.nan, dtype=kind)
+        for (method, seed), run in runs.items():
+            if name in run:
+                values[methods.index(method), seeds.index(seed)] = run[name].values
+            elif name == "completed":
+                values[methods.index(method), seeds.index(seed)] = 1
+        result[name] = (dims, values, {"units": known.get(name), **example.attrs})
+    result["completed"] = result["completed"].astype(np.int8)
+    for variable in result.variables.values():
+        if variable.attrs.get("units") == UNNAMED_UNITS:
+            variable.attrs["units"] = label_units
+    validate_results(result)
+    return result
+
+
+def _misfits(run: xr.Dataset, first: xr.Dataset, examples: Mapping[str, xr.DataArray]) -> Iterator[str]:
+    """What keeps a run from standing beside the first one, and beside the first that has each variable."""
+    for name in ("region", "bin", *_COORDS):
+        if name not in run.coords:
+            yield f"coordinate {name!r} is missing"
+        elif name in first.coords and not np.array_equal(run[name].values, first[name].values):
+            yield f"coordinate {name!r} differs from the first run's"
+    for name in sorted(map(str, set(run.data_vars) ^ set(first.data_vars))):
+        if examples[name].dims and name not in _BY_SAMPLE:  # these, and one without a dimension, may be missing
+            yield f"{name!r} is in {'this' if name in run else 'the first'} run only"
+    for name in sorted(map(str, run.data_vars)):
+        if run[name].dims != examples[name].dims:
+            yield f"{name!r} is over {run[name].dims}, in the first run that has it over {examples[name].dims}"
+        if _kind(name, examples[name]) == "i" and run[name].dtype.kind not in "iub":
+            yield f"{name!r} must be whole numbers, got {run[name].dtype}"
+    for name in [name for name in _BY_SAMPLE if name in run]:
+        example = examples[name]
+        if run[name].dims == example.dims and run[name].shape != example.shape:
+            yield f"{name!r} has {run[name].size} samples, in the first run that has it {example.size}"
+        elif name == "target" and not np.array_equal(run[name].values, example.values):
+            yield "'target' differs from that of the first run that has it: predictions must be in one order"
+        if name != "target" and "target" not in run:
+            yield f"{name!r} must stand beside 'target'"
+        level, other = (array.attrs.get("interval_level") for array in (run[name], example))
+        if level != other:
+            yield f"{name!r} has interval_level {level}, in the first run that has it {other}"
+
+
+def _kind(name: str, example: xr.DataArray) -> str:
+    """The kind of dtype that the schema gives a variable; one it does not know keeps its own."""
+    return _VARIABLES[name][1] if name in _VARIABLES else "i" if example.dtype.kind in "iub" else "f"
+
+
+def validate_results(ds: xr.Dataset) -> None:
+    """Check a result against the schema that this module's documentation writes down.
+
+    Raises:
+        ResultsError: names every fault, not the first alone. TypeError: ``ds`` is no Dataset.
+    """
+    if not isinstance(ds, xr.Dataset):
+        raise problem("ds must be an xarray.Dataset", got=type(ds).__name__, error=TypeError)
+    faults = list(_faults(ds))
+    if faults:
+        raise _all_of("ds must follow the schema of dir_toolkit.experiment.results.schema", faults)
+
+
+def _all_of(rule: str, faults: list[str]) -> Exception:
+    listed = "".join(f"\n  - {fault}" for fault in faults)
+    return problem(rule, got=f"{len(faults)} fault{'s' * (len(faults) > 1)}:{listed}", error=ResultsError)
+
+
+def _faults(ds: xr.Dataset) -> Iterator[str]:
+    for name in _TEXTS:
+        if not isinstance(ds.attrs.get(name), str):
+            yield f"attribute {name!r} must be text, got {ds.attrs.get(name)!r}"
+    if isinstance(ds.attrs.get("created"), str) and not _is_moment(ds.attrs["created"]):
+        yield f"attribute 'created' must be an ISO 8601 time with its zone, got {ds.attrs['created']!r}"
+    missing = [name for name in _DIMS if name not in ds.dims or name not in ds.coords]
+    for name in missing:
+        yield f"dimension {name!r} with its coordinate is missing"
+    empty = [name for name in (*_DIMS, "sample") if name not in missing and ds.sizes.get(name) == 0]
+    for name in empty:
+        yield f"dimension {name!r} must not be empty"
+    if missing or empty:
+        return
+    yield from _axis_faults(ds)
+    sound: set[str] = set()
+    families = [family for family in (_REGRESSION, _CLASSIFICATION) if not family.keys().isdisjoint(ds.data_vars)]
+    if not families:
+        yield f"variables must be {', '.join(REGRESSION)} or {', '.join(CLASSIFICATION)}, or both, got neither"
+    needed = [name for family in (*families, _COMMON) for name in family]
+    for name in dict.fromkeys([*needed, *map(str, ds.data_vars)]):
+        faults = list(_variable_faults(ds, name))
+        yield from faults
+        if not faults:
+            sound.add(name)
+    if tuple(ds["region"].values) == ALL_REGIONS:
+        yield from _number_faults(ds, sound)
+        yield from _sample_faults(ds, sound)
+
+
+def _is_moment(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _axis_faults(ds: xr.Dataset) -> Iterator[str]:
+    if tuple(ds["region"].values) != ALL_REGIONS:
+        yield f"coordinate 'region' must be {ALL_REGIONS}, got {tuple(map(str, ds['region'].values))}"
+    if not np.array_equal(ds["bin"].values, np.arange(ds.sizes["bin"])):
+        yield f"coordinate 'bin' must be 0 ... {ds.sizes['bin'] - 1}"
+    seeds = ds["seed"].values
+    if seeds.dtype.kind != "i" or (np.diff(seeds) <= 0).any():
+        yield f"coordinate 'seed' must be rising whole numbers, got {seeds.tolist()}"
+    methods = ds["method"].values
+    if not all(isinstance(m, str) for m in methods) or len(set(methods)) < len(methods):
+        yield f"coordinate 'method' must be text without repeats, got {methods.tolist()}"
+    sound = set()
+    for name, kind in _COORDS.items():
+        if name not in ds.coords or ds[name].dims != ("bin",):
+            yield f"coordinate {name!r} over ('bin',) is missing"
+        elif not _of_kind(ds[name], kind):
+            yield f"coordinate {name!r} must be {_KINDS[kind]}, got {ds[name].dtype}"
+        else:
+            sound.add(name)
+            found, expected = ds[name].attrs.get("units"), ds.attrs.get(_LABEL)
+            if kind == "f" and found != expected:
+                yield f"coordinate {name!r} must have units {expected!r}, got {found!r}"
+    if {"bin_low", "bin_high", "bin_center"} <= sound:
+        low, high, center = (ds[name].values for name in ("bin_low", "bin_high", "bin_center"))
+        if not _sound_edges(ds):
+            yield "bin edges must be finite and rising, each bin starting where the last one ends"
+        elif not ((low <= center) & (center <= high)).all():
+            yield "coordinate 'bin_center' must lie within its bin"
+    if "bin_region" in sound and not set(ds["bin_region"].values) <= set(REGIONS):
+        unknown = sorted(set(map(str, ds["bin_region"].values)) - set(REGIONS))
+        yield f"coordinate 'bin_region' must be of {REGIONS}, got {unknown}"
+
+
+def _of_kind(array: xr.DataArray, kind: str) -> bool:
+    if kind == "U":
+        return all(isinstance(value, str) for value in array.values.ravel())
+    return array.dtype.kind == kind
+
+
+def _variable_faults(ds: xr.Dataset, name: str) -> Iterator[str]:
+    """Faults of one variable that keep its numbers from being looked at."""
+    if name not in ds.data_vars:
+        yield f"variable {name!r} is missing"
+        return
+    array = ds[name]
+    axis, kind, units = _VARIABLES.get(name, ("", "", ""))
+    allowed: set[tuple[str, ...]] = {_RUN, (*_RUN, "region"), (*_RUN, "bin")}
+    if kind:
+        allowed = {("sample",) if name == "target" else _RUN + ((axis,) if axis else ())}
+    if array.dims not in allowed:
+        yield f"variable {name!r} must be over {' or '.join(map(str, sorted(allowed)))}, got {array.dims}"
+    if array.dtype.kind not in (kind or "fi"):
+        yield f"variable {name!r} must be {_KINDS.get(kind, 'numbers')}, got {array.dtype}"
+    found, expected = array.attrs.get("units"), ds.attrs.get(_LABEL) if units == _LABEL else units
+    if not isinstance(found, str) or (expected and found != expected):
+        yield f"variable {name!r} must have units{f' {expected!r}' if expected else ''}, got {found!r}"
+
+
+def _number_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
+    counts: list[str] = [name for name in ("count", "bins", "bin_count", "train_count") if name in sound]
+    for name in counts:
+        if (ds[name] < 0).any():
+            yield f"variable {name!r} must not be negative, got {int(ds[name].min())}"
+    for name in sorted(sound):
+        values = ds[name].values
+        if values.dtype.kind == "f" and (np.isinf(values).any() or (name in _ERRORS and (values < 0).any())):
+            yield f"variable {name!r} must be {'finite and not negative' if name in _ERRORS else 'finite'} or NaN"
+        elif name in _CLASSIFICATION and ((values < 0) | (values > 1)).any():
+            yield f"variable {name!r} must lie in [0, 1]"
+    for axis, count in (("region", "count"), ("bin", "bin_count")):
+        if count not in sound:
+            continue
+        for name in sorted(sound):
+            if ds[name].dtype.kind != "f" or axis not in ds[name].dims:
+                continue
+            empty, told = ds[count] == 0, ds[name].notnull()
+            if name == "bin_precision":
+                if (empty & told & (ds[name] != 0)).any():
+                    yield f"variable {name!r} must be 0 or NaN where {count!r} is 0"
+            elif (empty & told).any():
+                yield f"variable {name!r} must be NaN where {count!r} is 0"
+            if name in _VARIABLES and name not in _MAY_BE_UNKNOWN and (~empty & ~told).any():
+                yield f"variable {name!r} must not be NaN where {count!r} is above 0"
+    for name in ("count", "bins"):
+        if name in sound and (ds[name][..., 0] != ds[name][..., 1:].sum("region")).any():
+            yield f"variable {name!r} over the regions must add up to 'all'"
+    if "pearson" in sound and (np.abs(ds["pearson"]) > 1).any():
+        yield "variable 'pearson' must lie in [-1, 1]"
+    if {"count", "bin_count"} <= sound and "bin_region" in ds.coords and ds["bin_region"].dims == ("bin",):
+        for region in REGIONS:
+            here = (ds["bin_region"] == region).values
+            if (ds["bin_count"][..., here].sum("bin") != ds["count"].sel(region=region)).any():
+                yield f"variable 'bin_count' over the bins of region {region!r} must add up to 'count'"
+    if "completed" in sound:
+        completed = ds["completed"]
+        if not completed.isin([0, 1]).all():
+            yield "variable 'completed' must be 0 or 1"
+        for name in counts:
+            if (ds[name].where(completed == 0, 0) != 0).any():
+                yield f"variable {name!r} must be 0 where 'completed' is 0"
+        for name in sorted(sound):
+            by_run = ds[name].dtype.kind == "f" and (ds[name].dims == _RUN or name == "bin_precision")
+            if by_run and ((completed == 0) & ds[name].notnull()).any():
+                yield f"variable {name!r} must be NaN where 'completed' is 0"
+        if "count" in sound and ((completed == 1) & (ds["count"][..., 0] == 0)).any():
+            yield "variable 'count' must be above 0 where 'completed' is 1"
+
+
+def _sample_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
+    """Faults of predictions and intervals, each of which also tells samples that are not in the order of ``target``."""
+    held = [name for name in _BY_SAMPLE if name in ds.data_vars]
+    for one, other in (("target", "prediction"), ("lower", "upper")):
+        if (one in held) != (other in held):
+            yield f"variables {one!r} and {other!r} must be given both or neither"
+    if "lower" in held and "prediction" not in held:
+        yield "variables 'lower' and 'upper' must stand beside 'prediction'"
+    if "prediction" in held and "mae" not in ds:
+        yield "variable 'prediction' must be in a result of regression"
+    levels = [ds[name].attrs.get("interval_level") for name in ("lower", "upper") if name in held]
+    if levels and not (isinstance(levels[0], (int, float)) and 0 < levels[0] < 1 and levels[0] == levels[-1]):
+        yield f"variables 'lower' and 'upper' must have one interval_level between 0 and 1, got {levels}"
+    needed = {"target", "prediction", "mae", "count", "bin_count", "completed"}
+    edges = np.append(ds["bin_low"].values, ds["bin_high"].values[-1:]) if _sound_edges(ds) else None
+    if not needed <= sound or edges is None:
+        return
+    target = ds["target"].values
+    if not np.isfinite(target).all() or (place := Bins.from_edges(edges).index(target, "drop")).min() < 0:
+        yield "variable 'target' must be finite and on the label axis"
+        return
+    runs = {}
+    for name in ("prediction", "lower", "upper"):
+        if name in sound:
+            known = np.isfinite(ds[name].values)
+            runs[name] = known.all(-1)
+            if (known.any(-1) != runs[name]).any():
+                yield f"variable {name!r} must be finite for all samples of a run, or NaN for all"
+    told, allowed = runs["prediction"], ds["completed"].values == 1
+    if (told & ~allowed).any():
+        yield "variable 'prediction' must be NaN where 'completed' is 0"
+    tested = np.bincount(place, minlength=ds.sizes["bin"])
+    if (ds["bin_count"].values[told] != tested).any():
+        yield "variable 'bin_count' must count the labels in 'target' in every run that has predictions"
+    found = np.array([np.abs(row.astype(np.float64) - target).mean() for row in ds["prediction"].values[told]])
+    off = np.abs(found - ds["mae"].values[..., 0][told])
+    if (off > 1e-3 * (edges[-1] - edges[0])).any():
+        yield f"variable 'mae' over all must be that of 'prediction' and 'target', is off by up to {np.nanmax(off):g}"
+    if {"lower", "upper"} <= runs.keys():
+        if (runs["lower"] != runs["upper"]).any() or (runs["lower"] & ~told).any():
+            yield "variables 'lower' and 'upper' must be NaN in the same runs, and where 'prediction' is"
+        elif (ds["lower"].values[runs["lower"]] > ds["upper"].values[runs["lower"]]).any():
+            yield "variable 'lower' must not be above 'upper'"
+
+
+def _sound_edges(ds: xr.Dataset) -> bool:
+    """Whether the bins can be built again; what is wrong with them is said elsewhere."""
+    if not all(name in ds.coords and ds[name].dims == ("bin",) for name in ("bin_low", "bin_high")):
+        return False
+    low, high = ds["bin_low"].values, ds["bin_high"].values
+    if low.dtype.kind != "f" or high.dtype.kind != "f":
+        return False
+    return bool(np.isfinite([low, high]).all() and (low < high).all() and np.array_equal(low[1:], high[:-1]))
+
+
+def save_results(ds: xr.Dataset, path: str | os.PathLike[str]) -> None:
+    """Write a result to a NetCDF-3 file, whole or not at all.
+
+    Raises:
+        ResultsError: ``ds`` breaks the schema, a whole number does not fit 32 bits, or NetCDF-3 cannot hold something
+        that stands beside the schema. TypeError: ``ds`` is no Dataset.
+    """
+    validate_results(ds)
+    faults = []
+    for name, array in ds.variables.items():
+        if array.dtype.kind == "i" and array.size and np.abs(array.values.astype(np.float64)).max() >= 2**31:
+            faults.append(f"{name!r} holds {max(array.values.ravel(), key=abs)}, beyond the 32 bits of NetCDF-3")
+    if faults:
+        raise _all_of("whole numbers must fit 32 bits", faults)
+    narrow = ds.assign({n: a.astype(np.int32) for n, a in ds.data_vars.items() if a.dtype == np.int64})
+    narrow = narrow.assign_coords({n: ds[n].astype(np.int32) for n in ("seed", "bin")})
+    narrow.attrs = {str(name): _plain(value) for name, value in ds.attrs.items()}
+    try:
+        content = narrow.to_netcdf(engine="scipy")
+    except (ValueError, TypeError) as error:
+        rule = "what stands beside the schema must fit NetCDF-3"
+        raise problem(rule, got=str(error), error=ResultsError) from error
+    write_atomically(path, lambda file: file.write(content))
+
+
+def _plain(value: object) -> str | float:
+    """An attribute as NetCDF-3 can hold it."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31):
+        return value
+    return json.dumps(value, default=str)
+
+
+def load_results(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Read a result into memory and check it.
+
+    Raises:
+        ResultsError: the file is damaged or no result; names the file. FileNotFoundError: there is none.
+    """
+    content = Path(path).read_bytes()
+    shown = os.fspath(path)
+    try:
+        # units may be "days" or "days since ...", which xarray would otherwise turn into durations and dates.
+        with xr.open_dataset(io.BytesIO(content), engine="scipy", decode_times=False) as file:
+            ds = file.load()
+    except Exception as error:  # scipy answers a damaged file with nearly any exception
+        raise problem(
+            f"{shown} must be a whole NetCDF-3 file",
+            got=f"{type(error).__name__}: {error}",
+            fix="Remove it and run again.",
+            error=ResultsError,
+        ) from error
+    ds.attrs = {name: value.item() if isinstance(value, np.generic) else value for name, value in ds.attrs.items()}
+    wide: dict[Any, Any] = {n: a.astype(np.int64) for n, a in ds.data_vars.items() if a.dtype == np.int32}
+    ds = ds.assign(wide).assign_coords({n: a.astype(np.int64) for n, a in ds.coords.items() if a.dtype == np.int32})
+    faults = list(_faults(ds))
+    if faults:
+        raise _all_of(f"{shown} must follow the schema of dir_toolkit.experiment.results.schema", faults)
+    return ds

@@ -1,0 +1,202 @@
+"""A result as a table: methods down, metrics across, with the counts and the spread behind every number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import xarray as xr
+
+from ..._checks import instance, problem
+from ...labels.density import REGIONS
+from .schema import validate_results
+
+__all__ = ["BASELINE", "ResultsTable", "as_markdown", "as_text", "results_table"]
+
+BASELINE = "constant"
+"""The name of the constant predictor, which stands last in every table."""
+
+METRIC_NAMES = {
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "gm": "GM",
+    "bmae": "bMAE",
+    "balanced_error": "balanced error",
+    "macro_f1": "macro F1",
+    "ece": "ECE",
+    "classwise_ece": "classwise ECE",
+    "log_loss": "log loss",
+    "best_epoch": "best epoch",
+    "tau": "τ",
+}
+SHARES = ("error", "balanced_error", "macro_f1", "ece", "classwise_ece")
+_EMPTY = "–"
+
+_BY_RUN = ("method", "seed")
+
+Columns = Sequence[tuple[str, str | None]]
+Mark = Literal["better", "worse"]
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """Cells as text, ready to be laid out.
+
+    Attributes:
+        caption: units, and what the spread is.
+        header: one name a column; the first column holds methods.
+        counts: test samples behind each column, a row below the header.
+        rows: one row a method, as long as the header.
+        marks: by (row, column), cells that stand out: ``better`` ones are bold, ``worse`` ones in italics.
+    """
+
+    caption: str
+    header: list[str]
+    counts: list[str]
+    rows: list[list[str]]
+    marks: dict[tuple[int, int], Mark] = field(default_factory=dict)
+
+
+def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsTable:
+    """Mean and standard deviation over seeds of chosen metrics in chosen regions.
+
+    Errors of classification, macro F1 and calibration errors are in percent with two decimals; other numbers have as
+    many decimals as give the smallest mean of their metric three digits. A region without test samples shows a dash,
+    and so does a method of which no run was completed.
+
+    Args:
+        ds: a result of the schema in ``results.schema``.
+        columns: (metric, region) pairs, with None for the region of a variable over method and seed alone, such as
+            ``("ece", None)``. None means, for regression, MAE over all and in every region, and bMAE, ``unseen`` left
+            out where no run has test samples in it; for classification, balanced error over all and in every region
+            that some run has test samples in, and error over all.
+    Raises:
+        ValueError: a metric or a region is not in ``ds``. ResultsError: ``ds`` breaks the schema.
+    """
+    validate_results(ds)
+    columns = _default_columns(ds) if columns is None else columns
+    instance(Sequence, columns=columns)
+    for column in columns:
+        metric, region = column if isinstance(column, (tuple, list)) and len(column) == 2 else (None, None)
+        dims = _BY_RUN if region is None else (*_BY_RUN, "region")
+        known_metric = isinstance(metric, str) and metric in ds.data_vars and ds[metric].dims == dims
+        known_region = region is None or (isinstance(region, str) and region in ds["region"].values)
+        if not known_metric or not known_region:
+            by_region, by_run = (
+                sorted(str(name) for name in ds.data_vars if ds[name].dims == dims)
+                for dims in ((*_BY_RUN, "region"), _BY_RUN)
+            )
+            raise problem(
+                "columns must be (metric, region) pairs of the result",
+                got=repr(column),
+                fix=f"Metrics are {by_region}, regions {ds['region'].values.tolist()}; with None for the region, "
+                f"{by_run}.",
+            )
+    methods = sorted(ds["method"].values.tolist(), key=lambda method: method == BASELINE)
+    rows = []
+    for method in methods:
+        row = ds.sel({"method": method})
+        cells = [_cell(row[m] if region is None else row[m].sel(region=region), ds[m]) for m, region in columns]
+        rows.append([method, str(int(row["completed"].sum())), *cells])
+    header = ["method", "seeds", *(" ".join(filter(None, (_name(metric), region))) for metric, region in columns)]
+    tested = ["" if r is None else count_range(ds["count"].sel(region=r).values) for _, r in columns]
+    counts = ["test samples", "", *tested]
+    return ResultsTable(_caption(ds, columns), header, counts, rows)
+
+
+def _default_columns(ds: xr.Dataset) -> Columns:
+    tested = [region for region in REGIONS if bool(ds["count"].sel(region=region).any())]
+    columns: list[tuple[str, str | None]] = []
+    if "mae" in ds:
+        regions = ["all", *(region for region in REGIONS if region != "unseen" or region in tested)]
+        columns += [*(("mae", region) for region in regions), ("bmae", "all")]
+    if "balanced_error" in ds:
+        columns += [*(("balanced_error", region) for region in ("all", *tested)), ("error", "all")]
+    return columns
+
+
+def _name(metric: str) -> str:
+    return METRIC_NAMES.get(metric, metric)
+
+
+def _cell(values: xr.DataArray, all_values: xr.DataArray) -> str:
+    if values.name in SHARES:
+        return _mean_and_spread(values.values * 100, 2)
+    return _mean_and_spread(values.values, _decimals(all_values))
+
+
+def _decimals(values: xr.DataArray) -> int:
+    """As many as show three digits of the smallest mean over seeds."""
+    finite = np.abs(values.mean("seed").values)
+    finite = finite[np.isfinite(finite) & (finite > 0)]
+    return min(max(2 - math.floor(math.log10(finite.min())), 0), 6) if finite.size else 2
+
+
+def _mean_and_spread(values: np.ndarray, decimals: int) -> str:
+    """``mean ± sd`` over the seeds that have a value; the mean alone where there is one."""
+    values = values[np.isfinite(values)]
+    if values.size == 0:
+        return _EMPTY
+    mean = f"{values.mean():.{decimals}f}"
+    return mean if values.size == 1 else f"{mean} ± {values.std(ddof=1):.{decimals}f}"
+
+
+def count_range(counts: np.ndarray) -> str:
+    """Counts of several runs as text: one number, or a range where they differ; runs that have none do not matter."""
+    present = counts[counts > 0]
+    if present.size == 0:
+        return "0"
+    low, high = int(present.min()), int(present.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _caption(ds: xr.Dataset, columns: Columns) -> str:
+    by_units: dict[str, list[str]] = {}
+    for metric, _ in columns:
+        names = by_units.setdefault("%" if metric in SHARES else ds[metric].attrs["units"], [])
+        if _name(metric) not in names:
+            names.append(_name(metric))
+    units = [f"{_listed(names)} in {u}" for u, names in by_units.items() if u != "1" and names != ["minutes"]]
+    several = bool((ds["completed"].sum("seed") > 1).any())
+    spread = "mean ± standard deviation (n - 1) over seeds" if several else "one seed a method, so no spread is known"
+    return f"{ds.attrs['label_name']}: " + "; ".join([*units, spread]) + "."
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def as_markdown(table: ResultsTable) -> str:
+    """A table as Markdown, with its caption below it; ends in a newline."""
+    rows = _marked(table)
+    lines = [table.header, ["---", *("---:" for _ in table.header[1:])], table.counts, *rows]
+    body = "\n".join("| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"{body}\n\n{_one_line(table.caption)}\n"
+
+
+def as_text(table: ResultsTable) -> str:
+    """A table in aligned columns for a terminal, its marks as in Markdown; ends in a newline."""
+    lines = [[_one_line(cell) for cell in line] for line in (table.header, table.counts, *_marked(table))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    laid = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in lines
+    ]
+    laid.insert(2, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join([*laid, _one_line(table.caption)]) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+def _marked(table: ResultsTable) -> list[list[str]]:
+    """The rows, with asterisks around each cell that stands out."""
+    rows = [list(row) for row in table.rows]
+    for (i, j), mark in table.marks.items():
+        stars = "**" if mark == "better" else "*"
+        rows[i][j] = f"{stars}{rows[i][j]}{stars}"
+    return rows

@@ -1,0 +1,95 @@
+"""Checkpoints of tensors and plain values only, written whole or not at all, read without running what they hold."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._checks import problem
+from ...errors import CheckpointError
+from ..files import unwritable, write_atomically
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write a state so that a reader, or a crash, meets the old file or the new one, whole.
+
+    Args:
+        state: tensors, None, bool, int, float and str, in dicts (keyed by str or int), lists and tuples of any depth.
+    Raises:
+        CheckpointError: the state holds anything else, a NumPy number for example, or the disk is full; the file that
+        was there before stays as it was.
+        FileNotFoundError: the folder does not exist.
+    """
+    if not isinstance(state, dict):
+        raise problem("state must be a dict", got=type(state).__name__, error=CheckpointError)
+    check_plain("state", state)
+    try:
+        write_atomically(path, lambda file: torch.save(state, file))
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError) as error:
+        # torch hides what the file system said behind an error about its own archive.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        then = "What was there before is as it was: go on from it (--resume)."
+        raise unwritable(path, cause, kind=CheckpointError, then=then) from error
+
+
+def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what :func:`save_checkpoint` wrote. Sums over the bytes are checked, and no code in the file is ever run.
+
+    Args:
+        map_location: the device that tensors are put on.
+    Raises:
+        CheckpointError: the file is missing, damaged, cut short, or holds more than tensors and plain values.
+    """
+    name = repr(os.fspath(path))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+            whole = not packed and archive.testzip() is None
+        # torch reads the archive itself; what is compressed or fails its sums does not reach it.
+        state = torch.load(path, map_location=map_location, weights_only=True) if whole else None
+    except FileNotFoundError:
+        raise problem("the checkpoint must exist", got=f"no file {name}", error=CheckpointError) from None
+    except Exception as error:
+        state, reason = None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
+    else:
+        reason = f"a {type(state).__name__}" if whole else "bytes that have changed since it was written"
+    if not isinstance(state, dict):
+        raise problem(
+            f"{name} must be a whole checkpoint of tensors and plain values",
+            got=reason,
+            fix="Nothing in it was run. Put an intact copy in its place, or start in another folder.",
+            error=CheckpointError,
+        )
+    return state
+
+
+def check_plain(key: str, value: object) -> None:
+    """What a checkpoint may hold: tensors and plain values, in dicts, lists and tuples."""
+    if value is None or type(value) in (bool, int, float, str, Tensor, nn.Parameter):
+        return
+    if type(value) in (dict, OrderedDict):
+        assert isinstance(value, dict)
+        for name, item in value.items():
+            if type(name) not in (str, int):
+                raise problem(f"keys of {key} must be str or int", got=repr(name), error=CheckpointError)
+            check_plain(f"{key}[{name!r}]", item)
+    elif type(value) in (list, tuple):
+        assert isinstance(value, (list, tuple))
+        for place, item in enumerate(value):
+            check_plain(f"{key}[{place}]", item)
+    else:
+        raise problem(
+            f"{key} must be a tensor or a plain value",
+            got=type(value).__name__,
+            fix="Use .item() or .tolist() for NumPy, and state_dict() for modules.",
+            error=CheckpointError,
+        )

@@ -1,0 +1,180 @@
+"""What a run tells while it goes: history.csv, TensorBoard, a table on the terminal, a progress bar."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..._checks import problem
+from ...labels.density import REGIONS
+from ..files import naming, write_atomically
+from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["RunLog"]
+
+_COLUMNS = {
+    "epoch": ("epoch", "{:d}"),
+    "loss": ("loss", "{:.3f}"),
+    "lr": ("lr", "{:.1e}"),
+    "seconds": ("seconds", "{:.0f}"),
+}
+# Validation errors, whose columns start with "val_" and may end in a region.
+_ERRORS = {
+    "mae": ("MAE", "{:.2f}"),
+    "bmae": ("bMAE", "{:.2f}"),
+    "error": ("error", "{:.4f}"),
+    "balanced_error": ("BER", "{:.4f}"),
+}
+_WIDTH = 8
+
+
+class RunLog:
+    """Writes and prints a run's history on the main rank; does nothing on the others. A context manager.
+
+    ``history.csv`` is rewritten whole each epoch, so that it holds the given history and what was added, never rows of
+    an epoch that is being done again. TensorBoard forgets what lies beyond ``step``; its file is made when the first
+    epoch ends, so that a run stopped often leaves no empty ones.
+
+    Args:
+        folder: of the run; must exist.
+        history: rows of the epochs that are done, when a run is resumed.
+        step: number of training steps that are done.
+        steps_per_epoch: for the bar, which is drawn on stderr if that is a terminal and rich is installed.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        runtime: Runtime,
+        *,
+        steps_per_epoch: int,
+        history: Sequence[dict[str, Any]] = (),
+        step: int = 0,
+    ) -> None:
+        self._folder, self._history, self._steps_per_epoch = Path(folder), list(history), steps_per_epoch
+        self._main = runtime.is_main
+        self._header_due = True
+        self._step = step
+        self._board: SummaryWriter | None = None
+        self._bar: Progress | None = None
+        if self._main:
+            self._write_history()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close_bar()
+        if self._board is not None:
+            self._board.close()
+
+    def start_epoch(self, epoch: int, done: int = 0) -> None:
+        """Show a bar for an epoch of which ``done`` steps are done."""
+        if self._main:
+            self._bar = _progress_bar()
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.add_task(f"epoch {epoch}", total=self._steps_per_epoch, completed=done)
+
+    def step(self) -> None:
+        """One step further."""
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0])
+
+    def end_epoch(self, row: dict[str, Any], *, best: bool = False) -> None:
+        """Add one epoch: a row of plain values with ``epoch``, ``step``, ``loss``, ``lr`` and ``seconds``, and
+        validation errors as ``val_mae``, ``val_mae_few`` and so on: mae, bmae, error or balanced_error, and a region.
+
+        Args:
+            best: whether to mark it on the terminal as the best so far.
+        Raises:
+            ValueError: the row has other columns; nothing is written then.
+        """
+        errors = {column: _error_of(column) for column in row if column not in (*_COLUMNS, "step")}
+        missing = [column for column in ("step", *_COLUMNS) if column not in row]
+        unknown = [column for column, found in errors.items() if found is None]
+        if missing or unknown:
+            rule = "row must hold step, epoch, loss, lr, seconds and validation errors"
+            raise problem(rule, got=f"missing {missing}, unknown {unknown}")
+        self._close_bar()
+        if not self._main:
+            return
+        self._history.append(row)
+        self._write_history()
+        tags = {"loss": "train/loss", "lr": "train/lr"}
+        shown = {name: _COLUMNS[name] for name in ("epoch", "loss", "lr")}
+        for column, found in errors.items():
+            assert found is not None
+            error, region = found
+            title, pattern = _ERRORS[error]
+            tags[column] = f"val/{error}/{region}"
+            shown[column] = (title if region == "all" else region, pattern)
+        shown["seconds"] = _COLUMNS["seconds"]
+        with naming(self._folder):
+            self._write_board({tag: row[column] for column, tag in tags.items()}, row["step"])
+        if self._header_due:
+            print("".join(title.rjust(_WIDTH) for title, _ in shown.values()))
+            self._header_due = False
+        cells = (pattern.format(row[column]).rjust(_WIDTH) for column, (_, pattern) in shown.items())
+        print("".join(cells) + (" *" if best else ""), flush=True)
+
+    def say(self, message: str) -> None:
+        """Print a line on the main rank."""
+        self._close_bar()
+        if self._main:
+            print(message, flush=True)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _write_board(self, scalars: dict[str, float], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = self._board or SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
+        self._board = None  # one that breaks cannot be closed
+        for tag, value in scalars.items():
+            board.add_scalar(tag, value, step)
+        board.flush()
+        self._board = board
+
+    def _write_history(self) -> None:
+        text = io.StringIO()
+        names = list(self._history[0]) if self._history else ["epoch"]
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._history)
+        path = self._folder / "history.csv"
+        with naming(path):
+            write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _error_of(column: str) -> tuple[str, str] | None:
+    """Error and region that a column holds: ``val_mae_few`` is ("mae", "few")."""
+    if not column.startswith("val_"):
+        return None
+    name = column.removeprefix("val_")
+    error, _, region = name.rpartition("_")
+    error, region = (error, region) if region in REGIONS else (name, "all")
+    return (error, region) if error in _ERRORS else None
+
+
+def _progress_bar() -> Progress | None:
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        return None
+    return Progress(console=Console(stderr=True), transient=True)

@@ -1,0 +1,70 @@
+"""What a result depends on beside its settings: versions, code, machine, data."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__
+from ..data.images import Splits
+from ..files import write_atomically
+from .runtime import Runtime
+
+__all__ = ["environment", "write_json"]
+
+
+def environment(runtime: Runtime, splits: Splits) -> dict[str, Any]:
+    """Plain values: versions, the commit of the toolkit where it is a checkout, the device, digests of the data."""
+    device, threads = runtime.device, torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "dir_toolkit": __version__,
+            "torch": str(torch.__version__),  # with the build, unlike the version of the package
+            **{package: version(package) for package in ("numpy", "scipy", "xarray")},
+        },
+        "commit": _commit(),
+        "device": f"{device.type} ({name}), {runtime.world} process{'es' * (runtime.world > 1)}, "
+        f"{threads} thread{'s' * (threads > 1)}, {runtime.precision}",
+        "data": {
+            "source": splits.source,
+            "sizes": {part: len(getattr(splits, part)) for part in ("train", "val", "test")},
+            "digests": {part: getattr(splits, part).digest for part in ("train", "val", "test")},
+            "skipped": splits.skipped,
+        },
+    }
+
+
+def _commit() -> str:
+    checkout = Path(__file__).parents[3]
+    # Git would look further up, into whatever project holds site-packages.
+    if not (checkout / ".git").exists():
+        return "unknown"
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return described.stdout.strip() or "unknown"
+
+
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+    """Write plain values as JSON, whole or not at all; paths become text."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(values, indent=2, default=str) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))

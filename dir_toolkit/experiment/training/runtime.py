@@ -1,0 +1,214 @@
+"""Where a run takes place: device, rank, precision and seed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..._checks import one_of, problem, whole
+from ...errors import SettingsError
+
+__all__ = ["Precision", "Runtime", "start_runtime"]
+
+Precision = Literal["float32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a run takes place. Made by :func:`start_runtime`.
+
+    Attributes:
+        device: of this process.
+        rank, world: number of this process, from 0, and how many there are.
+        precision: of the forward pass; parameters and sums are never lowered.
+        seed: from which every random number of a run follows.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    precision: Precision = "float32"
+    seed: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes and prints."""
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        """A context in which matrix products run in the precision asked for."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def derive(self, *key: str | int) -> int:
+        """A seed that depends on the run's seed and on ``key`` only: ``derive("order", epoch)``.
+
+        >>> Runtime(torch.device("cpu"), seed=1).derive("order", 0)
+        954623460253835154
+        """
+        digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+    def generator(self, *key: str | int) -> torch.Generator:
+        """A CPU generator seeded by :meth:`derive`."""
+        return torch.Generator("cpu").manual_seed(self.derive(*key))
+
+    @contextmanager
+    def seeded(self, *key: str | int) -> Iterator[None]:
+        """Within, torch's global random numbers follow from ``key``; afterwards they go on as if nothing had been."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(self.derive(*key))  # torch.manual_seed would seed every accelerator
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(self.derive(*key))
+            yield
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model as it is to be called in training: wrapped for several ranks, itself on one."""
+        if self.world == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, which must all call this; the input is not written to."""
+        total = value.clone()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag, whether any rank has it up. All ranks must call this."""
+        if self.world == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank holds, by rank, on rank 0; an empty list on the others. Tensors must be on the CPU."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world if self.is_main else []
+        dist.gather_object(value, values if self.is_main else None)
+        return values
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all ranks rank 0's buffers, as DistributedDataParallel does before each training forward only."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+
+@contextmanager
+def start_runtime(device: str = "auto", precision: Precision = "float32", seed: int = 0) -> Iterator[Runtime]:
+    """Join the processes that ``torchrun`` started, or run as the only one; leave them again at the end.
+
+    A process group that exists already is used and left alone.
+
+    Args:
+        device: ``"auto"`` takes CUDA where there is any; ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. Under torchrun
+            ``"cuda"`` is the device numbered LOCAL_RANK.
+        precision: ``"bf16"`` runs the forward pass under autocast.
+        seed: at least 0.
+    Raises:
+        ValueError: the precision or the seed is none of the above. SettingsError: the device is none, the machine lacks
+        what was asked for, or torchrun's environment is incomplete or contradicts itself.
+
+    >>> with start_runtime("cpu", seed=7) as runtime:
+    ...     runtime
+    Runtime(device=device(type='cpu'), rank=0, world=1, precision='float32', seed=7)
+    """
+    one_of("precision", precision, ("float32", "bf16"))
+    seed = whole("seed", seed, low=0)
+    joined = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (_environment("RANK", 0), _world_size())
+    place = chosen_device(device, _environment("LOCAL_RANK", 0))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise problem(
+                "precision bf16 needs a GPU that computes in it",
+                got=torch.cuda.get_device_name(place),
+                fix='Use precision="float32".',
+                error=SettingsError,
+            )
+    started = world > 1 and not joined
+    if started:
+        cuda = place.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
+    try:
+        yield Runtime(place, rank, world, precision, seed)
+    finally:
+        if started:
+            # Gloo's threads need the interpreter's lock to drop the tensors of finished work, and destroying the group
+            # holds it while it waits for them: let them have it first.
+            time.sleep(0.1)
+            dist.destroy_process_group()
+
+
+def chosen_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a name, for a caller of the name ``where``."""
+    rule = 'device must be "auto", "cpu", "cuda" or "cuda:<number>"'
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise problem(rule, got=repr(name), error=SettingsError) from None
+    if device.type not in ("cpu", "cuda"):
+        raise problem(rule, got=repr(name), error=SettingsError)
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = local_rank if device.index is None else device.index
+    if number >= count:
+        raise problem(
+            f"device cuda:{number} must exist on this machine",
+            got=f"{count} CUDA devices",
+            fix='Use device="cpu", or a torch built for your GPU.' if count == 0 else "Start fewer processes.",
+            error=SettingsError,
+        )
+    return torch.device("cuda", number)
+
+
+def _world_size() -> int:
+    world = _environment("WORLD_SIZE", 1)
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and missing:
+        raise problem(
+            f"with WORLD_SIZE={world} the environment must hold all that torchrun sets",
+            got=f"no {', '.join(missing)}",
+            fix="Start with torchrun, or unset WORLD_SIZE.",
+            error=SettingsError,
+        )
+    if (rank := _environment("RANK", 0)) >= world:  # no process would be the one that writes
+        raise problem(
+            "the environment variable RANK must be below WORLD_SIZE",
+            got=f"RANK={rank} and WORLD_SIZE={world}",
+            fix="Start with torchrun, or unset both.",
+            error=SettingsError,
+        )
+    return world
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        rule = f"the environment variable {name} must be a whole number"
+        raise problem(rule, got=repr(text), error=SettingsError)
+    return int(text)

@@ -1,0 +1,174 @@
+"""CSV lists of images: what is read, what each fault is called, and the data cards."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dir_toolkit.errors import DataError
+from dir_toolkit.experiment.data.dir_lists import dir_list
+
+CARDS = Path(__file__).parents[3] / "data_cards"
+ROWS = [
+    f"{age},AgeDB/{i}.jpg,{split}"
+    for i, (age, split) in enumerate([(31, "train"), (8, "test"), (59, "val"), (101, "train"), (0, "test")])
+]
+
+
+@pytest.fixture
+def root(tmp_path, jpeg):
+    folder = tmp_path / "root"
+    (folder / "AgeDB").mkdir(parents=True)
+    for i in range(5):
+        (folder / "AgeDB" / f"{i}.jpg").write_bytes(jpeg(i))
+    return folder
+
+
+@pytest.fixture
+def read(tmp_path, root):
+    def read(rows=ROWS, header="age,path,split", end="\n", **settings):
+        listing = tmp_path / "list.csv"
+        data = rows if isinstance(rows, bytes) else (end.join([header, *rows]) + end).encode()
+        listing.write_bytes(data)
+        return dir_list(listing, root, **{"source": "agedb_dir", "size": 8, "cache": tmp_path / "cache", **settings})
+
+    return read
+
+
+def assert_as_listed(splits):
+    assert splits.train.labels.tolist() == [31, 101]
+    assert splits.val.labels.tolist() == [59]
+    assert splits.test.labels.tolist() == [8, 0]
+    assert splits.train.rows.tolist() == [0, 3]
+    assert (splits.source, splits.skipped) == ("agedb_dir", {})
+    assert splits.train.images.shape == (5, 3, 8, 8)
+
+
+def test_reads_a_list(read):
+    assert_as_listed(read())
+
+
+def test_byte_order_mark_and_windows_lines(read):
+    assert_as_listed(read(header="\ufeffage,path,split", end="\r\n"))
+
+
+def test_quoted_fields_other_columns_and_empty_lines(read):
+    rows = [row.split(",") for row in ROWS]
+    assert_as_listed(
+        read([f'{split},"a, ""b""\nc","{path}",{age}\n' for age, path, split in rows], "split,note,path,age")
+    )
+
+
+def test_ages_may_have_decimals(read):
+    assert read(["31.5" + ROWS[0][2:], *ROWS[1:]]).train.labels.tolist() == [31.5, 101]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("young,AgeDB/4.jpg,test", "age must be a number from 0 to 200, in years, got 'young'"),
+        ("nan,AgeDB/4.jpg,test", "age must be"),
+        ("inf,AgeDB/4.jpg,test", "age must be"),
+        ("-3,AgeDB/4.jpg,test", "age must be"),
+        ("201,AgeDB/4.jpg,test", "age must be"),
+        ("1_0,AgeDB/4.jpg,test", "age must be"),
+        (",AgeDB/4.jpg,test", "age must be"),
+        ("30,AgeDB/4.jpg,dev", "split must be train, val or test, got 'dev'"),
+        ("30,AgeDB/4.jpg", "a row must have 3 columns, got 2"),
+        ("30,AgeDB/4.jpg,test,more", "a row must have 3 columns, got 4"),
+        ("30,AgeDB/0.jpg,test", "must stand in one split, got 'AgeDB/0.jpg' in train and test"),
+        ("30,../secret.jpg,test", "path must stay inside"),
+        ("30,../root-evil/4.jpg,test", "path must stay inside"),
+        ("30,/etc/passwd,test", "path must stay inside"),
+        ("30,AgeDB/link.jpg,test", "path must stay inside"),
+        ("30,out/4.jpg,test", "path must stay inside"),
+        ("30,,test", "path must stay inside"),
+        ("30,./AgeDB/4.jpg,test", "written in one way only"),
+        ("30,AgeDB,test", "path must name a regular file"),
+        ("30,AgeDB/5.jpg,test", "path must name an image, got 'AgeDB/5.jpg', which is not in"),
+        ('30,"AgeDB/4.jpg"x,test', "readable as CSV"),
+        ('30,"AgeDB/4.jpg,test', "readable as CSV"),
+        (f"30,{'a' * 200_000},test", "readable as CSV"),
+        (f"30,{'a' * 5000},test", "path must name a file"),
+    ],
+)
+def test_bad_row_names_its_line(read, root, row, message):
+    evil = root.parent / "root-evil"
+    evil.mkdir()
+    (evil / "4.jpg").write_bytes(b"")
+    (root / "AgeDB" / "link.jpg").symlink_to(evil / "4.jpg")
+    (root / "out").symlink_to(evil)
+    with pytest.raises(DataError, match=message) as caught:
+        read([*ROWS[:4], row])
+    assert f"{root.parent / 'list.csv'}, line 6: " in str(caught.value)
+
+
+@pytest.mark.parametrize("header", ["", "age,path", "age,path,split,age", "31,AgeDB/0.jpg,train", "Age,path,split"])
+def test_bad_header(read, header):
+    with pytest.raises(DataError, match=r"line 1: the header must name each of the columns age, path, split once"):
+        read(header=header)
+
+
+def test_not_text(read, tmp_path, root):
+    with pytest.raises(DataError, match="UnicodeDecodeError"):
+        read(b"age,path,split\n31,AgeDB/\xff.jpg,train\n")
+    with pytest.raises(DataError, match="FileNotFoundError"):
+        dir_list(tmp_path / "none.csv", root, source="agedb_dir")
+    with pytest.raises(DataError, match="root must be a folder"):
+        dir_list(tmp_path / "list.csv", root / "none", source="agedb_dir")
+
+
+@pytest.mark.parametrize("lost", ["train", "val", "test"])
+def test_each_split_holds_an_image(read, lost):
+    with pytest.raises(DataError, match=f"list.csv: the {lost} split must hold at least one image"):
+        read([row for row in ROWS if not row.endswith(lost)])
+
+
+def test_a_row_that_stands_twice_counts_twice(read):
+    splits = read([*ROWS, ROWS[0]])
+    assert splits.train.rows.tolist() == [0, 3, 0]
+    assert len(splits.train.images) == 5
+
+
+def test_missing_and_damaged_images_can_be_left_out(read, root):
+    (root / "AgeDB" / "0.jpg").unlink()
+    (root / "AgeDB" / "1.jpg").write_bytes(b"no image")
+    splits = read(on_error="skip")
+    assert splits.skipped == {"missing file": 1, "unreadable image": 1}
+    assert splits.train.labels.tolist() == [101]
+    assert splits.test.labels.tolist() == [0]
+
+
+def test_mutated_lists_give_our_error_or_splits(read, mutations):
+    valid = "\n".join(["age,path,split", *ROWS, '7,"AgeDB/0.jpg",train', ""]).encode()
+    refused = 0
+    for changed in mutations(valid, count=300, longest=12):
+        try:
+            assert len(read(changed, on_error="skip").train)
+        except DataError:
+            refused += 1
+    assert 100 < refused < 300
+
+
+@pytest.mark.parametrize("name", ["agedb_dir", "imdb_wiki_dir"])
+def test_cards_match_the_reader(name):
+    text = (CARDS / f"{name}.md").read_text("utf-8")
+    front = yaml.safe_load(text.split("---\n")[1])
+    card = front["dir_toolkit"]
+    assert card["reader"] == f"{dir_list.__module__}.{dir_list.__name__}"
+    assert card["arguments"] == list(inspect.signature(dir_list).parameters)
+    assert card["source"] == name
+    assert list(card["fields"]) == ["age", "path", "split"]
+    assert card["fields"]["age"]["unit"] == "year"
+    assert set(card["splits"]) == {"train", "val", "test"}
+    for part, histogram in (card["label_histogram"] or {}).items():
+        assert sum(histogram) == card["splits"][part]
+    for size in card["splits"].values():
+        assert f"{size:,}" in text
+
+
+def test_agedb_card_knows_the_published_sizes():
+    card = yaml.safe_load((CARDS / "agedb_dir.md").read_text("utf-8").split("---\n")[1])["dir_toolkit"]
+    assert card["splits"] == {"train": 12208, "val": 2140, "test": 2140}
+    assert card["label_histogram"]["test"] == card["label_histogram"]["val"]

@@ -1,0 +1,284 @@
+"""Profiles by hand, thinning and noise that nest, and the splits made of them."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.experiment.data.long_tail import (
+    balanced_holdout,
+    exponential_profile,
+    long_tail_splits,
+    step_profile,
+    thin,
+    uniform_noise,
+)
+
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [40, 30, 20, 11]))
+
+
+def pictures(labels, value=0):
+    """One image a label, each with its own position as its pixels."""
+    return np.arange(value, value + len(labels) * 4, dtype=np.int64).astype(np.uint8).reshape(-1, 1, 2, 2)
+
+
+def splits_of(**changes):
+    test = np.repeat(np.arange(4), 3)
+    settings = {"source": "x", "val_per_class": 5, "seed": 3}
+    return long_tail_splits(pictures(LABELS), LABELS, pictures(test), test, **{**settings, **changes})
+
+
+def test_step_profile_by_hand():
+    assert step_profile(10, 0.025).tolist() == [0.025] * 5 + [1.0] * 5
+    assert step_profile(3, 0.1).tolist() == [0.1, 1, 1]  # by default the first half, rounded down
+    assert step_profile(1, 0.1).tolist() == [1]
+    assert step_profile(3, 0.5, thinned=iter([2])).tolist() == [1, 1, 0.5]
+    assert step_profile(3, 1, thinned=[]).tolist() == [1, 1, 1]
+    assert step_profile(3, 0.5, thinned=np.array([0, 0])).dtype == np.float64
+
+
+def test_exponential_profile_by_hand():
+    assert exponential_profile(3, 4).tolist() == [1, 0.5, 0.25]
+    assert exponential_profile(1, 100).tolist() == [1]
+    assert exponential_profile(5, 1).tolist() == [1] * 5
+    shares = exponential_profile(10, 100)
+    assert shares[[0, -1]] == pytest.approx([1, 0.01], abs=1e-15)
+    assert shares[1:] / shares[:-1] == pytest.approx(100 ** (-1 / 9), rel=1e-12)
+
+
+def test_thin_keeps_rounded_shares_and_at_least_one():
+    rows = thin(LABELS, [0.5, 0.1, 0.001, 1.0], seed=0)
+    assert rows.dtype == np.int64
+    assert (np.diff(rows) > 0).all()
+    assert np.bincount(LABELS[rows]).tolist() == [20, 3, 1, 11]
+    assert thin(LABELS, np.ones(4), seed=0).tolist() == list(range(101))
+    assert thin([1], [0.5, 0.5], seed=0).tolist() == [0]  # of class 0 there is none
+    assert thin([], [0.5], seed=0).shape == (0,)
+
+
+def test_thin_nests_and_follows_the_seed():
+    kept = [set(thin(LABELS, np.full(4, share), seed=1).tolist()) for share in (0.01, 0.1, 0.4, 0.41, 0.9, 1.0)]
+    for fewer, more in itertools.pairwise(kept):
+        assert fewer <= more
+    assert thin(LABELS, np.full(4, 0.4), seed=1).tolist() == sorted(kept[2])
+    assert set(thin(LABELS, np.full(4, 0.4), seed=2).tolist()) != kept[2]
+    # A class is thinned alike whatever becomes of the others.
+    other = set(thin(LABELS, [0.4, 1.0, 0.1, 0.2], seed=1).tolist())
+    assert {i for i in other if LABELS[i] == 0} == {i for i in kept[2] if LABELS[i] == 0}
+
+
+def test_thin_chooses_evenly():
+    labels = np.zeros(20, np.int64)
+    counts = np.zeros(20)
+    for seed in range(400):
+        counts[thin(labels, [0.25], seed=seed)] += 1
+    assert counts.sum() == 400 * 5
+    assert np.abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)  # five standard deviations
+
+
+def test_random_choices_of_record():
+    assert thin(np.zeros(8, int), [0.5], seed=7).tolist() == [0, 3, 5, 7]
+    assert uniform_noise(np.zeros(8, int), 0.5, 10, seed=7).tolist() == [6, 5, 7, 0, 0, 0, 0, 4]
+
+
+def test_noise_is_exact_nests_and_hits_all_other_classes():
+    clean = LABELS.copy()
+    noisy = {rate: uniform_noise(LABELS, rate, 4, seed=5) for rate in (0.0, 0.1, 0.3, 0.5, 0.99)}
+    for rate, labels in noisy.items():
+        assert labels.dtype == np.int64
+        assert (labels != LABELS).sum() == round(rate * 101)
+        assert labels.min() >= 0
+        assert labels.max() <= 3
+    wrong = noisy[0.1] != LABELS
+    assert (noisy[0.5][wrong] == noisy[0.1][wrong]).all()
+    assert (clean == LABELS).all()
+    assert noisy[0.0] is not LABELS
+    many = uniform_noise(np.full(4000, 1), 0.75, 4, seed=0)
+    assert np.abs(np.bincount(many) - [1000, 1000, 1000, 1000]).max() < 5 * np.sqrt(3000 * 2 / 9)
+    assert uniform_noise([], 0.5, 2, seed=0).shape == (0,)
+    assert uniform_noise([1], 0.6, 2, seed=0).tolist() == [0]
+
+
+def test_holdout_is_balanced_and_whole():
+    val, train = balanced_holdout(LABELS, 10, seed=0)
+    assert np.bincount(LABELS[val]).tolist() == [10] * 4
+    assert sorted([*val, *train]) == list(range(101))
+    assert val.dtype == train.dtype == np.int64
+    assert (np.diff(val) > 0).all()
+    assert (np.diff(train) > 0).all()
+    assert set(balanced_holdout(LABELS, 3, seed=0)[0]) <= set(val)
+    assert set(balanced_holdout(LABELS, 10, seed=1)[0]) != set(val)
+    assert balanced_holdout(LABELS, 0, seed=0)[0].shape == (0,)
+
+
+@pytest.mark.parametrize("kind", [list, np.uint8, np.int16, ">i4", torch.tensor])
+def test_labels_of_any_integer_kind(kind):
+    labels = np.arange(12) % 3
+    given = labels.astype(kind) if isinstance(kind, (str, type)) and kind is not list else kind(labels)
+    assert thin(given, [0.5] * 3, seed=0).tolist() == thin(labels, [0.5] * 3, seed=0).tolist()
+    assert uniform_noise(given, 0.5, 3, seed=0).tolist() == uniform_noise(labels, 0.5, 3, seed=0).tolist()
+    assert balanced_holdout(given, 2, seed=0)[0].tolist() == balanced_holdout(labels, 2, seed=0)[0].tolist()
+
+
+def test_global_random_numbers_are_left_alone():
+    before = np.random.get_state()[1].copy()  # noqa: NPY002 - the global state is what must not move
+    splits_of(shares=np.full(4, 0.5), noise=0.2)
+    assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+def test_splits_share_images_and_hold_out_first():
+    plain = splits_of()
+    assert plain.train.images is plain.val.images
+    assert plain.train.labels.dtype == np.int64
+    assert (plain.source, plain.skipped) == ("x", {})
+    assert (len(plain.train), len(plain.val), len(plain.test)) == (81, 20, 12)
+    for part in (plain.train, plain.val):
+        assert (part.labels == LABELS[part.rows]).all()
+    hard = splits_of(shares=[1.0, 0.5, 0.2, 0.1], noise=0.4)
+    assert (hard.val.digest, hard.test.digest) == (plain.val.digest, plain.test.digest)
+    assert not set(hard.val.rows) & set(hard.train.rows)
+    true = LABELS[hard.train.rows]
+    assert np.bincount(true).tolist() == [35, 12, 3, 1]  # of 35, 25, 15, 6; 12.5 is rounded to the even 12
+    assert (hard.train.labels != true).sum() == round(0.4 * 51)
+    assert (hard.test.labels == np.repeat(np.arange(4), 3)).all()
+
+
+def test_splits_cap_before_thinning():
+    splits = splits_of(train_per_class=10, shares=np.array([0.5, 0.1, 1.0, 1.0]))
+    assert np.bincount(splits.train.labels).tolist() == [5, 1, 10, 6]
+    fewer = splits_of(train_per_class=10)
+    assert set(splits.train.rows) <= set(fewer.train.rows) <= set(splits_of().train.rows)
+
+
+def test_seeds_of_splits():
+    assert splits_of().train.digest == splits_of().train.digest
+    assert splits_of(seed=4).val.digest != splits_of().val.digest
+    assert splits_of(seed=4).test.digest == splits_of().test.digest
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: step_profile(0, 0.5), ValueError, "step_profile: num_classes must be at least 1, got 0."),
+        (lambda: step_profile(10, 0), ValueError, "step_profile: retention must be > 0 and <= 1, got 0."),
+        (lambda: step_profile(10, 1.5), ValueError, "step_profile: retention must be > 0 and <= 1, got 1.5."),
+        (lambda: step_profile(10, "a"), TypeError, "step_profile: retention must be a number, got 'a'."),
+        (
+            lambda: thin(torch.zeros(2, device="meta").long(), [1.0], seed=0),
+            ValueError,
+            "thin: labels must hold values, got a tensor on the meta device.",
+        ),
+        (
+            lambda: step_profile(4, 0.5, thinned=range(5)),
+            ValueError,
+            "step_profile: thinned must hold classes in 0 to 3, got 4.",
+        ),
+        (lambda: step_profile(4, 0.5, thinned=[-1]), ValueError, "step_profile: thinned must be at least 0, got -1."),
+        (lambda: step_profile(4, 0.5, thinned=3), TypeError, "step_profile: thinned must be an Iterable, got int."),
+        (lambda: step_profile(4, 0.5, thinned=[0.5]), TypeError, "step_profile: thinned must be a whole number"),
+        (lambda: exponential_profile(0, 2), ValueError, "exponential_profile: num_classes must be at least 1, got 0."),
+        (lambda: exponential_profile(3, 0.5), ValueError, "exponential_profile: ratio must be >= 1, got 0.5."),
+        (lambda: exponential_profile(3, float("inf")), ValueError, "exponential_profile: ratio must be >= 1, got inf"),
+        (lambda: thin([0], [0.0], seed=0), ValueError, "thin: shares must be > 0 and <= 1, got 0 of class 0."),
+        (lambda: thin([0], [1, np.nan], seed=0), ValueError, "thin: shares must be > 0 and <= 1, got nan of class 1."),
+        (lambda: thin([0], [], seed=0), ShapeError, "thin: shares must have shape (C,), one a class, got (0,)."),
+        (lambda: thin([0], 0.5, seed=0), ShapeError, "thin: shares must have shape (C,), one a class, got ()."),
+        (lambda: thin([0], ["a"], seed=0), TypeError, "thin: shares must be integers or floats"),
+        (lambda: thin([[0]], [1], seed=0), ShapeError, "thin: labels must have shape (N,), got (1, 1)."),
+        (lambda: thin([0.0], [1], seed=0), TypeError, "thin: labels must be integers, class indices, got dtype float"),
+        (
+            lambda: thin([0, 1, 2], [1], seed=0),
+            LabelError,
+            "thin: labels must be class indices, >= 0 and < 1, got 1 at",
+        ),
+        (lambda: thin([0, -1], [1], seed=0), LabelError, "thin: labels must be class indices, >= 0 and < 1, got -1 at"),
+        (lambda: thin([0], [1], seed=-1), ValueError, "thin: seed must be at least 0, got -1."),
+        (lambda: uniform_noise([0], 1, 2, seed=0), ValueError, "uniform_noise: rate must be >= 0 and < 1, got 1."),
+        (
+            lambda: uniform_noise([0], -0.1, 2, seed=0),
+            ValueError,
+            "uniform_noise: rate must be >= 0 and < 1, got -0.1.",
+        ),
+        (
+            lambda: uniform_noise([0], 0.1, 1, seed=0),
+            ValueError,
+            "uniform_noise: num_classes must be at least 2, got 1.",
+        ),
+        (
+            lambda: uniform_noise([2], 0.1, 2, seed=0),
+            LabelError,
+            "uniform_noise: labels must be class indices, >= 0 and",
+        ),
+        (
+            lambda: uniform_noise([0], 0.1, 2, seed=0.5),
+            TypeError,
+            "uniform_noise: seed must be a whole number, got 0.5.",
+        ),
+        (
+            lambda: balanced_holdout(LABELS, 11, seed=0),
+            ValueError,
+            "balanced_holdout: per_class must leave each class at least one sample, got 11 of class 3, which has 11.",
+        ),
+        (
+            lambda: balanced_holdout([0, 0, 10**17], 1, seed=0),
+            ValueError,
+            "balanced_holdout: per_class must leave each",
+        ),
+        (lambda: balanced_holdout([1], 0, seed=0), ValueError, "balanced_holdout: per_class must leave each class at "),
+        (
+            lambda: balanced_holdout([0], -1, seed=0),
+            ValueError,
+            "balanced_holdout: per_class must be at least 0, got -1",
+        ),
+        (
+            lambda: balanced_holdout([-1], 0, seed=0),
+            LabelError,
+            "balanced_holdout: labels must be class indices, >= 0,",
+        ),
+        (
+            lambda: splits_of(val_per_class=25),
+            ValueError,
+            "long_tail_splits: val_per_class must leave each class at least one sample, got 25 of class 2, which",
+        ),
+        (
+            lambda: splits_of(shares=[1.0] * 3),
+            ShapeError,
+            "long_tail_splits: shares must hold one share a class, got 3 for 4 classes.",
+        ),
+        (lambda: splits_of(noise=1.0), ValueError, "long_tail_splits: noise must be >= 0 and < 1, got 1.0."),
+        (
+            lambda: splits_of(train_per_class=0),
+            ValueError,
+            "long_tail_splits: train_per_class must be at least 1, got 0",
+        ),
+        (lambda: splits_of(seed=-1), ValueError, "long_tail_splits: seed must be at least 0, got -1."),
+        (
+            lambda: long_tail_splits(pictures([0]), LABELS, pictures([0]), [0], source="x", val_per_class=1),
+            ShapeError,
+            "long_tail_splits: images must have shape (M, C, H, W), with M labels, got (1, 1, 2, 2) and 101 labels.",
+        ),
+        (
+            lambda: long_tail_splits(pictures(LABELS), LABELS, pictures([4]), [4], source="x", val_per_class=1),
+            LabelError,
+            "long_tail_splits: test_labels must be class indices, >= 0 and < 4, got 4 at index [0] (1 such labels).",
+        ),
+        (
+            lambda: long_tail_splits(
+                pictures(LABELS), LABELS, np.zeros((1, 1, 3, 3), np.uint8), [0], source="x", val_per_class=1
+            ),
+            ShapeError,
+            "long_tail_splits: images and test_images must be of one shape (C, H, W), got (1, 2, 2) and (1, 3, 3).",
+        ),
+        (
+            lambda: long_tail_splits([0], [0], pictures([0]), [0], source="x", val_per_class=0),
+            TypeError,
+            "long_tail_splits: images must be a ndarray, got list.",
+        ),
+    ],
+)
+def test_refuses(call, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        call()

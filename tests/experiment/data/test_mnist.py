@@ -1,0 +1,354 @@
+"""MNIST from small idx files made here, downloads through urllib with a false network, and the data card."""
+
+import gzip
+import hashlib
+import http.client
+import inspect
+import io
+import os
+import re
+import urllib.error
+import urllib.request
+import urllib.response
+from email.message import Message
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from dir_toolkit.errors import DataError, LabelError, ShapeError
+from dir_toolkit.experiment.data import mnist as module
+from dir_toolkit.experiment.data.long_tail import exponential_profile, step_profile
+from dir_toolkit.experiment.data.mnist import download_mnist, mnist
+
+REPOSITORY = Path(__file__).parents[3]
+CARD_TEXT = (REPOSITORY / "data_cards" / "mnist.md").read_text("utf-8")
+CARD = yaml.safe_load(CARD_TEXT.split("---\n")[1])["dir_toolkit"]
+REAL = Path(os.environ.get("DIR_TOOLKIT_MNIST", REPOSITORY.parent / "shared" / "data" / "mnist"))
+LABELS = {"train": np.arange(60, dtype=np.uint8) % 10, "t10k": np.arange(20, dtype=np.uint8) % 10}
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def small_files():
+    """The four files, unpacked, with pixels that tell label and position."""
+    files = {}
+    for part, labels in LABELS.items():
+        pixels = np.zeros((len(labels), 28, 28), np.uint8)
+        pixels[:, 0, 0], pixels[:, 0, 1] = labels, np.arange(len(labels))
+        files[f"{part}-images-idx3-ubyte"] = idx(pixels)
+        files[f"{part}-labels-idx1-ubyte"] = idx(labels)
+    return files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, data in small_files().items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+    return tmp_path
+
+
+@pytest.fixture
+def official(monkeypatch):
+    """As if the small files were the ones published; their packed bytes by name."""
+    packed = {name: gzip.compress(data, mtime=0) for name, data in small_files().items()}
+    facts = {
+        name: module._Official(
+            hashlib.sha256(data).hexdigest(), hashlib.sha256(packed[name]).hexdigest(), len(packed[name])
+        )
+        for name, data in small_files().items()
+    }
+    monkeypatch.setattr(module, "_FILES", facts)
+    return packed
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """url -> bytes, an exception, or (code, headers, bytes); the rest of urllib is the real one."""
+    answers, asked = {}, []
+
+    def answer(handler, request):
+        asked.append(request.full_url)
+        assert request.timeout == module._TIMEOUT
+        given = answers.get(request.full_url, (404, {}, b"none"))
+        if isinstance(given, Exception):
+            raise given
+        code, headers, body = given if isinstance(given, tuple) else (200, {}, given)
+        message = Message()
+        for key, value in headers.items():
+            message[key] = value
+        body = body if hasattr(body, "read") else io.BytesIO(body)
+        response = urllib.response.addinfourl(body, message, request.full_url, code)
+        response.msg = "as told"
+        return response
+
+    def unsafe(handler, request):
+        raise AssertionError(f"{request.full_url} is not https")
+
+    monkeypatch.setattr(urllib.request.HTTPSHandler, "https_open", answer)
+    monkeypatch.setattr(urllib.request.HTTPHandler, "http_open", unsafe)
+    answers["asked"] = asked
+    return answers
+
+
+def urls(name):
+    return [f"{mirror}{name}.gz" for mirror in module._MIRRORS]
+
+
+def fill(network, packed, mirror=0):
+    network.update({urls(name)[mirror]: data for name, data in packed.items()})
+
+
+def test_images_go_with_their_labels(folder):
+    splits = mnist(folder, val_per_class=2)
+    assert (splits.source, splits.skipped) == ("mnist", {})
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (40, 20, 20)
+    for part, labels in (("train", LABELS["train"]), ("val", LABELS["train"]), ("test", LABELS["t10k"])):
+        data = getattr(splits, part)
+        images, classes = data.batch(np.arange(len(data)))
+        assert images.shape == (len(data), 1, 28, 28)
+        assert (images[:, 0, 0, 0] == classes).all()
+        assert (images[:, 0, 0, 1].numpy() == data.rows).all()
+        assert (labels[data.rows] == data.labels).all()
+    assert splits.train.images is splits.val.images
+
+
+def test_settings_reach_the_splits(folder):
+    splits = mnist(folder, val_per_class=1, train_per_class=4, shares=step_profile(10, 0.5), noise=0.2, seed=5)
+    true = LABELS["train"][splits.train.rows]
+    assert np.bincount(true).tolist() == [2] * 5 + [4] * 5
+    assert (splits.train.labels != true).sum() == 6
+    assert splits.val.digest != mnist(folder, val_per_class=1).val.digest
+
+
+def test_packed_and_plain_files_give_the_same(folder):
+    packed = mnist(folder, val_per_class=2)
+    for name, data in small_files().items():
+        (folder / f"{name}.gz").unlink()
+        (folder / name).write_bytes(data)
+    plain = mnist(str(folder), val_per_class=2)
+    assert plain.train.digest == packed.train.digest
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(9 - LABELS["train"])))
+    assert mnist(folder, val_per_class=2).train.digest != plain.train.digest  # the packed file is the one read
+
+
+def test_missing_files_are_named(folder):
+    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
+    (folder / "train-images-idx3-ubyte.gz").unlink()
+    message = (
+        f"got {folder} without train-images-idx3-ubyte, t10k-labels-idx1-ubyte. download_mnist(root) fetches them."
+    )
+    with pytest.raises(DataError, match="^mnist: root must hold the four files .*" + re.escape(message)):
+        mnist(folder)
+    with pytest.raises(DataError, match="root must hold the four files"):
+        mnist(folder / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("train-images-idx3-ubyte", np.zeros((60, 28, 27), np.uint8), "must be uint8 (M, 28, 28), got uint8 (60, 28, "),
+        ("train-images-idx3-ubyte", np.zeros((60, 784), np.uint8), "must be uint8 (M, 28, 28), got uint8 (60, 784)."),
+        ("t10k-labels-idx1-ubyte", np.zeros((20, 1), np.uint8), "the array must be uint8 (M,), got uint8 (20, 1)."),
+        ("t10k-labels-idx1-ubyte", np.arange(20, dtype=np.uint8), "byte 18: labels must be 0 to 9, got 10."),
+        ("train-labels-idx1-ubyte", np.zeros(59, np.uint8), "as many images as labels, got 60 and 59 of train."),
+        ("t10k-images-idx3-ubyte", np.zeros((21, 28, 28), np.uint8), "as many images as labels, got 21 and 20 of t10k"),
+    ],
+)
+def test_refuses_other_arrays(folder, name, array, message):
+    (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    with pytest.raises(DataError, match=re.escape(message)):
+        mnist(folder, val_per_class=1)
+
+
+def test_refuses_other_types_of_numbers(folder):
+    data = bytes([0, 0, 9, 1, 0, 0, 0, 20]) + bytes(20)
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(data)
+    with pytest.raises(DataError, match=r"the array must be uint8 \(M,\), got int8 \(20,\)\."):
+        mnist(folder, val_per_class=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"shares": [1.0] * 9}, ShapeError, "shares must hold one share a class, got 9 for 10 classes"),
+        ({"shares": [0.0] * 10}, ValueError, "shares must be > 0 and <= 1, got 0 of class 0"),
+        ({"noise": 1.5}, ValueError, "noise must be >= 0 and < 1, got 1.5"),
+        ({"noise": "much"}, TypeError, "noise must be a number, got 'much'"),
+        ({"val_per_class": 6}, ValueError, "got 6 of class 0, which has 6"),
+        ({"train_per_class": 0}, ValueError, "train_per_class must be at least 1, got 0"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"verify": 1}, TypeError, "mnist: verify must be a bool, got int"),
+    ],
+)
+def test_refuses_settings(folder, settings, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        mnist(folder, **{"val_per_class": 2, **settings})
+
+
+def test_a_digit_that_is_missing_in_training_is_named(folder):
+    labels = LABELS["train"].clip(0, 8)
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    with pytest.raises(LabelError, match="test_labels must be class indices, >= 0 and < 9, got 9"):
+        mnist(folder, val_per_class=1)
+
+
+def test_verify_looks_at_what_is_inside(folder, official):
+    digest = mnist(folder, val_per_class=2, verify=True).train.digest
+    name = "t10k-images-idx3-ubyte"
+    (folder / f"{name}.gz").unlink()
+    (folder / name).write_bytes(small_files()[name])
+    assert mnist(folder, val_per_class=2, verify=True).train.digest == digest
+    changed = bytearray(small_files()[name])
+    changed[-1] += 1
+    (folder / name).write_bytes(changed)
+    assert mnist(folder, val_per_class=2).train.digest == digest
+    got = hashlib.sha256(changed).hexdigest()
+    with pytest.raises(DataError, match=f"{name}: SHA-256 of the unpacked file must be the official .*, got {got}"):
+        mnist(folder, val_per_class=2, verify=True)
+
+
+def test_download_then_read(tmp_path, official, network):
+    fill(network, official)
+    root = tmp_path / "new" / "mnist"
+    download_mnist(root)
+    assert sorted(path.name for path in root.iterdir()) == sorted(f"{name}.gz" for name in official)
+    assert len(mnist(root, val_per_class=2, verify=True).train) == 40
+    asked = len(network["asked"])
+    assert asked == 4
+    download_mnist(root)  # everything is there
+    assert len(network["asked"]) == asked
+
+
+def test_download_keeps_what_is_there(folder, official, network):
+    kept, plain = folder / "train-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte"
+    before = kept.read_bytes()
+    (folder / f"{plain}.gz").unlink()
+    (folder / plain).write_bytes(small_files()[plain])
+    (folder / "t10k-images-idx3-ubyte.gz").unlink()
+    fill(network, official)
+    download_mnist(folder)
+    assert network["asked"] == [urls("t10k-images-idx3-ubyte")[0]]
+    assert kept.read_bytes() == before
+    assert not (folder / f"{plain}.gz").exists()
+
+
+def test_download_overwrites_nothing(folder, official, network):
+    other = folder / "train-labels-idx1-ubyte.gz"
+    other.write_bytes(gzip.compress(idx(9 - LABELS["train"])))
+    before = other.read_bytes()
+    (folder / "t10k-images-idx3-ubyte.gz").unlink()
+    fill(network, official)
+    with pytest.raises(DataError, match="SHA-256 of the unpacked file must be the official"):
+        download_mnist(folder)
+    assert (other.read_bytes(), network["asked"]) == (before, [])
+
+
+class _Stalled(io.BytesIO):
+    def read(self, *_):
+        raise TimeoutError("timed out")
+
+
+FAULTS = {
+    "digest": (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "SHA-256 [0-9a-f]{64} instead of [0-9a-f]{64}"),
+    "large": (lambda data: data + b"\0", r"more than [\d,]+ bytes instead of [\d,]+"),
+    "endless": (lambda data: data + bytes(2**24), r"more than [\d,]+ bytes instead of [\d,]+"),
+    "short": (lambda data: data[:-1], r"[\d,]+ bytes instead of [\d,]+"),
+    "empty": (lambda data: b"", r"0 bytes instead of [\d,]+"),
+    "missing": (lambda data: (404, {}, b"none"), "HTTP Error 404: as told"),
+    "refused": (lambda data: (403, {}, b""), "HTTP Error 403: as told"),
+    "timeout": (lambda data: TimeoutError("timed out"), "timed out"),
+    "stalled": (lambda data: (200, {}, _Stalled()), "timed out"),
+    "no network": (lambda data: urllib.error.URLError("no route"), "<urlopen error no route>"),
+    "not http": (lambda data: http.client.BadStatusLine("x"), "x"),
+    "silent": (lambda data: http.client.HTTPException(), "HTTPException"),
+    "unsafe": (
+        lambda data: (302, {"Location": "http://x.org/a"}, b""),
+        "HTTP Error 302: leads to http://x.org/a, not https",
+    ),
+    "file": (
+        lambda data: (301, {"Location": "file:///etc/passwd"}, b""),
+        "HTTP Error 301: .*file:///etc/passwd.* is not allowed",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_download_takes_the_next_mirror(tmp_path, official, network, fault):
+    make, _ = FAULTS[fault]
+    fill(network, official, mirror=1)
+    network.update({urls(name)[0]: make(data) for name, data in official.items()})
+    download_mnist(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        f"{name}.gz": data for name, data in official.items()
+    }
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_download_names_what_each_mirror_did(tmp_path, official, network, fault):
+    make, message = FAULTS[fault]
+    first = "train-images-idx3-ubyte"
+    network[urls(first)[0]] = make(official[first])
+    network[urls(first)[1]] = (500, {}, b"")
+    one, two = (re.escape(url) for url in urls(first))
+    whole = rf"^download_mnist: one of the mirrors must give {first}\.gz, got {one}: {message}; {two}: HTTP Error 500"
+    with pytest.raises(DataError, match=whole):
+        download_mnist(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_download_follows_https(tmp_path, official, network):
+    fill(network, official)
+    url = urls("train-images-idx3-ubyte")[0]
+    network["https://elsewhere.org/a"] = network[url]
+    network[url] = (302, {"Location": "https://elsewhere.org/a"}, b"")
+    download_mnist(tmp_path)
+    assert network["asked"][:2] == [url, "https://elsewhere.org/a"]
+
+
+def test_mirrors_speak_https():
+    assert len(set(module._MIRRORS)) == 2
+    assert all(re.fullmatch("https://.*/", mirror) for mirror in module._MIRRORS)
+
+
+def test_card_matches_the_reader():
+    assert CARD["reader"] == f"{mnist.__module__}.{mnist.__name__}"
+    assert CARD["arguments"] == list(inspect.signature(mnist).parameters)
+    assert CARD["source"] == "mnist"
+    assert CARD["files"] == {
+        name: {"unpacked": facts.unpacked, "packed": facts.packed, "bytes_packed": facts.size}
+        for name, facts in module._FILES.items()
+    }
+    for part, histogram in CARD["label_histogram"].items():
+        assert sum(histogram) == CARD["splits"][part]
+    whole = np.array(CARD["label_histogram"]["train"])
+    for name, shares in (("step_0.1", step_profile(10, 0.1)), ("exponential_100", exponential_profile(10, 100))):
+        assert np.rint(whole * shares).astype(int).tolist() == CARD["long_tails"][name]
+    for mirror in module._MIRRORS:
+        assert mirror in CARD_TEXT
+
+
+def test_card_matches_what_the_reader_gives(folder):
+    train = mnist(folder, val_per_class=2).train
+    assert CARD["fields"]["image"]["type"] == f"{train.images.dtype} {train.images.shape[1:]}"
+    assert CARD["fields"]["label"]["type"] == train.labels.dtype.name
+    assert CARD["fields"]["label"]["range"] == [0, 9]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the files of MNIST; name their folder in DIR_TOOLKIT_MNIST")
+def test_card_matches_the_real_files():
+    for name in ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"):
+        module._read(module._find(REAL, name), name, verify=True)
+    splits = mnist(REAL)
+    for part in ("train", "val", "test"):
+        data = getattr(splits, part)
+        assert len(data) == CARD["splits"][part]
+        assert np.bincount(data.labels).tolist() == CARD["label_histogram"][part]
+    assert splits.test.digest == CARD["digest"]["test"]
+    for name, shares in (("step_0.1", step_profile(10, 0.1)), ("exponential_100", exponential_profile(10, 100))):
+        thinned = mnist(REAL, shares=shares)
+        assert np.bincount(thinned.train.labels).tolist() == CARD["long_tails"][name]
+        assert thinned.val.digest == splits.val.digest

@@ -1,0 +1,170 @@
+"""A small result whose every number follows from its errors per test sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import dir_toolkit as dt
+from dir_toolkit.experiment.results.schema import ALL_REGIONS, combine_runs
+
+TRAIN = np.array([300, 50, 5, 0, 0])
+REGION = np.array(["many", "medium", "few", "unseen", "unseen"])
+TESTED = np.array([4, 3, 2, 0, 0])
+
+
+def _run(errors: list[float]) -> xr.Dataset:
+    """One run on five bins of a year: ``errors`` is the MAE of the three bins that have test samples."""
+    bin_mae = np.array([*errors, np.nan, np.nan])
+    inside = np.array([(region == "all") | (region == REGION) for region in ALL_REGIONS])  # (5, B)
+    samples = (inside * TESTED).sum(1)
+    tested = inside & (TESTED > 0)
+    with np.errstate(invalid="ignore"):
+        mae = (tested * np.nan_to_num(bin_mae) * TESTED).sum(1) / samples
+        bmae = (tested * np.nan_to_num(bin_mae)).sum(1) / tested.sum(1)
+    years, one = {"units": "label units"}, {"units": "1"}
+    return xr.Dataset(
+        {
+            "mae": ("region", mae, years),
+            "rmse": ("region", mae * 1.25, years),
+            "gm": ("region", mae * 0.75, years),
+            "bmae": ("region", bmae, years),
+            "bias": ("region", -mae, years),
+            "pearson": ("region", np.where(samples > 4, 0.5, np.nan), one),
+            "count": ("region", samples, one),
+            "bins": ("region", tested.sum(1), one),
+            "bin_mae": ("bin", bin_mae, years),
+            "bin_bias": ("bin", -bin_mae, years),
+            "bin_count": ("bin", TESTED, one),
+            "train_count": ("bin", TRAIN, one),
+        },
+        coords={
+            "region": list(ALL_REGIONS),
+            "bin": np.arange(5),
+            "bin_low": ("bin", np.arange(5.0), years),
+            "bin_high": ("bin", np.arange(5.0) + 1, years),
+            "bin_center": ("bin", np.arange(5.0), years),
+            "bin_region": ("bin", REGION),
+        },
+    )
+
+
+def _class_run(right: list[int]) -> xr.Dataset:
+    """One run of classification on the same bins: ``right`` of the 4, 3 and 2 samples; the others went to bin 3."""
+    hits = np.array([*right, 0, 0])
+    inside = np.array([(region == "all") | (region == REGION) for region in ALL_REGIONS])  # (5, B)
+    samples, tested = (inside * TESTED).sum(1), inside & (TESTED > 0)
+    predicted = hits + np.array([0, 0, 0, int((TESTED - hits).sum()), 0])
+    with np.errstate(invalid="ignore"):
+        recall, precision = hits / TESTED, hits / predicted
+        balanced = (tested * np.nan_to_num(1 - recall)).sum(1) / tested.sum(1)
+        f1 = (tested * np.nan_to_num(2 * hits / (TESTED + predicted))).sum(1) / tested.sum(1)
+        error = 1 - (inside * hits).sum(1) / samples
+    labels, one = {"units": "label units"}, {"units": "1"}
+    return xr.Dataset(
+        {
+            "error": ("region", error, one),
+            "balanced_error": ("region", balanced, one),
+            "macro_f1": ("region", f1, one),
+            "count": ("region", samples, one),
+            "bins": ("region", tested.sum(1), one),
+            "bin_recall": ("bin", recall, one),
+            "bin_precision": ("bin", precision, one),
+            "bin_count": ("bin", TESTED, one),
+            "train_count": ("bin", TRAIN, one),
+        },
+        coords={
+            "region": list(ALL_REGIONS),
+            "bin": np.arange(5),
+            "bin_low": ("bin", np.arange(5) - 0.5, labels),
+            "bin_high": ("bin", np.arange(5) + 0.5, labels),
+            "bin_center": ("bin", np.arange(5.0), labels),
+            "bin_region": ("bin", REGION),
+        },
+    )
+
+
+@pytest.fixture
+def run() -> Callable[[list[float]], xr.Dataset]:
+    return _run
+
+
+@pytest.fixture
+def combine() -> Callable[..., xr.Dataset]:
+    def combined(runs: dict[tuple[str, int], xr.Dataset], **changes: object) -> xr.Dataset:
+        words = {"title": "A test", "command": "python recipes/age.py", "label_name": "age", "label_units": "years"}
+        return combine_runs(runs, **{**words, **changes})
+
+    return combined
+
+
+@pytest.fixture
+def ds(combine: Callable[..., xr.Dataset]) -> xr.Dataset:
+    """Two methods and a baseline; ``lds`` never finished seed 1, and the baseline has one seed."""
+    runs = {
+        ("vanilla", 0): _run([2.0, 4.0, 9.0]).assign(minutes=3.0, best_epoch=7),
+        ("vanilla", 1): _run([3.0, 4.0, 12.0]).assign(minutes=4.0, best_epoch=5),
+        ("lds", 0): _run([3.0, 3.0, 6.0]).assign(minutes=3.5, best_epoch=9),
+        ("constant", 0): _run([5.0, 8.0, 20.0]),
+    }
+    return combine(runs)
+
+
+@pytest.fixture
+def class_run() -> Callable[[list[int]], xr.Dataset]:
+    return _class_run
+
+
+@pytest.fixture
+def classes(combine: Callable[..., xr.Dataset]) -> xr.Dataset:
+    """Two methods and a baseline; ``adjusted`` never finished seed 1, and has a calibration error that others lack."""
+    runs = {
+        ("softmax", 0): _class_run([4, 2, 0]).assign(minutes=3.0, best_epoch=7),
+        ("softmax", 1): _class_run([4, 1, 1]).assign(minutes=4.0, best_epoch=5),
+        ("adjusted", 0): _class_run([3, 2, 1]).assign(ece=((), 0.0625, {"units": "1"})),
+        ("constant", 0): _class_run([4, 0, 0]),
+    }
+    return combine(runs, label_name="digit", label_units="1")
+
+
+@pytest.fixture
+def predicted() -> Callable[..., xr.Dataset]:
+    """One run from its predictions, and half widths of its intervals where given, on five bins of a year."""
+
+    def run(target: np.ndarray, prediction: np.ndarray, *, half: float | None = None) -> xr.Dataset:
+        bins = dt.Bins.uniform(0, 5, width=1)
+        found = dt.regression_metrics(
+            torch.from_numpy(prediction.astype(np.float64)),
+            torch.from_numpy(target),
+            bins,
+            dt.LabelDensity(bins, TRAIN),
+        )
+        years = {"units": "label units"}
+        parts = {"target": target, "prediction": prediction}
+        if half is not None:
+            parts |= {"lower": prediction - half, "upper": prediction + half}
+        level = {"lower": {"interval_level": 0.75}, "upper": {"interval_level": 0.75}}
+        return found.assign({name: ("sample", part, years | level.get(name, {})) for name, part in parts.items()})
+
+    return run
+
+
+@pytest.fixture
+def compared(predicted: Callable[..., xr.Dataset], combine: Callable[..., xr.Dataset]) -> xr.Dataset:
+    """Nine samples in three bins: ``half`` errs half as much as ``vanilla`` and has two seeds; ``plain`` held nothing.
+
+    Predictions are exact in float32. ``vanilla`` has seeds 0 to 2, ``half`` 1 and 2, ``alone`` only 2.
+    """
+    target = np.array([0.5, 0.25, 0.75, 0.5, 1.5, 1.25, 1.75, 2.5, 2.25])
+    error = np.array([1, 2, -1, 2, 4, -2, 3, 8, 4]) / 4
+    runs = {("vanilla", s): predicted(target, target + error * (1 + s / 4)).assign(minutes=3.0 + s) for s in range(3)}
+    for s in (1, 2):
+        runs["half", s] = predicted(target, target + error * (1 + s / 4) / 2, half=0.5).assign(minutes=6.0)
+    runs["alone", 2] = predicted(target, target + error * 2, half=1.0)
+    runs["plain", 0] = predicted(target, target + error).drop_vars(["target", "prediction"])
+    runs["constant", 0] = predicted(target, np.full(9, 0.5))
+    return combine(runs)
