@@ -56,12 +56,12 @@ def of_scores(report: Report, labels: Tensor, density: dt.LabelDensity, generato
     losses: dict[str, Callable[[Tensor], Tensor]] = {
         "F.cross_entropy": lambda s: F.cross_entropy(s, index),
         "logit_adjusted_cross_entropy": lambda s: dt.logit_adjusted_cross_entropy(s, index, prior),
-        "ldam_loss": lambda s: dt.ldam_loss(s / 10, index, counts),
+        "ldam_loss": lambda s: dt.ldam_loss(s / 10, index, counts=counts),
         "focal_loss": lambda s: dt.focal_loss(s, index),
-        "equalization_loss": lambda s: dt.equalization_loss(s, index, prior, threshold=1e-3),
+        "equalization_loss": lambda s: dt.equalization_loss(s, index, prior=prior, threshold=1e-3),
         "affinity_loss": lambda s: dt.affinity_loss(s.sigmoid(), index),
         "soft_cross_entropy": lambda s: dt.soft_cross_entropy(s, soft),
-        "crps": lambda s: dt.crps(s, labels, BINS),
+        "crps": lambda s: dt.crps(s, labels, bins=BINS),
         "squared_emd": lambda s: dt.squared_emd(s, soft),
     }
     compare(report, losses, logits)
@@ -71,10 +71,10 @@ def of_features(report: Report, labels: Tensor, generator: torch.Generator) -> N
     """Contrastive losses look at all pairs of a batch, so one distance matrix is what they are held against."""
     features = torch.randn(BATCH, NUM_FEATURES, generator=generator)
     pred = labels + 10 * torch.randn(BATCH, generator=generator)
-    center, index = dt.CenterLoss(NUM_BINS, NUM_FEATURES), BINS.index(labels)
+    center, index = dt.CenterLoss(NUM_FEATURES, NUM_BINS), BINS.index(labels)
     losses: dict[str, Callable[[Tensor], Tensor]] = {
         "distances of all pairs": lambda z: torch.cdist(z, z).mean(),
-        "conr_loss": lambda z: dt.conr_loss(z, labels, pred),
+        "conr_loss": lambda z: dt.conr_loss(z, labels, pred=pred),
         "rank_n_contrast": lambda z: dt.rank_n_contrast(z, labels),
         "CenterLoss": lambda z: center(z, index),
     }

@@ -619,12 +619,12 @@ class LongTailModel(nn.Module):
             return affinity_loss(scores, labels, weight, **how) + samples * self.head.diversity()  # type: ignore[operator]
         logits = self._trained_logits(scores)
         if self.loss == "crps":
-            return crps(logits, labels, self.bins, weight, **how) / self._loss_unit
+            return crps(logits, labels, weight, bins=self.bins, **how) / self._loss_unit
         if self._kind == "classes":
             return cross_entropy(logits, labels, weight, **how)
         target = soft_labels(labels, self.bins, self.sigma, kernel=self.label_kernel, unit=self._sigma_unit)
         if self.loss == "squared_emd":
-            return squared_emd(logits, target, self.bins, weight, **how) / self._loss_unit
+            return squared_emd(logits, target, weight, bins=self.bins, **how) / self._loss_unit
         return soft_cross_entropy(logits, target, weight, **how)
 
     def _make_head(self, head: Any) -> nn.Module:

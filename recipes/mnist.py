@@ -448,7 +448,7 @@ def objective(settings: Settings, variant: Variant, model: ImageClassifier, dens
     class WithCenters(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.centers = dt.CenterLoss(10, variant.num_features, strength=settings.center_strength)
+            self.centers = dt.CenterLoss(variant.num_features, 10, strength=settings.center_strength)
 
         def forward(self, out: Scored, target: Tensor, weight: Tensor | None = None, *, reduction: str) -> Tensor:
             # By the mean, so that a center's gradient is the paper's step whatever the batch size. SGD takes that step
@@ -462,7 +462,7 @@ def objective(settings: Settings, variant: Variant, model: ImageClassifier, dens
         return WithCenters()
 
     def ldam(s: Tensor, y: Tensor, w: Tensor | None, **how: Any) -> Tensor:
-        return dt.ldam_loss(s, y, counts, max_margin=settings.ldam_margin, weight=w, **how)
+        return dt.ldam_loss(s, y, w, counts=counts, max_margin=settings.ldam_margin, **how)
 
     losses: dict[Loss, Callable[..., Tensor]] = {
         "cross-entropy": dt.cross_entropy,
@@ -477,10 +477,10 @@ def objective(settings: Settings, variant: Variant, model: ImageClassifier, dens
             # Rare is what is rarer than if all were alike. The global generator is seeded anew in every step.
             s,
             y,
-            prior,
+            w,
+            prior=prior,
             threshold=0.1,
             drop=settings.equalized_drop,
-            weight=w,
             generator=global_generator(s),
             **how,
         ),

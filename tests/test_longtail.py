@@ -405,7 +405,7 @@ def test_heads_over_bins_learn_the_label(head: Any, loss: str) -> None:
 def test_named_losses_are_the_functions() -> None:
     x, y = batch()
     out = ages(loss="crps")(x, y)
-    torch.testing.assert_close(out.loss, crps(out.scores, y, AGES) / SPREAD)
+    torch.testing.assert_close(out.loss, crps(out.scores, y, bins=AGES) / SPREAD)
     model = ages(head="affinity")
     assert model.head.num_prototypes == 1
     out = model(x, y)

@@ -140,7 +140,7 @@ LOSSES: list[Case] = [
     Case(dt.RankNContrast, {}, {"temperature": {"temperature": 1.0}}),
     Case(
         dt.CenterLoss,
-        {"num_classes": 3, "num_features": 4},
+        {"num_features": 4, "num_classes": 3},
         {"num_classes": {"num_classes": 4}, "num_features": {"num_features": 5}, "strength": {"strength": 0.5}},
     ),
 ]

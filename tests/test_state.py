@@ -78,7 +78,7 @@ MADE = [
     lambda: dt.GaussianMixtureLoss([0.5, 0.5], [1.0, 2.0], [1.0, 1.0]),
     lambda: dt.BinnedIntegrationLoss(Bins.uniform(0, 3, width=1), [0.2, 0.3, 0.5]),
     lambda: dt.ConRLoss(weights=dt.LDS(Bins.uniform(0, 3, width=1)).fit([0.5, 0.5, 2.5])),
-    lambda: dt.CenterLoss(3, 4),
+    lambda: dt.CenterLoss(4, 3),
     lambda: dt.LogitAdjuster([0.2, 0.8]),
 ]
 

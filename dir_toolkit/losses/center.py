@@ -17,7 +17,7 @@ __all__ = ["CenterLoss", "center_loss"]
 
 
 def center_loss(
-    features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+    features: Tensor, target: Tensor, weight: Tensor | None = None, *, centers: Tensor, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""Half the squared distance of a feature to the center of its class, each sample scaled by its weight.
 
@@ -41,7 +41,7 @@ def center_loss(
         Wen et al. 2016, equation 2 (doi:10.1007/978-3-319-46478-7_31).
 
     >>> centers = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    >>> center_loss(torch.zeros(1, 2), torch.tensor([1]), centers).item()
+    >>> center_loss(torch.zeros(1, 2), torch.tensor([1]), centers=centers).item()
     12.5
     """
     features, centers = _checked(features, target, centers, weight, reduction)
@@ -57,7 +57,7 @@ class CenterLoss(SoundModule):
     whatever ``strength`` is. Plain SGD without momentum or decay, at the rate :math:`\alpha` (0.5 in the paper), moves
     them as the paper does::
 
-        center = CenterLoss(10, 128, strength=0.003)
+        center = CenterLoss(128, 10, strength=0.003)
         optimizer = SGD([{"params": model.parameters()}, {"params": center.parameters(), "lr": 0.5}], lr=0.01)
         loss = cross_entropy(logits, y) + center(features, y)
 
@@ -78,16 +78,16 @@ class CenterLoss(SoundModule):
     Source:
         Wen et al. 2016, equations 3 and 4 and algorithm 1 (doi:10.1007/978-3-319-46478-7_31).
 
-    >>> center = CenterLoss(2, 1)
+    >>> center = CenterLoss(1, 2)
     >>> center(torch.tensor([[3.0], [6.0]]), torch.tensor([1, 1])).backward()
     >>> center.centers.grad.tolist()  # -(3 + 6) / (1 + 2)
     [[0.0], [-3.0]]
     """
 
-    def __init__(self, num_classes: int, num_features: int, *, strength: float = 1.0) -> None:
+    def __init__(self, num_features: int, num_classes: int, *, strength: float = 1.0) -> None:
         super().__init__()
-        self.num_classes = length("num_classes", num_classes)
         self.num_features = length("num_features", num_features)
+        self.num_classes = length("num_classes", num_classes)
         self.strength = number("strength", strength, low=0, open_low=True, float32=True)
         self.centers = nn.Parameter(torch.zeros(self.num_classes, self.num_features))
 
@@ -107,7 +107,7 @@ class CenterLoss(SoundModule):
     @property
     def settings(self) -> dict[str, Any]:
         """What the loss was made with."""
-        return {"num_classes": self.num_classes, "num_features": self.num_features, "strength": self.strength}
+        return {"num_features": self.num_features, "num_classes": self.num_classes, "strength": self.strength}
 
     def extra_repr(self) -> str:
         return shown(self.settings)

@@ -21,10 +21,10 @@ __all__ = ["ConRLoss", "conr_loss"]
 
 def conr_loss(
     features: Tensor,
-    labels: Tensor,
-    pred: Tensor,
+    target: Tensor,
     weight: Tensor | None = None,
     *,
+    pred: Tensor,
     push_weight: Tensor | None = None,
     omega: float | None = None,
     temperature: float = 0.2,
@@ -64,7 +64,7 @@ def conr_loss(
         temperature: :math:`\tau`, > 0.
         eta: :math:`\eta`, >= 0, per label unit. None takes 0.01 per :math:`\omega`.
     Shape:
-        features: (N, D). labels, pred, weight, push_weight: (N,). Returns (), or (N,) for ``reduction="none"``.
+        features: (N, D). target, pred, weight, push_weight: (N,). Returns (), or (N,) for ``reduction="none"``.
     Units:
         none; it is a log-probability.
     Raises:
@@ -76,23 +76,23 @@ def conr_loss(
         :math:`\omega` are alike, follow the authors' code (github.com/BorealisAI/ConR).
 
     >>> features, labels = torch.ones(3, 2), torch.tensor([20.0, 20.5, 60.0])
-    >>> conr_loss(features, labels, torch.tensor([20.0, 20.0, 60.0])).item()  # nothing is confused
+    >>> conr_loss(features, labels, pred=torch.tensor([20.0, 20.0, 60.0])).item()  # nothing is confused
     0.0
-    >>> values = conr_loss(features, labels, torch.tensor([20.0, 20.0, 20.0]), eta=0.0, reduction="none")
+    >>> values = conr_loss(features, labels, pred=torch.tensor([20.0, 20.0, 20.0]), eta=0.0, reduction="none")
     >>> values.exp()  # 1 positive, 1 negative; the third has no positive
     tensor([2., 2., 1.])
     """
     omega, eta = _checked_scales(omega, eta)
     temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
-    columns = {"labels": labels, "pred": pred}
+    columns = {"target": target, "pred": pred}
     if push_weight is not None:
         columns["push_weight"] = push_weight
     features = checked_samples(features, columns, weight, reduction)
-    dtype = wide_dtype(features, labels, pred)
+    dtype = wide_dtype(features, target, pred)
     pairs = pairs_of(features, weight)
-    distance = _distances(present(labels.to(dtype), weight))
+    distance = _distances(present(target.to(dtype), weight))
     there = None if weight is None else weight > 0
-    near = 0.05 * spread_of(labels.detach().to(dtype), there).nan_to_num(0.0) if omega is None else omega
+    near = 0.05 * spread_of(target.detach().to(dtype), there).nan_to_num(0.0) if omega is None else omega
     positive = pairs & (distance <= near)
     negative = pairs & (distance > near) & (_distances(pred.detach().to(dtype)) <= near)
     anchor = positive.any(1) & negative.any(1)
@@ -163,8 +163,8 @@ class ConRLoss(SoundModule):
         contrast = conr_loss(
             features,
             labels,
-            prediction,
             weight,
+            pred=prediction,
             push_weight=None if self.weights is None else self.weights(labels),
             omega=self.omega,
             temperature=self.temperature,

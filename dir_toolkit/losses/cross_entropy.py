@@ -112,10 +112,10 @@ def logit_adjusted_cross_entropy(
 def pairwise_cross_entropy(
     logits: Tensor,
     target: Tensor,
-    margins: Tensor,
-    *,
-    alpha: Any = None,
     weight: Tensor | None = None,
+    *,
+    margins: Tensor,
+    alpha: Any = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""The family that the losses of this file belong to: a margin for every pair of classes.
@@ -136,7 +136,7 @@ def pairwise_cross_entropy(
     >>> logits, target = torch.zeros(1, 3), torch.tensor([2])
     >>> margins = torch.full((3, 3), -torch.inf)
     >>> margins[2, 0] = 0.0  # classes 2 and 0 alone compete: log 2
-    >>> round(pairwise_cross_entropy(logits, target, margins).item(), 4)
+    >>> round(pairwise_cross_entropy(logits, target, margins=margins).item(), 4)
     0.6931
     """
     logits = checked_rows("logits", logits, target, weight, reduction)
@@ -151,7 +151,7 @@ def pairwise_cross_entropy(
 
 
 def balanced_cross_entropy(
-    logits: Tensor, target: Tensor, prior: Any, *, weight: Tensor | None = None, reduction: Reduction = "mean"
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, *, prior: Any, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""Cross-entropy with every class weighing alike: :math:`L = -\frac{1}{C \pi_y} \log \mathrm{softmax}(s)_y`.
 
@@ -162,7 +162,7 @@ def balanced_cross_entropy(
     Source:
         Menon et al. 2021, equation 11 with no margins (arXiv:2007.07314), up to the factor 1/C.
 
-    >>> loss = balanced_cross_entropy(torch.zeros(1, 2), torch.tensor([1]), [0.75, 0.25])
+    >>> loss = balanced_cross_entropy(torch.zeros(1, 2), torch.tensor([1]), prior=[0.75, 0.25])
     >>> round(loss.item(), 4)  # log 2 / (2 * 0.25)
     1.3863
     """
@@ -175,11 +175,11 @@ def balanced_cross_entropy(
 def ldam_loss(
     logits: Tensor,
     target: Tensor,
-    counts: Any,
+    weight: Tensor | None = None,
     *,
+    counts: Any,
     max_margin: float = 0.5,
     scale: float = 30.0,
-    weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Label-distribution-aware margin: the rarer the true class, the farther its cosine must lead.
@@ -202,7 +202,7 @@ def ldam_loss(
     Source:
         Cao et al. 2019, sections 3.2 and 3.3 (arXiv:1906.07413).
 
-    >>> loss = ldam_loss(torch.tensor([[0.5, 0.0]]), torch.tensor([0]), [1, 16])
+    >>> loss = ldam_loss(torch.tensor([[0.5, 0.0]]), torch.tensor([0]), counts=[1, 16])
     >>> round(loss.item(), 4)  # the margin of 0.5 takes the lead away: log 2
     0.6931
     """
@@ -222,13 +222,13 @@ def ldam_loss(
 def equalization_loss(
     logits: Tensor,
     target: Tensor,
-    prior: Any,
+    weight: Tensor | None = None,
     *,
+    prior: Any,
     threshold: float,
     drop: float = 1.0,
-    weight: Tensor | None = None,
-    reduction: Reduction = "mean",
     generator: torch.Generator | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Softmax equalization: rare classes are spared the pressure of samples of other classes.
 
@@ -247,7 +247,7 @@ def equalization_loss(
     Source:
         Tan et al. 2020, the softmax form (arXiv:2003.05176).
 
-    >>> loss = equalization_loss(torch.zeros(1, 3), torch.tensor([0]), [0.6, 0.3, 0.1], threshold=0.2)
+    >>> loss = equalization_loss(torch.zeros(1, 3), torch.tensor([0]), prior=[0.6, 0.3, 0.1], threshold=0.2)
     >>> round(loss.item(), 4)  # the third class is left out: log 2
     0.6931
     """

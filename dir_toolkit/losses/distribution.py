@@ -73,7 +73,7 @@ def soft_cross_entropy(
     >>> round(loss.item(), 4)  # log 4
     1.3863
     """
-    rows, target, weight = _checked(logits, weight, reduction, target=target)
+    rows, target, weight = _checked(logits, target, weight, reduction)
     tau = checked_tau(tau)
     if prior is not None:
         rows = rows + (tau * checked_prior(prior, rows).log()).to(rows.dtype)
@@ -87,10 +87,10 @@ def soft_cross_entropy(
 
 def crps(
     logits: Tensor,
-    labels: Tensor,
-    bins: Bins,
+    target: Tensor,
     weight: Tensor | None = None,
     *,
+    bins: Bins,
     outside: Outside = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -107,7 +107,7 @@ def crps(
         outside: what a label beyond the axis does: ``"raise"``; ``"clip"``, to count by its distance; ``"drop"``, to
             have weight 0.
     Shape:
-        logits: (..., B). labels, weight: (...). Returns (), or (...) for ``reduction="none"``.
+        logits: (..., B). target, weight: (...). Returns (), or (...) for ``reduction="none"``.
     Units:
         those of the label.
     Raises:
@@ -119,13 +119,13 @@ def crps(
         Gneiting and Raftery 2007, section 4.2, doi:10.1198/016214506000001437.
 
     >>> bins = Bins.uniform(0, 2, width=1)
-    >>> round(crps(torch.zeros(1, 2), torch.tensor([1.0]), bins).item(), 4)  # uniform on [0, 2], label in the middle
+    >>> round(crps(torch.zeros(1, 2), torch.tensor([1.0]), bins=bins).item(), 4)  # uniform on [0, 2]
     0.1667
     """
     _ordered(bins, "Use soft_cross_entropy.")
     one_of("outside", outside, ("raise", "clip", "drop"))
-    rows, y, _ = _checked(logits, weight, reduction, bins, labels=labels)
-    weight = weight_on_axis("labels", labels, bins, weight, outside)
+    rows, y, _ = _checked(logits, target, weight, reduction, bins, number=True)
+    weight = weight_on_axis("target", target, bins, weight, outside)
     weight = None if weight is None else weight.reshape(-1)
     rows, y = present(rows, weight), present(y, weight).unsqueeze(1)  # (M, 1)
     knots = limits(bins, rows)
@@ -144,9 +144,9 @@ def crps(
 def squared_emd(
     logits: Tensor,
     target: Tensor,
-    bins: Bins | None = None,
     weight: Tensor | None = None,
     *,
+    bins: Bins | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Squared distance of the softmax's cumulative distribution from the target's, each sample scaled by its weight.
@@ -180,7 +180,7 @@ def squared_emd(
     if not target.is_floating_point():
         fix = "Use soft_labels(labels, bins, sigma)."
         raise problem("target must be floats", got=f"dtype {target.dtype}", fix=fix, error=TypeError)
-    rows, target, weight = _checked(logits, weight, reduction, bins, target=target)
+    rows, target, weight = _checked(logits, target, weight, reduction, bins)
     squares = (rows.softmax(1) - target).cumsum(1)[:, :-1].square()  # the last is zero but for rounding
     if bins is not None:
         knots = limits(bins, rows)
@@ -201,43 +201,48 @@ def _ordered(bins: Bins, fix: str) -> None:
 
 
 def _checked(
-    logits: Tensor, weight: Tensor | None, reduction: str, bins: Bins | None = None, **beside: Tensor
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    bins: Bins | None = None,
+    *,
+    number: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits (M, B), the target (M, B) or labels (M,) of ``beside``, both in at least float32, and weights (M,).
+    """Logits (M, B), the target (M, B), or (M,) of labels where it is a ``number``, in at least float32.
 
-    What has weight zero is zero.
+    With them the weights (M,). What has weight zero is zero.
     """
     one_of("reduction", reduction, ("none", "mean", "sum"))
     weights = {} if weight is None else {"weight": weight}
-    is_tensor(logits=logits, **beside, **weights)
+    is_tensor(logits=logits, target=target, **weights)
     floats(logits=logits)
     if logits.ndim == 0 or (bins is not None and logits.shape[-1] != len(bins)):
         rule = f"logits must have {'one value a bin' if bins is None else f'{len(bins)} values'} in the last axis"
         raise problem(rule, got=f"shape {tuple(logits.shape)}", error=ShapeError)
-    real(**beside, **weights)
-    for name, value in (*beside.items(), *weights.items()):
-        shape = logits.shape if name == "target" and value.is_floating_point() else logits.shape[:-1]
+    real(target=target, **weights)
+    for name, value in (("target", target), *weights.items()):
+        shape = logits.shape if name == "target" and not number and value.is_floating_point() else logits.shape[:-1]
         if value.shape != shape:
             rule = f"{name} must be {tuple(shape)} for logits of shape {tuple(logits.shape)}"
             fix = f"Use {name}.squeeze({len(shape)})." if value.shape == (*shape, 1) else ""
             raise problem(rule, got=f"shape {tuple(value.shape)}", fix=fix, error=ShapeError)
-    same_device(logits=logits, **beside, **weights)
+    same_device(logits=logits, target=target, **weights)
     not_empty(logits=logits)
     finite(**weights)
     not_negative(**weights)
-    [(name, other)] = beside.items()
     weight = None if weight is None else weight.reshape(-1)
-    if not other.is_floating_point() and name == "target":
+    if not target.is_floating_point() and not number:
         rows = logits.reshape(-1, logits.shape[-1])
-        return checked_rows("logits", rows, other.reshape(-1), weight, reduction), other.reshape(-1), weight
-    if name == "target":
-        distributions(zeros=True, target=other)
-    dtype = wide_dtype(logits, other)
+        return checked_rows("logits", rows, target.reshape(-1), weight, reduction), target.reshape(-1), weight
+    if not number:
+        distributions(zeros=True, target=target)
+    dtype = wide_dtype(logits, target)
     rows = logits.to(dtype).reshape(-1, logits.shape[-1])
-    other = other.to(dtype).reshape(-1, *other.shape[logits.ndim - 1 :])
-    if name == "target":
-        rows = rows.masked_fill(_dropped(other)[:, None], 0.0)
-    return present(rows, weight), present(other, weight), weight
+    target = target.to(dtype).reshape(-1, *target.shape[logits.ndim - 1 :])
+    if not number:
+        rows = rows.masked_fill(_dropped(target)[:, None], 0.0)
+    return present(rows, weight), present(target, weight), weight
 
 
 def _dropped(target: Tensor) -> Tensor:

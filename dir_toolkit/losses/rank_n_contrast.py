@@ -16,7 +16,7 @@ __all__ = ["RankNContrast", "rank_n_contrast"]
 
 def rank_n_contrast(
     features: Tensor,
-    labels: Tensor,
+    target: Tensor,
     weight: Tensor | None = None,
     *,
     temperature: float = 2.0,
@@ -43,7 +43,7 @@ def rank_n_contrast(
             features are, and N - 1 becomes the number of the others that do.
         temperature: :math:`\tau`, > 0, in units of the features.
     Shape:
-        features: (N, D). labels: (N,) or (N, K). weight: (N,). Returns (), or (N,) for ``reduction="none"``.
+        features: (N, D). target: (N,) or (N, K). weight: (N,). Returns (), or (N,) for ``reduction="none"``.
     Units:
         none; it is a log-probability.
     Raises:
@@ -57,11 +57,11 @@ def rank_n_contrast(
     0.3466
     """
     temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
-    features = checked_samples(features, {"labels": labels}, weight, reduction, several=True)
+    features = checked_samples(features, {"target": target}, weight, reduction, several=True)
     samples = len(features)
     if samples < 2:
         warn("a batch of one sample has no pair, and adds nothing. Drop a last batch of one (drop_last=True).")
-    wide = labels.to(wide_dtype(labels)).reshape(samples, -1)  # (N, K)
+    wide = target.to(wide_dtype(target)).reshape(samples, -1)  # (N, K)
     pairs = pairs_of(features, weight)
     # By differences, not by products, which would round the distances of near neighbors away.
     exact = "donot_use_mm_for_euclid_dist"

@@ -111,7 +111,7 @@ def measured(make: Callable[[], Any], *names: str) -> Callable[[], Job]:
 
 LOSSES: dict[str, Callable[[], Job]] = {
     "affinity_loss": alone(lambda d: dt.affinity_loss(d.affinities, d.c, d.w)),
-    "balanced_cross_entropy": alone(lambda d: dt.balanced_cross_entropy(d.logits, d.c, d.prior, weight=d.w)),
+    "balanced_cross_entropy": alone(lambda d: dt.balanced_cross_entropy(d.logits, d.c, d.w, prior=d.prior)),
     "BatchMCLoss": of(lambda: dt.BatchMCLoss(), lambda m, d: m(d.pred, d.y, d.w)),
     "BatchMCLoss of rows": of(lambda: dt.BatchMCLoss(learn=False), lambda m, d: m(d.pred2, d.y2, d.w)),
     "BinnedIntegrationLoss": of(
@@ -123,8 +123,8 @@ LOSSES: dict[str, Callable[[], Job]] = {
     "BinnedIntegrationLoss that drops": of(
         lambda: dt.BinnedIntegrationLoss(BINS, density(BINS), outside="drop"), lambda m, d: m(d.pred, d.y)
     ),
-    "CenterLoss": of(lambda: dt.CenterLoss(C, D), lambda m, d: m(d.features, d.c, d.w)),
-    "center_loss": alone(lambda d: dt.center_loss(d.features, d.c, d.centers, d.w)),
+    "CenterLoss": of(lambda: dt.CenterLoss(D, C), lambda m, d: m(d.features, d.c, d.w)),
+    "center_loss": alone(lambda d: dt.center_loss(d.features, d.c, d.w, centers=d.centers)),
     "ConRLoss": of(
         lambda: dt.ConRLoss(weights=lds(BINS), omega=1.0),
         lambda m, d: m(SimpleNamespace(prediction=d.pred, features=d.features), d.y, d.w),
@@ -132,23 +132,25 @@ LOSSES: dict[str, Callable[[], Job]] = {
     "ConRLoss by default": of(
         lambda: dt.ConRLoss(), lambda m, d: m(SimpleNamespace(prediction=d.pred, features=d.features), d.y)
     ),
-    "conr_loss": alone(lambda d: dt.conr_loss(d.features, d.y, d.pred, d.w, omega=1.0)),
-    "crps": alone(lambda d: dt.crps(d.scores, d.y, BINS, d.w)),
-    "crps that drops": alone(lambda d: dt.crps(d.scores, d.y, BINS, d.w, outside="drop")),
+    "conr_loss": alone(lambda d: dt.conr_loss(d.features, d.y, d.w, pred=d.pred, omega=1.0)),
+    "crps": alone(lambda d: dt.crps(d.scores, d.y, d.w, bins=BINS)),
+    "crps that drops": alone(lambda d: dt.crps(d.scores, d.y, d.w, bins=BINS, outside="drop")),
     "cross_entropy": alone(lambda d: dt.cross_entropy(d.logits, d.c, d.w, label_smoothing=0.1)),
-    "equalization_loss": alone(lambda d: dt.equalization_loss(d.logits, d.c, d.prior, threshold=0.3)),
+    "equalization_loss": alone(lambda d: dt.equalization_loss(d.logits, d.c, prior=d.prior, threshold=0.3)),
     "focal_loss": alone(lambda d: dt.focal_loss(d.logits, d.c, d.w, alpha=d.prior)),
     "gaussian_nll": alone(lambda d: dt.gaussian_nll(d.pair, d.y, d.w, beta=0.5)),
     "GaussianMixtureLoss": of(
         lambda: dt.GaussianMixtureLoss([0.5, 0.5], [2.0, 8.0], [1.0, 1.0]), lambda m, d: m(d.pred, d.y, d.w)
     ),
-    "ldam_loss": alone(lambda d: dt.ldam_loss(d.cosines, d.c, d.counts, weight=d.w)),
+    "ldam_loss": alone(lambda d: dt.ldam_loss(d.cosines, d.c, d.w, counts=d.counts)),
     "logit_adjusted_cross_entropy": alone(lambda d: dt.logit_adjusted_cross_entropy(d.logits, d.c, d.prior)),
-    "pairwise_cross_entropy": alone(lambda d: dt.pairwise_cross_entropy(d.logits, d.c, d.margins, alpha=d.prior)),
+    "pairwise_cross_entropy": alone(
+        lambda d: dt.pairwise_cross_entropy(d.logits, d.c, margins=d.margins, alpha=d.prior)
+    ),
     "RankNContrast": of(lambda: dt.RankNContrast(), lambda m, d: m(d.features, d.y, d.w)),
     "rank_n_contrast": alone(lambda d: dt.rank_n_contrast(d.features, d.y2)),
     "soft_cross_entropy": alone(lambda d: dt.soft_cross_entropy(d.scores, d.spread, weight=d.w)),
-    "squared_emd": alone(lambda d: dt.squared_emd(d.scores, d.spread, BINS, d.w)),
+    "squared_emd": alone(lambda d: dt.squared_emd(d.scores, d.spread, d.w, bins=BINS)),
     "weighted_focal_l1": alone(lambda d: dt.weighted_focal_l1(d.pred, d.y, d.w)),
     "weighted_focal_mse": alone(lambda d: dt.weighted_focal_mse(d.pred, d.y, d.w, variant="reference")),
     "weighted_huber": alone(lambda d: dt.weighted_huber(d.pred, d.y, d.w)),

@@ -159,7 +159,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "CalibrationMetrics.reliability": lambda: (dt.CalibrationMetrics(4).reliability, {"class_index": 1}),
     "CenterLoss": lambda: (dt.CenterLoss, {"num_classes": 4, "num_features": 3}),
     "CenterLoss.forward": lambda: (
-        dt.CenterLoss(4, 3),
+        dt.CenterLoss(3, 4),
         {"features": rows(3), "target": classes(), "weight": ones(), "reduction": "mean"},
     ),
     "ClassificationMetrics": lambda: (
@@ -310,10 +310,10 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "conr_loss": lambda: (
         dt.conr_loss,
-        {"features": rows(3), "labels": years(), "pred": ones(), "weight": ones(), "push_weight": ones(), "omega": 1.0},
+        {"features": rows(3), "target": years(), "pred": ones(), "weight": ones(), "push_weight": ones(), "omega": 1.0},
     ),
     "cross_entropy": lambda: (dt.cross_entropy, {**logits_target(), "label_smoothing": 0.1}),
-    "crps": lambda: (dt.crps, {"logits": rows(), "labels": years(), "bins": BINS, "weight": ones()}),
+    "crps": lambda: (dt.crps, {"logits": rows(), "target": years(), "bins": BINS, "weight": ones()}),
     "decode": lambda: (dt.decode, {"probabilities": shares(), "bins": BINS}),
     "equalization_loss": lambda: (
         dt.equalization_loss,
@@ -343,7 +343,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "quantiles": lambda: (dt.quantiles, {"probabilities": shares(), "bins": BINS, "levels": [0.1, 0.5]}),
     "rank_n_contrast": lambda: (
         dt.rank_n_contrast,
-        {"features": rows(3), "labels": years(), "weight": ones(), "temperature": 2.0},
+        {"features": rows(3), "target": years(), "weight": ones(), "temperature": 2.0},
     ),
     "regression_metrics": lambda: (
         dt.regression_metrics,
@@ -417,6 +417,8 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("LabelDensity.regions", "few"): ("many",),
     ("LongTailModel", "labels"): ("target",),  # as every loss calls them, also one that the user chose
     ("LongTailModel", "prior_kernel"): ("kernel",),
+    ("ConRLoss", "labels"): ("target",),
+    ("RankNContrast", "labels"): ("target",),
     ("LongTailModel.criterion", "labels"): ("target",),
     ("LongTailModel.interval", "output"): ("probabilities",),  # which a tensor must be
     ("LongTailModel.set_extra_state", "state"): ("values",),

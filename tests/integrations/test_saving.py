@@ -141,7 +141,7 @@ def parts() -> dict[str, Callable[[], nn.Module]]:
         "LogitAdjuster": lambda: dt.LogitAdjuster([0.5, 0.25, 0.25]),
         "BatchMCLoss": lambda: dt.BatchMCLoss(noise_sigma=2.0),
         "BinnedIntegrationLoss": lambda: dt.BinnedIntegrationLoss(BINS, density),
-        "CenterLoss": lambda: dt.CenterLoss(4, 8),
+        "CenterLoss": lambda: dt.CenterLoss(8, 4),
     }
 
 

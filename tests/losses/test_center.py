@@ -41,21 +41,21 @@ def paper_step(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
 
 
 def module(centers: Tensor, strength: float = 1.0) -> CenterLoss:
-    center = CenterLoss(*centers.shape, strength=strength).to(centers.dtype)
+    center = CenterLoss(*centers.T.shape, strength=strength).to(centers.dtype)
     center.load_state_dict({"centers": centers})
     return center
 
 
 def test_values_by_hand() -> None:
     features, centers = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    assert center_loss(features, torch.tensor([1, 0]), centers, reduction="none").tolist() == [0, 12.5]
-    assert center_loss(features, torch.tensor([0, 1]), centers, torch.tensor([2, 1])).item() == (5 + 4) / 2
+    assert center_loss(features, torch.tensor([1, 0]), centers=centers, reduction="none").tolist() == [0, 12.5]
+    assert center_loss(features, torch.tensor([0, 1]), torch.tensor([2, 1]), centers=centers).item() == (5 + 4) / 2
 
 
 def test_both_forms_equal_a_naive_loop() -> None:
     features, target, centers = samples()
     expected = naive(features, target, centers)
-    assert_close(center_loss(features, target, centers, reduction="none"), expected, rtol=1e-12, atol=1e-12)
+    assert_close(center_loss(features, target, centers=centers, reduction="none"), expected, rtol=1e-12, atol=1e-12)
     assert_close(module(centers)(features, target), expected.mean(), rtol=1e-12, atol=1e-12)
     assert_close(module(centers, 0.3)(features, target), 0.3 * expected.mean(), rtol=1e-12, atol=1e-12)
     assert not torch.allclose(expected, naive(features, target, centers.flip(0)))
@@ -65,7 +65,7 @@ def test_gradients_to_features_and_centers_agree_with_differences() -> None:
     features, target, centers = samples(7)
     weight = torch.linspace(0, 2, 7, dtype=torch.float64)
     inputs = (features.requires_grad_(), centers.requires_grad_())
-    assert torch.autograd.gradcheck(lambda z, c: center_loss(z, target, c, weight), inputs)
+    assert torch.autograd.gradcheck(lambda z, c: center_loss(z, target, weight, centers=c), inputs)
     assert torch.autograd.gradcheck(lambda z: module(centers.detach(), 0.5)(z, target, weight), features)
 
 
@@ -89,7 +89,7 @@ def test_the_centers_move_as_the_paper_moves_them_whatever_the_strength(strength
 def test_the_derivative_is_what_the_docstring_says_the_gradient_is_not() -> None:
     features, target, centers = samples()
     centers.requires_grad_()
-    center_loss(features, target, centers).backward()
+    center_loss(features, target, centers=centers).backward()
     count = torch.bincount(target, minlength=4)[:, None]
     assert centers.grad is not None
     scaled = centers.grad * len(target) / (1 + count)
@@ -116,7 +116,7 @@ def test_a_weight_scales_the_pull_on_the_center() -> None:
 def test_rare_classes_find_their_center_as_frequent_ones_do() -> None:
     generator = torch.Generator().manual_seed(0)
     means = torch.tensor([[4.0, 0.0], [0.0, 4.0], [-4.0, -4.0]])
-    center = CenterLoss(3, 2, strength=0.01)
+    center = CenterLoss(2, 3, strength=0.01)
     optimizer = torch.optim.SGD(center.parameters(), lr=0.5)
     target = torch.tensor([0] * 60 + [1] * 3 + [2])
     for _ in range(30):
@@ -128,9 +128,9 @@ def test_rare_classes_find_their_center_as_frequent_ones_do() -> None:
 
 
 def test_the_module_starts_at_zero_and_survives_copies() -> None:
-    center = CenterLoss(4, 3, strength=0.5)
+    center = CenterLoss(3, 4, strength=0.5)
     assert center.centers.tolist() == [[0] * 3] * 4
-    assert repr(center) == "CenterLoss(num_classes=4, num_features=3, strength=0.5)"
+    assert repr(center) == "CenterLoss(num_features=3, num_classes=4, strength=0.5)"
     features, target, centers = samples(dtype=torch.float32)
     center.load_state_dict({"centers": centers})
     loss = center(features, target)
@@ -150,15 +150,15 @@ def test_arguments_are_checked() -> None:
     features, target, centers = samples()
     where = "^center_loss: "
     with pytest.raises(TypeError, match=where + r"centers must be a torch\.Tensor, got ndarray"):
-        center_loss(features, target, centers.numpy())  # type: ignore[arg-type]
+        center_loss(features, target, centers=centers.numpy())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=where + "centers must be floats, got dtype torch.int64"):
-        center_loss(features, target, centers.long())
+        center_loss(features, target, centers=centers.long())
     with pytest.raises(ShapeError, match=where + r"centers must be \(C, D\), got shape \(3,\)"):
-        center_loss(features, target, centers[0])
+        center_loss(features, target, centers=centers[0])
     with pytest.raises(ShapeError, match=where + r"features must be \(N, 3\), as the centers are, got shape \(20, 2\)"):
-        center_loss(features[:, :2], target, centers)
+        center_loss(features[:, :2], target, centers=centers)
     with pytest.raises(ValueError, match=where + "features and centers must be on the same device, got cpu and meta"):
-        center_loss(features, target, centers.to("meta"))
+        center_loss(features, target, centers=centers.to("meta"))
     for name in ("num_classes", "num_features"):
         sizes = {"num_classes": 2, "num_features": 2}
         with pytest.raises(ValueError, match=f"^CenterLoss: {name} must be at least 1, got 0"):

@@ -31,7 +31,7 @@ def samples(n: int = 14, dtype: torch.dtype = torch.float64) -> dict[str, Tensor
     labels[-1], pred[-2:] = 90, torch.tensor([50.0, 90.0])
     return {
         "features": torch.randn(n, 3, generator=generator, dtype=torch.float64).to(dtype),
-        "labels": labels,
+        "target": labels,
         "pred": pred.to(dtype),
         "push_weight": torch.rand(n, generator=generator, dtype=torch.float64).to(dtype) + 0.5,
     }
@@ -39,7 +39,7 @@ def samples(n: int = 14, dtype: torch.dtype = torch.float64) -> dict[str, Tensor
 
 def naive(
     features: Tensor,
-    labels: Tensor,
+    target: Tensor,
     pred: Tensor,
     weight: Tensor | None = None,
     *,
@@ -50,7 +50,7 @@ def naive(
 ) -> Tensor:
     """The formula, pair by pair; samples of weight zero are left out."""
     n = len(features)
-    z, y, p = features.tolist(), labels.tolist(), pred.tolist()
+    z, y, p = features.tolist(), target.tolist(), pred.tolist()
     w = [1.0] * n if weight is None else weight.tolist()
     r = [1.0] * n if push_weight is None else push_weight.tolist()
 
@@ -89,9 +89,11 @@ def test_values_by_hand() -> None:
     push = 3.0 * math.exp(0.1 * 20)  # times exp(0), the cosine being 0
     expected = math.log((math.exp(1 / 0.5) + push) / math.exp(1 / 0.5))
     r = torch.tensor([3.0, 7.0, 7.0, 7.0])
-    given = conr_loss(features, labels, pred, push_weight=r, eta=0.1, temperature=0.5, reduction="none")
+    given = conr_loss(features, labels, pred=pred, push_weight=r, eta=0.1, temperature=0.5, reduction="none")
     assert given.tolist() == pytest.approx([expected, 0, 0, 0])
-    given = conr_loss(features, labels, pred, torch.tensor([2.0, 1, 1, 1]), push_weight=r, eta=0.1, temperature=0.5)
+    given = conr_loss(
+        features, labels, weight=torch.tensor([2.0, 1, 1, 1]), pred=pred, push_weight=r, eta=0.1, temperature=0.5
+    )
     assert given.item() == pytest.approx(2 * expected / 4)  # by N
 
 
@@ -119,10 +121,10 @@ def test_the_naive_loop_tells_settings_apart() -> None:
 
 def test_labels_on_the_threshold_are_alike() -> None:
     features, pred, labels = torch.ones(3, 2), torch.zeros(3), torch.tensor([0, 0, 1])
-    assert conr_loss(features, labels, pred).item() == 0
-    beyond = conr_loss(features, labels, pred, omega=0.99, eta=0.0).item()
+    assert conr_loss(features, labels, pred=pred).item() == 0
+    beyond = conr_loss(features, labels, pred=pred, omega=0.99, eta=0.0).item()
     assert beyond == pytest.approx(2 * math.log(2) / 3)
-    assert conr_loss(features, labels, torch.tensor([0, 0, 1.0]), omega=0.99).item() == 0  # none confused
+    assert conr_loss(features, labels, pred=torch.tensor([0, 0, 1.0]), omega=0.99).item() == 0  # none confused
 
 
 def test_gradients_agree_with_differences_and_reach_features_alone() -> None:
@@ -145,7 +147,7 @@ def test_without_an_anchor_the_loss_and_its_gradient_are_zero(case: str) -> None
     features = torch.randn(n, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = torch.arange(n) * 10.0
     pred = torch.zeros(n) if case == "no positive" else labels.clone()
-    loss = conr_loss(features, labels, pred)
+    loss = conr_loss(features, labels, pred=pred)
     loss.backward()
     assert loss.item() == 0
     assert features.grad is not None
@@ -159,7 +161,7 @@ def test_a_step_pulls_what_is_alike_and_pushes_what_is_confused() -> None:
     optimizer = torch.optim.Adam([features], lr=0.1)
     for _ in range(100):
         optimizer.zero_grad()
-        conr_loss(features, labels, pred).backward()
+        conr_loss(features, labels, pred=pred).backward()
         optimizer.step()
     cosine = torch.nn.functional.cosine_similarity(features[:, None], features, dim=2).detach()
     assert cosine[:3, :3].min() > 0.9
@@ -176,7 +178,7 @@ def test_a_rarer_anchor_and_a_grosser_confusion_push_harder() -> None:
     none = conr_loss(**{**parts, "push_weight": torch.zeros(14)}, reduction="none")
     assert (none[anchors] < values[anchors]).all()
     assert none.isfinite().all()
-    far = conr_loss(torch.eye(3), torch.tensor([0, 0, 1e6]), torch.zeros(3), eta=1.0, reduction="none")
+    far = conr_loss(torch.eye(3), torch.tensor([0, 0, 1e6]), pred=torch.zeros(3), eta=1.0, reduction="none")
     assert_close(far, torch.tensor([1e6, 1e6, 0.0]))  # exp(1e6) overflows
 
 
@@ -191,8 +193,8 @@ def test_order_size_and_views() -> None:
     twice = conr_loss(**views, reduction="none")
     same(twice, naive(**views))
     features, labels, pred = torch.eye(3), torch.arange(3) * 10, torch.zeros(3)
-    assert conr_loss(features, labels, pred).item() == 0  # no positive
-    assert conr_loss(features.repeat(2, 1), labels.repeat(2), pred.repeat(2)).item() > 0  # the other view is one
+    assert conr_loss(features, labels, pred=pred).item() == 0  # no positive
+    assert conr_loss(features.repeat(2, 1), labels.repeat(2), pred=pred.repeat(2)).item() > 0  # the other view is one
 
 
 def test_a_weight_scales_an_anchor_and_zero_leaves_no_trace() -> None:
@@ -245,13 +247,13 @@ def test_inputs_stay_as_they_are_and_half_precision_is_raised() -> None:
     assert loss.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(conr_loss(**parts), loss)
-    assert conr_loss(**{**parts, "labels": parts["labels"].to(torch.uint8)}) == loss
+    assert conr_loss(**{**parts, "target": parts["target"].to(torch.uint8)}) == loss
     assert_close(loss, conr_loss(**{k: v.float() for k, v in parts.items()}))
 
 
 def test_the_module_adds_conr_to_its_base() -> None:
     parts = samples()
-    out, labels, weight = output(**parts), parts["labels"], torch.linspace(0, 2, 14, dtype=torch.float64)
+    out, labels, weight = output(**parts), parts["target"], torch.linspace(0, 2, 14, dtype=torch.float64)
     lds = LDS(Bins.from_edges(list(range(101))), outside="clip").fit(labels)
     settings: dict[str, float] = {"omega": 2.0, "temperature": 0.5, "eta": 0.2}
     loss = ConRLoss(weighted_huber, coefficient=4.0, weights=lds, **settings)
@@ -289,13 +291,13 @@ def test_a_base_with_parameters_is_trained_and_the_prediction_gets_the_base_s_gr
     assert repr(loss).count("base") == 1
     pred = parts["pred"].requires_grad_()
     features = parts["features"].requires_grad_()
-    loss(output(**parts), parts["labels"]).backward()
+    loss(output(**parts), parts["target"]).backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in (pred, features, *loss.parameters()))
 
 
 def test_accelerators_are_not_read_and_the_loss_is_one_graph() -> None:
     x = torch.ones(3, 2, device="meta")
-    assert conr_loss(x, x[:, 0], x[:, 0], x[:, 0], push_weight=x[:, 0]).device.type == "meta"
+    assert conr_loss(x, x[:, 0], x[:, 0], pred=x[:, 0], push_weight=x[:, 0]).device.type == "meta"
     parts = samples()
     compiled = torch.compile(conr_loss, fullgraph=True, backend="eager")
     assert_close(compiled(**parts), conr_loss(**parts))
@@ -313,7 +315,7 @@ def test_arguments_are_checked() -> None:
     refused(TypeError, "features must be floats, got dtype torch.int64", features=parts["features"].long())
     refused(ShapeError, r"features must be \(N, D\), one row a sample, got shape \(3,\)", features=parts["features"][0])
     refused(ValueError, r"features must hold at least one value", features=parts["features"][:0])
-    for name in ("labels", "pred", "push_weight", "weight"):
+    for name in ("target", "pred", "push_weight", "weight"):
         refused(TypeError, rf"{name} must be a torch\.Tensor, got list", **{name: [1.0] * 14})
         refused(TypeError, f"{name} must be integers or floats, got dtype torch.bool", **{name: ones > 0})
         refused(ShapeError, rf"{name} must be \(14,\), .*\(13,\)", **{name: ones[1:]})
@@ -352,25 +354,25 @@ def test_the_module_s_parts_are_checked() -> None:
         ConRLoss(weights=torch.ones(3))  # type: ignore[arg-type]
     loss: Callable[..., Tensor] = ConRLoss()
     with pytest.raises(TypeError, match=r"^ConRLoss: output must have an attribute prediction, got Tensor\. Let the"):
-        loss(parts["pred"], parts["labels"])
+        loss(parts["pred"], parts["target"])
     with pytest.raises(TypeError, match=r"^ConRLoss: output must have an attribute features, got SimpleNamespace"):
-        loss(SimpleNamespace(prediction=parts["pred"]), parts["labels"])
+        loss(SimpleNamespace(prediction=parts["pred"]), parts["target"])
 
 
 @pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])
 def test_defaults_follow_the_spread_of_the_labels(unit: float) -> None:
     parts = samples(40)
     weight = torch.linspace(0, 2, 40, dtype=torch.float64)
-    there = parts["labels"][1:].double()
+    there = parts["target"][1:].double()
     omega = 0.05 * there.std(correction=0).item()
     expected = conr_loss(**parts, weight=weight, omega=omega, eta=0.01 / omega)
     assert expected > 0
-    scaled = {**parts, "labels": parts["labels"] * unit, "pred": parts["pred"] * unit}
+    scaled = {**parts, "target": parts["target"] * unit, "pred": parts["pred"] * unit}
     assert_close(conr.conr_loss(**scaled, weight=weight), expected, rtol=1e-6, atol=0)
-    loss = ConRLoss()(output(**scaled), scaled["labels"], weight)
-    base = weighted_l1(scaled["pred"], scaled["labels"], weight)
+    loss = ConRLoss()(output(**scaled), scaled["target"], weight)
+    base = weighted_l1(scaled["pred"], scaled["target"], weight)
     assert_close(
         loss - base, conr.conr_loss(**{**scaled, "push_weight": None}, weight=weight), rtol=1e-6, atol=1e-6 * unit
     )
-    alike = {**scaled, "labels": torch.ones(40)}
+    alike = {**scaled, "target": torch.ones(40)}
     assert conr.conr_loss(**alike).item() == 0  # all are positives

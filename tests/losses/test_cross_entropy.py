@@ -112,7 +112,7 @@ def test_values_by_hand() -> None:
     # Priors 3/4 and 1/4 take the first sample's odds of 3 to 1 back to even.
     values = logit_adjusted_cross_entropy(logits, target, [0.75, 0.25], reduction="none")
     assert values.tolist() == pytest.approx([math.log(2), math.log(10 / 9)])
-    values = balanced_cross_entropy(logits, target, [0.75, 0.25], reduction="none")
+    values = balanced_cross_entropy(logits, target, prior=[0.75, 0.25], reduction="none")
     assert values.tolist() == pytest.approx([log4 / 1.5, log43 / 1.5])
 
 
@@ -135,7 +135,7 @@ def test_the_formulas_tell_the_losses_apart() -> None:
 def test_every_named_loss_is_a_member_of_the_family(name: str) -> None:
     logits, target, weight = samples()
     scale, margins, alpha = MEMBERS[name]
-    member = pairwise_cross_entropy(scale * logits, target, margins.double(), alpha=alpha, weight=weight)
+    member = pairwise_cross_entropy(scale * logits, target, margins=margins.double(), alpha=alpha, weight=weight)
     assert_exact(LOSSES[name][0](logits, target, weight=weight), member)
 
 
@@ -160,11 +160,13 @@ def test_settings_that_leave_plain_cross_entropy() -> None:
     plain, uniform = cross_entropy(logits, target, weight), [0.2] * 5
     assert_exact(logit_adjusted_cross_entropy(logits, target, PRIOR, 0, weight=weight), plain)
     assert_exact(logit_adjusted_cross_entropy(logits, target, uniform, 2, weight=weight), plain)
-    assert_exact(balanced_cross_entropy(logits, target, uniform, weight=weight), plain)
-    assert_exact(equalization_loss(logits, target, PRIOR, threshold=0, weight=weight), plain)
-    assert_exact(equalization_loss(logits, target, PRIOR, threshold=1, drop=0, weight=weight), plain)
-    assert_exact(ldam_loss(logits, target, COUNTS, max_margin=0, scale=1, weight=weight), plain)
-    assert_exact(ldam_loss(logits, target, COUNTS, weight=weight), ldam_loss(logits, target, PRIOR, weight=weight))
+    assert_exact(balanced_cross_entropy(logits, target, prior=uniform, weight=weight), plain)
+    assert_exact(equalization_loss(logits, target, prior=PRIOR, threshold=0, weight=weight), plain)
+    assert_exact(equalization_loss(logits, target, prior=PRIOR, threshold=1, drop=0, weight=weight), plain)
+    assert_exact(ldam_loss(logits, target, counts=COUNTS, max_margin=0, scale=1, weight=weight), plain)
+    assert_exact(
+        ldam_loss(logits, target, counts=COUNTS, weight=weight), ldam_loss(logits, target, counts=PRIOR, weight=weight)
+    )
 
 
 @each_loss
@@ -178,7 +180,9 @@ def test_gradients_to_margins_and_prior_agree_with_differences() -> None:
     logits, target, _ = samples(6)
     margins = torch.zeros(5, 5, dtype=torch.float64, requires_grad=True)
     alpha = torch.ones(5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda m, a: pairwise_cross_entropy(logits, target, m, alpha=a), (margins, alpha))
+    assert torch.autograd.gradcheck(
+        lambda m, a: pairwise_cross_entropy(logits, target, margins=m, alpha=a), (margins, alpha)
+    )
 
 
 @each_loss
@@ -207,14 +211,14 @@ def test_impossible_classes_drop_out() -> None:
     assert cross_entropy(masked, target.new_full((4,), 4)).item() == torch.inf
     assert cross_entropy(masked, target, label_smoothing=0.1).item() == torch.inf
     alone = torch.full((5, 5), -torch.inf)
-    assert pairwise_cross_entropy(logits, target, alone).item() == 0
+    assert pairwise_cross_entropy(logits, target, margins=alone).item() == 0
 
 
 def test_the_diagonal_of_the_margins_is_not_used() -> None:
     logits, target, _ = samples()
     other = MARGINS.clone().fill_diagonal_(torch.nan).requires_grad_()
-    loss = pairwise_cross_entropy(logits, target, other)
-    assert_exact(loss, pairwise_cross_entropy(logits, target, MARGINS))
+    loss = pairwise_cross_entropy(logits, target, margins=other)
+    assert_exact(loss, pairwise_cross_entropy(logits, target, margins=MARGINS))
     loss.backward()
     assert other.grad is not None
     assert other.grad.diagonal().tolist() == [0] * 5
@@ -224,8 +228,8 @@ def test_one_class_loses_nothing() -> None:
     logits, target = torch.ones(2, 1), torch.zeros(2, dtype=torch.int64)
     assert cross_entropy(logits, target) == 0
     assert logit_adjusted_cross_entropy(logits, target, [1.0]) == 0
-    assert pairwise_cross_entropy(logits, target, torch.zeros(1, 1)) == 0
-    assert ldam_loss(logits, target, [7]) == 0
+    assert pairwise_cross_entropy(logits, target, margins=torch.zeros(1, 1)) == 0
+    assert ldam_loss(logits, target, counts=[7]) == 0
 
 
 def test_equalization_draws_for_every_sample_and_class_from_its_generator_alone() -> None:
@@ -278,21 +282,21 @@ def test_settings_are_checked() -> None:
             logit_adjusted_cross_entropy(logits, target, PRIOR, label_smoothing=value)  # type: ignore[arg-type]
         for name in ("threshold", "drop"):
             with pytest.raises(kind, match=f"^equalization_loss: {name} must be"):
-                equalization_loss(logits, target, PRIOR, **{"threshold": 0.1, name: value})  # type: ignore[arg-type]
+                equalization_loss(logits, target, prior=PRIOR, **{"threshold": 0.1, name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^logit_adjusted_cross_entropy: tau must be >= 0 and <= 1e\+30"):
         logit_adjusted_cross_entropy(logits, target, PRIOR, 1e38)
     for value, kind in ((-0.1, ValueError), (torch.inf, ValueError), (None, TypeError)):
         with pytest.raises(kind, match=r"^logit_adjusted_cross_entropy: tau must be"):
             logit_adjusted_cross_entropy(logits, target, PRIOR, value)  # type: ignore[arg-type]
         with pytest.raises(kind, match=r"^ldam_loss: max_margin must be"):
-            ldam_loss(logits, target, COUNTS, max_margin=value)  # type: ignore[arg-type]
+            ldam_loss(logits, target, counts=COUNTS, max_margin=value)  # type: ignore[arg-type]
         with pytest.raises(kind, match=r"^ldam_loss: scale must be"):
-            ldam_loss(logits, target, COUNTS, scale=value)  # type: ignore[arg-type]
+            ldam_loss(logits, target, counts=COUNTS, scale=value)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^ldam_loss: scale must be > 0, got 0"):
-        ldam_loss(logits, target, COUNTS, scale=0)
+        ldam_loss(logits, target, counts=COUNTS, scale=0)
     for value in (1e39, 1e-50):
         with pytest.raises(ValueError, match=r"^ldam_loss: scale must fit into float32"):
-            ldam_loss(logits, target, COUNTS, scale=value)
+            ldam_loss(logits, target, counts=COUNTS, scale=value)
 
 
 def test_margins_are_for_cosines() -> None:
@@ -302,13 +306,13 @@ def test_margins_are_for_cosines() -> None:
         bad = logits.clone()
         bad[3, 2] = value
         with pytest.raises(ValueError, match=rf"^ldam_loss: logits must be cosines, in \[-1, 1\], got one of .*{fix}"):
-            ldam_loss(bad, target, COUNTS)
+            ldam_loss(bad, target, counts=COUNTS)
         weight[3] = 0
-        assert ldam_loss(bad, target, COUNTS, weight=weight).isfinite()  # a sample that is left out
+        assert ldam_loss(bad, target, counts=COUNTS, weight=weight).isfinite()  # a sample that is left out
     bad[3, 2] = 1.0005  # as rounding makes them
-    assert ldam_loss(bad, target, COUNTS).isfinite()
+    assert ldam_loss(bad, target, counts=COUNTS).isfinite()
     head = CosineHead(4, 5, scale=1)
-    assert ldam_loss(head(1e3 * torch.eye(4)), torch.arange(4), COUNTS).isfinite()
+    assert ldam_loss(head(1e3 * torch.eye(4)), torch.arange(4), counts=COUNTS).isfinite()
 
 
 @pytest.mark.parametrize(
@@ -332,25 +336,25 @@ def test_priors_are_checked(loss: Callable[..., Tensor]) -> None:
 def test_counts_alpha_margins_and_generators_are_checked() -> None:
     logits, target, _ = samples()
     with pytest.raises(ValueError, match=r"^ldam_loss: counts must be positive, got 0 for class 4\. Raise the counts"):
-        ldam_loss(logits, target, [3, 2, 1, 1, 0])
+        ldam_loss(logits, target, counts=[3, 2, 1, 1, 0])
     where = "^pairwise_cross_entropy: "
     with pytest.raises(ValueError, match=where + "alpha must not be negative, got -1 for class 0"):
-        pairwise_cross_entropy(logits, target, MARGINS, alpha=[-1, 1, 1, 1, 1])
+        pairwise_cross_entropy(logits, target, margins=MARGINS, alpha=[-1, 1, 1, 1, 1])
     with pytest.raises(TypeError, match=where + r"margins must be a torch\.Tensor, got ndarray"):
-        pairwise_cross_entropy(logits, target, MARGINS.numpy())  # type: ignore[arg-type]
+        pairwise_cross_entropy(logits, target, margins=MARGINS.numpy())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=where + "margins must be integers or floats, got dtype torch.bool"):
-        pairwise_cross_entropy(logits, target, MARGINS > 0)
+        pairwise_cross_entropy(logits, target, margins=MARGINS > 0)
     with pytest.raises(
         ShapeError, match=where + r"margins must be \(5, 5\), true class by other class, got shape \(5,"
     ):
-        pairwise_cross_entropy(logits, target, MARGINS[0])
+        pairwise_cross_entropy(logits, target, margins=MARGINS[0])
     with pytest.raises(ValueError, match=where + "logits and margins must be on the same device, got cpu and meta"):
-        pairwise_cross_entropy(logits, target, MARGINS.to("meta"))
+        pairwise_cross_entropy(logits, target, margins=MARGINS.to("meta"))
     for value in (torch.nan, torch.inf):
         bad = MARGINS.clone()
         bad[2, 3] = bad[4, 1] = value
         with pytest.raises(ValueError, match=where + rf"margins must be finite or -inf, got {value} at index \[2, 3\]"):
-            pairwise_cross_entropy(logits, target, bad)
+            pairwise_cross_entropy(logits, target, margins=bad)
     loss = partial(equalization_loss, logits, target, PRIOR, threshold=0.1, drop=0.5)
     with pytest.raises(ValueError, match=r"^equalization_loss: generator must be given where drop .*, got None\. Use"):
         loss()

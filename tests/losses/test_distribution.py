@@ -75,7 +75,7 @@ LOSSES: dict[str, tuple[Loss, Callable[[list[float], float], float]]] = {
     "soft": (with_targets(soft_cross_entropy), one_target(soft_ce)),
     "adjusted": (with_targets(partial(soft_cross_entropy, prior=PRIOR)), one_target(soft_ce, tau=1.0)),
     "adjusted 0.4": (with_targets(partial(soft_cross_entropy, prior=PRIOR, tau=0.4)), one_target(soft_ce, tau=0.4)),
-    "crps": (lambda s, y, w=None, **o: crps(s, y, UNEVEN, w, **o), partial(ranked, bins=UNEVEN)),
+    "crps": (lambda s, y, w=None, **o: crps(s, y, w, bins=UNEVEN, **o), partial(ranked, bins=UNEVEN)),
     "emd": (with_targets(squared_emd), one_target(emd)),
     "emd in units": (with_targets(partial(squared_emd, bins=UNEVEN)), one_target(emd, bins=UNEVEN)),
 }
@@ -102,13 +102,13 @@ def test_values_by_hand() -> None:
     assert soft_cross_entropy(logits, target, torch.tensor([3.0])).item() == pytest.approx(1.5 * math.log(16 / 3))
     assert squared_emd(logits, target).item() == pytest.approx(0.25**2)
     bins = Bins.from_edges([0, 1, 4, 9])  # centres 0.5, 2.5, 6.5
-    assert squared_emd(logits, torch.tensor([[0.0, 0.0, 1.0]]), bins).item() == pytest.approx(2 * 0.75**2 + 4 * 1)
+    assert squared_emd(logits, torch.tensor([[0.0, 0.0, 1.0]]), bins=bins).item() == pytest.approx(2 * 0.75**2 + 4 * 1)
     # Uniform on [0, 2]: F = t / 2. Label 0: 2/3; label 1: twice 1/12; label 2: as label 0.
     bins, even = Bins.uniform(0, 2, width=1), torch.zeros(3, 2).double()
-    values = crps(even, torch.tensor([0.0, 1.0, 2.0]), bins, reduction="none")
+    values = crps(even, torch.tensor([0.0, 1.0, 2.0]), bins=bins, reduction="none")
     assert values.tolist() == pytest.approx([2 / 3, 1 / 6, 2 / 3])
     # All in the bin [0, 1): a label beyond it costs its way to the bin, and a third of the bin.
-    values = crps(torch.tensor([[0.0, -torch.inf]]), torch.tensor([1.7]), bins)
+    values = crps(torch.tensor([[0.0, -torch.inf]]), torch.tensor([1.7]), bins=bins)
     assert values.item() == pytest.approx(0.7 + 1 / 3)
 
 
@@ -139,7 +139,7 @@ def test_gradients_agree_with_differences(name: str) -> None:
 
 def test_the_score_s_gradient_to_labels_agrees_with_differences() -> None:
     logits, labels, _ = samples(6)
-    assert torch.autograd.gradcheck(lambda y: crps(logits, y, UNEVEN), labels.requires_grad_())
+    assert torch.autograd.gradcheck(lambda y: crps(logits, y, bins=UNEVEN), labels.requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -187,9 +187,9 @@ def test_the_score_of_whole_number_ages() -> None:
     logits, _, _ = samples(6)
     labels = torch.tensor([0, 1, 4, 5, 2, 3])  # 5 is on the axis, half a year beyond the last limit
     expected = [ranked(s, y, AGES) for s, y in zip(logits.tolist(), labels.tolist(), strict=True)]
-    assert crps(logits, labels, AGES, reduction="none").tolist() == pytest.approx(expected, rel=1e-12)
+    assert crps(logits, labels, bins=AGES, reduction="none").tolist() == pytest.approx(expected, rel=1e-12)
     certain = torch.full((5, 5), -torch.inf).fill_diagonal_(0)
-    assert crps(certain, torch.arange(5), AGES, reduction="none").tolist() == pytest.approx([1 / 12] * 5)
+    assert crps(certain, torch.arange(5), bins=AGES, reduction="none").tolist() == pytest.approx([1 / 12] * 5)
 
 
 def test_every_loss_is_least_where_the_distribution_is_the_truth() -> None:
@@ -212,8 +212,8 @@ def test_every_loss_is_least_where_the_distribution_is_the_truth() -> None:
 
     near = partial(assert_close, rtol=0, atol=1e-3)
     near(best(lambda s: soft_cross_entropy(s[None], truth[None])), truth)
-    near(best(lambda s: squared_emd(s[None], truth[None], bins)), truth)
-    near(best(lambda s: crps(s.expand(400, 4), labels, bins, share, reduction="sum")), truth)
+    near(best(lambda s: squared_emd(s[None], truth[None], bins=bins)), truth)
+    near(best(lambda s: crps(s.expand(400, 4), labels, share, bins=bins, reduction="sum")), truth)
 
 
 @each_loss
@@ -295,8 +295,8 @@ def test_one_graph_that_reads_no_values(name: str) -> None:
 
 CALLS: dict[str, Callable[..., Tensor]] = {
     "soft_cross_entropy": soft_cross_entropy,
-    "crps": lambda s, t, w=None, **o: crps(s, t, UNEVEN, w, **o),
-    "squared_emd": lambda s, t, w=None, **o: squared_emd(s, t, UNEVEN, w, **o),
+    "crps": lambda s, t, w=None, **o: crps(s, t, w, bins=UNEVEN, **o),
+    "squared_emd": lambda s, t, w=None, **o: squared_emd(s, t, w, bins=UNEVEN, **o),
 }
 
 
@@ -305,7 +305,7 @@ def test_arguments_are_refused_by_name(name: str) -> None:
     loss, where = CALLS[name], f"^{name}: "
     logits, labels, weight = samples(3)
     ranks = name == "crps"
-    target, other = (labels, "labels") if ranks else (soft_labels(labels, UNEVEN, 1), "target")
+    target, other = (labels, "target") if ranks else (soft_labels(labels, UNEVEN, 1), "target")
     for value in (None, [1.0], logits.numpy()):
         with pytest.raises(TypeError, match=where + r"logits must be a torch\.Tensor"):
             loss(value, target)
@@ -367,20 +367,20 @@ def test_other_targets_and_axes_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"^squared_emd: target must be floats, got dtype torch\.int64\. Use soft_lab"):
         squared_emd(logits, torch.tensor([0, 4, 1]))
     for value in (-3.1, 21.0, math.nan, math.inf):
-        with pytest.raises(LabelError, match=r"^crps: labels must .*, got .* at index \[2\]"):
-            crps(logits, torch.tensor([0, 1, value]), UNEVEN)
+        with pytest.raises(LabelError, match=r"^crps: target must .*, got .* at index \[2\]"):
+            crps(logits, torch.tensor([0, 1, value]), bins=UNEVEN)
     for call, fix in ((crps, "Use soft_cross_entropy"), (squared_emd, "Use bins=None if the classes have an order")):
         given = labels if call is crps else target
         with pytest.raises(
             ValueError, match=rf"^{call.__name__}: bins must not be classes, .*, got Bins\.classes\(5\)\. {fix}"
         ):
-            call(logits, given, Bins.classes(5))
+            call(logits, given, bins=Bins.classes(5))
         with pytest.raises(TypeError, match=f"^{call.__name__}: bins must be a Bins, got int"):
-            call(logits, given, 5)  # type: ignore[arg-type]
+            call(logits, given, bins=5)  # type: ignore[arg-type]
         with pytest.raises(
             ShapeError, match=rf"^{call.__name__}: logits must have 4 values in the last axis, got shape \(3, 5\)"
         ):
-            call(logits, given, Bins.uniform(-4, 24, count=4))
+            call(logits, given, bins=Bins.uniform(-4, 24, count=4))
 
 
 def test_prior_and_tau_are_checked() -> None:

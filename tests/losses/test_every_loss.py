@@ -54,25 +54,25 @@ POINTS: dict[str, Callable[..., Tensor]] = {
 }
 PAIRS: dict[str, Callable[..., Tensor]] = {"gaussian_nll": dt.gaussian_nll}
 SCORES: dict[str, Callable[..., Tensor]] = {
-    "crps": lambda s, y, w=None, **how: crps(s, y, BINS, w, **how),
-    "crps, others dropped": lambda s, y, w=None, **how: crps(s, y, BINS, w, outside="drop", **how),
+    "crps": lambda s, y, w=None, **how: crps(s, y, w, bins=BINS, **how),
+    "crps, others dropped": lambda s, y, w=None, **how: crps(s, y, w, bins=BINS, outside="drop", **how),
     "soft cross-entropy": lambda s, y, w=None, **how: soft_cross_entropy(s, soft(y), w, prior=PRIOR, **how),
-    "squared_emd": lambda s, y, w=None, **how: squared_emd(s, soft(y), BINS, w, **how),
+    "squared_emd": lambda s, y, w=None, **how: squared_emd(s, soft(y), w, bins=BINS, **how),
 }
 CLASSES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
     "adjusted": lambda s, y, w=None, **how: logit_adjusted_cross_entropy(s, y, PRIOR, weight=w, **how),
-    "pairwise": lambda s, y, w=None, **how: pairwise_cross_entropy(s, y, MARGINS, weight=w, **how),
-    "balanced": lambda s, y, w=None, **how: balanced_cross_entropy(s, y, PRIOR, weight=w, **how),
-    "ldam": lambda s, y, w=None, **how: ldam_loss(s.tanh(), y, PRIOR, weight=w, **how),
-    "equalization": lambda s, y, w=None, **how: equalization_loss(s, y, PRIOR, threshold=0.2, weight=w, **how),
+    "pairwise": lambda s, y, w=None, **how: pairwise_cross_entropy(s, y, w, margins=MARGINS, **how),
+    "balanced": lambda s, y, w=None, **how: balanced_cross_entropy(s, y, w, prior=PRIOR, **how),
+    "ldam": lambda s, y, w=None, **how: ldam_loss(s.tanh(), y, w, counts=PRIOR, **how),
+    "equalization": lambda s, y, w=None, **how: equalization_loss(s, y, w, prior=PRIOR, threshold=0.2, **how),
     "focal": dt.focal_loss,
     "affinity": dt.affinity_loss,
-    "center": lambda z, y, w=None, **how: center_loss(z, y, CENTERS, w, **how),
+    "center": lambda z, y, w=None, **how: center_loss(z, y, w, centers=CENTERS, **how),
 }
 WHOLE: dict[str, Callable[..., Tensor]] = {  # of the batch as a whole
     "batch": lambda z, y, w=None, **how: BatchMCLoss()(z[:, 0], y, w, **how),
-    "conr": lambda z, y, w=None, **how: conr_loss(z, y, y.flip(0), w, omega=1.0, **how),
+    "conr": lambda z, y, w=None, **how: conr_loss(z, y, w, pred=y.flip(0), omega=1.0, **how),
     "rank-n-contrast": rank_n_contrast,
     "conr and l1": lambda z, y, w=None, **how: ConRLoss()(SimpleNamespace(prediction=z[:, 0], features=z), y, w, **how),
 }
@@ -236,12 +236,12 @@ def test_losses_of_a_batch_are_bounded_below(name: str) -> None:
 def test_features_of_sequences_are_to_be_flattened_with_their_labels(shape: tuple[int, ...]) -> None:
     features, labels = torch.randn(shape), torch.rand(shape[:-1])
     last = len(shape) - 2
-    advice = rf"Use features\.flatten\(0, {last}\) and labels\.flatten\(\)\.$"
+    advice = rf"Use features\.flatten\(0, {last}\) and target\.flatten\(\)\.$"
     with pytest.raises(ShapeError, match=advice):
-        conr_loss(features, labels, labels)
+        conr_loss(features, labels, pred=labels)
     with pytest.raises(ShapeError, match=advice):
         rank_n_contrast(features, labels)
-    conr_loss(features.flatten(0, last), labels.flatten(), labels.flatten())
+    conr_loss(features.flatten(0, last), labels.flatten(), pred=labels.flatten())
     rank_n_contrast(features.flatten(0, last), labels.flatten())
     with pytest.raises(ShapeError, match=r"Use features\.flatten\(1\)\.$"):
         rank_n_contrast(features, labels[:, 0].flatten()[:4])
@@ -275,26 +275,26 @@ def test_labels_beyond_the_axis_count_as_outside_says() -> None:
     inside = torch.tensor([i not in (2, 5) for i in range(8)])
     ends = far.clamp(0, 10)
     for w in (None, weight):
-        clipped = crps(scores, far, BINS, w, outside="clip", reduction="none")
-        at_end = crps(scores, ends, BINS, w, reduction="none")
+        clipped = crps(scores, far, w, bins=BINS, outside="clip", reduction="none")
+        at_end = crps(scores, ends, w, bins=BINS, reduction="none")
         assert_close(clipped, at_end + (far - ends).abs() * (1 if w is None else w))  # its error is exact
         own = scores.clone().requires_grad_()
-        dropped = crps(own, far, BINS, w, outside="drop", reduction="none")
+        dropped = crps(own, far, w, bins=BINS, outside="drop", reduction="none")
         assert_close(dropped, clipped * inside)
         dropped.sum().backward()
         assert own.grad is not None
         assert torch.equal((own.grad != 0).any(1), inside)
-        assert_close(crps(scores, far, BINS, w, outside="drop"), dropped.detach().mean())  # by N
-        with pytest.raises(LabelError, match=r"^crps: labels must lie on .*got 12\.5 at index \[2\] \(2 such"):
-            crps(scores, far, BINS, w)
-    assert_close(crps(scores, far, BINS, inside.float()), crps(scores, far, BINS, outside="drop"))
+        assert_close(crps(scores, far, w, bins=BINS, outside="drop"), dropped.detach().mean())  # by N
+        with pytest.raises(LabelError, match=r"^crps: target must lie on .*got 12\.5 at index \[2\] \(2 such"):
+            crps(scores, far, w, bins=BINS)
+    assert_close(crps(scores, far, inside.float(), bins=BINS), crps(scores, far, bins=BINS, outside="drop"))
     broken = far.clone()
     broken[0] = torch.nan
     for outside in ("raise", "clip", "drop"):
-        with pytest.raises(LabelError, match="labels must not be NaN"):
-            crps(scores, broken, BINS, outside=outside)  # type: ignore[arg-type]
+        with pytest.raises(LabelError, match="target must not be NaN"):
+            crps(scores, broken, bins=BINS, outside=outside)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="crps: outside must be one of 'raise', 'clip', 'drop', got 'skip'"):
-        crps(scores, far, BINS, outside="skip")  # type: ignore[arg-type]
+        crps(scores, far, bins=BINS, outside="skip")  # type: ignore[arg-type]
 
 
 def test_where_values_are_not_looked_at_a_label_beyond_the_axis_shows() -> None:
@@ -305,7 +305,7 @@ def test_where_values_are_not_looked_at_a_label_beyond_the_axis_shows() -> None:
         return vmap(lambda s, y, w: loss(s, y, w, outside))(scores, labels, weight)
 
     def by_crps(s: Tensor, y: Tensor, w: Tensor, outside: Any) -> Tensor:
-        return crps(s[None], y[None], BINS, w[None], outside=outside)
+        return crps(s[None], y[None], w[None], bins=BINS, outside=outside)
 
     def by_bins(s: Tensor, y: Tensor, w: Tensor, outside: Any) -> Tensor:
         return BinnedIntegrationLoss(BINS, PRIOR, outside=outside, learn=False)(s[:1], y[None], w[None])
@@ -341,11 +341,13 @@ def test_crps_resolves_an_axis_far_from_zero() -> None:
     scores = torch.randn(20, 60, generator=torch.Generator().manual_seed(0))
     near = 3600 * torch.rand(20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     start = 1.7e9
-    far = crps(scores, near + start, dt.Bins.uniform(start, start + 3600, width=60), reduction="none")
-    expected = crps(scores, near, dt.Bins.uniform(0, 3600, width=60), reduction="none")
+    far = crps(scores, near + start, bins=dt.Bins.uniform(start, start + 3600, width=60), reduction="none")
+    expected = crps(scores, near, bins=dt.Bins.uniform(0, 3600, width=60), reduction="none")
     assert_close(far, expected, rtol=1e-5, atol=1e-4)
     with pytest.warns(dt.DirToolkitWarning):  # float32 does not tell such labels apart
-        rounded = crps(scores, (near + start).float(), dt.Bins.uniform(start, start + 3600, width=60), outside="clip")
+        rounded = crps(
+            scores, (near + start).float(), bins=dt.Bins.uniform(start, start + 3600, width=60), outside="clip"
+        )
     assert rounded.isfinite()
 
 
@@ -368,5 +370,5 @@ def test_learnt_numbers_have_a_dimension_that_can_be_sharded() -> None:
         dt.CosineHead(4, 3, learn_scale=True).log_scale,
     ]
     assert [tuple(number.shape) for number in learnt] == [(1,)] * 5
-    for made in (CenterLoss(3, 4), dt.ScaledHead(nn.Linear(4, 3))):
+    for made in (CenterLoss(4, 3), dt.ScaledHead(nn.Linear(4, 3))):
         assert all(parameter.ndim > 0 for parameter in made.parameters())

@@ -222,23 +222,23 @@ def test_arguments_are_checked() -> None:
             rank_n_contrast(*arguments, **options)
 
     refused(TypeError, r"features must be a torch\.Tensor, got ndarray", features.numpy(), labels)
-    refused(TypeError, r"labels must be a torch\.Tensor, got list", features, labels.tolist())
+    refused(TypeError, r"target must be a torch\.Tensor, got list", features, labels.tolist())
     refused(TypeError, "features must be floats, got dtype torch.int64", features.long(), labels)
-    refused(TypeError, "labels must be integers or floats, got dtype torch.bool", features, labels > 2)
+    refused(TypeError, "target must be integers or floats, got dtype torch.bool", features, labels > 2)
     refused(ShapeError, r"features must be \(N, D\), one row a sample, got shape \(12,\)", features[:, 0], labels)
     refused(ShapeError, r"features must be .* Use features\.flatten\(1\)", features[:, :, None], labels)
-    refused(ShapeError, r"labels must be \(12,\), one value a sample, got shape \(11,\)", features, labels[1:])
-    refused(ShapeError, r"labels must be \(12,\), .* got shape \(11, 2\)", features, torch.ones(11, 2))
+    refused(ShapeError, r"target must be \(12,\), one value a sample, got shape \(11,\)", features, labels[1:])
+    refused(ShapeError, r"target must be \(12,\), .* got shape \(11, 2\)", features, torch.ones(11, 2))
     refused(ShapeError, r"weight must be \(12,\), .* Use weight\.squeeze\(1\)", features, labels, ones[:, None])
     refused(ValueError, r"features must hold at least one value, got shape \(0, 3\)", features[:0], labels[:0])
-    refused(ValueError, r"labels must hold at least one value, got shape \(12, 0\)", features, torch.ones(12, 0))
-    refused(ValueError, "features and labels must be on the same device", features, labels.to("meta"))
+    refused(ValueError, r"target must hold at least one value, got shape \(12, 0\)", features, torch.ones(12, 0))
+    refused(ValueError, "features and target must be on the same device", features, labels.to("meta"))
     refused(ValueError, "weight must not be negative, got a minimum of -1", features, labels, -ones)
     refused(ValueError, "reduction must be one of 'none', 'mean', 'sum'", features, labels, reduction="avg")
     for value in (torch.nan, torch.inf):
         bad = ones.clone()
         bad[4] = value
-        refused(ValueError, rf"labels must be finite, got {value} at index \[4\]", features, bad)
+        refused(ValueError, rf"target must be finite, got {value} at index \[4\]", features, bad)
         refused(ValueError, rf"weight must be finite, got {value} at index \[4\]", features, labels, bad)
     for value, kind in (
         (0, ValueError),
@@ -256,7 +256,7 @@ def test_arguments_are_checked() -> None:
 def test_a_batch_of_one_adds_nothing_and_is_told(reduction: Any) -> None:
     features, labels = samples(1)
     features.requires_grad_()
-    with pytest.warns(DirToolkitWarning, match="rank_n_contrast: a batch of one sample has no pair"):
+    with pytest.warns(DirToolkitWarning, match="RankNContrast: a batch of one sample has no pair"):
         value = RankNContrast()(features, labels, torch.ones(1), reduction=reduction)
     assert value.sum().item() == 0
     assert value.shape == ((1,) if reduction == "none" else ())

@@ -35,7 +35,7 @@ ROWS = {"affinity_loss": "affinities", "center_loss": "features", "CenterLoss": 
 
 def centered(features: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     centers = CENTERS.to(features) if features.is_floating_point() else CENTERS
-    return center_loss(features, target, centers, *args, **kwargs)
+    return center_loss(features, target, *args, centers=centers, **kwargs)
 
 
 def center_module(features: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -51,10 +51,10 @@ LOSSES: dict[str, Loss] = {
     "logit_adjusted_cross_entropy": lambda s, y, w=None, **k: logit_adjusted_cross_entropy(
         s, y, PRIOR.to(s), weight=w, **k
     ),
-    "pairwise_cross_entropy": lambda s, y, w=None, **k: pairwise_cross_entropy(s, y, CENTERS.to(s), weight=w, **k),
-    "balanced_cross_entropy": lambda s, y, w=None, **k: balanced_cross_entropy(s, y, PRIOR.to(s), weight=w, **k),
-    "ldam_loss": lambda s, y, w=None, **k: ldam_loss(s.clamp(-1, 1), y, PRIOR.to(s), weight=w, **k),  # cosines
-    "equalization_loss": lambda s, y, w=None, **k: equalization_loss(s, y, PRIOR.to(s), threshold=0.2, weight=w, **k),
+    "pairwise_cross_entropy": lambda s, y, w=None, **k: pairwise_cross_entropy(s, y, w, margins=CENTERS.to(s), **k),
+    "balanced_cross_entropy": lambda s, y, w=None, **k: balanced_cross_entropy(s, y, w, prior=PRIOR.to(s), **k),
+    "ldam_loss": lambda s, y, w=None, **k: ldam_loss(s.clamp(-1, 1), y, w, counts=PRIOR.to(s), **k),  # cosines
+    "equalization_loss": lambda s, y, w=None, **k: equalization_loss(s, y, w, prior=PRIOR.to(s), threshold=0.2, **k),
     "focal_loss": focal_loss,
     "affinity_loss": affinity_loss,
     "center_loss": centered,

@@ -154,7 +154,7 @@ class WithCenters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.center = CenterLoss(4, 54, strength=0.1)
+        self.center = CenterLoss(54, 4, strength=0.1)
         self._calls, self._stop_at = 0, 0
 
     @property
