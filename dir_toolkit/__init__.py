@@ -9,14 +9,14 @@ from .errors import DirToolkitWarning as DirToolkitWarning
 from .features.fds import FDS as FDS
 from .heads.affinity import AffinityHead as AffinityHead
 from .heads.cosine import CosineHead as CosineHead
-from .heads.decoding import decode as decode
-from .heads.decoding import interval as interval
-from .heads.decoding import quantiles as quantiles
 from .heads.linear import LinearHead as LinearHead
 from .heads.nearest_mean import NearestMeanHead as NearestMeanHead
 from .heads.normalized import ScaledHead as ScaledHead
 from .heads.normalized import tau_normalized as tau_normalized
 from .labels.bins import Bins as Bins
+from .labels.decoding import decode as decode
+from .labels.decoding import interval as interval
+from .labels.decoding import quantiles as quantiles
 from .labels.density import LabelDensity as LabelDensity
 from .labels.grid import BinGrid as BinGrid
 from .labels.kernels import gaussian as gaussian

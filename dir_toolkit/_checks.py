@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._numerics import readable, wide_dtype
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -110,43 +111,6 @@ def warn(message: str) -> None:
     warnings.warn(f"{name}: {message}", DirToolkitWarning, stacklevel=depth + 1)
 
 
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor is one that the transforms of ``torch.func`` hand around. Compiled graphs cannot ask."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def keepable(tensor: Tensor) -> bool:
-    """Whether a tensor may be kept: no subclass (as fake and distributed ones are), none that functorch wraps, none of
-    inference mode, which training could not use."""
-    return type(tensor) in (Tensor, nn.Parameter) and not is_wrapped(tensor) and not tensor.is_inference()
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether values can be looked at, if need be by waiting for an accelerator. They cannot in compiled graphs, under
-    the transforms of ``torch.func``, inside which every result is wrapped, where make_fx traces, in fake mode, and
-    where they lie elsewhere.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, nn.Parameter)
-        and not tensor.is_meta
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-    )
-
-
-def strict_fake_mode() -> bool:
-    """Whether tensors are made without values, and may not meet those that have some."""
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    return mode is not None and not mode.allow_non_fake_inputs
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether values may be looked at without stopping an accelerator or breaking a compiled graph."""
-    return tensor.is_cpu and has_values(tensor)
-
-
 def instance(kind: Any, **values: object) -> None:
     """Objects of one class, or one of several: ``bool`` for example, which ``bool(value)`` would make of anything."""
     for name, value in values.items():
@@ -199,11 +163,6 @@ def no_values(name: str) -> Exception:
     """The error of a meta tensor where values are read."""
     rule, got = f"{name} must hold values", "a tensor on the meta device"
     return problem(rule, got=got, fix="Load or compute it first.")
-
-
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype to compute in: float64 if any tensor is of it, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def real(**tensors: Tensor) -> None:

@@ -26,22 +26,21 @@ from ._checks import (
     one_of,
     prior_shares,
     problem,
-    readable,
     real,
     same_device,
     same_shape,
     warn,
-    wide_dtype,
 )
+from ._numerics import readable, wide_dtype
 from ._settings import shown
 from ._state import pack, unpack, whole_or_not_at_all
 from .errors import CheckpointError, ShapeError
 from .features.fds import FDS
 from .heads.affinity import AffinityHead
 from .heads.cosine import CosineHead
-from .heads.decoding import Decoding, decode, interval, quantiles
 from .heads.linear import LinearHead
 from .labels.bins import Bins, Outside
+from .labels.decoding import Decoding, decode, interval, quantiles
 from .labels.density import LabelDensity, to_shares
 from .labels.grid import AnyBins
 from .labels.kernels import Window, checked_window, usual_kernel
@@ -156,7 +155,7 @@ class LongTailModel(nn.Module):
             ``gaussian(5, 2)`` on a continuous axis of five bins or more, else None. For a prior, bins below one label
             count as one.
         temperature: T > 0, :func:`dir_toolkit.fit_temperature`.
-        decode: how a distribution becomes a label, :func:`dir_toolkit.heads.decoding.decode`. None means the median,
+        decode: how a distribution becomes a label, :func:`dir_toolkit.labels.decoding.decode`. None means the median,
             or the mode for classes.
         residual: also learn where in its bin a label lies, an offset no larger than reaches the bin's edges. The
             prediction is then the centre of the decoded bin plus its offset. Pays where bins are coarse.
@@ -269,7 +268,7 @@ class LongTailModel(nn.Module):
         if self._has_bins:
             self._start_prior(prior, tau, temperature)
         else:
-            dtype = bins._wide(torch.zeros(()))
+            dtype = bins.wide_dtype(torch.zeros(()))
             self.register_buffer("offset", torch.tensor(median, dtype=dtype))
             self.register_buffer("scale", torch.tensor(self._spread, dtype=dtype))
         self.residual = LinearHead(num_features, len(bins)) if residual else None
@@ -350,10 +349,10 @@ class LongTailModel(nn.Module):
             off = weighted_l1(expected, exact, weight, **how)
             loss = loss + self.expectation_weight / self._spread * off
         if self.residual is not None:
-            row = self.bins._row(placed, "clip").clamp_max(len(self.bins) - 1)
-            values = exact.to(self.bins._wide(exact))
-            widths = self.bins._tensor("edges", values).diff()[row]
-            rest = (values - self.bins._tensor("centers", values)[row]) / widths
+            row = self.bins.rows(placed, "clip").clamp_max(len(self.bins) - 1)
+            values = exact.to(self.bins.wide_dtype(exact))
+            widths = self.bins.tensor("edges", values).diff()[row]
+            rest = (values - self.bins.tensor("centers", values)[row]) / widths
             own = output.residual.gather(1, row[:, None]).squeeze(1) / widths
             loss = loss + self.residual_weight * weighted_l1(own, rest, weight, **how)
         if sound is not None:
@@ -370,16 +369,16 @@ class LongTailModel(nn.Module):
         """
         looked_at = readable(labels)
         if looked_at and self.outside != "drop":
-            self.bins._place(labels, self.outside)
+            self.bins.index(labels, self.outside)
             return self._clipped(labels), None, None
-        index = self.bins._place(labels, "clip" if self.outside == "clip" else "drop")
+        index = self.bins.index(labels, "clip" if self.outside == "clip" else "drop")
         placed: Tensor = index.clamp_min(0)
         if not self.bins.categorical:
-            values = self._clipped(labels.to(self.bins._wide(labels)))
-            placed = torch.where(index >= 0, values, self.bins._tensor("edges", values)[0])
+            values = self._clipped(labels.to(self.bins.wide_dtype(labels)))
+            placed = torch.where(index >= 0, values, self.bins.tensor("edges", values)[0])
         if self.outside != "drop":
             return placed, None, index >= 0
-        return placed, index >= 0, None if looked_at else self.bins._place(labels, "clip") >= 0
+        return placed, index >= 0, None if looked_at else self.bins.index(labels, "clip") >= 0
 
     def _clipped(self, labels: Tensor) -> Tensor:
         """Labels as they are, or with ``outside="clip"`` those beyond the axis at its end."""
@@ -387,7 +386,7 @@ class LongTailModel(nn.Module):
             return labels
         if self.bins.categorical:
             return labels.clamp(0, len(self.bins) - 1)
-        return labels.to(self.bins._wide(labels)).clamp(float(self.bins.edges[0]), float(self.bins.edges[-1]))
+        return labels.to(self.bins.wide_dtype(labels)).clamp(float(self.bins.edges[0]), float(self.bins.edges[-1]))
 
     def set_prior(
         self,
@@ -504,7 +503,7 @@ class LongTailModel(nn.Module):
         not_empty(labels=labels)
         scores = scores.to(wide_dtype(scores))
         finite(scores=on_host("scores", scores))
-        row = self.bins._place(on_host("labels", labels), outside)
+        row = self.bins.index(on_host("labels", labels), outside)
         if not bool((row >= 0).all()):
             scores, labels, row = (part[(row >= 0).to(part.device)] for part in (scores, labels, row))
             if len(row) == 0:
@@ -563,7 +562,7 @@ class LongTailModel(nn.Module):
         scores = scores.to(wide_dtype(scores))
         loss, none = scores.new_full((), torch.nan), scores.new_zeros(scores.shape[0], 0)
         if not self._has_bins:
-            scores = scores.to(self.bins._wide(scores))
+            scores = scores.to(self.bins.wide_dtype(scores))
             offset, scale = self.offset.to(scores.dtype), self.scale.to(scores.dtype)
             if self._kind == "regression":
                 scores = mean = offset + scale * scores.squeeze(1)  # (N, 1) -> (N,)
@@ -587,7 +586,7 @@ class LongTailModel(nn.Module):
             row = distribution.argmax(1)
         else:
             row = torch.searchsorted(limits(self.bins, scores)[1:-1].contiguous(), prediction.detach(), right=True)
-        inside = self.bins._tensor("centers", prediction)[row] + residual.gather(1, row[:, None]).squeeze(1)
+        inside = self.bins.tensor("centers", prediction)[row] + residual.gather(1, row[:, None]).squeeze(1)
         # The search places NaN in the last bin.
         prediction = inside.masked_fill(prediction.isnan(), torch.nan)
         return LongTailOutput(loss, scores, prediction, features, distribution, residual)

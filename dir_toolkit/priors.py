@@ -35,8 +35,8 @@ from ._checks import (
     same_device,
     same_shape,
     warn,
-    wide_dtype,
 )
+from ._numerics import wide_dtype
 from ._settings import shown
 from ._state import SoundModule
 from .errors import ShapeError

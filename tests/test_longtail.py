@@ -31,9 +31,9 @@ from dir_toolkit.experiment.training.loop import Optimization, fit
 from dir_toolkit.experiment.training.runtime import Runtime
 from dir_toolkit.features.fds import FDS
 from dir_toolkit.heads.affinity import AffinityHead
-from dir_toolkit.heads.decoding import decode
 from dir_toolkit.heads.linear import LinearHead
 from dir_toolkit.labels.bins import Bins
+from dir_toolkit.labels.decoding import decode
 from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.kernels import gaussian, triangular
 from dir_toolkit.labels.soft_labels import limits, soft_labels

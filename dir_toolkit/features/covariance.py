@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._checks import keepable, problem
+from .._checks import problem
 from .._memory import free_memory
+from .._numerics import keepable
 from .._ranks import is_parallel, reduce_device
 from .calibration import Map, covariance_map, diagonal_map
 from .moments import BinMoments, BinScatters, SubspaceMoments

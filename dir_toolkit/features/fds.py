@@ -11,20 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._checks import (
-    instance,
-    interval,
-    is_tensor,
-    is_wrapped,
-    keys,
-    label_problem,
-    length,
-    number,
-    one_of,
-    problem,
-    warn,
-    whole,
-)
+from .._checks import instance, interval, is_tensor, keys, label_problem, length, number, one_of, problem, warn, whole
+from .._numerics import is_wrapped
 from .._ranks import check_group, summed
 from .._settings import shown
 from .._state import pack, unpack
@@ -428,7 +416,7 @@ class FDS(Float64Module):
                 fix=fix,
                 error=ShapeError,
             )
-        row = self.bins._row(labels, self.outside)
+        row = self.bins.rows(labels, self.outside)
         return row.clone() if row.is_inference() and not torch.is_inference_mode_enabled() else row
 
     def _check_features(self, features: Tensor, row: Tensor) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import instance, is_tensor, keys, length, not_negative, problem, readable, real, same_device
+from .._checks import instance, is_tensor, keys, length, not_negative, problem, real, same_device
+from .._numerics import readable
 from .._ranks import is_parallel, summed
 from ..errors import CheckpointError, ShapeError
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import is_wrapped, problem, wide_dtype
+from .._checks import problem
+from .._numerics import is_wrapped, wide_dtype
 
 __all__ = ["Pass", "Passes", "in_backward"]
 

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import length, number, one_of, problem, same_device, wide_dtype
+from .._checks import length, number, one_of, problem, same_device
+from .._numerics import full_precision, squared_distances, wide_dtype
 from .._ranks import summed
 from .._settings import shown
 from .._state import SoundModule
 from ..errors import NotFittedError
-from ._features import checked_features, full_precision, squared_distances
+from ._features import checked_features
 
 __all__ = ["AffinityHead"]
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, length, number, same_device, wide_dtype
+from .._checks import instance, length, number, same_device
+from .._numerics import full_precision, unit_rows, wide_dtype
 from .._settings import shown
 from .._state import SoundModule
-from ._features import checked_features, full_precision, unit_rows
+from ._features import checked_features
 
 __all__ = ["CosineHead"]
 

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._checks import finite, is_tensor, label_problem, length, one_of, problem, readable, same_device, warn, wide_dtype
+from .._checks import finite, is_tensor, label_problem, length, one_of, problem, same_device, warn
+from .._numerics import full_precision, readable, squared_distances, unit_rows, wide_dtype
 from .._ranks import summed
 from .._settings import shown
 from .._state import SoundModule
 from ..errors import NotFittedError, ShapeError
 from ..features.moments import BinMoments
-from ._features import checked_features, full_precision, squared_distances, unit_rows
+from ._features import checked_features
 
 __all__ = ["NearestMeanHead"]
 

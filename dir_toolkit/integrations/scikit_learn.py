@@ -18,8 +18,8 @@ from .._checks import instance, labels_array, number, one_of, problem, warn, who
 from ..errors import NonFiniteLossError
 from ..experiment.training.optimization import Optimization, learning_rate, make_optimizer
 from ..experiment.training.runtime import Runtime, chosen_device
-from ..heads.decoding import Decoding
 from ..labels.bins import Bins
+from ..labels.decoding import Decoding
 from ..labels.density import LabelDensity
 from ..labels.kernels import usual_kernel
 from ..labels.weights import LDS, Scheme

@@ -19,10 +19,8 @@ from .._checks import (
     digits,
     distributions,
     floats,
-    has_values,
     instance,
     is_tensor,
-    keepable,
     keys,
     label_problem,
     labels_array,
@@ -33,13 +31,11 @@ from .._checks import (
     on_one_device,
     one_of,
     problem,
-    readable,
     real,
     scalar,
-    strict_fake_mode,
     warn,
-    wide_dtype,
 )
+from .._numerics import has_values, keepable, readable, strict_fake_mode, wide_dtype
 from ..errors import ShapeError
 
 if TYPE_CHECKING:
@@ -74,28 +70,43 @@ class LabelAxes(ABC):
         """(B,) float64, read-only: the width of each bin divided by the mean width of all bins; exactly one for each
         bin of an even axis and for each class. Counts divided by it are densities per label unit."""
 
+    @overload
+    def index(self, labels: Tensor, outside: Outside = "raise", *, name: str = "labels") -> Tensor: ...
+    @overload
+    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray: ...
     @abstractmethod
-    def _place(self, labels: Any, outside: Outside, name: str = "labels") -> Any:
-        """``index`` for a caller of another name."""
+    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> Any:
+        """The bin of each label."""
 
-    def _tally(self, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
-        """How many of these labels each bin holds, (B,) int64; those that ``"drop"`` leaves out are in none."""
-        index = self._place(labels, outside, name).ravel()
-        index = index[index >= 0] if outside == "drop" else index
-        return _counts(index, len(self))
+    def rows(self, labels: Tensor, outside: Outside = "raise") -> Tensor:
+        """The row of each label in a table of B + 1 rows: one per bin, and row B for labels without a bin.
 
-    def _row(self, labels: Tensor, outside: Outside) -> Tensor:
-        """The row that each label reads in a table of one row a bin and a last one for labels that have none.
-
-        On an accelerator labels are not looked at: under ``"raise"``, too, those without a bin read the last row.
+        Labels on an accelerator are not looked at. Those without a bin have row B there under ``"raise"``, too.
         """
+        is_tensor(labels=labels)
         if labels.device.type != "cpu" and outside == "raise":
             outside = "drop"
-        index = self._place(labels, outside)
+        index = self.index(labels, outside)
         return index if readable(labels) and outside != "drop" else torch.where(index < 0, len(self), index)
 
-    def _shares(self, probabilities: Tensor) -> Tensor:
-        """Probabilities (..., B) in at least float32, once checked."""
+    def tally(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray:
+        """How many of these labels each bin holds, (B,) int64. Labels that ``"drop"`` leaves out are in none.
+
+        Args:
+            name: what an error calls the labels.
+        """
+        instance(str, name=name)
+        index = self.index(labels_array(labels, name), outside, name=name).ravel()
+        return _counts(index[index >= 0] if outside == "drop" else index, len(self))
+
+    def shares(self, probabilities: Tensor) -> Tensor:
+        """Probabilities (..., B) over the bins, in at least float32.
+
+        Raises:
+            ShapeError: the last axis is not B long. TypeError: they are no floats. ValueError: a probability is
+            negative, or they do not sum to one within 1e-3 (1e-2 in half precision). On accelerators values are not
+            looked at.
+        """
         is_tensor(probabilities=probabilities)
         if probabilities.ndim == 0 or probabilities.shape[-1] != len(self):
             rule = f"probabilities must have {len(self)} values in the last axis, one a bin"
@@ -158,22 +169,27 @@ class Bins(LabelAxes):
         rises = np.diff(moved.astype(np.float32 if self._fits_float32 else np.float64)) > 0
         return moved if rises.all() else self.edges.copy()
 
-    def _tensor(self, name: Literal["edges", "centers", "limits"], like: Tensor) -> Tensor:
-        """Edges, centres or limits in the dtype and on the device of ``like``, copied there once."""
+    def tensor(self, what: Literal["edges", "centers", "limits"], like: Tensor) -> Tensor:
+        """The edges, the centres or the :func:`~dir_toolkit.labels.soft_labels.limits` of the bins in the dtype and on
+        the device of ``like``, copied there once."""
+        one_of("what", what, ("edges", "centers", "limits"))
+        is_tensor(like=like)
+        floats(like=like)
         if torch.compiler.is_compiling():  # a compiled graph keeps its own copies
-            return {"edges": self._edges, "centers": self._centers, "limits": self._limits}[name].to(like)
-        key = (name, like.dtype, like.device)
+            return {"edges": self._edges, "centers": self._centers, "limits": self._limits}[what].to(like)
+        key = (what, like.dtype, like.device)
         if (kept := self._tensors.get(key)) is None or strict_fake_mode():
             with torch.inference_mode(False):
-                array = self._placed_limits() if name == "limits" else getattr(self, name).copy()
+                array = self._placed_limits() if what == "limits" else getattr(self, what).copy()
                 kept = torch.from_numpy(array).to(like.dtype).to(like.device)
             if keepable(kept):
                 self._tensors[key] = kept
         return kept
 
-    def _wide(self, *tensors: Tensor) -> torch.dtype:
-        """The dtype in which labels of this axis are computed from these tensors: float64 if one of them is of it, or
-        where float32 does not resolve the bins; else float32."""
+    def wide_dtype(self, *tensors: Tensor) -> torch.dtype:
+        """The dtype in which labels of this axis are computed from these tensors: float64 if one of them has it, or if
+        float32 does not resolve the bins; else float32."""
+        is_tensor(**{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
         if self._fits_float32:
             return wide_dtype(*tensors)
         if any(t.device.type == "mps" for t in tensors):
@@ -317,10 +333,10 @@ class Bins(LabelAxes):
         return f"<Bins: {len(self)}{kind} from {digits(self.edges[0])} to {digits(self.edges[-1])}>"
 
     @overload
-    def index(self, labels: Tensor, outside: Outside = "raise") -> Tensor: ...
+    def index(self, labels: Tensor, outside: Outside = "raise", *, name: str = "labels") -> Tensor: ...
     @overload
-    def index(self, labels: Any, outside: Outside = "raise") -> np.ndarray: ...
-    def index(self, labels: Any, outside: Outside = "raise") -> Any:
+    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray: ...
+    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> Any:
         """The bin of each label.
 
         Labels are compared with the edges in the labels' own precision: float32(0.7) falls where 0.7 does. Where that
@@ -330,6 +346,7 @@ class Bins(LabelAxes):
             labels: any shape, in label units; a tensor is answered by a tensor on its device, all else by NumPy.
             outside: what a label beyond the axis does: ``"raise"``; ``"clip"`` into the first or last bin; ``"drop"``,
                 which answers -1.
+            name: what an error calls the labels.
         Returns:
             int64, the shape of ``labels``.
         Raises:
@@ -338,15 +355,12 @@ class Bins(LabelAxes):
                 ``"drop"`` never do, and answer -1 for NaN (and for a broken class number). In compiled graphs and
                 under the transforms of ``torch.func`` no label is looked at, and such a one is answered by -1 too.
         """
-        return self._place(labels, outside)
-
-    def _place(self, labels: Any, outside: Outside, name: str = "labels") -> Any:
-        """:meth:`index` for a caller of another name."""
         one_of("outside", outside, ("raise", "clip", "drop"))
+        instance(str, name=name)
         if not isinstance(labels, Tensor):
             array = labels_array(labels, name)
             tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-            return self._place(tensor, outside, name).numpy()
+            return self.index(tensor, outside, name=name).numpy()
         is_tensor(**{name: labels})
         real(**{name: labels})
         on_one_device(**{name: labels})
@@ -362,7 +376,7 @@ class Bins(LabelAxes):
             quick = self._quick_index(labels.numpy(force=True))
             if quick is not None:
                 return torch.from_numpy(quick)
-        edges = self._tensor("edges", values)
+        edges = self.tensor("edges", values)
         if values.itemsize < 4:
             values, edges = values.float(), edges.float()
         index = torch.searchsorted(edges, values.contiguous(), right=True) - 1
@@ -387,14 +401,16 @@ class Bins(LabelAxes):
             "Hand them over in float64, or count them from a nearer zero.",
         )
 
-    def _tally(self, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
+    def tally(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray:
+        one_of("outside", outside, ("raise", "clip", "drop"))
+        instance(str, name=name)
         labels = labels_array(labels, name)
         if self._collapses and labels.dtype.kind == "f" and labels.itemsize < 8:
             self._warn_of_narrow(name, labels.dtype)
         if (index := self._quick_index(labels)) is not None:
             return _counts(index.ravel(), len(self))
         counts = self._sorted_tally(labels)
-        return super()._tally(labels, outside, name) if counts is None else counts
+        return super().tally(labels, outside, name=name) if counts is None else counts
 
     def _sorted_tally(self, labels: np.ndarray) -> np.ndarray | None:
         """How many labels each bin holds, from where the edges lie among the sorted labels, which is faster than a
@@ -479,11 +495,11 @@ class Bins(LabelAxes):
         if not isinstance(probabilities, Tensor):
             array = labels_array(probabilities, "probabilities")
             return self.expectation(torch.from_numpy(array.copy())).numpy()
-        return self._mean(self._shares(probabilities))
+        return self._mean(self.shares(probabilities))
 
     def _mean(self, shares: Tensor) -> Tensor:
-        wide = shares.to(self._wide(shares))
-        mean = wide @ self._tensor("centers", wide)
+        wide = shares.to(self.wide_dtype(shares))
+        mean = wide @ self.tensor("centers", wide)
         # Far from zero a sum that rounding took off one would move the mean by bins.
         return mean if self._fits_float32 else mean / wide.sum(-1)
 

@@ -263,9 +263,9 @@ def _found(labels: Any, bins: AnyBins, outside: Outside, name: str = "labels") -
     whole_axes = int(isinstance(bins, BinGrid))
     try:
         for part in _parts(array, max(_PIECE, len(bins)), whole_axes=whole_axes):
-            found[:-1] += bins._tally(part, outside, name)
+            found[:-1] += bins.tally(part, outside, name=name)
     except LabelError:
-        bins._place(array, outside, name)  # to say where in all labels it lies
+        bins.index(array, outside, name=name)  # to say where in all labels it lies
         raise
     found[-1] = math.prod(array.shape[: array.ndim - whole_axes])
     return found

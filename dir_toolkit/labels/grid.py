@@ -105,27 +105,26 @@ class BinGrid(LabelAxes):
         return f"<BinGrid: {' x '.join(map(repr, self.axes))}>"
 
     @overload
-    def index(self, labels: Tensor, outside: Outside = "raise") -> Tensor: ...
+    def index(self, labels: Tensor, outside: Outside = "raise", *, name: str = "labels") -> Tensor: ...
     @overload
-    def index(self, labels: Any, outside: Outside = "raise") -> np.ndarray: ...
-    def index(self, labels: Any, outside: Outside = "raise") -> Any:
+    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray: ...
+    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> Any:
         """The joint bin of each label.
 
         Args:
             outside: as in :meth:`Bins.index`. ``"clip"`` clips along each axis; ``"drop"`` answers -1 where a label
                 lies beyond any axis.
+            name: what an error calls the labels.
         Shape:
             labels: (..., K), the last axis being the dimensions. Returns (...), int64.
         Raises:
             ShapeError: the last axis is not K long. LabelError: as :meth:`Bins.index`, naming the dimension.
         """
-        return self._place(labels, outside)
-
-    def _place(self, labels: Any, outside: Outside, name: str = "labels") -> Any:
+        instance(str, name=name)
         if not isinstance(labels, Tensor):
             array = labels_array(labels, name)
             tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-            return self._place(tensor, outside, name).numpy()
+            return self.index(tensor, outside, name=name).numpy()
         is_tensor(**{name: labels})
         if labels.ndim == 0 or labels.shape[-1] != len(self.axes):
             raise problem(
@@ -136,7 +135,7 @@ class BinGrid(LabelAxes):
         index = torch.zeros_like(labels[..., 0], dtype=torch.int64)
         beyond = torch.zeros_like(index, dtype=torch.bool)
         for k, axis in enumerate(self.axes):
-            of_axis = axis._place(labels[..., k], outside, f"{name}[..., {k}]")
+            of_axis = axis.index(labels[..., k], outside, name=f"{name}[..., {k}]")
             index, beyond = index * len(axis) + of_axis, beyond | (of_axis < 0)
         return index.masked_fill(beyond, -1)
 
@@ -155,7 +154,7 @@ class BinGrid(LabelAxes):
         if not isinstance(probabilities, Tensor):
             array = labels_array(probabilities, "probabilities")
             return self.expectation(torch.from_numpy(array.copy())).numpy()
-        joint = self._shares(probabilities).unflatten(-1, self.shape)  # (..., B_1, ..., B_K)
+        joint = self.shares(probabilities).unflatten(-1, self.shape)  # (..., B_1, ..., B_K)
         first = joint.ndim - len(self.axes)
         means = []
         for k, axis in enumerate(self.axes):

@@ -127,7 +127,7 @@ class BinSampler(Sampler[int]):
         instance(bool, replacement=replacement)
         # Not named by the argument alone, since Bins would then advise what a sampler does not take.
         labels = on_host("labels", labels) if isinstance(labels, Tensor) else labels
-        index = torch.as_tensor(bins._place(labels, "raise", "the labels"), device="cpu")
+        index = torch.as_tensor(bins.index(labels, name="the labels"), device="cpu")
         if index.ndim != 1:
             raise problem("labels must be (N,)", got=f"shape {tuple(index.shape)}", error=ShapeError)
         not_empty(labels=index)

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import instance, is_tensor, number, one_of, problem, readable, wide_dtype
+from .._checks import instance, is_tensor, number, one_of, problem
+from .._numerics import readable, wide_dtype
 from .bins import Bins, Outside, lookup
 
 __all__ = ["KernelUnit", "LabelKernel", "limits", "soft_labels"]
@@ -69,8 +70,8 @@ def soft_labels(
         rule = "sigma must be None or 0 where bins are classes, which have no distances"
         raise problem(rule, got=sigma, fix="Smooth classes by label_smoothing of cross_entropy.")
     looked_at = readable(labels)
-    index = bins._place(labels, outside if looked_at or outside != "raise" else "drop")
-    values = labels.to(bins._wide(labels))
+    index = bins.index(labels, outside if looked_at or outside != "raise" else "drop")
+    values = labels.to(bins.wide_dtype(labels))
     if not sigma:
         soft = (index.unsqueeze(-1) == torch.arange(len(bins), device=labels.device)).to(wide_dtype(labels))
     else:
@@ -83,7 +84,7 @@ def soft_labels(
     without_bin = (index < 0).unsqueeze(-1)
     if outside == "drop":
         soft = soft.masked_fill(without_bin, 0)
-        without_bin = without_bin if looked_at else (bins._place(labels, "clip") < 0).unsqueeze(-1)
+        without_bin = without_bin if looked_at else (bins.index(labels, "clip") < 0).unsqueeze(-1)
     return soft if looked_at else soft.masked_fill(without_bin, torch.nan)
 
 
@@ -110,7 +111,7 @@ def limits(bins: Bins, like: Tensor) -> Tensor:
     >>> limits(Bins.uniform(0, 30, width=10, integer=True), torch.zeros(()))
     tensor([-0.5000,  9.5000, 19.5000, 29.5000])
     """
-    return bins._tensor("limits", like.detach().to(bins._wide(like)))
+    return bins.tensor("limits", like.detach().to(bins.wide_dtype(like)))
 
 
 def _in_bins(labels: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import has_values, instance, interval, keepable, keys, number, one_of, problem, warn
+from .._checks import instance, interval, keys, number, one_of, problem, warn
+from .._numerics import has_values, keepable
 from .._settings import described, differing, shown
 from .._state import pack, unpack
 from ..errors import CheckpointError, NotFittedError
@@ -253,7 +254,7 @@ class LDS(nn.Module):
                 fix="Use lds.sample_weight(labels) for NumPy.",
                 error=TypeError,
             )
-        row = self.bins._row(labels, self.outside)
+        row = self.bins.rows(labels, self.outside)
         return self._table_on(row.device).index_select(0, row.flatten()).view(row.shape)
 
     def _table_on(self, device: torch.device) -> Tensor:
@@ -273,7 +274,7 @@ class LDS(nn.Module):
     def sample_weight(self, labels: Any) -> np.ndarray:
         """Weights as float64 NumPy, for scikit-learn or gradient boosting: ``LDS(bins).fit(y).sample_weight(y)``."""
         table = self._known()
-        index = self.bins._place(labels, self.outside)
+        index = self.bins.index(labels, self.outside)
         return table[index.cpu().numpy() if isinstance(index, Tensor) else index]
 
     def _known(self) -> np.ndarray:

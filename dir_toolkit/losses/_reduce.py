@@ -20,11 +20,10 @@ from .._checks import (
     one_of,
     prior_shares,
     problem,
-    readable,
     real,
     same_device,
-    wide_dtype,
 )
+from .._numerics import readable, wide_dtype
 from .._ranks import summed
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
@@ -85,7 +84,7 @@ def weight_on_axis(name: str, labels: Tensor, bins: Bins, weight: Tensor | None,
         if bool(absent.all()):
             return weight
         labels = torch.where(absent, labels[~absent][0], labels)
-    index = bins._place(labels, outside if looked_at else "drop", name)
+    index = bins.index(labels, outside if looked_at else "drop", name=name)
     if outside == "clip" or (looked_at and outside == "raise"):
         return weight
     weight = torch.ones_like(index, dtype=wide_dtype(labels)) if weight is None else weight.to(wide_dtype(weight))

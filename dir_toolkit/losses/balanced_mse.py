@@ -39,7 +39,6 @@ from .._checks import (
     floats,
     instance,
     is_tensor,
-    is_wrapped,
     labels_array,
     length,
     not_empty,
@@ -47,14 +46,13 @@ from .._checks import (
     number,
     one_of,
     problem,
-    readable,
     real,
     same_device,
     same_shape,
     warn,
     whole,
-    wide_dtype,
 )
+from .._numerics import is_wrapped, readable, wide_dtype
 from .._ranks import is_parallel, summed
 from .._settings import shown
 from .._state import SoundModule
@@ -510,7 +508,7 @@ class BinnedIntegrationLoss(_BalancedMSE):
         # Tails are subtracted below, and float32 would keep few of their digits where bins are narrow.
         wide = torch.float32 if error.device.type == "mps" else torch.float64
         error, target, scale = error.to(wide), target.to(wide), sigma.to(wide)
-        knots, edges = limits(self.bins, error), self.bins._tensor("edges", error)
+        knots, edges = limits(self.bins, error), self.bins.tensor("edges", error)
         # The first and the last bin hold labels up to their edges, even where the limits were moved inwards.
         knots = torch.cat([torch.minimum(knots[:1], edges[:1]), knots[1:-1], torch.maximum(knots[-1:], edges[-1:])])
         # From here on in units of sigma, along the axis from its beginning.

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import floats, is_tensor, length, number, problem, same_device, wide_dtype
+from .._checks import floats, is_tensor, length, number, problem, same_device
+from .._numerics import wide_dtype
 from .._settings import shown
 from .._state import SoundModule
 from ..errors import ShapeError

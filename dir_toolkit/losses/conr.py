@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, number, problem, wide_dtype
+from .._checks import instance, number, problem
+from .._numerics import full_precision, unit_rows, wide_dtype
 from .._settings import shown
 from .._state import SoundModule
-from ..heads._features import full_precision, unit_rows
 from ..labels.weights import LDS
 from ._reduce import Reduction, checked_samples, field, pairs_of, present, reduce, spread_of
 from .regression import weighted_l1

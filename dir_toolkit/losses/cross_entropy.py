@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import checked_tau, instance, is_tensor, number, problem, readable, real, same_device
+from .._checks import checked_tau, instance, is_tensor, number, problem, real, same_device
+from .._numerics import readable
 from ..errors import ShapeError
 from ._reduce import Reduction, checked_prior, checked_rows, per_class, reduce
 

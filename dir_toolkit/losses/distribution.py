@@ -20,8 +20,8 @@ from .._checks import (
     problem,
     real,
     same_device,
-    wide_dtype,
 )
+from .._numerics import wide_dtype
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.soft_labels import limits

@@ -7,19 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import (
-    floats,
-    is_tensor,
-    not_empty,
-    not_negative,
-    number,
-    one_of,
-    problem,
-    real,
-    same_device,
-    same_shape,
-    wide_dtype,
-)
+from .._checks import floats, is_tensor, not_empty, not_negative, number, one_of, problem, real, same_device, same_shape
+from .._numerics import wide_dtype
 from ..errors import ShapeError
 from ._reduce import Reduction, finite_targets, present, reduce
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import number, warn, wide_dtype
+from .._checks import number, warn
+from .._numerics import wide_dtype
 from .._settings import shown
 from ._reduce import Reduction, checked_samples, field, pairs_of, reduce
 

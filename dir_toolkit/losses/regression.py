@@ -7,18 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import (
-    floats,
-    is_tensor,
-    not_empty,
-    not_negative,
-    number,
-    one_of,
-    real,
-    same_device,
-    same_shape,
-    wide_dtype,
-)
+from .._checks import floats, is_tensor, not_empty, not_negative, number, one_of, real, same_device, same_shape
+from .._numerics import wide_dtype
 from ._reduce import Reduction, finite_targets, present, reduce
 
 __all__ = ["weighted_focal_l1", "weighted_focal_mse", "weighted_huber", "weighted_l1", "weighted_mse"]

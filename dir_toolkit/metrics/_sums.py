@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import instance, is_wrapped, label_problem, problem, readable
+from .._checks import instance, label_problem, problem
 from .._memory import free_memory
+from .._numerics import is_wrapped, readable
 from .._ranks import check_group, summed
 from .._settings import shown
 from ..labels.bins import Outside
@@ -142,10 +143,10 @@ def placed(bins: AnyBins, target: Tensor, outside: Outside) -> tuple[Tensor, Ten
     """The bin of each target, -1 where it has none; and how many are refused, () int64, where values are not looked at
     and so nothing is raised."""
     if readable(target):
-        return bins._place(target, outside, "target"), None
-    index = bins._place(target, "drop" if outside == "raise" else outside, "target")
+        return bins.index(target, outside, name="target"), None
+    index = bins.index(target, "drop" if outside == "raise" else outside, name="target")
     # What "drop" leaves out may be NaN as well, which is refused.
-    sound = bins._place(target, "clip", "target") if outside == "drop" else index
+    sound = bins.index(target, "clip", name="target") if outside == "drop" else index
     return index, (sound < 0).sum()
 
 

@@ -18,12 +18,12 @@ from .._checks import (
     not_negative,
     one_of,
     problem,
-    readable,
     real,
     same_device,
     same_shape,
     whole,
 )
+from .._numerics import readable
 from ..errors import ShapeError
 from ..labels.bins import Outside
 from ._sums import MergingSums, check_memory, check_tensors

@@ -9,18 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import (
-    is_tensor,
-    label_problem,
-    length,
-    on_host,
-    one_of,
-    problem,
-    readable,
-    real,
-    same_device,
-    same_shape,
-)
+from .._checks import is_tensor, label_problem, length, on_host, one_of, problem, real, same_device, same_shape
+from .._numerics import readable
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.density import REGIONS, LabelDensity

@@ -20,7 +20,7 @@ import dir_toolkit as dt
 from dir_toolkit import Bins, _checks
 from dir_toolkit.labels.kernels import laplace, smooth, triangular
 
-FILES = ("_checks.py", "labels/bins.py", "labels/soft_labels.py", "labels/kernels.py", "heads/decoding.py")
+FILES = ("_checks.py", "labels/bins.py", "labels/soft_labels.py", "labels/kernels.py", "labels/decoding.py")
 
 heard: list[str] = []
 

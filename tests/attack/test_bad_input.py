@@ -125,6 +125,9 @@ VALID: dict[str, Callable[[], Call]] = {
     "BatchMCLoss.forward": lambda: (dt.BatchMCLoss(), pred_target()),
     "BinGrid": lambda: (dt.BinGrid, {"axes": BINS}),
     "BinGrid.index": lambda: (dt.BinGrid(BINS, CLASSES).index, {"labels": [[0.5, 1], [1.5, 3]]}),
+    "BinGrid.rows": lambda: (dt.Bins.grid(BINS).rows, {"labels": years()[:, None]}),
+    "BinGrid.tally": lambda: (dt.Bins.grid(BINS).tally, {"labels": years()[:, None]}),
+    "BinGrid.shares": lambda: (dt.Bins.grid(BINS).shares, {"probabilities": shares()}),
     "BinGrid.expectation": lambda: (dt.BinGrid(BINS).expectation, {"probabilities": shares()}),
     "BinGrid.from_dict": lambda: (dt.BinGrid.from_dict, {"values": dt.BinGrid(BINS).to_dict()}),
     "BinSampler": lambda: (dt.BinSampler, {**SAMPLER, "q": 0.5}),
@@ -147,6 +150,11 @@ VALID: dict[str, Callable[[], Call]] = {
     "Bins.grid": lambda: (dt.Bins.grid, {"axes": BINS}),
     "Bins.index": lambda: (BINS.index, {"labels": years()}),
     "Bins.index, of a list": lambda: (CLASSES.index, {"labels": [0, 3]}),
+    "Bins.rows": lambda: (BINS.rows, {"labels": years()}),
+    "Bins.tally": lambda: (BINS.tally, {"labels": LABELS}),
+    "Bins.shares": lambda: (BINS.shares, {"probabilities": shares()}),
+    "Bins.tensor": lambda: (BINS.tensor, {"what": "edges", "like": years()}),
+    "Bins.wide_dtype": lambda: (BINS.wide_dtype, {"tensors": years()}),
     "Bins.expectation": lambda: (BINS.expectation, {"probabilities": shares()}),
     "Bins.from_dict": lambda: (dt.Bins.from_dict, {"values": BINS.to_dict()}),
     "CalibrationMetrics": lambda: (dt.CalibrationMetrics, {"num_classes": 4}),
@@ -650,17 +658,17 @@ def test_a_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(bins, str):
             raise _checks.problem("it must be right", got=bins)
         if bins is None:
-            raise _checks.problem("bins must be right")
+            raise _checks.problem("bins must be right", source="another")
         if bins == 0:
             raise _checks.problem("bins_of_it and labels must be right")
         return labels.shape
 
-    monkeypatch.setitem(VALID, "careless", lambda: (careless, {"labels": years(), "bins": BINS}))
-    assert fault_of("careless", "labels", ones()) is None
-    assert fault_of("careless", "labels", 1) == "AttributeError: 'int' object has no attribute 'shape'"
-    assert fault_of("careless", "bins", "b") == "does not name it: careless: it must be right, got b."
-    assert fault_of("careless", "bins", 0) == "does not name it: careless: bins_of_it and labels must be right."
-    assert fault_of("careless", "bins", None) == "says it is 'another': another: bins must be right."
+    monkeypatch.setitem(VALID, "dir_toolkit", lambda: (careless, {"labels": years(), "bins": BINS}))
+    assert fault_of("dir_toolkit", "labels", ones()) is None
+    assert fault_of("dir_toolkit", "labels", 1) == "AttributeError: 'int' object has no attribute 'shape'"
+    assert fault_of("dir_toolkit", "bins", "b") == "does not name it: dir_toolkit: it must be right, got b."
+    assert fault_of("dir_toolkit", "bins", 0) == "does not name it: dir_toolkit: bins_of_it and labels must be right."
+    assert fault_of("dir_toolkit", "bins", None) == "says it is 'another': another: bins must be right."
 
 
 def with_nan(valid: Any) -> Tensor | None:
@@ -676,7 +684,7 @@ def with_nan(valid: Any) -> Tensor | None:
 def is_finite(result: Any) -> bool:
     if isinstance(result, tuple):
         return all(map(is_finite, result))
-    return result is None or bool(torch.as_tensor(result).isfinite().all())
+    return result is None or isinstance(result, torch.dtype) or bool(torch.as_tensor(result).isfinite().all())
 
 
 def fault_of_nan(name: str, parameter: str, broken: Tensor) -> str | None:
@@ -691,6 +699,8 @@ def fault_of_nan(name: str, parameter: str, broken: Tensor) -> str | None:
 
 # Where NaN in one sample does not show at once, and why.
 PASSED_OVER = {
+    ("Bins.tensor", "like"): "its dtype and its device are read, and its values are not",
+    ("Bins.wide_dtype", "tensors"): "their dtypes and devices are read, and their values are not",
     ("FDS.update", "features"): "it is told at the end of the epoch, so that no step waits for an accelerator",
     ("conr_loss", "pred"): "such a prediction is alike to none; the loss of the predictions, added to it, is NaN",
 }
@@ -713,11 +723,11 @@ def test_nan_that_is_passed_over_or_not_told_apart_is_seen(monkeypatch: pytest.M
             raise _checks.problem("labels must be finite", got="nan at index [33]")
         return pred.nanmean()
 
-    monkeypatch.setitem(VALID, "careless", lambda: (careless, {"pred": years(), "labels": years()}))
+    monkeypatch.setitem(VALID, "dir_toolkit", lambda: (careless, {"pred": years(), "labels": years()}))
     broken = with_nan(LABELS)
     assert broken is not None
-    assert str(fault_of_nan("careless", "pred", broken)).startswith("is passed over: 1.")
-    assert str(fault_of_nan("careless", "labels", broken)).startswith("does not tell which: careless: labels")
+    assert str(fault_of_nan("dir_toolkit", "pred", broken)).startswith("is passed over: 1.")
+    assert str(fault_of_nan("dir_toolkit", "labels", broken)).startswith("does not tell which: dir_toolkit: labels")
 
 
 def test_nan_in_features_of_fds_is_told_when_the_epoch_ends() -> None:

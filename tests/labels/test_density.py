@@ -116,10 +116,10 @@ def test_an_array_is_counted_in_views_that_stay_in_a_cache(layout: Any, monkeypa
     labels, sizes = layout(LABELS), []
 
     class Watched(Bins):
-        def _tally(self, labels: np.ndarray, *options: Any) -> np.ndarray:
+        def tally(self, labels: np.ndarray, *options: Any, **names: Any) -> np.ndarray:
             sizes.append(labels.size)
             assert np.shares_memory(labels, LABELS) or layout is np.asfortranarray
-            return super()._tally(labels, *options)
+            return super().tally(labels, *options, **names)
 
     expected = np.histogram(np.asarray(labels), BINS.edges)[0]
     np.testing.assert_array_equal(LabelDensity.count(labels, Watched(BINS.edges)).counts, expected)
@@ -453,7 +453,9 @@ def test_uneven_bins_are_read_by_the_unit() -> None:
 def test_a_bin_with_more_than_half_of_the_labels_is_told_once() -> None:
     heavy = np.random.default_rng(1).lognormal(0, 2, 2000)
     bins = Bins.uniform(0, float(np.ceil(heavy.max())), count=50)
-    message = r"^LabelDensity\.count: 9\d% of the labels lie in one of 50 bins, from 0 to .* Take the logarithm"
+    message = (
+        r"^(LabelDensity\.count|LDS\.fit): 9\d% of the labels lie in one of 50 bins, from 0 to .* Take the logarithm"
+    )
     for count in (lambda: LabelDensity.count(heavy, bins), lambda: LDS(bins).fit(heavy)):
         with pytest.warns(DirToolkitWarning, match=message) as seen:
             count()

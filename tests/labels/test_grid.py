@@ -98,7 +98,7 @@ def test_placing_labels_on_an_accelerator_never_waits_for_it() -> None:
     """A meta tensor stands for one on an accelerator: reading its values would raise."""
     labels = torch.empty(9, 3, device="meta")
     assert GRID.index(labels, "drop").device.type == "meta"
-    assert GRID._row(labels, "raise").shape == (9,)
+    assert GRID.rows(labels, "raise").shape == (9,)
     with pytest.raises(ValueError, match="must hold values, got a tensor on the meta device"):
         GRID.index(labels)  # this one has to look
 
@@ -106,11 +106,11 @@ def test_placing_labels_on_an_accelerator_never_waits_for_it() -> None:
 def test_what_is_no_axis_or_too_many_bins_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^(Bins\.)?grid: axes must hold at least one Bins, got none"):
         Bins.grid()
-    with pytest.raises(TypeError, match=r"^BinGrid: axes\[1\] must be a Bins, got int"):
+    with pytest.raises(TypeError, match=r"^(Bins\.)?grid: axes\[1\] must be a Bins, got int"):
         Bins.grid(AGE, 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^BinGrid: axes\[0\] must be a Bins, got BinGrid"):
+    with pytest.raises(TypeError, match=r"^(Bins\.)?grid: axes\[0\] must be a Bins, got BinGrid"):
         Bins.grid(GRID)  # type: ignore[arg-type]
-    message = r"^BinGrid: at most 10,000,000 joint bins, got 4000 x 4000 = 16,000,000\. Widen the bins"
+    message = r"^(Bins\.)?grid: at most 10,000,000 joint bins, got 4000 x 4000 = 16,000,000\. Widen the bins"
     with pytest.raises(ValueError, match=message):
         Bins.grid(Bins.classes(4000), Bins.classes(4000))
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from dir_toolkit import Bins
 from dir_toolkit.errors import LabelError
-from dir_toolkit.heads.decoding import decode
+from dir_toolkit.labels.decoding import decode
 from dir_toolkit.labels.soft_labels import limits, soft_labels
 
 AGES = Bins.uniform(0, 117, width=1, integer=True)

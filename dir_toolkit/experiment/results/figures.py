@@ -285,7 +285,7 @@ def similarity_figure(
         pairs["feature variances"] = (variance_before, variance_after)
     instance(Bins, bins=bins)
     instance(str, label_name=label_name, label_units=label_units)
-    at = int(bins._place([number("anchor", anchor)], "raise", "anchor")[0])
+    at = int(bins.index([number("anchor", anchor)], name="anchor")[0])
     tables = {}
     for name, pair in pairs.items():
         before, after = (labels_array(values, name).astype(np.float64) for values in pair)

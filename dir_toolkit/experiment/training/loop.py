@@ -110,7 +110,7 @@ def fit(
     instance((str, os.PathLike), folder=folder)
     instance(bool, resume=resume)
     # Now, not when the first epoch has ended.
-    metrics.bins._place(val.labels, "raise", "val.labels")
+    metrics.bins.index(val.labels, name="val.labels")
     weights_from = whole("weights_from", weights_from, low=0)
     if fingerprint is not None:
         instance(Mapping, fingerprint=fingerprint)

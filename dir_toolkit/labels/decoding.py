@@ -9,21 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import (
-    digits,
-    finite,
-    instance,
-    is_tensor,
-    number,
-    one_of,
-    problem,
-    readable,
-    real,
-    same_device,
-)
+from .._checks import digits, finite, instance, is_tensor, number, one_of, problem, real, same_device
+from .._numerics import readable
 from ..errors import ShapeError
-from ..labels.bins import Bins, lookup
-from ..labels.soft_labels import limits
+from .bins import Bins, lookup
+from .soft_labels import limits
 
 __all__ = ["Decoding", "decode", "interval", "quantiles"]
 
@@ -56,11 +46,11 @@ def decode(probabilities: Tensor, bins: Bins, how: Decoding = "expectation") -> 
     probabilities = _checked(probabilities, bins, order_for="" if how == "mode" else f"how={how!r}")
     if how == "mode":
         index = probabilities.argmax(-1)
-        return index if bins.categorical else lookup(bins._tensor("centers", probabilities), index)
+        return index if bins.categorical else lookup(bins.tensor("centers", probabilities), index)
     if how == "median":
         return _quantiles(probabilities, bins, _levels(0.5, probabilities)).squeeze(-1)
     # Not a matrix product, which autocast would take in half precision.
-    mean = (probabilities * bins._tensor("centers", probabilities)).sum(-1)
+    mean = (probabilities * bins.tensor("centers", probabilities)).sum(-1)
     return mean / probabilities.sum(-1)
 
 
@@ -126,8 +116,8 @@ def _checked(probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:
     if bins.categorical and order_for:
         rule = f"bins must not be classes, which have no order, for {order_for}"
         raise problem(rule, got=repr(bins), fix='Use decode(..., how="mode"), or Bins.uniform if they have one.')
-    shares = bins._shares(probabilities)
-    return shares.to(bins._wide(shares))
+    shares = bins.shares(probabilities)
+    return shares.to(bins.wide_dtype(shares))
 
 
 def _levels(levels: float | Sequence[float] | np.ndarray | Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""What several rooms compute, and what they ask of a tensor before they do."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at without stopping an accelerator or breaking a compiled graph."""
+    return tensor.is_cpu and has_values(tensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether values can be looked at, if need be by waiting for an accelerator. They cannot in compiled graphs, under
+    the transforms of ``torch.func``, inside which every result is wrapped, where make_fx traces, in fake mode, and
+    where they lie elsewhere.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    )
+
+
+def strict_fake_mode() -> bool:
+    """Whether tensors are made without values, and may not meet those that have some."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return mode is not None and not mode.allow_non_fake_inputs
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one that the transforms of ``torch.func`` hand around. Compiled graphs cannot ask."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def keepable(tensor: Tensor) -> bool:
+    """Whether a tensor may be kept: no subclass (as fake and distributed ones are), none that functorch wraps, none of
+    inference mode, which training could not use."""
+    return type(tensor) in (Tensor, nn.Parameter) and not is_wrapped(tensor) and not tensor.is_inference()
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 if any tensor is of it, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast, where it is on, is off."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows (N, D) scaled to length one. A row shorter than 1e-12 becomes zero and has the gradient zero."""
+    # Squares of large numbers overflow. The result does not depend on the size, and so has no gradient by it.
+    size = rows.detach().abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    rows = rows / size
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    there = norm * size > 1e-12
+    return rows * torch.where(there, 1 / torch.where(there, norm, 1.0), 0.0)
+
+
+def squared_distances(features: Tensor, points: Tensor) -> Tensor:
+    """Squared Euclidean distances (N, P) of features (N, D) to points (P, D), by one matrix product."""
+    partial = torch.addmm(points.square().sum(1), features, points.t(), alpha=-2)
+    return (partial + features.square().sum(1, keepdim=True)).clamp_min(0)
