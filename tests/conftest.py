@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,45 +61,114 @@ def not_counts(request: pytest.FixtureRequest) -> tuple[Any, type[Exception], st
     return request.param
 
 
-@pytest.fixture
-def two_ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., list[Any]]:
-    """Run a function ``main(rank)`` of the test's module in two processes in tmp_path, joined by gloo.
+class Ranks:
+    """Two processes joined by gloo, which run one function after another: starting them takes longer than most tests.
 
-    Returns what it returned in each, which ``torch.load`` must be able to read.
+    A pair in which a function failed or hung is not used again.
     """
 
-    def run(main: Callable[[int], object], *, timeout: float = 60) -> list[Any]:
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._pair: list[subprocess.Popen[str]] = []
+
+    def run(self, file: Path, function: str, folder: Path, timeout: float) -> list[Any]:
+        if not self._pair:
+            self._start()
+        for process in self._pair:
+            assert process.stdin is not None
+            print(json.dumps([str(file), function, str(folder)]), file=process.stdin, flush=True)
+        sound = False
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                answers = [pool.submit(process.stdout.readline) for process in self._pair]  # type: ignore[union-attr]
+                done = futures.wait(answers, timeout, return_when=futures.FIRST_EXCEPTION)[0]
+                sound = len(done) == 2 and all(answer.result() == "done\n" for answer in done)
+                if not sound:
+                    self.stop()  # which ends the lines that are waited for
+        finally:
+            if not sound:
+                self.stop()
+        assert sound, "a rank failed, which its traceback above tells, or the two have hung"
+        return [torch.load(folder / f"returned{rank}.pt", weights_only=True) for rank in range(2)]
+
+    def _start(self) -> None:
         program = [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", __file__]
-        # One thread each, as torchrun has it.
+        meeting = str(Path(tempfile.mkdtemp(dir=self._folder.name)) / "meet")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        ranks = [
+        self._pair = [
             subprocess.Popen(
-                [*program, str(request.path), main.__name__, str(rank)],
-                cwd=tmp_path,
+                [*program, meeting, str(rank)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 env=environment,
+                text=True,
             )
             for rank in range(2)
         ]
+
+    def stop(self) -> None:
+        for process in self._pair:
+            process.kill()
+        for process in self._pair:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()
+        self._pair = []
+
+    def close(self) -> None:
+        self.stop()
+        self._folder.cleanup()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    pair = Ranks()
+    yield pair
+    pair.close()
+
+
+@pytest.fixture
+def two_ranks(request: pytest.FixtureRequest, tmp_path: Path, ranks: Ranks) -> Callable[..., list[Any]]:
+    """Run a function ``main(rank)`` of the test's module in two processes in tmp_path, joined by gloo.
+
+    Returns what it returned in each, which ``torch.load`` must be able to read. With ``fresh`` the processes are new
+    and not used again, for what keeps global state.
+    """
+
+    def run(main: Callable[[int], object], *, timeout: float = 60, fresh: bool = False) -> list[Any]:
+        if fresh:
+            ranks.stop()
         try:
-            assert [rank.wait(timeout=timeout) for rank in ranks] == [0, 0]
+            return ranks.run(request.path, main.__name__, tmp_path, timeout)
         finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        return [torch.load(tmp_path / f"returned{rank}.pt", weights_only=True) for rank in range(2)]
+            if fresh:
+                ranks.stop()
 
     return run
 
 
-def be_rank(file: str, function: str, rank: int) -> None:
+def be_rank(meeting: str, rank: int) -> None:
     """One of the two processes."""
-    sys.path.insert(0, str(Path(file).parent))
-    main = getattr(importlib.import_module(Path(file).stem), function)
-    dist.init_process_group("gloo", init_method=f"file://{Path.cwd()}/meet", rank=rank, world_size=2)
-    torch.save(main(rank), f"returned{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # taking gloo down can hang
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a test prints is no answer
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    for line in sys.stdin:
+        file, function, folder = json.loads(line)
+        os.chdir(folder)
+        sys.path.insert(0, str(Path(file).parent))
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        torch.manual_seed(0)
+        torch.save(getattr(module, function)(rank), f"returned{rank}.pt")
+        dist.barrier()
+        sys.path.pop(0)
+        print("done", file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    be_rank(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    be_rank(sys.argv[1], int(sys.argv[2]))

@@ -1,4 +1,8 @@
-"""Files from outside, in a tar archive or in a folder: each is checked before any is read, and none is extracted."""
+"""Files from outside, in a tar archive or in a folder: each is checked before any is read, and none is extracted.
+
+The filters of :mod:`tarfile` look at members as they are extracted; here nothing is extracted. What tarfile does not
+notice is found by reading headers again: an archive that was cut short, and members hidden behind a damaged header.
+"""
 
 from __future__ import annotations
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from operator import methodcaller
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..._checks import instance, problem
 from ...errors import DataError
-from ..files import write_atomically
 from .idx import read_idx
 from .images import Splits
 from .long_tail import long_tail_splits
@@ -25,33 +20,28 @@ __all__ = ["download_mnist", "mnist"]
 
 
 class _Official(NamedTuple):
-    """One of the four files as published: SHA-256 unpacked and packed, and bytes packed."""
+    """The SHA-256 of one of the four files as published, unpacked and packed."""
 
     unpacked: str
     packed: str
-    size: int
 
 
 _FILES = {
     "train-images-idx3-ubyte": _Official(
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        9_912_422,
     ),
     "train-labels-idx1-ubyte": _Official(
         "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
         "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        28_881,
     ),
     "t10k-images-idx3-ubyte": _Official(
         "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
         "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        1_648_877,
     ),
     "t10k-labels-idx1-ubyte": _Official(
         "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-        4_542,
     ),
 }
 _MIRRORS = (
@@ -134,15 +124,15 @@ def mnist(
 def download_mnist(root: str | os.PathLike[str]) -> None:
     """Fetch what is missing of the four files of MNIST, packed, from two public mirrors in turn.
 
-    Only https is spoken, no more bytes are taken than the official file has, and a file gets its name once its SHA-256
-    is the official one. Files that are there, packed or not, are kept, and must be official as well.
+    pooch fetches them, and a file gets its name only once its SHA-256 is the official one. Files that are there, packed
+    or not, are kept, and must be official as well.
 
     Args:
         root: folder; made where there is none.
     Raises:
         DataError: a file that is there is damaged or not the official one, before anything is fetched; or no mirror
             gave a file, with what each gave instead.
-        OSError: the folder cannot be made or written to.
+        OSError: the folder cannot be made or written to. ImportError: pooch is not installed.
     """
     folder = Path(root)
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +143,7 @@ def download_mnist(root: str | os.PathLike[str]) -> None:
         else:
             _read(path, name, verify=True)
     for name in missing:
-        write_atomically(folder / f"{name}.gz", methodcaller("write", _from_mirrors(name)))
+        _from_mirrors(name, folder)
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -188,30 +178,18 @@ def _read(path: Path, name: str, *, verify: bool) -> np.ndarray:
     return array[:, None] if images else array
 
 
-class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but to https alone."""
+def _from_mirrors(name: str, folder: Path) -> None:
+    import pooch
+    import requests
 
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        if not newurl.lower().startswith("https://"):
-            raise urllib.error.HTTPError(req.full_url, code, f"leads to {newurl}, not https", headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _from_mirrors(name: str) -> bytes:
     faults = []
     for mirror in _MIRRORS:
         url = f"{mirror}{name}.gz"
         try:
-            return _fetch(url, _FILES[name])
-        except (OSError, http.client.HTTPException, DataError) as error:
+            fetch = pooch.HTTPDownloader(timeout=_TIMEOUT)
+            pooch.retrieve(url, f"sha256:{_FILES[name].packed}", f"{name}.gz", folder, downloader=fetch)
+            return
+        except (requests.RequestException, ValueError) as error:  # the second is of a file with another SHA-256
             faults.append(f"{url}: {str(error) or type(error).__name__}")
     raise problem(
         f"one of the mirrors must give {name}.gz",
@@ -219,18 +197,3 @@ def _from_mirrors(name: str) -> bytes:
         fix="Try again later, or put the file into root by hand; data_cards/mnist.md tells where it is.",
         error=DataError,
     )
-
-
-def _fetch(url: str, official: _Official) -> bytes:
-    try:
-        with urllib.request.build_opener(_HttpsOnly).open(url, timeout=_TIMEOUT) as response:
-            data = bytes(response.read(official.size + 1))
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise
-    if len(data) != official.size:
-        got = f"more than {official.size:,}" if len(data) > official.size else f"{len(data):,}"
-        raise DataError(f"{got} bytes instead of {official.size:,}")
-    if (digest := hashlib.sha256(data).hexdigest()) != official.packed:
-        raise DataError(f"SHA-256 {digest} instead of {official.packed}")
-    return data
