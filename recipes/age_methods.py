@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     import dir_toolkit as dt
 
-    Reduction = Literal["none", "mean", "sum"]
-
 
 @dataclass(frozen=True)
 class Method:
@@ -234,13 +232,11 @@ def objective(method: Method, model: dt.LongTailModel, density: dt.LabelDensity)
         return dt.ConRLoss(coefficient=4.0, weights=weights)
     if method.loss == "rnc":
 
-        def rank_and_probe(
-            output: dt.LongTailOutput, labels: Tensor, weight: Tensor | None, *, reduction: Reduction
-        ) -> Tensor:
+        def rank_and_probe(output: dt.LongTailOutput, labels: Tensor, weight: Tensor | None) -> Tensor:
             """The regressor reads features that its loss does not move, so that it is trained beside the encoder."""
-            contrast = dt.rank_n_contrast(output.features, labels, weight, reduction=reduction)
+            contrast = dt.rank_n_contrast(output.features, labels, weight)
             probe = model.read(output.features.detach())
-            return contrast + model.criterion(probe, labels, weight, reduction=reduction)
+            return contrast + model.criterion(probe, labels, weight)
 
         return rank_and_probe
     return model.criterion

@@ -431,7 +431,7 @@ def metrics_of(settings: Settings, data: Splits) -> dt.ClassificationMetrics:
 
 
 def objective(settings: Settings, variant: Variant, model: ImageClassifier, density: dt.LabelDensity) -> Any:
-    """The loss of a variant, called as ``loss(scored, target, weight, reduction=...)``."""
+    """The loss of a variant, called as ``loss(scored, target, weight)``."""
     import torch
 
     import dir_toolkit as dt
@@ -439,41 +439,38 @@ def objective(settings: Settings, variant: Variant, model: ImageClassifier, dens
     prior = dt.class_prior(density).to(next(model.parameters()).device)
     counts = torch.tensor(density.counts, device=prior.device)
 
-    def margin_loss(out: Scored, target: Tensor, weight: Tensor | None = None, *, reduction: str) -> Tensor:
-        loss = dt.affinity_loss(out.scores, target, weight, margin=settings.margin, reduction="sum")
+    def margin_loss(out: Scored, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        loss = dt.affinity_loss(out.scores, target, weight, margin=settings.margin)
         # In the plane only three prototypes can be equally far apart, and the term would pull all others together.
         even: Tensor | float = model.head.diversity() if variant.num_features > 2 else 0.0  # type: ignore[operator]
-        return loss + len(target) * even
+        return loss + even
 
     class WithCenters(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.centers = dt.CenterLoss(variant.num_features, 10, strength=settings.center_strength)
 
-        def forward(self, out: Scored, target: Tensor, weight: Tensor | None = None, *, reduction: str) -> Tensor:
+        def forward(self, out: Scored, target: Tensor, weight: Tensor | None = None) -> Tensor:
             # By the mean, so that a center's gradient is the paper's step whatever the batch size. SGD takes that step
             # as it does all others, with its rate, momentum and decay.
-            near = len(target) * self.centers(out.features, target, weight)
-            return near + dt.cross_entropy(out.scores, target, weight, reduction="sum")
+            return self.centers(out.features, target, weight) + dt.cross_entropy(out.scores, target, weight)
 
     if variant.head == "affinity":
         return margin_loss
     if variant.loss == "center":
         return WithCenters()
 
-    def ldam(s: Tensor, y: Tensor, w: Tensor | None, **how: Any) -> Tensor:
-        return dt.ldam_loss(s, y, w, counts=counts, max_margin=settings.ldam_margin, **how)
+    def ldam(s: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
+        return dt.ldam_loss(s, y, w, counts=counts, max_margin=settings.ldam_margin)
 
     losses: dict[Loss, Callable[..., Tensor]] = {
         "cross-entropy": dt.cross_entropy,
         "balanced": dt.cross_entropy,  # with weights
-        "focal": lambda s, y, w, **how: dt.focal_loss(s, y, w, gamma=settings.focal_gamma, **how),
+        "focal": lambda s, y, w: dt.focal_loss(s, y, w, gamma=settings.focal_gamma),
         "ldam": ldam,
         "ldam-drw": ldam,  # with weights from a later epoch on
-        "logit-adjusted": lambda s, y, w, **how: dt.logit_adjusted_cross_entropy(
-            s, y, prior, settings.tau, weight=w, **how
-        ),
-        "equalized": lambda s, y, w, **how: dt.equalization_loss(
+        "logit-adjusted": lambda s, y, w: dt.logit_adjusted_cross_entropy(s, y, prior, settings.tau, weight=w),
+        "equalized": lambda s, y, w: dt.equalization_loss(
             # Rare is what is rarer than if all were alike. The global generator is seeded anew in every step.
             s,
             y,
@@ -482,11 +479,10 @@ def objective(settings: Settings, variant: Variant, model: ImageClassifier, dens
             threshold=0.1,
             drop=settings.equalized_drop,
             generator=global_generator(s),
-            **how,
         ),
     }
     chosen = losses[variant.loss]
-    return lambda out, target, weight, *, reduction: chosen(out.scores, target, weight, reduction=reduction)
+    return lambda out, target, weight=None: chosen(out.scores, target, weight)
 
 
 def global_generator(near: Tensor) -> Any:

@@ -111,9 +111,9 @@ def test_a_second_stage_leaves_every_bit_of_the_encoder(make: Any, method: Any, 
     before, head = bits(model.backbone), bits(model.head)
     modes: list[bool] = []
 
-    def loss(scores: Tensor, target: Tensor, weight: Tensor | None, *, reduction: Any) -> Tensor:
+    def loss(scores: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         modes.extend([model.training, *(part.training for part in model.backbone.modules())])
-        return cross_entropy(scores, target, weight, reduction=reduction)
+        return cross_entropy(scores, target, weight)
 
     train = digits_like(TAIL, seed=0)
     second_stage(model, train, tmp_path, loss=loss)

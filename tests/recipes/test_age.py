@@ -491,7 +491,7 @@ def step(name: str, model: torch.nn.Module, fds: object, images: torch.Tensor, l
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
     with fds.labels(labels) if fds is not None else nullcontext():
         output = model(images)
-    value = loss(output, labels, None, reduction="sum")
+    value = loss(output, labels, None)
     value.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert 0 < norm.item() < float("inf")

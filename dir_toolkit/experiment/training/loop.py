@@ -66,19 +66,25 @@ def fit(
     """Train a model, keep the weights of the epoch with the least validation error, and load them at the end.
 
     Everything random follows from the seed and the place in the run: the order of an epoch from (seed, epoch), the
-    augmentation and what the model draws from (seed, epoch, step, rank). So on the CPU a run that was stopped
-    anywhere, and resumed in a new process with as many threads, ends with the bits of one that was not; with another
-    number of threads it warns, and CUDA adds up in no fixed order. Each global batch is dealt to the ranks in turn, and
-    a rank's loss is its sum over samples times ranks / global batch size, so that n ranks step as one does, but for
-    BatchNorm, whose statistics are those of a rank's share; an epoch's last, short batch is kept unless it holds fewer
-    than two samples per rank. Only as many ranks as started a run may go on with it. Ctrl-C ends the step, writes a
-    checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process. SIGTERM, by which schedulers end a
-    job, ends it like the first Ctrl-C, however often it comes, unless the program has a handler of its own.
+    augmentation and what the model draws from (seed, epoch, step, rank). So on the CPU a run that was stopped anywhere,
+    and resumed in a new process with as many threads, ends with the bits of a run that was not stopped. With another
+    number of threads it warns, and CUDA adds up in no fixed order.
+
+    Each global batch is dealt to the ranks in turn, and a rank's loss counts in proportion to its share of the batch,
+    so that n ranks step as one does where the loss is a mean over samples. What looks at several samples at once, such
+    as BatchNorm or a loss of pairs, sees those of its rank. An epoch's last, short batch is kept unless it holds fewer
+    than two samples per rank. Only as many ranks as started a run may go on with it.
+
+    Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process.
+    SIGTERM, by which schedulers end a job, ends it like the first Ctrl-C, however often it comes, unless the program
+    has a handler of its own.
 
     Args:
         model: from float images (N, C, H, W) in [-1, 1] to what the loss takes; moved to the runtime's device.
         metrics: without samples; of its kind are the validation errors, and its ``selects`` decides the best epoch.
-        loss: called as ``loss(output, labels, weight, reduction="sum")``; a module's parameters are trained, too.
+        loss: called as ``loss(output, labels, weight)``, with None as weight where samples are not weighed; it returns
+            the mean over the samples of the batch, or any other number that is made of the batch as a whole. A
+            module's parameters are trained, too.
         weights: fitted; None weighs all samples alike.
         weights_from: epochs before the weights count, as in deferred reweighting (Cao et al. 2019).
         sampler: whose ``order(epoch)`` decides what an epoch holds; None takes every sample once, shuffled.
@@ -193,16 +199,17 @@ def fit(
                 torch.manual_seed(runtime.derive("model", *key))
                 weight = weights(labels) if weights is not None and at.epoch >= weights_from else None
                 with fds.labels(labels) if fds is not None else nullcontext():
-                    loss_sum = _checked_loss(network(to_float(images), labels, weight))
-                (loss_sum * (runtime.world / len(batch))).backward()
+                    mean = _checked_loss(network(to_float(images), labels, weight))
+                # Ranks are averaged: so that each counts by its samples, whose number differs in an uneven batch.
+                (mean * (len(labels) * runtime.world / len(batch))).backward()
 
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(optimization, done, total_steps)
                 norm = nn.utils.clip_grad_norm_(step.parameters(), optimization.clip_norm or math.inf)
-                watch.see(done, loss_sum.detach(), norm)
+                watch.see(done, mean.detach(), norm)
                 optimizer.step()
                 optimizer.zero_grad()
-                at.loss_sum += loss_sum.detach().double()
+                at.loss_sum += len(labels) * mean.detach().double()
                 at.samples += len(batch)
                 at.step += 1
                 log.step()
@@ -332,7 +339,7 @@ class _Step(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
         with self._runtime.autocast():
             output = self.model(images)
-        return self.loss(output, labels, weight, reduction="sum")
+        return self.loss(output, labels, weight)
 
 
 class _LossWatch:
@@ -407,7 +414,7 @@ def _checked_loss(loss: object) -> Tensor:
     if not isinstance(loss, Tensor):
         raise problem("loss must return a tensor", got=type(loss).__name__, error=TypeError)
     if loss.ndim:
-        got, fix = f"shape {tuple(loss.shape)}", 'Return the sum over samples; it is called with reduction="sum".'
+        got, fix = f"shape {tuple(loss.shape)}", "Return the mean over samples."
         raise problem("loss must return one number", got=got, fix=fix, error=ShapeError)
     if not loss.requires_grad:
         fix = "Leave out .detach() and torch.no_grad(), and use the output it is handed."

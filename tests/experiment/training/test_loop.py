@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import os
 import signal
@@ -144,9 +145,9 @@ def class_model(*, random: bool = False, features: bool = True) -> ImageClassifi
     return ImageClassifier(backbone, LinearHead(54, 4), return_features=features)
 
 
-def scored_cross_entropy(output: Scored, target: Tensor, weight: Tensor | None, *, reduction: Any) -> Tensor:
+def scored_cross_entropy(output: Scored, target: Tensor, weight: Tensor | None) -> Tensor:
     assert isinstance(output, Scored)
-    return cross_entropy(output.scores, target, weight, reduction=reduction)
+    return cross_entropy(output.scores, target, weight)
 
 
 class WithCenters(nn.Module):
@@ -161,12 +162,12 @@ class WithCenters(nn.Module):
     def settings(self) -> dict[str, Any]:
         return {"center": self.center}  # where it stops decides no numbers
 
-    def forward(self, output: Scored, target: Tensor, weight: Tensor | None, *, reduction: Any) -> Tensor:
+    def forward(self, output: Scored, target: Tensor, weight: Tensor | None) -> Tensor:
         self._calls += 1
         if self._calls == self._stop_at:
             press_ctrl_c()
-        own = self.center(output.features, target, weight, reduction=reduction)
-        return scored_cross_entropy(output, target, weight, reduction=reduction) + own
+        own = self.center(output.features, target, weight)
+        return scored_cross_entropy(output, target, weight) + own
 
 
 def class_metrics(data: ImageSet) -> ClassificationMetrics:
@@ -211,11 +212,11 @@ def train_binned(
         model = binned_model(random=random, with_fds=True, residual=True, weights=LDS(BINS).fit(image_set().labels))
     calls = [0]
 
-    def criterion(output: LongTailOutput, *arguments: Any, reduction: Any) -> Tensor:
+    def criterion(output: LongTailOutput, *arguments: Any) -> Tensor:
         calls[0] += 1
         if calls[0] == stop_at:
             press_ctrl_c()
-        return model.criterion(output, *arguments, reduction=reduction)
+        return model.criterion(output, *arguments)
 
     arguments: dict[str, Any] = {
         "metrics": metrics_of(image_set()),
@@ -234,11 +235,11 @@ def at_call(number: int, act: Callable[[], object]) -> Callable[..., Tensor]:
     """The loss, which acts when it is called for the n-th time."""
     calls = [0]
 
-    def weighted_l1_and_more(*arguments: Tensor, reduction: str) -> Tensor:
+    def weighted_l1_and_more(*arguments: Tensor) -> Tensor:
         calls[0] += 1
         if calls[0] == number:
             act()
-        return weighted_l1(*arguments, reduction=reduction)  # type: ignore[arg-type]
+        return weighted_l1(*arguments)
 
     return weighted_l1_and_more
 
@@ -468,8 +469,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
     last = tmp_path / "checkpoint-last.pt"
     kept = []
 
-    def nan_in_epoch_two(pred: Tensor, target: Tensor, weight: Tensor, *, reduction: str) -> Tensor:
-        loss = weighted_l1(pred, target, weight, reduction="sum")
+    def nan_in_epoch_two(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        loss = weighted_l1(pred, target, weight)
         if not last.exists():
             return loss
         kept.append(last.read_bytes())
@@ -573,18 +574,18 @@ def test_what_cannot_work_is_refused_before_any_step(
 
 
 def test_what_has_no_gradient_is_refused_in_words(tmp_path: Path) -> None:
-    def detached(output: Tensor, target: Tensor, weight: Tensor, *, reduction: str) -> Tensor:
-        return weighted_l1(output.detach(), target, weight, reduction="sum")
+    def detached(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return weighted_l1(output.detach(), target, weight)
 
-    def by_sample(output: Tensor, target: Tensor, weight: Tensor, *, reduction: str) -> Tensor:
+    def by_sample(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         return weighted_l1(output, target, weight, reduction="none")
 
-    def number(output: Tensor, target: Tensor, weight: Tensor, *, reduction: str) -> float:
+    def number(output: Tensor, target: Tensor, weight: Tensor) -> float:
         return 1.0
 
     for loss, error, says in (
         (detached, UsageError, "loss must depend on what is trained, got one without a gradient"),
-        (by_sample, ShapeError, r"loss must return one number, got shape \(15,\)"),
+        (by_sample, ShapeError, r"loss must return one number, got shape \(15,\)\. Return the mean"),
         (number, TypeError, "loss must return a tensor, got float"),
     ):
         with pytest.raises(error, match=rf"^fit: {says}"):
@@ -640,8 +641,8 @@ def test_a_best_epoch_among_the_first_is_told_once(tmp_path: Path) -> None:
         def forward(self, images: Tensor) -> Tensor:
             return 1e3 * self.by.square() * images.new_ones(len(images))
 
-    def away(output: Tensor, target: Tensor, weight: Tensor | None, *, reduction: str) -> Tensor:
-        return -(output + model.by).sum()
+    def away(output: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        return -(output + model.by).mean()
 
     def run(epochs: int, folder: Path) -> None:
         data = image_set()
@@ -786,7 +787,7 @@ def test_weights_count_from_their_epoch_on(tmp_path: Path, weights_from: int) ->
     weights = LDS(CLASSES, kernel=None).fit(class_set().labels)
     steps = 0
 
-    def loss(output: Scored, target: Tensor, weight: Tensor | None, *, reduction: Any) -> Tensor:
+    def loss(output: Scored, target: Tensor, weight: Tensor | None) -> Tensor:
         nonlocal steps
         epoch = steps // 3  # of forty samples
         steps += 1
@@ -795,7 +796,7 @@ def test_weights_count_from_their_epoch_on(tmp_path: Path, weights_from: int) ->
         else:
             assert weight is not None
             assert torch.equal(weight, weights(target))
-        return cross_entropy(output.scores, target, weight, reduction=reduction)
+        return cross_entropy(output.scores, target, weight)
 
     classify(tmp_path, loss=loss, weights=weights, weights_from=weights_from)
     assert steps == 3 * EPOCHS
@@ -997,11 +998,13 @@ def test_two_ranks_with_uneven_shares_step_as_one_process_and_resume_to_the_bit(
         for name in ("loss", "lr", "val_mae", "val_bmae", "val_mae_few"):
             assert row[name] == pytest.approx(expected[name], rel=1e-4)
     assert same_runs(tmp_path / "two", tmp_path / "two-stopped")
-    expected = gradients(tmp_path / "one-gradients", one_process())
-    assert len(expected) == STEPS
-    assert all(gradient.any() for step in expected for gradient in step)
+    plain, spread = (gradients(tmp_path / f"one-{factor}", one_process(), spread=factor) for factor in (0.0, 3.0))
+    assert len(plain) == STEPS
+    assert all(gradient.any() for step in plain for gradient in step)
+    assert not torch.allclose(plain[0][2], spread[0][2])
     for state in states:
-        torch.testing.assert_close(state["gradients"], expected, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(state["gradients"], plain, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(state["spread"], spread, rtol=1e-11, atol=1e-13)
     with pytest.raises(CheckpointError, match=r"number of processes was 2 and is 1\. .* as many processes"):
         train(tmp_path / "two", random=False, resume=True)
     binned, history = train_binned(tmp_path / "one-binned", random=False)
@@ -1026,6 +1029,31 @@ def test_two_ranks_with_uneven_shares_step_as_one_process_and_resume_to_the_bit(
         assert same(states[0][kind]["predicted"], states[1][kind]["predicted"])
 
 
+def test_a_loss_of_pairs_is_taken_as_it_is(tmp_path: Path) -> None:
+    """A loss of the batch as a whole, which no sum over samples gives."""
+    values: list[float] = []
+
+    def ranking(output: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        assert weight is None
+        i, j = torch.triu_indices(len(target), len(target), 1)
+        loss = ((output[i] - output[j]) - (target[i] - target[j])).abs().mean()
+        values.append(loss.item())
+        return loss
+
+    seen: list[Tensor] = []
+    model, data = tiny_model(random=False), image_set(15)
+    first = copy.deepcopy(model)
+    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(model.head.weight.grad.clone()))
+    how = Optimization(epochs=4, batch_size=BATCH, lr=0.03)
+    arguments: dict[str, Any] = {"metrics": metrics_of(data), "optimization": how, "augmentation": False}
+    history = fit(model, data, data, loss=ranking, runtime=one_process(), folder=tmp_path, **arguments)
+    handle.remove()
+    ranking(first(to_float(torch.from_numpy(data.images))), torch.from_numpy(data.labels), None).backward()
+    torch.testing.assert_close(seen[0], first.head.weight.grad, rtol=1e-4, atol=1e-6)
+    assert [row["loss"] for row in history] == pytest.approx(values[:-1], rel=1e-6)
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
 class InDoubles(Regressor):
     """Linear and without chance, so that ranks differ from one process by rounding alone."""
 
@@ -1037,12 +1065,19 @@ class InDoubles(Regressor):
         return 5 + 5 * self.head(self.backbone(images.double())).squeeze(1)
 
 
-def gradients(folder: Path, runtime: Runtime) -> list[list[Tensor]]:
-    """Of each parameter in each step of an epoch: weighted samples, the last batch of seven, an odd number."""
+def gradients(folder: Path, runtime: Runtime, *, spread: float = 0.0) -> list[list[Tensor]]:
+    """Of each parameter in each step of an epoch: weighted samples, the last batch of seven, an odd number.
+
+    Args:
+        spread: factor of a term that is made of the model as a whole, whatever samples there are.
+    """
     seen: list[list[Tensor]] = []
     data = image_set()
     with runtime.seeded("init"):
         model = InDoubles()
+
+    def loss(output: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        return weighted_l1(output, target, weight) + spread * model.head.weight.var()
 
     def note(*_: Any) -> None:
         seen.append([parameter.grad.clone() for parameter in model.parameters()])
@@ -1053,11 +1088,13 @@ def gradients(folder: Path, runtime: Runtime) -> list[list[Tensor]]:
         data,
         image_set(31, seed=1),
         metrics=metrics_of(data),
+        loss=loss if spread else weighted_l1,
         weights=LDS(BINS).fit(data.labels),
         runtime=runtime,
         folder=folder,
         augmentation=False,
         optimization=Optimization(epochs=1, batch_size=BATCH, lr=0.01),
+        fingerprint={"loss": f"spread {spread}"},
     )
     handle.remove()
     return seen
@@ -1077,6 +1114,7 @@ def run_rank(rank: int) -> dict[str, Any]:
             raise AssertionError("both ranks must stop")
         found = {"model": model.state_dict(), "history": history}
         found["gradients"] = gradients(folder / "two-gradients", runtime)
+        found["spread"] = gradients(folder / "two-spread", runtime, spread=3.0)
         with pytest.raises(CheckpointError, match="number of processes was 1 and is 2"):
             train(folder / "one", runtime, random=False, resume=True)
         model, history = train_binned(folder / "binned", runtime, random=False)
