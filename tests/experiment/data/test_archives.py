@@ -201,8 +201,8 @@ def test_folder_reads_and_digests(tmp_path):
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub", b"one", "a.jpg")
     files = FolderFiles(tmp_path)
-    assert files.has("sub/a.jpg", where="list")
-    assert not files.has("sub/none.jpg", where="list")
+    assert files.has("sub/a.jpg", source="list")
+    assert not files.has("sub/none.jpg", source="list")
     assert dict(files.read(["sub/a.jpg"])) == {"sub/a.jpg": b"one"}
     before = files.digest(["sub/a.jpg"])
     write(tmp_path / "sub", b"two", "a.jpg")
@@ -225,21 +225,21 @@ def test_folder_keeps_to_itself(tmp_path):
     (root / "loop.jpg").symlink_to(root / "loop.jpg")
     os.mkfifo(root / "pipe.jpg")
     files = FolderFiles(root)
-    assert files.has("inner.jpg", where="list")
+    assert files.has("inner.jpg", source="list")
     outside = ["link.jpg", "folder/a.jpg", "../out-evil/a.jpg", "in/../../out-evil/a.jpg", "", "."]
     for name in [*outside, str(root / "in" / "a.jpg"), "a\0b", "in\\a.jpg"]:
         with pytest.raises(DataError, match="list, line 3: path must stay inside"):
-            files.has(name, where="list, line 3")
+            files.has(name, source="list, line 3")
     for name in ["pipe.jpg", "in"]:
         with pytest.raises(DataError, match="regular file"):
-            files.has(name, where="list")
+            files.has(name, source="list")
     for name in ["loop.jpg", "in/a.jpg/b.jpg", "n" * 5000]:
         with pytest.raises(DataError, match=r"list: path must"):
-            files.has(name, where="list")
+            files.has(name, source="list")
 
 
 def test_folder_passes_over_no_giant(tmp_path):
     with write(tmp_path, b"", "giant.jpg").open("wb") as file:
         file.truncate(2**25 + 1)
     with pytest.raises(DataError, match="at most 33,554,432 bytes"):
-        FolderFiles(tmp_path).has("giant.jpg", where="list")
+        FolderFiles(tmp_path).has("giant.jpg", source="list")
