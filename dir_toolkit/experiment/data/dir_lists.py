@@ -59,36 +59,36 @@ def dir_list(
     split_of: dict[str, str] = {}
     missing = 0
     for line, age, path, split in _rows(listing):
-        source = f"{listing}, line {line}"
+        place = f"{listing}, line {line}"
         if not _AGE.fullmatch(age) or float(age) > _OLDEST:
             raise problem(
-                f"age must be a number from 0 to {_OLDEST}, in years", got=repr(age), error=DataError, source=source
+                f"age must be a number from 0 to {_OLDEST}, in years", got=repr(age), error=DataError, source=place
             )
         if split not in parts:
-            raise problem("split must be train, val or test", got=repr(split), error=DataError, source=source)
+            raise problem("split must be train, val or test", got=repr(split), error=DataError, source=place)
         if path and path != posixpath.normpath(path):
             raise problem(
                 "a path must be written in one way only",
                 got=repr(path),
                 fix=f"Write {posixpath.normpath(path)!r}.",
                 error=DataError,
-                source=source,
+                source=place,
             )
         if split_of.get(path, split) != split:
             raise problem(
                 "a path must stand in one split",
                 got=f"{path!r} in {split_of[path]} and {split}",
                 error=DataError,
-                source=source,
+                source=place,
             )
-        if path not in split_of and not files.has(path, source=source):
+        if path not in split_of and not files.has(path, source=place):
             if on_error == "raise":
                 raise problem(
                     "path must name an image",
                     got=f"{path!r}, which is not in {files.root}",
                     fix='Check root, or pass on_error="skip" to leave such rows out.',
                     error=DataError,
-                    source=source,
+                    source=place,
                 )
             missing += 1
             continue
