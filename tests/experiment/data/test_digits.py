@@ -74,11 +74,11 @@ def test_evaluation_is_balanced_and_left_alone_by_tail_noise_and_seed(default):
         (
             {"val_per_class": 124},
             ValueError,
-            "long_tail_splits: val_per_class must leave each class at least one sample, got 124 of class 8,",
+            "digits: val_per_class must leave each class at least one sample, got 124 of class 8,",
         ),
-        ({"shares": [1.0] * 9}, ShapeError, "long_tail_splits: shares must hold one share a class, got 9 for 10"),
-        ({"noise": -0.1}, ValueError, "long_tail_splits: noise must be >= 0 and < 1, got -0.1."),
-        ({"seed": -1}, ValueError, "long_tail_splits: seed must be at least 0, got -1."),
+        ({"shares": [1.0] * 9}, ShapeError, "digits: shares must hold one share a class, got 9 for 10"),
+        ({"noise": -0.1}, ValueError, "digits: noise must be >= 0 and < 1, got -0.1."),
+        ({"seed": -1}, ValueError, "digits: seed must be at least 0, got -1."),
     ],
 )
 def test_refuses(settings, error, message):
