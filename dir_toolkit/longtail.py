@@ -44,7 +44,7 @@ from .labels.decoding import Decoding, decode, interval, quantiles
 from .labels.density import LabelDensity, to_shares
 from .labels.grid import AnyBins
 from .labels.kernels import Window, checked_window, usual_kernel
-from .labels.soft_labels import KernelUnit, LabelKernel, checked_sigma, limits, soft_labels
+from .labels.soft_labels import KernelUnit, LabelKernel, checked_sigma, limits, soft_labels, spread_counts
 from .labels.weights import LDS
 from .losses._reduce import Reduction
 from .losses.affinity import affinity_loss
@@ -72,6 +72,7 @@ _POINT_LOSSES = {
 }
 _BIN_LOSSES = {"crps": 1, "squared_emd": 1}
 
+_HARDLY_ANY = 1e-3  # of a label, spread, that reaches a bin: none lies in or near it
 _LEAST_VARIANCE = 1e-6  # of the Gaussian head, in variances of the labels
 _SMALL_ERROR = 0.1  # in standard deviations of the labels: what Huber's and the focal losses take for one unit
 
@@ -109,8 +110,9 @@ class LongTailModel(nn.Module):
 
     .. math:: P(b|x) = \mathrm{softmax}\big(s_b / T - \tau \log (\pi_b / u_b) + \log (P_{target}(b) / u_b)\big),
 
-    with :math:`\pi` the training prior, the shares of labels times the weights that their loss had, smoothed over
-    bins, and :math:`u` the shares of the bins' widths. Over ``Bins.classes`` the same path is plain classification
+    with :math:`\pi` the training prior, the shares of labels times the weights that their loss had, spread over bins
+    as the loss spreads labels, and :math:`u` the shares of the bins' widths. So a network that learns nothing from its
+    inputs answers with the target at :math:`\tau = 1`. Over ``Bins.classes`` the same path is plain classification
     with logit adjustment. ``model(x, labels)`` computes the loss, too; in training it enters ``fds.labels(labels)``.
     With :func:`dir_toolkit.experiment.training.loop.fit` use ``loss=model.criterion`` and, if there is one,
     ``fds=model.fds``. In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is no submodule, so that
@@ -151,9 +153,11 @@ class LongTailModel(nn.Module):
         tau: strength of the adjustment, >= 0.
         adjust: ``"after"`` adjusts predictions; ``"in_loss"`` adds the opposite to the logits that a named loss sees
             (``"affinity_loss"`` apart), so that plain scores predict under ``prior``.
-        prior_kernel: window that smooths the training prior, for ``"balanced_mse"`` too; ``"auto"`` is
-            ``gaussian(5, 2)`` on a continuous axis of five bins or more, else None. For a prior, bins below one label
-            count as one.
+        prior_kernel: how the training prior is spread over bins. ``"auto"`` spreads it as the loss spreads labels, each
+            taken to lie at the centre of its bin, and not at all where the loss takes labels as they are. A window
+            smooths it instead, and None leaves it. A bin that less than one label reaches is filled up to one, of its
+            own weight. ``"balanced_mse"`` has its density smoothed by the window; there ``"auto"`` is
+            ``gaussian(5, 2)`` on an axis of five bins or more, else None.
         temperature: T > 0, :func:`dir_toolkit.fit_temperature`.
         decode: how a distribution becomes a label, :func:`dir_toolkit.labels.decoding.decode`. None means the median,
             or the mode for classes.
@@ -252,9 +256,7 @@ class LongTailModel(nn.Module):
         self.decoding: Decoding = decode or ("median" if self._kind == "bins" else "mode")
         if isinstance(prior_kernel, str):
             one_of("prior_kernel", prior_kernel, ("auto",))
-            self.prior_kernel: Window | None = usual_kernel(bins)  # type: ignore[assignment]
-        else:
-            self.prior_kernel = prior_kernel
+        self.prior_kernel = prior_kernel
         if weights is not None:
             instance(LDS, weights=weights)
             _check_kind("weights", weights.bins, bins)
@@ -263,7 +265,7 @@ class LongTailModel(nn.Module):
         self._calls_loss = not isinstance(self.loss, str)  # told now: torch 2.4's compiler cannot ask a partial
         self.sigma = self._checked_sigma(sigma)
 
-        self._warned_unseen = False
+        self._warned_unseen = density is not None and density._of_weighted_rows
         self._prior: dict[str, Any] = {"prior": prior, "tau": tau, "temperature": temperature}
         if self._has_bins:
             self._start_prior(prior, tau, temperature)
@@ -442,14 +444,21 @@ class LongTailModel(nn.Module):
                 rule = f"{name} must be ({len(self.bins)},), one share a bin"
                 raise problem(rule, got=f"shape {tuple(target.shape)}", error=ShapeError)
             prior_shares(name, target, zeros=True)
+        kernel = self._chosen_kernel(kernel)
+        if target is None:
+            return self.loss_offset.clone()
+        return self._offset_from(self._training_prior(kernel), target, tau)
+
+    def _chosen_kernel(self, kernel: Window | Literal["auto"] | None) -> Window | Literal["auto"] | None:
         if isinstance(kernel, str):
             one_of("kernel", kernel, ("auto",))
             kernel = self.prior_kernel
-        if kernel is not None:
+        if kernel is not None and not isinstance(kernel, str):
             checked_window(kernel, len(self.bins))
-        if target is None:
-            return self.loss_offset.clone()
-        offset = prior_offset(self._training_prior(kernel), target, tau)
+        return kernel
+
+    def _offset_from(self, prior: Tensor, target: Literal["uniform"] | Prior, tau: float) -> Tensor:
+        offset = prior_offset(prior, target, tau)
         # Per label unit: u cancels at tau 1, but where the target is u itself.
         power = tau if isinstance(target, str) else tau - 1
         offset = offset + power * torch.from_numpy(np.log(self.bins.relative_widths))
@@ -512,9 +521,10 @@ class LongTailModel(nn.Module):
         share = torch.tensor(self.bins.relative_widths, device=scores.device)
         tried = candidate_taus(taus)
         trial = copy.deepcopy(self.adjuster)
+        prior = self._training_prior(self._chosen_kernel(kernel))
         curve = []
         for tau in tried:
-            trial.offset.copy_(self._offset("uniform", float(tau), kernel))
+            trial.offset.copy_(self._offset_from(prior, "uniform", float(tau)))
             error = (self._decoded(trial(self._logits(scores)).softmax(1), self.decoding) - labels).abs().double()
             sums, counts = (error.new_zeros(len(self.bins)).index_add(0, row, x) for x in (error, error**0))
             seen = counts > 0
@@ -734,8 +744,11 @@ class LongTailModel(nn.Module):
         self._loss_unit = self._spread**power
         self._least_variance = max(_LEAST_VARIANCE * self._spread**2, torch.finfo(torch.float32).tiny)
         if loss == "balanced_mse":
-            density = self._needed_density('loss="balanced_mse"', self.prior_kernel)
-            return BinnedIntegrationLoss(self.bins, density)
+            density = self._needed_density('loss="balanced_mse"')
+            usual = isinstance(self.prior_kernel, str)
+            kernel: Any = usual_kernel(self.bins) if usual else self.prior_kernel
+            (counts,) = self._spread_as(kernel, self._weighted(density))
+            return BinnedIntegrationLoss(self.bins, LabelDensity(self.bins, counts))
         small = _SMALL_ERROR * self._spread
         functions: dict[str, Callable[..., Tensor]] = {
             "weighted_l1": weighted_l1,
@@ -760,26 +773,38 @@ class LongTailModel(nn.Module):
         self.loss_offset.copy_(-self.adjuster.offset)
         self.adjuster.offset.zero_()
 
-    def _training_prior(self, kernel: Window | None) -> Tensor:
-        counts = self._needed_density("a prior", kernel).counts
-        unseen = int((counts == 0).sum())
+    def _training_prior(self, kernel: Window | Literal["auto"] | None) -> Tensor:
+        density = self._needed_density("a prior")
+        reached, learnt = self._spread_as(kernel, density, self._weighted(density))
+        unseen = int((reached < _HARDLY_ANY).sum())
         if unseen and not self._warned_unseen:
             self._warned_unseen = True
             warn(f"no label in or near {unseen} of {len(self.bins)} bins; the prior takes each to have one.")
-        one_each = self._weighted(LabelDensity(self.bins, np.ones(len(self.bins))))
-        return torch.from_numpy(to_shares(np.maximum(counts, one_each.counts)))
+        one_each = self._weighted(LabelDensity(self.bins, np.ones(len(self.bins)))).counts
+        # Filled up, so that the adjustment of a bin that training has hardly seen stays bounded.
+        return torch.from_numpy(to_shares(learnt + one_each * (1 - reached).clip(min=0)))
 
-    def _needed_density(self, what: str, kernel: Window | None) -> LabelDensity:
-        """The density as the loss sees it, smoothed by ``kernel``."""
+    def _needed_density(self, what: str) -> LabelDensity:
         if self.density is None:
             fix = "Pass density=LabelDensity.count(train_labels, bins)."
             raise problem(f"{what} needs density", got="None", fix=fix)
-        if kernel is None:
-            return self._weighted(self.density)
-        if self.density.counts.dtype.kind == "f":
-            fix = "Hand over the counted density, or no kernel."
+        return self.density
+
+    def _spread_as(
+        self, kernel: Window | Literal["auto"] | None, *densities: LabelDensity
+    ) -> Sequence[np.ndarray] | np.ndarray:
+        """The counts of each density, (B,), spread as the loss spreads labels, or smoothed by a window."""
+        if kernel is None or (isinstance(kernel, str) and not self.sigma):
+            return [density.counts for density in densities]
+        assert self.density is not None
+        if self.density.counts.dtype.kind == "f" and not self.density._of_weighted_rows:
+            fix = "Hand over the counted density, or None as the kernel."
             raise problem("density must be as counted, to be smoothed", got=repr(self.density), fix=fix)
-        return self._weighted(self.density).smooth(kernel)
+        if not isinstance(kernel, str):
+            return [density.smooth(kernel).counts for density in densities]
+        assert self.sigma is not None
+        counts = np.stack([density.counts for density in densities]).astype(np.float64)
+        return spread_counts(counts, self.bins, self.sigma, kernel=self.label_kernel, unit=self._sigma_unit)
 
     def _weighted(self, density: LabelDensity) -> LabelDensity:
         if self.weights is None or (self.weights.table.is_meta and torch.empty(0).is_meta):

@@ -229,10 +229,14 @@ def learnt_without_a_clue(y: Tensor, bins: Bins, **options: Any) -> LongTailMode
     """A model of one constant feature, trained to its optimum."""
     density = LabelDensity.count(y, bins)
     options = {"density": density, "sigma": None, "prior_kernel": None, **options}
-    model = LongTailModel(nn.Identity(), 1, bins, **options).double()
+    return learn_without_a_clue(LongTailModel(nn.Identity(), 1, bins, **options), y)
+
+
+def learn_without_a_clue(model: LongTailModel, y: Tensor) -> LongTailModel:
+    model.double()
     x = torch.ones(len(y), 1, dtype=torch.float64)
     optimizer = torch.optim.LBFGS(
-        model.head.parameters(), max_iter=200, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+        model.head.parameters(), max_iter=400, tolerance_grad=1e-11, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
@@ -267,6 +271,87 @@ def test_who_learns_nothing_answers_with_the_prior_whatever_the_weights(bins: Bi
         torch.testing.assert_close(model(one).distribution[0], torch.tensor(rising).double(), rtol=1e-4, atol=1e-5)
         model.set_prior("uniform")
         torch.testing.assert_close(model(one).distribution[0], even, rtol=1e-4, atol=1e-5)
+
+
+SEVENS = Bins.uniform(0, 7, width=1, integer=True)
+STRETCHED = Bins.from_edges([0.0, 1.0, 3.0, 4.0, 6.0, 7.0, 11.0, 12.0])
+AXES = {"classes": Bins.classes(7), "even": Bins.uniform(0, 14, count=7), "integer": SEVENS, "uneven": STRETCHED}
+SPREADS: list[dict[str, Any]] = [
+    {},
+    {"sigma": 0.7},
+    {"sigma": 0.7, "label_kernel": "laplace"},
+    {"sigma": None},
+    {"loss": "squared_emd"},
+    {"loss": "squared_emd", "sigma": 0.7},
+    {"loss": "crps"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*spreads each label")  # on an axis so short
+@pytest.mark.parametrize("adjust", ["after", "in_loss"])
+@pytest.mark.parametrize("kernel", [None, triangular(3)], ids=["counts", "smoothed"])
+@pytest.mark.parametrize("scheme", [None, "inverse", "sqrt_inverse", "effective_number"])
+@pytest.mark.parametrize("options", SPREADS, ids=str)
+@pytest.mark.parametrize("bins", AXES.values(), ids=list(AXES))
+def test_who_learns_nothing_answers_with_the_target_however_labels_are_spread(
+    bins: Bins, options: dict[str, Any], scheme: Any, kernel: Any, adjust: Any
+) -> None:
+    if bins.categorical and options != {"sigma": None}:
+        pytest.skip("classes are not spread")
+    if scheme is None and kernel is not None:
+        pytest.skip("no weights to smooth")
+    counts = np.array([100, 40, 9, 3, 30, 6, 2])
+    y = torch.from_numpy(np.repeat(bins.centers, counts))
+    if bins.categorical:
+        y = y.long()
+    elif options == {"loss": "crps"}:
+        if bins is SEVENS:
+            pytest.skip("the optimum of CRPS is not the shares of labels that all lie on whole numbers")
+        # As of labels that lie evenly in each bin, of which its optimum is the shares: within a bin CRPS is a cubic of
+        # the label, which Gauss's two points integrate.
+        from_middle = torch.tensor([-1.0, 1.0]) / math.sqrt(12) * limits(bins, y).diff()[:, None]
+        y = (torch.tensor(bins.centers)[:, None] + from_middle).repeat_interleave(torch.tensor(counts), 0).flatten()
+    weights = None if scheme is None else LDS(bins, kernel=kernel, scheme=scheme).fit(LabelDensity.count(y, bins))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    shares = torch.arange(1, 8).double() / 28
+    even = torch.tensor(bins.relative_widths).double() / 7
+    same = partial(torch.testing.assert_close, rtol=1e-4, atol=0)
+    for target, expected, other, then in (("uniform", even, shares, shares), (shares, shares, "uniform", even)):
+        density = LabelDensity.count(y, bins)
+        model = LongTailModel(
+            nn.Identity(), 1, bins, density=density, weights=weights, prior=target, adjust=adjust, **options
+        )
+        learn_without_a_clue(model, y)
+        same(model(one).distribution[0], expected)
+        model.set_prior(other)
+        same(model(one).distribution[0], then)
+
+
+def test_weights_over_bins_of_their_own_belong_to_the_prior_that_is_spread() -> None:
+    coarse = Bins.from_edges([0.0, 4.0, 8.0, 14.0])
+    bins = AXES["even"]
+    y = torch.from_numpy(np.repeat(bins.centers, [100, 40, 9, 3, 30, 6, 2]))
+    weights = LDS(coarse, kernel=None, scheme="inverse").fit(y)
+    model = learnt_without_a_clue(y, bins, sigma=1.5, prior_kernel="auto", weights=weights, prior="uniform")
+    shares = model(torch.ones(1, 1, dtype=torch.float64)).distribution[0]
+    torch.testing.assert_close(shares, torch.full((7,), 1 / 7).double(), rtol=1e-4, atol=0)
+
+
+def test_a_bin_that_less_than_one_label_reaches_is_filled_up_to_one_of_its_own_weight() -> None:
+    counts = np.array([90, 30, 6, 0, 0, 0, 0, 0, 0, 0, 2, 0])
+    bins = Bins.uniform(0, 12, width=1)
+    density = LabelDensity(bins, counts)
+    weights = LDS(bins, kernel=triangular(3), scheme="sqrt_inverse").fit(density)
+    with pytest.warns(DirToolkitWarning, match="no label in or near 4 of 12 bins"):
+        model = LongTailModel(nn.Identity(), 1, bins, density=density, sigma=0.5, weights=weights, prior="uniform")
+    spread = soft_labels(torch.tensor(bins.centers), bins, 0.5).numpy()
+    table = weights(torch.tensor(bins.centers)).numpy()
+    reached, learnt = counts @ spread, (counts * table) @ spread
+    expected = np.where(reached >= 1, learnt, learnt + (1 - reached) * table)
+    expected /= expected.sum()
+    np.testing.assert_allclose(model.adjuster.offset.numpy(), -np.log(expected), rtol=1e-5)
+    assert ((reached > 0) & (reached < 1) & (counts == 0)).any()
+    assert (reached >= 1).sum() == 4
 
 
 def test_the_oracle_without_a_clue_sees_a_double_correction() -> None:
@@ -350,7 +435,10 @@ def test_loss_and_expectation_equal_a_naive_loop(adjust: Any) -> None:
     settings = {"prior": "uniform", "tau": 0.6, "adjust": adjust, "expectation_weight": 0.3, "decode": "expectation"}
     model = ages(**settings).double()
     out = model(x.double(), y.double(), weight := torch.linspace(0.5, 2, len(y)).double())
-    prior = AGE_DENSITY.smooth(gaussian(5, 2)).prior(floor=1.0)
+    spread = np.zeros(20)
+    for count, center in zip(AGE_DENSITY.counts, AGES.centers, strict=True):
+        spread += count * soft_labels(torch.tensor(center), AGES, 2.0).numpy()
+    prior = spread / spread.sum()
     moved = (0.6 * np.log(prior)).astype(np.float32).astype(np.float64)
     values, expected = [], []
     for i in range(len(y)):
@@ -364,17 +452,25 @@ def test_loss_and_expectation_equal_a_naive_loop(adjust: Any) -> None:
     np.testing.assert_allclose(out.prediction.detach().numpy(), expected, rtol=1e-12)
 
 
-def test_the_default_prior_is_the_smoothed_one_and_the_kernel_can_be_chosen() -> None:
+def test_the_default_prior_is_spread_as_labels_are_and_the_kernel_can_be_chosen() -> None:
     x, _ = batch()
-    model = ages(prior="uniform", decode="expectation")
-    scores = model(x).scores
-    for kernel in ("auto", None, triangular(3)):
-        window = gaussian(5, 2) if isinstance(kernel, str) else kernel
-        density = AGE_DENSITY if window is None else AGE_DENSITY.smooth(window)
-        expected = adjust_logits(scores, class_prior(density)).softmax(1)
-        model.set_prior("uniform", kernel=kernel)
-        assert torch.equal(model(x).distribution, expected)
-        assert torch.equal(ages(prior="uniform", prior_kernel=kernel)(x).distribution, expected)
+    for spread, sigma in (({}, 2.0), ({"sigma": 0.8, "label_kernel": "laplace"}, 0.8), ({"loss": "crps"}, None)):
+        model = ages(prior="uniform", decode="expectation", **spread)
+        scores = model(x).scores
+        of_centers = soft_labels(torch.tensor(AGES.centers), AGES, sigma, kernel=model.label_kernel).numpy()
+        assert (AGE_DENSITY.counts @ of_centers >= 1).all()
+        for kernel, density in (
+            ("auto", LabelDensity(AGES, AGE_DENSITY.counts @ of_centers)),
+            (None, AGE_DENSITY),
+            (triangular(3), AGE_DENSITY.smooth(triangular(3))),
+        ):
+            expected = adjust_logits(scores, class_prior(density)).softmax(1)
+            model.set_prior("uniform", kernel=kernel)
+            torch.testing.assert_close(model(x).distribution, expected)
+            same = ages(prior="uniform", prior_kernel=kernel, decode="expectation", **spread)
+            assert torch.equal(same(x).distribution, model(x).distribution)
+            same.set_prior("uniform")  # which takes the model's own
+            assert torch.equal(same(x).distribution, model(x).distribution)
 
 
 @pytest.mark.parametrize("how", ["expectation", "median", "mode"])
@@ -1561,7 +1657,9 @@ def test_harmless_options_are_taken() -> None:
     classes(sigma=0)
     ages(sigma=None)
     ages(head="regression", sigma=None)
-    assert LongTailModel(net(), 6, Bins.uniform(0, 3, width=1), sigma=0.5).prior_kernel is None
+    few = Bins.uniform(0, 3, width=1)  # fewer than the usual window is long
+    for options in ({"sigma": 0.5, "prior": "uniform"}, {"head": "regression", "loss": "balanced_mse"}):
+        LongTailModel(net(), 6, few, density=LabelDensity(few, np.array([3, 2, 1])), **options)
 
 
 def test_batches_are_refused() -> None:

@@ -125,15 +125,15 @@ class _LongTailEstimator(BaseEstimator):
         self._fit_scaler(columns[own], weight[own])
         scaled = self._scaled(columns)
         held &= ~_unlike(scaled, own, held)
+        density = LabelDensity(bins, np.bincount(bins.index(labels[own]), weights=weight[own], minlength=len(bins)))
+        density._of_weighted_rows = True
         kernel = usual_kernel(bins)
-        counts = np.bincount(bins.index(labels[own]), weights=weight[own], minlength=len(bins))
-        density = LabelDensity(bins, counts)
-        density = density if kernel is None else density.smooth(kernel)
-        if self._has_bins:  # as a prior takes them, which would warn of bins that the held-out rows left empty
-            density = LabelDensity(bins, np.maximum(density.counts, 1.0))
+        smooth = density if kernel is None else density.smooth(kernel)
         lds = None
         if self.weights is not None:
-            lds = LDS(bins, kernel=None, scheme=self.weights).fit(density)  # which is smooth already
+            if self._has_bins:  # bins that the held-out rows left empty are no news
+                smooth = LabelDensity(bins, np.maximum(smooth.counts, 1.0))
+            lds = LDS(bins, kernel=None, scheme=self.weights).fit(smooth)
             weight = weight * lds.sample_weight(labels)
 
         def tensors(part: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,12 +148,12 @@ class _LongTailEstimator(BaseEstimator):
                     backbone,
                     num_features,
                     bins,
-                    density=density,
+                    density=density if self._has_bins else smooth,
                     head=self.head,
                     loss=self.loss,
                     weights=lds,  # a part of the prior, though the loss is given them together with those of rows
                     adjust=self.adjust if self._has_bins else "after",
-                    prior_kernel=None,  # the density is smooth already
+                    prior_kernel="auto" if self._has_bins else None,  # which is smooth already
                     **prior,
                     **options,
                 )

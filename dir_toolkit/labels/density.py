@@ -45,6 +45,10 @@ class LabelDensity:
     ([2, 1, 0], ['many', 'medium', 'unseen'])
     """
 
+    # Whether samples count by weights, so that no whole numbers are counts, though nothing has smoothed them; a bin
+    # without any is no news to whoever drew them.
+    _of_weighted_rows = False
+
     def __init__(self, bins: AnyBins, counts: np.ndarray) -> None:
         instance((Bins, BinGrid), bins=bins)
         counts = labels_array(counts, "counts")
@@ -140,7 +144,7 @@ class LabelDensity:
         return LabelDensity(self.bins, counts.numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
-        return LabelDensity, (self.bins, self.counts)
+        return LabelDensity, (self.bins, self.counts), {"_of_weighted_rows": self._of_weighted_rows}
 
     @property
     def settings(self) -> dict[str, Any]:

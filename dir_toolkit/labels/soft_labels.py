@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ __all__ = ["KernelUnit", "LabelKernel", "limits", "soft_labels"]
 KernelUnit = Literal["label", "bin"]
 LabelKernel = Literal["gaussian", "laplace", "triangular"]
 
+_REACH = {"gaussian": 9.0, "laplace": 28.0, "triangular": 2.5}  # beyond it lies less than 1e-17 of a kernel, in sigmas
+_ROWS, _CELLS = 64, 2**20  # of a piece of the matrix that spreads counts
 _WIDEST = 100  # axes; on one axis so wide a kernel is flat, and float32 no longer tells its tails apart
 
 
@@ -75,17 +78,36 @@ def soft_labels(
     if not sigma:
         soft = (index.unsqueeze(-1) == torch.arange(len(bins), device=labels.device)).to(wide_dtype(labels))
     else:
-        knots = limits(bins, values)
-        if unit == "bin" and bins._even:
-            sigma = sigma * bins._width
-        elif unit == "bin":
-            values, knots = _in_bins(values, knots)
+        values, knots, sigma = _measured(values, bins, sigma, unit)
         soft = _masses(values, knots, sigma, kernel).to(wide_dtype(labels))
     without_bin = (index < 0).unsqueeze(-1)
     if outside == "drop":
         soft = soft.masked_fill(without_bin, 0)
         without_bin = without_bin if looked_at else (bins.index(labels, "clip") < 0).unsqueeze(-1)
     return soft if looked_at else soft.masked_fill(without_bin, torch.nan)
+
+
+def spread_counts(counts: np.ndarray, bins: Bins, sigma: float, *, kernel: LabelKernel, unit: KernelUnit) -> np.ndarray:
+    """The sum of the soft labels of so many labels at the centre of each bin.
+
+    Shape:
+        counts: (..., B). Returns the same, float64.
+    """
+    centers = torch.from_numpy(bins.centers.astype(np.float64))
+    values, knots, sigma = _measured(centers, bins, sigma, unit)
+    reach, at, ends = _REACH[kernel] * sigma, values.numpy(), knots.numpy()
+    first = np.maximum(np.searchsorted(ends, at - reach) - 2, 0)
+    last = np.minimum(np.searchsorted(ends, at + reach) + 2, len(bins))
+    spread = np.zeros(counts.shape)
+    start = 0
+    while start < len(bins):  # in pieces, since the whole matrix would be (B, B)
+        stop = min(len(bins), start + max(1, min(_ROWS, _CELLS // int(last[start] - first[start]))))
+        if (piece := counts[..., start:stop]).any():
+            near = slice(int(first[start]), int(last[stop - 1]))
+            masses = _masses(values[start:stop], knots, sigma, kernel, slice(near.start, near.stop + 1))
+            spread[..., near] += piece @ masses.numpy()
+        start = stop
+    return spread
 
 
 def checked_sigma(sigma: float, bins: Bins, unit: KernelUnit = "label") -> float:
@@ -114,6 +136,16 @@ def limits(bins: Bins, like: Tensor) -> Tensor:
     return bins.tensor("limits", like.detach().to(bins.wide_dtype(like)))
 
 
+def _measured(labels: Tensor, bins: Bins, sigma: float, unit: KernelUnit) -> tuple[Tensor, Tensor, float]:
+    """Labels, limits and sigma in one unit."""
+    knots = limits(bins, labels)
+    if unit == "label":
+        return labels, knots, sigma
+    if bins._even:
+        return labels, knots, sigma * bins._width
+    return *_in_bins(labels, knots), sigma
+
+
 def _in_bins(labels: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
     """Labels and knots measured along the axis in bins."""
     labels = labels.clamp(knots[0], knots[-1])
@@ -122,12 +154,16 @@ def _in_bins(labels: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
     return along, torch.arange(len(knots), dtype=knots.dtype, device=knots.device)
 
 
-def _masses(labels: Tensor, knots: Tensor, sigma: float, kernel: LabelKernel) -> Tensor:
-    """(..., B): the mass of each label's kernel between neighbouring knots, scaled to sum to one."""
+def _masses(labels: Tensor, knots: Tensor, sigma: float, kernel: LabelKernel, part: slice = slice(None)) -> Tensor:
+    """(..., B): the mass of each label's kernel between neighbouring knots, scaled to sum to one.
+
+    Args:
+        part: of the knots, between which all of the mass lies.
+    """
     # Nearer to an end than half a bin the kernel is cut off within the end bin, which holds all of it.
     labels = labels.clamp((knots[0] + knots[1]) / 2, (knots[-2] + knots[-1]) / 2).unsqueeze(-1)
     reach = torch.minimum(labels - knots[0], knots[-1] - labels) / sigma
-    distance = ((knots - labels) / sigma).clamp(-reach, reach)  # (..., B + 1)
+    distance = ((knots[part] - labels) / sigma).clamp(-reach, reach)  # (..., B + 1)
     tail = _tail(distance.abs(), kernel)
     # Tails are subtracted on the side where they are small, so that both sides are equally exact.
     above = distance >= 0

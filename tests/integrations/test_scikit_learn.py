@@ -362,16 +362,23 @@ def test_with_columns_that_tell_nothing_classes_come_out_even_under_any_weights(
 
 
 @pytest.mark.parametrize("weights", SCHEMES)
-def test_with_columns_that_tell_nothing_labels_come_out_even_under_any_weights(weights: Any) -> None:
-    counts = np.array([60] * 6 + [20] * 6 + [5] * 6)  # in steps, each longer than the window that smooths them
+@pytest.mark.parametrize("spread", [{"sigma": 0}, {}, {"sigma": 0.7}], ids=str)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_with_columns_that_tell_nothing_labels_come_out_even_under_any_weights(
+    weights: Any, spread: dict[str, Any], sampled: bool
+) -> None:
+    counts = np.array([60] * 6 + [20] * 6 + [5] * 6)
     axis = dt.Bins.uniform(0, 18, width=1)
     y = np.repeat(axis.centers, counts)
-    model = LongTailRegressor(hidden=(), bins=axis, weights=weights, tau=1.0, patience=None, batch_size=600, sigma=0)
-    model.set_params(epochs=400, lr=0.1 if weights != "dense" else 2.0, random_state=0).fit(np.zeros((len(y), 1)), y)
-    shares = model.model_.eval()(torch.zeros(1, 1, dtype=torch.float64)).distribution[0].detach().numpy()
-    inside = [0, 1, 2, 3, 8, 9, 14, 15, 16, 17]  # where the window meets one step alone
-    np.testing.assert_allclose(shares[inside] / shares[inside].mean(), 1, atol=0.01)
-    assert abs(model.predict([[0.0]])[0] - 9) < 0.5
+    model = LongTailRegressor(hidden=(), bins=axis, weights=weights, tau=1.0, patience=None, batch_size=600, **spread)
+    model.set_params(epochs=600, lr=0.3 if weights != "dense" else 2.0, random_state=0, weight_decay=0.0)
+    model.fit(np.zeros((len(y), 1)), y, sample_weight=np.where(y < 9, 3.0, 1.0) if sampled else None)
+    one = torch.zeros(1, 1, dtype=torch.float64)
+    np.testing.assert_allclose(model.model_(one).distribution[0].detach().numpy(), 1 / 18, rtol=1e-2)
+    assert abs(model.predict([[0.0]])[0] - 9) < 0.05
+    copied = pickle.loads(pickle.dumps(model))
+    copied.model_.set_prior("uniform")
+    np.testing.assert_array_equal(copied.predict([[0.0]]), model.predict([[0.0]]))
     model.model_.set_prior(None)
     if weights is None:
         assert model.predict([[0.0]])[0] < 5

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import laplace, norm, triang
@@ -14,8 +15,9 @@ from torch.testing import assert_close
 
 from dir_toolkit import Bins
 from dir_toolkit.errors import LabelError
+from dir_toolkit.labels import soft_labels as soft_labels_module
 from dir_toolkit.labels.decoding import decode
-from dir_toolkit.labels.soft_labels import limits, soft_labels
+from dir_toolkit.labels.soft_labels import limits, soft_labels, spread_counts
 
 AGES = Bins.uniform(0, 117, width=1, integer=True)
 YEARS = Bins.uniform(0, 20, width=1)
@@ -326,3 +328,43 @@ def test_one_graph_that_reads_no_values(sigma: float | None) -> None:
         warnings.simplefilter("ignore")  # torch 2.4 warns of its own nodes
         exported = torch.export.export(Spread(), (labels,), strict=False).module()
     assert_close(exported(labels + 1), soft_labels(labels + 1, AGES, sigma))
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "laplace", "triangular"])
+@pytest.mark.parametrize("unit", ["label", "bin"])
+@pytest.mark.parametrize("sigma", [1e-3, 0.5, 2.0, 40.0])
+@pytest.mark.parametrize(
+    "bins",
+    [
+        Bins.uniform(0, 117, width=1, integer=True),
+        Bins.uniform(0, 300, width=1),
+        Bins.from_edges(np.geomspace(1, 300, 200)),
+        Bins.from_edges([0.0, 1.0, 3.0, 4.0, 120.0]),
+        Bins.uniform(0, 1, count=1),
+    ],
+    ids=["integer", "even", "log", "uneven", "one"],
+)
+def test_counts_are_spread_as_the_labels_at_the_centres_are(bins: Bins, sigma: float, unit: Any, kernel: Any) -> None:
+    counts = np.random.default_rng(0).integers(0, 1000, (2, len(bins))).astype(float)
+    soft = soft_labels(torch.tensor(bins.centers), bins, sigma, kernel=kernel, unit=unit).numpy()
+    spread = spread_counts(counts, bins, sigma, kernel=kernel, unit=unit)
+    np.testing.assert_allclose(spread, counts @ soft, rtol=1e-12, atol=1e-12)
+
+
+def test_counts_of_very_many_bins_are_spread_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    bins, cells = Bins.uniform(0, 100_000, width=1), []
+    masses = soft_labels_module._masses
+
+    def watched(*args: Any) -> Tensor:
+        mass = masses(*args)
+        cells.append(mass.numel())
+        return mass
+
+    monkeypatch.setattr(soft_labels_module, "_masses", watched)
+    spread = spread_counts(np.ones(len(bins)), bins, 2.0, kernel="gaussian", unit="label")
+    np.testing.assert_allclose(spread[100:-100], 1, rtol=1e-12)
+    assert sum(cells) < 200 * len(bins)  # far from its label a kernel is not computed
+    one = np.zeros(len(bins))
+    one[len(bins) // 2] = 7
+    assert spread_counts(one, bins, 20_000.0, kernel="gaussian", unit="label").sum() == pytest.approx(7, rel=1e-12)
+    assert max(cells) < 2**21  # 16 MB
