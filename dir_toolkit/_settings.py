@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import re
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import PurePath
@@ -39,7 +40,7 @@ def described(name: str, value: object) -> Any:
     try:
         return _described(name, value)
     except RecursionError:
-        raise _unidentifiable(name.split("[")[0].split(".")[0], "something that holds itself") from None
+        raise _unidentifiable(re.split(r"[\[. ]", name)[0], "something that holds itself") from None
 
 
 def _described(name: str, value: object) -> Any:

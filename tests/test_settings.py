@@ -293,7 +293,7 @@ def test_a_partial_counts_by_its_arguments():
 
 def test_a_lambda_is_refused():
     with pytest.raises(
-        SettingsError, match=r"here: it must be something that can be told .* got a lambda\. Use a func"
+        SettingsError, match=r"dir_toolkit: it must be something that can be told .* got a lambda\. Use a func"
     ):
         told(lambda x: x)
     with pytest.raises(SettingsError, match="got a lambda"):
@@ -376,7 +376,7 @@ def test_what_holds_itself_is_refused():
     module = nn.Identity()
     module.others = [module]
     for value in (itself, module):
-        with pytest.raises(SettingsError, match=r"here: it .*got something that holds itself"):
+        with pytest.raises(SettingsError, match=r"dir_toolkit: it .*got something that holds itself"):
             told(value)
 
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -44,13 +44,14 @@ if TYPE_CHECKING:
 __all__ = ["Bins", "Outside"]
 
 Outside = Literal["raise", "clip", "drop"]
+OUTSIDE = get_args(Outside)
 
 _LARGEST = float(np.finfo(np.float64).max) / 4  # float64 still holds what twice an axis is long
 _STEPS = 256  # of float32 in a bin, fewer than which would show in predictions
 
 
 class LabelAxes(ABC):
-    """What one label axis and a grid of several have in common, seen from those who count, weigh and measure."""
+    """What one label axis and a grid of several have in common for what counts, weighs and measures labels."""
 
     @property
     @abstractmethod
@@ -67,37 +68,62 @@ class LabelAxes(ABC):
     @property
     @abstractmethod
     def relative_widths(self) -> np.ndarray:
-        """(B,) float64, read-only: the width of each bin divided by the mean width of all bins; exactly one for each
-        bin of an even axis and for each class. Counts divided by it are densities per label unit."""
+        """(B,) float64, read-only: the width of each bin divided by the mean width of all bins. It is exactly one for
+        each bin of an even axis and for each class. Counts divided by it are densities per label unit."""
 
     @overload
     def index(self, labels: Tensor, outside: Outside = "raise", *, name: str = "labels") -> Tensor: ...
     @overload
     def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray: ...
-    @abstractmethod
     def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> Any:
-        """The bin of each label."""
+        """The bin of each label; over a grid, the joint bin.
+
+        Labels are compared with the edges in their own precision, so that float32(0.7) falls where 0.7 does. Where that
+        precision does not tell two edges apart, as float32 does not tell 1e9 from 1e9 + 1, a warning says so.
+
+        Args:
+            labels: in label units. A tensor is answered by a tensor on its device, and all else by NumPy.
+            outside: what happens to a label beyond the axis: ``"raise"``; ``"clip"`` into the first or last bin;
+                ``"drop"``, which answers -1. Over a grid each axis clips by itself, and -1 stands where a label lies
+                beyond any axis.
+            name: what an error calls the labels.
+        Shape:
+            labels: any; over a grid (..., K), the last axis being the dimensions. Returns int64 of the shape of
+            ``labels``; over a grid (...).
+        Raises:
+            LabelError: a label is NaN, or lies outside under ``"raise"``, or is no whole number where bins are classes.
+                On an accelerator only ``"raise"`` looks at the labels, which costs one host sync; ``"clip"`` and
+                ``"drop"`` never do, and answer -1 for NaN and for a broken class number. In compiled graphs and under
+                the transforms of ``torch.func`` no label is looked at, and such a label is answered by -1, too.
+            ShapeError: over a grid, the last axis is not K long.
+        """
+        one_of("outside", outside, OUTSIDE)
+        instance(str, name=name)
+        if isinstance(labels, Tensor):
+            is_tensor(**{name: labels})
+            return self._index(labels, outside, name)
+        array = np.require(labels_array(labels, name), requirements=["C", "W"])
+        return self._index(torch.from_numpy(array), outside, name).numpy()
+
+    @abstractmethod
+    def _index(self, labels: Tensor, outside: Outside, name: str) -> Tensor: ...
 
     def rows(self, labels: Tensor, outside: Outside = "raise") -> Tensor:
         """The row of each label in a table of B + 1 rows: one per bin, and row B for labels without a bin.
 
         Labels on an accelerator are not looked at. Those without a bin have row B there under ``"raise"``, too.
         """
+        one_of("outside", outside, OUTSIDE)
         is_tensor(labels=labels)
-        if labels.device.type != "cpu" and outside == "raise":
-            outside = "drop"
-        index = self.index(labels, outside)
+        index = self._index(labels, "drop" if outside == "raise" and labels.device.type != "cpu" else outside, "labels")
         return index if readable(labels) and outside != "drop" else torch.where(index < 0, len(self), index)
 
     def tally(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray:
-        """How many of these labels each bin holds, (B,) int64. Labels that ``"drop"`` leaves out are in none.
-
-        Args:
-            name: what an error calls the labels.
-        """
+        """How many of these labels each bin holds, (B,) int64. Labels that ``"drop"`` leaves out are in none."""
         instance(str, name=name)
-        index = self.index(labels_array(labels, name), outside, name=name).ravel()
-        return _counts(index[index >= 0] if outside == "drop" else index, len(self))
+        index = torch.from_numpy(self.index(labels_array(labels, name), outside, name=name)).flatten()
+        # Counted by torch, since NumPy would keep other threads waiting.
+        return torch.bincount(index[index >= 0] if outside == "drop" else index, minlength=len(self)).numpy()
 
     def shares(self, probabilities: Tensor) -> Tensor:
         """Probabilities (..., B) over the bins, in at least float32.
@@ -109,24 +135,42 @@ class LabelAxes(ABC):
         """
         is_tensor(probabilities=probabilities)
         if probabilities.ndim == 0 or probabilities.shape[-1] != len(self):
-            rule = f"probabilities must have {len(self)} values in the last axis, one a bin"
+            rule = f"probabilities must have {len(self)} values in the last axis, one per bin"
             raise problem(rule, got=f"shape {tuple(probabilities.shape)}", error=ShapeError)
         floats(probabilities=probabilities)
         on_one_device(probabilities=probabilities)
         distributions(probabilities=probabilities)
         return probabilities.to(wide_dtype(probabilities))
 
+    @overload
+    def expectation(self, probabilities: Tensor) -> Tensor: ...
+    @overload
+    def expectation(self, probabilities: np.ndarray) -> np.ndarray: ...
+    def expectation(self, probabilities: Any) -> Any:
+        """The mean label of a distribution over bins, each bin standing for its centre.
+
+        Shape:
+            probabilities: (..., B), as in :meth:`shares`. Returns (...), and over a grid (..., K), in label units.
+        """
+        if isinstance(probabilities, Tensor):
+            return self._mean(self.shares(probabilities))
+        array = labels_array(probabilities, "probabilities")
+        return self._mean(self.shares(torch.from_numpy(array.copy()))).numpy()
+
+    @abstractmethod
+    def _mean(self, shares: Tensor) -> Tensor: ...
+
 
 class Bins(LabelAxes):
     """A label axis cut into bins that touch: bin ``b`` holds ``edges[b] <= label < edges[b + 1]``.
 
-    The last bin holds its upper edge too, as in ``numpy.histogram``. Build one with :meth:`uniform`,
-    :meth:`from_edges`, :meth:`quantile` or :meth:`classes`; :meth:`grid` joins several. An axis never changes; two with
-    the same edges and centres are equal.
+    The last bin holds its upper edge, too, as in ``numpy.histogram``. Make an axis with :meth:`uniform`,
+    :meth:`from_edges`, :meth:`quantile` or :meth:`classes`, and join several with :meth:`grid`. An axis never changes.
+    Two axes with the same edges and centres are equal.
 
     Attributes:
         edges: (B + 1,) float64, rising, in label units; read-only.
-        centers: (B,) float64, in label units: what a bin stands for when it is decoded; read-only.
+        centers: (B,) float64, in label units; read-only. A bin stands for its centre when it is decoded.
         categorical: whether the bins are classes, whose labels must be whole numbers.
 
     >>> bins = Bins.uniform(0, 117, width=1)
@@ -134,36 +178,41 @@ class Bins(LabelAxes):
     (117, [26, 26, 116])
     """
 
-    def __init__(self, edges: np.ndarray, *, centers: np.ndarray | None = None, categorical: bool = False) -> None:
+    def __init__(
+        self,
+        edges: Sequence[float] | np.ndarray | Tensor,
+        *,
+        centers: np.ndarray | None = None,
+        categorical: bool = False,
+    ) -> None:
         edges = _edges_array(edges)
         if centers is None:
             centers = (edges[:-1] + edges[1:]) / 2
         else:
             centers = labels_array(centers, "centers").astype(np.float64)
             if centers.shape != (len(edges) - 1,) or not np.isfinite(centers).all():
-                raise problem("centers must be one finite number a bin", got=f"shape {centers.shape}")
+                raise problem("centers must be one finite number per bin", got=f"shape {centers.shape}")
         edges.setflags(write=False)
         centers.setflags(write=False)
         self.edges, self.centers, self.categorical = edges, centers, categorical
         widths = np.diff(edges)
         self._width = float(np.median(widths))
         rounding = np.full(len(widths), 1e-9 * self._width + 4 * np.spacing(np.abs(edges).max()))
-        with np.errstate(over="ignore", invalid="ignore"):  # end bins may hold the rounding of a bound in float32
-            rounding[[0, -1]] += np.fmin(np.spacing(np.abs(edges[[0, -1]]).astype(np.float32)), 1e-3 * self._width)
-        self._even = categorical or bool((np.abs(widths - self._width) <= rounding).all())
         with np.errstate(over="ignore", invalid="ignore"):
+            # The bins at the ends may hold the rounding of a bound in float32.
+            rounding[[0, -1]] += np.fmin(np.spacing(np.abs(edges[[0, -1]]).astype(np.float32)), 1e-3 * self._width)
             steps = np.spacing(np.maximum(np.abs(edges[:-1]), np.abs(edges[1:])).astype(np.float32))
             self._collapses = bool((np.diff(edges.astype(np.float32)) <= 0).any())  # in float32
+        self._even = categorical or bool((np.abs(widths - self._width) <= rounding).all())
         self._fits_float32 = bool((_STEPS * steps <= widths).all())
         with torch.inference_mode(False):
             self._edges, self._centers = torch.from_numpy(edges.copy()), torch.from_numpy(centers.copy())
             self._limits = torch.from_numpy(self._placed_limits())
-        self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}  # copies, made when asked
+        self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}  # copies that were asked for
         self._scales: dict[np.dtype, np.ndarray | None] = {}
 
     def _placed_limits(self) -> np.ndarray:
-        """The edges, moved by as much as the centres on either side lie off the middle; the edges where those would not
-        rise."""
+        """What :func:`~dir_toolkit.labels.soft_labels.limits` says, in float64."""
         off = self.centers - (self.edges[:-1] + self.edges[1:]) / 2
         moved = self.edges + np.concatenate([off[:1], (off[:-1] + off[1:]) / 2, off[-1:]])
         rises = np.diff(moved.astype(np.float32 if self._fits_float32 else np.float64)) > 0
@@ -207,17 +256,17 @@ class Bins(LabelAxes):
         """Bins of one width from ``low`` to ``high``.
 
         Edges are the decimals one would write by hand (``0.3``, not ``0.30000000000000004``), so that a label that
-        equals an edge falls on the right side of it in float32 and in float64 alike. A bound in less than float64, as
-        ``labels.min()`` of float32 labels is, is taken outwards where its decimal excludes it: the axis holds these
-        labels in every precision.
+        equals an edge falls on the right side of it in float32 and in float64. A bound in float32, such as
+        ``labels.min()`` of float32 labels, is moved outwards where its decimal excludes it, so that the axis holds
+        these labels in every precision.
 
         Args:
             low, high: numbers, or tensors or arrays of no dimension.
-            width: of a bin, in label units; must divide ``high - low``. Give this or ``count``.
-            count: of bins.
-            integer: labels are whole numbers, as ages in years are; a bin's centre is then the mean of the whole
-                numbers in it (26 for [26, 27)) rather than its middle (26.5); ``high`` counts only
-                where nothing else is in the last bin.
+            width: the width of a bin, in label units; it must divide ``high - low``. Give this or ``count``.
+            count: the number of bins.
+            integer: says that labels are whole numbers, as ages in years are. The centre of a bin is then the mean of
+                the whole numbers in it (26 for [26, 27)), and not its middle (26.5). ``high`` counts only where the
+                last bin holds nothing else.
         Raises:
             ValueError: the range is empty, the width does not divide it, or there would be more than ten million bins.
         """
@@ -226,7 +275,7 @@ class Bins(LabelAxes):
         lowest, highest = number("low", low), number("high", high)
         if (largest := max(abs(lowest), abs(highest))) > _LARGEST:
             raise _too_large("low and high", largest)
-        # str, since it is the shortest decimal that names the number, also for a float32.
+        # str gives the shortest decimal that names the number, also for a float32.
         start, end = Fraction(str(low)), Fraction(str(high))
         if not (lowest < highest and start < end):
             raise problem("low must be smaller than high", got=f"low={low} and high={high}")
@@ -245,7 +294,7 @@ class Bins(LabelAxes):
             number_of_bins = length("count", count, most=MOST_BINS)
             start, end = _outwards(min, low), _outwards(max, high)
             step = (end - start) / number_of_bins
-        # Python's int / int rounds once, correctly; Fraction arithmetic per bin would do the same more slowly.
+        # Python's int / int rounds once and correctly. Fractions would do the same more slowly.
         shared = start.denominator * step.denominator
         first, pace = int(start * shared), int(step * shared)
         edges = np.array([(first + i * pace) / shared for i in range(number_of_bins + 1)])
@@ -258,11 +307,11 @@ class Bins(LabelAxes):
     @classmethod
     def from_edges(cls, edges: Sequence[float] | np.ndarray | Tensor) -> Bins:
         """Bins between the given edges, (B + 1,), finite and strictly rising, in label units."""
-        return cls(_edges_array(edges))
+        return cls(edges)
 
     @classmethod
     def quantile(cls, labels: Any, n: int) -> Bins:
-        """``n`` bins that hold about equally many of ``labels`` each; repeats of one label can make them fewer.
+        """``n`` bins, each of which holds about as many of ``labels``. Repeats of one label can make them fewer.
 
         Raises:
             LabelError: labels hold NaN or infinity. ValueError: labels are empty or all equal.
@@ -280,13 +329,13 @@ class Bins(LabelAxes):
 
     @classmethod
     def classes(cls, n: int) -> Bins:
-        """``n`` classes 0 ... n - 1, each a bin with its number as the centre."""
+        """``n`` classes 0 ... n - 1. Each is a bin with its number as the centre."""
         n = length("n", n, most=MOST_BINS)
         return cls(np.arange(n + 1) - 0.5, centers=np.arange(n), categorical=True)
 
     @staticmethod
     def grid(*axes: Bins) -> BinGrid:
-        """Joint bins of labels with several dimensions, such as age and pose: the product of these axes.
+        """Joint bins of labels with several dimensions, such as age and pose. They are the product of these axes.
 
         >>> Bins.grid(Bins.uniform(0, 100, width=10), Bins.classes(3)).shape
         (10, 3)
@@ -332,36 +381,7 @@ class Bins(LabelAxes):
             kind = " of whole numbers" if at_whole else f" #{hashlib.sha256(_bytes(self)).hexdigest()[:8]}"
         return f"<Bins: {len(self)}{kind} from {digits(self.edges[0])} to {digits(self.edges[-1])}>"
 
-    @overload
-    def index(self, labels: Tensor, outside: Outside = "raise", *, name: str = "labels") -> Tensor: ...
-    @overload
-    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray: ...
-    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> Any:
-        """The bin of each label.
-
-        Labels are compared with the edges in the labels' own precision: float32(0.7) falls where 0.7 does. Where that
-        precision does not tell two edges apart, as float32 does not tell 1e9 from 1e9 + 1, a warning says so.
-
-        Args:
-            labels: any shape, in label units; a tensor is answered by a tensor on its device, all else by NumPy.
-            outside: what a label beyond the axis does: ``"raise"``; ``"clip"`` into the first or last bin; ``"drop"``,
-                which answers -1.
-            name: what an error calls the labels.
-        Returns:
-            int64, the shape of ``labels``.
-        Raises:
-            LabelError: a label is NaN, or lies outside under ``"raise"``, or is no whole number where bins are classes.
-                On an accelerator only ``"raise"`` looks at the labels, which costs one host sync; ``"clip"`` and
-                ``"drop"`` never do, and answer -1 for NaN (and for a broken class number). In compiled graphs and
-                under the transforms of ``torch.func`` no label is looked at, and such a one is answered by -1 too.
-        """
-        one_of("outside", outside, ("raise", "clip", "drop"))
-        instance(str, name=name)
-        if not isinstance(labels, Tensor):
-            array = labels_array(labels, name)
-            tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-            return self.index(tensor, outside, name=name).numpy()
-        is_tensor(**{name: labels})
+    def _index(self, labels: Tensor, outside: Outside, name: str) -> Tensor:
         real(**{name: labels})
         on_one_device(**{name: labels})
         if outside == "raise" and labels.is_meta:
@@ -372,7 +392,7 @@ class Bins(LabelAxes):
         # Apple's GPUs have no float64.
         wide = torch.float32 if labels.device.type == "mps" else torch.float64
         values = labels if labels.is_floating_point() else labels.to(wide)
-        if readable(values) and (not labels.is_floating_point() or labels.dtype in (torch.float32, torch.float64)):
+        if readable(values) and (values.itemsize > 2 or not labels.is_floating_point()):
             quick = self._quick_index(labels.numpy(force=True))
             if quick is not None:
                 return torch.from_numpy(quick)
@@ -395,44 +415,34 @@ class Bins(LabelAxes):
     def _warn_of_narrow(self, name: str, dtype: object) -> None:
         if torch.compiler.is_compiling():
             return
-        self._collapses = False  # said once
+        self._collapses = False  # so that it is said once
         warn(
             f"{dtype} does not tell all edges of {self!r} apart, so that {name} fall into fewer bins. "
-            "Hand them over in float64, or count them from a nearer zero.",
+            "Hand them over in float64, or count them from a nearer zero."
         )
 
     def tally(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray:
-        one_of("outside", outside, ("raise", "clip", "drop"))
+        one_of("outside", outside, OUTSIDE)
         instance(str, name=name)
         labels = labels_array(labels, name)
-        if self._collapses and labels.dtype.kind == "f" and labels.itemsize < 8:
-            self._warn_of_narrow(name, labels.dtype)
-        if (index := self._quick_index(labels)) is not None:
-            return _counts(index.ravel(), len(self))
-        counts = self._sorted_tally(labels)
-        return super().tally(labels, outside, name=name) if counts is None else counts
-
-    def _sorted_tally(self, labels: np.ndarray) -> np.ndarray | None:
-        """How many labels each bin holds, from where the edges lie among the sorted labels, which is faster than a
-        search for each. None where a label has no bin, or there are too few labels."""
-        if self.categorical or labels.dtype == np.float16 or len(self) >= labels.size:
-            return None
-        values = np.sort(_floats(labels), axis=None)
-        with np.errstate(over="ignore"):
-            edges = self.edges.astype(values.dtype)
-        ends = np.searchsorted(values, edges)
-        ends[-1] = np.searchsorted(values, edges[-1], side="right")  # NaN is sorted to the end
-        return np.diff(ends) if ends[0] == 0 and ends[-1] == len(values) else None
+        values = labels if labels.dtype.kind == "f" else labels.astype(np.float64)
+        exact = values.itemsize == 8 or (values.itemsize == 4 and not self._collapses)
+        # To sort many labels is faster than to search for the bin of each.
+        if exact and not self.categorical and len(self) < values.size and self._scale(values.dtype) is None:
+            counts = np.histogram(values, self.edges.astype(values.dtype))[0]
+            if counts.sum() == values.size:
+                return counts
+        return super().tally(labels, outside, name=name)
 
     def _quick_index(self, labels: np.ndarray) -> np.ndarray | None:
-        """The bins of labels that all are numbers of classes or lie on an even axis, found without a search. None where
-        one does not, or where rounding could place one differently than a search would."""
+        """The bins of labels, found without a search. It is None where not all labels are numbers of classes or lie on
+        an even axis, or where rounding could place one differently than a search would."""
         if labels.size == 0 or labels.ndim == 0:  # of no dimension NumPy makes numbers, which are no arrays
             return None
         if self.categorical:
             whole = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < len(self)
             return labels.astype(np.int64) if whole else None
-        values = _floats(labels)
+        values = labels if labels.dtype.kind == "f" else labels.astype(np.float64)
         if (scale := self._scale(values.dtype)) is None:
             return None
         first, last = self.edges[[0, -1]].astype(values.dtype)
@@ -443,59 +453,33 @@ class Bins(LabelAxes):
         return np.minimum(index, len(self) - 1, out=index) if high == last else index
 
     def _scale(self, dtype: np.dtype) -> np.ndarray | None:
-        """:meth:`_exact_scale`, once made."""
+        """(offset, slope) such that rounding ``slope * label + offset`` down gives the bin of every label of this
+        dtype; None if there is no such pair. Each step is monotone, so that it holds everywhere if it holds on both
+        sides of each edge."""
         if dtype not in self._scales:
-            self._scales[dtype] = self._exact_scale(dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                edges = self.edges.astype(dtype)
+                slope = len(self) / (self.edges[-1] - self.edges[0])
+                scale = np.array([-self.edges[0] * slope, slope], dtype=dtype)
+                at_edge = _scaled(edges, scale).astype(np.int64)
+                just_below = _scaled(np.nextafter(edges[1:], dtype.type(-np.inf)), scale).astype(np.int64)
+            expected = np.arange(len(edges))
+            exact = np.array_equal(at_edge, expected) and np.array_equal(just_below, expected[:-1])
+            self._scales[dtype] = scale if exact else None
         return self._scales[dtype]
 
-    def _exact_scale(self, dtype: np.dtype) -> np.ndarray | None:
-        """(offset, slope) such that rounding ``slope * label + offset`` down gives the bin of every label of this
-        dtype; None if there is none. Each step is monotone, so it holds everywhere if it holds on both sides of each
-        edge."""
-        if self.categorical or dtype not in (np.float32, np.float64):
-            return None
-        with np.errstate(over="ignore", invalid="ignore"):
-            edges = self.edges.astype(dtype)
-            slope = len(self) / (self.edges[-1] - self.edges[0])
-            scale = np.array([-self.edges[0] * slope, slope], dtype=dtype)
-            at_edge = _scaled(edges, scale).astype(np.int64)
-            just_below = _scaled(np.nextafter(edges[1:], dtype.type(-np.inf)), scale).astype(np.int64)
-        expected = np.arange(len(edges))
-        exact = np.array_equal(at_edge, expected) and np.array_equal(just_below, expected[:-1])
-        return scale if exact else None
-
     def _refusal(self, name: str, labels: Tensor, broken: Tensor, refused: Tensor) -> Exception:
-        at = tuple(int(i) for i in refused.nonzero()[0])
-        value = labels[at].item()
-        place = f"{value} at index {list(at)} ({int(refused.sum())} such labels)"
+        """The error of the first label that is refused."""
+        first = tuple(int(i) for i in refused.nonzero()[0])
+        value = labels[first].item()
+        got = f"{value} at index {list(first)} ({int(refused.sum())} such labels)"
         if value != value:
-            return label_problem(f"{name} must not be NaN", got=place, fix="Remove these samples first.")
-        if bool(broken[at]):
-            return label_problem(f"{name} must be whole numbers where bins are classes", got=place)
+            return label_problem(f"{name} must not be NaN", got=got, fix="Remove these samples first.")
+        if bool(broken[first]):
+            return label_problem(f"{name} must be whole numbers where bins are classes", got=got)
         axis = f"0 to {len(self) - 1}" if self.categorical else f"[{digits(self.edges[0])}, {digits(self.edges[-1])}]"
-        return label_problem(
-            f"{name} must lie on the label axis {axis}",
-            got=place,
-            fix="Widen the bins, or leave these samples out; what takes outside= also clips or drops them.",
-        )
-
-    @overload
-    def expectation(self, probabilities: Tensor) -> Tensor: ...
-    @overload
-    def expectation(self, probabilities: np.ndarray) -> np.ndarray: ...
-    def expectation(self, probabilities: Any) -> Any:
-        """The mean label of a distribution over bins, each bin standing for its centre.
-
-        Shape:
-            probabilities: (..., B), summing to one along the last axis. Returns (...), in label units.
-        Raises:
-            ShapeError: the last axis is not B long. ValueError: a probability is negative, or they do not sum to one
-            within 1e-3 (1e-2 in half precision).
-        """
-        if not isinstance(probabilities, Tensor):
-            array = labels_array(probabilities, "probabilities")
-            return self.expectation(torch.from_numpy(array.copy())).numpy()
-        return self._mean(self.shares(probabilities))
+        fix = "Widen the bins, or leave these samples out. What takes outside= can clip or drop them, too."
+        return label_problem(f"{name} must lie on the label axis {axis}", got=got, fix=fix)
 
     def _mean(self, shares: Tensor) -> Tensor:
         wide = shares.to(self.wide_dtype(shares))
@@ -505,31 +489,30 @@ class Bins(LabelAxes):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this axis from others; :meth:`from_dict` makes an equal one of it."""
+        """What tells this axis from others. :meth:`from_dict` makes an equal axis of it."""
         return {"edges": self.edges, "centers": self.centers, "categorical": self.categorical}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that :meth:`from_dict` turns back into an equal axis; fit for JSON and checkpoints."""
+        """Plain values, fit for JSON and checkpoints, that :meth:`from_dict` turns back into an equal axis."""
         return {"edges": self.edges.tolist(), "centers": self.centers.tolist(), "categorical": self.categorical}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Bins:
         """The axis that :meth:`to_dict` described."""
         keys("values", values, ("edges", "centers", "categorical"))
-        if not isinstance(values["categorical"], bool):
-            raise problem("categorical must be true or false", got=repr(values["categorical"]), error=TypeError)
+        instance(bool, categorical=values["categorical"])
         return cls(**values)
 
 
 def _outwards(which: Any, bound: Any) -> Fraction:
-    """The decimal of a bound, or its value in float64, whichever is further out."""
+    """The decimal of a bound or its value in float64: the one that is further out."""
     decimal = Fraction(str(bound))
     narrow = isinstance(bound, np.floating) and bound.itemsize < 8
     return which(decimal, Fraction(float(bound))) if narrow else decimal
 
 
 def _dividing(low: Any, high: Any, step: Fraction) -> str:
-    """What makes whole bins of this width out of an axis that holds all of low to high."""
+    """Advice on how to make whole bins out of an axis that holds all of low to high."""
     start, end = _outwards(min, low), _outwards(max, high)
     count = math.ceil((end - Fraction(str(low))) / step)
     ends = {"high": Fraction(str(low)) + count * step}
@@ -540,7 +523,7 @@ def _dividing(low: Any, high: Any, step: Fraction) -> str:
 
 
 def _is_decimal(*numbers: Fraction) -> bool:
-    """Whether these are what their floats are written as."""
+    """Whether these numbers are the decimals that their floats are written as."""
     return all(Fraction(str(float(x))) == x for x in numbers)
 
 
@@ -549,7 +532,7 @@ def _too_large(name: str, largest: float) -> Exception:
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
-    """``table[index]``, which reads an index of no dimension on the host."""
+    """``table[index]`` that does not wait for an accelerator. Indexing reads an index of no dimension on the host."""
     return table.index_select(0, index.flatten()).reshape(index.shape)
 
 
@@ -561,23 +544,11 @@ def _edges_array(edges: object) -> np.ndarray:
         raise _too_large("edges", float(np.abs(array).max()))
     sound = (array[1:] > array[:-1]) & np.isfinite(array[1:]) & np.isfinite(array[:-1])
     if not sound.all():
-        at = int(np.argmin(sound))
-        raise problem(
-            "edges must be finite and strictly rising",
-            got=f"{digits(array[at])} followed by {digits(array[at + 1])} at position {at}",
-            fix="Sort them and drop repeats: numpy.unique(edges).",
-        )
+        i = int(np.argmin(sound))
+        got = f"{digits(array[i])} followed by {digits(array[i + 1])} at position {i}"
+        fix = "Sort them and drop repeats: numpy.unique(edges)."
+        raise problem("edges must be finite and strictly rising", got=got, fix=fix)
     return array
-
-
-def _counts(index: np.ndarray, num_bins: int) -> np.ndarray:
-    """How often each bin occurs, counted by torch, since NumPy would keep other threads waiting."""
-    return torch.bincount(torch.from_numpy(index), minlength=num_bins).numpy()
-
-
-def _floats(labels: np.ndarray) -> np.ndarray:
-    """Labels in the precision in which they are compared with edges."""
-    return labels if labels.dtype.kind == "f" else labels.astype(np.float64)
 
 
 def _scaled(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -601,10 +572,7 @@ def _whole_numbers(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _integer_centers(edges: np.ndarray) -> np.ndarray:
     first, last = _whole_numbers(edges)
     if (last < first).any():
-        at = int(np.argmax(last < first))
-        raise problem(
-            "with integer=True every bin must hold a whole number",
-            got=f"[{digits(edges[at])}, {digits(edges[at + 1])})",
-            fix="Use a width of at least 1.",
-        )
+        low, high = edges[int(np.argmax(last < first)) :][:2]
+        rule, got = "with integer=True every bin must hold a whole number", f"[{digits(low)}, {digits(high)})"
+        raise problem(rule, got=got, fix="Use a width of at least 1.")
     return (first + last) / 2

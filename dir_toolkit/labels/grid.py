@@ -1,17 +1,17 @@
-"""Labels of several dimensions: a grid of joint bins, one label axis a dimension."""
+"""Labels of several dimensions: a grid of joint bins with one label axis per dimension."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import MOST_BINS, instance, is_tensor, keys, labels_array, problem
+from .._checks import MOST_BINS, instance, keys, problem
 from ..errors import ShapeError
 from .bins import Bins, LabelAxes, Outside
 from .kernels import DEFAULT_KERNEL, Window, checked_window, usual_kernel
@@ -23,11 +23,11 @@ _ALONE = np.ones(1)
 
 
 class BinGrid(LabelAxes):
-    """The product of label axes: labels are (..., K), and each falls into one of the B joint bins.
+    """The product of label axes. Labels are (..., K), and each falls into one of the B joint bins.
 
     Joint bins are numbered with the last axis running fastest, so that ``counts.reshape(grid.shape)`` has one
-    dimension an axis. What takes a :class:`Bins` and says so takes a grid in its place. Build one with
-    :meth:`Bins.grid`. A grid never changes; two of equal axes are equal.
+    dimension per axis. Where a function says so, a grid may take the place of a :class:`Bins`. Make one with
+    :meth:`Bins.grid`. A grid never changes. Two grids of equal axes are equal.
 
     Attributes:
         axes: K label axes.
@@ -48,11 +48,8 @@ class BinGrid(LabelAxes):
             instance(Bins, **{f"axes[{i}]": axis})
         self._axes = axes
         if len(self) > MOST_BINS:
-            raise problem(
-                f"at most {MOST_BINS:,} joint bins",
-                got=f"{' x '.join(map(str, self.shape))} = {len(self):,}",
-                fix="Widen the bins of an axis.",
-            )
+            got = f"{' x '.join(map(str, self.shape))} = {len(self):,}"
+            raise problem(f"at most {MOST_BINS:,} joint bins", got=got, fix="Widen the bins of an axis.")
 
     @property
     def axes(self) -> tuple[Bins, ...]:
@@ -60,7 +57,7 @@ class BinGrid(LabelAxes):
 
     @cached_property
     def centers(self) -> np.ndarray:
-        """(B, K) float64, in label units: what each joint bin stands for; read-only."""
+        """(B, K) float64, in label units; read-only. A joint bin stands for its centre."""
         centers = self._corners([axis.centers for axis in self.axes])
         centers.setflags(write=False)
         return centers
@@ -73,20 +70,16 @@ class BinGrid(LabelAxes):
 
     @property
     def edges(self) -> np.ndarray:
-        """Only an axis has edges: this says so to code that knows one axis alone.
+        """Only an axis has edges. Code that knows one axis alone is told so here.
 
         Raises:
             AttributeError: always.
         """
-        raise problem(
-            "this needs one label axis, and edges belong to an axis",
-            got=repr(self),
-            fix="Use an axis: grid.axes[0].",
-            error=AttributeError,
-        )
+        rule, fix = "this needs one label axis, and edges belong to an axis", "Use an axis: grid.axes[0]."
+        raise problem(rule, got=repr(self), fix=fix, error=AttributeError)
 
     def _corners(self, of_axes: Sequence[np.ndarray]) -> np.ndarray:
-        """One value a bin of each axis, as (B, K)."""
+        """One value per bin of each axis, as (B, K)."""
         return np.stack(np.meshgrid(*of_axes, indexing="ij"), -1).reshape(len(self), len(self.axes))
 
     def __len__(self) -> int:
@@ -104,34 +97,10 @@ class BinGrid(LabelAxes):
     def __repr__(self) -> str:
         return f"<BinGrid: {' x '.join(map(repr, self.axes))}>"
 
-    @overload
-    def index(self, labels: Tensor, outside: Outside = "raise", *, name: str = "labels") -> Tensor: ...
-    @overload
-    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray: ...
-    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> Any:
-        """The joint bin of each label.
-
-        Args:
-            outside: as in :meth:`Bins.index`. ``"clip"`` clips along each axis; ``"drop"`` answers -1 where a label
-                lies beyond any axis.
-            name: what an error calls the labels.
-        Shape:
-            labels: (..., K), the last axis being the dimensions. Returns (...), int64.
-        Raises:
-            ShapeError: the last axis is not K long. LabelError: as :meth:`Bins.index`, naming the dimension.
-        """
-        instance(str, name=name)
-        if not isinstance(labels, Tensor):
-            array = labels_array(labels, name)
-            tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-            return self.index(tensor, outside, name=name).numpy()
-        is_tensor(**{name: labels})
+    def _index(self, labels: Tensor, outside: Outside, name: str) -> Tensor:
         if labels.ndim == 0 or labels.shape[-1] != len(self.axes):
-            raise problem(
-                f"{name} must be (..., {len(self.axes)}), one number a dimension in the last axis",
-                got=f"shape {tuple(labels.shape)}",
-                error=ShapeError,
-            )
+            rule = f"{name} must be (..., {len(self.axes)}), one number per dimension in the last axis"
+            raise problem(rule, got=f"shape {tuple(labels.shape)}", error=ShapeError)
         index = torch.zeros_like(labels[..., 0], dtype=torch.int64)
         beyond = torch.zeros_like(index, dtype=torch.bool)
         for k, axis in enumerate(self.axes):
@@ -139,22 +108,8 @@ class BinGrid(LabelAxes):
             index, beyond = index * len(axis) + of_axis, beyond | (of_axis < 0)
         return index.masked_fill(beyond, -1)
 
-    @overload
-    def expectation(self, probabilities: Tensor) -> Tensor: ...
-    @overload
-    def expectation(self, probabilities: np.ndarray) -> np.ndarray: ...
-    def expectation(self, probabilities: Any) -> Any:
-        """The mean label of a distribution over joint bins, each bin standing for its centre.
-
-        Shape:
-            probabilities: (..., B), summing to one along the last axis. Returns (..., K), in label units.
-        Raises:
-            ShapeError: the last axis is not B long. ValueError: as :meth:`Bins.expectation`.
-        """
-        if not isinstance(probabilities, Tensor):
-            array = labels_array(probabilities, "probabilities")
-            return self.expectation(torch.from_numpy(array.copy())).numpy()
-        joint = self.shares(probabilities).unflatten(-1, self.shape)  # (..., B_1, ..., B_K)
+    def _mean(self, shares: Tensor) -> Tensor:
+        joint = shares.unflatten(-1, self.shape)  # (..., B_1, ..., B_K)
         first = joint.ndim - len(self.axes)
         means = []
         for k, axis in enumerate(self.axes):
@@ -165,11 +120,11 @@ class BinGrid(LabelAxes):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this grid from others; :meth:`from_dict` makes an equal one of it."""
+        """What tells this grid from others. :meth:`from_dict` makes an equal grid of it."""
         return {"axes": [axis.settings for axis in self.axes]}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that :meth:`from_dict` turns back into an equal grid; fit for JSON and checkpoints."""
+        """Plain values, fit for JSON and checkpoints, that :meth:`from_dict` turns back into an equal grid."""
         return {"axes": [axis.to_dict() for axis in self.axes]}
 
     @classmethod
@@ -189,38 +144,27 @@ def saved_bins(values: dict[str, Any]) -> AnyBins:
 
 
 def checked_windows(kernel: Windows, bins: AnyBins) -> tuple[np.ndarray, ...]:
-    """A window per axis, each checked: one for each of them, or one for all continuous axes of a grid."""
+    """One checked window per axis, from one window for each axis or one for all continuous axes of a grid."""
     axes = bins.axes
-    several = isinstance(bins, BinGrid) and isinstance(kernel, (Sequence, np.ndarray))
-    if not (several and any(np.ndim(window) > 0 for window in kernel)):
-        # Classes have no neighbours, and so are smoothed where a window is given for them alone.
-        smoothed = [len(axes) == 1 or not axis.categorical for axis in axes]
-        if not any(smoothed):
+    windows: Sequence[Any] = kernel if isinstance(kernel, (Sequence, np.ndarray)) else ()
+    if not (isinstance(bins, BinGrid) and any(np.ndim(window) > 0 for window in windows)):
+        # Classes have no neighbours, and so are smoothed only where they are the one axis.
+        windows = [kernel if len(axes) == 1 or not axis.categorical else _ALONE for axis in axes]
+        if all(window is _ALONE for window in windows):
             rule = "kernel must be one window for each axis of a grid of classes, which have no neighbours"
             fix = "Use kernel=None, or one window per axis, with [1.0] for those that are not to be smoothed."
             raise problem(rule, got="one window", fix=fix)
-        return tuple(
-            checked_window(kernel if of_axis else _ALONE, len(axis))  # type: ignore[arg-type]
-            for axis, of_axis in zip(axes, smoothed, strict=True)
-        )
-    if len(kernel) != len(axes):
-        raise problem(
-            f"kernel must be one window, or one for each of {len(axes)} label axes",
-            got=f"{len(kernel)} windows",
-            fix="Use [1.0] for an axis that is not to be smoothed.",
-            error=ShapeError,
-        )
-    return tuple(
-        checked_window(window, len(axis))  # type: ignore[arg-type]
-        for window, axis in zip(kernel, axes, strict=True)
-    )
+    if len(windows) != len(axes):
+        rule, got = f"kernel must be one window, or one for each of {len(axes)} label axes", f"{len(windows)} windows"
+        raise problem(rule, got=got, fix="Use [1.0] for an axis that is not to be smoothed.", error=ShapeError)
+    return tuple(checked_window(window, len(axis)) for window, axis in zip(windows, axes, strict=True))
 
 
 def chosen_windows(
     kernel: Windows | Literal["auto"] | None, bins: AnyBins, usual: np.ndarray = DEFAULT_KERNEL
 ) -> tuple[np.ndarray, ...] | None:
-    """:func:`checked_windows` of a kernel, which may be ``"auto"`` (:func:`usual_kernel`) or None: then None, which
-    smooths nothing."""
+    """:func:`checked_windows` of a kernel that may also be ``"auto"``, for :func:`usual_kernel`, or None. The answer is
+    None where nothing is smoothed."""
     if isinstance(kernel, str):
         if kernel != "auto":
             rule, fix = 'kernel must be a window, "auto" or None', "Use dir_toolkit.gaussian(5, 2)."

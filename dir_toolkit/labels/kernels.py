@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ __all__ = ["Edges", "Window", "gaussian", "laplace", "smooth", "smoothing_matrix
 
 Window = Sequence[float] | np.ndarray
 Edges = Literal["reflect", "mirror", "zero"]
+EDGES = get_args(Edges)
 _SCIPY_MODE = {"reflect": "reflect", "mirror": "mirror", "zero": "constant"}
 
 
@@ -34,10 +35,10 @@ def gaussian(size: int, sigma: float, *, folded: bool = False) -> np.ndarray:
     """A Gaussian window, ``exp(-d^2 / (2 sigma^2))`` at ``d`` bins from the middle.
 
     Args:
-        size: number of bins, odd.
-        sigma: standard deviation, in bins.
-        folded: the window of the public DIR code instead: a unit impulse of length ``size`` filtered with reflecting
-            ends, which folds the tails back and makes it nearly flat (size 5, sigma 2: .858 .946 1 .946 .858).
+        size: the number of bins, odd.
+        sigma: the standard deviation, in bins.
+        folded: gives the window of the public DIR code. It filters a unit impulse of length ``size`` with reflecting
+            ends, which folds the tails back and makes the window nearly flat (size 5, sigma 2: .858 .946 1 .946 .858).
     Returns:
         (size,) float64, at most 1.
     Source:
@@ -51,8 +52,8 @@ def gaussian(size: int, sigma: float, *, folded: bool = False) -> np.ndarray:
     offsets = _offsets(size)
     sigma = number("sigma", sigma, low=0, open_low=True)
     instance(bool, folded=folded)
-    if folded and sigma > 0.1:  # narrower ones are the impulse itself
-        reach = int(4 * sigma + 0.5)  # where SciPy's filter, which that code uses, ends
+    if folded and sigma > 0.1:  # a narrower window is the impulse itself
+        reach = int(4 * sigma + 0.5)  # where SciPy's filter ends, which that code uses
         impulse = np.pad((offsets == 0).astype(np.float64), reach, mode="symmetric")
         window = np.convolve(impulse, np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2), "valid")
         return window / window.max()
@@ -61,7 +62,7 @@ def gaussian(size: int, sigma: float, *, folded: bool = False) -> np.ndarray:
 
 
 def triangular(size: int) -> np.ndarray:
-    """A triangle that would reach zero one bin beyond the window. Returns (size,) float64, 1 in the middle.
+    """A triangle that would reach zero one bin beyond the window. It is (size,) float64, with 1 in the middle.
 
     >>> triangular(3).tolist()
     [0.5, 1.0, 0.5]
@@ -71,7 +72,7 @@ def triangular(size: int) -> np.ndarray:
 
 
 def laplace(size: int, scale: float) -> np.ndarray:
-    """A Laplace window, ``exp(-|d| / scale)`` at ``d`` bins from the middle. Returns (size,) float64, at most 1.
+    """A Laplace window, ``exp(-|d| / scale)`` at ``d`` bins from the middle. It is (size,) float64, at most 1.
 
     >>> laplace(3, 1).round(3).tolist()
     [0.368, 1.0, 0.368]
@@ -89,8 +90,8 @@ for _window in (DEFAULT_KERNEL, FOLDED_KERNEL):
 
 
 def usual_kernel(bins: LabelAxes, window: np.ndarray = DEFAULT_KERNEL) -> np.ndarray | tuple[np.ndarray, ...] | None:
-    """What smooths over these bins unless told otherwise: the window, but nothing over classes, which have no
-    neighbours, nor over an axis of fewer bins than the window. Over a grid one window per axis, and None where no axis
+    """What smooths over these bins by default: the window, but nothing over classes, which have no neighbours, and
+    nothing over an axis of fewer bins than the window. Over a grid it is one window per axis. It is None where no axis
     is smoothed."""
     windows = [not axis.categorical and len(axis) >= len(window) for axis in bins.axes]
     if not any(windows):
@@ -99,15 +100,11 @@ def usual_kernel(bins: LabelAxes, window: np.ndarray = DEFAULT_KERNEL) -> np.nda
 
 
 def checked_window(kernel: Window, num_bins: int) -> np.ndarray:
-    """The window as float64, after checking that it can smooth an axis of ``num_bins`` bins."""
+    """The window as float64, once it is checked that it can smooth an axis of ``num_bins`` bins."""
     window = labels_array(kernel, "kernel").astype(np.float64)
     if window.ndim != 1 or window.size == 0:
-        raise problem(
-            "kernel must be a row of numbers",
-            got=f"shape {window.shape}",
-            fix="Use dir_toolkit.gaussian(5, 2).",
-            error=ShapeError,
-        )
+        rule, fix = "kernel must be a row of numbers", "Use dir_toolkit.gaussian(5, 2)."
+        raise problem(rule, got=f"shape {window.shape}", fix=fix, error=ShapeError)
     if window.size % 2 == 0:
         raise problem("kernel must have odd length, so that it has a middle", got=f"{window.size} values")
     if not np.isfinite(window).all() or (window < 0).any() or window[window.size // 2] <= 0:
@@ -115,12 +112,8 @@ def checked_window(kernel: Window, num_bins: int) -> np.ndarray:
     if not np.allclose(window, window[::-1], rtol=1e-9, atol=0):
         raise problem("kernel must be symmetric", got=window.tolist())
     if window.size > num_bins:
-        longest = num_bins if num_bins % 2 else num_bins - 1
-        raise problem(
-            "kernel must not be longer than the label axis",
-            got=f"{window.size} values for {num_bins} bins",
-            fix=f"Use at most {longest}.",
-        )
+        got, fix = f"{window.size} values for {num_bins} bins", f"Use at most {num_bins - 1 + num_bins % 2}."
+        raise problem("kernel must not be longer than the label axis", got=got, fix=fix)
     return window
 
 
@@ -129,35 +122,33 @@ def smooth(values: np.ndarray, kernel: Window, *, edges: Edges = "reflect") -> n
 
     Args:
         values: (B, ...), smoothed along the first axis.
-        kernel: odd length, symmetric, at most B long.
+        kernel: of odd length, symmetric, at most B long.
         edges: what lies beyond the axis: ``"reflect"`` (b a | a b c), ``"mirror"`` (c b | a b c) or ``"zero"``.
     Returns:
-        float64, the shape of ``values``. With ``"reflect"`` the sum is kept.
+        float64, of the shape of ``values``. ``"reflect"`` keeps the sum.
     Source:
         Yang et al. 2021, equation 1 (arXiv:2102.09554).
 
     >>> smooth(np.array([4.0, 0.0, 0.0]), triangular(3)).tolist()
     [3.0, 1.0, 0.0]
     """
-    one_of("edges", edges, tuple(_SCIPY_MODE))
+    one_of("edges", edges, EDGES)
     values = np.atleast_1d(labels_array(values, "values").astype(np.float64))
     not_empty(values=values)
-    window = checked_window(kernel, len(values))
+    return smooth_axes(values, [checked_window(kernel, len(values))], edges=edges)
+
+
+def smooth_axes(values: np.ndarray, windows: Sequence[np.ndarray], *, edges: Edges) -> np.ndarray:
+    """:func:`smooth` along the first axes of float64 ``values`` in turn, by one checked window for each of them."""
     from scipy.ndimage import correlate1d
 
-    return correlate1d(values, window / window.sum(), axis=0, mode=_SCIPY_MODE[edges], cval=0.0)
-
-
-def smooth_axes(values: np.ndarray, kernels: Sequence[np.ndarray], *, edges: Edges) -> np.ndarray:
-    """:func:`smooth` along each axis of ``values`` (B_1, ..., B_K) in turn, by the window of that axis."""
-    for axis, kernel in enumerate(kernels):
-        values = np.moveaxis(smooth(np.moveaxis(values, axis, 0), kernel, edges=edges), 0, axis)
+    for axis, window in enumerate(windows):
+        values = correlate1d(values, window / window.sum(), axis=axis, mode=_SCIPY_MODE[edges], cval=0.0)
     return values
 
 
 def smoothing_window(kernel: Window, num_bins: int) -> np.ndarray:
-    """The window, scaled to sum to one, that :func:`smooth_rows` takes, after checking that it can smooth so many
-    bins."""
+    """The checked window, scaled to sum to one, that :func:`smooth_rows` takes."""
     window = checked_window(kernel, num_bins)
     return window / window.sum()
 

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import instance, interval, keys, number, one_of, problem, warn
 from .._numerics import has_values, keepable
 from .._settings import described, differing, shown
-from .._state import pack, unpack
+from .._state import SoundModule, pack, unpack
 from ..errors import CheckpointError, NotFittedError
-from .bins import Bins, Outside
+from .bins import OUTSIDE, Bins, Outside
 from .density import LabelDensity, to_shares
 from .grid import AnyBins, BinGrid, Windows, chosen_windows, saved_bins
-from .kernels import FOLDED_KERNEL, Edges, smooth_axes
+from .kernels import EDGES, FOLDED_KERNEL, Edges, smooth_axes
 
 __all__ = ["LDS", "Scheme"]
 
 Scheme = Literal["none", "inverse", "sqrt_inverse", "effective_number", "dense"]
 Order = Literal["smooth_first", "scheme_first"]
-_SCHEMES = ("none", "inverse", "sqrt_inverse", "effective_number", "dense")
 
 
-class LDS(nn.Module):
+class LDS(SoundModule):
     r"""Loss weights from a smoothed label density, so that rare labels count more.
 
-    Where bins differ in width, n are counts per label unit, so that weights follow the labels and not the bins.
-
-    The effective density of bin b is :math:`q_b = \sum_{b'} \kappa(b, b') n_{b'}`; a label in b weighs
-    :math:`c / g(q_b)`, with c such that weights average one over the fitted labels. ``kernel=None`` does not smooth,
-    which leaves plain reweighting.
+    The effective density of bin b is :math:`q_b = \sum_{b'} \kappa(b, b') n_{b'}`, and a label in b weighs
+    :math:`c / g(q_b)`, with c such that weights average one over the fitted labels. Where bins differ in width, n are
+    counts per label unit, so that weights follow the labels and not the bins. ``kernel=None`` does not smooth, which
+    leaves plain reweighting.
 
     ================== ==================================================================================
     scheme             weight before scaling
@@ -48,24 +46,25 @@ class LDS(nn.Module):
 
     Args:
         bins: the label axis, or a grid of several, whose joint bins are weighed.
-        kernel: window over bins, odd length; None for none. Over a grid, one for each axis, or one for all of its
-            continuous axes. ``"auto"`` is ``gaussian(5, 2)``, but nothing over classes, which have no neighbours, nor
-            over an axis of fewer than five bins.
-        edges: what the smoothing takes to lie beyond the axis; ``"zero"``, as in the public code, raises the weight of
+        kernel: a window over bins of odd length, or None for no smoothing. Over a grid it is one window for each axis,
+            or one for all of its continuous axes. ``"auto"`` is ``gaussian(5, 2)``, but nothing over classes, which
+            have no neighbours, and nothing over an axis of fewer than five bins.
+        edges: what the smoothing takes to lie beyond the axis. ``"zero"``, as in the public code, raises the weight of
             the labels at both ends.
-        order: ``"smooth_first"`` smooths the counts and then applies the scheme, as the paper writes it;
+        order: ``"smooth_first"`` smooths the counts and then applies the scheme, as the paper writes it.
             ``"scheme_first"`` smooths g(counts), as the public code does (not for ``dense``).
-        clip: (low, high) bounds in labels per bin, of mean width where widths differ, applied to what enters the
-            scheme; bounds the ratio of weights.
-        outside: what a label beyond the axis does, as in :meth:`Bins.index`; with ``"drop"`` it weighs nothing.
-        beta: of ``effective_number``, in [0, 1). alpha, epsilon: of ``dense``.
+        clip: (low, high), in labels per bin, of mean width where widths differ. They bound what enters the scheme, and
+            with it the ratio of weights.
+        outside: what happens to a label beyond the axis, as in :meth:`Bins.index`. With ``"drop"`` it weighs nothing.
+        beta: of ``effective_number``, in [0, 1).
+        alpha, epsilon: of ``dense``.
     Shape:
-        forward: labels of any shape, such as (N,) or maps (N, H, W), in label units. Returns weights of that shape, on
-        the labels' device, in float32, or in float64 where the module was cast to it; half precision cannot hold them.
-        Over a grid of K axes labels are (..., K) and weights (...): a loss takes ``lds(y)[..., None].expand_as(y)``.
+        forward: labels of any shape, such as (N,) or maps (N, H, W), in label units. Returns weights of that shape on
+        the labels' device, in float32, or in float64 where the module was cast to it. Half precision cannot hold them.
+        Over a grid of K axes labels are (..., K) and weights (...). A loss takes ``lds(y)[..., None].expand_as(y)``.
     Raises:
-        NotFittedError: called before :meth:`fit`. LabelError: as :meth:`Bins.index`; on an accelerator labels are not
-        looked at, and one that cannot be placed weighs NaN, which stops training at the next check of the loss.
+        NotFittedError: called before :meth:`fit`. LabelError: as :meth:`Bins.index`. On an accelerator labels are not
+        looked at. A label that cannot be placed weighs NaN there, which stops training at the next check of the loss.
     Source:
         Yang et al. 2021, section 3.1 (arXiv:2102.09554).
 
@@ -90,10 +89,10 @@ class LDS(nn.Module):
     ) -> None:
         super().__init__()
         instance((Bins, BinGrid), bins=bins)
-        one_of("scheme", scheme, _SCHEMES)
-        one_of("edges", edges, ("reflect", "mirror", "zero"))
-        one_of("order", order, ("smooth_first", "scheme_first"))
-        one_of("outside", outside, ("raise", "clip", "drop"))
+        one_of("scheme", scheme, get_args(Scheme))
+        one_of("edges", edges, EDGES)
+        one_of("order", order, get_args(Order))
+        one_of("outside", outside, OUTSIDE)
         if scheme == "dense" and order == "scheme_first":
             raise problem('scheme "dense" is defined on a density, so it needs order="smooth_first"', got=order)
         self.bins, self.scheme, self.edges, self.order, self.outside = bins, scheme, edges, order, outside
@@ -103,14 +102,13 @@ class LDS(nn.Module):
         self.alpha = number("alpha", alpha, low=0)
         self.epsilon = number("epsilon", epsilon, low=0, open_low=True)
         self._public_integers = False
-        # One weight per bin; the last is what index -1 finds: a label that could not be placed.
+        # One weight per bin, and a last one for labels without a bin.
         self.table: Tensor
         with torch.inference_mode(False):  # whose tensors training could not use
             wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
             self.register_buffer("table", torch.full((len(bins) + 1,), torch.nan, dtype=wide))
         self._fitted = False
         self._copy: tuple[Tensor, int, Tensor] | None = None
-        self._strict = False
 
     @classmethod
     def reference(
@@ -121,13 +119,13 @@ class LDS(nn.Module):
         scheme: Literal["inverse", "sqrt_inverse"] = "sqrt_inverse",
         outside: Outside = "clip",
     ) -> LDS:
-        """The weights of the public DIR code: folded window, zero edges, scheme before smoothing, ``inverse`` from
-        counts clipped to [5, 1000] and, as its integer array does, rounded down after smoothing.
+        """The weights of the public DIR code: folded window, zero edges, and the scheme before smoothing. ``inverse``
+        starts from counts clipped to [5, 1000], and rounds down after smoothing, as the integer array there does.
 
         Args:
-            kernel: window over bins, as of the class; ``"auto"`` is the folded ``gaussian(5, 2, folded=True)``, with
-                the same exceptions.
-            outside: as of the class; the public code clips.
+            kernel: as of the class, but ``"auto"`` is the folded ``gaussian(5, 2, folded=True)``, with the same
+                exceptions.
+            outside: as of the class. The public code clips.
         Source:
             github.com/YyzHarry/imbalanced-regression, ``_prepare_weights`` of its data sets.
         """
@@ -141,12 +139,13 @@ class LDS(nn.Module):
         return lds
 
     def fit(self, labels: Any) -> LDS:
-        """Learn the weights from training labels (anything :meth:`LabelDensity.count` takes) or their density.
+        """Learn the weights from the density of the training labels, or from the labels, which may be anything that
+        :meth:`LabelDensity.count` takes.
 
-        Bins whose effective density is zero, where no training label can fall, get the largest weight of the others.
+        A bin whose effective density is zero, where no training label can fall, gets the largest weight of the others.
 
-        Warns once where the weights leave less than a tenth of the labels to be seen, by their effective sample size,
-        or where the scheme makes no difference between labels that differ in density.
+        A warning says so where the effective sample size of the weights is less than a tenth of the labels, or where
+        the scheme weighs labels alike that differ in density.
 
         Raises:
             ValueError: no label was counted, or a weight would not be finite. LabelError: as :meth:`Bins.index`.
@@ -154,11 +153,8 @@ class LDS(nn.Module):
         if isinstance(labels, LabelDensity):
             density = labels
             if density.counts.dtype.kind == "f" and self.kernels is not None:
-                raise problem(
-                    "the density must be as counted, since the kernel smooths it",
-                    got=repr(density),
-                    fix="Hand over the counted density, or kernel=None.",
-                )
+                rule = "the density must be as counted, since the kernel smooths it"
+                raise problem(rule, got=repr(density), fix="Hand over the counted density, or kernel=None.")
             if density.bins != self.bins:
                 raise problem("the density must be over the same bins", got=f"{density.bins}, {self.bins}")
         else:
@@ -189,18 +185,18 @@ class LDS(nn.Module):
             warn(
                 f"the weights leave the loss {effective * labels:.3g} of {labels:.6g} labels to learn from (their "
                 'effective sample size), so that few rare labels rule it. Use scheme="sqrt_inverse", a wider kernel, '
-                "or clip=(low, high), which bounds the ratio of weights.",
+                "or clip=(low, high), which bounds the ratio of weights."
             )
         held, weights = counts[counts > 0], weights[counts > 0]
         alike = held.max() / 2 > held.min() and weights.max() < 1.01 * weights.min()
         if self.scheme == "effective_number" and self.beta > 0 and alike:
             warn(
                 f"beta={self.beta:g} is too small for {held.max():.6g} labels in a bin, so that all weigh the same. "
-                f"Use a beta nearer one, such as {1 - 1 / held.max():.{2 + len(str(int(held.max())))}g}.",
+                f"Use a beta nearer one, such as {1 - 1 / held.max():.{2 + len(str(int(held.max())))}g}."
             )
 
     def _unscaled(self, counts: np.ndarray) -> np.ndarray:
-        """1 / g(q) per bin, where q = 0 taking the largest weight of the rest."""
+        """1 / g(q) per bin. Bins where q is 0 take the largest weight of the others."""
         if self.scheme == "none":
             return np.ones_like(counts)
         bounds = self.clip or (0.0, np.inf)
@@ -247,18 +243,11 @@ class LDS(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         if not self._fitted:
             raise _not_fitted()
-        if not isinstance(labels, Tensor):
-            raise problem(
-                "labels must be a torch.Tensor",
-                got=type(labels).__name__,
-                fix="Use lds.sample_weight(labels) for NumPy.",
-                error=TypeError,
-            )
         row = self.bins.rows(labels, self.outside)
         return self._table_on(row.device).index_select(0, row.flatten()).view(row.shape)
 
     def _table_on(self, device: torch.device) -> Tensor:
-        """The table where labels lie, copied there once and anew whenever it has changed."""
+        """The table on the device of the labels, copied there once, and anew whenever it has changed."""
         if self.table.device == device or not has_values(self.table):
             return self.table.to(device)
         if self._copy is None or self._copy[0] is not self.table or self._copy[1] != self.table._version:
@@ -283,18 +272,15 @@ class LDS(nn.Module):
         return self.table.detach().cpu().double().numpy()
 
     def _of_bins(self, bins: AnyBins) -> np.ndarray:
-        """The mean weight of labels that lie evenly in each of these bins, (B,) float64. A bin that reaches beyond the
-        axis of a label that raises has NaN."""
+        """The mean weight of labels that lie evenly in each of these bins, (B,) float64. Under ``"raise"`` it is NaN
+        for a bin that reaches beyond this axis."""
         table = self._known()[:-1]
         if bins == self.bins:
             return table
         kinds = [[axis.categorical for axis in own.axes] for own in (bins, self.bins)]
         if kinds[0] != kinds[1]:
-            raise problem(
-                "lds must weigh the labels that the density counts",
-                got=f"{self.bins} for {bins}",
-                fix="Make the LDS over the bins of the density.",
-            )
+            rule = "lds must weigh the labels that the density counts"
+            raise problem(rule, got=f"{self.bins} for {bins}", fix="Make the LDS over the bins of the density.")
         means = table.reshape(self.bins.shape)
         for k, (own, other) in enumerate(zip(self.bins.axes, bins.axes, strict=True)):
             means = np.moveaxis(_means_over(np.moveaxis(means, k, 0), own, other, self.outside), 0, k)
@@ -302,7 +288,7 @@ class LDS(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells these weights from others: the arguments, and the weight of each bin once they are known."""
+        """What tells these weights from others: the arguments and, once they are known, the weight of each bin."""
         return {**self._arguments(), "weights": self.table[:-1] if self._fitted and not self.table.is_meta else None}
 
     def _arguments(self) -> dict[str, Any]:
@@ -322,14 +308,14 @@ class LDS(nn.Module):
         }
 
     def get_extra_state(self) -> Tensor:
+        # Settings hold a digest of bins where these are many, so that bins are saved once more. "fitted" is a tensor,
+        # so that the length of the state does not depend on it.
+        fitted = torch.tensor([self._fitted], device="cpu")
         settings = described("settings", self._arguments())
-        # Once more the bins, of which settings hold a digest where they are many. Fitted or not, the length is one.
-        return pack(
-            {"settings": settings, "bins": self.bins.settings, "fitted": torch.tensor([self._fitted], device="cpu")}
-        )
+        return pack({"settings": settings, "bins": self.bins.settings, "fitted": fitted})
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse a state of other weights; ``load_state_dict`` takes it up, together with the weights."""
+        """Refuse the state of other weights. ``load_state_dict`` takes up the state together with the weights."""
         self._checked_state(state)
 
     def _checked_state(self, state: object) -> bool:
@@ -348,13 +334,6 @@ class LDS(nn.Module):
             raise problem(rule, got=got, fix="Make the LDS with the settings it was saved with.", error=CheckpointError)
         return fitted
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        self._strict = strict  # of which a module is not told otherwise
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        finally:
-            self._strict = False
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -365,38 +344,35 @@ class LDS(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """All is looked at before anything is changed. Weights that come without settings, as those that were exported
-        alone do, are taken where they are whole."""
-        names = [prefix + "table", prefix + "_extra_state"]
-        missing = [name for name in names if name not in state_dict]
-        missing_keys += missing if strict else []
-        fitted = None if names[1] in missing else self._checked_state(state_dict[names[1]])
-        unexpected = [name for name in state_dict if strict and name.startswith(prefix) and name not in names]
-        unexpected_keys += unexpected
-        if names[0] in missing or (self._strict and (missing or unexpected)):
-            return
-        table = state_dict[names[0]]
-        if not isinstance(table, Tensor) or table.shape != self.table.shape:
-            got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
-            error_msgs.append(f"LDS: {names[0]} must have shape {tuple(self.table.shape)}, got {got}.")
-            return
-        weights = table.detach()[:-1]
-        known = bool((weights.isfinite() & (weights >= 0)).all()) if has_values(weights) else fitted is not False
-        if not known and (fitted or not bool(weights.isnan().all())):
-            rule, fix = "the saved weights must be finite and not negative", "Load an intact copy."
-            raise problem(rule, got="some that are not", fix=fix, error=CheckpointError)
-        if local_metadata.get("assign_to_params_buffers", False):
+        """Everything is checked before anything changes. Weights that come without settings, as weights that were
+        exported alone do, are taken where they are whole."""
+        name, assign = f"{prefix}table", local_metadata.get("assign_to_params_buffers", False)
+        fitted = None
+        if f"{prefix}_extra_state" in state_dict:
+            fitted = self._checked_state(state_dict[f"{prefix}_extra_state"])
+        table, faults = state_dict.get(name), len(error_msgs)
+        if known := isinstance(table, Tensor) and table.shape == self.table.shape:
+            weights = table.detach()[:-1]
+            known = bool((weights.isfinite() & (weights >= 0)).all()) if has_values(weights) else fitted is not False
+            if not known and (fitted or not bool(weights.isnan().all())):
+                rule, fix = "the saved weights must be finite and not negative", "Load an intact copy."
+                raise problem(rule, got="some that are not", fix=fix, error=CheckpointError)
+            if self.table.is_meta and not assign:
+                error_msgs.append(f"LDS: {name} is on the meta device, which holds no weights. Pass assign=True.")
+                return
             with torch.inference_mode(False):
-                self.table = table.detach().to(torch.promote_types(table.dtype, torch.float32), copy=True)
-        elif self.table.is_meta:
-            error_msgs.append(f"LDS: {names[0]} is on the meta device, which holds no weights. Pass assign=True.")
-            return
-        self._set(weights)
-        self._fitted = known if fitted is None else fitted
+                wide = torch.promote_types(table.dtype, torch.float32)
+                state_dict = {**state_dict, name: table.detach().to(wide, copy=True)}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if isinstance(table, Tensor) and len(error_msgs) == faults:
+            self._set(self.table[:-1].clone())
+            self._fitted = known if fitted is None else fitted
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LDS:
-        """The table goes where it is moved, but is never narrower than float32, which half precision would make
-        infinite. Off the meta device it comes without its weights."""
+        """The table moves with the module, but is never narrower than float32, since large weights are infinite in half
+        precision. From the meta device it comes without its weights."""
         old = self.table
         with torch.inference_mode(False):
             super()._apply(fn, recurse)
@@ -417,7 +393,7 @@ class LDS(nn.Module):
 
 
 def _means_over(values: np.ndarray, own: Bins, other: Bins, outside: Outside) -> np.ndarray:
-    """The means over each bin of ``other`` of a function that is one value, or row of values, in each bin of
+    """The means over each bin of ``other`` of a function that has one value, or one row of values, in each bin of
     ``own``."""
     inside = (own.edges > other.edges[0]) & (own.edges < other.edges[-1])
     cuts = np.union1d(own.edges[inside], other.edges)  # between two of them lies a piece of one bin of each

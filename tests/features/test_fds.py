@@ -521,7 +521,7 @@ def test_mistakes_over_a_grid() -> None:
         ShapeError, match=r"labels must be \(N, 2\), or \(N, H, W, 2\) for one label per pixel, got \(90"
     ):
         fds.update(features, labels[:90, 0])
-    with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 2\), one number a dimension"):
+    with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 2\), one number per dimension"):
         fds.update(features, torch.zeros(len(features), 3))
     with pytest.raises(ValueError, match=r"^FDS: kernel must not be longer than the label axis, got 5 values for 4"):
         FDS(GRID, 4, kernel=gaussian(5, 2))

@@ -224,7 +224,7 @@ def test_a_class_is_a_bin() -> None:
 def test_the_constructor_checks_what_it_is_given() -> None:
     with pytest.raises(ValueError, match=r"^Bins: edges must be finite and strictly rising"):
         Bins(np.array([1.0, 0.0]))
-    with pytest.raises(ValueError, match=r"^Bins: centers must be one finite number a bin, got shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"^Bins: centers must be one finite number per bin, got shape \(2,\)"):
         Bins(np.array([0.0, 1.0]), centers=np.array([0.0, 1.0]))
 
 
@@ -439,9 +439,9 @@ def test_expectation_equals_a_naive_loop_and_gradients_flow() -> None:
         (
             np.ones((3, 2)) / 2,
             ShapeError,
-            r"probabilities must have 3 values in the last axis, one a bin, got shape \(3, 2\)",
+            r"probabilities must have 3 values in the last axis, one per bin, got shape \(3, 2\)",
         ),
-        (np.float64(1), ShapeError, r"probabilities must have 3 values in the last axis, one a bin, got shape \(\)"),
+        (np.float64(1), ShapeError, r"probabilities must have 3 values in the last axis, one per bin, got shape \(\)"),
         (
             np.array([0.5, 0.5, 0.5]),
             ValueError,
@@ -505,7 +505,7 @@ def test_the_caller_s_edges_stay_his() -> None:
         (None, "values must be a dict, got NoneType"),
         ({}, "values must have the keys"),
         ({"edges": [0, 1], "centers": [0.5]}, r"got missing \['categorical'\], unknown \[\]"),
-        ({"edges": [0, 1], "centers": [0.5], "categorical": 1}, "categorical must be true or false, got 1"),
+        ({"edges": [0, 1], "centers": [0.5], "categorical": 1}, "categorical must be a bool, got int"),
         ({"edges": [1, 0], "centers": [0.5], "categorical": False}, "edges must be finite and strictly rising"),
         ({"edges": "a", "centers": [0.5], "categorical": False}, "edges must be integers or floats"),
     ],

@@ -171,7 +171,7 @@ def test_what_is_no_distribution_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name}: bins must be a Bins, got int"):
         call(p, 5)
     for bad in (p[:, :4], p.mT, torch.tensor(1.0)):
-        with pytest.raises(ShapeError, match=f"^{name}: probabilities must have 5 values in the last axis, one a bin"):
+        with pytest.raises(ShapeError, match=f"^{name}: probabilities must have 5 values in the last axis, one per"):
             call(bad, UNEVEN)
     with pytest.raises(
         ValueError, match=f"^{name}: probabilities must sum to one along the last axis, got sums from 2"

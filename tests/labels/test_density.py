@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dir_toolkit import LDS, Bins, LabelDensity, gaussian, triangular
 from dir_toolkit.errors import DirToolkitWarning, LabelError, NotFittedError, ShapeError
-from dir_toolkit.labels import density as module
+from dir_toolkit.labels import counting as module
 
 BINS = Bins.uniform(0, 10, width=1)
 LABELS = np.random.default_rng(0).uniform(0, 10, size=(6, 50))
@@ -189,7 +189,7 @@ def test_pairs_of_labels_are_counted_whole() -> None:
     some = pairs[:, 0] > 3
     assert LabelDensity.count(cut[cut[:, 0] > 3], grid) == LabelDensity.count(pairs[some], grid)
     message = (
-        r"^LabelDensity\.count: the last axis, of 2 numbers a label, must not be in chunks of unknown size, "
+        r"^LabelDensity\.count: the last axis, of 2 numbers per label, must not be in chunks of unknown size, "
         r"got \(nan, nan\)\. Call labels\.compute_chunk_sizes\(\)\.$"
     )
     unknown = cut[:, cut[0] >= 0]
@@ -358,7 +358,7 @@ def test_dates_and_masked_labels_are_refused_by_name(labels: Any) -> None:
 @pytest.mark.parametrize(
     ("counts", "kind", "message"),
     [
-        ([1, 2], ShapeError, r"counts must have one number a bin, shape \(3,\), got \(2,\)"),
+        ([1, 2], ShapeError, r"counts must have one number per bin, 3, got 2"),
         ([1, -2, 0], ValueError, "counts must not be negative, got a minimum of -2"),
         ([1, np.nan, 0], ValueError, r"counts must be finite, got nan at index \[1\]"),
         ([1, np.inf, 0], ValueError, "counts must be finite"),

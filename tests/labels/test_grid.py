@@ -74,7 +74,7 @@ def test_labels_outside_follow_the_option_on_each_axis() -> None:
     assert grid.index(labels, "clip").tolist() == [1, 7, 7, 18]
     assert grid.index(labels, "drop").tolist() == [-1, -1, 7, -1]
     message = r"^BinGrid\.index: labels\[\.\.\., 1\] must lie on the label axis \[0, 2\], got 9\.0 at index \[1\] \(1 "
-    with pytest.raises(LabelError, match=message + "such labels.*what takes outside= also clips"):
+    with pytest.raises(LabelError, match=message + "such labels.*What takes outside= can clip"):
         grid.index([[0.0, 0.0], labels[1]])
     with pytest.raises(ValueError, match="outside must be one of"):
         grid.index(labels, "ignore")  # type: ignore[call-overload]
@@ -90,7 +90,7 @@ def test_nan_and_broken_classes_raise_by_dimension(outside: Any) -> None:
 
 @pytest.mark.parametrize("labels", [np.zeros((5, 2)), np.zeros((3, 1)), np.zeros(4), np.array(1.0), torch.zeros(3, 4)])
 def test_the_last_axis_must_be_the_dimensions(labels: Any) -> None:
-    with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 3\), one number a dimension in the last axis, got"):
+    with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 3\), one number per dimension in the last"):
         GRID.index(labels)
 
 
@@ -233,7 +233,7 @@ def test_counting_refuses_what_it_refuses_on_an_axis() -> None:
         LabelDensity.count(np.empty((0, 3)), GRID)
     with pytest.raises(ShapeError, match=r"^LabelDensity\.count: labels must be \(\.\.\., 3\)"):
         LabelDensity.count(LABELS[:, 0], GRID)
-    with pytest.raises(ShapeError, match=r"counts must have one number a bin, shape \(120,\), got \(10, 6, 2\)"):
+    with pytest.raises(ShapeError, match=r"counts must be one row of numbers, got shape \(10, 6, 2\)"):
         LabelDensity(GRID, np.ones(GRID.shape))
     with pytest.raises(ValueError, match="only densities over the same bins can be added"):
         LabelDensity.count(LABELS[:, :1], Bins.grid(AGE)) + LabelDensity.count(LABELS[:, 0], AGE)

@@ -597,7 +597,7 @@ def test_arguments_are_checked() -> None:
         with pytest.raises(TypeError, match=r"^LDS: bins must be a Bins or a BinGrid, got"):
             LDS(value)  # type: ignore[arg-type]
     for value in ([1.0], np.ones(1), None, "abc", 1):
-        with pytest.raises(TypeError, match=r"^LDS: labels must be a torch\.Tensor, got .* Use lds\.sample_weight"):
+        with pytest.raises(TypeError, match=r"^LDS: labels must be a torch\.Tensor, got .* Use torch\.as_tensor"):
             LDS(bins).fit([1])(value)
     with pytest.raises(ValueError, match=r"^LDS\.fit: the density must be over the same bins, got Bins\.classes\(7\)"):
         LDS(bins).fit(LabelDensity.count([1], Bins.classes(7)))

@@ -440,7 +440,7 @@ def test_grids_merge_and_split_and_know_their_settings() -> None:
     message = r"the same settings, got floor=\(0\.01, 0\.07\) and floor=\(0\.1, 0\.1\)\."
     with pytest.raises(ValueError, match=message):
         whole.merge(RegressionMetrics(GRID, JOINT, floor=0.1))
-    with pytest.raises(ShapeError, match=r"target must be \(\.\.\., 2\), one number a dimension in the last axis"):
+    with pytest.raises(ShapeError, match=r"target must be \(\.\.\., 2\), one number per dimension in the last axis"):
         whole.update(pred[:, 0], target[:, 0])
     with pytest.raises(LabelError, match=r"target\[\.\.\., 1\] must lie on the label axis \[-10, 20\], got 21\.0 at"):
         whole.update(torch.zeros(1, 2), torch.tensor([[1.0, 21.0]]))

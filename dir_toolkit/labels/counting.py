@@ -1,0 +1,134 @@
+"""Labels that come as arrays, in pieces or in the chunks of a dask array, and how many of them each bin holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from .._checks import labels_array, problem
+from ..errors import LabelError
+from .bins import Outside
+from .grid import AnyBins, BinGrid
+
+_PIECE = 2**15  # labels at a time: they stay in a processor's cache, and torch takes no threads for so few
+
+
+def count_labels(labels: Any, bins: AnyBins, outside: Outside) -> np.ndarray:
+    """How many labels each bin holds, (B,) int64, of anything that :meth:`LabelDensity.count` takes."""
+    counts = np.zeros(len(bins) + 1, dtype=np.int64)
+    for piece in _pieces(labels):
+        counts += _counted_by_dask(piece, bins, outside) if _is_dask(piece) else _counted(piece, bins, outside)
+    if counts[-1] == 0:
+        raise problem("labels must hold at least one label", got="none")
+    return counts[:-1]
+
+
+def _counted(labels: Any, bins: AnyBins, outside: Outside, name: str = "labels") -> np.ndarray:
+    """How many labels each bin holds and, last, how many labels there are: (B + 1,) int64."""
+    plain = isinstance(labels, np.ndarray) and not np.ma.is_masked(labels)
+    array = np.asarray(labels) if plain else labels_array(labels, name)
+    counts = np.zeros(len(bins) + 1, dtype=np.int64)
+    whole_axes = int(isinstance(bins, BinGrid))
+    try:
+        for part in _parts(array, max(_PIECE, len(bins)), whole_axes=whole_axes):
+            counts[:-1] += bins.tally(part, outside, name=name)
+    except LabelError:
+        bins.index(array, outside, name=name)  # raises with the place of the label among all labels
+        raise
+    counts[-1] = math.prod(array.shape[: array.ndim - whole_axes])
+    return counts
+
+
+def _parts(array: np.ndarray, size: int, *, whole_axes: int) -> Iterator[np.ndarray]:
+    """Views that hold the values of an array, about ``size`` each. None is cut along its last ``whole_axes`` axes."""
+    if array.size <= size or array.ndim <= whole_axes:
+        yield array
+        return
+    rows = size // (array.size // len(array))
+    if rows > 0:
+        yield from (array[start : start + rows] for start in range(0, len(array), rows))
+    else:
+        for row in array:
+            yield from _parts(row, size, whole_axes=whole_axes)
+
+
+def _is_dask(labels: Any) -> bool:
+    return hasattr(labels, "to_delayed")
+
+
+def _counted_by_dask(labels: Any, bins: AnyBins, outside: Outside) -> np.ndarray:
+    """:func:`_counted` of a dask array, within the tasks that make its chunks, whose counts are then summed."""
+    if not hasattr(labels, "map_blocks"):  # a bag or a table
+        rule = "labels kept by dask must be a dask array"
+        raise problem(rule, got=type(labels).__name__, fix="Use .to_dask_array().", error=TypeError)
+    if isinstance(bins, BinGrid) and labels.ndim > 0 and labels.numblocks[-1] > 1:
+        if np.isnan(labels.shape[-1]):
+            rule = f"the last axis, of {len(bins.axes)} numbers per label, must not be in chunks of unknown size"
+            raise problem(rule, got=labels.chunks[-1], fix="Call labels.compute_chunk_sizes().")
+        labels = labels.rechunk({-1: -1})
+    counts = labels.map_blocks(
+        partial(_counted_in_chunk, bins=bins, outside=outside),
+        chunks=(*((1,) * count for count in labels.numblocks), (len(bins) + 1,)),
+        new_axis=labels.ndim,
+        meta=np.empty((0,) * (labels.ndim + 1), dtype=np.int64),
+    )
+    return counts.sum(axis=tuple(range(labels.ndim))).compute()
+
+
+def _counted_in_chunk(chunk: Any, bins: AnyBins, outside: Outside, block_id: tuple[int, ...]) -> np.ndarray:
+    counts = _counted(chunk, bins, outside, f"labels of chunk {block_id[:-1]}")
+    return counts.reshape(*(1,) * np.ndim(chunk), -1)
+
+
+def _pieces(labels: Any, *, of_several: bool = False) -> Iterator[Any]:
+    """Labels as arrays, in order, each of which fits into memory or is kept by dask.
+
+    ``of_several`` says that they are one piece of more.
+    """
+    _refuse_inputs(labels, of_several=of_several)
+    # A DataArray hands over what it wraps. The data of an array would be its bytes.
+    wrapped: Any = labels if isinstance(labels, np.ndarray) else getattr(labels, "data", labels)
+    of_numbers = isinstance(labels, (list, tuple)) and all(
+        not isinstance(item, (list, tuple)) and np.ndim(item) == 0 for item in labels[:1]
+    )
+    if _is_dask(wrapped):
+        yield wrapped
+    elif hasattr(labels, "__array__") or of_numbers:
+        yield labels
+    elif isinstance(labels, Iterable) and not isinstance(labels, (str, bytes, dict)):
+        for piece in labels:
+            yield from _pieces(piece, of_several=True)
+    else:
+        rule, fix = "labels must be an array or an iterable of arrays", "Gather single numbers into a list."
+        raise problem(rule, got=type(labels).__name__, fix=fix, error=TypeError)
+
+
+def _refuse_inputs(labels: Any, *, of_several: bool) -> None:
+    """Refuse a loader, and a pair of inputs and labels, which are known by as many rows of another shape, or as a piece
+    of several arrays."""
+    got = ""
+    if isinstance(labels, (DataLoader, _BaseDataLoaderIter)):
+        got = "a DataLoader, whose batches hold inputs too"
+    elif isinstance(labels, (list, tuple)):
+        shapes = [shape for item in labels if isinstance(shape := getattr(item, "shape", None), tuple)]
+        if len(shapes) == len(labels) > 1 and all(shapes) and (of_several or _are_inputs_and_labels(shapes)):
+            got = f"arrays of shapes {', '.join(map(str, map(tuple, shapes[:3])))}"
+        elif shapes and any(shapes) and (not all(shapes) or any(isinstance(item, (int, float)) for item in labels)):
+            got = "arrays together with single numbers"
+    if got:
+        rule = "labels must be labels alone, without the inputs that they belong to"
+        fix = "Hand over the labels of each batch: (y for x, y in loader)."
+        raise problem(rule, got=got, fix=fix, error=TypeError)
+
+
+def _are_inputs_and_labels(shapes: list[tuple[int, ...]]) -> bool:
+    """Whether arrays have as many rows, but not one number per row each. Maps may differ in width alone."""
+    alone = {math.prod(shape[1:]) == 1 for shape in shapes}
+    alike = len({len(shape) for shape in shapes}) == 1
+    return len({shape[0] for shape in shapes}) == 1 and len(set(shapes)) > 1 and (not alike or len(alone) == 2)
