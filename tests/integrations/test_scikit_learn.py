@@ -362,8 +362,9 @@ def test_with_columns_that_tell_nothing_classes_come_out_even_under_any_weights(
 
 
 @pytest.mark.parametrize("weights", SCHEMES)
-@pytest.mark.parametrize("spread", [{"sigma": 0}, {}, {"sigma": 0.7}], ids=str)
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(
+    ("spread", "sampled"), [({"sigma": 0}, False), ({}, False), ({}, True)], ids=["hard", "spread", "rows weighted"]
+)
 def test_with_columns_that_tell_nothing_labels_come_out_even_under_any_weights(
     weights: Any, spread: dict[str, Any], sampled: bool
 ) -> None:
