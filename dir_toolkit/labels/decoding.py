@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import digits, finite, instance, is_tensor, number, one_of, problem, real, same_device
+from .._checks import instance, is_tensor, number, one_of, problem, real, same_device
 from .._numerics import readable
 from ..errors import ShapeError
 from .bins import Bins, lookup
@@ -19,35 +19,36 @@ __all__ = ["Decoding", "decode", "interval", "quantiles"]
 
 Decoding = Literal["expectation", "median", "mode"]
 
+_LEVELS = "levels must be one number or a row of them, each in (0, 1)"
 
-def decode(probabilities: Tensor, bins: Bins, how: Decoding = "expectation") -> Tensor:
+
+def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation") -> Tensor:
     """The label that a distribution over bins stands for.
 
     Args:
-        probabilities: >= 0; each row is divided by its sum, which rounding may take off one.
-        how: ``"expectation"``, the mean of the bins' centres, least in squared error; ``"median"``, the
-            :func:`quantiles` of level 0.5, least in absolute error; ``"mode"``, the centre of the most probable bin, or
-            the number of the most probable class, the only choice for classes.
+        probabilities: >= 0. Each row is divided by its sum, which rounding may take off one.
+        point: ``"expectation"``, the mean of the centres of the bins, which has the least squared error; ``"median"``,
+            the :func:`quantiles` of level 0.5, which has the least absolute error; ``"mode"``, the centre of the most
+            probable bin, or the number of the most probable class, which is the only choice for classes.
     Shape:
         probabilities: (..., B). Returns (...), at least float32; int64 where bins are classes.
     Units:
         those of the label.
     Raises:
-        ShapeError: the last axis is not B long. TypeError: probabilities are no floats. ValueError: a probability is
-        negative, or they do not sum to one within 1e-3 (1e-2 in half precision), or an expectation or median of classes
-        is asked for. On accelerators values are not looked at.
+        ShapeError, TypeError, ValueError: as :meth:`Bins.shares`. ValueError: an expectation or median of classes is
+        asked for.
 
     >>> bins = Bins.uniform(0, 4, width=1)
     >>> probabilities = torch.tensor([0.0, 0.75, 0.0, 0.25])
-    >>> [round(decode(probabilities, bins, how).item(), 3) for how in ("expectation", "median", "mode")]
+    >>> [round(decode(probabilities, bins, point).item(), 3) for point in ("expectation", "median", "mode")]
     [2.0, 1.667, 1.5]
     """
-    one_of("how", how, ("expectation", "median", "mode"))
-    probabilities = _checked(probabilities, bins, order_for="" if how == "mode" else f"how={how!r}")
-    if how == "mode":
+    one_of("point", point, get_args(Decoding))
+    probabilities = _checked(probabilities, bins, order_for="" if point == "mode" else f"point={point!r}")
+    if point == "mode":
         index = probabilities.argmax(-1)
         return index if bins.categorical else lookup(bins.tensor("centers", probabilities), index)
-    if how == "median":
+    if point == "median":
         return _quantiles(probabilities, bins, _levels(0.5, probabilities)).squeeze(-1)
     # Not a matrix product, which autocast would take in half precision.
     mean = (probabilities * bins.tensor("centers", probabilities)).sum(-1)
@@ -58,17 +59,18 @@ def quantiles(probabilities: Tensor, bins: Bins, levels: float | Sequence[float]
     """The labels below which given shares of a distribution over bins lie.
 
     The mass of a bin is spread evenly between its :func:`~dir_toolkit.labels.soft_labels.limits`, so that the
-    cumulative distribution is a line in each bin; bins without mass make it flat, where the smallest label is taken.
+    cumulative distribution is a line in each bin. Bins without mass make it flat, and there the smallest label is
+    taken.
 
     Args:
-        probabilities: as in :func:`decode`, whose errors these are too.
+        probabilities: as in :func:`decode`, whose errors hold here, too.
         levels: each in (0, 1).
     Shape:
         probabilities: (..., B). levels: (L,), or one number. Returns (..., L), with L = 1 for one number.
     Units:
         those of the label.
     Raises:
-        ValueError: besides, there is no level, one is outside (0, 1), or bins are classes, which have no order.
+        ValueError: also where there is no level, a level is outside (0, 1), or bins are classes, which have no order.
 
     >>> quantiles(torch.tensor([0.5, 0.25, 0.25]), Bins.uniform(0, 30, width=10), [0.25, 0.5, 0.75])
     tensor([ 5., 10., 20.])
@@ -81,7 +83,7 @@ def interval(probabilities: Tensor, bins: Bins, level: float = 0.9) -> tuple[Ten
     """The central interval that holds a share ``level`` of a distribution over bins, with equal shares on both sides.
 
     Args:
-        probabilities: as in :func:`quantiles`, whose shapes, units and errors these are too.
+        probabilities: as in :func:`quantiles`, whose shapes, units and errors hold here, too.
         level: in (0, 1).
     Returns:
         the lower and the upper end, each (...).
@@ -102,7 +104,7 @@ def _quantiles(probabilities: Tensor, bins: Bins, levels: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     cumulative = cumulative / cumulative[..., -1:]
     levels = levels.expand(*probabilities.shape[:-1], len(levels)).contiguous()  # (..., L)
-    # The first bin that reaches the level has mass, unless rounding says otherwise; NaN lies beyond the last bin.
+    # The first bin that reaches the level has mass, unless rounding took it. NaN lies beyond the last bin.
     index = torch.searchsorted(cumulative.detach().contiguous(), levels).clamp_max(len(bins) - 1)
     below = torch.nn.functional.pad(cumulative[..., :-1], (1, 0)).gather(-1, index)
     mass = cumulative.gather(-1, index) - below
@@ -111,35 +113,32 @@ def _quantiles(probabilities: Tensor, bins: Bins, levels: Tensor) -> Tensor:
 
 
 def _checked(probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:
-    """The probabilities in at least float32. ``order_for``: what is asked for that classes cannot give."""
+    """The probabilities in the dtype to compute in. ``order_for`` names what is asked for that classes cannot give."""
     instance(Bins, bins=bins)
     if bins.categorical and order_for:
         rule = f"bins must not be classes, which have no order, for {order_for}"
-        raise problem(rule, got=repr(bins), fix='Use decode(..., how="mode"), or Bins.uniform if they have one.')
+        raise problem(rule, got=repr(bins), fix='Use decode(..., point="mode"), or Bins.uniform if they have one.')
     shares = bins.shares(probabilities)
     return shares.to(bins.wide_dtype(shares))
 
 
 def _levels(levels: float | Sequence[float] | np.ndarray | Tensor, like: Tensor) -> Tensor:
     """(L,), each in (0, 1), in the dtype and on the device of ``like``."""
-    rule = "levels must be one number or a row of them, each in (0, 1)"
-    if not isinstance(levels, Tensor):
-        if isinstance(levels, np.ndarray):
-            levels = levels.tolist()
-        row = list(levels) if isinstance(levels, Sequence) and not isinstance(levels, str) else [levels]
-        checked = [number("levels", q, low=0, high=1, open_low=True, open_high=True) for q in row]
-        if not checked:
-            raise problem(rule, got="none")
-        # Filled in one by one: a list would be copied to an accelerator, which waits for it.
-        return torch.stack([like.new_full((), q) for q in checked])
-    is_tensor(levels=levels)
-    real(levels=levels)
-    same_device(probabilities=like, levels=levels)
-    if levels.ndim > 1 or levels.numel() == 0:
-        raise problem(rule, got=f"shape {tuple(levels.shape)}", error=ShapeError)
-    if readable(levels):
-        finite(levels=levels)
-        outside = (levels <= 0) | (levels >= 1)
-        if bool(outside.any()):
-            raise problem(rule, got=digits(levels[outside].flatten()[0].item()))
-    return levels.detach().to(like.dtype).reshape(-1)
+    if isinstance(levels, Tensor):
+        is_tensor(levels=levels)
+        real(levels=levels)
+        same_device(probabilities=like, levels=levels)
+        if levels.ndim > 1 or levels.numel() == 0:
+            raise problem(_LEVELS, got=f"shape {tuple(levels.shape)}", error=ShapeError)
+        if readable(levels):
+            for level in levels.flatten().tolist():
+                number("levels", level, low=0, high=1, open_low=True, open_high=True)
+        return levels.detach().to(like.dtype).reshape(-1)
+    if isinstance(levels, np.ndarray):
+        levels = levels.tolist()
+    row = list(levels) if isinstance(levels, Sequence) and not isinstance(levels, str) else [levels]
+    if not row:
+        raise problem(_LEVELS, got="none")
+    checked = [number("levels", level, low=0, high=1, open_low=True, open_high=True) for level in row]
+    # Filled in one by one, since a list would be copied to an accelerator, which waits for it.
+    return torch.stack([like.new_full((), level) for level in checked])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -37,26 +37,27 @@ def soft_labels(
     .. math:: t_{ib} = \frac{K(c_i(k_{b+1} - y_i)/\sigma) - K(c_i(k_b - y_i)/\sigma)}{K(d_i/\sigma) - K(-d_i/\sigma)},
               \quad c_i(x) = \min(\max(x, -d_i), d_i), \quad d_i = \min(y_i - k_0, k_B - y_i)
 
-    K is the kernel's cumulative distribution and :math:`k` are the :func:`limits` of the bins. The kernel stands on the
-    label itself, not on its bin, and a bin gets the mass between its limits, whatever the widths. It is cut off on both
-    sides as far away as the nearer end of the axis is, so that it stays symmetric about the label and decodes to it.
-    Within half a bin of an end all of it is in the end bin: no distribution over bins decodes to a label further out.
+    K is the cumulative distribution of the kernel, and :math:`k` are the :func:`limits` of the bins. The kernel stands
+    on the label itself, not on its bin, and a bin gets the mass between its limits, whatever the widths are. The kernel
+    is cut off on both sides of the label at the distance of the nearer end of the axis, so that it stays symmetric and
+    decodes to the label. Within half a bin of an end all of it is in the end bin, since no distribution over bins
+    decodes to a label further out.
 
     Args:
-        sigma: standard deviation of the kernel, of each of the three, so that they compare: a Laplace kernel falls by
-            e every :math:`\sigma / \sqrt 2`, a triangle reaches zero at :math:`\sqrt 6\,\sigma`. At most 100 times the
-            axis. None or 0 gives 1 in the bin that ``bins.index`` names, the only choice for classes.
-        unit: of sigma: the label's, or ``"bin"``. On an uneven axis a kernel so many bins wide is as wide as the bins
-            are where the label lies; labels and limits are then measured along the axis in bins. The median still
-            decodes a row to its label, while the expectation leans to where bins are wider.
-        outside: what a label beyond the axis does: ``"raise"``; ``"clip"``, to be spread as the end of the axis is;
-            ``"drop"``, with a row of zeros, whose cross entropy is 0 whatever is predicted.
+        sigma: the standard deviation of the kernel, at most 100 times the axis. A Laplace kernel so falls by e every
+            :math:`\sigma / \sqrt 2`, and a triangle reaches zero at :math:`\sqrt 6\,\sigma`. None or 0 gives 1 in the
+            bin that ``bins.index`` names, which is the only choice for classes.
+        unit: the unit of sigma: that of the label, or ``"bin"``. On an uneven axis a kernel that is so many bins wide
+            is as wide as the bins are where the label lies, and labels and limits are measured along the axis in bins.
+            The median then still decodes a row to its label, while the expectation leans to where bins are wider.
+        outside: what happens to a label beyond the axis: ``"raise"``; ``"clip"``, which spreads it as the end of the
+            axis; ``"drop"``, which gives a row of zeros, whose cross entropy is 0 for every prediction.
     Shape:
-        labels: any. Returns (..., B), float64 for float64 labels, else float32, each row summing to one.
+        labels: any. Returns (..., B), float64 for float64 labels, else float32. Each row sums to one.
     Raises:
         LabelError: a label is NaN, or lies outside the axis under ``"raise"``. On accelerators labels are not looked
-        at; the row of such a label is NaN there. ValueError: sigma is negative or too large, is positive where bins are
-        classes, or the kernel or unit has another name.
+        at, and the row of such a label is NaN. ValueError: sigma is negative or too large, or is positive where bins
+        are classes, or the kernel or unit has another name.
     Source:
         Gao et al. 2017, for the Gaussian at bin centres (arXiv:1611.01731).
 
@@ -65,8 +66,8 @@ def soft_labels(
     """
     is_tensor(labels=labels)
     instance(Bins, bins=bins)
-    one_of("kernel", kernel, ("gaussian", "laplace", "triangular"))
-    one_of("unit", unit, ("label", "bin"))
+    one_of("kernel", kernel, get_args(LabelKernel))
+    one_of("unit", unit, get_args(KernelUnit))
     if sigma is not None and not torch.compiler.is_compiling():
         sigma = checked_sigma(sigma, bins, unit)
     if sigma and bins.categorical:
@@ -95,9 +96,9 @@ def spread_counts(counts: np.ndarray, bins: Bins, sigma: float, *, kernel: Label
     """
     centers = torch.from_numpy(bins.centers.astype(np.float64))
     values, knots, sigma = _measured(centers, bins, sigma, unit)
-    reach, at, ends = _REACH[kernel] * sigma, values.numpy(), knots.numpy()
-    first = np.maximum(np.searchsorted(ends, at - reach) - 2, 0)
-    last = np.minimum(np.searchsorted(ends, at + reach) + 2, len(bins))
+    reach, middles, ends = _REACH[kernel] * sigma, values.numpy(), knots.numpy()
+    first = np.maximum(np.searchsorted(ends, middles - reach) - 2, 0)
+    last = np.minimum(np.searchsorted(ends, middles + reach) + 2, len(bins))
     spread = np.zeros(counts.shape)
     start = 0
     while start < len(bins):  # in pieces, since the whole matrix would be (B, B)
@@ -111,20 +112,21 @@ def spread_counts(counts: np.ndarray, bins: Bins, sigma: float, *, kernel: Label
 
 
 def checked_sigma(sigma: float, bins: Bins, unit: KernelUnit = "label") -> float:
-    """By how much labels may be spread over an axis."""
+    """The sigma by which labels may be spread over an axis."""
     axis = len(bins) if unit == "bin" else float(bins.edges[-1] - bins.edges[0])
     return number("sigma", sigma, low=0, high=_WIDEST * axis, float32=True)
 
 
 def limits(bins: Bins, like: Tensor) -> Tensor:
-    """Where each bin of an axis begins and ends so that its centre lies in the middle.
+    """Where each bin of an axis begins and ends if its centre is to lie in the middle.
 
-    They are the edges, moved by as much as the centres of the bins on either side lie off the middle, on average. With
-    the whole-number centres of ``Bins.uniform(..., integer=True)`` bin [26, 27) so becomes [25.5, 26.5). Where limits
-    moved like this would not rise, the edges stay.
+    The limits are the edges, each moved by the mean distance at which the centres on its two sides lie off the middle.
+    With the whole-number centres of ``Bins.uniform(..., integer=True)`` bin [26, 27) becomes [25.5, 26.5). Where limits
+    moved like this would not rise, they are the edges.
 
     Args:
-        like: gives device and dtype, at least float32, and float64 where float32 does not resolve the bins.
+        like: gives the device and the dtype, which is at least float32, and float64 where float32 does not resolve the
+            bins.
     Shape:
         Returns (B + 1,).
     Units:
@@ -160,7 +162,7 @@ def _masses(labels: Tensor, knots: Tensor, sigma: float, kernel: LabelKernel, pa
     Args:
         part: of the knots, between which all of the mass lies.
     """
-    # Nearer to an end than half a bin the kernel is cut off within the end bin, which holds all of it.
+    # Within half a bin of an end the kernel is cut off inside the end bin, which holds all of it.
     labels = labels.clamp((knots[0] + knots[1]) / 2, (knots[-2] + knots[-1]) / 2).unsqueeze(-1)
     reach = torch.minimum(labels - knots[0], knots[-1] - labels) / sigma
     distance = ((knots[part] - labels) / sigma).clamp(-reach, reach)  # (..., B + 1)
@@ -169,7 +171,7 @@ def _masses(labels: Tensor, knots: Tensor, sigma: float, kernel: LabelKernel, pa
     above = distance >= 0
     cumulative = torch.where(above, -tail, tail)
     holds_label = (above[..., 1:] & ~above[..., :-1]).to(tail.dtype)
-    # However wide the kernel, what rounding leaves of it lies where the label does.
+    # What rounding leaves of a wide kernel lies where the label does.
     mass = torch.maximum(cumulative.diff(dim=-1) + holds_label, holds_label * torch.finfo(tail.dtype).tiny)
     return mass / mass.sum(-1, keepdim=True)
 

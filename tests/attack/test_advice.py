@@ -165,7 +165,7 @@ def test_priors() -> None:
 def test_classes_decode_by_their_mode() -> None:
     p, bins = torch.tensor([[0.2, 0.8]]), Bins.classes(2)
     for call in (dt.decode, lambda p, bins: dt.quantiles(p, bins, 0.5), dt.interval):
-        found = advice(lambda c=call: c(p, bins), r"Use decode\(\.\.\., (how=\"mode\")\), or Bins\.uniform")
+        found = advice(lambda c=call: c(p, bins), r"Use decode\(\.\.\., (point=\"mode\")\), or Bins\.uniform")
         assert done(f"dt.decode(p, bins, {found[1]})", p=p, bins=bins).tolist() == [1]
 
 

@@ -22,7 +22,7 @@ AGES = Bins.uniform(0, 117, width=1, integer=True)
 UNEVEN = Bins.from_edges([-3, -1, 0, 0.1, 4, 20])
 CLASSES = Bins.classes(3)
 LEVELS = [0.001, 0.05, 0.25, 0.5, 0.77, 0.999]
-HOWS = ("expectation", "median", "mode")
+POINTS = ("expectation", "median", "mode")
 each_axis = pytest.mark.parametrize("bins", [AGES, UNEVEN], ids=["ages", "uneven"])
 
 
@@ -56,7 +56,7 @@ def test_values_by_hand() -> None:
     assert torch.equal(torch.stack([lower, upper], -1), quantiles(p, bins, [0.25, 0.75]))
     # Age 26 is all ages that round to it.
     certain = torch.nn.functional.one_hot(torch.tensor(26), 117).float()
-    assert [decode(certain, AGES, how).item() for how in HOWS] == [26, 26, 26]  # type: ignore[arg-type]
+    assert [decode(certain, AGES, point).item() for point in POINTS] == [26, 26, 26]  # type: ignore[arg-type]
     assert [end.item() for end in interval(certain, AGES, 0.9)] == pytest.approx([25.55, 26.45])
 
 
@@ -96,8 +96,8 @@ def test_expectation_is_that_of_the_axis_and_mode_the_most_probable_bin(bins: Bi
 def test_soft_labels_decode_to_their_labels(sigma: float) -> None:
     labels = torch.arange(40, 75).double()  # far from the ends
     soft = soft_labels(labels, AGES, sigma)
-    for how in HOWS:
-        assert_close(decode(soft, AGES, how), labels, rtol=0, atol=1e-9)  # type: ignore[arg-type]
+    for point in POINTS:
+        assert_close(decode(soft, AGES, point), labels, rtol=0, atol=1e-9)  # type: ignore[arg-type]
     lower, upper = interval(soft_labels(labels, AGES, 6.0), AGES, 0.9)
     assert_close(upper - lower, torch.full((35,), 2 * 1.6449 * 6).double(), rtol=1e-2, atol=0)
 
@@ -107,10 +107,10 @@ def test_soft_labels_decode_to_their_labels(sigma: float) -> None:
 def test_rows_that_rounding_took_off_one(bins: Bins, dtype: torch.dtype) -> None:
     p = distributions(bins, 50, dtype=dtype)
     exact = p.double() / p.double().sum(-1, keepdim=True)
-    for how in HOWS:
-        given = decode(p, bins, how)  # type: ignore[arg-type]
+    for point in POINTS:
+        given = decode(p, bins, point)  # type: ignore[arg-type]
         assert given.dtype == torch.float32
-        assert_close(given.double(), decode(exact, bins, how), rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+        assert_close(given.double(), decode(exact, bins, point), rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
     ends = quantiles(p, bins, [1e-6, 0.9999999])
     assert (ends >= limits(bins, p)[0]).all()
     assert (ends <= limits(bins, p)[-1]).all()
@@ -123,8 +123,8 @@ def test_rows_that_rounding_took_off_one(bins: Bins, dtype: torch.dtype) -> None
 def test_any_leading_shape(shape: tuple[int, ...]) -> None:
     p = distributions(UNEVEN, *shape)
     copy = p.clone()
-    for how in HOWS:
-        assert decode(p, UNEVEN, how).shape == shape  # type: ignore[arg-type]
+    for point in POINTS:
+        assert decode(p, UNEVEN, point).shape == shape  # type: ignore[arg-type]
     assert quantiles(p, UNEVEN, (0.1, 0.5)).shape == (*shape, 2)
     assert quantiles(p, UNEVEN, 0.1).shape == quantiles(p, UNEVEN, torch.tensor(0.1)).shape == (*shape, 1)
     assert [end.shape for end in interval(p, UNEVEN)] == [shape, shape]
@@ -135,7 +135,7 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
 
 def test_one_bin() -> None:
     p, bins = torch.ones(2, 1), Bins.from_edges([2, 6])
-    assert [decode(p, bins, how).tolist() for how in HOWS] == [[4, 4]] * 3  # type: ignore[arg-type]
+    assert [decode(p, bins, point).tolist() for point in POINTS] == [[4, 4]] * 3  # type: ignore[arg-type]
     assert interval(p, bins, 0.5)[0].tolist() == [3, 3]
 
 
@@ -144,9 +144,9 @@ def test_classes_have_a_mode_alone() -> None:
     assert decode(p, CLASSES, "mode").tolist() == [1, 0]
     assert decode(p, CLASSES, "mode").dtype == torch.int64
     rule = r"bins must not be classes, which have no order, for {}, got Bins\.classes\(3\)\. Use decode\(.*\"mode\"\)"
-    for how in ("expectation", "median"):
-        with pytest.raises(ValueError, match=r"^decode: " + rule.format(f"how='{how}'")):
-            decode(p, CLASSES, how)  # type: ignore[arg-type]
+    for point in ("expectation", "median"):
+        with pytest.raises(ValueError, match=r"^decode: " + rule.format(f"point='{point}'")):
+            decode(p, CLASSES, point)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^quantiles: " + rule.format("quantiles")):
         quantiles(p, CLASSES, 0.5)
     with pytest.raises(ValueError, match=r"^interval: " + rule.format("an interval")):
@@ -155,8 +155,8 @@ def test_classes_have_a_mode_alone() -> None:
 
 def test_gradients_agree_with_differences() -> None:
     scores = torch.randn(3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
-    for how in ("expectation", "median"):
-        assert torch.autograd.gradcheck(lambda s, h=how: decode(s.softmax(-1), UNEVEN, h), scores)
+    for point in ("expectation", "median"):
+        assert torch.autograd.gradcheck(lambda s, h=point: decode(s.softmax(-1), UNEVEN, h), scores)
     assert torch.autograd.gradcheck(lambda s: interval(s.softmax(-1), UNEVEN), scores)
 
 
@@ -186,7 +186,7 @@ def test_what_is_no_distribution_is_refused(name: str) -> None:
 
 def test_settings_are_checked() -> None:
     p = distributions(UNEVEN, 2)
-    with pytest.raises(ValueError, match=r"^decode: how must be one of 'expectation', 'median', 'mode', got 'mean'"):
+    with pytest.raises(ValueError, match=r"^decode: point must be one of 'expectation', 'median', 'mode', got 'mean'"):
         decode(p, UNEVEN, "mean")  # type: ignore[arg-type]
     for value in (0, 1, -0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match=f"^interval: level must be > 0 and < 1, got {value}"):
@@ -214,7 +214,7 @@ def test_settings_are_checked() -> None:
 class Decoder(torch.nn.Module):
     def forward(self, scores: Tensor) -> tuple[Tensor, ...]:
         p = scores.softmax(-1)
-        points = tuple(decode(p, UNEVEN, how) for how in HOWS)  # type: ignore[arg-type]
+        points = tuple(decode(p, UNEVEN, point) for point in POINTS)  # type: ignore[arg-type]
         return (*points, *interval(p, UNEVEN, 0.8), quantiles(p, UNEVEN, [0.1, 0.9]))
 
 
@@ -233,8 +233,8 @@ def test_one_graph_that_reads_no_values_and_can_be_exported() -> None:
 def test_autocast_takes_nothing_away() -> None:
     p = distributions(AGES, 20, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = [decode(p, AGES, how) for how in HOWS]  # type: ignore[arg-type]
-    assert_close(inside, [decode(p, AGES, how) for how in HOWS])  # type: ignore[arg-type]
+        inside = [decode(p, AGES, point) for point in POINTS]  # type: ignore[arg-type]
+    assert_close(inside, [decode(p, AGES, point) for point in POINTS])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -242,9 +242,9 @@ def test_an_axis_far_from_zero_is_decoded_as_one_at_zero(dtype: torch.dtype) -> 
     start = 1_700_000_000  # where float32 goes in steps of 128
     near, far = Bins.uniform(0, 3600, width=60), Bins.uniform(start, start + 3600, width=60)
     p = distributions(near, 200, dtype=dtype)
-    for how in HOWS:
-        expected = decode(p.double(), near, how)  # type: ignore[arg-type]
-        assert_close(decode(p, far, how) - start, expected, rtol=0, atol=1e-3)  # type: ignore[arg-type]
+    for point in POINTS:
+        expected = decode(p.double(), near, point)  # type: ignore[arg-type]
+        assert_close(decode(p, far, point) - start, expected, rtol=0, atol=1e-3)  # type: ignore[arg-type]
         assert_close(far.expectation(p) - start, near.expectation(p.double()), rtol=0, atol=1e-3)
     assert_close(quantiles(p, far, LEVELS) - start, quantiles(p.double(), near, LEVELS), rtol=0, atol=1e-3)
     assert_close(interval(p, far)[0] - start, interval(p.double(), near)[0], rtol=0, atol=1e-3)
@@ -259,17 +259,17 @@ def test_predictions_are_as_wide_as_the_axis_needs() -> None:
 
 
 @pytest.mark.parametrize("bins", [AGES, UNEVEN, Bins.uniform(1.7e9, 1.7e9 + 60, width=1)], ids=["a", "u", "far"])
-@pytest.mark.parametrize("how", HOWS[:2])
-def test_what_inference_mode_used_first_can_be_trained_with(bins: Bins, how: Any) -> None:
+@pytest.mark.parametrize("point", POINTS[:2])
+def test_what_inference_mode_used_first_can_be_trained_with(bins: Bins, point: Any) -> None:
     bins = Bins.from_dict(bins.to_dict())  # that nothing has used
     scores = torch.zeros(3, len(bins), requires_grad=True)
     with torch.inference_mode():
-        decode(scores.softmax(-1), bins, how)
+        decode(scores.softmax(-1), bins, point)
         bins.expectation(scores.softmax(-1))
         soft_labels(torch.full((3,), bins.centers[1].item(), dtype=torch.float64), bins, 2.0)
         made_inside = Bins.from_dict(bins.to_dict())
     for axis in (bins, made_inside):
-        (decode(scores.softmax(-1), axis, how) * scores.softmax(-1).sum(-1)).sum().backward()
+        (decode(scores.softmax(-1), axis, point) * scores.softmax(-1).sum(-1)).sum().backward()
         axis.expectation(scores.softmax(-1)).sum().backward()
 
 
@@ -282,8 +282,8 @@ def test_nothing_fake_is_kept(mixed: bool) -> None:
         fake = decode(torch.full((2, 4), 0.25), bins, "median")
         assert soft_labels(torch.tensor([1.0, 2.0]), bins, 1.0).shape == (2, 4)
     assert isinstance(fake, FakeTensor)
-    for how in HOWS:
-        real = decode(torch.full((2, 4), 0.25), bins, how)  # type: ignore[arg-type]
+    for point in POINTS:
+        real = decode(torch.full((2, 4), 0.25), bins, point)  # type: ignore[arg-type]
         assert type(real) is Tensor
     assert soft_labels(torch.tensor([2.0]), bins, 1.0).sum().item() == pytest.approx(1)
 
@@ -294,7 +294,7 @@ def test_per_sample_gradients_equal_a_loop() -> None:
 
     def loss(row: Tensor, label: Tensor) -> Tensor:
         p = row.softmax(-1)
-        points = sum((decode(p, UNEVEN, how) - label).square() for how in HOWS[:2])  # type: ignore[arg-type]
+        points = sum((decode(p, UNEVEN, point) - label).square() for point in POINTS[:2])  # type: ignore[arg-type]
         ends = torch.stack(interval(p, UNEVEN)).sum() + UNEVEN.expectation(p)
         return points + ends - (soft_labels(label, UNEVEN, 1.0, unit="bin") * row.log_softmax(-1)).sum()
 
@@ -310,7 +310,7 @@ def test_another_default_device_changes_nothing() -> None:
     p = torch.full((2, 4), 0.25)
     with torch.device("meta"):
         bins = Bins.uniform(0, 4, width=1)
-        found = [decode(p, bins, how) for how in HOWS]  # type: ignore[arg-type]
+        found = [decode(p, bins, point) for point in POINTS]  # type: ignore[arg-type]
         found += [quantiles(p, bins, [0.2, 0.7]), *interval(p, bins), soft_labels(p[:, 0], bins, 1.0, unit="bin")]
         assert bins.index([1.0, 2.5]).tolist() == [1, 2]
     assert all(x.device.type == "cpu" for x in found)
