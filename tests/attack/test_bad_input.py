@@ -95,7 +95,7 @@ def nearest() -> dt.NearestMeanHead:
 
 
 def metrics(kind: Any, bins: dt.Bins) -> Any:
-    return kind(bins, density(bins))
+    return kind(density(bins))
 
 
 OVER_BINS: dict[str, Any] = {"bins": BINS}
@@ -172,7 +172,7 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "ClassificationMetrics": lambda: (
         dt.ClassificationMetrics,
-        {"bins": CLASSES, "density": density(CLASSES), "regions": ["many", "many", "few", "few"]},
+        {"density": density(CLASSES), "regions": ["many", "many", "few", "few"]},
     ),
     "ClassificationMetrics.update": lambda: (
         metrics(dt.ClassificationMetrics, CLASSES).update,
@@ -269,7 +269,7 @@ VALID: dict[str, Callable[[], Call]] = {
         dt.RankNContrast(),
         {"output": dt.LongTailOutput(None, years(), years(), rows(3), None, None), "labels": years(), "weight": ones()},
     ),
-    "RegressionMetrics": lambda: (dt.RegressionMetrics, {"bins": BINS, "density": density(), "floor": 0.1}),
+    "RegressionMetrics": lambda: (dt.RegressionMetrics, {"density": density(), "floor": 0.1}),
     "RegressionMetrics.update": lambda: (
         metrics(dt.RegressionMetrics, BINS).update,
         {"pred": years(), "target": years()},
@@ -314,7 +314,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "class_prior": lambda: (dt.class_prior, {"density_or_counts": COUNTS}),
     "classification_metrics": lambda: (
         dt.classification_metrics,
-        {"pred": rows(), "target": classes(), "bins": CLASSES, "density": density(CLASSES), "many": 100, "few": 20},
+        {"pred": rows(), "target": classes(), "density": density(CLASSES), "many": 100, "few": 20},
     ),
     "conr_loss": lambda: (
         dt.conr_loss,
@@ -355,7 +355,7 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "regression_metrics": lambda: (
         dt.regression_metrics,
-        {"pred": years(), "target": years(), "bins": BINS, "density": density(), "floor": 0.1},
+        {"pred": years(), "target": years(), "density": density(), "floor": 0.1},
     ),
     "reinitialize": lambda: (dt.reinitialize, {"module": linear()}),
     "soft_cross_entropy": lambda: (dt.soft_cross_entropy, {**logits_target(), "target": shares(), "prior": prior()}),

@@ -202,9 +202,9 @@ def test_regression_metrics_do_not_know_batches_or_order(some: list[float], at: 
     target = torch.tensor(some, dtype=torch.float64)
     pred = target + torch.randn(len(some), generator=generator, dtype=torch.float64)
     density = dt.LabelDensity.count(some, TEN)
-    whole = dt.regression_metrics(pred, target, TEN, density)
+    whole = dt.regression_metrics(pred, target, density)
     order = torch.randperm(len(some), generator=generator)
-    metrics = dt.RegressionMetrics(TEN, density)
+    metrics = dt.RegressionMetrics(density)
     for part in pieces(order, at):
         if len(part):
             other = metrics.fresh()
@@ -221,8 +221,8 @@ def test_classification_metrics_do_not_know_batches_or_order(n: int, at: list[in
     bins = dt.Bins.classes(5)
     pred, target = torch.randint(0, 5, (2, n), generator=generator)
     density = dt.LabelDensity.count(target, bins)
-    whole = dt.classification_metrics(pred, target, bins, density)
-    metrics = dt.ClassificationMetrics(bins, density)
+    whole = dt.classification_metrics(pred, target, density)
+    metrics = dt.ClassificationMetrics(density)
     for part in pieces(torch.randperm(n, generator=generator), at):
         other = metrics.fresh()
         other.update(pred[part], target[part])
