@@ -1380,7 +1380,7 @@ def test_a_state_that_is_refused_late_changes_nothing_either(change: dict[str, A
     with pytest.raises(RuntimeError):
         model.load_state_dict(state, assign=assign)
     same_output(model(x, y), expected)
-    model.fds._forget_epoch()
+    model.fds.drop_epoch()
     assert {k: v.tolist() for k, v in model.state_dict().items() if k != "_extra_state"} == {
         k: v.tolist() for k, v in before.items() if k != "_extra_state"
     }

@@ -20,7 +20,6 @@ from .._checks import (
     real,
     same_device,
 )
-from .._memory import free_memory
 from .._numerics import is_wrapped, readable
 from .._ranks import check_group, summed
 from .._settings import shown
@@ -140,14 +139,6 @@ def check_some(**tensors: Tensor) -> None:
     for name, value in tensors.items():
         if value.numel() == 0:
             raise problem(f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}", error=ShapeError)
-
-
-def check_memory(what: str, needed: int, fix: str) -> None:
-    """Raise unless this many bytes are free, if they are many."""
-    free = free_memory() if needed > 2**28 else None
-    if free is not None and needed > free:
-        rule = f"{what} takes {needed / 2**30:.1f} GiB, which must be free"
-        raise problem(rule, got=f"{free / 2**30:.1f} GiB", fix=fix)
 
 
 def placed(bins: AnyBins, target: Tensor, outside: Outside) -> tuple[Tensor, Tensor | None]:

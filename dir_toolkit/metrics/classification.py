@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .._checks import length, on_host, problem, same_shape
+from .._memory import check_memory
 from .._numerics import readable
 from ..errors import ShapeError
 from ..labels.bins import Outside
 from ..labels.density import REGIONS, LabelDensity
 from ._metric import Metric
 from ._regions import RegionMetrics
-from ._sums import check_memory, check_samples, check_some, class_indices, placed
+from ._sums import check_samples, check_some, class_indices, placed
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .._checks import MOST_BINS, finite, length, not_negative, problem, same_shape, whole
+from .._memory import check_memory
 from .._numerics import readable
 from ..errors import ShapeError
 from ..labels.bins import Outside
 from ._metric import Metric
-from ._sums import MergingSums, check_memory, check_samples, check_some, class_indices
+from ._sums import MergingSums, check_samples, check_some, class_indices
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -202,6 +202,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "FDS.labels": lambda: (lambda labels: fds().labels(labels).__enter__(), {"labels": years()}),
     "FDS.update": lambda: (fds().update, {"features": rows(3), "labels": years()}),
     "FDS.calibrate": lambda: (fds().calibrate, {"features": rows(3), "labels": years()}),
+    "FDS.load_merged_state": lambda: (fds().load_merged_state, {"state": fds().merged_state()}),
     "FDS.set_extra_state": lambda: (fds().set_extra_state, {"state": fds().get_extra_state()}),
     "GaussianMixtureLoss": lambda: (dt.GaussianMixtureLoss, dict(MIXTURE)),
     "GaussianMixtureLoss.fit": lambda: (

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dir_toolkit as dt
-from dir_toolkit.features.moments import BinMoments, BinScatters, SubspaceMoments
+from dir_toolkit.features.matrix_moments import BinScatters, SubspaceMoments
+from dir_toolkit.features.moments import BinMoments
 
 attack = settings.get_profile("attack")
 inside = st.floats(0, 10, allow_subnormal=False)
@@ -171,7 +172,7 @@ def test_scatters_in_any_split_are_those_of_one_pass_also_within_a_subspace(
     streamed, subspace, parts = BinScatters(4, 3), SubspaceMoments(4, 3, 2, basis=basis), []
     for part in pieces(torch.arange(n), at):
         streamed.update(features[part], index[part])
-        subspace._update(features[part], index[part])
+        subspace.update(features[part], index[part])
         parts.append(BinScatters(4, 3))
         parts[-1].update(features[part], index[part])
     chance.shuffle(parts)

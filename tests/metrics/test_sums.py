@@ -15,9 +15,8 @@ import torch.distributed as dist
 import xarray as xr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dir_toolkit import Bins, LabelDensity, RegressionMetrics, regression_metrics
+from dir_toolkit import Bins, LabelDensity, RegressionMetrics, _memory, regression_metrics
 from dir_toolkit.errors import LabelError
-from dir_toolkit.metrics import _sums
 from dir_toolkit.metrics.classification import ClassificationMetrics, classification_metrics
 from dir_toolkit.metrics.reliability import CalibrationMetrics, calibration_metrics
 
@@ -382,7 +381,7 @@ def test_a_device_without_float64_is_refused_in_words() -> None:
 
 
 def test_tables_that_do_not_fit_into_memory_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sums, "free_memory", lambda: 2**30)
+    monkeypatch.setattr(_memory, "free_memory", lambda: 2**30)
     classes = Bins.classes(30_000)
     density = LabelDensity(classes, np.ones(30_000, dtype=np.int64))
     rule = (
@@ -393,7 +392,7 @@ def test_tables_that_do_not_fit_into_memory_are_refused_before_they_are_made(mon
     RegressionMetrics(density)
     with pytest.raises(ValueError, match=r"histograms of 1,000,000 classes in 1,000 bins takes 22\.4 GiB, which must"):
         CalibrationMetrics(1_000_000, num_bins=1_000)
-    monkeypatch.setattr(_sums, "free_memory", lambda: None)  # where nothing tells, it is tried
+    monkeypatch.setattr(_memory, "free_memory", lambda: None)  # where nothing tells, it is tried
     CalibrationMetrics(1_000_000, num_bins=20)
 
 
