@@ -10,7 +10,6 @@ import functools
 import math
 import numbers
 import os
-import re
 import sys
 import warnings
 from collections.abc import Collection, Mapping
@@ -66,12 +65,6 @@ def problem(
     if fix:
         sentence += f" {fix}"
     return _OURS.get(error, error)(sentence)
-
-
-def missing_package(requirement: str, error: ImportError) -> Exception:
-    """The error to raise where the import of an optional package has failed."""
-    rule = f"{re.split('[^a-z]', requirement)[0]} must be installed"
-    return problem(rule, got=f"{type(error).__name__}: {error}", fix=f"pip install '{requirement}'", error=ImportError)
 
 
 def caller() -> tuple[str, int]:
@@ -253,6 +246,23 @@ def not_negative(**tensors: Tensor) -> None:
             raise problem(f"{name} must not be negative", got=f"a minimum of {digits(value.min().item())}")
 
 
+def class_indices(name: str, index: Tensor, num_classes: int) -> None:
+    """Numbers from 0 to ``num_classes`` - 1 as int64. Accelerator tensors are not looked at."""
+    if index.dtype != torch.int64:
+        fix = f"Use {name}.long()."
+        raise problem(f"{name} must hold class indices as int64", got=f"dtype {index.dtype}", fix=fix, error=TypeError)
+    if readable(index) and index.numel():
+        least, most = index.aminmax()
+        if not 0 <= int(least) <= int(most) < num_classes:
+            bad = (index < 0) | (index >= num_classes)
+            first = int(bad.to(torch.uint8).argmax())
+            raise label_problem(
+                f"{name} must hold class indices from 0 to {num_classes - 1}",
+                got=f"{int(index[first])} at index [{first}] ({int(bad.sum())} such values)",
+                fix="Count classes from zero, and give the model one output for each.",
+            )
+
+
 def distributions(*, zeros: bool = False, **values: Tensor) -> None:
     """Floats (..., B) >= 0 that sum to one along the last axis, but for rounding, or with ``zeros`` hold nothing else.
     Accelerators are not looked at."""
@@ -365,14 +375,13 @@ def interval(name: str, value: object, *, low: float = 0.0) -> tuple[float, floa
     return float(pair[0]), float(pair[1])
 
 
-def keys(name: str, value: object, expected: Collection[str], *, error: type[Exception] = ValueError) -> None:
-    """A mapping with exactly the expected keys. ``error`` is raised for other keys."""
+def keys(name: str, value: object, expected: Collection[str]) -> None:
+    """A mapping with exactly the expected keys."""
     if not isinstance(value, Mapping):
         raise problem(f"{name} must be a dict", got=type(value).__name__, error=TypeError)
     missing, extra = sorted(set(expected) - set(value)), sorted(set(value) - set(expected), key=str)
     if missing or extra:
-        got = f"missing {missing}, unknown {extra}"
-        raise problem(f"{name} must have the keys {sorted(expected)}", got=got, error=error)
+        raise problem(f"{name} must have the keys {sorted(expected)}", got=f"missing {missing}, unknown {extra}")
 
 
 def labels_array(labels: object, name: str = "labels") -> np.ndarray:

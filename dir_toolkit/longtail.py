@@ -46,7 +46,7 @@ from .labels.grid import AnyBins
 from .labels.kernels import Window, checked_window, usual_kernel
 from .labels.soft_labels import KernelUnit, LabelKernel, checked_sigma, limits, soft_labels, spread_counts
 from .labels.weights import LDS
-from .losses._reduce import Reduction
+from .losses._loss import Reduction
 from .losses.affinity import affinity_loss
 from .losses.balanced_mse import BinnedIntegrationLoss
 from .losses.cross_entropy import cross_entropy

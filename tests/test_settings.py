@@ -210,8 +210,9 @@ MODELS: list[Case] = [
 METRICS: list[Case] = [
     Case(
         dt.RegressionMetrics,
-        {"density": DENSITY},
+        {"bins": BINS, "density": DENSITY},
         {
+            "bins": {"bins": OTHER_BINS, "density": OTHER_DENSITY},
             "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
             "floor": {"floor": 0.5},
             "outside": {"outside": "clip"},
@@ -219,8 +220,9 @@ METRICS: list[Case] = [
     ),
     Case(
         dt.ClassificationMetrics,
-        {"density": DENSITY},
+        {"bins": BINS, "density": DENSITY},
         {
+            "bins": {"bins": OTHER_BINS, "density": OTHER_DENSITY},
             "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
             "regions": {"regions": ["many", "few"] * 30},
             "outside": {"outside": "drop"},

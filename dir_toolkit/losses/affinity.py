@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from .._checks import number, problem
 from ..errors import ShapeError
-from ._reduce import Reduction, checked_rows, reduce
+from ._inputs import of_classes
+from ._loss import Reduction, ScoreLoss, reduce
 
-__all__ = ["affinity_loss"]
+__all__ = ["AffinityLoss", "affinity_loss"]
+
+_margin = partial(number, "margin", low=0, open_low=True)
 
 
 def affinity_loss(
@@ -26,18 +31,12 @@ def affinity_loss(
     The paper's diversity term belongs to the prototypes: add ``head.diversity()`` of an ``AffinityHead``.
 
     Args:
-        weight: dimensionless, >= 0, one a sample; None means ones. Divides by N, not by the sum of weights. A sample
-            of weight 0 adds nothing, whatever its affinities are.
-        margin: :math:`\lambda`, > 0, in units of the affinities, which Gaussian similarity keeps in (0, 1].
+        margin: :math:`\lambda`, > 0, in units of the affinities, which the Gaussian similarity keeps in (0, 1].
     Shape:
-        affinities: (N, C), C >= 2. target: (N,) int64, class indices. weight: (N,). Returns (), or (N,) for
+        affinities: (N, C), C >= 2. target: (N,) class indices. weight: (N,). Returns (), or (N,) for
         ``reduction="none"``.
     Units:
         those of the affinities.
-    Raises:
-        ShapeError: shapes do not fit, or there is one class only. TypeError: target is not int64. LabelError: a class
-        is not in 0..C-1. ValueError: a weight is negative or not finite, or there is no sample. An affinity that is
-        NaN makes the loss so. On accelerators values are not looked at.
     Source:
         Hayat et al. 2019, the max-margin term (arXiv:1901.07711).
 
@@ -45,12 +44,18 @@ def affinity_loss(
     >>> affinity_loss(torch.tensor([[0.75, 0.5, 0.125]]), torch.tensor([0]), margin=0.5).item()  # 0.5 + 0.5 - 0.75
     0.25
     """
-    affinities = checked_rows("affinities", affinities, target, weight, reduction)
+    affinities = of_classes(affinities, target, weight, reduction, name="affinities")
     if affinities.shape[1] < 2:
         rule = "affinities must be (N, C) with C >= 2, else there is no other class"
         raise problem(rule, got=f"shape {tuple(affinities.shape)}", error=ShapeError)
-    margin = number("margin", margin, low=0, open_low=True)
     own = target[:, None]
     lead = affinities - affinities.gather(1, own)  # (N, C), zero at the true class
-    values = (margin + lead).relu().scatter(1, own, 0.0).sum(1)
+    values = (_margin(margin) + lead).relu().scatter(1, own, 0.0).sum(1)
     return reduce(values, weight, reduction)
+
+
+class AffinityLoss(ScoreLoss):
+    """:func:`affinity_loss` as a module."""
+
+    def __init__(self, *, margin: float = 0.75) -> None:
+        super().__init__(affinity_loss, margin=_margin(margin))

@@ -8,24 +8,25 @@ for what would be likely if all labels occurred equally often, and brings :math:
           + \log \int \mathcal N(y'; \hat y_i, \sigma^2 I)\, p(y')\, dy'\right]
 
 So :math:`\hat y` itself is the balanced prediction. The three forms differ in what stands for the integral: the labels
-of the batch (:class:`BatchMCLoss`), a mixture of Gaussians (:class:`GaussianMixtureLoss`), or bins
-(:class:`BinnedIntegrationLoss`). The factor :math:`2\sigma^2` gives the loss the scale of MSE. No gradient goes through
-it, as in the paper's code, so that a learnt :math:`\sigma` follows the likelihood alone.
+of the batch (:func:`batch_mc_loss`), a mixture of Gaussians (:func:`gaussian_mixture_loss`), or bins
+(:func:`binned_integration_loss`). Their modules can learn :math:`\sigma`. The factor :math:`2\sigma^2` gives the loss
+the scale of MSE. No gradient goes through it, as in the paper's code, so that a learnt :math:`\sigma` follows the
+likelihood alone.
 
-A label beyond all that p(y) knows would be the likelier the farther a prediction runs away, without end. So mixtures
-and bins hold a billionth of their mass in one Gaussian as wide as the labels, which brings predictions back. Even so
-the loss only asks that :math:`\hat y` be likelier for its label than for others, and labels at the ends of p(y) draw
-predictions a few :math:`\sigma` beyond it: hold predictions to the axis, ``pred.clamp(low, high)``, when you predict.
+A label beyond all that p(y) knows would be the likelier the farther a prediction runs away, without end. Mixtures and
+bins therefore hold a billionth of their mass in one Gaussian as wide as the labels, which brings predictions back. Even
+so the loss only asks that :math:`\hat y` be likelier for its label than for others, and labels at the ends of p(y) draw
+predictions a few :math:`\sigma` beyond it. When you predict, hold predictions to the axis: ``pred.clamp(low, high)``.
 
-Where ``noise_sigma`` is None, :math:`\sigma` starts at a tenth of the labels' standard deviation, so that it does not
-depend on their unit. One near the length of the axis leaves nothing to balance by.
+Where the ``noise_sigma`` of a module is None, :math:`\sigma` starts at a tenth of the labels' standard deviation, so
+that it does not depend on their unit. One that is nearly as long as the axis leaves nothing to balance by.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,7 @@ from torch import Tensor, nn
 
 from .._checks import (
     finite,
-    floats,
     instance,
-    is_tensor,
     labels_array,
     length,
     not_empty,
@@ -46,23 +45,27 @@ from .._checks import (
     number,
     one_of,
     problem,
-    real,
-    same_device,
-    same_shape,
     warn,
     whole,
 )
-from .._numerics import is_wrapped, readable, wide_dtype
+from .._numerics import is_wrapped, readable
 from .._ranks import is_parallel, summed
-from .._settings import shown
-from .._state import SoundModule
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside, lookup
 from ..labels.density import LabelDensity
 from ..labels.soft_labels import limits
-from ._reduce import Reduction, finite_targets, one_a_sample, present, reduce, spread_of, weight_on_axis
+from ._inputs import absent, finite_targets, kinds, on_axis, one_per_sample, pairs, present
+from ._loss import PointLoss, Reduction, part_of, reduce
+from ._pairs import spread_of
 
-__all__ = ["BatchMCLoss", "BinnedIntegrationLoss", "GaussianMixtureLoss"]
+__all__ = [
+    "BatchMCLoss",
+    "BinnedIntegrationLoss",
+    "GaussianMixtureLoss",
+    "batch_mc_loss",
+    "binned_integration_loss",
+    "gaussian_mixture_loss",
+]
 
 _NOISE = 0.1  # where sigma starts, in standard deviations of the labels
 _BACKGROUND = 1e-9  # the share of mixtures and bins that lies in one wide Gaussian
@@ -73,21 +76,161 @@ _MOST_ROUNDS = 500
 _LEAST_GAIN = 1e-5  # of the mean log-likelihood, in nats
 
 
-class _BalancedMSE(SoundModule, ABC):
-    """What the three forms share: the noise, the checks and the likelihood."""
+def batch_mc_loss(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    noise_sigma: float | Tensor,
+    gather: bool = False,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Balanced MSE with the batch's labels in place of the integral (BMC): no density is needed beforehand.
+
+    .. math:: L = \frac1N \sum_i w_i\, 2\sigma^2 \left[-\log
+              \frac{\exp(-\lVert \hat y_i - y_i \rVert^2 / 2\sigma^2)}
+              {\sum_j w_j \exp(-\lVert \hat y_i - y_j \rVert^2 / 2\sigma^2)}\right]
+
+    This is the cross-entropy of telling a sample's own label among the batch's. As the labels are summed, and not
+    averaged, it lies :math:`2\sigma^2 \log N` above the other forms. A label that occurs twice is drawn twice from
+    p(y), and counts twice. A weight says how often a sample was seen, among the labels, too, and labels that the
+    weights have evened out are not balanced a second time.
+
+    A batch with one label leaves nothing to compare: the loss and its gradient are zero, and a warning says so.
+    Labels of D numbers are compared as a whole, (N, D). For a series of T labels hand over ``pred.flatten()`` and
+    ``target.flatten()``.
+
+    Args:
+        noise_sigma: :math:`\sigma`, in label units: how far off predictions are. A tensor, (), may have a gradient.
+        gather: compare with the labels of all ranks, so that n ranks make the loss of one with the whole batch. All
+            ranks must call the loss, each with at least one sample, but not all with as many. It costs an accelerator
+            one host sync per step, and does nothing outside ``torch.distributed``.
+    Shape:
+        pred, target: (N,) or (N, D), equal. weight: (N,). Returns (), or (N,) for ``reduction="none"``.
+    Units:
+        those of the label, squared.
+    Source:
+        Ren et al. 2022 (arXiv:2203.16427).
+
+    >>> round(batch_mc_loss(torch.zeros(2), torch.zeros(2), noise_sigma=1.0).item(), 4)  # 2 log 2
+    1.3863
+    """
+    instance(bool, gather=gather)
+    pred, target = _checked(pred, target, weight, reduction, None)
+    log_ratio = partial(_among_labels, weight=weight, gather=gather)
+    return _scored(pred, target, weight, _sigma(noise_sigma), reduction, log_ratio)
+
+
+def gaussian_mixture_loss(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    weights: Any,
+    means: Any,
+    variances: Any,
+    noise_sigma: float | Tensor,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Balanced MSE with the integral in closed form, over a mixture of Gaussians for the training labels (GAI).
+
+    .. math:: \int \mathcal N(y'; \hat y, \sigma^2 I)\, p(y')\, dy'
+              = \sum_k \phi_k\, \mathcal N(\hat y; \mu_k, \Sigma_k + \sigma^2 I)
+
+    :meth:`GaussianMixtureLoss.fit` finds a mixture for labels. This function copies the mixture to the device of the
+    labels at each call, where the module keeps it.
+
+    Args:
+        weights: :math:`\phi`, >= 0, summing to one.
+        means: :math:`\mu`, in label units.
+        variances: the diagonals of :math:`\Sigma`, >= 0, in label units squared; zero makes a label a spike.
+        noise_sigma: :math:`\sigma`, in label units: how far off predictions are. A tensor, (), may have a gradient.
+    Shape:
+        pred, target: (N,) or (N, D), equal. weight: (N,). weights: (K,). means, variances: (K,) for labels that are
+        numbers, (K, D) for labels of D numbers. Returns (), or (N,) for ``reduction="none"``.
+    Units:
+        those of the label, squared.
+    Source:
+        Ren et al. 2022 (arXiv:2203.16427).
+
+    >>> mixture = {"weights": [1.0], "means": [0.0], "variances": [3.0]}
+    >>> loss = gaussian_mixture_loss(torch.tensor([2.0]), torch.tensor([2.0]), **mixture, noise_sigma=1.0)
+    >>> round(loss.item(), 4)  # 2 (log N(2; 0, 4) - log N(0; 0, 1))
+    -2.3863
+    """
+    parts = _mixture_parts(weights, means, variances)
+    pred, target = _checked(pred, target, weight, reduction, parts["means"].shape[1:])
+    tensors = (torch.from_numpy(part).to(target, non_blocking=True) for part in parts.values())
+    return _scored(pred, target, weight, _sigma(noise_sigma), reduction, partial(_under_mixture, *tensors))
+
+
+def binned_integration_loss(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    bins: Bins,
+    density: LabelDensity | Any,
+    noise_sigma: float | Tensor,
+    outside: Outside = "clip",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Balanced MSE with the integral over bins, in closed form (BNI), for labels that are numbers.
+
+    .. math:: \int \mathcal N(y'; \hat y, \sigma^2)\, p(y')\, dy'
+              = \sum_b \frac{p_b}{k_{b+1} - k_b} \left[\Phi\!\left(\frac{k_{b+1} - \hat y}{\sigma}\right)
+              - \Phi\!\left(\frac{k_b - \hat y}{\sigma}\right)\right]
+
+    A bin's share is spread evenly between its limits :math:`k_b`
+    (:func:`~dir_toolkit.labels.soft_labels.limits`), and so reaches as far as its labels do. The paper lets a bin stand
+    for its center, and a label off the centers then draws predictions away without end. Hand over a smoothed density to
+    balance by the effective one. This function copies the density to the device of the labels at each call, where the
+    module keeps it.
+
+    Args:
+        bins: the label axis, which must not be classes, since these have no distances.
+        density: the density of the training labels over these bins, or the share of labels in each bin.
+        noise_sigma: :math:`\sigma`, in label units: how far off predictions are. A tensor, (), may have a gradient.
+        outside: what a label beyond the axis does: ``"clip"`` counts it as it is, ``"drop"`` gives it weight 0, and
+            ``"raise"`` refuses it, which on an accelerator makes the loss NaN.
+    Shape:
+        pred, target, weight: (N,). Returns (), or (N,) for ``reduction="none"``.
+    Units:
+        those of the label, squared.
+    Source:
+        Ren et al. 2022 (arXiv:2203.16427), but for the spreading.
+
+    >>> bins = Bins.uniform(0, 2, width=1)
+    >>> zero = torch.tensor([0.0])
+    >>> loss = binned_integration_loss(zero, zero, bins=bins, density=[0.75, 0.25], noise_sigma=1.0)
+    >>> round(loss.item(), 4)  # 2 log(sqrt(2 pi) (0.75 0.3413 + 0.25 0.1359))
+    -0.638
+    """
+    prior = _axis_shares(bins, density, outside)
+    pred, labels = _checked(pred, target, weight, reduction, ())
+    weight = on_axis(target, bins, weight, outside)
+    log_ratio = partial(_over_bins, bins, torch.from_numpy(prior).to(labels, non_blocking=True))
+    return _scored(pred, labels, weight, _sigma(noise_sigma), reduction, log_ratio)
+
+
+class _BalancedMSE(PointLoss):
+    """What the three modules share: the noise, which they can learn."""
 
     log_sigma: Tensor
     sigma: Tensor
 
     def __init__(
-        self, noise_sigma: float | None, start: float, learn: bool, label_shape: tuple[int, ...] | None
+        self,
+        function: Callable[..., Tensor],
+        noise_sigma: float | None,
+        start: float,
+        learn: bool,
+        label_shape: tuple[int, ...] | None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if noise_sigma is not None:
-            start = noise_sigma
-        # Its square, and what is divided by it, must fit into float32.
-        start = number("noise_sigma", start, low=1e-18, high=1e18)
+        start = _positive_sigma(start if noise_sigma is None else noise_sigma)
         instance(bool, learn=learn)
+        super().__init__(function, **options)
         self.initial_sigma = None if noise_sigma is None else start
         self.learn = learn
         self._label_shape = label_shape
@@ -105,114 +248,42 @@ class _BalancedMSE(SoundModule, ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """What the loss was made with."""
-        return {"noise_sigma": self.initial_sigma, "learn": self.learn}
+        return {**super().settings, "noise_sigma": self.initial_sigma, "learn": self.learn}
 
     def forward(
-        self, pred: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
-        pred, target = self._checked(pred, target, weight, reduction)  # (N, D)
-        sigma = self._noise(target, weight)
-        error = (pred - target) / sigma
-        # An infinite error shows as NaN, on whichever side it lies.
-        values = self._log_ratio(error, target, weight, sigma) + 0 * error.sum(1)
-        return reduce(values * (2 * sigma.square()).detach(), weight, reduction)
+        pred = part_of(output, self.reads)
+        pred, labels = _checked(pred, target, weight, reduction, self._label_shape)  # (N, D)
+        weight = self._counted(target, weight)
+        sigma = self._noise(labels, weight)
+        return _scored(pred, labels, weight, sigma, reduction, self._log_ratio(weight))
 
-    def _noise(self, target: Tensor, weight: Tensor | None) -> Tensor:
+    def _counted(self, target: Tensor, weight: Tensor | None) -> Tensor | None:
+        return weight
+
+    def _noise(self, labels: Tensor, weight: Tensor | None) -> Tensor:
         """Sigma, (), in the dtype of the labels."""
-        return self.log_sigma.to(target.dtype).exp().reshape(()) if self.learn else self.sigma.to(target.dtype)
+        return self.log_sigma.to(labels.dtype).exp().reshape(()) if self.learn else self.sigma.to(labels.dtype)
 
-    @abstractmethod
-    def _log_ratio(self, error: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor) -> Tensor:
-        """log of the integral of N(y'; pred, sigma²) p(y') over N(y; pred, sigma²), (N,), for the error (N, D) in units
-        of sigma.
-
-        Both are taken relative to the label: about the prediction two large squares would cancel.
-        """
-
-    def _checked(self, pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
-        """Predictions and labels, those of weight zero as zeros, both (N, D) in at least float32."""
-        one_of("reduction", reduction, ("none", "mean", "sum"))
-        weights = {} if weight is None else {"weight": weight}
-        is_tensor(pred=pred, target=target, **weights)
-        floats(pred=pred)
-        real(target=target, **weights)
-        same_shape(pred=pred, target=target)
-        if self._label_shape is None:
-            fits, rule = pred.ndim in (1, 2), "(N,) or (N, D)"
-        else:
-            fits = pred.ndim > 0 and pred.shape[1:] == self._label_shape
-            rule = str(("N", *self._label_shape)).replace("'", "")
-        if not fits:
-            raise problem(f"pred must be {rule}", got=f"shape {tuple(pred.shape)}", error=ShapeError)
-        if weight is not None:
-            one_a_sample("weight", weight, len(pred), {})
-        same_device(pred=pred, target=target, **weights)
-        not_empty(pred=pred)
-        if target.requires_grad and not pred.requires_grad:
-            got = "a target that requires a gradient, and a pred that does not"
-            raise problem("target must hold labels, which have no gradient", got=got, fix="Pass pred first.")
-        finite_targets(weight, target=target)
-        not_negative(**weights)
-        wide = wide_dtype(pred, target)
-        pred, target = pred.to(wide), target.detach().to(wide)
-        if pred.ndim == 1:
-            pred, target = pred[:, None], target[:, None]
-        return present(pred, weight), present(target, weight)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():  # labels are not rounded where a model is cast to half precision
-            cast = self._buffers[name]
-            assert buffer is not None
-            assert cast is not None
-            if cast.itemsize < 4:
-                self._buffers[name] = buffer.to(cast.device)
-        return self
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)
+    def _log_ratio(self, weight: Tensor | None) -> _LogRatio:
+        raise NotImplementedError
 
 
 class BatchMCLoss(_BalancedMSE):
-    r"""Balanced MSE with the batch's labels in place of the integral (BMC): no density is needed beforehand.
-
-    .. math:: L = \frac1N \sum_i w_i\, 2\sigma^2 \left[-\log
-              \frac{\exp(-\lVert \hat y_i - y_i \rVert^2 / 2\sigma^2)}
-              {\sum_j w_j \exp(-\lVert \hat y_i - y_j \rVert^2 / 2\sigma^2)}\right]
-
-    That is the cross-entropy of telling a sample's own label among the batch's. As the labels are summed, and not
-    averaged, it lies :math:`2\sigma^2 \log N` above the other forms. A label that occurs twice is drawn twice from
-    p(y), and counts twice. A weight says how often a sample was seen, among the labels too: weight 2 is seen twice,
-    weight 0 is absent, and labels that the weights have evened out are not balanced a second time.
-
-    A batch with one label leaves nothing to compare: the loss and its gradient are zero, and a warning says so once.
-    Labels of D numbers are compared as a whole, (N, D); of a series of T labels hand over ``pred.flatten()`` and
-    ``target.flatten()``.
+    r""":func:`batch_mc_loss` as a module, which can learn :math:`\sigma`.
 
     Args:
         noise_sigma: :math:`\sigma`, in label units, where it starts or stays: how far off predictions are. None takes a
             tenth of the standard deviation of the first batch in training mode that holds different labels, on all
             ranks, which must all call the loss then; until then each batch takes its own.
         learn: whether the optimizer moves it, by its logarithm.
-        gather: compare with the labels of all ranks, so that n ranks make the loss of one with the whole batch. All
-            ranks must call the loss, each with at least one sample, but not all with as many. Costs an accelerator
-            one host sync a step. Does nothing outside ``torch.distributed``.
+        gather: as in :func:`batch_mc_loss`.
     Attributes:
-        log_sigma: (1,), a parameter, if learnt. sigma: (), a buffer, if not. unit: (), a buffer, the label units of
-            which they are without a ``noise_sigma``; NaN until a batch has set it.
+        log_sigma: (1,), a parameter, if it is learnt.
+        sigma: (), a buffer, if it is not.
+        unit: (), a buffer, the label units in which they are without a ``noise_sigma``; NaN until a batch has set it.
         noise_sigma: the present :math:`\sigma`, (), in label units.
-    Shape:
-        forward: pred, target: (N,) or (N, D), equal. weight: (N,). Returns (), or (N,) for ``reduction="none"``.
-    Units:
-        those of the label, squared.
-    Raises:
-        ShapeError: shapes do not fit. ValueError: a target of a weight above zero, or a weight, is not finite; a weight
-        is negative; there is no sample; or the target requires a gradient, of which none reaches it, and pred does
-        not. A prediction that is not finite makes the loss NaN; training loops stop there. On accelerators values are
-        not looked at.
-    Source:
-        Ren et al. 2022 (arXiv:2203.16427).
 
     >>> loss = BatchMCLoss(noise_sigma=1.0)
     >>> round(loss(torch.zeros(2), torch.zeros(2)).item(), 4)  # 2 log 2, since nothing tells the two apart
@@ -222,10 +293,9 @@ class BatchMCLoss(_BalancedMSE):
     unit: Tensor
 
     def __init__(self, noise_sigma: float | None = None, *, learn: bool = True, gather: bool = False) -> None:
-        super().__init__(noise_sigma, 1.0, learn, None)
         instance(bool, gather=gather)
-        self.gather = gather
-        self._unit_known, self._warned = noise_sigma is not None, False
+        super().__init__(batch_mc_loss, noise_sigma, 1.0, learn, None, gather=gather)
+        self._unit_known = noise_sigma is not None
         if not self._unit_known:
             with torch.inference_mode(False):
                 self.register_buffer("unit", torch.tensor(math.nan))
@@ -236,14 +306,12 @@ class BatchMCLoss(_BalancedMSE):
         sigma = super().noise_sigma
         return sigma if self.initial_sigma is not None else sigma * self.unit
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the loss was made with."""
-        return {**super().settings, "gather": self.gather}
+    def _noise(self, labels: Tensor, weight: Tensor | None) -> Tensor:
+        sigma = super()._noise(labels, weight)
+        return sigma if self.initial_sigma is not None else sigma * self._present_unit(labels, weight).to(sigma.dtype)
 
-    def _noise(self, target: Tensor, weight: Tensor | None) -> Tensor:
-        sigma = super()._noise(target, weight)
-        return sigma if self.initial_sigma is not None else sigma * self._present_unit(target, weight).to(sigma.dtype)
+    def _log_ratio(self, weight: Tensor | None) -> _LogRatio:
+        return partial(_among_labels, weight=weight, gather=self.gather)
 
     @torch.no_grad()
     def _present_unit(self, labels: Tensor, weight: Tensor | None) -> Tensor:
@@ -251,30 +319,12 @@ class BatchMCLoss(_BalancedMSE):
         if self._unit_known:
             return self.unit
         ranks = self.training and is_parallel()
-        found = (_NOISE * spread_of(labels, weight, ranks=ranks)).to(self.unit.dtype)
-        unit = torch.where(self.unit.isnan(), found, self.unit)
+        own = (_NOISE * spread_of(labels, weight, ranks=ranks)).to(self.unit.dtype)
+        unit = torch.where(self.unit.isnan(), own, self.unit)
         if self.training and (torch.compiler.is_compiling() or not is_wrapped(unit)):
             self.unit.copy_(unit)
             self._unit_known = (ranks or readable(self.unit)) and not bool(self.unit.isnan())
         return unit.nan_to_num(1.0)
-
-    def _log_ratio(self, error: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor) -> Tensor:
-        share = torch.ones_like(target[:, 0]) if weight is None else weight.detach().to(target.dtype)
-        drawn = torch.cat([target, share[:, None]], 1)  # (M, D + 1)
-        if self.gather and is_parallel():
-            drawn = _of_all_ranks(drawn)
-        if len(drawn) < 2 and not self._warned:
-            self._warned = True
-            warn(
-                "a batch of one label has nothing to be compared with, and adds nothing. Drop a last batch of one "
-                "(drop_last=True), or use GaussianMixtureLoss or BinnedIntegrationLoss.",
-            )
-        labels, share = drawn[:, :-1], drawn[:, -1]
-        # Absent labels get the least number, since a row of nothing but -inf has no gradient.
-        log_share = torch.where(share > 0, share.log(), torch.finfo(share.dtype).min / 4)
-        # Not by a matrix product, which may run in lower precision and cancels where labels are far from zero.
-        beside = (labels - target[:, None]) / sigma  # (N, M, D)
-        return torch.logsumexp(log_share + (beside * (error[:, None] - beside / 2)).sum(2), 1)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -282,32 +332,17 @@ class BatchMCLoss(_BalancedMSE):
 
 
 class GaussianMixtureLoss(_BalancedMSE):
-    r"""Balanced MSE with the integral in closed form, over a mixture of Gaussians for the training labels (GAI).
-
-    .. math:: \int \mathcal N(y'; \hat y, \sigma^2 I)\, p(y')\, dy'
-              = \sum_k \phi_k\, \mathcal N(\hat y; \mu_k, \Sigma_k + \sigma^2 I)
-
-    Build one from labels by :meth:`fit`.
+    r""":func:`gaussian_mixture_loss` as a module, which can learn :math:`\sigma`. Build one from labels by :meth:`fit`.
 
     Args:
-        weights: :math:`\phi`, >= 0, summing to one. means: :math:`\mu`, in label units.
-        variances: the diagonals of :math:`\Sigma`, >= 0, in label units squared; zero makes a label a spike.
+        weights: as in :func:`gaussian_mixture_loss`.
+        means: as in :func:`gaussian_mixture_loss`.
+        variances: as in :func:`gaussian_mixture_loss`.
         noise_sigma: :math:`\sigma`, in label units, where it starts or stays: how far off predictions are. None takes a
             tenth of the standard deviation of the mixture, over its D numbers the mean one.
         learn: whether the optimizer moves it, by its logarithm.
     Attributes:
         weights, means, variances: buffers. log_sigma, sigma, noise_sigma: as in :class:`BatchMCLoss`.
-    Shape:
-        weights: (K,). means, variances: (K,) for labels that are numbers, (K, D) for labels of D numbers.
-        forward: pred, target: (N,) or (N, D) accordingly. weight: (N,). Returns (), or (N,) for
-        ``reduction="none"``.
-    Units:
-        those of the label, squared.
-    Raises:
-        ShapeError: shapes do not fit. ValueError: weights do not sum to one, a variance is negative, or a mixture
-        without any spread comes without a ``noise_sigma``. Besides, what :class:`BatchMCLoss` raises.
-    Source:
-        Ren et al. 2022 (arXiv:2203.16427).
 
     >>> loss = GaussianMixtureLoss([1.0], [0.0], [3.0], noise_sigma=1.0)
     >>> round(loss(torch.tensor([2.0]), torch.tensor([2.0])).item(), 4)  # 2 (log N(2; 0, 4) - log N(0; 0, 1))
@@ -321,33 +356,17 @@ class GaussianMixtureLoss(_BalancedMSE):
     def __init__(
         self, weights: Any, means: Any, variances: Any, *, noise_sigma: float | None = None, learn: bool = True
     ) -> None:
-        given = {"weights": weights, "means": means, "variances": variances}
-        parts = {name: labels_array(value, name).astype(np.float64) for name, value in given.items()}
-        shapes = {name: part.shape for name, part in parts.items()}
-        if len(shapes["weights"]) != 1:
-            raise problem("weights must be (K,)", got=f"shape {shapes['weights']}", error=ShapeError)
-        not_empty(weights=parts["weights"])
-        for name in ("means", "variances"):
-            if len(shapes[name]) not in (1, 2) or shapes[name][:1] != shapes["weights"]:
-                rule = f"{name} must be (K,) or (K, D), with one row for each of {shapes['weights'][0]} weights"
-                raise problem(rule, got=f"shape {shapes[name]}", error=ShapeError)
-        if shapes["means"] != shapes["variances"]:
-            got = f"{shapes['means']} and {shapes['variances']}"
-            raise problem("means and variances must have the same shape", got=got, error=ShapeError)
-        not_empty(means=parts["means"])
-        with np.errstate(over="ignore"):
-            finite(**{name: torch.from_numpy(part).to(torch.get_default_dtype()) for name, part in parts.items()})
-        for name in ("weights", "variances"):
-            not_negative(**{name: torch.from_numpy(parts[name])})
-        _sums_to_one("weights", parts["weights"])
+        parts = _mixture_parts(weights, means, variances)
         spread = float(np.sqrt(_total_variance(*parts.values())[1].mean()))
         if spread == 0 and noise_sigma is None:
             rule = "noise_sigma must be given where the mixture has no spread of which it could be a tenth"
             raise problem(rule, got="None", fix="Pass how far off predictions are, in label units.")
-        super().__init__(noise_sigma, _NOISE * spread, learn, shapes["means"][1:])
-        with torch.inference_mode(False):
-            for name, part in parts.items():
-                self.register_buffer(name, torch.tensor(part, dtype=torch.get_default_dtype()))
+        buffers = {name: torch.tensor(part, dtype=torch.get_default_dtype()) for name, part in parts.items()}
+        shape = parts["means"].shape[1:]
+        super().__init__(gaussian_mixture_loss, noise_sigma, _NOISE * spread, learn, shape, **buffers)
+
+    def _log_ratio(self, weight: Tensor | None) -> _LogRatio:
+        return partial(_under_mixture, self.weights, self.means, self.variances)
 
     @classmethod
     def fit(
@@ -373,10 +392,6 @@ class GaussianMixtureLoss(_BalancedMSE):
             seed: of the start.
         Shape:
             labels: (N,) or (N, D).
-        Raises:
-            ShapeError: labels are neither. ValueError: a label is not finite, there is none, one of the label's
-            numbers is the same in all, or there are more components than different labels.
-
         >>> loss = GaussianMixtureLoss.fit([0.0, 0.0, 1.0, 1.0, 20.0, 21.0], components=2)
         >>> sorted(round(mean, 3) for mean in loss.means.tolist())
         [0.5, 20.5]
@@ -391,8 +406,8 @@ class GaussianMixtureLoss(_BalancedMSE):
         finite(labels=array)
         rows, counts = np.unique(array.reshape(len(array), -1), axis=0, return_counts=True)
         if (rows.min(0) == rows.max(0)).any():
-            at = int((rows.min(0) == rows.max(0)).argmax())
-            got = f"only {rows[0, at]:g}" + (f" in column {at}" if array.ndim == 2 else "")
+            column = int((rows.min(0) == rows.max(0)).argmax())
+            got = f"only {rows[0, column]:g}" + (f" in column {column}" if array.ndim == 2 else "")
             raise problem("labels must hold at least two different values", got=got)
         if components > len(rows):
             rule = f"components must be at most the number of different labels, {len(rows)}"
@@ -404,65 +419,24 @@ class GaussianMixtureLoss(_BalancedMSE):
         means, variances = (means * spread + center).reshape(shape), (variances * spread**2).reshape(shape)
         return cls(weights, means, variances, noise_sigma=noise_sigma, learn=learn)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the loss was made with."""
-        parts = {"weights": self.weights, "means": self.means, "variances": self.variances}
-        return {**parts, **super().settings}
-
-    def _log_ratio(self, error: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor) -> Tensor:
-        shares, means, variances = (x.to(error.dtype) for x in (self.weights, self.means, self.variances))
-        means, variances = means.view(len(means), -1), variances.view(len(means), -1)  # (K, D)
-        middle, total = _total_variance(shares, means, variances)
-        beside = (torch.cat([means, middle[None]]) - target[:, None]) / sigma  # (N, K + 1, D)
-        widths = torch.cat([variances, (total + sigma.square())[None]]).sqrt() / sigma
-        log_shares = torch.cat([(1 - _BACKGROUND) * shares, shares.new_full((1,), _BACKGROUND)]).log()
-        noise = 1 / (1 + widths.square())  # the share of the variance that is noise
-        own = error[:, None]
-        exponents = own.square() * (noise * widths.square()) / 2 + noise * beside * (own - beside / 2)
-        widening = torch.log1p(widths.square()) / 2
-        return torch.logsumexp(log_shares + (exponents - widening).sum(2), 1)
-
 
 class BinnedIntegrationLoss(_BalancedMSE):
-    r"""Balanced MSE with the integral over bins, in closed form (BNI), for labels that are numbers.
-
-    .. math:: \int \mathcal N(y'; \hat y, \sigma^2)\, p(y')\, dy'
-              = \sum_b \frac{p_b}{k_{b+1} - k_b} \left[\Phi\!\left(\frac{k_{b+1} - \hat y}{\sigma}\right)
-              - \Phi\!\left(\frac{k_b - \hat y}{\sigma}\right)\right]
-
-    A bin's share is spread evenly between its limits :math:`k_b`
-    (:func:`~dir_toolkit.labels.soft_labels.limits`), and so reaches as far as its labels do. The paper lets a bin stand
-    for its center, and a label off the centers then draws predictions away without end. Hand over a smoothed density to
-    balance by the effective one.
+    r""":func:`binned_integration_loss` as a module, which can learn :math:`\sigma`.
 
     Args:
-        bins: the label axis.
-        density: of the training labels over these bins, or the share of labels in each bin.
+        bins: as in :func:`binned_integration_loss`.
+        density: as in :func:`binned_integration_loss`.
         noise_sigma: :math:`\sigma`, in label units, where it starts or stays: how far off predictions are. None takes a
             tenth of the standard deviation of the density.
         learn: whether the optimizer moves it, by its logarithm.
-        outside: what a label beyond the axis does: ``"clip"`` counts it as it is, ``"drop"`` gives it weight 0, and
-            ``"raise"`` refuses it, which on an accelerator makes the loss NaN.
+        outside: as in :func:`binned_integration_loss`.
     Attributes:
         prior: (B,), a buffer. log_sigma, sigma, noise_sigma: as in :class:`BatchMCLoss`.
-    Shape:
-        forward: pred, target, weight: (N,). Returns (), or (N,) for ``reduction="none"``.
-    Units:
-        those of the label, squared.
-    Raises:
-        ShapeError: shapes do not fit. TypeError: there is no density. ValueError: the density is over other bins, or
-        holds no label; shares are negative or do not sum to one; or bins are classes, which have no distances.
-        LabelError: a label lies beyond the axis, with ``outside="raise"``. Besides, what :class:`BatchMCLoss` raises.
-    Source:
-        Ren et al. 2022 (arXiv:2203.16427), but for the spreading.
 
     >>> bins = Bins.uniform(0, 2, width=1)
     >>> loss = BinnedIntegrationLoss(bins, LabelDensity.count([0.2, 0.4, 0.7, 1.9], bins), noise_sigma=1.0)
     >>> loss.prior.tolist()
     [0.75, 0.25]
-    >>> round(loss(torch.tensor([0.0]), torch.tensor([0.0])).item(), 4)  # 2 log(sqrt(2 pi) (0.75 0.3413 + 0.25 0.1359))
-    -0.638
     """
 
     prior: Tensor
@@ -476,67 +450,148 @@ class BinnedIntegrationLoss(_BalancedMSE):
         learn: bool = True,
         outside: Outside = "clip",
     ) -> None:
-        instance(Bins, bins=bins)
-        if bins.categorical:
-            raise problem(
-                "bins must cut a continuous label axis",
-                got=repr(bins),
-                fix="For classes use logit_adjusted_cross_entropy.",
-            )
-        one_of("outside", outside, ("raise", "clip", "drop"))
-        prior = _shares(bins, density)
+        prior = _axis_shares(bins, density, outside)
         spread = float(np.sqrt(_total_variance(prior, bins.centers, np.diff(bins.edges) ** 2 / 12)[1]))
-        super().__init__(noise_sigma, _NOISE * spread, learn, ())
-        self.bins, self.outside = bins, outside
-        with torch.inference_mode(False):
-            self.register_buffer("prior", torch.tensor(prior, dtype=torch.get_default_dtype()))
+        shares = torch.tensor(prior, dtype=torch.get_default_dtype())
+        start = _NOISE * spread
+        super().__init__(
+            binned_integration_loss, noise_sigma, start, learn, (), bins=bins, prior=shares, outside=outside
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the loss was made with."""
-        return {"bins": self.bins, "density": self.prior, **super().settings, "outside": self.outside}
+        own = super().settings
+        return {"bins": own.pop("bins"), "density": own.pop("prior"), **own}
 
-    def forward(
-        self, pred: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
-    ) -> Tensor:
-        if self.outside != "clip":
-            self._checked(pred, target, weight, reduction)
-            weight = weight_on_axis("target", target, self.bins, weight, self.outside)
-        return super().forward(pred, target, weight, reduction=reduction)
+    def _counted(self, target: Tensor, weight: Tensor | None) -> Tensor | None:
+        return on_axis(target, self.bins, weight, self.outside)
 
-    def _log_ratio(self, error: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor) -> Tensor:
-        # Tails are subtracted below, and float32 would keep few of their digits where bins are narrow.
-        wide = torch.float32 if error.device.type == "mps" else torch.float64
-        error, target, scale = error.to(wide), target.to(wide), sigma.to(wide)
-        knots, edges = limits(self.bins, error), self.bins.tensor("edges", error)
-        # The first and the last bin hold labels up to their edges, even where the limits were moved inwards.
-        knots = torch.cat([torch.minimum(knots[:1], edges[:1]), knots[1:-1], torch.maximum(knots[-1:], edges[-1:])])
-        # From here on in units of sigma, along the axis from its beginning.
-        start, knots = knots[0], (knots - knots[0]) / scale
-        label = (target - start) / scale
-        pred = label + error  # (N, 1)
-        width, prior = knots.diff(), self.prior.to(wide)
-        narrow = width < _NARROW[wide]
-        height = torch.where(narrow, 0.0, prior) / torch.where(narrow, 1.0, width)
-        height = F.pad(height, (1, 1))  # (B + 2,), nothing beyond the axis
-        away = knots - pred  # (N, B + 1)
-        # The integral is the height at the prediction, and where it changes, that change times the tail beyond.
-        side = torch.copysign(away.new_full((), math.sqrt(0.5)), away.detach())
-        tails = torch.erfc(away * side) * side
-        index = torch.searchsorted(knots.detach(), pred.detach())
-        integral = lookup(height, index) + (tails @ (height.diff() * math.sqrt(0.5)))[:, None]
-        if not readable(scale) or narrow.any():
-            # Of bins that narrow the tails would cancel; their density is that halfway between their ends.
-            points = F.pad(torch.where(narrow, prior, 0.0), (1, 1))
-            integral = integral + (torch.exp(-away.square() / 2) @ (points[1:] + points[:-1]))[:, None] * _HALF_PEAK
-        # The background, as wide as the axis, takes over where predictions are so far out that tails vanish.
-        center, noise = knots[-1] / 2, 1 / (2 + knots[-1].square())
-        log_noise = noise.log() / 2 + math.log(_BACKGROUND)
-        beside = center - label
-        wide_part = error.square() * (1 - noise) / 2 + noise * beside * (error - beside / 2) + log_noise
-        gap = (noise * (pred - center).square() / 2 - log_noise).clamp_max(_MOST_GAP[wide])
-        odds = integral.clamp_min(0) * gap.exp() * (1 - _BACKGROUND) * math.sqrt(2 * math.pi)
-        return (wide_part + torch.log1p(odds)).squeeze(1).to(sigma.dtype)
+    def _log_ratio(self, weight: Tensor | None) -> _LogRatio:
+        return partial(_over_bins, self.bins, self.prior)
+
+
+def _checked(
+    pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_shape: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor]:
+    """Predictions and labels, those of weight zero as zeros, both (N, D) in at least float32.
+
+    Args:
+        label_shape: of one label; None takes numbers and rows of them.
+    """
+    needs_gradient = isinstance(target, Tensor) and target.requires_grad
+    if weight is not None:
+        kinds(reduction, weight, pred=pred, target=target)
+    pred, target = pairs(pred, target, None, reduction)
+    if pred.ndim not in (1, 2) if label_shape is None else pred.ndim == 0 or pred.shape[1:] != label_shape:
+        rule = "(N,) or (N, D)" if label_shape is None else str(("N", *label_shape)).replace("'", "")
+        raise problem(f"pred must be {rule}", got=f"shape {tuple(pred.shape)}", error=ShapeError)
+    one_per_sample(len(pred), weight=weight)
+    if needs_gradient and not pred.requires_grad:
+        got = "a target that requires a gradient, and a pred that does not"
+        raise problem("target must hold labels, which have no gradient", got=got, fix="Pass pred first.")
+    gone = absent(weight)
+    finite_targets(gone, target=target)
+    pred, target = present(pred, gone), present(target.detach(), gone)
+    return (pred[:, None], target[:, None]) if pred.ndim == 1 else (pred, target)
+
+
+def _scored(
+    pred: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor | float, reduction: str, log_ratio: _LogRatio
+) -> Tensor:
+    sigma = sigma.to(target) if isinstance(sigma, Tensor) else target.new_full((), sigma)
+    error = (pred - target) / sigma
+    # An infinite error shows as NaN, on whichever side it lies.
+    values = log_ratio(error, target, sigma) + 0 * error.sum(1)
+    return reduce(values * (2 * sigma.square()).detach(), weight, reduction)
+
+
+def _positive_sigma(sigma: float) -> float:
+    # Its square, and what is divided by it, must fit into float32.
+    return number("noise_sigma", sigma, low=1e-18, high=1e18)
+
+
+def _sigma(noise_sigma: float | Tensor) -> float | Tensor:
+    if not isinstance(noise_sigma, Tensor):
+        return _positive_sigma(noise_sigma)
+    if noise_sigma.ndim or not noise_sigma.is_floating_point():
+        got = f"{noise_sigma.dtype} of shape {tuple(noise_sigma.shape)}"
+        raise problem("noise_sigma must be a number, or a tensor () of floats", got=got, error=ShapeError)
+    return noise_sigma
+
+
+# Each gives the log of the integral of N(y'; pred, sigma²) p(y') over N(y; pred, sigma²), (N,), for the error (N, D) in
+# units of sigma. Both are taken relative to the label: about the prediction two large squares would cancel.
+_LogRatio = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _among_labels(error: Tensor, target: Tensor, sigma: Tensor, *, weight: Tensor | None, gather: bool) -> Tensor:
+    share = torch.ones_like(target[:, 0]) if weight is None else weight.detach().to(target.dtype)
+    drawn = torch.cat([target, share[:, None]], 1)  # (M, D + 1)
+    if gather and is_parallel():
+        drawn = _of_all_ranks(drawn)
+    if len(drawn) < 2:
+        warn(
+            "a batch of one label has nothing to be compared with, and adds nothing. Drop a last batch of one "
+            "(drop_last=True), or use GaussianMixtureLoss or BinnedIntegrationLoss.",
+        )
+    labels, share = drawn[:, :-1], drawn[:, -1]
+    # Absent labels get the least number, since a row of nothing but -inf has no gradient.
+    log_share = torch.where(share > 0, share.log(), torch.finfo(share.dtype).min / 4)
+    # Not by a matrix product, which may run in lower precision and cancels where labels are far from zero.
+    beside = (labels - target[:, None]) / sigma  # (N, M, D)
+    return torch.logsumexp(log_share + (beside * (error[:, None] - beside / 2)).sum(2), 1)
+
+
+def _under_mixture(
+    weights: Tensor, means: Tensor, variances: Tensor, error: Tensor, target: Tensor, sigma: Tensor
+) -> Tensor:
+    shares, means, variances = (x.to(error.dtype) for x in (weights, means, variances))
+    means, variances = means.view(len(means), -1), variances.view(len(means), -1)  # (K, D)
+    middle, total = _total_variance(shares, means, variances)
+    beside = (torch.cat([means, middle[None]]) - target[:, None]) / sigma  # (N, K + 1, D)
+    widths = torch.cat([variances, (total + sigma.square())[None]]).sqrt() / sigma
+    log_shares = torch.cat([(1 - _BACKGROUND) * shares, shares.new_full((1,), _BACKGROUND)]).log()
+    noise = 1 / (1 + widths.square())  # the share of the variance that is noise
+    own = error[:, None]
+    exponents = own.square() * (noise * widths.square()) / 2 + noise * beside * (own - beside / 2)
+    widening = torch.log1p(widths.square()) / 2
+    return torch.logsumexp(log_shares + (exponents - widening).sum(2), 1)
+
+
+def _over_bins(bins: Bins, prior: Tensor, error: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
+    # Tails are subtracted below, and float32 would keep few of their digits where bins are narrow.
+    wide = torch.float32 if error.device.type == "mps" else torch.float64
+    error, target, scale = error.to(wide), target.to(wide), sigma.to(wide)
+    knots, edges = limits(bins, error), bins.tensor("edges", error)
+    # The first and the last bin hold labels up to their edges, even where the limits were moved inwards.
+    knots = torch.cat([torch.minimum(knots[:1], edges[:1]), knots[1:-1], torch.maximum(knots[-1:], edges[-1:])])
+    # From here on in units of sigma, along the axis from its beginning.
+    start, knots = knots[0], (knots - knots[0]) / scale
+    label = (target - start) / scale
+    pred = label + error  # (N, 1)
+    width, prior = knots.diff(), prior.to(wide)
+    narrow = width < _NARROW[wide]
+    height = torch.where(narrow, 0.0, prior) / torch.where(narrow, 1.0, width)
+    height = F.pad(height, (1, 1))  # (B + 2,), nothing beyond the axis
+    away = knots - pred  # (N, B + 1)
+    # The integral is the height at the prediction, and where it changes, that change times the tail beyond.
+    side = torch.copysign(away.new_full((), math.sqrt(0.5)), away.detach())
+    tails = torch.erfc(away * side) * side
+    index = torch.searchsorted(knots.detach(), pred.detach())
+    integral = lookup(height, index) + (tails @ (height.diff() * math.sqrt(0.5)))[:, None]
+    if not readable(scale) or narrow.any():
+        # Of bins that narrow the tails would cancel; their density is that halfway between their ends.
+        points = F.pad(torch.where(narrow, prior, 0.0), (1, 1))
+        integral = integral + (torch.exp(-away.square() / 2) @ (points[1:] + points[:-1]))[:, None] * _HALF_PEAK
+    # The background, as wide as the axis, takes over where predictions are so far out that tails vanish.
+    center, noise = knots[-1] / 2, 1 / (2 + knots[-1].square())
+    log_noise = noise.log() / 2 + math.log(_BACKGROUND)
+    beside = center - label
+    wide_part = error.square() * (1 - noise) / 2 + noise * beside * (error - beside / 2) + log_noise
+    gap = (noise * (pred - center).square() / 2 - log_noise).clamp_max(_MOST_GAP[wide])
+    odds = integral.clamp_min(0) * gap.exp() * (1 - _BACKGROUND) * math.sqrt(2 * math.pi)
+    return (wide_part + torch.log1p(odds)).squeeze(1).to(sigma.dtype)
 
 
 def _total_variance(shares: Any, means: Any, variances: Any) -> tuple[Any, Any]:
@@ -557,7 +612,34 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
     return summed(everyone)[0]
 
 
-def _shares(bins: Bins, density: Any) -> np.ndarray:
+def _mixture_parts(weights: Any, means: Any, variances: Any) -> dict[str, np.ndarray]:
+    given = {"weights": weights, "means": means, "variances": variances}
+    parts = {name: labels_array(value, name).astype(np.float64) for name, value in given.items()}
+    count, shape = parts["weights"].shape, parts["means"].shape
+    if len(count) != 1:
+        raise problem("weights must be (K,)", got=f"shape {count}", error=ShapeError)
+    for name in ("means", "variances"):
+        if parts[name].ndim not in (1, 2) or parts[name].shape[:1] != count:
+            rule = f"{name} must be (K,) or (K, D), with one row for each of {count[0]} weights"
+            raise problem(rule, got=f"shape {parts[name].shape}", error=ShapeError)
+    if parts["variances"].shape != shape:
+        got = f"{shape} and {parts['variances'].shape}"
+        raise problem("means and variances must have the same shape", got=got, error=ShapeError)
+    not_empty(**parts)
+    with np.errstate(over="ignore"):
+        finite(**{name: torch.from_numpy(part).to(torch.get_default_dtype()) for name, part in parts.items()})
+    not_negative(**{name: torch.from_numpy(parts[name]) for name in ("weights", "variances")})
+    _sum_to_one("weights", parts["weights"])
+    return parts
+
+
+def _axis_shares(bins: Bins, density: Any, outside: str) -> np.ndarray:
+    """The share of labels in each bin, (B,), once the axis and what labels beyond it do are checked."""
+    instance(Bins, bins=bins)
+    one_of("outside", outside, ("raise", "clip", "drop"))
+    if bins.categorical:
+        fix = "For classes use logit_adjusted_cross_entropy."
+        raise problem("bins must cut a continuous label axis", got=repr(bins), fix=fix)
     if isinstance(density, LabelDensity):
         if density.bins != bins:
             raise problem("density must be over the loss's own bins", got=f"{density.bins} for {bins}")
@@ -565,23 +647,19 @@ def _shares(bins: Bins, density: Any) -> np.ndarray:
             raise problem("density must hold at least one label", got="none", fix="Count the training labels.")
         return density.prior()
     if density is None or isinstance(density, str):
-        raise problem(
-            "density must be a LabelDensity, or one share of labels a bin",
-            got=type(density).__name__,
-            fix="Use LabelDensity.count(train_labels, bins).",
-            error=TypeError,
-        )
+        rule, fix = "density must be a LabelDensity, or one share of labels per bin", "LabelDensity.count(labels, bins)"
+        raise problem(rule, got=type(density).__name__, fix=f"Use {fix}.", error=TypeError)
     prior = labels_array(density, "density").astype(np.float64)
     if prior.shape != (len(bins),):
-        rule = f"density must be ({len(bins)},), one share of labels a bin"
+        rule = f"density must be ({len(bins)},), one share of labels per bin"
         raise problem(rule, got=f"shape {prior.shape}", error=ShapeError)
     finite(density=prior)
     not_negative(density=torch.from_numpy(prior))
-    _sums_to_one("density", prior)
+    _sum_to_one("density", prior)
     return prior
 
 
-def _sums_to_one(name: str, shares: np.ndarray) -> None:
+def _sum_to_one(name: str, shares: np.ndarray) -> None:
     if abs((total := shares.sum()) - 1) > 1e-4:
         raise problem(f"{name} must sum to one", got=f"a sum of {total:g}", fix="Divide by the sum.")
 

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from .._checks import floats, is_tensor, length, number, problem, same_device
 from .._numerics import wide_dtype
-from .._settings import shown
-from .._state import SoundModule
 from ..errors import ShapeError
-from ._reduce import Reduction, checked_rows, reduce
+from ._inputs import of_classes
+from ._loss import FeatureLoss, Reduction, part_of, reduce
 
 __all__ = ["CenterLoss", "center_loss"]
 
@@ -24,20 +23,15 @@ def center_loss(
 
     .. math:: L = \frac1N \sum_i \frac{w_i}{2} \lVert z_i - c_{y_i} \rVert^2
 
-    Differentiable in features and centers alike.
+    It is differentiable in features and centers alike.
 
     Args:
-        weight: dimensionless, >= 0, one a sample; None means ones. Divides by N, not by the sum of weights. A sample
-            of weight 0 adds nothing, whatever its features are.
+        centers: one row per class; they have gradients if they require them.
     Shape:
-        features: (N, D). target: (N,) int64, class indices. centers: (C, D). weight: (N,). Returns (), or (N,) for
+        features: (N, D). target: (N,) class indices. centers: (C, D). weight: (N,). Returns (), or (N,) for
         ``reduction="none"``.
     Units:
         those of the features, squared.
-    Raises:
-        ShapeError: shapes do not fit. TypeError: target is not int64. LabelError: a class is not in 0..C-1.
-        ValueError: a weight is negative or not finite, or there is no sample. A feature, or a center of a class
-        in the batch, that is not finite makes the loss so. On accelerators values are not looked at.
     Source:
         Wen et al. 2016, equation 2 (doi:10.1007/978-3-319-46478-7_31).
 
@@ -49,7 +43,7 @@ def center_loss(
     return reduce(_half_squares(features, centers.index_select(0, target)), weight, reduction)
 
 
-class CenterLoss(SoundModule):
+class CenterLoss(FeatureLoss):
     r"""Center loss with centers that follow the features at their own rate, alike for frequent and rare classes.
 
     The paper moves a center by :math:`c_j \leftarrow c_j - \alpha\,\Delta_j`,
@@ -62,20 +56,22 @@ class CenterLoss(SoundModule):
         optimizer = SGD([{"params": model.parameters()}, {"params": center.parameters(), "lr": 0.5}], lr=0.01)
         loss = cross_entropy(logits, y) + center(features, y)
 
-    It is not the derivative of the loss, which is :math:`N / (1 + n_j)` times smaller, so that the centers of rare
-    classes would hardly move. For the derivative, hand a parameter to :func:`center_loss`.
+    This is not the derivative of the loss. The derivative is :math:`N / (1 + n_j)` times smaller, so that the centers
+    of rare classes would hardly move. For the derivative, hand a parameter to :func:`center_loss`.
 
-    What differs from the paper: centers start at zero, where a class that is never seen does no harm, not at random;
-    a sample's weight scales its pull on the center too; ``"sum"`` and ``"none"`` follow the same rule with N left
-    out; under DistributedDataParallel each rank counts its own batch and the ranks' gradients are averaged; whatever
-    scales or clips the gradients of the whole loss scales the centers' steps too.
+    Some things differ from the paper. Centers start at zero and not at random: there a class that is never seen does no
+    harm. A sample's weight scales its pull on the center, too. Under DistributedDataParallel each rank counts its own
+    batch, and the ranks' gradients are averaged. Whatever scales or clips the gradients of the whole loss scales the
+    centers' steps, too.
 
     Args:
-        strength: factor of the loss, > 0, the paper's :math:`\lambda` (0.003 for faces there).
+        num_features: D.
+        num_classes: C.
+        strength: the factor of the loss, > 0: the paper's :math:`\lambda`, which it sets to 0.003 for faces.
     Attributes:
         centers: (C, D), a parameter.
     Shape:
-        forward: features (N, D), target (N,), weight (N,), as :func:`center_loss`, whose units and errors apply.
+        forward: output (N, D), or an object whose ``features`` are; target (N,), weight (N,). Returns ().
     Source:
         Wen et al. 2016, equations 3 and 4 and algorithm 1 (doi:10.1007/978-3-319-46478-7_31).
 
@@ -86,16 +82,18 @@ class CenterLoss(SoundModule):
     """
 
     def __init__(self, num_features: int, num_classes: int, *, strength: float = 1.0) -> None:
-        super().__init__()
-        self.num_features = length("num_features", num_features)
-        self.num_classes = length("num_classes", num_classes)
-        self.strength = number("strength", strength, low=0, open_low=True, float32=True)
+        super().__init__(
+            center_loss,
+            num_features=length("num_features", num_features),
+            num_classes=length("num_classes", num_classes),
+            strength=number("strength", strength, low=0, open_low=True, float32=True),
+        )
         self.centers = nn.Parameter(torch.zeros(self.num_classes, self.num_features))
 
     def forward(
-        self, features: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
-        features, centers = _checked(features, target, self.centers, weight, reduction)
+        features, centers = _checked(part_of(output, "features"), target, self.centers, weight, reduction)
         ones = torch.ones_like(target, dtype=features.dtype)
         count = torch.zeros_like(centers[:, 0]).index_add(0, target, ones)
         samples = len(target) if reduction == "mean" else 1
@@ -105,23 +103,15 @@ class CenterLoss(SoundModule):
         rows = still + rate[:, None] * (rows - still)  # the value of the rows, and their gradient times the rate
         return self.strength * reduce(_half_squares(features, rows), weight, reduction)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the loss was made with."""
-        return {"num_features": self.num_features, "num_classes": self.num_classes, "strength": self.strength}
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)
-
 
 def _checked(
     features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
     is_tensor(centers=centers)
+    floats(centers=centers)
     if centers.ndim != 2:
         raise problem("centers must be (C, D)", got=f"shape {tuple(centers.shape)}", error=ShapeError)
-    floats(centers=centers)
-    wide = checked_rows("features", features, target, weight, reduction, num_classes=len(centers))
+    wide = of_classes(features, target, weight, reduction, name="features", num_classes=len(centers))
     if features.shape[1] != centers.shape[1]:
         rule = f"features must be (N, {centers.shape[1]}), as the centers are"
         raise problem(rule, got=f"shape {tuple(features.shape)}", error=ShapeError)

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import instance, number, problem
 from .._numerics import full_precision, unit_rows, wide_dtype
-from .._settings import shown
-from .._state import SoundModule
 from ..labels.weights import LDS
-from ._reduce import Reduction, checked_samples, field, pairs_of, present, reduce, spread_of
+from ._inputs import of_features, present
+from ._loss import Loss, Reduction, held, reduce
+from ._pairs import pairs_of, spread_of
 from .regression import weighted_l1
 
 __all__ = ["ConRLoss", "conr_loss"]
@@ -48,29 +48,26 @@ def conr_loss(
     :math:`S`         pushing weight: how much a negative counts, more with a rare anchor and a gross confusion
     ================= ================================================================================================
 
-    A regularizer, to be added to a loss of the predictions, as :class:`ConRLoss` does: no gradient passes to ``pred``.
-    Zero, with zero gradients, where nothing is confused. Of the paper's two augmented views, hand both over as 2N
-    samples, ``torch.cat([z1, z2])`` with the rest repeated; with one view a sample without a neighbor in label is no
-    anchor. Each rank of a distributed run contrasts its own batch.
+    It is a regularizer, to be added to a loss of the predictions, as :class:`ConRLoss` does: no gradient passes to
+    ``pred``. It is zero, with zero gradients, where nothing is confused. To contrast two augmented views, as the paper
+    does, hand both over as 2N samples: ``torch.cat([z1, z2])`` with the rest repeated. With one view a sample without a
+    neighbor in label is no anchor. Each rank of a distributed run contrasts its own batch.
+
+    A weight scales the sample's term as an anchor. A sample of weight 0 is in no other sample's pairs either. A
+    prediction that is not finite is alike to none.
 
     Args:
-        weight: dimensionless, >= 0, one a sample; None means ones. Scales the sample's term as an anchor. Divides by N,
-            not by the sum of weights. A sample of weight 0 takes no part, in pairs with others neither, whatever its
-            features are.
-        push_weight: r, dimensionless, >= 0, one a sample, larger for rare labels, such as ``lds(labels)`` of a fitted
-            :class:`~dir_toolkit.LDS`; None means ones. No gradient passes to it.
-        omega: :math:`\omega`, > 0, in label units. At 1, labels in whole years are alike if a year apart at most. None
-            takes a twentieth of the standard deviation of the batch's labels, about as much.
+        pred: the predictions, in label units.
+        push_weight: r, dimensionless, >= 0, one number per sample, larger for rare labels, such as ``lds(labels)`` of a
+            fitted :class:`~dir_toolkit.LDS`; None means ones. No gradient passes to it.
+        omega: :math:`\omega`, > 0, in label units. At 1, labels in whole years are alike if they are a year apart at
+            most. None takes a twentieth of the standard deviation of the batch's labels, which is about as much.
         temperature: :math:`\tau`, > 0.
         eta: :math:`\eta`, >= 0, per label unit. None takes 0.01 per :math:`\omega`.
     Shape:
         features: (N, D). target, pred, weight, push_weight: (N,). Returns (), or (N,) for ``reduction="none"``.
     Units:
         none; it is a log-probability.
-    Raises:
-        ShapeError: shapes do not fit. TypeError: features are no floats. ValueError: there is no sample, labels or a
-        weight are not finite, or a weight is negative. A feature in a pair that is not finite makes the loss so; a
-        prediction that is not finite is alike to none. On accelerators values are not looked at.
     Source:
         Keramati et al. 2024, section 3 (arXiv:2309.06651). The form of the mean and of S, and that pairs at
         :math:`\omega` are alike, follow the authors' code (github.com/BorealisAI/ConR).
@@ -82,17 +79,18 @@ def conr_loss(
     >>> values.exp()  # 1 positive, 1 negative; the third has no positive
     tensor([2., 2., 1.])
     """
-    omega, eta = _checked_scales(omega, eta)
-    temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
+    omega, temperature, eta = _scales(omega, temperature, eta).values()
     columns = {"target": target, "pred": pred}
     if push_weight is not None:
         columns["push_weight"] = push_weight
-    features = checked_samples(features, columns, weight, reduction)
+    features, gone = of_features(features, weight, reduction, **columns)
     dtype = wide_dtype(features, target, pred)
-    pairs = pairs_of(features, weight)
-    distance = _distances(present(target.to(dtype), weight))
-    there = None if weight is None else weight > 0
-    near = 0.05 * spread_of(target.detach().to(dtype), there).nan_to_num(0.0) if omega is None else omega
+    labels = present(target.to(dtype), gone)
+    pairs = pairs_of(features, gone)
+    distance = _distances(labels)
+    near = omega
+    if near is None:
+        near = 0.05 * spread_of(labels.detach(), None if gone is None else ~gone).nan_to_num(0.0)
     positive = pairs & (distance <= near)
     negative = pairs & (distance > near) & (_distances(pred.detach().to(dtype)) <= near)
     anchor = positive.any(1) & negative.any(1)
@@ -109,24 +107,22 @@ def conr_loss(
     return reduce((total - drawn).masked_fill(~anchor, 0.0), weight, reduction)
 
 
-class ConRLoss(SoundModule):
+class ConRLoss(Loss):
     r"""A regression loss with ConR added to it: :math:`L = L_\text{base} + \beta L_\text{ConR}`.
 
-    Called as ``loss(output, labels, weight, reduction=...)``; r of :func:`conr_loss` is ``weights(labels)``. A sample's
-    weight scales both terms.
+    A sample's weight scales both terms.
 
     Args:
-        base: called as ``base(prediction, labels, weight, reduction=...)``; a module's parameters are ours, too.
+        base: called as ``base(prediction, target, weight)``; if it is a module, its parameters are trained, too.
         coefficient: :math:`\beta`, >= 0, in units of the base loss.
-        omega, temperature, eta: as in :func:`conr_loss`.
-        weights: fitted; None pushes with all labels alike.
+        omega: as in :func:`conr_loss`.
+        temperature: as in :func:`conr_loss`.
+        eta: as in :func:`conr_loss`.
+        weights: a fitted LDS, by which r is ``weights(target)``; None pushes with all labels alike.
     Shape:
-        forward: output.prediction (N,) in label units, output.features (N, D), labels (N,), weight (N,). Returns (), or
-        (N,) for ``reduction="none"``.
+        forward: output.prediction (N,) in label units, output.features (N, D), target (N,), weight (N,). Returns ().
     Units:
         those of the base loss.
-    Raises:
-        TypeError: output lacks an attribute. Besides, what base, ``weights`` and :func:`conr_loss` raise.
     Source:
         Keramati et al. 2024, section 3 (arXiv:2309.06651).
 
@@ -146,53 +142,38 @@ class ConRLoss(SoundModule):
         eta: float | None = None,
         weights: LDS | None = None,
     ) -> None:
-        super().__init__()
         if not callable(base):
             raise problem("base must be a loss to call", got=type(base).__name__, error=TypeError)
         if weights is not None:
             instance(LDS, weights=weights)
-        self.base, self.weights = base, weights
-        self.coefficient = number("coefficient", coefficient, low=0, float32=True)
-        self.omega, self.eta = _checked_scales(omega, eta)
-        self.temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
+        coefficient = number("coefficient", coefficient, low=0, float32=True)
+        scales = _scales(omega, temperature, eta)
+        super().__init__(conr_loss, base=base, coefficient=coefficient, **scales, weights=weights)
 
     def forward(
-        self, output: Any, labels: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
-        prediction, features = (field(output, name) for name in ("prediction", "features"))
+        prediction, features = (held(output, name) for name in ("prediction", "features"))
         contrast = conr_loss(
             features,
-            labels,
+            target,
             weight,
             pred=prediction,
-            push_weight=None if self.weights is None else self.weights(labels),
+            push_weight=None if self.weights is None else self.weights(target),
             omega=self.omega,
             temperature=self.temperature,
             eta=self.eta,
             reduction=reduction,
         )
-        return self.base(prediction, labels, weight, reduction=reduction) + self.coefficient * contrast
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the loss was made with."""
-        return {
-            "base": self.base,
-            "coefficient": self.coefficient,
-            "omega": self.omega,
-            "temperature": self.temperature,
-            "eta": self.eta,
-            "weights": self.weights,
-        }
-
-    def extra_repr(self) -> str:  # a base or weights that are modules are shown as children
-        return shown({name: value for name, value in self.settings.items() if not isinstance(value, nn.Module)})
+        return self.base(prediction, target, weight, reduction=reduction) + self.coefficient * contrast
 
 
-def _checked_scales(omega: float | None, eta: float | None) -> tuple[float | None, float | None]:
-    if omega is not None:
-        omega = number("omega", omega, low=0, open_low=True, float32=True)
-    return omega, None if eta is None else number("eta", eta, low=0, float32=True)
+def _scales(omega: float | None, temperature: float, eta: float | None) -> dict[str, Any]:
+    return {
+        "omega": None if omega is None else number("omega", omega, low=0, open_low=True, float32=True),
+        "temperature": number("temperature", temperature, low=0, open_low=True, float32=True),
+        "eta": None if eta is None else number("eta", eta, low=0, float32=True),
+    }
 
 
 def _distances(values: Tensor) -> Tensor:

@@ -20,9 +20,16 @@ from torch import Tensor
 from .._checks import checked_tau, instance, is_tensor, number, problem, real, same_device
 from .._numerics import readable
 from ..errors import ShapeError
-from ._reduce import Reduction, checked_prior, checked_rows, per_class, reduce
+from ._inputs import checked_prior, of_classes, per_class
+from ._loss import Reduction, ScoreLoss, part_of, reduce
 
 __all__ = [
+    "BalancedCrossEntropy",
+    "CrossEntropy",
+    "EqualizationLoss",
+    "LDAMLoss",
+    "LogitAdjustedCrossEntropy",
+    "PairwiseCrossEntropy",
     "balanced_cross_entropy",
     "cross_entropy",
     "equalization_loss",
@@ -47,28 +54,31 @@ def cross_entropy(
     .. math:: L = \frac1N \sum_i w_i \left[-(1 - \varepsilon) \log p_{i,y_i}
               - \frac{\varepsilon}{C} \sum_j \log p_{ij}\right], \quad p_i = \mathrm{softmax}(s_i)
 
+    Unlike in ``torch.nn.functional.cross_entropy``, weights are one per sample and not one per class, and the mean
+    divides by N and not by their sum. A logit of ``-inf`` makes its class impossible: the loss is infinite if that is
+    the true class, or if labels are smoothed.
+
     Args:
-        weight: dimensionless, >= 0, one a sample; None means ones. Divides by N, not by the sum of weights, unlike
-            ``torch.nn.functional.cross_entropy``, whose weights are one a class. A sample of weight 0 adds nothing,
-            and has the gradient 0, whatever its logits are.
         label_smoothing: :math:`\varepsilon`, in [0, 1]: how much of each target is spread over all classes alike.
     Shape:
-        logits: (N, C). target: (N,) int64, class indices. weight: (N,). Returns (), or (N,) for ``reduction="none"``.
+        logits: (N, C). target: (N,) class indices. weight: (N,). Returns (), or (N,) for ``reduction="none"``.
     Units:
         nats.
-    Raises:
-        ShapeError: shapes do not fit. TypeError: target is not int64. LabelError: a class is not in 0..C-1.
-        ValueError: a weight is negative or not finite, or there is no sample. A logit that is NaN or ``inf`` makes
-        the loss NaN; training loops stop there. One that is ``-inf`` makes its class impossible: the loss is infinite
-        if that is the true class, or if labels are smoothed. On accelerators values are not looked at.
     Source:
         Szegedy et al. 2016, section 7, for the smoothing (arXiv:1512.00567).
 
     >>> round(cross_entropy(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), torch.tensor([0, 1])).item(), 4)  # log 2
     0.6931
     """
-    logits = checked_rows("logits", logits, target, weight, reduction)
-    return reduce(of_classes(logits, target, _smoothing(label_smoothing)), weight, reduction)
+    logits = of_classes(logits, target, weight, reduction)
+    return reduce(negative_log(logits, target, _smoothing(label_smoothing)), weight, reduction)
+
+
+class CrossEntropy(ScoreLoss):
+    """:func:`cross_entropy` as a module."""
+
+    def __init__(self, *, label_smoothing: float = 0.0) -> None:
+        super().__init__(cross_entropy, label_smoothing=_smoothing(label_smoothing))
 
 
 def logit_adjusted_cross_entropy(
@@ -86,15 +96,12 @@ def logit_adjusted_cross_entropy(
     .. math:: L = -\log \mathrm{softmax}(s + \tau \log \pi)_y
               = \log\Big(1 + \sum_{y' \ne y} (\pi_{y'} / \pi_y)^\tau e^{s_{y'} - s_y}\Big)
 
-    Predict with ``logits.argmax(1)``, the logits as they are. Other arguments, shapes, units and errors are those of
-    :func:`cross_entropy`.
+    Predict with ``logits.argmax(1)``, the logits as they are. Shapes and units are those of :func:`cross_entropy`.
 
     Args:
-        prior: (C,), the share of training labels in each class: positive, summing to one. A tensor on the logits'
-            device; outside compiled graphs any array.
-        tau: strength, >= 0; 1 aims at the balanced error, 0 gives plain cross-entropy.
-    Raises:
-        ValueError: besides, the prior is not positive or does not sum to one within 1e-4.
+        prior: (C,), the share of training labels in each class.
+        tau: the strength, >= 0; 1 aims at the balanced error, 0 gives plain cross-entropy.
+        label_smoothing: as in :func:`cross_entropy`.
     Source:
         Menon et al. 2021, equation 10 (arXiv:2007.07314).
 
@@ -102,12 +109,28 @@ def logit_adjusted_cross_entropy(
     >>> round(logit_adjusted_cross_entropy(logits, torch.tensor([1]), prior).item(), 4)  # log 4
     1.3863
     """
-    logits = checked_rows("logits", logits, target, weight, reduction)
-    prior = checked_prior(prior, logits)
-    tau = checked_tau(tau)
-    smoothing = _smoothing(label_smoothing)
-    adjusted = logits + (tau * prior.log()).to(logits.dtype)
-    return reduce(of_classes(adjusted, target, smoothing), weight, reduction)
+    logits = of_classes(logits, target, weight, reduction)
+    adjusted = logits + (checked_tau(tau) * checked_prior(prior, logits).log()).to(logits.dtype)
+    return reduce(negative_log(adjusted, target, _smoothing(label_smoothing)), weight, reduction)
+
+
+class LogitAdjustedCrossEntropy(ScoreLoss):
+    """:func:`logit_adjusted_cross_entropy` as a module, which holds the prior as a buffer."""
+
+    def __init__(self, prior: Any, tau: float = 1.0, *, label_smoothing: float = 0.0) -> None:
+        super().__init__(
+            logit_adjusted_cross_entropy,
+            prior=checked_prior(prior),
+            tau=checked_tau(tau),
+            label_smoothing=_smoothing(label_smoothing),
+        )
+
+    def forward(
+        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        # The function's third argument is the prior.
+        scores = part_of(output, self.reads)
+        return logit_adjusted_cross_entropy(scores, target, weight=weight, reduction=reduction, **self.settings)
 
 
 def pairwise_cross_entropy(
@@ -123,14 +146,12 @@ def pairwise_cross_entropy(
 
     .. math:: L = \alpha_y \log\Big(1 + \sum_{y' \ne y} e^{\Delta_{yy'}} e^{s_{y'} - s_y}\Big)
 
-    Other arguments, shapes, units and errors are those of :func:`cross_entropy`.
+    Shapes and units are those of :func:`cross_entropy`.
 
     Args:
-        margins: (C, C), :math:`\Delta`: row the true class, column the other. The diagonal is not used; ``-inf`` leaves
-            a pair out.
-        alpha: (C,), a factor >= 0 for each true class; None means ones.
-    Raises:
-        ValueError: besides, a margin is NaN or ``inf``, or an alpha is negative or not finite.
+        margins: (C, C), :math:`\Delta`: the true class by the other one. The diagonal is not used; ``-inf`` leaves a
+            pair out.
+        alpha: (C,), a factor >= 0 per true class; None means ones.
     Source:
         Menon et al. 2021, equation 11 (arXiv:2007.07314).
 
@@ -140,15 +161,22 @@ def pairwise_cross_entropy(
     >>> round(pairwise_cross_entropy(logits, target, margins=margins).item(), 4)
     0.6931
     """
-    logits = checked_rows("logits", logits, target, weight, reduction)
-    margins = _checked_margins(margins, logits)
+    logits = of_classes(logits, target, weight, reduction)
+    margins = _margins(margins, logits)
     own = target[:, None]
     rows = margins.to(logits.dtype).index_select(0, target).scatter(1, own, 0.0)
-    values = of_classes(logits + rows, target)
+    values = negative_log(logits + rows, target)
     if alpha is not None:
-        alpha = per_class("alpha", alpha, logits)
-        values = values * alpha.to(values.dtype).index_select(0, target)
+        values = values * per_class("alpha", alpha, logits).to(values.dtype).index_select(0, target)
     return reduce(values, weight, reduction)
+
+
+class PairwiseCrossEntropy(ScoreLoss):
+    """:func:`pairwise_cross_entropy` as a module, which holds the margins and ``alpha`` as buffers."""
+
+    def __init__(self, margins: Tensor, *, alpha: Any = None) -> None:
+        alpha = None if alpha is None else per_class("alpha", alpha)
+        super().__init__(pairwise_cross_entropy, margins=_margins(margins), alpha=alpha)
 
 
 def balanced_cross_entropy(
@@ -156,10 +184,11 @@ def balanced_cross_entropy(
 ) -> Tensor:
     r"""Cross-entropy with every class weighing alike: :math:`L = -\frac{1}{C \pi_y} \log \mathrm{softmax}(s)_y`.
 
-    Weighting by :math:`1 / \pi_y` is divided by the number of classes, so that a uniform prior gives
-    :func:`cross_entropy`, whose other arguments, shapes, units and errors apply; ``prior`` is as in
-    :func:`logit_adjusted_cross_entropy`.
+    The factor :math:`1 / \pi_y` is divided by the number of classes, so that a uniform prior gives
+    :func:`cross_entropy`, whose shapes and units apply.
 
+    Args:
+        prior: (C,), the share of training labels in each class.
     Source:
         Menon et al. 2021, equation 11 with no margins (arXiv:2007.07314), up to the factor 1/C.
 
@@ -167,10 +196,16 @@ def balanced_cross_entropy(
     >>> round(loss.item(), 4)  # log 2 / (2 * 0.25)
     1.3863
     """
-    logits = checked_rows("logits", logits, target, weight, reduction)
-    prior = checked_prior(prior, logits)
-    alpha = (1 / (logits.shape[1] * prior)).to(logits.dtype)
-    return reduce(of_classes(logits, target) * alpha.index_select(0, target), weight, reduction)
+    logits = of_classes(logits, target, weight, reduction)
+    alpha = (1 / (logits.shape[1] * checked_prior(prior, logits))).to(logits.dtype)
+    return reduce(negative_log(logits, target) * alpha.index_select(0, target), weight, reduction)
+
+
+class BalancedCrossEntropy(ScoreLoss):
+    """:func:`balanced_cross_entropy` as a module, which holds the prior as a buffer."""
+
+    def __init__(self, prior: Any) -> None:
+        super().__init__(balanced_cross_entropy, prior=checked_prior(prior))
 
 
 def ldam_loss(
@@ -189,17 +224,14 @@ def ldam_loss(
               m_y = m_{\max}\, \frac{n_y^{-1/4}}{\max_j n_j^{-1/4}}
 
     The logits are cosines in [-1, 1], as ``CosineHead(scale=1)`` gives them; this loss scales them. Deferred
-    reweighting is a ``weight`` handed over from a late epoch on: that of ``LDS(bins, kernel=None,
+    reweighting is a ``weight`` that is handed over from a late epoch on: that of ``LDS(bins, kernel=None,
     scheme="effective_number", beta=0.9999)``, by ``fit(..., weights_from=...)`` of
-    :mod:`dir_toolkit.experiment.training.loop`.
-    Other arguments, shapes, units and errors are those of :func:`cross_entropy`.
+    :mod:`dir_toolkit.experiment.training.loop`. Shapes and units are those of :func:`cross_entropy`.
 
     Args:
         counts: (C,), training labels in each class, > 0; only their ratios matter, so a prior serves as well.
         max_margin: :math:`m_{\max}`, the margin of the rarest class, in units of the cosine, >= 0.
         scale: :math:`a`, > 0, the inverse temperature of the softmax.
-    Raises:
-        ValueError: besides, a count is not positive, or a logit is no cosine: above 1.001 in size.
     Source:
         Cao et al. 2019, sections 3.2 and 3.3 (arXiv:1906.07413).
 
@@ -207,17 +239,22 @@ def ldam_loss(
     >>> round(loss.item(), 4)  # the margin of 0.5 takes the lead away: log 2
     0.6931
     """
-    logits = checked_rows("logits", logits, target, weight, reduction)
-    counts = per_class("counts", counts, logits, positive="Raise the counts of unseen classes to one.")
-    max_margin = number("max_margin", max_margin, low=0)
-    scale = number("scale", scale, low=0, open_low=True, float32=True)
+    logits = of_classes(logits, target, weight, reduction)
+    counts = _counts(counts, logits)
+    options = _ldam(max_margin, scale)
     if readable(logits) and (largest := logits.detach().abs().amax().item()) > 1 + _SLACK:
         fix = "Use CosineHead(num_features, num_classes, scale=1)."
         raise problem("logits must be cosines, in [-1, 1]", got=f"one of size {largest:g}", fix=fix)
-    margin = (max_margin * (counts.min() / counts).pow(0.25)).to(logits.dtype)
-    own = target[:, None]
-    led = logits.scatter_add(1, own, -margin.index_select(0, target)[:, None])
-    return reduce(of_classes(scale * led, target), weight, reduction)
+    margin = (options["max_margin"] * (counts.min() / counts).pow(0.25)).to(logits.dtype)
+    led = logits.scatter_add(1, target[:, None], -margin.index_select(0, target)[:, None])
+    return reduce(negative_log(options["scale"] * led, target), weight, reduction)
+
+
+class LDAMLoss(ScoreLoss):
+    """:func:`ldam_loss` as a module, which holds the counts as a buffer."""
+
+    def __init__(self, counts: Any, *, max_margin: float = 0.5, scale: float = 30.0) -> None:
+        super().__init__(ldam_loss, counts=_counts(counts), **_ldam(max_margin, scale))
 
 
 def equalization_loss(
@@ -236,15 +273,14 @@ def equalization_loss(
     .. math:: L = -\log \frac{e^{s_y}}{\sum_j \tilde w_j e^{s_j}}, \quad
               \tilde w_j = 1 - \beta_j\, [\pi_j < \lambda]\, [j \ne y]
 
-    Each :math:`\beta_j` is one with probability ``drop``, else zero, and drawn anew for every sample and class. Other
-    arguments, shapes, units and errors are those of :func:`logit_adjusted_cross_entropy`.
+    Each :math:`\beta_j` is one with probability ``drop``, else zero, and is drawn anew for every sample and class.
+    Shapes and units are those of :func:`cross_entropy`.
 
     Args:
+        prior: (C,), the share of training labels in each class.
         threshold: :math:`\lambda`, in [0, 1]; a class with a smaller prior counts as rare.
         drop: the probability of :math:`\beta = 1`, in [0, 1]; at 0 and at 1 nothing is drawn.
         generator: what :math:`\beta` is drawn from, on the logits' device; needed where ``drop`` lies between 0 and 1.
-    Raises:
-        ValueError: besides, the generator is missing or on another kind of device.
     Source:
         Tan et al. 2020, the softmax form (arXiv:2003.05176).
 
@@ -252,11 +288,9 @@ def equalization_loss(
     >>> round(loss.item(), 4)  # the third class is left out: log 2
     0.6931
     """
-    logits = checked_rows("logits", logits, target, weight, reduction)
-    prior = checked_prior(prior, logits)
-    threshold = number("threshold", threshold, low=0, high=1)
-    drop = number("drop", drop, low=0, high=1)
-    dropped = (prior < threshold).expand_as(logits)
+    logits = of_classes(logits, target, weight, reduction)
+    threshold, drop = _shares(threshold, drop).values()
+    dropped = (checked_prior(prior, logits) < threshold).expand_as(logits)
     if 0 < drop < 1:
         dropped = dropped & (_uniform(logits, generator) < drop)
     elif drop == 0:
@@ -264,10 +298,28 @@ def equalization_loss(
     dropped = dropped.scatter(1, target[:, None], False)
     # Added, not filled in, so that a logit that is not finite shows.
     offset = torch.zeros_like(logits).masked_fill(dropped, -torch.inf)
-    return reduce(of_classes(logits + offset, target), weight, reduction)
+    return reduce(negative_log(logits + offset, target), weight, reduction)
 
 
-def of_classes(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+class EqualizationLoss(ScoreLoss):
+    """:func:`equalization_loss` as a module, which holds the prior as a buffer; the generator is no setting."""
+
+    def __init__(
+        self, prior: Any, *, threshold: float, drop: float = 1.0, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(equalization_loss, prior=checked_prior(prior), **_shares(threshold, drop))
+        if generator is not None:
+            instance(torch.Generator, generator=generator)
+        self.generator = generator
+
+    def forward(
+        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        own = {**self.settings, "generator": self.generator, "reduction": reduction}
+        return equalization_loss(part_of(output, self.reads), target, weight, **own)
+
+
+def negative_log(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The cross-entropy of each sample, (N,), of what has been checked."""
     log_p = logits.log_softmax(1)
     values = -log_p.gather(1, target[:, None]).squeeze(1)
@@ -280,11 +332,25 @@ def _smoothing(label_smoothing: float) -> float:
     return number("label_smoothing", label_smoothing, low=0, high=1)
 
 
-def _checked_margins(margins: Tensor, logits: Tensor) -> Tensor:
-    classes = logits.shape[1]
+def _counts(counts: Any, logits: Tensor | None = None) -> Tensor:
+    return per_class("counts", counts, logits, positive="Raise the counts of unseen classes to one.")
+
+
+def _ldam(max_margin: float, scale: float) -> dict[str, float]:
+    positive = number("scale", scale, low=0, open_low=True, float32=True)
+    return {"max_margin": number("max_margin", max_margin, low=0), "scale": positive}
+
+
+def _shares(threshold: float, drop: float) -> dict[str, float]:
+    return {"threshold": number("threshold", threshold, low=0, high=1), "drop": number("drop", drop, low=0, high=1)}
+
+
+def _margins(margins: Tensor, logits: Tensor | None = None) -> Tensor:
     is_tensor(margins=margins)
     real(margins=margins)
-    same_device(logits=logits, margins=margins)
+    classes = len(margins) if logits is None and margins.ndim else 0 if logits is None else logits.shape[1]
+    if logits is not None:
+        same_device(logits=logits, margins=margins)
     if margins.shape != (classes, classes):
         rule = f"margins must be ({classes}, {classes}), true class by other class"
         raise problem(rule, got=f"shape {tuple(margins.shape)}", error=ShapeError)
@@ -299,16 +365,10 @@ def _checked_margins(margins: Tensor, logits: Tensor) -> Tensor:
 
 def _uniform(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
-        raise problem(
-            "generator must be given where drop lies between 0 and 1",
-            got="None",
-            fix="Use torch.Generator(logits.device).manual_seed(seed), one for all steps.",
-        )
+        fix = "Use torch.Generator(logits.device).manual_seed(seed), one for all steps."
+        raise problem("generator must be given where drop lies between 0 and 1", got="None", fix=fix)
     instance(torch.Generator, generator=generator)
     if generator.device.type != logits.device.type:
-        raise problem(
-            "generator must be on the logits' kind of device",
-            got=f"{generator.device.type} for {logits.device.type}",
-            fix="Use torch.Generator(logits.device).",
-        )
+        got, fix = f"{generator.device.type} for {logits.device.type}", "Use torch.Generator(logits.device)."
+        raise problem("generator must be on the logits' kind of device", got=got, fix=fix)
     return torch.rand(logits.shape, generator=generator, device=logits.device)

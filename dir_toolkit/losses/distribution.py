@@ -4,31 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .._checks import (
-    checked_tau,
-    distributions,
-    finite,
-    floats,
-    instance,
-    is_tensor,
-    not_empty,
-    not_negative,
-    one_of,
-    problem,
-    real,
-    same_device,
-)
+from .._checks import checked_tau, class_indices, distributions, instance, is_tensor, not_empty, one_of, problem
 from .._numerics import wide_dtype
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.soft_labels import limits
-from ._reduce import Reduction, checked_prior, checked_rows, present, reduce, weight_on_axis
-from .cross_entropy import of_classes
+from ._inputs import absent, checked_prior, kinds, on_axis, present
+from ._loss import Reduction, ScoreLoss, reduce
+from .cross_entropy import negative_log
 
-__all__ = ["crps", "soft_cross_entropy", "squared_emd"]
+__all__ = ["CRPS", "SoftCrossEntropy", "SquaredEMD", "crps", "soft_cross_entropy", "squared_emd"]
 
 
 def soft_cross_entropy(
@@ -40,49 +28,52 @@ def soft_cross_entropy(
     tau: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Cross-entropy of the softmax against a distribution over bins, each sample scaled by its weight.
+    r"""Cross-entropy of the softmax against a distribution over bins, each label scaled by its weight.
 
     .. math:: L = -\frac1N \sum_i w_i \sum_b t_{ib} \log \mathrm{softmax}(s_i + \tau \log \pi)_b
 
+    A logit of ``-inf`` makes the loss infinite where the target is not zero.
+
     Args:
-        target: a distribution over bins, such as :func:`~dir_toolkit.labels.soft_labels.soft_labels` gives, or a row of
-            zeros, as it gives for a dropped label, whose loss is 0; or the numbers of classes as int64, for which this
-            is ``cross_entropy`` or ``logit_adjusted_cross_entropy`` to the bit.
-        weight: dimensionless, >= 0, one a label; None means ones. Divides by the number of labels, not by the sum of
-            weights. A label of weight 0 adds nothing, and has the gradient 0, whatever its logits are.
-        prior: the share of training labels in each bin, positive, summing to one: adjusts the logits in training, so
-            that plain logits predict balanced. A tensor on the logits' device; outside compiled graphs any array. None
-            adjusts nothing.
-        tau: strength of the adjustment, >= 0; without a prior of no effect.
+        target: a distribution over bins, which sums to one within 1e-3, as
+            :func:`~dir_toolkit.labels.soft_labels.soft_labels` gives it. A row of zeros, which it gives for a dropped
+            label, has the loss 0. Class indices as int64 are taken as well: this is then ``cross_entropy`` or
+            ``logit_adjusted_cross_entropy`` to the bit.
+        prior: (B,), the share of training labels in each bin. It adjusts the logits in training, so that plain logits
+            predict balanced. None adjusts nothing.
+        tau: the strength of the adjustment, >= 0.
     Shape:
-        logits: (..., B). target: (..., B), or (...) of classes. weight: (...). prior: (B,). Returns (), or (...) for
+        logits: (..., B). target: (..., B), or (...) of classes. weight: (...). Returns (), or (...) for
         ``reduction="none"``.
     Units:
         nats.
-    Raises:
-        ShapeError: shapes do not fit. LabelError: a class is not in 0..B-1. TypeError: logits are no floats, or classes
-        not int64. ValueError: a target is negative or does not sum to one within 1e-3, a weight is negative, one of
-        them is not finite, there is no label, the prior is not positive or does not sum to one within 1e-4, or tau is
-        negative. A logit that is NaN or ``inf`` makes the loss NaN; one that is ``-inf`` makes it infinite where the
-        target is not zero. On accelerators values are not looked at.
     Source:
         Gao et al. 2017, for soft labels (arXiv:1611.01731); Menon et al. 2021, equation 10, for the adjustment
         (arXiv:2007.07314).
 
+    >>> import torch
     >>> loss = soft_cross_entropy(torch.zeros(1, 4), torch.tensor([[0.25, 0.5, 0.25, 0.0]]))
     >>> round(loss.item(), 4)  # log 4
     1.3863
     """
-    rows, target, weight = _checked(logits, target, weight, reduction)
+    rows, flat, flat_weight = _checked(logits, target, weight, reduction)
     tau = checked_tau(tau)
     if prior is not None:
         rows = rows + (tau * checked_prior(prior, rows).log()).to(rows.dtype)
-    if target.ndim == 1:
-        values = of_classes(rows, target)
+    if flat.ndim == 1:
+        values = negative_log(rows, flat)
     else:
         # Zero times the log-probability of an impossible bin would be NaN.
-        values = -(target * rows.log_softmax(1).masked_fill(target == 0, 0.0)).sum(1)
-    return _reduced(values, weight, reduction, logits)
+        values = -(flat * rows.log_softmax(1).masked_fill(flat == 0, 0.0)).sum(1)
+    return _reduced(values, flat_weight, reduction, logits)
+
+
+class SoftCrossEntropy(ScoreLoss):
+    """:func:`soft_cross_entropy` as a module, which holds the prior as a buffer."""
+
+    def __init__(self, *, prior: Any = None, tau: float = 1.0) -> None:
+        prior = None if prior is None else checked_prior(prior)
+        super().__init__(soft_cross_entropy, prior=prior, tau=checked_tau(tau))
 
 
 def crps(
@@ -94,51 +85,55 @@ def crps(
     outside: Outside = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Continuous ranked probability score of the softmax over bins, each sample scaled by its weight.
+    r"""Continuous ranked probability score of the softmax over bins, each label scaled by its weight.
 
     .. math:: L = \frac1N \sum_i w_i \int \big(F_i(t) - [t \ge y_i]\big)^2 \, dt
 
-    F is the cumulative distribution, a line in each bin: the softmax's mass of a bin is spread evenly between its
-    :func:`~dir_toolkit.labels.soft_labels.limits`. The integral is exact, over the whole real line. As bins
-    narrow, one that is certain scores its absolute error.
+    F is the cumulative distribution and a line in each bin: the softmax's mass of a bin is spread evenly between its
+    :func:`~dir_toolkit.labels.soft_labels.limits`. The integral is exact, over the whole real line. As bins narrow, a
+    distribution that is certain scores its absolute error.
 
     Args:
-        weight: as in :func:`soft_cross_entropy`.
-        outside: what a label beyond the axis does: ``"raise"``; ``"clip"``, to count by its distance; ``"drop"``, to
-            have weight 0.
+        bins: the label axis, which must not be classes, since these have no distances.
+        outside: what a label beyond the axis does: ``"raise"`` refuses it, which on an accelerator makes the loss NaN;
+            ``"clip"`` counts it by its distance; ``"drop"`` gives it weight 0.
     Shape:
         logits: (..., B). target, weight: (...). Returns (), or (...) for ``reduction="none"``.
     Units:
         those of the label.
-    Raises:
-        ShapeError: shapes do not fit. LabelError: a label of a weight above zero is NaN, or lies outside the axis under
-        ``"raise"``; on accelerators, where values are not looked at, the loss is NaN then. TypeError: logits are no
-        floats. ValueError: a weight is negative or not finite, there is no label, or bins are classes, which have no
-        distances. A logit that is NaN or ``inf`` makes the loss NaN.
     Source:
         Gneiting and Raftery 2007, section 4.2, doi:10.1198/016214506000001437.
 
+    >>> import torch
     >>> bins = Bins.uniform(0, 2, width=1)
     >>> round(crps(torch.zeros(1, 2), torch.tensor([1.0]), bins=bins).item(), 4)  # uniform on [0, 2]
     0.1667
     """
-    _ordered(bins, "Use soft_cross_entropy.")
-    one_of("outside", outside, ("raise", "clip", "drop"))
-    rows, y, _ = _checked(logits, target, weight, reduction, bins, number=True)
-    weight = weight_on_axis("target", target, bins, weight, outside)
+    _continuous(bins, outside)
+    rows, y, _ = _checked(logits, target, weight, reduction, bins, numbers=True)
+    weight = on_axis(target, bins, weight, outside)
     weight = None if weight is None else weight.reshape(-1)
-    rows, y = present(rows, weight), present(y, weight).unsqueeze(1)  # (M, 1)
+    gone = None if weight is None else weight == 0
+    rows, y = present(rows, gone), present(y, gone).unsqueeze(1)  # (M, 1)
     knots = limits(bins, rows)
     widths = knots.diff()
     y, p = y.to(knots.dtype), rows.softmax(1)
     upper = p.cumsum(1)  # F at the upper limit of each bin
-    lower = torch.nn.functional.pad(upper[:, :-1], (1, 0))
+    lower = pad(upper[:, :-1], (1, 0))
     before = ((y - knots[:-1]) / widths).clamp(0, 1)  # the share of each bin that lies below the label
-    at = lower + before * p
-    below, above = before * _mean_square(lower, at), (1 - before) * _mean_square(1 - at, 1 - upper)
+    here = lower + before * p
+    below, above = before * _mean_square(lower, here), (1 - before) * _mean_square(1 - here, 1 - upper)
     beyond = (knots[0] - y).clamp_min(0) + (y - knots[-1]).clamp_min(0)
     values = ((below + above) * widths).sum(1) + beyond.squeeze(1)
     return _reduced(values, weight, reduction, logits)
+
+
+class CRPS(ScoreLoss):
+    """:func:`crps` as a module."""
+
+    def __init__(self, bins: Bins, *, outside: Outside = "raise") -> None:
+        _continuous(bins, outside)
+        super().__init__(crps, bins=bins, outside=outside)
 
 
 def squared_emd(
@@ -149,7 +144,7 @@ def squared_emd(
     bins: Bins | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Squared distance of the softmax's cumulative distribution from the target's, each sample scaled by its weight.
+    r"""Squared distance of the softmax's cumulative distribution from the target's, each label scaled by its weight.
 
     .. math:: L = \frac1N \sum_i w_i \sum_b h_b
               \Big(\sum_{j \le b} \mathrm{softmax}(s_i)_j - \sum_{j \le b} t_{ij}\Big)^2
@@ -157,35 +152,38 @@ def squared_emd(
     Args:
         target: a distribution over bins, or a row of zeros, as in :func:`soft_cross_entropy`.
         bins: makes :math:`h_b` the way from the middle of bin b to that of the next, which is the width of equally wide
-            bins; None, which suits classes that have an order, makes it one.
-        weight: as in :func:`soft_cross_entropy`.
+            bins. None, which suits classes that have an order, makes it one.
     Shape:
         logits, target: (..., B). weight: (...). Returns (), or (...) for ``reduction="none"``.
     Units:
         those of the label; none without bins.
-    Raises:
-        ShapeError: shapes do not fit. TypeError: logits or targets are no floats. ValueError: a target is negative or
-        does not sum to one within 1e-3, a weight is negative, one of them is not finite, there is no label, or bins
-        are classes. A logit that is NaN or ``inf`` makes the loss NaN. On accelerators values are not looked at.
     Source:
         Hou et al. 2016 (arXiv:1611.05916).
 
+    >>> import torch
     >>> target = torch.tensor([[0.0, 0.0, 1.0]])
     >>> round(squared_emd(torch.zeros(1, 3), target).item(), 4)  # (1/3)^2 + (2/3)^2
     0.5556
     """
-    if bins is not None:
-        _ordered(bins, "Use bins=None if the classes have an order, which then counts one for each step.")
+    _ordered(bins)
     is_tensor(target=target)
     if not target.is_floating_point():
         fix = "Use soft_labels(labels, bins, sigma)."
         raise problem("target must be floats", got=f"dtype {target.dtype}", fix=fix, error=TypeError)
-    rows, target, weight = _checked(logits, target, weight, reduction, bins)
-    squares = (rows.softmax(1) - target).cumsum(1)[:, :-1].square()  # the last is zero but for rounding
+    rows, flat, flat_weight = _checked(logits, target, weight, reduction, bins)
+    squares = (rows.softmax(1) - flat).cumsum(1)[:, :-1].square()  # the last is zero but for rounding
     if bins is not None:
         knots = limits(bins, rows)
         squares = squares * ((knots[2:] - knots[:-2]) / 2)
-    return _reduced(squares.sum(1).masked_fill(_dropped(target), 0.0), weight, reduction, logits)
+    return _reduced(squares.sum(1).masked_fill(_dropped(flat), 0.0), flat_weight, reduction, logits)
+
+
+class SquaredEMD(ScoreLoss):
+    """:func:`squared_emd` as a module."""
+
+    def __init__(self, bins: Bins | None = None) -> None:
+        _ordered(bins)
+        super().__init__(squared_emd, bins=bins)
 
 
 def _mean_square(first: Tensor, last: Tensor) -> Tensor:
@@ -193,11 +191,16 @@ def _mean_square(first: Tensor, last: Tensor) -> Tensor:
     return (first.square() + first * last + last.square()) / 3
 
 
-def _ordered(bins: Bins, fix: str) -> None:
+def _continuous(bins: Bins, outside: str, fix: str = "Use soft_cross_entropy.") -> None:
     instance(Bins, bins=bins)
+    one_of("outside", outside, ("raise", "clip", "drop"))
     if bins.categorical:
-        rule = "bins must not be classes, which have no distances"
-        raise problem(rule, got=repr(bins), fix=fix)
+        raise problem("bins must not be classes, which have no distances", got=repr(bins), fix=fix)
+
+
+def _ordered(bins: Bins | None) -> None:
+    if bins is not None:
+        _continuous(bins, "raise", "Use bins=None if the classes have an order, which then counts one for each step.")
 
 
 def _checked(
@@ -207,42 +210,37 @@ def _checked(
     reduction: str,
     bins: Bins | None = None,
     *,
-    number: bool = False,
+    numbers: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits (M, B), the target (M, B), or (M,) of labels where it is a ``number``, in at least float32.
+    """Logits (M, B), the target (M, B), or (M,) of classes or of ``numbers``, and weights (M,).
 
-    With them the weights (M,). What has weight zero is zero.
+    Logits and targets are in at least float32, and zero where the weight is.
     """
-    one_of("reduction", reduction, ("none", "mean", "sum"))
-    weights = {} if weight is None else {"weight": weight}
-    is_tensor(logits=logits, target=target, **weights)
-    floats(logits=logits)
+    kinds(reduction, weight, logits=logits, target=target)
     if logits.ndim == 0 or (bins is not None and logits.shape[-1] != len(bins)):
-        rule = f"logits must have {'one value a bin' if bins is None else f'{len(bins)} values'} in the last axis"
+        rule = f"logits must have {'one value per bin' if bins is None else f'{len(bins)} values'} in the last axis"
         raise problem(rule, got=f"shape {tuple(logits.shape)}", error=ShapeError)
-    real(target=target, **weights)
-    for name, value in (("target", target), *weights.items()):
-        shape = logits.shape if name == "target" and not number and value.is_floating_point() else logits.shape[:-1]
-        if value.shape != shape:
+    soft = target.is_floating_point() and not numbers
+    for name, value in (("target", target), ("weight", weight)):
+        shape = logits.shape if name == "target" and soft else logits.shape[:-1]
+        if value is not None and value.shape != shape:
             rule = f"{name} must be {tuple(shape)} for logits of shape {tuple(logits.shape)}"
             fix = f"Use {name}.squeeze({len(shape)})." if value.shape == (*shape, 1) else ""
             raise problem(rule, got=f"shape {tuple(value.shape)}", fix=fix, error=ShapeError)
-    same_device(logits=logits, target=target, **weights)
     not_empty(logits=logits)
-    finite(**weights)
-    not_negative(**weights)
     weight = None if weight is None else weight.reshape(-1)
-    if not target.is_floating_point() and not number:
-        rows = logits.reshape(-1, logits.shape[-1])
-        return checked_rows("logits", rows, target.reshape(-1), weight, reduction), target.reshape(-1), weight
-    if not number:
+    gone = absent(weight)
+    rows = logits.to(wide_dtype(logits, *((target,) if target.is_floating_point() else ())))
+    rows = present(rows.reshape(-1, logits.shape[-1]), gone)
+    target = target.reshape(-1, *target.shape[logits.ndim - 1 :])
+    if not (soft or numbers):
+        class_indices("target", target, rows.shape[1])
+        return rows, target, weight
+    target = target.to(rows.dtype)
+    if soft:
         distributions(zeros=True, target=target)
-    dtype = wide_dtype(logits, target)
-    rows = logits.to(dtype).reshape(-1, logits.shape[-1])
-    target = target.to(dtype).reshape(-1, *target.shape[logits.ndim - 1 :])
-    if not number:
         rows = rows.masked_fill(_dropped(target)[:, None], 0.0)
-    return present(rows, weight), present(target, weight), weight
+    return rows, present(target, gone), weight
 
 
 def _dropped(target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Focal loss: samples already right count less."""
+"""Focal loss: samples that are already right count less."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._checks import number
-from ._reduce import Reduction, checked_rows, per_class, reduce
+from ._inputs import of_classes, per_class
+from ._loss import Reduction, ScoreLoss, reduce
 
-__all__ = ["focal_loss"]
+__all__ = ["FocalLoss", "focal_loss"]
 
 
 def focal_loss(
@@ -27,28 +28,32 @@ def focal_loss(
     .. math:: L = \frac1N \sum_i -w_i\,\alpha_{y_i} (1 - p_i)^\gamma \log p_i, \quad
               p_i = \mathrm{softmax}(s_i)_{y_i}
 
-    The paper's two classes, each a sigmoid, become C classes of one softmax.
+    The paper's two classes, of which each is a sigmoid, become C classes of one softmax. Shapes and units are those of
+    :func:`~dir_toolkit.losses.cross_entropy.cross_entropy`.
 
     Args:
-        weight: as in :func:`~dir_toolkit.losses.cross_entropy.cross_entropy`, as are shapes, units and errors.
-        gamma: focus, >= 0; 0 gives cross-entropy.
-        alpha: (C,), a factor >= 0 for each true class, a tensor on the logits' device or, outside compiled
-            graphs, any array; None means ones.
-    Raises:
-        ValueError: besides, an alpha is negative or not finite.
+        gamma: the focus, >= 0; 0 gives cross-entropy.
+        alpha: (C,), a factor >= 0 per true class; None means ones.
     Source:
         Lin et al. 2017, equation 5 (arXiv:1708.02002).
 
     >>> round(focal_loss(torch.zeros(1, 2), torch.tensor([0])).item(), 4)  # log 2 / 4
     0.1733
     """
-    logits = checked_rows("logits", logits, target, weight, reduction)
+    logits = of_classes(logits, target, weight, reduction)
     gamma = number("gamma", gamma, low=0)
     log_p = logits.log_softmax(1).gather(1, target[:, None]).squeeze(1)
     # Below gamma 1 the slope of the power at zero is infinite, and infinity times a loss of zero is NaN.
     miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
     values = -miss.pow(gamma) * log_p
     if alpha is not None:
-        factor = per_class("alpha", alpha, logits)
-        values = values * factor.to(values.dtype).index_select(0, target)
+        values = values * per_class("alpha", alpha, logits).to(values.dtype).index_select(0, target)
     return reduce(values, weight, reduction)
+
+
+class FocalLoss(ScoreLoss):
+    """:func:`focal_loss` as a module, which holds ``alpha`` as a buffer."""
+
+    def __init__(self, *, gamma: float = 2.0, alpha: Any = None) -> None:
+        alpha = None if alpha is None else per_class("alpha", alpha)
+        super().__init__(focal_loss, gamma=number("gamma", gamma, low=0), alpha=alpha)

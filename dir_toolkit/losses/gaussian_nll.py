@@ -7,14 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import floats, is_tensor, not_empty, not_negative, number, one_of, problem, real, same_device, same_shape
+from .._checks import floats, is_tensor, not_empty, number, problem, same_shape
 from .._numerics import wide_dtype
 from ..errors import ShapeError
-from ._reduce import Reduction, finite_targets, present, reduce
+from ._inputs import absent, finite_targets, kinds, present
+from ._loss import Reduction, ScoreLoss, reduce
 
 LEAST_VARIANCE = 1e-20
 
-__all__ = ["gaussian_interval", "gaussian_nll"]
+__all__ = ["GaussianNLL", "gaussian_interval", "gaussian_nll"]
 
 
 def gaussian_nll(
@@ -32,14 +33,12 @@ def gaussian_nll(
               \left[\frac{(y_i - \mu_i)^2}{2 v_i} + \frac12 \log v_i + \frac12 \log 2\pi\right],
               \quad v_i = e^{s_i} + v_{\min}
 
-    with :math:`\lfloor\cdot\rfloor` a constant, through which no gradient goes. With :math:`\beta = 0` it is the
-    likelihood itself, which learns least from the samples it predicts worst; with :math:`\beta = 1` the mean has the
-    gradient it has under half the squared error.
+    Here :math:`\lfloor\cdot\rfloor` is a constant, through which no gradient goes. With :math:`\beta = 0` this is the
+    likelihood itself, which learns least from the samples that it predicts worst. With :math:`\beta = 1` the mean has
+    the gradient that it has under half the squared error.
 
     Args:
         pred: the mean :math:`\mu` and the raw log-variance s, in this order in the last axis.
-        weight: dimensionless, >= 0; None means ones. Divides by N, not by the sum of weights. A sample of weight 0
-            adds nothing, and has the gradient 0, whatever its prediction is.
         beta: in [0, 1].
         min_variance: > 0, in label units squared, below which no variance falls. It is added, so that the gradient of s
             fades there and does not break off. The default only keeps float32 from overflowing, so that it does not
@@ -49,10 +48,6 @@ def gaussian_nll(
         ``reduction="none"``.
     Units:
         nats, of a density per label unit; times the label's units to the power of two beta.
-    Raises:
-        ShapeError: shapes do not fit. ValueError: target or weight is not finite, a weight is negative, there is no
-        sample, or a setting lies outside its range. A mean that is not finite makes the loss so; training loops stop
-        there. On accelerators values are not looked at.
     Source:
         Nix and Weigend 1994 (doi:10.1109/ICNN.1994.374138); for beta Seitzer et al. 2022
         (arXiv:2203.09168).
@@ -60,25 +55,29 @@ def gaussian_nll(
     >>> round(gaussian_nll(torch.tensor([[3.0, 0.0]]), torch.tensor([3.0])).item(), 4)  # log(2 pi) / 2
     0.9189
     """
-    one_of("reduction", reduction, ("none", "mean", "sum"))
-    beta = number("beta", beta, low=0, high=1)
-    weights = {} if weight is None else {"weight": weight}
-    is_tensor(pred=pred, target=target, **weights)
-    real(target=target, **weights)
+    beta, log_least = _options(beta, min_variance)
+    kinds(reduction, weight, pred=pred, target=target)
     _two_numbers(pred, tuple(target.shape))
-    same_shape(target=target, **weights)
-    same_device(pred=pred, target=target, **weights)
+    same_shape(target=target, **({} if weight is None else {"weight": weight}))
     not_empty(target=target)
-    finite_targets(weight, target=target)
-    not_negative(**weights)
+    gone = absent(weight)
+    finite_targets(gone, target=target)
     wide = wide_dtype(pred, target)
     mean, raw = pred.to(wide).unbind(-1)
-    error = present(mean - target.to(wide), weight)
-    log_variance = _log_variance(present(raw, weight), min_variance)
+    error = present(mean - target.to(wide), gone)
+    log_variance = _log_variance(present(raw, gone), log_least)
     values = (error.square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi)) / 2
     if beta:
         values = values * (beta * log_variance.detach()).exp()
     return reduce(values, weight, reduction)
+
+
+class GaussianNLL(ScoreLoss):
+    """:func:`gaussian_nll` as a module. Of an output that is no tensor it reads ``scores``, (..., 2)."""
+
+    def __init__(self, *, beta: float = 0.0, min_variance: float = LEAST_VARIANCE) -> None:
+        _options(beta, min_variance)
+        super().__init__(gaussian_nll, beta=beta, min_variance=min_variance)
 
 
 def gaussian_interval(
@@ -88,14 +87,12 @@ def gaussian_interval(
 
     Args:
         pred: the mean and the raw log-variance, as :func:`gaussian_nll` takes them.
-        level: between 0 and 1, both excluded.
+        level: between 0 and 1, both of which are excluded.
         min_variance: as in training.
     Shape:
         pred: (..., 2). Returns the lower and the upper end, (...) each.
     Units:
         those of the label.
-    Raises:
-        ShapeError: the last axis does not hold two numbers. ValueError: a setting lies outside its range.
     Source:
         Nix and Weigend 1994 (doi:10.1109/ICNN.1994.374138).
 
@@ -104,17 +101,24 @@ def gaussian_interval(
     (28.04, 31.96)
     """
     level = number("level", level, low=0, high=1, open_low=True, open_high=True)
+    _, log_least = _options(0.0, min_variance)
     is_tensor(pred=pred)
+    floats(pred=pred)
     _two_numbers(pred, None)
     mean, raw = pred.to(wide_dtype(pred)).unbind(-1)
     # From the lower tail, since 1 + level would round to 2 next to one.
     z = -torch.special.ndtri(torch.full_like(mean, (1 - level) / 2))
-    half = z * (_log_variance(raw, min_variance) / 2).exp()
+    half = z * (_log_variance(raw, log_least) / 2).exp()
     return mean - half, mean + half
 
 
+def _options(beta: float, min_variance: float) -> tuple[float, float]:
+    """Beta, and the logarithm of the least variance."""
+    least = number("min_variance", min_variance, low=0, open_low=True, float32=True)
+    return number("beta", beta, low=0, high=1), math.log(least)
+
+
 def _two_numbers(pred: Tensor, label_shape: tuple[int, ...] | None) -> None:
-    floats(pred=pred)
     shape = tuple(pred.shape)
     if shape[-1:] != (2,) or label_shape not in (None, shape[:-1]):
         shown = "(..., 2)" if label_shape is None else str((*label_shape, 2))
@@ -122,7 +126,6 @@ def _two_numbers(pred: Tensor, label_shape: tuple[int, ...] | None) -> None:
         raise problem(rule, got=f"shape {shape}", error=ShapeError)
 
 
-def _log_variance(raw: Tensor, min_variance: float) -> Tensor:
-    """log(exp(raw) + min_variance), which neither overflows nor loses the smaller of the two."""
-    least = number("min_variance", min_variance, low=0, open_low=True, float32=True)
-    return torch.logaddexp(raw, torch.full_like(raw, math.log(least)))
+def _log_variance(raw: Tensor, log_least: float) -> Tensor:
+    """log(exp(raw) + the least variance), which neither overflows nor loses the smaller of the two."""
+    return torch.logaddexp(raw, torch.full_like(raw, log_least))

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .._checks import floats, is_tensor, not_empty, not_negative, number, one_of, real, same_device, same_shape
-from .._numerics import wide_dtype
-from ._reduce import Reduction, finite_targets, present, reduce
+from .._checks import number, one_of
+from ._inputs import absent, finite_targets, pairs, present
+from ._loss import PointLoss, Reduction, reduce
 
-__all__ = ["weighted_focal_l1", "weighted_focal_mse", "weighted_huber", "weighted_l1", "weighted_mse"]
+__all__ = [
+    "WeightedFocalL1",
+    "WeightedFocalMSE",
+    "WeightedHuber",
+    "WeightedL1",
+    "WeightedMSE",
+    "weighted_focal_l1",
+    "weighted_focal_mse",
+    "weighted_huber",
+    "weighted_l1",
+    "weighted_mse",
+]
 
 FocalVariant = Literal["paper", "reference"]
+
+_positive = partial(number, low=0, open_low=True)
 
 
 def weighted_l1(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean") -> Tensor:
@@ -21,26 +35,24 @@ def weighted_l1(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, r
 
     .. math:: L = \frac1N \sum_i w_i\,|\hat y_i - y_i|
 
-    Args:
-        weight: dimensionless, >= 0; None means ones. Divides by N, as the DIR paper does, not by the sum of weights.
-            A sample of weight 0 adds nothing, and has the gradient 0, whatever its prediction and its target are, NaN
-            too: a mask of missing labels is ``mask.float()``.
     Shape:
         pred, target, weight: any shape, all equal. Returns (), or the input's shape for ``reduction="none"``.
     Units:
         those of the label.
-    Raises:
-        ShapeError: shapes differ (labels are never broadcast). ValueError: a weight, or a target of a weight above
-        zero, is not finite, a weight is negative, or there is no sample. A prediction that is not finite makes the loss
-        so; training loops stop there. On accelerators values are not looked at.
     Source:
         Yang et al. 2021, section 4.1 (arXiv:2102.09554).
 
     >>> weighted_l1(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])).item()
     1.0
     """
-    error = _error(pred, target, weight, reduction)
-    return reduce(error.abs(), weight, reduction)
+    return reduce(_error(pred, target, weight, reduction).abs(), weight, reduction)
+
+
+class WeightedL1(PointLoss):
+    """:func:`weighted_l1` as a module."""
+
+    def __init__(self) -> None:
+        super().__init__(weighted_l1)
 
 
 def weighted_mse(
@@ -48,13 +60,19 @@ def weighted_mse(
 ) -> Tensor:
     r"""Squared error, each sample scaled by its weight: :math:`L = \frac1N \sum_i w_i (\hat y_i - y_i)^2`.
 
-    Arguments, shapes and errors are those of :func:`weighted_l1`; units are those of the label, squared.
+    Shapes are those of :func:`weighted_l1`; the units are those of the label, squared.
 
     >>> weighted_mse(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])).item()
     2.0
     """
-    error = _error(pred, target, weight, reduction)
-    return reduce(error.square(), weight, reduction)
+    return reduce(_error(pred, target, weight, reduction).square(), weight, reduction)
+
+
+class WeightedMSE(PointLoss):
+    """:func:`weighted_mse` as a module."""
+
+    def __init__(self) -> None:
+        super().__init__(weighted_mse)
 
 
 def weighted_huber(
@@ -62,11 +80,12 @@ def weighted_huber(
 ) -> Tensor:
     r"""Huber's loss scaled to slope one: :math:`e^2 / 2\delta` where :math:`|e| < \delta`, else :math:`|e| - \delta/2`.
 
-    The public DIR code calls it Huber and so do we; divide Huber's own by ``delta`` (``torch.nn.functional``:
-    ``smooth_l1_loss``). Other arguments, shapes, units and errors are those of :func:`weighted_l1`.
+    The public DIR code calls it Huber's, and so do we. Huber's own loss is ``delta`` times this one;
+    ``torch.nn.functional`` calls this one ``smooth_l1_loss``. Shapes and units are those of :func:`weighted_l1`.
 
     Args:
-        delta: where the parabola meets the line, > 0, in label units: of other labels than ages another one is right.
+        delta: where the parabola meets the line, > 0, in label units. The default suits ages; other labels want
+            another one.
     Source:
         Huber 1964; Yang et al. 2021, appendix (arXiv:2102.09554).
 
@@ -74,8 +93,15 @@ def weighted_huber(
     [0.125, 2.5]
     """
     error = _error(pred, target, weight, reduction).abs()
-    delta = number("delta", delta, low=0, open_low=True)
+    delta = _positive("delta", delta)
     return reduce(torch.where(error < delta, error.square() / (2 * delta), error - delta / 2), weight, reduction)
+
+
+class WeightedHuber(PointLoss):
+    """:func:`weighted_huber` as a module."""
+
+    def __init__(self, *, delta: float = 1.0) -> None:
+        super().__init__(weighted_huber, delta=_positive("delta", delta))
 
 
 def weighted_focal_l1(
@@ -90,18 +116,25 @@ def weighted_focal_l1(
 ) -> Tensor:
     r"""Focal-R on the absolute error: :math:`L = \frac1N \sum_i w_i\,\sigma(|\beta e_i|)^\gamma\,|e_i|`.
 
-    Other arguments, shapes, units and errors are those of :func:`weighted_l1`.
+    Shapes and units are those of :func:`weighted_l1`.
 
     Args:
         beta: how fast an error counts as hard, > 0, per label unit; the paper's 0.2 is for ages.
-        gamma: focus, >= 0; 0 gives the plain loss.
-        variant: ``"paper"`` scales by sigmoid, from 1/2; ``"reference"`` by ``2 sigmoid - 1``, from 0, as the public
-            code does.
+        gamma: the focus, >= 0; 0 gives the plain loss.
+        variant: ``"paper"`` scales by the sigmoid, which begins at 1/2; ``"reference"`` by ``2 sigmoid - 1``, which
+            begins at 0, as the public code does.
     Source:
         Yang et al. 2021, section 4 (arXiv:2102.09554).
     """
     error = _error(pred, target, weight, reduction).abs()
-    return reduce(_focus(error, beta, gamma, variant) * error, weight, reduction)
+    return reduce(_focus(error, **_focal(beta, gamma, variant)) * error, weight, reduction)
+
+
+class WeightedFocalL1(PointLoss):
+    """:func:`weighted_focal_l1` as a module."""
+
+    def __init__(self, *, beta: float = 0.2, gamma: float = 1.0, variant: FocalVariant = "paper") -> None:
+        super().__init__(weighted_focal_l1, **_focal(beta, gamma, variant))
 
 
 def weighted_focal_mse(
@@ -116,35 +149,33 @@ def weighted_focal_mse(
 ) -> Tensor:
     r"""Focal-R on the squared error: :math:`L = \frac1N \sum_i w_i\,\sigma(|\beta e_i|)^\gamma\,e_i^2`.
 
-    Arguments, shapes and errors are those of :func:`weighted_focal_l1`; units are those of the label, squared.
+    Arguments and shapes are those of :func:`weighted_focal_l1`; the units are those of the label, squared.
     """
     error = _error(pred, target, weight, reduction).abs()
-    return reduce(_focus(error, beta, gamma, variant) * error.square(), weight, reduction)
+    return reduce(_focus(error, **_focal(beta, gamma, variant)) * error.square(), weight, reduction)
+
+
+class WeightedFocalMSE(PointLoss):
+    """:func:`weighted_focal_mse` as a module."""
+
+    def __init__(self, *, beta: float = 0.2, gamma: float = 1.0, variant: FocalVariant = "paper") -> None:
+        super().__init__(weighted_focal_mse, **_focal(beta, gamma, variant))
 
 
 def _error(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """pred - target in at least float32, after checking everything that can be checked without a host sync.
+    """pred - target in at least float32, and zero where the weight is, once all arguments are checked."""
+    pred, target = pairs(pred, target, weight, reduction)
+    gone = absent(weight)
+    finite_targets(gone, target=target)
+    return present(pred - target, gone)
 
-    Zero where the weight is.
-    """
-    one_of("reduction", reduction, ("none", "mean", "sum"))
-    weights = {} if weight is None else {"weight": weight}
-    is_tensor(pred=pred, target=target, **weights)
-    floats(pred=pred)
-    real(target=target, **weights)
-    same_shape(pred=pred, target=target, **weights)
-    same_device(pred=pred, target=target, **weights)
-    not_empty(pred=pred)
-    finite_targets(weight, target=target)
-    not_negative(**weights)
-    wide = wide_dtype(pred, target)
-    return present(pred.to(wide) - target.to(wide), weight)
+
+def _focal(beta: float, gamma: float, variant: str) -> dict[str, Any]:
+    one_of("variant", variant, ("paper", "reference"))
+    return {"beta": _positive("beta", beta), "gamma": number("gamma", gamma, low=0), "variant": variant}
 
 
 def _focus(error: Tensor, beta: float, gamma: float, variant: str) -> Tensor:
-    beta = number("beta", beta, low=0, open_low=True)
-    gamma = number("gamma", gamma, low=0)
-    one_of("variant", variant, ("paper", "reference"))
     hardness = torch.sigmoid(beta * error)
     if variant == "reference":
         hardness = torch.tanh(beta * error / 2)  # = 2 sigmoid - 1, without the cancellation near zero

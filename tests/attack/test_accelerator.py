@@ -9,6 +9,8 @@ of their own, on a device made up in Python, where torch can make one.
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import itertools
 import json
 import os
 import pkgutil
@@ -17,6 +19,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,7 +160,55 @@ LOSSES: dict[str, Callable[[], Job]] = {
     "weighted_l1": alone(lambda d: dt.weighted_l1(d.pred, d.y, d.w)),
     "weighted_mse": alone(lambda d: dt.weighted_mse(d.pred, d.y, d.w)),
 }
-NO_LOSSES = {"gaussian_interval"}  # of what dir_toolkit.losses offers
+# Of what dir_toolkit.losses offers: no loss, and two that copy their density to the device at each call.
+NO_LOSSES = {"gaussian_interval", "gaussian_mixture_loss", "binned_integration_loss"}
+OPTIONS: dict[str, Any] = {  # by which the others are made
+    "bins": BINS,
+    "density": density(BINS),
+    "means": [2.0, 8.0],
+    "noise_sigma": 1.0,
+    "threshold": 0.3,
+    "variances": [1.0, 1.0],
+    "weights": [0.5, 0.5],
+}
+
+
+def loss_job(name: str) -> Callable[[], Job]:
+    """A step of a loss or its module, of what its parameters are called; its target is the first that it takes."""
+
+    def job() -> Job:
+        loss, made = getattr(dt.losses, name), SimpleNamespace(**batch())
+        is_module = inspect.isclass(loss)
+
+        def options_of(function: Any, d: Data) -> dict[str, Any]:
+            given = {k: p for k, p in inspect.signature(function).parameters.items() if p.default is p.empty}
+            rest = [k for k in given if k not in ("output", "target", "weight")][0 if is_module else 1 :]
+            return {k: OPTIONS[k] if k in OPTIONS else getattr(d, k).detach() for k in rest}
+
+        def call(d: Data, place: tuple[str, str]) -> Tensor:
+            rows, target = (getattr(d, k) for k in place)
+            return loss(rows, target, **{"weight": d.w, **({} if is_module else options_of(loss, d))})
+
+        if is_module:
+            loss = loss(**options_of(loss, made))
+            firsts = ["pred", "pair", "cosines", "scores", "features"]
+        else:
+            first = next(iter(inspect.signature(loss).parameters))
+            firsts = {"pred": ["pred", "pair"], "logits": ["cosines", "scores"]}.get(first, [first])
+        for place in itertools.product(firsts, ("spread", "y", "c")):
+            try:
+                call(made, place)
+            except dt.DirToolkitError:
+                continue
+            return [loss] if is_module else [], partial(call, place=place)
+        raise AssertionError(f"{name} needs a job of its own")
+
+    return job
+
+
+LOSSES |= {
+    name: loss_job(name) for name in dt.losses.__all__ if name not in NO_LOSSES | {job.split()[0] for job in LOSSES}
+}
 
 
 def affinity(**settings: Any) -> Callable[[], nn.Module]:
@@ -353,9 +404,9 @@ LABELS: dict[str, Callable[[], Job]] = {
 
 def metrics_jobs(outside: Any) -> dict[str, Callable[[], Job]]:
     regression, grid, classes, calibration = (
-        lambda: dt.RegressionMetrics(density(BINS), outside=outside),
-        lambda: dt.RegressionMetrics(density(GRID), outside=outside),
-        lambda: dt.ClassificationMetrics(density(CLASSES), outside=outside),
+        lambda: dt.RegressionMetrics(BINS, density(BINS), outside=outside),
+        lambda: dt.RegressionMetrics(GRID, density(GRID), outside=outside),
+        lambda: dt.ClassificationMetrics(CLASSES, density(CLASSES), outside=outside),
         lambda: dt.CalibrationMetrics(C, outside=outside),
     )
     return {
@@ -373,7 +424,7 @@ if importlib.util.find_spec("torchmetrics"):
     def region_metric() -> nn.Module:
         from dir_toolkit.integrations.torchmetrics import RegionMetric
 
-        return RegionMetric(dt.RegressionMetrics(density(BINS)))
+        return RegionMetric(dt.RegressionMetrics(BINS, density(BINS)))
 
     METRICS["RegionMetric"] = measured(region_metric, "pred", "y")
 
@@ -532,7 +583,7 @@ def test_every_loss_head_and_metric_is_watched() -> None:
     def watched_names(jobs: dict[str, Any]) -> set[str]:
         return {name.split()[0] for name in jobs}
 
-    assert offered(dt.losses) - NO_LOSSES == watched_names(LOSSES)
+    assert offered(dt.losses) - NO_LOSSES == watched_names(LOSSES) == set(dt.losses.__all__) - NO_LOSSES
     assert {name for name in offered(dt.heads) if name.endswith("Head")} == watched_names(HEADS)
     assert {name for name in offered(dt.metrics) if name.endswith("Metrics")} <= watched_names(METRICS)
     for head in get_args(HeadName):

@@ -8,6 +8,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,6 @@ def linear() -> nn.Linear:
     return nn.Linear(3, 4)
 
 
-def pred_target() -> dict[str, Any]:
-    return {"pred": years() + 0.5, "target": years(), "weight": ones(), "reduction": "mean"}
-
-
-def logits_target() -> dict[str, Any]:
-    return {"logits": rows(), "target": classes(), "weight": ones(), "reduction": "mean"}
-
-
 def fds() -> dt.FDS:
     return dt.FDS(BINS, 3, **KERNEL)
 
@@ -95,12 +88,11 @@ def nearest() -> dt.NearestMeanHead:
 
 
 def metrics(kind: Any, bins: dt.Bins) -> Any:
-    return kind(density(bins))
+    return kind(bins, density(bins))
 
 
 OVER_BINS: dict[str, Any] = {"bins": BINS}
 SAMPLER = {"labels": LABELS, "bins": BINS, "num_samples": 4, "replacement": True, "seed": 0, "rank": 0, "world": 1}
-MIXTURE = {"weights": [0.5, 0.5], "means": [1.0, 2.0], "variances": [1.0, 1.0], "noise_sigma": 1.0, "learn": True}
 LONG_TAIL = {
     "head": "linear",
     "loss": "cross_entropy",
@@ -121,8 +113,6 @@ LONG_TAIL = {
 VALID: dict[str, Callable[[], Call]] = {
     "AffinityHead": lambda: (dt.AffinityHead, {"num_features": 3, "num_classes": 4, "feature_scale": 1.0}),
     "AffinityHead.forward": lambda: (dt.AffinityHead(3, 4), {"features": rows(3)}),
-    "BatchMCLoss": lambda: (dt.BatchMCLoss, {}),
-    "BatchMCLoss.forward": lambda: (dt.BatchMCLoss(), pred_target()),
     "BinGrid": lambda: (dt.BinGrid, {"axes": BINS}),
     "BinGrid.index": lambda: (dt.BinGrid(BINS, CLASSES).index, {"labels": [[0.5, 1], [1.5, 3]]}),
     "BinGrid.rows": lambda: (dt.Bins.grid(BINS).rows, {"labels": years()[:, None]}),
@@ -139,8 +129,6 @@ VALID: dict[str, Callable[[], Call]] = {
         dt.BinSampler(LABELS, BINS).load_state_dict,
         {"state": dt.BinSampler(LABELS, BINS).state_dict()},
     ),
-    "BinnedIntegrationLoss": lambda: (dt.BinnedIntegrationLoss, {"bins": BINS, "density": density()}),
-    "BinnedIntegrationLoss.forward": lambda: (dt.BinnedIntegrationLoss(BINS, density()), pred_target()),
     "Bins": lambda: (dt.Bins, {"edges": np.arange(5.0), "centers": np.arange(4) + 0.5, "categorical": False}),
     "Bins.uniform": lambda: (dt.Bins.uniform, {"low": 0, "high": 4, "width": 1.0}),
     "Bins.uniform, by count": lambda: (dt.Bins.uniform, {"low": 0, "high": 4, "count": 4}),
@@ -165,14 +153,9 @@ VALID: dict[str, Callable[[], Call]] = {
     "CalibrationMetrics.merge": lambda: (dt.CalibrationMetrics(4).merge, {"other": dt.CalibrationMetrics(4)}),
     "CalibrationMetrics.all_reduce": lambda: (dt.CalibrationMetrics(4).all_reduce, {}),
     "CalibrationMetrics.reliability": lambda: (dt.CalibrationMetrics(4).reliability, {"class_index": 1}),
-    "CenterLoss": lambda: (dt.CenterLoss, {"num_classes": 4, "num_features": 3}),
-    "CenterLoss.forward": lambda: (
-        dt.CenterLoss(3, 4),
-        {"features": rows(3), "target": classes(), "weight": ones(), "reduction": "mean"},
-    ),
     "ClassificationMetrics": lambda: (
         dt.ClassificationMetrics,
-        {"density": density(CLASSES), "regions": ["many", "many", "few", "few"]},
+        {"bins": CLASSES, "density": density(CLASSES), "regions": ["many", "many", "few", "few"]},
     ),
     "ClassificationMetrics.update": lambda: (
         metrics(dt.ClassificationMetrics, CLASSES).update,
@@ -184,16 +167,6 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "ClassificationMetrics.compute": lambda: (metrics(dt.ClassificationMetrics, CLASSES).compute, {}),
     "ClassificationMetrics.all_reduce": lambda: (metrics(dt.ClassificationMetrics, CLASSES).all_reduce, {}),
-    "ConRLoss": lambda: (dt.ConRLoss, {"weights": lds()}),
-    "ConRLoss.forward": lambda: (
-        dt.ConRLoss(),
-        {
-            "output": dt.LongTailOutput(None, years(), years(), rows(3), None, None),
-            "labels": years(),
-            "weight": ones(),
-            "reduction": "mean",
-        },
-    ),
     "CosineHead": lambda: (dt.CosineHead, {"num_features": 3, "num_classes": 4}),
     "CosineHead.forward": lambda: (dt.CosineHead(3, 4), {"features": rows(3)}),
     "FDS": lambda: (dt.FDS, {**OVER_BINS, "num_features": 3, **KERNEL}),
@@ -202,14 +175,11 @@ VALID: dict[str, Callable[[], Call]] = {
     "FDS.labels": lambda: (lambda labels: fds().labels(labels).__enter__(), {"labels": years()}),
     "FDS.update": lambda: (fds().update, {"features": rows(3), "labels": years()}),
     "FDS.calibrate": lambda: (fds().calibrate, {"features": rows(3), "labels": years()}),
-    "FDS.load_merged_state": lambda: (fds().load_merged_state, {"state": fds().merged_state()}),
     "FDS.set_extra_state": lambda: (fds().set_extra_state, {"state": fds().get_extra_state()}),
-    "GaussianMixtureLoss": lambda: (dt.GaussianMixtureLoss, dict(MIXTURE)),
     "GaussianMixtureLoss.fit": lambda: (
         dt.GaussianMixtureLoss.fit,
         {"labels": LABELS, "components": 1, "noise_sigma": 1.0, "learn": True, "least_variance": 1e-4, "seed": 0},
     ),
-    "GaussianMixtureLoss.forward": lambda: (dt.GaussianMixtureLoss(**MIXTURE), pred_target()),
     "LDS": lambda: (dt.LDS, {**OVER_BINS, **KERNEL, "clip": (0.1, 10.0)}),
     "LDS.reference": lambda: (dt.LDS.reference, {**OVER_BINS, **KERNEL}),
     "LDS.fit": lambda: (dt.LDS(BINS, **KERNEL).fit, {"labels": LABELS}),
@@ -265,12 +235,7 @@ VALID: dict[str, Callable[[], Call]] = {
         {"features": rows(3), "labels": classes()},
     ),
     "NearestMeanHead.forward": lambda: (nearest(), {"features": rows(3)}),
-    "RankNContrast": lambda: (dt.RankNContrast, {}),
-    "RankNContrast.forward": lambda: (
-        dt.RankNContrast(),
-        {"output": dt.LongTailOutput(None, years(), years(), rows(3), None, None), "labels": years(), "weight": ones()},
-    ),
-    "RegressionMetrics": lambda: (dt.RegressionMetrics, {"density": density(), "floor": 0.1}),
+    "RegressionMetrics": lambda: (dt.RegressionMetrics, {"bins": BINS, "density": density(), "floor": 0.1}),
     "RegressionMetrics.update": lambda: (
         metrics(dt.RegressionMetrics, BINS).update,
         {"pred": years(), "target": years()},
@@ -284,25 +249,10 @@ VALID: dict[str, Callable[[], Call]] = {
     "ScaledHead": lambda: (dt.ScaledHead, {"linear": linear()}),
     "ScaledHead.forward": lambda: (dt.ScaledHead(linear()), {"features": rows(3)}),
     "adjust_logits": lambda: (dt.adjust_logits, {"logits": rows(), "prior": prior(), "target": prior()}),
-    "affinity_loss": lambda: (
-        dt.affinity_loss,
-        {"affinities": shares(), "target": classes(), "weight": ones(), "margin": 0.5, "reduction": "mean"},
-    ),
-    "balanced_cross_entropy": lambda: (dt.balanced_cross_entropy, {**logits_target(), "prior": prior()}),
     "balanced_error": lambda: (dt.balanced_error, {"pred": rows(), "target": classes(), "num_classes": 4}),
     "calibration_metrics": lambda: (
         dt.calibration_metrics,
         {"probabilities": shares(), "target": classes(), "weight": ones(), "num_bins": 5},
-    ),
-    "center_loss": lambda: (
-        dt.center_loss,
-        {
-            "features": rows(3),
-            "target": classes(),
-            "centers": rows(3)[:4],
-            "weight": ones(),
-            "reduction": "mean",
-        },
     ),
     "choose_normalization": lambda: (
         dt.choose_normalization,
@@ -315,65 +265,101 @@ VALID: dict[str, Callable[[], Call]] = {
     "class_prior": lambda: (dt.class_prior, {"density_or_counts": COUNTS}),
     "classification_metrics": lambda: (
         dt.classification_metrics,
-        {"pred": rows(), "target": classes(), "density": density(CLASSES), "many": 100, "few": 20},
+        {"pred": rows(), "target": classes(), "bins": CLASSES, "density": density(CLASSES), "many": 100, "few": 20},
     ),
-    "conr_loss": lambda: (
-        dt.conr_loss,
-        {"features": rows(3), "target": years(), "pred": ones(), "weight": ones(), "push_weight": ones(), "omega": 1.0},
-    ),
-    "cross_entropy": lambda: (dt.cross_entropy, {**logits_target(), "label_smoothing": 0.1}),
-    "crps": lambda: (dt.crps, {"logits": rows(), "target": years(), "bins": BINS, "weight": ones()}),
     "decode": lambda: (dt.decode, {"probabilities": shares(), "bins": BINS}),
-    "equalization_loss": lambda: (
-        dt.equalization_loss,
-        {**logits_target(), "prior": prior(), "threshold": 0.2, "drop": 0.5, "generator": torch.Generator()},
-    ),
     "fit_temperature": lambda: (dt.fit_temperature, {"logits": rows(), "labels": classes(), "weight": ones()}),
-    "focal_loss": lambda: (dt.focal_loss, {**logits_target(), "gamma": 2.0, "alpha": [1.0, 2.0, 3.0, 4.0]}),
     "freeze": lambda: (dt.freeze, {"module": linear()}),
     "gaussian": lambda: (dt.gaussian, {"size": 5, "sigma": 2.0}),
     "gaussian_interval": lambda: (dt.gaussian_interval, {"pred": rows(2)}),
-    "gaussian_nll": lambda: (
-        dt.gaussian_nll,
-        {"pred": rows(2), "target": years(), "weight": ones(), "beta": 0.5, "min_variance": 1e-6},
-    ),
     "interval": lambda: (dt.interval, {"probabilities": shares(), "bins": BINS}),
     "laplace": lambda: (dt.laplace, {"size": 5, "scale": 2.0}),
-    "ldam_loss": lambda: (dt.ldam_loss, {**logits_target(), "logits": rows().tanh(), "counts": prior() * 10}),
-    "logit_adjusted_cross_entropy": lambda: (dt.logit_adjusted_cross_entropy, {**logits_target(), "prior": prior()}),
-    "pairwise_cross_entropy": lambda: (
-        dt.pairwise_cross_entropy,
-        {**logits_target(), "margins": torch.zeros(4, 4), "alpha": [1.0, 2.0, 3.0, 4.0]},
-    ),
     "pointwise_mutual_information": lambda: (
         dt.pointwise_mutual_information,
         {"logits": rows(), "prior": prior()},
     ),
     "quantiles": lambda: (dt.quantiles, {"probabilities": shares(), "bins": BINS, "levels": [0.1, 0.5]}),
-    "rank_n_contrast": lambda: (
-        dt.rank_n_contrast,
-        {"features": rows(3), "target": years(), "weight": ones(), "temperature": 2.0},
-    ),
     "regression_metrics": lambda: (
         dt.regression_metrics,
-        {"pred": years(), "target": years(), "density": density(), "floor": 0.1},
+        {"pred": years(), "target": years(), "bins": BINS, "density": density(), "floor": 0.1},
     ),
     "reinitialize": lambda: (dt.reinitialize, {"module": linear()}),
-    "soft_cross_entropy": lambda: (dt.soft_cross_entropy, {**logits_target(), "target": shares(), "prior": prior()}),
     "soft_labels": lambda: (dt.soft_labels, {"labels": years(), "bins": BINS, "sigma": 1.0}),
-    "squared_emd": lambda: (
-        dt.squared_emd,
-        {"logits": rows(), "target": shares(), "bins": BINS, "weight": ones(), "reduction": "mean"},
-    ),
     "stage_two": lambda: (dt.stage_two, {"model": model(), "method": "crt"}),
     "tau_normalized": lambda: (dt.tau_normalized, {"linear": linear(), "tau": 1.0}),
     "triangular": lambda: (dt.triangular, {"size": 5}),
-    "weighted_focal_l1": lambda: (dt.weighted_focal_l1, pred_target()),
-    "weighted_focal_mse": lambda: (dt.weighted_focal_mse, pred_target()),
-    "weighted_huber": lambda: (dt.weighted_huber, pred_target()),
-    "weighted_l1": lambda: (dt.weighted_l1, pred_target()),
-    "weighted_mse": lambda: (dt.weighted_mse, pred_target()),
 }
+
+# What the losses take, by name; their own entries are made of it. A loss whose options have other names adds them here.
+FIRST: dict[str, list[Callable[[], Tensor]]] = {
+    "pred": [lambda: years() + 0.5, lambda: rows(2)],
+    "logits": [lambda: rows().tanh()],
+    "affinities": [shares],
+    "features": [lambda: rows(3)],
+}
+TARGETS: list[Callable[[], Tensor]] = [shares, years, classes]
+OPTIONS: dict[str, Callable[[], Any]] = {
+    "alpha": lambda: [1.0, 2.0, 3.0, 4.0],
+    "beta": lambda: 0.5,
+    "bins": lambda: BINS,
+    "centers": lambda: rows(3)[:4],
+    "counts": lambda: prior() * 10,
+    "density": density,
+    "drop": lambda: 0.5,
+    "gamma": lambda: 2.0,
+    "generator": torch.Generator,
+    "margins": lambda: torch.zeros(4, 4),
+    "means": lambda: [1.0, 2.0],
+    "min_variance": lambda: 1e-6,
+    "noise_sigma": lambda: 1.0,
+    "num_classes": lambda: 4,
+    "num_features": lambda: 3,
+    "omega": lambda: 1.0,
+    "pred": ones,
+    "prior": prior,
+    "push_weight": ones,
+    "threshold": lambda: 0.2,
+    "variances": lambda: [1.0, 1.0],
+    "weight": ones,
+    "weights": lambda: [0.5, 0.5],
+}
+OUTPUTS: list[Callable[[], Any]] = [
+    lambda: dt.LongTailOutput(None, years() + 0.5, years() + 0.5, rows(3), None, None),
+    lambda: dt.LongTailOutput(None, rows().tanh(), years() + 0.5, rows(3), None, None),
+    lambda: rows(2),
+]
+
+
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    given = {name: OPTIONS[name]() for name in parameters_of(function) if name in OPTIONS}
+    return {**given, "weights": lds()} if function is dt.losses.ConRLoss else given
+
+
+def loss_call(name: str) -> Call:
+    """The first call of a loss, or of its module, that is valid."""
+    kind, _, forward = name.partition(".")
+    made = getattr(dt.losses, kind)
+    if inspect.isclass(made) and not forward:
+        return made, options_of(made)
+    function = made(**options_of(made)) if forward else made
+    first = next(iter(parameters_of(function)))
+    for rows_of in OUTPUTS if forward else FIRST[first]:
+        for target in TARGETS:
+            arguments = {**options_of(function), first: rows_of(), "target": target()}
+            try:
+                call(function, arguments)
+            except DirToolkitError:
+                continue
+            return function, arguments
+    raise AssertionError(f"{name} needs an option that OPTIONS lacks, or other rows")
+
+
+def losses() -> list[str]:
+    names = [name for name in dt.losses.__all__ if name != "gaussian_interval"]
+    modules = [name for name in names if inspect.isclass(getattr(dt.losses, name))]
+    with_options = [name for name in names if parameters_of(getattr(dt.losses, name))]
+    return [*with_options, *(f"{name}.forward" for name in modules)]
+
 
 # Names that take no arguments of their own to check.
 NOT_CALLED = {
@@ -390,7 +376,6 @@ SPEAKS_AS: dict[str, tuple[str, ...]] = {
     "Bins.from_dict": ("Bins",),
     "Bins.grid": ("BinGrid",),
     "ClassificationMetrics.compute": ("LabelDensity.regions",),
-    "ConRLoss": ("conr_loss", "weighted_l1"),
     "FDS": ("smooth",),
     "FDS.reference": ("FDS",),
     "FDS.set_extra_state": ("FDS.load_state_dict", "BinMoments.load_state_dict", "Bins.from_dict"),
@@ -404,7 +389,6 @@ SPEAKS_AS: dict[str, tuple[str, ...]] = {
     "LongTailModel.interval": ("interval",),
     "LongTailModel.read": ("LongTailModel", "LinearHead"),
     "LongTailModel.set_extra_state": ("LongTailModel.load_state_dict", "Bins.from_dict"),
-    "RankNContrast": ("rank_n_contrast",),
     "RegressionMetrics.compute": ("LabelDensity.regions",),
     "calibration_metrics": ("CalibrationMetrics", "CalibrationMetrics.update"),
     "choose_normalization": ("LinearHead", "balanced_error"),
@@ -416,6 +400,7 @@ SPEAKS_AS["LongTailModel"] += SPEAKS_AS["LongTailModel.criterion"]
 
 # Words that stand for an argument where its own name does not.
 KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("ConRLoss", "target"): ("labels",),  # as its LDS calls them
     ("BinSampler", "world"): ("num_samples",),  # fewer of them than ranks
     ("Bins", "edges"): ("centers",),  # which must lie between them
     ("Bins.uniform", "high"): ("bins",),  # too many of them, or too narrow
@@ -426,12 +411,9 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("LabelDensity.regions", "few"): ("many",),
     ("LongTailModel", "labels"): ("target",),  # as every loss calls them, also one that the user chose
     ("LongTailModel", "prior_kernel"): ("kernel",),
-    ("ConRLoss", "labels"): ("target",),
-    ("RankNContrast", "labels"): ("target",),
     ("LongTailModel.criterion", "labels"): ("target",),
     ("LongTailModel.interval", "output"): ("probabilities",),  # which a tensor must be
     ("LongTailModel.set_extra_state", "state"): ("values",),
-    ("RankNContrast", "output"): ("features",),
     ("RegressionMetrics.compute", "few"): ("many",),
     ("choose_normalization", "features"): ("pred",),  # scores made of infinite ones
     ("choose_normalization", "labels"): ("target",),
@@ -439,13 +421,15 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("classification_metrics", "few"): ("many",),
     ("regression_metrics", "few"): ("many",),
 }
+STANDS_FOR = {"output": ("pred", "logits", "affinities", "features")}  # as each loss calls what it reads of it
 # Arguments that are blamed when this one, of another shape, no longer fits them.
 MUST_FIT: dict[str, tuple[str, ...]] = {
     "affinities": ("target",),
     "centers": ("target",),
     "features": ("labels", "target"),
     "logits": ("labels", "target", "prior", "counts", "alpha", "margins"),
-    "target": ("pred",),
+    "target": ("pred", "logits"),
+    "output": ("target", "weight"),
     "x": ("labels", "backbone"),
 }
 
@@ -601,7 +585,12 @@ def fault_of(name: str, parameter: str, value: Any) -> str | None:
         if who not in (named, *SPEAKS_AS.get(named, ())):
             return f"says it is {who!r}: {error}"
         usual = valid.get(parameter)
-        words = [parameter, *KNOWN_AS.get((named, parameter), ()), *(usual if isinstance(usual, dict) else ())]
+        words = [
+            parameter,
+            *STANDS_FOR.get(parameter, ()),
+            *KNOWN_AS.get((named, parameter), ()),
+            *(usual if isinstance(usual, dict) else ()),
+        ]
         if isinstance(value, Tensor) and isinstance(usual, Tensor) and value.shape != usual.shape:
             words += MUST_FIT.get(parameter, ())
         if not any(re.search(rf"\b{word}\b", what) for word in words):
@@ -616,6 +605,9 @@ def fault_of(name: str, parameter: str, value: Any) -> str | None:
 def exported() -> list[str]:
     tree = ast.parse(Path(dt.__file__).read_text())
     return [alias.asname or "" for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+
+
+VALID.update({name: partial(loss_call, name) for name in losses()})
 
 
 def test_the_table_covers_every_public_name_and_method() -> None:

@@ -313,7 +313,9 @@ def test_arguments_are_checked() -> None:
 
     refused(TypeError, r"features must be a torch\.Tensor, got ndarray", features=parts["features"].numpy())
     refused(TypeError, "features must be floats, got dtype torch.int64", features=parts["features"].long())
-    refused(ShapeError, r"features must be \(N, D\), one row a sample, got shape \(3,\)", features=parts["features"][0])
+    refused(
+        ShapeError, r"features must be \(N, D\), one row per sample, got shape \(3,\)", features=parts["features"][0]
+    )
     refused(ValueError, r"features must hold at least one value", features=parts["features"][:0])
     for name in ("target", "pred", "push_weight", "weight"):
         refused(TypeError, rf"{name} must be a torch\.Tensor, got list", **{name: [1.0] * 14})
@@ -353,9 +355,11 @@ def test_the_module_s_parts_are_checked() -> None:
     with pytest.raises(TypeError, match=r"^ConRLoss: weights must be an LDS, got Tensor"):
         ConRLoss(weights=torch.ones(3))  # type: ignore[arg-type]
     loss: Callable[..., Tensor] = ConRLoss()
-    with pytest.raises(TypeError, match=r"^ConRLoss: output must have an attribute prediction, got Tensor\. Let the"):
+    with pytest.raises(
+        TypeError, match=r"^ConRLoss: output must hold a torch.Tensor as prediction, got Tensor\. Let the"
+    ):
         loss(parts["pred"], parts["target"])
-    with pytest.raises(TypeError, match=r"^ConRLoss: output must have an attribute features, got SimpleNamespace"):
+    with pytest.raises(TypeError, match=r"^ConRLoss: output must hold a torch.Tensor as features, got SimpleNamespace"):
         loss(SimpleNamespace(prediction=parts["pred"]), parts["target"])
 
 

@@ -107,7 +107,7 @@ def test_values_by_hand() -> None:
     logits, target = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0]]).double(), torch.tensor([0, 0])
     log4, log43 = math.log(4), math.log(4 / 3)
     assert cross_entropy(logits, target, reduction="none").tolist() == pytest.approx([log4, log43])
-    assert cross_entropy(logits, target, torch.tensor([0.5, 3])).item() == pytest.approx((0.5 * log4 + 3 * log43) / 2)
+    assert cross_entropy(logits, target, torch.tensor([3, 3])).item() == pytest.approx(1.5 * (log4 + log43))
     assert cross_entropy(logits, target, label_smoothing=1).item() == pytest.approx((log4 + log43) / 2)
     # Priors 3/4 and 1/4 take the first sample's odds of 3 to 1 back to even.
     values = logit_adjusted_cross_entropy(logits, target, [0.75, 0.25], reduction="none")
@@ -235,7 +235,7 @@ def test_one_class_loses_nothing() -> None:
 def test_equalization_draws_for_every_sample_and_class_from_its_generator_alone() -> None:
     n, even = 4000, [0.2] * 5
     logits, target = torch.zeros(n, 5), torch.arange(n) % 5
-    loss = partial(equalization_loss, logits, target, even, threshold=0.3, drop=0.25, reduction="none")
+    loss = partial(equalization_loss, logits, target, prior=even, threshold=0.3, drop=0.25, reduction="none")
     state = torch.get_rng_state()
     generator = torch.Generator().manual_seed(3)
     values = loss(generator=generator)
@@ -322,15 +322,15 @@ def test_margins_are_for_cosines() -> None:
 def test_priors_are_checked(loss: Callable[..., Tensor]) -> None:
     logits, target, _ = samples()
     with pytest.raises(ValueError, match=r"prior must be positive, got 0 for class 1\. Use dt\.class_prior\(counts\)"):
-        loss(logits, target, [1.0, 0.0, 0.0, 0.0, 0.0])
+        loss(logits, target, prior=[1.0, 0.0, 0.0, 0.0, 0.0])
     with pytest.raises(
         ValueError, match=r"prior must be positive, got -0\.5 for class 4\. Use dt\.class_prior\(counts\)"
     ):
-        loss(logits, target, torch.tensor([0.5, 0.25, 0.5, 0.25, -0.5]))
+        loss(logits, target, prior=torch.tensor([0.5, 0.25, 0.5, 0.25, -0.5]))
     with pytest.raises(ValueError, match=r"prior must sum to one, got a sum of 500\. Use dt\.class_prior\(counts\)"):
-        loss(logits, target, COUNTS)
-    with pytest.raises(ShapeError, match=r"prior must be \(5,\), one value a class, got shape \(2,\)"):
-        loss(logits, target, [0.5, 0.5])
+        loss(logits, target, prior=COUNTS)
+    with pytest.raises(ShapeError, match=r"prior must be \(5,\), one value per class, got shape \(2,\)"):
+        loss(logits, target, prior=[0.5, 0.5])
 
 
 def test_counts_alpha_margins_and_generators_are_checked() -> None:
@@ -355,7 +355,7 @@ def test_counts_alpha_margins_and_generators_are_checked() -> None:
         bad[2, 3] = bad[4, 1] = value
         with pytest.raises(ValueError, match=where + rf"margins must be finite or -inf, got {value} at index \[2, 3\]"):
             pairwise_cross_entropy(logits, target, margins=bad)
-    loss = partial(equalization_loss, logits, target, PRIOR, threshold=0.1, drop=0.5)
+    loss = partial(equalization_loss, logits, target, prior=PRIOR, threshold=0.1, drop=0.5)
     with pytest.raises(ValueError, match=r"^equalization_loss: generator must be given where drop .*, got None\. Use"):
         loss()
     with pytest.raises(TypeError, match=r"^equalization_loss: generator must be a Generator, got int"):
@@ -364,7 +364,7 @@ def test_counts_alpha_margins_and_generators_are_checked() -> None:
         ValueError, match=r"^equalization_loss: generator must be on the logits' kind of device, got cpu"
     ):
         equalization_loss(
-            logits.to("meta"), target.to("meta"), PRIOR, threshold=0.1, drop=0.5, generator=torch.Generator()
+            logits.to("meta"), target.to("meta"), prior=PRIOR, threshold=0.1, drop=0.5, generator=torch.Generator()
         )
 
 

@@ -392,7 +392,7 @@ def test_prior_and_tau_are_checked() -> None:
             loss(prior=[1.0, 0.0, 0.0, 0.0, 0.0])
         with pytest.raises(ValueError, match=where + r"prior must sum to one, got a sum of 5"):
             loss(prior=torch.ones(5))
-        with pytest.raises(ShapeError, match=where + r"prior must be \(5,\), one value a class, got shape \(2,\)"):
+        with pytest.raises(ShapeError, match=where + r"prior must be \(5,\), one value per class, got shape \(2,\)"):
             loss(prior=[0.5, 0.5])
         for value, kind in ((-0.1, ValueError), (1e38, ValueError), (torch.inf, ValueError), (None, TypeError)):
             with pytest.raises(kind, match=where + "tau must be"):

@@ -83,5 +83,5 @@ def test_settings_are_checked() -> None:
         focal_loss(logits, target, alpha=[1, -1, 1, 1])
     with pytest.raises(ValueError, match=r"^focal_loss: alpha must be finite, got nan at index \[0\]"):
         focal_loss(logits, target, alpha=torch.tensor([torch.nan, 1, 1, 1]))
-    with pytest.raises(ShapeError, match=r"^focal_loss: alpha must be \(4,\), one value a class, got shape \(\)"):
+    with pytest.raises(ShapeError, match=r"^focal_loss: alpha must be \(4,\), one value per class, got shape \(\)"):
         focal_loss(logits, target, alpha=0.25)

@@ -199,9 +199,9 @@ def test_the_module_takes_features_or_an_output_that_holds_them() -> None:
         assert torch.equal(twin(features, labels, None, reduction="sum"), expected)
         assert torch.equal(twin(SimpleNamespace(features=features), labels, reduction="sum"), expected)
     where = "^RankNContrast: "
-    with pytest.raises(TypeError, match=where + "output must have an attribute features, got list. Let the model"):
+    with pytest.raises(TypeError, match=where + r"output must be a torch\.Tensor, or hold one as features, got list"):
         loss([1.0], labels)
-    with pytest.raises(TypeError, match=where + r"output\.features must be a torch\.Tensor, got ndarray"):
+    with pytest.raises(TypeError, match=where + r"output must hold a torch\.Tensor as features, got ndarray"):
         loss(SimpleNamespace(features=features.numpy()), labels)
 
 
@@ -225,9 +225,9 @@ def test_arguments_are_checked() -> None:
     refused(TypeError, r"target must be a torch\.Tensor, got list", features, labels.tolist())
     refused(TypeError, "features must be floats, got dtype torch.int64", features.long(), labels)
     refused(TypeError, "target must be integers or floats, got dtype torch.bool", features, labels > 2)
-    refused(ShapeError, r"features must be \(N, D\), one row a sample, got shape \(12,\)", features[:, 0], labels)
+    refused(ShapeError, r"features must be \(N, D\), one row per sample, got shape \(12,\)", features[:, 0], labels)
     refused(ShapeError, r"features must be .* Use features\.flatten\(1\)", features[:, :, None], labels)
-    refused(ShapeError, r"target must be \(12,\), one value a sample, got shape \(11,\)", features, labels[1:])
+    refused(ShapeError, r"target must be \(12,\), one value per sample, got shape \(11,\)", features, labels[1:])
     refused(ShapeError, r"target must be \(12,\), .* got shape \(11, 2\)", features, torch.ones(11, 2))
     refused(ShapeError, r"weight must be \(12,\), .* Use weight\.squeeze\(1\)", features, labels, ones[:, None])
     refused(ValueError, r"features must hold at least one value, got shape \(0, 3\)", features[:0], labels[:0])

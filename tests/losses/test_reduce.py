@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dir_toolkit.errors import LabelError, ShapeError
-from dir_toolkit.losses._reduce import checked_prior, per_class, reduce
+from dir_toolkit.losses._inputs import checked_prior, per_class
+from dir_toolkit.losses._loss import reduce
 from dir_toolkit.losses.affinity import affinity_loss
 from dir_toolkit.losses.center import CenterLoss, center_loss
 from dir_toolkit.losses.cross_entropy import (
@@ -186,9 +187,9 @@ def test_shapes_that_do_not_fit_are_refused_with_the_fix(name: str) -> None:
     loss, where, kind = LOSSES[name], f"^{name}: ", ROWS.get(name, "logits")
     rows, target, weight = samples()
     for bad in (rows[0], rows[None]):
-        with pytest.raises(ShapeError, match=rf"{where}{kind} must be \(N, [CD]\), one (column|row) a .*, got shape"):
+        with pytest.raises(ShapeError, match=rf"{where}{kind} must be \(N, [CD]\), one (column|row) per .*, got shape"):
             loss(bad, target)
-    one = r"must be \(12,\), one value a sample, got shape "
+    one = r"must be \(12,\), one value per sample, got shape "
     for bad, fix in (
         (target[:, None], r"\(12, 1\)\. Use target\.squeeze\(1\)"),
         (rows, r"\(12, 4\)\. Use target\.argmax\(1\) on one-hot rows"),
@@ -198,7 +199,7 @@ def test_shapes_that_do_not_fit_are_refused_with_the_fix(name: str) -> None:
             loss(rows, bad)
     for bad, fix in (
         (weight[:, None], r"\(12, 1\)\. Use weight\.squeeze\(1\)"),
-        (weight[:C], r"\(4,\)\. Use weight\[target\] for one weight a class"),
+        (weight[:C], r"\(4,\)\. Use weight\[target\] for one weight per class"),
         (weight[0], r"\(\)\. Labels are never broadcast"),
     ):
         with pytest.raises(ShapeError, match=where + "weight " + one + fix):
@@ -259,9 +260,9 @@ def test_one_value_a_class_may_come_as_any_array() -> None:
 
 def test_one_value_a_class_is_checked() -> None:
     scores = torch.zeros(2, 3)
-    check = partial(per_class, "p", scores=scores)
+    check = partial(per_class, "p", logits=scores)
     for value in ([1.0, 2.0], torch.ones(3, 1), 1.0, torch.ones(2)):
-        with pytest.raises(ShapeError, match=r"^\S+: p must be \(3,\), one value a class, got shape"):
+        with pytest.raises(ShapeError, match=r"^\S+: p must be \(3,\), one value per class, got shape"):
             check(value)
     for value in ([1.0, torch.nan, 1.0], torch.tensor([1.0, torch.inf, 1.0])):
         with pytest.raises(ValueError, match=r"^\S+: p must be finite, got (nan|inf) at index \[1\]"):
@@ -289,5 +290,5 @@ def test_a_prior_comes_as_any_array_and_is_checked() -> None:
         ValueError, match=r"^\S+: prior must sum to one, got a sum of 6\. Use dt\.class_prior\(counts\)"
     ):
         checked_prior([1, 2, 3], scores)
-    with pytest.raises(ShapeError, match=r"^\S+: prior must be \(3,\), one value a class, got shape \(2,\)"):
+    with pytest.raises(ShapeError, match=r"^\S+: prior must be \(3,\), one value per class, got shape \(2,\)"):
         checked_prior([0.5, 0.5], scores)

@@ -1,0 +1,278 @@
+"""What a loss is handed, checked once at its door. The contract is told in the docstring of the package."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import (
+    class_indices,
+    finite,
+    floats,
+    is_tensor,
+    labels_array,
+    not_empty,
+    not_negative,
+    one_of,
+    prior_shares,
+    problem,
+    real,
+    same_device,
+    same_shape,
+    warn,
+)
+from .._numerics import readable, wide_dtype
+from ..errors import ShapeError
+from ..labels.bins import Bins, Outside
+
+_PLAIN = (torch.float32, torch.float64)
+_REDUCTIONS = ("none", "mean", "sum")
+_NO_BROADCAST = "Labels are never broadcast: bring both to one length."
+_told_of_class_weights = False
+
+
+def kinds(reduction: str, weight: Tensor | None, **tensors: Tensor) -> None:
+    """The reduction is a known one, and all are dense tensors of numbers on one device, the first of them floats."""
+    given = tensors if weight is None else {**tensors, "weight": weight}
+    one_of("reduction", reduction, _REDUCTIONS)
+    is_tensor(**given)
+    (name, first), *others = given.items()
+    floats(**{name: first})
+    real(**dict(others))
+    same_device(**given)
+
+
+def pairs(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
+    """Predictions and labels of one shape, in at least float32; see :func:`present` for what has weight zero."""
+    fit = _alike(pred, target) and (weight is None or _alike(pred, weight))
+    if not (fit and isinstance(reduction, str) and reduction in _REDUCTIONS):
+        kinds(reduction, weight, pred=pred, target=target)
+        same_shape(pred=pred, target=target, **({} if weight is None else {"weight": weight}))
+        not_empty(pred=pred)
+        wide = wide_dtype(pred, target)
+        pred, target = pred.to(wide), target.to(wide)
+    return pred, target
+
+
+def _alike(first: Tensor, other: Tensor) -> bool:
+    """Whether two are plain and fit each other, as nearly all do, so that no check need tell what is wrong."""
+    return (
+        isinstance(first, Tensor)
+        and isinstance(other, Tensor)
+        and not first.is_nested
+        and not other.is_nested
+        and first.dtype == other.dtype
+        and first.dtype in _PLAIN
+        and first.shape == other.shape
+        and first.device == other.device
+        and first.layout == other.layout == torch.strided
+        and first.numel() > 0
+    )
+
+
+def absent(weight: Tensor | None) -> Tensor | None:
+    """Which samples have weight zero; None where none has. Weights are not negative, and finite."""
+    if weight is None:
+        return None
+    weight = weight if weight.dtype in _PLAIN else weight.float()
+    if readable(weight):
+        least, most = (x.item() for x in weight.aminmax())
+        if not (least >= 0 and most < math.inf):
+            finite(weight=weight)
+            not_negative(weight=weight)
+        if least > 0:
+            return None
+    return weight == 0
+
+
+def present(values: Tensor, gone: Tensor | None) -> Tensor:
+    """Values (N, ...) with zeros for the samples that are ``gone``, which so leave no trace, in gradients either.
+
+    This comes before the loss, since zero times what is not finite is NaN, forward or backward.
+    """
+    if gone is None:
+        return values
+    return values.masked_fill(gone if values.ndim == gone.ndim else gone[:, None], 0.0)
+
+
+def finite_targets(gone: Tensor | None, **targets: Tensor) -> None:
+    """No label of a sample that is there is NaN or infinite. Accelerator tensors are not looked at."""
+    for name, target in targets.items():
+        if target.is_floating_point() and readable(target):
+            least, most = (x.item() for x in target.detach().aminmax())
+            if not (math.isfinite(least) and math.isfinite(most)):
+                finite(**{name: present(target.detach(), gone)})
+
+
+def one_per_sample(samples: int, **tensors: Tensor | None) -> None:
+    """Each is (N,)."""
+    for name, value in tensors.items():
+        if value is not None and value.shape != (samples,):
+            fix = f"Use {name}.squeeze(1)." if value.shape == (samples, 1) else _NO_BROADCAST
+            rule = f"{name} must be ({samples},), one value per sample"
+            raise problem(rule, got=f"shape {tuple(value.shape)}", fix=fix, error=ShapeError)
+
+
+def matrix(name: str, rows: Tensor, shape: str, labels_name: str, labels: Tensor) -> None:
+    """``rows`` have two dimensions and hold something; the fix tells how others are to be flattened."""
+    if rows.ndim != 2:
+        fix, last = "", rows.ndim - 2
+        if rows.ndim > 2:
+            fix = f"Use {name}.flatten(1)."
+            if labels.shape == rows.shape[:-1]:
+                fix = f"Use {name}.flatten(0, {last}) and {labels_name}.flatten()."
+            elif labels.shape == (rows.shape[0], *rows.shape[2:]):
+                fix = f"Use {name}.movedim(1, -1).flatten(0, {last}) and {labels_name}.flatten()."
+        raise problem(f"{name} must be {shape}", got=f"shape {tuple(rows.shape)}", fix=fix, error=ShapeError)
+    not_empty(**{name: rows})
+
+
+def of_classes(
+    rows: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    *,
+    name: str = "logits",
+    num_classes: int | None = None,
+) -> Tensor:
+    """``rows`` (N, C) in at least float32, with zeros where the weight is zero, beside classes (N,) and weights (N,).
+
+    With ``num_classes`` the rows are not scores but features (N, D).
+    """
+    kinds(reduction, weight, **{name: rows})
+    is_tensor(target=target)
+    shape = "(N, C), one column per class" if num_classes is None else "(N, D), one row per sample"
+    matrix(name, rows, shape, "target", target)
+    samples, classes = rows.shape[0], rows.shape[1] if num_classes is None else num_classes
+    if target.shape == (samples, classes) and target.ndim == 2:
+        fix = "Use target.argmax(1) on one-hot rows."
+        if readable(target) and bool(((target == 0) | (target == 1)).all() & (target.sum(1) != 1).any()):
+            advice = "use torch's binary_cross_entropy_with_logits."
+            fix = f"Samples of several classes at once are not for a softmax: {advice}"
+        rule = f"target must be ({samples},), one value per sample"
+        raise problem(rule, got=f"shape {tuple(target.shape)}", fix=fix, error=ShapeError)
+    one_per_sample(samples, target=target)
+    if weight is not None and weight.shape == (classes,) != (samples,):
+        rule, fix = f"weight must be ({samples},), one value per sample", "Use weight[target] for one weight per class."
+        raise problem(rule, got=f"shape {tuple(weight.shape)}", fix=fix, error=ShapeError)
+    one_per_sample(samples, weight=weight)
+    same_device(**{name: rows}, target=target)
+    class_indices("target", target, classes)
+    gone = absent(weight)
+    if weight is not None and samples == classes:
+        _warn_of_class_weights(target, weight)
+    return present(rows.to(wide_dtype(rows)), gone)
+
+
+def _warn_of_class_weights(target: Tensor, weight: Tensor) -> None:
+    """Say once that weights per class would fit unnoticed where there are as many samples as classes.
+
+    Nothing tells the two apart for sure. Weights that come from labels are equal within a class, though, and weights
+    per class that are taken for weights per sample hardly ever are.
+    """
+    global _told_of_class_weights
+    if _told_of_class_weights or not (readable(target) and readable(weight)):
+        return
+    own, there = weight.detach().double(), (weight > 0).double()
+    zeros = torch.zeros_like(own)
+    mean = (zeros.index_add(0, target, own) / zeros.index_add(0, target, there).clamp_min(1))[target]
+    off = (there > 0) & ((own - mean).abs() > 1e-4 * mean)
+    if bool(off.any()):
+        _told_of_class_weights = True
+        warn(
+            f"weight holds one value per sample, and {len(target)} samples of as many classes leave unnoticed where it "
+            f"holds one per class: two samples of class {int(target[off][0])} have different weights. For weights per "
+            "class use weight[target]. Weights per sample are right as they are; this is said once."
+        )
+
+
+def of_features(
+    features: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    *,
+    several: bool = False,
+    **columns: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """``features`` (N, D) in at least float32, with zeros where the weight is zero, and which samples that are.
+
+    Columns are real numbers (N,), or with ``several`` (N, K), too. All but ``pred`` are finite where the weight is not
+    zero, and ``push_weight`` is not negative.
+    """
+    kinds(reduction, weight, features=features, **columns)
+    matrix("features", features, "(N, D), one row per sample", *next(iter(columns.items())))
+    wide_ones = [
+        name for name, column in columns.items() if several and column.ndim == 2 and len(column) == len(features)
+    ]
+    one_per_sample(len(features), **{name: c for name, c in columns.items() if name not in wide_ones}, weight=weight)
+    not_empty(**columns)
+    gone = absent(weight)
+    finite_targets(gone, **{name: column for name, column in columns.items() if name != "pred"})
+    not_negative(**{name: column for name, column in columns.items() if name == "push_weight"})
+    return present(features.to(wide_dtype(features)), gone), gone
+
+
+def on_axis(target: Tensor, bins: Bins, weight: Tensor | None, outside: Outside) -> Tensor | None:
+    """The weights, with zeros for labels beyond the axis under ``"drop"``, and on an accelerator NaN under ``"raise"``.
+
+    Raises:
+        LabelError: a label lies beyond the axis, under ``"raise"``, where values may be looked at.
+    """
+    looked_at = readable(target)
+    if outside == "clip" and not looked_at:
+        return weight
+    if looked_at and weight is not None and bool((gone := weight == 0).any()):
+        if bool(gone.all()):
+            return weight
+        target = torch.where(gone, target[~gone][0], target)
+    index = bins.index(target, outside if looked_at else "drop", name="target")
+    if outside == "clip" or (looked_at and outside == "raise"):
+        return weight
+    weight = torch.ones_like(index, dtype=wide_dtype(target)) if weight is None else weight.to(wide_dtype(weight))
+    return weight.masked_fill((index < 0) & (weight != 0), math.nan if outside == "raise" else 0.0)
+
+
+def per_class(name: str, value: Any, logits: Tensor | None = None, *, positive: str = "") -> Tensor:
+    """One finite number >= 0 per class, (C,), in at least float32, on the device of the logits (N, C).
+
+    Args:
+        positive: what to do about a zero; where it is given, zeros are refused.
+    """
+    values = _one_per_class(name, value, logits)
+    if readable(values):
+        finite(**{name: values})
+        bad = values <= 0 if positive else values < 0
+        if bool(bad.any()):
+            first = int(bad.to(torch.uint8).argmax())
+            rule = f"{name} must be positive" if positive else f"{name} must not be negative"
+            raise problem(rule, got=f"{values[first].item():g} for class {first}", fix=positive)
+    return values if logits is None else values.to(logits.device, non_blocking=True)
+
+
+def checked_prior(prior: Any, logits: Tensor | None = None) -> Tensor:
+    """Shares > 0 of the classes, (C,), which sum to one, in at least float32, on the device of the logits (N, C)."""
+    values = _one_per_class("prior", prior, logits)
+    prior_shares("prior", values)
+    return values if logits is None else values.to(logits.device, non_blocking=True)
+
+
+def _one_per_class(name: str, value: Any, logits: Tensor | None) -> Tensor:
+    if isinstance(value, Tensor):
+        is_tensor(**{name: value})
+        real(**{name: value})
+        if logits is not None:
+            same_device(logits=logits, **{name: value})
+        values = value.to(wide_dtype(value) if logits is None else wide_dtype(value, logits))
+    else:
+        values = torch.from_numpy(labels_array(value, name).astype(np.float64, order="C"))
+        values = values.to(torch.get_default_dtype()) if logits is None else values
+    classes = "C" if logits is None else logits.shape[1]
+    if values.ndim != 1 or (logits is not None and len(values) != classes):
+        rule = f"{name} must be ({classes},), one value per class"
+        raise problem(rule, got=f"shape {tuple(values.shape)}", error=ShapeError)
+    return values

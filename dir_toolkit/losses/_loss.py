@@ -1,0 +1,101 @@
+"""What all losses share: the reduction, and the module around a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import problem
+from .._settings import shown
+from .._state import SoundModule
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Values times weights, and then as they are, their mean over all of them, or their sum."""
+    if weight is not None:
+        values = values * weight.to(values.dtype)
+    return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
+
+
+def part_of(output: Any, name: str) -> Tensor:
+    """The output itself if it is a tensor, else what it holds under ``name``."""
+    if isinstance(output, Tensor):
+        return output
+    if not hasattr(output, name):
+        rule, fix = f"output must be a torch.Tensor, or hold one as {name}", "Use torch.as_tensor(output)."
+        raise problem(rule, got=type(output).__name__, fix=fix, error=TypeError)
+    return held(output, name)
+
+
+def held(output: Any, name: str) -> Tensor:
+    """What an output holds under ``name``."""
+    value = getattr(output, name, None)
+    if not isinstance(value, Tensor):
+        got = type(output if value is None else value).__name__
+        fix = f"Let the model return its {name}, too."
+        raise problem(f"output must hold a torch.Tensor as {name}", got=got, fix=fix, error=TypeError)
+    return value
+
+
+class Loss(SoundModule):
+    """A loss as a module: its constructor takes the options of ``function``, and a call gives the mean over the batch.
+
+    Options that are tensors become buffers, which are not rounded where a model is cast to half precision.
+    """
+
+    reads: ClassVar[str]  # what it takes of an output that is not a tensor
+
+    @torch.inference_mode(False)  # what is kept must serve training, too
+    def __init__(self, function: Callable[..., Tensor], **options: Any) -> None:
+        super().__init__()
+        self.function, self._options = function, tuple(options)
+        for name, value in options.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value.detach().clone())
+            else:
+                setattr(self, name, value)
+
+    def forward(
+        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        return self.function(part_of(output, self.reads), target, weight, reduction=reduction, **self.settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the loss was made with."""
+        return {name: getattr(self, name) for name in self._options}
+
+    def extra_repr(self) -> str:  # modules among the options are shown as children
+        return shown({name: value for name, value in self.settings.items() if not isinstance(value, nn.Module)})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            cast = self._buffers[name]
+            if buffer is not None and cast is not None and cast.itemsize < min(4, buffer.itemsize):
+                self._buffers[name] = buffer.to(cast.device)
+        return self
+
+
+class PointLoss(Loss):
+    """A loss of predictions in label units."""
+
+    reads = "prediction"
+
+
+class ScoreLoss(Loss):
+    """A loss of scores, one per class or bin."""
+
+    reads = "scores"
+
+
+class FeatureLoss(Loss):
+    """A loss of features, one row per sample."""
+
+    reads = "features"

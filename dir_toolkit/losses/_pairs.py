@@ -1,0 +1,33 @@
+"""What losses of pairs of samples share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._ranks import summed
+
+
+def pairs_of(features: Tensor, gone: Tensor | None) -> Tensor:
+    """Which two of N samples make a pair, (N, N): two different ones, neither of which is ``gone``."""
+    pairs = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
+    return pairs if gone is None else pairs & ~gone & ~gone[:, None]
+
+
+def spread_of(labels: Tensor, weight: Tensor | None, *, ranks: bool = False) -> Tensor:
+    """The standard deviation of labels (N,) or (N, D), over their D numbers the mean one, (); NaN if all are equal.
+
+    Labels of weight zero are zero.
+    """
+    labels = labels.reshape(len(labels), -1)
+    share = torch.ones_like(labels[:, :1]) if weight is None else weight.to(labels.dtype)[:, None]
+
+    def mean(values: Tensor) -> Tensor:
+        sums = torch.cat([(share * values).sum(0), share.sum()[None]])
+        sums = summed(sums)[0] if ranks else sums
+        return sums[:-1] / sums[-1]
+
+    variance = mean((labels - mean(labels)).square()).mean()
+    return torch.where(variance > 0, variance, math.nan).sqrt()
