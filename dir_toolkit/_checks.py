@@ -1,6 +1,6 @@
-"""What callers may pass, and the one place where error sentences are made.
+"""Checks of what callers pass, and the one place where error sentences are made.
 
-Every sentence reads: who, which argument, the rule, what came, what to do.
+Every sentence says who, which argument, the rule, what came, and what to do.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from .errors import (
 )
 
 MOST_BINS = 10_000_000
-MOST_LONG = 2**31 - 1  # of any other axis
+MOST_LONG = 2**31 - 1  # the length of any other axis
 MOST_TAU = 1e30  # its product with any log-share fits into float32
 
 _HERE = str(Path(__file__).parent) + os.sep
-# What stands between the user and a function of this package without being either of them.
+# Files whose frames stand between the user and this package and belong to neither.
 _BETWEEN = (str(Path(torch.__file__).parent) + os.sep, contextlib.__file__, functools.__file__, "<string>")
-_OTHERS = ("builtins", "torch", "abc", "typing")  # whose classes ours are made of
+_OTHERS = ("builtins", "torch", "abc", "typing")  # modules whose classes are bases of ours
 
 _OURS: dict[type[Exception], type[Exception]] = {
     ValueError: ArgumentError,
@@ -52,11 +52,11 @@ _OURS: dict[type[Exception], type[Exception]] = {
 def problem(
     rule: str, *, got: object = None, fix: str = "", error: type[Exception] = ValueError, source: str = ""
 ) -> Exception:
-    """The exception to raise: ``<who>: <rule>, got <got>. <fix>``. It is one of ours, errors of files apart.
+    """The exception to raise: ``<who>: <rule>, got <got>. <fix>``. It is of a class of ours, unless a file is at fault.
 
     Args:
-        source: stands for who: the file, with its line or byte, where the fault lies in a file. Else it is
-            :func:`caller`.
+        source: takes the place of who where the fault lies in a file: the file with its line or byte. Otherwise
+            :func:`caller` is named.
     """
     sentence = f"{source or caller()[0]}: {rule}"
     if got is not None:
@@ -68,10 +68,10 @@ def problem(
 
 
 def caller() -> tuple[str, int]:
-    """What the user called of this package, read off the stack, and how many frames from here the user's own is.
+    """The name of what the user called in this package, and how many frames the user's own frame is away from here.
 
-    A method bears the name of its class, ``LDS.fit``; what Python or torch call in the user's place, as ``__init__``,
-    ``forward`` or a hook, bears the name of the class alone.
+    Both are read off the stack. A method bears the name of its class, as in ``LDS.fit``. What Python or torch calls for
+    the user, such as ``__init__``, ``forward`` or a hook, bears the name of the class alone.
     """
     name, depth = "dir_toolkit", 0
     frame = sys._getframe(1)
@@ -83,6 +83,12 @@ def caller() -> tuple[str, int]:
             break
         frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
     return name, depth
+
+
+# A compiled graph has no stack. torch.compile so leaves this function to Python, and with it the call that is refused.
+caller._torchdynamo_disable = True  # type: ignore[attr-defined]
+_REFUSED = "dir_toolkit refuses an argument. Call it without torch.compile to read why."
+caller._torchdynamo_disable_msg = _REFUSED  # type: ignore[attr-defined]
 
 
 def _public_name(frame: FrameType) -> str | None:
@@ -100,52 +106,47 @@ def _public_name(frame: FrameType) -> str | None:
 
 
 def digits(x: float) -> str:
-    """A number for a sentence: six digits where they are the number itself, else all, so that two never look alike."""
+    """A number for a sentence: with six digits if these are the whole number, and with all digits if not, so that two
+    numbers never look alike."""
     x = float(x)
     return short if float(short := f"{x:g}") == x or x != x else repr(x).removesuffix(".0")
 
 
 def warn(message: str) -> None:
-    """Issue a :class:`DirToolkitWarning`; callers remember that they did, so that it is said once."""
+    """Issue a :class:`DirToolkitWarning`. Callers remember that they did, so that it is said once."""
     name, depth = caller()
     warnings.warn(f"{name}: {message}", DirToolkitWarning, stacklevel=depth + 1)
 
 
 def instance(kind: Any, **values: object) -> None:
-    """Objects of one class, or one of several: ``bool`` for example, which ``bool(value)`` would make of anything."""
+    """Raise unless every value is an instance of ``kind``, a class or several."""
     for name, value in values.items():
         if not isinstance(value, kind):
             kinds = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
-            # an Image, an LDS
-            named = [f"{'an' if k[0] in 'AEIOaeio' or k.isupper() else 'a'} {k}" for k in kinds]
-            rule = f"{name} must be {' or '.join(named)}"
+            with_article = [f"{'an' if k[0] in 'AEIOaeio' or k.isupper() else 'a'} {k}" for k in kinds]  # an LDS
+            rule = f"{name} must be {' or '.join(with_article)}"
             raise problem(rule, got=type(value).__name__, error=TypeError)
 
 
 def is_tensor(**tensors: object) -> None:
-    """Each is a dense ``torch.Tensor`` of plain numbers."""
+    """Raise unless each value is a dense ``torch.Tensor`` of plain numbers."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise problem(
-                f"{name} must be a torch.Tensor",
-                got=type(value).__name__,
-                fix=f"Use torch.as_tensor({name}).",
-                error=TypeError,
-            )
+            rule, fix = f"{name} must be a torch.Tensor", f"Use torch.as_tensor({name})."
+            raise problem(rule, got=type(value).__name__, fix=fix, error=TypeError)
         if value.is_nested:
             got, fix = "a nested tensor", f"Use torch.cat({name}.unbind())."
             raise problem(f"{name} must be one dense tensor", got=got, fix=fix, error=TypeError)
         if value.layout != torch.strided:
-            raise problem(
-                f"{name} must be dense", got=str(value.layout), fix=f"Use {name}.to_dense().", error=TypeError
-            )
+            rule, fix = f"{name} must be dense", f"Use {name}.to_dense()."
+            raise problem(rule, got=str(value.layout), fix=fix, error=TypeError)
         if value.is_quantized:
             got, fix = f"dtype {value.dtype}", f"Use {name}.dequantize()."
             raise problem(f"{name} must not be quantized", got=got, fix=fix, error=TypeError)
 
 
 def on_one_device(**tensors: Tensor) -> None:
-    """None is spread over several devices, as a DTensor is."""
+    """Raise if a tensor is spread over several devices, as a DTensor is."""
     for name, value in tensors.items():
         if type(value) not in (Tensor, nn.Parameter) and hasattr(value, "full_tensor"):
             got, fix = f"a {type(value).__name__}", f"Use {name}.to_local(), or {name}.full_tensor()."
@@ -153,20 +154,20 @@ def on_one_device(**tensors: Tensor) -> None:
 
 
 def on_host(name: str, tensor: Tensor) -> Tensor:
-    """``tensor`` on the CPU and without its graph, for code that reads values."""
+    """The tensor on the CPU and without its graph, for code that reads values."""
     if tensor.is_meta:
         raise no_values(name)
     return tensor.detach().cpu()
 
 
 def no_values(name: str) -> Exception:
-    """The error of a meta tensor where values are read."""
+    """The error that a meta tensor causes where values are read."""
     rule, got = f"{name} must hold values", "a tensor on the meta device"
     return problem(rule, got=got, fix="Load or compute it first.")
 
 
 def real(**tensors: Tensor) -> None:
-    """Integers or floats: neither complex nor boolean."""
+    """Raise unless tensors hold integers or floats, which complex and boolean ones do not."""
     for name, value in tensors.items():
         if value.is_complex() or value.dtype == torch.bool:
             fix = "" if value.is_complex() else f"Use {name}.float()."
@@ -175,26 +176,23 @@ def real(**tensors: Tensor) -> None:
 
 
 def floats(**tensors: Tensor) -> None:
-    """Of a floating-point dtype, in which alone there are gradients and shares."""
+    """Raise unless tensors have a floating-point dtype."""
     for name, value in tensors.items():
         if not value.is_floating_point():
             raise problem(f"{name} must be floats", got=f"dtype {value.dtype}", error=TypeError)
 
 
 def same_device(**tensors: Tensor) -> None:
-    """All live on the device of the first."""
+    """Raise unless all tensors are on the device of the first."""
     names, devices = list(tensors), [t.device for t in tensors.values()]
     for name, device in zip(names[1:], devices[1:], strict=True):
         if device != devices[0]:
-            raise problem(
-                f"{names[0]} and {name} must be on the same device",
-                got=f"{devices[0]} and {device}",
-                fix=f"Use {name}.to({names[0]}.device).",
-            )
+            got, fix = f"{devices[0]} and {device}", f"Use {name}.to({names[0]}.device)."
+            raise problem(f"{names[0]} and {name} must be on the same device", got=got, fix=fix)
 
 
 def same_shape(**tensors: Tensor) -> None:
-    """All shapes equal; the fix names the usual cause, a stray axis of length one."""
+    """Raise unless all shapes are equal. The advice names the usual cause, a stray axis of length one."""
     names, shapes = list(tensors), [tuple(t.shape) for t in tensors.values()]
     for name, shape in zip(names[1:], shapes[1:], strict=True):
         if shape == shapes[0]:
@@ -204,23 +202,19 @@ def same_shape(**tensors: Tensor) -> None:
             fix = f"Use {names[0]}.squeeze({len(shape)})."
         elif shape == (*shapes[0], 1):
             fix = f"Use {name}.squeeze({len(shapes[0])})."
-        raise problem(
-            f"{names[0]} and {name} must have the same shape",
-            got=f"{shapes[0]} and {shape}",
-            fix=fix,
-            error=ShapeError,
-        )
+        rule = f"{names[0]} and {name} must have the same shape"
+        raise problem(rule, got=f"{shapes[0]} and {shape}", fix=fix, error=ShapeError)
 
 
 def not_empty(**arrays: Any) -> None:
-    """Each holds at least one value."""
+    """Raise unless each array holds at least one value."""
     for name, value in arrays.items():
         if math.prod(value.shape) == 0:
             raise problem(f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}")
 
 
 def finite(**tensors: Tensor | np.ndarray) -> None:
-    """No NaN and no infinity; the first offender is named by its position. Accelerator tensors are not looked at."""
+    """Raise at NaN and infinity, with the position of the first. Tensors on an accelerator are not looked at."""
     for name, value in tensors.items():
         if isinstance(value, Tensor):
             if not readable(value):
@@ -229,17 +223,13 @@ def finite(**tensors: Tensor | np.ndarray) -> None:
             value = (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy(force=True)
         bad = ~np.isfinite(value)
         if bad.any():
-            place = np.unravel_index(int(bad.argmax()), bad.shape)
-            at = ", ".join(str(int(i)) for i in place)
-            raise problem(
-                f"{name} must be finite",
-                got=f"{value[place]} at index [{at}] ({int(bad.sum())} such values)",
-                fix="Remove or repair these samples first.",
-            )
+            first = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
+            got = f"{value[first]} at index {list(first)} ({int(bad.sum())} such values)"
+            raise problem(f"{name} must be finite", got=got, fix="Remove or repair these samples first.")
 
 
 def not_negative(**tensors: Tensor) -> None:
-    """No value is below zero. Accelerator tensors are not looked at."""
+    """Raise if a value is below zero. Tensors on an accelerator are not looked at."""
     for name, value in tensors.items():
         value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
         if value.dtype.is_signed and readable(value) and bool((value < 0).any()):
@@ -264,8 +254,8 @@ def class_indices(name: str, index: Tensor, num_classes: int) -> None:
 
 
 def distributions(*, zeros: bool = False, **values: Tensor) -> None:
-    """Floats (..., B) >= 0 that sum to one along the last axis, but for rounding, or with ``zeros`` hold nothing else.
-    Accelerators are not looked at."""
+    """Raise unless floats (..., B) are not negative and sum to one along the last axis, but for rounding. With
+    ``zeros`` a row may also hold zeros alone. Tensors on an accelerator are not looked at."""
     for name, value in values.items():
         if not readable(value) or value.numel() == 0:
             continue
@@ -274,16 +264,14 @@ def distributions(*, zeros: bool = False, **values: Tensor) -> None:
         sound = (total - 1).abs() <= (1e-3 if value.itemsize >= 4 else 1e-2)
         if not bool((sound | (shares == 0).all(-1) if zeros else sound).all()):
             finite(**{name: shares})
-            raise problem(
-                f"{name} must sum to one along the last axis",
-                got=f"sums from {total.min().item():g} to {total.max().item():g}",
-                fix="Apply softmax to scores first.",
-            )
+            got = f"sums from {total.min().item():g} to {total.max().item():g}"
+            raise problem(f"{name} must sum to one along the last axis", got=got, fix="Apply softmax to scores first.")
         not_negative(**{name: shares})
 
 
 def prior_shares(name: str, prior: Tensor, *, zeros: bool = False) -> None:
-    """Shares > 0, or >= 0 with ``zeros``, that sum to one. Accelerator tensors are not looked at."""
+    """Raise unless shares are positive, or with ``zeros`` not negative, and sum to one. Tensors on an accelerator are
+    not looked at."""
     if not readable(prior):
         return
     finite(**{name: prior})
@@ -307,7 +295,7 @@ def number(
     open_high: bool = False,
     float32: bool = False,
 ) -> float:
-    """A finite real number between ``low`` and ``high``; with ``float32`` one that it holds in full, or zero."""
+    """A finite real number between ``low`` and ``high``. With ``float32`` it is zero or fits into a normal float32."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise problem(f"{name} must be a number", got=repr(value), error=TypeError)
     try:
@@ -345,18 +333,18 @@ def whole(name: str, value: object, *, low: int | None = None, high: int | None 
 
 
 def length(name: str, value: object, *, most: int = MOST_LONG) -> int:
-    """The length of an axis: at least 1, and not so large that nothing could hold it."""
+    """The length of an axis, which is at least 1 and at most what something could hold."""
     return whole(name, value, low=1, high=most)
 
 
 def _shown(value: object) -> str:
-    """``repr``, but for whole numbers of more digits than one reads, some of which Python does not write out."""
+    """``repr``, but not of whole numbers with more digits than one reads, some of which Python does not write out."""
     bits = value.bit_length() if isinstance(value, int) else 0
     return repr(value) if bits <= 64 else f"a whole number of {bits:,} bits"
 
 
 def one_of(name: str, value: object, allowed: Collection[str]) -> None:
-    """``value`` is one of the allowed words."""
+    """Raise unless ``value`` is one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
         listed = ", ".join(repr(a) for a in allowed)
         raise problem(f"{name} must be one of {listed}", got=repr(value))
@@ -376,7 +364,7 @@ def interval(name: str, value: object, *, low: float = 0.0) -> tuple[float, floa
 
 
 def keys(name: str, value: object, expected: Collection[str]) -> None:
-    """A mapping with exactly the expected keys."""
+    """Raise unless ``value`` is a mapping with exactly the expected keys."""
     if not isinstance(value, Mapping):
         raise problem(f"{name} must be a dict", got=type(value).__name__, error=TypeError)
     missing, extra = sorted(set(expected) - set(value)), sorted(set(value) - set(expected), key=str)
@@ -385,7 +373,7 @@ def keys(name: str, value: object, expected: Collection[str]) -> None:
 
 
 def labels_array(labels: object, name: str = "labels") -> np.ndarray:
-    """Labels, or what ``name`` says, as a NumPy array of integers or floats that torch can take over."""
+    """Labels, or whatever ``name`` says, as a NumPy array of integers or floats that torch can take over."""
     labels = _without_tensors(labels, name)
     try:
         array = np.asarray(labels)
@@ -395,18 +383,14 @@ def labels_array(labels: object, name: str = "labels") -> np.ndarray:
         rule, got = f"{name} must form one array of numbers", type(labels).__name__
         raise problem(rule, got=got, fix="Hand over its values.", error=TypeError) from None
     if array.dtype.kind not in "iuf":
-        raise problem(
-            f"{name} must be integers or floats",
-            got=type(labels).__name__ if array.shape == () and array.dtype == object else f"dtype {array.dtype}",
-            fix="Convert them first.",
-            error=TypeError,
-        )
-    # Files hold big-endian numbers (NetCDF, FITS), and some machines floats of 80 bits: torch knows neither.
+        got = type(labels).__name__ if array.shape == () and array.dtype == object else f"dtype {array.dtype}"
+        raise problem(f"{name} must be integers or floats", got=got, fix="Convert them first.", error=TypeError)
+    # Files may hold big-endian numbers (NetCDF, FITS), and some machines floats of 80 bits. Torch knows neither.
     return array.astype(np.float64 if array.itemsize > 8 else array.dtype.newbyteorder("="), copy=False)
 
 
 def _without_tensors(labels: Any, name: str) -> Any:
-    """Tensors, also those in lists, as arrays. Nothing is masked."""
+    """Labels whose tensors, also those in lists, are arrays. Masked values are refused."""
     if isinstance(labels, Tensor):
         is_tensor(**{name: labels})
         on_one_device(**{name: labels})
@@ -422,7 +406,7 @@ def _without_tensors(labels: Any, name: str) -> Any:
 
 
 def scalar(name: str, value: Any) -> Any:
-    """A number out of a tensor or array of no dimension, in the precision that it has there."""
+    """The number in a tensor or array of no dimension, in the precision that it has there."""
     if isinstance(value, (bool, numbers.Real)) or getattr(value, "ndim", None) != 0:
         return value
     return labels_array(value, name)[()]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from dir_toolkit import DirToolkitWarning, _checks
+import dir_toolkit as dt
+from dir_toolkit import DirToolkitError, DirToolkitWarning, _checks
 from dir_toolkit._numerics import readable
 from dir_toolkit.errors import LabelError, ShapeError
 
@@ -25,6 +29,73 @@ def test_a_sentence_says_who_the_rule_what_came_and_what_to_do() -> None:
 def test_warnings_are_ours() -> None:
     with pytest.warns(DirToolkitWarning, match=r"^\S+: be careful$"):
         _checks.warn("be careful")
+
+
+BINS = dt.Bins.uniform(0, 4, width=1)
+
+
+class Mine(dt.LDS):
+    """A class of the user's, derived from one of ours."""
+
+
+class Users(nn.Module):
+    """A module of the user's that calls a function of ours."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dt.weighted_l1(x, x[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("who", "call"),
+    [
+        ("weighted_l1", lambda: dt.weighted_l1(torch.ones(2, 1), torch.ones(2))),
+        ("weighted_l1", functools.partial(dt.weighted_l1, torch.ones(2, 1), torch.ones(2))),
+        ("weighted_l1", torch.no_grad()(lambda: dt.weighted_l1(torch.ones(2, 1), torch.ones(2)))),
+        ("weighted_l1", lambda: Users()(torch.ones(2, 1))),
+        ("weighted_l1", lambda: nn.Sequential(Users())(torch.ones(2, 1))),
+        ("LabelDensity.prior", lambda: dt.LabelDensity(BINS, [1, 0, 0, 0]).prior(floor=-1)),
+        ("Bins.index", lambda: BINS.index(torch.tensor([9.0]))),  # private methods are passed over
+        ("LDS.fit", lambda: dt.LDS(BINS).fit([9.0])),  # and public ones that the user did not call
+        ("Mine.fit", lambda: Mine(BINS).fit([9.0])),
+        ("Bins.quantile", lambda: dt.Bins.quantile([], 3)),
+        (r"(Bins\.)?grid", lambda: dt.Bins.grid()),  # Python 3.10 does not tell the class of a static method
+        ("LDS", lambda: dt.LDS(3)),  # type: ignore[arg-type]
+        ("LinearHead", lambda: dt.LinearHead(3, 2)(torch.ones(2, 4))),
+        ("LinearHead", lambda: nn.Sequential(dt.LinearHead(3, 2))(torch.ones(2, 4))),
+        ("dir_toolkit", lambda: _checks.whole("x", -1, low=0)),  # nobody of ours is between
+    ],
+)
+def test_an_error_names_what_the_user_called(who: str, call: Callable[[], object]) -> None:
+    with pytest.raises(DirToolkitError, match=rf"^{who}: "):
+        call()
+
+
+def test_a_warning_points_at_the_line_of_the_user() -> None:
+    def call() -> None:
+        dt.LDS(dt.Bins.uniform(0, 20, width=1)).fit([0.5] * 90 + [1.5] * 10)
+
+    with pytest.warns(DirToolkitWarning, match=r"^LDS\.fit: 90% of the labels") as caught:
+        call()
+    assert caught[0].filename == __file__
+    assert caught[0].lineno == call.__code__.co_firstlineno + 1
+
+
+def test_checks_that_pass_break_no_graph() -> None:
+    def checked(x: torch.Tensor) -> torch.Tensor:
+        _checks.is_tensor(x=x)
+        _checks.same_shape(x=x, y=x)
+        _checks.finite(x=x)
+        return x + _checks.number("one", 1, low=0)
+
+    x = torch.ones(2)
+    assert torch.compile(checked, fullgraph=True, backend="eager")(x).tolist() == [2, 2]
+
+
+def test_a_check_that_fails_in_a_compiled_function_says_who() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: dt.weighted_l1(x, x[:, 0]) + 1, backend="eager")
+    with pytest.raises(ShapeError, match=r"^weighted_l1: pred and target must have the same shape"):
+        compiled(torch.ones(2, 1))
 
 
 @pytest.mark.parametrize(
