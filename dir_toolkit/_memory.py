@@ -10,7 +10,7 @@ _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int | None:
-    """Bytes that could be taken on this machine and in its container; None where neither tells."""
+    """The bytes that are free on this machine and in its container, or None where neither says."""
     free = []
     with suppress(OSError):
         lines = _MEMINFO.read_text(encoding="utf-8").splitlines()

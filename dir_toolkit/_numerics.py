@@ -1,4 +1,4 @@
-"""What several rooms compute, and what they ask of a tensor before they do."""
+"""What several rooms compute, and what they ask of a tensor before they do so."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ def readable(tensor: Tensor) -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether values can be looked at, if need be by waiting for an accelerator. They cannot in compiled graphs, under
-    the transforms of ``torch.func``, inside which every result is wrapped, where make_fx traces, in fake mode, and
-    where they lie elsewhere.
+    """Whether values can be looked at, if need be by waiting for an accelerator.
+
+    They cannot in compiled graphs, under the transforms of ``torch.func``, inside which every result is wrapped, where
+    make_fx traces, in fake mode, and where a tensor has none.
     """
     return (
         not torch.compiler.is_compiling()
@@ -29,19 +30,19 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def strict_fake_mode() -> bool:
-    """Whether tensors are made without values, and may not meet those that have some."""
+    """Whether tensors are made without values and may not meet tensors that have values."""
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     return mode is not None and not mode.allow_non_fake_inputs
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor is one that the transforms of ``torch.func`` hand around. Compiled graphs cannot ask."""
+    """Whether a tensor is one that the transforms of ``torch.func`` wrap, which compiled graphs cannot ask."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def keepable(tensor: Tensor) -> bool:
-    """Whether a tensor may be kept: no subclass (as fake and distributed ones are), none that functorch wraps, none of
-    inference mode, which training could not use."""
+    """Whether a tensor may be kept. A subclass may not, such as a fake or distributed tensor, nor one that functorch
+    wraps, nor one of inference mode, which training could not use."""
     return type(tensor) in (Tensor, nn.Parameter) and not is_wrapped(tensor) and not tensor.is_inference()
 
 
@@ -51,7 +52,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast, where it is on, is off."""
+    """A context in which autocast is off."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -59,7 +60,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows (N, D) scaled to length one. A row shorter than 1e-12 becomes zero and has the gradient zero."""
-    # Squares of large numbers overflow. The result does not depend on the size, and so has no gradient by it.
+    # Squares of large numbers overflow. The result does not depend on the size, and so has no gradient through it.
     size = rows.detach().abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     rows = rows / size
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

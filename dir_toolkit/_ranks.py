@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._checks import problem
 
-_OF_THE_HOST = ("gloo", "mpi", "ucc")  # backends that take tensors of the CPU
+_OF_THE_HOST = ("gloo", "mpi", "ucc")  # backends that take tensors on the CPU
 
 
 def is_parallel() -> bool:
@@ -17,19 +17,18 @@ def is_parallel() -> bool:
 
 
 def check_group(group: object) -> None:
-    """A process group, or None for all ranks; what a rank has of a group that it is no part of is neither."""
+    """Raise unless ``group`` is a process group that this rank is in, or None for all ranks."""
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         rule = "group must be a torch.distributed.ProcessGroup that this rank is in, or None"
         raise problem(rule, got=repr(group), error=TypeError)
 
 
 def reduce_device(like: Tensor, group: dist.ProcessGroup | None = None) -> torch.device:
-    """Where the ranks of a group (None: all) sum what ``like`` is one of: the same kind of device on each of them,
-    wherever their tensors are. That is the accelerator if the group has a backend of its own for it, as NCCL is, else
-    the CPU.
+    """The device on which the ranks of a group (None: all ranks) sum tensors such as ``like``.
 
-    The device is that of ``like`` if it is on the accelerator already, else the one that the group is bound to, else
-    this rank's current one.
+    It is of the same kind on each rank, wherever the tensors are: the accelerator if the group has a backend of its own
+    for it, as NCCL is, and the CPU if not. On an accelerator it is the device of ``like``, if ``like`` is on it, or the
+    device that the group is bound to, or the current device of this rank.
     """
     kind = _accelerator()
     backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).lower().split(",") if ":" in pair)
@@ -43,8 +42,8 @@ def reduce_device(like: Tensor, group: dist.ProcessGroup | None = None) -> torch
 
 @torch.inference_mode(False)  # sums are kept, and written to later
 def summed(*sums: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, ...]:
-    """Each tensor summed over the ranks of a group (None: all), which must all call this, on the device that it came
-    on; as they are outside ``torch.distributed``."""
+    """Each tensor summed over the ranks of a group (None: all ranks), on its own device. All of these ranks must call
+    this. Outside ``torch.distributed`` tensors are returned as they are."""
     if not is_parallel():
         return sums
     totals = [tensor.to(reduce_device(tensor, group), copy=True) for tensor in sums]
@@ -57,5 +56,5 @@ def _accelerator() -> str | None:
     """The kind of accelerator that this process has."""
     if not hasattr(torch, "accelerator"):  # torch 2.4 and 2.5
         return "cuda" if torch.cuda.is_available() else None
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if found is None else found.type
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if device is None else device.type

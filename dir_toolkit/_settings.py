@@ -1,7 +1,7 @@
-"""What tells two objects apart that were made with other arguments.
+"""Settings, which tell apart two objects that were made with other arguments.
 
-Whatever has settings has one dict of them, ``settings``: an entry for each argument of its constructor, and what it has
-learnt from labels since. Its repr, its checkpoint and the fingerprint of a run all read that dict.
+Whatever has settings has one dict of them, ``settings``. It has an entry for each argument of the constructor, and for
+what was learnt from labels since. The repr, the checkpoint and the fingerprint of a run all read that dict.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from torch import Tensor, nn
 from ._checks import problem
 from .errors import SettingsError
 
-_LONGEST = 64  # numbers of an array that are written out; of longer ones a digest stands
+_LONGEST = 64  # the most numbers of an array that are written out; a longer array stands as a digest
 
 
 def described(name: str, value: object) -> Any:
     """Plain values, fit for JSON, that differ between two values that are not the same setting.
 
-    Arrays are written out where they are short, and stand as a digest where they are long. Objects give their
-    ``settings``, functions their module and name, a partial what it calls and its arguments, a module without
-    ``settings`` its class, its attributes, its buffers and what of its parameters is frozen, and its children.
+    A short array is written out, and a long one stands as a digest. An object gives its ``settings``, a function its
+    module and name, and a partial what it calls and its arguments. A module without ``settings`` gives its class, its
+    attributes, its buffers, those of its parameters that are frozen, and its children.
 
     Raises:
-        SettingsError: nothing but its place in memory tells the value from another, as with a lambda, or it holds
-        itself.
+        SettingsError: only its place in memory tells the value from another, as with a lambda, or it holds itself.
     """
     try:
         return _described(name, value)
@@ -89,12 +88,12 @@ def _described(name: str, value: object) -> Any:
 
 
 def shown(settings: Mapping[str, Any]) -> str:
-    """Settings as a repr shows them, ``name=value`` each."""
+    """Settings as a repr shows them, ``name=value`` for each."""
     return ", ".join(f"{name}={_short(value)}" for name, value in settings.items())
 
 
 def differing(saved: object, own: Mapping[str, Any]) -> str:
-    """What a saved description says other than one's own, in words; empty where they are the same."""
+    """In words, where a saved description differs from one's own. It is empty where they are the same."""
     if not isinstance(saved, Mapping):
         return repr(saved)
     absent = "nothing"
@@ -139,10 +138,11 @@ def _array(value: np.ndarray | Tensor) -> Any:
 
 
 def _function(name: str, function: Any) -> Any:
-    """Its module and name; one made inside another also by its defaults and by what it takes from there.
+    """The module and name of a function. A function made inside another also gives its defaults and what it takes from
+    there.
 
-    A decorator gives what it makes the name of what it wraps. If that is a module's own, what the two take from there
-    counts where it can be told.
+    A decorator gives the name of what it wraps to what it makes. If that is the name of a function of a module, what
+    the two take from where they were made counts as far as it can be described.
     """
     qualified = _qualified(function)
     if "<lambda>" in qualified:
@@ -163,7 +163,7 @@ def _function(name: str, function: Any) -> Any:
 
 
 def _added(value: object, own: Mapping[str, Any]) -> dict[str, Any]:
-    """What a subclass takes besides, of an object that tells the settings of the class that it inherits from."""
+    """The arguments that a subclass adds, where the object has the settings of the class that it inherits from."""
     if "settings" in vars(type(value)):
         return {}
     taken = inspect.signature(type(value)).parameters
@@ -171,10 +171,10 @@ def _added(value: object, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _module(name: str, module: nn.Module) -> dict[str, Any]:
-    torchs = type(module).__module__.startswith("torch.")  # whose private attributes are no settings
+    of_torch = type(module).__module__.startswith("torch.")  # whose private attributes are no settings
     hidden = vars(nn.Module()).keys()
     plain = {
-        key: item for key, item in vars(module).items() if key not in hidden and not (torchs and key.startswith("_"))
+        key: item for key, item in vars(module).items() if key not in hidden and not (of_torch and key.startswith("_"))
     }
     return {
         "is": _qualified(type(module)),
@@ -194,7 +194,7 @@ def _qualified(value: Any) -> str:
 
 def _unidentifiable(name: str, got: str) -> Exception:
     return problem(
-        f"{name} must be something that can be told from another by its settings, for a run to be resumed",
+        f"{name} must be something that its settings tell from another, so that a run can be resumed",
         got=got,
         fix="Use a function that a module defines, functools.partial of one, or an object with a dict `settings`.",
         error=SettingsError,

@@ -1,4 +1,4 @@
-"""The extra state of modules as one tensor of bytes, since what saves and averages models knows tensors alone."""
+"""The extra state of modules as one tensor of bytes, since code that saves and averages models knows tensors alone."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ._checks import problem
 from .errors import CheckpointError
 
 _FORMAT = 1
-_TENSOR, _TUPLE = "tensor", "tuple"  # keys of dicts that stand for a tensor, or a tuple, in the header
+_TENSOR, _TUPLE = "tensor", "tuple"  # keys of the dicts that stand for a tensor or a tuple in the header
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16,
            torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}  # fmt: skip
 
 
 def pack(state: dict[str, Any]) -> Tensor:
-    """Plain values and tensors, in dicts keyed by str, lists and tuples, as (n,) uint8 on the CPU.
+    """Plain values and tensors, in dicts with keys of str, lists and tuples, as (n,) uint8 on the CPU.
 
-    The length depends on the shapes of the tensors and on how plain values are written. So that a model's average can
-    be kept, which wants equal shapes throughout, what changes while a model trains belongs into tensors.
+    The length depends on the shapes of the tensors and on how plain values are written. Whatever changes while a model
+    trains belongs into tensors, since an average of models needs equal shapes throughout.
     """
     parts: list[bytes] = []
     header = {"format": _FORMAT, "state": _encoded(state, parts)}
@@ -39,7 +39,7 @@ def unpack(packed: object) -> dict[str, Any]:
     """The state that :func:`pack` wrote. Nothing in it is run.
 
     Raises:
-        CheckpointError: these are no such bytes, or they are damaged, cut short or of another format.
+        CheckpointError: the bytes are of something else, damaged, cut short or of another format.
     """
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.ndim != 1 or packed.is_meta:
         got = f"{packed.dtype} of shape {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
@@ -69,8 +69,8 @@ def unpack(packed: object) -> dict[str, Any]:
 
 @contextmanager
 def whole_or_not_at_all(*modules: nn.Module) -> Iterator[None]:
-    """Within, states are loaded into modules; where that raises, they are as they were. For this all of their numbers
-    are held twice meanwhile."""
+    """A context in which states are loaded into modules. If it raises, the modules are as they were before. All of
+    their numbers are held twice meanwhile."""
     parts = [part for module in modules for part in module.modules()]
     attributes = [
         (part, {**vars(part), "_parameters": {**part._parameters}, "_buffers": {**part._buffers}}) for part in parts
@@ -80,9 +80,9 @@ def whole_or_not_at_all(*modules: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for part, own in attributes:
+        for part, before in attributes:
             vars(part).clear()
-            vars(part).update(own)
+            vars(part).update(before)
         for x, before in copies:
             with torch.inference_mode(x.is_inference()), torch.no_grad():
                 x.copy_(before)
@@ -90,8 +90,8 @@ def whole_or_not_at_all(*modules: nn.Module) -> Iterator[None]:
 
 
 class SoundModule(nn.Module):
-    """A module that a refused ``load_state_dict`` leaves as it was, where torch leaves it half loaded, and that can be
-    trained after it was moved or cast in inference mode."""
+    """A module that stays as it was when ``load_state_dict`` refuses a state, where torch would leave it half loaded.
+    It can be trained after it was moved or cast in inference mode."""
 
     @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
