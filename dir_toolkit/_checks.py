@@ -237,20 +237,23 @@ def not_negative(**tensors: Tensor) -> None:
 
 
 def class_indices(name: str, index: Tensor, num_classes: int) -> None:
-    """Numbers from 0 to ``num_classes`` - 1 as int64. Accelerator tensors are not looked at."""
+    """Raise unless ``index`` holds int64 numbers from 0 to ``num_classes`` - 1. Accelerators are not looked at."""
     if index.dtype != torch.int64:
         fix = f"Use {name}.long()."
         raise problem(f"{name} must hold class indices as int64", got=f"dtype {index.dtype}", fix=fix, error=TypeError)
+    classes_exist(name, index, num_classes)
+
+
+def classes_exist(name: str, index: Tensor, num_classes: int) -> None:
+    """Raise unless integers (N,) of any dtype are from 0 to ``num_classes`` - 1. Accelerators are not looked at."""
     if readable(index) and index.numel():
         least, most = index.aminmax()
         if not 0 <= int(least) <= int(most) < num_classes:
             bad = (index < 0) | (index >= num_classes)
             first = int(bad.to(torch.uint8).argmax())
-            raise label_problem(
-                f"{name} must hold class indices from 0 to {num_classes - 1}",
-                got=f"{int(index[first])} at index [{first}] ({int(bad.sum())} such values)",
-                fix="Count classes from zero, and give the model one output for each.",
-            )
+            rule = f"{name} must hold class indices from 0 to {num_classes - 1}"
+            got = f"{int(index[first])} at index [{first}] ({int(bad.sum())} such values)"
+            raise label_problem(rule, got=got, fix="Count classes from zero, and give the model one output for each.")
 
 
 def distributions(*, zeros: bool = False, **values: Tensor) -> None:

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._checks import finite, is_tensor, label_problem, length, one_of, problem, same_device, warn
-from .._numerics import full_precision, readable, squared_distances, unit_rows, wide_dtype
+from .._checks import classes_exist, finite, is_tensor, label_problem, length, one_of, problem, same_device, warn
+from .._numerics import full_precision, squared_distances, unit_rows, wide_dtype
 from .._ranks import summed
 from .._settings import shown
 from .._state import SoundModule
@@ -99,13 +99,8 @@ class NearestMeanHead(SoundModule):
         same_device(features=features, labels=labels)
         finite(features=features)
         index = labels.long()
+        classes_exist("labels", index, self.num_classes)
         outside = (index < 0) | (index >= self.num_classes)
-        if readable(index) and bool(outside.any()):
-            at = int(outside.int().argmax())
-            raise label_problem(
-                f"labels must be classes from 0 to {self.num_classes - 1}",
-                got=f"{int(index[at])} at index [{at}] ({int(outside.sum())} such labels)",
-            )
         with torch.inference_mode(False):
             self._outside = self._outside.to(index.device) + outside.sum()
         self._moments.update(features, torch.where(outside, -1, index))
@@ -126,7 +121,7 @@ class NearestMeanHead(SoundModule):
         moments.all_reduce()
         (outside,) = summed(outside.to(moments.count.device))
         if int(outside):
-            rule = f"labels must be classes from 0 to {self.num_classes - 1}"
+            rule = f"labels must hold class indices from 0 to {self.num_classes - 1}"
             raise label_problem(rule, got=f"{int(outside)} that are not")
         if not bool(moments.count.any()):
             raise problem("there must be samples", got="none", fix="Call update first.", error=NotFittedError)

@@ -207,9 +207,9 @@ def test_means_that_the_buffer_cannot_hold_are_refused() -> None:
             torch.zeros(2, 4),
             torch.tensor([0, 3]),
             LabelError,
-            r"labels must be classes from 0 to 2, got 3 at index \[1\]",
+            r"labels must hold class indices from 0 to 2, got 3 at index \[1\]",
         ),
-        (torch.zeros(2, 4), torch.tensor([-1, 0]), LabelError, r"got -1 at index \[0\] \(1 such labels\)"),
+        (torch.zeros(2, 4), torch.tensor([-1, 0]), LabelError, r"got -1 at index \[0\] \(1 such values\)"),
         (
             torch.zeros(2, 4),
             torch.tensor([0.0, 1.0]),
@@ -251,18 +251,18 @@ def test_labels_that_another_rank_could_not_look_at_are_summed_with_all_else(mon
     monkeypatch.setattr("dir_toolkit.heads.nearest_mean.summed", lambda outside: (outside + 2,))
     head = NearestMeanHead(4, 3).double()
     head.update(*sample())
-    with pytest.raises(LabelError, match=r"must be classes from 0 to 2, got 2 that are not"):
+    with pytest.raises(LabelError, match=r"must hold class indices from 0 to 2, got 2 that are not"):
         head.finish()
 
 
 def test_where_values_are_not_looked_at_finish_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator."""
-    for module in ("heads.nearest_mean", "features.moments", "_checks"):
+    for module in ("features.moments", "_checks"):
         monkeypatch.setattr(f"dir_toolkit.{module}.readable", lambda tensor: False)
     head = fitted()
     head.update(torch.zeros(3, 4), torch.tensor([0, 3, -1]))
     with pytest.raises(
-        LabelError, match=r"^NearestMeanHead.finish: labels must be classes from 0 to 2, got 2 that are"
+        LabelError, match=r"^NearestMeanHead.finish: labels must hold class indices from 0 to 2, got 2 that are"
     ):
         head.finish()
     monkeypatch.undo()
