@@ -53,7 +53,7 @@ def step(smoothing: dt.FDS, num_samples: int = N) -> Callable[[], object]:
         for _ in range(16):
             smoothing.update(features, labels)
             smoothing.calibrate(features, labels)
-        smoothing._epoch_moments.all_reduce()  # takes in what is held
+        smoothing._moments.all_reduce()  # takes in what is held
 
     return run
 

@@ -92,7 +92,7 @@ def compare(report: Report, losses: dict[str, Callable[[Tensor], Tensor]], start
 
 def metrics(report: Report, labels: Tensor, density: dt.LabelDensity) -> None:
     pred = labels + 1
-    seen = dt.RegressionMetrics(BINS, density)
+    seen = dt.RegressionMetrics(density)
     runs: dict[str, Callable[[], object]] = {
         "mean absolute error": lambda: float((pred - labels).abs().mean()),
         "RegressionMetrics.update": lambda: seen.update(pred, labels),

@@ -54,13 +54,13 @@ from .losses.regression import weighted_focal_mse as weighted_focal_mse
 from .losses.regression import weighted_huber as weighted_huber
 from .losses.regression import weighted_l1 as weighted_l1
 from .losses.regression import weighted_mse as weighted_mse
-from .metrics.calibration import CalibrationMetrics as CalibrationMetrics
-from .metrics.calibration import calibration_metrics as calibration_metrics
 from .metrics.classification import ClassificationMetrics as ClassificationMetrics
 from .metrics.classification import balanced_error as balanced_error
 from .metrics.classification import classification_metrics as classification_metrics
 from .metrics.regression import RegressionMetrics as RegressionMetrics
 from .metrics.regression import regression_metrics as regression_metrics
+from .metrics.reliability import CalibrationMetrics as CalibrationMetrics
+from .metrics.reliability import calibration_metrics as calibration_metrics
 from .priors import LogitAdjuster as LogitAdjuster
 from .priors import TauChoice as TauChoice
 from .priors import adjust_logits as adjust_logits

@@ -10,6 +10,7 @@ import functools
 import math
 import numbers
 import os
+import re
 import sys
 import warnings
 from collections.abc import Collection, Mapping
@@ -65,6 +66,12 @@ def problem(
     if fix:
         sentence += f" {fix}"
     return _OURS.get(error, error)(sentence)
+
+
+def missing_package(requirement: str, error: ImportError) -> Exception:
+    """The error to raise where the import of an optional package has failed."""
+    rule = f"{re.split('[^a-z]', requirement)[0]} must be installed"
+    return problem(rule, got=f"{type(error).__name__}: {error}", fix=f"pip install '{requirement}'", error=ImportError)
 
 
 def caller() -> tuple[str, int]:
@@ -366,13 +373,14 @@ def interval(name: str, value: object, *, low: float = 0.0) -> tuple[float, floa
     return float(pair[0]), float(pair[1])
 
 
-def keys(name: str, value: object, expected: Collection[str]) -> None:
-    """Raise unless ``value`` is a mapping with exactly the expected keys."""
+def keys(name: str, value: object, expected: Collection[str], *, error: type[Exception] = ValueError) -> None:
+    """Raise ``error`` unless ``value`` is a mapping with exactly the expected keys."""
     if not isinstance(value, Mapping):
         raise problem(f"{name} must be a dict", got=type(value).__name__, error=TypeError)
     missing, extra = sorted(set(expected) - set(value)), sorted(set(value) - set(expected), key=str)
     if missing or extra:
-        raise problem(f"{name} must have the keys {sorted(expected)}", got=f"missing {missing}, unknown {extra}")
+        got = f"missing {missing}, unknown {extra}"
+        raise problem(f"{name} must have the keys {sorted(expected)}", got=got, error=error)
 
 
 def labels_array(labels: object, name: str = "labels") -> np.ndarray:

@@ -1,10 +1,12 @@
-"""How much memory is free."""
+"""How much memory is free, and what is refused because it would take more."""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
 from pathlib import Path
+
+from ._checks import problem
 
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -21,8 +23,16 @@ def free_memory() -> int | None:
         (_CGROUP, "memory.max", "memory.current"),
         (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        with suppress(OSError, ValueError, KeyError):  # there is no such file, or no limit: "max"
+        with suppress(OSError, ValueError, KeyError):  # There is no such file, or no limit, which is written "max".
             most, taken = (int((folder / name).read_text()) for name in (limit, usage))
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            free.append(most - taken + int(stat["active_file"]) + int(stat["inactive_file"]))  # files are given up
+            free.append(most - taken + int(stat["active_file"]) + int(stat["inactive_file"]))  # files can be dropped
     return min(free, default=None)
+
+
+def check_memory(what: str, needed: int, fix: str) -> None:
+    """Refuse to take more bytes than are free, where they are many. Else the system may kill a training hours later."""
+    free = free_memory() if needed > 2**28 else None
+    if free is not None and needed > free:
+        rule = f"{what} takes {needed / 2**30:.1f} GiB, which must be free"
+        raise problem(rule, got=f"{free / 2**30:.1f} GiB", fix=fix)

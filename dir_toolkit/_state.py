@@ -102,6 +102,19 @@ class SoundModule(nn.Module):
             return super().load_state_dict(state_dict, strict, assign)
 
 
+class Float64Module(SoundModule):
+    """A module whose buffers follow ``.to(device)``, and stay float64 whatever dtype the module is cast to."""
+
+    @torch.inference_mode(False)
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            self._buffers[name] = buffer.to(fn(buffer[:0]).device)
+        for child in self.children():
+            child._apply(fn)
+        return self
+
+
 def _encoded(value: Any, parts: list[bytes]) -> Any:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.array(value))  # a copy, since theirs may be read-only

@@ -43,7 +43,7 @@ from .errors import ShapeError
 from .labels.bins import Bins
 from .labels.density import LabelDensity
 from .labels.weights import LDS
-from .metrics.calibration import confidence_bin, confidence_edges
+from .metrics.reliability import confidence_bin, confidence_edges
 
 __all__ = [
     "LogitAdjuster",

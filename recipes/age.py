@@ -387,7 +387,7 @@ def trained(settings: Settings, name: str, runtime: Runtime, splits: Splits, out
         model,
         splits.train,
         splits.val,
-        metrics=dt.RegressionMetrics(bins, density),
+        metrics=dt.RegressionMetrics(density),
         loss=objective(method, model, density),
         weights=weights,
         sampler=sampler,
@@ -423,7 +423,7 @@ def train(settings: Settings, name: str, runtime: Runtime, splits: Splits, out: 
         model.set_prior("uniform", choice.tau)
         found["tau"] = ((), choice.tau, {"units": "1"})
     output = predict(model, splits.test, runtime=runtime)
-    metrics = dt.RegressionMetrics(model.bins, dt.LabelDensity.count(splits.train.labels, model.bins))
+    metrics = dt.RegressionMetrics(dt.LabelDensity.count(splits.train.labels, model.bins))
     metrics.update(output.prediction, torch.from_numpy(splits.test.labels).to(runtime.device))
     errors = metrics.compute().assign(minutes=end.minutes, best_epoch=end.epoch, **found)
     errors = errors.assign(by_sample(model, output, splits.test.labels))
@@ -513,7 +513,7 @@ def constant_predictor(splits: Splits, bins: dt.Bins) -> xr.Dataset:
     pred = torch.full_like(target, float(np.median(splits.train.labels)))
     density = dt.LabelDensity.count(splits.train.labels, bins)
     samples = {"target": ("sample", splits.test.labels), "prediction": ("sample", pred.numpy())}
-    return dt.regression_metrics(pred, target, bins, density).assign(samples)
+    return dt.regression_metrics(pred, target, density).assign(samples)
 
 
 def as_result(

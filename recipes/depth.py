@@ -105,7 +105,7 @@ def main(settings: Settings) -> None:
                     fds.end_epoch()
             with torch.no_grad():
                 pred = model.eval()(test_image)[:, 0]
-            errors = dt.regression_metrics(pred[valid], test_depth[valid], bins, density, many=many, few=few)
+            errors = dt.regression_metrics(pred[valid], test_depth[valid], density, many=many, few=few)
             table[name].append(np.append(errors.mae, errors.bmae.sel(region="all")))
     print(f"MAE in metres, mean over {settings.seeds} seed(s); bins of 0.5 m by their share of the training pixels")
     print(" " * 12 + "".join(f"{name:>9}" for name in (*errors.region.values, "bMAE")))

@@ -427,7 +427,7 @@ def metrics_of(settings: Settings, data: Splits) -> dt.ClassificationMetrics:
 
     bins = dt.Bins.classes(10)
     regions = ["few" if digit in thinned(settings) else "many" for digit in range(10)]
-    return dt.ClassificationMetrics(bins, dt.LabelDensity.count(data.train.labels, bins), regions=regions)
+    return dt.ClassificationMetrics(dt.LabelDensity.count(data.train.labels, bins), regions=regions)
 
 
 def objective(settings: Settings, variant: Variant, model: ImageClassifier, density: dt.LabelDensity) -> Any:
@@ -806,7 +806,7 @@ def show_tau(settings: Settings, variants: list[Variant], splits: Any, runs: Run
 
     import dir_toolkit as dt
     from dir_toolkit.experiment.results.class_figures import reliability_figure, tau_figure
-    from dir_toolkit.metrics.calibration import CalibrationMetrics
+    from dir_toolkit.metrics.reliability import CalibrationMetrics
 
     base, place = variants[0], data_name(settings, variants[0])
     curves: dict[str, dict[int, Any]] = {"validation": {}, "test": {}, "log-loss": {}}

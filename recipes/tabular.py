@@ -107,7 +107,7 @@ def main(settings: Settings) -> None:
         for name, (model, weighted) in methods(settings, seed, bins).items():
             model.fit(x, y, sample_weight=weight if weighted else None)
             pred = torch.from_numpy(model.predict(even[0]))
-            errors = dt.regression_metrics(pred, torch.from_numpy(even[1]), bins, density)
+            errors = dt.regression_metrics(pred, torch.from_numpy(even[1]), density)
             as_drawn = np.abs(model.predict(usual[0]) - usual[1]).mean()
             row = [as_drawn, errors.bmae.sel(region="all"), *errors.mae]
             table.setdefault(name, []).append([float(value) for value in row])

@@ -84,7 +84,7 @@ def main(settings: Settings) -> None:
                     schedule.step()
             with torch.no_grad():
                 pred = model(test_x) * scale
-            errors = dt.regression_metrics(pred, test_y, grid, density)
+            errors = dt.regression_metrics(pred, test_y, density)
             table.setdefault(name, []).append(errors.axis_mae.values)
     print(f"MAE in years / degrees, mean over {settings.seeds} seed(s), by the training samples of the joint bin")
     print(" " * 14 + "".join(f"{name:>15}" for name in errors.region.values))

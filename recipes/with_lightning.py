@@ -99,7 +99,7 @@ def main(settings: Settings) -> None:
     print(" " * 8 + "".join(f"{name:>12}" for name in SHOWN))
     for name, (weighted, smoothed) in METHODS.items():
         torch.manual_seed(settings.seed)
-        module = Ages(RegionMetric(dt.RegressionMetrics(bins, density), keys=SHOWN))
+        module = Ages(RegionMetric(dt.RegressionMetrics(density), keys=SHOWN))
         fds = dt.FDS(bins, 64, momentum=0.5)
         if smoothed:
             fds.attach(module.head, "input")

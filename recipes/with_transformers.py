@@ -104,7 +104,7 @@ def main(settings: Settings) -> None:
             trainer.train()
         with torch.no_grad():
             years = model.eval()(test_words, test_age, torch.ones_like(test_age))["years"]
-        errors = dt.regression_metrics(years, test_age, bins, density)
+        errors = dt.regression_metrics(years, test_age, density)
         if name == "vanilla":
             print(" " * 8 + "".join(f"{region:>9}" for region in (*errors.region.values, "bMAE")))
         print(f"{name:8}" + "".join(f"{mae:9.2f}" for mae in [*errors.mae.values, errors.bmae.sel(region="all")]))

@@ -52,7 +52,7 @@ density = dt.LabelDensity.count(labels, bins)
 model = dt.LongTailModel(torch.nn.Linear(2, 3), 3, bins, density=density, weights=dt.LDS(bins).fit(labels))
 output = model(torch.zeros(9, 2), labels)
 output.loss.backward()
-print(*dt.regression_metrics(output.prediction, labels, bins, density).data_vars)
+print(*dt.regression_metrics(output.prediction, labels, density).data_vars)
 """
 
 

@@ -88,7 +88,7 @@ def bits(module: nn.Module) -> dict[str, bytes]:
 def second_stage(model: nn.Module, train: ImageSet, folder: Path, **changes: Any) -> list[dict[str, Any]]:
     density = LabelDensity.count(train.labels, CLASSES)
     arguments: dict[str, Any] = {
-        "metrics": ClassificationMetrics(CLASSES, density),
+        "metrics": ClassificationMetrics(density),
         "loss": cross_entropy,
         "sampler": BinSampler(train.labels, CLASSES, seed=5),
         "runtime": RUNTIME,
@@ -477,7 +477,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> ImageClassifier:
 
 def error_of(model: nn.Module, data: ImageSet) -> float:
     density = LabelDensity(CLASSES, TAIL)
-    found = evaluate(model, data, metrics=ClassificationMetrics(CLASSES, density), runtime=RUNTIME)
+    found = evaluate(model, data, metrics=ClassificationMetrics(density), runtime=RUNTIME)
     return found.summary()["balanced_error/all"]
 
 
@@ -520,7 +520,7 @@ def test_rrt_with_inverse_weights_lowers_the_error_of_rare_labels(tmp_path: Path
     counts = np.array([120, 110, 90, 60, 30, 15, 8, 5, 3, 2, 2, 1])
     train, val, test = shades(counts, 0), shades(np.full(12, 5), 1), shades(np.full(12, 20), 2)
     density = LabelDensity.count(train.labels, bins)
-    metrics = RegressionMetrics(bins, density)
+    metrics = RegressionMetrics(density)
     with RUNTIME.seeded("shades"):
         model = LongTailModel(with_dropout(), 16, bins, density=density, head="regression")
     arguments: dict[str, Any] = {

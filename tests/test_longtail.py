@@ -557,7 +557,7 @@ def error_under(
     one = copy.deepcopy(model)
     one.set_prior("uniform", tau, kernel=kernel)
     pred = decode(one.adjuster(one._logits(scores)).softmax(1), AGES, of_mean or one.decoding)
-    return float(regression_metrics(pred, y, AGES, AGE_DENSITY)[by].sel(region="all"))
+    return float(regression_metrics(pred, y, AGE_DENSITY)[by].sel(region="all"))
 
 
 TAU_MODELS: list[dict[str, Any]] = [
@@ -1380,7 +1380,7 @@ def test_a_state_that_is_refused_late_changes_nothing_either(change: dict[str, A
     with pytest.raises(RuntimeError):
         model.load_state_dict(state, assign=assign)
     same_output(model(x, y), expected)
-    model.fds._forget_epoch()
+    model.fds.drop_epoch()
     assert {k: v.tolist() for k, v in model.state_dict().items() if k != "_extra_state"} == {
         k: v.tolist() for k, v in before.items() if k != "_extra_state"
     }
@@ -1541,7 +1541,7 @@ def test_the_training_loop_takes_its_criterion_and_fds(tmp_path: Path) -> None:
 
     model = seeded(make)
     history = fit(
-        model, train, val, metrics=ClassificationMetrics(CLASSES, density), loss=model.criterion, fds=fds,
+        model, train, val, metrics=ClassificationMetrics(density), loss=model.criterion, fds=fds,
         optimization=Optimization(epochs=3, batch_size=16, lr=0.02), runtime=Runtime(torch.device("cpu"), seed=3),
         folder=tmp_path / "run", augmentation=False,
     )  # fmt: skip

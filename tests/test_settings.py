@@ -210,9 +210,8 @@ MODELS: list[Case] = [
 METRICS: list[Case] = [
     Case(
         dt.RegressionMetrics,
-        {"bins": BINS, "density": DENSITY},
+        {"density": DENSITY},
         {
-            "bins": {"bins": OTHER_BINS, "density": OTHER_DENSITY},
             "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
             "floor": {"floor": 0.5},
             "outside": {"outside": "clip"},
@@ -220,9 +219,8 @@ METRICS: list[Case] = [
     ),
     Case(
         dt.ClassificationMetrics,
-        {"bins": BINS, "density": DENSITY},
+        {"density": DENSITY},
         {
-            "bins": {"bins": OTHER_BINS, "density": OTHER_DENSITY},
             "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
             "regions": {"regions": ["many", "few"] * 30},
             "outside": {"outside": "drop"},

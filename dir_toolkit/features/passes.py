@@ -1,4 +1,4 @@
-"""The bins of each forward, for activation checkpointing, which runs a part of the forward again in backward."""
+"""The bins of the latest forwards, for activation checkpointing, which runs a part of a forward again in backward."""
 
 from __future__ import annotations
 
@@ -12,56 +12,57 @@ from .._numerics import is_wrapped, wide_dtype
 
 __all__ = ["Pass", "Passes", "in_backward"]
 
-_MOST, _MOST_NUMBERS = 256, 2**24  # of passes that are kept, and of numbers in them
-_ALIKE, _APART = 1e-2, 10.0  # features run again differ by less than this share; those of other passes by so much more
+_MOST, _MOST_NUMBERS = 256, 2**24  # the most passes that are kept, and the most numbers in them
+_ALIKE = 1e-2  # Features that are computed again differ by less than this share of their size.
+_APART = 10.0  # Features of other passes differ by more than this many times as much.
 
 
 @dataclass(eq=False)
 class Pass:
-    """One run of a hook: what tells its features from others, and the row of each sample, None for those that pass
-    untouched."""
+    """One run of a hook, whose features ``mark`` tells from others."""
 
     hook: object
     shape: torch.Size
     mark: Tensor
-    row: Tensor | None
+    rows: Tensor | None
+    """The row of each sample; None where the features had no labels."""
     maps: int | None
-    """Which maps carried the features; None if they passed untouched."""
+    """Which maps carried the features; None where they passed untouched."""
     repeated: bool = False
     over: bool = False
-    """Whether backward had come to it before a later forward, so that others are more likely to be repeated."""
+    """Whether backward had repeated it before a later forward came, so that other passes are likelier to be meant."""
 
 
 class Passes:
-    """The latest forwards that activation checkpointing may repeat, found again by their features.
+    """The latest forwards that activation checkpointing may repeat. They are found again by their features.
 
-    A checkpoint drops what it has computed and runs the same code again, in any order, as often as need be, without a
-    word on which forward it repeats. It computes the same features, which no other forward has.
+    A checkpoint drops what it has computed. It runs the same code again, in any order and as often as needed, and does
+    not say which forward it repeats. But it computes the same features, which no other forward has.
     """
 
     def __init__(self) -> None:
         self._kept: list[Pass] = []
 
-    def keep(self, hook: object, features: Tensor, row: Tensor | None, maps: int | None) -> None:
-        """Note a forward, if a checkpoint may be around it."""
+    def keep(self, hook: object, features: Tensor, rows: Tensor | None, maps: int | None) -> None:
+        """Note a forward if there may be a checkpoint around it."""
         if not _may_be_repeated() or is_wrapped(features):
             return
         for kept in self._kept:
             kept.over = kept.repeated
-        self._kept.append(Pass(hook, features.shape, _mark(features), row, maps))
+        self._kept.append(Pass(hook, features.shape, _mark(features), rows, maps))
         numbers = 0
         for first in range(len(self._kept) - 1, -1, -1):
             kept = self._kept[first]
-            numbers += kept.mark.numel() + (0 if kept.row is None else kept.row.numel())
+            numbers += kept.mark.numel() + (0 if kept.rows is None else kept.rows.numel())
             if numbers > _MOST_NUMBERS or len(self._kept) - first > _MOST:
                 del self._kept[: min(first + 1, len(self._kept) - 2)]
                 break
 
     def find(self, hook: object, features: Tensor, maps: int, *, must: bool) -> Pass | None:
-        """The forward that is being repeated. This waits for an accelerator.
+        """The forward that is being repeated, or None where it is not known. This waits for an accelerator.
 
         Raises:
-            UsageError: it ``must`` be known and is not, or two forwards of equal features had other labels.
+            UsageError: it ``must`` be known and is not, or two forwards of equal features had different labels.
         """
         mark = _mark(features)
         same = [kept for kept in self._kept if kept.hook is hook and kept.shape == features.shape]
@@ -79,22 +80,19 @@ class Passes:
                 near = [kept for kept, far in zip(same, aways, strict=True) if far <= _APART * least]
                 near = [kept for kept in near if not kept.over] or near
                 near = [kept for kept in near if kept.maps in (None, maps)] or near
-                broken = scale - scale != 0  # so that no gradient can be right
-                if broken or all(_equal(kept.row, near[0].row) for kept in near):
+                broken = scale - scale != 0  # The features are not finite, so that no gradient can be right.
+                if broken or all(_equal(kept.rows, near[0].rows) for kept in near):
                     near[-1].repeated = True
                     return near[-1]
-                raise problem(
-                    "with activation checkpointing forwards of one backward must differ in their features where they "
-                    "differ in their labels",
-                    got="two of equal features and other labels",
-                    fix="Run backward after each of them, or attach to a part that is not checkpointed.",
-                    error=RuntimeError,
-                )
+                rule = "with activation checkpointing, forwards of one backward that differ in their labels must differ"
+                fix = "Run backward after each of them, or attach to a part that is not checkpointed."
+                got = "two with equal features and different labels"
+                raise problem(f"{rule} in their features", got=got, fix=fix, error=RuntimeError)
         if not must:
             return None
         raise problem(
-            "with activation checkpointing backward must compute the features of a forward again",
-            got="others than those of the latest forwards" if self._kept else "no forward within a checkpoint",
+            "with activation checkpointing, backward must compute the features of a forward again",
+            got="features of none of the latest forwards" if self._kept else "no forward within a checkpoint",
             fix="Keep the checkpoint's preserve_rng_state=True and the model in training mode until then, or attach to "
             "a part that is not checkpointed.",
             error=RuntimeError,
@@ -102,12 +100,13 @@ class Passes:
 
 
 def in_backward() -> bool:
-    """Whether autograd is running, within which it is activation checkpointing that runs a module."""
+    """Whether autograd is running. Then it is activation checkpointing that runs a module."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _may_be_repeated() -> bool:
-    """A checkpoint of one kind runs the forward without gradients, one of the other holds what autograd saves."""
+    """Whether there may be a checkpoint. One kind runs the forward without gradients, and the other one holds what
+    autograd saves."""
     if torch.is_inference_mode_enabled():
         return False
     holders = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -116,7 +115,7 @@ def _may_be_repeated() -> bool:
 
 @torch.no_grad()
 def _mark(features: Tensor) -> Tensor:
-    """A number per sample that hangs on each of its features, (N,)."""
+    """One number per sample that depends on each of its features, (N,)."""
     x = features.detach().to(wide_dtype(features)).movedim(1, -1)
     weights = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device).cos_()
     return (x * weights).flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""A Lightning callback that drives FDS."""
+"""A callback of Lightning that drives FDS."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from .._checks import problem
+from .._checks import missing_package, problem
 from ..errors import CheckpointError
 from ..features.fds import FDS
 from ._fds import Driver, LabelsOf
@@ -14,19 +14,14 @@ from ._fds import Driver, LabelsOf
 try:
     import lightning.pytorch as pl
 except ImportError as error:
-    raise problem(
-        "lightning must be installed",
-        got=f"{type(error).__name__}: {error}",
-        fix="pip install 'lightning>=2.5'",
-        error=ImportError,
-    ) from error
+    raise missing_package("lightning>=2.5", error) from error
 
 __all__ = ["FDSCallback"]
 
 
 class FDSCallback(pl.Callback):
-    """Drives FDS in a Lightning training: places the labels of each batch around the training step, ends its epochs,
-    and saves its statistics.
+    """Drives FDS in a training of Lightning. It places the labels of each batch around the training step, ends the
+    epochs, and saves the statistics.
 
     .. code-block:: python
 
@@ -35,22 +30,23 @@ class FDSCallback(pl.Callback):
         trainer = lightning.Trainer(callbacks=[FDSCallback(fds, labels_of="age")])
         trainer.fit(module, loader)
 
-    Labels are placed for backward, too, so activation checkpointing works; not for validation, whether in mid-epoch or
-    before training. An epoch ends after its last validation. Statistics go into Lightning's checkpoints whether or not
-    ``fds`` is a part of the module, and with ``fit(ckpt_path=...)`` training goes on as if it had never stopped; on
-    several ranks, from a checkpoint in mid-epoch, but for rounding. If ``fit`` is called again without one, an epoch
-    that was broken off is dropped and the statistics of whole epochs stay. Not for ``pytorch_lightning``, whose
-    callbacks are of another class.
+    Labels are placed for backward, too, so that activation checkpointing works. They are not placed for validation,
+    whether it comes in mid-epoch or before training. An epoch ends after its last validation. The statistics go into
+    Lightning's checkpoints whether or not ``fds`` is a part of the module. With ``fit(ckpt_path=...)`` training goes on
+    as if it had never stopped. On several ranks, a checkpoint in mid-epoch leads to the same numbers but for
+    rounding. If ``fit`` is called again without a checkpoint, an epoch that was broken off is dropped, and the
+    statistics of whole epochs stay. The callbacks of ``pytorch_lightning`` are of another class, so that this one does
+    not work there.
 
     Args:
-        fds: one, or several, each attached by the time training starts.
+        fds: one FDS or several, each attached by the time training starts.
         labels_of: where the labels are in a batch as it arrives at ``training_step``: an index (of a tuple), a key (of
-            a dict), or a function of the batch; one for all FDS, or a list of one each. None where the module places
-            them itself, as :class:`dir_toolkit.LongTailModel` does when it is given labels.
+            a dict), or a function of the batch. Pass one for all FDS, or a list with one per FDS. Pass None where the
+            module places them itself, as :class:`dir_toolkit.LongTailModel` does when it is given labels.
     Raises:
         ValueError: a batch has no labels there. TypeError: they are no tensor. UsageError: an FDS is attached nowhere,
         or ``training_step`` takes ``dataloader_iter``. CheckpointError: the checkpoint to go on from has no statistics,
-        or those of other bins. And as :meth:`FDS.labels` and :meth:`FDS.end_epoch`.
+        or those of other bins. Further errors are those of :meth:`FDS.labels` and :meth:`FDS.end_epoch`.
     Source:
         Yang et al. 2021, section 3.2 (arXiv:2102.09554), for FDS.
     """

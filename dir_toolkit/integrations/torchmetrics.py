@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import instance, problem
+from .._checks import instance, missing_package, problem
 from .._settings import shown
 from ..metrics.classification import ClassificationMetrics
 from ..metrics.regression import RegressionMetrics
@@ -18,32 +18,29 @@ from ..metrics.regression import RegressionMetrics
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise problem(
-        "torchmetrics must be installed",
-        got=f"{type(error).__name__}: {error}",
-        fix="pip install 'torchmetrics>=1.7'",
-        error=ImportError,
-    ) from error
+    raise missing_package("torchmetrics>=1.7", error) from error
 
 __all__ = ["RegionMetric"]
 
 
 class RegionMetric(Metric):
-    """Errors by region of the training density: :class:`RegressionMetrics` or :class:`ClassificationMetrics` wherever a
-    ``torchmetrics.Metric`` is taken, as in a ``MetricCollection`` or Lightning's ``log_dict``.
+    """Errors by region of the training density, wherever a ``torchmetrics.Metric`` is taken, as in a
+    ``MetricCollection`` or in Lightning's ``log_dict``.
 
-    ``compute`` returns a dict of float64 numbers with keys such as ``"mae/all"``, ``"mae/few"``, ``"bmae/all"`` or
-    ``"balanced_error/few"``, and ``"count/few"``, the samples they stand on; NaN where a region has none.
+    The errors are those of :class:`RegressionMetrics` or :class:`ClassificationMetrics`. ``compute`` returns a dict of
+    float64 numbers. Its keys are such as ``"mae/all"``, ``"mae/few"``, ``"bmae/all"`` or ``"balanced_error/few"``, and
+    ``"count/few"`` for the number of samples. A number is NaN where its region has no samples.
 
     Args:
-        metrics: whose settings are taken, not what it has seen.
-        keys: of ``compute``, to return these alone; None returns all.
-        many, few: limits of the regions, as in :meth:`LabelDensity.regions`.
-        options: of ``torchmetrics.Metric``, such as ``dist_sync_on_step``.
+        metrics: the metrics whose settings are taken. What they have seen is not.
+        keys: the keys that ``compute`` returns; None for all.
+        many, few: the limits of the regions, as in :meth:`LabelDensity.regions`.
+        options: those of ``torchmetrics.Metric``, such as ``dist_sync_on_step``.
     Shape:
         as ``metrics.update``.
     Raises:
-        TypeError: ``metrics`` is neither. ValueError: a key is not known. And as ``metrics.update``.
+        TypeError: ``metrics`` is neither. ValueError: a key is not known. Further errors are those of
+        ``metrics.update``.
 
     >>> from dir_toolkit import Bins, LabelDensity, RegressionMetrics
     >>> bins = Bins.classes(2)
@@ -74,17 +71,16 @@ class RegionMetric(Metric):
         self._metrics, self._limits = metrics.fresh(), {"many": many, "few": few}
         for name in self._metrics.kept:
             self.add_state(name, getattr(self._metrics, name), dist_reduce_fx="sum")
-        # A MetricCollection lets metrics of equal states share one, after a first batch; it must not by chance.
+        # After the first batch, a MetricCollection lets metrics of equal states share one. This must not be by chance.
         self.add_state("identity", _digest(self._metrics), dist_reduce_fx="max")
         known = list(_numbers(self._metrics, self._limits))
         self._keys = known if keys is None else list(keys)
-        for key in self._keys:
-            if key not in known:
-                raise problem(f"keys must be out of {', '.join(known)}", got=repr(key))
+        if unknown := [key for key in self._keys if key not in known]:
+            raise problem(f"keys must be out of {', '.join(known)}", got=repr(unknown[0]))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was made with, by argument; the options of torchmetrics apart."""
+        """The arguments it was made with, by name, without the options of torchmetrics."""
         return {"metrics": self._metrics, "keys": self._keys, **self._limits}
 
     def extra_repr(self) -> str:
@@ -98,7 +94,7 @@ class RegionMetric(Metric):
             setattr(self, name, getattr(metrics, name))
 
     def compute(self) -> dict[str, Tensor]:
-        """The numbers so far, over all ranks, each () float64."""
+        """The numbers of all samples so far, over all ranks, each () float64."""
         numbers = _numbers(self._seen(), self._limits)
         device = self.refused.device
         return {key: torch.tensor(numbers[key], dtype=torch.float64, device=device) for key in self._keys}
@@ -110,12 +106,12 @@ class RegionMetric(Metric):
         return metrics
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        """Sums move with a module, and stay float64 and whole numbers whatever it is cast to."""
-        self._computed = None  # would be cast
+        """Move the sums with a module. They stay float64 and whole numbers whatever the module is cast to."""
+        self._computed = None  # It would be cast.
         super()._apply(fn, exclude_state=[*self._defaults, *exclude_state])
         for name, default in self._defaults.items():
             device = fn(default[:0]).device
-            if device.type not in ("meta", "mps"):  # of which one has no numbers, and the other no float64
+            if device.type not in ("meta", "mps"):  # One of these has no numbers, and the other has no float64.
                 self._defaults[name] = default.to(device)
                 setattr(self, name, getattr(self, name).to(device))
         return self
@@ -132,6 +128,6 @@ def _numbers(metrics: RegressionMetrics | ClassificationMetrics, limits: dict[st
 
 
 def _digest(metrics: RegressionMetrics | ClassificationMetrics) -> Tensor:
-    """What the sums depend on, as 32 numbers."""
-    told = json.dumps([metrics.bins.to_dict(), getattr(metrics, "floor", None), metrics.outside])
-    return torch.tensor(list(hashlib.sha256(told.encode()).digest()), device="cpu")
+    """A digest of what the sums depend on, as 32 numbers."""
+    content = json.dumps([metrics.bins.to_dict(), getattr(metrics, "floor", None), metrics.outside])
+    return torch.tensor(list(hashlib.sha256(content.encode()).digest()), device="cpu")

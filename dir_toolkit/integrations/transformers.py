@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .._checks import problem
+from .._checks import missing_package, problem
 from ..errors import CheckpointError
 from ..experiment.training.checkpoint import load_checkpoint, save_checkpoint
 from ..features.fds import FDS
@@ -22,12 +22,7 @@ from ._fds import Driver, LabelsOf
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
-    raise problem(
-        "transformers must be installed",
-        got=f"{type(error).__name__}: {error}",
-        fix="pip install 'transformers[torch]>=4.57'",
-        error=ImportError,
-    ) from error
+    raise missing_package("transformers[torch]>=4.57", error) from error
 
 __all__ = ["FDSCallback"]
 
@@ -35,8 +30,8 @@ _FILE = "fds.pt"
 
 
 class FDSCallback(TrainerCallback):
-    """Drives FDS in a training of the Hugging Face Trainer: places the labels that the model gets around each training
-    pass, ends its epochs, and saves its statistics beside the Trainer's checkpoints.
+    """Drives FDS in a training of the Hugging Face Trainer. It places the labels that the model gets around each
+    training pass, ends the epochs, and saves the statistics beside the Trainer's checkpoints.
 
     .. code-block:: python
 
@@ -45,26 +40,26 @@ class FDSCallback(TrainerCallback):
         trainer = Trainer(model, args, train_dataset=data, callbacks=[FDSCallback(fds)])
         trainer.train()
 
-    The Trainer shows a callback no batch, so hooks on the model take the labels from its keyword inputs while it
-    trains; evaluation passes untouched. An epoch ends before the evaluation at its end. Keep ``fds`` outside the
-    model's tree, as :meth:`FDS.attach` does, since the Trainer's files hold tensors alone: each checkpoint folder gets
-    a file ``fds.pt`` of its own, and ``train(resume_from_checkpoint=...)`` goes on from it as if training had never
-    stopped; on several ranks, in mid-epoch, but for rounding. Under ``ignore_data_skip`` an epoch is begun again, and
-    what was gathered of it is dropped. A hyperparameter search saves no statistics. Gradient checkpointing works,
-    too.
+    The Trainer shows a callback no batch. Hooks on the model therefore take the labels from its keyword inputs while
+    it trains, and evaluation passes untouched. An epoch ends before the evaluation at its end. Keep ``fds`` outside the
+    model's tree, as :meth:`FDS.attach` does, since the Trainer's files hold nothing but tensors. Each checkpoint folder
+    gets a file ``fds.pt`` of its own, from which ``train(resume_from_checkpoint=...)`` goes on as if training had never
+    stopped. On several ranks, a checkpoint in mid-epoch leads to the same numbers but for rounding. Under
+    ``ignore_data_skip`` an epoch is begun again, and what was gathered of it is dropped. A hyperparameter search saves
+    no statistics. Gradient checkpointing works, too.
 
     Args:
-        fds: one, or several, each attached by the time training starts.
-        labels_of: where the labels are among the model's keyword inputs: a key, or a function of the dict of them; one
-            for all FDS, or a list of one each. None where the model places them itself. With label smoothing or a
-            ``compute_loss_func`` the Trainer keeps ``labels`` to itself, so hand them to the model under another name,
-            too.
+        fds: one FDS or several, each attached by the time training starts.
+        labels_of: where the labels are among the model's keyword inputs: a key, or a function of the dict of them. Pass
+            one for all FDS, or a list with one per FDS. Pass None where the model places them itself. With label
+            smoothing or a ``compute_loss_func`` the Trainer keeps ``labels`` to itself, so hand them to the model under
+            another name, too.
         resume_from: the folder of the checkpoint to go on from, if it is not in ``output_dir``.
     Raises:
         ValueError: the model gets no labels there. TypeError: they are no tensor. UsageError: an FDS is attached
         nowhere or is a part of the model, or one process trains on several GPUs. CheckpointError: the checkpoint to go
-        on from has no statistics, those of another run, or those of other bins. And as :meth:`FDS.labels` and
-        :meth:`FDS.end_epoch`.
+        on from has no statistics, those of another run, or those of other bins. Further errors are those of
+        :meth:`FDS.labels` and :meth:`FDS.end_epoch`.
     Source:
         Yang et al. 2021, section 3.2 (arXiv:2102.09554), for FDS.
     """
@@ -85,7 +80,7 @@ class FDSCallback(TrainerCallback):
     ) -> None:
         model: nn.Module = kwargs["model"]
         if args.n_gpu > 1:
-            fix = "Start one process a GPU (torchrun), or set CUDA_VISIBLE_DEVICES to one of them."
+            fix = "Start one process per GPU (torchrun), or set CUDA_VISIBLE_DEVICES to one of them."
             rule = "each process must train on one GPU"
             raise problem(rule, got=f"{args.n_gpu} in one", fix=fix, error=RuntimeError)
         if any(part is fds for part in model.modules() for fds in self._driver.all):
@@ -95,7 +90,7 @@ class FDSCallback(TrainerCallback):
         resumed = state.global_step > 0
         if resumed:
             self._load(args, state)
-        over = float(state.epoch or 0).is_integer()  # saved after an epoch's last step, perhaps before its end
+        over = float(state.epoch or 0).is_integer()  # It was saved after an epoch's last step, perhaps before its end.
         self._driver.start(resumed=resumed and (over or not args.ignore_data_skip))
         if over:
             self._driver.end_overdue_epoch()
@@ -114,7 +109,7 @@ class FDSCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_hyper_param_search:
             return
-        saved = self._driver.state_dict() | {"of": _fingerprint(state)}  # on all ranks, since it sums over them
+        saved = self._driver.state_dict() | {"of": _fingerprint(state)}  # All ranks do this, since it sums over them.
         if args.should_save:
             save_checkpoint(_folder(args, state) / _FILE, saved)
 
@@ -162,6 +157,6 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _fingerprint(state: TrainerState) -> str:
-    """What a checkpoint's ``trainer_state.json`` holds of a run, and no other's does."""
-    told = json.dumps([state.global_step, state.epoch, state.total_flos, state.log_history], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()
+    """What tells the ``trainer_state.json`` of a checkpoint from that of any other run or step."""
+    content = json.dumps([state.global_step, state.epoch, state.total_flos, state.log_history], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

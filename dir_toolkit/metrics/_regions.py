@@ -1,71 +1,125 @@
-"""Regions of the label axis, and the form that every metric's dataset over them has."""
+"""Metrics over the regions and bins of a label axis."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from .._checks import instance, problem
-from ..labels.bins import Bins
+from .._checks import problem
+from ..labels.bins import Bins, Outside
 from ..labels.density import REGIONS, LabelDensity
-from ..labels.grid import AnyBins, BinGrid
+from ..labels.grid import BinGrid
+from ._metric import Metric, stored_unit
+from ._sums import MergingSums
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-def check_axis(bins: AnyBins, density: LabelDensity, *, grid: bool = False) -> None:
-    """A label axis, or a grid of several where ``grid`` says so, and what was counted on it in training."""
-    instance((Bins, BinGrid) if grid else Bins, bins=bins)
-    if not isinstance(density, LabelDensity) or density.bins != bins:
-        raise problem("density must be a LabelDensity over the same bins", got=repr(density))
-    if density.counts.dtype.kind == "f":
-        raise problem("density must be as counted, not smoothed", got=repr(density))
+class RegionMetrics(MergingSums):
+    """Metrics that follow from sums per bin, over all labels and by region of the training density."""
 
+    metrics: ClassVar[tuple[Metric, ...]]
+    """The declarations of the numbers that :meth:`compute` gives."""
+    selects: ClassVar[str]
+    """The key of :meth:`summary` whose least value marks the best model."""
+    takes: ClassVar[str]
+    """The part of a model's output that :meth:`update` takes, by name."""
 
-def membership(regions: np.ndarray) -> np.ndarray:
-    """Which bins all labels, and each region, take in: (5, B) bool, from the region of each bin."""
-    return np.stack([np.ones(len(regions), dtype=bool)] + [regions == name for name in REGIONS])
+    regions: np.ndarray | None = None
 
+    def __init__(self, density: LabelDensity, outside: Outside, *, grids: bool) -> None:
+        axes = (Bins, BinGrid) if grids else Bins
+        if not isinstance(density, LabelDensity) or not isinstance(density.bins, axes):
+            raise problem(f"density must be a LabelDensity{'' if grids else ' over one axis'}", got=repr(density))
+        if density.counts.dtype.kind == "f":
+            raise problem("density must be as counted, not smoothed", got=repr(density))
+        self.density, self.bins = density, density.bins
+        super().__init__(outside)
 
-def bin_mean(values: np.ndarray, inside: np.ndarray, widths: np.ndarray | float = 1.0) -> np.ndarray:
-    """The mean of ``values`` (B,) over the bins of each row of ``inside`` (5, B), each weighted by its width; NaN for a
-    row without any."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(inside, values * widths, 0.0).sum(1) / (inside * widths).sum(1)
+    def _sums_by_bin(self) -> dict[str, np.ndarray]:
+        """The sums of each bin by name, (K, B) for each of K axes. One of them is ``count``."""
+        raise NotImplementedError
 
+    def _widths(self) -> np.ndarray | float:
+        """The weight of each bin in a mean over bins."""
+        return 1.0
 
-def dataset(
-    data: Mapping[str, Any], density: LabelDensity, regions: np.ndarray, *, label_units: Collection[str] = ()
-) -> xr.Dataset:
-    """``data`` over ``region`` and ``bin``, with training counts, coordinates and units.
+    def summary(self) -> dict[str, float]:
+        """The numbers to watch in training, under keys such as "mae/few".
 
-    Args:
-        regions: of each bin, (B,). label_units: the variables that are in label units; all others are plain numbers.
-    """
-    import xarray as xr
+        They are NaN where there is no sample. Regions that have no bin are left out.
+        """
+        result = self.compute()
+        present = {"all", *result["bin_region"].values}
+        watched = [(metric.name, region) for metric in self.metrics for region in metric.watched if region in present]
+        return {f"{name}/{region}": float(result[name].sel(region=region)) for name, region in watched}
 
-    bins = density.bins
-    if isinstance(bins, BinGrid):
-        dims: Any = ("bin", "axis")
-        low, high = (bins._corners([axis.edges[i : len(axis) + i] for axis in bins.axes]) for i in (0, 1))
-    else:
-        dims, low, high = "bin", bins.edges[:-1], bins.edges[1:]
-    result = xr.Dataset(
-        {**data, "train_count": ("bin", np.asarray(density.counts))},
-        coords={
-            "region": ["all", *REGIONS],
-            "bin": np.arange(len(bins)),
-            "bin_low": (dims, low),
-            "bin_high": (dims, high),
-            "bin_center": (dims, bins.centers),
-            "bin_region": ("bin", regions),
-        },
-    )
-    for name in result.data_vars:
-        result[name].attrs["units"] = "label units" if name in label_units else "1"
-    for name in ("bin_low", "bin_high", "bin_center"):
-        result[name].attrs["units"] = "label units"
-    return result
+    def compute(self, *, many: int = 100, few: int = 20) -> xr.Dataset:
+        """The numbers so far, as a dataset over ``region`` (all, many, medium, few, unseen) and ``bin``.
+
+        Units are attributes; ``"label"`` stands for the unit of the labels. Over a grid there is ``axis``, too:
+        ``axis_mae``, ``axis_rmse`` and so on hold each dimension by itself, and the bounds and centres of bins have one
+        value per dimension.
+
+        Args:
+            many, few: limits of the regions, as in :meth:`LabelDensity.regions`. They do nothing if regions were given.
+        Raises:
+            LabelError, ValueError: on an accelerator, :meth:`update` was given what it refuses on the CPU.
+        """
+        self._check_refused()
+        regions = self.density.regions(many=many, few=few) if self.regions is None else self.regions
+        by_bin = self._sums_by_bin()
+        inside = np.stack([np.ones(len(regions), dtype=bool)] + [regions == name for name in REGIONS])  # (5, B)
+        by_region = {name: np.where(inside, rows[:, None], 0).sum(-1) for name, rows in by_bin.items()}  # (K, 5)
+        tested = inside & (by_bin["count"][0] > 0)
+        data: dict[str, Any] = {}
+        units: dict[str, str] = {}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for metric in self.metrics:
+                if "bin" in metric.over:
+                    data[f"bin_{metric.name}"] = ("bin", metric.of(by_bin).mean(0))
+                if "region" in metric.over:
+                    by_axis = self._mean_over_bins(metric.of(by_bin), tested) if metric.mean_over_bins else None
+                    by_axis = metric.of(by_region) if by_axis is None else by_axis  # (K, 5)
+                    pooled = {name: by_region[name].mean(0) for name in metric.sums} if metric.pooled else None
+                    data[metric.name] = ("region", by_axis.mean(0) if pooled is None else metric.of(pooled))
+                    if isinstance(self.bins, BinGrid):
+                        data[f"axis_{metric.name}"] = (("axis", "region"), by_axis)
+                names = (*metric.variables, f"axis_{metric.name}")
+                units |= {name: stored_unit(metric.unit) for name in names if name in data}
+        data |= {
+            "count": ("region", by_region["count"][0].astype(np.int64)),
+            "bins": ("region", tested.sum(1)),
+            "bin_count": ("bin", by_bin["count"][0].astype(np.int64)),
+            "train_count": ("bin", np.asarray(self.density.counts)),
+        }
+        return self._dataset(data, units, regions)
+
+    def _mean_over_bins(self, values: np.ndarray, tested: np.ndarray) -> np.ndarray:
+        """The mean of ``values`` (K, B) over the tested bins of each region, (K, 5)."""
+        widths = self._widths()
+        return np.where(tested, (values * widths)[:, None], 0.0).sum(-1) / (tested * widths).sum(1)
+
+    def _dataset(self, data: dict[str, Any], units: dict[str, str], regions: np.ndarray) -> xr.Dataset:
+        import xarray as xr
+
+        bins = self.bins
+        if isinstance(bins, BinGrid):
+            dims: Any = ("bin", "axis")
+            low, high = (bins._corners([axis.edges[i : len(axis) + i] for axis in bins.axes]) for i in (0, 1))
+        else:
+            dims, low, high = "bin", bins.edges[:-1], bins.edges[1:]
+        label = {"units": stored_unit("label")}
+        return xr.Dataset(
+            {name: (*variable, {"units": units.get(name, "1")}) for name, variable in data.items()},
+            coords={
+                "region": ["all", *REGIONS],
+                "bin": np.arange(len(bins)),
+                "bin_low": (dims, low, label),
+                "bin_high": (dims, high, label),
+                "bin_center": (dims, bins.centers, label),
+                "bin_region": ("bin", regions),
+            },
+        )

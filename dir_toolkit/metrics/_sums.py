@@ -1,4 +1,4 @@
-"""What all metrics have in common: sums of what was seen, kept on its device, which add up over objects and ranks."""
+"""What all metrics have in common: sums that stay on the device of the samples and add up over objects and ranks."""
 
 from __future__ import annotations
 
@@ -10,44 +10,54 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import instance, label_problem, problem
-from .._memory import free_memory
+from .._checks import (
+    instance,
+    is_tensor,
+    label_problem,
+    on_one_device,
+    one_of,
+    problem,
+    real,
+    same_device,
+)
 from .._numerics import is_wrapped, readable
 from .._ranks import check_group, summed
 from .._settings import shown
+from ..errors import ShapeError
 from ..labels.bins import Outside
 from ..labels.grid import AnyBins
 
-_Metric = TypeVar("_Metric", bound="MergingSums")
+_Sums = TypeVar("_Sums", bound="MergingSums")
 
 
 class MergingSums(ABC):
-    """A metric whose state is tensors that add up.
-
-    On an accelerator nothing that an update is handed is looked at, since that would stop it: what must be refused is
-    counted there, and told by the first call that looks at results.
-    """
+    """A metric whose state is tensors that add up."""
 
     kept: ClassVar[tuple[str, ...]]
     """The names of the tensors."""
 
     refused: Tensor
-    """(2,) int64, of those that count: targets without a bin, and predictions that name none, on an accelerator."""
+    """(2,) int64, in classes that keep it: how many targets had no bin, and how many predictions named none, on an
+    accelerator."""
+
+    def __init__(self, outside: Outside) -> None:
+        one_of("outside", outside, ("raise", "clip", "drop"))
+        self.outside = outside
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What it was made with, by argument."""
+        """The arguments that it was made with, by name."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({shown(self.settings)})"
 
-    def fresh(self: _Metric) -> _Metric:
-        """One of the same settings that has seen nothing."""
+    def fresh(self: _Sums) -> _Sums:
+        """An object of the same settings that has seen nothing."""
         return type(self)(**self.settings)
 
-    def merge(self: _Metric, other: _Metric) -> _Metric:
-        """Add what another object of the same settings has seen; returns self."""
+    def merge(self: _Sums, other: _Sums) -> _Sums:
+        """Add what another object of the same settings has seen, and return self."""
         instance(_own_kind(self), other=other)
         mine, theirs = self.settings, other.settings
         differ = [name for name in mine if not _equal(mine[name], theirs[name])]
@@ -60,13 +70,14 @@ class MergingSums(ABC):
                 setattr(self, name, own + getattr(other, name).to(own.device))
         return self
 
-    def all_reduce(self: _Metric, *, group: dist.ProcessGroup | None = None) -> _Metric:
-        """Sum over the ranks of ``torch.distributed``, which must all call this, once, after their last update; returns
-        self. Does nothing outside of it.
+    def all_reduce(self: _Sums, *, group: dist.ProcessGroup | None = None) -> _Sums:
+        """Sum over the ranks of ``torch.distributed``, and return self. Outside of it this does nothing.
+
+        All ranks must call this once, after their last update.
 
         Args:
-            group: the ranks that saw different samples, where some saw the same ones, as in tensor parallelism; None
-                for all ranks.
+            group: the ranks that saw different samples, if others saw the same ones, as in tensor parallelism. None
+                takes all ranks.
         Raises:
             as ``compute``, on every rank alike. TypeError: ``group`` is no process group.
         """
@@ -79,14 +90,14 @@ class MergingSums(ABC):
         return self
 
     def _begin(self, **shapes: tuple[int, ...]) -> None:
-        """Zeros, of float64 where the name is not one of a count. On the CPU until the first update."""
+        """Zeros of these shapes, on the CPU until the first update."""
         with torch.inference_mode(False):
             for name, shape in shapes.items():
                 dtype = torch.int64 if name in ("confusion", "refused") else torch.float64
                 setattr(self, name, torch.zeros(shape, dtype=dtype, device="cpu"))
 
     def _ready(self, device: torch.device) -> None:
-        """Sums on this device, and such as can be added to inside and outside of inference mode."""
+        """Move the sums to this device, and make them such as can be added to inside and outside of inference mode."""
         for name in self.kept:
             kept: Tensor = getattr(self, name)
             if kept.device != device or kept.is_inference():
@@ -95,53 +106,46 @@ class MergingSums(ABC):
 
     def _check_refused(self) -> None:
         """Raise for what was counted on an accelerator."""
-        if "refused" not in self.kept:
-            return
-        targets, predictions = self.refused.tolist()
+        targets, predictions = self.refused.tolist() if "refused" in self.kept else (0, 0)
         fix = "Remove or repair these samples, and measure again."
         if targets:
-            rule = "every target must be a label of the axis"
-            raise label_problem(rule, got=f"{targets} that are not", fix=fix)
+            raise label_problem("every target must be a label of the axis", got=f"{targets} that are not", fix=fix)
         if predictions:
             rule = "every prediction must be a bin, or scores that are not NaN"
             raise problem(rule, got=f"{predictions} that are not", fix=fix)
 
 
-def check_tensors(**tensors: Tensor) -> None:
-    """Plain tensors whose values sums kept elsewhere can take in, on a device that knows float64."""
+def check_samples(**tensors: Tensor) -> None:
+    """Raise unless float64 sums can take these in: plain numbers on one device, outside of torch.func."""
+    is_tensor(**tensors)
+    on_one_device(**tensors)
+    real(**tensors)
+    same_device(**tensors)
     for name, value in tensors.items():
-        if not torch.compiler.is_compiling() and is_wrapped(value):
+        if is_wrapped(value):
             raise problem(
                 "must not be called inside torch.func transforms, out of which sums cannot be carried",
                 fix=f"Return {name} from the function (has_aux=True), and update afterwards.",
                 error=RuntimeError,
             )
-        if hasattr(value, "full_tensor"):
-            raise problem(
-                f"{name} must be a plain tensor",
-                got=f"a {type(value).__name__}",
-                fix=f"Use {name}.full_tensor(), or {name}.to_local() on each rank and all_reduce() in the end.",
-                error=TypeError,
-            )
         if value.device.type == "mps":
-            raise problem(
-                f"{name} must be on a device that knows float64, in which sums are kept",
-                got="mps",
-                fix=f"Use {name}.cpu().",
-            )
+            rule = f"{name} must be on a device that knows float64, in which sums are kept"
+            raise problem(rule, got="mps", fix=f"Use {name}.cpu().")
 
 
-def check_memory(what: str, needed: int, fix: str) -> None:
-    """Before so many bytes are taken, where they are many."""
-    free = free_memory() if needed > 2**28 else None
-    if free is not None and needed > free:
-        rule = f"{what} takes {needed / 2**30:.1f} GiB, which must be free"
-        raise problem(rule, got=f"{free / 2**30:.1f} GiB", fix=fix)
+def check_some(**tensors: Tensor) -> None:
+    """Raise unless there is a sample."""
+    is_tensor(**tensors)
+    for name, value in tensors.items():
+        if value.numel() == 0:
+            raise problem(f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}", error=ShapeError)
 
 
 def placed(bins: AnyBins, target: Tensor, outside: Outside) -> tuple[Tensor, Tensor | None]:
-    """The bin of each target, -1 where it has none; and how many are refused, () int64, where values are not looked at
-    and so nothing is raised."""
+    """The bin of each target, or -1 if it has none.
+
+    Where values are not looked at, nothing is raised, and the number of refused targets, () int64, is returned, too.
+    """
     if readable(target):
         return bins.index(target, outside, name="target"), None
     index = bins.index(target, "drop" if outside == "raise" else outside, name="target")
@@ -150,9 +154,25 @@ def placed(bins: AnyBins, target: Tensor, outside: Outside) -> tuple[Tensor, Ten
     return index, (sound < 0).sum()
 
 
+def class_indices(name: str, index: Tensor, num_classes: int, outside: Outside = "raise") -> Tensor:
+    """``index`` as int64 numbers from 0 to ``num_classes`` - 1, and -1 for others that are dropped or not looked at."""
+    if index.is_floating_point():
+        fix = f"Use {name}.long()."
+        raise problem(f"{name} must be integers", got=f"dtype {index.dtype}", fix=fix, error=TypeError)
+    classes = index.detach().long()
+    if outside == "clip":
+        return classes.clamp(0, num_classes - 1)
+    beyond = (classes < 0) | (classes >= num_classes)
+    if outside == "raise" and readable(index) and bool(beyond.any()):
+        first = int(beyond.nonzero()[0])
+        got = f"{index[first].item()} at index [{first}] ({int(beyond.sum())} such indices)"
+        raise label_problem(f"{name} must be indices from 0 to {num_classes - 1}", got=got)
+    return classes.masked_fill(beyond, -1)
+
+
 def _own_kind(metric: MergingSums) -> type:
-    """The class of this package, which subclasses of others share."""
-    return next(kind for kind in type(metric).__mro__ if MergingSums in kind.__bases__)
+    """The class of this package that it is of, or that its class inherits from."""
+    return next(kind for kind in type(metric).__mro__ if kind.__module__.startswith(__package__))
 
 
 def _equal(a: object, b: object) -> bool:

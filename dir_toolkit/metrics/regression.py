@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import finite, is_tensor, number, one_of, problem, real, same_device, same_shape
-from ..errors import ShapeError
+from .._checks import finite, number, problem, same_shape
 from ..labels.bins import Outside
 from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins, BinGrid
-from . import _regions
-from ._sums import MergingSums, check_tensors, placed
+from ._metric import Metric
+from ._regions import RegionMetrics
+from ._sums import check_samples, check_some, placed
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -23,55 +23,97 @@ if TYPE_CHECKING:
 __all__ = ["RegressionMetrics", "regression_metrics"]
 
 _PIECE = 2**20  # labels at a time, so that maps of one label per pixel need no ten copies
-_SUMS = ("count", "abs", "squared", "log", "error", "pred", "target", "pred2", "target2", "product")
 
 
-class RegressionMetrics(MergingSums):
+def _contributions(pred: Tensor, target: Tensor, origin: float, floor: float) -> dict[str, Tensor]:
+    """What each sample adds to the sums of its bin, by name; a metric may use any of these."""
+    error = pred - target
+    size = error.abs()
+    p, t = pred - origin, target - origin
+    return {
+        "count": torch.ones_like(p),
+        "abs": size,
+        "squared": error.square(),
+        "log": size.clamp_min(floor).log(),
+        "error": error,
+        "pred": p,
+        "target": t,
+        "pred2": p.square(),
+        "target2": t.square(),
+        "product": p * t,
+    }
+
+
+def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return total / count
+
+
+def _pearson(
+    n: np.ndarray, pred: np.ndarray, target: np.ndarray, pred2: np.ndarray, target2: np.ndarray, product: np.ndarray
+) -> np.ndarray:
+    covariance = product - pred * target / n
+    spread_pred, spread_target = pred2 - pred**2 / n, target2 - target**2 / n
+    # What cancellation leaves of a constant is noise, not spread: n roundings of the sum of squares.
+    noise = 1e-15 * n
+    varied = (spread_pred > noise * pred2) & (spread_target > noise * target2)
+    return np.clip(np.where(varied, covariance / np.sqrt(spread_pred * spread_target), np.nan), -1, 1)
+
+
+_METRICS = (
+    Metric(
+        "mae", "MAE", "label", ("abs", "count"), _mean,
+        over=("region", "bin"), low=0, watched=("all", "many", "medium", "few"),
+    ),
+    Metric("rmse", "RMSE", "label", ("squared", "count"), lambda s, n: np.sqrt(s / n), pooled=True, low=0),
+    Metric("gm", "GM", "label", ("log", "count"), lambda s, n: np.exp(s / n), pooled=True, low=0),
+    Metric("bmae", "bMAE", "label", ("abs", "count"), _mean, mean_over_bins=True, low=0, watched=("all",)),
+    Metric("bias", "bias", "label", ("error", "count"), _mean, over=("region", "bin")),
+    Metric(
+        "pearson", "Pearson's r", "1", ("count", "pred", "target", "pred2", "target2", "product"), _pearson,
+        low=-1, high=1, may_be_nan=True,
+    ),
+)  # fmt: skip
+_SUMS = tuple(dict.fromkeys(("count", *(name for metric in _METRICS for name in metric.sums))))
+
+
+class RegressionMetrics(RegionMetrics):
     """MAE, RMSE, GM, bMAE, bias and Pearson's correlation, over all labels and by region of the training density.
 
-    Everything follows from ten float64 sums per bin, so batches, ranks and objects merge exactly, and regions can be
-    chosen afterwards. The bMAE is the mean of the bins' own MAE over the bins that were tested, each as wide as it is
-    on the label axis, so that all labels of the axis weigh alike.
+    All of them follow from float64 sums per bin, so that batches, ranks and objects merge exactly and regions can be
+    chosen afterwards. The bMAE is the mean of the bins' own MAE over the bins that were tested. Each bin weighs as much
+    as it is wide, so that all labels of the axis weigh alike.
 
-    Over a grid of K axes the joint bin decides the region, and each number is the mean over the K dimensions: absolute
+    Over a grid of K axes the joint bin decides the region, and each number is the mean over the K dimensions. Absolute
     and squared errors, logarithms (for GM), bias and correlation of a sample's dimensions weigh alike, so bring labels
     of different units to one scale first. The numbers of each dimension by itself stand beside.
 
     Args:
-        bins: the label axis, or a grid of several.
-        density: of the training labels, which decides the region of each bin.
-        floor: least absolute error that enters the geometric mean, in label units, so that one perfect prediction does
-            not zero it; None takes a hundredth of the median bin width. Over a grid one for all axes or one per axis.
-        outside: what a target beyond the axis does: ``"raise"``; ``"clip"``, which counts it in the end bin and leaves
-            its error exact; ``"drop"``, which counts it nowhere.
+        density: of the training labels. It brings the label axis, or the grid of axes, and decides the region of each
+            bin.
+        floor: the least absolute error that enters the geometric mean, in label units, so that one perfect prediction
+            does not make it zero. None takes a hundredth of the median bin width. Over a grid give one for all axes or
+            one per axis.
+        outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target keeps its exact error.
 
     >>> from dir_toolkit import Bins
-    >>> metrics = RegressionMetrics(Bins.classes(2), LabelDensity(Bins.classes(2), [200, 5]))
+    >>> metrics = RegressionMetrics(LabelDensity(Bins.classes(2), [200, 5]))
     >>> metrics.update(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 0.0, 1.0]))
     >>> metrics.compute().mae.sel(region=["all", "many", "few"]).values.tolist()
     [1.0, 0.5, 2.0]
     """
 
+    metrics: ClassVar[tuple[Metric, ...]] = _METRICS
     selects: ClassVar[str] = "bmae/all"
-    """The number of :meth:`summary` by which training chooses an epoch: the less, the better."""
     takes: ClassVar[str] = "prediction"
-    """What :meth:`update` takes of a model's output, by name."""
-
     kept: ClassVar[tuple[str, ...]] = ("sums", "refused")
 
     sums: Tensor
 
     def __init__(
-        self,
-        bins: AnyBins,
-        density: LabelDensity,
-        *,
-        floor: float | Sequence[float] | None = None,
-        outside: Outside = "raise",
+        self, density: LabelDensity, *, floor: float | Sequence[float] | None = None, outside: Outside = "raise"
     ) -> None:
-        _regions.check_axis(bins, density, grid=True)
-        one_of("outside", outside, ("raise", "clip", "drop"))
-        self.bins, self.density, self.outside = bins, density, outside
+        super().__init__(density, outside, grids=True)
+        bins = self.bins
         self._floors = _checked_floors(floor, bins)
         self.floor = self._floors if isinstance(bins, BinGrid) else self._floors[0]
         # Correlation is taken about the middle of the axis, so that a far-away origin costs no digits.
@@ -81,27 +123,24 @@ class RegressionMetrics(MergingSums):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"bins": self.bins, "density": self.density, "floor": self.floor, "outside": self.outside}
+        return {"density": self.density, "floor": self.floor, "outside": self.outside}
 
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add a batch. On an accelerator nothing waits for the host.
 
         Shape:
-            pred, target: any shape, equal, such as maps of one label per pixel; over a grid (..., K). An empty batch
-            adds nothing. Pixels without a label are left out by the caller: ``update(pred[valid], target[valid])``.
+            pred, target: any shape, both the same, such as maps of one label per pixel. Over a grid they are (..., K).
+            An empty batch adds nothing. The caller leaves out pixels without a label:
+            ``update(pred[valid], target[valid])``.
         Units:
             those of the label.
         Raises:
-            ShapeError: shapes differ. LabelError: a target is NaN, or beyond the axis under ``outside="raise"``.
-            ValueError: a prediction is not finite, or a target that is clipped. In each case nothing has been added.
-            On an accelerator targets without a bin are counted, and :meth:`compute` and ``all_reduce`` raise for
-            them; what is not finite shows in the result.
+            ShapeError: shapes differ. LabelError: a target is NaN, or lies beyond the axis under ``outside="raise"``.
+            ValueError: a prediction is not finite, or a target that is clipped is not. On an accelerator, what is not
+            finite shows in the result.
         """
-        is_tensor(pred=pred, target=target)
-        check_tensors(pred=pred, target=target)
-        real(pred=pred, target=target)
+        check_samples(pred=pred, target=target)
         same_shape(pred=pred, target=target)
-        same_device(pred=pred, target=target)
         finite(pred=pred)
         index, refused = placed(self.bins, target, self.outside)
         if self.outside == "clip":
@@ -110,7 +149,7 @@ class RegressionMetrics(MergingSums):
         self._ready(index.device)
         if refused is not None:
             self.refused[0].add_(refused)
-        sums = self.sums.view(-1, len(self.bins))  # (K * 10, B)
+        sums = self.sums.view(-1, len(self.bins))  # (K * S, B)
         p, t = (x.detach().reshape(-1, len(self.bins.axes)) for x in (pred, target))  # (N, K)
         pieces = (x.split(_PIECE) for x in (p, t, index.flatten()))
         for p_piece, t_piece, of_bin in zip(*pieces, strict=True):
@@ -120,86 +159,19 @@ class RegressionMetrics(MergingSums):
             sums.index_add_(1, of_bin.clamp_min(0) if some_lack_a_bin else of_bin, rows)
 
     def _rows(self, pred: Tensor, target: Tensor) -> Tensor:
-        """What each sample (N, K) adds to the sums of its bin, (K * 10, N)."""
-        rows = []
+        """What each sample (N, K) adds to the sums of its bin, (K * S, N)."""
+        rows: list[Tensor] = []
         for k, (origin, floor) in enumerate(zip(self._origins, self._floors, strict=True)):
-            p, t = pred[:, k], target[:, k]
-            error = p - t
-            p, t = p - origin, t - origin
-            size = error.abs()
-            rows += [
-                torch.ones_like(p),
-                size,
-                error.square(),
-                size.clamp_min(floor).log(),
-                error,
-                p,
-                t,
-                p.square(),
-                t.square(),
-                p * t,
-            ]
+            added = _contributions(pred[:, k], target[:, k], origin, floor)
+            rows += [added[name] for name in _SUMS]
         return torch.stack(rows)
 
-    def summary(self) -> dict[str, float]:
-        """The numbers to watch in training: MAE over all and by region, and bMAE; NaN where there is no sample."""
-        result = self.compute()
-        shown = [("mae", "all"), ("mae", "many"), ("mae", "medium"), ("mae", "few"), ("bmae", "all")]
-        return {f"{name}/{region}": float(result[name].sel(region=region)) for name, region in shown}
+    def _sums_by_bin(self) -> dict[str, np.ndarray]:
+        rows = self.sums.view(-1, *self.sums.shape[-2:]).cpu().numpy()  # (K, S, B)
+        return dict(zip(_SUMS, rows.swapaxes(0, 1), strict=True))
 
-    def compute(self, *, many: int = 100, few: int = 20) -> xr.Dataset:
-        """The errors so far, as a dataset over ``region`` (all, many, medium, few, unseen) and ``bin``.
-
-        A region or bin without a test sample is missing (NaN), not zero, and its count says so. Units are attributes.
-        Over a grid there is ``axis``, too: ``axis_mae``, ``axis_rmse`` and so on hold each dimension by itself, and the
-        bounds and centres of bins have one value per dimension.
-
-        Args:
-            many, few: limits of the regions, as in :meth:`LabelDensity.regions`.
-        Raises:
-            LabelError: targets on an accelerator were NaN, or beyond the axis under ``outside="raise"``.
-        """
-        self._check_refused()
-        regions = self.density.regions(many=many, few=few)
-        rows = self.sums.view(-1, *self.sums.shape[-2:]).cpu().numpy()  # (K, 10, B)
-        sums = dict(zip(_SUMS, rows.swapaxes(0, 1), strict=True))
-        inside = _regions.membership(regions)  # (5, B)
-        total = {name: np.stack([np.where(inside, r, 0.0).sum(1) for r in row]) for name, row in sums.items()}
-        tested = inside & (sums["count"][0] > 0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            bin_mae, bin_bias = sums["abs"] / sums["count"], sums["error"] / sums["count"]
-            n = total["count"]
-            covariance = total["product"] - total["pred"] * total["target"] / n
-            spread_pred = total["pred2"] - total["pred"] ** 2 / n
-            spread_target = total["target2"] - total["target"] ** 2 / n
-            # What cancellation leaves of a constant is noise, not spread: n roundings of the sum of squares.
-            noise = 1e-15 * n
-            varied = (spread_pred > noise * total["pred2"]) & (spread_target > noise * total["target2"])
-            pearson = np.where(varied, covariance / np.sqrt(spread_pred * spread_target), np.nan)
-            of_axis = {
-                "mae": total["abs"] / n,
-                "rmse": np.sqrt(total["squared"] / n),
-                "gm": np.exp(total["log"] / n),
-                "bmae": np.stack([_regions.bin_mean(row, tested, self.bins.relative_widths) for row in bin_mae]),
-                "bias": total["error"] / n,
-                "pearson": np.clip(pearson, -1, 1),
-            }  # each (K, 5)
-            values = {name: row.mean(0) for name, row in of_axis.items()}
-            values["rmse"] = np.sqrt((total["squared"] / n).mean(0))
-            values["gm"] = np.exp((total["log"] / n).mean(0))
-        data: dict[str, Any] = {name: ("region", value) for name, value in values.items()}
-        data["count"] = ("region", n[0].astype(np.int64))
-        data["bins"] = ("region", tested.sum(1).astype(np.int64))
-        data |= {
-            "bin_mae": ("bin", bin_mae.mean(0)),
-            "bin_bias": ("bin", bin_bias.mean(0)),
-            "bin_count": ("bin", sums["count"][0].astype(np.int64)),
-        }
-        units = ["mae", "rmse", "gm", "bmae", "bias", "bin_mae", "bin_bias"]
-        if isinstance(self.bins, BinGrid):
-            data |= {f"axis_{name}": (("axis", "region"), row) for name, row in of_axis.items()}
-            units += [f"axis_{name}" for name in of_axis if name != "pearson"]
-        return _regions.dataset(data, self.density, regions, label_units=units)
+    def _widths(self) -> np.ndarray:
+        return self.bins.relative_widths
 
 
 def _checked_floors(floor: float | Sequence[float] | None, bins: AnyBins) -> tuple[float, ...]:
@@ -216,7 +188,6 @@ def _checked_floors(floor: float | Sequence[float] | None, bins: AnyBins) -> tup
 def regression_metrics(
     pred: Tensor,
     target: Tensor,
-    bins: AnyBins,
     density: LabelDensity,
     *,
     floor: float | Sequence[float] | None = None,
@@ -224,14 +195,8 @@ def regression_metrics(
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
-    """:class:`RegressionMetrics` of one whole set: update and compute in one call."""
-    is_tensor(pred=pred, target=target)
-    if pred.numel() == 0:
-        raise problem(
-            "pred must hold at least one value",
-            got=f"shape {tuple(pred.shape)}",
-            error=ShapeError,
-        )
-    metrics = RegressionMetrics(bins, density, floor=floor, outside=outside)
+    """:class:`RegressionMetrics` of one whole set."""
+    check_some(pred=pred)
+    metrics = RegressionMetrics(density, floor=floor, outside=outside)
     metrics.update(pred, target)
     return metrics.compute(many=many, few=few)

@@ -404,9 +404,9 @@ LABELS: dict[str, Callable[[], Job]] = {
 
 def metrics_jobs(outside: Any) -> dict[str, Callable[[], Job]]:
     regression, grid, classes, calibration = (
-        lambda: dt.RegressionMetrics(BINS, density(BINS), outside=outside),
-        lambda: dt.RegressionMetrics(GRID, density(GRID), outside=outside),
-        lambda: dt.ClassificationMetrics(CLASSES, density(CLASSES), outside=outside),
+        lambda: dt.RegressionMetrics(density(BINS), outside=outside),
+        lambda: dt.RegressionMetrics(density(GRID), outside=outside),
+        lambda: dt.ClassificationMetrics(density(CLASSES), outside=outside),
         lambda: dt.CalibrationMetrics(C, outside=outside),
     )
     return {
@@ -424,7 +424,7 @@ if importlib.util.find_spec("torchmetrics"):
     def region_metric() -> nn.Module:
         from dir_toolkit.integrations.torchmetrics import RegionMetric
 
-        return RegionMetric(dt.RegressionMetrics(BINS, density(BINS)))
+        return RegionMetric(dt.RegressionMetrics(density(BINS)))
 
     METRICS["RegionMetric"] = measured(region_metric, "pred", "y")
 

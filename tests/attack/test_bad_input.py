@@ -88,7 +88,7 @@ def nearest() -> dt.NearestMeanHead:
 
 
 def metrics(kind: Any, bins: dt.Bins) -> Any:
-    return kind(bins, density(bins))
+    return kind(density(bins))
 
 
 OVER_BINS: dict[str, Any] = {"bins": BINS}
@@ -155,7 +155,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "CalibrationMetrics.reliability": lambda: (dt.CalibrationMetrics(4).reliability, {"class_index": 1}),
     "ClassificationMetrics": lambda: (
         dt.ClassificationMetrics,
-        {"bins": CLASSES, "density": density(CLASSES), "regions": ["many", "many", "few", "few"]},
+        {"density": density(CLASSES), "regions": ["many", "many", "few", "few"]},
     ),
     "ClassificationMetrics.update": lambda: (
         metrics(dt.ClassificationMetrics, CLASSES).update,
@@ -175,6 +175,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "FDS.labels": lambda: (lambda labels: fds().labels(labels).__enter__(), {"labels": years()}),
     "FDS.update": lambda: (fds().update, {"features": rows(3), "labels": years()}),
     "FDS.calibrate": lambda: (fds().calibrate, {"features": rows(3), "labels": years()}),
+    "FDS.load_merged_state": lambda: (fds().load_merged_state, {"state": fds().merged_state()}),
     "FDS.set_extra_state": lambda: (fds().set_extra_state, {"state": fds().get_extra_state()}),
     "GaussianMixtureLoss.fit": lambda: (
         dt.GaussianMixtureLoss.fit,
@@ -235,7 +236,7 @@ VALID: dict[str, Callable[[], Call]] = {
         {"features": rows(3), "labels": classes()},
     ),
     "NearestMeanHead.forward": lambda: (nearest(), {"features": rows(3)}),
-    "RegressionMetrics": lambda: (dt.RegressionMetrics, {"bins": BINS, "density": density(), "floor": 0.1}),
+    "RegressionMetrics": lambda: (dt.RegressionMetrics, {"density": density(), "floor": 0.1}),
     "RegressionMetrics.update": lambda: (
         metrics(dt.RegressionMetrics, BINS).update,
         {"pred": years(), "target": years()},
@@ -265,7 +266,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "class_prior": lambda: (dt.class_prior, {"density_or_counts": COUNTS}),
     "classification_metrics": lambda: (
         dt.classification_metrics,
-        {"pred": rows(), "target": classes(), "bins": CLASSES, "density": density(CLASSES), "many": 100, "few": 20},
+        {"pred": rows(), "target": classes(), "density": density(CLASSES), "many": 100, "few": 20},
     ),
     "decode": lambda: (dt.decode, {"probabilities": shares(), "bins": BINS}),
     "fit_temperature": lambda: (dt.fit_temperature, {"logits": rows(), "labels": classes(), "weight": ones()}),
@@ -281,7 +282,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "quantiles": lambda: (dt.quantiles, {"probabilities": shares(), "bins": BINS, "levels": [0.1, 0.5]}),
     "regression_metrics": lambda: (
         dt.regression_metrics,
-        {"pred": years(), "target": years(), "bins": BINS, "density": density(), "floor": 0.1},
+        {"pred": years(), "target": years(), "density": density(), "floor": 0.1},
     ),
     "reinitialize": lambda: (dt.reinitialize, {"module": linear()}),
     "soft_labels": lambda: (dt.soft_labels, {"labels": years(), "bins": BINS, "sigma": 1.0}),

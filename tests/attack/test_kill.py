@@ -75,7 +75,7 @@ def train(folder: Path, *, resume: bool = False, epochs: int = EPOCHS, loss: Any
         model,
         data,
         image_set(20, 1),
-        metrics=RegressionMetrics(BINS, LabelDensity.count(data.labels, BINS)),
+        metrics=RegressionMetrics(LabelDensity.count(data.labels, BINS)),
         loss=loss,
         weights=LDS(BINS).fit(data.labels),
         fds=fds,

@@ -157,8 +157,8 @@ def checkpoint() -> bytes:
 def result() -> xr.Dataset:
     bins = dt.Bins.uniform(0, 4, width=1)
     target = torch.tensor([0.5, 1.5, 2.5, 2.75])
-    found = dt.regression_metrics(target + 0.25, target, bins, dt.LabelDensity(bins, np.array([200, 50, 5, 0])))
-    years = {"units": "label units"}
+    found = dt.regression_metrics(target + 0.25, target, dt.LabelDensity(bins, np.array([200, 50, 5, 0])))
+    years = {"units": "label"}
     labels, guesses = target.numpy(), (target + 0.25).numpy()
     run = found.assign({"target": ("sample", labels, years), "prediction": ("sample", guesses, years)})
     runs = {("vanilla", 0): run, ("lds", 1): run}

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dir_toolkit as dt
-from dir_toolkit.features.moments import BinMoments, BinScatters, SubspaceMoments
+from dir_toolkit.features.matrix_moments import BinScatters, SubspaceMoments
+from dir_toolkit.features.moments import BinMoments
 
 attack = settings.get_profile("attack")
 inside = st.floats(0, 10, allow_subnormal=False)
@@ -171,7 +172,7 @@ def test_scatters_in_any_split_are_those_of_one_pass_also_within_a_subspace(
     streamed, subspace, parts = BinScatters(4, 3), SubspaceMoments(4, 3, 2, basis=basis), []
     for part in pieces(torch.arange(n), at):
         streamed.update(features[part], index[part])
-        subspace._update(features[part], index[part])
+        subspace.update(features[part], index[part])
         parts.append(BinScatters(4, 3))
         parts[-1].update(features[part], index[part])
     chance.shuffle(parts)
@@ -202,9 +203,9 @@ def test_regression_metrics_do_not_know_batches_or_order(some: list[float], at: 
     target = torch.tensor(some, dtype=torch.float64)
     pred = target + torch.randn(len(some), generator=generator, dtype=torch.float64)
     density = dt.LabelDensity.count(some, TEN)
-    whole = dt.regression_metrics(pred, target, TEN, density)
+    whole = dt.regression_metrics(pred, target, density)
     order = torch.randperm(len(some), generator=generator)
-    metrics = dt.RegressionMetrics(TEN, density)
+    metrics = dt.RegressionMetrics(density)
     for part in pieces(order, at):
         if len(part):
             other = metrics.fresh()
@@ -221,8 +222,8 @@ def test_classification_metrics_do_not_know_batches_or_order(n: int, at: list[in
     bins = dt.Bins.classes(5)
     pred, target = torch.randint(0, 5, (2, n), generator=generator)
     density = dt.LabelDensity.count(target, bins)
-    whole = dt.classification_metrics(pred, target, bins, density)
-    metrics = dt.ClassificationMetrics(bins, density)
+    whole = dt.classification_metrics(pred, target, density)
+    metrics = dt.ClassificationMetrics(density)
     for part in pieces(torch.randperm(n, generator=generator), at):
         other = metrics.fresh()
         other.update(pred[part], target[part])

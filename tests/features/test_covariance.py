@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dir_toolkit import FDS, Bins
-from dir_toolkit.features import covariance as covariance_module
-from dir_toolkit.features.calibration import covariance_map
-from dir_toolkit.features.covariance import FullCovariance, LowRankCovariance
+from dir_toolkit import FDS, Bins, _memory
+from dir_toolkit.features.covariance import BinCovariance, Settings
+from dir_toolkit.features.maps import covariance_map
+from dir_toolkit.features.matrix_covariance import FullCovariance, LowRankCovariance
 
 BINS = Bins.uniform(0, 5, width=1)
 FORMS = ["full", "low_rank"]
@@ -277,7 +276,7 @@ def test_samples_without_a_bin_are_neither_counted_nor_moved(form: str) -> None:
     assert empty.shape == (0, 6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["diagonal", *FORMS])
 @pytest.mark.parametrize("per_pixel", [False, True])
 def test_maps_equal_their_pixels_taken_one_by_one(form: str, per_pixel: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -289,6 +288,8 @@ def test_maps_equal_their_pixels_taken_one_by_one(form: str, per_pixel: bool) ->
     pixels, pixel_labels = features.permute(0, 2, 3, 1).reshape(-1, 6), wide.reshape(-1)
     maps = trained(make(form), *[(features, labels)] * 2)
     flat = trained(make(form), *[(pixels, pixel_labels)] * 2)
+    for name, value in flat.statistics().items():
+        torch.testing.assert_close(maps.statistics()[name], value)
     expected = flat.calibrate(pixels, pixel_labels).view(20, 2, 3, 6).permute(0, 3, 1, 2)
     torch.testing.assert_close(maps.calibrate(features, labels), expected)
     assert not torch.allclose(expected, features)
@@ -375,37 +376,6 @@ def test_a_broken_epoch_is_dropped_and_leaves_the_statistics(form: str) -> None:
     trained(fds, (features, labels))
 
 
-def rank_main(rank: int) -> dict[str, Any]:
-    features, labels = batch()
-    out: dict[str, Any] = {}
-    share = (torch.arange(400) < 90) == (rank == 0)
-    share &= (labels != 0) | (rank == 1)  # rank 0 has no sample of bin 0
-    share |= (labels == 0) & (rank == 1)
-    for form in FORMS:
-        fds = make(form)
-        for _ in range(2):
-            fds.update(features[share], labels[share])
-            fds.end_epoch()
-        out[form] = fds.statistics()
-    return out
-
-
-def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
-    features, labels = batch()
-    states = two_ranks(rank_main)
-    for form in FORMS:
-        expected = trained(make(form), *[(features, labels)] * 2).statistics()
-        for state in states:
-            got = state[form]
-            if form == "low_rank":  # eigenvectors have no sign
-                turn = (got["basis"] * expected["basis"]).sum(0).sign()
-                got["basis"] = got["basis"] * turn
-                for name in ("covariance", "smoothed_covariance"):
-                    got[name] = got[name] * turn[:, None] * turn
-            for name, value in expected.items():
-                torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12, equal_nan=True)
-
-
 def test_more_matrices_than_memory_are_refused_before_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError,
@@ -419,13 +389,14 @@ def test_more_matrices_than_memory_are_refused_before_they_are_taken(monkeypatch
         r'GiB. Pass a smaller rank, covariance="diagonal", or wider bins.$',
     ):
         FDS(BINS, 1_000_000, covariance="low_rank")
-    for form, stated in (("full", 80 * 5 * 36), ("low_rank", 165 * 5 * 4 + 80 * 36 + 200 * 30)):
-        monkeypatch.setattr(covariance_module, "free_memory", lambda: stated - 1)  # noqa: B023
-        with pytest.raises(ValueError, match=f"covariance '{form}' over 5 bins of 6 features"):
-            make(form)
-        for enough in (stated, None):  # or a machine that does not tell
-            monkeypatch.setattr(covariance_module, "free_memory", lambda: enough)  # noqa: B023
-            make(form)
+    for form, size in (("full", 900), ("low_rank", 2_000)):
+        monkeypatch.setattr(_memory, "free_memory", lambda: None)  # a machine that does not say is taken to have enough
+        stated = make(form, size).covariance.most_bytes
+        monkeypatch.setattr(_memory, "free_memory", lambda: stated - 1)  # noqa: B023
+        with pytest.raises(ValueError, match=f"covariance '{form}' over 5 bins of {size} features"):
+            make(form, size)
+        monkeypatch.setattr(_memory, "free_memory", lambda: stated)  # noqa: B023
+        make(form, size)
 
 
 MEASURE = """
@@ -457,8 +428,8 @@ def test_no_more_memory_is_taken_than_stated(form: str, sizes: tuple[int, int, i
     settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    side = num_features if form == "full" else rank
-    stated = covariance_module._bytes(form, num_bins, num_features, side)
+    bins = Bins.uniform(0, num_bins, width=1)
+    stated = FDS(bins, num_features, covariance=form, rank=rank).covariance.most_bytes  # type: ignore[arg-type]
     assert stated / 3 < int(told.stdout) <= stated
 
 
@@ -480,4 +451,4 @@ def test_settings_are_told() -> None:
     assert isinstance(make("full").covariance, FullCovariance)
     assert isinstance(make("low_rank").covariance, LowRankCovariance)
     with pytest.raises(TypeError):
-        covariance_module.BinCovariance(5, 6, covariance_module.Settings(), shrinkage=0.0).moments()  # type: ignore[abstract]
+        BinCovariance(5, 6, Settings(), shrinkage=0.0).moments()  # type: ignore[abstract]

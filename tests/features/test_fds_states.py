@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dir_toolkit import FDS, Bins, gaussian
+from dir_toolkit._state import pack, unpack
 from dir_toolkit.errors import CheckpointError, DirToolkitError, DirToolkitWarning, UsageError
-from dir_toolkit.features.fds import _refuse_without_float64
+from dir_toolkit.features._inputs import require_float64
 
 BINS = Bins.uniform(0, 9, width=1)
 FORMS: list[Any] = ["diagonal", "full", "low_rank"]
@@ -98,13 +99,13 @@ def test_under_torch_func_it_refuses_in_words() -> None:
     x, y = batch()
     with (
         fds.labels(y),
-        pytest.raises(UsageError, match=r"^FDS input hook: features must not be under a transform of torch\.func"),
+        pytest.raises(UsageError, match=r"^FDSInputHook: features must not be under a transform of torch\.func"),
     ):
         torch.func.grad(lambda z: layer(z).sum())(x)
     layer.eval()
     with fds.labels(y):
         torch.func.grad(lambda z: layer(z).sum())(x)
-    assert int(fds._epoch_moments.count.sum()) == 0
+    assert int(fds._moments.count.sum()) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -113,7 +114,7 @@ def test_scripting_a_hooked_module_is_refused_in_words(where: Any) -> None:
     net, fds = nn.Sequential(nn.Linear(4, 1)), FDS(BINS, 4)
     handle = fds.attach(net[0], where)
     (hook,) = (net[0]._forward_pre_hooks or net[0]._forward_hooks).values()
-    assert hook.__name__ == f"fds_{where}_hook"
+    assert hook.__name__ == {"input": "FDSInputHook", "output": "FDSOutputHook"}[where]
     with pytest.raises(UsageError, match=r"no hook of an FDS when torch\.jit\.script compiles it.* Call remove\(\)"):
         torch.jit.script(net)
     handle.remove()
@@ -121,8 +122,8 @@ def test_scripting_a_hooked_module_is_refused_in_words(where: Any) -> None:
 
 
 def test_devices_without_float64_are_refused_in_words() -> None:
-    with pytest.raises(UsageError, match=r"^FDS: statistics must be on a device that knows float64.* got device 'mps'"):
-        _refuse_without_float64(torch.device("mps"))
+    with pytest.raises(UsageError, match=r"statistics must be on a device that knows float64.* got device 'mps'"):
+        require_float64(torch.device("mps"))
 
 
 def test_while_a_cuda_graph_is_captured_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +140,7 @@ def test_while_a_cuda_graph_is_captured_it_refuses(monkeypatch: pytest.MonkeyPat
 def test_over_classes_and_few_bins_nothing_is_smoothed_unless_a_window_is_given() -> None:
     for bins in (Bins.classes(9), Bins.uniform(0, 4, width=1)):
         for make in (FDS, FDS.reference):
-            with pytest.warns(DirToolkitWarning, match=r"^FDS: nothing is smoothed over .* Pass a window as kernel="):
+            with pytest.warns(DirToolkitWarning, match=r"^FDS.*: nothing is smoothed over .* Pass a window as"):
                 fds = make(bins, 4)
             assert fds.smoothing.tolist() == [1.0]
     with pytest.warns(DirToolkitWarning):
@@ -166,17 +167,17 @@ def test_many_bins_take_little_memory_and_time() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_state_holds_tensors_alone_and_no_windows(form: Any) -> None:
+def test_the_state_holds_tensors_alone_and_leaves_the_own_kernel_edges_and_clip(form: Any) -> None:
     fds = trained(made(form), 0, 1)
     state = fds.state_dict()
     assert all(type(value) is Tensor for value in state.values())
     assert not any("smooth" in name or "shift" in name for name in state)
-    other = made(form, kernel=gaussian(3, 1), edges="mirror")
-    window = other.smoothing
-    other.load_state_dict(state)
-    assert torch.equal(other.smoothing, window)
-    assert not torch.equal(other.statistics()["smoothed_mean"], fds.statistics()["smoothed_mean"])
-    assert torch.equal(other.statistics()["mean"], fds.statistics()["mean"])
+    loaded, own = (made(form, kernel=gaussian(3, 1), edges="mirror", clip=(0.9, 1.1)) for _ in range(2))
+    loaded.load_state_dict(state)
+    trained(own, 0, 1)
+    assert torch.equal(loaded.smoothing, own.smoothing)
+    torch.testing.assert_close(loaded.calibrate(*batch(9)), own.calibrate(*batch(9)))
+    assert not torch.equal(loaded.statistics()["smoothed_mean"], fds.statistics()["smoothed_mean"])
 
 
 def test_the_state_of_a_diagonal_form_keeps_keys_and_shapes_throughout() -> None:
@@ -190,15 +191,16 @@ def test_the_state_of_a_diagonal_form_keeps_keys_and_shapes_throughout() -> None
     assert all(one == shapes[0] for one in shapes)
 
 
-def refused(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Broken ones of a state of the diagonal form."""
-    count, mean = state["running_count"], state["running_mean"]
-    damaged = state["_extra_state"].clone()
+def refused(form: str, state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Broken variants of a state of this form."""
+    count, mean, extra = state["running_count"], state["running_mean"], state["_extra_state"]
+    damaged = extra.clone()
     damaged[20:40] = 0
+    spread = next(name for name in state if name.startswith("covariance.running"))
+    unpacked = unpack(extra)
     return [
-        trained(made("full"), 3).state_dict(),
-        trained(made("low_rank"), 3, 4).state_dict(),
-        trained(FDS(Bins.uniform(0, 18, width=2), 4), 3).state_dict(),
+        *(trained(made(other), 3, 4).state_dict() for other in FORMS if other != form),
+        trained(FDS(Bins.uniform(0, 18, width=2), 4, covariance=form, rank=2), 3).state_dict(),  # type: ignore[arg-type]
         {name: value for name, value in state.items() if name != "running_mean"},
         {name: value for name, value in state.items() if name != "_extra_state"},
         {**state, "other": count},
@@ -206,25 +208,58 @@ def refused(state: dict[str, Any]) -> list[dict[str, Any]]:
         {**state, "running_count": count * torch.nan},
         {**state, "running_mean": mean + torch.inf},
         {**state, "running_mean": mean[:, :3]},
+        {**state, "running_mean": mean.long()},
         {**state, "running_mean": mean.to("meta")},
         {**state, "running_mean": [1.0]},
-        {**state, "covariance.running_variance": -1 - state["covariance.running_variance"]},
+        {**state, spread: -torch.inf * state[spread]},
         {**state, "_extra_state": damaged},
-        {**state, "_extra_state": state["_extra_state"][:-9]},
+        {**state, "_extra_state": extra[:-9]},
         {**state, "_extra_state": {"epoch": 1}},
+        {**state, "_extra_state": pack(unpacked | {"counters": torch.tensor([1, -1, 0])})},
+        {**state, "_extra_state": pack(unpacked | {"unplaced": torch.tensor(-1)})},
+        {**state, "_extra_state": pack(unpacked | {"moments": {}})},
     ]
 
 
-def test_a_state_that_is_refused_changes_nothing() -> None:
-    fds, other = trained(made(), 0), trained(made(), 5, 6)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_that_is_refused_changes_nothing(form: Any) -> None:
+    fds, other = trained(made(form), 0, 7), trained(made(form), 5, 6)
     fds.update(*batch(1))
     before = bits(fds)
-    for state in refused(other.state_dict()):
-        with pytest.raises(DirToolkitError, match=r"^(FDS|BinMoments)\.load_state_dict: "):
+    for state in refused(form, other.state_dict()):
+        with pytest.raises(DirToolkitError, match=r"^FDS\.load_state_dict: "):
             fds.load_state_dict(state)
+        assert bits(fds) == before
+    if form == "diagonal":
+        negative = {"covariance.running_variance": -1 - other.covariance.running_variance}
+        with pytest.raises(CheckpointError, match="running_variance must not be negative"):
+            fds.load_state_dict(other.state_dict() | negative)
         assert bits(fds) == before
     fds.load_state_dict(other.state_dict())
     assert bits(fds) == bits(other)
+
+
+def test_an_epoch_can_be_dropped() -> None:
+    fds, plain = trained(made(), 0), trained(made(), 0, 2)
+    assert not fds.has_open_epoch
+    fds.update(*batch(1))
+    assert fds.has_open_epoch
+    fds.drop_epoch()
+    assert not fds.has_open_epoch
+    assert bits(trained(fds, 2)) == bits(plain)
+
+
+def test_mid_epoch_evaluations_are_no_forgotten_ends_where_that_is_said() -> None:
+    layer, fds = nn.Linear(4, 1), made()
+    fds.attach(layer, "input")
+    fds.warns_of_forgotten_end = False
+    x, y = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            with fds.labels(y):
+                layer.train()(x)
+                layer.eval()(x)
 
 
 def test_not_strict_a_state_without_any_of_it_is_passed_over_and_a_part_refused() -> None:
@@ -311,6 +346,13 @@ def rank_main(rank: int) -> dict[str, Any]:
         except TypeError as error:
             out["told"] = str(error)
     out["all"] = trained(made(), 0).statistics()
+    fds, again = trained(made(), 0), made()
+    fds.update(*batch(1))
+    again.load_merged_state(fds.merged_state())
+    assert again.has_open_epoch
+    for one in (fds, again):
+        one.end_epoch()
+    out["never saved"], out["merged"] = fds.statistics(), again.statistics()
     return out
 
 
@@ -322,3 +364,5 @@ def test_ranks_of_other_groups_are_not_counted(two_ranks: Callable[..., list[Any
                 torch.testing.assert_close(state[form][name], expected[name])
         assert state["all"]["count"].sum() == 180
         assert "Save its state_dict()" in state["told"]
+        for name, value in state["never saved"].items():
+            torch.testing.assert_close(state["merged"][name], value, rtol=1e-12, atol=1e-12, equal_nan=True)

@@ -1,11 +1,10 @@
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from dir_toolkit.errors import CheckpointError, ShapeError
-from dir_toolkit.features.moments import BinMoments, BinScatters, SubspaceMoments
+from dir_toolkit.features.matrix_moments import BinScatters, SubspaceMoments
+from dir_toolkit.features.moments import BinMoments
 
 
 def naive(features: np.ndarray, index: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -37,7 +36,7 @@ def assert_same(moments: BinMoments, features: torch.Tensor, index: torch.Tensor
 
 def test_more_samples_than_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     features, index = sample()
-    monkeypatch.setattr("dir_toolkit.features.moments._PIECE", 20)
+    monkeypatch.setattr("dir_toolkit.features.moments.PIECE", 20)
     moments = BinMoments(7, 3)
     moments.update(features, index)
     assert_same(moments, features, index)
@@ -123,55 +122,20 @@ def test_state_dict_restores_to_the_bit() -> None:
     assert torch.equal(moments.deviations, restored.deviations)
 
 
-def test_wrong_shapes_and_states_are_refused() -> None:
+def test_objects_and_states_of_another_size_are_refused() -> None:
     moments = BinMoments(7, 3)
-    with pytest.raises(ShapeError, match=r"features must be \(N, 3\) and index \(N,\), got \(4, 2\) and \(4,\)"):
-        moments.update(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ShapeError, match=r"got \(4, 3\) and \(5,\)"):
-        moments.update(torch.zeros(4, 3), torch.zeros(5, dtype=torch.int64))
-    with pytest.raises(ShapeError, match="both must have the same bins"):
+    with pytest.raises(ShapeError, match=r"^BinMoments.merge: both must have the same bins"):
         moments.merge(BinMoments(7, 4))
-    with pytest.raises(ValueError, match=r"missing \['count'"):
+    with pytest.raises(CheckpointError, match=r"^BinMoments.load_state_dict: the saved state .* missing \['count'"):
         moments.load_state_dict({})
-    with pytest.raises(ShapeError, match=r"count must be torch.int64 of shape \(7,\), got torch.int64 of shape \(6,\)"):
+    with pytest.raises(CheckpointError, match=r"count must be torch.int64 of shape \(7,\), got torch.int64"):
         moments.load_state_dict(BinMoments(6, 3).state_dict())
-    with pytest.raises(ShapeError, match=r"mean must be torch.float64 of shape .*, got torch.float32"):
-        moments.load_state_dict({**moments.state_dict(), "mean": torch.zeros(7, 3)})
-    with pytest.raises(TypeError, match="other must be a BinMoments, got NoneType"):
-        moments.merge(None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="num_bins must be at least 1"):
-        BinMoments(0, 3)
-
-
-@pytest.mark.parametrize(
-    ("features", "index", "error", "message"),
-    [
-        (np.zeros((2, 3)), torch.tensor([0, 1]), TypeError, "features must be a torch.Tensor, got ndarray"),
-        (torch.zeros(2, 3), [0, 1], TypeError, "index must be a torch.Tensor, got list"),
-        (torch.zeros(2, 3).to_sparse(), torch.tensor([0, 1]), TypeError, "features must be dense"),
-        (
-            torch.zeros(2, 3) > 0,
-            torch.tensor([0, 1]),
-            TypeError,
-            "features must be integers or floats, got dtype torch.b",
-        ),
-        (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), TypeError, "index must be int64, got dtype torch.float32"),
-        (torch.zeros(2, 3), torch.tensor([0, 8]), ValueError, "index must be at most 7, got a maximum of 8"),
-        (
-            torch.zeros(2, 3),
-            torch.zeros(2, device="meta").long(),
-            ValueError,
-            "must be on the same device, got cpu and m",
-        ),
-    ],
-)
-def test_bad_batches_are_refused_and_change_nothing(
-    features: Any, index: Any, error: type[Exception], message: str
-) -> None:
-    moments = BinMoments(7, 3)
-    with pytest.raises(error, match=f"^BinMoments.update: .*{message}"):
-        moments.update(features, index)
-    assert int(moments.count.sum()) == 0
+    with pytest.raises(CheckpointError, match=r"mean must be floats of shape \(7, 3\), got torch.int64"):
+        moments.load_state_dict({**moments.state_dict(), "mean": torch.zeros(7, 3).long()})
+    with pytest.raises(CheckpointError, match=r"deviations must not be negative, got a minimum of -1"):
+        moments.load_state_dict({**moments.state_dict(), "deviations": -torch.ones(7, 3)})
+    with pytest.raises(TypeError, match="the saved state must be a dict, got list"):
+        moments.load_state_dict([])
 
 
 def assert_scatters(scatters: BinScatters, features: torch.Tensor, index: torch.Tensor) -> None:
@@ -188,7 +152,7 @@ def assert_scatters(scatters: BinScatters, features: torch.Tensor, index: torch.
 @pytest.mark.parametrize("pieces", [1, 2, 7, 200])
 @pytest.mark.parametrize("room", [2, 100, 10**6])
 def test_scatters_of_any_split_are_those_of_the_whole(pieces: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dir_toolkit.features.moments._PIECE", room)
+    monkeypatch.setattr("dir_toolkit.features.matrix_moments.PIECE", room)
     features, index = sample()
     index[::10] = -1
     index[5::10] = 7
@@ -228,7 +192,7 @@ def test_pooled_scatter_of_a_subspace_is_about_the_means_of_bins() -> None:
     features, index = sample()
     moments = SubspaceMoments(7, 3, 2)
     for x, i in zip(features.chunk(3), index.chunk(3), strict=True):
-        moments._update(x, i)
+        moments.update(x, i)
     moments.all_reduce()
     within = features - torch.stack([features[index == b].mean(0) for b in index.tolist()])
     torch.testing.assert_close(moments.pooled_scatter(), within.T @ within, rtol=1e-9, atol=1e-9)
@@ -237,12 +201,12 @@ def test_pooled_scatter_of_a_subspace_is_about_the_means_of_bins() -> None:
 def test_states_of_another_subspace_are_refused() -> None:
     moments = SubspaceMoments(7, 3, 2, basis=torch.eye(3, dtype=torch.float64)[:, :2])
     state = moments.state_dict()
-    with pytest.raises(ShapeError, match=r"SubspaceMoments.load_state_dict: basis must be \(3, 2\), got \(3, 3\)"):
+    with pytest.raises(CheckpointError, match=r"^SubspaceMoments.load_state_dict: basis must be floats"):
         moments.load_state_dict({**state, "basis": torch.eye(3)})
-    with pytest.raises(ValueError, match=r"missing \['count'\]"):
-        moments.load_state_dict({name: value for name, value in state.items() if name != "within.count"})
-    with pytest.raises(CheckpointError, match=r"state must be of a SubspaceMoments, got the key 'beyond\.count'"):
-        moments.load_state_dict({**state, "beyond.count": state["within.count"]})
+    with pytest.raises(CheckpointError, match=r"missing \['count'\]"):
+        moments.load_state_dict({**state, "within": {"mean": torch.zeros(7, 2), "deviations": torch.zeros(7, 2, 2)}})
+    with pytest.raises(CheckpointError, match=r"unknown \['beyond'\]"):
+        moments.load_state_dict({**state, "beyond": state["within"]})
 
 
 def test_states_of_other_batches_that_are_held_are_refused() -> None:
@@ -252,12 +216,10 @@ def test_states_of_other_batches_that_are_held_are_refused() -> None:
     assert state["held"].shape == features.shape
     with pytest.raises(ValueError, match=r"missing \['held_index'\]"):
         scatters.load_state_dict({name: value for name, value in state.items() if name != "held_index"})
-    with pytest.raises(ShapeError, match=r"features must be \(N, 3\) and index \(N,\)"):
+    with pytest.raises(CheckpointError, match=r"held must be floats of shape \(200, 3\), got torch.float64 of shape"):
         scatters.load_state_dict({**state, "held": features[:, :2]})
-    with pytest.raises(ValueError, match="index must be at most 7, got a maximum of 8"):
+    with pytest.raises(CheckpointError, match="held_index must be at most 7, got a maximum of 8"):
         scatters.load_state_dict({**state, "held_index": torch.full_like(index, 8)})
-    with pytest.raises(TypeError, match="state must be a dict, got list"):
-        scatters.load_state_dict([])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [BinMoments, BinScatters])

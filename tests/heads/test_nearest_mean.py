@@ -257,7 +257,7 @@ def test_labels_that_another_rank_could_not_look_at_are_summed_with_all_else(mon
 
 def test_where_values_are_not_looked_at_finish_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator."""
-    for module in ("features.moments", "_checks"):
+    for module in ("_numerics", "_checks"):
         monkeypatch.setattr(f"dir_toolkit.{module}.readable", lambda tensor: False)
     head = fitted()
     head.update(torch.zeros(3, 4), torch.tensor([0, 3, -1]))

@@ -345,8 +345,8 @@ def test_an_epoch_that_the_module_cuts_short(tmp_path: Path) -> None:
         (1, (torch.ones(2, 3),), ValueError, "under 1, got a tuple of 1"),
         (1, torch.ones(2, 3), ValueError, "under 1, got a Tensor"),
         ("age", (torch.ones(2, 3), torch.ones(2)), ValueError, "under 'age', got a tuple of 2"),
-        ("age", {"age": [1, 2]}, TypeError, "what labels_of='age' finds in a batch must be a torch.Tensor, got list"),
-        (lambda batch: None, (), TypeError, "finds in a batch must be a torch.Tensor, got NoneType"),
+        ("age", {"age": [1, 2]}, TypeError, r"labels must be a torch\.Tensor, got list"),
+        (lambda batch: None, (), TypeError, r"labels must be a torch\.Tensor, got NoneType"),
         (1, (torch.ones(2, 3), torch.ones(2, 1)), ValueError, r"labels must be \(N,\).*Use labels.squeeze\(1\)"),
         (1, (torch.ones(2, 3), torch.tensor([1.0, 9.5])), LabelError, "labels must lie on the label axis"),
     ],
@@ -364,8 +364,12 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     for arguments, error, message in [
         ((BINS,), TypeError, "fds must be an FDS, got Bins"),
         (([],), ValueError, r"fds must be an FDS or several, got \[\]"),
-        ((fds, 1.5), TypeError, "labels_of must be a function of the batch, a key, an index or None, got 1.5"),
-        (([fds, fds], [0]), ValueError, "labels_of must be one for all FDS, or one for each of 2, got 1"),
+        (
+            (fds, 1.5),
+            TypeError,
+            "labels_of must be a function of the batch, a key, .*, got 1.5 for 1 FDS",
+        ),
+        (([fds, fds], [0]), ValueError, r"labels_of must be .*, or a list with one per FDS, got \[0\] for 2 FDS"),
     ]:
         with pytest.raises(error, match=message):
             FDSCallback(*arguments)

@@ -24,7 +24,7 @@ Metrics = RegressionMetrics | ClassificationMetrics
 
 
 def make(kind: str) -> Metrics:
-    return RegressionMetrics(BINS, DENSITY) if kind == "regression" else ClassificationMetrics(BINS, DENSITY)
+    return RegressionMetrics(DENSITY) if kind == "regression" else ClassificationMetrics(DENSITY)
 
 
 def batches(kind: str) -> list[tuple[Tensor, Tensor]]:
@@ -95,16 +95,16 @@ def test_in_a_collection_it_shares_its_sums_only_with_its_like() -> None:
         {
             "a": RegionMetric(make("regression"), keys=["mae/many"]),
             "b": RegionMetric(make("regression"), keys=["bmae/all"]),
-            "c": RegionMetric(RegressionMetrics(wide, LabelDensity(wide, [500, 120, 30, 5])), keys=["mae/few"]),
-            "d": RegionMetric(RegressionMetrics(BINS, DENSITY, floor=1e-3), keys=["gm/all"]),
+            "c": RegionMetric(RegressionMetrics(LabelDensity(wide, [500, 120, 30, 5])), keys=["mae/few"]),
+            "d": RegionMetric(RegressionMetrics(DENSITY, floor=1e-3), keys=["gm/all"]),
         }
     )
     first = (torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))
     rest = [(pred, target) for pred, target in batches("regression")] + [(torch.tensor([1.0]), torch.tensor([1.0]))]
     oracles = {
         "mae/many": make("regression"),
-        "mae/few": RegressionMetrics(wide, LabelDensity(wide, [500, 120, 30, 5])),
-        "gm/all": RegressionMetrics(BINS, DENSITY, floor=1e-3),
+        "mae/few": RegressionMetrics(LabelDensity(wide, [500, 120, 30, 5])),
+        "gm/all": RegressionMetrics(DENSITY, floor=1e-3),
     }
     for pred, target in [first, *rest]:
         collection.update(pred, target)
@@ -222,7 +222,7 @@ def test_what_outside_says_is_kept() -> None:
     pred, target = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 9.0])
     for outside, count, mae in (("clip", 2, 4.0), ("drop", 1, 0.0)):
         bins = Bins.uniform(0, 4, width=1)
-        metrics = RegressionMetrics(bins, LabelDensity(bins, [500, 120, 30, 5]), outside=outside)  # type: ignore[arg-type]
+        metrics = RegressionMetrics(LabelDensity(bins, [500, 120, 30, 5]), outside=outside)  # type: ignore[arg-type]
         metric = RegionMetric(metrics, keys=["count/all", "mae/all"])
         metric.update(pred, target)
         assert {key: value.item() for key, value in metric.compute().items()} == {"count/all": count, "mae/all": mae}

@@ -252,7 +252,7 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     [
         ("age", lambda y: y, ValueError, r"a batch must hold its labels under 'age', got the keys \['labels', 'x'\]"),
         (0, lambda y: y, ValueError, "a batch must hold its labels under 0"),
-        (lambda inputs: 1.0, lambda y: y, TypeError, "finds in a batch must be a torch.Tensor, got float"),
+        (lambda inputs: 1.0, lambda y: y, TypeError, r"labels must be a torch\.Tensor, got float"),
         ("labels", lambda y: y[None], ValueError, r"labels must be \(N,\).*Use labels.squeeze\(1\)"),
         ("labels", lambda y: y + 9, LabelError, "labels must lie on the label axis"),
     ],

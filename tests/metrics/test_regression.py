@@ -65,7 +65,7 @@ def assert_same(a: xr.Dataset, b: xr.Dataset) -> None:
 
 
 def of(pred: Any, target: Any, **options: Any) -> xr.Dataset:
-    return regression_metrics(torch.as_tensor(pred), torch.as_tensor(target), BINS, DENSITY, **options)
+    return regression_metrics(torch.as_tensor(pred), torch.as_tensor(target), DENSITY, **options)
 
 
 def test_values_by_hand() -> None:
@@ -113,10 +113,10 @@ def test_the_comparisons_notice_a_wrong_answer() -> None:
 def test_any_split_into_batches_equals_the_whole(sizes: list[int]) -> None:
     pred, target = samples()
     batches = list(zip(pred.split(sizes), target.split(sizes), strict=True))
-    one, merged = RegressionMetrics(BINS, DENSITY), RegressionMetrics(BINS, DENSITY)
+    one, merged = RegressionMetrics(DENSITY), RegressionMetrics(DENSITY)
     for p, t in batches:
         one.update(p, t)
-        part = RegressionMetrics(BINS, DENSITY)
+        part = RegressionMetrics(DENSITY)
         part.update(p, t)
         assert merged.merge(part) is merged
     assert_same(one.compute(), of(pred, target))
@@ -135,7 +135,7 @@ def in_order() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rank_main(rank: int) -> torch.Tensor:
-    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics = RegressionMetrics(DENSITY)
     pred, target = (tensor[:313] if rank == 0 else tensor[313:] for tensor in in_order())
     for p, t in zip(pred.split(64), target.split(64), strict=True):
         metrics.update(p, t)
@@ -144,17 +144,17 @@ def rank_main(rank: int) -> torch.Tensor:
 
 def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
     pred, target = in_order()
-    whole = RegressionMetrics(BINS, DENSITY)
+    whole = RegressionMetrics(DENSITY)
     whole.update(pred, target)
     for sums in two_ranks(rank_main):
-        both = RegressionMetrics(BINS, DENSITY)
+        both = RegressionMetrics(DENSITY)
         both.sums = sums
         torch.testing.assert_close(both.sums, whole.sums, rtol=1e-12, atol=1e-12)
         assert_same(both.compute(), of(pred, target))
 
 
 def test_a_fresh_one_has_the_settings_and_no_sample() -> None:
-    metrics = RegressionMetrics(BINS, DENSITY, floor=0.3)
+    metrics = RegressionMetrics(DENSITY, floor=0.3)
     metrics.update(*samples())
     before = metrics.sums.clone()
     fresh = metrics.fresh()
@@ -163,11 +163,11 @@ def test_a_fresh_one_has_the_settings_and_no_sample() -> None:
     fresh.update(torch.tensor([1.0]), torch.tensor([2.0]))
     assert torch.equal(metrics.sums, before)
     assert metrics.merge(fresh) is metrics
-    assert RegressionMetrics(BINS, DENSITY).fresh().floor == 0.01
+    assert RegressionMetrics(DENSITY).fresh().floor == 0.01
 
 
 def test_the_summary_holds_what_training_watches() -> None:
-    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics = RegressionMetrics(DENSITY)
     metrics.update(torch.tensor([1.0, 4.0, 2.5]), torch.tensor([0.0, 0.0, 2.5]))  # errors 1, 4 and 0
     summary = metrics.summary()
     assert list(summary) == ["mae/all", "mae/many", "mae/medium", "mae/few", "bmae/all"]
@@ -185,7 +185,7 @@ def test_a_region_without_a_test_sample_is_missing_not_zero() -> None:
         assert all(math.isnan(row[name].item()) for name in ("mae", "rmse", "gm", "bmae", "bias", "pearson"))
         assert row["count"].item() == row.bins.item() == 0
     assert result.bin_mae.isnull().values.tolist() == [False, False, True, True, True]
-    assert RegressionMetrics(BINS, DENSITY).compute().mae.isnull().all()
+    assert RegressionMetrics(DENSITY).compute().mae.isnull().all()
 
 
 def test_one_sample() -> None:
@@ -200,9 +200,9 @@ def test_constant_predictions_have_no_correlation(value: float, n: int) -> None:
     target = 5 * torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for bins in (BINS, Bins.uniform(0, 5, count=1)):
         density = LabelDensity.count(target, bins)
-        result = regression_metrics(torch.full_like(target, value), target, bins, density)
+        result = regression_metrics(torch.full_like(target, value), target, density)
         assert result.pearson.isnull().all()
-        result = regression_metrics(target, torch.full_like(target, 3.3), bins, density)
+        result = regression_metrics(target, torch.full_like(target, 3.3), density)
         assert result.pearson.isnull().all()
 
 
@@ -214,13 +214,13 @@ def test_labels_far_from_zero_keep_their_correlation(offset: float, scale: float
     pred, target = samples()
     far = Bins.from_edges(BINS.edges * scale + offset)
     result = regression_metrics(
-        pred * scale + offset, target * scale + offset, far, LabelDensity(far, DENSITY.counts), floor=0.01 * scale
+        pred * scale + offset, target * scale + offset, LabelDensity(far, DENSITY.counts), floor=0.01 * scale
     )
     expected = of(pred, target)
     np.testing.assert_allclose(result.pearson, expected.pearson, atol=1e-6)
     np.testing.assert_allclose(result.mae / scale, expected.mae, rtol=1e-6)
     # Nor does it matter that predictions miss the axis by far.
-    shifted = regression_metrics(pred + 1e4, target, BINS, DENSITY)
+    shifted = regression_metrics(pred + 1e4, target, DENSITY)
     np.testing.assert_allclose(shifted.pearson, expected.pearson, atol=1e-6)
 
 
@@ -232,15 +232,15 @@ def test_perfect_predictions_correlate_fully() -> None:
 
 
 def test_the_floor_of_the_geometric_mean() -> None:
-    assert RegressionMetrics(BINS, DENSITY).floor == 0.01  # a hundredth of a bin
+    assert RegressionMetrics(DENSITY).floor == 0.01  # a hundredth of a bin
     assert of([2.5, 2.5], [2.5, 2.6], floor=0.1).gm.sel(region="all").item() == pytest.approx(0.1)
     for floor, kind in ((0, ValueError), (-1, ValueError), (math.nan, ValueError), ("1", TypeError)):
         with pytest.raises(kind, match=r"^RegressionMetrics: floor must be"):
-            RegressionMetrics(BINS, DENSITY, floor=floor)  # type: ignore[arg-type]
+            RegressionMetrics(DENSITY, floor=floor)  # type: ignore[arg-type]
 
 
 def test_region_limits_are_chosen_afterwards() -> None:
-    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics = RegressionMetrics(DENSITY)
     metrics.update(*samples())
     assert metrics.compute(many=10, few=1).bin_region.values.tolist() == ["many"] * 4 + ["unseen"]
     assert metrics.compute(many=1000, few=1000).bin_region.values.tolist() == ["few"] * 4 + ["unseen"]
@@ -253,7 +253,7 @@ def test_region_limits_are_chosen_afterwards() -> None:
 def test_everything_carries_units_and_coordinates() -> None:
     result = of(*samples())
     for name in ("mae", "rmse", "gm", "bmae", "bias", "bin_mae", "bin_bias", "bin_low", "bin_high", "bin_center"):
-        assert result[name].attrs["units"] == "label units", name
+        assert result[name].attrs["units"] == "label", name
     for name in ("pearson", "count", "bins", "bin_count", "train_count"):
         assert result[name].attrs["units"] == "1", name
     assert set(result.data_vars) <= {name for name in result.variables if "units" in result[name].attrs}
@@ -267,7 +267,7 @@ def test_everything_carries_units_and_coordinates() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.uint8])
 def test_sums_are_float64_whatever_comes(dtype: torch.dtype) -> None:
     pred, target = torch.tensor([1, 4, 2]).to(dtype), torch.tensor([3, 0, 2]).to(dtype)
-    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics = RegressionMetrics(DENSITY)
     metrics.update(pred, target)
     assert metrics.sums.dtype == torch.float64
     assert metrics.compute().mae.sel(region="all").item() == pytest.approx(2)
@@ -275,7 +275,7 @@ def test_sums_are_float64_whatever_comes(dtype: torch.dtype) -> None:
 
 
 def test_gradients_are_not_kept() -> None:
-    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics = RegressionMetrics(DENSITY)
     metrics.update(torch.ones(2, requires_grad=True), torch.ones(2))
     assert not metrics.sums.requires_grad
 
@@ -311,7 +311,7 @@ def test_gradients_are_not_kept() -> None:
     ],
 )
 def test_what_is_refused_adds_nothing(pred: Any, target: Any, kind: type[Exception], message: str) -> None:
-    metrics = RegressionMetrics(BINS, DENSITY)
+    metrics = RegressionMetrics(DENSITY)
     metrics.update(*samples())
     before = metrics.sums.clone()
     with pytest.raises(kind, match=message):
@@ -322,27 +322,21 @@ def test_what_is_refused_adds_nothing(pred: Any, target: Any, kind: type[Excepti
 def test_arguments_are_checked() -> None:
     where = r"^RegressionMetrics: "
     for value in (None, "abc", [0, 1], np.arange(3)):
-        with pytest.raises(TypeError, match=f"{where}bins must be a Bins or a BinGrid, got"):
-            RegressionMetrics(value, DENSITY)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=f"{where}density must be a LabelDensity over the same bins, got"):
-            RegressionMetrics(BINS, value)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"{where}density must be a LabelDensity, got"):
+            RegressionMetrics(value)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"^RegressionMetrics\.update: pred must be a torch\.Tensor"):
-            RegressionMetrics(BINS, DENSITY).update(value, torch.ones(3))  # type: ignore[arg-type]
+            RegressionMetrics(DENSITY).update(value, torch.ones(3))  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"^regression_metrics: target must be a torch\.Tensor"):
-            regression_metrics(torch.ones(3), value, BINS, DENSITY)  # type: ignore[arg-type]
+            regression_metrics(torch.ones(3), value, DENSITY)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"^RegressionMetrics\.merge: other must be a RegressionMetrics, got"):
-            RegressionMetrics(BINS, DENSITY).merge(value)  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=f"{where}density must be a LabelDensity over the same bins, got <LabelDensity"
-    ):
-        RegressionMetrics(BINS, LabelDensity.count([1], Bins.classes(5)))
+            RegressionMetrics(DENSITY).merge(value)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"^regression_metrics: pred must hold at least one value, got shape \(0,\)"):
         of(torch.empty(0), torch.empty(0))
 
 
 def test_only_like_metrics_merge() -> None:
-    metrics, classes = RegressionMetrics(BINS, DENSITY), Bins.classes(5)
-    others = [RegressionMetrics(BINS, DENSITY, floor=1), RegressionMetrics(classes, LabelDensity.count([1], classes))]
+    metrics, classes = RegressionMetrics(DENSITY), Bins.classes(5)
+    others = [RegressionMetrics(DENSITY, floor=1), RegressionMetrics(LabelDensity.count([1], classes))]
     for other in others:
         with pytest.raises(ValueError, match=r"^RegressionMetrics\.merge: both must have the same settings, got "):
             metrics.merge(other)
@@ -357,7 +351,7 @@ def test_maps_are_their_pixels_and_pieces_change_no_bit(monkeypatch: pytest.Monk
     pred, target = samples()
     valid = torch.arange(400).view(4, 10, 10) % 7 > 0
     maps, labels = pred.view(4, 10, 10), target.view(4, 10, 10)
-    one, pieces = RegressionMetrics(BINS, DENSITY), RegressionMetrics(BINS, DENSITY)
+    one, pieces = RegressionMetrics(DENSITY), RegressionMetrics(DENSITY)
     one.update(maps[valid], labels[valid])
     assert_equals_naive(one.compute(), naive(pred[valid.flatten()], target[valid.flatten()]))
     monkeypatch.setattr("dir_toolkit.metrics.regression._PIECE", 13)
@@ -379,7 +373,7 @@ def joint_samples(n: int = 600) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("floor", [None, 0.3, (0.2, 0.5)])
 def test_a_grid_equals_a_naive_loop(floor: Any) -> None:
     pred, target = joint_samples()
-    ds = regression_metrics(pred.view(20, 30, 2), target.view(20, 30, 2), GRID, JOINT, floor=floor)
+    ds = regression_metrics(pred.view(20, 30, 2), target.view(20, 30, 2), JOINT, floor=floor)
     floors = {None: (0.01, 0.07), 0.3: (0.3, 0.3)}.get(floor, floor)  # median widths are 1 and (4 + 10) / 2
     regions = JOINT.regions()
     index = GRID.index(target).tolist()
@@ -413,14 +407,14 @@ def test_a_grid_equals_a_naive_loop(floor: Any) -> None:
     np.testing.assert_allclose(ds.bin_bias[b], (pred - target)[here].mean(), rtol=1e-11)
     assert (ds.bin_low[7].values.tolist(), ds.bin_high[7].values.tolist()) == ([1, 5], [2, 20])
     np.testing.assert_array_equal(ds.bin_center, GRID.centers)
-    assert (ds.axis_gm.attrs["units"], ds.axis_pearson.attrs["units"]) == ("label units", "1")
+    assert (ds.axis_gm.attrs["units"], ds.axis_pearson.attrs["units"]) == ("label", "1")
 
 
 def test_a_grid_of_one_axis_is_that_axis_to_the_bit() -> None:
     pred, target = samples()
     grid = Bins.grid(BINS)
     density = LabelDensity(grid, DENSITY.counts)
-    flat, over = of(pred, target), regression_metrics(pred[:, None], target[:, None], grid, density)
+    flat, over = of(pred, target), regression_metrics(pred[:, None], target[:, None], density)
     for name in flat.data_vars:
         assert over[name].values.tobytes() == flat[name].values.tobytes(), name
         assert over[name].attrs == flat[name].attrs
@@ -429,7 +423,7 @@ def test_a_grid_of_one_axis_is_that_axis_to_the_bit() -> None:
 
 def test_grids_merge_and_split_and_know_their_settings() -> None:
     pred, target = joint_samples()
-    whole, parts = RegressionMetrics(GRID, JOINT), RegressionMetrics(GRID, JOINT, floor=None)
+    whole, parts = RegressionMetrics(JOINT), RegressionMetrics(JOINT, floor=None)
     whole.update(pred, target)
     for p, t in zip(pred.split([1, 0, 99, 500]), target.split([1, 0, 99, 500]), strict=True):
         part = parts.fresh()
@@ -439,17 +433,15 @@ def test_grids_merge_and_split_and_know_their_settings() -> None:
     assert whole.floor == parts.fresh().floor == (0.01, 0.07)
     message = r"the same settings, got floor=\(0\.01, 0\.07\) and floor=\(0\.1, 0\.1\)\."
     with pytest.raises(ValueError, match=message):
-        whole.merge(RegressionMetrics(GRID, JOINT, floor=0.1))
+        whole.merge(RegressionMetrics(JOINT, floor=0.1))
     with pytest.raises(ShapeError, match=r"target must be \(\.\.\., 2\), one number per dimension in the last axis"):
         whole.update(pred[:, 0], target[:, 0])
     with pytest.raises(LabelError, match=r"target\[\.\.\., 1\] must lie on the label axis \[-10, 20\], got 21\.0 at"):
         whole.update(torch.zeros(1, 2), torch.tensor([[1.0, 21.0]]))
     assert whole.sums[0, 0].sum() == 600
     with pytest.raises(ValueError, match="floor must be one number, or one for each of 2 axes, got"):
-        RegressionMetrics(GRID, JOINT, floor=[0.1])
+        RegressionMetrics(JOINT, floor=[0.1])
     with pytest.raises(TypeError, match="floor must be a number, got"):
-        RegressionMetrics(BINS, DENSITY, floor=[0.1])
+        RegressionMetrics(DENSITY, floor=[0.1])
     with pytest.raises(ValueError, match="floor must be > 0, got 0"):
-        RegressionMetrics(GRID, JOINT, floor=[0.1, 0])
-    with pytest.raises(ValueError, match="density must be a LabelDensity over the same bins"):
-        RegressionMetrics(GRID, DENSITY)
+        RegressionMetrics(JOINT, floor=[0.1, 0])

@@ -15,11 +15,10 @@ import torch.distributed as dist
 import xarray as xr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dir_toolkit import Bins, LabelDensity, RegressionMetrics, regression_metrics
+from dir_toolkit import Bins, LabelDensity, RegressionMetrics, _memory, regression_metrics
 from dir_toolkit.errors import LabelError
-from dir_toolkit.metrics import _sums
-from dir_toolkit.metrics.calibration import CalibrationMetrics, calibration_metrics
 from dir_toolkit.metrics.classification import ClassificationMetrics, classification_metrics
+from dir_toolkit.metrics.reliability import CalibrationMetrics, calibration_metrics
 
 BINS = Bins.uniform(0, 4, width=1)
 DENSITY = LabelDensity(BINS, [500, 60, 40, 5])
@@ -30,7 +29,7 @@ Metrics = RegressionMetrics | ClassificationMetrics | CalibrationMetrics
 def make(kind: str, **settings: Any) -> Any:
     if kind == "calibration":
         return CalibrationMetrics(4, **settings)
-    return (RegressionMetrics if kind == "regression" else ClassificationMetrics)(BINS, DENSITY, **settings)
+    return (RegressionMetrics if kind == "regression" else ClassificationMetrics)(DENSITY, **settings)
 
 
 def batch(kind: str, targets: list[float], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +55,7 @@ INSIDE, BEYOND = [0.5, 1.5, 3.5, 2.5], [0.5, 1.5, 7.0, 2.5, -3.0]
 
 def test_a_clipped_target_keeps_its_error_and_counts_in_the_end_bin() -> None:
     pred, target = torch.tensor([0.0, 4.0, 4.5]), torch.tensor([-3.0, 3.5, 7.0])
-    result = regression_metrics(pred, target, BINS, DENSITY, outside="clip")
+    result = regression_metrics(pred, target, DENSITY, outside="clip")
     assert result.bin_count.values.tolist() == [1, 0, 0, 2]
     assert result.bin_mae.values.tolist() == pytest.approx([3, math.nan, math.nan, (0.5 + 2.5) / 2], nan_ok=True)
     assert result.bin_bias.values.tolist() == pytest.approx([3, math.nan, math.nan, (0.5 - 2.5) / 2], nan_ok=True)
@@ -70,16 +69,16 @@ def test_a_clipped_target_over_a_grid_keeps_its_error_in_each_dimension() -> Non
     grid = Bins.grid(BINS, BINS)
     density = LabelDensity(grid, np.arange(16))
     pred, target = torch.tensor([[0.0, 1.0]]), torch.tensor([[9.0, 1.5]])
-    result = regression_metrics(pred, target, grid, density, outside="clip")
+    result = regression_metrics(pred, target, density, outside="clip")
     assert result.bin_count.values.nonzero()[0].tolist() == [3 * 4 + 1]
     assert result.axis_mae.sel(region="all").values.tolist() == [9, 0.5]
-    dropped = regression_metrics(pred, target, grid, density, outside="drop")
+    dropped = regression_metrics(pred, target, density, outside="drop")
     assert dropped["count"].sel(region="all") == 0
 
 
 def test_a_clipped_target_is_one_of_the_end_bin_and_of_the_last_class() -> None:
     pred = torch.tensor([0, 0, 3])
-    result = classification_metrics(pred, torch.tensor([-1.0, 9.0, 9.0]), BINS, DENSITY, outside="clip")
+    result = classification_metrics(pred, torch.tensor([-1.0, 9.0, 9.0]), DENSITY, outside="clip")
     assert result.bin_count.values.tolist() == [1, 0, 0, 2]
     assert result.bin_recall.values.tolist() == pytest.approx([1, math.nan, math.nan, 0.5], nan_ok=True)
     p = torch.tensor([[0.75, 0.25], [0.25, 0.75]])
@@ -240,8 +239,8 @@ def test_settings_and_their_repr(kind: str) -> None:
     assert (
         list(metrics.settings)
         == {
-            "regression": ["bins", "density", "floor", "outside"],
-            "classification": ["bins", "density", "regions", "outside"],
+            "regression": ["density", "floor", "outside"],
+            "classification": ["density", "regions", "outside"],
             "calibration": ["num_classes", "num_bins", "outside"],
         }[kind]
     )
@@ -254,7 +253,7 @@ def test_an_object_of_a_subclass_makes_fresh_ones_of_its_kind_and_merges_with_ou
     class Own(RegressionMetrics):
         pass
 
-    own = Own(BINS, DENSITY)
+    own = Own(DENSITY)
     assert type(own.fresh()) is Own
     own.merge(make("regression"))
     with pytest.raises(TypeError, match="other must be a RegressionMetrics, got ClassificationMetrics"):
@@ -382,18 +381,18 @@ def test_a_device_without_float64_is_refused_in_words() -> None:
 
 
 def test_tables_that_do_not_fit_into_memory_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sums, "free_memory", lambda: 2**30)
+    monkeypatch.setattr(_memory, "free_memory", lambda: 2**30)
     classes = Bins.classes(30_000)
     density = LabelDensity(classes, np.ones(30_000, dtype=np.int64))
     rule = (
         r"^ClassificationMetrics: the confusion matrix of 30,000 bins takes 6\.7 GiB, which must be free, got 1\.0 GiB"
     )
     with pytest.raises(ValueError, match=rule):
-        ClassificationMetrics(classes, density)
-    RegressionMetrics(classes, density)
+        ClassificationMetrics(density)
+    RegressionMetrics(density)
     with pytest.raises(ValueError, match=r"histograms of 1,000,000 classes in 1,000 bins takes 22\.4 GiB, which must"):
         CalibrationMetrics(1_000_000, num_bins=1_000)
-    monkeypatch.setattr(_sums, "free_memory", lambda: None)  # where nothing tells, it is tried
+    monkeypatch.setattr(_memory, "free_memory", lambda: None)  # where nothing tells, it is tried
     CalibrationMetrics(1_000_000, num_bins=20)
 
 
@@ -403,10 +402,10 @@ def test_tables_that_do_not_fit_into_memory_are_refused_before_they_are_made(mon
 def test_bmae_weighs_each_bin_by_its_width() -> None:
     uneven = Bins.from_edges([0, 1, 2, 8])
     pred, target = torch.tensor([1.5, 1.5, 8.0]), torch.tensor([0.5, 1.5, 5.0])
-    result = regression_metrics(pred, target, uneven, LabelDensity(uneven, [200, 30, 60]))
+    result = regression_metrics(pred, target, LabelDensity(uneven, [200, 30, 60]))
     assert result.bmae.sel(region="all").item() == pytest.approx((1 * 1 + 1 * 0 + 6 * 3) / 8)
     assert result.bmae.sel(region="medium").item() == pytest.approx((1 * 0 + 6 * 3) / 7)
-    assert regression_metrics(pred[1:], target[1:], uneven, LabelDensity(uneven, [200, 30, 60])).bmae.values[
+    assert regression_metrics(pred[1:], target[1:], LabelDensity(uneven, [200, 30, 60])).bmae.values[
         0
     ] == pytest.approx(18 / 7)
 
@@ -416,7 +415,7 @@ def test_bmae_over_uneven_bins_is_that_of_fine_even_ones() -> None:
     target = 10 * torch.rand(20_000, generator=generator, dtype=torch.float64) ** 3
     pred = target + 0.3 * target * torch.randn(20_000, generator=generator, dtype=torch.float64)
     fine, coarse = Bins.uniform(0, 10, width=0.1), Bins.quantile(target, 40)
-    found = [regression_metrics(pred, target, b, LabelDensity.count(target, b)) for b in (fine, coarse)]
+    found = [regression_metrics(pred, target, LabelDensity.count(target, b)) for b in (fine, coarse)]
     even, quantile = (float(r.bmae.sel(region="all")) for r in found)
     assert quantile == pytest.approx(even, rel=0.03)
     assert float(found[0].mae.sel(region="all")) < 0.6 * even  # which plain means over quantile bins would give
@@ -428,5 +427,5 @@ def test_bmae_over_uneven_bins_is_that_of_fine_even_ones() -> None:
 def test_bmae_over_even_bins_is_their_plain_mean_to_the_bit(bins: Bins) -> None:
     target = torch.from_numpy(np.repeat(bins.centers, [3, 2, 1]))
     pred = target + torch.tensor([0.1, 0.2, 0.4, 0.3, 0.7, 0.9], dtype=torch.float64)
-    result = regression_metrics(pred, target, bins, LabelDensity.count(target, bins))
+    result = regression_metrics(pred, target, LabelDensity.count(target, bins))
     assert result.bmae.values[0] == result.bin_mae.values.sum() / 3

@@ -27,7 +27,6 @@ from .drawing import (
     cut_below_zero,
     dressed,
     given_colors,
-    holding,
     legend_above,
     line_and_band,
     literal,
@@ -42,6 +41,7 @@ from .drawing import (
     train_counts,
     with_units,
 )
+from .schema import check_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,10 +79,10 @@ def class_error_figure(
         ds: a result of classification, of the schema in ``results.schema``.
         class_names: of the bins; None shows what each stands for.
     Raises:
-        ResultsError: ``ds`` breaks the schema, or is not of classification. ValueError: there is not one name a class,
-        or a color is unknown.
+        ResultsError: ``ds`` is not of classification. ValueError: there is not one name per class, or a color is
+        unknown.
     """
-    holding(ds, "bin_recall", "classification")
+    check_result(ds, "bin_recall", kind="classification")
     centers = [f"{center:g}" for center in ds["bin_center"].values]
     names = _named(class_names, len(centers)) or centers
     rows = []

@@ -13,7 +13,7 @@ import xarray as xr
 from ..._checks import instance, number, one_of, problem, whole
 from ...errors import ResultsError
 from ...labels.bins import Bins
-from .schema import validate_results
+from .schema import check_result
 from .tables import BASELINE, Columns, Mark, ResultsTable, results_table
 
 __all__ = ["comparison_table", "differences_csv", "leading_methods", "paired_differences"]
@@ -62,12 +62,12 @@ def paired_differences(
     Units:
         differences are in label units, method minus baseline, so that below 0 is better; ratios are method by baseline.
     Raises:
-        ResultsError: ``ds`` breaks the schema, or holds no predictions, or none of the baseline. ValueError: the
+        ResultsError: ``ds`` holds no predictions, or none of the baseline. ValueError: the
         baseline, a metric or a region is unknown, or a number out of range.
     Source:
         Rao and Wu 1988, Resampling inference with complex survey data, for drawing n - 1 within strata.
     """
-    validate_results(ds)
+    check_result(ds)
     if "prediction" not in ds:
         raise problem(
             "ds must hold the prediction for each test sample",
@@ -221,10 +221,9 @@ def comparison_table(ds: xr.Dataset, differences: xr.Dataset) -> ResultsTable:
         ds: the result that was compared.
         differences: what :func:`paired_differences` made of it.
     Raises:
-        ResultsError: ``ds`` breaks the schema, or ``differences`` is something else. ValueError: it is of other
-        methods.
+        ResultsError: ``differences`` is something else. ValueError: it is of other methods.
     """
-    validate_results(ds)
+    check_result(ds)
     check_differences(differences)
     methods, compared = ds["method"].values.tolist(), differences["method"].values.tolist()
     if set(methods) != set(compared):
@@ -302,12 +301,9 @@ def leading_methods(ds: xr.Dataset, baseline: str = "vanilla", *, most: int = 6)
         ds: a result of regression, of the schema in ``results.schema``.
         most: how many at most, the baseline among them.
     Raises:
-        ResultsError: ``ds`` breaks the schema, or is not of regression. ValueError: the baseline is unknown, or
-        ``most`` below 1.
+        ResultsError: ``ds`` is not of regression. ValueError: the baseline is unknown, or ``most`` is below 1.
     """
-    validate_results(ds)
-    if "mae" not in ds:
-        raise problem("ds must be a result of regression", got="one without 'mae'", error=ResultsError)
+    check_result(ds, "mae", "bmae", kind="regression")
     methods = ds["method"].values.tolist()
     one_of("baseline", baseline, methods)
     whole("most", most, low=1)

@@ -24,7 +24,6 @@ from .drawing import (
     PALETTE,
     Colors,
     dressed,
-    holding,
     legend_above,
     literal,
     mean_and_spread,
@@ -35,7 +34,8 @@ from .drawing import (
     styled_methods,
     with_units,
 )
-from .tables import BASELINE, METRIC_NAMES
+from .schema import check_result
+from .tables import BASELINE, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +97,7 @@ def difference_figure(
     _rows(panels[0], names)
     if not order:
         note_no_runs(panels[0])
-    name = with_units(f"{METRIC_NAMES[metric]} minus that of {baseline}", differences.attrs["label_units"])
+    name = with_units(f"{title(metric)} minus that of {baseline}", differences.attrs["label_units"])
     figure.supxlabel(f"{name}, {100 * level:g} % interval; left of 0 is better", fontsize=10, color=INK)
     _legend(figure, panels[0], {word: ("o", color, word in ("better", "worse")) for word, color in _VERDICTS.items()})
     return dressed(figure, panels, grid="both")
@@ -113,9 +113,9 @@ def coverage_figure(ds: xr.Dataset) -> Figure:
     Args:
         ds: a result of the schema in ``results.schema``.
     Raises:
-        ResultsError: ``ds`` breaks the schema, or holds no intervals.
+        ResultsError: ``ds`` holds no intervals.
     """
-    holding(ds, "lower", "methods that give intervals")
+    check_result(ds, "lower", kind="methods that give intervals")
     target, lower, upper = (ds[name].values.astype(np.float64) for name in ("target", "lower", "upper"))
     told = np.asarray(np.isfinite(lower).all(-1))  # (M, S)
     rows = [i for i in range(ds.sizes["method"]) if told[i].any()]
@@ -181,10 +181,10 @@ def cost_figure(ds: xr.Dataset, *, metric: str = "bmae", region: str = "all", co
         ds: a result of the schema in ``results.schema``.
         metric: a variable of ``ds`` over ``region``, in units of the label.
     Raises:
-        ResultsError: ``ds`` breaks the schema. ValueError: ``ds`` has no such metric or region, no method has both
+        ResultsError: ``ds`` is not of regression. ValueError: ``ds`` has no such metric or region, no method has both
         minutes and the metric, or a color is unknown.
     """
-    holding(ds, "mae", "regression")
+    check_result(ds, "mae", kind="regression")
     by_region = [str(n) for n in ds.data_vars if ds[n].dims == ("method", "seed", "region") and ds[n].dtype.kind == "f"]
     one_of("metric", metric, sorted(by_region))
     one_of("region", region, ds["region"].values.tolist())
@@ -223,7 +223,7 @@ def cost_figure(ds: xr.Dataset, *, metric: str = "bmae", region: str = "all", co
         axes.annotate(label, (edge, height_at), color=INK, annotation_clip=False, **text)
     axes.set_xlim(right=edge)
     several = spread_shown(ds)
-    name = " ".join([METRIC_NAMES.get(metric, metric), region])
+    name = " ".join([title(metric), region])
     axes.set_ylabel(with_units(name, ds[metric].attrs["units"]) + several)
     axes.set_xlabel("time spent training (min)" + several.replace("\n", ", "))
     return dressed(figure, [axes], grid="both")

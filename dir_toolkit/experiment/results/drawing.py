@@ -13,9 +13,7 @@ import numpy as np
 import xarray as xr
 
 from ..._checks import instance, problem
-from ...errors import ResultsError
 from ..files import write_atomically
-from .schema import validate_results
 from .tables import BASELINE
 
 if TYPE_CHECKING:
@@ -211,13 +209,6 @@ def styled_methods(ds: xr.Dataset, colors: Colors | None, *, baseline: bool = Tr
     if not baseline and present != [BASELINE]:
         present = [name for name in present if name != BASELINE]
     return {name: known[name] for name in sorted(present, key=lambda name: name == BASELINE)}
-
-
-def holding(ds: xr.Dataset, name: str, kind: str) -> None:
-    """``ds`` is a result, and one of the kind that the figure is of."""
-    validate_results(ds)
-    if name not in ds:
-        raise problem(f"ds must be a result of {kind}", got=f"one without {name!r}", error=ResultsError)
 
 
 def train_counts(ds: xr.Dataset) -> np.ndarray:

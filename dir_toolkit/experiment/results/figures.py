@@ -27,7 +27,6 @@ from .drawing import (
     color_scale,
     cut_below_zero,
     dressed,
-    holding,
     legend,
     legend_above,
     line_and_band,
@@ -44,8 +43,8 @@ from .drawing import (
     train_counts,
     with_units,
 )
-from .schema import validate_results
-from .tables import METRIC_NAMES, SHARES, count_range
+from .schema import check_result
+from .tables import count_range, shown_in_percent, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,10 +124,9 @@ def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | 
         window: number of bins averaged, odd; 1 shows every bin as measured. None means 5 where there are 40 bins or
             more, and 1 else.
     Raises:
-        ValueError: ``window`` is even or below 1, or a color is unknown. ResultsError: ``ds`` breaks the schema, or is
-        not of regression.
+        ValueError: ``window`` is even or below 1, or a color is unknown. ResultsError: ``ds`` is not of regression.
     """
-    holding(ds, "bin_mae", "regression")
+    check_result(ds, "bin_mae", kind="regression")
     window = whole("window", (5 if ds.sizes["bin"] >= 40 else 1) if window is None else window, low=1)
     if window % 2 == 0:
         raise problem("window must be odd, so that it has a middle", got=window)
@@ -175,15 +173,15 @@ def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors |
         metric: a variable of ``ds`` over ``region``; None means MAE, or in a result of classification alone balanced
             error.
     Raises:
-        ValueError: ``ds`` has no such metric, or a color is unknown. ResultsError: ``ds`` breaks the schema.
+        ValueError: ``ds`` has no such metric, or a color is unknown.
     """
-    validate_results(ds)
+    check_result(ds)
     metric = ("mae" if "mae" in ds else "balanced_error") if metric is None else metric
     if not isinstance(metric, str) or metric not in ds or ds[metric].dims != ("method", "seed", "region"):
         known = sorted(str(name) for name in ds.data_vars if ds[name].dims == ("method", "seed", "region"))
         raise problem(f"metric must be one of {known}", got=repr(metric))
     regions = [r for r in ("all", *REGIONS) if bool((ds["count"].sel(region=r) > 0).any())]
-    percent = metric in SHARES
+    percent = shown_in_percent(metric)
     bars = []
     crowded = int(ds["completed"].any("seed").sum()) > _MOST_BARS
     for method, color in styled_methods(ds, colors, baseline=not percent and not crowded).items():
@@ -191,7 +189,7 @@ def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors |
         seeds = int(part["completed"].sum())
         mean, spread = mean_and_spread(part[metric].values[part["completed"].values == 1] * (100 if percent else 1))
         bars.append((literal(f"{method} ({seeds_text(seeds)})"), color, mean, spread if seeds > 1 else None))
-    name = with_units(METRIC_NAMES.get(metric, metric), "%" if percent else ds[metric].attrs["units"])
+    name = with_units(title(metric), "%" if percent else ds[metric].attrs["units"])
     ticks = []
     for region in regions:
         samples, bins = (count_range(ds[name].sel(region=region).values) for name in ("count", "bins"))
@@ -230,13 +228,13 @@ def _region_rows(
     figure = new_figure(1.3 + 0.22 * len(bars))
     panels: list[Axes] = []
     row = np.arange(len(bars))
-    for j, title in enumerate(titles):
+    for j, heading in enumerate(titles):
         first = panels[0] if panels else None
         axes = figure.add_subplot(1, len(titles), j + 1, sharex=first, sharey=first)
         for i, (_, color, mean, whisker) in enumerate(bars):
             error = None if whisker is None else whisker[j]
             axes.errorbar(mean[j], i, xerr=error, fmt="o", markersize=5, color=color, ecolor=INK, elinewidth=1)
-        axes.set_title(title)
+        axes.set_title(heading)
         axes.tick_params(labelleft=not panels)
         panels.append(axes)
     panels[0].set_yticks(row, [label for label, *_ in bars])

@@ -1,85 +1,74 @@
-"""The result of an experiment, as one ``xarray.Dataset``: what is in it, and what every part means.
+"""The result of an experiment as one ``xarray.Dataset``: its parts and what each of them means.
 
 Dimensions
-    ``method``   the methods compared, text, in the order given; ``sel`` has an argument of that name, so select with
+    ``method``   the methods compared, as text, in the order given. ``sel`` has an argument of that name, so select with
                  ``ds.sel({"method": "lds"})``
     ``seed``     the seeds tried, int64, rising
-    ``region``   ``all``, then ``many``, ``medium``, ``few``, ``unseen``: parts of the label axis by training count
+    ``region``   ``all``, then ``many``, ``medium``, ``few`` and ``unseen``: parts of the label axis by training count
     ``bin``      int64, 0 ... B - 1: the bins of the label axis
-    ``sample``   the test samples, in the order of the test set, without a coordinate; only in a result of regression
-                 that holds predictions
+    ``sample``   the test samples in the order of the test set, without a coordinate. A result has it only if it holds
+                 predictions.
 
 Coordinates along ``bin``
     ``bin_low``, ``bin_high``   float64, label units; a bin holds ``low <= label < high`` and touches the next one
     ``bin_center``              float64, label units; what a bin stands for when it is decoded
     ``bin_region``              text, one of the four regions
 
-Variables, all measured on test data unless said
-    A result holds one of two families whole, or both, and always the common ones.
+Variables, all measured on test data unless said otherwise
+    A result holds at least one of the metrics that :mod:`dir_toolkit.metrics` declares, over (method, seed) and
+    ``region``, ``bin`` or nothing else. Its unit and its range are those of the declaration; a share is stored as a
+    number between 0 and 1. A result also holds
 
-    REGRESSION, over (method, seed, region)
-        ``mae rmse gm bmae``   float64, label units, >= 0: mean absolute error, root mean square, geometric mean of the
-                               absolute errors, mean over bins, each by its width, of the bin's MAE
-        ``bias``               float64, label units: mean of prediction minus label
-        ``pearson``            float64, in [-1, 1]
-    REGRESSION, over (method, seed, bin)
-        ``bin_mae bin_bias``   float64, label units
-    CLASSIFICATION, over (method, seed, region), where a class is a bin
-        ``error``              float64, in [0, 1]: share of the samples whose bin is not the predicted one
-        ``balanced_error``     float64, in [0, 1]: mean over bins of one minus the bin's recall
-        ``macro_f1``           float64, in [0, 1]: mean over bins of the bin's F1
-    CLASSIFICATION, over (method, seed, bin)
-        ``bin_recall``         float64, in [0, 1]: share of the bin's samples that are predicted as such
-        ``bin_precision``      float64, in [0, 1]: share of the predictions of the bin that are right
-    Common, over (method, seed, region)
-        ``count``, ``bins``    int64: test samples, and bins that hold any
-    Common, over (method, seed, bin)
-        ``bin_count``          int64: test samples
-        ``train_count``        int64: training samples
-    Common, over (method, seed)
-        ``minutes``            float64: time spent training
-        ``best_epoch``         float64 (a whole number), from 1: the epoch chosen on validation data
-        ``completed``          int8: 1 for a finished run, 0 for one that is missing
-    Regression, sample by sample, where it is held
-        ``target``             float32 or float64, label units, over (sample) alone: every run saw the same samples
-        ``prediction``         float32, label units, over (method, seed, sample); stands and falls with ``target``
-        ``lower``, ``upper``   float32, label units, over (method, seed, sample): an interval that is meant to hold the
-                               label with the probability in their attribute ``interval_level``; both or neither
-    Others may stand beside them, over the same dimensions and with units. One over (method, seed), such as ``ece``,
-    ``log_loss`` or ``tau``, may be missing in some of the runs.
+    ``count``, ``bins``    over (method, seed, region), int64: test samples, and bins that hold any
+    ``bin_count``          over (method, seed, bin), int64: test samples
+    ``train_count``        over (method, seed, bin), int64: training samples
+    ``minutes``            over (method, seed), float64: time spent training
+    ``best_epoch``         over (method, seed), float64 (a whole number), from 1: the epoch chosen on validation data
+    ``completed``          over (method, seed), int8: 1 for a finished run, 0 for one that is missing
+
+    A result of regression may hold its samples:
+
+    ``target``             over (sample) alone, float32 or float64, label units: every run saw the same samples
+    ``prediction``         over (method, seed, sample), float32, label units. It is there if ``target`` is.
+    ``lower``, ``upper``   over (method, seed, sample), float32, label units: an interval that is meant to hold the
+                           label with the probability in their attribute ``interval_level``. Both are there or neither.
+
+    Other variables may stand beside these, over the same dimensions and with units.
 
 Units
-    Every variable, and every coordinate in label units, has a ``units`` attribute: ``label_units``, ``min`` for
-    ``minutes``, ``1`` for a number without.
+    Every variable, and every coordinate in label units, has a ``units`` attribute: ``label_units`` or their square,
+    ``min`` for ``minutes``, and ``1`` for a number without a unit.
 
 Counts and NaN
-    A float is NaN where there is nothing to say, and nowhere else: in regions and bins without test samples (count 0),
-    in a missing run, all of whose counts are 0, in ``pearson`` where predictions or labels do not vary, in
-    ``bin_precision`` where a bin was never predicted (a bin that was, but has no test samples, has precision 0), in
-    ``minutes`` and ``best_epoch`` where a method has none (a constant predictor), in ``prediction`` where a run kept
-    none, and in ``lower`` and ``upper`` where a method gives no interval: a run has these for all samples or for none.
-    No number is infinite. Counts over regions add up to ``all``, and counts over bins to their regions. A run that has
-    predictions was tested on ``target``: its counts are those of these labels, and its MAE over all is theirs, to a
-    thousandth of the label axis.
+    A float is NaN where there is nothing to say and nowhere else: in regions and bins without test samples (count 0);
+    in a missing run, all of whose counts are 0; where a metric declares that it may be unknown, as ``pearson`` is if
+    predictions or labels do not vary, and ``bin_precision`` if a bin was never predicted (a bin that was predicted but
+    has no test samples has precision 0); in a number per run that a method does not have, such as the ``minutes`` of a
+    constant predictor; in ``prediction`` if a run kept none; and in ``lower`` and ``upper`` if a method gives no
+    interval. A run has predictions and intervals for all samples or for none. No number is infinite. Counts over
+    regions add up to ``all``, and counts over bins to their regions. A run that has predictions was tested on
+    ``target``: its counts are those of these labels, and its MAE over all is theirs, to a thousandth of the label axis.
 
 Attributes
     ``title``, ``created`` (ISO 8601, with its time zone), ``dir_toolkit_version``, ``command``, ``label_name`` and
-    ``label_units``, all text; any others are text or numbers.
+    ``label_units``, all of them text. Any others are text or numbers.
 
 In a file
-    NetCDF-3 through xarray's scipy engine, written whole or not at all. It knows no int64: whole numbers are int32
-    there and int64 again once loaded. Attributes that are neither text nor numbers are written as JSON, and stay text.
+    A result is written through xarray's scipy engine as NetCDF-3, whole or not at all. NetCDF-3 has no int64: whole
+    numbers are int32 in the file and int64 again once loaded. Attributes that are neither text nor numbers are written
+    as JSON and stay text.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -89,52 +78,49 @@ from ..._checks import instance, problem, whole
 from ...errors import ResultsError
 from ...labels.bins import Bins
 from ...labels.density import REGIONS
+from ...metrics._declared import METRICS
+from ...metrics._metric import stored_unit
 from ..files import write_atomically
 
-__all__ = [
-    "ALL_REGIONS",
-    "CLASSIFICATION",
-    "REGRESSION",
-    "combine_runs",
-    "load_results",
-    "save_results",
-    "validate_results",
-]
+__all__ = ["ALL_REGIONS", "combine_runs", "load_results", "save_results", "validate_results"]
 
 ALL_REGIONS = ("all", *REGIONS)
-UNNAMED_UNITS = "label units"
-"""What a metric, which has never heard the labels' units, calls them."""
 
 _RUN = ("method", "seed")
 _DIMS = (*_RUN, "region", "bin")
-_LABEL = "label_units"
-# name: (the axis besides method and seed, kind of dtype, units)
-_REGRESSION = {
-    **dict.fromkeys(("mae", "rmse", "gm", "bmae", "bias"), ("region", "f", _LABEL)),
-    "pearson": ("region", "f", "1"),
-    **dict.fromkeys(("bin_mae", "bin_bias"), ("bin", "f", _LABEL)),
-}
-_CLASSIFICATION = {
-    **dict.fromkeys(("error", "balanced_error", "macro_f1"), ("region", "f", "1")),
-    **dict.fromkeys(("bin_recall", "bin_precision"), ("bin", "f", "1")),
-}
+
+
+class _Variable(NamedTuple):
+    """What the schema asks of a variable: ``axis`` is the one besides method and seed, and ``kind`` that of its dtype;
+    the rest is as a metric declares it."""
+
+    axis: str
+    kind: str = "f"
+    unit: str = "1"
+    low: float = -math.inf
+    high: float = math.inf
+    may_be_nan: bool = False
+    at_empty: float = math.nan
+
+
+_COUNTS = {"count": "region", "bins": "region", "bin_count": "bin", "train_count": "bin"}
 _COMMON = {
-    **dict.fromkeys(("count", "bins"), ("region", "i", "1")),
-    **dict.fromkeys(("bin_count", "train_count"), ("bin", "i", "1")),
-    "minutes": ("", "f", "min"),
-    "best_epoch": ("", "f", "1"),
-    "completed": ("", "i", "1"),
+    **{name: _Variable(axis, "i", low=0) for name, axis in _COUNTS.items()},
+    "minutes": _Variable("", unit="min"),
+    "best_epoch": _Variable(""),
+    "completed": _Variable("", "i", low=0, high=1),
 }
-_BY_SAMPLE = dict.fromkeys(("target", "prediction", "lower", "upper"), ("sample", "f", _LABEL))
-_VARIABLES = {**_REGRESSION, **_CLASSIFICATION, **_COMMON, **_BY_SAMPLE}
-REGRESSION = tuple(_REGRESSION)
-"""The variables of a regression result."""
-CLASSIFICATION = tuple(_CLASSIFICATION)
-"""The variables of a classification result, all of them shares in [0, 1]."""
+_BY_SAMPLE = dict.fromkeys(("target", "prediction", "lower", "upper"), _Variable("sample", unit="label"))
+_VARIABLES = {
+    **{
+        name: _Variable(m.variables[name], "f", m.unit, m.low, m.high, m.may_be_nan, m.at_empty)
+        for name, m in METRICS.items()
+    },
+    **_COMMON,
+    **_BY_SAMPLE,
+}
 _COORDS = {"bin_low": "f", "bin_high": "f", "bin_center": "f", "bin_region": "U"}
 _KINDS = {"f": "floats", "i": "whole numbers", "U": "text"}
-_ERRORS = ("mae", "rmse", "gm", "bmae", "bin_mae")
-_MAY_BE_UNKNOWN = ("pearson", "bin_precision")  # among test samples, too
 _TEXTS = ("title", "created", "dir_toolkit_version", "command", "label_name", "label_units")
 
 
@@ -150,17 +136,17 @@ def combine_runs(
     """One result from the runs of several methods and seeds.
 
     Args:
-        runs: by (method, seed), what the metrics gave: variables over ``region`` and ``bin``, and where they are known
-            ``minutes``, ``best_epoch`` and others without a dimension; a run that lacks one of these is NaN there.
-            It may also hold ``target``, ``prediction``, ``lower`` and ``upper`` over ``sample``.
-            Units that read "label units" become ``label_units``.
-            A part of an earlier result, ``result.sel({"method": ..., "seed": ...})``, is such a run, too. Combinations
-            that are not given become missing runs.
+        runs: by (method, seed), the datasets that the metrics gave. They have variables over ``region`` and ``bin``,
+            and may have ``minutes``, ``best_epoch`` and others without a dimension, which are NaN in runs that lack
+            them. They may also hold ``target``, ``prediction``, ``lower`` and ``upper`` over ``sample``. A part of an
+            earlier result, ``result.sel({"method": ..., "seed": ...})``, is such a run, too. Combinations that are not
+            given become missing runs.
         command: what a reader would type to get the same result.
-        attrs: provenance besides, such as versions, devices and digests of the data.
+        label_units: what the unit "label" of the metrics stands for.
+        attrs: further provenance, such as versions, devices and digests of the data.
     Raises:
-        ResultsError: runs differ in their bins or variables, or the result breaks the schema; names every fault.
-        TypeError: a key is no (method, seed), text and whole number, or a run no Dataset.
+        ResultsError: runs differ in their bins or variables, or the result breaks the schema. It names every fault.
+        TypeError: a key is no pair of a text and a whole number, or a run is no Dataset.
     """
     instance(Mapping, runs=runs)
     if attrs is not None:
@@ -182,7 +168,6 @@ def combine_runs(
     seeds = sorted({seed for _, seed in runs})
     sizes = {"method": len(methods), "seed": len(seeds), **first.sizes}
     sizes |= {"sample": examples["target"].size} if "target" in examples else {}
-    known = {name: label_units if units == _LABEL else units for name, (_, _, units) in _VARIABLES.items()}
     result = xr.Dataset(
         coords={
             "method": np.array(methods, dtype=str),
@@ -203,7 +188,7 @@ def combine_runs(
         example = examples.get(name, xr.DataArray(np.nan))
         if name == "target":
             labels = example.values.astype(np.float32 if example.dtype == np.float32 else np.float64)
-            result[name] = ("sample", labels, {"units": label_units, **example.attrs})
+            result[name] = ("sample", labels, {"units": "label", **example.attrs})
             continue
         dims = (*_RUN, *example.dims)
         counted = _kind(name, example) == "i" and (name in _VARIABLES or all(name in run for run in runs.values()))
@@ -214,17 +199,18 @@ def combine_runs(
                 values[methods.index(method), seeds.index(seed)] = run[name].values
             elif name == "completed":
                 values[methods.index(method), seeds.index(seed)] = 1
-        result[name] = (dims, values, {"units": known.get(name), **example.attrs})
+        declared = {"units": _VARIABLES[name].unit} if name in _VARIABLES else {}
+        result[name] = (dims, values, {**declared, **example.attrs})
     result["completed"] = result["completed"].astype(np.int8)
     for variable in result.variables.values():
-        if variable.attrs.get("units") == UNNAMED_UNITS:
-            variable.attrs["units"] = label_units
+        if "units" in variable.attrs:
+            variable.attrs["units"] = stored_unit(variable.attrs["units"], label_units)
     validate_results(result)
     return result
 
 
 def _misfits(run: xr.Dataset, first: xr.Dataset, examples: Mapping[str, xr.DataArray]) -> Iterator[str]:
-    """What keeps a run from standing beside the first one, and beside the first that has each variable."""
+    """What keeps a run from standing beside the first one, and beside the first run that has each variable."""
     for name in ("region", "bin", *_COORDS):
         if name not in run.coords:
             yield f"coordinate {name!r} is missing"
@@ -253,7 +239,7 @@ def _misfits(run: xr.Dataset, first: xr.Dataset, examples: Mapping[str, xr.DataA
 
 def _kind(name: str, example: xr.DataArray) -> str:
     """The kind of dtype that the schema gives a variable; one it does not know keeps its own."""
-    return _VARIABLES[name][1] if name in _VARIABLES else "i" if example.dtype.kind in "iub" else "f"
+    return _VARIABLES[name].kind if name in _VARIABLES else "i" if example.dtype.kind in "iub" else "f"
 
 
 def validate_results(ds: xr.Dataset) -> None:
@@ -262,11 +248,24 @@ def validate_results(ds: xr.Dataset) -> None:
     Raises:
         ResultsError: names every fault, not the first alone. TypeError: ``ds`` is no Dataset.
     """
-    if not isinstance(ds, xr.Dataset):
-        raise problem("ds must be an xarray.Dataset", got=type(ds).__name__, error=TypeError)
+    instance(xr.Dataset, ds=ds)
     faults = list(_faults(ds))
     if faults:
         raise _all_of("ds must follow the schema of dir_toolkit.experiment.results.schema", faults)
+
+
+def check_result(ds: xr.Dataset, *names: str, kind: str = "") -> None:
+    """Raise unless ``ds`` has what each result has, and ``names``, which one of this kind has.
+
+    Whoever makes, writes or reads a result checks all of it. Whoever is given one asks for no more than it needs.
+    """
+    instance(xr.Dataset, ds=ds)
+    missing = [name for name in (*_DIMS, "bin_region", "count", "completed", *names) if name not in ds.variables]
+    if missing:
+        rule = f"ds must be a result{f' of {kind}' if kind else ''}"
+        raise problem(
+            rule, got=f"one without {missing[0]!r}", fix="Use combine_runs or load_results.", error=ResultsError
+        )
 
 
 def _all_of(rule: str, faults: list[str]) -> Exception:
@@ -289,12 +288,10 @@ def _faults(ds: xr.Dataset) -> Iterator[str]:
     if missing or empty:
         return
     yield from _axis_faults(ds)
+    if METRICS.keys().isdisjoint(ds.data_vars):
+        yield "variables must hold a metric that dir_toolkit.metrics declares, got none"
     sound: set[str] = set()
-    families = [family for family in (_REGRESSION, _CLASSIFICATION) if not family.keys().isdisjoint(ds.data_vars)]
-    if not families:
-        yield f"variables must be {', '.join(REGRESSION)} or {', '.join(CLASSIFICATION)}, or both, got neither"
-    needed = [name for family in (*families, _COMMON) for name in family]
-    for name in dict.fromkeys([*needed, *map(str, ds.data_vars)]):
+    for name in dict.fromkeys([*_COMMON, *map(str, ds.data_vars)]):
         faults = list(_variable_faults(ds, name))
         yield from faults
         if not faults:
@@ -330,9 +327,9 @@ def _axis_faults(ds: xr.Dataset) -> Iterator[str]:
             yield f"coordinate {name!r} must be {_KINDS[kind]}, got {ds[name].dtype}"
         else:
             sound.add(name)
-            found, expected = ds[name].attrs.get("units"), ds.attrs.get(_LABEL)
-            if kind == "f" and found != expected:
-                yield f"coordinate {name!r} must have units {expected!r}, got {found!r}"
+            units, expected = ds[name].attrs.get("units"), ds.attrs.get("label_units")
+            if kind == "f" and units != expected:
+                yield f"coordinate {name!r} must have units {expected!r}, got {units!r}"
     if {"bin_low", "bin_high", "bin_center"} <= sound:
         low, high, center = (ds[name].values for name in ("bin_low", "bin_high", "bin_center"))
         if not _sound_edges(ds):
@@ -355,72 +352,78 @@ def _variable_faults(ds: xr.Dataset, name: str) -> Iterator[str]:
     if name not in ds.data_vars:
         yield f"variable {name!r} is missing"
         return
-    array = ds[name]
-    axis, kind, units = _VARIABLES.get(name, ("", "", ""))
+    array, asked = ds[name], _VARIABLES.get(name)
     allowed: set[tuple[str, ...]] = {_RUN, (*_RUN, "region"), (*_RUN, "bin")}
-    if kind:
-        allowed = {("sample",) if name == "target" else _RUN + ((axis,) if axis else ())}
+    if asked:
+        allowed = {("sample",) if name == "target" else _RUN + ((asked.axis,) if asked.axis else ())}
     if array.dims not in allowed:
         yield f"variable {name!r} must be over {' or '.join(map(str, sorted(allowed)))}, got {array.dims}"
-    if array.dtype.kind not in (kind or "fi"):
-        yield f"variable {name!r} must be {_KINDS.get(kind, 'numbers')}, got {array.dtype}"
-    found, expected = array.attrs.get("units"), ds.attrs.get(_LABEL) if units == _LABEL else units
-    if not isinstance(found, str) or (expected and found != expected):
-        yield f"variable {name!r} must have units{f' {expected!r}' if expected else ''}, got {found!r}"
+    if array.dtype.kind not in (asked.kind if asked else "fi"):
+        yield f"variable {name!r} must be {_KINDS[asked.kind] if asked else 'numbers'}, got {array.dtype}"
+    units, expected = array.attrs.get("units"), asked and stored_unit(asked.unit, str(ds.attrs.get("label_units")))
+    if not isinstance(units, str) or (expected and units != expected):
+        yield f"variable {name!r} must have units{f' {expected!r}' if expected else ''}, got {units!r}"
 
 
 def _number_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
-    counts: list[str] = [name for name in ("count", "bins", "bin_count", "train_count") if name in sound]
-    for name in counts:
-        if (ds[name] < 0).any():
-            yield f"variable {name!r} must not be negative, got {int(ds[name].min())}"
     for name in sorted(sound):
-        values = ds[name].values
-        if values.dtype.kind == "f" and (np.isinf(values).any() or (name in _ERRORS and (values < 0).any())):
-            yield f"variable {name!r} must be {'finite and not negative' if name in _ERRORS else 'finite'} or NaN"
-        elif name in _CLASSIFICATION and ((values < 0) | (values > 1)).any():
-            yield f"variable {name!r} must lie in [0, 1]"
+        array, asked = ds[name], _VARIABLES.get(name, _Variable(""))
+        if array.dtype.kind == "f" and np.isinf(array.values).any():
+            yield f"variable {name!r} must be finite or NaN"
+        elif name != "completed" and ((array.values < asked.low) | (array.values > asked.high)).any():
+            kind = (
+                "not be negative"
+                if (asked.low, asked.high) == (0, math.inf)
+                else f"lie in [{asked.low:g}, {asked.high:g}]"
+            )
+            yield f"variable {name!r} must {kind}, got values from {array.min().item():g} to {array.max().item():g}"
+        if array.dtype.kind == "f":
+            yield from _missing_faults(ds, sound, name)
+    yield from _sum_faults(ds, sound)
+
+
+def _missing_faults(ds: xr.Dataset, sound: set[str], name: str) -> Iterator[str]:
+    """Faults of one variable in where it is NaN."""
+    array, asked = ds[name], _VARIABLES.get(name)
+    at_empty = asked.at_empty if asked else math.nan
     for axis, count in (("region", "count"), ("bin", "bin_count")):
-        if count not in sound:
+        if axis not in array.dims or count not in sound:
             continue
-        for name in sorted(sound):
-            if ds[name].dtype.kind != "f" or axis not in ds[name].dims:
-                continue
-            empty, told = ds[count] == 0, ds[name].notnull()
-            if name == "bin_precision":
-                if (empty & told & (ds[name] != 0)).any():
-                    yield f"variable {name!r} must be 0 or NaN where {count!r} is 0"
-            elif (empty & told).any():
-                yield f"variable {name!r} must be NaN where {count!r} is 0"
-            if name in _VARIABLES and name not in _MAY_BE_UNKNOWN and (~empty & ~told).any():
-                yield f"variable {name!r} must not be NaN where {count!r} is above 0"
+        empty, known = ds[count] == 0, array.notnull()
+        if (empty & known & (array != at_empty)).any():
+            allowed = "NaN" if math.isnan(at_empty) else f"{at_empty:g} or NaN"
+            yield f"variable {name!r} must be {allowed} where {count!r} is 0"
+        if asked and not asked.may_be_nan and (~empty & ~known).any():
+            yield f"variable {name!r} must not be NaN where {count!r} is above 0"
+    by_run = array.dims == _RUN or not math.isnan(at_empty)  # counts say nothing about these
+    if by_run and "completed" in sound and ((ds["completed"] == 0) & array.notnull()).any():
+        yield f"variable {name!r} must be NaN where 'completed' is 0"
+
+
+def _sum_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
+    """Faults of counts beside each other, and beside the runs that were completed."""
     for name in ("count", "bins"):
         if name in sound and (ds[name][..., 0] != ds[name][..., 1:].sum("region")).any():
             yield f"variable {name!r} over the regions must add up to 'all'"
-    if "pearson" in sound and (np.abs(ds["pearson"]) > 1).any():
-        yield "variable 'pearson' must lie in [-1, 1]"
     if {"count", "bin_count"} <= sound and "bin_region" in ds.coords and ds["bin_region"].dims == ("bin",):
         for region in REGIONS:
             here = (ds["bin_region"] == region).values
             if (ds["bin_count"][..., here].sum("bin") != ds["count"].sel(region=region)).any():
                 yield f"variable 'bin_count' over the bins of region {region!r} must add up to 'count'"
-    if "completed" in sound:
-        completed = ds["completed"]
-        if not completed.isin([0, 1]).all():
-            yield "variable 'completed' must be 0 or 1"
-        for name in counts:
-            if (ds[name].where(completed == 0, 0) != 0).any():
-                yield f"variable {name!r} must be 0 where 'completed' is 0"
-        for name in sorted(sound):
-            by_run = ds[name].dtype.kind == "f" and (ds[name].dims == _RUN or name == "bin_precision")
-            if by_run and ((completed == 0) & ds[name].notnull()).any():
-                yield f"variable {name!r} must be NaN where 'completed' is 0"
-        if "count" in sound and ((completed == 1) & (ds["count"][..., 0] == 0)).any():
-            yield "variable 'count' must be above 0 where 'completed' is 1"
+    if "completed" not in sound:
+        return
+    completed = ds["completed"]
+    if not completed.isin([0, 1]).all():
+        yield "variable 'completed' must be 0 or 1"
+    for name in (name for name in _COUNTS if name in sound):
+        if (ds[name].where(completed == 0, 0) != 0).any():
+            yield f"variable {name!r} must be 0 where 'completed' is 0"
+    if "count" in sound and ((completed == 1) & (ds["count"][..., 0] == 0)).any():
+        yield "variable 'count' must be above 0 where 'completed' is 1"
 
 
 def _sample_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
-    """Faults of predictions and intervals, each of which also tells samples that are not in the order of ``target``."""
+    """Faults of predictions and intervals. They show if samples are not in the order of ``target``."""
     held = [name for name in _BY_SAMPLE if name in ds.data_vars]
     for one, other in (("target", "prediction"), ("lower", "upper")):
         if (one in held) != (other in held):
@@ -443,29 +446,28 @@ def _sample_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
     runs = {}
     for name in ("prediction", "lower", "upper"):
         if name in sound:
-            known = np.isfinite(ds[name].values)
-            runs[name] = known.all(-1)
-            if (known.any(-1) != runs[name]).any():
+            finite = np.isfinite(ds[name].values)
+            runs[name] = finite.all(-1)
+            if (finite.any(-1) != runs[name]).any():
                 yield f"variable {name!r} must be finite for all samples of a run, or NaN for all"
-    told, allowed = runs["prediction"], ds["completed"].values == 1
-    if (told & ~allowed).any():
+    known = runs["prediction"]
+    if (known & (ds["completed"].values != 1)).any():
         yield "variable 'prediction' must be NaN where 'completed' is 0"
-    tested = np.bincount(place, minlength=ds.sizes["bin"])
-    if (ds["bin_count"].values[told] != tested).any():
+    if (ds["bin_count"].values[known] != np.bincount(place, minlength=ds.sizes["bin"])).any():
         yield "variable 'bin_count' must count the labels in 'target' in every run that has predictions"
-    found = np.array([np.abs(row.astype(np.float64) - target).mean() for row in ds["prediction"].values[told]])
-    off = np.abs(found - ds["mae"].values[..., 0][told])
+    errors = np.array([np.abs(row.astype(np.float64) - target).mean() for row in ds["prediction"].values[known]])
+    off = np.abs(errors - ds["mae"].values[..., 0][known])
     if (off > 1e-3 * (edges[-1] - edges[0])).any():
         yield f"variable 'mae' over all must be that of 'prediction' and 'target', is off by up to {np.nanmax(off):g}"
     if {"lower", "upper"} <= runs.keys():
-        if (runs["lower"] != runs["upper"]).any() or (runs["lower"] & ~told).any():
+        if (runs["lower"] != runs["upper"]).any() or (runs["lower"] & ~known).any():
             yield "variables 'lower' and 'upper' must be NaN in the same runs, and where 'prediction' is"
         elif (ds["lower"].values[runs["lower"]] > ds["upper"].values[runs["lower"]]).any():
             yield "variable 'lower' must not be above 'upper'"
 
 
 def _sound_edges(ds: xr.Dataset) -> bool:
-    """Whether the bins can be built again; what is wrong with them is said elsewhere."""
+    """Whether the bins can be built again from their edges."""
     if not all(name in ds.coords and ds[name].dims == ("bin",) for name in ("bin_low", "bin_high")):
         return False
     low, high = ds["bin_low"].values, ds["bin_high"].values

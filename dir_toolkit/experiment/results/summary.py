@@ -149,6 +149,7 @@ def write_comparison(
         As ``paired_differences`` and ``write_summary`` do, and ValueError: one of ``methods`` is unknown. Nothing is
         written then.
     """
+    validate_results(ds)
     differences = paired_differences(ds, baseline, level=level, replicates=replicates, seed=seed)
     methods = leading_methods(ds, baseline) if methods is None else methods
     instance(Sequence, methods=methods)

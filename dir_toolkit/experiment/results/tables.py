@@ -12,27 +12,14 @@ import xarray as xr
 
 from ..._checks import instance, problem
 from ...labels.density import REGIONS
-from .schema import validate_results
+from ...metrics._declared import METRICS
+from .schema import check_result
 
 __all__ = ["BASELINE", "ResultsTable", "as_markdown", "as_text", "results_table"]
 
 BASELINE = "constant"
 """The name of the constant predictor, which stands last in every table."""
 
-METRIC_NAMES = {
-    "mae": "MAE",
-    "rmse": "RMSE",
-    "gm": "GM",
-    "bmae": "bMAE",
-    "balanced_error": "balanced error",
-    "macro_f1": "macro F1",
-    "ece": "ECE",
-    "classwise_ece": "classwise ECE",
-    "log_loss": "log loss",
-    "best_epoch": "best epoch",
-    "tau": "τ",
-}
-SHARES = ("error", "balanced_error", "macro_f1", "ece", "classwise_ece")
 _EMPTY = "–"
 
 _BY_RUN = ("method", "seed")
@@ -74,9 +61,9 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
             out where no run has test samples in it; for classification, balanced error over all and in every region
             that some run has test samples in, and error over all.
     Raises:
-        ValueError: a metric or a region is not in ``ds``. ResultsError: ``ds`` breaks the schema.
+        ValueError: a metric or a region is not in ``ds``.
     """
-    validate_results(ds)
+    check_result(ds)
     columns = _default_columns(ds) if columns is None else columns
     instance(Sequence, columns=columns)
     for column in columns:
@@ -101,7 +88,7 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
         row = ds.sel({"method": method})
         cells = [_cell(row[m] if region is None else row[m].sel(region=region), ds[m]) for m, region in columns]
         rows.append([method, str(int(row["completed"].sum())), *cells])
-    header = ["method", "seeds", *(" ".join(filter(None, (_name(metric), region))) for metric, region in columns)]
+    header = ["method", "seeds", *(" ".join(filter(None, (title(metric), region))) for metric, region in columns)]
     tested = ["" if r is None else count_range(ds["count"].sel(region=r).values) for _, r in columns]
     counts = ["test samples", "", *tested]
     return ResultsTable(_caption(ds, columns), header, counts, rows)
@@ -118,12 +105,19 @@ def _default_columns(ds: xr.Dataset) -> Columns:
     return columns
 
 
-def _name(metric: str) -> str:
-    return METRIC_NAMES.get(metric, metric)
+def title(metric: str) -> str:
+    """What tables and figures call a metric, or any other variable of a result."""
+    other = "τ" if metric == "tau" else metric.replace("_", " ")
+    return METRICS[metric].title if metric in METRICS else other
+
+
+def shown_in_percent(metric: str) -> bool:
+    """Whether a variable is a share of one."""
+    return metric in METRICS and METRICS[metric].unit == "%"
 
 
 def _cell(values: xr.DataArray, all_values: xr.DataArray) -> str:
-    if values.name in SHARES:
+    if shown_in_percent(str(values.name)):
         return _mean_and_spread(values.values * 100, 2)
     return _mean_and_spread(values.values, _decimals(all_values))
 
@@ -156,9 +150,9 @@ def count_range(counts: np.ndarray) -> str:
 def _caption(ds: xr.Dataset, columns: Columns) -> str:
     by_units: dict[str, list[str]] = {}
     for metric, _ in columns:
-        names = by_units.setdefault("%" if metric in SHARES else ds[metric].attrs["units"], [])
-        if _name(metric) not in names:
-            names.append(_name(metric))
+        names = by_units.setdefault("%" if shown_in_percent(metric) else ds[metric].attrs["units"], [])
+        if title(metric) not in names:
+            names.append(title(metric))
     units = [f"{_listed(names)} in {u}" for u, names in by_units.items() if u != "1" and names != ["minutes"]]
     several = bool((ds["completed"].sum("seed") > 1).any())
     spread = "mean ± standard deviation (n - 1) over seeds" if several else "one seed a method, so no spread is known"

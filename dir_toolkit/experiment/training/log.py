@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..._checks import problem
 from ...labels.density import REGIONS
+from ...metrics._declared import METRICS
+from ...metrics._metric import Metric
 from ..files import naming, write_atomically
 from .runtime import Runtime
 
@@ -26,13 +28,6 @@ _COLUMNS = {
     "loss": ("loss", "{:.3f}"),
     "lr": ("lr", "{:.1e}"),
     "seconds": ("seconds", "{:.0f}"),
-}
-# Validation errors, whose columns start with "val_" and may end in a region.
-_ERRORS = {
-    "mae": ("MAE", "{:.2f}"),
-    "bmae": ("bMAE", "{:.2f}"),
-    "error": ("error", "{:.4f}"),
-    "balanced_error": ("BER", "{:.4f}"),
 }
 _WIDTH = 8
 
@@ -91,19 +86,20 @@ class RunLog:
             self._bar.advance(self._bar.task_ids[0])
 
     def end_epoch(self, row: dict[str, Any], *, best: bool = False) -> None:
-        """Add one epoch: a row of plain values with ``epoch``, ``step``, ``loss``, ``lr`` and ``seconds``, and
-        validation errors as ``val_mae``, ``val_mae_few`` and so on: mae, bmae, error or balanced_error, and a region.
+        """Add one epoch.
 
         Args:
+            row: plain values: ``epoch``, ``step``, ``loss``, ``lr`` and ``seconds``, and the numbers of a metric on the
+                validation set, as ``val_mae`` over all and ``val_mae_few`` for a region.
             best: whether to mark it on the terminal as the best so far.
         Raises:
-            ValueError: the row has other columns; nothing is written then.
+            ValueError: the row has other columns. Nothing is written then.
         """
-        errors = {column: _error_of(column) for column in row if column not in (*_COLUMNS, "step")}
+        metrics = {column: _metric_of(column) for column in row if column not in (*_COLUMNS, "step")}
         missing = [column for column in ("step", *_COLUMNS) if column not in row]
-        unknown = [column for column, found in errors.items() if found is None]
+        unknown = [column for column, known in metrics.items() if known is None]
         if missing or unknown:
-            rule = "row must hold step, epoch, loss, lr, seconds and validation errors"
+            rule = "row must hold step, epoch, loss, lr, seconds and metrics of the validation set"
             raise problem(rule, got=f"missing {missing}, unknown {unknown}")
         self._close_bar()
         if not self._main:
@@ -112,12 +108,12 @@ class RunLog:
         self._write_history()
         tags = {"loss": "train/loss", "lr": "train/lr"}
         shown = {name: _COLUMNS[name] for name in ("epoch", "loss", "lr")}
-        for column, found in errors.items():
-            assert found is not None
-            error, region = found
-            title, pattern = _ERRORS[error]
-            tags[column] = f"val/{error}/{region}"
-            shown[column] = (title if region == "all" else region, pattern)
+        for column, known in metrics.items():
+            assert known is not None
+            metric, region = known
+            tags[column] = f"val/{metric.name}/{region}"
+            title = (metric.short or metric.title) if region == "all" else region
+            shown[column] = (title, "{:.2f}" if metric.unit == "label" else "{:.4f}")
         shown["seconds"] = _COLUMNS["seconds"]
         with naming(self._folder):
             self._write_board({tag: row[column] for column, tag in tags.items()}, row["step"])
@@ -159,14 +155,14 @@ class RunLog:
             write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def _error_of(column: str) -> tuple[str, str] | None:
-    """Error and region that a column holds: ``val_mae_few`` is ("mae", "few")."""
+def _metric_of(column: str) -> tuple[Metric, str] | None:
+    """The metric and the region that a column holds: ``val_mae_few`` is the MAE and "few"."""
     if not column.startswith("val_"):
         return None
     name = column.removeprefix("val_")
-    error, _, region = name.rpartition("_")
-    error, region = (error, region) if region in REGIONS else (name, "all")
-    return (error, region) if error in _ERRORS else None
+    start, _, end = name.rpartition("_")
+    name, region = (start, end) if end in REGIONS else (name, "all")
+    return (METRICS[name], region) if name in METRICS else None
 
 
 def _progress_bar() -> Progress | None:

@@ -26,7 +26,7 @@ def _run(errors: list[float]) -> xr.Dataset:
     with np.errstate(invalid="ignore"):
         mae = (tested * np.nan_to_num(bin_mae) * TESTED).sum(1) / samples
         bmae = (tested * np.nan_to_num(bin_mae)).sum(1) / tested.sum(1)
-    years, one = {"units": "label units"}, {"units": "1"}
+    years, one = {"units": "label"}, {"units": "1"}
     return xr.Dataset(
         {
             "mae": ("region", mae, years),
@@ -64,7 +64,7 @@ def _class_run(right: list[int]) -> xr.Dataset:
         balanced = (tested * np.nan_to_num(1 - recall)).sum(1) / tested.sum(1)
         f1 = (tested * np.nan_to_num(2 * hits / (TESTED + predicted))).sum(1) / tested.sum(1)
         error = 1 - (inside * hits).sum(1) / samples
-    labels, one = {"units": "label units"}, {"units": "1"}
+    labels, one = {"units": "label"}, {"units": "1"}
     return xr.Dataset(
         {
             "error": ("region", error, one),
@@ -140,10 +140,9 @@ def predicted() -> Callable[..., xr.Dataset]:
         found = dt.regression_metrics(
             torch.from_numpy(prediction.astype(np.float64)),
             torch.from_numpy(target),
-            bins,
             dt.LabelDensity(bins, TRAIN),
         )
-        years = {"units": "label units"}
+        years = {"units": "label"}
         parts = {"target": target, "prediction": prediction}
         if half is not None:
             parts |= {"lower": prediction - half, "upper": prediction + half}

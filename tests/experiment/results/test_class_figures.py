@@ -23,7 +23,7 @@ from dir_toolkit.experiment.results.class_figures import (
 )
 from dir_toolkit.experiment.results.drawing import figure_svg, method_colors, save_figure
 from dir_toolkit.experiment.results.figures import region_figure
-from dir_toolkit.metrics.calibration import CalibrationMetrics
+from dir_toolkit.metrics.reliability import CalibrationMetrics
 
 ClassRun = Callable[[list[int]], xr.Dataset]
 Combine = Callable[..., xr.Dataset]
@@ -150,7 +150,7 @@ def test_class_error_refuses_other_results_and_names(classes: xr.Dataset, ds: xr
     said = "class_error_figure: ds must be a result of classification, got one without 'bin_recall'"
     with pytest.raises(ResultsError, match=said):
         class_error_figure(ds)
-    with pytest.raises(TypeError, match=r"ds must be an xarray\.Dataset"):
+    with pytest.raises(TypeError, match=r"ds must be a Dataset"):
         class_error_figure("results.nc")  # type: ignore[arg-type]
     for names, got in ((["a"], "got 1 names"), ("abcde", "got 'abcde'")):
         with pytest.raises(ValueError, match=f"class_names must be one name a class, 5 of them, {got}"):

@@ -224,8 +224,8 @@ def test_other_kinds_are_refused(compared: xr.Dataset, ds: xr.Dataset) -> None:
         paired_differences(compared, metrics=3)  # type: ignore[arg-type]
     with pytest.raises(ResultsError, match=r"ds must hold the prediction for each test sample, got none\. Hand target"):
         paired_differences(ds)
-    with pytest.raises(ResultsError, match="'mae' is missing"):
-        paired_differences(compared.drop_vars("mae"))
+    with pytest.raises(ResultsError, match="ds must be a result, got one without 'completed'"):
+        paired_differences(compared.drop_vars("completed"))
 
 
 def test_table_by_hand(compared: xr.Dataset) -> None:
@@ -316,9 +316,9 @@ def test_the_axis_may_be_of_any_edges(combine: Combine) -> None:
     for seed, method in enumerate(("vanilla", "a")):
         told = target + np.float32(seed + 1) * np.array([1, 1, 1, 3], dtype=np.float32)
         found = dt.regression_metrics(
-            torch.from_numpy(told), torch.from_numpy(target), bins, dt.LabelDensity(bins, [200, 30, 3])
+            torch.from_numpy(told), torch.from_numpy(target), dt.LabelDensity(bins, [200, 30, 3])
         )
-        years = {"units": "label units"}
+        years = {"units": "label"}
         runs[method, 0] = found.assign(target=("sample", target, years), prediction=("sample", told, years))
     found = paired_differences(combine(runs))
     assert _of(found, "a")["difference"] == pytest.approx(6 / 4, abs=1e-6)

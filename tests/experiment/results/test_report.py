@@ -138,8 +138,8 @@ def test_hostile_text_stays_text(run: Run, combine: Combine, tmp_path: Path) -> 
 
 
 def test_a_broken_result_writes_nothing(ds: xr.Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="'mae' is missing"):
-        write_report(tmp_path / "report.html", ds.drop_vars("mae"), {}, title="Ages")
+    with pytest.raises(ResultsError, match="'minutes' is missing"):
+        write_report(tmp_path / "report.html", ds.drop_vars("minutes"), {}, title="Ages")
     with pytest.raises(TypeError, match=r"notes must be paragraphs, got one text\. Use \[notes\]\."):
         write_report(tmp_path / "report.html", ds, {}, title="Ages", notes="One.")
     assert list(tmp_path.iterdir()) == []

@@ -158,9 +158,9 @@ def test_columns_are_a_sequence(ds: xr.Dataset) -> None:
 
 
 def test_only_a_result_is_taken(run: Run) -> None:
-    with pytest.raises(ResultsError, match="dimension 'method' with its coordinate is missing"):
+    with pytest.raises(ResultsError, match="results_table: ds must be a result, got one without 'method'"):
         results_table(run([1, 2, 3]))
-    with pytest.raises(TypeError, match=r"ds must be an xarray\.Dataset, got str"):
+    with pytest.raises(TypeError, match=r"ds must be a Dataset, got str"):
         results_table("results.nc")  # type: ignore[arg-type]
 
 

@@ -62,7 +62,7 @@ def train(folder: Path, *, resume: bool = False, thing: object = None, **changes
     """One epoch, with ``thing`` where fit takes it, or held by the loss."""
     model: nn.Module = Tiny()
     arguments: dict[str, Any] = {
-        "metrics": dt.RegressionMetrics(BINS, dt.LabelDensity.count(LABELS, BINS)),
+        "metrics": dt.RegressionMetrics(dt.LabelDensity.count(LABELS, BINS)),
         "optimization": Optimization(epochs=1, batch_size=SAMPLES),
         "runtime": Runtime(torch.device("cpu"), seed=1),
         "folder": folder,

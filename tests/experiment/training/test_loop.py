@@ -94,7 +94,7 @@ def one_process(seed: int = 3, precision: Any = "float32") -> Runtime:
 
 
 def metrics_of(data: ImageSet) -> RegressionMetrics:
-    return RegressionMetrics(BINS, LabelDensity.count(data.labels, BINS))
+    return RegressionMetrics(LabelDensity.count(data.labels, BINS))
 
 
 def train(
@@ -171,7 +171,7 @@ class WithCenters(nn.Module):
 
 
 def class_metrics(data: ImageSet) -> ClassificationMetrics:
-    return ClassificationMetrics(CLASSES, LabelDensity.count(data.labels, CLASSES))
+    return ClassificationMetrics(LabelDensity.count(data.labels, CLASSES))
 
 
 def classify(folder: Path, runtime: Runtime | None = None, *, second_stage: bool = False, **changes: Any) -> Any:
@@ -403,7 +403,7 @@ def test_history_tells_loss_rate_and_errors_by_region(tmp_path: Path) -> None:
     with torch.no_grad():
         pred = model.eval()(to_float(torch.from_numpy(val.images)))
     density = LabelDensity.count(image_set().labels, BINS)
-    expected = regression_metrics(pred, torch.from_numpy(val.labels), BINS, density)
+    expected = regression_metrics(pred, torch.from_numpy(val.labels), density)
     (row,) = history
     assert row["val_mae"] == pytest.approx(float(expected.mae.sel(region="all")), rel=1e-6)
     assert row["val_mae_few"] == pytest.approx(float(expected.mae.sel(region="few")), rel=1e-6)
@@ -551,7 +551,7 @@ def test_all_that_cannot_be_trained_is_told_at_once(tmp_path: Path) -> None:
         ({"sampler": 1}, TypeError, "sampler must be a BinSampler, got int"),
         ({"weights_from": -1}, ValueError, "weights_from must be at least 0, got -1"),
         (
-            {"metrics": RegressionMetrics(few := Bins.uniform(0, 1, width=1), LabelDensity.count([0], few))},
+            {"metrics": RegressionMetrics(LabelDensity.count([0], Bins.uniform(0, 1, width=1)))},
             LabelError,
             r"val.labels must lie on the label axis \[0, 1\]",
         ),
@@ -720,7 +720,7 @@ def test_classes_are_learnt_from_grey_images_and_history_tells_their_errors(tmp_
     with torch.no_grad():
         scores = model.eval()(to_float(torch.from_numpy(val.images))).scores
     density = LabelDensity.count(class_set().labels, CLASSES)
-    expected = classification_metrics(scores, torch.from_numpy(val.labels), CLASSES, density)
+    expected = classification_metrics(scores, torch.from_numpy(val.labels), density)
     row = history[best["epoch"] - 1]
     assert row["val_error"] == pytest.approx(expected.error.sel(region="all").item())
     assert [name for name in row if name.startswith("val_")] == [

@@ -81,7 +81,7 @@ def train(folder: Path, *, stop: int = 0, resume: bool = False, model: nn.Module
     if "fds" not in changes:
         fds.attach(model.head, "input")
     arguments: dict[str, Any] = {
-        "metrics": RegressionMetrics(BINS, LabelDensity.count(data.labels, BINS)),
+        "metrics": RegressionMetrics(LabelDensity.count(data.labels, BINS)),
         "loss": Stops(stop),
         "weights": LDS(BINS).fit(data.labels),
         "fds": fds,

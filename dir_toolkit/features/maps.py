@@ -1,4 +1,4 @@
-"""The maps that carry a bin's features from its own statistics to the smoothed ones."""
+"""The maps that carry the features of a bin from the bin's own statistics to the smoothed ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import interval, is_tensor, one_of, problem, same_shape
-from ..errors import ShapeError
-
 __all__ = ["Map", "covariance_map", "diagonal_map"]
 
 Map = Literal["paper", "transport"]
-_FLOOR = 1e-9  # of the mean variance: gives directions in which nothing varies a variance, so that they are left alone
+_FLOOR = 1e-9  # Times the mean variance, it is the variance of directions without any, which are then left alone.
 
 
 def diagonal_map(
@@ -23,24 +20,14 @@ def diagonal_map(
     r"""Scale and shift of :math:`z' = \sqrt{v'/v}\,(z - \mu) + \mu'`, feature by feature.
 
     Args:
-        clip: bounds of the ratio :math:`v'/v`. A feature that does not vary in a bin (v = 0), or whose variance is not
-            known (NaN), keeps its scale.
+        clip: bounds of the ratio :math:`v'/v`. A feature keeps its scale where it does not vary in a bin (v = 0), and
+            where its variance is not known (NaN).
     Shape:
-        all (B, D). Returns scale and shift, (B, D); where a mean is NaN the map is the identity.
-    Raises:
-        ShapeError: shapes differ. ValueError: clip is no pair 0 <= low < high.
+        All are (B, D). Returns the scale and the shift, (B, D). Where a mean is NaN, the map is the identity.
     Source:
         Yang et al. 2021, equation 2 with a diagonal covariance (arXiv:2102.09554).
     """
-    statistics = {
-        "mean": mean,
-        "variance": variance,
-        "smoothed_mean": smoothed_mean,
-        "smoothed_variance": smoothed_variance,
-    }
-    is_tensor(**statistics)
-    same_shape(**statistics)
-    ratio = (smoothed_variance / variance).clamp(*interval("clip", clip))
+    ratio = (smoothed_variance / variance).clamp(*clip)
     scale = torch.where((variance > 0) & ratio.isfinite(), ratio.sqrt(), 1.0)
     shift = smoothed_mean - scale * mean
     known = shift.isfinite()
@@ -50,35 +37,28 @@ def diagonal_map(
 def covariance_map(covariance: Tensor, smoothed: Tensor, *, clip: tuple[float, float], map: Map) -> Tensor:
     r"""The matrix A that carries covariance :math:`\Sigma` to :math:`\Sigma'`, :math:`A \Sigma A^T = \Sigma'`.
 
-    Before, :math:`\Sigma'` is brought to between clip[0] and clip[1] times :math:`\Sigma` in every direction, which
+    First, :math:`\Sigma'` is brought to between clip[0] and clip[1] times :math:`\Sigma` in every direction, which
     bounds the singular values of A by the roots of clip. A feature that does not vary (a variance of 0) keeps its scale
-    and mixes with no other. Where both are diagonal A is that of :func:`diagonal_map`.
+    and is mixed with no other feature. Where both covariances are diagonal, A is the map of :func:`diagonal_map`.
 
     Args:
         clip: bounds of the ratio of variances in any direction.
-        map: ``"paper"``, :math:`\Sigma'^{1/2} \Sigma^{-1/2}`, which also rotates where the two do not commute; or
-            ``"transport"``, :math:`\Sigma^{-1/2} (\Sigma^{1/2} \Sigma' \Sigma^{1/2})^{1/2} \Sigma^{-1/2}`, the one
-            symmetric map, which moves a sample least.
+        map: ``"paper"`` is :math:`\Sigma'^{1/2} \Sigma^{-1/2}`, which also rotates where the two do not commute.
+            ``"transport"`` is :math:`\Sigma^{-1/2} (\Sigma^{1/2} \Sigma' \Sigma^{1/2})^{1/2} \Sigma^{-1/2}`, the only
+            symmetric map, which moves samples least.
     Shape:
-        both (D, D), symmetric and positive semidefinite, float64. Returns (D, D).
-    Raises:
-        ShapeError: they are not square, or shapes differ. ValueError: map is neither, or clip no pair 0 <= low < high.
+        Both are (D, D), symmetric, positive semidefinite and float64. Returns (D, D).
     Source:
         Yang et al. 2021, equation 2 (arXiv:2102.09554); Olkin and Pukelsheim 1982 for the transport.
     """
-    is_tensor(covariance=covariance, smoothed=smoothed)
-    same_shape(covariance=covariance, smoothed=smoothed)
-    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
-        raise problem("covariance must be square", got=tuple(covariance.shape), error=ShapeError)
-    one_of("map", map, ("paper", "transport"))
-    low, high = interval("clip", clip)
-    own = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    low, high = clip
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     varies = covariance.diagonal() > 0
     smoothed = torch.where(varies[:, None] & varies, smoothed, 0.0)
     floor = _FLOOR * torch.maximum(covariance.diagonal().mean(), smoothed.diagonal().mean())
     if floor == 0:  # nothing varies
-        return own
-    covariance, smoothed = covariance + floor * own, smoothed + floor * own
+        return identity
+    covariance, smoothed = covariance + floor * identity, smoothed + floor * identity
     factor = torch.linalg.cholesky(covariance)
     within = all(
         int(torch.linalg.cholesky_ex(d).info) == 0 for d in (high * covariance - smoothed, smoothed - low * covariance)
@@ -89,7 +69,7 @@ def covariance_map(covariance: Tensor, smoothed: Tensor, *, clip: tuple[float, f
         smoothed = factor @ _of_eigenvalues(ratio, lambda values: values.clamp(low, high)) @ factor.T
     if map == "paper":
         return _of_eigenvalues(smoothed, _root) @ _of_eigenvalues(covariance, lambda values: 1 / _root(values))
-    # With S = L L^T the map is L^-T (L^T S' L)^(1/2) L^-1: one decomposition in place of two.
+    # With S = L L^T the map is L^-T (L^T S' L)^(1/2) L^-1, which takes one decomposition rather than two.
     middle = _of_eigenvalues(factor.T @ smoothed @ factor, _root)
     half = torch.linalg.solve_triangular(factor.T, middle, upper=True)
     return torch.linalg.solve_triangular(factor.T, half.T, upper=True)
@@ -100,6 +80,6 @@ def _root(values: Tensor) -> Tensor:
 
 
 def _of_eigenvalues(matrix: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function of a symmetric matrix."""
+    """The matrix that has the eigenvectors of a symmetric one, and a function of its eigenvalues."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return (vectors * function(values)) @ vectors.T

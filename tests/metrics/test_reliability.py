@@ -12,8 +12,7 @@ import xarray as xr
 from sklearn.metrics import log_loss
 
 from dir_toolkit.errors import LabelError, ShapeError
-from dir_toolkit.metrics import calibration
-from dir_toolkit.metrics.calibration import CalibrationMetrics, calibration_metrics
+from dir_toolkit.metrics.reliability import CalibrationMetrics, calibration_metrics
 
 NAMES = ("ece", "classwise_ece", "log_loss", "brier", "count")
 
@@ -299,8 +298,8 @@ BAD = [
         ValueError,
         r"each row of .* sum to one, got 0\.9 in row 1 \(1 such rows\)",
     ),
-    (GOOD, [0, 2], None, LabelError, r"target must be class indices from 0 to 1, got 2 at index \[1\] \(1 such"),
-    (GOOD, [-1, 0], None, LabelError, r"target must be class indices from 0 to 1, got -1 at index \[0\]"),
+    (GOOD, [0, 2], None, LabelError, r"target must be indices from 0 to 1, got 2 at index \[1\] \(1 such"),
+    (GOOD, [-1, 0], None, LabelError, r"target must be indices from 0 to 1, got -1 at index \[0\]"),
     (GOOD, [0, 1], [1.0, -1.0], ValueError, "weight must not be negative, got a minimum of -1"),
     (GOOD, [0, 1], [1.0, math.nan], ValueError, r"weight must be finite, got nan at index \[1\]"),
     (GOOD, [0, 1], [math.inf, 1.0], ValueError, r"weight must be finite, got inf at index \[0\]"),
@@ -337,10 +336,8 @@ def test_what_is_refused_adds_nothing(
 
 @pytest.mark.parametrize(("probabilities", "target", "weight"), [row[:3] for row in BAD])
 def test_what_cannot_be_looked_at_makes_the_results_nan(
-    probabilities: Any, target: Any, weight: Any, monkeypatch: pytest.MonkeyPatch
+    probabilities: Any, target: Any, weight: Any, unread: None
 ) -> None:
-    monkeypatch.setattr(calibration, "readable", lambda tensor: False)
-    monkeypatch.setattr("dir_toolkit._checks.readable", lambda tensor: False)
     metrics = CalibrationMetrics(2)
     metrics.update(torch.tensor(GOOD), torch.tensor([0, 1]))
     assert not any(math.isnan(metrics.compute()[name].item()) for name in NAMES)
@@ -385,7 +382,10 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(TypeError, match=r"^CalibrationMetrics\.update: weight must be a torch\.Tensor"):
         CalibrationMetrics(2).update(torch.tensor(GOOD), torch.tensor([0, 1]), [1, 1])  # type: ignore[arg-type]
     for empty in (torch.empty(0, 2), torch.empty(3, 0), torch.ones(2)):
-        with pytest.raises(ShapeError, match=r"^calibration_metrics: probabilities must have the shape \(N, C\) and"):
+        with pytest.raises(
+            ShapeError,
+            match=r"^calibration_metrics: probabilities must h(old at least one value|ave the shape \(N, C\))",
+        ):
             calibration_metrics(empty, torch.zeros(len(empty), dtype=torch.int64))
     for other, got in (
         (CalibrationMetrics(3), "num_classes=2 and num_classes=3"),

@@ -4,8 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from dir_toolkit.errors import ShapeError
-from dir_toolkit.features.calibration import covariance_map, diagonal_map
+from dir_toolkit.features.maps import covariance_map, diagonal_map
 
 
 def column(*values: float) -> torch.Tensor:
@@ -32,16 +31,6 @@ def test_values_by_hand() -> None:
     ten = 10**0.5
     torch.testing.assert_close(scale, column(2, ten, 1 / ten, 1, 1, 1))
     torch.testing.assert_close(shift, column(3, 5 - ten, 5 - 1 / ten, 4, 4, 0))
-
-
-def test_statistics_are_never_broadcast_and_the_clip_is_a_range() -> None:
-    one, two = column(1.0), column(1.0, 2.0)
-    with pytest.raises(ShapeError, match=r"diagonal_map: mean and variance must have the same shape"):
-        diagonal_map(two, one, two, two, clip=(0.1, 10))
-    with pytest.raises(TypeError, match=r"diagonal_map: smoothed_mean must be a torch.Tensor, got NoneType"):
-        diagonal_map(one, one, None, one, clip=(0.1, 10))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"diagonal_map: clip must be a pair .* got \(10, 0.1\)"):
-        diagonal_map(one, one, one, one, clip=(10, 0.1))
 
 
 def two_covariances(seed: int = 0, n: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,17 +94,3 @@ def test_directions_without_variance_are_left_alone() -> None:
     first[0, 0], second[0, 0] = 1.0, 4.0
     expected = torch.tensor([2.0, 1.0, 1.0]).double().diag()
     torch.testing.assert_close(covariance_map(first, second, clip=(0.1, 10.0), map="transport"), expected)
-
-
-def test_covariances_that_do_not_fit_are_refused() -> None:
-    first, second = two_covariances()
-    with pytest.raises(ShapeError, match=r"covariance_map: covariance and smoothed must have the same shape"):
-        covariance_map(first, second[:4, :4], clip=(0.1, 10.0), map="paper")
-    with pytest.raises(ShapeError, match=r"covariance_map: covariance must be square, got \(5, 4\)"):
-        covariance_map(first[:, :4], second[:, :4], clip=(0.1, 10.0), map="paper")
-    with pytest.raises(ValueError, match="covariance_map: map must be one of 'paper', 'transport', got 'other'"):
-        covariance_map(first, second, clip=(0.1, 10.0), map="other")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="covariance_map: clip must be a pair"):
-        covariance_map(first, second, clip=(10.0, 0.1), map="paper")
-    with pytest.raises(TypeError, match=r"covariance_map: smoothed must be a torch.Tensor, got list"):
-        covariance_map(first, [[1.0]], clip=(0.1, 10.0), map="paper")  # type: ignore[arg-type]

@@ -1,0 +1,279 @@
+"""Running statistics of features per bin: the open epoch, what whole epochs have left, and the state that is saved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .._checks import instance, is_tensor, keys, label_problem, problem, warn
+from .._ranks import check_group, is_parallel, summed
+from .._state import Float64Module, pack, unpack
+from ..errors import CheckpointError
+from ..labels.bins import Outside
+from ..labels.grid import AnyBins, saved_bins
+from ._inputs import require_float64, saved_tensors
+from .covariance import BinCovariance, blend, unknown
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["RunningStatistics"]
+
+
+class RunningStatistics(Float64Module):
+    """Statistics of features per bin. Samples are gathered in an open epoch, which :meth:`end_epoch` folds in.
+
+    Attributes:
+        epoch: how many epochs are folded in.
+        running_count: (B,) float64.
+        running_mean: (B, D) float64.
+        warns_of_forgotten_end: whether to warn when more than one epoch seems to have been gathered since the last end.
+            Set it to False where evaluations come in mid-epoch, because each is taken for the end of an epoch.
+    """
+
+    running_count: Tensor
+    running_mean: Tensor
+    bins: AnyBins
+    num_features: int
+    momentum: float
+    outside: Outside
+    covariance: BinCovariance
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        super().__init__()
+        check_group(group)
+        self._group = _Group(group)
+        self.warns_of_forgotten_end = True
+        self._said: set[str] = set()
+
+    @torch.inference_mode(False)
+    def _begin(self, device: torch.device) -> None:
+        """Make all buffers on a device, as before any sample."""
+        self.register_buffer("running_count", torch.zeros(len(self.bins), dtype=torch.float64, device=device))
+        self.register_buffer("running_mean", unknown(len(self.bins), self.num_features, device=device))
+        self.covariance.begin(device)
+        self.epoch = 0
+        self._last_seen = 0
+        self.drop_epoch()
+
+    def _refresh(self) -> None:
+        """Make anew what follows from the running statistics."""
+
+    # ---- an epoch ----
+
+    @property
+    def has_open_epoch(self) -> bool:
+        """Whether features have been gathered since the last epoch ended."""
+        return self._seen > 0
+
+    @torch.inference_mode(False)
+    def drop_epoch(self) -> None:
+        """Forget the features gathered since the last epoch ended, as after a training that was broken off."""
+        self._moments = self.covariance.moments()
+        self._unplaced = torch.zeros((), dtype=torch.int64, device=self.running_count.device)
+        self._seen = 0
+        self._evaluated_at: set[int] = set()  # how many samples had been seen at each evaluation
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _gather(self, features: Tensor, rows: Tensor) -> None:
+        rows = rows.to(features.device)
+        if features.ndim == 4:
+            if rows.ndim == 1:
+                rows = rows[:, None, None].expand(len(features), *features.shape[2:])
+            self._moments.update(features.detach().movedim(1, 3).flatten(0, 2), rows.flatten())  # (N * H * W, D)
+        else:
+            self._moments.update(features, rows)
+        if self._unplaced.device != rows.device:
+            self._unplaced = self._unplaced.to(rows.device)
+        self._unplaced += (rows == len(self.bins)).sum()
+        self._seen += len(features)
+        if self._seen > 2 * self._last_seen > 0 or len(self._evaluated_at) > 1:
+            self._warn_once(
+                "end",
+                "more than one epoch has been gathered since the last end_epoch(). Call fds.end_epoch() once after "
+                "each training epoch; features are not calibrated before.",
+            )
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._said and (key != "end" or self.warns_of_forgotten_end):
+            self._said.add(key)
+            warn(message)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """Fold the statistics of the epoch into the running ones, and smooth them again.
+
+        The statistics are merged over the ranks of the group, which must all call this.
+
+        Raises:
+            LabelError: under ``outside="raise"``, a label of this epoch lay beyond the axis on an accelerator.
+            ValueError: features were not finite, or none were gathered. In all these cases the running statistics stay
+                as they were, and those of the epoch are dropped.
+        """
+        moments, seen = self._moments.all_reduce(self._group.of), self._seen
+        (unplaced,) = summed(self._unplaced.to(moments.count.device), group=self._group.of)
+        self.drop_epoch()
+        if self.outside == "raise" and int(unplaced):
+            rule, fix = f"labels must lie on the label axis {self.bins!r}", 'Pass outside="clip" or outside="drop".'
+            raise label_problem(rule, got=f"{int(unplaced)} that do not", fix=fix)
+        if int(moments.count.sum()) == 0:
+            fix = "Run the model in training mode inside `with fds.labels(y):`."
+            raise problem("features must be gathered before an epoch ends", got="none", fix=fix)
+        broken = ~moments.finite()
+        if bool(broken.any()):
+            got = f"NaN or infinity in bins {broken.nonzero().flatten().tolist()}"
+            raise problem("features must be finite", got=got, fix="Look at the loss and the learning rate.")
+        self._last_seen = seen
+        self.to(moments.mean.device)
+        present, count = moments.count > 0, moments.count.double()
+        self.running_mean = blend(self.running_mean, moments.mean, present, self.momentum)
+        before = torch.where(self.running_count > 0, self.running_count, torch.nan)
+        self.running_count = blend(before, count, present, self.momentum).nan_to_num()
+        self.covariance.fold(moments, self._group.of)
+        del moments  # It may hold matrices, and the maps are about to need memory.
+        self._moments = self.covariance.moments()  # Folding may have found another subspace.
+        self.epoch += 1
+        self._refresh()
+
+    # ---- where it lives ----
+
+    @torch.inference_mode(False)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        device = fn(self.running_count[:0]).device
+        require_float64(device)
+        if self.running_count.is_meta and device.type != "meta":  # The meta device has kept nothing of what was seen.
+            self._begin(device)
+            return self
+        super()._apply(fn)
+        self._moments.to(device)
+        self._unplaced = self._unplaced.to(device)
+        return self
+
+    # ---- what is saved ----
+
+    def get_extra_state(self) -> Tensor:
+        return self._packed(self._unplaced, None if self.running_count.is_meta else self._moments)
+
+    def _packed(self, unplaced: Tensor, moments: Any) -> Tensor:
+        """What is saved besides buffers. What changes while a model trains stands in tensors, so that the state of a
+        diagonal form has one length throughout."""
+        return pack(
+            {
+                "bins": self.bins.settings,
+                "covariance": self.covariance.form,
+                "counters": torch.tensor([self.epoch, self._seen, self._last_seen], device="cpu"),
+                "unplaced": torch.zeros_like(unplaced, device="cpu") if moments is None else unplaced,
+                "moments": None if moments is None else moments.state_dict(),
+            }
+        )
+
+    def set_extra_state(self, state: Tensor) -> None:
+        saved = unpack(state)
+        keys("the saved state", saved, ("bins", "covariance", "counters", "unplaced", "moments"), error=CheckpointError)
+        if (bins := saved_bins(saved["bins"])) != self.bins:
+            rule, got = "the saved statistics must be over the same bins", f"{bins!r} for {self.bins!r}"
+            raise problem(rule, got=got, error=CheckpointError)
+        if saved["covariance"] != self.covariance.form:
+            rule = f"the saved statistics must be of covariance {self.covariance.form!r}"
+            raise problem(rule, got=repr(saved["covariance"]), error=CheckpointError)
+        own = {"counters": torch.zeros(3, dtype=torch.int64, device="cpu"), "unplaced": self._unplaced}
+        numbers = saved_tensors({name: saved[name] for name in own}, own, not_negative=own)
+        moments = self.covariance.moments()
+        if saved["moments"] is not None:
+            moments.load_state_dict(saved["moments"])
+        self.epoch, self._seen, self._last_seen = numbers["counters"].tolist()
+        self._unplaced, self._moments = numbers["unplaced"], moments
+
+    def merged_state(self) -> dict[str, Any]:
+        """As ``state_dict()``, with the open epoch merged over the ranks of the group, which must all call this.
+
+        A checkpoint that one rank writes for all of them holds this. :meth:`load_merged_state` takes it.
+        """
+        state = dict(self.state_dict())
+        if is_parallel():
+            (unplaced,) = summed(self._unplaced, group=self._group.of)
+            state["_extra_state"] = self._packed(unplaced, copy.deepcopy(self._moments).all_reduce(self._group.of))
+        return state
+
+    def load_merged_state(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`merged_state` gave, on each rank of a group of any size. The open epoch is counted once, on
+        the first rank.
+
+        Raises:
+            CheckpointError: the state is of other bins or of another form, or it is damaged. Then nothing changes.
+            TypeError: it is no dict.
+        """
+        instance(dict, state=state)
+        self.load_state_dict(state)
+        if is_parallel() and dist.get_rank(self._group.of) != 0:
+            seen = self._seen
+            self.drop_epoch()
+            self._seen = seen  # The epoch is open on each rank, so that all of them end it.
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load all that is saved, covariances included."""
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        saved = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+        expected = {*self._saved_buffers(), "_extra_state"}
+        if prefix and not expected & saved.keys():  # A model without FDS has been saved. Torch decides by ``strict``.
+            missing_keys += [prefix + name for name in sorted(expected)]
+            return
+        keys("the saved state", saved, expected, error=CheckpointError)
+        extra = saved.pop("_extra_state")
+        if self.running_count.is_meta:
+            is_tensor(running_count=saved["running_count"])
+            self._begin(saved["running_count"].device)
+        owners = self._saved_buffers()
+        own = {name: owner.get_buffer(leaf) for name, (owner, leaf) in owners.items()}
+        squares = [name for name in own if not name.endswith(("mean", "running_covariance", "basis"))]
+        values = saved_tensors(saved, own, not_negative=squares, finite=True)
+        if bool(values["running_count"].isnan().any()):
+            raise problem("running_count must be finite", got="NaN", error=CheckpointError)
+        self.set_extra_state(extra)
+        for name, (owner, leaf) in owners.items():
+            setattr(owner, leaf, values[name])
+        self._refresh()
+
+    def _saved_buffers(self) -> dict[str, tuple[nn.Module, str]]:
+        """The module that holds a buffer that is saved, and its name there, by the name under which it is saved."""
+        return {
+            prefix + leaf: (module, leaf)
+            for prefix, module in (("", self), ("covariance.", self.covariance))
+            for leaf in module._buffers
+            if leaf not in module._non_persistent_buffers_set
+        }
+
+
+class _Group:
+    """A process group. Copies of an FDS share it, and no file can hold it."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.of = group
+
+    def __deepcopy__(self, memo: object) -> _Group:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.of is not None:
+            fix = "Save its state_dict()."
+            raise problem("an FDS must have no group, to be pickled", got=repr(self.of), fix=fix, error=TypeError)
+        return _Group, (None,)

@@ -1,0 +1,15 @@
+"""All metrics that this package declares, by the variables that hold them."""
+
+from __future__ import annotations
+
+from ._metric import Metric
+from .classification import ClassificationMetrics
+from .regression import RegressionMetrics
+from .reliability import CalibrationMetrics
+
+METRICS: dict[str, Metric] = {
+    name: metric
+    for kind in (RegressionMetrics, ClassificationMetrics, CalibrationMetrics)
+    for metric in kind.metrics
+    for name in metric.variables
+}

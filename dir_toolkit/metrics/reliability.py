@@ -1,0 +1,230 @@
+"""How far probabilities can be believed: calibration error, log-loss and Brier score, from sums that merge."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import MOST_BINS, finite, length, not_negative, problem, same_shape, whole
+from .._memory import check_memory
+from .._numerics import readable
+from ..errors import ShapeError
+from ..labels.bins import Outside
+from ._metric import Metric
+from ._sums import MergingSums, check_samples, check_some, class_indices
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["CalibrationMetrics", "calibration_metrics"]
+
+_LEAST = torch.finfo(torch.float32).tiny
+_SLACK = 1e-3
+_MOST_WEIGHT = 1e300  # of which the sums of losses are finite
+_PLAIN = {"units": "1"}
+
+
+class CalibrationMetrics(MergingSums):
+    r"""Expected calibration error, of the top label and class by class, with log-loss and Brier score.
+
+    Confidences fall into M equally wide bins, ((m - 1)/M, m/M], and zero falls into the first. They are compared with
+    the edges in their own precision. Bin m holds :math:`n_m` samples of mean confidence :math:`c_m`, of which a share
+    :math:`a_m` is right:
+
+    .. math:: \mathrm{ECE} = \sum_m \frac{n_m}{N}\,|a_m - c_m|
+
+    The class-wise error takes the probability of each class in turn as the confidence, and averages over all classes.
+    The log loss is in nats, and a probability below 1.2e-38 counts as that. The Brier score sums the squared errors of
+    all classes. All of them follow from float64 sums, so that batches, ranks and objects merge exactly.
+
+    Args:
+        num_bins: M.
+        outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target counts as one of the first or the last class.
+    Attributes:
+        histograms: (3, 1 + C, M) float64, by label (the top one, then each class) and confidence bin. They are the sums
+            of weight, of weighted probability, and of the weight of samples that are of that label.
+        totals: (3,) float64: the sums of weight, of log loss and of Brier score.
+    Source:
+        Guo et al. 2017, equation 3 (arXiv:1706.04599), after Naeini et al. 2015; Kull et al. 2019, section 2
+        (arXiv:1910.12656), for the class-wise error; Brier 1950.
+
+    >>> metrics = CalibrationMetrics(2, num_bins=5)
+    >>> metrics.update(torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.5, 0.5]]), torch.tensor([0, 1, 0]))
+    >>> round(metrics.compute().ece.item(), 4)  # (2 |0.5 - 0.75| + |1 - 0.5|) / 3
+    0.3333
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("ece", "ECE", "%", ("gaps", "count"), lambda gaps, n: gaps[0] / n, over=("",), low=0, high=1),
+        Metric(
+            "classwise_ece", "classwise ECE", "%", ("gaps", "count"), lambda gaps, n: gaps[1:].mean() / n,
+            over=("",), low=0, high=1,
+        ),
+        Metric("log_loss", "log loss", "1", ("log_loss", "count"), lambda total, n: total / n, over=("",), low=0),
+        Metric("brier", "Brier score", "1", ("brier", "count"), lambda total, n: total / n, over=("",), low=0, high=2),
+    )  # fmt: skip
+    kept: ClassVar[tuple[str, ...]] = ("histograms", "totals")
+
+    histograms: Tensor
+    totals: Tensor
+
+    def __init__(self, num_classes: int, *, num_bins: int = 15, outside: Outside = "raise") -> None:
+        super().__init__(outside)
+        self.num_classes = length("num_classes", num_classes)
+        self.num_bins = length("num_bins", num_bins, most=MOST_BINS)
+        cells = (3, 1 + self.num_classes, self.num_bins)
+        named = f"the histograms of {self.num_classes:,} classes in {self.num_bins:,} bins"
+        check_memory(named, 8 * math.prod(cells), "Use fewer bins.")
+        self._begin(histograms=cells, totals=(3,))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes, "num_bins": self.num_bins, "outside": self.outside}
+
+    def update(self, probabilities: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            target: class indices.
+            weight: >= 0; None means ones. It enters every sum: a weight of 2 is a sample seen twice, and 1 / count of
+                its class makes all classes equally common.
+        Shape:
+            probabilities: (N, C), each row summing to one within 0.001. target, weight: (N,). An empty batch adds
+            nothing.
+        Raises:
+            ShapeError: the shapes do not fit. TypeError: target is not integers. LabelError: a class index lies beyond
+            the classes under ``outside="raise"``. ValueError: probabilities or weights are not finite or negative, a
+            row does not sum to one, or all weights together reach 1e300. On an accelerator, each of these makes the
+            results NaN.
+        """
+        _check_batch(probabilities, target, weight, self.num_classes)
+        p = probabilities.detach().double()
+        w = torch.ones_like(p[:, 0]) if weight is None else weight.detach().double()
+        off = ~((p.sum(1) - 1).abs() <= _SLACK)
+        if readable(p):
+            finite(probabilities=probabilities)
+            _check_values(p, off)
+        index = class_indices("target", target, self.num_classes, self.outside)
+        astray, index = index < 0, index.clamp_min(0)
+        if self.outside == "drop":
+            w, astray = w.masked_fill(astray, 0), torch.zeros_like(astray)
+        if readable(p) and (total := w.sum().item() + self.totals[0].item()) >= _MOST_WEIGHT:
+            rule, fix = f"all weights together must be below {_MOST_WEIGHT:g}", "Scale the weights down."
+            raise problem(rule, got=f"{total:g}", fix=fix)
+        broken = astray | off | (p < 0).any(1) | ~((w >= 0) & (w < torch.inf))
+        w = w.masked_fill(broken, torch.nan)
+
+        place = confidence_bin(probabilities, confidence_edges(self.num_bins, p.device))  # (N, C)
+        # Of equal probabilities the first counts as the top label, as in classification.
+        top = p.argmax(1, keepdim=True)
+        labels = torch.arange(1 + self.num_classes, device=p.device)
+        is_class = (index[:, None] == labels[:-1]).to(p.dtype)  # (N, C)
+        chosen = torch.cat([p.gather(1, top), p], 1)  # (N, 1 + C)
+        hit = torch.cat([is_class.gather(1, top), is_class], 1)
+        rows = torch.stack([torch.ones_like(chosen), chosen, hit]) * w[:, None]  # (3, N, 1 + C)
+        cell = labels * self.num_bins + torch.cat([place.gather(1, top), place], 1)
+
+        log_loss = -p.gather(1, index[:, None])[:, 0].clamp_min(_LEAST).log()
+        brier = (p - is_class).square().sum(1)
+        self._ready(p.device)
+        self.histograms.view(3, -1).index_add_(1, cell.flatten(), rows.flatten(1))
+        self.totals.add_(torch.stack([w, w * log_loss, w * brier]).sum(1))
+
+    def compute(self) -> xr.Dataset:
+        """The numbers so far, as a dataset of plain numbers, which are NaN before the first sample.
+
+        ``count`` is the sum of weights, which is the number of samples if none were given.
+        """
+        import xarray as xr
+
+        histograms, totals = self.histograms.cpu().numpy(), self.totals.cpu().numpy()
+        sums = dict(zip(("count", "log_loss", "brier"), totals, strict=True))
+        sums["gaps"] = np.abs(histograms[2] - histograms[1]).sum(1)  # (1 + C,)
+        with np.errstate(invalid="ignore"):
+            values = {metric.name: ((), metric.of(sums), _PLAIN) for metric in self.metrics}
+        return xr.Dataset({**values, "count": ((), sums["count"], _PLAIN)})
+
+    def reliability(self, class_index: int | None = None) -> xr.Dataset:
+        """What a reliability diagram shows: ``confidence`` (mean), ``accuracy`` and ``count`` over ``confidence_bin``.
+
+        A bin without samples is NaN. Its count, which is the sum of weights, is zero.
+
+        Args:
+            class_index: a class, whose probability is the confidence and whose share among the samples is the accuracy.
+                None takes the top label.
+        """
+        import xarray as xr
+
+        most = self.num_classes - 1
+        row = 0 if class_index is None else 1 + whole("class_index", class_index, low=0, high=most)
+        count, confidence, right = self.histograms[:, row].cpu().numpy().copy()
+        edges = confidence_edges(self.num_bins).numpy()
+        with np.errstate(invalid="ignore"):
+            data = {"confidence": confidence / count, "accuracy": right / count, "count": count}
+        coords = {"confidence_low": edges[:-1].copy(), "confidence_high": edges[1:].copy()}
+        axis = "confidence_bin"
+        return xr.Dataset(
+            {name: (axis, values, _PLAIN) for name, values in data.items()},
+            coords={axis: np.arange(self.num_bins), **{name: (axis, v, _PLAIN) for name, v in coords.items()}},
+        )
+
+
+def calibration_metrics(
+    probabilities: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    num_bins: int = 15,
+    outside: Outside = "raise",
+) -> xr.Dataset:
+    """:class:`CalibrationMetrics` of one whole set."""
+    check_some(probabilities=probabilities)
+    if probabilities.ndim != 2:
+        raise problem("probabilities must have the shape (N, C)", got=tuple(probabilities.shape), error=ShapeError)
+    metrics = CalibrationMetrics(probabilities.shape[1], num_bins=num_bins, outside=outside)
+    metrics.update(probabilities, target, weight)
+    return metrics.compute()
+
+
+def confidence_edges(num_bins: int, device: torch.device | str = "cpu") -> Tensor:
+    """Edges of equally wide confidence bins, made on the device: (num_bins + 1,) float64."""
+    return torch.arange(num_bins + 1, dtype=torch.float64, device=device) / num_bins
+
+
+def confidence_bin(probabilities: Tensor, edges: Tensor) -> Tensor:
+    """The confidence bin of each probability, whose upper edge belongs to it."""
+    p = probabilities.detach()
+    p = p if p.is_floating_point() else p.double()
+    edges = edges.to(p.dtype).to(p.device)
+    if p.itemsize < 4:  # both sides once rounded alike, since few operations know half precision
+        p, edges = p.float(), edges.float()
+    return (torch.searchsorted(edges, p.contiguous()) - 1).clamp(0, len(edges) - 2)
+
+
+def _check_batch(probabilities: Tensor, target: Tensor, weight: Tensor | None, num_classes: int) -> None:
+    given = {} if weight is None else {"weight": weight}
+    check_samples(probabilities=probabilities, target=target, **given)
+    if probabilities.ndim != 2 or probabilities.shape[1] != num_classes or target.shape != probabilities.shape[:1]:
+        rule = f"probabilities must be (N, {num_classes}) and target (N,)"
+        got = f"{tuple(probabilities.shape)} and {tuple(target.shape)}"
+        raise problem(rule, got=got, error=ShapeError)
+    same_shape(target=target, **given)
+    finite(**given)
+    not_negative(**given)
+
+
+def _check_values(p: Tensor, off: Tensor) -> None:
+    softmax = "Use scores.float().softmax(1)."
+    beyond = (p < 0) | (p > 1 + _SLACK)
+    if bool(beyond.any()):
+        row, column = beyond.nonzero()[0].tolist()
+        got = f"{p[row, column]:g} at index [{row}, {column}] ({int(beyond.sum())} such values)"
+        raise problem("probabilities must lie in [0, 1]", got=got, fix=softmax)
+    if bool(off.any()):
+        row = int(off.nonzero()[0])
+        got = f"{p[row].sum():g} in row {row} ({int(off.sum())} such rows)"
+        raise problem("each row of probabilities must sum to one", got=got, fix=softmax)
