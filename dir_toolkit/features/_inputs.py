@@ -28,8 +28,8 @@ def placed(labels: Tensor, bins: AnyBins, outside: Outside) -> Tensor:
 
 
 def check_features(features: Tensor, rows: Tensor, num_features: int) -> None:
-    """Features (N, D), or maps (N, D, H, W), of as many samples as there are rows, and of which statistics can be
-    taken."""
+    """Refuse features of which no statistics can be taken. They must be (N, D), or maps (N, D, H, W), with as many
+    samples as there are rows."""
     is_tensor(features=features)
     floats(features=features)
     require_float64(features.device)
@@ -55,7 +55,7 @@ def check_features(features: Tensor, rows: Tensor, num_features: int) -> None:
 
 
 def require_float64(device: torch.device) -> None:
-    """A device on which statistics can be kept."""
+    """Refuse a device on which statistics cannot be kept."""
     if device.type == "mps":
         rule = "statistics must be on a device that knows float64, in which they are kept"
         fix = "Train on the CPU or a CUDA device, or without FDS."
@@ -66,8 +66,11 @@ def require_float64(device: torch.device) -> None:
 def saved_tensors(
     state: object, own: Mapping[str, Tensor], *, not_negative: Collection[str] = (), finite: bool = False
 ) -> dict[str, Tensor]:
-    """Copies of the tensors of a saved state, each of the shape of the own tensor of its name, and on its device and of
-    its dtype. Floats may be of any precision and may be NaN. They may be infinite unless all must be ``finite``."""
+    """Copies of the tensors of a saved state, on the device and in the dtype of the own tensors of the same names.
+
+    They must have the shapes of these. Floats may have any precision, and may be NaN. With ``finite`` they must not be
+    infinite.
+    """
     keys("the saved state", state, own, error=CheckpointError)
     assert isinstance(state, Mapping)
     is_tensor(**state)

@@ -17,7 +17,7 @@ from ..labels.bins import Bins, Outside
 from ..labels.grid import AnyBins, BinGrid, Windows, chosen_windows
 from ..labels.kernels import FOLDED_KERNEL, Edges, smooth_rows, smoothing_window, usual_kernel
 from ._inputs import check_features, placed
-from .covariance import BinCovariance, DiagonalCovariance, Settings
+from .covariance import DiagonalCovariance, Settings
 from .hooks import FDSHook, FDSInputHook, FDSOutputHook
 from .maps import Map
 from .matrix_covariance import FullCovariance, LowRankCovariance
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FDS"]
 
-_FORMS: dict[str, type[BinCovariance]] = {
+_FORMS: dict[str, type[DiagonalCovariance | FullCovariance | LowRankCovariance]] = {
     "diagonal": DiagonalCovariance,
     "full": FullCovariance,
     "low_rank": LowRankCovariance,
@@ -58,14 +58,14 @@ class FDS(RunningStatistics):
             fds.end_epoch()
 
     A bin without samples lends nothing to its neighbours, and its features stay as they are. The window is renormalised
-    over the bins that have statistics. A bin with one sample borrows the smoothed variance. Under
-    ``torch.distributed``, :meth:`end_epoch` merges the sums of the epoch over ranks. Under ``torch.compile``, attach
-    before the first call.
+    over the bins that have statistics. A bin with one sample borrows the smoothed variance. :meth:`FDS.end_epoch`
+    merges the sums of the epoch over the ranks of ``torch.distributed``. Under ``torch.compile``, attach before the
+    first call.
 
     Activation checkpointing runs a part of the forward again in backward. It works in any order, and outside
     ``labels``: each forward that it may repeat is found again by its features, and is carried as it was. For this,
-    backward waits for an accelerator once per such run, and it must come before :meth:`end_epoch`. It is refused where
-    two of the latest forwards had the same features and different labels.
+    backward waits for an accelerator once per such run, and it must come before :meth:`FDS.end_epoch`. It is refused
+    where two of the latest forwards had the same features and different labels.
 
     Args:
         bins: the label axis, or a grid of several axes, whose joint bins then have statistics of their own.
@@ -91,7 +91,7 @@ class FDS(RunningStatistics):
         edges: what lies beyond the label axis, as in :func:`dir_toolkit.labels.kernels.smooth`.
         outside: what a label beyond the axis does, as in :meth:`Bins.index`. A dropped sample is neither counted nor
             calibrated, so give pixels without a label one beyond the axis. On an accelerator, ``"raise"`` raises at
-            :meth:`end_epoch`, so that no step waits for the accelerator.
+            :meth:`FDS.end_epoch`, so that no step waits for the accelerator.
         group: the ``torch.distributed`` group whose ranks hold different samples; None for all ranks. Where some ranks
             hold the same samples, as with tensor, sequence or pipeline parallelism, pass the data-parallel group, since
             their samples would otherwise count once per rank.

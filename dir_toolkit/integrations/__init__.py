@@ -1,1 +1,1 @@
-"""Adapters to libraries that users already train with; each module needs the library it is named after."""
+"""Adapters to libraries that users already train with. Each module needs the library that it is named after."""
