@@ -48,7 +48,10 @@ def keepable(tensor: Tensor) -> bool:
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute in: float64 if any tensor is of it, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -72,3 +75,18 @@ def squared_distances(features: Tensor, points: Tensor) -> Tensor:
     """Squared Euclidean distances (N, P) of features (N, D) to points (P, D), by one matrix product."""
     partial = torch.addmm(points.square().sum(1), features, points.t(), alpha=-2)
     return (partial + features.square().sum(1, keepdim=True)).clamp_min(0)
+
+
+def confidence_edges(num_bins: int, device: torch.device | str = "cpu") -> Tensor:
+    """Edges of equally wide confidence bins, made on the device: (num_bins + 1,) float64."""
+    return torch.arange(num_bins + 1, dtype=torch.float64, device=device) / num_bins
+
+
+def confidence_bin(probabilities: Tensor, edges: Tensor) -> Tensor:
+    """The confidence bin of each probability. The upper edge of a bin belongs to it."""
+    p = probabilities.detach()
+    p = p if p.is_floating_point() else p.double()
+    edges = edges.to(p.dtype).to(p.device)
+    if p.itemsize < 4:  # Both sides are rounded alike and then widened, since few operations know half precision.
+        p, edges = p.float(), edges.float()
+    return (torch.searchsorted(edges, p.contiguous()) - 1).clamp(0, len(edges) - 2)

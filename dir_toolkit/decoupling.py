@@ -29,7 +29,7 @@ from ._checks import instance, is_tensor, one_of, problem, whole
 from .errors import ShapeError
 from .heads.normalized import ScaledHead, tau_normalized
 from .metrics.classification import balanced_error
-from .priors import TauChoice, candidate_taus, chosen_tau
+from .priors import TauChoice, search_tau
 
 __all__ = ["Frozen", "choose_normalization", "freeze", "reinitialize", "stage_two"]
 
@@ -214,8 +214,9 @@ def choose_normalization(
         raise problem(rule, got=got, error=ShapeError)
     if labels.is_floating_point():
         raise problem("labels must be integers", got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError)
-    tried = candidate_taus(np.linspace(0, 2, 41) if taus is None else taus)
-    with torch.no_grad():
-        scores = (tau_normalized(head, float(tau))(features) for tau in tried)
-        curve = np.array([balanced_error(pred, labels, head.out_features) for pred in scores])
-    return chosen_tau(tried, curve, "balanced_error", 1.0)
+
+    @torch.no_grad()
+    def error_at(tau: float) -> float:
+        return balanced_error(tau_normalized(head, tau)(features), labels, head.out_features)
+
+    return search_tau(error_at, taus, "balanced_error", most=2.0)

@@ -8,7 +8,7 @@ shares here are of bins. For an answer even per label unit over bins that differ
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,14 +36,13 @@ from ._checks import (
     same_shape,
     warn,
 )
-from ._numerics import wide_dtype
+from ._numerics import confidence_bin, confidence_edges, wide_dtype
 from ._settings import shown
 from ._state import SoundModule
 from .errors import ShapeError
 from .labels.bins import Bins
 from .labels.density import LabelDensity
 from .labels.weights import LDS
-from .metrics.reliability import confidence_bin, confidence_edges
 
 __all__ = [
     "LogitAdjuster",
@@ -134,7 +133,7 @@ def adjust_logits(
     >>> adjust_logits(logits, [0.9, 0.1]).softmax(-1)
     tensor([[0.5000, 0.5000]])
     """
-    offset = prior_offset(prior, target, tau)
+    offset = _offset(prior, target, tau)
     logits = _wide(logits, len(offset))
     return logits + offset.to(logits.dtype).to(logits.device)
 
@@ -152,7 +151,7 @@ def pointwise_mutual_information(logits: Tensor, prior: Prior) -> Tensor:
     >>> pointwise_mutual_information(torch.zeros(1, 2), [0.5, 0.5])
     tensor([[0., 0.]])
     """
-    offset = prior_offset(prior, "uniform", 1.0)
+    offset = _offset(prior, "uniform", 1.0)
     logits = _wide(logits, len(offset))
     return logits.log_softmax(-1) + offset.to(logits.dtype).to(logits.device)
 
@@ -247,11 +246,10 @@ def choose_tau(
     1.0
     """
     one_of("by", by, ("balanced_error", "log_loss", "ece"))
-    log_prior = -on_host("prior", prior_offset(prior, "uniform", 1.0)).numpy()
+    log_prior = -on_host("prior", _offset(prior, "uniform", 1.0)).numpy()
     scores, classes = _held_out(logits, labels)
     if scores.shape[1] != len(log_prior):
         raise _class_mismatch("logits", tuple(logits.shape), len(log_prior))
-    candidates = candidate_taus(taus)
     counts = np.bincount(classes, minlength=len(log_prior))
     if temperature is not None:
         temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
@@ -263,8 +261,39 @@ def choose_tau(
     if len(absent) > 0:
         warn(f"no validation label of {_listed(absent)}; the criterion leaves them out.")
     shares = 1 / counts[classes] / np.count_nonzero(counts)
-    curve = np.array([_criterion(by, scores / temperature - tau * log_prior, classes, shares) for tau in candidates])
-    return chosen_tau(candidates, curve, by, temperature)
+    scores = scores / temperature
+    return search_tau(
+        lambda tau: _criterion(by, scores - tau * log_prior, classes, shares), taus, by, temperature=temperature
+    )
+
+
+def search_tau(
+    error_at: Callable[[float], float], taus: Any, by: Any, *, temperature: float = 1.0, most: float = 3.0
+) -> TauChoice:
+    """The tau with the least error, among equals the middle of the longest run of equally good ones. Where candidates
+    are a range, and no mere handful, a choice at its end is warned of.
+
+    Args:
+        taus: candidates, >= 0, rising; None means steps of 0.05 up to ``most``.
+    """
+    values = labels_array(np.linspace(0, most, round(20 * most) + 1) if taus is None else taus, "taus")
+    values = values.astype(np.float64)
+    not_empty(taus=values)
+    finite(taus=values)
+    if values.ndim != 1 or (np.diff(values) <= 0).any() or values.flat[0] < 0 or values.flat[-1] > MOST_TAU:
+        rule = f"taus must be one row, rising and not negative, at most {MOST_TAU:g}"
+        raise problem(rule, got=values.tolist())
+    curve = np.array([error_at(float(tau)) for tau in values])
+    values.setflags(write=False)
+    curve.setflags(write=False)
+    best = middle_of_best(curve)
+    if best == len(values) - 1 >= _HANDFUL:
+        warn(
+            f"the best tau is the largest of those tried, {values[best]:g}. Either labels are so few that the "
+            "criterion is left to chance, or tau makes up for something else, such as a prior that is not the one of "
+            "training. Give more labels and the right prior, or try larger taus.",
+        )
+    return TauChoice(float(values[best]), values, curve, by, temperature)
 
 
 class LogitAdjuster(SoundModule):
@@ -302,7 +331,7 @@ class LogitAdjuster(SoundModule):
         self.offset: Tensor
         self.temperature: Tensor
         temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
-        offset = prior_offset(prior, target, tau).detach().float()
+        offset = _offset(prior, target, tau).detach().float()
         device = prior.device if isinstance(prior, Tensor) else torch.empty(()).device  # the default one
         self.register_buffer("offset", offset.to(device))
         self.register_buffer("temperature", torch.full((), temperature, device=device))
@@ -321,17 +350,25 @@ class LogitAdjuster(SoundModule):
         return shown(self.settings)
 
 
-def prior_offset(prior: Prior, target: Any, tau: float) -> Tensor:
-    """What is added to the logits: (C,) float64, on the prior's device."""
+def log_prior_offset(prior: Tensor, tau: float, target: Tensor | None = None) -> Tensor:
+    """What is added to logits, (C,), on the device of the prior: tau times the log of the prior, and the log of a
+    target. All that adjusts logits by a prior adds this, with tau below zero where it takes a prior away; the shares
+    and tau have been checked."""
+    offset = tau * prior.log()
+    return offset if target is None else offset + target.log().to(offset.device)
+
+
+def _offset(prior: Prior, target: Any, tau: float) -> Tensor:
+    """What is added to logits to carry them from a prior to a target: (C,) float64, on the prior's device."""
     shares = _checked_prior("prior", prior)
-    offset = -checked_tau(tau) * shares.log()
+    tau = checked_tau(tau)
     if isinstance(target, str):
         one_of("target", target, ("uniform",))
-        return offset
+        return log_prior_offset(shares, -tau)
     wanted = _checked_prior("target", target, zeros=True)
     if wanted.shape != shares.shape:
         raise _class_mismatch("target", tuple(wanted.shape), len(shares))
-    return offset + wanted.log().to(offset.device)
+    return log_prior_offset(shares, -tau, wanted)
 
 
 def _checked_prior(name: str, prior: Any, *, zeros: bool = False) -> Tensor:
@@ -421,20 +458,6 @@ def _temperature(scores: np.ndarray, classes: np.ndarray, shares: np.ndarray) ->
     return _TEMPERATURES[1]
 
 
-def candidate_taus(taus: Any) -> np.ndarray:
-    """The taus to try, checked, as a read-only row; None means 0, 0.05, ... 3."""
-    if taus is None:
-        taus = np.linspace(0, 3, 61)
-    values = labels_array(taus, "taus").astype(np.float64)
-    not_empty(taus=values)
-    finite(taus=values)
-    if values.ndim != 1 or (np.diff(values) <= 0).any() or values.flat[0] < 0 or values.flat[-1] > MOST_TAU:
-        rule = f"taus must be one row, rising and not negative, at most {MOST_TAU:g}"
-        raise problem(rule, got=values.tolist())
-    values.setflags(write=False)
-    return values
-
-
 def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> float:
     """Less is better; ``shares``, one a sample, sum to one."""
     from scipy.special import log_softmax, softmax
@@ -447,19 +470,6 @@ def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares:
     confidence = softmax(adjusted, axis=1).max(1)
     place = confidence_bin(torch.from_numpy(confidence), _CONFIDENCE_EDGES).numpy()
     return float(np.abs(np.bincount(place, weights=shares * (right - confidence))).sum())
-
-
-def chosen_tau(taus: np.ndarray, scores: np.ndarray, by: Any, temperature: float) -> TauChoice:
-    """The choice among candidates. Where they are a range, and no mere handful, its end is warned of."""
-    scores.setflags(write=False)
-    at = middle_of_best(scores)
-    if at == len(taus) - 1 >= _HANDFUL:
-        warn(
-            f"the best tau is the largest of those tried, {taus[at]:g}. Either labels are so few that the criterion is "
-            "left to chance, or tau makes up for something else, such as a prior that is not the one of training. Give "
-            "more labels and the right prior, or try larger taus.",
-        )
-    return TauChoice(float(taus[at]), taus, scores, by, temperature)
 
 
 def middle_of_best(scores: np.ndarray) -> int:

@@ -207,6 +207,10 @@ def network(
         loss = dt.GaussianMixtureLoss.fit(np.repeat(bins.centers, density.counts))
     elif method.head == "regression" and loss != "balanced_mse":
         loss = regression_loss
+    spreads = method.head not in ("regression", "gaussian") and loss != "crps"
+    options: dict[str, Any] = {"sigma": None if method.hard else sigma} if spreads else {}
+    if method.in_loss:
+        options |= {"target_prior": "uniform", "adjust": "in_loss"}
     model = dt.LongTailModel(
         body,
         num_features,
@@ -214,11 +218,9 @@ def network(
         density=density,
         head=method.head,
         loss=loss,
-        sigma=None if method.hard else "auto" if method.head in ("regression", "gaussian") or loss == "crps" else sigma,
         fds=None if method.fds_before else fds,
         weights=weights,
-        prior="uniform" if method.in_loss else None,
-        adjust="in_loss" if method.in_loss else "after",
+        **options,
     )
     return model, fds
 

@@ -182,9 +182,9 @@ MODELS: list[Case] = [
             "label_kernel": {"label_kernel": "laplace"},
             "fds": {"fds": dt.FDS(BINS, 4)},
             "weights": {"weights": dt.LDS(BINS).fit(MODEL_DENSITY)},
-            "prior": {"prior": "uniform"},
+            "target_prior": {"target_prior": "uniform"},
             "tau": {"tau": 0.5},
-            "adjust": {"prior": "uniform", "adjust": "in_loss"},
+            "adjust": {"target_prior": "uniform", "adjust": "in_loss"},
             "prior_kernel": {"prior_kernel": None},
             "temperature": {"temperature": 2.0},
             "decode": {"decode": "mode"},
@@ -244,6 +244,9 @@ def told(value: Any) -> str:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.kind.__name__)
 def test_every_argument_has_another_value_to_be_tried(case):
     arguments = {name for name, p in inspect.signature(case.kind).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    if case.kind is dt.LongTailModel:  # whose options are those of its readout
+        for readout in (dt.longtail.BinsReadout, dt.longtail.PointReadout):
+            arguments |= {name for name, p in inspect.signature(readout).parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert arguments == {*case.others, *case.no_settings}
 
 

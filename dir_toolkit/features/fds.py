@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -319,8 +319,7 @@ class FDS(RunningStatistics):
             return module.register_forward_pre_hook(FDSInputHook(self))
         return module.register_forward_hook(FDSOutputHook(self))
 
-    @contextmanager
-    def labels(self, labels: Tensor) -> Iterator[None]:
+    def labels(self, labels: Tensor) -> AbstractContextManager[None]:
         """A context in which attached modules run on samples with these labels.
 
         Where several modules run in it, the features of the first one are gathered and calibrated.
@@ -329,8 +328,13 @@ class FDS(RunningStatistics):
             LabelError: as :meth:`Bins.index`. ShapeError: labels are neither (N,) nor (N, H, W), over a grid followed
             by one axis of its dimensions.
         """
+        return self._on_rows(placed(labels, self.bins, self.outside))
+
+    @contextmanager
+    def _on_rows(self, rows: Tensor) -> Iterator[None]:
+        """:meth:`labels` of samples whose rows are known."""
         outer = self._rows, self._gathered_by, self._ran
-        self._rows, self._gathered_by, self._ran = placed(labels, self.bins, self.outside), None, False
+        self._rows, self._gathered_by, self._ran = rows, None, False
         try:
             yield
             if self.attached and not self._ran:

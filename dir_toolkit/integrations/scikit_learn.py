@@ -143,7 +143,11 @@ class _LongTailEstimator(BaseEstimator):
         with torch.inference_mode(False), torch.enable_grad():
             with runtime.seeded("network"):
                 backbone, num_features = self._backbone(columns.shape[1])
-                prior: dict[str, Any] = {} if tau in ("auto", None) else {"prior": "uniform", "tau": tau}
+                if self._has_bins:
+                    options["adjust"] = self.adjust
+                    options |= {} if tau == "auto" else {"target_prior": "uniform", "tau": tau}
+                elif self.head == "regression":
+                    options["prior_kernel"] = None  # The density is smooth already.
                 model = LongTailModel(
                     backbone,
                     num_features,
@@ -152,9 +156,6 @@ class _LongTailEstimator(BaseEstimator):
                     head=self.head,
                     loss=self.loss,
                     weights=lds,  # a part of the prior, though the loss is given them together with those of rows
-                    adjust=self.adjust if self._has_bins else "after",
-                    prior_kernel="auto" if self._has_bins else None,  # which is smooth already
-                    **prior,
                     **options,
                 )
             model = model.to(runtime.device, torch.float32)
@@ -389,9 +390,11 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         X, y, weight = self._checked(X, y, sample_weight, y_numeric=True)
         labels = labels_array(y, "y").astype(np.float64)
         self.bins_ = self._axis(labels)
-        self._fit(X, labels, weight, self.bins_, sigma=self.sigma, decode=self.decode)
-        crowding = "" if self.model_._warned_crowded or not self._has_bins else _crowding(labels, self.bins_)
-        if crowding:
+        options: dict[str, Any] = {} if isinstance(self.sigma, str) and self.sigma == "auto" else {"sigma": self.sigma}
+        if self.decode is not None:
+            options["decode"] = self.decode
+        self._fit(X, labels, weight, self.bins_, **options)
+        if self._has_bins and not self.model_.readout.warned_crowded and (crowding := _crowding(labels, self.bins_)):
             warn(crowding)
         return self
 

@@ -44,12 +44,17 @@ def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation") -
     [2.0, 1.667, 1.5]
     """
     one_of("point", point, get_args(Decoding))
-    probabilities = _checked(probabilities, bins, order_for="" if point == "mode" else f"point={point!r}")
+    return decoded(_checked(probabilities, bins, order_for="" if point == "mode" else f"point={point!r}"), bins, point)
+
+
+def decoded(probabilities: Tensor, bins: Bins, point: Decoding) -> Tensor:
+    """:func:`decode` of shares that have been checked."""
+    probabilities = probabilities.to(bins.wide_dtype(probabilities))
     if point == "mode":
         index = probabilities.argmax(-1)
         return index if bins.categorical else lookup(bins.tensor("centers", probabilities), index)
     if point == "median":
-        return _quantiles(probabilities, bins, _levels(0.5, probabilities)).squeeze(-1)
+        return _quantiles(probabilities, bins, probabilities.new_full((1,), 0.5)).squeeze(-1)
     # Not a matrix product, which autocast would take in half precision.
     mean = (probabilities * bins.tensor("centers", probabilities)).sum(-1)
     return mean / probabilities.sum(-1)

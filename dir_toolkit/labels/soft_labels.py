@@ -75,17 +75,21 @@ def soft_labels(
         raise problem(rule, got=sigma, fix="Smooth classes by label_smoothing of cross_entropy.")
     looked_at = readable(labels)
     index = bins.index(labels, outside if looked_at or outside != "raise" else "drop")
-    values = labels.to(bins.wide_dtype(labels))
     if not sigma:
         soft = (index.unsqueeze(-1) == torch.arange(len(bins), device=labels.device)).to(wide_dtype(labels))
     else:
-        values, knots, sigma = _measured(values, bins, sigma, unit)
-        soft = _masses(values, knots, sigma, kernel).to(wide_dtype(labels))
+        soft = spread(labels, bins, sigma, kernel, unit)
     without_bin = (index < 0).unsqueeze(-1)
     if outside == "drop":
         soft = soft.masked_fill(without_bin, 0)
         without_bin = without_bin if looked_at else (bins.index(labels, "clip") < 0).unsqueeze(-1)
     return soft if looked_at else soft.masked_fill(without_bin, torch.nan)
+
+
+def spread(labels: Tensor, bins: Bins, sigma: float, kernel: LabelKernel, unit: KernelUnit) -> Tensor:
+    """:func:`soft_labels` of labels that lie on the axis, (..., B), by a sigma above zero."""
+    values, knots, sigma = _measured(labels.to(bins.wide_dtype(labels)), bins, sigma, unit)
+    return _masses(values, knots, sigma, kernel).to(wide_dtype(labels))
 
 
 def spread_counts(counts: np.ndarray, bins: Bins, sigma: float, *, kernel: LabelKernel, unit: KernelUnit) -> np.ndarray:

@@ -241,9 +241,12 @@ class LDS(SoundModule):
         return smooth_axes(values, self.kernels, edges=self.edges).ravel()
 
     def forward(self, labels: Tensor) -> Tensor:
+        return self._of_rows(self.bins.rows(labels, self.outside))
+
+    def _of_rows(self, row: Tensor) -> Tensor:
+        """The weights of labels whose bins are known."""
         if not self._fitted:
             raise _not_fitted()
-        row = self.bins.rows(labels, self.outside)
         return self._table_on(row.device).index_select(0, row.flatten()).view(row.shape)
 
     def _table_on(self, device: torch.device) -> Tensor:

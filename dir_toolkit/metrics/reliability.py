@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import MOST_BINS, finite, length, not_negative, problem, same_shape, whole
 from .._memory import check_memory
-from .._numerics import readable
+from .._numerics import confidence_bin, confidence_edges, readable
 from ..errors import ShapeError
 from ..labels.bins import Outside
 from ._metric import Metric
@@ -188,21 +188,6 @@ def calibration_metrics(
     metrics = CalibrationMetrics(probabilities.shape[1], num_bins=num_bins, outside=outside)
     metrics.update(probabilities, target, weight)
     return metrics.compute()
-
-
-def confidence_edges(num_bins: int, device: torch.device | str = "cpu") -> Tensor:
-    """Edges of equally wide confidence bins, made on the device: (num_bins + 1,) float64."""
-    return torch.arange(num_bins + 1, dtype=torch.float64, device=device) / num_bins
-
-
-def confidence_bin(probabilities: Tensor, edges: Tensor) -> Tensor:
-    """The confidence bin of each probability, whose upper edge belongs to it."""
-    p = probabilities.detach()
-    p = p if p.is_floating_point() else p.double()
-    edges = edges.to(p.dtype).to(p.device)
-    if p.itemsize < 4:  # both sides once rounded alike, since few operations know half precision
-        p, edges = p.float(), edges.float()
-    return (torch.searchsorted(edges, p.contiguous()) - 1).clamp(0, len(edges) - 2)
 
 
 def _check_batch(probabilities: Tensor, target: Tensor, weight: Tensor | None, num_classes: int) -> None:

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dir_toolkit as dt
 from dir_toolkit.labels import bins as bins_module
-from dir_toolkit.longtail import HeadName
+from dir_toolkit.longtail.model import HeadName
 
 N, D, C = 32, 6, 5
 _STEPS = 5  # of an epoch, more than a job does in the next
@@ -281,8 +281,8 @@ MODELS: dict[str, Callable[[], Job]] = {
             BINS,
             [
                 {},
-                {"prior": "uniform", "tau": 0.5},
-                {"prior": "uniform", "adjust": "in_loss"},
+                {"target_prior": "uniform", "tau": 0.5},
+                {"target_prior": "uniform", "adjust": "in_loss"},
                 {"loss": "crps"},
                 {"loss": "squared_emd"},
                 {"sigma": None},
@@ -310,13 +310,13 @@ MODELS: dict[str, Callable[[], Job]] = {
                 ),
             ],
         ),
-        (UNEVEN, [{"prior": "uniform"}, {"residual": True}, {"head": "regression", "loss": "balanced_mse"}]),
+        (UNEVEN, [{"target_prior": "uniform"}, {"residual": True}, {"head": "regression", "loss": "balanced_mse"}]),
         (
             CLASSES,
             [
                 {},
-                {"prior": "uniform", "adjust": "in_loss"},
-                {"head": "cosine", "prior": "uniform"},
+                {"target_prior": "uniform", "adjust": "in_loss"},
+                {"head": "cosine", "target_prior": "uniform"},
                 {"head": "affinity"},
                 {"head": "affinity", "loss": "cross_entropy"},
             ],
@@ -326,8 +326,8 @@ MODELS: dict[str, Callable[[], Job]] = {
 }
 MODELS |= {
     "with LDS": model_job(BINS, {}, weighted=True),
-    "with LDS over uneven bins": model_job(UNEVEN, {"prior": "uniform"}, weighted=True),
-    "classes with LDS": model_job(CLASSES, {"prior": "uniform"}, weighted=True),
+    "with LDS over uneven bins": model_job(UNEVEN, {"target_prior": "uniform"}, weighted=True),
+    "classes with LDS": model_job(CLASSES, {"target_prior": "uniform"}, weighted=True),
     "with FDS": model_job(BINS, {}, fds="diagonal"),
     "with low-rank FDS": model_job(BINS, {"head": "regression"}, fds="low_rank", weighted=True),
 }

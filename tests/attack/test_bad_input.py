@@ -69,7 +69,7 @@ def lds() -> dt.LDS:
 def model(**options: Any) -> dt.LongTailModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return dt.LongTailModel(nn.Linear(3, 3), 3, BINS, density=density(), **{"sigma": 0.5, **options})
+        return dt.LongTailModel(nn.Linear(3, 3), 3, BINS, density=density(), **(options or {"sigma": 0.5}))
 
 
 def linear() -> nn.Linear:
@@ -98,7 +98,7 @@ LONG_TAIL = {
     "loss": "cross_entropy",
     "sigma": 0.5,
     "label_kernel": "gaussian",
-    "prior": [0.25] * 4,
+    "target_prior": [0.25] * 4,
     "tau": 1.0,
     "adjust": "after",
     "prior_kernel": dt.gaussian(3, 1),
@@ -212,17 +212,17 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "LongTailModel.forward": lambda: (model(), {"x": rows(3), "labels": years(), "weight": ones()}),
     "LongTailModel.forward, of a regressor": lambda: (
-        model(head="regression", sigma="auto"),
+        model(head="regression"),
         {"x": rows(3), "labels": years(), "weight": ones()},
     ),
     "LongTailModel.read": lambda: (model().read, {"features": rows(3)}),
     "LongTailModel.criterion": lambda: (
-        (m := model(residual=True)).criterion,
-        {"output": m(rows(3)), "labels": years(), "weight": ones(), "reduction": "mean"},
+        (m := model(residual=True, sigma=0.5)).criterion,
+        {"output": m(rows(3)), "labels": years(), "weight": ones()},
     ),
     "LongTailModel.set_prior": lambda: (
         model().set_prior,
-        {"target": [0.25] * 4, "tau": 1.0, "kernel": None, "temperature": 1.0},
+        {"target_prior": [0.25] * 4, "tau": 1.0, "kernel": None, "temperature": 1.0},
     ),
     "LongTailModel.choose_tau": lambda: (
         model().choose_tau,
@@ -551,7 +551,12 @@ def changed_tensors(valid: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     called = function.forward if isinstance(function, nn.Module) else function
-    return dict(inspect.signature(called).parameters)
+    parameters = dict(inspect.signature(called).parameters)
+    if function is dt.LongTailModel:  # whose options are those of its readout
+        parameters.pop("options")
+        of_readout = inspect.signature(dt.longtail.BinsReadout).parameters
+        parameters |= {name: p for name, p in of_readout.items() if p.kind is p.KEYWORD_ONLY}
+    return parameters
 
 
 def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

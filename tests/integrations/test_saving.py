@@ -38,19 +38,19 @@ def model(kind: str, seed: int = 0) -> dt.LongTailModel:
     bins = CLASSES if kind == "classes" else BINS
     labels = (y / 16).long() if kind == "classes" else y
     options: dict[str, Callable[[], dict[str, Any]]] = {
-        "default": lambda: {"prior": "uniform", "tau": 0.5},
-        "fds": lambda: {"fds": dt.FDS(BINS, 8), "prior": "uniform"},
+        "default": lambda: {"target_prior": "uniform", "tau": 0.5},
+        "fds": lambda: {"fds": dt.FDS(BINS, 8), "target_prior": "uniform"},
         "fds, low rank": lambda: {"fds": dt.FDS(BINS, 8, covariance="low_rank", rank=2)},
         "weights": lambda: {"weights": dt.LDS(BINS).fit(y), "residual": True, "decode": "expectation"},
         "balanced": lambda: {"head": "regression", "loss": "balanced_mse"},
         "gaussian": lambda: {"head": "gaussian"},
         "affinity": lambda: {"head": "affinity", "loss": "crps"},
-        "classes": lambda: {"head": "cosine", "prior": "uniform", "adjust": "in_loss"},
+        "classes": lambda: {"head": "cosine", "target_prior": "uniform", "adjust": "in_loss"},
     }
     backbone = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
     density = dt.LabelDensity.count(labels, bins)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dir_toolkit.longtail.warn", lambda *_: None)  # of bins that so few labels leave empty
+        patch.setattr("dir_toolkit.longtail.readouts.warn", lambda *_: None)  # of bins that so few labels leave empty
         return dt.LongTailModel(backbone, 8, bins, density=density, **options[kind]())
 
 

@@ -1,0 +1,6 @@
+"""Backbone, feature smoothing, head, loss and prior as one module: continuous labels and classes by the same path."""
+
+from .model import LongTailModel
+from .readouts import BinsReadout, ClassReadout, GaussianReadout, LongTailOutput, PointReadout
+
+__all__ = ["BinsReadout", "ClassReadout", "GaussianReadout", "LongTailModel", "LongTailOutput", "PointReadout"]

@@ -1,0 +1,443 @@
+"""The model: a backbone, a head, and a readout that knows what the head's numbers mean."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._checks import instance, is_tensor, keys, length, number, one_of, problem, same_device, same_shape
+from .._numerics import readable
+from .._settings import shown
+from .._state import pack, unpack, whole_or_not_at_all
+from ..errors import CheckpointError, ShapeError
+from ..features.fds import FDS
+from ..labels.bins import Bins, Outside
+from ..labels.density import LabelDensity
+from ..labels.grid import AnyBins
+from ..labels.weights import LDS
+from ..priors import TauChoice
+from .readouts import LongTailOutput, Placed, PriorKernel, Readout, Setup, TargetPrior, readout_for
+
+__all__ = ["LongTailModel"]
+
+HeadName = Literal["regression", "gaussian", "linear", "cosine", "affinity"]
+
+
+class LongTailModel(nn.Module):
+    r"""A backbone with all that long-tailed labels ask for, each part optional, over classes or a continuous axis.
+
+    On a continuous axis a head scores bins, is trained on labels that are spread over neighbouring bins, and is decoded
+    into a label. Its softmax is the posterior under the training prior. It is carried to any other prior as that of
+    classes is:
+
+    .. math:: P(b|x) = \mathrm{softmax}\big(s_b / T - \tau \log (\pi_b / u_b) + \log (P_{target}(b) / u_b)\big),
+
+    with :math:`\pi` the training prior, which is the shares of labels times the weights that their loss had, spread
+    over bins as the loss spreads labels, and :math:`u` the shares of the bins' widths. So a network that learns nothing
+    from its inputs answers with the target at :math:`\tau = 1`. Over ``Bins.classes`` the same path is plain
+    classification with logit adjustment.
+
+    ``model(x, labels)`` computes the loss, too; in training it hands the labels to ``fds``. With
+    :func:`dir_toolkit.experiment.training.loop.fit` use ``loss=model.criterion`` and, if there is one,
+    ``fds=model.fds``. In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is no submodule, so that
+    DistributedDataParallel does not send its buffers around; it goes along with ``to()``, with copies, and with the
+    ``state_dict``.
+
+    ``torch.export`` takes and saves every model. ``torch.onnx`` has no search among sorted numbers, which the median
+    needs: convert a model with ``decode="expectation"`` or ``"mode"``.
+
+    Args:
+        num_features: D, the number of features that the backbone gives.
+        bins: the label axis.
+        density: of the training labels, as counted, over these bins. A prior and ``"balanced_mse"`` need it. Where a
+            sampler draws the labels, it is the density of what is drawn:
+            ``LabelDensity.count(labels[sampler.order(0)], bins)``.
+        head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"regression"``, one number, or
+            ``"gaussian"``, a mean and a variance, both around the density's median in units of its standard deviation
+            (without a density, those of evenly spread labels); or a module from (N, D) to (N, B) that scores bins.
+            Affinities a are read as logits log a, so that they are shares once divided by their sum. On a continuous
+            axis each bin has one prototype, and each class has five.
+        loss: by name, of which the first is the default. Bins: ``"cross_entropy"``, ``"crps"``, ``"squared_emd"``.
+            Classes: ``"cross_entropy"``; with affinities ``"affinity_loss"``, which adds the head's diversity, or
+            ``"cross_entropy"``. Regression: ``"weighted_l1"``, ``"weighted_mse"``, ``"weighted_huber"``,
+            ``"weighted_focal_l1"``, ``"weighted_focal_mse"``, ``"balanced_mse"``. Gaussian: ``"gaussian_nll"``. Or a
+            function or module, called as ``loss(scores, labels, weight)``, that returns the mean over samples. Named
+            losses in label units are divided by the labels' spread, and squared errors by its square. The unit of
+            Huber's loss and of the focal losses is a tenth of the spread.
+        fds: not attached yet; the model attaches it to what its head takes.
+        weights: fitted, over these bins or others of the axis. They weigh the loss where no weights are given, in eval
+            mode, too. Weights are a part of the training prior; so a model that is trained with weights should know
+            them here, however they reach its loss.
+        outside: what a label beyond the axis does in the loss. ``"raise"`` refuses it; ``"clip"`` places it in the end
+            bin, while its error stays exact; ``"drop"`` counts it nowhere, as a weight of zero does. An ``fds`` must
+            drop, too, where the model does.
+        options: those of the readout, which head and axis decide: :class:`BinsReadout`, :class:`ClassReadout`,
+            :class:`GaussianReadout` or :class:`PointReadout`.
+    Attributes:
+        backbone, head, readout: the three parts.
+        fds, weights, bins, density: as given.
+    Shape:
+        forward: x as the backbone takes it; labels, weight: (N,). Returns :class:`LongTailOutput`. Floats are float32
+        or wider, under autocast, too.
+    Units:
+        labels, sigma and predictions in those of the axis, in float64 where float32 does not tell its bins apart;
+        ``"cross_entropy"`` and ``"gaussian_nll"`` in nats, other named losses in spreads of the labels.
+    Raises:
+        ShapeError: head or backbone do not fit features and axis, or labels are not (N,): maps of labels are not
+        supported. TypeError: an option is none of the readout's, or a part is of another kind. ValueError: a word is
+        unknown, a number is out of range, or there is no density where one is needed. NotFittedError: weights are not
+        fitted where a prior is asked for. LabelError: a label is NaN, or lies beyond the axis under ``"raise"``; on
+        accelerators the loss is NaN instead.
+    Source:
+        Menon et al. 2021 (arXiv:2007.07314) for the adjustment; Yang et al. 2021 (arXiv:2102.09554) for smoothing.
+
+    >>> bins = Bins.uniform(0, 100, width=1)
+    >>> density = LabelDensity(bins, torch.arange(1, 101))
+    >>> model = LongTailModel(nn.Flatten(), 8, bins, density=density, target_prior="uniform", tau=0.5)
+    >>> out = model(torch.zeros(3, 8), torch.tensor([20.0, 30.0, 99.5]))
+    >>> out.loss.shape, out.prediction.shape, out.distribution.shape
+    (torch.Size([]), torch.Size([3]), torch.Size([3, 100]))
+    """
+
+    fds: FDS | None
+    weights: LDS | None
+
+    @torch.inference_mode(False)  # Buffers must serve training later.
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_features: int,
+        bins: Bins,
+        *,
+        density: LabelDensity | None = None,
+        head: HeadName | nn.Module = "linear",
+        loss: str | Callable[..., Tensor] | None = None,
+        fds: FDS | None = None,
+        weights: LDS | None = None,
+        outside: Outside = "raise",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        _check_axis(bins, density)
+        instance(nn.Module, backbone=backbone)
+        one_of("outside", outside, ("raise", "clip", "drop"))
+        if weights is not None:
+            instance(LDS, weights=weights)
+            _check_labels("weights", weights.bins, bins)
+        kind = readout_for(head, bins)
+        _check_options(kind, options)
+        self.bins, self.density, self.outside = bins, density, outside
+        self.num_features = _num_features(backbone, num_features)
+        self.backbone = backbone
+        self.neck = nn.Identity()  # FDS is attached here, so that all that reads features reads calibrated ones.
+        self.head = kind.make_head(head, self.num_features, bins)
+        self._head = head if isinstance(head, str) else None
+        self.weights = weights
+        self.readout: Readout = kind(Setup(self.num_features, bins, density, weights, self.head, loss), **options)
+        self.__dict__["fds"] = fds  # no submodule
+        if fds is not None:
+            self._attach(fds)
+
+    def forward(self, x: Any, labels: Tensor | None = None, weight: Tensor | None = None) -> LongTailOutput:
+        if labels is None and weight is not None:
+            raise problem("weight needs labels", got="labels=None", fix="Use model(x, labels, weight).")
+        features = self.backbone(x)
+        self._check_features(features)
+        if labels is None:
+            return self.readout(self.head(self._calibrated(features, None, None)), features, features)
+        index = self._index(labels, features)
+        calibrated = self._calibrated(features, labels, index)
+        output = self.readout(self.head(calibrated), features, calibrated)
+        return LongTailOutput(self._loss(output, labels, index, weight), *output[1:])
+
+    def _calibrated(self, features: Tensor, labels: Tensor | None, index: Tensor | None) -> Tensor:
+        if not self.training and torch.compiler.is_compiling():
+            return features  # A compiled graph in eval mode has no use for the hook, which would break it.
+        if self.fds is None or not self.training or labels is None:
+            return self.neck(features)
+        return self._neck_under(labels, index, features)
+
+    @torch._disable_dynamo  # so that the compiler breaks its graph once, around all of FDS, and not within a with
+    def _neck_under(self, labels: Tensor, index: Tensor, features: Tensor) -> Tensor:
+        assert self.fds is not None
+        if self._shares_bins(self.fds.bins):
+            within = self.fds._on_rows(torch.where(index < 0, len(self.bins), index))
+        else:
+            within = self.fds.labels(self._clipped(labels))
+        with within:
+            return self.neck(features)
+
+    def read(self, features: Tensor) -> LongTailOutput:
+        """What the model says about features that its backbone gave before. No FDS calibrates them.
+
+        Shape:
+            features: (N, num_features).
+        """
+        self._check_features(features)
+        return self.readout(self.head(features), features, features)
+
+    def criterion(self, output: LongTailOutput, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The mean loss of what ``model(x)`` returned, with all its terms; ``model(x, labels)`` computes the same.
+
+        Args:
+            weight: >= 0, one per sample; None takes those of ``weights``. The sum over the batch is divided by N, not
+                by the sum of weights.
+        Shape:
+            labels, weight: (N,). Returns ().
+        Raises:
+            as the model itself.
+        """
+        instance(LongTailOutput, output=output)
+        if output.scores.shape[1:] != self.readout.score_shape:
+            rule = f"output must be this model's, with scores ({', '.join(['N', *map(str, self.readout.score_shape)])})"
+            raise problem(rule, got=f"shape {tuple(output.scores.shape)}", error=ShapeError)
+        return self._loss(output, labels, self._index(labels, output.scores), weight)
+
+    def _index(self, labels: Tensor, output: Tensor) -> Tensor:
+        """The bin of each label, (N,), or -1 for one that counts nowhere or should not be there. This is the one place
+        where a batch of labels meets the axis."""
+        is_tensor(labels=labels)
+        if labels.shape != output.shape[:1]:
+            rule = f"labels must be ({len(output)},), one per sample"
+            fix = "Use labels.squeeze(1)." if labels.shape[1:] == (1,) else ""
+            raise problem(rule, got=f"shape {tuple(labels.shape)}", fix=fix, error=ShapeError)
+        same_device(output=output, labels=labels)
+        outside = "drop" if self.outside == "raise" and not readable(labels) else self.outside
+        return self.bins.index(labels, outside)
+
+    def _loss(self, output: LongTailOutput, labels: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+        row = index.clamp_min(0)
+        values, looked_at = row, readable(labels)
+        if not self.bins.categorical:
+            values = self._clipped(labels)
+            if not looked_at or self.outside == "drop":
+                values = values.to(self.bins.wide_dtype(values))
+                values = torch.where(index >= 0, values, self.bins.tensor("edges", values)[0])
+        placed = Placed(row, values, values if self.outside == "drop" else labels)
+        if weight is None and self.weights is not None:
+            shared = self._shares_bins(self.weights.bins)
+            weight = self.weights._of_rows(row) if shared else self.weights(values)
+        if self.outside == "drop":
+            counts = index >= 0
+            if weight is not None:
+                is_tensor(weight=weight)
+                same_shape(labels=labels, weight=weight)
+            weight = counts.to(output.scores.dtype) if weight is None else torch.where(counts, weight, 0)
+        loss = self.readout.criterion(output, placed, weight, self.head)
+        if looked_at:
+            return loss
+        # Where values cannot be looked at, a label that should not be there makes the loss NaN.
+        sound = index >= 0 if self.outside != "drop" else self.bins.index(labels, "clip") >= 0
+        return loss * torch.where(sound.all(), 1.0, torch.nan).to(loss.dtype)
+
+    def _clipped(self, labels: Tensor) -> Tensor:
+        """Labels as they are, or with ``outside="clip"`` those beyond the axis at its end."""
+        if self.outside != "clip":
+            return labels
+        if self.bins.categorical:
+            return labels.clamp(0, len(self.bins) - 1)
+        return labels.to(self.bins.wide_dtype(labels)).clamp(float(self.bins.edges[0]), float(self.bins.edges[-1]))
+
+    def _shares_bins(self, bins: AnyBins) -> bool:
+        """Whether labels that are placed on the model's bins are placed on these as well."""
+        return bins is self.bins or bins == self.bins
+
+    def set_prior(
+        self,
+        target_prior: TargetPrior = None,
+        tau: float = 1.0,
+        *,
+        kernel: PriorKernel = "auto",
+        temperature: float | None = None,
+    ) -> None:
+        """Choose, after training, the prior under which the model predicts. Its buffers change, no parameter does.
+
+        Where the prior was adjusted in the loss already, what the scores know of it is taken off first.
+
+        Args:
+            target_prior, tau: as those of the readout. :func:`dir_toolkit.choose_tau` finds tau for classes, given
+                ``class_prior(density, weights=weights)`` where the loss was weighted.
+            kernel: as ``prior_kernel`` of the readout; ``"auto"`` takes the readout's own.
+            temperature: > 0; None leaves it as it is.
+        Raises:
+            ValueError: there is no density, the target has another length or is no distribution, or a number is out of
+            range. RuntimeError: the head has no bins.
+        """
+        self.readout.set_prior(target_prior, tau, kernel, temperature, self.weights)
+
+    def choose_tau(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        *,
+        by: Literal["bmae", "mae"] = "bmae",
+        taus: Sequence[float] | np.ndarray | None = None,
+        kernel: PriorKernel = "auto",
+        outside: Outside | None = None,
+    ) -> TauChoice:
+        """The tau with which ``set_prior("uniform", tau)`` errs least on validation data. The model stays as it is.
+
+        Args:
+            scores: as the model gives them, of validation data that training has not seen. The prior that it predicts
+                under now does not matter, and neither do the offsets of ``residual``.
+            labels: in label units.
+            by: ``"bmae"``, the mean over the axis of the mean absolute error of each bin, where bins without labels are
+                left out; or ``"mae"``, over samples.
+            taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. A choice at their end is warned of.
+            kernel: as in :meth:`set_prior`.
+            outside: as ``outside`` of the model; None takes the model's own.
+        Shape:
+            scores: (N, B). labels: (N,).
+        Returns:
+            the choice and its curve, in label units; among equals the middle of the longest run.
+        Raises:
+            as :meth:`set_prior`; ShapeError: scores and labels do not fit; LabelError: a label lies beyond the axis.
+            ValueError: there is no label, a score is not finite, or taus are empty, not rising or negative.
+            RuntimeError: the head does not score bins of a continuous axis; for classes use
+            :func:`dir_toolkit.choose_tau`. TypeError: scores are no tensor of real numbers.
+        """
+        outside = self.outside if outside is None else outside
+        return self.readout.choose_tau(
+            scores, labels, by=by, taus=taus, kernel=kernel, outside=outside, weights=self.weights
+        )
+
+    def interval(self, output: LongTailOutput | Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """The central interval that holds a label with the probability ``level``.
+
+        Args:
+            output: of the model, or its ``distribution``; with ``"gaussian"``, its ``scores``.
+            level: in (0, 1).
+        Shape:
+            Returns the lower and the upper end, (N,) each.
+        Units:
+            those of the label.
+        Raises:
+            ValueError: the level lies outside (0, 1). RuntimeError: the head gives one number, which is no
+            distribution, or scores classes, which have no order.
+        """
+        level = number("level", level, low=0, high=1, open_low=True, open_high=True)
+        instance((LongTailOutput, Tensor), output=output)
+        return self.readout.interval(output, level)
+
+    def _check_features(self, features: Any) -> None:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else ()
+        if shape[1:] != (self.num_features,):
+            rule = f"backbone must give features (N, {self.num_features}), one row per sample"
+            fix = "Pool over pixels first: maps of labels are not supported." if len(shape) in (3, 4) else ""
+            got = shape if isinstance(features, Tensor) else type(features).__name__
+            raise problem(rule, got=got, fix=fix, error=ShapeError)
+
+    def _attach(self, fds: FDS) -> None:
+        instance(FDS, fds=fds)
+        _check_labels("fds", fds.bins, self.bins)
+        if self.outside == "drop" and fds.outside != "drop":
+            raise problem('fds must have outside="drop", as the model has', got=repr(fds.outside))
+        if fds.num_features != self.num_features:
+            rule = f"fds must be over the backbone's {self.num_features} features"
+            raise problem(rule, got=fds.num_features, error=ShapeError)
+        if fds.attached:
+            rule = "fds must not be attached yet, since the model attaches it"
+            raise problem(rule, got="an FDS in use", fix="Make one for each model.")
+        fds.attach(self.neck, "output")
+
+    @torch.inference_mode(False)  # Buffers must serve training later.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LongTailModel:
+        super()._apply(fn, recurse)
+        if self.fds is not None:
+            self.fds._apply(fn)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        without = self.fds is None or self.fds.running_count.is_meta
+        return pack({"bins": self.bins.settings, "fds": None if without else dict(self.fds.state_dict())})  # type: ignore[union-attr]
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """``load_state_dict`` has taken it up before anything of the model changed; others hand over nothing else."""
+        if self.__dict__.pop("_taken_up", None) is not state:
+            self._take_up(state, assign=False)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but a state that is refused changes nothing; for this all numbers are held twice meanwhile."""
+        with whole_or_not_at_all(self, *([] if self.fds is None else [self.fds])):
+            return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
+    ) -> None:
+        if self.weights is not None and f"{prefix}weights._extra_state" in state_dict:
+            self.weights._checked_state(state_dict[f"{prefix}weights._extra_state"])
+        if f"{prefix}_extra_state" in state_dict:
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            self._take_up(state_dict[f"{prefix}_extra_state"], assign)
+            self.__dict__["_taken_up"] = state_dict[f"{prefix}_extra_state"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+    def _take_up(self, packed: Any, assign: bool) -> None:
+        state = unpack(packed)
+        keys("the saved state", state, ("bins", "fds"))
+        if (saved := Bins.from_dict(state["bins"])) != self.bins:
+            rule = "the saved model must be over the same bins"
+            raise problem(rule, got=f"{saved!r} for {self.bins!r}", error=CheckpointError)
+        if self.fds is None:  # There is nothing to calibrate; predictions do not need the statistics.
+            return
+        if state["fds"] is None:
+            rule, fix = "the saved model must hold FDS statistics", "Build the model without fds."
+            raise problem(rule, got="none", fix=fix, error=CheckpointError)
+        self.fds.load_state_dict(state["fds"], assign=assign)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the model was made with, except for its backbone, and the prior that it predicts under now."""
+        return {
+            "num_features": self.num_features,
+            "bins": self.bins,
+            "density": None if self.density is None else self.density.counts,
+            "head": self._head or self.head,
+            "fds": self.fds,
+            "weights": self.weights,
+            "outside": self.outside,
+            **self.readout.settings,
+        }
+
+    def extra_repr(self) -> str:
+        return shown(self.settings)
+
+
+def _check_axis(bins: Any, density: Any) -> None:
+    if not isinstance(bins, Bins):
+        fix = "Labels have one dimension: use Bins.uniform, .from_edges, .quantile or .classes."
+        raise problem("bins must be one label axis, a Bins", got=type(bins).__name__, fix=fix, error=TypeError)
+    if density is None:
+        return
+    instance(LabelDensity, density=density)
+    if density.bins != bins:
+        raise problem("density must be over the same bins", got=f"{density.bins} for {bins}")
+
+
+def _check_options(kind: type[Readout], options: dict[str, Any]) -> None:
+    """A readout is asked for its own options only."""
+    takes = [name for name, p in inspect.signature(kind).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name, value in options.items():
+        if name not in takes:
+            rule = f"{name} must be an option of {kind.__name__}"
+            raise problem(rule, got=f"{name}={value!r}", fix=f"It takes {', '.join(takes)}.", error=TypeError)
+
+
+def _check_labels(name: str, own: AnyBins, bins: Bins) -> None:
+    """A part may cut the axis into bins of its own, but it must take the same labels."""
+    if not isinstance(own, Bins) or own.categorical != bins.categorical:
+        rule = f"{name} must be over {'classes' if bins.categorical else 'a continuous label axis'}, as the model is"
+        raise problem(rule, got=repr(own))
+
+
+def _num_features(backbone: nn.Module, num_features: Any) -> int:
+    size = length("num_features", num_features)
+    gives = getattr(backbone, "num_features", size)
+    if gives != size:
+        raise problem(f"num_features must be the backbone's {gives}", got=size, error=ShapeError)
+    return size
