@@ -20,6 +20,7 @@ from torch import Tensor
 from .._checks import checked_tau, instance, is_tensor, number, problem, real, same_device
 from .._numerics import readable
 from ..errors import ShapeError
+from ..priors import log_prior_offset
 from ._inputs import checked_prior, of_classes, per_class
 from ._loss import Reduction, ScoreLoss, part_of, reduce
 
@@ -110,7 +111,7 @@ def logit_adjusted_cross_entropy(
     1.3863
     """
     logits = of_classes(logits, target, weight, reduction)
-    adjusted = logits + (checked_tau(tau) * checked_prior(prior, logits).log()).to(logits.dtype)
+    adjusted = logits + log_prior_offset(checked_prior(prior, logits), checked_tau(tau)).to(logits.dtype)
     return reduce(negative_log(adjusted, target, _smoothing(label_smoothing)), weight, reduction)
 
 

@@ -12,6 +12,7 @@ from .._numerics import wide_dtype
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.soft_labels import limits
+from ..priors import log_prior_offset
 from ._inputs import absent, checked_prior, kinds, on_axis, present
 from ._loss import Reduction, ScoreLoss, reduce
 from .cross_entropy import negative_log
@@ -59,7 +60,7 @@ def soft_cross_entropy(
     rows, flat, flat_weight = _checked(logits, target, weight, reduction)
     tau = checked_tau(tau)
     if prior is not None:
-        rows = rows + (tau * checked_prior(prior, rows).log()).to(rows.dtype)
+        rows = rows + log_prior_offset(checked_prior(prior, rows), tau).to(rows.dtype)
     if flat.ndim == 1:
         values = negative_log(rows, flat)
     else:
