@@ -24,6 +24,8 @@ from ._checks import problem
 from .errors import SettingsError
 
 _LONGEST = 64  # the most numbers of an array that are written out; a longer array stands as a digest
+_MOST_SHOWN = 6  # the most differences that one message shows
+_LONGEST_TEXT = 200  # the most characters of a value in it
 
 
 def described(name: str, value: object) -> Any:
@@ -93,13 +95,38 @@ def shown(settings: Mapping[str, Any]) -> str:
 
 
 def differing(saved: object, own: Mapping[str, Any]) -> str:
-    """In words, where a saved description differs from one's own. It is empty where they are the same."""
-    if not isinstance(saved, Mapping):
-        return repr(saved)
-    absent = "nothing"
-    names = [name for name in {**saved, **own} if saved.get(name, absent) != own.get(name, absent)]
-    words = [f"{name}={saved.get(name, absent)!r} for {own.get(name, absent)!r}" for name in names]
-    return ", ".join(text if len(text) <= 200 else f"{text[:200]}..." for text in words)
+    """In words, where a saved description differs from one's own, by dotted names. Empty where they are the same."""
+    words = [f"{name} was {_cut(one)} and is {_cut(other)}".lstrip() for name, one, other in _differences(saved, own)]
+    more = f"; and {len(words) - _MOST_SHOWN} more" if len(words) > _MOST_SHOWN else ""
+    return "; ".join(words[:_MOST_SHOWN]) + more
+
+
+def _differences(saved: Any, own: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(saved, Mapping) and isinstance(own, Mapping):
+        was, became = saved.get("is"), own.get("is")
+        if not _same(was, became):
+            return [(name, was, became)]
+        return [
+            difference
+            for key in sorted({*saved, *own}, key=str)
+            for difference in _differences(
+                saved.get(key, "absent"), own.get(key, "absent"), f"{name}.{key}" if name else str(key)
+            )
+        ]
+    return [] if _same(saved, own) else [(name, saved, own)]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other or (one != one and other != other))
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,6 @@ methods, ``age_methods.py`` says what they are.
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from age_methods import METHODS, Method, named, network, objective, overview, unknown
-from age_tuning import TUNABLE, chosen, knobs, moved, search_figure
+from age_tuning import TUNABLE, chosen, curves, knobs, moved
 from command_line import run, typed_command, unfit_folder
 
 if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
@@ -35,7 +34,7 @@ if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answer
     from dir_toolkit.experiment.data.images import Splits
     from dir_toolkit.experiment.training.loop import Optimization
     from dir_toolkit.experiment.training.runtime import Runtime
-    from dir_toolkit.experiment.training.selection import Selection
+    from dir_toolkit.experiment.training.search import Search
 
 LEVEL = 0.9  # of the intervals
 NOTES = (
@@ -162,7 +161,7 @@ def main(settings: Settings) -> None:
         splits = load(settings, runtime)
         search = tune(settings, runtime, splits, out) if settings.tune else None
         if search is not None:
-            settings = replace(settings, **search.best)
+            settings = replace(settings, **search.settings)
         runs: dict[tuple[str, int], Run] = {}
         for method in named(settings.methods):
             for seed in range(settings.seeds):
@@ -234,7 +233,7 @@ def check(recipe: str, settings: Settings, out: Path, others: Sequence[str] = ()
     if faults:
         listed = "\n".join(["these settings cannot run:", *faults]).replace("\n", "\n  ")
         raise SettingsError(f"{recipe}: {listed}")
-    earlier = ("*/seed*/checkpoint-last.pt", "tune/**/checkpoint-last.pt", "tune/selection.json")
+    earlier = ("*/seed*/checkpoint-last.pt", "tune/**/checkpoint-last.pt", "tune/search.db")
     if not settings.resume and (found := sorted(path for name in earlier for path in out.glob(name))):
         raise RunExistsError(
             f"{recipe}: --out must hold no earlier run, for none is overwritten, got {found[0]}. "
@@ -445,7 +444,7 @@ def by_sample(model: dt.LongTailModel, output: dt.LongTailOutput, labels: np.nda
     return columns
 
 
-def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> Selection | None:
+def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> Search | None:
     """The settings of one method that do best on validation faces, by successive halving; curves go to ``out/tune``.
 
     None where tau alone is to be chosen, which :func:`train` does anyway. Tau needs no training, so that every
@@ -453,40 +452,35 @@ def tune(settings: Settings, runtime: Runtime, splits: Splits, out: Path) -> Sel
     """
     from dir_toolkit.errors import SettingsError
     from dir_toolkit.experiment.results.drawing import save_figure
-    from dir_toolkit.experiment.training.selection import successive_halving
+    from dir_toolkit.experiment.training.search import search
 
     if runtime.world > 1:
         raise SettingsError("recipes/age.py: --tune must run in one process; drop torchrun, and use it afterwards.")
     (name,) = named(settings.methods)
-    tried = [TUNABLE[knob] for knob in knobs(settings.tune) if knob != "tau"]
-    candidates = [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*tried)]
-    if candidates == [{}]:
+    tried = {knob: TUNABLE[knob] for knob in knobs(settings.tune) if knob != "tau"}
+    if not tried:
         return None
 
-    def score(candidate: dict[str, Any], epochs: int, seed: int) -> float:
+    def score(candidate: dict[str, Any], epochs: int) -> float:
         words = "-".join(f"{setting}={value}" for setting, value in candidate.items())
         print(f"  {words}, {epochs} epochs:", flush=True)
         trial = replace(settings, **candidate, epochs=epochs)
         place = out / "tune" / words / f"{epochs}-epochs"
-        end = trained(trial, name, replace(runtime, seed=seed), splits, place)
+        end = trained(trial, name, runtime, splits, place)
         if METHODS[name].tau:
             return float(best_tau(settings, end.model, splits, runtime).scores.min())
         return min(row["val_bmae"] for row in end.history)
 
-    shares = sorted({max(1, settings.epochs // part) for part in (4, 2, 1)})
-    found = successive_halving(
-        candidates,
+    decided = {key: str(value) for key, value in shown(settings).items() if key not in ("seeds", "methods", "epochs")}
+    found = search(
+        tried,
         score,
-        budgets=shares,
-        reduction=2,
+        epochs=settings.epochs,
         folder=out / "tune",
-        resume=settings.resume and (out / "tune" / "selection.json").exists(),
-        fingerprint={
-            "method": name,
-            **{k: str(v) for k, v in shown(settings).items() if k not in ("seeds", "methods")},
-        },
+        resume=settings.resume,
+        fingerprint={"method": name, **decided},
     )
-    save_figure(search_figure(found), out / "tune/tuning.png")
+    save_figure(curves(found), out / "tune/tuning.png")
     print(f"{chosen(found)} Curves: {out / 'tune/tuning.png'}", flush=True)
     return found
 
@@ -539,7 +533,7 @@ def summarise(
     splits: Splits,
     runs: dict[tuple[str, int], Run],
     runtime: Runtime,
-    search: Selection | None,
+    search: Search | None,
 ) -> xr.Dataset:
     """All runs as one result, with its table, figures and report."""
     import dir_toolkit as dt
@@ -563,7 +557,7 @@ def summarise(
     }
     notes = list(NOTES)
     if search is not None:
-        pictures["Settings tried on validation"] = search_figure(search)
+        pictures["Settings tried on validation"] = curves(search)
         notes.append(chosen(search))
     for (method, seed), one in runs.items():
         if seed == 0 and one.fds is not None:

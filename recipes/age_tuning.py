@@ -10,7 +10,7 @@ from age_methods import METHODS, Method, named
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dir_toolkit.experiment.training.selection import Selection
+    from dir_toolkit.experiment.training.search import Search
 
 TUNABLE: dict[str, tuple[dict[str, Any], ...]] = {
     "kernel": tuple(
@@ -50,14 +50,14 @@ def moved(knob: str, methods: Sequence[str]) -> bool:
     return any(used[knob](METHODS[name]) for name in names)
 
 
-def chosen(search: Selection) -> str:
+def chosen(search: Search) -> str:
     """What a search found, in a sentence."""
-    best = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in search.best.items())
-    return f"Chosen on validation from {len(search.candidates)} settings: {best}."
+    best = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in search.settings.items())
+    return f"Chosen on validation from {len(search.study.trials)} settings: {best}."
 
 
-def search_figure(search: Selection) -> Figure:
+def curves(search: Search) -> Figure:
     """How the settings that were tried did."""
-    from dir_toolkit.experiment.results.selection_figures import tuning_figure
+    from dir_toolkit.experiment.training.search import search_figure
 
-    return tuning_figure(search, score_name="validation bMAE (years)", budget_name="epochs")
+    return search_figure(search, score_name="validation bMAE (years)")

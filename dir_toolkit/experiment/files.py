@@ -1,18 +1,22 @@
-"""Files that are written whole or not at all, such as checkpoints, and folders that one process at a time works in."""
+"""Files that are written whole or not at all, such as checkpoints, locks between processes, and a progress bar."""
 
 from __future__ import annotations
 
 import errno
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from .._checks import problem
 
-__all__ = ["FolderLock", "naming", "unwritable", "write_atomically"]
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["FolderLock", "naming", "one_at_a_time", "progress_bar", "unwritable", "write_atomically"]
 
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
 
@@ -103,21 +107,47 @@ class FolderLock:
         self._descriptor: int | None = None
         if os.name != "posix":  # elsewhere a folder cannot be opened
             return
-        import fcntl
-
         try:
             self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except PermissionError:  # a folder that may be written to and not read
             return
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if _lock(self._descriptor, wait=False) is False:
             self.release()
-        except OSError:
-            pass
 
     def release(self) -> None:
         """Let others have it."""
         if self._descriptor is not None:
             os.close(self._descriptor)
         self.held, self._descriptor = False, None
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[bool]:
+    """Wait for the lock on a file, which is made if missing, and hold it. Yields whether there are such locks here."""
+    with path.open("ab") as file:
+        yield _lock(file.fileno(), wait=True) is not None
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool | None:
+    """Whether this process has the lock now; None where there are none, as on Windows and some network drives."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
+def progress_bar() -> Progress | None:
+    """A bar on stderr, if that is a terminal and rich is installed."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        return None
+    return Progress(console=Console(stderr=True), transient=True)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .._checks import instance, labels_array, number, one_of, problem, warn, whole
 from ..errors import NonFiniteLossError
-from ..experiment.training.optimization import Optimization, learning_rate, make_optimizer
+from ..experiment.training.optimization import Optimization
 from ..experiment.training.runtime import Runtime, chosen_device
+from ..experiment.training.steps import Steps
 from ..labels.bins import Bins
 from ..labels.decoding import Decoding
 from ..labels.density import LabelDensity
@@ -75,9 +76,9 @@ class _LongTailEstimator(BaseEstimator):
     def _has_bins(self) -> bool:
         return self.head not in ("regression", "gaussian")
 
-    def _checked(self, X: Any, y: Any, sample_weight: Any, **how: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _checked(self, X: Any, y: Any, sample_weight: Any, **options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Columns, labels and weights of the rows that weigh anything: weight zero is as good as absent."""
-        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2, **how)
+        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2, **options)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         present = weight > 0
         if not present.any():
@@ -105,7 +106,9 @@ class _LongTailEstimator(BaseEstimator):
             options: of :class:`LongTailModel`, besides those that both estimators have.
         """
         tau = self._tau()
-        how = Optimization(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay)
+        optimization = Optimization(
+            epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay
+        )
         fraction = number("validation_fraction", self.validation_fraction, low=0, high=0.5, open_low=True)
         if self.patience is not None:
             whole("patience", self.patience, low=1)
@@ -159,7 +162,7 @@ class _LongTailEstimator(BaseEstimator):
                     **options,
                 )
             model = model.to(runtime.device, torch.float32)
-            self._train(model, tensors(own), tensors(held) if held.any() else None, how, runtime)
+            self._train(model, tensors(own), tensors(held) if held.any() else None, optimization, runtime)
         if self.patience is not None and self.best_epoch_ <= 3 < len(self.history_):
             first = f"epoch {self.best_epoch_} of {len(self.history_)} had the least loss on the held-out rows"
             fix = "Lower lr, look for rows unlike all others, or pass patience=None."
@@ -207,29 +210,24 @@ class _LongTailEstimator(BaseEstimator):
         model: LongTailModel,
         train: tuple[Tensor, Tensor, Tensor],
         val: tuple[Tensor, Tensor, Tensor] | None,
-        how: Optimization,
+        optimization: Optimization,
         runtime: Runtime,
     ) -> None:
-        """Train with columns, labels and weights; with patience the best weights are kept, else the last."""
-        optimizer = make_optimizer(model, how)
-        steps, step = how.epochs * -(-len(train[0]) // how.batch_size), 0
+        """Train with columns, labels and weights. With patience the best weights are kept, else the last."""
+        rows = len(train[0])
+        steps = Steps(model, optimization, rows, runtime)
         self.history_: list[dict[str, float]] = []
-        self.best_epoch_, best, kept = how.epochs, math.inf, None
-        for epoch in range(1, how.epochs + 1):
+        self.best_epoch_, best, kept = optimization.epochs, math.inf, None
+
+        def loss_of(place: int, indices: Tensor) -> Tensor:
+            return model(*(values[indices] for values in train)).loss
+
+        for epoch in range(1, optimization.epochs + 1):
             total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-            order = torch.randperm(len(train[0]), generator=runtime.generator("order", epoch), device="cpu").to(
-                runtime.device
-            )
-            for batch in order.split(how.batch_size):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(how, step, steps)
-                loss = model(*(values[batch] for values in train)).loss
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += len(batch) * loss.detach()
-                step += 1
-            row = {"epoch": epoch, "loss": total.item() / len(train[0])}
+            order = torch.randperm(rows, generator=runtime.generator("order", epoch), device="cpu").to(runtime.device)
+            for step in steps.epoch(epoch - 1, order, loss_of):
+                total += step.samples * step.loss
+            row = {"epoch": epoch, "loss": total.item() / rows}
             if val is not None:
                 model.eval()
                 with torch.no_grad():
@@ -425,8 +423,8 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         return self.model_.choose_tau(self._read(scaled, lambda out: out.scores), labels)
 
     def _compare(self, scaled: np.ndarray, held: np.ndarray, own: np.ndarray) -> None:
-        told = self._has_bins and _crowding(own, self.bins_)
-        if told or len(held) < _FEWEST_TO_CHOOSE_FROM:
+        crowded = self._has_bins and _crowding(own, self.bins_)
+        if crowded or len(held) < _FEWEST_TO_CHOOSE_FROM:
             return
         row = self.bins_.index(held)
         alike = 1 / np.bincount(row)[row]  # each bin counts alike, as where rare labels are what matters

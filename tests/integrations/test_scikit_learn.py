@@ -493,7 +493,7 @@ def test_one_warning_tells_that_labels_share_a_bin() -> None:
     assert told(even, x, mistyped) == []
     mistyped[0] = 1e6
     crowded = r"LongTailRegressor\.fit: .*% of the labels lie in one of .* bins.*their logarithm"
-    crowded += "|LongTailModel: sigma=.* spreads each label wider than .*the logarithm"
+    crowded += r"|LongTailRegressor\.fit: sigma=.* spreads each label wider than .*the logarithm"
     for y in (skewed, mistyped):
         for changes in ({}, {"loss": "crps"}, {"sigma": 0}, {"weights": "inverse"}):
             texts = told(clone(even).set_params(epochs=1, **changes), x, y)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import running
 import torch
@@ -613,10 +614,11 @@ def test_settings_are_chosen_on_validation_and_used(here: Callable[..., Outcome]
     outcome = here(*words)
     assert (outcome.code, outcome.err) == (0, "")
     assert (out / "tune/tuning.png").stat().st_size > 1000
-    rows = json.loads((out / "tune/selection.json").read_text())["rows"]
-    assert [(row["budget"], row["status"]) for row in rows] == [(1, "ok")] * 4
+    storage = f"sqlite:///{out / 'tune/search.db'}"
+    scores = [trial.value for trial in optuna.load_study(study_name="search", storage=storage).trials]
+    assert len(scores) == 4
     sigmas = [settings["label_sigma"] for settings in age.TUNABLE["sigma"]]
-    chosen = sigmas[int(np.argmin([row["score"] for row in rows]))]
+    chosen = sigmas[int(np.argmin(scores))]
     assert f"Chosen on validation from 4 settings: --label-sigma {chosen}. Curves: " in outcome.out
     page = (out / "report.html").read_text()
     assert "Settings tried on validation" in page
@@ -628,9 +630,7 @@ def test_settings_are_chosen_on_validation_and_used(here: Callable[..., Outcome]
     same = [equal_bits(out / name, out / f"tune/label_sigma={sigma}/1-epochs" / name) for sigma in sigmas]
     assert same == [sigma == chosen for sigma in sigmas]
     history = (out / "soft/seed0/history.csv").read_text()
-    assert min(row["score"] for row in rows) <= float(
-        history.splitlines()[1].split(",")[history.split(",").index("val_bmae")]
-    )
+    assert min(scores) <= float(history.splitlines()[1].split(",")[history.split(",").index("val_bmae")])
 
     before = files(out)
     refused = here(*words)
@@ -639,26 +639,24 @@ def test_settings_are_chosen_on_validation_and_used(here: Callable[..., Outcome]
     assert files(out) == before
     outcome = here(*words, "--resume")
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.count("(done before)") == 4
+    assert outcome.out.count("done before") == 4
     assert outcome.out.count("finished before") == 1
     after = files(out)
     assert set(after) == set(before)
-    assert {
-        name for name in before if "checkpoint" in name or "selection" in name if before[name] != after[name]
-    } == set()
+    assert {name for name in before if "checkpoint" in name or "search" in name if before[name] != after[name]} == set()
 
 
 def test_a_search_alone_is_not_overwritten_either(here: Callable[..., Outcome], tmp_path: Path) -> None:
-    state = tmp_path / "out/tune/selection.json"
+    state = tmp_path / "out/tune/search.db"
     state.parent.mkdir(parents=True)
     state.write_text("mine")
     words = [*SHORT, "--methods", "soft", "--tune", "sigma", "--out", "out"]
     outcome = here(*words)
     assert outcome.code == 1
     assert re.fullmatch(
-        r"recipes/age\.py: --out must hold no earlier run.* got out/tune/selection\.json\. .*\n", outcome.err
+        r"recipes/age\.py: --out must hold no earlier run.* got out/tune/search\.db\. .*\n", outcome.err
     )
     outcome = here(*words, "--resume")
     assert outcome.code == 1
-    assert re.fullmatch(r"successive_halving: out/tune/selection\.json must be the whole state.*\n", outcome.err)
+    assert re.fullmatch(r"search: out/tune/search\.db must be the whole state.*\n", outcome.err)
     assert state.read_text() == "mine"

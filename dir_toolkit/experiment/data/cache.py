@@ -7,10 +7,8 @@ import io
 import itertools
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -19,7 +17,7 @@ import numpy as np
 
 from ..._checks import length, one_of, problem
 from ...errors import DataError, SettingsError
-from ..files import write_atomically
+from ..files import one_at_a_time, progress_bar, write_atomically
 from .archives import Files
 from .images import ImageSet, Splits, content_digest
 
@@ -77,7 +75,10 @@ def decode_once(
     shape = (len(names), 3, size, size)
     if (faults := _stored_faults(path, shape, names)) is None:
         folder.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(path):
+        with one_at_a_time(path.with_suffix(".lock")) as alone:
+            if alone:  # what a process that was killed left; without locks others may be at work
+                for left in path.parent.glob(f".{path.stem}.*.tmp"):
+                    left.unlink()
             if (faults := _stored_faults(path, shape, names)) is None:
                 faults = _build(path, shape, files, names, on_error)
     if faults and on_error == "raise":
@@ -222,29 +223,11 @@ def _default_folder() -> Path:
         ) from None
 
 
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait until no other process builds this file, then clear away what a killed one left."""
-    with path.with_suffix(".lock").open("ab") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass  # Windows, or a network drive without locks: each process then builds under a name of its own
-        else:
-            for left in path.parent.glob(f".{path.stem}.*.tmp"):
-                left.unlink()
-        yield
-
-
-def _progress(images: Iterator[tuple[str, np.ndarray | str]], total: int) -> Iterable[tuple[str, np.ndarray | str]]:
+def _progress(images: Iterator[tuple[str, np.ndarray | str]], total: int) -> Iterator[tuple[str, np.ndarray | str]]:
     """The same, with a bar on a terminal where rich is installed."""
-    if not sys.stderr.isatty():
-        return images
-    try:
-        from rich.console import Console
-        from rich.progress import track
-    except ImportError:
-        return images
-    return track(images, "decoding images once", total, console=Console(stderr=True), transient=True)
+    bar = progress_bar()
+    if bar is None:
+        yield from images
+        return
+    with bar:
+        yield from bar.track(images, total=total, description="decoding images once")

@@ -10,13 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..._checks import problem
-from ..._settings import described
+from ..._settings import described, differing
 from ...errors import CheckpointError, SettingsError
 
 __all__ = ["check_same_run", "is_plain", "run_identity"]
-
-_MOST_SHOWN = 6  # differences in one message
-_LONGEST = 200  # characters of a value in it
 
 
 def run_identity(
@@ -48,12 +45,10 @@ def run_identity(
 
 def check_same_run(path: object, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of other settings, and name those."""
-    differ = [f"{name} was {_shown(one)} and is {_shown(other)}" for name, one, other in _differences(saved, now)]
-    if differ:
-        more = f"; and {len(differ) - _MOST_SHOWN} more" if len(differ) > _MOST_SHOWN else ""
+    if got := differing(saved, now):
         raise problem(
             f"{path} must be of the same run",
-            got="; ".join(differ[:_MOST_SHOWN]) + more,
+            got=got,
             fix="Resume with the settings and as many processes as it was started with, or choose another folder.",
             error=CheckpointError,
         )
@@ -76,15 +71,15 @@ def _network(model: nn.Module) -> dict[str, Any]:
 def _module(name: str, module: nn.Module) -> Any:
     if isinstance(getattr(module, "settings", None), Mapping):
         return described(name, module)
-    told = type(module).__qualname__  # without its module, which has another name where that is the program itself
+    kind = type(module).__qualname__  # without its module, which has another name where that is the program itself
     if not type(module).__module__.startswith("torch.nn."):
-        return told
+        return kind
     plain = {
         key: value
         for key, value in vars(module).items()
         if not key.startswith("_") and key != "training" and is_plain(value)
     }
-    return {"is": told, **described(name, plain)}
+    return {"is": kind, **described(name, plain)}
 
 
 def is_plain(value: object) -> bool:
@@ -94,32 +89,3 @@ def is_plain(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _differences(saved: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Where two plain values differ, by dotted names."""
-    if isinstance(saved, Mapping) and isinstance(now, Mapping):
-        was, became = saved.get("is"), now.get("is")
-        if not _same(was, became):
-            return [(name, was, became)]
-        return [
-            difference
-            for key in sorted({*saved, *now}, key=str)
-            for difference in _differences(
-                saved.get(key, "absent"), now.get(key, "absent"), f"{name}.{key}" if name else str(key)
-            )
-        ]
-    return [] if _same(saved, now) else [("number of processes" if name == "world" else name, saved, now)]
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other or (one != one and other != other))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from ..._checks import problem
 from ...labels.density import REGIONS
 from ...metrics._declared import METRICS
 from ...metrics._metric import Metric
-from ..files import naming, write_atomically
+from ..files import naming, progress_bar, write_atomically
 from .runtime import Runtime
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class RunLog:
     def start_epoch(self, epoch: int, done: int = 0) -> None:
         """Show a bar for an epoch of which ``done`` steps are done."""
         if self._main:
-            self._bar = _progress_bar()
+            self._bar = progress_bar()
         if self._bar is not None:
             self._bar.start()
             self._bar.add_task(f"epoch {epoch}", total=self._steps_per_epoch, completed=done)
@@ -163,14 +162,3 @@ def _metric_of(column: str) -> tuple[Metric, str] | None:
     start, _, end = name.rpartition("_")
     name, region = (start, end) if end in REGIONS else (name, "all")
     return (METRICS[name], region) if name in METRICS else None
-
-
-def _progress_bar() -> Progress | None:
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        return None
-    return Progress(console=Console(stderr=True), transient=True)

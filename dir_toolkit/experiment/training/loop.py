@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..._checks import instance, number, problem, warn, whole
-from ...errors import NonFiniteLossError, SettingsError, ShapeError
+from ...errors import SettingsError, ShapeError
 from ...features.fds import FDS
 from ...labels.sampling import BinSampler
 from ...labels.weights import LDS
@@ -29,10 +25,12 @@ from ..data.augment import augment, to_float
 from ..data.images import ImageSet
 from .checkpoint import check_plain
 from .identity import run_identity
+from .interrupts import Interrupts
 from .log import RunLog
-from .optimization import Optimization, learning_rate, make_optimizer
+from .optimization import Optimization
 from .run_files import Progress, RunFiles
 from .runtime import Runtime
+from .steps import LossWatch, Steps
 
 __all__ = ["Metrics", "Optimization", "evaluate", "fit", "predict"]
 
@@ -80,61 +78,57 @@ def fit(
     has a handler of its own.
 
     Args:
-        model: from float images (N, C, H, W) in [-1, 1] to what the loss takes; moved to the runtime's device.
-        metrics: without samples; of its kind are the validation errors, and its ``selects`` decides the best epoch.
-        loss: called as ``loss(output, labels, weight)``, with None as weight where samples are not weighed; it returns
-            the mean over the samples of the batch, or any other number that is made of the batch as a whole. A
-            module's parameters are trained, too.
-        weights: fitted; None weighs all samples alike.
-        weights_from: epochs before the weights count, as in deferred reweighting (Cao et al. 2019).
-        sampler: whose ``order(epoch)`` decides what an epoch holds; None takes every sample once, shuffled.
+        model: from float images (N, C, H, W) in [-1, 1] to what the loss takes. It is moved to the runtime's device.
+        metrics: without samples. The validation errors are of this kind, and its ``selects`` decides the best epoch.
+        loss: called as ``loss(output, labels, weight)``, with None as the weight where samples are not weighted. It
+            returns the mean over the samples of the batch, or any other number that is made of the batch as a whole.
+            The parameters of a module are trained, too.
+        weights: fitted; None weights all samples alike.
+        weights_from: number of epochs before the weights count, as in deferred reweighting (Cao et al. 2019).
+        sampler: its ``order(epoch)`` decides what an epoch holds; None takes every sample once, shuffled.
         fds: attached to a part of the model, and no part of it, since ranks would then overwrite its statistics.
-        folder: of the run; made if missing.
+        folder: of the run; it is made if missing.
         resume: go on from ``checkpoint-last.pt`` where there is one; a finished run is left as it is.
-        augmentation: whether to flip and shift; or a function called as ``augmentation(images, generator=generator)``
+        augmentation: whether to flip and shift, or a function called as ``augmentation(images, generator=generator)``
             with uint8 images.
-        checkpoint_minutes: most time between two checkpoints; 0 writes one each step. One is written each epoch anyway.
-        fingerprint: plain values that tell this run from others, beside the settings of all that is passed here; a
-            checkpoint with other ones is refused. Of the model count its modules' classes and settings. An entry named
-            after an argument takes that one's place, for what cannot be told from another by itself, such as a lambda:
-            ``{"loss": "huber, delta 2"}``.
+        checkpoint_minutes: the longest time between two checkpoints; 0 writes one in each step. One is written at the
+            end of each epoch anyway.
+        fingerprint: plain values that tell this run from others, beside the settings of all that is passed here. A
+            checkpoint with other values is refused. Of the model the classes and settings of its modules count. An
+            entry named after an argument takes its place, where nothing else tells the argument from another, as with
+            a lambda: ``{"loss": "huber, delta 2"}``.
     Returns:
-        the history, a row per epoch: ``epoch`` and ``step``, counted from 1; ``lr`` of the epoch's last step; ``loss``;
-        what ``metrics.summary()`` tells of the validation set (``"mae/all"`` and ``"mae/few"`` as ``val_mae`` and
-        ``val_mae_few``); and ``seconds`` since the start, not counting pauses.
+        the history, one row per epoch: ``epoch`` and ``step``, counted from 1; ``lr`` of the epoch's last step;
+        ``loss``; what ``metrics.summary()`` says of the validation set (``"mae/all"`` and ``"mae/few"`` as ``val_mae``
+        and ``val_mae_few``); and ``seconds`` since the start, not counting pauses.
     Raises:
-        RunExistsError: the folder holds a run and ``resume`` is false, or another process trains in it, of which a
-        lock tells that ends with the process, even a killed one. CheckpointError: its checkpoint is damaged, of
-        another run or of another release; nothing has been changed then. NonFiniteLossError: the loss or its gradient
-        became NaN or infinite. SettingsError: the sets are too small for the batches, nothing can be trained, the FDS
-        is a part of the model, or nothing but its place in memory tells an argument from another. ShapeError: the loss
-        is not one number. UsageError: another thread of the process trains, gradients are off, or the loss has none.
+        RunExistsError: the folder holds a run and ``resume`` is false, or another process trains in it, which a lock
+        shows that ends with the process, even a killed one. CheckpointError: its checkpoint is damaged, of another run
+        or of another release; nothing has been changed then. NonFiniteLossError: the loss or its gradient became NaN
+        or infinite. SettingsError: the sets are too small for the batches, nothing can be trained, the FDS is a part
+        of the model, or nothing but its place in memory tells an argument from another. ShapeError: the loss is not
+        one number. UsageError: another thread of the process trains, gradients are off, or the loss has none.
         LabelError: a validation label lies beyond the axis. TypeError: an argument is of another kind. OSError: the
         folder cannot be made or written to.
     """
     _check(model, train, val, metrics, loss, weights, sampler, fds, optimization, runtime, augmentation)
     instance((str, os.PathLike), folder=folder)
     instance(bool, resume=resume)
-    # Now, not when the first epoch has ended.
-    metrics.bins.index(val.labels, name="val.labels")
     weights_from = whole("weights_from", weights_from, low=0)
     if fingerprint is not None:
         instance(Mapping, fingerprint=fingerprint)
         check_plain("fingerprint", dict(fingerprint))
     checkpoint_seconds = 60 * number("checkpoint_minutes", checkpoint_minutes, low=0)
     folder = Path(folder)
-    samples = len(train) if sampler is None else sampler.num_samples
-    batches = _batches(samples, optimization.batch_size, runtime.world)
-    total_steps = optimization.epochs * len(batches)
     weights = weights.to(runtime.device) if weights is not None else None
     fds = fds.to(runtime.device).train() if fds is not None else None
-    step = _Step(model, loss, runtime).to(runtime.device)
-    step.zero_grad()  # what an earlier training left, on frozen parts too, would count in the first step and its norm
-    optimizer = make_optimizer(step, optimization)
-    at = Progress(loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device))
+    both = _ModelAndLoss(model, loss, runtime).to(runtime.device)
+    samples = _samples(train, sampler)
+    steps = Steps(both, optimization, samples, runtime, fewest=2 * runtime.world, norms=True)
+    progress = Progress(loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device))
     parts = {
         "seed": runtime.seed,
-        "world": runtime.world,
+        "number of processes": runtime.world,
         "precision": runtime.precision,
         "train": train.digest,
         "val": val.digest,
@@ -152,75 +146,70 @@ def fit(
         runtime,
         model=model,
         loss=loss if isinstance(loss, nn.Module) else None,
-        optimizer=optimizer,
+        optimizer=steps.optimizer,
         fds=fds,
-        at=at,
+        progress=progress,
         identity=run_identity(parts, model=model, loss=loss, fingerprint=fingerprint or {}),
         selects=_column(metrics.selects),
         columns=("epoch", "step", "lr", "loss", *map(_column, metrics.fresh().summary()), "seconds"),
         epochs=optimization.epochs,
-        batches=batches,
+        batches=steps.batches,
     )
     files.open(resume)
-    if at.epoch == optimization.epochs:
+    if progress.epoch == optimization.epochs:
         if runtime.is_main:
-            print(f"finished before: best {files.selects} {at.best:.4g} at epoch {at.best_epoch}", flush=True)
+            best = f"{files.selects} {progress.best:.4g} at epoch {progress.best_epoch}"
+            print(f"This run was finished before: its best {best}.", flush=True)
         with files:
             files.load_best()
-        return at.history
+        return progress.history
 
+    done = progress.steps_done(steps.batches)
     with (
         files,
         runtime.seeded("fit"),
-        RunLog(folder, runtime, steps_per_epoch=len(batches), history=at.history, step=at.steps_done(batches)) as log,
-        _Interrupts() as interrupts,
+        RunLog(folder, runtime, steps_per_epoch=len(steps.batches), history=progress.history, step=done) as log,
+        Interrupts() as interrupts,
     ):
-        network = runtime.parallel(step)
+        network = runtime.parallel(both)
         check_every = 1 if runtime.device.type == "cpu" else _CHECK_EVERY
-        started = time.monotonic() - at.seconds
+        started = time.monotonic() - progress.seconds
         saved = time.monotonic()
-        while at.epoch < optimization.epochs:
-            step.train()
+
+        def loss_of(place: int, indices: Tensor) -> Tensor:
+            key = (progress.epoch, place, runtime.rank)
+            images, labels = (part.to(runtime.device) for part in train.batch(indices))
+            if augmentation:
+                change = augment if augmentation is True else augmentation
+                images = change(images, generator=runtime.generator("augmentation", *key))
+            torch.manual_seed(runtime.derive("model", *key))
+            weight = weights(labels) if weights is not None and progress.epoch >= weights_from else None
+            with fds.labels(labels) if fds is not None else nullcontext():
+                return _checked_loss(network(to_float(images), labels, weight))
+
+        while progress.epoch < optimization.epochs:
+            both.train()
             if sampler is not None:
-                order = sampler.order(at.epoch)
+                order = sampler.order(progress.epoch)
             else:
-                order = torch.randperm(samples, generator=runtime.generator("order", at.epoch), device="cpu")
-            watch = _LossWatch(runtime.device)
-            log.start_epoch(at.epoch + 1, at.step)
-            while at.step < len(batches):
-                done = at.steps_done(batches)
-                key = (at.epoch, at.step, runtime.rank)
-                batch = order[batches[at.step]]
-                images, labels = (part.to(runtime.device) for part in train.batch(batch[runtime.rank :: runtime.world]))
-                if augmentation:
-                    change = augment if augmentation is True else augmentation
-                    images = change(images, generator=runtime.generator("augmentation", *key))
-
-                torch.manual_seed(runtime.derive("model", *key))
-                weight = weights(labels) if weights is not None and at.epoch >= weights_from else None
-                with fds.labels(labels) if fds is not None else nullcontext():
-                    mean = _checked_loss(network(to_float(images), labels, weight))
-                # Ranks are averaged: so that each counts by its samples, whose number differs in an uneven batch.
-                (mean * (len(labels) * runtime.world / len(batch))).backward()
-
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(optimization, done, total_steps)
-                norm = nn.utils.clip_grad_norm_(step.parameters(), optimization.clip_norm or math.inf)
-                watch.see(done, mean.detach(), norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                at.loss_sum += len(labels) * mean.detach().double()
-                at.samples += len(batch)
-                at.step += 1
+                order = torch.randperm(samples, generator=runtime.generator("order", progress.epoch), device="cpu")
+            watch = LossWatch(runtime.device)
+            log.start_epoch(progress.epoch + 1, progress.step)
+            for step in steps.epoch(progress.epoch, order, loss_of, start=progress.step):
+                watch.see(progress.steps_done(steps.batches), step)
+                batch = steps.batches[step.place]
+                progress.loss_sum += step.samples * step.loss.double()
+                progress.samples += batch.stop - batch.start
+                progress.step += 1
                 log.step()
 
-                last = at.step == len(batches)
-                if last or at.step % check_every == 0 or (runtime.world == 1 and interrupts.noted):
-                    at.seconds = time.monotonic() - started
+                last = progress.step == len(steps.batches)
+                if last or progress.step % check_every == 0 or (runtime.world == 1 and interrupts.noted):
+                    progress.seconds = time.monotonic() - started
                     due = runtime.is_main and time.monotonic() - saved >= checkpoint_seconds
                     broken, stop, due = runtime.any([watch.broken(), interrupts.noted, due])
                     if broken:
-                        raise watch.error(optimization, total_steps, files)
+                        raise watch.error(steps, files.state())
                     if stop or due:
                         files.save_last()
                         saved = time.monotonic()
@@ -229,26 +218,26 @@ def fit(
 
             if fds is not None:
                 fds.end_epoch()
-            runtime.share_buffers(step)
-            found = evaluate(model, val, metrics=metrics, runtime=runtime)
-            at.seconds = time.monotonic() - started
-            done = at.steps_done(batches)
-            row = _row(at, found, runtime, lr=learning_rate(optimization, done - 1, total_steps), step=done)
-            best = at.end_epoch(row, files.selects)
-            if best:
+            runtime.share_buffers(both)
+            errors = evaluate(model, val, metrics=metrics, runtime=runtime)
+            progress.seconds = time.monotonic() - started
+            done = progress.steps_done(steps.batches)
+            row = _row(progress, errors, runtime, lr=steps.rate(done - 1), step=done)
+            best_yet = progress.end_epoch(row, files.selects)
+            if best_yet:
                 files.save_best()
-            log.end_epoch(row, best=best)
+            log.end_epoch(row, best=best_yet)
             files.save_last()
             saved = time.monotonic()
             if any(runtime.any([interrupts.noted])):
                 _stop(files, log)
         files.load_best()
-    if runtime.is_main and 0 < at.best_epoch <= _EARLY < optimization.epochs // 2:
+    if runtime.is_main and 0 < progress.best_epoch <= _EARLY < optimization.epochs // 2:
         warn(
-            f"{files.selects} was least at epoch {at.best_epoch} of {optimization.epochs}, and these weights are "
+            f"{files.selects} was least at epoch {progress.best_epoch} of {optimization.epochs}, and these weights are "
             "loaded. Lower the learning rate, look for odd labels in the validation set, or train for fewer epochs.",
         )
-    return at.history
+    return progress.history
 
 
 def evaluate(model: nn.Module, data: ImageSet, *, metrics: Metrics, runtime: Runtime, batch_size: int = 512) -> Metrics:
@@ -265,10 +254,10 @@ def evaluate(model: nn.Module, data: ImageSet, *, metrics: Metrics, runtime: Run
         metrics of all ranks; ``.compute()`` makes the numbers.
     """
     instance((RegressionMetrics, ClassificationMetrics), metrics=metrics)
-    found = metrics.fresh()
+    own = metrics.fresh()
     for _, output, labels in _outputs(model, data, runtime, batch_size):
-        found.update(getattr(output, metrics.takes, output), labels)
-    return found.all_reduce()
+        own.update(getattr(output, metrics.takes, output), labels)
+    return own.all_reduce()
 
 
 def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: int = 512) -> Any:
@@ -287,14 +276,14 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
     if len(data) < runtime.world:  # a rank without images would know no shapes
         raise problem(f"data must hold at least one image per rank, {runtime.world}", got=f"{len(data)}")
     parts = list(_outputs(model, data, runtime, batch_size))
-    at = torch.cat([indices for indices, _, _ in parts])
+    places = torch.cat([indices for indices, _, _ in parts])
 
     def whole_set(pieces: list[Any]) -> Tensor | None:
         if pieces[0] is None or pieces[0].ndim == 0:
             return pieces[0]
         own = torch.cat(pieces)
         everyone = own.new_zeros(len(data), *own.shape[1:])
-        everyone[at.to(own.device)] = own
+        everyone[places.to(own.device)] = own
         return runtime.sum(everyone)
 
     outputs = [output for _, output, _ in parts]
@@ -329,7 +318,7 @@ def _outputs(
             module.training = mode
 
 
-class _Step(nn.Module):
+class _ModelAndLoss(nn.Module):
     """Model and loss as one module, so that DistributedDataParallel sees the parameters of both."""
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], runtime: Runtime) -> None:
@@ -342,70 +331,8 @@ class _Step(nn.Module):
         return self.loss(output, labels, weight)
 
 
-class _LossWatch:
-    """Keeps the first step whose loss or gradient is not finite, on the device, until it is asked."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._first = torch.full((3,), -1.0, dtype=torch.float64, device=device)  # step, loss, gradient norm
-
-    def see(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        now = torch.stack([torch.full_like(self._first[0], step), loss.double(), norm.double()])
-        new = ~now.isfinite().all() & (self._first[0] < 0)
-        self._first = torch.where(new, now, self._first)
-
-    def broken(self) -> bool:
-        return self._first[0].item() >= 0
-
-    def error(self, optimization: Optimization, steps: int, files: RunFiles) -> Exception:
-        step, loss, norm = self._first.tolist()
-        what = "another rank's"
-        if step >= 0:
-            lr = learning_rate(optimization, int(step), steps)
-            what = f"{loss:g} with a gradient norm of {norm:g} at step {int(step) + 1} of {steps}, learning rate {lr:g}"
-        good = (
-            f"The last good checkpoint, {files.last_place}, is {files.last}."
-            if files.last_place
-            else ("There is no checkpoint yet.")
-        )
-        return problem(
-            "the loss and its gradient must be finite",
-            got=what,
-            fix=f"{good} Lower the learning rate or set clip_norm, and start in another folder.",
-            error=NonFiniteLossError,
-        )
-
-
-class _Interrupts(AbstractContextManager["_Interrupts"]):
-    """Notes Ctrl-C, the second of which kills, and SIGTERM. Does nothing outside the main thread."""
-
-    def __init__(self) -> None:
-        self.noted = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            # Handlers that were not set by Python are None, and could not be put back.
-            before = {sort: signal.getsignal(sort) for sort in (signal.SIGINT, signal.SIGTERM)}
-            if before[signal.SIGTERM] is not signal.SIG_DFL:
-                del before[signal.SIGTERM]
-            for sort, handler in before.items():
-                if handler is not None:
-                    self._before[sort] = handler
-                    signal.signal(sort, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for sort, handler in self._before.items():
-            signal.signal(sort, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.noted = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def _stop(files: RunFiles, log: RunLog) -> None:
-    log.say(f"Stopped; {files.place()}. Go on with --resume.")
+    log.say(f"Stopped. {files.state()} Go on with --resume.")
     raise KeyboardInterrupt
 
 
@@ -449,16 +376,14 @@ def _check(
     instance(ImageSet, train=train, val=val)
     instance((RegressionMetrics, ClassificationMetrics), metrics=metrics)
     instance(Callable, loss=loss)
-    if weights is not None:
-        instance(LDS, weights=weights)
-    if sampler is not None:
-        instance(BinSampler, sampler=sampler)
-    if fds is not None:
-        instance(FDS, fds=fds)
+    for kind, name, value in ((LDS, "weights", weights), (BinSampler, "sampler", sampler), (FDS, "fds", fds)):
+        if value is not None:
+            instance(kind, **{name: value})
     if not callable(augmentation):
         instance(bool, augmentation=augmentation)
     instance(Optimization, optimization=optimization)
     instance(Runtime, runtime=runtime)
+    metrics.bins.index(val.labels, name="val.labels")  # now, and not when the first epoch has ended
     if not torch.is_grad_enabled():
         raise problem(
             "gradients must be on",
@@ -468,7 +393,7 @@ def _check(
         )
     least = 2 * runtime.world
     faults = []
-    samples = len(train) if sampler is None else sampler.num_samples
+    samples = _samples(train, sampler)
     if sampler is not None and sampler.num_labels != len(train):
         faults.append(f"sampler must draw from the {len(train)} labels of train, got one of {sampler.num_labels}.")
     if samples < least or optimization.batch_size < least:
@@ -488,10 +413,9 @@ def _check(
         raise SettingsError("\n  ".join(["fit: this cannot be trained:", *faults]))
 
 
-def _batches(samples: int, batch_size: int, world: int) -> list[slice]:
-    """The places of each global batch in an epoch's order."""
-    batches = [slice(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size)]
-    return [batch for batch in batches if batch.stop - batch.start >= 2 * world]
+def _samples(train: ImageSet, sampler: BinSampler | None) -> int:
+    """How many samples an epoch holds."""
+    return len(train) if sampler is None else sampler.num_samples
 
 
 def _column(name: str) -> str:
@@ -499,12 +423,12 @@ def _column(name: str) -> str:
     return "val_" + name.removesuffix("/all").replace("/", "_")
 
 
-def _row(at: Progress, metrics: Metrics, runtime: Runtime, *, lr: float, step: int) -> dict[str, Any]:
+def _row(progress: Progress, metrics: Metrics, runtime: Runtime, *, lr: float, step: int) -> dict[str, Any]:
     return {
-        "epoch": at.epoch + 1,
+        "epoch": progress.epoch + 1,
         "step": step,
         "lr": lr,
-        "loss": runtime.sum(at.loss_sum).item() / at.samples,
+        "loss": runtime.sum(progress.loss_sum).item() / progress.samples,
         **{_column(name): value for name, value in metrics.summary().items()},
-        "seconds": round(at.seconds, 3),
+        "seconds": round(progress.seconds, 3),
     }

@@ -84,7 +84,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         loss: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         fds: FDS | None,
-        at: Progress,
+        progress: Progress,
         identity: dict[str, Any],
         selects: str,
         columns: Collection[str],
@@ -92,10 +92,10 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         batches: Sequence[slice],
     ) -> None:
         self.last, self.best = folder / "checkpoint-last.pt", folder / "checkpoint-best.pt"
-        self.last_place = ""
+        self._saved: tuple[int, int] | None = None  # epoch and step of the last checkpoint
         self.selects, self._columns = selects, set(columns)
         self._runtime, self._model, self._loss, self._optimizer, self._fds = runtime, model, loss, optimizer, fds
-        self._at, self._identity, self._epochs, self._batches = at, identity, epochs, batches
+        self._progress, self._identity, self._epochs, self._batches = progress, identity, epochs, batches
         self._lock: FolderLock | None = None
         self._at_work = False
 
@@ -161,19 +161,19 @@ class RunFiles(AbstractContextManager["RunFiles"]):
             saved.append((self._fds, own["fds"]))
         self._load(self.last, saved)
         for name, value in state["progress"].items():
-            setattr(self._at, name, value)
-        self._at.loss_sum.fill_(own["loss_sum"])
+            setattr(self._progress, name, value)
+        self._progress.loss_sum.fill_(own["loss_sum"])
         threads = torch.get_num_threads()
-        if self._runtime.device.type == "cpu" and own["threads"] != threads and self._at.epoch < self._epochs:
+        if self._runtime.device.type == "cpu" and own["threads"] != threads and self._progress.epoch < self._epochs:
             warn(
                 f"this run used {own['threads']} threads and goes on with {threads}, so that sums are rounded "
                 f"otherwise and it ends in other bits. Call torch.set_num_threads({own['threads']}) first.",
             )
-        self._tell_place()
+        self._note_saved()
 
     def save_last(self) -> None:
         """Write all that is needed to go on; all ranks must call this."""
-        own: dict[str, Any] = {"loss_sum": self._at.loss_sum.item(), "threads": torch.get_num_threads()}
+        own: dict[str, Any] = {"loss_sum": self._progress.loss_sum.item(), "threads": torch.get_num_threads()}
         if self._fds is not None:
             own["fds"] = _on_cpu(self._fds.state_dict())
         ranks = self._runtime.gather(own)
@@ -192,11 +192,11 @@ class RunFiles(AbstractContextManager["RunFiles"]):
                     "param_groups": groups,
                 },
                 "ranks": ranks,
-                "progress": self._at.shared(),
+                "progress": self._progress.shared(),
             }
             save_checkpoint(self.last, state)
         self._runtime.barrier()
-        self._tell_place()
+        self._note_saved()
 
     def save_best(self) -> None:
         """Write the model's weights."""
@@ -205,15 +205,15 @@ class RunFiles(AbstractContextManager["RunFiles"]):
                 "format": _FORMAT,
                 "fingerprint": self._identity,
                 "model": self._model.state_dict(),
-                "epoch": self._at.best_epoch,
-                self.selects: self._at.best,
+                "epoch": self._progress.best_epoch,
+                self.selects: self._progress.best,
             }
             save_checkpoint(self.best, state)
 
     def load_best(self) -> None:
         """Give the model the best weights; all ranks must call this."""
         self._runtime.barrier()
-        if not self._at.best_epoch:
+        if not self._progress.best_epoch:
             return
         state = self._read(self.best, ("model", "epoch", self.selects))
         error = state[self.selects]
@@ -222,19 +222,25 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         if (
             not _is_whole(state["epoch"], 1, self._epochs)
             or not _is_number(error)
-            or not (error < self._at.best or (state["epoch"], error) == (self._at.best_epoch, self._at.best))
+            or not (
+                error < self._progress.best
+                or (state["epoch"], error) == (self._progress.best_epoch, self._progress.best)
+            )
         ):
-            expected = f"epoch {self._at.best_epoch} with {self.selects} {self._at.best:g}"
+            expected = f"epoch {self._progress.best_epoch} with {self.selects} {self._progress.best:g}"
             raise self._foreign(self.best, f"{self.selects} {error!r} of epoch {state['epoch']!r}, not {expected}")
         self._load(self.best, [(self._model, state["model"])])
 
-    def place(self) -> str:
-        """What the last checkpoint holds, in words."""
-        return f"{self.last_place} is saved in {self.last}"
+    def state(self) -> str:
+        """What the last checkpoint holds, in a sentence."""
+        if self._saved is None:
+            return "There is no checkpoint yet."
+        epoch, step = self._saved
+        place = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
+        return f"The last good checkpoint, {place}, is {self.last}."
 
-    def _tell_place(self) -> None:
-        step = f"epoch {self._at.epoch + 1}, step {self._at.step}"
-        self.last_place = step if self._at.step else f"the end of epoch {self._at.epoch}"
+    def _note_saved(self) -> None:
+        self._saved = self._progress.epoch, self._progress.step
 
     def _read(self, path: Path, expected: Sequence[str]) -> dict[str, Any]:
         """A checkpoint of this format and of this run, with these keys."""
@@ -257,8 +263,8 @@ class RunFiles(AbstractContextManager["RunFiles"]):
 
     def _check_progress(self, progress: object) -> None:
         """A place at which a run may stand, and rows of as many epochs."""
-        at, steps = self._at, len(self._batches)
-        if not isinstance(progress, dict) or progress.keys() != at.shared().keys():
+        steps = len(self._batches)
+        if not isinstance(progress, dict) or progress.keys() != self._progress.shared().keys():
             raise self._foreign(self.last, "a place in the run with other entries")
         epoch, step = progress["epoch"], progress["step"]
         if not _is_whole(epoch, 0, self._epochs) or not _is_whole(step, 0, steps if epoch < self._epochs else 0):
@@ -306,8 +312,9 @@ class RunFiles(AbstractContextManager["RunFiles"]):
                     bool(value.isinf().any()) or (name == "running_count" and not bool((value >= 0).all()))
                 ):
                     raise self._foreign(self.last, f"{name} of an FDS that no features have")
-        found: dict[str, Any] = ranks[self._runtime.rank]
-        return found
+        own = ranks[self._runtime.rank]
+        assert isinstance(own, dict)
+        return own
 
     def _optimizer_state(self, saved: object) -> dict[str, Any]:
         """What the optimizer remembers, for its own groups, whose settings the fingerprint told."""

@@ -160,7 +160,9 @@ def test_default_folder_of_a_user_with_or_without_a_home(files, tmp_path, monkey
 
     monkeypatch.setattr(Path, "home", nobody)
     monkeypatch.delenv("DIR_TOOLKIT_CACHE")
-    with pytest.raises(SettingsError, match=r"^cache: .* got no home folder\. Set .* DIR_TOOLKIT_CACHE to a folder"):
+    with pytest.raises(
+        SettingsError, match=r"^decode_once: .* got no home folder\. Set .* DIR_TOOLKIT_CACHE to a folder"
+    ):
         decode_once(files, NAMES, size=8)
     monkeypatch.setenv("DIR_TOOLKIT_CACHE", "~nobody-of-this-name/x")
     with pytest.raises(SettingsError, match="got DIR_TOOLKIT_CACHE=~nobody-of-this-name/x"):

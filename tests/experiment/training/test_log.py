@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dir_toolkit.experiment.training import log as log_module
+from dir_toolkit.experiment.files import progress_bar
 from dir_toolkit.experiment.training.log import RunLog
 from dir_toolkit.experiment.training.runtime import Runtime
 
@@ -123,4 +123,4 @@ def test_a_bar_is_drawn_on_a_terminal_only(tmp_path: Path, monkeypatch: pytest.M
 def test_without_rich_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", Terminal())
     monkeypatch.setitem(__import__("sys").modules, "rich.progress", None)
-    assert log_module._progress_bar() is None
+    assert progress_bar() is None

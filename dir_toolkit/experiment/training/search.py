@@ -1,0 +1,220 @@
+"""Settings are chosen by their scores on validation data, by optuna and successive halving."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..._checks import caller, instance, problem, whole
+from ..._settings import described, differing
+from ...errors import CheckpointError, DirToolkitError, RunExistsError, SettingsError
+from ..files import naming
+
+try:
+    import optuna
+    import sqlalchemy
+except ImportError as error:
+    fix = 'Use pip install "dir_toolkit[recipes]".'
+    raise problem("a search for settings needs optuna", got=str(error), fix=fix, error=ImportError) from error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["STATE", "Search", "search", "search_figure"]
+
+STATE = "search.db"
+"""The file in a search's folder that holds all that is known of it."""
+
+_REDUCTION = 2  # of the candidates at each number of epochs, one in so many goes on
+
+
+@dataclass(frozen=True)
+class Search:
+    """What :func:`search` came to."""
+
+    settings: dict[str, Any]
+    """Those with the best score of all that were trained to the end."""
+    score: float
+    """Their score."""
+    study: optuna.Study
+    """One trial per candidate: ``study.trials_dataframe()`` tabulates them, and optuna's dashboard reads the file."""
+
+
+def search(
+    knobs: Mapping[str, Sequence[Mapping[str, Any]]],
+    run: Callable[[dict[str, Any], int], float],
+    *,
+    epochs: int,
+    folder: Path,
+    resume: bool = False,
+    fingerprint: Mapping[str, Any] | None = None,
+) -> Search:
+    """Train with all settings for a quarter of the epochs, with the better ones for a half, with the best for all.
+
+    Candidates are tried one after the other. At a quarter and at a half of the epochs each goes on only if it is in
+    the better half of those that came so far (optuna's ``SuccessiveHalvingPruner``). A candidate whose run ends in an
+    error of ours, such as ``NonFiniteLossError``, or whose score is not finite, has failed; any other error ends the
+    search. What is known is kept in ``search.db``, so that a search that was stopped goes on without repeating a run.
+
+    A schedule that ends with the last epoch, as a cosine does, needs a fresh start for each number of epochs, since its
+    first 3 of 12 epochs are not its 3 of 3. The score must come from validation data, never from test data.
+
+    Args:
+        knobs: by name, what is tried of each: settings that go together. All combinations are candidates.
+        run: called as ``run(settings, epochs)``; returns the score, of which less is better.
+        epochs: of a whole training.
+        folder: of the search; it is made if missing.
+        resume: go on where the folder holds a search.
+        fingerprint: plain values that all runs share, and that tell this search from others.
+    Raises:
+        SettingsError: all candidates failed. RunExistsError: the folder holds a search and ``resume`` is false.
+        CheckpointError: that search is damaged, or had other knobs, epochs or another fingerprint.
+    Source:
+        Li et al. 2018, "A system for massively parallel hyperparameter tuning" (arXiv:1810.05934).
+    """
+    instance(Mapping, knobs=knobs)
+    epochs = whole("epochs", epochs, low=1)
+    budgets = sorted({max(1, epochs // 4), max(1, epochs // 2), epochs})
+    choices = {knob: {_words(settings): dict(settings) for settings in tried} for knob, tried in knobs.items()}
+    axes = {knob: optuna.distributions.CategoricalDistribution(list(words)) for knob, words in choices.items()}
+    path = Path(folder) / STATE
+    if path.exists() and not resume:
+        raise problem(
+            "a search is never overwritten",
+            got=f"one in {folder}",
+            fix="Go on with it by resume=True, or choose another folder.",
+            error=RunExistsError,
+        )
+    with naming(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)  # before anything is trained
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=budgets[0], reduction_factor=_REDUCTION)
+    identity = described("fingerprint", {"knobs": knobs, "epochs": epochs, **(fingerprint or {})})
+    study = _opened(path, pruner, identity)
+    for values in itertools.product(*choices.values()):
+        params = dict(zip(choices, values, strict=True))
+        _try(study, params, axes, partial(run, _settings(params, choices)), budgets)
+    complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    if not complete:
+        stopped = "it was stopped early"
+        failures = [f"{_name(t.params)}: {t.user_attrs.get('message', stopped)}" for t in study.trials]
+        raise SettingsError("\n  ".join([f"{caller()[0]}: all {len(study.trials)} candidates failed:", *failures]))
+    best = study.best_trial
+    assert best.value is not None
+    return Search(_settings(best.params, choices), best.value, study)
+
+
+def search_figure(found: Search, *, score_name: str) -> Figure:
+    """The score of each candidate against epochs, of which optuna's own picture tells the number alone.
+
+    Args:
+        score_name: what the score is, with its units.
+    """
+    from ..results.drawing import GREY, PALETTE, dressed, legend_above, literal, new_figure
+
+    figure = new_figure(3.6)
+    axes = figure.add_subplot()
+    best = found.study.best_trial.number
+    for trial in found.study.get_trials(deepcopy=False):
+        steps = sorted(trial.intermediate_values)
+        color, width = (PALETTE[1], 2.5) if trial.number == best else (GREY, 1.0)
+        scores = [trial.intermediate_values[step] for step in steps]
+        label = f"best: {_name(trial.params)}" if trial.number == best else None
+        axes.plot(steps, scores, "o-", color=color, linewidth=width, label=label and literal(label))
+        if steps and trial.number != best:
+            axes.annotate(literal(_name(trial.params)), (steps[-1], scores[-1]), fontsize="x-small", color=GREY)
+    axes.set_xlabel("epochs")
+    axes.set_ylabel(literal(score_name))
+    legend_above(figure, axes)
+    return dressed(figure, [axes])
+
+
+def _try(
+    study: optuna.Study,
+    params: dict[str, str],
+    axes: dict[str, Any],
+    run: Callable[[int], float],
+    budgets: Sequence[int],
+) -> None:
+    """One candidate, from where an earlier search left it to its end."""
+    earlier = next((trial for trial in study.trials if trial.params == params), None)
+    if earlier is not None and earlier.state.is_finished():
+        print(f"  {_name(params)}: done before", flush=True)
+        return
+    if earlier is None:
+        study.enqueue_trial(params, skip_if_exists=True)
+        trial = study.ask(axes)
+    else:  # a search was stopped in it: optuna itself would begin another one, beside it
+        trial = optuna.trial.Trial(study, earlier._trial_id)
+    known = {} if earlier is None else earlier.intermediate_values
+    for epochs in budgets:
+        try:
+            score = known[epochs] if epochs in known else float(run(epochs))
+            message = "" if math.isfinite(score) else f"its score is {score}"
+        except DirToolkitError as error:
+            message = f"{type(error).__name__}: {error}"
+        if message:
+            print(f"  {_name(params)}: failed, {message.splitlines()[0]}", flush=True)
+            trial.set_user_attr("message", message)
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return
+        print(f"  {_name(params)}: {score:.4g} after {epochs} epochs", flush=True)
+        if epochs not in known:
+            trial.report(score, epochs)
+        if epochs < budgets[-1] and trial.should_prune():
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            return
+    study.tell(trial, score)
+
+
+def _opened(path: Path, pruner: Any, identity: dict[str, Any]) -> optuna.Study:
+    """A new search, or the one in the file, which must be the same."""
+    try:
+        with _quiet():
+            # Without a pool, so that no connection stays open when the search is over.
+            pool = {"poolclass": sqlalchemy.pool.NullPool}
+            storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=pool)
+            study = optuna.create_study(storage=storage, study_name="search", pruner=pruner, load_if_exists=True)
+        text = study.user_attrs.get("settings")
+        saved = identity if text is None else json.loads(text)
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, ValueError) as error:
+        raise problem(
+            f"{path} must be the whole state of a search",
+            got=str(error).splitlines()[0],
+            fix="Put an intact copy in its place, or choose another folder.",
+            error=CheckpointError,
+        ) from error
+    if got := differing(saved, json.loads(json.dumps(identity))):
+        fix = "Go on with what it was started with, or choose another folder."
+        raise problem(f"{path} must be of the same search", got=got, fix=fix, error=CheckpointError)
+    study.set_user_attr("settings", json.dumps(identity))
+    return study
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without optuna's own lines on stderr."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def _name(params: Mapping[str, str]) -> str:
+    return " ".join(params.values()) or "no settings"
+
+
+def _settings(params: Mapping[str, str], choices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    return {name: value for knob, words in params.items() for name, value in choices[knob][words].items()}

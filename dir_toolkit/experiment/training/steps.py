@@ -1,0 +1,124 @@
+"""The steps of a training, which ``fit`` and the estimators for scikit-learn share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..._checks import problem
+from ...errors import NonFiniteLossError
+from .optimization import Optimization, learning_rate, make_optimizer
+from .runtime import Runtime
+
+__all__ = ["LossWatch", "Step", "Steps"]
+
+
+class Step(NamedTuple):
+    """What a step did: its place in the epoch from 0, this rank's samples and their mean loss, the gradient's norm."""
+
+    place: int
+    samples: int
+    loss: Tensor
+    norm: Tensor | None
+
+
+class Steps:
+    """The steps of a training. Each moves the parameters of a module by the gradient of one batch.
+
+    A batch is dealt to the ranks in turn. DistributedDataParallel averages the gradients of the ranks, so that each
+    rank's loss is multiplied by its share of the batch: then n ranks step as one does, however many samples each has.
+
+    Args:
+        module: whose parameters are moved; gradients that it came with are dropped.
+        samples: of an epoch.
+        fewest: samples of a batch; the last batch of an epoch is left out where it holds fewer.
+        norms: whether to measure the norm of each gradient, which is measured anyway where it is clipped.
+    Attributes:
+        batches: the places of each batch in the order of an epoch.
+        total: number of steps of the whole training.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimization: Optimization,
+        samples: int,
+        runtime: Runtime,
+        *,
+        fewest: int = 1,
+        norms: bool = False,
+    ) -> None:
+        ends = (*range(0, samples, optimization.batch_size), samples)
+        self.batches = [slice(a, b) for a, b in pairwise(ends) if b - a >= fewest]
+        self.total = optimization.epochs * len(self.batches)
+        self.optimizer = make_optimizer(module, optimization)
+        self._parameters, self._optimization, self._runtime = list(module.parameters()), optimization, runtime
+        self._norms = norms or optimization.clip_norm is not None
+        module.zero_grad()  # of frozen parameters, too, whose gradients would count in the norm
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0 over all epochs."""
+        return learning_rate(self._optimization, step, self.total)
+
+    def epoch(
+        self, epoch: int, order: Tensor, loss_of: Callable[[int, Tensor], Tensor], *, start: int = 0
+    ) -> Iterator[Step]:
+        """Make the steps of an epoch, one each time that the next is asked for.
+
+        Args:
+            epoch: counted from 0.
+            order: the indices of its samples.
+            loss_of: called with the place of a batch in the epoch and this rank's indices; returns their mean loss.
+            start: steps of the epoch that are done.
+        """
+        rank, world = self._runtime.rank, self._runtime.world
+        for place in range(start, len(self.batches)):
+            batch = order[self.batches[place]]
+            own = batch[rank::world]
+            loss = loss_of(place, own)
+            (loss if world == 1 else loss * (len(own) * world / len(batch))).backward()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(epoch * len(self.batches) + place)
+            norm = None
+            if self._norms:
+                norm = nn.utils.clip_grad_norm_(self._parameters, self._optimization.clip_norm or math.inf)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            yield Step(place, len(own), loss.detach(), norm)
+
+
+class LossWatch:
+    """Keeps the first step whose loss or gradient is not finite, on the device, until it is asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.full((3,), -1.0, dtype=torch.float64, device=device)  # step, loss, gradient norm
+
+    def see(self, number: int, step: Step) -> None:
+        """Look at a step; ``number`` counts it from 0 over all epochs."""
+        assert step.norm is not None
+        now = torch.stack([torch.full_like(self._first[0], number), step.loss.double(), step.norm.double()])
+        new = ~now.isfinite().all() & (self._first[0] < 0)
+        self._first = torch.where(new, now, self._first)
+
+    def broken(self) -> bool:
+        """Whether there was such a step, for which an accelerator is waited for."""
+        return self._first[0].item() >= 0
+
+    def error(self, steps: Steps, checkpoint: str) -> Exception:
+        """The error that says where training broke; ``checkpoint`` is a sentence on what was saved before."""
+        number, loss, norm = self._first.tolist()
+        got = "another rank's"
+        if number >= 0:
+            place = f"step {int(number) + 1} of {steps.total}, learning rate {steps.rate(int(number)):g}"
+            got = f"{loss:g} with a gradient norm of {norm:g} at {place}"
+        return problem(
+            "the loss and its gradient must be finite",
+            got=got,
+            fix=f"{checkpoint} Lower the learning rate or set clip_norm, and start in another folder.",
+            error=NonFiniteLossError,
+        )
