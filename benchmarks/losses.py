@@ -49,6 +49,20 @@ def of_predictions(report: Report, labels: Tensor, density: dt.LabelDensity, gen
     compare(report, losses, pred)
 
 
+def overhead(report: Report, labels: Tensor, generator: torch.Generator) -> None:
+    """What the checks of a loss cost where the loss itself costs next to nothing: forward passes alone."""
+    pred, weight = labels + torch.randn(BATCH, generator=generator), torch.rand(BATCH, generator=generator) + 0.5
+    runs: dict[str, Callable[[], object]] = {
+        "F.l1_loss": lambda: F.l1_loss(pred, labels),
+        "weighted_l1": lambda: dt.weighted_l1(pred, labels),
+        "weighted_l1 with weights": lambda: dt.weighted_l1(pred, labels, weight),
+    }
+    times = medians(runs, repeats=2000)
+    for name, goal in (("weighted_l1", "<= 1.5"), ("weighted_l1 with weights", "")):
+        told = milliseconds({"F.l1_loss": times["F.l1_loss"], name: times[name]})
+        report.add(f"{name} / F.l1_loss, batch {BATCH}, forward", times[name] / times["F.l1_loss"], goal, told)
+
+
 def of_scores(report: Report, labels: Tensor, density: dt.LabelDensity, generator: torch.Generator) -> None:
     logits = torch.randn(BATCH, NUM_BINS, generator=generator)
     index, prior, counts = BINS.index(labels), density.prior(floor=1), density.counts.clip(1)
@@ -107,6 +121,7 @@ def main(report: Report) -> None:
     labels = NUM_BINS * torch.rand(BATCH, generator=generator) ** 2
     density = dt.LabelDensity.count(NUM_BINS * torch.rand(20_000, generator=generator) ** 2, BINS)
     of_predictions(report, labels, density, generator)
+    overhead(report, labels, generator)
     of_scores(report, labels, density, generator)
     of_features(report, labels, generator)
     metrics(report, labels, density)

@@ -33,21 +33,23 @@ class AffinityHead(SoundModule):
 
     Train it with a margin between affinities, and add :meth:`diversity`, which spreads the prototypes. Far from every
     prototype a Gaussian has no slope, so features and prototypes have to start at distances near :math:`\sigma`. By
-    default they do, whatever D: features of unit variance are scaled, and prototypes drawn, so that their distances
-    average 10. Features of another scale want a normalization before, or their own ``feature_scale``.
+    default they do, whatever D is: features of unit variance are scaled, and prototypes are drawn, so that their
+    distances average 10. Features of another scale need a normalization before, or their own ``feature_scale``.
 
-    Computes in at least float32, under autocast too. With ``"l2"`` distances come from one matrix product, and rounding
-    leaves them uncertain by about the dtype's resolution times :math:`\|s z\|^2`.
+    Affinities are computed in at least float32 under autocast, too. With ``"l2"`` the distances come from one matrix
+    product, and rounding leaves them uncertain by about the dtype's resolution times :math:`\|s z\|^2`.
 
     Args:
-        num_features: D. num_classes: C.
+        num_features: D.
+        num_classes: C.
         prototypes: m, how many each class has, at least 1.
-        sigma: width :math:`\sigma` > 0; where it starts if it is learnt; not used with ``"first_batch"``.
+        sigma: the width :math:`\sigma`, > 0, or where it starts if it is learnt; not used with ``"first_batch"``.
         distance: ``"l2"``, the *squared* Euclidean distance, or ``"l1"``, the sum of absolute differences.
-        similarity: ``"gaussian"`` or ``"inverse"``, the first and second form above. The paper's inverse similarity is
-            :math:`1 / (1 + d)`; here d is divided by sigma there too, so ``sigma=1`` gives the paper's.
+        similarity: ``"gaussian"`` or ``"inverse"``, the first and the second form above. The paper's inverse similarity
+            is :math:`1 / (1 + d)`. Here d is divided by sigma there, too, so ``sigma=1`` gives the paper's.
         sigma_mode: ``"fixed"``; ``"learnt"``, as its logarithm; or ``"first_batch"``, the mean distance between the
-            first batch seen in training mode, on all ranks, and all prototypes.
+            first batch that is seen in training mode, on all ranks, and all prototypes. In eval mode a head that has
+            seen none raises NotFittedError.
         feature_scale: s > 0; 1 gives the paper's formula as written. None chooses :math:`\sqrt{5 / D}` for ``"l2"``
             and :math:`5 \sqrt\pi / D` for ``"l1"``.
     Attributes:
@@ -55,11 +57,6 @@ class AffinityHead(SoundModule):
         sigma: (), NaN until the first batch has set it. log_sigma: (1,), in place of sigma if it is learnt.
     Shape:
         forward: features (N, D). Returns (N, C).
-    Raises:
-        ValueError: a count is below 1; sigma or feature_scale is not positive or does not fit into float32; a word is
-        not among those above; features are on another device than the prototypes; or the first batch gives no positive,
-        finite sigma. NotFittedError: in eval mode, before the first batch has set sigma. TypeError: features are no
-        real numbers. ShapeError: features are not (N, D).
     Source:
         Hayat et al. 2019, section 3 (arXiv:1901.07711).
 
@@ -148,9 +145,9 @@ class AffinityHead(SoundModule):
 
         .. math:: R = \frac{2}{P (P - 1)} \sum_{j < k} \bigl(\|w_j - w_k\|^2 - \mu\bigr)^2
 
-        over all P = m C prototypes, :math:`\mu` the mean of the squared distances; these are Euclidean, whatever
-        ``distance`` is. Takes P D and min(P - 1, D)² numbers, never one for each pair. More than D + 1 prototypes
-        cannot all be equally far apart. Zero, with the gradient zero, for a single prototype.
+        The sum is over all P = m C prototypes, and :math:`\mu` is the mean of the squared distances. These are
+        Euclidean, whatever ``distance`` is. It takes P D and min(P - 1, D)² numbers, never one for each pair. More than
+        D + 1 prototypes cannot all be equally far apart. For a single prototype it is zero, with the gradient zero.
 
         Shape:
             Returns ().

@@ -20,20 +20,18 @@ __all__ = ["CosineHead"]
 class CosineHead(SoundModule):
     r"""Scores :math:`s \cos(z, w_j)`.
 
-    A feature or weight vector shorter than 1e-12 has cosine zero with everything, and no gradient. Computes in at least
-    float32, under autocast too.
+    A feature or weight vector shorter than 1e-12 has cosine zero with everything, and no gradient. Scores are computed
+    in at least float32 under autocast, too.
 
     Args:
-        num_features: D. num_classes: C.
-        scale: s, > 0; scores lie in [-s, s]. learn_scale: train s, from ``scale`` on, as its logarithm.
+        num_features: D.
+        num_classes: C.
+        scale: s, > 0; scores lie in [-s, s].
+        learn_scale: whether s is trained, as its logarithm, from ``scale`` on.
     Attributes:
         weight: (C, D). scale: (). log_scale: (1,), in place of scale if it is learnt.
     Shape:
         forward: features (N, D). Returns (N, C).
-    Raises:
-        ValueError: num_features or num_classes is below 1; scale is not positive or does not fit into float32; or
-        features are on another device than the weights. TypeError: features are no real numbers. ShapeError: features
-        are not (N, D).
     Source:
         Gidaris and Komodakis 2018, section 3.2 (arXiv:1804.09458).
 

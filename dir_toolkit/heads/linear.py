@@ -16,19 +16,18 @@ __all__ = ["LinearHead"]
 
 
 class LinearHead(SoundModule, nn.Linear):
-    r"""Scores :math:`w_j \cdot z + b_j`: ``torch.nn.Linear`` that checks what it is given.
+    r"""Scores :math:`w_j \cdot z + b_j`: ``torch.nn.Linear`` that checks what it is handed.
 
     Outside autocast it computes in the wider dtype of features and weights, at least float32.
 
     Args:
-        num_features: D. num_classes: C. bias: whether each class has a :math:`b_j`.
+        num_features: D.
+        num_classes: C.
+        bias: whether each class has a :math:`b_j`.
     Attributes:
         weight: (C, D). bias: (C,) or None.
     Shape:
         forward: features (N, D). Returns (N, C).
-    Raises:
-        ValueError: num_features or num_classes is below 1, or features are on another device than the weights.
-        TypeError: features are no real numbers. ShapeError: features are not (N, D).
 
     >>> head = LinearHead(64, 10)
     >>> head(torch.zeros(3, 64)).shape

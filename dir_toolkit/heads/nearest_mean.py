@@ -31,22 +31,20 @@ class NearestMeanHead(SoundModule):
         head.finish()
 
     The paper takes the Euclidean distance to means scaled to length one, which ranks classes as the cosine does.
-    ``"euclidean"`` differs from that: means keep their lengths, and features count as they are in both.
+    ``"euclidean"`` differs from that: means keep their lengths, and features count as they are, in both.
 
-    Every class weighs alike, however many samples its mean is taken from. What :meth:`update` has gathered is no part
-    of the ``state_dict``; what :meth:`finish` makes of it is. Computes in at least float32, under autocast too.
+    Every class weighs alike, however many samples its mean is taken from. What :meth:`update` has gathered is not part
+    of the ``state_dict``; what :meth:`finish` makes of it is. Scores are asked for after :meth:`finish`; before it they
+    raise NotFittedError.
 
     Args:
-        num_features: D. num_classes: C.
+        num_features: D.
+        num_classes: C.
         metric: ``"cosine"`` or ``"euclidean"``.
     Attributes:
         means: (C, D), zero for a class without samples. count: (C,) int64, samples in each mean.
     Shape:
         forward: features (N, D). Returns (N, C), minus infinity for a class without samples.
-    Raises:
-        ValueError: num_features or num_classes is below 1, metric is none of the words above, or features are on
-        another device than the means. NotFittedError: scores are asked for before :meth:`finish`. TypeError: features
-        are no real numbers. ShapeError: features are not (N, D).
     Source:
         Kang et al. 2020, section 4 (arXiv:1910.09217).
 

@@ -59,8 +59,9 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
 class ScaledHead(SoundModule):
     r"""Scores :math:`f_i\, w_i \cdot z + b_i` with one learnt scale per class, all else frozen.
 
-    Learnable weight scaling: trained with class-balanced sampling on frozen features, it finds by itself how far each
-    class is to be rescaled. A bias stays as it is. Dtypes are those of :class:`~dir_toolkit.heads.linear.LinearHead`.
+    This is learnable weight scaling: trained with class-balanced sampling on frozen features, the head finds by itself
+    how far each class is to be rescaled. A bias stays as it is. Dtypes are those of
+    :class:`~dir_toolkit.heads.linear.LinearHead`.
 
     Args:
         linear: the trained classifier, of which a frozen copy is kept.
@@ -68,9 +69,6 @@ class ScaledHead(SoundModule):
         scale: (C,), starts at one. linear: the frozen copy, part of the ``state_dict``.
     Shape:
         forward: features (N, D). Returns (N, C).
-    Raises:
-        TypeError: linear is no ``torch.nn.Linear``, or features are no real numbers. ShapeError: features are not
-        (N, D). ValueError: features are on another device than the weights.
     Source:
         Kang et al. 2020, section 4 (arXiv:1910.09217).
 

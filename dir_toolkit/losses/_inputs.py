@@ -80,11 +80,12 @@ def absent(weight: Tensor | None) -> Tensor | None:
         return None
     weight = weight if weight.dtype in _PLAIN else weight.float()
     if readable(weight):
-        least, most = (x.item() for x in weight.aminmax())
-        if not (least >= 0 and most < math.inf):
+        least, most = weight.aminmax()
+        low = least.item()
+        if not (low >= 0 and most.item() < math.inf):
             finite(weight=weight)
             not_negative(weight=weight)
-        if least > 0:
+        if low > 0:
             return None
     return weight == 0
 
@@ -99,13 +100,12 @@ def present(values: Tensor, gone: Tensor | None) -> Tensor:
     return values.masked_fill(gone if values.ndim == gone.ndim else gone[:, None], 0.0)
 
 
-def finite_targets(gone: Tensor | None, **targets: Tensor) -> None:
+def finite_target(target: Tensor, gone: Tensor | None, name: str = "target") -> None:
     """No label of a sample that is there is NaN or infinite. Accelerator tensors are not looked at."""
-    for name, target in targets.items():
-        if target.is_floating_point() and readable(target):
-            least, most = (x.item() for x in target.detach().aminmax())
-            if not (math.isfinite(least) and math.isfinite(most)):
-                finite(**{name: present(target.detach(), gone)})
+    if target.is_floating_point() and readable(target):
+        least, most = target.aminmax()
+        if not (math.isfinite(least.item()) and math.isfinite(most.item())):
+            finite(**{name: present(target.detach(), gone)})
 
 
 def one_per_sample(samples: int, **tensors: Tensor | None) -> None:
@@ -212,8 +212,11 @@ def of_features(
     one_per_sample(len(features), **{name: c for name, c in columns.items() if name not in wide_ones}, weight=weight)
     not_empty(**columns)
     gone = absent(weight)
-    finite_targets(gone, **{name: column for name, column in columns.items() if name != "pred"})
-    not_negative(**{name: column for name, column in columns.items() if name == "push_weight"})
+    for name, column in columns.items():
+        if name != "pred":
+            finite_target(column, gone, name)
+        if name == "push_weight":
+            not_negative(push_weight=column)
     return present(features.to(wide_dtype(features)), gone), gone
 
 

@@ -54,7 +54,7 @@ from ..errors import ShapeError
 from ..labels.bins import Bins, Outside, lookup
 from ..labels.density import LabelDensity
 from ..labels.soft_labels import limits
-from ._inputs import absent, finite_targets, kinds, on_axis, one_per_sample, pairs, present
+from ._inputs import absent, finite_target, kinds, on_axis, one_per_sample, pairs, present
 from ._loss import PointLoss, Reduction, part_of, reduce
 from ._pairs import spread_of
 
@@ -491,7 +491,7 @@ def _checked(
         got = "a target that requires a gradient, and a pred that does not"
         raise problem("target must hold labels, which have no gradient", got=got, fix="Pass pred first.")
     gone = absent(weight)
-    finite_targets(gone, target=target)
+    finite_target(target, gone)
     pred, target = present(pred, gone), present(target.detach(), gone)
     return (pred[:, None], target[:, None]) if pred.ndim == 1 else (pred, target)
 

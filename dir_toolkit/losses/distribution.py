@@ -237,9 +237,10 @@ def _checked(
     if not (soft or numbers):
         class_indices("target", target, rows.shape[1])
         return rows, target, weight
-    target = target.to(rows.dtype)
     if soft:
         distributions(zeros=True, target=target)
+    target = target.to(rows.dtype)
+    if soft:
         rows = rows.masked_fill(_dropped(target)[:, None], 0.0)
     return rows, present(target, gone), weight
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import floats, is_tensor, not_empty, number, problem, same_shape
 from .._numerics import wide_dtype
 from ..errors import ShapeError
-from ._inputs import absent, finite_targets, kinds, present
+from ._inputs import absent, finite_target, kinds, present
 from ._loss import Reduction, ScoreLoss, reduce
 
 LEAST_VARIANCE = 1e-20
@@ -61,7 +61,7 @@ def gaussian_nll(
     same_shape(target=target, **({} if weight is None else {"weight": weight}))
     not_empty(target=target)
     gone = absent(weight)
-    finite_targets(gone, target=target)
+    finite_target(target, gone)
     wide = wide_dtype(pred, target)
     mean, raw = pred.to(wide).unbind(-1)
     error = present(mean - target.to(wide), gone)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import number, one_of
-from ._inputs import absent, finite_targets, pairs, present
+from ._inputs import absent, finite_target, pairs, present
 from ._loss import PointLoss, Reduction, reduce
 
 __all__ = [
@@ -166,7 +166,7 @@ def _error(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) 
     """pred - target in at least float32, and zero where the weight is, once all arguments are checked."""
     pred, target = pairs(pred, target, weight, reduction)
     gone = absent(weight)
-    finite_targets(gone, target=target)
+    finite_target(target, gone)
     return present(pred - target, gone)
 
 

@@ -2,24 +2,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from torch.testing import assert_close
+from loss_tester import Batch, LossTester
 
 from dir_toolkit.errors import ShapeError
-from dir_toolkit.losses.affinity import affinity_loss
+from dir_toolkit.losses import AffinityLoss, affinity_loss
 
 
-def samples(n: int = 30) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(n, 4, generator=generator, dtype=torch.float64), torch.arange(n) % 4
+class TestAffinityLoss(LossTester):
+    function, module = staticmethod(affinity_loss), AffinityLoss
+    variants = {"default": {}, "small": {"margin": 0.1}, "large": {"margin": 3}}
+    rows, reads, classes = "affinities", "scores", True
 
+    def batch(self, n: int = 12) -> Batch:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.rand(n, 4, generator=generator, dtype=torch.float64)
+        weight = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
+        return {"rows": rows, "target": torch.arange(n) % 4, "weight": weight}
 
-def naive(affinities: Tensor, target: Tensor, margin: float) -> Tensor:
-    values = [
-        sum(max(0.0, margin + d[j] - d[y]) for j in range(len(d)) if j != y)
-        for d, y in zip(affinities.tolist(), target.tolist(), strict=True)
-    ]
-    return torch.tensor(values, dtype=torch.float64)
+    def oracle(self, rows: list[float], target: int, margin: float = 0.75) -> float:
+        return sum(max(0.0, margin + d - rows[target]) for j, d in enumerate(rows) if j != target)
 
 
 def test_values_by_hand() -> None:
@@ -27,19 +28,6 @@ def test_values_by_hand() -> None:
     values = affinity_loss(affinities, torch.tensor([0, 1]), reduction="none")
     assert values.tolist() == [0.25, 0.75 + 1.5]  # leads of 0.5 and 0.875; of 0 and -0.75
     assert affinity_loss(affinities, torch.tensor([0, 1]), torch.tensor([2, 0])).item() == 0.25
-
-
-@pytest.mark.parametrize("margin", [0.1, 0.75, 3])
-def test_it_equals_a_naive_loop(margin: float) -> None:
-    affinities, target = samples()
-    expected = naive(affinities, target, margin)
-    assert_close(affinity_loss(affinities, target, margin=margin, reduction="none"), expected, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(expected, naive(affinities, target, margin + 0.1))
-
-
-def test_gradients_agree_with_differences() -> None:
-    affinities, target = samples(8)
-    assert torch.autograd.gradcheck(lambda d: affinity_loss(d, target, margin=0.4), affinities.requires_grad_())
 
 
 def test_a_lead_beyond_the_margin_costs_nothing_and_pulls_nothing() -> None:
@@ -61,11 +49,11 @@ def test_a_class_that_scores_minus_infinity_costs_the_others_nothing() -> None:
 
 
 def test_arguments_are_checked() -> None:
-    affinities, target = samples()
-    with pytest.raises(
-        ShapeError, match=r"^affinity_loss: affinities must be \(N, C\) with C >= 2.*got shape \(30, 1\)"
-    ):
+    affinities, target = TestAffinityLoss().batch()["rows"], TestAffinityLoss().batch()["target"]
+    with pytest.raises(ShapeError, match=r"^affinity_loss: affinities must be \(N, C\) with C >= 2.*shape \(12, 1\)"):
         affinity_loss(affinities[:, :1], torch.zeros_like(target))
     for value, kind in ((0, ValueError), (-1, ValueError), (torch.inf, ValueError), ("1", TypeError)):
         with pytest.raises(kind, match=r"^affinity_loss: margin must be"):
             affinity_loss(affinities, target, margin=value)  # type: ignore[arg-type]
+        with pytest.raises(kind, match=r"^AffinityLoss: margin must be"):
+            AffinityLoss(margin=value)  # type: ignore[arg-type]

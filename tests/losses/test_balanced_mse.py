@@ -4,7 +4,8 @@ import copy
 import math
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import mpmath
@@ -12,18 +13,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_tester import Batch, LossTester, at, close
 from scipy.integrate import quad
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dir_toolkit import Bins, LabelDensity, weighted_mse
 from dir_toolkit.errors import DirToolkitError, DirToolkitWarning, LabelError, ShapeError
-from dir_toolkit.losses.balanced_mse import BatchMCLoss, BinnedIntegrationLoss, GaussianMixtureLoss
+from dir_toolkit.losses import (
+    BatchMCLoss,
+    BinnedIntegrationLoss,
+    GaussianMixtureLoss,
+    batch_mc_loss,
+    binned_integration_loss,
+    gaussian_mixture_loss,
+)
 
 BINS = Bins.uniform(-4, 4, width=0.5)
-PRIOR = np.array([1, 0, 2, 5, 9, 8, 7, 6, 5, 4, 3, 2, 2, 1, 1, 0]) / 56
+PRIOR = np.array([1, 0, 2, 6, 10, 9, 8, 7, 6, 5, 4, 2, 2, 1, 1, 0]) / 64  # which float32 holds
 LIMITS = list(zip(BINS.edges[:-1].tolist(), BINS.edges[1:].tolist(), strict=True))
 MIXTURE = ([0.25, 0.75], [-1.5, 0.5], [0.25, 2.0])
 PLANE = ([0.5, 0.25, 0.25], [[0, 1], [-1, 0.5], [2, 2]], [[0.5, 1], [2, 0.25], [1, 0.75]])
@@ -101,6 +111,92 @@ def naive(loss: Any, pred: Tensor, target: Tensor, weight: Tensor | None = None)
     return torch.tensor(values, dtype=torch.float64)
 
 
+class FormTester(LossTester):
+    """A form as a function, of a given noise; its module is built by ``FORMS`` without learning it."""
+
+    form = "batch"
+    floor = None
+
+    def batch(self, n: int = 12) -> Batch:
+        pred, target, weight = samples(self.form, n)
+        return {"rows": pred, "target": target, "weight": weight}
+
+    def each(self, options: Mapping[str, Any], batch: Batch, *, weighted: bool = False) -> Tensor:
+        loss = built(self.form, options["noise_sigma"], learn=False)
+        return naive(loss, batch["rows"], batch["target"], batch["weight"] if weighted else None)
+
+
+class TestBatch(FormTester):
+    function, module = staticmethod(batch_mc_loss), partial(BatchMCLoss, learn=False)
+    variants = {"0.75": {"noise_sigma": 0.75}, "2": {"noise_sigma": 2.0}}
+    whole = needs_two = True
+
+    def test_weight_two_is_seen_twice(self, options: Any) -> None:
+        batch = self.batch()
+        batch["weight"][[3, 7]] = 2.0
+        again = at({**batch, "weight": torch.where(batch["weight"] == 2, 1.0, batch["weight"])}, [*range(12), 3, 7])
+        close(self.call(options, batch, reduction="sum"), self.call(options, again, reduction="sum"))
+
+
+class TestBatchOfRows(TestBatch):
+    form, several = "batch of 3-D labels", True
+
+
+class TestMixture(FormTester):
+    form, function = "mixture", staticmethod(gaussian_mixture_loss)
+    module = partial(GaussianMixtureLoss, learn=False)
+    parts = dict(zip(("weights", "means", "variances"), MIXTURE, strict=True))
+    variants = {"0.75": {**parts, "noise_sigma": 0.75}, "2": {**parts, "noise_sigma": 2.0}}
+    copies = True
+
+
+class TestMixtureOfRows(TestMixture):
+    form, several = "mixture of 2-D labels", True
+    parts = dict(zip(("weights", "means", "variances"), PLANE, strict=True))
+    variants = {"0.75": {**parts, "noise_sigma": 0.75}}
+
+
+class TestBins(FormTester):
+    form, function = "bins", staticmethod(binned_integration_loss)
+    module = partial(BinnedIntegrationLoss, learn=False)
+    variants = {"0.75": {"bins": BINS, "density": PRIOR, "noise_sigma": 0.75}}
+    copies = True
+
+
+@each_form
+def test_labels_of_other_shapes_and_with_gradients_are_refused(form: str) -> None:
+    loss = FORMS[form][0]()
+    where, (pred, target, weight) = f"^{type(loss).__name__}: ", samples(form)
+    with pytest.raises(ShapeError, match=where + r"pred must be \(N.*\), got shape \(\)"):
+        loss(pred.sum(), target.sum())
+    with pytest.raises(ShapeError, match=where + r"pred must be \(N.*\), got shape \(9, 2, 2\)"):
+        loss(torch.ones(9, 2, 2), torch.ones(9, 2, 2))
+    with pytest.raises(ShapeError, match=where + r"weight must be \(9,\), one value per sample, got shape \(9, 1\)"):
+        loss(pred, target, weight[:, None])
+    with pytest.raises(ValueError, match=where + "target must hold labels, which have no gradient"):
+        loss(pred, target.requires_grad_())
+
+
+@pytest.mark.parametrize("sigma", [torch.ones(1), torch.tensor(1), "1"])
+def test_the_noise_of_a_function_is_a_number_or_a_tensor_of_no_dimension(sigma: Any) -> None:
+    pred, target, _ = samples("batch")
+    with pytest.raises((ShapeError, TypeError), match=r"^batch_mc_loss: noise_sigma must be a number"):
+        batch_mc_loss(pred, target, noise_sigma=sigma)
+    learnt = torch.tensor(0.75, requires_grad=True)
+    batch_mc_loss(pred, target, noise_sigma=learnt).backward()
+    assert learnt.grad is not None
+    assert learnt.grad != 0
+
+
+def test_a_missing_label_leaves_no_trace_where_labels_are_dropped() -> None:
+    drop = BinnedIntegrationLoss(BINS, PRIOR, learn=False, outside="drop")
+    pred, target, weight = samples("bins")
+    weight[3] = 0
+    missing = target.clone()
+    missing[3] = torch.nan
+    assert torch.equal(drop(pred, missing, weight), drop(pred, target, weight))
+
+
 def test_values_by_hand() -> None:
     batch = BatchMCLoss(noise_sigma=2.0, learn=False)
     pred, target = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])
@@ -119,21 +215,6 @@ def test_values_by_hand() -> None:
     mass = 0.5 * (0.3413447461 + 0.1359051220)
     expected_one = 2 * (0.5 + math.log(math.sqrt(2 * math.pi)) + math.log(mass))
     assert bins(torch.tensor([1.0]), torch.tensor([0.0])).item() == pytest.approx(expected_one, abs=1e-6)
-
-
-@each_form
-@pytest.mark.parametrize("learn", [True, False])
-@pytest.mark.parametrize("noise_sigma", [0.5, 1.0, 3.0])
-def test_every_form_equals_a_naive_loop(form: str, learn: bool, noise_sigma: float) -> None:
-    loss = built(form, noise_sigma, learn=learn)
-    pred, target, weight = samples(form)
-    for w in (None, weight):
-        expected = naive(loss, pred, target, w)
-        assert_close(loss(pred, target, w, reduction="none"), expected, rtol=1e-12, atol=1e-12)
-        assert_close(loss(pred, target, w), expected.mean(), rtol=1e-12, atol=1e-12)
-        assert_close(loss(pred, target, w, reduction="sum"), expected.sum(), rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(naive(loss, pred, target), naive(loss, target, pred), rtol=1e-3)
-    assert not torch.allclose(naive(loss, pred, target), naive(built(form, 0.6), pred, target), rtol=1e-3)
 
 
 def test_the_batch_form_is_cross_entropy_over_the_labels() -> None:
@@ -263,38 +344,6 @@ def test_a_learnt_noise_finds_the_likelier_one_and_stays_positive(form: str) -> 
     assert 0.1 < loss.noise_sigma.item() < 0.7
 
 
-@each_form
-def test_weight_two_is_seen_twice_and_weight_zero_is_absent(form: str) -> None:
-    loss = built(form)
-    pred, target, weight = samples(form)
-    again = torch.cat([torch.arange(9), torch.tensor([3, 7])])
-    doubled = weight.clone()
-    doubled[[3, 7]] *= 2
-    assert_close(
-        loss(pred, target, doubled, reduction="sum"),
-        loss(pred[again], target[again], weight[again], reduction="sum"),
-        rtol=1e-12,
-        atol=1e-12,
-    )
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
-    assert_close(loss(pred, target, doubled), loss(pred[order], target[order], doubled[order]))
-    rest = torch.arange(9) != 4
-    for value in (torch.inf, torch.nan):
-        pred[4], weight[4] = value, 0
-        own = pred.clone().requires_grad_()
-        result = loss(own, target, weight, reduction="sum")
-        expected = loss(pred[rest], target[rest], weight[rest], reduction="sum")
-        assert_close(result, expected, rtol=1e-12, atol=1e-12)
-        result.backward()
-        assert own.grad is not None
-        assert (own.grad[4] == 0).all()
-        assert (own.grad[rest] != 0).all()
-    nothing = loss(pred.nan_to_num().requires_grad_(), target, torch.zeros(9))
-    assert nothing.item() == 0
-    nothing.backward()
-    assert all(p.grad.isfinite() for p in loss.parameters())
-
-
 @pytest.mark.parametrize("noise_sigma", [None, 1.0])
 def test_a_batch_of_one_adds_nothing_and_says_so(noise_sigma: float | None) -> None:
     loss = BatchMCLoss(noise_sigma)
@@ -312,38 +361,6 @@ def test_a_batch_of_one_adds_nothing_and_says_so(noise_sigma: float | None) -> N
     for form in ("mixture", "bins"):
         pred, target, _ = samples(form, 1)
         assert_close(built(form)(pred, target, reduction="none"), naive(built(form), pred, target))
-
-
-@each_form
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_lower_precision_is_raised_and_far_predictions_stay_finite(form: str, dtype: torch.dtype) -> None:
-    loss = FORMS[form][0](noise_sigma=0.5)
-    pred, target, weight = (x.to(dtype) for x in samples(form))
-    result = loss(pred, target, weight)
-    assert result.dtype == torch.float32
-    assert_close(result, loss(pred.float(), target.float(), weight.float()))
-    assert_close(
-        result.double(), built(form, 0.5)(pred.double(), target.double(), weight.double()), rtol=1e-5, atol=1e-5
-    )
-    far = (1000 * pred).requires_grad_()
-    result = loss(far, target)
-    assert result.isfinite()
-    result.backward()
-    assert far.grad is not None
-    assert far.grad.isfinite().all()
-    half = copy.deepcopy(loss).half()
-    assert half(pred, target).dtype == torch.float32
-    assert loss(pred, target.double()).dtype == torch.float64
-    whole_numbers = torch.arange(math.prod(target.shape)).reshape(target.shape).to(torch.uint8)
-    assert_close(loss(pred, whole_numbers), loss(pred, whole_numbers.float()))
-
-
-@each_form
-def test_a_prediction_that_is_not_finite_shows(form: str) -> None:
-    pred, target, _ = samples(form)
-    for value in (torch.nan, torch.inf):
-        pred[2] = value
-        assert built(form)(pred, target).isnan()
 
 
 @each_form
@@ -472,49 +489,11 @@ def test_two_processes_make_the_loss_of_the_whole_batch(two_ranks: Callable[...,
     assert_close(sum(values[0] for values, _, _ in returned) / 20, plain.detach(), **close)
     assert_close(sum(values[1] for values, _, _ in returned) / 20, expected.detach(), **close)
     assert_close(torch.cat([grad for _, grad, _ in returned]), pred.grad, **close)
-    for _, _, grad in returned:
-        assert_close(grad, loss.log_sigma.grad, **close)
+    for _, _, by_sigma in returned:
+        assert_close(by_sigma, loss.log_sigma.grad, **close)
     alone = built("batch of 3-D labels")
     parts = sum(alone(pred[s], target[s], weight[s], reduction="sum") for s in SHARES)
     assert not torch.allclose(parts / 20, expected)
-
-
-@each_form
-def test_arguments_are_checked(form: str) -> None:
-    loss = FORMS[form][0]()
-    where, (pred, target, weight) = f"^{type(loss).__name__}: ", samples(form)
-    absent = weight.clone()
-    absent[1] = 0
-    for value in (torch.nan, torch.inf):
-        broken, bad_weight = target.clone(), weight.clone()
-        broken[1], bad_weight[1] = value, value
-        with pytest.raises(ValueError, match=where + r"target must be finite, got (nan|inf) at index \[1"):
-            loss(pred, broken)
-        assert torch.equal(loss(pred, broken, absent), loss(pred, target, absent))
-        with pytest.raises(ValueError, match=where + r"weight must be finite, got (nan|inf) at index \[1\]"):
-            loss(pred, target, bad_weight)
-    with pytest.raises(ValueError, match=where + "weight must not be negative"):
-        loss(pred, target, -weight)
-    with pytest.raises(ShapeError, match=where + r"weight must be \(9,\), one value per sample, got shape \(9, 1\)"):
-        loss(pred, target, weight[:, None])
-    with pytest.raises(ShapeError, match=where + "pred and target must have the same shape"):
-        loss(pred, target[:5])
-    with pytest.raises(ShapeError, match=where + r"pred must be \(N.*\), got shape \(\)"):
-        loss(pred.sum(), target.sum())
-    with pytest.raises(ShapeError, match=where + r"pred must be \(N.*\), got shape \(9, 2, 2\)"):
-        loss(torch.ones(9, 2, 2), torch.ones(9, 2, 2))
-    with pytest.raises(ValueError, match=where + "pred must hold at least one value"):
-        loss(pred[:0], target[:0])
-    with pytest.raises(TypeError, match=where + "pred must be floats, got dtype torch.int64"):
-        loss(pred.long(), target)
-    with pytest.raises(TypeError, match=where + "target must be integers or floats, got dtype torch.bool"):
-        loss(pred, target > 0)
-    with pytest.raises(TypeError, match=where + r"target must be a torch\.Tensor, got ndarray"):
-        loss(pred, target.numpy())
-    with pytest.raises(ValueError, match=where + "pred and target must be on the same device, got cpu and meta"):
-        loss(pred, target.to("meta"))
-    with pytest.raises(ValueError, match=where + "reduction must be one of 'none', 'mean', 'sum', got 'avg'"):
-        loss(pred, target, reduction="avg")
 
 
 @each_form
@@ -596,7 +575,7 @@ def test_labels_to_fit_are_checked(labels: Any, options: Any, error: type[Except
 
 
 def test_a_density_gives_its_prior() -> None:
-    density = LabelDensity(BINS, np.round(PRIOR * 56).astype(np.int64))
+    density = LabelDensity(BINS, np.round(PRIOR * 64).astype(np.int64))
     assert_close(BinnedIntegrationLoss(BINS, density).prior, BinnedIntegrationLoss(BINS, PRIOR).prior)
     effective = LabelDensity(BINS, PRIOR * 10)  # in float64, as smoothed ones are
     assert_close(BinnedIntegrationLoss(BINS, effective).prior, BinnedIntegrationLoss(BINS, torch.tensor(PRIOR)).prior)
@@ -610,7 +589,7 @@ def test_a_density_gives_its_prior() -> None:
         (BINS, LabelDensity.count([1], Bins.uniform(0, 8, width=0.5)), ValueError, "density must be over .* own bins"),
         (BINS, LabelDensity(BINS, np.zeros(16)), ValueError, "density must hold at least one label, got none"),
         (BINS, PRIOR[1:], ShapeError, r"density must be \(16,\), one share of labels per bin, got shape \(15,\)"),
-        (BINS, PRIOR * 56, ValueError, "density must sum to one, got a sum of 56"),
+        (BINS, PRIOR * 64, ValueError, "density must sum to one, got a sum of 64"),
         (BINS, np.where(PRIOR == 0, -PRIOR.max(), PRIOR), ValueError, "density must not be negative"),
         (BINS, PRIOR * np.nan, ValueError, "density must be finite"),
         ("bins", PRIOR, TypeError, "bins must be a Bins, got str"),
@@ -886,3 +865,30 @@ def test_bins_of_all_widths_give_the_exact_integral(noise_sigma: float) -> None:
             assert value == pytest.approx(float(exact(mpmath.mpf(p), y)), rel=1e-9, abs=4e-11 * sigma**2)
             slope = float(mpmath.diff(lambda at, y=y: exact(at, y), mpmath.mpf(p)))
             assert grad == pytest.approx(slope, rel=1e-6, abs=4e-11 * sigma)
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_modules_of_losses_work_under_torch_func(learn: bool) -> None:
+    outputs, labels, _ = (x.float() for x in samples("bins", 8))
+    for loss in (
+        BatchMCLoss(learn=learn),
+        BatchMCLoss(0.5, learn=learn),
+        BinnedIntegrationLoss(BINS, PRIOR, learn=learn),
+        GaussianMixtureLoss([1.0], [2.0], [3.0], learn=learn),
+    ):
+        for mode in (True, False):
+            loss.train(mode)
+            own = outputs.clone().requires_grad_()
+            loss(own, labels).backward()
+            assert_close(grad(lambda p, loss=loss: loss(p, labels))(outputs), own.grad)
+            if learn:
+                params = {name: p.detach() for name, p in loss.named_parameters()}
+                of_params = grad(lambda p, loss=loss: functional_call(loss, p, (outputs, labels)))(params)
+                assert_close(of_params["log_sigma"], loss.log_sigma.grad)
+                loss.log_sigma.grad = None
+        both = vmap(grad(lambda p, y, loss=loss: loss(p, y)))(outputs.view(2, 4), labels.view(2, 4))
+        each = [
+            grad(lambda p, y, loss=loss: loss(p, y))(*half)
+            for half in zip(outputs.view(2, 4), labels.view(2, 4), strict=True)
+        ]
+        assert_close(both, torch.stack(each))

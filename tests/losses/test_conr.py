@@ -3,12 +3,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from loss_tester import Batch, LossTester
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -79,7 +80,28 @@ def output(**parts: Any) -> SimpleNamespace:
     return SimpleNamespace(prediction=parts["pred"], features=parts["features"])
 
 
-OPTIONS: list[dict[str, float]] = [{}, {"omega": 2.5}, {"temperature": 0.7}, {"eta": 0.5}, {"eta": 0.0}]
+class TestConR(LossTester):
+    function = staticmethod(conr.conr_loss)
+    variants = {
+        name: {"omega": 1.0, "eta": 0.01, **options}
+        for name, options in {
+            "paper": {},
+            "wide": {"omega": 2.5},
+            "warm": {"temperature": 0.7},
+            "steep": {"eta": 0.5},
+            "flat": {"eta": 0.0},
+        }.items()
+    }
+    rows, n = "features", 14
+    whole = needs_two = True
+
+    def batch(self, n: int = 14) -> Batch:
+        parts = samples(n)
+        return {"rows": parts.pop("features"), "weight": torch.linspace(0, 2, n, dtype=torch.float64), **parts}
+
+    def each(self, options: Mapping[str, Any], batch: Batch, *, weighted: bool = False) -> Tensor:
+        given = {"features" if name == "rows" else name: x for name, x in batch.items()}
+        return naive(**{**given, "weight": batch["weight"] if weighted else None}, **options)
 
 
 def test_values_by_hand() -> None:
@@ -95,28 +117,6 @@ def test_values_by_hand() -> None:
         features, labels, weight=torch.tensor([2.0, 1, 1, 1]), pred=pred, push_weight=r, eta=0.1, temperature=0.5
     )
     assert given.item() == pytest.approx(2 * expected / 4)  # by N
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("n", [2, 3, 14, 40])
-def test_it_equals_a_naive_loop(n: int, options: dict[str, float]) -> None:
-    parts = samples(n)
-    weight = torch.linspace(0, 2, n, dtype=torch.float64)  # the first is absent
-    for w in (None, weight):
-        expected = naive(**parts, weight=w, **options)
-        same(conr_loss(**parts, weight=w, reduction="none", **options), expected)
-        same(conr_loss(**parts, weight=w, reduction="sum", **options), expected.sum())
-        same(conr_loss(**parts, weight=w, **options), expected.mean())
-    del parts["push_weight"]
-    same(conr_loss(**parts, **options), naive(**parts, **options).mean())
-
-
-def test_the_naive_loop_tells_settings_apart() -> None:
-    parts = samples()
-    values = [naive(**parts, **options) for options in OPTIONS]
-    values += [naive(**{**parts, "push_weight": None}), naive(**{**parts, "pred": parts["pred"].flip(0)})]
-    assert all((value[:-2] > 0).any() and (value[-2:] == 0).all() for value in values[:-1])
-    assert len({round(value.sum().item(), 9) for value in values}) == len(values)
 
 
 def test_labels_on_the_threshold_are_alike() -> None:
@@ -237,20 +237,6 @@ def test_features_of_zero_or_not_finite() -> None:
     assert conr_loss(**parts, reduction="none")[anchor] == 0
 
 
-def test_inputs_stay_as_they_are_and_half_precision_is_raised() -> None:
-    parts = samples(dtype=torch.bfloat16)
-    copies = {name: value.clone() for name, value in parts.items()}
-    state = torch.get_rng_state()
-    loss = conr_loss(**parts)
-    assert all(torch.equal(value, copies[name]) for name, value in parts.items())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert loss.dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(conr_loss(**parts), loss)
-    assert conr_loss(**{**parts, "target": parts["target"].to(torch.uint8)}) == loss
-    assert_close(loss, conr_loss(**{k: v.float() for k, v in parts.items()}))
-
-
 def test_the_module_adds_conr_to_its_base() -> None:
     parts = samples()
     out, labels, weight = output(**parts), parts["target"], torch.linspace(0, 2, 14, dtype=torch.float64)
@@ -293,45 +279,6 @@ def test_a_base_with_parameters_is_trained_and_the_prediction_gets_the_base_s_gr
     features = parts["features"].requires_grad_()
     loss(output(**parts), parts["target"]).backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in (pred, features, *loss.parameters()))
-
-
-def test_accelerators_are_not_read_and_the_loss_is_one_graph() -> None:
-    x = torch.ones(3, 2, device="meta")
-    assert conr_loss(x, x[:, 0], x[:, 0], pred=x[:, 0], push_weight=x[:, 0]).device.type == "meta"
-    parts = samples()
-    compiled = torch.compile(conr_loss, fullgraph=True, backend="eager")
-    assert_close(compiled(**parts), conr_loss(**parts))
-
-
-def test_arguments_are_checked() -> None:
-    parts = samples()
-    ones, where = torch.ones(14), "^conr_loss: "
-
-    def refused(kind: type[Exception], match: str, **changes: Any) -> None:
-        with pytest.raises(kind, match=where + match):
-            conr_loss(**{**parts, **changes})
-
-    refused(TypeError, r"features must be a torch\.Tensor, got ndarray", features=parts["features"].numpy())
-    refused(TypeError, "features must be floats, got dtype torch.int64", features=parts["features"].long())
-    refused(
-        ShapeError, r"features must be \(N, D\), one row per sample, got shape \(3,\)", features=parts["features"][0]
-    )
-    refused(ValueError, r"features must hold at least one value", features=parts["features"][:0])
-    for name in ("target", "pred", "push_weight", "weight"):
-        refused(TypeError, rf"{name} must be a torch\.Tensor, got list", **{name: [1.0] * 14})
-        refused(TypeError, f"{name} must be integers or floats, got dtype torch.bool", **{name: ones > 0})
-        refused(ShapeError, rf"{name} must be \(14,\), .*\(13,\)", **{name: ones[1:]})
-        refused(ShapeError, rf"{name} must be \(14,\), .*Use {name}\.squeeze\(1\)", **{name: ones[:, None]})
-        refused(ShapeError, rf"{name} must be \(14,\), .*\(14, 2\)", **{name: torch.ones(14, 2)})
-        refused(ValueError, f"features and {name} must be on the same device", **{name: ones.to("meta")})
-        for value in (torch.nan, torch.inf):
-            bad = ones.clone()
-            bad[4] = value
-            if name != "pred":
-                refused(ValueError, rf"{name} must be finite, got {value} at index \[4\]", **{name: bad})
-    for name in ("push_weight", "weight"):
-        refused(ValueError, f"{name} must not be negative, got a minimum of -1", **{name: -ones})
-    refused(ValueError, "reduction must be one of 'none', 'mean', 'sum'", reduction="avg")
 
 
 @pytest.mark.parametrize("name", ["omega", "temperature", "eta", "coefficient"])
@@ -380,3 +327,21 @@ def test_defaults_follow_the_spread_of_the_labels(unit: float) -> None:
     )
     alike = {**scaled, "target": torch.ones(40)}
     assert conr.conr_loss(**alike).item() == 0  # all are positives
+
+
+def test_features_are_one_row_per_sample() -> None:
+    parts = samples()
+    with pytest.raises(
+        ShapeError, match=r"^conr_loss: features must be \(N, D\), one row per sample, got shape \(3,\)"
+    ):
+        conr_loss(**{**parts, "features": parts["features"][0]})
+    for name in ("pred", "push_weight"):
+        with pytest.raises(TypeError, match=rf"^conr_loss: {name} must be a torch\.Tensor, got list"):
+            conr_loss(**{**parts, name: [1.0] * 14})
+        with pytest.raises(ShapeError, match=rf"^conr_loss: {name} must be \(14,\), .*\(13,\)"):
+            conr_loss(**{**parts, name: torch.ones(13)})
+    with pytest.raises(ValueError, match=r"^conr_loss: push_weight must not be negative, got a minimum of -1"):
+        conr_loss(**{**parts, "push_weight": -torch.ones(14)})
+    parts["push_weight"][4] = torch.nan
+    with pytest.raises(ValueError, match=r"^conr_loss: push_weight must be finite, got nan at index \[4\]"):
+        conr_loss(**parts)

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from loss_tester import Batch, LossTester
 from scipy.integrate import quad
 from torch import Tensor
+from torch.func import vmap
 from torch.testing import assert_close
 
 from dir_toolkit import Bins, cross_entropy, logit_adjusted_cross_entropy
-from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.errors import DirToolkitWarning, LabelError, ShapeError
 from dir_toolkit.labels.soft_labels import limits, soft_labels
-from dir_toolkit.losses.distribution import crps, soft_cross_entropy, squared_emd
+from dir_toolkit.losses.balanced_mse import BinnedIntegrationLoss
+from dir_toolkit.losses.distribution import CRPS, SoftCrossEntropy, SquaredEMD, crps, soft_cross_entropy, squared_emd
 
 UNEVEN = Bins.from_edges([-3, -1, 0, 0.1, 4, 20])
 AGES = Bins.uniform(0, 5, width=1, integer=True)
@@ -58,30 +61,6 @@ def emd(s: list[float], t: list[float], bins: Bins | None = None) -> float:
     return sum(ways[b] * (f[b + 1] - g[b + 1]) ** 2 for b in range(len(s) - 1))
 
 
-# Each loss of (logits, labels), and what it makes of one sample in plain Python; targets are soft labels.
-def with_targets(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def of_labels(logits: Tensor, labels: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
-        return loss(logits, soft_labels(labels, UNEVEN, 1.5), weight=weight, **options)
-
-    return of_labels
-
-
-def one_target(one: Callable[..., float], **options: Any) -> Callable[[list[float], float], float]:
-    return lambda s, y: one(s, soft_labels(torch.tensor(y, dtype=torch.float64), UNEVEN, 1.5).tolist(), **options)
-
-
-Loss = Callable[..., Tensor]
-LOSSES: dict[str, tuple[Loss, Callable[[list[float], float], float]]] = {
-    "soft": (with_targets(soft_cross_entropy), one_target(soft_ce)),
-    "adjusted": (with_targets(partial(soft_cross_entropy, prior=PRIOR)), one_target(soft_ce, tau=1.0)),
-    "adjusted 0.4": (with_targets(partial(soft_cross_entropy, prior=PRIOR, tau=0.4)), one_target(soft_ce, tau=0.4)),
-    "crps": (lambda s, y, w=None, **o: crps(s, y, w, bins=UNEVEN, **o), partial(ranked, bins=UNEVEN)),
-    "emd": (with_targets(squared_emd), one_target(emd)),
-    "emd in units": (with_targets(partial(squared_emd, bins=UNEVEN)), one_target(emd, bins=UNEVEN)),
-}
-each_loss = pytest.mark.parametrize("name", LOSSES)
-
-
 def samples(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     rand = partial(torch.rand, generator=generator, dtype=torch.float64)
@@ -89,10 +68,49 @@ def samples(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
     return 3 * torch.randn(*shape, 5, generator=generator, dtype=torch.float64), labels, rand(shape)
 
 
-def naive(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    one = LOSSES[name][1]
-    rows = zip(logits.reshape(-1, 5).tolist(), labels.flatten().tolist(), strict=True)
-    return torch.tensor([one(s, y) for s, y in rows], dtype=torch.float64).reshape(labels.shape)
+class BinTester(LossTester):
+    """Targets are soft labels."""
+
+    rows, reads, soft, several = "logits", "scores", True, True
+
+    def batch(self, n: int = 12) -> Batch:
+        logits, labels, weight = samples(n)
+        target = soft_labels(labels, UNEVEN, 1.5) if self.soft else labels
+        return {"rows": logits, "target": target, "weight": weight + 0.1}
+
+    @pytest.mark.parametrize("shape", [(2, 3), (2, 2, 3), ()])
+    def test_any_number_of_axes_is_taken(self, options: Any, shape: tuple[int, ...]) -> None:
+        logits, labels, weight = samples(*shape)
+        target = soft_labels(labels, UNEVEN, 1.5) if self.soft else labels
+        flat_target = target.reshape(-1, 5) if self.soft else target.flatten()
+        flat = self.function(logits.reshape(-1, 5), flat_target, weight.flatten(), reduction="none", **options)
+        assert_exact(self.function(logits, target, weight, reduction="none", **options), flat.reshape(shape))
+        assert_exact(self.function(logits, target, weight, **options), flat.mean())
+
+
+class TestSoftCrossEntropy(BinTester):
+    function, module = staticmethod(soft_cross_entropy), SoftCrossEntropy
+    variants = {"plain": {}, "adjusted": {"prior": PRIOR}, "0.4": {"prior": PRIOR, "tau": 0.4}}
+    floor = None
+
+    def oracle(self, rows: list[float], target: list[float], prior: Any = None, tau: float = 1) -> float:
+        return soft_ce(rows, target, 0 if prior is None else tau)
+
+
+class TestCRPS(BinTester):
+    function, module, soft = staticmethod(crps), CRPS, False
+    variants = {"default": {"bins": UNEVEN}}
+
+    def oracle(self, rows: list[float], target: float, bins: Bins) -> float:
+        return ranked(rows, target, bins)
+
+
+class TestSquaredEMD(BinTester):
+    function, module = staticmethod(squared_emd), SquaredEMD
+    variants = {"steps": {}, "label units": {"bins": UNEVEN}}
+
+    def oracle(self, rows: list[float], target: list[float], bins: Bins | None = None) -> float:
+        return emd(rows, target, bins)
 
 
 def test_values_by_hand() -> None:
@@ -112,31 +130,6 @@ def test_values_by_hand() -> None:
     assert values.item() == pytest.approx(0.7 + 1 / 3)
 
 
-@each_loss
-@pytest.mark.parametrize("shape", [(1,), (30,), (2, 3), (2, 2, 3), ()])
-def test_every_loss_equals_a_naive_loop(name: str, shape: tuple[int, ...]) -> None:
-    logits, labels, weight = samples(*shape)
-    loss, values = LOSSES[name][0], naive(name, logits, labels)
-    assert_exact(loss(logits, labels, reduction="none"), values)
-    assert_exact(loss(logits, labels), values.mean())
-    assert_exact(loss(logits, labels, weight, reduction="none"), values * weight)
-    assert_exact(loss(logits, labels, weight), (values * weight).mean())
-    assert_exact(loss(logits, labels, weight, reduction="sum"), (values * weight).sum())
-
-
-def test_the_naive_loops_tell_losses_apart() -> None:
-    logits, labels, _ = samples(10)
-    values = [naive(name, logits, labels).mean().item() for name in LOSSES]
-    assert len({round(value, 6) for value in values}) == len(values)
-
-
-@each_loss
-def test_gradients_agree_with_differences(name: str) -> None:
-    logits, labels, weight = samples(6)
-    weight[2] = 0
-    assert torch.autograd.gradcheck(lambda s: LOSSES[name][0](s, labels, weight), logits.requires_grad_())
-
-
 def test_the_score_s_gradient_to_labels_agrees_with_differences() -> None:
     logits, labels, _ = samples(6)
     assert torch.autograd.gradcheck(lambda y: crps(logits, y, bins=UNEVEN), labels.requires_grad_())
@@ -147,7 +140,7 @@ def test_the_score_s_gradient_to_labels_agrees_with_differences() -> None:
 def test_classes_are_the_classification_path_to_the_bit(dtype: torch.dtype, reduction: Any) -> None:
     logits, _, weight = samples(33)
     classes = torch.arange(33) % 5
-    paths: list[tuple[Loss, Loss]] = [
+    paths: list[tuple[Callable[..., Tensor], Callable[..., Tensor]]] = [
         (soft_cross_entropy, cross_entropy),
         (
             partial(soft_cross_entropy, prior=PRIOR, tau=0.7),
@@ -216,60 +209,6 @@ def test_every_loss_is_least_where_the_distribution_is_the_truth() -> None:
     near(best(lambda s: crps(s.expand(400, 4), labels, share, bins=bins, reduction="sum")), truth)
 
 
-@each_loss
-def test_weight_two_is_seen_twice_and_weight_zero_is_absent(name: str) -> None:
-    loss = LOSSES[name][0]
-    logits, labels, weight = samples(10)
-    again = torch.cat([torch.arange(10), torch.tensor([3, 7])])
-    doubled = weight.clone()
-    doubled[[3, 7]] *= 2
-    twice = loss(logits[again], labels[again], weight[again], reduction="sum")
-    assert_exact(loss(logits, labels, doubled, reduction="sum"), twice)
-    weight[4] = 0
-    broken = logits.clone()
-    broken[4] = torch.tensor([torch.nan, torch.inf, 0, -torch.inf, 1e300])
-    broken.requires_grad_()
-    rest = torch.arange(10) != 4
-    value = loss(broken, labels, weight, reduction="sum")
-    assert_exact(value, loss(logits[rest], labels[rest], weight[rest], reduction="sum"))
-    value.backward()
-    assert broken.grad is not None
-    assert broken.grad[4].tolist() == [0] * 5
-    assert broken.grad.isfinite().all()
-
-
-@each_loss
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_half_precision_is_raised_and_inputs_stay_as_they_are(name: str, dtype: torch.dtype) -> None:
-    loss = LOSSES[name][0]
-    logits, labels, weight = (x.to(dtype) for x in samples(8))
-    copies = [x.clone() for x in (logits, labels, weight)]
-    value = loss(logits, labels, weight)
-    assert value.dtype == torch.float32
-    assert_close(value, loss(logits.float(), labels, weight.float()))
-    assert all(map(torch.equal, (logits, labels, weight), copies))
-    assert loss(logits, labels.double(), weight).dtype == torch.float64
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_close(loss(logits, labels, weight), value)
-
-
-@each_loss
-def test_large_logits_lose_nothing_and_broken_ones_show(name: str) -> None:
-    loss = LOSSES[name][0]
-    logits = torch.zeros(2, 5)
-    logits[0, 3], logits[1, 3] = 1e4, -1e4
-    logits.requires_grad_()
-    values = loss(logits, torch.tensor([2.0, 2.0]), reduction="none")
-    values.sum().backward()
-    assert values.isfinite().all()
-    assert logits.grad is not None
-    assert logits.grad.isfinite().all()
-    for value in (torch.nan, torch.inf):
-        broken = logits.detach().clone()
-        broken[1, 0] = value
-        assert loss(broken, torch.tensor([2.0, 2.0]), reduction="none").isnan().tolist() == [False, True]
-
-
 def test_impossible_bins_cost_where_the_target_has_mass() -> None:
     logits = torch.tensor([[0.0, 0.0, -torch.inf]], requires_grad=True)
     loss = soft_cross_entropy(logits, torch.tensor([[0.5, 0.5, 0.0]]))
@@ -280,19 +219,6 @@ def test_impossible_bins_cost_where_the_target_has_mass() -> None:
     assert soft_cross_entropy(logits, torch.tensor([[0.5, 0.25, 0.25]])).item() == torch.inf
 
 
-@each_loss
-def test_one_graph_that_reads_no_values(name: str) -> None:
-    if "adjusted" in name:
-        loss: Loss = with_targets(partial(soft_cross_entropy, prior=torch.tensor(PRIOR)))
-        elsewhere: Loss = with_targets(partial(soft_cross_entropy, prior=torch.tensor(PRIOR, device="meta")))
-    else:
-        loss = elsewhere = LOSSES[name][0]
-    logits, labels, weight = samples(4)
-    assert elsewhere(logits.to("meta"), labels.to("meta"), weight.to("meta")).device.type == "meta"
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    assert_exact(compiled(logits, labels, weight), loss(logits, labels, weight))
-
-
 CALLS: dict[str, Callable[..., Tensor]] = {
     "soft_cross_entropy": soft_cross_entropy,
     "crps": lambda s, t, w=None, **o: crps(s, t, w, bins=UNEVEN, **o),
@@ -301,46 +227,23 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_arguments_are_refused_by_name(name: str) -> None:
+def test_shapes_that_do_not_fit_the_logits_are_refused_with_the_fix(name: str) -> None:
     loss, where = CALLS[name], f"^{name}: "
     logits, labels, weight = samples(3)
     ranks = name == "crps"
-    target, other = (labels, "target") if ranks else (soft_labels(labels, UNEVEN, 1), "target")
-    for value in (None, [1.0], logits.numpy()):
-        with pytest.raises(TypeError, match=where + r"logits must be a torch\.Tensor"):
-            loss(value, target)
-        with pytest.raises(TypeError, match=where + rf"{other} must be a torch\.Tensor"):
-            loss(logits, value)
-    with pytest.raises(TypeError, match=where + "logits must be floats, got dtype torch.int64"):
-        loss(logits.long(), target)
-    with pytest.raises(TypeError, match=where + rf"{other} must be .*, got dtype torch\.bool"):
-        loss(logits, target > 0)
-    with pytest.raises(TypeError, match=where + "weight must be integers or floats, got dtype torch.bool"):
-        loss(logits, target, weight > 0)
+    target = labels if ranks else soft_labels(labels, UNEVEN, 1)
     with pytest.raises(ShapeError, match=where + r"logits must have .* in the last axis, got shape \(\)"):
         loss(torch.tensor(1.0), torch.tensor(1.0))
     shape = r"\(3,\)" if ranks else r"\(3, 5\)"
-    rule = rf"{other} must be {shape} for logits of shape \(3, 5\), got shape"
+    rule = rf"target must be {shape} for logits of shape \(3, 5\), got shape"
     for bad in (target[:2], target[None]):
         with pytest.raises(ShapeError, match=where + rule):
             loss(logits, bad)
-    with pytest.raises(ShapeError, match=where + rf"{rule} .*, 1\)\. Use {other}\.squeeze\({1 if ranks else 2}\)\.$"):
+    with pytest.raises(ShapeError, match=where + rf"{rule} .*, 1\)\. Use target\.squeeze\({1 if ranks else 2}\)\.$"):
         loss(logits, target.unsqueeze(-1))
-    with pytest.raises(
-        ShapeError, match=where + r"weight must be \(3,\) for .*, got shape \(3, 1\)\. Use weight\.squeeze\(1\)\.$"
-    ):
+    rule = r"weight must be \(3,\) for .*, got shape \(3, 1\)\. Use weight\.squeeze\(1\)\.$"
+    with pytest.raises(ShapeError, match=where + rule):
         loss(logits, target, weight[:, None])
-    with pytest.raises(ValueError, match=where + f"logits and {other} must be on the same device, got cpu and meta"):
-        loss(logits, target.to("meta"))
-    with pytest.raises(ValueError, match=where + r"logits must hold at least one value, got shape \(0, 5\)"):
-        loss(logits[:0], target[:0])
-    with pytest.raises(ValueError, match=where + "reduction must be one of 'none', 'mean', 'sum', got 'avg'"):
-        loss(logits, target, reduction="avg")
-    for broken in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=where + rf"weight must be finite, got {broken} at index \[1\]"):
-            loss(logits, target, torch.tensor([1, broken, 1]))
-    with pytest.raises(ValueError, match=where + "weight must not be negative, got a minimum of -1"):
-        loss(logits, target, -torch.ones(3))
 
 
 @pytest.mark.parametrize("name", ["soft_cross_entropy", "squared_emd"])
@@ -397,3 +300,93 @@ def test_prior_and_tau_are_checked() -> None:
         for value, kind in ((-0.1, ValueError), (1e38, ValueError), (torch.inf, ValueError), (None, TypeError)):
             with pytest.raises(kind, match=where + "tau must be"):
                 loss(tau=value)  # type: ignore[arg-type]
+
+
+AXIS = Bins.uniform(0, 10, count=5)
+
+
+def on_axis(n: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = 2 * torch.randn(n, 5, generator=generator), 10 * torch.rand(n, generator=generator) ** 2
+    return scores, labels, torch.rand(n, generator=generator) + 0.5
+
+
+def test_labels_beyond_the_axis_count_as_outside_says() -> None:
+    scores, labels, weight = on_axis()
+    far = labels.clone()
+    far[2], far[5] = 12.5, -3.0
+    inside = torch.tensor([i not in (2, 5) for i in range(8)])
+    ends = far.clamp(0, 10)
+    for w in (None, weight):
+        clipped = crps(scores, far, w, bins=AXIS, outside="clip", reduction="none")
+        at_end = crps(scores, ends, w, bins=AXIS, reduction="none")
+        assert_close(clipped, at_end + (far - ends).abs() * (1 if w is None else w))  # its error is exact
+        own = scores.clone().requires_grad_()
+        dropped = crps(own, far, w, bins=AXIS, outside="drop", reduction="none")
+        assert_close(dropped, clipped * inside)
+        dropped.sum().backward()
+        assert own.grad is not None
+        assert torch.equal((own.grad != 0).any(1), inside)
+        assert_close(crps(scores, far, w, bins=AXIS, outside="drop"), dropped.detach().mean())  # by N
+        with pytest.raises(LabelError, match=r"^crps: target must lie on .*got 12\.5 at index \[2\] \(2 such"):
+            crps(scores, far, w, bins=AXIS)
+    assert_close(crps(scores, far, inside.float(), bins=AXIS), crps(scores, far, bins=AXIS, outside="drop"))
+    broken = far.clone()
+    broken[0] = torch.nan
+    for outside in ("raise", "clip", "drop"):
+        with pytest.raises(LabelError, match="target must not be NaN"):
+            crps(scores, broken, bins=AXIS, outside=outside)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="crps: outside must be one of 'raise', 'clip', 'drop', got 'skip'"):
+        crps(scores, far, bins=AXIS, outside="skip")  # type: ignore[arg-type]
+
+
+def test_where_values_are_not_looked_at_a_label_beyond_the_axis_shows() -> None:
+    scores, labels, weight = on_axis()
+    labels[2] = 12.5
+
+    def of(outside: str, loss: Callable[..., Tensor]) -> Tensor:
+        return vmap(lambda s, y, w: loss(s, y, w, outside))(scores, labels, weight)
+
+    def by_crps(s: Tensor, y: Tensor, w: Tensor, outside: Any) -> Tensor:
+        return crps(s[None], y[None], w[None], bins=AXIS, outside=outside)
+
+    def by_bins(s: Tensor, y: Tensor, w: Tensor, outside: Any) -> Tensor:
+        return BinnedIntegrationLoss(AXIS, [0.2] * 5, outside=outside, learn=False)(s[:1], y[None], w[None])
+
+    for loss in (by_crps, by_bins):
+        assert of("raise", loss).isnan().tolist() == [i == 2 for i in range(8)]
+        assert of("drop", loss)[2] == 0
+        assert of("clip", loss)[2] > 0
+
+
+@pytest.mark.parametrize("loss", [soft_cross_entropy, squared_emd])
+def test_a_dropped_label_s_row_of_zeros_adds_nothing(loss: Callable[..., Tensor]) -> None:
+    scores, labels, _ = on_axis()
+    target = soft_labels(labels, AXIS, 1.0, outside="drop")
+    target[3] = 0
+    for value in (0.5, torch.nan, torch.inf):
+        scores[3] = value
+        own = scores.clone().requires_grad_()
+        values = loss(own, target, reduction="none")
+        values.sum().backward()
+        assert values[3] == 0
+        assert own.grad is not None
+        assert (own.grad[3] == 0).all()
+        assert values[:3].min() > 0
+        rest = torch.arange(8) != 3
+        assert_close(values[rest], loss(scores[rest], target[rest], reduction="none"))
+    target[3, 0] = 0.5
+    with pytest.raises(ValueError, match="target must sum to one along the last axis"):
+        loss(scores, target)
+
+
+def test_crps_resolves_an_axis_far_from_zero() -> None:
+    scores = torch.randn(20, 60, generator=torch.Generator().manual_seed(0))
+    near = 3600 * torch.rand(20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    start = 1.7e9
+    far = crps(scores, near + start, bins=Bins.uniform(start, start + 3600, width=60), reduction="none")
+    expected = crps(scores, near, bins=Bins.uniform(0, 3600, width=60), reduction="none")
+    assert_close(far, expected, rtol=1e-5, atol=1e-4)
+    with pytest.warns(DirToolkitWarning):  # float32 does not tell such labels apart
+        rounded = crps(scores, (near + start).float(), bins=Bins.uniform(start, start + 3600, width=60), outside="clip")
+    assert rounded.isfinite()

@@ -1,60 +1,49 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.testing import assert_close
+from loss_tester import Batch, LossTester, close
 
 from dir_toolkit.errors import ShapeError
-from dir_toolkit.losses.cross_entropy import cross_entropy
-from dir_toolkit.losses.focal import focal_loss
-
-ALPHA = [0.25, 1.0, 0.0, 3.0]
+from dir_toolkit.losses import FocalLoss, cross_entropy, focal_loss
 
 
-def samples(n: int = 30) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.randn(n, 4, generator=generator, dtype=torch.float64), torch.arange(n) % 4
+class TestFocalLoss(LossTester):
+    function, module = staticmethod(focal_loss), FocalLoss
+    variants = {
+        "default": {},
+        "gamma 0": {"gamma": 0},
+        "gamma 0.3": {"gamma": 0.3},
+        "gamma 5.5": {"gamma": 5.5},
+        "alpha": {"gamma": 1, "alpha": [0.25, 1.0, 0.5, 3.0]},
+    }
+    rows, reads, classes = "logits", "scores", True
 
+    def batch(self, n: int = 12) -> Batch:
+        generator = torch.Generator().manual_seed(0)
+        rows = 2 * torch.randn(n, 4, generator=generator, dtype=torch.float64)
+        weight = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
+        return {"rows": rows, "target": torch.arange(n) % 4, "weight": weight}
 
-def naive(logits: Tensor, target: Tensor, gamma: float, alpha: list[float]) -> Tensor:
-    values = []
-    for s, y in zip(logits.tolist(), target.tolist(), strict=True):
-        p = math.exp(s[y]) / sum(math.exp(x) for x in s)
-        values.append(-alpha[y] * (1 - p) ** gamma * math.log(p))
-    return torch.tensor(values, dtype=torch.float64)
+    def oracle(self, rows: list[float], target: int, gamma: float = 2, alpha: Any = (1, 1, 1, 1)) -> float:
+        p = math.exp(rows[target]) / sum(math.exp(x) for x in rows)
+        return -alpha[target] * (1 - p) ** gamma * math.log(p)
 
 
 def test_values_by_hand() -> None:
-    logits, target = torch.tensor([[math.log(3), 0.0], [math.log(3), 0.0]]), torch.tensor([0, 1])  # p = 3/4, 1/4
+    logits, target = torch.tensor([[math.log(3), 0.0], [math.log(3), 0.0]]), torch.tensor([0, 1])  # p = 3/4 and 1/4
     values = focal_loss(logits, target, alpha=[1.0, 4.0], reduction="none")
     assert values.tolist() == pytest.approx([math.log(4 / 3) / 16, 4 * 9 / 16 * math.log(4)])
     weight = torch.tensor([2.0, 0.0])
     assert focal_loss(logits, target, weight, gamma=1).item() == pytest.approx(math.log(4 / 3) / 4)
 
 
-@pytest.mark.parametrize("gamma", [0, 0.3, 1, 2, 5.5])
-def test_it_equals_a_naive_loop(gamma: float) -> None:
-    logits, target = samples()
-    for alpha in (None, ALPHA):
-        expected = naive(logits, target, gamma, alpha or [1.0] * 4)
-        assert_close(
-            focal_loss(logits, target, gamma=gamma, alpha=alpha, reduction="none"), expected, rtol=1e-12, atol=1e-12
-        )
-    assert not torch.allclose(naive(logits, target, gamma, [1.0] * 4), naive(logits, target, gamma + 1, [1.0] * 4))
-
-
-@pytest.mark.parametrize("gamma", [0, 0.3, 1, 2])
-def test_gradients_agree_with_differences(gamma: float) -> None:
-    logits, target = samples(6)
-    assert torch.autograd.gradcheck(lambda s: focal_loss(s, target, gamma=gamma, alpha=ALPHA), logits.requires_grad_())
-
-
 def test_gamma_zero_is_cross_entropy() -> None:
-    logits, target = samples()
-    assert_close(focal_loss(logits, target, gamma=0), cross_entropy(logits, target), rtol=0, atol=0)
+    batch = TestFocalLoss().batch()
+    close(focal_loss(batch["rows"], batch["target"], gamma=0), cross_entropy(batch["rows"], batch["target"]), 0)
 
 
 @pytest.mark.parametrize("gamma", [0, 0.01, 0.5, 1, 2, 3.5])
@@ -74,14 +63,18 @@ def test_a_certain_sample_has_a_finite_gradient(gamma: float, dtype: torch.dtype
     assert logits.grad[0, 0] < 0
 
 
-def test_settings_are_checked() -> None:
-    logits, target = samples()
+def test_options_are_checked() -> None:
+    logits, target = TestFocalLoss().batch()["rows"], TestFocalLoss().batch()["target"]
     for value, kind in ((-1, ValueError), (torch.nan, ValueError), (torch.inf, ValueError), ("2", TypeError)):
         with pytest.raises(kind, match=r"^focal_loss: gamma must be"):
             focal_loss(logits, target, gamma=value)  # type: ignore[arg-type]
+        with pytest.raises(kind, match=r"^FocalLoss: gamma must be"):
+            FocalLoss(gamma=value)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^focal_loss: alpha must not be negative, got -1 for class 1"):
         focal_loss(logits, target, alpha=[1, -1, 1, 1])
-    with pytest.raises(ValueError, match=r"^focal_loss: alpha must be finite, got nan at index \[0\]"):
-        focal_loss(logits, target, alpha=torch.tensor([torch.nan, 1, 1, 1]))
+    with pytest.raises(ValueError, match=r"^FocalLoss: alpha must not be negative, got -1 for class 1"):
+        FocalLoss(alpha=[1, -1, 1, 1])
     with pytest.raises(ShapeError, match=r"^focal_loss: alpha must be \(4,\), one value per class, got shape \(\)"):
         focal_loss(logits, target, alpha=0.25)
+    with pytest.raises(ShapeError, match=r"^FocalLoss: alpha must be \(4,\), one value per class, got shape \(3,\)"):
+        FocalLoss(alpha=torch.ones(3))(logits, target)

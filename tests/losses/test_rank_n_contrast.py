@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import copy
 import math
-import pickle
-from types import SimpleNamespace
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from loss_tester import Batch, LossTester
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -45,6 +44,20 @@ def naive(features: Tensor, labels: Tensor, weight: Tensor | None = None, temper
     return torch.tensor(values, dtype=torch.float64)
 
 
+class TestRankNContrast(LossTester):
+    function, module = staticmethod(rank_n_contrast), RankNContrast
+    variants = {"default": {}, "cold": {"temperature": 0.3}}
+    rows, reads = "features", "features"
+    whole = several = needs_two = True
+
+    def batch(self, n: int = 12) -> Batch:
+        features, labels = samples(n)
+        return {"rows": features, "target": labels, "weight": torch.linspace(0, 2, n, dtype=torch.float64)}
+
+    def each(self, options: Mapping[str, Any], batch: Batch, *, weighted: bool = False) -> Tensor:
+        return naive(batch["rows"], batch["target"], batch["weight"] if weighted else None, **options)
+
+
 def same(actual: Tensor, expected: Tensor) -> None:
     assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -69,18 +82,6 @@ def test_two_samples_have_nothing_to_contrast() -> None:
     assert features.grad.tolist() == [[0.0], [0.0]]
 
 
-@pytest.mark.parametrize("temperature", [0.3, 2.0])
-@pytest.mark.parametrize("n", [2, 3, 12, 40])
-def test_it_equals_a_naive_loop(n: int, temperature: float) -> None:
-    features, labels = samples(n)
-    weight = torch.linspace(0, 2, n, dtype=torch.float64)  # the first is absent
-    for w in (None, weight):
-        expected = naive(features, labels, w, temperature)
-        same(rank_n_contrast(features, labels, w, temperature=temperature, reduction="none"), expected)
-        same(rank_n_contrast(features, labels, w, temperature=temperature, reduction="sum"), expected.sum())
-        same(rank_n_contrast(features, labels, w, temperature=temperature), expected.mean())
-
-
 def test_labels_may_differ_in_several_directions_or_all_be_equal_or_unique() -> None:
     features, labels = samples()
     for other in (
@@ -91,25 +92,6 @@ def test_labels_may_differ_in_several_directions_or_all_be_equal_or_unique() -> 
     ):
         same(rank_n_contrast(features, other, reduction="none"), naive(features, other))
     same(rank_n_contrast(features, labels[:, None]), rank_n_contrast(features, labels))
-
-
-def test_the_naive_loop_tells_settings_apart() -> None:
-    features, labels = samples()
-    unique = labels + torch.arange(12) / 100
-    values = [naive(features, labels), naive(features, labels, temperature=1.0), naive(features, unique)]
-    values += [
-        naive(features, labels.flip(0)),
-        naive(features, labels, torch.ones(12).index_fill(0, torch.tensor(3), 0)),
-    ]
-    assert len({round(value.sum().item(), 9) for value in values}) == len(values)
-
-
-def test_gradients_agree_with_differences() -> None:
-    features, labels = samples(7)
-    weight = torch.linspace(0, 2, 7, dtype=torch.float64)
-    features.requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: rank_n_contrast(z, labels, weight), features)
-    assert torch.autograd.gradcheck(lambda z: rank_n_contrast(z, labels, temperature=0.3, reduction="none"), features)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -153,103 +135,7 @@ def test_a_weight_scales_an_anchor_and_zero_leaves_no_trace() -> None:
     weight[3] = 2
     same(rank_n_contrast(features, labels, weight, reduction="sum"), plain.sum() + plain[3])
     weight[5] = 0
-    rest = torch.arange(12) != 5
-    expected = rank_n_contrast(features[rest], labels[rest], weight[rest], reduction="sum")
-    for value in (torch.inf, torch.nan):
-        features[5] = value
-        leaf = features.clone().requires_grad_()
-        loss = rank_n_contrast(leaf, labels, weight, reduction="sum")
-        same(loss, expected)
-        loss.backward()
-        assert leaf.grad is not None
-        assert (leaf.grad[5] == 0).all()
-        assert (leaf.grad[rest] != 0).all()
     assert rank_n_contrast(features[4:6], labels[4:6], weight[4:6]).item() == 0  # one left, which has no pair
-
-
-def test_inputs_stay_as_they_are_and_half_precision_is_raised() -> None:
-    features, labels = samples(dtype=torch.bfloat16)
-    weight = torch.ones(12, dtype=torch.float16)
-    copies = [x.clone() for x in (features, labels, weight)]
-    state = torch.get_rng_state()
-    loss = rank_n_contrast(features, labels, weight)
-    assert all(map(torch.equal, (features, labels, weight), copies))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert loss.dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(rank_n_contrast(features, labels, weight), loss)
-    assert_close(loss, rank_n_contrast(features.float(), labels))
-    assert rank_n_contrast(features, labels.to(torch.uint8)) == loss
-
-
-def test_a_feature_that_is_not_finite_shows() -> None:
-    features, labels = samples()
-    for value in (torch.nan, torch.inf):
-        features[2] = value
-        assert not rank_n_contrast(features, labels).isfinite()
-
-
-def test_the_module_takes_features_or_an_output_that_holds_them() -> None:
-    features, labels = samples()
-    loss = RankNContrast(temperature=0.5)
-    assert repr(loss) == "RankNContrast(temperature=0.5)"
-    assert list(loss.state_dict()) == []
-    expected = rank_n_contrast(features, labels, temperature=0.5, reduction="sum")
-    for twin in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-        assert torch.equal(twin(features, labels, None, reduction="sum"), expected)
-        assert torch.equal(twin(SimpleNamespace(features=features), labels, reduction="sum"), expected)
-    where = "^RankNContrast: "
-    with pytest.raises(TypeError, match=where + r"output must be a torch\.Tensor, or hold one as features, got list"):
-        loss([1.0], labels)
-    with pytest.raises(TypeError, match=where + r"output must hold a torch\.Tensor as features, got ndarray"):
-        loss(SimpleNamespace(features=features.numpy()), labels)
-
-
-def test_accelerators_are_not_read_and_the_loss_is_one_graph() -> None:
-    x = torch.ones(3, 2, device="meta")
-    assert rank_n_contrast(x, x, x[:, 0]).device.type == "meta"
-    features, labels = samples(5)
-    compiled = torch.compile(rank_n_contrast, fullgraph=True, backend="eager")
-    assert_close(compiled(features, labels), rank_n_contrast(features, labels))
-
-
-def test_arguments_are_checked() -> None:
-    features, labels = samples()
-    ones, where = torch.ones(12), "^rank_n_contrast: "
-
-    def refused(kind: type[Exception], match: str, *arguments: Any, **options: Any) -> None:
-        with pytest.raises(kind, match=where + match):
-            rank_n_contrast(*arguments, **options)
-
-    refused(TypeError, r"features must be a torch\.Tensor, got ndarray", features.numpy(), labels)
-    refused(TypeError, r"target must be a torch\.Tensor, got list", features, labels.tolist())
-    refused(TypeError, "features must be floats, got dtype torch.int64", features.long(), labels)
-    refused(TypeError, "target must be integers or floats, got dtype torch.bool", features, labels > 2)
-    refused(ShapeError, r"features must be \(N, D\), one row per sample, got shape \(12,\)", features[:, 0], labels)
-    refused(ShapeError, r"features must be .* Use features\.flatten\(1\)", features[:, :, None], labels)
-    refused(ShapeError, r"target must be \(12,\), one value per sample, got shape \(11,\)", features, labels[1:])
-    refused(ShapeError, r"target must be \(12,\), .* got shape \(11, 2\)", features, torch.ones(11, 2))
-    refused(ShapeError, r"weight must be \(12,\), .* Use weight\.squeeze\(1\)", features, labels, ones[:, None])
-    refused(ValueError, r"features must hold at least one value, got shape \(0, 3\)", features[:0], labels[:0])
-    refused(ValueError, r"target must hold at least one value, got shape \(12, 0\)", features, torch.ones(12, 0))
-    refused(ValueError, "features and target must be on the same device", features, labels.to("meta"))
-    refused(ValueError, "weight must not be negative, got a minimum of -1", features, labels, -ones)
-    refused(ValueError, "reduction must be one of 'none', 'mean', 'sum'", features, labels, reduction="avg")
-    for value in (torch.nan, torch.inf):
-        bad = ones.clone()
-        bad[4] = value
-        refused(ValueError, rf"target must be finite, got {value} at index \[4\]", features, bad)
-        refused(ValueError, rf"weight must be finite, got {value} at index \[4\]", features, labels, bad)
-    for value, kind in (
-        (0, ValueError),
-        (-1, ValueError),
-        (torch.nan, ValueError),
-        (1e-50, ValueError),
-        ("1", TypeError),
-    ):
-        refused(kind, "temperature must", features, labels, temperature=value)
-        with pytest.raises(kind, match=r"^RankNContrast: temperature must"):
-            RankNContrast(temperature=value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -262,3 +148,27 @@ def test_a_batch_of_one_adds_nothing_and_is_told(reduction: Any) -> None:
     assert value.shape == ((1,) if reduction == "none" else ())
     (grad,) = torch.autograd.grad(value.sum(), features)
     assert torch.equal(grad, torch.zeros_like(features))
+
+
+def test_arguments_are_checked() -> None:
+    features, labels = samples()
+
+    def refused(kind: type[Exception], match: str, *arguments: Any, **options: Any) -> None:
+        with pytest.raises(kind, match="^rank_n_contrast: " + match):
+            rank_n_contrast(*arguments, **options)
+
+    refused(ShapeError, r"features must be \(N, D\), one row per sample, got shape \(12,\)", features[:, 0], labels)
+    refused(ShapeError, r"features must be .* Use features\.flatten\(1\)", features[:, :, None], labels)
+    refused(ShapeError, r"target must be \(12,\), one value per sample, got shape \(11,\)", features, labels[1:])
+    refused(ShapeError, r"target must be \(12,\), .* got shape \(11, 2\)", features, torch.ones(11, 2))
+    refused(ValueError, r"target must hold at least one value, got shape \(12, 0\)", features, torch.ones(12, 0))
+    for value, kind in (
+        (0, ValueError),
+        (-1, ValueError),
+        (torch.nan, ValueError),
+        (1e-50, ValueError),
+        ("1", TypeError),
+    ):
+        refused(kind, "temperature must", features, labels, temperature=value)
+        with pytest.raises(kind, match=r"^RankNContrast: temperature must"):
+            RankNContrast(temperature=value)  # type: ignore[arg-type]

@@ -191,7 +191,7 @@ def test_one_gray_in_five_is_made():
 @pytest.mark.parametrize(
     ("images", "settings", "error", "message"),
     [
-        (photos(1)[0], {}, ShapeError, "images must have shape (N, C, H, W), got (3, 6, 9)."),
+        (torch.zeros(3, 8, 8), {}, ShapeError, "images must have shape (N, C, H, W), got (3, 8, 8)."),
         (torch.zeros(1, 3, 8, 8), {}, TypeError, "images must be uint8, got dtype torch.float32."),
         (photos(1), {"generator": None}, TypeError, "generator must be a Generator, got NoneType."),
     ],

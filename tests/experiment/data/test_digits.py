@@ -69,14 +69,14 @@ def test_evaluation_is_balanced_and_left_alone_by_tail_noise_and_seed(default):
         (
             {"test_per_class": 174},
             ValueError,
-            "digits: test_per_class must be at most 173, got 174.",
+            "digits: test_per_class must leave each class at least one sample, got 174 of class 8, which has 174.",
         ),
         (
             {"val_per_class": 124},
             ValueError,
             "digits: val_per_class must leave each class at least one sample, got 124 of class 8,",
         ),
-        ({"shares": [1.0] * 9}, ShapeError, "digits: shares must hold one share per class, got 9 for 10"),
+        ({"shares": [1.0] * 9}, ShapeError, "digits: shares must hold one share a class, got 9 for 10"),
         ({"noise": -0.1}, ValueError, "digits: noise must be >= 0 and < 1, got -0.1."),
         ({"seed": -1}, ValueError, "digits: seed must be at least 0, got -1."),
     ],

@@ -73,21 +73,12 @@ def test_more_than_one_chunk(tmp_path):
         (idx([1] * 33, b"1"), "byte 3: there must be 1 to 32 axes, got 33."),
         (idx([2, 3])[:10], "byte 10: the file must go on for 2 more bytes, got its end."),
         (idx([3, 0, 0]), "byte 8: each axis must be at least 1 long, got (3, 0, 0)."),
-        (
-            HAND[:-1],
-            "byte 4: the numbers must take at most 5 bytes, since the file holds no more, got 6 in shape (2, 3).",
-        ),
+        (HAND[:-1], "byte 4: the numbers must take no more bytes than the 5 there can be, got 6 in shape (2, 3)."),
         (HAND + b"\0", "byte 18: the file must end where its header says, got more bytes."),
-        (
-            idx([2**30], b"1"),
-            "byte 4: the numbers must take at most 1 bytes, since the file holds no more, got 1,073,741,824",
-        ),
-        (
-            idx([2**31], b"1", code=9),
-            "byte 4: the numbers must take at most 1 bytes, since the file holds no more, got 2,147,483,648 in",
-        ),
-        (idx([2**31 + 1], b"1"), "byte 4: the numbers must take at most 1 bytes, since"),
-        (idx([2**29], b"1", code=14), "byte 4: the numbers must take at most 1 bytes, since"),
+        (idx([2**30], b"1"), "byte 4: the numbers must take no more bytes than the 1 there can be, got 1,073,741,824"),
+        (idx([2**31], b"1", code=9), "byte 4: the numbers must take no more bytes than the 1 there can be"),
+        (idx([2**31 + 1], b"1"), "byte 4: the numbers must take at most 2,147,483,648 bytes, got 2,147,483,649."),
+        (idx([2**29], b"1", code=14), "byte 4: the numbers must take at most 2,147,483,648 bytes, got 4,294,967,296."),
         (idx([2**32 - 1] * 32, b"1"), "byte 4: the numbers must take at most"),  # 64 bits would overflow
         (idx([2**16, 2**16, 2**16, 2**16], b""), "byte 4: the numbers must take at most"),  # to 0, in 64 bits
     ],
@@ -101,16 +92,16 @@ def test_refuses_plain_files_that_lie(tmp_path, data, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(HAND)[:-1], "unpacked byte 18: the gzip stream must be whole, got Compressed file ended before"),
+        (gzip.compress(HAND)[:-1], "unpacked byte 18: the gzip stream must be whole, got its end, too early."),
         (gzip.compress(HAND)[:14], "the gzip stream must be whole"),
-        (gzip.compress(HAND)[:-8] + bytes(8), "the gzip stream must be whole, got CRC check failed"),
+        (gzip.compress(HAND)[:-8] + bytes(8), "the gzip stream must be whole, got Error -3 while decompressing data"),
         (gzip.compress(HAND[:-1]), "unpacked byte 17: the file must go on for 1 more bytes, got its end."),
         (gzip.compress(HAND + b"1"), "unpacked byte 18: the file must end where its header says, got more bytes."),
-        (gzip.compress(HAND) + b"more", "unpacked byte 18: the gzip stream must be whole, got Not a gzipped file"),
-        (gzip.compress(HAND) * 2, "unpacked byte 18: the file must end where its header says, got more"),
-        (gzip.compress(idx([2**30])), "unpacked byte 4: the numbers must take at most"),
-        (b"\x1f\x8b\x08", "unpacked byte 0: the gzip stream must be whole, got Compressed file ended before"),
-        (b"\x1f\x8b\x00" + bytes(30), "unpacked byte 0: the gzip stream must be whole, got Unknown compression method"),
+        (gzip.compress(HAND) + b"\0", "unpacked byte 18: nothing may follow the gzip stream, got more bytes"),
+        (gzip.compress(HAND) * 2, "unpacked byte 18: nothing may follow the gzip stream, got more bytes"),
+        (gzip.compress(idx([2**30])), "unpacked byte 4: the numbers must take no more bytes than the"),
+        (b"\x1f\x8b\x08", "unpacked byte 0: the gzip stream must be whole, got its end, too early."),
+        (b"\x1f\x8b\x00" + bytes(30), "unpacked byte 0: the gzip stream must be whole, got Error -3"),
     ],
 )
 def test_refuses_packed_files_that_lie(tmp_path, data, message):
@@ -140,7 +131,7 @@ def test_a_bomb_is_not_unpacked(tmp_path):
 def test_limits_and_paths(tmp_path):
     path = write(tmp_path, HAND)
     assert read_idx(str(path), max_bytes=6).shape == (2, 3)
-    with pytest.raises(DataError, match="byte 4: the numbers must take at most 5 bytes, the limit, got 6 in"):
+    with pytest.raises(DataError, match="byte 4: the numbers must take at most 5 bytes, got 6"):
         read_idx(path, max_bytes=5)
     with pytest.raises(ValueError, match=r"^read_idx: max_bytes must be at least 1, got 0\."):
         read_idx(path, max_bytes=0)

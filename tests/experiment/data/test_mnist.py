@@ -161,8 +161,8 @@ def test_refuses_other_types_of_numbers(folder):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"shares": [1.0] * 9}, ShapeError, "shares must hold one share per class, got 9 for 10 classes"),
-        ({"shares": [0.0] * 10}, ValueError, "shares must be > 0 and <= 1, got 0.0 at index [0] (10 such values)"),
+        ({"shares": [1.0] * 9}, ShapeError, "shares must hold one share a class, got 9 for 10 classes"),
+        ({"shares": [0.0] * 10}, ValueError, "shares must be > 0 and <= 1, got 0 of class 0"),
         ({"noise": 1.5}, ValueError, "noise must be >= 0 and < 1, got 1.5"),
         ({"noise": "much"}, TypeError, "noise must be a number, got 'much'"),
         ({"val_per_class": 6}, ValueError, "got 6 of class 0, which has 6"),

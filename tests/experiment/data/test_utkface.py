@@ -96,11 +96,7 @@ def test_split_sizes_by_hand(age, count, train, val, test):
 
 def test_split_refuses():
     name = names_of(26, 1)[0]
-    for bad, message in (
-        (["a.jpg"], "got 'a.jpg'"),
-        ([name, name], "must occur once"),
-        (names_of(117, 1), "ages in .0, 117.*got"),
-    ):
+    for bad, message in ((["a.jpg"], "names must read"), ([name, name], "stand once"), (names_of(117, 1), "117")):
         with pytest.raises(DataError, match=message):
             utkface_dir_split(bad)
 
