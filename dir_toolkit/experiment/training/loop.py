@@ -28,7 +28,8 @@ from .identity import run_identity
 from .interrupts import Interrupts
 from .log import RunLog
 from .optimization import Optimization
-from .run_files import Progress, RunFiles
+from .run_files import RunFiles
+from .run_state import Progress
 from .runtime import Runtime
 from .steps import LossWatch, Steps
 
@@ -125,7 +126,8 @@ def fit(
     both = _ModelAndLoss(model, loss, runtime).to(runtime.device)
     samples = _samples(train, sampler)
     steps = Steps(both, optimization, samples, runtime, fewest=2 * runtime.world, norms=True)
-    progress = Progress(loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    progress = Progress(_column(metrics.selects), steps.batches, loss_sum)
     parts = {
         "seed": runtime.seed,
         "number of processes": runtime.world,
@@ -150,25 +152,24 @@ def fit(
         fds=fds,
         progress=progress,
         identity=run_identity(parts, model=model, loss=loss, fingerprint=fingerprint or {}),
-        selects=_column(metrics.selects),
         columns=("epoch", "step", "lr", "loss", *map(_column, metrics.fresh().summary()), "seconds"),
         epochs=optimization.epochs,
-        batches=steps.batches,
     )
     files.open(resume)
     if progress.epoch == optimization.epochs:
         if runtime.is_main:
-            best = f"{files.selects} {progress.best:.4g} at epoch {progress.best_epoch}"
-            print(f"This run was finished before: its best {best}.", flush=True)
+            epoch, error = progress.best
+            print(f"This run was finished before: best {progress.selects} {error:.4g} at epoch {epoch}.", flush=True)
         with files:
             files.load_best()
         return progress.history
 
-    done = progress.steps_done(steps.batches)
     with (
         files,
         runtime.seeded("fit"),
-        RunLog(folder, runtime, steps_per_epoch=len(steps.batches), history=progress.history, step=done) as log,
+        RunLog(
+            folder, runtime, steps_per_epoch=len(steps.batches), history=progress.history, step=progress.steps_done
+        ) as log,
         Interrupts() as interrupts,
     ):
         network = runtime.parallel(both)
@@ -196,10 +197,8 @@ def fit(
             watch = LossWatch(runtime.device)
             log.start_epoch(progress.epoch + 1, progress.step)
             for step in steps.epoch(progress.epoch, order, loss_of, start=progress.step):
-                watch.see(progress.steps_done(steps.batches), step)
-                batch = steps.batches[step.place]
+                watch.see(progress.steps_done, step)
                 progress.loss_sum += step.samples * step.loss.double()
-                progress.samples += batch.stop - batch.start
                 progress.step += 1
                 log.step()
 
@@ -221,9 +220,8 @@ def fit(
             runtime.share_buffers(both)
             errors = evaluate(model, val, metrics=metrics, runtime=runtime)
             progress.seconds = time.monotonic() - started
-            done = progress.steps_done(steps.batches)
-            row = _row(progress, errors, runtime, lr=steps.rate(done - 1), step=done)
-            best_yet = progress.end_epoch(row, files.selects)
+            row = _row(progress, errors, runtime, lr=steps.rate(progress.steps_done - 1))
+            best_yet = progress.end_epoch(row)
             if best_yet:
                 files.save_best()
             log.end_epoch(row, best=best_yet)
@@ -232,9 +230,9 @@ def fit(
             if any(runtime.any([interrupts.noted])):
                 _stop(files, log)
         files.load_best()
-    if runtime.is_main and 0 < progress.best_epoch <= _EARLY < optimization.epochs // 2:
+    if runtime.is_main and 0 < progress.best[0] <= _EARLY < optimization.epochs // 2:
         warn(
-            f"{files.selects} was least at epoch {progress.best_epoch} of {optimization.epochs}, and these weights are "
+            f"{progress.selects} was least at epoch {progress.best[0]} of {optimization.epochs}, and these weights are "
             "loaded. Lower the learning rate, look for odd labels in the validation set, or train for fewer epochs.",
         )
     return progress.history
@@ -423,12 +421,12 @@ def _column(name: str) -> str:
     return "val_" + name.removesuffix("/all").replace("/", "_")
 
 
-def _row(progress: Progress, metrics: Metrics, runtime: Runtime, *, lr: float, step: int) -> dict[str, Any]:
+def _row(progress: Progress, metrics: Metrics, runtime: Runtime, *, lr: float) -> dict[str, Any]:
     return {
         "epoch": progress.epoch + 1,
-        "step": step,
+        "step": progress.steps_done,
         "lr": lr,
-        "loss": runtime.sum(progress.loss_sum).item() / progress.samples,
+        "loss": runtime.sum(progress.loss_sum).item() / progress.batches[-1].stop,
         **{_column(name): value for name, value in metrics.summary().items()},
         "seconds": round(progress.seconds, 3),
     }

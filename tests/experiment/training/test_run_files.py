@@ -155,9 +155,9 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (("format",), ..., r"must be of format 2, got none\. Go on with the release"),
-        (("format",), 1, "must be of format 2, got format 1"),
-        (("format",), 3, "got format 3"),
+        (("format",), ..., r"must be of format 3, got none\. Go on with the release"),
+        (("format",), 1, "must be of format 3, got format 1"),
+        (("format",), 4, "got format 4"),
         (("format",), True, "got format True"),
         (("fingerprint",), [1], "no settings of a run"),
         (("fingerprint",), ..., "no settings of a run"),
@@ -219,14 +219,9 @@ NAN = float("nan")
         (("progress", "epoch"), 3, "epoch 3 and step 1"),
         (("progress", "step"), 10**6, "epoch 1 and step 1000000 of 3 times 2"),
         (("progress", "step"), -3, "epoch 1 and step -3"),
-        (("progress", "step"), 2, "20 samples after 2 steps"),
-        (("progress", "samples"), -1, "-1 samples after 1 steps"),
         (("progress", "seconds"), "long", "'long' seconds"),
         (("progress", "seconds"), -1.0, "-1.0 seconds"),
         (("progress", "seconds"), math.inf, "inf seconds"),
-        (("progress", "best"), -1.0, "epoch 1 as the best, which the history denies"),
-        (("progress", "best_epoch"), 0, "epoch 0 as the best, which the history denies"),
-        (("progress", "best_epoch"), torch.ones(2), "tensor.* as the best, which the history denies"),
         (("progress", "history"), "rows", "a history of other than 1 rows"),
         (("progress", "history"), [], "a history of other than 1 rows"),
         (("progress", "history", 0), 1, "a history whose row 1 is none of this run"),
@@ -268,7 +263,7 @@ def test_any_place_may_hold_anything(resumed: Callable[..., Any], stopped: dict[
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (("format",), ..., "must be of format 2, got none"),
+        (("format",), ..., "must be of format 3, got none"),
         (("fingerprint", "seed"), 4, "seed was 4 and is 3"),
         (("epoch",), 2, "of epoch 2, not epoch"),
         (("epoch",), "1", "of epoch '1', not epoch"),

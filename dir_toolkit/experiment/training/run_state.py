@@ -1,0 +1,156 @@
+"""What the last checkpoint of a run holds: where the run stands, and checks of all that before any of it is used."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._checks import problem
+from ...errors import CheckpointError
+from .identity import is_plain
+
+__all__ = ["Progress", "check_progress", "foreign", "optimizer_state", "rank_state"]
+
+_OPTIMIZER_STATE = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    selects: str
+    """The column of the history that decides which epoch is the best."""
+    batches: Sequence[slice]
+    """Of an epoch."""
+    loss_sum: Tensor
+    """The sum of the losses of this rank's samples, over the epoch so far."""
+    step: int = 0
+    """Steps done in the epoch under way."""
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One row per epoch that is done."""
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.history)
+
+    @property
+    def steps_done(self) -> int:
+        """Over all epochs."""
+        return self.epoch * len(self.batches) + self.step
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The first epoch with the least error, and that error; 0 and infinity where no error is known."""
+        return min(
+            ((row[self.selects], row["epoch"]) for row in self.history if row[self.selects] < math.inf),
+            default=(math.inf, 0),
+        )[::-1]
+
+    def end_epoch(self, row: dict[str, Any]) -> bool:
+        """Add a row and go on to the next epoch; returns whether this was the best."""
+        self.history.append(row)
+        self.step = 0
+        self.loss_sum.zero_()
+        return self.best[0] == row["epoch"]
+
+    def shared(self) -> dict[str, Any]:
+        """What all ranks share."""
+        return {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "history": self.history}
+
+
+def foreign(path: Path, got: str) -> Exception:
+    """The error of a checkpoint that holds what no run writes."""
+    fix = "Put an intact copy in its place, or start in another folder."
+    return problem(f"{path} must hold what fit() wrote there", got=got, fix=fix, error=CheckpointError)
+
+
+def check_progress(path: Path, saved: Any, own: Progress, epochs: int, columns: Collection[str]) -> None:
+    """Require a place at which a run may stand, and a history of as many epochs."""
+    steps = len(own.batches)
+    if not isinstance(saved, dict) or saved.keys() != own.shared().keys():
+        raise foreign(path, "a place in the run with other entries")
+    epoch, step, seconds, history = (saved[name] for name in ("epoch", "step", "seconds", "history"))
+    if not is_whole(epoch, 0, epochs) or not is_whole(step, 0, steps if epoch < epochs else 0):
+        raise foreign(path, f"epoch {epoch!r} and step {step!r} of {epochs} times {steps}")
+    if not is_number(seconds) or not 0 <= seconds < math.inf:
+        raise foreign(path, f"{seconds!r} seconds")
+    if not isinstance(history, list) or len(history) != epoch:
+        raise foreign(path, f"a history of other than {epoch} rows")
+    for number, row in enumerate(history, 1):
+        sound = isinstance(row, dict) and row.keys() == columns and all(map(is_number, row.values()))
+        if not sound or (row["epoch"], row["step"]) != (number, number * steps):
+            raise foreign(path, f"a history whose row {number} is none of this run")
+
+
+def rank_state(path: Path, saved: Any, rank: int, world: int, *, with_fds: bool) -> dict[str, Any]:
+    """What a rank keeps of its own."""
+    expected = {"loss_sum", "threads", *(("fds",) if with_fds else ())}
+    if not isinstance(saved, list) or len(saved) != world:
+        raise foreign(path, f"other than {world} ranks")
+    for own in saved:
+        if not isinstance(own, dict) or own.keys() != expected:
+            raise foreign(path, "a rank with other entries")
+        if not is_number(own["loss_sum"]) or not math.isfinite(own["loss_sum"]):
+            raise foreign(path, f"{own['loss_sum']!r} as a sum of losses")
+        if not is_whole(own["threads"], 1, 2**31):
+            raise foreign(path, f"{own['threads']!r} threads")
+        for name, value in own["fds"].items() if isinstance(own.get("fds"), dict) else ():
+            if isinstance(value, Tensor) and (value.isinf().any() or (name == "running_count" and (value < 0).any())):
+                raise foreign(path, f"{name} of an FDS that no features have")
+    state = saved[rank]
+    assert isinstance(state, dict)
+    return state
+
+
+def optimizer_state(path: Path, saved: Any, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+    """What the optimizer remembers, for its own groups, whose settings the identity of the run tells.
+
+    Args:
+        steps: of the whole run.
+    """
+    own = optimizer.state_dict()
+    groups = saved["param_groups"] if isinstance(saved, dict) and saved.keys() == {"state", "param_groups"} else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise foreign(path, "no state of an optimizer")
+    numbered = [group.get("params") for group in groups]
+    if not is_plain(numbered) or numbered != [group["params"] for group in own["param_groups"]]:
+        raise foreign(path, "an optimizer of other parameters")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = saved["state"]
+    if not isinstance(entries, dict) or list(entries) != list(range(len(parameters))):
+        raise foreign(path, "a state of the optimizer for other parameters")
+    expected = _OPTIMIZER_STATE[type(optimizer).__name__.lower()]
+    for entry, parameter in zip(entries.values(), parameters, strict=True):
+        if not isinstance(entry, dict) or (entry and entry.keys() != expected):
+            raise foreign(path, "a state of another optimizer")
+        for name, value in entry.items():
+            if name == "momentum_buffer" and value is None:
+                continue
+            if not isinstance(value, Tensor) or value.shape != (() if name == "step" else parameter.shape):
+                raise foreign(path, f"{name} of the optimizer in another shape than its parameter")
+            if not value.is_floating_point():
+                raise foreign(path, f"{name} of the optimizer as {value.dtype}")
+            if name == "step" and not 0 < value.item() <= steps:
+                raise foreign(path, f"step {value.item():g} of the optimizer")
+            if not value.isfinite().all():
+                raise foreign(path, f"{name} of the optimizer that is not finite")
+    return {"state": {i: entry for i, entry in entries.items() if entry}, "param_groups": own["param_groups"]}
+
+
+def is_whole(value: object, low: int, high: int) -> bool:
+    """Whether a value is a whole number from ``low`` to ``high``."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
