@@ -120,12 +120,14 @@ class Loss(NamedTuple):
     """A loss that can be named.
 
     Attributes:
+        function: called as ``function(scores, target, weight, **options)``; returns the mean over the samples.
         power: of the label's unit that the loss is in.
-        call: takes the readout, the scores, the placed labels and the weights, and returns the mean over the samples.
+        options: of the function, given the bins and the spread of the labels.
     """
 
-    power: int
-    call: Callable[[Any, Tensor, Placed, Tensor | None], Tensor]
+    function: Callable[..., Tensor]
+    power: int = 0
+    options: Callable[[Bins, float], dict[str, Any]] = lambda bins, spread: {}
 
 
 class Readout(nn.Module):
@@ -146,7 +148,9 @@ class Readout(nn.Module):
             raise problem("loss must be a name or a function", got=type(loss).__name__, error=TypeError)
         self.score_shape: tuple[int, ...] = (len(self.bins),)  # of one sample
         self.loss_name = loss if isinstance(loss, str) else None
-        self.loss = None if isinstance(loss, str) else loss
+        named = self.losses[loss] if isinstance(loss, str) else Loss(loss)
+        self.loss, self.loss_options = named.function, named.options(self.bins, self.spread)
+        self.loss_unit = self.spread**named.power
 
     @classmethod
     def make_head(cls, head: str | nn.Module, num_features: int, bins: Bins) -> nn.Module:
@@ -166,16 +170,18 @@ class Readout(nn.Module):
         """The losses that can be named for this head; the first is the default."""
         return tuple(self.losses)
 
+    def seen(self, scores: Tensor) -> Tensor:
+        """The scores that the loss is given."""
+        return scores
+
     def target(self, labels: Placed) -> Tensor:
-        """The labels that a loss of the user's own is given."""
+        """The labels that the loss is given."""
         return labels.exact
 
     def criterion(self, output: LongTailOutput, labels: Placed, weight: Tensor | None, head: nn.Module) -> Tensor:
         """The mean loss of a batch."""
-        if self.loss_name is None:
-            return self.loss(output.scores, self.target(labels), weight)  # type: ignore[misc]
-        named = self.losses[self.loss_name]
-        return named.call(self, output.scores, labels, weight) / self.spread**named.power
+        loss = self.loss(self.seen(output.scores), self.target(labels), weight, **self.loss_options)
+        return loss / self.loss_unit
 
     def set_prior(
         self, target_prior: TargetPrior, tau: float, kernel: PriorKernel, temperature: float | None, weights: LDS | None
@@ -253,20 +259,17 @@ class PointReadout(_NumberReadout):
 
     heads: ClassVar = {"regression": lambda num_features, num_bins: LinearHead(num_features, 1)}
     losses: ClassVar = {
-        "weighted_l1": Loss(1, lambda own, pred, y, w: weighted_l1(pred, y.exact, w)),
-        "weighted_mse": Loss(2, lambda own, pred, y, w: weighted_mse(pred, y.exact, w)),
-        "weighted_huber": Loss(1, lambda own, pred, y, w: weighted_huber(pred, y.exact, w, delta=own.small)),
-        "weighted_focal_l1": Loss(1, lambda own, pred, y, w: weighted_focal_l1(pred, y.exact, w, beta=0.2 / own.small)),
-        "weighted_focal_mse": Loss(
-            2, lambda own, pred, y, w: weighted_focal_mse(pred, y.exact, w, beta=0.2 / own.small)
-        ),
-        "balanced_mse": Loss(2, lambda own, pred, y, w: own.loss(pred, y.exact, w)),
+        "weighted_l1": Loss(weighted_l1, 1),
+        "weighted_mse": Loss(weighted_mse, 2),
+        "weighted_huber": Loss(weighted_huber, 1, lambda bins, spread: {"delta": _SMALL_ERROR * spread}),
+        "weighted_focal_l1": Loss(weighted_focal_l1, 1, lambda bins, spread: {"beta": 0.2 / (_SMALL_ERROR * spread)}),
+        "weighted_focal_mse": Loss(weighted_focal_mse, 2, lambda bins, spread: {"beta": 0.2 / (_SMALL_ERROR * spread)}),
+        "balanced_mse": Loss(BinnedIntegrationLoss, 2),  # made in the constructor
     }
 
     def __init__(self, setup: Setup, *, within_axis: bool = False, prior_kernel: PriorKernel = "auto") -> None:
         super().__init__(setup, within_axis)
         self.score_shape = ()
-        self.small = _SMALL_ERROR * self.spread
         self.prior_kernel = _checked_kernel("prior_kernel", prior_kernel)
         if self.loss_name == "balanced_mse":
             density = _needed('loss="balanced_mse"', self.density)
@@ -294,15 +297,12 @@ class GaussianReadout(_NumberReadout):
 
     heads: ClassVar = {"gaussian": lambda num_features, num_bins: LinearHead(num_features, 2)}
     losses: ClassVar = {
-        "gaussian_nll": Loss(
-            0, lambda own, pred, y, w: gaussian_nll(pred, y.exact, w, min_variance=own.least_variance)
-        ),
+        "gaussian_nll": Loss(gaussian_nll, 0, lambda bins, spread: {"min_variance": _least_variance(spread)}),
     }
 
     def __init__(self, setup: Setup, *, within_axis: bool = False) -> None:
         super().__init__(setup, within_axis)
         self.score_shape = (2,)
-        self.least_variance = max(_LEAST_VARIANCE * self.spread**2, torch.finfo(torch.float32).tiny)
 
     def _read(self, raw: Tensor, offset: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = raw.unbind(1)
@@ -311,7 +311,7 @@ class GaussianReadout(_NumberReadout):
 
     def interval(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
         pred = output.scores if isinstance(output, LongTailOutput) else output
-        lower, upper = gaussian_interval(pred, level, min_variance=self.least_variance)
+        lower, upper = gaussian_interval(pred, level, min_variance=_least_variance(self.spread))
         return self._held(lower), self._held(upper)
 
 
@@ -403,6 +403,9 @@ class _ScoreReadout(Readout):
             return [density.counts for density in densities]
         return [_as_counted(self.density, density).smooth(kernel).counts for density in densities]
 
+    def seen(self, scores: Tensor) -> Tensor:
+        return scores if self.loss_name in (None, "affinity_loss") else self.trained_logits(scores)
+
     def target(self, labels: Placed) -> Tensor:
         return labels.values
 
@@ -461,12 +464,11 @@ class BinsReadout(_ScoreReadout):
 
     heads: ClassVar = {"linear": LinearHead, "cosine": CosineHead, "affinity": partial(AffinityHead, prototypes=1)}
     losses: ClassVar = {
-        "cross_entropy": Loss(0, lambda own, s, y, w: soft_cross_entropy(own.trained_logits(s), own.soft_labels(y), w)),
-        "crps": Loss(1, lambda own, s, y, w: crps(own.trained_logits(s), y.values, w, bins=own.bins)),
-        "squared_emd": Loss(
-            1, lambda own, s, y, w: squared_emd(own.trained_logits(s), own.soft_labels(y), w, bins=own.bins)
-        ),
+        "cross_entropy": Loss(soft_cross_entropy),
+        "crps": Loss(crps, 1, lambda bins, spread: {"bins": bins}),
+        "squared_emd": Loss(squared_emd, 1, lambda bins, spread: {"bins": bins}),
     }
+    _spread_labels = ("cross_entropy", "squared_emd")  # the losses whose targets are labels spread over bins
 
     warned_crowded = False  # whether labels are spread wider than most of them lie
     reach: Tensor  # (B,), how far a residual may lead from the centre of its bin
@@ -502,8 +504,9 @@ class BinsReadout(_ScoreReadout):
             reach = np.maximum(self.bins.edges[1:] - self.bins.centers, self.bins.centers - self.bins.edges[:-1])
             self.register_buffer("reach", torch.tensor(reach, dtype=torch.float32))
 
-    def soft_labels(self, labels: Placed) -> Tensor:
-        """The targets (N, B) of the losses that spread labels."""
+    def target(self, labels: Placed) -> Tensor:
+        if self.loss_name not in self._spread_labels:
+            return labels.values
         if not self.sigma:
             bins = torch.arange(len(self.bins), device=labels.row.device)
             return (labels.row[:, None] == bins).to(wide_dtype(labels.values))
@@ -601,7 +604,7 @@ class BinsReadout(_ScoreReadout):
         self._sigma_unit: KernelUnit = "label"
         if isinstance(sigma, str):
             one_of("sigma", sigma, ("auto",))
-        if self.loss_name not in ("cross_entropy", "squared_emd"):
+        if self.loss_name not in self._spread_labels:
             if sigma not in ("auto", None, 0):
                 rule = "sigma must be left out with a loss that takes labels as they are"
                 raise problem(rule, got=repr(sigma), fix='Use loss="cross_entropy".')
@@ -662,10 +665,7 @@ class ClassReadout(_ScoreReadout):
     """
 
     heads: ClassVar = {"linear": LinearHead, "cosine": CosineHead, "affinity": partial(AffinityHead, prototypes=5)}
-    losses: ClassVar = {
-        "cross_entropy": Loss(0, lambda own, s, y, w: cross_entropy(own.trained_logits(s), y.row, w)),
-        "affinity_loss": Loss(0, lambda own, s, y, w: affinity_loss(s, y.row, w)),
-    }
+    losses: ClassVar = {"cross_entropy": Loss(cross_entropy), "affinity_loss": Loss(affinity_loss)}
 
     def __init__(
         self,
@@ -756,6 +756,10 @@ def _spread_of_labels(bins: Bins, density: LabelDensity | None) -> tuple[float, 
     median = quantiles(torch.from_numpy(shares), bins, 0.5).item()
     variance = shares @ ((bins.centers - shares @ bins.centers) ** 2 + widths**2 / 12)
     return median, math.sqrt(variance)
+
+
+def _least_variance(spread: float) -> float:
+    return max(_LEAST_VARIANCE * spread**2, torch.finfo(torch.float32).tiny)
 
 
 def _wrong_head(count: int, got: object) -> Exception:
