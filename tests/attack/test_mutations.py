@@ -209,7 +209,7 @@ def reads_folder(arena: Arena, data: bytes) -> None:
     for name, content in {"a.jpg": jpeg(0), "b.jpg": data}.items():
         arena.write(name, content)
     files = FolderFiles(arena.inputs)
-    names = [name for name in ("a.jpg", "b.jpg") if files.has(name, where="test")]
+    names = [name for name in ("a.jpg", "b.jpg") if files.has(name, source="test")]
     skipping = decode_once(files, names, size=8, cache=arena.cache, on_error="skip")
     assert "a.jpg" in skipping.rows
     assert skipping.images.shape == (2, 3, 8, 8)

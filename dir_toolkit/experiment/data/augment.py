@@ -1,4 +1,4 @@
-"""Random changes of a whole batch of images at once, each image on its own."""
+"""Random changes of a whole batch of images at once; each image changes in its own way."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ __all__ = ["augment", "augment_strongly", "to_float"]
 
 
 def augment(images: Tensor, *, generator: torch.Generator, flip: bool = True, shift: int = 4) -> Tensor:
-    """Each image mirrored left to right with probability one half, then moved by a whole number of pixels each way.
+    """Each image is mirrored with probability one half and then moved by a whole number of pixels each way.
 
-    What a shift uncovers is filled by reflection about the border pixels, as ``numpy.pad(mode="reflect")`` does. Three
-    numbers an image are drawn whatever the settings, so a generator is left in the same state by all of them.
+    The pixels that a move uncovers are filled by reflection about the border pixels, as ``numpy.pad(mode="reflect")``
+    does. Three numbers per image are drawn whatever the settings are, so all settings leave the generator in the same
+    state.
 
     Args:
-        generator: the only source of randomness; on the device of ``images``, or on the CPU.
-        flip: whether to mirror at all.
-        shift: the farthest move, in pixels, up, down, left and right; smaller than either side. Each whole number from
-            ``-shift`` to ``shift`` is equally likely.
+        generator: the only source of randomness, on the device of ``images`` or on the CPU.
+        flip: whether images are mirrored, left to right, at all.
+        shift: the farthest move up, down, left and right, in pixels. It is smaller than the height and the width, and
+            each whole number from ``-shift`` to ``shift`` is equally likely.
     Shape:
-        images: (N, C, H, W), uint8 or any float. Returns the same shape and dtype, a copy.
+        images: (N, C, H, W), uint8 or floats. Returns a copy of the same shape and dtype.
     Raises:
-        ShapeError: images have another number of axes. TypeError: images are neither uint8 nor floats, the generator is
-        none, flip is no bool or shift no whole number. ValueError: shift is negative or as large as a side.
+        ShapeError: images do not have four axes.
+        TypeError: images are neither uint8 nor floats, or another argument has the wrong type.
+        ValueError: shift is negative, or not smaller than the height and the width.
 
     >>> images = torch.arange(6, dtype=torch.uint8).reshape(1, 1, 2, 3)
     >>> augment(images, generator=torch.Generator().manual_seed(0), flip=False, shift=0).equal(images)
     True
     """
-    _check_images(images)
-    instance(torch.Generator, generator=generator)
+    _check_batch(images, generator, floats=True)
     instance(bool, flip=flip)
     shift = whole("shift", shift, low=0)
     count, channels, height, width = images.shape
@@ -55,28 +56,26 @@ def augment(images: Tensor, *, generator: torch.Generator, flip: bool = True, sh
 
 
 def augment_strongly(images: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Each image mirrored, turned, zoomed and moved, and its light and colors changed: for long trainings.
+    """Each image is mirrored, turned, zoomed and moved, and its light and its colors change: for long trainings.
 
-    Evenly drawn: a mirror image with probability one half; a turn of up to 15 degrees, a zoom of up to 15 % and a move
-    of up to a twelfth of the side, each way; brightness up to an eighth of the range of values, each way; contrast
-    about the image's mean between 75 and 125 %; all colors replaced by their mean with probability one fifth. What
-    turns and moves uncover is filled by reflection. Eight numbers an image are drawn.
+    All changes are drawn evenly from their range. An image is mirrored with probability one half. It is turned by up to
+    15 degrees, zoomed by up to 15 % and moved by up to a twelfth of its side, each in both directions. Its brightness
+    changes by up to an eighth of the range of values, and its contrast, about the mean of the image, by up to 25 %.
+    With probability one fifth all colors are replaced by their mean. The pixels that turns and moves uncover are filled
+    by reflection. Eight numbers per image are drawn.
 
     Args:
-        generator: the only source of randomness; on the device of ``images``, or on the CPU.
+        generator: the only source of randomness, on the device of ``images`` or on the CPU.
     Shape:
-        images: (N, C, H, W) uint8. Returns the same shape and dtype, a copy; values are rounded and cut to 0 ... 255.
+        images: (N, C, H, W) uint8. Returns a copy of the same shape and dtype; values are rounded and cut to [0, 255].
     Raises:
-        ShapeError: images have another number of axes. TypeError: they are not uint8, or the generator is none.
+        ShapeError: images do not have four axes. TypeError: they are not uint8, or there is no generator.
 
     >>> images = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
     >>> augment_strongly(images, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([1, 3, 8, 8])
     """
-    _check_images(images)
-    if images.dtype != torch.uint8:
-        raise problem("images must be uint8", got=f"dtype {images.dtype}", error=TypeError)
-    instance(torch.Generator, generator=generator)
+    _check_batch(images, generator)
     count, _, height, width = images.shape
     if count == 0:
         return images.clone()
@@ -85,7 +84,7 @@ def augment_strongly(images: Tensor, *, generator: torch.Generator) -> Tensor:
     mirror = torch.where(draws[0] < 0.5, -1.0, 1.0)
     angle, zoom, right, down, light, contrast = (2 * draws[1:7] - 1).unbind()
     angle, zoom = math.radians(15) * angle, 1 + 0.15 * zoom
-    # Where each pixel of the result is read, in units of half a side; a turn must not shear what is not square.
+    # Where each pixel of the result is read, in units of half a side. A turn must not shear images that are not square.
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     rows = [mirror * cos, -sin * height / width, right / 6, mirror * sin * width / height, cos, down / 6]
     grid = F.affine_grid(torch.stack(rows, 1).view(count, 2, 3), list(images.shape), align_corners=False)
@@ -99,7 +98,7 @@ def augment_strongly(images: Tensor, *, generator: torch.Generator) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1; the input is not written to.
+    """Images of uint8 as float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1. The input is not written to.
 
     Raises:
         TypeError: images are not uint8.
@@ -107,21 +106,25 @@ def to_float(images: Tensor) -> Tensor:
     >>> to_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([-1.0000, -0.6000,  1.0000])
     """
-    is_tensor(images=images)
-    if images.dtype != torch.uint8:
-        raise problem("images must be uint8", got=f"dtype {images.dtype}", error=TypeError)
+    _check_dtype(images)
     return images.float().div_(127.5).sub_(1)
 
 
-def _check_images(images: Tensor) -> None:
-    is_tensor(images=images)
+def _check_batch(images: Tensor, generator: torch.Generator, *, floats: bool = False) -> None:
+    _check_dtype(images, floats=floats)
     if images.ndim != 4:
         raise problem("images must have shape (N, C, H, W)", got=tuple(images.shape), error=ShapeError)
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise problem("images must be uint8 or floats", got=f"dtype {images.dtype}", error=TypeError)
+    instance(torch.Generator, generator=generator)
+
+
+def _check_dtype(images: Tensor, *, floats: bool = False) -> None:
+    is_tensor(images=images)
+    if images.dtype != torch.uint8 and not (floats and images.is_floating_point()):
+        rule = f"images must be uint8{' or floats' if floats else ''}"
+        raise problem(rule, got=f"dtype {images.dtype}", error=TypeError)
 
 
 def _reflect(index: Tensor, length: int) -> Tensor:
-    """Positions before the first or after the last pixel, folded back about it."""
+    """Positions before the first pixel or after the last one are folded back about it."""
     index = index.abs()
     return torch.where(index >= length, 2 * (length - 1) - index, index)

@@ -1,4 +1,4 @@
-"""JPEG files decoded once into one uint8 array on disk, which every later run maps into memory."""
+"""JPEG files are decoded once into one uint8 array on disk, which every later run maps into memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -16,15 +17,16 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from ..._checks import length, one_of, problem
-from ...errors import DataError, SettingsError
+from ...errors import SettingsError
 from ..files import one_at_a_time, progress_bar, write_atomically
+from ._checks import RECIPES, check_parts, data_error
 from .archives import Files
 from .images import ImageSet, Splits, content_digest
 
 __all__ = ["Decoded", "OnError", "decode_jpeg", "decode_once", "make_splits"]
 
 OnError = Literal["raise", "skip"]
-_VERSION = 1  # of the decoding; a new one leaves older files unused
+_VERSION = 1  # of the decoding; a new version leaves older files unused
 _MOST_PIXELS = 2**26
 _CHUNK = 256
 
@@ -35,7 +37,7 @@ class Decoded:
 
     Attributes:
         images: (M, 3, size, size) uint8, a read-only memmap.
-        rows: name -> row of ``images``; a file that could not be decoded is not in it.
+        rows: the row in ``images`` per name; files that could not be decoded have none.
     """
 
     images: np.ndarray
@@ -52,23 +54,23 @@ def decode_once(
 ) -> Decoded:
     """Decode images into a file of the cache folder, or map the file that an earlier call left there.
 
-    The file's name is the SHA-256 of the images' names and bytes, ``size`` and the version of this reader, so changed
-    images are decoded anew. It is written under another name and moved into place when whole. Of several processes one
-    decodes and the others wait, on a lock that dies with its holder; where the system has no locks, each decodes for
-    itself, to the same end. A file of the wrong length or kind is replaced.
+    The file is named by the SHA-256 of the names and bytes of the images, of ``size`` and of the version of this
+    reader, so changed images are decoded anew. It is written under another name and moved into place when it is whole.
+    One process decodes while the others wait, on a lock that ends with its holder. Where the system has no locks, every
+    process decodes for itself, with the same result. A file of the wrong length or type is replaced.
 
     Args:
-        names: of the images, in the order of ``files``; no name twice.
-        size: height and width of the decoded images, in pixels.
-        cache: folder; None takes ``$DIR_TOOLKIT_CACHE``, or else ``~/.cache/dir_toolkit``.
-        on_error: what a damaged image does: ``"raise"``, or ``"skip"``, which leaves it out of ``rows``.
+        names: the names of the images in the order of ``files``, each of them once.
+        size: the height and the width of the decoded images, in pixels.
+        cache: the folder; None means ``$DIR_TOOLKIT_CACHE``, or ``~/.cache/dir_toolkit`` if that is not set.
+        on_error: what happens at a damaged image: ``"raise"``, or ``"skip"``, which leaves it out of ``rows``.
     Raises:
         DataError: an image cannot be decoded, or a file cannot be read. ImportError: Pillow is missing.
     """
     size = length("size", size)
     one_of("on_error", on_error, ("raise", "skip"))
     if not names:
-        raise problem("names must hold at least one image", got="none", error=DataError)
+        raise data_error("names must hold at least one image", got="none")
     facts = json.dumps([_VERSION, size, files.digest(names), list(names)])
     folder = _default_folder() if cache is None else Path(cache)
     path = folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.npy"
@@ -76,9 +78,9 @@ def decode_once(
     if (faults := _stored_faults(path, shape, names)) is None:
         folder.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(path.with_suffix(".lock")) as alone:
-            if alone:  # what a process that was killed left; without locks others may be at work
-                for left in path.parent.glob(f".{path.stem}.*.tmp"):
-                    left.unlink()
+            # What a killed process left is cleared away, but without locks others may be at work.
+            for left in folder.glob(f".{path.stem}.*.tmp") if alone else ():
+                left.unlink()
             if (faults := _stored_faults(path, shape, names)) is None:
                 faults = _build(path, shape, files, names, on_error)
     if faults and on_error == "raise":
@@ -90,44 +92,40 @@ def decode_once(
 def make_splits(
     decoded: Decoded, parts: Mapping[str, Sequence[tuple[str, float]]], *, source: str, skipped: dict[str, int]
 ) -> Splits:
-    """Splits from the names and labels of each part; names that could not be decoded are left out and counted.
+    """Splits from the names and labels of each part. Names that could not be decoded are left out and counted.
 
     Raises:
         DataError: a part has no image.
     """
-    counts, sets = dict(skipped), {}
-    for part in ("train", "val", "test"):
-        kept = [(decoded.rows[name], label) for name, label in parts[part] if name in decoded.rows]
-        if not kept:
-            raise problem(f"the {part} split must hold at least one image", got="none", error=DataError, source=source)
-        if lost := len(parts[part]) - len(kept):
-            counts["unreadable image"] = counts.get("unreadable image", 0) + lost
-        rows = np.array([row for row, _ in kept], np.int64)
-        labels = np.array([label for _, label in kept], np.float32)
+    kept = {part: [member for member in members if member[0] in decoded.rows] for part, members in parts.items()}
+    check_parts(kept, source)
+    sets = {}
+    for part, members in kept.items():
+        rows = np.array([decoded.rows[name] for name, _ in members], np.int64)
+        labels = np.array([label for _, label in members], np.float32)
         sets[part] = ImageSet(decoded.images, labels, rows, content_digest(decoded.images, labels, rows))
-    return Splits(**sets, source=source, skipped=counts)
+    lost = sum(map(len, parts.values())) - sum(map(len, kept.values()))
+    return Splits(**sets, source=source, skipped={**skipped, "unreadable image": lost} if lost else dict(skipped))
 
 
 def decode_jpeg(data: bytes, size: int) -> np.ndarray:
-    """One JPEG as RGB, at ``size`` by ``size`` pixels whatever its proportions.
+    """One JPEG as RGB, at ``size`` by ``size`` pixels whatever its proportions are.
 
-    The decoder first halves the image, up to three times and not below ``size``; Lanczos resampling does the rest.
-    An orientation noted in EXIF is not applied.
+    The decoder first halves the image up to three times, but not below ``size``. Lanczos resampling does the rest. An
+    orientation in the EXIF data is not applied.
 
     Shape:
         Returns (3, size, size) uint8.
     Raises:
-        ValueError: the data are no whole JPEG, or more than 67,108,864 pixels. ImportError: Pillow is missing.
+        ValueError: the data are not a whole JPEG or have more than 67,108,864 pixels. ImportError: Pillow is missing.
     """
     try:
         from PIL import Image
         from PIL.JpegImagePlugin import JpegImageFile
     except ImportError:
-        raise problem(
-            "reading images needs Pillow", fix='pip install "dir_toolkit[recipes]"', error=ImportError
-        ) from None
+        raise problem("reading images needs Pillow", fix=RECIPES, error=ImportError) from None
     try:
-        # Not Image.open, which only warns of a decompression bomb and would try every other format on hostile bytes.
+        # Image.open would only warn of a decompression bomb, and would try every other format on hostile bytes.
         with JpegImageFile(io.BytesIO(data)) as image:
             pixels = image.width * image.height
             if pixels > _MOST_PIXELS:
@@ -140,7 +138,7 @@ def decode_jpeg(data: bytes, size: int) -> np.ndarray:
 
 
 def _build(path: Path, shape: tuple[int, ...], files: Files, names: Sequence[str], on_error: OnError) -> dict[str, str]:
-    """Decode all, write the array and beside it why some images could not be decoded; returns the latter."""
+    """Decode all images and write the array, and beside it why some images could not be decoded; returns the latter."""
     faults: dict[str, str] = {}
 
     def write(array: BinaryIO) -> None:
@@ -152,7 +150,7 @@ def _build(path: Path, shape: tuple[int, ...], files: Files, names: Sequence[str
                 faults[name] = image
                 image = np.zeros(shape[1:], np.uint8)
             array.write(image.tobytes())
-        # In place before the array is, which alone makes the pair valid.
+        # The notes come first, since the array in its place makes the pair valid.
         write_atomically(_notes(path), lambda notes: notes.write(json.dumps(faults).encode()))
 
     write_atomically(path, write)
@@ -160,7 +158,7 @@ def _build(path: Path, shape: tuple[int, ...], files: Files, names: Sequence[str
 
 
 def _decode_all(files: Iterable[tuple[str, bytes]], size: int) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Each name with its image or with what is wrong with it, in order; a few hundred files are held at a time."""
+    """Each name in order, with its image or with what is wrong with it. A few hundred files are held at a time."""
 
     def decode(file: tuple[str, bytes]) -> tuple[str, np.ndarray | str]:
         try:
@@ -175,7 +173,7 @@ def _decode_all(files: Iterable[tuple[str, bytes]], size: int) -> Iterator[tuple
 
 
 def _stored_faults(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> dict[str, str] | None:
-    """What the cache knows of undecodable images; None where its files are missing or not as they were written."""
+    """Why some images could not be decoded, or None if the files are missing or not as they were written."""
     header = _header(shape)
     try:
         with path.open("rb") as file:
@@ -201,13 +199,8 @@ def _notes(path: Path) -> Path:
 
 
 def _unreadable(name: str, reason: str) -> Exception:
-    return problem(
-        "the image must be a whole JPEG",
-        got=reason,
-        error=DataError,
-        fix='Replace the file, or pass on_error="skip" to leave such files out.',
-        source=name,
-    )
+    fix = 'Replace the file, or pass on_error="skip" to leave such files out.'
+    return data_error("the image must be a whole JPEG", got=reason, fix=fix, source=name)
 
 
 def _default_folder() -> Path:
@@ -215,19 +208,16 @@ def _default_folder() -> Path:
     try:
         return Path(named).expanduser() if named else Path.home() / ".cache" / "dir_toolkit"
     except RuntimeError:  # neither HOME nor a user of this number, as in some containers
-        raise problem(
-            "there must be a folder to keep decoded images in",
-            got=f"DIR_TOOLKIT_CACHE={named}" if named else "no home folder",
-            fix="Set the environment variable DIR_TOOLKIT_CACHE to a folder, or pass cache=...",
-            error=SettingsError,
-        ) from None
+        rule, got = (
+            "there must be a folder for decoded images",
+            f"DIR_TOOLKIT_CACHE={named}" if named else "no home folder",
+        )
+        fix = "Set the environment variable DIR_TOOLKIT_CACHE to a folder, or pass cache=..."
+        raise problem(rule, got=got, fix=fix, error=SettingsError) from None
 
 
 def _progress(images: Iterator[tuple[str, np.ndarray | str]], total: int) -> Iterator[tuple[str, np.ndarray | str]]:
-    """The same, with a bar on a terminal where rich is installed."""
+    """The same, with a progress bar if there is a terminal for it."""
     bar = progress_bar()
-    if bar is None:
-        yield from images
-        return
-    with bar:
-        yield from bar.track(images, total=total, description="decoding images once")
+    with bar or nullcontext():
+        yield from bar.track(images, total, description="decoding images once") if bar else images

@@ -1,4 +1,4 @@
-"""Images with one label each, and the three parts they are split into."""
+"""Images with one label each, and the three parts that they are split into."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import instance, label_problem, problem
-from ...errors import ShapeError
+from ..._checks import instance, problem
+from ...errors import LabelError, ShapeError
+from ._checks import check_array, check_each
 
 __all__ = ["ImageSet", "Splits", "content_digest"]
 
@@ -23,15 +24,15 @@ class ImageSet:
     """Images with one label each: a view of rows of one array, which may be a read-only memmap.
 
     Attributes:
-        images: (M, C, H, W) uint8, C being 1 for grey, 3 for red, green, blue; several sets may share one array.
-        labels: (N,) float32, in label units, or int64, class indices; ``labels[i]`` belongs to ``images[rows[i]]``.
-        rows: (N,) int64, each in 0 ... M - 1.
-        digest: hex SHA-256 that identifies the content, images, labels and rows; see :func:`content_digest`.
+        images: (M, C, H, W) uint8. C is 1 for grey images and 3 for red, green and blue. Several sets may share it.
+        labels: (N,), float32 in label units or int64 class indices. ``labels[i]`` belongs to ``images[rows[i]]``.
+        rows: (N,) int64, each in [0, M).
+        digest: the hex SHA-256 that identifies the images, labels and rows; see :func:`content_digest`.
     Raises:
         ShapeError: an array has the wrong number of axes, or labels and rows differ in length.
-        TypeError: an array has another dtype than above, or is none.
-        LabelError: a label is NaN or infinite, or a class index negative.
-        ValueError: a row lies outside, or the digest is no SHA-256.
+        TypeError: an argument is not an array, or it has another dtype.
+        LabelError: a label is NaN or infinite, or a class index is negative.
+        ValueError: a row lies outside its range, or the digest is not a SHA-256.
     """
 
     images: np.ndarray
@@ -40,65 +41,47 @@ class ImageSet:
     digest: str
 
     def __post_init__(self) -> None:
-        _array("images", self.images, np.uint8)
-        _array("labels", self.labels, np.float32, np.int64)
-        _array("rows", self.rows, np.int64)
-        if self.images.ndim != 4 or 0 in self.images.shape[1:]:
-            raise problem("images must have shape (M, C, H, W)", got=self.images.shape, error=ShapeError)
-        for name, array in (("labels", self.labels), ("rows", self.rows)):
-            if array.ndim != 1:
-                raise problem(f"{name} must have shape (N,)", got=array.shape, error=ShapeError)
+        check_array("images", self.images, 4, np.uint8)
+        check_array("labels", self.labels, 1, np.float32, np.int64)
+        check_array("rows", self.rows, 1, np.int64)
         if len(self.labels) != len(self.rows):
-            raise problem(
-                "labels and rows must be equally long",
-                got=f"{len(self.labels)} and {len(self.rows)}",
-                error=ShapeError,
-            )
-        broken = ~np.isfinite(self.labels)
-        if broken.any():
-            at = int(broken.argmax())
-            got = f"{self.labels[at]} at index [{at}] ({int(broken.sum())} such labels)"
-            raise label_problem("labels must be finite", got=got, fix="Remove these samples first.")
-        if self.labels.dtype == np.int64 and (self.labels < 0).any():
-            at = int((self.labels < 0).argmax())
-            raise label_problem("class indices must not be negative", got=f"{self.labels[at]} at index [{at}]")
-        _inside("rows", self.rows, len(self.images))
+            got = f"{len(self.labels)} and {len(self.rows)}"
+            raise problem("labels and rows must be equally long", got=got, error=ShapeError)
+        is_class = self.labels.dtype == np.int64
+        sound = self.labels >= 0 if is_class else np.isfinite(self.labels)
+        check_each(f"labels must be {'class indices >= 0' if is_class else 'finite'}", self.labels, sound, LabelError)
+        _check_positions("rows", self.rows, len(self.images))
         if not isinstance(self.digest, str) or not re.fullmatch("[0-9a-f]{64}", self.digest):
-            raise problem(
-                "digest must be 64 hexadecimal digits",
-                got=repr(self.digest),
-                fix="Use content_digest(images, labels, rows).",
-            )
+            fix = "Use content_digest(images, labels, rows)."
+            raise problem("digest must be 64 hexadecimal digits", got=repr(self.digest), fix=fix)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of some images and their labels, in the order asked for.
+        """Copies of some images and their labels, in the order of ``indices``.
 
         Shape:
-            indices: (n,) int64, positions in 0 ... N - 1. Returns (n, C, H, W) uint8 and (n,) of the labels' dtype.
+            indices: (n,) int64, each in [0, N). Returns (n, C, H, W) uint8 and (n,) in the dtype of the labels.
         Raises:
-            ShapeError: indices are not one row. TypeError: they are not int64. ValueError: one lies outside.
+            ShapeError: the indices are not one row. TypeError: they are not int64. ValueError: one is out of range.
         """
-        at = indices.detach().cpu().numpy() if isinstance(indices, Tensor) else indices
-        _array("indices", at, np.int64)
-        if at.ndim != 1:
-            raise problem("indices must have shape (n,)", got=at.shape, error=ShapeError)
-        _inside("indices", at, len(self))
-        images = np.ascontiguousarray(self.images[self.rows[at]])
-        return torch.from_numpy(images), torch.from_numpy(self.labels[at])
+        positions = indices.detach().cpu().numpy() if isinstance(indices, Tensor) else indices
+        check_array("indices", positions, 1, np.int64)
+        _check_positions("indices", positions, len(self))
+        images = np.ascontiguousarray(self.images[self.rows[positions]])
+        return torch.from_numpy(images), torch.from_numpy(self.labels[positions])
 
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Training, validation and test images of one source, with the number of files left out for each reason.
+    """The training, validation and test images of one source, and how many files were left out for which reason.
 
     Attributes:
-        source: where the images come from, ``"portraits"`` or ``"mnist"`` for example.
-        skipped: reason -> number of files left out; empty if none.
+        source: the name of the data set, for example ``"portraits"`` or ``"mnist"``.
+        skipped: the number of files left out per reason; it is empty if there are none.
     Raises:
-        TypeError: a part is no ImageSet, ``source`` is no text, or ``skipped`` no dict.
+        TypeError: a part is not an ImageSet, ``source`` is not a string, or ``skipped`` is not a dict.
     """
 
     train: ImageSet
@@ -114,10 +97,10 @@ class Splits:
 
 
 def content_digest(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> str:
-    """Hex SHA-256 of the images a set shows, in its order, with their shape, and of its labels.
+    """The hex SHA-256 of the images in a set, in the order of the set, with their shape, and of the labels.
 
-    It depends on what is seen and not on how it is stored: two sets with equal ``images[rows]`` and equal labels have
-    one digest, on machines of either byte order.
+    The digest does not depend on how the set is stored: two sets with equal ``images[rows]`` and equal labels have the
+    same digest, on machines of either byte order.
 
     Shape:
         images: (M, C, H, W) uint8. labels: (N,) float32 or int64. rows: (N,) int64.
@@ -132,16 +115,5 @@ def content_digest(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> 
     return digest.hexdigest()
 
 
-def _array(name: str, value: object, *dtypes: type[np.generic]) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype not in dtypes:
-        got = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-        allowed = " or ".join(dtype.__name__ for dtype in dtypes)
-        raise problem(f"{name} must be a NumPy array of {allowed}", got=got, error=TypeError)
-
-
-def _inside(name: str, index: np.ndarray, length: int) -> None:
-    bad = (index < 0) | (index >= length)
-    if bad.any():
-        at = int(bad.argmax())
-        rule = f"{name} must lie in 0 to {length - 1}" if length else f"{name} must be empty, for there is nothing"
-        raise problem(rule, got=f"{index[at]} at index [{at}] ({int(bad.sum())} such values)")
+def _check_positions(name: str, positions: np.ndarray, length: int) -> None:
+    check_each(f"{name} must lie in [0, {length})", positions, (positions >= 0) & (positions < length))

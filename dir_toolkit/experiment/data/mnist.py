@@ -1,4 +1,4 @@
-"""MNIST: 70,000 handwritten digits from the four idx files, cut to a long tail, and how to get the files."""
+"""MNIST: 70,000 handwritten digits from four idx files, which can be cut to a long tail, and how to get the files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..._checks import instance, problem
-from ...errors import DataError
+from ..._checks import instance
+from ._checks import data_error
 from .idx import read_idx
 from .images import Splits
 from .long_tail import long_tail_splits
@@ -20,7 +20,7 @@ __all__ = ["download_mnist", "mnist"]
 
 
 class _Official(NamedTuple):
-    """The SHA-256 of one of the four files as published, unpacked and packed."""
+    """The SHA-256 of one of the four files as it was published, unpacked and packed."""
 
     unpacked: str
     packed: str
@@ -64,29 +64,30 @@ def mnist(
     verify: bool = False,
     seed: int = 0,
 ) -> Splits:
-    """MNIST with a long tail: the test set whole, validation balanced and clean, training thinned and made noisy.
+    """MNIST with a long tail: the training set is thinned and made noisy, and the test set is whole.
 
-    Validation is cut from the training part before anything else, see
+    A balanced validation set is cut from the training part first, see
     :func:`dir_toolkit.experiment.data.long_tail.long_tail_splits`.
 
     Args:
-        root: folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two of ``t10k``, each with
-            ``.gz`` or without; where there are both, the packed one is read. :func:`download_mnist` fetches them.
-        shares: kept of each digit; None keeps all.
-        noise: share of training labels made wrong, in [0, 1).
-        train_per_class: most training images of a digit before it is thinned; None sets no limit.
-        val_per_class: images of each digit held out for validation.
-        verify: whether the four files must be the official ones, by the SHA-256 of what they hold unpacked.
-        seed: of the data, any whole number from 0 on; it has nothing to do with the seed of the training.
+        root: the folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two files of ``t10k``,
+            each with or without ``.gz``. Where both are there, the packed file is read. :func:`download_mnist` fetches
+            them.
+        shares: the share of training images that is kept per digit; None keeps everything. See
+            :func:`~dir_toolkit.experiment.data.long_tail.step_profile` and
+            :func:`~dir_toolkit.experiment.data.long_tail.exponential_profile`.
+        noise: the share of training labels that are made wrong, in [0, 1).
+        train_per_class: the largest number of training images per digit before it is thinned; None sets no limit.
+        val_per_class: the number of images per digit that are held out for validation.
+        verify: whether the four files must be the official ones, by the SHA-256 of their unpacked contents.
+        seed: of the data, a whole number of at least 0. It has nothing to do with the seed of the training.
     Shape:
-        images: (M, 1, 28, 28) uint8, grey, the digit bright. labels: (N,) int64, 0 to 9.
-        shares: (10,), see :func:`~dir_toolkit.experiment.data.long_tail.step_profile` and
-        :func:`~dir_toolkit.experiment.data.long_tail.exponential_profile`.
+        images: (M, 1, 28, 28) uint8, a bright digit on a dark ground. labels: (N,) int64, 0 to 9. shares: (10,).
     Raises:
-        DataError: a file is missing, damaged, or not of 28 × 28 uint8 images or labels 0 to 9; images and labels differ
-            in number; or ``verify`` finds another file than the official one.
-        ShapeError: shares are not ten. ValueError: a setting is out of range, or a digit has too few images.
-        TypeError: a setting is no number, or ``verify`` no bool.
+        DataError: a file is missing or damaged, or does not hold uint8 images of 28 × 28 pixels or labels from 0 to 9;
+            there are not as many images as labels; or ``verify`` finds a file that is not the official one.
+        ShapeError: there are not ten shares. ValueError: a setting is out of range, or a digit has too few images.
+        TypeError: a setting is not a number, or ``verify`` is not a bool.
     Source:
         LeCun, Bottou, Bengio, Haffner 1998, Gradient-based learning applied to document recognition.
         The thinning: Hayat et al. 2019, section 4 (arXiv:1901.07711).
@@ -95,18 +96,17 @@ def mnist(
     folder = Path(root)
     paths = {name: _find(folder, name) for name in _FILES}
     if missing := [name for name, path in paths.items() if path is None]:
-        raise problem(
+        rule, got = (
             "root must hold the four files of MNIST, with or without .gz",
-            got=f"{folder} without {', '.join(missing)}",
-            fix="download_mnist(root) fetches them.",
-            error=DataError,
+            f"{folder} without {', '.join(missing)}",
         )
+        raise data_error(rule, got=got, fix="download_mnist(root) fetches them.")
     arrays = {name: _read(path, name, verify=verify) for name, path in paths.items() if path is not None}
     for part in ("train", "t10k"):
-        images, labels = arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"]
-        if len(images) != len(labels):
-            got = f"{len(images):,} and {len(labels):,} of {part}"
-            raise problem("there must be as many images as labels", got=got, error=DataError, source=str(folder))
+        images, labels = len(arrays[f"{part}-images-idx3-ubyte"]), len(arrays[f"{part}-labels-idx1-ubyte"])
+        if images != labels:
+            got = f"{images:,} and {labels:,} of {part}"
+            raise data_error("there must be as many images as labels", got=got, source=folder)
     return long_tail_splits(
         arrays["train-images-idx3-ubyte"],
         arrays["train-labels-idx1-ubyte"],
@@ -122,16 +122,16 @@ def mnist(
 
 
 def download_mnist(root: str | os.PathLike[str]) -> None:
-    """Fetch what is missing of the four files of MNIST, packed, from two public mirrors in turn.
+    """Fetch those of the four files of MNIST that are missing, packed, from two public mirrors in turn.
 
-    pooch fetches them, and a file gets its name only once its SHA-256 is the official one. Files that are there, packed
-    or not, are kept, and must be official as well.
+    pooch fetches them, and a file gets its name only if its SHA-256 is the official one. Files that are already there,
+    packed or not, are kept. They must be official as well.
 
     Args:
-        root: folder; made where there is none.
+        root: the folder, which is made if it does not exist.
     Raises:
-        DataError: a file that is there is damaged or not the official one, before anything is fetched; or no mirror
-            gave a file, with what each gave instead.
+        DataError: a file that is already there is damaged or not the official one; then nothing is fetched. Or no
+            mirror gave a file; the error tells what each of them gave.
         OSError: the folder cannot be made or written to. ImportError: pooch is not installed.
     """
     folder = Path(root)
@@ -151,30 +151,22 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _read(path: Path, name: str, *, verify: bool) -> np.ndarray:
-    """Images as (M, 1, 28, 28), or labels as (M,), both uint8."""
+    """Images as (M, 1, 28, 28) or labels as (M,), both as uint8."""
     array = read_idx(path, max_bytes=_MOST_BYTES)
     images = "images" in name
     shape, text = ((_SIDE, _SIDE), f"(M, {_SIDE}, {_SIDE})") if images else ((), "(M,)")
     if array.dtype != np.uint8 or array.ndim != len(shape) + 1 or array.shape[1:] != shape:
-        got = f"{array.dtype} {array.shape}"
-        raise problem(f"the array must be uint8 {text}", got=got, error=DataError, source=str(path))
+        raise data_error(f"the array must be uint8 {text}", got=f"{array.dtype} {array.shape}", source=path)
     if not images and array.max() >= _DIGITS:
-        at = int((array >= _DIGITS).argmax())
-        # Behind four bytes and one axis of four.
-        raise problem(
-            f"labels must be 0 to {_DIGITS - 1}", got=array[at], error=DataError, source=f"{path}, byte {8 + at:,}"
-        )
-    if verify:
-        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-        digest = hashlib.sha256(header + array.tobytes()).hexdigest()
-        if digest != _FILES[name].unpacked:
-            raise problem(
-                f"SHA-256 of the unpacked file must be the official {_FILES[name].unpacked}",
-                got=digest,
-                fix="Move it away and call download_mnist(root), or pass verify=False to read it as it is.",
-                error=DataError,
-                source=str(path),
-            )
+        first = int((array >= _DIGITS).argmax())
+        place = f"{path}, byte {8 + first:,}"  # behind four bytes and one axis of four bytes
+        raise data_error(f"labels must be 0 to {_DIGITS - 1}", got=array[first], source=place)
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    official = _FILES[name].unpacked
+    if verify and (digest := hashlib.sha256(header + array.tobytes()).hexdigest()) != official:
+        rule = f"SHA-256 of the unpacked file must be the official {official}"
+        fix = "Move it away and call download_mnist(root), or pass verify=False to read it as it is."
+        raise data_error(rule, got=digest, fix=fix, source=path)
     return array[:, None] if images else array
 
 
@@ -189,11 +181,7 @@ def _from_mirrors(name: str, folder: Path) -> None:
             fetch = pooch.HTTPDownloader(timeout=_TIMEOUT)
             pooch.retrieve(url, f"sha256:{_FILES[name].packed}", f"{name}.gz", folder, downloader=fetch)
             return
-        except (requests.RequestException, ValueError) as error:  # the second is of a file with another SHA-256
+        except (requests.RequestException, ValueError) as error:  # ValueError: the file has another SHA-256
             faults.append(f"{url}: {str(error) or type(error).__name__}")
-    raise problem(
-        f"one of the mirrors must give {name}.gz",
-        got="; ".join(faults),
-        fix="Try again later, or put the file into root by hand; data_cards/mnist.md tells where it is.",
-        error=DataError,
-    )
+    fix = "Try again later, or put the file into root by hand; data_cards/mnist.md tells where it is."
+    raise data_error(f"one of the mirrors must give {name}.gz", got="; ".join(faults), fix=fix)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import ndtri
 
-from ..._checks import label_problem, labels_array, one_of, problem, whole
-from ...errors import ShapeError
+from ..._checks import one_of, whole
+from ...errors import LabelError
+from ._checks import check_each, row
 from .images import ImageSet, Splits, content_digest
 
 __all__ = ["draw_portraits", "portraits"]
@@ -16,8 +17,8 @@ __all__ = ["draw_portraits", "portraits"]
 _Number = np.ndarray | float
 _SPLITS = ("train", "val", "test")
 _OLDEST = 100
-_DRAWS = 128  # random numbers an image; a multiple of four, the size of a Philox block
-_CHUNK_PIXELS = 1 << 16  # drawn at once: the working arrays then stay in the processor's cache
+_DRAWS = 128  # random numbers per image; a multiple of four, the size of a Philox block
+_CHUNK_PIXELS = 1 << 16  # drawn at once, so that the working arrays stay in the cache of the processor
 
 _SKIN = [[248, 221, 202], [236, 194, 165], [220, 170, 132], [190, 135, 96], [146, 97, 66], [98, 64, 46]]
 _HAIR = [[28, 23, 24], [52, 35, 27], [92, 60, 38], [140, 88, 48], [176, 96, 52], [214, 176, 112]]
@@ -28,14 +29,15 @@ _GREY = [226, 226, 228]
 def portraits(n_train: int = 4000, n_val: int = 505, n_test: int = 1010, *, size: int = 32, seed: int = 0) -> Splits:
     """Portraits with long-tailed training ages and balanced validation and test ages.
 
-    Training ages 0 to 100 follow ``exp(-|age - 26| / 10) + 0.02`` as closely as whole numbers allow, at every length:
-    with 4,000 images each age occurs, 13 of them more than 100 times and about half fewer than 20 times. Validation and
-    test go through all ages in turn, so multiples of 101 are balanced exactly. An image and its age depend on the seed,
-    the split, the size and their position alone: the first k stay the same when n grows.
+    Training ages, from 0 to 100, follow ``exp(-|age - 26| / 10) + 0.02`` as closely as whole numbers allow, for every
+    number of images. With 4,000 images each age occurs, 13 ages more than 100 times and about half of them fewer than
+    20 times. Validation and test go through all ages in turn, so multiples of 101 are balanced exactly. An image and
+    its age depend only on the seed, the split, the size and the position, so the first k images stay the same when n
+    grows.
 
     Args:
-        size: height and width, in pixels, at least 16.
-        seed: any whole number from 0 on.
+        size: the height and the width, in pixels, at least 16.
+        seed: a whole number of at least 0.
     Units:
         labels are ages in years, whole numbers held as float32.
     Raises:
@@ -55,39 +57,34 @@ def portraits(n_train: int = 4000, n_val: int = 505, n_test: int = 1010, *, size
 def draw_portraits(
     ages: Sequence[float] | np.ndarray, *, size: int = 32, seed: int = 0, split: str = "train", first: int = 0
 ) -> np.ndarray:
-    r"""One portrait for each age.
+    r"""One portrait per age.
 
-    A face looks like its *apparent* age, :math:`age + \mathcal N(0, 1.2 + 0.075\,age)`, and every cue of age (head and
-    eyes, grey hair, hairline, lines, folds, spots, sagging, glasses) follows that with noise of its own. Skin, hair
-    style, pose, light, background and pixel noise tell nothing.
+    A face looks like its *apparent* age, :math:`age + \mathcal N(0, 1.2 + 0.075\,age)`. Every cue of age (head and
+    eyes, grey hair, hairline, lines, folds, spots, sagging, glasses) follows the apparent age with noise of its own.
+    Skin, hair style, pose, light, background and pixel noise do not depend on the age.
 
-    Pixels are made with + - * / and square roots alone, which IEEE arithmetic rounds alike everywhere: the same images
-    come out whatever vector instructions a processor has.
+    Pixels are computed with + - * / and square roots only, which IEEE arithmetic rounds in the same way everywhere. So
+    the images are the same whichever vector instructions a processor has.
 
     Args:
-        size: height and width, in pixels, at least 16.
-        split: ``"train"``, ``"val"`` or ``"test"``; each has random numbers of its own.
-        first: position of the first image in its split; ``draw_portraits(ages[5:], first=5)`` is
+        size: the height and the width, in pixels, at least 16.
+        split: ``"train"``, ``"val"`` or ``"test"``; each split has random numbers of its own.
+        first: the position of the first image in its split: ``draw_portraits(ages[5:], first=5)`` equals
             ``draw_portraits(ages)[5:]``.
     Shape:
-        ages: (N,), integers or floats. Returns (N, 3, size, size) uint8, red, green, blue.
+        ages: (N,), integers or floats. Returns (N, 3, size, size) uint8 in the order red, green, blue.
     Units:
         ages: years, 0 to 100.
     Raises:
-        ShapeError: ages are not one row. LabelError: an age lies outside 0 ... 100, or is NaN.
+        ShapeError: ages are not one row. LabelError: an age lies outside [0, 100] or is NaN.
         ValueError: the split is unknown, the seed or ``first`` is negative, or the size is below 16.
-        TypeError: ages are no numbers, or another argument is no whole number.
+        TypeError: ages are not numbers, or another argument is not a whole number.
 
     >>> draw_portraits([0, 50, 100], size=16).shape
     (3, 3, 16, 16)
     """
-    years = labels_array(ages, "ages").astype(np.float64)
-    if years.ndim != 1:
-        raise problem("ages must have shape (N,)", got=years.shape, error=ShapeError)
-    outside = ~((years >= 0) & (years <= _OLDEST))
-    if outside.any():
-        at = int(outside.argmax())
-        raise label_problem(f"ages must lie in 0 to {_OLDEST}", got=f"{years[at]:g} at index [{at}]")
+    years = row("ages", ages).astype(np.float64)
+    check_each(f"ages must lie in 0 to {_OLDEST}", years, (years >= 0) & (years <= _OLDEST), LabelError)
     size, first = whole("size", size, low=16), whole("first", first, low=0)
     seed = whole("seed", seed, low=0)
     one_of("split", split, _SPLITS)
@@ -112,7 +109,7 @@ def _ages(split: str, length: int, seed: int) -> np.ndarray:
     position = np.arange(length)
     if split != "train":
         return (position * 37 % (_OLDEST + 1)).astype(np.float32)
-    # Steps of the golden ratio spread evenly over [0, 1) at every length, so that scarce ages are met in proportion.
+    # Steps of the golden ratio spread evenly over [0, 1) at every length, so scarce ages occur in proportion.
     offset = _unit(_raw(seed, split, "age", 0, 1, 4))[0, 0]
     density = np.exp(-np.abs(np.arange(_OLDEST + 1) - 26) / 10) + 0.02
     steps = np.cumsum(density) / density.sum()
@@ -120,7 +117,7 @@ def _ages(split: str, length: int, seed: int) -> np.ndarray:
 
 
 def _raw(seed: int, split: str, use: str, first: int, count: int, width: int) -> np.ndarray:
-    """Random words (count, width), row i the same for every count; width is a multiple of four."""
+    """Random words (count, width). Row i is the same for every count, and the width is a multiple of four."""
     stream = np.random.SeedSequence([("age", "face", "grain").index(use), _SPLITS.index(split), seed])
     philox = np.random.Philox(key=stream.generate_state(2, np.uint64), counter=first * width // 4)
     return philox.random_raw(count * width).reshape(count, width)
@@ -132,7 +129,7 @@ def _unit(raw: np.ndarray) -> np.ndarray:
 
 
 def _grain(seed: int, split: str, first: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Pixel noise of unit variance: the sum of two random bytes a value, so four values a word."""
+    """Pixel noise of unit variance: the sum of two random bytes per value, so one word gives four values."""
     count, values = shape[0], int(np.prod(shape[1:]))
     raw = _raw(seed, split, "grain", first, count, -(-values // 16) * 4)
     pairs = raw.astype("<u8").view(np.uint8).reshape(count, -1, 2)[:, :values]
@@ -140,7 +137,7 @@ def _grain(seed: int, split: str, first: int, shape: tuple[int, ...]) -> np.ndar
 
 
 class _Draws:
-    """Random numbers handed out column by column, one for each image: (N, 1, 1) float32, ready for pixels."""
+    """Random numbers that are handed out column by column, one number per image, as (N, 1, 1) float32."""
 
     def __init__(self, raw: np.ndarray) -> None:
         self.columns = iter(_unit(raw).T)
@@ -154,9 +151,9 @@ class _Draws:
     def chance(self, probability: np.ndarray | float) -> np.ndarray:
         return (self.amount(0, 1) < probability).astype(np.float32)
 
-    def colour(self, palette: list[list[int]], at: np.ndarray, jitter: float) -> np.ndarray:
-        """(N, 3, 1, 1), between the neighbours of ``at`` in 0 ... 1 along a palette, each channel jittered."""
-        place = at[:, 0, 0].clip(0, 1) * (len(palette) - 1)
+    def colour(self, palette: list[list[int]], position: np.ndarray, jitter: float) -> np.ndarray:
+        """(N, 3, 1, 1): the colour at a position in [0, 1] along a palette, with each channel jittered."""
+        place = position[:, 0, 0].clip(0, 1) * (len(palette) - 1)
         channels = [np.interp(place, np.arange(len(palette)), channel) for channel in zip(*palette, strict=True)]
         return _pixels(np.stack(channels, 1)) + np.stack([self.spread(jitter)[:, 0] for _ in range(3)], 1)[..., None]
 
@@ -166,13 +163,13 @@ def _pixels(values: np.ndarray) -> np.ndarray:
 
 
 def _ramp(value: np.ndarray, low: float, high: float) -> np.ndarray:
-    """0 below ``low``, 1 above ``high``, smooth between."""
+    """A ramp that is 0 below ``low`` and 1 above ``high``, and smooth between them."""
     t = ((value - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)
 
 
 def _join(one: np.ndarray, other: np.ndarray, soft: float) -> np.ndarray:
-    """Signed distance to two shapes grown together, their meeting rounded off."""
+    """The signed distance to two shapes that are grown together, with a rounded joint."""
     t = (0.5 + 0.5 / soft * (other - one)).clip(0, 1)
     return other + t * (one - other) - soft * t * (1 - t)
 
@@ -185,9 +182,9 @@ class _Canvas:
     """The images of one chunk, and where each pixel lies in its face.
 
     Attributes:
-        rgb: (N, 3, S, S) float32, 0 to 255; painted in place.
-        u, v: (N, S, S), to the right and down from the middle of the face, whose height is about 1.4.
-        pixel: (N, 1, 1), the width of a pixel in these units: the softness of every edge.
+        rgb: (N, 3, S, S) float32, 0 to 255; it is painted in place.
+        u, v: (N, S, S), the distances to the right of and below the middle of the face, which is about 1.4 high.
+        pixel: (N, 1, 1), the width of a pixel in these units, which is the softness of every edge.
     """
 
     def __init__(self, draws: _Draws, size: int) -> None:
@@ -197,7 +194,7 @@ class _Canvas:
         cos = zoom / np.sqrt(1 + tilt * tilt)
         self.u, self.v = cos * (x + tilt * y), cos * (y - tilt * x)
         self.pixel = zoom * np.float32(2 / size)
-        self.turn = draws.spread(0.045)  # of the head to one side: moves what lies in the face
+        self.turn = draws.spread(0.045)  # of the head to one side; it moves everything in the face
         self.across = np.abs(self.u - self.turn)  # both halves of the face at once
         light, slope = draws.spread(0.5), draws.amount(0.0, 0.35)
         self.light = (light * self.u - 0.5 * self.v) * slope  # (N, S, S), brighter where positive
@@ -208,22 +205,22 @@ class _Canvas:
         self.rgb += cover[:, None] * (colour - self.rgb)
 
     def dim(self, cover: np.ndarray, by: np.ndarray | float) -> None:
-        """Darken, as a crease or a shadow does; blue and green more than red."""
+        """Darken as a crease or a shadow does: blue and green become darker than red."""
         shade = (cover * by)[:, None]
         self.rgb *= 1 - shade * np.array([0.8, 1.0, 1.05], dtype=np.float32)[:, None, None]
 
     def edge(self, distance: np.ndarray, soft: float = 1.0) -> np.ndarray:
-        """How far a pixel is covered by a shape, from its signed distance."""
+        """How much of a pixel a shape covers, given the signed distance."""
         return (0.5 - distance / (self.pixel * soft)).clip(0, 1)
 
     def distance(self, x: np.ndarray, cu: _Number, cv: _Number, a: _Number, b: _Number) -> np.ndarray:
-        """Signed distance to an ellipse, exact on it and to first order near it."""
+        """The signed distance to an ellipse, which is exact on the ellipse and of first order near it."""
         p, q = (x - cu) / a, (self.v - cv) / b
         level = np.sqrt(p * p + q * q)
         return level * (level - 1) / (np.sqrt((p / a) ** 2 + (q / b) ** 2) + 1e-6)
 
     def spot(self, x: np.ndarray, cu: _Number, cv: _Number, a: _Number, b: _Number) -> np.ndarray:
-        """A soft ellipse, 1 in the middle and 0 at its rim."""
+        """A soft ellipse, which is 1 in the middle and 0 at the rim."""
         p, q = (x - cu) / a, (self.v - cv) / b
         fade = (1 - p * p - q * q).clip(0, None)
         return fade * fade
@@ -239,7 +236,7 @@ class _Canvas:
         lean: _Number = 0.0,
         bend: _Number = 0.0,
     ) -> np.ndarray:
-        """A line of half length ``half``, of slope ``lean``, its ends lowered by ``bend`` (raised if negative)."""
+        """A line with half length ``half`` and slope ``lean``. ``bend`` lowers its ends, or raises them if negative."""
         along = x - cu
         off = self.v - cv - lean * along - bend * (along / half) ** 2
         past = (np.abs(along) - half).clip(0, None)
@@ -255,7 +252,7 @@ class _Canvas:
         *,
         lean: _Number = 0.0,
     ) -> np.ndarray:
-        """A line that runs down, moving outward by ``lean`` for each unit of height."""
+        """A line that runs down and moves outward by ``lean`` per unit of height."""
         along = self.v - cv
         off = x - cu - lean * along
         past = (np.abs(along) - half).clip(0, None)
@@ -263,7 +260,7 @@ class _Canvas:
 
 
 def _portrait(age: np.ndarray, draws: _Draws, size: int) -> np.ndarray:
-    """(N, 3, size, size) float32, about 0 to 255, of ages (N, 1, 1)."""
+    """Portraits (N, 3, size, size) float32, about 0 to 255, for ages (N, 1, 1)."""
     look = _Look(age, draws)
     canvas = _Canvas(draws, size)
     hair = _Hair(look, draws)
@@ -281,7 +278,7 @@ def _portrait(age: np.ndarray, draws: _Draws, size: int) -> np.ndarray:
 
 
 class _Look:
-    """How old a face looks, and the proportions that several of its parts share; every field is (N, 1, 1)."""
+    """How old a face looks, and the proportions that several of its parts share. Every field is (N, 1, 1)."""
 
     def __init__(self, age: np.ndarray, draws: _Draws) -> None:
         self.age = (age + draws.spread(1.0) * (1.2 + 0.075 * age)).clip(0, 110)
@@ -299,12 +296,12 @@ class _Look:
         self.mouth = self.nose + _between(self.grown, 0.12, 0.17) + draws.spread(0.012)
 
     def cue(self, draws: _Draws, low: float, high: float, noise: float) -> np.ndarray:
-        """A sign of age from 0 to 1 that sets in between two ages, earlier or later by chance."""
+        """A sign of age from 0 to 1 that begins between two ages, by chance earlier or later."""
         return _ramp(self.age + draws.spread(noise), low, high)
 
 
 class _Hair:
-    """Colour, cut and hairline; drawn in part behind the head and in part over it."""
+    """Colour, cut and hairline. One part is drawn behind the head and one part over it."""
 
     def __init__(self, look: _Look, draws: _Draws) -> None:
         natural = draws.colour(_HAIR, draws.amount(0, 1) * _between(_ramp(look.tone, 0.2, 0.8), 1, 0.35), 3)
@@ -335,7 +332,7 @@ class _Hair:
         sides = _between(self.length, 0.05, 0.45) + 0.05 * look.grown
         cover = canvas.edge(np.maximum(cap, -face)) * canvas.edge(canvas.v - sides, 4)
         wave = canvas.u * self.strands + canvas.v * 3
-        strand = np.abs(wave - np.floor(wave) - 0.5)  # 0 to 0.5, as a saw
+        strand = np.abs(wave - np.floor(wave) - 0.5)  # a saw from 0 to 0.5
         canvas.paint(cover * self.thick * (1 - 0.35 * self.bald), self.colour)
         canvas.dim(cover, (0.24 * strand + 0.25 * _ramp(canvas.v, -0.5, 0.3)) * self.thick)
 

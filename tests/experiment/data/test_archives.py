@@ -1,9 +1,13 @@
 """Archives and folders from outside: what is let in, and that anything else ends in a DataError."""
 
+from __future__ import annotations
+
 import gzip
 import io
 import os
 import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +17,12 @@ from dir_toolkit.experiment.data.archives import FolderFiles, TarFiles, stays_in
 CONTENTS = {"faces/a.jpg": b"first", "faces/b.jpg": b"x" * 1500, "faces/c.jpg": b""}
 
 
-def tar_bytes(contents=CONTENTS, *, tar_format=tarfile.PAX_FORMAT, members=()):
+def tar_bytes(
+    contents: dict[str, bytes] = CONTENTS,
+    *,
+    tar_format: int = tarfile.PAX_FORMAT,
+    members: Iterable[tarfile.TarInfo] = (),
+) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tar_format) as tar:
         for name, data in contents.items():
@@ -25,19 +34,19 @@ def tar_bytes(contents=CONTENTS, *, tar_format=tarfile.PAX_FORMAT, members=()):
     return out.getvalue()
 
 
-def member(name, kind=tarfile.REGTYPE, linkname=""):
+def member(name: str, kind: bytes = tarfile.REGTYPE, linkname: str = "") -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, linkname
     return info
 
 
-def write(folder, data, name="faces.tar"):
+def write(folder: Path, data: bytes, name: str = "faces.tar") -> Path:
     path = folder / name
     path.write_bytes(data)
     return path
 
 
-def with_header(field, value, *, at=0):
+def with_header(field: slice, value: bytes, *, at: int = 0) -> bytes:
     """A valid archive with one header field overwritten and its check sum made to fit."""
     data = bytearray(tar_bytes())
     data[at + field.start : at + field.stop] = value
@@ -48,7 +57,7 @@ def with_header(field, value, *, at=0):
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_reads_what_tarfile_writes(tmp_path, pack, tar_format):
+def test_reads_what_tarfile_writes(tmp_path: Path, pack: Callable[[bytes], bytes], tar_format: int) -> None:
     long = "/".join(["a" * 60, "b" * 60, "é.jpg"])
     contents = {**CONTENTS, long: b"long"}
     files = TarFiles(write(tmp_path, pack(tar_bytes(contents, tar_format=tar_format))))
@@ -57,13 +66,13 @@ def test_reads_what_tarfile_writes(tmp_path, pack, tar_format):
     assert dict(files.read(["faces/b.jpg", long])) == {"faces/b.jpg": contents["faces/b.jpg"], long: b"long"}
 
 
-def test_folders_and_leading_dots_are_let_in(tmp_path):
+def test_folders_and_leading_dots_are_let_in(tmp_path: Path) -> None:
     folders = [member("./", tarfile.DIRTYPE), member("faces/", tarfile.DIRTYPE)]
     data = tar_bytes({"./faces/a.jpg": b"1"}, members=folders)
     assert TarFiles(write(tmp_path, data)).names == ["faces/a.jpg"]
 
 
-def test_digest_is_of_the_stored_bytes(tmp_path):
+def test_digest_is_of_the_stored_bytes(tmp_path: Path) -> None:
     one, two = write(tmp_path, tar_bytes(), "1.tar"), write(tmp_path, tar_bytes({"a": b"2"}), "2.tar")
     assert TarFiles(one).digest() == TarFiles(one).digest() != TarFiles(two).digest()
 
@@ -86,7 +95,7 @@ def test_digest_is_of_the_stored_bytes(tmp_path):
         (member("faces/a.jpg", tarfile.DIRTYPE), "must stand in the archive once"),
     ],
 )
-def test_one_bad_member_refuses_the_archive(tmp_path, bad, message):
+def test_one_bad_member_refuses_the_archive(tmp_path: Path, bad: tarfile.TarInfo, message: str) -> None:
     path = write(tmp_path, tar_bytes(members=[bad]))
     with pytest.raises(DataError, match=message) as caught:
         TarFiles(path)
@@ -101,12 +110,12 @@ def test_one_bad_member_refuses_the_archive(tmp_path, bad, message):
         ({"most_bytes_each": 1499}, "'faces/b.jpg' must hold at most 1,499 bytes, got 1,500"),
     ],
 )
-def test_limits(tmp_path, limits, message):
+def test_limits(tmp_path: Path, limits: dict[str, int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         TarFiles(write(tmp_path, tar_bytes()), **limits)
 
 
-def test_promised_size_is_not_believed(tmp_path):
+def test_promised_size_is_not_believed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must end within"):
         TarFiles(write(tmp_path, with_header(slice(124, 136), b"777777777777")))
     with pytest.raises(DataError, match="must hold at most"):
@@ -123,7 +132,7 @@ def test_promised_size_is_not_believed(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["size", "GNU.sparse.major"])
-def test_pax_records_that_change_contents_are_refused(tmp_path, key):
+def test_pax_records_that_change_contents_are_refused(tmp_path: Path, key: str) -> None:
     info = member("a.jpg")
     info.pax_headers = {key: "1"}
     with pytest.raises(DataError, match=f"pax record '{key}'"):
@@ -131,7 +140,7 @@ def test_pax_records_that_change_contents_are_refused(tmp_path, key):
 
 
 @pytest.mark.parametrize("records", [b"99 path=a\n", b"x path=a\n", b"9 path=ab", b"0 path=a\n", b"\xff\xfe"])
-def test_broken_pax_records(tmp_path, records):
+def test_broken_pax_records(tmp_path: Path, records: bytes) -> None:
     header = member("pax", b"x")
     header.size = len(records)
     data = header.tobuf() + records.ljust(512, b"\0") + tar_bytes()
@@ -139,7 +148,7 @@ def test_broken_pax_records(tmp_path, records):
         TarFiles(write(tmp_path, data))
 
 
-def test_one_name_for_all_members_is_refused(tmp_path):
+def test_one_name_for_all_members_is_refused(tmp_path: Path) -> None:
     record = b"10 path=a\n"
     header = member("pax", b"g")
     header.size = len(record)
@@ -147,7 +156,7 @@ def test_one_name_for_all_members_is_refused(tmp_path):
         TarFiles(write(tmp_path, header.tobuf() + record.ljust(512, b"\0") + tar_bytes()))
 
 
-def test_a_damaged_header_in_the_middle_does_not_end_the_list(tmp_path):
+def test_a_damaged_header_in_the_middle_does_not_end_the_list(tmp_path: Path) -> None:
     data = bytearray(tar_bytes(tar_format=tarfile.USTAR_FORMAT))
     data[1024 + 3] ^= 1  # in the second member's name: tarfile would list one member and say nothing
     with pytest.raises(DataError, match="header at byte 1,024 must be whole"):
@@ -155,12 +164,12 @@ def test_a_damaged_header_in_the_middle_does_not_end_the_list(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 100, 512, 600, 1024, 3 * 512])
-def test_cut_short(tmp_path, cut):
+def test_cut_short(tmp_path: Path, cut: int) -> None:
     with pytest.raises(DataError, match="whole and readable"):
         TarFiles(write(tmp_path, tar_bytes(tar_format=tarfile.USTAR_FORMAT)[:cut]))
 
 
-def test_damaged_gzip(tmp_path):
+def test_damaged_gzip(tmp_path: Path) -> None:
     packed = gzip.compress(tar_bytes())
     flipped = bytearray(packed)
     flipped[-6] ^= 1  # the check sum behind the last byte
@@ -169,21 +178,23 @@ def test_damaged_gzip(tmp_path):
             TarFiles(write(tmp_path, bad))
 
 
-def test_nothing_hides_behind_the_end(tmp_path):
+def test_nothing_hides_behind_the_end(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing but zeros"):
         TarFiles(write(tmp_path, tar_bytes() + tar_bytes({"late": b"1"})))
     with pytest.raises(DataError, match="nothing but zeros"):
         TarFiles(write(tmp_path, gzip.compress(tar_bytes() + bytes(2**25))))
 
 
-def test_no_such_archive(tmp_path):
+def test_no_such_archive(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="FileNotFoundError"):
         TarFiles(tmp_path / "none.tar")
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_mutated_archives_give_our_error_or_a_valid_list(tmp_path, mutations, pack, tar_format):
+def test_mutated_archives_give_our_error_or_a_valid_list(
+    tmp_path: Path, mutations: Callable[..., Iterator[bytes]], pack: Callable[[bytes], bytes], tar_format: int
+) -> None:
     valid = pack(tar_bytes({**CONTENTS, "d" * 150 + "/é.jpg": b"long"}, tar_format=tar_format))
     refused = 0
     for changed in mutations(valid, count=300):
@@ -197,7 +208,7 @@ def test_mutated_archives_give_our_error_or_a_valid_list(tmp_path, mutations, pa
     assert refused > 100
 
 
-def test_folder_reads_and_digests(tmp_path):
+def test_folder_reads_and_digests(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub", b"one", "a.jpg")
     files = FolderFiles(tmp_path)
@@ -213,7 +224,7 @@ def test_folder_reads_and_digests(tmp_path):
         FolderFiles(tmp_path / "none")
 
 
-def test_folder_keeps_to_itself(tmp_path):
+def test_folder_keeps_to_itself(tmp_path: Path) -> None:
     root = tmp_path / "out"
     (root / "in").mkdir(parents=True)
     (tmp_path / "out-evil").mkdir()
@@ -238,7 +249,7 @@ def test_folder_keeps_to_itself(tmp_path):
             files.has(name, source="list")
 
 
-def test_folder_passes_over_no_giant(tmp_path):
+def test_folder_passes_over_no_giant(tmp_path: Path) -> None:
     with write(tmp_path, b"", "giant.jpg").open("wb") as file:
         file.truncate(2**25 + 1)
     with pytest.raises(DataError, match="at most 33,554,432 bytes"):

@@ -1,4 +1,7 @@
+from __future__ import annotations
+
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,16 +11,16 @@ from dir_toolkit.errors import ShapeError
 from dir_toolkit.experiment.data.augment import augment, augment_strongly, to_float
 
 
-def seeded(seed=0):
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def photos(count=40, height=6, width=9, dtype=torch.uint8):
+def photos(count: int = 40, height: int = 6, width: int = 9, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
     pixels = torch.randint(0, 256, (count, 3, height, width), generator=seeded(9), dtype=torch.uint8)
     return pixels.to(dtype)
 
 
-def by_hand(images, seed, flip, shift):
+def by_hand(images: torch.Tensor, seed: int, flip: bool, shift: int) -> torch.Tensor:
     """One image after the other: mirror, pad by reflection, cut out."""
     mirrored, down, right = torch.rand((3, len(images)), generator=seeded(seed), dtype=torch.float64).numpy()
     result = []
@@ -33,7 +36,7 @@ def by_hand(images, seed, flip, shift):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
 @pytest.mark.parametrize(("flip", "shift"), [(False, 0), (True, 0), (False, 5), (True, 4), (True, 1)])
-def test_equals_one_image_after_the_other(dtype, flip, shift):
+def test_equals_one_image_after_the_other(dtype: torch.dtype, flip: bool, shift: int) -> None:
     images = photos(dtype=dtype)
     result = augment(images, generator=seeded(3), flip=flip, shift=shift)
     assert result.dtype == dtype
@@ -41,7 +44,7 @@ def test_equals_one_image_after_the_other(dtype, flip, shift):
     assert result.equal(images) == (not flip and shift == 0)
 
 
-def test_a_row_by_hand():
+def test_a_row_by_hand() -> None:
     row = torch.tensor([10, 20, 30, 40], dtype=torch.uint8).view(1, 1, 1, 4).expand(200, 3, 4, 4)
     moved = {tuple(image[0, 0].tolist()) for image in augment(row, generator=seeded(), flip=False, shift=1)}
     assert moved == {(20, 10, 20, 30), (10, 20, 30, 40), (20, 30, 40, 30)}
@@ -49,7 +52,7 @@ def test_a_row_by_hand():
     assert flipped == {(10, 20, 30, 40), (40, 30, 20, 10)}
 
 
-def test_every_move_is_equally_likely_and_flips_are_a_half():
+def test_every_move_is_equally_likely_and_flips_are_a_half() -> None:
     image = torch.zeros(6000, 1, 7, 7)
     image[:, :, 3, 3], image[:, :, 3, 2] = 2, 1
     result = augment(image, generator=seeded(), shift=1).flatten(1)
@@ -61,7 +64,7 @@ def test_every_move_is_equally_likely_and_flips_are_a_half():
     assert abs(left.item() - 3000) < 5 * 1500**0.5
 
 
-def test_only_the_generator_decides():
+def test_only_the_generator_decides() -> None:
     images = photos()
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -75,7 +78,7 @@ def test_only_the_generator_decides():
     assert not augment(images, generator=generator).equal(first)
 
 
-def test_settings_draw_equally_many_numbers():
+def test_settings_draw_equally_many_numbers() -> None:
     ends = []
     for flip, shift in ((True, 4), (False, 0)):
         generator = seeded()
@@ -84,7 +87,7 @@ def test_settings_draw_equally_many_numbers():
     assert ends[0].equal(ends[1])
 
 
-def test_input_is_left_alone():
+def test_input_is_left_alone() -> None:
     images = photos()
     before = images.clone()
     augment(images, generator=seeded(), flip=False, shift=0).zero_()
@@ -93,7 +96,7 @@ def test_input_is_left_alone():
     assert images.equal(before)
 
 
-def test_odd_layouts():
+def test_odd_layouts() -> None:
     images = photos().contiguous(memory_format=torch.channels_last)
     assert augment(images, generator=seeded()).equal(augment(photos(), generator=seeded()))
     assert augment(photos()[:0], generator=seeded()).shape == (0, 3, 6, 9)
@@ -113,12 +116,12 @@ def test_odd_layouts():
         (torch.zeros(1, 3, 8, 8), {"generator": None}, TypeError, "generator must be a Generator, got NoneType."),
     ],
 )
-def test_refuses(images, settings, error, message):
+def test_refuses(images: Any, settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^augment: " + re.escape(message)):
         augment(images, **{"generator": seeded(), **settings})
 
 
-def test_to_float():
+def test_to_float() -> None:
     assert to_float(torch.tensor([[0, 255]], dtype=torch.uint8)).tolist() == [[-1.0, 1.0]]
     everything = to_float(torch.arange(256, dtype=torch.uint8))
     assert everything.dtype == torch.float32
@@ -127,7 +130,7 @@ def test_to_float():
         to_float(torch.zeros(3))
 
 
-def strongly_by_hand(images, seed):
+def strongly_by_hand(images: torch.Tensor, seed: int) -> torch.Tensor:
     """One image and one pixel after the other, in float64, from the definition."""
     count, _, height, width = images.shape
     draws = torch.rand((8, count), generator=seeded(seed), dtype=torch.float64).numpy()
@@ -150,8 +153,8 @@ def strongly_by_hand(images, seed):
     return torch.from_numpy(result.clip(0, 255))
 
 
-def bilinear(image, y, x):
-    def reflected(at, size):  # about the outer edges of the border pixels
+def bilinear(image: np.ndarray, y: float, x: float) -> np.ndarray:
+    def reflected(at: float, size: int) -> float:  # about the outer edges of the border pixels
         at = (at + 0.5) % (2 * size)
         return np.clip(min(at, 2 * size - at) - 0.5, 0, size - 1)
 
@@ -163,7 +166,7 @@ def bilinear(image, y, x):
     return upper * (top + 1 - y) + lower * (y - top)
 
 
-def test_strong_changes_equal_one_pixel_after_the_other():
+def test_strong_changes_equal_one_pixel_after_the_other() -> None:
     images = photos(count=20, height=9, width=12)
     result = augment_strongly(images, generator=seeded(4))
     assert result.dtype == torch.uint8
@@ -171,7 +174,7 @@ def test_strong_changes_equal_one_pixel_after_the_other():
     assert (result - strongly_by_hand(images, 5)).abs().max() > 10
 
 
-def test_strong_changes_come_from_the_generator_alone_and_leave_the_input():
+def test_strong_changes_come_from_the_generator_alone_and_leave_the_input() -> None:
     images = photos()
     before, state = images.clone(), torch.get_rng_state()
     first = augment_strongly(images, generator=seeded(1))
@@ -182,7 +185,7 @@ def test_strong_changes_come_from_the_generator_alone_and_leave_the_input():
     assert augment_strongly(images[:0], generator=seeded()).shape == (0, 3, 6, 9)
 
 
-def test_one_gray_in_five_is_made():
+def test_one_gray_in_five_is_made() -> None:
     result = augment_strongly(photos(count=2000), generator=seeded())
     gray = (result == result[:, :1]).flatten(1).all(1).sum().item()
     assert abs(gray - 400) < 5 * (2000 * 0.2 * 0.8) ** 0.5
@@ -191,11 +194,11 @@ def test_one_gray_in_five_is_made():
 @pytest.mark.parametrize(
     ("images", "settings", "error", "message"),
     [
-        (torch.zeros(3, 8, 8), {}, ShapeError, "images must have shape (N, C, H, W), got (3, 8, 8)."),
+        (photos(1)[0], {}, ShapeError, "images must have shape (N, C, H, W), got (3, 6, 9)."),
         (torch.zeros(1, 3, 8, 8), {}, TypeError, "images must be uint8, got dtype torch.float32."),
         (photos(1), {"generator": None}, TypeError, "generator must be a Generator, got NoneType."),
     ],
 )
-def test_strong_refuses(images, settings, error, message):
+def test_strong_refuses(images: Any, settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^augment_strongly: " + re.escape(message)):
         augment_strongly(images, **{"generator": seeded(), **settings})

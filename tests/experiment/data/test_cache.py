@@ -1,11 +1,15 @@
 """Decoding once: what is decoded, where it is kept, and that nothing torn or damaged is ever trusted."""
 
+from __future__ import annotations
+
 import io
 import json
 import multiprocessing
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +24,7 @@ NAMES = [f"{i}.jpg" for i in range(5)]
 
 
 @pytest.fixture
-def files(tmp_path, jpeg):
+def files(tmp_path: Path, jpeg: Callable[..., bytes]) -> FolderFiles:
     folder = tmp_path / "images"
     folder.mkdir()
     for seed, name in enumerate(NAMES):
@@ -29,9 +33,9 @@ def files(tmp_path, jpeg):
 
 
 @pytest.fixture
-def refuse_to_decode(monkeypatch):
-    def switch_off():
-        def fail(*_):
+def refuse_to_decode(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def switch_off() -> None:
+        def fail(*_: Any) -> None:
             raise AssertionError("decoded again")
 
         monkeypatch.setattr(cache_module, "decode_jpeg", fail)
@@ -39,11 +43,11 @@ def refuse_to_decode(monkeypatch):
     return switch_off
 
 
-def kept(folder):
+def kept(folder: Path) -> list[str]:
     return sorted(path.suffix for path in folder.iterdir())
 
 
-def test_decodes_to_channels_first_rgb():
+def test_decodes_to_channels_first_rgb() -> None:
     out = io.BytesIO()
     Image.new("RGB", (200, 100), (250, 128, 3)).save(out, "JPEG", quality=100)
     image = decode_jpeg(out.getvalue(), 24)
@@ -53,25 +57,25 @@ def test_decodes_to_channels_first_rgb():
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_other_colour_modes_become_rgb(mode):
+def test_other_colour_modes_become_rgb(mode: str) -> None:
     out = io.BytesIO()
     Image.new(mode, (16, 16)).save(out, "JPEG")
     assert decode_jpeg(out.getvalue(), 8).shape == (3, 8, 8)
 
 
-def test_size_of_the_image_keeps_every_pixel(jpeg):
+def test_size_of_the_image_keeps_every_pixel(jpeg: Callable[..., bytes]) -> None:
     data = jpeg(3)
     with Image.open(io.BytesIO(data)) as image:
         np.testing.assert_array_equal(decode_jpeg(data, 16), np.asarray(image).transpose(2, 0, 1))
 
 
-def test_giant_is_not_decoded(jpeg, monkeypatch):
+def test_giant_is_not_decoded(jpeg: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_MOST_PIXELS", 16 * 15)
     with pytest.raises(ValueError, match="256 pixels, at most 240 are decoded"):
         decode_jpeg(jpeg(), 8)
 
 
-def test_bomb_of_one_header(jpeg):
+def test_bomb_of_one_header(jpeg: Callable[..., bytes]) -> None:
     data = bytearray(jpeg())
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = b"\xff\xff\xff\xff"
@@ -79,7 +83,7 @@ def test_bomb_of_one_header(jpeg):
         decode_jpeg(bytes(data), 8)
 
 
-def test_other_formats_are_refused():
+def test_other_formats_are_refused() -> None:
     out = io.BytesIO()
     Image.new("RGB", (8, 8)).save(out, "PNG")
     for data in (out.getvalue(), b"", b"\xff\xd8"):
@@ -87,7 +91,9 @@ def test_other_formats_are_refused():
             decode_jpeg(data, 8)
 
 
-def test_mutated_jpeg_gives_an_image_or_a_value_error(jpeg, mutations):
+def test_mutated_jpeg_gives_an_image_or_a_value_error(
+    jpeg: Callable[..., bytes], mutations: Callable[..., Iterator[bytes]]
+) -> None:
     results = {True: 0, False: 0}
     for changed in mutations(jpeg(), count=400, longest=40):
         try:
@@ -98,14 +104,14 @@ def test_mutated_jpeg_gives_an_image_or_a_value_error(jpeg, mutations):
     assert min(results.values()) > 20
 
 
-def test_without_pillow(monkeypatch, jpeg):
+def test_without_pillow(monkeypatch: pytest.MonkeyPatch, jpeg: Callable[..., bytes]) -> None:
     data = jpeg()
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r'Pillow\. pip install "dir_toolkit\[recipes\]"'):
         decode_jpeg(data, 8)
 
 
-def test_rows_hold_the_images(files, tmp_path):
+def test_rows_hold_the_images(files: FolderFiles, tmp_path: Path) -> None:
     decoded = decode_once(files, NAMES, size=8, cache=tmp_path / "cache")
     assert decoded.images.shape == (5, 3, 8, 8)
     assert not decoded.images.flags.writeable
@@ -115,7 +121,7 @@ def test_rows_hold_the_images(files, tmp_path):
     np.testing.assert_array_equal(np.load(next((tmp_path / "cache").glob("*.npy"))), decoded.images)
 
 
-def test_second_call_does_not_decode(files, tmp_path, refuse_to_decode):
+def test_second_call_does_not_decode(files: FolderFiles, tmp_path: Path, refuse_to_decode: Callable[[], None]) -> None:
     first = decode_once(files, NAMES, size=8, cache=tmp_path / "cache").images
     refuse_to_decode()
     np.testing.assert_array_equal(decode_once(files, NAMES, size=8, cache=tmp_path / "cache").images, first)
@@ -124,14 +130,14 @@ def test_second_call_does_not_decode(files, tmp_path, refuse_to_decode):
             decode_once(files, **{"names": NAMES, "size": 8, "cache": tmp_path / "cache", **other})
 
 
-def test_changed_bytes_are_decoded_anew(files, tmp_path, jpeg):
+def test_changed_bytes_are_decoded_anew(files: FolderFiles, tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
     before = decode_once(files, NAMES, size=8, cache=tmp_path / "cache").images[0].copy()
     (files.root / NAMES[0]).write_bytes(jpeg(99))
     after = decode_once(files, NAMES, size=8, cache=tmp_path / "cache").images[0]
     assert (before != after).any()
 
 
-def test_writes_nothing_outside_the_cache(files, tmp_path):
+def test_writes_nothing_outside_the_cache(files: FolderFiles, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     decode_once(files, NAMES, size=8, cache=tmp_path / "a" / "cache")
     new = {path for path in tmp_path.rglob("*") if before.get(path) != path.stat().st_mtime_ns}
@@ -139,7 +145,7 @@ def test_writes_nothing_outside_the_cache(files, tmp_path):
     assert kept(tmp_path / "a" / "cache") == [".json", ".lock", ".npy"]
 
 
-def test_default_folder(files, tmp_path, monkeypatch):
+def test_default_folder(files: FolderFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIR_TOOLKIT_CACHE", str(tmp_path / "named"))
     decode_once(files, NAMES, size=8)
     assert ".npy" in kept(tmp_path / "named")
@@ -149,13 +155,15 @@ def test_default_folder(files, tmp_path, monkeypatch):
     assert ".npy" in kept(tmp_path / "home" / ".cache" / "dir_toolkit")
 
 
-def test_default_folder_of_a_user_with_or_without_a_home(files, tmp_path, monkeypatch):
+def test_default_folder_of_a_user_with_or_without_a_home(
+    files: FolderFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DIR_TOOLKIT_CACHE", "~/named")
     decode_once(files, NAMES, size=8)
     assert ".npy" in kept(tmp_path / "home" / "named")
 
-    def nobody(*_):
+    def nobody(*_: Any) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", nobody)
@@ -170,7 +178,7 @@ def test_default_folder_of_a_user_with_or_without_a_home(files, tmp_path, monkey
 
 
 @pytest.mark.parametrize("what", ["cut", "grown", "dtype", "empty", "gone", "notes", "notes gone", "other notes"])
-def test_damaged_cache_is_rebuilt(files, tmp_path, what):
+def test_damaged_cache_is_rebuilt(files: FolderFiles, tmp_path: Path, what: str) -> None:
     whole = decode_once(files, NAMES, size=8, cache=tmp_path / "cache").images.copy()
     array = next((tmp_path / "cache").glob("*.npy"))
     notes = array.with_suffix(".json")
@@ -190,7 +198,7 @@ def test_damaged_cache_is_rebuilt(files, tmp_path, what):
     assert json.loads(notes.read_text()) == {}
 
 
-def test_what_a_killed_process_left_is_cleared_away(files, tmp_path):
+def test_what_a_killed_process_left_is_cleared_away(files: FolderFiles, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     decode_once(files, NAMES, size=8, cache=folder)
     array = next(folder.glob("*.npy"))
@@ -200,15 +208,15 @@ def test_what_a_killed_process_left_is_cleared_away(files, tmp_path):
     assert [path.name for path in folder.glob(".*")] == [".other.npy.0123456789abcdef.tmp"]
 
 
-def build(root, folder, start, answers):
+def build(root: Path, folder: Path, start: Any, answers: Any) -> None:
     start.wait()
     answers.put(decode_once(FolderFiles(root), NAMES, size=8, cache=folder).images.tobytes())
 
 
-def hold(root, folder, building):
+def hold(root: Path, folder: Path, building: Any) -> None:
     """Start to build, and hang in the midst of it."""
 
-    def hang(*_):
+    def hang(*_: Any) -> None:
         building.set()
         threading.Event().wait()
 
@@ -216,7 +224,7 @@ def hold(root, folder, building):
     decode_once(FolderFiles(root), NAMES, size=8, cache=folder)
 
 
-def test_two_processes_build_at_once_after_a_third_was_killed_at_it(files, tmp_path):
+def test_two_processes_build_at_once_after_a_third_was_killed_at_it(files: FolderFiles, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dir_toolkit.experiment.data.cache"])  # imports torch once for the three of them
     building, start, answers = context.Event(), context.Barrier(3), context.Queue()
@@ -237,14 +245,18 @@ def test_two_processes_build_at_once_after_a_third_was_killed_at_it(files, tmp_p
     assert kept(tmp_path / "cache") == [".json", ".lock", ".npy"]
 
 
-def test_without_locks(files, tmp_path, monkeypatch, refuse_to_decode):
+def test_without_locks(
+    files: FolderFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse_to_decode: Callable[[], None]
+) -> None:
     monkeypatch.setitem(sys.modules, "fcntl", None)
     decode_once(files, NAMES, size=8, cache=tmp_path / "cache")
     refuse_to_decode()
     assert decode_once(files, NAMES, size=8, cache=tmp_path / "cache").rows
 
 
-def test_damaged_image_raises_or_is_left_out(files, tmp_path, refuse_to_decode):
+def test_damaged_image_raises_or_is_left_out(
+    files: FolderFiles, tmp_path: Path, refuse_to_decode: Callable[[], None]
+) -> None:
     damaged = files.root / NAMES[2]
     damaged.write_bytes(damaged.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"2\.jpg: the image must be a whole JPEG, got .*truncated"):
@@ -258,7 +270,7 @@ def test_damaged_image_raises_or_is_left_out(files, tmp_path, refuse_to_decode):
         decode_once(files, NAMES, size=8, cache=tmp_path / "cache")
 
 
-def test_refuses_settings(files, tmp_path):
+def test_refuses_settings(files: FolderFiles, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="size must be at least 1"):
         decode_once(files, NAMES, size=0, cache=tmp_path)
     with pytest.raises(ValueError, match="on_error must be one of"):
@@ -267,7 +279,9 @@ def test_refuses_settings(files, tmp_path):
         decode_once(files, [], size=8, cache=tmp_path)
 
 
-def test_progress_only_on_a_terminal(files, tmp_path, monkeypatch, capfd):
+def test_progress_only_on_a_terminal(
+    files: FolderFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     decode_once(files, NAMES, size=8, cache=tmp_path / "quiet")
     assert capfd.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -278,7 +292,7 @@ def test_progress_only_on_a_terminal(files, tmp_path, monkeypatch, capfd):
     assert kept(tmp_path / "shown") == kept(tmp_path / "no rich")
 
 
-def test_splits_leave_out_and_count(files, tmp_path):
+def test_splits_leave_out_and_count(files: FolderFiles, tmp_path: Path) -> None:
     images = np.arange(3 * 3, dtype=np.uint8).reshape(3, 3, 1, 1)
     decoded = Decoded(images, {"a": 2, "b": 0, "c": 1})
     parts = {"train": [("a", 30.0), ("lost", 31.0)], "val": [("b", 1.5)], "test": [("c", 90.0), ("a", 30.0)]}

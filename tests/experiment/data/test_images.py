@@ -1,5 +1,9 @@
+from __future__ import annotations
+
 import hashlib
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from dir_toolkit.errors import LabelError, ShapeError
 from dir_toolkit.experiment.data.images import ImageSet, Splits, content_digest
 
 
-def parts(**changes):
+def parts(**changes: Any) -> dict[str, Any]:
     fields = {
         "images": np.arange(4 * 3 * 2 * 1, dtype=np.uint8).reshape(4, 3, 2, 1),
         "labels": np.array([5, 7, 9], dtype=np.float32),
@@ -19,7 +23,7 @@ def parts(**changes):
     return {**fields, **changes}
 
 
-def test_batch_follows_rows_and_order():
+def test_batch_follows_rows_and_order() -> None:
     data = ImageSet(**parts())
     images, labels = data.batch(np.array([2, 1, 1]))
     assert len(data) == 3
@@ -32,7 +36,7 @@ def test_batch_follows_rows_and_order():
     assert again[1].equal(labels)
 
 
-def test_batch_is_a_copy():
+def test_batch_is_a_copy() -> None:
     data = ImageSet(**parts())
     images, labels = data.batch(np.arange(3))
     images.zero_()
@@ -41,7 +45,7 @@ def test_batch_is_a_copy():
     assert data.labels.tolist() == [5, 7, 9]
 
 
-def test_empty_set_and_empty_batch():
+def test_empty_set_and_empty_batch() -> None:
     none = np.zeros(0, dtype=np.int64)
     assert ImageSet(**parts()).batch(none)[0].shape == (0, 3, 2, 1)
     empty = ImageSet(**parts(images=np.zeros((0, 3, 2, 1), np.uint8), labels=np.zeros(0, np.float32), rows=none))
@@ -49,7 +53,7 @@ def test_empty_set_and_empty_batch():
     assert empty.batch(none)[1].shape == (0,)
 
 
-def test_read_only_memmap(tmp_path):
+def test_read_only_memmap(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", parts()["images"])
     images = np.load(tmp_path / "images.npy", mmap_mode="r")
     batch, _ = ImageSet(**parts(images=images)).batch(np.array([0]))
@@ -58,7 +62,7 @@ def test_read_only_memmap(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_grey_images_and_class_indices(channels):
+def test_grey_images_and_class_indices(channels: int) -> None:
     images = np.arange(4 * channels * 2, dtype=np.uint8).reshape(4, channels, 2, 1)
     data = ImageSet(**parts(images=images, labels=np.array([2, 0, 2**40])))
     batch, labels = data.batch(np.array([2, 1]))
@@ -70,7 +74,7 @@ def test_grey_images_and_class_indices(channels):
     assert data.labels.tolist() == [2, 0, 2**40]
 
 
-def test_digest_of_class_indices_by_hand():
+def test_digest_of_class_indices_by_hand() -> None:
     images, rows, labels = np.array([7, 9], np.uint8).reshape(2, 1, 1, 1), np.array([1, 0]), np.array([3, 258])
     bytes_seen = b"2 (1, 1, 1)" + bytes([3, 0, 0, 0, 0, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0]) + bytes([9, 7])
     assert content_digest(images, labels, rows) == hashlib.sha256(bytes_seen).hexdigest()
@@ -78,7 +82,7 @@ def test_digest_of_class_indices_by_hand():
     assert content_digest(images, labels.astype(np.float32), rows) != content_digest(images, labels, rows)
 
 
-def test_digest_tells_what_is_seen_and_not_how_it_is_stored():
+def test_digest_tells_what_is_seen_and_not_how_it_is_stored() -> None:
     images, labels, rows = parts()["images"], parts()["labels"], parts()["rows"]
     digest = content_digest(images, labels, rows)
     assert re.fullmatch("[0-9a-f]{64}", digest)
@@ -103,18 +107,18 @@ def test_digest_tells_what_is_seen_and_not_how_it_is_stored():
         ({"images": np.zeros((3, 2, 1), np.uint8)}, ShapeError, "images must have shape (M, C, H, W), got (3, 2, 1)."),
         ({"labels": np.zeros(3)}, TypeError, "labels must be a NumPy array of float32 or int64, got dtype float64."),
         ({"labels": np.zeros(3, np.int32)}, TypeError, "labels must be a NumPy array of float32 or int64, got dtype"),
-        ({"labels": np.array([0, 2, -1])}, LabelError, "class indices must not be negative, got -1 at index [2]."),
+        ({"labels": np.array([0, 2, -1])}, LabelError, "labels must be class indices >= 0, got -1 at index [2]"),
         ({"labels": np.zeros((3, 1), np.float32)}, ShapeError, "labels must have shape (N,), got (3, 1)."),
         ({"labels": np.zeros(2, np.float32)}, ShapeError, "labels and rows must be equally long, got 2 and 3."),
         ({"labels": np.array([0, np.nan, 1], np.float32)}, LabelError, "labels must be finite, got nan at index [1]"),
         ({"rows": np.zeros(3, np.int32)}, TypeError, "rows must be a NumPy array of int64, got dtype int32."),
-        ({"rows": np.array([0, 4, -1])}, ValueError, "rows must lie in 0 to 3, got 4 at index [1] (2 such values)."),
-        ({"images": np.zeros((0, 3, 2, 1), np.uint8)}, ValueError, "rows must be empty, for there is nothing"),
+        ({"rows": np.array([0, 4, -1])}, ValueError, "rows must lie in [0, 4), got 4 at index [1] (2 such values)."),
+        ({"images": np.zeros((0, 3, 2, 1), np.uint8)}, ValueError, "rows must lie in [0, 0), got 3"),
         ({"digest": "0" * 63 + "G"}, ValueError, "digest must be 64 hexadecimal digits"),
         ({"digest": 5}, ValueError, "digest must be 64 hexadecimal digits"),
     ],
 )
-def test_refuses_parts_that_do_not_fit(changes, error, message):
+def test_refuses_parts_that_do_not_fit(changes: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^ImageSet: " + re.escape(message)):
         ImageSet(**parts(**changes))
 
@@ -125,17 +129,17 @@ def test_refuses_parts_that_do_not_fit(changes, error, message):
         ([0, 1], TypeError, "indices must be a NumPy array of int64, got list."),
         (np.array([0.0]), TypeError, "indices must be a NumPy array of int64, got dtype float64."),
         (torch.tensor([True]), TypeError, "indices must be a NumPy array of int64, got dtype bool."),
-        (np.array([[0]]), ShapeError, "indices must have shape (n,), got (1, 1)."),
-        (np.array([0, -1]), ValueError, "indices must lie in 0 to 2, got -1 at index [1] (1 such values)."),
-        (np.array([3]), ValueError, "indices must lie in 0 to 2, got 3 at index [0] (1 such values)."),
+        (np.array([[0]]), ShapeError, "indices must have shape (N,), got (1, 1)."),
+        (np.array([0, -1]), ValueError, "indices must lie in [0, 3), got -1 at index [1] (1 such values)."),
+        (np.array([3]), ValueError, "indices must lie in [0, 3), got 3 at index [0] (1 such values)."),
     ],
 )
-def test_batch_refuses_bad_indices(indices, error, message):
+def test_batch_refuses_bad_indices(indices: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^ImageSet.batch: " + re.escape(message)):
         ImageSet(**parts()).batch(indices)
 
 
-def test_splits_hold_image_sets():
+def test_splits_hold_image_sets() -> None:
     data = ImageSet(**parts())
     assert Splits(data, data, data, source="x", skipped={}).val is data
     with pytest.raises(TypeError, match=r"^Splits: val must be an ImageSet, got list\."):

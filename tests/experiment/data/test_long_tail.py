@@ -1,13 +1,18 @@
 """Profiles by hand, thinning and noise that nest, and the splits made of them."""
 
+from __future__ import annotations
+
 import itertools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.experiment.data.images import Splits
 from dir_toolkit.experiment.data.long_tail import (
     balanced_holdout,
     exponential_profile,
@@ -20,18 +25,18 @@ from dir_toolkit.experiment.data.long_tail import (
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [40, 30, 20, 11]))
 
 
-def pictures(labels, value=0):
-    """One image a label, each with its own position as its pixels."""
+def pictures(labels: Any, value: int = 0) -> np.ndarray:
+    """One image per label, each with its own position as its pixels."""
     return np.arange(value, value + len(labels) * 4, dtype=np.int64).astype(np.uint8).reshape(-1, 1, 2, 2)
 
 
-def splits_of(**changes):
+def splits_of(**changes: Any) -> Splits:
     test = np.repeat(np.arange(4), 3)
     settings = {"source": "x", "val_per_class": 5, "seed": 3}
     return long_tail_splits(pictures(LABELS), LABELS, pictures(test), test, **{**settings, **changes})
 
 
-def test_step_profile_by_hand():
+def test_step_profile_by_hand() -> None:
     assert step_profile(10, 0.025).tolist() == [0.025] * 5 + [1.0] * 5
     assert step_profile(3, 0.1).tolist() == [0.1, 1, 1]  # by default the first half, rounded down
     assert step_profile(1, 0.1).tolist() == [1]
@@ -40,7 +45,7 @@ def test_step_profile_by_hand():
     assert step_profile(3, 0.5, thinned=np.array([0, 0])).dtype == np.float64
 
 
-def test_exponential_profile_by_hand():
+def test_exponential_profile_by_hand() -> None:
     assert exponential_profile(3, 4).tolist() == [1, 0.5, 0.25]
     assert exponential_profile(1, 100).tolist() == [1]
     assert exponential_profile(5, 1).tolist() == [1] * 5
@@ -49,7 +54,7 @@ def test_exponential_profile_by_hand():
     assert shares[1:] / shares[:-1] == pytest.approx(100 ** (-1 / 9), rel=1e-12)
 
 
-def test_thin_keeps_rounded_shares_and_at_least_one():
+def test_thin_keeps_rounded_shares_and_at_least_one() -> None:
     rows = thin(LABELS, [0.5, 0.1, 0.001, 1.0], seed=0)
     assert rows.dtype == np.int64
     assert (np.diff(rows) > 0).all()
@@ -59,7 +64,7 @@ def test_thin_keeps_rounded_shares_and_at_least_one():
     assert thin([], [0.5], seed=0).shape == (0,)
 
 
-def test_thin_nests_and_follows_the_seed():
+def test_thin_nests_and_follows_the_seed() -> None:
     kept = [set(thin(LABELS, np.full(4, share), seed=1).tolist()) for share in (0.01, 0.1, 0.4, 0.41, 0.9, 1.0)]
     for fewer, more in itertools.pairwise(kept):
         assert fewer <= more
@@ -70,7 +75,7 @@ def test_thin_nests_and_follows_the_seed():
     assert {i for i in other if LABELS[i] == 0} == {i for i in kept[2] if LABELS[i] == 0}
 
 
-def test_thin_chooses_evenly():
+def test_thin_chooses_evenly() -> None:
     labels = np.zeros(20, np.int64)
     counts = np.zeros(20)
     for seed in range(400):
@@ -79,12 +84,12 @@ def test_thin_chooses_evenly():
     assert np.abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)  # five standard deviations
 
 
-def test_random_choices_of_record():
+def test_random_choices_of_record() -> None:
     assert thin(np.zeros(8, int), [0.5], seed=7).tolist() == [0, 3, 5, 7]
     assert uniform_noise(np.zeros(8, int), 0.5, 10, seed=7).tolist() == [6, 5, 7, 0, 0, 0, 0, 4]
 
 
-def test_noise_is_exact_nests_and_hits_all_other_classes():
+def test_noise_is_exact_nests_and_hits_all_other_classes() -> None:
     clean = LABELS.copy()
     noisy = {rate: uniform_noise(LABELS, rate, 4, seed=5) for rate in (0.0, 0.1, 0.3, 0.5, 0.99)}
     for rate, labels in noisy.items():
@@ -102,7 +107,7 @@ def test_noise_is_exact_nests_and_hits_all_other_classes():
     assert uniform_noise([1], 0.6, 2, seed=0).tolist() == [0]
 
 
-def test_holdout_is_balanced_and_whole():
+def test_holdout_is_balanced_and_whole() -> None:
     val, train = balanced_holdout(LABELS, 10, seed=0)
     assert np.bincount(LABELS[val]).tolist() == [10] * 4
     assert sorted([*val, *train]) == list(range(101))
@@ -115,7 +120,7 @@ def test_holdout_is_balanced_and_whole():
 
 
 @pytest.mark.parametrize("kind", [list, np.uint8, np.int16, ">i4", torch.tensor])
-def test_labels_of_any_integer_kind(kind):
+def test_labels_of_any_integer_kind(kind: Any) -> None:
     labels = np.arange(12) % 3
     given = labels.astype(kind) if isinstance(kind, (str, type)) and kind is not list else kind(labels)
     assert thin(given, [0.5] * 3, seed=0).tolist() == thin(labels, [0.5] * 3, seed=0).tolist()
@@ -123,13 +128,13 @@ def test_labels_of_any_integer_kind(kind):
     assert balanced_holdout(given, 2, seed=0)[0].tolist() == balanced_holdout(labels, 2, seed=0)[0].tolist()
 
 
-def test_global_random_numbers_are_left_alone():
+def test_global_random_numbers_are_left_alone() -> None:
     before = np.random.get_state()[1].copy()  # noqa: NPY002 - the global state is what must not move
     splits_of(shares=np.full(4, 0.5), noise=0.2)
     assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
 
 
-def test_splits_share_images_and_hold_out_first():
+def test_splits_share_images_and_hold_out_first() -> None:
     plain = splits_of()
     assert plain.train.images is plain.val.images
     assert plain.train.labels.dtype == np.int64
@@ -146,14 +151,14 @@ def test_splits_share_images_and_hold_out_first():
     assert (hard.test.labels == np.repeat(np.arange(4), 3)).all()
 
 
-def test_splits_cap_before_thinning():
+def test_splits_cap_before_thinning() -> None:
     splits = splits_of(train_per_class=10, shares=np.array([0.5, 0.1, 1.0, 1.0]))
     assert np.bincount(splits.train.labels).tolist() == [5, 1, 10, 6]
     fewer = splits_of(train_per_class=10)
     assert set(splits.train.rows) <= set(fewer.train.rows) <= set(splits_of().train.rows)
 
 
-def test_seeds_of_splits():
+def test_seeds_of_splits() -> None:
     assert splits_of().train.digest == splits_of().train.digest
     assert splits_of(seed=4).val.digest != splits_of().val.digest
     assert splits_of(seed=4).test.digest == splits_of().test.digest
@@ -174,7 +179,7 @@ def test_seeds_of_splits():
         (
             lambda: step_profile(4, 0.5, thinned=range(5)),
             ValueError,
-            "step_profile: thinned must hold classes in 0 to 3, got 4.",
+            "step_profile: thinned must be at most 3, got 4.",
         ),
         (lambda: step_profile(4, 0.5, thinned=[-1]), ValueError, "step_profile: thinned must be at least 0, got -1."),
         (lambda: step_profile(4, 0.5, thinned=3), TypeError, "step_profile: thinned must be an Iterable, got int."),
@@ -182,10 +187,14 @@ def test_seeds_of_splits():
         (lambda: exponential_profile(0, 2), ValueError, "exponential_profile: num_classes must be at least 1, got 0."),
         (lambda: exponential_profile(3, 0.5), ValueError, "exponential_profile: ratio must be >= 1, got 0.5."),
         (lambda: exponential_profile(3, float("inf")), ValueError, "exponential_profile: ratio must be >= 1, got inf"),
-        (lambda: thin([0], [0.0], seed=0), ValueError, "thin: shares must be > 0 and <= 1, got 0 of class 0."),
-        (lambda: thin([0], [1, np.nan], seed=0), ValueError, "thin: shares must be > 0 and <= 1, got nan of class 1."),
-        (lambda: thin([0], [], seed=0), ShapeError, "thin: shares must have shape (C,), one a class, got (0,)."),
-        (lambda: thin([0], 0.5, seed=0), ShapeError, "thin: shares must have shape (C,), one a class, got ()."),
+        (lambda: thin([0], [0.0], seed=0), ValueError, "thin: shares must be > 0 and <= 1, got 0.0 at index [0] (1 "),
+        (
+            lambda: thin([0], [1, np.nan], seed=0),
+            ValueError,
+            "thin: shares must be > 0 and <= 1, got nan at index [1] (1 ",
+        ),
+        (lambda: thin([0], [], seed=0), LabelError, "thin: labels must be class indices, >= 0 and < 0, got 0 at index"),
+        (lambda: thin([0], 0.5, seed=0), ShapeError, "thin: shares must have shape (N,), got ()."),
         (lambda: thin([0], ["a"], seed=0), TypeError, "thin: shares must be integers or floats"),
         (lambda: thin([[0]], [1], seed=0), ShapeError, "thin: labels must have shape (N,), got (1, 1)."),
         (lambda: thin([0.0], [1], seed=0), TypeError, "thin: labels must be integers, class indices, got dtype float"),
@@ -246,7 +255,7 @@ def test_seeds_of_splits():
         (
             lambda: splits_of(shares=[1.0] * 3),
             ShapeError,
-            "long_tail_splits: shares must hold one share a class, got 3 for 4 classes.",
+            "long_tail_splits: shares must hold one share per class, got 3 for 4 classes.",
         ),
         (lambda: splits_of(noise=1.0), ValueError, "long_tail_splits: noise must be >= 0 and < 1, got 1.0."),
         (
@@ -258,27 +267,27 @@ def test_seeds_of_splits():
         (
             lambda: long_tail_splits(pictures([0]), LABELS, pictures([0]), [0], source="x", val_per_class=1),
             ShapeError,
-            "long_tail_splits: images must have shape (M, C, H, W), with M labels, got (1, 1, 2, 2) and 101 labels.",
+            "long_tail_splits: images must have shape (101, 1, 2, 2), one image per label, got (1, 1, 2, 2).",
         ),
         (
             lambda: long_tail_splits(pictures(LABELS), LABELS, pictures([4]), [4], source="x", val_per_class=1),
             LabelError,
-            "long_tail_splits: test_labels must be class indices, >= 0 and < 4, got 4 at index [0] (1 such labels).",
+            "long_tail_splits: test_labels must be class indices, >= 0 and < 4, got 4 at index [0] (1 such values).",
         ),
         (
             lambda: long_tail_splits(
                 pictures(LABELS), LABELS, np.zeros((1, 1, 3, 3), np.uint8), [0], source="x", val_per_class=1
             ),
             ShapeError,
-            "long_tail_splits: images and test_images must be of one shape (C, H, W), got (1, 2, 2) and (1, 3, 3).",
+            "long_tail_splits: test_images must have shape (1, 1, 2, 2), one image per label, got (1, 1, 3, 3).",
         ),
         (
             lambda: long_tail_splits([0], [0], pictures([0]), [0], source="x", val_per_class=0),
             TypeError,
-            "long_tail_splits: images must be a ndarray, got list.",
+            "long_tail_splits: images must be a NumPy array of uint8, got list.",
         ),
     ],
 )
-def test_refuses(call, error, message):
+def test_refuses(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^" + re.escape(message)):
         call()

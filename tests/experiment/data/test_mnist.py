@@ -1,17 +1,19 @@
 """MNIST from small idx files made here, downloads through pooch with a false network, and the data card."""
 
+from __future__ import annotations
+
 import gzip
 import hashlib
-import inspect
 import io
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import requests
-import yaml
 
 from dir_toolkit.errors import DataError, LabelError, ShapeError
 from dir_toolkit.experiment.data import mnist as module
@@ -20,16 +22,12 @@ from dir_toolkit.experiment.data.mnist import download_mnist, mnist
 
 REPOSITORY = Path(__file__).parents[3]
 CARD_TEXT = (REPOSITORY / "data_cards" / "mnist.md").read_text("utf-8")
-CARD = yaml.safe_load(CARD_TEXT.split("---\n")[1])["dir_toolkit"]
 REAL = Path(os.environ.get("DIR_TOOLKIT_MNIST", REPOSITORY.parent / "shared" / "data" / "mnist"))
 LABELS = {"train": np.arange(60, dtype=np.uint8) % 10, "t10k": np.arange(20, dtype=np.uint8) % 10}
 
 
-def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
-
-
-def small_files():
+@pytest.fixture
+def small_files(idx: Callable[[np.ndarray], bytes]) -> dict[str, bytes]:
     """The four files, unpacked, with pixels that tell label and position."""
     files = {}
     for part, labels in LABELS.items():
@@ -41,30 +39,30 @@ def small_files():
 
 
 @pytest.fixture
-def folder(tmp_path):
-    for name, data in small_files().items():
+def folder(tmp_path: Path, small_files: dict[str, bytes]) -> Path:
+    for name, data in small_files.items():
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
     return tmp_path
 
 
 @pytest.fixture
-def official(monkeypatch):
+def official(monkeypatch: pytest.MonkeyPatch, small_files: dict[str, bytes]) -> dict[str, bytes]:
     """As if the small files were the ones published; their packed bytes by name."""
-    packed = {name: gzip.compress(data, mtime=0) for name, data in small_files().items()}
+    packed = {name: gzip.compress(data, mtime=0) for name, data in small_files.items()}
     facts = {
         name: module._Official(hashlib.sha256(data).hexdigest(), hashlib.sha256(packed[name]).hexdigest())
-        for name, data in small_files().items()
+        for name, data in small_files.items()
     }
     monkeypatch.setattr(module, "_FILES", facts)
     return packed
 
 
 @pytest.fixture
-def network(monkeypatch):
+def network(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """url -> bytes, an exception, or a status; pooch and the rest of requests are the real ones."""
     answers, asked = {}, []
 
-    def send(adapter, request, *, timeout, **options):
+    def send(adapter: Any, request: Any, *, timeout: float, **options: Any) -> requests.Response:
         asked.append(request.url)
         assert timeout == module._TIMEOUT
         given = answers.get(request.url, 404)
@@ -81,15 +79,15 @@ def network(monkeypatch):
     return answers
 
 
-def urls(name):
+def urls(name: str) -> list[str]:
     return [f"{mirror}{name}.gz" for mirror in module._MIRRORS]
 
 
-def fill(network, packed, mirror=0):
+def fill(network: dict[str, Any], packed: dict[str, bytes], mirror: int = 0) -> None:
     network.update({urls(name)[mirror]: data for name, data in packed.items()})
 
 
-def test_images_go_with_their_labels(folder):
+def test_images_go_with_their_labels(folder: Path) -> None:
     splits = mnist(folder, val_per_class=2)
     assert (splits.source, splits.skipped) == ("mnist", {})
     assert (len(splits.train), len(splits.val), len(splits.test)) == (40, 20, 20)
@@ -103,7 +101,7 @@ def test_images_go_with_their_labels(folder):
     assert splits.train.images is splits.val.images
 
 
-def test_settings_reach_the_splits(folder):
+def test_settings_reach_the_splits(folder: Path) -> None:
     splits = mnist(folder, val_per_class=1, train_per_class=4, shares=step_profile(10, 0.5), noise=0.2, seed=5)
     true = LABELS["train"][splits.train.rows]
     assert np.bincount(true).tolist() == [2] * 5 + [4] * 5
@@ -111,9 +109,11 @@ def test_settings_reach_the_splits(folder):
     assert splits.val.digest != mnist(folder, val_per_class=1).val.digest
 
 
-def test_packed_and_plain_files_give_the_same(folder):
+def test_packed_and_plain_files_give_the_same(
+    folder: Path, small_files: dict[str, bytes], idx: Callable[[np.ndarray], bytes]
+) -> None:
     packed = mnist(folder, val_per_class=2)
-    for name, data in small_files().items():
+    for name, data in small_files.items():
         (folder / f"{name}.gz").unlink()
         (folder / name).write_bytes(data)
     plain = mnist(str(folder), val_per_class=2)
@@ -122,7 +122,7 @@ def test_packed_and_plain_files_give_the_same(folder):
     assert mnist(folder, val_per_class=2).train.digest != plain.train.digest  # the packed file is the one read
 
 
-def test_missing_files_are_named(folder):
+def test_missing_files_are_named(folder: Path) -> None:
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
     (folder / "train-images-idx3-ubyte.gz").unlink()
     message = (
@@ -145,13 +145,15 @@ def test_missing_files_are_named(folder):
         ("t10k-images-idx3-ubyte", np.zeros((21, 28, 28), np.uint8), "as many images as labels, got 21 and 20 of t10k"),
     ],
 )
-def test_refuses_other_arrays(folder, name, array, message):
+def test_refuses_other_arrays(
+    folder: Path, name: str, array: np.ndarray, message: str, idx: Callable[[np.ndarray], bytes]
+) -> None:
     (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
     with pytest.raises(DataError, match=re.escape(message)):
         mnist(folder, val_per_class=1)
 
 
-def test_refuses_other_types_of_numbers(folder):
+def test_refuses_other_types_of_numbers(folder: Path) -> None:
     data = bytes([0, 0, 9, 1, 0, 0, 0, 20]) + bytes(20)
     (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(data)
     with pytest.raises(DataError, match=r"the array must be uint8 \(M,\), got int8 \(20,\)\."):
@@ -161,8 +163,8 @@ def test_refuses_other_types_of_numbers(folder):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"shares": [1.0] * 9}, ShapeError, "shares must hold one share a class, got 9 for 10 classes"),
-        ({"shares": [0.0] * 10}, ValueError, "shares must be > 0 and <= 1, got 0 of class 0"),
+        ({"shares": [1.0] * 9}, ShapeError, "shares must hold one share per class, got 9 for 10 classes"),
+        ({"shares": [0.0] * 10}, ValueError, "shares must be > 0 and <= 1, got 0.0 at index [0] (10 such values)"),
         ({"noise": 1.5}, ValueError, "noise must be >= 0 and < 1, got 1.5"),
         ({"noise": "much"}, TypeError, "noise must be a number, got 'much'"),
         ({"val_per_class": 6}, ValueError, "got 6 of class 0, which has 6"),
@@ -171,25 +173,27 @@ def test_refuses_other_types_of_numbers(folder):
         ({"verify": 1}, TypeError, "mnist: verify must be a bool, got int"),
     ],
 )
-def test_refuses_settings(folder, settings, error, message):
+def test_refuses_settings(folder: Path, settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         mnist(folder, **{"val_per_class": 2, **settings})
 
 
-def test_a_digit_that_is_missing_in_training_is_named(folder):
+def test_a_digit_that_is_missing_in_training_is_named(folder: Path, idx: Callable[[np.ndarray], bytes]) -> None:
     labels = LABELS["train"].clip(0, 8)
     (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
     with pytest.raises(LabelError, match="test_labels must be class indices, >= 0 and < 9, got 9"):
         mnist(folder, val_per_class=1)
 
 
-def test_verify_looks_at_what_is_inside(folder, official):
+def test_verify_looks_at_what_is_inside(
+    folder: Path, official: dict[str, bytes], small_files: dict[str, bytes]
+) -> None:
     digest = mnist(folder, val_per_class=2, verify=True).train.digest
     name = "t10k-images-idx3-ubyte"
     (folder / f"{name}.gz").unlink()
-    (folder / name).write_bytes(small_files()[name])
+    (folder / name).write_bytes(small_files[name])
     assert mnist(folder, val_per_class=2, verify=True).train.digest == digest
-    changed = bytearray(small_files()[name])
+    changed = bytearray(small_files[name])
     changed[-1] += 1
     (folder / name).write_bytes(changed)
     assert mnist(folder, val_per_class=2).train.digest == digest
@@ -198,7 +202,7 @@ def test_verify_looks_at_what_is_inside(folder, official):
         mnist(folder, val_per_class=2, verify=True)
 
 
-def test_download_then_read(tmp_path, official, network):
+def test_download_then_read(tmp_path: Path, official: dict[str, bytes], network: dict[str, Any]) -> None:
     fill(network, official)
     root = tmp_path / "new" / "mnist"
     download_mnist(root)
@@ -210,11 +214,13 @@ def test_download_then_read(tmp_path, official, network):
     assert len(network["asked"]) == asked
 
 
-def test_download_keeps_what_is_there(folder, official, network):
+def test_download_keeps_what_is_there(
+    folder: Path, official: dict[str, bytes], network: dict[str, Any], small_files: dict[str, bytes]
+) -> None:
     kept, plain = folder / "train-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte"
     before = kept.read_bytes()
     (folder / f"{plain}.gz").unlink()
-    (folder / plain).write_bytes(small_files()[plain])
+    (folder / plain).write_bytes(small_files[plain])
     (folder / "t10k-images-idx3-ubyte.gz").unlink()
     fill(network, official)
     download_mnist(folder)
@@ -223,7 +229,9 @@ def test_download_keeps_what_is_there(folder, official, network):
     assert not (folder / f"{plain}.gz").exists()
 
 
-def test_download_overwrites_nothing(folder, official, network):
+def test_download_overwrites_nothing(
+    folder: Path, official: dict[str, bytes], network: dict[str, Any], idx: Callable[[np.ndarray], bytes]
+) -> None:
     other = folder / "train-labels-idx1-ubyte.gz"
     other.write_bytes(gzip.compress(idx(9 - LABELS["train"])))
     before = other.read_bytes()
@@ -246,7 +254,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_download_takes_the_next_mirror(tmp_path, official, network, fault):
+def test_download_takes_the_next_mirror(
+    tmp_path: Path, official: dict[str, bytes], network: dict[str, Any], fault: str
+) -> None:
     make, _ = FAULTS[fault]
     fill(network, official, mirror=1)
     network.update({urls(name)[0]: make(data) for name, data in official.items()})
@@ -257,7 +267,9 @@ def test_download_takes_the_next_mirror(tmp_path, official, network, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_download_names_what_each_mirror_did(tmp_path, official, network, fault):
+def test_download_names_what_each_mirror_did(
+    tmp_path: Path, official: dict[str, bytes], network: dict[str, Any], fault: str
+) -> None:
     make, message = FAULTS[fault]
     first = "train-images-idx3-ubyte"
     network[urls(first)[0]] = make(official[first])
@@ -271,45 +283,42 @@ def test_download_names_what_each_mirror_did(tmp_path, official, network, fault)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mirrors_speak_https():
+def test_mirrors_speak_https() -> None:
     assert len(set(module._MIRRORS)) == 2
     assert all(re.fullmatch("https://.*/", mirror) for mirror in module._MIRRORS)
 
 
-def test_card_matches_the_reader():
-    assert CARD["reader"] == f"{mnist.__module__}.{mnist.__name__}"
-    assert CARD["arguments"] == list(inspect.signature(mnist).parameters)
-    assert CARD["source"] == "mnist"
-    assert CARD["files"] == {
+@pytest.fixture
+def card(read_card: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return read_card("mnist", mnist)
+
+
+def test_card_matches_the_reader(card: dict[str, Any]) -> None:
+    assert card["source"] == "mnist"
+    assert card["files"] == {
         name: {"unpacked": facts.unpacked, "packed": facts.packed} for name, facts in module._FILES.items()
     }
-    for part, histogram in CARD["label_histogram"].items():
-        assert sum(histogram) == CARD["splits"][part]
-    whole = np.array(CARD["label_histogram"]["train"])
+    whole = np.array(card["label_histogram"]["train"])
     for name, shares in (("step_0.1", step_profile(10, 0.1)), ("exponential_100", exponential_profile(10, 100))):
-        assert np.rint(whole * shares).astype(int).tolist() == CARD["long_tails"][name]
+        assert np.rint(whole * shares).astype(int).tolist() == card["long_tails"][name]
     for mirror in module._MIRRORS:
         assert mirror in CARD_TEXT
 
 
-def test_card_matches_what_the_reader_gives(folder):
+def test_card_matches_what_the_reader_gives(folder: Path, card: dict[str, Any]) -> None:
     train = mnist(folder, val_per_class=2).train
-    assert CARD["fields"]["image"]["type"] == f"{train.images.dtype} {train.images.shape[1:]}"
-    assert CARD["fields"]["label"]["type"] == train.labels.dtype.name
-    assert CARD["fields"]["label"]["range"] == [0, 9]
+    assert card["fields"]["image"]["type"] == f"{train.images.dtype} {train.images.shape[1:]}"
+    assert card["fields"]["label"]["type"] == train.labels.dtype.name
+    assert card["fields"]["label"]["range"] == [0, 9]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the files of MNIST; name their folder in DIR_TOOLKIT_MNIST")
-def test_card_matches_the_real_files():
+def test_card_matches_the_real_files(card: dict[str, Any], same_as_card: Callable[..., None]) -> None:
     for name in ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"):
         module._read(module._find(REAL, name), name, verify=True)
     splits = mnist(REAL)
-    for part in ("train", "val", "test"):
-        data = getattr(splits, part)
-        assert len(data) == CARD["splits"][part]
-        assert np.bincount(data.labels).tolist() == CARD["label_histogram"][part]
-    assert splits.test.digest == CARD["digest"]["test"]
+    same_as_card(card, splits, 1)
     for name, shares in (("step_0.1", step_profile(10, 0.1)), ("exponential_100", exponential_profile(10, 100))):
         thinned = mnist(REAL, shares=shares)
-        assert np.bincount(thinned.train.labels).tolist() == CARD["long_tails"][name]
+        assert np.bincount(thinned.train.labels).tolist() == card["long_tails"][name]
         assert thinned.val.digest == splits.val.digest

@@ -1,27 +1,28 @@
-import inspect
+from __future__ import annotations
+
 import re
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from dir_toolkit.errors import LabelError, ShapeError
 from dir_toolkit.experiment.data import portraits as module
+from dir_toolkit.experiment.data.images import Splits
 from dir_toolkit.experiment.data.portraits import draw_portraits, portraits
 from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.density import LabelDensity
 
-CARD = Path(__file__).parents[3] / "data_cards" / "portraits.md"
 AGES = np.arange(140) % 101
 
 
 @pytest.fixture(scope="module")
-def default():
+def default() -> Splits:
     return portraits()
 
 
-def test_the_first_images_stay_the_same_when_there_are_more():
+def test_the_first_images_stay_the_same_when_there_are_more() -> None:
     few, more = portraits(70, 5, 3), portraits(140, 8, 101)  # across the border of a chunk of 64
     for split in ("train", "val", "test"):
         a, b = getattr(few, split), getattr(more, split)
@@ -30,7 +31,7 @@ def test_the_first_images_stay_the_same_when_there_are_more():
         assert a.digest != b.digest
 
 
-def test_an_image_depends_on_its_own_age_and_position_alone():
+def test_an_image_depends_on_its_own_age_and_position_alone() -> None:
     whole = draw_portraits(AGES, size=16)
     assert np.array_equal(draw_portraits(AGES[67:], size=16, first=67), whole[67:])
     other = AGES.copy()
@@ -39,7 +40,7 @@ def test_an_image_depends_on_its_own_age_and_position_alone():
     assert np.flatnonzero((drawn != whole).any((1, 2, 3))).tolist() == [3]
 
 
-def test_seeds_splits_and_positions_give_different_faces_of_one_age():
+def test_seeds_splits_and_positions_give_different_faces_of_one_age() -> None:
     age = np.full(2, 40)
     drawn = [draw_portraits(age, seed=s, split=p) for s in (0, 1) for p in ("train", "val", "test")]
     faces = np.concatenate(drawn).reshape(12, -1)
@@ -48,7 +49,7 @@ def test_seeds_splits_and_positions_give_different_faces_of_one_age():
 
 
 @pytest.mark.parametrize("size", [16, 33, 64])
-def test_shape_dtype_and_contents(size):
+def test_shape_dtype_and_contents(size: int) -> None:
     images = draw_portraits([0, 50.5, 100], size=size)
     assert images.shape == (3, 3, size, size)
     assert images.dtype == np.uint8
@@ -56,7 +57,7 @@ def test_shape_dtype_and_contents(size):
     assert draw_portraits(np.zeros(0), size=size).shape == (0, 3, size, size)
 
 
-def test_a_portrait_is_the_same_face_at_any_size():
+def test_a_portrait_is_the_same_face_at_any_size() -> None:
     small = draw_portraits(AGES[:40], size=16).astype(float)
     large = draw_portraits(AGES[:40], size=64).astype(float).reshape(40, 3, 16, 4, 16, 4).mean((3, 5))
     match = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(small, large, strict=True)]
@@ -65,13 +66,13 @@ def test_a_portrait_is_the_same_face_at_any_size():
     assert np.median(stranger) < 0.6
 
 
-def test_random_numbers_are_left_alone():
+def test_random_numbers_are_left_alone() -> None:
     before = np.random.get_state()[1].copy()  # noqa: NPY002 - the global state is what must not move
     draw_portraits([1, 2])
     assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
 
 
-def test_training_ages_follow_the_profile(default):
+def test_training_ages_follow_the_profile(default: Splits) -> None:
     profile = np.exp(-np.abs(np.arange(101) - 26) / 10) + 0.02
     for seed in (0, 1):
         for length in (300, 4000):
@@ -83,13 +84,13 @@ def test_training_ages_follow_the_profile(default):
     assert max(count[0], count[100]) < 20
 
 
-def test_evaluation_ages_are_balanced(default):
+def test_evaluation_ages_are_balanced(default: Splits) -> None:
     assert np.bincount(default.val.labels.astype(int)).tolist() == [5] * 101
     assert np.bincount(default.test.labels.astype(int)).tolist() == [10] * 101
     assert default.test.labels[:4].tolist() == [0, 37, 74, 10]  # multiples of 37, less 101 where beyond
 
 
-def test_labels_can_be_learnt_but_not_perfectly():
+def test_labels_can_be_learnt_but_not_perfectly() -> None:
     ages, unseen = np.arange(707) % 101, np.arange(202) % 101
     pixels = [draw_portraits(a, size=16, split=s) / 127.5 - 1 for a, s in ((ages, "train"), (unseen, "test"))]
     fit, check = (p.reshape(len(p), -1) for p in pixels)
@@ -99,7 +100,7 @@ def test_labels_can_be_learnt_but_not_perfectly():
     assert 5 < error < 0.6 * constant
 
 
-def test_apparent_age_spreads_with_age():
+def test_apparent_age_spreads_with_age() -> None:
     draws = module._Draws(module._raw(0, "train", "face", 0, 4000, module._DRAWS))
     apparent = module._Look(np.full((4000, 1, 1), 40, np.float32), draws).age.ravel()
     # draws are cut at 2.5 standard deviations, which leaves 0.955 of the spread 1.2 + 0.075 * 40 = 4.2
@@ -108,7 +109,7 @@ def test_apparent_age_spreads_with_age():
     assert apparent.dtype == np.float32
 
 
-def test_random_words_are_uniform_and_independent_of_the_count():
+def test_random_words_are_uniform_and_independent_of_the_count() -> None:
     words = module._unit(module._raw(5, "val", "face", 0, 500, 8))
     assert np.array_equal(module._unit(module._raw(5, "val", "face", 100, 7, 8)), words[100:107])
     assert 0 < words.min() < words.max() < 1
@@ -119,7 +120,7 @@ def test_random_words_are_uniform_and_independent_of_the_count():
     assert np.array_equal(module._grain(0, "train", 20, (3, 3, 17, 17)), grain[20:23])
 
 
-def test_shapes_by_hand():
+def test_shapes_by_hand() -> None:
     canvas = object.__new__(module._Canvas)
     canvas.pixel = np.full((1, 1, 1), 0.5, np.float32)
     canvas.u = np.array([[[0.0, 3.0, 3.0, 0.0]]], np.float32)
@@ -142,9 +143,9 @@ def test_shapes_by_hand():
     [
         ([[1, 2]], {}, ShapeError, "ages must have shape (N,), got (1, 2)."),
         (["old"], {}, TypeError, "ages must be integers or floats"),
-        ([5, 101], {}, LabelError, "ages must lie in 0 to 100, got 101 at index [1]."),
-        ([-0.5], {}, LabelError, "ages must lie in 0 to 100, got -0.5 at index [0]."),
-        ([float("nan")], {}, LabelError, "ages must lie in 0 to 100, got nan at index [0]."),
+        ([5, 101], {}, LabelError, "ages must lie in 0 to 100, got 101.0 at index [1] (1 such values)."),
+        ([-0.5], {}, LabelError, "ages must lie in 0 to 100, got -0.5 at index [0] (1 such values)."),
+        ([float("nan")], {}, LabelError, "ages must lie in 0 to 100, got nan at index [0] (1 such values)."),
         ([5], {"size": 15}, ValueError, "size must be at least 16, got 15."),
         ([5], {"seed": -1}, ValueError, "seed must be at least 0, got -1."),
         ([5], {"seed": 0.5}, TypeError, "seed must be a whole number, got 0.5."),
@@ -152,32 +153,22 @@ def test_shapes_by_hand():
         ([5], {"split": "dev"}, ValueError, "split must be one of 'train', 'val', 'test', got 'dev'."),
     ],
 )
-def test_draw_portraits_refuses(ages, settings, error, message):
+def test_draw_portraits_refuses(ages: Any, settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^draw_portraits: " + re.escape(message)):
         draw_portraits(ages, **settings)
 
 
 @pytest.mark.parametrize("name", ["n_train", "n_val", "n_test", "seed", "size"])
-def test_portraits_refuses(name):
+def test_portraits_refuses(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^portraits: {name} must be at least (0|16), got -1\."):
         portraits(**{name: -1})
 
 
-def test_card_tells_what_the_reader_gives(default):
-    card = yaml.safe_load(CARD.read_text(encoding="utf-8").split("---\n")[1])["dir_toolkit"]
-    assert card["reader"] == f"{portraits.__module__}.{portraits.__name__}"
-    assert card["arguments"] == list(inspect.signature(portraits).parameters)
-    assert default.source == card["source"]
-    assert default.skipped == {}
-    for name in ("train", "val", "test"):
-        data = getattr(default, name)
-        assert len(data) == card["splits"][name]
-        assert np.bincount(data.labels.astype(int) // 10).tolist() == card["label_histogram"][name]
-        assert data.digest == card["digest"][name]
-    image, age = card["fields"]["image"], card["fields"]["age"]
-    assert image["type"] == f"{default.train.images.dtype} {default.train.images.shape[1:]}"
-    assert age["type"] == default.train.labels.dtype.name
-    assert age["range"] == [default.test.labels.min(), default.test.labels.max()]
+def test_card_tells_what_the_reader_gives(
+    default: Splits, read_card: Callable[..., dict[str, Any]], same_as_card: Callable[..., None]
+) -> None:
+    card = read_card("portraits", portraits)
+    same_as_card(card, default, 10)
     density = LabelDensity.count(default.train.labels, Bins.uniform(0, 101, width=1, integer=True))
     regions = density.regions(many=100, few=20)
     for region, ages in card["regions"]["ages"].items():
