@@ -153,8 +153,8 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
     """Make a trained model ready for its second stage: ``model.backbone`` frozen, ``model.head`` to be trained.
 
     Args:
-        model: has ``backbone`` and ``head``, as :class:`dir_toolkit.experiment.backbones.ImageClassifier` and
-            :class:`dir_toolkit.LongTailModel` do; for others :func:`freeze` and :func:`reinitialize` serve.
+        model: has ``backbone`` and ``head``, as :class:`dir_toolkit.LongTailModel` has; for others :func:`freeze` and
+            :func:`reinitialize` serve.
         method: ``"crt"`` and ``"rrt"`` start the head afresh, all of it to learn; ``"lws"`` wraps it, which must be
             linear, in a :class:`dir_toolkit.heads.normalized.ScaledHead`.
         seed: of the head's new start.

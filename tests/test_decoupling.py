@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dir_toolkit.decoupling import Frozen, choose_normalization, freeze, reinitialize, stage_two
 from dir_toolkit.errors import LabelError, ShapeError
-from dir_toolkit.experiment.backbones import DigitCNN, ImageClassifier, small_resnet
+from dir_toolkit.experiment.backbones import DigitCNN, small_resnet
 from dir_toolkit.experiment.data.augment import to_float
 from dir_toolkit.experiment.data.images import ImageSet, content_digest
 from dir_toolkit.experiment.training.loop import Optimization, evaluate, fit, predict
@@ -60,6 +60,15 @@ def resnet() -> nn.Module:
         return small_resnet(width=4, in_channels=1)
 
 
+class Classifier(nn.Module):
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
 def with_dropout() -> nn.Module:
     """BatchNorm that counts, BatchNorm without weights, and dropout."""
     with RUNTIME.seeded("dropout"):
@@ -73,7 +82,6 @@ def with_dropout() -> nn.Module:
             nn.Linear(16, 16),
             nn.BatchNorm1d(16, affine=False),
         )
-    backbone.num_features = 16  # type: ignore[assignment]
     return backbone
 
 
@@ -105,7 +113,7 @@ def second_stage(model: nn.Module, train: ImageSet, folder: Path, **changes: Any
 @BACKBONES
 @pytest.mark.parametrize("method", ["crt", "lws"])
 def test_a_second_stage_leaves_every_bit_of_the_encoder(make: Any, method: Any, tmp_path: Path) -> None:
-    model = ImageClassifier(make(), LinearHead(16, 4))
+    model = Classifier(make(), LinearHead(16, 4))
     model.train()(IMAGES)  # so that BatchNorm has statistics of its own
     handle = stage_two(model, method)
     before, head = bits(model.backbone), bits(model.head)
@@ -274,7 +282,7 @@ def test_a_copy_of_a_frozen_module_is_frozen_too(copied: Any) -> None:
 
 
 def test_a_frozen_encoder_is_frozen_in_a_compiled_model() -> None:
-    model = ImageClassifier(with_dropout(), nn.Linear(16, 4))
+    model = Classifier(with_dropout(), nn.Linear(16, 4))
     freeze(model.backbone)
     before = bits(model.backbone)
     expected = model.eval()(IMAGES)
@@ -297,7 +305,7 @@ def test_only_modules_are_frozen() -> None:
 def test_gradients_left_on_a_frozen_encoder_do_not_count_in_the_next_stage(tmp_path: Path) -> None:
     heads = []
     for left in (False, True):
-        model = ImageClassifier(with_dropout(), LinearHead(16, 4))
+        model = Classifier(with_dropout(), LinearHead(16, 4))
         if left:
             (1e3 * model.eval()(IMAGES).square().sum()).backward()
             model.head.zero_grad()
@@ -346,7 +354,7 @@ def test_a_module_started_afresh_equals_a_new_one_of_that_seed(make: Any, seed: 
 
 
 def test_starting_afresh_draws_no_global_random_number() -> None:
-    model = ImageClassifier(with_dropout(), LinearHead(16, 4))
+    model = Classifier(with_dropout(), LinearHead(16, 4))
     before = torch.get_rng_state()
     reinitialize(model.head, seed=3)
     stage_two(model, "crt", seed=3)
@@ -392,7 +400,7 @@ def scores(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["crt", "rrt"])
-@pytest.mark.parametrize("make", [lambda b: ImageClassifier(b, LinearHead(16, 4)), regressor])
+@pytest.mark.parametrize("make", [lambda b: Classifier(b, LinearHead(16, 4)), regressor])
 def test_crt_and_rrt_freeze_the_backbone_and_start_the_head_afresh(make: Any, method: Any) -> None:
     model = make(with_dropout())
     head, before, expected = model.head, bits(model.backbone), copy.deepcopy(model.head)
@@ -408,14 +416,14 @@ def test_crt_and_rrt_freeze_the_backbone_and_start_the_head_afresh(make: Any, me
 
 
 def test_a_head_that_was_frozen_learns_again_in_the_second_stage() -> None:
-    model = ImageClassifier(with_dropout(), nn.Linear(16, 4))
+    model = Classifier(with_dropout(), nn.Linear(16, 4))
     stage_two(model, "lws").remove()
     model.head = model.head.linear  # frozen, as a ScaledHead has it
     stage_two(model, "crt")
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
-@pytest.mark.parametrize("make", [lambda b: ImageClassifier(b, nn.Linear(16, 4)), regressor])
+@pytest.mark.parametrize("make", [lambda b: Classifier(b, nn.Linear(16, 4)), regressor])
 def test_lws_scales_the_head_as_it_was_trained(make: Any) -> None:
     model = make(with_dropout()).eval()
     before, linear = scores(model), bits(model.head)
@@ -432,7 +440,7 @@ def test_a_model_without_the_two_parts_or_with_another_head_is_refused() -> None
     rule = r"^stage_two: model must have modules named backbone and head, got Sequential\. Use freeze\(encoder\) and"
     with pytest.raises(TypeError, match=rule):
         stage_two(nn.Sequential(nn.Linear(1, 1)), "crt")
-    model = ImageClassifier(with_dropout(), CosineHead(16, 4))
+    model = Classifier(with_dropout(), CosineHead(16, 4))
     for method in ("cRT", None, 1):
         with pytest.raises(ValueError, match=r"^stage_two: method must be one of 'crt', 'lws', 'rrt', got"):
             stage_two(model, method)  # type: ignore[arg-type]
@@ -440,7 +448,7 @@ def test_a_model_without_the_two_parts_or_with_another_head_is_refused() -> None
         stage_two(model, "lws")
     with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
         stage_two(model, "crt", seed=-1)
-    twice = ImageClassifier(with_dropout(), nn.Linear(16, 4))
+    twice = Classifier(with_dropout(), nn.Linear(16, 4))
     stage_two(twice, "lws").remove()
     with pytest.raises(TypeError, match=r'must be an nn\.Linear for "lws", got ScaledHead'):
         stage_two(twice, "lws")
@@ -464,11 +472,11 @@ def fresh_pair() -> tuple[ImageSet, ImageSet]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> ImageClassifier:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
     """Trained on the long tail as it comes."""
     train, _ = fresh_pair()
     with RUNTIME.seeded("plain"):
-        model = ImageClassifier(with_dropout(), LinearHead(16, 4))
+        model = Classifier(with_dropout(), LinearHead(16, 4))
     folder = tmp_path_factory.mktemp("plain")
     how = Optimization(epochs=8, batch_size=32, lr=0.01)
     second_stage(model, train, folder, sampler=None, optimization=how)
@@ -482,7 +490,7 @@ def error_of(model: nn.Module, data: ImageSet) -> float:
 
 
 @pytest.mark.parametrize("method", ["crt", "lws"])
-def test_a_balanced_head_errs_less_on_rare_classes(plain: ImageClassifier, method: Any, tmp_path: Path) -> None:
+def test_a_balanced_head_errs_less_on_rare_classes(plain: Classifier, method: Any, tmp_path: Path) -> None:
     train, test = fresh_pair()
     model = copy.deepcopy(plain)
     before = error_of(model, test)
@@ -491,7 +499,7 @@ def test_a_balanced_head_errs_less_on_rare_classes(plain: ImageClassifier, metho
     assert error_of(model, test) < before - 0.04
 
 
-def test_nearest_means_of_frozen_features_err_less_on_rare_classes(plain: ImageClassifier) -> None:
+def test_nearest_means_of_frozen_features_err_less_on_rare_classes(plain: Classifier) -> None:
     train, test = fresh_pair()
     model = copy.deepcopy(plain)
     before = error_of(model, test)
@@ -617,7 +625,7 @@ def test_what_cannot_be_chosen_from_is_refused() -> None:
 
 def test_a_model_goes_all_the_way_with_images_of_one_size() -> None:
     """DigitCNN, whose last ReLU works in place, freezes like any other."""
-    model = ImageClassifier(DigitCNN(4, size=8, in_channels=1, activation=True), nn.Linear(4, 3))
+    model = Classifier(DigitCNN(4, size=8, in_channels=1, activation=True), nn.Linear(4, 3))
     stage_two(model, "crt")
     before = bits(model.backbone)
     model.train()(torch.randn(5, 1, 8, 8)).square().sum().backward()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dir_toolkit.experiment.backbones import ImageClassifier
 from dir_toolkit.heads.affinity import AffinityHead
 from dir_toolkit.heads.linear import LinearHead
 from dir_toolkit.labels.bins import Bins
@@ -47,12 +46,7 @@ def test_classes_with_a_linear_head_are_the_classifier_to_the_bit() -> None:
     x, y = class_batch()
     model = classes()
 
-    def make() -> ImageClassifier:
-        backbone = net()
-        backbone.num_features = 6  # type: ignore[assignment]
-        return ImageClassifier(backbone, LinearHead(6, 4))
-
-    plain = seeded(make)
+    plain = seeded(lambda: nn.Sequential(net(), LinearHead(6, 4)))
     out, scores = model(x, y), plain(x)
     assert torch.equal(out.scores, scores)
     assert torch.equal(out.loss, cross_entropy(scores, y))

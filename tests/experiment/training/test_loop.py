@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -30,7 +30,6 @@ from dir_toolkit.errors import (
     ShapeError,
     UsageError,
 )
-from dir_toolkit.experiment.backbones import ImageClassifier, Scored
 from dir_toolkit.experiment.data.augment import to_float
 from dir_toolkit.experiment.data.images import ImageSet, content_digest
 from dir_toolkit.experiment.training.checkpoint import load_checkpoint
@@ -132,7 +131,25 @@ def class_set(samples: int = SAMPLES, seed: int = 0) -> ImageSet:
     return ImageSet(images, labels, rows, content_digest(images, labels, rows))
 
 
-def class_model(*, random: bool = False, features: bool = True) -> ImageClassifier:
+class Scored(NamedTuple):
+    scores: Tensor
+    features: Tensor
+
+
+class Classifier(nn.Module):
+    """Scores of a backbone's features, alone or beside the features."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, return_features: bool) -> None:
+        super().__init__()
+        self.backbone, self.head, self.return_features = backbone, head, return_features
+
+    def forward(self, images: Tensor) -> Tensor | Scored:
+        features = self.backbone(images)
+        scores = self.head(features)
+        return Scored(scores, features) if self.return_features else scores
+
+
+def class_model(*, random: bool = False, features: bool = True) -> Classifier:
     """With dropout and BatchNorm, or without."""
     backbone = nn.Sequential(
         nn.Conv2d(1, 6, 3, stride=2),
@@ -141,8 +158,7 @@ def class_model(*, random: bool = False, features: bool = True) -> ImageClassifi
         nn.Flatten(),
         nn.Dropout(0.2 if random else 0.0),
     )
-    backbone.num_features = 54  # type: ignore[assignment]
-    return ImageClassifier(backbone, LinearHead(54, 4), return_features=features)
+    return Classifier(backbone, LinearHead(54, 4), return_features=features)
 
 
 def scored_cross_entropy(output: Scored, target: Tensor, weight: Tensor | None) -> Tensor:
