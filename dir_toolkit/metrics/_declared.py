@@ -13,3 +13,5 @@ METRICS: dict[str, Metric] = {
     for metric in kind.metrics
     for name in metric.variables
 }
+WATCHED = {name: metric for name, metric in METRICS.items() if metric.watched and name == metric.name}
+"""The metrics that training logs, by name."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import (
+    classes_exist,
     instance,
     is_tensor,
     label_problem,
@@ -162,12 +163,9 @@ def class_indices(name: str, index: Tensor, num_classes: int, outside: Outside =
     classes = index.detach().long()
     if outside == "clip":
         return classes.clamp(0, num_classes - 1)
-    beyond = (classes < 0) | (classes >= num_classes)
-    if outside == "raise" and readable(index) and bool(beyond.any()):
-        first = int(beyond.nonzero()[0])
-        got = f"{index[first].item()} at index [{first}] ({int(beyond.sum())} such indices)"
-        raise label_problem(f"{name} must be indices from 0 to {num_classes - 1}", got=got)
-    return classes.masked_fill(beyond, -1)
+    if outside == "raise":
+        classes_exist(name, classes, num_classes)
+    return classes.masked_fill((classes < 0) | (classes >= num_classes), -1)
 
 
 def _own_kind(metric: MergingSums) -> type:

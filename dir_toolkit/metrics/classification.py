@@ -93,11 +93,11 @@ class ClassificationMetrics(RegionMetrics):
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("error", "error", "%", ("right", "count"), _error, low=0, high=1, watched=("all",)),
         Metric(
             "balanced_error", "balanced error", "%", ("right", "count"), _error,
             mean_over_bins=True, low=0, high=1, watched=("all", "many", "medium", "few"), short="BER",
         ),
+        Metric("error", "error", "%", ("right", "count"), _error, low=0, high=1, watched=("all",)),
         Metric(
             "macro_f1", "macro F1", "%", ("right", "count", "predicted"), lambda r, n, p: 2 * r / (n + p),
             mean_over_bins=True, low=0, high=1,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,12 +57,6 @@ def assert_equals_naive(result: xr.Dataset, expected: dict[str, dict[str, float]
             np.testing.assert_allclose(given, value, rtol=rtol, atol=1e-13, err_msg=f"{name} of {region}")
 
 
-def assert_same(a: xr.Dataset, b: xr.Dataset) -> None:
-    xr.testing.assert_allclose(a, b, rtol=1e-12)
-    for name in ("count", "bins", "bin_count", "train_count"):
-        np.testing.assert_array_equal(a[name], b[name])
-
-
 def of(pred: Any, target: Any, **options: Any) -> xr.Dataset:
     return regression_metrics(torch.as_tensor(pred), torch.as_tensor(target), DENSITY, **options)
 
@@ -95,7 +88,7 @@ def test_everything_equals_a_naive_loop(shape: tuple[int, ...]) -> None:
         assert result.bin_bias[b].item() == pytest.approx((pred - target)[inside].mean().item(), 1e-9)
 
 
-def test_the_comparisons_notice_a_wrong_answer() -> None:
+def test_the_comparison_notices_a_wrong_answer() -> None:
     pred, target = samples()
     result = of(pred, target)
     for name in ("mae", "rmse", "gm", "bmae", "bias", "pearson", "count", "bins"):
@@ -103,67 +96,6 @@ def test_the_comparisons_notice_a_wrong_answer() -> None:
         wrong["few"][name] += 1e-6
         with pytest.raises(AssertionError, match=f"{name} of few"):
             assert_equals_naive(result, wrong)
-        other = result.copy(deep=True)
-        other[name] = other[name] + 1
-        with pytest.raises(AssertionError):
-            assert_same(result, other)
-
-
-@pytest.mark.parametrize("sizes", [[400], [1] * 400, [399, 1], [0, 7, 0, 100, 293], [128, 128, 128, 16]])
-def test_any_split_into_batches_equals_the_whole(sizes: list[int]) -> None:
-    pred, target = samples()
-    batches = list(zip(pred.split(sizes), target.split(sizes), strict=True))
-    one, merged = RegressionMetrics(DENSITY), RegressionMetrics(DENSITY)
-    for p, t in batches:
-        one.update(p, t)
-        part = RegressionMetrics(DENSITY)
-        part.update(p, t)
-        assert merged.merge(part) is merged
-    assert_same(one.compute(), of(pred, target))
-    assert_same(merged.compute(), of(pred, target))
-    order = torch.randperm(400, generator=torch.Generator().manual_seed(3))
-    assert_same(of(pred[order], target[order]), of(pred, target))
-    assert_same(one.compute(), one.compute())  # asking changes nothing
-    assert one.all_reduce() is one  # nor does this, outside torch.distributed
-
-
-def in_order() -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples by label, so that each of two ranks lacks some bins altogether."""
-    pred, target = samples()
-    order = target.argsort()
-    return pred[order], target[order]
-
-
-def rank_main(rank: int) -> torch.Tensor:
-    metrics = RegressionMetrics(DENSITY)
-    pred, target = (tensor[:313] if rank == 0 else tensor[313:] for tensor in in_order())
-    for p, t in zip(pred.split(64), target.split(64), strict=True):
-        metrics.update(p, t)
-    return metrics.all_reduce().sums
-
-
-def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
-    pred, target = in_order()
-    whole = RegressionMetrics(DENSITY)
-    whole.update(pred, target)
-    for sums in two_ranks(rank_main):
-        both = RegressionMetrics(DENSITY)
-        both.sums = sums
-        torch.testing.assert_close(both.sums, whole.sums, rtol=1e-12, atol=1e-12)
-        assert_same(both.compute(), of(pred, target))
-
-
-def test_a_fresh_one_has_the_settings_and_no_sample() -> None:
-    metrics = RegressionMetrics(DENSITY, floor=0.3)
-    metrics.update(*samples())
-    before = metrics.sums.clone()
-    fresh = metrics.fresh()
-    assert (fresh.bins, fresh.density, fresh.floor) == (metrics.bins, metrics.density, 0.3)
-    assert not fresh.sums.any()
-    fresh.update(torch.tensor([1.0]), torch.tensor([2.0]))
-    assert torch.equal(metrics.sums, before)
-    assert metrics.merge(fresh) is metrics
-    assert RegressionMetrics(DENSITY).fresh().floor == 0.01
 
 
 def test_the_summary_holds_what_training_watches() -> None:
@@ -262,22 +194,6 @@ def test_everything_carries_units_and_coordinates() -> None:
     np.testing.assert_array_equal(result.bin_center, BINS.centers)
     assert result.region.values.tolist() == ["all", "many", "medium", "few", "unseen"]
     assert {result[name].dtype for name in ("count", "bins", "bin_count", "train_count")} == {np.dtype(np.int64)}
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.uint8])
-def test_sums_are_float64_whatever_comes(dtype: torch.dtype) -> None:
-    pred, target = torch.tensor([1, 4, 2]).to(dtype), torch.tensor([3, 0, 2]).to(dtype)
-    metrics = RegressionMetrics(DENSITY)
-    metrics.update(pred, target)
-    assert metrics.sums.dtype == torch.float64
-    assert metrics.compute().mae.sel(region="all").item() == pytest.approx(2)
-    assert pred.tolist() == [1, 4, 2]
-
-
-def test_gradients_are_not_kept() -> None:
-    metrics = RegressionMetrics(DENSITY)
-    metrics.update(torch.ones(2, requires_grad=True), torch.ones(2))
-    assert not metrics.sums.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -429,7 +345,7 @@ def test_grids_merge_and_split_and_know_their_settings() -> None:
         part = parts.fresh()
         part.update(p, t)
         parts.merge(part)
-    assert_same(parts.compute(), whole.compute())
+    xr.testing.assert_allclose(parts.compute(), whole.compute(), rtol=1e-12)
     assert whole.floor == parts.fresh().floor == (0.01, 0.07)
     message = r"the same settings, got floor=\(0\.01, 0\.07\) and floor=\(0\.1, 0\.1\)\."
     with pytest.raises(ValueError, match=message):

@@ -40,30 +40,29 @@ def paired_differences(
 
     Runs are paired: a method and the baseline are compared over the seeds that both completed, and in each replicate
     both are judged by the same seeds and the same test samples. Every percentile interval holds both sources of
-    variation, but for a method with one shared seed, whose interval is of the test samples alone.
+    variation. Only the interval of a method with one shared seed is of the test samples alone.
 
-    Test samples are drawn within their bins, so that each replicate has every bin with as many samples as the test set:
-    bMAE is a mean over bins, and a replicate that lost the rare ones would be another metric. Of n samples, or seeds,
-    n - 1 are drawn, each counting n / (n - 1) times: with few of them, drawing n would make intervals too narrow, since
-    the variance of their mean would come out (n - 1) / n times too small. What stands alone in its bin never varies.
+    Test samples are drawn within their bins, so that each replicate has every bin with as many samples as the test set.
+    bMAE is a mean over bins, and a replicate without the rare ones would be another metric. Of n samples, or seeds,
+    n - 1 are drawn, and each counts n / (n - 1) times. If n were drawn, intervals of few samples would be too narrow,
+    since the variance of their mean would be (n - 1) / n times too small. A sample alone in its bin never varies.
 
-    The constant predictor, which no seed changes, meets every seed of the other side.
+    No seed changes the constant predictor, so it is paired with every seed of the other side.
 
     Args:
-        ds: a result of regression, of the schema in ``results.schema``, that holds predictions. Methods without are
-            NaN, and have 0 seeds.
+        ds: a result of regression that holds predictions. Methods without predictions are NaN and have 0 seeds.
         metrics: (``"mae"`` or ``"bmae"``, region) pairs.
         replicates: at least 100.
-        level: of the intervals, each by itself: where many are looked at, some exclude 0 by chance.
-        seed: of the draws. Those of a method do not depend on which others are compared.
+        level: of each interval by itself. If many are looked at, some exclude 0 by chance.
+        seed: of the draws. The draws of a method do not depend on which others are compared.
     Shape:
         ``difference``, ``difference_low``, ``difference_high``, ``ratio``, ``ratio_low``, ``ratio_high`` over (method,
-        column); coordinates ``metric`` and ``region`` along ``column``; ``seeds``, those shared, over (method).
+        column), with coordinates ``metric`` and ``region`` along ``column``. ``seeds``, those shared, over (method).
     Units:
-        differences are in label units, method minus baseline, so that below 0 is better; ratios are method by baseline.
+        differences are in label units, method minus baseline, so that below 0 is better. Ratios are method by baseline.
     Raises:
-        ResultsError: ``ds`` holds no predictions, or none of the baseline. ValueError: the
-        baseline, a metric or a region is unknown, or a number out of range.
+        ResultsError: ``ds`` holds no predictions, or none of the baseline. ValueError: the baseline,
+        a metric or a region is unknown, or a number is out of range.
     Source:
         Rao and Wu 1988, Resampling inference with complex survey data, for drawing n - 1 within strata.
     """
@@ -84,10 +83,10 @@ def paired_differences(
 
     target = ds["target"].values
     errors = np.abs(ds["prediction"].values.astype(np.float64) - target)  # (M, S, N)
-    told = np.isfinite(errors[..., 0])
-    run_of = np.full(told.shape, -1)  # the row in ``rows``
-    run_of[told] = np.arange(told.sum())
-    for i in [i for i, method in enumerate(methods) if method == BASELINE and told[i].any()]:
+    known = np.isfinite(errors[..., 0])
+    run_of = np.full(known.shape, -1)  # the row in ``errors[known]``
+    run_of[known] = np.arange(known.sum())
+    for i in [i for i, method in enumerate(methods) if method == BASELINE and known[i].any()]:
         run_of[i] = run_of[i].max()
     base = methods.index(baseline)
     if (run_of[base] < 0).all():
@@ -98,9 +97,9 @@ def paired_differences(
     place = bins.index(target)
     weights = {"mae": np.bincount(place, minlength=len(bins)), "bmae": bins.relative_widths}
     shares = np.stack([_bin_shares(ds, weights[metric], region, place) for metric, region in columns])  # (C, B)
-    point, drawn = _replicates(errors[told], place, shares, replicates, seed)
+    point, drawn = _replicates(errors[known], place, shares, replicates, seed)
 
-    found = {name: np.full((len(methods), len(columns)), np.nan) for name in _NUMBERS}
+    numbers = {name: np.full((len(methods), len(columns)), np.nan) for name in _NUMBERS}
     seeds = np.zeros(len(methods), dtype=np.int64)
     ends = [(1 - level) / 2, (1 + level) / 2]
     for i in range(len(methods)):
@@ -113,14 +112,14 @@ def paired_differences(
         once = (point[:, mine].mean(-1), point[:, theirs].mean(-1))
         again = tuple(np.einsum("rcs,rs->rc", drawn[..., runs], counts) / n for runs in (mine, theirs))
         for name, compare in (("difference", np.subtract), ("ratio", _ratio)):
-            found[name][i] = compare(*once)
-            found[f"{name}_low"][i], found[f"{name}_high"][i] = np.quantile(compare(*again), ends, axis=0)
+            numbers[name][i] = compare(*once)
+            numbers[f"{name}_low"][i], numbers[f"{name}_high"][i] = np.quantile(compare(*again), ends, axis=0)
     units = ds.attrs["label_units"]
     alone = [method for method, n in zip(methods, seeds, strict=True) if n == 1]
     sources = "seeds, and test samples within their bins"
     return xr.Dataset(
         {
-            **{n: (("method", "column"), v, {"units": "1" if "ratio" in n else units}) for n, v in found.items()},
+            **{n: (("method", "column"), v, {"units": "1" if "ratio" in n else units}) for n, v in numbers.items()},
             "seeds": ("method", seeds, {"units": "1"}),
         },
         coords={
@@ -155,8 +154,10 @@ def _columns(metrics: Any, ds: xr.Dataset) -> list[tuple[str, str]]:
 
 
 def _bin_shares(ds: xr.Dataset, weights: np.ndarray, region: str, place: np.ndarray) -> np.ndarray:
-    """What each bin's mean error weighs, (B,), of which those with samples have ``weights``; NaN throughout where the
-    region has no test sample."""
+    """The weight of each bin's mean error, (B,): a share of ``weights`` for the bins of the region that have samples.
+
+    All are NaN if the region has no test sample.
+    """
     tested = np.bincount(place, minlength=ds.sizes["bin"]) > 0
     if region != "all":
         tested &= ds["bin_region"].values == region
@@ -167,7 +168,7 @@ def _bin_shares(ds: xr.Dataset, weights: np.ndarray, region: str, place: np.ndar
 def _replicates(
     rows: np.ndarray, place: np.ndarray, shares: np.ndarray, replicates: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each column of each run as measured, (C, P), and drawn again, (R, C, P), from errors of runs, (P, N)."""
+    """Each column of each run as measured, (C, P), and as drawn again, (R, C, P), from the runs' errors (P, N)."""
     empty = np.isnan(shares[:, 0])
     point = np.zeros((len(shares), len(rows)))
     drawn = np.zeros((replicates, *point.shape))
@@ -198,7 +199,7 @@ def _ratio(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def check_differences(differences: object) -> None:
-    """``differences`` is what :func:`paired_differences` gave."""
+    """Raise unless ``differences`` is what :func:`paired_differences` gave."""
     instance(xr.Dataset, differences=differences)
     assert isinstance(differences, xr.Dataset)
     missing = [name for name in (*_NUMBERS, "seeds", "metric", "region") if name not in differences]
@@ -214,8 +215,9 @@ def check_differences(differences: object) -> None:
 def comparison_table(ds: xr.Dataset, differences: xr.Dataset) -> ResultsTable:
     """Mean and standard deviation over seeds for each compared column, the ratio to the baseline, and minutes.
 
-    A cell is bold where the interval of the difference lies below 0, so that the method is better than the baseline,
-    and in italics where it lies above; the caption says so. ``results.tables.as_markdown`` and ``as_text`` lay it out.
+    A cell is bold if the interval of the difference lies below 0, which means that the method is better than the
+    baseline, and in italics if it lies above. The caption says so. ``results.tables.as_markdown`` and ``as_text`` lay
+    the table out.
 
     Args:
         ds: the result that was compared.
@@ -251,7 +253,7 @@ def comparison_table(ds: xr.Dataset, differences: xr.Dataset) -> ResultsTable:
 
 
 def _explained(differences: xr.Dataset) -> str:
-    """What brackets, bold and italics mean."""
+    """A sentence on what brackets, bold and italics mean."""
     attrs = differences.attrs
     said = (
         f"In brackets: ratio to {attrs['baseline']}, over the seeds that both have. Bold: better than "
@@ -266,7 +268,7 @@ def _explained(differences: xr.Dataset) -> str:
 
 
 def differences_csv(differences: xr.Dataset) -> str:
-    """Differences as CSV, a line for each method and column; what is not known is empty.
+    """Differences as CSV, one line for each method and column. What is not known is empty.
 
     A name that a spreadsheet would take for a formula, such as ``=a+b``, gets an apostrophe in front.
 
@@ -285,21 +287,21 @@ def _csv_rows(differences: xr.Dataset) -> Iterator[list[object]]:
     for method in differences["method"].values.tolist():
         part = differences.sel({"method": method})
         for j in range(differences.sizes["column"]):
-            told = [float(part[name].values[j]) for name in _NUMBERS]
+            numbers = [float(part[name].values[j]) for name in _NUMBERS]
             head = [method, differences.attrs["baseline"], *(str(part[n].values[j]) for n in ("metric", "region"))]
             head = [f"'{text}" if text.startswith(_FORMULA) else text for text in head]
-            yield [*head, int(part["seeds"]), *("" if np.isnan(x) else f"{x:.6g}" for x in told)]
+            yield [*head, int(part["seeds"]), *("" if np.isnan(x) else f"{x:.6g}" for x in numbers)]
 
 
 def leading_methods(ds: xr.Dataset, baseline: str = "vanilla", *, most: int = 6) -> list[str]:
-    """The baseline and the methods worth a closer look, for figures that have no room for all.
+    """The baseline and the methods worth a closer look, in the order of ``ds``, for figures without room for all.
 
-    They are those with the least mean bMAE over all, then the least MAE in the few-shot region, over all and in the
-    many-shot region, and then others by their bMAE; without the constant predictor, in the order of ``ds``.
+    They are the method with the least mean bMAE over all, those with the least MAE in the few-shot region, over all and
+    in the many-shot region, and then others by their bMAE. The constant predictor is never among them.
 
     Args:
-        ds: a result of regression, of the schema in ``results.schema``.
-        most: how many at most, the baseline among them.
+        ds: a result of regression.
+        most: the number of methods at most, with the baseline.
     Raises:
         ResultsError: ``ds`` is not of regression. ValueError: the baseline is unknown, or ``most`` is below 1.
     """

@@ -1,7 +1,6 @@
-"""Pictures of many methods at once: differences to a baseline, coverage of intervals, and what the methods cost.
+"""Pictures of many methods at once: differences to a baseline, coverage of intervals, and cost.
 
-Each is a ``matplotlib`` ``Figure``, never pyplot, as in ``results.figures``. Methods stand in rows, so that twenty-five
-of them, with long names, can be read.
+Methods stand in rows, so that twenty-five of them, with long names, can be read.
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ from .drawing import (
     INK,
     PALETTE,
     Colors,
-    dressed,
     legend_above,
     literal,
+    look,
     mean_and_spread,
     new_figure,
+    no_frame,
     note_no_runs,
     seeds_text,
     spread_shown,
@@ -49,19 +49,20 @@ _SHORT_TO_LONG = ("#E69F00", "#FFFFFF", "#56B4E9")  # light enough for numbers o
 _FAR = 25.0  # percentage points
 
 
+@look(grid="both")
 def difference_figure(
     differences: xr.Dataset, *, metric: str = "mae", regions: Sequence[str] = ("all", "many", "medium", "few")
 ) -> Figure:
     """Difference of each method to the baseline, with its interval: methods down, regions across, the best on top.
 
-    Better and worse are filled dots whose interval excludes 0; the others are hollow. Methods are ordered by the first
-    region. The baseline is the line at 0; the constant predictor, which would dwarf the rest, is left out, and so are
-    methods that were not compared.
+    Dots are filled if their interval excludes 0, and hollow otherwise. Methods are ordered by the first region. The
+    baseline is the line at 0. The constant predictor would dwarf the rest and is left out, and so are methods that were
+    not compared.
 
     Args:
         differences: what :func:`dir_toolkit.experiment.results.comparison.paired_differences` gives.
         metric: ``"mae"`` or ``"bmae"``.
-        regions: those to show; one that was not compared, or has no test samples, is left out.
+        regions: those to show. One that was not compared, or has no test samples, is left out.
     Raises:
         ResultsError: ``differences`` is something else. ValueError: the metric was compared in none of the regions.
     """
@@ -69,14 +70,14 @@ def difference_figure(
     one_of("metric", metric, PAIRED)
     instance(Sequence, regions=regions)
     pairs = list(zip(differences["metric"].values.tolist(), differences["region"].values.tolist(), strict=True))
-    at = [pairs.index((metric, region)) for region in regions if (metric, region) in pairs]
-    columns = [j for j in at if differences["difference"][:, j].notnull().any()]
+    places = [pairs.index((metric, region)) for region in regions if (metric, region) in pairs]
+    columns = [j for j in places if differences["difference"][:, j].notnull().any()]
     if not columns:
         raise problem(f"regions must be some in which {metric} was compared", got=repr(regions))
     baseline, level = differences.attrs["baseline"], differences.attrs["level"]
-    told = differences["difference"].values[:, columns[0]]
+    by_method = differences["difference"].values[:, columns[0]]
     methods = differences["method"].values.tolist()
-    order = [i for i in np.argsort(told) if np.isfinite(told[i]) and methods[i] not in (baseline, BASELINE)]
+    order = [i for i in np.argsort(by_method) if np.isfinite(by_method[i]) and methods[i] not in (baseline, BASELINE)]
     names = [literal(f"{methods[i]} ({seeds_text(int(differences['seeds'][i]))})") for i in order]
     figure = new_figure(1.7 + _ROW * max(2, len(order)))
     panels: list[Axes] = []
@@ -98,27 +99,27 @@ def difference_figure(
     if not order:
         note_no_runs(panels[0])
     name = with_units(f"{title(metric)} minus that of {baseline}", differences.attrs["label_units"])
-    figure.supxlabel(f"{name}, {100 * level:g} % interval; left of 0 is better", fontsize=10, color=INK)
+    figure.supxlabel(f"{name}, {100 * level:g} % interval; left of 0 is better")
     _legend(figure, panels[0], {word: ("o", color, word in ("better", "worse")) for word, color in _VERDICTS.items()})
-    return dressed(figure, panels, grid="both")
+    return figure
 
 
+@look()
 def coverage_figure(ds: xr.Dataset) -> Figure:
     """Share of the test samples inside their interval, and the intervals' mean width: methods down, regions across.
 
-    For the methods that give intervals; numbers are means over seeds, shares with one standard deviation. A share is
-    white where intervals hold what they promise, orange where fewer samples lie inside than intended, blue where more
-    do.
+    Methods that give no intervals are left out. Numbers are means over seeds, and shares have one standard deviation
+    beside. A share is white if it is as intended, orange if fewer samples lie inside, and blue if more do.
 
     Args:
-        ds: a result of the schema in ``results.schema``.
+        ds: a result of regression.
     Raises:
         ResultsError: ``ds`` holds no intervals.
     """
     check_result(ds, "lower", kind="methods that give intervals")
     target, lower, upper = (ds[name].values.astype(np.float64) for name in ("target", "lower", "upper"))
-    told = np.asarray(np.isfinite(lower).all(-1))  # (M, S)
-    rows = [i for i in range(ds.sizes["method"]) if told[i].any()]
+    known = np.asarray(np.isfinite(lower).all(-1))  # (M, S)
+    rows = [i for i in range(ds.sizes["method"]) if known[i].any()]
     if not rows:
         raise problem("ds must hold intervals of some method", got="NaN alone", error=ResultsError)
     edges = np.append(ds["bin_low"].values, ds["bin_high"].values[-1])
@@ -136,49 +137,44 @@ def coverage_figure(ds: xr.Dataset) -> Figure:
         for j, region in enumerate(regions):
             here = slice(None) if region == "all" else region_of == region
             for row, i in enumerate(rows):
-                means[row, j], spreads[row, j] = mean_and_spread(values[i][told[i]][:, here].mean(-1))
+                means[row, j], spreads[row, j] = mean_and_spread(values[i][known[i]][:, here].mean(-1))
         if panels:
-            look: dict[str, Any] = {
-                "cmap": "Greys",
-                "vmin": 0,
-                "vmax": 3 * max(means.max(), 1e-9),
-            }  # pale below the numbers
-            title = with_units("mean width", ds.attrs["label_units"])
+            shades: dict[str, Any] = {"cmap": "Greys", "vmin": 0, "vmax": 3 * max(means.max(), 1e-9)}  # pale
+            heading = with_units("mean width", ds.attrs["label_units"])
         else:
-            look = {
-                "cmap": LinearSegmentedColormap.from_list("coverage", _SHORT_TO_LONG),
-                "vmin": level - _FAR,
-                "vmax": level + _FAR,
-            }
-            title = f"samples inside (%), {level:g} intended"
-        axes.imshow(means, aspect="auto", interpolation="nearest", **look)
+            colors = LinearSegmentedColormap.from_list("coverage", _SHORT_TO_LONG)
+            shades = {"cmap": colors, "vmin": level - _FAR, "vmax": level + _FAR}
+            heading = f"samples inside (%), {level:g} intended"
+        axes.imshow(means, aspect="auto", interpolation="nearest", **shades)
         digits = max(0, 1 - math.floor(math.log10(means.min()))) if means.min() > 0 else 0
         for row, j in np.ndindex(*means.shape):
             words = f"{means[row, j]:.{digits if panels else 0}f}"
             if not panels and np.isfinite(spreads[row, j]):
                 words += f" ± {spreads[row, j]:.0f}"
-            axes.text(j, row, words, ha="center", va="center", fontsize=8, color=INK)
-        axes.set_title(title)
+            axes.text(j, row, words, ha="center", va="center", fontsize=8)
+        axes.set_title(heading)
         axes.set_xticks(range(len(regions)), regions)
+        no_frame(axes)
         axes.set_xticks(np.arange(1, len(regions)) - 0.5, minor=True)
         axes.set_yticks(np.arange(1, len(rows)) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=2)
         axes.tick_params(which="both", length=0, labelleft=not panels)
         panels.append(axes)
-    _rows(panels[0], [literal(f"{ds['method'].values[i]} ({seeds_text(int(told[i].sum()))})") for i in rows])
+    _rows(panels[0], [literal(f"{ds['method'].values[i]} ({seeds_text(int(known[i].sum()))})") for i in rows])
     below = "orange: fewer inside than intended; blue: more" + spread_shown(ds).replace("\n", "; ")
-    figure.supxlabel(below, fontsize=9, color=INK)
-    return dressed(figure, panels, grid=False)
+    figure.supxlabel(below, fontsize=9)
+    return figure
 
 
+@look(grid="both")
 def cost_figure(ds: xr.Dataset, *, metric: str = "bmae", region: str = "all", colors: Colors | None = None) -> Figure:
-    """Error of each method against the minutes it trained; names stand beside, in the order of the errors.
+    """Error of each method against the minutes it trained. Names stand beside, in the order of the errors.
 
-    Dots are means over seeds, whiskers one standard deviation. A method without minutes, such as the constant
+    Dots are means over seeds, and whiskers are one standard deviation. A method without minutes, such as the constant
     predictor, is left out.
 
     Args:
-        ds: a result of the schema in ``results.schema``.
+        ds: a result of regression.
         metric: a variable of ``ds`` over ``region``, in units of the label.
     Raises:
         ResultsError: ``ds`` is not of regression. ValueError: ``ds`` has no such metric or region, no method has both
@@ -192,8 +188,8 @@ def cost_figure(ds: xr.Dataset, *, metric: str = "bmae", region: str = "all", co
     for method, color in styled_methods(ds, colors).items():
         part = ds.sel({"method": method})
         minutes, error = (mean_and_spread(part[n].values) for n in ("minutes", metric))
-        at = ds["region"].values.tolist().index(region)
-        error = (error[0][at], error[1][at])
+        column = ds["region"].values.tolist().index(region)
+        error = (error[0][column], error[1][column])
         if np.isfinite([minutes[0], error[0]]).all():
             dots.append((method, color, minutes, error))
     if not dots:
@@ -220,17 +216,17 @@ def cost_figure(ds: xr.Dataset, *, metric: str = "bmae", region: str = "all", co
         axes.plot(*path, color=color, linewidth=0.6, alpha=0.6, zorder=1)
         text: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
         label = literal(f"{method} ({seeds_text(int(ds['completed'].sel({'method': method}).sum()))})")
-        axes.annotate(label, (edge, height_at), color=INK, annotation_clip=False, **text)
+        axes.annotate(label, (edge, height_at), annotation_clip=False, **text)
     axes.set_xlim(right=edge)
     several = spread_shown(ds)
     name = " ".join([title(metric), region])
     axes.set_ylabel(with_units(name, ds[metric].attrs["units"]) + several)
     axes.set_xlabel("time spent training (min)" + several.replace("\n", ", "))
-    return dressed(figure, [axes], grid="both")
+    return figure
 
 
 def _apart(wanted: np.ndarray, gap: float) -> np.ndarray:
-    """Rising places in [0, 1], near the wanted, rising ones, and at least ``gap`` apart, or evenly where that is less.
+    """Rising places in [0, 1] that are near the wanted ones and at least ``gap`` apart, or even if that does not fit.
 
     Neighbours that are too close form a block about the mean of what they want, as in isotonic regression.
     """
@@ -253,7 +249,7 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _legend(figure: Figure, axes: Axes, marks: dict[str, tuple[str, str, bool]]) -> None:
-    """What marker, color and filling mean."""
+    """Say what marker, color and filling mean."""
     from matplotlib.lines import Line2D
 
     handles = [

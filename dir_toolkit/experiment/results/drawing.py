@@ -1,18 +1,26 @@
-"""What all figures share: one look, one colour a method, and the ways to write a figure down."""
+"""What all figures share: one look, one colour per method, checks of what is drawn, and ways to save a figure.
+
+Each figure function returns a ``matplotlib`` ``Figure`` and never uses pyplot. matplotlib is imported when a figure is
+made, so that a result can be read and written without it. Its defaults belong to the user and change only while a
+figure is being made or saved.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xarray as xr
 
-from ..._checks import instance, problem
+from ..._checks import instance, labels_array, problem
+from ...errors import ShapeError
 from ..files import write_atomically
 from .tables import BASELINE
 
@@ -29,7 +37,32 @@ PALETTE = (
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 INK, FAINT, GREY = "#222222", "#d9d9d9", "#777777"
-_WIDTH = 7.0  # inches: 700 pixels at matplotlib's 100 dots an inch
+_LOOK = {
+    "text.color": INK,
+    "figure.facecolor": "white",
+    "figure.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10,
+    "axes.titlesize": 10,
+    "axes.titlecolor": INK,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.labelsize": 9,
+    "xtick.labelcolor": INK,
+    "xtick.color": GREY,
+    "ytick.labelsize": 9,
+    "ytick.labelcolor": INK,
+    "ytick.color": GREY,
+    "legend.fontsize": 9,
+    "legend.labelcolor": INK,
+}
+_WIDTH = 7.0  # inches: 700 pixels at matplotlib's 100 dots per inch
 _LEGEND_ROW = 0.2  # inches
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 SPREAD = "mean ± sd over seeds"
@@ -38,26 +71,26 @@ Colors = Mapping[str, str]
 
 
 def method_colors(methods: Iterable[str]) -> dict[str, str]:
-    """One colour a method by its place in the order, and grey for the constant predictor.
+    """One colour per method, by its place in the order, and grey for the constant predictor.
 
-    Hand the same answer to every figure, and a method looks alike in all of them; one that it does not name takes the
-    colour it would have had without.
+    Pass the same dict to every figure and each method keeps its colour. A method that the dict lacks gets the colour it
+    would have without it.
     """
     names = [method for method in dict.fromkeys(methods) if method != BASELINE]
     return {**{m: PALETTE[i % len(PALETTE)] for i, m in enumerate(names)}, BASELINE: GREY}
 
 
 def method_dashes(methods: Iterable[str]) -> dict[str, str]:
-    """Solid lines, dotted once the colours of :func:`method_colors` repeat, and dashes for the constant predictor."""
+    """Solid lines, dotted ones once the colours repeat, and dashes for the constant predictor."""
     names = [method for method in dict.fromkeys(methods) if method != BASELINE]
     return {**{m: ("-", ":", "-.")[i // len(PALETTE) % 3] for i, m in enumerate(names)}, BASELINE: "--"}
 
 
 def figure_svg(figure: Figure, *, name: str = "figure") -> str:
-    """A figure as one ``<svg>`` element: text stays text, nothing is fetched, and equal figures give equal bytes.
+    """A figure as one ``<svg>`` element. Text stays text, nothing is fetched, and equal figures give equal bytes.
 
     Args:
-        name: put before every id in it, so that several can stand in one page; letters, digits and dashes.
+        name: letters, digits and dashes that are put before every id, so that several figures can stand in one page.
     """
     from matplotlib import rc_context
 
@@ -71,7 +104,7 @@ def figure_svg(figure: Figure, *, name: str = "figure") -> str:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200) -> None:
-    """Write a figure as its ending says (``.svg``, ``.png``, ``.pdf``), whole or not at all."""
+    """Write a figure in the format of its ending (``.svg``, ``.png``, ``.pdf``), whole or not at all."""
     kind = Path(path).suffix[1:].lower()
     if kind == "svg":
         content = figure_svg(figure).encode()
@@ -83,7 +116,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200)
 
 
 def figure_to_tensorboard(writer: Any, tag: str, figure: Figure, step: int) -> None:
-    """Add a figure to TensorBoard as an image, without pyplot, which ``SummaryWriter.add_figure`` would bring in.
+    """Add a figure to TensorBoard as an image, without pyplot, which ``SummaryWriter.add_figure`` would import.
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``.
@@ -96,47 +129,40 @@ def figure_to_tensorboard(writer: Any, tag: str, figure: Figure, step: int) -> N
     writer.add_image(tag, pixels, step, dataformats="HWC")
 
 
-def new_figure(height: float) -> Figure:
-    _installed()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
-
-
-def _installed() -> None:
+@contextmanager
+def look(grid: Literal["x", "y", "both"] = "y") -> Iterator[None]:
+    """The look of all figures, as a decorator of the functions that draw them."""
     try:
         import matplotlib.figure  # noqa: F401
+        from matplotlib import rc_context
     except ImportError as error:
-        raise problem(
-            "matplotlib must be installed",
-            got="no such package",
-            fix='pip install "dir_toolkit[recipes]"',
-            error=ImportError,
-        ) from error
+        fix = 'pip install "dir_toolkit[recipes]"'
+        raise problem("matplotlib must be installed", got="no such package", fix=fix, error=ImportError) from error
+    with rc_context({**_LOOK, "axes.grid.axis": grid}):
+        yield
 
 
-def dressed(figure: Figure, panels: Sequence[Axes], *, grid: bool | Literal["both"] = True) -> Figure:
-    """One look for every panel, set on the panel itself, since matplotlib's defaults belong to the user."""
+def new_figure(height: float) -> Figure:
+    """A figure as wide as all others."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(_WIDTH, height), layout="constrained")
+
+
+def no_frame(*panels: Axes) -> None:
+    """Neither grid nor frame, for panels that are pictures."""
     for axes in panels:
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom") and bool(grid))
-            spine.set_color(GREY)
-        axes.tick_params(labelsize=9, labelcolor=INK, color=GREY)
-        axes.xaxis.label.set(fontsize=10, color=INK)
-        axes.yaxis.label.set(fontsize=10, color=INK)
-        axes.title.set(fontsize=10, color=INK)
-        axes.set_axisbelow(True)
-        if grid:
-            axes.grid(visible=True, axis="both" if grid == "both" else "y", color=FAINT, linewidth=0.6)
-    return figure
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
 
 
 def legend(axes: Axes, loc: Literal["best", "upper right"] = "upper right") -> None:
-    axes.legend(loc=loc, fontsize=9, labelcolor=INK, frameon=True, framealpha=0.85, edgecolor="none")
+    """A legend inside a panel."""
+    axes.legend(loc=loc, frameon=True, framealpha=0.85, edgecolor="none")
 
 
 def legend_above(figure: Figure, axes: Axes, handles: Sequence[Artist] = ()) -> None:
-    """A legend over the whole width, of what stands in ``axes``, or of ``handles``; a long one makes its room."""
+    """A legend of ``handles``, or of what stands in ``axes``, over the whole width. A long one makes its own room."""
     labels = [str(handle.get_label()) for handle in handles]
     if not handles:
         handles, labels = axes.get_legend_handles_labels()
@@ -144,11 +170,11 @@ def legend_above(figure: Figure, axes: Axes, handles: Sequence[Artist] = ()) -> 
     columns = max(1, min(len(labels), int(100 / (longest + 7))))
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, rows - 2))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=9, labelcolor=INK, frameon=False)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
 
 
 def stairs(axes: Axes, edges: np.ndarray, counts: np.ndarray, label: str | None) -> None:
-    """Counts as touching bars on a log scale that starts below one, so that a bin with a single label is seen."""
+    """Counts as touching bars on a log scale that starts below one, so that a bin with a single label can be seen."""
     floor = 0.6
     axes.set_yscale("log")
     axes.stairs(np.maximum(counts, floor), edges, baseline=floor, fill=True, color="#8c8c8c", label=label, zorder=2)
@@ -162,31 +188,50 @@ def line_and_band(axes: Axes, x: Any, mean: np.ndarray, spread: np.ndarray, colo
         axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.16, linewidth=0)
 
 
+def line_style(i: int, dash: str) -> dict[str, Any]:
+    """The look of the ``i``-th line. Its marks at the edge of the axes are drawn whole."""
+    return {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linestyle": dash, "clip_on": False, "zorder": 3}
+
+
 def color_scale(figure: Figure, image: Any, label: str, **place: Any) -> None:
+    """What the colours of an image mean."""
     bar = figure.colorbar(image, **place)
-    bar.set_label(label, color=INK, fontsize=9)
-    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8, color=INK)
     bar.outline.set_visible(False)
 
 
 def cut_below_zero(axes: Axes) -> None:
-    """Shares have no values below 0, but a band or whisker around one may reach there."""
+    """End the axis at 0, where the values end. A band or a whisker around one may reach below."""
     if axes.get_ylim()[0] < 0:
         axes.set_ylim(bottom=0)
 
 
 def note_no_runs(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "no completed run", transform=axes.transAxes, ha="center", va="center", color=INK, fontsize=10)
+    """Say in an empty panel why it is empty."""
+    axes.text(0.5, 0.5, "no completed run", transform=axes.transAxes, ha="center", va="center", fontsize=10)
+
+
+def class_counts(figure: Figure, axes: Axes, counts: np.ndarray, names: Sequence[str]) -> None:
+    """Training samples of each class, with the names of the classes below: of every class if there is room."""
+    stairs(axes, np.arange(len(counts) + 1) - 0.5, counts, None)
+    axes.set_ylabel("training\nsamples\n(log scale)")
+    step = math.ceil(len(names) / 20)
+    shown = names[::step]
+    axes.set_xticks(np.arange(0, len(names), step), list(shown))
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    if max(map(len, shown)) * len(shown) > 70:
+        axes.tick_params(axis="x", labelrotation=90)
+        figure.set_figheight(figure.get_figheight() + 0.08 * max(map(len, shown)))
 
 
 def given_colors(colors: Colors | None) -> dict[str, str]:
-    """The colours that were handed over, each of which matplotlib knows."""
+    """The colours that the caller gave, after a check that matplotlib knows each of them."""
     if colors is None:
         return {}
-    instance(Mapping, colors=colors)
-    _installed()
     from matplotlib.colors import is_color_like
 
+    instance(Mapping, colors=colors)
     for name, color in colors.items():
         if not is_color_like(color):
             fix = 'Use a hex code such as "#0072B2" or a name that matplotlib knows.'
@@ -195,13 +240,13 @@ def given_colors(colors: Colors | None) -> dict[str, str]:
 
 
 def styles(methods: Iterable[str], colors: Colors | None = None) -> tuple[dict[str, str], dict[str, str]]:
-    """Colours, those handed over before our own, and dashes of the lines."""
+    """The colour and the dashes of each method. Colours that the caller gave come before our own."""
     names = list(methods)
     return {**method_colors(names), **given_colors(colors)}, method_dashes(names)
 
 
 def styled_methods(ds: xr.Dataset, colors: Colors | None, *, baseline: bool = True) -> dict[str, str]:
-    """Colours of the methods that have a completed run, the constant predictor last, if at all."""
+    """Colours of the methods that have a completed run. The constant predictor comes last, if it is shown at all."""
     names = ds["method"].values.tolist()
     known, _ = styles(names, colors)
     done = ds["completed"].any("seed").values
@@ -209,6 +254,34 @@ def styled_methods(ds: xr.Dataset, colors: Colors | None, *, baseline: bool = Tr
     if not baseline and present != [BASELINE]:
         present = [name for name in present if name != BASELINE]
     return {name: known[name] for name in sorted(present, key=lambda name: name == BASELINE)}
+
+
+def check_entries(name: str, mapping: Any, *, texts: bool = True) -> None:
+    """Raise unless it is a mapping that is not empty and whose keys are text; with ``texts=False`` any keys will do."""
+    instance(Mapping, **{name: mapping})
+    if not mapping:
+        raise problem(f"{name} must hold at least one entry", got="none")
+    instance(str, **{f"the name {key!r} in {name}": key for key in mapping if texts})
+
+
+def checked_names(names: Any, size: int, *, more: bool = False) -> list[str]:
+    """The names of ``size`` classes, or with ``more`` of at least that many; an empty list if there are none."""
+    if names is None:
+        return []
+    instance(Sequence, class_names=names)
+    if isinstance(names, str) or len(names) < size or (len(names) > size and not more):
+        got = repr(names) if isinstance(names, str) else f"{len(names)} names"
+        raise problem(f"class_names must be one name per class, {'at least ' * more}{size} of them", got=got)
+    instance(str, **{f"class_names[{i}]": name for i, name in enumerate(names)})
+    return [literal(name) for name in names]
+
+
+def checked_row(name: str, values: Any, rule: str, size: int | None = None) -> np.ndarray:
+    """``values`` as one row of float64 numbers, at least one, or ``size`` of them."""
+    row = labels_array(values, name).astype(np.float64)
+    if row.ndim != 1 or row.size == 0 or size not in (None, row.size):
+        raise problem(f"{name} must be {rule}", got=row.shape, error=ShapeError)
+    return row
 
 
 def train_counts(ds: xr.Dataset) -> np.ndarray:
@@ -221,6 +294,7 @@ def seeds_text(number: int) -> str:
 
 
 def spread_shown(ds: xr.Dataset) -> str:
+    """What a label says about the spread, if any method has several seeds."""
     return f"\n{SPREAD}" if bool((ds["completed"].sum("seed") > 1).any()) else ""
 
 
@@ -228,8 +302,13 @@ def with_units(name: str, units: str) -> str:
     return literal(f"{name} ({'dimensionless' if units == '1' else units})")
 
 
+def share_name(name: str, percent: bool) -> str:
+    """A name that has its units already, unless it is a share that is shown in percent."""
+    return with_units(name, "%") if percent else literal(name)
+
+
 def literal(text: str) -> str:
-    """Text from outside, in which a dollar sign is no formula."""
+    """Text from outside, in which a dollar sign does not start a formula."""
     return text.replace("$", r"\$")
 
 

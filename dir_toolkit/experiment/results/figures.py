@@ -1,10 +1,4 @@
-"""Pictures of label densities, errors, features and training; a ``matplotlib`` ``Figure`` each, never pyplot.
-
-Those of classification stand in ``results.class_figures``.
-
-matplotlib is imported where a figure is made, so that a result can be read and written without it. Nothing global of it
-is touched, but while ``results.drawing.figure_svg`` writes.
-"""
+"""Pictures of label densities, errors, feature statistics and training."""
 
 from __future__ import annotations
 
@@ -24,16 +18,18 @@ from .drawing import (
     GREY,
     INK,
     Colors,
+    checked_row,
     color_scale,
     cut_below_zero,
-    dressed,
     legend,
     legend_above,
     line_and_band,
     literal,
+    look,
     mean_and_spread,
     method_dashes,
     new_figure,
+    no_frame,
     note_no_runs,
     seeds_text,
     spread_shown,
@@ -63,6 +59,7 @@ _MOST_BARS = 8  # side by side in one region
 _BEFORE, _AFTER = "#D55E00", "#0072B2"
 
 
+@look()
 def density_figure(
     density: LabelDensity,
     weights: np.ndarray | None = None,
@@ -75,12 +72,12 @@ def density_figure(
 
     Args:
         density: as counted.
-        weights: dimensionless: the loss weight of a label in each bin, such as ``lds(bins.centers)``.
+        weights: dimensionless: the loss weight of a label in each bin, such as :class:`dir_toolkit.LDS` gives.
         effective: the smoothed density, over the same bins.
     Shape:
         weights: (B,).
     Raises:
-        ShapeError: ``weights`` is not one number a bin. ValueError: ``effective`` is over other bins.
+        ShapeError: ``weights`` is not one number per bin. ValueError: ``effective`` is over other bins.
     """
     instance(LabelDensity, density=density)
     instance(str, label_name=label_name, label_units=label_units)
@@ -91,7 +88,7 @@ def density_figure(
         both = f"{effective.bins} and {bins}"
         raise problem("effective must be over the bins of density", got=both)
     if weights is not None:
-        weights = _row("weights", weights, len(bins))
+        weights = checked_row("weights", weights, f"one number per bin, shape ({len(bins)},)", len(bins))
     panels = 1 if weights is None else 2
     figure = new_figure(3.0 if panels == 1 else 4.4)
     axes = [figure.add_subplot(panels, 1, 1)]
@@ -110,19 +107,20 @@ def density_figure(
         axes[0].tick_params(labelbottom=False)
     axes[-1].set_xlabel(with_units(label_name, label_units))
     axes[-1].set_xlim(bins.edges[0], bins.edges[-1])
-    return dressed(figure, axes)
+    return figure
 
 
+@look()
 def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | None = None) -> Figure:
     """MAE along the label axis for each method, above the training counts; regions are shaded.
 
-    A line is the mean over seeds, its band one standard deviation of the seeds either way. Bins hold few test samples,
-    so lines are running means over ``window`` bins, each bin weighted by its test samples, and the axis says so.
+    A line is the mean over seeds, and its band is one standard deviation of the seeds either way. Bins hold few test
+    samples, so lines are running means over ``window`` bins, each bin weighted by its test samples. The axis says so.
 
     Args:
-        ds: a result of the schema in ``results.schema``.
-        window: number of bins averaged, odd; 1 shows every bin as measured. None means 5 where there are 40 bins or
-            more, and 1 else.
+        ds: a result of regression.
+        window: the odd number of bins averaged; 1 shows every bin as measured. None takes 5 if there are 40 bins or
+            more, and else 1.
     Raises:
         ValueError: ``window`` is even or below 1, or a color is unknown. ResultsError: ``ds`` is not of regression.
     """
@@ -159,19 +157,19 @@ def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | 
     axes[1].set_xlim(low[0], high[-1])
     _shade_regions(figure, axes, low, high, ds["bin_region"].values)
     legend_above(figure, top)
-    return dressed(figure, axes)
+    return figure
 
 
+@look()
 def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors | None = None) -> Figure:
-    """A metric of each method over all and in each region with test samples; whiskers are one sd of the seeds.
+    """A metric of each method over all and in each region with test samples. Whiskers are one sd over the seeds.
 
-    Up to eight methods are bars side by side; more are rows, with a column a region. The constant predictor, which
-    would dwarf the others, is left out of error rates, and where there are more than eight methods with it.
+    Up to eight methods are bars side by side. More are rows, with one column per region. The constant predictor would
+    dwarf the others. It is left out of error rates, and if there are more than eight methods with it.
 
     Args:
-        ds: a result of the schema in ``results.schema``.
-        metric: a variable of ``ds`` over ``region``; None means MAE, or in a result of classification alone balanced
-            error.
+        ds: a result.
+        metric: a variable of ``ds`` over ``region``. None takes the MAE, or the balanced error if there is no MAE.
     Raises:
         ValueError: ``ds`` has no such metric, or a color is unknown.
     """
@@ -218,13 +216,13 @@ def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors |
     axes.set_xlabel("region, with its test samples and the bins that hold them")
     axes.set_ylabel(name + spread_shown(ds))
     legend_above(figure, axes)
-    return dressed(figure, [axes])
+    return figure
 
 
 def _region_rows(
     bars: Sequence[tuple[str, str, np.ndarray, np.ndarray | None]], titles: Sequence[str], name: str
 ) -> Figure:
-    """Methods down, regions across, a dot each."""
+    """Methods down, regions across, one dot for each."""
     figure = new_figure(1.3 + 0.22 * len(bars))
     panels: list[Axes] = []
     row = np.arange(len(bars))
@@ -234,20 +232,19 @@ def _region_rows(
         for i, (_, color, mean, whisker) in enumerate(bars):
             error = None if whisker is None else whisker[j]
             axes.errorbar(mean[j], i, xerr=error, fmt="o", markersize=5, color=color, ecolor=INK, elinewidth=1)
-        axes.set_title(heading)
+        axes.set_title(heading, fontsize=8)  # five stand side by side
+        axes.grid(visible=True, axis="both")
         axes.tick_params(labelleft=not panels)
         panels.append(axes)
     panels[0].set_yticks(row, [label for label, *_ in bars])
     panels[0].set_ylim(len(bars) - 0.5, -0.5)
     if panels[0].get_xlim()[0] > 0:
         panels[0].set_xlim(left=0)
-    figure.supxlabel(name, fontsize=10, color=INK)
-    dressed(figure, panels, grid="both")
-    for axes in panels:
-        axes.title.set(fontsize=8)  # five stand side by side
+    figure.supxlabel(name)
     return figure
 
 
+@look()
 def similarity_figure(
     mean_before: np.ndarray,
     mean_after: np.ndarray,
@@ -265,14 +262,14 @@ def similarity_figure(
     against every other.
 
     Args:
-        mean_before: feature means of each bin; a bin without samples is NaN throughout and stays a gap.
-        anchor: a label, in label units; its bin must have samples.
-        variance_before: feature variances likewise; give both or neither.
+        mean_before: feature means of each bin. A bin without samples is NaN throughout and stays a gap.
+        anchor: a label, in label units, whose bin has samples.
+        variance_before: feature variances likewise. Give both or neither.
     Shape:
         the four arrays: (B, D).
     Raises:
-        ShapeError: shapes differ, or there is not one row a bin. ValueError: the anchor's bin is empty. LabelError: the
-        anchor lies beyond the axis.
+        ShapeError: shapes differ, or there is not one row per bin. ValueError: the anchor's bin is empty. LabelError:
+        the anchor lies beyond the axis.
     Source:
         Yang et al. 2021, figures 4 and 8 (arXiv:2102.09554).
     """
@@ -328,10 +325,11 @@ def similarity_figure(
         axes.set_ylabel(with_units(label_name, label_units) if even else "bin")
         maps.append(axes)
     color_scale(figure, image, "cosine similarity (dimensionless)", ax=maps, shrink=0.9)
-    dressed(figure, lines)
-    return dressed(figure, maps, grid=False)
+    no_frame(*maps)
+    return figure
 
 
+@look()
 def history_figure(
     histories: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
     *,
@@ -342,14 +340,14 @@ def history_figure(
     percent: bool = False,
     colors: Colors | None = None,
 ) -> Figure:
-    """Training loss and a validation metric by epoch, a line a run; runs of one method share a colour.
+    """Training loss and a validation metric by epoch, one line per run. Runs of one method share a colour.
 
     Args:
-        histories: by (method, seed): rows with an ``epoch``, as read from ``history.csv``; numbers may still be text,
+        histories: by (method, seed), rows with an ``epoch``, as read from ``history.csv``. Numbers may still be text,
             and an empty or missing one is a gap.
-        loss: the column of the training loss. It is the one each method trains on, so that heights do not compare.
+        loss: the column of the training loss. Each method has its own, so their heights do not compare.
         metric: the column of the metric, in label units.
-        percent: the metric is a share, such as an error rate, and is shown in percent; ``label_units`` do not matter.
+        percent: the metric is a share, such as an error rate, and is shown in percent without ``label_units``.
     Raises:
         ValueError: no row of any run has the column, or a color is unknown.
     """
@@ -378,26 +376,21 @@ def history_figure(
             scale = 100 if percent and column == metric else 1
             values = [_number(row.get(column)) * scale for row in rows]
             marker = "o" if len(rows) == 1 else None
-            style: dict[str, Any] = {
-                "color": known[method],
-                "linestyle": dashes[method],
-                "linewidth": 1.2,
-                "alpha": 0.85,
-            }
-            panel.plot(epoch, values, marker=marker, label=label, **style)
+            style: dict[str, Any] = {"color": known[method], "linestyle": dashes[method], "linewidth": 1.2}
+            panel.plot(epoch, values, marker=marker, label=label, alpha=0.85, **style)
     axes[0].set_ylabel("training loss, each method's own")
     axes[1].set_ylabel(with_units(metric_name, "%" if percent else label_units))
     for panel in axes:
         panel.set_xlabel("epoch")
         panel.locator_params(axis="x", integer=True)
     legend_above(figure, axes[0])
-    return dressed(figure, axes)
+    return figure
 
 
 def _shade_regions(
     figure: Figure, panels: Sequence[Axes], low: np.ndarray, high: np.ndarray, regions: np.ndarray
 ) -> None:
-    """A shade behind each run of bins of one region, and what the shades mean below the panels."""
+    """Shade the bins of each region, and say below the panels what the shades mean."""
     starts = [0, *(np.flatnonzero(regions[1:] != regions[:-1]) + 1), len(regions)]
     for first, last in pairwise(starts):
         for axes in panels:
@@ -407,14 +400,7 @@ def _shade_regions(
     present = [region for region in REGIONS if region in regions]
     patches = [Patch(facecolor=_SHADES[region], edgecolor=GREY, linewidth=0.5) for region in present]
     names = [f"region: {region}" for region in present]
-    figure.legend(patches, names, loc="outside lower center", ncols=4, fontsize=9, labelcolor=INK, frameon=False)
-
-
-def _row(name: str, values: np.ndarray, size: int) -> np.ndarray:
-    values = labels_array(values, name).astype(np.float64)
-    if values.shape != (size,):
-        raise problem(f"{name} must have one number a bin, shape ({size},)", got=values.shape, error=ShapeError)
-    return values
+    figure.legend(patches, names, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _number(value: object) -> float:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _SHOWN_ELSEWHERE = ("title", "command", "label_name", "label_units")
-_DEEPEST = 20  # levels of settings that are told one by one
+_DEEPEST = 20  # levels of settings that are shown one by one
 
 
 def write_report(
@@ -38,14 +38,14 @@ def write_report(
     columns: Columns | None = None,
     table: ResultsTable | None = None,
 ) -> None:
-    """Write a result as one HTML file, whole or not at all; it fetches nothing and runs no script.
+    """Write a result as one HTML file, whole or not at all. The file fetches nothing and runs no script.
 
     Args:
-        ds: a result of the schema in ``results.schema``; its attributes are shown as provenance.
+        ds: a result. Its attributes are shown as provenance.
         figures: by title, in the order of the page.
-        notes: paragraphs of plain text above the table: what was compared, and what to make of it.
-        titles: what each method is, in a few words, shown below the table.
-        settings: of the experiment; nested ones are shown as ``outer.inner``.
+        notes: paragraphs of plain text above the table.
+        titles: a few words on each method, shown below the table.
+        settings: of the experiment. Nested ones are shown as ``outer.inner``.
         columns: of the table, as in :func:`results_table`.
         table: shown instead of that of ``columns``.
     Raises:
@@ -80,7 +80,7 @@ def write_report(
 
 
 def _flat(values: Mapping[str, object], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Names and values as text, nested ones under dotted names; text that is a JSON object is read as one."""
+    """Names and values as text, nested ones under dotted names. Text that is a JSON object is read as one."""
     for name, value in values.items():
         read = value
         if isinstance(value, str) and value.startswith("{"):
@@ -89,10 +89,8 @@ def _flat(values: Mapping[str, object], prefix: str = "", depth: int = 0) -> Ite
         if isinstance(read, Mapping) and read and depth < _DEEPEST:
             yield from _flat(read, f"{prefix}{name}.", depth + 1)
             continue
-        text = value
-        if not isinstance(value, str):
-            try:
-                text = json.dumps(value, default=str)
-            except (ValueError, RecursionError):  # in circles, or nested too deep
-                text = "..."
-        yield f"{prefix}{name}", str(text)
+        try:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+        except (ValueError, RecursionError):  # it holds itself, or is nested too deep
+            text = "..."
+        yield f"{prefix}{name}", text

@@ -1,4 +1,4 @@
-"""What a comparison of methods leaves behind: result, table, figures, report and TensorBoard, in one folder."""
+"""All files of a comparison of methods: its result, table, figures, report and TensorBoard events, in one folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import xarray as xr
 
 from ..._checks import instance, one_of, problem
 from ...labels.density import LabelDensity
+from ...metrics._declared import WATCHED
 from ..files import write_atomically
 from .comparison import comparison_table, differences_csv, leading_methods, paired_differences
 from .comparison_figures import cost_figure, coverage_figure, difference_figure
@@ -45,16 +46,17 @@ def write_summary(
 ) -> None:
     """Write ``results.nc``, ``table.md``, ``figures/*.png``, ``report.html`` and a TensorBoard file into ``folder``.
 
-    TensorBoard shows the table, the figures, and as scalars MAE and bMAE, or balanced error, means over seeds. Their
-    tags are ``test-<metric>-<region>/<method>``, so that each section of its page compares the methods in one region.
+    TensorBoard shows the table and the figures. Its scalars are means over seeds of the metrics that are watched in
+    training. Their tags are ``test-<metric>-<region>/<method>``, so that each section of the page compares the methods
+    in one region.
 
-    What an earlier call left in the folder is replaced, its TensorBoard file too; figures of other titles stay.
+    The files that an earlier call left in the folder are replaced. Figures of other titles stay.
 
     Args:
         folder: must exist.
-        ds: a result of the schema in ``results.schema``.
-        figures: by title; a file is named after its title.
-        titles: what each method is, in a few words.
+        ds: a result.
+        figures: by title, after which their files are named.
+        titles: a few words on each method.
         notes, settings, columns, table: as in :func:`dir_toolkit.experiment.results.report.write_report`.
     Raises:
         ResultsError: ``ds`` breaks the schema; nothing is written then. ValueError: two titles differ in punctuation
@@ -95,7 +97,7 @@ def write_summary(
 
 
 def _file_name(title: str) -> str:
-    """Letters, digits and dashes; a title too long for a file system is cut and told from others by a digest."""
+    """Letters, digits and dashes. A title too long for a file system is cut and gets a digest."""
     name = "".join(c if c.isalnum() else "-" for c in title.lower())
     if len(name.encode()) <= _LONGEST:
         return name
@@ -104,8 +106,8 @@ def _file_name(title: str) -> str:
 
 
 def _scalars(ds: xr.Dataset) -> Iterator[tuple[str, float]]:
-    """Tags and means over seeds of the metrics that are compared, region by region; what no run has is left out."""
-    for metric in (name for name in ("mae", "bmae", "balanced_error") if name in ds):
+    """Tags and means over seeds of the metrics that training watches, by region, without those that no run has."""
+    for metric in (name for name in WATCHED if name in ds):
         means = ds[metric].mean("seed")
         for region in ds["region"].values.tolist():
             for method in ds["method"].values.tolist():
@@ -129,17 +131,17 @@ def write_comparison(
     titles: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
-    """Compare methods with a baseline; write what :func:`write_summary` does, and ``differences.csv``.
+    """Compare methods with a baseline, and write what :func:`write_summary` writes, and ``differences.csv``.
 
     The table is that of :func:`dir_toolkit.experiment.results.comparison.comparison_table`. Figures show regions,
-    differences, coverage where a method gives intervals, cost where minutes are known, and the error along the axis.
+    differences, the error along the axis, coverage if a method gives intervals, and cost if minutes are known.
 
     Args:
         folder: must exist.
-        ds: a result of regression, of the schema in ``results.schema``, that holds predictions.
-        density: of the training labels; None leaves its figure out.
+        ds: a result of regression that holds predictions.
+        density: of the training labels. None leaves its figure out.
         level, replicates, seed: as in :func:`dir_toolkit.experiment.results.comparison.paired_differences`.
-        methods: those in the figure of errors along the axis, which has no room for many; None takes
+        methods: those in the figure of errors along the axis, which has no room for many. None takes
             :func:`dir_toolkit.experiment.results.comparison.leading_methods`.
         figures: more of them by title, after ours.
         notes, titles, settings: as in :func:`write_summary`.

@@ -1,4 +1,4 @@
-"""A result as a table: methods down, metrics across, with the counts and the spread behind every number."""
+"""A result as a table: methods down, metrics across, with the counts and the spread behind each number."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import xarray as xr
 
 from ..._checks import instance, problem
 from ...labels.density import REGIONS
-from ...metrics._declared import METRICS
+from ...metrics._declared import METRICS, WATCHED
 from .schema import check_result
 
 __all__ = ["BASELINE", "ResultsTable", "as_markdown", "as_text", "results_table"]
 
 BASELINE = "constant"
-"""The name of the constant predictor, which stands last in every table."""
+"""The name of the constant predictor, which is the last row of every table."""
 
 _EMPTY = "–"
 
@@ -33,11 +33,11 @@ class ResultsTable:
     """Cells as text, ready to be laid out.
 
     Attributes:
-        caption: units, and what the spread is.
-        header: one name a column; the first column holds methods.
-        counts: test samples behind each column, a row below the header.
-        rows: one row a method, as long as the header.
-        marks: by (row, column), cells that stand out: ``better`` ones are bold, ``worse`` ones in italics.
+        caption: the units, and what the spread is.
+        header: one name per column. The first column holds methods.
+        counts: the test samples behind each column, for a row below the header.
+        rows: one row per method, as long as the header.
+        marks: the cells that stand out, by (row, column). ``better`` is bold and ``worse`` is in italics.
     """
 
     caption: str
@@ -50,16 +50,16 @@ class ResultsTable:
 def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsTable:
     """Mean and standard deviation over seeds of chosen metrics in chosen regions.
 
-    Errors of classification, macro F1 and calibration errors are in percent with two decimals; other numbers have as
-    many decimals as give the smallest mean of their metric three digits. A region without test samples shows a dash,
-    and so does a method of which no run was completed.
+    Metrics that are shares are in percent with two decimals. Other numbers have as many decimals as give the smallest
+    mean of their metric three digits. A region without test samples shows a dash, and so does a method of which no run
+    was completed.
 
     Args:
-        ds: a result of the schema in ``results.schema``.
+        ds: a result.
         columns: (metric, region) pairs, with None for the region of a variable over method and seed alone, such as
-            ``("ece", None)``. None means, for regression, MAE over all and in every region, and bMAE, ``unseen`` left
-            out where no run has test samples in it; for classification, balanced error over all and in every region
-            that some run has test samples in, and error over all.
+            ``("ece", None)``. None takes the metrics that training watches: for regression the MAE over all and in
+            every region with test samples, and the bMAE; for classification the balanced error over all and in every
+            such region, and the error.
     Raises:
         ValueError: a metric or a region is not in ``ds``.
     """
@@ -95,14 +95,10 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
 
 
 def _default_columns(ds: xr.Dataset) -> Columns:
-    tested = [region for region in REGIONS if bool(ds["count"].sel(region=region).any())]
-    columns: list[tuple[str, str | None]] = []
-    if "mae" in ds:
-        regions = ["all", *(region for region in REGIONS if region != "unseen" or region in tested)]
-        columns += [*(("mae", region) for region in regions), ("bmae", "all")]
-    if "balanced_error" in ds:
-        columns += [*(("balanced_error", region) for region in ("all", *tested)), ("error", "all")]
-    return columns
+    """The metrics that training watches, in the regions where it does so and ``unseen``, if they have test samples."""
+    regions = ["all", *(region for region in REGIONS if bool(ds["count"].sel(region=region).any()))]
+    watched = {name: metric.watched for name, metric in WATCHED.items() if name in ds}
+    return [(n, region) for n, some in watched.items() for region in regions if region in some or len(some) > 1]
 
 
 def title(metric: str) -> str:
@@ -123,14 +119,14 @@ def _cell(values: xr.DataArray, all_values: xr.DataArray) -> str:
 
 
 def _decimals(values: xr.DataArray) -> int:
-    """As many as show three digits of the smallest mean over seeds."""
+    """The number of decimals that gives the smallest mean over seeds three digits."""
     finite = np.abs(values.mean("seed").values)
     finite = finite[np.isfinite(finite) & (finite > 0)]
     return min(max(2 - math.floor(math.log10(finite.min())), 0), 6) if finite.size else 2
 
 
 def _mean_and_spread(values: np.ndarray, decimals: int) -> str:
-    """``mean ± sd`` over the seeds that have a value; the mean alone where there is one."""
+    """``mean ± sd`` over the seeds that have a value, or the mean alone if there is one such seed."""
     values = values[np.isfinite(values)]
     if values.size == 0:
         return _EMPTY
@@ -139,7 +135,7 @@ def _mean_and_spread(values: np.ndarray, decimals: int) -> str:
 
 
 def count_range(counts: np.ndarray) -> str:
-    """Counts of several runs as text: one number, or a range where they differ; runs that have none do not matter."""
+    """The counts of several runs as one number, or as a range if they differ. Runs without any do not matter."""
     present = counts[counts > 0]
     if present.size == 0:
         return "0"
@@ -155,7 +151,7 @@ def _caption(ds: xr.Dataset, columns: Columns) -> str:
             names.append(title(metric))
     units = [f"{_listed(names)} in {u}" for u, names in by_units.items() if u != "1" and names != ["minutes"]]
     several = bool((ds["completed"].sum("seed") > 1).any())
-    spread = "mean ± standard deviation (n - 1) over seeds" if several else "one seed a method, so no spread is known"
+    spread = "mean ± standard deviation (n - 1) over seeds" if several else "one seed per method, so no spread is known"
     return f"{ds.attrs['label_name']}: " + "; ".join([*units, spread]) + "."
 
 
@@ -164,7 +160,7 @@ def _listed(names: list[str]) -> str:
 
 
 def as_markdown(table: ResultsTable) -> str:
-    """A table as Markdown, with its caption below it; ends in a newline."""
+    """A table as Markdown, with its caption below."""
     rows = _marked(table)
     lines = [table.header, ["---", *("---:" for _ in table.header[1:])], table.counts, *rows]
     body = "\n".join("| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -172,7 +168,7 @@ def as_markdown(table: ResultsTable) -> str:
 
 
 def as_text(table: ResultsTable) -> str:
-    """A table in aligned columns for a terminal, its marks as in Markdown; ends in a newline."""
+    """A table in aligned columns for a terminal, with marks as in Markdown."""
     lines = [[_one_line(cell) for cell in line] for line in (table.header, table.counts, *_marked(table))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     laid = [

@@ -10,82 +10,26 @@ import torch
 import xarray as xr
 
 import dir_toolkit as dt
-from dir_toolkit.experiment.results.schema import ALL_REGIONS, combine_runs
+from dir_toolkit.experiment.results.schema import combine_runs
 
 TRAIN = np.array([300, 50, 5, 0, 0])
-REGION = np.array(["many", "medium", "few", "unseen", "unseen"])
 TESTED = np.array([4, 3, 2, 0, 0])
+
+
+LABELS = torch.arange(5.0, dtype=torch.float64).repeat_interleave(torch.from_numpy(TESTED))
 
 
 def _run(errors: list[float]) -> xr.Dataset:
     """One run on five bins of a year: ``errors`` is the MAE of the three bins that have test samples."""
-    bin_mae = np.array([*errors, np.nan, np.nan])
-    inside = np.array([(region == "all") | (region == REGION) for region in ALL_REGIONS])  # (5, B)
-    samples = (inside * TESTED).sum(1)
-    tested = inside & (TESTED > 0)
-    with np.errstate(invalid="ignore"):
-        mae = (tested * np.nan_to_num(bin_mae) * TESTED).sum(1) / samples
-        bmae = (tested * np.nan_to_num(bin_mae)).sum(1) / tested.sum(1)
-    years, one = {"units": "label"}, {"units": "1"}
-    return xr.Dataset(
-        {
-            "mae": ("region", mae, years),
-            "rmse": ("region", mae * 1.25, years),
-            "gm": ("region", mae * 0.75, years),
-            "bmae": ("region", bmae, years),
-            "bias": ("region", -mae, years),
-            "pearson": ("region", np.where(samples > 4, 0.5, np.nan), one),
-            "count": ("region", samples, one),
-            "bins": ("region", tested.sum(1), one),
-            "bin_mae": ("bin", bin_mae, years),
-            "bin_bias": ("bin", -bin_mae, years),
-            "bin_count": ("bin", TESTED, one),
-            "train_count": ("bin", TRAIN, one),
-        },
-        coords={
-            "region": list(ALL_REGIONS),
-            "bin": np.arange(5),
-            "bin_low": ("bin", np.arange(5.0), years),
-            "bin_high": ("bin", np.arange(5.0) + 1, years),
-            "bin_center": ("bin", np.arange(5.0), years),
-            "bin_region": ("bin", REGION),
-        },
-    )
+    bins = dt.Bins(np.arange(6.0), centers=np.arange(5.0))
+    pred = LABELS - torch.tensor(errors, dtype=torch.float64).repeat_interleave(torch.from_numpy(TESTED[:3]))
+    return dt.regression_metrics(pred, LABELS, dt.LabelDensity(bins, TRAIN))
 
 
 def _class_run(right: list[int]) -> xr.Dataset:
     """One run of classification on the same bins: ``right`` of the 4, 3 and 2 samples; the others went to bin 3."""
-    hits = np.array([*right, 0, 0])
-    inside = np.array([(region == "all") | (region == REGION) for region in ALL_REGIONS])  # (5, B)
-    samples, tested = (inside * TESTED).sum(1), inside & (TESTED > 0)
-    predicted = hits + np.array([0, 0, 0, int((TESTED - hits).sum()), 0])
-    with np.errstate(invalid="ignore"):
-        recall, precision = hits / TESTED, hits / predicted
-        balanced = (tested * np.nan_to_num(1 - recall)).sum(1) / tested.sum(1)
-        f1 = (tested * np.nan_to_num(2 * hits / (TESTED + predicted))).sum(1) / tested.sum(1)
-        error = 1 - (inside * hits).sum(1) / samples
-    labels, one = {"units": "label"}, {"units": "1"}
-    return xr.Dataset(
-        {
-            "error": ("region", error, one),
-            "balanced_error": ("region", balanced, one),
-            "macro_f1": ("region", f1, one),
-            "count": ("region", samples, one),
-            "bins": ("region", tested.sum(1), one),
-            "bin_recall": ("bin", recall, one),
-            "bin_precision": ("bin", precision, one),
-            "bin_count": ("bin", TESTED, one),
-            "train_count": ("bin", TRAIN, one),
-        },
-        coords={
-            "region": list(ALL_REGIONS),
-            "bin": np.arange(5),
-            "bin_low": ("bin", np.arange(5) - 0.5, labels),
-            "bin_high": ("bin", np.arange(5) + 0.5, labels),
-            "bin_center": ("bin", np.arange(5.0), labels),
-            "bin_region": ("bin", REGION),
-        },
-    )
+    pred = torch.cat([torch.where(torch.arange(TESTED[c]) < n, c, 3) for c, n in enumerate(right)])
+    return dt.classification_metrics(pred, LABELS.long(), dt.LabelDensity(dt.Bins.classes(5), TRAIN))
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_class_error_refuses_other_results_and_names(classes: xr.Dataset, ds: xr
     with pytest.raises(TypeError, match=r"ds must be a Dataset"):
         class_error_figure("results.nc")  # type: ignore[arg-type]
     for names, got in ((["a"], "got 1 names"), ("abcde", "got 'abcde'")):
-        with pytest.raises(ValueError, match=f"class_names must be one name a class, 5 of them, {got}"):
+        with pytest.raises(ValueError, match=f"class_names must be one name per class, 5 of them, {got}"):
             class_error_figure(classes, class_names=names)
 
 
@@ -257,8 +257,8 @@ def test_numbers_that_would_run_into_each_other_are_left_out() -> None:
         ({"a": {0: [0.5]}}, True, ValueError, "a varied value must be > 0, got 0"),
         ({"a": {NAN: [0.5]}}, False, ValueError, "a varied value must be finite, got nan"),
         ({"a": {"x": [0.5]}}, False, TypeError, "a varied value must be a number, got 'x'"),
-        ({"a": {1: 0.5}}, False, ShapeError, r"curves\['a'\]\[1\] must be one number a seed, shape \(S,\), got \(\)"),
-        ({"a": {1: []}}, False, ShapeError, r"must be one number a seed, shape \(S,\), got \(0,\)"),
+        ({"a": {1: 0.5}}, False, ShapeError, r"curves\['a'\]\[1\] must be one number per seed, shape \(S,\), got \(\)"),
+        ({"a": {1: []}}, False, ShapeError, r"must be one number per seed, shape \(S,\), got \(0,\)"),
         ({"a": {1: [np.inf]}}, False, ValueError, r"curves\['a'\]\[1\] must be finite or NaN, got \[inf\]"),
         ({"a": {1: ["x"]}}, False, TypeError, r"curves\['a'\]\[1\] must be integers or floats"),
     ],
@@ -273,13 +273,13 @@ def test_bars_by_hand() -> None:
     np.testing.assert_allclose([bar.get_height() for bar in axes.patches], [15, 50, NAN])
     assert [text.get_text() for text in axes.texts] == ["15", "50"]
     np.testing.assert_allclose(axes.collections[-1].get_offsets()[:, 1], [10, 20])
-    assert axes.get_ylabel() == "error (%)\nmean ± sd, a dot a seed"
+    assert axes.get_ylabel() == "error (%)\nmean ± sd, one dot per seed"
     one = bar_figure({"a": [3.0]}, ylabel="log loss (nats)", percent=False).axes[0]
     assert one.patches[0].get_height() == 3
     assert one.get_ylabel() == "log loss (nats)"
     with pytest.raises(ValueError, match="bar_figure: values must hold at least one entry"):
         bar_figure({}, ylabel="error")
-    with pytest.raises(ShapeError, match=r"values\['a'\] must be one number a seed"):
+    with pytest.raises(ShapeError, match=r"values\['a'\] must be one number per seed"):
         bar_figure({"a": [[1.0]]}, ylabel="error")  # type: ignore[list-item]
 
 
@@ -332,7 +332,7 @@ def test_feature_space_takes_tensors_and_no_samples() -> None:
     ("panel", "error", "said"),
     [
         ((np.zeros((3, 3)), [0, 1, 2], None, None), ShapeError, r"features must have the shape \(N, 2\), got \(3, 3\)"),
-        ((np.zeros((3, 2)), [0, 1], None, None), ShapeError, r"one label each, shape \(3,\), got \(2,\)"),
+        ((np.zeros((3, 2)), [0, 1], None, None), ShapeError, r"one label per point, shape \(3,\), got \(2,\)"),
         ((np.zeros((1, 2)), [0.0], None, None), ValueError, "must be class indices, whole numbers from 0"),
         ((np.zeros((1, 2)), [-1], None, None), ValueError, "must be class indices, .* minimum -1"),
         ((np.zeros((1, 2)), [0], None, [0]), ValueError, "must have prototypes for prototype labels"),
@@ -341,7 +341,7 @@ def test_feature_space_takes_tensors_and_no_samples() -> None:
         (
             (np.zeros((1, 2)), [2], None, None),
             ValueError,
-            "class_names must be one name a class, at least 3 of them, got 2 names",
+            "class_names must be one name per class, at least 3 of them, got 2 names",
         ),
         ((np.full((1, 2), np.nan), [0], None, None), ValueError, "features must be finite"),
     ],
@@ -418,7 +418,7 @@ def test_correlation_of_norms_leaves_out_classes_without_samples() -> None:
         ({"a": [0, 0, 0]}, COUNTS, ValueError, "not all 0"),
         ({"a": [1, 2, -1]}, COUNTS, ValueError, "not negative"),
         ({"a": [1, 2, 3]}, [1, 2, -3], ValueError, "counts must be finite and not negative"),
-        ({"a": [1, 2, 3]}, [[1, 2, 3]], ShapeError, r"counts must be one number a class, shape \(C,\), got \(1, 3\)"),
+        ({"a": [1, 2, 3]}, [[1, 2, 3]], ShapeError, r"counts must be one number per class, shape \(C,\), got \(1, 3\)"),
     ],
 )
 def test_norms_refuse(norms: Any, counts: Any, error: type[Exception], said: str) -> None:

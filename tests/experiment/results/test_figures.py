@@ -122,7 +122,7 @@ def test_density_shows_counts_the_effective_density_and_weights() -> None:
 
 
 def test_density_refuses_other_bins_and_shapes() -> None:
-    said = r"density_figure: weights must have one number a bin, shape \(8,\), got \(7,\)"
+    said = r"density_figure: weights must be one number per bin, shape \(8,\), got \(7,\)"
     with pytest.raises(ShapeError, match=said):
         density_figure(_density(), np.ones(7))
     with pytest.raises(ValueError, match="density_figure: effective must be over the bins of density"):

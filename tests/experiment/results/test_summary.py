@@ -76,7 +76,9 @@ def test_tensorboard_compares_methods_by_region(tmp_path: Path, ds: xr.Dataset, 
     events = EventAccumulator(str(other))
     events.Reload()
     assert {tag.split("/")[0] for tag in events.Tags()["scalars"]} == {
-        f"test-balanced_error-{region}" for region in ("all", "many", "medium", "few")
+        f"test-{metric}-{region}"
+        for metric in ("balanced_error", "error")
+        for region in ("all", "many", "medium", "few")
     }
 
 

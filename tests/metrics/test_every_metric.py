@@ -17,12 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dir_toolkit import Bins, LabelDensity, RegressionMetrics, _memory, regression_metrics
 from dir_toolkit.errors import LabelError
+from dir_toolkit.metrics._declared import METRICS
 from dir_toolkit.metrics.classification import ClassificationMetrics, classification_metrics
 from dir_toolkit.metrics.reliability import CalibrationMetrics, calibration_metrics
 
 BINS = Bins.uniform(0, 4, width=1)
 DENSITY = LabelDensity(BINS, [500, 60, 40, 5])
 KINDS = ["regression", "classification", "calibration"]
+Batch = tuple[torch.Tensor, ...]
 Metrics = RegressionMetrics | ClassificationMetrics | CalibrationMetrics
 
 
@@ -40,12 +42,145 @@ def batch(kind: str, targets: list[float], dtype: torch.dtype = torch.float64) -
     return scores, torch.tensor(targets).floor().long() if kind == "calibration" else torch.tensor(targets, dtype=dtype)
 
 
+def samples(kind: str) -> Batch:
+    """300 samples in the order of their labels, so that each of two ranks lacks some bins altogether; with weights,
+    where the metric takes them."""
+    generator = torch.Generator().manual_seed(1)
+    pred, target = batch(kind, (4 * torch.rand(300, generator=generator).sort().values).tolist())
+    weight = torch.randint(0, 4, (300,), generator=generator)
+    return (pred, target, weight) if kind == "calibration" else (pred, target)
+
+
+def updated(metrics: Metrics, *batches: Batch) -> Any:
+    for one in batches:
+        metrics.update(*one)
+    return metrics
+
+
 def states(metrics: Metrics) -> list[torch.Tensor]:
     return [getattr(metrics, name) for name in metrics.kept]
 
 
 def assert_same_states(a: Metrics, b: Metrics) -> None:
     assert [(s.dtype, s.tolist()) for s in states(a)] == [(s.dtype, s.tolist()) for s in states(b)]
+
+
+def assert_same(a: Metrics, b: Metrics) -> None:
+    """The same but for rounding; counts are whole numbers and the same to the bit."""
+    for mine, theirs in zip(states(a), states(b), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0 if mine.dtype == torch.int64 else 1e-12)
+    xr.testing.assert_allclose(a.compute(), b.compute(), rtol=1e-12)
+
+
+# Declarations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_is_as_its_metric_declares_it(kind: str) -> None:
+    metrics = updated(make(kind), samples(kind))
+    result = metrics.compute()
+    declared = {name: metric for metric in metrics.metrics for name in metric.variables}
+    counts = {"count", "bins", "bin_count", "train_count"}
+    assert set(result.data_vars) - counts == set(declared)
+    for name, metric in declared.items():
+        values = result[name]
+        assert METRICS[name] is metric
+        assert metric.title
+        assert values.dims == ((metric.variables[name],) if metric.variables[name] else ())
+        assert values.attrs["units"] == {"label": "label", "label^2": "label^2", "1": "1", "%": "1"}[metric.unit]
+        known = values.values[np.isfinite(values.values)]
+        assert known.size
+        assert ((known >= metric.low) & (known <= metric.high)).all()
+        assert name.removeprefix("bin_") == metric.name
+    assert {result[name].attrs["units"] for name in counts & set(result.data_vars)} == {"1"}
+    if kind != "calibration":
+        watched = {f"{metric.name}/{region}" for metric in metrics.metrics for region in metric.watched}
+        assert set(metrics.summary()) <= watched
+        assert metrics.selects in metrics.summary()
+
+
+def test_no_two_metrics_share_a_name() -> None:
+    kinds = (RegressionMetrics, ClassificationMetrics, CalibrationMetrics)
+    assert len(METRICS) == sum(len(metric.variables) for kind in kinds for metric in kind.metrics)
+
+
+# Batches, objects and ranks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [[300], [1] * 300, [299, 1], [0, 7, 0, 100, 193]])
+def test_any_split_into_batches_equals_the_whole(kind: str, sizes: list[int]) -> None:
+    whole, one, merged = updated(make(kind), samples(kind)), make(kind), make(kind)
+    for part in zip(*(tensor.split(sizes) for tensor in samples(kind)), strict=True):
+        one.update(*part)
+        assert merged.merge(updated(merged.fresh(), part)) is merged
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
+    mixed = updated(make(kind), tuple(tensor[order] for tensor in samples(kind)))
+    for other in (one, merged, mixed, pickle.loads(pickle.dumps(one))):
+        assert_same(other, whole)
+    assert one.all_reduce() is one  # does nothing outside torch.distributed
+    assert_same(one, whole)  # and asking changes nothing
+    wrong = updated(copy.deepcopy(whole), tuple(tensor[:9] for tensor in samples(kind)))
+    with pytest.raises(AssertionError):
+        assert_same(wrong, whole)
+
+
+def sharing_main(rank: int) -> list[list[torch.Tensor]]:
+    found = []
+    for kind in KINDS:
+        share = (tensor[:213] if rank == 0 else tensor[213:] for tensor in samples(kind))
+        metrics = updated(make(kind), *zip(*(tensor.split(64) for tensor in share), strict=True))
+        found.append(states(metrics.all_reduce()))
+    return found
+
+
+def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
+    for shares in two_ranks(sharing_main):
+        for kind, sums in zip(KINDS, shares, strict=True):
+            both = make(kind)
+            for name, tensor in zip(both.kept, sums, strict=True):
+                setattr(both, name, tensor)
+            assert_same(both, updated(make(kind), samples(kind)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_one_has_the_settings_and_no_sample(kind: str) -> None:
+    metrics = updated(make(kind, outside="drop"), samples(kind))
+    before = [state.clone() for state in states(metrics)]
+    fresh = metrics.fresh()
+    assert fresh.settings == metrics.settings
+    assert not any(state.any() for state in states(fresh))
+    updated(fresh, samples(kind))
+    assert all(torch.equal(a, b) for a, b in zip(states(metrics), before, strict=True))
+    empty = updated(make(kind), tuple(tensor[:0] for tensor in samples(kind))).compute()
+    floats = [name for name in empty.data_vars if name != "count" and empty[name].dtype.kind == "f"]
+    assert all(bool(empty[name].isnull().all()) for name in floats)
+    assert not empty["count"].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_like_metrics_merge(kind: str) -> None:
+    for value in (None, "abc", [0, 1], make(KINDS[KINDS.index(kind) - 1])):
+        with pytest.raises(TypeError, match=rf"^{type(make(kind)).__name__}\.merge: other must be a "):
+            make(kind).merge(value)
+    if kind != "calibration":
+        with pytest.raises(ValueError, match=r"merge: both must have the same settings, got density="):
+            make(kind).merge(type(make(kind))(LabelDensity(BINS, [500, 60, 40, 6])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sums_are_wide_whatever_comes_and_inputs_are_left_alone(kind: str, dtype: torch.dtype) -> None:
+    pred, target = batch(kind, INSIDE)
+    if kind != "regression":
+        pred = torch.eye(4)[[0, 1, 2, 2]] * 0.5 + 0.125
+    given = pred.to(dtype).requires_grad_()
+    before = given.detach().clone()
+    metrics = updated(make(kind), (given, target))
+    assert {state.dtype for state in states(metrics)} <= {torch.float64, torch.int64}
+    assert not any(state.requires_grad for state in states(metrics))
+    assert torch.equal(given.detach(), before)
+    assert_same(metrics, updated(make(kind), (before.double(), target)))
 
 
 # Targets beyond the axis
