@@ -41,7 +41,7 @@ from ._settings import shown
 from ._state import SoundModule
 from .errors import ShapeError
 from .labels.bins import Bins
-from .labels.density import LabelDensity
+from .labels.density import LabelDensity, counts_array
 from .labels.weights import LDS
 
 __all__ = [
@@ -88,12 +88,7 @@ def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None 
     """
     floor = number("floor", floor, low=0)
     if not isinstance(density_or_counts, LabelDensity):
-        counts = labels_array(density_or_counts, "counts")
-        if counts.ndim != 1:
-            raise problem("counts must be one row of numbers", got=f"shape {counts.shape}", error=ShapeError)
-        not_empty(counts=counts)
-        finite(counts=counts)
-        not_negative(counts=torch.from_numpy(counts.astype(np.float64)))
+        counts = counts_array(density_or_counts)
         density_or_counts = LabelDensity(Bins.classes(len(counts)), counts)
     bins, counts = density_or_counts.bins, density_or_counts.counts
     unseen = np.flatnonzero(counts == 0)

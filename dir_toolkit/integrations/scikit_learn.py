@@ -21,7 +21,7 @@ from ..experiment.training.runtime import Runtime, chosen_device
 from ..experiment.training.steps import Steps
 from ..labels.bins import Bins
 from ..labels.decoding import Decoding
-from ..labels.density import LabelDensity
+from ..labels.density import LabelDensity, crowded_bins
 from ..labels.kernels import usual_kernel
 from ..labels.weights import LDS, Scheme
 from ..longtail import LongTailModel, LongTailOutput
@@ -48,7 +48,6 @@ _FEWEST_STEPS = 8  # bins of one step of the labels; on fewer the usual spread o
 _MOST_STEPS = 10**6  # from the least label to the largest; rounding hides finer ones
 _USUAL_DISTANCES = 30  # of a column from its median, beyond which it is cut off
 _DEVIATIONS = 10  # the same, in standard deviations from the mean
-_FEWEST_TO_CROWD = 10  # bins, since labels may well share one of few
 _FEWEST_TO_CHOOSE_FROM = 20  # held-out rows, for a tau that is more than chance
 
 
@@ -562,18 +561,15 @@ class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
 
 
 def _crowding(labels: np.ndarray, bins: Bins) -> str:
-    """What there is to say of labels more than half of which, not all alike, share one bin of many; else nothing."""
-    index = bins.index(labels)
-    fullest = np.bincount(index).argmax()
-    inside = labels[index == fullest]
-    share = len(inside) / len(labels)
-    if len(bins) < _FEWEST_TO_CROWD or share <= 0.5 or np.ptp(inside) == 0:
+    """A warning if more than half of the labels share one bin of many and are not all equal there, or nothing."""
+    index, counts = bins.index(labels), bins.tally(labels)
+    crowded = crowded_bins(bins, counts)
+    if not crowded or np.ptp(labels[index == counts.argmax()]) == 0:
         return ""
-    low, high = bins.edges[fullest : fullest + 2]
     return (
-        f"{share:.0%} of the labels lie in one of {len(bins)} bins, from {low:.4g} to {high:.4g}, where they are "
-        "hardly told apart. Train on their logarithm, by scikit-learn's TransformedTargetRegressor(regressor, "
-        "func=numpy.log1p, inverse_func=numpy.expm1), pass narrower bins there, or look for mistyped labels."
+        f"{crowded[0]}, where they are hardly told apart. Train on their logarithm, by scikit-learn's "
+        "TransformedTargetRegressor(regressor, func=numpy.log1p, inverse_func=numpy.expm1), pass narrower bins there, "
+        "or look for mistyped labels."
     )
 
 
