@@ -32,11 +32,8 @@ def digits(
     :func:`dir_toolkit.experiment.data.long_tail.long_tail_splits`.
 
     Args:
-        shares: the share of training images that is kept per digit; None keeps everything.
-        noise: the share of training labels that are made wrong, in [0, 1).
-        val_per_class: the number of images per digit that are held out for validation.
         test_per_class: the number of images per digit that are held out for the test; at most 173.
-        seed: of the data, a whole number of at least 0. It has nothing to do with the seed of the training.
+        shares, noise, val_per_class, seed: as for ``long_tail_splits``.
     Shape:
         images: (M, 1, 8, 8) uint8, a bright digit on a dark ground. labels: (N,) int64, 0 to 9. shares: (10,).
     Raises:

@@ -40,8 +40,7 @@ def dir_list(
         root: the folder from which the paths start. For the published lists this is the folder that holds ``AgeDB``, or
             ``imdb_crop`` and ``wiki_crop``.
         source: the name of the result, for example ``"agedb_dir"``.
-        size: the height and the width of the images, in pixels.
-        cache: the folder for decoded images, see :func:`dir_toolkit.experiment.data.cache.decode_once`.
+        size, cache: as for :func:`dir_toolkit.experiment.data.cache.decode_once`.
         on_error: what happens at a missing or damaged image: ``"raise"``, or ``"skip"``, which counts it as ``"missing
             file"`` or ``"unreadable image"``.
     Returns:

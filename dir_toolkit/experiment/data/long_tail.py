@@ -174,7 +174,8 @@ def long_tail_splits(
     Args:
         source: the name of the result, for example ``"mnist"``.
         val_per_class: the number of images per class that are held out for validation.
-        shares: the share of each class that is kept; None keeps everything.
+        shares: the share of each class that is kept; None keeps everything. See :func:`step_profile` and
+            :func:`exponential_profile`.
         noise: the share of training labels that are made wrong, in [0, 1).
         train_per_class: the largest number of training images per class before it is thinned; None sets no limit.
     Shape:

@@ -73,14 +73,8 @@ def mnist(
         root: the folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two files of ``t10k``,
             each with or without ``.gz``. Where both are there, the packed file is read. :func:`download_mnist` fetches
             them.
-        shares: the share of training images that is kept per digit; None keeps everything. See
-            :func:`~dir_toolkit.experiment.data.long_tail.step_profile` and
-            :func:`~dir_toolkit.experiment.data.long_tail.exponential_profile`.
-        noise: the share of training labels that are made wrong, in [0, 1).
-        train_per_class: the largest number of training images per digit before it is thinned; None sets no limit.
-        val_per_class: the number of images per digit that are held out for validation.
         verify: whether the four files must be the official ones, by the SHA-256 of their unpacked contents.
-        seed: of the data, a whole number of at least 0. It has nothing to do with the seed of the training.
+        shares, noise, train_per_class, val_per_class, seed: as for ``long_tail_splits``.
     Shape:
         images: (M, 1, 28, 28) uint8, a bright digit on a dark ground. labels: (N,) int64, 0 to 9. shares: (10,).
     Raises:

@@ -35,10 +35,7 @@ def utkface(
     Args:
         root: the folder of images; or a folder that holds this folder as ``UTKFace`` or the archive as
             ``UTKFace.tar.gz``; or the archive itself, packed or not. Nothing is extracted.
-        size: the height and the width of the images, in pixels.
-        cache: the folder for decoded images, see :func:`dir_toolkit.experiment.data.cache.decode_once`.
-        on_error: what happens at a damaged image: ``"raise"``, or ``"skip"``, which counts it as ``"unreadable
-            image"``.
+        size, cache, on_error: as for :func:`dir_toolkit.experiment.data.cache.decode_once`.
     Returns:
         Splits whose labels are ages in years. ``skipped`` counts files by ``"name does not parse"``, ``"age outside
         [0, 117)"`` and ``"unreadable image"``.

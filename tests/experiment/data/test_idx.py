@@ -135,6 +135,10 @@ def test_the_last_chunk_may_lie_in_the_engine_when_the_file_has_ended(tmp_path: 
         assert read_idx(write(tmp_path, gzip.compress(zeros, level))).shape == (5 << 20,)
 
 
+def test_zeros_may_follow_the_gzip_stream(tmp_path: Path) -> None:
+    assert read_idx(write(tmp_path, gzip.compress(HAND) + bytes(600))).tolist() == [[1, 2, 3], [4, 5, 255]]
+
+
 def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
     engine = zlib.compressobj(9, wbits=31)
     bomb = engine.compress(claims([4], b"1234")) + b"".join(engine.compress(bytes(1 << 20)) for _ in range(256))
