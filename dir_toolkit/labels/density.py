@@ -40,7 +40,7 @@ class LabelDensity:
     ([2, 1, 0], ['many', 'medium', 'unseen'])
     """
 
-    # Whether samples count by weights, so that no whole numbers are counts, though nothing has smoothed them; a bin
+    # Whether samples count by weights, so that counts are no whole numbers, though nothing has smoothed them. A bin
     # without any is no news to whoever drew them.
     _of_weighted_rows = False
 

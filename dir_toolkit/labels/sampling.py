@@ -82,9 +82,9 @@ class BinSampler(Sampler[int]):
     A pass starts at the first sample of the epoch, except once after :meth:`load_state_dict` or :meth:`start`. Call
     :meth:`set_epoch` before each epoch. A pass that begins without it goes on to the next epoch and warns once.
 
-    Share the samples out once. Lightning takes this sampler with ``rank`` and ``world``, and also without them, when
-    its ``use_distributed_sampler`` shares the samples out. Accelerate, and with it the Trainer of transformers, shares
-    out every sampler: leave ``rank`` and ``world`` out there. With a ``world`` above 1 the sampler is also a
+    Share the samples out once. Lightning leaves a sampler with ``rank`` and ``world`` as it is, and shares out one
+    without them where its ``use_distributed_sampler`` says so. Accelerate, and with it the Trainer of transformers,
+    shares out every sampler: leave ``rank`` and ``world`` out there. With a ``world`` above 1 the sampler is also a
     ``DistributedSampler``, by which Lightning knows that it is shared out already.
 
     Args:
