@@ -13,12 +13,14 @@ import xarray as xr
 from ..._checks import instance, number, one_of, problem, whole
 from ...errors import ResultsError
 from ...labels.bins import Bins
+from ...metrics._declared import METRICS
+from ...metrics.regression import RegressionMetrics
 from .schema import check_result
 from .tables import BASELINE, Columns, Mark, ResultsTable, results_table
 
 __all__ = ["comparison_table", "differences_csv", "leading_methods", "paired_differences"]
 
-PAIRED = ("mae", "bmae")
+PAIRED = tuple(metric.name for metric in RegressionMetrics.metrics if metric.sums == ("abs", "count"))
 """The metrics that are a weighted mean of absolute errors, and so can be drawn again sample by sample."""
 
 _DEFAULT = (("bmae", "all"), ("mae", "all"), ("mae", "many"), ("mae", "medium"), ("mae", "few"), ("bmae", "few"))
@@ -61,19 +63,15 @@ def paired_differences(
     Units:
         differences are in label units, method minus baseline, so that below 0 is better. Ratios are method by baseline.
     Raises:
-        ResultsError: ``ds`` holds no predictions, or none of the baseline. ValueError: the baseline,
-        a metric or a region is unknown, or a number is out of range.
+        ResultsError: ``ds`` holds no predictions, or none of the baseline. ValueError: the baseline, a metric or a
+        region is unknown, or a number is out of range.
     Source:
         Rao and Wu 1988, Resampling inference with complex survey data, for drawing n - 1 within strata.
     """
     check_result(ds)
     if "prediction" not in ds:
-        raise problem(
-            "ds must hold the prediction for each test sample",
-            got="none",
-            fix="Hand target and prediction over sample to combine_runs.",
-            error=ResultsError,
-        )
+        rule, fix = "ds must hold the prediction for each test sample", "Give target and prediction to combine_runs."
+        raise problem(rule, got="none", fix=fix, error=ResultsError)
     methods = ds["method"].values.tolist()
     one_of("baseline", baseline, methods)
     columns = _columns(metrics, ds)
@@ -95,8 +93,9 @@ def paired_differences(
     edges = np.append(ds["bin_low"].values, ds["bin_high"].values[-1])
     bins = Bins.from_edges(edges)
     place = bins.index(target)
-    weights = {"mae": np.bincount(place, minlength=len(bins)), "bmae": bins.relative_widths}
-    shares = np.stack([_bin_shares(ds, weights[metric], region, place) for metric, region in columns])  # (C, B)
+    tested = np.bincount(place, minlength=len(bins))
+    weights = {name: bins.relative_widths if METRICS[name].mean_over_bins else tested for name in PAIRED}
+    shares = np.stack([_bin_shares(ds, weights[metric], region, tested > 0) for metric, region in columns])  # (C, B)
     point, drawn = _replicates(errors[known], place, shares, replicates, seed)
 
     numbers = {name: np.full((len(methods), len(columns)), np.nan) for name in _NUMBERS}
@@ -153,15 +152,13 @@ def _columns(metrics: Any, ds: xr.Dataset) -> list[tuple[str, str]]:
     return columns
 
 
-def _bin_shares(ds: xr.Dataset, weights: np.ndarray, region: str, place: np.ndarray) -> np.ndarray:
+def _bin_shares(ds: xr.Dataset, weights: np.ndarray, region: str, tested: np.ndarray) -> np.ndarray:
     """The weight of each bin's mean error, (B,): a share of ``weights`` for the bins of the region that have samples.
 
     All are NaN if the region has no test sample.
     """
-    tested = np.bincount(place, minlength=ds.sizes["bin"]) > 0
-    if region != "all":
-        tested &= ds["bin_region"].values == region
-    shares = np.where(tested, weights, 0.0)
+    inside = tested if region == "all" else tested & (ds["bin_region"].values == region)
+    shares = np.where(inside, weights, 0.0)
     return shares / shares.sum() if shares.any() else np.full(len(shares), np.nan)
 
 
@@ -205,11 +202,8 @@ def check_differences(differences: object) -> None:
     missing = [name for name in (*_NUMBERS, "seeds", "metric", "region") if name not in differences]
     missing += [name for name in ("baseline", "level") if name not in differences.attrs]
     if missing:
-        raise problem(
-            "differences must be what paired_differences gives",
-            got=f"a dataset without {', '.join(missing)}",
-            error=ResultsError,
-        )
+        got = f"a dataset without {', '.join(missing)}"
+        raise problem("differences must be what paired_differences gives", got=got, error=ResultsError)
 
 
 def comparison_table(ds: xr.Dataset, differences: xr.Dataset) -> ResultsTable:

@@ -12,14 +12,13 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from dir_toolkit.errors import ResultsError, ShapeError
-from dir_toolkit.experiment.results.class_figures import (
+from dir_toolkit.experiment.results.class_figures import class_error_figure, tau_figure
+from dir_toolkit.experiment.results.digit_figures import (
     bar_figure,
-    class_error_figure,
     feature_space_figure,
     norms_figure,
     reliability_figure,
     study_figure,
-    tau_figure,
 )
 from dir_toolkit.experiment.results.drawing import figure_svg, method_colors, save_figure
 from dir_toolkit.experiment.results.figures import region_figure

@@ -222,7 +222,7 @@ def test_what_is_refused(compared: xr.Dataset, changes: dict[str, Any], message:
 def test_other_kinds_are_refused(compared: xr.Dataset, ds: xr.Dataset) -> None:
     with pytest.raises(TypeError, match="metrics must be a Sequence, got int"):
         paired_differences(compared, metrics=3)  # type: ignore[arg-type]
-    with pytest.raises(ResultsError, match=r"ds must hold the prediction for each test sample, got none\. Hand target"):
+    with pytest.raises(ResultsError, match=r"ds must hold the prediction for each test sample, got none\. Give target"):
         paired_differences(ds)
     with pytest.raises(ResultsError, match="ds must be a result, got one without 'completed'"):
         paired_differences(compared.drop_vars("completed"))

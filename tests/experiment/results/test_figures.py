@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import dir_toolkit as dt
 from dir_toolkit.errors import LabelError, ResultsError, ShapeError
-from dir_toolkit.experiment.results.class_figures import feature_space_figure
+from dir_toolkit.experiment.results.digit_figures import feature_space_figure
 from dir_toolkit.experiment.results.drawing import figure_svg, method_colors, save_figure
 from dir_toolkit.experiment.results.figures import (
     density_figure,
@@ -87,12 +87,12 @@ def test_nothing_imports_pyplot_and_reading_a_result_does_not_import_matplotlib(
 import sys
 import dir_toolkit
 assert "xarray" not in sys.modules and "matplotlib" not in sys.modules
-from dir_toolkit.experiment.results import class_figures, comparison_figures, drawing, figures
+from dir_toolkit.experiment.results import comparison_figures, digit_figures, drawing, figures
 from dir_toolkit.experiment.results import report, schema, summary, tables
 assert "matplotlib" not in sys.modules and "jinja2" not in sys.modules
 figure = figures.density_figure(dir_toolkit.LabelDensity.count([0, 1], dir_toolkit.Bins.classes(2)))
 drawing.figure_svg(figure)
-drawing.figure_svg(class_figures.feature_space_figure({"a": ([[0, 1]], [0], [[1, 0]], [0])}))
+drawing.figure_svg(digit_figures.feature_space_figure({"a": ([[0, 1]], [0], [[1, 0]], [0])}))
 assert "matplotlib.pyplot" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
