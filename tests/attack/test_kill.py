@@ -278,7 +278,7 @@ def test_a_disk_that_fills_up_in_training_is_named_and_spares_the_last_checkpoin
     """Checkpoints grow with the history, so that the first ones are written and a later one is not."""
     size = (whole / CHECKPOINTS[0]).stat().st_size
     errors = start("limited", tmp_path, size - 300).communicate(timeout=200)[1]
-    assert "CheckpointError: save_checkpoint: " in errors
+    assert "CheckpointError: fit: " in errors
     assert "must be writable to its end, got OSError: [Errno 27] File too large" in errors
     assert torn_files(tmp_path) == []
     assert not list(tmp_path.glob(".*"))
@@ -287,11 +287,11 @@ def test_a_disk_that_fills_up_in_training_is_named_and_spares_the_last_checkpoin
     assert same_runs(tmp_path, whole)
 
 
-@pytest.mark.parametrize(("room", "named"), [(3, "/history.csv"), (150, "")])
-def test_a_log_that_meets_a_full_disk_names_it(tmp_path: Path, room: int, named: str) -> None:
+@pytest.mark.parametrize(("room", "says"), [(3, "RunLog: '{}/history.csv'"), (150, "RunLog.end_epoch: '{}'")])
+def test_a_log_that_meets_a_full_disk_names_it(tmp_path: Path, room: int, says: str) -> None:
     """The history, and TensorBoard's events, whose own thread meets it."""
     errors = start("log", tmp_path, room).communicate(timeout=200)[1]
-    assert f"OSError: RunLog: '{tmp_path}{named}' must be writable to its end, got OSError: [Errno 27]" in errors
+    assert f"OSError: {says.format(tmp_path)} must be writable to its end, got OSError: [Errno 27]" in errors
     assert torn_files(tmp_path) == []
 
 
@@ -319,7 +319,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_atomically(folder / "checkpoint-last.pt", lambda file: file.write(b"new"))
     with pytest.raises((CheckpointError, FileNotFoundError), match=r"checkpoint-last\.pt"):
         save_checkpoint(folder / "checkpoint-last.pt", {"step": 1})
-    with pytest.raises(OSError, match=rf"^RunLog: '{folder}/history\.csv' must be writable"):
+    with pytest.raises(OSError, match=rf"^fit: '{folder}/history\.csv' must be writable"):
         train(folder)
     if folder == tmp_path:
         folder.chmod(0o700)

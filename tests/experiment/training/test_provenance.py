@@ -25,7 +25,7 @@ def splits(**skipped: int) -> Splits:
 
 def place_package_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the package lay in this folder."""
-    monkeypatch.setattr(provenance, "__file__", str(folder / "dir_toolkit" / "training" / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(folder / "dir_toolkit/experiment/training/provenance.py"))
 
 
 def make_checkout(folder: Path) -> str:
