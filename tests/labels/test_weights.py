@@ -403,7 +403,7 @@ def test_state_is_saved_whatever_the_default_device() -> None:
 def test_a_state_set_by_hand_is_checked() -> None:
     lds = LDS(Bins.uniform(0, 10, width=1))
     lds.set_extra_state(lds.get_extra_state())
-    with pytest.raises(CheckpointError, match=r"^LDS\S*: the saved weights must be of the same settings, got scheme="):
+    with pytest.raises(CheckpointError, match=r"^LDS\S*: the saved weights must be of the same settings, got scheme"):
         lds.set_extra_state(LDS(lds.bins, scheme="inverse").get_extra_state())
 
 
@@ -433,7 +433,7 @@ def test_weights_of_other_settings_are_refused_and_change_nothing(options: Any) 
     bins = Bins.uniform(0, 10, width=1)
     own, other = LDS(bins).fit([1.0, 1.0, 5.0]), LDS(bins, **options).fit([1.0, 7.0, 7.0])
     before = own.table.clone()
-    message = rf"^LDS\S*: the saved weights must be of the same settings, got {next(iter(options))}="
+    message = rf"^LDS\S*: the saved weights must be of the same settings, got {next(iter(options))} was"
     with pytest.raises(CheckpointError, match=message):
         own.load_state_dict(other.state_dict())
     assert torch.equal(own.table[:-1], before[:-1])
