@@ -24,10 +24,10 @@ __all__ = [
 
 
 def small_resnet(*, width: int = 32, in_channels: int = 3) -> SmallResNet:
-    """A residual CNN for images of 32 to 80 pixels: 0.62 million parameters and 128 features at width 32.
+    """A residual CNN for images of 32 to 80 pixels. At width 32 it has 0.62 million parameters and 128 features.
 
     Args:
-        width: channels of the first stage; the others have 2, 4 and 4 times as many.
+        width: the channels of the first stage. The others have 2, 4 and 4 times as many.
     Raises:
         ValueError: width or in_channels is below 1.
 
@@ -42,16 +42,16 @@ def small_resnet(*, width: int = 32, in_channels: int = 3) -> SmallResNet:
 
 
 class SmallResNet(nn.Module):
-    """What :func:`small_resnet` makes: a stem that halves the side, four residual blocks, the mean over pixels.
+    """The network of :func:`small_resnet`: a stem that halves the side, four residual blocks, and the mean over pixels.
 
-    Weights and images are laid out channels last, which convolutions on a CPU like better.
+    Weights and images are laid out with the channels last, with which convolutions on a CPU are faster.
 
     Attributes:
-        num_features: of the output.
+        num_features: the number of features in the output.
     Shape:
         forward: images (N, C, H, W), floats in [-1, 1]. Returns (N, num_features).
     Raises:
-        ShapeError: images have another number of axes. TypeError: they are no floats.
+        ShapeError: images have another number of axes. TypeError: images are not floats.
     Source:
         He et al. 2016, "Deep residual learning" (arXiv:1512.03385); shortcuts average before they project, as in
         ResNet-D (He et al. 2019, arXiv:1812.01187).
@@ -104,11 +104,11 @@ def digit_cnn(num_features: int = 128, *, size: int = 28, in_channels: int = 1, 
     """The network of the affinity paper's MNIST studies: three 5×5 convolutions and one fully connected layer.
 
     Args:
-        num_features: outputs of the fully connected layer; 2 gives a feature space that can be drawn.
-        size: side of the images in pixels, at least 8.
-        activation: whether features pass a ReLU; without, two of them fill the whole plane.
+        num_features: the outputs of the fully connected layer. Two features can be drawn as points in a plane.
+        size: the side of the images in pixels, at least 8.
+        activation: whether features pass a ReLU. Without it two features fill the whole plane.
     Raises:
-        ValueError: a number is too small. TypeError: activation is no bool.
+        ValueError: a number is too small. TypeError: activation is not a bool.
 
     >>> backbone = digit_cnn()
     >>> backbone.num_features, backbone(torch.zeros(2, 1, 28, 28)).shape
@@ -124,16 +124,16 @@ def digit_cnn(num_features: int = 128, *, size: int = 28, in_channels: int = 1, 
 
 
 class DigitCNN(nn.Module):
-    """What :func:`digit_cnn` makes: convolutions of 32, 64 and 128 channels, each with a ReLU and a pooling by two.
+    """The network of :func:`digit_cnn`: convolutions of 32, 64 and 128 channels, each with a ReLU and a pooling by two.
 
-    Weights and images are laid out channels last, which convolutions on a CPU like better.
+    Weights and images are laid out with the channels last, with which convolutions on a CPU are faster.
 
     Attributes:
-        num_features: of the output.
+        num_features: the number of features in the output.
     Shape:
         forward: images (N, C, size, size), floats in [-1, 1]. Returns (N, num_features).
     Raises:
-        ShapeError: images have another number of axes or another side. TypeError: they are no floats.
+        ShapeError: images have another number of axes or another side. TypeError: images are not floats.
     Source:
         Hayat et al. 2019, section 5 (arXiv:1901.07711).
     """
@@ -169,10 +169,10 @@ def _check_images(images: Tensor) -> None:
 
 
 def timm_backbone(name: str, *, pretrained: bool = False) -> nn.Module:
-    """Any model of timm by name, without its classifier; has ``num_features``, as :func:`small_resnet` has.
+    """A model of timm by its name, without the classifier. It has ``num_features``, as :func:`small_resnet` has.
 
     Args:
-        name: such as ``"resnet50"``; ``timm.list_models()`` knows them all.
+        name: the name of a model, such as ``"resnet50"``. ``timm.list_models()`` lists them all.
         pretrained: whether to download weights.
     Raises:
         ImportError: timm is not installed or cannot be loaded. ValueError: timm has no such model.
@@ -191,7 +191,7 @@ def timm_backbone(name: str, *, pretrained: bool = False) -> nn.Module:
         fix = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them."
         raise problem("name must be a model of timm", got=repr(name), fix=fix)
     model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    # Some widen what they pooled: num_features is then the width before, and what comes out has this one.
+    # Some models widen what they pooled. Then num_features is the width before, and this is the width of the output.
     model.num_features = getattr(model, "head_hidden_size", model.num_features)
     return model
 

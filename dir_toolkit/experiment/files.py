@@ -22,11 +22,11 @@ _FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, *([errno.EDQUOT] if hasattr(errno
 
 
 def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], object]) -> None:
-    """Replace ``path`` by what ``writer`` writes; a reader, or a crash, meets the old file or the new one, whole.
+    """Replace ``path`` by what ``writer`` writes. A reader, or a crash, meets the whole old file or the whole new one.
 
     Args:
-        path: its folder must exist; a link is followed, so that what it points to is replaced.
-        writer: is handed a binary file. Where it raises, the old file stays and nothing is left behind.
+        path: a file whose folder exists. A link is followed, so that what it points to is replaced.
+        writer: called with a binary file. Where it raises, the old file stays, and nothing else is left.
     Raises:
         FileNotFoundError: the folder does not exist. IsADirectoryError: ``path`` is a folder.
     """
@@ -40,8 +40,8 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], 
         )
     if target.is_dir():
         raise problem("path must be a file", got=f"the folder {os.fspath(path)!r}", error=IsADirectoryError)
-    # tempfile would make it readable by its owner alone; opened like this it gets the mode that any new file gets.
-    start = target.name.encode()[:200].decode(errors="ignore")  # the name of a file has 255 bytes at most
+    # tempfile would make a file that its owner alone can read. Opened like this it gets the mode of any new file.
+    start = target.name.encode()[:200].decode(errors="ignore")  # the name of a file has at most 255 bytes
     temporary = target.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -65,7 +65,7 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], 
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What the file system says of ``path`` comes out as an error of the same kind that names it."""
+    """Inside, an error of the file system becomes one of the same kind that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -75,11 +75,12 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def unwritable(
     path: str | os.PathLike[str], error: BaseException, *, kind: type[Exception], then: str = ""
 ) -> Exception:
-    """The error of a file or folder that could not be written: a full disk is told from a wrong place.
+    """The error of a file or folder that could not be written. It tells a full disk from a wrong place.
 
     Args:
-        error: what the file system said. kind: of the error that is returned.
-        then: a sentence that its advice ends with.
+        error: what the file system raised.
+        kind: the class of the error that is returned.
+        then: the sentence with which its advice ends.
     """
     folder = next((place for place in (Path(path), *Path(path).parents) if place.exists()), Path())
     if isinstance(error, (FileExistsError, NotADirectoryError)) and not folder.is_dir():
@@ -92,12 +93,13 @@ def unwritable(
 
 
 class FolderLock:
-    """A lock on a folder, which leaves nothing in it and ends with the process, however that ends.
+    """A lock on a folder. It leaves nothing there, and ends with the process, however the process ends.
 
-    Where there are no such locks, on Windows, some network drives and in folders that cannot be read, everyone gets it.
+    Everyone gets it where there are no such locks: on Windows, on some network drives, and in folders that cannot be
+    read.
 
     Attributes:
-        held: whether this object holds it; if not, another one did when this was made.
+        held: whether this object holds the lock. If not, another one did when this was made.
     Raises:
         FileNotFoundError: there is no such folder.
     """
@@ -115,7 +117,7 @@ class FolderLock:
             self.release()
 
     def release(self) -> None:
-        """Let others have it."""
+        """Let others have the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
         self.held, self._descriptor = False, None

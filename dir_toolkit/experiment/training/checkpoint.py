@@ -18,14 +18,13 @@ __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a state so that a reader, or a crash, meets the old file or the new one, whole.
+    """Write a state. A reader, or a crash, meets the whole old file or the whole new one.
 
     Args:
         state: tensors, None, bool, int, float and str, in dicts (keyed by str or int), lists and tuples of any depth.
     Raises:
-        CheckpointError: the state holds anything else, a NumPy number for example, or the disk is full; the file that
-        was there before stays as it was.
-        FileNotFoundError: the folder does not exist.
+        CheckpointError: the state holds anything else, for example a NumPy number, or the disk is full. The file that
+        was there before stays as it was. FileNotFoundError: the folder does not exist.
     """
     if not isinstance(state, dict):
         raise problem("state must be a dict", got=type(state).__name__, error=CheckpointError)
@@ -42,7 +41,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what :func:`save_checkpoint` wrote. Sums over the bytes are checked, and no code in the file is ever run.
+    """Read what :func:`save_checkpoint` wrote. The checksums of the file are compared, and no code in it is ever run.
 
     Args:
         map_location: the device that tensors are put on.
@@ -54,7 +53,7 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
         with zipfile.ZipFile(path) as archive:
             packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
             whole = not packed and archive.testzip() is None
-        # torch reads the archive itself; what is compressed or fails its sums does not reach it.
+        # torch reads the archive itself. It is not handed one that is compressed or whose checksums differ.
         state = torch.load(path, map_location=map_location, weights_only=True) if whole else None
     except FileNotFoundError:
         raise problem("the checkpoint must exist", got=f"no file {name}", error=CheckpointError) from None
@@ -73,7 +72,7 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
 
 
 def check_plain(key: str, value: object) -> None:
-    """What a checkpoint may hold: tensors and plain values, in dicts, lists and tuples."""
+    """Require what a checkpoint may hold: tensors and plain values, in dicts, lists and tuples."""
     if value is None or type(value) in (bool, int, float, str, Tensor, nn.Parameter):
         return
     if type(value) in (dict, OrderedDict):

@@ -1,4 +1,4 @@
-"""What tells one run from another: the settings of all that decides its numbers."""
+"""The identity of a run: the settings of everything that decides its numbers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["check_same_run", "is_plain", "run_identity"]
 def run_identity(
     parts: Mapping[str, object], *, model: nn.Module, loss: Callable[..., Any], fingerprint: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Plain values, nested, by the names of the arguments of ``fit``.
+    """The identity as nested plain values, by the names of the arguments of ``fit``.
 
     Args:
-        parts: what else decides the numbers, by name.
-        fingerprint: of the user; an entry takes the place of the part of that name, which is then not looked at.
+        parts: what decides the numbers beside the model and the loss, by name.
+        fingerprint: what the user passed. An entry takes the place of the part of that name, which is then not read.
     Raises:
-        SettingsError: nothing but its place in memory tells a part from another, as with a lambda.
+        SettingsError: only its place in memory tells a part from another one, as with a lambda.
     """
     named: dict[str, Callable[[], Any]] = {
         "model": partial(_network, model),
@@ -44,7 +44,7 @@ def run_identity(
 
 
 def check_same_run(path: object, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of other settings, and name those."""
+    """Refuse a checkpoint of other settings, and name these settings."""
     if got := differing(saved, now):
         raise problem(
             f"{path} must be of the same run",
@@ -57,12 +57,12 @@ def check_same_run(path: object, saved: Mapping[str, Any], now: Mapping[str, Any
 def _loss(loss: Callable[..., Any], model: nn.Module) -> Any:
     owner = getattr(loss, "__self__", None)
     if inspect.ismethod(loss) and any(owner is module for module in model.modules()):
-        return f"{type(owner).__qualname__}.{loss.__name__}"  # the model's entry tells the rest
+        return f"{type(owner).__qualname__}.{loss.__name__}"  # the entry of the model holds the rest
     return described("loss", loss)
 
 
 def _network(model: nn.Module) -> dict[str, Any]:
-    """The settings of modules that have them, the arguments of torch's own, and the class of each of the others."""
+    """The settings of the modules that have some, the arguments of torch's modules, and the class of all others."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     modules = {name or "itself": _module(f"model.{name}", module) for name, module in model.named_modules()}
     return {**modules, **({"frozen": frozen} if frozen else {})}
@@ -71,7 +71,7 @@ def _network(model: nn.Module) -> dict[str, Any]:
 def _module(name: str, module: nn.Module) -> Any:
     if isinstance(getattr(module, "settings", None), Mapping):
         return described(name, module)
-    kind = type(module).__qualname__  # without its module, which has another name where that is the program itself
+    kind = type(module).__qualname__  # without its module, whose name is another one in the program that defines it
     if not type(module).__module__.startswith("torch.nn."):
         return kind
     plain = {
@@ -83,7 +83,7 @@ def _module(name: str, module: nn.Module) -> Any:
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value, and all in it, is what JSON knows."""
+    """Whether JSON knows a value and everything in it."""
     if isinstance(value, dict):
         return all(isinstance(key, str) for key in value) and all(map(is_plain, value.values()))
     if isinstance(value, (list, tuple)):

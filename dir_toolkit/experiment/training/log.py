@@ -1,4 +1,4 @@
-"""What a run tells while it goes: history.csv, TensorBoard, a table on the terminal, a progress bar."""
+"""The log of a run: history.csv, TensorBoard, a table on the terminal and a progress bar."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _WIDTH = 8
 
 
 class RunLog:
-    """Writes and prints a run's history on the main rank; does nothing on the others. A context manager.
+    """A context manager that writes and prints a run's history on the main rank. It does nothing on the others.
 
-    ``history.csv`` is rewritten whole each epoch, so that it holds the given history and what was added, never rows of
-    an epoch that is being done again. TensorBoard forgets what lies beyond ``step``; its file is made when the first
-    epoch ends, so that a run stopped often leaves no empty ones.
+    ``history.csv`` is written anew in each epoch, so that it holds the given history and the rows that were added, and
+    never a row of an epoch that is done again. TensorBoard forgets what lies beyond ``step``. Its file is made when the
+    first epoch ends, so that a run that is stopped often leaves no empty files.
 
     Args:
-        folder: of the run; must exist.
-        history: rows of the epochs that are done, when a run is resumed.
-        step: number of training steps that are done.
-        steps_per_epoch: for the bar, which is drawn on stderr if that is a terminal and rich is installed.
+        folder: the folder of the run, which must exist.
+        history: the rows of the epochs that are done, where a run is resumed.
+        step: the number of training steps that are done.
+        steps_per_epoch: the length of the bar, which is drawn on stderr if that is a terminal and rich is installed.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RunLog:
             self._board.close()
 
     def start_epoch(self, epoch: int, done: int = 0) -> None:
-        """Show a bar for an epoch of which ``done`` steps are done."""
+        """Show the bar of an epoch of which ``done`` steps are done."""
         if self._main:
             self._bar = progress_bar()
         if self._bar is not None:
@@ -80,7 +80,7 @@ class RunLog:
             self._bar.add_task(f"epoch {epoch}", total=self._steps_per_epoch, completed=done)
 
     def step(self) -> None:
-        """One step further."""
+        """Move the bar by one step."""
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0])
 
@@ -123,7 +123,7 @@ class RunLog:
         print("".join(cells) + (" *" if best else ""), flush=True)
 
     def say(self, message: str) -> None:
-        """Print a line on the main rank."""
+        """Print a line, on the main rank alone."""
         self._close_bar()
         if self._main:
             print(message, flush=True)

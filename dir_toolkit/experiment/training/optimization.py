@@ -1,4 +1,4 @@
-"""How a model's parameters are moved: the settings, the learning rate of each step, the optimizer."""
+"""The settings of an optimization, the learning rate of each step, and the optimizer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Optimization", "learning_rate", "make_optimizer"]
 
 @dataclass(frozen=True)
 class Optimization:
-    """How a model's parameters are moved.
+    """The settings that say how the parameters of a model are moved.
 
     Raises:
-        SettingsError: one or several settings are wrong; all are named.
+        SettingsError: one or several settings are wrong. All of them are named.
 
     >>> Optimization(lr=0, epochs=-1)
     Traceback (most recent call last):
@@ -32,27 +32,27 @@ class Optimization:
     epochs: int = 12
     """Passes over the training set."""
     batch_size: int = 128
-    """Images a step, over all ranks together."""
+    """Images per step, over all ranks together."""
     lr: float = 2e-3
     """Highest learning rate of the schedule."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with Nesterov momentum."""
+    """Either AdamW, or SGD with Nesterov momentum."""
     momentum: float = 0.9
-    """Of SGD, or the first beta of AdamW, in [0, 1)."""
+    """The momentum of SGD, or the first beta of AdamW, in [0, 1)."""
     weight_decay: float = 0.05
-    """Pull of weight matrices and convolutions towards zero; biases, norms and scales are left alone."""
+    """The pull of weight matrices and convolutions towards zero. Biases, norms and scales are not decayed."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
-    """Cosine to zero, a division by ten at each milestone, or constant."""
+    """A cosine to zero, a division by ten at each milestone, or a constant."""
     warmup: float = 0.05
-    """Share of all steps over which the learning rate rises linearly, in [0, 1)."""
+    """The share of all steps over which the learning rate rises linearly, in [0, 1)."""
     milestones: tuple[float, ...] = (0.6, 0.8)
-    """Shares of all steps after which the schedule "steps" divides by ten, rising, in (0, 1)."""
+    """The shares of all steps after which the schedule "steps" divides by ten. They rise, and lie in (0, 1)."""
     clip_norm: float | None = None
-    """Longest gradient, as its Euclidean norm over all parameters; None for no limit."""
+    """The longest gradient, by its Euclidean norm over all parameters; None sets no limit."""
 
     def __post_init__(self) -> None:
         faults = []
-        # Each answers with a plain value, fit for a checkpoint: NumPy's numbers are not.
+        # Each check returns a plain value, which a checkpoint may hold, as it may not hold a number of NumPy.
         checks: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
             (whole, ("epochs", self.epochs), {"low": 1}),
             (whole, ("batch_size", self.batch_size), {"low": 1}),
@@ -72,17 +72,18 @@ class Optimization:
                 if plain is not None:
                     object.__setattr__(self, arguments[0], plain)
             except (ValueError, TypeError) as error:
-                faults.append(str(error).partition(": ")[2])  # without its first words, that say who asks
+                faults.append(str(error).partition(": ")[2])  # without its first words, which name the caller
         if faults:
             count = "1 setting is" if len(faults) == 1 else f"{len(faults)} settings are"
             raise SettingsError("\n  ".join([f"Optimization: {count} wrong:", *faults]))
 
 
 def learning_rate(optimization: Optimization, step: int, steps: int) -> float:
-    """The learning rate of a step, in closed form, so that a resumed run needs no memory of it.
+    """The learning rate of a step, in closed form, so that a resumed run need not remember it.
 
     Args:
-        step: 0 ... steps - 1, counted over all epochs. steps: of the whole run.
+        step: counted from 0 over all epochs.
+        steps: the number of steps of the whole run.
 
     >>> [learning_rate(Optimization(lr=1.0, warmup=0.5), step, 4) for step in range(4)]
     [0.5, 1.0, 1.0, 0.5]
@@ -99,7 +100,7 @@ def learning_rate(optimization: Optimization, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.Optimizer:
-    """The optimizer of a model's trainable parameters, weight decay on those with two axes or more."""
+    """The optimizer of a model's trainable parameters. Weights decay that have two axes or more."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optimization.weight_decay},

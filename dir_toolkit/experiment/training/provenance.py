@@ -1,4 +1,4 @@
-"""What a result depends on beside its settings: versions, code, machine, data."""
+"""The provenance of a result, beside its settings: versions, code, machine and data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["environment", "write_json"]
 
 
 def environment(runtime: Runtime, splits: Splits) -> dict[str, Any]:
-    """Plain values: versions, the commit of the toolkit where it is a checkout, the device, digests of the data."""
+    """As plain values: versions, the commit of a toolkit that is a checkout, the device, and digests of the data."""
     device, threads = runtime.device, torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -46,7 +46,7 @@ def environment(runtime: Runtime, splits: Splits) -> dict[str, Any]:
 
 def _commit() -> str:
     checkout = Path(__file__).parents[3]
-    # Git would look further up, into whatever project holds site-packages.
+    # Git would look further up, into the project around a site-packages folder.
     if not (checkout / ".git").exists():
         return "unknown"
     try:
@@ -63,7 +63,7 @@ def _commit() -> str:
 
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Write plain values as JSON, whole or not at all; paths become text."""
+    """Write plain values as JSON, whole or not at all. Paths become text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(values, indent=2, default=str) + "\n"

@@ -1,4 +1,4 @@
-"""Where a run takes place: device, rank, precision and seed."""
+"""The place of a run: device, rank, precision and seed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Precision = Literal["float32", "bf16"]
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a run takes place. Made by :func:`start_runtime`.
+    """The place of a run, which :func:`start_runtime` makes.
 
     Attributes:
-        device: of this process.
-        rank, world: number of this process, from 0, and how many there are.
-        precision: of the forward pass; parameters and sums are never lowered.
-        seed: from which every random number of a run follows.
+        device: the device of this process.
+        rank, world: the number of this process, from 0, and how many processes there are.
+        precision: the precision of the forward pass. Parameters and sums keep theirs.
+        seed: the seed from which every random number of a run follows.
     """
 
     device: torch.device
@@ -41,15 +41,15 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes and prints."""
+        """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
     def autocast(self) -> torch.autocast:
-        """A context in which matrix products run in the precision asked for."""
+        """A context in which matrix products run in the precision of the run."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     def derive(self, *key: str | int) -> int:
-        """A seed that depends on the run's seed and on ``key`` only: ``derive("order", epoch)``.
+        """A seed that depends on nothing but the run's seed and ``key``, as in ``derive("order", epoch)``.
 
         >>> Runtime(torch.device("cpu"), seed=1).derive("order", 0)
         954623460253835154
@@ -63,7 +63,7 @@ class Runtime:
 
     @contextmanager
     def seeded(self, *key: str | int) -> Iterator[None]:
-        """Within, torch's global random numbers follow from ``key``; afterwards they go on as if nothing had been."""
+        """Inside, torch's global random numbers follow from ``key``. Afterwards they go on as before."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.default_generator.manual_seed(self.derive(*key))  # torch.manual_seed would seed every accelerator
@@ -73,7 +73,7 @@ class Runtime:
             yield
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model as it is to be called in training: wrapped for several ranks, itself on one."""
+        """The model as training calls it: wrapped where there are several ranks, else itself."""
         if self.world == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
@@ -85,14 +85,14 @@ class Runtime:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks, which must all call this; the input is not written to."""
+        """The sum over the ranks, which must all call this. The input is not written to."""
         total = value.clone()
         if self.world > 1:
             dist.all_reduce(total)
         return total
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """For each flag, whether any rank has it up. All ranks must call this."""
+        """For each flag, whether it is true on any rank. All ranks must call this."""
         if self.world == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
@@ -100,7 +100,7 @@ class Runtime:
         return [bool(flag) for flag in raised.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank holds, by rank, on rank 0; an empty list on the others. Tensors must be on the CPU."""
+        """On rank 0 the values of all ranks, by rank; on the others an empty list. Tensors must be on the CPU."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world if self.is_main else []
@@ -108,7 +108,7 @@ class Runtime:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all ranks rank 0's buffers, as DistributedDataParallel does before each training forward only."""
+        """Give all ranks the buffers of rank 0, which DistributedDataParallel gives in training alone."""
         if self.world > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -116,18 +116,18 @@ class Runtime:
 
 @contextmanager
 def start_runtime(device: str = "auto", precision: Precision = "float32", seed: int = 0) -> Iterator[Runtime]:
-    """Join the processes that ``torchrun`` started, or run as the only one; leave them again at the end.
+    """Join the processes that ``torchrun`` started, or run as the only one. At the end, leave them again.
 
-    A process group that exists already is used and left alone.
+    A process group that exists already is used, and not left.
 
     Args:
-        device: ``"auto"`` takes CUDA where there is any; ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. Under torchrun
-            ``"cuda"`` is the device numbered LOCAL_RANK.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, which takes CUDA where there is any. Under torchrun
+            ``"cuda"`` is the device whose number is LOCAL_RANK.
         precision: ``"bf16"`` runs the forward pass under autocast.
         seed: at least 0.
     Raises:
-        ValueError: the precision or the seed is none of the above. SettingsError: the device is none, the machine lacks
-        what was asked for, or torchrun's environment is incomplete or contradicts itself.
+        ValueError: the precision or the seed is none of the above. SettingsError: there is no such device, the machine
+        does not have what was asked for, or torchrun's environment is incomplete or contradicts itself.
 
     >>> with start_runtime("cpu", seed=7) as runtime:
     ...     runtime
@@ -156,13 +156,13 @@ def start_runtime(device: str = "auto", precision: Precision = "float32", seed: 
     finally:
         if started:
             # Gloo's threads need the interpreter's lock to drop the tensors of finished work, and destroying the group
-            # holds it while it waits for them: let them have it first.
+            # holds this lock while it waits for them. So they get it first.
             time.sleep(0.1)
             dist.destroy_process_group()
 
 
 def chosen_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a name, for a caller of the name ``where``."""
+    """The device of a name."""
     rule = 'device must be "auto", "cpu", "cuda" or "cuda:<number>"'
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
