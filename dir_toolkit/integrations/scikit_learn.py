@@ -52,7 +52,7 @@ _FEWEST_TO_CHOOSE_FROM = 20  # held-out rows, for a tau that is more than chance
 
 
 class _LongTailEstimator(BaseEstimator):
-    """How both estimators train and predict; their settings stand in the signatures of the two."""
+    """What both estimators share: how they train and predict. Each has its own signature of settings."""
 
     hidden: Sequence[int]
     head: Any
@@ -76,7 +76,7 @@ class _LongTailEstimator(BaseEstimator):
         return self.head not in ("regression", "gaussian")
 
     def _checked(self, X: Any, y: Any, sample_weight: Any, **options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Columns, labels and weights of the rows that weigh anything: weight zero is as good as absent."""
+        """The columns, labels and weights of the rows of positive weight. A row of weight zero counts as absent."""
         X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2, **options)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         present = weight > 0
@@ -85,7 +85,7 @@ class _LongTailEstimator(BaseEstimator):
         return X[present], y[present], weight[present]
 
     def _tau(self) -> float | Literal["auto"] | None:
-        """None where there is nothing to adjust."""
+        """The checked ``tau``, which is None where there is nothing to adjust."""
         one_of("adjust", self.adjust, ("after", "in_loss"))
         if not isinstance(self.tau, str):
             if self._has_bins:
@@ -102,7 +102,7 @@ class _LongTailEstimator(BaseEstimator):
         """Train on labels of the axis.
 
         Args:
-            options: of :class:`LongTailModel`, besides those that both estimators have.
+            options: those of :class:`LongTailModel` that one of the two estimators has alone.
         """
         tau = self._tau()
         optimization = Optimization(
@@ -179,13 +179,13 @@ class _LongTailEstimator(BaseEstimator):
         self._compare(scaled[held], labels[held], labels[own])
 
     def _fit_scaler(self, columns: np.ndarray, weight: np.ndarray) -> None:
-        """Learn how columns are cut off and standardized, so that neither a sentinel among the rows to train on
-        squeezes all other values together, nor one among other rows reaches weights that were never trained."""
+        """Learn how columns are cut off and standardized. Without the cut a sentinel among the rows to train on would
+        squeeze all other values together, and one among other rows would reach weights that were never trained."""
         middle = np.array([_median(column, weight) for column in columns.T])
         distance = np.abs(columns - middle)
         usual = np.array(
             [_median(row[row > 0], weight[row > 0]) if row.any() else 0.0 for row in distance.T]
-        )  # 0 where a column is constant, which is thus taken to be so everywhere
+        )  # 0 where a column is constant, which it is then taken to be everywhere
         reach = _USUAL_DISTANCES * usual
         self.scaler_ = StandardScaler().fit(np.clip(columns, middle - reach, middle + reach), sample_weight=weight)
         mean, far = self.scaler_.mean_, _DEVIATIONS * self.scaler_.scale_
@@ -196,7 +196,7 @@ class _LongTailEstimator(BaseEstimator):
         return self.scaler_.transform(np.clip(columns, *self.column_limits_))
 
     def _backbone(self, columns: int) -> tuple[nn.Module, int]:
-        """A perceptron, and how many features it gives."""
+        """A perceptron, and the number of its features."""
         if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
             rule = "hidden must be a tuple of whole numbers"
             raise problem(rule, got=repr(self.hidden), fix="Use (64,) for one layer.", error=TypeError)
@@ -249,7 +249,7 @@ class _LongTailEstimator(BaseEstimator):
 
     @torch.no_grad()
     def _read(self, scaled: np.ndarray, read: Callable[[LongTailOutput], Tensor]) -> Tensor:
-        """Something of what the model says of each row."""
+        """What ``read`` takes of the output for each row."""
         return torch.cat([read(self.model_(x)) for x in torch.from_numpy(scaled).split(_ROWS)])
 
     def _predicted(self, X: Any, read: Callable[[LongTailOutput], Tensor]) -> np.ndarray:
@@ -258,63 +258,67 @@ class _LongTailEstimator(BaseEstimator):
         return self._read(self._scaled(X), read).numpy()
 
     def _compare(self, scaled: np.ndarray, held: np.ndarray, own: np.ndarray) -> None:
-        """Warn where held-out labels are met no better than by one number."""
+        """Warn where one number predicts the held-out labels as well."""
 
     @abstractmethod
     def _choose_tau(self, scaled: np.ndarray, labels: Tensor) -> TauChoice:
-        """The tau that held-out rows find best."""
+        """The tau with the least error on the held-out rows."""
 
 
 class LongTailRegressor(RegressorMixin, _LongTailEstimator):
-    """A regressor for long-tailed labels, as scikit-learn wants one.
+    """A regressor for long-tailed labels, by the rules of scikit-learn.
 
-    The default scores the bins of a label axis, is trained on labels spread over neighbouring bins, and is adjusted
-    after training towards rare labels, as far as a share of the rows, held out, finds best. Columns are standardized
-    inside, and cut off far from all that the rows to train on hold there; a column that is constant in these counts for
-    nothing. Rows are held out evenly along the sorted labels; those unlike all that is trained on judge nothing.
+    By default it scores the bins of a label axis, is trained on labels that are spread over neighbouring bins, and is
+    adjusted towards rare labels after training, as far as is best on a share of the rows that is held out.
+
+    Columns are standardized inside, and cut off far from all values that the rows to train on have. A column that is
+    constant in these rows has no effect. Rows are held out evenly along the sorted labels. Held-out rows that are
+    unlike all rows to train on do not judge the model.
 
     Labels that spread over orders of magnitude, such as prices, are best learnt by their logarithm:
-    ``TransformedTargetRegressor(LongTailRegressor(), func=numpy.log1p, inverse_func=numpy.expm1)``. A warning tells
+    ``TransformedTargetRegressor(LongTailRegressor(), func=numpy.log1p, inverse_func=numpy.expm1)``. A warning says
     where most labels crowd in a few bins, where the best epoch is one of the first three, where few rows choose tau,
-    and where held-out rows are met no better than by one number for all.
+    and where one number predicts the held-out rows as well.
 
     Args:
-        hidden: widths of the hidden layers; ``()`` makes a linear model.
-        bins: the label axis, which must hold all labels; None makes one that begins half a bin below the least label
-            and ends half a bin or more beyond the largest, so that the least label is the middle of its bin.
-        num_bins: of the axis that is made. Where labels are multiples of one step, as whole numbers are, and 8 or more
-            from the least to the largest, each bin holds an odd number of them, and there may be fewer bins or more.
-        head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"regression"``, one number; or
-            ``"gaussian"``, mean and variance.
+        hidden: the widths of the hidden layers. ``()`` makes a linear model.
+        bins: the label axis, which must hold all labels. None makes one that begins half a bin below the least label,
+            so that this label is the middle of its bin, and ends half a bin or more beyond the largest.
+        num_bins: the number of bins of the axis that is made. Where the labels are multiples of one step, as whole
+            numbers are, and there are 8 steps or more from the least to the largest, each bin holds an odd number of
+            steps, so that there may be fewer bins or more.
+        head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"regression"``, which gives one number;
+            or ``"gaussian"``, which gives mean and variance.
         loss, sigma, decode: as in :class:`dir_toolkit.LongTailModel`.
-        weights: the scheme of :class:`dir_toolkit.LDS` by which the smoothed density of labels weighs the loss:
-            ``"sqrt_inverse"``, ``"inverse"``, ``"effective_number"`` or ``"dense"``. None weighs all labels alike.
-            Weights are a part of the prior that ``tau`` starts from, so that with any of them 1 means even labels.
-        tau: how far to go towards rare labels: 0 keeps the training prior, 1 goes all the way to even labels;
-            ``"auto"`` takes what errs least on the held-out rows by bMAE, the mean of the bins' mean absolute errors.
-            Heads without bins have nothing to adjust.
+        weights: the scheme of :class:`dir_toolkit.LDS` by which the smoothed density of labels weights the loss:
+            ``"sqrt_inverse"``, ``"inverse"``, ``"effective_number"`` or ``"dense"``. None weights all labels alike.
+            Weights are a part of the prior from which ``tau`` starts, so that with any of them 1 means even labels.
+        tau: how far to go towards rare labels. 0 keeps the training prior, and 1 goes all the way to even labels.
+            ``"auto"`` takes the value with the least bMAE on the held-out rows, the mean of the bins' mean absolute
+            errors. Heads without bins have nothing to adjust.
         adjust: ``"after"`` training, or ``"in_loss"``, which needs a number as ``tau``.
-        epochs: most passes over the rows.
-        batch_size: rows per step.
-        lr: highest learning rate of AdamW; it rises over the first twentieth of all steps and falls as a cosine.
-        weight_decay: pull of weight matrices towards zero.
-        validation_fraction: share of the rows held out, in (0, 0.5]; none are with ``patience=None`` and a number as
-            ``tau``.
-        patience: epochs without a lower loss on the held-out rows after which training stops, and the weights of the
-            best epoch are taken. None trains all epochs and takes the last weights.
-        random_state: decides which rows are held out, the first weights and the order of rows.
-        device: to train on: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, CUDA where there is any. Predictions
-            are made on the CPU.
-        verbose: print a line per epoch.
+        epochs: the largest number of passes over the rows.
+        batch_size: the rows per step.
+        lr: the highest learning rate of AdamW. It rises over the first twentieth of all steps and falls as a cosine.
+        weight_decay: the pull of weight matrices towards zero.
+        validation_fraction: the share of the rows that is held out, in (0, 0.5]. With ``patience=None`` and a number as
+            ``tau`` none are.
+        patience: the number of epochs without a lower loss on the held-out rows after which training stops. Then the
+            weights of the best epoch are taken. None trains all epochs and takes the last weights.
+        random_state: decides which rows are held out, the first weights, and the order of the rows.
+        device: the device to train on: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, which takes CUDA where there
+            is any. Predictions are made on the CPU.
+        verbose: whether to print a line per epoch.
     Attributes:
         bins_: the label axis.
         model_: the :class:`dir_toolkit.LongTailModel` in float64, over standardized columns. ``model_.set_prior`` turns
-            predictions to any other prior.
-        column_limits_: (2, columns), where columns are cut off. scaler_: what standardizes them then.
+            its predictions to any other prior.
+        column_limits_: where the columns are cut off, (2, columns).
+        scaler_: what standardizes the columns after the cut.
         tau_: the strength of the adjustment; None without bins.
         tau_choice_: the :class:`dir_toolkit.TauChoice` that ``"auto"`` made, with its curve; else None.
-        history_: a row per epoch: ``epoch``, ``loss`` and, with held-out rows, ``val_loss``.
-        best_epoch_: of the weights.
+        history_: one row per epoch, with ``epoch``, ``loss`` and, where rows are held out, ``val_loss``.
+        best_epoch_: the epoch of the weights.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
     Shape:
         X: (N, columns). y, sample_weight: (N,), one label per row.
@@ -323,8 +327,8 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
     Raises:
         ValueError: X or y hold NaN or infinity, labels are all equal or too large for float32, there is one row only,
         or y has several columns; a setting is unknown or out of range. LabelError: a label lies beyond ``bins``.
-        TypeError: labels are no numbers, or a setting is of another kind. NonFiniteLossError: training diverged.
-        scikit-learn's NotFittedError: predictions are asked for before ``fit``.
+        TypeError: labels are not numbers, or a setting is of another kind. NonFiniteLossError: training diverged.
+        NotFittedError of scikit-learn: predictions are asked for before ``fit``.
 
     >>> X = np.linspace(0, 1, 400)[:, None]
     >>> regressor = LongTailRegressor(epochs=20, random_state=0).fit(X, 60 * X[:, 0] ** 3)
@@ -380,7 +384,7 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         """Train on rows X and their labels.
 
         Args:
-            sample_weight: >= 0; scaled to a mean of one. A row of weight zero is as good as absent, and the prior that
+            sample_weight: >= 0, and scaled to a mean of one. A row of weight zero counts as absent. The prior that
                 predictions are adjusted from counts weights, not rows.
         """
         one_of("head", self.head, ("linear", "cosine", "affinity", "regression", "gaussian"))
@@ -461,24 +465,25 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
 
 
 class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
-    """A classifier for long-tailed classes, as scikit-learn wants one.
+    """A classifier for long-tailed classes, by the rules of scikit-learn.
 
-    The default is trained by the logit-adjusted loss, so that it predicts as if all classes were equally frequent.
-    Columns are standardized and cut off inside as by :class:`LongTailRegressor`. Rows are held out in proportion to the
-    classes, of each of which at least one is left to train on.
+    By default it is trained by the logit-adjusted loss, so that it predicts as if all classes were equally frequent.
+    Columns are standardized and cut off inside, as by :class:`LongTailRegressor`. Rows are held out in proportion to
+    the classes, of each of which at least one row is left to train on.
 
     Args:
         head: ``"linear"``, ``"cosine"`` or ``"affinity"``.
         loss: as in :class:`dir_toolkit.LongTailModel`.
-        weights: the scheme of :class:`dir_toolkit.LDS` by which the classes' counts weigh the loss, None for none; a
-            part of the prior that ``tau`` starts from.
-        tau: how far to go towards rare classes: 0 keeps the training prior, 1 goes all the way to even classes;
-            ``"auto"`` takes what has the least balanced error on the held-out rows, which needs ``adjust="after"``.
+        weights: the scheme of :class:`dir_toolkit.LDS` by which the counts of the classes weight the loss, or None. The
+            weights are a part of the prior from which ``tau`` starts.
+        tau: how far to go towards rare classes. 0 keeps the training prior, and 1 goes all the way to even classes.
+            ``"auto"`` takes the value with the least balanced error on the held-out rows, and needs
+            ``adjust="after"``.
         adjust: ``"in_loss"``, or ``"after"`` training. Affinities need the latter, unless ``loss="cross_entropy"``.
         hidden, epochs, batch_size, lr, weight_decay, validation_fraction, patience, random_state, device, verbose: as
             in :class:`LongTailRegressor`.
     Attributes:
-        classes_: in order.
+        classes_: the classes, in order.
         model_, column_limits_, scaler_, tau_, tau_choice_, history_, best_epoch_, n_features_in_, feature_names_in_: as
             in :class:`LongTailRegressor`.
     Shape:
@@ -486,7 +491,7 @@ class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
     Raises:
         ValueError: X or y hold NaN or infinity, labels are of one class, of one row or continuous, or y has several
         columns; a setting is unknown or out of range. TypeError: a setting is of another kind. NonFiniteLossError:
-        training diverged. scikit-learn's NotFittedError: predictions are asked for before ``fit``.
+        training diverged. NotFittedError of scikit-learn: predictions are asked for before ``fit``.
 
     >>> X = np.linspace(0, 1, 400)[:, None]
     >>> classifier = LongTailClassifier(epochs=20, random_state=0).fit(X, np.where(X[:, 0] < 0.9, "benign", "rare"))
