@@ -21,7 +21,7 @@ from ...errors import SettingsError
 from ..files import one_at_a_time, progress_bar, write_atomically
 from ._checks import RECIPES, check_parts, data_error
 from .archives import Files
-from .images import ImageSet, Splits, content_digest
+from .images import ImageSet, Splits
 
 __all__ = ["Decoded", "OnError", "decode_jpeg", "decode_once", "make_splits"]
 
@@ -103,7 +103,7 @@ def make_splits(
     for part, members in kept.items():
         rows = np.array([decoded.rows[name] for name, _ in members], np.int64)
         labels = np.array([label for _, label in members], np.float32)
-        sets[part] = ImageSet(decoded.images, labels, rows, content_digest(decoded.images, labels, rows))
+        sets[part] = ImageSet(decoded.images, labels, rows)
     lost = sum(map(len, parts.values())) - sum(map(len, kept.values()))
     return Splits(**sets, source=source, skipped={**skipped, "unreadable image": lost} if lost else dict(skipped))
 

@@ -27,7 +27,7 @@ class ImageSet:
         images: (M, C, H, W) uint8. C is 1 for grey images and 3 for red, green and blue. Several sets may share it.
         labels: (N,), float32 in label units or int64 class indices. ``labels[i]`` belongs to ``images[rows[i]]``.
         rows: (N,) int64, each in [0, M).
-        digest: the hex SHA-256 that identifies the images, labels and rows; see :func:`content_digest`.
+        digest: the :func:`content_digest` of the images, labels and rows, which is computed if it is not given.
     Raises:
         ShapeError: an array has the wrong number of axes, or labels and rows differ in length.
         TypeError: an argument is not an array, or it has another dtype.
@@ -38,7 +38,7 @@ class ImageSet:
     images: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
-    digest: str
+    digest: str = ""
 
     def __post_init__(self) -> None:
         check_array("images", self.images, 4, np.uint8)
@@ -51,9 +51,10 @@ class ImageSet:
         sound = self.labels >= 0 if is_class else np.isfinite(self.labels)
         check_each(f"labels must be {'class indices >= 0' if is_class else 'finite'}", self.labels, sound, LabelError)
         _check_positions("rows", self.rows, len(self.images))
-        if not isinstance(self.digest, str) or not re.fullmatch("[0-9a-f]{64}", self.digest):
-            fix = "Use content_digest(images, labels, rows)."
-            raise problem("digest must be 64 hexadecimal digits", got=repr(self.digest), fix=fix)
+        digest = self.digest or content_digest(self.images, self.labels, self.rows)
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise problem("digest must be 64 hexadecimal digits", got=repr(digest), fix="Leave it out.")
+        object.__setattr__(self, "digest", digest)
 
     def __len__(self) -> int:
         return len(self.labels)

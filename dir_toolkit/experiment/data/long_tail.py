@@ -13,7 +13,7 @@ from torch import Tensor
 from ..._checks import instance, length, number, problem, whole
 from ...errors import LabelError, ShapeError
 from ._checks import check_array, check_each, row
-from .images import ImageSet, Splits, content_digest
+from .images import ImageSet, Splits
 
 __all__ = [
     "balanced_holdout",
@@ -210,9 +210,9 @@ def long_tail_splits(
     noise = number("noise", noise, low=0, high=1, open_high=True)
     train_classes = uniform_noise(classes[train], noise, num_classes, seed=seed) if noise else classes[train]
     return Splits(
-        _image_set(images, train_classes, train),
-        _image_set(images, classes[val], val),
-        _image_set(test_images, test_classes, np.arange(len(test_classes), dtype=np.int64)),
+        ImageSet(images, train_classes, train),
+        ImageSet(images, classes[val], val),
+        ImageSet(test_images, test_classes, np.arange(len(test_classes), dtype=np.int64)),
         source=source,
         skipped={},
     )
@@ -233,10 +233,6 @@ def _hold_out(classes: np.ndarray, seed: int, **per_class: int) -> tuple[np.ndar
     left = np.ones(len(classes), bool)
     left[held] = False
     return held, np.flatnonzero(left)
-
-
-def _image_set(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> ImageSet:
-    return ImageSet(images, labels, rows, content_digest(images, labels, rows))
 
 
 def _first(classes: np.ndarray, most: np.ndarray, seed: int, use: str) -> np.ndarray:

@@ -36,6 +36,12 @@ def test_batch_follows_rows_and_order() -> None:
     assert again[1].equal(labels)
 
 
+def test_digest_is_computed_if_it_is_not_given() -> None:
+    images, labels, rows = (parts()[name] for name in ("images", "labels", "rows"))
+    assert ImageSet(images, labels, rows).digest == content_digest(images, labels, rows)
+    assert ImageSet(**parts()).digest == "0" * 64
+
+
 def test_batch_is_a_copy() -> None:
     data = ImageSet(**parts())
     images, labels = data.batch(np.arange(3))
