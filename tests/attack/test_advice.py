@@ -128,6 +128,12 @@ def test_what_is_no_number() -> None:
     assert dt.weighted_l1(torch.ones(2), torch.zeros(2), done(found[1], weight=mask)).item() == 0.5
 
 
+def test_classes_that_are_no_int64() -> None:
+    logits, target = torch.eye(2), torch.tensor([0, 1], dtype=torch.int32)
+    found = advice(lambda: dt.cross_entropy(logits, target), r"Use (target\.long\(\))\.$")
+    assert dt.cross_entropy(logits, done(found[1], target=target)).item() < 0.4
+
+
 def test_what_lies_on_several_devices() -> None:
     class DTensor(torch.Tensor):
         def to_local(self) -> torch.Tensor:
