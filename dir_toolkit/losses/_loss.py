@@ -60,9 +60,10 @@ class Loss(SoundModule):
             else:
                 setattr(self, name, value)
 
-    def forward(
-        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
-    ) -> Tensor:
+    def forward(self, output: Any, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self._reduced(output, target, weight, "mean")
+
+    def _reduced(self, output: Any, target: Tensor, weight: Tensor | None, reduction: Reduction) -> Tensor:
         return self.function(part_of(output, self.reads), target, weight, reduction=reduction, **self.settings)
 
     @property

@@ -44,6 +44,7 @@ from .._checks import (
     not_negative,
     number,
     one_of,
+    prior_shares,
     problem,
     warn,
     whole,
@@ -250,9 +251,7 @@ class _BalancedMSE(PointLoss):
         """What the loss was made with."""
         return {**super().settings, "noise_sigma": self.initial_sigma, "learn": self.learn}
 
-    def forward(
-        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
-    ) -> Tensor:
+    def _reduced(self, output: Any, target: Tensor, weight: Tensor | None, reduction: Reduction) -> Tensor:
         pred = part_of(output, self.reads)
         pred, labels = _checked(pred, target, weight, reduction, self._label_shape)  # (N, D)
         weight = self._counted(target, weight)
@@ -629,7 +628,8 @@ def _mixture_parts(weights: Any, means: Any, variances: Any) -> dict[str, np.nda
     with np.errstate(over="ignore"):
         finite(**{name: torch.from_numpy(part).to(torch.get_default_dtype()) for name, part in parts.items()})
     not_negative(**{name: torch.from_numpy(parts[name]) for name in ("weights", "variances")})
-    _sum_to_one("weights", parts["weights"])
+    if abs((total := parts["weights"].sum()) - 1) > 1e-4:
+        raise problem("weights must sum to one", got=f"a sum of {total:g}", fix="Divide by the sum.")
     return parts
 
 
@@ -653,15 +653,8 @@ def _axis_shares(bins: Bins, density: Any, outside: str) -> np.ndarray:
     if prior.shape != (len(bins),):
         rule = f"density must be ({len(bins)},), one share of labels per bin"
         raise problem(rule, got=f"shape {prior.shape}", error=ShapeError)
-    finite(density=prior)
-    not_negative(density=torch.from_numpy(prior))
-    _sum_to_one("density", prior)
+    prior_shares("density", torch.from_numpy(prior), zeros=True)
     return prior
-
-
-def _sum_to_one(name: str, shares: np.ndarray) -> None:
-    if abs((total := shares.sum()) - 1) > 1e-4:
-        raise problem(f"{name} must sum to one", got=f"a sum of {total:g}", fix="Divide by the sum.")
 
 
 def _mixture(

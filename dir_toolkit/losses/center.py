@@ -90,18 +90,15 @@ class CenterLoss(FeatureLoss):
         )
         self.centers = nn.Parameter(torch.zeros(self.num_classes, self.num_features))
 
-    def forward(
-        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
-    ) -> Tensor:
-        features, centers = _checked(part_of(output, "features"), target, self.centers, weight, reduction)
+    def forward(self, output: Any, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        features, centers = _checked(part_of(output, "features"), target, self.centers, weight, "mean")
         ones = torch.ones_like(target, dtype=features.dtype)
         count = torch.zeros_like(centers[:, 0]).index_add(0, target, ones)
-        samples = len(target) if reduction == "mean" else 1
-        rate = samples / (self.strength * (1 + count.index_select(0, target)))
+        rate = len(target) / (self.strength * (1 + count.index_select(0, target)))
         rows = centers.index_select(0, target)
         still = rows.detach()
         rows = still + rate[:, None] * (rows - still)  # the value of the rows, and their gradient times the rate
-        return self.strength * reduce(_half_squares(features, rows), weight, reduction)
+        return self.strength * reduce(_half_squares(features, rows), weight, "mean")
 
 
 def _checked(

@@ -150,9 +150,7 @@ class ConRLoss(Loss):
         scales = _scales(omega, temperature, eta)
         super().__init__(conr_loss, base=base, coefficient=coefficient, **scales, weights=weights)
 
-    def forward(
-        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
-    ) -> Tensor:
+    def forward(self, output: Any, target: Tensor, weight: Tensor | None = None) -> Tensor:
         prediction, features = (held(output, name) for name in ("prediction", "features"))
         contrast = conr_loss(
             features,
@@ -163,9 +161,8 @@ class ConRLoss(Loss):
             omega=self.omega,
             temperature=self.temperature,
             eta=self.eta,
-            reduction=reduction,
         )
-        return self.base(prediction, target, weight, reduction=reduction) + self.coefficient * contrast
+        return self.base(prediction, target, weight) + self.coefficient * contrast
 
 
 def _scales(omega: float | None, temperature: float, eta: float | None) -> dict[str, Any]:

@@ -126,9 +126,7 @@ class LogitAdjustedCrossEntropy(ScoreLoss):
             label_smoothing=_smoothing(label_smoothing),
         )
 
-    def forward(
-        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
-    ) -> Tensor:
+    def _reduced(self, output: Any, target: Tensor, weight: Tensor | None, reduction: Reduction) -> Tensor:
         # The function's third argument is the prior.
         scores = part_of(output, self.reads)
         return logit_adjusted_cross_entropy(scores, target, weight=weight, reduction=reduction, **self.settings)
@@ -313,9 +311,7 @@ class EqualizationLoss(ScoreLoss):
             instance(torch.Generator, generator=generator)
         self.generator = generator
 
-    def forward(
-        self, output: Any, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
-    ) -> Tensor:
+    def _reduced(self, output: Any, target: Tensor, weight: Tensor | None, reduction: Reduction) -> Tensor:
         own = {**self.settings, "generator": self.generator, "reduction": reduction}
         return equalization_loss(part_of(output, self.reads), target, weight, **own)
 

@@ -202,9 +202,9 @@ def test_values_by_hand() -> None:
     pred, target = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])
     # Squared distances to the two labels: 0 and 16, 9 and 1; 2 sigma² = 8.
     expected = [8 * math.log(1 + math.exp(-2)), 8 * math.log(1 + math.exp(-1))]
-    assert batch(pred, target, reduction="none").tolist() == pytest.approx(expected, rel=1e-6)
+    assert batch._reduced(pred, target, None, "none").tolist() == pytest.approx(expected, rel=1e-6)
     assert batch(pred, target).item() == pytest.approx(sum(expected) / 2, rel=1e-6)
-    assert batch(pred, target, reduction="sum").item() == pytest.approx(sum(expected), rel=1e-6)
+    assert batch._reduced(pred, target, None, "sum").item() == pytest.approx(sum(expected), rel=1e-6)
 
     mixture = GaussianMixtureLoss([1.0], [0.0], [3.0], noise_sigma=1.0)
     expected_one = 2 * (0.5 * (3 - 2) ** 2 - math.log(2) - 9 / 8)
@@ -246,7 +246,7 @@ def test_the_integral_is_the_one_that_quadrature_finds(form: str) -> None:
     for p, y in zip(pred.tolist(), target.tolist(), strict=True):
         integral = quad(lambda x, p=p: normal(x, p, 0.75**2) * density(x), -12, 12, points=[p], limit=200)[0]
         values.append(2 * 0.75**2 * (-math.log(normal(y, p, 0.75**2)) + math.log(integral)))
-    given = loss(pred, target, reduction="none")
+    given = loss._reduced(pred, target, None, "none")
     assert_close(given, torch.tensor(values, dtype=torch.float64), rtol=tolerance, atol=tolerance)
 
 
@@ -260,16 +260,16 @@ def test_the_three_forms_agree_on_a_large_sample() -> None:
     target = big_sample(1500)
     pred = 0.8 * target + 1
     bins = Bins.uniform(-5, 25, width=0.02)
-    binned = BinnedIntegrationLoss(bins, LabelDensity.count(target, bins), noise_sigma=1.0)(
-        pred, target, reduction="none"
+    binned = BinnedIntegrationLoss(bins, LabelDensity.count(target, bins), noise_sigma=1.0)._reduced(
+        pred, target, None, "none"
     )
-    batch = BatchMCLoss(1.0)(pred, target, reduction="none") - 2 * math.log(1500)
+    batch = BatchMCLoss(1.0)._reduced(pred, target, None, "none") - 2 * math.log(1500)
     assert_close(batch, binned, rtol=0, atol=5e-3)  # a label is up to 0.01 from its bin's center
     body = target < 13  # beyond, too few samples tell the density
 
     def distance(components: int) -> float:
         mixture = GaussianMixtureLoss.fit(target, components=components, noise_sigma=1.0)
-        return (mixture(pred, target, reduction="none") - binned)[body].abs().mean().item()
+        return (mixture._reduced(pred, target, None, "none") - binned)[body].abs().mean().item()
 
     assert distance(2) < 0.03
     assert distance(1) > 0.3
@@ -360,7 +360,7 @@ def test_a_batch_of_one_adds_nothing_and_says_so(noise_sigma: float | None) -> N
         assert loss(torch.full((1,), torch.inf), torch.zeros(1)).isnan()
     for form in ("mixture", "bins"):
         pred, target, _ = samples(form, 1)
-        assert_close(built(form)(pred, target, reduction="none"), naive(built(form), pred, target))
+        assert_close(built(form)._reduced(pred, target, None, "none"), naive(built(form), pred, target))
 
 
 @each_form
@@ -470,8 +470,8 @@ def rank_main(rank: int) -> tuple[list[Tensor], Tensor, Tensor]:
     loss, mine = built("batch of 3-D labels", gather=True), SHARES[rank]
     own = pred[mine].requires_grad_()
     parallel = DistributedDataParallel(loss)
-    plain = loss(own.detach(), target[mine], reduction="sum").detach()
-    value = parallel(own, target[mine], weight[mine], reduction="sum")
+    plain = loss(own.detach(), target[mine]).detach() * len(own)
+    value = parallel(own, target[mine], weight[mine]) * len(own)
     (value * 2 / 20).backward()  # as the training loop does
     assert own.grad is not None
     return [plain, value.detach()], own.grad / 2, loss.log_sigma.grad
@@ -492,7 +492,7 @@ def test_two_processes_make_the_loss_of_the_whole_batch(two_ranks: Callable[...,
     for _, _, by_sigma in returned:
         assert_close(by_sigma, loss.log_sigma.grad, **close)
     alone = built("batch of 3-D labels")
-    parts = sum(alone(pred[s], target[s], weight[s], reduction="sum") for s in SHARES)
+    parts = sum(alone._reduced(pred[s], target[s], weight[s], "sum") for s in SHARES)
     assert not torch.allclose(parts / 20, expected)
 
 
@@ -643,7 +643,7 @@ def test_a_prediction_that_runs_away_is_brought_back(form: str, label: float, un
         assert pred.grad.sign() == math.copysign(1, away)
     # Nowhere does it fall below what it is within a few sigma of the label or of the ends.
     path = (torch.linspace(-40, 50, 2000) * unit).requires_grad_()
-    values = loss(path, target.expand(2000), reduction="none")
+    values = loss._reduced(path, target.expand(2000), None, "none")
     assert values.min() > near - 60 * (sigma * unit) ** 2
 
 
@@ -666,7 +666,7 @@ def test_gradients_far_out_are_those_of_float64() -> None:
             for dtype in (torch.float32, torch.float64):
                 own = (pred.sign() * away).to(dtype).requires_grad_()
                 loss = FORMS[form][0](noise_sigma=0.5, learn=False).to(dtype)
-                loss(own, target.float().to(dtype), reduction="sum").backward()
+                loss._reduced(own, target.float().to(dtype), None, "sum").backward()
                 assert own.grad is not None
                 grads.append(own.grad.double())
             assert_close(grads[0], grads[1], rtol=2e-4, atol=2e-3)
@@ -758,10 +758,10 @@ def test_labels_beyond_the_axis() -> None:
         for outside in ("clip", "drop", "raise")
     )
     for w in (None, weight):
-        exact = clip(pred, far, w, reduction="none")
+        exact = clip._reduced(pred, far, w, "none")
         assert_close(exact, naive(clip, pred, far, w), rtol=1e-10, atol=1e-10)  # its error is as it is
         own = pred.clone().requires_grad_()
-        dropped = drop(own, far, w, reduction="none")
+        dropped = drop._reduced(own, far, w, "none")
         assert_close(dropped, exact * inside)
         dropped.sum().backward()
         assert own.grad is not None
@@ -840,7 +840,7 @@ def test_bins_of_all_widths_give_the_exact_integral(noise_sigma: float) -> None:
     sigma = loss.noise_sigma.item()
     pred = torch.tensor([0.0, 1e-6, 0.2, 2.0005, 6, 9.5, 12, -1], dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0.0, 1e-6, 2e-3, 2.0005, 6, 8, 10, 0], dtype=torch.float64)
-    values = loss(pred, target, reduction="none")
+    values = loss._reduced(pred, target, None, "none")
     grads = torch.autograd.grad(values.sum(), pred)[0]
     with mpmath.workdps(50):
         scale, parts = mpmath.mpf(sigma), [float(p) for p in loss.prior]

@@ -244,11 +244,10 @@ def test_the_module_adds_conr_to_its_base() -> None:
     settings: dict[str, float] = {"omega": 2.0, "temperature": 0.5, "eta": 0.2}
     loss = ConRLoss(weighted_huber, coefficient=4.0, weights=lds, **settings)
     parts["push_weight"] = lds(labels)
-    for reduction in ("none", "sum", "mean"):
-        extra = conr_loss(**parts, weight=weight, reduction=reduction, **settings)  # type: ignore[arg-type]
-        base = weighted_huber(out.prediction, labels, weight, reduction=reduction)  # type: ignore[arg-type]
-        for twin in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-            same(twin(out, labels, weight, reduction=reduction), base + 4 * extra)
+    extra = conr_loss(**parts, weight=weight, **settings)
+    base = weighted_huber(out.prediction, labels, weight)
+    for twin in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        same(twin(out, labels, weight), base + 4 * extra)
     twin = ConRLoss(weighted_huber, weights=LDS(Bins.from_edges(list(range(101))), outside="clip"))
     twin.load_state_dict(loss.state_dict())
     assert twin.weights is not None
@@ -266,8 +265,8 @@ class Scaled(nn.Module):
         super().__init__()
         self.log_scale = nn.Parameter(torch.zeros(()))
 
-    def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Any = "mean") -> Tensor:
-        return weighted_l1(pred, target, weight, reduction=reduction) * self.log_scale.exp()
+    def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        return weighted_l1(pred, target, weight) * self.log_scale.exp()
 
 
 def test_a_base_with_parameters_is_trained_and_the_prediction_gets_the_base_s_gradient() -> None:

@@ -143,7 +143,7 @@ def test_a_batch_of_one_adds_nothing_and_is_told(reduction: Any) -> None:
     features, labels = samples(1)
     features.requires_grad_()
     with pytest.warns(DirToolkitWarning, match="RankNContrast: a batch of one sample has no pair"):
-        value = RankNContrast()(features, labels, torch.ones(1), reduction=reduction)
+        value = RankNContrast()._reduced(features, labels, torch.ones(1), reduction)
     assert value.sum().item() == 0
     assert value.shape == ((1,) if reduction == "none" else ())
     (grad,) = torch.autograd.grad(value.sum(), features)
