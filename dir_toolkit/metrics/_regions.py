@@ -59,9 +59,9 @@ class RegionMetrics(MergingSums):
     def compute(self, *, many: int = 100, few: int = 20) -> xr.Dataset:
         """The numbers so far, as a dataset over ``region`` (all, many, medium, few, unseen) and ``bin``.
 
-        Units are attributes; ``"label"`` stands for the unit of the labels. Over a grid there is ``axis``, too:
-        ``axis_mae``, ``axis_rmse`` and so on hold each dimension by itself, and the bounds and centres of bins have one
-        value per dimension.
+        Units are attributes, in which ``"label"`` stands for the unit of the labels. Over a grid there is ``axis``,
+        too: ``axis_mae``, ``axis_rmse`` and so on hold each dimension by itself, and the bounds and centres of bins
+        have one value per dimension.
 
         Args:
             many, few: limits of the regions, as in :meth:`LabelDensity.regions`. They do nothing if regions were given.

@@ -40,7 +40,7 @@ def balanced_error(pred: Tensor, target: Tensor, num_classes: int) -> float:
     Source:
         Menon et al. 2021, section 2 (arXiv:2007.07314).
 
-    Of 10, 20 and 30 instances, 1, 10 and 20 are right; the plain error is 29/60.
+    Of 10, 20 and 30 instances, 1, 10 and 20 are right, so that the plain error is 29/60.
 
     >>> target = torch.arange(3).repeat_interleave(torch.tensor([10, 20, 30]))
     >>> right = torch.cat([torch.arange(n) < k for n, k in [(10, 1), (20, 10), (30, 20)]])
@@ -67,7 +67,7 @@ class ClassificationMetrics(RegionMetrics):
     """Error, balanced error and macro F1, over all labels and by region of the training density.
 
     All of them follow from one int64 confusion matrix, so that batches, ranks and objects merge exactly and regions can
-    be chosen afterwards. A class is a bin; a continuous label counts as the bin it falls into.
+    be chosen afterwards. A class is a bin, and a continuous label counts as the bin it falls into.
 
     The error is the share of samples that are wrong. The balanced error and macro F1 are means over the tested bins, of
     one minus recall and of F1, which is zero for a bin that was never predicted. Samples of other regions that were

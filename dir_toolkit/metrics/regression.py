@@ -26,7 +26,7 @@ _PIECE = 2**20  # labels at a time, so that maps of one label per pixel need no 
 
 
 def _contributions(pred: Tensor, target: Tensor, origin: float, floor: float) -> dict[str, Tensor]:
-    """What each sample adds to the sums of its bin, by name; a metric may use any of these."""
+    """What each sample adds to the sums of its bin, by name. A metric may use any of these."""
     error = pred - target
     size = error.abs()
     p, t = pred - origin, target - origin

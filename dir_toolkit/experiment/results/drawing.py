@@ -37,7 +37,7 @@ PALETTE = (
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 INK, FAINT, GREY = "#222222", "#d9d9d9", "#777777"
-_LOOK = {
+_LOOK: dict[Any, object] = {
     "text.color": INK,
     "figure.facecolor": "white",
     "figure.labelsize": 10,
@@ -257,7 +257,7 @@ def styled_methods(ds: xr.Dataset, colors: Colors | None, *, baseline: bool = Tr
 
 
 def check_entries(name: str, mapping: Any, *, texts: bool = True) -> None:
-    """Raise unless it is a mapping that is not empty and whose keys are text; with ``texts=False`` any keys will do."""
+    """Raise unless it is a non-empty mapping with text as keys, or with any keys if ``texts`` is False."""
     instance(Mapping, **{name: mapping})
     if not mapping:
         raise problem(f"{name} must hold at least one entry", got="none")
@@ -265,7 +265,7 @@ def check_entries(name: str, mapping: Any, *, texts: bool = True) -> None:
 
 
 def checked_names(names: Any, size: int, *, more: bool = False) -> list[str]:
-    """The names of ``size`` classes, or with ``more`` of at least that many; an empty list if there are none."""
+    """The names of ``size`` classes, or with ``more`` of at least that many. Without names the list is empty."""
     if names is None:
         return []
     instance(Sequence, class_names=names)
@@ -313,7 +313,7 @@ def literal(text: str) -> str:
 
 
 def mean_and_spread(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (n - 1) over the first axis, of the rows that have a value; NaN where none has."""
+    """Mean and standard deviation (n - 1) over the first axis, of the rows that have a value, or NaN if none has."""
     known = np.isfinite(rows)
     number = known.sum(0)
     nan = np.full(rows.shape[1:], np.nan)

@@ -112,7 +112,7 @@ def density_figure(
 
 @look()
 def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | None = None) -> Figure:
-    """MAE along the label axis for each method, above the training counts; regions are shaded.
+    """MAE along the label axis for each method, above the training counts, with shaded regions.
 
     A line is the mean over seeds, and its band is one standard deviation of the seeds either way. Bins hold few test
     samples, so lines are running means over ``window`` bins, each bin weighted by its test samples. The axis says so.
@@ -313,7 +313,7 @@ def similarity_figure(
     maps: list[Axes] = []
     for i, (name, values) in enumerate((("before smoothing", before), ("after smoothing", after))):
         axes = figure.add_subplot(lower[i])
-        # Bins are drawn one wide each; where they are not, as labels run, the axis is numbered by bin.
+        # The image draws all bins equally wide. If they are not, the axis has their numbers in place of labels.
         even = np.allclose(np.diff(bins.edges), bins.edges[1] - bins.edges[0])
         span = (bins.edges[0], bins.edges[-1]) if even else (-0.5, len(bins) - 0.5)
         image = axes.imshow(
@@ -408,7 +408,7 @@ def _number(value: object) -> float:
 
 
 def _running_mean(mean: np.ndarray, count: np.ndarray, window: int) -> np.ndarray:
-    """Means over ``window`` bins weighted by samples; NaN for a bin without samples of its own."""
+    """Means over ``window`` bins weighted by samples, and NaN for a bin without samples of its own."""
     kernel = np.ones(window)
     total = np.convolve(np.where(count > 0, mean, 0.0) * count, kernel, mode="full")[window // 2 :][: len(mean)]
     samples = np.convolve(count, kernel, mode="full")[window // 2 :][: len(mean)]
@@ -416,7 +416,7 @@ def _running_mean(mean: np.ndarray, count: np.ndarray, window: int) -> np.ndarra
 
 
 def _cosines(rows: np.ndarray) -> np.ndarray:
-    """Cosine similarity of every row to every other, (B, B); NaN for rows with NaN or of length zero."""
+    """Cosine similarity of every row to every other, (B, B), and NaN for rows with NaN or of length zero."""
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = np.divide(rows, length, out=np.full(rows.shape, np.nan), where=length > 0)
     return unit @ unit.T

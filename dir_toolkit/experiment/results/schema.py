@@ -238,7 +238,7 @@ def _misfits(run: xr.Dataset, first: xr.Dataset, examples: Mapping[str, xr.DataA
 
 
 def _kind(name: str, example: xr.DataArray) -> str:
-    """The kind of dtype that the schema gives a variable; one it does not know keeps its own."""
+    """The kind of dtype that the schema asks of a variable, or its own if the schema does not know it."""
     return _VARIABLES[name].kind if name in _VARIABLES else "i" if example.dtype.kind in "iub" else "f"
 
 
@@ -516,7 +516,7 @@ def load_results(path: str | os.PathLike[str]) -> xr.Dataset:
     """Read a result into memory and check it.
 
     Raises:
-        ResultsError: the file is damaged or no result; names the file. FileNotFoundError: there is none.
+        ResultsError: the file is damaged or is no result. FileNotFoundError: there is no such file.
     """
     content = Path(path).read_bytes()
     shown = os.fspath(path)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["write_comparison", "write_summary"]
 
 _LONGEST = 150  # bytes of the name of a figure's file
-_SUFFIX = ".summary"  # tells our TensorBoard file from others in the folder
+_SUFFIX = ".summary"  # of our TensorBoard file, which other programs in the folder do not use
 
 
 def write_summary(
@@ -59,8 +59,8 @@ def write_summary(
         titles: a few words on each method.
         notes, settings, columns, table: as in :func:`dir_toolkit.experiment.results.report.write_report`.
     Raises:
-        ResultsError: ``ds`` breaks the schema; nothing is written then. ValueError: two titles differ in punctuation
-        only. FileNotFoundError: there is no such folder.
+        ResultsError: ``ds`` breaks the schema. ValueError: two titles differ in punctuation only. FileNotFoundError:
+        there is no such folder. Nothing is written then.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -143,7 +143,7 @@ def write_comparison(
         level, replicates, seed: as in :func:`dir_toolkit.experiment.results.comparison.paired_differences`.
         methods: those in the figure of errors along the axis, which has no room for many. None takes
             :func:`dir_toolkit.experiment.results.comparison.leading_methods`.
-        figures: more of them by title, after ours.
+        figures: further ones by title, which come after ours.
         notes, titles, settings: as in :func:`write_summary`.
     Returns:
         the differences, as ``paired_differences`` gives them.
