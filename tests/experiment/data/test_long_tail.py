@@ -23,6 +23,7 @@ from dir_toolkit.experiment.data.long_tail import (
 )
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [40, 30, 20, 11]))
+META = torch.zeros(2, dtype=torch.int64, device="meta")
 
 
 def pictures(labels: Any, value: int = 0) -> np.ndarray:
@@ -32,8 +33,8 @@ def pictures(labels: Any, value: int = 0) -> np.ndarray:
 
 def splits_of(**changes: Any) -> Splits:
     test = np.repeat(np.arange(4), 3)
-    settings = {"source": "x", "val_per_class": 5, "seed": 3}
-    return long_tail_splits(pictures(LABELS), LABELS, pictures(test), test, **{**settings, **changes})
+    data = {"images": pictures(LABELS), "labels": LABELS, "test_images": pictures(test), "test_labels": test}
+    return long_tail_splits(**{**data, "source": "x", "val_per_class": 5, "seed": 3, **changes})
 
 
 def test_step_profile_by_hand() -> None:
@@ -165,129 +166,115 @@ def test_seeds_of_splits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("function", "arguments", "error", "message"),
     [
-        (lambda: step_profile(0, 0.5), ValueError, "step_profile: num_classes must be at least 1, got 0."),
-        (lambda: step_profile(10, 0), ValueError, "step_profile: retention must be > 0 and <= 1, got 0."),
-        (lambda: step_profile(10, 1.5), ValueError, "step_profile: retention must be > 0 and <= 1, got 1.5."),
-        (lambda: step_profile(10, "a"), TypeError, "step_profile: retention must be a number, got 'a'."),
+        (step_profile, (0, 0.5), ValueError, "num_classes must be at least 1, got 0."),
+        (step_profile, (10, 0), ValueError, "retention must be > 0 and <= 1, got 0."),
+        (step_profile, (10, 1.5), ValueError, "retention must be > 0 and <= 1, got 1.5."),
+        (step_profile, (10, "a"), TypeError, "retention must be a number, got 'a'."),
+        (exponential_profile, (0, 2), ValueError, "num_classes must be at least 1, got 0."),
+        (exponential_profile, (3, 0.5), ValueError, "ratio must be >= 1, got 0.5."),
+        (exponential_profile, (3, float("inf")), ValueError, "ratio must be >= 1, got inf"),
+        (thin, (META, [1.0]), ValueError, "labels must hold values, got a tensor on the meta device."),
+        (thin, ([0], [0.0]), ValueError, "shares must be > 0 and <= 1, got 0.0 at index [0] (1 such values)."),
+        (thin, ([0], [1, np.nan]), ValueError, "shares must be > 0 and <= 1, got nan at index [1] (1 such values)."),
+        (thin, ([0], []), LabelError, "labels must be class indices, >= 0 and < 0, got 0 at index [0]"),
+        (thin, ([0], 0.5), ShapeError, "shares must have shape (N,), got ()."),
+        (thin, ([0], ["a"]), TypeError, "shares must be integers or floats"),
+        (thin, ([[0]], [1]), ShapeError, "labels must have shape (N,), got (1, 1)."),
+        (thin, ([0.0], [1]), TypeError, "labels must be integers, class indices, got dtype float64."),
+        (thin, ([0, 1, 2], [1]), LabelError, "labels must be class indices, >= 0 and < 1, got 1 at index [1] (2 such"),
+        (thin, ([0, -1], [1]), LabelError, "labels must be class indices, >= 0 and < 1, got -1 at index [1] (1 such"),
+        (uniform_noise, ([0], 1, 2), ValueError, "rate must be >= 0 and < 1, got 1."),
+        (uniform_noise, ([0], -0.1, 2), ValueError, "rate must be >= 0 and < 1, got -0.1."),
+        (uniform_noise, ([0], 0.1, 1), ValueError, "num_classes must be at least 2, got 1."),
+        (uniform_noise, ([2], 0.1, 2), LabelError, "labels must be class indices, >= 0 and < 2, got 2 at index [0]"),
         (
-            lambda: thin(torch.zeros(2, device="meta").long(), [1.0], seed=0),
+            balanced_holdout,
+            (LABELS, 11),
             ValueError,
-            "thin: labels must hold values, got a tensor on the meta device.",
+            "per_class must leave each class at least one sample, got 11 of cl",
         ),
         (
-            lambda: step_profile(4, 0.5, thinned=range(5)),
+            balanced_holdout,
+            ([0, 0, 10**17], 1),
             ValueError,
-            "step_profile: thinned must be at most 3, got 4.",
+            "per_class must leave each class at least one sample, got 1",
         ),
-        (lambda: step_profile(4, 0.5, thinned=[-1]), ValueError, "step_profile: thinned must be at least 0, got -1."),
-        (lambda: step_profile(4, 0.5, thinned=3), TypeError, "step_profile: thinned must be an Iterable, got int."),
-        (lambda: step_profile(4, 0.5, thinned=[0.5]), TypeError, "step_profile: thinned must be a whole number"),
-        (lambda: exponential_profile(0, 2), ValueError, "exponential_profile: num_classes must be at least 1, got 0."),
-        (lambda: exponential_profile(3, 0.5), ValueError, "exponential_profile: ratio must be >= 1, got 0.5."),
-        (lambda: exponential_profile(3, float("inf")), ValueError, "exponential_profile: ratio must be >= 1, got inf"),
-        (lambda: thin([0], [0.0], seed=0), ValueError, "thin: shares must be > 0 and <= 1, got 0.0 at index [0] (1 "),
         (
-            lambda: thin([0], [1, np.nan], seed=0),
+            balanced_holdout,
+            ([1], 0),
             ValueError,
-            "thin: shares must be > 0 and <= 1, got nan at index [1] (1 ",
+            "per_class must leave each class at least one sample, got 0 of class 0",
         ),
-        (lambda: thin([0], [], seed=0), LabelError, "thin: labels must be class indices, >= 0 and < 0, got 0 at index"),
-        (lambda: thin([0], 0.5, seed=0), ShapeError, "thin: shares must have shape (N,), got ()."),
-        (lambda: thin([0], ["a"], seed=0), TypeError, "thin: shares must be integers or floats"),
-        (lambda: thin([[0]], [1], seed=0), ShapeError, "thin: labels must have shape (N,), got (1, 1)."),
-        (lambda: thin([0.0], [1], seed=0), TypeError, "thin: labels must be integers, class indices, got dtype float"),
-        (
-            lambda: thin([0, 1, 2], [1], seed=0),
-            LabelError,
-            "thin: labels must be class indices, >= 0 and < 1, got 1 at",
-        ),
-        (lambda: thin([0, -1], [1], seed=0), LabelError, "thin: labels must be class indices, >= 0 and < 1, got -1 at"),
-        (lambda: thin([0], [1], seed=-1), ValueError, "thin: seed must be at least 0, got -1."),
-        (lambda: uniform_noise([0], 1, 2, seed=0), ValueError, "uniform_noise: rate must be >= 0 and < 1, got 1."),
-        (
-            lambda: uniform_noise([0], -0.1, 2, seed=0),
-            ValueError,
-            "uniform_noise: rate must be >= 0 and < 1, got -0.1.",
-        ),
-        (
-            lambda: uniform_noise([0], 0.1, 1, seed=0),
-            ValueError,
-            "uniform_noise: num_classes must be at least 2, got 1.",
-        ),
-        (
-            lambda: uniform_noise([2], 0.1, 2, seed=0),
-            LabelError,
-            "uniform_noise: labels must be class indices, >= 0 and",
-        ),
-        (
-            lambda: uniform_noise([0], 0.1, 2, seed=0.5),
-            TypeError,
-            "uniform_noise: seed must be a whole number, got 0.5.",
-        ),
-        (
-            lambda: balanced_holdout(LABELS, 11, seed=0),
-            ValueError,
-            "balanced_holdout: per_class must leave each class at least one sample, got 11 of class 3, which has 11.",
-        ),
-        (
-            lambda: balanced_holdout([0, 0, 10**17], 1, seed=0),
-            ValueError,
-            "balanced_holdout: per_class must leave each",
-        ),
-        (lambda: balanced_holdout([1], 0, seed=0), ValueError, "balanced_holdout: per_class must leave each class at "),
-        (
-            lambda: balanced_holdout([0], -1, seed=0),
-            ValueError,
-            "balanced_holdout: per_class must be at least 0, got -1",
-        ),
-        (
-            lambda: balanced_holdout([-1], 0, seed=0),
-            LabelError,
-            "balanced_holdout: labels must be class indices, >= 0,",
-        ),
-        (
-            lambda: splits_of(val_per_class=25),
-            ValueError,
-            "long_tail_splits: val_per_class must leave each class at least one sample, got 25 of class 2, which",
-        ),
-        (
-            lambda: splits_of(shares=[1.0] * 3),
-            ShapeError,
-            "long_tail_splits: shares must hold one share per class, got 3 for 4 classes.",
-        ),
-        (lambda: splits_of(noise=1.0), ValueError, "long_tail_splits: noise must be >= 0 and < 1, got 1.0."),
-        (
-            lambda: splits_of(train_per_class=0),
-            ValueError,
-            "long_tail_splits: train_per_class must be at least 1, got 0",
-        ),
-        (lambda: splits_of(seed=-1), ValueError, "long_tail_splits: seed must be at least 0, got -1."),
-        (
-            lambda: long_tail_splits(pictures([0]), LABELS, pictures([0]), [0], source="x", val_per_class=1),
-            ShapeError,
-            "long_tail_splits: images must have shape (101, 1, 2, 2), one image per label, got (1, 1, 2, 2).",
-        ),
-        (
-            lambda: long_tail_splits(pictures(LABELS), LABELS, pictures([4]), [4], source="x", val_per_class=1),
-            LabelError,
-            "long_tail_splits: test_labels must be class indices, >= 0 and < 4, got 4 at index [0] (1 such values).",
-        ),
-        (
-            lambda: long_tail_splits(
-                pictures(LABELS), LABELS, np.zeros((1, 1, 3, 3), np.uint8), [0], source="x", val_per_class=1
-            ),
-            ShapeError,
-            "long_tail_splits: test_images must have shape (1, 1, 2, 2), one image per label, got (1, 1, 3, 3).",
-        ),
-        (
-            lambda: long_tail_splits([0], [0], pictures([0]), [0], source="x", val_per_class=0),
-            TypeError,
-            "long_tail_splits: images must be a NumPy array of uint8, got list.",
-        ),
+        (balanced_holdout, ([0], -1), ValueError, "per_class must be at least 0, got -1."),
+        (balanced_holdout, ([-1], 0), LabelError, "labels must be class indices, >= 0, got -1 at index [0] (1 such"),
     ],
 )
-def test_refuses(call: Callable[[], object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match="^" + re.escape(message)):
-        call()
+def test_refuses(
+    function: Callable[..., object], arguments: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    seed = {} if function in (step_profile, exponential_profile) else {"seed": 0}
+    with pytest.raises(error, match=f"^{function.__name__}: {re.escape(message)}"):
+        function(*arguments, **seed)
+
+
+@pytest.mark.parametrize(
+    ("thinned", "error", "message"),
+    [
+        (range(5), ValueError, "thinned must be at most 3, got 4."),
+        ([-1], ValueError, "thinned must be at least 0, got -1."),
+        (3, TypeError, "thinned must be an Iterable, got int."),
+        ([0.5], TypeError, "thinned must be a whole number, got 0.5."),
+    ],
+)
+def test_step_profile_refuses_other_classes(thinned: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^step_profile: {message}"):
+        step_profile(4, 0.5, thinned=thinned)
+
+
+@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (0.5, TypeError)])
+def test_seeds_are_whole_numbers(seed: Any, error: type[Exception]) -> None:
+    calls = (
+        lambda: thin([0], [1], seed=seed),
+        lambda: uniform_noise([0], 0.1, 2, seed=seed),
+        lambda: balanced_holdout([0], 0, seed=seed),
+        lambda: splits_of(seed=seed),
+    )
+    for call in calls:
+        with pytest.raises(error, match=rf": seed must be (at least 0|a whole number), got {seed}\."):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"val_per_class": 25},
+            ValueError,
+            "val_per_class must leave each class at least one sample, got 25 of class 2,",
+        ),
+        ({"shares": [1.0] * 3}, ShapeError, "shares must hold one share per class, got 3 for 4 classes."),
+        ({"noise": 1.0}, ValueError, "noise must be >= 0 and < 1, got 1.0."),
+        ({"train_per_class": 0}, ValueError, "train_per_class must be at least 1, got 0"),
+        (
+            {"images": pictures([0])},
+            ShapeError,
+            "images must have shape (101, 1, 2, 2), one image per label, got (1, 1, 2, 2).",
+        ),
+        (
+            {"test_images": pictures([4]), "test_labels": [4]},
+            LabelError,
+            "test_labels must be class indices, >= 0 and < 4, got 4 at index [0] (1 such values).",
+        ),
+        (
+            {"test_images": np.zeros((12, 1, 3, 3), np.uint8)},
+            ShapeError,
+            "test_images must have shape (12, 1, 2, 2), one image per label, got (12, 1, 3, 3).",
+        ),
+        ({"images": [0]}, TypeError, "images must be a NumPy array of uint8, got list."),
+    ],
+)
+def test_splits_refuse(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^long_tail_splits: " + re.escape(message)):
+        splits_of(**changes)
