@@ -608,3 +608,19 @@ def test_labels_too_narrow_for_the_axis_are_warned_of_once(place: str) -> None:
     call(labels.astype(np.float32))
     near = Bins.uniform(0, 3600, width=60)
     near.index(np.linspace(0, 3600, 9, dtype=np.float32))
+
+
+def test_rows_tallies_and_tensors_of_an_axis_by_hand() -> None:
+    bins, labels = Bins.from_edges([0, 1, 3, 10]), torch.tensor([0.5, 2.0, 2.5, 12.0])
+    assert bins.rows(labels, "drop").tolist() == [0, 1, 1, 3]  # the last row is for labels without a bin
+    assert bins.rows(labels, "clip").tolist() == [0, 1, 1, 2]
+    assert bins.rows(torch.empty(4, device="meta")).shape == (4,)  # labels elsewhere are not looked at
+    assert bins.tally(labels, "drop").tolist() == [1, 2, 0]
+    assert bins.tally([0.5] * 9 + [3], name="y").tolist() == [9, 0, 1]
+    with pytest.raises(LabelError, match=r"^Bins\.tally: y must lie on the label axis \[0, 10\], got 12\.0"):
+        bins.tally([0.5] * 9 + [12.0], name="y")
+    assert bins.shares(torch.tensor([0.5, 0.5, 0.0]).half()).dtype == torch.float32
+    assert_close(bins.tensor("centers", labels), torch.tensor([0.5, 2.0, 6.5]))
+    assert bins.tensor("edges", labels) is bins.tensor("edges", labels)  # copied once
+    assert (bins.wide_dtype(labels), bins.wide_dtype(labels.double())) == (torch.float32, torch.float64)
+    assert Bins.uniform(1e9, 1e9 + 10, width=1).wide_dtype(labels) == torch.float64
