@@ -199,16 +199,6 @@ def test_the_summary_holds_what_selects_an_epoch() -> None:
     xr.testing.assert_identical(fresh.compute(), ClassificationMetrics(DENSITY).compute())
 
 
-def test_region_limits_are_chosen_afterwards() -> None:
-    metrics = ClassificationMetrics(DENSITY)
-    metrics.update(*samples())
-    assert metrics.compute(many=10, few=1).bin_region.values.tolist() == ["many"] * 4 + ["medium", "unseen"]
-    assert metrics.compute().bin_region.values.tolist() == REGION_OF_BIN
-    assert metrics.compute(many=10, few=1).error.sel(region="all") == metrics.compute().error.sel(region="all")
-    with pytest.raises(ValueError, match="many must be at least 20, got 10"):
-        metrics.compute(many=10)
-
-
 def test_regions_can_be_given() -> None:
     scores, target = samples()
     given = ["few", "many", "many", "medium", "unseen", "few"]
@@ -224,23 +214,6 @@ def test_regions_can_be_given() -> None:
     assert metrics.compute().bin_region.values.tolist()[0] == "few"
     with pytest.raises(ValueError, match=r"merge: both must have the same settings, got "):
         metrics.merge(ClassificationMetrics(DENSITY))
-
-
-def test_everything_carries_units_and_coordinates() -> None:
-    result = of(*samples())
-    for name in ("bin_low", "bin_high", "bin_center"):
-        assert result[name].attrs["units"] == "label", name
-    assert {result[name].attrs["units"] for name in result.data_vars} == {"1"}
-    assert set(result.data_vars) == {
-        *("error", "balanced_error", "macro_f1", "count", "bins"),
-        *("bin_recall", "bin_precision", "bin_count", "train_count"),
-    }
-    np.testing.assert_array_equal(result.bin, np.arange(6))
-    np.testing.assert_array_equal(result.bin_low, BINS.edges[:-1])
-    np.testing.assert_array_equal(result.bin_high, BINS.edges[1:])
-    np.testing.assert_array_equal(result.bin_center, BINS.centers)
-    assert result.region.values.tolist() == list(REGIONS)
-    assert {result[name].dtype for name in ("count", "bins", "bin_count", "train_count")} == {np.dtype(np.int64)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int32])

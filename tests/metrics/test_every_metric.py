@@ -104,6 +104,39 @@ def test_no_two_metrics_share_a_name() -> None:
     assert len(METRICS) == sum(len(metric.variables) for kind in kinds for metric in kind.metrics)
 
 
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_datasets_have_the_bins_their_regions_and_whole_counts(kind: str) -> None:
+    metrics = updated(make(kind), batch(kind, [0.5, 0.5, 1.5]))
+    result = metrics.compute()
+    np.testing.assert_array_equal(result["bin"], np.arange(4))
+    np.testing.assert_array_equal(result.bin_low, BINS.edges[:-1])
+    np.testing.assert_array_equal(result.bin_high, BINS.edges[1:])
+    np.testing.assert_array_equal(result.bin_center, BINS.centers)
+    assert {result[name].attrs["units"] for name in ("bin_low", "bin_high", "bin_center")} == {"label"}
+    assert result.region.values.tolist() == ["all", "many", "medium", "few", "unseen"]
+    assert result.train_count.values.tolist() == [500, 60, 40, 5]
+    assert result.bin_count.values.tolist() == [2, 1, 0, 0]
+    assert result["count"].values.tolist() == [3, 2, 1, 0, 0]
+    assert result.bins.values.tolist() == [2, 1, 1, 0, 0]
+    assert {result[name].dtype for name in ("count", "bins", "bin_count", "train_count")} == {np.dtype(np.int64)}
+    for name in (metric.name for metric in metrics.metrics if "region" in metric.over):
+        assert result[name].sel(region=["few", "unseen"]).isnull().all()  # missing, not zero
+    floats = [name for name in result.data_vars if name.startswith("bin_") and result[name].dtype.kind == "f"]
+    assert all(bool(result[name][2:].isnull().all()) for name in floats if name != "bin_precision")
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_region_limits_are_chosen_afterwards(kind: str) -> None:
+    metrics = updated(make(kind), samples(kind))
+    assert metrics.compute().bin_region.values.tolist() == ["many", "medium", "medium", "few"]
+    assert metrics.compute(many=10, few=1).bin_region.values.tolist() == ["many"] * 3 + ["medium"]
+    assert metrics.compute(many=1000, few=1000).bin_region.values.tolist() == ["few"] * 4
+    for name in (metric.name for metric in metrics.metrics if "region" in metric.over):
+        assert metrics.compute(many=10, few=1)[name].sel(region="all") == metrics.compute()[name].sel(region="all")
+    with pytest.raises(ValueError, match="many must be at least 20, got 10"):
+        metrics.compute(many=10)
+
+
 # Batches, objects and ranks
 
 

@@ -110,16 +110,6 @@ def test_the_summary_holds_what_training_watches() -> None:
     assert all(math.isnan(value) for value in metrics.fresh().summary().values())
 
 
-def test_a_region_without_a_test_sample_is_missing_not_zero() -> None:
-    result = of([1.0, 2.0], [0.5, 1.5])
-    for region in ("medium", "few", "unseen"):
-        row = result.sel(region=region)
-        assert all(math.isnan(row[name].item()) for name in ("mae", "rmse", "gm", "bmae", "bias", "pearson"))
-        assert row["count"].item() == row.bins.item() == 0
-    assert result.bin_mae.isnull().values.tolist() == [False, False, True, True, True]
-    assert RegressionMetrics(DENSITY).compute().mae.isnull().all()
-
-
 def test_one_sample() -> None:
     row = of([3.0], [2.0]).sel(region="medium")
     assert [row[name].item() for name in ("mae", "rmse", "gm", "bmae", "bias")] == [1] * 5
@@ -169,31 +159,6 @@ def test_the_floor_of_the_geometric_mean() -> None:
     for floor, kind in ((0, ValueError), (-1, ValueError), (math.nan, ValueError), ("1", TypeError)):
         with pytest.raises(kind, match=r"^RegressionMetrics: floor must be"):
             RegressionMetrics(DENSITY, floor=floor)  # type: ignore[arg-type]
-
-
-def test_region_limits_are_chosen_afterwards() -> None:
-    metrics = RegressionMetrics(DENSITY)
-    metrics.update(*samples())
-    assert metrics.compute(many=10, few=1).bin_region.values.tolist() == ["many"] * 4 + ["unseen"]
-    assert metrics.compute(many=1000, few=1000).bin_region.values.tolist() == ["few"] * 4 + ["unseen"]
-    assert metrics.compute().bin_region.values.tolist() == REGION_OF_BIN
-    assert metrics.compute(many=10, few=1).mae.sel(region="all") == metrics.compute().mae.sel(region="all")
-    with pytest.raises(ValueError, match="many must be at least 20, got 10"):
-        metrics.compute(many=10)
-
-
-def test_everything_carries_units_and_coordinates() -> None:
-    result = of(*samples())
-    for name in ("mae", "rmse", "gm", "bmae", "bias", "bin_mae", "bin_bias", "bin_low", "bin_high", "bin_center"):
-        assert result[name].attrs["units"] == "label", name
-    for name in ("pearson", "count", "bins", "bin_count", "train_count"):
-        assert result[name].attrs["units"] == "1", name
-    assert set(result.data_vars) <= {name for name in result.variables if "units" in result[name].attrs}
-    np.testing.assert_array_equal(result.bin_low, BINS.edges[:-1])
-    np.testing.assert_array_equal(result.bin_high, BINS.edges[1:])
-    np.testing.assert_array_equal(result.bin_center, BINS.centers)
-    assert result.region.values.tolist() == ["all", "many", "medium", "few", "unseen"]
-    assert {result[name].dtype for name in ("count", "bins", "bin_count", "train_count")} == {np.dtype(np.int64)}
 
 
 @pytest.mark.parametrize(
