@@ -97,27 +97,29 @@ def metrics_of(data: ImageSet) -> RegressionMetrics:
 
 
 def train(
-    folder: Path, runtime: Runtime | None = None, *, random: bool = True, with_fds: bool = True, **changes: Any
+    folder: Path,
+    runtime: Runtime | None = None,
+    *,
+    model: Any = None,
+    data: ImageSet | None = None,
+    val: ImageSet | None = None,
+    random: bool = True,
+    with_fds: bool = True,
+    **changes: Any,
 ) -> Any:
-    """A whole method, LDS and FDS, on 67 images; returns (model, fds, history)."""
-    runtime = runtime or one_process()
-    data = image_set()
-    with runtime.seeded("init"):
-        model = tiny_model(random=random)
-    fds = FDS(BINS, num_features=8, momentum=0.5) if with_fds else None
-    if fds is not None:
-        fds.attach(model.head, "input")
-    arguments: dict[str, Any] = {
-        "metrics": metrics_of(data),
-        "weights": LDS(BINS).fit(data.labels),
-        "fds": fds,
-        "runtime": runtime,
-        "folder": folder,
-        "augmentation": random,
-        "optimization": Optimization(epochs=EPOCHS, batch_size=BATCH, lr=0.01, clip_norm=5.0),
-        "fingerprint": {"loss": "weighted_l1"},  # since those that act at a call are told from it otherwise
-    }
-    history = fit(model, data, image_set(31, seed=1), **{**arguments, **changes})
+    """A whole method, LDS and FDS, on 67 images, unless a model is given; returns (model, fds, history)."""
+    runtime, data, fds = runtime or one_process(), data or image_set(), None
+    arguments: dict[str, Any] = {"metrics": metrics_of(data), "runtime": runtime, "folder": folder}
+    if model is None:
+        with runtime.seeded("init"):
+            model = tiny_model(random=random)
+        if with_fds:
+            fds = FDS(BINS, num_features=8, momentum=0.5)
+            fds.attach(model.head, "input")
+        arguments |= {"weights": LDS(BINS).fit(data.labels), "fds": fds, "augmentation": random}
+        arguments["optimization"] = Optimization(epochs=EPOCHS, batch_size=BATCH, lr=0.01, clip_norm=5.0)
+        arguments["fingerprint"] = {"loss": "weighted_l1"}  # since those that act at a call are told from it otherwise
+    history = fit(model, data, image_set(31, seed=1) if val is None else val, **{**arguments, **changes})
     return model, fds, history
 
 
@@ -460,25 +462,10 @@ def test_another_run_is_not_resumed(whole_run: Path) -> None:
 
 
 def test_another_model_is_not_resumed(whole_run: Path) -> None:
-    data = image_set()
-    model = tiny_model(random=False)
-    fds = FDS(BINS, num_features=8, momentum=0.5)
     with pytest.raises(SettingsError, match="fds must be attached"):
-        train(whole_run / "other", fds=fds)
-    fds.attach(model.head, "input")
+        train(whole_run / "other", fds=FDS(BINS, num_features=8, momentum=0.5))
     with pytest.raises(CheckpointError, match=r"model\.backbone\.1 was 'BatchNorm2d' and is 'Identity'; "):
-        fit(
-            model,
-            data,
-            image_set(31, seed=1),
-            metrics=metrics_of(data),
-            weights=LDS(BINS).fit(data.labels),
-            fds=fds,
-            runtime=one_process(),
-            folder=whole_run,
-            resume=True,
-            optimization=Optimization(epochs=EPOCHS, batch_size=BATCH, lr=0.01, clip_norm=5.0),
-        )
+        train(whole_run, random=False, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path: Path) -> None:
@@ -530,20 +517,10 @@ def test_sgd_with_steps_and_an_augmentation_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_all_that_cannot_be_trained_is_told_at_once(tmp_path: Path) -> None:
-    data, empty = image_set(), image_set(0)
     model = tiny_model()
     model.fds = FDS(BINS, num_features=8)
     with pytest.raises(SettingsError) as error:
-        fit(
-            model,
-            data,
-            empty,
-            metrics=metrics_of(data),
-            fds=model.fds,
-            runtime=one_process(),
-            folder=tmp_path,
-            optimization=Optimization(batch_size=1),
-        )
+        train(tmp_path, model=model, val=image_set(0), fds=model.fds, optimization=Optimization(batch_size=1))
     for part in ("two images per rank", "val must hold at least one", "no part of the model"):
         assert part in str(error.value)
 
@@ -576,16 +553,12 @@ def test_all_that_cannot_be_trained_is_told_at_once(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_before_any_step(
     tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    data = image_set()
-    arguments: dict[str, Any] = {
-        "metrics": metrics_of(data),
-        "loss": at_call(1, never),
-        "optimization": Optimization(batch_size=BATCH),
-        "runtime": one_process(),
-        "folder": tmp_path / "run",
-    }
     with pytest.raises(error, match=message):
-        fit(tiny_model(), data, image_set(31, seed=1), **{**arguments, **changes})
+        train(
+            tmp_path / "run",
+            model=tiny_model(),
+            **{"loss": at_call(1, never), "optimization": Optimization(batch_size=BATCH), **changes},
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -609,21 +582,12 @@ def test_what_has_no_gradient_is_refused_in_words(tmp_path: Path) -> None:
     for context in (torch.no_grad(), torch.inference_mode()):
         with context, pytest.raises(UsageError, match=r"^fit: gradients must be on, got torch\.no_grad"):
             train(tmp_path / "off")
-    data = image_set()
     for name, model, says in (
         ("frozen", tiny_model().requires_grad_(False), "model must have parameters that are trained, got none"),
         ("lazy", nn.Sequential(nn.Flatten(), nn.LazyLinear(1)), "model must have weights, got lazy layers"),
     ):
         with pytest.raises(SettingsError, match=says):
-            fit(
-                model,
-                data,
-                data,
-                metrics=metrics_of(data),
-                optimization=ONE_EPOCH,
-                runtime=one_process(),
-                folder=tmp_path / name,
-            )
+            train(tmp_path / name, model=model, optimization=ONE_EPOCH)
         assert not (tmp_path / name).exists()
 
 
@@ -661,18 +625,8 @@ def test_a_best_epoch_among_the_first_is_told_once(tmp_path: Path) -> None:
         return -(output + model.by).mean()
 
     def run(epochs: int, folder: Path) -> None:
-        data = image_set()
-        fit(
-            model,
-            data,
-            data,
-            metrics=metrics_of(data),
-            loss=away,
-            optimization=Optimization(epochs=epochs, batch_size=BATCH, lr=0.01),
-            runtime=one_process(),
-            folder=folder,
-            fingerprint={"loss": "away"},
-        )
+        how = Optimization(epochs=epochs, batch_size=BATCH, lr=0.01)
+        train(folder, model=model, val=image_set(), loss=away, optimization=how, fingerprint={"loss": "away"})
 
     model = Worse()
     with pytest.warns(UserWarning, match=r"val_bmae was least at epoch [12] of 8, .* Lower the learning rate") as said:
@@ -686,15 +640,7 @@ def test_only_image_sets_are_taken(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="evaluate: data must be an ImageSet, got NoneType"):
         evaluate(tiny_model(), None, metrics=metrics_of(image_set()), runtime=one_process())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="fit: val must be an ImageSet, got list"):
-        fit(
-            tiny_model(),
-            image_set(),
-            [],  # type: ignore[arg-type]
-            metrics=metrics_of(image_set()),
-            optimization=Optimization(),
-            runtime=one_process(),
-            folder=tmp_path,
-        )
+        train(tmp_path, model=tiny_model(), val=[], optimization=Optimization())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -1061,8 +1007,7 @@ def test_a_loss_of_pairs_is_taken_as_it_is(tmp_path: Path) -> None:
     first = copy.deepcopy(model)
     handle = register_optimizer_step_pre_hook(lambda *_: seen.append(model.head.weight.grad.clone()))
     how = Optimization(epochs=4, batch_size=BATCH, lr=0.03)
-    arguments: dict[str, Any] = {"metrics": metrics_of(data), "optimization": how, "augmentation": False}
-    history = fit(model, data, data, loss=ranking, runtime=one_process(), folder=tmp_path, **arguments)
+    history = train(tmp_path, model=model, data=data, val=data, loss=ranking, optimization=how, augmentation=False)[2]
     handle.remove()
     ranking(first(to_float(torch.from_numpy(data.images))), torch.from_numpy(data.labels), None).backward()
     torch.testing.assert_close(seen[0], first.head.weight.grad, rtol=1e-4, atol=1e-6)
@@ -1088,7 +1033,6 @@ def gradients(folder: Path, runtime: Runtime, *, spread: float = 0.0) -> list[li
         spread: factor of a term that is made of the model as a whole, whatever samples there are.
     """
     seen: list[list[Tensor]] = []
-    data = image_set()
     with runtime.seeded("init"):
         model = InDoubles()
 
@@ -1099,19 +1043,10 @@ def gradients(folder: Path, runtime: Runtime, *, spread: float = 0.0) -> list[li
         seen.append([parameter.grad.clone() for parameter in model.parameters()])
 
     handle = register_optimizer_step_pre_hook(note)
-    fit(
-        model,
-        data,
-        image_set(31, seed=1),
-        metrics=metrics_of(data),
-        loss=loss if spread else weighted_l1,
-        weights=LDS(BINS).fit(data.labels),
-        runtime=runtime,
-        folder=folder,
-        augmentation=False,
-        optimization=Optimization(epochs=1, batch_size=BATCH, lr=0.01),
-        fingerprint={"loss": f"spread {spread}"},
-    )
+    how, weights = Optimization(epochs=1, batch_size=BATCH, lr=0.01), LDS(BINS).fit(image_set().labels)
+    fingerprint = {"loss": f"spread {spread}"}
+    arguments: dict[str, Any] = {"optimization": how, "weights": weights, "fingerprint": fingerprint}
+    train(folder, runtime, model=model, loss=loss if spread else weighted_l1, augmentation=False, **arguments)
     handle.remove()
     return seen
 
