@@ -16,6 +16,7 @@ from ..._checks import caller, instance, problem, whole
 from ..._settings import described, differing
 from ...errors import CheckpointError, DirToolkitError, RunExistsError, SettingsError
 from ..files import naming
+from ..results.drawing import GREY, PALETTE, legend_above, literal, look, new_figure
 
 try:
     import optuna
@@ -110,29 +111,29 @@ def search(
     return Search(_settings(best.params, choices), best.value, study)
 
 
-def search_figure(found: Search, *, score_name: str) -> Figure:
-    """The score of each candidate against epochs, of which optuna's own picture tells the number alone.
+@look()
+def search_figure(result: Search, *, score_name: str) -> Figure:
+    """The score of each candidate against epochs. Optuna's own picture names candidates by their numbers alone.
 
     Args:
         score_name: what the score is, with its units.
     """
-    from ..results.drawing import GREY, PALETTE, dressed, legend_above, literal, new_figure
-
     figure = new_figure(3.6)
     axes = figure.add_subplot()
-    best = found.study.best_trial.number
-    for trial in found.study.get_trials(deepcopy=False):
-        steps = sorted(trial.intermediate_values)
-        color, width = (PALETTE[1], 2.5) if trial.number == best else (GREY, 1.0)
+    best = result.study.best_trial.number
+    for trial in result.study.get_trials(deepcopy=False):
+        name, steps = literal(_name(trial.params)), sorted(trial.intermediate_values)
         scores = [trial.intermediate_values[step] for step in steps]
-        label = f"best: {_name(trial.params)}" if trial.number == best else None
-        axes.plot(steps, scores, "o-", color=color, linewidth=width, label=label and literal(label))
-        if steps and trial.number != best:
-            axes.annotate(literal(_name(trial.params)), (steps[-1], scores[-1]), fontsize="x-small", color=GREY)
+        if trial.number == best:
+            axes.plot(steps, scores, "o-", color=PALETTE[1], linewidth=2.5, label=f"best: {name}")
+            continue
+        axes.plot(steps, scores, "o-", color=GREY, linewidth=1.0)
+        if steps:
+            axes.annotate(name, (steps[-1], scores[-1]), fontsize="x-small", color=GREY)
     axes.set_xlabel("epochs")
     axes.set_ylabel(literal(score_name))
     legend_above(figure, axes)
-    return dressed(figure, [axes])
+    return figure
 
 
 def _try(
