@@ -193,11 +193,11 @@ def _warn_of_class_weights(target: Tensor, weight: Tensor) -> None:
 
 def of_features(
     features: Tensor,
+    columns: dict[str, Tensor],
     weight: Tensor | None,
     reduction: str,
     *,
     several: bool = False,
-    **columns: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """``features`` (N, D) in at least float32, with zeros where the weight is zero, and which samples that are.
 

@@ -290,6 +290,7 @@ class BatchMCLoss(_BalancedMSE):
     """
 
     unit: Tensor
+    gather: bool
 
     def __init__(self, noise_sigma: float | None = None, *, learn: bool = True, gather: bool = False) -> None:
         instance(bool, gather=gather)
@@ -438,7 +439,9 @@ class BinnedIntegrationLoss(_BalancedMSE):
     [0.75, 0.25]
     """
 
+    bins: Bins
     prior: Tensor
+    outside: Outside
 
     def __init__(
         self,

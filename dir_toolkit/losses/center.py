@@ -81,6 +81,10 @@ class CenterLoss(FeatureLoss):
     [[0.0], [-3.0]]
     """
 
+    num_features: int
+    num_classes: int
+    strength: float
+
     def __init__(self, num_features: int, num_classes: int, *, strength: float = 1.0) -> None:
         super().__init__(
             center_loss,

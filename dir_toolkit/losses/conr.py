@@ -83,7 +83,7 @@ def conr_loss(
     columns = {"target": target, "pred": pred}
     if push_weight is not None:
         columns["push_weight"] = push_weight
-    features, gone = of_features(features, weight, reduction, **columns)
+    features, gone = of_features(features, columns, weight, reduction)
     dtype = wide_dtype(features, target, pred)
     labels = present(target.to(dtype), gone)
     pairs = pairs_of(features, gone)
@@ -131,6 +131,13 @@ class ConRLoss(Loss):
     >>> ConRLoss(coefficient=4.0)(output, torch.tensor([22.0, 60.0])).item()  # nothing is confused
     1.0
     """
+
+    base: Callable[..., Tensor]
+    coefficient: float
+    omega: float | None
+    temperature: float
+    eta: float | None
+    weights: LDS | None
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ def rank_n_contrast(
     0.3466
     """
     temperature = _temperature(temperature)
-    features, gone = of_features(features, weight, reduction, several=True, target=target)
+    features, gone = of_features(features, {"target": target}, weight, reduction, several=True)
     samples = len(features)
     if samples < 2:
         warn("a batch of one sample has no pair, and adds nothing. Drop a last batch of one (drop_last=True).")
