@@ -81,6 +81,25 @@ def of_scores(report: Report, labels: Tensor, density: dt.LabelDensity, generato
     compare(report, losses, logits)
 
 
+def of_model(report: Report, labels: Tensor, density: dt.LabelDensity, generator: torch.Generator) -> None:
+    """A step of a model against its backbone and the plain cross-entropy of hard bins."""
+    x, index = torch.randn(BATCH, NUM_FEATURES, generator=generator), BINS.index(labels)
+    net = torch.nn.Sequential(torch.nn.Linear(NUM_FEATURES, NUM_FEATURES), torch.nn.ReLU())
+    plain = torch.nn.Sequential(net, torch.nn.Linear(NUM_FEATURES, NUM_BINS))
+    model = dt.LongTailModel(net, NUM_FEATURES, BINS, density=density)
+    hard = dt.LongTailModel(net, NUM_FEATURES, dt.Bins.classes(NUM_BINS))
+    runs: dict[str, Callable[[], object]] = {
+        "backbone and F.cross_entropy": lambda: F.cross_entropy(plain(x), index).backward(),
+        "LongTailModel over classes": lambda: hard(x, index).loss.backward(),
+        "LongTailModel over soft bins": lambda: model(x, labels).loss.backward(),
+    }
+    times = medians(runs, repeats=200)
+    first, *others = times
+    for name in others:
+        told = milliseconds({first: times[first], name: times[name]})
+        report.add(f"{name} / {first}, batch {BATCH}, forward and backward", times[name] / times[first], "", told)
+
+
 def of_features(report: Report, labels: Tensor, generator: torch.Generator) -> None:
     """Contrastive losses look at all pairs of a batch, so one distance matrix is what they are held against."""
     features = torch.randn(BATCH, NUM_FEATURES, generator=generator)
@@ -123,6 +142,7 @@ def main(report: Report) -> None:
     of_predictions(report, labels, density, generator)
     overhead(report, labels, generator)
     of_scores(report, labels, density, generator)
+    of_model(report, labels, density, generator)
     of_features(report, labels, generator)
     metrics(report, labels, density)
 

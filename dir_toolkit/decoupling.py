@@ -2,15 +2,15 @@
 
 ================== ==========================================================================================
 cRT                ``stage_two(model, "crt")``, then train with ``BinSampler(labels, bins, q=0)``
-LWS                ``stage_two(model, "lws")``, then the same: one scale a class is learnt, all else frozen
+LWS                ``stage_two(model, "lws")``, then the same: one scale per class is learnt, all else is frozen
 RRT                ``stage_two(model, "rrt")``, then train a regressor with ``LDS(..., scheme="inverse")`` weights
 NCM                no training: :class:`dir_toolkit.heads.nearest_mean.NearestMeanHead` on the frozen features
 tau-normalization  no training: :func:`choose_normalization` on validation features
 ================== ==========================================================================================
 
-Any training loop will do for the second stage, as long as its optimizer takes parameters that require gradients only.
-Its learning rate, epochs and schedule are its own. A head that was trained again on evenly drawn or inversely weighted
-samples has an even prior: to adjust it by the prior of the labels as they came would correct it twice.
+Any training loop will do for the second stage if its optimizer takes only parameters that require gradients. The
+second stage has its own learning rate, epochs and schedule. A head that was trained again on evenly drawn or inversely
+weighted samples has an even prior: an adjustment by the prior of the labels as they came would correct it twice.
 
 Source:
     Kang et al. 2020, sections 3 and 4 (arXiv:1910.09217); Yang et al. 2021, appendix, for RRT (arXiv:2102.09554).
@@ -97,17 +97,18 @@ def _to_eval(module: nn.Module) -> None:
 
 
 def freeze(module: nn.Module) -> Frozen:
-    """Freeze a module really: no parameter moves, BatchNorm keeps its statistics, dropout drops nothing.
+    """Freeze a module: its parameters do not move, BatchNorm keeps its statistics, and dropout drops nothing.
 
-    It stays so whatever calls ``train()`` on it or on a model around it, and is the same to the bit after any training
-    that goes through ``requires_grad``. Gradients left over from before are dropped. Make the optimizer after freezing:
-    one with momentum or decay that was made before must not step these parameters, not with gradients of zero either.
+    The module stays frozen whatever calls ``train()`` on it or on a model around it. It is the same to the bit after
+    any training that goes through ``requires_grad``. Gradients from before are dropped. Make the optimizer after
+    freezing: an optimizer with momentum or weight decay that was made before moves these parameters even where their
+    gradients are zero.
 
-    A copy of a frozen module is frozen, too, and so is one that was pickled. What is frozen several times stays so
-    until the last handle is removed. As with every hook, freeze before a compiled model is first called.
+    A copy of a frozen module is frozen, too, and so is one that was pickled. A module that is frozen several times
+    stays frozen until the last handle is removed. Freeze before a compiled model is first called, as with every hook.
 
     Returns:
-        a handle; ``handle.remove()`` undoes it.
+        a handle; ``handle.remove()`` undoes the freezing.
     Raises:
         TypeError: it is no module.
 

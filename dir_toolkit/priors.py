@@ -334,6 +334,10 @@ class LogitAdjuster(SoundModule):
     def forward(self, logits: Tensor) -> Tensor:
         logits = _wide(logits, len(self.offset))
         same_device(offset=self.offset, logits=logits)
+        return self.adjusted(logits)
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """What :meth:`forward` gives for logits that have been checked."""
         return logits / self.temperature.to(logits.dtype) + self.offset.to(logits.dtype)
 
     @property
