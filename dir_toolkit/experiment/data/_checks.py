@@ -1,4 +1,4 @@
-"""What several files of this room check; each fact is checked in one place."""
+"""Checks that several files of this room share; each fact is checked in one place."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SHAPES = {1: "(N,)", 4: "(M, C, H, W)"}
 
 
 def data_error(rule: str, *, got: object = None, fix: str = "", source: object = "") -> Exception:
-    """The error of data from outside. ``source`` names the file, with its line or byte; else the caller is named."""
+    """The error of data from outside. It names ``source``, a file with its line or byte, or else the caller."""
     return problem(rule, got=got, fix=fix, error=DataError, source=str(source))
 
 
 def check_array(name: str, value: object, axes: int, *dtypes: type[np.generic]) -> None:
-    """A NumPy array with one of these dtypes and this many axes; an image has at least one pixel."""
+    """Raise unless ``value`` is an array with one of these dtypes and this many axes, where samples are not empty."""
     if not isinstance(value, np.ndarray) or value.dtype not in dtypes:
         got = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         allowed = " or ".join(dtype.__name__ for dtype in dtypes)
@@ -29,7 +29,7 @@ def check_array(name: str, value: object, axes: int, *dtypes: type[np.generic]) 
 
 
 def check_each(rule: str, values: np.ndarray, sound: np.ndarray, error: type[Exception] = ValueError) -> None:
-    """Every value is sound. Otherwise, the error names the first one that is not and counts all of them."""
+    """Raise unless every value is sound. The error names the first value that is not and counts all of them."""
     if not sound.all():
         first = int(sound.argmin())
         got = f"{values[first]} at index [{first}] ({int((~sound).sum())} such values)"
@@ -37,13 +37,13 @@ def check_each(rule: str, values: np.ndarray, sound: np.ndarray, error: type[Exc
 
 
 def check_parts(parts: Mapping[str, Sequence[object]], source: object) -> None:
-    """No part of a split is empty."""
+    """Raise if a part of a split is empty."""
     if empty := [part for part, members in parts.items() if not members]:
         raise data_error(f"the {empty[0]} split must hold at least one image", got="none", source=source)
 
 
 def row(name: str, values: object) -> np.ndarray:
-    """Numbers in one row, whichever kind of array or sequence holds them."""
+    """The numbers in an array or sequence of any kind, which must be one row."""
     array = labels_array(values, name)
     if array.ndim != 1:
         raise problem(f"{name} must have shape (N,)", got=array.shape, error=ShapeError)

@@ -184,7 +184,7 @@ def long_tail_splits(
     Returns:
         Splits whose labels are class indices, int64.
     Raises:
-        ShapeError: an array has the wrong shape, or its length is not the number of labels, or shares' of classes.
+        ShapeError: an array has the wrong shape, or images and labels, or shares and classes, differ in number.
         LabelError: a label is negative, or a test label is a class that ``labels`` do not have.
         ValueError: a setting is out of range, or a class has too few images for ``val_per_class``.
         TypeError: images are not uint8, labels are not integers, or a setting is not a number.
