@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .._checks import finite, instance, labels_array, not_empty, number, one_of, problem, warn, whole
 from .._ranks import check_group, is_parallel, summed
@@ -44,7 +46,7 @@ class LabelDensity:
     # without any is no news to whoever drew them.
     _of_weighted_rows = False
 
-    def __init__(self, bins: AnyBins, counts: np.ndarray) -> None:
+    def __init__(self, bins: AnyBins, counts: Sequence[float] | np.ndarray | Tensor) -> None:
         instance((Bins, BinGrid), bins=bins)
         counts = counts_array(counts)
         if len(counts) != len(bins):

@@ -146,7 +146,7 @@ def saved_bins(values: dict[str, Any]) -> AnyBins:
 def checked_windows(kernel: Windows, bins: AnyBins) -> tuple[np.ndarray, ...]:
     """One checked window per axis, from one window for each axis or one for all continuous axes of a grid."""
     axes = bins.axes
-    windows: Sequence[Any] = kernel if isinstance(kernel, (Sequence, np.ndarray)) else ()
+    windows: Any = kernel if isinstance(kernel, (Sequence, np.ndarray)) else ()
     if not (isinstance(bins, BinGrid) and any(np.ndim(window) > 0 for window in windows)):
         # Classes have no neighbours, and so are smoothed only where they are the one axis.
         windows = [kernel if len(axes) == 1 or not axis.categorical else _ALONE for axis in axes]
