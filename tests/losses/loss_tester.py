@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
+from dir_toolkit._settings import described
 from dir_toolkit.errors import DirToolkitError, LabelError, ShapeError
 
 Batch = dict[str, Tensor]
@@ -97,6 +98,9 @@ class LossTester:
         batch = self.batch(self.n)
         sums = [round(self.each(options, batch).sum().item(), 9) for options in self.variants.values()]
         assert len(set(sums)) == len(sums)
+        if self.module is not None:  # and so does what a checkpoint calls the module by
+            told = {str(described("it", self.module(**options))) for options in self.variants.values()}
+            assert len(told) == len(sums) or not isinstance(self.module, type)
         first = self.each(next(iter(self.variants.values())), batch)
         assert first.shape == (self.n,)
         assert (first != 0).sum() > self.n / 4

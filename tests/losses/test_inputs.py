@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,3 +148,10 @@ def test_learnt_numbers_have_a_dimension_that_can_be_sharded() -> None:
     assert [tuple(number.shape) for number in learnt] == [(1,)] * 5
     for made in (dt.CenterLoss(4, 3), dt.ScaledHead(nn.Linear(4, 3))):
         assert all(parameter.ndim > 0 for parameter in made.parameters())
+
+
+def test_every_loss_is_declared_to_the_tester() -> None:
+    declared = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    functions = [name for name in dt.losses.__all__ if name.islower() and name != "gaussian_interval"]
+    assert len(functions) > 20
+    assert [name for name in functions if not re.search(rf"staticmethod\((conr\.)?{name}\)", declared)] == []
