@@ -44,7 +44,7 @@ class RegionMetric(Metric):
 
     >>> from dir_toolkit import Bins, LabelDensity, RegressionMetrics
     >>> bins = Bins.classes(2)
-    >>> metric = RegionMetric(RegressionMetrics(bins, LabelDensity(bins, [200, 5])), keys=["mae/all", "mae/few"])
+    >>> metric = RegionMetric(RegressionMetrics(LabelDensity(bins, [200, 5])), keys=["mae/all", "mae/few"])
     >>> metric.update(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 0.0, 1.0]))
     >>> {key: value.item() for key, value in metric.compute().items()}
     {'mae/all': 1.0, 'mae/few': 2.0}
