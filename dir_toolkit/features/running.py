@@ -29,11 +29,8 @@ class RunningStatistics(Float64Module):
     """Statistics of features per bin. Samples are gathered in an open epoch, which :meth:`end_epoch` folds in.
 
     Attributes:
-        epoch: how many epochs are folded in.
         running_count: (B,) float64.
         running_mean: (B, D) float64.
-        warns_of_forgotten_end: whether to warn when more than one epoch seems to have been gathered since the last end.
-            Set it to False where evaluations come in mid-epoch, because each is taken for the end of an epoch.
     """
 
     running_count: Tensor
