@@ -334,9 +334,9 @@ class LogitAdjuster(SoundModule):
     def forward(self, logits: Tensor) -> Tensor:
         logits = _wide(logits, len(self.offset))
         same_device(offset=self.offset, logits=logits)
-        return self.adjusted(logits)
+        return self._adjusted(logits)
 
-    def adjusted(self, logits: Tensor) -> Tensor:
+    def _adjusted(self, logits: Tensor) -> Tensor:
         """What :meth:`forward` gives for logits that have been checked."""
         return logits / self.temperature.to(logits.dtype) + self.offset.to(logits.dtype)
 

@@ -415,7 +415,7 @@ class _ScoreReadout(Readout):
         if scores.shape != (features.shape[0], len(self.bins)):
             raise _wrong_head(len(self.bins), f"shape {tuple(scores.shape)}")
         scores = scores.to(wide_dtype(scores))
-        prediction, distribution, residual = self._read(self.adjuster.adjusted(self.logits(scores)), calibrated)
+        prediction, distribution, residual = self._read(self.adjuster._adjusted(self.logits(scores)), calibrated)
         return LongTailOutput(scores.new_full((), torch.nan), scores, prediction, features, distribution, residual)
 
     def _read(self, adjusted: Tensor, calibrated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
