@@ -17,6 +17,7 @@ __all__ = [
     "RunExistsError",
     "SettingsError",
     "ShapeError",
+    "StudyError",
     "UsageError",
 ]
 
@@ -75,6 +76,10 @@ class RunExistsError(DirToolkitError, FileExistsError):
 
 class NonFiniteLossError(DirToolkitError, ArithmeticError):
     """Training met a loss that is NaN or infinite; tells step, rate, gradient norm and last good checkpoint."""
+
+
+class StudyError(DirToolkitError, RuntimeError):
+    """One or several runs of a study failed; names each and says why."""
 
 
 class DirToolkitWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""What the recipes share: the command as it was typed, without this machine's places, and a clean end of every kind."""
+"""What the recipes share: the command line, the command as it was typed, and a clean end of every kind."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import io
 import os
 import sys
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 _Settings = TypeVar("_Settings")
 
+PLACES = ("root", "listing", "out")
+"""Settings that say where things lie on this machine; no result shows them."""
 
-def typed_command(script: str, places: Collection[str]) -> str:
+
+def typed_command(script: str, places: Collection[str] = PLACES) -> str:
     """What was typed after the name of the script, with DIR for the value of each option that says where things lie."""
     options = [f"--{name}" for name in places]
     words = ["python", script]
@@ -29,6 +33,11 @@ def typed_command(script: str, places: Collection[str]) -> str:
     return " ".join(words)
 
 
+def shown(settings: Any) -> dict[str, Any]:
+    """The settings that a report shows."""
+    return {name: value for name, value in asdict(settings).items() if name not in (*PLACES, "resume")}
+
+
 def unfit_folder(option: str, folder: Path) -> list[str]:
     """What is wrong with a folder to write into, before hours are spent on what goes there."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
@@ -39,17 +48,39 @@ def unfit_folder(option: str, folder: Path) -> list[str]:
     return []
 
 
-def run(main: Callable[[_Settings], None], settings: type[_Settings], *, description: str | None = None) -> None:
-    """Read the settings from the command line, run, and leave Python; bad input ends in a message without a trace."""
-    ending: int | str = 0
+def refuse(recipe: str, faults: Collection[str]) -> None:
+    """Raise one error that names all faults of the settings, if there are any."""
+    if faults:
+        from dir_toolkit.errors import SettingsError
+
+        listed = "\n".join(["these settings cannot run:", *faults]).replace("\n", "\n  ")
+        raise SettingsError(f"{recipe}: {listed}")
+
+
+def parse(settings: type[_Settings], *, description: str | None = None) -> _Settings:
+    """The settings from the command line. ``--help`` is answered here, so call it before anything slow is imported.
+
+    Args:
+        description: for ``--help``; by default what the recipe says of itself.
+    """
     for stream in (sys.stdout, sys.stderr):  # a terminal that is not of UTF-8 gets "?" in place of what it cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        main(tyro.cli(settings, description=description))
+        return tyro.cli(settings, description=description or sys.modules["__main__"].__doc__)
+    except BrokenPipeError:  # nobody reads on, as after `| head`; what Python still holds back goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def run(main: Callable[[_Settings], None], settings: _Settings) -> None:
+    """Run a recipe, and leave Python; bad input ends in a message without a trace."""
+    ending: int | str = 0
+    try:
+        main(settings)
     except KeyboardInterrupt:
         ending = 130
-    except BrokenPipeError:  # nobody reads on, as after `| head`; what Python still holds back goes nowhere
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         ending = 141
     except Exception as error:

@@ -9,18 +9,12 @@ joint bins see that, weights over one axis do not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from command_line import run
-
-if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
-    import torch
+from command_line import parse, run
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Labels of two dimensions, age and head pose: LDS over their joint bins beside LDS over age alone."""
-
     samples: int = 8000
     """Faces to train on."""
     epochs: int = 20
@@ -30,14 +24,22 @@ class Settings:
     lr: float = 5e-3
     """Highest learning rate."""
     seeds: int = 3
-    """How many seeds a method is trained with: 0, 1, ..."""
+    """How many seeds each method is trained with: 0, 1, ..."""
+
+
+if __name__ == "__main__":
+    SETTINGS = parse(Settings)  # --help is answered here, before torch is loaded
+
+import numpy as np
+import torch
+from torch import nn
+
+import dir_toolkit as dt
 
 
 def draw(n: int, seed: int, *, even: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (n, 16), and labels (n, 2): age in [0, 100] years and pose in [-90, 90] degrees, long-tailed both
     unless ``even``. Features show what a face looks like, which strays from the labels, in age more for the old."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     age, pose = torch.rand(2, n, generator=generator)
     if even:
@@ -52,12 +54,6 @@ def draw(n: int, seed: int, *, even: bool = False) -> tuple[torch.Tensor, torch.
 
 
 def main(settings: Settings) -> None:
-    import numpy as np
-    import torch
-    from torch import nn
-
-    import dir_toolkit as dt
-
     years, degrees = dt.Bins.uniform(0, 100, width=5), dt.Bins.uniform(-90, 90, width=10)
     grid = dt.Bins.grid(years, degrees)
     x, y = draw(settings.samples, seed=1)
@@ -95,4 +91,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Settings)
+    run(main, SETTINGS)

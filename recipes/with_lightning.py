@@ -2,19 +2,15 @@
 
     python recipes/with_lightning.py     # ages drawn by this recipe, no download; needs lightning and torchmetrics
 
-The module is plain Lightning. A callback drives FDS, so that no loop is written; LDS weights come with the batch; and
-the errors of rare ages are one torchmetrics metric, which Lightning logs.
+A callback drives FDS, LDS weights come with the batch, and errors of rare ages are a metric that Lightning logs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-from command_line import run
-
-if TYPE_CHECKING:  # torch and the toolkit load in main(), so that --help answers at once
-    import torch
+from command_line import parse, run
 
 METHODS = {"vanilla": (False, False), "lds": (True, False), "lds+fds": (True, True)}  # LDS weights, FDS
 SHOWN = [f"mae/{region}" for region in ("all", "many", "medium", "few")] + ["bmae/all"]
@@ -22,25 +18,30 @@ SHOWN = [f"mae/{region}" for region in ("all", "many", "medium", "few")] + ["bma
 
 @dataclass(frozen=True)
 class Settings:
-    """LDS, FDS and errors by region in a Lightning training: what they add to a module that is there already."""
-
     samples: int = 4000
     """Persons to train on."""
     epochs: int = 10
     """Passes over them."""
-    batch_size: int = 64
-    """Persons a step."""
-    lr: float = 3e-3
-    """Learning rate."""
-    seed: int = 0
-    """Of the network and the order of the persons."""
+
+
+if __name__ == "__main__":
+    SETTINGS = parse(Settings)  # --help is answered here, before torch is loaded
+
+import logging
+import warnings
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dir_toolkit as dt
+from dir_toolkit.integrations.lightning import FDSCallback
+from dir_toolkit.integrations.torchmetrics import RegionMetric
 
 
 def draw(n: int, seed: int, *, even: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (n, 16) and ages (n,) in [0, 100] years, few of them old unless ``even``. Features show how old somebody
-    looks, which strays from the age, more for the old."""
-    import torch
-
+    """Features (n, 16) of how old somebody looks, and ages (n,) in [0, 100] years, few of them old unless ``even``."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(n, generator=generator)
     age = 100 * share if even else (-20 * (1 - share).log()).clamp(0, 100)
@@ -49,45 +50,30 @@ def draw(n: int, seed: int, *, even: bool = False) -> tuple[torch.Tensor, torch.
     return (looks[:, None] / 25 * waves[0] + waves[1]).sin(), age
 
 
+class Ages(pl.LightningModule):
+    def __init__(self, metric: RegionMetric) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+        self.head = nn.Linear(64, 1)
+        self.metric = metric
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))[:, 0]
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return dt.weighted_l1(self(batch[0]), *batch[1:])
+
+    def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.metric.update(self(batch[0]), batch[1])
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.metric.compute())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
 def main(settings: Settings) -> None:
-    import logging
-    import warnings
-    from tempfile import TemporaryDirectory
-
-    import lightning.pytorch as pl
-    import torch
-    from torch import nn
-    from torch.utils.data import DataLoader, TensorDataset
-
-    import dir_toolkit as dt
-    from dir_toolkit.integrations.lightning import FDSCallback
-    from dir_toolkit.integrations.torchmetrics import RegionMetric
-
-    class Ages(pl.LightningModule):
-        def __init__(self, metric: RegionMetric) -> None:
-            super().__init__()
-            self.body = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
-            self.head = nn.Linear(64, 1)
-            self.metric = metric
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.body(x))[:, 0]
-
-        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-            x, age, weight = batch
-            return dt.weighted_l1(self(x), age, weight)
-
-        def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
-            self.metric.update(self(batch[0]), batch[1])
-
-        def on_test_epoch_end(self) -> None:
-            self.log_dict(self.metric.compute())
-            self.metric.reset()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=settings.lr)
-
-    # Hints on workers, accelerators and services, which are of no use here.
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     bins = dt.Bins.uniform(0, 100, width=2)
@@ -95,30 +81,21 @@ def main(settings: Settings) -> None:
     density = dt.LabelDensity.count(age, bins)
     test = DataLoader(TensorDataset(*draw(8000, seed=2, even=True)), batch_size=1000)
     weights = dt.LDS(bins).fit(density)(age)
-    print(f"MAE in years by the training samples of a bin of two; {settings.epochs} epochs, seed {settings.seed}")
+    print(f"MAE in years by the training samples of a bin of two; {settings.epochs} epochs")
     print(" " * 8 + "".join(f"{name:>12}" for name in SHOWN))
     for name, (weighted, smoothed) in METHODS.items():
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(0)
         module = Ages(RegionMetric(dt.RegressionMetrics(density), keys=SHOWN))
-        fds = dt.FDS(bins, 64, momentum=0.5)
-        if smoothed:
-            fds.attach(module.head, "input")
+        fds = dt.FDS(bins, 64, momentum=0.5, start_epoch=1 if smoothed else settings.epochs)
+        fds.attach(module.head, "input")
         data = TensorDataset(x, age, weights if weighted else torch.ones_like(weights))
-        with TemporaryDirectory() as folder:
-            trainer = pl.Trainer(
-                max_epochs=settings.epochs,
-                accelerator="cpu",
-                callbacks=[FDSCallback(fds, labels_of=1)] if smoothed else [],
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                default_root_dir=folder,
-            )
-            trainer.fit(module, DataLoader(data, settings.batch_size, shuffle=True))
-            (logged,) = trainer.test(module, test, verbose=False)
+        options: dict[str, Any] = {"max_epochs": settings.epochs, "accelerator": "cpu", "logger": False}
+        options |= {"callbacks": [FDSCallback(fds, labels_of=1)], "enable_checkpointing": False}
+        trainer = pl.Trainer(**options, enable_progress_bar=False, enable_model_summary=False)
+        trainer.fit(module, DataLoader(data, 64, shuffle=True))
+        (logged,) = trainer.test(module, test, verbose=False)
         print(f"{name:8}" + "".join(f"{logged[key]:12.2f}" for key in SHOWN))
 
 
 if __name__ == "__main__":
-    run(main, Settings)
+    run(main, SETTINGS)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import xarray as xr
+from PIL import Image
 
 from dir_toolkit.experiment.training.checkpoint import load_checkpoint
 
@@ -71,6 +75,31 @@ def check_help_answers_without_torch(script: Path, folder: Path, *words: str) ->
     assert "tyro" in imported
     assert not {"torch", "xarray", "matplotlib", "dir_toolkit"} & imported
     assert all(word in outcome.out for word in words)
+
+
+def make_faces(root: Path, ages: Iterable[int] = (3, 40, 41, 90), each: int = 12) -> Path:
+    """A folder of UTKFace with so many images for each age, and one whose name does not parse."""
+    root.mkdir(parents=True)
+    for years in ages:
+        for i in range(each):
+            random = np.random.default_rng(100 * years + i)
+            pixels = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((24, 24))
+            out = io.BytesIO()
+            pixels.save(out, "JPEG")
+            (root / f"{years}_{i % 2}_{i % 5}_2017{i:04d}.jpg.chip.jpg").write_bytes(out.getvalue())
+    (root / "61_1_20170109150557335.jpg.chip.jpg").write_bytes(b"")
+    return root
+
+
+def make_mnist(root: Path, train: int = 6, test: int = 2) -> None:
+    """The four files of MNIST with so many training and test images of each digit."""
+    root.mkdir()
+    for part, count in (("train", 10 * train), ("t10k", 10 * test)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        for name, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (root / f"{part}-{name}-ubyte").write_bytes(head + array.tobytes())
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ PROGRAM = """
 import sys
 from dataclasses import dataclass
 sys.path.insert(0, {recipes!r})
-from command_line import run
+from command_line import parse, run
 
 @dataclass
 class Settings:
@@ -24,7 +24,7 @@ def main(settings):
     print("2.5 ± 0.1 at τ = 1", flush=True)
     raise OSError("no τ")
 
-run(main, Settings)
+run(main, parse(Settings))
 """
 
 

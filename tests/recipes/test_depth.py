@@ -12,7 +12,7 @@ import torch
 from running import Outcome
 
 RECIPE = running.RECIPES / "depth.py"
-TINY = ["--scenes", "24", "--size", "16", "--epochs", "3", "--batch-size", "4", "--seeds", "1"]
+TINY = ["--scenes", "96", "--size", "16", "--epochs", "3", "--seeds", "1"]
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from ..._checks import labels_array, problem
 from ...errors import DataError, ShapeError
 
 RECIPES = 'pip install "dir_toolkit[recipes]"'
-_SHAPES = {1: "(N,)", 4: "(M, C, H, W)"}
+_SHAPES = {None: "(M, ...)", 1: "(N,)", 4: "(M, C, H, W)"}
 
 
 def data_error(rule: str, *, got: object = None, fix: str = "", source: object = "") -> Exception:
@@ -18,13 +18,17 @@ def data_error(rule: str, *, got: object = None, fix: str = "", source: object =
     return problem(rule, got=got, fix=fix, error=DataError, source=str(source))
 
 
-def check_array(name: str, value: object, axes: int, *dtypes: type[np.generic]) -> None:
-    """Raise unless ``value`` is an array with one of these dtypes and this many axes, where samples are not empty."""
+def check_array(name: str, value: object, axes: int | None, *dtypes: type[np.generic]) -> None:
+    """Raise unless ``value`` is an array with one of these dtypes and this many axes, where samples are not empty.
+
+    Args:
+        axes: None takes two or more.
+    """
     if not isinstance(value, np.ndarray) or value.dtype not in dtypes:
         got = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         allowed = " or ".join(dtype.__name__ for dtype in dtypes)
         raise problem(f"{name} must be a NumPy array of {allowed}", got=got, error=TypeError)
-    if value.ndim != axes or 0 in value.shape[1:]:
+    if value.ndim != (axes or max(value.ndim, 2)) or 0 in value.shape[1:]:
         raise problem(f"{name} must have shape {_SHAPES[axes]}", got=value.shape, error=ShapeError)
 
 

@@ -1,4 +1,4 @@
-"""Training on labelled images: one loop, on one process or many, that can be stopped and resumed."""
+"""Training on labelled samples: one loop, on one process or many, that can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ...losses.regression import weighted_l1
 from ...metrics.classification import ClassificationMetrics
 from ...metrics.regression import RegressionMetrics
 from ..data.augment import augment, to_float
-from ..data.images import ImageSet
+from ..data.images import SampleSet
 from .checkpoint import check_plain
 from .identity import run_identity
 from .interrupts import Interrupts
@@ -45,8 +45,8 @@ _EARLY = 3  # epochs; where none after them is better, a training has done littl
 
 def fit(
     model: nn.Module,
-    train: ImageSet,
-    val: ImageSet,
+    train: SampleSet,
+    val: SampleSet,
     *,
     metrics: Metrics,
     loss: Callable[..., Tensor] = weighted_l1,
@@ -79,7 +79,8 @@ def fit(
     has a handler of its own.
 
     Args:
-        model: from float images (N, C, H, W) in [-1, 1] to what the loss takes. It is moved to the runtime's device.
+        model: from float images (N, C, H, W) in [-1, 1], or from rows or sequences as the sets hold them, to what the
+            loss takes. It is moved to the runtime's device.
         metrics: without samples. The validation errors are of this kind, and its ``selects`` decides the best epoch.
         loss: called as ``loss(output, labels, weight)``, with None as the weight where samples are not weighted. It
             returns the mean over the samples of the batch, or any other number that is made of the batch as a whole.
@@ -90,8 +91,8 @@ def fit(
         fds: attached to a part of the model, and no part of it, since ranks would then overwrite its statistics.
         folder: of the run; it is made if missing.
         resume: go on from ``checkpoint-last.pt`` where there is one; a finished run is left as it is.
-        augmentation: whether to flip and shift, or a function called as ``augmentation(images, generator=generator)``
-            with uint8 images.
+        augmentation: whether to flip and shift images, or a function of what a set holds, called as
+            ``augmentation(inputs, generator=generator)``.
         checkpoint_minutes: the longest time between two checkpoints; 0 writes one in each step. One is written at the
             end of each epoch anyway.
         fingerprint: plain values that tell this run from others, beside the settings of all that is passed here. A
@@ -186,7 +187,7 @@ def fit(
             torch.manual_seed(runtime.derive("model", *key))
             weight = weights(labels) if weights is not None and progress.epoch >= weights_from else None
             with fds.labels(labels) if fds is not None else nullcontext():
-                return _checked_loss(network(to_float(images), labels, weight))
+                return _checked_loss(network(_floats(images), labels, weight))
 
         while progress.epoch < optimization.epochs:
             both.train()
@@ -238,7 +239,9 @@ def fit(
     return progress.history
 
 
-def evaluate(model: nn.Module, data: ImageSet, *, metrics: Metrics, runtime: Runtime, batch_size: int = 512) -> Metrics:
+def evaluate(
+    model: nn.Module, data: SampleSet, *, metrics: Metrics, runtime: Runtime, batch_size: int = 512
+) -> Metrics:
     """A model's errors over a set, each sample counted once whatever the number of ranks, which must all call this.
 
     Modules run in eval mode and get their own modes back. All ranks must hold the same weights and buffers.
@@ -258,7 +261,7 @@ def evaluate(model: nn.Module, data: ImageSet, *, metrics: Metrics, runtime: Run
     return own.all_reduce()
 
 
-def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: int = 512) -> Any:
+def predict(model: nn.Module, data: SampleSet, *, runtime: Runtime, batch_size: int = 512) -> Any:
     """What a model makes of each image of a set, in the set's order, on every rank; all must call this.
 
     Modules run in eval mode and get their own modes back. All ranks must hold the same weights and buffers.
@@ -269,7 +272,7 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
     Raises:
         ValueError: there are fewer images than ranks.
     """
-    instance(ImageSet, data=data)
+    instance(SampleSet, data=data)
     instance(Runtime, runtime=runtime)
     if len(data) < runtime.world:  # a rank without images would know no shapes
         raise problem(f"data must hold at least one image per rank, {runtime.world}", got=f"{len(data)}")
@@ -294,11 +297,11 @@ def predict(model: nn.Module, data: ImageSet, *, runtime: Runtime, batch_size: i
 
 @torch.no_grad()
 def _outputs(
-    model: nn.Module, data: ImageSet, runtime: Runtime, batch_size: int
+    model: nn.Module, data: SampleSet, runtime: Runtime, batch_size: int
 ) -> Iterator[tuple[Tensor, Any, Tensor]]:
     """This rank's share of a set: indices, what the model makes of their images in eval mode, their labels."""
     instance(nn.Module, model=model)
-    instance(ImageSet, data=data)
+    instance(SampleSet, data=data)
     instance(Runtime, runtime=runtime)
     batch_size = whole("batch_size", batch_size, low=1)
     modes = {module: module.training for module in model.modules()}
@@ -309,11 +312,16 @@ def _outputs(
                 continue
             images, labels = (part.to(runtime.device) for part in data.batch(indices))
             with runtime.autocast():
-                output = model(to_float(images))
+                output = model(_floats(images))
             yield indices, output, labels
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _floats(inputs: Tensor) -> Tensor:
+    """Pixels as floats in [-1, 1]; the numbers of rows and sequences as they are."""
+    return to_float(inputs) if inputs.dtype == torch.uint8 else inputs
 
 
 class _ModelAndLoss(nn.Module):
@@ -359,8 +367,8 @@ def _attached(fds: FDS | None, model: nn.Module) -> list[tuple[str, str]]:
 
 def _check(
     model: nn.Module,
-    train: ImageSet,
-    val: ImageSet,
+    train: SampleSet,
+    val: SampleSet,
     metrics: Metrics,
     loss: Callable[..., Tensor],
     weights: LDS | None,
@@ -371,7 +379,7 @@ def _check(
     augmentation: bool | Callable[..., Tensor],
 ) -> None:
     instance(nn.Module, model=model)
-    instance(ImageSet, train=train, val=val)
+    instance(SampleSet, train=train, val=val)
     instance((RegressionMetrics, ClassificationMetrics), metrics=metrics)
     instance(Callable, loss=loss)
     for kind, name, value in ((LDS, "weights", weights), (BinSampler, "sampler", sampler), (FDS, "fds", fds)):
@@ -411,7 +419,7 @@ def _check(
         raise SettingsError("\n  ".join(["fit: this cannot be trained:", *faults]))
 
 
-def _samples(train: ImageSet, sampler: BinSampler | None) -> int:
+def _samples(train: SampleSet, sampler: BinSampler | None) -> int:
     """How many samples an epoch holds."""
     return len(train) if sampler is None else sampler.num_samples
 

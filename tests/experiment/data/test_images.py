@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dir_toolkit.errors import LabelError, ShapeError
-from dir_toolkit.experiment.data.images import ImageSet, Splits, content_digest
+from dir_toolkit.experiment.data.images import ImageSet, SampleSet, Splits, content_digest
 
 
 def parts(**changes: Any) -> dict[str, Any]:
@@ -148,9 +148,27 @@ def test_batch_refuses_bad_indices(indices: Any, error: type[Exception], message
 def test_splits_hold_image_sets() -> None:
     data = ImageSet(**parts())
     assert Splits(data, data, data, source="x", skipped={}).val is data
-    with pytest.raises(TypeError, match=r"^Splits: val must be an ImageSet, got list\."):
+    with pytest.raises(TypeError, match=r"^Splits: val must be a SampleSet, got list\."):
         Splits(data, [], data, source="x", skipped={})
     with pytest.raises(TypeError, match=r"^Splits: source must be a str, got NoneType\."):
         Splits(data, data, data, source=None, skipped={})
     with pytest.raises(TypeError, match=r"^Splits: skipped must be a dict, got NoneType\."):
         Splits(data, data, data, source="x", skipped=None)
+
+
+def test_rows_and_sequences_are_samples_too():
+    labels, rows = np.array([1.0, 2.0], np.float32), np.array([2, 0])
+    table, words = np.arange(12, dtype=np.float32).reshape(3, 4), np.arange(15).reshape(3, 5)
+    digests = set()
+    for inputs in (table, table.astype(np.int64), words):
+        data = SampleSet(inputs, labels, rows, content_digest(inputs, labels, rows))
+        batch, told = data.batch(np.array([1, 0]))
+        assert batch.dtype == torch.from_numpy(inputs).dtype
+        np.testing.assert_array_equal(batch, inputs[[0, 2]])
+        assert told.tolist() == [2.0, 1.0]
+        digests.add(data.digest)
+    assert len(digests) == 3
+    with pytest.raises(TypeError, match=r"^SampleSet: inputs must be a NumPy array of float32 or uint8 or int64"):
+        SampleSet(table.astype(np.float64), labels, rows, "0" * 64)
+    with pytest.raises(ShapeError, match=r"^SampleSet: inputs must have shape \(M, ...\), got \(3,\)\."):
+        SampleSet(table[:, 0], labels, rows, "0" * 64)

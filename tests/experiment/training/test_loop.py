@@ -637,9 +637,9 @@ def test_a_best_epoch_among_the_first_is_told_once(tmp_path: Path) -> None:
 
 
 def test_only_image_sets_are_taken(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="evaluate: data must be an ImageSet, got NoneType"):
+    with pytest.raises(TypeError, match="evaluate: data must be a SampleSet, got NoneType"):
         evaluate(tiny_model(), None, metrics=metrics_of(image_set()), runtime=one_process())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="fit: val must be an ImageSet, got list"):
+    with pytest.raises(TypeError, match="fit: val must be a SampleSet, got list"):
         train(tmp_path, model=tiny_model(), val=[], optimization=Optimization())  # type: ignore[arg-type]
 
 
@@ -831,7 +831,7 @@ def test_predict_needs_an_image_a_rank() -> None:
             predict(class_model(), class_set(1), runtime=runtime)
     with pytest.raises(ValueError, match="at least one image per rank, 1, got 0"):
         predict(class_model(), class_set(0), runtime=one_process())
-    with pytest.raises(TypeError, match=r"^predict: data must be an ImageSet, got list"):
+    with pytest.raises(TypeError, match=r"^predict: data must be a SampleSet, got list"):
         predict(class_model(), [], runtime=one_process())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^predict: runtime must be a Runtime, got NoneType"):
         predict(class_model(), class_set(1), runtime=None)  # type: ignore[arg-type]

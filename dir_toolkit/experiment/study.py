@@ -1,0 +1,545 @@
+"""Studies: several methods on one task under one budget, run by run, each in a folder of its own.
+
+A method is a function from a :class:`Trial` to what :meth:`Trial.fit` returned, and methods stand in one literal dict::
+
+    def weighted(trial):
+        lds = dt.LDS(trial.bins).fit(trial.density)
+        return trial.fit(trial.model(head="regression", weights=lds))
+
+    study = Study("runs/mine", task, {"plain": plain, "weighted": weighted}, runtime, Optimization(epochs=12))
+    study.run(seeds=3)
+    study.report(title="Mine")
+
+A study that was stopped goes on with ``resume=True``, and its finished parts are not done again. A run that fails is
+named at the end and costs the others nothing. Under ``torchrun`` every rank makes the same calls, and rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from .._checks import problem, whole
+from ..errors import RunExistsError, SettingsError, StudyError
+from ..labels.bins import Bins
+from ..labels.density import LabelDensity
+from ..labels.weights import LDS
+from ..longtail import LongTailModel
+from ..metrics.classification import ClassificationMetrics
+from ..metrics.regression import RegressionMetrics, regression_metrics
+from ..priors import TauChoice, choose_tau, class_prior
+from .data.images import ImageSet, Splits
+from .results.class_figures import class_error_figure, tau_figure
+from .results.comparison import comparison_table
+from .results.drawing import method_colors
+from .results.figures import density_figure, error_figure, history_figure, region_figure, similarity_figure
+from .results.schema import combine_runs, save_results
+from .results.summary import write_comparison, write_summary
+from .results.tables import Columns, as_text, results_table
+from .training.checkpoint import load_checkpoint
+from .training.loop import Metrics, Optimization, fit, predict
+from .training.provenance import environment, write_json
+from .training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Run", "Study", "Task", "Trained", "Trial"]
+
+_LAST = "checkpoint-last.pt"
+_LEVEL = 0.9  # of the intervals
+_MOST_IN_A_FIGURE = {"history": 12, "classes": 16}  # methods
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be learnt.
+
+    Attributes:
+        data: the three parts for a seed; they may be the same for all seeds. Images, rows or sequences.
+        bins: the label axis; classes make it a task of classification.
+        network: makes a fresh backbone, a module with ``num_features``, for the data.
+        title: of the task, in the results.
+        label_name, label_units: of the label; "1" stands for no units.
+        metrics: made from the density of the training labels; None takes the kind that the axis asks for.
+        augmentation: as in :func:`dir_toolkit.experiment.training.loop.fit`; None flips and shifts images only.
+        measure: from a trial, its network and what that says of the test set, to further variables of the result.
+        folder: below that of the study, where runs on this task lie.
+        shown: what results call a method on this task, where a study has several tasks.
+    """
+
+    data: Callable[[int], Splits]
+    bins: Bins
+    network: Callable[[Splits], nn.Module]
+    title: str
+    label_name: str
+    label_units: str = "1"
+    metrics: Callable[[LabelDensity], Metrics] | None = None
+    augmentation: bool | Callable[..., torch.Tensor] | None = None
+    measure: Callable[[Trial, Trained, Any], Mapping[str, Any]] | None = None
+    folder: str = ""
+    shown: str = "{method}"
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network at the end of its training.
+
+    Attributes:
+        model: with the weights of ``epoch``.
+        method: the one that trained it.
+        history: a row per epoch; of a method in two stages, of the second.
+        epoch: of the weights, counted from 1.
+        minutes: spent on all its stages.
+        weights, fds: what it was trained with.
+        tau: how its prior was adjusted, and what that was chosen from; None where it was not.
+    """
+
+    model: nn.Module
+    method: str
+    history: list[dict[str, Any]]
+    epoch: int
+    minutes: float
+    weights: LDS | None = None
+    fds: Any = None
+    tau: TauChoice | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one method with one seed came to.
+
+    Attributes:
+        errors: on the test set; where labels are continuous, also each sample's prediction and interval.
+        trained: without its model, which may be large; None where the result was read from a file.
+        kept: what ``keep`` of :meth:`Study.run` returned.
+    """
+
+    errors: xr.Dataset
+    trained: Trained | None = None
+    kept: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One method with one seed on one task: what a method is handed. Made by :class:`Study`.
+
+    Attributes:
+        runtime: with the seed of the run.
+        density: of the training labels.
+    """
+
+    study: Study
+    task: Task
+    method: str
+    runtime: Runtime
+    splits: Splits
+    density: LabelDensity
+
+    @property
+    def bins(self) -> Bins:
+        return self.task.bins
+
+    @property
+    def folder(self) -> Path:
+        return self.study.folder / self.task.folder / self.method / f"seed{self.runtime.seed}"
+
+    def network(self) -> nn.Module:
+        """A fresh backbone."""
+        return self.task.network(self.splits)
+
+    def metrics(self) -> Metrics:
+        """Without samples."""
+        if self.task.metrics is not None:
+            return self.task.metrics(self.density)
+        kind = ClassificationMetrics if self.bins.categorical else RegressionMetrics
+        return kind(self.density)
+
+    def model(self, backbone: Any = None, **options: Any) -> LongTailModel:
+        """A backbone, by default a fresh one, in a :class:`dir_toolkit.LongTailModel` with these options."""
+        backbone = self.network() if backbone is None else backbone
+        return LongTailModel(backbone, backbone.num_features, self.bins, density=self.density, **options)
+
+    def fit(
+        self,
+        model: nn.Module,
+        *,
+        loss: Callable[..., torch.Tensor] | None = None,
+        optimization: Optimization | None = None,
+        after: Trained | None = None,
+        **options: Any,
+    ) -> Trained:
+        """Train a model in this run's folder, or go on with it: :func:`dir_toolkit.experiment.training.loop.fit`.
+
+        Args:
+            loss: by default the ``criterion`` of a :class:`dir_toolkit.LongTailModel`; its weights and FDS count too.
+            optimization: in place of the study's.
+            after: the training that this one goes on from, whose minutes count.
+            options: weights, weights_from, sampler, fds, augmentation and fingerprint, as in ``fit``.
+        """
+        study, images = self.study, isinstance(self.splits.train, ImageSet)
+        optimization = study.optimization if optimization is None else optimization
+        if isinstance(model, LongTailModel):
+            loss = model.criterion if loss is None else loss
+            options = {"weights": model.weights, "fds": model.fds, **options}
+        if loss is not None:
+            options["loss"] = loss
+        if self.runtime.is_main and not (self.folder / _LAST).exists():
+            plan = {"method": self.method, "after": None if after is None else after.method, **asdict(optimization)}
+            write_json(self.folder / "config.json", {**study.settings, **plan})
+            write_json(self.folder / "env.json", environment(self.runtime, self.splits))
+        metrics = self.metrics()
+        history = fit(
+            model.to(self.runtime.device),
+            self.splits.train,
+            self.splits.val,
+            metrics=metrics,
+            optimization=optimization,
+            runtime=self.runtime,
+            folder=self.folder,
+            resume=True,  # a method may go on from another's network; the study refused what was there before all
+            checkpoint_minutes=study.checkpoint_minutes,
+            **{"augmentation": images if self.task.augmentation is None else self.task.augmentation, **options},
+        )
+        column = "val_" + metrics.selects.removesuffix("/all")
+        best = min(history, key=lambda row: (math.isnan(row[column]), row[column]))["epoch"]
+        minutes = history[-1]["seconds"] / 60 + (0 if after is None else after.minutes)
+        return Trained(model, self.method, history, best, minutes, options.get("weights"), options.get("fds"))
+
+    def trained(self, method: str, *, epoch: Literal["best", "last"] = "best") -> Trained:
+        """The network of another method with this seed, trained now or before, with its best or its last weights."""
+        other = replace(self, method=method)
+        self.study.say(f"{self.method} goes on from {method}:")
+        result = other.result()
+        if epoch == "best":
+            return result
+        result.model.load_state_dict(load_checkpoint(other.folder / _LAST)["model"])
+        return replace(result, epoch=len(result.history))
+
+    def adjusted(self, trained: Trained, *, tau: float | None = None) -> Trained:
+        """A :class:`dir_toolkit.LongTailModel` that predicts under an even prior, as far as errs least on validation.
+
+        Args:
+            tau: how far to go; None chooses it.
+        """
+        model: Any = trained.model
+        labels = torch.from_numpy(self.splits.val.labels).to(self.runtime.device)
+        scores, taus = predict(model, self.splits.val, runtime=self.runtime).scores, None if tau is None else [tau]
+        if self.bins.categorical:
+            choice = choose_tau(scores, labels, class_prior(self.density, weights=model.weights), taus=taus)
+        else:
+            choice = model.choose_tau(scores, labels, taus=taus)
+        self.study.say(f"tau {choice.tau:g}" + ", chosen on validation" * (tau is None))
+        model.set_prior("uniform", choice.tau)
+        return replace(trained, tau=choice)
+
+    def result(self) -> Trained:
+        """What the method makes of this trial."""
+        with self.runtime.seeded("network"):
+            return self.study.methods[self.method](self)
+
+    def errors(self, trained: Trained, output: Any) -> xr.Dataset:
+        """The errors on the test set of what the network says of it."""
+        test, metrics = self.splits.test, self.metrics()
+        by_class = isinstance(trained.model, LongTailModel) and self.bins.categorical
+        said = output.distribution if by_class else getattr(output, metrics.takes, output)
+        metrics.update(said, torch.from_numpy(test.labels).to(self.runtime.device))
+        found = metrics.compute().assign(minutes=trained.minutes, best_epoch=trained.epoch)
+        if trained.tau is not None:
+            found = found.assign(tau=((), trained.tau.tau, {"units": "1"}))
+        if not self.bins.categorical and said.ndim == 1:
+            columns: dict[str, Any] = {"target": ("sample", test.labels), "prediction": ("sample", said.cpu().numpy())}
+            if isinstance(trained.model, LongTailModel) and output.scores.ndim == 2:
+                for side, ends in zip(("lower", "upper"), trained.model.interval(output, _LEVEL), strict=True):
+                    columns[side] = ("sample", ends.cpu().numpy(), {"interval_level": _LEVEL})
+            found = found.assign(columns)
+        return found if self.task.measure is None else found.assign(self.task.measure(self, trained, output))
+
+
+@dataclass(eq=False)
+class Study:
+    """Several methods on one task, or on several that share an axis.
+
+    Attributes:
+        folder: of all results. Runs lie in ``<task's folder>/<method>/seed<k>`` in it.
+        methods: by name, each a function from a :class:`Trial` to what its :meth:`Trial.fit` returned, or to what
+            :meth:`Trial.trained` and :meth:`Trial.adjusted` did, where nothing is trained.
+        optimization: the one budget of all methods.
+        settings: plain values that each run's ``config.json`` and the report show.
+        command: what a reader would type to get the same result.
+        resume: go on where an earlier study in the folder was stopped, and add methods and seeds to it.
+        checkpoint_minutes: most time between two checkpoints.
+        runs: what was finished, by task, method and seed.
+        failed: what was not, by the same, and why.
+    """
+
+    folder: str | os.PathLike[str]
+    tasks: Task | Sequence[Task]
+    methods: Mapping[str, Callable[[Trial], Trained]]
+    runtime: Runtime
+    optimization: Optimization
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    resume: bool = False
+    checkpoint_minutes: float = 5.0
+    runs: dict[tuple[Task, str, int], Run] = field(default_factory=dict)
+    failed: dict[tuple[Task, str, int], str] = field(default_factory=dict)
+    _data: dict[tuple[Task, int], tuple[Splits, LabelDensity]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        self.tasks = [self.tasks] if isinstance(self.tasks, Task) else list(self.tasks)
+        earlier = [path for task in self.tasks for path in sorted((self.folder / task.folder).glob(f"*/seed*/{_LAST}"))]
+        if earlier and not self.resume:
+            raise RunExistsError(
+                f"{self.folder} must hold no earlier run, for none is overwritten, got {earlier[0]}. "
+                "Go on with --resume, which also adds methods and seeds, or choose another folder."
+            )
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.runtime.is_main:
+            print(text, flush=True)
+
+    def trial(self, task: Task, method: str, seed: int) -> Trial:
+        """What a method is handed."""
+        if (task, seed) not in self._data:
+            splits = task.data(seed)
+            train, val, test = (f"{len(part):,}" for part in (splits.train, splits.val, splits.test))
+            skipped = "".join(f"; {count} skipped: {why}" for why, count in splits.skipped.items())
+            self.say(f"{splits.source}: {train} samples to train on, {val} to validate, {test} to test{skipped}")
+            self._data[task, seed] = splits, LabelDensity.count(splits.train.labels, task.bins)
+        return Trial(self, task, method, replace(self.runtime, seed=seed), *self._data[task, seed])
+
+    def run(
+        self,
+        names: Sequence[str] | None = None,
+        *,
+        seeds: int = 1,
+        keep: Callable[[Trial, Trained, Any], Any] | None = None,
+    ) -> None:
+        """Train and test methods, all with one seed before the next one.
+
+        Args:
+            names: of ``methods``; None takes all.
+            seeds: how many: 0, 1, ...
+            keep: from a trial, its network and what that says of the test set, to what :class:`Run` keeps of it.
+        Raises:
+            SettingsError: a name is unknown.
+        """
+        names = list(self.methods if names is None else dict.fromkeys(names))
+        seeds = whole("seeds", seeds, low=1)
+        if strange := [name for name in names if name not in self.methods]:
+            near = difflib.get_close_matches(strange[0], self.methods, n=2)
+            fix = f"Did you mean {' or '.join(near)}?" if near else f"They are {', '.join(self.methods)}."
+            raise problem("names must be methods of the study", got=strange[0], fix=fix, error=SettingsError)
+        todo = [(task, name, seed) for seed in range(seeds) for name in names for task in self.tasks]
+        for done, (task, name, seed) in enumerate(todo, 1):
+            trial = self.trial(task, name, seed)
+            self.say(f"\n{task.shown.format(method=name)}, seed {seed} ({done} of {len(todo)})")
+            try:
+                self.runs[task, name, seed] = self._run(trial, keep)
+                self.failed.pop((task, name, seed), None)
+            except Exception as error:
+                if self.runtime.world > 1:  # the other ranks wait for this one
+                    raise
+                self.failed[task, name, seed] = f"{type(error).__name__}: {error}"
+                self.say(traceback.format_exc())
+
+    def _run(self, trial: Trial, keep: Callable[[Trial, Trained, Any], Any] | None) -> Run:
+        trained = trial.result()
+        output = predict(trained.model, trial.splits.test, runtime=trial.runtime)
+        errors = trial.errors(trained, output)
+        path = trial.folder / "results.nc"
+        # A run that was finished before keeps its provenance; what follows without training is always made anew.
+        if self.runtime.is_main and (trained.method != trial.method or not path.exists()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            title = f"{trial.task.title}: {trial.method}, seed {trial.runtime.seed}"
+            runs = {(trial.method, trial.runtime.seed): errors}
+            save_results(self._combined(runs, title, environment(trial.runtime, trial.splits)), path)
+        kept = None if keep is None else keep(trial, trained, output)
+        return Run(errors, replace(trained, model=nn.Identity()), kept)
+
+    def _combined(self, runs: Mapping[tuple[str, int], xr.Dataset], title: str, attrs: Mapping[str, Any]) -> xr.Dataset:
+        task = self.tasks[0]  # type: ignore[index]
+        label = {"label_name": task.label_name, "label_units": task.label_units}
+        return combine_runs(runs, title=title, command=self.command, attrs=attrs, **label)
+
+    def _finished(self) -> Iterator[tuple[str, Task, str, int]]:
+        """What results call a run, and its key: methods in the order of ``methods``."""
+        for name in self.methods:
+            for task in self.tasks:  # type: ignore[union-attr]
+                for key in sorted(key for _, *key in self.runs if (task, *key) in self.runs and key[0] == name):
+                    yield task.shown.format(method=name), task, name, key[1]
+
+    def result(self, title: str) -> xr.Dataset:
+        """All finished runs as one result and, where labels are continuous, the constant predictor of their median.
+
+        Raises:
+            StudyError: no run was finished.
+        """
+        runs = {(shown, seed): self.runs[task, name, seed].errors for shown, task, name, seed in self._finished()}
+        if not runs:
+            raise self._failure("no run of the study was finished")
+        (task, _), (splits, density) = next(iter(self._data.items()))
+        attrs = environment(self.runtime, splits)
+        if len({id(splits) for splits, _ in self._data.values()}) > 1:
+            each = {
+                (task.folder, seed): environment(self.runtime, s)["data"] for (task, seed), (s, _) in self._data.items()
+            }
+            attrs["data"] = {f"{place or 'data'}, seed {seed}": data for (place, seed), data in each.items()}
+        if not task.bins.categorical:
+            target = torch.from_numpy(splits.test.labels)
+            median = torch.full_like(target, float(np.median(splits.train.labels)))
+            samples = {"target": ("sample", splits.test.labels), "prediction": ("sample", median.numpy())}
+            runs["constant", 0] = regression_metrics(median, target, density).assign(samples)
+        if self.failed:
+            attrs["failed"] = self._failures()
+        return self._combined(runs, title, attrs)
+
+    def report(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        title: str,
+        figures: Mapping[str, Figure] | None = None,
+        notes: Sequence[str] = (),
+        titles: Mapping[str, str] | None = None,
+        columns: Columns | None = None,
+        baseline: str | None = None,
+        replicates: int = 2000,
+    ) -> None:
+        """Write the result, its table, figures and report, and print the table.
+
+        Args:
+            folder: in place of the study's.
+            title: of the result, after the task's.
+            figures: by title, besides those of errors, density, training, tau and FDS.
+            notes, titles, columns: as in :func:`dir_toolkit.experiment.results.summary.write_summary`.
+            baseline: the method that the others are compared with, run by run, by
+                :func:`dir_toolkit.experiment.results.summary.write_comparison`; None compares nothing.
+            replicates: of the bootstrap behind the intervals of that comparison.
+        Raises:
+            StudyError: a run failed; all else has been written then, but where no run was finished.
+        """
+        if not self.runtime.is_main:
+            return
+        out = Path(self.folder if folder is None else folder)
+        task = self.tasks[0]  # type: ignore[index]
+        ds = self.result(f"{task.title}: {title}")
+        notes = [*notes, *(f"Failed: {failure}" for failure in self._failures())]
+        out.mkdir(parents=True, exist_ok=True)
+        told: dict[str, Any] = {"notes": notes, "titles": titles, "settings": self.settings}
+        if baseline is None:
+            figures = {**self._figures(ds), **(figures or {})}
+            if columns is None and "tau" in ds and not task.bins.categorical:
+                columns = [
+                    (metric, region) for metric in ("mae", "bmae") for region in ("all", "many", "medium", "few")
+                ]
+                columns = [*columns, ("tau", None)]
+            write_summary(out, ds, figures, columns=columns, **told)
+            table = results_table(ds, columns=columns)
+        else:
+            figures = {**self._tau_figure(), **(figures or {})}
+            density = next(iter(self._data.values()))[1]
+            told |= {"density": density, "figures": figures, "replicates": replicates}
+            table = comparison_table(ds, write_comparison(out, ds, baseline=baseline, **told))
+        self.say(
+            f"\n{as_text(table)}\nFigures, settings and what the methods are: {out / 'report.html'}\n"
+            f"All numbers: {out / 'results.nc'}. Curves: tensorboard --logdir {out}"
+        )
+        if self.failed:
+            raise self._failure("these runs failed; --resume tries them again")
+
+    def _failures(self) -> list[str]:
+        """A line for each, without the places on this machine."""
+        return [
+            f"{task.shown.format(method=name)}, seed {seed}: {why}".replace(str(self.folder), "DIR")
+            for (task, name, seed), why in self.failed.items()
+        ]
+
+    def _failure(self, what: str) -> StudyError:
+        return StudyError("\n  ".join([f"{what}:" if self.failed else f"{what}.", *self._failures()]))
+
+    def _figures(self, ds: xr.Dataset) -> dict[str, Figure]:
+        task = self.tasks[0]  # type: ignore[index]
+        label, colors = {"label_name": task.label_name, "label_units": task.label_units}, None
+        histories = {
+            (shown, seed): run.trained.history
+            for shown, run, name, seed in self._trained()
+            if run.trained.method == name or run.trained.method not in {key[1] for key in self.runs}
+        }
+        if task.bins.categorical:
+            few = ds.sizes["method"] <= _MOST_IN_A_FIGURE["classes"]
+            figures = {f"Error by {task.label_name}": class_error_figure(ds)} if few else {}
+            told = {"metric": "val_balanced_error", "metric_name": "validation balanced error", "percent": True}
+        else:
+            colors = method_colors(ds["method"].values.tolist())
+            figures = {
+                "Error by region": region_figure(ds, colors=colors),
+                f"Error by {task.label_name}": error_figure(ds, window=min(5, len(task.bins)), colors=colors),
+                **self._density_figure(label),
+            }
+            told = {"colors": colors}
+        if 0 < len({shown for shown, _ in histories}) <= _MOST_IN_A_FIGURE["history"]:
+            figures["Training"] = history_figure(histories, label_units=task.label_units, **told)
+        return {**figures, **self._tau_figure(), **self._statistics_figures(label)}
+
+    def _trained(self) -> Iterator[tuple[str, Any, str, int]]:
+        """Runs that were made now: what results call them, the run, its method and seed."""
+        for shown, task, name, seed in self._finished():
+            if (run := self.runs[task, name, seed]).trained is not None:
+                yield shown, run, name, seed
+
+    def _density_figure(self, label: dict[str, str]) -> dict[str, Figure]:
+        """Training labels along the axis and, where a method has them, what weights LDS makes of them."""
+        density = next(iter(self._data.values()))[1]
+        every = [run.trained.weights for _, run, _, _ in self._trained()]
+        smooth = [weights for weights in every if weights is not None and weights.kernels[0] is not None]
+        if not smooth:
+            return {"Label density": density_figure(density, **label)}
+        each = smooth[0].sample_weight(density.bins.centers)
+        effective = density.smooth(smooth[0].kernels[0])
+        return {"Label density and LDS weights": density_figure(density, each, effective=effective, **label)}
+
+    def _tau_figure(self) -> dict[str, Figure]:
+        """What validation says of each strength of the adjustment, a line per method, its mean over seeds."""
+        task = self.tasks[0]  # type: ignore[index]
+        choices: dict[str, list[TauChoice]] = {}
+        for shown, run, _, _ in self._trained():
+            if run.trained.tau is not None and len(run.trained.tau.taus) > 1:  # not given, but chosen
+                choices.setdefault(shown, []).append(run.trained.tau)
+        if not choices or task.bins.categorical:
+            return {}
+        curves = {name: (many[0].taus, np.mean([c.scores for c in many], 0)) for name, many in choices.items()}
+        chosen = {name: float(np.mean([c.tau for c in many])) for name, many in choices.items()}
+        ylabel = f"validation bMAE ({task.label_units})"
+        return {"Tau on validation": tau_figure(curves, chosen, ylabel=ylabel, percent=False)}
+
+    def _statistics_figures(self, label: dict[str, str]) -> dict[str, Figure]:
+        """How alike the features of all labels are to those of the most frequent one, before and after smoothing."""
+        density, figures = next(iter(self._data.values()))[1], {}
+        for shown, run, name, seed in self._trained():
+            if seed == 0 and run.trained.fds is not None and run.trained.method == name:
+                s = {key: value.cpu().numpy() for key, value in run.trained.fds.statistics().items()}
+                figures[f"Feature statistics of {shown}"] = similarity_figure(
+                    s["mean"],
+                    s["smoothed_mean"],
+                    density.bins,
+                    anchor=density.bins.centers[density.counts.argmax()],
+                    variance_before=s["variance"],
+                    variance_after=s["smoothed_variance"],
+                    **label,
+                )
+        return figures

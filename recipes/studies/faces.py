@@ -1,0 +1,456 @@
+"""What the studies of faces share: their settings, the faces, and every method, a line of ``METHODS`` each."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from command_line import shown, typed_command, unfit_folder
+
+if TYPE_CHECKING:  # torch and the toolkit load within functions, so that --help answers at once
+    from torch import Tensor, nn
+
+    import dir_toolkit as dt
+    from dir_toolkit.experiment.data.images import Splits
+    from dir_toolkit.experiment.study import Study, Task, Trained, Trial
+    from dir_toolkit.experiment.training.loop import Optimization
+    from dir_toolkit.experiment.training.runtime import Runtime
+
+NOTES = (
+    "Ages fall into regions by their training faces: many (more than 100 per age), medium (20 to 100), few (1 to 19). "
+    "MAE is the mean over faces, bMAE the mean over ages of the MAE of each age: the two are the same where all ages "
+    "have equally many test faces. The constant predictor answers the training median whatever it sees.",
+    "Each run is judged at the epoch of its least validation bMAE. A method that goes on from the network of another "
+    "takes it as it was after its last epoch. The test set was used once, at the end.",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: Literal["portraits", "utkface", "agedb", "imdb-wiki"] = "portraits"
+    """Faces: drawn by the package, or real ones in --root."""
+    root: Path | None = None
+    """Folder of the images, or the UTKFace archive."""
+    listing: Path | None = None
+    """CSV list (age,path,split) of agedb and imdb-wiki; by default agedb.csv or imdb_wiki.csv in --root."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What an image that cannot be read does: stop the study, or be skipped and counted."""
+    size: int | None = None
+    """Side of the images in pixels; by default 32 for portraits and 64 for photographs."""
+    methods: tuple[str, ...] = ("all",)
+    """What to train, of the names above."""
+    seeds: int = 3
+    """How many seeds each method is trained with: 0, 1, ..."""
+    backbone: str = "small_resnet"
+    """The network: small_resnet, or the name of any timm model (needs the extra "models")."""
+    loss: Literal["l1", "mse", "huber", "focal-l1", "focal-mse"] = "l1"
+    """What regression minimises, where a method does not say otherwise."""
+    epochs: int = 12
+    """Passes over the training faces."""
+    batch_size: int = 128
+    """Faces per step, over all processes together."""
+    lr: float = 2e-3
+    """The highest learning rate."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """How parameters are moved."""
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
+    """How the learning rate falls."""
+    augmentation: Literal["plain", "strong"] = "plain"
+    """Flips and shifts; or turns, zooms, light and colors too, which long trainings ask for."""
+    scheme: Literal["inverse", "sqrt_inverse", "effective_number", "dense"] = "sqrt_inverse"
+    """How LDS turns the smoothed density into weights."""
+    kernel_size: int = 5
+    """Width of the Gaussian window of LDS and FDS, in years, odd."""
+    kernel_sigma: float = 2.0
+    """Its standard deviation, in years."""
+    label_sigma: float = 2.0
+    """How far labels are spread over neighbouring bins, in years."""
+    tau: float | None = None
+    """Strength of the adjustment after training; by default what validation finds best."""
+    stage_two_epochs: int = 4
+    """Passes over the training faces where a head is trained again on a frozen encoder."""
+    fds_momentum: float = 0.9
+    """Weight of the old statistics when an epoch is folded in; 0 uses the last epoch only."""
+    fds_covariance: Literal["diagonal", "full", "low_rank"] = "diagonal"
+    """Which part of the covariances of the features is smoothed."""
+    fds_map: Literal["paper", "transport"] = "transport"
+    """How features go over to a covariance that is not diagonal."""
+    fds_rank: int = 32
+    """Directions of low_rank."""
+    fds_shrinkage: float | None = None
+    """Pseudo-samples that pull the covariance of each age towards the pooled one; by default none for a diagonal, else
+    as many as the matrices have rows."""
+    fds_count_weighted: bool = False
+    """Smooth statistics in proportion to the samples behind them."""
+    fds_start_epoch: int = 1
+    """Epochs before features are calibrated."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of the forward pass."""
+    checkpoint_minutes: float = 5.0
+    """Most time between two checkpoints."""
+    resume: bool = False
+    """Go on where an earlier study in --out was stopped."""
+    out: Path | None = None
+    """Folder of all results."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train and to predict; all defaults together are plain L1 regression."""
+
+    title: str
+    """In a few words."""
+    head: Literal["regression", "gaussian", "linear", "cosine", "affinity"] = "regression"
+    """Of ``LongTailModel``; all but the first two score bins of the label axis."""
+    loss: str | None = None
+    """Of ``LongTailModel`` by name, or one of ``objective``; None takes the setting for regression, else the head's."""
+    hard: bool = False
+    """Labels are not spread over neighbouring bins."""
+    weights: Literal["counts", "smoothed"] | None = None
+    """The density that samples are weighed by."""
+    scheme: Literal["inverse"] | None = None
+    """Of these weights, in place of the setting."""
+    fds: Mapping[str, Any] | None = None
+    """Features are smoothed, with these settings in place of the usual ones."""
+    normalized: bool = False
+    """Features pass a BatchNorm before they are smoothed and read."""
+    bottleneck: bool = False
+    """A layer of 32 features stands between the backbone and the head."""
+    fds_before: bool = False
+    """Features are smoothed before that layer, not after it."""
+    in_loss: bool = False
+    """The prior is adjusted in the loss, with tau 1."""
+    q: float | None = None
+    """Ages are drawn in proportion to their counts to this power."""
+    start: str | None = None
+    """The method whose trained network is taken over."""
+    tau: bool = False
+    """The network taken over is not trained again: predictions are adjusted, as validation finds best."""
+
+
+MAIN: dict[str, Method] = {
+    "vanilla": Method("plain regression"),
+    "unsmoothed": Method("weights of the density as counted", weights="counts"),
+    "lds": Method("label smoothing: weights of the smoothed density", weights="smoothed"),
+    "fds": Method("feature smoothing", fds={}),
+    "lds+fds": Method("label and feature smoothing", weights="smoothed", fds={}),
+    "sampling": Method("ages drawn by the root of their counts", q=0.5),
+    "rrt": Method(
+        "frozen encoder of vanilla, regressor trained again with inverse weights",
+        start="vanilla",
+        weights="counts",
+        scheme="inverse",
+    ),
+    "bmc": Method("balanced MSE over the batch", loss="bmc"),
+    "gai": Method("balanced MSE with a Gaussian mixture", loss="gai"),
+    "bni": Method("balanced MSE over bins", loss="balanced_mse"),
+    "conr": Method("L1 and the contrastive regularizer ConR", loss="conr"),
+    "rnc": Method("encoder by Rank-N-Contrast, regressor on what it gives", loss="rnc"),
+    "nll": Method("Gaussian mean and variance", head="gaussian"),
+    "bins": Method("hard bins of a year", head="linear", hard=True),
+    "soft": Method("soft bins", head="linear"),
+    "soft+cosine": Method("soft bins, cosine head", head="cosine"),
+    "soft+affinity": Method("soft bins, Gaussian affinities to one prototype per bin", head="affinity"),
+    "soft+emd": Method("bins, squared earth mover's distance", head="linear", loss="squared_emd"),
+    "soft+crps": Method("bins, CRPS", head="linear", loss="crps"),
+    "soft+in-loss": Method("soft bins, prior adjusted in the loss", head="linear", in_loss=True),
+    "soft+tau": Method("soft bins, prior adjusted after training", start="soft", tau=True),
+    "soft+fds": Method("soft bins, feature smoothing", head="linear", fds={}),
+    "soft+lds": Method("soft bins, LDS weights", head="linear", weights="smoothed"),
+    "soft+lds+tau": Method("soft bins, LDS weights, prior adjusted after training", start="soft+lds", tau=True),
+    "soft+lds+fds": Method("soft bins, LDS weights, feature smoothing", head="linear", weights="smoothed", fds={}),
+    "soft+crt": Method(
+        "frozen encoder of soft bins, head trained again on even ages", head="linear", start="soft", q=0.0
+    ),
+}
+"""All methods but variants."""
+
+VARIANTS: dict[str, Method] = {
+    "lds+fds-m0": Method("LDS and FDS of the last epoch's statistics alone", weights="smoothed", fds={"momentum": 0.0}),
+    "lds+fds-shrunk": Method(
+        "LDS and FDS, variances shrunk towards the pooled one", weights="smoothed", fds={"shrinkage": 20.0}
+    ),
+    "lds+fds-counts": Method(
+        "LDS and FDS, smoothing weighted by counts", weights="smoothed", fds={"count_weighted": True}
+    ),
+    "lds+fds-wide": Method("LDS and FDS with a window of 15 years", weights="smoothed", fds={"kernel": (15, 6.0)}),
+    "lds+fds-full": Method("LDS and FDS with full covariances", weights="smoothed", fds={"covariance": "full"}),
+    "lds+fds-full-paper": Method(
+        "the same, by the map that the paper writes", weights="smoothed", fds={"covariance": "full", "map": "paper"}
+    ),
+    "lds+fds-low-rank": Method(
+        "LDS and FDS with covariances in 32 directions", weights="smoothed", fds={"covariance": "low_rank"}
+    ),
+    "lds-normalized": Method("LDS, features normalized", weights="smoothed", normalized=True),
+    "lds+fds-normalized": Method(
+        "LDS, features normalized, then smoothed", weights="smoothed", normalized=True, fds={}
+    ),
+    "lds-bottleneck": Method("LDS, a bottleneck of 32 features", weights="smoothed", bottleneck=True),
+    "lds+fds-bottleneck": Method("LDS and FDS after that bottleneck", weights="smoothed", bottleneck=True, fds={}),
+    "lds+fds-before-bottleneck": Method(
+        "LDS and FDS before that bottleneck", weights="smoothed", bottleneck=True, fds={}, fds_before=True
+    ),
+}
+
+METHODS = MAIN | VARIANTS
+
+WINNER = "soft+tau"
+"""The method that did best, as the README tells."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "default": (WINNER,),
+    "all": tuple(MAIN),
+    "fds-study": ("lds", "lds+fds", *VARIANTS, "soft+lds", "soft+lds+fds"),
+}
+"""Names that stand for several methods; the study asks whether, and how, feature smoothing adds to LDS or to bins."""
+
+
+def named(methods: Sequence[str]) -> list[str]:
+    """Methods by their own names, each once, where a name may stand for several."""
+    return list(dict.fromkeys(name for method in methods for name in GROUPS.get(method, (method,))))
+
+
+def unknown(option: str, methods: Sequence[str]) -> list[str]:
+    """What is wrong with names that ``named`` does not know."""
+    strange = [name for name in named(methods) if name not in METHODS]
+    near = [difflib.get_close_matches(name, (*METHODS, *GROUPS), n=2) for name in strange]
+    return [
+        f"{option} must name methods that --help lists, got {name}."
+        + f" Did you mean {' or '.join(close)}?" * bool(close)
+        for name, close in zip(strange, near, strict=True)
+    ]
+
+
+def overview() -> str:
+    """All methods and groups of them, for ``--help``."""
+
+    def told(methods: Mapping[str, Method]) -> list[str]:
+        return [f"  {name:26}{method.title}" for name, method in methods.items()]
+
+    return "\n".join(
+        [
+            "methods; LDS and FDS are label and feature distribution smoothing (Yang et al. 2021):",
+            *told(MAIN),
+            "",
+            "variants of lds and lds+fds:",
+            *told(VARIANTS),
+            "",
+            "names that stand for several:",
+            f"  {'default':26}{WINNER}, which did best of all",
+            f"  {'all':26}all methods but the variants",
+            f"  {'fds-study':26}the variants, and what they are compared with",
+        ]
+    )
+
+
+def faults(settings: Settings, out: Path) -> list[str]:
+    """What keeps the settings from running, all of it, before anything is loaded."""
+    import dir_toolkit as dt
+
+    found = [*unfit_folder("--out", out), *unknown("--methods", settings.methods)]
+    methods = [METHODS[name] for name in named(settings.methods) if name in METHODS]
+    if (settings.data == "portraits") != (settings.root is None):
+        found.append("--root must name the folder of the images of other --data than portraits, which are drawn.")
+    if settings.data in ("portraits", "utkface") and settings.listing is not None:
+        found.append("--listing needs --data agedb or imdb-wiki.")
+    if not settings.methods:
+        found.append("--methods must name a method, got none.")
+    if settings.tau is not None and not any(method.tau for method in methods):
+        found.append("--tau needs a method that is adjusted after training, such as soft+tau.")
+    for name, low in (("seeds", 1), ("stage_two_epochs", 1), ("checkpoint_minutes", 0), ("label_sigma", 0), ("tau", 0)):
+        value = getattr(settings, name)
+        if value is not None and not low <= value < math.inf:
+            found.append(f"--{name.replace('_', '-')} must be finite and at least {low}, got {value:g}.")
+    makers: tuple[Callable[[], object], ...] = (
+        lambda: optimization(settings),
+        lambda: dt.LDS(label_axis(settings), kernel=dt.gaussian(settings.kernel_size, settings.kernel_sigma)),
+        lambda: smoother(replace(settings, kernel_size=5, kernel_sigma=2.0), max(settings.fds_rank, 1) + 1),
+        lambda: backbone(settings),
+    )
+    for make in makers:
+        try:
+            make()
+        except (ValueError, TypeError) as error:
+            found.append(str(error))
+    return found
+
+
+@cache
+def load(settings: Settings) -> Splits:
+    from dir_toolkit.experiment.data.dir_lists import dir_list
+    from dir_toolkit.experiment.data.portraits import portraits
+    from dir_toolkit.experiment.data.utkface import utkface
+
+    size = settings.size or (32 if settings.data == "portraits" else 64)
+    if settings.root is None:
+        return portraits(size=size)
+    if settings.data == "utkface":
+        return utkface(settings.root, size=size, on_error=settings.on_error)
+    name = settings.data.replace("-", "_")
+    listing = settings.listing or settings.root / f"{name}.csv"
+    return dir_list(listing, settings.root, source=f"{name}_dir", size=size, on_error=settings.on_error)
+
+
+def label_axis(settings: Settings) -> dt.Bins:
+    """One bin per year, from 0 to the highest age that the data can hold."""
+    import dir_toolkit as dt
+
+    highest = {"portraits": 101, "utkface": 117, "agedb": 201, "imdb-wiki": 201}[settings.data]
+    return dt.Bins.uniform(0, highest, width=1, integer=True)
+
+
+def backbone(settings: Settings) -> nn.Module:
+    from dir_toolkit.experiment.backbones import small_resnet, timm_backbone
+
+    return small_resnet() if settings.backbone == "small_resnet" else timm_backbone(settings.backbone)
+
+
+def task(settings: Settings) -> Task:
+    from dir_toolkit.experiment.data.augment import augment_strongly
+    from dir_toolkit.experiment.study import Task
+
+    return Task(
+        data=lambda seed: load(settings),
+        bins=label_axis(settings),
+        network=lambda splits: backbone(settings),
+        title=f"Age estimation on {settings.data}",
+        label_name="age",
+        label_units="years",
+        augmentation=augment_strongly if settings.augmentation == "strong" else True,
+    )
+
+
+def study(settings: Settings, out: Path, runtime: Runtime, recipe: str) -> Study:
+    from dir_toolkit.experiment.study import Study
+
+    return Study(
+        out,
+        task(settings),
+        methods(settings),
+        runtime,
+        optimization(settings),
+        settings=shown(settings),
+        command=typed_command(f"recipes/studies/{recipe}"),
+        resume=settings.resume,
+        checkpoint_minutes=settings.checkpoint_minutes,
+    )
+
+
+def optimization(settings: Settings) -> Optimization:
+    from dir_toolkit.experiment.training.loop import Optimization
+
+    names = ("epochs", "batch_size", "lr", "optimizer", "schedule")
+    return Optimization(**{name: getattr(settings, name) for name in names})
+
+
+def smoother(
+    settings: Settings, num_features: int, *, kernel: tuple[int, float] | None = None, **changes: Any
+) -> dt.FDS:
+    """FDS as the settings say, with the changes that a method makes to them."""
+    import dir_toolkit as dt
+
+    names = ("momentum", "covariance", "map", "rank", "shrinkage", "count_weighted", "start_epoch")
+    usual = {name: getattr(settings, f"fds_{name}") for name in names}
+    window = dt.gaussian(*(kernel or (settings.kernel_size, settings.kernel_sigma)))
+    return dt.FDS(label_axis(settings), num_features, kernel=window, **{**usual, **changes})
+
+
+def methods(settings: Settings) -> dict[str, Callable[[Trial], Trained]]:
+    """What a study runs."""
+    return {name: partial(trained, method, settings) for name, method in METHODS.items()}
+
+
+def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
+    """The network of a method with a seed."""
+    import dir_toolkit as dt
+
+    options: dict[str, Any] = {"weights": None}
+    if method.weights is not None:
+        kernel = dt.gaussian(settings.kernel_size, settings.kernel_sigma) if method.weights == "smoothed" else None
+        options["weights"] = dt.LDS(trial.bins, kernel=kernel, scheme=method.scheme or settings.scheme).fit(
+            trial.density
+        )
+    if method.start is None:
+        model, options["fds"] = network(method, settings, trial, options["weights"])
+    else:
+        first = trial.trained(method.start, epoch="last")
+        if method.tau:
+            return trial.adjusted(first, tau=settings.tau)
+        model = first.model
+        dt.stage_two(model, "rrt" if method.head == "regression" else "crt", seed=trial.runtime.derive("head"))
+        options |= {"after": first, "optimization": replace(trial.study.optimization, epochs=settings.stage_two_epochs)}
+    if method.q is not None:
+        options["sampler"] = dt.BinSampler(trial.splits.train.labels, trial.bins, q=method.q, seed=trial.runtime.seed)
+    return trial.fit(model, loss=objective(method, model, trial.density), **options)
+
+
+def network(
+    method: Method, settings: Settings, trial: Trial, weights: dt.LDS | None = None
+) -> tuple[dt.LongTailModel, dt.FDS | None]:
+    """A fresh model of a method, and the FDS in it."""
+    import numpy as np
+    from torch import nn
+
+    import dir_toolkit as dt
+
+    body: Any = trial.network()
+    num_features, fds = body.num_features, None
+    if method.bottleneck:
+        if method.fds is not None and method.fds_before:
+            fds = smoother(settings, num_features, **method.fds)
+            fds.attach(body, "output")
+        body, num_features = nn.Sequential(body, nn.Linear(num_features, 32), nn.ReLU()), 32
+    if method.normalized:
+        body = nn.Sequential(body, nn.BatchNorm1d(num_features, affine=False))
+    if method.fds is not None and fds is None:
+        fds = smoother(settings, num_features, **method.fds)
+    loss: Any = method.loss
+    if loss == "bmc":
+        loss = dt.BatchMCLoss(gather=True)
+    elif loss == "gai":
+        loss = dt.GaussianMixtureLoss.fit(np.repeat(trial.bins.centers, trial.density.counts))
+    elif method.head == "regression" and loss != "balanced_mse":
+        loss = f"weighted_{settings.loss.replace('-', '_')}"
+    spreads = method.head not in ("regression", "gaussian") and loss != "crps"
+    options: dict[str, Any] = {"sigma": None if method.hard else settings.label_sigma} if spreads else {}
+    if method.in_loss:
+        options |= {"target_prior": "uniform", "adjust": "in_loss"}
+    model = dt.LongTailModel(
+        body,
+        num_features,
+        trial.bins,
+        density=trial.density,
+        head=method.head,
+        loss=loss,
+        fds=None if method.fds_before else fds,
+        weights=weights,
+        **options,
+    )
+    return model, fds
+
+
+def objective(method: Method, model: dt.LongTailModel, density: dt.LabelDensity) -> Callable[..., Tensor]:
+    """The loss of what the model returns for images."""
+    import dir_toolkit as dt
+
+    if method.loss == "conr":
+        return dt.ConRLoss(coefficient=4.0, weights=dt.LDS(density.bins).fit(density))
+    if method.loss == "rnc":
+
+        def rank_and_probe(output: dt.LongTailOutput, labels: Tensor, weight: Tensor | None) -> Tensor:
+            """The regressor reads features that its loss does not move, so that it is trained beside the encoder."""
+            probe = model.read(output.features.detach())
+            return dt.rank_n_contrast(output.features, labels, weight) + model.criterion(probe, labels, weight)
+
+        return rank_and_probe
+    return model.criterion
