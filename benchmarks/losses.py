@@ -34,14 +34,14 @@ def backward(loss: Callable[[Tensor], Tensor], start: Tensor) -> Callable[[], No
 def of_predictions(report: Report, labels: Tensor, density: dt.LabelDensity, generator: torch.Generator) -> None:
     pred = labels + torch.randn(BATCH, generator=generator)
     weights = dt.LDS(BINS).fit(density)
-    batch, mixture = dt.BatchMCLoss(), dt.GaussianMixtureLoss.fit(labels)
-    binned = dt.BinnedIntegrationLoss(BINS, density)
+    batch, mixture = dt.losses.BatchMCLoss(), dt.losses.GaussianMixtureLoss.fit(labels)
+    binned = dt.losses.BinnedIntegrationLoss(BINS, density)
     losses: dict[str, Callable[[Tensor], Tensor]] = {
         "F.l1_loss": lambda p: F.l1_loss(p, labels),
         "weighted_l1 with LDS weights": lambda p: dt.weighted_l1(p, labels, weights(labels)),
-        "weighted_huber": lambda p: dt.weighted_huber(p, labels),
-        "weighted_focal_l1": lambda p: dt.weighted_focal_l1(p, labels),
-        "gaussian_nll": lambda p: dt.gaussian_nll(torch.stack([p, p], 1), labels),
+        "weighted_huber": lambda p: dt.losses.weighted_huber(p, labels),
+        "weighted_focal_l1": lambda p: dt.losses.weighted_focal_l1(p, labels),
+        "gaussian_nll": lambda p: dt.losses.gaussian_nll(torch.stack([p, p], 1), labels),
         "BatchMCLoss": lambda p: batch(p, labels),
         "GaussianMixtureLoss": lambda p: mixture(p, labels),
         "BinnedIntegrationLoss": lambda p: binned(p, labels),
@@ -70,13 +70,13 @@ def of_scores(report: Report, labels: Tensor, density: dt.LabelDensity, generato
     losses: dict[str, Callable[[Tensor], Tensor]] = {
         "F.cross_entropy": lambda s: F.cross_entropy(s, index),
         "logit_adjusted_cross_entropy": lambda s: dt.logit_adjusted_cross_entropy(s, index, prior),
-        "ldam_loss": lambda s: dt.ldam_loss(s / 10, index, counts=counts),
-        "focal_loss": lambda s: dt.focal_loss(s, index),
-        "equalization_loss": lambda s: dt.equalization_loss(s, index, prior=prior, threshold=1e-3),
+        "ldam_loss": lambda s: dt.losses.ldam_loss(s / 10, index, counts=counts),
+        "focal_loss": lambda s: dt.losses.focal_loss(s, index),
+        "equalization_loss": lambda s: dt.losses.equalization_loss(s, index, prior=prior, threshold=1e-3),
         "affinity_loss": lambda s: dt.affinity_loss(s.sigmoid(), index),
         "soft_cross_entropy": lambda s: dt.soft_cross_entropy(s, soft),
         "crps": lambda s: dt.crps(s, labels, bins=BINS),
-        "squared_emd": lambda s: dt.squared_emd(s, soft),
+        "squared_emd": lambda s: dt.losses.squared_emd(s, soft),
     }
     compare(report, losses, logits)
 
@@ -104,11 +104,11 @@ def of_features(report: Report, labels: Tensor, generator: torch.Generator) -> N
     """Contrastive losses look at all pairs of a batch, so one distance matrix is what they are held against."""
     features = torch.randn(BATCH, NUM_FEATURES, generator=generator)
     pred = labels + 10 * torch.randn(BATCH, generator=generator)
-    center, index = dt.CenterLoss(NUM_FEATURES, NUM_BINS), BINS.index(labels)
+    center, index = dt.losses.CenterLoss(NUM_FEATURES, NUM_BINS), BINS.index(labels)
     losses: dict[str, Callable[[Tensor], Tensor]] = {
         "distances of all pairs": lambda z: torch.cdist(z, z).mean(),
-        "conr_loss": lambda z: dt.conr_loss(z, labels, pred=pred),
-        "rank_n_contrast": lambda z: dt.rank_n_contrast(z, labels),
+        "conr_loss": lambda z: dt.losses.conr_loss(z, labels, pred=pred),
+        "rank_n_contrast": lambda z: dt.losses.rank_n_contrast(z, labels),
         "CenterLoss": lambda z: center(z, index),
     }
     compare(report, losses, features)

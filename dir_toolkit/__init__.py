@@ -1,72 +1,76 @@
-"""Learning from long-tailed labels, continuous or discrete, on one label axis."""
+"""Learning from long-tailed labels, continuous or discrete, on one label axis.
 
-from .decoupling import choose_normalization as choose_normalization
-from .decoupling import freeze as freeze
-from .decoupling import reinitialize as reinitialize
-from .decoupling import stage_two as stage_two
-from .errors import DirToolkitError as DirToolkitError
-from .errors import DirToolkitWarning as DirToolkitWarning
-from .features.fds import FDS as FDS
-from .heads.affinity import AffinityHead as AffinityHead
-from .heads.cosine import CosineHead as CosineHead
-from .heads.linear import LinearHead as LinearHead
-from .heads.nearest_mean import NearestMeanHead as NearestMeanHead
-from .heads.normalized import ScaledHead as ScaledHead
-from .heads.normalized import tau_normalized as tau_normalized
-from .labels.bins import Bins as Bins
-from .labels.decoding import decode as decode
-from .labels.decoding import interval as interval
-from .labels.decoding import quantiles as quantiles
-from .labels.density import LabelDensity as LabelDensity
-from .labels.grid import BinGrid as BinGrid
-from .labels.kernels import gaussian as gaussian
-from .labels.kernels import laplace as laplace
-from .labels.kernels import triangular as triangular
-from .labels.sampling import BinSampler as BinSampler
-from .labels.soft_labels import soft_labels as soft_labels
-from .labels.weights import LDS as LDS
-from .longtail import LongTailModel as LongTailModel
-from .longtail import LongTailOutput as LongTailOutput
-from .losses.affinity import affinity_loss as affinity_loss
-from .losses.balanced_mse import BatchMCLoss as BatchMCLoss
-from .losses.balanced_mse import BinnedIntegrationLoss as BinnedIntegrationLoss
-from .losses.balanced_mse import GaussianMixtureLoss as GaussianMixtureLoss
-from .losses.center import CenterLoss as CenterLoss
-from .losses.center import center_loss as center_loss
-from .losses.conr import ConRLoss as ConRLoss
-from .losses.conr import conr_loss as conr_loss
-from .losses.cross_entropy import balanced_cross_entropy as balanced_cross_entropy
-from .losses.cross_entropy import cross_entropy as cross_entropy
-from .losses.cross_entropy import equalization_loss as equalization_loss
-from .losses.cross_entropy import ldam_loss as ldam_loss
-from .losses.cross_entropy import logit_adjusted_cross_entropy as logit_adjusted_cross_entropy
-from .losses.cross_entropy import pairwise_cross_entropy as pairwise_cross_entropy
-from .losses.distribution import crps as crps
-from .losses.distribution import soft_cross_entropy as soft_cross_entropy
-from .losses.distribution import squared_emd as squared_emd
-from .losses.focal import focal_loss as focal_loss
-from .losses.gaussian_nll import gaussian_interval as gaussian_interval
-from .losses.gaussian_nll import gaussian_nll as gaussian_nll
-from .losses.rank_n_contrast import RankNContrast as RankNContrast
-from .losses.rank_n_contrast import rank_n_contrast as rank_n_contrast
-from .losses.regression import weighted_focal_l1 as weighted_focal_l1
-from .losses.regression import weighted_focal_mse as weighted_focal_mse
-from .losses.regression import weighted_huber as weighted_huber
-from .losses.regression import weighted_l1 as weighted_l1
-from .losses.regression import weighted_mse as weighted_mse
-from .metrics.classification import ClassificationMetrics as ClassificationMetrics
-from .metrics.classification import balanced_error as balanced_error
-from .metrics.classification import classification_metrics as classification_metrics
-from .metrics.regression import RegressionMetrics as RegressionMetrics
-from .metrics.regression import regression_metrics as regression_metrics
-from .metrics.reliability import CalibrationMetrics as CalibrationMetrics
-from .metrics.reliability import calibration_metrics as calibration_metrics
-from .priors import LogitAdjuster as LogitAdjuster
-from .priors import TauChoice as TauChoice
-from .priors import adjust_logits as adjust_logits
-from .priors import choose_tau as choose_tau
-from .priors import class_prior as class_prior
-from .priors import fit_temperature as fit_temperature
-from .priors import pointwise_mutual_information as pointwise_mutual_information
+The everyday names stand here. All others are in their rooms: ``dt.labels``, ``dt.features``, ``dt.heads``,
+``dt.losses``, ``dt.metrics``, ``dt.priors`` and ``dt.decoupling``. Data sets, training loops and results are in
+``dir_toolkit.experiment``, which nothing here imports.
+"""
+
+from . import decoupling, errors, features, heads, labels, losses, metrics, priors
+from .decoupling import stage_two
+from .errors import DirToolkitError, DirToolkitWarning, LabelError, ShapeError
+from .features.fds import FDS
+from .heads.affinity import AffinityHead
+from .labels.bins import Bins
+from .labels.decoding import decode, interval
+from .labels.density import LabelDensity
+from .labels.kernels import gaussian, laplace, triangular
+from .labels.sampling import BinSampler
+from .labels.soft_labels import soft_labels
+from .labels.weights import LDS
+from .longtail.model import LongTailModel
+from .longtail.readouts import LongTailOutput
+from .losses.affinity import affinity_loss
+from .losses.cross_entropy import logit_adjusted_cross_entropy
+from .losses.distribution import crps, soft_cross_entropy
+from .losses.regression import weighted_l1, weighted_mse
+from .metrics.classification import ClassificationMetrics, balanced_error, classification_metrics
+from .metrics.regression import RegressionMetrics, regression_metrics
+from .priors import LogitAdjuster, adjust_logits, choose_tau, class_prior, fit_temperature
+
+__all__ = [
+    "FDS",
+    "LDS",
+    "AffinityHead",
+    "BinSampler",
+    "Bins",
+    "ClassificationMetrics",
+    "DirToolkitError",
+    "DirToolkitWarning",
+    "LabelDensity",
+    "LabelError",
+    "LogitAdjuster",
+    "LongTailModel",
+    "LongTailOutput",
+    "RegressionMetrics",
+    "ShapeError",
+    "adjust_logits",
+    "affinity_loss",
+    "balanced_error",
+    "choose_tau",
+    "class_prior",
+    "classification_metrics",
+    "crps",
+    "decode",
+    "decoupling",
+    "errors",
+    "features",
+    "fit_temperature",
+    "gaussian",
+    "heads",
+    "interval",
+    "labels",
+    "laplace",
+    "logit_adjusted_cross_entropy",
+    "losses",
+    "metrics",
+    "priors",
+    "regression_metrics",
+    "soft_cross_entropy",
+    "soft_labels",
+    "stage_two",
+    "triangular",
+    "weighted_l1",
+    "weighted_mse",
+]
 
 __version__ = "0.1.0"

@@ -83,9 +83,9 @@ def whole_or_not_at_all(*modules: nn.Module) -> Iterator[None]:
         for part, before in attributes:
             vars(part).clear()
             vars(part).update(before)
-        for x, before in copies:
+        for x, value in copies:
             with torch.inference_mode(x.is_inference()), torch.no_grad():
-                x.copy_(before)
+                x.copy_(value)
         raise
 
 

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "dir_toolkit"
 
 # The order of reading; rooms that are not named here follow.
 ROOMS = (
-    "labels", "features", "heads", "losses", "priors", "decoupling", "longtail", "metrics", "data", "training",
-    "results", "integrations",
+    "labels", "features", "heads", "losses", "priors", "decoupling", "longtail", "metrics", "integrations",
+    "experiment",
 )  # fmt: skip
 
 
@@ -72,10 +72,10 @@ def _names() -> str:
     lines = ["# Names", "", "What `import dir_toolkit as dt` gives; the pages beside it hold the rest.", ""]
     lines += ["| name | what it is |", "|---|---|"]
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
             for alias in node.names:
                 path = f"dir_toolkit.{node.module}.{alias.name}"
-                lines.append(f"| [`dt.{alias.asname}`][{path}] | {_summary(node.module, alias.name)} |")
+                lines.append(f"| [`dt.{alias.name}`][{path}] | {_summary(node.module, alias.name)} |")
     return "\n".join(lines) + "\n"
 
 

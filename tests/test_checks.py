@@ -60,8 +60,8 @@ class Users(nn.Module):
         ("Bins.quantile", lambda: dt.Bins.quantile([], 3)),
         (r"(Bins\.)?grid", lambda: dt.Bins.grid()),  # Python 3.10 does not tell the class of a static method
         ("LDS", lambda: dt.LDS(3)),  # type: ignore[arg-type]
-        ("LinearHead", lambda: dt.LinearHead(3, 2)(torch.ones(2, 4))),
-        ("LinearHead", lambda: nn.Sequential(dt.LinearHead(3, 2))(torch.ones(2, 4))),
+        ("LinearHead", lambda: dt.heads.LinearHead(3, 2)(torch.ones(2, 4))),
+        ("LinearHead", lambda: nn.Sequential(dt.heads.LinearHead(3, 2))(torch.ones(2, 4))),
         ("dir_toolkit", lambda: _checks.whole("x", -1, low=0)),  # nobody of ours is between
     ],
 )

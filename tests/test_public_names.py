@@ -1,30 +1,47 @@
 from __future__ import annotations
 
-import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
-from pathlib import Path
+
+import pytest
 
 import dir_toolkit
 
 OPTIONAL = {"xarray", "matplotlib", "pandas", "rich", "PIL", "sklearn", "tensorboard", "torchvision", "timm", "tyro"}
 
 
-def exported() -> list[str]:
-    tree = ast.parse(Path(dir_toolkit.__file__).read_text())
-    return [alias.asname for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+ROOMS = ("decoupling", "errors", "features", "heads", "labels", "losses", "metrics", "priors")
 
 
-def test_every_name_is_public_documented_and_listed_where_it_is_made() -> None:
-    names = exported()
-    assert {"Bins", "LabelDensity", "LDS", "FDS", "weighted_l1", "RegressionMetrics"} <= set(names)
-    assert len(names) == len(set(names))
+def test_the_everyday_names_are_documented_and_listed_where_they_are_made() -> None:
+    names = set(dir_toolkit.__all__) - set(ROOMS)
+    assert {"Bins", "LabelDensity", "LDS", "FDS", "weighted_l1", "RegressionMetrics"} <= names
+    assert len(names) <= 40
+    assert len(dir_toolkit.__all__) == len(set(dir_toolkit.__all__))
     for name in names:
         value = getattr(dir_toolkit, name)
         assert value.__doc__, name
         home = sys.modules[value.__module__]
         assert name in home.__all__, name
         assert getattr(home, name) is value
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_lists_what_its_files_make(room: str) -> None:
+    """So that ``dt.losses.`` completes in a REPL to each loss and nothing else."""
+    module = getattr(dir_toolkit, room)
+    assert room in dir_toolkit.__all__
+    assert module.__doc__
+    assert all(hasattr(module, name) for name in module.__all__)
+    if hasattr(module, "__path__"):
+        files = [
+            importlib.import_module(f"{module.__name__}.{part.name}") for part in pkgutil.iter_modules(module.__path__)
+        ]
+        made = {name for file in files if not file.__name__.rpartition(".")[2].startswith("_") for name in file.__all__}
+        classes = {name for name in made if callable(getattr(module, name, None))}
+        assert classes <= set(module.__all__)
 
 
 def test_importing_the_package_imports_no_optional_library() -> None:

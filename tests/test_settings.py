@@ -99,12 +99,12 @@ FEATURES: list[Case] = [
 ]
 LOSSES: list[Case] = [
     Case(
-        dt.BatchMCLoss,
+        dt.losses.BatchMCLoss,
         {},
         {"noise_sigma": {"noise_sigma": 2.0}, "learn": {"learn": False}, "gather": {"gather": True}},
     ),
     Case(
-        dt.GaussianMixtureLoss,
+        dt.losses.GaussianMixtureLoss,
         {"weights": [0.5, 0.5], "means": [1.0, 2.0], "variances": [1.0, 1.0]},
         {
             "weights": {"weights": [0.25, 0.75]},
@@ -115,7 +115,7 @@ LOSSES: list[Case] = [
         },
     ),
     Case(
-        dt.BinnedIntegrationLoss,
+        dt.losses.BinnedIntegrationLoss,
         {"bins": BINS, "density": np.full(60, 1 / 60)},
         {
             "bins": {"bins": dt.Bins.uniform(0, 120, width=2)},
@@ -126,10 +126,10 @@ LOSSES: list[Case] = [
         },
     ),
     Case(
-        dt.ConRLoss,
+        dt.losses.ConRLoss,
         {},
         {
-            "base": {"base": functools.partial(dt.weighted_huber, delta=2.0)},
+            "base": {"base": functools.partial(dt.losses.weighted_huber, delta=2.0)},
             "coefficient": {"coefficient": 2.0},
             "omega": {"omega": 2.0},
             "temperature": {"temperature": 2.0},
@@ -137,9 +137,9 @@ LOSSES: list[Case] = [
             "weights": {"weights": dt.LDS(BINS)},
         },
     ),
-    Case(dt.RankNContrast, {}, {"temperature": {"temperature": 1.0}}),
+    Case(dt.losses.RankNContrast, {}, {"temperature": {"temperature": 1.0}}),
     Case(
-        dt.CenterLoss,
+        dt.losses.CenterLoss,
         {"num_features": 4, "num_classes": 3},
         {"num_classes": {"num_classes": 4}, "num_features": {"num_features": 5}, "strength": {"strength": 0.5}},
     ),
@@ -147,10 +147,10 @@ LOSSES: list[Case] = [
 SHAPE = {"num_features": 4, "num_classes": 3}
 OTHER_SHAPES = {"num_features": {"num_features": 5}, "num_classes": {"num_classes": 4}}
 HEADS: list[Case] = [
-    Case(dt.LinearHead, SHAPE, {**OTHER_SHAPES, "bias": {"bias": False}}),
-    Case(dt.CosineHead, SHAPE, {**OTHER_SHAPES, "scale": {"scale": 2.0}, "learn_scale": {"learn_scale": True}}),
-    Case(dt.NearestMeanHead, SHAPE, {**OTHER_SHAPES, "metric": {"metric": "euclidean"}}),
-    Case(dt.ScaledHead, {"linear": nn.Linear(4, 3)}, {"linear": {"linear": nn.Linear(4, 3)}}),
+    Case(dt.heads.LinearHead, SHAPE, {**OTHER_SHAPES, "bias": {"bias": False}}),
+    Case(dt.heads.CosineHead, SHAPE, {**OTHER_SHAPES, "scale": {"scale": 2.0}, "learn_scale": {"learn_scale": True}}),
+    Case(dt.heads.NearestMeanHead, SHAPE, {**OTHER_SHAPES, "metric": {"metric": "euclidean"}}),
+    Case(dt.heads.ScaledHead, {"linear": nn.Linear(4, 3)}, {"linear": {"linear": nn.Linear(4, 3)}}),
     Case(
         dt.AffinityHead,
         SHAPE,
@@ -227,7 +227,7 @@ METRICS: list[Case] = [
         },
     ),
     Case(
-        dt.CalibrationMetrics,
+        dt.metrics.CalibrationMetrics,
         {"num_classes": 5},
         {"num_classes": {"num_classes": 6}, "num_bins": {"num_bins": 10}, "outside": {"outside": "clip"}},
     ),
@@ -270,9 +270,13 @@ def test_another_argument_has_other_settings_and_another_repr(case, name):
 def test_densities_grids_and_windows_count_by_what_they_hold():
     other = dt.LabelDensity(BINS, np.arange(60)[::-1])  # as many labels
     assert told(DENSITY) == told(dt.LabelDensity(BINS, DENSITY.counts)) != told(other)
-    grids = [dt.BinGrid(BINS, dt.Bins.classes(3)), dt.BinGrid(BINS, dt.Bins.classes(4)), dt.BinGrid(BINS)]
+    grids = [
+        dt.labels.BinGrid(BINS, dt.Bins.classes(3)),
+        dt.labels.BinGrid(BINS, dt.Bins.classes(4)),
+        dt.labels.BinGrid(BINS),
+    ]
     assert len(set(map(told, grids))) == len(set(map(repr, grids))) == 3
-    assert told(grids[0]) == told(dt.BinGrid(BINS, dt.Bins.classes(3)))
+    assert told(grids[0]) == told(dt.labels.BinGrid(BINS, dt.Bins.classes(3)))
     windows = [dt.gaussian(5, 2), dt.gaussian(5, 2, folded=True), dt.laplace(5, 2), dt.triangular(5)]
     for made in (dt.LDS, dt.LDS.reference):
         assert len({told(made(grids[0], kernel=[w, [1.0]])) for w in windows}) == len(windows)
@@ -287,8 +291,8 @@ def test_weights_count_by_what_they_learnt():
 
 def test_a_partial_counts_by_its_arguments():
     of = functools.partial
-    assert told(of(dt.weighted_huber, delta=0.1)) == told(of(dt.weighted_huber, delta=0.1))
-    assert told(of(dt.weighted_huber, delta=0.1)) != told(of(dt.weighted_huber, delta=10.0))
+    assert told(of(dt.losses.weighted_huber, delta=0.1)) == told(of(dt.losses.weighted_huber, delta=0.1))
+    assert told(of(dt.losses.weighted_huber, delta=0.1)) != told(of(dt.losses.weighted_huber, delta=10.0))
     assert told(of(dt.weighted_l1)) != told(of(dt.weighted_mse))
 
 
@@ -379,7 +383,7 @@ def test_what_holds_itself_is_refused():
             told(value)
 
 
-class Extended(dt.ConRLoss):
+class Extended(dt.losses.ConRLoss):
     def __init__(self, extra):
         super().__init__()
         self.extra = extra

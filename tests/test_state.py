@@ -69,16 +69,16 @@ def test_what_is_no_packed_state_is_refused(packed):
 
 
 MADE = [
-    lambda: dt.LinearHead(4, 3),
-    lambda: dt.CosineHead(4, 3, learn_scale=True),
+    lambda: dt.heads.LinearHead(4, 3),
+    lambda: dt.heads.CosineHead(4, 3, learn_scale=True),
     lambda: dt.AffinityHead(4, 3),
-    lambda: dt.NearestMeanHead(4, 3),
-    lambda: dt.ScaledHead(nn.Linear(4, 3)),
-    lambda: dt.BatchMCLoss(),
-    lambda: dt.GaussianMixtureLoss([0.5, 0.5], [1.0, 2.0], [1.0, 1.0]),
-    lambda: dt.BinnedIntegrationLoss(Bins.uniform(0, 3, width=1), [0.2, 0.3, 0.5]),
-    lambda: dt.ConRLoss(weights=dt.LDS(Bins.uniform(0, 3, width=1)).fit([0.5, 0.5, 2.5])),
-    lambda: dt.CenterLoss(4, 3),
+    lambda: dt.heads.NearestMeanHead(4, 3),
+    lambda: dt.heads.ScaledHead(nn.Linear(4, 3)),
+    lambda: dt.losses.BatchMCLoss(),
+    lambda: dt.losses.GaussianMixtureLoss([0.5, 0.5], [1.0, 2.0], [1.0, 1.0]),
+    lambda: dt.losses.BinnedIntegrationLoss(Bins.uniform(0, 3, width=1), [0.2, 0.3, 0.5]),
+    lambda: dt.losses.ConRLoss(weights=dt.LDS(Bins.uniform(0, 3, width=1)).fit([0.5, 0.5, 2.5])),
+    lambda: dt.losses.CenterLoss(4, 3),
     lambda: dt.LogitAdjuster([0.2, 0.8]),
 ]
 

@@ -9,3 +9,7 @@ FDS checks what it is handed. The parts take values that were checked, and check
 statistics are float64, and they are NaN where they are not known. What is kept is made outside inference mode, because
 training could not use it otherwise.
 """
+
+from .fds import FDS
+
+__all__ = ["FDS"]

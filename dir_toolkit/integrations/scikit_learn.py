@@ -316,7 +316,7 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         column_limits_: where the columns are cut off, (2, columns).
         scaler_: what standardizes the columns after the cut.
         tau_: the strength of the adjustment; None without bins.
-        tau_choice_: the :class:`dir_toolkit.TauChoice` that ``"auto"`` made, with its curve; else None.
+        tau_choice_: the :class:`dir_toolkit.priors.TauChoice` that ``"auto"`` made, with its curve; else None.
         history_: one row per epoch, with ``epoch``, ``loss`` and, where rows are held out, ``val_loss``.
         best_epoch_: the epoch of the weights.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.

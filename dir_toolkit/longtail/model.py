@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import numpy as np
@@ -158,13 +159,14 @@ class LongTailModel(nn.Module):
     def _calibrated(self, features: Tensor, labels: Tensor | None, index: Tensor | None) -> Tensor:
         if not self.training and torch.compiler.is_compiling():
             return features  # A compiled graph in eval mode has no use for the hook, which would break it.
-        if self.fds is None or not self.training or labels is None:
+        if self.fds is None or not self.training or labels is None or index is None:
             return self.neck(features)
         return self._neck_under(labels, index, features)
 
     @torch._disable_dynamo  # so that the compiler breaks its graph once, around all of FDS, and not within a with
     def _neck_under(self, labels: Tensor, index: Tensor, features: Tensor) -> Tensor:
         assert self.fds is not None
+        within: AbstractContextManager[None]
         if self._shares_bins(self.fds.bins):
             within = self.fds._on_rows(torch.where(index < 0, len(self.bins), index))
         else:

@@ -125,7 +125,7 @@ class Loss(NamedTuple):
         options: of the function, given the bins and the spread of the labels.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     power: int = 0
     options: Callable[[Bins, float], dict[str, Any]] = lambda bins, spread: {}
 

@@ -114,49 +114,49 @@ def measured(make: Callable[[], Any], *names: str) -> Callable[[], Job]:
 
 LOSSES: dict[str, Callable[[], Job]] = {
     "affinity_loss": alone(lambda d: dt.affinity_loss(d.affinities, d.c, d.w)),
-    "balanced_cross_entropy": alone(lambda d: dt.balanced_cross_entropy(d.logits, d.c, d.w, prior=d.prior)),
-    "BatchMCLoss": of(lambda: dt.BatchMCLoss(), lambda m, d: m(d.pred, d.y, d.w)),
-    "BatchMCLoss of rows": of(lambda: dt.BatchMCLoss(learn=False), lambda m, d: m(d.pred2, d.y2, d.w)),
+    "balanced_cross_entropy": alone(lambda d: dt.losses.balanced_cross_entropy(d.logits, d.c, d.w, prior=d.prior)),
+    "BatchMCLoss": of(lambda: dt.losses.BatchMCLoss(), lambda m, d: m(d.pred, d.y, d.w)),
+    "BatchMCLoss of rows": of(lambda: dt.losses.BatchMCLoss(learn=False), lambda m, d: m(d.pred2, d.y2, d.w)),
     "BinnedIntegrationLoss": of(
-        lambda: dt.BinnedIntegrationLoss(BINS, density(BINS)), lambda m, d: m(d.pred, d.y, d.w)
+        lambda: dt.losses.BinnedIntegrationLoss(BINS, density(BINS)), lambda m, d: m(d.pred, d.y, d.w)
     ),
     "BinnedIntegrationLoss of uneven bins": of(
-        lambda: dt.BinnedIntegrationLoss(UNEVEN, density(UNEVEN)), lambda m, d: m(d.pred, d.y)
+        lambda: dt.losses.BinnedIntegrationLoss(UNEVEN, density(UNEVEN)), lambda m, d: m(d.pred, d.y)
     ),
     "BinnedIntegrationLoss that drops": of(
-        lambda: dt.BinnedIntegrationLoss(BINS, density(BINS), outside="drop"), lambda m, d: m(d.pred, d.y)
+        lambda: dt.losses.BinnedIntegrationLoss(BINS, density(BINS), outside="drop"), lambda m, d: m(d.pred, d.y)
     ),
-    "CenterLoss": of(lambda: dt.CenterLoss(D, C), lambda m, d: m(d.features, d.c, d.w)),
-    "center_loss": alone(lambda d: dt.center_loss(d.features, d.c, d.w, centers=d.centers)),
+    "CenterLoss": of(lambda: dt.losses.CenterLoss(D, C), lambda m, d: m(d.features, d.c, d.w)),
+    "center_loss": alone(lambda d: dt.losses.center_loss(d.features, d.c, d.w, centers=d.centers)),
     "ConRLoss": of(
-        lambda: dt.ConRLoss(weights=lds(BINS), omega=1.0),
+        lambda: dt.losses.ConRLoss(weights=lds(BINS), omega=1.0),
         lambda m, d: m(SimpleNamespace(prediction=d.pred, features=d.features), d.y, d.w),
     ),
     "ConRLoss by default": of(
-        lambda: dt.ConRLoss(), lambda m, d: m(SimpleNamespace(prediction=d.pred, features=d.features), d.y)
+        lambda: dt.losses.ConRLoss(), lambda m, d: m(SimpleNamespace(prediction=d.pred, features=d.features), d.y)
     ),
-    "conr_loss": alone(lambda d: dt.conr_loss(d.features, d.y, d.w, pred=d.pred, omega=1.0)),
+    "conr_loss": alone(lambda d: dt.losses.conr_loss(d.features, d.y, d.w, pred=d.pred, omega=1.0)),
     "crps": alone(lambda d: dt.crps(d.scores, d.y, d.w, bins=BINS)),
     "crps that drops": alone(lambda d: dt.crps(d.scores, d.y, d.w, bins=BINS, outside="drop")),
-    "cross_entropy": alone(lambda d: dt.cross_entropy(d.logits, d.c, d.w, label_smoothing=0.1)),
-    "equalization_loss": alone(lambda d: dt.equalization_loss(d.logits, d.c, prior=d.prior, threshold=0.3)),
-    "focal_loss": alone(lambda d: dt.focal_loss(d.logits, d.c, d.w, alpha=d.prior)),
-    "gaussian_nll": alone(lambda d: dt.gaussian_nll(d.pair, d.y, d.w, beta=0.5)),
+    "cross_entropy": alone(lambda d: dt.losses.cross_entropy(d.logits, d.c, d.w, label_smoothing=0.1)),
+    "equalization_loss": alone(lambda d: dt.losses.equalization_loss(d.logits, d.c, prior=d.prior, threshold=0.3)),
+    "focal_loss": alone(lambda d: dt.losses.focal_loss(d.logits, d.c, d.w, alpha=d.prior)),
+    "gaussian_nll": alone(lambda d: dt.losses.gaussian_nll(d.pair, d.y, d.w, beta=0.5)),
     "GaussianMixtureLoss": of(
-        lambda: dt.GaussianMixtureLoss([0.5, 0.5], [2.0, 8.0], [1.0, 1.0]), lambda m, d: m(d.pred, d.y, d.w)
+        lambda: dt.losses.GaussianMixtureLoss([0.5, 0.5], [2.0, 8.0], [1.0, 1.0]), lambda m, d: m(d.pred, d.y, d.w)
     ),
-    "ldam_loss": alone(lambda d: dt.ldam_loss(d.cosines, d.c, d.w, counts=d.counts)),
+    "ldam_loss": alone(lambda d: dt.losses.ldam_loss(d.cosines, d.c, d.w, counts=d.counts)),
     "logit_adjusted_cross_entropy": alone(lambda d: dt.logit_adjusted_cross_entropy(d.logits, d.c, d.prior)),
     "pairwise_cross_entropy": alone(
-        lambda d: dt.pairwise_cross_entropy(d.logits, d.c, margins=d.margins, alpha=d.prior)
+        lambda d: dt.losses.pairwise_cross_entropy(d.logits, d.c, margins=d.margins, alpha=d.prior)
     ),
-    "RankNContrast": of(lambda: dt.RankNContrast(), lambda m, d: m(d.features, d.y, d.w)),
-    "rank_n_contrast": alone(lambda d: dt.rank_n_contrast(d.features, d.y2)),
+    "RankNContrast": of(lambda: dt.losses.RankNContrast(), lambda m, d: m(d.features, d.y, d.w)),
+    "rank_n_contrast": alone(lambda d: dt.losses.rank_n_contrast(d.features, d.y2)),
     "soft_cross_entropy": alone(lambda d: dt.soft_cross_entropy(d.scores, d.spread, weight=d.w)),
-    "squared_emd": alone(lambda d: dt.squared_emd(d.scores, d.spread, d.w, bins=BINS)),
-    "weighted_focal_l1": alone(lambda d: dt.weighted_focal_l1(d.pred, d.y, d.w)),
-    "weighted_focal_mse": alone(lambda d: dt.weighted_focal_mse(d.pred, d.y, d.w, variant="reference")),
-    "weighted_huber": alone(lambda d: dt.weighted_huber(d.pred, d.y, d.w)),
+    "squared_emd": alone(lambda d: dt.losses.squared_emd(d.scores, d.spread, d.w, bins=BINS)),
+    "weighted_focal_l1": alone(lambda d: dt.losses.weighted_focal_l1(d.pred, d.y, d.w)),
+    "weighted_focal_mse": alone(lambda d: dt.losses.weighted_focal_mse(d.pred, d.y, d.w, variant="reference")),
+    "weighted_huber": alone(lambda d: dt.losses.weighted_huber(d.pred, d.y, d.w)),
     "weighted_l1": alone(lambda d: dt.weighted_l1(d.pred, d.y, d.w)),
     "weighted_mse": alone(lambda d: dt.weighted_mse(d.pred, d.y, d.w)),
 }
@@ -216,10 +216,12 @@ def affinity(**settings: Any) -> Callable[[], nn.Module]:
 
 
 HEADS: dict[str, Callable[[], Job]] = {
-    "LinearHead": of(lambda: dt.LinearHead(D, C), lambda m, d: m(d.features).square().mean()),
-    "CosineHead": of(lambda: dt.CosineHead(D, C), lambda m, d: m(d.features).square().mean()),
-    "CosineHead learnt": of(lambda: dt.CosineHead(D, C, learn_scale=True), lambda m, d: m(d.features).square().mean()),
-    "ScaledHead": of(lambda: dt.ScaledHead(nn.Linear(D, C)), lambda m, d: m(d.features).square().mean()),
+    "LinearHead": of(lambda: dt.heads.LinearHead(D, C), lambda m, d: m(d.features).square().mean()),
+    "CosineHead": of(lambda: dt.heads.CosineHead(D, C), lambda m, d: m(d.features).square().mean()),
+    "CosineHead learnt": of(
+        lambda: dt.heads.CosineHead(D, C, learn_scale=True), lambda m, d: m(d.features).square().mean()
+    ),
+    "ScaledHead": of(lambda: dt.heads.ScaledHead(nn.Linear(D, C)), lambda m, d: m(d.features).square().mean()),
     "NearestMeanHead": of(lambda: nearest_mean(), lambda m, d: m(d.features).square().mean()),
     **{
         f"AffinityHead {settings}": of(affinity(**settings), lambda m, d: m(d.features).log().mean() + m.diversity())
@@ -234,7 +236,7 @@ HEADS: dict[str, Callable[[], Job]] = {
 
 
 def nearest_mean() -> nn.Module:
-    head, d = dt.NearestMeanHead(D, C), batch()
+    head, d = dt.heads.NearestMeanHead(D, C), batch()
     head.update(d["features"].detach(), d["c"])
     head.finish()
     return head
@@ -387,11 +389,11 @@ LABELS: dict[str, Callable[[], Job]] = {
     "decode expectation": alone(lambda d: dt.decode(d.scores.softmax(1), BINS, "expectation").mean()),
     "decode median": alone(lambda d: dt.decode(d.scores.softmax(1), BINS, "median").mean()),
     "decode mode": alone(lambda d: nothing(dt.decode(d.scores.softmax(1), BINS, "mode"))),
-    "quantiles": alone(lambda d: dt.quantiles(d.scores.softmax(1), BINS, [0.1, 0.5]).mean()),
+    "quantiles": alone(lambda d: dt.labels.quantiles(d.scores.softmax(1), BINS, [0.1, 0.5]).mean()),
     "interval": alone(lambda d: dt.interval(d.scores.softmax(1), BINS)[0].mean()),
     "Bins.expectation": alone(lambda d: BINS.expectation(d.scores.softmax(1)).mean()),
     "Bins.index": alone(lambda d: nothing(BINS.index(d.y, "clip"), GRID.index(d.y2, "drop"))),
-    "gaussian_interval": alone(lambda d: dt.gaussian_interval(d.pair)[0].mean()),
+    "gaussian_interval": alone(lambda d: dt.losses.gaussian_interval(d.pair)[0].mean()),
     "LogitAdjuster of a prior there": alone(
         lambda d: dt.LogitAdjuster(d.prior, tau=0.5, temperature=2.0)(d.logits).logsumexp(1).mean()
     ),
@@ -407,7 +409,7 @@ def metrics_jobs(outside: Any) -> dict[str, Callable[[], Job]]:
         lambda: dt.RegressionMetrics(density(BINS), outside=outside),
         lambda: dt.RegressionMetrics(density(GRID), outside=outside),
         lambda: dt.ClassificationMetrics(density(CLASSES), outside=outside),
-        lambda: dt.CalibrationMetrics(C, outside=outside),
+        lambda: dt.metrics.CalibrationMetrics(C, outside=outside),
     )
     return {
         f"RegressionMetrics {outside}": measured(regression, "pred", "y"),

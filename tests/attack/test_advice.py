@@ -130,8 +130,8 @@ def test_what_is_no_number() -> None:
 
 def test_classes_that_are_no_int64() -> None:
     logits, target = torch.eye(2), torch.tensor([0, 1], dtype=torch.int32)
-    found = advice(lambda: dt.cross_entropy(logits, target), r"Use (target\.long\(\))\.$")
-    assert dt.cross_entropy(logits, done(found[1], target=target)).item() < 0.4
+    found = advice(lambda: dt.losses.cross_entropy(logits, target), r"Use (target\.long\(\))\.$")
+    assert dt.losses.cross_entropy(logits, done(found[1], target=target)).item() < 0.4
 
 
 def test_what_lies_on_several_devices() -> None:
@@ -170,7 +170,7 @@ def test_priors() -> None:
 
 def test_classes_decode_by_their_mode() -> None:
     p, bins = torch.tensor([[0.2, 0.8]]), Bins.classes(2)
-    for call in (dt.decode, lambda p, bins: dt.quantiles(p, bins, 0.5), dt.interval):
+    for call in (dt.decode, lambda p, bins: dt.labels.quantiles(p, bins, 0.5), dt.interval):
         found = advice(lambda c=call: c(p, bins), r"Use decode\(\.\.\., (point=\"mode\")\), or Bins\.uniform")
         assert done(f"dt.decode(p, bins, {found[1]})", p=p, bins=bins).tolist() == [1]
 

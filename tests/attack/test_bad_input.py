@@ -80,8 +80,8 @@ def fds() -> dt.FDS:
     return dt.FDS(BINS, 3, **KERNEL)
 
 
-def nearest() -> dt.NearestMeanHead:
-    head = dt.NearestMeanHead(3, 4)
+def nearest() -> dt.heads.NearestMeanHead:
+    head = dt.heads.NearestMeanHead(3, 4)
     head.update(rows(3), classes())
     head.finish()
     return head
@@ -113,13 +113,13 @@ LONG_TAIL = {
 VALID: dict[str, Callable[[], Call]] = {
     "AffinityHead": lambda: (dt.AffinityHead, {"num_features": 3, "num_classes": 4, "feature_scale": 1.0}),
     "AffinityHead.forward": lambda: (dt.AffinityHead(3, 4), {"features": rows(3)}),
-    "BinGrid": lambda: (dt.BinGrid, {"axes": BINS}),
-    "BinGrid.index": lambda: (dt.BinGrid(BINS, CLASSES).index, {"labels": [[0.5, 1], [1.5, 3]]}),
+    "BinGrid": lambda: (dt.labels.BinGrid, {"axes": BINS}),
+    "BinGrid.index": lambda: (dt.labels.BinGrid(BINS, CLASSES).index, {"labels": [[0.5, 1], [1.5, 3]]}),
     "BinGrid.rows": lambda: (dt.Bins.grid(BINS).rows, {"labels": years()[:, None]}),
     "BinGrid.tally": lambda: (dt.Bins.grid(BINS).tally, {"labels": years()[:, None]}),
     "BinGrid.shares": lambda: (dt.Bins.grid(BINS).shares, {"probabilities": shares()}),
-    "BinGrid.expectation": lambda: (dt.BinGrid(BINS).expectation, {"probabilities": shares()}),
-    "BinGrid.from_dict": lambda: (dt.BinGrid.from_dict, {"values": dt.BinGrid(BINS).to_dict()}),
+    "BinGrid.expectation": lambda: (dt.labels.BinGrid(BINS).expectation, {"probabilities": shares()}),
+    "BinGrid.from_dict": lambda: (dt.labels.BinGrid.from_dict, {"values": dt.labels.BinGrid(BINS).to_dict()}),
     "BinSampler": lambda: (dt.BinSampler, {**SAMPLER, "q": 0.5}),
     "BinSampler, progressive": lambda: (dt.BinSampler, {**SAMPLER, "progressive_epochs": 3}),
     "BinSampler.order": lambda: (dt.BinSampler(LABELS, BINS).order, {"epoch": 0}),
@@ -145,14 +145,17 @@ VALID: dict[str, Callable[[], Call]] = {
     "Bins.wide_dtype": lambda: (BINS.wide_dtype, {"tensors": years()}),
     "Bins.expectation": lambda: (BINS.expectation, {"probabilities": shares()}),
     "Bins.from_dict": lambda: (dt.Bins.from_dict, {"values": BINS.to_dict()}),
-    "CalibrationMetrics": lambda: (dt.CalibrationMetrics, {"num_classes": 4}),
+    "CalibrationMetrics": lambda: (dt.metrics.CalibrationMetrics, {"num_classes": 4}),
     "CalibrationMetrics.update": lambda: (
-        dt.CalibrationMetrics(4).update,
+        dt.metrics.CalibrationMetrics(4).update,
         {"probabilities": shares(), "target": classes(), "weight": ones()},
     ),
-    "CalibrationMetrics.merge": lambda: (dt.CalibrationMetrics(4).merge, {"other": dt.CalibrationMetrics(4)}),
-    "CalibrationMetrics.all_reduce": lambda: (dt.CalibrationMetrics(4).all_reduce, {}),
-    "CalibrationMetrics.reliability": lambda: (dt.CalibrationMetrics(4).reliability, {"class_index": 1}),
+    "CalibrationMetrics.merge": lambda: (
+        dt.metrics.CalibrationMetrics(4).merge,
+        {"other": dt.metrics.CalibrationMetrics(4)},
+    ),
+    "CalibrationMetrics.all_reduce": lambda: (dt.metrics.CalibrationMetrics(4).all_reduce, {}),
+    "CalibrationMetrics.reliability": lambda: (dt.metrics.CalibrationMetrics(4).reliability, {"class_index": 1}),
     "ClassificationMetrics": lambda: (
         dt.ClassificationMetrics,
         {"density": density(CLASSES), "regions": ["many", "many", "few", "few"]},
@@ -167,8 +170,8 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "ClassificationMetrics.compute": lambda: (metrics(dt.ClassificationMetrics, CLASSES).compute, {}),
     "ClassificationMetrics.all_reduce": lambda: (metrics(dt.ClassificationMetrics, CLASSES).all_reduce, {}),
-    "CosineHead": lambda: (dt.CosineHead, {"num_features": 3, "num_classes": 4}),
-    "CosineHead.forward": lambda: (dt.CosineHead(3, 4), {"features": rows(3)}),
+    "CosineHead": lambda: (dt.heads.CosineHead, {"num_features": 3, "num_classes": 4}),
+    "CosineHead.forward": lambda: (dt.heads.CosineHead(3, 4), {"features": rows(3)}),
     "FDS": lambda: (dt.FDS, {**OVER_BINS, "num_features": 3, **KERNEL}),
     "FDS.reference": lambda: (dt.FDS.reference, {**OVER_BINS, "num_features": 3, **KERNEL}),
     "FDS.attach": lambda: (fds().attach, {"module": linear(), "where": "input"}),
@@ -178,7 +181,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "FDS.load_merged_state": lambda: (fds().load_merged_state, {"state": fds().merged_state()}),
     "FDS.set_extra_state": lambda: (fds().set_extra_state, {"state": fds().get_extra_state()}),
     "GaussianMixtureLoss.fit": lambda: (
-        dt.GaussianMixtureLoss.fit,
+        dt.losses.GaussianMixtureLoss.fit,
         {"labels": LABELS, "components": 1, "noise_sigma": 1.0, "learn": True, "least_variance": 1e-4, "seed": 0},
     ),
     "LDS": lambda: (dt.LDS, {**OVER_BINS, **KERNEL, "clip": (0.1, 10.0)}),
@@ -194,8 +197,8 @@ VALID: dict[str, Callable[[], Call]] = {
     "LabelDensity.regions": lambda: (density().regions, {}),
     "LabelDensity.weighted": lambda: (density().weighted, {"lds": lds()}),
     "LabelDensity.all_reduce": lambda: (density().all_reduce, {}),
-    "LinearHead": lambda: (dt.LinearHead, {"num_features": 3, "num_classes": 4}),
-    "LinearHead.forward": lambda: (dt.LinearHead(3, 4), {"features": rows(3)}),
+    "LinearHead": lambda: (dt.heads.LinearHead, {"num_features": 3, "num_classes": 4}),
+    "LinearHead.forward": lambda: (dt.heads.LinearHead(3, 4), {"features": rows(3)}),
     "LogitAdjuster": lambda: (dt.LogitAdjuster, {"prior": prior(), "target": prior()}),
     "LogitAdjuster.forward": lambda: (dt.LogitAdjuster(prior()), {"logits": rows()}),
     "LongTailModel": lambda: (
@@ -230,9 +233,9 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "LongTailModel.interval": lambda: ((m := model()).interval, {"output": m(rows(3)), "level": 0.9}),
     "LongTailModel.set_extra_state": lambda: (model().set_extra_state, {"state": model().get_extra_state()}),
-    "NearestMeanHead": lambda: (dt.NearestMeanHead, {"num_features": 3, "num_classes": 4}),
+    "NearestMeanHead": lambda: (dt.heads.NearestMeanHead, {"num_features": 3, "num_classes": 4}),
     "NearestMeanHead.update": lambda: (
-        dt.NearestMeanHead(3, 4).update,
+        dt.heads.NearestMeanHead(3, 4).update,
         {"features": rows(3), "labels": classes()},
     ),
     "NearestMeanHead.forward": lambda: (nearest(), {"features": rows(3)}),
@@ -247,16 +250,16 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "RegressionMetrics.compute": lambda: (metrics(dt.RegressionMetrics, BINS).compute, {}),
     "RegressionMetrics.all_reduce": lambda: (metrics(dt.RegressionMetrics, BINS).all_reduce, {}),
-    "ScaledHead": lambda: (dt.ScaledHead, {"linear": linear()}),
-    "ScaledHead.forward": lambda: (dt.ScaledHead(linear()), {"features": rows(3)}),
+    "ScaledHead": lambda: (dt.heads.ScaledHead, {"linear": linear()}),
+    "ScaledHead.forward": lambda: (dt.heads.ScaledHead(linear()), {"features": rows(3)}),
     "adjust_logits": lambda: (dt.adjust_logits, {"logits": rows(), "prior": prior(), "target": prior()}),
     "balanced_error": lambda: (dt.balanced_error, {"pred": rows(), "target": classes(), "num_classes": 4}),
     "calibration_metrics": lambda: (
-        dt.calibration_metrics,
+        dt.metrics.calibration_metrics,
         {"probabilities": shares(), "target": classes(), "weight": ones(), "num_bins": 5},
     ),
     "choose_normalization": lambda: (
-        dt.choose_normalization,
+        dt.decoupling.choose_normalization,
         {"head": linear(), "features": rows(3), "labels": classes(), "taus": [0.0, 1.0]},
     ),
     "choose_tau": lambda: (
@@ -270,24 +273,24 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "decode": lambda: (dt.decode, {"probabilities": shares(), "bins": BINS}),
     "fit_temperature": lambda: (dt.fit_temperature, {"logits": rows(), "labels": classes(), "weight": ones()}),
-    "freeze": lambda: (dt.freeze, {"module": linear()}),
+    "freeze": lambda: (dt.decoupling.freeze, {"module": linear()}),
     "gaussian": lambda: (dt.gaussian, {"size": 5, "sigma": 2.0}),
-    "gaussian_interval": lambda: (dt.gaussian_interval, {"pred": rows(2)}),
+    "gaussian_interval": lambda: (dt.losses.gaussian_interval, {"pred": rows(2)}),
     "interval": lambda: (dt.interval, {"probabilities": shares(), "bins": BINS}),
     "laplace": lambda: (dt.laplace, {"size": 5, "scale": 2.0}),
     "pointwise_mutual_information": lambda: (
-        dt.pointwise_mutual_information,
+        dt.priors.pointwise_mutual_information,
         {"logits": rows(), "prior": prior()},
     ),
-    "quantiles": lambda: (dt.quantiles, {"probabilities": shares(), "bins": BINS, "levels": [0.1, 0.5]}),
+    "quantiles": lambda: (dt.labels.quantiles, {"probabilities": shares(), "bins": BINS, "levels": [0.1, 0.5]}),
     "regression_metrics": lambda: (
         dt.regression_metrics,
         {"pred": years(), "target": years(), "density": density(), "floor": 0.1},
     ),
-    "reinitialize": lambda: (dt.reinitialize, {"module": linear()}),
+    "reinitialize": lambda: (dt.decoupling.reinitialize, {"module": linear()}),
     "soft_labels": lambda: (dt.soft_labels, {"labels": years(), "bins": BINS, "sigma": 1.0}),
     "stage_two": lambda: (dt.stage_two, {"model": model(), "method": "crt"}),
-    "tau_normalized": lambda: (dt.tau_normalized, {"linear": linear(), "tau": 1.0}),
+    "tau_normalized": lambda: (dt.heads.tau_normalized, {"linear": linear(), "tau": 1.0}),
     "triangular": lambda: (dt.triangular, {"size": 5}),
 }
 
@@ -740,4 +743,4 @@ def test_nan_in_features_of_fds_is_told_when_the_epoch_ends() -> None:
 
 def test_nan_in_a_prediction_makes_a_loss_with_conr_nan() -> None:
     output = dt.LongTailOutput(None, years(), with_nan(years()), rows(3), None, None)
-    assert dt.ConRLoss()(output, years()).isnan()
+    assert dt.losses.ConRLoss()(output, years()).isnan()

@@ -239,15 +239,15 @@ def test_calibration_metrics_do_not_know_batches_or_order(n: int, at: list[int],
     shares = (3 * torch.randn(n, 4, generator=generator, dtype=torch.float64)).softmax(1)
     target = torch.randint(0, 4, (n,), generator=generator)
     weight = torch.randint(1, 4, (n,), generator=generator).double()
-    whole = dt.calibration_metrics(shares, target, weight=weight, num_bins=num_bins)
-    metrics = dt.CalibrationMetrics(4, num_bins=num_bins)
+    whole = dt.metrics.calibration_metrics(shares, target, weight=weight, num_bins=num_bins)
+    metrics = dt.metrics.CalibrationMetrics(4, num_bins=num_bins)
     for part in pieces(torch.randperm(n, generator=generator), at):
         other = metrics.fresh()
         other.update(shares[part], target[part], weight[part])
         metrics.merge(other)
     assert_close(metrics.compute(), whole)
     often = weight.long()  # weight two is a sample seen twice
-    seen = dt.calibration_metrics(
+    seen = dt.metrics.calibration_metrics(
         shares.repeat_interleave(often, 0), target.repeat_interleave(often), num_bins=num_bins
     )
     assert_close(seen, whole)

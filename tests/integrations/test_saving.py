@@ -135,13 +135,13 @@ def parts() -> dict[str, Callable[[], nn.Module]]:
     return {
         "LDS": lambda: dt.LDS(BINS).fit(y),
         "LDS, inverse": lambda: dt.LDS(BINS, scheme="inverse", clip=(1, 5), outside="clip").fit(y),
-        "LinearHead": lambda: dt.LinearHead(8, 30),
-        "CosineHead": lambda: dt.CosineHead(8, 30),
+        "LinearHead": lambda: dt.heads.LinearHead(8, 30),
+        "CosineHead": lambda: dt.heads.CosineHead(8, 30),
         "AffinityHead": lambda: dt.AffinityHead(8, 4),
         "LogitAdjuster": lambda: dt.LogitAdjuster([0.5, 0.25, 0.25]),
-        "BatchMCLoss": lambda: dt.BatchMCLoss(noise_sigma=2.0),
-        "BinnedIntegrationLoss": lambda: dt.BinnedIntegrationLoss(BINS, density),
-        "CenterLoss": lambda: dt.CenterLoss(8, 4),
+        "BatchMCLoss": lambda: dt.losses.BatchMCLoss(noise_sigma=2.0),
+        "BinnedIntegrationLoss": lambda: dt.losses.BinnedIntegrationLoss(BINS, density),
+        "CenterLoss": lambda: dt.losses.CenterLoss(8, 4),
     }
 
 

@@ -13,9 +13,9 @@ from loss_tester import Batch, LossTester
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from dir_toolkit import LDS, Bins, weighted_huber, weighted_l1
+from dir_toolkit import LDS, Bins, weighted_l1
 from dir_toolkit.errors import ShapeError
-from dir_toolkit.losses import conr
+from dir_toolkit.losses import conr, weighted_huber
 from dir_toolkit.losses.conr import ConRLoss
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.func import vmap
 from torch.testing import assert_close
 
-from dir_toolkit import Bins, cross_entropy, logit_adjusted_cross_entropy
+from dir_toolkit import Bins, logit_adjusted_cross_entropy
 from dir_toolkit.errors import DirToolkitWarning, LabelError, ShapeError
 from dir_toolkit.labels.soft_labels import limits, soft_labels
+from dir_toolkit.losses import cross_entropy
 from dir_toolkit.losses.balanced_mse import BinnedIntegrationLoss
 from dir_toolkit.losses.distribution import CRPS, SoftCrossEntropy, SquaredEMD, crps, soft_cross_entropy, squared_emd
 

@@ -139,14 +139,14 @@ def test_rows_of_classes_get_the_advice_that_fits_them() -> None:
 
 def test_learnt_numbers_have_a_dimension_that_can_be_sharded() -> None:
     learnt = [
-        dt.BatchMCLoss().log_sigma,
-        dt.GaussianMixtureLoss([1.0], [2.0], [3.0]).log_sigma,
-        dt.BinnedIntegrationLoss(dt.Bins.uniform(0, 10, count=5), [0.2] * 5).log_sigma,
+        dt.losses.BatchMCLoss().log_sigma,
+        dt.losses.GaussianMixtureLoss([1.0], [2.0], [3.0]).log_sigma,
+        dt.losses.BinnedIntegrationLoss(dt.Bins.uniform(0, 10, count=5), [0.2] * 5).log_sigma,
         dt.AffinityHead(4, 3, sigma_mode="learnt").log_sigma,
-        dt.CosineHead(4, 3, learn_scale=True).log_scale,
+        dt.heads.CosineHead(4, 3, learn_scale=True).log_scale,
     ]
     assert [tuple(number.shape) for number in learnt] == [(1,)] * 5
-    for made in (dt.CenterLoss(4, 3), dt.ScaledHead(nn.Linear(4, 3))):
+    for made in (dt.losses.CenterLoss(4, 3), dt.heads.ScaledHead(nn.Linear(4, 3))):
         assert all(parameter.ndim > 0 for parameter in made.parameters())
 
 

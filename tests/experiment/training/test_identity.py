@@ -122,8 +122,8 @@ def density(last: int) -> dt.LabelDensity:
         ("loss", dt.weighted_l1, dt.weighted_mse, r"loss was '\S*weighted_l1' and is '\S*weighted_mse'"),
         (
             "loss",
-            functools.partial(dt.weighted_huber, delta=0.1),
-            functools.partial(dt.weighted_huber, delta=10.0),
+            functools.partial(dt.losses.weighted_huber, delta=0.1),
+            functools.partial(dt.losses.weighted_huber, delta=10.0),
             r"loss\.keywords\.delta was 0\.1 and is 10\.0",
         ),
         ("loss", functools.partial(dt.weighted_l1), functools.partial(dt.weighted_mse), r"loss\.calls was"),
