@@ -156,10 +156,10 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
         head = dt.AffinityHead(features, 10, *shape, feature_scale=settings.feature_scale)
         loss = partial(margin_loss, head=head, margin=settings.margin, diversity=features > 2)
     elif method.loss in ("ldam", "ldam-drw"):  # whose paper normalises features and weights
-        head = dt.CosineHead(features, 10, scale=1.0)
-        loss = partial(on_scores, dt.ldam_loss, counts=trial.density.counts, max_margin=settings.ldam_margin)
+        head = dt.heads.CosineHead(features, 10, scale=1.0)
+        loss = partial(on_scores, dt.losses.ldam_loss, counts=trial.density.counts, max_margin=settings.ldam_margin)
     elif method.loss == "focal":
-        loss = partial(on_scores, dt.focal_loss, gamma=settings.focal_gamma)
+        loss = partial(on_scores, dt.losses.focal_loss, gamma=settings.focal_gamma)
     elif method.loss == "equalized":
         loss = partial(equalized, prior=dt.class_prior(trial.density), drop=settings.equalized_drop)
     elif method.loss == "center":
@@ -199,7 +199,7 @@ def equalized(output: Any, labels: Tensor, weight: Tensor | None = None, *, prio
     device = labels.device
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
     options: dict[str, Any] = {"threshold": 0.1, "drop": drop, "generator": generator}
-    return dt.equalization_loss(output.scores, labels, weight, prior=prior.to(device), **options)
+    return dt.losses.equalization_loss(output.scores, labels, weight, prior=prior.to(device), **options)
 
 
 def with_centers(num_features: int, strength: float) -> nn.Module:
@@ -215,10 +215,12 @@ def with_centers(num_features: int, strength: float) -> nn.Module:
     class WithCenters(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.centers = dt.CenterLoss(num_features, 10, strength=strength)
+            self.centers = dt.losses.CenterLoss(num_features, 10, strength=strength)
 
         def forward(self, output: Any, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-            return self.centers(output.features, labels, weight) + dt.cross_entropy(output.scores, labels, weight)
+            return self.centers(output.features, labels, weight) + dt.losses.cross_entropy(
+                output.scores, labels, weight
+            )
 
     return WithCenters()
 
@@ -246,12 +248,12 @@ def afterwards(after: str, settings: Settings, trial: Trial) -> Trained:
     features = predict(model, part, runtime=trial.runtime).features
     labels = torch.from_numpy(part.labels).to(features.device)
     if after == "ncm":
-        model.head = dt.NearestMeanHead(features.shape[1], 10).to(features.device)
+        model.head = dt.heads.NearestMeanHead(features.shape[1], 10).to(features.device)
         model.head.update(features, labels)
         model.head.finish()
         return first
-    choice = dt.choose_normalization(model.head, features, labels)
-    model.head = dt.tau_normalized(model.head, choice.tau)
+    choice = dt.decoupling.choose_normalization(model.head, features, labels)
+    model.head = dt.heads.tau_normalized(model.head, choice.tau)
     return replace(first, tau=choice)
 
 
@@ -261,7 +263,7 @@ def gives_logits(head: object) -> bool:
 
     import dir_toolkit as dt
 
-    return isinstance(head, (nn.Linear, dt.ScaledHead))
+    return isinstance(head, (nn.Linear, dt.heads.ScaledHead))
 
 
 def calibration(trial: Trial, trained: Trained, output: Any) -> dict[str, Any]:
@@ -272,7 +274,7 @@ def calibration(trial: Trial, trained: Trained, output: Any) -> dict[str, Any]:
     if not gives_logits(trained.model.head):
         return {}
     shares = trained.model.readout.adjuster(output.scores).double().softmax(1)  # type: ignore[operator]
-    errors = dt.calibration_metrics(shares, torch.from_numpy(trial.splits.test.labels).to(shares.device))
+    errors = dt.metrics.calibration_metrics(shares, torch.from_numpy(trial.splits.test.labels).to(shares.device))
     return {name: errors[name] for name in ("ece", "classwise_ece", "log_loss")}
 
 

@@ -47,7 +47,7 @@ def norms(trial: Trial, trained: Trained, output: Any) -> Any:
     head: Any = trained.model.head
     if not digit_methods.gives_logits(head) or trial.method.startswith("post-hoc"):  # which leaves them as they are
         return None
-    scaled = isinstance(head, dt.ScaledHead)
+    scaled = isinstance(head, dt.heads.ScaledHead)
     weight = head.scale[:, None] * head.linear.weight if scaled else head.weight
     return weight.detach().norm(dim=1).cpu().numpy()
 

@@ -416,9 +416,9 @@ def network(
         fds = smoother(settings, num_features, **method.fds)
     loss: Any = method.loss
     if loss == "bmc":
-        loss = dt.BatchMCLoss(gather=True)
+        loss = dt.losses.BatchMCLoss(gather=True)
     elif loss == "gai":
-        loss = dt.GaussianMixtureLoss.fit(np.repeat(trial.bins.centers, trial.density.counts))
+        loss = dt.losses.GaussianMixtureLoss.fit(np.repeat(trial.bins.centers, trial.density.counts))
     elif method.head == "regression" and loss != "balanced_mse":
         loss = f"weighted_{settings.loss.replace('-', '_')}"
     spreads = method.head not in ("regression", "gaussian") and loss != "crps"
@@ -444,13 +444,13 @@ def objective(method: Method, model: dt.LongTailModel, density: dt.LabelDensity)
     import dir_toolkit as dt
 
     if method.loss == "conr":
-        return dt.ConRLoss(coefficient=4.0, weights=dt.LDS(density.bins).fit(density))
+        return dt.losses.ConRLoss(coefficient=4.0, weights=dt.LDS(density.bins).fit(density))
     if method.loss == "rnc":
 
         def rank_and_probe(output: dt.LongTailOutput, labels: Tensor, weight: Tensor | None) -> Tensor:
             """The regressor reads features that its loss does not move, so that it is trained beside the encoder."""
             probe = model.read(output.features.detach())
-            return dt.rank_n_contrast(output.features, labels, weight) + model.criterion(probe, labels, weight)
+            return dt.losses.rank_n_contrast(output.features, labels, weight) + model.criterion(probe, labels, weight)
 
         return rank_and_probe
     return model.criterion
