@@ -1,9 +1,9 @@
-"""Networks from images to features, and the classifier around them."""
+"""Networks from images to features."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ from ..errors import ShapeError
 
 __all__ = [
     "DigitCNN",
-    "ImageClassifier",
-    "Scored",
     "SmallResNet",
     "digit_cnn",
     "small_resnet",
@@ -194,56 +192,3 @@ def timm_backbone(name: str, *, pretrained: bool = False) -> nn.Module:
     # Some models widen what they pooled. Then num_features is the width before, and this is the width of the output.
     model.num_features = getattr(model, "head_hidden_size", model.num_features)
     return model
-
-
-class Scored(NamedTuple):
-    """What a classifier says of a batch, where a loss asks for features, too.
-
-    Attributes:
-        scores: (N, num_classes). features: (N, num_features).
-    """
-
-    scores: Tensor
-    features: Tensor
-
-
-class ImageClassifier(nn.Module):
-    """A backbone and a head from features to scores: ``scores = head(backbone(images))``.
-
-    Args:
-        backbone: from images to (N, backbone.num_features).
-        head: from there to (N, C); any of ``dir_toolkit.heads``, or an ``nn.Linear``.
-        return_features: whether to return :class:`Scored` in place of the scores.
-    Shape:
-        forward: images (N, C, H, W). Returns (N, num_classes), or :class:`Scored`.
-    Raises:
-        TypeError: the backbone does not tell its ``num_features``, or a part is no module. ShapeError: the head takes
-        another number of features.
-
-    >>> model = ImageClassifier(digit_cnn(), nn.Linear(128, 10))
-    >>> model(torch.zeros(2, 1, 28, 28)).shape
-    torch.Size([2, 10])
-    """
-
-    def __init__(self, backbone: nn.Module, head: nn.Module, *, return_features: bool = False) -> None:
-        super().__init__()
-        num_features = getattr(backbone, "num_features", None)
-        if not isinstance(backbone, nn.Module) or num_features is None:
-            raise problem(
-                "backbone must be a module with an attribute num_features",
-                got=type(backbone).__name__,
-                fix="Set backbone.num_features to the number of its outputs.",
-                error=TypeError,
-            )
-        num_features = length("backbone.num_features", num_features)
-        instance(nn.Module, head=head)
-        instance(bool, return_features=return_features)
-        takes = getattr(head, "num_features", getattr(head, "in_features", num_features))
-        if takes != num_features:
-            raise problem(f"head must take the backbone's {num_features} features", got=takes, error=ShapeError)
-        self.backbone, self.head, self.return_features = backbone, head, return_features
-
-    def forward(self, images: Tensor) -> Tensor | Scored:
-        features = self.backbone(images)
-        scores = self.head(features)
-        return Scored(scores, features) if self.return_features else scores

@@ -10,17 +10,10 @@ from torch import nn
 from dir_toolkit.errors import ShapeError
 from dir_toolkit.experiment.backbones import (
     DigitCNN,
-    ImageClassifier,
-    Scored,
     digit_cnn,
     small_resnet,
     timm_backbone,
 )
-from dir_toolkit.heads.affinity import AffinityHead
-from dir_toolkit.heads.cosine import CosineHead
-from dir_toolkit.heads.linear import LinearHead
-from dir_toolkit.heads.nearest_mean import NearestMeanHead
-from dir_toolkit.heads.normalized import ScaledHead
 
 
 @pytest.mark.parametrize("side", [32, 45, 48, 64, 80])
@@ -132,7 +125,7 @@ def test_two_features_fill_the_plane_without_a_relu_and_a_quarter_of_it_with_one
 
 def test_every_parameter_of_digit_cnn_learns() -> None:
     torch.manual_seed(0)
-    model = ImageClassifier(digit_cnn(32, size=8), nn.Linear(32, 2))
+    model = nn.Sequential(digit_cnn(32, size=8), nn.Linear(32, 2))
     images, labels = torch.randn(8, 1, 8, 8), torch.arange(8) % 2
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     losses = []
@@ -175,49 +168,6 @@ def flat_backbone(num_features: int = 4) -> nn.Module:
     return backbone
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        nn.Linear(4, 3),
-        LinearHead(4, 3),
-        CosineHead(4, 3),
-        AffinityHead(4, 3, prototypes=2),
-        NearestMeanHead(4, 3),
-        ScaledHead(nn.Linear(4, 3)),
-        nn.Sequential(nn.ReLU(), nn.Linear(4, 3)),
-    ],
-    ids=lambda head: type(head).__name__,
-)
-def test_classifier_is_head_of_backbone(head: nn.Module) -> None:
-    if isinstance(head, NearestMeanHead):
-        head.update(torch.eye(4)[:3], torch.arange(3))
-        head.finish()
-    images = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    model = ImageClassifier(flat_backbone(), head)
-    scores = model(images)
-    assert torch.equal(scores, head(images.flatten(1)))
-    assert scores.shape == (5, 3)
-    scored = ImageClassifier(flat_backbone(), head, return_features=True)(images)
-    assert type(scored) is Scored
-    assert torch.equal(scored.scores, scores)
-    assert torch.equal(scored.features, images.flatten(1))
-    assert Scored._fields == ("scores", "features")
-
-
-def test_classifier_refuses_parts_that_do_not_fit() -> None:
-    with pytest.raises(TypeError, match=r"^ImageClassifier: backbone must be a module .* got Flatten\. Set backbone"):
-        ImageClassifier(nn.Flatten(), nn.Linear(4, 3))
-    with pytest.raises(ValueError, match=r"^ImageClassifier: backbone\.num_features must be at least 1, got 0"):
-        ImageClassifier(flat_backbone(0), nn.Linear(4, 3))
-    for head in (nn.Linear(5, 3), LinearHead(5, 3), AffinityHead(5, 3), ScaledHead(nn.Linear(5, 3))):
-        with pytest.raises(ShapeError, match=r"^ImageClassifier: head must take the backbone's 4 features, got 5\."):
-            ImageClassifier(flat_backbone(), head)
-    with pytest.raises(TypeError, match=r"^ImageClassifier: head must be a Module, got function"):
-        ImageClassifier(flat_backbone(), lambda features: features)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^ImageClassifier: return_features must be a bool, got int"):
-        ImageClassifier(flat_backbone(), nn.Linear(4, 3), return_features=1)  # type: ignore[arg-type]
-
-
 def fake_timm() -> types.ModuleType:
     timm = types.ModuleType("timm")
     names = ["resnet18", "resnet50", "mobilenetv3"]
@@ -241,7 +191,7 @@ def test_timm_backbone_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "timm", fake_timm())
     backbone = timm_backbone(name)
     assert backbone.num_features == 2
-    assert ImageClassifier(backbone, nn.Linear(2, 3))(torch.zeros(4, 2)).shape == (4, 3)
+    assert nn.Sequential(backbone, nn.Linear(2, 3))(torch.zeros(4, 2)).shape == (4, 3)
 
 
 def test_timm_backbone_suggests_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
