@@ -617,7 +617,7 @@ def test_what_cannot_be_chosen_from_is_refused() -> None:
         choose_normalization(head, features[:, :5], labels)
     with pytest.raises(ShapeError, match=where + r"features must be \(N, 6\) and labels"):
         choose_normalization(head, features, labels[:-1])
-    with pytest.raises(LabelError, match="target must be indices from 0 to 4, got 5"):
+    with pytest.raises(LabelError, match="target must hold class indices from 0 to 4, got 5"):
         choose_normalization(head, features, labels + 1)
     with pytest.raises(ShapeError, match="target must hold at least one value"):
         choose_normalization(head, features[:0], labels[:0])
