@@ -55,7 +55,7 @@ def norms(trial: Trial, trained: Trained, output: Any) -> Any:
 def draw_norms(study: Study) -> dict[str, Figure]:
     import numpy as np
 
-    from dir_toolkit.experiment.results.class_figures import norms_figure
+    from dir_toolkit.experiment.results.digit_figures import norms_figure
 
     kept: dict[str, list[Any]] = {}
     for (_, name, _), one in study.runs.items():
@@ -77,7 +77,7 @@ def draw_curve(
     study: Study, x: Callable[[str, Task], float], xlabel: str, region: str, *, log_x: bool = False
 ) -> Figure:
     """The balanced error in a region against what was varied: a line per method, or one for all affinities."""
-    from dir_toolkit.experiment.results.class_figures import study_figure
+    from dir_toolkit.experiment.results.digit_figures import study_figure
 
     curves: dict[str, dict[float, list[float]]] = {}
     for (name, task), errors in by_seed(study, region).items():
@@ -119,7 +119,7 @@ def draw_sigma(study: Study) -> dict[str, Figure]:
 
 
 def draw_similarity(study: Study) -> dict[str, Figure]:
-    from dir_toolkit.experiment.results.class_figures import bar_figure
+    from dir_toolkit.experiment.results.digit_figures import bar_figure
 
     bars = {
         f"{METHODS[n].distance}, {METHODS[n].similarity}": errors for (n, _), errors in by_seed(study, "all").items()
@@ -140,7 +140,7 @@ def plane(trial: Trial, trained: Trained, output: Any) -> Any:
 
 
 def draw_plane(study: Study) -> dict[str, Figure]:
-    from dir_toolkit.experiment.results.class_figures import feature_space_figure
+    from dir_toolkit.experiment.results.digit_figures import feature_space_figure
 
     panels = {name: run.kept for (_, name, seed), run in study.runs.items() if seed == 0}
     return {"Feature space of the test images": feature_space_figure(panels)}
@@ -169,7 +169,8 @@ def taus(trial: Trial, trained: Trained, output: Any) -> Any:
 
 
 def draw_taus(study: Study) -> dict[str, Figure]:
-    from dir_toolkit.experiment.results.class_figures import reliability_figure, tau_figure
+    from dir_toolkit.experiment.results.class_figures import tau_figure
+    from dir_toolkit.experiment.results.digit_figures import reliability_figure
 
     choices = {seed: run.kept[1] for (_, name, seed), run in study.runs.items() if name == "softmax"}
 

@@ -187,6 +187,3 @@ def _pair(name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
         raise problem(f"{name} must be {rule}", got=f"{taus.shape} and {scores.shape}", error=ShapeError)
     finite(**{f"{name} τ": taus, f"{name} scores": scores})
     return taus, scores
-
-
-from .digit_figures import bar_figure, feature_space_figure, norms_figure, reliability_figure, study_figure  # noqa
