@@ -128,7 +128,7 @@ def main(settings: Settings) -> None:
         task = Task(
             data=lambda seed: load(settings, seed),
             bins=BINS,
-            network=lambda splits: digit_cnn(128, size=splits.train.images.shape[2]),
+            network=lambda splits: digit_cnn(128, size=splits.train.inputs.shape[2]),
             title=f"Long-tailed {settings.data}",
             label_name="digit",
             metrics=metrics,

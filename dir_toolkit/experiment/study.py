@@ -284,8 +284,8 @@ class Study:
         failed: what was not, by the same, and why.
     """
 
-    folder: str | os.PathLike[str]
-    tasks: Task | Sequence[Task]
+    folder: Any
+    tasks: Any
     methods: Mapping[str, Callable[[Trial], Trained]]
     runtime: Runtime
     optimization: Optimization
@@ -380,8 +380,8 @@ class Study:
         """What results call a run, and its key: methods in the order of ``methods``."""
         for name in self.methods:
             for task in self.tasks:  # type: ignore[union-attr]
-                for key in sorted(key for _, *key in self.runs if (task, *key) in self.runs and key[0] == name):
-                    yield task.shown.format(method=name), task, name, key[1]
+                for seed in sorted(seed for own, method, seed in self.runs if own is task and method == name):
+                    yield task.shown.format(method=name), task, name, seed
 
     def result(self, title: str) -> xr.Dataset:
         """All finished runs as one result and, where labels are continuous, the constant predictor of their median.
@@ -475,6 +475,7 @@ class Study:
     def _figures(self, ds: xr.Dataset) -> dict[str, Figure]:
         task = self.tasks[0]  # type: ignore[index]
         label, colors = {"label_name": task.label_name, "label_units": task.label_units}, None
+        told: dict[str, Any]
         histories = {
             (shown, seed): run.trained.history
             for shown, run, name, seed in self._trained()
@@ -502,7 +503,7 @@ class Study:
             if (run := self.runs[task, name, seed]).trained is not None:
                 yield shown, run, name, seed
 
-    def _density_figure(self, label: dict[str, str]) -> dict[str, Figure]:
+    def _density_figure(self, label: dict[str, Any]) -> dict[str, Figure]:
         """Training labels along the axis and, where a method has them, what weights LDS makes of them."""
         density = next(iter(self._data.values()))[1]
         every = [run.trained.weights for _, run, _, _ in self._trained()]
@@ -527,7 +528,7 @@ class Study:
         ylabel = f"validation bMAE ({task.label_units})"
         return {"Tau on validation": tau_figure(curves, chosen, ylabel=ylabel, percent=False)}
 
-    def _statistics_figures(self, label: dict[str, str]) -> dict[str, Figure]:
+    def _statistics_figures(self, label: dict[str, Any]) -> dict[str, Figure]:
         """How alike the features of all labels are to those of the most frequent one, before and after smoothing."""
         density, figures = next(iter(self._data.values()))[1], {}
         for shown, run, name, seed in self._trained():

@@ -146,8 +146,10 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
     if method.after is not None:
         return afterwards(method.after, settings, trial)
     features = method.num_features
-    backbone = digit_cnn(features, size=trial.splits.train.images.shape[2], activation=features > 2)
-    weights, weights_from, head, loss = None, 0, None, None
+    backbone = digit_cnn(features, size=trial.splits.train.inputs.shape[2], activation=features > 2)
+    weights, weights_from = None, 0
+    head: Any = None
+    loss: Any = None
     adjusted = (
         {"target_prior": "uniform", "adjust": "in_loss", "tau": settings.tau} if method.loss == "logit-adjusted" else {}
     )
@@ -225,7 +227,7 @@ def with_centers(num_features: int, strength: float) -> nn.Module:
     return WithCenters()
 
 
-def afterwards(after: str, settings: Settings, trial: Trial) -> Trained:
+def afterwards(after: Any, settings: Settings, trial: Trial) -> Trained:
     """What is done to a network after it was trained with softmax."""
     import torch
 
@@ -273,7 +275,8 @@ def calibration(trial: Trial, trained: Trained, output: Any) -> dict[str, Any]:
 
     if not gives_logits(trained.model.head):
         return {}
-    shares = trained.model.readout.adjuster(output.scores).double().softmax(1)  # type: ignore[operator]
+    adjuster: Any = trained.model.readout.adjuster
+    shares = adjuster(output.scores).double().softmax(1)
     errors = dt.metrics.calibration_metrics(shares, torch.from_numpy(trial.splits.test.labels).to(shares.device))
     return {name: errors[name] for name in ("ece", "classwise_ece", "log_loss")}
 

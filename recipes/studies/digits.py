@@ -156,7 +156,8 @@ def taus(trial: Trial, trained: Trained, output: Any) -> Any:
 
     val, test = (torch.from_numpy(part.labels) for part in (trial.splits.val, trial.splits.test))
     reliability = CalibrationMetrics(10)
-    reliability.update(trained.model.readout.adjuster(output.scores).double().softmax(1).cpu(), test)
+    model: Any = trained.model
+    reliability.update(model.readout.adjuster(output.scores).double().softmax(1).cpu(), test)
     if trial.method != "softmax":
         return reliability, None
     prior = dt.class_prior(trial.density)

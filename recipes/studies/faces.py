@@ -386,7 +386,7 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
         first = trial.trained(method.start, epoch="last")
         if method.tau:
             return trial.adjusted(first, tau=settings.tau)
-        model = first.model
+        model: Any = first.model
         dt.stage_two(model, "rrt" if method.head == "regression" else "crt", seed=trial.runtime.derive("head"))
         options |= {"after": first, "optimization": replace(trial.study.optimization, epochs=settings.stage_two_epochs)}
     if method.q is not None:

@@ -73,7 +73,7 @@ def main(settings: Settings) -> None:
             **{k: str(v) for k, v in study.settings.items() if k not in ("methods", "seeds")},
         }
         tried = {knob: KNOBS[knob] for knob in settings.knobs}
-        options = {"epochs": settings.epochs, "folder": out / "tune", "resume": settings.resume}
+        options: dict[str, Any] = {"epochs": settings.epochs, "folder": out / "tune", "resume": settings.resume}
         found = search(tried, score, fingerprint=fingerprint, **options)
         best = ", ".join(f"--{knob.replace('_', '-')} {value}" for knob, value in found.settings.items())
         study = faces.study(replace(settings, **found.settings, resume=True), out, runtime, "tune.py")
