@@ -2,7 +2,7 @@
 
 The following holds of every head and is not repeated there.
 
-Arguments:
+Sizes:
     ``num_features`` is D and ``num_classes`` is C, both at least 1.
 Features:
     Real numbers (N, D) on the device of the head, of which values on an accelerator are not looked at. Scores are

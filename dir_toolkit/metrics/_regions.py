@@ -25,7 +25,7 @@ class RegionMetrics(MergingSums):
     selects: ClassVar[str]
     """The key of :meth:`summary` whose least value marks the best model."""
     takes: ClassVar[str]
-    """The part of a model's output that :meth:`update` takes, by name."""
+    """The part of a model's output that ``update`` takes, by name."""
 
     regions: np.ndarray | None = None
 
@@ -66,7 +66,7 @@ class RegionMetrics(MergingSums):
         Args:
             many, few: limits of the regions, as in :meth:`LabelDensity.regions`. They do nothing if regions were given.
         Raises:
-            LabelError, ValueError: on an accelerator, :meth:`update` was given what it refuses on the CPU.
+            LabelError, ValueError: on an accelerator, ``update`` was given what it refuses on the CPU.
         """
         self._check_refused()
         regions = self.density.regions(many=many, few=few) if self.regions is None else self.regions

@@ -1,6 +1,6 @@
 """Files from outside, in a tar archive or in a folder: every one is checked before any is read, and none is extracted.
 
-The checks of members are our own, since the ``data`` filter of :mod:`tarfile` is about extraction: it renames absolute
+The checks of members are our own, since the ``data`` filter of ``tarfile`` is about extraction: it renames absolute
 members, and it lets through links and ``..`` that stay inside, backslashes and sparse files.
 """
 
