@@ -29,7 +29,7 @@ def as_jpeg(image: np.ndarray) -> bytes:
 
 def main(report: Report) -> None:
     drawn = portraits(seed=0).train
-    files = [as_jpeg(image) for image in drawn.images[drawn.rows[:NUM_IMAGES]]]
+    files = [as_jpeg(image) for image in drawn.inputs[drawn.rows[:NUM_IMAGES]]]
     images = np.stack([decode_jpeg(file, SIZE) for file in files])
     labels, rows = drawn.labels[:NUM_IMAGES], np.arange(NUM_IMAGES)
     cached = ImageSet(images, labels, rows, content_digest(images, labels, rows))

@@ -90,8 +90,8 @@ def main(settings: Settings) -> None:
                     schedule.step()
                 fds.end_epoch()
             pred, valid = model.eval()(test_image)[:, 0].detach(), test_depth > 0
-            regions = {"many": pixels // 50, "few": pixels // 200}  # bins of over 2 % and under 0.5 % of the pixels
-            errors = dt.regression_metrics(pred[valid], test_depth[valid], density, **regions)
+            many, few = pixels // 50, pixels // 200  # bins of over 2 % and under 0.5 % of the pixels
+            errors = dt.regression_metrics(pred[valid], test_depth[valid], density, many=many, few=few)
             table.setdefault(name, []).append(np.append(errors.mae, errors.bmae.sel(region="all")))
     print(f"MAE in metres, mean over {settings.seeds} seed(s); bins of 0.5 m by their share of the training pixels")
     print(" " * 12 + "".join(f"{name:>9}" for name in (*errors.region.values, "bMAE")))

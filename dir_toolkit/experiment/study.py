@@ -531,14 +531,15 @@ class Study:
     def _statistics_figures(self, label: dict[str, Any]) -> dict[str, Figure]:
         """How alike the features of all labels are to those of the most frequent one, before and after smoothing."""
         density, figures = next(iter(self._data.values()))[1], {}
+        bins: Any = density.bins
         for shown, run, name, seed in self._trained():
             if seed == 0 and run.trained.fds is not None and run.trained.method == name:
                 s = {key: value.cpu().numpy() for key, value in run.trained.fds.statistics().items()}
                 figures[f"Feature statistics of {shown}"] = similarity_figure(
                     s["mean"],
                     s["smoothed_mean"],
-                    density.bins,
-                    anchor=density.bins.centers[density.counts.argmax()],
+                    bins,
+                    anchor=bins.centers[density.counts.argmax()],
                     variance_before=s["variance"],
                     variance_after=s["smoothed_variance"],
                     **label,

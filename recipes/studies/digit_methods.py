@@ -275,8 +275,8 @@ def calibration(trial: Trial, trained: Trained, output: Any) -> dict[str, Any]:
 
     if not gives_logits(trained.model.head):
         return {}
-    adjuster: Any = trained.model.readout.adjuster
-    shares = adjuster(output.scores).double().softmax(1)
+    model: Any = trained.model
+    shares = model.readout.adjuster(output.scores).double().softmax(1)
     errors = dt.metrics.calibration_metrics(shares, torch.from_numpy(trial.splits.test.labels).to(shares.device))
     return {name: errors[name] for name in ("ece", "classwise_ece", "log_loss")}
 

@@ -375,6 +375,7 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
     import dir_toolkit as dt
 
     options: dict[str, Any] = {"weights": None}
+    model: Any
     if method.weights is not None:
         kernel = dt.gaussian(settings.kernel_size, settings.kernel_sigma) if method.weights == "smoothed" else None
         options["weights"] = dt.LDS(trial.bins, kernel=kernel, scheme=method.scheme or settings.scheme).fit(
@@ -386,7 +387,7 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
         first = trial.trained(method.start, epoch="last")
         if method.tau:
             return trial.adjusted(first, tau=settings.tau)
-        model: Any = first.model
+        model = first.model
         dt.stage_two(model, "rrt" if method.head == "regression" else "crt", seed=trial.runtime.derive("head"))
         options |= {"after": first, "optimization": replace(trial.study.optimization, epochs=settings.stage_two_epochs)}
     if method.q is not None:
