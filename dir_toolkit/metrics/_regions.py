@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+Axis = LabelDensity | Bins | BinGrid  # bins alone only where the density follows them
+
+
 class RegionMetrics(MergingSums):
     """Metrics that follow from sums per bin, over all labels and by region of the training density."""
 
@@ -29,7 +32,12 @@ class RegionMetrics(MergingSums):
 
     regions: np.ndarray | None = None
 
-    def __init__(self, density: LabelDensity, outside: Outside, *, grids: bool) -> None:
+    def __init__(self, density: Axis, counted: LabelDensity | None, outside: Outside, *, grids: bool) -> None:
+        if counted is not None:
+            if not isinstance(counted, LabelDensity) or counted.bins != density:
+                rule = "bins must be those of the density, where both are handed over"
+                raise problem(rule, got=f"{density!r} and {counted!r}", fix="Hand over the density alone.")
+            density = counted
         axes = (Bins, BinGrid) if grids else Bins
         if not isinstance(density, LabelDensity) or not isinstance(density.bins, axes):
             raise problem(f"density must be a LabelDensity{'' if grids else ' over one axis'}", got=repr(density))

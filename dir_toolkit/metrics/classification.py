@@ -16,7 +16,7 @@ from ..errors import ShapeError
 from ..labels.bins import Outside
 from ..labels.density import REGIONS, LabelDensity
 from ._metric import Metric
-from ._regions import RegionMetrics
+from ._regions import Axis, RegionMetrics
 from ._sums import check_samples, check_some, class_indices, placed
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class ClassificationMetrics(RegionMetrics):
 
     Args:
         density: of the training labels. It brings the label axis and decides the region of each bin.
+            ``(bins, density)``, in two arguments, means the same.
         regions: the region of each bin, B names out of "many", "medium", "few" and "unseen", in place of those that
             ``density`` gives.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``.
@@ -116,12 +117,13 @@ class ClassificationMetrics(RegionMetrics):
 
     def __init__(
         self,
-        density: LabelDensity,
+        density: Axis,
+        counted: LabelDensity | None = None,
         *,
         regions: Sequence[str] | np.ndarray | None = None,
         outside: Outside = "raise",
     ) -> None:
-        super().__init__(density, outside, grids=False)
+        super().__init__(density, counted, outside, grids=False)
         size = len(self.bins)
         self.regions = None if regions is None else _region_names(regions, size)
         check_memory(f"the confusion matrix of {size:,} bins", 8 * size**2, "Use fewer bins.")
@@ -179,7 +181,8 @@ class ClassificationMetrics(RegionMetrics):
 def classification_metrics(
     pred: Tensor,
     target: Tensor,
-    density: LabelDensity,
+    density: Axis,
+    counted: LabelDensity | None = None,
     *,
     regions: Sequence[str] | np.ndarray | None = None,
     outside: Outside = "raise",
@@ -188,7 +191,7 @@ def classification_metrics(
 ) -> xr.Dataset:
     """:class:`ClassificationMetrics` of one whole set."""
     check_some(target=target)
-    metrics = ClassificationMetrics(density, regions=regions, outside=outside)
+    metrics = ClassificationMetrics(density, counted, regions=regions, outside=outside)
     metrics.update(pred, target)
     return metrics.compute(many=many, few=few)
 

@@ -14,7 +14,7 @@ from ..labels.bins import Outside
 from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins, BinGrid
 from ._metric import Metric
-from ._regions import RegionMetrics
+from ._regions import Axis, RegionMetrics
 from ._sums import check_samples, check_some, placed
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class RegressionMetrics(RegionMetrics):
 
     Args:
         density: of the training labels. It brings the label axis, or the grid of axes, and decides the region of each
-            bin.
+            bin. ``(bins, density)``, in two arguments, means the same.
         floor: the least absolute error that enters the geometric mean, in label units, so that one perfect prediction
             does not make it zero. None takes a hundredth of the median bin width. Over a grid give one for all axes or
             one per axis.
@@ -110,9 +110,14 @@ class RegressionMetrics(RegionMetrics):
     sums: Tensor
 
     def __init__(
-        self, density: LabelDensity, *, floor: float | Sequence[float] | None = None, outside: Outside = "raise"
+        self,
+        density: Axis,
+        counted: LabelDensity | None = None,
+        *,
+        floor: float | Sequence[float] | None = None,
+        outside: Outside = "raise",
     ) -> None:
-        super().__init__(density, outside, grids=True)
+        super().__init__(density, counted, outside, grids=True)
         bins = self.bins
         self._floors = _checked_floors(floor, bins)
         self.floor = self._floors if isinstance(bins, BinGrid) else self._floors[0]
@@ -188,7 +193,8 @@ def _checked_floors(floor: float | Sequence[float] | None, bins: AnyBins) -> tup
 def regression_metrics(
     pred: Tensor,
     target: Tensor,
-    density: LabelDensity,
+    density: Axis,
+    counted: LabelDensity | None = None,
     *,
     floor: float | Sequence[float] | None = None,
     outside: Outside = "raise",
@@ -197,6 +203,6 @@ def regression_metrics(
 ) -> xr.Dataset:
     """:class:`RegressionMetrics` of one whole set."""
     check_some(pred=pred)
-    metrics = RegressionMetrics(density, floor=floor, outside=outside)
+    metrics = RegressionMetrics(density, counted, floor=floor, outside=outside)
     metrics.update(pred, target)
     return metrics.compute(many=many, few=few)

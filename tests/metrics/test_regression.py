@@ -326,3 +326,14 @@ def test_grids_merge_and_split_and_know_their_settings() -> None:
         RegressionMetrics(DENSITY, floor=[0.1])
     with pytest.raises(ValueError, match="floor must be > 0, got 0"):
         RegressionMetrics(JOINT, floor=[0.1, 0])
+
+
+def test_bins_may_come_before_their_density() -> None:
+    bins = Bins.uniform(0, 6, width=1)
+    density, other = LabelDensity.count([1.0, 2.0], bins), LabelDensity.count([1.0], Bins.uniform(0, 3, width=1))
+    pred, target = torch.tensor([1.0, 4.0]), torch.tensor([2.0, 4.0])
+    assert regression_metrics(pred, target, bins, density).identical(regression_metrics(pred, target, density))
+    assert RegressionMetrics(bins, density).settings == RegressionMetrics(density).settings
+    for wrong in (other, bins):
+        with pytest.raises(ValueError, match=r"^RegressionMetrics: bins must be those of the density"):
+            RegressionMetrics(bins, wrong)  # type: ignore[arg-type]
