@@ -139,6 +139,8 @@ def limits(bins: Bins, like: Tensor) -> Tensor:
     >>> limits(Bins.uniform(0, 30, width=10, integer=True), torch.zeros(()))
     tensor([-0.5000,  9.5000, 19.5000, 29.5000])
     """
+    instance(Bins, bins=bins)
+    is_tensor(like=like)
     return bins.tensor("limits", like.detach().to(bins.wide_dtype(like)))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from .._checks import problem
+from .._checks import instance, problem
 from ..labels.bins import Bins, Outside
 from ..labels.density import REGIONS, LabelDensity
 from ..labels.grid import BinGrid
@@ -34,9 +34,10 @@ class RegionMetrics(MergingSums):
 
     def __init__(self, density: Axis, counted: LabelDensity | None, outside: Outside, *, grids: bool) -> None:
         if counted is not None:
-            if not isinstance(counted, LabelDensity) or counted.bins != density:
+            instance(LabelDensity, counted=counted)
+            if counted.bins != density:
                 rule = "bins must be those of the density, where both are handed over"
-                raise problem(rule, got=f"{density!r} and {counted!r}", fix="Hand over the density alone.")
+                raise problem(rule, got=f"{density!r} and {counted.bins!r}", fix="Hand over the density alone.")
             density = counted
         axes = (Bins, BinGrid) if grids else Bins
         if not isinstance(density, LabelDensity) or not isinstance(density.bins, axes):

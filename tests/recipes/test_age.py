@@ -89,7 +89,13 @@ def test_the_result_is_of_ages_and_holds_the_constant_predictor(finished: tuple[
 
 def test_tensorboard_holds_every_curve_and_figure(finished: tuple[Path, str]) -> None:
     out, _ = finished
-    tags = {"train/loss", "train/lr", "val/mae/all", "val/mae/many", "val/mae/medium", "val/mae/few", "val/bmae/all"}
+    tags = {
+        "train/loss",
+        "train/lr",
+        "val/mae/all",
+        "val/mae/few",
+        "val/bmae/all",
+    }  # so few faces are of no other region
     events = scalars(out / "lds+fds/seed0")
     assert set(events.Tags()["scalars"]) == tags
     assert [event.step for event in events.Scalars("val/bmae/all")] == [3, 6]
