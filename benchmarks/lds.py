@@ -18,7 +18,7 @@ NUM_LABELS, NUM_BINS = 1_000_000, 121
 
 
 def weights_by_loop(labels: np.ndarray) -> list[float]:
-    """The public code's way: a dictionary of counts, then lists with one entry a label."""
+    """The public code's way: a dictionary of counts, then lists with one entry per label."""
     last = NUM_BINS - 1
     counts: dict[int, float] = dict.fromkeys(range(NUM_BINS), 0)
     for label in labels:

@@ -376,7 +376,7 @@ def _checked_prior(name: str, prior: Any, *, zeros: bool = False) -> Tensor:
     is_tensor(**{name: prior})
     real(**{name: prior})
     if prior.ndim != 1:
-        raise problem(f"{name} must be one share a class", got=f"shape {tuple(prior.shape)}", error=ShapeError)
+        raise problem(f"{name} must be one share per class", got=f"shape {tuple(prior.shape)}", error=ShapeError)
     not_empty(**{name: prior})
     prior = prior.double()
     prior_shares(name, prior, zeros=zeros)

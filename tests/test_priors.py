@@ -215,7 +215,7 @@ BAD_PRIORS: list[tuple[Any, type[Exception], str]] = [
     ([6, 3, 1], ValueError, r"prior must sum to one, got a sum of 10\. Use dt\.class_prior\(counts\)"),
     ([0.5, 0.3, 0.1], ValueError, "prior must sum to one, got a sum of 0.9"),
     ([0.5, math.nan, 0.5], ValueError, r"prior must be finite, got nan at index \[1\]"),
-    ([[0.5, 0.5]], ShapeError, r"prior must be one share a class, got shape \(1, 2\)"),
+    ([[0.5, 0.5]], ShapeError, r"prior must be one share per class, got shape \(1, 2\)"),
     ([], ValueError, "prior must hold at least one value"),
     ("uniform", TypeError, "prior must be integers or floats"),
     (torch.tensor([True]), TypeError, "prior must be integers or floats, got dtype torch.bool"),

@@ -225,7 +225,7 @@ def test_only_like_metrics_merge() -> None:
         metrics.merge(others[0])
 
 
-# Maps of one label a pixel, and grids of label axes
+# Maps of one label per pixel, and grids of label axes
 
 
 def test_maps_are_their_pixels_and_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
