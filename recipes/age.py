@@ -4,9 +4,9 @@
     python recipes/age.py --data utkface --root DIR --seeds 3         # real faces
     torchrun --nproc_per_node 2 recipes/age.py ...                    # several processes or GPUs
 
-The first command takes about a minute on two CPU cores, and ends with a table, figures and a report in
-``runs/age/portraits``. Expected there of vanilla, lds and soft+tau: a bMAE of 11.1, 10.0 and 8.9 years, and of rare
-ages a MAE of 14.7, 12.3 and 10.7. A run that was stopped goes on with ``--resume``; finished parts are not done again.
+The first command takes about two minutes on two CPU cores, and ends with a table, figures and a report in
+``runs/age/portraits``. Expected there of vanilla, lds and soft+tau: a bMAE of 10.9, 9.9 and 8.9 years, and of rare
+ages a MAE of 14.6, 11.8 and 10.8. A run that was stopped goes on with ``--resume``; finished parts are not done again.
 ``studies/compare.py`` compares all methods, and ``studies/tune.py`` chooses the settings of one.
 """
 
