@@ -13,7 +13,7 @@ from .._checks import instance, is_tensor, number, one_of, problem, real, same_d
 from .._numerics import readable
 from ..errors import ShapeError
 from .bins import Bins, lookup
-from .soft_labels import limits
+from .soft_labels import Ends, knots_of
 
 __all__ = ["Decoding", "decode", "interval", "quantiles"]
 
@@ -22,7 +22,7 @@ Decoding = Literal["expectation", "median", "mode"]
 _LEVELS = "levels must be one number or a row of them, each in (0, 1)"
 
 
-def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation") -> Tensor:
+def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation", *, ends: Ends = "closed") -> Tensor:
     """The label that a distribution over bins stands for.
 
     Args:
@@ -30,6 +30,9 @@ def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation") -
         point: ``"expectation"``, the mean of the centres of the bins, which has the least squared error; ``"median"``,
             the :func:`quantiles` of level 0.5, which has the least absolute error; ``"mode"``, the centre of the most
             probable bin, or the number of the most probable class, which is the only choice for classes.
+        ends: ``"closed"`` ends the first and the last bin with the axis. ``"open"`` is for distributions that stand
+            for soft labels with the same ``ends``: both bins reach one width beyond the axis, which moves their
+            centres to its ends, and the answer is held to the axis.
     Shape:
         probabilities: (..., B). Returns (...), at least float32; int64 where bins are classes.
     Units:
@@ -44,23 +47,35 @@ def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation") -
     [2.0, 1.667, 1.5]
     """
     one_of("point", point, get_args(Decoding))
-    return decoded(_checked(probabilities, bins, order_for="" if point == "mode" else f"point={point!r}"), bins, point)
+    one_of("ends", ends, get_args(Ends))
+    shares = _checked(probabilities, bins, order_for="" if point == "mode" else f"point={point!r}")
+    return decoded(shares, bins, point, ends)
 
 
-def decoded(probabilities: Tensor, bins: Bins, point: Decoding) -> Tensor:
+def decoded(probabilities: Tensor, bins: Bins, point: Decoding, ends: Ends = "closed") -> Tensor:
     """:func:`decode` of shares that have been checked."""
     probabilities = probabilities.to(bins.wide_dtype(probabilities))
     if point == "mode":
         index = probabilities.argmax(-1)
         return index if bins.categorical else lookup(bins.tensor("centers", probabilities), index)
     if point == "median":
-        return _quantiles(probabilities, bins, probabilities.new_full((1,), 0.5)).squeeze(-1)
+        return quantiles_of(probabilities, bins, probabilities.new_full((1,), 0.5), ends).squeeze(-1)
+    centers = bins.tensor("centers", probabilities)
+    if ends == "open":
+        knots = knots_of(bins, probabilities, "closed")
+        centers = torch.cat([knots[:1], centers[1:-1], knots[-1:]]) if len(bins) > 1 else centers
     # Not a matrix product, which autocast would take in half precision.
-    mean = (probabilities * bins.tensor("centers", probabilities)).sum(-1)
-    return mean / probabilities.sum(-1)
+    mean = (probabilities * centers).sum(-1) / probabilities.sum(-1)
+    return mean if ends == "closed" else _held(mean, bins)
 
 
-def quantiles(probabilities: Tensor, bins: Bins, levels: float | Sequence[float] | np.ndarray | Tensor) -> Tensor:
+def quantiles(
+    probabilities: Tensor,
+    bins: Bins,
+    levels: float | Sequence[float] | np.ndarray | Tensor,
+    *,
+    ends: Ends = "closed",
+) -> Tensor:
     """The labels below which given shares of a distribution over bins lie.
 
     The mass of a bin is spread evenly between its :func:`~dir_toolkit.labels.soft_labels.limits`, so that the
@@ -70,6 +85,7 @@ def quantiles(probabilities: Tensor, bins: Bins, levels: float | Sequence[float]
     Args:
         probabilities: as in :func:`decode`, whose errors hold here, too.
         levels: each in (0, 1).
+        ends: as in :func:`decode`.
     Shape:
         probabilities: (..., B). levels: (L,), or one number. Returns (..., L), with L = 1 for one number.
     Units:
@@ -80,16 +96,18 @@ def quantiles(probabilities: Tensor, bins: Bins, levels: float | Sequence[float]
     >>> quantiles(torch.tensor([0.5, 0.25, 0.25]), Bins.uniform(0, 30, width=10), [0.25, 0.5, 0.75])
     tensor([ 5., 10., 20.])
     """
+    one_of("ends", ends, get_args(Ends))
     probabilities = _checked(probabilities, bins, order_for="quantiles")
-    return _quantiles(probabilities, bins, _levels(levels, probabilities))
+    return quantiles_of(probabilities, bins, _levels(levels, probabilities), ends)
 
 
-def interval(probabilities: Tensor, bins: Bins, level: float = 0.9) -> tuple[Tensor, Tensor]:
+def interval(probabilities: Tensor, bins: Bins, level: float = 0.9, *, ends: Ends = "closed") -> tuple[Tensor, Tensor]:
     """The central interval that holds a share ``level`` of a distribution over bins, with equal shares on both sides.
 
     Args:
         probabilities: as in :func:`quantiles`, whose shapes, units and errors hold here, too.
         level: in (0, 1).
+        ends: as in :func:`decode`.
     Returns:
         the lower and the upper end, each (...).
 
@@ -98,14 +116,16 @@ def interval(probabilities: Tensor, bins: Bins, level: float = 0.9) -> tuple[Ten
     (10.0, 90.0)
     """
     level = number("level", level, low=0, high=1, open_low=True, open_high=True)
+    one_of("ends", ends, get_args(Ends))
     probabilities = _checked(probabilities, bins, order_for="an interval")
-    ends = torch.stack([probabilities.new_full((), (1 + side * level) / 2) for side in (-1, 1)])
-    lower, upper = _quantiles(probabilities, bins, ends).unbind(-1)
+    tails = torch.stack([probabilities.new_full((), (1 + side * level) / 2) for side in (-1, 1)])
+    lower, upper = quantiles_of(probabilities, bins, tails, ends).unbind(-1)
     return lower, upper
 
 
-def _quantiles(probabilities: Tensor, bins: Bins, levels: Tensor) -> Tensor:
-    knots = limits(bins, probabilities)
+def quantiles_of(probabilities: Tensor, bins: Bins, levels: Tensor, ends: Ends) -> Tensor:
+    """:func:`quantiles` of arguments that have been checked."""
+    knots = knots_of(bins, probabilities, ends)
     cumulative = probabilities.cumsum(-1)
     cumulative = cumulative / cumulative[..., -1:]
     levels = levels.expand(*probabilities.shape[:-1], len(levels)).contiguous()  # (..., L)
@@ -114,7 +134,14 @@ def _quantiles(probabilities: Tensor, bins: Bins, levels: Tensor) -> Tensor:
     below = torch.nn.functional.pad(cumulative[..., :-1], (1, 0)).gather(-1, index)
     mass = cumulative.gather(-1, index) - below
     share = (levels - below) / mass.clamp_min(torch.finfo(mass.dtype).tiny)
-    return knots[index] + share.clamp(0, 1) * knots.diff()[index]
+    values = knots[index] + share.clamp(0, 1) * knots.diff()[index]
+    return values if ends == "closed" else _held(values, bins)
+
+
+def _held(values: Tensor, bins: Bins) -> Tensor:
+    """The values, of which those beyond the axis lie at its nearer end."""
+    edges = bins.tensor("edges", values)
+    return values.clamp(edges[0], edges[-1])
 
 
 def _checked(probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:

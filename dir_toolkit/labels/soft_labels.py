@@ -13,8 +13,9 @@ from .._checks import instance, is_tensor, number, one_of, problem
 from .._numerics import readable, wide_dtype
 from .bins import Bins, Outside, lookup
 
-__all__ = ["KernelUnit", "LabelKernel", "limits", "soft_labels"]
+__all__ = ["Ends", "KernelUnit", "LabelKernel", "limits", "soft_labels"]
 
+Ends = Literal["closed", "open"]
 KernelUnit = Literal["label", "bin"]
 LabelKernel = Literal["gaussian", "laplace", "triangular"]
 
@@ -31,6 +32,7 @@ def soft_labels(
     kernel: LabelKernel = "gaussian",
     unit: KernelUnit = "label",
     outside: Outside = "raise",
+    ends: Ends = "closed",
 ) -> Tensor:
     r"""The distribution over bins that a label spread by a kernel has.
 
@@ -39,9 +41,8 @@ def soft_labels(
 
     K is the cumulative distribution of the kernel, and :math:`k` are the :func:`limits` of the bins. The kernel stands
     on the label itself, not on its bin, and a bin gets the mass between its limits, whatever the widths are. The kernel
-    is cut off on both sides of the label at the distance of the nearer end of the axis, so that it stays symmetric and
-    decodes to the label. Within half a bin of an end all of it is in the end bin, since no distribution over bins
-    decodes to a label further out.
+    is cut off on both sides of the label at the distance of the nearer limit of all bins, so that it stays symmetric
+    and decodes to the label.
 
     Args:
         sigma: the standard deviation of the kernel, at most 100 times the axis. A Laplace kernel so falls by e every
@@ -52,6 +53,10 @@ def soft_labels(
             The median then still decodes a row to its label, while the expectation leans to where bins are wider.
         outside: what happens to a label beyond the axis: ``"raise"``; ``"clip"``, which spreads it as the end of the
             axis; ``"drop"``, which gives a row of zeros, whose cross entropy is 0 for every prediction.
+        ends: how far the first and the last bin reach. ``"closed"`` ends them with the axis. All of a label within half
+            a bin of an end is then in the end bin and decodes to its middle, since mass in a bin counts as spread
+            evenly. ``"open"`` lets both reach one width beyond the axis, so that every label on the axis decodes to
+            itself. Decode with the same ``ends``.
     Shape:
         labels: any. Returns (..., B), float64 for float64 labels, else float32. Each row sums to one.
     Raises:
@@ -68,6 +73,7 @@ def soft_labels(
     instance(Bins, bins=bins)
     one_of("kernel", kernel, get_args(LabelKernel))
     one_of("unit", unit, get_args(KernelUnit))
+    one_of("ends", ends, get_args(Ends))
     if sigma is not None and not torch.compiler.is_compiling():
         sigma = checked_sigma(sigma, bins, unit)
     if sigma and bins.categorical:
@@ -78,7 +84,7 @@ def soft_labels(
     if not sigma:
         soft = (index.unsqueeze(-1) == torch.arange(len(bins), device=labels.device)).to(wide_dtype(labels))
     else:
-        soft = spread(labels, bins, sigma, kernel, unit)
+        soft = spread(labels, bins, sigma, kernel, unit, ends)
     without_bin = (index < 0).unsqueeze(-1)
     if outside == "drop":
         soft = soft.masked_fill(without_bin, 0)
@@ -86,23 +92,27 @@ def soft_labels(
     return soft if looked_at else soft.masked_fill(without_bin, torch.nan)
 
 
-def spread(labels: Tensor, bins: Bins, sigma: float, kernel: LabelKernel, unit: KernelUnit) -> Tensor:
+def spread(
+    labels: Tensor, bins: Bins, sigma: float, kernel: LabelKernel, unit: KernelUnit, ends: Ends = "closed"
+) -> Tensor:
     """:func:`soft_labels` of labels that lie on the axis, (..., B), by a sigma above zero."""
-    values, knots, sigma = _measured(labels.to(bins.wide_dtype(labels)), bins, sigma, unit)
+    values, knots, sigma = _measured(labels.to(bins.wide_dtype(labels)), bins, sigma, unit, ends)
     return _masses(values, knots, sigma, kernel).to(wide_dtype(labels))
 
 
-def spread_counts(counts: np.ndarray, bins: Bins, sigma: float, *, kernel: LabelKernel, unit: KernelUnit) -> np.ndarray:
+def spread_counts(
+    counts: np.ndarray, bins: Bins, sigma: float, *, kernel: LabelKernel, unit: KernelUnit, ends: Ends
+) -> np.ndarray:
     """The sum of the soft labels of so many labels at the centre of each bin.
 
     Shape:
         counts: (..., B). Returns the same, float64.
     """
     centers = torch.from_numpy(bins.centers.astype(np.float64))
-    values, knots, sigma = _measured(centers, bins, sigma, unit)
-    reach, middles, ends = _REACH[kernel] * sigma, values.numpy(), knots.numpy()
-    first = np.maximum(np.searchsorted(ends, middles - reach) - 2, 0)
-    last = np.minimum(np.searchsorted(ends, middles + reach) + 2, len(bins))
+    values, knots, sigma = _measured(centers, bins, sigma, unit, ends)
+    reach, middles, places = _REACH[kernel] * sigma, values.numpy(), knots.numpy()
+    first = np.maximum(np.searchsorted(places, middles - reach) - 2, 0)
+    last = np.minimum(np.searchsorted(places, middles + reach) + 2, len(bins))
     spread = np.zeros(counts.shape)
     start = 0
     while start < len(bins):  # in pieces, since the whole matrix would be (B, B)
@@ -121,7 +131,7 @@ def checked_sigma(sigma: float, bins: Bins, unit: KernelUnit = "label") -> float
     return number("sigma", sigma, low=0, high=_WIDEST * axis, float32=True)
 
 
-def limits(bins: Bins, like: Tensor) -> Tensor:
+def limits(bins: Bins, like: Tensor, *, ends: Ends = "closed") -> Tensor:
     """Where each bin of an axis begins and ends if its centre is to lie in the middle.
 
     The limits are the edges, each moved by the mean distance at which the centres on its two sides lie off the middle.
@@ -131,6 +141,7 @@ def limits(bins: Bins, like: Tensor) -> Tensor:
     Args:
         like: gives the device and the dtype, which is at least float32, and float64 where float32 does not resolve the
             bins.
+        ends: ``"open"`` moves the first and the last limit outwards by the width of their bin.
     Shape:
         Returns (B + 1,).
     Units:
@@ -141,17 +152,29 @@ def limits(bins: Bins, like: Tensor) -> Tensor:
     """
     instance(Bins, bins=bins)
     is_tensor(like=like)
-    return bins.tensor("limits", like.detach().to(bins.wide_dtype(like)))
+    one_of("ends", ends, get_args(Ends))
+    return knots_of(bins, like, ends)
 
 
-def _measured(labels: Tensor, bins: Bins, sigma: float, unit: KernelUnit) -> tuple[Tensor, Tensor, float]:
+def knots_of(bins: Bins, like: Tensor, ends: Ends) -> Tensor:
+    """:func:`limits` of arguments that have been checked."""
+    knots = bins.tensor("limits", like.detach().to(bins.wide_dtype(like)))
+    return _opened(knots) if ends == "open" else knots
+
+
+def _measured(labels: Tensor, bins: Bins, sigma: float, unit: KernelUnit, ends: Ends) -> tuple[Tensor, Tensor, float]:
     """Labels, limits and sigma in one unit."""
-    knots = limits(bins, labels)
-    if unit == "label":
-        return labels, knots, sigma
-    if bins._even:
-        return labels, knots, sigma * bins._width
-    return *_in_bins(labels, knots), sigma
+    knots = knots_of(bins, labels, "closed")
+    if unit == "bin" and bins._even:
+        sigma = sigma * bins._width
+    elif unit == "bin":
+        labels, knots = _in_bins(labels, knots)
+    return labels, _opened(knots) if ends == "open" else knots, sigma
+
+
+def _opened(knots: Tensor) -> Tensor:
+    """The knots, of which the first and the last move outwards by the width of their bin."""
+    return torch.cat([2 * knots[:1] - knots[1:2], knots[1:-1], 2 * knots[-1:] - knots[-2:-1]])
 
 
 def _in_bins(labels: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +191,7 @@ def _masses(labels: Tensor, knots: Tensor, sigma: float, kernel: LabelKernel, pa
     Args:
         part: of the knots, between which all of the mass lies.
     """
-    # Within half a bin of an end the kernel is cut off inside the end bin, which holds all of it.
+    # Beyond the middle of an end bin the kernel is cut off inside this bin, which holds all of it.
     labels = labels.clamp((knots[0] + knots[1]) / 2, (knots[-2] + knots[-1]) / 2).unsqueeze(-1)
     reach = torch.minimum(labels - knots[0], knots[-1] - labels) / sigma
     distance = ((knots[part] - labels) / sigma).clamp(-reach, reach)  # (..., B + 1)

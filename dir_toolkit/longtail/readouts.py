@@ -44,7 +44,7 @@ from ..labels.bins import Bins, Outside
 from ..labels.decoding import Decoding, decoded, interval, quantiles
 from ..labels.density import LabelDensity, to_shares
 from ..labels.kernels import Window, checked_window, usual_kernel
-from ..labels.soft_labels import KernelUnit, LabelKernel, checked_sigma, limits, spread, spread_counts
+from ..labels.soft_labels import Ends, KernelUnit, LabelKernel, checked_sigma, limits, spread, spread_counts
 from ..labels.weights import LDS
 from ..losses.affinity import affinity_loss
 from ..losses.balanced_mse import BinnedIntegrationLoss
@@ -451,7 +451,9 @@ class BinsReadout(_ScoreReadout):
             filled up to one label of its own weight.
         temperature: T > 0, by which logits are divided first, :func:`dir_toolkit.fit_temperature`.
         sigma: by how much ``"cross_entropy"`` and ``"squared_emd"`` spread labels over bins, in label units. ``"auto"``
-            takes two bins, as wide as they are where the label lies. None or 0 means hard labels.
+            takes two bins, as wide as they are where the label lies. None or 0 means hard labels. Where labels are
+            spread, the first and the last bin reach one width beyond the axis, ``ends="open"`` of
+            :func:`dir_toolkit.labels.soft_labels.soft_labels`, unless each bin is one whole number.
         label_kernel: as ``kernel`` of :func:`dir_toolkit.labels.soft_labels.soft_labels`.
         decode: how a distribution becomes a label, :func:`dir_toolkit.labels.decoding.decode`.
         residual: whether to learn where in its bin a label lies, too, as an offset that does not reach beyond the
@@ -498,6 +500,9 @@ class BinsReadout(_ScoreReadout):
         self.expectation_weight = number("expectation_weight", expectation_weight, low=0)
         self._given_sigma = sigma
         self.sigma = self._checked_sigma(sigma)
+        # A label that is spread near an end of the axis needs an end bin that reaches beyond it. Bins of one whole
+        # number each have their labels in the middle, and reach half a number beyond the axis as they are.
+        self.ends: Ends = "open" if self.sigma and self.bins.centers[0] > self.bins.edges[0] else "closed"
         self._start_prior(target_prior, tau, temperature, setup.weights)
         self.residual = LinearHead(setup.num_features, len(self.bins)) if residual else None
         if residual:
@@ -510,7 +515,7 @@ class BinsReadout(_ScoreReadout):
         if not self.sigma:
             bins = torch.arange(len(self.bins), device=labels.row.device)
             return (labels.row[:, None] == bins).to(wide_dtype(labels.values))
-        return spread(labels.values, self.bins, self.sigma, self.label_kernel, self._sigma_unit)
+        return spread(labels.values, self.bins, self.sigma, self.label_kernel, self._sigma_unit, self.ends)
 
     def criterion(self, output: LongTailOutput, labels: Placed, weight: Tensor | None, head: nn.Module) -> Tensor:
         loss = super().criterion(output, labels, weight, head)
@@ -528,7 +533,7 @@ class BinsReadout(_ScoreReadout):
     def label(self, distribution: Tensor, how: Decoding) -> Tensor:
         """The decoded label, (N,). It is NaN where scores are, so that a training loop sees where training broke."""
         known = distribution.detach().isfinite().all(1)
-        value = decoded(torch.where(known[:, None], distribution, 1 / len(self.bins)), self.bins, how)
+        value = decoded(torch.where(known[:, None], distribution, 1 / len(self.bins)), self.bins, how, self.ends)
         return value.masked_fill(~known, torch.nan)
 
     def _read(self, adjusted: Tensor, calibrated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -550,7 +555,9 @@ class BinsReadout(_ScoreReadout):
         if not isinstance(kernel, str) or not self.sigma:
             return super()._spread_out(kernel, *densities)
         counts = np.stack([_as_counted(self.density, density).counts for density in densities]).astype(np.float64)
-        return spread_counts(counts, self.bins, self.sigma, kernel=self.label_kernel, unit=self._sigma_unit)
+        return spread_counts(
+            counts, self.bins, self.sigma, kernel=self.label_kernel, unit=self._sigma_unit, ends=self.ends
+        )
 
     @torch.no_grad()
     def choose_tau(  # type: ignore[override]
@@ -597,7 +604,7 @@ class BinsReadout(_ScoreReadout):
 
     def interval(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
         shares: Any = output.distribution if isinstance(output, LongTailOutput) else output
-        return interval(shares, self.bins, level)
+        return interval(shares, self.bins, level, ends=self.ends)
 
     def _checked_sigma(self, sigma: Any) -> float | None:
         """Sigma as a number, after a warning where it hides the labels; None where labels are not spread."""

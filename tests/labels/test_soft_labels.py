@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from dir_toolkit import Bins
 from dir_toolkit.errors import LabelError
-from dir_toolkit.labels.decoding import decode
+from dir_toolkit.labels.decoding import decode, interval, quantiles
 from dir_toolkit.labels.soft_labels import limits, soft_labels, spread_counts
 
 AGES = Bins.uniform(0, 117, width=1, integer=True)
@@ -137,7 +137,7 @@ def test_narrow_kernels_become_one_hot_and_wide_ones_flat(kernel: Any) -> None:
 def test_a_soft_label_decodes_to_its_label_up_to_the_ends(kernel: Any, sigma: float) -> None:
     labels = torch.linspace(0, 20, 201, dtype=torch.float64)
     soft = soft_labels(labels, YEARS, sigma, kernel=kernel)
-    reached = labels.clamp(0.5, 19.5)  # what a distribution over bins can stand for
+    reached = labels.clamp(0.5, 19.5)  # what a distribution over bins that end with the axis can stand for
     edges = torch.arange(1, 20).double() * 10
     for how in ("median", "expectation"):
         found = decode(soft, YEARS, how)  # type: ignore[arg-type]
@@ -148,6 +148,44 @@ def test_a_soft_label_decodes_to_its_label_up_to_the_ends(kernel: Any, sigma: fl
     for how in ("median", "expectation"):
         found = decode(soft_labels(whole, AGES, sigma, kernel=kernel), AGES, how)  # type: ignore[arg-type]
         assert_close(found, whole.clamp_max(116), rtol=0, atol=1e-9)
+
+
+@each_kernel
+@pytest.mark.parametrize("sigma", [2, 7])
+def test_with_open_ends_a_soft_label_decodes_to_itself_everywhere(kernel: Any, sigma: float) -> None:
+    labels = torch.linspace(0, 20, 201, dtype=torch.float64)
+    soft = soft_labels(labels, YEARS, sigma, kernel=kernel, ends="open")
+    edges = torch.arange(21) * 10  # both ends of the axis among them
+    median, mean = decode(soft, YEARS, "median", ends="open"), decode(soft, YEARS, ends="open")
+    assert_close(median[edges], labels[edges], rtol=0, atol=1e-9)
+    assert_close(mean[[0, -1]], labels[[0, -1]], rtol=0, atol=1e-9)
+    for decoded in (median, mean):  # between edges, and in the end bins, mass does not lie as evenly as it counts
+        assert (decoded - labels).abs().max() < 0.14
+
+
+@each_kernel
+def test_labels_at_the_ends_of_uneven_and_coarse_axes_decode_to_themselves(kernel: Any) -> None:
+    log, decades = Bins.from_edges(np.geomspace(1, 1e4, 41)), Bins.uniform(0, 120, width=10, integer=True)
+    for bins, ends in ((log, [1.0, 1e4]), (UNEVEN, [-3.0, 20.0]), (decades, [0.0, 119.0])):
+        labels = torch.tensor(ends, dtype=torch.float64)
+        soft = soft_labels(labels, bins, 2, kernel=kernel, unit="bin", ends="open")
+        decoded = decode(soft, bins, "median", ends="open")
+        # Decades of whole numbers end at -0.5 and 119.5, half a number beyond the labels.
+        assert_close(decoded, labels, rtol=0, atol=0.51 if bins is decades else 1e-6)
+
+
+def test_open_ends_by_hand() -> None:
+    # Bins [-1, 1), [1, 2), [2, 3), [3, 5): label 0 has all of its mass around it in the first one.
+    bins = Bins.uniform(0, 4, width=1)
+    soft = soft_labels(torch.tensor([0.0, 1.0, 4.0]), bins, 100, ends="open")
+    assert_close(soft, torch.tensor([[1.0, 0, 0, 0], [0.5, 0.25, 0.25, 0], [0, 0, 0, 1.0]]), rtol=0, atol=1e-3)
+    shares = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.2, 0.8]])
+    assert_close(quantiles(shares, bins, [0.125, 0.375, 0.75], ends="open")[0], torch.tensor([0.0, 0.5, 2.0]))
+    lower, upper = interval(shares, bins, 0.8, ends="open")
+    assert_close(torch.stack([lower, upper], 1), torch.tensor([[0.0, 2.6], [2.5, 4.0]]))  # held to the axis
+    assert_close(decode(shares, bins, ends="open"), torch.tensor([0.25 * 1.5 + 0.25 * 2.5, 0.2 * 2.5 + 0.8 * 4]))
+    assert torch.equal(decode(shares, bins, "mode", ends="open"), decode(shares, bins, "mode"))
+    assert torch.equal(limits(bins, shares, ends="open"), torch.tensor([-1.0, 1, 2, 3, 5]))
 
 
 @each_kernel
@@ -346,9 +384,10 @@ def test_one_graph_that_reads_no_values(sigma: float | None) -> None:
 )
 def test_counts_are_spread_as_the_labels_at_the_centres_are(bins: Bins, sigma: float, unit: Any, kernel: Any) -> None:
     counts = np.random.default_rng(0).integers(0, 1000, (2, len(bins))).astype(float)
-    soft = soft_labels(torch.tensor(bins.centers), bins, sigma, kernel=kernel, unit=unit).numpy()
-    spread = spread_counts(counts, bins, sigma, kernel=kernel, unit=unit)
-    np.testing.assert_allclose(spread, counts @ soft, rtol=1e-12, atol=1e-12)
+    for ends in ("closed", "open"):
+        soft = soft_labels(torch.tensor(bins.centers), bins, sigma, kernel=kernel, unit=unit, ends=ends).numpy()
+        spread = spread_counts(counts, bins, sigma, kernel=kernel, unit=unit, ends=ends)
+        np.testing.assert_allclose(spread, counts @ soft, rtol=1e-12, atol=1e-12)
 
 
 def test_counts_of_very_many_bins_are_spread_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,10 +401,12 @@ def test_counts_of_very_many_bins_are_spread_in_small_pieces(monkeypatch: pytest
         return mass
 
     monkeypatch.setattr(module, "_masses", watched)
-    spread = spread_counts(np.ones(len(bins)), bins, 2.0, kernel="gaussian", unit="label")
+    spread = spread_counts(np.ones(len(bins)), bins, 2.0, kernel="gaussian", unit="label", ends="closed")
     np.testing.assert_allclose(spread[100:-100], 1, rtol=1e-12)
     assert sum(cells) < 200 * len(bins)  # far from its label a kernel is not computed
     one = np.zeros(len(bins))
     one[len(bins) // 2] = 7
-    assert spread_counts(one, bins, 20_000.0, kernel="gaussian", unit="label").sum() == pytest.approx(7, rel=1e-12)
+    assert spread_counts(one, bins, 20_000.0, kernel="gaussian", unit="label", ends="closed").sum() == pytest.approx(
+        7, rel=1e-12
+    )
     assert max(cells) < 2**21  # 16 MB

@@ -20,6 +20,7 @@ from dir_toolkit.labels.decoding import decode
 from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.soft_labels import limits, soft_labels
 from dir_toolkit.longtail import LongTailModel, LongTailOutput
+from dir_toolkit.longtail.readouts import Placed
 from dir_toolkit.losses.distribution import crps
 from dir_toolkit.losses.regression import weighted_l1
 
@@ -81,17 +82,18 @@ def test_loss_and_expectation_equal_a_naive_loop(adjust: Any) -> None:
     out = model(x.double(), y.double(), weight := torch.linspace(0.5, 2, len(y)).double())
     spread = np.zeros(20)
     for count, center in zip(AGE_DENSITY.counts, AGES.centers, strict=True):
-        spread += count * soft_labels(torch.tensor(center), AGES, 2.0).numpy()
+        spread += count * soft_labels(torch.tensor(center), AGES, 2.0, ends="open").numpy()
     prior = spread / spread.sum()
+    centers = [0, *AGES.centers[1:-1], 20]  # of bins that reach a year beyond the axis
     moved = (0.6 * np.log(prior)).astype(np.float32).astype(np.float64)
     values, expected = [], []
     for i in range(len(y)):
         s = out.scores[i].detach().numpy()
         seen = s + moved if adjust == "in_loss" else s
-        target = soft_labels(y[i].double(), AGES, 2.0).numpy()
-        off = abs(softmax(seen) @ AGES.centers - y[i].item())
+        target = soft_labels(y[i].double(), AGES, 2.0, ends="open").numpy()
+        off = abs(softmax(seen) @ centers - y[i].item())
         values.append(weight[i].item() * (-(target * log_softmax(seen)).sum() + 0.3 * off / SPREAD))
-        expected.append(softmax(s if adjust == "in_loss" else s - moved) @ AGES.centers)
+        expected.append(softmax(s if adjust == "in_loss" else s - moved) @ centers)
     assert out.loss.item() == pytest.approx(np.mean(values), rel=1e-12)
     np.testing.assert_allclose(out.prediction.detach().numpy(), expected, rtol=1e-12)
 
@@ -99,9 +101,23 @@ def test_loss_and_expectation_equal_a_naive_loop(adjust: Any) -> None:
 @pytest.mark.parametrize("how", ["expectation", "median", "mode"])
 def test_predictions_are_decoded(how: Any) -> None:
     out = ages(decode=how)(batch()[0])
-    assert torch.equal(out.prediction, decode(out.distribution, AGES, how))
+    assert torch.equal(out.prediction, decode(out.distribution, AGES, how, ends="open"))
     if how == "median":
         assert torch.equal(ages()(batch()[0]).prediction, out.prediction)
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_labels_at_both_ends_of_the_axis_are_reached(integer: bool) -> None:
+    """A head that gives exactly the soft labels it is trained on, where many labels lie at either end."""
+    axis = Bins.uniform(0, 20, width=1, integer=integer)
+    y = torch.arange(20.0) if integer else torch.tensor([0.0, 0.2, 0.6, 1.0, 10.0, 19.1, 19.9, 20.0])
+    model = LongTailModel(nn.Identity(), 20, axis, density=LabelDensity.count(y, axis), head=nn.Identity())
+    scores = model.readout.target(Placed(axis.index(y), y, y)).clamp_min(1e-30).log()
+    torch.testing.assert_close(model(scores).prediction, y, rtol=0, atol=1e-4 if integer else 0.04)
+    lower, upper = model.interval(model(scores), 0.9)
+    assert ((lower <= y + 1e-4) & (y <= upper + 1e-4) & (lower >= axis.edges[0] - 0.5) & (upper <= 20)).all()
+    hard = LongTailModel(nn.Identity(), 20, axis, head=nn.Identity(), sigma=None)
+    assert hard(100 * torch.eye(20)).prediction.tolist() == axis.centers.tolist()
 
 
 @pytest.mark.parametrize("head", ["linear", "cosine", "affinity"])
@@ -128,7 +144,7 @@ def test_named_losses_are_the_functions() -> None:
     model = ages(head="affinity")
     assert model.head.num_prototypes == 1
     out = model(x, y)
-    target = soft_labels(y, AGES, 2.0)
+    target = soft_labels(y, AGES, 2.0, ends="open")
     torch.testing.assert_close(out.loss, -(target * out.scores.log().log_softmax(1)).sum(1).mean())
 
 
@@ -234,7 +250,7 @@ def test_two_bins_are_two_bins_wherever_they_lie() -> None:
     bins = Bins.from_edges(np.geomspace(1, 1e6, 61))
     model = LongTailModel(nn.Identity(), 60, bins, loss="cross_entropy")
     y = torch.tensor([2.0, 20.0, 200.0, 3e5])
-    target = soft_labels(y, bins, 2.0, unit="bin")
+    target = soft_labels(y, bins, 2.0, unit="bin", ends="open")
     scores = target.log()
     out = LongTailOutput(torch.zeros(()), scores, y, scores, target, torch.zeros(4, 0))
     entropy = -(target * target.clamp_min(1e-30).log()).sum(1)
@@ -242,7 +258,7 @@ def test_two_bins_are_two_bins_wherever_they_lie() -> None:
     for i in range(4):
         alone = LongTailOutput(out.loss, *(part[[i]] for part in out[1:]))
         torch.testing.assert_close(model.criterion(alone, y[[i]]), entropy[i], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(decode(target, bins, "median"), y, rtol=0.05, atol=0)
+    torch.testing.assert_close(decode(target, bins, "median", ends="open"), y, rtol=0.05, atol=0)
 
 
 def test_labels_whose_density_was_warned_of_are_not_told_again() -> None:
