@@ -13,11 +13,12 @@ from .._checks import instance, is_tensor, number, one_of, problem, real, same_d
 from .._numerics import readable
 from ..errors import ShapeError
 from .bins import Bins, lookup
-from .soft_labels import Ends, knots_of
+from .soft_labels import ENDS, Ends, knots_of
 
 __all__ = ["Decoding", "decode", "interval", "quantiles"]
 
 Decoding = Literal["expectation", "median", "mode"]
+_POINTS = get_args(Decoding)
 
 _LEVELS = "levels must be one number or a row of them, each in (0, 1)"
 
@@ -46,8 +47,8 @@ def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation", *
     >>> [round(decode(probabilities, bins, point).item(), 3) for point in ("expectation", "median", "mode")]
     [2.0, 1.667, 1.5]
     """
-    one_of("point", point, get_args(Decoding))
-    one_of("ends", ends, get_args(Ends))
+    one_of("point", point, _POINTS)
+    one_of("ends", ends, ENDS)
     shares = _checked(probabilities, bins, order_for="" if point == "mode" else f"point={point!r}")
     return decoded(shares, bins, point, ends)
 
@@ -96,7 +97,7 @@ def quantiles(
     >>> quantiles(torch.tensor([0.5, 0.25, 0.25]), Bins.uniform(0, 30, width=10), [0.25, 0.5, 0.75])
     tensor([ 5., 10., 20.])
     """
-    one_of("ends", ends, get_args(Ends))
+    one_of("ends", ends, ENDS)
     probabilities = _checked(probabilities, bins, order_for="quantiles")
     return quantiles_of(probabilities, bins, _levels(levels, probabilities), ends)
 
@@ -116,7 +117,7 @@ def interval(probabilities: Tensor, bins: Bins, level: float = 0.9, *, ends: End
     (10.0, 90.0)
     """
     level = number("level", level, low=0, high=1, open_low=True, open_high=True)
-    one_of("ends", ends, get_args(Ends))
+    one_of("ends", ends, ENDS)
     probabilities = _checked(probabilities, bins, order_for="an interval")
     tails = torch.stack([probabilities.new_full((), (1 + side * level) / 2) for side in (-1, 1)])
     lower, upper = quantiles_of(probabilities, bins, tails, ends).unbind(-1)

@@ -18,6 +18,7 @@ __all__ = ["Ends", "KernelUnit", "LabelKernel", "limits", "soft_labels"]
 Ends = Literal["closed", "open"]
 KernelUnit = Literal["label", "bin"]
 LabelKernel = Literal["gaussian", "laplace", "triangular"]
+ENDS, _UNITS, _KERNELS = map(get_args, (Ends, KernelUnit, LabelKernel))  # which torch 2.4 cannot compile
 
 _REACH = {"gaussian": 9.0, "laplace": 28.0, "triangular": 2.5}  # beyond it lies less than 1e-17 of a kernel, in sigmas
 _ROWS, _CELLS = 64, 2**20  # of a piece of the matrix that spreads counts
@@ -71,9 +72,9 @@ def soft_labels(
     """
     is_tensor(labels=labels)
     instance(Bins, bins=bins)
-    one_of("kernel", kernel, get_args(LabelKernel))
-    one_of("unit", unit, get_args(KernelUnit))
-    one_of("ends", ends, get_args(Ends))
+    one_of("kernel", kernel, _KERNELS)
+    one_of("unit", unit, _UNITS)
+    one_of("ends", ends, ENDS)
     if sigma is not None and not torch.compiler.is_compiling():
         sigma = checked_sigma(sigma, bins, unit)
     if sigma and bins.categorical:
@@ -152,7 +153,7 @@ def limits(bins: Bins, like: Tensor, *, ends: Ends = "closed") -> Tensor:
     """
     instance(Bins, bins=bins)
     is_tensor(like=like)
-    one_of("ends", ends, get_args(Ends))
+    one_of("ends", ends, ENDS)
     return knots_of(bins, like, ends)
 
 

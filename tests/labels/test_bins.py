@@ -537,6 +537,7 @@ def test_relative_widths_are_ones_on_even_axes_and_classes_and_average_one_on_ot
     assert grid.relative_widths.tolist() == [0.5, 0.5, 1.5, 1.5]
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators")  # torch 2.4, of every mesh of CPUs
 def test_a_tensor_on_several_devices_is_refused_by_name() -> None:
     dist = torch.distributed
     if not dist.is_available():
@@ -569,7 +570,8 @@ def test_a_tensor_on_several_devices_is_refused_by_name() -> None:
 def test_apples_gpus_get_a_sentence_where_float64_is_needed() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         p = torch.empty(3, 10, device="mps")
-        assert decode(p, Bins.uniform(0, 10, width=1), "mode").dtype == torch.float32
+        if torch.__version__ >= "2.5":  # before, moving a fake tensor asks for the real device
+            assert decode(p, Bins.uniform(0, 10, width=1), "mode").dtype == torch.float32
         with pytest.raises(
             ValueError, match=r"10 from 1e\+09 to 1000000010>: an axis that .* float64, got mps\. Count"
         ):
