@@ -33,7 +33,7 @@ def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation", *
             probable bin, or the number of the most probable class, which is the only choice for classes.
         ends: ``"closed"`` ends the first and the last bin with the axis. ``"open"`` is for distributions that stand
             for soft labels with the same ``ends``: both bins reach one width beyond the axis, which moves their
-            centres to its ends, and the answer is held to the axis.
+            middles to its ends, and the median and the expectation are held to the axis. The mode stays the centre.
     Shape:
         probabilities: (..., B). Returns (...), at least float32; int64 where bins are classes.
     Units:
@@ -53,14 +53,14 @@ def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation", *
     return decoded(shares, bins, point, ends)
 
 
-def decoded(probabilities: Tensor, bins: Bins, point: Decoding, ends: Ends = "closed") -> Tensor:
+def decoded(probabilities: Tensor, bins: Bins, point: Decoding, ends: Ends) -> Tensor:
     """:func:`decode` of shares that have been checked."""
     probabilities = probabilities.to(bins.wide_dtype(probabilities))
     if point == "mode":
         index = probabilities.argmax(-1)
         return index if bins.categorical else lookup(bins.tensor("centers", probabilities), index)
     if point == "median":
-        return quantiles_of(probabilities, bins, probabilities.new_full((1,), 0.5), ends).squeeze(-1)
+        return _quantiles(probabilities, bins, probabilities.new_full((1,), 0.5), ends).squeeze(-1)
     centers = bins.tensor("centers", probabilities)
     if ends == "open":
         knots = knots_of(bins, probabilities, "closed")
@@ -99,7 +99,7 @@ def quantiles(
     """
     one_of("ends", ends, ENDS)
     probabilities = _checked(probabilities, bins, order_for="quantiles")
-    return quantiles_of(probabilities, bins, _levels(levels, probabilities), ends)
+    return _quantiles(probabilities, bins, _levels(levels, probabilities), ends)
 
 
 def interval(probabilities: Tensor, bins: Bins, level: float = 0.9, *, ends: Ends = "closed") -> tuple[Tensor, Tensor]:
@@ -120,12 +120,11 @@ def interval(probabilities: Tensor, bins: Bins, level: float = 0.9, *, ends: End
     one_of("ends", ends, ENDS)
     probabilities = _checked(probabilities, bins, order_for="an interval")
     tails = torch.stack([probabilities.new_full((), (1 + side * level) / 2) for side in (-1, 1)])
-    lower, upper = quantiles_of(probabilities, bins, tails, ends).unbind(-1)
+    lower, upper = _quantiles(probabilities, bins, tails, ends).unbind(-1)
     return lower, upper
 
 
-def quantiles_of(probabilities: Tensor, bins: Bins, levels: Tensor, ends: Ends) -> Tensor:
-    """:func:`quantiles` of arguments that have been checked."""
+def _quantiles(probabilities: Tensor, bins: Bins, levels: Tensor, ends: Ends) -> Tensor:
     knots = knots_of(bins, probabilities, ends)
     cumulative = probabilities.cumsum(-1)
     cumulative = cumulative / cumulative[..., -1:]

@@ -56,8 +56,9 @@ def soft_labels(
             axis; ``"drop"``, which gives a row of zeros, whose cross entropy is 0 for every prediction.
         ends: how far the first and the last bin reach. ``"closed"`` ends them with the axis. All of a label within half
             a bin of an end is then in the end bin and decodes to its middle, since mass in a bin counts as spread
-            evenly. ``"open"`` lets both reach one width beyond the axis, so that every label on the axis decodes to
-            itself. Decode with the same ``ends``.
+            evenly. ``"open"`` lets both reach one width beyond the axis, so that the median is the label at both ends
+            and at every edge between bins. Inside a bin it is close to the label if sigma is wider than the bin.
+            Decode with the same ``ends``.
     Shape:
         labels: any. Returns (..., B), float64 for float64 labels, else float32. Each row sums to one.
     Raises:
@@ -93,9 +94,7 @@ def soft_labels(
     return soft if looked_at else soft.masked_fill(without_bin, torch.nan)
 
 
-def spread(
-    labels: Tensor, bins: Bins, sigma: float, kernel: LabelKernel, unit: KernelUnit, ends: Ends = "closed"
-) -> Tensor:
+def spread(labels: Tensor, bins: Bins, sigma: float, kernel: LabelKernel, unit: KernelUnit, ends: Ends) -> Tensor:
     """:func:`soft_labels` of labels that lie on the axis, (..., B), by a sigma above zero."""
     values, knots, sigma = _measured(labels.to(bins.wide_dtype(labels)), bins, sigma, unit, ends)
     return _masses(values, knots, sigma, kernel).to(wide_dtype(labels))

@@ -75,7 +75,8 @@ class LongTailOutput(NamedTuple):
             :func:`dir_toolkit.losses.gaussian_nll.gaussian_nll` takes. Both are in label units.
         prediction: (N,), in label units; int64 for classes.
         features: (N, num_features), as the backbone gives them, before any calibration.
-        distribution: (N, B), the adjusted shares of the bins, each row summing to one; (N, 0) without bins.
+        distribution: (N, B), the adjusted shares of the bins, each row summing to one; (N, 0) without bins. Functions
+            that decode it take ``ends=model.readout.ends`` where bins are those of a continuous axis.
         residual: (N, B), what is added to the centre of each bin, in label units; (N, 0) unless asked for.
     """
 
