@@ -1,0 +1,154 @@
+"""What LongTailRegressor makes of real tables, beside gradient boosting and a plain network with LDS weights.
+
+    python recipes/studies/tables.py --root DIR                                   # seven tables, 5 splits, 1 thread
+    python recipes/studies/tables.py --root DIR --tables concrete --methods default --splits 2
+
+DIR holds the tables as CSV packed with gzip, the label in the first column; ``diabetes`` comes with scikit-learn. Every
+split trains on 70 % of the rows, at most ``--rows``. All methods are judged on one axis: 50 even bins over the range of
+the training labels, with test labels beyond it in the end bins. ``few`` is the mean absolute error of the tenth of the
+test rows whose labels are the rarest by the smoothed training density. Rows are added to ``OUT/rows.csv``, where those
+of an earlier run stay unless they are of the same table, split and method.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from command_line import parse, run
+
+
+@dataclass(frozen=True)
+class Settings:
+    root: Path
+    """Folder of the tables."""
+    tables: tuple[str, ...] = ("diabetes", "abalone", "airfoil", "concrete", "house16H", "appliances", "rain")
+    """Any of these and ``house16H_raw``, whose prices are not brought to their logarithm."""
+    methods: tuple[str, ...] = ("median", "boosting", "boosting_lds", "network_lds", "default")
+    """Any of these, ``boosting_l1`` and ``boosting_l1_lds``, which minimise absolute errors, and scikit-learn's
+    ``mlp``."""
+    splits: int = 5
+    """Seeds 0, 1, ... decide which rows train, and what a method draws."""
+    rows: int = 5000
+    """Most rows to train on, and most to test on."""
+    out: Path = Path("runs/tables")
+    """Folder of the results."""
+
+
+if __name__ == "__main__":
+    SETTINGS = parse(Settings)  # --help is answered here, before torch is loaded
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.dummy import DummyRegressor
+from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import dir_toolkit as dt
+from dir_toolkit.integrations.scikit_learn import LongTailRegressor
+
+FILES = {"house16H_raw": "house16H", "appliances": "appliances_energy", "rain": "rain_ibk"}
+ERRORS = ["mae", "bmae", "few", "seconds"]
+
+
+def read(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of a table as numbers, words as one column per word, and its labels."""
+    if name == "diabetes":
+        from sklearn.datasets import load_diabetes
+
+        return load_diabetes(return_X_y=True)
+    table = pd.read_csv(root / f"{FILES.get(name, name)}.csv.gz", encoding="utf-8-sig")
+    table = table.drop(columns="rownames", errors="ignore")
+    label = table.pop(table.columns[0]).to_numpy(float)
+    return pd.get_dummies(table).to_numpy(float), np.log1p(label) if name == "house16H" else label
+
+
+def boosting(**settings: Any) -> Callable[[int], BaseEstimator]:
+    return lambda seed: HistGradientBoostingRegressor(random_state=seed, **settings)
+
+
+METHODS: dict[str, tuple[Callable[[int], Any], bool]] = {
+    "median": (lambda seed: DummyRegressor(strategy="median"), False),
+    "boosting": (boosting(), False),
+    "boosting_lds": (boosting(), True),
+    "boosting_l1": (boosting(loss="absolute_error"), False),
+    "boosting_l1_lds": (boosting(loss="absolute_error"), True),
+    "mlp": (
+        lambda seed: make_pipeline(
+            StandardScaler(), MLPRegressor(hidden_layer_sizes=(64, 64), early_stopping=True, random_state=seed)
+        ),
+        False,
+    ),
+    "network_lds": (
+        lambda seed: LongTailRegressor(head="regression", weights="sqrt_inverse", random_state=seed),
+        False,
+    ),
+    "default": (lambda seed: LongTailRegressor(random_state=seed), False),
+}
+"""By name: the estimator of a seed, and whether it is handed LDS weights of the axis that judges."""
+
+
+def judge(x: np.ndarray, y: np.ndarray, method: str, seed: int, most: int) -> dict[str, float]:
+    """The errors of one split, and the seconds that the processor took for the fit."""
+    order = np.random.default_rng(seed).permutation(len(y))
+    train, test = np.split(order, [round(0.7 * len(y))])
+    train, test = train[:most], test[:most]
+    bins = dt.Bins.uniform(y[train].min(), y[train].max(), count=50)
+    density = dt.LabelDensity.count(y[train], bins)
+    make, weighted = METHODS[method]
+    weight = {"sample_weight": dt.LDS(bins).fit(density).sample_weight(y[train])} if weighted else {}
+    start = time.process_time()
+    model = make(seed).fit(x[train], y[train], **weight)
+    seconds = time.process_time() - start
+    pred, target = (torch.from_numpy(values.astype(float)) for values in (model.predict(x[test]), y[test]))
+    found = dt.regression_metrics(pred, target, density, outside="clip").sel(region="all")
+    frequency = density.smooth(dt.gaussian(5, 2)).counts[bins.index(y[test], "clip")]
+    rare = np.argsort(frequency, kind="stable")[: -(-len(test) // 10)]
+    few = (pred - target).abs().numpy()[rare].mean()
+    return {"mae": found.mae.item(), "bmae": found.bmae.item(), "few": few, "seconds": seconds}
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """Errors per table and method, mean ± standard deviation over splits, and the geometric means of the ratios of the
+    tables' means to those of plain boosting."""
+    by = rows.groupby(["table", "method"], sort=False)[ERRORS]
+    mean, spread = by.mean(), by.std()
+    shown = [mean[name].map("{:.4g}".format) + " ± " + spread[name].map("{:.2g}".format) for name in ERRORS]
+    parts = [pd.concat(shown, axis=1).to_string()]
+    if "boosting" in set(rows.method):
+        base = mean.xs("boosting", level="method")
+        ratios = np.log(mean / base.reindex(mean.index, level="table")).groupby("method", sort=False).mean()
+        parts.append("geometric means of ratios to boosting\n" + np.exp(ratios).round(3).to_string())
+    return "\n\n".join(parts)
+
+
+def main(settings: Settings) -> None:
+    path = settings.out / "rows.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = ["table", "split", "method"]
+    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *ERRORS])
+    torch.set_num_threads(1)
+    for table in settings.tables:
+        x, y = read(settings.root, table)
+        for split in range(settings.splits):
+            for method in settings.methods:
+                row = {"table": table, "split": split, "method": method}
+                row |= judge(x, y, method, split, settings.rows)
+                print(" ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+                rows = pd.concat([rows, pd.DataFrame([row])]).drop_duplicates(keys, keep="last")
+                rows.to_csv(path, index=False)
+    print(summary(rows[rows.table.isin(settings.tables)]))
+
+
+if __name__ == "__main__":
+    run(main, SETTINGS)
