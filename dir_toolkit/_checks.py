@@ -13,9 +13,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -50,21 +50,48 @@ _OURS: dict[type[Exception], type[Exception]] = {
 }
 
 
+def require(
+    sound: bool | np.bool_,
+    rule: str | Callable[[], str],
+    *,
+    got: object = None,
+    fix: str | Callable[[], str] = "",
+    error: type[Exception] | None = None,
+) -> None:
+    """Raise :func:`problem` unless ``sound``. Functions for what came and the words are called only then: hand over
+    one where to find them out takes time, reads a device or depends on an axis of any length."""
+    if not sound:
+        raise problem(_said(rule), got=_said(got), fix=_said(fix), error=error)
+
+
+def _said(words: Any) -> Any:
+    return words() if isinstance(words, FunctionType) else words
+
+
 def problem(
-    rule: str, *, got: object = None, fix: str = "", error: type[Exception] = ValueError, source: str = ""
+    rule: str, *, got: object = None, fix: str = "", error: type[Exception] | None = None, source: str = ""
 ) -> Exception:
     """The exception to raise: ``<who>: <rule>, got <got>. <fix>``. It is of a class of ours, unless a file is at fault.
 
     Args:
+        got: what came. A shape, a dtype or a class is written as such.
+        error: None means ShapeError for a shape, TypeError for a dtype or a class, and ValueError for the rest.
         source: takes the place of who where the fault lies in a file: the file with its line or byte. Otherwise
             :func:`caller` is named.
     """
+    if isinstance(got, tuple):
+        got, error = f"{'' if 'shape' in rule else 'shape '}{tuple(got)}", error or ShapeError
+    elif isinstance(got, (torch.dtype, np.dtype)):
+        got, error = f"dtype {got}", error or TypeError
+    elif isinstance(got, type):
+        got, error = got.__name__, error or TypeError
     sentence = f"{source or caller()[0]}: {rule}"
     if got is not None:
         sentence += f", got {got}"
     sentence += "."
     if fix:
         sentence += f" {fix}"
+    error = error or ValueError
     return _OURS.get(error, error)(sentence)
 
 
@@ -132,7 +159,7 @@ def instance(kind: Any, **values: object) -> None:
             kinds = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
             with_article = [f"{'an' if k[0] in 'AEIOaeio' or k.isupper() else 'a'} {k}" for k in kinds]  # an LDS
             rule = f"{name} must be {' or '.join(with_article)}"
-            raise problem(rule, got=type(value).__name__, error=TypeError)
+            raise problem(rule, got=type(value))
 
 
 def is_tensor(**tensors: object) -> None:
@@ -140,7 +167,7 @@ def is_tensor(**tensors: object) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             rule, fix = f"{name} must be a torch.Tensor", f"Use torch.as_tensor({name})."
-            raise problem(rule, got=type(value).__name__, fix=fix, error=TypeError)
+            raise problem(rule, got=type(value), fix=fix)
         if value.is_nested:
             got, fix = "a nested tensor", f"Use torch.cat({name}.unbind())."
             raise problem(f"{name} must be one dense tensor", got=got, fix=fix, error=TypeError)
@@ -148,8 +175,7 @@ def is_tensor(**tensors: object) -> None:
             rule, fix = f"{name} must be dense", f"Use {name}.to_dense()."
             raise problem(rule, got=str(value.layout), fix=fix, error=TypeError)
         if value.is_quantized:
-            got, fix = f"dtype {value.dtype}", f"Use {name}.dequantize()."
-            raise problem(f"{name} must not be quantized", got=got, fix=fix, error=TypeError)
+            raise problem(f"{name} must not be quantized", got=value.dtype, fix=f"Use {name}.dequantize().")
 
 
 def on_one_device(**tensors: Tensor) -> None:
@@ -179,14 +205,14 @@ def real(**tensors: Tensor) -> None:
         if value.is_complex() or value.dtype == torch.bool:
             fix = "" if value.is_complex() else f"Use {name}.float()."
             rule = f"{name} must be integers or floats"
-            raise problem(rule, got=f"dtype {value.dtype}", fix=fix, error=TypeError)
+            raise problem(rule, got=value.dtype, fix=fix)
 
 
 def floats(**tensors: Tensor) -> None:
     """Raise unless tensors have a floating-point dtype."""
     for name, value in tensors.items():
         if not value.is_floating_point():
-            raise problem(f"{name} must be floats", got=f"dtype {value.dtype}", error=TypeError)
+            raise problem(f"{name} must be floats", got=value.dtype)
 
 
 def same_device(**tensors: Tensor) -> None:
@@ -247,7 +273,7 @@ def class_indices(name: str, index: Tensor, num_classes: int) -> None:
     """Raise unless ``index`` holds int64 numbers from 0 to ``num_classes`` - 1. Accelerators are not looked at."""
     if index.dtype != torch.int64:
         fix = f"Use {name}.long()."
-        raise problem(f"{name} must hold class indices as int64", got=f"dtype {index.dtype}", fix=fix, error=TypeError)
+        raise problem(f"{name} must hold class indices as int64", got=index.dtype, fix=fix)
     classes_exist(name, index, num_classes)
 
 
@@ -376,7 +402,7 @@ def interval(name: str, value: object, *, low: float = 0.0) -> tuple[float, floa
 def keys(name: str, value: object, expected: Collection[str], *, error: type[Exception] = ValueError) -> None:
     """Raise ``error`` unless ``value`` is a mapping with exactly the expected keys."""
     if not isinstance(value, Mapping):
-        raise problem(f"{name} must be a dict", got=type(value).__name__, error=TypeError)
+        raise problem(f"{name} must be a dict", got=type(value))
     missing, extra = sorted(set(expected) - set(value)), sorted(set(value) - set(expected), key=str)
     if missing or extra:
         got = f"missing {missing}, unknown {extra}"

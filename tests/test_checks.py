@@ -15,7 +15,7 @@ from torch import nn
 import dir_toolkit as dt
 from dir_toolkit import DirToolkitError, DirToolkitWarning, _checks
 from dir_toolkit._numerics import readable
-from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.errors import ArgumentError, ArgumentTypeError, LabelError, MissingPackageError, ShapeError
 
 
 def test_a_sentence_says_who_the_rule_what_came_and_what_to_do() -> None:
@@ -24,6 +24,34 @@ def test_a_sentence_says_who_the_rule_what_came_and_what_to_do() -> None:
     assert str(error) == "dir_toolkit: x must be 1, got 2. Use 1."
     assert str(_checks.problem("x must be 1")) == "dir_toolkit: x must be 1."
     assert type(_checks.label_problem("x", got=1)) is LabelError
+
+
+@pytest.mark.parametrize(
+    ("got", "error", "sentence"),
+    [
+        (torch.ones(2, 3).shape, ShapeError, "got shape (2, 3)"),
+        (np.ones(2).shape, ShapeError, "got shape (2,)"),
+        (torch.int64, ArgumentTypeError, "got dtype torch.int64"),
+        (np.dtype(">f4"), ArgumentTypeError, "got dtype >f4"),
+        (list, ArgumentTypeError, "got list"),
+        (0, ArgumentError, "got 0"),
+    ],
+)
+def test_a_shape_a_dtype_and_a_class_say_themselves_what_they_are(got: object, error: type, sentence: str) -> None:
+    with pytest.raises(DirToolkitError, match=re.escape(f": x must be 1, {sentence}.")) as caught:
+        _checks.require(False, "x must be 1", got=got)
+    assert type(caught.value) is error
+    assert "of one shape, got (2,)." in str(_checks.problem("x must be of one shape", got=(2,)))
+    assert type(_checks.problem("x", got=got, error=ImportError)) is MissingPackageError
+
+
+def test_what_a_sentence_needs_is_asked_for_only_if_it_is_said() -> None:
+    def never() -> str:
+        raise AssertionError
+
+    _checks.require(True, never, got=never, fix=never)
+    with pytest.raises(ArgumentError, match=r"^\S+: x must be 1, got 2\. Use 1\.$"):
+        _checks.require(False, lambda: "x must be 1", got=lambda: 2, fix=lambda: "Use 1.")
 
 
 def test_warnings_are_ours() -> None:
@@ -85,10 +113,11 @@ def test_checks_that_pass_break_no_graph() -> None:
         _checks.is_tensor(x=x)
         _checks.same_shape(x=x, y=x)
         _checks.finite(x=x)
+        _checks.require(len(x) > 1, "x must be long", got=lambda: x.shape, fix=lambda: f"Use {x.shape}.")
         return x + _checks.number("one", 1, low=0)
 
-    x = torch.ones(2)
-    assert torch.compile(checked, fullgraph=True, backend="eager")(x).tolist() == [2, 2]
+    compiled = torch.compile(checked, fullgraph=True, dynamic=True, backend="eager")
+    assert [compiled(torch.ones(n)).sum() for n in (2, 3)] == [4, 6]
 
 
 def test_a_check_that_fails_in_a_compiled_function_says_who() -> None:

@@ -160,7 +160,11 @@ def test_features_are_read_without_calibration() -> None:
 
 
 def test_features_of_another_shape_are_refused() -> None:
-    for features, got in ((torch.zeros(2, 5), r"\(2, 5\)"), (torch.zeros(6), r"\(6,\)"), ([1.0], r"list\.$")):
+    for features, got in (
+        (torch.zeros(2, 5), r"shape \(2, 5\)"),
+        (torch.zeros(6), r"shape \(6,\)"),
+        ([1.0], r"list\.$"),
+    ):
         with pytest.raises(ShapeError, match=rf"^LongTailModel.*features \(N, 6\), one row per sample, got {got}"):
             ages().read(features)
 
@@ -541,7 +545,9 @@ def test_batches_are_refused() -> None:
 
 def test_maps_of_features_are_refused() -> None:
     model = LongTailModel(nn.Conv2d(3, 6, 1), 6, AGES)
-    rule = r"^LongTailModel: backbone must give features \(N, 6\), one row.*, got \(2, 6, 4, 4\)\. Pool over pixels"
+    rule = (
+        r"^LongTailModel: backbone must give features \(N, 6\), one row.*, got shape \(2, 6, 4, 4\)\. Pool over pixels"
+    )
     with pytest.raises(ShapeError, match=rule):
         model(torch.zeros(2, 3, 4, 4))
     model.backbone = nn.LSTM(3, 6)

@@ -83,7 +83,7 @@ def test_more_than_one_chunk(tmp_path: Path) -> None:
         (claims([]), "byte 3: there must be 1 to 32 axes, got 0."),
         (claims([1] * 33, b"1"), "byte 3: there must be 1 to 32 axes, got 33."),
         (claims([2, 3])[:10], "byte 10: the file must go on for 2 more bytes, got its end."),
-        (claims([3, 0, 0]), "byte 8: each axis must be at least 1 long, got (3, 0, 0)."),
+        (claims([3, 0, 0]), "byte 8: each axis must be at least 1 long, got shape (3, 0, 0)."),
         (
             HAND[:-1],
             "byte 4: the numbers must take at most 5 bytes, since the file holds no more, got 6 in shape (2, 3).",
