@@ -1,0 +1,163 @@
+"""Series: the air of Beijing by the hour, and turbofan engines that run to their failure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ..._checks import one_of, whole
+from ._checks import data_error
+from .images import Splits
+from .rows import columns_of, find_file, has_columns, lines_of, numbers_of, splits_of_rows
+
+__all__ = ["BEIJING_FEATURES", "beijing", "cmapss"]
+
+_WEATHER = ("TEMP", "PRES", "DEWP", "RAIN", "WSPM")
+BEIJING_FEATURES = (*_WEATHER, "wind east", "wind north", "hour sine", "hour cosine", "year sine", "year cosine")
+"""What each hour of :func:`beijing` holds: degrees Celsius, hPa, degrees Celsius, mm, m/s, and unit circles."""
+_NUMERIC = ("PM2.5", "month", "day", "hour", *_WEATHER)
+_WINDS = ("N", "NNE", "NE", "ENE", "E", "ESE", "SE", "SSE", "S", "SSW", "SW", "WSW", "W", "WNW", "NW", "NNW")
+_TEST_FROM = 366 * 24  # hours before the end: the last year of the recording is the test
+_VAL_SHARE = 0.2  # of the hours before it, the last of which validate
+
+_CELLS = 26  # of a line: the engine, the cycle, 3 settings, 21 sensors
+_EVERY = 5  # the engine of every fifth number validates
+
+
+def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hours: int = 24) -> Splits:
+    """The fine dust (PM2.5) of an hour in Beijing, from the weather of this hour and of those before it.
+
+    The recording runs from March 2013 to February 2017. Its last year is the test, and of the rest the last fifth is
+    for validation. A window begins no earlier than the part it belongs to. A missing measurement of the weather is
+    filled by the last one before it; an hour without a label is left out and counted.
+
+    Args:
+        root: the folder of the file ``PRSA_Data_<station>_20130301-20170228.csv``, or ``beijing_<station>.csv`` in
+            lower case, packed with gzip or not.
+        station: another station is a natural shift.
+        hours: the length of a window, which ends with the hour of the label.
+    Returns:
+        Splits with inputs (M, hours, 11) float32, whose features are ``BEIJING_FEATURES``, as a read-only view of
+        the series, and labels in µg/m³. ``skipped`` counts hours ``"without label"``.
+    Raises:
+        DataError: the file is missing or damaged, lacks a column, or is too short.
+    Source:
+        Zhang et al. 2017, Cautionary tales on air-quality improvement in Beijing (doi 10.1098/rspa.2017.0457).
+    """
+    hours = whole("hours", hours, low=1)
+    names = (f"PRSA_Data_{station}_20130301-20170228.csv", f"beijing_{station.lower()}.csv")
+    path = find_file(root, *names, card="beijing")
+    columns = columns_of(path)
+    has_columns(columns, (*_NUMERIC, "wd"), path)
+    number = {name: numbers_of(columns[name], name, path, missing=("NA",)) for name in _NUMERIC}
+    angle = np.array([_WINDS.index(wind) / 16 if wind in _WINDS else np.nan for wind in columns["wd"]]) * 2 * np.pi
+    clock = 2 * np.pi * number["hour"] / 24
+    season = 2 * np.pi * (30.44 * (number["month"] - 1) + number["day"]) / 365.25
+    waves = [wave(x) for x in (angle, clock, season) for wave in (np.sin, np.cos)]
+    series = np.stack([_filled(row) for row in (*(number[name] for name in _WEATHER), *waves)], axis=1)
+    windows = _windows(series.astype(np.float32), hours)  # (M, hours, F); window i ends with hour i + hours - 1
+    label = number["PM2.5"][hours - 1 :]
+    test = len(series) - _TEST_FROM
+    val = int(test * (1 - _VAL_SHARE))
+    if val < 1:
+        raise data_error(f"the file must hold more than {_TEST_FROM + 1} hours", got=len(series), source=path)
+    spans = ((0, val), (val, test), (test, len(series)))
+    parts = [np.arange(first, max(first, last - hours + 1)) for first, last in spans]
+    known = [rows[np.isfinite(label[rows])] for rows in parts]
+    without = sum(map(len, parts)) - sum(map(len, known))
+    skipped = {"without label": without} if without else {}
+    return splits_of_rows(windows, label, *known, source=f"beijing_{station.lower()}", skipped=skipped)
+
+
+def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0, part: str = "FD001") -> Splits:
+    """The cycles that a turbofan engine has left before it fails, from its readings in the last cycles (C-MAPSS).
+
+    Each cycle of a training engine, from the one at which a window is full, is a sample. The engines whose number is
+    divisible by five validate, the others train. A test engine is cut short, and its last window is the sample.
+
+    Args:
+        root: the folder of ``train_FD001.txt``, ``test_FD001.txt`` and ``RUL_FD001.txt``, or of the same with
+            ``cmapss_`` before the name, packed with gzip or not.
+        cycles: the length of a window, which ends with the cycle of the label. The first cycle
+            of an engine that has fewer is repeated in front.
+        cap: labels above it count as this, as is usual, since an engine in good order shows no sign of its end.
+        part: of the four sets of the source: ``"FD001"`` to ``"FD004"``.
+    Returns:
+        Splits with inputs (M, cycles, 24) float32, three settings and 21 sensors, and labels in cycles.
+    Raises:
+        DataError: a file is missing or damaged, a line has other than 26 numbers, cycles do not count from 1 up, or
+            the remaining lives are not one per test engine.
+    Source:
+        Saxena et al. 2008, Damage propagation modeling for aircraft engine run-to-failure simulation.
+    """
+    cycles = whole("cycles", cycles, low=1)
+    one_of("part", part, ("FD001", "FD002", "FD003", "FD004"))
+    files = [f"{name}_{part}.txt" for name in ("train", "test", "RUL")]
+    train_path, test_path, rest_path = (find_file(root, name, f"cmapss_{name}", card="cmapss") for name in files)
+    engines, cut = _engines(train_path), _engines(test_path)
+    lives = [_line_of_numbers(line, 1, f"{rest_path}, line {i + 1}")[0] for i, line in _data_lines(rest_path, "RUL")]
+    if len(lives) != len(cut):
+        got = f"{len(lives)} and {len(cut)}"
+        raise data_error(f"the lives must be as many as the engines in {test_path.name}", got=got, source=rest_path)
+    inputs, labels, owner = [], [], []
+    for engine, readings in engines.items():
+        windows = _windows(_lengthened(readings, cycles), cycles)
+        inputs.append(windows)
+        labels.append(np.arange(len(windows) - 1, -1, -1))
+        owner.append(np.full(len(windows), engine))
+    inputs += [_windows(_lengthened(readings, cycles), cycles)[-1:] for readings in cut.values()]
+    label, number = np.concatenate([*labels, lives]), np.concatenate(owner)
+    val = number % _EVERY == 0
+    rows = (np.flatnonzero(~val), np.flatnonzero(val), np.arange(len(number), len(label)))
+    return splits_of_rows(np.concatenate(inputs), label.clip(max=cap), *rows, source=f"cmapss_{part.lower()}")
+
+
+def _windows(series: np.ndarray, length: int) -> np.ndarray:
+    """(T - length + 1, length, F), a read-only view of a series (T, F)."""
+    if len(series) < length:
+        return np.empty((0, length, series.shape[1]), series.dtype)
+    return np.lib.stride_tricks.sliding_window_view(series, length, axis=0).swapaxes(1, 2)
+
+
+def _filled(row: np.ndarray) -> np.ndarray:
+    """A row whose gaps hold the last value before them; a gap at the start holds the first value."""
+    known = np.isfinite(row)
+    if not known.any():
+        return np.zeros_like(row)
+    last = np.maximum.accumulate(np.where(known, np.arange(len(row)), known.argmax()))
+    return row[last]
+
+
+def _engines(path: Path) -> dict[int, np.ndarray]:
+    """The readings (T, 24) of each engine by its number."""
+    readings: dict[int, list[np.ndarray]] = {}
+    for i, line in _data_lines(path, "unit_number"):
+        place = f"{path}, line {i + 1}"
+        engine, cycle, *values = _line_of_numbers(line, _CELLS, place)
+        rows = readings.setdefault(int(engine), [])
+        if cycle != len(rows) + 1:
+            raise data_error(f"engine {int(engine)} must go on with cycle {len(rows) + 1}", got=cycle, source=place)
+        rows.append(np.array(values, np.float32))
+    return {engine: np.stack(rows) for engine, rows in readings.items()}
+
+
+def _data_lines(path: Path, heading: str) -> list[tuple[int, str]]:
+    """The lines that hold something, by their places; one that names the columns is left out."""
+    return [(i, line) for i, line in enumerate(lines_of(path)) if line.strip() and not line.startswith(heading)]
+
+
+def _line_of_numbers(line: str, count: int, place: str) -> list[float]:
+    try:
+        values = [float(cell) for cell in line.split()]
+    except ValueError as error:
+        raise data_error("a line must hold numbers", got=error, source=place) from None
+    if len(values) != count or not np.isfinite(values).all():
+        raise data_error(f"a line must hold {count} finite numbers", got=len(values), source=place)
+    return values
+
+
+def _lengthened(readings: np.ndarray, cycles: int) -> np.ndarray:
+    short = max(0, cycles - len(readings))
+    return np.concatenate([np.repeat(readings[:1], short, axis=0), readings])

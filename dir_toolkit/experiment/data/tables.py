@@ -1,0 +1,81 @@
+"""Tables: the rows of a CSV file with one numeric label per row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from ._checks import data_error
+from .images import SampleSet, Splits
+from .rows import columns_of, has_columns, numbers_of, seeded_splits
+
+__all__ = ["standardized", "table"]
+
+_MOST_WORDS = 100  # that one column may hold
+
+
+def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (), seed: int = 0) -> Splits:
+    """A CSV file with a label in one column and features in all others, split by a seed.
+
+    A column of numbers is one feature. A column that holds a word is one feature per word in it, which is 1 in the rows
+    of this word and 0 in the others; the words are sorted.
+
+    Args:
+        path: the file, with the names of the columns in its first line, packed with gzip or not.
+        label: the name of the column that holds the labels.
+        drop: names of columns that are neither.
+        seed: of the split: three fifths of the rows are for training, a fifth for validation and a fifth for the test.
+    Returns:
+        Splits with inputs (N, F) float32 as the file has them; :func:`standardized` scales them.
+    Raises:
+        DataError: a column is not there, no feature is left, a label is no finite number, a number is missing among
+            numbers, or a column holds more than 100 different words. Or the file is damaged or has fewer than 5 rows.
+
+    >>> table("abalone.csv.gz", "Rings").train.inputs.shape                                         # doctest: +SKIP
+    (4177, 10)
+    """
+    path = Path(path)
+    columns = columns_of(path)
+    has_columns(columns, (label, *drop), path)
+    labels = numbers_of(columns.pop(label), label, path)
+    features = [_features(cells, name, path) for name, cells in columns.items() if name not in drop]
+    if not features or len(labels) < 5:
+        got = f"{len(features)} and {len(labels)}"
+        raise data_error("the table must have a feature and at least 5 rows", got=got, source=path)
+    inputs = np.concatenate(features, axis=1).astype(np.float32)
+    return seeded_splits(inputs, labels, source=path.name.split(".")[0], seed=seed)
+
+
+def standardized(splits: Splits) -> Splits:
+    """The same samples with each feature shifted and scaled to mean 0 and standard deviation 1 over the training part.
+
+    The last axis of the inputs holds the features. A feature that is constant in training becomes 0 there.
+    """
+    inputs = splits.train.inputs.astype(np.float64)
+    seen = inputs[splits.train.rows].reshape(-1, inputs.shape[-1])
+    mean, spread = np.nanmean(seen, 0), np.nanstd(seen, 0)
+    scaled = ((inputs - mean) / np.where(spread > 0, spread, 1)).astype(np.float32)
+    train, val, test = (SampleSet(scaled, part.labels, part.rows) for part in (splits.train, splits.val, splits.test))
+    return Splits(train, val, test, splits.source, splits.skipped)
+
+
+def _features(cells: list[str], name: str, path: Path) -> np.ndarray:
+    """(N, 1) numbers, or (N, W) of zeros and ones."""
+    if all(_is_word(cell) for cell in cells):
+        words = sorted(set(cells))
+        if len(words) > _MOST_WORDS:
+            rule = f"column {name!r} must hold at most {_MOST_WORDS} different words"
+            raise data_error(rule, got=len(words), fix=f"Pass drop=[{name!r}].", source=path)
+        return (np.array(cells)[:, None] == np.array(words)).astype(np.float64)
+    return numbers_of(cells, name, path)[:, None]
+
+
+def _is_word(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return cell.strip() != ""
+    return False

@@ -1,0 +1,242 @@
+"""Text files of rows, and the readers of tables, series and text: values by hand, refusals, and the data cards."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from dir_toolkit.errors import DataError
+from dir_toolkit.experiment.data.images import Splits
+from dir_toolkit.experiment.data.rows import columns_of, lines_of, numbers_of
+from dir_toolkit.experiment.data.series import BEIJING_FEATURES, beijing, cmapss
+from dir_toolkit.experiment.data.tables import standardized, table
+from dir_toolkit.experiment.data.text import emobank, sts_b_dir, word_vectors, words_of
+
+REPOSITORY = Path(__file__).parents[3]
+REAL = Path(os.environ.get("DIR_TOOLKIT_DATA", REPOSITORY.parent / "shared" / "data"))
+real = pytest.mark.skipif(not (REAL / "tables").is_dir(), reason="the real tables, series and texts are not there")
+
+TABLE = "\ufeffy, x,sex\n1,0.5,F\n2,1.5,M\n3,-1,F\n4,0,I\n5,2,F\n"
+
+
+def write(path: Path, text: str, *, packed: bool = False) -> Path:
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_table_by_hand(tmp_path: Path, packed: bool) -> None:
+    splits = table(write(tmp_path / "some.csv", TABLE, packed=packed), "y", seed=1)
+    assert splits.source == "some"
+    np.testing.assert_array_equal(
+        splits.train.inputs, [[0.5, 1, 0, 0], [1.5, 0, 0, 1], [-1, 1, 0, 0], [0, 0, 1, 0], [2, 1, 0, 0]]
+    )
+    parts = (splits.train, splits.val, splits.test)
+    assert [len(part) for part in parts] == [3, 1, 1]
+    assert sorted(np.concatenate([part.rows for part in parts])) == [0, 1, 2, 3, 4]
+    for part in parts:
+        np.testing.assert_array_equal(part.labels, part.rows + 1)
+
+
+def test_standardized_by_the_training_rows(tmp_path: Path) -> None:
+    splits = standardized(table(write(tmp_path / "some.csv", TABLE), "y", drop=["sex"]))
+    inputs = splits.train.inputs[splits.train.rows]
+    np.testing.assert_allclose([inputs.mean(), inputs.std()], [0, 1], atol=1e-7)
+    assert splits.test.inputs is splits.train.inputs
+
+
+def test_a_constant_column_becomes_zero(tmp_path: Path) -> None:
+    text = "y,x\n" + "".join(f"{i},7\n" for i in range(6))
+    assert not standardized(table(write(tmp_path / "some.csv", text), "y")).train.inputs.any()
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (TABLE, {"label": "z"}, "the file must have a column 'z', got y, x, sex"),
+        (TABLE, {"label": "y", "drop": ["w"]}, "must have a column 'w'"),
+        (TABLE, {"label": "sex"}, r"some.csv, row 1: column 'sex' must hold finite numbers, got 'F'"),
+        (TABLE, {"label": "y", "drop": ["x", "sex"]}, "must have a feature and at least 5 rows, got 0 and 5"),
+        ("y,x\n1,2\n3\n", {"label": "y"}, "some.csv, line 3: a row must have 2 cells, got 1"),
+        ("y,x,x\n1,2,3\n", {"label": "y"}, "line 1: a column name must occur once, got 'x'"),
+        ("y,x\n", {"label": "y"}, "must hold a row below the names"),
+        ("", {"label": "y"}, "must hold a row below the names"),
+        ("y,x\n1,\n2,3\n", {"label": "y"}, "row 1: column 'x' must hold finite numbers, got ''"),
+        ('y,x\n1,"2\n', {"label": "y"}, "must be readable as CSV"),
+        ("y,x\n" + "".join(f"{i},w{i}\n" for i in range(101)), {"label": "y"}, r"at most 100 different .* Pass drop="),
+    ],
+)
+def test_what_a_table_refuses(tmp_path: Path, text: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        table(write(tmp_path / "some.csv", text), **options)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    whole = gzip.compress(TABLE.encode())
+    (tmp_path / "cut").write_bytes(whole[:-9])
+    (tmp_path / "latin").write_bytes("é".encode("latin-1"))
+    for name in ("cut", "latin", "none"):
+        with pytest.raises(DataError, match=f"{name}: the file must be whole, and text in UTF-8"):
+            lines_of(tmp_path / name)
+    with pytest.raises(DataError, match=r"emobank.csv, packed with gzip or not, got .* data_cards/emobank.md"):
+        emobank(tmp_path, {})
+
+
+def test_missing_numbers_are_nan_where_they_are_named() -> None:
+    np.testing.assert_array_equal(numbers_of(["1", " NA", "-2e1"], "x", Path("f"), missing=("NA",)), [1, np.nan, -20])
+    with pytest.raises(DataError, match="f, row 2"):
+        numbers_of(["1", "NA"], "x", Path("f"))
+    with pytest.raises(DataError, match="got 'inf'"):
+        numbers_of(["inf"], "x", Path("f"))
+
+
+def air(tmp_path: Path, hours: int, **changed: str) -> Path:
+    rows = ["No,year,month,day,hour,PM2.5,TEMP,PRES,DEWP,RAIN,wd,WSPM"]
+    for i in range(hours):
+        label, temp = changed.get(f"label{i}", str(i)), changed.get(f"temp{i}", str(i))
+        rows.append(f'{i},2013,1,{1 + i % 28},{i % 24},{label},{temp},1000,-3,0,"E",1.5')
+    write(tmp_path / "beijing_somewhere.csv", "\n".join(rows))
+    return tmp_path
+
+
+def test_windows_of_beijing_by_hand(tmp_path: Path) -> None:
+    before = 50
+    splits = beijing(air(tmp_path, 366 * 24 + before, label5="NA", temp7="NA"), "Somewhere", hours=3)
+    # 40 hours train, 10 validate; windows do not reach into the part before.
+    assert splits.train.labels.tolist() == [2, 3, 4, *range(6, 40)]
+    assert splits.val.labels.tolist() == list(range(42, 50))
+    assert (splits.test.labels[0], len(splits.test)) == (52, 366 * 24 - 2)
+    assert splits.skipped == {"without label": 1}
+    inputs, labels = splits.train.batch(np.array([5]))
+    assert labels.item() == 8
+    assert inputs[0, :, 0].tolist() == [6, 6, 8]  # the gap at 7 holds what came before
+    east, north = (BEIJING_FEATURES.index(f"wind {word}") for word in ("east", "north"))
+    np.testing.assert_allclose(inputs[0, 0, [east, north]], [1, 0], atol=1e-7)
+    assert not splits.train.inputs.flags.writeable
+
+
+def test_what_beijing_refuses(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must hold more than 8785 hours, got 30"):
+        beijing(air(tmp_path, 30), "Somewhere")
+    write(tmp_path / "beijing_elsewhere.csv", "hour,PM2.5\n1,2\n")
+    with pytest.raises(DataError, match="must have a column 'month'"):
+        beijing(tmp_path, "Elsewhere")
+
+
+def engines(folder: Path, **changed: str) -> Path:
+    def lines(lives: dict[int, int]) -> str:
+        cells = [
+            (e, c, *(f"{100 * e + c}.0" for _ in range(24))) for e, life in lives.items() for c in range(1, life + 1)
+        ]
+        return "".join(" ".join(map(str, row)) + "  \n" for row in cells)
+
+    texts = {"train": lines({1: 4, 5: 3}), "test": lines({1: 1, 2: 4}), "RUL": "RUL\n7 \n200 \n"} | changed
+    for name, text in texts.items():
+        write(folder / f"{name}_FD001.txt", text)
+    return folder
+
+
+def test_windows_of_engines_by_hand(tmp_path: Path) -> None:
+    splits = cmapss(engines(tmp_path), cycles=2, cap=100)
+    assert splits.train.labels.tolist() == [2, 1, 0]
+    assert splits.val.labels.tolist() == [1, 0]
+    assert splits.test.labels.tolist() == [7, 100]
+    inputs, _ = splits.train.batch(np.arange(3))
+    assert inputs[:, :, 0].tolist() == [[101, 102], [102, 103], [103, 104]]
+    inputs, _ = splits.test.batch(np.arange(2))
+    assert inputs[:, :, 3].tolist() == [[101, 101], [203, 204]]  # the first engine has one cycle only
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"RUL": "7\n"}, "the lives must be as many as the engines in test_FD001.txt, got 1 and 2"),
+        ({"RUL": "7\nx\n"}, "RUL_FD001.txt, line 2: a line must hold numbers"),
+        ({"train": "1 1 2\n"}, "train_FD001.txt, line 1: a line must hold 26 finite numbers, got 3"),
+        ({"train": "1 2" + " 0" * 24}, "engine 1 must go on with cycle 1, got 2"),
+    ],
+)
+def test_what_engines_refuse(tmp_path: Path, changed: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        cmapss(engines(tmp_path, **changed), cycles=2)
+
+
+def test_words_and_their_vectors(tmp_path: Path) -> None:
+    assert words_of("Don't  pay 3.50€") == ["don", "'", "t", "pay", "3", ".", "50", "€"]
+    write(tmp_path / "glove_100d.txt", "a 1 2\nb -1 0.5\n", packed=False)
+    number, vectors = word_vectors(tmp_path)
+    assert number == {"a": 1, "b": 2}
+    np.testing.assert_array_equal(vectors, [[0, 0], [1, 2], [-1, 0.5]])
+    for text in ("a 1 2\nb 1\n", "a 1\na 2\n", "a\n", "a 1\nb x\n", ""):
+        write(tmp_path / "bad.txt", text)
+        with pytest.raises(DataError, match=r"bad.txt"):
+            word_vectors(tmp_path, "bad.txt")
+
+
+def test_sentences_by_hand(tmp_path: Path) -> None:
+    text = 'id,split,V,A,D,text\n1,train,3,2,1,"B, a?"\n2,dev,4,3,3,c\n3,test,1.5,3,3,A A A A\n'
+    splits = emobank(write(tmp_path / "emobank.csv", text).parent, {"a": 1, "b": 2}, longest=3)
+    assert splits.train.inputs.tolist() == [[2, 1, 0], [0, 0, 0], [1, 1, 1]]
+    assert (splits.train.labels.tolist(), splits.test.labels.tolist()) == ([3], [1.5])
+    for part in ("train", "dev", "test"):
+        pairs = 'index\tsentence1\tsentence2\tscore\n0\ta "quote\tb a\t2.5\n'
+        write(tmp_path / f"stsb_dir_{part}.tsv", pairs)
+    splits = sts_b_dir(tmp_path, {"a": 1, "b": 2}, longest=2)
+    assert splits.val.inputs.tolist() == [[[1, 0], [2, 1]]]
+    assert splits.val.labels.tolist() == [2.5]
+    with pytest.raises(DataError, match="must have a column 'text'"):
+        emobank(write(tmp_path / "emobank.csv", "split,V\ntrain,3\n").parent, {})
+
+
+def test_mutated_files_give_our_error_or_columns(tmp_path: Path, mutations: Callable[..., Iterator[bytes]]) -> None:
+    refused = 0
+    for packed in (False, True):
+        valid = gzip.compress(TABLE.encode()) if packed else TABLE.encode()
+        for changed in mutations(valid, count=150, longest=9):
+            (tmp_path / "some.csv").write_bytes(changed)
+            try:
+                assert columns_of(tmp_path / "some.csv")
+                assert len(table(tmp_path / "some.csv", "y").train)
+            except DataError:
+                refused += 1
+    assert 150 < refused < 300
+
+
+def card(name: str) -> dict[str, Any]:
+    text = (REPOSITORY / "data_cards" / f"{name}.md").read_text("utf-8")
+    facts: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])["dir_toolkit"]
+    return facts
+
+
+def same_as_card(facts: dict[str, Any], splits: Splits) -> None:
+    for part, size in facts["splits"].items():
+        labels = getattr(splits, part).labels
+        assert len(labels) == size
+        assert np.histogram(labels, facts["histogram_edges"])[0].tolist() == facts["label_histogram"][part]
+    assert splits.skipped == facts.get("skipped", {})
+
+
+@real
+@pytest.mark.parametrize("name", ["abalone", "airfoil", "appliances_energy", "concrete", "house16H", "rain_ibk"])
+def test_cards_of_tables(name: str) -> None:
+    facts = card("tables")["sets"][name]
+    splits = table(REAL / "tables" / f"{name}.csv.gz", facts["label"], drop=facts["drop"])
+    same_as_card(facts, splits)
+    assert splits.train.inputs.shape[1] == facts["features"]
+
+
+@real
+def test_cards_of_series_and_text() -> None:
+    same_as_card(card("beijing"), beijing(REAL / "series"))
+    same_as_card(card("cmapss"), cmapss(REAL / "series"))
+    number, vectors = word_vectors(REAL / "text")
+    assert vectors.shape == (len(number) + 1, 100)
+    same_as_card(card("emobank"), emobank(REAL / "text", number))
+    same_as_card(card("sts_b_dir"), sts_b_dir(REAL / "text", number))
