@@ -1,11 +1,11 @@
 """Learning from long-tailed labels, continuous or discrete, on one label axis.
 
 The everyday names stand here. All others are in their rooms: ``dt.labels``, ``dt.features``, ``dt.heads``,
-``dt.losses``, ``dt.metrics``, ``dt.priors`` and ``dt.decoupling``. Data sets, training loops and results are in
-``dir_toolkit.experiment``, which nothing here imports.
+``dt.losses``, ``dt.metrics``, ``dt.priors``, ``dt.conformal`` and ``dt.decoupling``. Data sets, training loops and
+results are in ``dir_toolkit.experiment``, which nothing here imports.
 """
 
-from . import decoupling, errors, features, heads, labels, losses, metrics, priors
+from . import conformal, decoupling, errors, features, heads, labels, losses, metrics, priors
 from .decoupling import stage_two
 from .errors import DirToolkitError, DirToolkitWarning, LabelError, ShapeError
 from .features.fds import FDS
@@ -49,6 +49,7 @@ __all__ = [
     "choose_tau",
     "class_prior",
     "classification_metrics",
+    "conformal",
     "crps",
     "decode",
     "decoupling",

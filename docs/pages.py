@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dir_toolkit"
 
 # The order of reading; rooms that are not named here follow.
 ROOMS = (
-    "labels", "features", "heads", "losses", "priors", "decoupling", "longtail", "metrics", "integrations",
+    "labels", "features", "heads", "losses", "priors", "conformal", "decoupling", "longtail", "metrics", "integrations",
     "experiment",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ import dir_toolkit
 OPTIONAL = {"xarray", "matplotlib", "pandas", "rich", "PIL", "sklearn", "tensorboard", "torchvision", "timm", "tyro"}
 
 
-ROOMS = ("decoupling", "errors", "features", "heads", "labels", "losses", "metrics", "priors")
+ROOMS = ("conformal", "decoupling", "errors", "features", "heads", "labels", "losses", "metrics", "priors")
 
 
 def test_the_everyday_names_are_documented_and_listed_where_they_are_made() -> None:

@@ -235,7 +235,23 @@ METRICS: list[Case] = [
     ),
 ]
 
-CASES = [*LABELS, *FEATURES, *LOSSES, *HEADS, *MODELS, *METRICS]
+CALIBRATED = {
+    "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
+    "regions": {"regions": ["all"] * 60},
+    "per_region": {"per_region": 0.5},
+    "outside": {"outside": "clip"},
+}
+CONFORMAL: list[Case] = [
+    Case(dt.conformal.PointConformal, {"density": DENSITY}, CALIBRATED),
+    Case(dt.conformal.GaussianConformal, {"density": DENSITY}, CALIBRATED),
+    Case(
+        dt.conformal.BinsConformal,
+        {"density": DENSITY},
+        {**CALIBRATED, "gamma": {"gamma": 0.0}, "prior": {"prior": np.full(60, 1 / 60)}},
+    ),
+]
+
+CASES = [*LABELS, *FEATURES, *LOSSES, *HEADS, *MODELS, *METRICS, *CONFORMAL]
 CHANGES = [(case, name) for case in CASES for name in case.others]
 
 

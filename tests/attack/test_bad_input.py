@@ -85,6 +85,16 @@ def nearest() -> dt.heads.NearestMeanHead:
     return head
 
 
+def conformal_call(kind: Any, method: str, output: Callable[[], Tensor]) -> Call:
+    """A call of the constructor, or of a method of what these forecasts have calibrated."""
+    options = {"density": density(), "regions": ["many", "many", "few", "few"], "per_region": 0.5}
+    if not method:
+        return kind, options
+    (calibration := kind(density())).update(output(), years())
+    given = {".update": {"output": output(), "labels": years()}, ".thresholds": {}, ".all_reduce": {}}
+    return getattr(calibration, method[1:]), given.get(method, {"output": output()})
+
+
 def metrics(kind: Any, bins: dt.Bins) -> Any:
     return kind(density(bins))
 
@@ -274,6 +284,25 @@ VALID: dict[str, Callable[[], Call]] = {
     "freeze": lambda: (dt.decoupling.freeze, {"module": linear()}),
     "gaussian": lambda: (dt.gaussian, {"size": 5, "sigma": 2.0}),
     "gaussian_interval": lambda: (dt.losses.gaussian_interval, {"pred": rows(2)}),
+    **{
+        f"{kind.__name__}{method}": partial(conformal_call, kind, method, output)
+        for kind, output in (
+            (dt.conformal.PointConformal, years),
+            (dt.conformal.GaussianConformal, lambda: rows(2)),
+            (dt.conformal.BinsConformal, shares),
+        )
+        for method in ("", ".update", ".sets", ".interval", ".thresholds", ".all_reduce")
+    },
+    "conformal_interval": lambda: (
+        dt.conformal.conformal_interval,
+        {
+            "pred": years(),
+            "calibration_pred": years(),
+            "calibration_labels": years(),
+            "density": density(),
+            "regions": ["many", "many", "few", "few"],
+        },
+    ),
     "interval": lambda: (dt.interval, {"probabilities": shares(), "bins": BINS}),
     "laplace": lambda: (dt.laplace, {"size": 5, "scale": 2.0}),
     "pointwise_mutual_information": lambda: (

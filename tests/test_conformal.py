@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dir_toolkit as dt
+from dir_toolkit.conformal import BinsConformal, GaussianConformal, PointConformal, conformal_interval
+from dir_toolkit.errors import ShapeError
+
+BINS = dt.Bins.uniform(0, 10, width=1)
+DENSITY = dt.LabelDensity(BINS, [200, 200, 200, 50, 50, 50, 9, 9, 0, 0])
+REGION = np.array(["many"] * 3 + ["medium"] * 3 + ["few"] * 4)
+OPEN = [-math.inf, *range(1, 10), math.inf]
+NO_WARNING = pytest.mark.filterwarnings("ignore:.*calibration samples, and level")
+KINDS = (PointConformal, GaussianConformal, BinsConformal)
+
+
+def forecasts(kind: type, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Forecasts that err more and are too low where labels are rare."""
+    mean = labels - rng.exponential(0.1 + labels / 3) + 0.2
+    if kind is PointConformal:
+        return mean
+    if kind is GaussianConformal:
+        return np.stack([mean, rng.normal(0, 0.5, len(labels))], 1)
+    scores = np.exp(-((BINS.centers - mean[:, None]) ** 2) / 2)
+    return scores / scores.sum(1, keepdims=True)
+
+
+def drawn(kind: type, per_region: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """So many samples of each region, with labels anywhere in it."""
+    labels = np.concatenate([rng.uniform(low, high, per_region) for low, high in ((0, 3), (3, 6), (6, 10))])
+    return forecasts(kind, labels, rng), labels
+
+
+def calibrated(kind: type, *batches: tuple[Any, Any], **options: Any) -> Any:
+    calibration = kind(DENSITY, **options)
+    for output, labels in batches:
+        calibration.update(output, labels)
+    return calibration
+
+
+@NO_WARNING
+@pytest.mark.parametrize("samples", [5, 20, 200])
+def test_each_region_is_covered_as_often_as_asked(samples: int) -> None:
+    """Over 2,000 calibrations at once, each with two regions of its own; bounds are four standard deviations wide."""
+    rng, repetitions, level = np.random.default_rng(samples), 2000, 0.9
+    bins = dt.Bins.uniform(0, 2 * repetitions, width=1)
+    density, region = dt.LabelDensity(bins, np.ones(len(bins), dtype=int)), np.arange(len(bins))
+    each, one = (np.repeat(region, n) for n in (samples, 1))
+    scale = np.tile([1.0, 5.0], repetitions)
+    errors, new = scale[each] * rng.exponential(size=len(each)), scale * rng.exponential(size=len(one))
+    covered = []
+    for regions in (region, region // 2):  # a threshold per region, and one for both
+        calibration = PointConformal(density, regions=regions)
+        calibration.update(bins.centers[each] + errors, bins.centers[each])
+        covered.append((new <= -calibration.thresholds(level)).reshape(-1, 2).mean(0))
+    slack = 4 * math.sqrt(level * (1 - level) / repetitions)
+    most = 1.0 if samples == 5 else level + 1 / (samples + 1)
+    assert (covered[0] >= level - slack).all()
+    assert (covered[0] <= most + slack).all()
+    assert level - slack <= covered[1].mean() <= level + 1 / (2 * samples + 1) + slack
+    assert covered[1][1] < level - slack  # one threshold for all misses those that err most
+
+
+def naive_threshold(scores: list[float], level: float) -> float:
+    rank = math.floor(round((1 - level) * (len(scores) + 1), 9))
+    return sorted(scores)[rank - 1] if rank else -math.inf
+
+
+def naive_score(kind: type, output: np.ndarray, label: float) -> float:
+    if kind is PointConformal:
+        return -abs(label - output)
+    if kind is GaussianConformal:
+        variance = math.exp(output[1])
+        return -((label - output[0]) ** 2) / (2 * variance) - math.log(2 * math.pi * variance) / 2
+    b = min(int(label + 1e-9), 9)
+    return math.log(output[b]) - 0.5 * math.log(max(DENSITY.counts[b], 1) / np.maximum(DENSITY.counts, 1).sum())
+
+
+@NO_WARNING
+@pytest.mark.parametrize("kind", KINDS)
+def test_sets_and_hulls_are_those_of_a_loop_over_labels(kind: type) -> None:
+    rng = np.random.default_rng(0)
+    output, labels = drawn(kind, 12, rng)
+    new, _ = drawn(kind, 5, rng)
+    grid = np.arange(0, 10, 0.05) if kind is BinsConformal else np.arange(-30, 40, 0.05)
+    bin_of = np.clip(np.floor(grid + 1e-9).astype(int), 0, 9)
+    for level in (0.5, 0.8, 0.9, 0.95):  # 12 samples are too few for the last
+        calibration = calibrated(kind, (output, labels))
+        scores = [naive_score(kind, x, y) for x, y in zip(output, labels, strict=True)]
+        bins = np.minimum(labels.astype(int), 9)
+        known = {
+            name: naive_threshold([s for s, b in zip(scores, bins, strict=True) if REGION[b] == name], level)
+            for name in np.unique(REGION)
+        }
+        sets, (lower, upper) = calibration.sets(new, level), calibration.interval(new, level)
+        for i, x in enumerate(new):
+            held = np.array([naive_score(kind, x, y) >= known[REGION[b]] for y, b in zip(grid, bin_of, strict=True)])
+            mean = x[0] if kind is GaussianConformal else x
+            best = [b + 0.5 if kind is BinsConformal else np.clip(mean, *OPEN[b : b + 2]) for b in range(10)]
+            assert sets[i].tolist() == [naive_score(kind, x, best[b]) >= known[REGION[b]] for b in range(10)]
+            if held.any():
+                ends = np.clip([lower[i], upper[i]], grid[0], grid[-1])
+                assert ends == pytest.approx(grid[held][[0, -1]], abs=0.0501)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_few_samples_give_all_labels_of_the_region_and_one_warning(kind: type) -> None:
+    output, labels = drawn(kind, 30, np.random.default_rng(1))
+    keep = np.append(np.arange(60), np.arange(60, 68))  # 8 of the few, where level 0.9 needs 9
+    calibration = calibrated(kind, (output[keep], labels[keep]))
+    said = "region 'few' has 8 calibration samples, and level 0.9 needs 9, so that sets hold all of its labels"
+    with pytest.warns(dt.DirToolkitWarning, match=said):
+        thresholds = calibration.thresholds(0.9)
+    assert (np.isneginf(thresholds) == (REGION == "few")).all()
+    assert calibration.sets(output)[:, 6:].all()
+    lower, upper = calibration.interval(output)
+    assert (upper == (10 if kind is BinsConformal else math.inf)).all()
+    assert (lower > -math.inf).all()
+    calibration.update(output[68:69], labels[68:69])
+    assert np.isfinite(calibration.thresholds(0.9)).all()
+
+
+def test_no_sample_of_a_region_is_too_few() -> None:
+    output, labels = drawn(PointConformal, 30, np.random.default_rng(1))
+    calibration = calibrated(PointConformal, (output, labels), regions=DENSITY.regions())
+    with pytest.warns(dt.DirToolkitWarning, match="region 'unseen' has 0 calibration samples"):
+        thresholds = calibrated(
+            PointConformal, (output[:60], labels[:60]), regions=np.where(REGION == "few", "unseen", REGION)
+        ).thresholds()
+    assert np.isneginf(thresholds[6:]).all()
+    assert calibration.counts().keys() == {"many", "medium", "few", "unseen"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_threshold_for_all_is_that_of_one_region(kind: type) -> None:
+    batch = drawn(kind, 40, np.random.default_rng(2))
+    own = calibrated(kind, batch).thresholds(0.8)
+    together = calibrated(kind, batch, per_region=0.0).thresholds(0.8)
+    assert together.tolist() == calibrated(kind, batch, regions=["all"] * 10).thresholds(0.8).tolist()
+    between = calibrated(kind, batch, per_region=0.25).thresholds(0.8)
+    np.testing.assert_allclose(between, 0.25 * own + 0.75 * together)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_and_sums_equal_the_whole(kind: type) -> None:
+    output, labels = drawn(kind, 40, np.random.default_rng(3))
+    whole = calibrated(kind, (output, labels))
+    order = np.random.default_rng(4).permutation(len(labels))
+    parts = [(output[part], labels[part]) for part in np.split(order, [0, 7, 50])]
+    chunked = calibrated(kind, *parts)
+    merged = calibrated(kind, *parts[:2]) + calibrated(kind, *parts[2:])
+    for other in (chunked, merged, whole.all_reduce()):
+        assert other.thresholds(0.7).tolist() == whole.thresholds(0.7).tolist()
+        assert other.counts() == whole.counts() == {"few": 40, "many": 40, "medium": 40}
+
+
+def ranks(rank: int) -> Any:
+    output, labels = drawn(PointConformal, 40, np.random.default_rng(5))
+    own = [slice(0, 13), slice(13, None)][rank]
+    together = calibrated(PointConformal, (output[own], labels[own])).all_reduce()
+    same = together.thresholds() == calibrated(PointConformal, (output, labels)).thresholds()
+    with pytest.raises(ValueError, match="only calibrations of the same settings can be added, got per_region was"):
+        calibrated(PointConformal, per_region=float(rank)).all_reduce()
+    return bool(same.all())
+
+
+def test_ranks_calibrate_together(two_ranks: Any) -> None:
+    assert two_ranks(ranks) == [True, True]
+
+
+def test_calibrations_of_other_settings_are_not_added() -> None:
+    with pytest.raises(ValueError, match="only calibrations of the same settings can be added, got per_region was 0"):
+        PointConformal(DENSITY) + PointConformal(DENSITY, per_region=0.5)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        PointConformal(DENSITY) + GaussianConformal(DENSITY)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_rounding_takes_no_label_out_that_lies_on_the_threshold(dtype: torch.dtype) -> None:
+    """A forecast that is always the same ties all samples of a bin, which would be lost together."""
+    labels = torch.arange(10.0).repeat(20)
+    point = torch.full((200,), 3.3, dtype=dtype)
+    shares = (torch.arange(1, 11) / 55).to(dtype).repeat(200, 1)
+    lower, upper = conformal_interval(point, point, labels, DENSITY, per_region=0.0)
+    held = ((lower <= labels) & (labels <= upper)).double().mean()
+    assert held >= 0.9
+    sets = calibrated(BinsConformal, (shares, labels)).sets(shares)
+    assert sets.gather(1, labels.long()[:, None]).double().mean() >= 0.9
+
+
+def test_the_set_of_a_forecast_that_fits_no_label_is_around_the_best_one() -> None:
+    gaussian = calibrated(GaussianConformal, ([[2.5, -8.0]] * 40, np.full(40, 2.5)), per_region=0.0)
+    lower, upper = gaussian.interval([[4.0, 5.0]])
+    assert (lower, upper) == (4, 4)
+    assert not gaussian.sets([[4.0, 5.0]]).any()
+    bins = calibrated(BinsConformal, (np.eye(10)[[2] * 40], np.full(40, 2.5)), per_region=0.0, gamma=0.0)
+    flat = np.full((1, 10), 0.09) + 0.1 * np.eye(10)[4]
+    assert [end.tolist() for end in bins.interval(flat)] == [[4], [5]]
+
+
+def test_uneven_bins_are_judged_per_label_unit_and_by_their_prior() -> None:
+    bins = dt.Bins.from_edges([0.0, 1.0, 4.0])
+    density, output = dt.LabelDensity(bins, [90, 10]), [[0.5, 0.5]] * 20
+    plain, divided = (BinsConformal(density, regions=["all"] * 2, gamma=g, prior=[0.8, 0.2]) for g in (0.0, 0.5))
+    for calibration in (plain, divided):
+        calibration.update(output, [0.5] * 20)
+    assert plain.thresholds() == pytest.approx([math.log(0.5), math.log(0.5 * 3)])
+    assert divided.thresholds() == pytest.approx([math.log(0.5), math.log(0.5 * 3 * math.sqrt(0.2 / 0.8))])
+
+
+def test_tensors_are_answered_by_tensors_and_all_else_by_numpy() -> None:
+    output, labels = drawn(PointConformal, 40, np.random.default_rng(6))
+    expected = conformal_interval(output, output, labels, DENSITY)
+    assert all(isinstance(end, np.ndarray) for end in expected)
+    ends = conformal_interval(torch.tensor(output).requires_grad_(), output.tolist(), torch.tensor(labels), DENSITY)
+    for end, same in zip(ends, expected, strict=True):
+        assert isinstance(end, torch.Tensor)
+        assert end.tolist() == same.tolist()
+    assert conformal_interval(torch.tensor(output).float(), output, labels, DENSITY)[0].dtype == torch.float32
+    assert conformal_interval([3], output, labels, DENSITY)[0].dtype == np.float64
+
+
+def test_labels_beyond_the_axis() -> None:
+    output, labels = np.full(40, 9.0), np.full(40, 9.5)
+    beyond = [np.append(output, [9.0] * 20), np.append(labels, [14.0] * 20)]
+    with pytest.raises(dt.LabelError, match=r"PointConformal.update: labels must lie on the label axis \[0, 10\]"):
+        calibrated(PointConformal, beyond)
+    dropped, clipped = (calibrated(PointConformal, beyond, regions=["all"] * 10, outside=o) for o in ("drop", "clip"))
+    assert dropped.thresholds()[0] == -0.5
+    assert clipped.thresholds()[0] == -5  # errors stay exact
+
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "level 0": (lambda c: c.thresholds(0), ValueError, "PointConformal.thresholds: level must be > 0 and < 1, got 0"),
+    "level 1": (lambda c: c.interval([1.0], 1), ValueError, "level must be > 0 and < 1, got 1"),
+    "no sample": (lambda c: PointConformal(DENSITY).interval([1.0]), ValueError, "there must be calibration samples"),
+    "NaN": (lambda c: c.update([math.nan], [1.0]), ValueError, r"output must be finite, got nan at index \[0\]"),
+    "NaN, new": (lambda c: c.interval([math.nan]), ValueError, "output must be finite"),
+    "NaN label": (lambda c: c.update([1.0], [math.nan]), dt.LabelError, "labels must not be NaN"),
+    "shapes": (lambda c: c.update([1.0], [1.0, 2.0]), ShapeError, r"labels must be \(1,\), one per forecast"),
+    "columns": (lambda c: c.update([[1.0]], [1.0]), ShapeError, r"output must be \(N,\), got shape \(1, 1\)"),
+    "Gaussian": (lambda c: GaussianConformal(DENSITY).update([1.0], [1.0]), ShapeError, r"output must be \(N, 2\)"),
+    "no distribution": (
+        lambda c: BinsConformal(DENSITY).update(np.ones((1, 10)), [1.0]),
+        ValueError,
+        "BinsConformal.update: output must sum to one",
+    ),
+    "one row": (
+        lambda c: BinsConformal(DENSITY).update(np.full(10, 0.1), [1.0]),
+        ShapeError,
+        r"output must be \(N, 10\), a distribution over the bins",
+    ),
+    "regions": (lambda c: PointConformal(DENSITY, regions=["a"]), ShapeError, r"regions must be \(10,\) names or"),
+    "share": (lambda c: PointConformal(DENSITY, per_region=2), ValueError, "per_region must be >= 0 and <= 1"),
+    "gamma": (lambda c: BinsConformal(DENSITY, gamma=-1), ValueError, "gamma must be >= 0 and <= 1"),
+    "prior": (lambda c: BinsConformal(DENSITY, prior=[1.0]), ShapeError, r"prior must be \(10,\), one share per bin"),
+    "prior of zero": (lambda c: BinsConformal(DENSITY, prior=np.eye(10)[0]), ValueError, "prior must be positive"),
+    "grid": (
+        lambda c: PointConformal(dt.LabelDensity(dt.Bins.grid(BINS), DENSITY.counts)),
+        ValueError,
+        "density must be over one axis",
+    ),
+    "classes": (
+        lambda c: PointConformal(dt.LabelDensity(dt.Bins.classes(2), [1, 1])).update([0.5], [1]),
+        ValueError,
+        "bins must not be classes, which have no distances",
+    ),
+    "order": (
+        lambda c: BinsConformal(dt.LabelDensity(dt.Bins.classes(2), [1, 1])).interval([[0.5, 0.5]]),
+        ValueError,
+        r"bins must not be classes, which have no order, for an interval.* Use sets\(output, level\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_refused(wrong: str) -> None:
+    call, error, message = WRONG[wrong]
+    calibration = calibrated(PointConformal, ([1.0] * 20, [1.5] * 20))
+    with pytest.raises(error, match=message):
+        call(calibration)
+    assert calibration.counts()["many"] == 20  # nothing was added
