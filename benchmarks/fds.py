@@ -86,7 +86,7 @@ def calibration(report: Report, num_features: int) -> None:
     times = medians(
         {
             "loop": lambda: calibrate_by_loop(scratch, labels, floats),
-            "calibrate": lambda: fds._calibrate(features, row),
+            "calibrate": lambda: fds._calibrate(features, row, 1),
             "with labels placed": lambda: fds.calibrate(features, labels),
             "multiply-add": lambda: torch.addcmul(shift, features, scale),
             "hook": hook,

@@ -93,6 +93,7 @@ FEATURES: list[Case] = [
             "count_weighted": {"count_weighted": True},
             "edges": {"edges": "mirror"},
             "outside": {"outside": "clip"},
+            "channels": {"channels": "last"},
         },
         no_settings=("group",),
     ),

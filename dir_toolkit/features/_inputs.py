@@ -12,24 +12,24 @@ from .._numerics import is_wrapped
 from ..errors import CheckpointError, ShapeError
 from ..labels.bins import Outside
 from ..labels.grid import AnyBins, BinGrid
+from .rows import Channels
 
 
 def placed(labels: Tensor, bins: AnyBins, outside: Outside) -> Tensor:
-    """The row of each label in tables of B + 1 rows, (N,) or (N, H, W): its bin, or B where it has none."""
+    """The row of each label in tables of B + 1 rows, (N, ...): its bin, or B where it has none."""
     is_tensor(labels=labels)
-    grid, k = isinstance(bins, BinGrid), len(bins.axes)
-    if labels.ndim not in ((2, 4) if grid else (1, 3)):
-        shapes = f"(N, {k}), or (N, H, W, {k})" if grid else "(N,), or (N, H, W)"
-        one_channel = not grid and labels.ndim in (2, 4) and labels.shape[1] == 1
-        rule, fix = f"labels must be {shapes} for one label per pixel", "Use labels.squeeze(1)." if one_channel else ""
-        raise problem(rule, got=tuple(labels.shape), fix=fix, error=ShapeError)
+    k = len(bins.axes)
+    if labels.ndim < (2 if isinstance(bins, BinGrid) else 1):
+        shapes = f"(N, {k}), or (N, ..., {k})" if isinstance(bins, BinGrid) else "(N,), or (N, ...)"
+        rule = f"labels must be {shapes} for one label per step or pixel"
+        raise problem(rule, got=tuple(labels.shape), error=ShapeError)
     rows = bins.rows(labels, outside)
     return rows.clone() if rows.is_inference() and not torch.is_inference_mode_enabled() else rows
 
 
-def check_features(features: Tensor, rows: Tensor, num_features: int) -> None:
-    """Refuse features of which no statistics can be taken. They must be (N, D), or maps (N, D, H, W), with as many
-    samples as there are rows."""
+def check_features(features: Tensor, rows: Tensor, num_features: int, channels: Channels | None) -> list[Channels]:
+    """The layouts that the features can have: (N, D, ...) or (N, ..., D). Features of which no statistics can be taken
+    are refused; they must have as many samples as there are rows."""
     is_tensor(features=features)
     floats(features=features)
     require_float64(features.device)
@@ -41,17 +41,28 @@ def check_features(features: Tensor, rows: Tensor, num_features: int) -> None:
         rule = "features must not be gathered while a CUDA graph is captured, since its replays would not count"
         fix = "Capture the parts before and after the attached module, each by itself."
         raise problem(rule, got="a stream that is capturing", fix=fix, error=RuntimeError)
-    if features.ndim not in (2, 4) or features.shape[1] != num_features:
-        rule = f"features must be (N, {num_features}) or (N, {num_features}, H, W)"
-        raise problem(rule, got=tuple(features.shape), error=ShapeError)
-    size = features.shape[2:]
-    if tuple(rows.shape) not in ((len(features), *size), (len(features),)):
-        resize = (
-            f"Resize the labels to {tuple(size)} by their nearest pixel, as F.interpolate(labels[:, None], "
-            f"{tuple(size)})[:, 0] does, or attach where maps have the size of the labels."
-        )
-        got, fix = f"{tuple(features.shape)} and {tuple(rows.shape)}", resize if size and rows.ndim == 3 else ""
+    shape = tuple(features.shape)
+    sizes: dict[Channels, int] = {"first": shape[1], "last": shape[-1]} if len(shape) > 1 else {}
+    layouts = [name for name, size in sizes.items() if size == num_features and channels in (None, name)]
+    if not layouts:
+        shapes = {"first": f"(N, {num_features}, ...)", "last": f"(N, ..., {num_features})"}
+        rule = f"features must be {shapes[channels] if channels else ' or '.join(shapes.values())}"
+        raise problem(rule, got=shape, error=ShapeError)
+    steps = {"first": shape[2:], "last": shape[1:-1]}
+    layouts = [name for name in layouts if tuple(rows.shape) in (shape[:1], (*shape[:1], *steps[name]))]
+    if not layouts:
+        size = steps["last" if shape[1] != num_features else "first"]
+        fix = ""
+        if size and rows.ndim == len(shape) - 1:
+            fix = (
+                f"Resize the labels to {size} by their nearest pixel, as F.interpolate(labels[:, None], {size})[:, 0] "
+                "does, or attach where maps have the size of the labels."
+            )
+        elif rows.shape[1:2] == (1,):
+            fix = "Use labels.squeeze(1)."
+        got = f"{shape} and {tuple(rows.shape)}"
         raise problem("features and labels must have the same samples", got=got, fix=fix, error=ShapeError)
+    return layouts
 
 
 def require_float64(device: torch.device) -> None:

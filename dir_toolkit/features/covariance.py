@@ -13,6 +13,7 @@ from .._numerics import keepable
 from .._state import Float64Module
 from .maps import Map, diagonal_map
 from .moments import BinMoments
+from .rows import beside
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -95,9 +96,8 @@ class BinCovariance(Float64Module, ABC):
         """Make the maps from all statistics, means included."""
 
     @abstractmethod
-    def calibrate(self, features: Tensor, rows: Tensor) -> Tensor:
-        """Features (N, D) or (N, D, H, W), each sample carried by the map of its row, in their own dtype. Rows are (N,)
-        or (N, H, W)."""
+    def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
+        """Features in their own form and dtype, each sample carried by the map of its row, as in :func:`as_rows`."""
 
     def _blend(self, old: Tensor, new: Tensor, count: Tensor) -> Tensor:
         return blend(old, new, count > 1, self.settings.momentum)
@@ -163,13 +163,12 @@ class DiagonalCovariance(BinCovariance):
         self.shift[:-1] = shift
         self._cast.clear()
 
-    def calibrate(self, features: Tensor, rows: Tensor) -> Tensor:
+    def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
         flat = rows.flatten().to(features.device)
         scale, shift = (table.index_select(0, flat) for table in self._tables(features, "scale", "shift"))
         wide = features.to(scale.dtype)
-        if features.ndim == 4:
-            shape = (*rows.shape, self.num_features) if rows.ndim == 3 else (len(rows), 1, 1, self.num_features)
-            scale, shift = scale.view(shape).movedim(3, 1), shift.view(shape).movedim(3, 1)
+        if features.ndim > 2:
+            scale, shift = (beside(features, t.view(*rows.shape, self.num_features), axis) for t in (scale, shift))
             return torch.addcmul(shift, wide, scale).to(features.dtype)
         # This writes into the shift that was just gathered. It saves an allocation, which takes most of the time.
         return shift.addcmul_(wide, scale).to(features.dtype)

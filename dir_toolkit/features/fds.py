@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._checks import instance, interval, length, number, one_of, problem, warn, whole
 from .._settings import shown
+from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.grid import AnyBins, BinGrid, Windows, chosen_windows
 from ..labels.kernels import FOLDED_KERNEL, Edges, smooth_rows, smoothing_window, usual_kernel
@@ -22,7 +23,9 @@ from .hooks import FDSHook, FDSInputHook, FDSOutputHook
 from .maps import Map
 from .matrix_covariance import FullCovariance, LowRankCovariance
 from .passes import Passes, in_backward
+from .rows import Channels
 from .running import RunningStatistics
+from .select import Select
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,6 +95,9 @@ class FDS(RunningStatistics):
         outside: what a label beyond the axis does, as in :meth:`Bins.index`. A dropped sample is neither counted nor
             calibrated, so give pixels without a label one beyond the axis. On an accelerator, ``"raise"`` raises at
             :meth:`FDS.end_epoch`, so that no step waits for the accelerator.
+        channels: which axis of features holds the D channels, ``"first"`` after the samples, or ``"last"``. None takes
+            the one that is D long. Where both are, as in a batch of D steps, it is the one of the features before, and
+            features are refused where there are none.
         group: the ``torch.distributed`` group whose ranks hold different samples; None for all ranks. Where some ranks
             hold the same samples, as with tensor, sequence or pipeline parallelism, pass the data-parallel group, since
             their samples would otherwise count once per rank.
@@ -102,8 +108,9 @@ class FDS(RunningStatistics):
         warns_of_forgotten_end: whether to warn when more than one epoch seems to have been gathered since the last end.
             Set it to False where evaluations come in mid-epoch, because each is taken for the end of an epoch.
     Shape:
-        features: (N, D), or maps (N, D, H, W). labels: (N,), or (N, H, W) for one label per pixel of a map; over a grid
-        of K axes (N, K) or (N, H, W, K). Each pixel of a map counts as a sample.
+        features: (N, D); sequences (N, T, D) or (N, D, T); maps and volumes (N, D, H, W, ...) or (N, H, W, ..., D).
+        labels: (N,), or (N, T) or (N, H, W, ...) for one label per step or pixel; over a grid of K axes (N, ..., K).
+        Each step and each pixel counts as a sample.
     Units:
         labels have those of the axis, and features have any.
     Memory:
@@ -138,6 +145,7 @@ class FDS(RunningStatistics):
         count_weighted: bool = False,
         edges: Edges = "reflect",
         outside: Outside = "raise",
+        channels: Channels | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(group)
@@ -148,6 +156,9 @@ class FDS(RunningStatistics):
         one_of("edges", edges, ("reflect", "mirror", "zero"))
         one_of("outside", outside, ("raise", "clip", "drop"))
         self.bins, self.outside, self.count_weighted = bins, outside, count_weighted
+        if channels is not None:
+            one_of("channels", channels, ("first", "last"))
+        self.channels: Channels | None = channels
         self.num_features = length("num_features", num_features)
         self.momentum = number("momentum", momentum, low=0, high=1, open_high=True)
         self.start_epoch = whole("start_epoch", start_epoch, low=1)
@@ -178,6 +189,7 @@ class FDS(RunningStatistics):
             "count_weighted": count_weighted,
             "edges": edges,
             "outside": outside,
+            "channels": channels,
         }
         of_form = Settings(self.momentum, shrinkage, clip, map, rank)
         self.covariance = _FORMS[covariance](len(bins), self.num_features, of_form)
@@ -185,6 +197,7 @@ class FDS(RunningStatistics):
         self._rows: Tensor | None = None
         self._gathered_by: FDSHook | None = None
         self._ran = False
+        self._layout: Channels | None = None  # of the latest features that have more than two axes
         self._passes = Passes()
         self._maps_made = 0  # how often
         self._begin(torch.empty(0).device)
@@ -245,8 +258,7 @@ class FDS(RunningStatistics):
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Gather the statistics of features, without a hook. The features are not changed."""
         rows = placed(labels, self.bins, self.outside)
-        check_features(features, rows, self.num_features)
-        self._gather(features, rows)
+        self._gather(features, rows, self._axis(features, rows))
 
     def statistics(self) -> dict[str, Tensor]:
         """Running and smoothed statistics, float64 and NaN where they are unknown.
@@ -279,30 +291,48 @@ class FDS(RunningStatistics):
         Before ``start_epoch`` epochs have ended, and in eval mode, they are the features themselves.
         """
         rows = placed(labels, self.bins, self.outside)
-        check_features(features, rows, self.num_features)
-        return self._calibrate(features, rows)
+        return self._calibrate(features, rows, self._axis(features, rows))
 
-    def _calibrate(self, features: Tensor, rows: Tensor) -> Tensor:
+    def _calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
         if self.epoch < self.start_epoch or not self.training:
             return features
-        return self._carried(features, rows)
+        return self._carried(features, rows, axis)
 
-    def _carried(self, features: Tensor, rows: Tensor) -> Tensor:
+    def _carried(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
         if self.running_count.device != features.device:
             self.to(features.device)
-        return self.covariance.calibrate(features, rows)
+        return self.covariance.calibrate(features, rows, axis)
+
+    def _axis(self, features: Tensor, rows: Tensor) -> int:
+        """Which axis of features holds their channels, once they are checked."""
+        layouts = check_features(features, rows, self.num_features, self.channels)
+        if features.ndim > 2 and len(layouts) == 1:
+            self._layout = layouts[0]
+        elif features.ndim > 2 and self._layout is None:
+            rule = f"features must have {self.num_features} channels in the second or in the last axis, and not in both"
+            fix = 'Pass channels="first" or channels="last" to FDS.'
+            raise problem(rule, got=tuple(features.shape), fix=fix, error=ShapeError)
+        return features.ndim - 1 if self._layout == "last" else 1
 
     # ---- the hook ----
 
-    def attach(self, module: nn.Module, where: Literal["input", "output"]) -> RemovableHandle:
+    def attach(self, module: nn.Module, where: Literal["input", "output"], *, select: Select = None) -> RemovableHandle:
         """Gather and calibrate a module's first input, or its output, whenever the module runs.
 
+        A module may run several times within one :meth:`labels`, as a head does that two views share. Each run has
+        these labels then, and its features count as further samples. Where the runs have different labels, open
+        :meth:`labels` around each.
+
+        Args:
+            select: where the features are: the index or the name of another input; or, if the module gives several
+                things, as LSTM, GRU and Hugging Face models do, the index, the key or the attribute's name in its
+                output. All else passes untouched.
         Returns:
             a handle. ``handle.remove()`` detaches, which ``torch.jit.script`` and ``torch.compile(fullgraph=True)``
             ask for.
         Raises:
-            TypeError: ``module`` is no module. ValueError: ``where`` is neither word. UsageError: this FDS is attached
-            to the module already.
+            TypeError: ``module`` is no module; and, when it runs, there is no tensor under ``select``. ValueError:
+            ``where`` is neither word. UsageError: this FDS is attached to the module already.
         """
         instance(nn.Module, module=module)
         one_of("where", where, ("input", "output"))
@@ -316,8 +346,8 @@ class FDS(RunningStatistics):
             )
         self.attached = True
         if where == "input":
-            return module.register_forward_pre_hook(FDSInputHook(self))
-        return module.register_forward_hook(FDSOutputHook(self))
+            return module.register_forward_pre_hook(FDSInputHook(self, select), with_kwargs=True)
+        return module.register_forward_hook(FDSOutputHook(self, select))
 
     def labels(self, labels: Tensor) -> AbstractContextManager[None]:
         """A context in which attached modules run on samples with these labels.
@@ -325,8 +355,8 @@ class FDS(RunningStatistics):
         Where several modules run in it, the features of the first one are gathered and calibrated.
 
         Raises:
-            LabelError: as :meth:`Bins.index`. ShapeError: labels are neither (N,) nor (N, H, W), over a grid followed
-            by one axis of its dimensions.
+            LabelError: as :meth:`Bins.index`. ShapeError: labels have no axis of samples, or over a grid no last axis
+            of its dimensions.
         """
         return self._on_rows(placed(labels, self.bins, self.outside))
 
@@ -359,7 +389,7 @@ class FDS(RunningStatistics):
                 self._evaluated_at.add(self._seen)
             return features
         if self._rows is None:
-            if isinstance(features, Tensor) and features.is_floating_point():
+            if features.is_floating_point():
                 self._passes.keep(hook, features, None, None)
             self._warn_once(
                 "labels",
@@ -367,7 +397,7 @@ class FDS(RunningStatistics):
                 "Run it inside `with fds.labels(y):`.",
             )
             return features
-        check_features(features, self._rows, self.num_features)
+        axis = self._axis(features, self._rows)
         if self._gathered_by not in (None, hook):
             self._passes.keep(hook, features, None, None)
             self._warn_once(
@@ -377,14 +407,14 @@ class FDS(RunningStatistics):
             )
             return features
         self._gathered_by = hook
-        self._gather(features, self._rows)
+        self._gather(features, self._rows, axis)
         self._passes.keep(hook, features, self._rows, self._maps_made if self.epoch >= self.start_epoch else None)
-        return self._calibrate(features, self._rows)
+        return self._calibrate(features, self._rows, axis)
 
     def _repeat(self, hook: FDSHook, features: Tensor, *, must: bool) -> Tensor:
         """Carry the features that activation checkpointing computes again in backward as they were carried in the
         forward. Nothing is counted twice."""
-        if not (isinstance(features, Tensor) and features.is_floating_point()):
+        if not features.is_floating_point():
             return features
         before = self._passes.find(hook, features, self._maps_made, must=must)
         if before is None or before.rows is None or before.maps is None:
@@ -396,4 +426,4 @@ class FDS(RunningStatistics):
                 fix="Call fds.end_epoch() after the backward of the epoch's last step.",
                 error=RuntimeError,
             )
-        return self._carried(features, before.rows)
+        return self._carried(features, before.rows, self._axis(features, before.rows))

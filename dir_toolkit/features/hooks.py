@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._checks import problem
+from .select import Select, picked, replaced
 
 if TYPE_CHECKING:
     from .fds import FDS
@@ -18,9 +19,15 @@ __all__ = ["FDSHook", "FDSInputHook", "FDSOutputHook"]
 class FDSHook:
     """A hook of an FDS on one module. It is a class rather than a function, so that a hooked model can be pickled."""
 
-    def __init__(self, fds: FDS) -> None:
-        self.fds = fds
+    def __init__(self, fds: FDS, select: Select) -> None:
+        self.fds, self.select = fds, select
         self.__name__ = type(self).__name__
+
+    def _part(self, module: nn.Module, whole: Any, select: Select) -> Any:
+        """What a module takes or gives, with the features in it calibrated."""
+        features = picked(whole, select)
+        calibrated = self.fds._run(self, module, features)
+        return whole if calibrated is features else replaced(whole, select, calibrated)
 
     @property
     def __globals__(self) -> dict[str, Any]:
@@ -34,19 +41,18 @@ class FDSHook:
 
 
 class FDSInputHook(FDSHook):
-    """A hook on the first positional input of a module."""
+    """A hook on a positional input of a module, the first unless another is selected, or on a keyword input."""
 
     @torch._disable_dynamo  # torch.compiler.disable imports the whole compiler at once, and this when it is called
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not args:
-            rule = "the attached module must get its features as first positional input"
-            raise problem(rule, got="none", error=TypeError)
-        return (self.fds._run(self, module, args[0]), *args[1:])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if isinstance(self.select, str):
+            return args, self._part(module, kwargs, self.select)
+        return self._part(module, args, self.select or 0), kwargs
 
 
 class FDSOutputHook(FDSHook):
     """A hook on the output of a module."""
 
     @torch._disable_dynamo
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return self.fds._run(self, module, output)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._part(module, output, self.select)

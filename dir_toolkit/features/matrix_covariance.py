@@ -15,6 +15,7 @@ from .._ranks import is_parallel, reduce_device
 from .covariance import BinCovariance, Settings, Smooth, per_bin, unknown
 from .maps import covariance_map
 from .matrix_moments import BinScatters, SubspaceMoments
+from .rows import as_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,15 +45,10 @@ class _MatrixCovariance(BinCovariance):
         super().begin(device)
         self.register_buffer("running_covariance", unknown(self.num_bins, self.side, self.side, device=device))
 
-    def calibrate(self, features: Tensor, rows: Tensor) -> Tensor:
-        rows = rows.to(features.device)
+    def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
+        flat, index, back = as_rows(features, rows.to(features.device), axis)
         with full_precision(features.device):  # Autocast would take the products in half precision.
-            if features.ndim == 2:
-                return self._carry(features, rows).to(features.dtype)
-            n, _, h, w = features.shape
-            rows = rows.flatten() if rows.ndim == 3 else rows.repeat_interleave(h * w)
-            carried = self._carry(features.movedim(1, 3).flatten(0, 2), rows)  # (N * H * W, D)
-            return carried.view(n, h, w, self.num_features).movedim(3, 1).to(features.dtype)
+            return back(self._carry(flat, index).to(features.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.side} directions, map={self.settings.map!r}, {super().extra_repr()}"

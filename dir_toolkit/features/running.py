@@ -18,6 +18,7 @@ from ..labels.bins import Outside
 from ..labels.grid import AnyBins, saved_bins
 from ._inputs import require_float64, saved_tensors
 from .covariance import BinCovariance, blend, unknown
+from .rows import as_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -78,14 +79,9 @@ class RunningStatistics(Float64Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _gather(self, features: Tensor, rows: Tensor) -> None:
+    def _gather(self, features: Tensor, rows: Tensor, axis: int) -> None:
         rows = rows.to(features.device)
-        if features.ndim == 4:
-            if rows.ndim == 1:
-                rows = rows[:, None, None].expand(len(features), *features.shape[2:])
-            self._moments.update(features.detach().movedim(1, 3).flatten(0, 2), rows.flatten())  # (N * H * W, D)
-        else:
-            self._moments.update(features, rows)
+        self._moments.update(*as_rows(features.detach(), rows, axis)[:2])
         if self._unplaced.device != rows.device:
             self._unplaced = self._unplaced.to(rows.device)
         self._unplaced += (rows == len(self.bins)).sum()

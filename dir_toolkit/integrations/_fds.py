@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import instance, keys, problem
 from ..errors import CheckpointError
 from ..features.fds import FDS
+from ..features.select import form
 
 LabelsOf = Callable[[Any], Tensor] | str | int | None
 
@@ -104,16 +105,8 @@ class Driver:
         if not callable(key) and not within:
             raise problem(
                 f"a batch must hold its labels under {key!r}",
-                got=_form(batch),
+                got=form(batch),
                 fix="Pass labels_of: the key or index of the labels, or a function of the batch that returns them."
                 + _TRAINER_HINT * (key == "labels"),
             )
         return key(batch) if callable(key) else batch[key]
-
-
-def _form(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"the keys {sorted(map(str, batch))}"
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return f"a {type(batch).__name__} of {len(batch)}"
-    return f"a {type(batch).__name__}"

@@ -250,10 +250,15 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels_of", "change", "error", "message"),
     [
-        ("age", lambda y: y, ValueError, r"a batch must hold its labels under 'age', got the keys \['labels', 'x'\]"),
+        (
+            "age",
+            lambda y: y,
+            ValueError,
+            r"a batch must hold its labels under 'age', got a dict with the keys \['labels', 'x'\]",
+        ),
         (0, lambda y: y, ValueError, "a batch must hold its labels under 0"),
         (lambda inputs: 1.0, lambda y: y, TypeError, r"labels must be a torch\.Tensor, got float"),
-        ("labels", lambda y: y[None], ValueError, r"labels must be \(N,\).*Use labels.squeeze\(1\)"),
+        ("labels", lambda y: y[None], ValueError, r"same samples.*Use labels.squeeze\(1\)"),
         ("labels", lambda y: y + 9, LabelError, "labels must lie on the label axis"),
     ],
 )
@@ -283,7 +288,7 @@ def test_labels_that_the_trainer_keeps_to_itself(tmp_path: Path) -> None:
             NoLabels(fds), args, train_dataset=rows, callbacks=[FDSCallback(fds, labels_of)], compute_loss_func=loss
         )
         if labels_of == "labels":
-            with pytest.raises(ValueError, match=r"under 'labels', got the keys \['age', 'x'\]"):
+            with pytest.raises(ValueError, match=r"under 'labels', got a dict with the keys \['age', 'x'\]"):
                 one.train()
         else:
             one.train()

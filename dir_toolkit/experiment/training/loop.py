@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..._checks import instance, number, problem, warn, whole
 from ...errors import SettingsError, ShapeError
 from ...features.fds import FDS
+from ...features.hooks import FDSHook
 from ...labels.sampling import BinSampler
 from ...labels.weights import LDS
 from ...losses.regression import weighted_l1
@@ -355,13 +356,14 @@ def _checked_loss(loss: object) -> Tensor:
     return loss
 
 
-def _attached(fds: FDS | None, model: nn.Module) -> list[tuple[str, str]]:
-    """Where in the model an FDS works: the names of modules, and on which of their ends."""
+def _attached(fds: FDS | None, model: nn.Module) -> list[tuple[str, str, int | str | None]]:
+    """Where in the model an FDS works: the names of modules, on which of their ends, and on what of it."""
     return [
-        (name, end)
+        (name, end, hook.select)
         for name, module in model.named_modules()
         for end, hooks in (("input", module._forward_pre_hooks), ("output", module._forward_hooks))
-        if any(fds is not None and getattr(hook, "fds", None) is fds for hook in hooks.values())
+        for hook in hooks.values()
+        if isinstance(hook, FDSHook) and hook.fds is fds
     ]
 
 
