@@ -189,6 +189,7 @@ class Bins(LabelAxes):
         categorical: bool = False,
         unbounded: bool = False,
     ) -> None:
+        instance(bool, categorical=categorical, unbounded=unbounded)
         edges = _edges_array(edges)
         if centers is None:
             centers = (edges[:-1] + edges[1:]) / 2
@@ -398,13 +399,14 @@ class Bins(LabelAxes):
 
     def __repr__(self) -> str:
         middles, whole = (self.edges[:-1] + self.edges[1:]) / 2, np.add(*_whole_numbers(self.edges)) / 2
-        if self.categorical and np.array_equal(self.edges, np.arange(len(self) + 1) - 0.5):
+        if self.categorical and not self.unbounded and np.array_equal(self.edges, np.arange(len(self) + 1) - 0.5):
             return f"Bins.classes({len(self)})"
         kind = ""
         if self.categorical or not self._even or not np.array_equal(self.centers, middles):
             at_whole = self._even and not self.categorical and np.array_equal(self.centers, whole)
             kind = " of whole numbers" if at_whole else f" #{hashlib.sha256(axis_bytes(self)).hexdigest()[:8]}"
-        return f"<Bins: {len(self)}{kind} from {digits(self.edges[0])} to {digits(self.edges[-1])}>"
+        beyond = ", unbounded" if self.unbounded else ""
+        return f"<Bins: {len(self)}{kind} from {digits(self.edges[0])} to {digits(self.edges[-1])}{beyond}>"
 
     def _index(self, labels: Tensor, outside: Outside, name: str) -> Tensor:
         real(**{name: labels})
@@ -529,7 +531,6 @@ class Bins(LabelAxes):
     def from_dict(cls, values: dict[str, Any]) -> Bins:
         """The axis that :meth:`to_dict` described."""
         keys("values", values, ("edges", "centers", "categorical", "unbounded"))
-        instance(bool, categorical=values["categorical"], unbounded=values["unbounded"])
         return cls(**values)
 
 
