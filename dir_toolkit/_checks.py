@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, FunctionType
 from typing import Any
@@ -239,6 +239,35 @@ def same_shape(**tensors: Tensor) -> None:
         raise problem(rule, got=f"{shapes[0]} and {shape}", fix=fix, error=ShapeError)
 
 
+def shaped(expected: Sequence[int | str], meaning: str = "", **arrays: Any) -> None:
+    """Raise unless all arrays have this shape, in which a letter stands for any length. The meaning, as in "one per
+    sample", says what their values are."""
+    expected = tuple(expected)
+    for name, array in arrays.items():
+        have = tuple(array.shape)
+        fits = len(have) == len(expected)
+        if not fits or any(not isinstance(e, str) and h != e for h, e in zip(have, expected, strict=True)):
+            shown = str(expected).replace("'", "")
+            stray = len(have) == len(expected) + 1 and have[-1] == 1
+            fix = f"Use {name}.squeeze({len(expected)})." if stray else ""
+            raise problem(f"{name} must be {shown}" + f", {meaning}" * bool(meaning), got=have, fix=fix)
+
+
+def one_per_sample(name: str, samples: Tensor, **values: object) -> None:
+    """Raise unless all values are tensors (N,) on the device of the samples (N, ...), which bear this name."""
+    is_tensor(**values)
+    shaped(samples.shape[:1], "one per sample", **values)
+    for value_name, value in values.items():
+        same_device(**{name: samples, value_name: value})  # type: ignore[arg-type]
+
+
+def same_bins(bins: Any, error: type[Exception] = ValueError, **parts: Any) -> None:
+    """Raise unless all parts, bins themselves or what is over bins, such as a density, are over these bins."""
+    for name, part in parts.items():
+        if (own := getattr(part, "bins", part)) != bins:
+            raise problem(f"{name} must be over the same bins", got=f"{own} for {bins}", error=error)
+
+
 def not_empty(**arrays: Any) -> None:
     """Raise unless each array holds at least one value."""
     for name, value in arrays.items():
@@ -384,6 +413,12 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
         listed = ", ".join(repr(a) for a in allowed)
         raise problem(f"{name} must be one of {listed}", got=repr(value))
+
+
+def word(name: str, value: object, *allowed: str) -> None:
+    """Raise if ``value`` is a word, but none of the allowed ones. It may be anything else."""
+    if isinstance(value, str):
+        one_of(name, value, allowed)
 
 
 def interval(name: str, value: object, *, low: float = 0.0) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, is_tensor, keys, length, number, one_of, problem, same_device, same_shape
+from .._checks import instance, keys, length, one_of, one_per_sample, problem, require, same_bins, shaped
 from .._numerics import readable
 from .._settings import shown
 from .._state import pack, unpack, whole_or_not_at_all
@@ -26,6 +26,7 @@ from .readouts import LongTailOutput, Placed, PriorKernel, Readout, Setup, Targe
 
 __all__ = ["LongTailModel"]
 
+_ONE_AXIS = "Labels have one dimension: use Bins.uniform, .from_edges, .quantile or .classes."
 HeadName = Literal["regression", "gaussian", "linear", "cosine", "affinity"]
 
 
@@ -124,17 +125,24 @@ class LongTailModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        _check_axis(bins, density)
+        require(isinstance(bins, Bins), "bins must be one label axis, a Bins", got=type(bins), fix=_ONE_AXIS)
         instance(nn.Module, backbone=backbone)
+        if density is not None:
+            instance(LabelDensity, density=density)
+            same_bins(bins, density=density)
         one_of("outside", outside, ("raise", "clip", "drop"))
         if weights is not None:
             instance(LDS, weights=weights)
-            _check_labels("weights", weights.bins, bins)
+            _check_labels("weights", weights, bins)
         kind = readout_for(head, bins)
-        _check_options(kind, options)
+        own = [name for name, p in inspect.signature(kind).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        for name, value in options.items():
+            got, fix = f"{name}={value!r}", f"It takes {', '.join(own)}."
+            require(name in own, f"{name} must be an option of {kind.__name__}", got=got, fix=fix, error=TypeError)
         self.bins, self.density, self.outside = bins, density, outside
-        self.num_features = _num_features(backbone, num_features)
-        self.backbone = backbone
+        self.backbone, self.num_features = backbone, (takes := length("num_features", num_features))
+        gives = getattr(backbone, "num_features", takes)
+        require(gives == takes, f"num_features must be the backbone's {gives}", got=takes, error=ShapeError)
         self.neck = nn.Identity()  # FDS is attached here, so that all that reads features reads calibrated ones.
         self.head = kind.make_head(head, self.num_features, bins)
         self._head = head if isinstance(head, str) else None
@@ -195,20 +203,13 @@ class LongTailModel(nn.Module):
             as the model itself.
         """
         instance(LongTailOutput, output=output)
-        if output.scores.shape[1:] != self.readout.score_shape:
-            rule = f"output must be this model's, with scores ({', '.join(['N', *map(str, self.readout.score_shape)])})"
-            raise problem(rule, got=f"shape {tuple(output.scores.shape)}", error=ShapeError)
+        shaped(("N", *self.readout.score_shape), "as this model gives them", **{"output.scores": output.scores})
         return self._loss(output, labels, self._index(labels, output.scores), weight)
 
     def _index(self, labels: Tensor, output: Tensor) -> Tensor:
         """The bin of each label, (N,), or -1 for one that counts nowhere or should not be there. This is the one place
         where a batch of labels meets the axis."""
-        is_tensor(labels=labels)
-        if labels.shape != output.shape[:1]:
-            rule = f"labels must be ({len(output)},), one per sample"
-            fix = "Use labels.squeeze(1)." if labels.shape[1:] == (1,) else ""
-            raise problem(rule, got=f"shape {tuple(labels.shape)}", fix=fix, error=ShapeError)
-        same_device(output=output, labels=labels)
+        one_per_sample("output", output, labels=labels)
         outside = "drop" if self.outside == "raise" and not readable(labels) else self.outside
         return self.bins.index(labels, outside)
 
@@ -227,8 +228,7 @@ class LongTailModel(nn.Module):
         if self.outside == "drop":
             counts = index >= 0
             if weight is not None:
-                is_tensor(weight=weight)
-                same_shape(labels=labels, weight=weight)
+                one_per_sample("labels", labels, weight=weight)
             weight = counts.to(output.scores.dtype) if weight is None else torch.where(counts, weight, 0)
         loss = self.readout.criterion(output, placed, weight, self.head)
         if looked_at:
@@ -322,29 +322,22 @@ class LongTailModel(nn.Module):
             ValueError: the level lies outside (0, 1). RuntimeError: the head gives one number, which is no
             distribution, or scores classes, which have no order.
         """
-        level = number("level", level, low=0, high=1, open_low=True, open_high=True)
-        instance((LongTailOutput, Tensor), output=output)
         return self.readout.interval(output, level)
 
     def _check_features(self, features: Any) -> None:
-        shape = tuple(features.shape) if isinstance(features, Tensor) else ()
-        if shape[1:] != (self.num_features,):
-            rule = f"backbone must give features (N, {self.num_features}), one row per sample"
-            fix = "Pool over pixels first: maps of labels are not supported." if len(shape) in (3, 4) else ""
-            got = shape if isinstance(features, Tensor) else type(features).__name__
-            raise problem(rule, got=got, fix=fix, error=ShapeError)
+        shape = features.shape if isinstance(features, Tensor) else ()
+        rule = f"backbone must give features (N, {self.num_features}), one row per sample"
+        fix = "Pool over pixels first: maps of labels are not supported." if len(shape) in (3, 4) else ""
+        require(shape[1:] == (self.num_features,), rule, got=shape or type(features), fix=fix, error=ShapeError)
 
     def _attach(self, fds: FDS) -> None:
         instance(FDS, fds=fds)
-        _check_labels("fds", fds.bins, self.bins)
+        _check_labels("fds", fds, self.bins)
         if self.outside == "drop" and fds.outside != "drop":
             raise problem('fds must have outside="drop", as the model has', got=repr(fds.outside))
-        if fds.num_features != self.num_features:
-            rule = f"fds must be over the backbone's {self.num_features} features"
-            raise problem(rule, got=fds.num_features, error=ShapeError)
-        if fds.attached:
-            rule = "fds must not be attached yet, since the model attaches it"
-            raise problem(rule, got="an FDS in use", fix="Make one for each model.")
+        takes, size = fds.num_features, self.num_features
+        require(takes == size, f"fds must be over the backbone's {size} features", got=takes, error=ShapeError)
+        require(not fds.attached, "fds must not be attached yet", got="one in use", fix="Make one for each model.")
         fds.attach(self.neck, "output")
 
     @torch.inference_mode(False)  # Buffers must serve training later.
@@ -382,14 +375,12 @@ class LongTailModel(nn.Module):
     def _take_up(self, packed: Any, assign: bool) -> None:
         state = unpack(packed)
         keys("the saved state", state, ("bins", "fds"))
-        if (saved := Bins.from_dict(state["bins"])) != self.bins:
-            rule = "the saved model must be over the same bins"
-            raise problem(rule, got=f"{saved!r} for {self.bins!r}", error=CheckpointError)
+        same_bins(self.bins, error=CheckpointError, **{"the saved model": Bins.from_dict(state["bins"])})
         if self.fds is None:  # There is nothing to calibrate; predictions do not need the statistics.
             return
         if state["fds"] is None:
-            rule, fix = "the saved model must hold FDS statistics", "Build the model without fds."
-            raise problem(rule, got="none", fix=fix, error=CheckpointError)
+            fix = "Build the model without fds."
+            raise problem("the saved model must hold FDS statistics", got="none", fix=fix, error=CheckpointError)
         self.fds.load_state_dict(state["fds"], assign=assign)
 
     @property
@@ -410,36 +401,8 @@ class LongTailModel(nn.Module):
         return shown(self.settings)
 
 
-def _check_axis(bins: Any, density: Any) -> None:
-    if not isinstance(bins, Bins):
-        fix = "Labels have one dimension: use Bins.uniform, .from_edges, .quantile or .classes."
-        raise problem("bins must be one label axis, a Bins", got=type(bins).__name__, fix=fix, error=TypeError)
-    if density is None:
-        return
-    instance(LabelDensity, density=density)
-    if density.bins != bins:
-        raise problem("density must be over the same bins", got=f"{density.bins} for {bins}")
-
-
-def _check_options(kind: type[Readout], options: dict[str, Any]) -> None:
-    """A readout is asked for its own options only."""
-    takes = [name for name, p in inspect.signature(kind).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for name, value in options.items():
-        if name not in takes:
-            rule = f"{name} must be an option of {kind.__name__}"
-            raise problem(rule, got=f"{name}={value!r}", fix=f"It takes {', '.join(takes)}.", error=TypeError)
-
-
-def _check_labels(name: str, own: AnyBins, bins: Bins) -> None:
+def _check_labels(name: str, part: FDS | LDS, bins: Bins) -> None:
     """A part may cut the axis into bins of its own, but it must take the same labels."""
-    if not isinstance(own, Bins) or own.categorical != bins.categorical:
-        rule = f"{name} must be over {'classes' if bins.categorical else 'a continuous label axis'}, as the model is"
-        raise problem(rule, got=repr(own))
-
-
-def _num_features(backbone: nn.Module, num_features: Any) -> int:
-    size = length("num_features", num_features)
-    gives = getattr(backbone, "num_features", size)
-    if gives != size:
-        raise problem(f"num_features must be the backbone's {gives}", got=size, error=ShapeError)
-    return size
+    same = isinstance(part.bins, Bins) and part.bins.categorical == bins.categorical
+    axis = "classes" if bins.categorical else "a continuous label axis"
+    require(same, f"{name} must be over {axis}, as the model is", got=repr(part.bins))

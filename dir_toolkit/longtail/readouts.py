@@ -26,14 +26,16 @@ from .._checks import (
     instance,
     is_tensor,
     labels_array,
-    not_empty,
     number,
     on_host,
     one_of,
     prior_shares,
     problem,
     real,
+    require,
+    shaped,
     warn,
+    word,
 )
 from .._numerics import wide_dtype
 from ..errors import ShapeError
@@ -143,10 +145,8 @@ class Readout(nn.Module):
         self.median, self.spread = _spread_of_labels(setup.bins, setup.density)
         names = self._loss_names(setup.head)
         loss = names[0] if setup.loss is None else setup.loss
-        if isinstance(loss, str):
-            one_of("loss", loss, names)
-        elif not callable(loss):
-            raise problem("loss must be a name or a function", got=type(loss).__name__, error=TypeError)
+        word("loss", loss, *names)
+        require(isinstance(loss, str) or callable(loss), "loss must be a name or a function", got=type(loss))
         self.score_shape: tuple[int, ...] = (len(self.bins),)  # of one sample
         self.loss_name = loss if isinstance(loss, str) else None
         named = self.losses[loss] if isinstance(loss, str) else Loss(loss)
@@ -160,11 +160,10 @@ class Readout(nn.Module):
             one_of("head", head, tuple(cls.heads))
             return cls.heads[head](num_features, len(bins))
         takes = getattr(head, "num_features", getattr(head, "in_features", num_features))
-        if takes != num_features:
-            raise problem(f"head must take the backbone's {num_features} features", got=takes, error=ShapeError)
+        rule = f"head must take the backbone's {num_features} features"
+        require(takes == num_features, rule, got=takes, error=ShapeError)
         gives = getattr(head, "num_classes", getattr(head, "out_features", len(bins)))
-        if gives != len(bins):
-            raise _wrong_head(len(bins), gives)
+        _fits(gives == len(bins), bins, gives)
         return head
 
     def _loss_names(self, head: nn.Module) -> tuple[str, ...]:
@@ -271,7 +270,8 @@ class PointReadout(_NumberReadout):
     def __init__(self, setup: Setup, *, within_axis: bool = False, prior_kernel: PriorKernel = "auto") -> None:
         super().__init__(setup, within_axis)
         self.score_shape = ()
-        self.prior_kernel = _checked_kernel("prior_kernel", prior_kernel)
+        word("prior_kernel", prior_kernel, "auto")
+        self.prior_kernel = prior_kernel
         if self.loss_name == "balanced_mse":
             density = _needed('loss="balanced_mse"', self.density)
             kernel = usual_kernel(self.bins) if isinstance(prior_kernel, str) else prior_kernel
@@ -334,11 +334,12 @@ class _ScoreReadout(Readout):
         super().__init__(setup)
         one_of("adjust", adjust, ("after", "in_loss"))
         self.affinities = isinstance(setup.head, AffinityHead)
-        self.adjust, self.prior_kernel = adjust, _checked_kernel("prior_kernel", prior_kernel)
+        word("prior_kernel", prior_kernel, "auto")
+        self.adjust, self.prior_kernel = adjust, prior_kernel
         self._warned_unseen = self.density is not None and self.density._of_weighted_rows
         if adjust == "in_loss" and self.loss_name in (None, "affinity_loss"):
-            rule = 'adjust must be "after" with a loss that takes scores as they are'
-            raise problem(rule, got='"in_loss"', fix='Use loss="cross_entropy".')
+            rule, fix = 'adjust must be "after" with a loss that takes scores as they are', 'Use loss="cross_entropy".'
+            raise problem(rule, got='"in_loss"', fix=fix)
         self.adjuster = LogitAdjuster(np.full(len(self.bins), 1 / len(self.bins)), tau=0.0)
         self.register_buffer("loss_offset", torch.zeros(len(self.bins)))
 
@@ -360,7 +361,7 @@ class _ScoreReadout(Readout):
         if temperature is None:
             temperature = self.adjuster.temperature.item()
         temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
-        offset = self._offset(_checked_target(target_prior, self.bins), checked_tau(tau), self._kernel(kernel), weights)
+        offset = self._offset(_target_shares(target_prior, self.bins), checked_tau(tau), self._kernel(kernel), weights)
         self.adjuster.offset.copy_(offset)
         self.adjuster.temperature.fill_(temperature)
         self._prior = {"target_prior": target_prior, "tau": tau, "temperature": temperature}
@@ -380,7 +381,7 @@ class _ScoreReadout(Readout):
         return offset.float().to(self.loss_offset) + self.loss_offset
 
     def _kernel(self, kernel: PriorKernel) -> PriorKernel:
-        kernel = _checked_kernel("kernel", kernel)
+        word("kernel", kernel, "auto")
         kernel = self.prior_kernel if isinstance(kernel, str) else kernel
         if kernel is not None and not isinstance(kernel, str):
             checked_window(kernel, len(self.bins))
@@ -411,10 +412,8 @@ class _ScoreReadout(Readout):
         return labels.values
 
     def forward(self, scores: Tensor, features: Tensor, calibrated: Tensor) -> LongTailOutput:
-        if not isinstance(scores, Tensor):
-            raise _wrong_head(len(self.bins), type(scores).__name__)
-        if scores.shape != (features.shape[0], len(self.bins)):
-            raise _wrong_head(len(self.bins), f"shape {tuple(scores.shape)}")
+        _fits(isinstance(scores, Tensor), self.bins, type(scores))
+        _fits(scores.shape == (features.shape[0], len(self.bins)), self.bins, scores.shape)
         scores = scores.to(wide_dtype(scores))
         prediction, distribution, residual = self._read(self.adjuster._adjusted(self.logits(scores)), calibrated)
         return LongTailOutput(scores.new_full((), torch.nan), scores, prediction, features, distribution, residual)
@@ -500,7 +499,7 @@ class BinsReadout(_ScoreReadout):
         self.residual_weight = number("residual_weight", residual_weight, low=0)
         self.expectation_weight = number("expectation_weight", expectation_weight, low=0)
         self._given_sigma = sigma
-        self.sigma = self._checked_sigma(sigma)
+        self.sigma = self._numeric(sigma)
         # A label that is spread near an end of the axis needs an end bin that reaches beyond it. Bins of one whole
         # number each have their labels in the middle, and reach half a number beyond the axis as they are.
         self.ends: Ends = "open" if self.sigma and self.bins.centers[0] > self.bins.edges[0] else "closed"
@@ -573,20 +572,16 @@ class BinsReadout(_ScoreReadout):
         weights: LDS | None,
     ) -> TauChoice:
         one_of("by", by, ("bmae", "mae"))
-        one_of("outside", outside, ("raise", "clip", "drop"))
         is_tensor(scores=scores, labels=labels)
         real(scores=scores)
-        if scores.shape != (*labels.shape[:1], len(self.bins)) or labels.ndim != 1:
-            rule = f"scores must be (N, {len(self.bins)}) and labels (N,)"
-            raise problem(rule, got=f"{tuple(scores.shape)} and {tuple(labels.shape)}", error=ShapeError)
-        not_empty(labels=labels)
+        shaped(("N", len(self.bins)), scores=scores)
+        shaped(scores.shape[:1], "one per row of scores", labels=labels)
         scores = scores.to(wide_dtype(scores))
         finite(scores=on_host("scores", scores))
         row = self.bins.index(on_host("labels", labels), outside)
         if not bool((row >= 0).all()):
             scores, labels, row = (part[(row >= 0).to(part.device)] for part in (scores, labels, row))
-            if len(row) == 0:
-                raise problem("at least one label must lie on the axis", got="none")
+        require(len(row) > 0, "at least one label must lie on the axis", got="none")
         row = row.to(scores.device)
         width = torch.tensor(self.bins.relative_widths, device=scores.device)
         prior = self._training_prior(self._kernel(kernel), weights)
@@ -607,17 +602,16 @@ class BinsReadout(_ScoreReadout):
         shares: Any = output.distribution if isinstance(output, LongTailOutput) else output
         return interval(shares, self.bins, level, ends=self.ends)
 
-    def _checked_sigma(self, sigma: Any) -> float | None:
+    def _numeric(self, sigma: Any) -> float | None:
         """Sigma as a number, after a warning where it hides the labels; None where labels are not spread."""
         self._sigma_unit: KernelUnit = "label"
-        if isinstance(sigma, str):
-            one_of("sigma", sigma, ("auto",))
-        if self.loss_name not in self._spread_labels:
-            if sigma not in ("auto", None, 0):
-                rule = "sigma must be left out with a loss that takes labels as they are"
-                raise problem(rule, got=repr(sigma), fix='Use loss="cross_entropy".')
-            return None
-        if sigma is None:
+        word("sigma", sigma, "auto")
+        spreads, rule = (
+            self.loss_name in self._spread_labels,
+            "sigma must be left out with a loss of labels as they are",
+        )
+        require(spreads or sigma in ("auto", None, 0), rule, got=repr(sigma), fix='Use loss="cross_entropy".')
+        if sigma is None or not spreads:
             return None
         density_warned = self.density is not None and self.density._warned_crowded and isinstance(sigma, str)
         if isinstance(sigma, str):
@@ -625,6 +619,10 @@ class BinsReadout(_ScoreReadout):
             self._sigma_unit = "label" if even else "bin"
             sigma = 2 * float(np.median(np.diff(self.bins.edges))) if even else 2.0
         sigma = checked_sigma(sigma, self.bins, self._sigma_unit)
+        self._warn_of_wide(sigma, density_warned)
+        return sigma
+
+    def _warn_of_wide(self, sigma: float, density_warned: bool) -> None:
         in_bins = self._sigma_unit == "bin"
         length = len(self.bins) if in_bins else float(self.bins.edges[-1] - self.bins.edges[0])
         name = f"sigma={sigma:g}" + " bins" * in_bins
@@ -640,7 +638,6 @@ class BinsReadout(_ScoreReadout):
                     f"{length:g}. Learn the logarithm of the labels, or use bins that are narrow where labels are, as "
                     "Bins.quantile or Bins.from_edges(numpy.geomspace(...)) make them.",
                 )
-        return sigma
 
     def _middle_half(self, density: LabelDensity, in_bins: bool) -> float:
         """How far the quartiles of the labels lie apart, in label units or in bins."""
@@ -713,39 +710,28 @@ def readout_for(head: Any, bins: Bins) -> type[Readout]:
     return by_head[head]
 
 
-def _checked_kernel(name: str, kernel: PriorKernel) -> PriorKernel:
-    if isinstance(kernel, str):
-        one_of(name, kernel, ("auto",))
-    return kernel
-
-
-def _checked_target(target: TargetPrior, bins: Bins) -> Any:
+def _target_shares(target: TargetPrior, bins: Bins) -> Any:
     """None, ``"uniform"``, or the shares (B,) as a tensor of float64."""
-    if target is None:
-        return None
-    if isinstance(target, str):
-        one_of("target_prior", target, ("uniform",))
+    word("target_prior", target, "uniform")
+    if target is None or isinstance(target, str):
         return target
     shares = torch.from_numpy(labels_array(target, "target_prior").astype(np.float64))
-    if shares.shape != (len(bins),):
-        rule = f"target_prior must be ({len(bins)},), one share per bin"
-        raise problem(rule, got=f"shape {tuple(shares.shape)}", error=ShapeError)
+    shaped((len(bins),), "one share per bin", target_prior=shares)
     prior_shares("target_prior", shares, zeros=True)
     return shares
 
 
 def _needed(what: str, density: LabelDensity | None) -> LabelDensity:
     if density is None:
-        fix = "Pass density=LabelDensity.count(train_labels, bins)."
-        raise problem(f"{what} needs density", got="None", fix=fix)
+        raise problem(f"{what} needs density", got="None", fix="Pass density=LabelDensity.count(train_labels, bins).")
     return density
 
 
 def _as_counted(given: LabelDensity | None, density: LabelDensity) -> LabelDensity:
     """``density``, which is to be smoothed, if the density that was given has not been smoothed before."""
-    if given is not None and given.counts.dtype.kind == "f" and not given._of_weighted_rows:
-        fix = "Hand over the counted density, or prior_kernel=None."
-        raise problem("density must be as counted, to be smoothed", got=repr(given), fix=fix)
+    smoothed = given is not None and given.counts.dtype.kind == "f" and not given._of_weighted_rows
+    fix = "Hand over the counted density, or prior_kernel=None."
+    require(not smoothed, "density must be as counted, to be smoothed", got=repr(given), fix=fix)
     return density
 
 
@@ -770,5 +756,5 @@ def _least_variance(spread: float) -> float:
     return max(_LEAST_VARIANCE * spread**2, torch.finfo(torch.float32).tiny)
 
 
-def _wrong_head(count: int, got: object) -> Exception:
-    return problem(f"head must give one score per bin, (N, {count})", got=got, error=ShapeError)
+def _fits(sound: bool, bins: Bins, gives: object) -> None:
+    require(sound, f"head must give one score per bin, (N, {len(bins)})", got=gives, error=ShapeError)

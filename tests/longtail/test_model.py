@@ -441,7 +441,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sigma": -1.0}, ValueError, "sigma must be >= 0 and <= 2000, got -1"),
     ({"sigma": 2001.0}, ValueError, "sigma must be >= 0 and <= 2000, got 2001"),
     ({"sigma": "wide"}, ValueError, "sigma must be one of 'auto', got 'wide'"),
-    ({"sigma": 1.0, "loss": "crps"}, ValueError, "sigma must be left out with a loss that takes labels as they are"),
+    ({"sigma": 1.0, "loss": "crps"}, ValueError, "sigma must be left out with a loss of labels as they are"),
     ({"label_kernel": "box"}, ValueError, "label_kernel must be one of 'gaussian', 'laplace', 'triangular'"),
     ({"decode": "mean"}, ValueError, "decode must be one of 'expectation', 'median', 'mode', got 'mean'"),
     ({"residual": 1}, TypeError, "residual must be a bool, got int"),
@@ -539,7 +539,7 @@ def test_batches_are_refused() -> None:
         LongTailModel(net(), 6, AGES, head=nn.Sequential(nn.Linear(6, 19)))(x)
     with pytest.raises(ShapeError, match=r"head must give one score per bin, \(N, 20\), got tuple"):
         LongTailModel(net(), 6, AGES, head=nn.LSTM(6, 20))(x)
-    with pytest.raises(ShapeError, match=r"output must be this model's, with scores \(N, 20\), got shape \(9, 2\)"):
+    with pytest.raises(ShapeError, match=r"output\.scores must be \(N, 20\), as this .*, got shape \(9, 2\)"):
         model.criterion(ages(head="gaussian")(x), y)
 
 

@@ -440,11 +440,19 @@ def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
         (
             lambda: model.choose_tau(scores[:, :5], y),
             ShapeError,
-            r"scores must be \(N, 20\) and labels \(N,\), got \(9, 5\) and \(9,\)",
+            r"scores must be \(N, 20\), got shape \(9, 5\)",
         ),
-        (lambda: model.choose_tau(scores, y[:, None]), ShapeError, r"scores must be .* got \(9, 20\) and \(9, 1\)"),
-        (lambda: model.choose_tau(scores, y[:8]), ShapeError, r"scores must be .* got \(9, 20\) and \(8,\)"),
-        (lambda: model.choose_tau(scores[:0], y[:0]), ValueError, "labels must hold at least one value"),
+        (
+            lambda: model.choose_tau(scores, y[:, None]),
+            ShapeError,
+            r"labels must be \(9,\), one per row of scores, got shape \(9, 1\)",
+        ),
+        (
+            lambda: model.choose_tau(scores, y[:8]),
+            ShapeError,
+            r"labels must be \(9,\), one per row of scores, got shape \(8,\)",
+        ),
+        (lambda: model.choose_tau(scores[:0], y[:0]), ValueError, "at least one label must lie on the axis, got none"),
         (lambda: model.choose_tau(broken, y), ValueError, r"scores must be finite, got nan at index \[2, 1\]"),
         (lambda: model.choose_tau(scores, y + 20), LabelError, r"labels must lie on the label axis \[0, 20\]"),
         (lambda: model.choose_tau(scores, y * math.nan), LabelError, "labels must not be NaN"),
