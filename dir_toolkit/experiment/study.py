@@ -462,6 +462,25 @@ class Study:
         if self.failed:
             raise self._failure("these runs failed; --resume tries them again")
 
+    def verdict(self, method: str, baseline: str) -> None:
+        """Say in one sentence what a method did to the errors of all bins alike, of rare and of common labels.
+
+        Nothing is said where one of them has no finished run, or where both are one. It is for one task with a
+        continuous label.
+        """
+        if method == baseline or not {method, baseline} <= {name for _, name, _ in self.runs}:
+            return
+        ds = self.result("verdict").sel({"method": [baseline, method]})
+        clauses = []
+        for name, metric, region in (("bMAE", "bmae", "all"), ("MAE few", "mae", "few"), ("MAE many", "mae", "many")):
+            before, after = ds[metric].sel(region=region).values
+            if np.isfinite(before).any() and np.isfinite(after).any():
+                change = np.nanmean(after) / np.nanmean(before) - 1
+                less = int((after < before).sum())
+                paired = int((np.isfinite(after) & np.isfinite(before)).sum())
+                clauses.append(f"{name} {change:+.0%} (less in {less} of {paired} seeds)")
+        self.say(f"{method} against {baseline}: {', '.join(clauses)}.")
+
     def _failures(self) -> list[str]:
         """A line for each, without the places on this machine."""
         return [

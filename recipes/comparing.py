@@ -1,0 +1,51 @@
+"""What the recipes of text and series share: the methods, and a study of them on one task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from command_line import shown, typed_command
+
+import dir_toolkit as dt
+from dir_toolkit.experiment.study import Study, Task, Trained, Trial
+from dir_toolkit.experiment.training.loop import Optimization
+from dir_toolkit.experiment.training.runtime import start_runtime
+
+
+def methods(loss: str) -> dict[str, Callable[[Trial], Trained]]:
+    """One number trained by a loss, with LDS weights, with features smoothed by FDS, or with both; and bins."""
+
+    def regression(trial: Trial, *, lds: bool = False, fds: bool = False) -> Trained:
+        backbone: Any = trial.network()
+        parts: dict[str, Any] = {"weights": dt.LDS(trial.bins).fit(trial.density)} if lds else {}
+        if fds:
+            parts["fds"] = dt.FDS(trial.bins, backbone.num_features, outside="clip")
+        return trial.fit(trial.model(backbone, head="regression", loss=loss, outside="clip", **parts))
+
+    return {
+        "vanilla": regression,
+        "lds": lambda trial: regression(trial, lds=True),
+        "fds": lambda trial: regression(trial, fds=True),
+        "lds+fds": lambda trial: regression(trial, lds=True, fds=True),
+        "soft+tau": lambda trial: trial.adjusted(trial.fit(trial.model(outside="clip"))),
+    }
+
+
+def compare(recipe: str, task: Task, settings: Any, out: Path, *, loss: str, batch_size: int) -> None:
+    """Train the methods of the settings on a task, and end with a table, figures and what the last did to the first."""
+    with start_runtime() as runtime:
+        study = Study(
+            out,
+            task,
+            methods(loss),
+            runtime,
+            Optimization(epochs=settings.epochs, batch_size=batch_size, lr=2e-3),
+            settings=shown(settings),
+            command=typed_command(recipe),
+            resume=settings.resume,
+        )
+        study.run(settings.methods, seeds=settings.seeds)
+        study.report(title="methods")
+        study.verdict(settings.methods[-1], settings.methods[0])
