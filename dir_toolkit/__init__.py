@@ -26,6 +26,7 @@ from .losses.regression import weighted_l1, weighted_mse
 from .metrics.classification import ClassificationMetrics, balanced_error, classification_metrics
 from .metrics.regression import RegressionMetrics, regression_metrics
 from .priors import LogitAdjuster, adjust_logits, choose_tau, class_prior, fit_temperature
+from .target_prior import estimate_prior
 
 __all__ = [
     "FDS",
@@ -54,6 +55,7 @@ __all__ = [
     "decode",
     "decoupling",
     "errors",
+    "estimate_prior",
     "features",
     "fit_temperature",
     "gaussian",

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "dir_toolkit"
 
 # The order of reading; rooms that are not named here follow.
 ROOMS = (
-    "labels", "features", "heads", "losses", "priors", "conformal", "decoupling", "longtail", "metrics", "integrations",
-    "experiment",
+    "labels", "features", "heads", "losses", "priors", "target_prior", "conformal", "decoupling", "longtail", "metrics",
+    "integrations", "experiment",
 )  # fmt: skip
 
 
