@@ -27,10 +27,6 @@ def texts(tmp_path: Path) -> None:
     for part in ("train", "dev", "test"):
         rows = [f"{sentence()}\t{sentence()}\t{5 * random.random():.1f}" for _ in range(140)]
         (tmp_path / f"stsb_dir_{part}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]))
-    rows = [
-        f"{part},{1 + 4 * random.random():.2f},{sentence()}" for part in ("train", "dev", "test") for _ in range(140)
-    ]
-    (tmp_path / "emobank.csv").write_text("\n".join(["split,V,text", *rows]))
 
 
 @pytest.mark.filterwarnings("ignore:.*no label in or near")
