@@ -72,6 +72,7 @@ LABELS: list[Case] = [
             "edges": {"edges": np.array([0.0, 1.5, 2.0])},
             "centers": {"centers": np.array([0.0, 1.0])},
             "categorical": {"categorical": True},
+            "unbounded": {"unbounded": True},
         },
     ),
 ]

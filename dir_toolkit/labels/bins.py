@@ -37,6 +37,7 @@ from .._checks import (
 )
 from .._numerics import has_values, keepable, readable, strict_fake_mode, wide_dtype
 from ..errors import ShapeError
+from ._auto import chosen_edges
 
 if TYPE_CHECKING:
     from .grid import BinGrid
@@ -164,14 +165,16 @@ class LabelAxes(ABC):
 class Bins(LabelAxes):
     """A label axis cut into bins that touch: bin ``b`` holds ``edges[b] <= label < edges[b + 1]``.
 
-    The last bin holds its upper edge, too, as in ``numpy.histogram``. Make an axis with :meth:`uniform`,
-    :meth:`from_edges`, :meth:`quantile` or :meth:`classes`, and join several with :meth:`grid`. An axis never changes.
-    Two axes with the same edges and centres are equal.
+    The last bin holds its upper edge, too, as in ``numpy.histogram``. Make an axis with :meth:`auto`,
+    :meth:`uniform`, :meth:`from_edges`, :meth:`quantile` or :meth:`classes`, and join several with :meth:`grid`. An
+    axis never changes. Two axes with the same edges and centres are equal.
 
     Attributes:
         edges: (B + 1,) float64, rising, in label units; read-only.
         centers: (B,) float64, in label units; read-only. A bin stands for its centre when it is decoded.
         categorical: whether the bins are classes, whose labels must be whole numbers.
+        unbounded: whether the first and the last bin also hold all labels beyond them, so that none lies outside.
+        why: what :meth:`auto` has recognised and chosen; None of other axes.
 
     >>> bins = Bins.uniform(0, 117, width=1)
     >>> len(bins), bins.index([26, 26.9, 117]).tolist()
@@ -184,7 +187,9 @@ class Bins(LabelAxes):
         *,
         centers: np.ndarray | None = None,
         categorical: bool = False,
+        unbounded: bool = False,
     ) -> None:
+        instance(bool, categorical=categorical, unbounded=unbounded)
         edges = _edges_array(edges)
         if centers is None:
             centers = (edges[:-1] + edges[1:]) / 2
@@ -194,7 +199,8 @@ class Bins(LabelAxes):
                 raise problem("centers must be one finite number per bin", got=f"shape {centers.shape}")
         edges.setflags(write=False)
         centers.setflags(write=False)
-        self.edges, self.centers, self.categorical = edges, centers, categorical
+        self.edges, self.centers, self.categorical, self.unbounded = edges, centers, categorical, unbounded
+        self.why: str | None = None
         widths = np.diff(edges)
         self._width = float(np.median(widths))
         rounding = np.full(len(widths), 1e-9 * self._width + 4 * np.spacing(np.abs(edges).max()))
@@ -247,7 +253,7 @@ class Bins(LabelAxes):
         return torch.float64
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
-        return Bins.from_dict, (self.settings,)
+        return Bins.from_dict, (self.settings,), {"why": self.why}
 
     @classmethod
     def uniform(
@@ -317,15 +323,35 @@ class Bins(LabelAxes):
             LabelError: labels hold NaN or infinity. ValueError: labels are empty or all equal.
         """
         n = length("n", n, most=MOST_BINS)
-        array = labels_array(labels).astype(np.float64).ravel()
-        not_empty(labels=array)
-        if not np.isfinite(array).all():
-            at = int(np.argmin(np.isfinite(array)))
-            raise label_problem("labels must be finite", got=f"{array[at]} at index [{at}]")
-        edges = np.unique(np.quantile(array, np.linspace(0, 1, n + 1)))
-        if len(edges) < 2:
-            raise problem("labels must hold at least two different values", got=f"only {digits(edges[0])}")
-        return cls(edges)
+        return cls(np.unique(np.quantile(_different(labels), np.linspace(0, 1, n + 1))))
+
+    @classmethod
+    def auto(cls, labels: Any) -> Bins:
+        """Bins that suit these labels. :attr:`why` tells in a sentence or two what was recognised and chosen.
+
+        Labels that are multiples of one step, such as whole numbers, get a bin per step where there are 5 labels per
+        step or more and at most 200 steps. Others get even bins of a round width: half that of Freedman and Diaconis,
+        since what is made over bins is smoothed over some of them, and so that there are about 10 to 200 bins with 5
+        labels or more on average. If a tail is longer than 8 times the width of the middle half of the labels, bins
+        are even in the logarithm, or in asinh about the middle where labels are not all positive; edges are in label
+        units all the same. One value that a tenth of the labels have, such as zero, does not count in the spread.
+
+        The first and the last bin are spare, so that labels at the ends decode to themselves. They also hold new
+        labels beyond the axis, which is unbounded, and few that lie farther off than all others reach, as mistyped ones
+        do.
+
+        Raises:
+            LabelError: labels hold NaN or infinity. TypeError: they are no numbers. ValueError: labels are empty or all
+            equal.
+
+        >>> bins = Bins.auto([21, 34, 34, 35, 60, 33, 18, 25, 41, 52])
+        >>> bins.why
+        '10 whole numbers from 18 to 60: 11 bins of 5, of which the first and the last are spare.'
+        """
+        edges, why = chosen_edges(_different(labels))
+        bins = cls(edges, unbounded=True)
+        bins.why = why
+        return bins
 
     @classmethod
     def classes(cls, n: int) -> Bins:
@@ -363,23 +389,24 @@ class Bins(LabelAxes):
         if not isinstance(other, Bins):
             return NotImplemented
         return (
-            self.categorical == other.categorical
+            (self.categorical, self.unbounded) == (other.categorical, other.unbounded)
             and np.array_equal(self.edges, other.edges)
             and np.array_equal(self.centers, other.centers)
         )
 
     def __hash__(self) -> int:
-        return hash(_bytes(self))
+        return hash(axis_bytes(self))
 
     def __repr__(self) -> str:
         middles, whole = (self.edges[:-1] + self.edges[1:]) / 2, np.add(*_whole_numbers(self.edges)) / 2
-        if self.categorical and np.array_equal(self.edges, np.arange(len(self) + 1) - 0.5):
+        if self.categorical and not self.unbounded and np.array_equal(self.edges, np.arange(len(self) + 1) - 0.5):
             return f"Bins.classes({len(self)})"
         kind = ""
         if self.categorical or not self._even or not np.array_equal(self.centers, middles):
             at_whole = self._even and not self.categorical and np.array_equal(self.centers, whole)
-            kind = " of whole numbers" if at_whole else f" #{hashlib.sha256(_bytes(self)).hexdigest()[:8]}"
-        return f"<Bins: {len(self)}{kind} from {digits(self.edges[0])} to {digits(self.edges[-1])}>"
+            kind = " of whole numbers" if at_whole else f" #{hashlib.sha256(axis_bytes(self)).hexdigest()[:8]}"
+        beyond = ", unbounded" if self.unbounded else ""
+        return f"<Bins: {len(self)}{kind} from {digits(self.edges[0])} to {digits(self.edges[-1])}{beyond}>"
 
     def _index(self, labels: Tensor, outside: Outside, name: str) -> Tensor:
         real(**{name: labels})
@@ -401,6 +428,8 @@ class Bins(LabelAxes):
             values, edges = values.float(), edges.float()
         index = torch.searchsorted(edges, values.contiguous(), right=True) - 1
         index = torch.where(values == edges[-1], len(self) - 1, index)
+        if self.unbounded:
+            index = index.clamp(0, len(self) - 1)
         broken = torch.isnan(values)
         if self.categorical:
             broken = broken | (values != values.round())
@@ -429,7 +458,8 @@ class Bins(LabelAxes):
         exact = values.itemsize == 8 or (values.itemsize == 4 and not self._collapses)
         # To sort many labels is faster than to search for the bin of each.
         if exact and not self.categorical and len(self) < values.size and self._scale(values.dtype) is None:
-            counts = np.histogram(values, self.edges.astype(values.dtype))[0]
+            with np.errstate(over="ignore"):
+                counts = np.histogram(values, self.edges.astype(values.dtype))[0]
             if counts.sum() == values.size:
                 return counts
         return super().tally(labels, outside, name=name)
@@ -490,18 +520,30 @@ class Bins(LabelAxes):
     @property
     def settings(self) -> dict[str, Any]:
         """What tells this axis from others. :meth:`from_dict` makes an equal axis of it."""
-        return {"edges": self.edges, "centers": self.centers, "categorical": self.categorical}
+        settings = {"edges": self.edges, "centers": self.centers}
+        return {**settings, "categorical": self.categorical, "unbounded": self.unbounded}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and checkpoints, that :meth:`from_dict` turns back into an equal axis."""
-        return {"edges": self.edges.tolist(), "centers": self.centers.tolist(), "categorical": self.categorical}
+        return {**self.settings, "edges": self.edges.tolist(), "centers": self.centers.tolist()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Bins:
         """The axis that :meth:`to_dict` described."""
-        keys("values", values, ("edges", "centers", "categorical"))
-        instance(bool, categorical=values["categorical"])
+        keys("values", values, ("edges", "centers", "categorical", "unbounded"))
         return cls(**values)
+
+
+def _different(labels: Any) -> np.ndarray:
+    """Labels (N,) as float64, which are finite and not all equal."""
+    array = labels_array(labels).astype(np.float64).ravel()
+    not_empty(labels=array)
+    if (bad := ~np.isfinite(array)).any():
+        got = f"{array[bad.argmax()]} at index [{bad.argmax()}] ({bad.sum()} such labels)"
+        raise label_problem("labels must be finite", got=got, fix="Remove these samples first.")
+    if array.min() == array.max():
+        raise problem("labels must hold at least two different values", got=f"only {digits(array[0])}")
+    return array
 
 
 def _outwards(which: Any, bound: Any) -> Fraction:
@@ -557,8 +599,8 @@ def _scaled(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return values if offset == 0 else values + offset
 
 
-def _bytes(bins: Bins) -> bytes:
-    return bins.edges.tobytes() + bins.centers.tobytes() + bytes([bins.categorical])
+def axis_bytes(bins: Bins) -> bytes:
+    return bins.edges.tobytes() + bins.centers.tobytes() + bytes([bins.categorical, bins.unbounded])
 
 
 def _whole_numbers(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

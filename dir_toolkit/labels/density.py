@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import finite, instance, labels_array, not_empty, number, one_of, problem, warn, whole
 from .._ranks import check_group, is_parallel, summed
 from ..errors import ShapeError
-from .bins import OUTSIDE, Bins, Outside
+from .bins import OUTSIDE, Bins, Outside, axis_bytes
 from .counting import count_labels
 from .grid import AnyBins, BinGrid, Windows, checked_windows
 from .kernels import EDGES, Edges, smooth_axes
@@ -251,5 +251,4 @@ def to_shares(counts: np.ndarray) -> np.ndarray:
 
 
 def _digest(bins: AnyBins) -> str:
-    values = [part for axis in bins.axes for part in (axis.edges, axis.centers, np.array([axis.categorical]))]
-    return hashlib.sha256(b"".join(part.tobytes() for part in values)).hexdigest()
+    return hashlib.sha256(b"".join(map(axis_bytes, bins.axes))).hexdigest()

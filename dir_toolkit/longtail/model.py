@@ -238,8 +238,8 @@ class LongTailModel(nn.Module):
         return loss * torch.where(sound.all(), 1.0, torch.nan).to(loss.dtype)
 
     def _clipped(self, labels: Tensor) -> Tensor:
-        """Labels as they are, or with ``outside="clip"`` those beyond the axis at its end."""
-        if self.outside != "clip":
+        """Labels as they are, or with ``outside="clip"`` or bins without bounds those beyond the axis at its end."""
+        if self.outside != "clip" and not self.bins.unbounded:
             return labels
         if self.bins.categorical:
             return labels.clamp(0, len(self.bins) - 1)

@@ -499,15 +499,19 @@ def test_the_caller_s_edges_stay_his() -> None:
     assert bins.edges.tolist() == [0, 1, 2]
 
 
+AXIS = {"edges": [0, 1], "centers": [0.5], "categorical": False, "unbounded": False}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         (None, "values must be a dict, got NoneType"),
         ({}, "values must have the keys"),
-        ({"edges": [0, 1], "centers": [0.5]}, r"got missing \['categorical'\], unknown \[\]"),
-        ({"edges": [0, 1], "centers": [0.5], "categorical": 1}, "categorical must be a bool, got int"),
-        ({"edges": [1, 0], "centers": [0.5], "categorical": False}, "edges must be finite and strictly rising"),
-        ({"edges": "a", "centers": [0.5], "categorical": False}, "edges must be integers or floats"),
+        ({"edges": [0, 1], "centers": [0.5]}, r"got missing \['categorical', 'unbounded'\], unknown \[\]"),
+        (AXIS | {"categorical": 1}, "categorical must be a bool, got int"),
+        (AXIS | {"unbounded": None}, "unbounded must be a bool, got NoneType"),
+        (AXIS | {"edges": [1, 0]}, "edges must be finite and strictly rising"),
+        (AXIS | {"edges": "a"}, "edges must be integers or floats"),
     ],
 )
 def test_from_dict_refuses_what_to_dict_never_wrote(values: Any, message: str) -> None:

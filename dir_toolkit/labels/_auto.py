@@ -1,0 +1,135 @@
+"""The edges that labels ask for, found from their steps, spread and tails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from .._checks import digits
+
+_FEWEST, _MOST, _LABELS_PER_BIN = 10, 200, 5  # bins, and labels per bin on average
+_LONGEST_TAIL = 8  # of labels in even bins, in widths of their middle half
+_PILE, _FAR = 0.1, 0.05  # of all labels: one value that is a pile, and far ones that may be mistyped
+_MOST_STEPS = 10**6  # from the least label to the largest; rounding hides finer ones
+
+
+class _Scale(NamedTuple):
+    name: str
+    there: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[np.ndarray], np.ndarray]
+
+
+def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
+    """The edges (B + 1,) for finite labels (N,) of float64 that are not all equal, and what they were chosen by."""
+    most = int(np.clip(len(labels) // _LABELS_PER_BIN, _FEWEST, _MOST))
+    values, counts = np.unique(labels, return_counts=True)
+    pile = values[counts.argmax()] if counts.max() >= _PILE * len(labels) else np.nan
+    own = values[_near(values, counts)]
+    step = _step(own)
+    if step and (own[-1] - own[0]) / step < most - 0.5:
+        start = own[0] if abs(own[0] / step - round(own[0] / step)) > 1e-3 else step * round(own[0] / step)
+        edges, made = _even(own, step, start), f"bins of {digits(step)}"
+        kind = "whole numbers" if step == 1 and start == round(start) else f"multiples of {digits(step)}"
+    else:
+        kind = "whole numbers" if step == 1 and own[0] == round(own[0]) else "numbers"
+        for scale in _scales(labels, pile):
+            own = values[_near(scale.there(values), counts)]
+            rest = scale.there(labels[(labels != pile) & (labels >= own[0]) & (labels <= own[-1])])
+            low, high = scale.there(own[[0, -1]])
+            lower, upper = np.quantile(rest, [0.25, 0.75])
+            if max(high - upper, lower - low) <= _LONGEST_TAIL * (upper - lower):
+                break
+        width = (upper - lower) / len(rest) ** (1 / 3)
+        width = float(np.clip(width, (high - low) / most, (high - low) / _FEWEST))
+        if scale.name:
+            edges = scale.back(width * _halves(low, high, width))
+            edges = _between_steps(edges, own, step) if step else edges
+            widths = np.diff(edges)
+            made = f"bins, {widths.min():.3g} to {widths.max():.3g} wide, even in {scale.name} since a tail is long"
+        else:
+            width = _round_width(width, (high - low) / most, step)
+            edges, made = _even(own, width, 0.0), f"bins of {digits(width)}"
+    far = labels[(labels < own[0]) | (labels > own[-1])]
+    why = f"{len(labels):,} {kind} from {own[0]:.6g} to {own[-1]:.6g}"
+    why += f", {np.mean(labels == pile):.0%} of them {pile:.6g}" if pile in (0, own[0], own[-1]) else ""
+    why += f": {len(edges) - 1} {made}, of which the first and the last are spare."
+    if len(far):
+        why += f" {len(far):,} far off, such as {far[0]:.6g}, count in the end bins: look for mistyped ones."
+    return edges, why
+
+
+def _near(values: np.ndarray, counts: np.ndarray) -> slice:
+    """The part of sorted values without few that lie farther off all others than these reach, as mistyped ones do."""
+    first, last = 0, len(values)
+    while last - first > 2:
+        gaps = np.diff(values[first:last])
+        at = first + 1 + int(gaps.argmax())
+        below, above = slice(first, at), slice(at, last)
+        far = below if at - first < last - at else above
+        few = far.stop - far.start <= max(1, len(values) // 100) and counts[far].sum() <= _FAR * counts.sum()
+        if not few or gaps.max() <= gaps.sum() / 2:
+            break
+        first, last = (at, last) if far is below else (first, at)
+    return slice(first, last)
+
+
+def _step(values: np.ndarray) -> float:
+    """The step of which all distances between these sorted values are multiples, but for rounding; 0 where there is
+    none."""
+    distances = values[1:] - values[0]
+    step = np.diff(values).min()
+    while (steps := distances / step)[-1] < _MOST_STEPS:
+        rest = np.abs(steps - steps.round())
+        if not (between := rest > 1e-3).any():
+            step = float(distances[-1] / steps[-1].round())
+            tidy = float(f"{step:.6g}")
+            return tidy if abs(tidy - step) * steps[-1] < 1e-3 * step else step
+        step *= rest[between].min()  # as Euclid finds the greatest divisor
+    return 0.0
+
+
+def _scales(labels: np.ndarray, pile: float) -> Iterator[_Scale]:
+    """Scales on which labels may be even, with their inverses: the labels themselves, and two that shorten tails."""
+    middle = np.median(labels)
+    yield _Scale("", lambda y: y, lambda z: z)
+    if labels.min() > 0:
+        yield _Scale("the logarithm", lambda y: np.log(y / middle), lambda z: middle * np.exp(z))
+    lower, upper = np.quantile(labels, [0.25, 0.75])
+    if lower - (upper - lower) <= pile <= upper + (upper - lower):
+        middle = pile
+    unit = np.quantile(np.abs(labels - middle)[labels != middle], 0.25)
+    name = f"the signed logarithm asinh((y - {middle:.3g})/{unit:.3g})"
+    yield _Scale(name, lambda y: np.arcsinh((y - middle) / unit), lambda z: middle + unit * np.sinh(z))
+
+
+def _halves(low: float, high: float, width: float) -> np.ndarray:
+    """In widths, the edges between multiples of the width, of which one at either end lies beyond all labels."""
+    return np.arange(np.floor(low / width + 0.5) - 1, np.floor(high / width + 0.5) + 3) - 0.5
+
+
+def _even(values: np.ndarray, width: float, start: float) -> np.ndarray:
+    """Edges that are decimals. The middles of bins are multiples of the width, counted from the start."""
+    halves = _halves(values[0] - start, values[-1] - start, width)
+    return np.array([float(Fraction(str(start)) + Fraction(half) * Fraction(str(width))) for half in halves])
+
+
+def _round_width(width: float, least: float, step: float) -> float:
+    """The nearest 1, 2 or 5 times a power of ten, or so many steps, that is not below the least."""
+    unit = Fraction(str(step)) if step else Fraction(1)
+    exponent = int(np.floor(np.log10(width / float(unit))))
+    rounded = [leading * Fraction(10) ** (exponent + more) for more in (0, 1) for leading in (1, 2, 5)]
+    if step:
+        rounded = [Fraction(3) if steps == 2 else steps for steps in rounded]  # an odd number has a middle
+    fit = [float(unit * number) for number in rounded if unit * number >= least]
+    return min(fit, key=lambda one: abs(np.log(one / width)))
+
+
+def _between_steps(edges: np.ndarray, values: np.ndarray, step: float) -> np.ndarray:
+    """Edges moved to the middle between two steps."""
+    edges = np.unique(values[0] + step * (np.round((edges - values[0]) / step - 0.5) + 0.5))
+    if edges[1] > values[0]:
+        edges = np.append(edges[0] - step, edges)
+    return np.append(edges, edges[-1] + step) if edges[-2] <= values[-1] else edges

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import dir_toolkit as dt
+from dir_toolkit import Bins, LabelDensity, decode, soft_labels
+from dir_toolkit.errors import LabelError
+
+RANDOM = np.random.default_rng(0)
+RAIN = np.where(RANDOM.random(3000) < 0.3, 0.0, RANDOM.gamma(0.4, 20, 3000).round(1))
+PRICES = RANDOM.lognormal(11, 1.2, 2000).round()
+RETURNS = RANDOM.standard_t(3, 3000) / 100
+
+
+def all_held(labels: Any) -> Bins:
+    """The axis for labels, in none of whose spare bins one lies."""
+    bins = Bins.auto(labels)
+    counts = bins.tally(np.asarray(labels))
+    assert bins.unbounded
+    assert counts[[0, -1]].tolist() == [0, 0]
+    assert counts[1] > 0 < counts[-2]
+    return bins
+
+
+def test_whole_numbers_have_a_bin_each() -> None:
+    ages = RANDOM.integers(1, 90, 1000)
+    bins = all_held(ages)
+    np.testing.assert_array_equal(bins.edges, np.arange(ages.min() - 1, ages.max() + 3) - 0.5)
+    assert bins.why == (
+        f"1,000 whole numbers from {ages.min()} to {ages.max()}: {len(bins)} bins of 1, "
+        "of which the first and the last are spare."
+    )
+    few = all_held(ages[:100])  # too few labels for a bin per year
+    np.testing.assert_array_equal(np.diff(few.edges), 10)
+    np.testing.assert_array_equal(few.centers % 10, 0)
+
+
+def test_labels_in_steps_have_a_bin_per_step() -> None:
+    similarity = RANDOM.integers(0, 26, 400) * 0.2
+    for labels in (similarity, similarity.astype(np.float32)):
+        bins = all_held(labels)
+        np.testing.assert_array_equal(bins.edges, [round(0.2 * k - 0.3, 1) for k in range(29)])
+        assert "multiples of 0.2 from 0 to 5: 28 bins of 0.2" in str(bins.why)
+    assert "multiples of 10 from" in str(all_held(10 * RANDOM.geometric(0.1, 2000)).why)
+    np.testing.assert_allclose(all_held([0.3, 0.7] * 9).edges, [-0.3, 0.1, 0.5, 0.9, 1.3])
+    np.testing.assert_array_equal(Bins.auto([0.5, 2.5, 1.5] * 9).centers, [-0.5, 0.5, 1.5, 2.5, 3.5])
+
+
+def test_even_bins_are_round_and_follow_number_and_spread() -> None:
+    few, many = (all_held(RANDOM.normal(0, 1, n)) for n in (300, 30000))
+    assert (np.diff(few.edges).round(9) == 0.2).all()
+    assert (np.diff(many.edges).round(9) == 0.05).all()
+    assert few.edges[0] == round(few.edges[0], 1)
+    assert 0.0 in few.centers.round(12)
+    assert len(Bins.auto(RANDOM.random(10**5))) <= 203
+    assert 9 <= len(Bins.auto(RANDOM.random(12))) <= 15
+
+
+def test_a_long_tail_of_positive_labels_makes_bins_even_in_the_logarithm() -> None:
+    bins = all_held(PRICES + 0.25)
+    ratios = bins.edges[1:] / bins.edges[:-1]
+    np.testing.assert_allclose(ratios, ratios[0])
+    assert "even in the logarithm since a tail is long" in str(bins.why)
+    assert LabelDensity.count(PRICES, bins).counts.max() < 0.1 * len(PRICES)
+
+
+def test_a_pile_of_zeros_has_a_bin_that_is_symmetric_about_it() -> None:
+    bins = all_held(RAIN)
+    assert "% of them 0" in str(bins.why)
+    assert "signed logarithm asinh((y - 0)/" in str(bins.why)
+    low, high = bins.edges[bins.index([0.0])[0] :][:2]
+    assert -low == pytest.approx(high)
+    assert high < 0.5
+
+
+def test_tails_on_both_sides_are_shortened_alike() -> None:
+    bins = all_held(np.concatenate([RETURNS, -RETURNS]))
+    np.testing.assert_allclose(bins.edges, -bins.edges[::-1], atol=1e-12)
+    assert np.diff(bins.edges).min() < np.ptp(RETURNS) / 200
+
+
+def test_counts_with_a_long_tail_have_edges_between_whole_numbers() -> None:
+    bins = all_held(RANDOM.negative_binomial(0.3, 0.002, 2000))
+    np.testing.assert_array_equal(bins.edges % 1, 0.5)
+    assert np.diff(bins.edges).min() <= 3
+    assert np.diff(bins.edges).max() > 50
+
+
+@pytest.mark.parametrize("typo", [999, -1e30, 3e38])
+def test_mistyped_labels_count_in_the_end_bins_and_leave_the_axis_as_it_is(typo: float) -> None:
+    ages = np.append(RANDOM.integers(18, 90, 600), [18, 89])
+    clean, mistyped = Bins.auto(ages), Bins.auto(np.append(ages, [typo, typo]))
+    assert mistyped == clean
+    assert f"2 far off, such as {typo:.6g}, count in the end bins: look for mistyped ones." in str(mistyped.why)
+    assert (mistyped.relative_widths == 1).all()
+    density = LabelDensity.count(np.append(ages, typo), mistyped)
+    assert density.counts[-1 if typo > 0 else 0] == 1
+    weights = dt.LDS(mistyped).fit(density)(torch.tensor([typo], dtype=torch.float64))
+    assert weights.isfinite().all()
+
+
+def test_rare_labels_are_not_taken_for_mistyped_ones() -> None:
+    claims = np.where(RANDOM.random(5000) < 0.98, 0.0, RANDOM.uniform(1000, 1100, 5000))
+    assert "far off" not in str(all_held(claims).why)
+
+
+def test_labels_at_the_ends_decode_to_themselves() -> None:
+    labels = torch.tensor(PRICES)
+    bins = Bins.auto(labels)
+    ends = torch.stack([labels.min(), labels.max()])
+    soft = soft_labels(ends, bins, 2.0, unit="bin", ends="open")
+    slack = torch.tensor(np.diff(bins.edges)[bins.index(ends)])
+    assert ((decode(soft, bins, "median", ends="open") - ends).abs() < slack).all()
+
+
+def test_the_axis_is_free_of_the_unit() -> None:
+    for labels in (RANDOM.normal(size=500), PRICES, RAIN, RETURNS):
+        one, other = Bins.auto(labels), Bins.auto(labels * 1e5)
+        np.testing.assert_allclose(other.edges, one.edges * 1e5, rtol=1e-9, atol=1e-9)
+
+
+def test_labels_of_any_dtype_and_container() -> None:
+    ages = RANDOM.integers(18, 90, 600)
+    expected = Bins.auto(ages)
+    for same in (ages.tolist(), torch.tensor(ages), torch.tensor(ages).half(), ages.astype(np.float16)[:, None]):
+        assert Bins.auto(same) == expected
+    for same in (pd.Series(ages, dtype="Int64"), pd.Series(ages, dtype="category").astype(float), ages.astype(">f4")):
+        assert Bins.auto(same) == expected
+    extremes = np.array([1e-30, 3e38, 1, 2, 3] * 5, np.float32)
+    assert Bins.auto(extremes).tally(extremes).sum() == 25
+
+
+def test_new_labels_beyond_the_axis_fall_into_the_end_bins() -> None:
+    bins = Bins.auto(np.arange(100))
+    for outside in ("raise", "clip", "drop"):
+        assert bins.index(torch.tensor([-50.0, 1e9]), outside).tolist() == [0, len(bins) - 1]
+        assert bins.tally([-50.0, 1e9], outside).sum() == 2
+    with pytest.raises(LabelError, match=r"Bins\.index: labels must not be NaN"):
+        bins.index([np.nan])
+    assert Bins.from_dict(bins.to_dict()) == bins != Bins(bins.edges)
+    for other in (copy.deepcopy(bins), pickle.loads(pickle.dumps(bins))):
+        assert other == bins
+        assert other.why == bins.why
+
+
+def test_a_model_clips_labels_beyond_an_unbounded_axis() -> None:
+    bins = Bins.auto(np.arange(100.0))
+    model = dt.LongTailModel(torch.nn.Identity(), 2, bins)
+    at_end, beyond = (model(torch.ones(1, 2), torch.tensor([y])).loss for y in (float(bins.edges[-1]), 1e30))
+    assert at_end == beyond
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ([1.0, np.nan, np.inf, 2.0], LabelError, r"finite, got nan at index \[1\] \(2 such labels\)\. Remove these"),
+        ([3.0], ValueError, "at least two different values, got only 3"),
+        ([0.1] * 9, ValueError, r"at least two different values, got only 0\.1"),
+        ([], ValueError, "at least one value"),
+        (["old", "young"], TypeError, "integers or floats, got dtype <U5"),
+        ([True, False], TypeError, "integers or floats, got dtype bool"),
+    ],
+)
+def test_labels_that_make_no_axis(labels: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=r"^Bins\.auto: labels must (be|hold) " + message):
+        Bins.auto(labels)
