@@ -217,7 +217,7 @@ def choose_normalization(
         raise problem("labels must be integers", got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError)
 
     @torch.no_grad()
-    def error_at(tau: float) -> float:
-        return balanced_error(tau_normalized(head, tau)(features), labels, head.out_features)
+    def errors_at(tau: float) -> dict[str, float]:
+        return {"balanced_error": balanced_error(tau_normalized(head, tau)(features), labels, head.out_features)}
 
-    return search_tau(error_at, taus, "balanced_error", most=2.0)
+    return search_tau(errors_at, taus, "balanced_error", samples=len(labels), most=2.0)

@@ -8,7 +8,7 @@ shares here are of bins. For an answer even per label unit over bins that differ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -186,25 +186,50 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = N
         if not shares.any():
             raise problem("at least one weight must be positive", got="zeros")
         shares = shares / shares.max()  # else sums may overflow
-    return _temperature(scores, classes, shares)
+    return best_temperature(scores, classes, shares)
 
 
 @dataclass(frozen=True, eq=False)
 class TauChoice:
-    """What :func:`choose_tau` chose, and the curve it chose from.
+    """A choice of tau on held-out labels, and the curves it was made from. As a text it says what the choice costs.
 
     Attributes:
         tau: the choice, one of ``taus``.
-        taus, scores: (K,) float64, read-only: the candidates, and the criterion at each; less is better.
-        by: the criterion; of :meth:`dir_toolkit.LongTailModel.choose_tau` "bmae" or "mae".
-        temperature: by which the logits were divided before; hand it to :class:`LogitAdjuster` together with tau.
+        taus: (K,) float64, read-only: the candidates.
+        curves: what is judged at each candidate, (K,) float64 each, by name: the criterion and, where a model chose,
+            also the error over all samples and that of each region, such as "mae" and "mae_few". Less is better.
+        by: the name of the criterion.
+        temperature: by which the logits are divided first; hand it to :class:`LogitAdjuster` together with tau.
+        samples: the number of held-out labels.
     """
 
     tau: float
     taus: np.ndarray
-    scores: np.ndarray
-    by: Criterion | Literal["bmae", "mae"]
+    curves: Mapping[str, np.ndarray]
+    by: str
     temperature: float
+    samples: int
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The criterion at each candidate, (K,)."""
+        return self.curves[self.by]
+
+    @property
+    def before(self) -> dict[str, float]:
+        """Each error at the first candidate, which is no adjustment at all where candidates begin with zero."""
+        return {name: float(curve[0]) for name, curve in self.curves.items()}
+
+    @property
+    def after(self) -> dict[str, float]:
+        """Each error at the choice."""
+        at = int(np.flatnonzero(self.taus == self.tau)[0])
+        return {name: float(curve[at]) for name, curve in self.curves.items()}
+
+    def __str__(self) -> str:
+        changes = [f"{_in_words(name)} from {x:.3g} to {self.after[name]:.3g}" for name, x in self.before.items()]
+        start = f"tau {self.tau:g} at temperature {self.temperature:.3g}, chosen on {self.samples:,} labels"
+        return f"{start}, takes {', '.join(changes)}."
 
 
 def choose_tau(
@@ -251,25 +276,38 @@ def choose_tau(
     elif by == "balanced_error":
         temperature = 1.0
     else:
-        temperature = _temperature(scores, classes, np.exp(log_prior[classes]) / counts[classes])
+        temperature = best_temperature(scores, classes, np.exp(log_prior[classes]) / counts[classes])
     absent = np.flatnonzero(counts == 0)
     if len(absent) > 0:
         warn(f"no validation label of {_listed(absent)}; the criterion leaves them out.")
     shares = 1 / counts[classes] / np.count_nonzero(counts)
     scores = scores / temperature
     return search_tau(
-        lambda tau: _criterion(by, scores - tau * log_prior, classes, shares), taus, by, temperature=temperature
+        lambda tau: {by: _criterion(by, scores - tau * log_prior, classes, shares)},
+        taus,
+        by,
+        temperature=temperature,
+        samples=len(classes),
     )
 
 
 def search_tau(
-    error_at: Callable[[float], float], taus: Any, by: Any, *, temperature: float = 1.0, most: float = 3.0
+    errors_at: Callable[[float], Mapping[str, float]],
+    taus: Any,
+    by: str,
+    *,
+    samples: int,
+    temperature: float = 1.0,
+    most: float = 3.0,
+    bound: tuple[str, float] | None = None,
 ) -> TauChoice:
     """The tau with the least error, among equals the middle of the longest run of equally good ones. Where candidates
     are a range, and no mere handful, a choice at its end is warned of.
 
     Args:
+        errors_at: each error under a tau, by name.
         taus: candidates, >= 0, rising; None means steps of 0.05 up to ``most``.
+        bound: the name of an error, and the most that it may be, as a factor of itself at tau 0.
     """
     values = labels_array(np.linspace(0, most, round(20 * most) + 1) if taus is None else taus, "taus")
     values = values.astype(np.float64)
@@ -278,17 +316,26 @@ def search_tau(
     if values.ndim != 1 or (np.diff(values) <= 0).any() or values.flat[0] < 0 or values.flat[-1] > MOST_TAU:
         rule = f"taus must be one row, rising and not negative, at most {MOST_TAU:g}"
         raise problem(rule, got=values.tolist())
-    curve = np.array([error_at(float(tau)) for tau in values])
-    values.setflags(write=False)
-    curve.setflags(write=False)
-    best = middle_of_best(curve)
+    errors = [errors_at(float(tau)) for tau in values]
+    curves = {name: np.array([each[name] for each in errors]) for name in errors[0]}
+    for array in (values, *curves.values()):
+        array.setflags(write=False)
+    allowed = np.ones(len(values), dtype=bool)
+    if bound is not None:
+        name, factor = bound
+        limit = factor * errors_at(0.0)[name]
+        allowed = curves[name] <= limit
+        if not allowed.any():
+            rule, got = f"taus must hold one with a {_in_words(name)} of at most {limit:.3g}", curves[name].min()
+            raise problem(rule, got=f"at least {got:.3g}", fix="Begin them with 0.")
+    best = middle_of_best(np.where(allowed, curves[by], np.inf))
     if best == len(values) - 1 >= _HANDFUL:
         warn(
             f"the best tau is the largest of those tried, {values[best]:g}. Either labels are so few that the "
             "criterion is left to chance, or tau makes up for something else, such as a prior that is not the one of "
             "training. Give more labels and the right prior, or try larger taus.",
         )
-    return TauChoice(float(values[best]), values, curve, by, temperature)
+    return TauChoice(float(values[best]), values, curves, by, temperature, samples)
 
 
 class LogitAdjuster(SoundModule):
@@ -424,7 +471,10 @@ def _held_out(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return logits.double().numpy(), classes
 
 
-def _temperature(scores: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> float:
+def best_temperature(
+    scores: np.ndarray, classes: np.ndarray, shares: np.ndarray, offset: float | np.ndarray = 0.0
+) -> float:
+    """:func:`fit_temperature` of checked numbers, where ``offset`` is added to the logits once they were divided."""
     # Without the largest logit, rows of equal logits are exactly zero, and so is their slope.
     scores = scores - scores.max(1, keepdims=True)
     of_label = scores[np.arange(len(classes)), classes]
@@ -434,7 +484,7 @@ def _temperature(scores: np.ndarray, classes: np.ndarray, shares: np.ndarray) ->
 
     def slope(log_temperature: float) -> float:
         """Of the mean negative log-likelihood, in 1 / T; it falls as T rises."""
-        expected = (softmax(scores / math.exp(log_temperature), axis=1) * scores).sum(1)
+        expected = (softmax(scores / math.exp(log_temperature) + offset, axis=1) * scores).sum(1)
         return float(np.average(expected - of_label, weights=shares))
 
     low, high = (math.log(bound) for bound in _TEMPERATURES)
@@ -478,6 +528,12 @@ def middle_of_best(scores: np.ndarray) -> int:
     ends = np.flatnonzero(~best & np.append(False, best[:-1]))
     longest = int((ends - starts).argmax())
     return int(starts[longest] + ends[longest] - 1) // 2
+
+
+def _in_words(name: str) -> str:
+    """``bMAE``, or ``MAE of few``."""
+    name, _, region = name.replace("balanced_error", "balanced error").replace("log_loss", "log-loss").partition("_")
+    return {"bmae": "bMAE", "mae": "MAE", "ece": "ECE"}.get(name, name) + (f" of {region}" if region else "")
 
 
 def _listed(classes: np.ndarray) -> str:

@@ -38,7 +38,7 @@ from ..labels.weights import LDS
 from ..longtail import LongTailModel
 from ..metrics.classification import ClassificationMetrics
 from ..metrics.regression import RegressionMetrics, regression_metrics
-from ..priors import TauChoice, choose_tau, class_prior
+from ..priors import TauChoice
 from .data.images import ImageSet, Splits
 from .results.class_figures import class_error_figure, tau_figure
 from .results.comparison import comparison_table
@@ -236,10 +236,7 @@ class Trial:
         model: Any = trained.model
         labels = torch.from_numpy(self.splits.val.labels).to(self.runtime.device)
         scores, taus = predict(model, self.splits.val, runtime=self.runtime).scores, None if tau is None else [tau]
-        if self.bins.categorical:
-            choice = choose_tau(scores, labels, class_prior(self.density, weights=model.weights), taus=taus)
-        else:
-            choice = model.choose_tau(scores, labels, taus=taus)
+        choice = model.choose_tau(scores, labels, taus=taus)
         self.study.say(f"tau {choice.tau:g}" + ", chosen on validation" * (tau is None))
         model.set_prior("uniform", choice.tau)
         return replace(trained, tau=choice)

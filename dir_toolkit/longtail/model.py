@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins
 from ..labels.weights import LDS
 from ..priors import TauChoice
+from .calibration import Judged, calibrate, choose_tau
 from .readouts import LongTailOutput, Placed, PriorKernel, Readout, Setup, TargetPrior, readout_for
 
 __all__ = ["LongTailModel"]
@@ -262,8 +263,7 @@ class LongTailModel(nn.Module):
         Where the prior was adjusted in the loss already, what the scores know of it is taken off first.
 
         Args:
-            target_prior, tau: as those of the readout. :func:`dir_toolkit.choose_tau` finds tau for classes, given
-                ``class_prior(density, weights=weights)`` where the loss was weighted.
+            target_prior, tau: as those of the readout; :meth:`calibrate` and :meth:`choose_tau` find tau.
             kernel: as ``prior_kernel`` of the readout; ``"auto"`` takes the readout's own.
             temperature: > 0; None leaves it as it is.
         Raises:
@@ -277,36 +277,65 @@ class LongTailModel(nn.Module):
         scores: Tensor,
         labels: Tensor,
         *,
-        by: Literal["bmae", "mae"] = "bmae",
+        by: Judged | None = None,
         taus: Sequence[float] | np.ndarray | None = None,
+        most_mae: float | None = None,
         kernel: PriorKernel = "auto",
         outside: Outside | None = None,
     ) -> TauChoice:
         """The tau with which ``set_prior("uniform", tau)`` errs least on validation data. The model stays as it is.
 
+        The criterion counts each bin alike that has training or held-out labels, as wide as it is. A bin of fewer than
+        three held-out labels is judged by the nearest ones too, since where labels are rare most bins have none.
+        Held-out labels may be distributed otherwise than those of training.
+
         Args:
             scores: as the model gives them, of validation data that training has not seen. The prior that it predicts
                 under now does not matter, and neither do the offsets of ``residual``.
             labels: in label units.
-            by: ``"bmae"``, the mean over the axis of the mean absolute error of each bin, where bins without labels are
-                left out; or ``"mae"``, over samples.
+            by: ``"bmae"``, the mean absolute error over the axis as above, or ``"mae"``, over samples; of classes
+                ``"balanced_error"`` or ``"error"``. None takes the first of the two.
             taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. A choice at their end is warned of.
+            most_mae: bounds the price, which common labels pay: the most that the MAE over samples, or the error of
+                classes, may be, as a factor >= 1 of what it is at tau 0.
             kernel: as in :meth:`set_prior`.
             outside: as ``outside`` of the model; None takes the model's own.
         Shape:
             scores: (N, B). labels: (N,).
         Returns:
-            the choice and its curve, in label units; among equals the middle of the longest run.
+            the choice and the curves of both errors and of the MAE by region of training labels, in label units; among
+            equals the middle of the longest run.
         Raises:
             as :meth:`set_prior`; ShapeError: scores and labels do not fit; LabelError: a label lies beyond the axis.
-            ValueError: there is no label, a score is not finite, or taus are empty, not rising or negative.
-            RuntimeError: the head does not score bins of a continuous axis; for classes use
-            :func:`dir_toolkit.choose_tau`. TypeError: scores are no tensor of real numbers.
+            ValueError: there is no label, a score is not finite, taus are empty, not rising or negative, or none of
+            them keeps to ``most_mae``. TypeError: scores are no tensor of real numbers.
         """
-        outside = self.outside if outside is None else outside
-        return self.readout.choose_tau(
-            scores, labels, by=by, taus=taus, kernel=kernel, outside=outside, weights=self.weights
-        )
+        return choose_tau(self, scores, labels, by=by, taus=taus, most_mae=most_mae, kernel=kernel, outside=outside)
+
+    def calibrate(
+        self,
+        scores_or_loader: Tensor | Iterable[Any],
+        labels: Tensor | None = None,
+        *,
+        by: Judged | None = None,
+        most_mae: float | None = None,
+        outside: Outside | None = None,
+    ) -> TauChoice:
+        """Choose temperature and tau on validation data, and predict with them from now on.
+
+        The temperature comes first: the one with the best log score of the labels' bins, under the training prior.
+        Then comes tau, as in :meth:`choose_tau`, and ``set_prior("uniform", tau, temperature=temperature)``. Printed,
+        the result says what errors were without any adjustment and what they are now.
+
+        Args:
+            scores_or_loader: scores as in :meth:`choose_tau`; or batches, such as a DataLoader's or
+                ``[(inputs, labels)]``, that the model is run on in eval mode.
+            labels: of the scores; None where batches bring their own.
+            by, most_mae, outside: as in :meth:`choose_tau`.
+        Raises:
+            as :meth:`choose_tau`. Nothing has changed then.
+        """
+        return calibrate(self, scores_or_loader, labels, by=by, most_mae=most_mae, outside=outside)
 
     def interval(self, output: LongTailOutput | Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """The central interval that holds a label with the probability ``level``.

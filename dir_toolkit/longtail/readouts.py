@@ -22,16 +22,12 @@ from torch import Tensor, nn
 
 from .._checks import (
     checked_tau,
-    finite,
     instance,
-    is_tensor,
     labels_array,
     number,
-    on_host,
     one_of,
     prior_shares,
     problem,
-    real,
     require,
     shaped,
     warn,
@@ -42,7 +38,7 @@ from ..errors import ShapeError
 from ..heads.affinity import AffinityHead
 from ..heads.cosine import CosineHead
 from ..heads.linear import LinearHead
-from ..labels.bins import Bins, Outside
+from ..labels.bins import Bins
 from ..labels.decoding import Decoding, decoded, interval, quantiles
 from ..labels.density import LabelDensity, to_shares
 from ..labels.kernels import Window, checked_window, usual_kernel
@@ -54,7 +50,7 @@ from ..losses.cross_entropy import cross_entropy
 from ..losses.distribution import crps, soft_cross_entropy, squared_emd
 from ..losses.gaussian_nll import gaussian_interval, gaussian_nll
 from ..losses.regression import weighted_focal_l1, weighted_focal_mse, weighted_huber, weighted_l1, weighted_mse
-from ..priors import LogitAdjuster, Prior, TauChoice, log_prior_offset, search_tau
+from ..priors import LogitAdjuster, Prior, log_prior_offset
 
 __all__ = ["BinsReadout", "ClassReadout", "GaussianReadout", "LongTailOutput", "PointReadout"]
 
@@ -186,15 +182,12 @@ class Readout(nn.Module):
     def set_prior(
         self, target_prior: TargetPrior, tau: float, kernel: PriorKernel, temperature: float | None, weights: LDS | None
     ) -> None:
-        raise self._cannot("have a prior")
-
-    def choose_tau(self, scores: Tensor, labels: Tensor, **options: Any) -> TauChoice:
-        raise self._cannot("choose tau on a continuous axis", "For classes use dir_toolkit.choose_tau.")
+        raise self.cannot("have a prior")
 
     def interval(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
-        raise self._cannot("give intervals of a label")
+        raise self.cannot("give intervals of a label")
 
-    def _cannot(self, what: str, fix: str = 'Use a head that scores bins, such as head="linear".') -> Exception:
+    def cannot(self, what: str, fix: str = 'Use a head that scores bins, such as head="linear".') -> Exception:
         return problem(f"the readout must {what}", got=f"a {type(self).__name__}", fix=fix, error=RuntimeError)
 
     @property
@@ -316,11 +309,12 @@ class GaussianReadout(_NumberReadout):
         return self._held(lower), self._held(upper)
 
 
-class _ScoreReadout(Readout):
+class ScoreReadout(Readout):
     """One score per bin. The softmax of the scores is a posterior under the training prior, and is carried to the
     target prior by what ``adjuster`` adds."""
 
     loss_offset: Tensor  # (B,), what the loss adds to the logits
+    judged: ClassVar[tuple[str, str]]  # the error over the axis, and that over samples
 
     def __init__(
         self,
@@ -361,7 +355,8 @@ class _ScoreReadout(Readout):
         if temperature is None:
             temperature = self.adjuster.temperature.item()
         temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
-        offset = self._offset(_target_shares(target_prior, self.bins), checked_tau(tau), self._kernel(kernel), weights)
+        target, kernel = _target_shares(target_prior, self.bins), self.chosen_kernel(kernel)
+        offset = self._offset(target, checked_tau(tau), kernel, weights)
         self.adjuster.offset.copy_(offset)
         self.adjuster.temperature.fill_(temperature)
         self._prior = {"target_prior": target_prior, "tau": tau, "temperature": temperature}
@@ -370,9 +365,10 @@ class _ScoreReadout(Readout):
         """What is added to the logits to predict under a target that has been checked, (B,)."""
         if target is None:
             return self.loss_offset.clone()
-        return self._offset_from(self._training_prior(kernel, weights), target, tau)
+        return self.offset_from(self.training_prior(kernel, weights), target, tau)
 
-    def _offset_from(self, prior: Tensor, target: Any, tau: float) -> Tensor:
+    def offset_from(self, prior: Tensor, target: Any, tau: float) -> Tensor:
+        """What is added to the logits, (B,), to get from a training prior to a target."""
         uniform = isinstance(target, str)
         offset = log_prior_offset(prior, -tau, None if uniform else target)
         # Shares are taken per label unit. The widths cancel at tau 1, unless the target is even over the axis itself.
@@ -380,14 +376,15 @@ class _ScoreReadout(Readout):
         offset = offset + power * torch.from_numpy(np.log(self.bins.relative_widths))
         return offset.float().to(self.loss_offset) + self.loss_offset
 
-    def _kernel(self, kernel: PriorKernel) -> PriorKernel:
+    def chosen_kernel(self, kernel: PriorKernel) -> PriorKernel:
+        """The checked kernel; the readout's own for ``"auto"``."""
         word("kernel", kernel, "auto")
         kernel = self.prior_kernel if isinstance(kernel, str) else kernel
         if kernel is not None and not isinstance(kernel, str):
             checked_window(kernel, len(self.bins))
         return kernel
 
-    def _training_prior(self, kernel: PriorKernel, weights: LDS | None) -> Tensor:
+    def training_prior(self, kernel: PriorKernel, weights: LDS | None) -> Tensor:
         """The shares of the labels times their weights, (B,), spread over bins as the loss spreads labels."""
         density = _needed("target_prior", self.density)
         reached, learnt = self._spread_out(kernel, density, _weighted(density, weights))
@@ -422,6 +419,10 @@ class _ScoreReadout(Readout):
         """The prediction, the distribution and the residuals."""
         raise NotImplementedError
 
+    def errors(self, adjusted: Tensor, labels: Tensor) -> Tensor:
+        """How far off each label (N,) is what adjusted logits predict, without residuals."""
+        raise NotImplementedError
+
     def logits(self, scores: Tensor) -> Tensor:
         """Scores as logits. An affinity that has underflowed to zero has no slope; log 0 would give it an infinite
         one."""
@@ -436,7 +437,7 @@ class _ScoreReadout(Readout):
         return {**super().settings, **self._prior, "adjust": self.adjust, "prior_kernel": self.prior_kernel}
 
 
-class BinsReadout(_ScoreReadout):
+class BinsReadout(ScoreReadout):
     """A distribution over the bins of a continuous axis, decoded into a label.
 
     Args:
@@ -455,7 +456,8 @@ class BinsReadout(_ScoreReadout):
             spread, the first and the last bin reach one width beyond the axis, ``ends="open"`` of
             :func:`dir_toolkit.labels.soft_labels.soft_labels`, unless each bin is one whole number.
         label_kernel: as ``kernel`` of :func:`dir_toolkit.labels.soft_labels.soft_labels`.
-        decode: how a distribution becomes a label, :func:`dir_toolkit.labels.decoding.decode`.
+        decode: how a distribution becomes a label, :func:`dir_toolkit.labels.decoding.decode`. The ``"median"`` errs
+            least where absolute errors are judged (MAE, bMAE), ``"expectation"`` where squared ones are (MSE, RMSE).
         residual: whether to learn where in its bin a label lies, too, as an offset that does not reach beyond the
             edges of the bin. The prediction is then the centre of the decoded bin plus its offset. This pays where bins
             are coarse.
@@ -470,6 +472,7 @@ class BinsReadout(_ScoreReadout):
         "crps": Loss(crps, 1, lambda bins, spread: {"bins": bins}),
         "squared_emd": Loss(squared_emd, 1, lambda bins, spread: {"bins": bins}),
     }
+    judged: ClassVar = ("bmae", "mae")
     _spread_labels = ("cross_entropy", "squared_emd")  # the losses whose targets are labels spread over bins
 
     warned_crowded = False  # whether labels are spread wider than most of them lie
@@ -559,44 +562,8 @@ class BinsReadout(_ScoreReadout):
             counts, self.bins, self.sigma, kernel=self.label_kernel, unit=self._sigma_unit, ends=self.ends
         )
 
-    @torch.no_grad()
-    def choose_tau(  # type: ignore[override]
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        *,
-        by: Literal["bmae", "mae"],
-        taus: Sequence[float] | np.ndarray | None,
-        kernel: PriorKernel,
-        outside: Outside,
-        weights: LDS | None,
-    ) -> TauChoice:
-        one_of("by", by, ("bmae", "mae"))
-        is_tensor(scores=scores, labels=labels)
-        real(scores=scores)
-        shaped(("N", len(self.bins)), scores=scores)
-        shaped(scores.shape[:1], "one per row of scores", labels=labels)
-        scores = scores.to(wide_dtype(scores))
-        finite(scores=on_host("scores", scores))
-        row = self.bins.index(on_host("labels", labels), outside)
-        if not bool((row >= 0).all()):
-            scores, labels, row = (part[(row >= 0).to(part.device)] for part in (scores, labels, row))
-        require(len(row) > 0, "at least one label must lie on the axis", got="none")
-        row = row.to(scores.device)
-        width = torch.tensor(self.bins.relative_widths, device=scores.device)
-        prior = self._training_prior(self._kernel(kernel), weights)
-        logits = self.logits(scores) / self.adjuster.temperature.to(scores.dtype)
-
-        def error_at(tau: float) -> float:
-            adjusted = logits + self._offset_from(prior, "uniform", tau).to(logits)
-            error = (self.label(adjusted.softmax(1), self.decoding) - labels).abs().double()
-            if by == "mae":
-                return error.mean().item()
-            sums, counts = (error.new_zeros(len(self.bins)).index_add(0, row, x) for x in (error, error**0))
-            seen = counts > 0
-            return ((width * sums / counts)[seen].sum() / width[seen].sum()).item()
-
-        return search_tau(error_at, taus, by, temperature=self.adjuster.temperature.item())
+    def errors(self, adjusted: Tensor, labels: Tensor) -> Tensor:
+        return (self.label(adjusted.softmax(1), self.decoding) - labels).abs()
 
     def interval(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
         shares: Any = output.distribution if isinstance(output, LongTailOutput) else output
@@ -659,7 +626,7 @@ class BinsReadout(_ScoreReadout):
         }
 
 
-class ClassReadout(_ScoreReadout):
+class ClassReadout(ScoreReadout):
     """A distribution over classes, of which the most probable one is the prediction.
 
     Args:
@@ -671,6 +638,7 @@ class ClassReadout(_ScoreReadout):
 
     heads: ClassVar = {"linear": LinearHead, "cosine": CosineHead, "affinity": partial(AffinityHead, prototypes=5)}
     losses: ClassVar = {"cross_entropy": Loss(cross_entropy), "affinity_loss": Loss(affinity_loss)}
+    judged: ClassVar = ("balanced_error", "error")
 
     def __init__(
         self,
@@ -694,6 +662,9 @@ class ClassReadout(_ScoreReadout):
 
     def _read(self, adjusted: Tensor, calibrated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return adjusted.argmax(1), adjusted.softmax(1), adjusted.new_zeros(adjusted.shape[0], 0)
+
+    def errors(self, adjusted: Tensor, labels: Tensor) -> Tensor:
+        return adjusted.argmax(1) != labels
 
 
 _OF_NUMBERS = (PointReadout, GaussianReadout, BinsReadout)

@@ -241,7 +241,11 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "LongTailModel.choose_tau": lambda: (
         model().choose_tau,
-        {"scores": rows(), "labels": years(), "by": "bmae", "taus": [0.0, 1.0], "kernel": None},
+        {"scores": rows(), "labels": years(), "by": "bmae", "taus": [0.0, 1.0], "most_mae": 2.0, "kernel": None},
+    ),
+    "LongTailModel.calibrate": lambda: (
+        model().calibrate,
+        {"scores_or_loader": rows(), "labels": years(), "by": "bmae", "most_mae": 2.0},
     ),
     "LongTailModel.interval": lambda: ((m := model()).interval, {"output": m(rows(3)), "level": 0.9}),
     "LongTailModel.set_extra_state": lambda: (model().set_extra_state, {"state": model().get_extra_state()}),
@@ -464,6 +468,7 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("FDS.set_extra_state", "state"): ("values",),  # of its bins
     ("LDS.set_extra_state", "state"): ("values",),
     ("LabelDensity.regions", "few"): ("many",),
+    ("LongTailModel.calibrate", "scores_or_loader"): ("scores", "batch"),
     ("LongTailModel", "labels"): ("target",),  # as every loss calls them, also one that the user chose
     ("LongTailModel", "prior_kernel"): ("kernel",),
     ("LongTailModel.criterion", "labels"): ("target",),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -13,20 +12,15 @@ from torch import Tensor, nn
 
 from dir_toolkit.errors import (
     DirToolkitWarning,
-    LabelError,
     NotFittedError,
-    ShapeError,
-    UsageError,
 )
 from dir_toolkit.labels.bins import Bins
-from dir_toolkit.labels.decoding import decode
 from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.kernels import triangular
 from dir_toolkit.labels.soft_labels import limits, soft_labels
 from dir_toolkit.labels.weights import LDS
 from dir_toolkit.longtail import LongTailModel
-from dir_toolkit.metrics.regression import regression_metrics
-from dir_toolkit.priors import adjust_logits, choose_tau, class_prior
+from dir_toolkit.priors import adjust_logits, class_prior
 
 AGES = Bins.uniform(0, 20, width=1)
 
@@ -294,184 +288,3 @@ def test_bins_without_labels_are_told_once() -> None:
         model = LongTailModel(net(), 6, bins, density=density, target_prior="uniform")
     model.set_prior("uniform", 0.5)  # pytest would raise a second warning
     assert torch.isfinite(model.readout.adjuster.offset).all()
-
-
-def bits(model: LongTailModel) -> dict[str, bytes]:
-    """Parameters and buffers, those of FDS left out."""
-    return {
-        name: value.numpy().tobytes() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)
-    }
-
-
-def error_under(
-    model: LongTailModel, scores: Tensor, y: Tensor, by: str, tau: float, kernel: Any = "auto", *, of_mean: Any = None
-) -> float:
-    """Of a copy of the model that predicts under the uniform prior with this tau."""
-    one = copy.deepcopy(model)
-    one.set_prior("uniform", tau, kernel=kernel)
-    shares = one.readout.adjuster(one.readout.logits(scores)).softmax(1)
-    pred = decode(shares, AGES, of_mean or one.readout.decoding, ends=one.readout.ends)
-    return float(regression_metrics(pred, y, AGE_DENSITY)[by].sel(region="all"))
-
-
-TAU_MODELS: list[dict[str, Any]] = [
-    {},
-    {"head": "affinity", "decode": "expectation"},
-    {"target_prior": "uniform", "tau": 0.8, "adjust": "in_loss"},
-    {"target_prior": "uniform", "tau": 1.7, "temperature": 2.5, "decode": "mode"},
-]
-
-
-@pytest.mark.parametrize("by", ["bmae", "mae"])
-@pytest.mark.parametrize("options", TAU_MODELS, ids=str)
-def test_tau_is_the_one_with_the_least_error(options: dict[str, Any], by: Any) -> None:
-    x, y = batch(60)
-    model = ages(**options).eval()
-    with torch.no_grad():
-        model.head.weight.mul_(4)  # so that scores differ
-    scores = model(x).scores
-    for kernel in ("auto", None, triangular(3)):
-        before = bits(model)
-        choice = model.choose_tau(scores, y, by=by, taus=(taus := [0, 0.3, 1.0, 2.5]), kernel=kernel)
-        assert bits(model) == before
-        expected = [error_under(model, scores.detach(), y, by, tau, kernel) for tau in taus]
-        np.testing.assert_allclose(choice.scores, expected, rtol=1e-6)
-        assert (choice.tau, choice.by) == (taus[int(np.argmin(expected))], by)
-        assert choice.temperature == options.get("temperature", 1.0)
-        assert choice.taus.tolist() == taus
-        assert choice.scores.max() - choice.scores.min() > 0.05  # so that another curve would have been seen
-        assert not choice.scores.flags.writeable
-
-
-def test_the_oracle_of_tau_sees_another_decoding() -> None:
-    x, y = batch(60)
-    model = ages()
-    scores = model(x).scores.detach()
-    found = model.choose_tau(scores, y, taus=[0.5]).scores[0]
-    assert error_under(model, scores, y, "bmae", 0.5) == pytest.approx(found, rel=1e-6)
-    assert error_under(model, scores, y, "bmae", 0.5, of_mean="expectation") != pytest.approx(found, rel=1e-3)
-
-
-def test_a_tau_worked_out_by_hand() -> None:
-    bins = Bins.uniform(0, 4, width=2)  # centres 1 and 3
-    model = LongTailModel(
-        nn.Flatten(), 1, bins, density=LabelDensity(bins, np.array([9, 1])), sigma=0, decode="mode", prior_kernel=None
-    )
-    # The log-odds of the second bin rise by tau log 9: at 0.25 two of its three labels of 3 are found, at 1 all are,
-    # but one of the three labels of 1 is lost.
-    gap = math.log(9) * torch.tensor([-2.0, -2.0, -0.5, -0.2, -0.2, -0.6])
-    scores, labels = torch.stack([-gap / 2, gap / 2], 1), torch.tensor([1.0, 1.0, 1.0, 3.0, 3.0, 3.0])
-    choice = model.choose_tau(scores, labels, taus=[0.0, 0.25, 1.0])
-    np.testing.assert_allclose(choice.scores, [1.0, 1 / 3, 1 / 3], rtol=1e-6)
-    assert choice.tau == 0.25  # of two middles the lower
-    # Five more labels of 1 found anyway: bins still count alike, samples do not.
-    more = torch.cat([scores, scores[:1].expand(5, 2)]), torch.cat([labels, labels[:1].expand(5)])
-    np.testing.assert_allclose(model.choose_tau(*more, taus=[0.0, 1.0]).scores, [1.0, 0.5 * 2 / 8], rtol=1e-6)
-    np.testing.assert_allclose(model.choose_tau(*more, taus=[0.0, 1.0], by="mae").scores, [6 / 11, 2 / 11], rtol=1e-6)
-
-
-def test_tau_of_one_sample_of_half_precision_and_of_whole_labels() -> None:
-    x, y = batch(30)
-    model = ages(head="affinity")
-    out = model(x)
-    choice = model.choose_tau(out.scores, y)
-    assert (len(choice.taus), choice.taus[-1]) == (61, 3.0)
-    assert choice.scores[list(choice.taus).index(choice.tau)] == pytest.approx(choice.scores.min())
-    half = model.choose_tau(out.scores.half(), y.long(), taus=[0.5])
-    whole = model.choose_tau(out.scores.half().float(), y.floor(), taus=[0.5])
-    assert half.scores.tolist() == whole.scores.tolist()
-    one = model.choose_tau(out.scores[:1], y[:1], taus=[0.5])
-    wanted = error_under(model, out.scores[:1].detach(), y[:1], "mae", 0.5)
-    assert one.scores[0] == pytest.approx(wanted, rel=1e-6)
-    assert out.scores.requires_grad  # and the choice needed none
-    double = model.choose_tau(out.scores.double(), y.double(), taus=[0.5])
-    assert double.scores[0] == pytest.approx(error_under(model, out.scores.detach().double(), y, "bmae", 0.5))
-
-
-def test_tau_is_chosen_with_labels_beyond_the_axis() -> None:
-    x, y = batch(60)
-    model = ages().eval()
-    with torch.no_grad():
-        model.head.weight.mul_(4)
-    scores = model(x).scores.detach()
-    moved = y.clone()
-    moved[:3] = 24.5
-    kept = model.choose_tau(scores[3:], y[3:], taus=[0.3, 1.0])
-    dropped = model.choose_tau(scores, moved, taus=[0.3, 1.0], outside="drop")
-    np.testing.assert_allclose(dropped.scores, kept.scores)
-    ages_dropping = ages(outside="drop")
-    np.testing.assert_allclose(ages_dropping.choose_tau(scores, moved, taus=[0.3, 1.0]).scores, kept.scores)
-    clipped = model.choose_tau(scores, moved, taus=[0.3, 1.0], outside="clip", by="mae")
-    model.set_prior("uniform", 0.3)
-    error = (decode(model.readout.adjuster(scores).softmax(1), AGES, "median", ends="open") - moved).abs().mean()
-    assert clipped.scores[0] == pytest.approx(error.item(), rel=1e-5)
-    with pytest.raises(LabelError, match=r"^LongTailModel\.choose_tau: labels must lie"):
-        model.choose_tau(scores, moved)
-    with pytest.raises(ValueError, match="at least one label must lie on the axis"):
-        model.choose_tau(scores, y + 100, outside="drop")
-
-
-def test_a_tau_at_the_end_of_its_range_is_told() -> None:
-    scores = -torch.arange(20.0).repeat(12, 1) / 2  # all for the commonest bins, while all labels are of the rarest
-    with pytest.warns(DirToolkitWarning, match=r"^LongTailModel\.choose_tau: the best tau is the largest of those"):
-        assert ages(decode="expectation").choose_tau(2 * scores, torch.full((12,), 19.5)).tau == 3.0
-    with pytest.warns(DirToolkitWarning, match=r"^choose_tau: the best tau is the largest of those tried, 3\."):
-        found = choose_tau(
-            torch.tensor([[9.0, 0.0], [3.0, 0.0]]), torch.tensor([1, 0]), [0.7, 0.3], by="log_loss", temperature=1.0
-        )
-    assert found.tau == 3.0
-
-
-def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
-    x, y = batch()
-    model = ages()
-    scores = model(x).scores.detach()
-    broken = scores.clone()
-    broken[2, 1] = math.nan
-    cases: list[tuple[Callable[[], object], type[Exception], str]] = [
-        (lambda: model.choose_tau(scores, y, by="rmse"), ValueError, "by must be one of 'bmae', 'mae', got 'rmse'"),
-        (lambda: model.choose_tau([1.0], y), TypeError, r"scores must be a torch\.Tensor, got list"),
-        (lambda: model.choose_tau(scores, [1.0]), TypeError, r"labels must be a torch\.Tensor, got list"),
-        (
-            lambda: model.choose_tau(scores > 0, y),
-            TypeError,
-            r"scores must be integers or floats, got dtype torch\.bool",
-        ),
-        (
-            lambda: model.choose_tau(scores[:, :5], y),
-            ShapeError,
-            r"scores must be \(N, 20\), got shape \(9, 5\)",
-        ),
-        (
-            lambda: model.choose_tau(scores, y[:, None]),
-            ShapeError,
-            r"labels must be \(9,\), one per row of scores, got shape \(9, 1\)",
-        ),
-        (
-            lambda: model.choose_tau(scores, y[:8]),
-            ShapeError,
-            r"labels must be \(9,\), one per row of scores, got shape \(8,\)",
-        ),
-        (lambda: model.choose_tau(scores[:0], y[:0]), ValueError, "at least one label must lie on the axis, got none"),
-        (lambda: model.choose_tau(broken, y), ValueError, r"scores must be finite, got nan at index \[2, 1\]"),
-        (lambda: model.choose_tau(scores, y + 20), LabelError, r"labels must lie on the label axis \[0, 20\]"),
-        (lambda: model.choose_tau(scores, y * math.nan), LabelError, "labels must not be NaN"),
-        (lambda: model.choose_tau(scores, y, taus=[]), ValueError, "taus must hold at least one value"),
-        (lambda: model.choose_tau(scores, y, taus=[1, 0]), ValueError, "taus must be one row, rising and not negative"),
-        (lambda: model.choose_tau(scores, y, taus=[-1, 0]), ValueError, "taus must be one row, rising and not neg"),
-        (lambda: model.choose_tau(scores, y, taus=[math.inf]), ValueError, "taus must be finite, got inf"),
-    ]
-    for call, error, rule in cases:
-        with pytest.raises(error, match=rf"^LongTailModel\.choose_tau: {rule}"):
-            call()
-    with pytest.raises(ValueError, match="kernel must have odd length"):
-        model.choose_tau(scores, y, kernel=[1, 1])
-    with pytest.raises(ValueError, match=r"^LongTailModel\.choose_tau: target_prior needs density, got None"):
-        ages(density=None).choose_tau(scores, y)
-    over_classes = LongTailModel(net(), 6, Bins.classes(4))
-    for other in (ages(head="regression"), ages(head="gaussian"), over_classes):
-        rule = (
-            r"the readout must choose tau on a continuous axis, got a \w+Readout\. For classes use dir_toolkit\.choose"
-        )
-        with pytest.raises(UsageError, match=rf"^LongTailModel\.choose_tau: {rule}"):
-            other.choose_tau(scores, y)

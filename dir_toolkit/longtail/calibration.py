@@ -1,0 +1,165 @@
+"""Temperature and tau, chosen on validation data.
+
+Held-out labels are few where labels are rare, and they need not be distributed as those of training are. So every error
+and every log score is a sum over the label axis, in which each bin counts by a share that is known beforehand and is
+represented by the held-out labels in it or nearest to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import finite, is_tensor, number, on_host, one_of, real, require, shaped, warn
+from .._numerics import wide_dtype
+from ..labels.bins import Bins, Outside
+from ..priors import TauChoice, best_temperature, search_tau
+from .prediction import read_batches
+from .readouts import LongTailOutput, PriorKernel, ScoreReadout
+
+if TYPE_CHECKING:
+    from .model import LongTailModel
+
+__all__ = ["Judged", "calibrate", "choose_tau", "row_weights"]
+
+Judged = Literal["bmae", "mae", "balanced_error", "error"]
+
+_NEAREST = 3  # labels that are enough to stand for a bin
+
+
+def calibrate(
+    model: LongTailModel,
+    scores_or_batches: Any,
+    labels: Tensor | None,
+    *,
+    by: Judged | None,
+    most_mae: float | None,
+    outside: Outside | None,
+) -> TauChoice:
+    readout = _with_prior(model)
+    if labels is None:
+        scores_or_batches, labels = _held_out(model, scores_or_batches)
+    prior = readout.training_prior(readout.chosen_kernel("auto"), model.weights)
+    choose = _Choice(model, prior, scores_or_batches, labels, outside)
+    choice = choose.tau(choose.temperature(), by, None, most_mae)
+    model.set_prior("uniform", choice.tau, temperature=choice.temperature)
+    return choice
+
+
+def choose_tau(
+    model: LongTailModel,
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    by: Judged | None,
+    taus: Sequence[float] | np.ndarray | None,
+    most_mae: float | None,
+    kernel: PriorKernel,
+    outside: Outside | None,
+) -> TauChoice:
+    readout = _with_prior(model)
+    prior = readout.training_prior(readout.chosen_kernel(kernel), model.weights)
+    choose = _Choice(model, prior, scores, labels, outside)
+    return choose.tau(readout.adjuster.temperature.item(), by, taus, most_mae)
+
+
+def row_weights(share: np.ndarray, row: np.ndarray, bins: Bins) -> np.ndarray:
+    """What each of the labels in these bins weighs, if each bin is to count by its share: (N,) float64, summing to one.
+
+    A bin is represented by its own labels or, where it has fewer than three, by those up to as many bins away on either
+    side as hold three. A class is represented by its own labels alone, and does not count if it has none.
+
+    Shape:
+        share: (B,). row: (N,) int64.
+    """
+    placed, counted = np.sort(row), np.flatnonzero(share)
+    ends = np.full(_NEAREST, np.inf)
+    around = np.searchsorted(placed, counted)[:, None] + np.arange(2 * _NEAREST)  # (bins, 2 * _NEAREST)
+    distance = np.abs(np.concatenate([-ends, placed, ends])[around] - counted[:, None])
+    reach = np.zeros(len(counted)) if bins.categorical else np.sort(distance)[:, _NEAREST - 1]
+    start, stop = np.searchsorted(placed, counted - reach), np.searchsorted(placed, counted + reach, side="right")
+    of_each = share[counted] / (stop - start).clip(1)
+    steps = np.bincount(start, of_each, len(row) + 1) - np.bincount(stop, of_each, len(row) + 1)
+    weight = steps.cumsum()[np.searchsorted(placed, row)]
+    return weight / weight.sum()
+
+
+class _Choice:
+    """Held-out labels and what the model says of them, once both were checked."""
+
+    def __init__(self, model: LongTailModel, prior: Tensor, scores: Any, labels: Any, outside: Outside | None) -> None:
+        self.readout, self.bins, self.prior = _with_prior(model), model.bins, prior
+        outside = model.outside if outside is None else outside
+        is_tensor(scores=scores, labels=labels)
+        real(scores=scores)
+        shaped(("N", len(self.bins)), scores=scores)
+        shaped(scores.shape[:1], "one per row of scores", labels=labels)
+        scores = scores.detach().to(wide_dtype(scores))
+        finite(scores=on_host("scores", scores))
+        row = self.bins.index(on_host("labels", labels), outside)
+        held = row >= 0
+        require(bool(held.any()), "at least one label must lie on the axis", got="none")
+        self.row = row[held].numpy()
+        self.logits, self.labels = self.readout.logits(scores[held.to(scores.device)]), labels[held.to(labels.device)]
+
+    def temperature(self) -> float:
+        """The one with the best log score of the labels' bins, were they distributed as in training."""
+        weight = row_weights(self.prior.numpy(), self.row, self.bins)
+        logits, offset = self.logits.cpu().double().numpy(), self.readout.loss_offset.cpu().double().numpy()
+        return best_temperature(logits, self.row, weight, offset)
+
+    @torch.no_grad()
+    def tau(self, temperature: float, by: Any, taus: Any, most_mae: float | None) -> TauChoice:
+        balanced, plain = self.readout.judged
+        by = balanced if by is None else by
+        one_of("by", by, self.readout.judged)
+        if most_mae is not None:
+            most_mae = number("most_mae", most_mae, low=1)
+        regions, weight = self._regions(), self._weight()
+        logits = self.logits / temperature
+
+        def errors_at(tau: float) -> dict[str, float]:
+            adjusted = logits + self.readout.offset_from(self.prior, "uniform", tau).to(logits)
+            error = self.readout.errors(adjusted, self.labels).double().cpu().numpy()
+            of_regions = {f"{plain}_{region}": float(error[own].mean()) for region, own in regions.items()}
+            return {balanced: float(weight @ error), plain: float(error.mean()), **of_regions}
+
+        bound = None if most_mae is None else (plain, most_mae)
+        return search_tau(errors_at, taus, by, temperature=temperature, samples=len(self.row), bound=bound)
+
+    def _weight(self) -> np.ndarray:
+        """Of each label, so that each bin counts alike that has training labels or held-out ones."""
+        density, held = self.readout.density, np.bincount(self.row, minlength=len(self.bins)) > 0
+        assert density is not None  # since there is a prior
+        if self.bins.categorical and len(absent := np.flatnonzero(~held)):
+            warn(f"no validation label of {len(absent)} of {len(held)} classes, which do not count therefore.")
+        return row_weights(np.where(held | (density.counts > 0), self.bins.relative_widths, 0.0), self.row, self.bins)
+
+    def _regions(self) -> dict[str, np.ndarray]:
+        """Which labels lie in each region of the training labels that has any."""
+        assert self.readout.density is not None
+        region = self.readout.density.regions()[self.row]
+        return {name: region == name for name in ("many", "medium", "few", "unseen") if (region == name).any()}
+
+
+def _with_prior(model: LongTailModel) -> ScoreReadout:
+    if not isinstance(model.readout, ScoreReadout):
+        raise model.readout.cannot("have a prior")
+    return model.readout
+
+
+def _held_out(model: LongTailModel, batches: Any) -> tuple[Tensor, Tensor]:
+    """The scores and labels of all batches."""
+    fix = "Use model.calibrate(scores, labels)."
+    require(not isinstance(batches, Tensor), "scores need labels", got="labels=None", fix=fix)
+
+    def pair(output: LongTailOutput, labels: Any) -> tuple[Tensor, Tensor]:
+        is_tensor(labels=labels)
+        return output.scores, labels.to(output.scores.device)
+
+    scores, labels = zip(*read_batches(model, batches, pair), strict=True)
+    return torch.cat(scores), torch.cat(labels)

@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dir_toolkit.errors import DirToolkitWarning, LabelError, ShapeError, UsageError
+from dir_toolkit.labels.bins import Bins
+from dir_toolkit.labels.decoding import decode
+from dir_toolkit.labels.density import LabelDensity
+from dir_toolkit.labels.kernels import triangular
+from dir_toolkit.labels.weights import LDS
+from dir_toolkit.longtail import LongTailModel
+from dir_toolkit.longtail.calibration import row_weights
+from dir_toolkit.metrics.regression import regression_metrics
+from dir_toolkit.priors import choose_tau, class_prior
+
+AGES = Bins.uniform(0, 20, width=1)
+
+AGE_DENSITY = LabelDensity(AGES, np.arange(1, 21)[::-1] ** 2)
+
+
+def net(num_features: int = 6) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, num_features), nn.Tanh())
+
+
+def ages(bins: Bins = AGES, density: LabelDensity | None = AGE_DENSITY, **options: Any) -> LongTailModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LongTailModel(net(), 6, bins, density=density, **options).eval()
+    if hasattr(model.head, "weight"):
+        with torch.no_grad():
+            model.head.weight.mul_(4)  # so that scores differ
+    return model
+
+
+def batch(samples: int = 60) -> tuple[Tensor, Tensor]:
+    """Three labels and more in each bin."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, 3, generator=generator)
+    return x, torch.arange(samples) % 20 + 0.99 * torch.rand(samples, generator=generator)
+
+
+def naive_weights(share: np.ndarray, row: np.ndarray, categorical: bool) -> np.ndarray:
+    weight = np.zeros(len(row))
+    for b in np.flatnonzero(share):
+        distance = np.abs(row - b)
+        reach = 0 if categorical else np.sort(distance)[: min(3, len(row))][-1]
+        if (near := distance <= reach).any():
+            weight[near] += share[b] / near.sum()
+    return weight / weight.sum()
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.booleans(), st.integers(0, 2**13 - 1))
+def test_each_bin_is_judged_by_its_own_labels_or_by_the_three_nearest(
+    rows: list[int], categorical: bool, present: int
+) -> None:
+    bins, row = Bins.classes(13) if categorical else Bins.uniform(0, 13, width=1), np.array(rows)
+    share = np.linspace(1, 2, 13) * (present >> np.arange(13) & 1)
+    share[row[0]] = 3
+    expected = naive_weights(share, row, categorical)
+    np.testing.assert_allclose(row_weights(share, row, bins), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_weights_of_labels_worked_out_by_hand() -> None:
+    bins = Bins.uniform(0, 6, width=1)
+    # Bins 0 and 1 have three labels; bin 3 has one, so that the three of bin 1 count there, too. Bin 5 is nearest to
+    # that one, and takes those of bin 1 as well.
+    weight = row_weights(np.array([1.0, 1, 0, 1, 0, 1]), np.array([0, 0, 0, 1, 1, 1, 3]), bins)
+    np.testing.assert_allclose(weight, np.array([1 / 3] * 3 + [1 / 3 + 1 / 2] * 3 + [1 / 2]) / 4, rtol=1e-12)
+
+
+def bits(model: LongTailModel) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+def error_under(
+    model: LongTailModel, scores: Tensor, y: Tensor, by: str, tau: float, kernel: Any = "auto", *, of_mean: Any = None
+) -> float:
+    """Of a copy of the model that predicts under the uniform prior with this tau."""
+    one = copy.deepcopy(model)
+    one.set_prior("uniform", tau, kernel=kernel)
+    shares = one.readout.adjuster(one.readout.logits(scores)).softmax(1)
+    pred = decode(shares, AGES, of_mean or one.readout.decoding, ends=one.readout.ends)
+    return float(regression_metrics(pred, y, AGE_DENSITY)[by].sel(region="all"))
+
+
+TAU_MODELS: list[dict[str, Any]] = [
+    {},
+    {"head": "affinity", "decode": "expectation"},
+    {"target_prior": "uniform", "tau": 0.8, "adjust": "in_loss"},
+    {"target_prior": "uniform", "tau": 1.7, "temperature": 2.5, "decode": "mode"},
+]
+
+
+@pytest.mark.parametrize("by", ["bmae", "mae"])
+@pytest.mark.parametrize("options", TAU_MODELS, ids=str)
+def test_tau_is_the_one_with_the_least_error(options: dict[str, Any], by: Any) -> None:
+    """Where each bin has three held-out labels, bMAE is that of the metrics."""
+    x, y = batch(67)
+    model = ages(**options)
+    scores = model(x).scores
+    for kernel in ("auto", None, triangular(3)):
+        before = bits(model)
+        choice = model.choose_tau(scores, y, by=by, taus=(taus := [0, 0.3, 1.0, 2.5]), kernel=kernel)
+        assert bits(model) == before
+        expected = [error_under(model, scores.detach(), y, by, tau, kernel) for tau in taus]
+        np.testing.assert_allclose(choice.scores, expected, rtol=1e-6)
+        assert (choice.tau, choice.by, choice.samples) == (taus[int(np.argmin(expected))], by, 67)
+        assert choice.temperature == options.get("temperature", 1.0)
+        assert choice.taus.tolist() == taus
+        assert choice.scores.max() - choice.scores.min() > 0.05  # so that another curve would have been seen
+        assert not any(curve.flags.writeable for curve in choice.curves.values())
+
+
+def test_the_oracle_of_tau_sees_another_decoding() -> None:
+    x, y = batch()
+    model = ages()
+    scores = model(x).scores.detach()
+    found = model.choose_tau(scores, y, taus=[0.5]).scores[0]
+    assert error_under(model, scores, y, "bmae", 0.5) == pytest.approx(found, rel=1e-6)
+    assert error_under(model, scores, y, "bmae", 0.5, of_mean="expectation") != pytest.approx(found, rel=1e-3)
+
+
+def test_a_tau_worked_out_by_hand() -> None:
+    bins = Bins.uniform(0, 4, width=2)  # centres 1 and 3
+    model = LongTailModel(
+        nn.Flatten(), 1, bins, density=LabelDensity(bins, np.array([9, 1])), sigma=0, decode="mode", prior_kernel=None
+    )
+    # The log-odds of the second bin rise by tau log 9: at 0.25 two of its three labels of 3 are found, at 1 all are,
+    # but one of the three labels of 1 is lost.
+    gap = math.log(9) * torch.tensor([-2.0, -2.0, -0.5, -0.2, -0.2, -0.6])
+    scores, labels = torch.stack([-gap / 2, gap / 2], 1), torch.tensor([1.0, 1.0, 1.0, 3.0, 3.0, 3.0])
+    choice = model.choose_tau(scores, labels, taus=[0.0, 0.25, 1.0])
+    np.testing.assert_allclose(choice.scores, [1.0, 1 / 3, 1 / 3], rtol=1e-6)
+    assert choice.tau == 0.25  # of two middles the lower
+    # Five more labels of 1 found anyway: bins still count alike, samples do not.
+    more = torch.cat([scores, scores[:1].expand(5, 2)]), torch.cat([labels, labels[:1].expand(5)])
+    np.testing.assert_allclose(model.choose_tau(*more, taus=[0.0, 1.0]).scores, [1.0, 0.5 * 2 / 8], rtol=1e-6)
+    np.testing.assert_allclose(model.choose_tau(*more, taus=[0.0, 1.0], by="mae").scores, [6 / 11, 2 / 11], rtol=1e-6)
+
+
+def test_errors_are_told_by_region_of_the_training_labels() -> None:
+    x, y = batch()
+    model = ages()
+    scores = model(x).scores.detach()
+    choice = model.choose_tau(scores, y, taus=[0.0, 0.5])
+    model.set_prior("uniform", 0.5)
+    of_regions = regression_metrics(model(x).prediction, y, AGE_DENSITY)["mae"]
+    assert list(choice.curves) == ["bmae", "mae", "mae_many", "mae_medium", "mae_few"]
+    for name in ("many", "medium", "few"):
+        assert choice.curves[f"mae_{name}"][1] == pytest.approx(float(of_regions.sel(region=name)), rel=1e-5)
+
+
+def test_tau_of_one_sample_of_half_precision_and_of_whole_labels() -> None:
+    x, y = batch()
+    model = ages(head="affinity")
+    out = model(x)
+    choice = model.choose_tau(out.scores, y)
+    assert (len(choice.taus), choice.taus[-1]) == (61, 3.0)
+    assert choice.scores[list(choice.taus).index(choice.tau)] == pytest.approx(choice.scores.min())
+    half = model.choose_tau(out.scores.half(), y.long(), taus=[0.5])
+    whole = model.choose_tau(out.scores.half().float(), y.floor(), taus=[0.5])
+    assert half.scores.tolist() == whole.scores.tolist()
+    one = model.choose_tau(out.scores[:1], y[:1], taus=[0.5])
+    wanted = error_under(model, out.scores[:1].detach(), y[:1], "mae", 0.5)
+    assert one.scores[0] == pytest.approx(wanted, rel=1e-6)
+    assert out.scores.requires_grad  # and the choice needed none
+    double = model.choose_tau(out.scores.double(), y.double(), taus=[0.5])
+    assert double.scores[0] == pytest.approx(error_under(model, out.scores.detach().double(), y, "bmae", 0.5))
+
+
+CLASSES = Bins.classes(3)
+CLASS_DENSITY = LabelDensity(CLASSES, np.array([800, 150, 50]))
+
+
+@pytest.mark.parametrize("options", [{}, {"target_prior": "uniform", "adjust": "in_loss"}], ids=str)
+def test_tau_of_classes_is_that_of_choose_tau(options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(90, 3, generator=generator), torch.arange(90) % 3
+    weights = LDS(CLASSES, kernel=None, scheme="sqrt_inverse").fit(CLASS_DENSITY)
+    model = ages(CLASSES, CLASS_DENSITY, weights=weights, **options)
+    scores = model(x).scores.detach()
+    prior = class_prior(CLASS_DENSITY, weights=weights)
+    expected = choose_tau(scores + model.readout.loss_offset, y, prior)
+    choice = model.choose_tau(scores, y)
+    np.testing.assert_allclose(choice.scores, expected.scores, rtol=1e-9)
+    assert (choice.tau, choice.by, expected.by) == (expected.tau, "balanced_error", "balanced_error")
+    with pytest.warns(DirToolkitWarning, match=r"^LongTailModel\.choose_tau: no validation label of 1 of 3 classes"):
+        assert model.choose_tau(scores[y > 0], y[y > 0], taus=[0.0]).samples == 60
+
+
+def drawn(bins: Bins, prior: np.ndarray, samples: int, heat: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs x = label + noise with labels of a prior, and the logits under AGE_DENSITY's prior times ``heat``."""
+    generator = np.random.default_rng(0)
+    y = bins.centers[generator.choice(len(bins), samples, p=prior)]
+    x = y + 2 * generator.standard_normal(samples)
+    logits = -((x[:, None] - bins.centers) ** 2) / 8 + np.log(AGE_DENSITY.prior())
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(heat * logits)
+
+
+@pytest.mark.parametrize("even", [False, True], ids=["as in training", "even"])
+def test_held_out_labels_may_be_distributed_otherwise(even: bool) -> None:
+    """The logits of a perfect model, made too sure: temperature undoes it, and tau is one."""
+    prior = np.full(20, 1 / 20) if even else AGE_DENSITY.prior()
+    _, y, logits = drawn(AGES, prior, 3000, heat=1.7)
+    model = ages(sigma=None).double()
+    choice = model.calibrate(logits, y)
+    assert choice.temperature == pytest.approx(1.7, rel=0.1)
+    assert choice.tau == pytest.approx(1, abs=0.2)
+    assert model.settings["temperature"] == choice.temperature
+    assert model.settings["tau"] == choice.tau
+    assert model.readout.adjuster.temperature.item() == pytest.approx(choice.temperature)
+
+
+def test_weights_and_what_the_loss_adjusts_belong_to_the_temperature() -> None:
+    _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 3000, heat=1.0)
+    weights = LDS(AGES, kernel=None).fit(AGE_DENSITY)
+    learnt = {"weights": AGE_DENSITY.weighted(weights).prior(), "adjust": np.ones(20)}
+    for options in ({"weights": weights}, {"adjust": "in_loss", "target_prior": "uniform"}):
+        model = ages(sigma=None, **options).double()
+        scores = logits + torch.from_numpy(np.log(learnt[next(iter(options))] / AGE_DENSITY.prior()))
+        assert model.calibrate(1.5 * scores, y, by="mae").temperature == pytest.approx(1.5, rel=0.1)
+
+
+def test_the_price_is_bounded() -> None:
+    _, y, scores = drawn(AGES, AGE_DENSITY.prior(), 300, heat=1.0)
+    model = ages(sigma=None).double()
+    free = model.choose_tau(scores, y)
+    mae = free.curves["mae"]
+    factor = (1 + free.after["mae"] / mae[0]) / 2
+    assert factor > 1.01  # so that the bound binds
+    bounded = model.choose_tau(scores, y, most_mae=factor)
+    allowed = mae <= factor * mae[0]
+    assert bounded.after["mae"] <= factor * bounded.before["mae"]
+    assert bounded.after["bmae"] == pytest.approx(free.scores[allowed].min())
+    assert model.choose_tau(scores, y, most_mae=1, by="mae").after["mae"] == pytest.approx(mae.min())
+    with pytest.raises(ValueError, match=r"taus must hold one with a MAE of at most .*, got at least .*\. Begin them"):
+        model.choose_tau(scores, y, most_mae=1.0, taus=[2.5, 3.0])
+
+
+def reader() -> LongTailModel:
+    """A model whose inputs are its scores."""
+    return LongTailModel(nn.Sequential(nn.Dropout(0.5)), 20, AGES, density=AGE_DENSITY, head=nn.Identity()).double()
+
+
+def test_calibration_reads_batches_as_it_reads_scores() -> None:
+    _, y, x = drawn(AGES, np.full(20, 1 / 20), 60, heat=1.0)
+    model, other = reader(), reader().eval()
+    model.train().backbone.eval()
+    other.calibrate(x, y, most_mae=1.2)
+    choice = model.calibrate([(x[:50], y[:50]), [x[50:], y[50:]]], most_mae=1.2)
+    assert bits(model) == bits(other)
+    assert model.training
+    assert not model.backbone.training
+    assert torch.equal(model.eval()(x).prediction, other(x).prediction)
+    assert str(choice).startswith(f"tau {choice.tau:g} at temperature {choice.temperature:.3g}, chosen on 60 labels, ")
+    assert f"takes bMAE from {choice.before['bmae']:.3g} to {choice.after['bmae']:.3g}, MAE from " in str(choice)
+    assert ", MAE of few from " in str(choice)
+
+
+def test_tau_is_chosen_with_labels_beyond_the_axis() -> None:
+    x, y = batch()
+    model = ages()
+    scores = model(x).scores.detach()
+    moved = y.clone()
+    moved[:3] = 24.5
+    kept = model.choose_tau(scores[3:], y[3:], taus=[0.3, 1.0])
+    dropped = model.choose_tau(scores, moved, taus=[0.3, 1.0], outside="drop")
+    np.testing.assert_allclose(dropped.scores, kept.scores)
+    ages_dropping = ages(outside="drop")
+    np.testing.assert_allclose(ages_dropping.choose_tau(scores, moved, taus=[0.3, 1.0]).scores, kept.scores)
+    clipped = model.choose_tau(scores, moved, taus=[0.3, 1.0], outside="clip", by="mae")
+    model.set_prior("uniform", 0.3)
+    error = (decode(model.readout.adjuster(scores).softmax(1), AGES, "median", ends="open") - moved).abs().mean()
+    assert clipped.scores[0] == pytest.approx(error.item(), rel=1e-5)
+    with pytest.raises(LabelError, match=r"^LongTailModel\.choose_tau: labels must lie"):
+        model.choose_tau(scores, moved)
+    with pytest.raises(ValueError, match="at least one label must lie on the axis"):
+        model.choose_tau(scores, y + 100, outside="drop")
+
+
+def test_a_tau_at_the_end_of_its_range_is_told() -> None:
+    scores = -torch.arange(20.0).repeat(12, 1) / 2  # all for the commonest bins, while all labels are of the rarest
+    with pytest.warns(DirToolkitWarning, match=r"^LongTailModel\.choose_tau: the best tau is the largest of those"):
+        assert ages(decode="expectation").choose_tau(2 * scores, torch.full((12,), 19.5)).tau == 3.0
+    with pytest.warns(DirToolkitWarning, match=r"^choose_tau: the best tau is the largest of those tried, 3\."):
+        found = choose_tau(
+            torch.tensor([[9.0, 0.0], [3.0, 0.0]]), torch.tensor([1, 0]), [0.7, 0.3], by="log_loss", temperature=1.0
+        )
+    assert found.tau == 3.0
+
+
+def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
+    x, y = batch()
+    model = ages()
+    scores = model(x).scores.detach()
+    broken = scores.clone()
+    broken[2, 1] = math.nan
+    cases: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: model.choose_tau(scores, y, by="rmse"), ValueError, "by must be one of 'bmae', 'mae', got 'rmse'"),
+        (lambda: model.choose_tau([1.0], y), TypeError, r"scores must be a torch\.Tensor, got list"),
+        (lambda: model.choose_tau(scores, [1.0]), TypeError, r"labels must be a torch\.Tensor, got list"),
+        (
+            lambda: model.choose_tau(scores > 0, y),
+            TypeError,
+            r"scores must be integers or floats, got dtype torch\.bool",
+        ),
+        (lambda: model.choose_tau(scores[:, :5], y), ShapeError, r"scores must be \(N, 20\), got shape \(60, 5\)"),
+        (
+            lambda: model.choose_tau(scores, y[:, None]),
+            ShapeError,
+            r"labels must be \(60,\), one per row of scores, got",
+        ),
+        (lambda: model.choose_tau(scores, y[:8]), ShapeError, r"labels must be \(60,\), one per row of scores"),
+        (lambda: model.choose_tau(scores[:0], y[:0]), ValueError, "at least one label must lie on the axis, got none"),
+        (lambda: model.choose_tau(broken, y), ValueError, r"scores must be finite, got nan at index \[2, 1\]"),
+        (lambda: model.choose_tau(scores, y + 20), LabelError, r"labels must lie on the label axis \[0, 20\]"),
+        (lambda: model.choose_tau(scores, y * math.nan), LabelError, "labels must not be NaN"),
+        (lambda: model.choose_tau(scores, y, taus=[]), ValueError, "taus must hold at least one value"),
+        (lambda: model.choose_tau(scores, y, taus=[1, 0]), ValueError, "taus must be one row, rising and not negative"),
+        (lambda: model.choose_tau(scores, y, taus=[-1, 0]), ValueError, "taus must be one row, rising and not neg"),
+        (lambda: model.choose_tau(scores, y, taus=[math.inf]), ValueError, "taus must be finite, got inf"),
+    ]
+    for call, error, rule in cases:
+        with pytest.raises(error, match=rf"^LongTailModel\.choose_tau: {rule}"):
+            call()
+    with pytest.raises(ValueError, match="kernel must have odd length"):
+        model.choose_tau(scores, y, kernel=[1, 1])
+    with pytest.raises(ValueError, match=r"^LongTailModel\.choose_tau: target_prior needs density, got None"):
+        ages(density=None).choose_tau(scores, y)
+    for other in (ages(head="regression"), ages(head="gaussian")):
+        with pytest.raises(UsageError, match=r"^LongTailModel\.choose_tau: the readout must have a prior, got a \w+Re"):
+            other.choose_tau(scores, y)
+    _, y, scores = drawn(AGES, AGE_DENSITY.prior(), 60, heat=1.0)
+    model = reader()
+    before = bits(model)
+    pairs: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: model.calibrate(scores), ValueError, r"scores need labels, got labels=None\. Use model\.calibrate\("),
+        (lambda: model.calibrate([scores]), TypeError, r"labels must be a torch\.Tensor, got NoneType"),
+        (lambda: model.calibrate([]), ValueError, "there must be at least one batch, got none"),
+        (lambda: model.calibrate(3), TypeError, r"a tensor or a loader of batches is needed, got int\. Use a DataL"),
+        (
+            lambda: model.calibrate([(scores, y, y)]),
+            TypeError,
+            "a batch must be inputs, or a pair of inputs and labels, go",
+        ),
+        (lambda: model.calibrate(scores, y, most_mae=0.9), ValueError, r"most_mae must be >= 1, got 0\.9"),
+        (lambda: model.calibrate(scores, y, by="error"), ValueError, "by must be one of 'bmae', 'mae', got 'error'"),
+        (lambda: model.calibrate(scores, y + 20), LabelError, r"labels must lie on the label axis \[0, 20\]"),
+    ]
+    for call, error, rule in pairs:
+        with pytest.raises(error, match=rf"^LongTailModel\.calibrate: {rule}"):
+            call()
+    assert bits(model) == before
