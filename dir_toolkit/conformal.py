@@ -51,6 +51,8 @@ from ._checks import (
     prior_shares,
     problem,
     real,
+    require,
+    shaped,
     warn,
 )
 from ._numerics import wide_dtype
@@ -82,10 +84,10 @@ class Conformal(ABC):
         outside: Outside = "raise",
     ) -> None:
         instance(LabelDensity, density=density)
-        if not isinstance(density.bins, Bins):
-            raise problem("density must be over one axis", got=repr(density.bins))
+        if not isinstance(bins := density.bins, Bins):
+            raise problem("density must be over one axis", got=repr(bins))
         one_of("outside", outside, OUTSIDE)
-        self.density, self.bins, self.outside = density, density.bins, outside
+        self.density, self.bins, self.outside = density, bins, outside
         self.regions = label_regions(density) if regions is None else _checked_regions(regions, self.bins)
         self._names, self._of_bin = np.unique(self.regions, return_inverse=True)
         self.per_region = number("per_region", per_region, low=0, high=1)
@@ -119,11 +121,9 @@ class Conformal(ABC):
     def _add(self, **given: Any) -> None:
         """:meth:`update` with forecasts and labels of any names, which errors call them by."""
         (name, output), (of_labels, labels) = given.items()
-        output = self._checked(name, on_host(name, _as_tensor(name, output)))
+        output = self._checked(name, on_host(name, _as_tensor(name, output)), self.bins)
         labels = on_host(of_labels, _as_tensor(of_labels, labels))
-        if labels.shape != output.shape[:1]:
-            rule = f"{of_labels} must be ({len(output)},), one per forecast of {name}"
-            raise problem(rule, got=f"shape {tuple(labels.shape)}", error=ShapeError)
+        shaped(output.shape[:1], f"one per forecast of {name}", **{of_labels: labels})
         row = self.bins.index(labels, self.outside, name=of_labels)
         output, labels, row = (part[row >= 0] for part in (output, labels, row))
         finite(**{of_labels: labels})
@@ -160,8 +160,8 @@ class Conformal(ABC):
         return total
 
     def _check_same(self, settings: Any) -> None:
-        if differ := differing(settings, described("settings", self.settings)):
-            raise problem("only calibrations of the same settings can be added", got=differ)
+        differ = differing(settings, described("settings", self.settings))
+        require(not differ, "only calibrations of the same settings can be added", got=differ)
 
     def counts(self) -> dict[str, int]:
         """The number of calibration samples of each region."""
@@ -182,8 +182,8 @@ class Conformal(ABC):
         level = number("level", level, low=0, high=1, open_low=True, open_high=True)
         miss = 1 - Fraction(str(level))
         scores, rows = np.concatenate(self._scores), np.concatenate(self._rows)
-        if not len(scores):
-            raise problem("there must be calibration samples", got="none", fix="Call update(output, labels) first.")
+        fix = "Call update(output, labels) first."
+        require(len(scores) > 0, "there must be calibration samples", got="none", fix=fix)
         counts = np.array(list(self.counts().values()) if self.per_region else [len(rows)])
         needed, fewest = math.ceil(1 / miss) - 1, int(counts.argmin())
         if counts[fewest] < needed and not self._warned:
@@ -198,7 +198,7 @@ class Conformal(ABC):
 
     def sets(self, output: Any, level: float = 0.9) -> Any:
         """The bins that hold a label of the set, (N, B) bool; for classes the set itself."""
-        checked = self._checked("output", _as_tensor("output", output))
+        checked = self._checked("output", _as_tensor("output", output), self.bins)
         return _as_given(output, self._sets_at(checked, self.bins, self.thresholds(level)))[0]
 
     def interval(self, output: Any, level: float = 0.9) -> tuple[Any, Any]:
@@ -215,14 +215,14 @@ class Conformal(ABC):
     def _interval(self, level: float, **given: Any) -> tuple[Any, Any]:
         """:meth:`interval` of forecasts of any name."""
         ((name, output),) = given.items()
-        if self.bins.categorical:
-            rule, fix = "bins must not be classes, which have no order, for an interval", "Use sets(output, level)."
-            raise problem(rule, got=repr(self.bins), fix=fix)
-        checked = self._checked(name, _as_tensor(name, output))
+        rule, fix = "bins must not be classes, which have no order, for an interval", "Use sets(output, level)."
+        require(not self.bins.categorical, rule, got=self.bins, fix=fix)
+        checked = self._checked(name, _as_tensor(name, output), self.bins)
         return _as_given(output, *self._interval_at(checked, self.bins, self.thresholds(level)))
 
+    @staticmethod
     @abstractmethod
-    def _checked(self, name: str, output: Tensor) -> Tensor:
+    def _checked(name: str, output: Tensor, bins: Bins) -> Tensor:
         """The forecasts in the dtype to compute in."""
 
     @abstractmethod
@@ -266,8 +266,9 @@ class PointConformal(Conformal):
     ([4.0, 7.0], [6.0, 12.0])
     """
 
-    def _checked(self, name: str, output: Tensor) -> Tensor:
-        return _numbers(name, output, self.bins, ())
+    @staticmethod
+    def _checked(name: str, output: Tensor, bins: Bins) -> Tensor:
+        return _numbers(name, output, bins, ())
 
     def _score(self, output: Tensor, labels: Tensor, row: Tensor) -> Tensor:
         return -(labels.double() - output.double()).abs()
@@ -300,8 +301,9 @@ class GaussianConformal(Conformal):
     [[4.0], [6.0]]
     """
 
-    def _checked(self, name: str, output: Tensor) -> Tensor:
-        return _numbers(name, output, self.bins, (2,))
+    @staticmethod
+    def _checked(name: str, output: Tensor, bins: Bins) -> Tensor:
+        return _numbers(name, output, bins, (2,))
 
     def _score(self, output: Tensor, labels: Tensor, row: Tensor) -> Tensor:
         mean, log_variance = output.double().unbind(1)
@@ -331,7 +333,9 @@ class BinsConformal(Conformal):
         prior: the share of each bin, (B,), all above zero: the training prior. None takes that of the density, with at
             least one label in each bin.
     Shape:
-        output: (N, B), each row summing to one. The axis ends where its bins end.
+        output: (N, B), each row summing to one.
+
+    The interval ends where the axis ends, which is nowhere if it is unbounded.
 
     >>> density = LabelDensity(Bins.classes(2), [500, 9])
     >>> calibration = BinsConformal(density)
@@ -353,9 +357,7 @@ class BinsConformal(Conformal):
         super().__init__(density, regions=regions, per_region=per_region, outside=outside)
         self.gamma = number("gamma", gamma, low=0, high=1)
         self.prior = density.prior(floor=1.0) if prior is None else labels_array(prior, "prior").astype(np.float64)
-        if self.prior.shape != (len(self.bins),):
-            rule = f"prior must be ({len(self.bins)},), one share per bin"
-            raise problem(rule, got=f"shape {self.prior.shape}", error=ShapeError)
+        shaped((len(self.bins),), "one share per bin", prior=self.prior)
         prior_shares("prior", torch.from_numpy(self.prior))
 
     @property
@@ -370,10 +372,9 @@ class BinsConformal(Conformal):
     def _log_divisor(self) -> np.ndarray:
         return np.log(self.bins.relative_widths) + self.gamma * np.log(self.prior)
 
-    def _checked(self, name: str, output: Tensor) -> Tensor:
-        if output.ndim != 2 or output.shape[1] != len(self.bins):
-            rule = f"{name} must be (N, {len(self.bins)}), a distribution over the bins for each sample"
-            raise problem(rule, got=f"shape {tuple(output.shape)}", error=ShapeError)
+    @staticmethod
+    def _checked(name: str, output: Tensor, bins: Bins) -> Tensor:
+        shaped(("N", len(bins)), "a distribution over the bins for each sample", **{name: output})
         floats(**{name: output})
         distributions(zeros=False, **{name: output})
         return output.to(wide_dtype(output))
@@ -393,6 +394,8 @@ class BinsConformal(Conformal):
         best = (output.log() - _like(thresholds, output)).argmax(1, keepdim=True)
         inside = inside | (~inside.any(1, keepdim=True) & (torch.arange(len(bins), device=output.device) == best))
         edges = bins.tensor("edges", output.to(bins.wide_dtype(output)))
+        if bins.unbounded:
+            edges = torch.cat([edges[:1] - math.inf, edges[1:-1], edges[-1:] + math.inf])
         first = inside.to(torch.uint8).argmax(1)
         last = len(bins) - inside.flip(1).to(torch.uint8).argmax(1)
         return edges[first], edges[last]
@@ -443,9 +446,9 @@ def label_regions(density: LabelDensity) -> np.ndarray:
 def _checked_regions(regions: Any, bins: Bins) -> np.ndarray:
     instance((Sequence, np.ndarray), regions=regions)
     names = list(regions) if getattr(regions, "ndim", 1) else []
-    if len(names) != len(bins) or not all(isinstance(name, (str, numbers.Integral)) for name in names):
-        rule = f"regions must be ({len(bins)},) names or whole numbers, one per bin"
-        raise problem(rule, got=shown({"regions": regions}), error=ShapeError)
+    sound = len(names) == len(bins) and all(isinstance(name, (str, numbers.Integral)) for name in names)
+    rule = f"regions must be ({len(bins)},) names or whole numbers, one per bin"
+    require(sound, rule, got=lambda: shown({"regions": regions}), error=ShapeError)
     return np.array([str(name) for name in names])
 
 
@@ -474,11 +477,9 @@ def _as_given(given: Any, *results: Tensor) -> tuple[Any, ...]:
 
 def _numbers(name: str, output: Tensor, bins: Bins, more: tuple[int, ...]) -> Tensor:
     """Finite forecasts (N, ...) of a label on a continuous axis."""
-    if bins.categorical:
-        raise problem("bins must not be classes, which have no distances", got=repr(bins), fix="Use BinsConformal.")
-    if output.ndim != 1 + len(more) or output.shape[1:] != more:
-        rule = f"{name} must be ({', '.join(map(str, ('N', *more)))}{'' if more else ','})"
-        raise problem(rule, got=f"shape {tuple(output.shape)}", error=ShapeError)
+    rule, fix = "bins must not be classes, which have no distances", "Use BinsConformal."
+    require(not bins.categorical, rule, got=bins, fix=fix)
+    shaped(("N", *more), "", **{name: output})
     finite(**{name: output})
     output = output if output.is_floating_point() else output.double()
     return output.to(bins.wide_dtype(output))

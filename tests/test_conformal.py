@@ -203,6 +203,15 @@ def test_the_set_of_a_forecast_that_fits_no_label_is_around_the_best_one() -> No
     assert [end.tolist() for end in bins.interval(flat)] == [[4], [5]]
 
 
+def test_the_interval_ends_where_the_axis_ends() -> None:
+    flat, at_end = np.full((40, 3), 1 / 3), np.full(40, 2.5)
+    for unbounded, ends in ((False, [0, 3]), (True, [-np.inf, np.inf])):
+        density = dt.LabelDensity(dt.Bins([0.0, 1.0, 2.0, 3.0], unbounded=unbounded), [9, 9, 9])
+        calibration = BinsConformal(density)
+        calibration.update(flat, at_end)
+        assert [end[0] for end in calibration.interval(flat)] == ends
+
+
 def test_uneven_bins_are_judged_per_label_unit_and_by_their_prior() -> None:
     bins = dt.Bins.from_edges([0.0, 1.0, 4.0])
     density, output = dt.LabelDensity(bins, [90, 10]), [[0.5, 0.5]] * 20

@@ -260,7 +260,8 @@ class LongTailModel(nn.Module):
     ) -> None:
         """Choose, after training, the prior under which the model predicts. Its buffers change, no parameter does.
 
-        Where the prior was adjusted in the loss already, what the scores know of it is taken off first.
+        Where the prior was adjusted in the loss already, what the scores know of it is taken off first. Intervals that
+        were calibrated before are of another prior then. A warning says so, and they must be calibrated again.
 
         Args:
             target_prior, tau: as those of the readout; :meth:`calibrate` and :meth:`choose_tau` find tau.
@@ -337,21 +338,78 @@ class LongTailModel(nn.Module):
         """
         return calibrate(self, scores_or_loader, labels, by=by, most_mae=most_mae, outside=outside)
 
-    def interval(self, output: LongTailOutput | Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """The central interval that holds a label with the probability ``level``.
+    def calibrate_intervals(
+        self,
+        scores: Tensor,
+        labels: Any,
+        level: float = 0.9,
+        *,
+        regions: Sequence[str] | np.ndarray | None = None,
+        per_region: float = 1.0,
+        gamma: float = 0.5,
+        outside: Outside | None = None,
+    ) -> None:
+        """Calibrate :meth:`interval` and :meth:`sets` on held-out data, so that they hold a share ``level`` of the
+        labels of each region, rare or common, whatever the model is worth (:mod:`dir_toolkit.conformal`).
+
+        These data must have chosen nothing: no parameter, epoch, temperature or tau, nor an estimated prior. Split them
+        off first. Calibrate last, under the prior that is predicted under. What :meth:`set_prior` changes afterwards is
+        warned of, and :meth:`interval` refuses then. More training is not seen, and needs a new calibration, too. The
+        thresholds are in the ``state_dict``.
 
         Args:
-            output: of the model, or its ``distribution``; with ``"gaussian"``, its ``scores``.
+            scores: as the model gives them in eval mode.
+            labels: in label units.
             level: in (0, 1).
+            regions, per_region: as those of :class:`dir_toolkit.conformal.PointConformal`.
+            gamma: as that of :class:`dir_toolkit.conformal.BinsConformal`, with the training prior, for heads that
+                score bins or classes. Others have no use for it.
+            outside: as ``outside`` of the model; None takes the model's own.
+        Shape:
+            scores: (N, ...), as in :class:`LongTailOutput`. labels: (N,).
+        Raises:
+            ShapeError: the shapes do not fit. LabelError: a label is NaN or lies beyond the axis. ValueError: there is
+            no density or no sample, a score is not finite, or a number is out of range.
+        """
+        outside = self.outside if outside is None else outside
+        self.readout.calibrate_intervals(
+            scores, labels, level, gamma=gamma, weights=self.weights,
+            regions=regions, per_region=per_region, outside=outside,
+        )  # fmt: skip
+
+    def interval(self, output: LongTailOutput | Tensor, level: float | None = None) -> tuple[Tensor, Tensor]:
+        """The interval that holds a label with the probability ``level``.
+
+        After :meth:`calibrate_intervals` it is the hull of the calibrated set. Around numbers it can be infinite, where
+        calibration samples were too few. Before, it is the central interval of the model's own distribution, which is
+        right as far as that distribution is.
+
+        Args:
+            output: of the model, or its ``distribution``; with ``"gaussian"`` and ``"regression"``, its ``scores``.
+            level: in (0, 1). None is the calibrated one, which is the only one there is then, and 0.9 before.
         Shape:
             Returns the lower and the upper end, (N,) each.
         Units:
             those of the label.
         Raises:
-            ValueError: the level lies outside (0, 1). RuntimeError: the head gives one number, which is no
-            distribution, or scores classes, which have no order.
+            ValueError: the level lies outside (0, 1), or is not the calibrated one. RuntimeError: the head scores
+            classes, which have no order, or gives one number, which is no distribution, and is not calibrated; or the
+            prior was set after calibration.
         """
         return self.readout.interval(output, level)
+
+    def sets(self, output: LongTailOutput | Tensor, level: float | None = None) -> Tensor:
+        """The classes, or the bins, that could hold the label, as calibrated by :meth:`calibrate_intervals`.
+
+        Args:
+            output, level: as those of :meth:`interval`.
+        Shape:
+            Returns (N, B), bool.
+        Raises:
+            ValueError: the level is not the calibrated one. RuntimeError: nothing is calibrated, or the prior was set
+            after calibration.
+        """
+        return self.readout.sets(output, level)
 
     def _check_features(self, features: Any) -> None:
         shape = features.shape if isinstance(features, Tensor) else ()

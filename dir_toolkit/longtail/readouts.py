@@ -22,18 +22,23 @@ from torch import Tensor, nn
 
 from .._checks import (
     checked_tau,
+    finite,
     instance,
+    is_tensor,
     labels_array,
     number,
+    on_host,
     one_of,
     prior_shares,
     problem,
+    real,
     require,
     shaped,
     warn,
     word,
 )
-from .._numerics import wide_dtype
+from .._numerics import has_values, wide_dtype
+from ..conformal import BinsConformal, Conformal, GaussianConformal, PointConformal
 from ..errors import ShapeError
 from ..heads.affinity import AffinityHead
 from ..heads.cosine import CosineHead
@@ -51,6 +56,7 @@ from ..losses.distribution import crps, soft_cross_entropy, squared_emd
 from ..losses.gaussian_nll import gaussian_interval, gaussian_nll
 from ..losses.regression import weighted_focal_l1, weighted_focal_mse, weighted_huber, weighted_l1, weighted_mse
 from ..priors import LogitAdjuster, Prior, log_prior_offset
+from .intervals import CalibratedIntervals
 
 __all__ = ["BinsReadout", "ClassReadout", "GaussianReadout", "LongTailOutput", "PointReadout"]
 
@@ -134,9 +140,11 @@ class Readout(nn.Module):
 
     heads: ClassVar[Mapping[str, Callable[[int, int], nn.Module]]]
     losses: ClassVar[Mapping[str, Loss]]
+    conformal: ClassVar[type[Conformal]]
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
+        self.intervals = CalibratedIntervals(setup.bins, self.conformal)
         self.bins, self.density = setup.bins, setup.density
         self.median, self.spread = _spread_of_labels(setup.bins, setup.density)
         names = self._loss_names(setup.head)
@@ -184,7 +192,44 @@ class Readout(nn.Module):
     ) -> None:
         raise self.cannot("have a prior")
 
-    def interval(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
+    def forecast(self, scores: Tensor) -> Tensor:
+        """What is calibrated, of scores that have been checked."""
+        return scores
+
+    @torch.no_grad()
+    def calibrate_intervals(
+        self, scores: Tensor, labels: Any, level: float, *, gamma: float, weights: LDS | None, **options: Any
+    ) -> None:
+        is_tensor(scores=scores)
+        real(scores=scores)
+        shaped(("N", *self.score_shape), scores=scores)
+        scores = scores.to(wide_dtype(scores))
+        finite(scores=on_host("scores", scores))
+        calibration = self._calibration(_needed("calibrate_intervals", self.density), gamma, weights, **options)
+        calibration._add(scores=self.forecast(scores), labels=labels)
+        self.intervals.take(calibration, level)
+
+    def _calibration(self, density: LabelDensity, gamma: float, weights: LDS | None, **options: Any) -> Conformal:
+        return self.conformal(density, **options)
+
+    def interval(self, output: LongTailOutput | Tensor, level: float | None) -> tuple[Tensor, Tensor]:
+        if self.intervals.known(level):
+            return self.intervals.interval(self._calibrated(output))
+        return self._central(output, 0.9 if level is None else level)
+
+    def sets(self, output: LongTailOutput | Tensor, level: float | None) -> Tensor:
+        rule, fix = "intervals must be calibrated", "Call calibrate_intervals first."
+        require(self.intervals.known(level), rule, got="a model that is not", fix=fix, error=RuntimeError)
+        return self.intervals.sets(self._calibrated(output))
+
+    def _calibrated(self, output: LongTailOutput | Tensor) -> Tensor:
+        """The part of an output that is calibrated."""
+        scores = output.scores if isinstance(output, LongTailOutput) else output
+        is_tensor(output=scores)
+        return self.forecast(self.conformal._checked("output", scores, self.bins))
+
+    def _central(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
+        """The interval of the model's own distribution."""
         raise self.cannot("give intervals of a label")
 
     def cannot(self, what: str, fix: str = 'Use a head that scores bins, such as head="linear".') -> Exception:
@@ -235,6 +280,10 @@ class _NumberReadout(Readout):
                 self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
         return self
 
+    def interval(self, output: LongTailOutput | Tensor, level: float | None) -> tuple[Tensor, Tensor]:
+        lower, upper = super().interval(output, level)
+        return self._held(lower), self._held(upper)
+
     @property
     def settings(self) -> dict[str, Any]:
         return {**super().settings, "within_axis": self.within_axis}
@@ -244,12 +293,13 @@ class PointReadout(_NumberReadout):
     """One number per sample, which is the prediction.
 
     Args:
-        within_axis: whether predictions are held to the axis. Scores, and with them the loss, are left as they are.
-            Balanced MSE predicts beyond the labels otherwise.
+        within_axis: whether predictions and the ends of intervals are held to the axis. Scores, and with them the loss,
+            are left as they are. Balanced MSE predicts beyond the labels otherwise.
         prior_kernel: the window that smooths the density for ``"balanced_mse"``. ``"auto"`` is ``gaussian(5, 2)`` on an
             axis of five bins or more, else None.
     """
 
+    conformal = PointConformal
     heads: ClassVar = {"regression": lambda num_features, num_bins: LinearHead(num_features, 1)}
     losses: ClassVar = {
         "weighted_l1": Loss(weighted_l1, 1),
@@ -289,6 +339,7 @@ class GaussianReadout(_NumberReadout):
         within_axis: whether predictions and the ends of intervals are held to the axis. Scores are left as they are.
     """
 
+    conformal = GaussianConformal
     heads: ClassVar = {"gaussian": lambda num_features, num_bins: LinearHead(num_features, 2)}
     losses: ClassVar = {
         "gaussian_nll": Loss(gaussian_nll, 0, lambda bins, spread: {"min_variance": _least_variance(spread)}),
@@ -303,15 +354,20 @@ class GaussianReadout(_NumberReadout):
         mean = offset + scale * mean
         return torch.stack([mean, log_variance + 2 * scale.log()], 1), mean
 
-    def interval(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
+    def forecast(self, scores: Tensor) -> Tensor:
+        least = scores.new_full((), _least_variance(self.spread)).log()
+        return torch.stack([scores[:, 0], scores[:, 1].logaddexp(least)], 1)
+
+    def _central(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
         pred = output.scores if isinstance(output, LongTailOutput) else output
-        lower, upper = gaussian_interval(pred, level, min_variance=_least_variance(self.spread))
-        return self._held(lower), self._held(upper)
+        return gaussian_interval(pred, level, min_variance=_least_variance(self.spread))
 
 
 class ScoreReadout(Readout):
     """One score per bin. The softmax of the scores is a posterior under the training prior, and is carried to the
     target prior by what ``adjuster`` adds."""
+
+    conformal = BinsConformal
 
     loss_offset: Tensor  # (B,), what the loss adds to the logits
     judged: ClassVar[tuple[str, str]]  # the error over the axis, and that over samples
@@ -359,6 +415,9 @@ class ScoreReadout(Readout):
         offset = self._offset(target, checked_tau(tau), kernel, weights)
         self.adjuster.offset.copy_(offset)
         self.adjuster.temperature.fill_(temperature)
+        if has_values(self.intervals.level) and self.intervals.level > 0:
+            self.intervals.level.neg_()
+            warn("intervals were calibrated under another prior. Call calibrate_intervals again before interval.")
         self._prior = {"target_prior": target_prior, "tau": tau, "temperature": temperature}
 
     def _offset(self, target: Any, tau: float, kernel: PriorKernel, weights: LDS | None) -> Tensor:
@@ -414,6 +473,18 @@ class ScoreReadout(Readout):
         scores = scores.to(wide_dtype(scores))
         prediction, distribution, residual = self._read(self.adjuster._adjusted(self.logits(scores)), calibrated)
         return LongTailOutput(scores.new_full((), torch.nan), scores, prediction, features, distribution, residual)
+
+    def forecast(self, scores: Tensor) -> Tensor:
+        return self.adjuster._adjusted(self.logits(scores)).softmax(1)
+
+    def _calibrated(self, output: LongTailOutput | Tensor) -> Tensor:
+        shares = output.distribution if isinstance(output, LongTailOutput) else output
+        is_tensor(output=shares)
+        return self.conformal._checked("output", shares, self.bins)
+
+    def _calibration(self, density: LabelDensity, gamma: float, weights: LDS | None, **options: Any) -> Conformal:
+        prior = self.training_prior(self.chosen_kernel("auto"), weights).numpy()
+        return BinsConformal(density, gamma=gamma, prior=prior, **options)
 
     def _read(self, adjusted: Tensor, calibrated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The prediction, the distribution and the residuals."""
@@ -565,7 +636,7 @@ class BinsReadout(ScoreReadout):
     def errors(self, adjusted: Tensor, labels: Tensor) -> Tensor:
         return (self.label(adjusted.softmax(1), self.decoding) - labels).abs()
 
-    def interval(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
+    def _central(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
         shares: Any = output.distribution if isinstance(output, LongTailOutput) else output
         return interval(shares, self.bins, level, ends=self.ends)
 
@@ -659,6 +730,9 @@ class ClassReadout(ScoreReadout):
     def criterion(self, output: LongTailOutput, labels: Placed, weight: Tensor | None, head: nn.Module) -> Tensor:
         loss = super().criterion(output, labels, weight, head)
         return loss + head.diversity() if self.loss_name == "affinity_loss" else loss  # type: ignore[operator]
+
+    def interval(self, output: LongTailOutput | Tensor, level: float | None) -> tuple[Tensor, Tensor]:
+        raise self.cannot("give intervals of a label", "Classes have no order: use sets.")
 
     def _read(self, adjusted: Tensor, calibrated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return adjusted.argmax(1), adjusted.softmax(1), adjusted.new_zeros(adjusted.shape[0], 0)

@@ -85,6 +85,12 @@ def nearest() -> dt.heads.NearestMeanHead:
     return head
 
 
+def calibrated() -> dt.LongTailModel:
+    made = model()
+    made.calibrate_intervals(rows().repeat(20, 1), years().repeat(20))
+    return made
+
+
 def conformal_call(kind: Any, method: str, output: Callable[[], Tensor]) -> Call:
     """A call of the constructor, or of a method of what these forecasts have calibrated."""
     options = {"density": density(), "regions": ["many", "many", "few", "few"], "per_region": 0.5}
@@ -247,6 +253,12 @@ VALID: dict[str, Callable[[], Call]] = {
         model().calibrate,
         {"scores_or_loader": rows(), "labels": years(), "by": "bmae", "most_mae": 2.0},
     ),
+    "LongTailModel.calibrate_intervals": lambda: (
+        model().calibrate_intervals,
+        {"scores": rows(), "labels": years(), "regions": ["many", "many", "few", "few"], "gamma": 0.5},
+    ),
+    "LongTailModel.sets": lambda: (calibrated().sets, {"output": shares(), "level": 0.9}),
+    "LongTailModel.interval, calibrated": lambda: (calibrated().interval, {"output": shares(), "level": 0.9}),
     "LongTailModel.interval": lambda: ((m := model()).interval, {"output": m(rows(3)), "level": 0.9}),
     "LongTailModel.set_extra_state": lambda: (model().set_extra_state, {"state": model().get_extra_state()}),
     "NearestMeanHead": lambda: (dt.heads.NearestMeanHead, {"num_features": 3, "num_classes": 4}),

@@ -1,0 +1,53 @@
+"""The calibrated intervals of a model, as a part of it that is moved, copied and saved with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import number, require
+from .._state import Float64Module
+from ..conformal import Conformal
+from ..labels.bins import Bins
+
+
+class CalibratedIntervals(Float64Module):
+    """What a calibration has left: a threshold for each bin, for one level.
+
+    Attributes:
+        thresholds: (B,), in at least float32, whatever dtype the model is cast to.
+        level: (1,). It is zero before the first calibration, and below zero once the prior is another.
+    """
+
+    thresholds: Tensor
+    level: Tensor
+
+    def __init__(self, bins: Bins, kind: type[Conformal]) -> None:
+        super().__init__()
+        self.bins, self.kind = bins, kind
+        dtype = bins.wide_dtype(torch.zeros(()))
+        self.register_buffer("thresholds", torch.zeros(len(bins), dtype=dtype))
+        self.register_buffer("level", torch.zeros(1, dtype=dtype))
+
+    def take(self, calibration: Conformal, level: float) -> None:
+        self.thresholds.copy_(torch.from_numpy(calibration.thresholds(level)))
+        self.level.fill_(level)
+
+    def known(self, level: Any) -> bool:
+        """Whether there are any, which must then be of this level and of the prior of the predictions."""
+        own = self.level.item()
+        rule, fix = "intervals must be calibrated under the prior of the predictions", "Call calibrate_intervals again."
+        require(own >= 0, rule, got="a prior that was set afterwards", fix=fix, error=RuntimeError)
+        if own and level is not None:
+            off = abs(number("level", level, low=0, high=1, open_low=True, open_high=True) - own)
+            rule, fix = f"level must be {own:.6g}, for which intervals are calibrated", "Calibrate for this one."
+            require(off < 1e-6, rule, got=level, fix=fix)
+        return own > 0
+
+    def interval(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        return self.kind._interval_at(output, self.bins, self.thresholds)
+
+    def sets(self, output: Tensor) -> Tensor:
+        return self.kind._sets_at(output, self.bins, self.thresholds)

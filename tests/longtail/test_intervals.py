@@ -1,0 +1,157 @@
+"""Intervals of a model once calibrated: right in each region, whatever the model is worth."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dir_toolkit as dt
+from dir_toolkit.conformal import BinsConformal, PointConformal
+from dir_toolkit.longtail import LongTailModel
+
+BINS, CLASSES = dt.Bins.uniform(0, 12, width=1), dt.Bins.classes(12)
+COUNTS = [300] * 4 + [60] * 4 + [9] * 4
+HEADS = ("regression", "gaussian", "linear", "classes")
+READ = {"regression": "scores", "gaussian": "scores", "linear": "distribution", "classes": "distribution"}
+
+
+def untrained(head: str = "linear", **options: Any) -> LongTailModel:
+    bins = CLASSES if head == "classes" else BINS
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options |= {"sigma": 0.5} if head == "linear" else {}
+        head = "linear" if head == "classes" else head
+        return LongTailModel(nn.Linear(2, 4), 4, bins, density=dt.LabelDensity(bins, COUNTS), head=head, **options)
+
+
+def drawn(samples: int = 600, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs that tell a little of their labels, which are evenly drawn whole numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(12, (samples,), generator=generator)
+    noise = torch.randn(samples, 2, generator=generator)
+    return noise + labels[:, None] / 6 - 1, labels
+
+
+def calibrated(head: str = "linear", level: float = 0.9, **options: Any) -> LongTailModel:
+    model, (x, labels) = untrained(head), drawn()
+    model.calibrate_intervals(model(x).scores, labels, level, **options)
+    return model
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_model_that_has_learnt_nothing_covers_each_region(head: str) -> None:
+    model, (x, labels) = calibrated(head, 0.8), drawn(6000, seed=1)
+    out = model(x)
+    if head in ("linear", "classes"):
+        held = model.sets(out).gather(1, labels[:, None])[:, 0]
+    if head != "classes":
+        lower, upper = model.interval(out)
+        inside = (lower <= labels) & (labels <= upper)
+        assert head != "linear" or bool((held <= inside).all())  # the interval holds the set
+        held = inside
+    for region in range(3):
+        own = labels // 4 == region
+        assert held[own].double().mean() >= 0.8 - 4 * (0.16 * (1 / 200 + 1 / 2000)) ** 0.5
+
+
+def test_the_model_gives_what_the_plain_classes_give() -> None:
+    x, labels = drawn()
+    model = untrained()
+    model.set_prior("uniform", 0.5)
+    out = model(x)
+    plain = BinsConformal(model.density, prior=model.readout.training_prior("auto", None), per_region=0.5, gamma=1.0)
+    plain.update(out.distribution, labels)
+    model.calibrate_intervals(out.scores, labels, 0.8, per_region=0.5, gamma=1.0)
+    assert torch.equal(model.sets(out), plain.sets(out.distribution, 0.8))
+    for own, same in zip(model.interval(out.distribution, 0.8), plain.interval(out.distribution, 0.8), strict=True):
+        assert torch.equal(own, same)
+    point = untrained("regression")
+    scores = point(x).scores
+    plain = PointConformal(point.density)
+    plain.update(scores, labels)
+    point.calibrate_intervals(scores, labels)
+    for own, same in zip(point.interval(scores), plain.interval(scores), strict=True):
+        torch.testing.assert_close(own, same, rtol=1e-5, atol=1e-4)
+    held = untrained("regression", within_axis=True)
+    held.calibrate_intervals(scores, labels)
+    assert held.interval(scores)[1].max() == 12 < point.interval(scores)[1].max()
+
+
+def test_before_it_is_calibrated_the_interval_is_the_central_one() -> None:
+    model, (x, _) = untrained(), drawn()
+    out = model(x)
+    for own, same in zip(model.interval(out), dt.interval(out.distribution, BINS, 0.9, ends="open"), strict=True):
+        assert torch.equal(own, same)
+    with pytest.raises(
+        RuntimeError, match=r"^LongTailModel\.sets: intervals must be calibrated, .* Call calibrate_int"
+    ):
+        model.sets(out)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_state_and_copies_hold_the_calibration(head: str) -> None:
+    model, (x, _) = calibrated(head), drawn()
+    out = model(x)
+    other = untrained(head)
+    other.load_state_dict(model.state_dict())
+    for same in (other, copy.deepcopy(model), copy.deepcopy(model).half().float()):
+        assert torch.equal(same.sets(getattr(out, READ[head])), model.sets(out))
+
+
+def test_another_prior_makes_the_calibration_stale() -> None:
+    model, (x, labels) = calibrated(), drawn()
+    out = model(x)
+    with pytest.warns(dt.DirToolkitWarning, match=r"LongTailModel\.set_prior: intervals were calibrated under another"):
+        model.set_prior("uniform")
+    for ask in (model.interval, model.sets):
+        with pytest.raises(RuntimeError, match="must be calibrated under the prior of the predictions"):
+            ask(model(x))
+    model.set_prior("uniform", 0.5)  # nothing more to warn of
+    model.calibrate_intervals(out.scores, labels)
+    model.interval(model(x))
+
+
+def test_what_is_refused() -> None:
+    model, (x, labels) = untrained(), drawn()
+    scores = model(x).scores
+    broken = scores.clone()
+    broken[2, 1] = torch.nan
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (lambda: model.calibrate_intervals(scores, labels, 0), ValueError, "level must be > 0 and < 1, got 0"),
+        (lambda: model.calibrate_intervals(scores, labels, 1), ValueError, "level must be > 0 and < 1, got 1"),
+        (
+            lambda: model.calibrate_intervals(broken, labels),
+            ValueError,
+            r"scores must be finite, got nan at index \[2, 1",
+        ),
+        (lambda: model.calibrate_intervals(scores, labels * np.nan), dt.LabelError, "labels must not be NaN"),
+        (lambda: model.calibrate_intervals(scores, labels + 20), dt.LabelError, "labels must lie on the label axis"),
+        (lambda: model.calibrate_intervals(scores[:, 1:], labels), ValueError, r"scores must be \(N, 12\), got shape"),
+        (
+            lambda: model.calibrate_intervals(scores, labels[1:]),
+            ValueError,
+            r"labels must be \(600,\), one per forecast",
+        ),
+        (
+            lambda: LongTailModel(nn.Identity(), 2, BINS).calibrate_intervals(scores, labels),
+            ValueError,
+            "calibrate_intervals needs density",
+        ),
+        (
+            lambda: calibrated().interval(scores.softmax(1), 0.8),
+            ValueError,
+            "level must be 0.9, for which intervals are",
+        ),
+        (lambda: calibrated().interval(scores), ValueError, "output must sum to one"),
+        (lambda: calibrated("classes").interval(scores), RuntimeError, "give intervals of a label, got a ClassR.*sets"),
+        (lambda: untrained("regression").interval(scores[:, 0]), RuntimeError, "must give intervals of a label"),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=rf"^LongTailModel.*{message}"):
+            call()
+    assert model.readout.intervals.level == 0  # nothing has changed
