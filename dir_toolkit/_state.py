@@ -109,7 +109,8 @@ class Float64Module(SoundModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for name, buffer in self._buffers.items():
             assert buffer is not None
-            self._buffers[name] = buffer.to(fn(buffer[:0]).device)
+            own = fn(buffer).to(buffer.dtype) if buffer.is_meta else buffer.to(fn(buffer[:0]).device)
+            self._buffers[name] = own
         for child in self.children():
             child._apply(fn)
         return self
