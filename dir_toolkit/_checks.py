@@ -461,6 +461,12 @@ def labels_array(labels: object, name: str = "labels") -> np.ndarray:
     return array.astype(np.float64 if array.itemsize > 8 else array.dtype.newbyteorder("="), copy=False)
 
 
+def as_tensors(**values: Any) -> tuple[Tensor, ...]:
+    """Tensors as they are, and other arrays of numbers (:func:`labels_array`) as tensors on the CPU."""
+    arrays = (value if isinstance(value, Tensor) else labels_array(value, name) for name, value in values.items())
+    return tuple(value if isinstance(value, Tensor) else torch.from_numpy(value.copy()) for value in arrays)
+
+
 def _without_tensors(labels: Any, name: str) -> Any:
     """Labels whose tensors, also those in lists, are arrays. Masked values are refused."""
     if isinstance(labels, Tensor):

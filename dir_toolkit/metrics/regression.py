@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import finite, number, problem, same_shape
+from .._checks import as_tensors, finite, number, problem, same_shape
 from ..labels.bins import Outside
 from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins, BinGrid
@@ -130,9 +130,11 @@ class RegressionMetrics(RegionMetrics):
     def settings(self) -> dict[str, Any]:
         return {"density": self.density, "floor": self.floor, "outside": self.outside}
 
-    def update(self, pred: Tensor, target: Tensor) -> None:
+    def update(self, pred: Any, target: Any) -> None:
         """Add a batch. On an accelerator nothing waits for the host.
 
+        Args:
+            pred, target: tensors, or NumPy arrays, pandas columns and lists of numbers.
         Shape:
             pred, target: any shape, both the same, such as maps of one label per pixel. Over a grid they are (..., K).
             An empty batch adds nothing. The caller leaves out pixels without a label:
@@ -144,6 +146,7 @@ class RegressionMetrics(RegionMetrics):
             ValueError: a prediction is not finite, or a target that is clipped is not. On an accelerator, what is not
             finite shows in the result.
         """
+        pred, target = as_tensors(pred=pred, target=target)
         check_samples(pred=pred, target=target)
         same_shape(pred=pred, target=target)
         finite(pred=pred)
@@ -191,8 +194,8 @@ def _checked_floors(floor: float | Sequence[float] | None, bins: AnyBins) -> tup
 
 
 def regression_metrics(
-    pred: Tensor,
-    target: Tensor,
+    pred: Any,
+    target: Any,
     density: Axis,
     counted: LabelDensity | None = None,
     *,
@@ -202,6 +205,7 @@ def regression_metrics(
     few: int = 20,
 ) -> xr.Dataset:
     """:class:`RegressionMetrics` of one whole set."""
+    (pred,) = as_tensors(pred=pred)
     check_some(pred=pred)
     metrics = RegressionMetrics(density, counted, floor=floor, outside=outside)
     metrics.update(pred, target)

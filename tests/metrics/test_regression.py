@@ -200,15 +200,22 @@ def test_what_is_refused_adds_nothing(pred: Any, target: Any, kind: type[Excepti
     assert torch.equal(metrics.sums, before)
 
 
+def test_arrays_and_lists_are_taken_as_tensors_are() -> None:
+    pred, target = samples()
+    expected = regression_metrics(pred, target, DENSITY)
+    for kind in (np.asarray, list, lambda values: np.asarray(values, ">f8")):
+        assert regression_metrics(kind(pred), kind(target), DENSITY).equals(expected)
+
+
 def test_arguments_are_checked() -> None:
     where = r"^RegressionMetrics: "
-    for value in (None, "abc", [0, 1], np.arange(3)):
+    for value in (None, "abc", ["a", "b"], np.array(["a"])):
         with pytest.raises(ValueError, match=f"{where}density must be a LabelDensity, got"):
             RegressionMetrics(value)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=r"^RegressionMetrics\.update: pred must be a torch\.Tensor"):
-            RegressionMetrics(DENSITY).update(value, torch.ones(3))  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=r"^regression_metrics: target must be a torch\.Tensor"):
-            regression_metrics(torch.ones(3), value, DENSITY)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^RegressionMetrics\.update: pred must be integers or floats"):
+            RegressionMetrics(DENSITY).update(value, torch.ones(3))
+        with pytest.raises(TypeError, match=r"^regression_metrics: target must be integers or floats"):
+            regression_metrics(torch.ones(3), value, DENSITY)
         with pytest.raises(TypeError, match=r"^RegressionMetrics\.merge: other must be a RegressionMetrics, got"):
             RegressionMetrics(DENSITY).merge(value)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"^regression_metrics: pred must hold at least one value, got shape \(0,\)"):

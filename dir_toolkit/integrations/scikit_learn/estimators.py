@@ -12,40 +12,30 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from .._checks import instance, labels_array, number, one_of, problem, warn, whole
-from ..errors import NonFiniteLossError
-from ..experiment.training.optimization import Optimization
-from ..experiment.training.runtime import Runtime, chosen_device
-from ..experiment.training.steps import Steps
-from ..labels.bins import Bins
-from ..labels.decoding import Decoding
-from ..labels.density import LabelDensity, crowded_bins
-from ..labels.kernels import usual_kernel
-from ..labels.weights import LDS, Scheme
-from ..longtail import LongTailModel, LongTailOutput
-from ..priors import TauChoice, choose_tau, class_prior
-
-try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.utils import check_random_state
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-except ImportError as error:
-    raise problem(
-        "the estimators need scikit-learn 1.6 or newer",
-        got=str(error),
-        fix='pip install "dir_toolkit[integrations]"',
-        error=ImportError,
-    ) from error
+from ..._checks import instance, labels_array, number, one_of, problem, warn, whole
+from ...errors import NonFiniteLossError
+from ...experiment.training.optimization import Optimization
+from ...experiment.training.runtime import Runtime, chosen_device
+from ...experiment.training.steps import Steps
+from ...labels.bins import Bins
+from ...labels.decoding import Decoding
+from ...labels.density import LabelDensity, crowded_bins
+from ...labels.kernels import usual_kernel
+from ...labels.weights import LDS, Scheme
+from ...longtail import LongTailModel, LongTailOutput
+from ...priors import TauChoice, choose_tau, class_prior
+from ._axis import axis_of
 
 __all__ = ["LongTailClassifier", "LongTailRegressor"]
 
 _ROWS = 8192  # at a time in prediction, which holds a share of each bin for each row
-_FEWEST_STEPS = 8  # bins of one step of the labels; on fewer the usual spread of labels would cover most of the axis
-_MOST_STEPS = 10**6  # from the least label to the largest; rounding hides finer ones
 _USUAL_DISTANCES = 30  # of a column from its median, beyond which it is cut off
 _DEVIATIONS = 10  # the same, in standard deviations from the mean
 _FEWEST_TO_CHOOSE_FROM = 20  # held-out rows, for a tau that is more than chance
@@ -400,27 +390,16 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         return self
 
     def _axis(self, labels: np.ndarray) -> Bins:
+        if self.bins is None:
+            return axis_of(labels, whole("num_bins", self.num_bins, low=2))
         number("the largest label", float(np.abs(labels).max()), float32=True)
-        low, high = float(labels.min()), float(labels.max())
-        if low == high:
-            raise problem("y must hold at least two different labels", got=f"only {low:g}")
-        if self.bins is not None:
-            instance(Bins, bins=self.bins)
-            if self.bins.categorical:
-                fix = "Use LongTailClassifier for classes."
-                raise problem("bins must be a continuous label axis", got=repr(self.bins), fix=fix)
-            return self.bins
-        count = whole("num_bins", self.num_bins, low=2)
-        step = _step(labels)
-        steps = round((high - low) / step) + 1 if step else 0
-        width = (high - low) / (count - 1)
-        if steps >= _FEWEST_STEPS:
-            each = steps // count | 1  # an odd number has a middle
-            width, count = each * step, -(-(steps + each // 2) // each)
-            if step == 1 and low == round(low):
-                start = low - each // 2
-                return Bins.uniform(start, start + each * count, width=each, integer=True)
-        return Bins.from_edges(low + width * (np.arange(count + 1) - 0.5))
+        if labels.min() == labels.max():
+            raise problem("y must hold at least two different labels", got=f"only {labels[0]:g}")
+        instance(Bins, bins=self.bins)
+        if self.bins.categorical:
+            fix = "Use LongTailClassifier for classes."
+            raise problem("bins must be a continuous label axis", got=repr(self.bins), fix=fix)
+        return self.bins
 
     def _choose_tau(self, scaled: np.ndarray, labels: Tensor) -> TauChoice:
         return self.model_.choose_tau(self._read(scaled, lambda out: out.scores), labels)
@@ -576,20 +555,6 @@ def _crowding(labels: np.ndarray, bins: Bins) -> str:
         "TransformedTargetRegressor(regressor, func=numpy.log1p, inverse_func=numpy.expm1), pass narrower bins there, "
         "or look for mistyped labels."
     )
-
-
-def _step(labels: np.ndarray) -> float:
-    """The step from one label to the next where all are multiples of one, counted from the least: 1 for whole numbers,
-    whatever their unit. 0 where there is none."""
-    values = np.unique(labels)
-    values = values[1:] - values[0]
-    step = values.min()
-    while (steps := values / step)[-1] < _MOST_STEPS:
-        rest = np.abs(steps - steps.round())
-        if not (between := rest > 1e-3).any():  # multiples but for rounding
-            return float(values[-1] / steps[-1].round())
-        step *= rest[between].min()  # as Euclid finds the greatest divisor
-    return 0.0
 
 
 def _median(values: np.ndarray, weight: np.ndarray) -> float:

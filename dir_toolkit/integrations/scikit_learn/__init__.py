@@ -1,0 +1,20 @@
+"""For scikit-learn: estimators of :class:`dir_toolkit.LongTailModel` on tables, LDS weights for any regressor, and
+scorers that look at rare labels."""
+
+from ..._checks import problem
+
+try:
+    from sklearn.utils.validation import validate_data as _validate_data  # noqa: F401
+except ImportError as error:
+    raise problem(
+        "the estimators need scikit-learn 1.6 or newer",
+        got=str(error),
+        fix='pip install "dir_toolkit[integrations]"',
+        error=ImportError,
+    ) from error
+
+from .estimators import LongTailClassifier, LongTailRegressor
+from .sample_weighted import SampleWeighted
+from .scorers import bmae_scorer, few_shot_scorer
+
+__all__ = ["LongTailClassifier", "LongTailRegressor", "SampleWeighted", "bmae_scorer", "few_shot_scorer"]

@@ -1,0 +1,77 @@
+"""Scorers that look at rare labels, for ``scoring=`` in scikit-learn's searches and cross-validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import make_scorer
+
+from ...labels.bins import Bins
+from ...labels.density import LabelDensity
+from ...labels.kernels import usual_kernel
+from ...metrics import regression_metrics
+from ._axis import axis_of
+
+__all__ = ["bmae_scorer", "few_shot_scorer"]
+
+_RARE = 0.1  # the share of the training labels whose density a rare label does not exceed
+
+
+def bmae_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., float]:
+    """A scorer of the negative bMAE: the mean over the bins of the axis of each bin's mean absolute error.
+
+    The axis is the same in all folds, and a test label beyond it counts in the bin at its end.
+
+    Args:
+        labels: of training, anything that :meth:`dir_toolkit.LabelDensity.count` takes.
+        bins: the label axis; None makes the one of :class:`LongTailRegressor`.
+    Returns:
+        a scorer, called as ``scorer(estimator, X, y)``. More is better.
+    Units:
+        those of the labels.
+
+    >>> from sklearn.dummy import DummyRegressor
+    >>> y = np.array([0.0] * 90 + [10.0] * 10)
+    >>> median = DummyRegressor(strategy="median").fit(y[:, None], y)
+    >>> float(bmae_scorer(y, Bins.uniform(0, 20, count=2))(median, y[:, None], y))
+    -5.0
+    """
+    return make_scorer(_bmae, greater_is_better=False, density=_density(labels, bins))
+
+
+def few_shot_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., float]:
+    """A scorer of the negative mean absolute error of rare labels.
+
+    A label is rare if the smoothed training density in its bin is not larger than that of the rarest tenth of the
+    training labels. Where no test label is rare the score is NaN.
+
+    Args:
+        labels, bins: as in :func:`bmae_scorer`.
+
+    >>> from sklearn.dummy import DummyRegressor
+    >>> y = np.array([0.0] * 90 + [10.0] * 10)
+    >>> median = DummyRegressor(strategy="median").fit(y[:, None], y)
+    >>> float(few_shot_scorer(y, Bins.uniform(0, 20, count=2))(median, y[:, None], y))
+    -10.0
+    """
+    density = _density(labels, bins)
+    counts, kernel = density.counts, usual_kernel(density.bins)
+    frequency = counts if kernel is None else density.smooth(kernel).counts
+    order = np.argsort(frequency, kind="stable")
+    place = np.searchsorted(np.cumsum(counts[order]), _RARE * counts.sum())
+    return make_scorer(_few, greater_is_better=False, bins=density.bins, rare=frequency <= frequency[order[place]])
+
+
+def _density(labels: Any, bins: Bins | None) -> LabelDensity:
+    return LabelDensity.count(labels, axis_of(labels) if bins is None else bins)
+
+
+def _bmae(target: Any, pred: Any, density: LabelDensity) -> float:
+    return regression_metrics(pred, target, density, outside="clip").bmae.sel(region="all").item()
+
+
+def _few(target: Any, pred: Any, bins: Bins, rare: np.ndarray) -> float:
+    errors = np.abs(np.asarray(pred) - np.asarray(target))[rare[bins.index(target, "clip")]]
+    return float(errors.mean()) if len(errors) else float("nan")
