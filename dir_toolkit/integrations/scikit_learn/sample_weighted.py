@@ -21,7 +21,6 @@ from ...labels.bins import Bins
 from ...labels.density import LabelDensity
 from ...labels.kernels import usual_kernel
 from ...labels.weights import LDS, Scheme
-from ._axis import axis_of
 
 __all__ = ["SampleWeighted"]
 
@@ -34,8 +33,8 @@ class SampleWeighted(RegressorMixin, MetaEstimatorMixin, BaseEstimator):
 
     Args:
         estimator: a regressor, which is cloned and not fitted itself.
-        bins: the label axis, which must hold all labels. None makes one from the labels, as :class:`LongTailRegressor`
-            does.
+        bins: the label axis, which must hold all labels. None takes :meth:`dir_toolkit.Bins.auto` of the labels,
+            in each fit anew.
         scheme: of :class:`dir_toolkit.LDS`: how weights follow the smoothed density.
     Attributes:
         estimator_: the regressor that was fitted.
@@ -70,14 +69,14 @@ class SampleWeighted(RegressorMixin, MetaEstimatorMixin, BaseEstimator):
             fix="In a pipeline wrap its last step.",
             error=TypeError,
         )
-        labels = labels_array(validate_data(self, y=y, reset=False), "y")
+        labels = labels_array(validate_data(self, y=y, y_numeric=True, reset=False), "y")
         check_consistent_length(X, labels)
         require(len(labels) > 1, "y must hold at least two labels", got="1 sample")
         own = _check_sample_weight(sample_weight, labels, dtype=np.float64, ensure_non_negative=True)
         present = own > 0
         if self.bins is not None:
             instance(Bins, bins=self.bins)
-        self.bins_ = axis_of(labels[present]) if self.bins is None else self.bins
+        self.bins_ = Bins.auto(labels[present]) if self.bins is None else self.bins
         index = self.bins_.index(labels[present])
         counted = LabelDensity(self.bins_, np.bincount(index, weights=own[present], minlength=len(self.bins_)))
         kernel = usual_kernel(self.bins_)

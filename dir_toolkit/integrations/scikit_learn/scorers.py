@@ -12,7 +12,6 @@ from ...labels.bins import Bins
 from ...labels.density import LabelDensity
 from ...labels.kernels import usual_kernel
 from ...metrics import regression_metrics
-from ._axis import axis_of
 
 __all__ = ["bmae_scorer", "few_shot_scorer"]
 
@@ -26,7 +25,7 @@ def bmae_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., float]:
 
     Args:
         labels: of training, anything that :meth:`dir_toolkit.LabelDensity.count` takes.
-        bins: the label axis; None makes the one of :class:`LongTailRegressor`.
+        bins: the label axis; None takes :meth:`dir_toolkit.Bins.auto`.
     Returns:
         a scorer, called as ``scorer(estimator, X, y)``. More is better.
     Units:
@@ -65,7 +64,7 @@ def few_shot_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., floa
 
 
 def _density(labels: Any, bins: Bins | None) -> LabelDensity:
-    return LabelDensity.count(labels, axis_of(labels) if bins is None else bins)
+    return LabelDensity.count(labels, Bins.auto(labels) if bins is None else bins)
 
 
 def _bmae(target: Any, pred: Any, density: LabelDensity) -> float:
