@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, FunctionType
+from types import EllipsisType, FrameType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -200,7 +200,8 @@ def no_values(name: str) -> Exception:
 
 
 def real(**tensors: Tensor) -> None:
-    """Raise unless tensors hold integers or floats, which complex and boolean ones do not."""
+    """Raise unless all are tensors of integers or floats, which complex and boolean numbers are not."""
+    is_tensor(**tensors)
     for name, value in tensors.items():
         if value.is_complex() or value.dtype == torch.bool:
             fix = "" if value.is_complex() else f"Use {name}.float()."
@@ -209,7 +210,8 @@ def real(**tensors: Tensor) -> None:
 
 
 def floats(**tensors: Tensor) -> None:
-    """Raise unless tensors have a floating-point dtype."""
+    """Raise unless all are tensors with a floating-point dtype."""
+    is_tensor(**tensors)
     for name, value in tensors.items():
         if not value.is_floating_point():
             raise problem(f"{name} must be floats", got=value.dtype)
@@ -239,15 +241,17 @@ def same_shape(**tensors: Tensor) -> None:
         raise problem(rule, got=f"{shapes[0]} and {shape}", fix=fix, error=ShapeError)
 
 
-def shaped(expected: Sequence[int | str], meaning: str = "", **arrays: Any) -> None:
-    """Raise unless all arrays have this shape, in which a letter stands for any length. The meaning, as in "one per
-    sample", says what their values are."""
+def shaped(expected: Sequence[Any], meaning: str = "", **arrays: Any) -> None:
+    """Raise unless all arrays have this shape, in which a letter stands for any length, and three dots for any axes
+    before the last. The meaning, as in "one per sample", says what their values are."""
     expected = tuple(expected)
+    open_front = len(expected) > 0 and isinstance(expected[0], EllipsisType)
+    last = expected[1:] if open_front else expected
     for name, array in arrays.items():
         have = tuple(array.shape)
-        fits = len(have) == len(expected)
-        if not fits or any(not isinstance(e, str) and h != e for h, e in zip(have, expected, strict=True)):
-            shown = str(expected).replace("'", "")
+        tail = have[-len(last) :] if open_front else have
+        if len(tail) != len(last) or any(not isinstance(e, str) and h != e for h, e in zip(tail, last, strict=True)):
+            shown = str(expected).replace("'", "").replace("Ellipsis", "...")
             stray = len(have) == len(expected) + 1 and have[-1] == 1
             fix = f"Use {name}.squeeze({len(expected)})." if stray else ""
             raise problem(f"{name} must be {shown}" + f", {meaning}" * bool(meaning), got=have, fix=fix)
@@ -261,11 +265,10 @@ def one_per_sample(name: str, samples: Tensor, **values: object) -> None:
         same_device(**{name: samples, value_name: value})  # type: ignore[arg-type]
 
 
-def same_bins(bins: Any, error: type[Exception] = ValueError, **parts: Any) -> None:
-    """Raise unless all parts, bins themselves or what is over bins, such as a density, are over these bins."""
-    for name, part in parts.items():
-        if (own := getattr(part, "bins", part)) != bins:
-            raise problem(f"{name} must be over the same bins", got=f"{own} for {bins}", error=error)
+def same_bins(name: str, part: Any, bins: Any, *, error: type[Exception] = ValueError) -> None:
+    """Raise unless a part, bins themselves or what is over bins, such as a density, is over these bins."""
+    if (own := getattr(part, "bins", part)) != bins:
+        raise problem(f"{name} must be over the same bins", got=f"{own} for {bins}", error=error)
 
 
 def not_empty(**arrays: Any) -> None:
@@ -334,6 +337,15 @@ def distributions(*, zeros: bool = False, **values: Tensor) -> None:
         not_negative(**{name: shares})
 
 
+def positive_classes(name: str, values: Tensor, *, zeros: bool, fix: str = "") -> None:
+    """Raise unless values (C,) on the host are positive, or with ``zeros`` not negative."""
+    bad = values < 0 if zeros else values <= 0
+    if bool(bad.any()):
+        first = int(bad.to(torch.uint8).argmax())
+        rule = f"{name} must not be negative" if zeros else f"{name} must be positive"
+        raise problem(rule, got=f"{values[first].item():g} for class {first}", fix=fix)
+
+
 def prior_shares(name: str, prior: Tensor, *, zeros: bool = False) -> None:
     """Raise unless shares are positive, or with ``zeros`` not negative, and sum to one. Tensors on an accelerator are
     not looked at."""
@@ -341,11 +353,7 @@ def prior_shares(name: str, prior: Tensor, *, zeros: bool = False) -> None:
         return
     finite(**{name: prior})
     fix = f"Use dt.class_prior(counts{', floor=0' if zeros else ''}), which floors counts and divides by their sum."
-    bad = prior < 0 if zeros else prior <= 0
-    if bool(bad.any()):
-        first = int(bad.to(torch.uint8).argmax())
-        rule = f"{name} must not be negative" if zeros else f"{name} must be positive"
-        raise problem(rule, got=f"{prior[first].item():g} for class {first}", fix=fix)
+    positive_classes(name, prior, zeros=zeros, fix=fix)
     if abs((total := prior.sum(dtype=torch.float64).item()) - 1) > 1e-4:
         raise problem(f"{name} must sum to one", got=f"a sum of {digits(total)}", fix=fix)
 
@@ -385,15 +393,15 @@ def checked_tau(tau: object) -> float:
     return number("tau", tau, low=0, high=MOST_TAU)
 
 
-def whole(name: str, value: object, *, low: int | None = None, high: int | None = None) -> int:
-    """A whole number, from ``low`` to ``high``."""
+def whole(name: str, value: object, *, low: int | None = None, high: int | None = None, fix: str = "") -> int:
+    """A whole number, from ``low`` to ``high``. The advice is for one that is too high."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise problem(f"{name} must be a whole number", got=repr(value), error=TypeError)
     number = int(value)
     if low is not None and number < low:
         raise problem(f"{name} must be at least {low}", got=_shown(value))
     if high is not None and number > high:
-        raise problem(f"{name} must be at most {high:,}", got=_shown(value))
+        raise problem(f"{name} must be at most {high:,}", got=_shown(value), fix=fix)
     return number
 
 

@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 NOT_COUNTS: list[tuple[Any, type[Exception], str]] = [
-    ([[1, 2]], ShapeError, r"counts must be one row of numbers, got shape \(1, 2\)"),
+    ([[1, 2]], ShapeError, r"counts must be \(B,\), one per bin, got shape \(1, 2\)"),
     ([], ValueError, "counts must hold at least one value"),
     ([1, -2], ValueError, "counts must not be negative, got a minimum of -2"),
     ([1, math.nan], ValueError, r"counts must be finite, got nan at index \[1\]"),

@@ -32,11 +32,13 @@ from .._checks import (
     one_of,
     problem,
     real,
+    require,
     scalar,
+    shaped,
     warn,
+    whole,
 )
 from .._numerics import has_values, keepable, readable, strict_fake_mode, wide_dtype
-from ..errors import ShapeError
 from ._auto import chosen_edges
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ __all__ = ["Bins", "Outside"]
 Outside = Literal["raise", "clip", "drop"]
 OUTSIDE = get_args(Outside)
 
-_LARGEST = float(np.finfo(np.float64).max) / 4  # float64 still holds what twice an axis is long
+_LARGEST = 4e307  # float64 still holds what twice an axis is long
+_NEARER_ZERO = "Widen the bins, or count labels from a nearer zero."
 _STEPS = 256  # of float32 in a bin, fewer than which would show in predictions
 
 
@@ -101,7 +104,6 @@ class LabelAxes(ABC):
         one_of("outside", outside, OUTSIDE)
         instance(str, name=name)
         if isinstance(labels, Tensor):
-            is_tensor(**{name: labels})
             return self._index(labels, outside, name)
         array = np.require(labels_array(labels, name), requirements=["C", "W"])
         return self._index(torch.from_numpy(array), outside, name).numpy()
@@ -121,8 +123,12 @@ class LabelAxes(ABC):
 
     def tally(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray:
         """How many of these labels each bin holds, (B,) int64. Labels that ``"drop"`` leaves out are in none."""
+        one_of("outside", outside, OUTSIDE)
         instance(str, name=name)
-        index = torch.from_numpy(self.index(labels_array(labels, name), outside, name=name)).flatten()
+        return self._tally(labels_array(labels, name), outside, name)
+
+    def _tally(self, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
+        index = self._index(torch.from_numpy(np.require(labels, requirements=["C", "W"])), outside, name).flatten()
         # Counted by torch, since NumPy would keep other threads waiting.
         return torch.bincount(index[index >= 0] if outside == "drop" else index, minlength=len(self)).numpy()
 
@@ -134,11 +140,8 @@ class LabelAxes(ABC):
             negative, or they do not sum to one within 1e-3 (1e-2 in half precision). On accelerators values are not
             looked at.
         """
-        is_tensor(probabilities=probabilities)
-        if probabilities.ndim == 0 or probabilities.shape[-1] != len(self):
-            rule = f"probabilities must have {len(self)} values in the last axis, one per bin"
-            raise problem(rule, got=f"shape {tuple(probabilities.shape)}", error=ShapeError)
         floats(probabilities=probabilities)
+        shaped((..., len(self)), "one per bin", probabilities=probabilities)
         on_one_device(probabilities=probabilities)
         distributions(probabilities=probabilities)
         return probabilities.to(wide_dtype(probabilities))
@@ -228,7 +231,6 @@ class Bins(LabelAxes):
         """The edges, the centres or the :func:`~dir_toolkit.labels.soft_labels.limits` of the bins in the dtype and on
         the device of ``like``, copied there once."""
         one_of("what", what, ("edges", "centers", "limits"))
-        is_tensor(like=like)
         floats(like=like)
         if torch.compiler.is_compiling():  # a compiled graph keeps its own copies
             return {"edges": self._edges, "centers": self._centers, "limits": self._limits}[what].to(like)
@@ -247,9 +249,8 @@ class Bins(LabelAxes):
         is_tensor(**{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
         if self._fits_float32:
             return wide_dtype(*tensors)
-        if any(t.device.type == "mps" for t in tensors):
-            rule = "an axis that float32 does not resolve needs a device that knows float64"
-            raise problem(rule, got="mps", fix="Count labels from a nearer zero.", source=repr(self))
+        known = all(t.device.type != "mps" for t in tensors)
+        require(known, "such narrow bins need a device that knows float64", got="mps", fix=_NEARER_ZERO)
         return torch.float64
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
@@ -279,23 +280,20 @@ class Bins(LabelAxes):
         instance(bool, integer=integer)
         low, high, width = (scalar(name, x) for name, x in (("low", low), ("high", high), ("width", width)))
         lowest, highest = number("low", low), number("high", high)
-        if (largest := max(abs(lowest), abs(highest))) > _LARGEST:
-            raise _too_large("low and high", largest)
+        largest = max(abs(lowest), abs(highest))
+        require(largest <= _LARGEST, f"low and high must lie within {_LARGEST:g} of zero", got=f"{largest:g}")
         # str gives the shortest decimal that names the number, also for a float32.
         start, end = Fraction(str(low)), Fraction(str(high))
-        if not (lowest < highest and start < end):
-            raise problem("low must be smaller than high", got=f"low={low} and high={high}")
-        if (width is None) == (count is None):
-            raise problem("give width or count, and not both", got=f"width={width}, count={count}")
+        rises, one_given = lowest < highest and start < end, (width is None) != (count is None)
+        require(rises, "low must be smaller than high", got=f"low={low} and high={high}")
+        require(one_given, "give width or count, and not both", got=f"width={width}, count={count}")
         if width is not None:
             number("width", width, low=0, open_low=True)
             step = Fraction(str(width))
             number_of_bins = math.ceil((end - start) / step)
-            if number_of_bins > MOST_BINS:
-                raise problem(f"at most {MOST_BINS:,} bins", got=f"{number_of_bins:,}", fix="Widen them.")
-            if start + number_of_bins * step != end:
-                got, fix = f"{width} in {digits(float(end - start))}", _dividing(low, high, step)
-                raise problem("width must divide high - low", got=got, fix=fix)
+            whole("the number of bins", number_of_bins, high=MOST_BINS, fix="Widen them.")
+            divides, got = start + number_of_bins * step == end, f"{width} in {digits(float(end - start))}"
+            require(divides, "width must divide high - low", got=got, fix=lambda: _dividing(low, high, step))
         else:
             number_of_bins = length("count", count, most=MOST_BINS)
             start, end = _outwards(min, low), _outwards(max, high)
@@ -305,9 +303,8 @@ class Bins(LabelAxes):
         first, pace = int(start * shared), int(step * shared)
         edges = np.array([(first + i * pace) / shared for i in range(number_of_bins + 1)])
         edges[0], edges[-1] = min(edges[0], lowest), max(edges[-1], highest)
-        if not (edges[1:] > edges[:-1]).all():
-            fix = "Widen them, or count labels from a nearer zero."
-            raise problem("bins must be wider than float64 resolves", got=f"width {float(step):g}", fix=fix)
+        resolved = (edges[1:] > edges[:-1]).all()
+        require(resolved, "bins must be wider than float64 resolves", got=f"width {float(step):g}", fix=_NEARER_ZERO)
         return cls(edges, centers=_integer_centers(edges) if integer else None)
 
     @classmethod
@@ -450,10 +447,7 @@ class Bins(LabelAxes):
             "Hand them over in float64, or count them from a nearer zero."
         )
 
-    def tally(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray:
-        one_of("outside", outside, OUTSIDE)
-        instance(str, name=name)
-        labels = labels_array(labels, name)
+    def _tally(self, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
         values = labels if labels.dtype.kind == "f" else labels.astype(np.float64)
         exact = values.itemsize == 8 or (values.itemsize == 4 and not self._collapses)
         # To sort many labels is faster than to search for the bin of each.
@@ -462,7 +456,7 @@ class Bins(LabelAxes):
                 counts = np.histogram(values, self.edges.astype(values.dtype))[0]
             if counts.sum() == values.size:
                 return counts
-        return super().tally(labels, outside, name=name)
+        return super()._tally(labels, outside, name)
 
     def _quick_index(self, labels: np.ndarray) -> np.ndarray | None:
         """The bins of labels, found without a search. It is None where not all labels are numbers of classes or lie on
@@ -541,8 +535,8 @@ def _different(labels: Any) -> np.ndarray:
     if (bad := ~np.isfinite(array)).any():
         got = f"{array[bad.argmax()]} at index [{bad.argmax()}] ({bad.sum()} such labels)"
         raise label_problem("labels must be finite", got=got, fix="Remove these samples first.")
-    if array.min() == array.max():
-        raise problem("labels must hold at least two different values", got=f"only {digits(array[0])}")
+    several = array.min() < array.max()
+    require(several, "labels must hold at least two different values", got=f"only {digits(array[0])}")
     return array
 
 
@@ -569,8 +563,11 @@ def _is_decimal(*numbers: Fraction) -> bool:
     return all(Fraction(str(float(x))) == x for x in numbers)
 
 
-def _too_large(name: str, largest: float) -> Exception:
-    return problem(f"{name} must lie within {_LARGEST:.3g} of zero", got=f"{largest:.3g}")
+def continuous(bins: object, fix: str, *, of: str = "") -> None:
+    """Raise unless ``bins`` is one continuous axis, which what ``of`` names needs."""
+    instance(Bins, bins=bins)
+    rule = "bins must cut a continuous label axis" + f" for {of}" * bool(of)
+    require(not bins.categorical, rule, got=bins, fix=fix)  # type: ignore[attr-defined]
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
@@ -580,16 +577,13 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
 
 def _edges_array(edges: object) -> np.ndarray:
     array = labels_array(edges, "edges").astype(np.float64) + 0.0  # no -0.0, which hashes unlike 0.0
-    if array.ndim != 1 or len(array) < 2:
-        raise problem("edges must be one row of at least two numbers", got=f"shape {array.shape}", error=ShapeError)
-    if not (np.abs(array) <= _LARGEST).all() and np.isfinite(array).all():
-        raise _too_large("edges", float(np.abs(array).max()))
+    require(array.ndim == 1 and len(array) > 1, "edges must be one row of at least two numbers", got=array.shape)
     sound = (array[1:] > array[:-1]) & np.isfinite(array[1:]) & np.isfinite(array[:-1])
-    if not sound.all():
-        i = int(np.argmin(sound))
-        got = f"{digits(array[i])} followed by {digits(array[i + 1])} at position {i}"
-        fix = "Sort them and drop repeats: numpy.unique(edges)."
-        raise problem("edges must be finite and strictly rising", got=got, fix=fix)
+    i = int(np.argmin(sound))
+    got = f"{digits(array[i])} followed by {digits(array[i + 1])} at position {i}"
+    require(sound[i], "edges must be finite and strictly rising", got=got, fix="Use numpy.unique(edges).")
+    largest = np.abs(array).max()
+    require(largest <= _LARGEST, f"edges must lie within {_LARGEST:g} of zero", got=f"{largest:.3g}")
     return array
 
 
@@ -613,8 +607,7 @@ def _whole_numbers(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _integer_centers(edges: np.ndarray) -> np.ndarray:
     first, last = _whole_numbers(edges)
-    if (last < first).any():
-        low, high = edges[int(np.argmax(last < first)) :][:2]
-        rule, got = "with integer=True every bin must hold a whole number", f"[{digits(low)}, {digits(high)})"
-        raise problem(rule, got=got, fix="Use a width of at least 1.")
+    i = int(np.argmax(last < first))
+    got, fix = f"[{digits(edges[i])}, {digits(edges[i + 1])})", "Use a width of at least 1, or integer=False."
+    require(first[i] <= last[i], "every bin must hold a whole number", got=got, fix=fix)
     return (first + last) / 2

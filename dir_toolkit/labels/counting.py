@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from .._checks import labels_array, problem
+from .._checks import labels_array, problem, require
 from ..errors import LabelError
 from .bins import Outside
 from .grid import AnyBins, BinGrid
@@ -24,8 +24,7 @@ def count_labels(labels: Any, bins: AnyBins, outside: Outside) -> np.ndarray:
     counts = np.zeros(len(bins) + 1, dtype=np.int64)
     for piece in _pieces(labels):
         counts += _counted_by_dask(piece, bins, outside) if _is_dask(piece) else _counted(piece, bins, outside)
-    if counts[-1] == 0:
-        raise problem("labels must hold at least one label", got="none")
+    require(counts[-1] > 0, "labels must hold at least one label", got="none")
     return counts[:-1]
 
 
@@ -64,13 +63,12 @@ def _is_dask(labels: Any) -> bool:
 
 def _counted_by_dask(labels: Any, bins: AnyBins, outside: Outside) -> np.ndarray:
     """:func:`_counted` of a dask array, within the tasks that make its chunks, whose counts are then summed."""
-    if not hasattr(labels, "map_blocks"):  # a bag or a table
-        rule = "labels kept by dask must be a dask array"
-        raise problem(rule, got=type(labels).__name__, fix="Use .to_dask_array().", error=TypeError)
+    of_array, rule = hasattr(labels, "map_blocks"), "labels kept by dask must be a dask array"  # and no bag or table
+    require(of_array, rule, got=type(labels), fix="Use .to_dask_array().")
     if isinstance(bins, BinGrid) and labels.ndim > 0 and labels.numblocks[-1] > 1:
-        if np.isnan(labels.shape[-1]):
-            rule = f"the last axis, of {len(bins.axes)} numbers per label, must not be in chunks of unknown size"
-            raise problem(rule, got=labels.chunks[-1], fix="Call labels.compute_chunk_sizes().")
+        rule = f"the last axis, of {len(bins.axes)} numbers per label, must not be in chunks of unknown size"
+        known = not np.isnan(labels.shape[-1])
+        require(known, rule, got=str(labels.chunks[-1]), fix="Call labels.compute_chunk_sizes().")
         labels = labels.rechunk({-1: -1})
     counts = labels.map_blocks(
         partial(_counted_in_chunk, bins=bins, outside=outside),
@@ -105,26 +103,25 @@ def _pieces(labels: Any, *, of_several: bool = False) -> Iterator[Any]:
         for piece in labels:
             yield from _pieces(piece, of_several=True)
     else:
-        rule, fix = "labels must be an array or an iterable of arrays", "Gather single numbers into a list."
-        raise problem(rule, got=type(labels).__name__, fix=fix, error=TypeError)
+        fix = "Gather single numbers into a list."
+        raise problem("labels must be an array or an iterable of arrays", got=type(labels), fix=fix)
 
 
 def _refuse_inputs(labels: Any, *, of_several: bool) -> None:
     """Refuse a loader, and a pair of inputs and labels, which are known by as many rows of another shape, or as a piece
     of several arrays."""
-    got = ""
+    came = ""
     if isinstance(labels, (DataLoader, _BaseDataLoaderIter)):
-        got = "a DataLoader, whose batches hold inputs too"
+        came = "a DataLoader, whose batches hold inputs too"
     elif isinstance(labels, (list, tuple)):
         shapes = [shape for item in labels if isinstance(shape := getattr(item, "shape", None), tuple)]
         if len(shapes) == len(labels) > 1 and all(shapes) and (of_several or _are_inputs_and_labels(shapes)):
-            got = f"arrays of shapes {', '.join(map(str, map(tuple, shapes[:3])))}"
+            came = f"arrays of shapes {', '.join(map(str, map(tuple, shapes[:3])))}"
         elif shapes and any(shapes) and (not all(shapes) or any(isinstance(item, (int, float)) for item in labels)):
-            got = "arrays together with single numbers"
-    if got:
-        rule = "labels must be labels alone, without the inputs that they belong to"
-        fix = "Hand over the labels of each batch: (y for x, y in loader)."
-        raise problem(rule, got=got, fix=fix, error=TypeError)
+            came = "arrays together with single numbers"
+    rule = "labels must be labels alone, without the inputs that they belong to"
+    fix = "Hand over the labels of each batch: (y for x, y in loader)."
+    require(not came, rule, got=came, fix=fix, error=TypeError)
 
 
 def _are_inputs_and_labels(shapes: list[tuple[int, ...]]) -> bool:

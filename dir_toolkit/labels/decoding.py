@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import instance, is_tensor, number, one_of, problem, real, same_device
+from .._checks import instance, number, one_of, real, require, same_device
 from .._numerics import readable
-from ..errors import ShapeError
-from .bins import Bins, lookup
+from .bins import Bins, continuous, lookup
 from .soft_labels import ENDS, Ends, knots_of
 
 __all__ = ["Decoding", "decode", "interval", "quantiles"]
@@ -49,7 +48,7 @@ def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation", *
     """
     one_of("point", point, _POINTS)
     one_of("ends", ends, ENDS)
-    shares = _checked(probabilities, bins, order_for="" if point == "mode" else f"point={point!r}")
+    shares = _wide_shares(probabilities, bins, order_for="" if point == "mode" else f"point={point!r}")
     return decoded(shares, bins, point, ends)
 
 
@@ -98,7 +97,7 @@ def quantiles(
     tensor([ 5., 10., 20.])
     """
     one_of("ends", ends, ENDS)
-    probabilities = _checked(probabilities, bins, order_for="quantiles")
+    probabilities = _wide_shares(probabilities, bins, order_for="quantiles")
     return _quantiles(probabilities, bins, _levels(levels, probabilities), ends)
 
 
@@ -118,7 +117,7 @@ def interval(probabilities: Tensor, bins: Bins, level: float = 0.9, *, ends: End
     """
     level = number("level", level, low=0, high=1, open_low=True, open_high=True)
     one_of("ends", ends, ENDS)
-    probabilities = _checked(probabilities, bins, order_for="an interval")
+    probabilities = _wide_shares(probabilities, bins, order_for="an interval")
     tails = torch.stack([probabilities.new_full((), (1 + side * level) / 2) for side in (-1, 1)])
     lower, upper = _quantiles(probabilities, bins, tails, ends).unbind(-1)
     return lower, upper
@@ -144,12 +143,11 @@ def _held(values: Tensor, bins: Bins) -> Tensor:
     return values.clamp(edges[0], edges[-1])
 
 
-def _checked(probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:
+def _wide_shares(probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:
     """The probabilities in the dtype to compute in. ``order_for`` names what is asked for that classes cannot give."""
+    if order_for:
+        continuous(bins, 'Use decode(..., point="mode"), or Bins.uniform if classes have an order.', of=order_for)
     instance(Bins, bins=bins)
-    if bins.categorical and order_for:
-        rule = f"bins must not be classes, which have no order, for {order_for}"
-        raise problem(rule, got=repr(bins), fix='Use decode(..., point="mode"), or Bins.uniform if they have one.')
     shares = bins.shares(probabilities)
     return shares.to(bins.wide_dtype(shares))
 
@@ -157,11 +155,9 @@ def _checked(probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:
 def _levels(levels: float | Sequence[float] | np.ndarray | Tensor, like: Tensor) -> Tensor:
     """(L,), each in (0, 1), in the dtype and on the device of ``like``."""
     if isinstance(levels, Tensor):
-        is_tensor(levels=levels)
         real(levels=levels)
         same_device(probabilities=like, levels=levels)
-        if levels.ndim > 1 or levels.numel() == 0:
-            raise problem(_LEVELS, got=f"shape {tuple(levels.shape)}", error=ShapeError)
+        require(levels.ndim <= 1 and levels.numel() > 0, _LEVELS, got=levels.shape)
         if readable(levels):
             for level in levels.flatten().tolist():
                 number("levels", level, low=0, high=1, open_low=True, open_high=True)
@@ -169,8 +165,7 @@ def _levels(levels: float | Sequence[float] | np.ndarray | Tensor, like: Tensor)
     if isinstance(levels, np.ndarray):
         levels = levels.tolist()
     row = list(levels) if isinstance(levels, Sequence) and not isinstance(levels, str) else [levels]
-    if not row:
-        raise problem(_LEVELS, got="none")
+    require(len(row) > 0, _LEVELS, got="none")
     checked = [number("levels", level, low=0, high=1, open_low=True, open_high=True) for level in row]
     # Filled in one by one, since a list would be copied to an accelerator, which waits for it.
     return torch.stack([like.new_full((), level) for level in checked])

@@ -11,10 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import finite, instance, labels_array, not_empty, number, one_of, problem, warn, whole
+from .._checks import (
+    finite,
+    instance,
+    labels_array,
+    not_empty,
+    number,
+    one_of,
+    problem,
+    require,
+    same_bins,
+    shaped,
+    warn,
+    whole,
+)
 from .._ranks import check_group, is_parallel, summed
-from ..errors import ShapeError
-from .bins import OUTSIDE, Bins, Outside, axis_bytes
+from .bins import Bins, Outside, axis_bytes
 from .counting import count_labels
 from .grid import AnyBins, BinGrid, Windows, checked_windows
 from .kernels import EDGES, Edges, smooth_axes
@@ -49,8 +61,7 @@ class LabelDensity:
     def __init__(self, bins: AnyBins, counts: Sequence[float] | np.ndarray | Tensor) -> None:
         instance((Bins, BinGrid), bins=bins)
         counts = counts_array(counts)
-        if len(counts) != len(bins):
-            raise problem(f"counts must have one number per bin, {len(bins)}", got=len(counts), error=ShapeError)
+        shaped((len(bins),), "one per bin", counts=counts)
         counts.setflags(write=False)
         self.bins, self.counts = bins, counts
         self._warned_crowded = False  # whether count has warned of these labels, so that nothing warns of them again
@@ -76,14 +87,12 @@ class LabelDensity:
             ShapeError: over a grid, the last axis is not K long.
         """
         instance((Bins, BinGrid), bins=bins)
-        one_of("outside", outside, OUTSIDE)
         density = cls(bins, count_labels(labels, bins, outside))
         for crowding in crowded_bins(bins, density.counts):
             density._warned_crowded = True
             warn(
-                f"{crowding}, and are not told apart there. Take the logarithm of labels that reach over orders of "
-                "magnitude, or bins that are narrow where labels are many, as Bins.quantile or Bins.from_edges with "
-                "numpy.geomspace makes them. Or look for mistyped labels."
+                f"{crowding}, and are not told apart there. Take the logarithm of the labels, or bins that are narrow "
+                "where labels are many (Bins.quantile, Bins.from_edges). Or look for mistyped labels."
             )
         return density
 
@@ -107,8 +116,7 @@ class LabelDensity:
         known: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(known, own, group=group)
         if differ := [rank for rank, (digest, _) in enumerate(known) if digest != known[0][0]]:
-            rule = "all ranks must count over the same bins"
-            raise problem(rule, got=f"other bins on ranks {differ} than on rank 0")
+            raise problem("all ranks must count over the same bins", got=f"others on ranks {differ} than rank 0")
         dtype = torch.float64 if any(smoothed for _, smoothed in known) else torch.int64
         (counts,) = summed(torch.tensor(self.counts, dtype=dtype, device="cpu"), group=group)
         return LabelDensity(self.bins, counts.numpy())
@@ -124,11 +132,9 @@ class LabelDensity:
     def __add__(self, other: LabelDensity) -> LabelDensity:
         if not isinstance(other, LabelDensity):
             return NotImplemented
-        if self.bins != other.bins:
-            raise problem("only densities over the same bins can be added", got=f"{self.bins} and {other.bins}")
+        same_bins("the other density", other, self.bins)
         counts = self.counts + other.counts
-        if counts.dtype.kind == "i" and counts.min() < 0:
-            raise problem("counts must be below 2^63 when added", got="a larger sum")
+        require(counts.dtype.kind != "i" or counts.min() >= 0, "counts must add up to less than 2^63", got="more")
         return LabelDensity(self.bins, counts)
 
     def __eq__(self, other: object) -> bool:
@@ -176,11 +182,9 @@ class LabelDensity:
         instance(LDS, lds=lds)
         weights = lds._of_bins(self.bins)
         counts = np.where(self.counts > 0, self.counts * weights, 0.0)
-        if np.isnan(counts).any():
-            i = int(np.isnan(counts).argmax())
-            rule = f"lds must weigh all labels of the density, which reach beyond its axis {lds.bins!r}"
-            fix = 'Make the LDS over the same axis, or with outside="clip".'
-            raise problem(rule, got=f"{self.counts[i]:g} labels in bin {i} of {self.bins!r}", fix=fix)
+        i = int(np.isnan(counts).argmax())
+        got, fix = f"{self.counts[i]:g} labels in bin {i} of {self.bins!r}", 'Make the LDS with outside="clip".'
+        require(not np.isnan(counts[i]), f"lds must weigh labels beyond its axis {lds.bins!r}", got=got, fix=fix)
         return LabelDensity(self.bins, counts)
 
     def prior(self, *, floor: float = 0.0) -> np.ndarray:
@@ -194,9 +198,7 @@ class LabelDensity:
         """
         floor = number("floor", floor, low=0)
         counts = np.maximum(self.counts, floor * self.bins.relative_widths)
-        if not counts.any():
-            fix = "All labels lay outside the bins."
-            raise problem("at least one label must have been counted", got="none", fix=fix)
+        require(counts.any(), "at least one label must have been counted", got="none, all lay outside the bins")
         return to_shares(counts)
 
     def regions(self, *, many: int = 100, few: int = 20) -> np.ndarray:
@@ -233,14 +235,12 @@ def crowded_bins(bins: AnyBins, counts: np.ndarray) -> list[str]:
 def counts_array(counts: Any) -> np.ndarray:
     """One row of finite counts that are not negative, as int64 or float64."""
     counts = labels_array(counts, "counts")
-    if counts.ndim != 1:
-        raise problem("counts must be one row of numbers", got=f"shape {counts.shape}", error=ShapeError)
+    shaped(("B",), "one per bin", counts=counts)
     not_empty(counts=counts)
     finite(counts=counts)
-    if counts.min() < 0:
-        raise problem("counts must not be negative", got=f"a minimum of {counts.min():g}")
-    if counts.dtype.kind == "u" and counts.max() >= 2**63:
-        raise problem("counts must be below 2^63", got=f"{counts.max()}", fix="Hand over floats.")
+    fits = counts.dtype.kind != "u" or counts.max() < 2**63
+    require(fits, "counts must be below 2^63", got=counts.max(), fix="Hand over floats.")
+    require(counts.min() >= 0, "counts must not be negative", got=f"a minimum of {counts.min():g}")
     return counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
 
 

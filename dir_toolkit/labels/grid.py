@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import MOST_BINS, instance, keys, problem
+from .._checks import MOST_BINS, instance, is_tensor, keys, problem, require, shaped, whole
 from ..errors import ShapeError
 from .bins import Bins, LabelAxes, Outside
-from .kernels import DEFAULT_KERNEL, Window, checked_window, usual_kernel
+from .kernels import A_WINDOW, DEFAULT_KERNEL, Window, checked_window, usual_kernel
 
 __all__ = ["AnyBins", "BinGrid", "Windows"]
 
@@ -42,14 +42,11 @@ class BinGrid(LabelAxes):
     """
 
     def __init__(self, *axes: Bins) -> None:
-        if not axes:
-            raise problem("axes must hold at least one Bins", got="none")
+        require(len(axes) > 0, "axes must hold at least one Bins", got="none")
         for i, axis in enumerate(axes):
             instance(Bins, **{f"axes[{i}]": axis})
         self._axes = axes
-        if len(self) > MOST_BINS:
-            got = f"{' x '.join(map(str, self.shape))} = {len(self):,}"
-            raise problem(f"at most {MOST_BINS:,} joint bins", got=got, fix="Widen the bins of an axis.")
+        whole("the number of joint bins", len(self), high=MOST_BINS, fix="Widen the bins of an axis.")
 
     @property
     def axes(self) -> tuple[Bins, ...]:
@@ -75,8 +72,7 @@ class BinGrid(LabelAxes):
         Raises:
             AttributeError: always.
         """
-        rule, fix = "this needs one label axis, and edges belong to an axis", "Use an axis: grid.axes[0]."
-        raise problem(rule, got=repr(self), fix=fix, error=AttributeError)
+        raise problem("edges belong to one axis", got=repr(self), fix="Use grid.axes[0].", error=AttributeError)
 
     def _corners(self, of_axes: Sequence[np.ndarray]) -> np.ndarray:
         """One value per bin of each axis, as (B, K)."""
@@ -98,9 +94,8 @@ class BinGrid(LabelAxes):
         return f"<BinGrid: {' x '.join(map(repr, self.axes))}>"
 
     def _index(self, labels: Tensor, outside: Outside, name: str) -> Tensor:
-        if labels.ndim == 0 or labels.shape[-1] != len(self.axes):
-            rule = f"{name} must be (..., {len(self.axes)}), one number per dimension in the last axis"
-            raise problem(rule, got=f"shape {tuple(labels.shape)}", error=ShapeError)
+        is_tensor(**{name: labels})
+        shaped((..., len(self.axes)), "one number per dimension in the last axis", **{name: labels})
         index = torch.zeros_like(labels[..., 0], dtype=torch.int64)
         beyond = torch.zeros_like(index, dtype=torch.bool)
         for k, axis in enumerate(self.axes):
@@ -150,10 +145,8 @@ def checked_windows(kernel: Windows, bins: AnyBins) -> tuple[np.ndarray, ...]:
     if not (isinstance(bins, BinGrid) and any(np.ndim(window) > 0 for window in windows)):
         # Classes have no neighbours, and so are smoothed only where they are the one axis.
         windows = [kernel if len(axes) == 1 or not axis.categorical else _ALONE for axis in axes]
-        if all(window is _ALONE for window in windows):
-            rule = "kernel must be one window for each axis of a grid of classes, which have no neighbours"
-            fix = "Use kernel=None, or one window per axis, with [1.0] for those that are not to be smoothed."
-            raise problem(rule, got="one window", fix=fix)
+        alone, fix = all(window is _ALONE for window in windows), "Use kernel=None, or one window per axis."
+        require(not alone, "a grid of classes has no neighbours to smooth over", got="one window", fix=fix)
     if len(windows) != len(axes):
         rule, got = f"kernel must be one window, or one for each of {len(axes)} label axes", f"{len(windows)} windows"
         raise problem(rule, got=got, fix="Use [1.0] for an axis that is not to be smoothed.", error=ShapeError)
@@ -167,7 +160,6 @@ def chosen_windows(
     None where nothing is smoothed."""
     if isinstance(kernel, str):
         if kernel != "auto":
-            rule, fix = 'kernel must be a window, "auto" or None', "Use dir_toolkit.gaussian(5, 2)."
-            raise problem(rule, got=repr(kernel), fix=fix, error=TypeError)
+            raise problem('kernel must be a window, "auto" or None', got=repr(kernel), fix=A_WINDOW, error=TypeError)
         kernel = usual_kernel(bins, usual)
     return None if kernel is None else checked_windows(kernel, bins)

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import MOST_BINS, instance, labels_array, length, not_empty, number, one_of, problem
-from ..errors import ShapeError
+from .._checks import MOST_BINS, instance, labels_array, length, not_empty, number, one_of, require
 
 if TYPE_CHECKING:
     from .bins import LabelAxes
@@ -20,14 +19,13 @@ __all__ = ["Edges", "Window", "gaussian", "laplace", "smooth", "smoothing_matrix
 Window = Sequence[float] | np.ndarray
 Edges = Literal["reflect", "mirror", "zero"]
 EDGES = get_args(Edges)
+A_WINDOW = "Use dir_toolkit.gaussian(5, 2)."
 _SCIPY_MODE = {"reflect": "reflect", "mirror": "mirror", "zero": "constant"}
 
 
 def _offsets(size: int) -> np.ndarray:
     size = length("size", size, most=MOST_BINS)
-    if size % 2 == 0:
-        fix = f"Use {size - 1}" + (f" or {size + 1}." if size < MOST_BINS else ".")
-        raise problem("size must be odd, so that the window has a middle", got=size, fix=fix)
+    require(size % 2 == 1, "size must be odd, so that the window has a middle", got=size, fix=f"Use {size - 1}.")
     return np.arange(size) - size // 2
 
 
@@ -102,18 +100,14 @@ def usual_kernel(bins: LabelAxes, window: np.ndarray = DEFAULT_KERNEL) -> np.nda
 def checked_window(kernel: Window, num_bins: int) -> np.ndarray:
     """The window as float64, once it is checked that it can smooth an axis of ``num_bins`` bins."""
     window = labels_array(kernel, "kernel").astype(np.float64)
-    if window.ndim != 1 or window.size == 0:
-        rule, fix = "kernel must be a row of numbers", "Use dir_toolkit.gaussian(5, 2)."
-        raise problem(rule, got=f"shape {window.shape}", fix=fix, error=ShapeError)
-    if window.size % 2 == 0:
-        raise problem("kernel must have odd length, so that it has a middle", got=f"{window.size} values")
-    if not np.isfinite(window).all() or (window < 0).any() or window[window.size // 2] <= 0:
-        raise problem("kernel must be finite, not negative, and positive in the middle", got=window.tolist())
-    if not np.allclose(window, window[::-1], rtol=1e-9, atol=0):
-        raise problem("kernel must be symmetric", got=window.tolist())
-    if window.size > num_bins:
-        got, fix = f"{window.size} values for {num_bins} bins", f"Use at most {num_bins - 1 + num_bins % 2}."
-        raise problem("kernel must not be longer than the label axis", got=got, fix=fix)
+    size, came = window.size, window.tolist()
+    require(window.ndim == 1 and size > 0, "kernel must be a row of numbers", got=window.shape, fix=A_WINDOW)
+    require(size % 2 == 1, "kernel must have odd length, so that it has a middle", got=f"{size} values")
+    sound = np.isfinite(window).all() and (window >= 0).all() and window[size // 2] > 0
+    require(sound, "kernel must be finite, not negative, and positive in the middle", got=came)
+    require(np.allclose(window, window[::-1], rtol=1e-9, atol=0), "kernel must be symmetric", got=came)
+    got, fix = f"{size} values for {num_bins} bins", f"Use at most {num_bins - 1 + num_bins % 2}."
+    require(size <= num_bins, "kernel must not be longer than the label axis", got=got, fix=fix)
     return window
 
 

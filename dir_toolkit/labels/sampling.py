@@ -12,9 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler, Sampler
 
-from .._checks import instance, keys, labels_array, length, not_empty, number, problem, warn, whole
+from .._checks import (
+    MOST_LONG,
+    instance,
+    keys,
+    labels_array,
+    not_empty,
+    number,
+    require,
+    shaped,
+    warn,
+    whole,
+)
 from .._settings import described, differing, shown
-from ..errors import CheckpointError, ShapeError
+from ..errors import CheckpointError
 from .bins import Bins
 from .density import LabelDensity, counts_array, to_shares
 
@@ -44,7 +55,7 @@ def bin_probabilities(density_or_counts: Counts, q: float) -> np.ndarray:
     >>> bin_probabilities([16, 4, 0], 0.5).round(3).tolist()
     [0.667, 0.333, 0.0]
     """
-    counts, widths = _checked_counts(density_or_counts)
+    counts, widths = _counts_and_widths(density_or_counts)
     return _power(counts, number("q", q, low=0, high=1), widths)
 
 
@@ -64,11 +75,9 @@ def progressive_probabilities(density_or_counts: Counts, epoch: int, epochs: int
     >>> [progressive_probabilities([3, 1], epoch, 3).tolist() for epoch in range(3)]
     [[0.75, 0.25], [0.625, 0.375], [0.5, 0.5]]
     """
-    counts, widths = _checked_counts(density_or_counts)
+    counts, widths = _counts_and_widths(density_or_counts)
     epochs = whole("epochs", epochs, low=1)
-    epoch = whole("epoch", epoch, low=0)
-    if epoch >= epochs:
-        raise problem(f"epoch must be below epochs={epochs}", got=epoch, fix="Epochs count from 0.")
+    epoch = whole("epoch", epoch, low=0, high=epochs - 1, fix="Epochs count from 0.")
     return _progressive(counts, epoch, epochs, widths)
 
 
@@ -129,31 +138,24 @@ class BinSampler(Sampler[int]):
         instance(Bins, bins=bins)
         instance(bool, replacement=replacement)
         index = torch.from_numpy(bins.index(labels_array(labels)))
-        if index.ndim != 1:
-            raise problem("labels must be (N,)", got=f"shape {tuple(index.shape)}", error=ShapeError)
+        shaped(("N",), labels=index)
         not_empty(labels=index)
         self.bins = bins
         self.q = number("q", q, low=0, high=1)
         self.progressive_epochs = progressive_epochs
         if progressive_epochs is not None:
             self.progressive_epochs = whole("progressive_epochs", progressive_epochs, low=1)
-            if self.q != 0:
-                raise problem("give q or progressive_epochs, and not both", got=f"{q} and {progressive_epochs}")
+            require(self.q == 0, "give q or progressive_epochs, and not both", got=f"{q} and {progressive_epochs}")
         self.seed = whole("seed", seed, low=0)
         self.world = whole("world", world, low=1)
-        self.rank = whole("rank", rank, low=0)
-        if self.rank >= self.world:
-            raise problem(f"rank must be below world={self.world}", got=self.rank)
+        self.rank = whole("rank", rank, low=0, high=self.world - 1, fix="Ranks count from 0 and lie below world.")
         if self.world > 1 and type(self) is BinSampler:
             # Lightning asks for the class. A __new__ that chose it would hide the signature of __init__.
             self.__class__ = _SharedBinSampler
-        self.num_samples = len(index) if num_samples is None else length("num_samples", num_samples)
-        if self.num_samples < self.world:
-            raise problem(f"num_samples must be at least one per rank, {self.world}", got=self.num_samples)
+        most, fix = MOST_LONG if replacement else len(index), "Use replacement=True to draw more than there are."
+        num_samples = len(index) if num_samples is None else num_samples
+        self.num_samples = whole("num_samples", num_samples, low=self.world, high=most, fix=fix)
         self.replacement = replacement
-        if not replacement and self.num_samples > len(index):
-            rule = f"without replacement num_samples must be at most {len(index)}, the number of labels"
-            raise problem(rule, got=self.num_samples, fix="Use replacement=True.")
         if not replacement and self.num_samples == len(index) and (self.q < 1 or progressive_epochs is not None):
             warn(
                 "without replacement all samples are drawn once, so that an epoch is reordered but not balanced. Use "
@@ -235,14 +237,13 @@ class BinSampler(Sampler[int]):
             CheckpointError: the state belongs to a sampler of other settings or labels.
         """
         keys("state", state, ("epoch", "yielded", "settings"))
-        if got := differing(state["settings"], self._described()):
-            rule = "the state must belong to a sampler of the same settings and labels"
-            raise problem(rule, got=got, error=CheckpointError)
-        epoch = whole("epoch", state["epoch"], low=0)
-        yielded = whole("yielded", state["yielded"], low=0)
-        if yielded > (largest_share := len(range(0, self.num_samples, self.world))):
-            raise problem(f"yielded must be at most {largest_share}", got=yielded, error=CheckpointError)
-        self.set_epoch(epoch)
+        differs, rule = (
+            differing(state["settings"], self._described()),
+            "the state must be of the same settings and labels",
+        )
+        require(not differs, rule, got=differs, error=CheckpointError)
+        yielded = whole("yielded", state["yielded"], low=0, high=len(range(0, self.num_samples, self.world)))
+        self.set_epoch(state["epoch"])
         self.start(min(yielded, len(self)))
 
     def __repr__(self) -> str:
@@ -283,15 +284,14 @@ class _SharedBinSampler(BinSampler, DistributedSampler[int]):
     """A sampler that is shared out over ranks already, which Lightning tells by its class."""
 
 
-def _checked_counts(density_or_counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+def _counts_and_widths(density_or_counts: Counts) -> tuple[np.ndarray, np.ndarray]:
     """Counts, and the relative widths of their bins."""
     if isinstance(density_or_counts, LabelDensity):
         counts, widths = density_or_counts.counts, density_or_counts.bins.relative_widths
     else:
         counts = counts_array(density_or_counts)
         widths = np.ones(len(counts))
-    if not counts.any():
-        raise problem("at least one bin must hold a sample", got="counts of zero")
+    require(counts.any(), "at least one bin must hold a sample", got="counts of zero")
     return counts.astype(np.float64), widths
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import instance, is_tensor, number, one_of, problem
+from .._checks import instance, is_tensor, number, one_of, require
 from .._numerics import readable, wide_dtype
 from .bins import Bins, Outside, lookup
 
@@ -78,9 +78,9 @@ def soft_labels(
     one_of("ends", ends, ENDS)
     if sigma is not None and not torch.compiler.is_compiling():
         sigma = checked_sigma(sigma, bins, unit)
-    if sigma and bins.categorical:
-        rule = "sigma must be None or 0 where bins are classes, which have no distances"
-        raise problem(rule, got=sigma, fix="Smooth classes by label_smoothing of cross_entropy.")
+    spreads = sigma and not bins.categorical
+    fix = "Smooth classes by label_smoothing of cross_entropy."
+    require(spreads or not sigma, "sigma must be None or 0 where bins are classes", got=sigma, fix=fix)
     looked_at = readable(labels)
     index = bins.index(labels, outside if looked_at or outside != "raise" else "drop")
     if not sigma:

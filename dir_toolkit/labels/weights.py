@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import instance, interval, keys, number, one_of, problem, warn
+from .._checks import instance, interval, keys, number, one_of, problem, require, same_bins, warn
 from .._numerics import has_values, keepable
 from .._settings import described, differing, shown
 from .._state import SoundModule, pack, unpack
@@ -129,12 +129,10 @@ class LDS(SoundModule):
         Source:
             github.com/YyzHarry/imbalanced-regression, ``_prepare_weights`` of its data sets.
         """
-        instance((Bins, BinGrid), bins=bins)
         one_of("scheme", scheme, ("inverse", "sqrt_inverse"))
         clip = (5, 1000) if scheme == "inverse" else None
-        windows = chosen_windows(kernel, bins, FOLDED_KERNEL)
         lds = cls(bins, kernel=None, scheme=scheme, edges="zero", order="scheme_first", clip=clip, outside=outside)
-        lds.kernels = windows
+        lds.kernels = chosen_windows(kernel, bins, FOLDED_KERNEL)
         lds._public_integers = scheme == "inverse"
         return lds
 
@@ -152,21 +150,18 @@ class LDS(SoundModule):
         """
         if isinstance(labels, LabelDensity):
             density = labels
-            if density.counts.dtype.kind == "f" and self.kernels is not None:
-                rule = "the density must be as counted, since the kernel smooths it"
-                raise problem(rule, got=repr(density), fix="Hand over the counted density, or kernel=None.")
-            if density.bins != self.bins:
-                raise problem("the density must be over the same bins", got=f"{density.bins}, {self.bins}")
+            counted, fix = density.counts.dtype.kind != "f", "Hand over the counted density, or kernel=None."
+            sound = counted or self.kernels is None
+            require(sound, "the density must be as counted, to be smoothed", got=lambda: repr(density), fix=fix)
+            same_bins("the density", density, self.bins)
         else:
             density = LabelDensity.count(labels, self.bins, outside=self.outside)
         counts = density.counts.astype(np.float64)
-        if not counts.any():
-            raise problem("at least one label must lie on the label axis", got="none")
+        require(counts.any(), "at least one label must lie on the label axis", got="none")
         weights = self._unscaled(density._per_width())
         counts = np.ldexp(counts, -np.frexp(counts.max())[1])  # by a power of two: sums of large ones are no infinity
         weights *= counts.sum() / (counts * weights).sum()
-        if weights.max() > torch.finfo(torch.float32).max:
-            raise _infinite(f"a weight of {weights.max():.3g}")
+        _finite(weights.max() <= torch.finfo(torch.float32).max, f"a weight of {weights.max():.3g}")
         self._warn(density.counts.astype(np.float64), weights)
         self._set(torch.from_numpy(weights))
         return self
@@ -214,8 +209,7 @@ class LDS(SoundModule):
         weights = np.zeros_like(divisor)
         with np.errstate(over="ignore"):
             weights[positive] = 1 / divisor[positive]
-        if not positive[counts > 0].all() or not np.isfinite(weights).all():
-            raise _infinite("a density of zero where labels lie")
+        _finite(positive[counts > 0].all() and np.isfinite(weights).all(), "a density of zero where labels lie")
         weights[~positive] = weights.max()
         return weights
 
@@ -243,10 +237,12 @@ class LDS(SoundModule):
     def forward(self, labels: Tensor) -> Tensor:
         return self._of_rows(self.bins.rows(labels, self.outside))
 
+    def _check_fitted(self, known: bool) -> None:
+        require(known, "weights are not known yet", fix="Call lds.fit(training_labels) first.", error=NotFittedError)
+
     def _of_rows(self, row: Tensor) -> Tensor:
         """The weights of labels whose bins are known."""
-        if not self._fitted:
-            raise _not_fitted()
+        self._check_fitted(self._fitted)
         return self._table_on(row.device).index_select(0, row.flatten()).view(row.shape)
 
     def _table_on(self, device: torch.device) -> Tensor:
@@ -270,8 +266,7 @@ class LDS(SoundModule):
         return table[index.cpu().numpy() if isinstance(index, Tensor) else index]
 
     def _known(self) -> np.ndarray:
-        if not self._fitted or self.table.is_meta:
-            raise _not_fitted()
+        self._check_fitted(self._fitted and not self.table.is_meta)
         return self.table.detach().cpu().double().numpy()
 
     def _of_bins(self, bins: AnyBins) -> np.ndarray:
@@ -281,9 +276,8 @@ class LDS(SoundModule):
         if bins == self.bins:
             return table
         kinds = [[axis.categorical for axis in own.axes] for own in (bins, self.bins)]
-        if kinds[0] != kinds[1]:
-            rule = "lds must weigh the labels that the density counts"
-            raise problem(rule, got=f"{self.bins} for {bins}", fix="Make the LDS over the bins of the density.")
+        got, fix = f"{self.bins} for {bins}", "Make the LDS over the bins of the density."
+        require(kinds[0] == kinds[1], "lds must weigh the labels that the density counts", got=got, fix=fix)
         means = table.reshape(self.bins.shape)
         for k, (own, other) in enumerate(zip(self.bins.axes, bins.axes, strict=True)):
             means = np.moveaxis(_means_over(np.moveaxis(means, k, 0), own, other, self.outside), 0, k)
@@ -319,9 +313,9 @@ class LDS(SoundModule):
 
     def set_extra_state(self, state: Any) -> None:
         """Refuse the state of other weights. ``load_state_dict`` takes up the state together with the weights."""
-        self._checked_state(state)
+        self._was_fitted(state)
 
-    def _checked_state(self, state: object) -> bool:
+    def _was_fitted(self, state: object) -> bool:
         """Whether the weights that were saved with this state were known."""
         values = unpack(state)
         try:
@@ -329,12 +323,9 @@ class LDS(SoundModule):
             fitted, bins = bool(values["fitted"]), saved_bins(values["bins"])
         except (ValueError, TypeError, RuntimeError) as error:
             raise problem("the saved state must be one of weights", got=str(error), error=CheckpointError) from None
-        if bins != self.bins:
-            rule = "the saved weights must be over the same label axis"
-            raise problem(rule, got=f"{bins} for {self.bins}", error=CheckpointError)
-        if got := differing(values["settings"], described("settings", self._arguments())):
-            rule = "the saved weights must be of the same settings"
-            raise problem(rule, got=got, fix="Make the LDS with the settings it was saved with.", error=CheckpointError)
+        same_bins("the saved weights", bins, self.bins, error=CheckpointError)
+        differs = differing(values["settings"], described("settings", self._arguments()))
+        require(not differs, "the saved weights must be of the same settings", got=differs, error=CheckpointError)
         return fitted
 
     def _load_from_state_dict(
@@ -352,14 +343,13 @@ class LDS(SoundModule):
         name, assign = f"{prefix}table", local_metadata.get("assign_to_params_buffers", False)
         fitted = None
         if f"{prefix}_extra_state" in state_dict:
-            fitted = self._checked_state(state_dict[f"{prefix}_extra_state"])
+            fitted = self._was_fitted(state_dict[f"{prefix}_extra_state"])
         table, faults = state_dict.get(name), len(error_msgs)
         if known := isinstance(table, Tensor) and table.shape == self.table.shape:
             weights = table.detach()[:-1]
             known = bool((weights.isfinite() & (weights >= 0)).all()) if has_values(weights) else fitted is not False
             if not known and (fitted or not bool(weights.isnan().all())):
-                rule, fix = "the saved weights must be finite and not negative", "Load an intact copy."
-                raise problem(rule, got="some that are not", fix=fix, error=CheckpointError)
+                raise problem("the saved weights must be finite and not negative", got="others", error=CheckpointError)
             if self.table.is_meta and not assign:
                 error_msgs.append(f"LDS: {name} is on the meta device, which holds no weights. Pass assign=True.")
                 return
@@ -413,11 +403,5 @@ def _means_over(values: np.ndarray, own: Bins, other: Bins, outside: Outside) ->
     return np.add.reduceat(pieces * widths.reshape(wide), starts) / wholes.reshape(wide)
 
 
-def _not_fitted() -> Exception:
-    fix = "Call lds.fit(training_labels) first."
-    return problem("weights are not known yet", fix=fix, error=NotFittedError)
-
-
-def _infinite(got: str) -> Exception:
-    fix = "Use a kernel with wider support, or clip from 1."
-    return problem("every weight must be finite", got=got, fix=fix)
+def _finite(sound: bool | np.bool_, came: str) -> None:
+    require(sound, "every weight must be finite", got=came, fix="Use a kernel with wider support, or clip from 1.")

@@ -130,7 +130,7 @@ class LongTailModel(nn.Module):
         instance(nn.Module, backbone=backbone)
         if density is not None:
             instance(LabelDensity, density=density)
-            same_bins(bins, density=density)
+            same_bins("density", density, bins)
         one_of("outside", outside, ("raise", "clip", "drop"))
         if weights is not None:
             instance(LDS, weights=weights)
@@ -452,7 +452,7 @@ class LongTailModel(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
     ) -> None:
         if self.weights is not None and f"{prefix}weights._extra_state" in state_dict:
-            self.weights._checked_state(state_dict[f"{prefix}weights._extra_state"])
+            self.weights._was_fitted(state_dict[f"{prefix}weights._extra_state"])
         if f"{prefix}_extra_state" in state_dict:
             assign = local_metadata.get("assign_to_params_buffers", False)
             self._take_up(state_dict[f"{prefix}_extra_state"], assign)
@@ -462,7 +462,7 @@ class LongTailModel(nn.Module):
     def _take_up(self, packed: Any, assign: bool) -> None:
         state = unpack(packed)
         keys("the saved state", state, ("bins", "fds"))
-        same_bins(self.bins, error=CheckpointError, **{"the saved model": Bins.from_dict(state["bins"])})
+        same_bins("the saved model", Bins.from_dict(state["bins"]), self.bins, error=CheckpointError)
         if self.fds is None:  # There is nothing to calibrate; predictions do not need the statistics.
             return
         if state["fds"] is None:
@@ -492,4 +492,4 @@ def _check_labels(name: str, part: FDS | LDS, bins: Bins) -> None:
     """A part may cut the axis into bins of its own, but it must take the same labels."""
     same = isinstance(part.bins, Bins) and part.bins.categorical == bins.categorical
     axis = "classes" if bins.categorical else "a continuous label axis"
-    require(same, f"{name} must be over {axis}, as the model is", got=repr(part.bins))
+    require(same, f"{name} must be over {axis}, as the model is", got=part.bins)

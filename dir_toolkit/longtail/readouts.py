@@ -776,7 +776,7 @@ def _as_counted(given: LabelDensity | None, density: LabelDensity) -> LabelDensi
     """``density``, which is to be smoothed, if the density that was given has not been smoothed before."""
     smoothed = given is not None and given.counts.dtype.kind == "f" and not given._of_weighted_rows
     fix = "Hand over the counted density, or prior_kernel=None."
-    require(not smoothed, "density must be as counted, to be smoothed", got=repr(given), fix=fix)
+    require(not smoothed, "density must be as counted, to be smoothed", got=lambda: repr(given), fix=fix)
     return density
 
 

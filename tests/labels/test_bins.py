@@ -49,7 +49,7 @@ def test_integer_labels_have_whole_centers() -> None:
 
 @pytest.mark.parametrize(("low", "high", "count"), [(0, 1, 4), (0.2, 0.8, 1), (0.1, 0.9, 1)])
 def test_integer_needs_a_whole_number_in_every_bin(low: float, high: float, count: int) -> None:
-    with pytest.raises(ValueError, match=r"integer=True every bin must hold a whole number, got \[0\."):
+    with pytest.raises(ValueError, match=r"every bin must hold a whole number, got \[0\..* or integer=False\."):
         Bins.uniform(low, high, count=count, integer=True)
 
 
@@ -83,11 +83,11 @@ def test_tenths_are_the_tenths_one_writes() -> None:
         ({"low": 0, "high": 1}, "give width or count, and not both, got width=None, count=None"),
         ({"low": 0, "high": 1, "width": 1, "count": 1}, "give width or count, and not both"),
         ({"low": 0, "high": 10, "width": 3}, "width must divide high - low, got 3 in 10. Use count=4, or high=12."),
-        ({"low": 0, "high": 1, "width": 1e-9}, "at most 10,000,000 bins, got 1,000,000,000"),
+        ({"low": 0, "high": 1, "width": 1e-9}, "the number of bins must be at most 10,000,000, got 1000000000. Widen"),
         ({"low": 0, "high": 1, "count": 10**9}, "count must be at most 10,000,000, got 1000000000"),
         ({"low": 1, "high": 1.3, "width": 0.1 + 1e-9}, "width must divide high - low, got 0.100000001 in 0.3. Use"),
         ({"low": 0, "high": 0.1 + 1e-9, "width": 0.1}, "width must divide high - low, got 0.1 in 0.100000001. Use"),
-        ({"low": -1e308, "high": 1e308, "count": 2}, "low and high must lie within 4.49e+307 of zero, got 1e+308"),
+        ({"low": -1e308, "high": 1e308, "count": 2}, "low and high must lie within 4e+307 of zero, got 1e+308"),
         ({"low": np.float32(0.7), "high": 0.7, "width": 0.1}, "low must be smaller than high"),
         ({"low": [0], "high": 1, "count": 1}, "low must be a number, got [0]"),
         ({"low": 0, "high": torch.ones(1), "count": 1}, "high must be a number, got tensor([1.])"),
@@ -162,7 +162,7 @@ def test_edges_may_be_uneven_negative_and_of_any_scale() -> None:
         ([0, 1, 1], ValueError, r"edges must be finite and strictly rising, got 1 followed by 1 at position 1\."),
         ([0, np.nan, 1], ValueError, r"edges must be finite and strictly rising, got 0 followed by nan"),
         ([0, np.inf], ValueError, r"edges must be finite and strictly rising"),
-        ([0, 1e308], ValueError, r"edges must lie within 4\.49e\+307 of zero, got 1e\+308"),
+        ([0, 1e308], ValueError, r"edges must lie within 4e\+307 of zero, got 1e\+308"),
         (
             [0, 1.0000001, 1.00000009],
             ValueError,
@@ -439,9 +439,9 @@ def test_expectation_equals_a_naive_loop_and_gradients_flow() -> None:
         (
             np.ones((3, 2)) / 2,
             ShapeError,
-            r"probabilities must have 3 values in the last axis, one per bin, got shape \(3, 2\)",
+            r"probabilities must be \(\.\.\., 3\), one per bin, got shape \(3, 2\)",
         ),
-        (np.float64(1), ShapeError, r"probabilities must have 3 values in the last axis, one per bin, got shape \(\)"),
+        (np.float64(1), ShapeError, r"probabilities must be \(\.\.\., 3\), one per bin, got shape \(\)"),
         (
             np.array([0.5, 0.5, 0.5]),
             ValueError,
@@ -577,7 +577,7 @@ def test_apples_gpus_get_a_sentence_where_float64_is_needed() -> None:
         if torch.__version__ >= "2.5":  # before, moving a fake tensor asks for the real device
             assert decode(p, Bins.uniform(0, 10, width=1), "mode").dtype == torch.float32
         with pytest.raises(
-            ValueError, match=r"10 from 1e\+09 to 1000000010>: an axis that .* float64, got mps\. Count"
+            ValueError, match=r"bins need a device that knows float64, got mps\. Widen the bins, or count"
         ):
             decode(p, Bins.uniform(1e9, 1e9 + 10, width=1))
 

@@ -143,7 +143,7 @@ def test_classes_have_a_mode_alone() -> None:
     p = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.2, 0.2]])
     assert decode(p, CLASSES, "mode").tolist() == [1, 0]
     assert decode(p, CLASSES, "mode").dtype == torch.int64
-    rule = r"bins must not be classes, which have no order, for {}, got Bins\.classes\(3\)\. Use decode\(.*\"mode\"\)"
+    rule = r"bins must cut a continuous label axis for {}, got Bins\.classes\(3\)\. Use decode\(.*\"mode\"\)"
     for point in ("expectation", "median"):
         with pytest.raises(ValueError, match=r"^decode: " + rule.format(f"point='{point}'")):
             decode(p, CLASSES, point)  # type: ignore[arg-type]
@@ -171,7 +171,7 @@ def test_what_is_no_distribution_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name}: bins must be a Bins, got int"):
         call(p, 5)
     for bad in (p[:, :4], p.mT, torch.tensor(1.0)):
-        with pytest.raises(ShapeError, match=f"^{name}: probabilities must have 5 values in the last axis, one per"):
+        with pytest.raises(ShapeError, match=rf"^{name}: probabilities must be \(\.\.\., 5\), one per bin"):
             call(bad, UNEVEN)
     with pytest.raises(
         ValueError, match=f"^{name}: probabilities must sum to one along the last axis, got sums from 2"

@@ -312,7 +312,7 @@ def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., lis
         assert torch.equal(found["a group of both"], found["both"])
         smoothed = LabelDensity(SHARED, first.numpy()).smooth(triangular(3)).counts + second.numpy()
         np.testing.assert_allclose(found["one smoothed"].numpy(), smoothed, rtol=1e-12)
-        assert found["told"].endswith("got other bins on ranks [1] than on rank 0.")
+        assert found["told"].endswith("got others on ranks [1] than rank 0.")
     alone = LabelDensity.count(LABELS, BINS)
     assert alone.all_reduce() is alone
 
@@ -358,7 +358,7 @@ def test_dates_and_masked_labels_are_refused_by_name(labels: Any) -> None:
 @pytest.mark.parametrize(
     ("counts", "kind", "message"),
     [
-        ([1, 2], ShapeError, r"counts must have one number per bin, 3, got 2"),
+        ([1, 2], ShapeError, r"counts must be \(3,\), one per bin, got shape \(2,\)"),
         ([1, -2, 0], ValueError, "counts must not be negative, got a minimum of -2"),
         ([1, np.nan, 0], ValueError, r"counts must be finite, got nan at index \[1\]"),
         ([1, np.inf, 0], ValueError, "counts must be finite"),
@@ -382,7 +382,9 @@ def test_bins_must_be_bins(bins: Any) -> None:
 
 def test_only_densities_over_the_same_bins_add() -> None:
     density = LabelDensity.count(LABELS, BINS)
-    with pytest.raises(ValueError, match="only densities over the same bins can be added, got <Bins: 10 from 0 to 10>"):
+    with pytest.raises(
+        ValueError, match=r"the other density must be over the same bins, got .* for <Bins: 10 from 0 to 10>"
+    ):
         density + LabelDensity.count([1], Bins.classes(10))
     with pytest.raises(TypeError):
         density + 1  # type: ignore[operator]
@@ -422,7 +424,7 @@ def test_prior_by_hand() -> None:
     assert LabelDensity(Bins.classes(2), [0, 0]).prior(floor=1).tolist() == [0.5, 0.5]
     assert LabelDensity(Bins.classes(2), [1e308, 1e308]).prior().tolist() == [0.5, 0.5]
     assert LabelDensity(Bins.classes(2), [2**62, 2**62]).prior(floor=1).tolist() == [0.5, 0.5]
-    message = r"^LabelDensity\.prior: at least one label must have been counted, got none\. All labels lay outside"
+    message = r"^LabelDensity\.prior: at least one label must have been counted, got none, all lay outside the bins"
     with pytest.raises(ValueError, match=message):
         LabelDensity.count([99.0], BINS, outside="drop").prior()
     with pytest.raises(ValueError, match="floor must be >= 0, got -1"):
@@ -504,7 +506,7 @@ def test_counts_that_int64_cannot_hold_are_refused() -> None:
     most = LabelDensity(Bins.classes(2), np.array([2**63 - 1, 1], dtype=np.uint64))
     assert repr(most) == "<LabelDensity: 9.22337e+18 labels in 2 bins>"
     assert most.prior().tolist() == [1.0, 2.0**-63]
-    with pytest.raises(ValueError, match=r"^LabelDensity: counts must be below 2\^63 when added, got a larger sum"):
+    with pytest.raises(ValueError, match=r"^LabelDensity: counts must add up to less than 2\^63, got more"):
         _ = most + most
     with pytest.raises(ValueError, match=rf"^LabelDensity: counts must be below 2\^63, got {2**63}\. Hand over floats"):
         LabelDensity(Bins.classes(2), np.array([2**63, 1], dtype=np.uint64))
@@ -548,10 +550,8 @@ def test_weights_of_a_shorter_axis_follow_outside() -> None:
     clipped = LDS(short, kernel=None, outside="clip").fit(labels)
     assert long.weighted(clipped).counts[5:].tolist() == [clipped.table[4].double().item()] * 5
     raising = LDS(short, kernel=None).fit(labels)
-    message = r"which reach beyond its axis <Bins: 5 from 0 to 5>, got 1 labels in bin 5 of .* outside=\"clip\"\.$"
-    with pytest.raises(
-        ValueError, match=rf"^LabelDensity\.weighted: lds must weigh all labels of the density, {message}"
-    ):
+    message = r"beyond its axis <Bins: 5 from 0 to 5>, got 1 labels in bin 5 of .* outside=\"clip\"\.$"
+    with pytest.raises(ValueError, match=rf"^LabelDensity\.weighted: lds must weigh labels {message}"):
         long.weighted(raising)
     inside = LabelDensity(BINS, [1] * 5 + [0] * 5)
     assert inside.weighted(raising).counts[:5].tolist() == raising.table[:-1].double().tolist()

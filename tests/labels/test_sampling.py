@@ -104,7 +104,7 @@ def test_other_q_and_epochs_are_refused() -> None:
             bin_probabilities(COUNTS, q)
     with pytest.raises(TypeError, match="q must be a number"):
         bin_probabilities(COUNTS, "0")  # type: ignore[arg-type]
-    message = r"^progressive_probabilities: epoch must be below epochs=3, got 3\. Epochs count from 0\."
+    message = r"^progressive_probabilities: epoch must be at most 2, got 3\. Epochs count from 0\."
     with pytest.raises(ValueError, match=message):
         progressive_probabilities(COUNTS, 3, 3)
     with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
@@ -386,7 +386,7 @@ def test_the_state_of_one_rank_serves_another() -> None:
 )
 def test_a_state_of_other_settings_is_refused(options: Any) -> None:
     other = BinSampler(LABELS, BINS, **options)
-    message = r"^BinSampler.load_state_dict: the state must belong to a sampler of the same settings and labels, got "
+    message = r"^BinSampler.load_state_dict: the state must be of the same settings and labels, got "
     with pytest.raises(CheckpointError, match=message):
         BinSampler(LABELS, BINS).load_state_dict(other.state_dict())
 
@@ -402,7 +402,7 @@ def test_a_state_of_other_labels_or_of_almost_the_same_q_is_refused() -> None:
         BinSampler(LABELS, Bins.classes(8), q=0.5),
     ):
         with pytest.raises(
-            CheckpointError, match=r"sampler of the same settings and labels, got (labels|q|bins[.a-z]*) was "
+            CheckpointError, match=r"must be of the same settings and labels, got (labels|q|bins[.a-z]*) was "
         ):
             other.load_state_dict(state)
 
@@ -462,14 +462,14 @@ def test_other_labels_are_refused(labels: Any, kind: type[Exception], message: s
         (
             {"num_samples": 101, "replacement": False},
             ValueError,
-            r"without replacement num_samples must be at most 100, the number of labels, got 101\. Use rep",
+            r"num_samples must be at most 100, got 101\. Use replacement=True to draw more",
         ),
         ({"replacement": 1}, TypeError, "replacement must be a bool, got int"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"world": 0}, ValueError, "world must be at least 1, got 0"),
-        ({"rank": 2, "world": 2}, ValueError, "rank must be below world=2, got 2"),
+        ({"rank": 2, "world": 2}, ValueError, "rank must be at most 1, got 2"),
         ({"rank": -1}, ValueError, "rank must be at least 0, got -1"),
-        ({"num_samples": 2, "world": 3}, ValueError, "num_samples must be at least one per rank, 3, got 2"),
+        ({"num_samples": 2, "world": 3}, ValueError, "num_samples must be at least 3, got 2"),
     ],
 )
 def test_other_options_are_refused(options: Any, kind: type[Exception], message: str) -> None:

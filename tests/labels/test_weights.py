@@ -537,7 +537,7 @@ def test_dtype_and_device_follow() -> None:
 @pytest.mark.parametrize("bins", [Bins.uniform(0, 20, width=2), Bins.uniform(0, 20, width=1), Bins.classes(10)])
 def test_weights_of_another_axis_are_refused(bins: Bins) -> None:
     state = LDS(bins).fit([1]).state_dict()
-    with pytest.raises(ValueError, match=r"^LDS\S*: the saved weights must be over the same label axis, got <?Bins"):
+    with pytest.raises(ValueError, match=r"^LDS\S*: the saved weights must be over the same bins, got <?Bins"):
         LDS(Bins.uniform(0, 10, width=1)).load_state_dict(state)
 
 
