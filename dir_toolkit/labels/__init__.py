@@ -3,6 +3,9 @@
 A class is a bin, and a continuous label falls into a bin of a :class:`Bins`. What counts, weighs, draws, spreads or
 decodes labels is made over such an axis, or, where it says so, over a :class:`BinGrid` of several.
 
+:meth:`Bins.auto` makes an axis of labels alone, and :meth:`LabelDensity.describe` says how labels lie over it and what
+to do about it.
+
 The following holds of everything here and is not repeated there.
 
 Labels:
@@ -26,6 +29,7 @@ Widths:
 from .bins import Bins
 from .decoding import decode, interval, quantiles
 from .density import REGIONS, LabelDensity
+from .description import Description
 from .grid import BinGrid
 from .kernels import gaussian, laplace, smooth, smoothing_matrix, triangular
 from .sampling import BinSampler, bin_probabilities, progressive_probabilities
@@ -38,6 +42,7 @@ __all__ = [
     "BinGrid",
     "BinSampler",
     "Bins",
+    "Description",
     "LabelDensity",
     "bin_probabilities",
     "decode",

@@ -32,6 +32,7 @@ from .grid import AnyBins, BinGrid, Windows, checked_windows
 from .kernels import EDGES, Edges, smooth_axes
 
 if TYPE_CHECKING:
+    from .description import Description
     from .weights import LDS
 
 __all__ = ["REGIONS", "LabelDensity"]
@@ -201,17 +202,46 @@ class LabelDensity:
         require(counts.any(), "at least one label must have been counted", got="none, all lay outside the bins")
         return to_shares(counts)
 
-    def regions(self, *, many: int = 100, few: int = 20) -> np.ndarray:
+    def describe(self) -> Description:
+        """How the labels lie over the bins, and what to do about it: a text to print, with its numbers as attributes.
+
+        Raises:
+            ValueError: no label was counted.
+
+        >>> tail = np.repeat(np.arange(8), [900, 500, 250, 100, 40, 15, 4, 1])
+        >>> LabelDensity.count(tail, Bins.uniform(0, 8, width=1)).describe()
+        labels            1,810 in 8 bins
+        labels per bin    70, the median of bins that hold any
+        empty bins        0, at most 0 in a row between labels
+        imbalance         900 times as dense in the densest bin as in the sparsest
+        effective labels  227 under inverse weights, 13%
+        regions           3 many, 2 medium, 3 few, 0 unseen
+        - Weigh the loss by LDS(bins).fit(labels), or scheme="inverse" to go further.
+        - Bins hold enough labels to be scored: LongTailModel(..., bins), with tau chosen on validation data.
+        """
+        from .description import described
+
+        if not self.counts.any():
+            raise problem("at least one label must have been counted", got="none")
+        return described(self)
+
+    def regions(self, *, many: int = 100, few: int = 20, relative: bool = False) -> np.ndarray:
         """The region of each bin, (B,) of str: ``"many"`` with more than ``many`` labels, ``"medium"`` with ``few`` to
         ``many``, ``"few"`` with fewer than ``few``, ``"unseen"`` with none.
 
+        Args:
+            relative: takes ``many`` and ``few`` as percentages of the labels that a bin would hold if all spread evenly
+                over the axis. This suits any number of labels, few above all.
         Source:
             Yang et al. 2021, section 4 (arXiv:2102.09554).
         """
         few = whole("few", few, low=1)
         many = whole("many", many, low=few)
         names = np.full(len(self.bins), "medium", dtype="<U6")
+        instance(bool, relative=relative)
         per_width, most = self._per_width(), 2**63  # whole numbers need not fit into float64
+        if relative and self.counts.any():
+            per_width = per_width * 100 * len(self.bins) / self.counts.sum(dtype=np.float64)
         names[per_width > min(many, most)] = "many"
         names[per_width < min(few, most)] = "few"
         names[self.counts == 0] = "unseen"

@@ -436,6 +436,7 @@ NOT_CALLED = {
     "Frozen": "a context that freeze makes",
     "WeightedL1": "a module without options, whose function is called",
     "WeightedMSE": "a module without options, whose function is called",
+    "Description": "a dataclass, which holds what LabelDensity.describe finds",
     "LongTailOutput": "a NamedTuple, which holds what the model puts there",
     "TauChoice": "a NamedTuple or dataclass, which holds what the choice puts there",
 }

@@ -438,6 +438,13 @@ def test_uneven_bins_are_read_by_the_unit() -> None:
     bins = Bins.from_edges([0, 1, 2, 4, 12])
     density = LabelDensity(bins, [30, 10, 20, 80])  # 30, 10, 10, 10 per unit; mean width 3
     assert density.regions(many=50, few=31).tolist() == ["many", "few", "few", "few"]
+    assert density.regions(relative=True).tolist() == ["many", "medium", "medium", "medium"]  # 140 in 12 units
+    assert LabelDensity(bins, [5, 1, 23, 71]).regions(relative=True, few=13).tolist() == [
+        "medium",
+        "few",
+        "many",
+        "many",
+    ]
     smoothed = density.smooth(triangular(3)).counts / np.diff(bins.edges)
     np.testing.assert_allclose(smoothed, [25, 15, 10, 10], rtol=1e-12)
     np.testing.assert_allclose(LabelDensity(bins, [0, 0, 0, 8]).prior(floor=3), np.array([1, 1, 2, 8]) / 12)
@@ -584,6 +591,17 @@ def test_regions_at_their_very_limits() -> None:
     assert density.regions(many=1, few=1).tolist() == ["many"] * 5 + ["medium", "unseen", "many"]
     smoothed = LabelDensity(Bins.classes(3), [100.5, 19.5, 0.25])
     assert smoothed.regions().tolist() == ["many", "few", "few"]
+
+
+def test_relative_regions_are_those_of_any_number_of_labels() -> None:
+    for times in (1, 10**6):
+        density = LabelDensity(Bins.classes(4), np.array([30, 8, 2, 0]) * times)  # an even spread gives 10 each
+        assert density.regions(relative=True).tolist() == ["many", "medium", "medium", "unseen"]
+        assert density.regions(relative=True, many=300, few=21).tolist() == ["medium", "medium", "few", "unseen"]
+    assert (LabelDensity(Bins.classes(7), [3] * 7).regions(relative=True) == "medium").all()
+    assert LabelDensity(Bins.classes(2), [0, 0]).regions(relative=True).tolist() == ["unseen", "unseen"]
+    with pytest.raises(TypeError, match="relative must be a bool, got int"):
+        density.regions(relative=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

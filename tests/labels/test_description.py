@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dir_toolkit import Bins, LabelDensity
+
+
+def density(counts: list[int]) -> LabelDensity:
+    return LabelDensity(Bins.uniform(0, len(counts), width=1), counts)
+
+
+def test_numbers_by_hand() -> None:
+    found = density([200, 50, 0, 10]).describe()  # too few bins to be smoothed
+    assert (found.labels, found.bins, found.per_bin, found.empty, found.gap, found.ratio) == (260, 4, 50, 1, 1, 20)
+    assert found.effective == pytest.approx(9 / (1 / 200 + 1 / 50 + 1 / 10))
+    assert found.regions == {"many": 1, "medium": 1, "few": 1, "unseen": 1}
+    assert found.why is None
+
+
+def test_uneven_bins_are_compared_per_label_unit() -> None:
+    found = LabelDensity(Bins.from_edges([0, 1, 11]), [10, 100]).describe()
+    assert found.ratio == 1
+    assert found.effective == pytest.approx(110)
+    assert found.advice[0] == "Labels are nearly even over the axis: plain training will do."
+
+
+def test_a_long_tail_is_weighed_and_scored() -> None:
+    tail = np.repeat(np.arange(60), 2000 // (np.arange(60) + 1))
+    found = LabelDensity.count(tail, Bins.auto(tail)).describe()
+    assert repr(found) == str(found)
+    assert f"axis              {len(tail):,} whole numbers from 0 to 59" in str(found)
+    assert "- Weigh the loss by LDS(bins).fit(labels)" in str(found)
+    assert "- Bins hold enough labels to be scored" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence"),
+    [
+        ([900] * 5 + [1] * 5, 'Leave scheme="inverse" alone, or bound it by clip=: few rare labels would rule'),
+        ([90, 50, 20, 9, 4, 1], 'rather predict one number (head="regression")'),
+        ([90, 50, 20, 9, 4, 1], "No bin has more than 100 labels: regions(relative=True)"),
+        ([3, 2, 1], "Bins hold few labels: use wider ones, or get more labels."),
+        ([20] * 60 + [0] * 6 + [5], "Widen the kernel to bridge empty bins: gaussian(7, 2.8)."),
+        ([20] * 20 + [0] * 40 + [5], "No kernel bridges so many empty bins: make bins wider where labels are rare"),
+        ([500] + [9] * 20, "74% of the labels lie in one of 21 bins, from 0 to 1: unless they are equal, use narrower"),
+    ],
+)
+def test_advice(counts: list[int], sentence: str) -> None:
+    assert sentence in str(density(counts).describe())
+
+
+def test_classes_and_grids_have_no_gaps() -> None:
+    for bins in (Bins.classes(6), Bins.grid(Bins.classes(2), Bins.uniform(0, 3, width=1))):
+        found = LabelDensity(bins, [500, 0, 0, 0, 0, 9]).describe()
+        assert found.gap == 0
+        assert "predict under an even one, as LongTailModel does" in str(found)
+
+
+def test_there_must_be_a_label() -> None:
+    with pytest.raises(ValueError, match=r"^LabelDensity\.describe: at least one label must have been counted"):
+        density([0, 0]).describe()
