@@ -46,7 +46,7 @@ from .results.drawing import method_colors
 from .results.figures import density_figure, error_figure, history_figure, region_figure, similarity_figure
 from .results.schema import combine_runs, save_results
 from .results.summary import write_comparison, write_summary
-from .results.tables import Columns, as_text, results_table
+from .results.tables import Columns, as_text, results_table, verdict
 from .training.checkpoint import load_checkpoint
 from .training.loop import Metrics, Optimization, fit, predict
 from .training.provenance import environment, write_json
@@ -460,23 +460,9 @@ class Study:
             raise self._failure("these runs failed; --resume tries them again")
 
     def verdict(self, method: str, baseline: str) -> None:
-        """Say in one sentence what a method did to the errors of all bins alike, of rare and of common labels.
-
-        Nothing is said where one of them has no finished run, or where both are one. It is for one task with a
-        continuous label.
-        """
-        if method == baseline or not {method, baseline} <= {name for _, name, _ in self.runs}:
-            return
-        ds = self.result("verdict").sel({"method": [baseline, method]})
-        clauses = []
-        for name, metric, region in (("bMAE", "bmae", "all"), ("MAE few", "mae", "few"), ("MAE many", "mae", "many")):
-            before, after = ds[metric].sel(region=region).values
-            if np.isfinite(before).any() and np.isfinite(after).any():
-                change = np.nanmean(after) / np.nanmean(before) - 1
-                less = int((after < before).sum())
-                paired = int((np.isfinite(after) & np.isfinite(before)).sum())
-                clauses.append(f"{name} {change:+.0%} (less in {less} of {paired} seeds)")
-        self.say(f"{method} against {baseline}: {', '.join(clauses)}.")
+        """Say in one sentence what a method did to errors, where it and the baseline have a finished run."""
+        if method != baseline and {method, baseline} <= {name for _, name, _ in self.runs}:
+            self.say(verdict(self.result("verdict"), method, baseline))
 
     def _failures(self) -> list[str]:
         """A line for each, without the places on this machine."""

@@ -15,7 +15,7 @@ from ...labels.density import REGIONS
 from ...metrics._declared import METRICS, WATCHED
 from .schema import check_result
 
-__all__ = ["BASELINE", "ResultsTable", "as_markdown", "as_text", "results_table"]
+__all__ = ["BASELINE", "ResultsTable", "as_markdown", "as_text", "results_table", "verdict"]
 
 BASELINE = "constant"
 """The name of the constant predictor, which is the last row of every table."""
@@ -92,6 +92,26 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
     tested = ["" if r is None else count_range(ds["count"].sel(region=r).values) for _, r in columns]
     counts = ["test samples", "", *tested]
     return ResultsTable(_caption(ds, columns), header, counts, rows)
+
+
+def verdict(ds: xr.Dataset, method: str, baseline: str) -> str:
+    """One sentence on what a method did to the errors of all bins alike, and of rare and of common labels.
+
+    Each change is that of the mean over seeds. An error that no run has is left out.
+
+    Args:
+        ds: a result of regression.
+    """
+    runs = ds.sel({"method": [baseline, method]})
+    clauses = []
+    for name, metric, region in (("bMAE", "bmae", "all"), ("MAE few", "mae", "few"), ("MAE many", "mae", "many")):
+        before, after = runs[metric].sel(region=region).values
+        paired = np.isfinite(before) & np.isfinite(after)
+        if paired.any():
+            change = np.nanmean(after) / np.nanmean(before) - 1
+            less = int((after < before)[paired].sum())
+            clauses.append(f"{name} {change:+.0%} (less in {less} of {int(paired.sum())} seeds)")
+    return f"{method} against {baseline}: {', '.join(clauses)}."
 
 
 def _default_columns(ds: xr.Dataset) -> Columns:
