@@ -1,11 +1,13 @@
-"""What the recipes of text and series share: the methods, and a study of them on one task."""
+"""What recipes share: the methods of text and series and a study of them on one task, and a table of errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xarray as xr
 from command_line import shown, typed_command
 
 import dir_toolkit as dt
@@ -49,3 +51,14 @@ def compare(recipe: str, task: Task, settings: Any, out: Path, *, loss: str, bat
         study.run(settings.methods, seeds=settings.seeds)
         study.report(title="methods")
         study.verdict(settings.methods[-1], settings.methods[0])
+
+
+def errors_by_region(table: Mapping[str, Sequence[xr.Dataset]]) -> str:
+    """The MAE in each region and the bMAE of each method, means over its runs, below the number of test samples."""
+    first = next(iter(table.values()))[0]
+    names, counts = [*map(str, first.region.values), "bMAE"], [f"{count:,}" for count in first["count"].values]
+    lines = [["", *names], ["test samples", *counts]]
+    for method, runs in table.items():
+        means = np.mean([[*run.mae.values, run.bmae.values[0]] for run in runs], axis=0)
+        lines.append([method, *(f"{mean:.2f}" for mean in means)])
+    return "\n".join(f"{line[0]:14}" + "".join(f"{cell:>9}" for cell in line[1:]) for line in lines)

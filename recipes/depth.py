@@ -30,8 +30,9 @@ class Settings:
 if __name__ == "__main__":
     SETTINGS = parse(Settings)  # --help is answered here, before torch is loaded
 
-import numpy as np
 import torch
+import xarray as xr
+from comparing import errors_by_region
 from torch import nn
 
 import dir_toolkit as dt
@@ -63,9 +64,8 @@ def main(settings: Settings) -> None:
     image, depth = draw(settings.scenes, settings.size, seed=1)
     test_image, test_depth = draw(128, settings.size, seed=2, even=True)
     density = dt.LabelDensity.count(depth, bins, outside="drop")
-    pixels = int(density.counts.sum())
-    lds = dt.LDS(bins, outside="drop").fit(density)
-    table: dict[str, list[np.ndarray]] = {}
+    pixels, lds = int(density.counts.sum()), dt.LDS(bins, outside="drop").fit(density)
+    table: dict[str, list[xr.Dataset]] = {name: [] for name in METHODS}
     for name, (weighted, smoothed) in METHODS.items():
         for seed in range(settings.seeds):
             torch.manual_seed(seed)
@@ -82,22 +82,18 @@ def main(settings: Settings) -> None:
                 for batch in torch.randperm(settings.scenes).split(BATCH):
                     labels = depth[batch]
                     weight = lds(labels) if weighted else (labels > 0).float()
+                    optimizer.zero_grad()
                     with fds.labels(labels):
                         pred = model(image[batch])[:, 0]
-                    optimizer.zero_grad()
                     (dt.weighted_l1(pred, labels, weight, reduction="sum") / (labels > 0).sum()).backward()
                     optimizer.step()
                     schedule.step()
                 fds.end_epoch()
             pred, valid = model.eval()(test_image)[:, 0].detach(), test_depth > 0
             many, few = pixels // 50, pixels // 200  # bins of over 2 % and under 0.5 % of the pixels
-            errors = dt.regression_metrics(pred[valid], test_depth[valid], density, many=many, few=few)
-            table.setdefault(name, []).append(np.append(errors.mae, errors.bmae.sel(region="all")))
+            table[name].append(dt.regression_metrics(pred[valid], test_depth[valid], density, many=many, few=few))
     print(f"MAE in metres, mean over {settings.seeds} seed(s); bins of 0.5 m by their share of the training pixels")
-    print(" " * 12 + "".join(f"{name:>9}" for name in (*errors.region.values, "bMAE")))
-    print(f"{'test pixels':12}" + "".join(f"{count:9,}" for count in errors["count"].values))
-    for name, rows in table.items():
-        print(f"{name:12}" + "".join(f"{value:9.2f}" for value in np.mean(rows, 0)))
+    print(errors_by_region(table))
 
 
 if __name__ == "__main__":

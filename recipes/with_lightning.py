@@ -77,9 +77,8 @@ def main(settings: Settings) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     bins = dt.Bins.uniform(0, 100, width=2)
-    x, age = draw(settings.samples, seed=1)
+    (x, age), test = draw(settings.samples, seed=1), TensorDataset(*draw(8000, seed=2, even=True))
     density = dt.LabelDensity.count(age, bins)
-    test = DataLoader(TensorDataset(*draw(8000, seed=2, even=True)), batch_size=1000)
     weights = dt.LDS(bins).fit(density)(age)
     print(f"MAE in years by the training samples of a bin of two; {settings.epochs} epochs")
     print(" " * 8 + "".join(f"{name:>12}" for name in SHOWN))
@@ -88,12 +87,12 @@ def main(settings: Settings) -> None:
         module = Ages(RegionMetric(dt.RegressionMetrics(density), keys=SHOWN))
         fds = dt.FDS(bins, 64, momentum=0.5, start_epoch=1 if smoothed else settings.epochs)
         fds.attach(module.head, "input")
-        data = TensorDataset(x, age, weights if weighted else torch.ones_like(weights))
+        data = DataLoader(TensorDataset(x, age, weights if weighted else torch.ones_like(age)), 64, shuffle=True)
         options: dict[str, Any] = {"max_epochs": settings.epochs, "accelerator": "cpu", "logger": False}
         options |= {"callbacks": [FDSCallback(fds, labels_of=1)], "enable_checkpointing": False}
         trainer = pl.Trainer(**options, enable_progress_bar=False, enable_model_summary=False)
-        trainer.fit(module, DataLoader(data, 64, shuffle=True))
-        (logged,) = trainer.test(module, test, verbose=False)
+        trainer.fit(module, data)
+        (logged,) = trainer.test(module, DataLoader(test, 1000), verbose=False)
         print(f"{name:8}" + "".join(f"{logged[key]:12.2f}" for key in SHOWN))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,37 +13,30 @@ from running import Outcome
 
 pytest.importorskip("sklearn", minversion="1.6")
 
-RECIPE = running.RECIPES / "tabular.py"
-TINY = ["--samples", "1500", "--trees", "3", "--epochs", "2"]
+RECIPE = running.RECIPES / "table.py"
+TINY = ["--samples", "600", "--trees", "3"]
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
-    running.check_help_answers_without_torch(RECIPE, tmp_path, "--samples", "--trees", "--seeds")
+    running.check_help_answers_without_torch(RECIPE, tmp_path, "--samples", "--file", "--label")
 
 
 @pytest.mark.filterwarnings("ignore:LongTailRegressor.* on .* held-out rows")  # so few rows teach it too little
-@pytest.mark.parametrize("installed", [False, True])
-def test_it_prints_a_row_a_method(
-    installed: bool, here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if installed:
-        pytest.importorskip("lightgbm")
-    else:
-        monkeypatch.setitem(sys.modules, "lightgbm", None)
-    outcome = here(*TINY, "--seeds", 2 if installed else 1)
+@pytest.mark.parametrize("own", [False, True])
+def test_it_ends_in_a_table_a_report_and_a_sentence(own: bool, here: Callable[..., Outcome], tmp_path: Path) -> None:
+    if own:
+        random = np.random.default_rng(0)
+        rows = [f"{x:.2f},{'ab'[i % 2]},{x + random.random():.2f}" for i, x in enumerate(random.exponential(4, 300))]
+        (tmp_path / "own.csv").write_text("\n".join(["size,kind,price", *rows]))
+    words = ["--file", "own.csv", "--label", "price"] if own else []
+    outcome = here(*TINY, *words, "--seeds", 1)
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
-    rows = lines[-5 - installed :]
-    assert lines[0].startswith("lightgbm is left out") != installed
-    assert lines[-6 - installed].split()[-6:] == ["bMAE", "all", "many", "medium", "few", "unseen"]
-    names = ["boosting", "boosting, LDS", *["lightgbm, LDS"] * installed, "perceptron", "perceptron, LDS"]
-    assert [row[:18].strip() for row in rows] == [*names, "LongTailRegressor"]
-    assert len({row[18:] for row in rows}) == len(rows)
-    for row in rows:
-        means, spreads = zip(*re.findall(r"(\S+) ± (\S+)", row), strict=True)
-        assert len(means) == 7
-        assert all(0 < float(mean) < 60 for mean in means)
-        assert all(np.isfinite(float(spread)) == installed for spread in spreads)
+    names = ["boosting", "boosting, LDS", "network, LDS", "LongTailRegressor"]
+    assert [line.split(", seed")[0] for line in lines[:4]] == names
+    assert "bins of" in outcome.out
+    assert lines[-1].startswith("LongTailRegressor against boosting: bMAE ")
+    assert (tmp_path / "runs/table/report.html").exists()
 
 
 def test_bad_settings_end_in_a_message(here: Callable[..., Outcome]) -> None:
