@@ -19,6 +19,7 @@ from .labels.soft_labels import soft_labels
 from .labels.weights import LDS
 from .longtail.model import LongTailModel
 from .longtail.readouts import LongTailOutput
+from .longtail.saving import load
 from .losses.affinity import affinity_loss
 from .losses.cross_entropy import logit_adjusted_cross_entropy
 from .losses.distribution import crps, soft_cross_entropy
@@ -63,6 +64,7 @@ __all__ = [
     "interval",
     "labels",
     "laplace",
+    "load",
     "logit_adjusted_cross_entropy",
     "losses",
     "metrics",

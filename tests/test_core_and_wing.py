@@ -15,6 +15,7 @@ import pytest
 import dir_toolkit
 
 NEEDED = {"torch", "numpy", "scipy", "xarray"}
+LATE = {"safetensors"}  # imported where they are used
 EXTRAS = [
     "tensorboard",
     "tyro",
@@ -31,6 +32,7 @@ EXTRAS = [
     "transformers",
     "torchmetrics",
     "lightgbm",
+    "safetensors",
     "dask",
 ]
 ROOT = Path(dir_toolkit.__file__).parent
@@ -73,7 +75,7 @@ def test_no_module_of_the_core_imports_the_wing_or_a_library_that_it_does_not_ne
     path = ROOT.joinpath(*name.split(".")[1:])
     names = list(imported(path / "__init__.py" if path.is_dir() else path.with_suffix(".py")))
     assert [other for other in names if other.startswith("dir_toolkit.experiment")] == []
-    known = NEEDED | set(sys.stdlib_module_names) | {"dir_toolkit", ""}
+    known = NEEDED | LATE | set(sys.stdlib_module_names) | {"dir_toolkit", ""}
     assert {other.partition(".")[0] for other in names} - known == set()
 
 

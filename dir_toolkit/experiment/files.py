@@ -1,66 +1,23 @@
-"""Files that are written whole or not at all, such as checkpoints, locks between processes, and a progress bar."""
+"""What went wrong with a file, locks between processes, and a progress bar."""
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from .._checks import problem
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["FolderLock", "naming", "one_at_a_time", "progress_bar", "unwritable", "write_atomically"]
+__all__ = ["FolderLock", "naming", "one_at_a_time", "progress_bar", "unwritable"]
 
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
-
-
-def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], object]) -> None:
-    """Replace ``path`` by what ``writer`` writes. A reader, or a crash, meets the whole old file or the whole new one.
-
-    Args:
-        path: a file whose folder exists. A link is followed, so that what it points to is replaced.
-        writer: called with a binary file. Where it raises, the old file stays, and nothing else is left.
-    Raises:
-        FileNotFoundError: the folder does not exist. IsADirectoryError: ``path`` is a folder.
-    """
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise problem(
-            "path must lie in an existing folder",
-            got=repr(os.fspath(path)),
-            fix=f"Make {target.parent} first.",
-            error=FileNotFoundError,
-        )
-    if target.is_dir():
-        raise problem("path must be a file", got=f"the folder {os.fspath(path)!r}", error=IsADirectoryError)
-    # tempfile would make a file that its owner alone can read. Opened like this it gets the mode of any new file.
-    start = target.name.encode()[:200].decode(errors="ignore")  # the name of a file has at most 255 bytes
-    temporary = target.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            writer(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        try:
-            folder = os.open(target.parent, os.O_RDONLY)
-        except PermissionError:  # a folder that may be written to and not read
-            return
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from .readouts import LongTailOutput, PriorKernel, ScoreReadout
 if TYPE_CHECKING:
     from .model import LongTailModel
 
-__all__ = ["Judged", "calibrate", "choose_tau", "row_weights"]
+__all__ = ["Judged"]
 
 Judged = Literal["bmae", "mae", "balanced_error", "error"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -433,6 +434,23 @@ class LongTailModel(nn.Module):
         if self.fds is not None:
             self.fds._apply(fn)
         return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all that predictions need into one file, which :func:`dir_toolkit.load` reads: the numbers of backbone
+        and head, axis, density, weights, options, prior, tau and temperature. It needs the package ``safetensors``.
+
+        The code of the backbone is not saved, nor that of a head or loss of one's own; they are handed to ``load``.
+        Neither are the statistics of FDS, which predictions do not need.
+
+        Args:
+            path: of a file, which is replaced as a whole or not at all.
+        Raises:
+            ImportError: safetensors is not installed. FileNotFoundError: the folder does not exist. TypeError: a module
+            keeps a state that is no tensor.
+        """
+        from .saving import save
+
+        save(self, path)
 
     def get_extra_state(self) -> Tensor:
         without = self.fds is None or self.fds.running_count.is_meta

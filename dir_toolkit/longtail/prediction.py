@@ -16,8 +16,6 @@ from .readouts import LongTailOutput
 if TYPE_CHECKING:
     from .model import LongTailModel
 
-__all__ = ["read_batches"]
-
 T = TypeVar("T")
 
 

@@ -418,7 +418,7 @@ class ScoreReadout(Readout):
         if has_values(self.intervals.level) and self.intervals.level > 0:
             self.intervals.level.neg_()
             warn("intervals were calibrated under another prior. Call calibrate_intervals again before interval.")
-        self._prior = {"target_prior": target_prior, "tau": tau, "temperature": temperature}
+        self.prior_settings = {"target_prior": target_prior, "tau": tau, "temperature": temperature}
 
     def _offset(self, target: Any, tau: float, kernel: PriorKernel, weights: LDS | None) -> Tensor:
         """What is added to the logits to predict under a target that has been checked, (B,)."""
@@ -505,7 +505,7 @@ class ScoreReadout(Readout):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**super().settings, **self._prior, "adjust": self.adjust, "prior_kernel": self.prior_kernel}
+        return {**super().settings, **self.prior_settings, "adjust": self.adjust, "prior_kernel": self.prior_kernel}
 
 
 class BinsReadout(ScoreReadout):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import random
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,6 +125,24 @@ LONG_TAIL = {
     "residual_weight": 0.1,
     "expectation_weight": 0.1,
 }
+
+
+def in_a_folder(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in a folder that is gone afterwards, where "model" is a saved one."""
+
+    @wraps(function)
+    def inside(**arguments: Any) -> Any:
+        before = Path.cwd()
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            try:
+                model().save("model")
+                return function(**arguments)
+            finally:
+                os.chdir(before)
+
+    return inside
+
 
 # One valid call of each name, with every argument that is to be attacked; made anew for each attack.
 VALID: dict[str, Callable[[], Call]] = {
@@ -260,6 +281,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "LongTailModel.sets": lambda: (calibrated().sets, {"output": shares(), "level": 0.9}),
     "LongTailModel.interval, calibrated": lambda: (calibrated().interval, {"output": shares(), "level": 0.9}),
     "LongTailModel.interval": lambda: ((m := model()).interval, {"output": m(rows(3)), "level": 0.9}),
+    "LongTailModel.save": lambda: (in_a_folder(model().save), {"path": "model"}),
     "LongTailModel.set_extra_state": lambda: (model().set_extra_state, {"state": model().get_extra_state()}),
     "NearestMeanHead": lambda: (dt.heads.NearestMeanHead, {"num_features": 3, "num_classes": 4}),
     "NearestMeanHead.update": lambda: (
@@ -351,6 +373,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "tau_normalized": lambda: (dt.heads.tau_normalized, {"linear": linear(), "tau": 1.0}),
     "triangular": lambda: (dt.triangular, {"size": 5}),
     "bin_probabilities": lambda: (dt.labels.bin_probabilities, {"density_or_counts": [4, 1], "q": 0.5}),
+    "load": lambda: (in_a_folder(dt.load), {"path": "model", "backbone": nn.Linear(3, 3)}),
     "limits": lambda: (dt.labels.limits, {"bins": BINS, "like": torch.zeros(2)}),
     "progressive_probabilities": lambda: (
         dt.labels.progressive_probabilities,
@@ -511,6 +534,7 @@ MUST_FIT: dict[str, tuple[str, ...]] = {
 # What may come out besides our own errors, and why.
 NO_VALUES = "a tensor on the meta device has no values to look at or to copy, as torch's own sentence says"
 BACKBONE = "what the backbone makes of its input is the backbone's own"
+FILES = "errors of missing files and of folders are Python's own"
 MAY_RAISE: dict[tuple[str, str], str] = {
     ("Bins.index", "labels"): NO_VALUES,
     ("FDS.update", "labels"): NO_VALUES,
@@ -518,8 +542,10 @@ MAY_RAISE: dict[tuple[str, str], str] = {
     ("LogitAdjuster", "target"): NO_VALUES,
     ("LongTailModel.choose_tau", "labels"): NO_VALUES,
     ("LongTailModel.forward", "x"): BACKBONE,
+    ("LongTailModel.save", "path"): FILES,
     ("adjust_logits", "prior"): NO_VALUES,
     ("adjust_logits", "target"): NO_VALUES,
+    ("load", "path"): FILES,
     ("pointwise_mutual_information", "prior"): NO_VALUES,
 }
 

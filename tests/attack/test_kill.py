@@ -25,9 +25,10 @@ import torch
 from torch import nn
 
 from dir_toolkit import FDS, LDS, Bins, LabelDensity, RegressionMetrics, weighted_l1
+from dir_toolkit._files import write_atomically
 from dir_toolkit.errors import CheckpointError, RunExistsError
 from dir_toolkit.experiment.data.images import ImageSet, content_digest
-from dir_toolkit.experiment.files import FolderLock, write_atomically
+from dir_toolkit.experiment.files import FolderLock
 from dir_toolkit.experiment.training.checkpoint import load_checkpoint, save_checkpoint
 from dir_toolkit.experiment.training.log import RunLog
 from dir_toolkit.experiment.training.loop import Optimization, fit

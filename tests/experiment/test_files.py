@@ -8,7 +8,8 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from dir_toolkit.experiment.files import FolderLock, write_atomically
+from dir_toolkit._files import write_atomically
+from dir_toolkit.experiment.files import FolderLock
 
 
 def test_writes_a_new_file_and_replaces_an_old_one(tmp_path: Path) -> None:
@@ -86,9 +87,9 @@ def test_content_and_folder_reach_the_disk_before_it_returns(tmp_path: Path, mon
 
 
 def test_refuses_a_missing_folder_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"write_atomically: path must lie in an existing folder, got '.*gone"):
+    with pytest.raises(FileNotFoundError, match=r"path must lie in an existing folder, got '.*gone"):
         write_atomically(tmp_path / "gone" / "a", lambda file: None)
-    with pytest.raises(IsADirectoryError, match="write_atomically: path must be a file, got the folder"):
+    with pytest.raises(IsADirectoryError, match="path must be a file, got the folder"):
         write_atomically(tmp_path, lambda file: None)
 
 

@@ -17,8 +17,9 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from ..._checks import length, one_of, problem
+from ..._files import write_atomically
 from ...errors import SettingsError
-from ..files import one_at_a_time, progress_bar, write_atomically
+from ..files import one_at_a_time, progress_bar
 from ._checks import RECIPES, check_parts, data_error
 from .archives import Files
 from .images import ImageSet, Splits

@@ -20,8 +20,8 @@ import numpy as np
 import xarray as xr
 
 from ..._checks import instance, labels_array, problem
+from ..._files import write_atomically
 from ...errors import ShapeError
-from ..files import write_atomically
 from .tables import BASELINE
 
 if TYPE_CHECKING:

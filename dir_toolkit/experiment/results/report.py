@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import xarray as xr
 
 from ..._checks import problem
-from ..files import write_atomically
+from ..._files import write_atomically
 from .drawing import figure_svg
 from .schema import validate_results
 from .tables import Columns, ResultsTable, results_table

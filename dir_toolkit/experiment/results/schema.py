@@ -75,12 +75,12 @@ import xarray as xr
 
 from ... import __version__
 from ..._checks import instance, problem, whole
+from ..._files import write_atomically
 from ...errors import ResultsError
 from ...labels.bins import Bins
 from ...labels.density import REGIONS
 from ...metrics._declared import METRICS
 from ...metrics._metric import stored_unit
-from ..files import write_atomically
 
 __all__ = ["ALL_REGIONS", "combine_runs", "load_results", "save_results", "validate_results"]
 

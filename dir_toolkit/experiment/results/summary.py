@@ -13,9 +13,9 @@ import numpy as np
 import xarray as xr
 
 from ..._checks import instance, one_of, problem
+from ..._files import write_atomically
 from ...labels.density import LabelDensity
 from ...metrics._declared import WATCHED
-from ..files import write_atomically
 from .comparison import comparison_table, differences_csv, leading_methods, paired_differences
 from .comparison_figures import cost_figure, coverage_figure, difference_figure
 from .drawing import figure_to_tensorboard, method_colors, save_figure

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import problem
+from ..._files import write_atomically
 from ...errors import CheckpointError
-from ..files import unwritable, write_atomically
+from ..files import unwritable
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._checks import problem
+from ..._files import write_atomically
 from ...labels.density import REGIONS
 from ...metrics._declared import METRICS
 from ...metrics._metric import Metric
-from ..files import naming, progress_bar, write_atomically
+from ..files import naming, progress_bar
 from .runtime import Runtime
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ... import __version__
+from ..._files import write_atomically
 from ..data.images import Splits
-from ..files import write_atomically
 from .runtime import Runtime
 
 __all__ = ["environment", "write_json"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from dir_toolkit._files import write_atomically
 from dir_toolkit.errors import CheckpointError
-from dir_toolkit.experiment.files import write_atomically
 from dir_toolkit.experiment.training import checkpoint
 from dir_toolkit.experiment.training.checkpoint import load_checkpoint, save_checkpoint
 

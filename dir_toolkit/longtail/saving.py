@@ -1,0 +1,187 @@
+"""Models in one safetensors file each, with everything that predictions need but the code of the backbone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import instance, missing_package, problem, require
+from .._files import write_atomically
+from .._state import pack, unpack
+from ..errors import CheckpointError, DirToolkitWarning
+from ..labels.bins import Bins
+from ..labels.density import LabelDensity
+from ..labels.weights import LDS
+from .model import LongTailModel
+from .readouts import ScoreReadout
+
+__all__ = ["load"]
+
+_FORMAT = "dir_toolkit.LongTailModel 1"
+_MADE_WITH = "made_with"  # the one entry that is no state of a module: what the model was made with
+_WITHOUT = "_extra_state"  # the axis, and FDS, which predictions do not need
+
+
+def save(model: LongTailModel, path: str | os.PathLike[str]) -> None:
+    try:
+        from safetensors.torch import save as to_bytes
+    except ImportError as error:
+        raise missing_package("safetensors>=0.4", error) from error
+    instance((str, os.PathLike), path=path)
+    state = {name: value for name, value in model.state_dict().items() if name != _WITHOUT}
+    for name, value in state.items():
+        rule = f"the model must keep its state in tensors alone, also {name}"
+        require(isinstance(value, Tensor), rule, got=type(value), error=TypeError)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    tensors[_MADE_WITH] = pack(_made_with(model))
+    blob = to_bytes(tensors, {"format": _FORMAT, "sha256": _digest(tensors)})
+    write_atomically(path, lambda file: file.write(blob))
+
+
+def load(
+    path: str | os.PathLike[str],
+    backbone: nn.Module,
+    *,
+    head: nn.Module | None = None,
+    loss: Callable[..., Tensor] | None = None,
+) -> LongTailModel:
+    """The model that :meth:`dir_toolkit.LongTailModel.save` wrote, in eval mode. It predicts what that model did, to
+    the bit, on the device of the backbone. Nothing in the file is run.
+
+    Args:
+        path: of the file.
+        backbone: a module of the architecture of the saved one. Its numbers are replaced by the saved ones, in their
+            precision.
+        head, loss: to be given where the saved model had a module or a function of its own there, and only then.
+    Raises:
+        FileNotFoundError: there is no such file. CheckpointError: the file is damaged, or of another kind or format, or
+        the backbone or head is of another architecture. Backbone and head are as they were then. ValueError: a head or
+        loss of one's own is missing, or there was none. ImportError: safetensors is not installed.
+    """
+    instance(nn.Module, backbone=backbone)
+    state = _read(path)
+    made_with = unpack(state.pop(_MADE_WITH))
+    for name, own in (("head", head), ("loss", loss)):
+        saved = made_with[name]
+        rule = f"{name} must be {'left out' if saved else 'given, as in the saved model'}"
+        got = "None" if own is None else f"one beside the saved {saved!r}"
+        require((own is None) == (saved is not None), rule, got=got)
+    _check_same("backbone", backbone, state)
+    if head is not None:
+        _check_same("head", head, state)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DirToolkitWarning)  # They were read when the model was made.
+        model = _remade(made_with, backbone, head, loss)
+    return _filled(model, state)
+
+
+def _made_with(model: LongTailModel) -> dict[str, Any]:
+    readout, density, weights = model.readout, model.density, model.weights
+    prior = {**readout.prior_settings, "adjust": readout.adjust} if isinstance(readout, ScoreReadout) else {}
+    options = {name: value for name, value in readout.settings.items() if name != "loss" and name not in prior}
+    return {
+        "num_features": model.num_features,
+        "bins": model.bins.settings,
+        "why": model.bins.why,
+        "density": None if density is None else {"counts": density.counts, "of_rows": density._of_weighted_rows},
+        "head": model._head,
+        "loss": readout.loss_name,
+        "weights": None if weights is None else {**weights._arguments(), "bins": weights.bins.settings},
+        "outside": model.outside,
+        "prior": prior,
+        "options": options,
+    }
+
+
+def _remade(made_with: dict[str, Any], backbone: nn.Module, head: Any, loss: Any) -> LongTailModel:
+    bins, counted, weighed = Bins.from_dict(made_with["bins"]), made_with["density"], made_with["weights"]
+    bins.why = made_with["why"]
+    density = weights = None
+    if counted is not None:
+        density = LabelDensity(bins, counted["counts"])
+        density._of_weighted_rows = counted["of_rows"]
+    if weighed is not None:
+        public = weighed.pop("public_integers", False)
+        weights = LDS(**{**weighed, "bins": Bins.from_dict(weighed["bins"])})
+        weights._public_integers = public
+    model = LongTailModel(
+        backbone,
+        made_with["num_features"],
+        bins,
+        density=density,
+        head=made_with["head"] or head,
+        loss=made_with["loss"] or loss,
+        weights=weights,
+        outside=made_with["outside"],
+        **made_with["options"],
+    )
+    if isinstance(model.readout, ScoreReadout):  # The buffers that belong to this are a part of the state.
+        model.readout.adjust = made_with["prior"].pop("adjust")
+        model.readout.prior_settings = made_with["prior"]
+    return model
+
+
+def _filled(model: LongTailModel, state: dict[str, Tensor]) -> LongTailModel:
+    device = next((x.device for x in model.backbone.parameters()), torch.device("cpu"))
+    model = model.to(device)
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        value.data = value.data.to(state[name].dtype)
+    model.load_state_dict({**state, _WITHOUT: model.get_extra_state()})
+    return model.eval()
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a file of this format that is as it was written."""
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise missing_package("safetensors>=0.4", error) from error
+    instance((str, os.PathLike), path=path)
+    place = repr(os.fspath(path))
+    require(Path(path).exists(), "path must be a saved model", got=f"no file {place}", error=FileNotFoundError)
+    try:
+        with safe_open(path, "pt") as file:
+            notes: Mapping[str, str] = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, since it is no dict
+    except Exception as error:  # of a library that raises several
+        raise _foreign("path must be a whole safetensors file", f"{place}: {error}") from error
+    if (found := notes.get("format", "")) != _FORMAT:
+        fix = "Load it with the release of dir_toolkit that saved it."
+        raise _foreign(f"path must be a file of the format {_FORMAT!r}", f"{found!r} in {place}", fix)
+    if notes.get("sha256") != _digest(tensors):
+        raise _foreign("path must be a file as it was written", f"bytes that have changed in {place}")
+    return tensors
+
+
+def _foreign(rule: str, got: str, fix: str = "Load an intact copy.") -> Exception:
+    return problem(rule, got=got, fix=fix, error=CheckpointError)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def _check_same(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise unless the module has the names and shapes of that part of the saved model."""
+    own = {f"{name}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
+    saved = {key: tuple(value.shape) for key, value in state.items() if key.startswith(f"{name}.")}
+    faults = [f"no {key}" for key in saved if key not in own] + [f"{key} besides" for key in own if key not in saved]
+    faults += [
+        f"{key} of shape {own[key]}, saved as {saved[key]}" for key in own if own[key] != saved.get(key, own[key])
+    ]
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        rule, fix = f"{name} must be of the architecture that was saved", "Make it as it was made for that model."
+        raise _foreign(rule, ", ".join(faults[:3]) + more, fix)

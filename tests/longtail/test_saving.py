@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import copy
+import io
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dir_toolkit as dt
+from dir_toolkit._settings import described
+from dir_toolkit.errors import ArgumentError, CheckpointError, MissingPackageError
+from dir_toolkit.longtail import LongTailModel, LongTailOutput
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+AGES = dt.Bins.uniform(0, 20, width=1)
+AGE_DENSITY = dt.LabelDensity(AGES, np.arange(1, 21)[::-1] ** 2)
+CLASSES = dt.Bins.classes(4)
+UNEVEN = dt.Bins.from_edges([0.0, 0.1, 1 / 3, 2.0, 7.0, 21.0])
+X = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+
+
+def net(width: int = 5, features: int = 6) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, features))
+
+
+def trained(bins: dt.Bins = AGES, density: Any = AGE_DENSITY, **options: Any) -> LongTailModel:
+    """A model whose numbers are not those that it was made with."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = LongTailModel(net(), 6, bins, density=density, **options)
+        model.backbone(X)
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(torch.randn_like(value))
+    return model.eval()
+
+
+def same_output(a: LongTailOutput, b: LongTailOutput) -> None:
+    for name, one, other in zip(a._fields, a, b, strict=True):
+        assert one.dtype == other.dtype, name
+        assert torch.equal(one.nan_to_num(-7.0), other.nan_to_num(-7.0)), name
+
+
+def even_classes() -> dt.LabelDensity:
+    return dt.LabelDensity(CLASSES, np.array([80, 10, 5, 2]))
+
+
+MODELS: dict[str, Any] = {
+    **{
+        head: lambda head=head: trained(head=head)
+        for head in ("regression", "gaussian", "linear", "cosine", "affinity")
+    },
+    "balanced_mse": lambda: trained(head="regression", loss="balanced_mse", within_axis=True, prior_kernel=[1, 2, 1]),
+    "residual": lambda: trained(
+        residual=True, expectation_weight=0.1, decode="mode", label_kernel="laplace", sigma=1.0
+    ),
+    "in_loss": lambda: trained(target_prior="uniform", tau=0.8, adjust="in_loss", loss="crps"),
+    "target": lambda: trained(target_prior=AGE_DENSITY.prior()[::-1].copy(), tau=0.7, temperature=1.3, outside="clip"),
+    "weights": lambda: trained(weights=dt.LDS(AGES, scheme="inverse", clip=(1, 50)).fit(AGE_DENSITY), outside="drop"),
+    "reference": lambda: trained(weights=dt.LDS.reference(AGES, scheme="inverse").fit(AGE_DENSITY)),
+    "fds": lambda: trained(fds=dt.FDS(AGES, 6)),
+    "uneven": lambda: trained(UNEVEN, dt.LabelDensity(UNEVEN, np.array([9, 3, 4, 2, 1]))),
+    "no density": lambda: trained(density=None),
+    "auto": lambda: trained(bins := dt.Bins.auto(y := np.arange(300) ** 1.1), dt.LabelDensity.count(y, bins)),
+    "classes": lambda: trained(CLASSES, even_classes(), target_prior="uniform"),
+    "affinity classes": lambda: trained(CLASSES, even_classes(), head="affinity"),
+    "double": lambda: trained().double(),
+    "bfloat16": lambda: trained(weights=dt.LDS(AGES).fit(AGE_DENSITY)).bfloat16(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*spreads each label")
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_loaded_predicts_the_same_bits(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    model.save(tmp_path / "model.safetensors")
+    loaded = dt.load(tmp_path / "model.safetensors", net())
+    x = X.to(next(model.parameters()).dtype)
+    same_output(loaded(x), model(x))
+    assert not loaded.training
+    assert described("model", {**loaded.settings, "fds": None}) == described("model", {**model.settings, "fds": None})
+    assert (loaded.bins, loaded.bins.why, loaded.density) == (model.bins, model.bins.why, model.density)
+    if name not in ("regression", "gaussian", "balanced_mse", "no density"):
+        for one in (model, loaded):
+            one.set_prior("uniform", 0.4)
+        same_output(loaded(x), model(x))
+    y = torch.tensor([0, 1, 3, 2, 2, 1, 3, 0, 1]) if model.bins.categorical else torch.linspace(0, 19, 9)
+    if name != "fds":
+        assert torch.equal(loaded.train()(x, y).loss, model.train()(x, y).loss)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_calibration_is_saved_and_random_numbers_are_left_alone(tmp_path: Path) -> None:
+    model, path = trained(), tmp_path / "model.safetensors"
+    model.choose_tau(model(X).scores, torch.linspace(0, 19, 9), taus=[0.0])
+    model.set_prior("uniform", 0.3, temperature=1.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few samples
+        model.calibrate_intervals(model(X).scores, torch.linspace(0, 19, 9), 0.8)
+    model.save(path)
+    torch.manual_seed(3)
+    loaded = dt.load(path, (backbone := net()).train())
+    state = torch.random.get_rng_state()
+    torch.manual_seed(3)
+    net()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert loaded.backbone is backbone
+    for one, other in zip(loaded.interval(loaded(X)), model.interval(model(X)), strict=True):
+        assert torch.equal(one, other)
+
+
+class Own(nn.Module):
+    """A head that was made elsewhere."""
+
+    def __init__(self, size: int = 20) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def own_loss(scores: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    return scores.mean()
+
+
+def test_a_head_and_a_loss_of_ones_own_are_handed_over(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    model = trained(head=Own(), loss=own_loss)
+    model.save(path)
+    loaded = dt.load(path, net(), head=Own(), loss=own_loss)
+    same_output(loaded(X), model(X))
+    for given, message in (
+        ({"loss": own_loss}, r"head must be given, as in the saved model, got None"),
+        ({"head": Own()}, r"loss must be given, as in the saved model, got None"),
+        (
+            {"head": Own(3), "loss": own_loss},
+            r"head must be of the architecture that was saved, got head\.layer\.weight of",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^load: {message}"):
+            dt.load(path, net(), **given)
+    trained().save(path)
+    with pytest.raises(ArgumentError, match=r"^load: head must be left out, got one beside the saved 'linear'"):
+        dt.load(path, net(), head=Own())
+
+
+def test_another_backbone_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    trained().save(path := tmp_path / "model.safetensors")
+    rule = r"^load: backbone must be of the architecture that was saved, got "
+    for other, got in (
+        (net(width=4), r"backbone\.0\.weight of shape \(4, 3\), saved as \(5, 3\), .* and 4 more\. Make it as it was"),
+        (net()[:3], r"no backbone\.3\.bias, no backbone\.3\.weight\."),
+        (nn.Sequential(*net(), nn.Linear(6, 6)), r"backbone\.4\.weight besides, backbone\.4\.bias besides\."),
+        (net(features=7), r"backbone\.3\.weight of shape \(7, 5\)"),
+    ):
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(CheckpointError, match=rule + got):
+            dt.load(path, other)
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(TypeError, match=r"^load: backbone must be a Module, got str"):
+        dt.load(path, "resnet")
+
+
+def test_a_file_that_is_damaged_foreign_or_missing_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    trained().save(path)
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    for i in range(60):
+        at = int(generator.integers(len(whole))) if i else len(whole) - 1
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged if i % 3 else whole[:at])
+        backbone = net()
+        before = copy.deepcopy(backbone.state_dict())
+        with pytest.raises(CheckpointError, match=r"^load: path must be a (whole|file).*model\.safetensors'"):
+            dt.load(path, backbone)
+        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    path.write_bytes(safetensors.save({"a": torch.ones(2)}))
+    with pytest.raises(
+        CheckpointError, match=r"must be a file of the format 'dir_toolkit\.LongTailModel 1', got '' in"
+    ):
+        dt.load(path, net())
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    header["__metadata__"]["format"] = "dir_toolkit.LongTailModel 2"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
+    with pytest.raises(CheckpointError, match=r"got 'dir_toolkit\.LongTailModel 2' in '.*'\. Load it with the rel"):
+        dt.load(path, net())
+    with pytest.raises(FileNotFoundError, match=r"^load: path must be a saved model, got no file '.*none'"):
+        dt.load(tmp_path / "none", net())
+    with pytest.raises(CheckpointError, match="must be a whole safetensors file"):
+        dt.load(tmp_path, net())
+
+
+class Stateful(nn.Identity):
+    def get_extra_state(self) -> Any:
+        return {"a": 1}
+
+
+def test_what_cannot_be_written_spares_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    trained().save(path)
+    whole = path.read_bytes()
+    model = trained()
+    model.backbone.get_extra_state = lambda: {"a": 1}  # type: ignore[method-assign]
+    broken = type(
+        "Broken", (nn.Module,), {"get_extra_state": lambda self: {"a": 1}, "set_extra_state": lambda *_: None}
+    )
+    model = LongTailModel(nn.Sequential(net(), broken()), 6, AGES)
+    with pytest.raises(
+        TypeError, match=r"^LongTailModel\.save: the model must keep its state in tensors alone, also backb"
+    ):
+        model.save(path)
+    with pytest.raises(FileNotFoundError, match=r"^LongTailModel\.save: path must lie in an existing folder"):
+        trained().save(tmp_path / "none" / "model")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(MissingPackageError, match=r"^LongTailModel\.save: safetensors must be installed, .*pip inst"):
+        trained().save(path)
+    with pytest.raises(MissingPackageError, match=r"^load: safetensors must be installed"):
+        dt.load(path, net())
+    assert path.read_bytes() == whole
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_numbers_that_several_names_share_are_loaded_as_shared(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        backbone = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        backbone[1].weight = backbone[0].weight
+        return backbone
+
+    model = LongTailModel(tied(), 3, AGES).eval()
+    model.save(tmp_path / "model")
+    loaded = dt.load(tmp_path / "model", tied())
+    assert loaded.backbone[0].weight is loaded.backbone[1].weight
+    same_output(loaded(X), model(X))
+    torch.save(loaded, io.BytesIO())  # and it is a module as any other
