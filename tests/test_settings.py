@@ -45,6 +45,7 @@ LABELS: list[Case] = [
             "order": {"order": "scheme_first"},
             "clip": {"clip": (1, 5)},
             "outside": {"outside": "clip"},
+            "missing": {"missing": "drop"},
             "beta": {"beta": 0.9},
             "alpha": {"alpha": 0.5},
             "epsilon": {"epsilon": 0.1},
@@ -56,6 +57,7 @@ LABELS: list[Case] = [
         {
             "labels": {"labels": [0.5, 0.5, 1.5]},
             "bins": {"bins": OTHER_BINS},
+            "missing": {"missing": "drop"},
             "q": {"q": 0.5},
             "progressive_epochs": {"progressive_epochs": 3},
             "num_samples": {"num_samples": 2},
@@ -94,6 +96,7 @@ FEATURES: list[Case] = [
             "count_weighted": {"count_weighted": True},
             "edges": {"edges": "mirror"},
             "outside": {"outside": "clip"},
+            "missing": {"missing": "drop"},
             "channels": {"channels": "last"},
         },
         no_settings=("group",),

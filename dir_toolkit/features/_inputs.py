@@ -10,20 +10,20 @@ from torch import Tensor
 from .._checks import floats, is_tensor, keys, problem
 from .._numerics import is_wrapped
 from ..errors import CheckpointError, ShapeError
-from ..labels.bins import Outside
+from ..labels.bins import Missing, Outside
 from ..labels.grid import AnyBins, BinGrid
 from .rows import Channels
 
 
-def placed(labels: Tensor, bins: AnyBins, outside: Outside) -> Tensor:
-    """The row of each label in tables of B + 1 rows, (N, ...): its bin, or B where it has none."""
+def placed(labels: Tensor, bins: AnyBins, outside: Outside, missing: Missing = "raise") -> Tensor:
+    """The row of each label, (N, ...), as :meth:`Bins.rows` answers."""
     is_tensor(labels=labels)
     k = len(bins.axes)
     if labels.ndim < (2 if isinstance(bins, BinGrid) else 1):
         shapes = f"(N, {k}), or (N, ..., {k})" if isinstance(bins, BinGrid) else "(N,), or (N, ...)"
         rule = f"labels must be {shapes} for one label per step or pixel"
         raise problem(rule, got=tuple(labels.shape), error=ShapeError)
-    rows = bins.rows(labels, outside)
+    rows = bins.rows(labels, outside, missing)
     return rows.clone() if rows.is_inference() and not torch.is_inference_mode_enabled() else rows
 
 

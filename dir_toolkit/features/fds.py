@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from .._checks import instance, interval, length, number, one_of, problem, warn, whole
 from .._settings import shown
 from ..errors import ShapeError
-from ..labels.bins import Bins, Outside
+from ..labels.bins import MISSING, Bins, Missing, Outside
 from ..labels.grid import AnyBins, BinGrid, Windows, chosen_windows
 from ..labels.kernels import FOLDED_KERNEL, Edges, smooth_rows, smoothing_window, usual_kernel
 from ._inputs import check_features, placed
@@ -92,9 +92,9 @@ class FDS(RunningStatistics):
         count_weighted: whether the statistics of a bin are smoothed in proportion to its number of samples, rather than
             all bins alike.
         edges: what lies beyond the label axis, as in :func:`dir_toolkit.labels.kernels.smooth`.
-        outside: what a label beyond the axis does, as in :meth:`Bins.index`. A dropped sample is neither counted nor
-            calibrated, so give pixels without a label one beyond the axis. On an accelerator, ``"raise"`` raises at
-            :meth:`FDS.end_epoch`, so that no step waits for the accelerator.
+        outside, missing: what a label beyond the axis does, and NaN, as in :meth:`Bins.index`. A dropped sample is
+            neither counted nor calibrated, so give steps and pixels without a label NaN. On an accelerator, ``"raise"``
+            raises at :meth:`FDS.end_epoch`, so that no step waits for the accelerator.
         channels: which axis of features holds the D channels, ``"first"`` after the samples, or ``"last"``. None takes
             the one that is D long. Where both are, as in a batch of D steps, it is the one of the features before, and
             features are refused where there are none.
@@ -145,6 +145,7 @@ class FDS(RunningStatistics):
         count_weighted: bool = False,
         edges: Edges = "reflect",
         outside: Outside = "raise",
+        missing: Missing = "raise",
         channels: Channels | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
@@ -155,7 +156,8 @@ class FDS(RunningStatistics):
         one_of("map", map, ("paper", "transport"))
         one_of("edges", edges, ("reflect", "mirror", "zero"))
         one_of("outside", outside, ("raise", "clip", "drop"))
-        self.bins, self.outside, self.count_weighted = bins, outside, count_weighted
+        one_of("missing", missing, MISSING)
+        self.bins, self.outside, self.missing, self.count_weighted = bins, outside, missing, count_weighted
         if channels is not None:
             one_of("channels", channels, ("first", "last"))
         self.channels: Channels | None = channels
@@ -189,6 +191,7 @@ class FDS(RunningStatistics):
             "count_weighted": count_weighted,
             "edges": edges,
             "outside": outside,
+            "missing": missing,
             "channels": channels,
         }
         of_form = Settings(self.momentum, shrinkage, clip, map, rank)
@@ -257,7 +260,7 @@ class FDS(RunningStatistics):
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Gather the statistics of features, without a hook. The features are not changed."""
-        rows = placed(labels, self.bins, self.outside)
+        rows = placed(labels, self.bins, self.outside, self.missing)
         self._gather(features, rows, self._axis(features, rows))
 
     def statistics(self) -> dict[str, Tensor]:
@@ -290,7 +293,7 @@ class FDS(RunningStatistics):
 
         Before ``start_epoch`` epochs have ended, and in eval mode, they are the features themselves.
         """
-        rows = placed(labels, self.bins, self.outside)
+        rows = placed(labels, self.bins, self.outside, self.missing)
         return self._calibrate(features, rows, self._axis(features, rows))
 
     def _calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
@@ -301,7 +304,7 @@ class FDS(RunningStatistics):
     def _carried(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
         if self.running_count.device != features.device:
             self.to(features.device)
-        return self.covariance.calibrate(features, rows, axis)
+        return self.covariance.calibrate(features, rows.clamp_max(len(self.bins)), axis)
 
     def _axis(self, features: Tensor, rows: Tensor) -> int:
         """Which axis of features holds their channels, once they are checked."""
@@ -358,7 +361,7 @@ class FDS(RunningStatistics):
             LabelError: as :meth:`Bins.index`. ShapeError: labels have no axis of samples, or over a grid no last axis
             of its dimensions.
         """
-        return self._on_rows(placed(labels, self.bins, self.outside))
+        return self._on_rows(placed(labels, self.bins, self.outside, self.missing))
 
     @contextmanager
     def _on_rows(self, rows: Tensor) -> Iterator[None]:

@@ -81,10 +81,11 @@ class RunningStatistics(Float64Module):
     @torch.no_grad()
     def _gather(self, features: Tensor, rows: Tensor, axis: int) -> None:
         rows = rows.to(features.device)
-        self._moments.update(*as_rows(features.detach(), rows, axis)[:2])
+        flat, index, _ = as_rows(features.detach(), rows, axis)
+        self._moments.update(flat, index.clamp_max(len(self.bins)))
         if self._unplaced.device != rows.device:
             self._unplaced = self._unplaced.to(rows.device)
-        self._unplaced += (rows == len(self.bins)).sum()
+        self._unplaced += (rows > len(self.bins)).sum()
         self._seen += len(features)
         if self._seen > 2 * self._last_seen > 0 or len(self._evaluated_at) > 1:
             self._warn_once(
@@ -106,15 +107,15 @@ class RunningStatistics(Float64Module):
         The statistics are merged over the ranks of the group, which must all call this.
 
         Raises:
-            LabelError: under ``outside="raise"``, a label of this epoch lay beyond the axis on an accelerator.
+            LabelError: a label of this epoch should have been refused, and lay on an accelerator.
             ValueError: features were not finite, or none were gathered. In all these cases the running statistics stay
                 as they were, and those of the epoch are dropped.
         """
         moments, seen = self._moments.all_reduce(self._group.of), self._seen
         (unplaced,) = summed(self._unplaced.to(moments.count.device), group=self._group.of)
         self.drop_epoch()
-        if self.outside == "raise" and int(unplaced):
-            rule, fix = f"labels must lie on the label axis {self.bins!r}", 'Pass outside="clip" or outside="drop".'
+        if int(unplaced):
+            rule, fix = f"labels must lie on the label axis {self.bins!r}", 'Pass outside="drop", and missing="drop".'
             raise label_problem(rule, got=f"{int(unplaced)} that do not", fix=fix)
         if int(moments.count.sum()) == 0:
             fix = "Run the model in training mode inside `with fds.labels(y):`."

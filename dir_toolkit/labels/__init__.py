@@ -13,7 +13,9 @@ Labels:
     axes the last axis of an array of labels has length K. Class labels are whole numbers from 0.
 Outside:
     ``outside`` says what happens to a label beyond the axis: ``"raise"`` raises a LabelError, ``"clip"`` takes it for
-    one in the first or last bin, and ``"drop"`` leaves it out. NaN is always an error.
+    one in the first or last bin, and ``"drop"`` leaves it out.
+Missing:
+    NaN is an error, unless ``missing="drop"`` says that it stands for a missing label, which then counts nowhere.
 Devices:
     Tensors are answered by tensors on their device. Labels on an accelerator are not looked at, since that would stop
     it, and neither are labels in compiled graphs. Where a label without a bin would raise an error, the answer to it is

@@ -44,13 +44,15 @@ from ._auto import chosen_edges
 if TYPE_CHECKING:
     from .grid import BinGrid
 
-__all__ = ["Bins", "Outside"]
+__all__ = ["Bins", "Missing", "Outside"]
 
 Outside = Literal["raise", "clip", "drop"]
-OUTSIDE = get_args(Outside)
+Missing = Literal["raise", "drop"]
+OUTSIDE, MISSING = get_args(Outside), get_args(Missing)
 
 _LARGEST = 4e307  # float64 still holds what twice an axis is long
 _NEARER_ZERO = "Widen the bins, or count labels from a nearer zero."
+_NO_NAN = "Remove these samples first. What takes missing= can drop them, too."
 _STEPS = 256  # of float32 in a bin, fewer than which would show in predictions
 
 
@@ -76,10 +78,16 @@ class LabelAxes(ABC):
         each bin of an even axis and for each class. Counts divided by it are densities per label unit."""
 
     @overload
-    def index(self, labels: Tensor, outside: Outside = "raise", *, name: str = "labels") -> Tensor: ...
+    def index(
+        self, labels: Tensor, outside: Outside = "raise", *, missing: Missing = "raise", name: str = "labels"
+    ) -> Tensor: ...
     @overload
-    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray: ...
-    def index(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> Any:
+    def index(
+        self, labels: Any, outside: Outside = "raise", *, missing: Missing = "raise", name: str = "labels"
+    ) -> np.ndarray: ...
+    def index(
+        self, labels: Any, outside: Outside = "raise", *, missing: Missing = "raise", name: str = "labels"
+    ) -> Any:
         """The bin of each label; over a grid, the joint bin.
 
         Labels are compared with the edges in their own precision, so that float32(0.7) falls where 0.7 does. Where that
@@ -90,47 +98,62 @@ class LabelAxes(ABC):
             outside: what happens to a label beyond the axis: ``"raise"``; ``"clip"`` into the first or last bin;
                 ``"drop"``, which answers -1. Over a grid each axis clips by itself, and -1 stands where a label lies
                 beyond any axis.
+            missing: what happens to NaN: ``"raise"``; or ``"drop"``, which takes it for a missing label and answers -1,
+                over a grid where any of its numbers is NaN.
             name: what an error calls the labels.
         Shape:
             labels: any; over a grid (..., K), the last axis being the dimensions. Returns int64 of the shape of
             ``labels``; over a grid (...).
         Raises:
             LabelError: a label is NaN, or lies outside under ``"raise"``, or is no whole number where bins are classes.
-                On an accelerator only ``"raise"`` looks at the labels, which costs one host sync; ``"clip"`` and
-                ``"drop"`` never do, and answer -1 for NaN and for a broken class number. In compiled graphs and under
+                On an accelerator only ``outside="raise"`` looks at the labels, which costs one host sync; the others
+                never do, and answer -1 for NaN and for a broken class number. In compiled graphs and under
                 the transforms of ``torch.func`` no label is looked at, and such a label is answered by -1, too.
             ShapeError: over a grid, the last axis is not K long.
         """
         one_of("outside", outside, OUTSIDE)
+        one_of("missing", missing, MISSING)
         instance(str, name=name)
         if isinstance(labels, Tensor):
-            return self._index(labels, outside, name)
+            index = self._index(labels, outside, missing, name, wait=True)
+            return index if readable(labels) else index.clamp_min(-1)
         array = np.require(labels_array(labels, name), requirements=["C", "W"])
-        return self._index(torch.from_numpy(array), outside, name).numpy()
+        return self._index(torch.from_numpy(array), outside, missing, name, wait=True).numpy()
 
     @abstractmethod
-    def _index(self, labels: Tensor, outside: Outside, name: str) -> Tensor: ...
+    def _index(self, labels: Tensor, outside: Outside, missing: Missing, name: str, *, wait: bool) -> Tensor: ...
 
-    def rows(self, labels: Tensor, outside: Outside = "raise") -> Tensor:
-        """The row of each label in a table of B + 1 rows: one per bin, and row B for labels without a bin.
-
-        Labels on an accelerator are not looked at. Those without a bin have row B there under ``"raise"``, too.
-        """
+    def place(
+        self, labels: Tensor, outside: Outside = "raise", missing: Missing = "raise", *, name: str = "labels"
+    ) -> Tensor:
+        """As :meth:`index`, but without ever waiting for an accelerator. A label that counts nowhere is answered by -1,
+        and one that is refused where labels are not looked at by -2."""
         one_of("outside", outside, OUTSIDE)
-        is_tensor(labels=labels)
-        index = self._index(labels, "drop" if outside == "raise" and labels.device.type != "cpu" else outside, "labels")
-        return index if readable(labels) and outside != "drop" else torch.where(index < 0, len(self), index)
+        one_of("missing", missing, MISSING)
+        is_tensor(**{name: labels})
+        return self._index(labels, outside, missing, name, wait=False)
 
-    def tally(self, labels: Any, outside: Outside = "raise", *, name: str = "labels") -> np.ndarray:
+    def rows(self, labels: Tensor, outside: Outside = "raise", missing: Missing = "raise") -> Tensor:
+        """The row of each label in a table of B + 2 rows: one per bin, row B for labels that count nowhere, and the
+        last for those that are refused where labels are not looked at, as in :meth:`place`."""
+        index = self.place(labels, outside, missing)
+        whole = readable(labels) and outside != "drop" and missing != "drop"
+        return index if whole else torch.where(index < 0, len(self) - 1 - index, index)
+
+    def tally(
+        self, labels: Any, outside: Outside = "raise", *, missing: Missing = "raise", name: str = "labels"
+    ) -> np.ndarray:
         """How many of these labels each bin holds, (B,) int64. Labels that ``"drop"`` leaves out are in none."""
         one_of("outside", outside, OUTSIDE)
+        one_of("missing", missing, MISSING)
         instance(str, name=name)
-        return self._tally(labels_array(labels, name), outside, name)
+        return self._tally(labels_array(labels, name), outside, missing, name)
 
-    def _tally(self, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
-        index = self._index(torch.from_numpy(np.require(labels, requirements=["C", "W"])), outside, name).flatten()
+    def _tally(self, labels: np.ndarray, outside: Outside, missing: Missing, name: str) -> np.ndarray:
+        array = torch.from_numpy(np.require(labels, requirements=["C", "W"]))
+        index = self._index(array, outside, missing, name, wait=True).flatten()
         # Counted by torch, since NumPy would keep other threads waiting.
-        return torch.bincount(index[index >= 0] if outside == "drop" else index, minlength=len(self)).numpy()
+        return torch.bincount(index[index >= 0] if "drop" in (outside, missing) else index, minlength=len(self)).numpy()
 
     def shares(self, probabilities: Tensor) -> Tensor:
         """Probabilities (..., B) over the bins, in at least float32.
@@ -405,10 +428,10 @@ class Bins(LabelAxes):
         beyond = ", unbounded" if self.unbounded else ""
         return f"<Bins: {len(self)}{kind} from {digits(self.edges[0])} to {digits(self.edges[-1])}{beyond}>"
 
-    def _index(self, labels: Tensor, outside: Outside, name: str) -> Tensor:
+    def _index(self, labels: Tensor, outside: Outside, missing: Missing, name: str, *, wait: bool) -> Tensor:
         real(**{name: labels})
         on_one_device(**{name: labels})
-        if outside == "raise" and labels.is_meta:
+        if wait and outside == "raise" and labels.is_meta:
             raise no_values(name)
         if self._collapses and labels.is_floating_point() and labels.itemsize < 8:
             self._warn_of_narrow(name, labels.dtype)
@@ -427,16 +450,16 @@ class Bins(LabelAxes):
         index = torch.where(values == edges[-1], len(self) - 1, index)
         if self.unbounded:
             index = index.clamp(0, len(self) - 1)
-        broken = torch.isnan(values)
-        if self.categorical:
-            broken = broken | (values != values.round())
-        beyond = (index < 0) | (index >= len(self))
-        if readable(labels) or (outside == "raise" and has_values(labels)):
-            refused = broken | beyond if outside == "raise" else broken
-            if bool(refused.any()):
-                raise self._refusal(name, labels, broken, refused)
+        absent = torch.isnan(values)
+        beyond = ((index < 0) | (index >= len(self))) & ~absent
+        broken = (values != values.round()) & ~absent if self.categorical else torch.zeros_like(absent)
+        refused = broken | beyond if outside == "raise" else broken
+        refused = refused if missing == "drop" else refused | absent
+        looks = readable(labels) or (wait and outside == "raise" and has_values(labels))
+        if looks and bool(refused.any()):
+            raise self._refusal(name, labels, broken, refused)
         index = index.clamp(0, len(self) - 1) if outside == "clip" else index.masked_fill(beyond, -1)
-        return index.masked_fill(broken, -1)
+        return index.masked_fill(absent, -1).masked_fill(refused, -2)
 
     def _warn_of_narrow(self, name: str, dtype: object) -> None:
         if torch.compiler.is_compiling():
@@ -447,7 +470,7 @@ class Bins(LabelAxes):
             "Hand them over in float64, or count them from a nearer zero."
         )
 
-    def _tally(self, labels: np.ndarray, outside: Outside, name: str) -> np.ndarray:
+    def _tally(self, labels: np.ndarray, outside: Outside, missing: Missing, name: str) -> np.ndarray:
         values = labels if labels.dtype.kind == "f" else labels.astype(np.float64)
         exact = values.itemsize == 8 or (values.itemsize == 4 and not self._collapses)
         # To sort many labels is faster than to search for the bin of each.
@@ -456,7 +479,7 @@ class Bins(LabelAxes):
                 counts = np.histogram(values, self.edges.astype(values.dtype))[0]
             if counts.sum() == values.size:
                 return counts
-        return super()._tally(labels, outside, name)
+        return super()._tally(labels, outside, missing, name)
 
     def _quick_index(self, labels: np.ndarray) -> np.ndarray | None:
         """The bins of labels, found without a search. It is None where not all labels are numbers of classes or lie on
@@ -498,7 +521,7 @@ class Bins(LabelAxes):
         value = labels[first].item()
         got = f"{value} at index {list(first)} ({int(refused.sum())} such labels)"
         if value != value:
-            return label_problem(f"{name} must not be NaN", got=got, fix="Remove these samples first.")
+            return label_problem(f"{name} must not be NaN", got=got, fix=_NO_NAN)
         if bool(broken[first]):
             return label_problem(f"{name} must be whole numbers where bins are classes", got=got)
         axis = f"0 to {len(self) - 1}" if self.categorical else f"[{digits(self.edges[0])}, {digits(self.edges[-1])}]"

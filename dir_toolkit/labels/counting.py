@@ -13,22 +13,23 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from .._checks import labels_array, problem, require
 from ..errors import LabelError
-from .bins import Outside
+from .bins import Missing, Outside
 from .grid import AnyBins, BinGrid
 
 _PIECE = 2**15  # labels at a time: they stay in a processor's cache, and torch takes no threads for so few
 
 
-def count_labels(labels: Any, bins: AnyBins, outside: Outside) -> np.ndarray:
+def count_labels(labels: Any, bins: AnyBins, outside: Outside, missing: Missing) -> np.ndarray:
     """How many labels each bin holds, (B,) int64, of anything that :meth:`LabelDensity.count` takes."""
     counts = np.zeros(len(bins) + 1, dtype=np.int64)
     for piece in _pieces(labels):
-        counts += _counted_by_dask(piece, bins, outside) if _is_dask(piece) else _counted(piece, bins, outside)
+        counted = _counted_by_dask if _is_dask(piece) else _counted
+        counts += counted(piece, bins, outside, missing)
     require(counts[-1] > 0, "labels must hold at least one label", got="none")
     return counts[:-1]
 
 
-def _counted(labels: Any, bins: AnyBins, outside: Outside, name: str = "labels") -> np.ndarray:
+def _counted(labels: Any, bins: AnyBins, outside: Outside, missing: Missing, name: str = "labels") -> np.ndarray:
     """How many labels each bin holds and, last, how many labels there are: (B + 1,) int64."""
     plain = isinstance(labels, np.ndarray) and not np.ma.is_masked(labels)
     array = np.asarray(labels) if plain else labels_array(labels, name)
@@ -36,9 +37,9 @@ def _counted(labels: Any, bins: AnyBins, outside: Outside, name: str = "labels")
     whole_axes = int(isinstance(bins, BinGrid))
     try:
         for part in _parts(array, max(_PIECE, len(bins)), whole_axes=whole_axes):
-            counts[:-1] += bins.tally(part, outside, name=name)
+            counts[:-1] += bins.tally(part, outside, missing=missing, name=name)
     except LabelError:
-        bins.index(array, outside, name=name)  # raises with the place of the label among all labels
+        bins.index(array, outside, missing=missing, name=name)  # raises with the place of the label among all labels
         raise
     counts[-1] = math.prod(array.shape[: array.ndim - whole_axes])
     return counts
@@ -61,7 +62,7 @@ def _is_dask(labels: Any) -> bool:
     return hasattr(labels, "to_delayed")
 
 
-def _counted_by_dask(labels: Any, bins: AnyBins, outside: Outside) -> np.ndarray:
+def _counted_by_dask(labels: Any, bins: AnyBins, outside: Outside, missing: Missing) -> np.ndarray:
     """:func:`_counted` of a dask array, within the tasks that make its chunks, whose counts are then summed."""
     of_array, rule = hasattr(labels, "map_blocks"), "labels kept by dask must be a dask array"  # and no bag or table
     require(of_array, rule, got=type(labels), fix="Use .to_dask_array().")
@@ -71,7 +72,7 @@ def _counted_by_dask(labels: Any, bins: AnyBins, outside: Outside) -> np.ndarray
         require(known, rule, got=str(labels.chunks[-1]), fix="Call labels.compute_chunk_sizes().")
         labels = labels.rechunk({-1: -1})
     counts = labels.map_blocks(
-        partial(_counted_in_chunk, bins=bins, outside=outside),
+        partial(_counted_in_chunk, bins=bins, outside=outside, missing=missing),
         chunks=(*((1,) * count for count in labels.numblocks), (len(bins) + 1,)),
         new_axis=labels.ndim,
         meta=np.empty((0,) * (labels.ndim + 1), dtype=np.int64),
@@ -79,8 +80,10 @@ def _counted_by_dask(labels: Any, bins: AnyBins, outside: Outside) -> np.ndarray
     return counts.sum(axis=tuple(range(labels.ndim))).compute()
 
 
-def _counted_in_chunk(chunk: Any, bins: AnyBins, outside: Outside, block_id: tuple[int, ...]) -> np.ndarray:
-    counts = _counted(chunk, bins, outside, f"labels of chunk {block_id[:-1]}")
+def _counted_in_chunk(
+    chunk: Any, bins: AnyBins, outside: Outside, missing: Missing, block_id: tuple[int, ...]
+) -> np.ndarray:
+    counts = _counted(chunk, bins, outside, missing, f"labels of chunk {block_id[:-1]}")
     return counts.reshape(*(1,) * np.ndim(chunk), -1)
 
 

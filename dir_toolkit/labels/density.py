@@ -26,7 +26,7 @@ from .._checks import (
     whole,
 )
 from .._ranks import check_group, is_parallel, summed
-from .bins import Bins, Outside, axis_bytes
+from .bins import Bins, Missing, Outside, axis_bytes
 from .counting import count_labels
 from .grid import AnyBins, BinGrid, Windows, checked_windows
 from .kernels import EDGES, Edges, smooth_axes
@@ -68,7 +68,9 @@ class LabelDensity:
         self._warned_crowded = False  # whether count has warned of these labels, so that nothing warns of them again
 
     @classmethod
-    def count(cls, labels: Any, bins: AnyBins, *, outside: Outside = "raise") -> LabelDensity:
+    def count(
+        cls, labels: Any, bins: AnyBins, *, outside: Outside = "raise", missing: Missing = "raise"
+    ) -> LabelDensity:
         """Count labels, which may come in pieces.
 
         Dask counts a dask array, or what wraps one, within the task of each chunk. Nothing but counts leaves the worker
@@ -82,13 +84,14 @@ class LabelDensity:
                 of these, of which one piece at a time is held. Labels have any shape, such as maps of one label per
                 pixel; over a grid of K axes they are (..., K). Of a loader of inputs and labels hand over the labels
                 alone: ``(y for x, y in loader)``.
-            outside: as in :meth:`Bins.index`. ``"drop"`` leaves labels beyond the axis uncounted.
+            outside, missing: as in :meth:`Bins.index`. ``"drop"`` leaves labels beyond the axis, or missing ones,
+                uncounted.
         Raises:
             LabelError: as :meth:`Bins.index`, naming the chunk of a dask array. ValueError: there is no label at all.
             ShapeError: over a grid, the last axis is not K long.
         """
         instance((Bins, BinGrid), bins=bins)
-        density = cls(bins, count_labels(labels, bins, outside))
+        density = cls(bins, count_labels(labels, bins, outside, missing))
         for crowding in crowded_bins(bins, density.counts):
             density._warned_crowded = True
             warn(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import MOST_BINS, instance, is_tensor, keys, problem, require, shaped, whole
 from ..errors import ShapeError
-from .bins import Bins, LabelAxes, Outside
+from .bins import Bins, LabelAxes, Missing, Outside
 from .kernels import A_WINDOW, DEFAULT_KERNEL, Window, checked_window, usual_kernel
 
 __all__ = ["AnyBins", "BinGrid", "Windows"]
@@ -93,15 +93,15 @@ class BinGrid(LabelAxes):
     def __repr__(self) -> str:
         return f"<BinGrid: {' x '.join(map(repr, self.axes))}>"
 
-    def _index(self, labels: Tensor, outside: Outside, name: str) -> Tensor:
+    def _index(self, labels: Tensor, outside: Outside, missing: Missing, name: str, *, wait: bool) -> Tensor:
         is_tensor(**{name: labels})
         shaped((..., len(self.axes)), "one number per dimension in the last axis", **{name: labels})
         index = torch.zeros_like(labels[..., 0], dtype=torch.int64)
-        beyond = torch.zeros_like(index, dtype=torch.bool)
+        worst = torch.zeros_like(index)
         for k, axis in enumerate(self.axes):
-            of_axis = axis.index(labels[..., k], outside, name=f"{name}[..., {k}]")
-            index, beyond = index * len(axis) + of_axis, beyond | (of_axis < 0)
-        return index.masked_fill(beyond, -1)
+            of_axis = axis._index(labels[..., k], outside, missing, f"{name}[..., {k}]", wait=wait)
+            index, worst = index * len(axis) + of_axis, torch.minimum(worst, of_axis)
+        return torch.where(worst < 0, worst, index)
 
     def _mean(self, shares: Tensor) -> Tensor:
         joint = shares.unflatten(-1, self.shape)  # (..., B_1, ..., B_K)

@@ -26,7 +26,7 @@ from .._checks import (
 )
 from .._settings import described, differing, shown
 from ..errors import CheckpointError
-from .bins import Bins
+from .bins import Bins, Missing
 from .density import LabelDensity, counts_array, to_shares
 
 __all__ = ["BinSampler", "bin_probabilities", "progressive_probabilities"]
@@ -98,10 +98,12 @@ class BinSampler(Sampler[int]):
 
     Args:
         labels: of the training set, in label units. Sample i has ``labels[i]``.
+        missing: what happens to NaN: ``"raise"``; or ``"drop"``, which never draws a sample whose label is missing.
         q: as in :func:`bin_probabilities`. 0 is class-balanced.
         progressive_epochs: takes the place of q. The sampler goes from instance-balanced to class-balanced in so many
             epochs (:func:`progressive_probabilities`) and stays there.
-        num_samples: the samples per epoch, of all ranks together. None means as many as there are labels.
+        num_samples: the samples per epoch, of all ranks together. None means as many as there are labels that
+            are not missing.
         replacement: whether an epoch may hold a sample twice. Without replacement each draw is from the samples that
             are left, so that bins are less balanced the closer ``num_samples`` comes to the number of labels.
         seed: at least 0.
@@ -129,6 +131,7 @@ class BinSampler(Sampler[int]):
         *,
         q: float = 0.0,
         progressive_epochs: int | None = None,
+        missing: Missing = "raise",
         num_samples: int | None = None,
         replacement: bool = True,
         seed: int = 0,
@@ -137,9 +140,16 @@ class BinSampler(Sampler[int]):
     ) -> None:
         instance(Bins, bins=bins)
         instance(bool, replacement=replacement)
-        index = torch.from_numpy(bins.index(labels_array(labels)))
+        index = torch.from_numpy(bins.index(labels_array(labels), missing=missing))
         shaped(("N",), labels=index)
         not_empty(labels=index)
+        self.num_labels, self.missing = len(index), missing
+        self._digest = hashlib.sha256(index.numpy().astype("<i8").tobytes()).hexdigest()[:12]
+        members = torch.argsort(index, stable=True)  # by bin
+        self._members = members[(index < 0).sum() :]
+        count = len(self._members)
+        require(count > 0, "labels must hold at least one that is not missing", got=f"{len(index)} that are")
+        self._counts = torch.bincount(index[index >= 0], minlength=len(bins))
         self.bins = bins
         self.q = number("q", q, low=0, high=1)
         self.progressive_epochs = progressive_epochs
@@ -152,18 +162,15 @@ class BinSampler(Sampler[int]):
         if self.world > 1 and type(self) is BinSampler:
             # Lightning asks for the class. A __new__ that chose it would hide the signature of __init__.
             self.__class__ = _SharedBinSampler
-        most, fix = MOST_LONG if replacement else len(index), "Use replacement=True to draw more than there are."
-        num_samples = len(index) if num_samples is None else num_samples
+        most, fix = MOST_LONG if replacement else count, "Use replacement=True to draw more than there are."
+        num_samples = count if num_samples is None else num_samples
         self.num_samples = whole("num_samples", num_samples, low=self.world, high=most, fix=fix)
         self.replacement = replacement
-        if not replacement and self.num_samples == len(index) and (self.q < 1 or progressive_epochs is not None):
+        if not replacement and self.num_samples == count and (self.q < 1 or progressive_epochs is not None):
             warn(
                 "without replacement all samples are drawn once, so that an epoch is reordered but not balanced. Use "
                 "replacement=True, or a smaller num_samples."
             )
-        self._digest = hashlib.sha256(index.numpy().astype("<i8").tobytes()).hexdigest()[:12]
-        self._counts = torch.bincount(index, minlength=len(bins))
-        self._members = torch.argsort(index, stable=True)  # by bin
         self.epoch = 0
         self._yielded = self._skip = 0
         self._passed = False  # whether a pass has begun at this epoch since it was set
@@ -256,11 +263,6 @@ class BinSampler(Sampler[int]):
             return _power(counts, self.q, widths)
         return _progressive(counts, min(epoch, self.progressive_epochs - 1), self.progressive_epochs, widths)
 
-    @property
-    def num_labels(self) -> int:
-        """The number of samples that orders are drawn from."""
-        return len(self._members)
-
     def _described(self) -> dict[str, Any]:
         return described("settings", self.settings)
 
@@ -269,8 +271,9 @@ class BinSampler(Sampler[int]):
         """What the orders follow from, which is the same on every rank. For the labels stand their number and a digest
         of their bins."""
         return {
-            "labels": f"{len(self._members)} ({self._digest})",
+            "labels": f"{self.num_labels} ({self._digest})",
             "bins": self.bins,
+            "missing": self.missing,
             "q": self.q,
             "progressive_epochs": self.progressive_epochs,
             "num_samples": self.num_samples,

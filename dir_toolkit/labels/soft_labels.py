@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import instance, is_tensor, number, one_of, require
 from .._numerics import readable, wide_dtype
-from .bins import Bins, Outside, lookup
+from .bins import Bins, Missing, Outside, lookup
 
 __all__ = ["Ends", "KernelUnit", "LabelKernel", "limits", "soft_labels"]
 
@@ -33,6 +33,7 @@ def soft_labels(
     kernel: LabelKernel = "gaussian",
     unit: KernelUnit = "label",
     outside: Outside = "raise",
+    missing: Missing = "raise",
     ends: Ends = "closed",
 ) -> Tensor:
     r"""The distribution over bins that a label spread by a kernel has.
@@ -54,6 +55,7 @@ def soft_labels(
             The median then still decodes a row to its label, while the expectation leans to where bins are wider.
         outside: what happens to a label beyond the axis: ``"raise"``; ``"clip"``, which spreads it as the end of the
             axis; ``"drop"``, which gives a row of zeros, whose cross entropy is 0 for every prediction.
+        missing: what happens to NaN: ``"raise"``, or ``"drop"``.
         ends: how far the first and the last bin reach. ``"closed"`` ends them with the axis. All of a label within half
             a bin of an end is then in the end bin and decodes to its middle, since mass in a bin counts as spread
             evenly. ``"open"`` lets both reach one width beyond the axis, so that the median is the label at both ends
@@ -82,16 +84,14 @@ def soft_labels(
     fix = "Smooth classes by label_smoothing of cross_entropy."
     require(spreads or not sigma, "sigma must be None or 0 where bins are classes", got=sigma, fix=fix)
     looked_at = readable(labels)
-    index = bins.index(labels, outside if looked_at or outside != "raise" else "drop")
+    index = bins.place(labels, outside, missing)
     if not sigma:
         soft = (index.unsqueeze(-1) == torch.arange(len(bins), device=labels.device)).to(wide_dtype(labels))
     else:
         soft = spread(labels, bins, sigma, kernel, unit, ends)
-    without_bin = (index < 0).unsqueeze(-1)
-    if outside == "drop":
-        soft = soft.masked_fill(without_bin, 0)
-        without_bin = without_bin if looked_at else (bins.index(labels, "clip") < 0).unsqueeze(-1)
-    return soft if looked_at else soft.masked_fill(without_bin, torch.nan)
+    if "drop" in (outside, missing):
+        soft = soft.masked_fill((index == -1).unsqueeze(-1), 0)
+    return soft if looked_at else soft.masked_fill((index == -2).unsqueeze(-1), torch.nan)
 
 
 def spread(labels: Tensor, bins: Bins, sigma: float, kernel: LabelKernel, unit: KernelUnit, ends: Ends) -> Tensor:

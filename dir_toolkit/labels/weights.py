@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import instance, interval, keys, number, one_of, problem, require, same_bins, warn
+from .._checks import instance, interval, keys, labels_array, number, one_of, problem, require, same_bins, warn
 from .._numerics import has_values, keepable
 from .._settings import described, differing, shown
 from .._state import SoundModule, pack, unpack
 from ..errors import CheckpointError, NotFittedError
-from .bins import OUTSIDE, Bins, Outside
+from .bins import MISSING, OUTSIDE, Bins, Missing, Outside
 from .density import LabelDensity, to_shares
 from .grid import AnyBins, BinGrid, Windows, chosen_windows, saved_bins
 from .kernels import EDGES, FOLDED_KERNEL, Edges, smooth_axes
@@ -55,7 +55,8 @@ class LDS(SoundModule):
             ``"scheme_first"`` smooths g(counts), as the public code does (not for ``dense``).
         clip: (low, high), in labels per bin, of mean width where widths differ. They bound what enters the scheme, and
             with it the ratio of weights.
-        outside: what happens to a label beyond the axis, as in :meth:`Bins.index`. With ``"drop"`` it weighs nothing.
+        outside, missing: what happens to a label beyond the axis, and to NaN, as in :meth:`Bins.index`. With ``"drop"``
+            it is not counted and weighs nothing.
         beta: of ``effective_number``, in [0, 1).
         alpha, epsilon: of ``dense``.
     Shape:
@@ -83,6 +84,7 @@ class LDS(SoundModule):
         order: Order = "smooth_first",
         clip: tuple[float, float] | None = None,
         outside: Outside = "raise",
+        missing: Missing = "raise",
         beta: float = 0.999,
         alpha: float = 1.0,
         epsilon: float = 1e-3,
@@ -93,6 +95,8 @@ class LDS(SoundModule):
         one_of("edges", edges, EDGES)
         one_of("order", order, get_args(Order))
         one_of("outside", outside, OUTSIDE)
+        one_of("missing", missing, MISSING)
+        self.missing: Missing = missing
         if scheme == "dense" and order == "scheme_first":
             raise problem('scheme "dense" is defined on a density, so it needs order="smooth_first"', got=order)
         self.bins, self.scheme, self.edges, self.order, self.outside = bins, scheme, edges, order, outside
@@ -155,7 +159,7 @@ class LDS(SoundModule):
             require(sound, "the density must be as counted, to be smoothed", got=lambda: repr(density), fix=fix)
             same_bins("the density", density, self.bins)
         else:
-            density = LabelDensity.count(labels, self.bins, outside=self.outside)
+            density = LabelDensity.count(labels, self.bins, outside=self.outside, missing=self.missing)
         counts = density.counts.astype(np.float64)
         require(counts.any(), "at least one label must lie on the label axis", got="none")
         weights = self._unscaled(density._per_width())
@@ -235,7 +239,9 @@ class LDS(SoundModule):
         return smooth_axes(values, self.kernels, edges=self.edges).ravel()
 
     def forward(self, labels: Tensor) -> Tensor:
-        return self._of_rows(self.bins.rows(labels, self.outside))
+        index = self.bins.place(labels, self.outside, self.missing)
+        weights = self._of_rows(torch.where(index < 0, len(self.bins), index))
+        return weights if self.missing == "raise" else weights.masked_fill(index == -1, 0.0)
 
     def _check_fitted(self, known: bool) -> None:
         require(known, "weights are not known yet", fix="Call lds.fit(training_labels) first.", error=NotFittedError)
@@ -262,8 +268,8 @@ class LDS(SoundModule):
     def sample_weight(self, labels: Any) -> np.ndarray:
         """Weights as float64 NumPy, for scikit-learn or gradient boosting: ``LDS(bins).fit(y).sample_weight(y)``."""
         table = self._known()
-        index = self.bins.index(labels, self.outside)
-        return table[index.cpu().numpy() if isinstance(index, Tensor) else index]
+        index = self.bins.index(labels_array(labels), self.outside, missing=self.missing)
+        return np.where(index < 0, 0.0, table[index])
 
     def _known(self) -> np.ndarray:
         self._check_fitted(self._fitted and not self.table.is_meta)
@@ -298,6 +304,7 @@ class LDS(SoundModule):
             "order": self.order,
             "clip": self.clip,
             "outside": self.outside,
+            "missing": self.missing,
             "beta": self.beta,
             "alpha": self.alpha,
             "epsilon": self.epsilon,

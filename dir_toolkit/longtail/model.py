@@ -178,7 +178,7 @@ class LongTailModel(nn.Module):
         assert self.fds is not None
         within: AbstractContextManager[None]
         if self._shares_bins(self.fds.bins):
-            within = self.fds._on_rows(torch.where(index < 0, len(self.bins), index))
+            within = self.fds._on_rows(torch.where(index < 0, len(self.bins) - 1 - index, index))
         else:
             within = self.fds.labels(self._clipped(labels))
         with within:

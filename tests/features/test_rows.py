@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dir_toolkit import FDS, Bins
-from dir_toolkit.errors import ShapeError
+from dir_toolkit.errors import LabelError, ShapeError
 from dir_toolkit.features.rows import as_rows, beside
 
 BINS = Bins.uniform(0, 9, width=1)
@@ -91,9 +91,9 @@ def test_where_both_layouts_fit_the_earlier_features_decide() -> None:
 def test_features_that_fit_no_label_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^FDS: channels must be one of 'first', 'last', got 'middle'"):
         FDS(BINS, 4, channels="middle")  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match=r"features must be \(N, \.\.\., 4\), got \(5, 4, 3\)"):
+    with pytest.raises(ShapeError, match=r"features must be \(N, \.\.\., 4\), got shape \(5, 4, 3\)"):
         made(channels="last").update(torch.zeros(5, 4, 3), torch.zeros(5))
-    with pytest.raises(ShapeError, match=r"features must be \(N, 4, \.\.\.\) or \(N, \.\.\., 4\), got \(4,\)"):
+    with pytest.raises(ShapeError, match=r"features must be \(N, 4, \.\.\.\) or \(N, \.\.\., 4\), got shape \(4,\)"):
         made().update(torch.zeros(4), torch.zeros(4))
     with pytest.raises(ShapeError, match=r"same samples, got \(5, 3, 4\) and \(5, 2\)\. Resize the labels to \(3,\)"):
         made().update(torch.zeros(5, 3, 4), torch.zeros(5, 2))
@@ -156,3 +156,42 @@ def test_a_head_that_runs_twice_counts_both_views_of_each_sample() -> None:
     for view, carried in zip(views, seen, strict=True):
         assert torch.equal(carried, fds.calibrate(view, y))
         assert not torch.equal(carried, view)
+
+
+def test_steps_without_a_label_are_neither_gathered_nor_carried() -> None:
+    features, labels, _ = drawn((7,), per_step=True)
+    labels = labels.clamp(0, 9)
+    there = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    holes = labels.masked_fill(~there, torch.nan)
+    fds = FDS(BINS, 4, missing="drop")
+    without = copy.deepcopy(fds)
+    for _ in range(2):
+        fds.update(features, holes)
+        fds.end_epoch()
+        without.update(features[there], labels[there])
+        without.end_epoch()
+    assert torch.equal(fds.statistics()["count"], without.statistics()["count"])
+    carried = fds.calibrate(features, holes)
+    assert torch.equal(carried[~there], features[~there])
+    torch.testing.assert_close(carried[there], without.calibrate(features[there], labels[there]))
+    with pytest.raises(LabelError, match="labels must not be NaN"):
+        FDS(BINS, 4).update(features, holes)
+
+
+def test_where_nothing_is_looked_at_the_end_of_an_epoch_tells_of_refused_labels(monkeypatch: Any) -> None:
+    monkeypatch.setattr("dir_toolkit.labels.bins.readable", lambda tensor: False)
+    labels = torch.tensor([1.0, torch.nan, 12.0, 3.0])
+    for missing, outside, refused in (
+        ("drop", "raise", 1),
+        ("raise", "clip", 1),
+        ("raise", "raise", 2),
+        ("drop", "drop", 0),
+    ):
+        fds = FDS(BINS, 4, missing=missing, outside=outside)  # type: ignore[arg-type]
+        fds.update(torch.ones(4, 4), labels)
+        if refused:
+            with pytest.raises(LabelError, match=f"got {refused} that do not"):
+                fds.end_epoch()
+        else:
+            fds.end_epoch()
+            assert fds.statistics()["count"].sum() == 2

@@ -489,7 +489,8 @@ def test_its_name_tells_its_settings() -> None:
     sampler = BinSampler([0, 1], BINS, q=0.5, seed=2**70, rank=1, world=2)
     digest = hashlib.sha256(bytes(8) + b"\x01" + bytes(7)).hexdigest()[:12]
     expected = (
-        f"<BinSampler: labels='2 ({digest})', bins=Bins.classes(7), q=0.5, progressive_epochs=None, num_samples=2, "
+        f"<BinSampler: labels='2 ({digest})', bins=Bins.classes(7), missing='raise', q=0.5, "
+        f"progressive_epochs=None, num_samples=2, "
         f"replacement=True, seed={2**70}, world=2, rank=1>"
     )
     assert repr(sampler) == expected
