@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import MOST_BINS, instance, is_tensor, keys, problem, require, shaped, whole
 from ..errors import ShapeError
 from .bins import Bins, LabelAxes, Missing, Outside
-from .kernels import A_WINDOW, DEFAULT_KERNEL, Window, checked_window, usual_kernel
+from .kernels import A_WINDOW, DEFAULT_KERNEL, LabelWindow, Window, checked_window, usual_kernel
 
 __all__ = ["AnyBins", "BinGrid", "Windows"]
 
@@ -150,7 +150,9 @@ def checked_windows(kernel: Windows, bins: AnyBins) -> tuple[np.ndarray, ...]:
     if len(windows) != len(axes):
         rule, got = f"kernel must be one window, or one for each of {len(axes)} label axes", f"{len(windows)} windows"
         raise problem(rule, got=got, fix="Use [1.0] for an axis that is not to be smoothed.", error=ShapeError)
-    return tuple(checked_window(window, len(axis)) for window, axis in zip(windows, axes, strict=True))
+    pairs = list(zip(windows, axes, strict=True))
+    made = [window.over(axis) if isinstance(window, LabelWindow) else window for window, axis in pairs]
+    return tuple(checked_window(window, len(axis)) for window, axis in zip(made, axes, strict=True))
 
 
 def chosen_windows(

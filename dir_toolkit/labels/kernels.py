@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -12,15 +13,72 @@ from torch import Tensor
 from .._checks import MOST_BINS, instance, labels_array, length, not_empty, number, one_of, require
 
 if TYPE_CHECKING:
-    from .bins import LabelAxes
+    from .bins import Bins, LabelAxes
 
-__all__ = ["Edges", "Window", "gaussian", "laplace", "smooth", "smoothing_matrix", "triangular"]
+__all__ = [
+    "Edges",
+    "KernelUnit",
+    "LabelWindow",
+    "Window",
+    "gaussian",
+    "laplace",
+    "smooth",
+    "smoothing_matrix",
+    "triangular",
+]
 
-Window = Sequence[float] | np.ndarray
+KernelUnit = Literal["label", "bin"]
 Edges = Literal["reflect", "mirror", "zero"]
 EDGES = get_args(Edges)
 A_WINDOW = "Use dir_toolkit.gaussian(5, 2)."
 _SCIPY_MODE = {"reflect": "reflect", "mirror": "mirror", "zero": "constant"}
+
+
+@dataclass(frozen=True)
+class LabelWindow:
+    """A window in label units, as :func:`gaussian`, :func:`laplace` and :func:`triangular` give it with
+    ``unit="label"``. Whatever takes a kernel makes it over its own bins, however wide they are.
+
+    Attributes:
+        make: the function that gave it.
+        size, widths: what to give it, in label units.
+        folded: as of :func:`gaussian`.
+    """
+
+    make: Callable[..., np.ndarray]
+    size: float
+    widths: tuple[float, ...]
+    folded: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this window from others."""
+        return {"make": self.make.__name__, "size": self.size, "widths": self.widths, "folded": self.folded}
+
+    def over(self, axis: Bins) -> np.ndarray:
+        """The window in bins: the odd number of them that comes nearest to the size.
+
+        Raises:
+            ValueError: bins differ in width, or are classes.
+        """
+        rule = "a kernel in label units needs bins of one width, and no classes"
+        require(not axis.categorical and (axis.relative_widths == 1).all(), rule, got=axis, fix="Give it in bins.")
+        size, *widths = (float(f"{x / np.median(np.diff(axis.edges)):.12g}") for x in (self.size, *self.widths))
+        return self.make(2 * int(size / 2) + 1, *widths, **({"folded": True} if self.folded else {}))
+
+
+Window = Sequence[float] | np.ndarray | LabelWindow
+
+
+def _in_labels(
+    unit: str, make: Callable[..., np.ndarray], size: float, folded: bool = False, **widths: float
+) -> LabelWindow | None:
+    """The window in label units; None if the unit is a bin."""
+    one_of("unit", unit, get_args(KernelUnit))
+    if unit == "bin":
+        return None
+    size, *others = (number(name, x, low=0, open_low=True) for name, x in {"size": size, **widths}.items())
+    return LabelWindow(make, size, tuple(others), folded)
 
 
 def _offsets(size: int) -> np.ndarray:
@@ -29,16 +87,21 @@ def _offsets(size: int) -> np.ndarray:
     return np.arange(size) - size // 2
 
 
-def gaussian(size: int, sigma: float, *, folded: bool = False) -> np.ndarray:
+@overload
+def gaussian(size: int, sigma: float, *, folded: bool = ..., unit: Literal["bin"] = ...) -> np.ndarray: ...
+@overload
+def gaussian(size: float, sigma: float, *, folded: bool = ..., unit: Literal["label"]) -> LabelWindow: ...
+def gaussian(size: Any, sigma: float, *, folded: bool = False, unit: KernelUnit = "bin") -> np.ndarray | LabelWindow:
     """A Gaussian window, ``exp(-d^2 / (2 sigma^2))`` at ``d`` bins from the middle.
 
     Args:
-        size: the number of bins, odd.
-        sigma: the standard deviation, in bins.
+        size: the number of bins, odd; with ``unit="label"`` a length in label units.
+        sigma: the standard deviation, in bins; with ``unit="label"`` in label units.
         folded: gives the window of the public DIR code. It filters a unit impulse of length ``size`` with reflecting
             ends, which folds the tails back and makes the window nearly flat (size 5, sigma 2: .858 .946 1 .946 .858).
+        unit: what size and sigma are measured in. ``"label"`` keeps them, whatever the width of bins turns out to be.
     Returns:
-        (size,) float64, at most 1.
+        (size,) float64, at most 1; with ``unit="label"`` a :class:`LabelWindow`, for any ``kernel=``.
     Source:
         Yang et al. 2021, section 3.1 (arXiv:2102.09554).
 
@@ -47,34 +110,50 @@ def gaussian(size: int, sigma: float, *, folded: bool = False) -> np.ndarray:
     >>> gaussian(5, 2, folded=True).round(3).tolist()
     [0.858, 0.946, 1.0, 0.946, 0.858]
     """
+    instance(bool, folded=folded)
+    if window := _in_labels(unit, gaussian, size, folded, sigma=sigma):
+        return window
     offsets = _offsets(size)
     sigma = number("sigma", sigma, low=0, open_low=True)
-    instance(bool, folded=folded)
     if folded and sigma > 0.1:  # a narrower window is the impulse itself
         reach = int(4 * sigma + 0.5)  # where SciPy's filter ends, which that code uses
         impulse = np.pad((offsets == 0).astype(np.float64), reach, mode="symmetric")
-        window = np.convolve(impulse, np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2), "valid")
-        return window / window.max()
+        flat = np.convolve(impulse, np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2), "valid")
+        return flat / flat.max()
     with np.errstate(over="ignore"):
         return np.exp(-0.5 * (offsets / sigma) ** 2)
 
 
-def triangular(size: int) -> np.ndarray:
+@overload
+def triangular(size: int, *, unit: Literal["bin"] = ...) -> np.ndarray: ...
+@overload
+def triangular(size: float, *, unit: Literal["label"]) -> LabelWindow: ...
+def triangular(size: Any, *, unit: KernelUnit = "bin") -> np.ndarray | LabelWindow:
     """A triangle that would reach zero one bin beyond the window. It is (size,) float64, with 1 in the middle.
+    ``unit`` is as in :func:`gaussian`.
 
     >>> triangular(3).tolist()
     [0.5, 1.0, 0.5]
     """
+    if window := _in_labels(unit, triangular, size):
+        return window
     offsets = _offsets(size)
     return (size // 2 + 1 - np.abs(offsets)) / (size // 2 + 1)  # each rounded once, as SciPy's are
 
 
-def laplace(size: int, scale: float) -> np.ndarray:
+@overload
+def laplace(size: int, scale: float, *, unit: Literal["bin"] = ...) -> np.ndarray: ...
+@overload
+def laplace(size: float, scale: float, *, unit: Literal["label"]) -> LabelWindow: ...
+def laplace(size: Any, scale: float, *, unit: KernelUnit = "bin") -> np.ndarray | LabelWindow:
     """A Laplace window, ``exp(-|d| / scale)`` at ``d`` bins from the middle. It is (size,) float64, at most 1.
+    ``unit`` is as in :func:`gaussian`.
 
     >>> laplace(3, 1).round(3).tolist()
     [0.368, 1.0, 0.368]
     """
+    if window := _in_labels(unit, laplace, size, scale=scale):
+        return window
     offsets = _offsets(size)
     scale = number("scale", scale, low=0, open_low=True)
     with np.errstate(over="ignore"):

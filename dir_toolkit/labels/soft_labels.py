@@ -12,11 +12,11 @@ from torch import Tensor
 from .._checks import instance, is_tensor, number, one_of, require
 from .._numerics import readable, wide_dtype
 from .bins import Bins, Missing, Outside, lookup
+from .kernels import KernelUnit
 
 __all__ = ["Ends", "KernelUnit", "LabelKernel", "limits", "soft_labels"]
 
 Ends = Literal["closed", "open"]
-KernelUnit = Literal["label", "bin"]
 LabelKernel = Literal["gaussian", "laplace", "triangular"]
 ENDS, _UNITS, _KERNELS = map(get_args, (Ends, KernelUnit, LabelKernel))  # which torch 2.4 cannot compile
 

@@ -46,7 +46,8 @@ from ..heads.linear import LinearHead
 from ..labels.bins import Bins
 from ..labels.decoding import Decoding, decoded, interval, quantiles
 from ..labels.density import LabelDensity, to_shares
-from ..labels.kernels import Window, checked_window, usual_kernel
+from ..labels.grid import checked_windows
+from ..labels.kernels import Window, usual_kernel
 from ..labels.soft_labels import Ends, KernelUnit, LabelKernel, checked_sigma, limits, spread, spread_counts
 from ..labels.weights import LDS
 from ..losses.affinity import affinity_loss
@@ -440,7 +441,7 @@ class ScoreReadout(Readout):
         word("kernel", kernel, "auto")
         kernel = self.prior_kernel if isinstance(kernel, str) else kernel
         if kernel is not None and not isinstance(kernel, str):
-            checked_window(kernel, len(self.bins))
+            (kernel,) = checked_windows(kernel, self.bins)
         return kernel
 
     def training_prior(self, kernel: PriorKernel, weights: LDS | None) -> Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy.signal.windows import triang
 from scipy.stats import laplace as laplace_distribution
 from scipy.stats import norm
 
-from dir_toolkit import Bins, gaussian, laplace, triangular
+from dir_toolkit import FDS, LDS, Bins, LabelDensity, LongTailModel, gaussian, laplace, triangular
 from dir_toolkit.errors import ShapeError
 from dir_toolkit.labels.kernels import smooth, smooth_rows, smoothing_matrix, smoothing_window, usual_kernel
 
@@ -197,3 +198,58 @@ def test_smooth_and_its_matrix_refuse_other_settings() -> None:
     for number in (None, "3", 3.0):
         with pytest.raises(TypeError, match=r"^smoothing_matrix: num_bins must be a whole number"):
             smoothing_matrix(number, [1.0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [0.1, 0.2, 0.7, 1.0, 3.0, 2500.0])
+def test_windows_in_label_units_are_those_in_bins(width: float) -> None:
+    bins = Bins.uniform(0, 20 * width, count=20)
+    density = LabelDensity(bins, np.arange(20) ** 2)
+    in_bins = (gaussian(5, 2), gaussian(5, 2, folded=True), laplace(5, 2), triangular(5))
+    in_labels = (
+        gaussian(5 * width, 2 * width, unit="label"),
+        gaussian(5 * width, 2 * width, folded=True, unit="label"),
+        laplace(5 * width, 2 * width, unit="label"),
+        triangular(5 * width, unit="label"),
+    )
+    for one, other in zip(in_bins, in_labels, strict=True):
+        np.testing.assert_array_equal(other.over(bins), one)
+        np.testing.assert_array_equal(density.smooth(other).counts, density.smooth(one).counts)
+        assert LDS(bins, kernel=other).settings["kernel"].tolist() == one.tolist()
+        assert FDS(bins, 2, kernel=other).settings["kernel"].tolist() == one.tolist()
+
+
+def test_a_window_in_label_units_fits_any_width() -> None:
+    window = gaussian(10, 4, unit="label")
+    assert [len(window.over(Bins.uniform(0, 60, width=width))) for width in (0.5, 1, 2, 3, 4, 30)] == [
+        21,
+        11,
+        5,
+        3,
+        3,
+        1,
+    ]
+    assert pickle.loads(pickle.dumps(window)) == window != gaussian(10, 5, unit="label")
+    grid = Bins.grid(Bins.uniform(0, 60, width=2), Bins.uniform(0, 60, width=5))
+    assert [len(part) for part in LDS(grid, kernel=window).kernels or ()] == [5, 3]
+    density = LabelDensity(bins := Bins.uniform(0, 60, width=2), np.arange(30) ** 2 + 1)
+    offsets = []
+    for kernel in (window, gaussian(5, 2)):
+        model = LongTailModel(torch.nn.Identity(), 2, bins, density=density)
+        model.set_prior("uniform", 1.0, kernel=kernel)
+        offsets.append(model.readout.adjuster.offset.tolist())
+    assert offsets[0] == offsets[1]
+
+
+def test_a_window_in_label_units_needs_bins_of_one_width() -> None:
+    for bins in (Bins.from_edges([0, 1, 3, 9]), Bins.classes(9)):
+        with pytest.raises(
+            ValueError, match=r"^LDS: a kernel in label units needs bins of one width, and no classes, got"
+        ):
+            LDS(bins, kernel=gaussian(3, 1, unit="label"))
+    with pytest.raises(TypeError, match=r"^smooth: kernel must be integers or floats, got LabelWindow"):
+        smooth(np.ones(9), gaussian(3, 1, unit="label"))
+    with pytest.raises(ValueError, match=r"^gaussian: unit must be one of 'label', 'bin', got 'years'"):
+        gaussian(3, 1, unit="years")  # type: ignore[call-overload]
+    for size, sigma in ((0, 1), (1, -1)):
+        with pytest.raises(ValueError, match="must be > 0"):
+            gaussian(size, sigma, unit="label")
