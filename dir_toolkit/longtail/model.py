@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,11 @@ from ..labels.grid import AnyBins
 from ..labels.weights import LDS
 from ..priors import TauChoice
 from .calibration import Judged, calibrate, choose_tau
+from .prediction import predict
 from .readouts import LongTailOutput, Placed, PriorKernel, Readout, Setup, TargetPrior, readout_for
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["LongTailModel"]
 
@@ -338,6 +342,23 @@ class LongTailModel(nn.Module):
             as :meth:`choose_tau`. Nothing has changed then.
         """
         return calibrate(self, scores_or_loader, labels, by=by, most_mae=most_mae, outside=outside)
+
+    def predict(self, inputs: Tensor | Iterable[Any], *, level: float | None = None) -> xr.Dataset:
+        """A table of what the model says of many inputs, with one row per sample; ``to_dataframe()`` makes it pandas'.
+
+        Its columns are ``prediction``; ``lower`` and ``upper``, the ends of :meth:`interval`, unless the readout has
+        none, as that of classes or of one number that is not calibrated; and ``region``, whether training labels were
+        many or few in the bin of the prediction (:meth:`dir_toolkit.LabelDensity.regions`), if there is a density.
+
+        Args:
+            inputs: one batch of what the backbone takes, as a tensor; or batches, such as a DataLoader's, of inputs or
+                of pairs of inputs and labels. The model runs on them in eval mode, on its own device.
+            level: as that of :meth:`interval`. A level asks for ends, and so refuses a readout that has none.
+        Raises:
+            as :meth:`interval`. ValueError: a prediction is NaN or infinite, or there is no batch. TypeError: the
+            inputs are no batches.
+        """
+        return predict(self, inputs, level)
 
     def calibrate_intervals(
         self,

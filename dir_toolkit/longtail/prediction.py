@@ -6,17 +6,41 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .._checks import require
+from .._checks import finite, require
 from .readouts import LongTailOutput
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from .model import LongTailModel
 
 T = TypeVar("T")
+
+
+def predict(model: LongTailModel, inputs: Any, level: float | None) -> xr.Dataset:
+    import xarray as xr
+
+    ends = level is not None or model.readout.has_interval
+
+    def read(output: LongTailOutput, _: Any) -> list[np.ndarray]:
+        finite(predictions=output.prediction.cpu())
+        columns = [output.prediction, *(model.interval(output, level) if ends else ())]
+        return [column.cpu().numpy() for column in columns]
+
+    names = ("prediction", "lower", "upper") if ends else ("prediction",)
+    columns = [np.concatenate(parts) for parts in zip(*read_batches(model, inputs, read), strict=True)]
+    table = xr.Dataset({name: ("sample", column) for name, column in zip(names, columns, strict=True)})
+    for name in names[1:]:
+        table[name].attrs["interval_level"] = level or model.readout.intervals.level.item() or 0.9
+    if model.density is not None:
+        row = model.bins.index(columns[0], "clip", name="predictions")
+        table["region"] = ("sample", model.density.regions()[row])
+    return table
 
 
 @torch.no_grad()

@@ -218,6 +218,10 @@ class Readout(nn.Module):
             return self.intervals.interval(self._calibrated(output))
         return self._central(output, 0.9 if level is None else level)
 
+    @property
+    def has_interval(self) -> bool:
+        return self.intervals.level.item() != 0 or type(self)._central is not Readout._central
+
     def sets(self, output: LongTailOutput | Tensor, level: float | None) -> Tensor:
         rule, fix = "intervals must be calibrated", "Call calibrate_intervals first."
         require(self.intervals.known(level), rule, got="a model that is not", fix=fix, error=RuntimeError)
@@ -711,6 +715,7 @@ class ClassReadout(ScoreReadout):
     heads: ClassVar = {"linear": LinearHead, "cosine": CosineHead, "affinity": partial(AffinityHead, prototypes=5)}
     losses: ClassVar = {"cross_entropy": Loss(cross_entropy), "affinity_loss": Loss(affinity_loss)}
     judged: ClassVar = ("balanced_error", "error")
+    has_interval = False
 
     def __init__(
         self,

@@ -281,6 +281,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "LongTailModel.sets": lambda: (calibrated().sets, {"output": shares(), "level": 0.9}),
     "LongTailModel.interval, calibrated": lambda: (calibrated().interval, {"output": shares(), "level": 0.9}),
     "LongTailModel.interval": lambda: ((m := model()).interval, {"output": m(rows(3)), "level": 0.9}),
+    "LongTailModel.predict": lambda: (model().predict, {"inputs": rows(3), "level": 0.9}),
     "LongTailModel.save": lambda: (in_a_folder(model().save), {"path": "model"}),
     "LongTailModel.set_extra_state": lambda: (model().set_extra_state, {"state": model().get_extra_state()}),
     "NearestMeanHead": lambda: (dt.heads.NearestMeanHead, {"num_features": 3, "num_classes": 4}),
@@ -505,6 +506,7 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("LDS.set_extra_state", "state"): ("values",),
     ("LabelDensity.regions", "few"): ("many",),
     ("LongTailModel.calibrate", "scores_or_loader"): ("scores", "batch"),
+    ("LongTailModel.predict", "inputs"): ("backbone", "batch", "predictions"),
     ("LongTailModel", "labels"): ("target",),  # as every loss calls them, also one that the user chose
     ("LongTailModel", "prior_kernel"): ("kernel",),
     ("LongTailModel.criterion", "labels"): ("target",),
@@ -542,6 +544,7 @@ MAY_RAISE: dict[tuple[str, str], str] = {
     ("LogitAdjuster", "target"): NO_VALUES,
     ("LongTailModel.choose_tau", "labels"): NO_VALUES,
     ("LongTailModel.forward", "x"): BACKBONE,
+    ("LongTailModel.predict", "inputs"): BACKBONE,
     ("LongTailModel.save", "path"): FILES,
     ("adjust_logits", "prior"): NO_VALUES,
     ("adjust_logits", "target"): NO_VALUES,
