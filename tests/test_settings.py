@@ -234,6 +234,12 @@ METRICS: list[Case] = [
         no_settings=("counted",),  # which is the density where bins come first
     ),
     Case(
+        dt.metrics.IntervalMetrics,
+        {"density": DENSITY},
+        {"density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)}, "outside": {"outside": "clip"}},
+        no_settings=("counted",),  # which is the density where bins come first
+    ),
+    Case(
         dt.metrics.CalibrationMetrics,
         {"num_classes": 5},
         {"num_classes": {"num_classes": 6}, "num_bins": {"num_bins": 10}, "outside": {"outside": "clip"}},

@@ -37,6 +37,7 @@ from ..labels.density import LabelDensity
 from ..labels.weights import LDS
 from ..longtail import LongTailModel
 from ..metrics.classification import ClassificationMetrics
+from ..metrics.intervals import IntervalMetrics, interval_metrics
 from ..metrics.regression import RegressionMetrics, regression_metrics
 from ..priors import TauChoice
 from .data.images import ImageSet, Splits
@@ -257,9 +258,15 @@ class Trial:
             found = found.assign(tau=((), trained.tau.tau, {"units": "1"}))
         if not self.bins.categorical and said.ndim == 1:
             columns: dict[str, Any] = {"target": ("sample", test.labels), "prediction": ("sample", said.cpu().numpy())}
-            if isinstance(trained.model, LongTailModel) and output.scores.ndim == 2:
-                for side, ends in zip(("lower", "upper"), trained.model.interval(output, _LEVEL), strict=True):
-                    columns[side] = ("sample", ends.cpu().numpy(), {"interval_level": _LEVEL})
+            model = trained.model
+            if isinstance(model, LongTailModel) and (output.scores.ndim == 2 or model.readout.intervals.known(_LEVEL)):
+                lower, upper = (ends.cpu() for ends in model.interval(output, _LEVEL))
+                by_region = interval_metrics(lower, upper, test.labels, self.density, outside=metrics.outside)
+                found = found.assign(by_region[[name for m in IntervalMetrics.metrics for name in m.variables]])
+                first, last = self.bins.edges[[0, -1]]  # in place of infinite ends, which no result has
+                lower, upper = lower.masked_fill(lower.isinf(), first), upper.masked_fill(upper.isinf(), last)
+                for side, ends in (("lower", lower), ("upper", upper)):
+                    columns[side] = ("sample", ends.numpy(), {"interval_level": _LEVEL})
             found = found.assign(columns)
         return found if self.task.measure is None else found.assign(self.task.measure(self, trained, output))
 

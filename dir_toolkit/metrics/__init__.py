@@ -15,15 +15,18 @@ stop the device. What must be refused is counted there, and the first call that 
 from __future__ import annotations
 
 from .classification import ClassificationMetrics, balanced_error, classification_metrics
+from .intervals import IntervalMetrics, interval_metrics
 from .regression import RegressionMetrics, regression_metrics
 from .reliability import CalibrationMetrics, calibration_metrics
 
 __all__ = [
     "CalibrationMetrics",
     "ClassificationMetrics",
+    "IntervalMetrics",
     "RegressionMetrics",
     "balanced_error",
     "calibration_metrics",
     "classification_metrics",
+    "interval_metrics",
     "regression_metrics",
 ]

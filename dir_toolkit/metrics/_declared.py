@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from ._metric import Metric
 from .classification import ClassificationMetrics
+from .intervals import IntervalMetrics
 from .regression import RegressionMetrics
 from .reliability import CalibrationMetrics
 
 METRICS: dict[str, Metric] = {
     name: metric
-    for kind in (RegressionMetrics, ClassificationMetrics, CalibrationMetrics)
+    for kind in (RegressionMetrics, ClassificationMetrics, CalibrationMetrics, IntervalMetrics)
     for metric in kind.metrics
     for name in metric.variables
 }

@@ -223,6 +223,17 @@ VALID: dict[str, Callable[[], Call]] = {
         dt.losses.GaussianMixtureLoss.fit,
         {"labels": LABELS, "components": 1, "noise_sigma": 1.0, "learn": True, "least_variance": 1e-4, "seed": 0},
     ),
+    "IntervalMetrics": lambda: (dt.metrics.IntervalMetrics, {"density": density()}),
+    "IntervalMetrics.update": lambda: (
+        metrics(dt.metrics.IntervalMetrics, BINS).update,
+        {"lower": years() - 1, "upper": years() + 1, "target": years()},
+    ),
+    "IntervalMetrics.merge": lambda: (
+        metrics(dt.metrics.IntervalMetrics, BINS).merge,
+        {"other": metrics(dt.metrics.IntervalMetrics, BINS)},
+    ),
+    "IntervalMetrics.compute": lambda: (metrics(dt.metrics.IntervalMetrics, BINS).compute, {}),
+    "IntervalMetrics.all_reduce": lambda: (metrics(dt.metrics.IntervalMetrics, BINS).all_reduce, {}),
     "LDS": lambda: (dt.LDS, {**OVER_BINS, **KERNEL, "clip": (0.1, 10.0)}),
     "LDS.reference": lambda: (dt.LDS.reference, {**OVER_BINS, **KERNEL}),
     "LDS.fit": lambda: (dt.LDS(BINS, **KERNEL).fit, {"labels": LABELS}),
@@ -356,6 +367,10 @@ VALID: dict[str, Callable[[], Call]] = {
             "density": density(),
             "regions": ["many", "many", "few", "few"],
         },
+    ),
+    "interval_metrics": lambda: (
+        dt.metrics.interval_metrics,
+        {"lower": years() - 1, "upper": years() + 1, "target": years(), "density": density()},
     ),
     "interval": lambda: (dt.interval, {"probabilities": shares(), "bins": BINS}),
     "laplace": lambda: (dt.laplace, {"size": 5, "scale": 2.0}),
@@ -504,6 +519,7 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("ClassificationMetrics.compute", "few"): ("many",),  # which must not be less
     ("FDS.set_extra_state", "state"): ("values",),  # of its bins
     ("LDS.set_extra_state", "state"): ("values",),
+    ("IntervalMetrics.compute", "few"): ("many",),
     ("LabelDensity.regions", "few"): ("many",),
     ("LongTailModel.calibrate", "scores_or_loader"): ("scores", "batch"),
     ("LongTailModel.predict", "inputs"): ("backbone", "batch", "predictions"),
@@ -519,6 +535,7 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("class_prior", "density_or_counts"): ("counts",),
     ("progressive_probabilities", "density_or_counts"): ("counts", "bin"),
     ("classification_metrics", "few"): ("many",),
+    ("interval_metrics", "few"): ("many",),
     ("regression_metrics", "few"): ("many",),
 }
 STANDS_FOR = {"output": ("pred", "logits", "affinities", "features")}  # as each loss calls what it reads of it

@@ -21,6 +21,7 @@ import dir_toolkit as dt
 from dir_toolkit.errors import CheckpointError, RunExistsError, SettingsError, StudyError
 from dir_toolkit.experiment.data.images import ImageSet, SampleSet, Splits, content_digest
 from dir_toolkit.experiment.results.schema import load_results
+from dir_toolkit.experiment.results.tables import as_text, results_table
 from dir_toolkit.experiment.study import Study, Task, Trained, Trial
 from dir_toolkit.experiment.training.checkpoint import load_checkpoint
 from dir_toolkit.experiment.training.loop import Optimization
@@ -146,6 +147,10 @@ def test_the_result_holds_every_run_and_the_constant_predictor(finished: Path) -
     assert ds["tau"].notnull().all("seed").values.tolist() == [False, False, False, True, False, False]
     intervals = ds["lower"].notnull().all("sample").sel(seed=0).values.tolist()
     assert intervals == [False, False, True, True, True, False]
+    held = ((ds["lower"] <= ds["target"]) & (ds["target"] <= ds["upper"])).mean("sample")
+    held = held.where(ds["lower"].notnull().all("sample"))
+    np.testing.assert_allclose(ds["coverage"].sel(region="all"), held)
+    assert "coverage all" in as_text(results_table(ds, columns=[("coverage", "all"), ("width", "all")]))
     page = (finished / "report.html").read_text()
     assert all(part in page for part in ("A note.", "regression", "Tau on validation"))
     assert str(finished) not in page

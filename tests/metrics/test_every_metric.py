@@ -19,6 +19,7 @@ from dir_toolkit import Bins, LabelDensity, RegressionMetrics, _memory, regressi
 from dir_toolkit.errors import LabelError
 from dir_toolkit.metrics._declared import METRICS
 from dir_toolkit.metrics.classification import ClassificationMetrics, classification_metrics
+from dir_toolkit.metrics.intervals import IntervalMetrics
 from dir_toolkit.metrics.reliability import CalibrationMetrics, calibration_metrics
 
 BINS = Bins.uniform(0, 4, width=1)
@@ -100,7 +101,7 @@ def test_every_number_is_as_its_metric_declares_it(kind: str) -> None:
 
 
 def test_no_two_metrics_share_a_name() -> None:
-    kinds = (RegressionMetrics, ClassificationMetrics, CalibrationMetrics)
+    kinds = (RegressionMetrics, ClassificationMetrics, CalibrationMetrics, IntervalMetrics)
     assert len(METRICS) == sum(len(metric.variables) for kind in kinds for metric in kind.metrics)
 
 

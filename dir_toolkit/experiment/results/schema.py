@@ -42,12 +42,13 @@ Units
 Counts and NaN
     A float is NaN where there is nothing to say and nowhere else: in regions and bins without test samples (count 0);
     in a missing run, all of whose counts are 0; where a metric declares that it may be unknown, as ``pearson`` is if
-    predictions or labels do not vary, and ``bin_precision`` if a bin was never predicted (a bin that was predicted but
-    has no test samples has precision 0); in a number per run that a method does not have, such as the ``minutes`` of a
-    constant predictor; in ``prediction`` if a run kept none; and in ``lower`` and ``upper`` if a method gives no
-    interval. A run has predictions and intervals for all samples or for none. No number is infinite. Counts over
-    regions add up to ``all``, and counts over bins to their regions. A run that has predictions was tested on
-    ``target``: its counts are those of these labels, and its MAE over all is theirs, to a thousandth of the label axis.
+    predictions or labels do not vary, ``coverage`` if a method gives no intervals, and ``bin_precision`` if a bin was
+    never predicted (a bin that was predicted but has no test samples has precision 0); in a number per run that a
+    method does not have, such as the ``minutes`` of a constant predictor; in ``prediction`` if a run kept none; and in
+    ``lower`` and ``upper`` if a method gives no interval. A run has predictions and intervals for all samples or for
+    none. No number is infinite. Counts over regions add up to ``all``, and counts over bins to their regions. A run
+    that has predictions was tested on ``target``: its counts are those of these labels, and its MAE over all is theirs,
+    to a thousandth of the label axis.
 
 Attributes
     ``title``, ``created`` (ISO 8601, with its time zone), ``dir_toolkit_version``, ``command``, ``label_name`` and
@@ -137,10 +138,11 @@ def combine_runs(
 
     Args:
         runs: by (method, seed), the datasets that the metrics gave. They have variables over ``region`` and ``bin``,
-            and may have ``minutes``, ``best_epoch`` and others without a dimension, which are NaN in runs that lack
-            them. They may also hold ``target``, ``prediction``, ``lower`` and ``upper`` over ``sample``. A part of an
-            earlier result, ``result.sel({"method": ..., "seed": ...})``, is such a run, too. Combinations that are not
-            given become missing runs.
+            and may have ``minutes``, ``best_epoch`` and others without a dimension. These are NaN in runs that lack
+            them, and so are metrics that may be unknown, as ``coverage`` is. They may also hold ``target``,
+            ``prediction``, ``lower`` and ``upper`` over ``sample``. A part of an earlier result,
+            ``result.sel({"method": ..., "seed": ...})``, is such a run, too. Combinations that are not given become
+            missing runs.
         command: what a reader would type to get the same result.
         label_units: what the unit "label" of the metrics stands for.
         attrs: further provenance, such as versions, devices and digests of the data.
@@ -217,7 +219,8 @@ def _misfits(run: xr.Dataset, first: xr.Dataset, examples: Mapping[str, xr.DataA
         elif name in first.coords and not np.array_equal(run[name].values, first[name].values):
             yield f"coordinate {name!r} differs from the first run's"
     for name in sorted(map(str, set(run.data_vars) ^ set(first.data_vars))):
-        if examples[name].dims and name not in _BY_SAMPLE:  # these, and one without a dimension, may be missing
+        known = _VARIABLES.get(name, _Variable(""))
+        if examples[name].dims and name not in _BY_SAMPLE and not known.may_be_nan:  # others may be missing
             yield f"{name!r} is in {'this' if name in run else 'the first'} run only"
     for name in sorted(map(str, run.data_vars)):
         if run[name].dims != examples[name].dims:

@@ -409,10 +409,10 @@ def test_all_faults_are_reported_at_once(ds: xr.Dataset) -> None:
 
 def test_pearson_may_be_missing_where_there_are_samples_and_others_may_stand_beside(ds: xr.Dataset) -> None:
     ds["pearson"][:] = np.nan
-    ds["coverage"] = (("method", "seed", "region"), ds["mae"].values * 0, {"units": "1"})
+    ds["sharpness"] = (("method", "seed", "region"), ds["mae"].values * 0, {"units": "1"})
     validate_results(ds)
-    del ds["coverage"].attrs["units"]
-    with pytest.raises(ResultsError, match="coverage"):
+    del ds["sharpness"].attrs["units"]
+    with pytest.raises(ResultsError, match="sharpness"):
         validate_results(ds)
 
 
@@ -469,7 +469,7 @@ def test_runs_that_are_no_datasets_are_refused(run: Run, combine: Combine) -> No
 @pytest.mark.parametrize(
     "beside",
     [
-        lambda ds: ds.assign(coverage=ds["pearson"].astype(np.float16)),
+        lambda ds: ds.assign(sharpness=ds["pearson"].astype(np.float16)),
         lambda ds: ds.assign_attrs({"torch/cuda": "12"}),
         lambda ds: ds.assign_coords(note=("bin", np.array([object()] * 5))),
     ],
