@@ -158,6 +158,50 @@ class LongTailModel(nn.Module):
         if fds is not None:
             self._attach(fds)
 
+    @classmethod
+    def for_labels(
+        cls,
+        backbone: nn.Module,
+        num_features: int,
+        labels: Any,
+        *,
+        bins: Bins | None = None,
+        for_metric: Literal["mae", "bmae", "mse", "rmse"] | None = None,
+        **options: Any,
+    ) -> LongTailModel:
+        """A model over the axis that these training labels ask for, with their density.
+
+        After training, :meth:`calibrate` finds how far to go towards rare labels.
+
+        Args:
+            labels: of all training samples: an array, a tensor, a list or a column. For classes pass
+                ``bins=Bins.classes(n)``, since whole numbers may as well be ages.
+            bins: the axis; None makes ``Bins.auto(labels)``, whose ``why`` says what was recognised.
+            for_metric: what predictions will be judged by, on a continuous axis. Distributions over bins are decoded by
+                their median for absolute errors and by their expectation for squared ones, and ``head="regression"`` is
+                trained by the absolute or the squared error. None leaves all as it is without.
+            options: as those of the model and its readout. They come before what ``for_metric`` would choose.
+        Raises:
+            as :class:`LongTailModel`, :meth:`Bins.auto` and :meth:`LabelDensity.count`; ValueError: ``for_metric`` is
+            unknown, or given for classes.
+
+        >>> ages = [21, 34, 34, 35, 60, 33, 18, 25, 41, 52]
+        >>> model = LongTailModel.for_labels(nn.Linear(3, 8), 8, ages, for_metric="mse")
+        >>> model.bins, model.settings["decode"]
+        (<Bins: 11 from 12.5 to 67.5, unbounded>, 'expectation')
+        """
+        bins = Bins.auto(labels) if bins is None else bins
+        instance(Bins, bins=bins)
+        if for_metric is not None:
+            one_of("for_metric", for_metric, ("mae", "bmae", "mse", "rmse"))
+            require(not bins.categorical, "for_metric must be left out for classes", got=repr(for_metric))
+            squared, head = for_metric in ("mse", "rmse"), options.get("head", "linear")
+            if head == "regression":
+                options = {"loss": "weighted_mse" if squared else "weighted_l1", **options}
+            elif head != "gaussian":
+                options = {"decode": "expectation" if squared else "median", **options}
+        return cls(backbone, num_features, bins, density=LabelDensity.count(labels, bins), **options)
+
     def forward(self, x: Any, labels: Tensor | None = None, weight: Tensor | None = None) -> LongTailOutput:
         if labels is None and weight is not None:
             raise problem("weight needs labels", got="labels=None", fix="Use model(x, labels, weight).")

@@ -263,6 +263,10 @@ VALID: dict[str, Callable[[], Call]] = {
             **LONG_TAIL,
         },
     ),
+    "LongTailModel.for_labels": lambda: (
+        dt.LongTailModel.for_labels,
+        {"backbone": nn.Linear(3, 3), "num_features": 3, "labels": LABELS, "for_metric": "mae"},
+    ),
     "LongTailModel.forward": lambda: (model(), {"x": rows(3), "labels": years(), "weight": ones()}),
     "LongTailModel.forward, of a regressor": lambda: (
         model(head="regression"),
@@ -496,6 +500,7 @@ SPEAKS_AS: dict[str, tuple[str, ...]] = {
     "LDS.set_extra_state": ("LDS", "Bins.from_dict"),
     "LabelDensity.smooth": ("smooth",),
     "LongTailModel": ("LongTailModel.set_prior", "LongTailModel.criterion", "LinearHead", "weighted_l1"),
+    "LongTailModel.for_labels": ("LongTailModel", "Bins.auto", "LabelDensity.count"),
     "LongTailModel.criterion": ("soft_cross_entropy", "soft_labels", "weighted_l1"),
     "LongTailModel.interval": ("interval",),
     "LongTailModel.read": ("LongTailModel", "LinearHead"),
@@ -672,6 +677,8 @@ def changed_tensors(valid: Tensor) -> Iterator[tuple[str, Tensor]]:
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     called = function.forward if isinstance(function, nn.Module) else function
     parameters = dict(inspect.signature(called).parameters)
+    if function == dt.LongTailModel.for_labels:
+        parameters.pop("options")
     if function is dt.LongTailModel:  # whose options are those of its readout
         parameters.pop("options")
         of_readout = inspect.signature(dt.longtail.BinsReadout).parameters

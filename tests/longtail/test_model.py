@@ -684,3 +684,28 @@ def test_an_fds_must_drop_what_the_model_drops() -> None:
     model(x, y).loss.backward()
     model.fds.end_epoch()
     assert model.fds.running_count.sum() == 35
+
+
+def test_a_model_for_labels_has_their_axis_and_density_and_suits_the_metric() -> None:
+    labels = np.random.default_rng(0).exponential(20, 500).round(1)
+    model = LongTailModel.for_labels(nn.Linear(3, 8), 8, labels)
+    assert model.bins == Bins.auto(labels)
+    assert model.bins.why == Bins.auto(labels).why
+    assert model.density == LabelDensity.count(labels, model.bins)
+    chosen: list[tuple[str, Any, dict[str, Any]]] = [
+        ("mae", {}, {"decode": "median"}),
+        ("rmse", {"head": "cosine", "sigma": None}, {"decode": "expectation", "sigma": None}),
+        ("mse", {"decode": "mode"}, {"decode": "mode"}),
+        ("mse", {"head": "regression"}, {"loss": "weighted_mse"}),
+        ("bmae", {"head": "regression"}, {"loss": "weighted_l1"}),
+        ("mse", {"head": "gaussian"}, {"loss": "gaussian_nll"}),
+    ]
+    for metric, options, expected in chosen:
+        settings = LongTailModel.for_labels(nn.Linear(3, 8), 8, labels, for_metric=metric, **options).settings
+        assert {name: settings[name] for name in expected} == expected
+    classes = LongTailModel.for_labels(nn.Linear(3, 8), 8, [0, 0, 2, 1], bins=Bins.classes(3))
+    assert classes.density == LabelDensity(Bins.classes(3), np.array([2, 1, 1]))
+    with pytest.raises(ValueError, match=r"^LongTailModel\.for_labels: for_metric must be left out for classes, got"):
+        LongTailModel.for_labels(nn.Linear(3, 8), 8, [0, 1], bins=Bins.classes(3), for_metric="mae")
+    with pytest.raises(ValueError, match=r"^LongTailModel\.for_labels: for_metric must be one of 'mae', 'bmae', "):
+        LongTailModel.for_labels(nn.Linear(3, 8), 8, labels, for_metric="r2")
