@@ -220,6 +220,7 @@ METRICS: list[Case] = [
             "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
             "floor": {"floor": 0.5},
             "outside": {"outside": "clip"},
+            "missing": {"missing": "drop"},
         },
         no_settings=("counted",),  # which is the density where bins come first
     ),
@@ -230,13 +231,18 @@ METRICS: list[Case] = [
             "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
             "regions": {"regions": ["many", "few"] * 30},
             "outside": {"outside": "drop"},
+            "missing": {"missing": "drop"},
         },
         no_settings=("counted",),  # which is the density where bins come first
     ),
     Case(
         dt.metrics.IntervalMetrics,
         {"density": DENSITY},
-        {"density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)}, "outside": {"outside": "clip"}},
+        {
+            "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
+            "outside": {"outside": "clip"},
+            "missing": {"missing": "drop"},
+        },
         no_settings=("counted",),  # which is the density where bins come first
     ),
     Case(

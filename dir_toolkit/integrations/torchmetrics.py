@@ -129,5 +129,5 @@ def _numbers(metrics: RegressionMetrics | ClassificationMetrics, limits: dict[st
 
 def _digest(metrics: RegressionMetrics | ClassificationMetrics) -> Tensor:
     """A digest of what the sums depend on, as 32 numbers."""
-    content = json.dumps([metrics.bins.to_dict(), getattr(metrics, "floor", None), metrics.outside])
+    content = json.dumps([metrics.bins.to_dict(), getattr(metrics, "floor", None), metrics.outside, metrics.missing])
     return torch.tensor(list(hashlib.sha256(content.encode()).digest()), device="cpu")

@@ -6,7 +6,8 @@ the same settings that has seen nothing. Sums are float64 and counts are int64, 
 function beside each class updates and computes in one call.
 
 Targets beyond the axis are refused by default. ``outside="clip"`` counts such a target in the end bin, and
-``outside="drop"`` counts it nowhere. A region or a bin without a test sample is NaN, not zero, and its count says so.
+``outside="drop"`` counts it nowhere; so does ``missing="drop"`` with a target that is NaN. A region or a bin without a
+test sample is NaN, not zero, and its count says so.
 
 An update that raises has added nothing. The values of a batch on an accelerator are not looked at, since that would
 stop the device. What must be refused is counted there, and the first call that looks at results raises for it.

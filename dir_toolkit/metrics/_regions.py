@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .._checks import instance, problem
-from ..labels.bins import Bins, Outside
+from ..labels.bins import Bins, Missing, Outside
 from ..labels.density import REGIONS, LabelDensity
 from ..labels.grid import BinGrid
 from ._metric import Metric, stored_unit
@@ -32,7 +32,9 @@ class RegionMetrics(MergingSums):
 
     regions: np.ndarray | None = None
 
-    def __init__(self, density: Axis, counted: LabelDensity | None, outside: Outside, *, grids: bool) -> None:
+    def __init__(
+        self, density: Axis, counted: LabelDensity | None, outside: Outside, missing: Missing, *, grids: bool
+    ) -> None:
         if counted is not None:
             instance(LabelDensity, counted=counted)
             if counted.bins != density:
@@ -45,7 +47,7 @@ class RegionMetrics(MergingSums):
         if density.counts.dtype.kind == "f":
             raise problem("density must be as counted, not smoothed", got=repr(density))
         self.density, self.bins = density, density.bins
-        super().__init__(outside)
+        super().__init__(outside, missing)
 
     def _sums_by_bin(self) -> dict[str, np.ndarray]:
         """The sums of each bin by name, (K, B) for each of K axes. One of them is ``count``."""

@@ -25,7 +25,7 @@ from .._numerics import is_wrapped, readable
 from .._ranks import check_group, summed
 from .._settings import shown
 from ..errors import ShapeError
-from ..labels.bins import Outside
+from ..labels.bins import MISSING, OUTSIDE, Missing, Outside
 from ..labels.grid import AnyBins
 
 _Sums = TypeVar("_Sums", bound="MergingSums")
@@ -41,9 +41,10 @@ class MergingSums(ABC):
     """(2,) int64, in classes that keep it: how many targets had no bin, and how many predictions named none, on an
     accelerator."""
 
-    def __init__(self, outside: Outside) -> None:
-        one_of("outside", outside, ("raise", "clip", "drop"))
-        self.outside = outside
+    def __init__(self, outside: Outside, missing: Missing = "raise") -> None:
+        one_of("outside", outside, OUTSIDE)
+        one_of("missing", missing, MISSING)
+        self.outside, self.missing = outside, missing
 
     @property
     @abstractmethod
@@ -142,17 +143,13 @@ def check_some(**tensors: Tensor) -> None:
             raise problem(f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}", error=ShapeError)
 
 
-def placed(bins: AnyBins, target: Tensor, outside: Outside) -> tuple[Tensor, Tensor | None]:
+def placed(bins: AnyBins, target: Tensor, outside: Outside, missing: Missing) -> tuple[Tensor, Tensor | None]:
     """The bin of each target, or -1 if it has none.
 
     Where values are not looked at, nothing is raised, and the number of refused targets, () int64, is returned, too.
     """
-    if readable(target):
-        return bins.index(target, outside, name="target"), None
-    index = bins.index(target, "drop" if outside == "raise" else outside, name="target")
-    # What "drop" leaves out may be NaN as well, which is refused.
-    sound = bins.index(target, "clip", name="target") if outside == "drop" else index
-    return index, (sound < 0).sum()
+    index = bins.place(target, outside, missing, name="target")
+    return index, None if readable(target) else (index == -2).sum()
 
 
 def class_indices(name: str, index: Tensor, num_classes: int, outside: Outside = "raise") -> Tensor:

@@ -13,7 +13,7 @@ from .._checks import length, on_host, problem, same_shape
 from .._memory import check_memory
 from .._numerics import readable
 from ..errors import ShapeError
-from ..labels.bins import Outside
+from ..labels.bins import Missing, Outside
 from ..labels.density import REGIONS, LabelDensity
 from ._metric import Metric
 from ._regions import Axis, RegionMetrics
@@ -79,6 +79,7 @@ class ClassificationMetrics(RegionMetrics):
         regions: the region of each bin, B names out of "many", "medium", "few" and "unseen", in place of those that
             ``density`` gives.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``.
+        missing: ``"raise"``, or ``"drop"`` for targets that may be NaN, which are then counted nowhere.
     Attributes:
         confusion: (B, B) int64, samples by true bin (rows) and predicted bin (columns).
     Raises:
@@ -122,8 +123,9 @@ class ClassificationMetrics(RegionMetrics):
         *,
         regions: Sequence[str] | np.ndarray | None = None,
         outside: Outside = "raise",
+        missing: Missing = "raise",
     ) -> None:
-        super().__init__(density, counted, outside, grids=False)
+        super().__init__(density, counted, outside, missing, grids=False)
         size = len(self.bins)
         self.regions = None if regions is None else _region_names(regions, size)
         check_memory(f"the confusion matrix of {size:,} bins", 8 * size**2, "Use fewer bins.")
@@ -131,7 +133,7 @@ class ClassificationMetrics(RegionMetrics):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"density": self.density, "regions": self.regions, "outside": self.outside}
+        return {"density": self.density, "regions": self.regions, "outside": self.outside, "missing": self.missing}
 
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add a batch. On an accelerator nothing waits for the host.
@@ -149,7 +151,7 @@ class ClassificationMetrics(RegionMetrics):
         """
         size = len(self.bins)
         _check_shapes(pred, target, size)
-        index, refused = placed(self.bins, target, self.outside)
+        index, refused = placed(self.bins, target, self.outside, self.missing)
         predicted = _predicted(pred, size)
         counts = (index >= 0) & (predicted >= 0)
         cell = (index * size + predicted).masked_fill(~counts, 0)
@@ -186,12 +188,13 @@ def classification_metrics(
     *,
     regions: Sequence[str] | np.ndarray | None = None,
     outside: Outside = "raise",
+    missing: Missing = "raise",
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
     """:class:`ClassificationMetrics` of one whole set."""
     check_some(target=target)
-    metrics = ClassificationMetrics(density, counted, regions=regions, outside=outside)
+    metrics = ClassificationMetrics(density, counted, regions=regions, outside=outside, missing=missing)
     metrics.update(pred, target)
     return metrics.compute(many=many, few=few)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import as_tensors, finite, require, same_shape
 from .._numerics import readable
-from ..labels.bins import Outside
+from ..labels.bins import Missing, Outside
 from ..labels.density import LabelDensity
 from ._metric import Metric
 from ._regions import Axis, RegionMetrics
@@ -39,6 +39,7 @@ class IntervalMetrics(RegionMetrics):
         density: of the training labels. It brings the label axis and decides the region of each bin.
             ``(bins, density)``, in two arguments, means the same.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``.
+        missing: ``"raise"``, or ``"drop"`` for targets that may be NaN, which are then counted nowhere.
     Attributes:
         sums: (3, B) float64, by bin: the count, the count of labels inside, and the sum of widths.
 
@@ -62,13 +63,20 @@ class IntervalMetrics(RegionMetrics):
     sums: Tensor
     refused: Tensor
 
-    def __init__(self, density: Axis, counted: LabelDensity | None = None, *, outside: Outside = "raise") -> None:
-        super().__init__(density, counted, outside, grids=False)
+    def __init__(
+        self,
+        density: Axis,
+        counted: LabelDensity | None = None,
+        *,
+        outside: Outside = "raise",
+        missing: Missing = "raise",
+    ) -> None:
+        super().__init__(density, counted, outside, missing, grids=False)
         self._begin(sums=(len(_SUMS), len(self.bins)), refused=(2,))
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"density": self.density, "outside": self.outside}
+        return {"density": self.density, "outside": self.outside, "missing": self.missing}
 
     def update(self, lower: Any, upper: Any, target: Any) -> None:
         """Add a batch. On an accelerator nothing waits for the host.
@@ -91,7 +99,7 @@ class IntervalMetrics(RegionMetrics):
             for name, ends in (("lower", lower), ("upper", upper)):
                 finite(**{name: torch.where(ends.isinf(), 0, ends)})
             require(bool((low <= high).all()), "lower must not exceed upper", got=lambda: _crossed(low, high))
-        index, refused = placed(self.bins, target, self.outside)
+        index, refused = placed(self.bins, target, self.outside, self.missing)
         index = index.flatten()
         self._ready(index.device)
         if refused is not None:
@@ -117,13 +125,14 @@ def interval_metrics(
     counted: LabelDensity | None = None,
     *,
     outside: Outside = "raise",
+    missing: Missing = "raise",
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
     """:class:`IntervalMetrics` of one whole set."""
     (target,) = as_tensors(target=target)
     check_some(target=target)
-    metrics = IntervalMetrics(density, counted, outside=outside)
+    metrics = IntervalMetrics(density, counted, outside=outside, missing=missing)
     metrics.update(lower, upper, target)
     return metrics.compute(many=many, few=few)
 

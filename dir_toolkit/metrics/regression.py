@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import as_tensors, finite, number, problem, same_shape
-from ..labels.bins import Outside
+from ..labels.bins import Missing, Outside
 from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins, BinGrid
 from ._metric import Metric
@@ -94,6 +94,7 @@ class RegressionMetrics(RegionMetrics):
             does not make it zero. None takes a hundredth of the median bin width. Over a grid give one for all axes or
             one per axis.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target keeps its exact error.
+        missing: ``"raise"``, or ``"drop"`` for targets that may be NaN, which are then counted nowhere.
 
     >>> from dir_toolkit import Bins
     >>> metrics = RegressionMetrics(LabelDensity(Bins.classes(2), [200, 5]))
@@ -116,8 +117,9 @@ class RegressionMetrics(RegionMetrics):
         *,
         floor: float | Sequence[float] | None = None,
         outside: Outside = "raise",
+        missing: Missing = "raise",
     ) -> None:
-        super().__init__(density, counted, outside, grids=True)
+        super().__init__(density, counted, outside, missing, grids=True)
         bins = self.bins
         self._floors = _checked_floors(floor, bins)
         self.floor = self._floors if isinstance(bins, BinGrid) else self._floors[0]
@@ -128,7 +130,7 @@ class RegressionMetrics(RegionMetrics):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"density": self.density, "floor": self.floor, "outside": self.outside}
+        return {"density": self.density, "floor": self.floor, "outside": self.outside, "missing": self.missing}
 
     def update(self, pred: Any, target: Any) -> None:
         """Add a batch. On an accelerator nothing waits for the host.
@@ -137,8 +139,7 @@ class RegressionMetrics(RegionMetrics):
             pred, target: tensors, or NumPy arrays, pandas columns and lists of numbers.
         Shape:
             pred, target: any shape, both the same, such as maps of one label per pixel. Over a grid they are (..., K).
-            An empty batch adds nothing. The caller leaves out pixels without a label:
-            ``update(pred[valid], target[valid])``.
+            An empty batch adds nothing.
         Units:
             those of the label.
         Raises:
@@ -150,10 +151,10 @@ class RegressionMetrics(RegionMetrics):
         check_samples(pred=pred, target=target)
         same_shape(pred=pred, target=target)
         finite(pred=pred)
-        index, refused = placed(self.bins, target, self.outside)
+        index, refused = placed(self.bins, target, self.outside, self.missing)
         if self.outside == "clip":
-            finite(target=target)
-        some_lack_a_bin = refused is not None or self.outside == "drop"
+            finite(target=target if self.missing == "raise" else target.masked_fill(target.isnan(), 0))
+        some_lack_a_bin = refused is not None or "drop" in (self.outside, self.missing)
         self._ready(index.device)
         if refused is not None:
             self.refused[0].add_(refused)
@@ -201,12 +202,13 @@ def regression_metrics(
     *,
     floor: float | Sequence[float] | None = None,
     outside: Outside = "raise",
+    missing: Missing = "raise",
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
     """:class:`RegressionMetrics` of one whole set."""
     (pred,) = as_tensors(pred=pred)
     check_some(pred=pred)
-    metrics = RegressionMetrics(density, counted, floor=floor, outside=outside)
+    metrics = RegressionMetrics(density, counted, floor=floor, outside=outside, missing=missing)
     metrics.update(pred, target)
     return metrics.compute(many=many, few=few)

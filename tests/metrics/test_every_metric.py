@@ -408,8 +408,8 @@ def test_settings_and_their_repr(kind: str) -> None:
     assert (
         list(metrics.settings)
         == {
-            "regression": ["density", "floor", "outside"],
-            "classification": ["density", "regions", "outside"],
+            "regression": ["density", "floor", "outside", "missing"],
+            "classification": ["density", "regions", "outside", "missing"],
             "calibration": ["num_classes", "num_bins", "outside"],
         }[kind]
     )
