@@ -215,9 +215,18 @@ def affinity(**settings: Any) -> Callable[[], nn.Module]:
     return lambda: dt.AffinityHead(D, C, 2, **settings)
 
 
+def needs_sizes_alone(kind: Any) -> bool:
+    """Whether a head is made of its two sizes, and all else has a default."""
+    needed = [name for name, p in inspect.signature(kind).parameters.items() if p.default is p.empty]
+    return needed == ["num_features", "num_classes"]
+
+
 HEADS: dict[str, Callable[[], Job]] = {
-    "LinearHead": of(lambda: dt.heads.LinearHead(D, C), lambda m, d: m(d.features).square().mean()),
-    "CosineHead": of(lambda: dt.heads.CosineHead(D, C), lambda m, d: m(d.features).square().mean()),
+    **{
+        name: of(partial(kind, D, C), lambda m, d: m(d.features).square().mean())
+        for name in dt.heads.__all__
+        if needs_sizes_alone(kind := getattr(dt.heads, name))
+    },
     "CosineHead learnt": of(
         lambda: dt.heads.CosineHead(D, C, learn_scale=True), lambda m, d: m(d.features).square().mean()
     ),

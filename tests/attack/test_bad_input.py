@@ -209,8 +209,6 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "ClassificationMetrics.compute": lambda: (metrics(dt.ClassificationMetrics, CLASSES).compute, {}),
     "ClassificationMetrics.all_reduce": lambda: (metrics(dt.ClassificationMetrics, CLASSES).all_reduce, {}),
-    "CosineHead": lambda: (dt.heads.CosineHead, {"num_features": 3, "num_classes": 4}),
-    "CosineHead.forward": lambda: (dt.heads.CosineHead(3, 4), {"features": rows(3)}),
     "FDS": lambda: (dt.FDS, {**OVER_BINS, "num_features": 3, **KERNEL}),
     "FDS.reference": lambda: (dt.FDS.reference, {**OVER_BINS, "num_features": 3, **KERNEL}),
     "FDS.attach": lambda: (fds().attach, {"module": linear(), "where": "input"}),
@@ -247,8 +245,6 @@ VALID: dict[str, Callable[[], Call]] = {
     "LabelDensity.regions": lambda: (density().regions, {}),
     "LabelDensity.weighted": lambda: (density().weighted, {"lds": lds()}),
     "LabelDensity.all_reduce": lambda: (density().all_reduce, {}),
-    "LinearHead": lambda: (dt.heads.LinearHead, {"num_features": 3, "num_classes": 4}),
-    "LinearHead.forward": lambda: (dt.heads.LinearHead(3, 4), {"features": rows(3)}),
     "LogitAdjuster": lambda: (dt.LogitAdjuster, {"prior": prior(), "target": prior()}),
     "LogitAdjuster.forward": lambda: (dt.LogitAdjuster(prior()), {"logits": rows()}),
     "LongTailModel": lambda: (
@@ -299,7 +295,6 @@ VALID: dict[str, Callable[[], Call]] = {
     "LongTailModel.predict": lambda: (model().predict, {"inputs": rows(3), "level": 0.9}),
     "LongTailModel.save": lambda: (in_a_folder(model().save), {"path": "model"}),
     "LongTailModel.set_extra_state": lambda: (model().set_extra_state, {"state": model().get_extra_state()}),
-    "NearestMeanHead": lambda: (dt.heads.NearestMeanHead, {"num_features": 3, "num_classes": 4}),
     "NearestMeanHead.update": lambda: (
         dt.heads.NearestMeanHead(3, 4).update,
         {"features": rows(3), "labels": classes()},
@@ -745,6 +740,21 @@ def exported() -> dict[str, Any]:
 
 
 VALID.update({name: partial(loss_call, name) for name in losses()})
+
+
+def head_calls() -> dict[str, Callable[[], Call]]:
+    """Calls of each head that two sizes make, and of its forward, where no other call of it is named above."""
+    calls: dict[str, Callable[[], Call]] = {}
+    for name in dt.heads.__all__:
+        kind = getattr(dt.heads, name)
+        needed = [key for key, p in inspect.signature(kind).parameters.items() if p.default is p.empty]
+        if needed == ["num_features", "num_classes"]:
+            calls[name] = partial(lambda kind: (kind, {"num_features": 3, "num_classes": 4}), kind)
+            calls[f"{name}.forward"] = partial(lambda kind: (kind(3, 4), {"features": rows(3)}), kind)
+    return calls
+
+
+VALID.update({name: call for name, call in head_calls().items() if name not in VALID})
 
 
 def test_the_table_covers_every_public_name_and_method() -> None:
