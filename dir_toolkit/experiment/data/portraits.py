@@ -48,9 +48,9 @@ def portraits(n_train: int = 4000, n_val: int = 505, n_test: int = 1010, *, size
     ((200, 3, 32, 32), [0.0, 37.0, 74.0, 10.0])
     """
     seed, size = whole("seed", seed, low=0), whole("size", size, low=16)
-    train = _image_set("train", whole("n_train", n_train, low=0), size, seed)
-    val = _image_set("val", whole("n_val", n_val, low=0), size, seed)
-    test = _image_set("test", whole("n_test", n_test, low=0), size, seed)
+    lengths = {"n_train": n_train, "n_val": n_val, "n_test": n_test}
+    counts = [whole(name, length, low=0) for name, length in lengths.items()]
+    train, val, test = (_image_set(name[2:], count, size, seed) for name, count in zip(lengths, counts, strict=True))
     return Splits(train, val, test, source="portraits", skipped={})
 
 

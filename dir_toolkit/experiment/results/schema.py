@@ -387,41 +387,43 @@ def _number_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
 
 def _missing_faults(ds: xr.Dataset, sound: set[str], name: str) -> Iterator[str]:
     """Faults of one variable in where it is NaN."""
-    array, asked = ds[name], _VARIABLES.get(name)
+    dims, values, asked = ds[name].dims, ds[name].values, _VARIABLES.get(name)
+    known = ~np.isnan(values)
     at_empty = asked.at_empty if asked else math.nan
     for axis, count in (("region", "count"), ("bin", "bin_count")):
-        if axis not in array.dims or count not in sound:
+        if axis not in dims or count not in sound:
             continue
-        empty, known = ds[count] == 0, array.notnull()
-        if (empty & known & (array != at_empty)).any():
+        empty = ds[count].values == 0
+        if (empty & known & (values != at_empty)).any():
             allowed = "NaN" if math.isnan(at_empty) else f"{at_empty:g} or NaN"
             yield f"variable {name!r} must be {allowed} where {count!r} is 0"
         if asked and not asked.may_be_nan and (~empty & ~known).any():
             yield f"variable {name!r} must not be NaN where {count!r} is above 0"
-    by_run = array.dims == _RUN or not math.isnan(at_empty)  # counts say nothing about these
-    if by_run and "completed" in sound and ((ds["completed"] == 0) & array.notnull()).any():
+    by_run = dims == _RUN or not math.isnan(at_empty)  # counts say nothing about these
+    if by_run and "completed" in sound and known[ds["completed"].values == 0].any():
         yield f"variable {name!r} must be NaN where 'completed' is 0"
 
 
 def _sum_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
     """Faults of counts beside each other, and beside the runs that were completed."""
+    values = {name: ds[name].values for name in sound}
     for name in ("count", "bins"):
-        if name in sound and (ds[name][..., 0] != ds[name][..., 1:].sum("region")).any():
+        if name in sound and (values[name][..., 0] != values[name][..., 1:].sum(-1)).any():
             yield f"variable {name!r} over the regions must add up to 'all'"
     if {"count", "bin_count"} <= sound and "bin_region" in ds.coords and ds["bin_region"].dims == ("bin",):
         for region in REGIONS:
-            here = (ds["bin_region"] == region).values
-            if (ds["bin_count"][..., here].sum("bin") != ds["count"].sel(region=region)).any():
+            here, place = (ds["bin_region"] == region).values, ALL_REGIONS.index(region)
+            if (values["bin_count"][..., here].sum(-1) != values["count"][..., place]).any():
                 yield f"variable 'bin_count' over the bins of region {region!r} must add up to 'count'"
     if "completed" not in sound:
         return
-    completed = ds["completed"]
-    if not completed.isin([0, 1]).all():
+    completed = values["completed"]
+    if not np.isin(completed, [0, 1]).all():
         yield "variable 'completed' must be 0 or 1"
     for name in (name for name in _COUNTS if name in sound):
-        if (ds[name].where(completed == 0, 0) != 0).any():
+        if values[name][completed == 0].any():
             yield f"variable {name!r} must be 0 where 'completed' is 0"
-    if "count" in sound and ((completed == 1) & (ds["count"][..., 0] == 0)).any():
+    if "count" in sound and (values["count"][completed == 1, 0] == 0).any():
         yield "variable 'count' must be above 0 where 'completed' is 1"
 
 

@@ -131,10 +131,10 @@ def test_the_draws_have_the_variance_of_a_mean(predicted: Run, combine: Combine)
 
 @pytest.mark.parametrize("seeds", [1, 5])
 def test_intervals_cover_the_truth_about_as_often_as_they_say(predicted: Run, combine: Combine, seeds: int) -> None:
-    # Ten methods like the baseline, in six worlds: the true difference over seeds and samples is 0.
+    # Ten methods like the baseline, in a few worlds: the true difference over seeds and samples is 0.
     covered = []
     bins = np.repeat([0.5, 1.5, 2.5], 60)
-    for world in range(6):
+    for world in range(6 if seeds == 1 else 3):
         rng = np.random.default_rng([world, seeds])
         shared = rng.normal(size=bins.size)
         runs = {}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import matplotlib
@@ -26,10 +27,15 @@ def _boxes(figure: Figure, texts: list[matplotlib.text.Text]) -> list[matplotlib
     return [text.get_window_extent(canvas.get_renderer()) for text in texts]
 
 
-def _assert_apart(figure: Figure, texts: list[matplotlib.text.Text]) -> None:
-    """Every text lies on the figure, and none over another."""
-    boxes = _boxes(figure, texts)
-    assert len(boxes) > 1
+def _assert_apart(figure: Figure, *groups: list[matplotlib.text.Text]) -> None:
+    """Every text lies on the figure, and none over another of its group."""
+    boxes = iter(_boxes(figure, [text for texts in groups for text in texts]))
+    for texts in groups:
+        assert len(texts) > 1
+        _assert_boxes_apart(figure, list(islice(boxes, len(texts))))
+
+
+def _assert_boxes_apart(figure: Figure, boxes: list[matplotlib.transforms.Bbox]) -> None:
     for i, box in enumerate(boxes):
         assert box.x0 >= 0
         assert box.x1 <= figure.bbox.x1
@@ -170,13 +176,9 @@ def test_names_of_twenty_five_methods_never_overlap(crowd: xr.Dataset) -> None:
         coverage_figure(crowd),
         region_figure(crowd),
     ):
-        _assert_apart(figure, figure.axes[0].get_yticklabels())
-        for axes in figure.axes:
-            if len(axes.texts) > 1:
-                _assert_apart(figure, axes.texts)
         titles = [axes.title for axes in figure.axes if axes.get_title()]
-        if titles:
-            _assert_apart(figure, titles)
+        groups = [axes.texts for axes in figure.axes if len(axes.texts) > 1] + [titles] * bool(titles)
+        _assert_apart(figure, figure.axes[0].get_yticklabels(), *groups)
     two = cost.axes[0].texts[:2]
     two[1].xy = two[0].xy
     with pytest.raises(AssertionError):

@@ -247,11 +247,15 @@ FAULTS: list[tuple[Callable[[xr.Dataset], xr.Dataset], str]] = [
 ]
 
 
+def test_results_without_a_fault_pass(ds: xr.Dataset, classes: xr.Dataset, compared: xr.Dataset) -> None:
+    for sound in (ds, classes, compared):
+        validate_results(sound)
+
+
 @pytest.mark.parametrize(("break_it", "said"), FAULTS, ids=[said[:60] for _, said in FAULTS])
 def test_each_fault_is_reported(ds: xr.Dataset, break_it: Callable[[xr.Dataset], xr.Dataset], said: str) -> None:
-    validate_results(ds)
     with pytest.raises(ResultsError, match=said):
-        validate_results(break_it(ds.copy(deep=True)))
+        validate_results(break_it(ds))
 
 
 _MISSING = {"method": "adjusted", "seed": 1}
@@ -272,9 +276,8 @@ CLASS_FAULTS: list[tuple[Callable[[xr.Dataset], xr.Dataset], str]] = [
 def test_each_fault_of_classification_is_reported(
     classes: xr.Dataset, break_it: Callable[[xr.Dataset], xr.Dataset], said: str
 ) -> None:
-    validate_results(classes)
     with pytest.raises(ResultsError, match=said):
-        validate_results(break_it(classes.copy(deep=True)))
+        validate_results(break_it(classes))
 
 
 _HALF = {"method": "half", "seed": 1}
@@ -310,9 +313,8 @@ SAMPLE_FAULTS: list[tuple[Callable[[xr.Dataset], xr.Dataset], str]] = [
 def test_each_fault_of_samples_is_reported(
     compared: xr.Dataset, break_it: Callable[[xr.Dataset], xr.Dataset], said: str
 ) -> None:
-    validate_results(compared)
     with pytest.raises(ResultsError, match=said):
-        validate_results(break_it(compared.copy(deep=True)))
+        validate_results(break_it(compared))
 
 
 def test_predictions_in_another_order_are_found_out(compared: xr.Dataset) -> None:
@@ -500,7 +502,7 @@ def test_damaged_files_raise_our_error_or_none(ds: xr.Dataset, tmp_path: Path) -
     good = path.read_bytes()
     rng = random.Random(0)
     refused = []
-    for i in range(200):
+    for i in range(60):  # tests/attack/test_mutations.py tries more
         bad = bytearray(good)
         if i % 3 == 0:
             for _ in range(rng.randint(1, 4)):
@@ -515,7 +517,7 @@ def test_damaged_files_raise_our_error_or_none(ds: xr.Dataset, tmp_path: Path) -
             load_results(path)
         except ResultsError as error:
             refused.append(str(error))
-    assert len(refused) > 100
+    assert len(refused) > 30
     assert all("r.nc" in message for message in refused)
 
 
