@@ -1,17 +1,13 @@
-"""What tests of several folders share, and the program that ``two_ranks`` starts."""
+"""What tests of several folders share, and what the processes of ``two_ranks`` do."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent import futures
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,10 @@ import torch
 import torch.distributed as dist
 
 from dir_toolkit.errors import ShapeError
+
+sys.path.insert(0, str(Path(__file__).parent))  # which pytest's importlib mode does not
+
+from forked import Forked, load
 
 # Tensors of tests are small, and threads that wait for one another stall on a machine with other work. What tests start
 # runs on as many threads, too, since sums of other threads end in other digits.
@@ -39,13 +39,13 @@ NOT_COUNTS: list[tuple[Any, type[Exception], str]] = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     attack = parser.getgroup("attack", "how hard tests/attack tries")
-    attack.addoption("--mutations", type=int, default=200, help="mutations of each kind of file (default: 200)")
+    attack.addoption("--mutations", type=int, default=100, help="mutations of each kind of file (default: 100)")
     attack.addoption("--kills", type=int, default=2, help="kills of a training run (default: 2)")
 
 
 @pytest.fixture
 def mutations(request: pytest.FixtureRequest) -> int:
-    """How many mutations of each kind of file are tried; a quarter as many wrong arguments of each function."""
+    """How many mutations of each kind of file are tried; a third as many wrong arguments of each function."""
     return int(request.config.getoption("--mutations"))
 
 
@@ -69,51 +69,25 @@ class Ranks:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._pair: list[subprocess.Popen[str]] = []
+        self._pair: list[Forked] = []
 
     def run(self, file: Path, function: str, folder: Path, timeout: float) -> list[Any]:
         if not self._pair:
-            self._start()
+            meeting = str(Path(tempfile.mkdtemp(dir=self._folder.name)) / "meet")
+            self._pair = [Forked(__file__, "be_rank", meeting, rank) for rank in range(2)]
         for process in self._pair:
-            assert process.stdin is not None
-            print(json.dumps([str(file), function, str(folder)]), file=process.stdin, flush=True)
-        sound = False
+            process.connection.send([str(file), function, str(folder)])
         try:
-            with ThreadPoolExecutor(2) as pool:
-                answers = [pool.submit(process.stdout.readline) for process in self._pair]  # type: ignore[union-attr]
-                done = futures.wait(answers, timeout, return_when=futures.FIRST_EXCEPTION)[0]
-                sound = len(done) == 2 and all(answer.result() == "done\n" for answer in done)
-                if not sound:
-                    self.stop()  # which ends the lines that are waited for
-        finally:
-            if not sound:
-                self.stop()
-        assert sound, "a rank failed, which its traceback above tells, or the two have hung"
+            for process in self._pair:
+                assert (said := process.receive(timeout)) == "done", said or "the process ended"
+        except BaseException:
+            self.stop()
+            raise
         return [torch.load(folder / f"returned{rank}.pt", weights_only=True) for rank in range(2)]
-
-    def _start(self) -> None:
-        program = [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", __file__]
-        meeting = str(Path(tempfile.mkdtemp(dir=self._folder.name)) / "meet")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        self._pair = [
-            subprocess.Popen(
-                [*program, meeting, str(rank)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                text=True,
-            )
-            for rank in range(2)
-        ]
 
     def stop(self) -> None:
         for process in self._pair:
             process.kill()
-        for process in self._pair:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                pipe.close()
         self._pair = []
 
     def close(self) -> None:
@@ -132,43 +106,24 @@ def ranks() -> Iterator[Ranks]:
 def two_ranks(request: pytest.FixtureRequest, tmp_path: Path, ranks: Ranks) -> Callable[..., list[Any]]:
     """Run a function ``main(rank)`` of the test's module in two processes in tmp_path, joined by gloo.
 
-    Returns what it returned in each, which ``torch.load`` must be able to read. With ``fresh`` the processes are new
-    and not used again, for what keeps global state.
+    Returns what it returned in each, which ``torch.load`` must be able to read.
     """
 
-    def run(main: Callable[[int], object], *, timeout: float = 60, fresh: bool = False) -> list[Any]:
-        if fresh:
-            ranks.stop()
-        try:
-            return ranks.run(request.path, main.__name__, tmp_path, timeout)
-        finally:
-            if fresh:
-                ranks.stop()
+    def run(main: Callable[[int], object], *, timeout: float = 60) -> list[Any]:
+        return ranks.run(request.path, main.__name__, tmp_path, timeout)
 
     return run
 
 
-def be_rank(meeting: str, rank: int) -> None:
+def be_rank(connection: Connection, meeting: str, rank: int) -> None:
     """One of the two processes."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a test prints is no answer
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    for line in sys.stdin:
-        file, function, folder = json.loads(line)
+    while True:
+        file, function, folder = connection.recv()
         os.chdir(folder)
-        sys.path.insert(0, str(Path(file).parent))
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        module = load(file)
         torch.manual_seed(0)
         torch.save(getattr(module, function)(rank), f"returned{rank}.pt")
         dist.barrier()
         sys.path.pop(0)
-        print("done", file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    be_rank(sys.argv[1], int(sys.argv[2]))
+        connection.send("done")

@@ -1,4 +1,4 @@
-"""Training that is killed, meets a full disk or is started twice; also the program that is killed.
+"""Training that is killed, meets a full disk or is started twice; also the process that is killed.
 
 ``pytest tests/attack/test_kill.py --kills 20`` is the full attack.
 """
@@ -13,15 +13,16 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from torch import nn
 
 from dir_toolkit import FDS, LDS, Bins, LabelDensity, RegressionMetrics, weighted_l1
@@ -57,13 +58,6 @@ class Regressor(nn.Module):
         return 5 + self.head(self.backbone(images)).squeeze(1)
 
 
-def step_by_step(*arguments: Any, **options: Any) -> torch.Tensor:
-    """A loss that says "step" and waits to be answered, or for stdin to close."""
-    print("step", flush=True)
-    sys.stdin.readline()
-    return weighted_l1(*arguments, **options)
-
-
 def train(folder: Path, *, resume: bool = False, epochs: int = EPOCHS, loss: Any = weighted_l1) -> None:
     """Weights, FDS, dropout, BatchNorm and augmentation; a checkpoint is written at each step, so one is hit often."""
     runtime = Runtime(torch.device("cpu"), seed=3)
@@ -88,15 +82,22 @@ def train(folder: Path, *, resume: bool = False, epochs: int = EPOCHS, loss: Any
     )
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    """This file as a program, which says "ready" before it trains, and "step" in each step until stdin is closed."""
-    program = [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", __file__, *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(program, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+def start(what: str, folder: Path, room: int = 0) -> Forked:
+    """``main`` in a process, which says "ready" before it trains, and "step" in each step until it is told to go on."""
+    process = Forked(__file__, "main", what, folder, room)
+    assert (said := process.receive()) == "ready", said
     return process
+
+
+def to_the_end(process: Forked) -> list[str]:
+    """What it says from here, of which a run that ends well says nothing but its steps."""
+    with suppress(OSError):  # it may have been killed
+        process.connection.send("to the end")
+    return process.finish()
+
+
+def errors_of(process: Forked) -> str:
+    return "".join(said for said in to_the_end(process) if said != "step")
 
 
 def same(a: Any, b: Any) -> bool:
@@ -136,9 +137,7 @@ def torn_files(folder: Path) -> list[str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unkilled run."""
     folder = tmp_path_factory.mktemp("whole")
-    process = start("train", folder)
-    said, errors = process.communicate(timeout=200)
-    assert (said.count("step\n"), errors) == (EPOCHS * STEPS, "")
+    assert to_the_end(start("train", folder)) == EPOCHS * STEPS * ["step"]
     return folder
 
 
@@ -155,22 +154,17 @@ def test_the_helpers_see_what_they_are_to_see(tmp_path: Path, whole: Path) -> No
     assert len(torn_files(folder)) == 2
 
 
-def kill_in_step(process: subprocess.Popen[str], step: int, chance: random.Random) -> None:
-    """Kill a program at a random moment of its step so many, of 0 before the first, if it gets that far."""
-    assert process.stdin is not None
-    assert process.stdout is not None
+def kill_in_step(process: Forked, step: int, chance: random.Random) -> None:
+    """Kill a process at a random moment of its step so many, of 0 before the first, if it gets that far."""
     took = 0.3  # seconds, from "ready" to the first step
     for _ in range(step):
         before = time.monotonic()
-        while (line := process.stdout.readline()) and line != "step\n":
-            pass
-        if not line:
+        if process.receive() is None:
             return
         took = time.monotonic() - before
-        process.stdin.write("\n")
-        process.stdin.flush()
+        process.connection.send("one more")
     time.sleep(chance.uniform(0, 2 * took))  # the epoch's last step takes longer, and validation follows
-    process.kill()
+    process.process.kill()
 
 
 def test_killed_at_any_moment_and_resumed_gives_equal_bits(tmp_path: Path, whole: Path, kills: int) -> None:
@@ -186,8 +180,7 @@ def test_killed_at_any_moment_and_resumed_gives_equal_bits(tmp_path: Path, whole
             process = start("resume" if last.exists() else "train", folder)
             if killed < kills:
                 kill_in_step(process, chance.randrange(3 * STEPS) if killed else 3, chance)
-            errors = process.communicate(timeout=200)[1]
-            code = process.returncode
+            errors, code = errors_of(process), process.code
             assert code in (0, -signal.SIGKILL), errors
             if folder.exists():
                 assert torn_files(folder) == []
@@ -209,12 +202,9 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path: Path, whole: Path) -> N
                 train(tmp_path, resume=resume)
     finally:
         first.kill()
-        first.wait()
-        first.communicate()
     for _ in range(2):  # a lock ends with its holder, however that ends, and is free after a finished run
         again = start("resume", tmp_path)
-        assert again.communicate(timeout=200)[1] == ""
-        assert again.returncode == 0
+        assert (errors_of(again), again.code) == ("", 0)
     assert same_runs(tmp_path, whole)
 
 
@@ -278,20 +268,20 @@ def test_a_full_disk_spares_the_old_file(tmp_path: Path, room: int) -> None:
 def test_a_disk_that_fills_up_in_training_is_named_and_spares_the_last_checkpoint(tmp_path: Path, whole: Path) -> None:
     """Checkpoints grow with the history, so that the first ones are written and a later one is not."""
     size = (whole / CHECKPOINTS[0]).stat().st_size
-    errors = start("limited", tmp_path, size - 300).communicate(timeout=200)[1]
+    errors = errors_of(start("limited", tmp_path, size - 300))
     assert "CheckpointError: fit: " in errors
     assert "must be writable to its end, got OSError: [Errno 27] File too large" in errors
     assert torn_files(tmp_path) == []
     assert not list(tmp_path.glob(".*"))
     assert 1 < load_checkpoint(tmp_path / CHECKPOINTS[0])["progress"]["epoch"] < EPOCHS
-    assert start("resume", tmp_path).communicate(timeout=200)[1] == ""
+    assert errors_of(start("resume", tmp_path)) == ""
     assert same_runs(tmp_path, whole)
 
 
 @pytest.mark.parametrize(("room", "says"), [(3, "RunLog: '{}/history.csv'"), (150, "RunLog.end_epoch: '{}'")])
 def test_a_log_that_meets_a_full_disk_names_it(tmp_path: Path, room: int, says: str) -> None:
     """The history, and TensorBoard's events, whose own thread meets it."""
-    errors = start("log", tmp_path, room).communicate(timeout=200)[1]
+    errors = errors_of(start("log", tmp_path, room))
     assert f"OSError: {says.format(tmp_path)} must be writable to its end, got OSError: [Errno 27]" in errors
     assert torn_files(tmp_path) == []
 
@@ -326,11 +316,22 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         folder.chmod(0o700)
 
 
-def main(what: str, folder: Path, room: int = 0) -> None:
+TALK: dict[str, Any] = {}  # with whom a process talks, and whether it waits for answers
+
+
+def step_by_step(*arguments: Any, **options: Any) -> torch.Tensor:
+    """A loss that says "step" and waits for an answer, until it is told to go on to the end."""
+    TALK["connection"].send("step")
+    TALK["waits"] = TALK["waits"] and TALK["connection"].recv() == "one more"
+    return weighted_l1(*arguments, **options)
+
+
+def main(connection: Connection, what: str, folder: Path, room: int) -> None:
     lock = FolderLock(folder) if what == "wait" else None
-    print("ready", flush=True)
+    connection.send("ready")
     if room:  # bytes that a file may take
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    TALK.update(connection=connection, waits=True)
     if lock is not None:
         assert lock.held
         time.sleep(600)
@@ -339,7 +340,3 @@ def main(what: str, folder: Path, room: int = 0) -> None:
             log.end_epoch({"epoch": 1, "step": 1, "loss": 1.0, "lr": 1.0, "seconds": 1.0, "val_mae": 1.0})
     else:
         train(folder, resume=what == "resume", loss=step_by_step)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import running
 import xarray as xr
+from forked import Forked
 from running import RUN_FILES, Outcome, environment, equal_bits, files, layout, numbers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,7 +30,7 @@ METHODS = ["--methods", "vanilla", "lds+fds"]
 FIGURES = {"error-by-age", "error-by-region", "label-density-and-lds-weights", "training"}
 FIGURES |= {"feature-statistics-of-lds-fds"}
 
-recipe, run = partial(running.start, RECIPE), partial(running.run, RECIPE)
+run = partial(running.run, RECIPE)
 
 
 def scalars(folder: Path) -> EventAccumulator:
@@ -170,12 +174,21 @@ def test_stopped_and_resumed_in_a_new_process_it_ends_with_equal_bits(
     assert [event.step for event in scalars(made / "lds+fds/seed0").Scalars("val/bmae/all")] == [3, 6]
 
 
+def as_torchrun_starts_it(connection: Connection, folder: Path, rank: int, port: int) -> None:
+    """One of two processes, which know each other from what torchrun puts into their environment."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
+    connection.send(run(folder, *QUICK, "--methods", "lds+fds", "--out", "made").out)
+
+
 def test_two_processes_leave_the_same_files(finished: tuple[Path, str], tmp_path: Path) -> None:
     shutil.copytree(finished[0].parent / "faces", tmp_path / "faces")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    outcome = recipe(tmp_path, *QUICK, "--methods", "lds+fds", "--out", "made", python=launch)
-    assert outcome.code == 0, outcome.err
-    assert outcome.out.count("lds+fds, seed 0") == 1
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pair = [Forked(__file__, "as_torchrun_starts_it", tmp_path, rank, port) for rank in range(2)]
+    (told,), (nothing,) = (process.finish() for process in pair)
+    assert [process.code for process in pair] == [0, 0], told + nothing
+    assert (told.count("lds+fds, seed 0"), nothing) == (1, "")
     assert set(files(tmp_path / "made")) == {name for name in files(finished[0]) if not name.startswith("vanilla/")}
     for name in ("checkpoint-last.pt", "checkpoint-best.pt"):
         found = layout(tmp_path / "made/lds+fds/seed0" / name)

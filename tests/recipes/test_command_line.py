@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 RECIPES = Path(__file__).parents[2] / "recipes"
 PROGRAM = """
 import sys
@@ -28,16 +26,13 @@ run(main, parse(Settings))
 """
 
 
-@pytest.mark.parametrize(
-    ("encoding", "shown"), [("ascii", b"2.5 ? 0.1 at ? = 1"), ("cp1252", b"2.5 \xb1 0.1 at ? = 1")]
-)
-def test_a_terminal_that_is_not_of_utf_8_shows_what_it_can(encoding: str, shown: bytes) -> None:
+def test_a_terminal_that_is_not_of_utf_8_shows_what_it_can() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROGRAM.format(recipes=str(RECIPES))],
-        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
         capture_output=True,
         timeout=120,
     )
-    assert done.stdout.splitlines() == [shown]
+    assert done.stdout.splitlines() == [b"2.5 \xb1 0.1 at ? = 1"]
     assert done.stderr.startswith(b"OSError: no ?. What was written before is whole")
     assert done.returncode == 1

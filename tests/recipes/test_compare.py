@@ -265,7 +265,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A study of every method, on faces that are as tall as the network allows."""
     folder = tmp_path_factory.mktemp("tried")
     settings = faces.Settings(
-        data="utkface", root=make_faces(folder / "faces", **AGES), size=16, epochs=2, batch_size=32, stage_two_epochs=1
+        data="utkface", root=make_faces(folder / "faces", **AGES), size=16, epochs=1, batch_size=32, stage_two_epochs=1
     )
     task = replace(faces.task(settings), data=lambda seed: faces.load(settings))
     runtime = Runtime(torch.device("cpu"))

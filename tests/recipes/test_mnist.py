@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +21,13 @@ pytest.importorskip("sklearn")
 
 RECIPE = running.RECIPES / "mnist.py"
 METHODS = ("softmax", "logit-adjusted", "affinity")
-recipe, run = partial(running.start, RECIPE), partial(running.run, RECIPE)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of the default methods after two epochs, and what was printed."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder / "made", run(folder, "--epochs", 2, "--out", folder / "made").out
+    return folder / "made", running.run(RECIPE, folder, "--epochs", 2, "--out", folder / "made").out
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
@@ -72,10 +71,17 @@ def test_only_training_images_are_thinned(finished: tuple[Path, str]) -> None:
     assert ds.attrs["command"] == "python recipes/mnist.py --epochs 2 --out DIR"
 
 
-def test_two_processes_come_to_the_same(finished: tuple[Path, str], tmp_path: Path) -> None:
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    outcome = recipe(tmp_path, "--epochs", 2, "--out", "made", python=launch)
-    assert outcome.code == 0, outcome.err
+def rank_main(rank: int) -> list[str]:
+    outcome = running.run(RECIPE, Path.cwd(), "--epochs", 2, "--out", "made")
+    return outcome.out.splitlines()
+
+
+def test_two_processes_come_to_the_same(
+    finished: tuple[Path, str], tmp_path: Path, two_ranks: Callable[..., list[Any]]
+) -> None:
+    told = two_ranks(rank_main, timeout=240)
+    assert told[0]
+    assert not told[1]
     assert set(files(tmp_path / "made")) == set(files(finished[0]))
     one, two = (load_results(out / "results.nc") for out in (finished[0], tmp_path / "made"))
     assert "2 processes" in two.attrs["device"]

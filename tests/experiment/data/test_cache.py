@@ -226,7 +226,6 @@ def hold(root: Path, folder: Path, building: Any) -> None:
 
 def test_two_processes_build_at_once_after_a_third_was_killed_at_it(files: FolderFiles, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dir_toolkit.experiment.data.cache"])  # imports torch once for the three of them
     building, start, answers = context.Event(), context.Barrier(3), context.Queue()
     arguments = (files.root, tmp_path / "cache")
     holder = context.Process(target=hold, args=(*arguments, building))

@@ -1,4 +1,4 @@
-"""Training; also a program that the tests start: ``python test_loop.py <what> <folder> [rank]``."""
+"""Training, in this process and in processes that the tests start."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import copy
 import csv
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -295,10 +294,6 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def program(what: str, folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", __file__, what, str(folder), *arguments]
-
-
 def test_the_helper_that_compares_sees_a_difference(whole_run: Path) -> None:
     state = load_checkpoint(whole_run / "checkpoint-last.pt")
     other = load_checkpoint(whole_run / "checkpoint-last.pt")
@@ -308,11 +303,12 @@ def test_the_helper_that_compares_sees_a_difference(whole_run: Path) -> None:
 
 
 def test_killed_in_mid_epoch_and_resumed_in_a_new_process_gives_equal_bits(tmp_path: Path, whole_run: Path) -> None:
-    killed = subprocess.run(program("killed", tmp_path), check=False)
-    assert killed.returncode == 9
+    killed = Forked(__file__, "train_to_step_eight", tmp_path)
+    assert (killed.finish(), killed.code) == ([], 9)
     state = load_checkpoint(tmp_path / "checkpoint-last.pt")
     assert (state["progress"]["epoch"], state["progress"]["step"]) == (1, 2)
-    subprocess.run(program("resumed", tmp_path), check=True)
+    resumed = Forked(__file__, "go_on", tmp_path)
+    assert (resumed.finish(), resumed.code) == ([], 0)
     assert same_runs(tmp_path, whole_run)
 
 
@@ -1078,9 +1074,10 @@ def run_rank(rank: int) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
-    what, place = sys.argv[1], Path(sys.argv[2])
-    if what == "killed":
-        train(place, loss=at_call(8, lambda: os._exit(9)), checkpoint_minutes=0)
-    else:
-        train(place, resume=True)
+def train_to_step_eight(connection: Any, folder: Path) -> None:
+    """What a kill leaves behind."""
+    train(folder, loss=at_call(8, lambda: os._exit(9)), checkpoint_minutes=0)
+
+
+def go_on(connection: Any, folder: Path) -> None:
+    train(folder, resume=True)
