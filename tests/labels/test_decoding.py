@@ -271,6 +271,8 @@ def test_what_inference_mode_used_first_can_be_trained_with(bins: Bins, point: A
     for axis in (bins, made_inside):
         (decode(scores.softmax(-1), axis, point) * scores.softmax(-1).sum(-1)).sum().backward()
         axis.expectation(scores.softmax(-1)).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("mixed", [True, False])

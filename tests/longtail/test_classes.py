@@ -1,40 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from small_models import CLASS_DENSITY, classes, net, seeded
 from torch import Tensor, nn
 
 from dir_toolkit.heads.affinity import AffinityHead
 from dir_toolkit.heads.linear import LinearHead
-from dir_toolkit.labels.bins import Bins
-from dir_toolkit.labels.density import LabelDensity
-from dir_toolkit.longtail import LongTailModel
 from dir_toolkit.losses.affinity import affinity_loss
 from dir_toolkit.losses.cross_entropy import cross_entropy, logit_adjusted_cross_entropy
 from dir_toolkit.priors import adjust_logits, class_prior
-
-CLASSES = Bins.classes(4)
-
-CLASS_DENSITY = LabelDensity(CLASSES, np.array([40, 9, 4, 1]))
-
-
-def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
-
-
-def net(num_features: int = 6) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, num_features), nn.Tanh())
-
-
-def classes(**options: Any) -> LongTailModel:
-    arguments = {"density": CLASS_DENSITY, **options}
-    return seeded(lambda: LongTailModel(net(), 6, CLASSES, **arguments))
 
 
 def class_batch(samples: int = 9) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import (
+    AGE_DENSITY,
+    AGES,
+    CLASS_DENSITY,
+    CLASSES,
+    SPREAD,
+    ages,
+    batch,
+    classes,
+    net,
+    same_output,
+    seeded,
+)
 from torch import Tensor, nn
 
 from dir_toolkit.errors import (
@@ -36,17 +49,6 @@ from dir_toolkit.losses.gaussian_nll import gaussian_nll
 from dir_toolkit.losses.regression import weighted_huber
 from dir_toolkit.metrics.classification import ClassificationMetrics
 
-AGES = Bins.uniform(0, 20, width=1)
-
-CLASSES = Bins.classes(4)
-
-AGE_DENSITY = LabelDensity(AGES, np.arange(1, 21)[::-1] ** 2)
-
-CLASS_DENSITY = LabelDensity(CLASSES, np.array([40, 9, 4, 1]))
-
-MIDDLE = np.average(AGES.centers, weights=AGE_DENSITY.counts)
-SPREAD = math.sqrt(np.average((AGES.centers - MIDDLE) ** 2, weights=AGE_DENSITY.counts) + 1 / 12)
-
 HEADS = ("regression", "gaussian", "linear", "cosine", "affinity")
 
 
@@ -55,40 +57,9 @@ def told(value: object) -> str:
     return re.sub(r" at 0x\w+", "", str(value))[:60]
 
 
-def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
-
-
-def net(num_features: int = 6) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, num_features), nn.Tanh())
-
-
-def ages(**options: Any) -> LongTailModel:
-    arguments = {"density": AGE_DENSITY, **options}
-    return seeded(lambda: LongTailModel(net(), 6, AGES, **arguments))
-
-
-def classes(**options: Any) -> LongTailModel:
-    arguments = {"density": CLASS_DENSITY, **options}
-    return seeded(lambda: LongTailModel(net(), 6, CLASSES, **arguments))
-
-
-def batch(samples: int = 9, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 3, generator=generator)
-    return x, (20 * torch.rand(samples, generator=generator)).clamp_max(19.9)
-
-
 def class_batch(samples: int = 9) -> tuple[Tensor, Tensor]:
     x, y = batch(samples)
     return x, (y / 5).long()
-
-
-def same_output(a: LongTailOutput, b: LongTailOutput) -> None:
-    for name, one, other in zip(a._fields, a, b, strict=True):
-        assert torch.equal(one.nan_to_num(-7.0), other.nan_to_num(-7.0)), name
 
 
 def each(model: LongTailModel, out: LongTailOutput, y: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -229,6 +200,7 @@ def test_a_step_reads_no_value(options: dict[str, Any]) -> None:
     x, y = batch()
     model = ages(**options, weights=LDS(AGES).fit(AGE_DENSITY)).to("meta")
     model(x.to("meta"), y.to("meta")).loss.backward()  # reading a value of a meta tensor raises
+    assert {parameter.grad.device.type for parameter in model.head.parameters()} == {"meta"}
 
 
 def test_what_is_not_finite_shows_in_the_loss_and_raises_nowhere() -> None:
@@ -508,7 +480,8 @@ def test_an_fds_serves_one_model() -> None:
 def test_an_axis_of_few_bins_has_no_window() -> None:
     few = Bins.uniform(0, 3, width=1)  # fewer than the usual window is long
     for options in ({"sigma": 0.5, "target_prior": "uniform"}, {"head": "regression", "loss": "balanced_mse"}):
-        LongTailModel(net(), 6, few, density=LabelDensity(few, np.array([3, 2, 1])), **options)
+        model = LongTailModel(net(), 6, few, density=LabelDensity(few, np.array([3, 2, 1])), **options)
+        assert model(batch()[0], torch.full((9,), 1.5)).loss.isfinite()
 
 
 def test_batches_are_refused() -> None:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from small_models import AGE_DENSITY, AGES, SPREAD, ages, batch, net, seeded
+from torch import nn
 
 from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.density import LabelDensity
@@ -15,34 +14,6 @@ from dir_toolkit.labels.weights import LDS
 from dir_toolkit.longtail import LongTailModel, LongTailOutput
 from dir_toolkit.losses.gaussian_nll import gaussian_nll
 from dir_toolkit.losses.regression import weighted_l1
-
-AGES = Bins.uniform(0, 20, width=1)
-
-AGE_DENSITY = LabelDensity(AGES, np.arange(1, 21)[::-1] ** 2)
-
-MIDDLE = np.average(AGES.centers, weights=AGE_DENSITY.counts)
-SPREAD = math.sqrt(np.average((AGES.centers - MIDDLE) ** 2, weights=AGE_DENSITY.counts) + 1 / 12)
-
-
-def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
-
-
-def net(num_features: int = 6) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, num_features), nn.Tanh())
-
-
-def ages(**options: Any) -> LongTailModel:
-    arguments = {"density": AGE_DENSITY, **options}
-    return seeded(lambda: LongTailModel(net(), 6, AGES, **arguments))
-
-
-def batch(samples: int = 9, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 3, generator=generator)
-    return x, (20 * torch.rand(samples, generator=generator)).clamp_max(19.9)
 
 
 def test_regression_is_offset_plus_scale_times_head() -> None:

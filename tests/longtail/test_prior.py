@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import AGE_DENSITY, AGES, ages, batch, net
 from torch import Tensor, nn
 
 from dir_toolkit.errors import (
@@ -21,32 +22,6 @@ from dir_toolkit.labels.soft_labels import limits, soft_labels
 from dir_toolkit.labels.weights import LDS
 from dir_toolkit.longtail import LongTailModel
 from dir_toolkit.priors import adjust_logits, class_prior
-
-AGES = Bins.uniform(0, 20, width=1)
-
-AGE_DENSITY = LabelDensity(AGES, np.arange(1, 21)[::-1] ** 2)
-
-
-def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
-
-
-def net(num_features: int = 6) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, num_features), nn.Tanh())
-
-
-def ages(**options: Any) -> LongTailModel:
-    arguments = {"density": AGE_DENSITY, **options}
-    return seeded(lambda: LongTailModel(net(), 6, AGES, **arguments))
-
-
-def batch(samples: int = 9, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 3, generator=generator)
-    return x, (20 * torch.rand(samples, generator=generator)).clamp_max(19.9)
-
 
 UNEVEN = Bins.from_edges([0.0, 1.0, 3.0, 4.0, 12.0])
 
@@ -99,15 +74,19 @@ def learn_without_a_clue(model: LongTailModel, y: Tensor) -> LongTailModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("adjust", ["after", "in_loss"])
-@pytest.mark.parametrize("options", WEIGHTS, ids=str)
-@pytest.mark.parametrize("bins", [Bins.classes(4), FOUR, UNEVEN], ids=["classes", "even", "uneven"])
+@pytest.mark.parametrize(
+    ("bins", "options", "adjust"),  # each two of them meet
+    [
+        (bins, options, ("after", "in_loss")[(i + j) % 2])
+        for i, bins in enumerate((Bins.classes(4), FOUR, UNEVEN))
+        for j, options in enumerate(WEIGHTS if i else WEIGHTS[:-1])  # classes cut their axis in one way
+    ],
+    ids=str,
+)
 def test_who_learns_nothing_answers_with_the_target_whatever_the_weights(bins: Bins, options: Any, adjust: Any) -> None:
     y = skewed(bins)
     weights = None
     if options is not None:
-        if bins.categorical and "bins" in options:
-            pytest.skip("classes cut their axis in one way")
         weights = LDS(**{"bins": bins, **options}).fit(y)
     one = torch.ones(1, 1, dtype=torch.float64)
     even = torch.ones(4).double() / 4 if bins.categorical else torch.tensor(np.diff(bins.edges) / 12)
@@ -127,7 +106,7 @@ SEVENS = Bins.uniform(0, 7, width=1, integer=True)
 
 STRETCHED = Bins.from_edges([0.0, 1.0, 3.0, 4.0, 6.0, 7.0, 11.0, 12.0])
 
-AXES = {"classes": Bins.classes(7), "even": Bins.uniform(0, 14, count=7), "integer": SEVENS, "uneven": STRETCHED}
+AXES = {"even": Bins.uniform(0, 14, count=7), "integer": SEVENS, "uneven": STRETCHED}
 
 SPREADS: list[dict[str, Any]] = [
     {},
@@ -138,36 +117,43 @@ SPREADS: list[dict[str, Any]] = [
     {"loss": "squared_emd", "sigma": 0.7},
     {"loss": "crps"},
 ]
+WAYS = [(False, "after"), (True, "in_loss"), (True, "after"), (False, "in_loss")]  # whether weighted, and adjust
 
 
 @pytest.mark.filterwarnings("ignore:.*spreads each label")  # on an axis so short
-@pytest.mark.parametrize("adjust", ["after", "in_loss"])
-@pytest.mark.parametrize(("scheme", "kernel"), [(None, None), ("sqrt_inverse", triangular(3))], ids=["no", "weights"])
-@pytest.mark.parametrize("options", SPREADS, ids=str)
-@pytest.mark.parametrize("bins", AXES.values(), ids=list(AXES))
+@pytest.mark.parametrize(
+    ("bins", "options", "weighted", "adjust"),  # each two of them meet
+    [
+        *((Bins.classes(7), {}, *way) for way in WAYS),  # which are not spread
+        *(
+            (bins, options, *WAYS[(3 * i + j) % 4])
+            for i, options in enumerate(SPREADS)
+            for j, bins in enumerate(AXES.values())
+            # the optimum of CRPS is not the shares of labels that all lie on whole numbers
+            if options != {"loss": "crps"} or bins is not SEVENS
+        ),
+    ],
+    ids=str,
+)
 def test_who_learns_nothing_answers_with_the_target_however_labels_are_spread(
-    bins: Bins, options: dict[str, Any], scheme: Any, kernel: Any, adjust: Any
+    bins: Bins, options: dict[str, Any], weighted: bool, adjust: Any
 ) -> None:
-    if bins.categorical and options:
-        pytest.skip("classes are not spread")
     counts = np.array([100, 40, 9, 3, 30, 6, 2])
     y = torch.from_numpy(np.repeat(bins.centers, counts))
     if bins.categorical:
         y = y.long()
     elif options == {"loss": "crps"}:
-        if bins is SEVENS:
-            pytest.skip("the optimum of CRPS is not the shares of labels that all lie on whole numbers")
         # As of labels that lie evenly in each bin, of which its optimum is the shares: within a bin CRPS is a cubic of
         # the label, which Gauss's two points integrate.
         from_middle = torch.tensor([-1.0, 1.0]) / math.sqrt(12) * limits(bins, y).diff()[:, None]
         y = (torch.tensor(bins.centers)[:, None] + from_middle).repeat_interleave(torch.tensor(counts), 0).flatten()
-    weights = None if scheme is None else LDS(bins, kernel=kernel, scheme=scheme).fit(LabelDensity.count(y, bins))
+    density = LabelDensity.count(y, bins)
+    weights = LDS(bins, kernel=triangular(3), scheme="sqrt_inverse").fit(density) if weighted else None
     one = torch.ones(1, 1, dtype=torch.float64)
     shares = torch.arange(1, 8).double() / 28
     even = torch.tensor(bins.relative_widths).double() / 7
     same = partial(torch.testing.assert_close, rtol=1e-4, atol=0)
     for target, expected, other, then in (("uniform", even, shares, shares), (shares, shares, "uniform", even)):
-        density = LabelDensity.count(y, bins)
         model = LongTailModel(
             nn.Identity(), 1, bins, density=density, weights=weights, target_prior=target, adjust=adjust, **options
         )

@@ -336,8 +336,8 @@ def test_a_learnt_noise_finds_the_likelier_one_and_stays_positive(form: str) -> 
     shape = (60, *FORMS[form][1])
     target = torch.randn(shape, generator=generator, dtype=torch.float64)
     pred = target + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
-    for _ in range(150):
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.2)
+    for _ in range(75):
         optimizer.zero_grad()
         loss(pred, target).backward()
         optimizer.step()
@@ -378,14 +378,20 @@ def test_the_module_survives_copies_and_changes_nothing(form: str) -> None:
     assert torch.equal(other(pred, target, weight), result)
     assert repr(other).startswith(type(loss).__name__)
     assert "noise_sigma=2.0, learn=True" in repr(other)
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(pred, target, weight), result)
     meta = [x.to("meta") for x in (pred, target, weight)]
     assert copy.deepcopy(loss).to("meta")(*meta).device.type == "meta"  # no value is looked at
     pred.requires_grad_()
     assert torch.equal(loss(pred, target.requires_grad_(), weight), result)
     with pytest.raises(ValueError, match=r"target must hold labels, which have no gradient, .* Pass pred first\.$"):
         loss(pred.detach(), target, weight)
+
+
+def test_modules_of_every_form_are_one_graph() -> None:
+    losses, data = [built(form) for form in FORMS], [samples(form) for form in FORMS]
+    compiled = torch.compile(
+        lambda data: [loss(*own) for loss, own in zip(losses, data, strict=True)], fullgraph=True, backend="eager"
+    )
+    assert compiled(data) == [loss(*own) for loss, own in zip(losses, data, strict=True)]
 
 
 def test_the_states_hold_what_the_losses_know() -> None:
@@ -618,9 +624,8 @@ RUNNING: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])
-@pytest.mark.parametrize("label", [0.0, 0.01, 0.37, 5.0, 9.99, 10.0, 12.0])
 @pytest.mark.parametrize("form", RUNNING)
-def test_a_prediction_that_runs_away_is_brought_back(form: str, label: float, unit: float) -> None:
+def test_a_prediction_that_runs_away_is_brought_back(form: str, unit: float) -> None:
     """In float32, from a thousand and a million axes away on either side."""
     loss = RUNNING[form]()
     sigma = loss.noise_sigma.item()
@@ -632,26 +637,29 @@ def test_a_prediction_that_runs_away_is_brought_back(form: str, label: float, un
         else:
             bins = Bins(loss.bins.edges * unit, centers=loss.bins.centers * unit)
             loss = BinnedIntegrationLoss(bins, loss.prior, noise_sigma=sigma * unit, learn=False)
-    target = torch.tensor([label * unit])
-    near = min(loss(target + k * sigma * unit, target).item() for k in range(-12, 13))
-    for away in (-1e7, -1e4, -100.0, 100.0, 1e4, 1e7):
-        pred = torch.tensor([away * unit], requires_grad=True)
-        value = loss(pred, target)
-        value.backward()
-        assert value > near
+    away = torch.tensor([-1e7, -1e4, -100.0, 100.0, 1e4, 1e7]) * unit
+    for label in (0.0, 0.01, 0.37, 5.0, 9.99, 10.0, 12.0):
+        target = torch.tensor(label * unit)
+
+        def values(pred: Tensor, target: Tensor = target) -> Tensor:
+            return loss._reduced(pred, target.expand(len(pred)), None, "none")
+
+        near = values(target + torch.arange(-12, 13) * sigma * unit).min()
+        pred = away.clone().requires_grad_()
+        far = values(pred)
+        far.sum().backward()
+        assert (far > near).all()
         assert pred.grad is not None
-        assert pred.grad.sign() == math.copysign(1, away)
-    # Nowhere does it fall below what it is within a few sigma of the label or of the ends.
-    path = (torch.linspace(-40, 50, 2000) * unit).requires_grad_()
-    values = loss._reduced(path, target.expand(2000), None, "none")
-    assert values.min() > near - 60 * (sigma * unit) ** 2
+        assert torch.equal(pred.grad.sign(), away.sign())
+        # Nowhere does it fall below what it is within a few sigma of the label or of the ends.
+        assert values(torch.linspace(-40, 50, 500) * unit).min() > near - 60 * (sigma * unit) ** 2
 
 
 def test_the_bound_is_what_the_report_asks_for() -> None:
     loss = BinnedIntegrationLoss(FINE, LabelDensity.count(LONG_TAIL, FINE), noise_sigma=1.0, learn=False)
     pred = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.SGD([pred], lr=0.1)
-    for _ in range(3000):
+    optimizer = torch.optim.SGD([pred], lr=0.5)
+    for _ in range(600):
         optimizer.zero_grad()
         loss(pred, torch.tensor([0.01])).backward()
         optimizer.step()

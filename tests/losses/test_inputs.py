@@ -43,7 +43,7 @@ def test_weights_per_class_are_refused_where_samples_are_as_many_as_classes_only
 @pytest.mark.parametrize("weight", [[1.0, 2.0, 2.0, 4.0], [3.0] * 4, [1.0, 0.0, 2.0, 4.0], [0.0] * 4])
 def test_honest_weights_per_sample_raise_no_warning(weight: list[float]) -> None:
     """Those of labels are equal within a class, and a mask leaves samples out."""
-    cross_entropy(torch.randn(4, 4), torch.tensor([0, 1, 1, 3]), torch.tensor(weight))
+    assert cross_entropy(torch.zeros(4, 4), torch.tensor([0, 1, 1, 3]), torch.tensor(weight)) >= 0
 
 
 def test_reduce_by_hand() -> None:
