@@ -1,6 +1,6 @@
 """What must hold whatever the labels, axes and splits are.
 
-``pytest tests/attack/test_properties.py --mutations 10000`` draws 2,000 other examples of each.
+``pytest tests/attack/test_properties.py --mutations 10000`` draws 2,500 other examples of each.
 """
 
 from __future__ import annotations
