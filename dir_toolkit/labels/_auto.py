@@ -25,7 +25,7 @@ class _Scale(NamedTuple):
 def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
     """The edges (B + 1,) for finite labels (N,) of float64 that are not all equal, and what they were chosen by."""
     most = int(np.clip(len(labels) // _LABELS_PER_BIN, _FEWEST, _MOST))
-    values, counts = np.unique(labels, return_counts=True)
+    values, counts = np.unique(labels + 0.0, return_counts=True)  # no -0.0
     pile = values[counts.argmax()] if counts.max() >= _PILE * len(labels) else np.nan
     own = values[_near(values, counts)]
     step = _step(own)
@@ -67,12 +67,11 @@ def _near(values: np.ndarray, counts: np.ndarray) -> slice:
     while last - first > 2:
         gaps = np.diff(values[first:last])
         at = first + 1 + int(gaps.argmax())
-        below, above = slice(first, at), slice(at, last)
-        far = below if at - first < last - at else above
-        few = far.stop - far.start <= max(1, len(values) // 100) and counts[far].sum() <= _FAR * counts.sum()
-        if not few or gaps.max() <= gaps.sum() / 2:
+        far, left = sorted((slice(first, at), slice(at, last)), key=lambda part: part.stop - part.start)
+        few = far.stop - far.start <= max(1, len(values) // 100)
+        if not few or counts[left].sum() < (1 - _FAR) * counts.sum() or gaps.max() <= gaps.sum() / 2:
             break
-        first, last = (at, last) if far is below else (first, at)
+        first, last = left.start, left.stop
     return slice(first, last)
 
 
