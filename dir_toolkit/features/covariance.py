@@ -97,7 +97,7 @@ class BinCovariance(Float64Module, ABC):
 
     @abstractmethod
     def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
-        """Features in their own form and dtype, each sample carried by the map of its row, as in :func:`as_rows`."""
+        """Features in their own form and dtype, each sample carried by the map of its row, as in ``as_rows``."""
 
     def _blend(self, old: Tensor, new: Tensor, count: Tensor) -> Tensor:
         return blend(old, new, count > 1, self.settings.momentum)

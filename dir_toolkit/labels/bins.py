@@ -347,7 +347,7 @@ class Bins(LabelAxes):
 
     @classmethod
     def auto(cls, labels: Any) -> Bins:
-        """Bins that suit these labels. :attr:`why` tells in a sentence or two what was recognised and chosen.
+        """Bins that suit these labels. ``bins.why`` tells in a sentence or two what was recognised and chosen.
 
         Labels that are multiples of one step, such as whole numbers, get a bin per step where there are 5 labels per
         step or more and at most 200 steps. Others get even bins of a round width: half that of Freedman and Diaconis,
