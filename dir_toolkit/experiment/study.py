@@ -259,7 +259,7 @@ class Trial:
         if not self.bins.categorical and said.ndim == 1:
             columns: dict[str, Any] = {"target": ("sample", test.labels), "prediction": ("sample", said.cpu().numpy())}
             model = trained.model
-            if isinstance(model, LongTailModel) and (output.scores.ndim == 2 or model.readout.intervals.known(_LEVEL)):
+            if isinstance(model, LongTailModel) and model.readout.has_interval:
                 lower, upper = (ends.cpu() for ends in model.interval(output, _LEVEL))
                 by_region = interval_metrics(lower, upper, test.labels, self.density, outside=metrics.outside)
                 found = found.assign(by_region[[name for m in IntervalMetrics.metrics for name in m.variables]])

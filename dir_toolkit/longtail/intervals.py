@@ -35,14 +35,19 @@ class CalibratedIntervals(Float64Module):
         self.thresholds.copy_(torch.from_numpy(calibration.thresholds(level)))
         self.level.fill_(level)
 
+    @property
+    def exact_level(self) -> float:
+        """The level as the decimal that float32 has rounded."""
+        return float(f"{self.level.item():.6g}")
+
     def known(self, level: Any) -> bool:
         """Whether there are any, which must then be of this level and of the prior of the predictions."""
-        own = self.level.item()
+        own = self.exact_level
         rule, fix = "intervals must be calibrated under the prior of the predictions", "Call calibrate_intervals again."
         require(own >= 0, rule, got="a prior that was set afterwards", fix=fix, error=RuntimeError)
         if own and level is not None:
             off = abs(number("level", level, low=0, high=1, open_low=True, open_high=True) - own)
-            rule, fix = f"level must be {own:.6g}, for which intervals are calibrated", "Calibrate for this one."
+            rule, fix = f"level must be {own:g}, for which intervals are calibrated", "Calibrate for this one."
             require(off < 1e-6, rule, got=level, fix=fix)
         return own > 0
 

@@ -36,7 +36,7 @@ def predict(model: LongTailModel, inputs: Any, level: float | None) -> xr.Datase
     columns = [np.concatenate(parts) for parts in zip(*read_batches(model, inputs, read), strict=True)]
     table = xr.Dataset({name: ("sample", column) for name, column in zip(names, columns, strict=True)})
     for name in names[1:]:
-        table[name].attrs["interval_level"] = level or model.readout.intervals.level.item() or 0.9
+        table[name].attrs["interval_level"] = level or model.readout.intervals.exact_level or 0.9
     if model.density is not None:
         row = model.bins.index(columns[0], "clip", name="predictions")
         table["region"] = ("sample", model.density.regions()[row])

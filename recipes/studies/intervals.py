@@ -8,7 +8,7 @@ DIR holds ``tables/`` and ``series/``: the tables of ``data_cards/tables.md`` an
 halved into rows to calibrate and rows to test 20 times, and numbers are means over these halvings. ``beijing_time``
 trains and calibrates on earlier years and tests on the last one, as ``beijing_year``, and on that of another station,
 as ``beijing_station``; the other sets are exchangeable. Regions are those of the training density, with bins without a
-training label among the few. Widths end with the axis. ``OUT/rows.csv`` has a row per set, seed, method and region.
+training label among the few. Widths end with the axis. ``OUT/rows.csv`` has a row per set, halving, method and region.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from sklearn.ensemble import HistGradientBoostingRegressor
 from tables import read
 
@@ -63,6 +64,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "bins, per region": ("bins", {}),
 }
 """By name: what is calibrated, and how. Besides, "bins, own" is the central interval of the bins' distribution."""
+BASE = "bins, one threshold"
+SHOWN = {"bins, own": "k:s", BASE: "C1-o", "bins, one threshold, p/prior^.5": "C2--v", "bins, per region": "C0-D"}
+"""The methods in the picture, and their lines."""
 Rows = tuple[np.ndarray, np.ndarray]
 
 
@@ -149,16 +153,40 @@ def summary(rows: pd.DataFrame) -> str:
     return f"{pd.concat(shown, axis=1).to_string()}\n\ntest rows\n{counts.to_string()}"
 
 
+def picture(rows: pd.DataFrame, path: Path) -> None:
+    """Coverage of the sets by region, and mean widths of the intervals beside those of one threshold."""
+    sets = list(dict.fromkeys(rows.set))
+    figure = Figure(figsize=(2 * len(sets), 4.6))
+    axes = figure.subplots(2, len(sets), sharex=True, sharey="row", squeeze=False)
+    for (above, below), name in zip(axes.T, sets, strict=True):
+        mean = rows[rows.set == name].groupby(["method", "region"])[["held", "covered", "width"]].mean()
+        base = mean.loc[BASE, "width"].loc[list(REGIONS[1:])]
+        for method, look in SHOWN.items():
+            of_method = mean.loc[method].loc[list(REGIONS[1:])]
+            above.plot(REGIONS[1:], 100 * of_method.held.fillna(of_method.covered), look, label=method, markersize=4)
+            below.plot(REGIONS[1:], of_method.width / base, look, markersize=4)
+        above.axhspan(88, 92, color="0.9", zorder=0)
+        above.set_title(name.replace("_", " "), fontsize=10)
+        for panel in (above, below):
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.margins(x=0.15)
+    axes[0, 0].set_ylabel("labels held, %\n(90 intended)")
+    axes[1, 0].set_ylabel("width / that of\none threshold")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(SHOWN), frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, dpi=100)
+
+
 def main(settings: Settings) -> None:
-    path = settings.out / "rows.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name in settings.sets:
         for seed in range(settings.seeds):
             rows += judge(settings.root, name, seed, settings.rows)
-            pd.DataFrame(rows).to_csv(path, index=False)
+            pd.DataFrame(rows).to_csv(settings.out / "rows.csv", index=False)
             print(f"{name}, seed {seed}", flush=True)
+    picture(pd.DataFrame(rows), settings.out / "intervals.png")
     print(summary(pd.DataFrame(rows)))
 
 

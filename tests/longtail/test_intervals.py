@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,13 +94,22 @@ def test_before_it_is_calibrated_the_interval_is_the_central_one() -> None:
         model.sets(out)
 
 
+def test_a_table_of_predictions_has_the_calibrated_ends() -> None:
+    model, (x, _) = calibrated(level=0.8), drawn()
+    table = model.predict(x)
+    assert table["lower"].attrs["interval_level"] == 0.8
+    np.testing.assert_array_equal(table["upper"], model.interval(model(x))[1])
+
+
 @pytest.mark.parametrize("head", HEADS)
-def test_the_state_and_copies_hold_the_calibration(head: str) -> None:
+def test_states_files_and_copies_hold_the_calibration(head: str, tmp_path: Path) -> None:
     model, (x, _) = calibrated(head), drawn()
     out = model(x)
     other = untrained(head)
     other.load_state_dict(model.state_dict())
-    for same in (other, copy.deepcopy(model), copy.deepcopy(model).half().float()):
+    model.save(tmp_path / "model.safetensors")
+    loaded = dt.load(tmp_path / "model.safetensors", nn.Linear(2, 4))
+    for same in (other, loaded, copy.deepcopy(model), copy.deepcopy(model).half().float()):
         assert torch.equal(same.sets(getattr(out, READ[head])), model.sets(out))
 
 
