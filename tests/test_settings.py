@@ -198,6 +198,7 @@ MODELS: list[Case] = [
             "expectation_weight": {"expectation_weight": 0.2},
             "within_axis": {"head": "regression", "within_axis": True},
             "outside": {"outside": "clip"},
+            "missing": {"missing": "drop"},
         },
         no_settings=("backbone",),
     ),

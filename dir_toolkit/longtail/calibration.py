@@ -100,7 +100,7 @@ class _Choice:
         shaped(scores.shape[:1], "one per row of scores", labels=labels)
         scores = scores.detach().to(wide_dtype(scores))
         finite(scores=on_host("scores", scores))
-        row = self.bins.index(on_host("labels", labels), outside)
+        row = self.bins.index(on_host("labels", labels), outside, missing=model.missing)
         held = row >= 0
         require(bool(held.any()), "at least one label must lie on the axis", got="none")
         self.row = row[held].numpy()

@@ -18,7 +18,7 @@ from .._settings import shown
 from .._state import pack, unpack, whole_or_not_at_all
 from ..errors import CheckpointError, ShapeError
 from ..features.fds import FDS
-from ..labels.bins import Bins, Outside
+from ..labels.bins import MISSING, OUTSIDE, Bins, Missing, Outside
 from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins
 from ..labels.weights import LDS
@@ -84,6 +84,8 @@ class LongTailModel(nn.Module):
         outside: what a label beyond the axis does in the loss. ``"raise"`` refuses it; ``"clip"`` places it in the end
             bin, while its error stays exact; ``"drop"`` counts it nowhere, as a weight of zero does. An ``fds`` must
             drop, too, where the model does.
+        missing: what NaN does in the loss. ``"drop"`` takes it for a missing label: the loss is the mean over the
+            others, and nothing of it is left where there are none. An ``fds`` must drop, too.
         options: those of the readout, which head and axis decide: :class:`BinsReadout`, :class:`ClassReadout`,
             :class:`GaussianReadout` or :class:`PointReadout`.
     Attributes:
@@ -128,6 +130,7 @@ class LongTailModel(nn.Module):
         fds: FDS | None = None,
         weights: LDS | None = None,
         outside: Outside = "raise",
+        missing: Missing = "raise",
         **options: Any,
     ) -> None:
         super().__init__()
@@ -136,7 +139,8 @@ class LongTailModel(nn.Module):
         if density is not None:
             instance(LabelDensity, density=density)
             same_bins("density", density, bins)
-        one_of("outside", outside, ("raise", "clip", "drop"))
+        one_of("outside", outside, OUTSIDE)
+        one_of("missing", missing, MISSING)
         if weights is not None:
             instance(LDS, weights=weights)
             _check_labels("weights", weights, bins)
@@ -145,7 +149,7 @@ class LongTailModel(nn.Module):
         for name, value in options.items():
             got, fix = f"{name}={value!r}", f"It takes {', '.join(own)}."
             require(name in own, f"{name} must be an option of {kind.__name__}", got=got, fix=fix, error=TypeError)
-        self.bins, self.density, self.outside = bins, density, outside
+        self.bins, self.density, self.outside, self.missing = bins, density, outside, missing
         self.backbone, self.num_features = backbone, (takes := length("num_features", num_features))
         gives = getattr(backbone, "num_features", takes)
         require(gives == takes, f"num_features must be the backbone's {gives}", got=takes, error=ShapeError)
@@ -257,35 +261,38 @@ class LongTailModel(nn.Module):
         return self._loss(output, labels, self._index(labels, output.scores), weight)
 
     def _index(self, labels: Tensor, output: Tensor) -> Tensor:
-        """The bin of each label, (N,), or -1 for one that counts nowhere or should not be there. This is the one place
-        where a batch of labels meets the axis."""
+        """The bin of each label, (N,), as :meth:`Bins.place` answers. This is the one place where a batch of labels
+        meets the axis."""
         one_per_sample("output", output, labels=labels)
-        outside = "drop" if self.outside == "raise" and not readable(labels) else self.outside
-        return self.bins.index(labels, outside)
+        return self.bins.place(labels, self.outside, self.missing)
 
     def _loss(self, output: LongTailOutput, labels: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
         row = index.clamp_min(0)
-        values, looked_at = row, readable(labels)
+        values, exact, looked_at = row, labels, readable(labels)
+        drops = "drop" in (self.outside, self.missing)
         if not self.bins.categorical:
             values = self._clipped(labels)
-            if not looked_at or self.outside == "drop":
+            if not looked_at or drops:
                 values = values.to(self.bins.wide_dtype(values))
                 values = torch.where(index >= 0, values, self.bins.tensor("edges", values)[0])
-        placed = Placed(row, values, values if self.outside == "drop" else labels)
+        if drops:
+            exact = torch.where(index == -1, values, labels)
+        placed = Placed(row, values, exact)
         if weight is None and self.weights is not None:
             shared = self._shares_bins(self.weights.bins)
             weight = self.weights._of_rows(row) if shared else self.weights(values)
-        if self.outside == "drop":
+        if drops:
             counts = index >= 0
             if weight is not None:
                 one_per_sample("labels", labels, weight=weight)
             weight = counts.to(output.scores.dtype) if weight is None else torch.where(counts, weight, 0)
+        if self.missing == "drop":  # Missing labels are no samples, of which the loss would be the mean.
+            weight = weight * (len(labels) / (~labels.isnan()).sum().clamp_min(1))  # type: ignore[operator]
         loss = self.readout.criterion(output, placed, weight, self.head)
         if looked_at:
             return loss
         # Where values cannot be looked at, a label that should not be there makes the loss NaN.
-        sound = index >= 0 if self.outside != "drop" else self.bins.index(labels, "clip") >= 0
-        return loss * torch.where(sound.all(), 1.0, torch.nan).to(loss.dtype)
+        return loss * torch.where((index > -2).all(), 1.0, torch.nan).to(loss.dtype)
 
     def _clipped(self, labels: Tensor) -> Tensor:
         """Labels as they are, or with ``outside="clip"`` or bins without bounds those beyond the axis at its end."""
@@ -486,8 +493,9 @@ class LongTailModel(nn.Module):
     def _attach(self, fds: FDS) -> None:
         instance(FDS, fds=fds)
         _check_labels("fds", fds, self.bins)
-        if self.outside == "drop" and fds.outside != "drop":
-            raise problem('fds must have outside="drop", as the model has', got=repr(fds.outside))
+        for what in ("outside", "missing"):
+            agree = getattr(self, what) != "drop" or getattr(fds, what) == "drop"
+            require(agree, f'fds must have {what}="drop", as the model has', got=repr(getattr(fds, what)))
         takes, size = fds.num_features, self.num_features
         require(takes == size, f"fds must be over the backbone's {size} features", got=takes, error=ShapeError)
         require(not fds.attached, "fds must not be attached yet", got="one in use", fix="Make one for each model.")
@@ -564,6 +572,7 @@ class LongTailModel(nn.Module):
             "fds": self.fds,
             "weights": self.weights,
             "outside": self.outside,
+            "missing": self.missing,
             **self.readout.settings,
         }
 

@@ -95,6 +95,7 @@ def _made_with(model: LongTailModel) -> dict[str, Any]:
         "loss": readout.loss_name,
         "weights": None if weights is None else {**weights._arguments(), "bins": weights.bins.settings},
         "outside": model.outside,
+        "missing": model.missing,
         "prior": prior,
         "options": options,
     }
@@ -120,6 +121,7 @@ def _remade(made_with: dict[str, Any], backbone: nn.Module, head: Any, loss: Any
         loss=made_with["loss"] or loss,
         weights=weights,
         outside=made_with["outside"],
+        missing=made_with["missing"],
         **made_with["options"],
     )
     if isinstance(model.readout, ScoreReadout):  # The buffers that belong to this are a part of the state.
