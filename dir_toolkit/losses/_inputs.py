@@ -18,20 +18,20 @@ from .._checks import (
     not_empty,
     not_negative,
     one_of,
+    positive_classes,
     prior_shares,
     problem,
     real,
     same_device,
     same_shape,
+    shaped,
     warn,
 )
 from .._numerics import readable, wide_dtype
-from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 
 _PLAIN = (torch.float32, torch.float64)
 _REDUCTIONS = ("none", "mean", "sum")
-_NO_BROADCAST = "Labels are never broadcast: bring both to one length."
 _told_of_class_weights = False
 
 
@@ -39,7 +39,6 @@ def kinds(reduction: str, weight: Tensor | None, **tensors: Tensor) -> None:
     """The reduction is a known one, and all are dense tensors of numbers on one device, the first of them floats."""
     given = tensors if weight is None else {**tensors, "weight": weight}
     one_of("reduction", reduction, _REDUCTIONS)
-    is_tensor(**given)
     (name, first), *others = given.items()
     floats(**{name: first})
     real(**dict(others))
@@ -110,11 +109,7 @@ def finite_target(target: Tensor, gone: Tensor | None, name: str = "target") -> 
 
 def one_per_sample(samples: int, **tensors: Tensor | None) -> None:
     """Each is (N,)."""
-    for name, value in tensors.items():
-        if value is not None and value.shape != (samples,):
-            fix = f"Use {name}.squeeze(1)." if value.shape == (samples, 1) else _NO_BROADCAST
-            rule = f"{name} must be ({samples},), one value per sample"
-            raise problem(rule, got=f"shape {tuple(value.shape)}", fix=fix, error=ShapeError)
+    shaped((samples,), "one value per sample", **{name: x for name, x in tensors.items() if x is not None})
 
 
 def matrix(name: str, rows: Tensor, shape: str, labels_name: str, labels: Tensor) -> None:
@@ -127,7 +122,7 @@ def matrix(name: str, rows: Tensor, shape: str, labels_name: str, labels: Tensor
                 fix = f"Use {name}.flatten(0, {last}) and {labels_name}.flatten()."
             elif labels.shape == (rows.shape[0], *rows.shape[2:]):
                 fix = f"Use {name}.movedim(1, -1).flatten(0, {last}) and {labels_name}.flatten()."
-        raise problem(f"{name} must be {shape}", got=f"shape {tuple(rows.shape)}", fix=fix, error=ShapeError)
+        raise problem(f"{name} must be {shape}", got=rows.shape, fix=fix)
     not_empty(**{name: rows})
 
 
@@ -150,23 +145,27 @@ def of_classes(
     matrix(name, rows, shape, "target", target)
     samples, classes = rows.shape[0], rows.shape[1] if num_classes is None else num_classes
     if target.shape == (samples, classes) and target.ndim == 2:
-        fix = "Use target.argmax(1) on one-hot rows."
-        if readable(target) and bool(((target == 0) | (target == 1)).all() & (target.sum(1) != 1).any()):
-            advice = "use torch's binary_cross_entropy_with_logits."
-            fix = f"Samples of several classes at once are not for a softmax: {advice}"
-        rule = f"target must be ({samples},), one value per sample"
-        raise problem(rule, got=f"shape {tuple(target.shape)}", fix=fix, error=ShapeError)
-    one_per_sample(samples, target=target)
+        raise _refusal("target", samples, target, _for_rows(target))
     if weight is not None and weight.shape == (classes,) != (samples,):
-        rule, fix = f"weight must be ({samples},), one value per sample", "Use weight[target] for one weight per class."
-        raise problem(rule, got=f"shape {tuple(weight.shape)}", fix=fix, error=ShapeError)
-    one_per_sample(samples, weight=weight)
+        raise _refusal("weight", samples, weight, "Use weight[target] for one weight per class.")
+    one_per_sample(samples, target=target, weight=weight)
     same_device(**{name: rows}, target=target)
     class_indices("target", target, classes)
     gone = absent(weight)
     if weight is not None and samples == classes:
         _warn_of_class_weights(target, weight)
     return present(rows.to(wide_dtype(rows)), gone)
+
+
+def _refusal(name: str, samples: int, value: Tensor, fix: str) -> Exception:
+    return problem(f"{name} must be ({samples},), one value per sample", got=value.shape, fix=fix)
+
+
+def _for_rows(target: Tensor) -> str:
+    """What to do about targets that have one column per class."""
+    if readable(target) and bool(((target == 0) | (target == 1)).all() & (target.sum(1) != 1).any()):
+        return "Samples of several classes are not for a softmax: use torch's binary_cross_entropy_with_logits."
+    return "Use target.argmax(1) on one-hot rows."
 
 
 def _warn_of_class_weights(target: Tensor, weight: Tensor) -> None:
@@ -249,11 +248,7 @@ def per_class(name: str, value: Any, logits: Tensor | None = None, *, positive: 
     values = _one_per_class(name, value, logits)
     if readable(values):
         finite(**{name: values})
-        bad = values <= 0 if positive else values < 0
-        if bool(bad.any()):
-            first = int(bad.to(torch.uint8).argmax())
-            rule = f"{name} must be positive" if positive else f"{name} must not be negative"
-            raise problem(rule, got=f"{values[first].item():g} for class {first}", fix=positive)
+        positive_classes(name, values, zeros=not positive, fix=positive)
     return values if logits is None else values.to(logits.device, non_blocking=True)
 
 
@@ -266,7 +261,6 @@ def checked_prior(prior: Any, logits: Tensor | None = None) -> Tensor:
 
 def _one_per_class(name: str, value: Any, logits: Tensor | None) -> Tensor:
     if isinstance(value, Tensor):
-        is_tensor(**{name: value})
         real(**{name: value})
         if logits is not None:
             same_device(logits=logits, **{name: value})
@@ -274,8 +268,5 @@ def _one_per_class(name: str, value: Any, logits: Tensor | None) -> Tensor:
     else:
         values = torch.from_numpy(labels_array(value, name).astype(np.float64, order="C"))
         values = values.to(torch.get_default_dtype()) if logits is None else values
-    classes = "C" if logits is None else logits.shape[1]
-    if values.ndim != 1 or (logits is not None and len(values) != classes):
-        rule = f"{name} must be ({classes},), one value per class"
-        raise problem(rule, got=f"shape {tuple(values.shape)}", error=ShapeError)
+    shaped(("C" if logits is None else logits.shape[1],), "one value per class", **{name: values})
     return values

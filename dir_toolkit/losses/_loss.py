@@ -24,21 +24,15 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
 
 def part_of(output: Any, name: str) -> Tensor:
     """The output itself if it is a tensor, else what it holds under ``name``."""
-    if isinstance(output, Tensor):
-        return output
-    if not hasattr(output, name):
-        rule, fix = f"output must be a torch.Tensor, or hold one as {name}", "Use torch.as_tensor(output)."
-        raise problem(rule, got=type(output).__name__, fix=fix, error=TypeError)
-    return held(output, name)
+    return output if isinstance(output, Tensor) else held(output, name, "be a torch.Tensor, or ")
 
 
-def held(output: Any, name: str) -> Tensor:
-    """What an output holds under ``name``."""
+def held(output: Any, name: str, otherwise: str = "") -> Tensor:
+    """What an output holds under ``name``. ``otherwise`` says what it might have been instead."""
     value = getattr(output, name, None)
+    came, fix = type(output if value is None else value), f"Let the model return its {name}, too."
     if not isinstance(value, Tensor):
-        got = type(output if value is None else value).__name__
-        fix = f"Let the model return its {name}, too."
-        raise problem(f"output must hold a torch.Tensor as {name}", got=got, fix=fix, error=TypeError)
+        raise problem(f"output must {otherwise}hold a torch.Tensor as {name}", got=came, fix=fix)
     return value
 
 

@@ -6,8 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from .._checks import number, problem
-from ..errors import ShapeError
+from .._checks import number, require
 from ._inputs import of_classes
 from ._loss import Reduction, ScoreLoss, reduce
 
@@ -45,9 +44,8 @@ def affinity_loss(
     0.25
     """
     affinities = of_classes(affinities, target, weight, reduction, name="affinities")
-    if affinities.shape[1] < 2:
-        rule = "affinities must be (N, C) with C >= 2, else there is no other class"
-        raise problem(rule, got=f"shape {tuple(affinities.shape)}", error=ShapeError)
+    rule = "affinities must be (N, C) with C >= 2, else there is no other class"
+    require(affinities.shape[1] >= 2, rule, got=affinities.shape)
     own = target[:, None]
     lead = affinities - affinities.gather(1, own)  # (N, C), zero at the true class
     values = (_margin(margin) + lead).relu().scatter(1, own, 0.0).sum(1)

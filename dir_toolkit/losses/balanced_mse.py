@@ -37,22 +37,24 @@ from torch import Tensor, nn
 
 from .._checks import (
     finite,
+    floats,
     instance,
     labels_array,
-    length,
     not_empty,
     not_negative,
     number,
     one_of,
     prior_shares,
     problem,
+    require,
+    same_bins,
+    shaped,
     warn,
     whole,
 )
 from .._numerics import is_wrapped, readable
 from .._ranks import is_parallel, summed
-from ..errors import ShapeError
-from ..labels.bins import Bins, Outside, lookup
+from ..labels.bins import Bins, Outside, continuous, lookup
 from ..labels.density import LabelDensity
 from ..labels.soft_labels import limits
 from ._inputs import absent, finite_target, kinds, on_axis, one_per_sample, pairs, present
@@ -359,8 +361,8 @@ class GaussianMixtureLoss(_BalancedMSE):
         parts = _mixture_parts(weights, means, variances)
         spread = float(np.sqrt(_total_variance(*parts.values())[1].mean()))
         if spread == 0 and noise_sigma is None:
-            rule = "noise_sigma must be given where the mixture has no spread of which it could be a tenth"
-            raise problem(rule, got="None", fix="Pass how far off predictions are, in label units.")
+            fix = "Pass how far off predictions are, in label units."
+            raise problem("noise_sigma must be given where the mixture has no spread", got="None", fix=fix)
         buffers = {name: torch.tensor(part, dtype=torch.get_default_dtype()) for name, part in parts.items()}
         shape = parts["means"].shape[1:]
         super().__init__(gaussian_mixture_loss, noise_sigma, _NOISE * spread, learn, shape, **buffers)
@@ -396,22 +398,18 @@ class GaussianMixtureLoss(_BalancedMSE):
         >>> sorted(round(mean, 3) for mean in loss.means.tolist())
         [0.5, 20.5]
         """
-        components = length("components", components)
         seed = whole("seed", seed, low=0)
         least = number("least_variance", least_variance, low=0, high=1e36, open_low=True)
         array = labels_array(labels).astype(np.float64)
-        if array.ndim not in (1, 2):
-            raise problem("labels must be (N,) or (N, D)", got=f"shape {array.shape}", error=ShapeError)
+        require(array.ndim in (1, 2), "labels must be (N,) or (N, D)", got=array.shape)
         not_empty(labels=array)
         finite(labels=array)
         rows, counts = np.unique(array.reshape(len(array), -1), axis=0, return_counts=True)
-        if (rows.min(0) == rows.max(0)).any():
-            column = int((rows.min(0) == rows.max(0)).argmax())
-            got = f"only {rows[0, column]:g}" + (f" in column {column}" if array.ndim == 2 else "")
-            raise problem("labels must hold at least two different values", got=got)
-        if components > len(rows):
-            rule = f"components must be at most the number of different labels, {len(rows)}"
-            raise problem(rule, got=str(components))
+        varies = rows.min(0) < rows.max(0)
+        column = int(varies.argmin())
+        got = f"only {rows[0, column]:g}" + f" in column {column}" * (array.ndim == 2)
+        require(varies.all(), "labels must hold at least two different values", got=got)
+        components = whole("components", components, low=1, high=len(rows), fix="There are no more different labels.")
         center, spread = np.average(rows, 0, counts), rows.max(0) - rows.min(0)
         spread = spread * np.sqrt(np.average(((rows - center) / spread) ** 2, 0, counts))
         weights, means, variances = _mixture((rows - center) / spread, counts / len(array), components, least, seed)
@@ -485,13 +483,11 @@ def _checked(
     if weight is not None:
         kinds(reduction, weight, pred=pred, target=target)
     pred, target = pairs(pred, target, None, reduction)
-    if pred.ndim not in (1, 2) if label_shape is None else pred.ndim == 0 or pred.shape[1:] != label_shape:
-        rule = "(N,) or (N, D)" if label_shape is None else str(("N", *label_shape)).replace("'", "")
-        raise problem(f"pred must be {rule}", got=f"shape {tuple(pred.shape)}", error=ShapeError)
+    require(pred.ndim in (1, 2) or label_shape is not None, "pred must be (N,) or (N, D)", got=pred.shape)
+    shaped(("N", *(pred.shape[1:] if label_shape is None else label_shape)), pred=pred)
     one_per_sample(len(pred), weight=weight)
-    if needs_gradient and not pred.requires_grad:
-        got = "a target that requires a gradient, and a pred that does not"
-        raise problem("target must hold labels, which have no gradient", got=got, fix="Pass pred first.")
+    swapped, got = needs_gradient and not pred.requires_grad, "one that requires it, and a pred that does not"
+    require(not swapped, "target must hold labels, which have no gradient", got=got, fix="Pass pred first.")
     gone = absent(weight)
     finite_target(target, gone)
     pred, target = present(pred, gone), present(target.detach(), gone)
@@ -516,9 +512,8 @@ def _positive_sigma(sigma: float) -> float:
 def _sigma(noise_sigma: float | Tensor) -> float | Tensor:
     if not isinstance(noise_sigma, Tensor):
         return _positive_sigma(noise_sigma)
-    if noise_sigma.ndim or not noise_sigma.is_floating_point():
-        got = f"{noise_sigma.dtype} of shape {tuple(noise_sigma.shape)}"
-        raise problem("noise_sigma must be a number, or a tensor () of floats", got=got, error=ShapeError)
+    floats(noise_sigma=noise_sigma)
+    shaped((), "or a number", noise_sigma=noise_sigma)
     return noise_sigma
 
 
@@ -617,45 +612,29 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
 def _mixture_parts(weights: Any, means: Any, variances: Any) -> dict[str, np.ndarray]:
     given = {"weights": weights, "means": means, "variances": variances}
     parts = {name: labels_array(value, name).astype(np.float64) for name, value in given.items()}
-    count, shape = parts["weights"].shape, parts["means"].shape
-    if len(count) != 1:
-        raise problem("weights must be (K,)", got=f"shape {count}", error=ShapeError)
-    for name in ("means", "variances"):
-        if parts[name].ndim not in (1, 2) or parts[name].shape[:1] != count:
-            rule = f"{name} must be (K,) or (K, D), with one row for each of {count[0]} weights"
-            raise problem(rule, got=f"shape {parts[name].shape}", error=ShapeError)
-    if parts["variances"].shape != shape:
-        got = f"{shape} and {parts['variances'].shape}"
-        raise problem("means and variances must have the same shape", got=got, error=ShapeError)
+    shaped(("K",), weights=parts["weights"])
+    rows = (len(parts["weights"]), *parts["means"].shape[1:2])
+    shaped(rows, "one row per weight", means=parts["means"], variances=parts["variances"])
     not_empty(**parts)
     with np.errstate(over="ignore"):
         finite(**{name: torch.from_numpy(part).to(torch.get_default_dtype()) for name, part in parts.items()})
     not_negative(**{name: torch.from_numpy(parts[name]) for name in ("weights", "variances")})
-    if abs((total := parts["weights"].sum()) - 1) > 1e-4:
-        raise problem("weights must sum to one", got=f"a sum of {total:g}", fix="Divide by the sum.")
+    total = parts["weights"].sum()
+    require(abs(total - 1) <= 1e-4, "weights must sum to one", got=f"a sum of {total:g}", fix="Divide by the sum.")
     return parts
 
 
 def _axis_shares(bins: Bins, density: Any, outside: str) -> np.ndarray:
     """The share of labels in each bin, (B,), once the axis and what labels beyond it do are checked."""
-    instance(Bins, bins=bins)
+    continuous(bins, "For classes use logit_adjusted_cross_entropy.")
     one_of("outside", outside, ("raise", "clip", "drop"))
-    if bins.categorical:
-        fix = "For classes use logit_adjusted_cross_entropy."
-        raise problem("bins must cut a continuous label axis", got=repr(bins), fix=fix)
     if isinstance(density, LabelDensity):
-        if density.bins != bins:
-            raise problem("density must be over the loss's own bins", got=f"{density.bins} for {bins}")
-        if not density.counts.any():
-            raise problem("density must hold at least one label", got="none", fix="Count the training labels.")
+        same_bins("density", density, bins)
         return density.prior()
-    if density is None or isinstance(density, str):
-        rule, fix = "density must be a LabelDensity, or one share of labels per bin", "LabelDensity.count(labels, bins)"
-        raise problem(rule, got=type(density).__name__, fix=f"Use {fix}.", error=TypeError)
+    numbers, fix = density is not None and not isinstance(density, str), "Use LabelDensity.count(labels, bins)."
+    require(numbers, "density must be a LabelDensity, or one share of labels per bin", got=type(density), fix=fix)
     prior = labels_array(density, "density").astype(np.float64)
-    if prior.shape != (len(bins),):
-        rule = f"density must be ({len(bins)},), one share of labels per bin"
-        raise problem(rule, got=f"shape {prior.shape}", error=ShapeError)
+    shaped((len(bins),), "one share of labels per bin", density=prior)
     prior_shares("density", torch.from_numpy(prior), zeros=True)
     return prior
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import floats, is_tensor, length, number, problem, same_device
+from .._checks import floats, length, number, same_device, shaped
 from .._numerics import wide_dtype
-from ..errors import ShapeError
 from ._inputs import of_classes
 from ._loss import FeatureLoss, Reduction, part_of, reduce
 
@@ -108,14 +107,10 @@ class CenterLoss(FeatureLoss):
 def _checked(
     features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    is_tensor(centers=centers)
     floats(centers=centers)
-    if centers.ndim != 2:
-        raise problem("centers must be (C, D)", got=f"shape {tuple(centers.shape)}", error=ShapeError)
+    shaped(("C", "D"), centers=centers)
     wide = of_classes(features, target, weight, reduction, name="features", num_classes=len(centers))
-    if features.shape[1] != centers.shape[1]:
-        rule = f"features must be (N, {centers.shape[1]}), as the centers are"
-        raise problem(rule, got=f"shape {tuple(features.shape)}", error=ShapeError)
+    shaped(("N", centers.shape[1]), "as the centers are", features=features)
     same_device(features=features, centers=centers)
     dtype = wide_dtype(features, centers)
     return wide.to(dtype), centers.to(dtype)

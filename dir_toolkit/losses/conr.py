@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import instance, number, problem
+from .._checks import instance, number, require
 from .._numerics import full_precision, unit_rows, wide_dtype
 from ..labels.weights import LDS
 from ._inputs import of_features, present
@@ -149,8 +149,7 @@ class ConRLoss(Loss):
         eta: float | None = None,
         weights: LDS | None = None,
     ) -> None:
-        if not callable(base):
-            raise problem("base must be a loss to call", got=type(base).__name__, error=TypeError)
+        require(callable(base), "base must be a loss to call", got=type(base))
         if weights is not None:
             instance(LDS, weights=weights)
         coefficient = number("coefficient", coefficient, low=0, float32=True)

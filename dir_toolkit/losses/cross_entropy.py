@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import checked_tau, instance, is_tensor, number, problem, real, same_device
+from .._checks import checked_tau, instance, no_bad, number, real, require, same_device, shaped
 from .._numerics import readable
-from ..errors import ShapeError
 from ..priors import log_prior_offset
 from ._inputs import checked_prior, of_classes, per_class
 from ._loss import Reduction, ScoreLoss, part_of, reduce
@@ -241,9 +240,9 @@ def ldam_loss(
     logits = of_classes(logits, target, weight, reduction)
     counts = _counts(counts, logits)
     options = _ldam(max_margin, scale)
-    if readable(logits) and (largest := logits.detach().abs().amax().item()) > 1 + _SLACK:
-        fix = "Use CosineHead(num_features, num_classes, scale=1)."
-        raise problem("logits must be cosines, in [-1, 1]", got=f"one of size {largest:g}", fix=fix)
+    if readable(logits):
+        largest, fix = logits.detach().abs().amax().item(), "Use CosineHead(num_features, num_classes, scale=1)."
+        require(not largest > 1 + _SLACK, "logits must be cosines, in [-1, 1]", got=f"one of size {largest:g}", fix=fix)
     margin = (options["max_margin"] * (counts.min() / counts).pow(0.25)).to(logits.dtype)
     led = logits.scatter_add(1, target[:, None], -margin.index_select(0, target)[:, None])
     return reduce(negative_log(options["scale"] * led, target), weight, reduction)
@@ -343,29 +342,22 @@ def _shares(threshold: float, drop: float) -> dict[str, float]:
 
 
 def _margins(margins: Tensor, logits: Tensor | None = None) -> Tensor:
-    is_tensor(margins=margins)
     real(margins=margins)
     classes = len(margins) if logits is None and margins.ndim else 0 if logits is None else logits.shape[1]
     if logits is not None:
         same_device(logits=logits, margins=margins)
-    if margins.shape != (classes, classes):
-        rule = f"margins must be ({classes}, {classes}), true class by other class"
-        raise problem(rule, got=f"shape {tuple(margins.shape)}", error=ShapeError)
+    shaped((classes, classes), "true class by other class", margins=margins)
     if readable(margins):
-        bad = (margins.isnan() | (margins == torch.inf)).fill_diagonal_(False)
-        if bool(bad.any()):
-            row, column = divmod(int(bad.flatten().to(torch.uint8).argmax()), classes)
-            got = f"{margins[row, column].item():g} at index [{row}, {column}] ({int(bad.sum())} such values)"
-            raise problem("margins must be finite or -inf", got=got)
+        no_bad(
+            "margins must be finite or -inf", margins, (margins.isnan() | (margins == torch.inf)).fill_diagonal_(False)
+        )
     return margins
 
 
-def _uniform(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    if generator is None:
-        fix = "Use torch.Generator(logits.device).manual_seed(seed), one for all steps."
-        raise problem("generator must be given where drop lies between 0 and 1", got="None", fix=fix)
+def _uniform(logits: Tensor, generator: Any) -> Tensor:
+    fix = "Use torch.Generator(logits.device).manual_seed(seed), one for all steps."
+    require(generator is not None, "generator must be given where drop lies between 0 and 1", got="None", fix=fix)
     instance(torch.Generator, generator=generator)
-    if generator.device.type != logits.device.type:
-        got, fix = f"{generator.device.type} for {logits.device.type}", "Use torch.Generator(logits.device)."
-        raise problem("generator must be on the logits' kind of device", got=got, fix=fix)
+    own, needed = generator.device.type, logits.device.type
+    require(own == needed, "generator must be on the logits' kind of device", got=f"{own} for {needed}", fix=fix)
     return torch.rand(logits.shape, generator=generator, device=logits.device)

@@ -7,15 +7,25 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._checks import checked_tau, class_indices, distributions, instance, is_tensor, not_empty, one_of, problem
+from .._checks import (
+    checked_tau,
+    class_indices,
+    distributions,
+    is_tensor,
+    not_empty,
+    one_of,
+    require,
+    shaped,
+)
 from .._numerics import wide_dtype
-from ..errors import ShapeError
-from ..labels.bins import Bins, Outside
+from ..labels.bins import Bins, Outside, continuous
 from ..labels.soft_labels import limits
 from ..priors import log_prior_offset
 from ._inputs import absent, checked_prior, kinds, on_axis, present
 from ._loss import Reduction, ScoreLoss, reduce
 from .cross_entropy import negative_log
+
+_ONE_PER_ROW = "one value per row of logits"
 
 __all__ = ["CRPS", "SoftCrossEntropy", "SquaredEMD", "crps", "soft_cross_entropy", "squared_emd"]
 
@@ -57,7 +67,7 @@ def soft_cross_entropy(
     >>> round(loss.item(), 4)  # log 4
     1.3863
     """
-    rows, flat, flat_weight = _checked(logits, target, weight, reduction)
+    rows, flat, flat_weight = _flat(logits, target, weight, reduction)
     tau = checked_tau(tau)
     if prior is not None:
         rows = rows + log_prior_offset(checked_prior(prior, rows), tau).to(rows.dtype)
@@ -111,7 +121,7 @@ def crps(
     0.1667
     """
     _continuous(bins, outside)
-    rows, y, _ = _checked(logits, target, weight, reduction, bins, numbers=True)
+    rows, y, _ = _flat(logits, target, weight, reduction, bins, numbers=True)
     weight = on_axis(target, bins, weight, outside)
     weight = None if weight is None else weight.reshape(-1)
     gone = None if weight is None else weight == 0
@@ -168,10 +178,9 @@ def squared_emd(
     """
     _ordered(bins)
     is_tensor(target=target)
-    if not target.is_floating_point():
-        fix = "Use soft_labels(labels, bins, sigma)."
-        raise problem("target must be floats", got=f"dtype {target.dtype}", fix=fix, error=TypeError)
-    rows, flat, flat_weight = _checked(logits, target, weight, reduction, bins)
+    soft, fix = target.is_floating_point(), "Use soft_labels(labels, bins, sigma)."
+    require(soft, "target must be floats", got=target.dtype, fix=fix)
+    rows, flat, flat_weight = _flat(logits, target, weight, reduction, bins)
     squares = (rows.softmax(1) - flat).cumsum(1)[:, :-1].square()  # the last is zero but for rounding
     if bins is not None:
         knots = limits(bins, rows)
@@ -193,10 +202,8 @@ def _mean_square(first: Tensor, last: Tensor) -> Tensor:
 
 
 def _continuous(bins: Bins, outside: str, fix: str = "Use soft_cross_entropy.") -> None:
-    instance(Bins, bins=bins)
+    continuous(bins, fix)
     one_of("outside", outside, ("raise", "clip", "drop"))
-    if bins.categorical:
-        raise problem("bins must not be classes, which have no distances", got=repr(bins), fix=fix)
 
 
 def _ordered(bins: Bins | None) -> None:
@@ -204,7 +211,7 @@ def _ordered(bins: Bins | None) -> None:
         _continuous(bins, "raise", "Use bins=None if the classes have an order, which then counts one for each step.")
 
 
-def _checked(
+def _flat(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -218,17 +225,8 @@ def _checked(
     Logits and targets are in at least float32, and zero where the weight is.
     """
     kinds(reduction, weight, logits=logits, target=target)
-    if logits.ndim == 0 or (bins is not None and logits.shape[-1] != len(bins)):
-        rule = f"logits must have {'one value per bin' if bins is None else f'{len(bins)} values'} in the last axis"
-        raise problem(rule, got=f"shape {tuple(logits.shape)}", error=ShapeError)
     soft = target.is_floating_point() and not numbers
-    for name, value in (("target", target), ("weight", weight)):
-        shape = logits.shape if name == "target" and soft else logits.shape[:-1]
-        if value is not None and value.shape != shape:
-            rule = f"{name} must be {tuple(shape)} for logits of shape {tuple(logits.shape)}"
-            fix = f"Use {name}.squeeze({len(shape)})." if value.shape == (*shape, 1) else ""
-            raise problem(rule, got=f"shape {tuple(value.shape)}", fix=fix, error=ShapeError)
-    not_empty(logits=logits)
+    _check_shapes(logits, target, weight, bins, soft)
     weight = None if weight is None else weight.reshape(-1)
     gone = absent(weight)
     rows = logits.to(wide_dtype(logits, *((target,) if target.is_floating_point() else ())))
@@ -243,6 +241,14 @@ def _checked(
     if soft:
         rows = rows.masked_fill(_dropped(target)[:, None], 0.0)
     return rows, present(target, gone), weight
+
+
+def _check_shapes(logits: Tensor, target: Tensor, weight: Tensor | None, bins: Bins | None, soft: bool) -> None:
+    shaped((..., "B" if bins is None else len(bins)), "one value per bin", logits=logits)
+    shaped(logits.shape if soft else logits.shape[:-1], "as the logits are" if soft else _ONE_PER_ROW, target=target)
+    if weight is not None:
+        shaped(logits.shape[:-1], _ONE_PER_ROW, weight=weight)
+    not_empty(logits=logits)
 
 
 def _dropped(target: Tensor) -> Tensor:

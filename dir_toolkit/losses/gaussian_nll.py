@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import floats, is_tensor, not_empty, number, problem, same_shape
+from .._checks import floats, not_empty, number, same_shape, shaped
 from .._numerics import wide_dtype
-from ..errors import ShapeError
 from ._inputs import absent, finite_target, kinds, present
 from ._loss import Reduction, ScoreLoss, reduce
 
+_TWO_NUMBERS = "a mean and a log-variance for each label"
 LEAST_VARIANCE = 1e-20
 
 __all__ = ["GaussianNLL", "gaussian_interval", "gaussian_nll"]
@@ -57,7 +57,7 @@ def gaussian_nll(
     """
     beta, log_least = _options(beta, min_variance)
     kinds(reduction, weight, pred=pred, target=target)
-    _two_numbers(pred, tuple(target.shape))
+    shaped((*target.shape, 2), _TWO_NUMBERS, pred=pred)
     same_shape(target=target, **({} if weight is None else {"weight": weight}))
     not_empty(target=target)
     gone = absent(weight)
@@ -102,9 +102,8 @@ def gaussian_interval(
     """
     level = number("level", level, low=0, high=1, open_low=True, open_high=True)
     _, log_least = _options(0.0, min_variance)
-    is_tensor(pred=pred)
     floats(pred=pred)
-    _two_numbers(pred, None)
+    shaped((..., 2), _TWO_NUMBERS, pred=pred)
     mean, raw = pred.to(wide_dtype(pred)).unbind(-1)
     # From the lower tail, since 1 + level would round to 2 next to one.
     z = -torch.special.ndtri(torch.full_like(mean, (1 - level) / 2))
@@ -116,14 +115,6 @@ def _options(beta: float, min_variance: float) -> tuple[float, float]:
     """Beta, and the logarithm of the least variance."""
     least = number("min_variance", min_variance, low=0, open_low=True, float32=True)
     return number("beta", beta, low=0, high=1), math.log(least)
-
-
-def _two_numbers(pred: Tensor, label_shape: tuple[int, ...] | None) -> None:
-    shape = tuple(pred.shape)
-    if shape[-1:] != (2,) or label_shape not in (None, shape[:-1]):
-        shown = "(..., 2)" if label_shape is None else str((*label_shape, 2))
-        rule = f"pred must be {shown}, a mean and a log-variance for each label"
-        raise problem(rule, got=f"shape {shape}", error=ShapeError)
 
 
 def _log_variance(raw: Tensor, log_least: float) -> Tensor:
