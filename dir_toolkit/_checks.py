@@ -217,6 +217,15 @@ def floats(**tensors: Tensor) -> None:
             raise problem(f"{name} must be floats", got=value.dtype)
 
 
+def integers(**tensors: Tensor) -> None:
+    """Raise unless all are tensors of integers."""
+    is_tensor(**tensors)
+    for name, value in tensors.items():
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            fix = f"Use {name}.long()." if value.is_floating_point() else ""
+            raise problem(f"{name} must be integers", got=value.dtype, fix=fix)
+
+
 def same_device(**tensors: Tensor) -> None:
     """Raise unless all tensors are on the device of the first."""
     names, devices = list(tensors), [t.device for t in tensors.values()]
@@ -275,7 +284,7 @@ def not_empty(**arrays: Any) -> None:
     """Raise unless each array holds at least one value."""
     for name, value in arrays.items():
         if math.prod(value.shape) == 0:
-            raise problem(f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}")
+            raise problem(f"{name} must hold at least one value", got=tuple(value.shape))
 
 
 def finite(**tensors: Tensor | np.ndarray) -> None:
@@ -291,6 +300,14 @@ def finite(**tensors: Tensor | np.ndarray) -> None:
             first = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
             got = f"{value[first]} at index {list(first)} ({int(bad.sum())} such values)"
             raise problem(f"{name} must be finite", got=got, fix="Remove or repair these samples first.")
+
+
+def no_bad(rule: str, values: Tensor, bad: Tensor, *, fix: str = "") -> None:
+    """Raise at the first value that is bad, with its place. Tensors on an accelerator are not looked at."""
+    if readable(values) and bool(bad.any()):
+        first = bad.nonzero()[0].tolist()
+        got = f"{values[tuple(first)].item():g} at index {first} ({int(bad.sum())} such values)"
+        raise problem(rule, got=got, fix=fix)
 
 
 def not_negative(**tensors: Tensor) -> None:

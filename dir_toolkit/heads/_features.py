@@ -5,21 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import is_tensor, problem, real
+from .._checks import problem, real
 from .._numerics import wide_dtype
-from ..errors import ShapeError
 
 
 def checked_features(features: Tensor, num_features: int) -> Tensor:
     """``features`` if they are real numbers of shape (N, ``num_features``)."""
-    is_tensor(features=features)
     real(features=features)
     if features.ndim != 2 or features.shape[1] != num_features:
         fix = "Use features.flatten(1)." if features.ndim > 2 else ""
         if features.ndim > 2 and features.shape[-1] == num_features:
             fix = f"Use features.flatten(0, {features.ndim - 2})."
-        rule = f"features must be (N, {num_features})"
-        raise problem(rule, got=tuple(features.shape), fix=fix, error=ShapeError)
+        raise problem(f"features must be (N, {num_features})", got=features.shape, fix=fix)
     return features
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import length, number, one_of, problem, same_device
+from .._checks import length, number, one_of, require, same_device
 from .._numerics import full_precision, squared_distances, wide_dtype
 from .._ranks import summed
 from .._settings import shown
@@ -181,13 +181,9 @@ class AffinityHead(SoundModule):
         if not bool(self.sigma.isnan()):
             self._sigma_known = True
             return
-        if not self.training:
-            raise problem(
-                "sigma must be set before it is used in eval mode",
-                got="no batch in training mode yet",
-                fix="Run one batch in training mode, load a state_dict, or pass sigma_mode='fixed'.",
-                error=NotFittedError,
-            )
+        rule, got = "sigma must be set before it is used in eval mode", "no batch in training mode yet"
+        fix = "Run one batch in training mode, load a state_dict, or pass sigma_mode='fixed'."
+        require(self.training, rule, got=got, fix=fix, error=NotFittedError)
         if self.distance == "l2":
             distances = squared_distances(features, prototypes)
         else:
@@ -197,12 +193,9 @@ class AffinityHead(SoundModule):
         if number_of_pairs == 0:
             return
         sigma = total / number_of_pairs
-        if not (math.isfinite(sigma) and sigma > 0):
-            raise problem(
-                "the first batch must lie at a positive, finite mean distance from the prototypes",
-                got=f"{sigma:g}",
-                fix="Look at its features, or pass sigma_mode='fixed'.",
-            )
+        rule = "the first batch must lie at a positive, finite mean distance from the prototypes"
+        fix = "Look at its features, or pass sigma_mode='fixed'."
+        require(0 < sigma < math.inf, rule, got=f"{sigma:g}", fix=fix)
         self.sigma.fill_(sigma)
         self._sigma_known = True
 

@@ -7,12 +7,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._checks import classes_exist, finite, is_tensor, label_problem, length, one_of, problem, same_device, warn
+from .._checks import (
+    classes_exist,
+    finite,
+    integers,
+    length,
+    one_of,
+    one_per_sample,
+    require,
+    same_device,
+    warn,
+)
 from .._numerics import full_precision, squared_distances, unit_rows, wide_dtype
 from .._ranks import summed
 from .._settings import shown
 from .._state import SoundModule
-from ..errors import NotFittedError, ShapeError
+from ..errors import LabelError, NotFittedError
 from ..features.moments import BinMoments
 from ._features import checked_features
 
@@ -87,14 +97,8 @@ class NearestMeanHead(SoundModule):
             an accelerator, where values are not looked at, :meth:`finish` raises the last two.
         """
         checked_features(features, self.num_features)
-        is_tensor(labels=labels)
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            fix = "Use labels.long()." if labels.is_floating_point() else ""
-            raise problem("labels must be integers", got=f"dtype {labels.dtype}", fix=fix, error=TypeError)
-        if labels.shape != features.shape[:1]:
-            fix = "Use labels.squeeze(1)." if labels.shape == (len(features), 1) else ""
-            raise problem(f"labels must be ({len(features)},)", got=tuple(labels.shape), fix=fix, error=ShapeError)
-        same_device(features=features, labels=labels)
+        integers(labels=labels)
+        one_per_sample("features", features, labels=labels)
         finite(features=features)
         index = labels.long()
         classes_exist("labels", index, self.num_classes)
@@ -118,11 +122,10 @@ class NearestMeanHead(SoundModule):
         self._start_over()
         moments.all_reduce()
         (outside,) = summed(outside.to(moments.count.device))
-        if int(outside):
-            rule = f"labels must hold class indices from 0 to {self.num_classes - 1}"
-            raise label_problem(rule, got=f"{int(outside)} that are not")
-        if not bool(moments.count.any()):
-            raise problem("there must be samples", got="none", fix="Call update first.", error=NotFittedError)
+        rule = f"labels must hold class indices from 0 to {self.num_classes - 1}"
+        require(not int(outside), rule, got=f"{int(outside)} that are not", error=LabelError)
+        some = bool(moments.count.any())
+        require(some, "there must be samples", got="none", fix="Call update first.", error=NotFittedError)
         means = moments.mean.to(self.means.dtype)
         finite(means=means.cpu())
         self.means.copy_(means)
@@ -152,13 +155,9 @@ class NearestMeanHead(SoundModule):
     def _require_means(self) -> None:
         """Look whether means have been copied in from another module; raise if there are none."""
         self._fitted = bool(self.count.any())
-        if not self._fitted:
-            raise problem(
-                "the means must be taken before scores are asked for",
-                got="none",
-                fix="Call update with the training features, then finish; or load a state_dict.",
-                error=NotFittedError,
-            )
+        rule = "the means must be taken before scores are asked for"
+        fix = "Call update with the training features, then finish; or load a state_dict."
+        require(self._fitted, rule, got="none", fix=fix, error=NotFittedError)
 
     @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> NearestMeanHead:

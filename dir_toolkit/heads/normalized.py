@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import finite, instance, number, on_host, problem, same_device
+from .._checks import finite, instance, number, on_host, require, same_device
 from .._settings import shown
 from .._state import SoundModule
 from ._features import checked_features, linear_scores
@@ -43,16 +43,12 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
     finite(weight=weight)
     norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)
     zero = torch.nonzero(norms[:, 0] == 0).flatten().tolist()
-    if zero and tau > 0:
-        raise problem(
-            "the weights of no class may all be zero",
-            got=f"zeros for {zero[:10]} ({len(zero)} of {linear.out_features} classes)",
-            fix="Train the head first, or pass tau=0.",
-        )
+    got, fix = f"zeros for {zero[:10]} ({len(zero)} in all)", "Train the head first, or pass tau=0."
+    require(not zero or tau == 0, "the weights of no class may all be zero", got=got, fix=fix)
     scaled = (weight.double() / norms.pow(tau)).to(weight.dtype) if tau > 0 else weight.clone()
     vanished = scaled.abs().amax(1) < torch.finfo(weight.dtype).tiny
-    if not bool(scaled.isfinite().all()) or (tau > 0 and bool(vanished.any())):
-        raise problem(f"w / ||w||^tau must fit into {weight.dtype}", got=f"tau = {tau:g}", fix="Lower tau.")
+    fits = bool(scaled.isfinite().all()) and not (tau > 0 and bool(vanished.any()))
+    require(fits, f"w / ||w||^tau must fit into {weight.dtype}", got=f"tau = {tau:g}", fix="Lower tau.")
     return linear_of(scaled.to(linear.weight.device), None, trainable=True).train(linear.training)
 
 

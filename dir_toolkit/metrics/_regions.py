@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from .._checks import instance, problem
+from .._checks import instance, problem, require, same_bins
 from ..labels.bins import Bins, Missing, Outside
 from ..labels.density import REGIONS, LabelDensity
 from ..labels.grid import BinGrid
@@ -37,15 +37,12 @@ class RegionMetrics(MergingSums):
     ) -> None:
         if counted is not None:
             instance(LabelDensity, counted=counted)
-            if counted.bins != density:
-                rule = "bins must be those of the density, where both are handed over"
-                raise problem(rule, got=f"{density!r} and {counted.bins!r}", fix="Hand over the density alone.")
+            same_bins("the density", counted, density)
             density = counted
         axes = (Bins, BinGrid) if grids else Bins
         if not isinstance(density, LabelDensity) or not isinstance(density.bins, axes):
             raise problem(f"density must be a LabelDensity{'' if grids else ' over one axis'}", got=repr(density))
-        if density.counts.dtype.kind == "f":
-            raise problem("density must be as counted, not smoothed", got=repr(density))
+        require(density.counts.dtype.kind != "f", "density must be as counted, not smoothed", got=density)
         self.density, self.bins = density, density.bins
         super().__init__(outside, missing)
 

@@ -13,18 +13,19 @@ from torch import Tensor
 from .._checks import (
     classes_exist,
     instance,
+    integers,
     is_tensor,
-    label_problem,
+    not_empty,
     on_one_device,
     one_of,
-    problem,
     real,
+    require,
     same_device,
 )
 from .._numerics import is_wrapped, readable
 from .._ranks import check_group, summed
 from .._settings import shown
-from ..errors import ShapeError
+from ..errors import LabelError
 from ..labels.bins import MISSING, OUTSIDE, Missing, Outside
 from ..labels.grid import AnyBins
 
@@ -63,9 +64,8 @@ class MergingSums(ABC):
         instance(_own_kind(self), other=other)
         mine, theirs = self.settings, other.settings
         differ = [name for name in mine if not _equal(mine[name], theirs[name])]
-        if differ:
-            both = (shown({name: settings[name] for name in differ}) for settings in (mine, theirs))
-            raise problem("both must have the same settings", got=" and ".join(both))
+        both = (shown({name: settings[name] for name in differ}) for settings in (mine, theirs))
+        require(not differ, "both must have the same settings", got=" and ".join(both))
         with torch.inference_mode(False):
             for name in self.kept:
                 own: Tensor = getattr(self, name)
@@ -110,37 +110,29 @@ class MergingSums(ABC):
         """Raise for what was counted on an accelerator."""
         targets, predictions = self.refused.tolist() if "refused" in self.kept else (0, 0)
         fix = "Remove or repair these samples, and measure again."
-        if targets:
-            raise label_problem("every target must be a label of the axis", got=f"{targets} that are not", fix=fix)
-        if predictions:
-            rule = "every prediction must be a bin, or scores that are not NaN"
-            raise problem(rule, got=f"{predictions} that are not", fix=fix)
+        rule = "every target must be a label of the axis"
+        require(not targets, rule, got=f"{targets} that are not", fix=fix, error=LabelError)
+        rule = "every prediction must be a bin, or scores that are not NaN"
+        require(not predictions, rule, got=f"{predictions} that are not", fix=fix)
 
 
 def check_samples(**tensors: Tensor) -> None:
     """Raise unless float64 sums can take these in: plain numbers on one device, outside of torch.func."""
-    is_tensor(**tensors)
-    on_one_device(**tensors)
     real(**tensors)
+    on_one_device(**tensors)
     same_device(**tensors)
     for name, value in tensors.items():
-        if is_wrapped(value):
-            raise problem(
-                "must not be called inside torch.func transforms, out of which sums cannot be carried",
-                fix=f"Return {name} from the function (has_aux=True), and update afterwards.",
-                error=RuntimeError,
-            )
-        if value.device.type == "mps":
-            rule = f"{name} must be on a device that knows float64, in which sums are kept"
-            raise problem(rule, got="mps", fix=f"Use {name}.cpu().")
+        fix = f"Return {name} from the function (has_aux=True), and update afterwards."
+        rule = "must not be called inside torch.func transforms, out of which sums cannot be carried"
+        require(not is_wrapped(value), rule, fix=fix, error=RuntimeError)
+        rule = f"{name} must be on a device that knows float64, in which sums are kept"
+        require(value.device.type != "mps", rule, got="mps", fix=f"Use {name}.cpu().")
 
 
 def check_some(**tensors: Tensor) -> None:
     """Raise unless there is a sample."""
     is_tensor(**tensors)
-    for name, value in tensors.items():
-        if value.numel() == 0:
-            raise problem(f"{name} must hold at least one value", got=f"shape {tuple(value.shape)}", error=ShapeError)
+    not_empty(**tensors)
 
 
 def placed(bins: AnyBins, target: Tensor, outside: Outside, missing: Missing) -> tuple[Tensor, Tensor | None]:
@@ -154,9 +146,7 @@ def placed(bins: AnyBins, target: Tensor, outside: Outside, missing: Missing) ->
 
 def class_indices(name: str, index: Tensor, num_classes: int, outside: Outside = "raise") -> Tensor:
     """``index`` as int64 numbers from 0 to ``num_classes`` - 1, and -1 for others that are dropped or not looked at."""
-    if index.is_floating_point():
-        fix = f"Use {name}.long()."
-        raise problem(f"{name} must be integers", got=f"dtype {index.dtype}", fix=fix, error=TypeError)
+    integers(**{name: index})
     classes = index.detach().long()
     if outside == "clip":
         return classes.clamp(0, num_classes - 1)

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import length, on_host, problem, same_shape
+from .._checks import length, no_bad, on_host, require, shaped
 from .._memory import check_memory
-from .._numerics import readable
 from ..errors import ShapeError
 from ..labels.bins import Missing, Outside
 from ..labels.density import REGIONS, LabelDensity
@@ -201,37 +200,27 @@ def classification_metrics(
 
 def _check_shapes(pred: Tensor, target: Tensor, num_classes: int) -> None:
     check_samples(pred=pred, target=target)
-    if target.ndim != 1:
-        fix = "Use target.flatten()."
-        raise problem("target must have the shape (N,)", got=tuple(target.shape), fix=fix, error=ShapeError)
-    if pred.ndim == 1:
-        same_shape(pred=pred, target=target)
-    elif pred.shape != (len(target), num_classes):
-        rule = f"pred must be indices ({len(target)},) or scores ({len(target)}, {num_classes})"
-        raise problem(rule, got=tuple(pred.shape), error=ShapeError)
+    shaped(("N",), target=target)
+    indices, scores = (len(target),), (len(target), num_classes)
+    require(pred.shape in (indices, scores), f"pred must be indices {indices} or scores {scores}", got=pred.shape)
 
 
 def _predicted(pred: Tensor, num_classes: int) -> Tensor:
     """The predicted class of each sample, (N,) int64, and -1 where it names none and values are not looked at."""
     if pred.ndim == 1:
         return class_indices("pred", pred, num_classes)
-    unclear = pred.detach().isnan().any(1)
-    if readable(pred) and bool(unclear.any()):
-        got = f"NaN in row {int(unclear.nonzero()[0])} ({int(unclear.sum())} such rows)"
-        raise problem("pred must not be NaN", got=got, fix="Remove or repair these samples first.")
-    return pred.detach().argmax(1).masked_fill(unclear, -1)
+    unclear = pred.detach().isnan()
+    no_bad("pred must not be NaN", pred, unclear, fix="Remove or repair these samples first.")
+    return pred.detach().argmax(1).masked_fill(unclear.any(1), -1)
 
 
-def _region_names(regions: object, num_bins: int) -> np.ndarray:
-    listed = ", ".join(repr(name) for name in REGIONS)
-    rule = f"regions must be {num_bins} names, one per bin, out of {listed}"
-    if isinstance(regions, str) or not isinstance(regions, (Sequence, np.ndarray)) or getattr(regions, "ndim", 1) == 0:
-        raise problem(rule, got=repr(regions), error=TypeError)
-    if len(regions) != num_bins:
-        raise problem(rule, got=f"{len(regions)} names", error=ShapeError)
+def _region_names(regions: Any, num_bins: int) -> np.ndarray:
+    rule = f"regions must be {num_bins} names, one per bin, out of {', '.join(map(repr, REGIONS))}"
+    in_row = isinstance(regions, (Sequence, np.ndarray)) and getattr(regions, "ndim", 1) > 0
+    require(in_row and not isinstance(regions, str), rule, got=repr(regions), error=TypeError)
+    require(len(regions) == num_bins, rule, got=f"{len(regions)} names", error=ShapeError)
     for place, name in enumerate(regions):
-        if not isinstance(name, str) or name not in REGIONS:
-            raise problem(rule, got=f"{name!r} at index [{place}]")
+        require(isinstance(name, str) and name in REGIONS, rule, got=f"{name!r} at index [{place}]")
     names = np.array([str(name) for name in regions])
     names.setflags(write=False)
     return names

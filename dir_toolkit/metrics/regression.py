@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import as_tensors, finite, number, problem, same_shape
+from .._checks import as_tensors, finite, number, require, same_shape
 from ..labels.bins import Missing, Outside
 from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins, BinGrid
@@ -121,7 +121,7 @@ class RegressionMetrics(RegionMetrics):
     ) -> None:
         super().__init__(density, counted, outside, missing, grids=True)
         bins = self.bins
-        self._floors = _checked_floors(floor, bins)
+        self._floors = _floor_per_axis(floor, bins)
         self.floor = self._floors if isinstance(bins, BinGrid) else self._floors[0]
         # Correlation is taken about the middle of the axis, so that a far-away origin costs no digits.
         self._origins = [float(axis.edges[0] + axis.edges[-1]) / 2 for axis in bins.axes]
@@ -183,15 +183,14 @@ class RegressionMetrics(RegionMetrics):
         return self.bins.relative_widths
 
 
-def _checked_floors(floor: float | Sequence[float] | None, bins: AnyBins) -> tuple[float, ...]:
+def _floor_per_axis(floor: Any, bins: AnyBins) -> tuple[float, ...]:
     """The least error of each axis."""
     if floor is None:
-        floor = [float(np.median(np.diff(axis.edges))) / 100 for axis in bins.axes]
-    elif not (isinstance(bins, BinGrid) and isinstance(floor, Sequence)):
-        floor = [number("floor", floor, low=0, open_low=True)] * len(bins.axes)
-    if len(floor) != len(bins.axes):
-        raise problem(f"floor must be one number, or one for each of {len(bins.axes)} axes", got=repr(floor))
-    return tuple(number("floor", value, low=0, open_low=True) for value in floor)
+        return tuple(float(np.median(np.diff(axis.edges))) / 100 for axis in bins.axes)
+    floors = floor if isinstance(bins, BinGrid) and isinstance(floor, Sequence) else [floor] * len(bins.axes)
+    fits, rule = len(floors) == len(bins.axes), f"floor must be one number, or one for each of {len(bins.axes)} axes"
+    require(fits, rule, got=repr(floor))
+    return tuple(number("floor", value, low=0, open_low=True) for value in floors)
 
 
 def regression_metrics(

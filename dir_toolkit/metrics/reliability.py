@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import MOST_BINS, finite, length, not_negative, problem, same_shape, whole
+from .._checks import MOST_BINS, finite, length, no_bad, not_negative, require, shaped, whole
 from .._memory import check_memory
 from .._numerics import confidence_bin, confidence_edges, readable
-from ..errors import ShapeError
 from ..labels.bins import Outside
 from ._metric import Metric
 from ._sums import MergingSums, check_samples, check_some, class_indices
@@ -24,6 +23,7 @@ __all__ = ["CalibrationMetrics", "calibration_metrics"]
 
 _LEAST = torch.finfo(torch.float32).tiny
 _SLACK = 1e-3
+_SOFTMAX = "Use scores.float().softmax(1)."
 _MOST_WEIGHT = 1e300  # of which the sums of losses are finite
 _PLAIN = {"units": "1"}
 
@@ -107,14 +107,15 @@ class CalibrationMetrics(MergingSums):
         off = ~((p.sum(1) - 1).abs() <= _SLACK)
         if readable(p):
             finite(probabilities=probabilities)
-            _check_values(p, off)
+            no_bad("probabilities must lie in [0, 1]", p, (p < 0) | (p > 1 + _SLACK), fix=_SOFTMAX)
+            no_bad("each row of probabilities must sum to one", p.sum(1), off, fix=_SOFTMAX)
         index = class_indices("target", target, self.num_classes, self.outside)
         astray, index = index < 0, index.clamp_min(0)
         if self.outside == "drop":
             w, astray = w.masked_fill(astray, 0), torch.zeros_like(astray)
-        if readable(p) and (total := w.sum().item() + self.totals[0].item()) >= _MOST_WEIGHT:
-            rule, fix = f"all weights together must be below {_MOST_WEIGHT:g}", "Scale the weights down."
-            raise problem(rule, got=f"{total:g}", fix=fix)
+        if readable(p):
+            total, rule = w.sum().item() + self.totals[0].item(), f"all weights together must be below {_MOST_WEIGHT:g}"
+            require(not total >= _MOST_WEIGHT, rule, got=f"{total:g}", fix="Scale the weights down.")
         broken = astray | off | (p < 0).any(1) | ~((w >= 0) & (w < torch.inf))
         w = w.masked_fill(broken, torch.nan)
 
@@ -183,8 +184,7 @@ def calibration_metrics(
 ) -> xr.Dataset:
     """:class:`CalibrationMetrics` of one whole set."""
     check_some(probabilities=probabilities)
-    if probabilities.ndim != 2:
-        raise problem("probabilities must have the shape (N, C)", got=tuple(probabilities.shape), error=ShapeError)
+    shaped(("N", "C"), probabilities=probabilities)
     metrics = CalibrationMetrics(probabilities.shape[1], num_bins=num_bins, outside=outside)
     metrics.update(probabilities, target, weight)
     return metrics.compute()
@@ -193,23 +193,7 @@ def calibration_metrics(
 def _check_batch(probabilities: Tensor, target: Tensor, weight: Tensor | None, num_classes: int) -> None:
     given = {} if weight is None else {"weight": weight}
     check_samples(probabilities=probabilities, target=target, **given)
-    if probabilities.ndim != 2 or probabilities.shape[1] != num_classes or target.shape != probabilities.shape[:1]:
-        rule = f"probabilities must be (N, {num_classes}) and target (N,)"
-        got = f"{tuple(probabilities.shape)} and {tuple(target.shape)}"
-        raise problem(rule, got=got, error=ShapeError)
-    same_shape(target=target, **given)
+    shaped(("N", num_classes), probabilities=probabilities)
+    shaped(probabilities.shape[:1], "one per row of probabilities", target=target, **given)
     finite(**given)
     not_negative(**given)
-
-
-def _check_values(p: Tensor, off: Tensor) -> None:
-    softmax = "Use scores.float().softmax(1)."
-    beyond = (p < 0) | (p > 1 + _SLACK)
-    if bool(beyond.any()):
-        row, column = beyond.nonzero()[0].tolist()
-        got = f"{p[row, column]:g} at index [{row}, {column}] ({int(beyond.sum())} such values)"
-        raise problem("probabilities must lie in [0, 1]", got=got, fix=softmax)
-    if bool(off.any()):
-        row = int(off.nonzero()[0])
-        got = f"{p[row].sum():g} in row {row} ({int(off.sum())} such rows)"
-        raise problem("each row of probabilities must sum to one", got=got, fix=softmax)
