@@ -19,8 +19,7 @@ def is_parallel() -> bool:
 def check_group(group: object) -> None:
     """Raise unless ``group`` is a process group that this rank is in, or None for all ranks."""
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        rule = "group must be a torch.distributed.ProcessGroup that this rank is in, or None"
-        raise problem(rule, got=repr(group), error=TypeError)
+        raise problem("group must be a ProcessGroup that this rank is in, or None", got=repr(group), error=TypeError)
 
 
 def reduce_device(like: Tensor, group: dist.ProcessGroup | None = None) -> torch.device:

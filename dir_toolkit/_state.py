@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._checks import problem
+from ._checks import problem, require
 from .errors import CheckpointError
 
 _FORMAT = 1
@@ -51,13 +51,8 @@ def unpack(packed: object) -> dict[str, Any]:
         version, state = header["format"], header["state"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise _damaged("a header that cannot be read") from None
-    if version != _FORMAT:
-        raise problem(
-            f"the saved state must be of format {_FORMAT}",
-            got=f"format {version!r}",
-            fix="Load it with the release of dir_toolkit that saved it.",
-            error=CheckpointError,
-        )
+    rule, fix = f"the saved state must be of format {_FORMAT}", "Load it with the release of dir_toolkit that saved it."
+    require(version == _FORMAT, rule, got=f"format {version!r}", fix=fix, error=CheckpointError)
     try:
         decoded = _decoded(state, memoryview(blob)[start:])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

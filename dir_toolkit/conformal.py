@@ -43,13 +43,11 @@ from ._checks import (
     finite,
     floats,
     instance,
-    is_tensor,
     labels_array,
     number,
     on_host,
     one_of,
     prior_shares,
-    problem,
     real,
     require,
     shaped,
@@ -59,7 +57,7 @@ from ._numerics import wide_dtype
 from ._ranks import check_group, is_parallel
 from ._settings import described, differing, shown
 from .errors import ShapeError
-from .labels.bins import OUTSIDE, Bins, Outside
+from .labels.bins import OUTSIDE, Bins, Outside, continuous
 from .labels.density import LabelDensity
 
 __all__ = ["BinsConformal", "GaussianConformal", "PointConformal", "conformal_interval"]
@@ -84,8 +82,8 @@ class Conformal(ABC):
         outside: Outside = "raise",
     ) -> None:
         instance(LabelDensity, density=density)
-        if not isinstance(bins := density.bins, Bins):
-            raise problem("density must be over one axis", got=repr(bins))
+        bins: Any = density.bins
+        require(isinstance(bins, Bins), "density must be over one axis", got=bins)
         one_of("outside", outside, OUTSIDE)
         self.density, self.bins, self.outside = density, bins, outside
         self.regions = label_regions(density) if regions is None else _checked_regions(regions, self.bins)
@@ -182,8 +180,8 @@ class Conformal(ABC):
         level = number("level", level, low=0, high=1, open_low=True, open_high=True)
         miss = 1 - Fraction(str(level))
         scores, rows = np.concatenate(self._scores), np.concatenate(self._rows)
-        fix = "Call update(output, labels) first."
-        require(len(scores) > 0, "there must be calibration samples", got="none", fix=fix)
+        some = len(scores) > 0
+        require(some, "there must be calibration samples", got="none", fix="Call update(output, labels) first.")
         counts = np.array(list(self.counts().values()) if self.per_region else [len(rows)])
         needed, fewest = math.ceil(1 / miss) - 1, int(counts.argmin())
         if counts[fewest] < needed and not self._warned:
@@ -215,8 +213,7 @@ class Conformal(ABC):
     def _interval(self, level: float, **given: Any) -> tuple[Any, Any]:
         """:meth:`interval` of forecasts of any name."""
         ((name, output),) = given.items()
-        rule, fix = "bins must not be classes, which have no order, for an interval", "Use sets(output, level)."
-        require(not self.bins.categorical, rule, got=self.bins, fix=fix)
+        continuous(self.bins, "Use sets(output, level).", of="an interval")
         checked = self._checked(name, _as_tensor(name, output), self.bins)
         return _as_given(output, *self._interval_at(checked, self.bins, self.thresholds(level)))
 
@@ -465,7 +462,6 @@ def _thresholds(scores: np.ndarray, rows: np.ndarray, of_bin: np.ndarray, miss: 
 def _as_tensor(name: str, values: Any) -> Tensor:
     if not isinstance(values, Tensor):
         return torch.from_numpy(np.array(labels_array(values, name)))
-    is_tensor(**{name: values})
     real(**{name: values})
     return values.detach()
 
@@ -477,8 +473,7 @@ def _as_given(given: Any, *results: Tensor) -> tuple[Any, ...]:
 
 def _numbers(name: str, output: Tensor, bins: Bins, more: tuple[int, ...]) -> Tensor:
     """Finite forecasts (N, ...) of a label on a continuous axis."""
-    rule, fix = "bins must not be classes, which have no distances", "Use BinsConformal."
-    require(not bins.categorical, rule, got=bins, fix=fix)
+    continuous(bins, "Use BinsConformal.")
     shaped(("N", *more), "", **{name: output})
     finite(**{name: output})
     output = output if output.is_floating_point() else output.double()

@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._checks import instance, is_tensor, one_of, problem, whole
-from .errors import ShapeError
+from ._checks import instance, integers, is_tensor, one_of, problem, require, shaped, whole
 from .heads.normalized import ScaledHead, tau_normalized
 from .metrics.classification import balanced_error
 from .priors import TauChoice, search_tau
@@ -130,17 +129,15 @@ def reinitialize(module: nn.Module, *, seed: int = 0) -> None:
         ValueError: the module has no parameters, or the seed is not in 0 ... 2**63 - 1.
     """
     instance(nn.Module, module=module)
-    if (seed := whole("seed", seed, low=0)) >= 2**63:
-        raise problem("seed must be below 2**63", got=seed)
-    if next(module.parameters(), None) is None:
-        raise problem("module must have parameters", got=type(module).__name__)
+    seed = whole("seed", seed, low=0, high=2**63 - 1)
+    some = next(module.parameters(), None) is not None
+    require(some, "module must have parameters", got=type(module).__name__)
     # A BatchNorm without parameters has statistics to forget.
     known = {part for part in module.modules() if callable(getattr(part, "reset_parameters", None))}
     layers = [p for p in module.modules() if p in known or next(p.parameters(recurse=False), None) is not None]
     for layer in layers:
-        if layer not in known:
-            rule = "every layer with parameters must have reset_parameters()"
-            raise problem(rule, got=type(layer).__name__, fix="Give it one, or a new layer.", error=TypeError)
+        rule, fix = "every layer with parameters must have reset_parameters()", "Give it one, or a new layer."
+        require(layer in known, rule, got=type(layer), fix=fix)
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every accelerator
@@ -169,16 +166,11 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
     one_of("method", method, ("crt", "lws", "rrt"))
     backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
-        raise problem(
-            "model must have modules named backbone and head",
-            got=type(model).__name__,
-            fix="Use freeze(encoder) and reinitialize(head).",
-            error=TypeError,
-        )
+        fix = "Use freeze(encoder) and reinitialize(head)."
+        raise problem("model must have modules named backbone and head", got=type(model), fix=fix)
     if method == "lws":
         if not isinstance(head, nn.Linear):
-            rule = 'model.head must be an nn.Linear for "lws"'
-            raise problem(rule, got=type(head).__name__, error=TypeError)
+            raise problem('model.head must be an nn.Linear for "lws"', got=type(head))
         model.head = ScaledHead(head)
     else:
         if isinstance(head, ScaledHead):
@@ -208,13 +200,10 @@ def choose_normalization(
         Kang et al. 2020, section 4.1 (arXiv:1910.09217).
     """
     instance(nn.Linear, head=head)
-    is_tensor(features=features, labels=labels)
-    if features.ndim != 2 or features.shape[1] != head.in_features or labels.shape != features.shape[:1]:
-        rule = f"features must be (N, {head.in_features}) and labels (N,)"
-        got = f"{tuple(features.shape)} and {tuple(labels.shape)}"
-        raise problem(rule, got=got, error=ShapeError)
-    if labels.is_floating_point():
-        raise problem("labels must be integers", got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError)
+    is_tensor(features=features)
+    integers(labels=labels)
+    shaped(("N", head.in_features), features=features)
+    shaped(features.shape[:1], "one per row of features", labels=labels)
 
     @torch.no_grad()
     def errors_at(tau: float) -> dict[str, float]:

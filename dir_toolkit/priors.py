@@ -19,10 +19,10 @@ from torch import Tensor
 from ._checks import (
     MOST_TAU,
     checked_tau,
+    classes_exist,
     finite,
     instance,
-    is_tensor,
-    label_problem,
+    integers,
     labels_array,
     not_empty,
     not_negative,
@@ -30,16 +30,15 @@ from ._checks import (
     on_host,
     one_of,
     prior_shares,
-    problem,
     real,
+    require,
     same_device,
-    same_shape,
+    shaped,
     warn,
 )
 from ._numerics import confidence_bin, confidence_edges, wide_dtype
 from ._settings import shown
 from ._state import SoundModule
-from .errors import ShapeError
 from .labels.bins import Bins
 from .labels.density import LabelDensity, counts_array
 from .labels.weights import LDS
@@ -86,7 +85,6 @@ def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None 
     >>> class_prior([3, 1], weights=weights).round(decimals=6).tolist()
     [0.5, 0.5]
     """
-    floor = number("floor", floor, low=0)
     if not isinstance(density_or_counts, LabelDensity):
         counts = counts_array(density_or_counts)
         density_or_counts = LabelDensity(Bins.classes(len(counts)), counts)
@@ -176,15 +174,13 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = N
     scores, classes = _held_out(logits, labels)
     shares = np.ones(len(classes))
     if weight is not None:
-        is_tensor(weight=weight)
         real(weight=weight)
-        same_shape(labels=labels, weight=weight)
+        shaped(labels.shape, "one per label", weight=weight)
         weight = on_host("weight", weight)
         finite(weight=weight)
         not_negative(weight=weight)
         shares = weight.double().numpy()
-        if not shares.any():
-            raise problem("at least one weight must be positive", got="zeros")
+        require(shares.any(), "at least one weight must be positive", got="zeros")
         shares = shares / shares.max()  # else sums may overflow
     return best_temperature(scores, classes, shares)
 
@@ -268,8 +264,7 @@ def choose_tau(
     one_of("by", by, ("balanced_error", "log_loss", "ece"))
     log_prior = -on_host("prior", _offset(prior, "uniform", 1.0)).numpy()
     scores, classes = _held_out(logits, labels)
-    if scores.shape[1] != len(log_prior):
-        raise _class_mismatch("logits", tuple(logits.shape), len(log_prior))
+    shaped(("N", len(log_prior)), _AS_PRIOR, logits=logits)
     counts = np.bincount(classes, minlength=len(log_prior))
     if temperature is not None:
         temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
@@ -313,9 +308,9 @@ def search_tau(
     values = values.astype(np.float64)
     not_empty(taus=values)
     finite(taus=values)
-    if values.ndim != 1 or (np.diff(values) <= 0).any() or values.flat[0] < 0 or values.flat[-1] > MOST_TAU:
-        rule = f"taus must be one row, rising and not negative, at most {MOST_TAU:g}"
-        raise problem(rule, got=values.tolist())
+    shaped(("T",), taus=values)
+    rises = (np.diff(values) > 0).all() and values[0] >= 0 and values[-1] <= MOST_TAU
+    require(rises, f"taus must be rising and not negative, at most {MOST_TAU:g}", got=values.tolist())
     errors = [errors_at(float(tau)) for tau in values]
     curves = {name: np.array([each[name] for each in errors]) for name in errors[0]}
     for array in (values, *curves.values()):
@@ -325,15 +320,13 @@ def search_tau(
         name, factor = bound
         limit = factor * errors_at(0.0)[name]
         allowed = curves[name] <= limit
-        if not allowed.any():
-            rule, got = f"taus must hold one with a {_in_words(name)} of at most {limit:.3g}", curves[name].min()
-            raise problem(rule, got=f"at least {got:.3g}", fix="Begin them with 0.")
+        rule, least = f"taus must hold one with a {_in_words(name)} of at most {limit:.3g}", curves[name].min()
+        require(allowed.any(), rule, got=f"at least {least:.3g}", fix="Begin them with 0.")
     best = middle_of_best(np.where(allowed, curves[by], np.inf))
     if best == len(values) - 1 >= _HANDFUL:
         warn(
-            f"the best tau is the largest of those tried, {values[best]:g}. Either labels are so few that the "
-            "criterion is left to chance, or tau makes up for something else, such as a prior that is not the one of "
-            "training. Give more labels and the right prior, or try larger taus.",
+            f"the best tau is the largest of those tried, {values[best]:g}. Labels are so few that chance decides, or "
+            "the prior is not the one of training. Give more labels and the right prior, or try larger taus.",
         )
     return TauChoice(float(values[best]), values, curves, by, temperature, samples)
 
@@ -404,26 +397,26 @@ def log_prior_offset(prior: Tensor, tau: float, target: Tensor | None = None) ->
     return offset if target is None else offset + target.log().to(offset.device)
 
 
+_AS_PRIOR = "one per class of the prior"
+
+
 def _offset(prior: Prior, target: Any, tau: float) -> Tensor:
     """What is added to logits to carry them from a prior to a target: (C,) float64, on the prior's device."""
-    shares = _checked_prior("prior", prior)
+    shares = _shares("prior", prior)
     tau = checked_tau(tau)
     if isinstance(target, str):
         one_of("target", target, ("uniform",))
         return log_prior_offset(shares, -tau)
-    wanted = _checked_prior("target", target, zeros=True)
-    if wanted.shape != shares.shape:
-        raise _class_mismatch("target", tuple(wanted.shape), len(shares))
+    wanted = _shares("target", target, zeros=True)
+    shaped(shares.shape, _AS_PRIOR, target=wanted)
     return log_prior_offset(shares, -tau, wanted)
 
 
-def _checked_prior(name: str, prior: Any, *, zeros: bool = False) -> Tensor:
+def _shares(name: str, prior: Any, *, zeros: bool = False) -> Tensor:
     if not isinstance(prior, Tensor):
         prior = torch.from_numpy(labels_array(prior, name).astype(np.float64))
-    is_tensor(**{name: prior})
     real(**{name: prior})
-    if prior.ndim != 1:
-        raise problem(f"{name} must be one share per class", got=f"shape {tuple(prior.shape)}", error=ShapeError)
+    shaped(("C",), "one share per class", **{name: prior})
     not_empty(**{name: prior})
     prior = prior.double()
     prior_shares(name, prior, zeros=zeros)
@@ -432,43 +425,22 @@ def _checked_prior(name: str, prior: Any, *, zeros: bool = False) -> Tensor:
 
 def _wide(logits: Tensor, num_classes: int) -> Tensor:
     """Logits over so many classes, in at least float32."""
-    is_tensor(logits=logits)
     real(logits=logits)
-    if logits.ndim == 0 or logits.shape[-1] != num_classes:
-        raise _class_mismatch("logits", tuple(logits.shape), num_classes)
+    shaped((..., num_classes), _AS_PRIOR, logits=logits)
     return logits.to(wide_dtype(logits))
-
-
-def _class_mismatch(name: str, shape: tuple[int, ...], num_classes: int) -> Exception:
-    rule = f"{name} must have the prior's {num_classes} classes in the last axis"
-    return problem(rule, got=f"shape {shape}", error=ShapeError)
 
 
 def _held_out(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Checked logits (N, C) in float64 and classes (N,) in int64, on the host."""
-    is_tensor(logits=logits, labels=labels)
-    real(logits=logits, labels=labels)
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise problem(
-            "logits must be (N, C) and labels (N,)",
-            got=f"{tuple(logits.shape)} and {tuple(labels.shape)}",
-            error=ShapeError,
-        )
+    real(logits=logits)
+    integers(labels=labels)
+    shaped(("N", "C"), logits=logits)
+    shaped(logits.shape[:1], "one per row of logits", labels=labels)
     not_empty(logits=logits)
-    if labels.is_floating_point():
-        rule = "labels must be integer classes"
-        raise problem(rule, got=f"dtype {labels.dtype}", fix="Use labels.long().", error=TypeError)
-    logits = on_host("logits", logits)
+    logits, classes = on_host("logits", logits), on_host("labels", labels).long()
     finite(logits=logits)
-    classes = on_host("labels", labels).long().numpy()
-    outside = (classes < 0) | (classes >= logits.shape[1])
-    if outside.any():
-        at = int(outside.argmax())
-        raise label_problem(
-            f"labels must be classes from 0 to {logits.shape[1] - 1}",
-            got=f"{classes[at]} at index [{at}] ({int(outside.sum())} such labels)",
-        )
-    return logits.double().numpy(), classes
+    classes_exist("labels", classes, logits.shape[1])
+    return logits.double().numpy(), classes.numpy()
 
 
 def best_temperature(

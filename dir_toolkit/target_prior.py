@@ -135,9 +135,8 @@ def estimate_prior(
     if row is not None:
         require(row.shape == held.shape[:1], f"labels must be ({len(held)},), one per row of source", got=row.shape)
     checked = [row is not None, features is not None, source_features is not None]
-    require(
-        all(checked) or not any(checked[1:]), "features, source_features and labels must come together", got="a part"
-    )
+    together = all(checked) or not any(checked[1:])
+    require(together, "features, source_features and labels must come together", got="a part")
 
     window = np.ones(1) if bins.categorical else gaussian(min(_SIZE, len(bins) - 1 + len(bins) % 2), _SIGMA)
     slope, bias = (1.0, 0.0) if row is None else _calibration(held, row, window)
@@ -155,9 +154,8 @@ def estimate_prior(
     refused = auc is not None and auc > max_auc
     if refused:
         warn(
-            f"a classifier tells the unlabelled data from the held-out data weighted by the estimate, with an AUC of "
-            f"{auc:.2f} above {max_auc:g}. More has shifted than the shares of labels, so the source prior stays. Pass "
-            "max_auc=1 to adjust all the same."
+            f"more has shifted than the shares of labels, since a classifier tells the data apart with an AUC of "
+            f"{auc:.2f} above {max_auc:g}. The source prior stays. Pass max_auc=1 to adjust all the same."
         )
     source_prior, estimated = torch.from_numpy(mean), torch.from_numpy(t)
     curve.setflags(write=False)

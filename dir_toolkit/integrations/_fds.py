@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checks import instance, keys, problem
+from .._checks import instance, keys, problem, require
 from ..errors import CheckpointError
 from ..features.fds import FDS
 from ..features.select import form
@@ -26,8 +26,7 @@ class Driver:
 
     def __init__(self, fds: FDS | Sequence[FDS], labels_of: LabelsOf | Sequence[LabelsOf]) -> None:
         self.all: list[FDS] = list(fds) if isinstance(fds, Sequence) else [fds]
-        if not self.all:
-            raise problem("fds must be an FDS or several", got=repr(fds))
+        require(len(self.all) > 0, "fds must be an FDS or several", got=repr(fds))
         for one in self.all:
             instance(FDS, fds=one)
         several = isinstance(labels_of, Sequence) and not isinstance(labels_of, str)
@@ -44,13 +43,8 @@ class Driver:
         ``resumed``."""
         self.leave(broken_off=True)
         for fds in self.all:
-            if not fds.attached:
-                raise problem(
-                    "fds must be attached to a part of the model",
-                    got="one that is attached nowhere",
-                    fix='Call fds.attach(model.head, "input") first.',
-                    error=RuntimeError,
-                )
+            rule, fix = "fds must be attached to a part of the model", 'Call fds.attach(model.head, "input") first.'
+            require(fds.attached, rule, got="one that is attached nowhere", fix=fix, error=RuntimeError)
             fds.train()
             fds.warns_of_forgotten_end = False  # since evaluations may come in mid-epoch
             if not resumed:
@@ -91,9 +85,8 @@ class Driver:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, on any number of ranks."""
         keys("the saved state", state, ("fds",))
-        if len(state["fds"]) != len(self.all):
-            rule = f"the saved state must be of {len(self.all)} FDS"
-            raise problem(rule, got=len(state["fds"]), error=CheckpointError)
+        saved, own = len(state["fds"]), len(self.all)
+        require(saved == own, f"the saved state must be of {own} FDS", got=saved, error=CheckpointError)
         for fds, saved in zip(self.all, state["fds"], strict=True):
             fds.load_merged_state(saved)
 
@@ -102,11 +95,8 @@ class Driver:
             within = key in batch
         else:
             within = isinstance(batch, Sequence) and isinstance(key, int) and -len(batch) <= key < len(batch)
+        fix = "Pass labels_of: the key or index of the labels, or a function of the batch that returns them."
         if not callable(key) and not within:
-            raise problem(
-                f"a batch must hold its labels under {key!r}",
-                got=form(batch),
-                fix="Pass labels_of: the key or index of the labels, or a function of the batch that returns them."
-                + _TRAINER_HINT * (key == "labels"),
-            )
+            fix += _TRAINER_HINT * (key == "labels")
+            raise problem(f"a batch must hold its labels under {key!r}", got=form(batch), fix=fix)
         return key(batch) if callable(key) else batch[key]

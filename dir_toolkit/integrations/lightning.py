@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from .._checks import missing_package, problem
+from .._checks import missing_package, require
 from ..errors import CheckpointError
 from ..features.fds import FDS
 from ._fds import Driver, LabelsOf
@@ -55,13 +55,10 @@ class FDSCallback(pl.Callback):
         self._driver = Driver(fds, labels_of)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._driver.places and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise problem(
-                "training_step must take the batch",
-                got="a dataloader_iter, whose batch no callback sees in time",
-                fix="Let it take (self, batch), or place the labels in it yourself and pass labels_of=None.",
-                error=RuntimeError,
-            )
+        unseen = self._driver.places and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
+        rule, got = "training_step must take the batch", "a dataloader_iter, whose batch no callback sees in time"
+        fix = "Let it take (self, batch), or place the labels in it yourself and pass labels_of=None."
+        require(not unseen, rule, got=got, fix=fix, error=RuntimeError)
         self._driver.start(resumed=trainer.ckpt_path is not None)
 
     def on_train_batch_start(
@@ -86,13 +83,11 @@ class FDSCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         inside = all(any(part is fds for part in pl_module.modules()) for fds in self._driver.all)
-        if trainer.state.fn == "fit" and not inside and self.state_key not in checkpoint.get("callbacks", {}):
-            raise problem(
-                "the checkpoint to go on from must hold FDS statistics",
-                got="one that was saved without this callback",
-                fix="Load its weights into the module, and call fit without ckpt_path.",
-                error=CheckpointError,
-            )
+        resumes = trainer.state.fn == "fit" and not inside
+        held = not resumes or self.state_key in checkpoint.get("callbacks", {})
+        rule, got = "the checkpoint to go on from must hold FDS statistics", "one that was saved without this callback"
+        fix = "Load its weights into the module, and call fit without ckpt_path."
+        require(held, rule, got=got, fix=fix, error=CheckpointError)
 
     def state_dict(self) -> dict[str, Any]:
         return self._driver.state_dict()

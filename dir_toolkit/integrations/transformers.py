@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .._checks import missing_package, problem
+from .._checks import missing_package, require
 from ..errors import CheckpointError
 from ..experiment.training.checkpoint import load_checkpoint, save_checkpoint
 from ..features.fds import FDS
@@ -79,14 +79,12 @@ class FDSCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        if args.n_gpu > 1:
-            fix = "Start one process per GPU (torchrun), or set CUDA_VISIBLE_DEVICES to one of them."
-            rule = "each process must train on one GPU"
-            raise problem(rule, got=f"{args.n_gpu} in one", fix=fix, error=RuntimeError)
-        if any(part is fds for part in model.modules() for fds in self._driver.all):
-            fix = "Keep it in a variable and attach it; this callback saves it."
-            rule = "fds must be no part of the model, whose buffers each rank overwrites with those of the first"
-            raise problem(rule, got="one that is", fix=fix, error=RuntimeError)
+        got, fix = f"{args.n_gpu} in one", "Start one process per GPU (torchrun), or set CUDA_VISIBLE_DEVICES to one."
+        require(args.n_gpu <= 1, "each process must train on one GPU", got=got, fix=fix, error=RuntimeError)
+        inside = any(part is fds for part in model.modules() for fds in self._driver.all)
+        rule = "fds must be no part of the model, whose buffers each rank overwrites with those of the first"
+        fix = "Keep it in a variable and attach it; this callback saves it."
+        require(not inside, rule, got="one that is", fix=fix, error=RuntimeError)
         resumed = state.global_step > 0
         if resumed:
             self._load(args, state)
@@ -120,22 +118,16 @@ class FDSCallback(TrainerCallback):
 
     def _load(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = self._resume_from or _folder(args, state)
-        if not (folder / _FILE).exists():
-            raise problem(
-                "the checkpoint to go on from must hold FDS statistics",
-                got=f"no file {str(folder / _FILE)!r}",
-                fix="Pass resume_from= the folder of the checkpoint if it lies elsewhere. If it was saved without this "
-                "callback, load its weights into the model and train without resume_from_checkpoint.",
-                error=CheckpointError,
-            )
+        rule, got = "the checkpoint to go on from must hold FDS statistics", f"no file {str(folder / _FILE)!r}"
+        fix = (
+            "Pass resume_from= the folder of the checkpoint if it lies elsewhere. If it was saved without this "
+            "callback, load its weights into the model and train without resume_from_checkpoint."
+        )
+        require((folder / _FILE).exists(), rule, got=got, fix=fix, error=CheckpointError)
         saved = load_checkpoint(folder / _FILE)
-        if saved.pop("of", None) != _fingerprint(state):
-            raise problem(
-                "the FDS statistics must be of the checkpoint to go on from",
-                got=f"those of another in {str(folder)!r}",
-                fix="Pass resume_from= the folder that is given to train(resume_from_checkpoint=...).",
-                error=CheckpointError,
-            )
+        same, rule = saved.pop("of", None) == _fingerprint(state), "the FDS statistics must be of this checkpoint"
+        got, fix = f"those of another in {str(folder)!r}", "Pass resume_from= the folder that train() resumes from."
+        require(same, rule, got=got, fix=fix, error=CheckpointError)
         self._driver.load_state_dict(saved)
 
     @torch.compiler.disable

@@ -19,12 +19,12 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from ..._checks import instance, labels_array, number, one_of, problem, warn, whole
+from ..._checks import labels_array, number, one_of, require, warn, whole
 from ...errors import NonFiniteLossError
 from ...experiment.training.optimization import Optimization
 from ...experiment.training.runtime import Runtime, chosen_device
 from ...experiment.training.steps import Steps
-from ...labels.bins import Bins
+from ...labels.bins import Bins, continuous
 from ...labels.decoding import Decoding
 from ...labels.density import LabelDensity, crowded_bins
 from ...labels.kernels import usual_kernel
@@ -70,22 +70,19 @@ class _LongTailEstimator(BaseEstimator):
         X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2, **options)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         present = weight > 0
-        if not present.any():
-            raise problem("sample_weight must be positive for at least one row", got="zeros")
+        require(present.any(), "sample_weight must be positive for at least one row", got="zeros")
         return X[present], y[present], weight[present]
 
     def _tau(self) -> float | Literal["auto"] | None:
         """The checked ``tau``, which is None where there is nothing to adjust."""
         one_of("adjust", self.adjust, ("after", "in_loss"))
         if not isinstance(self.tau, str):
-            if self._has_bins:
-                return number("tau", self.tau, low=0)
             rule = f'tau must be "auto", which does nothing, with head={self.head!r}, which has no bins'
-            raise problem(rule, got=repr(self.tau))
+            require(self._has_bins, rule, got=repr(self.tau))
+            return number("tau", self.tau, low=0)
         one_of("tau", self.tau, ("auto",))
-        if self._has_bins and self.adjust == "in_loss":
-            rule = 'tau must be a number with adjust="in_loss", since no training can choose it'
-            raise problem(rule, got='"auto"', fix='Use adjust="after".')
+        chosen = self.adjust == "after" or not self._has_bins
+        require(chosen, 'tau must be a number with adjust="in_loss"', got='"auto"', fix='Use adjust="after".')
         return "auto" if self._has_bins else None
 
     def _fit(self, columns: np.ndarray, labels: np.ndarray, weight: np.ndarray, bins: Bins, **options: Any) -> None:
@@ -109,9 +106,8 @@ class _LongTailEstimator(BaseEstimator):
         held = np.zeros(len(labels), dtype=bool)
         if self.patience is not None or tau == "auto":
             held[_validation_rows(random, labels, fraction, bins)] = True
-            if not held.any():
-                fix = "Pass patience=None and a number as tau, to train without."
-                raise problem("y must hold a label twice, to validate on", got="each once", fix=fix)
+            fix = "Pass patience=None and a number as tau, to train without."
+            require(held.any(), "y must hold a label twice, to validate on", got="each once", fix=fix)
         own = ~held
         weight = weight / weight[own].mean()
         self._fit_scaler(columns[own], weight[own])
@@ -187,9 +183,9 @@ class _LongTailEstimator(BaseEstimator):
 
     def _backbone(self, columns: int) -> tuple[nn.Module, int]:
         """A perceptron, and the number of its features."""
-        if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
-            rule = "hidden must be a tuple of whole numbers"
-            raise problem(rule, got=repr(self.hidden), fix="Use (64,) for one layer.", error=TypeError)
+        rule, fix = "hidden must be a tuple of whole numbers", "Use (64,) for one layer."
+        listed = isinstance(self.hidden, Sequence) and not isinstance(self.hidden, str)
+        require(listed, rule, got=repr(self.hidden), fix=fix, error=TypeError)
         widths = [columns, *(whole("hidden", width, low=1) for width in self.hidden)]
         layers = [layer for inputs, outputs in pairwise(widths) for layer in (nn.Linear(inputs, outputs), nn.ReLU())]
         return nn.Sequential(*layers), widths[-1]
@@ -225,10 +221,9 @@ class _LongTailEstimator(BaseEstimator):
             self.history_.append(row)
             if self.verbose:
                 print(" ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
-            if not all(map(math.isfinite, row.values())):
-                fix = "Lower lr, or look for values of X far from all others."
-                got = f"{row['loss']:g} in epoch {epoch}"
-                raise problem("the loss must be finite", got=got, fix=fix, error=NonFiniteLossError)
+            sound, fix = all(map(math.isfinite, row.values())), "Lower lr, or look for values of X far from all others."
+            got = f"{row['loss']:g} in epoch {epoch}"
+            require(sound, "the loss must be finite", got=got, fix=fix, error=NonFiniteLossError)
             if self.patience is not None:
                 if row["val_loss"] < best:
                     self.best_epoch_, best, kept = epoch, row["val_loss"], copy.deepcopy(model.state_dict())
@@ -393,12 +388,9 @@ class LongTailRegressor(RegressorMixin, _LongTailEstimator):
         if self.bins is None:
             return axis_of(labels, whole("num_bins", self.num_bins, low=2))
         number("the largest label", float(np.abs(labels).max()), float32=True)
-        if labels.min() == labels.max():
-            raise problem("y must hold at least two different labels", got=f"only {labels[0]:g}")
-        instance(Bins, bins=self.bins)
-        if self.bins.categorical:
-            fix = "Use LongTailClassifier for classes."
-            raise problem("bins must be a continuous label axis", got=repr(self.bins), fix=fix)
+        varies = labels.min() < labels.max()
+        require(varies, "y must hold at least two different labels", got=f"only {labels[0]:g}")
+        continuous(self.bins, "Use LongTailClassifier for classes.")
         return self.bins
 
     def _choose_tau(self, scaled: np.ndarray, labels: Tensor) -> TauChoice:
@@ -519,8 +511,8 @@ class LongTailClassifier(ClassifierMixin, _LongTailEstimator):
         X, y, weight = self._checked(X, y, sample_weight)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise problem("y must hold at least two classes", got=f"one class, {self.classes_[0]!r}")
+        several = len(self.classes_) > 1
+        require(several, "y must hold at least two classes", got=f"one class, {self.classes_[0]!r}")
         self._fit(X, labels, weight, Bins.classes(len(self.classes_)))
         return self
 

@@ -62,13 +62,8 @@ class SampleWeighted(RegressorMixin, MetaEstimatorMixin, BaseEstimator):
             sample_weight: >= 0, by which the weights are multiplied. The density of the labels counts them.
             options: handed to the estimator's own ``fit``.
         """
-        require(
-            has_fit_parameter(self.estimator, "sample_weight"),
-            "the fit of estimator must take sample_weight",
-            got=type(self.estimator).__name__,
-            fix="In a pipeline wrap its last step.",
-            error=TypeError,
-        )
+        takes, fix = has_fit_parameter(self.estimator, "sample_weight"), "In a pipeline wrap its last step."
+        require(takes, "the fit of estimator must take sample_weight", got=type(self.estimator), fix=fix)
         labels = labels_array(validate_data(self, y=y, y_numeric=True, reset=False), "y")
         check_consistent_length(X, labels)
         require(len(labels) > 1, "y must hold at least two labels", got="1 sample")
