@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import problem
+from .._checks import problem, require
 from .._settings import shown
 from .._state import SoundModule
 
@@ -24,15 +24,19 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
 
 def part_of(output: Any, name: str) -> Tensor:
     """The output itself if it is a tensor, else what it holds under ``name``."""
-    return output if isinstance(output, Tensor) else held(output, name, "be a torch.Tensor, or ")
+    if isinstance(output, Tensor):
+        return output
+    rule = f"output must be a torch.Tensor, or hold one as {name}"
+    require(hasattr(output, name), rule, got=type(output), fix="Use torch.as_tensor(output).")
+    return held(output, name)
 
 
-def held(output: Any, name: str, otherwise: str = "") -> Tensor:
-    """What an output holds under ``name``. ``otherwise`` says what it might have been instead."""
+def held(output: Any, name: str) -> Tensor:
+    """What an output holds under ``name``."""
     value = getattr(output, name, None)
     came, fix = type(output if value is None else value), f"Let the model return its {name}, too."
     if not isinstance(value, Tensor):
-        raise problem(f"output must {otherwise}hold a torch.Tensor as {name}", got=came, fix=fix)
+        raise problem(f"output must hold a torch.Tensor as {name}", got=came, fix=fix)
     return value
 
 

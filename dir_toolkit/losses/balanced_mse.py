@@ -614,7 +614,7 @@ def _mixture_parts(weights: Any, means: Any, variances: Any) -> dict[str, np.nda
     parts = {name: labels_array(value, name).astype(np.float64) for name, value in given.items()}
     shaped(("K",), weights=parts["weights"])
     rows = (len(parts["weights"]), *parts["means"].shape[1:2])
-    shaped(rows, "one row per weight", means=parts["means"], variances=parts["variances"])
+    shaped(rows, "one row for each of the weights", means=parts["means"], variances=parts["variances"])
     not_empty(**parts)
     with np.errstate(over="ignore"):
         finite(**{name: torch.from_numpy(part).to(torch.get_default_dtype()) for name, part in parts.items()})

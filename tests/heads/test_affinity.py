@@ -486,7 +486,7 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exce
 
 def test_wrong_features_are_refused() -> None:
     head = AffinityHead(4, 3)
-    with pytest.raises(ShapeError, match=r"^AffinityHead: features must be \(N, 4\), got \(2, 3\)"):
+    with pytest.raises(ShapeError, match=r"^AffinityHead: features must be \(N, 4\), got shape \(2, 3\)"):
         head(torch.zeros(2, 3))
     with pytest.raises(TypeError, match=r"^AffinityHead: features must be a torch.Tensor, got float"):
         head(1.0)

@@ -148,7 +148,7 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exce
 
 
 def test_wrong_features_are_refused() -> None:
-    with pytest.raises(ShapeError, match=r"^CosineHead: features must be \(N, 4\), got \(4,\)"):
+    with pytest.raises(ShapeError, match=r"^CosineHead: features must be \(N, 4\), got shape \(4,\)"):
         CosineHead(4, 3)(torch.zeros(4))
     with pytest.raises(TypeError, match=r"^CosineHead: features must be integers or floats, got dtype torch.bool"):
         CosineHead(4, 3)(torch.zeros(2, 4, dtype=torch.bool))

@@ -80,9 +80,9 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match=r"^LinearHead: bias must be a bool, got int"):
         LinearHead(5, 3, bias=1)  # type: ignore[arg-type]
     head = LinearHead(5, 3)
-    with pytest.raises(ShapeError, match=r"^LinearHead: features must be \(N, 5\), got \(2, 4\)"):
+    with pytest.raises(ShapeError, match=r"^LinearHead: features must be \(N, 5\), got shape \(2, 4\)"):
         head(torch.zeros(2, 4))
-    with pytest.raises(ShapeError, match=r"got \(2, 5, 1, 1\)\. Use features\.flatten\(1\)"):
+    with pytest.raises(ShapeError, match=r"got shape \(2, 5, 1, 1\)\. Use features\.flatten\(1\)"):
         head(torch.zeros(2, 5, 1, 1))
     with pytest.raises(TypeError, match=r"features must be a torch.Tensor, got list"):
         head([[0.0] * 5])

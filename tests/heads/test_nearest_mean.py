@@ -222,10 +222,10 @@ def test_means_that_the_buffer_cannot_hold_are_refused() -> None:
             torch.zeros(2, 4),
             torch.tensor([[0], [1]]),
             ShapeError,
-            r"labels must be \(2,\), got \(2, 1\)\. Use labels.sq",
+            r"labels must be \(2,\), one per sample, got shape \(2, 1\)\. Use labels.sq",
         ),
-        (torch.zeros(2, 4), torch.tensor([0]), ShapeError, r"labels must be \(2,\), got \(1,\)"),
-        (torch.zeros(2, 5), torch.tensor([0, 1]), ShapeError, r"features must be \(N, 4\), got \(2, 5\)"),
+        (torch.zeros(2, 4), torch.tensor([0]), ShapeError, r"labels must be \(2,\), one per sample, got shape \(1,\)"),
+        (torch.zeros(2, 5), torch.tensor([0, 1]), ShapeError, r"features must be \(N, 4\), got shape \(2, 5\)"),
         (torch.full((2, 4), math.nan), torch.tensor([0, 1]), ValueError, r"features must be finite, got nan at index"),
         (
             torch.zeros(2, 4),
@@ -290,7 +290,7 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) ->
 
 
 def test_wrong_features_are_refused() -> None:
-    with pytest.raises(ShapeError, match=r"^NearestMeanHead: features must be \(N, 4\), got \(4,\)"):
+    with pytest.raises(ShapeError, match=r"^NearestMeanHead: features must be \(N, 4\), got shape \(4,\)"):
         fitted()(torch.zeros(4))
 
 

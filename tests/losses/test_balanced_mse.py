@@ -180,7 +180,7 @@ def test_labels_of_other_shapes_and_with_gradients_are_refused(form: str) -> Non
 @pytest.mark.parametrize("sigma", [torch.ones(1), torch.tensor(1), "1"])
 def test_the_noise_of_a_function_is_a_number_or_a_tensor_of_no_dimension(sigma: Any) -> None:
     pred, target, _ = samples("batch")
-    with pytest.raises((ShapeError, TypeError), match=r"^batch_mc_loss: noise_sigma must be a number"):
+    with pytest.raises((ShapeError, TypeError), match=r"^batch_mc_loss: noise_sigma must be (a num|floats|\()"):
         batch_mc_loss(pred, target, noise_sigma=sigma)
     learnt = torch.tensor(0.75, requires_grad=True)
     batch_mc_loss(pred, target, noise_sigma=learnt).backward()
@@ -531,10 +531,10 @@ def test_gather_is_a_switch() -> None:
         (
             ([0.5, 0.5], [0.0], [1.0, 1.0]),
             ShapeError,
-            r"means must be \(K,\) or \(K, D\).* 2 weights, got shape \(1,\)",
+            r"means must be \(2,\), one row for each of the weights, got shape \(1,\)",
         ),
-        (([0.5, 0.5], [0.0, 1.0], 1.0), ShapeError, r"variances must be \(K,\) or \(K, D\).*, got shape \(\)"),
-        (([1.0], [[0.0, 1.0]], [1.0]), ShapeError, r"means and variances .* same shape, got \(1, 2\) and \(1,\)"),
+        (([0.5, 0.5], [0.0, 1.0], 1.0), ShapeError, r"variances must be \(2,\), .*, got shape \(\)"),
+        (([1.0], [[0.0, 1.0]], [1.0]), ShapeError, r"variances must be \(1, 2\), .*, got shape \(1,\)"),
         (([1.0], np.ones((1, 0)), np.ones((1, 0))), ValueError, "means must hold at least one value"),
         (([1.0], [math.nan], [1.0]), ValueError, "means must be finite, got nan"),
         (([1.0], [1e300], [1.0]), ValueError, "means must be finite, got inf"),
@@ -567,7 +567,12 @@ def test_the_label_must_have_the_mixture_s_dimensions() -> None:
         ([3.0, 3.0], {}, ValueError, "labels must hold at least two different values, got only 3"),
         ([[1.0, 3.0], [2.0, 3.0]], {}, ValueError, "labels must hold at least two .*, got only 3 in column 1"),
         ([[[1.0]]], {}, ShapeError, r"labels must be \(N,\) or \(N, D\), got shape \(1, 1, 1\)"),
-        ([1.0, 2.0, 2.0], {"components": 3}, ValueError, "components must be at most .* different labels, 2, got 3"),
+        (
+            [1.0, 2.0, 2.0],
+            {"components": 3},
+            ValueError,
+            r"components must be at most 2, got 3\. There are no more",
+        ),
         ([1.0, 2.0], {"components": 0}, ValueError, "components must be at least 1, got 0"),
         ([1.0, 2.0], {"components": 1, "seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ([1.0, 2.0], {"components": 1, "least_variance": 0}, ValueError, "least_variance must be > 0 and .*, got 0"),
@@ -592,8 +597,13 @@ def test_a_density_gives_its_prior() -> None:
     [
         (BINS, None, TypeError, r"density must be a LabelDensity.*, got NoneType\. Use LabelDensity\.count"),
         (BINS, "uniform", TypeError, "density must be a LabelDensity.*, got str"),
-        (BINS, LabelDensity.count([1], Bins.uniform(0, 8, width=0.5)), ValueError, "density must be over .* own bins"),
-        (BINS, LabelDensity(BINS, np.zeros(16)), ValueError, "density must hold at least one label, got none"),
+        (
+            BINS,
+            LabelDensity.count([1], Bins.uniform(0, 8, width=0.5)),
+            ValueError,
+            "density must be over the same",
+        ),
+        (BINS, LabelDensity(BINS, np.zeros(16)), ValueError, "at least one label must have been counted, got none"),
         (BINS, PRIOR[1:], ShapeError, r"density must be \(16,\), one share of labels per bin, got shape \(15,\)"),
         (BINS, PRIOR * 64, ValueError, "density must sum to one, got a sum of 64"),
         (BINS, np.where(PRIOR == 0, -PRIOR.max(), PRIOR), ValueError, "density must not be negative"),

@@ -133,7 +133,7 @@ def test_rows_of_classes_get_the_advice_that_fits_them() -> None:
     several = one_hot.clone()
     several[1, 3] = 1
     for target in (several, torch.zeros_like(one_hot)):
-        with pytest.raises(ShapeError, match=r"of several classes at once .*binary_cross_entropy_with_logits\.$"):
+        with pytest.raises(ShapeError, match=r"of several classes are .*binary_cross_entropy_with_logits\.$"):
             cross_entropy(scores, target)
 
 

@@ -234,7 +234,7 @@ NAN_ROW = [[0.0] * 6, [0.0, math.nan, 0.0, 0.0, 0.0, 0.0]]
 @pytest.mark.parametrize(
     ("pred", "target", "kind", "message"),
     [
-        (NAN_ROW, [0, 0], ValueError, r"pred must not be NaN, got NaN in row 1 \(1 such rows\)\. Remove or"),
+        (NAN_ROW, [0, 0], ValueError, r"pred must not be NaN, got nan at index \[1, 1\] \(1 such values\)\. Remove or"),
         (
             [0, 6],
             [0, 1],
@@ -246,11 +246,11 @@ NAN_ROW = [[0.0] * 6, [0.0, math.nan, 0.0, 0.0, 0.0, 0.0]]
         ([0.0, 1.0], [0, 1], TypeError, r"pred must be integers, got dtype torch\.float32\. Use pred\.long\(\)"),
         ([True, False], [0, 1], TypeError, "pred must be integers or floats"),
         ([0, 1], [0j, 1j], TypeError, "target must be integers or floats"),
-        ([0, 1, 2], [0, 1], ShapeError, r"pred and target must have the same shape, got \(3,\) and \(2,\)"),
-        ([0, 1], [[0], [1]], ShapeError, r"target must have the shape \(N,\), got \(2, 1\)\. Use target\.flatten"),
-        ([[0.0] * 5] * 2, [0, 1], ShapeError, r"pred must be indices \(2,\) or scores \(2, 6\), got \(2, 5\)"),
-        ([[0.0] * 6], [0, 1], ShapeError, r"pred must be indices \(2,\) or scores \(2, 6\), got \(1, 6\)"),
-        ([[[0.0] * 6]], [0], ShapeError, r"pred must be indices \(1,\) or scores \(1, 6\), got \(1, 1, 6\)"),
+        ([0, 1, 2], [0, 1], ShapeError, r"pred must be indices \(2,\) or scores \(2, 6\), got shape \(3,\)"),
+        ([0, 1], [[0], [1]], ShapeError, r"target must be \(N,\), got shape \(2, 1\)\. Use target\.squeeze\(1\)"),
+        ([[0.0] * 5] * 2, [0, 1], ShapeError, r"pred must be indices \(2,\) or scores \(2, 6\), got shape \(2, 5\)"),
+        ([[0.0] * 6], [0, 1], ShapeError, r"pred must be indices \(2,\) or scores \(2, 6\), got shape \(1, 6\)"),
+        ([[[0.0] * 6]], [0], ShapeError, r"pred must be indices \(1,\) or scores \(1, 6\), got shape \(1, 1, 6\)"),
     ],
 )
 def test_what_is_refused_adds_nothing(pred: Any, target: Any, kind: type[Exception], message: str) -> None:

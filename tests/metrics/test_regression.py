@@ -341,7 +341,7 @@ def test_bins_may_come_before_their_density() -> None:
     pred, target = torch.tensor([1.0, 4.0]), torch.tensor([2.0, 4.0])
     assert regression_metrics(pred, target, bins, density).identical(regression_metrics(pred, target, density))
     assert RegressionMetrics(bins, density).settings == RegressionMetrics(density).settings
-    with pytest.raises(ValueError, match=r"^RegressionMetrics: bins must be those of the density"):
+    with pytest.raises(ValueError, match=r"^RegressionMetrics: the density must be over the same bins"):
         RegressionMetrics(bins, other)
     with pytest.raises(TypeError, match=r"^RegressionMetrics: counted must be a LabelDensity, got Bins"):
         RegressionMetrics(density, bins)  # type: ignore[arg-type]

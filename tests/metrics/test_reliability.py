@@ -261,7 +261,7 @@ BAD = [
         [0, 1],
         None,
         ValueError,
-        r"each row of .* sum to one, got 0\.9 in row 1 \(1 such rows\)",
+        r"each row of .* sum to one, got 0\.9 at index \[1\] \(1 such values\)",
     ),
     (GOOD, [0, 2], None, LabelError, r"target must hold class indices from 0 to 1, got 2 at index \[1\] \(1 such"),
     (GOOD, [-1, 0], None, LabelError, r"target must hold class indices from 0 to 1, got -1 at index \[0\]"),
@@ -277,11 +277,11 @@ BAD = [
         *BAD,
         (GOOD, [0.0, 1.0], None, TypeError, r"target must be integers, got dtype torch\.float32\. Use target\.long"),
         ([[True, False]], [0], None, TypeError, "probabilities must be integers or floats"),
-        ([[0.5, 0.5]], [0, 1], None, ShapeError, r"probabilities must be \(N, 2\) and target \(N,\), got \(1, 2\) and"),
-        ([[0.2, 0.3, 0.5]], [0], None, ShapeError, r"probabilities must be \(N, 2\) .*, got \(1, 3\) and \(1,\)"),
-        ([0.5, 0.5], [0, 1], None, ShapeError, r"probabilities must be \(N, 2\) .*, got \(2,\) and \(2,\)"),
-        (GOOD, [[0], [1]], None, ShapeError, r"probabilities must be \(N, 2\) .*, got \(2, 2\) and \(2, 1\)"),
-        (GOOD, [0, 1], [1.0], ShapeError, r"target and weight must have the same shape, got \(2,\) and \(1,\)"),
+        ([[0.5, 0.5]], [0, 1], None, ShapeError, r"target must be \(1,\), one per row of prob.*, got shape \(2,\)"),
+        ([[0.2, 0.3, 0.5]], [0], None, ShapeError, r"probabilities must be \(N, 2\), got shape \(1, 3\)"),
+        ([0.5, 0.5], [0, 1], None, ShapeError, r"probabilities must be \(N, 2\), got shape \(2,\)"),
+        (GOOD, [[0], [1]], None, ShapeError, r"target must be \(2,\), .* got shape \(2, 1\)\. Use target\.sq"),
+        (GOOD, [0, 1], [1.0], ShapeError, r"weight must be \(2,\), one per row of prob.*, got shape \(1,\)"),
         (GOOD, [0, 1], [True, True], TypeError, "weight must be integers or floats"),
     ],
 )
@@ -349,7 +349,7 @@ def test_arguments_are_checked() -> None:
     for empty in (torch.empty(0, 2), torch.empty(3, 0), torch.ones(2)):
         with pytest.raises(
             ShapeError,
-            match=r"^calibration_metrics: probabilities must h(old at least one value|ave the shape \(N, C\))",
+            match=r"^calibration_metrics: probabilities must (hold at least one value|be \(N, C\))",
         ):
             calibration_metrics(empty, torch.zeros(len(empty), dtype=torch.int64))
     for other, got in (
