@@ -246,7 +246,7 @@ class PointConformal(Conformal):
     Args:
         density: of the training labels, as counted; it decides the regions.
         regions: (B,), the region of each bin, by any names; None takes many, medium and few of
-            :meth:`LabelDensity.regions`, with bins without a training label among the few.
+            :meth:`LabelDensity.regions`, where bins without a training label belong to the rarest of these.
         per_region: 1 gives each region a threshold of its own, and 0 gives one to all, as plain split conformal
             prediction does. In between it is the mean of both, with this share of the first: rare labels are held less
             often, and intervals are narrower. Only 0 and 1 have a guarantee.
@@ -434,9 +434,9 @@ def conformal_interval(
 
 
 def label_regions(density: LabelDensity) -> np.ndarray:
-    """The region of each bin, where bins without a training label are among the few."""
+    """The region of each bin, where bins without a training label belong to the rarest region that has any."""
     regions = density.regions()
-    regions[regions == "unseen"] = "few"
+    regions[regions == "unseen"] = next((name for name in ("few", "medium") if name in regions), "many")
     return regions
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dir_toolkit as dt
-from dir_toolkit.conformal import BinsConformal, GaussianConformal, PointConformal, conformal_interval
+from dir_toolkit.conformal import BinsConformal, GaussianConformal, PointConformal, conformal_interval, label_regions
 from dir_toolkit.errors import ShapeError
 
 BINS = dt.Bins.uniform(0, 10, width=1)
@@ -294,3 +294,11 @@ def test_what_is_refused(wrong: str) -> None:
     with pytest.raises(error, match=message):
         call(calibration)
     assert calibration.counts()["many"] == 20  # nothing was added
+
+
+def test_bins_without_a_training_label_belong_to_the_rarest_region_that_has_any() -> None:
+    bins = dt.Bins.uniform(0, 4, width=1)
+    for counts, rarest in (([0, 200, 5, 0], "few"), ([0, 200, 50, 0], "medium"), ([0, 200, 300, 0], "many")):
+        regions = label_regions(dt.LabelDensity(bins, np.array(counts)))
+        assert regions[0] == regions[3] == rarest
+        assert regions[1] == "many"
