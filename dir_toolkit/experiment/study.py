@@ -369,6 +369,11 @@ class Study:
         # A run that was finished before keeps its provenance; what follows without training is always made anew.
         if self.runtime.is_main and (trained.method != trial.method or not path.exists()):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if trained.method != trial.method:
+                plan = {"method": trial.method, "after": trained.method}
+                write_json(trial.folder / "config.json", {**self.settings, **plan})
+            if isinstance(trained.model, LongTailModel):
+                trained.model.save(trial.folder / "model.safetensors")
             title = f"{trial.task.title}: {trial.method}, seed {trial.runtime.seed}"
             runs = {(trial.method, trial.runtime.seed): errors}
             save_results(self._combined(runs, title, environment(trial.runtime, trial.splits)), path)

@@ -30,6 +30,8 @@ from dir_toolkit.experiment.training.runtime import Runtime
 BINS, CLASSES = dt.Bins.uniform(0, 10, width=1), dt.Bins.classes(3)
 BUDGET = Optimization(epochs=2, batch_size=16, lr=0.01)
 RUN_FILES = {"config.json", "env.json", "history.csv", "checkpoint-last.pt", "checkpoint-best.pt", "results.nc"}
+RUN_FILES |= {"model.safetensors"}
+NOT_TRAINED = {"config.json", "results.nc", "model.safetensors"}
 
 
 def sample_set(count: int, seed: int, *, classes: bool = False, kind: str = "rows") -> SampleSet:
@@ -125,11 +127,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_leaves_the_files_that_are_promised_and_no_others(finished: Path) -> None:
     trained = {f"{name}/seed{seed}/{file}" for name in METHODS for seed in (0, 1) for file in RUN_FILES}
-    trained -= {f"adjusted/seed{seed}/{file}" for seed in (0, 1) for file in RUN_FILES - {"results.nc"}}
+    trained -= {f"adjusted/seed{seed}/{file}" for seed in (0, 1) for file in RUN_FILES - NOT_TRAINED}
     pictures = {"error-by-region", "error-by-size", "label-density-and-lds-weights", "training", "tau-on-validation"}
     pictures |= {"feature-statistics-of-weighted"}
     summary = {"results.nc", "table.md", "report.html", *(f"figures/{name}.png" for name in pictures)}
     assert names(finished) == trained | summary
+
+
+def test_a_run_leaves_its_model_as_it_predicts(finished: Path) -> None:
+    model = dt.load(finished / "adjusted/seed1/model.safetensors", Perceptron())
+    with xr.open_dataset(finished / "results.nc", engine="scipy") as ds:
+        run = ds.sel({"method": "adjusted", "seed": 1})
+        assert model.settings["tau"] == run["tau"]
+        test = torch.from_numpy(splits().test.inputs)
+        np.testing.assert_array_equal(model.predict(test)["prediction"], run["prediction"])
+    config = json.loads((finished / "adjusted/seed1/config.json").read_text())
+    assert config == {"epochs": 2, "method": "adjusted", "after": "soft"}
 
 
 def test_the_result_holds_every_run_and_the_constant_predictor(finished: Path) -> None:

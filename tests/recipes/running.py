@@ -29,6 +29,7 @@ RUN_FILES = {  # of one run of any recipe
     "checkpoint-last.pt",
     "checkpoint-best.pt",
     "results.nc",
+    "model.safetensors",
     "events",
 }
 

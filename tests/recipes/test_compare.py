@@ -71,7 +71,8 @@ def test_help_answers_without_torch_and_says_what_every_method_is(tmp_path: Path
 def test_a_comparison_leaves_the_files_that_are_promised_and_no_others(finished: tuple[Path, str]) -> None:
     out, told = finished
     trained = {f"{method}/seed{seed}/{name}" for method in ("vanilla", "soft") for seed in (0, 1) for name in RUN_FILES}
-    adjusted = {f"soft+tau/seed{seed}/results.nc" for seed in (0, 1)}
+    not_trained = ("config.json", "results.nc", "model.safetensors")
+    adjusted = {f"soft+tau/seed{seed}/{name}" for seed in (0, 1) for name in not_trained}
     summary = {"results.nc", "table.md", "report.html", "differences.csv", "events"}
     assert set(files(out)) == trained | adjusted | summary | {f"figures/{name}.png" for name in FIGURES}
     page = (out / "report.html").read_text()
