@@ -247,6 +247,20 @@ METRICS: list[Case] = [
         no_settings=("counted",),  # which is the density where bins come first
     ),
     Case(
+        dt.metrics.DistributionMetrics,
+        {"density": DENSITY},
+        {
+            "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
+            "level": {"level": 0.8},
+            "quantile": {"quantile": 0.5},
+            "pit_bins": {"pit_bins": 5},
+            "ends": {"ends": "open"},
+            "outside": {"outside": "drop"},
+            "missing": {"missing": "drop"},
+        },
+        no_settings=("counted",),
+    ),
+    Case(
         dt.metrics.CalibrationMetrics,
         {"num_classes": 5},
         {"num_classes": {"num_classes": 6}, "num_bins": {"num_bins": 10}, "outside": {"outside": "clip"}},

@@ -59,7 +59,7 @@ def decoded(probabilities: Tensor, bins: Bins, point: Decoding, ends: Ends) -> T
         index = probabilities.argmax(-1)
         return index if bins.categorical else lookup(bins.tensor("centers", probabilities), index)
     if point == "median":
-        return _quantiles(probabilities, bins, probabilities.new_full((1,), 0.5), ends).squeeze(-1)
+        return quantiles_of(probabilities, bins, probabilities.new_full((1,), 0.5), ends).squeeze(-1)
     centers = bins.tensor("centers", probabilities)
     if ends == "open":
         knots = knots_of(bins, probabilities, "closed")
@@ -98,7 +98,7 @@ def quantiles(
     """
     one_of("ends", ends, ENDS)
     probabilities = _wide_shares(probabilities, bins, order_for="quantiles")
-    return _quantiles(probabilities, bins, _levels(levels, probabilities), ends)
+    return quantiles_of(probabilities, bins, _levels(levels, probabilities), ends)
 
 
 def interval(probabilities: Tensor, bins: Bins, level: float = 0.9, *, ends: Ends = "closed") -> tuple[Tensor, Tensor]:
@@ -119,11 +119,12 @@ def interval(probabilities: Tensor, bins: Bins, level: float = 0.9, *, ends: End
     one_of("ends", ends, ENDS)
     probabilities = _wide_shares(probabilities, bins, order_for="an interval")
     tails = torch.stack([probabilities.new_full((), (1 + side * level) / 2) for side in (-1, 1)])
-    lower, upper = _quantiles(probabilities, bins, tails, ends).unbind(-1)
+    lower, upper = quantiles_of(probabilities, bins, tails, ends).unbind(-1)
     return lower, upper
 
 
-def _quantiles(probabilities: Tensor, bins: Bins, levels: Tensor, ends: Ends) -> Tensor:
+def quantiles_of(probabilities: Tensor, bins: Bins, levels: Tensor, ends: Ends) -> Tensor:
+    """:func:`quantiles` of shares (..., B) that have been checked at levels (L,)."""
     knots = knots_of(bins, probabilities, ends)
     cumulative = probabilities.cumsum(-1)
     cumulative = cumulative / cumulative[..., -1:]
@@ -135,6 +136,16 @@ def _quantiles(probabilities: Tensor, bins: Bins, levels: Tensor, ends: Ends) ->
     share = (levels - below) / mass.clamp_min(torch.finfo(mass.dtype).tiny)
     values = knots[index] + share.clamp(0, 1) * knots.diff()[index]
     return values if ends == "closed" else _held(values, bins)
+
+
+def cumulative_at(shares: Tensor, y: Tensor, knots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of each row (N, B), spread evenly between knots (B + 1,), that lies below its label (N,); and the share
+    and the width of the bin between whose knots the label lies. Labels beyond the knots count with the nearest bin."""
+    index = torch.searchsorted(knots[1:-1].contiguous(), y, right=True)
+    share, width = shares.gather(1, index[:, None])[:, 0], lookup(knots.diff(), index)
+    within = ((y - lookup(knots, index)) / width).clamp(0, 1)
+    lower = torch.nn.functional.pad(shares.cumsum(1), (1, 0)).gather(1, index[:, None])[:, 0]
+    return lower + within * share, share, width
 
 
 def _held(values: Tensor, bins: Bins) -> Tensor:

@@ -125,18 +125,22 @@ def crps(
     weight = on_axis(target, bins, weight, outside)
     weight = None if weight is None else weight.reshape(-1)
     gone = None if weight is None else weight == 0
-    rows, y = present(rows, gone), present(y, gone).unsqueeze(1)  # (M, 1)
+    rows, y = present(rows, gone), present(y, gone)
     knots = limits(bins, rows)
-    widths = knots.diff()
-    y, p = y.to(knots.dtype), rows.softmax(1)
-    upper = p.cumsum(1)  # F at the upper limit of each bin
+    values = crps_of(rows.softmax(1), y.to(knots.dtype), knots)
+    return _reduced(values, weight, reduction, logits)
+
+
+def crps_of(shares: Tensor, y: Tensor, knots: Tensor) -> Tensor:
+    """The CRPS (M,) of labels (M,) under shares (M, B) that are spread evenly between knots (B + 1,)."""
+    y, widths = y.unsqueeze(1), knots.diff()
+    upper = shares.cumsum(1)  # F at the upper limit of each bin
     lower = pad(upper[:, :-1], (1, 0))
     before = ((y - knots[:-1]) / widths).clamp(0, 1)  # the share of each bin that lies below the label
-    here = lower + before * p
+    here = lower + before * shares
     below, above = before * _mean_square(lower, here), (1 - before) * _mean_square(1 - here, 1 - upper)
     beyond = (knots[0] - y).clamp_min(0) + (y - knots[-1]).clamp_min(0)
-    values = ((below + above) * widths).sum(1) + beyond.squeeze(1)
-    return _reduced(values, weight, reduction, logits)
+    return ((below + above) * widths).sum(1) + beyond.squeeze(1)
 
 
 class CRPS(ScoreLoss):

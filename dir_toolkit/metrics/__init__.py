@@ -16,18 +16,23 @@ stop the device. What must be refused is counted there, and the first call that 
 from __future__ import annotations
 
 from .classification import ClassificationMetrics, balanced_error, classification_metrics
+from .distribution import DistributionMetrics, distribution_metrics
 from .intervals import IntervalMetrics, interval_metrics
 from .regression import RegressionMetrics, regression_metrics
+from .relevance import Relevance
 from .reliability import CalibrationMetrics, calibration_metrics
 
 __all__ = [
     "CalibrationMetrics",
     "ClassificationMetrics",
+    "DistributionMetrics",
     "IntervalMetrics",
     "RegressionMetrics",
+    "Relevance",
     "balanced_error",
     "calibration_metrics",
     "classification_metrics",
+    "distribution_metrics",
     "interval_metrics",
     "regression_metrics",
 ]

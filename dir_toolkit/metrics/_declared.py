@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from ._metric import Metric
 from .classification import ClassificationMetrics
+from .distribution import DistributionMetrics
 from .intervals import IntervalMetrics
 from .regression import RegressionMetrics
 from .reliability import CalibrationMetrics
 
 METRICS: dict[str, Metric] = {
     name: metric
-    for kind in (RegressionMetrics, ClassificationMetrics, CalibrationMetrics, IntervalMetrics)
+    for kind in (
+        RegressionMetrics,
+        DistributionMetrics,
+        IntervalMetrics,
+        ClassificationMetrics,
+        CalibrationMetrics,
+    )
     for metric in kind.metrics
     for name in metric.variables
 }

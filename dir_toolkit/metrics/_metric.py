@@ -27,6 +27,8 @@ class Metric:
         over: ``"region"`` if there is one number per region, ``"bin"`` if there is one per bin, whose variable has
             ``bin_`` before the name, and ``""`` if there is one for all samples. There may be several.
         mean_over_bins: the number of a region is the mean of its bins' own numbers.
+        ratio: ``value`` gives a numerator and a denominator, and the number is what these come to, the first divided by
+            the second. NaN stands for a ratio to zero.
         pooled: over a grid, the sums of the axes are averaged before ``value`` is applied. Otherwise the numbers of the
             axes are averaged afterwards.
         low, high: the range of the number.
@@ -43,6 +45,7 @@ class Metric:
     value: Callable[..., Any]
     over: tuple[Axis, ...] = ("region",)
     mean_over_bins: bool = False
+    ratio: bool = False
     pooled: bool = False
     low: float = -math.inf
     high: float = math.inf

@@ -91,6 +91,8 @@ class RegionMetrics(MergingSums):
                 if "region" in metric.over:
                     by_axis = self._mean_over_bins(metric.of(by_bin), tested) if metric.mean_over_bins else None
                     by_axis = metric.of(by_region) if by_axis is None else by_axis  # (K, 5)
+                    if metric.ratio:
+                        by_axis = np.where(by_axis[1] > 0, by_axis[0] / by_axis[1], np.nan)
                     pooled = {name: by_region[name].mean(0) for name in metric.sums} if metric.pooled else None
                     data[metric.name] = ("region", by_axis.mean(0) if pooled is None else metric.of(pooled))
                     if isinstance(self.bins, BinGrid):
@@ -106,9 +108,9 @@ class RegionMetrics(MergingSums):
         return self._dataset(data, units, regions)
 
     def _mean_over_bins(self, values: np.ndarray, tested: np.ndarray) -> np.ndarray:
-        """The mean of ``values`` (K, B) over the tested bins of each region, (K, 5)."""
+        """The mean of ``values`` (..., K, B) over the tested bins of each region, (..., K, 5)."""
         widths = self._widths()
-        return np.where(tested, (values * widths)[:, None], 0.0).sum(-1) / (tested * widths).sum(1)
+        return np.where(tested, (values * widths)[..., None, :], 0.0).sum(-1) / (tested * widths).sum(1)
 
     def _dataset(self, data: dict[str, Any], units: dict[str, str], regions: np.ndarray) -> xr.Dataset:
         import xarray as xr

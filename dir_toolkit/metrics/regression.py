@@ -16,6 +16,7 @@ from ..labels.grid import AnyBins, BinGrid
 from ._metric import Metric
 from ._regions import Axis, RegionMetrics
 from ._sums import check_samples, check_some, placed
+from .relevance import Relevance
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -25,7 +26,9 @@ __all__ = ["RegressionMetrics", "regression_metrics"]
 _PIECE = 2**20  # labels at a time, so that maps of one label per pixel need no ten copies
 
 
-def _contributions(pred: Tensor, target: Tensor, origin: float, floor: float) -> dict[str, Tensor]:
+def _contributions(
+    pred: Tensor, target: Tensor, origin: float, floor: float, median: float, relevance: Relevance
+) -> dict[str, Tensor]:
     """What each sample adds to the sums of its bin, by name. A metric may use any of these."""
     error = pred - target
     size = error.abs()
@@ -41,6 +44,8 @@ def _contributions(pred: Tensor, target: Tensor, origin: float, floor: float) ->
         "pred2": p.square(),
         "target2": t.square(),
         "product": p * t,
+        "of_median": (target - median).abs(),
+        "relevant": relevance(target) * error.square(),
     }
 
 
@@ -67,6 +72,14 @@ _METRICS = (
     Metric("rmse", "RMSE", "label", ("squared", "count"), lambda s, n: np.sqrt(s / n), pooled=True, low=0),
     Metric("gm", "GM", "label", ("log", "count"), lambda s, n: np.exp(s / n), pooled=True, low=0),
     Metric("bmae", "bMAE", "label", ("abs", "count"), _mean, mean_over_bins=True, low=0, watched=("all",)),
+    Metric(
+        "bmase", "bMASE", "1", ("abs", "of_median", "count"), lambda s, m, n: np.stack([s / n, m / n]),
+        mean_over_bins=True, ratio=True, low=0, may_be_nan=True,
+    ),
+    Metric(
+        "sera", "SERA", "label^2", ("relevant", "count"), lambda s, n: np.where(n > 0, s, np.nan),
+        pooled=True, low=0, may_be_nan=True,
+    ),
     Metric("bias", "bias", "label", ("error", "count"), _mean, over=("region", "bin")),
     Metric(
         "pearson", "Pearson's r", "1", ("count", "pred", "target", "pred2", "target2", "product"), _pearson,
@@ -77,11 +90,15 @@ _SUMS = tuple(dict.fromkeys(("count", *(name for metric in _METRICS for name in 
 
 
 class RegressionMetrics(RegionMetrics):
-    """MAE, RMSE, GM, bMAE, bias and Pearson's correlation, over all labels and by region of the training density.
+    """MAE, RMSE, GM, bMAE, bMASE, SERA, bias and Pearson's r, over all labels and by region of the training density.
 
     All of them follow from float64 sums per bin, so that batches, ranks and objects merge exactly and regions can be
     chosen afterwards. The bMAE is the mean of the bins' own MAE over the bins that were tested. Each bin weighs as much
-    as it is wide, so that all labels of the axis weigh alike.
+    as it is wide, so that all labels of the axis weigh alike. The bMASE is the bMAE divided by that of a constant
+    prediction, the median of training, so that it compares across data sets. It is NaN where that one has no error.
+    SERA is the sum over samples of the squared error times the relevance of the label, to which its integral over
+    thresholds comes. :class:`~dir_toolkit.metrics.relevance.Relevance` follows from the training density, and is zero
+    everywhere if no label lies far out.
 
     Over a grid of K axes the joint bin decides the region, and each number is the mean over the K dimensions. Absolute
     and squared errors, logarithms (for GM), bias and correlation of a sample's dimensions weigh alike, so bring labels
@@ -95,6 +112,9 @@ class RegressionMetrics(RegionMetrics):
             one per axis.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target keeps its exact error.
         missing: ``"raise"``, or ``"drop"`` for targets that may be NaN, which are then counted nowhere.
+
+    Source:
+        Ribeiro and Moniz 2020, doi:10.1007/s10994-020-05900-9, for SERA.
 
     >>> from dir_toolkit import Bins
     >>> metrics = RegressionMetrics(LabelDensity(Bins.classes(2), [200, 5]))
@@ -125,6 +145,8 @@ class RegressionMetrics(RegionMetrics):
         self.floor = self._floors if isinstance(bins, BinGrid) else self._floors[0]
         # Correlation is taken about the middle of the axis, so that a far-away origin costs no digits.
         self._origins = [float(axis.edges[0] + axis.edges[-1]) / 2 for axis in bins.axes]
+        self._relevances = [Relevance.of(marginal) for marginal in _marginals(self.density)]
+        self._medians = [relevance.median for relevance in self._relevances]
         axes = (len(bins.axes),) if isinstance(bins, BinGrid) else ()
         self._begin(sums=(*axes, len(_SUMS), len(bins)), refused=(2,))
 
@@ -170,8 +192,8 @@ class RegressionMetrics(RegionMetrics):
     def _rows(self, pred: Tensor, target: Tensor) -> Tensor:
         """What each sample (N, K) adds to the sums of its bin, (K * S, N)."""
         rows: list[Tensor] = []
-        for k, (origin, floor) in enumerate(zip(self._origins, self._floors, strict=True)):
-            added = _contributions(pred[:, k], target[:, k], origin, floor)
+        for k, about in enumerate(zip(self._origins, self._floors, self._medians, self._relevances, strict=True)):
+            added = _contributions(pred[:, k], target[:, k], *about)
             rows += [added[name] for name in _SUMS]
         return torch.stack(rows)
 
@@ -191,6 +213,12 @@ def _floor_per_axis(floor: Any, bins: AnyBins) -> tuple[float, ...]:
     fits, rule = len(floors) == len(bins.axes), f"floor must be one number, or one for each of {len(bins.axes)} axes"
     require(fits, rule, got=repr(floor))
     return tuple(number("floor", value, low=0, open_low=True) for value in floors)
+
+
+def _marginals(density: LabelDensity) -> list[LabelDensity]:
+    """The density of each axis."""
+    joint, axes = density.counts.reshape(density.bins.shape), density.bins.axes
+    return [LabelDensity(a, np.moveaxis(joint, k, 0).reshape(len(a), -1).sum(1)) for k, a in enumerate(axes)]
 
 
 def regression_metrics(

@@ -414,14 +414,16 @@ LABELS: dict[str, Callable[[], Job]] = {
 
 
 def metrics_jobs(outside: Any) -> dict[str, Callable[[], Job]]:
-    regression, grid, classes, calibration = (
+    regression, distribution, grid, classes, calibration = (
         lambda: dt.RegressionMetrics(density(BINS), outside=outside),
+        lambda: dt.metrics.DistributionMetrics(density(BINS), outside=outside),
         lambda: dt.RegressionMetrics(density(GRID), outside=outside),
         lambda: dt.ClassificationMetrics(density(CLASSES), outside=outside),
         lambda: dt.metrics.CalibrationMetrics(C, outside=outside),
     )
     return {
         f"RegressionMetrics {outside}": measured(regression, "pred", "y"),
+        f"DistributionMetrics {outside}": measured(distribution, "spread", "y"),
         f"RegressionMetrics over a grid {outside}": measured(grid, "pred2", "y2"),
         f"ClassificationMetrics {outside}": measured(classes, "logits", "c"),
         f"ClassificationMetrics of indices {outside}": measured(classes, "c", "c"),

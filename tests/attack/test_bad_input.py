@@ -300,6 +300,26 @@ VALID: dict[str, Callable[[], Call]] = {
         {"features": rows(3), "labels": classes()},
     ),
     "NearestMeanHead.forward": lambda: (nearest(), {"features": rows(3)}),
+    "DistributionMetrics": lambda: (
+        dt.metrics.DistributionMetrics,
+        {"density": density(), "level": 0.8, "quantile": 0.5, "pit_bins": 5},
+    ),
+    "DistributionMetrics.update": lambda: (
+        metrics(dt.metrics.DistributionMetrics, BINS).update,
+        {"probabilities": shares(), "target": years()},
+    ),
+    "DistributionMetrics.merge": lambda: (
+        metrics(dt.metrics.DistributionMetrics, BINS).merge,
+        {"other": metrics(dt.metrics.DistributionMetrics, BINS)},
+    ),
+    "DistributionMetrics.compute": lambda: (metrics(dt.metrics.DistributionMetrics, BINS).compute, {}),
+    "DistributionMetrics.all_reduce": lambda: (metrics(dt.metrics.DistributionMetrics, BINS).all_reduce, {}),
+    "DistributionMetrics.pit": lambda: (metrics(dt.metrics.DistributionMetrics, BINS).pit, {}),
+    "Relevance.of": lambda: (dt.metrics.Relevance.of, {"density": density()}),
+    "distribution_metrics": lambda: (
+        dt.metrics.distribution_metrics,
+        {"probabilities": shares(), "target": years(), "density": density(), "level": 0.8, "quantile": 0.5},
+    ),
     "RegressionMetrics": lambda: (dt.RegressionMetrics, {"density": density(), "floor": 0.1}),
     "RegressionMetrics.update": lambda: (
         metrics(dt.RegressionMetrics, BINS).update,
@@ -476,6 +496,7 @@ NOT_CALLED = {
     "WeightedMSE": "a module without options, whose function is called",
     "Description": "a dataclass, which holds what LabelDensity.describe finds",
     "LongTailOutput": "a NamedTuple, which holds what the model puts there",
+    "Relevance": "a dataclass, which holds what its method of puts there",
     "TauChoice": "a NamedTuple or dataclass, which holds what the choice puts there",
 }
 
@@ -504,6 +525,10 @@ SPEAKS_AS: dict[str, tuple[str, ...]] = {
     "calibration_metrics": ("CalibrationMetrics", "CalibrationMetrics.update"),
     "choose_normalization": ("LinearHead", "balanced_error"),
     "classification_metrics": ("ClassificationMetrics", "ClassificationMetrics.update", "LabelDensity.regions"),
+    "DistributionMetrics.compute": ("LabelDensity.regions",),
+    "DistributionMetrics.pit": ("LabelDensity.regions",),
+    "DistributionMetrics.update": ("Bins.shares",),
+    "distribution_metrics": ("DistributionMetrics", "DistributionMetrics.update", "LabelDensity.regions"),
     "regression_metrics": ("RegressionMetrics", "RegressionMetrics.update", "LabelDensity.regions"),
     "stage_two": ("reinitialize",),
 }
@@ -529,6 +554,8 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("LongTailModel.interval", "output"): ("probabilities",),  # which a tensor must be
     ("LongTailModel.set_extra_state", "state"): ("values",),
     ("RegressionMetrics.compute", "few"): ("many",),
+    ("DistributionMetrics.compute", "few"): ("many",),
+    ("DistributionMetrics.pit", "few"): ("many",),
     ("choose_normalization", "features"): ("pred",),  # scores made of infinite ones
     ("choose_normalization", "labels"): ("target",),
     ("bin_probabilities", "density_or_counts"): ("counts", "bin"),

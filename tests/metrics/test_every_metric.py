@@ -19,20 +19,26 @@ from dir_toolkit import Bins, LabelDensity, RegressionMetrics, _memory, regressi
 from dir_toolkit.errors import LabelError
 from dir_toolkit.metrics._declared import METRICS
 from dir_toolkit.metrics.classification import ClassificationMetrics, classification_metrics
+from dir_toolkit.metrics.distribution import DistributionMetrics
 from dir_toolkit.metrics.intervals import IntervalMetrics
 from dir_toolkit.metrics.reliability import CalibrationMetrics, calibration_metrics
 
 BINS = Bins.uniform(0, 4, width=1)
 DENSITY = LabelDensity(BINS, [500, 60, 40, 5])
-KINDS = ["regression", "classification", "calibration"]
+KINDS = ["regression", "distribution", "classification", "calibration"]
 Batch = tuple[torch.Tensor, ...]
-Metrics = RegressionMetrics | ClassificationMetrics | CalibrationMetrics
+Metrics = RegressionMetrics | DistributionMetrics | ClassificationMetrics | CalibrationMetrics
 
 
 def make(kind: str, **settings: Any) -> Any:
     if kind == "calibration":
         return CalibrationMetrics(4, **settings)
-    return (RegressionMetrics if kind == "regression" else ClassificationMetrics)(DENSITY, **settings)
+    kinds = {
+        "regression": RegressionMetrics,
+        "distribution": DistributionMetrics,
+        "classification": ClassificationMetrics,
+    }
+    return kinds[kind](DENSITY, **settings)
 
 
 def batch(kind: str, targets: list[float], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,11 +107,11 @@ def test_every_number_is_as_its_metric_declares_it(kind: str) -> None:
 
 
 def test_no_two_metrics_share_a_name() -> None:
-    kinds = (RegressionMetrics, ClassificationMetrics, CalibrationMetrics, IntervalMetrics)
+    kinds = (RegressionMetrics, DistributionMetrics, IntervalMetrics, ClassificationMetrics, CalibrationMetrics)
     assert len(METRICS) == sum(len(metric.variables) for kind in kinds for metric in kind.metrics)
 
 
-@pytest.mark.parametrize("kind", ["regression", "classification"])
+@pytest.mark.parametrize("kind", ["regression", "distribution", "classification"])
 def test_datasets_have_the_bins_their_regions_and_whole_counts(kind: str) -> None:
     metrics = updated(make(kind), batch(kind, [0.5, 0.5, 1.5]))
     result = metrics.compute()
@@ -126,7 +132,7 @@ def test_datasets_have_the_bins_their_regions_and_whole_counts(kind: str) -> Non
     assert all(bool(result[name][2:].isnull().all()) for name in floats if name != "bin_precision")
 
 
-@pytest.mark.parametrize("kind", ["regression", "classification"])
+@pytest.mark.parametrize("kind", ["regression", "distribution", "classification"])
 def test_region_limits_are_chosen_afterwards(kind: str) -> None:
     metrics = updated(make(kind), samples(kind))
     assert metrics.compute().bin_region.values.tolist() == ["many", "medium", "medium", "few"]
@@ -290,7 +296,7 @@ def test_by_default_a_target_beyond_the_axis_is_refused(kind: str) -> None:
         make(kind, outside="ignore")
 
 
-@pytest.mark.parametrize("kind", ["regression", "classification"])
+@pytest.mark.parametrize("kind", ["regression", "distribution", "classification"])
 @pytest.mark.parametrize("outside", ["raise", "clip", "drop"])
 def test_nan_is_refused_whatever_outside_says(kind: str, outside: str) -> None:
     metrics = make(kind, outside=outside)
@@ -409,6 +415,7 @@ def test_settings_and_their_repr(kind: str) -> None:
         list(metrics.settings)
         == {
             "regression": ["density", "floor", "outside", "missing"],
+            "distribution": ["density", "level", "quantile", "pit_bins", "ends", "outside", "missing"],
             "classification": ["density", "regions", "outside", "missing"],
             "calibration": ["num_classes", "num_bins", "outside"],
         }[kind]

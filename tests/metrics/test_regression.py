@@ -23,6 +23,15 @@ def samples(n: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return target + 0.7 * torch.randn(n, generator=generator, dtype=torch.float64), target
 
 
+MEDIAN = 360 / 500  # of 720 labels, 500 of them in the first bin
+HIGH = 1 + 40 / 101 + 1.5 * (1 + 40 / 101 - 180 / 500)  # the upper quartile and 1.5 times the box
+
+
+def naive_relevance(label: float) -> float:
+    u = min(max((label - MEDIAN) / (HIGH - MEDIAN), 0.0), 1.0)
+    return 3 * u**2 - 2 * u**3
+
+
 def naive(pred: torch.Tensor, target: torch.Tensor, floor: float = 0.01) -> dict[str, dict[str, float]]:
     """Every number in plain Python, region by region and sample by sample."""
     pairs = list(zip(pred.double().flatten().tolist(), target.double().flatten().tolist(), strict=True))
@@ -35,13 +44,19 @@ def naive(pred: torch.Tensor, target: torch.Tensor, floor: float = 0.01) -> dict
                 by_bin.setdefault(b, []).append((p, t))
         inside = [pair for members in by_bin.values() for pair in members]
         n = len(inside)
-        row = dict.fromkeys(("mae", "rmse", "gm", "bmae", "bias", "pearson"), math.nan)
+        row = dict.fromkeys(("mae", "rmse", "gm", "bmae", "bmase", "sera", "bias", "pearson"), math.nan)
         if n:
             sizes = [abs(p - t) for p, t in inside]
             row["mae"] = math.fsum(sizes) / n
             row["rmse"] = math.sqrt(math.fsum(s * s for s in sizes) / n)
             row["gm"] = math.exp(math.fsum(math.log(max(s, floor)) for s in sizes) / n)
             row["bmae"] = sum(sum(abs(p - t) for p, t in m) / len(m) for m in by_bin.values()) / len(by_bin)
+            of_median = [sum(abs(MEDIAN - t) for _, t in m) / len(m) for m in by_bin.values()]
+            row["bmase"] = row["bmae"] / (sum(of_median) / len(by_bin))
+            thresholds = (np.arange(20_000) + 0.5) / 20_000
+            squares = np.array([(p - t) ** 2 for p, t in inside])
+            passed = np.array([naive_relevance(t) for _, t in inside])[:, None] >= thresholds
+            row["sera"] = float((squares[:, None] * passed).sum(0).mean())  # as an integral, known to 1e-4
             row["bias"] = math.fsum(p - t for p, t in inside) / n
             mp, mt = (math.fsum(x) / n for x in zip(*inside, strict=True))
             spread = math.sqrt(sum((p - mp) ** 2 for p, _ in inside) * sum((t - mt) ** 2 for _, t in inside))
@@ -54,7 +69,9 @@ def assert_equals_naive(result: xr.Dataset, expected: dict[str, dict[str, float]
     for region, row in expected.items():
         for name, value in row.items():
             given = result[name].sel(region=region).item()
-            np.testing.assert_allclose(given, value, rtol=rtol, atol=1e-13, err_msg=f"{name} of {region}")
+            np.testing.assert_allclose(
+                given, value, rtol=1e-4 if name == "sera" else rtol, atol=1e-13, err_msg=f"{name} of {region}"
+            )
 
 
 def of(pred: Any, target: Any, **options: Any) -> xr.Dataset:
@@ -345,3 +362,28 @@ def test_bins_may_come_before_their_density() -> None:
         RegressionMetrics(bins, other)
     with pytest.raises(TypeError, match=r"^RegressionMetrics: counted must be a LabelDensity, got Bins"):
         RegressionMetrics(density, bins)  # type: ignore[arg-type]
+
+
+def test_a_constant_median_has_a_bmase_of_one_where_labels_differ_from_it() -> None:
+    density = LabelDensity(Bins.classes(3), [50, 30, 20])
+    result = regression_metrics(torch.zeros(4), torch.tensor([0.0, 1.0, 2.0, 2.0]), density)
+    assert result.bmase.sel(region="all") == 1
+    alone = regression_metrics(torch.ones(1), torch.zeros(1), density)
+    assert math.isnan(alone.bmase.sel(region="all"))  # one divided by zero
+
+
+def test_bmase_and_sera_over_a_grid_are_means_over_its_axes() -> None:
+    x, y = torch.rand(2, 50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
+    grid = LabelDensity(Bins.grid(BINS, BINS), np.outer(DENSITY.counts, DENSITY.counts).ravel())
+    result = regression_metrics(x, y, grid)
+    of_axes = [regression_metrics(x[:, k], y[:, k], DENSITY) for k in range(2)]
+    expected = np.mean([float(one.sera.sel(region="all")) for one in of_axes])
+    assert float(result.sera.sel(region="all")) == pytest.approx(expected, rel=1e-12)
+    known = result.axis_bmase.sel(region="all").values
+    assert float(result.bmase.sel(region="all")) == pytest.approx(known.mean())
+
+
+def test_without_training_labels_bmase_and_sera_are_not_known() -> None:
+    result = regression_metrics(torch.ones(2), torch.zeros(2), LabelDensity(BINS, [0] * 5))
+    assert result[["bmase", "sera"]].to_array().isnull().all()
+    assert result.mae.sel(region="all") == 1
