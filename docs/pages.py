@@ -24,6 +24,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"dir_toolkit": "index.md"},
         {"Digits": "digits.md"},
+        {"Intervals": "intervals.md"},
         {"Speed": "speed.md"},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},
