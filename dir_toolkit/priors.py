@@ -308,9 +308,8 @@ def search_tau(
     values = values.astype(np.float64)
     not_empty(taus=values)
     finite(taus=values)
-    shaped(("T",), taus=values)
-    rises = (np.diff(values) > 0).all() and values[0] >= 0 and values[-1] <= MOST_TAU
-    require(rises, f"taus must be rising and not negative, at most {MOST_TAU:g}", got=values.tolist())
+    rises = values.ndim == 1 and (np.diff(values) > 0).all() and values[0] >= 0 and values[-1] <= MOST_TAU
+    require(rises, f"taus must be one row, rising and not negative, at most {MOST_TAU:g}", got=values.tolist())
     errors = [errors_at(float(tau)) for tau in values]
     curves = {name: np.array([each[name] for each in errors]) for name in errors[0]}
     for array in (values, *curves.values()):

@@ -277,12 +277,12 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "classes": (
         lambda c: PointConformal(dt.LabelDensity(dt.Bins.classes(2), [1, 1])).update([0.5], [1]),
         ValueError,
-        "bins must not be classes, which have no distances",
+        "bins must cut a continuous label axis",
     ),
     "order": (
         lambda c: BinsConformal(dt.LabelDensity(dt.Bins.classes(2), [1, 1])).interval([[0.5, 0.5]]),
         ValueError,
-        r"bins must not be classes, which have no order, for an interval.* Use sets\(output, level\)",
+        r"bins must cut a continuous label axis for an interval.* Use sets\(output, level\)",
     ),
 }
 

@@ -380,7 +380,7 @@ def test_a_layer_that_cannot_be_reset_is_refused_before_anything_changes() -> No
         reinitialize(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^reinitialize: seed must be at least 0, got -1\."):
         reinitialize(nn.Linear(1, 1), seed=-1)
-    with pytest.raises(ValueError, match=rf"^reinitialize: seed must be below 2\*\*63, got {2**70}\.$"):
+    with pytest.raises(ValueError, match=r"^reinitialize: seed must be at most 9,.*, got a whole number of 71 bits\.$"):
         reinitialize(nn.Linear(1, 1), seed=2**70)
     reinitialize(nn.Linear(1, 1), seed=2**63 - 1)
     with pytest.raises(TypeError, match=r"^reinitialize: seed must be a whole number, got 1\.5\."):
@@ -613,9 +613,9 @@ def test_what_cannot_be_chosen_from_is_refused() -> None:
             choose_normalization(head, features, labels, taus=taus)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=where + "taus must hold at least one value"):
         choose_normalization(head, features, labels, taus=[])
-    with pytest.raises(ShapeError, match=where + r"features must be \(N, 6\) and labels \(N,\), got \(300, 5\)"):
+    with pytest.raises(ShapeError, match=where + r"features must be \(N, 6\), got shape \(300, 5\)"):
         choose_normalization(head, features[:, :5], labels)
-    with pytest.raises(ShapeError, match=where + r"features must be \(N, 6\) and labels"):
+    with pytest.raises(ShapeError, match=where + r"labels must be \(300,\), one per row of features, got"):
         choose_normalization(head, features, labels[:-1])
     with pytest.raises(LabelError, match="target must hold class indices from 0 to 4, got 5"):
         choose_normalization(head, features, labels + 1)

@@ -215,11 +215,11 @@ BAD_PRIORS: list[tuple[Any, type[Exception], str]] = [
     ([6, 3, 1], ValueError, r"prior must sum to one, got a sum of 10\. Use dt\.class_prior\(counts\)"),
     ([0.5, 0.3, 0.1], ValueError, "prior must sum to one, got a sum of 0.9"),
     ([0.5, math.nan, 0.5], ValueError, r"prior must be finite, got nan at index \[1\]"),
-    ([[0.5, 0.5]], ShapeError, r"prior must be one share per class, got shape \(1, 2\)"),
+    ([[0.5, 0.5]], ShapeError, r"prior must be \(C,\), one share per class, got shape \(1, 2\)"),
     ([], ValueError, "prior must hold at least one value"),
     ("uniform", TypeError, "prior must be integers or floats"),
     (torch.tensor([True]), TypeError, "prior must be integers or floats, got dtype torch.bool"),
-    ([0.5, 0.5], ShapeError, r"logits must have the prior's 2 classes in the last axis, got shape \(1, 3\)"),
+    ([0.5, 0.5], ShapeError, r"logits must be \((N|\.\.\.), 2\), one per class of the prior, got shape \(1, 3\)"),
 ]
 
 
@@ -248,7 +248,7 @@ def test_a_prior_may_be_off_by_rounding() -> None:
         (
             {"target": [0.5, 0.5]},
             ShapeError,
-            r"target must have the prior's 3 classes in the last axis, got shape \(2,\)",
+            r"target must be \(3,\), one per class of the prior, got shape \(2,\)",
         ),
         ({"target": [1.2, -0.2, 0]}, ValueError, "target must not be negative, got -0.2 for class 1"),
         ({"target": [1, 1, 1]}, ValueError, "target must sum to one, got a sum of 3"),
@@ -271,8 +271,8 @@ def test_other_targets_and_taus_are_refused(options: Any, kind: type[Exception],
     [
         ([[0.0] * 3], TypeError, r"logits must be a torch.Tensor, got list\. Use torch.as_tensor\(logits\)\."),
         (torch.zeros(3, dtype=torch.complex64), TypeError, "logits must be integers or floats"),
-        (torch.tensor(1.0), ShapeError, r"logits must have the prior's 3 classes in the last axis, got shape \(\)"),
-        (torch.zeros(3, 1), ShapeError, "logits must have the prior's 3 classes"),
+        (torch.tensor(1.0), ShapeError, r"logits must be \(\.\.\., 3\), one per class of the prior, got shape \(\)"),
+        (torch.zeros(3, 1), ShapeError, r"logits must be \(\.\.\., 3\), one per class of the prior"),
     ],
 )
 def test_other_logits_are_refused(logits: Any, kind: type[Exception], message: str) -> None:
@@ -382,21 +382,21 @@ def test_a_temperature_without_optimum_warns() -> None:
 BAD_DATA: list[tuple[Any, Any, type[Exception], str]] = [
     ([[0.0]], torch.tensor([0]), TypeError, "logits must be a torch.Tensor, got list"),
     (torch.zeros(2, 2), [0, 1], TypeError, "labels must be a torch.Tensor, got list"),
-    (torch.zeros(2, 2), torch.zeros(2, 1).long(), ShapeError, r"logits must be \(N, C\) and labels \(N,\), got"),
-    (torch.zeros(2), torch.zeros(2).long(), ShapeError, r"logits must be \(N, C\) and labels \(N,\), got \(2,\) and"),
+    (torch.zeros(2, 2), torch.zeros(2, 1).long(), ShapeError, r"labels must be \(2,\), one per row of logits, got"),
+    (torch.zeros(2), torch.zeros(2).long(), ShapeError, r"logits must be \(N, C\), got shape \(2,\)"),
     (torch.zeros(0, 2), torch.zeros(0).long(), ValueError, "logits must hold at least one value"),
     (
         torch.zeros(2, 2),
         torch.zeros(2),
         TypeError,
-        r"labels must be integer classes, .*float32\. Use labels.long\(\)\.",
+        r"labels must be integers, .*float32\. Use labels.long\(\)\.",
     ),
-    (torch.zeros(2, 2), torch.tensor([True, False]), TypeError, "labels must be integers or floats"),
+    (torch.zeros(2, 2), torch.tensor([True, False]), TypeError, "labels must be integers, got dtype torch.bool"),
     (
         torch.zeros(3, 2),
         torch.tensor([0, 2, -1]),
         LabelError,
-        r"labels must be classes from 0 to 1, got 2 at index \[1\] \(2 such labels\)",
+        r"labels must hold class indices from 0 to 1, got 2 at index \[1\] \(2 such values\)",
     ),
     (torch.tensor([[0, math.inf]]), torch.tensor([0]), ValueError, r"logits must be finite, got inf at index \[0, 1\]"),
     (torch.tensor([[math.nan, 0]]), torch.tensor([0]), ValueError, "logits must be finite, got nan"),
@@ -427,7 +427,7 @@ def test_other_held_out_data_are_refused(logits: Any, labels: Any, kind: type[Ex
     ("weight", "kind", "message"),
     [
         ([1, 1], TypeError, "weight must be a torch.Tensor"),
-        (torch.ones(2, 1), ShapeError, r"labels and weight must have the same shape, got \(2,\) and \(2, 1\)"),
+        (torch.ones(2, 1), ShapeError, r"weight must be \(2,\), one per label, got shape \(2, 1\)"),
         (torch.tensor([1, -1]), ValueError, "weight must not be negative"),
         (torch.tensor([1, math.nan]), ValueError, "weight must be finite"),
         (torch.zeros(2), ValueError, "at least one weight must be positive, got zeros"),

@@ -125,7 +125,8 @@ class FDSCallback(TrainerCallback):
         )
         require((folder / _FILE).exists(), rule, got=got, fix=fix, error=CheckpointError)
         saved = load_checkpoint(folder / _FILE)
-        same, rule = saved.pop("of", None) == _fingerprint(state), "the FDS statistics must be of this checkpoint"
+        same = saved.pop("of", None) == _fingerprint(state)
+        rule = "the FDS statistics must be of the checkpoint to go on from"
         got, fix = f"those of another in {str(folder)!r}", "Pass resume_from= the folder that train() resumes from."
         require(same, rule, got=got, fix=fix, error=CheckpointError)
         self._driver.load_state_dict(saved)

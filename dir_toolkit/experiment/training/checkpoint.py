@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._checks import problem
+from ..._checks import problem, require
 from ..._files import write_atomically
 from ...errors import CheckpointError
 from ..files import unwritable
@@ -27,8 +27,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         CheckpointError: the state holds anything else, for example a NumPy number, or the disk is full. The file that
         was there before stays as it was. FileNotFoundError: the folder does not exist.
     """
-    if not isinstance(state, dict):
-        raise problem("state must be a dict", got=type(state).__name__, error=CheckpointError)
+    require(isinstance(state, dict), "state must be a dict", got=type(state), error=CheckpointError)
     check_plain("state", state)
     try:
         write_atomically(path, lambda file: torch.save(state, file))
@@ -63,12 +62,9 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
     else:
         reason = f"a {type(state).__name__}" if whole else "bytes that have changed since it was written"
     if not isinstance(state, dict):
-        raise problem(
-            f"{name} must be a whole checkpoint of tensors and plain values",
-            got=reason,
-            fix="Nothing in it was run. Put an intact copy in its place, or start in another folder.",
-            error=CheckpointError,
-        )
+        rule = f"{name} must be a whole checkpoint of tensors and plain values"
+        fix = "Nothing in it was run. Put an intact copy in its place, or start in another folder."
+        raise problem(rule, got=reason, fix=fix, error=CheckpointError)
     return state
 
 
@@ -76,20 +72,10 @@ def check_plain(key: str, value: object) -> None:
     """Require what a checkpoint may hold: tensors and plain values, in dicts, lists and tuples."""
     if value is None or type(value) in (bool, int, float, str, Tensor, nn.Parameter):
         return
-    if type(value) in (dict, OrderedDict):
-        assert isinstance(value, dict)
-        for name, item in value.items():
-            if type(name) not in (str, int):
-                raise problem(f"keys of {key} must be str or int", got=repr(name), error=CheckpointError)
-            check_plain(f"{key}[{name!r}]", item)
-    elif type(value) in (list, tuple):
-        assert isinstance(value, (list, tuple))
-        for place, item in enumerate(value):
-            check_plain(f"{key}[{place}]", item)
-    else:
-        raise problem(
-            f"{key} must be a tensor or a plain value",
-            got=type(value).__name__,
-            fix="Use .item() or .tolist() for NumPy, and state_dict() for modules.",
-            error=CheckpointError,
-        )
+    nested, fix = type(value), "Use .item() or .tolist() for NumPy, and state_dict() for modules."
+    plain = nested in (dict, OrderedDict, list, tuple)
+    require(plain, f"{key} must be a tensor or a plain value", got=nested, fix=fix, error=CheckpointError)
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):  # type: ignore[arg-type]
+        rule = f"keys of {key} must be str or int"
+        require(type(name) in (str, int), rule, got=repr(name), error=CheckpointError)
+        check_plain(f"{key}[{name!r}]", item)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..._checks import problem
+from ..._checks import require
 from ..._settings import described, differing
 from ...errors import CheckpointError, SettingsError
 
@@ -45,13 +45,9 @@ def run_identity(
 
 def check_same_run(path: object, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of other settings, and name these settings."""
-    if got := differing(saved, now):
-        raise problem(
-            f"{path} must be of the same run",
-            got=got,
-            fix="Resume with the settings and as many processes as it was started with, or choose another folder.",
-            error=CheckpointError,
-        )
+    differs = differing(saved, now)
+    fix = "Resume with the settings and as many processes as it was started with, or choose another folder."
+    require(not differs, f"{path} must be of the same run", got=differs, fix=fix, error=CheckpointError)
 
 
 def _loss(loss: Callable[..., Any], model: nn.Module) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..._checks import problem
+from ..._checks import require
 from ..._files import write_atomically
 from ...labels.density import REGIONS
 from ...metrics._declared import METRICS
@@ -98,9 +98,8 @@ class RunLog:
         metrics = {column: _metric_of(column) for column in row if column not in (*_COLUMNS, "step")}
         missing = [column for column in ("step", *_COLUMNS) if column not in row]
         unknown = [column for column, known in metrics.items() if known is None]
-        if missing or unknown:
-            rule = "row must hold step, epoch, loss, lr, seconds and metrics of the validation set"
-            raise problem(rule, got=f"missing {missing}, unknown {unknown}")
+        rule = "row must hold step, epoch, loss, lr, seconds and metrics of the validation set"
+        require(not missing and not unknown, rule, got=f"missing {missing}, unknown {unknown}")
         self._close_bar()
         if not self._main:
             return

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._checks import instance, number, problem, warn, whole
-from ...errors import SettingsError, ShapeError
+from ..._checks import instance, number, problem, require, warn, whole
+from ...errors import SettingsError
 from ...features.fds import FDS
 from ...features.hooks import FDSHook
 from ...labels.sampling import BinSampler
@@ -114,7 +114,19 @@ def fit(
         LabelError: a validation label lies beyond the axis. TypeError: an argument is of another kind. OSError: the
         folder cannot be made or written to.
     """
-    _check(model, train, val, metrics, loss, weights, sampler, fds, optimization, runtime, augmentation)
+    instance(nn.Module, model=model)
+    instance(SampleSet, train=train, val=val)
+    instance((RegressionMetrics, ClassificationMetrics), metrics=metrics)
+    instance(Callable, loss=loss)
+    for kind, name, value in ((LDS, "weights", weights), (BinSampler, "sampler", sampler), (FDS, "fds", fds)):
+        instance(kind, **({} if value is None else {name: value}))
+    instance((bool, Callable), augmentation=augmentation)
+    instance(Optimization, optimization=optimization)
+    instance(Runtime, runtime=runtime)
+    metrics.bins.index(val.labels, name="val.labels")  # now, and not when the first epoch has ended
+    got, on = "torch.no_grad() or torch.inference_mode() around it", torch.is_grad_enabled()
+    require(on, "gradients must be on", got=got, fix="Call it outside of these.", error=RuntimeError)
+    _check_trainable(model, train, val, loss, sampler, fds, optimization.batch_size, runtime.world)
     instance((str, os.PathLike), folder=folder)
     instance(bool, resume=resume)
     weights_from = whole("weights_from", weights_from, low=0)
@@ -275,8 +287,8 @@ def predict(model: nn.Module, data: SampleSet, *, runtime: Runtime, batch_size: 
     """
     instance(SampleSet, data=data)
     instance(Runtime, runtime=runtime)
-    if len(data) < runtime.world:  # a rank without images would know no shapes
-        raise problem(f"data must hold at least one image per rank, {runtime.world}", got=f"{len(data)}")
+    images, least = len(data), runtime.world  # a rank without images would know no shapes
+    require(images >= least, f"data must hold at least one image per rank, {least}", got=images)
     parts = list(_outputs(model, data, runtime, batch_size))
     places = torch.cat([indices for indices, _, _ in parts])
 
@@ -346,13 +358,10 @@ def _stop(files: RunFiles, log: RunLog) -> None:
 def _checked_loss(loss: object) -> Tensor:
     """The loss, which is one number and has a gradient."""
     if not isinstance(loss, Tensor):
-        raise problem("loss must return a tensor", got=type(loss).__name__, error=TypeError)
-    if loss.ndim:
-        got, fix = f"shape {tuple(loss.shape)}", "Return the mean over samples."
-        raise problem("loss must return one number", got=got, fix=fix, error=ShapeError)
-    if not loss.requires_grad:
-        fix = "Leave out .detach() and torch.no_grad(), and use the output it is handed."
-        raise problem("loss must depend on what is trained", got="one without a gradient", fix=fix, error=RuntimeError)
+        raise problem("loss must return a tensor", got=type(loss))
+    require(loss.ndim == 0, "loss must return one number", got=loss.shape, fix="Return the mean over samples.")
+    got, fix = "one without a gradient", "Leave out .detach() and torch.no_grad(), and use the output it is handed."
+    require(loss.requires_grad, "loss must depend on what is trained", got=got, fix=fix, error=RuntimeError)
     return loss
 
 
@@ -367,48 +376,18 @@ def _attached(fds: FDS | None, model: nn.Module) -> list[tuple[str, str, int | s
     ]
 
 
-def _check(
-    model: nn.Module,
-    train: SampleSet,
-    val: SampleSet,
-    metrics: Metrics,
-    loss: Callable[..., Tensor],
-    weights: LDS | None,
-    sampler: BinSampler | None,
-    fds: FDS | None,
-    optimization: Optimization,
-    runtime: Runtime,
-    augmentation: bool | Callable[..., Tensor],
+def _check_trainable(
+    model: nn.Module, train: SampleSet, val: SampleSet, loss: Any, sampler: Any, fds: Any, batch_size: int, world: int
 ) -> None:
-    instance(nn.Module, model=model)
-    instance(SampleSet, train=train, val=val)
-    instance((RegressionMetrics, ClassificationMetrics), metrics=metrics)
-    instance(Callable, loss=loss)
-    for kind, name, value in ((LDS, "weights", weights), (BinSampler, "sampler", sampler), (FDS, "fds", fds)):
-        if value is not None:
-            instance(kind, **{name: value})
-    if not callable(augmentation):
-        instance(bool, augmentation=augmentation)
-    instance(Optimization, optimization=optimization)
-    instance(Runtime, runtime=runtime)
-    metrics.bins.index(val.labels, name="val.labels")  # now, and not when the first epoch has ended
-    if not torch.is_grad_enabled():
-        raise problem(
-            "gradients must be on",
-            got="torch.no_grad() or torch.inference_mode() around it",
-            fix="Call it outside of these.",
-            error=RuntimeError,
-        )
-    least = 2 * runtime.world
+    least = 2 * world
     faults = []
     samples = _samples(train, sampler)
     if sampler is not None and sampler.num_labels != len(train):
         faults.append(f"sampler must draw from the {len(train)} labels of train, got one of {sampler.num_labels}.")
-    if samples < least or optimization.batch_size < least:
-        got = f"{samples} images in batches of {optimization.batch_size}"
+    if samples < least or batch_size < least:
+        got = f"{samples} images in batches of {batch_size}"
         faults.append(f"train and its batches must hold at least two images per rank, {least}, got {got}.")
-    if len(val) == 0:
-        faults.append("val must hold at least one image, got none.")
+    faults += ["val must hold at least one image, got none."] * (len(val) == 0)
     if not any(p.requires_grad for part in (model, loss) if isinstance(part, nn.Module) for p in part.parameters()):
         faults.append("model must have parameters that are trained, got none. Call model.requires_grad_(True).")
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..._checks import number, one_of, problem, whole
+from ..._checks import number, one_of, problem, require, whole
 from ...errors import SettingsError
 
 __all__ = ["Optimization", "learning_rate", "make_optimizer"]
@@ -113,9 +113,8 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
 
 
 def _rising_shares(name: str, value: object) -> tuple[float, ...]:
-    rule = f"{name} must rise and lie between 0 and 1"
     if not isinstance(value, (tuple, list)) or not all(isinstance(share, (int, float)) for share in value):
         raise problem(f"{name} must be a tuple of numbers", got=repr(value), error=TypeError)
-    if not all(low < high for low, high in zip((0, *value), (*value, 1), strict=True)):
-        raise problem(rule, got=repr(value))
+    rises = all(low < high for low, high in zip((0, *value), (*value, 1), strict=True))
+    require(rises, f"{name} must rise and lie between 0 and 1", got=repr(value))
     return tuple(float(share) for share in value)

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._checks import problem, warn
+from ..._checks import problem, require, warn
 from ...errors import CheckpointError, RunExistsError
 from ...features.fds import FDS
 from ..files import FolderLock, naming
 from .checkpoint import load_checkpoint, save_checkpoint
 from .identity import check_same_run, is_plain
-from .run_state import Progress, check_progress, foreign, is_number, is_whole, optimizer_state, rank_state
+from .run_state import Progress, check_progress, foreign, is_number, is_whole, optimizer_state, rank_state, require_own
 from .runtime import Runtime
 
 __all__ = ["RunFiles"]
 
+_OR_RESUME = "Go on with --resume (resume=True), or choose another folder."
 _FORMAT = 3  # 1, which was not written down, had no settings of what a run is made of; 2 had the best epoch, too
 # Held while a run's files are open: each step seeds torch's random numbers, which all threads share.
 _AT_WORK = threading.RLock()
@@ -68,13 +69,9 @@ class RunFiles(AbstractContextManager["RunFiles"]):
     def open(self, resume: bool) -> None:
         """Start afresh, or from the last checkpoint."""
         self._at_work = _AT_WORK.acquire(blocking=False)
-        if not self._at_work:
-            raise problem(
-                "one thread of a process may train at a time, since all draw from the same random numbers",
-                got="another one at work",
-                fix='Start processes in place of threads, as joblib does with backend="loky".',
-                error=RuntimeError,
-            )
+        rule = "one thread of a process may train at a time, since all draw from the same random numbers"
+        fix = 'Start processes in place of threads, as joblib does with backend="loky".'
+        require(self._at_work, rule, got="another one at work", fix=fix, error=RuntimeError)
         try:
             self._open(resume)
         except BaseException:
@@ -86,22 +83,12 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(folder) if self._runtime.is_main else None
-        if any(self._runtime.any([self._lock is not None and not self._lock.held])):
-            raise problem(
-                "one process at a time may train in a folder",
-                got=f"another one at work in {folder}",
-                fix="Wait for its end, then go on with --resume (resume=True), or choose another folder.",
-                error=RunExistsError,
-            )
+        taken = any(self._runtime.any([self._lock is not None and not self._lock.held]))
+        rule, got = "one process at a time may train in a folder", f"another one at work in {folder}"
+        require(not taken, rule, got=got, fix=f"Wait for its end. {_OR_RESUME}", error=RunExistsError)
         if not any(self._runtime.any([self.last.exists()])):
             return
-        if not resume:
-            raise problem(
-                "a run is never overwritten",
-                got=f"one in {self.last.parent}",
-                fix="Go on with it by --resume (resume=True), or choose another folder.",
-                error=RunExistsError,
-            )
+        require(resume, "a run is never overwritten", got=f"one in {folder}", fix=_OR_RESUME, error=RunExistsError)
         try:
             self._resume()
         except RecursionError:
@@ -115,8 +102,8 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         steps = self._epochs * len(self._progress.batches)
         optimizer = optimizer_state(self.last, state["optimizer"], self._optimizer, steps)
         saved = [(self._model, state["model"]), (self._optimizer, optimizer)]
-        if (state["loss"] is None) != (self._loss is None):
-            raise foreign(self.last, f"{'no' if state['loss'] is None else 'a'} loss with parameters")
+        alike, one = (state["loss"] is None) == (self._loss is None), "no" if state["loss"] is None else "a"
+        require_own(self.last, alike, f"{one} loss with parameters")
         if self._loss is not None:
             saved.append((self._loss, state["loss"]))
         if self._fds is not None:
@@ -185,9 +172,9 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         # A better one is left by a run that was killed before the last checkpoint was written, and on an accelerator
         # did not reach it again.
         sound = is_whole(state["epoch"], 1, self._epochs) and is_number(error)
-        if not sound or not (error < least or (state["epoch"], error) == (epoch, least)):
-            got = f"{selects} {error!r} of epoch {state['epoch']!r}, not epoch {epoch} with {selects} {least:g}"
-            raise foreign(self.best, got)
+        sound = sound and (error < least or (state["epoch"], error) == (epoch, least))
+        came = f"{selects} {error!r} of epoch {state['epoch']!r}, not epoch {epoch} with {selects} {least:g}"
+        require_own(self.best, sound, came)
         self._load(self.best, [(self._model, state["model"])])
 
     def state(self) -> str:
@@ -204,27 +191,24 @@ class RunFiles(AbstractContextManager["RunFiles"]):
     def _read(self, path: Path, expected: Sequence[str]) -> dict[str, Any]:
         """A checkpoint of this format and of this run, with these keys."""
         state = load_checkpoint(path)
-        if (version := state.get("format")) != _FORMAT or isinstance(version, bool):
-            raise problem(
-                f"{path} must be of format {_FORMAT}",
-                got="none" if version is None else f"format {version!r}",
-                fix="Go on with the release of dir_toolkit that wrote it, or start in another folder.",
-                error=CheckpointError,
-            )
-        if not isinstance(state.get("fingerprint"), dict) or not is_plain(state["fingerprint"]):
-            raise foreign(path, "no settings of a run")
+        version = state.get("format")
+        known, got = version == _FORMAT and version is not True, "none" if version is None else f"format {version!r}"
+        fix = "Go on with the release of dir_toolkit that wrote it, or start in another folder."
+        require(known, f"{path} must be of format {_FORMAT}", got=got, fix=fix, error=CheckpointError)
+        settings = state.get("fingerprint")
+        require_own(path, isinstance(settings, dict) and is_plain(settings), "no settings of a run")
         check_same_run(path, state["fingerprint"], self._identity)
         missing = [repr(key) for key in expected if key not in state]
         unknown = [repr(key) for key in state if key not in ("format", "fingerprint", *expected)]
-        if missing or unknown:
-            raise foreign(path, f"no {', '.join(missing)}" if missing else f"{', '.join(unknown)} besides")
+        fault = f"no {', '.join(missing)}" if missing else f"{', '.join(unknown)} besides"
+        require_own(path, not missing and not unknown, fault)
         return state
 
     def _load(self, path: Path, saved: Sequence[tuple[Any, Any]]) -> None:
         """Load each state into its object; where one does not fit, all objects stay as they were."""
         for _, state in saved:
-            if not isinstance(state, Mapping) or not all(isinstance(name, (str, int)) for name in state):
-                raise foreign(path, f"a {type(state).__name__} as the state of a module")
+            plain = isinstance(state, Mapping) and all(isinstance(name, (str, int)) for name in state)
+            require_own(path, plain, f"a {type(state).__name__} as the state of a module")
         before = [(one, copy.deepcopy(one.state_dict())) for one, _ in saved]
         try:
             for one, state in saved:
@@ -232,12 +216,8 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         except Exception as error:  # which ones, a module decides that loads itself
             for one, state in before:
                 one.load_state_dict(state)
-            raise problem(
-                f"{path} must fit this model",
-                got=" ".join(str(error).split()) or type(error).__name__,
-                fix="Was it made by other code?",
-                error=CheckpointError,
-            ) from error
+            got, fix = " ".join(str(error).split()) or type(error).__name__, "Was it made by other code?"
+            raise problem(f"{path} must fit this model", got=got, fix=fix, error=CheckpointError) from error
 
 
 def _on_cpu(value: Any) -> Any:

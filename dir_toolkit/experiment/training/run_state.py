@@ -73,39 +73,41 @@ def foreign(path: Path, got: str) -> Exception:
     return problem(f"{path} must hold what fit() wrote there", got=got, fix=fix, error=CheckpointError)
 
 
+def require_own(path: Path, sound: bool | Tensor, came: str) -> None:
+    """Raise :func:`foreign` unless ``sound``."""
+    if not sound:
+        raise foreign(path, came)
+
+
 def check_progress(path: Path, saved: Any, own: Progress, epochs: int, columns: Collection[str]) -> None:
     """Require a place at which a run may stand, and a history of as many epochs."""
     steps = len(own.batches)
-    if not isinstance(saved, dict) or saved.keys() != own.shared().keys():
-        raise foreign(path, "a place in the run with other entries")
+    alike = isinstance(saved, dict) and saved.keys() == own.shared().keys()
+    require_own(path, alike, "a place in the run with other entries")
     epoch, step, seconds, history = (saved[name] for name in ("epoch", "step", "seconds", "history"))
-    if not is_whole(epoch, 0, epochs) or not is_whole(step, 0, steps if epoch < epochs else 0):
-        raise foreign(path, f"epoch {epoch!r} and step {step!r} of {epochs} times {steps}")
-    if not is_number(seconds) or not 0 <= seconds < math.inf:
-        raise foreign(path, f"{seconds!r} seconds")
-    if not isinstance(history, list) or len(history) != epoch:
-        raise foreign(path, f"a history of other than {epoch} rows")
+    placed = is_whole(epoch, 0, epochs) and is_whole(step, 0, steps if epoch < epochs else 0)
+    require_own(path, placed, f"epoch {epoch!r} and step {step!r} of {epochs} times {steps}")
+    require_own(path, is_number(seconds) and 0 <= seconds < math.inf, f"{seconds!r} seconds")
+    require_own(path, isinstance(history, list) and len(history) == epoch, f"a history of other than {epoch} rows")
     for number, row in enumerate(history, 1):
         sound = isinstance(row, dict) and row.keys() == columns and all(map(is_number, row.values()))
-        if not sound or (row["epoch"], row["step"]) != (number, number * steps):
-            raise foreign(path, f"a history whose row {number} is none of this run")
+        sound = sound and (row["epoch"], row["step"]) == (number, number * steps)
+        require_own(path, sound, f"a history whose row {number} is none of this run")
 
 
 def rank_state(path: Path, saved: Any, rank: int, world: int, *, with_fds: bool) -> dict[str, Any]:
     """What a rank keeps of its own."""
     expected = {"loss_sum", "threads", *(("fds",) if with_fds else ())}
-    if not isinstance(saved, list) or len(saved) != world:
-        raise foreign(path, f"other than {world} ranks")
+    require_own(path, isinstance(saved, list) and len(saved) == world, f"other than {world} ranks")
     for own in saved:
-        if not isinstance(own, dict) or own.keys() != expected:
-            raise foreign(path, "a rank with other entries")
-        if not is_number(own["loss_sum"]) or not math.isfinite(own["loss_sum"]):
-            raise foreign(path, f"{own['loss_sum']!r} as a sum of losses")
-        if not is_whole(own["threads"], 1, 2**31):
-            raise foreign(path, f"{own['threads']!r} threads")
+        require_own(path, isinstance(own, dict) and own.keys() == expected, "a rank with other entries")
+        loss_sum, threads = own["loss_sum"], own["threads"]
+        require_own(path, is_number(loss_sum) and math.isfinite(loss_sum), f"{loss_sum!r} as a sum of losses")
+        require_own(path, is_whole(threads, 1, 2**31), f"{threads!r} threads")
         for name, value in own["fds"].items() if isinstance(own.get("fds"), dict) else ():
-            if isinstance(value, Tensor) and (value.isinf().any() or (name == "running_count" and (value < 0).any())):
-                raise foreign(path, f"{name} of an FDS that no features have")
+            if isinstance(value, Tensor):
+                sound = not (value.isinf().any() or (name == "running_count" and (value < 0).any()))
+                require_own(path, sound, f"{name} of an FDS that no features have")
     state = saved[rank]
     assert isinstance(state, dict)
     return state
@@ -122,27 +124,25 @@ def optimizer_state(path: Path, saved: Any, optimizer: torch.optim.Optimizer, st
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise foreign(path, "no state of an optimizer")
     numbered = [group.get("params") for group in groups]
-    if not is_plain(numbered) or numbered != [group["params"] for group in own["param_groups"]]:
-        raise foreign(path, "an optimizer of other parameters")
+    same = is_plain(numbered) and numbered == [group["params"] for group in own["param_groups"]]
+    require_own(path, same, "an optimizer of other parameters")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = saved["state"]
-    if not isinstance(entries, dict) or list(entries) != list(range(len(parameters))):
-        raise foreign(path, "a state of the optimizer for other parameters")
+    same = isinstance(entries, dict) and list(entries) == list(range(len(parameters)))
+    require_own(path, same, "a state of the optimizer for other parameters")
     expected = _OPTIMIZER_STATE[type(optimizer).__name__.lower()]
     for entry, parameter in zip(entries.values(), parameters, strict=True):
-        if not isinstance(entry, dict) or (entry and entry.keys() != expected):
-            raise foreign(path, "a state of another optimizer")
+        same = isinstance(entry, dict) and (not entry or entry.keys() == expected)
+        require_own(path, same, "a state of another optimizer")
         for name, value in entry.items():
             if name == "momentum_buffer" and value is None:
                 continue
-            if not isinstance(value, Tensor) or value.shape != (() if name == "step" else parameter.shape):
-                raise foreign(path, f"{name} of the optimizer in another shape than its parameter")
-            if not value.is_floating_point():
-                raise foreign(path, f"{name} of the optimizer as {value.dtype}")
-            if name == "step" and not 0 < value.item() <= steps:
-                raise foreign(path, f"step {value.item():g} of the optimizer")
-            if not value.isfinite().all():
-                raise foreign(path, f"{name} of the optimizer that is not finite")
+            fits = isinstance(value, Tensor) and value.shape == (() if name == "step" else parameter.shape)
+            require_own(path, fits, f"{name} of the optimizer in another shape than its parameter")
+            require_own(path, value.is_floating_point(), f"{name} of the optimizer as {value.dtype}")
+            if name == "step":
+                require_own(path, 0 < value.item() <= steps, f"step {value.item():g} of the optimizer")
+            require_own(path, value.isfinite().all(), f"{name} of the optimizer that is not finite")
     return {"state": {i: entry for i, entry in entries.items() if entry}, "param_groups": own["param_groups"]}
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..._checks import one_of, problem, whole
+from ..._checks import one_of, problem, require, whole
 from ...errors import SettingsError
 
 __all__ = ["Precision", "Runtime", "start_runtime"]
@@ -140,13 +140,9 @@ def start_runtime(device: str = "auto", precision: Precision = "float32", seed: 
     place = chosen_device(device, _environment("LOCAL_RANK", 0))
     if place.type == "cuda":
         torch.cuda.set_device(place)
-        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise problem(
-                "precision bf16 needs a GPU that computes in it",
-                got=torch.cuda.get_device_name(place),
-                fix='Use precision="float32".',
-                error=SettingsError,
-            )
+        computes = precision == "float32" or torch.cuda.is_bf16_supported(including_emulation=False)
+        rule, got = "precision bf16 needs a GPU that computes in it", torch.cuda.get_device_name(place)
+        require(computes, rule, got=got, fix='Use precision="float32".', error=SettingsError)
     started = world > 1 and not joined
     if started:
         cuda = place.type == "cuda"
@@ -170,45 +166,31 @@ def chosen_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
     except (RuntimeError, TypeError):
         raise problem(rule, got=repr(name), error=SettingsError) from None
-    if device.type not in ("cpu", "cuda"):
-        raise problem(rule, got=repr(name), error=SettingsError)
+    require(device.type in ("cpu", "cuda"), rule, got=repr(name), error=SettingsError)
     if device.type == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     number = local_rank if device.index is None else device.index
-    if number >= count:
-        raise problem(
-            f"device cuda:{number} must exist on this machine",
-            got=f"{count} CUDA devices",
-            fix='Use device="cpu", or a torch built for your GPU.' if count == 0 else "Start fewer processes.",
-            error=SettingsError,
-        )
+    rule, got = f"device cuda:{number} must exist on this machine", f"{count} CUDA devices"
+    fix = "Start fewer processes." if count else 'Use device="cpu", or a torch built for your GPU.'
+    require(number < count, rule, got=got, fix=fix, error=SettingsError)
     return torch.device("cuda", number)
 
 
 def _world_size() -> int:
     world = _environment("WORLD_SIZE", 1)
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world > 1 and missing:
-        raise problem(
-            f"with WORLD_SIZE={world} the environment must hold all that torchrun sets",
-            got=f"no {', '.join(missing)}",
-            fix="Start with torchrun, or unset WORLD_SIZE.",
-            error=SettingsError,
-        )
-    if (rank := _environment("RANK", 0)) >= world:  # no process would be the one that writes
-        raise problem(
-            "the environment variable RANK must be below WORLD_SIZE",
-            got=f"RANK={rank} and WORLD_SIZE={world}",
-            fix="Start with torchrun, or unset both.",
-            error=SettingsError,
-        )
+    got, fix = f"no {', '.join(missing)}", "Start with torchrun, or unset WORLD_SIZE."
+    rule = f"with WORLD_SIZE={world} the environment must hold all that torchrun sets"
+    require(world == 1 or not missing, rule, got=got, fix=fix, error=SettingsError)
+    rank, rule = _environment("RANK", 0), "the environment variable RANK must be below WORLD_SIZE"
+    got, fix = f"RANK={rank} and WORLD_SIZE={world}", "Start with torchrun, or unset both."
+    require(rank < world, rule, got=got, fix=fix, error=SettingsError)  # else no process would be the one that writes
     return world
 
 
 def _environment(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        rule = f"the environment variable {name} must be a whole number"
-        raise problem(rule, got=repr(text), error=SettingsError)
+    rule = f"the environment variable {name} must be a whole number"
+    require(text.isdecimal(), rule, got=repr(text), error=SettingsError)
     return int(text)

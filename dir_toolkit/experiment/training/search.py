@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..._checks import caller, instance, problem, whole
+from ..._checks import caller, instance, problem, require, whole
 from ..._settings import described, differing
 from ...errors import CheckpointError, DirToolkitError, RunExistsError, SettingsError
 from ..files import naming
@@ -86,13 +86,8 @@ def search(
     choices = {knob: {_words(settings): dict(settings) for settings in tried} for knob, tried in knobs.items()}
     axes = {knob: optuna.distributions.CategoricalDistribution(list(words)) for knob, words in choices.items()}
     path = Path(folder) / STATE
-    if path.exists() and not resume:
-        raise problem(
-            "a search is never overwritten",
-            got=f"one in {folder}",
-            fix="Go on with it by resume=True, or choose another folder.",
-            error=RunExistsError,
-        )
+    free, fix = resume or not path.exists(), "Go on with it by resume=True, or choose another folder."
+    require(free, "a search is never overwritten", got=f"one in {folder}", fix=fix, error=RunExistsError)
     with naming(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)  # before anything is trained
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=budgets[0], reduction_factor=_REDUCTION)
@@ -185,15 +180,11 @@ def _opened(path: Path, pruner: Any, identity: dict[str, Any]) -> optuna.Study:
         text = study.user_attrs.get("settings")
         saved = identity if text is None else json.loads(text)
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, ValueError) as error:
-        raise problem(
-            f"{path} must be the whole state of a search",
-            got=str(error).splitlines()[0],
-            fix="Put an intact copy in its place, or choose another folder.",
-            error=CheckpointError,
-        ) from error
-    if got := differing(saved, json.loads(json.dumps(identity))):
-        fix = "Go on with what it was started with, or choose another folder."
-        raise problem(f"{path} must be of the same search", got=got, fix=fix, error=CheckpointError)
+        rule, fix = f"{path} must be the whole state of a search", "Put an intact copy there, or choose another folder."
+        raise problem(rule, got=str(error).splitlines()[0], fix=fix, error=CheckpointError) from error
+    differs = differing(saved, json.loads(json.dumps(identity)))
+    fix = "Go on with what it was started with, or choose another folder."
+    require(not differs, f"{path} must be of the same search", got=differs, fix=fix, error=CheckpointError)
     study.set_user_attr("settings", json.dumps(identity))
     return study
 
