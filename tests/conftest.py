@@ -61,6 +61,15 @@ def not_counts(request: pytest.FixtureRequest) -> tuple[Any, type[Exception], st
     return request.param
 
 
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of reports are made and not drawn, which takes longest: for tests that look at other files."""
+    results = "dir_toolkit.experiment.results"
+    monkeypatch.setattr(f"{results}.summary.save_figure", lambda figure, path: path.write_bytes(b""))
+    monkeypatch.setattr(f"{results}.summary.figure_to_tensorboard", lambda *_: None)
+    monkeypatch.setattr(f"{results}.report.figure_svg", lambda *_, **__: "<svg></svg>")
+
+
 class Ranks:
     """Two processes joined by gloo, which run one function after another: starting them takes longer than most tests.
 

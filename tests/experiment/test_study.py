@@ -258,6 +258,7 @@ def diverging(trial: Trial) -> Trained:
     return trial.fit(trial.model(head="regression"), optimization=replace(BUDGET, lr=1e30, clip_norm=None))
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_run_that_fails_costs_the_others_nothing_and_is_made_up_for(tmp_path: Path, capsys: Any) -> None:
     methods = {"broken": broken, "plain": plain, "diverging": diverging, "after": lambda trial: trial.trained("broken")}
     one = study(tmp_path, methods=methods)

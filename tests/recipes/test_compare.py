@@ -109,6 +109,7 @@ def test_the_helper_that_compares_sees_a_difference(finished: tuple[Path, str], 
     assert not same_comparison(finished[0], copied)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_resume_adds_methods_and_baselines_and_repeats_nothing(copied: Path, here: Callable[..., Outcome]) -> None:
     def trained() -> dict[str, bytes]:  # what follows without training is made anew
         return {name: made for name, made in files(copied).items() if "/seed" in name and "soft+tau" not in name}
@@ -126,6 +127,7 @@ def test_resume_adds_methods_and_baselines_and_repeats_nothing(copied: Path, her
     assert ds["completed"].values.tolist() == [[1, 1], [1, 0], [1, 1], [1, 1], [1, 0]]
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_run_that_fails_costs_the_others_nothing_and_is_made_up_for(
     finished: tuple[Path, str], copied: Path, here: Callable[..., Outcome]
 ) -> None:
@@ -150,6 +152,7 @@ def test_a_run_that_fails_costs_the_others_nothing_and_is_made_up_for(
     assert "Failed:" not in (copied / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("sketched")
 def test_runs_of_another_budget_and_a_missing_baseline_are_told(copied: Path, here: Callable[..., Outcome]) -> None:
     config = copied / "soft/seed1/config.json"
     usual = config.read_text()
@@ -202,6 +205,7 @@ def test_all_bad_settings_are_told_at_once(
     assert files(tmp_path) == {}
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_list_of_agedb(tmp_path: Path, here: Callable[..., Outcome]) -> None:
     images = sorted(make_faces(tmp_path / "AgeDB").glob("*.chip.jpg"))
     rows = ["age,path,split"]
@@ -220,6 +224,7 @@ def test_a_list_of_agedb(tmp_path: Path, here: Callable[..., Outcome]) -> None:
     assert load_results(tmp_path / "out/results.nc")["method"].values.tolist() == ["unsmoothed", "constant"]
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_model_of_timm_is_trained_stopped_and_resumed(
     here: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

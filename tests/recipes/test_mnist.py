@@ -96,6 +96,7 @@ def test_two_processes_come_to_the_same(
         np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_files_of_mnist_are_fetched_when_asked_for(
     here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
