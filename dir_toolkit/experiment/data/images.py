@@ -52,6 +52,9 @@ class SampleSet:
         check_each(f"labels must be {'class indices >= 0' if is_class else 'finite'}", self.labels, sound, LabelError)
         _check_positions("rows", self.rows, len(self.inputs))
         digest = self.digest or content_digest(self.inputs, self.labels, self.rows)
+        self._take_digest(digest)
+
+    def _take_digest(self, digest: str) -> None:
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise problem("digest must be 64 hexadecimal digits", got=repr(digest), fix="Leave it out.")
         object.__setattr__(self, "digest", digest)

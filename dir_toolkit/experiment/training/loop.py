@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..._checks import instance, number, problem, require, warn, whole
 from ...errors import SettingsError
@@ -80,8 +81,8 @@ def fit(
     has a handler of its own.
 
     Args:
-        model: from float images (N, C, H, W) in [-1, 1], or from rows or sequences as the sets hold them, to what the
-            loss takes. It is moved to the runtime's device.
+        model: from float images (N, C, H, W) in [-1, 1], or from rows, sequences, tuples or dicts as the sets hold
+            them, to what the loss takes. It is moved to the runtime's device.
         metrics: without samples. The validation errors are of this kind, and its ``selects`` decides the best epoch.
         loss: called as ``loss(output, labels, weight)``, with None as the weight where samples are not weighted. It
             returns the mean over the samples of the batch, or any other number that is made of the batch as a whole.
@@ -123,7 +124,9 @@ def fit(
     instance((bool, Callable), augmentation=augmentation)
     instance(Optimization, optimization=optimization)
     instance(Runtime, runtime=runtime)
-    metrics.bins.index(val.labels, name="val.labels")  # now, and not when the first epoch has ended
+    metrics.bins.index(
+        val.labels, metrics.outside, missing=metrics.missing, name="val.labels"
+    )  # now, and not when the first epoch has ended
     got, on = "torch.no_grad() or torch.inference_mode() around it", torch.is_grad_enabled()
     require(on, "gradients must be on", got=got, fix="Call it outside of these.", error=RuntimeError)
     _check_trainable(model, train, val, loss, sampler, fds, optimization.batch_size, runtime.world)
@@ -193,7 +196,7 @@ def fit(
 
         def loss_of(place: int, indices: Tensor) -> Tensor:
             key = (progress.epoch, place, runtime.rank)
-            images, labels = (part.to(runtime.device) for part in train.batch(indices))
+            images, labels = _moved(train.batch(indices), runtime.device)
             if augmentation:
                 change = augment if augmentation is True else augmentation
                 images = change(images, generator=runtime.generator("augmentation", *key))
@@ -323,7 +326,7 @@ def _outputs(
         for indices in torch.arange(len(data), device="cpu")[runtime.rank :: runtime.world].split(batch_size):
             if len(indices) == 0:  # more ranks than images
                 continue
-            images, labels = (part.to(runtime.device) for part in data.batch(indices))
+            images, labels = _moved(data.batch(indices), runtime.device)
             with runtime.autocast():
                 output = model(_floats(images))
             yield indices, output, labels
@@ -332,9 +335,14 @@ def _outputs(
             module.training = mode
 
 
-def _floats(inputs: Tensor) -> Tensor:
+def _moved(batch: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Tensor]:
+    """Inputs and labels on the device, whatever tuples or dicts hold them."""
+    return tree_map_only(Tensor, lambda part: part.to(device), batch)
+
+
+def _floats(inputs: Any) -> Any:
     """Pixels as floats in [-1, 1]; the numbers of rows and sequences as they are."""
-    return to_float(inputs) if inputs.dtype == torch.uint8 else inputs
+    return to_float(inputs) if getattr(inputs, "dtype", None) == torch.uint8 else inputs
 
 
 class _ModelAndLoss(nn.Module):
@@ -344,7 +352,7 @@ class _ModelAndLoss(nn.Module):
         super().__init__()
         self.model, self.loss, self._runtime = model, loss, runtime
 
-    def forward(self, images: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(self, images: Any, labels: Tensor, weight: Tensor | None) -> Tensor:
         with self._runtime.autocast():
             output = self.model(images)
         return self.loss(output, labels, weight)
