@@ -266,22 +266,25 @@ class LongTailModel(nn.Module):
         one_per_sample("output", output, labels=labels)
         return self.bins.place(labels, self.outside, self.missing)
 
-    def _loss(self, output: LongTailOutput, labels: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+    def _placed(self, labels: Tensor, index: Tensor) -> Placed:
         row = index.clamp_min(0)
-        values, exact, looked_at = row, labels, readable(labels)
+        values, exact = row, labels
         drops = "drop" in (self.outside, self.missing)
         if not self.bins.categorical:
             values = self._clipped(labels)
-            if not looked_at or drops:
+            if not readable(labels) or drops:
                 values = values.to(self.bins.wide_dtype(values))
                 values = torch.where(index >= 0, values, self.bins.tensor("edges", values)[0])
         if drops:
             exact = torch.where(index == -1, values, labels)
-        placed = Placed(row, values, exact)
+        return Placed(row, values, exact)
+
+    def _loss(self, output: LongTailOutput, labels: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+        placed = self._placed(labels, index)
         if weight is None and self.weights is not None:
             shared = self._shares_bins(self.weights.bins)
-            weight = self.weights._of_rows(row) if shared else self.weights(values)
-        if drops:
+            weight = self.weights._of_rows(placed.row) if shared else self.weights(placed.values)
+        if "drop" in (self.outside, self.missing):
             counts = index >= 0
             if weight is not None:
                 one_per_sample("labels", labels, weight=weight)
@@ -289,7 +292,7 @@ class LongTailModel(nn.Module):
         if self.missing == "drop":  # Missing labels are no samples, of which the loss would be the mean.
             weight = weight * (len(labels) / (~labels.isnan()).sum().clamp_min(1))  # type: ignore[operator]
         loss = self.readout.criterion(output, placed, weight, self.head)
-        if looked_at:
+        if readable(labels):
             return loss
         # Where values cannot be looked at, a label that should not be there makes the loss NaN.
         return loss * torch.where((index > -2).all(), 1.0, torch.nan).to(loss.dtype)

@@ -185,8 +185,11 @@ class Readout(nn.Module):
 
     def criterion(self, output: LongTailOutput, labels: Placed, weight: Tensor | None, head: nn.Module) -> Tensor:
         """The mean loss of a batch."""
-        loss = self.loss(self.seen(output.scores), self.target(labels), weight, **self.loss_options)
-        return loss / self.loss_unit
+        return self.loss_of(output.scores, self.target(labels), weight)
+
+    def loss_of(self, scores: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        """The mean loss of scores against what :meth:`target` made of their labels."""
+        return self.loss(self.seen(scores), target, weight, **self.loss_options) / self.loss_unit
 
     def set_prior(
         self, target_prior: TargetPrior, tau: float, kernel: PriorKernel, temperature: float | None, weights: LDS | None

@@ -110,11 +110,11 @@ def judge(x: np.ndarray, y: np.ndarray, method: str, seed: int, most: int) -> di
     start = time.process_time()
     model = make(seed).fit(x[train], y[train], **weight)
     seconds = time.process_time() - start
-    pred, target = (torch.from_numpy(values.astype(float)) for values in (model.predict(x[test]), y[test]))
-    found = dt.regression_metrics(pred, target, density, outside="clip").sel(region="all")
+    pred = model.predict(x[test])
+    found = dt.regression_metrics(pred, y[test].astype(float), density, outside="clip").sel(region="all")
     frequency = density.smooth(dt.gaussian(5, 2)).counts[bins.index(y[test], "clip")]
     rare = np.argsort(frequency, kind="stable")[: -(-len(test) // 10)]
-    few = (pred - target).abs().numpy()[rare].mean()
+    few = np.abs(pred - y[test])[rare].mean()
     return {"mae": found.mae.item(), "bmae": found.bmae.item(), "few": few, "seconds": seconds}
 
 

@@ -13,7 +13,8 @@ except ImportError as error:
         error=ImportError,
     ) from error
 
-from .estimators import LongTailClassifier, LongTailRegressor
+from .classifier import LongTailClassifier
+from .regressor import LongTailRegressor
 from .sample_weighted import SampleWeighted
 from .scorers import bmae_scorer, few_shot_scorer
 

@@ -1,0 +1,130 @@
+"""A classifier for tables with long-tailed classes."""
+# ruff: noqa: N803, N806, since scikit-learn's tables are called X
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sklearn.base import ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from torch import Tensor
+
+from ..._checks import one_of, require
+from ...labels.bins import Bins
+from ...labels.weights import Scheme
+from ._estimator import LongTailEstimator
+
+__all__ = ["LongTailClassifier"]
+
+
+class LongTailClassifier(ClassifierMixin, LongTailEstimator):
+    """A classifier for long-tailed classes, by the rules of scikit-learn.
+
+    By default it is trained by the logit-adjusted loss, so that it predicts as if all classes were equally frequent.
+    Columns are standardized and cut off inside, as by :class:`LongTailRegressor`. Rows are held out in proportion to
+    the classes, of each of which at least one row is left to train on.
+
+    Args:
+        head: ``"linear"``, ``"cosine"`` or ``"affinity"``.
+        loss: as in :class:`dir_toolkit.LongTailModel`.
+        weights: the scheme of :class:`dir_toolkit.LDS` by which the counts of the classes weight the loss, or None. The
+            weights are a part of the prior from which ``tau`` starts.
+        tau: how far to go towards rare classes. 0 keeps the training prior, and 1 goes all the way to even classes.
+            ``"auto"`` takes the value with the least balanced error on the held-out rows, and needs
+            ``adjust="after"``.
+        adjust: ``"in_loss"``, or ``"after"`` training. Affinities need the latter, unless ``loss="cross_entropy"``.
+        hidden, epochs, batch_size, lr, weight_decay, validation_fraction, patience, random_state, device, verbose: as
+            in :class:`LongTailRegressor`.
+    Attributes:
+        classes_: the classes, in order.
+        model_, columns_, tau_, tau_choice_, history_, best_epochs_, n_features_in_, feature_names_in_: as
+            in :class:`LongTailRegressor`.
+    Shape:
+        X: (N, columns). y, sample_weight: (N,), one class per row, of numbers or strings.
+    Raises:
+        ValueError: X or y hold NaN or infinity, labels are of one class, of one row or continuous, or y has several
+        columns; a setting is unknown or out of range. TypeError: a setting is of another kind. NonFiniteLossError:
+        training diverged. NotFittedError of scikit-learn: predictions are asked for before ``fit``.
+
+    >>> X = np.linspace(0, 1, 400)[:, None]
+    >>> classifier = LongTailClassifier(epochs=20, random_state=0).fit(X, np.where(X[:, 0] < 0.9, "benign", "rare"))
+    >>> classifier.predict([[0.1], [0.99]]).tolist()
+    ['benign', 'rare']
+    """
+
+    members = 1
+
+    def __init__(
+        self,
+        *,
+        hidden: Sequence[int] = (64, 64),
+        head: Literal["linear", "cosine", "affinity"] = "linear",
+        loss: str | Callable[..., Tensor] | None = None,
+        weights: Scheme | None = None,
+        tau: float | Literal["auto"] = 1.0,
+        adjust: Literal["after", "in_loss"] = "in_loss",
+        epochs: int = 100,
+        batch_size: int = 64,
+        lr: float = 2e-3,
+        weight_decay: float = 0.05,
+        validation_fraction: float = 0.15,
+        patience: int | None = 15,
+        random_state: Any = None,
+        device: str = "cpu",
+        verbose: bool = False,
+    ) -> None:
+        self.hidden = hidden
+        self.head = head
+        self.loss = loss
+        self.weights = weights
+        self.tau = tau
+        self.adjust = adjust
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LongTailClassifier:
+        """Train on rows X and their classes; ``sample_weight`` as in :meth:`LongTailRegressor.fit`."""
+        one_of("head", self.head, ("linear", "cosine", "affinity"))
+        X, y, weight = self._checked(X, y, sample_weight)
+        check_classification_targets(y)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        found = f"one class, {self.classes_[0]!r}"
+        require(len(self.classes_) > 1, "y must hold at least two classes", got=found)
+        self._check_settings(self.head)
+        bins, optimization = Bins.classes(len(self.classes_)), self._optimization(len(y))
+        random, runtime = self._start()
+        chosen = isinstance(self.tau, str)
+        rows = self._rows(random, X, labels, weight, bins, judged=chosen or self.patience is not None)
+        options: dict[str, Any] = {"loss": self.loss, "adjust": self.adjust}
+        options |= {} if chosen else {"target_prior": "uniform", "tau": self.tau}
+        self.model_, scores = self._fit_model(rows, bins, self.head, self.weights, optimization, runtime, **options)
+        self.tau_choice_, self.tau_ = None, self.tau
+        if chosen:
+            self.tau_choice_ = self.model_.choose_tau(scores, torch.from_numpy(labels[rows.held.any(0)]))
+            self.tau_ = self.tau_choice_.tau
+            self.model_.set_prior("uniform", self.tau_)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The class of each row, (N,)."""
+        place = self._predicted(X, lambda x: self.model_(x).prediction)
+        return self.classes_[place]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The probability of each class, (N, classes), under the prior that predictions are made for."""
+        return self._predicted(X, lambda x: self.model_(x).distribution)
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """The log-probability of each class, (N, classes); of two classes the log-odds of the second, (N,)."""
+        scores = np.log(self.predict_proba(X).clip(np.finfo(np.float64).tiny))
+        return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores
