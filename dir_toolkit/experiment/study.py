@@ -60,6 +60,7 @@ __all__ = ["Run", "Study", "Task", "Trained", "Trial"]
 
 _LAST = "checkpoint-last.pt"
 _LEVEL = 0.9  # of the intervals
+_JUDGED = {"bmae": "bMAE", "mae": "MAE"}  # what the figure of tau shows
 _MOST_IN_A_FIGURE = {"history": 12, "classes": 16}  # methods
 
 
@@ -529,7 +530,8 @@ class Study:
         return {"Label density and LDS weights": density_figure(density, each, effective=effective, **label)}
 
     def _tau_figure(self) -> dict[str, Figure]:
-        """What validation says of each strength of the adjustment, a line per method, its mean over seeds."""
+        """What validation says of each strength of the adjustment, its gain and its price: for each method the bMAE and
+        the MAE, as means over seeds."""
         task = self.tasks[0]  # type: ignore[index]
         choices: dict[str, list[TauChoice]] = {}
         for shown, run, _, _ in self._trained():
@@ -537,9 +539,12 @@ class Study:
                 choices.setdefault(shown, []).append(run.trained.tau)
         if not choices or task.bins.categorical:
             return {}
-        curves = {name: (many[0].taus, np.mean([c.scores for c in many], 0)) for name, many in choices.items()}
-        chosen = {name: float(np.mean([c.tau for c in many])) for name, many in choices.items()}
-        ylabel = f"validation bMAE ({task.label_units})"
+        drawn = {f"{name}, {title}": (many, key) for name, many in choices.items() for key, title in _JUDGED.items()}
+        curves = {
+            name: (many[0].taus, np.mean([c.curves[key] for c in many], 0)) for name, (many, key) in drawn.items()
+        }
+        chosen = {name: float(np.mean([c.tau for c in many])) for name, (many, _) in drawn.items()}
+        ylabel = f"validation error ({task.label_units})"
         return {"Tau on validation": tau_figure(curves, chosen, ylabel=ylabel, percent=False)}
 
     def _statistics_figures(self, label: dict[str, Any]) -> dict[str, Figure]:
