@@ -25,6 +25,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"dir_toolkit": "index.md"},
         {"Digits": "digits.md"},
         {"Intervals": "intervals.md"},
+        {"The prior of new data": "target-prior.md"},
         {"Speed": "speed.md"},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},

@@ -51,7 +51,7 @@ class DistributionMetrics(RegionMetrics):
         density: of the training labels, over bins of a continuous axis. ``(bins, density)`` means the same.
         level: :math:`1 - \alpha`, in (0, 1), of the interval score.
         quantile: q, in (0, 1), of the pinball loss. At 0.5 this is half the absolute error of the median.
-        pit_bins: the number of bins of :meth:`pit`.
+        pit_bins: the number of bins of ``pit``.
         ends: as in :func:`dir_toolkit.decode`; a model's are ``model.readout.ends``.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target keeps its exact distance. The log score
             alone takes it to lie at the end of the axis.
@@ -116,7 +116,7 @@ class DistributionMetrics(RegionMetrics):
         Units:
             targets in those of the label.
         Raises:
-            ShapeError, TypeError, ValueError: as :meth:`Bins.shares`, and where shapes do not fit. LabelError: a target
+            ShapeError, TypeError, ValueError: as ``bins.shares``, and where shapes do not fit. LabelError: a target
             is NaN, or lies beyond the axis under ``outside="raise"``. ValueError: a target that is clipped is infinite.
             On an accelerator, what is not finite shows in the result.
         """
@@ -166,11 +166,11 @@ class DistributionMetrics(RegionMetrics):
         each region. A hump says that forecasts are too wide, and ends that stand up that they are too narrow.
 
         Args:
-            many, few: as in :meth:`compute`.
+            many, few: as in ``compute``.
         Returns:
             ``pit`` over (region, pit_bin), NaN where a region has no sample, and ``count`` over region.
         Raises:
-            as :meth:`compute`.
+            as ``compute``.
         """
         import xarray as xr
 
