@@ -424,6 +424,9 @@ def metrics_jobs(outside: Any) -> dict[str, Callable[[], Job]]:
     return {
         f"RegressionMetrics {outside}": measured(regression, "pred", "y"),
         f"DistributionMetrics {outside}": measured(distribution, "spread", "y"),
+        f"IntervalMetrics {outside}": measured(
+            lambda: dt.metrics.IntervalMetrics(density(BINS), outside=outside), "y", "y", "y"
+        ),
         f"RegressionMetrics over a grid {outside}": measured(grid, "pred2", "y2"),
         f"ClassificationMetrics {outside}": measured(classes, "logits", "c"),
         f"ClassificationMetrics of indices {outside}": measured(classes, "c", "c"),

@@ -150,6 +150,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "AffinityHead.forward": lambda: (dt.AffinityHead(3, 4), {"features": rows(3)}),
     "BinGrid": lambda: (dt.labels.BinGrid, {"axes": BINS}),
     "BinGrid.index": lambda: (dt.labels.BinGrid(BINS, CLASSES).index, {"labels": [[0.5, 1], [1.5, 3]]}),
+    "BinGrid.place": lambda: (dt.Bins.grid(BINS).place, {"labels": years()[:, None]}),
     "BinGrid.rows": lambda: (dt.Bins.grid(BINS).rows, {"labels": years()[:, None]}),
     "BinGrid.tally": lambda: (dt.Bins.grid(BINS).tally, {"labels": years()[:, None]}),
     "BinGrid.shares": lambda: (dt.Bins.grid(BINS).shares, {"probabilities": shares()}),
@@ -177,6 +178,7 @@ VALID: dict[str, Callable[[], Call]] = {
     "Bins.grid": lambda: (dt.Bins.grid, {"axes": BINS}),
     "Bins.index": lambda: (BINS.index, {"labels": years()}),
     "Bins.index, of a list": lambda: (CLASSES.index, {"labels": [0, 3]}),
+    "Bins.place": lambda: (BINS.place, {"labels": years()}),
     "Bins.rows": lambda: (BINS.rows, {"labels": years()}),
     "Bins.tally": lambda: (BINS.tally, {"labels": LABELS}),
     "Bins.shares": lambda: (BINS.shares, {"probabilities": shares()}),
@@ -581,7 +583,10 @@ MUST_FIT: dict[str, tuple[str, ...]] = {
 NO_VALUES = "a tensor on the meta device has no values to look at or to copy, as torch's own sentence says"
 BACKBONE = "what the backbone makes of its input is the backbone's own"
 FILES = "errors of missing files and of folders are Python's own"
+KEYWORD = "it is text that the package itself gives, by which messages call the labels"
 MAY_RAISE: dict[tuple[str, str], str] = {
+    ("BinGrid.place", "name"): KEYWORD,
+    ("Bins.place", "name"): KEYWORD,
     ("Bins.index", "labels"): NO_VALUES,
     ("FDS.update", "labels"): NO_VALUES,
     ("LDS.sample_weight", "labels"): NO_VALUES,
