@@ -23,10 +23,10 @@ ROOMS = (
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"dir_toolkit": "index.md"},
-        {"Digits": "digits.md"},
-        {"Intervals": "intervals.md"},
-        {"The prior of new data": "target-prior.md"},
-        {"Speed": "speed.md"},
+        {"Methods": "methods.md"},
+        {"Recipes and runs": "running.md"},
+        {"Measured": ["ages.md", "digits.md", "intervals.md", "speed.md"]},
+        {"Guarantees": "guarantees.md"},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},
         {"Changes": "CHANGELOG.md"},
