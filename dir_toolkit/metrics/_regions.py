@@ -24,7 +24,7 @@ class RegionMetrics(MergingSums):
     """Metrics that follow from sums per bin, over all labels and by region of the training density."""
 
     metrics: ClassVar[tuple[Metric, ...]]
-    """The declarations of the numbers that :meth:`compute` gives."""
+    """The declarations of the numbers that ``compute`` gives."""
     selects: ClassVar[str]
     """The key of :meth:`summary` whose least value marks the best model."""
     takes: ClassVar[str]
