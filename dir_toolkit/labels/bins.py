@@ -130,6 +130,7 @@ class LabelAxes(ABC):
         and one that is refused where labels are not looked at by -2."""
         one_of("outside", outside, OUTSIDE)
         one_of("missing", missing, MISSING)
+        instance(str, name=name)
         is_tensor(**{name: labels})
         return self._index(labels, outside, missing, name, wait=False)
 

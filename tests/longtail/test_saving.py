@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import sys
@@ -17,6 +18,7 @@ import dir_toolkit as dt
 from dir_toolkit._settings import described
 from dir_toolkit.errors import ArgumentError, CheckpointError, MissingPackageError
 from dir_toolkit.longtail import LongTailModel, LongTailOutput
+from dir_toolkit.longtail.saving import _made_with
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -68,6 +70,7 @@ MODELS: dict[str, Any] = {
     "reference": lambda: trained(weights=dt.LDS.reference(AGES, scheme="inverse").fit(AGE_DENSITY)),
     "fds": lambda: trained(fds=dt.FDS(AGES, 6)),
     "uneven": lambda: trained(UNEVEN, dt.LabelDensity(UNEVEN, np.array([9, 3, 4, 2, 1]))),
+    "missing": lambda: trained(weights=dt.LDS(AGES, missing="drop").fit(AGE_DENSITY), missing="drop"),
     "no density": lambda: trained(density=None),
     "auto": lambda: trained(bins := dt.Bins.auto(y := np.arange(300) ** 1.1), dt.LabelDensity.count(y, bins)),
     "classes": lambda: trained(CLASSES, even_classes(), target_prior="uniform"),
@@ -246,3 +249,9 @@ def test_numbers_that_several_names_share_are_loaded_as_shared(tmp_path: Path) -
     assert loaded.backbone[0].weight is loaded.backbone[1].weight
     same_output(loaded(X), model(X))
     torch.save(loaded, io.BytesIO())  # and it is a module as any other
+
+
+def test_every_argument_of_the_constructor_is_saved() -> None:
+    """But the backbone, which is handed over, and FDS, which predictions do not need."""
+    arguments = set(inspect.signature(LongTailModel).parameters) - {"backbone", "fds"}
+    assert arguments <= _made_with(trained()).keys()
