@@ -340,6 +340,7 @@ MODELS |= {
     "with LDS over uneven bins": model_job(UNEVEN, {"target_prior": "uniform"}, weighted=True),
     "classes with LDS": model_job(CLASSES, {"target_prior": "uniform"}, weighted=True),
     "with FDS": model_job(BINS, {}, fds="diagonal"),
+    "of missing labels": model_job(BINS, {"missing": "drop"}, weighted=True),
     "with low-rank FDS": model_job(BINS, {"head": "regression"}, fds="low_rank", weighted=True),
 }
 
@@ -368,6 +369,7 @@ FEATURES: dict[str, Callable[[], Job]] = {
     "FDS of maps": fds_job("diagonal", "maps", "pixels"),
     "FDS over a grid": fds_job("diagonal", "features", "y2", GRID),
     "FDS that drops": fds_job("diagonal", "features", "y", outside="drop"),
+    "FDS of missing labels": fds_job("diagonal", "features", "y", missing="drop"),
     "FDS over classes": fds_job("diagonal", "features", "c", CLASSES, kernel=[1.0]),
     "low-rank FDS": fds_job("low_rank", "features", "y"),
     "low-rank FDS of maps": fds_job("low_rank", "maps", "pixels"),
