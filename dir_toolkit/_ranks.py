@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import problem
+from ._checks import require
 
 _OF_THE_HOST = ("gloo", "mpi", "ucc")  # backends that take tensors on the CPU
 
@@ -18,8 +18,9 @@ def is_parallel() -> bool:
 
 def check_group(group: object) -> None:
     """Raise unless ``group`` is a process group that this rank is in, or None for all ranks."""
-    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise problem("group must be a ProcessGroup that this rank is in, or None", got=repr(group), error=TypeError)
+    sound = group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup))
+    rule = "group must be a torch.distributed.ProcessGroup that this rank is in, or None"
+    require(sound, rule, got=repr(group), error=TypeError)
 
 
 def reduce_device(like: Tensor, group: dist.ProcessGroup | None = None) -> torch.device:

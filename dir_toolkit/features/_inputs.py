@@ -30,7 +30,6 @@ def placed(labels: Tensor, bins: AnyBins, outside: Outside, missing: Missing = "
 def check_features(features: Tensor, rows: Tensor, num_features: int, channels: Channels | None) -> list[Channels]:
     """The layouts that the features can have: (N, D, ...) or (N, ..., D). Features of which no statistics can be taken
     are refused; they must have as many samples as there are rows."""
-    is_tensor(features=features)
     floats(features=features)
     require_float64(features.device)
     if is_wrapped(features):

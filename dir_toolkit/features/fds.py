@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._checks import instance, interval, length, number, one_of, problem, warn, whole
+from .._checks import instance, interval, length, number, one_of, problem, require, warn, whole
 from .._settings import shown
 from ..errors import ShapeError
 from ..labels.bins import MISSING, Bins, Missing, Outside
@@ -165,9 +165,8 @@ class FDS(RunningStatistics):
         self.momentum = number("momentum", momentum, low=0, high=1, open_high=True)
         self.start_epoch = whole("start_epoch", start_epoch, low=1)
         clip, rank = interval("clip", clip), whole("rank", rank, low=1)
-        if covariance == "low_rank" and rank >= self.num_features:
-            rule = f"rank must be below num_features {self.num_features}"
-            raise problem(rule, got=rank, fix='Pass covariance="full".')
+        fits = covariance != "low_rank" or rank < self.num_features
+        require(fits, f"rank must be below num_features {self.num_features}", got=rank, fix='Pass covariance="full".')
         shrinkage = None if shrinkage is None else number("shrinkage", shrinkage, low=0)
         windows = chosen_windows(kernel, bins) or tuple(np.ones(1) for _ in bins.axes)
         if isinstance(kernel, str) and all(len(window) == 1 for window in windows):
@@ -340,13 +339,10 @@ class FDS(RunningStatistics):
         instance(nn.Module, module=module)
         one_of("where", where, ("input", "output"))
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if any(isinstance(hook, FDSHook) and hook.fds is self for hook in hooks):
-            raise problem(
-                "module must have no hook of this FDS yet, since features would be counted and calibrated twice",
-                got=f"a {type(module).__name__} that has one",
-                fix="Call remove() on the handle that attach returned, or make another FDS.",
-                error=RuntimeError,
-            )
+        twice = any(isinstance(hook, FDSHook) and hook.fds is self for hook in hooks)
+        rule = "module must have no hook of this FDS yet, since features would be counted and calibrated twice"
+        fix = "Call remove() on the handle that attach returned, or make another FDS."
+        require(not twice, rule, got=f"a {type(module).__name__} that has one", fix=fix, error=RuntimeError)
         self.attached = True
         if where == "input":
             return module.register_forward_pre_hook(FDSInputHook(self, select), with_kwargs=True)
@@ -422,11 +418,8 @@ class FDS(RunningStatistics):
         before = self._passes.find(hook, features, self._maps_made, must=must)
         if before is None or before.rows is None or before.maps is None:
             return features
-        if before.maps != self._maps_made:
-            raise problem(
-                "with activation checkpointing, backward must run before end_epoch() and load_state_dict()",
-                got="a forward before and its backward after",
-                fix="Call fds.end_epoch() after the backward of the epoch's last step.",
-                error=RuntimeError,
-            )
+        rule = "with activation checkpointing, backward must run before end_epoch() and load_state_dict()"
+        fix = "Call fds.end_epoch() after the backward of the epoch's last step."
+        same = before.maps == self._maps_made
+        require(same, rule, got="a forward before and its backward after", fix=fix, error=RuntimeError)
         return self._carried(features, before.rows, self._axis(features, before.rows))

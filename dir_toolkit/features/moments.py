@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import problem
+from .._checks import require
 from .._ranks import is_parallel, summed
 from ..errors import ShapeError
 from ._inputs import saved_tensors
@@ -73,9 +73,8 @@ class BinMoments:
         Raises:
             ShapeError: the two differ in their bins, their features or their kind.
         """
-        if other.deviations.shape != self.deviations.shape:
-            got = f"{tuple(self.deviations.shape)} and {tuple(other.deviations.shape)}"
-            raise problem("both must have the same bins and features", got=got, error=ShapeError)
+        own, others = tuple(self.deviations.shape), tuple(other.deviations.shape)
+        require(own == others, "both must have the same bins and features", got=f"{own} and {others}", error=ShapeError)
         device = self.mean.device
         self._add(other.count.to(device), other.mean.to(device), other.deviations.to(device))
         return self

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._checks import instance, is_tensor, keys, label_problem, problem, warn
+from .._checks import instance, is_tensor, keys, label_problem, problem, require, same_bins, warn
 from .._ranks import check_group, is_parallel, summed
 from .._state import Float64Module, pack, unpack
 from ..errors import CheckpointError
@@ -117,9 +117,8 @@ class RunningStatistics(Float64Module):
         if int(unplaced):
             rule, fix = f"labels must lie on the label axis {self.bins!r}", 'Pass outside="drop", and missing="drop".'
             raise label_problem(rule, got=f"{int(unplaced)} that do not", fix=fix)
-        if int(moments.count.sum()) == 0:
-            fix = "Run the model in training mode inside `with fds.labels(y):`."
-            raise problem("features must be gathered before an epoch ends", got="none", fix=fix)
+        some, fix = int(moments.count.sum()) > 0, "Run the model in training mode inside `with fds.labels(y):`."
+        require(some, "features must be gathered before an epoch ends", got="none", fix=fix)
         broken = ~moments.finite()
         if bool(broken.any()):
             got = f"NaN or infinity in bins {broken.nonzero().flatten().tolist()}"
@@ -171,12 +170,10 @@ class RunningStatistics(Float64Module):
     def set_extra_state(self, state: Tensor) -> None:
         saved = unpack(state)
         keys("the saved state", saved, ("bins", "covariance", "counters", "unplaced", "moments"), error=CheckpointError)
-        if (bins := saved_bins(saved["bins"])) != self.bins:
-            rule, got = "the saved statistics must be over the same bins", f"{bins!r} for {self.bins!r}"
-            raise problem(rule, got=got, error=CheckpointError)
-        if saved["covariance"] != self.covariance.form:
-            rule = f"the saved statistics must be of covariance {self.covariance.form!r}"
-            raise problem(rule, got=repr(saved["covariance"]), error=CheckpointError)
+        same_bins("the saved statistics", saved_bins(saved["bins"]), self.bins, error=CheckpointError)
+        form, own_form = saved["covariance"], self.covariance.form
+        rule = f"the saved statistics must be of covariance {own_form!r}"
+        require(form == own_form, rule, got=repr(form), error=CheckpointError)
         own = {"counters": torch.zeros(3, dtype=torch.int64, device="cpu"), "unplaced": self._unplaced}
         numbers = saved_tensors({name: saved[name] for name in own}, own, not_negative=own)
         moments = self.covariance.moments()

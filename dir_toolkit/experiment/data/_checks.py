@@ -18,6 +18,12 @@ def data_error(rule: str, *, got: object = None, fix: str = "", source: object =
     return problem(rule, got=got, fix=fix, error=DataError, source=str(source))
 
 
+def require_data(sound: bool, rule: str, *, got: object = None, fix: str = "", source: object = "") -> None:
+    """Raise :func:`data_error` unless ``sound``."""
+    if not sound:
+        raise data_error(rule, got=got, fix=fix, source=source)
+
+
 def check_array(name: str, value: object, axes: int | None, *dtypes: type[np.generic]) -> None:
     """Raise unless ``value`` is an array with one of these dtypes and this many axes, where samples are not empty.
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._checks import instance, is_tensor, problem, whole
-from ...errors import ShapeError
+from ..._checks import instance, is_tensor, require, whole
 
 __all__ = ["augment", "augment_strongly", "to_float"]
 
@@ -41,8 +40,8 @@ def augment(images: Tensor, *, generator: torch.Generator, flip: bool = True, sh
     instance(bool, flip=flip)
     shift = whole("shift", shift, low=0)
     count, channels, height, width = images.shape
-    if shift >= min(height, width):
-        raise problem("shift must be smaller than the height and the width", got=f"{shift} for {height}x{width}")
+    fits = shift < min(height, width)
+    require(fits, "shift must be smaller than the height and the width", got=f"{shift} for {height}x{width}")
     draws = torch.rand((3, count), generator=generator, device=generator.device, dtype=torch.float64).to(images.device)
     mirrored = draws[0] < 0.5
     moves = (draws[1:] * (2 * shift + 1)).long() - shift
@@ -112,16 +111,14 @@ def to_float(images: Tensor) -> Tensor:
 
 def _check_batch(images: Tensor, generator: torch.Generator, *, floats: bool = False) -> None:
     _check_dtype(images, floats=floats)
-    if images.ndim != 4:
-        raise problem("images must have shape (N, C, H, W)", got=tuple(images.shape), error=ShapeError)
+    require(images.ndim == 4, "images must have shape (N, C, H, W)", got=images.shape)
     instance(torch.Generator, generator=generator)
 
 
 def _check_dtype(images: Tensor, *, floats: bool = False) -> None:
     is_tensor(images=images)
-    if images.dtype != torch.uint8 and not (floats and images.is_floating_point()):
-        rule = f"images must be uint8{' or floats' if floats else ''}"
-        raise problem(rule, got=f"dtype {images.dtype}", error=TypeError)
+    known = images.dtype == torch.uint8 or (floats and images.is_floating_point())
+    require(known, f"images must be uint8{' or floats' if floats else ''}", got=images.dtype)
 
 
 def _reflect(index: Tensor, length: int) -> Tensor:

@@ -20,7 +20,7 @@ from ..._checks import length, one_of, problem
 from ..._files import write_atomically
 from ...errors import SettingsError
 from ..files import one_at_a_time, progress_bar
-from ._checks import RECIPES, check_parts, data_error
+from ._checks import RECIPES, check_parts, data_error, require_data
 from .archives import Files
 from .images import ImageSet, Splits
 
@@ -70,8 +70,7 @@ def decode_once(
     """
     size = length("size", size)
     one_of("on_error", on_error, ("raise", "skip"))
-    if not names:
-        raise data_error("names must hold at least one image", got="none")
+    require_data(len(names) > 0, "names must hold at least one image", got="none")
     facts = json.dumps([_VERSION, size, files.digest(names), list(names)])
     folder = _default_folder() if cache is None else Path(cache)
     path = folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.npy"
@@ -209,12 +208,9 @@ def _default_folder() -> Path:
     try:
         return Path(named).expanduser() if named else Path.home() / ".cache" / "dir_toolkit"
     except RuntimeError:  # neither HOME nor a user of this number, as in some containers
-        rule, got = (
-            "there must be a folder for decoded images",
-            f"DIR_TOOLKIT_CACHE={named}" if named else "no home folder",
-        )
+        got = f"DIR_TOOLKIT_CACHE={named}" if named else "no home folder"
         fix = "Set the environment variable DIR_TOOLKIT_CACHE to a folder, or pass cache=..."
-        raise problem(rule, got=got, fix=fix, error=SettingsError) from None
+        raise problem("there must be a folder for decoded images", got=got, fix=fix, error=SettingsError) from None
 
 
 def _progress(images: Iterator[tuple[str, np.ndarray | str]], total: int) -> Iterator[tuple[str, np.ndarray | str]]:

@@ -75,16 +75,15 @@ def _array(stream: io.BufferedIOBase, place: str, most: int, max_bytes: int) -> 
         while done < len(target) and (count := stream.readinto(target[done : done + _CHUNK])):
             done += count
         if done < len(target):
-            rule = f"the file must go on for {len(target) - done:,} more bytes"
-            raise refusal(start + done, rule, got="its end")
+            raise refusal(start + done, f"the file must go on for {len(target) - done:,} more bytes", got="its end")
 
     start = bytearray(4)
     fill(memoryview(start), 0)
     zeros, kind, count = bytes(start[:2]), start[2], start[3]
     if zeros != b"\0\0":
         raise refusal(0, "an idx file must begin with two zeros", got=zeros.hex(" "))
+    listed = ", ".join(f"{code:02x}" for code in _TYPES)
     if kind not in _TYPES:
-        listed = ", ".join(f"{code:02x}" for code in _TYPES)
         raise refusal(2, f"the type of the numbers must be one of {listed}", got=f"{kind:02x}")
     if not 1 <= count <= _MOST_AXES:
         raise refusal(3, f"there must be 1 to {_MOST_AXES} axes", got=count)
@@ -95,8 +94,8 @@ def _array(stream: io.BufferedIOBase, place: str, most: int, max_bytes: int) -> 
         raise refusal(4 + 4 * shape.index(0), "each axis must be at least 1 long", got=shape)
     header, claimed = 4 + len(axes), math.prod(shape) * np.dtype(_TYPES[kind]).itemsize
     allowed = min(max_bytes, most - header)
+    reason = "the limit" if allowed == max_bytes else "since the file holds no more"
     if claimed > allowed:
-        reason = "the limit" if allowed == max_bytes else "since the file holds no more"
         rule = f"the numbers must take at most {allowed:,} bytes, {reason}"
         raise refusal(4, rule, got=f"{claimed:,} in shape {shape}")
     numbers = np.empty(claimed, np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import instance, problem
+from ..._checks import instance, require
 from ...errors import LabelError, ShapeError
 from ._checks import check_array, check_each
 
@@ -44,9 +44,8 @@ class SampleSet:
         self._check_inputs()
         check_array("labels", self.labels, 1, np.float32, np.int64)
         check_array("rows", self.rows, 1, np.int64)
-        if len(self.labels) != len(self.rows):
-            got = f"{len(self.labels)} and {len(self.rows)}"
-            raise problem("labels and rows must be equally long", got=got, error=ShapeError)
+        one, other = len(self.labels), len(self.rows)
+        require(one == other, "labels and rows must be equally long", got=f"{one} and {other}", error=ShapeError)
         is_class = self.labels.dtype == np.int64
         sound = self.labels >= 0 if is_class else np.isfinite(self.labels)
         check_each(f"labels must be {'class indices >= 0' if is_class else 'finite'}", self.labels, sound, LabelError)
@@ -55,8 +54,8 @@ class SampleSet:
         self._take_digest(digest)
 
     def _take_digest(self, digest: str) -> None:
-        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            raise problem("digest must be 64 hexadecimal digits", got=repr(digest), fix="Leave it out.")
+        sound = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+        require(sound, "digest must be 64 hexadecimal digits", got=repr(digest), fix="Leave it out.")
         object.__setattr__(self, "digest", digest)
 
     def _check_inputs(self) -> None:

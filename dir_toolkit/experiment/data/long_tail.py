@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
-from ..._checks import instance, length, number, problem, whole
+from ..._checks import instance, length, number, problem, require, whole
 from ...errors import LabelError, ShapeError
 from ._checks import check_array, check_each, row
 from .images import ImageSet, Splits
@@ -195,17 +195,13 @@ def long_tail_splits(
     test_classes = _classes(test_labels, num_classes, "test_labels")
     for name, array, target in (("images", images, classes), ("test_images", test_images, test_classes)):
         check_array(name, array, 4, np.uint8)
-        if len(array) != len(target) or array.shape[1:] != images.shape[1:]:
-            rule = (
-                f"{name} must have shape ({len(target)}, {', '.join(map(str, images.shape[1:]))}), one image per label"
-            )
-            raise problem(rule, got=array.shape, error=ShapeError)
+        expected = (len(target), *images.shape[1:])
+        require(array.shape == expected, f"{name} must have shape {expected}, one image per label", got=array.shape)
     most = len(classes) if train_per_class is None else whole("train_per_class", train_per_class, low=1)
     train = train[_first(classes[train], np.full(num_classes, most), seed, "cap")]
     kept = np.ones(num_classes) if shares is None else row("shares", shares)
-    if len(kept) != num_classes:
-        rule = "shares must hold one share per class"
-        raise problem(rule, got=f"{len(kept)} for {num_classes} classes", error=ShapeError)
+    fits, got = len(kept) == num_classes, f"{len(kept)} for {num_classes} classes"
+    require(fits, "shares must hold one share per class", got=got, error=ShapeError)
     train = train[thin(classes[train], kept, seed=seed)]
     noise = number("noise", noise, low=0, high=1, open_high=True)
     train_classes = uniform_noise(classes[train], noise, num_classes, seed=seed) if noise else classes[train]
@@ -257,8 +253,8 @@ def _words(length: int, seed: int, use: str, index: int = 0) -> np.ndarray:
 def _classes(labels: object, num_classes: int | None = None, name: str = "labels") -> np.ndarray:
     """Class indices as int64, each in [0, num_classes) if there is such a limit."""
     values = row(name, labels)
-    if values.dtype.kind == "f" and len(values):  # an empty list has no integers
-        raise problem(f"{name} must be integers, class indices", got=f"dtype {values.dtype}", error=TypeError)
+    whole_numbers = values.dtype.kind != "f" or len(values) == 0  # an empty list has no integers
+    require(whole_numbers, f"{name} must be integers, class indices", got=values.dtype)
     most = np.iinfo(np.int64).max if num_classes is None else num_classes - 1
     rule = f"{name} must be class indices, >= 0" + ("" if num_classes is None else f" and < {num_classes}")
     check_each(rule, values, (values >= 0) & (values <= most), LabelError)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..._checks import instance
-from ._checks import data_error
+from ._checks import data_error, require_data
 from .idx import read_idx
 from .images import Splits
 from .long_tail import long_tail_splits
@@ -98,9 +98,8 @@ def mnist(
     arrays = {name: _read(path, name, verify=verify) for name, path in paths.items() if path is not None}
     for part in ("train", "t10k"):
         images, labels = len(arrays[f"{part}-images-idx3-ubyte"]), len(arrays[f"{part}-labels-idx1-ubyte"])
-        if images != labels:
-            got = f"{images:,} and {labels:,} of {part}"
-            raise data_error("there must be as many images as labels", got=got, source=folder)
+        got = f"{images:,} and {labels:,} of {part}"
+        require_data(images == labels, "there must be as many images as labels", got=got, source=folder)
     return long_tail_splits(
         arrays["train-images-idx3-ubyte"],
         arrays["train-labels-idx1-ubyte"],

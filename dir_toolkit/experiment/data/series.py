@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..._checks import one_of, whole
-from ._checks import data_error
+from ._checks import data_error, require_data
 from .images import Splits
 from .rows import columns_of, find_file, has_columns, lines_of, numbers_of, splits_of_rows
 
@@ -61,8 +61,7 @@ def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hour
     label = number["PM2.5"][hours - 1 :]
     test = len(series) - _TEST_FROM
     val = int(test * (1 - _VAL_SHARE))
-    if val < 1:
-        raise data_error(f"the file must hold more than {_TEST_FROM + 1} hours", got=len(series), source=path)
+    require_data(val > 0, f"the file must hold more than {_TEST_FROM + 1} hours", got=len(series), source=path)
     spans = ((0, val), (val, test), (test, len(series)))
     parts = [np.arange(first, max(first, last - hours + 1)) for first, last in spans]
     known = [rows[np.isfinite(label[rows])] for rows in parts]
@@ -98,9 +97,8 @@ def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0
     train_path, test_path, rest_path = (find_file(root, name, f"cmapss_{name}", card="cmapss") for name in files)
     engines, cut = _engines(train_path), _engines(test_path)
     lives = [_line_of_numbers(line, 1, f"{rest_path}, line {i + 1}")[0] for i, line in _data_lines(rest_path, "RUL")]
-    if len(lives) != len(cut):
-        got = f"{len(lives)} and {len(cut)}"
-        raise data_error(f"the lives must be as many as the engines in {test_path.name}", got=got, source=rest_path)
+    got, rule = f"{len(lives)} and {len(cut)}", f"the lives must be as many as the engines in {test_path.name}"
+    require_data(len(lives) == len(cut), rule, got=got, source=rest_path)
     inputs, labels, owner = [], [], []
     for engine, readings in engines.items():
         windows = _windows(_lengthened(readings, cycles), cycles)
@@ -137,8 +135,8 @@ def _engines(path: Path) -> dict[int, np.ndarray]:
         place = f"{path}, line {i + 1}"
         engine, cycle, *values = _line_of_numbers(line, _CELLS, place)
         rows = readings.setdefault(int(engine), [])
-        if cycle != len(rows) + 1:
-            raise data_error(f"engine {int(engine)} must go on with cycle {len(rows) + 1}", got=cycle, source=place)
+        due = len(rows) + 1
+        require_data(cycle == due, f"engine {int(engine)} must go on with cycle {due}", got=cycle, source=place)
         rows.append(np.array(values, np.float32))
     return {engine: np.stack(rows) for engine, rows in readings.items()}
 
@@ -153,8 +151,8 @@ def _line_of_numbers(line: str, count: int, place: str) -> list[float]:
         values = [float(cell) for cell in line.split()]
     except ValueError as error:
         raise data_error("a line must hold numbers", got=error, source=place) from None
-    if len(values) != count or not np.isfinite(values).all():
-        raise data_error(f"a line must hold {count} finite numbers", got=len(values), source=place)
+    sound = len(values) == count and bool(np.isfinite(values).all())
+    require_data(sound, f"a line must hold {count} finite numbers", got=len(values), source=place)
     return values
 
 

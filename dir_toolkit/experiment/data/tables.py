@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ._checks import data_error
+from ._checks import require_data
 from .images import SampleSet, Splits
 from .rows import columns_of, has_columns, numbers_of, seeded_splits
 
@@ -42,9 +42,8 @@ def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (
     has_columns(columns, (label, *drop), path)
     labels = numbers_of(columns.pop(label), label, path)
     features = [_features(cells, name, path) for name, cells in columns.items() if name not in drop]
-    if not features or len(labels) < 5:
-        got = f"{len(features)} and {len(labels)}"
-        raise data_error("the table must have a feature and at least 5 rows", got=got, source=path)
+    some, got = len(features) > 0 and len(labels) >= 5, f"{len(features)} and {len(labels)}"
+    require_data(some, "the table must have a feature and at least 5 rows", got=got, source=path)
     inputs = np.concatenate(features, axis=1).astype(np.float32)
     return seeded_splits(inputs, labels, source=path.name.split(".")[0], seed=seed)
 
@@ -66,9 +65,8 @@ def _features(cells: list[str], name: str, path: Path) -> np.ndarray:
     """(N, 1) numbers, or (N, W) of zeros and ones."""
     if all(_is_word(cell) for cell in cells):
         words = sorted(set(cells))
-        if len(words) > _MOST_WORDS:
-            rule = f"column {name!r} must hold at most {_MOST_WORDS} different words"
-            raise data_error(rule, got=len(words), fix=f"Pass drop=[{name!r}].", source=path)
+        rule = f"column {name!r} must hold at most {_MOST_WORDS} different words"
+        require_data(len(words) <= _MOST_WORDS, rule, got=len(words), fix=f"Pass drop=[{name!r}].", source=path)
         return (np.array(cells)[:, None] == np.array(words)).astype(np.float64)
     return numbers_of(cells, name, path)[:, None]
 

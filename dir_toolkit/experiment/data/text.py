@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from ..._checks import one_of, whole
-from ._checks import data_error
+from ._checks import require_data
 from .images import SampleSet, Splits
 from .rows import columns_of, find_file, has_columns, lines_of, numbers_of, splits_of_rows
 
@@ -49,12 +49,11 @@ def word_vectors(root: str | os.PathLike[str], name: str = "glove_100d.txt") -> 
             rows.append(np.array(cells, np.float32))
         except ValueError:
             rows.append(np.empty(0, np.float32))
-        if word in number or not len(rows[-1]) == len(rows[0]) > 0 or not np.isfinite(rows[-1]).all():
-            rule = f"a line must hold a new word and {len(rows[0]) or 'its'} numbers"
-            raise data_error(rule, got=repr(line[:40]), source=f"{path}, line {i + 1}")
+        sound = word not in number and len(rows[-1]) == len(rows[0]) > 0 and bool(np.isfinite(rows[-1]).all())
+        rule = f"a line must hold a new word and {len(rows[0]) or 'its'} numbers"
+        require_data(sound, rule, got=repr(line[:40]), source=f"{path}, line {i + 1}")
         number[word] = i + 1
-    if not rows:
-        raise data_error("the file must hold a word", got="none", source=path)
+    require_data(len(rows) > 0, "the file must hold a word", got="none", source=path)
     return number, np.stack([np.zeros_like(rows[0]), *rows])
 
 
