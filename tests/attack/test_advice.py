@@ -77,7 +77,8 @@ def test_a_width_that_does_not_divide(low: Any, high: Any, width: Any) -> None:
 
 
 def test_whole_numbers_need_a_width_of_one() -> None:
-    found = advice(lambda: Bins.uniform(0, 3, width=0.5, integer=True), r"Use a width of at least (\S+), or integer=False\.$")
+    wanted = r"Use a width of at least (\S+), or integer=False\.$"
+    found = advice(lambda: Bins.uniform(0, 3, width=0.5, integer=True), wanted)
     assert len(Bins.uniform(0, 3, width=float(found[1]), integer=True)) == 3
 
 

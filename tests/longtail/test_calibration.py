@@ -327,7 +327,7 @@ def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
         (lambda: model.choose_tau(scores, y * math.nan), LabelError, "labels must not be NaN"),
         (lambda: model.choose_tau(scores, y, taus=[]), ValueError, "taus must hold at least one value"),
         (lambda: model.choose_tau(scores, y, taus=[1, 0]), ValueError, "taus must be one row, rising and not negative"),
-        (lambda: model.choose_tau(scores, y, taus=[-1, 0]), ValueError, "taus must be rising and not neg"),
+        (lambda: model.choose_tau(scores, y, taus=[-1, 0]), ValueError, "taus must be one row, rising"),
         (lambda: model.choose_tau(scores, y, taus=[math.inf]), ValueError, "taus must be finite, got inf"),
     ]
     for call, error, rule in cases:
