@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,6 +29,17 @@ def test_the_examples_run_and_print_what_it_shows(capsys: pytest.CaptureFixture[
     for example in others:
         exec(compile(example, "README.md", "exec"), names)
     assert {"table", "fds"} <= set(names)
+
+
+def test_the_code_of_the_page_on_priors_runs_and_adjusting_pays(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "target-prior.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    torch.manual_seed(0)
+    exec(compile(code, "target-prior.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "it is accepted" in printed
+    before, after = (float(number) for number in re.findall(r"MAE ([\d.]+)", printed))
+    assert after < 0.95 * before
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
