@@ -186,10 +186,10 @@ class Conformal(ABC):
         needed, fewest = math.ceil(1 / miss) - 1, int(counts.argmin())
         if counts[fewest] < needed and not self._warned:
             self._warned = True
+            where = f"region {str(self._names[fewest])!r} has" if self.per_region else "there are"
             warn(
-                f"region {str(self._names[fewest])!r} has {counts[fewest]} calibration samples, and level "
-                f"{digits(level)} needs {needed}, so that sets hold all of its labels. Use more samples, a lower "
-                "level, or larger regions."
+                f"{where} {counts[fewest]} calibration samples, and level {digits(level)} needs {needed}, so that sets "
+                "hold all of these labels. Use more samples, a lower level, or larger regions."
             )
         cuts = ((self.per_region, self._of_bin), (1 - self.per_region, np.zeros_like(self._of_bin)))
         return np.sum([share * _thresholds(scores, rows, of_bin, miss) for share, of_bin in cuts if share], axis=0)
@@ -202,7 +202,8 @@ class Conformal(ABC):
     def interval(self, output: Any, level: float = 0.9) -> tuple[Any, Any]:
         """The hull of each set: its lower and its upper end, (N,) each, in label units.
 
-        An empty set, which a forecast that fits no label can have, gives an interval around the best one.
+        An empty set, which a forecast that fits no label can have, gives the best bin; of a number or a Gaussian, its
+        middle.
 
         Raises:
             as :meth:`update` for forecasts and as :meth:`thresholds`. ValueError: bins are classes, which have no

@@ -113,7 +113,7 @@ def test_too_few_samples_give_all_labels_of_the_region_and_one_warning(kind: typ
     output, labels = drawn(kind, 30, np.random.default_rng(1))
     keep = np.append(np.arange(60), np.arange(60, 68))  # 8 of the few, where level 0.9 needs 9
     calibration = calibrated(kind, (output[keep], labels[keep]))
-    said = "region 'few' has 8 calibration samples, and level 0.9 needs 9, so that sets hold all of its labels"
+    said = "region 'few' has 8 calibration samples, and level 0.9 needs 9, so that sets hold all of these labels"
     with pytest.warns(dt.DirToolkitWarning, match=said):
         thresholds = calibration.thresholds(0.9)
     assert (np.isneginf(thresholds) == (REGION == "few")).all()

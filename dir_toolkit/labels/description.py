@@ -14,7 +14,7 @@ from .kernels import usual_kernel
 __all__ = ["Description"]
 
 _EVEN, _HARSH = 0.8, 0.1  # shares of labels that inverse weights leave: labels are nearly even, or few rule the loss
-_ENOUGH, _TOO_FEW = 50, 5  # labels per bin: for a network that scores bins, and for bins at all
+_TOO_FEW = 5  # labels per bin
 _BRIDGED = 4  # empty bins in a row that the usual window of five still fills
 
 
@@ -96,12 +96,10 @@ def _advice(found: Description, one_axis: bool, crowded: list[str]) -> Iterator[
         yield f"Weigh the loss by LDS(bins).fit(labels){scheme}."
         if left < _HARSH:
             yield 'Leave scheme="inverse" alone, or bound it by clip=: few rare labels would rule the loss.'
-        if not one_axis:
-            yield "Or learn under the prior of the labels and predict under an even one, as LongTailModel does."
-        elif found.per_bin >= _ENOUGH:
-            yield "Bins hold enough labels to be scored: LongTailModel(..., bins), with tau chosen on validation data."
+        if one_axis:
+            yield "Or score bins with LongTailModel(..., bins), and choose tau on validation data."
         else:
-            yield f'With fewer than {_ENOUGH} labels per bin rather predict one number (head="regression").'
+            yield "Or learn under the prior of the labels and predict under an even one, by logit adjustment."
     yield from (f"{clause}: unless they are equal, use narrower bins there, as Bins.auto does." for clause in crowded)
     if one_axis and found.per_bin < _TOO_FEW:
         yield "Bins hold few labels: use wider ones, or get more labels."

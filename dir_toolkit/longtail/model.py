@@ -12,7 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, keys, length, one_of, one_per_sample, problem, require, same_bins, shaped
+from .._checks import (
+    instance,
+    is_tensor,
+    keys,
+    labels_array,
+    length,
+    one_of,
+    one_per_sample,
+    problem,
+    require,
+    same_bins,
+    shaped,
+)
 from .._numerics import readable
 from .._settings import shown
 from .._state import pack, unpack, whole_or_not_at_all
@@ -84,8 +96,8 @@ class LongTailModel(nn.Module):
         outside: what a label beyond the axis does in the loss. ``"raise"`` refuses it; ``"clip"`` places it in the end
             bin, while its error stays exact; ``"drop"`` counts it nowhere, as a weight of zero does. An ``fds`` must
             drop, too, where the model does.
-        missing: what NaN does in the loss. ``"drop"`` takes it for a missing label: the loss is the mean over the
-            others, and nothing of it is left where there are none. An ``fds`` must drop, too.
+        missing: what NaN does in the loss. ``"raise"`` refuses it; ``"drop"`` takes it for a missing label: the loss is
+            the mean over the others, and nothing of it is left where there are none. An ``fds`` must drop, too.
         options: those of the readout, which head and axis decide: :class:`BinsReadout`, :class:`ClassReadout`,
             :class:`GaussianReadout` or :class:`PointReadout`.
     Attributes:
@@ -101,8 +113,8 @@ class LongTailModel(nn.Module):
         ShapeError: head or backbone do not fit features and axis, or labels are not (N,): maps of labels are not
         supported. TypeError: an option is none of the readout's, or a part is of another kind. ValueError: a word is
         unknown, a number is out of range, or there is no density where one is needed. NotFittedError: weights are not
-        fitted where a prior is asked for. LabelError: a label is NaN, or lies beyond the axis under ``"raise"``; on
-        accelerators the loss is NaN instead.
+        fitted where a prior is asked for. LabelError: a label is NaN, unless missing ones are dropped, or lies beyond
+        the axis under ``"raise"``; on accelerators the loss is NaN instead.
     Source:
         Menon et al. 2021 (arXiv:2007.07314) for the adjustment; Yang et al. 2021 (arXiv:2102.09554) for smoothing.
 
@@ -425,8 +437,9 @@ class LongTailModel(nn.Module):
         gamma: float = 0.5,
         outside: Outside | None = None,
     ) -> None:
-        """Calibrate :meth:`interval` and :meth:`sets` on held-out data, so that they hold a share ``level`` of the
-        labels of each region, rare or common, whatever the model is worth (:mod:`dir_toolkit.conformal`).
+        """Calibrate :meth:`sets` and :meth:`interval`, their hull, on held-out data, so that they hold at least a share
+        ``level`` of the labels of each region, rare or common, whatever the model is worth
+        (:mod:`dir_toolkit.conformal`).
 
         These data must have chosen nothing: no parameter, epoch, temperature or tau, nor an estimated prior. Split them
         off first. Calibrate last, under the prior that is predicted under. What :meth:`set_prior` changes afterwards is
@@ -444,17 +457,24 @@ class LongTailModel(nn.Module):
         Shape:
             scores: (N, ...), as in :class:`LongTailOutput`. labels: (N,).
         Raises:
-            ShapeError: the shapes do not fit. LabelError: a label is NaN or lies beyond the axis. ValueError: there is
-            no density or no sample, a score is not finite, or a number is out of range.
+            ShapeError: the shapes do not fit. LabelError: a label is NaN and the model does not drop missing ones, or
+            it lies beyond the axis. ValueError: there is no density or no sample, a score is not finite, or a number is
+            out of range.
         """
         outside = self.outside if outside is None else outside
+        if self.missing == "drop":
+            is_tensor(scores=scores)
+            labels = labels_array(labels, "labels")
+            there = ~np.isnan(labels)
+            if there.shape == scores.shape[:1]:
+                scores, labels = scores[torch.from_numpy(there).to(scores.device)], labels[there]
         self.readout.calibrate_intervals(
             scores, labels, level, gamma=gamma, weights=self.weights,
             regions=regions, per_region=per_region, outside=outside,
         )  # fmt: skip
 
     def interval(self, output: LongTailOutput | Tensor, level: float | None = None) -> tuple[Tensor, Tensor]:
-        """The interval that holds a label with the probability ``level``.
+        """The interval that is to hold a label with at least the probability ``level``.
 
         After :meth:`calibrate_intervals` it is the hull of the calibrated set. Around numbers it can be infinite, where
         calibration samples were too few. Before, it is the central interval of the model's own distribution, which is
@@ -513,7 +533,8 @@ class LongTailModel(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all that predictions need into one file, which :func:`dir_toolkit.load` reads: the numbers of backbone
-        and head, axis, density, weights, options, prior, tau and temperature. It needs the package ``safetensors``.
+        and head, axis, density, weights, options, prior, tau, temperature and calibrated intervals. It needs the
+        package ``safetensors``.
 
         The code of the backbone is not saved, nor that of a head or loss of one's own; they are handed to ``load``.
         Neither are the statistics of FDS, which predictions do not need.

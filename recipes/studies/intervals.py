@@ -99,10 +99,10 @@ def judge(root: Path, name: str, seed: int, most: int) -> Iterator[dict[str, Any
     density = dt.LabelDensity.count(y, bins)
     regions = np.where(density.counts > 0, density.regions(), "few")
     trees = HistGradientBoostingRegressor(random_state=seed).fit(x, y)
-    network: Any = LongTailRegressor(bins=bins, tau=0.0, random_state=seed).fit(x, y)
+    network: Any = LongTailRegressor(bins=bins, head="linear", tau=0.0, random_state=seed).fit(x, y)
 
     def forecasts(rows: Rows) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        shares = network._predicted(rows[0], lambda output: output.distribution)
+        shares = network._predicted(rows[0], lambda x: network.model_(x).distribution)
         return {"number": trees.predict(rows[0]), "bins": shares}, rows[1]
 
     def found(name: str, method: str, y: np.ndarray, ends: Any, held: Any, size: Any) -> Iterator[dict[str, Any]]:

@@ -31,14 +31,13 @@ def test_a_long_tail_is_weighed_and_scored() -> None:
     assert repr(found) == str(found)
     assert f"axis              {len(tail):,} whole numbers from 0 to 59" in str(found)
     assert "- Weigh the loss by LDS(bins).fit(labels)" in str(found)
-    assert "- Bins hold enough labels to be scored" in str(found)
+    assert "- Or score bins with LongTailModel(..., bins)" in str(found)
 
 
 @pytest.mark.parametrize(
     ("counts", "sentence"),
     [
         ([900] * 5 + [1] * 5, 'Leave scheme="inverse" alone, or bound it by clip=: few rare labels would rule'),
-        ([90, 50, 20, 9, 4, 1], 'rather predict one number (head="regression")'),
         ([90, 50, 20, 9, 4, 1], "No bin has more than 100 labels: regions(relative=True)"),
         ([3, 2, 1], "Bins hold few labels: use wider ones, or get more labels."),
         ([20] * 60 + [0] * 6 + [5], "Widen the kernel to bridge empty bins: gaussian(7, 2.8)."),
@@ -54,7 +53,7 @@ def test_classes_and_grids_have_no_gaps() -> None:
     for bins in (Bins.classes(6), Bins.grid(Bins.classes(2), Bins.uniform(0, 3, width=1))):
         found = LabelDensity(bins, [500, 0, 0, 0, 0, 9]).describe()
         assert found.gap == 0
-        assert "predict under an even one, as LongTailModel does" in str(found)
+        assert "predict under an even one, by logit adjustment" in str(found)
 
 
 def test_there_must_be_a_label() -> None:

@@ -165,3 +165,15 @@ def test_what_is_refused() -> None:
         with pytest.raises(error, match=rf"^LongTailModel.*{message}"):
             call()
     assert model.readout.intervals.level == 0  # nothing has changed
+
+
+def test_missing_labels_calibrate_nothing_where_the_model_drops_them() -> None:
+    x, labels = drawn()
+    gaps = labels.double().where(torch.arange(len(labels)) % 5 > 0, torch.nan)
+    there = ~gaps.isnan()
+    model, other = untrained(missing="drop"), untrained()
+    model.calibrate_intervals(model(x).scores, gaps)
+    other.calibrate_intervals(other(x).scores[there], labels[there])
+    assert torch.equal(model.sets(model(x)), other.sets(other(x)))
+    with pytest.raises(dt.LabelError, match="labels must not be NaN"):
+        other.calibrate_intervals(other(x).scores, gaps)

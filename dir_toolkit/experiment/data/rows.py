@@ -42,7 +42,7 @@ def lines_of(path: Path) -> list[str]:
     Raises:
         DataError: the file cannot be read, is damaged or cut short, or is not text in UTF-8.
     """
-    return _text_of(path).splitlines()
+    return [line.removesuffix("\r") for line in _text_of(path).removesuffix("\n").split("\n")]
 
 
 def columns_of(path: str | os.PathLike[str], *, delimiter: str = ",", quoted: bool = True) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ BEIJING_FEATURES = (*_WEATHER, "wind east", "wind north", "hour sine", "hour cos
 """What each hour of :func:`beijing` holds: degrees Celsius, hPa, degrees Celsius, mm, m/s, and unit circles."""
 _NUMERIC = ("PM2.5", "month", "day", "hour", *_WEATHER)
 _WINDS = ("N", "NNE", "NE", "ENE", "E", "ESE", "SE", "SSE", "S", "SSW", "SW", "WSW", "W", "WNW", "NW", "NNW")
-_TEST_FROM = 366 * 24  # hours before the end: the last year of the recording is the test
+_TEST_FROM = 366 * 24  # hours before the end
 _VAL_SHARE = 0.2  # of the hours before it, the last of which validate
 
 _CELLS = 26  # of a line: the engine, the cycle, 3 settings, 21 sensors
@@ -29,8 +29,8 @@ _EVERY = 5  # the engine of every fifth number validates
 def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hours: int = 24) -> Splits:
     """The fine dust (PM2.5) of an hour in Beijing, from the weather of this hour and of those before it.
 
-    The recording runs from March 2013 to February 2017. Its last year is the test, and of the rest the last fifth is
-    for validation. A window begins no earlier than the part it belongs to. A missing measurement of the weather is
+    The recording runs from March 2013 to February 2017. Its last 366 days are the test, and of the rest the last fifth
+    is for validation. A window begins no earlier than the part it belongs to. A missing measurement of the weather is
     filled by the last one before it; an hour without a label is left out and counted.
 
     Args:

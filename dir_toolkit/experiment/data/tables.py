@@ -20,8 +20,8 @@ _MOST_WORDS = 100  # that one column may hold
 def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (), seed: int = 0) -> Splits:
     """A CSV file with a label in one column and features in all others, split by a seed.
 
-    A column of numbers is one feature. A column that holds a word is one feature per word in it, which is 1 in the rows
-    of this word and 0 in the others; the words are sorted.
+    A column of numbers is one feature. A column in which any cell is no number is one feature per different cell, which
+    is 1 in the rows of this cell and 0 in the others; the cells are sorted.
 
     Args:
         path: the file, with the names of the columns in its first line, packed with gzip or not.
@@ -32,7 +32,8 @@ def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (
         Splits with inputs (N, F) float32 as the file has them; :func:`standardized` scales them.
     Raises:
         DataError: a column is not there, no feature is left, a label is no finite number, a number is missing among
-            numbers, or a column holds more than 100 different words. Or the file is damaged or has fewer than 5 rows.
+            numbers, or a column of words holds more than 100 different ones. Or the file is damaged or has fewer than 5
+            rows.
 
     >>> table("abalone.csv.gz", "Rings").train.inputs.shape                                         # doctest: +SKIP
     (4177, 10)
@@ -63,7 +64,7 @@ def standardized(splits: Splits) -> Splits:
 
 def _features(cells: list[str], name: str, path: Path) -> np.ndarray:
     """(N, 1) numbers, or (N, W) of zeros and ones."""
-    if all(_is_word(cell) for cell in cells):
+    if any(_is_word(cell) for cell in cells):
         words = sorted(set(cells))
         rule = f"column {name!r} must hold at most {_MOST_WORDS} different words"
         require_data(len(words) <= _MOST_WORDS, rule, got=len(words), fix=f"Pass drop=[{name!r}].", source=path)

@@ -34,7 +34,7 @@ def word_vectors(root: str | os.PathLike[str], name: str = "glove_100d.txt") -> 
     Args:
         name: a file in ``root`` with one word per line, followed by its numbers, packed with gzip or not.
     Shape:
-        Returns vectors (V + 1, D) float32, whose row 0 is zero. It stands for padding and for unknown words.
+        Returns vectors (V + 1, D) float32, whose row 0 is zero and stands for padding.
     Raises:
         DataError: the file is missing or damaged, or a line has another number of numbers than the first.
     Source:
@@ -65,7 +65,7 @@ def emobank(
     Args:
         root: the folder of ``emobank.csv``, packed with gzip or not.
         number: of each word, from :func:`word_vectors`.
-        longest: the number of words after which a sentence is cut.
+        longest: the number of known words after which a sentence is cut; unknown ones are left out.
     Returns:
         Splits as the authors made them, with inputs (N, longest) int64, the numbers of the words, then zeros.
     Raises:

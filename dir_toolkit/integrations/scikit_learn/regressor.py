@@ -40,7 +40,7 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
     Each network is the mean of a few members. Each member is trained without a share of the rows, by which it is judged
     and which no other member lacks, so that all rows judge and all rows are learnt from.
 
-    Columns are standardized inside, cut off far from all values that the rows to train on have, and cut into pieces.
+    Columns are standardized inside, cut off far from most values that the rows to train on have, and cut into pieces.
     A column that is constant in these rows has no effect. Held-out rows that are unlike all rows to train on do not
     judge a member. A warning says where the mean of held-out errors is larger than that of a constant.
 
@@ -61,15 +61,16 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
             ``"auto"`` takes the value that suits the held-out rows best. Heads without bins have nothing to adjust.
         by: what ``"auto"`` judges by: ``"bmae"``, the mean absolute error with each bin counting alike, or ``"mae"``.
         most_mae: the most that the mean absolute error over held-out rows may be, as a factor >= 1 of the least that is
-            found; None sets no limit.
+            found with ``head="auto"``, and of that at tau 0 with other heads; None sets no limit.
         adjust: ``"after"`` training, or ``"in_loss"``, which needs a number as ``tau``.
-        members: how many networks are averaged. With one a share of the rows is held out and lost to training.
+        members: how many networks are averaged; 1 with ``"cosine"`` and ``"affinity"``, whose scores cannot be. With
+            one a share of the rows is held out and lost to training. Several hold out an equal part of the rows each.
         epochs: the largest number of passes over the rows.
         batch_size: the rows per step; ``"auto"`` takes a twentieth of all, but 32 at least and 512 at most.
         lr: the highest learning rate of AdamW. It rises over the first twentieth of all steps and falls as a cosine.
         weight_decay: the pull of weight matrices towards zero.
-        validation_fraction: the share of the rows that one member holds out, in (0, 0.5]. Where a number is passed as
-            ``tau``, no ``head`` is to be chosen and ``patience=None``, none are held out.
+        validation_fraction: the share of the rows that is held out with ``members=1``, in (0, 0.5]. Where a number is
+            passed as ``tau``, no ``head`` is to be chosen and ``patience=None``, none are held out.
         patience: the number of epochs without a lower loss on any member's held-out rows after which training stops.
             Then the weights of each member's best epoch are taken. None trains all epochs and takes the last weights.
         random_state: decides which rows are held out, the first weights, and the order of the rows.
@@ -79,7 +80,7 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
     Attributes:
         bins_: the label axis.
         model_: the :class:`dir_toolkit.LongTailModel` in float64, over the inputs that ``columns_`` makes of a table.
-            ``model_.set_prior`` turns its predictions to any other prior.
+            ``model_.set_prior`` turns its part of the predictions to any other prior.
         number_: the model of the number, and None unless ``head="auto"``; share_: what it weighs in predictions.
         tau_: the strength of the adjustment; None without bins.
         tau_choice_: the :class:`dir_toolkit.priors.TauChoice` of a head that scores bins, with its curve; else None.

@@ -52,6 +52,11 @@ def test_standardized_by_the_training_rows(tmp_path: Path) -> None:
     assert splits.test.inputs is splits.train.inputs
 
 
+def test_a_column_with_any_word_is_of_words(tmp_path: Path) -> None:
+    splits = table(write(tmp_path / "some.csv", "y,x\n1,a\n2,\n3,1\n4,a\n5,1\n"), "y")
+    np.testing.assert_array_equal(splits.train.inputs, [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0]])
+
+
 def test_a_constant_column_becomes_zero(tmp_path: Path) -> None:
     text = "y,x\n" + "".join(f"{i},7\n" for i in range(6))
     assert not standardized(table(write(tmp_path / "some.csv", text), "y")).train.inputs.any()
@@ -87,6 +92,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             lines_of(tmp_path / name)
     with pytest.raises(DataError, match=r"emobank.csv, packed with gzip or not, got .* data_cards/emobank.md"):
         emobank(tmp_path, {})
+
+
+def test_lines_end_with_line_feeds_alone(tmp_path: Path) -> None:
+    assert lines_of(write(tmp_path / "some.txt", "a\u2028b\r\n\x85c\n")) == ["a\u2028b", "\x85c"]
 
 
 def test_missing_numbers_are_nan_where_they_are_named() -> None:
