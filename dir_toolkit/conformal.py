@@ -391,12 +391,11 @@ class BinsConformal(Conformal):
         inside = BinsConformal._sets_at(output, bins, thresholds)
         best = (output.log() - _like(thresholds, output)).argmax(1, keepdim=True)
         inside = inside | (~inside.any(1, keepdim=True) & (torch.arange(len(bins), device=output.device) == best))
-        edges = bins.tensor("edges", output.to(bins.wide_dtype(output)))
-        if bins.unbounded:
-            edges = torch.cat([edges[:1] - math.inf, edges[1:-1], edges[-1:] + math.inf])
+        edges = np.append(np.append(-np.inf, bins.edges[1:-1]), np.inf) if bins.unbounded else bins.edges
+        below, above = _outwards(edges, output.to(bins.wide_dtype(output)))
         first = inside.to(torch.uint8).argmax(1)
         last = len(bins) - inside.flip(1).to(torch.uint8).argmax(1)
-        return edges[first], edges[last]
+        return below[first], above[last]
 
 
 def conformal_interval(
@@ -505,11 +504,22 @@ def _pieces(center: Tensor, reach: Tensor, edges: np.ndarray) -> tuple[Tensor, T
         center: (N,). reach: (N, K) or (K,), NaN where not even the centre is within reach. edges: (K + 1,), of which
         the outer ones count as infinite. Returns the lower and upper ends and whether there is such a label, (N, K).
     """
-    bounds = torch.tensor([-math.inf, *edges[1:-1], math.inf], dtype=center.dtype, device=center.device)
+    below, above = _outwards(np.array([-math.inf, *edges[1:-1], math.inf]), center)
     center, slack = center[:, None], _rounding(center)
     reach = reach + slack * (reach + center.abs())
-    lower, upper = torch.maximum(center - reach, bounds[:-1]), torch.minimum(center + reach, bounds[1:])
+    lower, upper = torch.maximum(center - reach, below[:-1]), torch.minimum(center + reach, above[1:])
     return lower, upper, lower <= upper
+
+
+def _outwards(edges: np.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest numbers of a dtype that do not lie above edges (K,), and those that do not lie below them, so that an
+    interval that ends at an edge holds a label in float64 that lies on it."""
+    exact = torch.from_numpy(edges.astype(np.float64))
+    near = exact.to(like.dtype)
+    far = torch.full_like(near, math.inf)
+    below = torch.where(near.double() > exact, torch.nextafter(near, -far), near)
+    above = torch.where(near.double() < exact, torch.nextafter(near, far), near)
+    return below.to(like.device), above.to(like.device)
 
 
 def _hull(center: Tensor, lower: Tensor, upper: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:

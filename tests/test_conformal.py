@@ -302,3 +302,12 @@ def test_bins_without_a_training_label_belong_to_the_rarest_region_that_has_any(
         regions = label_regions(dt.LabelDensity(bins, np.array(counts)))
         assert regions[0] == regions[3] == rarest
         assert regions[1] == "many"
+
+
+def test_float32_ends_hold_float64_labels_on_an_edge() -> None:
+    bins, labels = dt.Bins.uniform(0, 1, count=10), np.repeat(np.arange(10) / 10, 40)
+    shares = torch.eye(10)[bins.index(labels)] * 0.9 + 0.01
+    calibration = BinsConformal(dt.LabelDensity(bins, [500] * 10))
+    calibration.update(shares, labels)
+    lower, upper = calibration.interval(shares)
+    assert ((lower.numpy() <= labels) & (labels <= upper.numpy())).all()

@@ -357,7 +357,8 @@ class Bins(LabelAxes):
         are even in the logarithm, or in asinh about the middle where labels are not all positive; edges are in label
         units all the same. One value that a tenth of the labels have, such as zero, does not count in the spread.
 
-        The first and the last bin are spare, so that labels at the ends decode to themselves. They also hold new
+        The first and the last bin are spare, so that labels at the ends decode to themselves where they are spread by a
+        bin or more. They also hold new
         labels beyond the axis, which is unbounded, and few that lie farther off than all others reach, as mistyped ones
         do.
 
@@ -450,7 +451,7 @@ class Bins(LabelAxes):
         index = torch.searchsorted(edges, values.contiguous(), right=True) - 1
         index = torch.where(values == edges[-1], len(self) - 1, index)
         if self.unbounded:
-            index = index.clamp(0, len(self) - 1)
+            index = torch.where(torch.isinf(values), index, index.clamp(0, len(self) - 1))
         absent = torch.isnan(values)
         beyond = ((index < 0) | (index >= len(self))) & ~absent
         broken = (values != values.round()) & ~absent if self.categorical else torch.zeros_like(absent)
@@ -554,7 +555,8 @@ class Bins(LabelAxes):
 
 def _different(labels: Any) -> np.ndarray:
     """Labels (N,) as float64, which are finite and not all equal."""
-    array = labels_array(labels).astype(np.float64).ravel()
+    array = labels_array(labels).ravel()
+    array = _decimals(array) if array.dtype.kind == "f" and array.itemsize < 8 else array.astype(np.float64)
     not_empty(labels=array)
     if (bad := ~np.isfinite(array)).any():
         got = f"{array[bad.argmax()]} at index [{bad.argmax()}] ({bad.sum()} such labels)"
@@ -562,6 +564,12 @@ def _different(labels: Any) -> np.ndarray:
     several = array.min() < array.max()
     require(several, "labels must hold at least two different values", got=f"only {digits(array[0])}")
     return array
+
+
+def _decimals(array: np.ndarray) -> np.ndarray:
+    """Narrow floats as the shortest decimals that stand for them, float64: 0.1 rather than 0.10000000149."""
+    different, places = np.unique(array, return_inverse=True)
+    return different.astype(str).astype(np.float64)[places.reshape(array.shape)]
 
 
 def _outwards(which: Any, bound: Any) -> Fraction:

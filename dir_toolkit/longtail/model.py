@@ -216,7 +216,8 @@ class LongTailModel(nn.Module):
                 options = {"loss": "weighted_mse" if squared else "weighted_l1", **options}
             elif head != "gaussian":
                 options = {"decode": "expectation" if squared else "median", **options}
-        return cls(backbone, num_features, bins, density=LabelDensity.count(labels, bins), **options)
+        placing = {name: options[name] for name in ("outside", "missing") if name in options}
+        return cls(backbone, num_features, bins, density=LabelDensity.count(labels, bins, **placing), **options)
 
     def forward(self, x: Any, labels: Tensor | None = None, weight: Tensor | None = None) -> LongTailOutput:
         if labels is None and weight is not None:

@@ -18,6 +18,7 @@ from .._state import pack, unpack
 from ..errors import CheckpointError, DirToolkitWarning
 from ..labels.bins import Bins
 from ..labels.density import LabelDensity
+from ..labels.kernels import LabelWindow
 from ..labels.weights import LDS
 from .model import LongTailModel
 from .readouts import ScoreReadout
@@ -86,6 +87,9 @@ def _made_with(model: LongTailModel) -> dict[str, Any]:
     readout, density, weights = model.readout, model.density, model.weights
     prior = {**readout.prior_settings, "adjust": readout.adjust} if isinstance(readout, ScoreReadout) else {}
     options = {name: value for name, value in readout.settings.items() if name != "loss" and name not in prior}
+    for name, value in options.items():
+        if isinstance(value, LabelWindow):
+            options[name] = value.over(model.bins)
     return {
         "num_features": model.num_features,
         "bins": model.bins.settings,

@@ -51,7 +51,9 @@ class Relevance:
             return cls(math.nan, math.nan, math.nan)
         knots = bins._placed_limits()
         cumulative = np.concatenate([[0.0], density.prior().cumsum()])
-        first, median, third = np.interp([0.25, 0.5, 0.75], cumulative, knots)
+        # Where labels are missing between two bins, the smallest label is taken, as quantiles take it.
+        rising = np.append(True, np.diff(cumulative) > 0)
+        first, median, third = np.interp([0.25, 0.5, 0.75], cumulative[rising], knots[rising])
         if bins.categorical:
             median = bins.centers[np.searchsorted(cumulative[1:], 0.5)]
         fences = first - 1.5 * (third - first), third + 1.5 * (third - first)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -171,3 +172,16 @@ def test_a_model_clips_labels_beyond_an_unbounded_axis() -> None:
 def test_labels_that_make_no_axis(labels: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=r"^Bins\.auto: labels must (be|hold) " + message):
         Bins.auto(labels)
+
+
+def test_float32_labels_get_the_axis_of_their_decimals() -> None:
+    labels = np.random.default_rng(1).uniform(900, 915, 3000).round(1)
+    assert Bins.auto(labels.astype(np.float32)) == Bins.auto(labels)
+
+
+def test_an_unbounded_axis_has_no_bin_for_infinity() -> None:
+    bins = Bins.auto(np.random.default_rng(0).random(500))
+    assert bins.index(torch.tensor([-9.0, 9.0])).tolist() == [0, len(bins) - 1]
+    for infinite in (-math.inf, math.inf):
+        with pytest.raises(LabelError, match="labels must lie"):
+            bins.index(torch.tensor([0.5, infinite]))

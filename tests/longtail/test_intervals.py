@@ -177,3 +177,12 @@ def test_missing_labels_calibrate_nothing_where_the_model_drops_them() -> None:
     assert torch.equal(model.sets(model(x)), other.sets(other(x)))
     with pytest.raises(dt.LabelError, match="labels must not be NaN"):
         other.calibrate_intervals(other(x).scores, gaps)
+
+
+def test_labels_are_counted_as_the_model_takes_them() -> None:
+    options = {"bins": dt.Bins.uniform(0, 3, width=1), "sigma": 0.5}
+    gaps = LongTailModel.for_labels(nn.Linear(2, 4), 4, [0.5, 1.5, np.nan], missing="drop", **options)
+    beyond = LongTailModel.for_labels(nn.Linear(2, 4), 4, [0.5, 1.5, 9.0], outside="clip", **options)
+    assert gaps.density is not None
+    assert beyond.density is not None
+    assert (gaps.density.counts.tolist(), beyond.density.counts.tolist()) == ([1, 1, 0], [1, 1, 1])

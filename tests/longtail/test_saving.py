@@ -101,6 +101,15 @@ def test_what_was_loaded_predicts_the_same_bits(name: str, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_a_window_in_label_units_is_saved_as_that_of_the_axis(tmp_path: Path) -> None:
+    model = trained(target_prior="uniform", prior_kernel=dt.gaussian(5.0, 2.0, unit="label"))
+    model.save(tmp_path / "model.safetensors")
+    loaded = dt.load(tmp_path / "model.safetensors", net())
+    for one in (model, loaded):
+        one.set_prior("uniform", 0.4)
+    same_output(loaded(X), model(X))
+
+
 def test_calibration_is_saved_and_random_numbers_are_left_alone(tmp_path: Path) -> None:
     model, path = trained(), tmp_path / "model.safetensors"
     model.choose_tau(model(X).scores, torch.linspace(0, 19, 9), taus=[0.0])

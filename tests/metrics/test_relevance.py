@@ -38,3 +38,8 @@ def test_whole_numbers_lie_in_the_middle_of_their_bins() -> None:
 def test_a_grid_has_none() -> None:
     with pytest.raises(ValueError, match=r"^Relevance\.of: density must be over one axis, got <?BinGrid"):
         Relevance.of(LabelDensity(Bins.grid(Bins.classes(2), Bins.classes(2)), [1, 2, 3, 4]))
+
+
+def test_the_median_between_two_heaps_is_that_of_quantiles() -> None:
+    density = LabelDensity(Bins.uniform(0, 10, width=1), [50, *[0] * 8, 50])
+    assert Relevance.of(density).median == 1

@@ -49,7 +49,7 @@ class SampleSet:
         is_class = self.labels.dtype == np.int64
         sound = self.labels >= 0 if is_class else np.isfinite(self.labels)
         check_each(f"labels must be {'class indices >= 0' if is_class else 'finite'}", self.labels, sound, LabelError)
-        _check_positions("rows", self.rows, len(self.inputs))
+        check_positions("rows", self.rows, len(self.inputs))
         digest = self.digest or content_digest(self.inputs, self.labels, self.rows)
         self._take_digest(digest)
 
@@ -74,7 +74,7 @@ class SampleSet:
         """
         positions = indices.detach().cpu().numpy() if isinstance(indices, Tensor) else indices
         check_array("indices", positions, 1, np.int64)
-        _check_positions("indices", positions, len(self))
+        check_positions("indices", positions, len(self))
         inputs = np.ascontiguousarray(self.inputs[self.rows[positions]])
         return torch.from_numpy(inputs), torch.from_numpy(self.labels[positions])
 
@@ -137,5 +137,5 @@ def content_digest(inputs: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> 
     return digest.hexdigest()
 
 
-def _check_positions(name: str, positions: np.ndarray, length: int) -> None:
+def check_positions(name: str, positions: np.ndarray, length: int) -> None:
     check_each(f"{name} must lie in [0, {length})", positions, (positions >= 0) & (positions < length))

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import default_collate
 
 from ..._checks import instance, require
 from ...errors import LabelError
 from ._checks import check_array
-from .images import SampleSet
+from .images import SampleSet, check_positions
 
 __all__ = ["MappedSet"]
 
@@ -54,7 +54,9 @@ class MappedSet(SampleSet):
         for start in range(0, len(dataset), _CHUNK):
             inputs, some = self._read(range(start, min(start + _CHUNK, len(dataset))))
             labels.append(some)
-            for leaf in tree_leaves((inputs, some)):
+            leaves, structure = tree_flatten((inputs, some))
+            read.update(str(structure).encode())
+            for leaf in leaves:
                 told = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
                 read.update(told.encode())
                 if isinstance(leaf, Tensor):
@@ -69,6 +71,7 @@ class MappedSet(SampleSet):
     def batch(self, indices: np.ndarray | Tensor) -> tuple[Any, Tensor]:
         positions = np.asarray(indices)
         check_array("indices", positions, 1, np.int64)
+        check_positions("indices", positions, len(self))
         return self._read(positions.tolist())
 
     def _read(self, places: Sequence[int]) -> tuple[Any, Tensor]:

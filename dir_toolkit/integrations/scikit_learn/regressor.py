@@ -168,9 +168,10 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         self._check_settings(head)
         X, y, weight = self._checked(X, y, sample_weight, y_numeric=True)
         labels = labels_array(y, "y").astype(np.float64)
-        self.bins_ = bins = self._axis(labels)
+        bins = self._axis(labels)
+        bins.index(labels)  # Labels beyond the axis are refused before anything has changed.
         ends = float(bins.edges[0]), float(bins.edges[-1])
-        self.label_range_ = np.clip([labels.min(), labels.max()], *ends)
+        self.bins_, self.label_range_ = bins, np.clip([labels.min(), labels.max()], *ends)
         optimization = self._optimization(len(labels))
         random, runtime = self._start()
         scores_bins = head not in ("regression", "gaussian")

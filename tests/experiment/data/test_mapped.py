@@ -127,3 +127,12 @@ def test_its_digest_tells_other_samples_and_what_is_no_dataset_is_refused() -> N
         MappedSet([(torch.zeros(2), float("inf"))])
     with pytest.raises(ValueError, match="digest must be 64 hexadecimal digits"):
         MappedSet(data, digest="abc")
+
+
+def test_names_of_inputs_tell_samples_apart_and_positions_lie_within() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+    one, other = MappedSet([({"a": a, "b": b}, 1.0)]), MappedSet([({"b": a, "a": b}, 1.0)])
+    assert one.digest != other.digest
+    for position in (-1, 1):
+        with pytest.raises(ValueError, match=r"indices must lie in \[0, 1\)"):
+            one.batch(np.array([position]))
