@@ -88,13 +88,15 @@ def numbers_of(cells: Sequence[str], column: str, path: Path, *, missing: Sequen
     """The numbers in one column, float64; a cell of ``missing`` becomes NaN.
 
     Raises:
-        DataError: a cell is no finite number. The error names the row, counted from 1 below the names of the columns.
+        DataError: a cell is no number that is finite in float32. The error names the row, counted from 1 below the names of the columns.
     """
     values = np.full(len(cells), np.nan)
     for i, cell in enumerate(cells):
         with contextlib.suppress(ValueError):
             values[i] = float(cell)
-    for row in np.flatnonzero(~np.isfinite(values)).tolist():
+    with np.errstate(over="ignore"):
+        unfit = ~np.isfinite(values.astype(np.float32))
+    for row in np.flatnonzero(unfit).tolist():
         values[row] = np.nan
         if cells[row].strip() not in missing:
             rule, place = f"column {column!r} must hold finite numbers", f"{path}, row {row + 1}"

@@ -104,6 +104,8 @@ def test_missing_numbers_are_nan_where_they_are_named() -> None:
         numbers_of(["1", "NA"], "x", Path("f"))
     with pytest.raises(DataError, match="got 'inf'"):
         numbers_of(["inf"], "x", Path("f"))
+    with pytest.raises(DataError, match="got '1e39'"):
+        numbers_of(["1e39"], "x", Path("f"))
 
 
 def air(tmp_path: Path, hours: int, **changed: str) -> Path:
