@@ -220,7 +220,7 @@ class LabelDensity:
         effective labels  227 under inverse weights, 13%
         regions           3 many, 2 medium, 3 few, 0 unseen
         - Weigh the loss by LDS(bins).fit(labels), or scheme="inverse" to go further.
-        - Bins hold enough labels to be scored: LongTailModel(..., bins), with tau chosen on validation data.
+        - Or score bins with LongTailModel(..., bins), and choose tau on validation data.
         """
         from .description import described
 
