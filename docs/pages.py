@@ -25,7 +25,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"dir_toolkit": "index.md"},
         {"Methods": "methods.md"},
         {"Recipes and runs": "running.md"},
-        {"Measured": ["ages.md", "digits.md", "intervals.md", "target-prior.md", "speed.md"]},
+        {"Measured": ["ages.md", "digits.md", "tables.md", "intervals.md", "target-prior.md", "speed.md"]},
         {"Guarantees": "guarantees.md"},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},

@@ -358,9 +358,8 @@ class Bins(LabelAxes):
         units all the same. One value that a tenth of the labels have, such as zero, does not count in the spread.
 
         The first and the last bin are spare, so that labels at the ends decode to themselves where they are spread by a
-        bin or more. They also hold new
-        labels beyond the axis, which is unbounded, and few that lie farther off than all others reach, as mistyped ones
-        do.
+        bin or more. They also hold new labels beyond the axis, which is unbounded, and few that lie farther off than
+        all others reach, as mistyped ones do.
 
         Raises:
             LabelError: labels hold NaN or infinity. TypeError: they are no numbers. ValueError: labels are empty or all
