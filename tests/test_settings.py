@@ -153,6 +153,8 @@ SHAPE = {"num_features": 4, "num_classes": 3}
 OTHER_SHAPES = {"num_features": {"num_features": 5}, "num_classes": {"num_classes": 4}}
 HEADS: list[Case] = [
     Case(dt.heads.LinearHead, SHAPE, {**OTHER_SHAPES, "bias": {"bias": False}}),
+    Case(dt.heads.CoralHead, SHAPE, OTHER_SHAPES),
+    Case(dt.heads.CornHead, SHAPE, OTHER_SHAPES),
     Case(dt.heads.CosineHead, SHAPE, {**OTHER_SHAPES, "scale": {"scale": 2.0}, "learn_scale": {"learn_scale": True}}),
     Case(dt.heads.NearestMeanHead, SHAPE, {**OTHER_SHAPES, "metric": {"metric": "euclidean"}}),
     Case(dt.heads.ScaledHead, {"linear": nn.Linear(4, 3)}, {"linear": {"linear": nn.Linear(4, 3)}}),

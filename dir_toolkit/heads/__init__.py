@@ -17,5 +17,15 @@ from .cosine import CosineHead
 from .linear import LinearHead
 from .nearest_mean import NearestMeanHead
 from .normalized import ScaledHead, tau_normalized
+from .ordinal import CoralHead, CornHead
 
-__all__ = ["AffinityHead", "CosineHead", "LinearHead", "NearestMeanHead", "ScaledHead", "tau_normalized"]
+__all__ = [
+    "AffinityHead",
+    "CoralHead",
+    "CornHead",
+    "CosineHead",
+    "LinearHead",
+    "NearestMeanHead",
+    "ScaledHead",
+    "tau_normalized",
+]

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["LongTailModel"]
 
 _ONE_AXIS = "Labels have one dimension: use Bins.uniform, .from_edges, .quantile or .classes."
-HeadName = Literal["regression", "gaussian", "linear", "cosine", "affinity"]
+HeadName = Literal["regression", "gaussian", "linear", "cosine", "affinity", "coral", "corn"]
 
 
 class LongTailModel(nn.Module):
@@ -77,18 +77,20 @@ class LongTailModel(nn.Module):
         density: of the training labels, as counted, over these bins. A prior and ``"balanced_mse"`` need it. Where a
             sampler draws the labels, it is the density of what is drawn:
             ``LabelDensity.count(labels[sampler.order(0)], bins)``.
-        head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"regression"``, one number, or
-            ``"gaussian"``, a mean and a variance, both around the density's median in units of its standard deviation
-            (without a density, those of evenly spread labels); or a module from (N, D) to (N, B) that scores bins.
-            Affinities a are read as logits log a, so that they are shares once divided by their sum. On a continuous
-            axis each bin has one prototype, and each class has five.
-        loss: by name, of which the first is the default. Bins: ``"cross_entropy"``, ``"crps"``, ``"squared_emd"``.
-            Classes: ``"cross_entropy"``; with affinities ``"affinity_loss"``, which adds the head's diversity, or
-            ``"cross_entropy"``. Regression: ``"weighted_l1"``, ``"weighted_mse"``, ``"weighted_huber"``,
-            ``"weighted_focal_l1"``, ``"weighted_focal_mse"``, ``"balanced_mse"``. Gaussian: ``"gaussian_nll"``. Or a
-            function or module, called as ``loss(scores, labels, weight)``, that returns the mean over samples. Named
-            losses in label units are divided by the labels' spread, and squared errors by its square. The unit of
-            Huber's loss and of the focal losses is a tenth of the spread.
+        head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"coral"`` or ``"corn"``, which do so by
+            an ordinal question at each border of two bins; ``"regression"``, one number, or ``"gaussian"``, a mean and
+            a variance, both around the density's median in units of its standard deviation (without a density, those of
+            evenly spread labels); or a module from (N, D) to (N, B) that scores bins. Affinities
+            a are read as logits log a, so that they are shares once divided by their sum. On a continuous axis each bin
+            has one prototype, and each class has five.
+        loss: by name, of which the first is the default. Bins: ``"cross_entropy"``, ``"coral_loss"``, the first with
+            ``"coral"``, ``"crps"``, ``"squared_emd"``. Classes: ``"cross_entropy"``; with affinities
+            ``"affinity_loss"``, which adds the head's diversity, or ``"cross_entropy"``. Regression:
+            ``"weighted_l1"``, ``"weighted_mse"``, ``"weighted_huber"``, ``"weighted_focal_l1"``,
+            ``"weighted_focal_mse"``, ``"balanced_mse"``. Gaussian: ``"gaussian_nll"``. Or a function or module, called
+            as ``loss(scores, labels, weight)``, that returns the mean over samples. Named losses in label units are
+            divided by the labels' spread, and squared errors by its square. The unit of Huber's loss and of the focal
+            losses is a tenth of the spread.
         fds: not attached yet; the model attaches it to what its head takes.
         weights: fitted, over these bins or others of the axis. They weigh the loss where no weights are given, in eval
             mode, too. Weights are a part of the training prior; so a model that is trained with weights should know
@@ -108,7 +110,7 @@ class LongTailModel(nn.Module):
         or wider, under autocast, too.
     Units:
         labels, sigma and predictions in those of the axis, in float64 where float32 does not tell its bins apart;
-        ``"cross_entropy"`` and ``"gaussian_nll"`` in nats, other named losses in spreads of the labels.
+        ``"cross_entropy"``, ``"coral_loss"`` and ``"gaussian_nll"`` in nats, other named losses in spreads of labels.
     Raises:
         ShapeError: head or backbone do not fit features and axis, or labels are not (N,): maps of labels are not
         supported. TypeError: an option is none of the readout's, or a part is of another kind. ValueError: a word is

@@ -43,6 +43,7 @@ from ..errors import ShapeError
 from ..heads.affinity import AffinityHead
 from ..heads.cosine import CosineHead
 from ..heads.linear import LinearHead
+from ..heads.ordinal import CoralHead, CornHead
 from ..labels.bins import Bins
 from ..labels.decoding import Decoding, decoded, interval, quantiles
 from ..labels.density import LabelDensity, to_shares
@@ -53,7 +54,7 @@ from ..labels.weights import LDS
 from ..losses.affinity import affinity_loss
 from ..losses.balanced_mse import BinnedIntegrationLoss
 from ..losses.cross_entropy import cross_entropy
-from ..losses.distribution import crps, soft_cross_entropy, squared_emd
+from ..losses.distribution import coral_loss, crps, soft_cross_entropy, squared_emd
 from ..losses.gaussian_nll import gaussian_interval, gaussian_nll
 from ..losses.regression import weighted_focal_l1, weighted_focal_mse, weighted_huber, weighted_l1, weighted_mse
 from ..priors import LogitAdjuster, Prior, log_prior_offset
@@ -530,10 +531,11 @@ class BinsReadout(ScoreReadout):
             window smooths the prior instead, and None leaves it as counted. A bin that less than one label reaches is
             filled up to one label of its own weight.
         temperature: T > 0, by which logits are divided first, :func:`dir_toolkit.fit_temperature`.
-        sigma: by how much ``"cross_entropy"`` and ``"squared_emd"`` spread labels over bins, in label units. ``"auto"``
-            takes two bins, as wide as they are where the label lies. None or 0 means hard labels. Where labels are
-            spread, the first and the last bin reach one width beyond the axis, ``ends="open"`` of
-            :func:`dir_toolkit.labels.soft_labels.soft_labels`, unless each bin is one whole number.
+        sigma: by how much ``"cross_entropy"``, ``"coral_loss"`` and ``"squared_emd"`` spread labels over bins, in label
+            units. ``"auto"`` takes two bins, as wide as they are where the label lies. None or 0 means hard labels, as
+            in the papers of CORAL and CORN. Where labels are spread, the first and the last bin reach one width beyond
+            the axis, ``ends="open"`` of :func:`dir_toolkit.labels.soft_labels.soft_labels`, unless each bin is one
+            whole number.
         label_kernel: as ``kernel`` of :func:`dir_toolkit.labels.soft_labels.soft_labels`.
         decode: how a distribution becomes a label, :func:`dir_toolkit.labels.decoding.decode`. The ``"median"`` errs
             least where absolute errors are judged (MAE, bMAE), ``"expectation"`` where squared ones are (MSE, RMSE).
@@ -545,14 +547,25 @@ class BinsReadout(ScoreReadout):
             loss.
     """
 
-    heads: ClassVar = {"linear": LinearHead, "cosine": CosineHead, "affinity": partial(AffinityHead, prototypes=1)}
+    heads: ClassVar = {
+        "linear": LinearHead,
+        "cosine": CosineHead,
+        "affinity": partial(AffinityHead, prototypes=1),
+        "coral": CoralHead,
+        "corn": CornHead,
+    }
     losses: ClassVar = {
         "cross_entropy": Loss(soft_cross_entropy),
+        "coral_loss": Loss(coral_loss),
         "crps": Loss(crps, 1, lambda bins, spread: {"bins": bins}),
         "squared_emd": Loss(squared_emd, 1, lambda bins, spread: {"bins": bins}),
     }
     judged: ClassVar = ("bmae", "mae")
-    _spread_labels = ("cross_entropy", "squared_emd")  # the losses whose targets are labels spread over bins
+    _spread_labels = (
+        "cross_entropy",
+        "coral_loss",
+        "squared_emd",
+    )  # the losses whose targets are labels spread over bins
 
     warned_crowded = False  # whether labels are spread wider than most of them lie
     reach: Tensor  # (B,), how far a residual may lead from the centre of its bin
@@ -590,6 +603,10 @@ class BinsReadout(ScoreReadout):
         if residual:
             reach = np.maximum(self.bins.edges[1:] - self.bins.centers, self.bins.centers - self.bins.edges[:-1])
             self.register_buffer("reach", torch.tensor(reach, dtype=torch.float32))
+
+    def _loss_names(self, head: nn.Module) -> tuple[str, ...]:
+        first = ["coral_loss"] * isinstance(head, CoralHead)
+        return tuple(dict.fromkeys([*first, *self.losses]))
 
     def target(self, labels: Placed) -> Tensor:
         if self.loss_name not in self._spread_labels:

@@ -56,7 +56,16 @@ from .cross_entropy import (
     logit_adjusted_cross_entropy,
     pairwise_cross_entropy,
 )
-from .distribution import CRPS, SoftCrossEntropy, SquaredEMD, crps, soft_cross_entropy, squared_emd
+from .distribution import (
+    CRPS,
+    CoralLoss,
+    SoftCrossEntropy,
+    SquaredEMD,
+    coral_loss,
+    crps,
+    soft_cross_entropy,
+    squared_emd,
+)
 from .focal import FocalLoss, focal_loss
 from .gaussian_nll import GaussianNLL, gaussian_interval, gaussian_nll
 from .rank_n_contrast import RankNContrast, rank_n_contrast
@@ -81,6 +90,7 @@ __all__ = [
     "BinnedIntegrationLoss",
     "CenterLoss",
     "ConRLoss",
+    "CoralLoss",
     "CrossEntropy",
     "EqualizationLoss",
     "FocalLoss",
@@ -103,6 +113,7 @@ __all__ = [
     "binned_integration_loss",
     "center_loss",
     "conr_loss",
+    "coral_loss",
     "cross_entropy",
     "crps",
     "equalization_loss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -27,7 +28,16 @@ from .cross_entropy import negative_log
 
 _ONE_PER_ROW = "one value per row of logits"
 
-__all__ = ["CRPS", "SoftCrossEntropy", "SquaredEMD", "crps", "soft_cross_entropy", "squared_emd"]
+__all__ = [
+    "CRPS",
+    "CoralLoss",
+    "SoftCrossEntropy",
+    "SquaredEMD",
+    "coral_loss",
+    "crps",
+    "soft_cross_entropy",
+    "squared_emd",
+]
 
 
 def soft_cross_entropy(
@@ -85,6 +95,55 @@ class SoftCrossEntropy(ScoreLoss):
     def __init__(self, *, prior: Any = None, tau: float = 1.0) -> None:
         prior = None if prior is None else checked_prior(prior)
         super().__init__(soft_cross_entropy, prior=prior, tau=checked_tau(tau))
+
+
+def coral_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Binary cross-entropy at each border of two bins, of the softmax's probability to lie above it.
+
+    .. math:: L = -\frac1N \sum_i w_i \sum_{b < B - 1} T_{ib} \log P_i(y > b) + (1 - T_{ib}) \log P_i(y \le b)
+
+    Here :math:`T_{ib}` is the target's own probability above the border, which is zero or one for a class. It is least
+    where the softmax is the target, as the cross-entropy is, and a distant bin costs more than a near one. With
+    :class:`~dir_toolkit.heads.CoralHead` it is CORAL's loss with all of its borders weighted alike.
+
+    Args:
+        target: a distribution over bins, or a row of zeros, or class indices, as in :func:`soft_cross_entropy`.
+    Shape:
+        logits: (..., B). target: (..., B), or (...) of classes. weight: (...). Returns (), or (...) for
+        ``reduction="none"``.
+    Units:
+        nats.
+    Source:
+        Cao, Mirjalili and Raschka 2020, equation 5 (arXiv:1901.07884).
+
+    >>> import torch
+    >>> round(coral_loss(torch.zeros(1, 3), torch.tensor([2])).item(), 4)  # -log(2/3) - log(1/3)
+    1.5041
+    """
+    rows, flat, flat_weight = _flat(logits, target, weight, reduction)
+    # Impossible bins have no slope: minus infinity would give a gradient of NaN.
+    log_shares = rows.log_softmax(1).clamp_min(torch.finfo(rows.dtype).min)
+    below, above = log_shares.logcumsumexp(1)[:, :-1], log_shares.flip(1).logcumsumexp(1).flip(1)[:, 1:]
+    if flat.ndim == 1:
+        beyond = (flat[:, None] > torch.arange(rows.shape[1] - 1, device=flat.device)).to(rows.dtype)
+        under = 1 - beyond
+    else:
+        beyond, under = flat.flip(1).cumsum(1).flip(1)[:, 1:], flat.cumsum(1)[:, :-1]
+    values = -(beyond * above + under * below).sum(1)
+    return _reduced(values, flat_weight, reduction, logits)
+
+
+class CoralLoss(ScoreLoss):
+    """:func:`coral_loss` as a module."""
+
+    def __init__(self) -> None:
+        super().__init__(coral_loss)
 
 
 def crps(

@@ -302,6 +302,8 @@ MODELS: dict[str, Callable[[], Job]] = {
                 {"label_kernel": "triangular"},
                 {"head": "cosine"},
                 {"head": "affinity"},
+                {"head": "coral", "target_prior": "uniform"},
+                {"head": "corn"},
                 {"head": "gaussian"},
                 {"head": "gaussian", "within_axis": True, "outside": "clip"},
                 {"outside": "clip"},

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -43,13 +43,14 @@ from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.kernels import gaussian, triangular
 from dir_toolkit.labels.weights import LDS
 from dir_toolkit.longtail import LongTailModel, LongTailOutput
+from dir_toolkit.longtail.model import HeadName
 from dir_toolkit.losses.cross_entropy import cross_entropy
 from dir_toolkit.losses.focal import focal_loss
 from dir_toolkit.losses.gaussian_nll import gaussian_nll
 from dir_toolkit.losses.regression import weighted_huber
 from dir_toolkit.metrics.classification import ClassificationMetrics
 
-HEADS = ("regression", "gaussian", "linear", "cosine", "affinity")
+HEADS = get_args(HeadName)
 
 
 def told(value: object) -> str:

@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ import dir_toolkit as dt
 from dir_toolkit._settings import described
 from dir_toolkit.errors import ArgumentError, CheckpointError, MissingPackageError
 from dir_toolkit.longtail import LongTailModel, LongTailOutput
+from dir_toolkit.longtail.model import HeadName
 from dir_toolkit.longtail.saving import _made_with
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -56,10 +57,7 @@ def even_classes() -> dt.LabelDensity:
 
 
 MODELS: dict[str, Any] = {
-    **{
-        head: lambda head=head: trained(head=head)
-        for head in ("regression", "gaussian", "linear", "cosine", "affinity")
-    },
+    **{head: lambda head=head: trained(head=head) for head in get_args(HeadName)},
     "balanced_mse": lambda: trained(head="regression", loss="balanced_mse", within_axis=True, prior_kernel=[1, 2, 1]),
     "residual": lambda: trained(
         residual=True, expectation_weight=0.1, decode="mode", label_kernel="laplace", sigma=1.0

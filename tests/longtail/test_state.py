@@ -4,7 +4,7 @@ import copy
 import io
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,9 +20,10 @@ from dir_toolkit.features.fds import FDS
 from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.weights import LDS
 from dir_toolkit.longtail import LongTailModel
+from dir_toolkit.longtail.model import HeadName
 
 VARIANTS: list[dict[str, Any]] = [
-    *({"head": head} for head in ("regression", "gaussian", "linear", "cosine", "affinity")),
+    *({"head": head} for head in get_args(HeadName)),
     {"residual": True, "expectation_weight": 0.1},
     {"target_prior": "uniform", "adjust": "in_loss", "loss": "crps"},
     {"loss": "squared_emd", "label_kernel": "laplace", "sigma": 1.0},

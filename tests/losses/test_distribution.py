@@ -18,7 +18,16 @@ from dir_toolkit.errors import DirToolkitWarning, LabelError, ShapeError
 from dir_toolkit.labels.soft_labels import limits, soft_labels
 from dir_toolkit.losses import cross_entropy
 from dir_toolkit.losses.balanced_mse import BinnedIntegrationLoss
-from dir_toolkit.losses.distribution import CRPS, SoftCrossEntropy, SquaredEMD, crps, soft_cross_entropy, squared_emd
+from dir_toolkit.losses.distribution import (
+    CRPS,
+    CoralLoss,
+    SoftCrossEntropy,
+    SquaredEMD,
+    coral_loss,
+    crps,
+    soft_cross_entropy,
+    squared_emd,
+)
 
 UNEVEN = Bins.from_edges([-3, -1, 0, 0.1, 4, 20])
 AGES = Bins.uniform(0, 5, width=1, integer=True)
@@ -62,6 +71,11 @@ def emd(s: list[float], t: list[float], bins: Bins | None = None) -> float:
     return sum(ways[b] * (f[b + 1] - g[b + 1]) ** 2 for b in range(len(s) - 1))
 
 
+def coral(s: list[float], t: list[float]) -> float:
+    f, g = cumulative(softmax(s)), cumulative(t)
+    return -sum(g[b] * math.log(f[b]) + (1 - g[b]) * math.log(1 - f[b]) for b in range(1, len(s)))
+
+
 def samples(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     rand = partial(torch.rand, generator=generator, dtype=torch.float64)
@@ -96,6 +110,26 @@ class TestSoftCrossEntropy(BinTester):
 
     def oracle(self, rows: list[float], target: list[float], prior: Any = None, tau: float = 1) -> float:
         return soft_ce(rows, target, 0 if prior is None else tau)
+
+
+class TestCoralLoss(BinTester):
+    function, module, floor = staticmethod(coral_loss), CoralLoss, 0.0
+
+    def oracle(self, rows: list[float], target: list[float]) -> float:
+        return coral(rows, target)
+
+    def test_classes_are_taken_as_distributions_of_one_bin(self) -> None:
+        logits, _, weight = samples(12)
+        classes = torch.arange(12) % 5
+        hard = torch.nn.functional.one_hot(classes, 5).double()
+        assert_exact(coral_loss(logits, classes, weight), coral_loss(logits, hard, weight))
+
+    def test_an_impossible_bin_costs_nothing_where_the_target_agrees(self) -> None:
+        logits = torch.tensor([[0.0, 0.0, -torch.inf]], requires_grad=True)
+        value = coral_loss(logits, torch.tensor([[0.5, 0.5, 0.0]]))
+        value.backward()
+        assert value.item() == pytest.approx(math.log(2))
+        assert torch.equal(logits.grad, torch.zeros(1, 3))
 
 
 class TestCRPS(BinTester):
