@@ -47,8 +47,8 @@ def kinds(reduction: str, weight: Tensor | None, **tensors: Tensor) -> None:
 
 def pairs(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
     """Predictions and labels of one shape, in at least float32; see :func:`present` for what has weight zero."""
-    fit = _alike(pred, target) and (weight is None or _alike(pred, weight))
-    if not (fit and isinstance(reduction, str) and reduction in _REDUCTIONS):
+    given = (pred, target) if weight is None else (pred, target, weight)
+    if not (_alike(*given) and isinstance(reduction, str) and reduction in _REDUCTIONS):
         kinds(reduction, weight, pred=pred, target=target)
         same_shape(pred=pred, target=target, **({} if weight is None else {"weight": weight}))
         not_empty(pred=pred)
@@ -57,20 +57,19 @@ def pairs(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -
     return pred, target
 
 
-def _alike(first: Tensor, other: Tensor) -> bool:
-    """Whether two are plain and fit each other, as nearly all do, so that no check need tell what is wrong."""
-    return (
-        isinstance(first, Tensor)
-        and isinstance(other, Tensor)
-        and not first.is_nested
-        and not other.is_nested
-        and first.dtype == other.dtype
-        and first.dtype in _PLAIN
-        and first.shape == other.shape
-        and first.device == other.device
-        and first.layout == other.layout == torch.strided
-        and first.numel() > 0
-    )
+def _alike(first: Tensor, *others: Tensor) -> bool:
+    """Whether all are plain and fit each other, as nearly all do, so that no check need tell what is wrong."""
+    if not _plain(first) or first.dtype not in _PLAIN or first.numel() == 0:
+        return False
+    dtype, shape, device = first.dtype, first.shape, first.device
+    for other in others:
+        if not (_plain(other) and other.dtype == dtype and other.shape == shape and other.device == device):
+            return False
+    return True
+
+
+def _plain(value: Tensor) -> bool:
+    return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
 
 
 def absent(weight: Tensor | None) -> Tensor | None:

@@ -18,7 +18,7 @@ Reduction = Literal["none", "mean", "sum"]
 def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """Values times weights, and then as they are, their mean over all of them, or their sum."""
     if weight is not None:
-        values = values * weight.to(values.dtype)
+        values = values * (weight if weight.dtype == values.dtype else weight.to(values.dtype))
     return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
 
 

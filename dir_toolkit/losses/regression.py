@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import number, one_of
+from .._numerics import readable
 from ._inputs import absent, finite_target, pairs, present
 from ._loss import PointLoss, Reduction, reduce
 
@@ -45,7 +48,7 @@ def weighted_l1(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, r
     >>> weighted_l1(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])).item()
     1.0
     """
-    return reduce(_error(pred, target, weight, reduction).abs(), weight, reduction)
+    return _scaled(pred, target, weight, reduction, torch.abs)
 
 
 class WeightedL1(PointLoss):
@@ -65,7 +68,7 @@ def weighted_mse(
     >>> weighted_mse(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])).item()
     2.0
     """
-    return reduce(_error(pred, target, weight, reduction).square(), weight, reduction)
+    return _scaled(pred, target, weight, reduction, torch.square)
 
 
 class WeightedMSE(PointLoss):
@@ -92,9 +95,13 @@ def weighted_huber(
     >>> weighted_huber(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]), reduction="none").tolist()
     [0.125, 2.5]
     """
-    error = _error(pred, target, weight, reduction).abs()
     delta = _positive("delta", delta)
-    return reduce(torch.where(error < delta, error.square() / (2 * delta), error - delta / 2), weight, reduction)
+
+    def formula(error: Tensor) -> Tensor:
+        size = error.abs()
+        return torch.where(size < delta, size.square() / (2 * delta), size - delta / 2)
+
+    return _scaled(pred, target, weight, reduction, formula)
 
 
 class WeightedHuber(PointLoss):
@@ -126,8 +133,8 @@ def weighted_focal_l1(
     Source:
         Yang et al. 2021, section 4 (arXiv:2102.09554).
     """
-    error = _error(pred, target, weight, reduction).abs()
-    return reduce(_focus(error, **_focal(beta, gamma, variant)) * error, weight, reduction)
+    settings = _focal(beta, gamma, variant)
+    return _scaled(pred, target, weight, reduction, lambda error: (size := error.abs()) * _focus(size, **settings))
 
 
 class WeightedFocalL1(PointLoss):
@@ -151,8 +158,8 @@ def weighted_focal_mse(
 
     Arguments and shapes are those of :func:`weighted_focal_l1`; the units are those of the label, squared.
     """
-    error = _error(pred, target, weight, reduction).abs()
-    return reduce(_focus(error, **_focal(beta, gamma, variant)) * error.square(), weight, reduction)
+    settings = _focal(beta, gamma, variant)
+    return _scaled(pred, target, weight, reduction, lambda error: _focus(error.abs(), **settings) * error.square())
 
 
 class WeightedFocalMSE(PointLoss):
@@ -162,12 +169,23 @@ class WeightedFocalMSE(PointLoss):
         super().__init__(weighted_focal_mse, **_focal(beta, gamma, variant))
 
 
-def _error(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """pred - target in at least float32, and zero where the weight is, once all arguments are checked."""
+def _scaled(
+    pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, formula: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The loss of each error in at least float32, scaled by its weight and reduced, once all arguments are checked.
+
+    A loss that is finite comes of finite numbers alone, and weights of zero have left no trace in it. Only where it is
+    not, or may not be looked at, are the arguments asked one by one.
+    """
     pred, target = pairs(pred, target, weight, reduction)
+    looked_at = reduction != "none" and readable(pred)
+    if looked_at and (weight is None or (weight.is_floating_point() and weight.min().item() >= 0)):
+        loss = reduce(formula(pred - target), weight, reduction)
+        if math.isfinite(loss.item()):
+            return loss
     gone = absent(weight)
     finite_target(target, gone)
-    return present(pred - target, gone)
+    return reduce(formula(present(pred - target, gone)), weight, reduction)
 
 
 def _focal(beta: float, gamma: float, variant: str) -> dict[str, Any]:
