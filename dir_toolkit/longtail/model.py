@@ -87,10 +87,10 @@ class LongTailModel(nn.Module):
             ``"coral"``, ``"crps"``, ``"squared_emd"``. Classes: ``"cross_entropy"``; with affinities
             ``"affinity_loss"``, which adds the head's diversity, or ``"cross_entropy"``. Regression:
             ``"weighted_l1"``, ``"weighted_mse"``, ``"weighted_huber"``, ``"weighted_focal_l1"``,
-            ``"weighted_focal_mse"``, ``"balanced_mse"``. Gaussian: ``"gaussian_nll"``. Or a function or module, called
-            as ``loss(scores, labels, weight)``, that returns the mean over samples. Named losses in label units are
-            divided by the labels' spread, and squared errors by its square. The unit of Huber's loss and of the focal
-            losses is a tenth of the spread.
+            ``"weighted_focal_mse"``, ``"balanced_mse"``, ``"ccc_loss"``. Gaussian: ``"gaussian_nll"``. Or a function or
+            module, called as ``loss(scores, labels, weight)``, that returns the mean over samples. Named losses in
+            label units are divided by the labels' spread, and squared errors by its square. The unit of Huber's loss
+            and of the focal losses is a tenth of the spread.
         fds: not attached yet; the model attaches it to what its head takes.
         weights: fitted, over these bins or others of the axis. They weigh the loss where no weights are given, in eval
             mode, too. Weights are a part of the training prior; so a model that is trained with weights should know

@@ -53,6 +53,7 @@ from ..labels.soft_labels import Ends, KernelUnit, LabelKernel, checked_sigma, l
 from ..labels.weights import LDS
 from ..losses.affinity import affinity_loss
 from ..losses.balanced_mse import BinnedIntegrationLoss
+from ..losses.concordance import ccc_loss
 from ..losses.cross_entropy import cross_entropy
 from ..losses.distribution import coral_loss, crps, soft_cross_entropy, squared_emd
 from ..losses.gaussian_nll import gaussian_interval, gaussian_nll
@@ -317,6 +318,7 @@ class PointReadout(_NumberReadout):
         "weighted_focal_l1": Loss(weighted_focal_l1, 1, lambda bins, spread: {"beta": 0.2 / (_SMALL_ERROR * spread)}),
         "weighted_focal_mse": Loss(weighted_focal_mse, 2, lambda bins, spread: {"beta": 0.2 / (_SMALL_ERROR * spread)}),
         "balanced_mse": Loss(BinnedIntegrationLoss, 2),  # made in the constructor
+        "ccc_loss": Loss(ccc_loss),
     }
 
     def __init__(self, setup: Setup, *, within_axis: bool = False, prior_kernel: PriorKernel = "auto") -> None:

@@ -41,6 +41,7 @@ from .balanced_mse import (
     gaussian_mixture_loss,
 )
 from .center import CenterLoss, center_loss
+from .concordance import CCCLoss, ccc_loss
 from .conr import ConRLoss, conr_loss
 from .cross_entropy import (
     BalancedCrossEntropy,
@@ -88,6 +89,7 @@ __all__ = [
     "BalancedCrossEntropy",
     "BatchMCLoss",
     "BinnedIntegrationLoss",
+    "CCCLoss",
     "CenterLoss",
     "ConRLoss",
     "CoralLoss",
@@ -111,6 +113,7 @@ __all__ = [
     "balanced_cross_entropy",
     "batch_mc_loss",
     "binned_integration_loss",
+    "ccc_loss",
     "center_loss",
     "conr_loss",
     "coral_loss",

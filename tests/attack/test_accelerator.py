@@ -319,6 +319,7 @@ MODELS: dict[str, Callable[[], Job]] = {
                         "weighted_focal_l1",
                         "weighted_focal_mse",
                         "balanced_mse",
+                        "ccc_loss",
                     )
                 ),
             ],
