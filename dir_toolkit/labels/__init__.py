@@ -34,6 +34,7 @@ from .density import REGIONS, LabelDensity
 from .description import Description
 from .grid import BinGrid
 from .kernels import gaussian, laplace, smooth, smoothing_matrix, triangular
+from .mixing import c_mixup
 from .sampling import BinSampler, bin_probabilities, progressive_probabilities
 from .soft_labels import limits, soft_labels
 from .weights import LDS
@@ -47,6 +48,7 @@ __all__ = [
     "Description",
     "LabelDensity",
     "bin_probabilities",
+    "c_mixup",
     "decode",
     "gaussian",
     "interval",

@@ -337,6 +337,10 @@ VALID: dict[str, Callable[[], Call]] = {
     "ScaledHead.forward": lambda: (dt.heads.ScaledHead(linear()), {"features": rows(3)}),
     "adjust_logits": lambda: (dt.adjust_logits, {"logits": rows(), "prior": prior(), "target": prior()}),
     "balanced_error": lambda: (dt.balanced_error, {"pred": rows(), "target": classes(), "num_classes": 4}),
+    "c_mixup": lambda: (
+        dt.labels.c_mixup,
+        {"inputs": rows(3), "labels": years(), "bandwidth": 1.0, "alpha": 2.0, "generator": torch.Generator()},
+    ),
     "calibration_metrics": lambda: (
         dt.metrics.calibration_metrics,
         {"probabilities": shares(), "target": classes(), "weight": ones(), "num_bins": 5},

@@ -61,6 +61,7 @@ def fit(
     folder: Path,
     resume: bool = False,
     augmentation: bool | Callable[..., Tensor] = True,
+    mixing: Callable[..., tuple[Any, Tensor]] | None = None,
     checkpoint_minutes: float = 5.0,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -95,6 +96,9 @@ def fit(
         resume: go on from ``checkpoint-last.pt`` where there is one; a finished run is left as it is.
         augmentation: whether to flip and shift images, or a function of what a set holds, called as
             ``augmentation(inputs, generator=generator)``.
+        mixing: what makes one batch of another after augmentation, called as
+            ``mixing(inputs, labels, generator=generator)``, such as
+            ``functools.partial(dir_toolkit.labels.c_mixup, bandwidth=2.0)``.
         checkpoint_minutes: the longest time between two checkpoints; 0 writes one in each step. One is written at the
             end of each epoch anyway.
         fingerprint: plain values that tell this run from others, beside the settings of all that is passed here. A
@@ -119,7 +123,8 @@ def fit(
     instance(SampleSet, train=train, val=val)
     instance((RegressionMetrics, ClassificationMetrics), metrics=metrics)
     instance(Callable, loss=loss)
-    for kind, name, value in ((LDS, "weights", weights), (BinSampler, "sampler", sampler), (FDS, "fds", fds)):
+    optional = ((LDS, "weights", weights), (BinSampler, "sampler", sampler), (FDS, "fds", fds))
+    for kind, name, value in (*optional, (Callable, "mixing", mixing)):
         instance(kind, **({} if value is None else {name: value}))
     instance((bool, Callable), augmentation=augmentation)
     instance(Optimization, optimization=optimization)
@@ -158,6 +163,7 @@ def fit(
         "fds": fds,
         "fds_attached": _attached(fds, model),
         "augmentation": augmentation,
+        "mixing": mixing,
         "optimization": asdict(optimization),
     }
     files = RunFiles(
@@ -200,10 +206,13 @@ def fit(
             if augmentation:
                 change = augment if augmentation is True else augmentation
                 images = change(images, generator=runtime.generator("augmentation", *key))
+            images = _floats(images)
+            if mixing is not None:
+                images, labels = mixing(images, labels, generator=runtime.generator("mixing", *key))
             torch.manual_seed(runtime.derive("model", *key))
             weight = weights(labels) if weights is not None and progress.epoch >= weights_from else None
             with fds.labels(labels) if fds is not None else nullcontext():
-                return _checked_loss(network(_floats(images), labels, weight))
+                return _checked_loss(network(images, labels, weight))
 
         while progress.epoch < optimization.epochs:
             both.train()

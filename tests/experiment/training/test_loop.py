@@ -38,6 +38,7 @@ from dir_toolkit.features.fds import FDS
 from dir_toolkit.heads.linear import LinearHead
 from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.density import LabelDensity
+from dir_toolkit.labels.mixing import c_mixup
 from dir_toolkit.labels.sampling import BinSampler
 from dir_toolkit.labels.weights import LDS
 from dir_toolkit.longtail import LongTailModel, LongTailOutput
@@ -495,6 +496,19 @@ def test_bf16_trains(tmp_path: Path) -> None:
     model, fds, history = train(tmp_path, one_process(precision="bf16"))
     assert all(np.isfinite(row["loss"]) for row in history)
     assert all(value.dtype != torch.bfloat16 for value in [*model.state_dict().values(), fds.running_mean])
+
+
+def test_mixed_batches_train_and_are_the_same_again(tmp_path: Path) -> None:
+    histories = []
+    for name, bandwidth in (("one", 2.0), ("again", 2.0), ("none", None)):
+        mixing = None if bandwidth is None else partial(c_mixup, bandwidth=bandwidth)
+        histories.append(train(tmp_path / name, mixing=mixing, optimization=ONE_EPOCH)[2])
+    losses = [history[-1]["loss"] for history in histories]
+    assert losses[0] == losses[1] != losses[2]
+    with pytest.raises(CheckpointError, match="mixing"):
+        train(tmp_path / "one", mixing=partial(c_mixup, bandwidth=3.0), optimization=ONE_EPOCH, resume=True)
+    with pytest.raises(TypeError, match="mixing must be a Callable, got float"):
+        train(tmp_path / "two", mixing=2.0, optimization=ONE_EPOCH)
 
 
 def test_sgd_with_steps_and_an_augmentation_of_ones_own(tmp_path: Path) -> None:
