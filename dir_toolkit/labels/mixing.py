@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -52,6 +51,8 @@ def c_mixup(
     >>> bool((mixed[:, 0] == labels).all()), labels[2].item()
     (True, 50.0)
     """
+    from scipy.special import betaincinv
+
     bandwidth = number("bandwidth", bandwidth, low=0, open_low=True)
     alpha = number("alpha", alpha, low=0, open_low=True)
     instance(torch.Generator, generator=generator)
@@ -63,7 +64,7 @@ def c_mixup(
     require(bool(parts), "inputs must be a tensor, or hold tensors", got=type(inputs), error=TypeError)
     for part in parts:
         floats(inputs=part)
-        rule = f"inputs must have one entry per label, {len(labels)}"
+        rule = f"inputs must be ({len(labels)}, ...), one entry for each of the labels"
         require(part.shape[:1] == labels.shape[:1], rule, got=part.shape, error=ShapeError)
         same_device(inputs=part, labels=labels)
     y = labels.to(wide_dtype(labels))

@@ -498,6 +498,8 @@ def losses() -> list[str]:
 # Names that take no arguments of their own to check.
 NOT_CALLED = {
     "Frozen": "a context that freeze makes",
+    "CCCLoss": "a module without options, whose function is called",
+    "CoralLoss": "a module without options, whose function is called",
     "WeightedL1": "a module without options, whose function is called",
     "WeightedMSE": "a module without options, whose function is called",
     "Description": "a dataclass, which holds what LabelDensity.describe finds",

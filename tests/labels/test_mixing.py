@@ -111,7 +111,9 @@ def test_wrong_arguments_are_refused() -> None:
         with pytest.raises(kind, match=f"^c_mixup: {match}"):
             c_mixup(**given)
 
-    refused(ShapeError, r"inputs must have one entry per label, 3, got shape \(4, 2\)", labels=y[:3])
+    refused(
+        ShapeError, r"inputs must be \(3, \.\.\.\), one entry for each of the labels, got shape \(4, 2\)", labels=y[:3]
+    )
     refused(ShapeError, r"labels must be \(N,\) or \(N, K\)", labels=y[:, None, None])
     refused(TypeError, "inputs must be floats, got dtype torch.int64", inputs=x.long())
     refused(TypeError, "inputs must be a tensor, or hold tensors, got str", inputs="x")
