@@ -36,13 +36,16 @@ from ..labels.bins import Bins
 from ..labels.density import LabelDensity
 from ..labels.weights import LDS
 from ..longtail import LongTailModel
+from ..longtail.readouts import ScoreReadout
 from ..metrics.classification import ClassificationMetrics
+from ..metrics.distribution import DistributionMetrics, distribution_metrics
 from ..metrics.intervals import IntervalMetrics, interval_metrics
 from ..metrics.regression import RegressionMetrics, regression_metrics
 from ..priors import TauChoice
 from .data.images import ImageSet, Splits
 from .results.class_figures import class_error_figure, tau_figure
 from .results.comparison import comparison_table
+from .results.comparison_figures import coverage_figure
 from .results.drawing import method_colors
 from .results.figures import density_figure, error_figure, history_figure, region_figure, similarity_figure
 from .results.schema import combine_runs, save_results
@@ -74,7 +77,8 @@ class Task:
         network: makes a fresh backbone, a module with ``num_features``, for the data.
         title: of the task, in the results.
         label_name, label_units: of the label; "1" stands for no units.
-        metrics: made from the density of the training labels; None takes the kind that the axis asks for.
+        metrics: made from the density of the training labels, for what training watches and selects by; None takes the
+            kind that the axis asks for. What results hold besides does not depend on it.
         augmentation: as in :func:`dir_toolkit.experiment.training.loop.fit`; None flips and shifts images only.
         measure: from a trial, its network and what that says of the test set, to further variables of the result.
         folder: below that of the study, where runs on this task lie.
@@ -243,6 +247,24 @@ class Trial:
         model.set_prior("uniform", choice.tau)
         return replace(trained, tau=choice)
 
+    def calibrated(self, trained: Trained, *, level: float = _LEVEL) -> Trained:
+        """A :class:`dir_toolkit.LongTailModel` with calibrated intervals. Of the validation samples every second one
+        chooses temperature and tau first, where the head scores bins, and the others calibrate.
+
+        They hold what was asked as far as validation has not chosen the epoch: take ``trained(method, epoch="last")``.
+
+        Args:
+            level: of the intervals, on a continuous axis.
+        """
+        model: Any = trained.model
+        labels = torch.from_numpy(self.splits.val.labels).to(self.runtime.device)
+        scores, choice, first = predict(model, self.splits.val, runtime=self.runtime).scores, trained.tau, 0
+        if isinstance(model.readout, ScoreReadout):
+            choice, first = model.calibrate(scores[::2], labels[::2]), 1
+            self.study.say(str(choice))
+        model.calibrate_intervals(scores[first :: 1 + first], labels[first :: 1 + first], level)
+        return replace(trained, tau=choice)
+
     def result(self) -> Trained:
         """What the method makes of this trial."""
         with self.runtime.seeded("network"):
@@ -251,6 +273,8 @@ class Trial:
     def errors(self, trained: Trained, output: Any) -> xr.Dataset:
         """The errors on the test set of what the network says of it."""
         test, metrics = self.splits.test, self.metrics()
+        if isinstance(metrics, DistributionMetrics):
+            metrics = RegressionMetrics(self.density, outside=metrics.outside, missing=metrics.missing)
         by_class = isinstance(trained.model, LongTailModel) and self.bins.categorical
         said = output.distribution if by_class else getattr(output, metrics.takes, output)
         metrics.update(said, torch.from_numpy(test.labels).to(self.runtime.device))
@@ -259,15 +283,22 @@ class Trial:
             found = found.assign(tau=((), trained.tau.tau, {"units": "1"}))
         if not self.bins.categorical and said.ndim == 1:
             columns: dict[str, Any] = {"target": ("sample", test.labels), "prediction": ("sample", said.cpu().numpy())}
-            model = trained.model
+            model: Any = trained.model
+            options: Any = {"outside": metrics.outside, "missing": metrics.missing}
+            if isinstance(model, LongTailModel) and output.distribution.shape[1]:
+                ends: Any = model.readout.ends
+                shares = output.distribution.cpu()
+                scored = distribution_metrics(shares, test.labels, self.density, ends=ends, **options)
+                found = found.assign(_declared(scored, DistributionMetrics))
             if isinstance(model, LongTailModel) and model.readout.has_interval:
-                lower, upper = (ends.cpu() for ends in model.interval(output, _LEVEL))
-                by_region = interval_metrics(lower, upper, test.labels, self.density, outside=metrics.outside)
-                found = found.assign(by_region[[name for m in IntervalMetrics.metrics for name in m.variables]])
+                level = model.readout.intervals.exact_level or _LEVEL
+                lower, upper = (side.cpu() for side in model.interval(output, level))
+                held = interval_metrics(lower, upper, test.labels, self.density, **options)
+                found = found.assign(_declared(held, IntervalMetrics))
                 first, last = self.bins.edges[[0, -1]]  # in place of infinite ends, which no result has
                 lower, upper = lower.masked_fill(lower.isinf(), first), upper.masked_fill(upper.isinf(), last)
-                for side, ends in (("lower", lower), ("upper", upper)):
-                    columns[side] = ("sample", ends.numpy(), {"interval_level": _LEVEL})
+                for side, values in (("lower", lower), ("upper", upper)):
+                    columns[side] = ("sample", values.numpy(), {"interval_level": level})
             found = found.assign(columns)
         return found if self.task.measure is None else found.assign(self.task.measure(self, trained, output))
 
@@ -507,7 +538,12 @@ class Study:
                 f"Error by {task.label_name}": error_figure(ds, window=min(5, len(task.bins)), colors=colors),
                 **self._density_figure(label),
             }
+            if "lower" in ds and bool(ds["lower"].notnull().any()):
+                figures["Interval coverage by region"] = coverage_figure(ds)
             told = {"colors": colors}
+            density = next(iter(self._data.values()))[1]
+            if task.metrics is not None and isinstance(task.metrics(density), DistributionMetrics):
+                told |= {"metric": "val_crps", "metric_name": "validation CRPS"}
         if 0 < len({shown for shown, _ in histories}) <= _MOST_IN_A_FIGURE["history"]:
             figures["Training"] = history_figure(histories, label_units=task.label_units, **told)
         return {**figures, **self._tau_figure(), **self._statistics_figures(label)}
@@ -564,3 +600,8 @@ class Study:
                     **label,
                 )
         return figures
+
+
+def _declared(ds: xr.Dataset, kind: type[DistributionMetrics] | type[IntervalMetrics]) -> xr.Dataset:
+    """What metrics declare, without the counts beside."""
+    return ds[[name for metric in kind.metrics for name in metric.variables]]

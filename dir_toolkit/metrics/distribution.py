@@ -26,6 +26,7 @@ __all__ = ["DistributionMetrics", "distribution_metrics"]
 
 _PIECE = 2**20  # shares at a time
 _LEAST = 1e-30  # a share that a label's bin is taken to have
+_SUMS = ("count", "crps", "log", "pinball", "interval", "pit", "pit_spread")
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -47,6 +48,10 @@ class DistributionMetrics(RegionMetrics):
     Less is better. The log score is in nats of a density per label unit, so that labels in another unit shift it. A
     label in a bin of a share below 1e-30 scores as if it had that.
 
+    The PIT of a label is F(y). Where forecasts are calibrated its mean is 0.5, and a larger one says that labels lie
+    above their forecasts. Its spread, twelve times the mean square of F(y) - 0.5, is 1 then, and a larger one says that
+    forecasts are too narrow. :meth:`pit` gives the whole histogram.
+
     Args:
         density: of the training labels, over bins of a continuous axis. ``(bins, density)`` means the same.
         level: :math:`1 - \alpha`, in (0, 1), of the interval score.
@@ -67,11 +72,16 @@ class DistributionMetrics(RegionMetrics):
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("crps", "CRPS", "label", ("crps", "count"), _mean, over=("region", "bin"), low=0, watched=("all",)),
-        Metric("log_score", "log score", "1", ("log", "count"), _mean),
-        Metric("pinball", "pinball loss", "label", ("pinball", "count"), _mean, low=0),
-        Metric("interval_score", "interval score", "label", ("interval", "count"), _mean, low=0),
-    )
+        Metric(
+            "crps", "CRPS", "label", ("crps", "count"), _mean,
+            over=("region", "bin"), low=0, may_be_nan=True, watched=("all",),
+        ),
+        Metric("log_score", "log score", "1", ("log", "count"), _mean, may_be_nan=True),
+        Metric("pinball", "pinball loss", "label", ("pinball", "count"), _mean, low=0, may_be_nan=True),
+        Metric("interval_score", "interval score", "label", ("interval", "count"), _mean, low=0, may_be_nan=True),
+        Metric("pit_mean", "mean PIT", "1", ("pit", "count"), _mean, low=0, high=1, may_be_nan=True),
+        Metric("pit_spread", "PIT spread", "1", ("pit_spread", "count"), _mean, low=0, high=3, may_be_nan=True),
+    )  # fmt: skip
     selects: ClassVar[str] = "crps/all"
     takes: ClassVar[str] = "distribution"
     kept: ClassVar[tuple[str, ...]] = ("sums", "places", "refused")
@@ -99,7 +109,7 @@ class DistributionMetrics(RegionMetrics):
         self.pit_bins = length("pit_bins", pit_bins)
         one_of("ends", ends, ENDS)
         self.ends: Ends = ends
-        self._begin(sums=(5, len(self.bins)), places=(self.pit_bins, len(self.bins)), refused=(2,))
+        self._begin(sums=(len(_SUMS), len(self.bins)), places=(self.pit_bins, len(self.bins)), refused=(2,))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -144,7 +154,7 @@ class DistributionMetrics(RegionMetrics):
             self.places.view(-1).index_add_(0, place * len(self.bins) + row, counts.double())
 
     def _scores(self, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """What each sample adds to the sums, (5, N), and where in its forecast the label lies, (N,)."""
+        """What each sample adds to the sums, (7, N), and where in its forecast the label lies, (N,)."""
         knots = knots_of(self.bins, p, self.ends)
         tails = [(1 - self.level) / 2, (1 + self.level) / 2, self.quantile]
         lower, upper, z = quantiles_of(
@@ -154,11 +164,12 @@ class DistributionMetrics(RegionMetrics):
         outside = 2 / (1 - self.level) * ((lower - y).clamp_min(0) + (y - upper).clamp_min(0))
         pinball = torch.maximum(self.quantile * (y - z), (self.quantile - 1) * (y - z))
         log = width.log() - share.clamp_min(_LEAST).log()
-        return torch.stack([torch.ones_like(y), crps_of(p, y, knots), log, pinball, upper - lower + outside]), below
+        interval = upper - lower + outside
+        spread = 12 * (below - 0.5).square()
+        return torch.stack([torch.ones_like(y), crps_of(p, y, knots), log, pinball, interval, below, spread]), below
 
     def _sums_by_bin(self) -> dict[str, np.ndarray]:
-        names = ("count", "crps", "log", "pinball", "interval")
-        return dict(zip(names, self.sums.cpu().numpy()[:, None], strict=True))  # (1, B) each
+        return dict(zip(_SUMS, self.sums.cpu().numpy()[:, None], strict=True))  # (1, B) each
 
     def pit(self, *, many: int = 100, few: int = 20) -> xr.Dataset:
         """The histogram of the probability integral transform: the share of labels at which the forecast's F lies

@@ -129,7 +129,7 @@ def test_it_leaves_the_files_that_are_promised_and_no_others(finished: Path) -> 
     trained = {f"{name}/seed{seed}/{file}" for name in METHODS for seed in (0, 1) for file in RUN_FILES}
     trained -= {f"adjusted/seed{seed}/{file}" for seed in (0, 1) for file in RUN_FILES - NOT_TRAINED}
     pictures = {"error-by-region", "error-by-size", "label-density-and-lds-weights", "training", "tau-on-validation"}
-    pictures |= {"feature-statistics-of-weighted"}
+    pictures |= {"feature-statistics-of-weighted", "interval-coverage-by-region"}
     summary = {"results.nc", "table.md", "report.html", *(f"figures/{name}.png" for name in pictures)}
     assert names(finished) == trained | summary
 
@@ -167,6 +167,39 @@ def test_the_result_holds_every_run_and_the_constant_predictor(finished: Path) -
     page = (finished / "report.html").read_text()
     assert all(part in page for part in ("A note.", "regression", "Tau on validation"))
     assert str(finished) not in page
+
+
+@pytest.mark.usefixtures("sketched")
+def test_distributions_and_calibrated_intervals_are_judged_by_region(tmp_path: Path) -> None:
+    task = replace(ROWS, metrics=lambda density: dt.metrics.DistributionMetrics(density))
+    calibrated = lambda trial: trial.calibrated(trial.trained("soft", epoch="last"), level=0.5)  # noqa: E731
+    one = study(tmp_path, task, {"soft": soft, "calibrated": calibrated})
+    one.run(["soft"])
+    one.report(title="x", columns=["mae", "crps", "pit_mean", "bmase", "sera", ("coverage", "all")])
+    header = (tmp_path / "table.md").read_text().splitlines()[0]
+    assert all(f"| {name} all |" in header for name in ("MAE", "CRPS", "mean PIT", "bMASE", "SERA", "coverage"))
+    assert "CRPS few" in header
+    history = (tmp_path / "soft/seed0/history.csv").read_text().splitlines()
+    assert history[0].split(",")[4:-1] == ["val_crps"]  # which selects the epoch, too
+    data = splits()
+    density = dt.LabelDensity.count(data.train.labels, BINS)
+    one.run(["calibrated"])
+    for name in ("soft", "calibrated"):
+        model = dt.load(tmp_path / f"{name}/seed0/model.safetensors", Perceptron())
+        with torch.no_grad():
+            output = model(torch.from_numpy(data.test.inputs))
+        errors = one.runs[task, name, 0].errors
+        scored = dt.metrics.distribution_metrics(output.distribution, data.test.labels, density, ends="open")
+        xr.testing.assert_allclose(errors["crps"], scored["crps"], rtol=1e-5)
+        lower, upper = model.interval(output)
+        held = dt.metrics.interval_metrics(lower, upper, data.test.labels, density)
+        xr.testing.assert_allclose(errors["coverage"], held["coverage"])
+        assert errors["lower"].attrs["interval_level"] == (0.9 if name == "soft" else 0.5)
+    assert errors["tau"] == model.settings["tau"]
+    assert model.settings["temperature"] != 1
+    scores, thresholds = model(torch.from_numpy(data.val.inputs)).scores, model.readout.intervals.thresholds.clone()
+    model.calibrate_intervals(scores[1::2], data.val.labels[1::2], 0.5)  # those that have not chosen tau
+    torch.testing.assert_close(model.readout.intervals.thresholds, thresholds)
 
 
 def test_settings_budget_and_data_are_kept(finished: Path) -> None:

@@ -16,7 +16,7 @@ from dir_toolkit.metrics import DistributionMetrics, distribution_metrics
 EDGES = [0.0, 1.0, 1.5, 4.0, 6.0]
 BINS = Bins.from_edges(EDGES)
 DENSITY = LabelDensity(BINS, [500, 20, 250, 5])  # regions by counts per label unit: many, medium, many, few
-SCORES = ("crps", "log_score", "pinball", "interval_score")
+SCORES = ("crps", "log_score", "pinball", "interval_score", "pit_mean", "pit_spread")
 
 
 def forecasts(n: int = 60, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,12 +40,15 @@ def naive(p: np.ndarray, y: float, *, level: float, quantile: float) -> dict[str
     b = min(int(np.searchsorted(EDGES, y, side="right")) - 1, 3)
     lower, upper, z = at((1 - level) / 2), at((1 + level) / 2), at(quantile)
     missed = 2 / (1 - level) * (max(lower - y, 0) + max(y - upper, 0))
+    pit = float(np.interp(y, EDGES, cumulative))
     return {
         "crps": crps,
         "log_score": -math.log(p[b] / (EDGES[b + 1] - EDGES[b])),
         "pinball": quantile * (y - z) if y >= z else (1 - quantile) * (z - y),
         "interval_score": upper - lower + missed,
-        "pit": float(np.interp(y, EDGES, cumulative)),
+        "pit": pit,
+        "pit_mean": pit,
+        "pit_spread": 12 * (pit - 0.5) ** 2,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -24,7 +24,7 @@ _EMPTY = "–"
 
 _BY_RUN = ("method", "seed")
 
-Columns = Sequence[tuple[str, str | None]]
+Columns = Sequence[tuple[str, str | None] | str]
 Mark = Literal["better", "worse"]
 
 
@@ -57,7 +57,8 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
     Args:
         ds: a result.
         columns: (metric, region) pairs, with None for the region of a variable over method and seed alone, such as
-            ``("ece", None)``. None takes the metrics that training watches: for regression the MAE over all and in
+            ``("ece", None)``; or names of metrics, such as ``"crps"`` or ``"coverage"``, which stand for all regions
+            with test samples. None takes the metrics that training watches: for regression the MAE over all and in
             every region with test samples, and the bMAE; for classification the balanced error over all and in every
             such region, and the error.
     Raises:
@@ -66,7 +67,8 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
     check_result(ds)
     columns = _default_columns(ds) if columns is None else columns
     instance(Sequence, columns=columns)
-    for column in columns:
+    pairs: list[Any] = [pair for column in columns for pair in _over_regions(ds, column)]
+    for column in pairs:
         metric, region = column if isinstance(column, (tuple, list)) and len(column) == 2 else (None, None)
         dims = _BY_RUN if region is None else (*_BY_RUN, "region")
         known_metric = isinstance(metric, str) and metric in ds.data_vars and ds[metric].dims == dims
@@ -86,12 +88,12 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
     rows = []
     for method in methods:
         row = ds.sel({"method": method})
-        cells = [_cell(row[m] if region is None else row[m].sel(region=region), ds[m]) for m, region in columns]
+        cells = [_cell(row[m] if region is None else row[m].sel(region=region), ds[m]) for m, region in pairs]
         rows.append([method, str(int(row["completed"].sum())), *cells])
-    header = ["method", "seeds", *(" ".join(filter(None, (title(metric), region))) for metric, region in columns)]
-    tested = ["" if r is None else count_range(ds["count"].sel(region=r).values) for _, r in columns]
+    header = ["method", "seeds", *(" ".join(filter(None, (title(metric), region))) for metric, region in pairs)]
+    tested = ["" if r is None else count_range(ds["count"].sel(region=r).values) for _, r in pairs]
     counts = ["test samples", "", *tested]
-    return ResultsTable(_caption(ds, columns), header, counts, rows)
+    return ResultsTable(_caption(ds, pairs), header, counts, rows)
 
 
 def verdict(ds: xr.Dataset, method: str, baseline: str) -> str:
@@ -115,10 +117,19 @@ def verdict(ds: xr.Dataset, method: str, baseline: str) -> str:
 
 
 def _default_columns(ds: xr.Dataset) -> Columns:
-    """The metrics that training watches, in the regions where it does so and ``unseen``, if they have test samples."""
-    regions = ["all", *(region for region in REGIONS if bool(ds["count"].sel(region=region).any()))]
-    watched = {name: metric.watched for name, metric in WATCHED.items() if name in ds}
+    """The metrics that training watches and every method has, in the regions where it does so and ``unseen``, if they
+    have test samples."""
+    watched = {name: metric.watched for name, metric in WATCHED.items() if name in ds and not metric.may_be_nan}
+    regions = _tested(ds)
     return [(n, region) for n, some in watched.items() for region in regions if region in some or len(some) > 1]
+
+
+def _over_regions(ds: xr.Dataset, column: Any) -> Sequence[Any]:
+    return [(column, region) for region in _tested(ds)] if isinstance(column, str) else [column]
+
+
+def _tested(ds: xr.Dataset) -> list[str]:
+    return ["all", *(region for region in REGIONS if bool(ds["count"].sel(region=region).any()))]
 
 
 def title(metric: str) -> str:
@@ -163,7 +174,7 @@ def count_range(counts: np.ndarray) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _caption(ds: xr.Dataset, columns: Columns) -> str:
+def _caption(ds: xr.Dataset, columns: Sequence[tuple[str, str | None]]) -> str:
     by_units: dict[str, list[str]] = {}
     for metric, _ in columns:
         names = by_units.setdefault("%" if shown_in_percent(metric) else ds[metric].attrs["units"], [])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ...labels.sampling import BinSampler
 from ...labels.weights import LDS
 from ...losses.regression import weighted_l1
 from ...metrics.classification import ClassificationMetrics
+from ...metrics.distribution import DistributionMetrics
 from ...metrics.regression import RegressionMetrics
 from ..data.augment import augment, to_float
 from ..data.images import SampleSet
@@ -37,7 +38,7 @@ from .steps import LossWatch, Steps
 
 __all__ = ["Metrics", "Optimization", "evaluate", "fit", "predict"]
 
-Metrics = RegressionMetrics | ClassificationMetrics
+Metrics = RegressionMetrics | ClassificationMetrics | DistributionMetrics
 
 # On an accelerator the host looks at the loss, and the ranks agree whether to stop, once in so many steps.
 _CHECK_EVERY = 50
@@ -121,7 +122,7 @@ def fit(
     """
     instance(nn.Module, model=model)
     instance(SampleSet, train=train, val=val)
-    instance((RegressionMetrics, ClassificationMetrics), metrics=metrics)
+    instance(get_args(Metrics), metrics=metrics)
     instance(Callable, loss=loss)
     optional = ((LDS, "weights", weights), (BinSampler, "sampler", sampler), (FDS, "fds", fds))
     for kind, name, value in (*optional, (Callable, "mixing", mixing)):
@@ -273,13 +274,13 @@ def evaluate(
 
     Args:
         model: from float images in [-1, 1] to what ``metrics`` takes, or to something that names it: ``prediction``
-            for regression, ``scores`` for classes.
+            for regression, ``scores`` for classes, ``distribution`` for distributions.
         metrics: of the kind wanted; it is left as it is.
         batch_size: images per forward pass of one rank.
     Returns:
         metrics of all ranks; ``.compute()`` makes the numbers.
     """
-    instance((RegressionMetrics, ClassificationMetrics), metrics=metrics)
+    instance(get_args(Metrics), metrics=metrics)
     own = metrics.fresh()
     for _, output, labels in _outputs(model, data, runtime, batch_size):
         own.update(getattr(output, metrics.takes, output), labels)
