@@ -20,6 +20,7 @@ from .labels.weights import LDS
 from .longtail.model import LongTailModel
 from .longtail.readouts import LongTailOutput
 from .longtail.saving import load
+from .longtail.several import MultiTargetModel
 from .losses.affinity import affinity_loss
 from .losses.cross_entropy import logit_adjusted_cross_entropy
 from .losses.distribution import crps, soft_cross_entropy
@@ -43,6 +44,7 @@ __all__ = [
     "LogitAdjuster",
     "LongTailModel",
     "LongTailOutput",
+    "MultiTargetModel",
     "RegressionMetrics",
     "ShapeError",
     "adjust_logits",

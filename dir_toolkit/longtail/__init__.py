@@ -2,5 +2,14 @@
 
 from .model import LongTailModel
 from .readouts import BinsReadout, ClassReadout, GaussianReadout, LongTailOutput, PointReadout
+from .several import MultiTargetModel
 
-__all__ = ["BinsReadout", "ClassReadout", "GaussianReadout", "LongTailModel", "LongTailOutput", "PointReadout"]
+__all__ = [
+    "BinsReadout",
+    "ClassReadout",
+    "GaussianReadout",
+    "LongTailModel",
+    "LongTailOutput",
+    "MultiTargetModel",
+    "PointReadout",
+]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import finite, is_tensor, number, on_host, one_of, real, require, shaped, warn
 from .._numerics import wide_dtype
@@ -42,7 +42,7 @@ def calibrate(
 ) -> TauChoice:
     readout = _with_prior(model)
     if labels is None:
-        scores_or_batches, labels = _held_out(model, scores_or_batches)
+        scores_or_batches, labels = held_out(model, scores_or_batches)
     prior = readout.training_prior(readout.chosen_kernel("auto"), model.weights)
     choose = _Choice(model, prior, scores_or_batches, labels, outside)
     choice = choose.tau(choose.temperature(), by, None, most_mae)
@@ -152,7 +152,7 @@ def _with_prior(model: LongTailModel) -> ScoreReadout:
     return model.readout
 
 
-def _held_out(model: LongTailModel, batches: Any) -> tuple[Tensor, Tensor]:
+def held_out(model: nn.Module, batches: Any) -> tuple[Tensor, Tensor]:
     """The scores and labels of all batches."""
     fix = "Use model.calibrate(scores, labels)."
     require(not isinstance(batches, Tensor), "scores need labels", got="labels=None", fix=fix)

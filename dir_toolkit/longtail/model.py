@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LongTailModel"]
 
-_ONE_AXIS = "Labels have one dimension: use Bins.uniform, .from_edges, .quantile or .classes."
+_ONE_AXIS = "For several targets use MultiTargetModel, with one axis for each."
 HeadName = Literal["regression", "gaussian", "linear", "cosine", "affinity", "coral", "corn"]
 
 
@@ -208,8 +208,10 @@ class LongTailModel(nn.Module):
         >>> model.bins, model.settings["decode"]
         (<Bins: 11 from 12.5 to 67.5, unbounded>, 'expectation')
         """
-        bins = Bins.auto(labels) if bins is None else bins
-        instance(Bins, bins=bins)
+        if bins is None:
+            known = labels_array(labels)
+            bins = Bins.auto(known[~np.isnan(known)] if options.get("missing") == "drop" else known)
+        require(isinstance(bins, Bins), "bins must be one label axis, a Bins", got=type(bins), fix=_ONE_AXIS)
         if for_metric is not None:
             one_of("for_metric", for_metric, ("mae", "bmae", "mse", "rmse"))
             require(not bins.categorical, "for_metric must be left out for classes", got=repr(for_metric))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .._checks import finite, require
@@ -23,28 +23,34 @@ T = TypeVar("T")
 
 
 def predict(model: LongTailModel, inputs: Any, level: float | None) -> xr.Dataset:
+    ends = level is not None or model.readout.has_interval
+    return table(model, read_batches(model, inputs, lambda output, _: columns(model, output, level, ends)), level)
+
+
+def columns(model: LongTailModel, output: LongTailOutput, level: float | None, ends: bool) -> list[np.ndarray]:
+    """Predictions of a batch, and the ends of their intervals where they are asked for."""
+    finite(predictions=output.prediction.cpu())
+    found = [output.prediction, *(model.interval(output, level) if ends else ())]
+    return [column.cpu().numpy() for column in found]
+
+
+def table(model: LongTailModel, batches: Sequence[list[np.ndarray]], level: float | None) -> xr.Dataset:
+    """The :func:`columns` of all batches, with the region of each prediction if there is a density."""
     import xarray as xr
 
-    ends = level is not None or model.readout.has_interval
-
-    def read(output: LongTailOutput, _: Any) -> list[np.ndarray]:
-        finite(predictions=output.prediction.cpu())
-        columns = [output.prediction, *(model.interval(output, level) if ends else ())]
-        return [column.cpu().numpy() for column in columns]
-
-    names = ("prediction", "lower", "upper") if ends else ("prediction",)
-    columns = [np.concatenate(parts) for parts in zip(*read_batches(model, inputs, read), strict=True)]
-    table = xr.Dataset({name: ("sample", column) for name, column in zip(names, columns, strict=True)})
+    whole = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+    names = ("prediction", "lower", "upper")[: len(whole)]
+    made = xr.Dataset({name: ("sample", column) for name, column in zip(names, whole, strict=True)})
     for name in names[1:]:
-        table[name].attrs["interval_level"] = level or model.readout.intervals.exact_level or 0.9
+        made[name].attrs["interval_level"] = level or model.readout.intervals.exact_level or 0.9
     if model.density is not None:
-        row = model.bins.index(columns[0], "clip", name="predictions")
-        table["region"] = ("sample", model.density.regions()[row])
-    return table
+        row = model.bins.index(whole[0], "clip", name="predictions")
+        made["region"] = ("sample", model.density.regions()[row])
+    return made
 
 
 @torch.no_grad()
-def read_batches(model: LongTailModel, batches: Any, read: Callable[[LongTailOutput, Any], T]) -> list[T]:
+def read_batches(model: nn.Module, batches: Any, read: Callable[[LongTailOutput, Any], T]) -> list[T]:
     """What ``read`` takes from the output and the labels of each batch. The model runs in eval mode, on its own device,
     and every module gets its own mode back.
 

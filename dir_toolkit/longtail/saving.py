@@ -22,26 +22,37 @@ from ..labels.kernels import LabelWindow
 from ..labels.weights import LDS
 from .model import LongTailModel
 from .readouts import ScoreReadout
+from .several import MultiTargetModel
 
 __all__ = ["load"]
 
 _FORMAT = "dir_toolkit.LongTailModel 1"
 _MADE_WITH = "made_with"  # the one entry that is no state of a module: what the model was made with
-_WITHOUT = "_extra_state"  # the axis, and FDS, which predictions do not need
+_EXTRA = "_extra_state"
 
 
-def save(model: LongTailModel, path: str | os.PathLike[str]) -> None:
+AnyModel = LongTailModel | MultiTargetModel
+
+
+def save(model: AnyModel, path: str | os.PathLike[str]) -> None:
     try:
         from safetensors.torch import save as to_bytes
     except ImportError as error:
         raise missing_package("safetensors>=0.4", error) from error
     instance((str, os.PathLike), path=path)
-    state = {name: value for name, value in model.state_dict().items() if name != _WITHOUT}
+    without = _extra_states(model)
+    state = {name: value for name, value in model.state_dict().items() if name not in without}
     for name, value in state.items():
         rule = f"the model must keep its state in tensors alone, also {name}"
         require(isinstance(value, Tensor), rule, got=type(value), error=TypeError)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    tensors[_MADE_WITH] = pack(_made_with(model))
+    if isinstance(model, MultiTargetModel):
+        named = all(target._head and target.readout.loss_name for target in model.targets)
+        fix = "Save each of model.targets by itself."
+        require(named, "heads and losses must be named ones to be saved together", got="one's own", fix=fix)
+        tensors[_MADE_WITH] = pack({"targets": [_made_with(target) for target in model.targets]})
+    else:
+        tensors[_MADE_WITH] = pack(_made_with(model))
     blob = to_bytes(tensors, {"format": _FORMAT, "sha256": _digest(tensors)})
     write_atomically(path, lambda file: file.write(blob))
 
@@ -52,9 +63,10 @@ def load(
     *,
     head: nn.Module | None = None,
     loss: Callable[..., Tensor] | None = None,
-) -> LongTailModel:
-    """The model that :meth:`dir_toolkit.LongTailModel.save` wrote, in eval mode. It predicts what that model did, to
-    the bit, on the device of the backbone. Nothing in the file is run.
+) -> AnyModel:
+    """The model that :meth:`dir_toolkit.LongTailModel.save`, or that of :class:`dir_toolkit.MultiTargetModel`, wrote,
+    in eval mode. It predicts what that model did, to the bit, on the device of the backbone. Nothing in the file is
+    run.
 
     Args:
         path: of the file.
@@ -69,8 +81,9 @@ def load(
     instance(nn.Module, backbone=backbone)
     state = _read(path)
     made_with = unpack(state.pop(_MADE_WITH))
+    several = made_with.get("targets")
     for name, own in (("head", head), ("loss", loss)):
-        saved = made_with[name]
+        saved = made_with[name] if several is None else "named ones of several targets"
         rule = f"{name} must be {'left out' if saved else 'given, as in the saved model'}"
         got = "None" if own is None else f"one beside the saved {saved!r}"
         require((own is None) == (saved is not None), rule, got=got)
@@ -79,8 +92,16 @@ def load(
         _check_same("head", head, state)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", DirToolkitWarning)  # They were read when the model was made.
-        model = _remade(made_with, backbone, head, loss)
-    return _filled(model, state)
+        if several is None:
+            return _filled(_remade(made_with, backbone, head, loss), state)
+        targets = [_remade(one, nn.Identity(), None, None) for one in several]
+        return _filled(MultiTargetModel(backbone, targets), state)
+
+
+def _extra_states(model: nn.Module) -> list[str]:
+    """Entries of the state that hold an axis and the statistics of FDS, which predictions do not need."""
+    models = [name for name, part in model.named_modules() if isinstance(part, LongTailModel)]
+    return [f"{name}.{_EXTRA}" if name else _EXTRA for name in models]
 
 
 def _made_with(model: LongTailModel) -> dict[str, Any]:
@@ -134,12 +155,13 @@ def _remade(made_with: dict[str, Any], backbone: nn.Module, head: Any, loss: Any
     return model
 
 
-def _filled(model: LongTailModel, state: dict[str, Tensor]) -> LongTailModel:
+def _filled(model: AnyModel, state: dict[str, Tensor]) -> AnyModel:
     device = next((x.device for x in model.backbone.parameters()), torch.device("cpu"))
     model = model.to(device)
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         value.data = value.data.to(state[name].dtype)
-    model.load_state_dict({**state, _WITHOUT: model.get_extra_state()})
+    own = model.state_dict()
+    model.load_state_dict({**state, **{name: own[name] for name in _extra_states(model)}})
     return model.eval()
 
 

@@ -73,6 +73,16 @@ def model(**options: Any) -> dt.LongTailModel:
         return dt.LongTailModel(nn.Linear(3, 3), 3, BINS, density=density(), **(options or {"sigma": 0.5}))
 
 
+def target() -> dt.LongTailModel:
+    return dt.LongTailModel(nn.Identity(), 3, BINS, density=density(), sigma=0.5)
+
+
+def targets() -> dt.MultiTargetModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return dt.MultiTargetModel(nn.Linear(3, 3), [target()])
+
+
 def linear() -> nn.Linear:
     return nn.Linear(3, 4)
 
@@ -296,6 +306,29 @@ VALID: dict[str, Callable[[], Call]] = {
     "LongTailModel.interval": lambda: ((m := model()).interval, {"output": m(rows(3)), "level": 0.9}),
     "LongTailModel.predict": lambda: (model().predict, {"inputs": rows(3), "level": 0.9}),
     "LongTailModel.save": lambda: (in_a_folder(model().save), {"path": "model"}),
+    "MultiTargetModel": lambda: (dt.MultiTargetModel, {"backbone": nn.Linear(3, 3), "targets": [target()]}),
+    "MultiTargetModel.for_labels": lambda: (
+        dt.MultiTargetModel.for_labels,
+        {"backbone": nn.Linear(3, 3), "num_features": 3, "labels": years()[:, None], "bins": [BINS]},
+    ),
+    "MultiTargetModel.forward": lambda: (targets(), {"x": rows(3), "labels": years()[:, None], "weight": ones()}),
+    "MultiTargetModel.criterion": lambda: (
+        (m := targets()).criterion,
+        {"output": m(rows(3)), "labels": years()[:, None], "weight": ones()},
+    ),
+    "MultiTargetModel.of_targets": lambda: ((m := targets()).of_targets, {"output": m(rows(3))}),
+    "MultiTargetModel.set_prior": lambda: (targets().set_prior, {"target_prior": [0.25] * 4, "tau": 1.0}),
+    "MultiTargetModel.calibrate": lambda: (
+        targets().calibrate,
+        {"scores_or_loader": rows(), "labels": years()[:, None], "by": "mae", "most_mae": 2.0, "outside": "clip"},
+    ),
+    "MultiTargetModel.calibrate_intervals": lambda: (
+        targets().calibrate_intervals,
+        {"scores": rows().repeat(20, 1), "labels": years().repeat(20)[:, None], "level": 0.9},
+    ),
+    "MultiTargetModel.interval": lambda: ((m := targets()).interval, {"output": m(rows(3)), "level": 0.9}),
+    "MultiTargetModel.predict": lambda: (targets().predict, {"inputs": rows(3), "level": 0.9}),
+    "MultiTargetModel.save": lambda: (in_a_folder(targets().save), {"path": "model"}),
     "LongTailModel.set_extra_state": lambda: (model().set_extra_state, {"state": model().get_extra_state()}),
     "NearestMeanHead.update": lambda: (
         dt.heads.NearestMeanHead(3, 4).update,
@@ -561,6 +594,9 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("LongTailModel.criterion", "labels"): ("target",),
     ("LongTailModel.interval", "output"): ("probabilities",),  # which a tensor must be
     ("LongTailModel.set_extra_state", "state"): ("values",),
+    ("MultiTargetModel.calibrate", "scores_or_loader"): ("scores", "batch"),
+    ("MultiTargetModel.criterion", "labels"): ("target",),
+    ("MultiTargetModel.predict", "inputs"): ("backbone", "batch", "predictions"),
     ("RegressionMetrics.compute", "few"): ("many",),
     ("DistributionMetrics.compute", "few"): ("many",),
     ("DistributionMetrics.pit", "few"): ("many",),
@@ -601,6 +637,9 @@ MAY_RAISE: dict[tuple[str, str], str] = {
     ("LongTailModel.forward", "x"): BACKBONE,
     ("LongTailModel.predict", "inputs"): BACKBONE,
     ("LongTailModel.save", "path"): FILES,
+    ("MultiTargetModel.forward", "x"): BACKBONE,
+    ("MultiTargetModel.predict", "inputs"): BACKBONE,
+    ("MultiTargetModel.save", "path"): FILES,
     ("adjust_logits", "prior"): NO_VALUES,
     ("adjust_logits", "target"): NO_VALUES,
     ("load", "path"): FILES,

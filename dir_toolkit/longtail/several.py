@@ -1,0 +1,263 @@
+"""Several targets: one backbone, and for each target a model of its own on the features."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._checks import instance, is_tensor, labels_array, not_empty, require, shaped
+from .._settings import shown
+from .._state import whole_or_not_at_all
+from ..labels.bins import Bins, Outside
+from ..labels.grid import BinGrid
+from ..priors import TauChoice
+from .calibration import Judged, held_out
+from .model import LongTailModel
+from .prediction import columns, read_batches, table
+from .readouts import LongTailOutput, ScoreReadout, TargetPrior
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["MultiTargetModel"]
+
+_FDS = "Attach one FDS over Bins.grid(...) to model.neck, and use fds.labels(y) with y of (N, K)."
+
+
+class MultiTargetModel(nn.Module):
+    """One backbone for several targets, such as age and head pose, with a :class:`LongTailModel` for each on top.
+
+    Each target has its own label axis, density, head, prior and tau. The loss is the mean of theirs, which named losses
+    state in nats or in spreads of their labels, so that no target outweighs another by its unit.
+
+    With :func:`dir_toolkit.experiment.training.loop.fit` use ``loss=model.criterion``.
+
+    Args:
+        backbone: gives the features of all targets.
+        targets: one model per target over these features, ``LongTailModel(nn.Identity(), num_features, bins, ...)``.
+            :meth:`for_labels` makes them. Their options need not be alike, and one may be over classes.
+    Attributes:
+        backbone, neck: what features come from, and a place behind it for an FDS over ``Bins.grid(...)``.
+        targets: the K models. What concerns one target is asked of it: ``model.targets[0].set_prior("uniform", 0.5)``.
+    Shape:
+        forward: x as the backbone takes it; labels (N, K); weight (N,), for all targets, or (N, K). Returns
+        :class:`LongTailOutput` with the loss, predictions (N, K) and features (N, D). Scores, distributions and
+        residuals of the targets stand beside each other in their last axis; :meth:`of_targets` takes them apart.
+    Raises:
+        TypeError: a part is of another kind. ValueError: there is no target, or one has an FDS of its own. ShapeError:
+        features or labels do not fit. Otherwise as :class:`LongTailModel`.
+
+    >>> age, pose = torch.arange(200) % 50, torch.linspace(-90, 90, 200)
+    >>> model = MultiTargetModel.for_labels(nn.Linear(3, 8), 8, torch.stack([age, pose], 1))
+    >>> [len(target.bins) for target in model.targets]
+    [13, 12]
+    >>> out = model(torch.zeros(5, 3), torch.tensor([[30.0, 45.0]]).expand(5, 2))
+    >>> out.loss.shape, out.prediction.shape, out.distribution.shape
+    (torch.Size([]), torch.Size([5, 2]), torch.Size([5, 25]))
+    """
+
+    targets: Any
+
+    def __init__(self, backbone: nn.Module, targets: Sequence[LongTailModel]) -> None:
+        super().__init__()
+        instance(nn.Module, backbone=backbone)
+        instance((list, tuple, nn.ModuleList), targets=targets)
+        require(len(targets) > 0, "targets must hold at least one LongTailModel", got="none")
+        for k, target in enumerate(targets):
+            instance(LongTailModel, **{f"targets[{k}]": target})
+            require(target.fds is None, "a target must have no FDS of its own", got=f"one in targets[{k}]", fix=_FDS)
+        self.backbone, self.neck, self.targets = backbone, nn.Identity(), nn.ModuleList(targets)
+
+    @classmethod
+    def for_labels(
+        cls,
+        backbone: nn.Module,
+        num_features: int,
+        labels: Any,
+        *,
+        bins: BinGrid | Sequence[Bins | None] | None = None,
+        **options: Any,
+    ) -> MultiTargetModel:
+        """A model over the axes that these training labels ask for, with their densities.
+
+        Args:
+            labels: of all training samples, (N, K): an array, a tensor or a table. With ``missing="drop"`` NaN is a
+                missing label, in each target by itself.
+            bins: one axis per target, as a sequence or a grid; None in place of an axis makes ``Bins.auto`` of its
+                labels.
+            options: as those of :meth:`LongTailModel.for_labels`, for all targets alike.
+
+        >>> y = torch.rand(200, 2) * torch.tensor([1.0, 60.0])
+        >>> MultiTargetModel.for_labels(nn.Linear(3, 8), 8, y, for_metric="mse").targets[1].settings["decode"]
+        'expectation'
+        """
+        array = labels_array(labels)
+        rule, fix = "labels must be (N, K), one column per target", "Use LongTailModel for one target."
+        require(array.ndim == 2, rule, got=array.shape, fix=fix)
+        axes: Any = [None] * array.shape[1] if bins is None else getattr(bins, "axes", bins)
+        instance((list, tuple), bins=axes)
+        rule = "bins must hold one axis per column of labels"
+        require(len(axes) == array.shape[1], rule, got=f"{len(axes)} for {array.shape[1]} columns")
+        made = zip(array.T, axes, strict=True)
+        return cls(
+            backbone,
+            [LongTailModel.for_labels(nn.Identity(), num_features, y, bins=axis, **options) for y, axis in made],
+        )
+
+    def forward(self, x: Any, labels: Tensor | None = None, weight: Tensor | None = None) -> LongTailOutput:
+        features = self.neck(self.backbone(x))
+        outputs = [target(features) for target in self.targets]
+        if labels is None:
+            require(weight is None, "weight needs labels", got="labels=None", fix="Use model(x, labels, weight).")
+            return self._together(outputs, outputs[0].loss)
+        return self._together(outputs, self._loss(outputs, labels, weight))
+
+    def criterion(self, output: LongTailOutput, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The mean over targets of their losses of what ``model(x)`` returned, as :meth:`LongTailModel.criterion`."""
+        return self._loss(self.of_targets(output), labels, weight)
+
+    def _loss(self, outputs: Sequence[LongTailOutput], labels: Tensor, weight: Tensor | None) -> Tensor:
+        self._check_labels(labels)
+        if weight is not None:
+            is_tensor(weight=weight)
+        losses = []
+        for k, (target, output) in enumerate(zip(self.targets, outputs, strict=True)):
+            own = weight[..., k] if weight is not None and weight.ndim == labels.ndim else weight
+            losses.append(target.criterion(output, labels[..., k], own))
+        return torch.stack(losses).mean()
+
+    def _check_labels(self, labels: Any) -> None:
+        is_tensor(labels=labels)
+        shaped((..., len(self.targets)), "one per target in the last axis", labels=labels)
+
+    def _together(self, outputs: Sequence[LongTailOutput], loss: Tensor) -> LongTailOutput:
+        """One output of those of all targets."""
+        scores = [one.scores.reshape(*one.prediction.shape, -1) for one in outputs]
+        return LongTailOutput(
+            loss,
+            torch.cat(scores, -1),
+            torch.stack([one.prediction for one in outputs], -1),
+            outputs[0].features,
+            torch.cat([one.distribution for one in outputs], -1),
+            torch.cat([one.residual for one in outputs], -1),
+        )
+
+    def of_targets(self, output: LongTailOutput) -> list[LongTailOutput]:
+        """The output of each target, as its own model gives it."""
+        instance(LongTailOutput, output=output)
+        readouts = [target.readout for target in self.targets]
+        binned = [len(readout.bins) * isinstance(readout, ScoreReadout) for readout in readouts]
+        moved = [len(readout.bins) * (getattr(readout, "residual", None) is not None) for readout in readouts]
+        parts = zip(
+            self._split(output.scores),
+            output.prediction.unbind(-1),
+            output.distribution.split(binned, -1),
+            output.residual.split(moved, -1),
+            strict=True,
+        )
+        return [
+            LongTailOutput(output.loss, scores, prediction, output.features, distribution, residual)
+            for scores, prediction, distribution, residual in parts
+        ]
+
+    def _split(self, scores: Any) -> list[Tensor]:
+        """The scores of each target, as its own model gives them."""
+        is_tensor(scores=scores)
+        shapes = [target.readout.score_shape for target in self.targets]
+        sizes = [int(np.prod(shape)) for shape in shapes]
+        shaped((..., sum(sizes)), "as this model gives them", scores=scores)
+        parts = zip(scores.split(sizes, -1), shapes, strict=True)
+        return [part if shape else part.squeeze(-1) for part, shape in parts]
+
+    def set_prior(self, target_prior: TargetPrior = None, tau: float = 1.0) -> None:
+        """:meth:`LongTailModel.set_prior` of all targets, which must have bins or classes."""
+        for target in self.targets:
+            target.set_prior(target_prior, tau)
+
+    def calibrate(
+        self,
+        scores_or_loader: Tensor | Iterable[Any],
+        labels: Any = None,
+        *,
+        by: Judged | None = None,
+        most_mae: float | None = None,
+        outside: Outside | None = None,
+    ) -> list[TauChoice]:
+        """Choose temperature and tau of each target on validation data, as :meth:`LongTailModel.calibrate` does.
+
+        Args:
+            scores_or_loader: scores as the model gives them; or batches of inputs and labels (N, K).
+            labels: (N, K), of the scores; None where batches bring their own.
+            by, most_mae, outside: as those of :meth:`LongTailModel.calibrate`, for all targets alike.
+        Returns:
+            the choice for each target.
+        """
+        if labels is None:
+            scores_or_loader, labels = held_out(self, scores_or_loader)
+        pairs = self._scores_and_labels(scores_or_loader, labels)
+        options: Any = {"by": by, "most_mae": most_mae, "outside": outside}
+        return [target.calibrate(*pair, **options) for target, pair in zip(self.targets, pairs, strict=True)]
+
+    def calibrate_intervals(
+        self, scores: Tensor, labels: Any, level: float = 0.9, *, outside: Outside | None = None
+    ) -> None:
+        """:meth:`LongTailModel.calibrate_intervals` of each target. The level is that of each alone, not of all at
+        once."""
+        for target, pair in zip(self.targets, self._scores_and_labels(scores, labels), strict=True):
+            target.calibrate_intervals(*pair, level, outside=outside)
+
+    def _scores_and_labels(self, scores: Any, labels: Any) -> list[tuple[Tensor, Tensor]]:
+        labels = labels if isinstance(labels, Tensor) else torch.from_numpy(labels_array(labels).copy())
+        self._check_labels(labels)
+        not_empty(labels=labels)
+        return list(zip(self._split(scores), labels.unbind(-1), strict=True))
+
+    def interval(self, output: LongTailOutput, level: float | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`LongTailModel.interval` of each target.
+
+        Shape:
+            Returns the lower and the upper end, (N, K) each.
+        """
+        pairs = zip(self.targets, self.of_targets(output), strict=True)
+        lower, upper = zip(*(target.interval(own, level) for target, own in pairs), strict=True)
+        return torch.stack(lower, -1), torch.stack(upper, -1)
+
+    def predict(self, inputs: Tensor | Iterable[Any], *, level: float | None = None) -> xr.Dataset:
+        """The table of :meth:`LongTailModel.predict`, over samples and targets. ``lower`` and ``upper`` are there if
+        all targets have them."""
+        import xarray as xr
+
+        ends = level is not None or all(target.readout.has_interval for target in self.targets)
+
+        def read(output: LongTailOutput, _: Any) -> list[list[np.ndarray]]:
+            parts = zip(self.targets, self.of_targets(output), strict=True)
+            return [columns(target, own, level, ends) for target, own in parts]
+
+        batches = zip(*read_batches(self, inputs, read), strict=True)
+        tables = [table(target, own, level) for target, own in zip(self.targets, batches, strict=True)]
+        return xr.concat(tables, "target", combine_attrs="override").transpose("sample", "target")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one file that :func:`dir_toolkit.load` reads, as :meth:`LongTailModel.save` does. Heads and losses must
+        be named ones."""
+        from .saving import save
+
+        save(self, path)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but a state that is refused changes nothing; for this all numbers are held twice meanwhile."""
+        with whole_or_not_at_all(self):
+            return super().load_state_dict(state_dict, strict, assign)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What each target was made with."""
+        return {"targets": [target.settings for target in self.targets]}
+
+    def extra_repr(self) -> str:
+        return shown({"num_targets": len(self.targets)})
