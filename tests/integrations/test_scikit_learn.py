@@ -597,3 +597,19 @@ def test_each_run_of_sorted_labels_has_one_row_in_each_fold() -> None:
     fold = folds(random, labels, 4)[np.argsort(labels)]
     assert all(sorted(fold[i : i + 4]) == [0, 1, 2, 3] for i in range(0, 20, 4))
     assert len(set(fold[20:])) == 2
+
+
+def test_several_targets_are_learnt_by_a_regressor_each() -> None:
+    x, y = long_tailed(200, 0)
+    both = np.stack([y, 100 - 3 * y], 1)
+    options: dict[str, Any] = {**QUICKER, "members": 2, "random_state": 0}
+    regressor = LongTailRegressor(**options).fit(x, both)
+    alone = [LongTailRegressor(**options).fit(x, column) for column in both.T]
+    assert np.array_equal(regressor.predict(x), np.stack([one.predict(x) for one in alone], 1))
+    lower, upper = regressor.predict_interval(x, level=0.8)
+    assert lower.shape == upper.shape == (200, 2)
+    assert np.array_equal(lower[:, 1], alone[1].predict_interval(x, level=0.8)[0])
+    assert regressor.score(x, both) > 0.1
+    assert regressor.n_features_in_ == 2
+    assert regressor.fit(x, both[:, :1]).predict(x).shape == (200,)
+    assert regressor.estimators_ is None

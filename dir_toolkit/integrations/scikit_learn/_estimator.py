@@ -69,11 +69,14 @@ class LongTailEstimator(BaseEstimator):
 
     def _checked(self, X: Any, y: Any, sample_weight: Any, **options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The columns, labels and weights of the rows of positive weight. A row of weight zero counts as absent."""
-        X, y = validate_data(self, X, y, dtype=np.float64, accept_sparse="csr", ensure_min_samples=2, **options)
+        X, y = self._table(X, y=y, ensure_min_samples=2, **options)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         present = weight > 0
         require(present.any(), "sample_weight must be positive for at least one row", got="zeros")
         return _dense(X)[present], y[present], weight[present]
+
+    def _table(self, X: Any, **options: Any) -> Any:
+        return validate_data(self, X, dtype=np.float64, accept_sparse="csr", **options)
 
     def _check_settings(self, head: str) -> None:
         one_of("adjust", self.adjust, ("after", "in_loss"))
@@ -276,7 +279,7 @@ class LongTailEstimator(BaseEstimator):
 
     def _predicted(self, X: Any, read: Callable[[Tensor], Tensor]) -> np.ndarray:
         check_is_fitted(self)
-        X = _dense(validate_data(self, X, dtype=np.float64, accept_sparse="csr", reset=False))
+        X = _dense(self._table(X, reset=False))
         return self._read(self.columns_(X), read).numpy()
 
     def _start(self) -> tuple[np.random.RandomState, Runtime]:

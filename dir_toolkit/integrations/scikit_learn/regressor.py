@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.base import RegressorMixin
+from sklearn.base import RegressorMixin, clone
+from sklearn.utils import Tags
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from ..._checks import labels_array, number, one_of, require, warn
@@ -44,7 +46,7 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
     A column that is constant in these rows has no effect. Held-out rows that are unlike all rows to train on do not
     judge a member. A warning says where the mean of held-out errors is larger than that of a constant.
 
-    For several targets use scikit-learn's ``MultiOutputRegressor(LongTailRegressor())``.
+    Labels of several targets, (N, K), are learnt by a regressor each.
 
     Args:
         hidden: the widths of the hidden layers. ``()`` makes a linear model.
@@ -87,14 +89,16 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         choice_: what ``head="auto"`` chose from, a list of rows with ``share``, ``tau``, ``mae`` and ``bmae``.
         history_: one row per epoch, with ``epoch``, ``loss`` and, where rows are held out, ``val_loss``.
         best_epochs_: the epoch of the weights of each member. This and ``history_`` are those of ``model_``.
+        estimators_: of several targets, the regressor of each, which has the attributes above; None for one target.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
     Shape:
-        X: (N, columns), dense or sparse; it is trained on as a dense one. y, sample_weight: (N,), one label per row.
+        X: (N, columns), dense or sparse; it is trained on as a dense one. y: (N,), or (N, K) for several targets;
+        sample_weight: (N,). Predictions are shaped as y.
     Units:
         those of the labels.
     Raises:
-        ValueError: X or y hold NaN or infinity, labels are all equal or too large for float32, there is one row only,
-        or y has several columns; a setting is unknown or out of range. LabelError: a label lies beyond ``bins``.
+        ValueError: X or y hold NaN or infinity, labels are all equal or too large for float32, or there is one row
+        only; a setting is unknown or out of range. LabelError: a label lies beyond ``bins``.
         TypeError: labels are not numbers, or a setting is of another kind. NonFiniteLossError: training diverged.
         NotFittedError of scikit-learn: predictions are asked for before ``fit``.
 
@@ -159,6 +163,13 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
             sample_weight: >= 0, and scaled to a mean of one. A row of weight zero counts as absent. The prior that
                 predictions are adjusted from counts weights, not rows.
         """
+        self.estimators_: list[LongTailRegressor] | None = None
+        if np.ndim(y) == 2:
+            values, targets = self._table(X, y=y, y_numeric=True, multi_output=True)
+            if targets.shape[1] > 1:
+                self.estimators_ = [clone(self).fit(values, column, sample_weight) for column in targets.T]
+                return self
+            y = targets[:, 0]
         one_of("head", self.head, _HEADS)
         one_of("by", self.by, ("bmae", "mae"))
         if self.most_mae is not None:
@@ -255,7 +266,10 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
             warn(f"{message}constant, the median label. Lower {lower}, or look for mistyped labels.")
 
     def predict(self, X: Any) -> np.ndarray:
-        """The label of each row, (N,), which lies on the label axis and in the range of the labels of training."""
+        """The label of each row, shaped as y was, which lies on the label axis and in the range of the labels of
+        training."""
+        if (each := self._of_each(X, "predict")) is not None:
+            return np.stack(each, 1)
         return self._predicted(X, self._label)
 
     def _label(self, x: Tensor) -> Tensor:
@@ -268,13 +282,16 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         return values.clamp(*self.label_range_.tolist())
 
     def predict_interval(self, X: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends, (N,) each, of central intervals that hold a label with the probability ``level``.
+        """Lower and upper ends, shaped as y was, of central intervals that hold a label with the probability ``level``.
 
         They are those of the bins, or of the Gaussian, and are widened to the prediction where it lies outside.
 
         Raises:
             ValueError: the level lies outside (0, 1). RuntimeError: ``head="regression"`` tells no distribution.
         """
+        if (each := self._of_each(X, "predict_interval", level)) is not None:
+            lower, upper = np.stack(each, 2)
+            return lower, upper
 
         def ends(x: Tensor) -> Tensor:
             lower, upper = self.model_.interval(self.model_(x), level)
@@ -283,3 +300,16 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
 
         lower, upper = self._predicted(X, ends).T
         return lower, upper
+
+    def _of_each(self, X: Any, method: str, *arguments: Any) -> list[Any] | None:
+        """What the regressor of each target answers; None if there is one target."""
+        check_is_fitted(self)
+        if self.estimators_ is None:
+            return None
+        X = self._table(X, reset=False)
+        return [getattr(one, method)(X, *arguments) for one in self.estimators_]
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
