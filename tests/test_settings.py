@@ -46,6 +46,7 @@ LABELS: list[Case] = [
             "clip": {"clip": (1, 5)},
             "outside": {"outside": "clip"},
             "missing": {"missing": "drop"},
+            "power": {"power": 0.5},
             "beta": {"beta": 0.9},
             "alpha": {"alpha": 0.5},
             "epsilon": {"epsilon": 0.1},

@@ -37,7 +37,7 @@ class LDS(SoundModule):
     scheme             weight before scaling
     ================== ==================================================================================
     none               1
-    inverse            1 / q
+    inverse            1 / q^power
     sqrt_inverse       1 / sqrt(q)
     effective_number   (1 - beta) / (1 - beta^q), Cui et al. 2019, equation 3 (arXiv:1901.05555)
     dense              max(1 - alpha * q', epsilon), q' being q scaled to [0, 1] over all bins; Steininger et al. 2021,
@@ -57,6 +57,7 @@ class LDS(SoundModule):
             with it the ratio of weights.
         outside, missing: what happens to a label beyond the axis, and to NaN, as in :meth:`Bins.index`. With ``"drop"``
             it is not counted and weighs nothing.
+        power: of ``inverse``, in [0, 1]: 0 weighs all labels alike, and 1/2 is ``sqrt_inverse``.
         beta: of ``effective_number``, in [0, 1).
         alpha, epsilon: of ``dense``.
     Shape:
@@ -85,6 +86,7 @@ class LDS(SoundModule):
         clip: tuple[float, float] | None = None,
         outside: Outside = "raise",
         missing: Missing = "raise",
+        power: float = 1.0,
         beta: float = 0.999,
         alpha: float = 1.0,
         epsilon: float = 1e-3,
@@ -102,6 +104,7 @@ class LDS(SoundModule):
         self.bins, self.scheme, self.edges, self.order, self.outside = bins, scheme, edges, order, outside
         self.kernels = chosen_windows(kernel, bins)
         self.clip = None if clip is None else interval("clip", clip)
+        self.power = number("power", power, low=0, high=1)
         self.beta = number("beta", beta, low=0, high=1, open_high=True)
         self.alpha = number("alpha", alpha, low=0)
         self.epsilon = number("epsilon", epsilon, low=0, open_low=True)
@@ -224,7 +227,7 @@ class LDS(SoundModule):
             if self.beta == 0:
                 return (density > 0).astype(np.float64)
             return -np.expm1(density * np.log(self.beta)) / (1 - self.beta)
-        return density
+        return density**self.power
 
     def _smooth(self, values: np.ndarray) -> np.ndarray:
         if self.kernels is None:
@@ -305,6 +308,7 @@ class LDS(SoundModule):
             "clip": self.clip,
             "outside": self.outside,
             "missing": self.missing,
+            "power": self.power,
             "beta": self.beta,
             "alpha": self.alpha,
             "epsilon": self.epsilon,

@@ -3,6 +3,7 @@
 from .model import LongTailModel
 from .readouts import BinsReadout, ClassReadout, GaussianReadout, LongTailOutput, PointReadout
 from .several import MultiTargetModel
+from .voting import VotingModel, VotingOutput
 
 __all__ = [
     "BinsReadout",
@@ -12,4 +13,6 @@ __all__ = [
     "LongTailOutput",
     "MultiTargetModel",
     "PointReadout",
+    "VotingModel",
+    "VotingOutput",
 ]

@@ -1,0 +1,199 @@
+"""Several heads on one backbone, trained towards ever rarer labels, of which the surest answers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import instance, one_of, shaped, whole
+from .._settings import shown
+from ..errors import DirToolkitWarning
+from ..labels.bins import Bins
+from ..labels.density import LabelDensity
+from ..labels.grid import Windows
+from ..labels.soft_labels import limits
+from ..labels.weights import LDS
+from .model import LongTailModel
+from .readouts import GaussianReadout, LongTailOutput
+
+__all__ = ["VotingModel", "VotingOutput"]
+
+
+class VotingOutput(NamedTuple):
+    """What a :class:`VotingModel` of M heads says about a batch.
+
+    Attributes:
+        loss: (), the mean of the heads' losses. It is NaN without labels.
+        scores: (N, M, ...), those of each head, as in :class:`LongTailOutput`.
+        prediction: (N,), that of the surest head, in label units.
+        features: (N, num_features).
+        distribution: (N, B), that of the surest head; (N, 0) for Gaussian heads.
+        residual: (N, M, B) or (N, M, 0), those of each head.
+        spread: (N, M), the standard deviation that each head gives the label, in label units.
+        surest: (N,) int64, the head of the smallest spread.
+    """
+
+    loss: Tensor
+    scores: Tensor
+    prediction: Tensor
+    features: Tensor
+    distribution: Tensor
+    residual: Tensor
+    spread: Tensor
+    surest: Tensor
+
+
+class VotingModel(nn.Module):
+    r"""Uncertainty voting: heads that are trained towards ever rarer labels, of which the surest answers each sample.
+
+    Head m of M is trained with the density q of the labels, smoothed as in :class:`~dir_toolkit.LDS`, to the power
+
+    .. math:: \tau_m = m / (M - 1), \qquad m = 0, \dots, M - 1
+
+    A Gaussian head has the loss :math:`q(y)^{-\tau_m}` times the negative log-likelihood, with weights that average
+    one. A head over bins is trained with its logits adjusted by :math:`\tau_m` times the log of the training prior, and
+    so predicts under a prior of its own, from that of training to an even one. The loss is the mean over the heads. The
+    paper's heads are not over bins; these are of this toolkit.
+
+    ``model(x, labels)`` and, in :func:`dir_toolkit.experiment.training.loop.fit`, ``loss=model.criterion`` are as those
+    of :class:`LongTailModel`. The heads are the models ``model.members``, whose priors can be set as usual.
+
+    Args:
+        backbone: from inputs to features (N, num_features).
+        num_features: D.
+        bins: the label axis, which must be continuous.
+        density: of the training labels, as counted, over these bins.
+        heads: M, at least 1.
+        head: ``"gaussian"``, or one over bins: ``"linear"``, ``"cosine"``, ``"affinity"``, ``"coral"``, ``"corn"``.
+        kernel: that smooths q, as in :class:`~dir_toolkit.LDS`. Heads over bins have ``prior_kernel`` instead.
+        options: of every head, as those of :class:`LongTailModel` and of its readout.
+    Attributes:
+        backbone, members: the backbone, and one :class:`LongTailModel` of features for each head.
+    Shape:
+        forward: x as the backbone takes it; labels, weight: (N,). Returns :class:`VotingOutput`.
+    Units:
+        those of :class:`LongTailModel`.
+    Raises:
+        as :class:`LongTailModel`.
+    Source:
+        Jiang et al. 2023, section 3 (arXiv:2305.15178).
+
+    >>> bins = Bins.uniform(0, 100, width=5)
+    >>> density = LabelDensity(bins, torch.arange(20, 0, -1))
+    >>> model = VotingModel(nn.Flatten(), 8, bins, density=density)
+    >>> out = model(torch.zeros(4, 8), torch.tensor([3.0, 20.0, 50.0, 99.0]))
+    >>> out.prediction.shape, out.spread.shape, [member.weights.power for member in model.members]
+    (torch.Size([4]), torch.Size([4, 3]), [0.0, 0.5, 1.0])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_features: int,
+        bins: Bins,
+        *,
+        density: LabelDensity,
+        heads: int = 3,
+        head: Literal["gaussian", "linear", "cosine", "affinity", "coral", "corn"] = "gaussian",
+        kernel: Windows | Literal["auto"] | None = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        instance(nn.Module, backbone=backbone)
+        instance(LabelDensity, density=density)
+        heads = whole("heads", heads, low=1)
+        one_of("head", head, ("gaussian", "linear", "cosine", "affinity", "coral", "corn"))
+        self.backbone, self.bins, self.kernel = backbone, bins, kernel
+
+        def member(power: float) -> LongTailModel:
+            own: dict[str, Any] = {"target_prior": "uniform", "tau": power, "adjust": "in_loss"}
+            if head == "gaussian":
+                placing = {name: options[name] for name in ("outside", "missing") if name in options}
+                weights = LDS(bins, kernel=kernel, scheme="inverse", power=power, **placing)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DirToolkitWarning)  # that few labels rule it, as they are to do
+                    own = {"weights": weights.fit(density)}
+            return LongTailModel(nn.Identity(), num_features, bins, density=density, head=head, **{**own, **options})
+
+        self.members = nn.ModuleList([member(m / max(heads - 1, 1)) for m in range(heads)])
+
+    def forward(self, x: Any, labels: Tensor | None = None, weight: Tensor | None = None) -> VotingOutput:
+        features = self.backbone(x)
+        of_heads = [member(features) for member in self.members]
+        scores, residual = (torch.stack([getattr(out, name) for out in of_heads], 1) for name in ("scores", "residual"))
+        spread = torch.stack([_spread(*pair) for pair in zip(self.members, of_heads, strict=True)], 1)
+        surest, loss = spread.argmin(1), scores.new_full((), torch.nan)
+        prediction, distribution = (
+            _of_surest(torch.stack([getattr(out, name) for out in of_heads], 1), surest)
+            for name in ("prediction", "distribution")
+        )
+        output = VotingOutput(loss, scores, prediction, features, distribution, residual, spread, surest)
+        return output if labels is None else output._replace(loss=self.criterion(output, labels, weight))
+
+    def criterion(self, output: VotingOutput, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The mean loss of the heads, of what ``model(x)`` returned.
+
+        Args:
+            weight: >= 0, one per sample, by which each head's own weights are multiplied.
+        Shape:
+            labels, weight: (N,). Returns ().
+        """
+        instance(VotingOutput, output=output)
+        member: Any = self.members[0]
+        shape = ("N", len(self.members), *member.readout.score_shape)
+        shaped(shape, "as this model gives them", **{"output.scores": output.scores})
+        return torch.stack([self._loss(m, output, labels, weight) for m in range(len(self.members))]).mean()
+
+    def _loss(self, m: int, output: VotingOutput, labels: Tensor, weight: Tensor | None) -> Tensor:
+        member: Any = self.members[m]
+        if weight is not None and member.weights is not None:
+            weight = weight * member.weights(labels).to(weight.dtype)
+        own = LongTailOutput(
+            output.loss, output.scores[:, m], output.prediction, output.features, output.distribution,
+            output.residual[:, m],
+        )  # fmt: skip
+        return member.criterion(own, labels, weight)
+
+    def interval(self, output: VotingOutput, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """The central interval that the surest head gives the label, which is right as far as its distribution is.
+
+        Args:
+            level: in (0, 1).
+        Shape:
+            Returns the lower and the upper end, (N,) each.
+        Units:
+            those of the label.
+        """
+        instance(VotingOutput, output=output)
+        member: Any = self.members[0]
+        if isinstance(member.readout, GaussianReadout):
+            return member.interval(_of_surest(output.scores, output.surest), level)
+        return member.interval(output.distribution, level)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the model was made with, but for its backbone; ``members`` have the rest."""
+        return {"heads": len(self.members), "bins": self.bins, "kernel": self.kernel}
+
+    def extra_repr(self) -> str:
+        return shown(self.settings)
+
+
+def _of_surest(values: Tensor, surest: Tensor) -> Tensor:
+    """Of the values (N, M, ...) of all heads those of the surest, (N, ...)."""
+    return values[torch.arange(len(surest), device=surest.device), surest]
+
+
+def _spread(member: Any, output: LongTailOutput) -> Tensor:
+    """The standard deviation of a head's distribution, (N,), without gradient, in label units."""
+    with torch.no_grad():
+        if isinstance(member.readout, GaussianReadout):
+            return (member.readout.forecast(output.scores)[:, 1] / 2).exp()
+        knots = limits(member.bins, output.distribution, ends=member.readout.ends)
+        middle, widths = (knots[1:] + knots[:-1]) / 2, knots.diff()
+        middle = middle - middle.mean()  # far from zero squares would swallow the rest
+        mean = output.distribution @ middle
+        return (output.distribution @ (middle.square() + widths.square() / 12) - mean.square()).clamp_min(0).sqrt()

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+from small_models import AGE_DENSITY, AGES, ages, batch, net, seeded
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import dir_toolkit as dt
+from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.labels.soft_labels import limits, soft_labels
+from dir_toolkit.longtail import VotingModel, VotingOutput
+
+HEADS = pytest.mark.parametrize("head", ["gaussian", "linear", "corn"])
+COUNTS = AGE_DENSITY.counts.astype(float)
+
+
+def voting(**options: Any) -> VotingModel:
+    return seeded(lambda: VotingModel(net(), 6, AGES, density=AGE_DENSITY, **options))
+
+
+def inverse_weights(power: float, y: Tensor) -> np.ndarray:
+    """By the formula, without smoothing."""
+    weights = COUNTS**-power
+    weights /= (COUNTS * weights).sum() / COUNTS.sum()
+    return weights[AGES.index(y.numpy())]
+
+
+def test_gaussian_heads_have_the_loss_and_the_vote_of_the_paper() -> None:
+    x, y = batch()
+    model = voting(kernel=None, heads=4).double()
+    own = torch.linspace(0.5, 2, len(y)).double()
+    for weight in (None, own):
+        out = model(x.double(), y.double(), weight)
+        scores = out.scores.detach().numpy()
+        losses = []
+        for m in range(4):
+            mean, log_variance = scores[:, m].T
+            least = 1e-6 * model.members[m].readout.spread ** 2  # type: ignore[operator, union-attr]
+            variance = np.exp(log_variance) + least
+            nll = ((y.numpy() - mean) ** 2 / variance + np.log(2 * np.pi * variance)) / 2
+            given = 1 if weight is None else weight.numpy()
+            losses.append(np.mean(given * inverse_weights(m / 3, y) * nll))
+        assert out.loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
+    surest = (scores[:, :, 1]).argmin(1)
+    assert out.surest.tolist() == surest.tolist()
+    assert_close(out.prediction.detach(), torch.from_numpy(scores[np.arange(len(y)), surest, 0]))
+    assert_close(out.spread, out.scores[..., 1].detach().div(2).exp(), rtol=1e-3, atol=1e-6)
+
+
+def test_heads_over_bins_train_and_predict_under_priors_of_their_own() -> None:
+    x, y = batch()
+    model = voting(head="linear", heads=3).double()
+    out = model(x.double(), y.double())
+    prior = COUNTS @ soft_labels(torch.tensor(AGES.centers), AGES, 2.0, ends="open").numpy()
+    prior /= prior.sum()
+    target = soft_labels(y.double(), AGES, 2.0, ends="open").numpy()
+    at = limits(AGES, torch.zeros((), dtype=torch.float64), ends="open").numpy()
+    middles, widths = (at[1:] + at[:-1]) / 2, np.diff(at)
+    losses, spreads = [], []
+    for m, tau in enumerate((0, 0.5, 1)):
+        scores = out.scores[:, m].detach().numpy()
+        losses.append(-(target * log_softmax(scores + tau * np.log(prior), axis=1)).sum(1).mean())
+        p = softmax(scores, axis=1)
+        spreads.append(np.sqrt(p @ (middles**2 + widths**2 / 12) - (p @ middles) ** 2))
+    assert out.loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
+    assert_close(out.spread, torch.from_numpy(np.stack(spreads, 1)), rtol=1e-5, atol=1e-6)
+    surest = np.argmin(spreads, 0)
+    assert out.surest.tolist() == surest.tolist()
+    rows = softmax(out.scores.detach().numpy()[np.arange(len(y)), surest], axis=1)
+    assert_close(out.distribution.detach(), torch.from_numpy(rows))
+
+
+@HEADS
+def test_one_head_is_the_plain_model(head: Any) -> None:
+    x, y = batch()
+    plain, model = ages(head=head), voting(head=head, heads=1)
+    model.backbone.load_state_dict(plain.backbone.state_dict())
+    model.members[0].head.load_state_dict(plain.head.state_dict())  # type: ignore[union-attr]
+    expected, out = plain(x, y), model(x, y)
+    assert_close(out.loss, expected.loss)
+    assert_close(out.prediction, expected.prediction)
+    for own, other in zip(model.interval(out, 0.8), plain.interval(expected, 0.8), strict=True):
+        assert_close(own, other)
+    assert (out.surest == 0).all()
+
+
+@HEADS
+def test_it_trains_as_one_module_and_its_state_comes_back(head: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 3, generator=generator)
+    y = 10 + 5 * torch.tanh(x[:, 0])
+    model = voting(head=head)
+    optimizer = torch.optim.Adam(model.parameters(), 0.03)
+    first = dt.weighted_l1(model(x).prediction, y).item()
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = model.criterion(model(x), y)
+        assert_close(loss, model(x, y).loss)
+        loss.backward()
+        optimizer.step()
+    assert dt.weighted_l1(model(x).prediction, y).item() < min(1.5, first / 2)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    other = voting(head=head)
+    other.load_state_dict(model.state_dict())
+    for twin in (other, copy.deepcopy(model)):
+        assert torch.equal(twin(x).prediction, model(x).prediction)
+    lower, upper = model.interval(model(x))
+    assert (lower < upper).all()
+    assert "heads=3" in repr(model)
+
+
+def test_rare_labels_are_predicted_by_heads_of_rare_labels() -> None:
+    """Inputs without any information: under its own prior each head answers with another middle, the last even."""
+    density = dt.LabelDensity(AGES, np.array([400] * 4 + [1] * 16))
+    model = VotingModel(nn.Identity(), 1, AGES, density=density, head="linear", sigma=None)
+    y = torch.from_numpy(np.repeat(AGES.centers, density.counts)).float()
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    x = torch.zeros(len(y), 1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(x, y).loss.backward()
+        optimizer.step()
+    shares = density.prior()
+    for m, tau in enumerate((0, 0.5, 1)):
+        own = model(x[:1]).scores[0, m].softmax(0).double()
+        assert_close(own, torch.from_numpy(shares ** (1 - tau) / (shares ** (1 - tau)).sum()), rtol=0.3, atol=0.01)
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"^VotingModel: heads must be at least 1, got 0"):
+        voting(heads=0)
+    with pytest.raises(ValueError, match=r"^VotingModel: head must be one of 'gaussian', 'linear'"):
+        voting(head="regression")
+    with pytest.raises(TypeError, match=r"sigma must be an option of GaussianReadout"):
+        voting(sigma=1.0)
+    model, (x, y) = voting(), batch()
+    with pytest.raises(ShapeError, match=r"output.scores must be"):
+        model.criterion(voting(heads=2)(x), y)
+    with pytest.raises(TypeError, match=r"output must be a VotingOutput, got Tensor"):
+        model.criterion(x, y)  # type: ignore[arg-type]
+    with pytest.raises(LabelError, match=r"labels"):
+        model(x, y + 100)
+    clipped = voting(outside="clip")
+    assert clipped(x, y + 100).loss.isfinite()
+    assert isinstance(clipped(x), VotingOutput)
+    assert math.isnan(clipped(x).loss.item())
