@@ -478,7 +478,7 @@ def labels_array(labels: object, name: str = "labels") -> np.ndarray:
         raise problem(f"{name} must form one array of numbers", got="rows of different lengths") from None
     except (TypeError, RuntimeError):  # of what says that it is an array
         rule, got = f"{name} must form one array of numbers", type(labels).__name__
-        raise problem(rule, got=got, fix="Hand over its values.", error=TypeError) from None
+        raise problem(rule, got=got, fix="Pass its values.", error=TypeError) from None
     if array.dtype.kind not in "iuf":
         got = type(labels).__name__ if array.shape == () and array.dtype == object else f"dtype {array.dtype}"
         raise problem(f"{name} must be integers or floats", got=got, fix="Convert them first.", error=TypeError)

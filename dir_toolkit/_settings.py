@@ -198,7 +198,7 @@ def _added(value: object, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _module(name: str, module: nn.Module) -> dict[str, Any]:
-    of_torch = type(module).__module__.startswith("torch.")  # whose private attributes are no settings
+    of_torch = type(module).__module__.startswith("torch.")  # whose private attributes are not settings
     hidden = vars(nn.Module()).keys()
     plain = {
         key: item for key, item in vars(module).items() if key not in hidden and not (of_torch and key.startswith("_"))

@@ -112,7 +112,7 @@ class Conformal(ABC):
             labels: (N,), in label units.
         Raises:
             ShapeError: the shapes do not fit. LabelError: a label is NaN, or lies beyond the axis under ``"raise"``.
-            ValueError: a forecast is not finite, or is no distribution where it must be one.
+            ValueError: a forecast is not finite, or is not a distribution where it must be one.
         """
         self._add(output=output, labels=labels)
 
@@ -143,7 +143,7 @@ class Conformal(ABC):
         Args:
             group: the ranks that hold different samples, where not all ranks do. None means all ranks.
         Raises:
-            ValueError: the settings of the ranks differ. TypeError: ``group`` is no process group.
+            ValueError: the settings of the ranks differ. TypeError: ``group`` is not a process group.
         """
         check_group(group)
         if not is_parallel():

@@ -109,7 +109,7 @@ def freeze(module: nn.Module) -> Frozen:
     Returns:
         a handle; ``handle.remove()`` undoes the freezing.
     Raises:
-        TypeError: it is no module.
+        TypeError: it is not a module.
 
     >>> encoder = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     >>> handle = freeze(encoder)
@@ -194,7 +194,7 @@ def choose_normalization(
     Returns:
         the choice by balanced error, with the curve; among equals the middle of the longest run.
     Raises:
-        TypeError: the head is not linear, or labels are no integers. ShapeError: features and labels do not fit.
+        TypeError: the head is not linear, or labels are not integers. ShapeError: features and labels do not fit.
         ValueError: taus are empty, not rising or negative.
     Source:
         Kang et al. 2020, section 4.1 (arXiv:1910.09217).

@@ -76,8 +76,8 @@ def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None 
     Shape:
         counts: (C,). Returns (C,) float64 on the CPU, summing to one.
     Raises:
-        ShapeError: counts are no row. ValueError: a count is negative or not finite, the floor is negative, or it is
-        zero and so are all counts. NotFittedError: weights are not known yet.
+        ShapeError: counts are not one-dimensional. ValueError: a count is negative or not finite, the floor is
+        negative, or it is zero and so are all counts. NotFittedError: weights are not known yet.
 
     >>> class_prior([6, 3, 1]).tolist()
     [0.6, 0.3, 0.1]
@@ -162,7 +162,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = N
     Shape:
         logits: (N, C). labels, weight: (N,).
     Raises:
-        ShapeError, LabelError, TypeError: shapes differ, or labels are no classes of the logits. ValueError: there is
+        ShapeError, LabelError, TypeError: shapes differ, or labels are not classes of the logits. ValueError: there is
         no sample, logits or weights are not finite, or no weight is positive.
     Source:
         Guo et al. 2017, section 4.2 (arXiv:1706.04599).
@@ -213,7 +213,7 @@ class TauChoice:
 
     @property
     def before(self) -> dict[str, float]:
-        """Each error at the first candidate, which is no adjustment at all where candidates begin with zero."""
+        """Each error at the first candidate, which is tau = 0, no adjustment, where candidates begin with zero."""
         return {name: float(curve[0]) for name, curve in self.curves.items()}
 
     @property

@@ -333,7 +333,7 @@ class FDS(RunningStatistics):
             a handle. ``handle.remove()`` detaches, which ``torch.jit.script`` and ``torch.compile(fullgraph=True)``
             ask for.
         Raises:
-            TypeError: ``module`` is no module; and, when it runs, there is no tensor under ``select``. ValueError:
+            TypeError: ``module`` is not a module; and, when it runs, there is no tensor under ``select``. ValueError:
             ``where`` is neither word. UsageError: this FDS is attached to the module already.
         """
         instance(nn.Module, module=module)

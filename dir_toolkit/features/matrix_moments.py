@@ -205,7 +205,7 @@ class SubspaceMoments:
         """Restore what :meth:`state_dict` saved, on the present device.
 
         Raises:
-            CheckpointError: the state is no such dict, or of other bins, features or another rank.
+            CheckpointError: the state is not such a dict, or of other bins, features or another rank.
         """
         keys("the saved state", state, ("basis", *self._parts), error=CheckpointError)
         assert isinstance(state, dict)

@@ -137,7 +137,7 @@ class BinMoments:
         """Restore what :meth:`state_dict` saved, on the present device. A state that is refused changes nothing.
 
         Raises:
-            CheckpointError: the state is no such dict, or of other bins or features.
+            CheckpointError: the state is not such a dict, or of other bins or features.
         """
         squares = ("deviations",) if self.deviations.ndim == 2 else ()
         for name, value in saved_tensors(state, self._tensors(), not_negative=("count", *squares)).items():

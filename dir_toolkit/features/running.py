@@ -199,7 +199,7 @@ class RunningStatistics(Float64Module):
 
         Raises:
             CheckpointError: the state is of other bins or of another form, or it is damaged. Then nothing changes.
-            TypeError: it is no dict.
+            TypeError: it is not a dict.
         """
         instance(dict, state=state)
         self.load_state_dict(state)

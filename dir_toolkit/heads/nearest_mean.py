@@ -92,7 +92,7 @@ class NearestMeanHead(SoundModule):
         Shape:
             features: (N, D). labels: (N,), integers from 0 to C - 1.
         Raises:
-            ShapeError: the shapes do not fit. TypeError: features are no real numbers, or labels no integers.
+            ShapeError: the shapes do not fit. TypeError: features are not real numbers, or labels are not integers.
             LabelError: a label is none of the classes. ValueError: a feature is not finite. Nothing is added then. On
             an accelerator, where values are not looked at, :meth:`finish` raises the last two.
         """

@@ -27,8 +27,8 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
         linear: left as it is.
         tau: >= 0, chosen on validation data. 0 keeps the weights, 1 makes all equally long.
     Raises:
-        TypeError: linear is no ``torch.nn.Linear``. ValueError: tau is negative or not finite, a weight is not finite,
-        or tau > 0 and the weights of a class are all zero or leave the dtype's range, upwards or downwards.
+        TypeError: linear is not a ``torch.nn.Linear``. ValueError: tau is negative or not finite, a weight is not
+        finite, or tau > 0 and the weights of a class are all zero or leave the dtype's range, upwards or downwards.
     Source:
         Kang et al. 2020, section 4 (arXiv:1910.09217).
 

@@ -1,31 +1,33 @@
-"""The label axis, and all that is known from labels alone.
+"""The label axis and everything that is computed from labels alone.
 
-A class is a bin, and a continuous label falls into a bin of a :class:`Bins`. What counts, weighs, draws, spreads or
-decodes labels is made over such an axis, or, where it says so, over a :class:`BinGrid` of several.
+A :class:`Bins` cuts the label axis into bins. A class is a bin, and a continuous label falls into one. Densities,
+weights, samplers, soft labels and decoders take a :class:`Bins`. Those that say so also take a :class:`BinGrid`, which
+has several axes.
 
-:meth:`Bins.auto` makes an axis of labels alone, and :meth:`LabelDensity.describe` says how labels lie over it and what
-to do about it.
+:meth:`Bins.auto` chooses bins from the labels. :meth:`LabelDensity.describe` summarises their distribution and gives
+advice.
 
-The following holds of everything here and is not repeated there.
+The rules below hold for everything in this package and are not repeated.
 
 Labels:
-    Labels are in label units, and so are edges, centres and whatever is decoded. They have any shape. Over a grid of K
-    axes the last axis of an array of labels has length K. Class labels are whole numbers from 0.
+    Labels, edges, centres and decoded values are in label units. Arrays of labels have any shape. Over a grid of K axes
+    their last axis has length K. Class labels are whole numbers from 0.
 Outside:
-    ``outside`` says what happens to a label beyond the axis: ``"raise"`` raises a LabelError, ``"clip"`` takes it for
-    one in the first or last bin, and ``"drop"`` leaves it out.
+    ``outside`` says what happens to a label beyond the axis: ``"raise"`` raises a LabelError, ``"clip"`` moves it into
+    the first or last bin, and ``"drop"`` ignores it.
 Missing:
-    NaN is an error, unless ``missing="drop"`` says that it stands for a missing label, which then counts nowhere.
+    NaN is an error. With ``missing="drop"`` it marks a missing label, which is ignored.
 Devices:
-    Tensors are answered by tensors on their device. Labels on an accelerator are not looked at, since that would stop
-    it, and neither are labels in compiled graphs. Where a label without a bin would raise an error, the answer to it is
-    then NaN, a weight or a row of shares that shows in the loss. Only :meth:`Bins.index` with ``"raise"`` waits.
+    A function of tensors returns tensors on the same device. Labels on an accelerator are not checked, since reading
+    them would block it. Labels in compiled graphs are not checked either. Where a check would have raised an error, the
+    result for that label is NaN, which shows in the loss. Only :meth:`Bins.index` with ``"raise"`` waits for the
+    accelerator.
 Dtypes:
-    Counts are int64, and smoothed counts and probabilities are float64. Weights and soft labels are computed in at
-    least float32, and in float64 where labels or bins need it. Nothing that is handed in is written to.
+    Counts are int64. Smoothed counts and probabilities are float64. Weights and soft labels are computed in at least
+    float32, and in float64 where labels or bins need it. Inputs are never modified.
 Widths:
-    Where bins differ in width, smoothing, weights, regions and sampling go by the counts per label unit, so that the
-    answer follows the labels and not the bins.
+    Where bins differ in width, smoothing, weights, regions and sampling use counts per label unit, so that results
+    depend on the labels and not on the choice of bins.
 """
 
 from .bins import Bins

@@ -1,4 +1,4 @@
-"""The edges that labels ask for, found from their steps, spread and tails."""
+"""Bin edges chosen from the steps, the spread and the tails of the labels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from .._checks import digits
 
 _FEWEST, _MOST, _LABELS_PER_BIN = 10, 200, 5  # bins, and labels per bin on average
-_LONGEST_TAIL = 8  # of labels in even bins, in widths of their middle half
-_PILE, _FAR = 0.1, 0.05  # of all labels: one value that is a pile, and far ones that may be mistyped
+_LONGEST_TAIL = 8  # the longest tail that gets bins of one width, in interquartile ranges
+_PILE, _FAR = 0.1, 0.05  # shares of all labels: the least of a repeated value, and the most of outliers
 _MOST_STEPS = 10**6  # from the least label to the largest; rounding hides finer ones
 
 
@@ -23,7 +23,7 @@ class _Scale(NamedTuple):
 
 
 def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
-    """The edges (B + 1,) for finite labels (N,) of float64 that are not all equal, and what they were chosen by."""
+    """The edges (B + 1,) for finite float64 labels (N,) that are not all equal, and the reason for them."""
     most = int(np.clip(len(labels) // _LABELS_PER_BIN, _FEWEST, _MOST))
     values, counts = np.unique(labels + 0.0, return_counts=True)  # no -0.0
     pile = values[counts.argmax()] if counts.max() >= _PILE * len(labels) else np.nan
@@ -62,12 +62,12 @@ def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _near(values: np.ndarray, counts: np.ndarray) -> slice:
-    """The part of sorted values without few that lie farther off all others than these reach, as mistyped ones do."""
+    """The sorted values without outliers: a few values whose distance from the others exceeds the range of those."""
     first, last = 0, len(values)
     while last - first > 2:
         gaps = np.diff(values[first:last])
-        at = first + 1 + int(gaps.argmax())
-        far, left = sorted((slice(first, at), slice(at, last)), key=lambda part: part.stop - part.start)
+        cut = first + 1 + int(gaps.argmax())
+        far, left = sorted((slice(first, cut), slice(cut, last)), key=lambda part: part.stop - part.start)
         few = far.stop - far.start <= max(1, len(values) // 100)
         if not few or counts[left].sum() < (1 - _FAR) * counts.sum() or gaps.max() <= gaps.sum() / 2:
             break
@@ -76,8 +76,7 @@ def _near(values: np.ndarray, counts: np.ndarray) -> slice:
 
 
 def _step(values: np.ndarray) -> float:
-    """The step of which all distances between these sorted values are multiples, but for rounding; 0 where there is
-    none."""
+    """The step of which all distances between these sorted values are multiples, up to rounding. It is 0 if none is."""
     distances = values[1:] - values[0]
     step = np.diff(values).min()
     while (steps := distances / step)[-1] < _MOST_STEPS:
@@ -86,12 +85,12 @@ def _step(values: np.ndarray) -> float:
             step = float(distances[-1] / steps[-1].round())
             tidy = float(f"{step:.6g}")
             return tidy if abs(tidy - step) * steps[-1] < 1e-3 * step else step
-        step *= rest[between].min()  # as Euclid finds the greatest divisor
+        step *= rest[between].min()  # Euclid's algorithm
     return 0.0
 
 
 def _scales(labels: np.ndarray, pile: float) -> Iterator[_Scale]:
-    """Scales on which labels may be even, with their inverses: the labels themselves, and two that shorten tails."""
+    """Candidate scales with their inverses: the labels themselves, and two that shorten tails."""
     middle = np.median(labels)
     yield _Scale("", lambda y: y, lambda z: z)
     if labels.min() > 0:
@@ -105,18 +104,18 @@ def _scales(labels: np.ndarray, pile: float) -> Iterator[_Scale]:
 
 
 def _halves(low: float, high: float, width: float) -> np.ndarray:
-    """In widths, the edges between multiples of the width, of which one at either end lies beyond all labels."""
+    """Edges midway between multiples of the width, in widths. One bin at each end lies beyond all labels."""
     return np.arange(np.floor(low / width + 0.5) - 1, np.floor(high / width + 0.5) + 3) - 0.5
 
 
 def _even(values: np.ndarray, width: float, start: float) -> np.ndarray:
-    """Edges that are decimals. The middles of bins are multiples of the width, counted from the start."""
+    """Edges that are decimals. Bin centres are multiples of the width, counted from the start."""
     halves = _halves(values[0] - start, values[-1] - start, width)
     return np.array([float(Fraction(str(start)) + Fraction(half) * Fraction(str(width))) for half in halves])
 
 
 def _round_width(width: float, least: float, step: float) -> float:
-    """The nearest 1, 2 or 5 times a power of ten, or so many steps, that is not below the least."""
+    """The nearest 1, 2 or 5 times a power of ten that is not below the least width. It is counted in steps if any."""
     unit = Fraction(str(step)) if step else Fraction(1)
     exponent = int(np.floor(np.log10(width / float(unit))))
     rounded = [leading * Fraction(10) ** (exponent + more) for more in (0, 1) for leading in (1, 2, 5)]

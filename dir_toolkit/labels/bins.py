@@ -50,14 +50,14 @@ Outside = Literal["raise", "clip", "drop"]
 Missing = Literal["raise", "drop"]
 OUTSIDE, MISSING = get_args(Outside), get_args(Missing)
 
-_LARGEST = 4e307  # float64 still holds what twice an axis is long
-_NEARER_ZERO = "Widen the bins, or count labels from a nearer zero."
-_NO_NAN = "Remove these samples first. What takes missing= can drop them, too."
-_STEPS = 256  # of float32 in a bin, fewer than which would show in predictions
+_LARGEST = 4e307  # twice the length of the axis still fits into float64
+_NEARER_ZERO = "Widen the bins, or subtract an offset from the labels."
+_NO_NAN = 'Remove these samples first, or pass missing="drop" where it is an argument.'
+_STEPS = 256  # float32 values per bin; with fewer of them rounding would show in predictions
 
 
 class LabelAxes(ABC):
-    """What one label axis and a grid of several have in common for what counts, weighs and measures labels."""
+    """The common interface of one label axis and of a grid of axes."""
 
     @property
     @abstractmethod
@@ -74,8 +74,8 @@ class LabelAxes(ABC):
     @property
     @abstractmethod
     def relative_widths(self) -> np.ndarray:
-        """(B,) float64, read-only: the width of each bin divided by the mean width of all bins. It is exactly one for
-        each bin of an even axis and for each class. Counts divided by it are densities per label unit."""
+        """(B,) float64, read-only: the width of each bin divided by the mean width of all bins. It is exactly one where
+        all bins have the same width, and for classes. Counts divided by it are densities per label unit."""
 
     @overload
     def index(
@@ -90,25 +90,23 @@ class LabelAxes(ABC):
     ) -> Any:
         """The bin of each label; over a grid, the joint bin.
 
-        Labels are compared with the edges in their own precision, so that float32(0.7) falls where 0.7 does. Where that
-        precision does not tell two edges apart, as float32 does not tell 1e9 from 1e9 + 1, a warning says so.
+        Labels are compared with the edges in their own precision, so that float32(0.7) falls into the bin of 0.7. A
+        warning is issued where that precision cannot separate two edges, such as 1e9 and 1e9 + 1 in float32.
 
         Args:
-            labels: in label units. A tensor is answered by a tensor on its device, and all else by NumPy.
-            outside: what happens to a label beyond the axis: ``"raise"``; ``"clip"`` into the first or last bin;
-                ``"drop"``, which answers -1. Over a grid each axis clips by itself, and -1 stands where a label lies
-                beyond any axis.
-            missing: what happens to NaN: ``"raise"``; or ``"drop"``, which takes it for a missing label and answers -1,
-                over a grid where any of its numbers is NaN.
-            name: what an error calls the labels.
+            labels: a tensor, or anything that NumPy turns into an array.
+            outside: ``"raise"``; ``"clip"`` into the first or last bin; or ``"drop"``, which returns -1. Over a grid
+                each axis clips by itself, and ``"drop"`` returns -1 where a label lies beyond any axis.
+            missing: ``"raise"``; or ``"drop"``, which returns -1 for NaN. Over a grid one NaN among the K numbers is
+                enough.
+            name: the name of the labels in error messages.
         Shape:
-            labels: any; over a grid (..., K), the last axis being the dimensions. Returns int64 of the shape of
-            ``labels``; over a grid (...).
+            labels: any; over a grid (..., K). Returns int64 of the shape of ``labels``; over a grid (...).
         Raises:
-            LabelError: a label is NaN, or lies outside under ``"raise"``, or is no whole number where bins are classes.
-                On an accelerator only ``outside="raise"`` looks at the labels, which costs one host sync; the others
-                never do, and answer -1 for NaN and for a broken class number. In compiled graphs and under
-                the transforms of ``torch.func`` no label is looked at, and such a label is answered by -1, too.
+            LabelError: a label is NaN, or lies outside under ``"raise"``, or is not a whole number where bins are
+                classes. On an accelerator only ``outside="raise"`` checks the labels, which costs one host sync.
+                Unchecked labels that would raise get -1, as do all such labels in compiled graphs and under
+                ``torch.func``.
             ShapeError: over a grid, the last axis is not K long.
         """
         one_of("outside", outside, OUTSIDE)
@@ -126,8 +124,8 @@ class LabelAxes(ABC):
     def place(
         self, labels: Tensor, outside: Outside = "raise", missing: Missing = "raise", *, name: str = "labels"
     ) -> Tensor:
-        """As :meth:`index`, but without ever waiting for an accelerator. A label that counts nowhere is answered by -1,
-        and one that is refused where labels are not looked at by -2."""
+        """:meth:`index` that never waits for an accelerator. It returns -1 for an ignored label, and -2 for an
+        unchecked label that :meth:`index` would refuse."""
         one_of("outside", outside, OUTSIDE)
         one_of("missing", missing, MISSING)
         instance(str, name=name)
@@ -135,8 +133,8 @@ class LabelAxes(ABC):
         return self._index(labels, outside, missing, name, wait=False)
 
     def rows(self, labels: Tensor, outside: Outside = "raise", missing: Missing = "raise") -> Tensor:
-        """The row of each label in a table of B + 2 rows: one per bin, row B for labels that count nowhere, and the
-        last for those that are refused where labels are not looked at, as in :meth:`place`."""
+        """The row of each label in a table of B + 2 rows: one per bin, row B for ignored labels, and row B + 1 for
+        those for which :meth:`place` returns -2."""
         index = self.place(labels, outside, missing)
         whole = readable(labels) and outside != "drop" and missing != "drop"
         return index if whole else torch.where(index < 0, len(self) - 1 - index, index)
@@ -144,7 +142,7 @@ class LabelAxes(ABC):
     def tally(
         self, labels: Any, outside: Outside = "raise", *, missing: Missing = "raise", name: str = "labels"
     ) -> np.ndarray:
-        """How many of these labels each bin holds, (B,) int64. Labels that ``"drop"`` leaves out are in none."""
+        """The number of labels in each bin, (B,) int64. Labels that ``"drop"`` ignores are not counted."""
         one_of("outside", outside, OUTSIDE)
         one_of("missing", missing, MISSING)
         instance(str, name=name)
@@ -157,12 +155,11 @@ class LabelAxes(ABC):
         return torch.bincount(index[index >= 0] if "drop" in (outside, missing) else index, minlength=len(self)).numpy()
 
     def shares(self, probabilities: Tensor) -> Tensor:
-        """Probabilities (..., B) over the bins, in at least float32.
+        """Checked probabilities (..., B) over the bins, in at least float32.
 
         Raises:
-            ShapeError: the last axis is not B long. TypeError: they are no floats. ValueError: a probability is
-            negative, or they do not sum to one within 1e-3 (1e-2 in half precision). On accelerators values are not
-            looked at.
+            ShapeError: the last axis is not B long. TypeError: they are not floats. ValueError: a probability is
+            negative, or they do not sum to one within 1e-3 (1e-2 in half precision).
         """
         floats(probabilities=probabilities)
         shaped((..., len(self)), "one per bin", probabilities=probabilities)
@@ -175,7 +172,7 @@ class LabelAxes(ABC):
     @overload
     def expectation(self, probabilities: np.ndarray) -> np.ndarray: ...
     def expectation(self, probabilities: Any) -> Any:
-        """The mean label of a distribution over bins, each bin standing for its centre.
+        """The mean label of a distribution over bins, where each bin is represented by its centre.
 
         Shape:
             probabilities: (..., B), as in :meth:`shares`. Returns (...), and over a grid (..., K), in label units.
@@ -190,18 +187,18 @@ class LabelAxes(ABC):
 
 
 class Bins(LabelAxes):
-    """A label axis cut into bins that touch: bin ``b`` holds ``edges[b] <= label < edges[b + 1]``.
+    """A label axis cut into adjacent bins: bin ``b`` holds ``edges[b] <= label < edges[b + 1]``.
 
-    The last bin holds its upper edge, too, as in ``numpy.histogram``. Make an axis with :meth:`auto`,
-    :meth:`uniform`, :meth:`from_edges`, :meth:`quantile` or :meth:`classes`, and join several with :meth:`grid`. An
-    axis never changes. Two axes with the same edges and centres are equal.
+    The last bin also holds its upper edge, as in ``numpy.histogram``. Make an axis with :meth:`auto`, :meth:`uniform`,
+    :meth:`from_edges`, :meth:`quantile` or :meth:`classes`. :meth:`grid` joins several axes. An axis is immutable. Two
+    axes with the same edges and centres are equal.
 
     Attributes:
         edges: (B + 1,) float64, rising, in label units; read-only.
-        centers: (B,) float64, in label units; read-only. A bin stands for its centre when it is decoded.
+        centers: (B,) float64, in label units; read-only. Decoding represents a bin by its centre.
         categorical: whether the bins are classes, whose labels must be whole numbers.
-        unbounded: whether the first and the last bin also hold all labels beyond them, so that none lies outside.
-        why: what :meth:`auto` has recognised and chosen; None of other axes.
+        unbounded: whether the first and the last bin also hold all labels beyond them, so that no label is outside.
+        why: the reason for the bins that :meth:`auto` chose; None for other axes.
 
     >>> bins = Bins.uniform(0, 117, width=1)
     >>> len(bins), bins.index([26, 26.9, 117]).tolist()
@@ -241,43 +238,43 @@ class Bins(LabelAxes):
         with torch.inference_mode(False):
             self._edges, self._centers = torch.from_numpy(edges.copy()), torch.from_numpy(centers.copy())
             self._limits = torch.from_numpy(self._placed_limits())
-        self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}  # copies that were asked for
+        self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}  # copies per dtype and device
         self._scales: dict[np.dtype, np.ndarray | None] = {}
 
     def _placed_limits(self) -> np.ndarray:
-        """What :func:`~dir_toolkit.labels.soft_labels.limits` says, in float64."""
+        """:func:`~dir_toolkit.labels.soft_labels.limits` in float64."""
         off = self.centers - (self.edges[:-1] + self.edges[1:]) / 2
         moved = self.edges + np.concatenate([off[:1], (off[:-1] + off[1:]) / 2, off[-1:]])
         rises = np.diff(moved.astype(np.float32 if self._fits_float32 else np.float64)) > 0
         return moved if rises.all() else self.edges.copy()
 
     def tensor(self, what: Literal["edges", "centers", "limits"], like: Tensor) -> Tensor:
-        """The edges, the centres or the :func:`~dir_toolkit.labels.soft_labels.limits` of the bins in the dtype and on
-        the device of ``like``, copied there once."""
+        """The edges, the centres or the :func:`~dir_toolkit.labels.soft_labels.limits` of the bins, in the dtype and on
+        the device of ``like``. They are copied there once."""
         one_of("what", what, ("edges", "centers", "limits"))
         floats(like=like)
         if torch.compiler.is_compiling():  # a compiled graph keeps its own copies
             return {"edges": self._edges, "centers": self._centers, "limits": self._limits}[what].to(like)
         key = (what, like.dtype, like.device)
-        if (kept := self._tensors.get(key)) is None or strict_fake_mode():
+        if (copy := self._tensors.get(key)) is None or strict_fake_mode():
             with torch.inference_mode(False):
                 array = self._placed_limits() if what == "limits" else getattr(self, what).copy()
-                kept = torch.from_numpy(array).to(like.dtype).to(like.device)
-            if keepable(kept):
-                self._tensors[key] = kept
-        return kept
+                copy = torch.from_numpy(array).to(like.dtype).to(like.device)
+            if keepable(copy):
+                self._tensors[key] = copy
+        return copy
 
     def wide_dtype(self, *tensors: Tensor) -> torch.dtype:
-        """The dtype in which labels of this axis are computed from these tensors: float64 if one of them has it, or if
-        float32 does not resolve the bins; else float32."""
+        """The dtype to compute labels of this axis in. It is float64 if one of these tensors is, or if float32 does not
+        resolve the bins; else float32."""
         is_tensor(**{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
         if self._fits_float32:
             return wide_dtype(*tensors)
         known = all(t.device.type != "mps" for t in tensors)
-        require(known, "such narrow bins need a device that knows float64", got="mps", fix=_NEARER_ZERO)
+        require(known, "such narrow bins need a device with float64", got="mps", fix=_NEARER_ZERO)
         return torch.float64
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copies are built anew, since NumPy's are no longer read-only
+    def __reduce__(self) -> tuple[Any, ...]:  # A copy is built again, since copies of NumPy arrays are writable.
         return Bins.from_dict, (self.settings,), {"why": self.why}
 
     @classmethod
@@ -286,18 +283,17 @@ class Bins(LabelAxes):
     ) -> Bins:
         """Bins of one width from ``low`` to ``high``.
 
-        Edges are the decimals one would write by hand (``0.3``, not ``0.30000000000000004``), so that a label that
-        equals an edge falls on the right side of it in float32 and in float64. A bound in float32, such as
-        ``labels.min()`` of float32 labels, is moved outwards where its decimal excludes it, so that the axis holds
-        these labels in every precision.
+        Edges are the decimals one would write by hand (``0.3``, not ``0.30000000000000004``). A label that equals an
+        edge then falls into the same bin in float32 and in float64. A float32 bound, such as ``labels.min()`` of
+        float32 labels, moves outwards if rounding would exclude it from the axis.
 
         Args:
-            low, high: numbers, or tensors or arrays of no dimension.
+            low, high: numbers, or tensors or arrays without dimensions.
             width: the width of a bin, in label units; it must divide ``high - low``. Give this or ``count``.
             count: the number of bins.
-            integer: says that labels are whole numbers, as ages in years are. The centre of a bin is then the mean of
-                the whole numbers in it (26 for [26, 27)), and not its middle (26.5). ``high`` counts only where the
-                last bin holds nothing else.
+            integer: whether labels are whole numbers, such as ages in years. The centre of a bin is then the mean of
+                the whole numbers in it (26 for [26, 27)), and not its middle (26.5). ``high`` itself enters this mean
+                only where the last bin holds no other whole number.
         Raises:
             ValueError: the range is empty, the width does not divide it, or there would be more than ten million bins.
         """
@@ -310,7 +306,7 @@ class Bins(LabelAxes):
         start, end = Fraction(str(low)), Fraction(str(high))
         rises, one_given = lowest < highest and start < end, (width is None) != (count is None)
         require(rises, "low must be smaller than high", got=f"low={low} and high={high}")
-        require(one_given, "give width or count, and not both", got=f"width={width}, count={count}")
+        require(one_given, "give either width or count", got=f"width={width}, count={count}")
         if width is not None:
             number("width", width, low=0, open_low=True)
             step = Fraction(str(width))
@@ -322,7 +318,7 @@ class Bins(LabelAxes):
             number_of_bins = length("count", count, most=MOST_BINS)
             start, end = _outwards(min, low), _outwards(max, high)
             step = (end - start) / number_of_bins
-        # Python's int / int rounds once and correctly. Fractions would do the same more slowly.
+        # Python's int / int rounds once and correctly, and is faster than fractions.
         shared = start.denominator * step.denominator
         first, pace = int(start * shared), int(step * shared)
         edges = np.array([(first + i * pace) / shared for i in range(number_of_bins + 1)])
@@ -338,7 +334,7 @@ class Bins(LabelAxes):
 
     @classmethod
     def quantile(cls, labels: Any, n: int) -> Bins:
-        """``n`` bins, each of which holds about as many of ``labels``. Repeats of one label can make them fewer.
+        """``n`` bins that hold about the same number of ``labels`` each. Repeated labels can make the bins fewer.
 
         Raises:
             LabelError: labels hold NaN or infinity. ValueError: labels are empty or all equal.
@@ -348,22 +344,22 @@ class Bins(LabelAxes):
 
     @classmethod
     def auto(cls, labels: Any) -> Bins:
-        """Bins that suit these labels. ``bins.why`` tells in a sentence or two what was recognised and chosen.
+        """Bins chosen from the labels. ``bins.why`` gives the reason in a sentence or two.
 
-        Labels that are multiples of one step, such as whole numbers, get a bin per step where there are 5 labels per
-        step or more and at most 200 steps. Others get even bins of a round width: half that of Freedman and Diaconis,
-        since what is made over bins is smoothed over some of them, and so that there are about 10 to 200 bins with 5
-        labels or more on average. If a tail is longer than 8 times the width of the middle half of the labels, bins
-        are even in the logarithm, or in asinh about the middle where labels are not all positive; edges are in label
-        units all the same. One value that a tenth of the labels have, such as zero, does not count in the spread.
+        Labels that are multiples of one step, such as whole numbers, get one bin per step if there are at least 5
+        labels per step and at most 200 steps. Other labels get bins of one round width. It is half the width of
+        Freedman and Diaconis, since densities are smoothed over several bins. It is adjusted so that there are about 10
+        to 200 bins with 5 labels or more on average. If a tail is longer than 8 interquartile ranges, bins have equal
+        width on a logarithmic scale, or on an asinh scale where some labels are not positive. The edges are still in
+        label units. A value that a tenth of the labels share, such as zero, is left out of the interquartile range.
 
-        The first and the last bin are spare, so that labels at the ends decode to themselves where they are spread by a
-        bin or more. They also hold new labels beyond the axis, which is unbounded, and few that lie farther off than
-        all others reach, as mistyped ones do.
+        The first and the last bin hold none of the labels except outliers. They let soft labels at the ends of the axis
+        decode without bias. The axis is unbounded: its end bins also hold new labels beyond it, and outliers such as
+        typing errors.
 
         Raises:
-            LabelError: labels hold NaN or infinity. TypeError: they are no numbers. ValueError: labels are empty or all
-            equal.
+            LabelError: labels hold NaN or infinity. TypeError: they are not numbers. ValueError: labels are empty or
+            all equal.
 
         >>> bins = Bins.auto([21, 34, 34, 35, 60, 33, 18, 25, 41, 52])
         >>> bins.why
@@ -376,13 +372,13 @@ class Bins(LabelAxes):
 
     @classmethod
     def classes(cls, n: int) -> Bins:
-        """``n`` classes 0 ... n - 1. Each is a bin with its number as the centre."""
+        """``n`` classes, 0 to n - 1. Each is a bin whose centre is the class number."""
         n = length("n", n, most=MOST_BINS)
         return cls(np.arange(n + 1) - 0.5, centers=np.arange(n), categorical=True)
 
     @staticmethod
     def grid(*axes: Bins) -> BinGrid:
-        """Joint bins of labels with several dimensions, such as age and pose. They are the product of these axes.
+        """The product of several axes, for labels with several dimensions such as age and pose.
 
         >>> Bins.grid(Bins.uniform(0, 100, width=10), Bins.classes(3)).shape
         (10, 3)
@@ -465,16 +461,16 @@ class Bins(LabelAxes):
     def _warn_of_narrow(self, name: str, dtype: object) -> None:
         if torch.compiler.is_compiling():
             return
-        self._collapses = False  # so that it is said once
+        self._collapses = False  # so that the warning is issued once
         warn(
-            f"{dtype} does not tell all edges of {self!r} apart, so that {name} fall into fewer bins. "
-            "Hand them over in float64, or count them from a nearer zero."
+            f"{dtype} cannot separate all edges of {self!r}, so that {name} fall into fewer bins. "
+            "Pass them in float64, or subtract an offset first."
         )
 
     def _tally(self, labels: np.ndarray, outside: Outside, missing: Missing, name: str) -> np.ndarray:
         values = labels if labels.dtype.kind == "f" else labels.astype(np.float64)
         exact = values.itemsize == 8 or (values.itemsize == 4 and not self._collapses)
-        # To sort many labels is faster than to search for the bin of each.
+        # Sorting many labels is faster than searching for the bin of each.
         if exact and not self.categorical and len(self) < values.size and self._scale(values.dtype) is None:
             with np.errstate(over="ignore"):
                 counts = np.histogram(values, self.edges.astype(values.dtype))[0]
@@ -483,9 +479,9 @@ class Bins(LabelAxes):
         return super()._tally(labels, outside, missing, name)
 
     def _quick_index(self, labels: np.ndarray) -> np.ndarray | None:
-        """The bins of labels, found without a search. It is None where not all labels are numbers of classes or lie on
-        an even axis, or where rounding could place one differently than a search would."""
-        if labels.size == 0 or labels.ndim == 0:  # of no dimension NumPy makes numbers, which are no arrays
+        """The bins of labels, computed without a search. It is None where this is not possible: for bins of different
+        widths, for labels that need an error or clipping, or where rounding could give another bin than a search."""
+        if labels.size == 0 or labels.ndim == 0:  # results without dimensions would be NumPy scalars
             return None
         if self.categorical:
             whole = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < len(self)
@@ -502,8 +498,8 @@ class Bins(LabelAxes):
 
     def _scale(self, dtype: np.dtype) -> np.ndarray | None:
         """(offset, slope) such that rounding ``slope * label + offset`` down gives the bin of every label of this
-        dtype; None if there is no such pair. Each step is monotone, so that it holds everywhere if it holds on both
-        sides of each edge."""
+        dtype, or None if there is no such pair. Each step is monotone, so checking both sides of each edge is
+        enough."""
         if dtype not in self._scales:
             with np.errstate(over="ignore", invalid="ignore"):
                 edges = self.edges.astype(dtype)
@@ -517,7 +513,7 @@ class Bins(LabelAxes):
         return self._scales[dtype]
 
     def _refusal(self, name: str, labels: Tensor, broken: Tensor, refused: Tensor) -> Exception:
-        """The error of the first label that is refused."""
+        """The error for the first refused label."""
         first = tuple(int(i) for i in refused.nonzero()[0])
         value = labels[first].item()
         got = f"{value} at index {list(first)} ({int(refused.sum())} such labels)"
@@ -526,34 +522,34 @@ class Bins(LabelAxes):
         if bool(broken[first]):
             return label_problem(f"{name} must be whole numbers where bins are classes", got=got)
         axis = f"0 to {len(self) - 1}" if self.categorical else f"[{digits(self.edges[0])}, {digits(self.edges[-1])}]"
-        fix = "Widen the bins, or leave these samples out. What takes outside= can clip or drop them, too."
+        fix = 'Widen the bins, remove these samples, or pass outside="clip" or "drop" where it is an argument.'
         return label_problem(f"{name} must lie on the label axis {axis}", got=got, fix=fix)
 
     def _mean(self, shares: Tensor) -> Tensor:
         wide = shares.to(self.wide_dtype(shares))
         mean = wide @ self.tensor("centers", wide)
-        # Far from zero a sum that rounding took off one would move the mean by bins.
+        # Far from zero a rounding error in the sum of probabilities would move the mean by bins.
         return mean if self._fits_float32 else mean / wide.sum(-1)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this axis from others. :meth:`from_dict` makes an equal axis of it."""
+        """The values that define this axis. :meth:`from_dict` makes an equal axis from them."""
         settings = {"edges": self.edges, "centers": self.centers}
         return {**settings, "categorical": self.categorical, "unbounded": self.unbounded}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON and checkpoints, that :meth:`from_dict` turns back into an equal axis."""
+        """:attr:`settings` as plain Python values, for JSON and checkpoints."""
         return {**self.settings, "edges": self.edges.tolist(), "centers": self.centers.tolist()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Bins:
-        """The axis that :meth:`to_dict` described."""
+        """The axis that these :attr:`settings` or this :meth:`to_dict` define."""
         keys("values", values, ("edges", "centers", "categorical", "unbounded"))
         return cls(**values)
 
 
 def _different(labels: Any) -> np.ndarray:
-    """Labels (N,) as float64, which are finite and not all equal."""
+    """Labels (N,) as float64. Raises unless they are finite and not all equal."""
     array = labels_array(labels).ravel()
     array = _decimals(array) if array.dtype.kind == "f" and array.itemsize < 8 else array.astype(np.float64)
     not_empty(labels=array)
@@ -566,7 +562,7 @@ def _different(labels: Any) -> np.ndarray:
 
 
 def _decimals(array: np.ndarray) -> np.ndarray:
-    """Narrow floats as the shortest decimals that stand for them, float64: 0.1 rather than 0.10000000149."""
+    """Floats below 64 bits as float64 of their shortest decimals: 0.1 rather than 0.10000000149."""
     different, places = np.unique(array, return_inverse=True)
     return different.astype(str).astype(np.float64)[places.reshape(array.shape)]
 
@@ -579,7 +575,7 @@ def _outwards(which: Any, bound: Any) -> Fraction:
 
 
 def _dividing(low: Any, high: Any, step: Fraction) -> str:
-    """Advice on how to make whole bins out of an axis that holds all of low to high."""
+    """Advice on bins that divide an axis from low to high."""
     start, end = _outwards(min, low), _outwards(max, high)
     count = math.ceil((end - Fraction(str(low))) / step)
     ends = {"high": Fraction(str(low)) + count * step}
@@ -590,19 +586,19 @@ def _dividing(low: Any, high: Any, step: Fraction) -> str:
 
 
 def _is_decimal(*numbers: Fraction) -> bool:
-    """Whether these numbers are the decimals that their floats are written as."""
+    """Whether these numbers equal the decimals that their floats print as."""
     return all(Fraction(str(float(x))) == x for x in numbers)
 
 
 def continuous(bins: object, fix: str, *, of: str = "") -> None:
-    """Raise unless ``bins`` is one continuous axis, which what ``of`` names needs."""
+    """Raise unless ``bins`` is one continuous axis. ``of`` names what needs it."""
     instance(Bins, bins=bins)
     rule = "bins must cut a continuous label axis" + f" for {of}" * bool(of)
     require(not bins.categorical, rule, got=bins, fix=fix)  # type: ignore[attr-defined]
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
-    """``table[index]`` that does not wait for an accelerator. Indexing reads an index of no dimension on the host."""
+    """``table[index]`` that does not wait for an accelerator, as indexing does for an index without dimensions."""
     return table.index_select(0, index.flatten()).reshape(index.shape)
 
 

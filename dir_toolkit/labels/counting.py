@@ -1,4 +1,4 @@
-"""Labels that come as arrays, in pieces or in the chunks of a dask array, and how many of them each bin holds."""
+"""Count the labels per bin, in arrays, in iterables of arrays and in dask arrays."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..errors import LabelError
 from .bins import Missing, Outside
 from .grid import AnyBins, BinGrid
 
-_PIECE = 2**15  # labels at a time: they stay in a processor's cache, and torch takes no threads for so few
+_PIECE = 2**15  # labels at a time: they fit into the cache, and torch starts no threads for so few
 
 
 def count_labels(labels: Any, bins: AnyBins, outside: Outside, missing: Missing) -> np.ndarray:
-    """How many labels each bin holds, (B,) int64, of anything that :meth:`LabelDensity.count` takes."""
+    """The number of labels in each bin, (B,) int64, for anything that :meth:`LabelDensity.count` takes."""
     counts = np.zeros(len(bins) + 1, dtype=np.int64)
     for piece in _pieces(labels):
         counted = _counted_by_dask if _is_dask(piece) else _counted
@@ -30,7 +30,7 @@ def count_labels(labels: Any, bins: AnyBins, outside: Outside, missing: Missing)
 
 
 def _counted(labels: Any, bins: AnyBins, outside: Outside, missing: Missing, name: str = "labels") -> np.ndarray:
-    """How many labels each bin holds and, last, how many labels there are: (B + 1,) int64."""
+    """The number of labels in each bin and, last, of all labels: (B + 1,) int64."""
     plain = isinstance(labels, np.ndarray) and not np.ma.is_masked(labels)
     array = np.asarray(labels) if plain else labels_array(labels, name)
     counts = np.zeros(len(bins) + 1, dtype=np.int64)
@@ -39,14 +39,14 @@ def _counted(labels: Any, bins: AnyBins, outside: Outside, missing: Missing, nam
         for part in _parts(array, max(_PIECE, len(bins)), whole_axes=whole_axes):
             counts[:-1] += bins.tally(part, outside, missing=missing, name=name)
     except LabelError:
-        bins.index(array, outside, missing=missing, name=name)  # raises with the place of the label among all labels
+        bins.index(array, outside, missing=missing, name=name)  # raises with the index of the label among all labels
         raise
     counts[-1] = math.prod(array.shape[: array.ndim - whole_axes])
     return counts
 
 
 def _parts(array: np.ndarray, size: int, *, whole_axes: int) -> Iterator[np.ndarray]:
-    """Views that hold the values of an array, about ``size`` each. None is cut along its last ``whole_axes`` axes."""
+    """Views of an array with about ``size`` values each. None is cut along its last ``whole_axes`` axes."""
     if array.size <= size or array.ndim <= whole_axes:
         yield array
         return
@@ -63,8 +63,8 @@ def _is_dask(labels: Any) -> bool:
 
 
 def _counted_by_dask(labels: Any, bins: AnyBins, outside: Outside, missing: Missing) -> np.ndarray:
-    """:func:`_counted` of a dask array, within the tasks that make its chunks, whose counts are then summed."""
-    of_array, rule = hasattr(labels, "map_blocks"), "labels kept by dask must be a dask array"  # and no bag or table
+    """:func:`_counted` of a dask array. Each chunk is counted in its own task, and the counts are summed."""
+    of_array, rule = hasattr(labels, "map_blocks"), "labels in dask must be a dask array"  # not a bag or a table
     require(of_array, rule, got=type(labels), fix="Use .to_dask_array().")
     if isinstance(bins, BinGrid) and labels.ndim > 0 and labels.numblocks[-1] > 1:
         rule = f"the last axis, of {len(bins.axes)} numbers per label, must not be in chunks of unknown size"
@@ -88,12 +88,10 @@ def _counted_in_chunk(
 
 
 def _pieces(labels: Any, *, of_several: bool = False) -> Iterator[Any]:
-    """Labels as arrays, in order, each of which fits into memory or is kept by dask.
-
-    ``of_several`` says that they are one piece of more.
-    """
+    """Labels as arrays in order, each of which fits into memory or belongs to dask. ``of_several`` says that they are
+    one piece of an iterable."""
     _refuse_inputs(labels, of_several=of_several)
-    # A DataArray hands over what it wraps. The data of an array would be its bytes.
+    # The data of a DataArray is the array that it wraps. The data of a NumPy array would be its bytes.
     wrapped: Any = labels if isinstance(labels, np.ndarray) else getattr(labels, "data", labels)
     of_numbers = isinstance(labels, (list, tuple)) and all(
         not isinstance(item, (list, tuple)) and np.ndim(item) == 0 for item in labels[:1]
@@ -111,8 +109,8 @@ def _pieces(labels: Any, *, of_several: bool = False) -> Iterator[Any]:
 
 
 def _refuse_inputs(labels: Any, *, of_several: bool) -> None:
-    """Refuse a loader, and a pair of inputs and labels, which are known by as many rows of another shape, or as a piece
-    of several arrays."""
+    """Refuse a loader, and a pair of inputs and labels. A pair is recognised by equal numbers of rows and different
+    shapes, or as a piece of several arrays."""
     came = ""
     if isinstance(labels, (DataLoader, _BaseDataLoaderIter)):
         came = "a DataLoader, whose batches hold inputs too"
@@ -122,13 +120,13 @@ def _refuse_inputs(labels: Any, *, of_several: bool) -> None:
             came = f"arrays of shapes {', '.join(map(str, map(tuple, shapes[:3])))}"
         elif shapes and any(shapes) and (not all(shapes) or any(isinstance(item, (int, float)) for item in labels)):
             came = "arrays together with single numbers"
-    rule = "labels must be labels alone, without the inputs that they belong to"
-    fix = "Hand over the labels of each batch: (y for x, y in loader)."
+    rule = "labels must be labels alone, without their inputs"
+    fix = "Pass the labels of each batch: (y for x, y in loader)."
     require(not came, rule, got=came, fix=fix, error=TypeError)
 
 
 def _are_inputs_and_labels(shapes: list[tuple[int, ...]]) -> bool:
-    """Whether arrays have as many rows, but not one number per row each. Maps may differ in width alone."""
+    """Whether arrays have the same number of rows, but not all of them one number per row. Maps may differ in width."""
     alone = {math.prod(shape[1:]) == 1 for shape in shapes}
     alike = len({len(shape) for shape in shapes}) == 1
     return len({shape[0] for shape in shapes}) == 1 and len(set(shapes)) > 1 and (not alike or len(alone) == 2)

@@ -1,4 +1,4 @@
-"""From a distribution over the bins of a label axis back to labels: points, quantiles and intervals."""
+"""Point predictions, quantiles and intervals from a distribution over bins."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _LEVELS = "levels must be one number or a row of them, each in (0, 1)"
 
 
 def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation", *, ends: Ends = "closed") -> Tensor:
-    """The label that a distribution over bins stands for.
+    """A point prediction from a distribution over bins.
 
     Args:
-        probabilities: >= 0. Each row is divided by its sum, which rounding may take off one.
-        point: ``"expectation"``, the mean of the centres of the bins, which has the least squared error; ``"median"``,
-            the :func:`quantiles` of level 0.5, which has the least absolute error; ``"mode"``, the centre of the most
-            probable bin, or the number of the most probable class, which is the only choice for classes.
-        ends: ``"closed"`` ends the first and the last bin with the axis. ``"open"`` is for distributions that stand
-            for soft labels with the same ``ends``: both bins reach one width beyond the axis, which moves their
-            middles to its ends, and the median and the expectation are held to the axis. The mode stays the centre.
+        probabilities: >= 0, summing to one. Each row is divided by its sum, which removes rounding errors.
+        point: ``"expectation"``, the mean of the bin centres, minimises the squared error. ``"median"``, the quantile
+            of level 0.5 (:func:`quantiles`), minimises the absolute error. ``"mode"`` is the centre of the most
+            probable bin, or the most probable class. Classes allow only the mode.
+        ends: use the same value as in :func:`soft_labels`. ``"closed"`` ends the first and the last bin at the ends of
+            the axis. With ``"open"`` these two bins reach one width beyond the axis, and the median and the expectation
+            are clipped to the axis. The mode is the same for both.
     Shape:
         probabilities: (..., B). Returns (...), at least float32; int64 where bins are classes.
     Units:
         those of the label.
     Raises:
-        ShapeError, TypeError, ValueError: as :meth:`Bins.shares`. ValueError: an expectation or median of classes is
-        asked for.
+        ShapeError, TypeError, ValueError: as :meth:`Bins.shares`. ValueError: bins are classes and the point is not the
+            mode.
 
     >>> bins = Bins.uniform(0, 4, width=1)
     >>> probabilities = torch.tensor([0.0, 0.75, 0.0, 0.25])
@@ -53,7 +53,7 @@ def decode(probabilities: Tensor, bins: Bins, point: Decoding = "expectation", *
 
 
 def decoded(probabilities: Tensor, bins: Bins, point: Decoding, ends: Ends) -> Tensor:
-    """:func:`decode` of shares that have been checked."""
+    """:func:`decode` without checks."""
     probabilities = probabilities.to(bins.wide_dtype(probabilities))
     if point == "mode":
         index = probabilities.argmax(-1)
@@ -64,7 +64,7 @@ def decoded(probabilities: Tensor, bins: Bins, point: Decoding, ends: Ends) -> T
     if ends == "open":
         knots = knots_of(bins, probabilities, "closed")
         centers = torch.cat([knots[:1], centers[1:-1], knots[-1:]]) if len(bins) > 1 else centers
-    # Not a matrix product, which autocast would take in half precision.
+    # Not a matrix product, which autocast would compute in half precision.
     mean = (probabilities * centers).sum(-1) / probabilities.sum(-1)
     return mean if ends == "closed" else _held(mean, bins)
 
@@ -76,14 +76,14 @@ def quantiles(
     *,
     ends: Ends = "closed",
 ) -> Tensor:
-    """The labels below which given shares of a distribution over bins lie.
+    """Quantiles of a distribution over bins.
 
-    The mass of a bin is spread evenly between its :func:`~dir_toolkit.labels.soft_labels.limits`, so that the
-    cumulative distribution is a line in each bin. Bins without mass make it flat, and there the smallest label is
-    taken.
+    The mass of a bin is spread uniformly between its :func:`~dir_toolkit.labels.soft_labels.limits`, so that the
+    cumulative distribution is linear within each bin. Where it is flat, since bins have no mass, the smallest label is
+    returned.
 
     Args:
-        probabilities: as in :func:`decode`, whose errors hold here, too.
+        probabilities: as in :func:`decode`.
         levels: each in (0, 1).
         ends: as in :func:`decode`.
     Shape:
@@ -91,7 +91,8 @@ def quantiles(
     Units:
         those of the label.
     Raises:
-        ValueError: also where there is no level, a level is outside (0, 1), or bins are classes, which have no order.
+        as :func:`decode`. ValueError: there is no level, a level is outside (0, 1), or bins are classes, which have no
+        order.
 
     >>> quantiles(torch.tensor([0.5, 0.25, 0.25]), Bins.uniform(0, 30, width=10), [0.25, 0.5, 0.75])
     tensor([ 5., 10., 20.])
@@ -102,14 +103,15 @@ def quantiles(
 
 
 def interval(probabilities: Tensor, bins: Bins, level: float = 0.9, *, ends: Ends = "closed") -> tuple[Tensor, Tensor]:
-    """The central interval that holds a share ``level`` of a distribution over bins, with equal shares on both sides.
+    """The central interval of a distribution over bins: it holds the probability ``level``, with equal tails on both
+    sides.
 
     Args:
-        probabilities: as in :func:`quantiles`, whose shapes, units and errors hold here, too.
+        probabilities: (..., B), as in :func:`quantiles`, which has the same units and errors.
         level: in (0, 1).
         ends: as in :func:`decode`.
     Returns:
-        the lower and the upper end, each (...).
+        the lower and the upper end of the interval, each (...).
 
     >>> lower, upper = interval(torch.full((10,), 0.1), Bins.uniform(0, 100, count=10), level=0.8)
     >>> round(lower.item(), 3), round(upper.item(), 3)
@@ -124,12 +126,12 @@ def interval(probabilities: Tensor, bins: Bins, level: float = 0.9, *, ends: End
 
 
 def quantiles_of(probabilities: Tensor, bins: Bins, levels: Tensor, ends: Ends) -> Tensor:
-    """:func:`quantiles` of shares (..., B) that have been checked at levels (L,)."""
+    """:func:`quantiles` without checks: of probabilities (..., B) at levels (L,)."""
     knots = knots_of(bins, probabilities, ends)
     cumulative = probabilities.cumsum(-1)
     cumulative = cumulative / cumulative[..., -1:]
     levels = levels.expand(*probabilities.shape[:-1], len(levels)).contiguous()  # (..., L)
-    # The first bin that reaches the level has mass, unless rounding took it. NaN lies beyond the last bin.
+    # The first bin that reaches the level has mass, unless it was lost to rounding. NaN lies beyond the last bin.
     index = torch.searchsorted(cumulative.detach().contiguous(), levels).clamp_max(len(bins) - 1)
     below = torch.nn.functional.pad(cumulative[..., :-1], (1, 0)).gather(-1, index)
     mass = cumulative.gather(-1, index) - below
@@ -139,8 +141,9 @@ def quantiles_of(probabilities: Tensor, bins: Bins, levels: Tensor, ends: Ends) 
 
 
 def cumulative_at(shares: Tensor, y: Tensor, knots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The share of each row (N, B), spread evenly between knots (B + 1,), that lies below its label (N,); and the share
-    and the width of the bin between whose knots the label lies. Labels beyond the knots count with the nearest bin."""
+    """The cumulative probability at each label (N,), of rows (N, B) spread uniformly between knots (B + 1,). Also
+    returns the probability and the width of the bin that holds the label. Labels beyond the knots belong to the nearest
+    bin."""
     index = torch.searchsorted(knots[1:-1].contiguous(), y, right=True)
     share, width = shares.gather(1, index[:, None])[:, 0], lookup(knots.diff(), index)
     within = ((y - lookup(knots, index)) / width).clamp(0, 1)
@@ -149,13 +152,13 @@ def cumulative_at(shares: Tensor, y: Tensor, knots: Tensor) -> tuple[Tensor, Ten
 
 
 def _held(values: Tensor, bins: Bins) -> Tensor:
-    """The values, of which those beyond the axis lie at its nearer end."""
+    """The values, clipped to the axis."""
     edges = bins.tensor("edges", values)
     return values.clamp(edges[0], edges[-1])
 
 
 def _wide_shares(probabilities: Tensor, bins: Bins, *, order_for: str) -> Tensor:
-    """The probabilities in the dtype to compute in. ``order_for`` names what is asked for that classes cannot give."""
+    """Checked probabilities in the dtype to compute in. ``order_for`` names a result that classes do not have."""
     if order_for:
         continuous(bins, 'Use decode(..., point="mode"), or Bins.uniform if classes have an order.', of=order_for)
     instance(Bins, bins=bins)
@@ -178,5 +181,5 @@ def _levels(levels: float | Sequence[float] | np.ndarray | Tensor, like: Tensor)
     row = list(levels) if isinstance(levels, Sequence) and not isinstance(levels, str) else [levels]
     require(len(row) > 0, _LEVELS, got="none")
     checked = [number("levels", level, low=0, high=1, open_low=True, open_high=True) for level in row]
-    # Filled in one by one, since a list would be copied to an accelerator, which waits for it.
+    # Filled in one by one, since copying a list to an accelerator would wait for it.
     return torch.stack([like.new_full((), level) for level in checked])

@@ -1,10 +1,10 @@
-"""How many labels each bin holds: counted, merged, smoothed, and read as a prior or as regions."""
+"""The label density: labels counted per bin, merged, smoothed, and read as a prior or as regions."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from .._checks import (
 from .._ranks import check_group, is_parallel, summed
 from .bins import Bins, Missing, Outside, axis_bytes
 from .counting import count_labels
-from .grid import AnyBins, BinGrid, Windows, checked_windows
+from .grid import AnyBins, BinGrid, Windows, chosen_windows
 from .kernels import EDGES, Edges, smooth_axes
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ __all__ = ["REGIONS", "LabelDensity"]
 
 REGIONS = ("many", "medium", "few", "unseen")
 
-_FEWEST_LABELS, _FEWEST_BINS = 20, 10  # of an axis, for one bin with more than half of all labels to be warned of
+_FEWEST_LABELS, _FEWEST_BINS = 20, 10  # an axis with fewer is never reported as crowded
 
 
 class LabelDensity:
@@ -47,16 +47,16 @@ class LabelDensity:
 
     Attributes:
         bins: the label axis, or a grid of several.
-        counts: (B,), read-only: int64 as counted, and float64 once smoothed, when it is the effective number of labels.
-            Over a grid, ``counts.reshape(bins.shape)`` has one dimension per axis.
+        counts: (B,), read-only. Counted labels are int64. A smoothed density holds effective numbers of labels as
+            float64. Over a grid, ``counts.reshape(bins.shape)`` has one dimension per axis.
 
     >>> density = LabelDensity.count([0, 0, 1], Bins.classes(3))
     >>> density.counts.tolist(), density.regions(many=1, few=1).tolist()
     ([2, 1, 0], ['many', 'medium', 'unseen'])
     """
 
-    # Whether samples count by weights, so that counts are no whole numbers, though nothing has smoothed them. A bin
-    # without any is no news to whoever drew them.
+    # Whether samples were counted by weights: then counts are not whole numbers although they were not smoothed. A bin
+    # without samples causes no warning in this case.
     _of_weighted_rows = False
 
     def __init__(self, bins: AnyBins, counts: Sequence[float] | np.ndarray | Tensor) -> None:
@@ -65,29 +65,27 @@ class LabelDensity:
         shaped((len(bins),), "one per bin", counts=counts)
         counts.setflags(write=False)
         self.bins, self.counts = bins, counts
-        self._warned_crowded = False  # whether count has warned of these labels, so that nothing warns of them again
+        self._warned_crowded = False  # so that the warning about crowded bins is issued once
 
     @classmethod
     def count(
         cls, labels: Any, bins: AnyBins, *, outside: Outside = "raise", missing: Missing = "raise"
     ) -> LabelDensity:
-        """Count labels, which may come in pieces.
+        """Count labels, which may come in several pieces.
 
-        Dask counts a dask array, or what wraps one, within the task of each chunk. Nothing but counts leaves the worker
-        that holds a chunk, and as many chunks are in memory as there are workers. Chunks may be of unknown size. What
-        the task of a chunk raises is passed on.
+        A dask array, or an xarray that wraps one, is counted by dask, one task per chunk. Only counts leave a worker,
+        and each worker holds one chunk in memory at a time. Chunks may be of unknown size. Errors of a task are passed
+        on.
 
-        A warning tells of a continuous axis of ten bins or more, one of which holds more than half of the labels.
+        A warning is issued if a single bin holds more than half of the labels on a continuous axis of ten bins or more.
 
         Args:
             labels: an array, a tensor, an ``xarray.DataArray``, a dask array, a list of numbers, or an iterable of any
-                of these, of which one piece at a time is held. Labels have any shape, such as maps of one label per
-                pixel; over a grid of K axes they are (..., K). Of a loader of inputs and labels hand over the labels
-                alone: ``(y for x, y in loader)``.
-            outside, missing: as in :meth:`Bins.index`. ``"drop"`` leaves labels beyond the axis, or missing ones,
-                uncounted.
+                of these, which is read one piece at a time. Labels have any shape, such as maps with one label per
+                pixel. For a loader of inputs and labels pass ``(y for x, y in loader)``.
+            outside, missing: as in :meth:`Bins.index`. ``"drop"`` does not count these labels.
         Raises:
-            LabelError: as :meth:`Bins.index`, naming the chunk of a dask array. ValueError: there is no label at all.
+            LabelError: as :meth:`Bins.index`; it names the chunk of a dask array. ValueError: there is no label.
             ShapeError: over a grid, the last axis is not K long.
         """
         instance((Bins, BinGrid), bins=bins)
@@ -95,23 +93,22 @@ class LabelDensity:
         for crowding in crowded_bins(bins, density.counts):
             density._warned_crowded = True
             warn(
-                f"{crowding}, and are not told apart there. Take the logarithm of the labels, or bins that are narrow "
-                "where labels are many (Bins.quantile, Bins.from_edges). Or look for mistyped labels."
+                f"{crowding}, which does not resolve them. Take the logarithm of the labels, or bins that are narrow "
+                "where labels are many (Bins.quantile, Bins.from_edges). Also check for mistyped labels."
             )
         return density
 
     def all_reduce(self, *, group: dist.ProcessGroup | None = None) -> LabelDensity:
-        """The labels of all ranks counted together, on each rank. All ranks must call this. Outside
-        ``torch.distributed`` it is the density itself.
+        """The sum of the densities of all ranks, on each rank. All ranks must call this. Outside ``torch.distributed``
+        it returns the density itself.
 
-        A rank without labels brings ``LabelDensity(bins, [0] * len(bins))``.
+        A rank without labels uses ``LabelDensity(bins, [0] * len(bins))``.
 
         Args:
-            group: the ranks that hold different labels, where not all ranks do, as in tensor or pipeline parallel
-                layouts. None means all ranks.
+            group: the ranks that hold different labels; None means all ranks. Tensor and pipeline parallel layouts need
+                it.
         Raises:
-            ValueError: the ranks' bins differ. Then it is raised on every rank. TypeError: ``group`` is no process
-            group.
+            ValueError: the bins of the ranks differ. Every rank raises it. TypeError: ``group`` is no process group.
         """
         check_group(group)
         if not is_parallel():
@@ -125,12 +122,12 @@ class LabelDensity:
         (counts,) = summed(torch.tensor(self.counts, dtype=dtype, device="cpu"), group=group)
         return LabelDensity(self.bins, counts.numpy())
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copies are made anew, since NumPy's are no longer read-only
+    def __reduce__(self) -> tuple[Any, ...]:  # A copy is built again, since copies of NumPy arrays are writable.
         return LabelDensity, (self.bins, self.counts), {"_of_weighted_rows": self._of_weighted_rows}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this density from others."""
+        """The values that define this density."""
         return {"bins": self.bins, "counts": self.counts}
 
     def __add__(self, other: LabelDensity) -> LabelDensity:
@@ -151,35 +148,35 @@ class LabelDensity:
     def __repr__(self) -> str:
         return f"<LabelDensity: {self.counts.sum(dtype=np.float64):g} labels in {len(self.bins)} bins>"
 
-    def smooth(self, kernel: Windows, *, edges: Edges = "reflect") -> LabelDensity:
+    def smooth(self, kernel: Windows | Literal["auto"] | None = "auto", *, edges: Edges = "reflect") -> LabelDensity:
         """The effective density: counts averaged over neighbouring bins (:func:`dir_toolkit.labels.kernels.smooth`).
-        Where bins differ in width it is the counts per label unit that are averaged.
 
         Args:
-            kernel: one window, or over a grid also one window per axis. A grid is smoothed along each axis in turn,
-                and ``[1.0]`` leaves an axis as it is.
+            kernel: one window, or over a grid also one window per axis. A grid is smoothed along each axis in turn, and
+                ``[1.0]`` does not smooth an axis. ``"auto"`` and None are as in :class:`LDS`.
         Source:
             Yang et al. 2021, equation 1 (arXiv:2102.09554).
         """
         one_of("edges", edges, EDGES)
-        windows = checked_windows(kernel, self.bins)
+        if (windows := chosen_windows(kernel, self.bins)) is None:
+            return self
         smoothed = smooth_axes(self._per_width().reshape(self.bins.shape), windows, edges=edges)
         return LabelDensity(self.bins, smoothed.ravel() * self.bins.relative_widths)
 
     def _per_width(self) -> np.ndarray:
-        """What each bin would hold if it had the mean width, which is the density per label unit, (B,) float64."""
+        """The counts that bins of the mean width would hold, (B,) float64. They are proportional to the density."""
         return self.counts / self.bins.relative_widths
 
     def weighted(self, lds: LDS) -> LabelDensity:
-        """The counts of each bin times the mean weight of its labels. A loss with these weights sees this density, and
-        a model is trained under its prior.
+        """The counts of each bin times the mean weight of its labels. A model trained with these weights has the prior
+        of this density.
 
         Args:
-            lds: fitted, over these bins or over other bins of the same axes. Where its bins are others, labels are
-                taken to lie evenly within each bin of the density.
+            lds: fitted, over these bins or over other bins of the same axes. If its bins differ, labels are assumed to
+                be spread uniformly within each bin of the density.
         Raises:
-            TypeError: lds is no LDS. NotFittedError: it is not fitted. ValueError: it weighs labels of another kind, or
-            a bin with labels reaches beyond its axis and it has ``outside="raise"``.
+            TypeError: lds is not an LDS. NotFittedError: it is not fitted. ValueError: it weighs labels of another
+            kind, or a bin with labels reaches beyond its axis and it has ``outside="raise"``.
         """
         from .weights import LDS
 
@@ -192,21 +189,21 @@ class LabelDensity:
         return LabelDensity(self.bins, counts)
 
     def prior(self, *, floor: float = 0.0) -> np.ndarray:
-        """The share of labels in each bin, (B,) float64, summing to one.
+        """The probability of each bin: its share of the labels, (B,) float64, summing to one.
 
         Args:
-            floor: the least count that a bin is taken to have, in labels; where widths differ, a bin of mean width.
-                Above zero it keeps log-priors finite.
+            floor: the smallest count of a bin, in labels; smaller counts are raised to it. It applies to a bin of mean
+                width where widths differ. A positive floor keeps log-priors finite.
         Raises:
             ValueError: the floor is negative, or no label was counted and the floor is zero.
         """
         floor = number("floor", floor, low=0)
         counts = np.maximum(self.counts, floor * self.bins.relative_widths)
-        require(counts.any(), "at least one label must have been counted", got="none, all lay outside the bins")
+        require(counts.any(), "at least one label must have been counted", got="none, all were outside the bins")
         return to_shares(counts)
 
     def describe(self) -> Description:
-        """How the labels lie over the bins, and what to do about it: a text to print, with its numbers as attributes.
+        """A summary of the label distribution with advice. Print it, or read its numbers as attributes.
 
         Raises:
             ValueError: no label was counted.
@@ -214,13 +211,13 @@ class LabelDensity:
         >>> tail = np.repeat(np.arange(8), [900, 500, 250, 100, 40, 15, 4, 1])
         >>> LabelDensity.count(tail, Bins.uniform(0, 8, width=1)).describe()
         labels            1,810 in 8 bins
-        labels per bin    70, the median of bins that hold any
+        labels per bin    70, the median of bins that are not empty
         empty bins        0, at most 0 in a row between labels
         imbalance         900 times as dense in the densest bin as in the sparsest
         effective labels  227 under inverse weights, 13%
         regions           3 many, 2 medium, 3 few, 0 unseen
-        - Weigh the loss by LDS(bins).fit(labels), or scheme="inverse" to go further.
-        - Or score bins with LongTailModel(..., bins), and choose tau on validation data.
+        - Weight the loss by LDS(bins).fit(labels), or by scheme="inverse" for a stronger effect.
+        - Or predict a distribution over bins, LongTailModel(..., bins), and choose tau on validation data.
         """
         from .description import described
 
@@ -233,8 +230,8 @@ class LabelDensity:
         ``many``, ``"few"`` with fewer than ``few``, ``"unseen"`` with none.
 
         Args:
-            relative: takes ``many`` and ``few`` as percentages of the labels that a bin would hold if all spread evenly
-                over the axis. This suits any number of labels, few above all.
+            relative: whether ``many`` and ``few`` are percentages of the count that each bin would have under a uniform
+                distribution. Use it for small data sets.
         Source:
             Yang et al. 2021, section 4 (arXiv:2102.09554).
         """
@@ -242,7 +239,7 @@ class LabelDensity:
         many = whole("many", many, low=few)
         names = np.full(len(self.bins), "medium", dtype="<U6")
         instance(bool, relative=relative)
-        per_width, most = self._per_width(), 2**63  # whole numbers need not fit into float64
+        per_width, most = self._per_width(), 2**63  # larger whole numbers may not fit into float64
         if relative and self.counts.any():
             per_width = per_width * 100 * len(self.bins) / self.counts.sum(dtype=np.float64)
         names[per_width > min(many, most)] = "many"
@@ -252,7 +249,7 @@ class LabelDensity:
 
 
 def crowded_bins(bins: AnyBins, counts: np.ndarray) -> list[str]:
-    """A clause on each continuous axis of ten bins or more, one of which holds more than half of all labels."""
+    """One clause for each continuous axis of ten bins or more, one of which holds more than half of all labels."""
     labels, joint, clauses = counts.sum(dtype=np.float64), counts.reshape(bins.shape), []
     for k, axis in enumerate(bins.axes):
         of_axis = np.moveaxis(joint, k, 0).reshape(len(axis), -1).sum(1)
@@ -266,19 +263,19 @@ def crowded_bins(bins: AnyBins, counts: np.ndarray) -> list[str]:
 
 
 def counts_array(counts: Any) -> np.ndarray:
-    """One row of finite counts that are not negative, as int64 or float64."""
+    """Checked counts (B,), finite and not negative, as int64 or float64."""
     counts = labels_array(counts, "counts")
     shaped(("B",), "one per bin", counts=counts)
     not_empty(counts=counts)
     finite(counts=counts)
     fits = counts.dtype.kind != "u" or counts.max() < 2**63
-    require(fits, "counts must be below 2^63", got=counts.max(), fix="Hand over floats.")
+    require(fits, "counts must be below 2^63", got=counts.max(), fix="Pass floats.")
     require(counts.min() >= 0, "counts must not be negative", got=f"a minimum of {counts.min():g}")
     return counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
 
 
 def to_shares(counts: np.ndarray) -> np.ndarray:
-    """Counts divided by their sum, which may lie beyond float64; not all of them zero."""
+    """Counts, not all zero, divided by their sum, even where the sum exceeds float64."""
     counts = np.ldexp(counts, -np.frexp(counts.max())[1])  # by a power of two, so that no bit changes
     return counts / counts.sum()
 

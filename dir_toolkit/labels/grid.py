@@ -1,4 +1,4 @@
-"""Labels of several dimensions: a grid of joint bins with one label axis per dimension."""
+"""Labels with several dimensions: a grid of joint bins with one label axis per dimension."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ _ALONE = np.ones(1)
 
 
 class BinGrid(LabelAxes):
-    """The product of label axes. Labels are (..., K), and each falls into one of the B joint bins.
+    """The product of K label axes. Labels are (..., K), and each falls into one of the B joint bins.
 
-    Joint bins are numbered with the last axis running fastest, so that ``counts.reshape(grid.shape)`` has one
-    dimension per axis. Where a function says so, a grid may take the place of a :class:`Bins`. Make one with
-    :meth:`Bins.grid`. A grid never changes. Two grids of equal axes are equal.
+    Joint bins are numbered with the last axis running fastest, so that ``counts.reshape(grid.shape)`` has one dimension
+    per axis. Make a grid with :meth:`Bins.grid`. A grid is immutable. Two grids of equal axes are equal.
 
     Attributes:
-        axes: K label axes.
+        axes: the K label axes.
 
     Raises:
-        TypeError: an axis is no :class:`Bins`. ValueError: there is no axis, or there would be more than ten million
+        TypeError: an axis is not a :class:`Bins`. ValueError: there is no axis, or there would be more than ten million
             joint bins.
 
     >>> grid = BinGrid(Bins.uniform(0, 100, width=10), Bins.classes(3))
@@ -54,7 +53,7 @@ class BinGrid(LabelAxes):
 
     @cached_property
     def centers(self) -> np.ndarray:
-        """(B, K) float64, in label units; read-only. A joint bin stands for its centre."""
+        """(B, K) float64, in label units; read-only: the centre of each joint bin."""
         centers = self._corners([axis.centers for axis in self.axes])
         centers.setflags(write=False)
         return centers
@@ -67,11 +66,7 @@ class BinGrid(LabelAxes):
 
     @property
     def edges(self) -> np.ndarray:
-        """Only an axis has edges. Code that knows one axis alone is told so here.
-
-        Raises:
-            AttributeError: always.
-        """
+        """Always raises AttributeError, since only a single axis has edges."""
         raise problem("edges belong to one axis", got=repr(self), fix="Use grid.axes[0].", error=AttributeError)
 
     def _corners(self, of_axes: Sequence[np.ndarray]) -> np.ndarray:
@@ -115,16 +110,16 @@ class BinGrid(LabelAxes):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this grid from others. :meth:`from_dict` makes an equal grid of it."""
+        """The values that define this grid. :meth:`from_dict` makes an equal grid from them."""
         return {"axes": [axis.settings for axis in self.axes]}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON and checkpoints, that :meth:`from_dict` turns back into an equal grid."""
+        """:attr:`settings` as plain Python values, for JSON and checkpoints."""
         return {"axes": [axis.to_dict() for axis in self.axes]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BinGrid:
-        """The grid that :meth:`to_dict` described."""
+        """The grid that this :meth:`to_dict` defines."""
         keys("values", values, ("axes",))
         instance((list, tuple), axes=values["axes"])
         return cls(*map(Bins.from_dict, values["axes"]))
@@ -134,19 +129,21 @@ AnyBins = Bins | BinGrid
 
 
 def saved_bins(values: dict[str, Any]) -> AnyBins:
-    """The axis or the grid whose ``to_dict`` this is."""
+    """The axis or the grid that ``to_dict`` gave these values for."""
     return BinGrid.from_dict(values) if isinstance(values, dict) and "axes" in values else Bins.from_dict(values)
 
 
 def checked_windows(kernel: Windows, bins: AnyBins) -> tuple[np.ndarray, ...]:
-    """One checked window per axis, from one window for each axis or one for all continuous axes of a grid."""
+    """One checked window per axis. ``kernel`` is one window per axis, or one window for all continuous axes."""
     axes = bins.axes
     windows: Any = kernel if isinstance(kernel, (Sequence, np.ndarray)) else ()
     if not (isinstance(bins, BinGrid) and any(np.ndim(window) > 0 for window in windows)):
-        # Classes have no neighbours, and so are smoothed only where they are the one axis.
+        # Classes of a grid have no neighbours, and so are not smoothed.
         windows = [kernel if len(axes) == 1 or not axis.categorical else _ALONE for axis in axes]
         alone, fix = all(window is _ALONE for window in windows), "Use kernel=None, or one window per axis."
-        require(not alone, "a grid of classes has no neighbours to smooth over", got="one window", fix=fix)
+        require(
+            not alone, "kernel must be None for a grid of classes, which have no neighbours", got="one window", fix=fix
+        )
     if len(windows) != len(axes):
         rule, got = f"kernel must be one window, or one for each of {len(axes)} label axes", f"{len(windows)} windows"
         raise problem(rule, got=got, fix="Use [1.0] for an axis that is not to be smoothed.", error=ShapeError)
@@ -158,8 +155,8 @@ def checked_windows(kernel: Windows, bins: AnyBins) -> tuple[np.ndarray, ...]:
 def chosen_windows(
     kernel: Windows | Literal["auto"] | None, bins: AnyBins, usual: np.ndarray = DEFAULT_KERNEL
 ) -> tuple[np.ndarray, ...] | None:
-    """:func:`checked_windows` of a kernel that may also be ``"auto"``, for :func:`usual_kernel`, or None. The answer is
-    None where nothing is smoothed."""
+    """:func:`checked_windows` of a kernel that may also be None, or ``"auto"`` for :func:`usual_kernel`. It is None
+    where nothing is smoothed."""
     if isinstance(kernel, str):
         if kernel != "auto":
             raise problem('kernel must be a window, "auto" or None', got=repr(kernel), fix=A_WINDOW, error=TypeError)

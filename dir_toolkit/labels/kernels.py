@@ -1,4 +1,4 @@
-"""Windows over neighbouring bins, and smoothing with them."""
+"""Smoothing kernels over neighbouring bins."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _SCIPY_MODE = {"reflect": "reflect", "mirror": "mirror", "zero": "constant"}
 
 @dataclass(frozen=True)
 class LabelWindow:
-    """A window in label units, as :func:`gaussian`, :func:`laplace` and :func:`triangular` give it with
-    ``unit="label"``. Whatever takes a kernel makes it over its own bins, however wide they are.
+    """A window in label units, from :func:`gaussian`, :func:`laplace` or :func:`triangular` with ``unit="label"``. It
+    is converted to bins where it is used.
 
     Attributes:
-        make: the function that gave it.
-        size, widths: what to give it, in label units.
-        folded: as of :func:`gaussian`.
+        make: the function that made it.
+        size, widths: the arguments of that function, in label units.
+        folded: as in :func:`gaussian`.
     """
 
     make: Callable[..., np.ndarray]
@@ -52,16 +52,16 @@ class LabelWindow:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this window from others."""
+        """The values that define this window."""
         return {"make": self.make.__name__, "size": self.size, "widths": self.widths, "folded": self.folded}
 
     def over(self, axis: Bins) -> np.ndarray:
-        """The window in bins: the odd number of them that comes nearest to the size.
+        """The window in bins of this axis. Its length is the odd number of bins nearest to the size.
 
         Raises:
             ValueError: bins differ in width, or are classes.
         """
-        rule = "a kernel in label units needs bins of one width, and no classes"
+        rule = "a kernel in label units needs bins of one width, and not classes"
         require(not axis.categorical and (axis.relative_widths == 1).all(), rule, got=axis, fix="Give it in bins.")
         size, *widths = (float(f"{x / np.median(np.diff(axis.edges)):.12g}") for x in (self.size, *self.widths))
         return self.make(2 * int(size / 2) + 1, *widths, **({"folded": True} if self.folded else {}))
@@ -97,9 +97,9 @@ def gaussian(size: Any, sigma: float, *, folded: bool = False, unit: KernelUnit 
     Args:
         size: the number of bins, odd; with ``unit="label"`` a length in label units.
         sigma: the standard deviation, in bins; with ``unit="label"`` in label units.
-        folded: gives the window of the public DIR code. It filters a unit impulse of length ``size`` with reflecting
-            ends, which folds the tails back and makes the window nearly flat (size 5, sigma 2: .858 .946 1 .946 .858).
-        unit: what size and sigma are measured in. ``"label"`` keeps them, whatever the width of bins turns out to be.
+        folded: whether to return the window of the authors' DIR code. It filters a unit impulse of length ``size`` with
+            reflecting ends, which folds the tails back and makes the window nearly flat.
+        unit: the unit of size and sigma. A window in label units is the same for bins of any width.
     Returns:
         (size,) float64, at most 1; with ``unit="label"`` a :class:`LabelWindow`, for any ``kernel=``.
     Source:
@@ -116,7 +116,7 @@ def gaussian(size: Any, sigma: float, *, folded: bool = False, unit: KernelUnit 
     offsets = _offsets(size)
     sigma = number("sigma", sigma, low=0, open_low=True)
     if folded and sigma > 0.1:  # a narrower window is the impulse itself
-        reach = int(4 * sigma + 0.5)  # where SciPy's filter ends, which that code uses
+        reach = int(4 * sigma + 0.5)  # the radius of SciPy's filter, which that code uses
         impulse = np.pad((offsets == 0).astype(np.float64), reach, mode="symmetric")
         flat = np.convolve(impulse, np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2), "valid")
         return flat / flat.max()
@@ -129,8 +129,7 @@ def triangular(size: int, *, unit: Literal["bin"] = ...) -> np.ndarray: ...
 @overload
 def triangular(size: float, *, unit: Literal["label"]) -> LabelWindow: ...
 def triangular(size: Any, *, unit: KernelUnit = "bin") -> np.ndarray | LabelWindow:
-    """A triangle that would reach zero one bin beyond the window. It is (size,) float64, with 1 in the middle.
-    ``unit`` is as in :func:`gaussian`.
+    """A triangular window that reaches zero one bin beyond its ends. Arguments and result are as in :func:`gaussian`.
 
     >>> triangular(3).tolist()
     [0.5, 1.0, 0.5]
@@ -146,8 +145,8 @@ def laplace(size: int, scale: float, *, unit: Literal["bin"] = ...) -> np.ndarra
 @overload
 def laplace(size: float, scale: float, *, unit: Literal["label"]) -> LabelWindow: ...
 def laplace(size: Any, scale: float, *, unit: KernelUnit = "bin") -> np.ndarray | LabelWindow:
-    """A Laplace window, ``exp(-|d| / scale)`` at ``d`` bins from the middle. It is (size,) float64, at most 1.
-    ``unit`` is as in :func:`gaussian`.
+    """A Laplace window, ``exp(-|d| / scale)`` at ``d`` bins from the middle. Arguments and result are as in
+    :func:`gaussian`.
 
     >>> laplace(3, 1).round(3).tolist()
     [0.368, 1.0, 0.368]
@@ -167,9 +166,8 @@ for _window in (DEFAULT_KERNEL, FOLDED_KERNEL):
 
 
 def usual_kernel(bins: LabelAxes, window: np.ndarray = DEFAULT_KERNEL) -> np.ndarray | tuple[np.ndarray, ...] | None:
-    """What smooths over these bins by default: the window, but nothing over classes, which have no neighbours, and
-    nothing over an axis of fewer bins than the window. Over a grid it is one window per axis. It is None where no axis
-    is smoothed."""
+    """The default kernel for these bins. Classes, which have no neighbours, and axes shorter than the window are not
+    smoothed. Over a grid it is one window per axis. It is None where no axis is smoothed."""
     windows = [not axis.categorical and len(axis) >= len(window) for axis in bins.axes]
     if not any(windows):
         return None
@@ -177,7 +175,7 @@ def usual_kernel(bins: LabelAxes, window: np.ndarray = DEFAULT_KERNEL) -> np.nda
 
 
 def checked_window(kernel: Window, num_bins: int) -> np.ndarray:
-    """The window as float64, once it is checked that it can smooth an axis of ``num_bins`` bins."""
+    """The window as float64, checked for an axis of ``num_bins`` bins."""
     window = labels_array(kernel, "kernel").astype(np.float64)
     size, came = window.size, window.tolist()
     require(window.ndim == 1 and size > 0, "kernel must be a row of numbers", got=window.shape, fix=A_WINDOW)
@@ -191,12 +189,12 @@ def checked_window(kernel: Window, num_bins: int) -> np.ndarray:
 
 
 def smooth(values: np.ndarray, kernel: Window, *, edges: Edges = "reflect") -> np.ndarray:
-    """``values`` averaged over neighbouring bins by a window that is scaled to sum to one.
+    """Average ``values`` over neighbouring bins, by a window that is scaled to sum to one.
 
     Args:
         values: (B, ...), smoothed along the first axis.
         kernel: of odd length, symmetric, at most B long.
-        edges: what lies beyond the axis: ``"reflect"`` (b a | a b c), ``"mirror"`` (c b | a b c) or ``"zero"``.
+        edges: the values beyond the axis: ``"reflect"`` (b a | a b c), ``"mirror"`` (c b | a b c) or ``"zero"``.
     Returns:
         float64, of the shape of ``values``. ``"reflect"`` keeps the sum.
     Source:
@@ -212,7 +210,7 @@ def smooth(values: np.ndarray, kernel: Window, *, edges: Edges = "reflect") -> n
 
 
 def smooth_axes(values: np.ndarray, windows: Sequence[np.ndarray], *, edges: Edges) -> np.ndarray:
-    """:func:`smooth` along the first axes of float64 ``values`` in turn, by one checked window for each of them."""
+    """:func:`smooth` of float64 ``values`` along their first axes in turn, by one checked window per axis."""
     from scipy.ndimage import correlate1d
 
     for axis, window in enumerate(windows):
@@ -221,15 +219,14 @@ def smooth_axes(values: np.ndarray, windows: Sequence[np.ndarray], *, edges: Edg
 
 
 def smoothing_window(kernel: Window, num_bins: int) -> np.ndarray:
-    """The checked window, scaled to sum to one, that :func:`smooth_rows` takes."""
+    """The checked window for :func:`smooth_rows`, scaled to sum to one."""
     window = checked_window(kernel, num_bins)
     return window / window.sum()
 
 
 def smooth_rows(values: Tensor, window: np.ndarray, edges: Edges) -> Tensor:
-    """:func:`smooth` of a tensor (B, ...) along its first axis, in its own dtype and on its device, by a window of
-    :func:`smoothing_window`. It needs the memory of three times the values, where :func:`smoothing_matrix` needs
-    B x B."""
+    """:func:`smooth` of a tensor (B, ...) along its first axis, by a window from :func:`smoothing_window`. It needs
+    three times the memory of the values, while :func:`smoothing_matrix` needs B x B."""
     reach, count = len(window) // 2, len(values)
     if edges == "zero":
         first = last = values.new_zeros(reach, *values.shape[1:])

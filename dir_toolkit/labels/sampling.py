@@ -1,4 +1,4 @@
-"""Draw training samples by their bin: instance-balanced, class-balanced, between the two, or from one to the other."""
+"""Samplers by bin: instance-balanced, class-balanced, between the two, or progressive from one to the other."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ Counts = LabelDensity | Tensor | np.ndarray | Sequence[float]
 def bin_probabilities(density_or_counts: Counts, q: float) -> np.ndarray:
     r"""The probability with which each bin is drawn: :math:`p_j = n_j^q / \sum_i n_i^q`.
 
-    Where the bins of a density differ in width, it is :math:`p_j \propto w_j (n_j / w_j)^q` with the widths w, so that
-    q = 0 draws labels evenly along the axis. Bins without a sample have probability zero at every q.
+    Where the bins of a density differ in width w, it is :math:`p_j \propto w_j (n_j / w_j)^q`, so that q = 0 draws
+    labels uniformly along the axis. Bins without a sample have probability zero at every q.
 
     Args:
         density_or_counts: a density, or the number of samples per bin.
-        q: in [0, 1]. 1 draws every sample alike (instance-balanced), 0 draws every bin alike (class-balanced), and 1/2
-            is the square root.
+        q: in [0, 1]. 1 draws samples with equal probability (instance-balanced), 0 draws bins with equal probability
+            (class-balanced), and 1/2 is square-root sampling.
     Shape:
         counts: (B,). Returns (B,) float64, summing to one.
     Raises:
-        ShapeError: counts are no row. ValueError: q lies outside [0, 1], a count is negative or not finite, or all
-        counts are zero.
+        ShapeError: counts are not one-dimensional. ValueError: q lies outside [0, 1], a count is negative or not
+        finite, or all counts are zero.
     Source:
         Kang et al. 2020, equation 1 (arXiv:1910.09217).
 
@@ -64,7 +64,7 @@ def progressive_probabilities(density_or_counts: Counts, epoch: int, epochs: int
     :math:`(1 - t/T)\, p^{q=1} + (t/T)\, p^{q=0}`.
 
     Args:
-        density_or_counts: as in :func:`bin_probabilities`, whose shapes and errors hold here, too.
+        density_or_counts: as in :func:`bin_probabilities`, which has the same shapes and errors.
         epoch: from 0 to ``epochs - 1``. t/T is ``epoch / (epochs - 1)``, so that the first epoch is purely
             instance-balanced and the last is purely class-balanced. A single epoch is class-balanced.
     Raises:
@@ -82,38 +82,38 @@ def progressive_probabilities(density_or_counts: Counts, epoch: int, epochs: int
 
 
 class BinSampler(Sampler[int]):
-    """Sample numbers for a ``DataLoader``. Each draw takes a bin and then one of its samples, all of them alike.
+    """A sampler for a ``DataLoader``. Each draw takes a bin by its probability, and then any of its samples with equal
+    probability.
 
-    The order of an epoch is a pure function of the settings and the epoch, and is the same on every rank. A rank yields
-    every ``world``-th sample of it. Shares neither overlap nor are padded, so that they differ by one sample where
-    ``num_samples`` is no multiple of ``world``. Under DistributedDataParallel choose a multiple, or use its ``join``.
+    The order of an epoch depends on the settings and the epoch number alone, and is the same on every rank. A rank
+    yields every ``world``-th sample. The parts of the ranks are not padded, so that they differ by one sample where
+    ``num_samples`` is not a multiple of ``world``. Under DistributedDataParallel choose a multiple, or use its
+    ``join``.
 
-    A pass starts at the first sample of the epoch, except once after :meth:`load_state_dict` or :meth:`start`. Call
-    :meth:`set_epoch` before each epoch. A pass that begins without it goes on to the next epoch and warns once.
+    Call :meth:`set_epoch` before each epoch. An iteration that starts without it draws the next epoch and warns once.
+    An iteration starts at the first sample of the epoch, except after :meth:`load_state_dict` or :meth:`start`.
 
-    Share the samples out once. Lightning leaves a sampler with ``rank`` and ``world`` as it is, and shares out one
-    without them where its ``use_distributed_sampler`` says so. Accelerate, and with it the Trainer of transformers,
-    shares out every sampler: leave ``rank`` and ``world`` out there. With a ``world`` above 1 the sampler is also a
-    ``DistributedSampler``, by which Lightning knows that it is shared out already.
+    Split the samples over ranks only once. Accelerate, and with it the Trainer of transformers, splits every sampler:
+    do not give ``rank`` and ``world`` there. Lightning splits a sampler unless it is a ``DistributedSampler``, which
+    this one is where ``world`` is above 1.
 
     Args:
         labels: of the training set, in label units. Sample i has ``labels[i]``.
-        missing: what happens to NaN: ``"raise"``; or ``"drop"``, which never draws a sample whose label is missing.
+        missing: ``"raise"``; or ``"drop"``, which never draws a sample whose label is NaN.
         q: as in :func:`bin_probabilities`. 0 is class-balanced.
-        progressive_epochs: takes the place of q. The sampler goes from instance-balanced to class-balanced in so many
-            epochs (:func:`progressive_probabilities`) and stays there.
-        num_samples: the samples per epoch, of all ranks together. None means as many as there are labels that
-            are not missing.
-        replacement: whether an epoch may hold a sample twice. Without replacement each draw is from the samples that
-            are left, so that bins are less balanced the closer ``num_samples`` comes to the number of labels.
+        progressive_epochs: the number of epochs in which sampling changes from instance-balanced to class-balanced
+            (:func:`progressive_probabilities`). Afterwards it stays class-balanced. Give this or ``q``.
+        num_samples: the samples per epoch over all ranks. None means the number of labels that are not missing.
+        replacement: whether an epoch may hold a sample twice. Without replacement bins are less balanced the closer
+            ``num_samples`` is to the number of labels.
         seed: at least 0.
         rank: the number of this process.
         world: the number of processes.
     Shape:
         labels: (N,).
     Raises:
-        LabelError: as :meth:`Bins.index`. ShapeError: labels are no row. ValueError: there is no label; q and
-        ``progressive_epochs`` are both given; there are fewer samples than ranks, or more than labels without
+        LabelError: as :meth:`Bins.index`. ShapeError: labels are not one-dimensional. ValueError: there is no label; q
+        and ``progressive_epochs`` are both given; there are fewer samples than ranks, or more than labels without
         replacement.
     Source:
         Kang et al. 2020, section 3 (arXiv:1910.09217); without replacement: Efraimidis and Spirakis 2006.
@@ -155,36 +155,36 @@ class BinSampler(Sampler[int]):
         self.progressive_epochs = progressive_epochs
         if progressive_epochs is not None:
             self.progressive_epochs = whole("progressive_epochs", progressive_epochs, low=1)
-            require(self.q == 0, "give q or progressive_epochs, and not both", got=f"{q} and {progressive_epochs}")
+            require(self.q == 0, "give either q or progressive_epochs", got=f"{q} and {progressive_epochs}")
         self.seed = whole("seed", seed, low=0)
         self.world = whole("world", world, low=1)
         self.rank = whole("rank", rank, low=0, high=self.world - 1, fix="Ranks count from 0 and lie below world.")
         if self.world > 1 and type(self) is BinSampler:
-            # Lightning asks for the class. A __new__ that chose it would hide the signature of __init__.
+            # Lightning checks the class. Choosing it in __new__ would hide the signature of __init__.
             self.__class__ = _SharedBinSampler
-        most, fix = MOST_LONG if replacement else count, "Use replacement=True to draw more than there are."
+        most, fix = MOST_LONG if replacement else count, "Use replacement=True to draw more samples than there are."
         num_samples = count if num_samples is None else num_samples
         self.num_samples = whole("num_samples", num_samples, low=self.world, high=most, fix=fix)
         self.replacement = replacement
         if not replacement and self.num_samples == count and (self.q < 1 or progressive_epochs is not None):
             warn(
-                "without replacement all samples are drawn once, so that an epoch is reordered but not balanced. Use "
+                "without replacement every sample is drawn once, so that an epoch is reordered but not balanced. Use "
                 "replacement=True, or a smaller num_samples."
             )
         self.epoch = 0
         self._yielded = self._skip = 0
-        self._passed = False  # whether a pass has begun at this epoch since it was set
+        self._passed = False  # whether an iteration has started since the epoch was set
         self._warned = False
 
     def order(self, epoch: int) -> Tensor:
-        """The sample numbers of an epoch, over all ranks: (num_samples,) int64."""
+        """The sample indices of an epoch, over all ranks: (num_samples,) int64."""
         epoch = whole("epoch", epoch, low=0)
         generator = torch.Generator("cpu").manual_seed(_derived(self.seed, epoch))
         uniform = partial(torch.rand, dtype=torch.float64, generator=generator, device="cpu")
         probabilities = torch.from_numpy(self._probabilities(epoch))
         if not self.replacement:
-            # The sample that comes first in a race of exponential clocks is drawn in proportion to their rates. The
-            # clocks come from uniform numbers, since torch's own exponential numbers depend on how it was built.
+            # Of exponential variables, each is the smallest with a probability proportional to its rate. They are
+            # computed from uniform numbers, since torch's exponential numbers depend on its build.
             waits = -torch.log1p(-uniform(len(self._members)))
             rates = (probabilities / self._counts).repeat_interleave(self._counts)
             return self._members[torch.argsort(waits / rates, stable=True)[: self.num_samples]]
@@ -200,8 +200,8 @@ class BinSampler(Sampler[int]):
             if not self._warned:
                 self._warned = True
                 warn(
-                    "set_epoch was not called since the last pass, so that this one draws the next epoch. Call "
-                    "sampler.set_epoch(epoch) before each epoch, as a resumed run needs it."
+                    "set_epoch was not called since the last iteration, so that this one draws the next epoch. Call "
+                    "sampler.set_epoch(epoch) before each epoch. Resuming a run needs it."
                 )
             self.set_epoch(self.epoch + 1)
         self._passed = True
@@ -212,11 +212,11 @@ class BinSampler(Sampler[int]):
             yield share[place]
 
     def __len__(self) -> int:
-        """The samples of this rank per epoch."""
+        """The number of samples of this rank per epoch."""
         return len(range(self.rank, self.num_samples, self.world))
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next pass draws. The epoch at which the sampler stands is not started anew."""
+        """Set the epoch that the next iteration draws. Setting the current epoch again does not restart it."""
         epoch = whole("epoch", epoch, low=0)
         self._passed = False
         if epoch != self.epoch:
@@ -224,24 +224,24 @@ class BinSampler(Sampler[int]):
             self._yielded = self._skip = 0
 
     def start(self, consumed: int) -> None:
-        """Let the next pass begin after ``consumed`` samples of this rank's share.
+        """Start the next iteration after the first ``consumed`` samples of this rank.
 
-        A ``DataLoader`` with workers asks for samples before they are used. Count the samples that were trained on, and
-        hand that number over after loading the state.
+        A ``DataLoader`` with workers draws samples before they are used. Count the samples that were trained on, and
+        pass that number after loading the state.
         """
         consumed = whole("consumed", consumed, low=0, high=len(self))
         self._passed = False
         self._yielded = self._skip = consumed
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the epoch, as plain values. It counts what was yielded, whether used or not (:meth:`start`)."""
+        """The position in the epoch, as plain values. It counts all samples that were yielded (see :meth:`start`)."""
         return {"epoch": self.epoch, "yielded": self._yielded, "settings": self._described()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken, on this rank or another of the same run.
+        """Continue where :meth:`state_dict` was taken, on this rank or another of the same run.
 
         Raises:
-            CheckpointError: the state belongs to a sampler of other settings or labels.
+            CheckpointError: the state belongs to a sampler with other settings or labels.
         """
         keys("state", state, ("epoch", "yielded", "settings"))
         differs, rule = (
@@ -268,8 +268,8 @@ class BinSampler(Sampler[int]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the orders follow from, which is the same on every rank. For the labels stand their number and a digest
-        of their bins."""
+        """The values that define the order of every epoch, equal on all ranks. Labels are given by their number and a
+        digest of their bins."""
         return {
             "labels": f"{self.num_labels} ({self._digest})",
             "bins": self.bins,
@@ -284,11 +284,11 @@ class BinSampler(Sampler[int]):
 
 
 class _SharedBinSampler(BinSampler, DistributedSampler[int]):
-    """A sampler that is shared out over ranks already, which Lightning tells by its class."""
+    """A sampler that is already split over ranks. Lightning recognises it by its base class."""
 
 
 def _counts_and_widths(density_or_counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-    """Counts, and the relative widths of their bins."""
+    """The counts and the relative widths of their bins."""
     if isinstance(density_or_counts, LabelDensity):
         counts, widths = density_or_counts.counts, density_or_counts.bins.relative_widths
     else:

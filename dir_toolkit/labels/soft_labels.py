@@ -1,4 +1,4 @@
-"""Soft labels: a label spread over the bins around it, as the target of a head that scores bins."""
+"""Soft labels: distributions over the bins around a label, as training targets."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Ends", "KernelUnit", "LabelKernel", "limits", "soft_labels"]
 
 Ends = Literal["closed", "open"]
 LabelKernel = Literal["gaussian", "laplace", "triangular"]
-ENDS, _UNITS, _KERNELS = map(get_args, (Ends, KernelUnit, LabelKernel))  # which torch 2.4 cannot compile
+ENDS, _UNITS, _KERNELS = map(get_args, (Ends, KernelUnit, LabelKernel))  # torch 2.4 cannot compile get_args
 
-_REACH = {"gaussian": 9.0, "laplace": 28.0, "triangular": 2.5}  # beyond it lies less than 1e-17 of a kernel, in sigmas
-_ROWS, _CELLS = 64, 2**20  # of a piece of the matrix that spreads counts
-_WIDEST = 100  # axes; on one axis so wide a kernel is flat, and float32 no longer tells its tails apart
+_REACH = {"gaussian": 9.0, "laplace": 28.0, "triangular": 2.5}  # in sigmas; less than 1e-17 of a kernel lies beyond
+_ROWS, _CELLS = 64, 2**20  # of a piece of the matrix in spread_counts
+_WIDEST = 100  # lengths of the axis; a wider kernel is flat within float32 precision
 
 
 def soft_labels(
@@ -36,37 +36,34 @@ def soft_labels(
     missing: Missing = "raise",
     ends: Ends = "closed",
 ) -> Tensor:
-    r"""The distribution over bins that a label spread by a kernel has.
+    r"""Soft labels: the distribution over bins of a kernel centred on each label.
 
     .. math:: t_{ib} = \frac{K(c_i(k_{b+1} - y_i)/\sigma) - K(c_i(k_b - y_i)/\sigma)}{K(d_i/\sigma) - K(-d_i/\sigma)},
               \quad c_i(x) = \min(\max(x, -d_i), d_i), \quad d_i = \min(y_i - k_0, k_B - y_i)
 
-    K is the cumulative distribution of the kernel, and :math:`k` are the :func:`limits` of the bins. The kernel stands
-    on the label itself, not on its bin, and a bin gets the mass between its limits, whatever the widths are. The kernel
-    is cut off on both sides of the label at the distance of the nearer limit of all bins, so that it stays symmetric
-    and decodes to the label.
+    K is the cumulative distribution of the kernel, and :math:`k` are the :func:`limits` of the bins. The kernel is
+    centred on the label itself, not on its bin, and a bin gets the mass between its limits. The kernel is truncated on
+    both sides at the distance :math:`d_i` to the nearer end of the axis, so that it stays symmetric and decodes to the
+    label.
 
     Args:
-        sigma: the standard deviation of the kernel, at most 100 times the axis. A Laplace kernel so falls by e every
-            :math:`\sigma / \sqrt 2`, and a triangle reaches zero at :math:`\sqrt 6\,\sigma`. None or 0 gives 1 in the
-            bin that ``bins.index`` names, which is the only choice for classes.
-        unit: the unit of sigma: that of the label, or ``"bin"``. On an uneven axis a kernel that is so many bins wide
-            is as wide as the bins are where the label lies, and labels and limits are measured along the axis in bins.
-            The median then still decodes a row to its label, while the expectation leans to where bins are wider.
-        outside: what happens to a label beyond the axis: ``"raise"``; ``"clip"``, which spreads it as the end of the
-            axis; ``"drop"``, which gives a row of zeros, whose cross entropy is 0 for every prediction.
-        missing: what happens to NaN: ``"raise"``, or ``"drop"``.
-        ends: how far the first and the last bin reach. ``"closed"`` ends them with the axis. All of a label within half
-            a bin of an end is then in the end bin and decodes to its middle, since mass in a bin counts as spread
-            evenly. ``"open"`` lets both reach one width beyond the axis, so that the median is the label at both ends
-            and at every edge between bins. Inside a bin it is close to the label if sigma is wider than the bin.
-            Decode with the same ``ends``.
+        sigma: the standard deviation of the kernel, at most 100 times the length of the axis. The scale of a Laplace
+            kernel is :math:`\sigma / \sqrt 2`, and a triangle reaches zero at :math:`\sqrt 6\,\sigma`. None or 0 gives
+            one-hot labels. Classes allow only these.
+        unit: the unit of sigma, ``"label"`` or ``"bin"``. Where bins differ in width, a kernel in bins widens with
+            them. The median then still decodes a row to its label, while the expectation is biased towards wider bins.
+        outside: ``"raise"``; ``"clip"``, which moves the label to the end of the axis; or ``"drop"``, which gives a row
+            of zeros, whose cross entropy is 0 for every prediction.
+        missing: ``"raise"``; or ``"drop"``, which gives a row of zeros for NaN.
+        ends: ``"closed"`` ends the first and the last bin at the ends of the axis. A label within half a bin of an end
+            then decodes to the middle of the end bin. With ``"open"`` both bins reach one width beyond the axis, so
+            that the median decodes labels at the ends and at every edge exactly. Decode with the same ``ends``.
     Shape:
         labels: any. Returns (..., B), float64 for float64 labels, else float32. Each row sums to one.
     Raises:
-        LabelError: a label is NaN, or lies outside the axis under ``"raise"``. On accelerators labels are not looked
-        at, and the row of such a label is NaN. ValueError: sigma is negative or too large, or is positive where bins
-        are classes, or the kernel or unit has another name.
+        LabelError: a label is NaN, or lies outside the axis under ``"raise"``. On accelerators the row of such a label
+            is NaN. ValueError: sigma is negative or too large, or is positive where bins are classes, or the kernel or
+            unit is unknown.
     Source:
         Gao et al. 2017, for the Gaussian at bin centres (arXiv:1611.01731).
 
@@ -81,7 +78,7 @@ def soft_labels(
     if sigma is not None and not torch.compiler.is_compiling():
         sigma = checked_sigma(sigma, bins, unit)
     spreads = sigma and not bins.categorical
-    fix = "Smooth classes by label_smoothing of cross_entropy."
+    fix = "For classes use label_smoothing of cross_entropy."
     require(spreads or not sigma, "sigma must be None or 0 where bins are classes", got=sigma, fix=fix)
     looked_at = readable(labels)
     index = bins.place(labels, outside, missing)
@@ -95,7 +92,7 @@ def soft_labels(
 
 
 def spread(labels: Tensor, bins: Bins, sigma: float, kernel: LabelKernel, unit: KernelUnit, ends: Ends) -> Tensor:
-    """:func:`soft_labels` of labels that lie on the axis, (..., B), by a sigma above zero."""
+    """:func:`soft_labels` without checks, (..., B), for labels on the axis and a positive sigma."""
     values, knots, sigma = _measured(labels.to(bins.wide_dtype(labels)), bins, sigma, unit, ends)
     return _masses(values, knots, sigma, kernel).to(wide_dtype(labels))
 
@@ -103,7 +100,7 @@ def spread(labels: Tensor, bins: Bins, sigma: float, kernel: LabelKernel, unit: 
 def spread_counts(
     counts: np.ndarray, bins: Bins, sigma: float, *, kernel: LabelKernel, unit: KernelUnit, ends: Ends
 ) -> np.ndarray:
-    """The sum of the soft labels of so many labels at the centre of each bin.
+    """The sum of the soft labels of ``counts`` labels at the centres of the bins.
 
     Shape:
         counts: (..., B). Returns the same, float64.
@@ -126,21 +123,21 @@ def spread_counts(
 
 
 def checked_sigma(sigma: float, bins: Bins, unit: KernelUnit = "label") -> float:
-    """The sigma by which labels may be spread over an axis."""
+    """Sigma, checked for an axis."""
     axis = len(bins) if unit == "bin" else float(bins.edges[-1] - bins.edges[0])
     return number("sigma", sigma, low=0, high=_WIDEST * axis, float32=True)
 
 
 def limits(bins: Bins, like: Tensor, *, ends: Ends = "closed") -> Tensor:
-    """Where each bin of an axis begins and ends if its centre is to lie in the middle.
+    """Bin edges moved so that each bin's centre lies in its middle.
 
-    The limits are the edges, each moved by the mean distance at which the centres on its two sides lie off the middle.
-    With the whole-number centres of ``Bins.uniform(..., integer=True)`` bin [26, 27) becomes [25.5, 26.5). Where limits
-    moved like this would not rise, they are the edges.
+    With the whole-number centres of ``Bins.uniform(..., integer=True)`` bin [26, 27) becomes [25.5, 26.5). In general
+    an edge moves by the mean distance between the centres and the middles of the bins on its two sides. If the moved
+    edges would not rise, the edges themselves are returned.
 
     Args:
-        like: gives the device and the dtype, which is at least float32, and float64 where float32 does not resolve the
-            bins.
+        like: a tensor with the device and the dtype of the result. The dtype is raised to float32, and to float64 where
+            float32 does not resolve the bins.
         ends: ``"open"`` moves the first and the last limit outwards by the width of their bin.
     Shape:
         Returns (B + 1,).
@@ -157,7 +154,7 @@ def limits(bins: Bins, like: Tensor, *, ends: Ends = "closed") -> Tensor:
 
 
 def knots_of(bins: Bins, like: Tensor, ends: Ends) -> Tensor:
-    """:func:`limits` of arguments that have been checked."""
+    """:func:`limits` without checks."""
     knots = bins.tensor("limits", like.detach().to(bins.wide_dtype(like)))
     return _opened(knots) if ends == "open" else knots
 
@@ -173,7 +170,7 @@ def _measured(labels: Tensor, bins: Bins, sigma: float, unit: KernelUnit, ends: 
 
 
 def _opened(knots: Tensor) -> Tensor:
-    """The knots, of which the first and the last move outwards by the width of their bin."""
+    """The knots, with the first and the last moved outwards by the width of their bin."""
     return torch.cat([2 * knots[:1] - knots[1:2], knots[1:-1], 2 * knots[-1:] - knots[-2:-1]])
 
 
@@ -186,27 +183,27 @@ def _in_bins(labels: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _masses(labels: Tensor, knots: Tensor, sigma: float, kernel: LabelKernel, part: slice = slice(None)) -> Tensor:
-    """(..., B): the mass of each label's kernel between neighbouring knots, scaled to sum to one.
+    """(..., B): the mass of each label's kernel between adjacent knots, scaled to sum to one.
 
     Args:
-        part: of the knots, between which all of the mass lies.
+        part: the knots that enclose all of the mass.
     """
-    # Beyond the middle of an end bin the kernel is cut off inside this bin, which holds all of it.
+    # Beyond the middle of an end bin the truncated kernel lies within this bin.
     labels = labels.clamp((knots[0] + knots[1]) / 2, (knots[-2] + knots[-1]) / 2).unsqueeze(-1)
     reach = torch.minimum(labels - knots[0], knots[-1] - labels) / sigma
     distance = ((knots[part] - labels) / sigma).clamp(-reach, reach)  # (..., B + 1)
     tail = _tail(distance.abs(), kernel)
-    # Tails are subtracted on the side where they are small, so that both sides are equally exact.
+    # Tails are subtracted on the side where they are small, for equal precision on both sides.
     above = distance >= 0
     cumulative = torch.where(above, -tail, tail)
     holds_label = (above[..., 1:] & ~above[..., :-1]).to(tail.dtype)
-    # What rounding leaves of a wide kernel lies where the label does.
+    # Rounding errors of a wide kernel go to the bin of the label.
     mass = torch.maximum(cumulative.diff(dim=-1) + holds_label, holds_label * torch.finfo(tail.dtype).tiny)
     return mass / mass.sum(-1, keepdim=True)
 
 
 def _tail(distance: Tensor, kernel: LabelKernel) -> Tensor:
-    """The mass of a kernel of standard deviation one beyond a distance >= 0 on one side."""
+    """The mass of a kernel with standard deviation one that lies beyond a distance >= 0 on one side."""
     if kernel == "gaussian":
         return torch.erfc(distance * math.sqrt(0.5)) / 2
     if kernel == "laplace":

@@ -1,4 +1,4 @@
-"""Label distribution smoothing, and the weight schemes that read a density."""
+"""Label distribution smoothing (LDS) and its weight schemes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ Order = Literal["smooth_first", "scheme_first"]
 
 
 class LDS(SoundModule):
-    r"""Loss weights from a smoothed label density, so that rare labels count more.
+    r"""Label distribution smoothing: loss weights from a smoothed label density, larger for rare labels.
 
-    The effective density of bin b is :math:`q_b = \sum_{b'} \kappa(b, b') n_{b'}`, and a label in b weighs
-    :math:`c / g(q_b)`, with c such that weights average one over the fitted labels. Where bins differ in width, n are
-    counts per label unit, so that weights follow the labels and not the bins. ``kernel=None`` does not smooth, which
-    leaves plain reweighting.
+    The effective density of bin b is :math:`q_b = \sum_{b'} \kappa(b, b') n_{b'}`. A label in b has the weight :math:`c
+    / g(q_b)`, where c scales the weights to a mean of one over the fitted labels. ``kernel=None`` does not smooth,
+    which is plain reweighting. Use it as ``loss(pred, y, lds(y))``.
 
     ================== ==================================================================================
     scheme             weight before scaling
@@ -40,33 +39,27 @@ class LDS(SoundModule):
     inverse            1 / q^power
     sqrt_inverse       1 / sqrt(q)
     effective_number   (1 - beta) / (1 - beta^q), Cui et al. 2019, equation 3 (arXiv:1901.05555)
-    dense              max(1 - alpha * q', epsilon), q' being q scaled to [0, 1] over all bins; Steininger et al. 2021,
+    dense              max(1 - alpha * q', epsilon), where q' is q scaled to [0, 1]; Steininger et al. 2021,
                        equation 4 (DenseWeight)
     ================== ==================================================================================
 
     Args:
-        bins: the label axis, or a grid of several, whose joint bins are weighed.
-        kernel: a window over bins of odd length, or None for no smoothing. Over a grid it is one window for each axis,
-            or one for all of its continuous axes. ``"auto"`` is ``gaussian(5, 2)``, but nothing over classes, which
-            have no neighbours, and nothing over an axis of fewer than five bins.
-        edges: what the smoothing takes to lie beyond the axis. ``"zero"``, as in the public code, raises the weight of
-            the labels at both ends.
-        order: ``"smooth_first"`` smooths the counts and then applies the scheme, as the paper writes it.
-            ``"scheme_first"`` smooths g(counts), as the public code does (not for ``dense``).
-        clip: (low, high), in labels per bin, of mean width where widths differ. They bound what enters the scheme, and
-            with it the ratio of weights.
-        outside, missing: what happens to a label beyond the axis, and to NaN, as in :meth:`Bins.index`. With ``"drop"``
-            it is not counted and weighs nothing.
-        power: of ``inverse``, in [0, 1]: 0 weighs all labels alike, and 1/2 is ``sqrt_inverse``.
-        beta: of ``effective_number``, in [0, 1).
-        alpha, epsilon: of ``dense``.
+        bins: the label axis, or a grid of several axes.
+        kernel: a window over bins of odd length, or None for no smoothing. Over a grid it is one window per axis, or one for all continuous axes. ``"auto"`` is ``gaussian(5, 2)``. It does not smooth classes, which have no neighbours, nor axes of fewer than five bins.
+        edges: the counts beyond the axis, as in :func:`smooth`. ``"zero"``, as in the authors' code, raises the weights at both ends.
+        order: ``"smooth_first"`` smooths the counts and then applies the scheme, as in the paper. ``"scheme_first"`` smooths g(counts), as in the authors' code (not for ``dense``).
+        clip: (low, high), in labels per bin of mean width. They bound the density, and with it the ratio of weights.
+        outside, missing: as in :meth:`Bins.index`. With ``"drop"`` such a label is not counted and has weight 0.
+        power: the exponent of ``inverse``, in [0, 1]. 0 gives equal weights, and 1/2 is ``sqrt_inverse``.
+        beta: the parameter of ``effective_number``, in [0, 1).
+        alpha, epsilon: the parameters of ``dense``.
     Shape:
         forward: labels of any shape, such as (N,) or maps (N, H, W), in label units. Returns weights of that shape on
-        the labels' device, in float32, or in float64 where the module was cast to it. Half precision cannot hold them.
-        Over a grid of K axes labels are (..., K) and weights (...). A loss takes ``lds(y)[..., None].expand_as(y)``.
+        the labels' device, in float32, or in float64 if the module was cast to it. Over a grid of K axes labels are
+        (..., K) and weights (...). A loss takes ``lds(y)[..., None].expand_as(y)``.
     Raises:
-        NotFittedError: called before :meth:`fit`. LabelError: as :meth:`Bins.index`. On an accelerator labels are not
-        looked at. A label that cannot be placed weighs NaN there, which stops training at the next check of the loss.
+        NotFittedError: called before :meth:`fit`. LabelError: as :meth:`Bins.index`. On an accelerator such a label has
+            the weight NaN instead, which stops training at the next check of the loss.
     Source:
         Yang et al. 2021, section 3.1 (arXiv:2102.09554).
 
@@ -109,9 +102,9 @@ class LDS(SoundModule):
         self.alpha = number("alpha", alpha, low=0)
         self.epsilon = number("epsilon", epsilon, low=0, open_low=True)
         self._public_integers = False
-        # One weight per bin, and a last one for labels without a bin.
+        # One weight per bin, and a last weight for labels without a bin.
         self.table: Tensor
-        with torch.inference_mode(False):  # whose tensors training could not use
+        with torch.inference_mode(False):  # training could not use inference tensors
             wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
             self.register_buffer("table", torch.full((len(bins) + 1,), torch.nan, dtype=wide))
         self._fitted = False
@@ -126,13 +119,12 @@ class LDS(SoundModule):
         scheme: Literal["inverse", "sqrt_inverse"] = "sqrt_inverse",
         outside: Outside = "clip",
     ) -> LDS:
-        """The weights of the public DIR code: folded window, zero edges, and the scheme before smoothing. ``inverse``
-        starts from counts clipped to [5, 1000], and rounds down after smoothing, as the integer array there does.
+        """The weights of the authors' DIR code: folded window, zero edges, and the scheme before smoothing. ``inverse``
+        clips counts to [5, 1000] and rounds down after smoothing, as that code does.
 
         Args:
-            kernel: as of the class, but ``"auto"`` is the folded ``gaussian(5, 2, folded=True)``, with the same
-                exceptions.
-            outside: as of the class. The public code clips.
+            kernel: as in the class, except that ``"auto"`` is ``gaussian(5, 2, folded=True)``.
+            outside: as in the class. The authors' code clips.
         Source:
             github.com/YyzHarry/imbalanced-regression, ``_prepare_weights`` of its data sets.
         """
@@ -144,29 +136,31 @@ class LDS(SoundModule):
         return lds
 
     def fit(self, labels: Any) -> LDS:
-        """Learn the weights from the density of the training labels, or from the labels, which may be anything that
-        :meth:`LabelDensity.count` takes.
+        """Compute the weights from the training labels.
 
-        A bin whose effective density is zero, where no training label can fall, gets the largest weight of the others.
+        A bin whose effective density is zero gets the largest weight of the others.
 
-        A warning says so where the effective sample size of the weights is less than a tenth of the labels, or where
-        the scheme weighs labels alike that differ in density.
+        A warning is issued if the effective sample size of the weights is below a tenth of the labels, or if the scheme
+        gives equal weights to labels of different density.
+
+        Args:
+            labels: their :class:`LabelDensity`, or anything that :meth:`LabelDensity.count` takes.
 
         Raises:
             ValueError: no label was counted, or a weight would not be finite. LabelError: as :meth:`Bins.index`.
         """
         if isinstance(labels, LabelDensity):
             density = labels
-            counted, fix = density.counts.dtype.kind != "f", "Hand over the counted density, or kernel=None."
+            counted, fix = density.counts.dtype.kind != "f", "Pass the counted density, or kernel=None."
             sound = counted or self.kernels is None
-            require(sound, "the density must be as counted, to be smoothed", got=lambda: repr(density), fix=fix)
+            require(sound, "the density must not be smoothed already", got=lambda: repr(density), fix=fix)
             same_bins("the density", density, self.bins)
         else:
             density = LabelDensity.count(labels, self.bins, outside=self.outside, missing=self.missing)
         counts = density.counts.astype(np.float64)
         require(counts.any(), "at least one label must lie on the label axis", got="none")
         weights = self._unscaled(density._per_width())
-        counts = np.ldexp(counts, -np.frexp(counts.max())[1])  # by a power of two: sums of large ones are no infinity
+        counts = np.ldexp(counts, -np.frexp(counts.max())[1])  # by a power of two, so that large sums stay finite
         weights *= counts.sum() / (counts * weights).sum()
         _finite(weights.max() <= torch.finfo(torch.float32).max, f"a weight of {weights.max():.3g}")
         self._warn(density.counts.astype(np.float64), weights)
@@ -181,24 +175,24 @@ class LDS(SoundModule):
         self._fitted = True
 
     def _warn(self, counts: np.ndarray, weights: np.ndarray) -> None:
-        effective = 1 / (to_shares(counts) * weights**2).sum()  # weights average one
+        effective = 1 / (to_shares(counts) * weights**2).sum()  # the mean weight is one
         if effective < 1 / 10:
             labels = counts.sum()
             warn(
-                f"the weights leave the loss {effective * labels:.3g} of {labels:.6g} labels to learn from (their "
-                'effective sample size), so that few rare labels rule it. Use scheme="sqrt_inverse", a wider kernel, '
+                f"the weights reduce the effective sample size to {effective * labels:.3g} of {labels:.6g} labels, so "
+                'that a few rare labels dominate the loss. Use scheme="sqrt_inverse", a wider kernel, '
                 "or clip=(low, high), which bounds the ratio of weights."
             )
         held, weights = counts[counts > 0], weights[counts > 0]
         alike = held.max() / 2 > held.min() and weights.max() < 1.01 * weights.min()
         if self.scheme == "effective_number" and self.beta > 0 and alike:
             warn(
-                f"beta={self.beta:g} is too small for {held.max():.6g} labels in a bin, so that all weigh the same. "
-                f"Use a beta nearer one, such as {1 - 1 / held.max():.{2 + len(str(int(held.max())))}g}."
+                f"beta={self.beta:g} is too small for {held.max():.6g} labels in a bin, so that all weights are equal. "
+                f"Use a beta closer to one, such as {1 - 1 / held.max():.{2 + len(str(int(held.max())))}g}."
             )
 
     def _unscaled(self, counts: np.ndarray) -> np.ndarray:
-        """1 / g(q) per bin. Bins where q is 0 take the largest weight of the others."""
+        """1 / g(q) per bin. Bins where q is 0 get the largest weight of the others."""
         if self.scheme == "none":
             return np.ones_like(counts)
         bounds = self.clip or (0.0, np.inf)
@@ -247,15 +241,15 @@ class LDS(SoundModule):
         return weights if self.missing == "raise" else weights.masked_fill(index == -1, 0.0)
 
     def _check_fitted(self, known: bool) -> None:
-        require(known, "weights are not known yet", fix="Call lds.fit(training_labels) first.", error=NotFittedError)
+        require(known, "weights are not fitted yet", fix="Call lds.fit(training_labels) first.", error=NotFittedError)
 
     def _of_rows(self, row: Tensor) -> Tensor:
-        """The weights of labels whose bins are known."""
+        """The weights of these rows of the table."""
         self._check_fitted(self._fitted)
         return self._table_on(row.device).index_select(0, row.flatten()).view(row.shape)
 
     def _table_on(self, device: torch.device) -> Tensor:
-        """The table on the device of the labels, copied there once, and anew whenever it has changed."""
+        """The table on the device of the labels. It is copied there once, and again after each change."""
         if self.table.device == device or not has_values(self.table):
             return self.table.to(device)
         if self._copy is None or self._copy[0] is not self.table or self._copy[1] != self.table._version:
@@ -269,7 +263,8 @@ class LDS(SoundModule):
         return self._copy[2]
 
     def sample_weight(self, labels: Any) -> np.ndarray:
-        """Weights as float64 NumPy, for scikit-learn or gradient boosting: ``LDS(bins).fit(y).sample_weight(y)``."""
+        """Weights as a float64 NumPy array, for scikit-learn or gradient boosting:
+        ``LDS(bins).fit(y).sample_weight(y)``."""
         table = self._known()
         index = self.bins.index(labels_array(labels), self.outside, missing=self.missing)
         return np.where(index < 0, 0.0, table[index])
@@ -279,14 +274,14 @@ class LDS(SoundModule):
         return self.table.detach().cpu().double().numpy()
 
     def _of_bins(self, bins: AnyBins) -> np.ndarray:
-        """The mean weight of labels that lie evenly in each of these bins, (B,) float64. Under ``"raise"`` it is NaN
-        for a bin that reaches beyond this axis."""
+        """The mean weight in each of these bins, (B,) float64, for labels spread uniformly within a bin. Under
+        ``"raise"`` it is NaN for a bin that reaches beyond this axis."""
         table = self._known()[:-1]
         if bins == self.bins:
             return table
         kinds = [[axis.categorical for axis in own.axes] for own in (bins, self.bins)]
         got, fix = f"{self.bins} for {bins}", "Make the LDS over the bins of the density."
-        require(kinds[0] == kinds[1], "lds must weigh the labels that the density counts", got=got, fix=fix)
+        require(kinds[0] == kinds[1], "lds must be of the same kind of labels as the density", got=got, fix=fix)
         means = table.reshape(self.bins.shape)
         for k, (own, other) in enumerate(zip(self.bins.axes, bins.axes, strict=True)):
             means = np.moveaxis(_means_over(np.moveaxis(means, k, 0), own, other, self.outside), 0, k)
@@ -294,7 +289,7 @@ class LDS(SoundModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells these weights from others: the arguments and, once they are known, the weight of each bin."""
+        """The values that define these weights: the arguments and, once fitted, the weight of each bin."""
         return {**self._arguments(), "weights": self.table[:-1] if self._fitted and not self.table.is_meta else None}
 
     def _arguments(self) -> dict[str, Any]:
@@ -316,27 +311,27 @@ class LDS(SoundModule):
         }
 
     def get_extra_state(self) -> Tensor:
-        # Settings hold a digest of bins where these are many, so that bins are saved once more. "fitted" is a tensor,
-        # so that the length of the state does not depend on it.
+        # Settings hold only a digest of many bins, so that bins are saved again. "fitted" is a tensor, so that the
+        # length of the state does not depend on it.
         fitted = torch.tensor([self._fitted], device="cpu")
         settings = described("settings", self._arguments())
         return pack({"settings": settings, "bins": self.bins.settings, "fitted": fitted})
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse the state of other weights. ``load_state_dict`` takes up the state together with the weights."""
+        """Refuse the state of other weights. ``load_state_dict`` itself sets the state together with the weights."""
         self._was_fitted(state)
 
     def _was_fitted(self, state: object) -> bool:
-        """Whether the weights that were saved with this state were known."""
+        """Whether the weights in this saved state were fitted."""
         values = unpack(state)
         try:
             keys("the saved state", values, ("settings", "bins", "fitted"))
             fitted, bins = bool(values["fitted"]), saved_bins(values["bins"])
         except (ValueError, TypeError, RuntimeError) as error:
-            raise problem("the saved state must be one of weights", got=str(error), error=CheckpointError) from None
+            raise problem("the saved state must be that of an LDS", got=str(error), error=CheckpointError) from None
         same_bins("the saved weights", bins, self.bins, error=CheckpointError)
         differs = differing(values["settings"], described("settings", self._arguments()))
-        require(not differs, "the saved weights must be of the same settings", got=differs, error=CheckpointError)
+        require(not differs, "the saved weights must have the same settings", got=differs, error=CheckpointError)
         return fitted
 
     def _load_from_state_dict(
@@ -349,8 +344,8 @@ class LDS(SoundModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Everything is checked before anything changes. Weights that come without settings, as weights that were
-        exported alone do, are taken where they are whole."""
+        """Check everything before anything changes. Weights without settings, such as those exported alone, are
+        accepted if they are complete."""
         name, assign = f"{prefix}table", local_metadata.get("assign_to_params_buffers", False)
         fitted = None
         if f"{prefix}_extra_state" in state_dict:
@@ -375,8 +370,8 @@ class LDS(SoundModule):
             self._fitted = known if fitted is None else fitted
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LDS:
-        """The table moves with the module, but is never narrower than float32, since large weights are infinite in half
-        precision. From the meta device it comes without its weights."""
+        """Move the table with the module, but keep at least float32, since large weights overflow in half precision. A
+        table from the meta device has no weights."""
         old = self.table
         with torch.inference_mode(False):
             super()._apply(fn, recurse)
@@ -397,10 +392,10 @@ class LDS(SoundModule):
 
 
 def _means_over(values: np.ndarray, own: Bins, other: Bins, outside: Outside) -> np.ndarray:
-    """The means over each bin of ``other`` of a function that has one value, or one row of values, in each bin of
-    ``own``."""
+    """The mean over each bin of ``other`` of a function that is constant in each bin of ``own``. Its values are numbers
+    or rows."""
     inside = (own.edges > other.edges[0]) & (own.edges < other.edges[-1])
-    cuts = np.union1d(own.edges[inside], other.edges)  # between two of them lies a piece of one bin of each
+    cuts = np.union1d(own.edges[inside], other.edges)  # between adjacent cuts lies a part of one bin of each axis
     widths = np.diff(cuts)
     of_own = np.searchsorted(own.edges, cuts[:-1], side="right") - 1
     pieces = values[of_own.clip(0, len(own) - 1)]
@@ -408,11 +403,11 @@ def _means_over(values: np.ndarray, own: Bins, other: Bins, outside: Outside) ->
     wholes = np.add.reduceat(widths, starts)
     if outside != "clip":
         of_other = np.searchsorted(other.edges, cuts[:-1], side="right") - 1
-        beyond = ((of_own < 0) | (of_own >= len(own))) & (widths > 1e-9 * wholes[of_other])  # by more than rounding
+        beyond = ((of_own < 0) | (of_own >= len(own))) & (widths > 1e-9 * wholes[of_other])  # more than rounding
         pieces[beyond] = 0.0 if outside == "drop" else np.nan
     wide = (-1, *[1] * (values.ndim - 1))
     return np.add.reduceat(pieces * widths.reshape(wide), starts) / wholes.reshape(wide)
 
 
 def _finite(sound: bool | np.bool_, came: str) -> None:
-    require(sound, "every weight must be finite", got=came, fix="Use a kernel with wider support, or clip from 1.")
+    require(sound, "every weight must be finite", got=came, fix="Use a wider kernel, or clip=(1, ...).")

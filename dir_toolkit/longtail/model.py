@@ -64,7 +64,7 @@ class LongTailModel(nn.Module):
 
     ``model(x, labels)`` computes the loss, too; in training it hands the labels to ``fds``. With
     :func:`dir_toolkit.experiment.training.loop.fit` use ``loss=model.criterion`` and, if there is one,
-    ``fds=model.fds``. In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is no submodule, so that
+    ``fds=model.fds``. In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is not a submodule, so that
     DistributedDataParallel does not send its buffers around; it goes along with ``to()``, with copies, and with the
     ``state_dict``.
 
@@ -306,7 +306,7 @@ class LongTailModel(nn.Module):
             if weight is not None:
                 one_per_sample("labels", labels, weight=weight)
             weight = counts.to(output.scores.dtype) if weight is None else torch.where(counts, weight, 0)
-        if self.missing == "drop":  # Missing labels are no samples, of which the loss would be the mean.
+        if self.missing == "drop":  # Missing labels are not samples, of which the loss would be the mean.
             weight = weight * (len(labels) / (~labels.isnan()).sum().clamp_min(1))  # type: ignore[operator]
         loss = self.readout.criterion(output, placed, weight, self.head)
         if readable(labels):
@@ -344,8 +344,8 @@ class LongTailModel(nn.Module):
             kernel: as ``prior_kernel`` of the readout; ``"auto"`` takes the readout's own.
             temperature: > 0; None leaves it as it is.
         Raises:
-            ValueError: there is no density, the target has another length or is no distribution, or a number is out of
-            range. RuntimeError: the head has no bins.
+            ValueError: there is no density, the target has another length or is not a distribution, or a number is out
+            of range. RuntimeError: the head has no bins.
         """
         self.readout.set_prior(target_prior, tau, kernel, temperature, self.weights)
 
@@ -427,7 +427,7 @@ class LongTailModel(nn.Module):
             level: as that of :meth:`interval`. A level asks for ends, and so refuses a readout that has none.
         Raises:
             as :meth:`interval`. ValueError: a prediction is NaN or infinite, or there is no batch. TypeError: the
-            inputs are no batches.
+            inputs are not batches.
         """
         return predict(self, inputs, level)
 
@@ -494,8 +494,8 @@ class LongTailModel(nn.Module):
             those of the label.
         Raises:
             ValueError: the level lies outside (0, 1), or is not the calibrated one. RuntimeError: the head scores
-            classes, which have no order, or gives one number, which is no distribution, and is not calibrated; or the
-            prior was set after calibration.
+            classes, which have no order, or gives one number, which is not a distribution, and is not calibrated; or
+            the prior was set after calibration.
         """
         return self.readout.interval(output, level)
 
@@ -548,7 +548,7 @@ class LongTailModel(nn.Module):
             path: of a file, which is replaced as a whole or not at all.
         Raises:
             ImportError: safetensors is not installed. FileNotFoundError: the folder does not exist. TypeError: a module
-            keeps a state that is no tensor.
+            keeps a state that is not a tensor.
         """
         from .saving import save
 

@@ -803,8 +803,8 @@ def _needed(what: str, density: LabelDensity | None) -> LabelDensity:
 def _as_counted(given: LabelDensity | None, density: LabelDensity) -> LabelDensity:
     """``density``, which is to be smoothed, if the density that was given has not been smoothed before."""
     smoothed = given is not None and given.counts.dtype.kind == "f" and not given._of_weighted_rows
-    fix = "Hand over the counted density, or prior_kernel=None."
-    require(not smoothed, "density must be as counted, to be smoothed", got=lambda: repr(given), fix=fix)
+    fix = "Pass the counted density, or prior_kernel=None."
+    require(not smoothed, "density must not be smoothed already", got=lambda: repr(given), fix=fix)
     return density
 
 

@@ -177,7 +177,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             notes: Mapping[str, str] = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, since it is no dict
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
     except Exception as error:  # of a library that raises several
         raise _foreign("path must be a whole safetensors file", f"{place}: {error}") from error
     if (found := notes.get("format", "")) != _FORMAT:

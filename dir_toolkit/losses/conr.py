@@ -51,7 +51,7 @@ def conr_loss(
     It is a regularizer, to be added to a loss of the predictions, as :class:`ConRLoss` does: no gradient passes to
     ``pred``. It is zero, with zero gradients, where nothing is confused. To contrast two augmented views, as the paper
     does, hand both over as 2N samples: ``torch.cat([z1, z2])`` with the rest repeated. With one view a sample without a
-    neighbor in label is no anchor. Each rank of a distributed run contrasts its own batch.
+    neighbor in label is not an anchor. Each rank of a distributed run contrasts its own batch.
 
     A weight scales the sample's term as an anchor. A sample of weight 0 is in no other sample's pairs either. A
     prediction that is not finite is alike to none.

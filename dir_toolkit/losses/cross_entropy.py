@@ -300,7 +300,7 @@ def equalization_loss(
 
 
 class EqualizationLoss(ScoreLoss):
-    """:func:`equalization_loss` as a module, which holds the prior as a buffer; the generator is no setting."""
+    """:func:`equalization_loss` as a module, which holds the prior as a buffer; the generator is not a setting."""
 
     def __init__(
         self, prior: Any, *, threshold: float, drop: float = 1.0, generator: torch.Generator | None = None

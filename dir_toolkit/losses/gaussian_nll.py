@@ -73,7 +73,7 @@ def gaussian_nll(
 
 
 class GaussianNLL(ScoreLoss):
-    """:func:`gaussian_nll` as a module. Of an output that is no tensor it reads ``scores``, (..., 2)."""
+    """:func:`gaussian_nll` as a module. Of an output that is not a tensor it reads ``scores``, (..., 2)."""
 
     def __init__(self, *, beta: float = 0.0, min_variance: float = LEAST_VARIANCE) -> None:
         _options(beta, min_variance)

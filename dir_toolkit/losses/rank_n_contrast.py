@@ -66,7 +66,7 @@ def rank_n_contrast(
     # By differences and not by products, which would round the distances of near neighbors away.
     exact = "donot_use_mm_for_euclid_dist"
     similarity = torch.cdist(features, features, compute_mode=exact) / -temperature  # (N, N)
-    # What is no pair comes first in the order of distances, so that no set S reaches back to it.
+    # What is not a pair comes first in the order of distances, so that no set S reaches back to it.
     distance, order = torch.cdist(labels, labels, p=1.0).masked_fill(~pairs, -1.0).sort(dim=1)
     similarity = similarity.gather(1, order)
     onward = similarity.flip(1).logcumsumexp(1).flip(1)  # over a place in the row and all after it

@@ -81,7 +81,7 @@ class MergingSums(ABC):
             group: the ranks that saw different samples, if others saw the same ones, as in tensor parallelism. None
                 takes all ranks.
         Raises:
-            as ``compute``, on every rank alike. TypeError: ``group`` is no process group.
+            as ``compute``, on every rank alike. TypeError: ``group`` is not a process group.
         """
         check_group(group)
         with torch.inference_mode(False):

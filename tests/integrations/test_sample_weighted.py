@@ -42,7 +42,7 @@ def long_tailed(n: int) -> tuple[np.ndarray, np.ndarray]:
     return y[:, None] + random.normal(size=(n, 2)), y
 
 
-@pytest.mark.filterwarnings("ignore:.*the weights leave the loss:dir_toolkit.errors.DirToolkitWarning")
+@pytest.mark.filterwarnings("ignore:.*the weights reduce the effective sample:dir_toolkit.errors.DirToolkitWarning")
 def test_weights_are_those_of_lds_over_the_labels_of_the_fit() -> None:
     x, y = long_tailed(300)
     axis = dt.Bins.uniform(0, 50, count=50)
@@ -84,7 +84,7 @@ def test_estimators_without_weights_and_labels_beyond_the_axis_are_refused() -> 
     make_pipeline(StandardScaler(), SampleWeighted(LinearRegression())).fit(x, y)
 
 
-@pytest.mark.filterwarnings("ignore:.*the weights leave the loss:dir_toolkit.errors.DirToolkitWarning")
+@pytest.mark.filterwarnings("ignore:.*the weights reduce the effective sample:dir_toolkit.errors.DirToolkitWarning")
 def test_scores_are_those_of_a_loop_over_bins_and_choose_in_a_search() -> None:
     x, y = long_tailed(400)
     axis = dt.Bins.uniform(0, 50, count=50)

@@ -44,7 +44,7 @@ NOT_APPLICABLE = {
 # Tables of these tests are small.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* tau is chosen on :dir_toolkit.errors.DirToolkitWarning"),
-    pytest.mark.filterwarnings("ignore:.*the weights leave the loss:dir_toolkit.errors.DirToolkitWarning"),
+    pytest.mark.filterwarnings("ignore:.*the weights reduce the effective sample:dir_toolkit.errors.DirToolkitWarning"),
 ]
 
 

@@ -228,7 +228,7 @@ def test_what_is_no_labels_in_dask_is_refused() -> None:
         LabelDensity.count(broken, BINS)
     with pytest.raises(ShapeError, match=r"labels of chunk \(\d, \d\) must be \(\.\.\., 2\)"):
         LabelDensity.count(in_chunks(), Bins.grid(BINS, BINS))
-    message = r"^LabelDensity\.count: labels kept by dask must be a dask array, got Bag\. Use \.to_dask_array\(\)\.$"
+    message = r"^LabelDensity\.count: labels in dask must be a dask array, got Bag\. Use \.to_dask_array\(\)\.$"
     with pytest.raises(TypeError, match=message):
         LabelDensity.count(dask.bag.from_sequence([1.0, 2.0]), BINS)
 
@@ -424,7 +424,7 @@ def test_prior_by_hand() -> None:
     assert LabelDensity(Bins.classes(2), [0, 0]).prior(floor=1).tolist() == [0.5, 0.5]
     assert LabelDensity(Bins.classes(2), [1e308, 1e308]).prior().tolist() == [0.5, 0.5]
     assert LabelDensity(Bins.classes(2), [2**62, 2**62]).prior(floor=1).tolist() == [0.5, 0.5]
-    message = r"^LabelDensity\.prior: at least one label must have been counted, got none, all lay outside the bins"
+    message = r"^LabelDensity\.prior: at least one label must have been counted, got none, all were outside the bins"
     with pytest.raises(ValueError, match=message):
         LabelDensity.count([99.0], BINS, outside="drop").prior()
     with pytest.raises(ValueError, match="floor must be >= 0, got -1"):
@@ -498,7 +498,7 @@ def test_a_bin_with_more_than_half_of_the_labels_is_told_once() -> None:
     ],
 )
 def test_inputs_are_not_counted_with_labels(labels: Any, got: str) -> None:
-    message = rf"^LabelDensity\.count: labels must be labels alone.* got {got}\. Hand over .*\(y for x, y in loader\)"
+    message = rf"^LabelDensity\.count: labels must be labels alone.* got {got}\. Pass .*\(y for x, y in loader\)"
     with pytest.raises(TypeError, match=message):
         LabelDensity.count(labels, BINS)
 
@@ -515,7 +515,7 @@ def test_counts_that_int64_cannot_hold_are_refused() -> None:
     assert most.prior().tolist() == [1.0, 2.0**-63]
     with pytest.raises(ValueError, match=r"^LabelDensity: counts must add up to less than 2\^63, got more"):
         _ = most + most
-    with pytest.raises(ValueError, match=rf"^LabelDensity: counts must be below 2\^63, got {2**63}\. Hand over floats"):
+    with pytest.raises(ValueError, match=rf"^LabelDensity: counts must be below 2\^63, got {2**63}\. Pass floats"):
         LabelDensity(Bins.classes(2), np.array([2**63, 1], dtype=np.uint64))
 
 
@@ -572,9 +572,11 @@ def test_other_weights_are_refused() -> None:
     density = LabelDensity(BINS, COUNTS)
     with pytest.raises(TypeError, match=r"^LabelDensity\.weighted: lds must be an LDS, got list"):
         density.weighted([1.0] * 10)  # type: ignore[arg-type]
-    with pytest.raises(NotFittedError, match=r"^LabelDensity\.weighted: weights are not known yet"):
+    with pytest.raises(NotFittedError, match=r"^LabelDensity\.weighted: weights are not fitted yet"):
         density.weighted(LDS(BINS))
-    with pytest.raises(ValueError, match=r"^LabelDensity\.weighted: lds must weigh the labels that the density counts"):
+    with pytest.raises(
+        ValueError, match=r"^LabelDensity\.weighted: lds must be of the same kind of labels as the density"
+    ):
         density.weighted(LDS(Bins.classes(10)).fit([1]))
 
 

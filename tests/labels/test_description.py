@@ -22,7 +22,7 @@ def test_uneven_bins_are_compared_per_label_unit() -> None:
     found = LabelDensity(Bins.from_edges([0, 1, 11]), [10, 100]).describe()
     assert found.ratio == 1
     assert found.effective == pytest.approx(110)
-    assert found.advice[0] == "Labels are nearly even over the axis: plain training will do."
+    assert found.advice[0] == "Labels are nearly uniform over the axis: plain training is enough."
 
 
 def test_a_long_tail_is_weighed_and_scored() -> None:
@@ -30,16 +30,16 @@ def test_a_long_tail_is_weighed_and_scored() -> None:
     found = LabelDensity.count(tail, Bins.auto(tail)).describe()
     assert repr(found) == str(found)
     assert f"axis              {len(tail):,} whole numbers from 0 to 59" in str(found)
-    assert "- Weigh the loss by LDS(bins).fit(labels)" in str(found)
-    assert "- Or score bins with LongTailModel(..., bins)" in str(found)
+    assert "- Weight the loss by LDS(bins).fit(labels)" in str(found)
+    assert "- Or predict a distribution over bins, LongTailModel(..., bins)" in str(found)
 
 
 @pytest.mark.parametrize(
     ("counts", "sentence"),
     [
-        ([900] * 5 + [1] * 5, 'Leave scheme="inverse" alone, or bound it by clip=: few rare labels would rule'),
+        ([900] * 5 + [1] * 5, 'Avoid scheme="inverse", or bound it by clip=: a few rare labels would dominate'),
         ([90, 50, 20, 9, 4, 1], "No bin has more than 100 labels: regions(relative=True)"),
-        ([3, 2, 1], "Bins hold few labels: use wider ones, or get more labels."),
+        ([3, 2, 1], "Bins hold few labels: use wider bins, or collect more labels."),
         ([20] * 60 + [0] * 6 + [5], "Widen the kernel to bridge empty bins: gaussian(7, 2.8)."),
         ([20] * 20 + [0] * 40 + [5], "No kernel bridges so many empty bins: make bins wider where labels are rare"),
         ([500] + [9] * 20, "74% of the labels lie in one of 21 bins, from 0 to 1: unless they are equal, use narrower"),
@@ -53,7 +53,7 @@ def test_classes_and_grids_have_no_gaps() -> None:
     for bins in (Bins.classes(6), Bins.grid(Bins.classes(2), Bins.uniform(0, 3, width=1))):
         found = LabelDensity(bins, [500, 0, 0, 0, 0, 9]).describe()
         assert found.gap == 0
-        assert "predict under an even one, by logit adjustment" in str(found)
+        assert "predict under a uniform one" in str(found)
 
 
 def test_there_must_be_a_label() -> None:

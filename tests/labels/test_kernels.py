@@ -243,7 +243,7 @@ def test_a_window_in_label_units_fits_any_width() -> None:
 def test_a_window_in_label_units_needs_bins_of_one_width() -> None:
     for bins in (Bins.from_edges([0, 1, 3, 9]), Bins.classes(9)):
         with pytest.raises(
-            ValueError, match=r"^LDS: a kernel in label units needs bins of one width, and no classes, got"
+            ValueError, match=r"^LDS: a kernel in label units needs bins of one width, and not classes, got"
         ):
             LDS(bins, kernel=gaussian(3, 1, unit="label"))
     with pytest.raises(TypeError, match=r"^smooth: kernel must be integers or floats, got LabelWindow"):

@@ -342,7 +342,7 @@ def test_other_arguments_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=where + "sigma must fit into float32"):
         soft_labels(labels, AGES, 1e-50)
     with pytest.raises(
-        ValueError, match=where + r"sigma must be None or 0 where bins are classes, got 2\.0\. Smooth classes by"
+        ValueError, match=where + r"sigma must be None or 0 where bins are classes, got 2\.0\. For classes use"
     ):
         soft_labels(torch.tensor([1]), Bins.classes(3), 2)
     with pytest.raises(LabelError, match=where + "labels must be whole numbers where bins are classes"):

@@ -398,14 +398,14 @@ def test_state_is_saved_whatever_the_default_device() -> None:
     other = LDS(bins)
     other.load_state_dict(state)
     assert torch.equal(other(labels), fitted(labels))
-    with pytest.raises(NotFittedError, match=r"^LDS\.sample_weight: weights are not known yet"):
+    with pytest.raises(NotFittedError, match=r"^LDS\.sample_weight: weights are not fitted yet"):
         lost.sample_weight(labels)
 
 
 def test_a_state_set_by_hand_is_checked() -> None:
     lds = LDS(Bins.uniform(0, 10, width=1))
     lds.set_extra_state(lds.get_extra_state())
-    with pytest.raises(CheckpointError, match=r"^LDS\S*: the saved weights must be of the same settings, got scheme"):
+    with pytest.raises(CheckpointError, match=r"^LDS\S*: the saved weights must have the same settings, got scheme"):
         lds.set_extra_state(LDS(lds.bins, scheme="inverse").get_extra_state())
 
 
@@ -436,7 +436,7 @@ def test_weights_of_other_settings_are_refused_and_change_nothing(options: Any) 
     bins = Bins.uniform(0, 10, width=1)
     own, other = LDS(bins).fit([1.0, 1.0, 5.0]), LDS(bins, **options).fit([1.0, 7.0, 7.0])
     before = own.table.clone()
-    message = rf"^LDS\S*: the saved weights must be of the same settings, got {next(iter(options))} was"
+    message = rf"^LDS\S*: the saved weights must have the same settings, got {next(iter(options))} was"
     with pytest.raises(CheckpointError, match=message):
         own.load_state_dict(other.state_dict())
     assert torch.equal(own.table[:-1], before[:-1])
@@ -506,7 +506,7 @@ def test_half_precision_does_not_make_weights_infinite() -> None:
 
 def test_few_labels_that_rule_the_loss_are_told_once() -> None:
     bins = Bins.classes(3)
-    message = r"^LDS\.fit: the weights leave the loss 4\.5 of 1002 labels .* Use scheme=\"sqrt_inverse\", a wider"
+    message = r"^LDS\.fit: the weights reduce the effective sample size to 4\.5 of 1002.* Use scheme=\"sqrt_inverse\", a wider"
     with pytest.warns(DirToolkitWarning, match=message) as seen:
         LDS(bins, scheme="inverse").fit([0] * 1000 + [1, 2])
     assert len(seen) == 1
@@ -557,10 +557,10 @@ def test_a_damaged_state_is_refused_by_name(extra: Any) -> None:
 def test_not_fitted() -> None:
     lds = LDS(Bins.classes(5))
     with pytest.raises(
-        NotFittedError, match=r"^LDS: weights are not known yet\. Call lds\.fit\(training_labels\) firs"
+        NotFittedError, match=r"^LDS: weights are not fitted yet\. Call lds\.fit\(training_labels\) firs"
     ):
         lds(torch.tensor([1]))
-    with pytest.raises(NotFittedError, match=r"^LDS\.sample_weight: weights are not known yet\. Call lds\.fit"):
+    with pytest.raises(NotFittedError, match=r"^LDS\.sample_weight: weights are not fitted yet\. Call lds\.fit"):
         lds.sample_weight([1])
     assert "fitted=False" in repr(lds)
 
@@ -621,6 +621,6 @@ def test_a_density_too_faint_for_a_finite_weight_is_refused() -> None:
 def test_a_smoothed_density_is_not_smoothed_again() -> None:
     bins = Bins.uniform(0, 10, width=1)
     density = LabelDensity.count([1.0, 1.0, 5.0], bins).smooth(gaussian(5, 2))
-    with pytest.raises(ValueError, match=r"LDS\.fit: the density must be as counted.* or kernel=None"):
+    with pytest.raises(ValueError, match=r"LDS\.fit: the density must not be smoothed.* or kernel=None"):
         LDS(bins).fit(density)
     assert LDS(bins, kernel=None).fit(density).sample_weight([1.0])[0] > 0

@@ -389,7 +389,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"target_prior": "uniform", "density": FLOAT_DENSITY},
         ValueError,
-        "density must be as counted, to be smoothed, got",
+        "density must not be smoothed already, got",
     ),
     ({"target_prior": "balanced"}, ValueError, "target_prior must be one of 'uniform', got 'balanced'"),
     ({"target_prior": [0.5, 0.5]}, ShapeError, r"target_prior must be \(20,\), one share per bin, got shape \(2,\)"),

@@ -92,7 +92,7 @@ def test_a_refused_state_changes_nothing() -> None:
     weighted = ages(weights=LDS(AGES).fit(AGE_DENSITY))
     held = {name: value.clone() for name, value in weighted.state_dict().items()}
     inverse = seeded(lambda: LongTailModel(net(), 6, AGES, weights=LDS(AGES, scheme="inverse").fit(AGE_DENSITY)), 3)
-    with pytest.raises(CheckpointError, match="the saved weights must be of the same settings"):
+    with pytest.raises(CheckpointError, match="the saved weights must have the same settings"):
         weighted.load_state_dict(inverse.state_dict())
     after = weighted.state_dict()
     assert all(torch.equal(value.nan_to_num(-1), held[name].nan_to_num(-1)) for name, value in after.items())

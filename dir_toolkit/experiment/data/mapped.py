@@ -37,7 +37,7 @@ class MappedSet(SampleSet):
     Attributes:
         labels: (N, ...), as the dataset has them; float64 becomes float32.
     Raises:
-        TypeError: the dataset has no length or no samples by number, or a sample is no pair of inputs and labels.
+        TypeError: the dataset has no length or no samples by number, or a sample is not a pair of inputs and labels.
         LabelError: a label is infinite.
     """
 

@@ -88,7 +88,7 @@ def numbers_of(cells: Sequence[str], column: str, path: Path, *, missing: Sequen
     """The numbers in one column, float64; a cell of ``missing`` becomes NaN.
 
     Raises:
-        DataError: a cell is no number that is finite in float32. The error names the row, counted from 1 below the
+        DataError: a cell is not a number that is finite in float32. The error names the row, counted from 1 below the
             names of the columns.
     """
     values = np.full(len(cells), np.nan)

@@ -20,8 +20,8 @@ _MOST_WORDS = 100  # that one column may hold
 def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (), seed: int = 0) -> Splits:
     """A CSV file with a label in one column and features in all others, split by a seed.
 
-    A column of numbers is one feature. A column in which any cell is no number is one feature per different cell, which
-    is 1 in the rows of this cell and 0 in the others; the cells are sorted.
+    A column of numbers is one feature. A column in which any cell is not a number is one feature per different cell,
+    which is 1 in the rows of this cell and 0 in the others; the cells are sorted.
 
     Args:
         path: the file, with the names of the columns in its first line, packed with gzip or not.
@@ -31,7 +31,7 @@ def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (
     Returns:
         Splits with inputs (N, F) float32 as the file has them; :func:`standardized` scales them.
     Raises:
-        DataError: a column is not there, no feature is left, a label is no finite number, a number is missing among
+        DataError: a column is not there, no feature is left, a label is not a finite number, a number is missing among
             numbers, or a column of words holds more than 100 different ones. Or the file is damaged or has fewer than 5
             rows.
 

@@ -132,7 +132,7 @@ def tau_figure(
 ) -> Figure:
     """A score against the strength of logit adjustment, one line per criterion or seed, and the strength chosen.
 
-    Dotted lines mark τ = 0, which is no adjustment, and τ = 1, which is consistent with the balanced error.
+    Dotted lines mark τ = 0, which leaves scores as they are, and τ = 1, which is consistent with the balanced error.
 
     Args:
         curves: by name, the τ tried and the score at each. All scores are of one kind, since they share an axis.

@@ -148,7 +148,7 @@ def combine_runs(
         attrs: further provenance, such as versions, devices and digests of the data.
     Raises:
         ResultsError: runs differ in their bins or variables, or the result breaks the schema. It names every fault.
-        TypeError: a key is no pair of a text and a whole number, or a run is no Dataset.
+        TypeError: a key is not a pair of a text and a whole number, or a run is not a Dataset.
     """
     instance(Mapping, runs=runs)
     if attrs is not None:
@@ -249,7 +249,7 @@ def validate_results(ds: xr.Dataset) -> None:
     """Check a result against the schema that this module's documentation writes down.
 
     Raises:
-        ResultsError: names every fault, not the first alone. TypeError: ``ds`` is no Dataset.
+        ResultsError: names every fault, not the first alone. TypeError: ``ds`` is not a Dataset.
     """
     instance(xr.Dataset, ds=ds)
     faults = list(_faults(ds))
@@ -486,7 +486,7 @@ def save_results(ds: xr.Dataset, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ResultsError: ``ds`` breaks the schema, a whole number does not fit 32 bits, or NetCDF-3 cannot hold something
-        that stands beside the schema. TypeError: ``ds`` is no Dataset.
+        that stands beside the schema. TypeError: ``ds`` is not a Dataset.
     """
     validate_results(ds)
     faults = []
@@ -521,7 +521,7 @@ def load_results(path: str | os.PathLike[str]) -> xr.Dataset:
     """Read a result into memory and check it.
 
     Raises:
-        ResultsError: the file is damaged or is no result. FileNotFoundError: there is no such file.
+        ResultsError: the file is damaged or is not a result. FileNotFoundError: there is no such file.
     """
     content = Path(path).read_bytes()
     shown = os.fspath(path)

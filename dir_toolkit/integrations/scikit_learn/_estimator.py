@@ -25,7 +25,6 @@ from ...heads.affinity import AffinityHead
 from ...labels.bins import Bins
 from ...labels.decoding import quantiles
 from ...labels.density import LabelDensity
-from ...labels.kernels import usual_kernel
 from ...labels.weights import LDS, Scheme
 from ...longtail import LongTailModel
 from ...longtail.readouts import ScoreReadout
@@ -149,8 +148,7 @@ class LongTailEstimator(BaseEstimator):
         counts = np.bincount(bins.index(rows.labels[trained]), weights=rows.weight[trained], minlength=len(bins))
         density = LabelDensity(bins, counts)
         density._of_weighted_rows = density._warned_crowded = True
-        kernel = usual_kernel(bins)
-        smooth = density if kernel is None else density.smooth(kernel)
+        smooth = density.smooth("auto")
         lds, weight = None, rows.weight
         if scheme is not None:
             if scores_bins:  # bins that the held-out rows left empty are no news

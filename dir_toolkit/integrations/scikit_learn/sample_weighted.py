@@ -19,7 +19,6 @@ from sklearn.utils.validation import (
 from ..._checks import instance, labels_array, require
 from ...labels.bins import Bins
 from ...labels.density import LabelDensity
-from ...labels.kernels import usual_kernel
 from ...labels.weights import LDS, Scheme
 
 __all__ = ["SampleWeighted"]
@@ -74,9 +73,7 @@ class SampleWeighted(RegressorMixin, MetaEstimatorMixin, BaseEstimator):
         self.bins_ = Bins.auto(labels[present]) if self.bins is None else self.bins
         index = self.bins_.index(labels[present])
         counted = LabelDensity(self.bins_, np.bincount(index, weights=own[present], minlength=len(self.bins_)))
-        kernel = usual_kernel(self.bins_)
-        self.lds_ = LDS(self.bins_, kernel=None, scheme=self.scheme)
-        self.lds_.fit(counted if kernel is None else counted.smooth(kernel))
+        self.lds_ = LDS(self.bins_, kernel=None, scheme=self.scheme).fit(counted.smooth("auto"))
         weight = own.copy()
         weight[present] *= self.lds_.sample_weight(labels[present])
         weight *= own.sum() / weight.sum()

@@ -10,7 +10,6 @@ from sklearn.metrics import make_scorer
 
 from ...labels.bins import Bins
 from ...labels.density import LabelDensity
-from ...labels.kernels import usual_kernel
 from ...metrics import regression_metrics
 
 __all__ = ["bmae_scorer", "few_shot_scorer"]
@@ -56,8 +55,7 @@ def few_shot_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., floa
     -10.0
     """
     density = _density(labels, bins)
-    counts, kernel = density.counts, usual_kernel(density.bins)
-    frequency = counts if kernel is None else density.smooth(kernel).counts
+    counts, frequency = density.counts, density.smooth("auto").counts
     order = np.argsort(frequency, kind="stable")
     place = np.searchsorted(np.cumsum(counts[order]), _RARE * counts.sum())
     return make_scorer(_few, greater_is_better=False, bins=density.bins, rare=frequency <= frequency[order[place]])
