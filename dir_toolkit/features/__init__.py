@@ -1,13 +1,13 @@
-"""Features on their way from the backbone to the head: feature distribution smoothing.
+"""Feature distribution smoothing (FDS) of features between backbone and head.
 
-Users meet :class:`dir_toolkit.FDS` in ``fds``. It is built of parts that can be read one at a time: ``moments`` gathers
-the features of an epoch, ``running`` keeps the statistics of all epochs and saves them, ``covariance`` turns them into
-maps, whose formulas are in ``maps``, ``hooks`` applies the maps inside a model, and ``passes`` does so under activation
-checkpointing. ``matrix_moments`` and ``matrix_covariance`` hold the full and the low-rank covariance, which few need.
+The public class is :class:`dir_toolkit.FDS` in ``fds``. Its parts are: ``moments`` accumulates the features of an
+epoch, ``running`` keeps the statistics of all epochs and saves them, ``covariance`` turns them into maps, ``maps``
+holds the formulas of these maps, ``hooks`` applies them inside a model, and ``passes`` handles activation
+checkpointing. ``matrix_moments`` and ``matrix_covariance`` implement the full and the low-rank covariance.
 
-FDS checks what it is handed. The parts take values that were checked, and check only what comes out of a file. All
-statistics are float64, and they are NaN where they are not known. What is kept is made outside inference mode, because
-training could not use it otherwise.
+FDS checks its arguments. The parts take checked values, and check only what was loaded from a file. All statistics are
+float64, and NaN where they are not known. Buffers are created outside inference mode, since training could not use them
+otherwise.
 """
 
 from .fds import FDS

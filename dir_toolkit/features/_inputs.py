@@ -1,4 +1,4 @@
-"""What FDS checks of labels, of features and of saved states."""
+"""Checks of labels, features and saved states for FDS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rows import Channels
 
 
 def placed(labels: Tensor, bins: AnyBins, outside: Outside, missing: Missing = "raise") -> Tensor:
-    """The row of each label, (N, ...), as :meth:`Bins.rows` answers."""
+    """The row of each label, (N, ...), from :meth:`Bins.rows`."""
     is_tensor(labels=labels)
     k = len(bins.axes)
     if labels.ndim < (2 if isinstance(bins, BinGrid) else 1):
@@ -28,17 +28,17 @@ def placed(labels: Tensor, bins: AnyBins, outside: Outside, missing: Missing = "
 
 
 def check_features(features: Tensor, rows: Tensor, num_features: int, channels: Channels | None) -> list[Channels]:
-    """The layouts that the features can have: (N, D, ...) or (N, ..., D). Features of which no statistics can be taken
-    are refused; they must have as many samples as there are rows."""
+    """The possible layouts of the features: (N, D, ...) or (N, ..., D). Raises if there is none, if N is not the number
+    of rows, or if no statistics can be computed."""
     floats(features=features)
     require_float64(features.device)
     if is_wrapped(features):
-        rule = "features must not be under a transform of torch.func, since statistics are kept"
+        rule = "features must not be under a transform of torch.func, since statistics cannot leave it"
         fix = "Leave out the labels, use eval mode, or call remove() on the handle before."
         raise problem(rule, got="such features", fix=fix, error=RuntimeError)
     if features.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        rule = "features must not be gathered while a CUDA graph is captured, since its replays would not count"
-        fix = "Capture the parts before and after the attached module, each by itself."
+        rule = "features must not be gathered while a CUDA graph is captured, since its replays would not be counted"
+        fix = "Capture the parts before and after the attached module separately."
         raise problem(rule, got="a stream that is capturing", fix=fix, error=RuntimeError)
     shape = tuple(features.shape)
     sizes: dict[Channels, int] = {"first": shape[1], "last": shape[-1]} if len(shape) > 1 else {}
@@ -65,9 +65,9 @@ def check_features(features: Tensor, rows: Tensor, num_features: int, channels: 
 
 
 def require_float64(device: torch.device) -> None:
-    """Refuse a device on which statistics cannot be kept."""
+    """Raise if the device has no float64, which statistics need."""
     if device.type == "mps":
-        rule = "statistics must be on a device that knows float64, in which they are kept"
+        rule = "statistics must be on a device with float64"
         fix = "Train on the CPU or a CUDA device, or without FDS."
         raise problem(rule, got=f"device {str(device)!r}", fix=fix, error=RuntimeError)
 
@@ -76,10 +76,9 @@ def require_float64(device: torch.device) -> None:
 def saved_tensors(
     state: object, own: Mapping[str, Tensor], *, not_negative: Collection[str] = (), finite: bool = False
 ) -> dict[str, Tensor]:
-    """Copies of the tensors of a saved state, on the device and in the dtype of the own tensors of the same names.
+    """Checked copies of the tensors of a saved state, with the device and the dtype of ``own``.
 
-    They must have the shapes of these. Floats may have any precision, and may be NaN. With ``finite`` they must not be
-    infinite.
+    Shapes must be those of ``own``. Floats may have any precision and may be NaN. ``finite`` refuses infinity.
     """
     keys("the saved state", state, own, error=CheckpointError)
     assert isinstance(state, Mapping)

@@ -1,4 +1,4 @@
-"""What is kept of the spread of features in each bin, and how features are carried by it."""
+"""Covariances of features per bin, and the maps to the smoothed statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Smooth = Callable[[Tensor], Tensor]
 
 
 class Settings(NamedTuple):
-    """As in :class:`dir_toolkit.FDS`."""
+    """The arguments of :class:`dir_toolkit.FDS` that covariances need."""
 
     momentum: float = 0.9
     shrinkage: float | None = None
@@ -34,27 +34,26 @@ class Settings(NamedTuple):
 
 
 def blend(old: Tensor, new: Tensor, present: Tensor, momentum: float) -> Tensor:
-    """``momentum * old + (1 - momentum) * new`` in the bins (B,) that are present, and ``new`` alone where ``old`` is
-    NaN."""
+    """``momentum * old + (1 - momentum) * new`` in the bins (B,) that are present, or ``new`` where ``old`` is NaN."""
     mixed = torch.where(old.isnan(), new, momentum * old + (1 - momentum) * new)
     return torch.where(per_bin(present, old), mixed, old)
 
 
 def per_bin(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B,) as (B, 1, ...), so that they broadcast against ``like``."""
+    """Values (B,) as (B, 1, ...), to broadcast against ``like``."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def unknown(*shape: int, device: torch.device) -> Tensor:
-    """Statistics of which nothing is known."""
+    """Statistics that are not known yet: NaN."""
     return torch.full(shape, torch.nan, dtype=torch.float64, device=device)
 
 
 class BinCovariance(Float64Module, ABC):
-    """Running covariances of B bins, and the maps that carry features to the smoothed ones.
+    """Running covariances of B bins, and the maps from them to the smoothed statistics.
 
-    The maps have one row per bin, and a last row for samples without a bin, which leaves features alone. :meth:`begin`
-    makes the buffers.
+    The maps have one row per bin, and a last row, the identity, for samples without a bin. :meth:`begin` creates the
+    buffers.
     """
 
     form: str
@@ -67,7 +66,7 @@ class BinCovariance(Float64Module, ABC):
         self._cast: dict[torch.dtype, list[Tensor]] = {}
 
     def begin(self, device: torch.device) -> None:
-        """Make all buffers on a device, as before any sample."""
+        """Create empty buffers on a device."""
         shape = (self.num_bins + 1, self.num_features)
         self._add_map("shift", torch.zeros(shape, dtype=torch.float64, device=device))
         self._cast.clear()
@@ -76,34 +75,34 @@ class BinCovariance(Float64Module, ABC):
         return f"clip={self.settings.clip}, shrinkage={self.shrinkage}"
 
     def _add_map(self, name: str, value: Tensor) -> None:
-        """Add a buffer that :meth:`refresh` makes from the running statistics. It is therefore not saved with them."""
+        """Add a buffer that :meth:`refresh` computes from the running statistics, and that is not saved."""
         self.register_buffer(name, value, persistent=False)
 
     @abstractmethod
     def moments(self, device: torch.device | None = None) -> Any:
-        """An object that gathers the features of an epoch, on a device, or on that of the maps."""
+        """An object that accumulates the features of an epoch, on a device or on that of the maps."""
 
     @abstractmethod
     def fold(self, moments: Any, group: ProcessGroup | None) -> None:
-        """Mix the covariances of an epoch, summed over the ranks of a group, into the running ones."""
+        """Update the running covariances with those of an epoch, merged over the ranks of a group."""
 
     @abstractmethod
     def statistics(self, count: Tensor, smooth: Smooth) -> dict[str, Tensor]:
-        """The running covariances after shrinkage, and those smoothed over bins."""
+        """The running covariances after shrinkage, and the smoothed covariances."""
 
     @abstractmethod
     def refresh(self, statistics: dict[str, Tensor]) -> None:
-        """Make the maps from all statistics, means included."""
+        """Compute the maps from all statistics, including means."""
 
     @abstractmethod
     def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
-        """Features in their own form and dtype, each sample carried by the map of its row, as in ``as_rows``."""
+        """The calibrated features: each sample is mapped by the map of its row. Arguments are as in ``as_rows``."""
 
     def _blend(self, old: Tensor, new: Tensor, count: Tensor) -> Tensor:
         return blend(old, new, count > 1, self.settings.momentum)
 
     def _shrunk(self, values: Tensor, count: Tensor) -> Tensor:
-        """Covariances (B, ...) that as many pseudo-samples as ``shrinkage`` says have pulled towards the pooled one."""
+        """Covariances (B, ...), shrunk towards the pooled covariance by ``shrinkage`` pseudo-samples."""
         if self.shrinkage == 0:
             return values.clone()
         degrees = per_bin((count - 1).clamp_min(0), values)
@@ -113,7 +112,7 @@ class BinCovariance(Float64Module, ABC):
         return torch.where(per_bin(count > 0, values), shrunk, torch.nan)
 
     def _tables(self, features: Tensor, *names: str) -> list[Tensor]:
-        """The maps in the dtype in which these features are carried."""
+        """The maps in the dtype to compute with for these features."""
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         if dtype in self._cast:
             return self._cast[dtype]
@@ -128,7 +127,7 @@ class BinCovariance(Float64Module, ABC):
         return super()._apply(fn)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing is left to do here, since the FDS that this is a part of has loaded it."""
+        """Do nothing, since the FDS that contains this module has loaded its buffers."""
 
 
 class DiagonalCovariance(BinCovariance):
@@ -170,5 +169,5 @@ class DiagonalCovariance(BinCovariance):
         if features.ndim > 2:
             scale, shift = (beside(features, t.view(*rows.shape, self.num_features), axis) for t in (scale, shift))
             return torch.addcmul(shift, wide, scale).to(features.dtype)
-        # This writes into the shift that was just gathered. It saves an allocation, which takes most of the time.
+        # In place, since an allocation would take most of the time.
         return shift.addcmul_(wide, scale).to(features.dtype)

@@ -1,4 +1,4 @@
-"""Feature distribution smoothing: statistics per bin, smoothed over bins, and features that are carried to them."""
+"""Feature distribution smoothing (FDS): features are calibrated to statistics that are smoothed over bins."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _FORMS: dict[str, type[DiagonalCovariance | FullCovariance | LowRankCovariance]]
 
 
 class FDS(RunningStatistics):
-    r"""Feature distribution smoothing.
+    r"""Feature distribution smoothing (FDS).
 
-    While a model trains, the features of each bin are carried from the bin's own mean and covariance to those smoothed
-    over neighbouring bins, :math:`z' = A_b (z - \mu_b) + \mu'_b`. With variances alone, as is usual, the map is
-    :math:`A_b = \mathrm{diag}\sqrt{v'_b / v_b}`. The same pass gathers the statistics, from the features before they
-    are carried, and they are used from the next epoch on. In eval mode, and outside :meth:`labels`, features pass
-    untouched.
+    In training, the features of each bin are mapped from the bin's own mean and covariance to those smoothed over
+    neighbouring bins, :math:`z' = A_b (z - \mu_b) + \mu'_b`. With a diagonal covariance, the default, the map is
+    :math:`A_b = \mathrm{diag}\sqrt{v'_b / v_b}`. The same forward pass accumulates the statistics of the features
+    before the map, which are used from the next epoch on. In eval mode, and outside :meth:`labels`, features do not
+    change.
 
     .. code-block:: python
 
@@ -60,73 +60,68 @@ class FDS(RunningStatistics):
                 ...
             fds.end_epoch()
 
-    A bin without samples lends nothing to its neighbours, and its features stay as they are. The window is renormalised
-    over the bins that have statistics. A bin with one sample borrows the smoothed variance. :meth:`FDS.end_epoch`
-    merges the sums of the epoch over the ranks of ``torch.distributed``. Under ``torch.compile``, attach before the
-    first call.
+    The smoothing window is renormalised over the bins that have samples. Features of a bin without samples are not
+    calibrated. A bin with one sample uses the smoothed variance. :meth:`FDS.end_epoch` merges the statistics of the
+    epoch over the ranks of ``torch.distributed``. Under ``torch.compile``, attach before the first call.
 
-    Activation checkpointing runs a part of the forward again in backward. It works in any order, and outside
-    ``labels``: each forward that it may repeat is found again by its features, and is carried as it was. For this,
-    backward waits for an accelerator once per such run, and it must come before :meth:`FDS.end_epoch`. It is refused
-    where two of the latest forwards had the same features and different labels.
+    Activation checkpointing is supported. The forward that it repeats is recognised by its features, for which backward
+    waits for an accelerator once. Backward must run before :meth:`FDS.end_epoch`. It raises an error if two recent
+    forwards had the same features and different labels.
 
     Args:
-        bins: the label axis, or a grid of several axes, whose joint bins then have statistics of their own.
-        num_features: D, the number of features or channels.
-        kernel: the window over bins, of odd length. Over a grid it is one window for all continuous axes, or one window
-            per axis. ``"auto"`` is the window of the paper, but it smooths nothing over classes, which have no
-            neighbours, nor over fewer than five bins. None smooths nothing.
-        momentum: the weight of the *old* statistics when an epoch is folded in, in [0, 1). With 0 only the last epoch
-            counts. The first epoch of a bin is taken whole.
+        bins: the label axis, or a grid of several axes.
+        num_features: the number of features or channels, D.
+        kernel: the window over bins, of odd length. Over a grid it is one window for all continuous axes, or one per
+            axis. ``"auto"`` is the window of the authors' code, ``gaussian(5, 2, folded=True)``. It does not smooth
+            classes, which have no neighbours, nor axes of fewer than five bins. None does not smooth.
+        momentum: the weight of the *old* running statistics in the update after each epoch, in [0, 1). With 0 only the
+            last epoch is used. The first epoch of a bin is used without momentum.
         covariance: ``"diagonal"`` keeps one variance per feature, and ``"full"`` one (D, D) matrix per bin.
-            ``"low_rank"`` keeps a full covariance within the ``rank`` leading directions of the covariance pooled over
-            bins, which are found anew each epoch, and one variance beyond them. The first epoch that low rank
-            calibrates moves means only, because the epoch before it had no subspace.
-        map: how a covariance that is not diagonal is carried to the smoothed one, ``"paper"`` or ``"transport"``, as
-            in :func:`dir_toolkit.features.maps.covariance_map`.
-        rank: r, the number of directions of ``"low_rank"``, which is below D.
-        clip: the bounds of the ratio of variances, in any direction.
-        start_epoch: the number of epochs that are folded in before features are calibrated, at least 1.
-        shrinkage: the number of pseudo-samples that pull the covariance of each bin towards the one pooled over all
-            bins, which steadies bins of few samples. None takes 0 for a diagonal, D for full and r for low rank.
-        count_weighted: whether the statistics of a bin are smoothed in proportion to its number of samples, rather than
-            all bins alike.
-        edges: what lies beyond the label axis, as in :func:`dir_toolkit.labels.kernels.smooth`.
-        outside, missing: what a label beyond the axis does, and NaN, as in :meth:`Bins.index`. A dropped sample is
-            neither counted nor calibrated, so give steps and pixels without a label NaN. On an accelerator, ``"raise"``
-            raises at :meth:`FDS.end_epoch`, so that no step waits for the accelerator.
-        channels: which axis of features holds the D channels, ``"first"`` after the samples, or ``"last"``. None takes
-            the one that is D long. Where both are, as in a batch of D steps, it is the one of the features before, and
-            features are refused where there are none.
-        group: the ``torch.distributed`` group whose ranks hold different samples; None for all ranks. Where some ranks
-            hold the same samples, as with tensor, sequence or pipeline parallelism, pass the data-parallel group, since
-            their samples would otherwise count once per rank.
+            ``"low_rank"`` keeps a full covariance within the ``rank`` leading principal directions of the pooled
+            covariance, and one variance for all other directions. The directions are updated after each epoch. In the
+            first calibrated epoch low rank calibrates means only.
+        map: the map of a full or low-rank covariance to the smoothed one, ``"paper"`` or ``"transport"``, as in
+            :func:`dir_toolkit.features.maps.covariance_map`.
+        rank: r, the number of directions of ``"low_rank"``, below D.
+        clip: the bounds of the ratio of variances in every direction.
+        start_epoch: the number of epochs before features are calibrated, at least 1.
+        shrinkage: the number of pseudo-samples that shrink the covariance of each bin towards the pooled covariance. It
+            stabilises bins with few samples. None takes 0 for a diagonal, D for full and r for low rank.
+        count_weighted: whether smoothing weights bins by their number of samples. Otherwise all bins have equal weight.
+        edges: the values beyond the label axis, as in :func:`dir_toolkit.labels.kernels.smooth`.
+        outside, missing: as in :meth:`Bins.index`. A dropped sample is neither counted nor calibrated. Use NaN for
+            steps and pixels without a label. On an accelerator ``"raise"`` raises at :meth:`FDS.end_epoch`, so that no
+            step waits.
+        channels: the axis of the D channels: ``"first"`` after the samples, or ``"last"``. None takes the axis of
+            length D. If both have length D, the axis of earlier features is used; without earlier features an error is
+            raised.
+        group: the ``torch.distributed`` group whose ranks hold different samples; None means all ranks. With tensor,
+            sequence or pipeline parallelism pass the data-parallel group.
     Attributes:
-        settings: the arguments by name, without ``group``, and with ``kernel`` as the window that it chose.
+        settings: the arguments by name, without ``group``, and with ``kernel`` resolved to a window.
         smoothing: (K,) float64, the window of the first axis, scaled to sum to one.
-        epoch: how many epochs are folded in.
-        warns_of_forgotten_end: whether to warn when more than one epoch seems to have been gathered since the last end.
-            Set it to False where evaluations come in mid-epoch, because each is taken for the end of an epoch.
+        epoch: the number of finished epochs.
+        warns_of_forgotten_end: whether to warn if :meth:`end_epoch` seems to have been forgotten. Set it to False if
+            evaluations run within an epoch, since each is taken for the end of an epoch.
     Shape:
         features: (N, D); sequences (N, T, D) or (N, D, T); maps and volumes (N, D, H, W, ...) or (N, H, W, ..., D).
         labels: (N,), or (N, T) or (N, H, W, ...) for one label per step or pixel; over a grid of K axes (N, ..., K).
-        Each step and each pixel counts as a sample.
+        Each step or pixel is a sample.
     Units:
-        labels have those of the axis, and features have any.
+        labels are in label units; features have any unit.
     Memory:
-        Statistics and maps are float64, so they cannot live on Apple GPUs. When an epoch ends, full covariance takes up
-        to 80 bytes times B * D^2. Low rank takes up to 165 bytes times B * r^2, plus 80 times D^2, plus 200 times
-        B * D. Besides, up to 8 million numbers of the latest batches are held, or twice as many with low rank. So much
-        memory must be free on the host, or in its container, when the FDS is made, even if the statistics then follow
-        the features to an accelerator. In each step, full covariance waits for an accelerator once, and low rank only
-        now and then. In a step, low rank holds r^2 numbers per sample, or per pixel of a map, so that large maps want a
-        small rank.
+        Statistics and maps are float64, which Apple GPUs do not have. At the end of an epoch, full covariance takes up
+        to 80 bytes times B * D^2. Low rank takes up to 165 bytes times B * r^2, plus 80 times D^2, plus 200 times B *
+        D. In addition up to 8 million numbers of recent batches are held, or twice as many with low rank. This memory
+        must be free on the host when the FDS is created, even if the statistics then move to an accelerator. In each
+        step full covariance waits for an accelerator once, and low rank occasionally. In a step low rank takes r^2
+        numbers per sample, or per pixel of a map.
     Raises:
         ValueError: a setting is out of bounds, or covariances would take more memory than is free. TypeError: an
-        argument is of another kind; ``group`` is one that this rank is not in.
+        argument has the wrong type, or this rank is not in ``group``.
     Source:
-        Yang et al. 2021, section 3.2, equation 2 (arXiv:2102.09554). The low-rank form is ours: probabilistic PCA
-        (Tipping and Bishop 1999) in a subspace that all bins share.
+        Yang et al. 2021, section 3.2, equation 2 (arXiv:2102.09554). The low-rank form is not in the paper. It is
+        probabilistic PCA (Tipping and Bishop 1999) in a subspace common to all bins.
     """
 
     def __init__(
@@ -171,8 +166,8 @@ class FDS(RunningStatistics):
         windows = chosen_windows(kernel, bins) or tuple(np.ones(1) for _ in bins.axes)
         if isinstance(kernel, str) and all(len(window) == 1 for window in windows):
             warn(
-                f"nothing is smoothed over {bins!r}, whose bins have no neighbours or are fewer than five, so features "
-                "pass unchanged. Pass a window as kernel= if neighbouring bins are alike, else leave FDS out.",
+                f"nothing is smoothed over {bins!r}, since its bins are classes or fewer than five, so features "
+                "do not change. Pass a window as kernel= if neighbouring bins are similar, else remove FDS.",
             )
         self._windows = tuple(smoothing_window(window, size) for window, size in zip(windows, bins.shape, strict=True))
         self._edges: Edges = edges
@@ -199,9 +194,9 @@ class FDS(RunningStatistics):
         self._rows: Tensor | None = None
         self._gathered_by: FDSHook | None = None
         self._ran = False
-        self._layout: Channels | None = None  # of the latest features that have more than two axes
+        self._layout: Channels | None = None  # of the latest features with more than two axes
         self._passes = Passes()
-        self._maps_made = 0  # how often
+        self._maps_made = 0  # the number of times that maps were computed
         self._begin(torch.empty(0).device)
 
     @classmethod
@@ -213,12 +208,11 @@ class FDS(RunningStatistics):
         kernel: Windows | Literal["auto"] | None = "auto",
         momentum: float = 0.9,
     ) -> FDS:
-        """The settings of the public DIR code: a folded window (but not over classes), mirrored edges, labels beyond
-        the axis clipped, and no shrinkage. With every bin filled, it calibrates as that code does.
+        """The settings of the authors' DIR code: a folded window, mirrored edges, labels beyond the axis clipped, and
+        no shrinkage. If no bin is empty, the results equal those of that code.
 
         Args:
-            bins, num_features, momentum: as of the class.
-            kernel: as of the class; ``"auto"`` is ``gaussian(5, 2, folded=True)``, with the same exceptions.
+            bins, num_features, kernel, momentum: as in the class.
         Source:
             github.com/YyzHarry/imbalanced-regression, ``fds.py``.
         """
@@ -241,14 +235,14 @@ class FDS(RunningStatistics):
         return torch.from_numpy(self._windows[0].copy())
 
     def _smooth(self, values: Tensor, weight: Tensor) -> Tensor:
-        """Values (B, K) smoothed over the bins in which they are known, by a renormalised window. NaN where none is in
-        reach."""
+        """Values (B, K) smoothed over the bins in which they are known, by a renormalised window. They are NaN where no
+        such bin is within the window."""
         known = values.isfinite()
         share = weight[:, None] * known
         return self._over_bins(values.nan_to_num() * share) / self._over_bins(share)
 
     def _over_bins(self, values: Tensor) -> Tensor:
-        """Sums (B, K) under the window, along each axis in turn, since a window over joint bins is their product."""
+        """Sums (B, K) under the window, along each axis in turn."""
         values = values.unflatten(0, self.bins.shape)
         for k, window in enumerate(self._windows):
             if len(window) > 1:
@@ -258,7 +252,7 @@ class FDS(RunningStatistics):
     # ---- statistics ----
 
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Gather the statistics of features, without a hook. The features are not changed."""
+        """Accumulate the statistics of features, without a hook. The features do not change."""
         rows = placed(labels, self.bins, self.outside, self.missing)
         self._gather(features, rows, self._axis(features, rows))
 
@@ -287,10 +281,9 @@ class FDS(RunningStatistics):
     # ---- calibration ----
 
     def calibrate(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Features carried to the smoothed statistics of their bins, without a hook. They are a new tensor of the same
-        dtype.
+        """Features mapped to the smoothed statistics of their bins, without a hook, as a new tensor of the same dtype.
 
-        Before ``start_epoch`` epochs have ended, and in eval mode, they are the features themselves.
+        Before ``start_epoch`` epochs have ended, and in eval mode, the features themselves are returned.
         """
         rows = placed(labels, self.bins, self.outside, self.missing)
         return self._calibrate(features, rows, self._axis(features, rows))
@@ -306,12 +299,12 @@ class FDS(RunningStatistics):
         return self.covariance.calibrate(features, rows.clamp_max(len(self.bins)), axis)
 
     def _axis(self, features: Tensor, rows: Tensor) -> int:
-        """Which axis of features holds their channels, once they are checked."""
+        """The axis of the channels of checked features."""
         layouts = check_features(features, rows, self.num_features, self.channels)
         if features.ndim > 2 and len(layouts) == 1:
             self._layout = layouts[0]
         elif features.ndim > 2 and self._layout is None:
-            rule = f"features must have {self.num_features} channels in the second or in the last axis, and not in both"
+            rule = f"features must have {self.num_features} channels in either the second or the last axis"
             fix = 'Pass channels="first" or channels="last" to FDS.'
             raise problem(rule, got=tuple(features.shape), fix=fix, error=ShapeError)
         return features.ndim - 1 if self._layout == "last" else 1
@@ -319,22 +312,21 @@ class FDS(RunningStatistics):
     # ---- the hook ----
 
     def attach(self, module: nn.Module, where: Literal["input", "output"], *, select: Select = None) -> RemovableHandle:
-        """Gather and calibrate a module's first input, or its output, whenever the module runs.
+        """Calibrate a module's first input, or its output, whenever the module runs, and accumulate its statistics.
 
-        A module may run several times within one :meth:`labels`, as a head does that two views share. Each run has
-        these labels then, and its features count as further samples. Where the runs have different labels, open
-        :meth:`labels` around each.
+        A module may run several times within one :meth:`labels` context, for example on two views. Each run then has
+        these labels, and its features are further samples. If the runs have different labels, use one context for each.
 
         Args:
-            select: where the features are: the index or the name of another input; or, if the module gives several
-                things, as LSTM, GRU and Hugging Face models do, the index, the key or the attribute's name in its
-                output. All else passes untouched.
+            where: ``"input"`` or ``"output"``. select: selects the features if there are several values: the index or
+                the name of an input, or the index, key or attribute of an output, as for LSTM, GRU and Hugging Face
+                models. Other values do not change.
         Returns:
             a handle. ``handle.remove()`` detaches, which ``torch.jit.script`` and ``torch.compile(fullgraph=True)``
-            ask for.
+            need.
         Raises:
-            TypeError: ``module`` is not a module; and, when it runs, there is no tensor under ``select``. ValueError:
-            ``where`` is neither word. UsageError: this FDS is attached to the module already.
+            TypeError: ``module`` is not a module, or later ``select`` selects no tensor. ValueError: ``where`` is
+                neither word. UsageError: this FDS is attached to the module already.
         """
         instance(nn.Module, module=module)
         one_of("where", where, ("input", "output"))
@@ -349,19 +341,19 @@ class FDS(RunningStatistics):
         return module.register_forward_hook(FDSOutputHook(self, select))
 
     def labels(self, labels: Tensor) -> AbstractContextManager[None]:
-        """A context in which attached modules run on samples with these labels.
+        """A context in which attached modules get samples with these labels.
 
-        Where several modules run in it, the features of the first one are gathered and calibrated.
+        If several attached modules run in it, only the features of the first one are used.
 
         Raises:
             LabelError: as :meth:`Bins.index`. ShapeError: labels have no axis of samples, or over a grid no last axis
-            of its dimensions.
+                of length K.
         """
         return self._on_rows(placed(labels, self.bins, self.outside, self.missing))
 
     @contextmanager
     def _on_rows(self, rows: Tensor) -> Iterator[None]:
-        """:meth:`labels` of samples whose rows are known."""
+        """:meth:`labels` for rows instead of labels."""
         outer = self._rows, self._gathered_by, self._ran
         self._rows, self._gathered_by, self._ran = rows, None, False
         try:
@@ -378,7 +370,7 @@ class FDS(RunningStatistics):
             self._ran = self._ran or ran
 
     def _run(self, hook: FDSHook, module: nn.Module, features: Tensor) -> Tensor:
-        """What a hook does with the features of its module: it gathers their statistics, then calibrates them."""
+        """The hook: accumulate the statistics of the features, then calibrate them."""
         self._ran = True
         trains = module.training and self.training
         if in_backward():
@@ -402,7 +394,7 @@ class FDS(RunningStatistics):
             self._warn_once(
                 "hooks",
                 "two modules that this FDS is attached to ran within one labels(). The second one's features are "
-                "neither gathered nor calibrated, so that none are twice. Call remove() on one of the two handles.",
+                "neither gathered nor calibrated. Call remove() on one of the two handles.",
             )
             return features
         self._gathered_by = hook
@@ -411,8 +403,8 @@ class FDS(RunningStatistics):
         return self._calibrate(features, self._rows, axis)
 
     def _repeat(self, hook: FDSHook, features: Tensor, *, must: bool) -> Tensor:
-        """Carry the features that activation checkpointing computes again in backward as they were carried in the
-        forward. Nothing is counted twice."""
+        """Calibrate features that activation checkpointing computes again in backward as in the forward, and do not
+        count them again."""
         if not features.is_floating_point():
             return features
         before = self._passes.find(hook, features, self._maps_made, must=must)

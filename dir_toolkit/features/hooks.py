@@ -1,4 +1,4 @@
-"""The hooks by which an FDS gathers and calibrates the features of the modules that it is attached to."""
+"""The hooks of an FDS on the modules that it is attached to."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["FDSHook", "FDSInputHook", "FDSOutputHook"]
 
 
 class FDSHook:
-    """A hook of an FDS on one module. It is a class rather than a function, so that a hooked model can be pickled."""
+    """A hook of an FDS on one module. It is a class, since a hooked model could not be pickled with a function."""
 
     def __init__(self, fds: FDS, select: Select) -> None:
         self.fds, self.select = fds, select
         self.__name__ = type(self).__name__
 
     def _part(self, module: nn.Module, whole: Any, select: Select) -> Any:
-        """What a module takes or gives, with the features in it calibrated."""
+        """The inputs or the output of a module with calibrated features."""
         features = picked(whole, select)
         calibrated = self.fds._run(self, module, features)
         return whole if calibrated is features else replaced(whole, select, calibrated)
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        """Only ``torch.jit.script`` asks a hook for this. A hook that keeps statistics has no script."""
+        """Raises. Only ``torch.jit.script`` reads it, which cannot compile this hook."""
         raise problem(
             "a module must have no hook of an FDS when torch.jit.script compiles it",
             got="one that is attached",
@@ -43,7 +43,7 @@ class FDSHook:
 class FDSInputHook(FDSHook):
     """A hook on a positional input of a module, the first unless another is selected, or on a keyword input."""
 
-    @torch._disable_dynamo  # torch.compiler.disable imports the whole compiler at once, and this when it is called
+    @torch._disable_dynamo  # unlike torch.compiler.disable, it imports the compiler only when called
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if isinstance(self.select, str):
             return args, self._part(module, kwargs, self.select)

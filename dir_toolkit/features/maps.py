@@ -1,4 +1,4 @@
-"""The maps that carry the features of a bin from the bin's own statistics to the smoothed ones."""
+"""Formulas of the maps from a bin's own statistics to the smoothed statistics."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 __all__ = ["Map", "covariance_map", "diagonal_map"]
 
 Map = Literal["paper", "transport"]
-_FLOOR = 1e-9  # Times the mean variance, it is the variance of directions without any, which are then left alone.
+_FLOOR = 1e-9  # times the mean variance: the variance given to constant directions, which then keep their scale
 
 
 def diagonal_map(
     mean: Tensor, variance: Tensor, smoothed_mean: Tensor, smoothed_variance: Tensor, *, clip: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    r"""Scale and shift of :math:`z' = \sqrt{v'/v}\,(z - \mu) + \mu'`, feature by feature.
+    r"""The scale and the shift of :math:`z' = \sqrt{v'/v}\,(z - \mu) + \mu'` for each feature.
 
     Args:
-        clip: bounds of the ratio :math:`v'/v`. A feature keeps its scale where it does not vary in a bin (v = 0), and
-            where its variance is not known (NaN).
+        clip: bounds of the ratio :math:`v'/v`. The scale is one if a feature is constant in a bin (v = 0) or its
+            variance is not known (NaN).
     Shape:
         All are (B, D). Returns the scale and the shift, (B, D). Where a mean is NaN, the map is the identity.
     Source:
@@ -35,17 +35,17 @@ def diagonal_map(
 
 
 def covariance_map(covariance: Tensor, smoothed: Tensor, *, clip: tuple[float, float], map: Map) -> Tensor:
-    r"""The matrix A that carries covariance :math:`\Sigma` to :math:`\Sigma'`, :math:`A \Sigma A^T = \Sigma'`.
+    r"""A matrix A that maps covariance :math:`\Sigma` to :math:`\Sigma'`: :math:`A \Sigma A^T = \Sigma'`.
 
-    First, :math:`\Sigma'` is brought to between clip[0] and clip[1] times :math:`\Sigma` in every direction, which
-    bounds the singular values of A by the roots of clip. A feature that does not vary (a variance of 0) keeps its scale
-    and is mixed with no other feature. Where both covariances are diagonal, A is the map of :func:`diagonal_map`.
+    First :math:`\Sigma'` is clipped to between clip[0] and clip[1] times :math:`\Sigma` in every direction. A constant
+    feature (variance 0) keeps its scale and is not mixed with others. If both covariances are diagonal, A is the map of
+    :func:`diagonal_map`.
 
     Args:
         clip: bounds of the ratio of variances in any direction.
-        map: ``"paper"`` is :math:`\Sigma'^{1/2} \Sigma^{-1/2}`, which also rotates where the two do not commute.
+        map: ``"paper"`` is :math:`\Sigma'^{1/2} \Sigma^{-1/2}`, which also rotates if the two do not commute.
             ``"transport"`` is :math:`\Sigma^{-1/2} (\Sigma^{1/2} \Sigma' \Sigma^{1/2})^{1/2} \Sigma^{-1/2}`, the only
-            symmetric map, which moves samples least.
+            symmetric map, and the one that moves samples least.
     Shape:
         Both are (D, D), symmetric, positive semidefinite and float64. Returns (D, D).
     Source:
@@ -56,7 +56,7 @@ def covariance_map(covariance: Tensor, smoothed: Tensor, *, clip: tuple[float, f
     varies = covariance.diagonal() > 0
     smoothed = torch.where(varies[:, None] & varies, smoothed, 0.0)
     floor = _FLOOR * torch.maximum(covariance.diagonal().mean(), smoothed.diagonal().mean())
-    if floor == 0:  # nothing varies
+    if floor == 0:  # all features are constant
         return identity
     covariance, smoothed = covariance + floor * identity, smoothed + floor * identity
     factor = torch.linalg.cholesky(covariance)
@@ -65,11 +65,13 @@ def covariance_map(covariance: Tensor, smoothed: Tensor, *, clip: tuple[float, f
     )
     if not within:
         half = torch.linalg.solve_triangular(factor, smoothed, upper=False)
-        ratio = torch.linalg.solve_triangular(factor, half.T, upper=False)  # smoothed, where covariance is 1
+        ratio = torch.linalg.solve_triangular(
+            factor, half.T, upper=False
+        )  # smoothed, in coordinates where the covariance is the identity
         smoothed = factor @ _of_eigenvalues(ratio, lambda values: values.clamp(low, high)) @ factor.T
     if map == "paper":
         return _of_eigenvalues(smoothed, _root) @ _of_eigenvalues(covariance, lambda values: 1 / _root(values))
-    # With S = L L^T the map is L^-T (L^T S' L)^(1/2) L^-1, which takes one decomposition rather than two.
+    # With S = L L^T the map is L^-T (L^T S' L)^(1/2) L^-1, which needs only one eigendecomposition.
     middle = _of_eigenvalues(factor.T @ smoothed @ factor, _root)
     half = torch.linalg.solve_triangular(factor.T, middle, upper=True)
     return torch.linalg.solve_triangular(factor.T, half.T, upper=True)
@@ -80,6 +82,6 @@ def _root(values: Tensor) -> Tensor:
 
 
 def _of_eigenvalues(matrix: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """The matrix that has the eigenvectors of a symmetric one, and a function of its eigenvalues."""
+    """A function of a symmetric matrix, applied to its eigenvalues."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return (vectors * function(values)) @ vectors.T

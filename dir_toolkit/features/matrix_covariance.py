@@ -1,4 +1,4 @@
-"""Full and low-rank covariances of features in each bin, for those who want more than one variance per feature."""
+"""Full and low-rank covariances of features per bin."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["FullCovariance", "LowRankCovariance"]
 
 
 class _MatrixCovariance(BinCovariance):
-    """What full and low rank share: a (K, K) covariance per bin, and maps of features with one row per sample."""
+    """The base of full and low rank: a (K, K) covariance per bin, and maps of features (N, D)."""
 
     running_covariance: Tensor
     matrix: Tensor
-    smaller: str  # what takes less memory
+    smaller: str  # advice: settings that take less memory
 
     def __init__(self, num_bins: int, num_features: int, settings: Settings, *, side: int) -> None:
         super().__init__(num_bins, num_features, settings, shrinkage=float(side))
@@ -39,7 +39,7 @@ class _MatrixCovariance(BinCovariance):
     @property
     @abstractmethod
     def most_bytes(self) -> int:
-        """The most memory that is taken, which is at the end of an epoch. The factors were measured."""
+        """The peak memory, at the end of an epoch. The factors were measured."""
 
     def begin(self, device: torch.device) -> None:
         super().begin(device)
@@ -47,7 +47,7 @@ class _MatrixCovariance(BinCovariance):
 
     def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
         flat, index, back = as_rows(features, rows.to(features.device), axis)
-        with full_precision(features.device):  # Autocast would take the products in half precision.
+        with full_precision(features.device):  # autocast would compute the products in half precision
             return back(self._carry(flat, index).to(features.dtype))
 
     def extra_repr(self) -> str:
@@ -55,10 +55,10 @@ class _MatrixCovariance(BinCovariance):
 
     @abstractmethod
     def _carry(self, features: Tensor, rows: Tensor) -> Tensor:
-        """(N, D), in the dtype of the maps."""
+        """Calibrated features (N, D), in the dtype of the maps."""
 
     def _maps(self, covariance: Tensor, smoothed: Tensor) -> tuple[Tensor, Tensor]:
-        """The map of each bin, (B, K, K), and whether it is known, (B,). Where it is not, the map changes nothing."""
+        """The map of each bin, (B, K, K), and whether it is known, (B,). An unknown map is the identity."""
         known = (covariance[:, 0, 0] + smoothed[:, 0, 0]).isfinite()
         maps = torch.eye(covariance.shape[1], dtype=torch.float64, device=covariance.device).repeat(len(known), 1, 1)
         for b in known.nonzero().flatten().tolist():
@@ -88,7 +88,7 @@ class FullCovariance(_MatrixCovariance):
         return BinScatters(self.num_bins, self.num_features, device=device or self.shift.device)
 
     def fold(self, moments: BinScatters, group: ProcessGroup | None) -> None:
-        moments.deviations /= per_bin(moments.count - 1, moments.deviations)  # In place, because memory is short here.
+        moments.deviations /= per_bin(moments.count - 1, moments.deviations)  # in place, to save memory
         self.running_covariance = self._blend(self.running_covariance, moments.deviations, moments.count)
 
     def statistics(self, count: Tensor, smooth: Smooth) -> dict[str, Tensor]:
@@ -113,19 +113,19 @@ class FullCovariance(_MatrixCovariance):
         matrix, shift = self._tables(features, "matrix", "shift")
         order = rows.argsort()
         sizes = rows.bincount(minlength=self.num_bins + 1).tolist()
-        # Sorted by bin, features take one product per bin rather than one per sample.
+        # Sorting by bin needs one product per bin instead of one per sample.
         pieces = features.to(matrix.dtype).index_select(0, order).split(sizes)
         carried = [piece @ matrix[b].T if b < self.num_bins else piece for b, piece in enumerate(pieces) if len(piece)]
         return shift.index_select(0, rows).index_add_(0, order, torch.cat([*carried, pieces[0][:0]]))
 
 
 class LowRankCovariance(_MatrixCovariance):
-    r"""A full covariance within a subspace of r directions that all bins share, and one variance beyond it.
+    r"""A full covariance within a subspace of r directions common to all bins, and one variance for the rest.
 
-    This is :math:`\Sigma_b = Q C_b Q^T + s_b (I - Q Q^T)`, a form that smoothing keeps.
+    This is :math:`\Sigma_b = Q C_b Q^T + s_b (I - Q Q^T)`. Smoothing preserves this form.
 
-    The features of an epoch are taken within the subspace of the epoch before. At its end, the running covariances go
-    over to the subspace of the leading directions of this epoch's pooled covariance.
+    An epoch uses the subspace of the epoch before. At its end, the running covariances are projected onto the leading
+    directions of this epoch's pooled covariance.
     """
 
     form = "low_rank"
@@ -190,7 +190,7 @@ class LowRankCovariance(_MatrixCovariance):
         }
 
     def _variance(self, covariance: Tensor, rest: Tensor) -> Tensor:
-        """Of each feature, (B, D)."""
+        """The variance of each feature, (B, D)."""
         within = torch.einsum("di,bij,dj->bd", self.basis, covariance, self.basis)
         return within + rest[:, None] * (1 - self.basis.square().sum(1))
 
@@ -218,7 +218,7 @@ class LowRankCovariance(_MatrixCovariance):
 
 
 def _by_row(smooth: Smooth, matrices: Tensor) -> Tensor:
-    """Matrices (B, K, K) smoothed over bins. Only the result takes memory."""
+    """Matrices (B, K, K) smoothed over bins row by row, which saves memory."""
     smoothed = torch.empty_like(matrices)
     for i in range(matrices.shape[1]):
         smoothed[:, i] = smooth(matrices[:, i])

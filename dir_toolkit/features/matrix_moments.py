@@ -1,4 +1,4 @@
-"""Covariances of features in each bin, as full matrices or within a subspace, gathered batch by batch."""
+"""Covariances of features per bin, full or within a subspace, accumulated over batches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["BinScatters", "SubspaceMoments"]
 class BinScatters(BinMoments):
     """Count, mean and scatter matrix of features per bin: :class:`BinMoments` with covariances.
 
-    It costs far more to touch a matrix than to touch a batch. Copies of batches are therefore held, up to 8 million
-    numbers, and taken in together. Only this waits for an accelerator. :meth:`settle` takes in the rest, and must be
-    called before the attributes are read.
+    Updating a matrix costs far more than copying a batch. Copies of batches, up to 8 million numbers, are therefore
+    held and added together, which waits for an accelerator. :meth:`settle` adds the rest, and must be called before the
+    attributes are read.
 
     Attributes:
         count: (B,) int64.
@@ -47,14 +47,14 @@ class BinScatters(BinMoments):
         self._room = PIECE // 2
 
     def update(self, features: Tensor, index: Tensor) -> None:
-        self._held.append((features.detach().clone(), index))  # A layer after the hook may write to features.
+        self._held.append((features.detach().clone(), index))  # A later layer may modify features in place.
         self._room -= features.numel()
         if self._room <= 0:
             self.settle()
 
     @torch.inference_mode(False)
     def settle(self) -> BinScatters:
-        """Take in the batches that are held; returns self."""
+        """Add the batches that are held; returns self."""
         if not self._held:
             return self
         features = torch.cat([x for x, _ in self._held])
@@ -96,8 +96,7 @@ class BinScatters(BinMoments):
         return super().to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As of :class:`BinMoments`. What is held is saved as it is, since sums that took it in now would end in other
-        digits than without saving."""
+        """As in :class:`BinMoments`. Held batches are saved separately, since adding them now would change rounding."""
         state = super().state_dict()
         if self._held:
             features, index = zip(*self._held, strict=True)
@@ -124,15 +123,14 @@ class BinScatters(BinMoments):
 
 
 class SubspaceMoments:
-    """Moments of features per bin whose covariance is kept within a subspace.
+    """Moments of features per bin with a covariance within a subspace.
 
-    They have three parts: the mean and the variance of each feature in each bin; one scatter matrix over all samples,
-    whatever their bin, from which the next subspace follows; and, once there is a subspace, the scatter matrix of each
-    bin within it.
+    There are three parts: the mean and the variance of each feature in each bin; one scatter matrix over all samples,
+    which gives the next subspace; and, once there is a subspace, the scatter matrix of each bin within it.
 
     Args:
         rank: r, the number of directions of the subspace.
-        basis: (D, r) float64, orthonormal columns; None while there is no subspace.
+        basis: (D, r) float64, orthonormal columns; None if there is no subspace yet.
     Attributes:
         bins, overall, within: the three parts.
     """
@@ -164,7 +162,7 @@ class SubspaceMoments:
         return self.bins.mean
 
     def update(self, features: Tensor, index: Tensor) -> None:
-        """As :meth:`BinMoments.update`."""
+        """See :meth:`BinMoments.update`."""
         self.bins.update(features, index)
         nowhere = (index < 0) | (index == len(self.count))
         self.overall.update(features, torch.where(nowhere, -1, 0))
@@ -174,18 +172,18 @@ class SubspaceMoments:
             self.within.update(features.detach().double() @ self.basis, index)
 
     def pooled_scatter(self) -> Tensor:
-        """Scatter of all samples about the means of their own bins, (D, D) float64."""
+        """The scatter matrix of all samples about the means of their bins, (D, D) float64."""
         step = self.bins.mean - self.overall.mean
         return self.overall.deviations[0] - step.T @ (step * self.count[:, None])
 
     def all_reduce(self, group: ProcessGroup | None = None) -> SubspaceMoments:
-        """As :meth:`BinMoments.all_reduce`."""
+        """See :meth:`BinMoments.all_reduce`."""
         for part in self._parts.values():
             part.all_reduce(group)
         return self
 
     def finite(self) -> Tensor:
-        """Whether all that a bin has seen was finite, (B,) bool."""
+        """Whether all features of a bin were finite, (B,) bool."""
         return self.bins.finite()
 
     def to(self, device: torch.device | str) -> SubspaceMoments:
@@ -196,16 +194,16 @@ class SubspaceMoments:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors from which :meth:`load_state_dict` restores this object to the bit."""
+        """Tensors from which :meth:`load_state_dict` restores this object exactly."""
         basis = None if self.basis is None else self.basis.clone()
         return {"basis": basis, **{name: part.state_dict() for name, part in self._parts.items()}}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: object) -> None:
-        """Restore what :meth:`state_dict` saved, on the present device.
+        """Restore the result of :meth:`state_dict`, on the current device.
 
         Raises:
-            CheckpointError: the state is not such a dict, or of other bins, features or another rank.
+            CheckpointError: the state has other keys, bins, features or another rank.
         """
         keys("the saved state", state, ("basis", *self._parts), error=CheckpointError)
         assert isinstance(state, dict)

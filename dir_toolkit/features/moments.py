@@ -1,4 +1,4 @@
-"""Mean and variance of features in each bin. They are gathered batch by batch, can be merged, and sum over ranks."""
+"""Mean and variance of features per bin, accumulated over batches, objects and ranks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 __all__ = ["BinMoments"]
 
 PIECE = 2**24
-"""The most float64 numbers that are worked on at a time. Maps, in which each pixel is a sample, hold many."""
+"""The largest number of float64 values to process at a time."""
 
 
 class BinMoments:
-    """Count, mean and sum of squared deviations of features per bin, in float64 and about each bin's own mean.
+    """Count, mean and sum of squared deviations from the mean of features per bin, in float64.
 
-    Nothing here waits for an accelerator. The tensors live where the features do.
+    Nothing here waits for an accelerator. The tensors are on the device of the features.
 
     Attributes:
         count: (B,) int64.
-        mean: (B, D) float64, zero where a bin is empty.
+        mean: (B, D) float64, zero for empty bins.
         deviations: (B, D) float64, the sum of squared deviations from the mean.
     Source:
         Chan, Golub and LeVeque 1983, equation 1.5b, for the merging.
@@ -46,8 +46,7 @@ class BinMoments:
         self.deviations = torch.zeros_like(self.mean)
 
     def update(self, features: Tensor, index: Tensor) -> None:
-        """Add features (N, D) whose labels fall into the bins ``index`` (N,) int64. A sample whose bin is -1 or B is
-        left out."""
+        """Add features (N, D) of the bins ``index`` (N,) int64. Samples with the index -1 or B are ignored."""
         num_bins, num_features = self.mean.shape
         rows = max(PIECE // num_features, 1)
         if len(features) > rows:
@@ -57,21 +56,21 @@ class BinMoments:
         if self.mean.device != features.device:
             self.to(features.device)
         x = features.detach().double()
-        row = torch.where(index < 0, num_bins, index)  # A last row, cut off again, takes what is left out.
+        row = torch.where(index < 0, num_bins, index)  # a last row, cut off later, for ignored samples
         count = torch.zeros(num_bins + 1, dtype=torch.int64, device=x.device)
         count.index_add_(0, row, torch.ones_like(row))
         mean = torch.zeros(num_bins + 1, num_features, dtype=torch.float64, device=x.device)
         mean.index_add_(0, row, x)
         mean /= count.clamp_min(1)[:, None]
-        away = mean.index_select(0, row).sub_(x).square_()  # in place: fresh memory is most of what a batch costs
+        away = mean.index_select(0, row).sub_(x).square_()  # in place, since allocation is most of the cost
         deviations = torch.zeros_like(mean).index_add_(0, row, away)
         self._add(count[:-1], mean[:-1], deviations[:-1])
 
     def merge(self, other: BinMoments) -> BinMoments:
-        """Add what another object has seen; returns self.
+        """Add the samples of another object; returns self.
 
         Raises:
-            ShapeError: the two differ in their bins, their features or their kind.
+            ShapeError: the two differ in bins, features or class.
         """
         own, others = tuple(self.deviations.shape), tuple(other.deviations.shape)
         require(own == others, "both must have the same bins and features", got=f"{own} and {others}", error=ShapeError)
@@ -90,15 +89,15 @@ class BinMoments:
         self.count = total
 
     def _spread(self, step: Tensor, weight: Tensor) -> None:
-        """Add to the deviations what steps (B, D) between means add to them, weighed by (B, 1)."""
+        """Add the squares of steps (B, D) between means to the deviations, weighted by (B, 1)."""
         self.deviations.addcmul_(step.square(), weight)
 
     @torch.inference_mode(False)
     def all_reduce(self, group: ProcessGroup | None = None) -> BinMoments:
-        """Merge the moments of all ranks of a group (None: all ranks) into each of them; returns self.
+        """Merge the moments of all ranks of a group (None: all ranks) on each rank; returns self.
 
-        All ranks must call this. Means are summed first, and then deviations about the common mean, so that no digits
-        cancel. Outside ``torch.distributed`` nothing happens.
+        All ranks must call this. Means are summed first, and then deviations from the common mean, which avoids
+        cancellation. Outside ``torch.distributed`` it does nothing.
         """
         if not is_parallel():
             return self
@@ -110,12 +109,12 @@ class BinMoments:
         return self
 
     def variance(self) -> Tensor:
-        """The unbiased variance, (B, D) float64. It is NaN in bins of fewer than two samples."""
+        """The unbiased variance, (B, D) float64. It is NaN in bins with fewer than two samples."""
         degrees = (self.count - 1).to(torch.float64)[:, None]
         return torch.where(degrees > 0, self.deviations / degrees, torch.nan)
 
     def finite(self) -> Tensor:
-        """Whether all that a bin has seen was finite, (B,) bool."""
+        """Whether all features of a bin were finite, (B,) bool."""
         return self.mean.isfinite().all(1) & self.deviations.isfinite().flatten(1).all(1)
 
     @torch.inference_mode(False)
@@ -129,15 +128,15 @@ class BinMoments:
         return {"count": self.count, "mean": self.mean, "deviations": self.deviations}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors from which :meth:`load_state_dict` restores this object to the bit."""
+        """Tensors from which :meth:`load_state_dict` restores this object exactly."""
         return {name: value.clone() for name, value in self._tensors().items()}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: object) -> None:
-        """Restore what :meth:`state_dict` saved, on the present device. A state that is refused changes nothing.
+        """Restore the result of :meth:`state_dict`, on the current device. If it raises, nothing changes.
 
         Raises:
-            CheckpointError: the state is not such a dict, or of other bins or features.
+            CheckpointError: the state has other keys, bins or features.
         """
         squares = ("deviations",) if self.deviations.ndim == 2 else ()
         for name, value in saved_tensors(state, self._tensors(), not_negative=("count", *squares)).items():

@@ -1,4 +1,4 @@
-"""The bins of the latest forwards, for activation checkpointing, which runs a part of a forward again in backward."""
+"""Support for activation checkpointing, which runs a part of the forward again in backward."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from .._numerics import is_wrapped, wide_dtype
 
 __all__ = ["Pass", "Passes", "in_backward"]
 
-_MOST, _MOST_NUMBERS = 256, 2**24  # the most passes that are kept, and the most numbers in them
-_ALIKE = 1e-2  # Features that are computed again differ by less than this share of their size.
-_APART = 10.0  # Features of other passes differ by more than this many times as much.
+_MOST, _MOST_NUMBERS = 256, 2**24  # the largest numbers of recorded passes, and of values in them
+_ALIKE = 1e-2  # recomputed features differ by less than this share of their size
+_APART = 10.0  # features of other passes differ by at least this many times as much
 
 
 @dataclass(eq=False)
 class Pass:
-    """One run of a hook, whose features ``mark`` tells from others."""
+    """One run of a hook, identified by the ``mark`` of its features."""
 
     hook: object
     shape: torch.Size
     mark: Tensor
     rows: Tensor | None
-    """The row of each sample; None where the features had no labels."""
+    """The row of each sample; None if the features had no labels."""
     maps: int | None
-    """Which maps carried the features; None where they passed untouched."""
+    """The number of the maps that were applied; None if features were not calibrated."""
     repeated: bool = False
     over: bool = False
-    """Whether backward had repeated it before a later forward came, so that other passes are likelier to be meant."""
+    """Whether backward repeated it before a later forward, so that other passes are more likely matches."""
 
 
 class Passes:
-    """The latest forwards that activation checkpointing may repeat. They are found again by their features.
+    """The latest forwards, which activation checkpointing may repeat.
 
-    A checkpoint drops what it has computed. It runs the same code again, in any order and as often as needed, and does
-    not say which forward it repeats. But it computes the same features, which no other forward has.
+    A checkpoint runs the same code again, in any order and any number of times, without saying which forward it
+    repeats. The forward is identified by its features, which are the same up to rounding.
     """
 
     def __init__(self) -> None:
         self._kept: list[Pass] = []
 
     def keep(self, hook: object, features: Tensor, rows: Tensor | None, maps: int | None) -> None:
-        """Note a forward if there may be a checkpoint around it."""
+        """Record a forward if there may be a checkpoint around it."""
         if not _may_be_repeated() or is_wrapped(features):
             return
         for kept in self._kept:
@@ -59,10 +59,10 @@ class Passes:
                 break
 
     def find(self, hook: object, features: Tensor, maps: int, *, must: bool) -> Pass | None:
-        """The forward that is being repeated, or None where it is not known. This waits for an accelerator.
+        """The forward that is repeated, or None if it is not known. This waits for an accelerator.
 
         Raises:
-            UsageError: it ``must`` be known and is not, or two forwards of equal features had different labels.
+            UsageError: it ``must`` be known and is not, or two forwards with equal features had different labels.
         """
         mark = _mark(features)
         same = [kept for kept in self._kept if kept.hook is hook and kept.shape == features.shape]
@@ -80,7 +80,7 @@ class Passes:
                 near = [kept for kept, far in zip(same, aways, strict=True) if far <= _APART * least]
                 near = [kept for kept in near if not kept.over] or near
                 near = [kept for kept in near if kept.maps in (None, maps)] or near
-                broken = scale - scale != 0  # The features are not finite, so that no gradient can be right.
+                broken = scale - scale != 0  # features are not finite, so that gradients are wrong anyway
                 if broken or all(_equal(kept.rows, near[0].rows) for kept in near):
                     near[-1].repeated = True
                     return near[-1]
@@ -100,13 +100,13 @@ class Passes:
 
 
 def in_backward() -> bool:
-    """Whether autograd is running. Then it is activation checkpointing that runs a module."""
+    """Whether autograd is running. A module that runs then is run by activation checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _may_be_repeated() -> bool:
-    """Whether there may be a checkpoint. One kind runs the forward without gradients, and the other one holds what
-    autograd saves."""
+    """Whether there may be a checkpoint. One kind runs the forward without gradients; the other kind uses hooks for
+    saved tensors."""
     if torch.is_inference_mode_enabled():
         return False
     holders = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -115,7 +115,7 @@ def _may_be_repeated() -> bool:
 
 @torch.no_grad()
 def _mark(features: Tensor) -> Tensor:
-    """One number per sample that depends on each of its features, (N,)."""
+    """One number per sample that depends on all of its features, (N,)."""
     x = features.detach().to(wide_dtype(features)).movedim(1, -1)
     weights = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device).cos_()
     return (x * weights).flatten(1).sum(1)

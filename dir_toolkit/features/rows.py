@@ -1,4 +1,4 @@
-"""Features of any layout as rows, one per label, and back."""
+"""Convert features of any layout to rows, one per label, and back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Channels = Literal["first", "last"]
 
 
 def as_rows(features: Tensor, index: Tensor, axis: int) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Features as rows (M, D), the index of each row, (M,), and a function that gives rows the form of the features.
+    """Features as rows (M, D), the index of each row, (M,), and a function that converts rows back.
 
     Shape:
         features: (N, ...), with D channels in ``axis``. index: (N,), or the shape of the features without ``axis``, or
-        any number of its first axes. The steps or pixels of the other axes share an index.
+            any number of its first axes. Steps or pixels of the other axes share an index.
     """
     last = features.movedim(axis, -1)  # (N, ..., D)
     of_each = index.view(*index.shape, *[1] * (last.ndim - 1 - index.ndim)).expand(last.shape[:-1])
@@ -25,6 +25,6 @@ def as_rows(features: Tensor, index: Tensor, axis: int) -> tuple[Tensor, Tensor,
 
 
 def beside(features: Tensor, values: Tensor, axis: int) -> Tensor:
-    """Values (..., D), one row per label, in a form that broadcasts against features of :func:`as_rows`."""
+    """Values (..., D), one row per label, reshaped to broadcast against features of :func:`as_rows`."""
     ones = [1] * (features.ndim - values.ndim)
     return values.view(*values.shape[:-1], *ones, values.shape[-1]).movedim(-1, axis)

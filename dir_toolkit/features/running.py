@@ -1,4 +1,4 @@
-"""Running statistics of features per bin: the open epoch, what whole epochs have left, and the state that is saved."""
+"""Running statistics of features per bin: the current epoch, finished epochs, and saved states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["RunningStatistics"]
 
 
 class RunningStatistics(Float64Module):
-    """Statistics of features per bin. Samples are gathered in an open epoch, which :meth:`end_epoch` folds in.
+    """Running statistics of features per bin. :meth:`end_epoch` updates them with the samples of the current epoch.
 
     Attributes:
         running_count: (B,) float64.
@@ -51,7 +51,7 @@ class RunningStatistics(Float64Module):
 
     @torch.inference_mode(False)
     def _begin(self, device: torch.device) -> None:
-        """Make all buffers on a device, as before any sample."""
+        """Create empty buffers on a device."""
         self.register_buffer("running_count", torch.zeros(len(self.bins), dtype=torch.float64, device=device))
         self.register_buffer("running_mean", unknown(len(self.bins), self.num_features, device=device))
         self.covariance.begin(device)
@@ -60,22 +60,22 @@ class RunningStatistics(Float64Module):
         self.drop_epoch()
 
     def _refresh(self) -> None:
-        """Make anew what follows from the running statistics."""
+        """Compute again what depends on the running statistics."""
 
     # ---- an epoch ----
 
     @property
     def has_open_epoch(self) -> bool:
-        """Whether features have been gathered since the last epoch ended."""
+        """Whether features were accumulated since the last epoch ended."""
         return self._seen > 0
 
     @torch.inference_mode(False)
     def drop_epoch(self) -> None:
-        """Forget the features gathered since the last epoch ended, as after a training that was broken off."""
+        """Discard the features since the last epoch ended, for example after an aborted training."""
         self._moments = self.covariance.moments()
         self._unplaced = torch.zeros((), dtype=torch.int64, device=self.running_count.device)
         self._seen = 0
-        self._evaluated_at: set[int] = set()  # how many samples had been seen at each evaluation
+        self._evaluated_at: set[int] = set()  # the number of samples seen before each evaluation
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -91,7 +91,7 @@ class RunningStatistics(Float64Module):
             self._warn_once(
                 "end",
                 "more than one epoch has been gathered since the last end_epoch(). Call fds.end_epoch() once after "
-                "each training epoch; features are not calibrated before.",
+                "each training epoch. Features are not calibrated before.",
             )
 
     def _warn_once(self, key: str, message: str) -> None:
@@ -102,14 +102,14 @@ class RunningStatistics(Float64Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """Fold the statistics of the epoch into the running ones, and smooth them again.
+        """Update the running statistics with those of the epoch, and smooth them.
 
-        The statistics are merged over the ranks of the group, which must all call this.
+        Statistics are merged over the ranks of the group, which must all call this.
 
         Raises:
-            LabelError: a label of this epoch should have been refused, and lay on an accelerator.
-            ValueError: features were not finite, or none were gathered. In all these cases the running statistics stay
-                as they were, and those of the epoch are dropped.
+            LabelError: a label of this epoch on an accelerator was invalid. ValueError: features were not finite, or
+                there were none. In all these cases the running statistics do not change, and those of the epoch are
+                dropped.
         """
         moments, seen = self._moments.all_reduce(self._group.of), self._seen
         (unplaced,) = summed(self._unplaced.to(moments.count.device), group=self._group.of)
@@ -122,7 +122,7 @@ class RunningStatistics(Float64Module):
         broken = ~moments.finite()
         if bool(broken.any()):
             got = f"NaN or infinity in bins {broken.nonzero().flatten().tolist()}"
-            raise problem("features must be finite", got=got, fix="Look at the loss and the learning rate.")
+            raise problem("features must be finite", got=got, fix="Check the loss and the learning rate.")
         self._last_seen = seen
         self.to(moments.mean.device)
         present, count = moments.count > 0, moments.count.double()
@@ -130,18 +130,18 @@ class RunningStatistics(Float64Module):
         before = torch.where(self.running_count > 0, self.running_count, torch.nan)
         self.running_count = blend(before, count, present, self.momentum).nan_to_num()
         self.covariance.fold(moments, self._group.of)
-        del moments  # It may hold matrices, and the maps are about to need memory.
-        self._moments = self.covariance.moments()  # Folding may have found another subspace.
+        del moments  # frees matrices before the maps need memory
+        self._moments = self.covariance.moments()  # the subspace may have changed
         self.epoch += 1
         self._refresh()
 
-    # ---- where it lives ----
+    # ---- device ----
 
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         device = fn(self.running_count[:0]).device
         require_float64(device)
-        if self.running_count.is_meta and device.type != "meta":  # The meta device has kept nothing of what was seen.
+        if self.running_count.is_meta and device.type != "meta":  # meta tensors hold no statistics
             self._begin(device)
             return self
         super()._apply(fn)
@@ -149,14 +149,14 @@ class RunningStatistics(Float64Module):
         self._unplaced = self._unplaced.to(device)
         return self
 
-    # ---- what is saved ----
+    # ---- saved states ----
 
     def get_extra_state(self) -> Tensor:
         return self._packed(self._unplaced, None if self.running_count.is_meta else self._moments)
 
     def _packed(self, unplaced: Tensor, moments: Any) -> Tensor:
-        """What is saved besides buffers. What changes while a model trains stands in tensors, so that the state of a
-        diagonal form has one length throughout."""
+        """The state besides buffers. Values that change in training are tensors, so that the length of the state is
+        constant for a diagonal covariance."""
         return pack(
             {
                 "bins": self.bins.settings,
@@ -172,7 +172,7 @@ class RunningStatistics(Float64Module):
         keys("the saved state", saved, ("bins", "covariance", "counters", "unplaced", "moments"), error=CheckpointError)
         same_bins("the saved statistics", saved_bins(saved["bins"]), self.bins, error=CheckpointError)
         form, own_form = saved["covariance"], self.covariance.form
-        rule = f"the saved statistics must be of covariance {own_form!r}"
+        rule = f"the saved statistics must have covariance {own_form!r}"
         require(form == own_form, rule, got=repr(form), error=CheckpointError)
         own = {"counters": torch.zeros(3, dtype=torch.int64, device="cpu"), "unplaced": self._unplaced}
         numbers = saved_tensors({name: saved[name] for name in own}, own, not_negative=own)
@@ -183,9 +183,9 @@ class RunningStatistics(Float64Module):
         self._unplaced, self._moments = numbers["unplaced"], moments
 
     def merged_state(self) -> dict[str, Any]:
-        """As ``state_dict()``, with the open epoch merged over the ranks of the group, which must all call this.
+        """``state_dict()`` with the current epoch merged over the ranks of the group, which must all call this.
 
-        A checkpoint that one rank writes for all of them holds this. :meth:`load_merged_state` takes it.
+        Use it for a checkpoint that one rank writes for all ranks, and load it by :meth:`load_merged_state`.
         """
         state = dict(self.state_dict())
         if is_parallel():
@@ -194,19 +194,19 @@ class RunningStatistics(Float64Module):
         return state
 
     def load_merged_state(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`merged_state` gave, on each rank of a group of any size. The open epoch is counted once, on
-        the first rank.
+        """Load the result of :meth:`merged_state` on each rank of a group of any size. The first rank gets the current
+        epoch.
 
         Raises:
-            CheckpointError: the state is of other bins or of another form, or it is damaged. Then nothing changes.
-            TypeError: it is not a dict.
+            CheckpointError: the state has other bins or another covariance, or is damaged. Then nothing changes.
+                TypeError: it is not a dict.
         """
         instance(dict, state=state)
         self.load_state_dict(state)
         if is_parallel() and dist.get_rank(self._group.of) != 0:
             seen = self._seen
             self.drop_epoch()
-            self._seen = seen  # The epoch is open on each rank, so that all of them end it.
+            self._seen = seen  # every rank must call end_epoch
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -220,12 +220,14 @@ class RunningStatistics(Float64Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load all that is saved, covariances included."""
+        """Load the whole state, including covariances."""
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         saved = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
         expected = {*self._saved_buffers(), "_extra_state"}
-        if prefix and not expected & saved.keys():  # A model without FDS has been saved. Torch decides by ``strict``.
+        if (
+            prefix and not expected & saved.keys()
+        ):  # the state of a model without FDS, which torch handles by ``strict``
             missing_keys += [prefix + name for name in sorted(expected)]
             return
         keys("the saved state", saved, expected, error=CheckpointError)
@@ -245,7 +247,7 @@ class RunningStatistics(Float64Module):
         self._refresh()
 
     def _saved_buffers(self) -> dict[str, tuple[nn.Module, str]]:
-        """The module that holds a buffer that is saved, and its name there, by the name under which it is saved."""
+        """For each name in the saved state, the module of the buffer and the name of the buffer there."""
         return {
             prefix + leaf: (module, leaf)
             for prefix, module in (("", self), ("covariance.", self.covariance))
@@ -255,7 +257,7 @@ class RunningStatistics(Float64Module):
 
 
 class _Group:
-    """A process group. Copies of an FDS share it, and no file can hold it."""
+    """A process group, which copies of an FDS share, and which cannot be pickled."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.of = group
@@ -266,5 +268,5 @@ class _Group:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.of is not None:
             fix = "Save its state_dict()."
-            raise problem("an FDS must have no group, to be pickled", got=repr(self.of), fix=fix, error=TypeError)
+            raise problem("an FDS must not have a group to be pickled", got=repr(self.of), fix=fix, error=TypeError)
         return _Group, (None,)

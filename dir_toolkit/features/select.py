@@ -1,4 +1,4 @@
-"""One part of what a module takes or gives: of a tuple, of a dict, or of an object with attributes."""
+"""Select and replace one part of a tuple, a dict, or an object with attributes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Select = int | str | None
 
 
 def picked(whole: Any, select: Select) -> Tensor:
-    """The tensor under an index, a key or the name of an attribute; ``whole`` itself if ``select`` is None.
+    """The tensor with an index, a key or the name of an attribute; ``whole`` itself if ``select`` is None.
 
     Raises:
-        TypeError: there is no tensor.
+        TypeError: it is not a tensor.
     """
     part = whole if select is None else None
     if isinstance(whole, Mapping):
@@ -30,20 +30,20 @@ def picked(whole: Any, select: Select) -> Tensor:
         part = getattr(whole, select, None)
     if isinstance(part, Tensor):
         return part
-    rule = "features must be a torch.Tensor" + ("" if select is None else f", which select={select!r} must find")
+    rule = "features must be a torch.Tensor" + ("" if select is None else f", which select={select!r} must select")
     fix = "Pass attach the index, the key or the attribute's name of a tensor as select=."
     if isinstance(whole, Tensor):
-        fix = "Leave out select=."
+        fix = "Omit select=."
     raise problem(rule, got=form(whole), fix=fix, error=TypeError)
 
 
 def replaced(whole: Any, select: Select, part: Tensor) -> Any:
-    """A copy of ``whole``, of the same kind, that holds another tensor where :func:`picked` found one."""
+    """A copy of ``whole``, of the same type, in which ``part`` replaces the result of :func:`picked`."""
     if select is None:
         return part
     if isinstance(whole, tuple):
-        at = type(whole).__match_args__.index(select) if isinstance(select, str) else range(len(whole))[select]  # type: ignore[attr-defined]
-        values = (*whole[:at], part, *whole[at + 1 :])
+        place = type(whole).__match_args__.index(select) if isinstance(select, str) else range(len(whole))[select]  # type: ignore[attr-defined]
+        values = (*whole[:place], part, *whole[place + 1 :])
         return whole._make(values) if hasattr(whole, "_make") else type(whole)(values)
     other = copy.copy(whole)
     if isinstance(whole, (Mapping, list)):
@@ -54,7 +54,7 @@ def replaced(whole: Any, select: Select, part: Tensor) -> Any:
 
 
 def form(whole: Any) -> str:
-    """What something is and holds, for a sentence."""
+    """A description of an object for error messages."""
     if isinstance(whole, Mapping):
         return f"a {type(whole).__name__} with the keys {sorted(map(str, whole))}"
     if isinstance(whole, Sequence) and not isinstance(whole, str):

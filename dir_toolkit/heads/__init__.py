@@ -1,15 +1,15 @@
-"""Heads: from features (N, D) to scores (N, C), one per class or bin.
+"""Heads compute scores (N, C), one per class or bin, from features (N, D).
 
-The following holds of every head and is not repeated there.
+The rules below hold for every head and are not repeated.
 
 Sizes:
-    ``num_features`` is D and ``num_classes`` is C, both at least 1.
+    ``num_features`` is D, and ``num_classes`` is C. Both are at least 1.
 Features:
-    Real numbers (N, D) on the device of the head, of which values on an accelerator are not looked at. Scores are
-    computed in at least float32.
+    Real numbers (N, D) on the device of the head. Values on an accelerator are not checked. Scores are computed in at
+    least float32.
 Raises:
     ShapeError: features are not (N, D). TypeError: features are not real numbers. ValueError: an option lies outside
-    its range, or features are on another device than the head.
+    its range, or features and head are on different devices.
 """
 
 from .affinity import AffinityHead

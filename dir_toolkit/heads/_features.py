@@ -1,4 +1,4 @@
-"""What every head does with the features it is given."""
+"""Checks and helpers that all heads share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._numerics import wide_dtype
 
 
 def checked_features(features: Tensor, num_features: int) -> Tensor:
-    """``features`` if they are real numbers of shape (N, ``num_features``)."""
+    """Return ``features``, checked to be real numbers of shape (N, ``num_features``)."""
     real(features=features)
     if features.ndim != 2 or features.shape[1] != num_features:
         fix = "Use features.flatten(1)." if features.ndim > 2 else ""
@@ -21,6 +21,6 @@ def checked_features(features: Tensor, num_features: int) -> Tensor:
 
 
 def linear_scores(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` in at least float32, or what autocast makes of that."""
+    """``F.linear`` in at least float32, or in the dtype of autocast."""
     dtype = wide_dtype(features, weight)
     return F.linear(features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

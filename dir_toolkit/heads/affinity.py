@@ -1,4 +1,4 @@
-"""Scores by nearness to prototypes, of which each class has several."""
+"""Affinity head: scores by distance to several prototypes per class."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ _START_DISTANCE = 10.0  # the mean distance between features and prototypes befo
 
 
 class AffinityHead(SoundModule):
-    r"""Scores in (0, 1] that say how near a feature is to the nearest prototype of each class.
+    r"""Scores in (0, 1]: the affinity of a feature to the nearest prototype of each class.
 
     .. math:: a_j = \max_t \exp\bigl(-d(s z, w_{t,j}) / \sigma\bigr) \quad\text{or}\quad
               a_j = \max_t \frac{1}{1 + d(s z, w_{t,j}) / \sigma}
 
-    Train it with a margin between affinities, and add :meth:`diversity`, which spreads the prototypes. Far from every
-    prototype a Gaussian has no slope, so features and prototypes have to start at distances near :math:`\sigma`. By
-    default they do, whatever D is: features of unit variance are scaled, and prototypes are drawn, so that their
-    distances average 10. Features of another scale need a normalization before, or their own ``feature_scale``.
+    Train it with :func:`~dir_toolkit.affinity_loss`, and add :meth:`diversity`, which spreads the prototypes. Far from
+    every prototype the gradient of a Gaussian vanishes, so initial distances should be near :math:`\sigma`. By default
+    the mean initial distance is 10 for features of unit variance and any D. Normalize features of another scale, or set
+    ``feature_scale``.
 
-    Affinities are computed in at least float32 under autocast, too. With ``"l2"`` the distances come from one matrix
-    product, and rounding leaves them uncertain by about the dtype's resolution times :math:`\|s z\|^2`.
+    Affinities are computed in at least float32 even under autocast. With ``"l2"`` the distances come from one matrix
+    product. Their rounding error is about the dtype's resolution times :math:`\|s z\|^2`.
 
     Args:
-        num_features: D.
-        num_classes: C.
-        prototypes: m, how many each class has, at least 1.
-        sigma: the width :math:`\sigma`, > 0, or where it starts if it is learnt; not used with ``"first_batch"``.
+        num_features: the number of features, D.
+        num_classes: the number of classes, C.
+        prototypes: m, the number of prototypes per class, at least 1.
+        sigma: the width :math:`\sigma`, > 0, or its initial value if it is learned; not used with ``"first_batch"``.
         distance: ``"l2"``, the *squared* Euclidean distance, or ``"l1"``, the sum of absolute differences.
         similarity: ``"gaussian"`` or ``"inverse"``, the first and the second form above. The paper's inverse similarity
-            is :math:`1 / (1 + d)`. Here d is divided by sigma there, too, so ``sigma=1`` gives the paper's.
-        sigma_mode: ``"fixed"``; ``"learnt"``, as its logarithm; or ``"first_batch"``, the mean distance between the
-            first batch that is seen in training mode, on all ranks, and all prototypes. In eval mode a head that has
-            seen none raises NotFittedError.
-        feature_scale: s > 0; 1 gives the paper's formula as written. None chooses :math:`\sqrt{5 / D}` for ``"l2"``
-            and :math:`5 \sqrt\pi / D` for ``"l1"``.
+            is :math:`1 / (1 + d)`, which is ``sigma=1``.
+        sigma_mode: ``"fixed"``; ``"learnt"``, as its logarithm; or ``"first_batch"``, the mean distance between all
+            prototypes and the features of the first training batch of all ranks. Before that batch the head raises
+            NotFittedError in eval mode.
+        feature_scale: s > 0; 1 gives the paper's formula. None chooses :math:`\sqrt{5 / D}` for ``"l2"`` and :math:`5
+            \sqrt\pi / D` for ``"l1"``.
     Attributes:
         weight: (C, m, D), the prototypes. feature_scale: ().
-        sigma: (), NaN until the first batch has set it. log_sigma: (1,), in place of sigma if it is learnt.
+        sigma: (), NaN before a first batch sets it. log_sigma: (1,), instead of sigma if it is learned.
     Shape:
         forward: features (N, D). Returns (N, C).
     Source:
@@ -72,7 +72,7 @@ class AffinityHead(SoundModule):
     sigma: Tensor
     log_sigma: nn.Parameter
 
-    @torch.inference_mode(False)  # what is kept must serve training, too
+    @torch.inference_mode(False)  # buffers must be usable in training
     def __init__(
         self,
         num_features: int,
@@ -109,13 +109,13 @@ class AffinityHead(SoundModule):
         self.reset_parameters()
 
     def _start_std(self) -> float:
-        """The standard deviation of two normal vectors whose distance averages ``_START_DISTANCE``."""
+        """The standard deviation of two normal vectors whose mean distance is ``_START_DISTANCE``."""
         if self.distance == "l2":
             return math.sqrt(_START_DISTANCE / 2 / self.num_features)
         return math.sqrt(math.pi) * _START_DISTANCE / 2 / self.num_features
 
     def reset_parameters(self) -> None:
-        """Draw the prototypes anew, and let sigma start again: as given, or as the next first batch says."""
+        """Draw new prototypes and reset sigma to its initial value, or so that the next batch sets it."""
         nn.init.normal_(self.weight, std=self._start_std())
         if self.sigma_mode == "learnt":
             nn.init.constant_(self.log_sigma, self._start)
@@ -133,7 +133,7 @@ class AffinityHead(SoundModule):
                 self._find_sigma(z.detach(), w.detach().flatten(0, 1))
             sigma = self.log_sigma.to(dtype).exp() if self.sigma_mode == "learnt" else self.sigma.to(dtype)
             if self.distance == "l2":
-                # A compiler plans memory by itself, and is spared a backward that it did not derive.
+                # A compiler plans memory by itself and derives its own backward.
                 squared = _nearest_squared if torch.compiler.is_compiling() else _NearestSquared.apply
                 nearest = squared(z, w)[0].clamp_min(0)
             else:
@@ -141,13 +141,13 @@ class AffinityHead(SoundModule):
             return torch.exp(-nearest / sigma) if self.similarity == "gaussian" else sigma / (sigma + nearest)
 
     def diversity(self) -> Tensor:
-        r"""How unevenly the prototypes are spread: the variance of their squared pair distances.
+        r"""The paper's diversity term: the variance of the squared distances between prototypes.
 
         .. math:: R = \frac{2}{P (P - 1)} \sum_{j < k} \bigl(\|w_j - w_k\|^2 - \mu\bigr)^2
 
         The sum is over all P = m C prototypes, and :math:`\mu` is the mean of the squared distances. These are
-        Euclidean, whatever ``distance`` is. It takes P D and min(P - 1, D)² numbers, never one for each pair. More than
-        D + 1 prototypes cannot all be equally far apart. For a single prototype it is zero, with the gradient zero.
+        Euclidean for both values of ``distance``. Memory is P D and min(P - 1, D)² numbers. More than D + 1 prototypes
+        cannot reach zero. A single prototype gives zero.
 
         Shape:
             Returns ().
@@ -158,8 +158,8 @@ class AffinityHead(SoundModule):
         w = self.weight.to(wide_dtype(self.weight)).flatten(0, 1)
         if count == 1:
             return 0 * w.sum()
-        # About the centre the cross terms vanish, and what is left are sums of squares, from which nothing cancels:
-        # R P (P - 1) = 2 P sum (n - mean n)² + 4 (|G|² - t² / (P - 1)), n the squared norms, G = W W', t = trace G.
+        # Relative to the mean the cross terms vanish, and sums of squares without cancellation remain: R P (P - 1) = 2
+        # P sum (n - mean n)² + 4 (|G|² - t² / (P - 1)), n the squared norms, G = W W', t = trace G.
         with full_precision(w.device):
             w = w - w.mean(0)
             norms = w.square().sum(1)
@@ -177,7 +177,7 @@ class AffinityHead(SoundModule):
 
     @torch.no_grad()
     def _find_sigma(self, features: Tensor, prototypes: Tensor) -> None:
-        """Set ``sigma`` from a first batch, unless a state or another module has been copied into it."""
+        """Set ``sigma`` from a first batch, unless a state or another module was copied into it."""
         if not bool(self.sigma.isnan()):
             self._sigma_known = True
             return
@@ -193,8 +193,8 @@ class AffinityHead(SoundModule):
         if number_of_pairs == 0:
             return
         sigma = total / number_of_pairs
-        rule = "the first batch must lie at a positive, finite mean distance from the prototypes"
-        fix = "Look at its features, or pass sigma_mode='fixed'."
+        rule = "the mean distance of the first batch from the prototypes must be positive and finite"
+        fix = "Check its features, or pass sigma_mode='fixed'."
         require(0 < sigma < math.inf, rule, got=f"{sigma:g}", fix=fix)
         self.sigma.fill_(sigma)
         self._sigma_known = True
@@ -206,7 +206,7 @@ class AffinityHead(SoundModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the head was made with."""
+        """The arguments of the constructor."""
         return {
             "num_features": self.num_features,
             "num_classes": self.num_classes,
@@ -223,7 +223,7 @@ class AffinityHead(SoundModule):
 
 
 def _nearest_squared(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance (N, C) from features (N, D) to the nearest of each class's prototypes (C, m, D), and which."""
+    """Squared distance (N, C) from features (N, D) to the nearest prototype (C, m, D) of each class, and its index."""
     flat = prototypes.flatten(0, 1)
     norms = torch.linalg.vector_norm(flat, dim=1).square()
     partial = torch.addmm(norms, features, flat.t(), alpha=-2)
@@ -232,8 +232,7 @@ def _nearest_squared(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tens
 
 
 class _NearestSquared(torch.autograd.Function):
-    """:func:`_nearest_squared` with a backward that holds one tensor of the prototypes' size, their gradient, where
-    autograd's own holds three."""
+    """:func:`_nearest_squared` with a backward that needs one tensor of the prototypes' size. Autograd needs three."""
 
     generate_vmap_rule = True
 

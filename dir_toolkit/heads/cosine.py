@@ -1,4 +1,4 @@
-"""Scores by direction alone, so that no class wins by the length of its weights."""
+"""Cosine head: scores that do not depend on the norms of weights and features."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["CosineHead"]
 
 
 class CosineHead(SoundModule):
-    r"""Scores :math:`s \cos(z, w_j)`.
+    r"""Scaled cosine scores, :math:`s \cos(z, w_j)`.
 
-    A feature or weight vector shorter than 1e-12 has cosine zero with everything, and no gradient. Scores are computed
-    in at least float32 under autocast, too.
+    The cosine of a vector shorter than 1e-12 is zero, without gradient. Scores are computed in at least float32 even
+    under autocast.
 
     Args:
-        num_features: D.
-        num_classes: C.
-        scale: s, > 0; scores lie in [-s, s].
-        learn_scale: whether s is trained, as its logarithm, from ``scale`` on.
+        num_features: the number of features, D.
+        num_classes: the number of classes, C.
+        scale: s, > 0. Scores lie in [-s, s].
+        learn_scale: whether s is trained, as its logarithm.
     Attributes:
-        weight: (C, D). scale: (). log_scale: (1,), in place of scale if it is learnt.
+        weight: (C, D). scale: (). log_scale: (1,), instead of scale if it is learned.
     Shape:
         forward: features (N, D). Returns (N, C).
     Source:
@@ -45,7 +45,7 @@ class CosineHead(SoundModule):
     scale: Tensor
     log_scale: nn.Parameter
 
-    @torch.inference_mode(False)  # what is kept must serve training, too
+    @torch.inference_mode(False)  # buffers must be usable in training
     def __init__(self, num_features: int, num_classes: int, *, scale: float = 16.0, learn_scale: bool = False) -> None:
         super().__init__()
         self.num_features = length("num_features", num_features)
@@ -62,7 +62,7 @@ class CosineHead(SoundModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, normal, of length about one, and let a learnt scale start again."""
+        """Draw new normal weights of length about one, and reset a learned scale."""
         nn.init.normal_(self.weight, std=self.num_features**-0.5)
         if self.learn_scale:
             nn.init.constant_(self.log_scale, self._start)
@@ -78,7 +78,7 @@ class CosineHead(SoundModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the head was made with."""
+        """The arguments of the constructor."""
         shape = {"num_features": self.num_features, "num_classes": self.num_classes}
         return {**shape, "scale": self._scale, "learn_scale": self.learn_scale}
 

@@ -1,4 +1,4 @@
-"""The plain classifier: one weight vector per class."""
+"""The linear classifier."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["LinearHead"]
 
 
 class LinearHead(SoundModule, nn.Linear):
-    r"""Scores :math:`w_j \cdot z + b_j`: ``torch.nn.Linear`` that checks what it is handed.
+    r"""Linear scores, :math:`w_j \cdot z + b_j`: ``torch.nn.Linear`` with checks of its input.
 
-    Outside autocast it computes in the wider dtype of features and weights, at least float32.
+    Outside autocast scores are in the wider dtype of features and weights, at least float32.
 
     Args:
-        num_features: D.
-        num_classes: C.
-        bias: whether each class has a :math:`b_j`.
+        num_features: the number of features, D.
+        num_classes: the number of classes, C.
+        bias: whether there is a bias :math:`b_j`.
     Attributes:
         weight: (C, D). bias: (C,) or None.
     Shape:
@@ -34,7 +34,7 @@ class LinearHead(SoundModule, nn.Linear):
     torch.Size([3, 10])
     """
 
-    @torch.inference_mode(False)  # what is kept must serve training, too
+    @torch.inference_mode(False)  # buffers must be usable in training
     def __init__(self, num_features: int, num_classes: int, *, bias: bool = True) -> None:
         num_features = length("num_features", num_features)
         num_classes = length("num_classes", num_classes)
@@ -49,7 +49,7 @@ class LinearHead(SoundModule, nn.Linear):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the head was made with."""
+        """The arguments of the constructor."""
         shape = {"num_features": self.num_features, "num_classes": self.num_classes}
         return {**shape, "bias": self.bias is not None}
 
@@ -58,7 +58,7 @@ class LinearHead(SoundModule, nn.Linear):
 
 
 def linear_of(weight: Tensor, bias: Tensor | None, *, trainable: bool) -> LinearHead:
-    """A head that owns these tensors; draws no random numbers."""
+    """A head with these tensors as its weight and bias. It draws no random numbers."""
     num_classes, num_features = weight.shape
     with torch.device("meta"):
         head = LinearHead(num_features, num_classes, bias=bias is not None)

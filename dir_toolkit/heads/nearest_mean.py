@@ -1,4 +1,4 @@
-"""The nearest-class-mean classifier, which is counted rather than trained."""
+"""The nearest-class-mean classifier, which is computed from features without training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Metric = Literal["cosine", "euclidean"]
 
 
 class NearestMeanHead(SoundModule):
-    r"""Scores by nearness to the mean feature of each class: its cosine, or minus its squared distance.
+    r"""Scores by the mean feature of each class: the cosine with it, or minus the squared distance to it.
 
     .. code-block:: python
 
@@ -40,19 +40,18 @@ class NearestMeanHead(SoundModule):
             head.update(backbone(x), y)
         head.finish()
 
-    The paper takes the Euclidean distance to means scaled to length one, which ranks classes as the cosine does.
-    ``"euclidean"`` differs from that: means keep their lengths, and features count as they are, in both.
+    The paper uses the Euclidean distance to means scaled to length one, which ranks classes as ``"cosine"`` does. In
+    ``"euclidean"`` means are not scaled. Features are not normalized before averaging in either.
 
-    Every class weighs alike, however many samples its mean is taken from. What :meth:`update` has gathered is not part
-    of the ``state_dict``; what :meth:`finish` makes of it is. Scores are asked for after :meth:`finish`; before it they
-    raise NotFittedError.
+    Scores do not depend on the number of samples of a class. The ``state_dict`` holds the means of :meth:`finish`, but
+    not samples that were added since. Before :meth:`finish` the head raises NotFittedError.
 
     Args:
-        num_features: D.
-        num_classes: C.
+        num_features: the number of features, D.
+        num_classes: the number of classes, C.
         metric: ``"cosine"`` or ``"euclidean"``.
     Attributes:
-        means: (C, D), zero for a class without samples. count: (C,) int64, samples in each mean.
+        means: (C, D), zero for a class without samples. count: (C,) int64, the number of samples per class.
     Shape:
         forward: features (N, D). Returns (N, C), minus infinity for a class without samples.
     Source:
@@ -87,14 +86,14 @@ class NearestMeanHead(SoundModule):
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add samples to those that the next :meth:`finish` takes the means of.
+        """Add samples for the means that :meth:`finish` computes.
 
         Shape:
             features: (N, D). labels: (N,), integers from 0 to C - 1.
         Raises:
             ShapeError: the shapes do not fit. TypeError: features are not real numbers, or labels are not integers.
-            LabelError: a label is none of the classes. ValueError: a feature is not finite. Nothing is added then. On
-            an accelerator, where values are not looked at, :meth:`finish` raises the last two.
+            LabelError: a label is not one of the classes. ValueError: a feature is not finite. Nothing is added then.
+                On an accelerator :meth:`finish` raises the last two.
         """
         checked_features(features, self.num_features)
         integers(labels=labels)
@@ -109,14 +108,14 @@ class NearestMeanHead(SoundModule):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Take the means of all samples since the last call, merged over the ranks, which must all call this.
+        """Compute the means of all samples since the last call, merged over the ranks, which must all call this.
 
-        Warns once of classes without samples.
+        Warns once about classes without samples.
 
         Raises:
-            NotFittedError: there is no sample. ValueError: a mean leaves the range of the buffer's dtype. LabelError,
-            ValueError: on an accelerator, as in :meth:`update`. The means stay as they were, and the samples are
-            forgotten.
+            NotFittedError: there is no sample. ValueError: a mean overflows the dtype of the buffer. LabelError,
+                ValueError: on an accelerator, as in :meth:`update`. The means then do not change, and the samples are
+                dropped.
         """
         moments, outside = self._moments, self._outside
         self._start_over()
@@ -148,14 +147,14 @@ class NearestMeanHead(SoundModule):
             if self.metric == "cosine":
                 scores = unit_rows(z) @ unit_rows(means).t()
             else:
-                centre = means.mean(0)  # far from the origin digits would cancel
+                centre = means.mean(0)  # avoids cancellation far from the origin
                 scores = -squared_distances(z - centre, means - centre)
             return scores.masked_fill(self.count == 0, -torch.inf)
 
     def _require_means(self) -> None:
-        """Look whether means have been copied in from another module; raise if there are none."""
+        """Raise unless there are means, from :meth:`finish` or copied from another module."""
         self._fitted = bool(self.count.any())
-        rule = "the means must be taken before scores are asked for"
+        rule = "the means must be computed before scores"
         fix = "Call update with the training features, then finish; or load a state_dict."
         require(self._fitted, rule, got="none", fix=fix, error=NotFittedError)
 
@@ -163,7 +162,7 @@ class NearestMeanHead(SoundModule):
     def _apply(self, fn: Any, recurse: bool = True) -> NearestMeanHead:
         empty = self.means.is_meta
         super()._apply(fn, recurse)
-        if empty and not self.means.is_meta:  # whose numbers are none
+        if empty and not self.means.is_meta:  # meta tensors have no values
             self.means.zero_()
             self.count.zero_()
             self._fitted = False
@@ -175,7 +174,7 @@ class NearestMeanHead(SoundModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the head was made with."""
+        """The arguments of the constructor."""
         return {"num_features": self.num_features, "num_classes": self.num_classes, "metric": self.metric}
 
     def extra_repr(self) -> str:

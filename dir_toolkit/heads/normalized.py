@@ -1,4 +1,4 @@
-"""Rescaling the weights of a trained linear classifier, class by class."""
+"""Rescale the weights of a trained linear classifier per class."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["ScaledHead", "tau_normalized"]
 def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
     r"""A new head with the weights :math:`w_i / \|w_i\|^\tau` of a trained one, and without bias.
 
-    Weights of classes with many samples grow long; dividing by a power of the length takes that away. The bias, which
-    follows the class counts too, is dropped, as in the paper.
+    Weights of frequent classes have larger norms, which this normalization removes. The bias, which also depends on
+    class counts, is dropped, as in the paper.
 
     Args:
-        linear: left as it is.
-        tau: >= 0, chosen on validation data. 0 keeps the weights, 1 makes all equally long.
+        linear: the trained classifier, which is not changed.
+        tau: >= 0, chosen on validation data. 0 keeps the weights, 1 scales all to length one.
     Raises:
         TypeError: linear is not a ``torch.nn.Linear``. ValueError: tau is negative or not finite, a weight is not
-        finite, or tau > 0 and the weights of a class are all zero or leave the dtype's range, upwards or downwards.
+        finite, or tau > 0 and the weights of a class are all zero, overflow or underflow.
     Source:
         Kang et al. 2020, section 4 (arXiv:1910.09217).
 
@@ -44,7 +44,7 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
     norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)
     zero = torch.nonzero(norms[:, 0] == 0).flatten().tolist()
     got, fix = f"zeros for {zero[:10]} ({len(zero)} in all)", "Train the head first, or pass tau=0."
-    require(not zero or tau == 0, "the weights of no class may all be zero", got=got, fix=fix)
+    require(not zero or tau == 0, "every class must have a weight that is not zero", got=got, fix=fix)
     scaled = (weight.double() / norms.pow(tau)).to(weight.dtype) if tau > 0 else weight.clone()
     vanished = scaled.abs().amax(1) < torch.finfo(weight.dtype).tiny
     fits = bool(scaled.isfinite().all()) and not (tau > 0 and bool(vanished.any()))
@@ -53,16 +53,15 @@ def tau_normalized(linear: nn.Linear, tau: float) -> LinearHead:
 
 
 class ScaledHead(SoundModule):
-    r"""Scores :math:`f_i\, w_i \cdot z + b_i` with one learnt scale per class, all else frozen.
+    r"""Learnable weight scaling (LWS): scores :math:`f_i\, w_i \cdot z + b_i` with one learned scale per class.
 
-    This is learnable weight scaling: trained with class-balanced sampling on frozen features, the head finds by itself
-    how far each class is to be rescaled. A bias stays as it is. Dtypes are those of
+    Weights and bias are frozen. Train the scales with class-balanced sampling on frozen features. Dtypes are those of
     :class:`~dir_toolkit.heads.linear.LinearHead`.
 
     Args:
-        linear: the trained classifier, of which a frozen copy is kept.
+        linear: the trained classifier, which is copied.
     Attributes:
-        scale: (C,), starts at one. linear: the frozen copy, part of the ``state_dict``.
+        scale: (C,), initially one. linear: the frozen copy, part of the ``state_dict``.
     Shape:
         forward: features (N, D). Returns (N, C).
     Source:
@@ -73,7 +72,7 @@ class ScaledHead(SoundModule):
     ['scale']
     """
 
-    @torch.inference_mode(False)  # what is kept must serve training, too
+    @torch.inference_mode(False)  # buffers must be usable in training
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         instance(nn.Linear, linear=linear)
@@ -91,7 +90,7 @@ class ScaledHead(SoundModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the head was made with: the frozen classifier's own numbers."""
+        """The frozen classifier's sizes."""
         return {"linear": {"weight": self.linear.weight, "bias": self.linear.bias}}
 
     def extra_repr(self) -> str:

@@ -1,34 +1,32 @@
-"""Losses for long-tailed labels: each as a function and, in the same file, as a module.
+"""Losses for long-tailed labels, each as a function and as a module.
 
 A function is called as ``loss(pred, target, weight=None, *, reduction="mean", ...)``. Its module takes the options in
-its constructor and is called as ``loss(output, target, weight=None)``, which gives the mean over the batch: what a
-training loop needs, whether the loss is a sum over samples or one of the batch as a whole. ``output`` is a tensor, or
-an object that holds what the loss reads as ``prediction``, ``scores`` or ``features``.
+its constructor. It is called as ``loss(output, target, weight=None)`` and returns the mean over the batch. ``output``
+is a tensor, or an object with the attribute that the loss reads: ``prediction``, ``scores`` or ``features``.
 
-The following holds of every loss and is not repeated there.
+The rules below hold for every loss and are not repeated.
 
 Target:
     Labels are called ``labels`` in data and ``target`` in losses. Class indices are int64, from 0 to C - 1.
 Weight:
     One number per sample, dimensionless, not negative; None means ones. The mean divides by N, the number of samples,
-    and not by the sum of the weights. Weight 2 is a sample that was seen twice. A sample of weight 0 is absent: it adds
-    nothing and has the gradient zero, whatever its prediction and its target are, NaN too, so that a mask of missing
-    labels is ``mask.float()``. Weights per class are handed over as ``weight[target]``.
+    and not by the sum of the weights. A weight of 2 counts a sample twice. A sample of weight 0 adds nothing and has
+    zero gradient, even if its prediction or its target is NaN. A mask of missing labels is therefore the weight
+    ``mask.float()``. Pass weights per class as ``weight[target]``.
 Reduction:
     ``"mean"``, ``"sum"``, or ``"none"`` for one value per sample.
 NaN:
-    A target or a weight that is not finite is refused, unless the target's weight is zero. A prediction that is not
-    finite makes the loss NaN or infinite, and training loops stop there.
-Devices and dtypes:
-    All tensors are on one device. Values on an accelerator are not looked at, since that would stop it, so that what
-    is said of values is checked on the CPU, and outside compiled graphs. Losses are computed in at least float32.
+    A target or a weight that is not finite raises an error, unless the target's weight is zero. A prediction that is
+    not finite makes the loss NaN or infinite.
+Devices and dtypes: All tensors are on one device. Values on an accelerator or in compiled graphs are not checked, since
+    reading them would block the accelerator. Losses are computed in at least float32.
 Arrays:
     Options with one value per class (``prior``, ``counts``, ``alpha``) are tensors on the device of the scores or,
     outside compiled graphs, any array. Priors are positive and sum to one within 1e-4.
 Raises:
-    ShapeError: shapes do not fit; labels are never broadcast. TypeError: an argument is of another kind.
+    ShapeError: shapes do not fit; labels are never broadcast. TypeError: an argument has the wrong type.
     LabelError: a class or a label lies beyond the axis. ValueError: a value or an option lies outside its range, or
-    there is no sample. The sentence names the argument, what came, and what to do.
+        there is no sample.
 """
 
 from .affinity import AffinityLoss, affinity_loss

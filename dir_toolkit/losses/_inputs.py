@@ -1,4 +1,4 @@
-"""What a loss is handed, checked once at its door. The contract is told in the docstring of the package."""
+"""Checks of the arguments of losses. The package docstring holds the rules."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ from ..labels.bins import Bins, Outside
 
 _PLAIN = (torch.float32, torch.float64)
 _REDUCTIONS = ("none", "mean", "sum")
-_told_of_class_weights = False
+_warned_of_class_weights = False
 
 
 def kinds(reduction: str, weight: Tensor | None, **tensors: Tensor) -> None:
-    """The reduction is a known one, and all are dense tensors of numbers on one device, the first of them floats."""
+    """Check that the reduction is known, that all are dense real tensors on one device, and that the first is
+    floats."""
     given = tensors if weight is None else {**tensors, "weight": weight}
     one_of("reduction", reduction, _REDUCTIONS)
     (name, first), *others = given.items()
@@ -46,7 +47,7 @@ def kinds(reduction: str, weight: Tensor | None, **tensors: Tensor) -> None:
 
 
 def pairs(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
-    """Predictions and labels of one shape, in at least float32; see :func:`present` for what has weight zero."""
+    """Predictions and labels of one shape, in at least float32, both zero where the weight is zero."""
     given = (pred, target) if weight is None else (pred, target, weight)
     if not (_alike(*given) and isinstance(reduction, str) and reduction in _REDUCTIONS):
         kinds(reduction, weight, pred=pred, target=target)
@@ -58,7 +59,7 @@ def pairs(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -
 
 
 def _alike(first: Tensor, *others: Tensor) -> bool:
-    """Whether all are plain and fit each other, as nearly all do, so that no check need tell what is wrong."""
+    """Whether tensors fit each other, so that the checks with detailed messages can be skipped."""
     if not _plain(first) or first.dtype not in _PLAIN or first.numel() == 0:
         return False
     dtype, shape, device = first.dtype, first.shape, first.device
@@ -73,7 +74,7 @@ def _plain(value: Tensor) -> bool:
 
 
 def absent(weight: Tensor | None) -> Tensor | None:
-    """Which samples have weight zero; None where none has. Weights are not negative, and finite."""
+    """The mask of samples with weight zero, or None if there are none. Checks that weights are finite and >= 0."""
     if weight is None:
         return None
     weight = weight if weight.dtype in _PLAIN else weight.float()
@@ -89,9 +90,9 @@ def absent(weight: Tensor | None) -> Tensor | None:
 
 
 def present(values: Tensor, gone: Tensor | None) -> Tensor:
-    """Values (N, ...) with zeros for the samples that are ``gone``, which so leave no trace, in gradients either.
+    """Values (N, ...) with zeros for the samples that are ``gone``, which then add nothing to the gradient either.
 
-    This comes before the loss, since zero times what is not finite is NaN, forward or backward.
+    It is applied before the loss, since zero times NaN or infinity is NaN.
     """
     if gone is None:
         return values
@@ -99,19 +100,19 @@ def present(values: Tensor, gone: Tensor | None) -> Tensor:
 
 
 def finite_target(target: Tensor, gone: Tensor | None, name: str = "target") -> None:
-    """No label of a sample that is there is NaN or infinite. Accelerator tensors are not looked at."""
-    # A sum of finite numbers may be infinite, but no other is finite.
+    """Check that no label is NaN or infinite, except those of samples that are gone."""
+    # A finite sum has finite terms. The converse does not hold.
     if target.is_floating_point() and readable(target) and not math.isfinite(target.sum().item()):
         finite(**{name: present(target.detach(), gone)})
 
 
 def one_per_sample(samples: int, **tensors: Tensor | None) -> None:
-    """Each is (N,)."""
+    """Check that each tensor is (N,)."""
     shaped((samples,), "one value per sample", **{name: x for name, x in tensors.items() if x is not None})
 
 
 def matrix(name: str, rows: Tensor, shape: str, labels_name: str, labels: Tensor) -> None:
-    """``rows`` have two dimensions and hold something; the fix tells how others are to be flattened."""
+    """Check that ``rows`` have two dimensions and are not empty. The advice shows how to flatten others."""
     if rows.ndim != 2:
         fix, last = "", rows.ndim - 2
         if rows.ndim > 2:
@@ -133,9 +134,8 @@ def of_classes(
     name: str = "logits",
     num_classes: int | None = None,
 ) -> Tensor:
-    """``rows`` (N, C) in at least float32, with zeros where the weight is zero, beside classes (N,) and weights (N,).
-
-    With ``num_classes`` the rows are not scores but features (N, D).
+    """``rows`` (N, C) in at least float32, with zeros where the weight is zero. Also checks classes and weights (N,).
+    With ``num_classes`` the rows are features (N, D).
     """
     kinds(reduction, weight, **{name: rows})
     is_tensor(target=target)
@@ -160,31 +160,31 @@ def _refusal(name: str, samples: int, value: Tensor, fix: str) -> Exception:
 
 
 def _for_rows(target: Tensor) -> str:
-    """What to do about targets that have one column per class."""
+    """Advice on targets with one column per class."""
     if readable(target) and bool(((target == 0) | (target == 1)).all() & (target.sum(1) != 1).any()):
-        return "Samples of several classes are not for a softmax: use torch's binary_cross_entropy_with_logits."
+        return "A softmax allows one class per sample: for several use torch's binary_cross_entropy_with_logits."
     return "Use target.argmax(1) on one-hot rows."
 
 
 def _warn_of_class_weights(target: Tensor, weight: Tensor) -> None:
-    """Say once that weights per class would fit unnoticed where there are as many samples as classes.
+    """Warn once if weights may be per class, where the numbers of samples and classes are equal.
 
-    Nothing tells the two apart for sure. Weights that come from labels are equal within a class, though, and weights
-    per class that are taken for weights per sample hardly ever are.
+    Weights that depend on the label alone are equal for samples of one class. Weights per class that are passed as
+    weights per sample hardly ever are.
     """
-    global _told_of_class_weights
-    if _told_of_class_weights or not (readable(target) and readable(weight)):
+    global _warned_of_class_weights
+    if _warned_of_class_weights or not (readable(target) and readable(weight)):
         return
     own, there = weight.detach().double(), (weight > 0).double()
     zeros = torch.zeros_like(own)
     mean = (zeros.index_add(0, target, own) / zeros.index_add(0, target, there).clamp_min(1))[target]
     off = (there > 0) & ((own - mean).abs() > 1e-4 * mean)
     if bool(off.any()):
-        _told_of_class_weights = True
+        _warned_of_class_weights = True
         warn(
-            f"weight holds one value per sample, and {len(target)} samples of as many classes leave unnoticed where it "
-            f"holds one per class: two samples of class {int(target[off][0])} have different weights. For weights per "
-            "class use weight[target]. Weights per sample are right as they are; this is said once."
+            f"weight must hold one value per sample, but may hold one per class: there are {len(target)} of both, and "
+            f"two samples of class {int(target[off][0])} have different weights. For weights per "
+            "class use weight[target]. If weights are per sample, ignore this warning."
         )
 
 
@@ -196,10 +196,9 @@ def of_features(
     *,
     several: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``features`` (N, D) in at least float32, with zeros where the weight is zero, and which samples that are.
-
-    Columns are real numbers (N,), or with ``several`` (N, K), too. All but ``pred`` are finite where the weight is not
-    zero, and ``push_weight`` is not negative.
+    """``features`` (N, D) in at least float32, with zeros where the weight is zero, and the mask of these samples.
+    Columns are real numbers (N,), or with ``several`` also (N, K). All except ``pred`` must be finite where the weight
+    is not zero, and ``push_weight`` must not be negative.
     """
     kinds(reduction, weight, features=features, **columns)
     matrix("features", features, "(N, D), one row per sample", *next(iter(columns.items())))
@@ -218,10 +217,10 @@ def of_features(
 
 
 def on_axis(target: Tensor, bins: Bins, weight: Tensor | None, outside: Outside) -> Tensor | None:
-    """The weights, with zeros for labels beyond the axis under ``"drop"``, and on an accelerator NaN under ``"raise"``.
+    """The weights. Labels beyond the axis get zero under ``"drop"``, and NaN under ``"raise"`` on an accelerator.
 
     Raises:
-        LabelError: a label lies beyond the axis, under ``"raise"``, where values may be looked at.
+        LabelError: a label lies beyond the axis, under ``"raise"`` on the CPU.
     """
     looked_at = readable(target)
     if outside == "clip" and not looked_at:
@@ -241,7 +240,7 @@ def per_class(name: str, value: Any, logits: Tensor | None = None, *, positive: 
     """One finite number >= 0 per class, (C,), in at least float32, on the device of the logits (N, C).
 
     Args:
-        positive: what to do about a zero; where it is given, zeros are refused.
+        positive: advice for zeros. If it is given, zeros raise an error.
     """
     values = _one_per_class(name, value, logits)
     if readable(values):
@@ -251,7 +250,7 @@ def per_class(name: str, value: Any, logits: Tensor | None = None, *, positive: 
 
 
 def checked_prior(prior: Any, logits: Tensor | None = None) -> Tensor:
-    """Shares > 0 of the classes, (C,), which sum to one, in at least float32, on the device of the logits (N, C)."""
+    """A prior (C,), > 0 and summing to one, in at least float32, on the device of the logits (N, C)."""
     values = _one_per_class("prior", prior, logits)
     prior_shares("prior", values)
     return values if logits is None else values.to(logits.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What all losses share: the reduction, and the module around a function."""
+"""The reduction of losses, and the module around a loss function."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Reduction = Literal["none", "mean", "sum"]
 
 
 def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Values times weights, and then as they are, their mean over all of them, or their sum."""
+    """Multiply values by weights and reduce them."""
     if weight is not None:
         values = values * (weight if weight.dtype == values.dtype else weight.to(values.dtype))
     return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
 
 
 def part_of(output: Any, name: str) -> Tensor:
-    """The output itself if it is a tensor, else what it holds under ``name``."""
+    """The output itself if it is a tensor, else its attribute ``name``."""
     if isinstance(output, Tensor):
         return output
     rule = f"output must be a torch.Tensor, or hold one as {name}"
@@ -32,9 +32,9 @@ def part_of(output: Any, name: str) -> Tensor:
 
 
 def held(output: Any, name: str) -> Tensor:
-    """What an output holds under ``name``."""
+    """The tensor in the attribute ``name`` of an output."""
     value = getattr(output, name, None)
-    came, fix = type(output if value is None else value), f"Let the model return its {name}, too."
+    came, fix = type(output if value is None else value), f"Let the model also return its {name}."
     if not isinstance(value, Tensor):
         raise problem(f"output must hold a torch.Tensor as {name}", got=came, fix=fix)
     return value
@@ -46,9 +46,9 @@ class Loss(SoundModule):
     Options that are tensors become buffers, which are not rounded where a model is cast to half precision.
     """
 
-    reads: ClassVar[str]  # what it takes of an output that is not a tensor
+    reads: ClassVar[str]  # the attribute to read from an output that is not a tensor
 
-    @torch.inference_mode(False)  # what is kept must serve training, too
+    @torch.inference_mode(False)  # buffers must be usable in training
     def __init__(self, function: Callable[..., Tensor], **options: Any) -> None:
         super().__init__()
         self.function, self._options = function, tuple(options)
@@ -66,10 +66,10 @@ class Loss(SoundModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the loss was made with."""
+        """The arguments of the constructor."""
         return {name: getattr(self, name) for name in self._options}
 
-    def extra_repr(self) -> str:  # modules among the options are shown as children
+    def extra_repr(self) -> str:  # modules among the options appear as children
         return shown({name: value for name, value in self.settings.items() if not isinstance(value, nn.Module)})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""What losses of pairs of samples share."""
+"""Helpers for losses of pairs of samples."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from .._ranks import summed
 
 
 def pairs_of(features: Tensor, gone: Tensor | None) -> Tensor:
-    """Which two of N samples make a pair, (N, N): two different ones, neither of which is ``gone``."""
+    """The mask (N, N) of pairs: two different samples, neither of which is ``gone``."""
     pairs = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
     return pairs if gone is None else pairs & ~gone & ~gone[:, None]
 
 
 def spread_of(labels: Tensor, weight: Tensor | None, *, ranks: bool = False) -> Tensor:
-    """The standard deviation of labels (N,) or (N, D), over their D numbers the mean one, (); NaN if all are equal.
-
-    Labels of weight zero are zero.
+    """The standard deviation of labels (N,), or its mean over the D dimensions of labels (N, D), as (). It is NaN if
+    all labels are equal. Labels of weight zero must be zero.
     """
     labels = labels.reshape(len(labels), -1)
     share = torch.ones_like(labels[:, :1]) if weight is None else weight.to(labels.dtype)[:, None]

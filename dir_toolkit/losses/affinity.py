@@ -1,4 +1,4 @@
-"""Affinity loss: the true class must lead every other by a margin."""
+"""Affinity loss: the affinity of the true class must exceed every other by a margin."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def affinity_loss(
     margin: float = 0.75,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Max-margin loss on affinities, each sample scaled by its weight.
+    r"""Max-margin loss on affinities.
 
     .. math:: L = \frac1N \sum_i w_i \sum_{j \ne y_i} \max(0, \lambda + d_{ij} - d_{i y_i})
 
-    The paper's diversity term belongs to the prototypes: add ``head.diversity()`` of an ``AffinityHead``.
+    For the paper's diversity term add ``head.diversity()`` of an ``AffinityHead``.
 
     Args:
         margin: :math:`\lambda`, > 0, in units of the affinities, which the Gaussian similarity keeps in (0, 1].
@@ -47,7 +47,7 @@ def affinity_loss(
     rule = "affinities must be (N, C) with C >= 2, else there is no other class"
     require(affinities.shape[1] >= 2, rule, got=affinities.shape)
     own = target[:, None]
-    lead = affinities - affinities.gather(1, own)  # (N, C), zero at the true class
+    lead = affinities - affinities.gather(1, own)  # (N, C), zero for the true class
     values = (_margin(margin) + lead).relu().scatter(1, own, 0.0).sum(1)
     return reduce(values, weight, reduction)
 

@@ -1,25 +1,24 @@
-r"""Balanced MSE: the squared error that undoes the pull of a long-tailed label distribution.
+r"""Balanced MSE: a squared error that corrects for a long-tailed label distribution.
 
-MSE is the likelihood of a Gaussian of standard deviation :math:`\sigma` around the prediction, and learns what is
-likely under the distribution of the *training* labels, :math:`p(y)`. Balanced MSE takes the prediction :math:`\hat y`
-for what would be likely if all labels occurred equally often, and brings :math:`p(y)` in by Bayes' rule to score it:
+MSE is the negative log-likelihood of a Gaussian with standard deviation :math:`\sigma` around the prediction. It learns
+predictions for the distribution of the *training* labels, :math:`p(y)`. In balanced MSE :math:`\hat y` is the
+prediction for uniformly distributed labels. Bayes' rule with :math:`p(y)` turns it into the likelihood of the training
+label:
 
 .. math:: L = \frac1N \sum_i w_i\, 2\sigma^2 \left[-\log \mathcal N(y_i; \hat y_i, \sigma^2 I)
           + \log \int \mathcal N(y'; \hat y_i, \sigma^2 I)\, p(y')\, dy'\right]
 
-So :math:`\hat y` itself is the balanced prediction. The three forms differ in what stands for the integral: the labels
-of the batch (:func:`batch_mc_loss`), a mixture of Gaussians (:func:`gaussian_mixture_loss`), or bins
-(:func:`binned_integration_loss`). Their modules can learn :math:`\sigma`. The factor :math:`2\sigma^2` gives the loss
-the scale of MSE. No gradient goes through it, as in the paper's code, so that a learnt :math:`\sigma` follows the
-likelihood alone.
+The three forms differ in how they compute the integral: from the labels of the batch (:func:`batch_mc_loss`), from a
+mixture of Gaussians (:func:`gaussian_mixture_loss`), or from bins (:func:`binned_integration_loss`). Their modules can
+learn :math:`\sigma`. The factor :math:`2\sigma^2` gives the loss the scale of MSE. It is detached, as in the authors'
+code, so that a learned :math:`\sigma` follows the likelihood alone.
 
-A label beyond all that p(y) knows would be the likelier the farther a prediction runs away, without end. Mixtures and
-bins therefore hold a billionth of their mass in one Gaussian as wide as the labels, which brings predictions back. Even
-so the loss only asks that :math:`\hat y` be likelier for its label than for others, and labels at the ends of p(y) draw
-predictions a few :math:`\sigma` beyond it. When you predict, hold predictions to the axis: ``pred.clamp(low, high)``.
+For a label outside the support of p(y) the likelihood would grow without bound as the prediction moves away. Mixtures
+and bins therefore put a billionth of their mass into one Gaussian as wide as the labels. Labels at the ends of p(y)
+still draw predictions a few :math:`\sigma` beyond it. Clip predictions to the axis: ``pred.clamp(low, high)``.
 
-Where the ``noise_sigma`` of a module is None, :math:`\sigma` starts at a tenth of the labels' standard deviation, so
-that it does not depend on their unit. One that is nearly as long as the axis leaves nothing to balance by.
+If the ``noise_sigma`` of a module is None, :math:`\sigma` starts at a tenth of the labels' standard deviation. With a
+:math:`\sigma` as large as the range of the labels the loss approaches MSE.
 """
 
 from __future__ import annotations
@@ -70,13 +69,13 @@ __all__ = [
     "gaussian_mixture_loss",
 ]
 
-_NOISE = 0.1  # where sigma starts, in standard deviations of the labels
-_BACKGROUND = 1e-9  # the share of mixtures and bins that lies in one wide Gaussian
-_NARROW = {torch.float64: 1e-5, torch.float32: 1e-2}  # a bin, in units of sigma
+_NOISE = 0.1  # initial sigma, in standard deviations of the labels
+_BACKGROUND = 1e-9  # the mass of the wide Gaussian in mixtures and bins
+_NARROW = {torch.float64: 1e-5, torch.float32: 1e-2}  # width of a narrow bin, in units of sigma
 _MOST_GAP = {torch.float64: 300.0, torch.float32: 80.0}  # whose exponential is still finite
-_HALF_PEAK = 1 / math.sqrt(8 * math.pi)  # of the normal density
+_HALF_PEAK = 1 / math.sqrt(8 * math.pi)  # half the peak of the normal density
 _MOST_ROUNDS = 500
-_LEAST_GAIN = 1e-5  # of the mean log-likelihood, in nats
+_LEAST_GAIN = 1e-5  # of the mean log-likelihood per iteration, in nats
 
 
 def batch_mc_loss(
@@ -88,26 +87,24 @@ def batch_mc_loss(
     gather: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Balanced MSE with the batch's labels in place of the integral (BMC): no density is needed beforehand.
+    r"""Balanced MSE by batch-based Monte Carlo (BMC), which needs no density beforehand.
 
     .. math:: L = \frac1N \sum_i w_i\, 2\sigma^2 \left[-\log
               \frac{\exp(-\lVert \hat y_i - y_i \rVert^2 / 2\sigma^2)}
               {\sum_j w_j \exp(-\lVert \hat y_i - y_j \rVert^2 / 2\sigma^2)}\right]
 
-    This is the cross-entropy of telling a sample's own label among the batch's. As the labels are summed, and not
-    averaged, it lies :math:`2\sigma^2 \log N` above the other forms. A label that occurs twice is drawn twice from
-    p(y), and counts twice. A weight says how often a sample was seen, among the labels, too, and labels that the
-    weights have evened out are not balanced a second time.
+    This is a cross-entropy over the labels of the batch, with the sample's own label as the true class. Since the
+    labels are summed and not averaged, the loss is :math:`2\sigma^2 \log N` larger than the other forms. Weights count
+    samples in the sum, too, so that labels balanced by weights are not balanced a second time.
 
-    A batch with one label leaves nothing to compare: the loss and its gradient are zero, and a warning says so.
-    Labels of D numbers are compared as a whole, (N, D). For a series of T labels hand over ``pred.flatten()`` and
-    ``target.flatten()``.
+    A batch with one label has zero loss and zero gradient, and causes a warning. Labels with D dimensions, (N, D), are
+    compared as vectors. For a series of T scalar labels pass ``pred.flatten()`` and ``target.flatten()``.
 
     Args:
-        noise_sigma: :math:`\sigma`, in label units: how far off predictions are. A tensor, (), may have a gradient.
-        gather: compare with the labels of all ranks, so that n ranks make the loss of one with the whole batch. All
-            ranks must call the loss, each with at least one sample, but not all with as many. It costs an accelerator
-            one host sync per step, and does nothing outside ``torch.distributed``.
+        noise_sigma: :math:`\sigma`, in label units: the expected size of prediction errors. A tensor, (), may have a
+            gradient.
+        gather: whether to compare with the labels of all ranks. All ranks must then call the loss, each with at least
+            one sample. It costs one host sync per step, and has no effect outside ``torch.distributed``.
     Shape:
         pred, target: (N,) or (N, D), equal. weight: (N,). Returns (), or (N,) for ``reduction="none"``.
     Units:
@@ -135,22 +132,23 @@ def gaussian_mixture_loss(
     noise_sigma: float | Tensor,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Balanced MSE with the integral in closed form, over a mixture of Gaussians for the training labels (GAI).
+    r"""Balanced MSE by Gaussian-mixture analytical integration (GAI): training labels are modelled by a mixture.
 
     .. math:: \int \mathcal N(y'; \hat y, \sigma^2 I)\, p(y')\, dy'
               = \sum_k \phi_k\, \mathcal N(\hat y; \mu_k, \Sigma_k + \sigma^2 I)
 
-    :meth:`GaussianMixtureLoss.fit` finds a mixture for labels. This function copies the mixture to the device of the
-    labels at each call, where the module keeps it.
+    :meth:`GaussianMixtureLoss.fit` fits a mixture to labels. This function copies the mixture to the device of the
+    labels at each call. The module keeps it there.
 
     Args:
         weights: :math:`\phi`, >= 0, summing to one.
         means: :math:`\mu`, in label units.
-        variances: the diagonals of :math:`\Sigma`, >= 0, in label units squared; zero makes a label a spike.
-        noise_sigma: :math:`\sigma`, in label units: how far off predictions are. A tensor, (), may have a gradient.
+        variances: the diagonals of :math:`\Sigma`, >= 0, in label units squared. Zero is a point mass.
+        noise_sigma: :math:`\sigma`, in label units: the expected size of prediction errors. A tensor, (), may have a
+            gradient.
     Shape:
-        pred, target: (N,) or (N, D), equal. weight: (N,). weights: (K,). means, variances: (K,) for labels that are
-        numbers, (K, D) for labels of D numbers. Returns (), or (N,) for ``reduction="none"``.
+        pred, target: (N,) or (N, D), equal. weight: (N,). weights: (K,). means, variances: (K,) for scalar labels, (K,
+            D) for labels with D dimensions. Returns (), or (N,) for ``reduction="none"``.
     Units:
         those of the label, squared.
     Source:
@@ -178,30 +176,30 @@ def binned_integration_loss(
     outside: Outside = "clip",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Balanced MSE with the integral over bins, in closed form (BNI), for labels that are numbers.
+    r"""Balanced MSE by bin-based numerical integration (BNI), for scalar labels.
 
     .. math:: \int \mathcal N(y'; \hat y, \sigma^2)\, p(y')\, dy'
               = \sum_b \frac{p_b}{k_{b+1} - k_b} \left[\Phi\!\left(\frac{k_{b+1} - \hat y}{\sigma}\right)
               - \Phi\!\left(\frac{k_b - \hat y}{\sigma}\right)\right]
 
-    A bin's share is spread evenly between its limits :math:`k_b`
-    (:func:`~dir_toolkit.labels.soft_labels.limits`), and so reaches as far as its labels do. The paper lets a bin stand
-    for its center, and a label off the centers then draws predictions away without end. Hand over a smoothed density to
-    balance by the effective one. This function copies the density to the device of the labels at each call, where the
-    module keeps it.
+    The probability of a bin is spread uniformly between its limits :math:`k_b`
+    (:func:`~dir_toolkit.labels.soft_labels.limits`). The paper puts it at the bin's center, which lets labels off the
+    centers draw predictions away without bound. Pass a smoothed density to balance by the effective density. This
+    function copies the density to the device of the labels at each call. The module keeps it there.
 
     Args:
-        bins: the label axis, which must not be classes, since these have no distances.
+        bins: the label axis. Classes are not allowed, since they have no distances.
         density: the density of the training labels over these bins, or the share of labels in each bin.
-        noise_sigma: :math:`\sigma`, in label units: how far off predictions are. A tensor, (), may have a gradient.
-        outside: what a label beyond the axis does: ``"clip"`` counts it as it is, ``"drop"`` gives it weight 0, and
-            ``"raise"`` refuses it, which on an accelerator makes the loss NaN.
+        noise_sigma: :math:`\sigma`, in label units: the expected size of prediction errors. A tensor, (), may have a
+            gradient.
+        outside: ``"clip"`` uses a label beyond the axis unchanged, ``"drop"`` gives it weight 0, and ``"raise"`` raises
+            an error, or on an accelerator makes the loss NaN.
     Shape:
         pred, target, weight: (N,). Returns (), or (N,) for ``reduction="none"``.
     Units:
         those of the label, squared.
     Source:
-        Ren et al. 2022 (arXiv:2203.16427), but for the spreading.
+        Ren et al. 2022 (arXiv:2203.16427), except for the uniform spreading.
 
     >>> bins = Bins.uniform(0, 2, width=1)
     >>> zero = torch.tensor([0.0])
@@ -217,7 +215,7 @@ def binned_integration_loss(
 
 
 class _BalancedMSE(PointLoss):
-    """What the three modules share: the noise, which they can learn."""
+    """The base of the three modules: a noise sigma, which can be learned."""
 
     log_sigma: Tensor
     sigma: Tensor
@@ -275,19 +273,20 @@ class BatchMCLoss(_BalancedMSE):
     r""":func:`batch_mc_loss` as a module, which can learn :math:`\sigma`.
 
     Args:
-        noise_sigma: :math:`\sigma`, in label units, where it starts or stays: how far off predictions are. None takes a
-            tenth of the standard deviation of the first batch in training mode that holds different labels, on all
-            ranks, which must all call the loss then; until then each batch takes its own.
+        noise_sigma: the initial :math:`\sigma`, in label units. None takes a tenth of the standard deviation of the
+            labels of all ranks, in the first training batch with different labels. All ranks must call the loss on that
+            batch. Before it, each batch uses its own standard deviation.
         learn: whether the optimizer moves it, by its logarithm.
         gather: as in :func:`batch_mc_loss`.
     Attributes:
         log_sigma: (1,), a parameter, if it is learnt.
         sigma: (), a buffer, if it is not.
-        unit: (), a buffer, the label units in which they are without a ``noise_sigma``; NaN until a batch has set it.
+        unit: (), a buffer: the unit of ``log_sigma`` or ``sigma`` if ``noise_sigma`` was None; NaN before the first
+            batch.
         noise_sigma: the present :math:`\sigma`, (), in label units.
 
     >>> loss = BatchMCLoss(noise_sigma=1.0)
-    >>> round(loss(torch.zeros(2), torch.zeros(2)).item(), 4)  # 2 log 2, since nothing tells the two apart
+    >>> round(loss(torch.zeros(2), torch.zeros(2)).item(), 4)  # 2 log 2, since both labels are equal
     1.3863
     """
 
@@ -304,7 +303,7 @@ class BatchMCLoss(_BalancedMSE):
 
     @property
     def noise_sigma(self) -> Tensor:
-        """The present standard deviation of the noise, (), in label units; NaN before the first batch has set it."""
+        r"""The current :math:`\sigma`, (), in label units; NaN before the first batch."""
         sigma = super().noise_sigma
         return sigma if self.initial_sigma is not None else sigma * self.unit
 
@@ -317,7 +316,7 @@ class BatchMCLoss(_BalancedMSE):
 
     @torch.no_grad()
     def _present_unit(self, labels: Tensor, weight: Tensor | None) -> Tensor:
-        """:attr:`unit`, set from these labels (N, D) if no batch has set it; one while all labels are equal."""
+        """:attr:`unit`, set from these labels (N, D) if it is not set yet. It is one while all labels are equal."""
         if self._unit_known:
             return self.unit
         ranks = self.training and is_parallel()
@@ -340,8 +339,8 @@ class GaussianMixtureLoss(_BalancedMSE):
         weights: as in :func:`gaussian_mixture_loss`.
         means: as in :func:`gaussian_mixture_loss`.
         variances: as in :func:`gaussian_mixture_loss`.
-        noise_sigma: :math:`\sigma`, in label units, where it starts or stays: how far off predictions are. None takes a
-            tenth of the standard deviation of the mixture, over its D numbers the mean one.
+        noise_sigma: the initial :math:`\sigma`, in label units. None takes a tenth of the standard deviation of the
+            mixture, averaged over its D dimensions.
         learn: whether the optimizer moves it, by its logarithm.
     Attributes:
         weights, means, variances: buffers. log_sigma, sigma, noise_sigma: as in :class:`BatchMCLoss`.
@@ -361,7 +360,7 @@ class GaussianMixtureLoss(_BalancedMSE):
         parts = _mixture_parts(weights, means, variances)
         spread = float(np.sqrt(_total_variance(*parts.values())[1].mean()))
         if spread == 0 and noise_sigma is None:
-            fix = "Pass how far off predictions are, in label units."
+            fix = "Pass the expected size of prediction errors, in label units."
             raise problem("noise_sigma must be given where the mixture has no spread", got="None", fix=fix)
         buffers = {name: torch.tensor(part, dtype=torch.get_default_dtype()) for name, part in parts.items()}
         shape = parts["means"].shape[1:]
@@ -381,17 +380,17 @@ class GaussianMixtureLoss(_BalancedMSE):
         least_variance: float = 1e-4,
         seed: int = 0,
     ) -> GaussianMixtureLoss:
-        """The loss for the mixture that expectation maximization finds in the training labels.
+        """The loss for a mixture fitted to the training labels by expectation maximization.
 
-        It starts from labels far apart, as k-means++ draws them, and stops when a round gains next to nothing, at the
-        latest after 500. Equal labels and seeds give equal mixtures.
+        The fit starts from means drawn as in k-means++. It stops when the likelihood no longer improves, or after 500
+        iterations. Equal labels and seeds give equal mixtures.
 
         Args:
-            components: of the mixture, at most as many as there are different labels.
-            noise_sigma, learn: of the loss.
-            least_variance: of a component, as a share of the labels' variance, > 0: keeps components from closing in
-                on a label that occurs often.
-            seed: of the start.
+            components: the number of Gaussians, at most the number of different labels.
+            noise_sigma, learn: as in the class.
+            least_variance: the smallest variance of a component, as a share of the labels' variance, > 0. It keeps
+                components from collapsing onto a repeated label.
+            seed: the seed of the initial means.
         Shape:
             labels: (N,) or (N, D).
         >>> loss = GaussianMixtureLoss.fit([0.0, 0.0, 1.0, 1.0, 20.0, 21.0], components=2)
@@ -409,7 +408,9 @@ class GaussianMixtureLoss(_BalancedMSE):
         column = int(varies.argmin())
         got = f"only {rows[0, column]:g}" + f" in column {column}" * (array.ndim == 2)
         require(varies.all(), "labels must hold at least two different values", got=got)
-        components = whole("components", components, low=1, high=len(rows), fix="There are no more different labels.")
+        components = whole(
+            "components", components, low=1, high=len(rows), fix="This is the number of different labels."
+        )
         center, spread = np.average(rows, 0, counts), rows.max(0) - rows.min(0)
         spread = spread * np.sqrt(np.average(((rows - center) / spread) ** 2, 0, counts))
         weights, means, variances = _mixture((rows - center) / spread, counts / len(array), components, least, seed)
@@ -424,8 +425,8 @@ class BinnedIntegrationLoss(_BalancedMSE):
     Args:
         bins: as in :func:`binned_integration_loss`.
         density: as in :func:`binned_integration_loss`.
-        noise_sigma: :math:`\sigma`, in label units, where it starts or stays: how far off predictions are. None takes a
-            tenth of the standard deviation of the density.
+        noise_sigma: the initial :math:`\sigma`, in label units. None takes a tenth of the standard deviation of the
+            density.
         learn: whether the optimizer moves it, by its logarithm.
         outside: as in :func:`binned_integration_loss`.
     Attributes:
@@ -474,10 +475,10 @@ class BinnedIntegrationLoss(_BalancedMSE):
 def _checked(
     pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_shape: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
-    """Predictions and labels, those of weight zero as zeros, both (N, D) in at least float32.
+    """Checked predictions and labels, (N, D) in at least float32, with zeros where the weight is zero.
 
     Args:
-        label_shape: of one label; None takes numbers and rows of them.
+        label_shape: the shape of one label; None allows () and (D,).
     """
     needs_gradient = isinstance(target, Tensor) and target.requires_grad
     if weight is not None:
@@ -499,13 +500,13 @@ def _scored(
 ) -> Tensor:
     sigma = sigma.to(target) if isinstance(sigma, Tensor) else target.new_full((), sigma)
     error = (pred - target) / sigma
-    # An infinite error shows as NaN, on whichever side it lies.
+    # An infinite error gives NaN, whatever its sign.
     values = log_ratio(error, target, sigma) + 0 * error.sum(1)
     return reduce(values * (2 * sigma.square()).detach(), weight, reduction)
 
 
 def _positive_sigma(sigma: float) -> float:
-    # Its square, and what is divided by it, must fit into float32.
+    # Its square and its inverse must fit into float32.
     return number("noise_sigma", sigma, low=1e-18, high=1e18)
 
 
@@ -517,8 +518,9 @@ def _sigma(noise_sigma: float | Tensor) -> float | Tensor:
     return noise_sigma
 
 
-# Each gives the log of the integral of N(y'; pred, sigma²) p(y') over N(y; pred, sigma²), (N,), for the error (N, D) in
-# units of sigma. Both are taken relative to the label: about the prediction two large squares would cancel.
+# Each function returns log(integral of N(y'; pred, sigma²) p(y')) - log N(y; pred, sigma²), (N,), for the error (N, D)
+# in units of sigma. Distances are relative to the label, since relative to the prediction two large squares would
+# cancel.
 _LogRatio = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -529,13 +531,13 @@ def _among_labels(error: Tensor, target: Tensor, sigma: Tensor, *, weight: Tenso
         drawn = _of_all_ranks(drawn)
     if len(drawn) < 2:
         warn(
-            "a batch of one label has nothing to be compared with, and adds nothing. Drop a last batch of one "
+            "a batch of one label has no other label to compare with, and has zero loss. Drop a last batch of one "
             "(drop_last=True), or use GaussianMixtureLoss or BinnedIntegrationLoss.",
         )
     labels, share = drawn[:, :-1], drawn[:, -1]
-    # Absent labels get the least number, since a row of nothing but -inf has no gradient.
+    # Absent labels get the smallest number, since the gradient of a row of -inf is NaN.
     log_share = torch.where(share > 0, share.log(), torch.finfo(share.dtype).min / 4)
-    # Not by a matrix product, which may run in lower precision and cancels where labels are far from zero.
+    # Not by a matrix product, which may use lower precision, and cancels where labels are far from zero.
     beside = (labels - target[:, None]) / sigma  # (N, M, D)
     return torch.logsumexp(log_share + (beside * (error[:, None] - beside / 2)).sum(2), 1)
 
@@ -557,31 +559,31 @@ def _under_mixture(
 
 
 def _over_bins(bins: Bins, prior: Tensor, error: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
-    # Tails are subtracted below, and float32 would keep few of their digits where bins are narrow.
+    # In float64, since the difference of two tails loses digits where bins are narrow.
     wide = torch.float32 if error.device.type == "mps" else torch.float64
     error, target, scale = error.to(wide), target.to(wide), sigma.to(wide)
     knots, edges = limits(bins, error), bins.tensor("edges", error)
-    # The first and the last bin hold labels up to their edges, even where the limits were moved inwards.
+    # The first and the last bin hold labels up to their edges, even if their limits were moved inwards.
     knots = torch.cat([torch.minimum(knots[:1], edges[:1]), knots[1:-1], torch.maximum(knots[-1:], edges[-1:])])
-    # From here on in units of sigma, along the axis from its beginning.
+    # From here on positions are in units of sigma from the lower end of the axis.
     start, knots = knots[0], (knots - knots[0]) / scale
     label = (target - start) / scale
     pred = label + error  # (N, 1)
     width, prior = knots.diff(), prior.to(wide)
     narrow = width < _NARROW[wide]
     height = torch.where(narrow, 0.0, prior) / torch.where(narrow, 1.0, width)
-    height = F.pad(height, (1, 1))  # (B + 2,), nothing beyond the axis
+    height = F.pad(height, (1, 1))  # (B + 2,), zero beyond the axis
     away = knots - pred  # (N, B + 1)
-    # The integral is the height at the prediction, and where it changes, that change times the tail beyond.
+    # The integral is the height at the prediction plus each change of height times the tail beyond it.
     side = torch.copysign(away.new_full((), math.sqrt(0.5)), away.detach())
     tails = torch.erfc(away * side) * side
     index = torch.searchsorted(knots.detach(), pred.detach())
     integral = lookup(height, index) + (tails @ (height.diff() * math.sqrt(0.5)))[:, None]
     if not readable(scale) or narrow.any():
-        # Of bins that narrow the tails would cancel; their density is that halfway between their ends.
+        # For narrow bins the tails would cancel. Their density is taken in the middle of the bin.
         points = F.pad(torch.where(narrow, prior, 0.0), (1, 1))
         integral = integral + (torch.exp(-away.square() / 2) @ (points[1:] + points[:-1]))[:, None] * _HALF_PEAK
-    # The background, as wide as the axis, takes over where predictions are so far out that tails vanish.
+    # The background is as wide as the axis, and dominates where predictions are so far out that tails vanish.
     center, noise = knots[-1] / 2, 1 / (2 + knots[-1].square())
     log_noise = noise.log() / 2 + math.log(_BACKGROUND)
     beside = center - label
@@ -592,14 +594,14 @@ def _over_bins(bins: Bins, prior: Tensor, error: Tensor, target: Tensor, sigma: 
 
 
 def _total_variance(shares: Any, means: Any, variances: Any) -> tuple[Any, Any]:
-    """Mean and variance of a mixture, (D,) or () each, of arrays or tensors (K, D) or (K,)."""
+    """The mean and the variance of a mixture, (D,) or () each, from arrays or tensors (K, D) or (K,)."""
     shares = shares.reshape(-1, *(1,) * (means.ndim - 1)) / shares.sum()
     middle = (shares * means).sum(0)
     return middle, (shares * (variances + (means - middle) ** 2)).sum(0)
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:
-    """The rows of all ranks, by rank; ranks may hold different numbers of them."""
+    """The rows of all ranks, in rank order. Ranks may hold different numbers of rows."""
     rank = dist.get_rank()
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
     sizes[rank] = len(rows)
@@ -625,7 +627,7 @@ def _mixture_parts(weights: Any, means: Any, variances: Any) -> dict[str, np.nda
 
 
 def _axis_shares(bins: Bins, density: Any, outside: str) -> np.ndarray:
-    """The share of labels in each bin, (B,), once the axis and what labels beyond it do are checked."""
+    """The checked probability of each bin, (B,)."""
     continuous(bins, "For classes use logit_adjusted_cross_entropy.")
     one_of("outside", outside, ("raise", "clip", "drop"))
     if isinstance(density, LabelDensity):
@@ -653,7 +655,7 @@ def _mixture(
         starts = np.concatenate([starts, rows[[random.choice(len(rows), p=odds / odds.sum())]]])
         nearest = np.minimum(nearest, ((rows - starts[-1]) ** 2).sum(1))
     distances = np.stack([((rows - start) ** 2).sum(1) for start in starts], 1)
-    belongs = np.eye(components)[distances.argmin(1)]  # (M, K), the share of each component in each row
+    belongs = np.eye(components)[distances.argmin(1)]  # (M, K), the responsibility of each component for each row
 
     reached = -math.inf
     for _ in range(_MOST_ROUNDS):
@@ -663,7 +665,7 @@ def _mixture(
         variances = np.maximum(pull @ rows**2 - means**2, least)
         precision = 1 / variances
         squares = rows**2 @ precision.T - 2 * rows @ (means * precision).T + (means**2 * precision).sum(1)
-        with np.errstate(divide="ignore"):  # a component that holds nothing any more
+        with np.errstate(divide="ignore"):  # a component without mass
             joint = np.log(mass) - (squares + np.log(2 * math.pi * variances).sum(1)) / 2
         belongs = softmax(joint, axis=1)
         likelihood = float(shares @ logsumexp(joint, axis=1))

@@ -1,4 +1,4 @@
-"""Center loss: features drawn to a center of their class, and the centers that follow them."""
+"""Center loss: features are drawn to the center of their class, and the centers follow the features."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["CenterLoss", "center_loss"]
 def center_loss(
     features: Tensor, target: Tensor, weight: Tensor | None = None, *, centers: Tensor, reduction: Reduction = "mean"
 ) -> Tensor:
-    r"""Half the squared distance of a feature to the center of its class, each sample scaled by its weight.
+    r"""Half the squared distance of a feature to the center of its class.
 
     .. math:: L = \frac1N \sum_i \frac{w_i}{2} \lVert z_i - c_{y_i} \rVert^2
 
-    It is differentiable in features and centers alike.
+    It is differentiable in both features and centers.
 
     Args:
-        centers: one row per class; they have gradients if they require them.
+        centers: one row per class.
     Shape:
         features: (N, D). target: (N,) class indices. centers: (C, D). weight: (N,). Returns (), or (N,) for
         ``reduction="none"``.
@@ -43,30 +43,28 @@ def center_loss(
 
 
 class CenterLoss(FeatureLoss):
-    r"""Center loss with centers that follow the features at their own rate, alike for frequent and rare classes.
+    r"""Center loss with centers that follow the features at the same rate for frequent and rare classes.
 
-    The paper moves a center by :math:`c_j \leftarrow c_j - \alpha\,\Delta_j`,
-    :math:`\Delta_j = \sum_{i: y_i = j} (c_j - z_i) / (1 + n_j)` over the :math:`n_j` samples of class j in the batch.
-    Here the centers are a parameter, and :math:`\Delta_j` is what the mean loss hands the optimizer as its gradient,
-    whatever ``strength`` is. Plain SGD without momentum or decay, at the rate :math:`\alpha` (0.5 in the paper), moves
-    them as the paper does::
+    The paper moves a center by :math:`c_j \leftarrow c_j - \alpha\,\Delta_j`, :math:`\Delta_j = \sum_{i: y_i = j} (c_j
+    - z_i) / (1 + n_j)` over the :math:`n_j` samples of class j in the batch. Here the centers are a parameter whose
+    gradient is :math:`\Delta_j`, for any ``strength``. Plain SGD without momentum or weight decay, with the learning
+    rate :math:`\alpha` (0.5 in the paper), gives the paper's update::
 
         center = CenterLoss(128, 10, strength=0.003)
         optimizer = SGD([{"params": model.parameters()}, {"params": center.parameters(), "lr": 0.5}], lr=0.01)
         loss = cross_entropy(logits, y) + center(features, y)
 
-    This is not the derivative of the loss. The derivative is :math:`N / (1 + n_j)` times smaller, so that the centers
-    of rare classes would hardly move. For the derivative, hand a parameter to :func:`center_loss`.
+    This is not the derivative of the loss, which is :math:`N / (1 + n_j)` times smaller and would hardly move the
+    centers of rare classes. For the derivative pass a parameter to :func:`center_loss`.
 
-    Some things differ from the paper. Centers start at zero and not at random: there a class that is never seen does no
-    harm. A sample's weight scales its pull on the center, too. Under DistributedDataParallel each rank counts its own
-    batch, and the ranks' gradients are averaged. Whatever scales or clips the gradients of the whole loss scales the
-    centers' steps, too.
+    Differences from the paper: centers start at zero and not at random, and a sample's weight also scales its pull on
+    the center. Under DistributedDataParallel each rank counts its own batch, and gradients are averaged. Scaling or
+    clipping of gradients also changes the steps of the centers.
 
     Args:
-        num_features: D.
-        num_classes: C.
-        strength: the factor of the loss, > 0: the paper's :math:`\lambda`, which it sets to 0.003 for faces.
+        num_features: the number of features, D.
+        num_classes: the number of classes, C.
+        strength: the paper's :math:`\lambda`, the factor of the loss, > 0. The paper uses 0.003 for faces.
     Attributes:
         centers: (C, D), a parameter.
     Shape:

@@ -1,4 +1,4 @@
-"""ConR: features of samples that the predictions confuse are pushed apart, rare labels hardest."""
+"""ConR: contrastive regularization for imbalanced regression."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def conr_loss(
     eta: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Contrast of samples alike in label with those that only the predictions take to be alike.
+    r"""Contrast samples with similar labels against samples with similar predictions but different labels.
 
     .. math::
         L = \frac1N \sum_{j \in A} \frac{w_j}{|P_j|} \sum_{i \in P_j} -\log \frac{\exp(c_{ji} / \tau)}
@@ -41,36 +41,36 @@ def conr_loss(
     ================= ================================================================================================
     symbol            meaning
     ================= ================================================================================================
-    :math:`c`         cosine of two features; that of a feature of zero is 0, without gradient
-    :math:`P_j`       positives: the other samples with :math:`|y_j - y_p| \le \omega`
-    :math:`Q_j`       negatives: those with :math:`|y_j - y_q| > \omega` though :math:`|\hat y_j - \hat y_q| \le \omega`
-    :math:`A`         anchors: the samples that have a negative, and a positive to be drawn to
-    :math:`S`         pushing weight: how much a negative counts, more with a rare anchor and a gross confusion
+    :math:`c`         cosine of two features; it is 0 without gradient for a feature of zero :math:`P_j`
+    positives: the other samples with :math:`|y_j - y_p| \le \omega` :math:`Q_j`       negatives: those with :math:`|y_j
+    - y_q| > \omega` though :math:`|\hat y_j - \hat y_q| \le \omega` :math:`A`         anchors: the samples that have
+    both a negative and a positive :math:`S`         pushing weight of a negative, larger for rare anchors and large
+    label differences
     ================= ================================================================================================
 
-    It is a regularizer, to be added to a loss of the predictions, as :class:`ConRLoss` does: no gradient passes to
-    ``pred``. It is zero, with zero gradients, where nothing is confused. To contrast two augmented views, as the paper
-    does, hand both over as 2N samples: ``torch.cat([z1, z2])`` with the rest repeated. With one view a sample without a
-    neighbor in label is not an anchor. Each rank of a distributed run contrasts its own batch.
+    It is a regularizer to be added to a loss of the predictions, as :class:`ConRLoss` does. ``pred`` gets no gradient.
+    The loss and its gradients are zero if there is no anchor. To contrast two augmented views, as in the paper, pass
+    both as 2N samples: ``torch.cat([z1, z2])``, with the other arguments repeated. With one view a sample without a
+    similar label in the batch is not an anchor. Each rank of a distributed run contrasts its own batch.
 
-    A weight scales the sample's term as an anchor. A sample of weight 0 is in no other sample's pairs either. A
-    prediction that is not finite is alike to none.
+    A weight scales the sample's term as an anchor. A sample of weight 0 is also excluded from the pairs of others. A
+    prediction that is not finite is similar to no other.
 
     Args:
         pred: the predictions, in label units.
         push_weight: r, dimensionless, >= 0, one number per sample, larger for rare labels, such as ``lds(labels)`` of a
-            fitted :class:`~dir_toolkit.LDS`; None means ones. No gradient passes to it.
-        omega: :math:`\omega`, > 0, in label units. At 1, labels in whole years are alike if they are a year apart at
-            most. None takes a twentieth of the standard deviation of the batch's labels, which is about as much.
+            fitted :class:`~dir_toolkit.LDS`; None means ones. It gets no gradient.
+        omega: :math:`\omega`, > 0, in label units: the largest difference of similar labels. The paper uses 1 for ages
+            in years. None takes a twentieth of the standard deviation of the batch's labels, which is about as much.
         temperature: :math:`\tau`, > 0.
         eta: :math:`\eta`, >= 0, per label unit. None takes 0.01 per :math:`\omega`.
     Shape:
         features: (N, D). target, pred, weight, push_weight: (N,). Returns (), or (N,) for ``reduction="none"``.
     Units:
-        none; it is a log-probability.
+        nats.
     Source:
-        Keramati et al. 2024, section 3 (arXiv:2309.06651). The form of the mean and of S, and that pairs at
-        :math:`\omega` are alike, follow the authors' code (github.com/BorealisAI/ConR).
+        Keramati et al. 2024, section 3 (arXiv:2309.06651). The form of the mean and of S, and the use of :math:`\le
+        \omega`, follow the authors' code (github.com/BorealisAI/ConR).
 
     >>> features, labels = torch.ones(3, 2), torch.tensor([20.0, 20.5, 60.0])
     >>> conr_loss(features, labels, pred=torch.tensor([20.0, 20.0, 60.0])).item()  # nothing is confused
@@ -108,17 +108,17 @@ def conr_loss(
 
 
 class ConRLoss(Loss):
-    r"""A regression loss with ConR added to it: :math:`L = L_\text{base} + \beta L_\text{ConR}`.
+    r"""A regression loss plus ConR: :math:`L = L_\text{base} + \beta L_\text{ConR}`.
 
     A sample's weight scales both terms.
 
     Args:
-        base: called as ``base(prediction, target, weight)``; if it is a module, its parameters are trained, too.
+        base: called as ``base(prediction, target, weight)``. If it is a module, its parameters are trained as well.
         coefficient: :math:`\beta`, >= 0, in units of the base loss.
         omega: as in :func:`conr_loss`.
         temperature: as in :func:`conr_loss`.
         eta: as in :func:`conr_loss`.
-        weights: a fitted LDS, by which r is ``weights(target)``; None pushes with all labels alike.
+        weights: a fitted LDS for r, ``weights(target)``; None means ones.
     Shape:
         forward: output.prediction (N,) in label units, output.features (N, D), target (N,), weight (N,). Returns ().
     Units:
@@ -149,7 +149,7 @@ class ConRLoss(Loss):
         eta: float | None = None,
         weights: LDS | None = None,
     ) -> None:
-        require(callable(base), "base must be a loss to call", got=type(base))
+        require(callable(base), "base must be callable", got=type(base))
         if weights is not None:
             instance(LDS, weights=weights)
         coefficient = number("coefficient", coefficient, low=0, float32=True)

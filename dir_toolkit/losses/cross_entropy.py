@@ -1,12 +1,13 @@
-r"""Cross-entropy and its long-tailed family: logit-adjusted, pairwise margins, and the members that have a name.
+r"""Cross-entropy and its variants for long-tailed classes: logit adjustment, margins, balancing, equalization.
 
-Class weights come from the label axis, here by the effective number of samples (Cui et al. 2019, arXiv:1901.05555):
+Class weights come from :class:`~dir_toolkit.LDS`, here by the effective number of samples (Cui et al. 2019,
+arXiv:1901.05555):
 
 >>> import dir_toolkit as dt
 >>> labels = torch.tensor([0, 0, 0, 0, 1])
 >>> weights = dt.LDS(dt.Bins.classes(2), kernel=None, scheme="effective_number", beta=0.9).fit(labels)
 >>> loss = cross_entropy(torch.zeros(5, 2), labels, weights(labels))
->>> round(loss.item(), 4)  # log 2, since the weights average one over the labels
+>>> round(loss.item(), 4)  # log 2, since the mean weight is one
 0.6931
 """
 
@@ -38,7 +39,7 @@ __all__ = [
     "pairwise_cross_entropy",
 ]
 
-_SLACK = 1e-3  # what rounding may add to a cosine
+_SLACK = 1e-3  # rounding error of a cosine
 
 
 def cross_entropy(
@@ -49,7 +50,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Cross-entropy of the softmax, each sample scaled by its weight.
+    r"""Softmax cross-entropy.
 
     .. math:: L = \frac1N \sum_i w_i \left[-(1 - \varepsilon) \log p_{i,y_i}
               - \frac{\varepsilon}{C} \sum_j \log p_{ij}\right], \quad p_i = \mathrm{softmax}(s_i)
@@ -59,7 +60,8 @@ def cross_entropy(
     the true class, or if labels are smoothed.
 
     Args:
-        label_smoothing: :math:`\varepsilon`, in [0, 1]: how much of each target is spread over all classes alike.
+        label_smoothing: :math:`\varepsilon`, in [0, 1]: the share of each target that is spread uniformly over all
+            classes.
     Shape:
         logits: (N, C). target: (N,) class indices. weight: (N,). Returns (), or (N,) for ``reduction="none"``.
     Units:
@@ -91,16 +93,17 @@ def logit_adjusted_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Cross-entropy of logits to which the log-prior is added in training, so that plain logits predict balanced.
+    r"""Logit-adjusted cross-entropy: the log-prior is added to the logits in training.
 
     .. math:: L = -\log \mathrm{softmax}(s + \tau \log \pi)_y
               = \log\Big(1 + \sum_{y' \ne y} (\pi_{y'} / \pi_y)^\tau e^{s_{y'} - s_y}\Big)
 
-    Predict with ``logits.argmax(1)``, the logits as they are. Shapes and units are those of :func:`cross_entropy`.
+    Predict with ``logits.argmax(1)``: logits without the prior minimise the balanced error. Shapes and units are those
+    of :func:`cross_entropy`.
 
     Args:
-        prior: (C,), the share of training labels in each class.
-        tau: the strength, >= 0; 1 aims at the balanced error, 0 gives plain cross-entropy.
+        prior: (C,), the share of training labels in each class. tau: the strength, >= 0. 1 is consistent with the
+            balanced error, 0 is plain cross-entropy.
         label_smoothing: as in :func:`cross_entropy`.
     Source:
         Menon et al. 2021, equation 10 (arXiv:2007.07314).
@@ -140,22 +143,22 @@ def pairwise_cross_entropy(
     alpha: Any = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""The family that the losses of this file belong to: a margin for every pair of classes.
+    r"""Cross-entropy with a margin for every pair of classes, the general form of the losses in this file.
 
     .. math:: L = \alpha_y \log\Big(1 + \sum_{y' \ne y} e^{\Delta_{yy'}} e^{s_{y'} - s_y}\Big)
 
     Shapes and units are those of :func:`cross_entropy`.
 
     Args:
-        margins: (C, C), :math:`\Delta`: the true class by the other one. The diagonal is not used; ``-inf`` leaves a
-            pair out.
+        margins: (C, C), :math:`\Delta`: rows are true classes, columns are other classes. The diagonal is not used;
+            ``-inf`` removes a pair.
         alpha: (C,), a factor >= 0 per true class; None means ones.
     Source:
         Menon et al. 2021, equation 11 (arXiv:2007.07314).
 
     >>> logits, target = torch.zeros(1, 3), torch.tensor([2])
     >>> margins = torch.full((3, 3), -torch.inf)
-    >>> margins[2, 0] = 0.0  # classes 2 and 0 alone compete: log 2
+    >>> margins[2, 0] = 0.0  # only classes 2 and 0 compete: log 2
     >>> round(pairwise_cross_entropy(logits, target, margins=margins).item(), 4)
     0.6931
     """
@@ -180,7 +183,7 @@ class PairwiseCrossEntropy(ScoreLoss):
 def balanced_cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, *, prior: Any, reduction: Reduction = "mean"
 ) -> Tensor:
-    r"""Cross-entropy with every class weighing alike: :math:`L = -\frac{1}{C \pi_y} \log \mathrm{softmax}(s)_y`.
+    r"""Cross-entropy with equal total weight for each class: :math:`L = -\frac{1}{C \pi_y} \log \mathrm{softmax}(s)_y`.
 
     The factor :math:`1 / \pi_y` is divided by the number of classes, so that a uniform prior gives
     :func:`cross_entropy`, whose shapes and units apply.
@@ -216,25 +219,26 @@ def ldam_loss(
     scale: float = 30.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Label-distribution-aware margin: the rarer the true class, the farther its cosine must lead.
+    r"""Label-distribution-aware margin (LDAM) loss: the margin of the true class is larger for rare classes.
 
     .. math:: L = -\log \mathrm{softmax}\big(a\,(s - m_y\,\mathbf 1_y)\big)_y, \quad
               m_y = m_{\max}\, \frac{n_y^{-1/4}}{\max_j n_j^{-1/4}}
 
-    The logits are cosines in [-1, 1], as ``CosineHead(scale=1)`` gives them; this loss scales them. Deferred
-    reweighting is a ``weight`` that is handed over from a late epoch on: that of ``LDS(bins, kernel=None,
-    scheme="effective_number", beta=0.9999)``, by ``fit(..., weights_from=...)`` of
-    :mod:`dir_toolkit.experiment.training.loop`. Shapes and units are those of :func:`cross_entropy`.
+    The logits are cosines in [-1, 1], as from ``CosineHead(scale=1)``; this loss scales them. For deferred reweighting
+    (DRW) pass ``weight`` from a late epoch on: that of ``LDS(bins, kernel=None, scheme="effective_number",
+    beta=0.9999)``, by ``fit(..., weights_from=...)`` of :mod:`dir_toolkit.experiment.training.loop`. Shapes and units
+    are those of :func:`cross_entropy`.
 
     Args:
-        counts: (C,), training labels in each class, > 0; only their ratios matter, so a prior serves as well.
+        counts: (C,), the number of training labels in each class, > 0. Only their ratios matter, so a prior can be
+            used.
         max_margin: :math:`m_{\max}`, the margin of the rarest class, in units of the cosine, >= 0.
         scale: :math:`a`, > 0, the inverse temperature of the softmax.
     Source:
         Cao et al. 2019, sections 3.2 and 3.3 (arXiv:1906.07413).
 
     >>> loss = ldam_loss(torch.tensor([[0.5, 0.0]]), torch.tensor([0]), counts=[1, 16])
-    >>> round(loss.item(), 4)  # the margin of 0.5 takes the lead away: log 2
+    >>> round(loss.item(), 4)  # the margin of 0.5 cancels the difference of 0.5: log 2
     0.6931
     """
     logits = of_classes(logits, target, weight, reduction)
@@ -266,24 +270,25 @@ def equalization_loss(
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Softmax equalization: rare classes are spared the pressure of samples of other classes.
+    r"""Softmax equalization loss: samples of other classes do not push the logits of rare classes down.
 
     .. math:: L = -\log \frac{e^{s_y}}{\sum_j \tilde w_j e^{s_j}}, \quad
               \tilde w_j = 1 - \beta_j\, [\pi_j < \lambda]\, [j \ne y]
 
-    Each :math:`\beta_j` is one with probability ``drop``, else zero, and is drawn anew for every sample and class.
-    Shapes and units are those of :func:`cross_entropy`.
+    Each :math:`\beta_j` is one with probability ``drop``, else zero. It is drawn for every sample and class. Shapes and
+    units are those of :func:`cross_entropy`.
 
     Args:
         prior: (C,), the share of training labels in each class.
-        threshold: :math:`\lambda`, in [0, 1]; a class with a smaller prior counts as rare.
+        threshold: :math:`\lambda`, in [0, 1]. A class with a smaller prior is rare.
         drop: the probability of :math:`\beta = 1`, in [0, 1]; at 0 and at 1 nothing is drawn.
-        generator: what :math:`\beta` is drawn from, on the logits' device; needed where ``drop`` lies between 0 and 1.
+        generator: the random generator for :math:`\beta`, on the logits' device. It is required if ``drop`` is between
+            0 and 1.
     Source:
         Tan et al. 2020, the softmax form (arXiv:2003.05176).
 
     >>> loss = equalization_loss(torch.zeros(1, 3), torch.tensor([0]), prior=[0.6, 0.3, 0.1], threshold=0.2)
-    >>> round(loss.item(), 4)  # the third class is left out: log 2
+    >>> round(loss.item(), 4)  # the third class is excluded: log 2
     0.6931
     """
     logits = of_classes(logits, target, weight, reduction)
@@ -294,13 +299,13 @@ def equalization_loss(
     elif drop == 0:
         dropped = torch.zeros_like(dropped)
     dropped = dropped.scatter(1, target[:, None], False)
-    # Added, not filled in, so that a logit that is not finite shows.
+    # Added, not filled in, so that a NaN logit propagates.
     offset = torch.zeros_like(logits).masked_fill(dropped, -torch.inf)
     return reduce(negative_log(logits + offset, target), weight, reduction)
 
 
 class EqualizationLoss(ScoreLoss):
-    """:func:`equalization_loss` as a module, which holds the prior as a buffer; the generator is not a setting."""
+    """:func:`equalization_loss` as a module, which holds the prior as a buffer. Settings exclude the generator."""
 
     def __init__(
         self, prior: Any, *, threshold: float, drop: float = 1.0, generator: torch.Generator | None = None
@@ -316,7 +321,7 @@ class EqualizationLoss(ScoreLoss):
 
 
 def negative_log(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The cross-entropy of each sample, (N,), of what has been checked."""
+    """The cross-entropy of each sample, (N,), without checks."""
     log_p = logits.log_softmax(1)
     values = -log_p.gather(1, target[:, None]).squeeze(1)
     if label_smoothing:
@@ -359,5 +364,5 @@ def _uniform(logits: Tensor, generator: Any) -> Tensor:
     require(generator is not None, "generator must be given where drop lies between 0 and 1", got="None", fix=fix)
     instance(torch.Generator, generator=generator)
     own, needed = generator.device.type, logits.device.type
-    require(own == needed, "generator must be on the logits' kind of device", got=f"{own} for {needed}", fix=fix)
+    require(own == needed, "generator must be on the device type of the logits", got=f"{own} for {needed}", fix=fix)
     return torch.rand(logits.shape, generator=generator, device=logits.device)

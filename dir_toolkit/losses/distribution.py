@@ -1,4 +1,4 @@
-"""Losses of a distribution over bins: against a soft label, or against the label itself."""
+"""Losses of a predicted distribution over bins, for soft labels or for the labels themselves."""
 
 from __future__ import annotations
 
@@ -49,19 +49,17 @@ def soft_cross_entropy(
     tau: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Cross-entropy of the softmax against a distribution over bins, each label scaled by its weight.
+    r"""Cross-entropy of the softmax against a target distribution over bins.
 
     .. math:: L = -\frac1N \sum_i w_i \sum_b t_{ib} \log \mathrm{softmax}(s_i + \tau \log \pi)_b
 
     A logit of ``-inf`` makes the loss infinite where the target is not zero.
 
     Args:
-        target: a distribution over bins, which sums to one within 1e-3, as
-            :func:`~dir_toolkit.labels.soft_labels.soft_labels` gives it. A row of zeros, which it gives for a dropped
-            label, has the loss 0. Class indices as int64 are taken as well: this is then ``cross_entropy`` or
-            ``logit_adjusted_cross_entropy`` to the bit.
-        prior: (B,), the share of training labels in each bin. It adjusts the logits in training, so that plain logits
-            predict balanced. None adjusts nothing.
+        target: a distribution over bins, which sums to one within 1e-3, as from
+            :func:`~dir_toolkit.labels.soft_labels.soft_labels`. A row of zeros, a dropped label, has loss 0. It may
+            also be class indices as int64. The loss then equals ``cross_entropy`` or ``logit_adjusted_cross_entropy``.
+        prior: (B,), the share of training labels in each bin, for logit adjustment in training. None does not adjust.
         tau: the strength of the adjustment, >= 0.
     Shape:
         logits: (..., B). target: (..., B), or (...) of classes. weight: (...). Returns (), or (...) for
@@ -155,18 +153,18 @@ def crps(
     outside: Outside = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Continuous ranked probability score of the softmax over bins, each label scaled by its weight.
+    r"""Continuous ranked probability score (CRPS) of the softmax over bins.
 
     .. math:: L = \frac1N \sum_i w_i \int \big(F_i(t) - [t \ge y_i]\big)^2 \, dt
 
-    F is the cumulative distribution and a line in each bin: the softmax's mass of a bin is spread evenly between its
-    :func:`~dir_toolkit.labels.soft_labels.limits`. The integral is exact, over the whole real line. As bins narrow, a
-    distribution that is certain scores its absolute error.
+    F is the cumulative distribution. It is linear in each bin: the probability of a bin is spread uniformly between its
+    :func:`~dir_toolkit.labels.soft_labels.limits`. The integral is exact, over the whole real line. For a distribution
+    in one narrow bin the score approaches the absolute error.
 
     Args:
         bins: the label axis, which must not be classes, since these have no distances.
-        outside: what a label beyond the axis does: ``"raise"`` refuses it, which on an accelerator makes the loss NaN;
-            ``"clip"`` counts it by its distance; ``"drop"`` gives it weight 0.
+        outside: for a label beyond the axis ``"raise"`` raises an error, or on an accelerator makes the loss NaN;
+            ``"clip"`` uses the label unchanged; ``"drop"`` gives it weight 0.
     Shape:
         logits: (..., B). target, weight: (...). Returns (), or (...) for ``reduction="none"``.
     Units:
@@ -191,11 +189,11 @@ def crps(
 
 
 def crps_of(shares: Tensor, y: Tensor, knots: Tensor) -> Tensor:
-    """The CRPS (M,) of labels (M,) under shares (M, B) that are spread evenly between knots (B + 1,)."""
+    """The CRPS (M,) of labels (M,) for probabilities (M, B) spread uniformly between knots (B + 1,)."""
     y, widths = y.unsqueeze(1), knots.diff()
     upper = shares.cumsum(1)  # F at the upper limit of each bin
     lower = pad(upper[:, :-1], (1, 0))
-    before = ((y - knots[:-1]) / widths).clamp(0, 1)  # the share of each bin that lies below the label
+    before = ((y - knots[:-1]) / widths).clamp(0, 1)  # the fraction of each bin below the label
     here = lower + before * shares
     below, above = before * _mean_square(lower, here), (1 - before) * _mean_square(1 - here, 1 - upper)
     beyond = (knots[0] - y).clamp_min(0) + (y - knots[-1]).clamp_min(0)
@@ -218,15 +216,15 @@ def squared_emd(
     bins: Bins | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Squared distance of the softmax's cumulative distribution from the target's, each label scaled by its weight.
+    r"""Squared earth mover's distance (EMD): the squared difference of the two cumulative distributions.
 
     .. math:: L = \frac1N \sum_i w_i \sum_b h_b
               \Big(\sum_{j \le b} \mathrm{softmax}(s_i)_j - \sum_{j \le b} t_{ij}\Big)^2
 
     Args:
         target: a distribution over bins, or a row of zeros, as in :func:`soft_cross_entropy`.
-        bins: makes :math:`h_b` the way from the middle of bin b to that of the next, which is the width of equally wide
-            bins. None, which suits classes that have an order, makes it one.
+        bins: with bins :math:`h_b` is the distance from the middle of bin b to the middle of the next bin. None sets it
+            to one, which suits ordinal classes.
     Shape:
         logits, target: (..., B). weight: (...). Returns (), or (...) for ``reduction="none"``.
     Units:
@@ -244,7 +242,7 @@ def squared_emd(
     soft, fix = target.is_floating_point(), "Use soft_labels(labels, bins, sigma)."
     require(soft, "target must be floats", got=target.dtype, fix=fix)
     rows, flat, flat_weight = _flat(logits, target, weight, reduction, bins)
-    squares = (rows.softmax(1) - flat).cumsum(1)[:, :-1].square()  # the last is zero but for rounding
+    squares = (rows.softmax(1) - flat).cumsum(1)[:, :-1].square()  # the last is zero up to rounding
     if bins is not None:
         knots = limits(bins, rows)
         squares = squares * ((knots[2:] - knots[:-2]) / 2)
@@ -271,7 +269,7 @@ def _continuous(bins: Bins, outside: str, fix: str = "Use soft_cross_entropy.") 
 
 def _ordered(bins: Bins | None) -> None:
     if bins is not None:
-        _continuous(bins, "raise", "Use bins=None if the classes have an order, which then counts one for each step.")
+        _continuous(bins, "raise", "Use bins=None for ordinal classes, which are then one unit apart.")
 
 
 def _flat(
@@ -315,7 +313,7 @@ def _check_shapes(logits: Tensor, target: Tensor, weight: Tensor | None, bins: B
 
 
 def _dropped(target: Tensor) -> Tensor:
-    """Which rows of (M, B) hold nothing."""
+    """The mask of rows of (M, B) that are all zero."""
     return (target == 0).all(1)
 
 

@@ -1,4 +1,4 @@
-"""Focal loss: samples that are already right count less."""
+"""Focal loss: samples that are classified well get less weight."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def focal_loss(
     alpha: Any = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Cross-entropy of the softmax scaled by how far the true class is from certain.
+    r"""Focal loss: cross-entropy scaled by a power of one minus the probability of the true class.
 
     .. math:: L = \frac1N \sum_i -w_i\,\alpha_{y_i} (1 - p_i)^\gamma \log p_i, \quad
               p_i = \mathrm{softmax}(s_i)_{y_i}
 
-    The paper's two classes, of which each is a sigmoid, become C classes of one softmax. Shapes and units are those of
+    The paper defines it for sigmoids; here it is for a softmax over C classes. Shapes and units are those of
     :func:`~dir_toolkit.losses.cross_entropy.cross_entropy`.
 
     Args:
@@ -43,7 +43,7 @@ def focal_loss(
     logits = of_classes(logits, target, weight, reduction)
     gamma = number("gamma", gamma, low=0)
     log_p = logits.log_softmax(1).gather(1, target[:, None]).squeeze(1)
-    # Below gamma 1 the slope of the power at zero is infinite, and infinity times a loss of zero is NaN.
+    # For gamma < 1 the slope of the power at zero is infinite, and infinity times a loss of zero is NaN.
     miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
     values = -miss.pow(gamma) * log_p
     if alpha is not None:

@@ -1,4 +1,4 @@
-"""Gaussian likelihood with a variance for each sample: the regression baseline that tells how sure it is."""
+"""Gaussian likelihood with a predicted variance per sample: the baseline for uncertainty in regression."""
 
 from __future__ import annotations
 
@@ -27,22 +27,21 @@ def gaussian_nll(
     min_variance: float = LEAST_VARIANCE,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Negative log-likelihood of the label under a Gaussian whose mean and variance are both predicted.
+    r"""Negative log-likelihood of a Gaussian whose mean and variance are both predicted.
 
     .. math:: L = \frac1N \sum_i w_i\, \lfloor v_i^\beta \rfloor
               \left[\frac{(y_i - \mu_i)^2}{2 v_i} + \frac12 \log v_i + \frac12 \log 2\pi\right],
               \quad v_i = e^{s_i} + v_{\min}
 
-    Here :math:`\lfloor\cdot\rfloor` is a constant, through which no gradient goes. With :math:`\beta = 0` this is the
-    likelihood itself, which learns least from the samples that it predicts worst. With :math:`\beta = 1` the mean has
-    the gradient that it has under half the squared error.
+    Here :math:`\lfloor\cdot\rfloor` stops the gradient. With :math:`\beta = 0` this is the likelihood itself, in which
+    samples with a large predicted variance have small gradients. With :math:`\beta = 1` the mean has the gradient of
+    half the squared error.
 
     Args:
         pred: the mean :math:`\mu` and the raw log-variance s, in this order in the last axis.
         beta: in [0, 1].
-        min_variance: > 0, in label units squared, below which no variance falls. It is added, so that the gradient of s
-            fades there and does not break off. The default only keeps float32 from overflowing, so that it does not
-            depend on the label's unit; a millionth of the labels' variance suits most.
+        min_variance: :math:`v_{\min}`, > 0, in label units squared. The default only prevents overflow in float32. A
+            millionth of the labels' variance is a good choice.
     Shape:
         target, weight: any shape, equal. pred: that shape and a last axis of two. Returns (), or the target's shape for
         ``reduction="none"``.
@@ -73,7 +72,7 @@ def gaussian_nll(
 
 
 class GaussianNLL(ScoreLoss):
-    """:func:`gaussian_nll` as a module. Of an output that is not a tensor it reads ``scores``, (..., 2)."""
+    """:func:`gaussian_nll` as a module. It reads ``scores``, (..., 2), from an output that is not a tensor."""
 
     def __init__(self, *, beta: float = 0.0, min_variance: float = LEAST_VARIANCE) -> None:
         _options(beta, min_variance)
@@ -83,14 +82,14 @@ class GaussianNLL(ScoreLoss):
 def gaussian_interval(
     pred: Tensor, level: float = 0.9, *, min_variance: float = LEAST_VARIANCE
 ) -> tuple[Tensor, Tensor]:
-    r"""The central interval that holds the label with the probability ``level``: :math:`\mu \pm z \sqrt v`.
+    r"""The central interval of a Gaussian with the probability ``level``: :math:`\mu \pm z \sqrt v`.
 
     Args:
-        pred: the mean and the raw log-variance, as :func:`gaussian_nll` takes them.
-        level: between 0 and 1, both of which are excluded.
+        pred: the mean and the raw log-variance, as in :func:`gaussian_nll`.
+        level: in (0, 1).
         min_variance: as in training.
     Shape:
-        pred: (..., 2). Returns the lower and the upper end, (...) each.
+        pred: (..., 2). Returns the lower and the upper end, each (...).
     Units:
         those of the label.
     Source:
@@ -105,18 +104,18 @@ def gaussian_interval(
     floats(pred=pred)
     shaped((..., 2), _TWO_NUMBERS, pred=pred)
     mean, raw = pred.to(wide_dtype(pred)).unbind(-1)
-    # From the lower tail, since 1 + level would round to 2 next to one.
+    # From the lower tail, since 1 + level would round to 2 for a level close to one.
     z = -torch.special.ndtri(torch.full_like(mean, (1 - level) / 2))
     half = z * (_log_variance(raw, log_least) / 2).exp()
     return mean - half, mean + half
 
 
 def _options(beta: float, min_variance: float) -> tuple[float, float]:
-    """Beta, and the logarithm of the least variance."""
+    """Beta and the logarithm of the minimal variance."""
     least = number("min_variance", min_variance, low=0, open_low=True, float32=True)
     return number("beta", beta, low=0, high=1), math.log(least)
 
 
 def _log_variance(raw: Tensor, log_least: float) -> Tensor:
-    """log(exp(raw) + the least variance), which neither overflows nor loses the smaller of the two."""
+    """log(exp(raw) + the minimal variance), computed without overflow."""
     return torch.logaddexp(raw, torch.full_like(raw, log_least))

@@ -1,4 +1,4 @@
-"""Regression losses, each sample scaled by its weight."""
+"""Weighted regression losses."""
 
 from __future__ import annotations
 
@@ -83,12 +83,11 @@ def weighted_huber(
 ) -> Tensor:
     r"""Huber's loss scaled to slope one: :math:`e^2 / 2\delta` where :math:`|e| < \delta`, else :math:`|e| - \delta/2`.
 
-    The public DIR code calls it Huber's, and so do we. Huber's own loss is ``delta`` times this one;
-    ``torch.nn.functional`` calls this one ``smooth_l1_loss``. Shapes and units are those of :func:`weighted_l1`.
+    The name follows the authors' DIR code. It is ``smooth_l1_loss`` of ``torch.nn.functional``; ``huber_loss`` is
+    ``delta`` times this one. Shapes and units are those of :func:`weighted_l1`.
 
     Args:
-        delta: where the parabola meets the line, > 0, in label units. The default suits ages; other labels want
-            another one.
+        delta: the error at which the parabola meets the line, > 0, in label units. The default suits ages in years.
     Source:
         Huber 1964; Yang et al. 2021, appendix (arXiv:2102.09554).
 
@@ -121,15 +120,15 @@ def weighted_focal_l1(
     variant: FocalVariant = "paper",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Focal-R on the absolute error: :math:`L = \frac1N \sum_i w_i\,\sigma(|\beta e_i|)^\gamma\,|e_i|`.
+    r"""Focal-R loss of the absolute error: :math:`L = \frac1N \sum_i w_i\,\sigma(|\beta e_i|)^\gamma\,|e_i|`.
 
     Shapes and units are those of :func:`weighted_l1`.
 
     Args:
-        beta: how fast an error counts as hard, > 0, per label unit; the paper's 0.2 is for ages.
-        gamma: the focus, >= 0; 0 gives the plain loss.
-        variant: ``"paper"`` scales by the sigmoid, which begins at 1/2; ``"reference"`` by ``2 sigmoid - 1``, which
-            begins at 0, as the public code does.
+        beta: the scale of errors, > 0, per label unit. The paper uses 0.2 for ages.
+        gamma: the exponent, >= 0; 0 gives the plain loss.
+        variant: ``"paper"`` scales by the sigmoid, which is 1/2 for an error of zero. ``"reference"`` scales by ``2
+            sigmoid - 1``, which is 0 there, as in the authors' code.
     Source:
         Yang et al. 2021, section 4 (arXiv:2102.09554).
     """
@@ -154,7 +153,7 @@ def weighted_focal_mse(
     variant: FocalVariant = "paper",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Focal-R on the squared error: :math:`L = \frac1N \sum_i w_i\,\sigma(|\beta e_i|)^\gamma\,e_i^2`.
+    r"""Focal-R loss of the squared error: :math:`L = \frac1N \sum_i w_i\,\sigma(|\beta e_i|)^\gamma\,e_i^2`.
 
     Arguments and shapes are those of :func:`weighted_focal_l1`; the units are those of the label, squared.
     """
@@ -172,10 +171,9 @@ class WeightedFocalMSE(PointLoss):
 def _scaled(
     pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, formula: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The loss of each error in at least float32, scaled by its weight and reduced, once all arguments are checked.
+    """Check the arguments, apply a formula to pred - target in at least float32, weight and reduce.
 
-    A loss that is finite comes of finite numbers alone, and weights of zero have left no trace in it. Only where it is
-    not, or may not be looked at, are the arguments asked one by one.
+    If the loss is finite, then so are all arguments. Only otherwise, or where the loss cannot be read, they are checked one by one.
     """
     pred, target = pairs(pred, target, weight, reduction)
     looked_at = reduction != "none" and readable(pred)
@@ -199,5 +197,5 @@ def _focus(error: Tensor, beta: float, gamma: float, variant: str) -> Tensor:
         hardness = torch.tanh(beta * error / 2)  # = 2 sigmoid - 1, without the cancellation near zero
     if gamma == 1:
         return hardness
-    # Below gamma 1 the slope of the power at zero is infinite, and infinity times an error of zero is NaN.
+    # For gamma < 1 the slope of the power at zero is infinite, and infinity times an error of zero is NaN.
     return hardness.clamp_min(torch.finfo(hardness.dtype).tiny).pow(gamma)

@@ -1,16 +1,16 @@
-"""Metrics whose sums merge over batches, objects and ranks.
+"""Metrics that accumulate over batches and merge over objects and ranks.
 
-Every class here has the same methods. ``update`` adds a batch. ``compute`` makes an ``xarray.Dataset`` of it.
-``merge`` adds what another object has seen, and ``all_reduce`` what other ranks have seen. ``fresh`` makes an object of
-the same settings that has seen nothing. Sums are float64 and counts are int64, whatever the inputs are. The
-function beside each class updates and computes in one call.
+Every class here has the same methods. ``update`` adds a batch. ``compute`` returns an ``xarray.Dataset``. ``merge``
+adds the samples of another object, and ``all_reduce`` those of other ranks. ``fresh`` returns an empty object with the
+same settings. Sums are float64 and counts are int64 for inputs of any dtype. The function beside each class updates and
+computes in one call.
 
-Targets beyond the axis are refused by default. ``outside="clip"`` counts such a target in the end bin, and
-``outside="drop"`` counts it nowhere; so does ``missing="drop"`` with a target that is NaN. A region or a bin without a
-test sample is NaN, not zero, and its count says so.
+A target beyond the axis raises an error by default. ``outside="clip"`` counts it in the end bin, and ``outside="drop"``
+ignores it. ``missing="drop"`` ignores a target that is NaN. A region or a bin without a test sample is NaN and has the
+count zero.
 
-An update that raises has added nothing. The values of a batch on an accelerator are not looked at, since that would
-stop the device. What must be refused is counted there, and the first call that looks at results raises for it.
+An update that raises adds nothing. Values on an accelerator are not checked by ``update``, since that would block it.
+Invalid samples are counted there, and the first call that reads results raises the error.
 """
 
 from __future__ import annotations

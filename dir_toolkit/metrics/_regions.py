@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
-Axis = LabelDensity | Bins | BinGrid  # bins alone only where the density follows them
+Axis = LabelDensity | Bins | BinGrid  # bins alone only if the density follows them
 
 
 class RegionMetrics(MergingSums):
-    """Metrics that follow from sums per bin, over all labels and by region of the training density."""
+    """Metrics computed from sums per bin, over all labels and by region of the training density."""
 
     metrics: ClassVar[tuple[Metric, ...]]
-    """The declarations of the numbers that ``compute`` gives."""
+    """The declarations of the numbers that ``compute`` returns."""
     selects: ClassVar[str]
-    """The key of :meth:`summary` whose least value marks the best model."""
+    """The key of :meth:`summary` whose smallest value marks the best model."""
     takes: ClassVar[str]
     """The part of a model's output that ``update`` takes, by name."""
 
@@ -42,12 +42,12 @@ class RegionMetrics(MergingSums):
         axes = (Bins, BinGrid) if grids else Bins
         if not isinstance(density, LabelDensity) or not isinstance(density.bins, axes):
             raise problem(f"density must be a LabelDensity{'' if grids else ' over one axis'}", got=repr(density))
-        require(density.counts.dtype.kind != "f", "density must be as counted, not smoothed", got=density)
+        require(density.counts.dtype.kind != "f", "density must be counted, not smoothed", got=density)
         self.density, self.bins = density, density.bins
         super().__init__(outside, missing)
 
     def _sums_by_bin(self) -> dict[str, np.ndarray]:
-        """The sums of each bin by name, (K, B) for each of K axes. One of them is ``count``."""
+        """The sums of each bin by name, (K, B) for K axes. One of them is ``count``."""
         raise NotImplementedError
 
     def _widths(self) -> np.ndarray | float:
@@ -55,10 +55,8 @@ class RegionMetrics(MergingSums):
         return 1.0
 
     def summary(self) -> dict[str, float]:
-        """The numbers to watch in training, under keys such as "mae/few".
-
-        They are NaN where there is no sample. Regions that have no bin are left out.
-        """
+        """The numbers to watch in training, under keys such as "mae/few". They are NaN where there is no sample.
+        Regions without bins are omitted."""
         result = self.compute()
         present = {"all", *result["bin_region"].values}
         watched = [(metric.name, region) for metric in self.metrics for region in metric.watched if region in present]
@@ -67,14 +65,14 @@ class RegionMetrics(MergingSums):
     def compute(self, *, many: int = 100, few: int = 20) -> xr.Dataset:
         """The numbers so far, as a dataset over ``region`` (all, many, medium, few, unseen) and ``bin``.
 
-        Units are attributes, in which ``"label"`` stands for the unit of the labels. Over a grid there is ``axis``,
-        too: ``axis_mae``, ``axis_rmse`` and so on hold each dimension by itself, and the bounds and centres of bins
-        have one value per dimension.
+        The ``units`` attribute ``"label"`` means the unit of the labels. Over a grid there is also ``axis``:
+        ``axis_mae``, ``axis_rmse`` and so on hold one value per dimension, as do the bounds and centres of bins.
 
         Args:
-            many, few: limits of the regions, as in :meth:`LabelDensity.regions`. They do nothing if regions were given.
+            many, few: limits of the regions, as in :meth:`LabelDensity.regions`. They are ignored if regions were
+                given.
         Raises:
-            LabelError, ValueError: on an accelerator, ``update`` was given what it refuses on the CPU.
+            LabelError, ValueError: on an accelerator, ``update`` got invalid samples.
         """
         self._check_refused()
         regions = self.density.regions(many=many, few=few) if self.regions is None else self.regions

@@ -1,4 +1,4 @@
-"""What all metrics have in common: sums that stay on the device of the samples and add up over objects and ranks."""
+"""The base of all metrics: sums on the device of the samples, which add up over objects and ranks."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _Sums = TypeVar("_Sums", bound="MergingSums")
 
 
 class MergingSums(ABC):
-    """A metric whose state is tensors that add up."""
+    """A metric whose state is tensors of sums."""
 
     kept: ClassVar[tuple[str, ...]]
-    """The names of the tensors."""
+    """The names of these tensors."""
 
     refused: Tensor
-    """(2,) int64, in classes that keep it: how many targets had no bin, and how many predictions named none, on an
+    """(2,) int64, in classes that have it: the numbers of invalid targets and of invalid predictions on an
     accelerator."""
 
     def __init__(self, outside: Outside, missing: Missing = "raise") -> None:
@@ -50,17 +50,17 @@ class MergingSums(ABC):
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """The arguments that it was made with, by name."""
+        """The arguments of the constructor, by name."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({shown(self.settings)})"
 
     def fresh(self: _Sums) -> _Sums:
-        """An object of the same settings that has seen nothing."""
+        """An empty object with the same settings."""
         return type(self)(**self.settings)
 
     def merge(self: _Sums, other: _Sums) -> _Sums:
-        """Add what another object of the same settings has seen, and return self."""
+        """Add the samples of another object with the same settings, and return self."""
         instance(_own_kind(self), other=other)
         mine, theirs = self.settings, other.settings
         differ = [name for name in mine if not _equal(mine[name], theirs[name])]
@@ -73,15 +73,14 @@ class MergingSums(ABC):
         return self
 
     def all_reduce(self: _Sums, *, group: dist.ProcessGroup | None = None) -> _Sums:
-        """Sum over the ranks of ``torch.distributed``, and return self. Outside of it this does nothing.
+        """Sum over the ranks of ``torch.distributed`` and return self. Without it this does nothing.
 
         All ranks must call this once, after their last update.
 
         Args:
-            group: the ranks that saw different samples, if others saw the same ones, as in tensor parallelism. None
-                takes all ranks.
+            group: the ranks that saw different samples; None means all ranks. Tensor parallelism needs it.
         Raises:
-            as ``compute``, on every rank alike. TypeError: ``group`` is not a process group.
+            as ``compute``, on every rank. TypeError: ``group`` is not a process group.
         """
         check_group(group)
         with torch.inference_mode(False):
@@ -92,14 +91,14 @@ class MergingSums(ABC):
         return self
 
     def _begin(self, **shapes: tuple[int, ...]) -> None:
-        """Zeros of these shapes, on the CPU until the first update."""
+        """Set sums to zeros of these shapes, on the CPU until the first update."""
         with torch.inference_mode(False):
             for name, shape in shapes.items():
                 dtype = torch.int64 if name in ("confusion", "refused") else torch.float64
                 setattr(self, name, torch.zeros(shape, dtype=dtype, device="cpu"))
 
     def _ready(self, device: torch.device) -> None:
-        """Move the sums to this device, and make them such as can be added to inside and outside of inference mode."""
+        """Move the sums to this device, as tensors that can be updated inside and outside of inference mode."""
         for name in self.kept:
             kept: Tensor = getattr(self, name)
             if kept.device != device or kept.is_inference():
@@ -107,7 +106,7 @@ class MergingSums(ABC):
                     setattr(self, name, kept.to(device, copy=True))
 
     def _check_refused(self) -> None:
-        """Raise for what was counted on an accelerator."""
+        """Raise if invalid samples were counted on an accelerator."""
         targets, predictions = self.refused.tolist() if "refused" in self.kept else (0, 0)
         fix = "Remove or repair these samples, and measure again."
         rule = "every target must be a label of the axis"
@@ -117,15 +116,15 @@ class MergingSums(ABC):
 
 
 def check_samples(**tensors: Tensor) -> None:
-    """Raise unless float64 sums can take these in: plain numbers on one device, outside of torch.func."""
+    """Raise unless these are real tensors on one device with float64, outside of torch.func."""
     real(**tensors)
     on_one_device(**tensors)
     same_device(**tensors)
     for name, value in tensors.items():
         fix = f"Return {name} from the function (has_aux=True), and update afterwards."
-        rule = "must not be called inside torch.func transforms, out of which sums cannot be carried"
+        rule = "must not be called inside torch.func transforms, since sums cannot leave them"
         require(not is_wrapped(value), rule, fix=fix, error=RuntimeError)
-        rule = f"{name} must be on a device that knows float64, in which sums are kept"
+        rule = f"{name} must be on a device with float64, which sums need"
         require(value.device.type != "mps", rule, got="mps", fix=f"Use {name}.cpu().")
 
 
@@ -136,16 +135,15 @@ def check_some(**tensors: Tensor) -> None:
 
 
 def placed(bins: AnyBins, target: Tensor, outside: Outside, missing: Missing) -> tuple[Tensor, Tensor | None]:
-    """The bin of each target, or -1 if it has none.
-
-    Where values are not looked at, nothing is raised, and the number of refused targets, () int64, is returned, too.
-    """
+    """The bin of each target, or -1 for ignored targets. On an accelerator invalid targets also get -1, and their
+    number, () int64, is returned."""
     index = bins.place(target, outside, missing, name="target")
     return index, None if readable(target) else (index == -2).sum()
 
 
 def class_indices(name: str, index: Tensor, num_classes: int, outside: Outside = "raise") -> Tensor:
-    """``index`` as int64 numbers from 0 to ``num_classes`` - 1, and -1 for others that are dropped or not looked at."""
+    """``index`` as int64 from 0 to ``num_classes`` - 1, and -1 for those that are dropped, or invalid but not
+    checked."""
     integers(**{name: index})
     classes = index.detach().long()
     if outside == "clip":
@@ -156,7 +154,7 @@ def class_indices(name: str, index: Tensor, num_classes: int, outside: Outside =
 
 
 def _own_kind(metric: MergingSums) -> type:
-    """The class of this package that it is of, or that its class inherits from."""
+    """The class of this package that its class is or inherits from."""
     return next(kind for kind in type(metric).__mro__ if kind.__module__.startswith(__package__))
 
 

@@ -1,4 +1,4 @@
-"""Classification errors by region and by class, from a confusion matrix that merges."""
+"""Classification errors by region and by class, from a confusion matrix."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["ClassificationMetrics", "balanced_error", "classification_metrics"]
 
 
 def balanced_error(pred: Tensor, target: Tensor, num_classes: int) -> float:
-    r"""The share of wrong answers in each class, averaged over the classes that ``target`` holds.
+    r"""The balanced error: the error rate of each class, averaged over the L classes in ``target``.
 
     .. math:: \mathrm{BER} = \frac1L \sum_y P(\hat y \ne y \mid y)
 
     Args:
-        pred: class indices, or scores, of which the highest is taken and, of equal ones, the first.
+        pred: class indices, or scores. Of equal scores the first is used.
     Shape:
         pred: (N,) or (N, num_classes). target: (N,) class indices.
     Raises:
@@ -39,7 +39,7 @@ def balanced_error(pred: Tensor, target: Tensor, num_classes: int) -> float:
     Source:
         Menon et al. 2021, section 2 (arXiv:2007.07314).
 
-    Of 10, 20 and 30 instances, 1, 10 and 20 are right, so that the plain error is 29/60.
+    Of 10, 20 and 30 samples, 1, 10 and 20 are right. The plain error is 29/60.
 
     >>> target = torch.arange(3).repeat_interleave(torch.tensor([10, 20, 30]))
     >>> right = torch.cat([torch.arange(n) < k for n, k in [(10, 1), (20, 10), (30, 20)]])
@@ -65,20 +65,20 @@ def _error(right: np.ndarray, count: np.ndarray) -> np.ndarray:
 class ClassificationMetrics(RegionMetrics):
     """Error, balanced error and macro F1, over all labels and by region of the training density.
 
-    All of them follow from one int64 confusion matrix, so that batches, ranks and objects merge exactly and regions can
-    be chosen afterwards. A class is a bin, and a continuous label counts as the bin it falls into.
+    All are computed from one int64 confusion matrix, so that merging is exact and regions can be chosen afterwards. A
+    class is a bin. A continuous label counts as its bin.
 
-    The error is the share of samples that are wrong. The balanced error and macro F1 are means over the tested bins, of
-    one minus recall and of F1, which is zero for a bin that was never predicted. Samples of other regions that were
-    predicted as a bin count against its F1 and its precision. The precision of a bin that was never predicted is NaN.
+    The error is the share of wrong predictions. The balanced error is the mean of one minus recall over the tested
+    bins, and macro F1 is the mean of F1. Samples of all regions enter the precision and F1 of a bin. For a bin that was
+    never predicted F1 is zero and precision is NaN.
 
     Args:
-        density: of the training labels. It brings the label axis and decides the region of each bin.
-            ``(bins, density)``, in two arguments, means the same.
-        regions: the region of each bin, B names out of "many", "medium", "few" and "unseen", in place of those that
-            ``density`` gives.
+        density: the density of the training labels, which defines the label axis and the region of each bin. ``(bins,
+            density)``, in two arguments, means the same.
+        regions: the region of each bin, B names out of "many", "medium", "few" and "unseen". None takes those of
+            ``density``.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``.
-        missing: ``"raise"``, or ``"drop"`` for targets that may be NaN, which are then counted nowhere.
+        missing: ``"raise"``, or ``"drop"``, which ignores targets that are NaN.
     Attributes:
         confusion: (B, B) int64, samples by true bin (rows) and predicted bin (columns).
     Raises:
@@ -135,11 +135,11 @@ class ClassificationMetrics(RegionMetrics):
         return {"density": self.density, "regions": self.regions, "outside": self.outside, "missing": self.missing}
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """Add a batch. On an accelerator nothing waits for the host.
+        """Add a batch, without waiting for an accelerator.
 
         Args:
-            pred: bin indices, or scores, of which the highest is taken and, of equal ones, the first. A predicted
-                label has to be placed first: ``bins.index(label, "clip")``.
+            pred: bin indices, or scores. Of equal scores the first is used. Convert predicted labels first:
+                ``bins.index(label, "clip")``.
             target: labels in label units, or class indices if bins are classes.
         Shape:
             pred: (N,) or (N, B). target: (N,). An empty batch adds nothing.
@@ -165,7 +165,7 @@ class ClassificationMetrics(RegionMetrics):
         return {name: row[None] for name, row in rows.items()}
 
     def confusion_matrix(self) -> xr.DataArray:
-        """Samples by true and predicted bin, int64 over ``target`` and ``pred``."""
+        """The number of samples by true and predicted bin, int64 over ``target`` and ``pred``."""
         import xarray as xr
 
         self._check_refused()
@@ -191,7 +191,8 @@ def classification_metrics(
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
-    """:class:`ClassificationMetrics` of one whole set."""
+    """:class:`ClassificationMetrics` of one whole data set, with the arguments of the class, ``update`` and
+    ``compute``."""
     check_some(target=target)
     metrics = ClassificationMetrics(density, counted, regions=regions, outside=outside, missing=missing)
     metrics.update(pred, target)
@@ -206,7 +207,7 @@ def _check_shapes(pred: Tensor, target: Tensor, num_classes: int) -> None:
 
 
 def _predicted(pred: Tensor, num_classes: int) -> Tensor:
-    """The predicted class of each sample, (N,) int64, and -1 where it names none and values are not looked at."""
+    """The predicted class of each sample, (N,) int64, and -1 for invalid predictions on an accelerator."""
     if pred.ndim == 1:
         return class_indices("pred", pred, num_classes)
     unclear = pred.detach().isnan()

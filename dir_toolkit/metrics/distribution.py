@@ -1,4 +1,4 @@
-"""Distributions over the bins of a label axis, judged by region and by bin, from sums that merge."""
+"""Scores of forecast distributions over bins, by region and by bin."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DistributionMetrics", "distribution_metrics"]
 
-_PIECE = 2**20  # shares at a time
-_LEAST = 1e-30  # a share that a label's bin is taken to have
+_PIECE = 2**20  # probabilities at a time
+_LEAST = 1e-30  # the smallest probability of a bin in the log score
 _SUMS = ("count", "crps", "log", "pinball", "interval", "pit", "pit_spread")
 
 
@@ -34,33 +34,33 @@ def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 class DistributionMetrics(RegionMetrics):
-    r"""CRPS, log score, pinball loss, interval score and PIT of forecast distributions, by region and by bin.
+    r"""CRPS, log score, pinball loss, interval score and PIT of forecast distributions over bins.
 
-    The mass of a bin is spread evenly between its limits, as the loss :func:`dir_toolkit.crps` and the quantiles have
-    it. With F the cumulative distribution of a forecast, z its quantile of level q, and l and u the ends of its central
-    interval of probability :math:`1 - \alpha`, a label y scores
+    The probability of a bin is spread uniformly between its limits, as in :func:`dir_toolkit.crps`. Let F be the
+    cumulative distribution of a forecast, z its quantile of level q, and l and u the ends of its central interval of
+    probability :math:`1 - \alpha`. The scores of a label y are
 
     .. math:: \mathrm{CRPS} = \int (F(t) - [t \ge y])^2\,dt, \qquad
               \mathrm{log} = -\log F'(y), \qquad \mathrm{pinball} = \max(q(y - z), (q - 1)(y - z)),
 
     .. math:: \mathrm{interval} = u - l + \tfrac2\alpha \max(l - y, 0) + \tfrac2\alpha \max(y - u, 0)
 
-    Less is better. The log score is in nats of a density per label unit, so that labels in another unit shift it. A
-    label in a bin of a share below 1e-30 scores as if it had that.
+    Lower is better. The log score is in nats of a density per label unit, so that it depends on the unit. Probabilities
+    of a label's bin below 1e-30 are raised to 1e-30.
 
     The PIT of a label is F(y). Where forecasts are calibrated its mean is 0.5, and a larger one says that labels lie
     above their forecasts. Its spread, twelve times the mean square of F(y) - 0.5, is 1 then, and a larger one says that
     forecasts are too narrow. :meth:`pit` gives the whole histogram.
 
     Args:
-        density: of the training labels, over bins of a continuous axis. ``(bins, density)`` means the same.
+        density: the density of the training labels, over bins of a continuous axis. ``(bins, density)`` means the same.
         level: :math:`1 - \alpha`, in (0, 1), of the interval score.
         quantile: q, in (0, 1), of the pinball loss. At 0.5 this is half the absolute error of the median.
         pit_bins: the number of bins of ``pit``.
-        ends: as in :func:`dir_toolkit.decode`; a model's are ``model.readout.ends``.
-        outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target keeps its exact distance. The log score
-            alone takes it to lie at the end of the axis.
-        missing: ``"raise"``, or ``"drop"`` for targets that may be NaN, which are then counted nowhere.
+        ends: as in :func:`dir_toolkit.decode`. For a model use ``model.readout.ends``.
+        outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target is scored by its exact value, except in the log
+            score, which moves it to the end of the axis.
+        missing: ``"raise"``, or ``"drop"``, which ignores targets that are NaN.
     Source:
         Gneiting and Raftery 2007, doi:10.1198/016214506000001437; Dawid 1984, doi:10.2307/2981683, for the PIT.
 
@@ -117,7 +117,7 @@ class DistributionMetrics(RegionMetrics):
         return {name: getattr(self, name) for name in names}
 
     def update(self, probabilities: Any, target: Any) -> None:
-        """Add a batch. On an accelerator nothing waits for the host.
+        """Add a batch, without waiting for an accelerator.
 
         Args:
             probabilities, target: tensors, or NumPy arrays, pandas columns and lists of numbers.
@@ -126,9 +126,9 @@ class DistributionMetrics(RegionMetrics):
         Units:
             targets in those of the label.
         Raises:
-            ShapeError, TypeError, ValueError: as ``bins.shares``, and where shapes do not fit. LabelError: a target
-            is NaN, or lies beyond the axis under ``outside="raise"``. ValueError: a target that is clipped is infinite.
-            On an accelerator, what is not finite shows in the result.
+            ShapeError, TypeError, ValueError: as ``bins.shares``, or shapes do not fit. LabelError: a target is NaN, or
+                lies beyond the axis under ``outside="raise"``. ValueError: a clipped target is infinite. On an
+                accelerator values that are not finite make results NaN or infinite.
         """
         probabilities, target = as_tensors(probabilities=probabilities, target=target)
         check_samples(probabilities=probabilities, target=target)
@@ -154,7 +154,7 @@ class DistributionMetrics(RegionMetrics):
             self.places.view(-1).index_add_(0, place * len(self.bins) + row, counts.double())
 
     def _scores(self, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """What each sample adds to the sums, (7, N), and where in its forecast the label lies, (N,)."""
+        """The terms that each sample adds to the sums, (7, N), and the PIT of its label, (N,)."""
         knots = knots_of(self.bins, p, self.ends)
         tails = [(1 - self.level) / 2, (1 + self.level) / 2, self.quantile]
         lower, upper, z = quantiles_of(
@@ -172,9 +172,9 @@ class DistributionMetrics(RegionMetrics):
         return dict(zip(_SUMS, self.sums.cpu().numpy()[:, None], strict=True))  # (1, B) each
 
     def pit(self, *, many: int = 100, few: int = 20) -> xr.Dataset:
-        """The histogram of the probability integral transform: the share of labels at which the forecast's F lies
-        within each of ``pit_bins`` even steps from 0 to 1. Calibrated forecasts make it flat over all labels, not in
-        each region. A hump says that forecasts are too wide, and ends that stand up that they are too narrow.
+        """The histogram of the probability integral transform (PIT), which is F at the label, in ``pit_bins`` equal
+        bins from 0 to 1. For calibrated forecasts it is flat over all labels, but not within a region. A hump means
+        that forecasts are too wide, and high ends mean that they are too narrow.
 
         Args:
             many, few: as in ``compute``.
@@ -218,7 +218,8 @@ def distribution_metrics(
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
-    """:class:`DistributionMetrics` of one whole set."""
+    """:class:`DistributionMetrics` of one whole data set, with the arguments of the class, ``update`` and
+    ``compute``."""
     (probabilities,) = as_tensors(probabilities=probabilities)
     check_some(probabilities=probabilities)
     metrics = DistributionMetrics(

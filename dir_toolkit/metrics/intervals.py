@@ -1,4 +1,4 @@
-"""How often intervals hold the label, and how wide they are, by region and by bin, from sums that merge."""
+"""Coverage and mean width of prediction intervals, by region and by bin."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 class IntervalMetrics(RegionMetrics):
-    """The share of labels that lie in their interval, ends included, and the mean width of the intervals, over all
-    labels and by region of the training density.
+    """Coverage and mean width of prediction intervals, over all labels and by region of the training density.
 
-    An interval that is right nine times in ten over all labels may hold rare ones half the time, which only the regions
-    show; :mod:`dir_toolkit.conformal` mends it. In the width an infinite end counts as the end of the axis.
+    Coverage is the share of labels in their interval, ends included. Intervals that cover 90 % of all labels may cover
+    far fewer rare ones, which only the regions show. :mod:`dir_toolkit.conformal` calibrates per region. In the width
+    an infinite end counts as the end of the axis.
 
     Args:
-        density: of the training labels. It brings the label axis and decides the region of each bin.
-            ``(bins, density)``, in two arguments, means the same.
+        density: the density of the training labels, which defines the label axis and the region of each bin. ``(bins,
+            density)``, in two arguments, means the same.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``.
-        missing: ``"raise"``, or ``"drop"`` for targets that may be NaN, which are then counted nowhere.
+        missing: ``"raise"``, or ``"drop"``, which ignores targets that are NaN.
     Attributes:
-        sums: (3, B) float64, by bin: the count, the count of labels inside, and the sum of widths.
+        sums: (3, B) float64, per bin: the number of labels, the number of covered labels, and the sum of widths.
 
     >>> from dir_toolkit import Bins
     >>> metrics = IntervalMetrics(LabelDensity(Bins.uniform(0, 10, width=5), [200, 5]))
@@ -79,7 +79,7 @@ class IntervalMetrics(RegionMetrics):
         return {"density": self.density, "outside": self.outside, "missing": self.missing}
 
     def update(self, lower: Any, upper: Any, target: Any) -> None:
-        """Add a batch. On an accelerator nothing waits for the host.
+        """Add a batch, without waiting for an accelerator.
 
         Args:
             lower, upper, target: tensors, or NumPy arrays, pandas columns and lists of numbers.
@@ -89,7 +89,7 @@ class IntervalMetrics(RegionMetrics):
             those of the label.
         Raises:
             ShapeError: shapes differ. LabelError: a target is NaN, or lies beyond the axis under ``outside="raise"``.
-            ValueError: an end is NaN, or a lower end lies above its upper end. On an accelerator the width is NaN then.
+            ValueError: an end is NaN, or a lower end is above its upper end. On an accelerator the width is NaN then.
         """
         lower, upper, target = as_tensors(lower=lower, upper=upper, target=target)
         check_samples(lower=lower, upper=upper, target=target)
@@ -129,7 +129,7 @@ def interval_metrics(
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
-    """:class:`IntervalMetrics` of one whole set."""
+    """:class:`IntervalMetrics` of one whole data set, with the arguments of the class, ``update`` and ``compute``."""
     (target,) = as_tensors(target=target)
     check_some(target=target)
     metrics = IntervalMetrics(density, counted, outside=outside, missing=missing)
@@ -138,5 +138,5 @@ def interval_metrics(
 
 
 def _crossed(lower: Tensor, upper: Tensor) -> str:
-    at = int((lower > upper).to(torch.uint8).argmax())
-    return f"{lower[at]:g} and {upper[at]:g} at index [{at}]"
+    first = int((lower > upper).to(torch.uint8).argmax())
+    return f"{lower[first]:g} and {upper[first]:g} at index [{first}]"

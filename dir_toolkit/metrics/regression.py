@@ -1,4 +1,4 @@
-"""Regression errors by region and by bin, from sums that merge."""
+"""Regression errors by region and by bin."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["RegressionMetrics", "regression_metrics"]
 
-_PIECE = 2**20  # labels at a time, so that maps of one label per pixel need no ten copies
+_PIECE = 2**20  # labels at a time, which bounds the memory for maps with one label per pixel
 
 
 def _contributions(
     pred: Tensor, target: Tensor, origin: float, floor: float, median: float, relevance: Relevance
 ) -> dict[str, Tensor]:
-    """What each sample adds to the sums of its bin, by name. A metric may use any of these."""
+    """The terms that each sample adds to the sums of its bin, by name. A metric may use any of these."""
     error = pred - target
     size = error.abs()
     p, t = pred - origin, target - origin
@@ -58,7 +58,7 @@ def _pearson(
 ) -> np.ndarray:
     covariance = product - pred * target / n
     spread_pred, spread_target = pred2 - pred**2 / n, target2 - target**2 / n
-    # What cancellation leaves of a constant is noise, not spread: n roundings of the sum of squares.
+    # The variance of a constant is not exactly zero: it is within n rounding errors of the sum of squares.
     noise = 1e-15 * n
     varied = (spread_pred > noise * pred2) & (spread_target > noise * target2)
     return np.clip(np.where(varied, covariance / np.sqrt(spread_pred * spread_target), np.nan), -1, 1)
@@ -92,26 +92,24 @@ _SUMS = tuple(dict.fromkeys(("count", *(name for metric in _METRICS for name in 
 class RegressionMetrics(RegionMetrics):
     """MAE, RMSE, GM, bMAE, bMASE, SERA, bias and Pearson's r, over all labels and by region of the training density.
 
-    All of them follow from float64 sums per bin, so that batches, ranks and objects merge exactly and regions can be
-    chosen afterwards. The bMAE is the mean of the bins' own MAE over the bins that were tested. Each bin weighs as much
-    as it is wide, so that all labels of the axis weigh alike. The bMASE is the bMAE divided by that of a constant
-    prediction, the median of training, so that it compares across data sets. It is NaN where that one has no error.
-    SERA is the sum over samples of the squared error times the relevance of the label, to which its integral over
-    thresholds comes. :class:`~dir_toolkit.metrics.relevance.Relevance` follows from the training density, and is zero
-    everywhere if no label lies far out.
+    All are computed from float64 sums per bin, so that merging is exact and regions can be chosen afterwards. The bMAE
+    is the mean of the MAE of each tested bin, weighted by the bin's width. The bMASE is the bMAE divided by that of a
+    constant prediction, the median of the training labels. It is comparable across data sets, and NaN where the
+    constant has no error. SERA is the sum over samples of the squared error times the relevance of the label, which
+    equals its integral over thresholds. :class:`~dir_toolkit.metrics.relevance.Relevance` is computed from the training
+    density. It is zero everywhere if there are no extreme labels.
 
-    Over a grid of K axes the joint bin decides the region, and each number is the mean over the K dimensions. Absolute
-    and squared errors, logarithms (for GM), bias and correlation of a sample's dimensions weigh alike, so bring labels
-    of different units to one scale first. The numbers of each dimension by itself stand beside.
+    Over a grid of K axes the joint bin decides the region, and each number is the mean over the K dimensions with equal
+    weights. Scale labels with different units first. ``compute`` also returns the numbers of each dimension.
 
     Args:
-        density: of the training labels. It brings the label axis, or the grid of axes, and decides the region of each
+        density: the density of the training labels, which defines the label axis, or the grid, and the region of each
             bin. ``(bins, density)``, in two arguments, means the same.
-        floor: the least absolute error that enters the geometric mean, in label units, so that one perfect prediction
-            does not make it zero. None takes a hundredth of the median bin width. Over a grid give one for all axes or
-            one per axis.
-        outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target keeps its exact error.
-        missing: ``"raise"``, or ``"drop"`` for targets that may be NaN, which are then counted nowhere.
+        floor: the smallest absolute error in the geometric mean, in label units, so that one perfect prediction does
+            not make it zero. None takes a hundredth of the median bin width. Over a grid it is one number, or one per
+            axis.
+        outside: ``"raise"``, ``"clip"`` or ``"drop"``. The error of a clipped target is exact.
+        missing: ``"raise"``, or ``"drop"``, which ignores targets that are NaN.
 
     Source:
         Ribeiro and Moniz 2020, doi:10.1007/s10994-020-05900-9, for SERA.
@@ -143,7 +141,7 @@ class RegressionMetrics(RegionMetrics):
         bins = self.bins
         self._floors = _floor_per_axis(floor, bins)
         self.floor = self._floors if isinstance(bins, BinGrid) else self._floors[0]
-        # Correlation is taken about the middle of the axis, so that a far-away origin costs no digits.
+        # Correlation is computed relative to the middle of the axis, which avoids cancellation.
         self._origins = [float(axis.edges[0] + axis.edges[-1]) / 2 for axis in bins.axes]
         self._relevances = [Relevance.of(marginal) for marginal in _marginals(self.density)]
         self._medians = [relevance.median for relevance in self._relevances]
@@ -155,19 +153,18 @@ class RegressionMetrics(RegionMetrics):
         return {"density": self.density, "floor": self.floor, "outside": self.outside, "missing": self.missing}
 
     def update(self, pred: Any, target: Any) -> None:
-        """Add a batch. On an accelerator nothing waits for the host.
+        """Add a batch, without waiting for an accelerator.
 
         Args:
             pred, target: tensors, or NumPy arrays, pandas columns and lists of numbers.
         Shape:
-            pred, target: any shape, both the same, such as maps of one label per pixel. Over a grid they are (..., K).
-            An empty batch adds nothing.
+            pred, target: any shape, both the same. Over a grid they are (..., K). An empty batch adds nothing.
         Units:
             those of the label.
         Raises:
             ShapeError: shapes differ. LabelError: a target is NaN, or lies beyond the axis under ``outside="raise"``.
-            ValueError: a prediction is not finite, or a target that is clipped is not. On an accelerator, what is not
-            finite shows in the result.
+            ValueError: a prediction or a clipped target is not finite. On an accelerator such values make results NaN
+                or infinite.
         """
         pred, target = as_tensors(pred=pred, target=target)
         check_samples(pred=pred, target=target)
@@ -190,7 +187,7 @@ class RegressionMetrics(RegionMetrics):
             sums.index_add_(1, of_bin.clamp_min(0) if some_lack_a_bin else of_bin, rows)
 
     def _rows(self, pred: Tensor, target: Tensor) -> Tensor:
-        """What each sample (N, K) adds to the sums of its bin, (K * S, N)."""
+        """The terms that samples (N, K) add to the sums of their bins, (K * S, N)."""
         rows: list[Tensor] = []
         for k, about in enumerate(zip(self._origins, self._floors, self._medians, self._relevances, strict=True)):
             added = _contributions(pred[:, k], target[:, k], *about)
@@ -206,7 +203,7 @@ class RegressionMetrics(RegionMetrics):
 
 
 def _floor_per_axis(floor: Any, bins: AnyBins) -> tuple[float, ...]:
-    """The least error of each axis."""
+    """The floor of each axis."""
     if floor is None:
         return tuple(float(np.median(np.diff(axis.edges))) / 100 for axis in bins.axes)
     floors = floor if isinstance(bins, BinGrid) and isinstance(floor, Sequence) else [floor] * len(bins.axes)
@@ -233,7 +230,7 @@ def regression_metrics(
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
-    """:class:`RegressionMetrics` of one whole set."""
+    """:class:`RegressionMetrics` of one whole data set, with the arguments of the class, ``update`` and ``compute``."""
     (pred,) = as_tensors(pred=pred)
     check_some(pred=pred)
     metrics = RegressionMetrics(density, counted, floor=floor, outside=outside, missing=missing)

@@ -1,4 +1,4 @@
-"""How much a label matters: nothing at the median of training, fully from the outliers on."""
+"""The relevance of labels for SERA: 0 at the median of the training labels, 1 for extreme labels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Relevance"]
 
 @dataclass(frozen=True)
 class Relevance:
-    r"""The relevance function of SERA: 0 at the median, 1 from ``high`` upwards and from ``low`` downwards.
+    r"""The relevance function of SERA: 0 at the median, 1 at or above ``high`` and at or below ``low``.
 
-    Between these it is the cubic that is level at both ends, :math:`u^2 (3 - 2u)` of the share u of the way. On a side
-    that has no extreme, which infinity says, it is 0.
+    In between it is the cubic :math:`u^2 (3 - 2u)`, where u is the distance from the median as a share of the distance
+    to ``low`` or ``high``. On a side without extreme labels the limit is infinite, and the relevance is 0.
 
     Attributes:
-        low, median, high: in label units.
+        low, median, high: its control points, in label units.
     Source:
         Ribeiro and Moniz 2020, section 3, doi:10.1007/s10994-020-05900-9.
 
@@ -38,10 +38,11 @@ class Relevance:
 
     @classmethod
     def of(cls, density: LabelDensity) -> Relevance:
-        """That of a box plot of the training labels: ``low`` and ``high`` are the ends of its whiskers, at most 1.5
-        distances of the quartiles beyond these, and infinite on a side without labels farther out.
+        """The relevance from a box plot of the training labels.
 
-        Labels are taken to lie evenly within their bin; for classes the median is a class. All is NaN without labels.
+        ``low`` and ``high`` are the ends of the whiskers, at most 1.5 interquartile ranges beyond the quartiles. They
+        are infinite on a side without labels beyond the whisker. Labels are assumed to be spread uniformly within their
+        bin; for classes the median is a class. Without labels all three are NaN.
         """
         instance(LabelDensity, density=density)
         bins, counts = density.bins, density.counts
@@ -51,13 +52,13 @@ class Relevance:
             return cls(math.nan, math.nan, math.nan)
         knots = bins._placed_limits()
         cumulative = np.concatenate([[0.0], density.prior().cumsum()])
-        # Where labels are missing between two bins, the smallest label is taken, as quantiles take it.
+        # Where the cumulative distribution is flat, the smallest label is taken, as in quantiles.
         rising = np.append(True, np.diff(cumulative) > 0)
         first, median, third = np.interp([0.25, 0.5, 0.75], cumulative[rising], knots[rising])
         if bins.categorical:
             median = bins.centers[np.searchsorted(cumulative[1:], 0.5)]
         fences = first - 1.5 * (third - first), third + 1.5 * (third - first)
-        lows, highs = knots[:-1][counts > 0], knots[1:][counts > 0]  # of the bins with labels
+        lows, highs = knots[:-1][counts > 0], knots[1:][counts > 0]  # limits of the bins with labels
         low = max(fences[0], lows[highs > fences[0]].min()) if lows.min() < fences[0] else -math.inf
         high = min(fences[1], highs[lows < fences[1]].max()) if highs.max() > fences[1] else math.inf
         return cls(float(low), float(median), float(high))

@@ -1,4 +1,4 @@
-"""How far probabilities can be believed: calibration error, log-loss and Brier score, from sums that merge."""
+"""Calibration error, log loss and Brier score of class probabilities."""
 
 from __future__ import annotations
 
@@ -24,30 +24,29 @@ __all__ = ["CalibrationMetrics", "calibration_metrics"]
 _LEAST = torch.finfo(torch.float32).tiny
 _SLACK = 1e-3
 _SOFTMAX = "Use scores.float().softmax(1)."
-_MOST_WEIGHT = 1e300  # of which the sums of losses are finite
+_MOST_WEIGHT = 1e300  # keeps the sums of losses finite
 _PLAIN = {"units": "1"}
 
 
 class CalibrationMetrics(MergingSums):
-    r"""Expected calibration error, of the top label and class by class, with log-loss and Brier score.
+    r"""Expected calibration error (ECE) of the top label and class-wise, log loss, and Brier score.
 
-    Confidences fall into M equally wide bins, ((m - 1)/M, m/M], and zero falls into the first. They are compared with
-    the edges in their own precision. Bin m holds :math:`n_m` samples of mean confidence :math:`c_m`, of which a share
-    :math:`a_m` is right:
+    Confidences are sorted into M bins of equal width, ((m - 1)/M, m/M]; zero belongs to the first. Bin m holds
+    :math:`n_m` samples with mean confidence :math:`c_m` and accuracy :math:`a_m`:
 
     .. math:: \mathrm{ECE} = \sum_m \frac{n_m}{N}\,|a_m - c_m|
 
-    The class-wise error takes the probability of each class in turn as the confidence, and averages over all classes.
-    The log loss is in nats, and a probability below 1.2e-38 counts as that. The Brier score sums the squared errors of
-    all classes. All of them follow from float64 sums, so that batches, ranks and objects merge exactly.
+    The class-wise ECE uses the probability of each class in turn as the confidence, and averages over all classes. The
+    log loss is in nats; probabilities below 1.2e-38 are raised to it. The Brier score sums the squared errors of all
+    classes.
 
     Args:
-        num_bins: M.
-        outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target counts as one of the first or the last class.
+        num_bins: the number of confidence bins, M.
+        outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target counts as the first or the last class.
     Attributes:
-        histograms: (3, 1 + C, M) float64, by label (the top one, then each class) and confidence bin. They are the sums
-            of weight, of weighted probability, and of the weight of samples that are of that label.
-        totals: (3,) float64: the sums of weight, of log loss and of Brier score.
+        histograms: (3, 1 + C, M) float64, by label (the top label, then each class) and confidence bin. They are the
+            sums of weights, of weighted probabilities, and of the weights of samples with that label.
+        totals: (3,) float64: the sums of weights, of log losses and of Brier scores.
     Source:
         Guo et al. 2017, equation 3 (arXiv:1706.04599), after Naeini et al. 2015; Kull et al. 2019, section 2
         (arXiv:1910.12656), for the class-wise error; Brier 1950.
@@ -90,15 +89,14 @@ class CalibrationMetrics(MergingSums):
 
         Args:
             target: class indices.
-            weight: >= 0; None means ones. It enters every sum: a weight of 2 is a sample seen twice, and 1 / count of
-                its class makes all classes equally common.
+            weight: >= 0; None means ones. A weight of 2 counts a sample twice.
         Shape:
             probabilities: (N, C), each row summing to one within 0.001. target, weight: (N,). An empty batch adds
             nothing.
         Raises:
             ShapeError: the shapes do not fit. TypeError: target is not integers. LabelError: a class index lies beyond
             the classes under ``outside="raise"``. ValueError: probabilities or weights are not finite or negative, a
-            row does not sum to one, or all weights together reach 1e300. On an accelerator, each of these makes the
+            row does not sum to one, or the sum of all weights reaches 1e300. On an accelerator each of these makes the
             results NaN.
         """
         _check_batch(probabilities, target, weight, self.num_classes)
@@ -114,13 +112,16 @@ class CalibrationMetrics(MergingSums):
         if self.outside == "drop":
             w, astray = w.masked_fill(astray, 0), torch.zeros_like(astray)
         if readable(p):
-            total, rule = w.sum().item() + self.totals[0].item(), f"all weights together must be below {_MOST_WEIGHT:g}"
+            total, rule = (
+                w.sum().item() + self.totals[0].item(),
+                f"the sum of all weights must be below {_MOST_WEIGHT:g}",
+            )
             require(not total >= _MOST_WEIGHT, rule, got=f"{total:g}", fix="Scale the weights down.")
         broken = astray | off | (p < 0).any(1) | ~((w >= 0) & (w < torch.inf))
         w = w.masked_fill(broken, torch.nan)
 
         place = confidence_bin(probabilities, confidence_edges(self.num_bins, p.device))  # (N, C)
-        # Of equal probabilities the first counts as the top label, as in classification.
+        # Of equal probabilities the first is the top label, as in classification.
         top = p.argmax(1, keepdim=True)
         labels = torch.arange(1 + self.num_classes, device=p.device)
         is_class = (index[:, None] == labels[:-1]).to(p.dtype)  # (N, C)
@@ -136,7 +137,7 @@ class CalibrationMetrics(MergingSums):
         self.totals.add_(torch.stack([w, w * log_loss, w * brier]).sum(1))
 
     def compute(self) -> xr.Dataset:
-        """The numbers so far, as a dataset of plain numbers, which are NaN before the first sample.
+        """The numbers so far, as a dataset of scalars, which are NaN before the first sample.
 
         ``count`` is the sum of weights, which is the number of samples if none were given.
         """
@@ -150,13 +151,13 @@ class CalibrationMetrics(MergingSums):
         return xr.Dataset({**values, "count": ((), sums["count"], _PLAIN)})
 
     def reliability(self, class_index: int | None = None) -> xr.Dataset:
-        """What a reliability diagram shows: ``confidence`` (mean), ``accuracy`` and ``count`` over ``confidence_bin``.
+        """The data of a reliability diagram: mean ``confidence``, ``accuracy`` and ``count`` over ``confidence_bin``.
 
-        A bin without samples is NaN. Its count, which is the sum of weights, is zero.
+        A bin without samples is NaN. ``count`` is the sum of weights.
 
         Args:
-            class_index: a class, whose probability is the confidence and whose share among the samples is the accuracy.
-                None takes the top label.
+            class_index: a class. Its probability is the confidence, and its share of the samples is the accuracy. None
+                uses the top label.
         """
         import xarray as xr
 
@@ -182,7 +183,7 @@ def calibration_metrics(
     num_bins: int = 15,
     outside: Outside = "raise",
 ) -> xr.Dataset:
-    """:class:`CalibrationMetrics` of one whole set."""
+    """:class:`CalibrationMetrics` of one whole data set, with the arguments of the class and ``update``."""
     check_some(probabilities=probabilities)
     shaped(("N", "C"), probabilities=probabilities)
     metrics = CalibrationMetrics(probabilities.shape[1], num_bins=num_bins, outside=outside)

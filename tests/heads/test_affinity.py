@@ -321,11 +321,11 @@ def test_sigma_of_the_first_batch_survives_copies_and_states() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_first_batch_that_gives_no_sigma_is_refused(bad: float) -> None:
     head = make(4, 3, 2, sigma_mode="first_batch")
-    with pytest.raises(ValueError, match=f"must lie at a positive, finite mean distance .*, got (nan|{bad})"):
+    with pytest.raises(ValueError, match=f"mean distance .* must be positive and finite, got (nan|{bad})"):
         head(torch.full((2, 4), bad))
     with torch.no_grad():
         head.weight.zero_()
-    with pytest.raises(ValueError, match="must lie at a positive, finite mean distance from the prototypes, got 0"):
+    with pytest.raises(ValueError, match="the first batch from the prototypes must be positive and finite, got 0"):
         head(torch.zeros(2, 4))
     assert head.sigma.isnan()
 

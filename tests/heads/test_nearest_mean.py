@@ -171,7 +171,7 @@ def test_a_class_without_samples_is_never_chosen_and_told_once(metric: Any) -> N
 def test_scores_before_finish_are_refused() -> None:
     head = NearestMeanHead(4, 3)
     head.update(*sample())
-    message = r"^NearestMeanHead: the means must be taken before scores are asked for, got none\. Call update"
+    message = r"^NearestMeanHead: the means must be computed before scores, got none\. Call update"
     with pytest.raises(NotFittedError, match=message):
         head(torch.zeros(1, 4))
 

@@ -84,7 +84,7 @@ def test_what_cannot_be_normalized_is_refused() -> None:
         tau_normalized(LinearHead(4, 3).to("meta"), 1)
     with torch.no_grad():
         head.weight[1] = 0
-    message = r"no class may all be zero, got zeros for \[1\] \(1 in all\)\. Train the head first, or pass tau=0"
+    message = r"have a weight that is not zero, got zeros for \[1\] \(1 in all\)\. Train the head first, or pass tau=0"
     with pytest.raises(ValueError, match=message):
         tau_normalized(head, 0.5)
     assert torch.equal(tau_normalized(head, 0).weight, head.weight)

@@ -348,7 +348,7 @@ def test_a_learnt_noise_finds_the_likelier_one_and_stays_positive(form: str) -> 
 def test_a_batch_of_one_adds_nothing_and_says_so(noise_sigma: float | None) -> None:
     loss = BatchMCLoss(noise_sigma)
     pred = torch.ones(1, requires_grad=True)
-    with pytest.warns(DirToolkitWarning, match=r"^BatchMCLoss: a batch of one label .* adds nothing\. Drop a last"):
+    with pytest.warns(DirToolkitWarning, match=r"^BatchMCLoss: a batch of one label .* has zero loss\. Drop a last"):
         value = loss(pred, torch.zeros(1))
     value.backward()
     assert value == 0
@@ -571,7 +571,7 @@ def test_the_label_must_have_the_mixture_s_dimensions() -> None:
             [1.0, 2.0, 2.0],
             {"components": 3},
             ValueError,
-            r"components must be at most 2, got 3\. There are no more",
+            r"components must be at most 2, got 3\. This is the number",
         ),
         ([1.0, 2.0], {"components": 0}, ValueError, "components must be at least 1, got 0"),
         ([1.0, 2.0], {"components": 1, "seed": -1}, ValueError, "seed must be at least 0, got -1"),

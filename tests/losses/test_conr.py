@@ -296,7 +296,7 @@ def test_settings_are_checked(name: str) -> None:
 
 def test_the_module_s_parts_are_checked() -> None:
     parts = samples()
-    with pytest.raises(TypeError, match=r"^ConRLoss: base must be a loss to call, got str"):
+    with pytest.raises(TypeError, match=r"^ConRLoss: base must be callable, got str"):
         ConRLoss("l1")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^ConRLoss: weights must be an LDS, got Tensor"):
         ConRLoss(weights=torch.ones(3))  # type: ignore[arg-type]

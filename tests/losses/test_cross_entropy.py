@@ -397,7 +397,7 @@ def test_counts_alpha_margins_and_generators_are_checked() -> None:
     with pytest.raises(TypeError, match=r"^equalization_loss: generator must be a Generator, got int"):
         loss(generator=3)  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r"^equalization_loss: generator must be on the logits' kind of device, got cpu"
+        ValueError, match=r"^equalization_loss: generator must be on the device type of the logits, got cpu"
     ):
         equalization_loss(
             logits.to("meta"), target.to("meta"), prior=PRIOR, threshold=0.1, drop=0.5, generator=torch.Generator()

@@ -307,7 +307,7 @@ def test_other_targets_and_axes_are_refused_by_name() -> None:
     for value in (-3.1, 21.0, math.nan, math.inf):
         with pytest.raises(LabelError, match=r"^crps: target must .*, got .* at index \[2\]"):
             crps(logits, torch.tensor([0, 1, value]), bins=UNEVEN)
-    for call, fix in ((crps, "Use soft_cross_entropy"), (squared_emd, "Use bins=None if the classes have an order")):
+    for call, fix in ((crps, "Use soft_cross_entropy"), (squared_emd, "Use bins=None for ordinal classes")):
         given = labels if call is crps else target
         with pytest.raises(
             ValueError,

@@ -21,9 +21,9 @@ from dir_toolkit.losses._loss import reduce
 
 
 @pytest.fixture(autouse=True)
-def untold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has been said of weights per class yet."""
-    monkeypatch.setattr(_inputs, "_told_of_class_weights", False)
+def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There was no warning of weights per class yet."""
+    monkeypatch.setattr(_inputs, "_warned_of_class_weights", False)
 
 
 def test_weights_per_class_are_refused_where_samples_are_as_many_as_classes_only_by_a_warning() -> None:
@@ -32,12 +32,12 @@ def test_weights_per_class_are_refused_where_samples_are_as_many_as_classes_only
     with pytest.raises(ShapeError, match=r"weight must be \(3,\), .*, got shape \(4,\)\. Use weight\[target\] for one"):
         cross_entropy(logits[:3], target[:3], per_class)
     with pytest.warns(
-        DirToolkitWarning, match=r"^cross_entropy: weight holds one .* samples of class 1 .*weight\[target\]"
+        DirToolkitWarning, match=r"^cross_entropy: weight must hold one .* samples of class 1 .*weight\[target\]"
     ):
         cross_entropy(logits, target, per_class)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cross_entropy(logits, target, per_class)  # this is said once
+        cross_entropy(logits, target, per_class)  # the warning is issued once
 
 
 @pytest.mark.parametrize("weight", [[1.0, 2.0, 2.0, 4.0], [3.0] * 4, [1.0, 0.0, 2.0, 4.0], [0.0] * 4])
@@ -133,7 +133,7 @@ def test_rows_of_classes_get_the_advice_that_fits_them() -> None:
     several = one_hot.clone()
     several[1, 3] = 1
     for target in (several, torch.zeros_like(one_hot)):
-        with pytest.raises(ShapeError, match=r"of several classes are .*binary_cross_entropy_with_logits\.$"):
+        with pytest.raises(ShapeError, match=r"one class per sample: .*binary_cross_entropy_with_logits\.$"):
             cross_entropy(scores, target)
 
 

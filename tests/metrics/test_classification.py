@@ -290,7 +290,7 @@ def test_arguments_are_checked() -> None:
     grid = Bins.grid(BINS, BINS)
     with pytest.raises(ValueError, match=f"{where}density must be a LabelDensity over one axis, got <LabelDensity"):
         ClassificationMetrics(LabelDensity(grid, [1] * 36))
-    with pytest.raises(ValueError, match=f"{where}density must be as counted, not smoothed"):
+    with pytest.raises(ValueError, match=f"{where}density must be counted, not smoothed"):
         ClassificationMetrics(LabelDensity(BINS, DENSITY.counts / 2))
     with pytest.raises(
         ShapeError, match=r"^classification_metrics: target must hold at least one value, got shape \(0,"

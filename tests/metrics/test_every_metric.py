@@ -551,7 +551,7 @@ def test_a_device_without_float64_is_refused_in_words() -> None:
     with FakeTensorMode():
         for kind in KINDS:
             pred, target = (torch.empty_like(x, device="mps") for x in batch(kind, INSIDE, torch.float32))
-            rule = r"must be on a device that knows float64, in which sums are kept, got mps\. Use (pred|prob\w+)\.cpu"
+            rule = r"must be on a device with float64, which sums need, got mps\. Use (pred|prob\w+)\.cpu"
             with pytest.raises(ValueError, match=rule):
                 make(kind).update(pred, target)
 
