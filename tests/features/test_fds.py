@@ -810,7 +810,7 @@ def test_bad_calls_are_refused_with_what_to_do() -> None:
         fds.attach(nn.Identity(), "inside")  # type: ignore[arg-type]
     layer = nn.Identity()
     fds.attach(layer, "input")
-    with pytest.raises(TypeError, match="which select=0 must find, got a tuple of 0"), fds.labels(labels):
+    with pytest.raises(TypeError, match="which select=0 must select, got a tuple of 0"), fds.labels(labels):
         layer(input=features)
     pair = nn.Module()
     pair.forward = lambda x: (x, x)  # type: ignore[method-assign]

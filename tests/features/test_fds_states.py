@@ -122,7 +122,7 @@ def test_scripting_a_hooked_module_is_refused_in_words(where: Any) -> None:
 
 
 def test_devices_without_float64_are_refused_in_words() -> None:
-    with pytest.raises(UsageError, match=r"statistics must be on a device that knows float64.* got device 'mps'"):
+    with pytest.raises(UsageError, match=r"statistics must be on a device with float64.* got device 'mps'"):
         require_float64(torch.device("mps"))
 
 

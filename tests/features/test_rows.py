@@ -75,7 +75,7 @@ def test_rows_go_back_to_the_form_that_they_came_in() -> None:
 def test_where_both_layouts_fit_the_earlier_features_decide() -> None:
     square, labels = torch.randn(5, 4, 4, dtype=torch.float64), torch.arange(5.0)
     fds = made()
-    with pytest.raises(ShapeError, match=r'in the second or in the last axis.*\(5, 4, 4\).*channels="first"'):
+    with pytest.raises(ShapeError, match=r'in either the second or the last axis.*\(5, 4, 4\).*channels="first"'):
         fds.update(square, labels)
     first, last = made(channels="first"), made(channels="last")
     fds.update(torch.zeros(5, 4, 2), labels)

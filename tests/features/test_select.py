@@ -70,11 +70,11 @@ def test_a_hugging_face_output_keeps_its_kind_and_its_other_fields() -> None:
     ("whole", "select", "got"),
     [
         ((ONE, ONE), None, r"features must be a torch\.Tensor, got a tuple of 2\. Pass attach .* as select="),
-        ((ONE, ONE), 2, r"which select=2 must find, got a tuple of 2"),
-        ({"a": ONE}, "b", r"which select='b' must find, got a dict with the keys \['a'\]"),
-        (Frozen(ONE), "other", r"which select='other' must find, got a Frozen"),
-        (ONE, "T", r"got a Tensor\. Leave out select="),
-        (ONE, 0, r"got a Tensor\. Leave out select="),
+        ((ONE, ONE), 2, r"which select=2 must select, got a tuple of 2"),
+        ({"a": ONE}, "b", r"which select='b' must select, got a dict with the keys \['a'\]"),
+        (Frozen(ONE), "other", r"which select='other' must select, got a Frozen"),
+        (ONE, "T", r"got a Tensor\. Omit select="),
+        (ONE, 0, r"got a Tensor\. Omit select="),
     ],
 )
 def test_what_is_not_there_is_refused_with_what_to_do(whole: Any, select: Any, got: str) -> None:
