@@ -45,9 +45,13 @@ class LDS(SoundModule):
 
     Args:
         bins: the label axis, or a grid of several axes.
-        kernel: a window over bins of odd length, or None for no smoothing. Over a grid it is one window per axis, or one for all continuous axes. ``"auto"`` is ``gaussian(5, 2)``. It does not smooth classes, which have no neighbours, nor axes of fewer than five bins.
-        edges: the counts beyond the axis, as in :func:`smooth`. ``"zero"``, as in the authors' code, raises the weights at both ends.
-        order: ``"smooth_first"`` smooths the counts and then applies the scheme, as in the paper. ``"scheme_first"`` smooths g(counts), as in the authors' code (not for ``dense``).
+        kernel: a window over bins of odd length, or None for no smoothing. Over a grid it is one window per axis, or
+            one for all continuous axes. ``"auto"`` is ``gaussian(5, 2)``. It does not smooth classes, which have no
+            neighbours, nor axes of fewer than five bins.
+        edges: the counts beyond the axis, as in :func:`smooth`. ``"zero"``, as in the authors' code, raises the weights
+            at both ends.
+        order: ``"smooth_first"`` smooths the counts and then applies the scheme, as in the paper. ``"scheme_first"``
+            smooths g(counts), as in the authors' code (not for ``dense``).
         clip: (low, high), in labels per bin of mean width. They bound the density, and with it the ratio of weights.
         outside, missing: as in :meth:`Bins.index`. With ``"drop"`` such a label is not counted and has weight 0.
         power: the exponent of ``inverse``, in [0, 1]. 0 gives equal weights, and 1/2 is ``sqrt_inverse``.

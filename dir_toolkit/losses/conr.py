@@ -41,11 +41,11 @@ def conr_loss(
     ================= ================================================================================================
     symbol            meaning
     ================= ================================================================================================
-    :math:`c`         cosine of two features; it is 0 without gradient for a feature of zero :math:`P_j`
-    positives: the other samples with :math:`|y_j - y_p| \le \omega` :math:`Q_j`       negatives: those with :math:`|y_j
-    - y_q| > \omega` though :math:`|\hat y_j - \hat y_q| \le \omega` :math:`A`         anchors: the samples that have
-    both a negative and a positive :math:`S`         pushing weight of a negative, larger for rare anchors and large
-    label differences
+    :math:`c`         cosine of two features; it is 0 without gradient for a feature of zero
+    :math:`P_j`       positives: the other samples with :math:`|y_j - y_p| \le \omega`
+    :math:`Q_j`       negatives: those with :math:`|y_j - y_q| > \omega` though :math:`|\hat y_j - \hat y_q| \le \omega`
+    :math:`A`         anchors: the samples that have both a negative and a positive
+    :math:`S`         pushing weight of a negative, larger for rare anchors and large label differences
     ================= ================================================================================================
 
     It is a regularizer to be added to a loss of the predictions, as :class:`ConRLoss` does. ``pred`` gets no gradient.

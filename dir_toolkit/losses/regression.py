@@ -173,7 +173,8 @@ def _scaled(
 ) -> Tensor:
     """Check the arguments, apply a formula to pred - target in at least float32, weight and reduce.
 
-    If the loss is finite, then so are all arguments. Only otherwise, or where the loss cannot be read, they are checked one by one.
+    If the loss is finite, then so are all arguments. Only otherwise, or where the loss cannot be read, they are checked
+    one by one.
     """
     pred, target = pairs(pred, target, weight, reduction)
     looked_at = reduction != "none" and readable(pred)
