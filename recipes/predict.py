@@ -1,10 +1,10 @@
-"""Predictions, intervals and regions for images that nobody trained on, from a finished run of ``recipes/age.py``.
+"""Predictions, intervals and regions for images that nobody trained on, from a finished run of a recipe on faces.
 
     python recipes/age.py --data utkface --root DIR
     python recipes/predict.py --run runs/age/utkface/soft+tau/seed0 --images photos
 
-The last line writes ``predictions.csv`` with one row per JPEG below ``photos``. The region says whether training labels
-were many or few in the bin of the prediction. Images that cannot be read are named and left out.
+The last line writes ``predictions.csv`` with one row per JPEG or PNG below ``photos``. The region says whether training
+labels were many or few in the bin of the prediction. Images that cannot be read are named and left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Settings:
     run: Path
     """Folder of one finished run: of a method and a seed."""
     images: Path
-    """Folder of JPEG images, cut as those of the training were."""
+    """Folder of JPEG and PNG images, cut as those of the training were."""
     out: Path = Path("predictions.csv")
     """The file to write, which is replaced if it exists."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -40,9 +40,9 @@ import torch
 from torch import Tensor
 
 import dir_toolkit as dt
-from dir_toolkit.experiment.backbones import small_resnet
+from dir_toolkit.experiment.backbones import backbone_of
 from dir_toolkit.experiment.data.augment import to_float
-from dir_toolkit.experiment.data.cache import decode_jpeg
+from dir_toolkit.experiment.data.cache import decode_image
 from dir_toolkit.experiment.training.runtime import chosen_device
 
 BATCH = 256
@@ -54,10 +54,10 @@ def batches(files: list[Path], size: int, read: list[Path]) -> Iterator[Tensor]:
         images = []
         for file in files[start : start + BATCH]:
             try:
-                images.append(decode_jpeg(file.read_bytes(), size))
+                images.append(decode_image(file.read_bytes(), size))
                 read.append(file)
             except (OSError, ValueError) as error:
-                print(f"{file} is left out, since it is no whole JPEG: {error}", file=sys.stderr)
+                print(f"{file} is left out, since it is no whole JPEG or PNG: {error}", file=sys.stderr)
         if images:
             yield to_float(torch.from_numpy(np.stack(images)))
 
@@ -68,14 +68,14 @@ def main(settings: Settings) -> None:
         finished = sorted(settings.run.rglob("model.safetensors"))
         fix = f" Use {finished[0].parent}." if finished else " Train one with recipes/age.py."
         faults.append(f"--run must be the folder of one finished run, got {settings.run}.{fix}")
-    files = sorted(file for file in settings.images.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
+    files = sorted(file for file in settings.images.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not files:
-        faults.append(f"--images must be a folder with JPEG images, got none in {settings.images}.")
+        faults.append(f"--images must be a folder with JPEG or PNG images, got none in {settings.images}.")
     refuse("recipes/predict.py", faults)
     config = json.loads((settings.run / "config.json").read_text(encoding="utf-8"))
     read: list[Path] = []
     size = config["size"] or (32 if config["data"] == "portraits" else 64)
-    model = dt.load(saved, small_resnet().to(chosen_device(settings.device)))
+    model = dt.load(saved, backbone_of(config.get("backbone", "small_resnet")).to(chosen_device(settings.device)))
     table = model.predict(batches(files, size, read)).to_dataframe()
     table.insert(0, "file", [file.relative_to(settings.images).as_posix() for file in read])
     table.to_csv(settings.out, index=False, float_format="%.2f")

@@ -166,6 +166,11 @@ def _check_images(images: Tensor) -> None:
         raise problem("images must be floats", got=f"dtype {images.dtype}", fix=fix, error=TypeError)
 
 
+def backbone_of(name: str) -> nn.Module:
+    """:func:`small_resnet` by its name, or else :func:`timm_backbone`, as settings of a run name it."""
+    return small_resnet() if name == "small_resnet" else timm_backbone(name)
+
+
 def timm_backbone(name: str, *, pretrained: bool = False) -> nn.Module:
     """A model of timm by its name, without the classifier. It has ``num_features``, as :func:`small_resnet` has.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import finite, is_tensor, number, on_host, one_of, real, require, shaped, warn
+from .._checks import as_tensors, finite, is_tensor, number, on_host, one_of, real, require, shaped, warn
 from .._numerics import wide_dtype
 from ..labels.bins import Bins, Outside
 from ..priors import TauChoice, best_temperature, search_tau
@@ -34,7 +34,7 @@ _NEAREST = 3  # labels that are enough to stand for a bin
 def calibrate(
     model: LongTailModel,
     scores_or_batches: Any,
-    labels: Tensor | None,
+    labels: Any,
     *,
     by: Judged | None,
     most_mae: float | None,
@@ -53,7 +53,7 @@ def calibrate(
 def choose_tau(
     model: LongTailModel,
     scores: Tensor,
-    labels: Tensor,
+    labels: Any,
     *,
     by: Judged | None,
     taus: Sequence[float] | np.ndarray | None,
@@ -94,8 +94,9 @@ class _Choice:
     def __init__(self, model: LongTailModel, prior: Tensor, scores: Any, labels: Any, outside: Outside | None) -> None:
         self.readout, self.bins, self.prior = _with_prior(model), model.bins, prior
         outside = model.outside if outside is None else outside
-        is_tensor(scores=scores, labels=labels)
+        is_tensor(scores=scores)
         real(scores=scores)
+        (labels,) = as_tensors(labels=labels)
         shaped(("N", len(self.bins)), scores=scores)
         shaped(scores.shape[:1], "one per row of scores", labels=labels)
         scores = scores.detach().to(wide_dtype(scores))
@@ -104,7 +105,10 @@ class _Choice:
         held = row >= 0
         require(bool(held.any()), "at least one label must lie on the axis", got="none")
         self.row = row[held].numpy()
-        self.logits, self.labels = self.readout.logits(scores[held.to(scores.device)]), labels[held.to(labels.device)]
+        self.logits, self.labels = (
+            self.readout.logits(scores[held.to(scores.device)]),
+            labels[held.to(labels.device)].to(scores.device),
+        )
 
     def temperature(self) -> float:
         """The one with the best log score of the labels' bins, were they distributed as in training."""

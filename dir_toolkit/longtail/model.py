@@ -352,7 +352,7 @@ class LongTailModel(nn.Module):
     def choose_tau(
         self,
         scores: Tensor,
-        labels: Tensor,
+        labels: Any,
         *,
         by: Judged | None = None,
         taus: Sequence[float] | np.ndarray | None = None,
@@ -392,7 +392,7 @@ class LongTailModel(nn.Module):
     def calibrate(
         self,
         scores_or_loader: Tensor | Iterable[Any],
-        labels: Tensor | None = None,
+        labels: Any = None,
         *,
         by: Judged | None = None,
         most_mae: float | None = None,

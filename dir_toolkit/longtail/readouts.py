@@ -206,6 +206,7 @@ class Readout(nn.Module):
     def calibrate_intervals(
         self, scores: Tensor, labels: Any, level: float, *, gamma: float, weights: LDS | None, **options: Any
     ) -> None:
+        number("level", level, low=0, high=1, open_low=True, open_high=True, float32=True)
         is_tensor(scores=scores)
         real(scores=scores)
         shaped(("N", *self.score_shape), scores=scores)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, is_tensor, labels_array, not_empty, require, shaped
+from .._checks import as_tensors, instance, is_tensor, labels_array, not_empty, require, shaped
 from .._settings import shown
 from .._state import whole_or_not_at_all
 from ..labels.bins import Bins, Outside
@@ -212,7 +212,7 @@ class MultiTargetModel(nn.Module):
             target.calibrate_intervals(*pair, level, outside=outside)
 
     def _scores_and_labels(self, scores: Any, labels: Any) -> list[tuple[Tensor, Tensor]]:
-        labels = labels if isinstance(labels, Tensor) else torch.from_numpy(labels_array(labels).copy())
+        (labels,) = as_tensors(labels=labels)
         self._check_labels(labels)
         not_empty(labels=labels)
         return list(zip(self._split(scores), labels.unbind(-1), strict=True))

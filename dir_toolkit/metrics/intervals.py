@@ -105,9 +105,10 @@ class IntervalMetrics(RegionMetrics):
         if refused is not None:
             self.refused[0].add_(refused)
         first, last = (float(edge) for edge in self.bins.edges[[0, -1]])
-        width = torch.where(high == torch.inf, low.clamp_min(last), high) - torch.where(
+        length = torch.where(high == torch.inf, low.clamp_min(last), high) - torch.where(
             low == -torch.inf, high.clamp_max(first), low
         )
+        width = torch.where(low == high, 0.0, length)  # also of infinite ends
         covered = ((low <= label) & (label <= high)).double()
         rows = torch.stack([torch.ones_like(low), covered, width.masked_fill(~(low <= high), torch.nan)])
         rows = rows.masked_fill(index < 0, 0)

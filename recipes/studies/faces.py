@@ -310,9 +310,9 @@ def label_axis(settings: Settings) -> dt.Bins:
 
 
 def backbone(settings: Settings) -> nn.Module:
-    from dir_toolkit.experiment.backbones import small_resnet, timm_backbone
+    from dir_toolkit.experiment.backbones import backbone_of
 
-    return small_resnet() if settings.backbone == "small_resnet" else timm_backbone(settings.backbone)
+    return backbone_of(settings.backbone)
 
 
 def task(settings: Settings) -> Task:

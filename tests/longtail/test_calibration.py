@@ -267,6 +267,17 @@ def test_calibration_reads_batches_as_it_reads_scores() -> None:
     assert ", MAE of few from " in str(choice)
 
 
+@pytest.mark.filterwarnings("ignore:.*the best temperature lies at:dir_toolkit.errors.DirToolkitWarning")
+def test_labels_may_be_no_tensors() -> None:
+    x, labels = batch(40)
+    model, other = ages(), ages()
+    scores = model(x).scores
+    for choose in ("choose_tau", "calibrate"):
+        choices = [getattr(one, choose)(scores, own) for one, own in ((model, labels), (other, labels.tolist()))]
+        assert choices[0].tau == choices[1].tau
+    assert choices[0].tau == ages().calibrate(scores, labels.numpy()).tau
+
+
 def test_tau_is_chosen_with_labels_beyond_the_axis() -> None:
     x, y = batch()
     model = ages()
@@ -308,7 +319,7 @@ def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
     cases: list[tuple[Callable[[], object], type[Exception], str]] = [
         (lambda: model.choose_tau(scores, y, by="rmse"), ValueError, "by must be one of 'bmae', 'mae', got 'rmse'"),
         (lambda: model.choose_tau([1.0], y), TypeError, r"scores must be a torch\.Tensor, got list"),
-        (lambda: model.choose_tau(scores, [1.0]), TypeError, r"labels must be a torch\.Tensor, got list"),
+        (lambda: model.choose_tau(scores, ["1.0"]), TypeError, "labels must be integers or floats, got dtype <U3"),
         (
             lambda: model.choose_tau(scores > 0, y),
             TypeError,

@@ -133,6 +133,7 @@ def test_what_is_refused() -> None:
     broken[2, 1] = torch.nan
     cases: list[tuple[Any, type[Exception], str]] = [
         (lambda: model.calibrate_intervals(scores, labels, 0), ValueError, "level must be > 0 and < 1, got 0"),
+        (lambda: model.calibrate_intervals(scores, labels, 1e-50), ValueError, "level must fit into float32"),
         (lambda: model.calibrate_intervals(scores, labels, 1), ValueError, "level must be > 0 and < 1, got 1"),
         (
             lambda: model.calibrate_intervals(broken, labels),

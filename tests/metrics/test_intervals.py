@@ -57,6 +57,13 @@ def test_ends_count_as_inside_and_infinite_ones_as_the_end_of_the_axis() -> None
     assert at_ends.coverage.sel(region="all") == 1
 
 
+def test_an_interval_of_two_infinite_ends_that_are_equal_has_no_width() -> None:
+    ends = torch.tensor([math.inf, -math.inf, 2.0])
+    result = interval_metrics(ends, ends, [2.0, 2.0, 2.0], DENSITY).sel(region="all")
+    assert result.width == 0
+    assert result.coverage == pytest.approx(1 / 3)
+
+
 def test_targets_beyond_the_axis() -> None:
     clipped, dropped = (
         interval_metrics([0.0, 0.0], [1.0, 9.0], [0.5, 7.0], DENSITY, outside=outside) for outside in ("clip", "drop")

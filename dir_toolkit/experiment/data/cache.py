@@ -24,7 +24,7 @@ from ._checks import RECIPES, check_parts, data_error, require_data
 from .archives import Files
 from .images import ImageSet, Splits
 
-__all__ = ["Decoded", "OnError", "decode_jpeg", "decode_once", "make_splits"]
+__all__ = ["Decoded", "OnError", "decode_image", "decode_once", "make_splits"]
 
 OnError = Literal["raise", "skip"]
 _VERSION = 1  # of the decoding; a new version leaves older files unused
@@ -108,25 +108,28 @@ def make_splits(
     return Splits(**sets, source=source, skipped={**skipped, "unreadable image": lost} if lost else dict(skipped))
 
 
-def decode_jpeg(data: bytes, size: int) -> np.ndarray:
-    """One JPEG as RGB, at ``size`` by ``size`` pixels whatever its proportions are.
+def decode_image(data: bytes, size: int) -> np.ndarray:
+    """One JPEG or PNG as RGB, at ``size`` by ``size`` pixels whatever its proportions are.
 
-    The decoder first halves the image up to three times, but not below ``size``. Lanczos resampling does the rest. An
-    orientation in the EXIF data is not applied.
+    The decoder first halves a JPEG up to three times, but not below ``size``. Lanczos resampling does the rest. An
+    orientation in the EXIF data is not applied, and neither is transparency.
 
     Shape:
         Returns (3, size, size) uint8.
     Raises:
-        ValueError: the data are not a whole JPEG or have more than 67,108,864 pixels. ImportError: Pillow is missing.
+        ValueError: the data are no whole JPEG or PNG, or have more than 67,108,864 pixels. ImportError: Pillow is
+        missing.
     """
     try:
         from PIL import Image
         from PIL.JpegImagePlugin import JpegImageFile
+        from PIL.PngImagePlugin import PngImageFile
     except ImportError:
         raise problem("reading images needs Pillow", fix=RECIPES, error=ImportError) from None
     try:
         # Image.open would only warn of a decompression bomb, and would try every other format on hostile bytes.
-        with JpegImageFile(io.BytesIO(data)) as image:
+        kind = PngImageFile if data.startswith(b"\x89PNG") else JpegImageFile
+        with kind(io.BytesIO(data)) as image:
             pixels = image.width * image.height
             if pixels > _MOST_PIXELS:
                 raise ValueError(f"{pixels:,} pixels, at most {_MOST_PIXELS:,} are decoded")
@@ -162,7 +165,7 @@ def _decode_all(files: Iterable[tuple[str, bytes]], size: int) -> Iterator[tuple
 
     def decode(file: tuple[str, bytes]) -> tuple[str, np.ndarray | str]:
         try:
-            return file[0], decode_jpeg(file[1], size)
+            return file[0], decode_image(file[1], size)
         except ValueError as error:
             return file[0], str(error)
 

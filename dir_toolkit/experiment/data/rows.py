@@ -84,23 +84,31 @@ def has_columns(columns: Mapping[str, Sequence[str]], names: Sequence[str], path
         raise data_error(f"the file must have a column {lacking[0]!r}", got=", ".join(columns), source=path)
 
 
-def numbers_of(cells: Sequence[str], column: str, path: Path, *, missing: Sequence[str] = ()) -> np.ndarray:
+def numbers_of(
+    cells: Sequence[str],
+    column: str,
+    path: Path,
+    *,
+    missing: Sequence[str] = (),
+    within: tuple[float, float] = (-np.inf, np.inf),
+) -> np.ndarray:
     """The numbers in one column, float64; a cell of ``missing`` becomes NaN.
 
     Raises:
-        DataError: a cell is not a number that is finite in float32. The error names the row, counted from 1 below the
-            names of the columns.
+        DataError: a cell is not a number that is finite in float32, or lies outside ``within``. The error names the row,
+            counted from 1 below the names of the columns.
     """
     values = np.full(len(cells), np.nan)
     for i, cell in enumerate(cells):
         with contextlib.suppress(ValueError):
             values[i] = float(cell)
     with np.errstate(over="ignore"):
-        unfit = ~np.isfinite(values.astype(np.float32))
+        unfit = ~np.isfinite(values.astype(np.float32)) | (values < within[0]) | (values > within[1])
     for row in np.flatnonzero(unfit).tolist():
         values[row] = np.nan
         if cells[row].strip() not in missing:
-            rule, place = f"column {column!r} must hold finite numbers", f"{path}, row {row + 1}"
+            bounds = "" if np.isinf(within[0]) else f" from {within[0]:g} to {within[1]:g}"
+            rule, place = f"column {column!r} must hold finite numbers{bounds}", f"{path}, row {row + 1}"
             raise data_error(rule, got=repr(cells[row]), source=place)
     return values
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ..._checks import one_of, whole
+from ..._checks import number, one_of, whole
 from ._checks import data_error, require_data
 from .images import Splits
 from .rows import columns_of, find_file, has_columns, lines_of, numbers_of, splits_of_rows
@@ -17,7 +18,7 @@ __all__ = ["BEIJING_FEATURES", "beijing", "cmapss"]
 _WEATHER = ("TEMP", "PRES", "DEWP", "RAIN", "WSPM")
 BEIJING_FEATURES = (*_WEATHER, "wind east", "wind north", "hour sine", "hour cosine", "year sine", "year cosine")
 """What each hour of :func:`beijing` holds: degrees Celsius, hPa, degrees Celsius, mm, m/s, and unit circles."""
-_NUMERIC = ("PM2.5", "month", "day", "hour", *_WEATHER)
+_NUMERIC = ("PM2.5", "year", "month", "day", "hour", *_WEATHER)
 _WINDS = ("N", "NNE", "NE", "ENE", "E", "ESE", "SE", "SSE", "S", "SSW", "SW", "WSW", "W", "WNW", "NW", "NNW")
 _TEST_FROM = 366 * 24  # hours before the end
 _VAL_SHARE = 0.2  # of the hours before it, the last of which validate
@@ -31,7 +32,8 @@ def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hour
 
     The recording runs from March 2013 to February 2017. Its last 366 days are the test, and of the rest the last fifth
     is for validation. A window begins no earlier than the part it belongs to. A missing measurement of the weather is
-    filled by the last one before it; an hour without a label is left out and counted.
+    filled by the last one before it. An hour without a label is left out and counted, and so is one whose window would
+    reach over hours that the file lacks.
 
     Args:
         root: the folder of the file ``PRSA_Data_<station>_20130301-20170228.csv``, or ``beijing_<station>.csv`` in
@@ -40,7 +42,7 @@ def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hour
         hours: the length of a window, which ends with the hour of the label.
     Returns:
         Splits with inputs (M, hours, 11) float32, whose features are ``BEIJING_FEATURES``, as a read-only view of
-        the series, and labels in µg/m³. ``skipped`` counts hours ``"without label"``.
+        the series, and labels in µg/m³. ``skipped`` counts hours ``"without label"`` and ``"after a gap"``.
     Raises:
         DataError: the file is missing or damaged, lacks a column, or is too short.
     Source:
@@ -51,23 +53,29 @@ def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hour
     path = find_file(root, *names, card="beijing")
     columns = columns_of(path)
     has_columns(columns, (*_NUMERIC, "wd"), path)
-    number = {name: numbers_of(columns[name], name, path, missing=("NA",)) for name in _NUMERIC}
+    gaps = dict.fromkeys(("PM2.5", *_WEATHER), ("NA",))
+    cells = {name: numbers_of(columns[name], name, path, missing=gaps.get(name, ())) for name in _NUMERIC}
     angle = np.array([_WINDS.index(wind) / 16 if wind in _WINDS else np.nan for wind in columns["wd"]]) * 2 * np.pi
-    clock = 2 * np.pi * number["hour"] / 24
-    season = 2 * np.pi * (30.44 * (number["month"] - 1) + number["day"]) / 365.25
+    clock = 2 * np.pi * cells["hour"] / 24
+    season = 2 * np.pi * (30.44 * (cells["month"] - 1) + cells["day"]) / 365.25
     waves = [wave(x) for x in (angle, clock, season) for wave in (np.sin, np.cos)]
-    series = np.stack([_filled(row) for row in (*(number[name] for name in _WEATHER), *waves)], axis=1)
+    series = np.stack([_filled(row) for row in (*(cells[name] for name in _WEATHER), *waves)], axis=1)
     windows = _windows(series.astype(np.float32), hours)  # (M, hours, F); window i ends with hour i + hours - 1
-    label = number["PM2.5"][hours - 1 :]
+    label = cells["PM2.5"][hours - 1 :]
     test = len(series) - _TEST_FROM
     val = int(test * (1 - _VAL_SHARE))
     require_data(val > 0, f"the file must hold more than {_TEST_FROM + 1} hours", got=len(series), source=path)
     spans = ((0, val), (val, test), (test, len(series)))
     parts = [np.arange(first, max(first, last - hours + 1)) for first, last in spans]
+    time = _hour_numbers(cells)
+    breaks = np.concatenate([[0], (np.diff(time) != 1).cumsum()])
+    unbroken = breaks[hours - 1 :] == breaks[: max(0, len(breaks) - hours + 1)]
     known = [rows[np.isfinite(label[rows])] for rows in parts]
-    without = sum(map(len, parts)) - sum(map(len, known))
-    skipped = {"without label": without} if without else {}
-    return splits_of_rows(windows, label, *known, source=f"beijing_{station.lower()}", skipped=skipped)
+    kept = [rows[unbroken[rows]] for rows in known]
+    total, labelled, used = (sum(map(len, some)) for some in (parts, known, kept))
+    skipped = {"without label": total - labelled, "after a gap": labelled - used}
+    skipped = {why: count for why, count in skipped.items() if count}
+    return splits_of_rows(windows, label, *kept, source=f"beijing_{station.lower()}", skipped=skipped)
 
 
 def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0, part: str = "FD001") -> Splits:
@@ -91,7 +99,7 @@ def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0
     Source:
         Saxena et al. 2008, Damage propagation modeling for aircraft engine run-to-failure simulation.
     """
-    cycles = whole("cycles", cycles, low=1)
+    cycles, cap = whole("cycles", cycles, low=1), number("cap", cap, low=0, open_low=True)
     one_of("part", part, ("FD001", "FD002", "FD003", "FD004"))
     files = [f"{name}_{part}.txt" for name in ("train", "test", "RUL")]
     train_path, test_path, rest_path = (find_file(root, name, f"cmapss_{name}", card="cmapss") for name in files)
@@ -106,10 +114,17 @@ def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0
         labels.append(np.arange(len(windows) - 1, -1, -1))
         owner.append(np.full(len(windows), engine))
     inputs += [_windows(_lengthened(readings, cycles), cycles)[-1:] for readings in cut.values()]
-    label, number = np.concatenate([*labels, lives]), np.concatenate(owner)
-    val = number % _EVERY == 0
-    rows = (np.flatnonzero(~val), np.flatnonzero(val), np.arange(len(number), len(label)))
+    label, engine_of = np.concatenate([*labels, lives]), np.concatenate(owner)
+    val = engine_of % _EVERY == 0
+    rows = (np.flatnonzero(~val), np.flatnonzero(val), np.arange(len(engine_of), len(label)))
     return splits_of_rows(np.concatenate(inputs), label.clip(max=cap), *rows, source=f"cmapss_{part.lower()}")
+
+
+def _hour_numbers(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The hours since 1970 of rows with a year, a month, a day and an hour."""
+    year, month, day, hour = (columns[name].astype(np.int64) for name in ("year", "month", "day", "hour"))
+    days = (12 * (year - 1970) + month - 1).astype("datetime64[M]").astype("datetime64[D]").astype(np.int64) + day - 1
+    return 24 * days + hour
 
 
 def _windows(series: np.ndarray, length: int) -> np.ndarray:

@@ -68,8 +68,9 @@ def emobank(
         longest: the number of known words after which a sentence is cut; unknown ones are left out.
     Returns:
         Splits as the authors made them, with inputs (N, longest) int64, the numbers of the words, then zeros.
+        ``skipped`` counts rows ``"of another split"`` than train, dev and test.
     Raises:
-        DataError: the file is missing or damaged, or lacks a column or a part.
+        DataError: the file is missing or damaged, lacks a column or a part, or holds a label beyond the scale.
     Source:
         Buechel and Hahn 2017, EmoBank (EACL).
     """
@@ -79,8 +80,11 @@ def emobank(
     has_columns(columns, ("split", "text", label), path)
     part = np.array(columns["split"])
     train, val, test = (np.flatnonzero(part == name) for name in ("train", "dev", "test"))
-    inputs, labels = _numbers(columns["text"], number, longest), numbers_of(columns[label], label, path)
-    return splits_of_rows(inputs, labels, train, val, test, source=f"emobank_{label.lower()}")
+    inputs = _numbers(columns["text"], number, longest)
+    labels = numbers_of(columns[label], label, path, within=(1, 5))
+    other = len(part) - len(train) - len(val) - len(test)
+    skipped = {"of another split": other} if other else {}
+    return splits_of_rows(inputs, labels, train, val, test, source=f"emobank_{label.lower()}", skipped=skipped)
 
 
 def sts_b_dir(root: str | os.PathLike[str], number: dict[str, int], *, longest: int = 30) -> Splits:
@@ -93,7 +97,7 @@ def sts_b_dir(root: str | os.PathLike[str], number: dict[str, int], *, longest: 
     Returns:
         Splits with inputs (N, 2, longest) int64.
     Raises:
-        DataError: a file is missing or damaged, or lacks a column.
+        DataError: a file is missing or damaged, lacks a column, or holds a score beyond the scale.
     Source:
         Yang et al. 2021, section 4 (arXiv:2102.09554); Cer et al. 2017 (arXiv:1708.00055).
     """
@@ -103,7 +107,7 @@ def sts_b_dir(root: str | os.PathLike[str], number: dict[str, int], *, longest: 
         columns = columns_of(path, delimiter="\t", quoted=False)
         has_columns(columns, ("sentence1", "sentence2", "score"), path)
         pairs = np.stack([_numbers(columns[name], number, longest) for name in ("sentence1", "sentence2")], axis=1)
-        labels = numbers_of(columns["score"], "score", path).astype(np.float32)
+        labels = numbers_of(columns["score"], "score", path, within=(0, 5)).astype(np.float32)
         sets.append(SampleSet(pairs, labels, np.arange(len(labels))))
     train, val, test = sets
     return Splits(train, val, test, "sts_b_dir", {})

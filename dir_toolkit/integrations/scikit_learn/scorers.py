@@ -14,8 +14,6 @@ from ...metrics import regression_metrics
 
 __all__ = ["bmae_scorer", "few_shot_scorer"]
 
-_RARE = 0.1  # the share of the training labels whose density a rare label does not exceed
-
 
 def bmae_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., float]:
     """A scorer of the negative bMAE: the mean over the bins of the axis of each bin's mean absolute error.
@@ -42,23 +40,22 @@ def bmae_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., float]:
 def few_shot_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., float]:
     """A scorer of the negative mean absolute error of rare labels.
 
-    A label is rare if the smoothed training density in its bin is not larger than that of the rarest tenth of the
-    training labels. Where no test label is rare the score is NaN.
+    A label is rare if its bin is in the region "few" or "unseen" of the training labels, as
+    ``LabelDensity.regions(relative=True)`` has it: fewer labels than a fifth of what an even spread over the axis would
+    give it. Where no test label is rare the score is NaN.
 
     Args:
         labels, bins: as in :func:`bmae_scorer`.
 
     >>> from sklearn.dummy import DummyRegressor
-    >>> y = np.array([0.0] * 90 + [10.0] * 10)
+    >>> y = np.array([0.0] * 95 + [10.0] * 5)
     >>> median = DummyRegressor(strategy="median").fit(y[:, None], y)
     >>> float(few_shot_scorer(y, Bins.uniform(0, 20, count=2))(median, y[:, None], y))
     -10.0
     """
     density = _density(labels, bins)
-    counts, frequency = density.counts, density.smooth("auto").counts
-    order = np.argsort(frequency, kind="stable")
-    place = np.searchsorted(np.cumsum(counts[order]), _RARE * counts.sum())
-    return make_scorer(_few, greater_is_better=False, bins=density.bins, rare=frequency <= frequency[order[place]])
+    rare = np.isin(density.regions(relative=True), ("few", "unseen"))
+    return make_scorer(_few, greater_is_better=False, bins=density.bins, rare=rare)
 
 
 def _density(labels: Any, bins: Bins | None) -> LabelDensity:

@@ -18,7 +18,7 @@ from PIL import Image
 from dir_toolkit.errors import DataError, SettingsError
 from dir_toolkit.experiment.data import cache as cache_module
 from dir_toolkit.experiment.data.archives import FolderFiles
-from dir_toolkit.experiment.data.cache import Decoded, decode_jpeg, decode_once, make_splits
+from dir_toolkit.experiment.data.cache import Decoded, decode_image, decode_once, make_splits
 
 NAMES = [f"{i}.jpg" for i in range(5)]
 
@@ -38,7 +38,7 @@ def refuse_to_decode(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*_: Any) -> None:
             raise AssertionError("decoded again")
 
-        monkeypatch.setattr(cache_module, "decode_jpeg", fail)
+        monkeypatch.setattr(cache_module, "decode_image", fail)
 
     return switch_off
 
@@ -50,7 +50,7 @@ def kept(folder: Path) -> list[str]:
 def test_decodes_to_channels_first_rgb() -> None:
     out = io.BytesIO()
     Image.new("RGB", (200, 100), (250, 128, 3)).save(out, "JPEG", quality=100)
-    image = decode_jpeg(out.getvalue(), 24)
+    image = decode_image(out.getvalue(), 24)
     assert image.shape == (3, 24, 24)
     assert image.dtype == np.uint8
     np.testing.assert_allclose(image.reshape(3, -1).astype(int), np.tile([[250], [128], [3]], 24 * 24), atol=3)
@@ -60,19 +60,19 @@ def test_decodes_to_channels_first_rgb() -> None:
 def test_other_colour_modes_become_rgb(mode: str) -> None:
     out = io.BytesIO()
     Image.new(mode, (16, 16)).save(out, "JPEG")
-    assert decode_jpeg(out.getvalue(), 8).shape == (3, 8, 8)
+    assert decode_image(out.getvalue(), 8).shape == (3, 8, 8)
 
 
 def test_size_of_the_image_keeps_every_pixel(jpeg: Callable[..., bytes]) -> None:
     data = jpeg(3)
     with Image.open(io.BytesIO(data)) as image:
-        np.testing.assert_array_equal(decode_jpeg(data, 16), np.asarray(image).transpose(2, 0, 1))
+        np.testing.assert_array_equal(decode_image(data, 16), np.asarray(image).transpose(2, 0, 1))
 
 
 def test_giant_is_not_decoded(jpeg: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_MOST_PIXELS", 16 * 15)
     with pytest.raises(ValueError, match="256 pixels, at most 240 are decoded"):
-        decode_jpeg(jpeg(), 8)
+        decode_image(jpeg(), 8)
 
 
 def test_bomb_of_one_header(jpeg: Callable[..., bytes]) -> None:
@@ -80,15 +80,23 @@ def test_bomb_of_one_header(jpeg: Callable[..., bytes]) -> None:
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = b"\xff\xff\xff\xff"
     with pytest.raises(ValueError, match="4,294,836,225 pixels"):
-        decode_jpeg(bytes(data), 8)
+        decode_image(bytes(data), 8)
 
 
 def test_other_formats_are_refused() -> None:
     out = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(out, "PNG")
+    Image.new("RGB", (8, 8)).save(out, "BMP")
     for data in (out.getvalue(), b"", b"\xff\xd8"):
         with pytest.raises(ValueError, match=r"\w"):
-            decode_jpeg(data, 8)
+            decode_image(data, 8)
+
+
+def test_png_is_read_as_rgb() -> None:
+    out, colours = io.BytesIO(), np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
+    Image.fromarray(colours).save(out, "PNG")
+    np.testing.assert_array_equal(decode_image(out.getvalue(), 8), colours[..., :3].transpose(2, 0, 1))
+    with pytest.raises(ValueError, match=r"\w"):
+        decode_image(out.getvalue()[:-40], 8)
 
 
 def test_mutated_jpeg_gives_an_image_or_a_value_error(
@@ -97,7 +105,7 @@ def test_mutated_jpeg_gives_an_image_or_a_value_error(
     results = {True: 0, False: 0}
     for changed in mutations(jpeg(), count=400, longest=40):
         try:
-            assert decode_jpeg(changed, 8).shape == (3, 8, 8)
+            assert decode_image(changed, 8).shape == (3, 8, 8)
             results[True] += 1
         except ValueError:
             results[False] += 1
@@ -108,7 +116,7 @@ def test_without_pillow(monkeypatch: pytest.MonkeyPatch, jpeg: Callable[..., byt
     data = jpeg()
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r'Pillow\. pip install "dir_toolkit\[recipes\]"'):
-        decode_jpeg(data, 8)
+        decode_image(data, 8)
 
 
 def test_rows_hold_the_images(files: FolderFiles, tmp_path: Path) -> None:
@@ -117,7 +125,7 @@ def test_rows_hold_the_images(files: FolderFiles, tmp_path: Path) -> None:
     assert not decoded.images.flags.writeable
     assert decoded.rows == {name: i for i, name in enumerate(NAMES)}
     for name, data in files.read(NAMES):
-        np.testing.assert_array_equal(decoded.images[decoded.rows[name]], decode_jpeg(data, 8))
+        np.testing.assert_array_equal(decoded.images[decoded.rows[name]], decode_image(data, 8))
     np.testing.assert_array_equal(np.load(next((tmp_path / "cache").glob("*.npy"))), decoded.images)
 
 
@@ -220,7 +228,7 @@ def hold(root: Path, folder: Path, building: Any) -> None:
         building.set()
         threading.Event().wait()
 
-    cache_module.decode_jpeg = hang
+    cache_module.decode_image = hang
     decode_once(FolderFiles(root), NAMES, size=8, cache=folder)
 
 

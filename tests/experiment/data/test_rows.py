@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def air(tmp_path: Path, hours: int, **changed: str) -> Path:
     rows = ["No,year,month,day,hour,PM2.5,TEMP,PRES,DEWP,RAIN,wd,WSPM"]
     for i in range(hours):
         label, temp = changed.get(f"label{i}", str(i)), changed.get(f"temp{i}", str(i))
-        rows.append(f'{i},2013,1,{1 + i % 28},{i % 24},{label},{temp},1000,-3,0,"E",1.5')
+        time = datetime(2013, 3, 1) + timedelta(hours=i + (i >= int(changed.get("gap", hours))))
+        date = f"{time.year},{time.month},{time.day},{time.hour}"
+        rows.append(f'{i},{date},{label},{temp},1000,-3,0,"E",1.5')
     write(tmp_path / "beijing_somewhere.csv", "\n".join(rows))
     return tmp_path
 
@@ -133,11 +136,17 @@ def test_windows_of_beijing_by_hand(tmp_path: Path) -> None:
     assert not splits.train.inputs.flags.writeable
 
 
+def test_no_window_of_beijing_reaches_over_hours_that_are_missing(tmp_path: Path) -> None:
+    splits = beijing(air(tmp_path, 366 * 24 + 50, gap="20", label21="NA"), "Somewhere", hours=3)
+    assert splits.train.labels.tolist() == [*range(2, 20), *range(22, 40)]
+    assert splits.skipped == {"without label": 1, "after a gap": 1}  # the hours at 20 and 21, of which one has no label
+
+
 def test_what_beijing_refuses(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold more than 8785 hours, got 30"):
         beijing(air(tmp_path, 30), "Somewhere")
     write(tmp_path / "beijing_elsewhere.csv", "hour,PM2.5\n1,2\n")
-    with pytest.raises(DataError, match="must have a column 'month'"):
+    with pytest.raises(DataError, match="must have a column 'year'"):
         beijing(tmp_path, "Elsewhere")
 
 
@@ -179,6 +188,11 @@ def test_what_engines_refuse(tmp_path: Path, changed: dict[str, str], message: s
         cmapss(engines(tmp_path, **changed), cycles=2)
 
 
+def test_a_cap_of_lives_is_positive(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cap must be > 0, got -5"):
+        cmapss(engines(tmp_path), cap=-5)
+
+
 def test_words_and_their_vectors(tmp_path: Path) -> None:
     assert words_of("Don't  pay 3.50€") == ["don", "'", "t", "pay", "3", ".", "50", "€"]
     write(tmp_path / "glove_100d.txt", "a 1 2\nb -1 0.5\n", packed=False)
@@ -202,6 +216,13 @@ def test_sentences_by_hand(tmp_path: Path) -> None:
     splits = sts_b_dir(tmp_path, {"a": 1, "b": 2}, longest=2)
     assert splits.val.inputs.tolist() == [[[1, 0], [2, 1]]]
     assert splits.val.labels.tolist() == [2.5]
+    high = "index\tsentence1\tsentence2\tscore\n0\ta\tb\t9\n"
+    with pytest.raises(DataError, match=r"row 1: column 'score' must hold finite numbers from 0 to 5, got '9'"):
+        sts_b_dir(write(tmp_path / "stsb_dir_dev.tsv", high).parent, {"a": 1})
+    more = write(tmp_path / "emobank.csv", text + "4,later,3,3,3,a\n")
+    assert emobank(more.parent, {}).skipped == {"of another split": 1}
+    with pytest.raises(DataError, match=r"row 4: column 'V' must hold finite numbers from 1 to 5, got '7'"):
+        emobank(write(tmp_path / "emobank.csv", text + "4,dev,7,3,3,a\n").parent, {})
     with pytest.raises(DataError, match="must have a column 'text'"):
         emobank(write(tmp_path / "emobank.csv", "split,V\ntrain,3\n").parent, {})
 

@@ -123,7 +123,7 @@ def test_folders_and_archives_give_the_same(faces: Path, tmp_path: Path) -> None
 
 
 def test_images_go_with_their_names(faces: Path, tmp_path: Path) -> None:
-    from dir_toolkit.experiment.data.cache import decode_jpeg
+    from dir_toolkit.experiment.data.cache import decode_image
 
     splits = utkface(faces, size=16, cache=tmp_path / "cache")
     split = utkface_dir_split(names_of(26, 8) + names_of(80, 6))
@@ -131,7 +131,7 @@ def test_images_go_with_their_names(faces: Path, tmp_path: Path) -> None:
         images, ages = getattr(splits, part).batch(np.arange(len(split[part])))
         assert ages.tolist() == [utkface_age(name) for name in split[part]]
         for image, name in zip(images, split[part], strict=True):
-            np.testing.assert_array_equal(image.numpy(), decode_jpeg((faces / name).read_bytes(), 16))
+            np.testing.assert_array_equal(image.numpy(), decode_image((faces / name).read_bytes(), 16))
 
 
 def test_a_damaged_image_moves_no_other(faces: Path, tmp_path: Path) -> None:
