@@ -95,8 +95,8 @@ def numbers_of(
     """The numbers in one column, float64; a cell of ``missing`` becomes NaN.
 
     Raises:
-        DataError: a cell is not a number that is finite in float32, or lies outside ``within``. The error names the row,
-            counted from 1 below the names of the columns.
+        DataError: a cell is not a number that is finite in float32, or lies outside ``within``. The error names the
+            row, counted from 1 below the names of the columns.
     """
     values = np.full(len(cells), np.nan)
     for i, cell in enumerate(cells):
