@@ -143,6 +143,16 @@ LOSSES: list[Case] = [
             "weights": {"weights": dt.LDS(BINS)},
         },
     ),
+    Case(
+        dt.losses.DistLoss,
+        {"bins": BINS, "prior": np.full(60, 1 / 60)},
+        {
+            "bins": {"bins": dt.Bins.uniform(0, 120, width=2)},
+            "prior": {"prior": np.eye(60)[3]},
+            "coefficient": {"coefficient": 2.0},
+            "squared": {"squared": True},
+        },
+    ),
     Case(dt.losses.RankNContrast, {}, {"temperature": {"temperature": 1.0}}),
     Case(
         dt.losses.CenterLoss,

@@ -55,6 +55,7 @@ from .cross_entropy import (
     logit_adjusted_cross_entropy,
     pairwise_cross_entropy,
 )
+from .dist_loss import DistLoss, dist_loss
 from .distribution import (
     CRPS,
     CoralLoss,
@@ -92,6 +93,7 @@ __all__ = [
     "ConRLoss",
     "CoralLoss",
     "CrossEntropy",
+    "DistLoss",
     "EqualizationLoss",
     "FocalLoss",
     "GaussianMixtureLoss",
@@ -117,6 +119,7 @@ __all__ = [
     "coral_loss",
     "cross_entropy",
     "crps",
+    "dist_loss",
     "equalization_loss",
     "focal_loss",
     "gaussian_interval",

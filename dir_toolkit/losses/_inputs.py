@@ -249,10 +249,10 @@ def per_class(name: str, value: Any, logits: Tensor | None = None, *, positive: 
     return values if logits is None else values.to(logits.device, non_blocking=True)
 
 
-def checked_prior(prior: Any, logits: Tensor | None = None) -> Tensor:
-    """A prior (C,), > 0 and summing to one, in at least float32, on the device of the logits (N, C)."""
+def checked_prior(prior: Any, logits: Tensor | None = None, *, zeros: bool = False) -> Tensor:
+    """A prior (C,), > 0, or >= 0 with ``zeros``, summing to one, in at least float32, on the device of the logits."""
     values = _one_per_class("prior", prior, logits)
-    prior_shares("prior", values)
+    prior_shares("prior", values, zeros=zeros)
     return values if logits is None else values.to(logits.device, non_blocking=True)
 
 

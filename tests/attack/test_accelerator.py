@@ -139,6 +139,10 @@ LOSSES: dict[str, Callable[[], Job]] = {
     "crps": alone(lambda d: dt.crps(d.scores, d.y, d.w, bins=BINS)),
     "crps that drops": alone(lambda d: dt.crps(d.scores, d.y, d.w, bins=BINS, outside="drop")),
     "cross_entropy": alone(lambda d: dt.losses.cross_entropy(d.logits, d.c, d.w, label_smoothing=0.1)),
+    "DistLoss": of(lambda: dt.losses.DistLoss(BINS, density(BINS).prior()), lambda m, d: m(d.pred, d.y, d.w)),
+    "dist_loss": alone(
+        lambda d: dt.losses.dist_loss(d.pred, d.y, d.w, bins=BINS, prior=d.spread.mean(0), squared=True)
+    ),
     "equalization_loss": alone(lambda d: dt.losses.equalization_loss(d.logits, d.c, prior=d.prior, threshold=0.3)),
     "focal_loss": alone(lambda d: dt.losses.focal_loss(d.logits, d.c, d.w, alpha=d.prior)),
     "gaussian_nll": alone(lambda d: dt.losses.gaussian_nll(d.pair, d.y, d.w, beta=0.5)),

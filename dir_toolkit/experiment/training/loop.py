@@ -135,7 +135,7 @@ def fit(
     )  # now, and not when the first epoch has ended
     got, on = "torch.no_grad() or torch.inference_mode() around it", torch.is_grad_enabled()
     require(on, "gradients must be on", got=got, fix="Call it outside of these.", error=RuntimeError)
-    _check_trainable(model, train, val, loss, sampler, fds, optimization.batch_size, runtime.world)
+    _check_trainable(model, train, val, loss, sampler, fds, optimization, runtime.world)
     instance((str, os.PathLike), folder=folder)
     instance(bool, resume=resume)
     weights_from = whole("weights_from", weights_from, low=0)
@@ -395,9 +395,9 @@ def _attached(fds: FDS | None, model: nn.Module) -> list[tuple[str, str, int | s
 
 
 def _check_trainable(
-    model: nn.Module, train: SampleSet, val: SampleSet, loss: Any, sampler: Any, fds: Any, batch_size: int, world: int
+    model: nn.Module, train: SampleSet, val: SampleSet, loss: Any, sampler: Any, fds: Any, how: Optimization, world: int
 ) -> None:
-    least = 2 * world
+    least, batch_size = 2 * world, how.batch_size
     faults = []
     samples = _samples(train, sampler)
     if sampler is not None and sampler.num_labels != len(train):
@@ -412,6 +412,8 @@ def _check_trainable(
         faults.append("model must have weights, got lazy layers that have none yet. Run it once on a few images first.")
     if fds is not None and any(module is fds for module in model.modules()):
         faults.append("fds must be no part of the model. Keep it outside and attach it.")
+    if fds is not None and how.sharpness is not None:
+        faults.append("fds must be left out with sharpness, whose second pass it would count. Use sharpness=None.")
     if fds is not None and not fds.attached:
         faults.append('fds must be attached to a part of the model. Call fds.attach(model.head, "input") first.')
     if faults:

@@ -49,6 +49,9 @@ class Optimization:
     """The shares of all steps after which the schedule "steps" divides by ten. They rise, and lie in (0, 1)."""
     clip_norm: float | None = None
     """The longest gradient, by its Euclidean norm over all parameters; None sets no limit."""
+    sharpness: float | None = None
+    """How far uphill, in units of all parameters together, the gradient of each step is taken, with two passes per step
+    (BSAM where the loss has weights, else SAM); None takes it where the parameters lie."""
 
     def __post_init__(self) -> None:
         faults = []
@@ -64,8 +67,9 @@ class Optimization:
             (number, ("warmup", self.warmup), {"low": 0, "high": 1, "open_high": True}),
             (_rising_shares, ("milestones", self.milestones), {}),
         ]
-        if self.clip_norm is not None:
-            checks.append((number, ("clip_norm", self.clip_norm), {"low": 0, "open_low": True}))
+        for name in ("clip_norm", "sharpness"):
+            if getattr(self, name) is not None:
+                checks.append((number, (name, getattr(self, name)), {"low": 0, "open_low": True}))
         for check, arguments, options in checks:
             try:
                 plain = check(*arguments, **options)

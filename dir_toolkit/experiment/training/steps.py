@@ -14,6 +14,7 @@ from ..._checks import problem
 from ...errors import NonFiniteLossError
 from .optimization import Optimization, learning_rate, make_optimizer
 from .runtime import Runtime
+from .sharpness import uphill
 
 __all__ = ["LossWatch", "Step", "Steps"]
 
@@ -57,7 +58,8 @@ class Steps:
         self.batches = [slice(a, b) for a, b in pairwise(ends) if b - a >= fewest]
         self.total = optimization.epochs * len(self.batches)
         self.optimizer = make_optimizer(module, optimization)
-        self._parameters, self._optimization, self._runtime = list(module.parameters()), optimization, runtime
+        self._module, self._parameters = module, list(module.parameters())
+        self._optimization, self._runtime = optimization, runtime
         self._norms = norms or optimization.clip_norm is not None
         module.zero_grad()  # of frozen parameters, too, whose gradients would count in the norm
 
@@ -80,8 +82,13 @@ class Steps:
         for place in range(start, len(self.batches)):
             batch = order[self.batches[place]]
             own = batch[rank::world]
+            share = len(own) * world / len(batch)
             loss = loss_of(place, own)
-            (loss if world == 1 else loss * (len(own) * world / len(batch))).backward()
+            (loss if world == 1 else loss * share).backward()
+            if self._optimization.sharpness is not None:
+                with uphill(self._parameters, self._optimization.sharpness, self._module):
+                    self.optimizer.zero_grad()
+                    (loss_of(place, own) * share).backward()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(epoch * len(self.batches) + place)
             norm = None

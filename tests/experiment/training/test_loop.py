@@ -511,6 +511,17 @@ def test_mixed_batches_train_and_are_the_same_again(tmp_path: Path) -> None:
         train(tmp_path / "two", mixing=2.0, optimization=ONE_EPOCH)
 
 
+def test_sharpness_aware_steps_are_the_same_again_and_leave_fds_out(tmp_path: Path) -> None:
+    histories = []
+    for name, sharpness in (("one", 0.1), ("again", 0.1), ("none", None)):
+        optimization = Optimization(epochs=1, batch_size=BATCH, sharpness=sharpness)
+        histories.append(train(tmp_path / name, with_fds=False, optimization=optimization)[2])
+    losses = [history[-1]["loss"] for history in histories]
+    assert losses[0] == losses[1] != losses[2]
+    with pytest.raises(SettingsError, match="fds must be left out with sharpness"):
+        train(tmp_path / "fds", optimization=Optimization(epochs=1, batch_size=BATCH, sharpness=0.1))
+
+
 def test_sgd_with_steps_and_an_augmentation_of_ones_own(tmp_path: Path) -> None:
     seen: list[list[Tensor]] = []
 

@@ -1,0 +1,108 @@
+"""Sharpness-aware steps: the gradient of a step is taken uphill, where the loss is worst nearby."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._checks import instance, number, require
+from ..._numerics import wide_dtype
+
+__all__ = ["BSAM", "uphill"]
+
+
+@contextmanager
+def uphill(parameters: Iterable[Tensor], rho: float, model: nn.Module | None = None) -> Iterator[None]:
+    """A context in which parameters lie farther up by a step of length ``rho`` along their gradient. Afterwards they
+    are as they were, to the bit.
+
+    Args:
+        model: whose BatchNorm statistics stay as they are meanwhile, since they have seen the batch before.
+    """
+    moved = [p for p in parameters if p.grad is not None]
+    before = [p.detach().clone() for p in moved]
+    momenta = {m: m.momentum for m in (() if model is None else model.modules()) if isinstance(m, _NORMS)}
+    with torch.no_grad():
+        norms = [torch.linalg.vector_norm(p.grad, dtype=wide_dtype(p)).float() for p in moved]  # type: ignore[arg-type]
+        scale = rho / (torch.stack(norms).norm() + torch.finfo(torch.float32).tiny) if moved else 0.0
+        for p in moved:
+            assert p.grad is not None
+            p.add_((p.grad * scale).to(p.dtype))
+    try:
+        for norm in momenta:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        with torch.no_grad():
+            for p, old in zip(moved, before, strict=True):
+                p.copy_(old)
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class BSAM(torch.optim.Optimizer):
+    r"""Balanced sharpness-aware minimization: any optimizer, with gradients of a weighted loss taken uphill.
+
+    .. math:: w \leftarrow \mathrm{base}\Big(w, \nabla L\Big(w + \rho \frac{\nabla L(w)}{\lVert \nabla L(w) \rVert}\Big)
+              \Big), \qquad L = \frac1N \sum_i \frac{c}{\sqrt{n(y_i)}} \ell_i
+
+    The loss is the closure's. With the square-root inverse weights of a :class:`dir_toolkit.LDS` in it this is BSAM,
+    and without weights it is SAM. Each step takes two passes::
+
+        optimizer = BSAM(torch.optim.AdamW(model.parameters()), rho=0.05, model=model)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = weighted_l1(model(x), y, lds(y))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    Layers that draw random numbers, as dropout, draw anew in the second pass.
+    :func:`dir_toolkit.experiment.training.loop.fit` takes ``Optimization(sharpness=0.05)`` and ``weights=lds`` instead;
+    there both passes draw the same.
+
+    Args:
+        base: an optimizer of the parameters. Its groups and its state are shared, so that schedulers work.
+        rho: > 0, how far uphill, in units of all parameters together.
+        model: whose BatchNorm statistics are moved by the first pass alone.
+    Source:
+        Liu et al. 2025 (arXiv:2508.16973); Foret et al. 2021, algorithm 1, for SAM (arXiv:2010.01412).
+    """
+
+    def __init__(self, base: torch.optim.Optimizer, *, rho: float = 0.05, model: nn.Module | None = None) -> None:
+        instance(torch.optim.Optimizer, base=base)
+        self.rho = number("rho", rho, low=0, open_low=True)
+        if model is not None:
+            instance(nn.Module, model=model)
+        self.base, self.model = base, model
+        super().__init__(base.param_groups, base.defaults)
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. The closure clears the gradients, computes the loss, calls ``backward`` and returns the loss, which
+        is that of the first pass."""
+        fix = "Call step(closure)."
+        require(callable(closure), "closure must be a function that computes the loss", got=type(closure), fix=fix)
+        assert closure is not None
+        with torch.enable_grad():
+            loss = closure()
+            with uphill((p for group in self.param_groups for p in group["params"]), self.rho, self.model):
+                closure()
+        self.base.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.base.param_groups, self.base.state
