@@ -1,8 +1,8 @@
-"""Learning from long-tailed labels, continuous or discrete, on one label axis.
+"""Imbalanced regression and long-tailed classification in PyTorch.
 
-The everyday names stand here. All others are in their rooms: ``dt.labels``, ``dt.features``, ``dt.heads``,
+The most used names can be imported from here. All others are in ``dt.labels``, ``dt.features``, ``dt.heads``,
 ``dt.losses``, ``dt.metrics``, ``dt.priors``, ``dt.conformal`` and ``dt.decoupling``. Data sets, training loops and
-results are in ``dir_toolkit.experiment``, which nothing here imports.
+results are in ``dir_toolkit.experiment``, which is not imported here.
 """
 
 from . import conformal, decoupling, errors, features, heads, labels, losses, metrics, priors

@@ -1,6 +1,6 @@
-"""Checks of what callers pass, and the one place where error sentences are made.
+"""Checks of arguments, and the error messages of the package.
 
-Every sentence says who, which argument, the rule, what came, and what to do.
+Every message names the function that the user called, the argument, the rule, the value, and what to do.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ MOST_LONG = 2**31 - 1  # the length of any other axis
 MOST_TAU = 1e30  # its product with any log-share fits into float32
 
 _HERE = str(Path(__file__).parent) + os.sep
-# Files whose frames stand between the user and this package and belong to neither.
+# Files of frames between the user and this package that belong to neither.
 _BETWEEN = (str(Path(torch.__file__).parent) + os.sep, contextlib.__file__, functools.__file__, "<string>")
-_OTHERS = ("builtins", "torch", "abc", "typing")  # modules whose classes are bases of ours
+_OTHERS = ("builtins", "torch", "abc", "typing")  # modules with base classes of our classes
 
 _OURS: dict[type[Exception], type[Exception]] = {
     ValueError: ArgumentError,
@@ -58,26 +58,25 @@ def require(
     fix: str | Callable[[], str] = "",
     error: type[Exception] | None = None,
 ) -> None:
-    """Raise :func:`problem` unless ``sound``. Functions for what came and the words are called only then: hand over
-    one where to find them out takes time, reads a device or depends on an axis of any length."""
+    """Raise :func:`problem` unless ``sound``. ``rule``, ``got`` and ``fix`` may be functions, which are called only
+    then. Use one if computing the value takes time or reads a device."""
     if not sound:
-        raise problem(_said(rule), got=_said(got), fix=_said(fix), error=error)
+        raise problem(_value(rule), got=_value(got), fix=_value(fix), error=error)
 
 
-def _said(words: Any) -> Any:
+def _value(words: Any) -> Any:
     return words() if isinstance(words, FunctionType) else words
 
 
 def problem(
     rule: str, *, got: object = None, fix: str = "", error: type[Exception] | None = None, source: str = ""
 ) -> Exception:
-    """The exception to raise: ``<who>: <rule>, got <got>. <fix>``. It is of a class of ours, unless a file is at fault.
+    """The exception to raise: ``<who>: <rule>, got <got>. <fix>``.
 
     Args:
-        got: what came. A shape, a dtype or a class is written as such.
+        got: the invalid value. A shape, a dtype or a class is written as such.
         error: None means ShapeError for a shape, TypeError for a dtype or a class, and ValueError for the rest.
-        source: takes the place of who where the fault lies in a file: the file with its line or byte. Otherwise
-            :func:`caller` is named.
+        source: an invalid file with its line or byte, which replaces ``<who>``. By default it is :func:`caller`.
     """
     if isinstance(got, tuple):
         got, error = f"{'' if 'shape' in rule else 'shape '}{tuple(got)}", error or ShapeError
@@ -96,16 +95,16 @@ def problem(
 
 
 def missing_package(requirement: str, error: ImportError) -> Exception:
-    """The error to raise where the import of an optional package has failed."""
+    """The error to raise if the import of an optional package failed."""
     rule = f"{re.split('[^a-z]', requirement)[0]} must be installed"
     return problem(rule, got=f"{type(error).__name__}: {error}", fix=f"pip install '{requirement}'", error=ImportError)
 
 
 def caller() -> tuple[str, int]:
-    """The name of what the user called in this package, and how many frames the user's own frame is away from here.
+    """The name of the function that the user called in this package, and the number of frames to the user's frame.
 
-    Both are read off the stack. A method bears the name of its class, as in ``LDS.fit``. What Python or torch calls for
-    the user, such as ``__init__``, ``forward`` or a hook, bears the name of the class alone.
+    Both are read from the stack. A method has its class in its name, as in ``LDS.fit``. Methods that Python or torch
+    call, such as ``__init__``, ``forward`` or a hook, have the name of their class.
     """
     name, depth = "dir_toolkit", 0
     frame = sys._getframe(1)
@@ -119,7 +118,7 @@ def caller() -> tuple[str, int]:
     return name, depth
 
 
-# A compiled graph has no stack. torch.compile so leaves this function to Python, and with it the call that is refused.
+# A compiled graph has no stack, so this function runs outside of it.
 caller._torchdynamo_disable = True  # type: ignore[attr-defined]
 _REFUSED = "dir_toolkit refuses an argument. Call it without torch.compile to read why."
 caller._torchdynamo_disable_msg = _REFUSED  # type: ignore[attr-defined]
@@ -140,20 +139,20 @@ def _public_name(frame: FrameType) -> str | None:
 
 
 def digits(x: float) -> str:
-    """A number for a sentence: with six digits if these are the whole number, and with all digits if not, so that two
-    numbers never look alike."""
+    """A number for a message, with six digits if these are exact, and else with all digits, so that different numbers
+    never print the same."""
     x = float(x)
     return short if float(short := f"{x:g}") == x or x != x else repr(x).removesuffix(".0")
 
 
 def warn(message: str) -> None:
-    """Issue a :class:`DirToolkitWarning`. Callers remember that they did, so that it is said once."""
+    """Issue a :class:`DirToolkitWarning`. Callers make sure that it is issued once."""
     name, depth = caller()
     warnings.warn(f"{name}: {message}", DirToolkitWarning, stacklevel=depth + 1)
 
 
 def instance(kind: Any, **values: object) -> None:
-    """Raise unless every value is an instance of ``kind``, a class or several."""
+    """Raise unless every value is an instance of ``kind``, a class or a tuple of classes."""
     for name, value in values.items():
         if not isinstance(value, kind):
             kinds = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
@@ -163,7 +162,7 @@ def instance(kind: Any, **values: object) -> None:
 
 
 def is_tensor(**tensors: object) -> None:
-    """Raise unless each value is a dense ``torch.Tensor`` of plain numbers."""
+    """Raise unless each value is a dense ``torch.Tensor``."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             rule, fix = f"{name} must be a torch.Tensor", f"Use torch.as_tensor({name})."
@@ -179,7 +178,7 @@ def is_tensor(**tensors: object) -> None:
 
 
 def on_one_device(**tensors: Tensor) -> None:
-    """Raise if a tensor is spread over several devices, as a DTensor is."""
+    """Raise if a tensor is distributed over devices, such as a DTensor."""
     for name, value in tensors.items():
         if type(value) not in (Tensor, nn.Parameter) and hasattr(value, "full_tensor"):
             got, fix = f"a {type(value).__name__}", f"Use {name}.to_local(), or {name}.full_tensor()."
@@ -187,20 +186,20 @@ def on_one_device(**tensors: Tensor) -> None:
 
 
 def on_host(name: str, tensor: Tensor) -> Tensor:
-    """The tensor on the CPU and without its graph, for code that reads values."""
+    """The tensor on the CPU, detached."""
     if tensor.is_meta:
         raise no_values(name)
     return tensor.detach().cpu()
 
 
 def no_values(name: str) -> Exception:
-    """The error that a meta tensor causes where values are read."""
+    """The error for a meta tensor whose values are needed."""
     rule, got = f"{name} must hold values", "a tensor on the meta device"
     return problem(rule, got=got, fix="Load or compute it first.")
 
 
 def real(**tensors: Tensor) -> None:
-    """Raise unless all are tensors of integers or floats, which complex and boolean numbers are not."""
+    """Raise unless all are tensors of integers or floats."""
     is_tensor(**tensors)
     for name, value in tensors.items():
         if value.is_complex() or value.dtype == torch.bool:
@@ -236,7 +235,7 @@ def same_device(**tensors: Tensor) -> None:
 
 
 def same_shape(**tensors: Tensor) -> None:
-    """Raise unless all shapes are equal. The advice names the usual cause, a stray axis of length one."""
+    """Raise unless all shapes are equal. The advice covers the usual cause, an extra axis of length one."""
     names, shapes = list(tensors), [tuple(t.shape) for t in tensors.values()]
     for name, shape in zip(names[1:], shapes[1:], strict=True):
         if shape == shapes[0]:
@@ -251,8 +250,8 @@ def same_shape(**tensors: Tensor) -> None:
 
 
 def shaped(expected: Sequence[Any], meaning: str = "", **arrays: Any) -> None:
-    """Raise unless all arrays have this shape, in which a letter stands for any length, and three dots for any axes
-    before the last. The meaning, as in "one per sample", says what their values are."""
+    """Raise unless all arrays have this shape. A letter in it allows any length, and three dots any leading axes.
+    ``meaning`` describes the values, as in "one per sample"."""
     expected = tuple(expected)
     open_front = len(expected) > 0 and isinstance(expected[0], EllipsisType)
     last = expected[1:] if open_front else expected
@@ -267,7 +266,7 @@ def shaped(expected: Sequence[Any], meaning: str = "", **arrays: Any) -> None:
 
 
 def one_per_sample(name: str, samples: Tensor, **values: object) -> None:
-    """Raise unless all values are tensors (N,) on the device of the samples (N, ...), which bear this name."""
+    """Raise unless all values are tensors (N,) on the device of the samples (N, ...), whose name is ``name``."""
     is_tensor(**values)
     shaped(samples.shape[:1], "one per sample", **values)
     for value_name, value in values.items():
@@ -275,7 +274,7 @@ def one_per_sample(name: str, samples: Tensor, **values: object) -> None:
 
 
 def same_bins(name: str, part: Any, bins: Any, *, error: type[Exception] = ValueError) -> None:
-    """Raise unless a part, bins themselves or what is over bins, such as a density, is over these bins."""
+    """Raise unless ``part``, which is bins or has bins, such as a density, has these bins."""
     if (own := getattr(part, "bins", part)) != bins:
         raise problem(f"{name} must be over the same bins", got=f"{own} for {bins}", error=error)
 
@@ -288,7 +287,7 @@ def not_empty(**arrays: Any) -> None:
 
 
 def finite(**tensors: Tensor | np.ndarray) -> None:
-    """Raise at NaN and infinity, with the position of the first. Tensors on an accelerator are not looked at."""
+    """Raise at NaN or infinity, with the index of the first. Tensors on an accelerator are not checked."""
     for name, value in tensors.items():
         if isinstance(value, Tensor):
             if not readable(value):
@@ -303,7 +302,7 @@ def finite(**tensors: Tensor | np.ndarray) -> None:
 
 
 def no_bad(rule: str, values: Tensor, bad: Tensor, *, fix: str = "") -> None:
-    """Raise at the first value that is bad, with its place. Tensors on an accelerator are not looked at."""
+    """Raise if a value is bad, with the index of the first. Tensors on an accelerator are not checked."""
     if readable(values) and bool(bad.any()):
         first = bad.nonzero()[0].tolist()
         got = f"{values[tuple(first)].item():g} at index {first} ({int(bad.sum())} such values)"
@@ -311,7 +310,7 @@ def no_bad(rule: str, values: Tensor, bad: Tensor, *, fix: str = "") -> None:
 
 
 def not_negative(**tensors: Tensor) -> None:
-    """Raise if a value is below zero. Tensors on an accelerator are not looked at."""
+    """Raise if a value is below zero. Tensors on an accelerator are not checked."""
     for name, value in tensors.items():
         value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
         if value.dtype.is_signed and readable(value) and bool((value < 0).any()):
@@ -319,7 +318,7 @@ def not_negative(**tensors: Tensor) -> None:
 
 
 def class_indices(name: str, index: Tensor, num_classes: int) -> None:
-    """Raise unless ``index`` holds int64 numbers from 0 to ``num_classes`` - 1. Accelerators are not looked at."""
+    """Raise unless ``index`` is int64 from 0 to ``num_classes`` - 1. Tensors on an accelerator are not checked."""
     if index.dtype != torch.int64:
         fix = f"Use {name}.long()."
         raise problem(f"{name} must hold class indices as int64", got=index.dtype, fix=fix)
@@ -327,7 +326,7 @@ def class_indices(name: str, index: Tensor, num_classes: int) -> None:
 
 
 def classes_exist(name: str, index: Tensor, num_classes: int) -> None:
-    """Raise unless integers (N,) of any dtype are from 0 to ``num_classes`` - 1. Accelerators are not looked at."""
+    """Raise unless integers (N,) are from 0 to ``num_classes`` - 1. Tensors on an accelerator are not checked."""
     if readable(index) and index.numel():
         least, most = index.aminmax()
         if not 0 <= int(least) <= int(most) < num_classes:
@@ -339,8 +338,8 @@ def classes_exist(name: str, index: Tensor, num_classes: int) -> None:
 
 
 def distributions(*, zeros: bool = False, **values: Tensor) -> None:
-    """Raise unless floats (..., B) are not negative and sum to one along the last axis, but for rounding. With
-    ``zeros`` a row may also hold zeros alone. Tensors on an accelerator are not looked at."""
+    """Raise unless floats (..., B) are >= 0 and sum to one along the last axis, up to rounding. With ``zeros`` a row
+    may also be all zeros. Tensors on an accelerator are not checked."""
     for name, value in values.items():
         if not readable(value) or value.numel() == 0:
             continue
@@ -355,7 +354,7 @@ def distributions(*, zeros: bool = False, **values: Tensor) -> None:
 
 
 def positive_classes(name: str, values: Tensor, *, zeros: bool, fix: str = "") -> None:
-    """Raise unless values (C,) on the host are positive, or with ``zeros`` not negative."""
+    """Raise unless values (C,) on the CPU are positive, or with ``zeros`` not negative."""
     bad = values < 0 if zeros else values <= 0
     if bool(bad.any()):
         first = int(bad.to(torch.uint8).argmax())
@@ -364,8 +363,8 @@ def positive_classes(name: str, values: Tensor, *, zeros: bool, fix: str = "") -
 
 
 def prior_shares(name: str, prior: Tensor, *, zeros: bool = False) -> None:
-    """Raise unless shares are positive, or with ``zeros`` not negative, and sum to one. Tensors on an accelerator are
-    not looked at."""
+    """Raise unless a prior is positive, or with ``zeros`` not negative, and sums to one. Tensors on an accelerator are
+    not checked."""
     if not readable(prior):
         return
     finite(**{name: prior})
@@ -385,7 +384,7 @@ def number(
     open_high: bool = False,
     float32: bool = False,
 ) -> float:
-    """A finite real number between ``low`` and ``high``. With ``float32`` it is zero or fits into a normal float32."""
+    """A checked finite number between ``low`` and ``high``. With ``float32`` it must be zero or a normal float32."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise problem(f"{name} must be a number", got=repr(value), error=TypeError)
     try:
@@ -406,12 +405,12 @@ def number(
 
 
 def checked_tau(tau: object) -> float:
-    """The strength of an adjustment by a prior."""
+    """A checked tau, the strength of an adjustment by a prior."""
     return number("tau", tau, low=0, high=MOST_TAU)
 
 
 def whole(name: str, value: object, *, low: int | None = None, high: int | None = None, fix: str = "") -> int:
-    """A whole number, from ``low`` to ``high``. The advice is for one that is too high."""
+    """A checked whole number from ``low`` to ``high``. ``fix`` is the advice if it is too high."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise problem(f"{name} must be a whole number", got=repr(value), error=TypeError)
     number = int(value)
@@ -423,12 +422,12 @@ def whole(name: str, value: object, *, low: int | None = None, high: int | None 
 
 
 def length(name: str, value: object, *, most: int = MOST_LONG) -> int:
-    """The length of an axis, which is at least 1 and at most what something could hold."""
+    """A checked length of an axis, from 1 to ``most``."""
     return whole(name, value, low=1, high=most)
 
 
 def _shown(value: object) -> str:
-    """``repr``, but not of whole numbers with more digits than one reads, some of which Python does not write out."""
+    """``repr``, except for very large whole numbers, some of which Python cannot print."""
     bits = value.bit_length() if isinstance(value, int) else 0
     return repr(value) if bits <= 64 else f"a whole number of {bits:,} bits"
 
@@ -441,13 +440,13 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> None:
 
 
 def word(name: str, value: object, *allowed: str) -> None:
-    """Raise if ``value`` is a word, but none of the allowed ones. It may be anything else."""
+    """Raise if ``value`` is a str but none of the allowed words. Other types pass."""
     if isinstance(value, str):
         one_of(name, value, allowed)
 
 
 def interval(name: str, value: object, *, low: float = 0.0) -> tuple[float, float]:
-    """A pair ``(a, b)`` with ``low <= a < b``."""
+    """A checked pair ``(a, b)`` with ``low <= a < b``."""
     rule = f"{name} must be a pair (low, high) with {digits(low)} <= low < high"
     try:
         pair: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]
@@ -470,30 +469,30 @@ def keys(name: str, value: object, expected: Collection[str], *, error: type[Exc
 
 
 def labels_array(labels: object, name: str = "labels") -> np.ndarray:
-    """Labels, or whatever ``name`` says, as a NumPy array of integers or floats that torch can take over."""
+    """Labels, or values called ``name``, as a NumPy array of integers or floats that torch can convert."""
     labels = _without_tensors(labels, name)
     try:
         array = np.asarray(labels)
     except ValueError:
         raise problem(f"{name} must form one array of numbers", got="rows of different lengths") from None
-    except (TypeError, RuntimeError):  # of what says that it is an array
+    except (TypeError, RuntimeError):  # from an object that claims to be an array
         rule, got = f"{name} must form one array of numbers", type(labels).__name__
         raise problem(rule, got=got, fix="Pass its values.", error=TypeError) from None
     if array.dtype.kind not in "iuf":
         got = type(labels).__name__ if array.shape == () and array.dtype == object else f"dtype {array.dtype}"
         raise problem(f"{name} must be integers or floats", got=got, fix="Convert them first.", error=TypeError)
-    # Files may hold big-endian numbers (NetCDF, FITS), and some machines floats of 80 bits. Torch knows neither.
+    # Torch supports neither big-endian numbers, as in NetCDF and FITS files, nor floats of 80 bits.
     return array.astype(np.float64 if array.itemsize > 8 else array.dtype.newbyteorder("="), copy=False)
 
 
 def as_tensors(**values: Any) -> tuple[Tensor, ...]:
-    """Tensors as they are, and other arrays of numbers (:func:`labels_array`) as tensors on the CPU."""
+    """Tensors unchanged, and other arrays of numbers (:func:`labels_array`) as tensors on the CPU."""
     arrays = (value if isinstance(value, Tensor) else labels_array(value, name) for name, value in values.items())
     return tuple(value if isinstance(value, Tensor) else torch.from_numpy(value.copy()) for value in arrays)
 
 
 def _without_tensors(labels: Any, name: str) -> Any:
-    """Labels whose tensors, also those in lists, are arrays. Masked values are refused."""
+    """Labels with tensors, also in lists, converted to arrays. Raises at masked values."""
     if isinstance(labels, Tensor):
         is_tensor(**{name: labels})
         on_one_device(**{name: labels})
@@ -509,7 +508,7 @@ def _without_tensors(labels: Any, name: str) -> Any:
 
 
 def scalar(name: str, value: Any) -> Any:
-    """The number in a tensor or array of no dimension, in the precision that it has there."""
+    """The number in a tensor or array without dimensions, in its own precision."""
     if isinstance(value, (bool, numbers.Real)) or getattr(value, "ndim", None) != 0:
         return value
     return labels_array(value, name)[()]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ._checks import problem
 
 
 def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], object]) -> None:
-    """Replace ``path`` by what ``writer`` writes. A reader, or a crash, meets the whole old file or the whole new one.
+    """Replace the file ``path`` atomically. Readers see either the old or the new file, also after a crash.
 
     Args:
-        path: a file whose folder exists. A link is followed, so that what it points to is replaced.
-        writer: called with a binary file. Where it raises, the old file stays, and nothing else is left.
+        path: a file in an existing folder. Links are followed.
+        writer: called with a binary file. If it raises, the old file stays.
     Raises:
         FileNotFoundError: the folder does not exist. IsADirectoryError: ``path`` is a folder.
     """
@@ -30,8 +30,8 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], 
         )
     if target.is_dir():
         raise problem("path must be a file", got=f"the folder {os.fspath(path)!r}", error=IsADirectoryError)
-    # tempfile would make a file that its owner alone can read. Opened like this it gets the mode of any new file.
-    start = target.name.encode()[:200].decode(errors="ignore")  # the name of a file has at most 255 bytes
+    # Not tempfile, whose files only their owner can read.
+    start = target.name.encode()[:200].decode(errors="ignore")  # file names have at most 255 bytes
     temporary = target.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -42,10 +42,10 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[BinaryIO], 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
+    if os.name == "posix":  # other systems cannot open a folder
         try:
             folder = os.open(target.parent, os.O_RDONLY)
-        except PermissionError:  # a folder that may be written to and not read
+        except PermissionError:  # a folder that can be written but not read
             return
         try:
             os.fsync(folder)

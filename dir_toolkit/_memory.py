@@ -1,4 +1,4 @@
-"""How much memory is free, and what is refused because it would take more."""
+"""Check that enough memory is free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int | None:
-    """The bytes that are free on this machine and in its container, or None where neither says."""
+    """The free bytes of this machine and its container, or None if unknown."""
     free = []
     with suppress(OSError):
         lines = _MEMINFO.read_text(encoding="utf-8").splitlines()
@@ -23,15 +23,17 @@ def free_memory() -> int | None:
         (_CGROUP, "memory.max", "memory.current"),
         (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        with suppress(OSError, ValueError, KeyError):  # There is no such file, or no limit, which is written "max".
+        with suppress(OSError, ValueError, KeyError):  # the file is missing, or the limit is "max"
             most, taken = (int((folder / name).read_text()) for name in (limit, usage))
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            free.append(most - taken + int(stat["active_file"]) + int(stat["inactive_file"]))  # files can be dropped
+            free.append(
+                most - taken + int(stat["active_file"]) + int(stat["inactive_file"])
+            )  # cached files can be dropped
     return min(free, default=None)
 
 
 def check_memory(what: str, needed: int, fix: str) -> None:
-    """Refuse to take more bytes than are free, where they are many. Else the system may kill a training hours later."""
+    """Raise if many bytes are needed and fewer are free. Otherwise the system might kill a training hours later."""
     free = free_memory() if needed > 2**28 else None
     if free is not None and needed > free:
         rule = f"{what} takes {needed / 2**30:.1f} GiB, which must be free"

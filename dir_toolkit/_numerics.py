@@ -1,4 +1,4 @@
-"""What several rooms compute, and what they ask of a tensor before they do so."""
+"""Numerical helpers for the whole package, and properties of tensors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether values may be looked at without stopping an accelerator or breaking a compiled graph."""
+    """Whether values can be read without blocking an accelerator or breaking a compiled graph."""
     return tensor.is_cpu and has_values(tensor)
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether values can be looked at, if need be by waiting for an accelerator.
+    """Whether values can be read at all, if necessary by waiting for an accelerator.
 
-    They cannot in compiled graphs, under the transforms of ``torch.func``, inside which every result is wrapped, where
-    make_fx traces, in fake mode, and where a tensor has none.
+    They cannot in compiled graphs, under ``torch.func`` and make_fx, in fake mode, and on the meta device.
     """
     return (
         not torch.compiler.is_compiling()
@@ -30,24 +29,24 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def strict_fake_mode() -> bool:
-    """Whether tensors are made without values and may not meet tensors that have values."""
+    """Whether fake mode is on and does not allow real tensors."""
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     return mode is not None and not mode.allow_non_fake_inputs
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor is one that the transforms of ``torch.func`` wrap, which compiled graphs cannot ask."""
+    """Whether ``torch.func`` has wrapped a tensor. It is False in compiled graphs."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def keepable(tensor: Tensor) -> bool:
-    """Whether a tensor may be kept. A subclass may not, such as a fake or distributed tensor, nor one that functorch
-    wraps, nor one of inference mode, which training could not use."""
+    """Whether a tensor may be cached. Subclasses, such as fake and distributed tensors, wrapped tensors and inference
+    tensors may not."""
     return type(tensor) in (Tensor, nn.Parameter) and not is_wrapped(tensor) and not tensor.is_inference()
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype to compute in: float64 if any tensor is of it, else float32."""
+    """The dtype to compute in: float64 if any tensor has it, else float32."""
     for tensor in tensors:
         if tensor.dtype == torch.float64:
             return torch.float64
@@ -62,8 +61,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Rows (N, D) scaled to length one. A row shorter than 1e-12 becomes zero and has the gradient zero."""
-    # Squares of large numbers overflow. The result does not depend on the size, and so has no gradient through it.
+    """Rows (N, D) scaled to length one. A row shorter than 1e-12 becomes zero, with zero gradient."""
+    # Dividing by the largest number first avoids overflow of squares. The result does not depend on it.
     size = rows.detach().abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     rows = rows / size
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -78,7 +77,7 @@ def squared_distances(features: Tensor, points: Tensor) -> Tensor:
 
 
 def confidence_edges(num_bins: int, device: torch.device | str = "cpu") -> Tensor:
-    """Edges of equally wide confidence bins, made on the device: (num_bins + 1,) float64."""
+    """Edges of confidence bins of equal width: (num_bins + 1,) float64."""
     return torch.arange(num_bins + 1, dtype=torch.float64, device=device) / num_bins
 
 
@@ -87,6 +86,8 @@ def confidence_bin(probabilities: Tensor, edges: Tensor) -> Tensor:
     p = probabilities.detach()
     p = p if p.is_floating_point() else p.double()
     edges = edges.to(p.dtype).to(p.device)
-    if p.itemsize < 4:  # Both sides are rounded alike and then widened, since few operations know half precision.
+    if (
+        p.itemsize < 4
+    ):  # both sides are rounded in the same way, and widened, since few operations support half precision
         p, edges = p.float(), edges.float()
     return (torch.searchsorted(edges, p.contiguous()) - 1).clamp(0, len(edges) - 2)

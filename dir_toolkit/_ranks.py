@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ._checks import require
 
-_OF_THE_HOST = ("gloo", "mpi", "ucc")  # backends that take tensors on the CPU
+_OF_THE_HOST = ("gloo", "mpi", "ucc")  # backends for tensors on the CPU
 
 
 def is_parallel() -> bool:
-    """Whether there are ranks to sum over."""
+    """Whether ``torch.distributed`` is in use."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -24,11 +24,10 @@ def check_group(group: object) -> None:
 
 
 def reduce_device(like: Tensor, group: dist.ProcessGroup | None = None) -> torch.device:
-    """The device on which the ranks of a group (None: all ranks) sum tensors such as ``like``.
+    """The device on which the ranks of a group (None: all ranks) sum tensors like ``like``.
 
-    It is of the same kind on each rank, wherever the tensors are: the accelerator if the group has a backend of its own
-    for it, as NCCL is, and the CPU if not. On an accelerator it is the device of ``like``, if ``like`` is on it, or the
-    device that the group is bound to, or the current device of this rank.
+    Its type is the same on each rank: the accelerator if the group has a backend for it, such as NCCL, else the CPU. On
+    an accelerator it is the device of ``like`` if that is on it, else the device of the group, else the current device.
     """
     kind = _accelerator()
     backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).lower().split(",") if ":" in pair)
@@ -40,10 +39,10 @@ def reduce_device(like: Tensor, group: dist.ProcessGroup | None = None) -> torch
     return bound or torch.device(kind, getattr(torch, kind).current_device())
 
 
-@torch.inference_mode(False)  # sums are kept, and written to later
+@torch.inference_mode(False)  # sums are updated in place later
 def summed(*sums: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, ...]:
-    """Each tensor summed over the ranks of a group (None: all ranks), on its own device. All of these ranks must call
-    this. Outside ``torch.distributed`` tensors are returned as they are."""
+    """Each tensor summed over the ranks of a group (None: all ranks), on its own device. All these ranks must call
+    this. Outside ``torch.distributed`` the tensors are returned."""
     if not is_parallel():
         return sums
     totals = [tensor.to(reduce_device(tensor, group), copy=True) for tensor in sums]
@@ -53,7 +52,7 @@ def summed(*sums: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tenso
 
 
 def _accelerator() -> str | None:
-    """The kind of accelerator that this process has."""
+    """The device type of this process's accelerator, or None."""
     if not hasattr(torch, "accelerator"):  # torch 2.4 and 2.5
         return "cuda" if torch.cuda.is_available() else None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

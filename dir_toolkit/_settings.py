@@ -1,7 +1,7 @@
-"""Settings, which tell apart two objects that were made with other arguments.
+"""Settings: the values that distinguish objects made with different arguments.
 
-Whatever has settings has one dict of them, ``settings``. It has an entry for each argument of the constructor, and for
-what was learnt from labels since. The repr, the checkpoint and the fingerprint of a run all read that dict.
+An object has one dict ``settings``, with an entry for each argument of the constructor and for values learned from
+labels. The repr, checkpoints and the fingerprint of a run read this dict.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from torch import Tensor, nn
 from ._checks import problem
 from .errors import SettingsError
 
-_LONGEST = 64  # the most numbers of an array that are written out; a longer array stands as a digest
-_MOST_SHOWN = 6  # the most differences that one message shows
-_LONGEST_TEXT = 200  # the most characters of a value in it
+_LONGEST = 64  # longer arrays are replaced by a digest
+_MOST_SHOWN = 6  # the largest number of differences in one message
+_LONGEST_TEXT = 200  # the largest number of characters of a value in a message
 
 
 def described(name: str, value: object) -> Any:
-    """Plain values, fit for JSON, that differ between two values that are not the same setting.
+    """A description of a setting in plain values for JSON, which differs for different settings.
 
-    A short array is written out, and a long one stands as a digest. An object gives its ``settings``, a function its
-    module and name, and a partial what it calls and its arguments. A module without ``settings`` gives its class, its
-    attributes, its buffers, those of its parameters that are frozen, and its children.
+    A long array becomes a digest, an object its ``settings``, a function its module and name, and a partial its
+    function and arguments. A module without ``settings`` becomes its class, attributes, buffers, frozen parameters and
+    children.
 
     Raises:
-        SettingsError: only its place in memory tells the value from another, as with a lambda, or it holds itself.
+        SettingsError: the value cannot be identified, such as a lambda, or contains itself.
     """
     try:
         return _described(name, value)
     except RecursionError:
-        raise _unidentifiable(re.split(r"[\[. ]", name)[0], "something that holds itself") from None
+        raise _unidentifiable(re.split(r"[\[. ]", name)[0], "something that contains itself") from None
 
 
 def _described(name: str, value: object) -> Any:
@@ -90,12 +90,13 @@ def _described(name: str, value: object) -> Any:
 
 
 def shown(settings: Mapping[str, Any]) -> str:
-    """Settings as a repr shows them, ``name=value`` for each."""
+    """Settings for a repr: ``name=value`` for each."""
     return ", ".join(f"{name}={_short(value)}" for name, value in settings.items())
 
 
 def differing(saved: object, own: Mapping[str, Any]) -> str:
-    """In words, where a saved description differs from one's own, by dotted names. Empty where they are the same."""
+    """A sentence on the differences between a saved description and ``own``, by dotted names. It is empty if they are
+    equal."""
     words = [f"{name} was {_cut(one)} and is {_cut(other)}".lstrip() for name, one, other in _differences(saved, own)]
     more = f"; and {len(words) - _MOST_SHOWN} more" if len(words) > _MOST_SHOWN else ""
     return "; ".join(words[:_MOST_SHOWN]) + more
@@ -165,12 +166,8 @@ def _array(value: np.ndarray | Tensor) -> Any:
 
 
 def _function(name: str, function: Any) -> Any:
-    """The module and name of a function. A function made inside another also gives its defaults and what it takes from
-    there.
-
-    A decorator gives the name of what it wraps to what it makes. If that is the name of a function of a module, what
-    the two take from where they were made counts as far as it can be described.
-    """
+    """The module and name of a function. For a nested or decorated function its defaults and closure are included, as
+    far as they can be described."""
     qualified = _qualified(function)
     if "<lambda>" in qualified:
         raise _unidentifiable(name, "a lambda")
@@ -190,7 +187,7 @@ def _function(name: str, function: Any) -> Any:
 
 
 def _added(value: object, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a subclass adds, where the object has the settings of the class that it inherits from."""
+    """The arguments that a subclass adds, if it inherits ``settings``."""
     if "settings" in vars(type(value)):
         return {}
     taken = inspect.signature(type(value)).parameters
@@ -198,7 +195,7 @@ def _added(value: object, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _module(name: str, module: nn.Module) -> dict[str, Any]:
-    of_torch = type(module).__module__.startswith("torch.")  # whose private attributes are not settings
+    of_torch = type(module).__module__.startswith("torch.")  # private attributes of torch are not settings
     hidden = vars(nn.Module()).keys()
     plain = {
         key: item for key, item in vars(module).items() if key not in hidden and not (of_torch and key.startswith("_"))
@@ -221,7 +218,7 @@ def _qualified(value: Any) -> str:
 
 def _unidentifiable(name: str, got: str) -> Exception:
     return problem(
-        f"{name} must be something that its settings tell from another, so that a run can be resumed",
+        f"{name} must have settings that identify it, so that a run can be resumed",
         got=got,
         fix="Use a function that a module defines, functools.partial of one, or an object with a dict `settings`.",
         error=SettingsError,

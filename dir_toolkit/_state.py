@@ -1,4 +1,4 @@
-"""The extra state of modules as one tensor of bytes, since code that saves and averages models knows tensors alone."""
+"""The extra state of modules as one tensor of bytes, since much code that saves models handles only tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ._checks import problem, require
 from .errors import CheckpointError
 
 _FORMAT = 1
-_TENSOR, _TUPLE = "tensor", "tuple"  # keys of the dicts that stand for a tensor or a tuple in the header
+_TENSOR, _TUPLE = "tensor", "tuple"  # keys of the dicts that encode a tensor or a tuple in the header
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16,
            torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}  # fmt: skip
 
 
 def pack(state: dict[str, Any]) -> Tensor:
-    """Plain values and tensors, in dicts with keys of str, lists and tuples, as (n,) uint8 on the CPU.
+    """Encode plain values and tensors, in dicts with str keys, lists and tuples, as (n,) uint8 on the CPU.
 
-    The length depends on the shapes of the tensors and on how plain values are written. Whatever changes while a model
-    trains belongs into tensors, since an average of models needs equal shapes throughout.
+    The length depends on plain values and on the shapes of tensors. Put values that change in training into tensors,
+    since averaging models needs constant shapes.
     """
     parts: list[bytes] = []
     header = {"format": _FORMAT, "state": _encoded(state, parts)}
@@ -36,10 +36,10 @@ def pack(state: dict[str, Any]) -> Tensor:
 
 
 def unpack(packed: object) -> dict[str, Any]:
-    """The state that :func:`pack` wrote. Nothing in it is run.
+    """Decode the state from :func:`pack`. No code in it is run.
 
     Raises:
-        CheckpointError: the bytes are of something else, damaged, cut short or of another format.
+        CheckpointError: the bytes are damaged, truncated or of another format.
     """
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.ndim != 1 or packed.is_meta:
         got = f"{packed.dtype} of shape {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
@@ -64,8 +64,8 @@ def unpack(packed: object) -> dict[str, Any]:
 
 @contextmanager
 def whole_or_not_at_all(*modules: nn.Module) -> Iterator[None]:
-    """A context in which states are loaded into modules. If it raises, the modules are as they were before. All of
-    their numbers are held twice meanwhile."""
+    """A context for loading states into modules. If it raises, the modules do not change. It holds their tensors
+    twice."""
     parts = [part for module in modules for part in module.modules()]
     attributes = [
         (part, {**vars(part), "_parameters": {**part._parameters}, "_buffers": {**part._buffers}}) for part in parts
@@ -85,8 +85,8 @@ def whole_or_not_at_all(*modules: nn.Module) -> Iterator[None]:
 
 
 class SoundModule(nn.Module):
-    """A module that stays as it was when ``load_state_dict`` refuses a state, where torch would leave it half loaded.
-    It can be trained after it was moved or cast in inference mode."""
+    """A module that does not change if ``load_state_dict`` raises, where torch would leave it partly loaded. It can be
+    trained after it was moved or cast in inference mode."""
 
     @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -98,7 +98,7 @@ class SoundModule(nn.Module):
 
 
 class Float64Module(SoundModule):
-    """A module whose buffers follow ``.to(device)``, and stay float64 whatever dtype the module is cast to."""
+    """A module whose buffers follow ``.to(device)`` but stay float64 when the module is cast."""
 
     @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -113,7 +113,7 @@ class Float64Module(SoundModule):
 
 def _encoded(value: Any, parts: list[bytes]) -> Any:
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.array(value))  # a copy, since theirs may be read-only
+        value = torch.from_numpy(np.array(value))  # a copy, since the array may be read-only
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
         name = str(value.dtype).removeprefix("torch.")
@@ -154,5 +154,5 @@ def _decoded(value: Any, blob: memoryview) -> Any:
 
 
 def _damaged(got: str) -> Exception:
-    rule = "the saved state must be the bytes that state_dict() gave"
+    rule = "the saved state must be the bytes from state_dict()"
     return problem(rule, got=got, fix="Load an intact copy.", error=CheckpointError)

@@ -1,22 +1,21 @@
-r"""Intervals that hold rare labels as often as common ones: split conformal prediction by region of the label.
+r"""Split conformal prediction with coverage per region of the label, for rare labels too.
 
-An interval that is right nine times in ten on average can be right half the time where labels are few. Here each region
-of the label axis has a threshold of its own. Each possible label is asked whether it could be the true one, by the
-threshold of the region that it lies in. With :math:`V(x, y)` a score of how well a label fits a forecast, and
-:math:`n_r` calibration samples whose labels lie in region r,
+Intervals that cover 90 % of all labels may cover far fewer rare labels. Here each region of the label axis has its own
+threshold. The prediction set holds each label whose score exceeds the threshold of the label's region. With a score
+:math:`V(x, y)`, higher for a better fit, and :math:`n_r` calibration samples with labels in region r,
 
 .. math:: C(x) = \{y : V(x, y) \ge q_{r(y)}\}, \quad q_r = \text{the } \lfloor \alpha (n_r + 1) \rfloor
           \text{-th smallest } V(x_i, y_i), \quad \alpha = 1 - \text{level},
 
-and :math:`q_r = -\infty` where that is the 0-th. Then :math:`P(y \in C(x) \mid y \in r) \ge \text{level}` for every
-region, whatever the model, if calibration samples and new ones are exchangeable. The interval is the hull of the set.
+where the 0-th smallest is :math:`-\infty`. Then :math:`P(y \in C(x) \mid y \in r) \ge \text{level}` for every region
+and any model, if calibration samples and new samples are exchangeable. The interval is the hull of the set.
 
-Exchangeable means that calibration data are drawn as new data will be, and have chosen nothing: neither the parameters
-of the model, nor its epoch, temperature or tau. Split them off before all of that.
+Exchangeable means that calibration data are drawn from the same distribution as new data, and were not used for
+training, nor to choose the epoch, the temperature or tau.
 
-Each class here takes one kind of forecast: :class:`PointConformal` numbers, as any regressor predicts them,
-:class:`GaussianConformal` means with variances, and :class:`BinsConformal` distributions over bins or classes.
-:func:`conformal_interval` does it in one call for numbers.
+Each class takes one kind of forecast: :class:`PointConformal` takes point predictions of any regressor,
+:class:`GaussianConformal` takes means and variances, and :class:`BinsConformal` takes distributions over bins or
+classes. :func:`conformal_interval` handles point predictions in one call.
 
 Source:
     Vovk 2012 (arXiv:1209.2673) for label-conditional conformal prediction; Ding et al. 2026 (arXiv:2507.06867) for the
@@ -67,10 +66,10 @@ _Own = TypeVar("_Own", bound="Conformal")
 
 
 class Conformal(ABC):
-    """What calibration samples scored, and the sets and intervals that follow.
+    """The base of conformal calibration: scores of calibration samples, prediction sets and intervals.
 
-    Forecasts and labels are tensors, arrays or whatever NumPy makes an array of. Tensors are answered by tensors on
-    their device, and all else by NumPy.
+    Forecasts and labels are tensors, or anything that NumPy converts to an array. Results are tensors on the same
+    device, or NumPy arrays.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class Conformal(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments that it was made with, by name."""
+        """The arguments of the constructor, by name."""
         return {
             "density": self.density,
             "regions": self.regions,
@@ -105,19 +104,18 @@ class Conformal(ABC):
         return f"{type(self).__name__}({shown(self.settings)})"
 
     def update(self, output: Any, labels: Any) -> None:
-        """Add calibration samples. Those of other objects are added by ``+``, and those of other ranks by
-        :meth:`all_reduce`.
+        """Add calibration samples. ``+`` merges objects, and :meth:`all_reduce` merges ranks.
 
         Args:
             labels: (N,), in label units.
         Raises:
             ShapeError: the shapes do not fit. LabelError: a label is NaN, or lies beyond the axis under ``"raise"``.
-            ValueError: a forecast is not finite, or is not a distribution where it must be one.
+            ValueError: a forecast is not finite, or not a distribution in :class:`BinsConformal`.
         """
         self._add(output=output, labels=labels)
 
     def _add(self, **given: Any) -> None:
-        """:meth:`update` with forecasts and labels of any names, which errors call them by."""
+        """:meth:`update` with other names of forecasts and labels for errors."""
         (name, output), (of_labels, labels) = given.items()
         output = self._checked(name, on_host(name, _as_tensor(name, output)), self.bins)
         labels = on_host(of_labels, _as_tensor(of_labels, labels))
@@ -137,11 +135,11 @@ class Conformal(ABC):
         return total
 
     def all_reduce(self: _Own, *, group: dist.ProcessGroup | None = None) -> _Own:
-        """The samples of all ranks together, on each rank. All ranks must call this. Outside ``torch.distributed`` it
-        is the object itself.
+        """The samples of all ranks, on each rank. All ranks must call this. Outside ``torch.distributed`` it returns
+        the object itself.
 
         Args:
-            group: the ranks that hold different samples, where not all ranks do. None means all ranks.
+            group: the ranks that hold different samples; None means all ranks.
         Raises:
             ValueError: the settings of the ranks differ. TypeError: ``group`` is not a process group.
         """
@@ -159,23 +157,23 @@ class Conformal(ABC):
 
     def _check_same(self, settings: Any) -> None:
         differ = differing(settings, described("settings", self.settings))
-        require(not differ, "only calibrations of the same settings can be added", got=differ)
+        require(not differ, "only calibrations with the same settings can be added", got=differ)
 
     def counts(self) -> dict[str, int]:
-        """The number of calibration samples of each region."""
+        """The number of calibration samples in each region."""
         counts = np.bincount(self._of_bin[np.concatenate(self._rows)], minlength=len(self._names))
         return dict(zip(map(str, self._names), counts.tolist(), strict=True))
 
     def thresholds(self, level: float = 0.9) -> np.ndarray:
-        """The threshold of each bin, (B,) float64: the least score with which a label of it belongs to the set.
+        """The threshold of each bin, (B,) float64: the smallest score of a label in the set.
 
-        It is -inf, so that all labels belong, where a region has fewer than ``1 / (1 - level) - 1`` samples; a warning
-        says so once.
+        It is -inf, so that all labels belong to the set, for a region with fewer than ``1 / (1 - level) - 1`` samples.
+        A warning is then issued once.
 
         Args:
-            level: the share of labels of each region that sets are to hold, in (0, 1).
+            level: the coverage, in (0, 1).
         Raises:
-            ValueError: the level lies outside (0, 1), or there is no calibration sample at all.
+            ValueError: the level lies outside (0, 1), or there is no calibration sample.
         """
         level = number("level", level, low=0, high=1, open_low=True, open_high=True)
         miss = 1 - Fraction(str(level))
@@ -195,15 +193,14 @@ class Conformal(ABC):
         return np.sum([share * _thresholds(scores, rows, of_bin, miss) for share, of_bin in cuts if share], axis=0)
 
     def sets(self, output: Any, level: float = 0.9) -> Any:
-        """The bins that hold a label of the set, (N, B) bool; for classes the set itself."""
+        """The bins with a label in the prediction set, (N, B) bool. For classes this is the set itself."""
         checked = self._checked("output", _as_tensor("output", output), self.bins)
         return _as_given(output, self._sets_at(checked, self.bins, self.thresholds(level)))[0]
 
     def interval(self, output: Any, level: float = 0.9) -> tuple[Any, Any]:
-        """The hull of each set: its lower and its upper end, (N,) each, in label units.
+        """The hull of each prediction set: its lower and its upper end, (N,) each, in label units.
 
-        An empty set, which a forecast that fits no label can have, gives the best bin; of a number or a Gaussian, its
-        middle.
+        If a set is empty, the interval is the best bin, or the predicted value for a point or a Gaussian.
 
         Raises:
             as :meth:`update` for forecasts and as :meth:`thresholds`. ValueError: bins are classes, which have no
@@ -212,7 +209,7 @@ class Conformal(ABC):
         return self._interval(level, output=output)
 
     def _interval(self, level: float, **given: Any) -> tuple[Any, Any]:
-        """:meth:`interval` of forecasts of any name."""
+        """:meth:`interval` with another name of forecasts for errors."""
         ((name, output),) = given.items()
         continuous(self.bins, "Use sets(output, level).", of="an interval")
         checked = self._checked(name, _as_tensor(name, output), self.bins)
@@ -221,7 +218,7 @@ class Conformal(ABC):
     @staticmethod
     @abstractmethod
     def _checked(name: str, output: Tensor, bins: Bins) -> Tensor:
-        """The forecasts in the dtype to compute in."""
+        """Checked forecasts in the dtype to compute in."""
 
     @abstractmethod
     def _score(self, output: Tensor, labels: Tensor, row: Tensor) -> Tensor:
@@ -239,26 +236,25 @@ class Conformal(ABC):
 
 
 class PointConformal(Conformal):
-    r"""Intervals around numbers, whatever predicts them, with :math:`V(x, y) = -|y - \hat y(x)|`.
+    r"""Conformal intervals around point predictions of any regressor, with :math:`V(x, y) = -|y - \hat y(x)|`.
 
-    The threshold of a region is how far the labels of that region lie from their predictions. A label belongs to the
-    set if it is not further away than its own region allows. The first and the last bin reach to infinity.
+    The first and the last bin extend to infinity.
 
     Args:
-        density: of the training labels, as counted; it decides the regions.
-        regions: (B,), the region of each bin, by any names; None takes many, medium and few of
-            :meth:`LabelDensity.regions`, where bins without a training label belong to the rarest of these.
-        per_region: 1 gives each region a threshold of its own, and 0 gives one to all, as plain split conformal
-            prediction does. In between it is the mean of both, with this share of the first: rare labels are held less
-            often, and intervals are narrower. Only 0 and 1 have a guarantee.
-        outside: what a calibration label beyond the axis does: ``"raise"``; ``"clip"`` counts it in the region of the
-            end bin, with its whole error; ``"drop"`` leaves it out.
+        density: the counted density of the training labels, which decides the regions.
+        regions: (B,), the region of each bin, any names. None takes many, medium and few of
+            :meth:`LabelDensity.regions`; bins without training labels belong to the rarest of these.
+        per_region: 1 uses one threshold per region, and 0 uses one for all labels, as in plain split conformal
+            prediction. In between thresholds are averaged with this weight: intervals are narrower, and rare labels are
+            covered less often. Only 0 and 1 have a guarantee.
+        outside: for a calibration label beyond the axis: ``"raise"``; ``"clip"``, which assigns it to the end bin; or
+            ``"drop"``.
     Shape:
         output: (N,), predictions in label units.
 
     >>> density = LabelDensity(Bins.uniform(0, 20, width=10), [500, 9])
     >>> calibration = PointConformal(density)
-    >>> calibration.update([5.0] * 20 + [9.0] * 20, [6.0] * 20 + [13.0] * 20)  # rare labels are missed by 4
+    >>> calibration.update([5.0] * 20 + [9.0] * 20, [6.0] * 20 + [13.0] * 20)  # errors of rare labels are 4
     >>> lower, upper = calibration.interval([5.0, 8.0], level=0.9)
     >>> lower.round(6).tolist(), upper.round(6).tolist()
     ([4.0, 7.0], [6.0, 12.0])
@@ -282,15 +278,15 @@ class PointConformal(Conformal):
 
 
 class GaussianConformal(Conformal):
-    r"""Intervals around Gaussians, with the log density of the label as its score.
+    r"""Conformal intervals around Gaussian forecasts, with the log density of the label as the score.
 
-    Where a forecast is less sure, its interval is wider; how much the model overrates itself is calibrated away.
+    Intervals are wider for forecasts with a larger variance. Calibration corrects variances that are too small or too
+    large.
 
     Args:
         density, regions, per_region, outside: as those of :class:`PointConformal`.
     Shape:
-        output: (N, 2), the mean and the log-variance, as :func:`dir_toolkit.losses.gaussian_nll.gaussian_nll` takes
-        them.
+            output: (N, 2), the mean and the log-variance, as in :func:`dir_toolkit.losses.gaussian_nll.gaussian_nll`.
 
     >>> density = LabelDensity(Bins.uniform(0, 20, width=10), [500, 9])
     >>> calibration = GaussianConformal(density)
@@ -318,22 +314,21 @@ class GaussianConformal(Conformal):
 
 
 class BinsConformal(Conformal):
-    r"""Sets of bins or classes from a distribution over them, with
-    :math:`V(x, b) = p(b|x) / (width_b\, \pi_b^\gamma)`, whose logarithm is what is computed and averaged.
+    r"""Prediction sets from distributions over bins or classes, with :math:`V(x, b) = p(b|x) / (width_b\,
+    \pi_b^\gamma)`.
 
-    With one threshold for all, gamma 1 has the best coverage averaged over bins for the mean size of its sets, and
-    gamma 0 the best coverage of all samples. With a threshold per region the coverage is right for any gamma, which
-    then decides within each region alone.
+    With one threshold for all labels, gamma 1 optimises coverage averaged over bins for a given mean set size, and
+    gamma 0 the coverage over all samples. With one threshold per region coverage holds for any gamma. The logarithm of
+    V is computed and averaged.
 
     Args:
         density, regions, per_region, outside: as those of :class:`PointConformal`.
         gamma: in [0, 1].
-        prior: the share of each bin, (B,), all above zero: the training prior. None takes that of the density, with at
-            least one label in each bin.
+        prior: the training prior, (B,), > 0. None takes that of the density, with at least one label in each bin.
     Shape:
         output: (N, B), each row summing to one.
 
-    The interval ends where the axis ends, which is nowhere if it is unbounded.
+    Intervals end at the ends of the axis, or at infinity if it is unbounded.
 
     >>> density = LabelDensity(Bins.classes(2), [500, 9])
     >>> calibration = BinsConformal(density)
@@ -363,8 +358,7 @@ class BinsConformal(Conformal):
         return {**super().settings, "gamma": self.gamma, "prior": self.prior}
 
     def thresholds(self, level: float = 0.9) -> np.ndarray:
-        """As for the other classes, in the logarithm of the bin's own probability: the least log p(b|x) with which it
-        belongs to the set."""
+        """The threshold of each bin, (B,) float64: the smallest log p(b|x) of a bin in the set."""
         return super().thresholds(level) + self._log_divisor()
 
     def _log_divisor(self) -> np.ndarray:
@@ -409,13 +403,15 @@ def conformal_interval(
     per_region: float = 1.0,
     outside: Outside = "raise",
 ) -> tuple[Any, Any]:
-    """Intervals around the predictions of any regressor, by :class:`PointConformal`, whose arguments these are.
+    """Conformal intervals around the predictions of any regressor, by :class:`PointConformal`.
 
     Args:
-        pred: what the intervals are for.
-        calibration_pred, calibration_labels: of samples that neither the regressor nor its settings have seen.
+        pred: the predictions to compute intervals for.
+        calibration_pred, calibration_labels: predictions and labels of held-out samples, used neither for training nor
+            for choosing settings.
         density: of the training labels.
-        level: the share of labels of each region that intervals are to hold, in (0, 1).
+        density, regions, per_region, outside: as in :class:`PointConformal`. level: the coverage in each region, in (0,
+            1).
     Shape:
         pred: (N,). calibration_pred, calibration_labels: (M,). Returns the lower and the upper end, (N,) each.
     Units:
@@ -434,7 +430,7 @@ def conformal_interval(
 
 
 def label_regions(density: LabelDensity) -> np.ndarray:
-    """The region of each bin, where bins without a training label belong to the rarest region that has any."""
+    """The region of each bin. Bins without training labels belong to the rarest region that has any."""
     regions = density.regions()
     regions[regions == "unseen"] = next((name for name in ("few", "medium") if name in regions), "many")
     return regions
@@ -450,13 +446,13 @@ def _checked_regions(regions: Any, bins: Bins) -> np.ndarray:
 
 
 def _thresholds(scores: np.ndarray, rows: np.ndarray, of_bin: np.ndarray, miss: Fraction) -> np.ndarray:
-    """The score that at most a share ``miss`` of new samples falls below, by the region of each bin, (B,)."""
+    """The score that at most a share ``miss`` of new samples falls below, for the region of each bin, (B,)."""
     of_sample = of_bin[rows]
     counts = np.bincount(of_sample, minlength=of_bin.max() + 1)
     ranks = np.array([int(miss * (int(n) + 1)) for n in counts])
     rising = scores[np.lexsort((scores, of_sample))]
-    at = (counts.cumsum() - counts + ranks - 1).clip(min=0, max=len(scores) - 1)
-    return np.where(ranks > 0, rising[at], -math.inf)[of_bin]
+    place = (counts.cumsum() - counts + ranks - 1).clip(min=0, max=len(scores) - 1)
+    return np.where(ranks > 0, rising[place], -math.inf)[of_bin]
 
 
 def _as_tensor(name: str, values: Any) -> Tensor:
@@ -467,12 +463,12 @@ def _as_tensor(name: str, values: Any) -> Tensor:
 
 
 def _as_given(given: Any, *results: Tensor) -> tuple[Any, ...]:
-    """Tensors for tensors, and NumPy for all else."""
+    """Results as tensors if ``given`` is a tensor, else as NumPy arrays."""
     return results if isinstance(given, Tensor) else tuple(result.numpy() for result in results)
 
 
 def _numbers(name: str, output: Tensor, bins: Bins, more: tuple[int, ...]) -> Tensor:
-    """Finite forecasts (N, ...) of a label on a continuous axis."""
+    """Checked forecasts (N, ...), finite, of a label on a continuous axis."""
     continuous(bins, "Use BinsConformal.")
     shaped(("N", *more), "", **{name: output})
     finite(**{name: output})
@@ -485,24 +481,23 @@ def _like(thresholds: Array, output: Tensor) -> Tensor:
 
 
 def _rounding(values: Tensor) -> float:
-    """By what share of their size sets are widened, so that rounding takes no label out of them that calibration had on
-    the threshold itself."""
+    """The relative amount by which sets are widened, so that rounding removes no label exactly on the threshold."""
     return 16 * torch.finfo(values.dtype).eps
 
 
 def _runs(thresholds: Array, bins: Bins) -> tuple[Array, np.ndarray]:
-    """The thresholds (K,) of runs of bins that share one, and the edges (K + 1,) between these runs."""
+    """The thresholds (K,) of runs of bins with the same threshold, and the edges (K + 1,) of these runs."""
     host = torch.as_tensor(thresholds).cpu().numpy()
     first = np.flatnonzero(np.append(True, host[1:] != host[:-1]))
     return host[first], np.append(bins.edges[first], bins.edges[-1])
 
 
 def _pieces(center: Tensor, reach: Tensor, edges: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Where labels between neighbouring edges lie within reach of the centre.
+    """The part between each two adjacent edges that is within reach of the centre.
 
     Shape:
-        center: (N,). reach: (N, K) or (K,), NaN where not even the centre is within reach. edges: (K + 1,), of which
-        the outer ones count as infinite. Returns the lower and upper ends and whether there is such a label, (N, K).
+        center: (N,). reach: (N, K) or (K,), NaN if not even the centre is within reach. edges: (K + 1,); the outer
+            edges are treated as infinite. Returns the lower and upper ends and whether the part is not empty, (N, K).
     """
     below, above = _outwards(np.array([-math.inf, *edges[1:-1], math.inf]), center)
     center, slack = center[:, None], _rounding(center)
@@ -512,8 +507,8 @@ def _pieces(center: Tensor, reach: Tensor, edges: np.ndarray) -> tuple[Tensor, T
 
 
 def _outwards(edges: np.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest numbers of a dtype that do not lie above edges (K,), and those that do not lie below them, so that an
-    interval that ends at an edge holds a label in float64 that lies on it."""
+    """Edges (K,) rounded down and rounded up in the dtype of ``like``, so that an interval that ends at an edge holds a
+    float64 label on it."""
     exact = torch.from_numpy(edges.astype(np.float64))
     near = exact.to(like.dtype)
     far = torch.full_like(near, math.inf)
@@ -534,7 +529,8 @@ def _peak(log_variance: Tensor) -> Tensor:
 
 
 def _gaussian_reach(output: Tensor, thresholds: Array) -> Tensor:
-    """How far from the mean the log density stays above each threshold, (N, K); NaN where it is below at the mean."""
+    """The distance from the mean within which the log density exceeds each threshold, (N, K). It is NaN if even the
+    density at the mean is below it."""
     log_variance = output[:, 1:]
     room = _peak(log_variance) - _like(thresholds, output)
     room = room + _rounding(room) * (1 + room.abs())

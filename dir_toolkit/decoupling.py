@@ -1,4 +1,4 @@
-"""Decoupling: learn features from the labels as they come, then freeze them and balance the head alone.
+"""Decoupled training: learn features on the imbalanced data, then freeze them and rebalance the head.
 
 ================== ==========================================================================================
 cRT                ``stage_two(model, "crt")``, then train with ``BinSampler(labels, bins, q=0)``
@@ -8,9 +8,9 @@ NCM                no training: :class:`dir_toolkit.heads.nearest_mean.NearestMe
 tau-normalization  no training: :func:`choose_normalization` on validation features
 ================== ==========================================================================================
 
-Any training loop will do for the second stage if its optimizer takes only parameters that require gradients. The
-second stage has its own learning rate, epochs and schedule. A head that was trained again on evenly drawn or inversely
-weighted samples has an even prior: an adjustment by the prior of the labels as they came would correct it twice.
+Use any training loop for the second stage, with an optimizer over the parameters that require gradients, and with its
+own learning rate, epochs and schedule. A head trained on class-balanced or inversely weighted samples has a uniform
+prior. Do not adjust it by the prior of the training labels, which would correct twice.
 
 Source:
     Kang et al. 2020, sections 3 and 4 (arXiv:1910.09217); Yang et al. 2021, appendix, for RRT (arXiv:2102.09554).
@@ -36,14 +36,13 @@ Method = Literal["crt", "lws", "rrt"]
 
 
 class Frozen:
-    """What :func:`freeze` returns: undoes it by :meth:`remove`, or at the end of a ``with``.
+    """The handle of :func:`freeze`. :meth:`remove`, or leaving a ``with`` block, undoes the freezing.
 
-    A part that was frozen several times is free when all its handles have been removed, in whatever order.
+    A module that was frozen several times is free when all its handles were removed.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # train() of a whole model reaches the frozen part as well; a hook sets it back before every pass, also of a
-        # part that is called by itself.
+        # train() of the whole model also reaches the frozen part. A hook sets it back to eval mode before every call.
         holds = [(part, _Hold(part)) for part in module.modules()]
         self._held = [(part, hold, part.register_forward_pre_hook(hold)) for part, hold in holds]
         for parameter in module.parameters():
@@ -52,7 +51,7 @@ class Frozen:
         _to_eval(module)
 
     def remove(self) -> None:
-        """Give parameters their gradients back, and modules the modes they had, where no other handle holds them."""
+        """Restore gradients of parameters and modes of modules, unless another handle still freezes them."""
         for part, hold, hook in self._held:
             hook.remove()
             if _held(part) is None:
@@ -67,7 +66,7 @@ class Frozen:
 
 
 class _Hold:
-    """The hook that keeps a part in eval mode; it knows what the part was before, and goes along with its copies."""
+    """The hook that keeps a module in eval mode. It stores the mode before, and is copied with the module."""
 
     def __init__(self, part: nn.Module) -> None:
         earlier = _held(part)
@@ -86,7 +85,7 @@ class _Hold:
 
 
 def _held(part: nn.Module) -> _Hold | None:
-    """One of the hooks that hold a part, if it is frozen."""
+    """A hook that freezes this module, or None."""
     return next((hook for hook in part._forward_pre_hooks.values() if isinstance(hook, _Hold)), None)
 
 
@@ -96,18 +95,16 @@ def _to_eval(module: nn.Module) -> None:
 
 
 def freeze(module: nn.Module) -> Frozen:
-    """Freeze a module: its parameters do not move, BatchNorm keeps its statistics, and dropout drops nothing.
+    """Freeze a module: parameters need no gradient, BatchNorm keeps its statistics, and dropout is off.
 
-    The module stays frozen whatever calls ``train()`` on it or on a model around it. It is the same to the bit after
-    any training that goes through ``requires_grad``. Gradients from before are dropped. Make the optimizer after
-    freezing: an optimizer with momentum or weight decay that was made before moves these parameters even where their
-    gradients are zero.
+    The module stays frozen after calls of ``train()`` on it or on a model around it. Its gradients are dropped. Create
+    the optimizer after freezing: an earlier optimizer with momentum or weight decay may still change these parameters.
 
-    A copy of a frozen module is frozen, too, and so is one that was pickled. A module that is frozen several times
-    stays frozen until the last handle is removed. Freeze before a compiled model is first called, as with every hook.
+    Copies of a frozen module are frozen, including pickled ones. A module that is frozen several times stays frozen
+    until the last handle is removed. Freeze before a compiled model is first called.
 
     Returns:
-        a handle; ``handle.remove()`` undoes the freezing.
+        a handle. ``handle.remove()`` undoes the freezing.
     Raises:
         TypeError: it is not a module.
 
@@ -122,17 +119,17 @@ def freeze(module: nn.Module) -> Frozen:
 
 
 def reinitialize(module: nn.Module, *, seed: int = 0) -> None:
-    """Start every layer of a module afresh, by its own ``reset_parameters``; global random numbers are left alone.
+    """Reinitialize every layer of a module by its own ``reset_parameters``, without changing the global random state.
 
     Raises:
-        TypeError: a part holds parameters of its own and does not know how to reset them; nothing has changed then.
-        ValueError: the module has no parameters, or the seed is not in 0 ... 2**63 - 1.
+        TypeError: a layer with parameters has no ``reset_parameters``; nothing changes then. ValueError: the module has
+            no parameters, or the seed is not in 0 ... 2**63 - 1.
     """
     instance(nn.Module, module=module)
     seed = whole("seed", seed, low=0, high=2**63 - 1)
     some = next(module.parameters(), None) is not None
     require(some, "module must have parameters", got=type(module).__name__)
-    # A BatchNorm without parameters has statistics to forget.
+    # BatchNorm without parameters has statistics to reset.
     known = {part for part in module.modules() if callable(getattr(part, "reset_parameters", None))}
     layers = [p for p in module.modules() if p in known or next(p.parameters(recurse=False), None) is not None]
     for layer in layers:
@@ -148,18 +145,18 @@ def reinitialize(module: nn.Module, *, seed: int = 0) -> None:
 
 
 def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
-    """Make a trained model ready for its second stage: ``model.backbone`` frozen, ``model.head`` to be trained.
+    """Prepare a trained model for the second stage: freeze ``model.backbone`` and make ``model.head`` trainable.
 
     Args:
-        model: has ``backbone`` and ``head``, as :class:`dir_toolkit.LongTailModel` has; for others :func:`freeze` and
-            :func:`reinitialize` serve.
-        method: ``"crt"`` and ``"rrt"`` start the head afresh, all of it to learn; ``"lws"`` wraps it, which must be
-            linear, in a :class:`dir_toolkit.heads.normalized.ScaledHead`.
-        seed: of the head's new start.
+        model: a model with ``backbone`` and ``head``, such as :class:`dir_toolkit.LongTailModel`. For other models use
+            :func:`freeze` and :func:`reinitialize`.
+        method: ``"crt"`` and ``"rrt"`` reinitialize the head. ``"lws"`` wraps a linear head in a
+            :class:`dir_toolkit.heads.normalized.ScaledHead`.
+        seed: the seed for reinitializing the head.
     Returns:
         the handle of the frozen backbone.
     Raises:
-        TypeError: the model lacks a part, or its head is of the wrong kind, as a ScaledHead is for every method.
+        TypeError: the model lacks a part, or its head has the wrong type. A ScaledHead is wrong for every method.
         ValueError: the method is unknown, or the seed is not in 0 ... 2**63 - 1.
     """
     instance(nn.Module, model=model)
@@ -174,7 +171,7 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
         model.head = ScaledHead(head)
     else:
         if isinstance(head, ScaledHead):
-            rule, fix = f'model.head must learn anew for "{method}"', "Set model.head = model.head.linear first."
+            rule, fix = f'model.head must be trainable for "{method}"', "Set model.head = model.head.linear first."
             raise problem(rule, got="a ScaledHead, which learns scales alone", fix=fix, error=TypeError)
         reinitialize(head, seed=seed)
         head.requires_grad_(True)
@@ -184,15 +181,15 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
 def choose_normalization(
     head: nn.Linear, features: Tensor, labels: Tensor, *, taus: Sequence[float] | np.ndarray | None = None
 ) -> TauChoice:
-    """The tau for :func:`dir_toolkit.heads.normalized.tau_normalized` that errs least on validation features.
+    """Choose the tau for :func:`dir_toolkit.heads.normalized.tau_normalized` with the smallest validation error.
 
     Args:
-        features, labels: of validation data that training has not seen.
+        features, labels: validation data that were not used for training.
         taus: candidates, >= 0, rising; None means 0, 0.05, ... 2.
     Shape:
         features: (N, D). labels: (N,) class indices.
     Returns:
-        the choice by balanced error, with the curve; among equals the middle of the longest run.
+        the choice by balanced error, with its curve. Of several best taus it is the middle of their longest run.
     Raises:
         TypeError: the head is not linear, or labels are not integers. ShapeError: features and labels do not fit.
         ValueError: taus are empty, not rising or negative.

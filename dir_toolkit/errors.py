@@ -1,4 +1,4 @@
-"""The exceptions and warnings of dir_toolkit. Every one of them is also the built-in kind a caller would expect."""
+"""Exceptions and warnings. Each exception also derives from the built-in class that a caller would expect."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ __all__ = [
 
 
 class DirToolkitError(Exception):
-    """Base of the errors that dir_toolkit raises on its own behalf; those of missing files are Python's own."""
+    """The base class of all errors of dir_toolkit. Errors for missing files are Python's own."""
 
 
 class ArgumentError(DirToolkitError, ValueError):
-    """An argument has a value that it must not have, and no narrower error of ours says so."""
+    """An argument has an invalid value, and no more specific error applies."""
 
 
 class ArgumentTypeError(DirToolkitError, TypeError):
-    """An argument is of the wrong kind."""
+    """An argument has the wrong type."""
 
 
 class MissingPackageError(DirToolkitError, ImportError):
-    """A package that is optional, and needed here, is not installed or does not load."""
+    """An optional package that is needed here is not installed or cannot be imported."""
 
 
 class ShapeError(DirToolkitError, ValueError):
-    """Shapes that must agree do not; nothing is ever broadcast in their place."""
+    """Shapes do not fit. Labels are never broadcast."""
 
 
 class LabelError(DirToolkitError, ValueError):
@@ -47,19 +47,19 @@ class LabelError(DirToolkitError, ValueError):
 
 
 class SettingsError(DirToolkitError, ValueError):
-    """One or several settings of a run or an object are wrong; all of them are named at once."""
+    """One or several settings of a run or an object are invalid. The message names all of them."""
 
 
 class NotFittedError(DirToolkitError, RuntimeError):
-    """An object that learns from labels was used before it had seen any."""
+    """An object was used before it was fitted."""
 
 
 class DataError(DirToolkitError, ValueError):
-    """A file from outside is damaged, hostile or not of the promised kind; names the file and the line or byte."""
+    """A data file is damaged, unsafe or of another format. The message names the file and the line or byte."""
 
 
 class UsageError(DirToolkitError, RuntimeError):
-    """Something was called at a time or place at which it must not be."""
+    """A function was called in a state or a place in which it must not be called."""
 
 
 class CheckpointError(DirToolkitError, ValueError):
@@ -71,16 +71,17 @@ class ResultsError(DirToolkitError, ValueError):
 
 
 class RunExistsError(DirToolkitError, FileExistsError):
-    """A run folder already holds a run, and neither resuming nor another folder was asked for."""
+    """A run folder already holds a run, and neither resuming nor another folder was requested."""
 
 
 class NonFiniteLossError(DirToolkitError, ArithmeticError):
-    """Training met a loss that is NaN or infinite; tells step, rate, gradient norm and last good checkpoint."""
+    """The training loss is NaN or infinite. The message gives step, learning rate, gradient norm and last
+    checkpoint."""
 
 
 class StudyError(DirToolkitError, RuntimeError):
-    """One or several runs of a study failed; names each and says why."""
+    """One or several runs of a study failed. The message names each with its reason."""
 
 
 class DirToolkitWarning(UserWarning):
-    """Something legal that is likely unwanted; issued once for each cause."""
+    """A warning of something that is allowed but probably unwanted. It is issued once per cause."""

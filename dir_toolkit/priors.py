@@ -1,8 +1,8 @@
-"""Scores from one class prior to any other, after training: adjust logits, choose tau, fit a temperature.
+"""Post-hoc logit adjustment: adjust logits to another class prior, choose tau, fit a temperature.
 
-The classes may be the bins of a label axis; a prior smoothed over bins is ``class_prior(density.smooth(kernel))``. All
-shares here are of bins. For an answer even per label unit over bins that differ in width, divide the prior by
-``bins.relative_widths`` and scale it to sum to one; :class:`dir_toolkit.LongTailModel` does so by itself.
+Classes may be the bins of a label axis. A smoothed prior is ``class_prior(density.smooth(kernel))``. The uniform target
+is uniform over bins. For a target that is uniform per label unit, divide the prior by ``bins.relative_widths`` and
+scale it to sum to one, as :class:`dir_toolkit.LongTailModel` does.
 """
 
 from __future__ import annotations
@@ -58,26 +58,24 @@ Prior = Tensor | np.ndarray | Sequence[float]
 
 _TEMPERATURES = (1e-3, 1e3)
 _CONFIDENCE_EDGES = confidence_edges(15)
-_HANDFUL = 4  # of taus, which are alternatives; more are a range, which has an end
+_HANDFUL = 4  # more taus are a range, and a choice at its end causes a warning
 
 
 def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None = None, floor: float = 1.0) -> Tensor:
-    """The prior that a model was trained under: the share of samples in each class, times the weight of their loss.
-
-    Every class is taken to have at least ``floor`` samples.
+    """The class prior that a model was trained under: the share of samples in each class, times their loss weights.
 
     Args:
-        density_or_counts: a density, smoothed or not, or the number of samples per class: of those that training drew,
-            where a sampler drew them.
-        weights: what the loss was weighted by, fitted; None for a loss without weights. A model trained with weights
-            and adjusted by a prior without them is corrected twice.
-        floor: in samples, for a bin of mean width where widths differ; it keeps log-priors finite and warns of classes
-            without a sample. 0 leaves them at zero, for a target prior, and does not warn.
+        density_or_counts: a density, or the number of training samples per class. With a sampler count the samples that
+            it draws.
+        weights: the fitted LDS of the loss weights, or None. A model trained with weights has the weighted prior, and
+            the plain prior would correct it twice.
+        floor: the smallest count, in samples per bin of mean width. Smaller counts are raised to it, which keeps
+            log-priors finite, and classes without samples cause a warning. Use 0 for a target prior.
     Shape:
         counts: (C,). Returns (C,) float64 on the CPU, summing to one.
     Raises:
         ShapeError: counts are not one-dimensional. ValueError: a count is negative or not finite, the floor is
-        negative, or it is zero and so are all counts. NotFittedError: weights are not known yet.
+        negative, or it is zero and so are all counts. NotFittedError: weights are not fitted.
 
     >>> class_prior([6, 3, 1]).tolist()
     [0.6, 0.3, 0.1]
@@ -102,23 +100,23 @@ def class_prior(density_or_counts: LabelDensity | Prior, *, weights: LDS | None 
 def adjust_logits(
     logits: Tensor, prior: Prior, *, target: Literal["uniform"] | Prior = "uniform", tau: float = 1.0
 ) -> Tensor:
-    r"""Scores of a model trained under one class prior, for use under another.
+    r"""Post-hoc logit adjustment: convert scores of a model trained under one class prior to another prior.
 
     .. math:: s_y - \tau \log \pi_y + \log P_{target}(y)
 
-    At :math:`\tau = 1` the softmax of exact logits becomes the posterior under the target prior. The uniform target,
-    whose optimum is that of the balanced error, adds nothing, since its log is the same for every class.
+    At :math:`\tau = 1` the softmax of exact logits becomes the posterior under the target prior. The uniform target
+    minimises the balanced error.
 
     Args:
-        logits: of a plainly trained model; those of a logit-adjusted loss are balanced already.
-        prior: under which it was trained, positive, summing to one: :func:`class_prior`.
-        target: a prior summing to one; zero makes a class impossible, its score -inf.
-        tau: how far to go, >= 0; :func:`choose_tau`.
+        logits: those of a model trained with a plain loss. Logits of a logit-adjusted loss are balanced already.
+        prior: the training prior, positive, summing to one: :func:`class_prior`.
+        target: a prior summing to one. Zero makes a class impossible, with the score -inf.
+        tau: the strength of the adjustment, >= 0: :func:`choose_tau`.
     Shape:
         logits: (..., C). prior, target: (C,). Returns (..., C), at least float32, on the device of the logits.
     Raises:
         ShapeError: the number of classes differs. ValueError: a prior does not sum to one within 1e-4 or is not
-        positive, or tau is negative. On accelerators values are not looked at.
+        positive, or tau is negative. On accelerators values are not checked.
     Source:
         Menon et al. 2021, sections 3 and 4.1 (arXiv:2007.07314).
 
@@ -132,10 +130,10 @@ def adjust_logits(
 
 
 def pointwise_mutual_information(logits: Tensor, prior: Prior) -> Tensor:
-    r"""How much an input speaks for each class, :math:`\log P(y|x) - \log P(y)`, with P(y|x) the softmax of the logits.
+    r"""The pointwise mutual information, :math:`\log P(y|x) - \log P(y)`, with P(y|x) the softmax of the logits.
 
     Shape:
-        as :func:`adjust_logits`, whose errors these are too.
+        as in :func:`adjust_logits`, which has the same errors.
     Units:
         nats.
     Source:
@@ -150,15 +148,14 @@ def pointwise_mutual_information(logits: Tensor, prior: Prior) -> Tensor:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = None) -> float:
-    r"""The T > 0 for which ``softmax(logits / T)`` has the least negative log-likelihood on held-out data.
+    r"""Temperature scaling: the T > 0 that minimises the log loss of ``softmax(logits / T)`` on held-out data.
 
-    The negative log-likelihood is convex in 1 / T, and T the root of its slope. Where there is none within 0.001 to
-    1000, the nearer bound comes back with a warning: the lower one if every label has the largest logit, so that
-    certainty pays without end; the upper one if the logits tell less than nothing. Logits equal in every row leave T
-    open: 1, with a warning.
+    If there is no minimum from 0.001 to 1000, the nearer bound is returned with a warning. It is the lower bound if
+    every label has the largest logit, and the upper bound if logits are no better than chance. If all logits of each
+    row are equal, T is 1, with a warning.
 
     Args:
-        labels: integer classes. weight: of a sample, >= 0; None means ones.
+        labels: integer classes. weight: one per sample, >= 0; None means ones.
     Shape:
         logits: (N, C). labels, weight: (N,).
     Raises:
@@ -181,21 +178,21 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = N
         not_negative(weight=weight)
         shares = weight.double().numpy()
         require(shares.any(), "at least one weight must be positive", got="zeros")
-        shares = shares / shares.max()  # else sums may overflow
+        shares = shares / shares.max()  # avoids overflow of sums
     return best_temperature(scores, classes, shares)
 
 
 @dataclass(frozen=True, eq=False)
 class TauChoice:
-    """A choice of tau on held-out labels, and the curves it was made from. As a text it says what the choice costs.
+    """A tau chosen on held-out labels, with the error curves. Its ``str`` summarises gain and cost.
 
     Attributes:
-        tau: the choice, one of ``taus``.
+        tau: the chosen tau, one of ``taus``.
         taus: (K,) float64, read-only: the candidates.
-        curves: what is judged at each candidate, (K,) float64 each, by name: the criterion and, where a model chose,
-            also the error over all samples and that of each region, such as "mae" and "mae_few". Less is better.
+        curves: errors at each candidate, (K,) float64 each, by name: the criterion and, from a model, also the errors
+            over all samples and per region, such as "mae" and "mae_few". Lower is better.
         by: the name of the criterion.
-        temperature: by which the logits are divided first; hand it to :class:`LogitAdjuster` together with tau.
+        temperature: the divisor of the logits. Pass it to :class:`LogitAdjuster` together with tau.
         samples: the number of held-out labels.
     """
 
@@ -213,14 +210,14 @@ class TauChoice:
 
     @property
     def before(self) -> dict[str, float]:
-        """Each error at the first candidate, which is tau = 0, no adjustment, where candidates begin with zero."""
+        """Each error at the first candidate, which is no adjustment if candidates start with zero."""
         return {name: float(curve[0]) for name, curve in self.curves.items()}
 
     @property
     def after(self) -> dict[str, float]:
-        """Each error at the choice."""
-        at = int(np.flatnonzero(self.taus == self.tau)[0])
-        return {name: float(curve[at]) for name, curve in self.curves.items()}
+        """Each error at the chosen tau."""
+        place = int(np.flatnonzero(self.taus == self.tau)[0])
+        return {name: float(curve[place]) for name, curve in self.curves.items()}
 
     def __str__(self) -> str:
         changes = [f"{_in_words(name)} from {x:.3g} to {self.after[name]:.3g}" for name, x in self.before.items()]
@@ -237,19 +234,18 @@ def choose_tau(
     taus: Sequence[float] | np.ndarray | None = None,
     temperature: float | None = None,
 ) -> TauChoice:
-    r"""The tau under which ``adjust_logits(logits / temperature, prior, tau=tau)`` does best on validation data.
+    r"""Choose the tau of ``adjust_logits(logits / temperature, prior, tau=tau)`` on validation data.
 
-    Every class in the validation labels counts alike, whatever its share of them. ``"balanced_error"`` is the mean of
-    the classes' error rates; ``"log_loss"`` the mean of their negative log-likelihoods, in nats; ``"ece"`` the expected
-    calibration error of the largest probability over 15 equal confidence bins. A class without a validation label is
-    left out, with a warning. Where several taus are best, as on the steps of the balanced error, the middle of their
-    longest unbroken run is taken, the first run of equally long ones and the lower of two middles.
+    Every class has equal weight. Classes without validation labels are ignored, with a warning. If several taus are
+    best, the middle of their longest run is chosen.
 
     Args:
-        logits: of the plainly trained model. labels: integer classes. prior: of its training set.
-        taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. The end of a range is warned of where it is best.
-        temperature: None fits it to the logits for ``"log_loss"`` and ``"ece"``, with validation classes weighed to the
-            shares they have in the prior, and means 1 for ``"balanced_error"``.
+        logits: those of a model trained with a plain loss. labels: integer classes. prior: its training prior. by: the
+            criterion. ``"balanced_error"`` is the mean error rate of the classes, ``"log_loss"`` their mean log loss in
+            nats, and ``"ece"`` the expected calibration error of the top label over 15 bins.
+        taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. A choice at the end of a range causes a warning.
+        temperature: the divisor of the logits. None fits it for ``"log_loss"`` and ``"ece"``, with validation classes
+            weighted by the prior, and is 1 for ``"balanced_error"``.
     Shape:
         logits: (N, C). labels: (N,). prior: (C,). taus: (K,).
     Raises:
@@ -296,13 +292,13 @@ def search_tau(
     most: float = 3.0,
     bound: tuple[str, float] | None = None,
 ) -> TauChoice:
-    """The tau with the least error, among equals the middle of the longest run of equally good ones. Where candidates
-    are a range, and no mere handful, a choice at its end is warned of.
+    """The tau with the smallest error. Of several best taus it is the middle of their longest run. A choice at the end
+    of a range causes a warning.
 
     Args:
-        errors_at: each error under a tau, by name.
+        errors_at: a function from tau to errors by name.
         taus: candidates, >= 0, rising; None means steps of 0.05 up to ``most``.
-        bound: the name of an error, and the most that it may be, as a factor of itself at tau 0.
+        bound: the name of an error, and its largest allowed ratio to its value at tau 0.
     """
     values = labels_array(np.linspace(0, most, round(20 * most) + 1) if taus is None else taus, "taus")
     values = values.astype(np.float64)
@@ -331,15 +327,15 @@ def search_tau(
 
 
 class LogitAdjuster(SoundModule):
-    """:func:`adjust_logits` as the last layer of a model in service: ``nn.Sequential(model, LogitAdjuster(prior))``.
+    """:func:`adjust_logits` as the last layer of a deployed model: ``nn.Sequential(model, LogitAdjuster(prior))``.
 
-    All it does is ``logits / temperature + offset``, both buffers, so that a loaded ``state_dict`` brings its own
-    prior, target and tau; it can be exported by ``torch.export``. The buffers are float32: logits in float64 stay so,
-    and are adjusted to about seven digits, where :func:`adjust_logits` is exact.
+    It computes ``logits / temperature + offset``. Both are float32 buffers, so that a ``state_dict`` includes prior,
+    target and tau. It can be exported by ``torch.export``. Logits in float64 stay float64, but are adjusted only to
+    about seven digits.
 
     Args:
         prior, target, tau: as in :func:`adjust_logits`.
-        temperature: > 0, by which the logits are divided first: :func:`fit_temperature`, :func:`choose_tau`.
+        temperature: the divisor of the logits, > 0: :func:`fit_temperature`, :func:`choose_tau`.
     Shape:
         forward: logits (..., C). Returns (..., C), at least float32.
     Raises:
@@ -352,7 +348,7 @@ class LogitAdjuster(SoundModule):
     tensor([[0.5000, 0.5000]])
     """
 
-    @torch.inference_mode(False)  # what is kept must serve training, too
+    @torch.inference_mode(False)  # buffers must be usable in training
     def __init__(
         self,
         prior: Prior,
@@ -376,12 +372,12 @@ class LogitAdjuster(SoundModule):
         return self._adjusted(logits)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """What :meth:`forward` gives for logits that have been checked."""
+        """:meth:`forward` without checks."""
         return logits / self.temperature.to(logits.dtype) + self.offset.to(logits.dtype)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is added to logits, which prior, target and tau come to, and what they are divided by first."""
+        """The offset, computed from prior, target and tau, and the temperature."""
         return {"offset": self.offset, "temperature": self.temperature}
 
     def extra_repr(self) -> str:
@@ -389,9 +385,8 @@ class LogitAdjuster(SoundModule):
 
 
 def log_prior_offset(prior: Tensor, tau: float, target: Tensor | None = None) -> Tensor:
-    """What is added to logits, (C,), on the device of the prior: tau times the log of the prior, and the log of a
-    target. All that adjusts logits by a prior adds this, with tau below zero where it takes a prior away; the shares
-    and tau have been checked."""
+    """The offset of logits, (C,): tau times the log of the prior, plus the log of a target. A negative tau removes the
+    prior. Arguments are not checked."""
     offset = tau * prior.log()
     return offset if target is None else offset + target.log().to(offset.device)
 
@@ -400,7 +395,7 @@ _AS_PRIOR = "one per class of the prior"
 
 
 def _offset(prior: Prior, target: Any, tau: float) -> Tensor:
-    """What is added to logits to carry them from a prior to a target: (C,) float64, on the prior's device."""
+    """The checked offset of logits from a prior to a target: (C,) float64, on the prior's device."""
     shares = _shares("prior", prior)
     tau = checked_tau(tau)
     if isinstance(target, str):
@@ -423,14 +418,14 @@ def _shares(name: str, prior: Any, *, zeros: bool = False) -> Tensor:
 
 
 def _wide(logits: Tensor, num_classes: int) -> Tensor:
-    """Logits over so many classes, in at least float32."""
+    """Checked logits over ``num_classes`` classes, in at least float32."""
     real(logits=logits)
     shaped((..., num_classes), _AS_PRIOR, logits=logits)
     return logits.to(wide_dtype(logits))
 
 
 def _held_out(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Checked logits (N, C) in float64 and classes (N,) in int64, on the host."""
+    """Checked logits (N, C) in float64 and classes (N,) in int64, as NumPy arrays."""
     real(logits=logits)
     integers(labels=labels)
     shaped(("N", "C"), logits=logits)
@@ -445,8 +440,8 @@ def _held_out(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def best_temperature(
     scores: np.ndarray, classes: np.ndarray, shares: np.ndarray, offset: float | np.ndarray = 0.0
 ) -> float:
-    """:func:`fit_temperature` of checked numbers, where ``offset`` is added to the logits once they were divided."""
-    # Without the largest logit, rows of equal logits are exactly zero, and so is their slope.
+    """:func:`fit_temperature` without checks. ``offset`` is added to the divided logits."""
+    # After subtracting the largest logit, rows of equal logits are exactly zero, and so is their slope.
     scores = scores - scores.max(1, keepdims=True)
     of_label = scores[np.arange(len(classes)), classes]
 
@@ -454,7 +449,7 @@ def best_temperature(
     from scipy.special import softmax
 
     def slope(log_temperature: float) -> float:
-        """Of the mean negative log-likelihood, in 1 / T; it falls as T rises."""
+        """The slope of the mean log loss in 1 / T. It falls as T rises."""
         expected = (softmax(scores / math.exp(log_temperature) + offset, axis=1) * scores).sum(1)
         return float(np.average(expected - of_label, weights=shares))
 
@@ -463,7 +458,7 @@ def best_temperature(
     if at_low > 0 > at_high:
         return math.exp(brentq(slope, low, high, xtol=1e-13))
     if at_low == 0 == at_high:
-        warn("the logits of each sample are all equal, which leaves the temperature open; it is taken to be 1.")
+        warn("the logits of each sample are all equal, so that every temperature is equally good; it is set to 1.")
         return 1.0
     if at_low <= 0:
         warn(
@@ -479,7 +474,7 @@ def best_temperature(
 
 
 def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> float:
-    """Less is better; ``shares``, one a sample, sum to one."""
+    """The criterion, lower is better. ``shares`` (N,) sum to one."""
     from scipy.special import log_softmax, softmax
 
     if by == "log_loss":
@@ -493,7 +488,7 @@ def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares:
 
 
 def middle_of_best(scores: np.ndarray) -> int:
-    """The middle of the longest run of least scores; equal ones may differ in their last digits."""
+    """The middle of the longest run of smallest scores. Equal scores may differ by rounding."""
     best = np.append(scores <= scores.min() + 1e-12, False)
     starts = np.flatnonzero(best & ~np.append(False, best[:-1]))
     ends = np.flatnonzero(~best & np.append(False, best[:-1]))

@@ -1,8 +1,8 @@
-"""The prior of data that have no labels yet, estimated from the scores that a model gives them.
+"""Estimate the label prior of unlabelled data from the scores of a model (label shift).
 
-A model that was trained on one prior meets data under another. The forecasts for these data tell the other prior, as
-long as each label still looks as it did, so that only the shares of labels have shifted. Hand the estimate to
-:meth:`dir_toolkit.LongTailModel.set_prior` or to :func:`dir_toolkit.adjust_logits` as the target.
+The prior of new data may differ from that of training. It can be estimated from forecasts under label shift: the shares
+of labels change, but inputs of one label do not. Pass the estimate as the target to
+:meth:`dir_toolkit.LongTailModel.set_prior` or to :func:`dir_toolkit.adjust_logits`.
 """
 
 from __future__ import annotations
@@ -22,27 +22,26 @@ __all__ = ["PriorEstimate", "estimate_prior"]
 
 _SIGMA, _SIZE = 1.5, 13  # of the window that smooths ratios, in bins
 _RIDGE = 0.1  # on the biases of the calibration, against the sum of the samples' log losses
-_STEPS, _STILL = 1000, 1e-6  # at most so many; still is a prior of which less than this moves in a step
-_LEAST = 1e-12  # a share
+_STEPS, _STILL = 1000, 1e-6  # the largest number of steps, and the total change below which the prior has converged
+_LEAST = 1e-12  # the smallest probability
 _FOLDS = 5
 
 
 @dataclass(frozen=True, eq=False)
 class PriorEstimate:
-    """What :func:`estimate_prior` found. Its ``str`` tells all in a sentence or two.
+    """The result of :func:`estimate_prior`. Its ``str`` summarises it in a sentence or two.
 
     Attributes:
-        prior: (B,) float64, the prior to predict under. It is ``estimated``, or ``source`` where the check has refused
-            the estimate.
-        estimated: (B,) float64, what the unlabelled data say.
+        prior: (B,) float64, the prior to predict under: ``estimated``, or ``source`` if the check refused the estimate.
+        estimated: (B,) float64, the estimate from the unlabelled data.
         source: (B,) float64, the mean of the calibrated forecasts for the held-out data.
-        curve: (K,) float64, read-only: before each step, by how much the current prior explains the unlabelled data
-            better than ``source`` does, in nats per sample.
-        converged: whether less than a millionth of the prior moved in the last step. At most 1000 steps are made.
-        auc: how well a classifier tells held-out features, weighted by the estimate, from unlabelled ones. It is about
-            0.5 where only the shares of labels have shifted, and None where no features were given.
+        curve: (K,) float64, read-only: before each step, the gain in log-likelihood of the unlabelled data over
+            ``source``, in nats per sample.
+        converged: whether the last step changed less than a millionth of the prior. At most 1000 steps are made.
+        auc: the AUC of a classifier between weighted held-out features and unlabelled features. It is about 0.5 under
+            label shift, and None without features.
         refused: whether ``auc`` was above the limit, so that ``prior`` is ``source``.
-        bbse: (B,) float64, a second estimate by another method, for classes with labels; else None.
+        bbse: (B,) float64, a second estimate by black-box shift estimation, for classes with labels; else None.
     """
 
     prior: Tensor
@@ -59,19 +58,21 @@ class PriorEstimate:
             return f"a total variation of {0.5 * float((self.estimated - other).abs().sum()):.3f}"
 
         ended = "" if self.converged else ", which have not converged"
-        told = [
+        sentences = [
             f"The estimate differs from the source prior by {moved(self.source)} after {len(self.curve)} steps{ended}."
         ]
         if self.bbse is not None:
-            told.append(f"The estimate by BBSE differs from it by {moved(self.bbse)}.")
+            sentences.append(f"The estimate by BBSE differs from it by {moved(self.bbse)}.")
         if self.auc is None:
-            told.append("Without features nothing tells whether only the shares of labels have shifted.")
+            sentences.append("Without features it is not checked that only the shares of labels have shifted.")
         else:
-            verdict = "more than shares has shifted, and the source prior stays" if self.refused else "it is accepted"
-            told.append(
-                f"A classifier tells the weighted held-out data from the unlabelled with AUC {self.auc:.2f}: {verdict}."
+            verdict = (
+                "more than the shares has shifted, and the source prior is used" if self.refused else "it is accepted"
             )
-        return " ".join(told)
+            sentences.append(
+                f"A classifier between weighted held-out and unlabelled data has an AUC of {self.auc:.2f}: {verdict}."
+            )
+        return " ".join(sentences)
 
 
 def estimate_prior(
@@ -84,37 +85,38 @@ def estimate_prior(
     source_features: Any = None,
     max_auc: float = 0.75,
 ) -> PriorEstimate:
-    r"""The prior under which unlabelled data were drawn, by expectation-maximization on a model's forecasts for them.
+    r"""Estimate the label prior of unlabelled data by expectation maximization on a model's forecasts.
 
     With s the mean forecast for held-out data, t starts as s, and each step takes
 
     .. math:: n_b = \frac1N \sum_i \frac{p_{ib}\, t_b / s_b}{\sum_j p_{ij}\, t_j / s_j}, \qquad
               t_b \leftarrow s_b \frac{(K n)_b}{(K s)_b}
 
-    and divides t by its sum. Over a continuous axis K is a Gaussian window of 1.5 bins. Without it the steps run into
-    single bins even where no shift is. Over classes K is the identity.
+    and divides t by its sum. Over a continuous axis K is a Gaussian window of 1.5 bins. Without it t would concentrate
+    on single bins. Over classes K is the identity.
 
-    Labels of the held-out data calibrate the forecasts first, by a temperature and a bias for each bin, which K makes
-    smooth. The held-out data must come from the training distribution, and training must not have seen them.
+    If labels of the held-out data are given, they first calibrate the forecasts, by a temperature and a bias per bin,
+    smoothed by K. The held-out data must come from the training distribution, and must not have been used for training.
 
-    The estimate is right only as long as inputs of one label look as they did in training. Features allow a check: a
-    logistic regression, cross-validated, tells held-out rows, each weighted by t/s of its label, from unlabelled rows.
-    If its AUC is above ``max_auc``, a warning is issued and the prior stays ``source``.
+    The estimate is valid only if inputs of one label are distributed as in training. Features allow a check: a
+    cross-validated logistic regression classifies held-out rows, each weighted by t/s of its label, against unlabelled
+    rows. If its AUC is above ``max_auc``, a warning is issued and the prior is ``source``.
 
     Args:
-        scores: of the unlabelled data, as the model gives them under its training prior: logits, or the probabilities
-            of bins. Scores of which none is negative are taken for probabilities.
-        source: scores of the same kind, of held-out data.
-        labels: of the held-out data, in label units.
+        scores: the model's scores of the unlabelled data under its training prior: logits, or probabilities of bins.
+            Scores without negative values are treated as probabilities.
+        source: scores of held-out data, of the same kind.
+        labels: the labels of the held-out data, in label units.
         bins: the label axis; None means classes.
-        features, source_features: of the unlabelled and the held-out data, for the check, which needs labels, too.
+        features, source_features: the features of the unlabelled and the held-out data, for the check. It also needs
+            labels.
         max_auc: the limit of the check; 1 accepts every estimate.
     Shape:
         scores: (N, B). source: (M, B). labels: (M,). features: (N, D). source_features: (M, D).
     Raises:
         ShapeError: shapes do not fit. ValueError: there is no sample, a score or feature is not finite, scores that are
-        not negative do not sum to one, or only a part of what the check needs is given. LabelError: a label is NaN or
-        lies beyond the axis.
+        not negative do not sum to one, or only some of the arguments of the check are given. LabelError: a label is NaN
+        or lies beyond the axis.
     Source:
         Saerens et al. 2002, doi:10.1162/089976602753284446, for the steps; Alexandari et al. 2020 (arXiv:1901.06852)
         for the calibration and the source prior; Silverman et al. 1990, doi:10.1111/j.2517-6161.1990.tb01788.x, for a
@@ -154,8 +156,8 @@ def estimate_prior(
     refused = auc is not None and auc > max_auc
     if refused:
         warn(
-            f"more has shifted than the shares of labels, since a classifier tells the data apart with an AUC of "
-            f"{auc:.2f} above {max_auc:g}. The source prior stays. Pass max_auc=1 to adjust all the same."
+            f"more has shifted than the shares of labels, since a classifier between the data has an AUC of "
+            f"{auc:.2f} above {max_auc:g}. The source prior is used. Pass max_auc=1 to use the estimate anyway."
         )
     source_prior, estimated = torch.from_numpy(mean), torch.from_numpy(t)
     curve.setflags(write=False)
@@ -164,7 +166,7 @@ def estimate_prior(
 
 
 def _steps(p: np.ndarray, source: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """The estimate, what each step gains, and whether the last one moved next to nothing."""
+    """The estimate, the curve of gains, and whether it converged."""
     smooth_source, t, curve = _smooth(source, window), source, []
     for _ in range(_STEPS):
         ratio = t / source
@@ -188,30 +190,30 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _calibration(logits: np.ndarray, row: np.ndarray, window: np.ndarray) -> tuple[float, np.ndarray]:
-    """The slope (one over the temperature) and the biases (B,) under which these labels are likeliest, but for a ridge
-    on what is smoothed into the biases."""
+    """The slope (one over the temperature) and the biases (B,) that maximise the likelihood of these labels, with a
+    ridge penalty on the biases before smoothing."""
     from scipy.optimize import minimize
     from scipy.special import logsumexp
 
     mine, counts = logits[np.arange(len(row)), row], np.bincount(row, minlength=logits.shape[1])
 
-    def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
-        slope, bias = np.exp(at[0]), _smooth(at[1:], window)
+    def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
+        slope, bias = np.exp(point[0]), _smooth(point[1:], window)
         scaled = slope * logits + bias
         norm = logsumexp(scaled, axis=1)
         p = np.exp(scaled - norm[:, None])
-        total = norm.sum() - slope * mine.sum() - bias @ counts + _RIDGE / 2 * (at[1:] @ at[1:])
+        total = norm.sum() - slope * mine.sum() - bias @ counts + _RIDGE / 2 * (point[1:] @ point[1:])
         by_slope = slope * ((p * logits).sum() - mine.sum())
-        by_bias = _smooth(p.sum(0) - counts, window) + _RIDGE * at[1:]  # smoothing is its own transpose
+        by_bias = _smooth(p.sum(0) - counts, window) + _RIDGE * point[1:]  # smoothing is its own transpose
         return total, np.concatenate([[by_slope], by_bias])
 
     bounds = [(-5.0, 5.0), *[(None, None)] * logits.shape[1]]
-    found = minimize(loss, np.zeros(1 + logits.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds).x
-    return float(np.exp(found[0])), _smooth(found[1:], window)
+    best = minimize(loss, np.zeros(1 + logits.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds).x
+    return float(np.exp(best[0])), _smooth(best[1:], window)
 
 
 def _bbse(p: np.ndarray, held_p: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Black-box shift estimation: ratios under which labelled forecasts have the mean of the unlabelled ones."""
+    """Black-box shift estimation: ratios with which labelled forecasts have the mean of the unlabelled forecasts."""
     of_class = np.eye(p.shape[1])[row]
     ratio = np.linalg.lstsq(held_p.T @ of_class / len(row), p.mean(0), rcond=None)[0]
     shares = (ratio * of_class.mean(0)).clip(0)
@@ -219,7 +221,7 @@ def _bbse(p: np.ndarray, held_p: np.ndarray, row: np.ndarray) -> np.ndarray:
 
 
 def _auc(features: np.ndarray, source_features: np.ndarray, weight: np.ndarray) -> float:
-    """How well a cross-validated logistic regression tells weighted source features from the others."""
+    """The AUC of a cross-validated logistic regression between weighted source features and features."""
     from scipy.optimize import minimize
     from scipy.special import expit
 
@@ -228,9 +230,9 @@ def _auc(features: np.ndarray, source_features: np.ndarray, weight: np.ndarray) 
     x = np.hstack([x, np.ones((len(x), 1))])
     sign = np.repeat([-1.0, 1.0], [len(source_features), len(features)])
     w = np.concatenate([weight / weight.mean(), np.ones(len(features))])
-    w[sign > 0] *= len(source_features) / len(features)  # both sides weigh alike
+    w[sign > 0] *= len(source_features) / len(features)  # both sides have equal total weight
     fold = np.random.default_rng(0).permutation(len(x)) % _FOLDS
-    said = np.empty(len(x))
+    scores = np.empty(len(x))
     for k in range(_FOLDS):
         here, own = x[fold != k], (sign * w)[fold != k]
 
@@ -239,10 +241,10 @@ def _auc(features: np.ndarray, source_features: np.ndarray, weight: np.ndarray) 
             value = np.abs(own) @ np.logaddexp(0, -margin) + b[:-1] @ b[:-1] / 2
             return value, np.append(b[:-1], 0) - here.T @ (own * expit(-margin))
 
-        said[fold == k] = x[fold == k] @ minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x
-    order = np.argsort(said[sign < 0])
+        scores[fold == k] = x[fold == k] @ minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x
+    order = np.argsort(scores[sign < 0])
     below = np.append(0, (weight / weight.sum())[order].cumsum())  # the share of the source below each of its scores
-    ends = [np.searchsorted(said[sign < 0][order], said[sign > 0], side=side) for side in ("left", "right")]
+    ends = [np.searchsorted(scores[sign < 0][order], scores[sign > 0], side=side) for side in ("left", "right")]
     return float(below[ends].mean())
 
 
@@ -256,7 +258,7 @@ def _matrix(name: str, values: Any, rows: int | None, columns: int | None) -> np
 
 
 def _logits(name: str, scores: Any, count: int | None) -> np.ndarray:
-    """Scores (N, B), which are logits or probabilities, as logits."""
+    """Checked scores (N, B), logits or probabilities, as logits."""
     values = _matrix(name, scores, None, count)
     if (values < 0).any():
         return values

@@ -164,7 +164,7 @@ def ranks(rank: int) -> Any:
     own = [slice(0, 13), slice(13, None)][rank]
     together = calibrated(PointConformal, (output[own], labels[own])).all_reduce()
     same = together.thresholds() == calibrated(PointConformal, (output, labels)).thresholds()
-    with pytest.raises(ValueError, match="only calibrations of the same settings can be added, got per_region was"):
+    with pytest.raises(ValueError, match="only calibrations with the same settings can be added, got per_region was"):
         calibrated(PointConformal, per_region=float(rank)).all_reduce()
     return bool(same.all())
 
@@ -174,7 +174,7 @@ def test_ranks_calibrate_together(two_ranks: Any) -> None:
 
 
 def test_calibrations_of_other_settings_are_not_added() -> None:
-    with pytest.raises(ValueError, match="only calibrations of the same settings can be added, got per_region was 0"):
+    with pytest.raises(ValueError, match="only calibrations with the same settings can be added, got per_region was 0"):
         PointConformal(DENSITY) + PointConformal(DENSITY, per_region=0.5)
     with pytest.raises(TypeError, match="unsupported operand"):
         PointConformal(DENSITY) + GaussianConformal(DENSITY)  # type: ignore[operator]

@@ -360,7 +360,7 @@ def test_a_partial_counts_by_its_arguments():
 
 
 def test_a_lambda_is_refused():
-    with pytest.raises(SettingsError, match=r"dir_toolkit: it must be something that .* got a lambda\. Use a func"):
+    with pytest.raises(SettingsError, match=r"dir_toolkit: it must have settings that .* got a lambda\. Use a func"):
         told(lambda x: x)
     with pytest.raises(SettingsError, match="got a lambda"):
         told(functools.partial(lambda x: x))
@@ -377,7 +377,7 @@ def test_a_function_made_in_another_counts_by_what_it_takes_from_there():
     assert told(made(1, 2)) != told(made(3, 2))
     assert told(made(1, 2)) != told(made(1, 3))
     assert told(made(np, 2)) == told(made(np, 2)) != told(made(torch, 2))
-    with pytest.raises(SettingsError, match=r"its number\) must be something that its settings tell"):
+    with pytest.raises(SettingsError, match=r"its number\) must have settings that identify"):
         told(made(lambda: 1, 2))
 
 
@@ -442,7 +442,7 @@ def test_what_holds_itself_is_refused():
     module = nn.Identity()
     module.others = [module]
     for value in (itself, module):
-        with pytest.raises(SettingsError, match=r"dir_toolkit: it .*got something that holds itself"):
+        with pytest.raises(SettingsError, match=r"dir_toolkit: it .*got something that contains itself"):
             told(value)
 
 

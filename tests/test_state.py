@@ -64,7 +64,7 @@ def test_another_format_is_named():
 
 @pytest.mark.parametrize("packed", [None, {}, torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)])
 def test_what_is_no_packed_state_is_refused(packed):
-    with pytest.raises(CheckpointError, match="the bytes that state_dict"):
+    with pytest.raises(CheckpointError, match="the bytes from state_dict"):
         unpack(packed)
 
 

@@ -136,7 +136,7 @@ def test_a_shift_of_features_is_refused_unless_told_otherwise() -> None:
         estimate = estimate_prior(class_scores(moved), features=moved, **given)
     assert estimate.refused
     assert estimate.prior is estimate.source
-    assert "the source prior stays" in str(estimate)
+    assert "the source prior is used" in str(estimate)
     told = estimate_prior(class_scores(moved), features=moved, max_auc=1, **given)
     assert told.auc == estimate.auc
     assert torch.equal(told.prior, estimate.estimated)

@@ -47,7 +47,7 @@ class RunningStatistics(Float64Module):
         check_group(group)
         self._group = _Group(group)
         self.warns_of_forgotten_end = True
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @torch.inference_mode(False)
     def _begin(self, device: torch.device) -> None:
@@ -95,8 +95,8 @@ class RunningStatistics(Float64Module):
             )
 
     def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._said and (key != "end" or self.warns_of_forgotten_end):
-            self._said.add(key)
+        if key not in self._warned and (key != "end" or self.warns_of_forgotten_end):
+            self._warned.add(key)
             warn(message)
 
     @torch.inference_mode(False)
