@@ -109,6 +109,7 @@ def test_the_estimate_is_what_a_model_or_logits_are_set_to() -> None:
         model = LongTailModel(nn.Identity(), 2, bins, density=LabelDensity(bins, [70, 20, 10]), **option)
         with torch.no_grad():
             model.head.weight.zero_()
+            model.head.bias.copy_(torch.tensor([-1.0, 0.0, 1.0]))  # negative, so that scores are logits
         scores = model(torch.zeros(9, 2)).scores
         target = estimate_prior(scores, source=scores, bins=bins).prior
         model.set_prior(target)
@@ -158,7 +159,7 @@ def test_what_it_says() -> None:
     estimate = estimate_prior(class_scores(NEW_X), source=class_scores(HELD_X), labels=HELD_Y)
     steps = len(estimate.curve)
     pattern = rf"The estimate differs from the source prior by a total variation of 0\.\d+ after {steps} steps\. "
-    pattern += r"The estimate by BBSE differs from it by .* Without features nothing tells"
+    pattern += r"The estimate by BBSE differs from it by .* Without features it is not checked"
     assert np.array_equal(estimate.curve, np.sort(estimate.curve))
     assert re.match(pattern, str(estimate))
 
