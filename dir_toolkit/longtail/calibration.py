@@ -20,6 +20,7 @@ from ..labels.bins import Bins, Outside
 from ..priors import TauChoice, best_temperature, search_tau
 from .prediction import read_batches
 from .readouts import LongTailOutput, PriorKernel, ScoreReadout
+from .rows import as_rows, one_per_row
 
 if TYPE_CHECKING:
     from .model import LongTailModel
@@ -97,7 +98,9 @@ class _Choice:
         is_tensor(scores=scores)
         real(scores=scores)
         (labels,) = as_tensors(labels=labels)
+        scores, shape = as_rows(scores, 1)
         shaped(("N", len(self.bins)), scores=scores)
+        labels = one_per_row("labels", labels, shape) if len(shape) > 1 else labels
         shaped(scores.shape[:1], "one per row of scores", labels=labels)
         scores = scores.detach().to(wide_dtype(scores))
         finite(scores=on_host("scores", scores))
@@ -163,7 +166,11 @@ def held_out(model: nn.Module, batches: Any) -> tuple[Tensor, Tensor]:
 
     def pair(output: LongTailOutput, labels: Any) -> tuple[Tensor, Tensor]:
         is_tensor(labels=labels)
-        return output.scores, labels.to(output.scores.device)
+        scores = output.scores
+        if labels.ndim < scores.ndim > 2:  # Sequences of one target, which need not be of one length.
+            scores, shape = as_rows(scores, 1)
+            labels = one_per_row("labels", labels, shape)
+        return scores, labels.to(scores.device)
 
     scores, labels = zip(*read_batches(model, batches, pair), strict=True)
     return torch.cat(scores), torch.cat(labels)

@@ -19,7 +19,6 @@ from .._checks import (
     labels_array,
     length,
     one_of,
-    one_per_sample,
     problem,
     require,
     same_bins,
@@ -38,6 +37,7 @@ from ..priors import TauChoice
 from .calibration import Judged, calibrate, choose_tau
 from .prediction import predict
 from .readouts import LongTailOutput, Placed, PriorKernel, Readout, Setup, TargetPrior, readout_for
+from .rows import as_rows, of_shape, one_per_row
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -108,15 +108,19 @@ class LongTailModel(nn.Module):
     Shape:
         forward: x as the backbone takes it; labels, weight: (N,). Returns :class:`LongTailOutput`. Floats are float32
         or wider, under autocast, too.
+
+        A backbone may give features (N, T, D), one row per step of a sequence, or per pixel with D last. All that is
+        returned then begins with (N, T). Labels and weights are (N, T), or (N,) where all steps of a sequence share
+        them. Steps that are padding have the label NaN under ``missing="drop"``, or weight 0.
     Units:
         labels, sigma and predictions in those of the axis, in float64 where float32 does not tell its bins apart;
         ``"cross_entropy"``, ``"coral_loss"`` and ``"gaussian_nll"`` in nats, other named losses in spreads of labels.
     Raises:
-        ShapeError: head or backbone do not fit features and axis, or labels are not (N,): maps of labels are not
-        supported. TypeError: an option is none of the readout's, or a part is of another kind. ValueError: a word is
-        unknown, a number is out of range, or there is no density where one is needed. NotFittedError: weights are not
-        fitted where a prior is asked for. LabelError: a label is NaN, unless missing ones are dropped, or lies beyond
-        the axis under ``"raise"``; on accelerators the loss is NaN instead.
+        ShapeError: head or backbone do not fit features and axis, or labels or weights do not fit features. TypeError:
+        an option is none of the readout's, or a part is of another kind. ValueError: a word is unknown, a number is
+        out of range, or there is no density where one is needed. NotFittedError: weights are not fitted where a prior
+        is asked for. LabelError: a label is NaN, unless missing ones are dropped, or lies beyond the axis under
+        ``"raise"``; on accelerators the loss is NaN instead.
     Source:
         Menon et al. 2021 (arXiv:2007.07314) for the adjustment; Yang et al. 2021 (arXiv:2102.09554) for smoothing.
 
@@ -226,14 +230,14 @@ class LongTailModel(nn.Module):
     def forward(self, x: Any, labels: Tensor | None = None, weight: Tensor | None = None) -> LongTailOutput:
         if labels is None and weight is not None:
             raise problem("weight needs labels", got="labels=None", fix="Use model(x, labels, weight).")
-        features = self.backbone(x)
-        self._check_features(features)
+        features, shape = self._rows(self.backbone(x))
         if labels is None:
-            return self.readout(self.head(self._calibrated(features, None, None)), features, features)
-        index = self._index(labels, features)
+            output = self.readout(self.head(self._calibrated(features, None, None)), features, features)
+            return self._of_shape(output, shape)
+        labels, index, weight = self._placed_rows(labels, weight, shape, features)
         calibrated = self._calibrated(features, labels, index)
         output = self.readout(self.head(calibrated), features, calibrated)
-        return LongTailOutput(self._loss(output, labels, index, weight), *output[1:])
+        return self._of_shape(output._replace(loss=self._loss(output, labels, index, weight)), shape)
 
     def _calibrated(self, features: Tensor, labels: Tensor | None, index: Tensor | None) -> Tensor:
         if not self.training and torch.compiler.is_compiling():
@@ -257,10 +261,10 @@ class LongTailModel(nn.Module):
         """What the model says about features that its backbone gave before. No FDS calibrates them.
 
         Shape:
-            features: (N, num_features).
+            features: (N, num_features), or (N, T, num_features).
         """
-        self._check_features(features)
-        return self.readout(self.head(features), features, features)
+        features, shape = self._rows(features)
+        return self._of_shape(self.readout(self.head(features), features, features), shape)
 
     def criterion(self, output: LongTailOutput, labels: Tensor, weight: Tensor | None = None) -> Tensor:
         """The mean loss of what ``model(x)`` returned, with all its terms; ``model(x, labels)`` computes the same.
@@ -269,19 +273,23 @@ class LongTailModel(nn.Module):
             weight: >= 0, one per sample; None takes those of ``weights``. The sum over the batch is divided by N, not
                 by the sum of weights.
         Shape:
-            labels, weight: (N,). Returns ().
+            labels, weight: as those of the model. Returns ().
         Raises:
             as the model itself.
         """
         instance(LongTailOutput, output=output)
+        output, shape = as_rows(output, len(self.readout.score_shape))
         shaped(("N", *self.readout.score_shape), "as this model gives them", **{"output.scores": output.scores})
-        return self._loss(output, labels, self._index(labels, output.scores), weight)
+        return self._loss(output, *self._placed_rows(labels, weight, shape, output.scores))
 
-    def _index(self, labels: Tensor, output: Tensor) -> Tensor:
-        """The bin of each label, (N,), as :meth:`Bins.place` answers. This is the one place where a batch of labels
-        meets the axis."""
-        one_per_sample("output", output, labels=labels)
-        return self.bins.place(labels, self.outside, self.missing)
+    def _placed_rows(
+        self, labels: Tensor, weight: Tensor | None, shape: torch.Size, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The label, the bin and the weight of each row, (M,). This is the one place where a batch of labels meets the
+        axis: the bins are as :meth:`Bins.place` answers."""
+        labels = one_per_row("labels", labels, shape, rows)
+        weight = None if weight is None else one_per_row("weight", weight, shape, rows)
+        return labels, self.bins.place(labels, self.outside, self.missing), weight
 
     def _placed(self, labels: Tensor, index: Tensor) -> Placed:
         row = index.clamp_min(0)
@@ -303,8 +311,6 @@ class LongTailModel(nn.Module):
             weight = self.weights._of_rows(placed.row) if shared else self.weights(placed.values)
         if "drop" in (self.outside, self.missing):
             counts = index >= 0
-            if weight is not None:
-                one_per_sample("labels", labels, weight=weight)
             weight = counts.to(output.scores.dtype) if weight is None else torch.where(counts, weight, 0)
         if self.missing == "drop":  # Missing labels are not samples, of which the loss would be the mean.
             weight = weight * (len(labels) / (~labels.isnan()).sum().clamp_min(1))  # type: ignore[operator]
@@ -378,7 +384,7 @@ class LongTailModel(nn.Module):
             kernel: as in :meth:`set_prior`.
             outside: as ``outside`` of the model; None takes the model's own.
         Shape:
-            scores: (N, B). labels: (N,).
+            scores: (N, B) or (N, T, B). labels: as in training.
         Returns:
             the choice and the curves of both errors and of the MAE by region of training labels, in label units; among
             equals the middle of the longest run.
@@ -415,7 +421,8 @@ class LongTailModel(nn.Module):
         return calibrate(self, scores_or_loader, labels, by=by, most_mae=most_mae, outside=outside)
 
     def predict(self, inputs: Tensor | Iterable[Any], *, level: float | None = None) -> xr.Dataset:
-        """A table of what the model says of many inputs, with one row per sample; ``to_dataframe()`` makes it pandas'.
+        """A table of what the model says of many inputs, with one row per sample, or per sample and step;
+        ``to_dataframe()`` makes it pandas'.
 
         Its columns are ``prediction``; ``lower`` and ``upper``, the ends of :meth:`interval`, unless the readout has
         none, as that of classes or of one number that is not calibrated; and ``region``, whether training labels were
@@ -460,13 +467,16 @@ class LongTailModel(nn.Module):
                 score bins or classes. Others have no use for it.
             outside: as ``outside`` of the model; None takes the model's own.
         Shape:
-            scores: (N, ...), as in :class:`LongTailOutput`. labels: (N,).
+            scores, labels: as in :class:`LongTailOutput` and in training.
         Raises:
             ShapeError: the shapes do not fit. LabelError: a label is NaN and the model does not drop missing ones, or
             it lies beyond the axis. ValueError: there is no density or no sample, a score is not finite, or a number is
             out of range.
         """
         outside = self.outside if outside is None else outside
+        scores, shape = as_rows(scores, len(self.readout.score_shape))
+        if len(shape) > 1:
+            labels = one_per_row("labels", torch.from_numpy(labels_array(labels, "labels")), shape)
         if self.missing == "drop":
             is_tensor(scores=scores)
             labels = labels_array(labels, "labels")
@@ -489,7 +499,7 @@ class LongTailModel(nn.Module):
             output: of the model, or its ``distribution``; with ``"gaussian"`` and ``"regression"``, its ``scores``.
             level: in (0, 1). None is the calibrated one, which is the only one there is then, and 0.9 before.
         Shape:
-            Returns the lower and the upper end, (N,) each.
+            Returns the lower and the upper end, each as the predictions.
         Units:
             those of the label.
         Raises:
@@ -497,7 +507,9 @@ class LongTailModel(nn.Module):
             classes, which have no order, or gives one number, which is not a distribution, and is not calibrated; or
             the prior was set after calibration.
         """
-        return self.readout.interval(output, level)
+        rows, shape = as_rows(output, len(self.readout.score_shape))
+        lower, upper = self.readout.interval(rows, level)
+        return of_shape(lower, shape), of_shape(upper, shape)
 
     def sets(self, output: LongTailOutput | Tensor, level: float | None = None) -> Tensor:
         """The classes, or the bins, that could hold the label, as calibrated by :meth:`calibrate_intervals`.
@@ -505,18 +517,29 @@ class LongTailModel(nn.Module):
         Args:
             output, level: as those of :meth:`interval`.
         Shape:
-            Returns (N, B), bool.
+            Returns (N, B), or (N, T, B), bool.
         Raises:
             ValueError: the level is not the calibrated one. RuntimeError: nothing is calibrated, or the prior was set
             after calibration.
         """
-        return self.readout.sets(output, level)
+        rows, shape = as_rows(output, len(self.readout.score_shape))
+        return of_shape(self.readout.sets(rows, level), shape)
 
-    def _check_features(self, features: Any) -> None:
-        shape = features.shape if isinstance(features, Tensor) else ()
-        rule = f"backbone must give features (N, {self.num_features}), one row per sample"
-        fix = "Pool over pixels first: maps of labels are not supported." if len(shape) in (3, 4) else ""
-        require(shape[1:] == (self.num_features,), rule, got=shape or type(features), fix=fix, error=ShapeError)
+    def _rows(self, features: Any) -> tuple[Tensor, torch.Size]:
+        """Features as rows (M, D), and the shape of the samples that they are of, (N,) or (N, T)."""
+        shape = features.shape if isinstance(features, Tensor) else torch.Size()
+        size, rule = self.num_features, f"backbone must give features (N, {self.num_features}), one row per sample"
+        rule, fix = f"{rule}, or (N, T, {size}), one per step", ""
+        if len(shape) > 2:
+            fix = "Pool over pixels or steps, or use movedim(1, -1) on features for a label per pixel or step."
+        elif not shape:
+            fix = "Let the backbone return its features alone, as output[0] of a GRU is."
+        sound = len(shape) > 1 and shape[-1] == size
+        require(sound, rule, got=shape or type(features), fix=fix, error=ShapeError)
+        return features.flatten(0, -2), shape[:-1]
+
+    def _of_shape(self, output: LongTailOutput, shape: torch.Size) -> LongTailOutput:
+        return LongTailOutput(output.loss, *(of_shape(part, shape) for part in output[1:]))
 
     def _attach(self, fds: FDS) -> None:
         instance(FDS, fds=fds)

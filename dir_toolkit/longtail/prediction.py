@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .._checks import finite, require
+from ..errors import ShapeError
 from .readouts import LongTailOutput
 
 if TYPE_CHECKING:
@@ -38,14 +39,18 @@ def table(model: LongTailModel, batches: Sequence[list[np.ndarray]], level: floa
     """The :func:`columns` of all batches, with the region of each prediction if there is a density."""
     import xarray as xr
 
+    shapes = {part[0].shape[1:] for part in batches}
+    rule, fix = "batches must have as many steps each", "Pad sequences to one length."
+    require(len(shapes) == 1, rule, got=lambda: ", ".join(map(str, sorted(shapes))), fix=fix, error=ShapeError)
     whole = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
     names = ("prediction", "lower", "upper")[: len(whole)]
-    made = xr.Dataset({name: ("sample", column) for name, column in zip(names, whole, strict=True)})
+    dims = ("sample", "step", *(f"axis_{k}" for k in range(2, whole[0].ndim)))[: whole[0].ndim]
+    made = xr.Dataset({name: (dims, column) for name, column in zip(names, whole, strict=True)})
     for name in names[1:]:
         made[name].attrs["interval_level"] = level or model.readout.intervals.exact_level or 0.9
     if model.density is not None:
         row = model.bins.index(whole[0], "clip", name="predictions")
-        made["region"] = ("sample", model.density.regions()[row])
+        made["region"] = (dims, model.density.regions()[row])
     return made
 
 

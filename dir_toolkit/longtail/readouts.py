@@ -73,7 +73,7 @@ _SMALL_ERROR = 0.1  # in standard deviations of the labels: the unit of Huber's 
 
 class LongTailOutput(NamedTuple):
     """What a :class:`LongTailModel` says about a batch. All fields are tensors, so that an output can be gathered,
-    saved and averaged.
+    saved and averaged. Of sequences each field but the loss has a second axis, of T steps.
 
     Attributes:
         loss: (). It is NaN without labels.

@@ -240,7 +240,7 @@ class MultiTargetModel(nn.Module):
 
         batches = zip(*read_batches(self, inputs, read), strict=True)
         tables = [table(target, own, level) for target, own in zip(self.targets, batches, strict=True)]
-        return xr.concat(tables, "target", combine_attrs="override").transpose("sample", "target")
+        return xr.concat(tables, "target", combine_attrs="override").transpose("sample", ..., "target")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one file that :func:`dir_toolkit.load` reads, as :meth:`LongTailModel.save` does. Heads and losses must

@@ -209,7 +209,7 @@ class LongTailEstimator(BaseEstimator):
         history: list[dict[str, float]] = []
         self.best_epochs_ = np.full(count, optimization.epochs)
 
-        target = model.readout.target(model._placed(labels, model._index(labels, labels)))
+        target = model.readout.target(model._placed(labels, model.bins.place(labels, model.outside, model.missing)))
         if target.is_floating_point() and target.ndim > 1:
             target = target.float()  # shares of bins
 
