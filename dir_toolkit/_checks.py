@@ -439,6 +439,13 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> None:
         raise problem(f"{name} must be one of {listed}", got=repr(value))
 
 
+def drop_alike(name: str, part: Any, owner: str, **of_owner: str) -> None:
+    """Raise if the owner drops labels, by ``missing="drop"`` or ``outside="drop"``, that this part does not."""
+    for what, word in of_owner.items():
+        own = getattr(part, what)
+        require(word != "drop" or own == "drop", f'{name} must have {what}="drop", as the {owner} has', got=repr(own))
+
+
 def word(name: str, value: object, *allowed: str) -> None:
     """Raise if ``value`` is a str but none of the allowed words. Other types pass."""
     if isinstance(value, str):

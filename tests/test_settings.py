@@ -107,7 +107,12 @@ LOSSES: list[Case] = [
     Case(
         dt.losses.BatchMCLoss,
         {},
-        {"noise_sigma": {"noise_sigma": 2.0}, "learn": {"learn": False}, "gather": {"gather": True}},
+        {
+            "noise_sigma": {"noise_sigma": 2.0},
+            "learn": {"learn": False},
+            "gather": {"gather": True},
+            "missing": {"missing": "drop"},
+        },
     ),
     Case(
         dt.losses.GaussianMixtureLoss,
@@ -118,6 +123,7 @@ LOSSES: list[Case] = [
             "variances": {"variances": [1.0, 2.0]},
             "noise_sigma": {"noise_sigma": 2.0},
             "learn": {"learn": False},
+            "missing": {"missing": "drop"},
         },
     ),
     Case(
@@ -129,6 +135,7 @@ LOSSES: list[Case] = [
             "noise_sigma": {"noise_sigma": 2.0},
             "learn": {"learn": False},
             "outside": {"outside": "drop"},
+            "missing": {"missing": "drop"},
         },
     ),
     Case(
@@ -141,6 +148,7 @@ LOSSES: list[Case] = [
             "temperature": {"temperature": 2.0},
             "eta": {"eta": 2.0},
             "weights": {"weights": dt.LDS(BINS)},
+            "missing": {"missing": "drop"},
         },
     ),
     Case(
@@ -151,9 +159,10 @@ LOSSES: list[Case] = [
             "prior": {"prior": np.eye(60)[3]},
             "coefficient": {"coefficient": 2.0},
             "squared": {"squared": True},
+            "missing": {"missing": "drop"},
         },
     ),
-    Case(dt.losses.RankNContrast, {}, {"temperature": {"temperature": 1.0}}),
+    Case(dt.losses.RankNContrast, {}, {"temperature": {"temperature": 1.0}, "missing": {"missing": "drop"}}),
     Case(
         dt.losses.CenterLoss,
         {"num_features": 4, "num_classes": 3},

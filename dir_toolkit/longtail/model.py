@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import (
+    drop_alike,
     instance,
     is_tensor,
     keys,
@@ -544,9 +545,7 @@ class LongTailModel(nn.Module):
     def _attach(self, fds: FDS) -> None:
         instance(FDS, fds=fds)
         _check_labels("fds", fds, self.bins)
-        for what in ("outside", "missing"):
-            agree = getattr(self, what) != "drop" or getattr(fds, what) == "drop"
-            require(agree, f'fds must have {what}="drop", as the model has', got=repr(getattr(fds, what)))
+        drop_alike("fds", fds, "model", outside=self.outside, missing=self.missing)
         takes, size = fds.num_features, self.num_features
         require(takes == size, f"fds must be over the backbone's {size} features", got=takes, error=ShapeError)
         require(not fds.attached, "fds must not be attached yet", got="one in use", fix="Make one for each model.")

@@ -13,11 +13,17 @@ Weight:
     and not by the sum of the weights. A weight of 2 counts a sample twice. A sample of weight 0 adds nothing and has
     zero gradient, even if its prediction or its target is NaN. A mask of missing labels is therefore the weight
     ``mask.float()``. Pass weights per class as ``weight[target]``.
+Missing:
+    With ``missing="drop"``, which each loss takes whose target can be NaN, NaN is a missing label. It has weight 0,
+    whatever weight it is given, and the mean is over the labels that are present. Its value is 0 under
+    ``reduction="none"``. A batch without any label has the loss 0 and gradients of zero. Where a label is a row of
+    numbers, one that is NaN makes it missing. A distribution is missing if it holds NaN, or only zeros, as
+    ``soft_labels(..., missing="drop")`` makes it.
 Reduction:
     ``"mean"``, ``"sum"``, or ``"none"`` for one value per sample.
 NaN:
-    A target or a weight that is not finite raises an error, unless the target's weight is zero. A prediction that is
-    not finite makes the loss NaN or infinite.
+    A target or a weight that is not finite raises an error, unless the target's weight is zero or the label is missing.
+    A prediction that is not finite makes the loss NaN or infinite.
 Devices and dtypes: All tensors are on one device. Values on an accelerator or in compiled graphs are not checked, since
     reading them would block the accelerator. Losses are computed in at least float32.
 Arrays:

@@ -15,6 +15,7 @@ from .._checks import (
     floats,
     is_tensor,
     labels_array,
+    no_bad,
     not_empty,
     not_negative,
     one_of,
@@ -103,7 +104,9 @@ def finite_target(target: Tensor, gone: Tensor | None, name: str = "target") -> 
     """Check that no label is NaN or infinite, except those of samples that are gone."""
     # A finite sum has finite terms. The converse does not hold.
     if target.is_floating_point() and readable(target) and not math.isfinite(target.sum().item()):
-        finite(**{name: present(target.detach(), gone)})
+        there = present(target.detach(), gone)
+        fix = 'Remove or repair these samples first, or pass missing="drop", which leaves out what is NaN.'
+        no_bad(f"{name} must be finite", there, ~there.isfinite(), fix=fix)
 
 
 def one_per_sample(samples: int, **tensors: Tensor | None) -> None:

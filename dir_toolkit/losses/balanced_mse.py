@@ -53,11 +53,11 @@ from .._checks import (
 )
 from .._numerics import is_wrapped, readable
 from .._ranks import is_parallel, summed
-from ..labels.bins import Bins, Outside, continuous, lookup
+from ..labels.bins import Bins, Missing, Outside, continuous, lookup
 from ..labels.density import LabelDensity
 from ..labels.soft_labels import limits
 from ._inputs import absent, finite_target, kinds, on_axis, one_per_sample, pairs, present
-from ._loss import PointLoss, Reduction, part_of, reduce
+from ._loss import PointLoss, Reduction, drops_missing, part_of, reduce
 from ._pairs import spread_of
 
 __all__ = [
@@ -78,6 +78,7 @@ _MOST_ROUNDS = 500
 _LEAST_GAIN = 1e-5  # of the mean log-likelihood per iteration, in nats
 
 
+@drops_missing("row")
 def batch_mc_loss(
     pred: Tensor,
     target: Tensor,
@@ -85,6 +86,7 @@ def batch_mc_loss(
     *,
     noise_sigma: float | Tensor,
     gather: bool = False,
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Balanced MSE by batch-based Monte Carlo (BMC), which needs no density beforehand.
@@ -121,6 +123,7 @@ def batch_mc_loss(
     return _scored(pred, target, weight, _sigma(noise_sigma), reduction, log_ratio)
 
 
+@drops_missing("row")
 def gaussian_mixture_loss(
     pred: Tensor,
     target: Tensor,
@@ -130,6 +133,7 @@ def gaussian_mixture_loss(
     means: Any,
     variances: Any,
     noise_sigma: float | Tensor,
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Balanced MSE by Gaussian-mixture analytical integration (GAI): training labels are modelled by a mixture.
@@ -165,6 +169,7 @@ def gaussian_mixture_loss(
     return _scored(pred, target, weight, _sigma(noise_sigma), reduction, partial(_under_mixture, *tensors))
 
 
+@drops_missing("row")
 def binned_integration_loss(
     pred: Tensor,
     target: Tensor,
@@ -174,6 +179,7 @@ def binned_integration_loss(
     density: LabelDensity | Any,
     noise_sigma: float | Tensor,
     outside: Outside = "clip",
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Balanced MSE by bin-based numerical integration (BNI), for scalar labels.
@@ -219,6 +225,7 @@ class _BalancedMSE(PointLoss):
 
     log_sigma: Tensor
     sigma: Tensor
+    missing: Missing
 
     def __init__(
         self,
@@ -253,6 +260,12 @@ class _BalancedMSE(PointLoss):
 
     def _reduced(self, output: Any, target: Tensor, weight: Tensor | None, reduction: Reduction) -> Tensor:
         pred = part_of(output, self.reads)
+        return self._of_labels(pred, target, weight, missing=self.missing, reduction=reduction)
+
+    @drops_missing("row")
+    def _of_labels(
+        self, pred: Tensor, target: Tensor, weight: Tensor | None, *, missing: Missing = "raise", reduction: Reduction
+    ) -> Tensor:
         pred, labels = _checked(pred, target, weight, reduction, self._label_shape)  # (N, D)
         weight = self._counted(target, weight)
         sigma = self._noise(labels, weight)
@@ -293,9 +306,16 @@ class BatchMCLoss(_BalancedMSE):
     unit: Tensor
     gather: bool
 
-    def __init__(self, noise_sigma: float | None = None, *, learn: bool = True, gather: bool = False) -> None:
+    def __init__(
+        self,
+        noise_sigma: float | None = None,
+        *,
+        learn: bool = True,
+        gather: bool = False,
+        missing: Missing = "raise",
+    ) -> None:
         instance(bool, gather=gather)
-        super().__init__(batch_mc_loss, noise_sigma, 1.0, learn, None, gather=gather)
+        super().__init__(batch_mc_loss, noise_sigma, 1.0, learn, None, gather=gather, missing=missing)
         self._unit_known = noise_sigma is not None
         if not self._unit_known:
             with torch.inference_mode(False):
@@ -355,7 +375,14 @@ class GaussianMixtureLoss(_BalancedMSE):
     variances: Tensor
 
     def __init__(
-        self, weights: Any, means: Any, variances: Any, *, noise_sigma: float | None = None, learn: bool = True
+        self,
+        weights: Any,
+        means: Any,
+        variances: Any,
+        *,
+        noise_sigma: float | None = None,
+        learn: bool = True,
+        missing: Missing = "raise",
     ) -> None:
         parts = _mixture_parts(weights, means, variances)
         spread = float(np.sqrt(_total_variance(*parts.values())[1].mean()))
@@ -364,7 +391,8 @@ class GaussianMixtureLoss(_BalancedMSE):
             raise problem("noise_sigma must be given where the mixture has no spread", got="None", fix=fix)
         buffers = {name: torch.tensor(part, dtype=torch.get_default_dtype()) for name, part in parts.items()}
         shape = parts["means"].shape[1:]
-        super().__init__(gaussian_mixture_loss, noise_sigma, _NOISE * spread, learn, shape, **buffers)
+        start = _NOISE * spread
+        super().__init__(gaussian_mixture_loss, noise_sigma, start, learn, shape, **buffers, missing=missing)
 
     def _log_ratio(self, weight: Tensor | None) -> _LogRatio:
         return partial(_under_mixture, self.weights, self.means, self.variances)
@@ -379,6 +407,7 @@ class GaussianMixtureLoss(_BalancedMSE):
         learn: bool = True,
         least_variance: float = 1e-4,
         seed: int = 0,
+        missing: Missing = "raise",
     ) -> GaussianMixtureLoss:
         """The loss for a mixture fitted to the training labels by expectation maximization.
 
@@ -391,6 +420,7 @@ class GaussianMixtureLoss(_BalancedMSE):
             least_variance: the smallest variance of a component, as a share of the labels' variance, > 0. It keeps
                 components from collapsing onto a repeated label.
             seed: the seed of the initial means.
+            missing: as in the class; ``"drop"`` fits the mixture to the labels that are present.
         Shape:
             labels: (N,) or (N, D).
         >>> loss = GaussianMixtureLoss.fit([0.0, 0.0, 1.0, 1.0, 20.0, 21.0], components=2)
@@ -401,6 +431,7 @@ class GaussianMixtureLoss(_BalancedMSE):
         least = number("least_variance", least_variance, low=0, high=1e36, open_low=True)
         array = labels_array(labels).astype(np.float64)
         require(array.ndim in (1, 2), "labels must be (N,) or (N, D)", got=array.shape)
+        array = array[~np.isnan(array.reshape(len(array), -1)).any(1)] if missing == "drop" else array
         not_empty(labels=array)
         finite(labels=array)
         rows, counts = np.unique(array.reshape(len(array), -1), axis=0, return_counts=True)
@@ -416,7 +447,7 @@ class GaussianMixtureLoss(_BalancedMSE):
         weights, means, variances = _mixture((rows - center) / spread, counts / len(array), components, least, seed)
         shape = (components, *array.shape[1:])
         means, variances = (means * spread + center).reshape(shape), (variances * spread**2).reshape(shape)
-        return cls(weights, means, variances, noise_sigma=noise_sigma, learn=learn)
+        return cls(weights, means, variances, noise_sigma=noise_sigma, learn=learn, missing=missing)
 
 
 class BinnedIntegrationLoss(_BalancedMSE):
@@ -450,14 +481,14 @@ class BinnedIntegrationLoss(_BalancedMSE):
         noise_sigma: float | None = None,
         learn: bool = True,
         outside: Outside = "clip",
+        missing: Missing = "raise",
     ) -> None:
         prior = _axis_shares(bins, density, outside)
         spread = float(np.sqrt(_total_variance(prior, bins.centers, np.diff(bins.edges) ** 2 / 12)[1]))
         shares = torch.tensor(prior, dtype=torch.get_default_dtype())
         start = _NOISE * spread
-        super().__init__(
-            binned_integration_loss, noise_sigma, start, learn, (), bins=bins, prior=shares, outside=outside
-        )
+        options = {"bins": bins, "prior": shares, "outside": outside, "missing": missing}
+        super().__init__(binned_integration_loss, noise_sigma, start, learn, (), **options)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -502,6 +533,7 @@ def _scored(
     error = (pred - target) / sigma
     # An infinite error gives NaN, whatever its sign.
     values = log_ratio(error, target, sigma) + 0 * error.sum(1)
+    values = present(values, None if weight is None else weight == 0)  # A batch without a label has no ratio.
     return reduce(values * (2 * sigma.square()).detach(), weight, reduction)
 
 

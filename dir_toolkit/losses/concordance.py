@@ -7,13 +7,22 @@ from torch import Tensor
 
 from .._checks import require, warn
 from ..errors import ShapeError
+from ..labels.bins import Missing
 from ._inputs import absent, finite_target, pairs, present
-from ._loss import PointLoss, Reduction, reduce
+from ._loss import PointLoss, Reduction, drops_missing, reduce
 
 __all__ = ["CCCLoss", "ccc_loss"]
 
 
-def ccc_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean") -> Tensor:
+@drops_missing("number")
+def ccc_loss(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    missing: Missing = "raise",
+    reduction: Reduction = "mean",
+) -> Tensor:
     r"""One minus the concordance correlation coefficient of a batch.
 
     .. math::
@@ -67,5 +76,5 @@ def ccc_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, redu
 class CCCLoss(PointLoss):
     """:func:`ccc_loss` as a module."""
 
-    def __init__(self) -> None:
-        super().__init__(ccc_loss)
+    def __init__(self, *, missing: Missing = "raise") -> None:
+        super().__init__(ccc_loss, missing=missing)

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import instance, number, require
+from .._checks import drop_alike, instance, number, require
 from .._numerics import full_precision, unit_rows, wide_dtype
+from ..labels.bins import Missing
 from ..labels.weights import LDS
 from ._inputs import of_features, present
-from ._loss import Loss, Reduction, held, reduce
+from ._loss import Loss, Reduction, drops_missing, held, reduce
 from ._pairs import pairs_of, spread_of
 from .regression import weighted_l1
 
 __all__ = ["ConRLoss", "conr_loss"]
 
 
+@drops_missing("number")
 def conr_loss(
     features: Tensor,
     target: Tensor,
@@ -29,6 +31,7 @@ def conr_loss(
     omega: float | None = None,
     temperature: float = 0.2,
     eta: float | None = None,
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Contrast samples with similar labels against samples with similar predictions but different labels.
@@ -119,6 +122,8 @@ class ConRLoss(Loss):
         temperature: as in :func:`conr_loss`.
         eta: as in :func:`conr_loss`.
         weights: a fitted LDS for r, ``weights(target)``; None means ones.
+        missing: as for all losses, in both terms. The base is given weight 0 for a missing label. ``weights`` must drop
+            missing labels, too.
     Shape:
         forward: output.prediction (N,) in label units, output.features (N, D), target (N,), weight (N,). Returns ().
     Units:
@@ -138,6 +143,7 @@ class ConRLoss(Loss):
     temperature: float
     eta: float | None
     weights: LDS | None
+    missing: Missing
 
     def __init__(
         self,
@@ -148,15 +154,21 @@ class ConRLoss(Loss):
         temperature: float = 0.2,
         eta: float | None = None,
         weights: LDS | None = None,
+        missing: Missing = "raise",
     ) -> None:
         require(callable(base), "base must be callable", got=type(base))
         if weights is not None:
             instance(LDS, weights=weights)
+            drop_alike("weights", weights, "loss", missing=missing)
         coefficient = number("coefficient", coefficient, low=0, float32=True)
         scales = _scales(omega, temperature, eta)
-        super().__init__(conr_loss, base=base, coefficient=coefficient, **scales, weights=weights)
+        super().__init__(conr_loss, base=base, coefficient=coefficient, **scales, weights=weights, missing=missing)
 
     def forward(self, output: Any, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self._sum(output, target, weight, missing=self.missing)
+
+    @drops_missing("number")
+    def _sum(self, output: Any, target: Tensor, weight: Tensor | None, *, missing: Missing = "raise") -> Tensor:
         prediction, features = (held(output, name) for name in ("prediction", "features"))
         contrast = conr_loss(
             features,

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from .._checks import instance, labels_array, number, shaped
-from ..labels.bins import Bins, continuous
+from ..labels.bins import Bins, Missing, continuous
 from ..labels.decoding import quantiles_of
 from ._inputs import absent, checked_prior, finite_target, kinds, one_per_sample, pairs, present
-from ._loss import PointLoss, Reduction, reduce
+from ._loss import PointLoss, Reduction, drops_missing, reduce
 
 __all__ = ["DistLoss", "dist_loss"]
 
 
+@drops_missing("number")
 def dist_loss(
     pred: Tensor,
     target: Tensor,
@@ -26,6 +27,7 @@ def dist_loss(
     prior: Any,
     coefficient: float = 1.0,
     squared: bool = False,
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""The error of each prediction, plus its distance from the label that training has at its rank in the batch.
@@ -84,10 +86,19 @@ def dist_loss(
 class DistLoss(PointLoss):
     """:func:`dist_loss` as a module, which holds the prior as a buffer."""
 
-    def __init__(self, bins: Bins, prior: Any, *, coefficient: float = 1.0, squared: bool = False) -> None:
+    def __init__(
+        self,
+        bins: Bins,
+        prior: Any,
+        *,
+        coefficient: float = 1.0,
+        squared: bool = False,
+        missing: Missing = "raise",
+    ) -> None:
         shares, coefficient = _checked(bins, prior, coefficient, squared)
         shares = shares if isinstance(prior, Tensor) else shares.to(torch.get_default_dtype())
-        super().__init__(dist_loss, bins=bins, prior=shares, coefficient=coefficient, squared=squared)
+        options = {"coefficient": coefficient, "squared": squared, "missing": missing}
+        super().__init__(dist_loss, bins=bins, prior=shares, **options)
 
 
 def _checked(bins: Bins, prior: Any, coefficient: float, squared: bool) -> tuple[Tensor, float]:

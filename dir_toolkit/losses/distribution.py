@@ -19,11 +19,11 @@ from .._checks import (
     shaped,
 )
 from .._numerics import wide_dtype
-from ..labels.bins import Bins, Outside, continuous
+from ..labels.bins import Bins, Missing, Outside, continuous
 from ..labels.soft_labels import limits
 from ..priors import log_prior_offset
-from ._inputs import absent, checked_prior, kinds, on_axis, present
-from ._loss import Reduction, ScoreLoss, reduce
+from ._inputs import absent, checked_prior, finite_target, kinds, on_axis, present
+from ._loss import Reduction, ScoreLoss, drops_missing, reduce
 from .cross_entropy import negative_log
 
 _ONE_PER_ROW = "one value per row of logits"
@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 
+@drops_missing("shares")
 def soft_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -47,6 +48,7 @@ def soft_cross_entropy(
     *,
     prior: Any = None,
     tau: float = 1.0,
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Cross-entropy of the softmax against a target distribution over bins.
@@ -90,16 +92,18 @@ def soft_cross_entropy(
 class SoftCrossEntropy(ScoreLoss):
     """:func:`soft_cross_entropy` as a module, which holds the prior as a buffer."""
 
-    def __init__(self, *, prior: Any = None, tau: float = 1.0) -> None:
+    def __init__(self, *, prior: Any = None, tau: float = 1.0, missing: Missing = "raise") -> None:
         prior = None if prior is None else checked_prior(prior)
-        super().__init__(soft_cross_entropy, prior=prior, tau=checked_tau(tau))
+        super().__init__(soft_cross_entropy, prior=prior, tau=checked_tau(tau), missing=missing)
 
 
+@drops_missing("shares")
 def coral_loss(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     *,
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Binary cross-entropy at each border of two bins, of the softmax's probability to lie above it.
@@ -140,10 +144,11 @@ def coral_loss(
 class CoralLoss(ScoreLoss):
     """:func:`coral_loss` as a module."""
 
-    def __init__(self) -> None:
-        super().__init__(coral_loss)
+    def __init__(self, *, missing: Missing = "raise") -> None:
+        super().__init__(coral_loss, missing=missing)
 
 
+@drops_missing("number")
 def crps(
     logits: Tensor,
     target: Tensor,
@@ -151,6 +156,7 @@ def crps(
     *,
     bins: Bins,
     outside: Outside = "raise",
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Continuous ranked probability score (CRPS) of the softmax over bins.
@@ -183,6 +189,7 @@ def crps(
     weight = None if weight is None else weight.reshape(-1)
     gone = None if weight is None else weight == 0
     rows, y = present(rows, gone), present(y, gone)
+    finite_target(y, None)
     knots = limits(bins, rows)
     values = crps_of(rows.softmax(1), y.to(knots.dtype), knots)
     return _reduced(values, weight, reduction, logits)
@@ -203,17 +210,19 @@ def crps_of(shares: Tensor, y: Tensor, knots: Tensor) -> Tensor:
 class CRPS(ScoreLoss):
     """:func:`crps` as a module."""
 
-    def __init__(self, bins: Bins, *, outside: Outside = "raise") -> None:
+    def __init__(self, bins: Bins, *, outside: Outside = "raise", missing: Missing = "raise") -> None:
         _continuous(bins, outside)
-        super().__init__(crps, bins=bins, outside=outside)
+        super().__init__(crps, bins=bins, outside=outside, missing=missing)
 
 
+@drops_missing("shares")
 def squared_emd(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     *,
     bins: Bins | None = None,
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Squared earth mover's distance (EMD): the squared difference of the two cumulative distributions.
@@ -252,9 +261,9 @@ def squared_emd(
 class SquaredEMD(ScoreLoss):
     """:func:`squared_emd` as a module."""
 
-    def __init__(self, bins: Bins | None = None) -> None:
+    def __init__(self, bins: Bins | None = None, *, missing: Missing = "raise") -> None:
         _ordered(bins)
-        super().__init__(squared_emd, bins=bins)
+        super().__init__(squared_emd, bins=bins, missing=missing)
 
 
 def _mean_square(first: Tensor, last: Tensor) -> Tensor:
@@ -297,7 +306,7 @@ def _flat(
         class_indices("target", target, rows.shape[1])
         return rows, target, weight
     if soft:
-        distributions(zeros=True, target=target)
+        distributions(zeros=True, target=present(target, gone))
     target = target.to(rows.dtype)
     if soft:
         rows = rows.masked_fill(_dropped(target)[:, None], 0.0)

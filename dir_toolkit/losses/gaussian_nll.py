@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .._checks import floats, not_empty, number, same_shape, shaped
 from .._numerics import wide_dtype
+from ..labels.bins import Missing
 from ._inputs import absent, finite_target, kinds, present
-from ._loss import Reduction, ScoreLoss, reduce
+from ._loss import Reduction, ScoreLoss, drops_missing, reduce
 
 _TWO_NUMBERS = "a mean and a log-variance for each label"
 LEAST_VARIANCE = 1e-20
@@ -18,6 +19,7 @@ LEAST_VARIANCE = 1e-20
 __all__ = ["GaussianNLL", "gaussian_interval", "gaussian_nll"]
 
 
+@drops_missing("number")
 def gaussian_nll(
     pred: Tensor,
     target: Tensor,
@@ -25,6 +27,7 @@ def gaussian_nll(
     *,
     beta: float = 0.0,
     min_variance: float = LEAST_VARIANCE,
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Negative log-likelihood of a Gaussian whose mean and variance are both predicted.
@@ -74,9 +77,9 @@ def gaussian_nll(
 class GaussianNLL(ScoreLoss):
     """:func:`gaussian_nll` as a module. It reads ``scores``, (..., 2), from an output that is not a tensor."""
 
-    def __init__(self, *, beta: float = 0.0, min_variance: float = LEAST_VARIANCE) -> None:
+    def __init__(self, *, beta: float = 0.0, min_variance: float = LEAST_VARIANCE, missing: Missing = "raise") -> None:
         _options(beta, min_variance)
-        super().__init__(gaussian_nll, beta=beta, min_variance=min_variance)
+        super().__init__(gaussian_nll, beta=beta, min_variance=min_variance, missing=missing)
 
 
 def gaussian_interval(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .._checks import number, warn
 from .._numerics import wide_dtype
+from ..labels.bins import Missing
 from ._inputs import of_features
-from ._loss import FeatureLoss, Reduction, reduce
+from ._loss import FeatureLoss, Reduction, drops_missing, reduce
 from ._pairs import pairs_of
 
 __all__ = ["RankNContrast", "rank_n_contrast"]
@@ -18,12 +19,14 @@ __all__ = ["RankNContrast", "rank_n_contrast"]
 _temperature = partial(number, "temperature", low=0, open_low=True, float32=True)
 
 
+@drops_missing("row")
 def rank_n_contrast(
     features: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     *,
     temperature: float = 2.0,
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Contrast every pair of samples (i, j) against all samples whose labels are at least as far from label i as label
@@ -84,5 +87,5 @@ class RankNContrast(FeatureLoss):
     tensor(True)
     """
 
-    def __init__(self, *, temperature: float = 2.0) -> None:
-        super().__init__(rank_n_contrast, temperature=_temperature(temperature))
+    def __init__(self, *, temperature: float = 2.0, missing: Missing = "raise") -> None:
+        super().__init__(rank_n_contrast, temperature=_temperature(temperature), missing=missing)

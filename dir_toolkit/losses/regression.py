@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .._checks import number, one_of
 from .._numerics import readable
+from ..labels.bins import Missing
 from ._inputs import absent, finite_target, pairs, present
-from ._loss import PointLoss, Reduction, reduce
+from ._loss import PointLoss, Reduction, drops_missing, reduce
 
 __all__ = [
     "WeightedFocalL1",
@@ -33,7 +34,15 @@ FocalVariant = Literal["paper", "reference"]
 _positive = partial(number, low=0, open_low=True)
 
 
-def weighted_l1(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean") -> Tensor:
+@drops_missing("number")
+def weighted_l1(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    missing: Missing = "raise",
+    reduction: Reduction = "mean",
+) -> Tensor:
     r"""Absolute error, each sample scaled by its weight.
 
     .. math:: L = \frac1N \sum_i w_i\,|\hat y_i - y_i|
@@ -54,12 +63,18 @@ def weighted_l1(pred: Tensor, target: Tensor, weight: Tensor | None = None, *, r
 class WeightedL1(PointLoss):
     """:func:`weighted_l1` as a module."""
 
-    def __init__(self) -> None:
-        super().__init__(weighted_l1)
+    def __init__(self, *, missing: Missing = "raise") -> None:
+        super().__init__(weighted_l1, missing=missing)
 
 
+@drops_missing("number")
 def weighted_mse(
-    pred: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: Reduction = "mean"
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    missing: Missing = "raise",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Squared error, each sample scaled by its weight: :math:`L = \frac1N \sum_i w_i (\hat y_i - y_i)^2`.
 
@@ -74,12 +89,19 @@ def weighted_mse(
 class WeightedMSE(PointLoss):
     """:func:`weighted_mse` as a module."""
 
-    def __init__(self) -> None:
-        super().__init__(weighted_mse)
+    def __init__(self, *, missing: Missing = "raise") -> None:
+        super().__init__(weighted_mse, missing=missing)
 
 
+@drops_missing("number")
 def weighted_huber(
-    pred: Tensor, target: Tensor, weight: Tensor | None = None, *, delta: float = 1.0, reduction: Reduction = "mean"
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    delta: float = 1.0,
+    missing: Missing = "raise",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Huber's loss scaled to slope one: :math:`e^2 / 2\delta` where :math:`|e| < \delta`, else :math:`|e| - \delta/2`.
 
@@ -106,10 +128,11 @@ def weighted_huber(
 class WeightedHuber(PointLoss):
     """:func:`weighted_huber` as a module."""
 
-    def __init__(self, *, delta: float = 1.0) -> None:
-        super().__init__(weighted_huber, delta=_positive("delta", delta))
+    def __init__(self, *, delta: float = 1.0, missing: Missing = "raise") -> None:
+        super().__init__(weighted_huber, delta=_positive("delta", delta), missing=missing)
 
 
+@drops_missing("number")
 def weighted_focal_l1(
     pred: Tensor,
     target: Tensor,
@@ -118,6 +141,7 @@ def weighted_focal_l1(
     beta: float = 0.2,
     gamma: float = 1.0,
     variant: FocalVariant = "paper",
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Focal-R loss of the absolute error: :math:`L = \frac1N \sum_i w_i\,\sigma(|\beta e_i|)^\gamma\,|e_i|`.
@@ -139,10 +163,13 @@ def weighted_focal_l1(
 class WeightedFocalL1(PointLoss):
     """:func:`weighted_focal_l1` as a module."""
 
-    def __init__(self, *, beta: float = 0.2, gamma: float = 1.0, variant: FocalVariant = "paper") -> None:
-        super().__init__(weighted_focal_l1, **_focal(beta, gamma, variant))
+    def __init__(
+        self, *, beta: float = 0.2, gamma: float = 1.0, variant: FocalVariant = "paper", missing: Missing = "raise"
+    ) -> None:
+        super().__init__(weighted_focal_l1, **_focal(beta, gamma, variant), missing=missing)
 
 
+@drops_missing("number")
 def weighted_focal_mse(
     pred: Tensor,
     target: Tensor,
@@ -151,6 +178,7 @@ def weighted_focal_mse(
     beta: float = 0.2,
     gamma: float = 1.0,
     variant: FocalVariant = "paper",
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Focal-R loss of the squared error: :math:`L = \frac1N \sum_i w_i\,\sigma(|\beta e_i|)^\gamma\,e_i^2`.
@@ -164,8 +192,10 @@ def weighted_focal_mse(
 class WeightedFocalMSE(PointLoss):
     """:func:`weighted_focal_mse` as a module."""
 
-    def __init__(self, *, beta: float = 0.2, gamma: float = 1.0, variant: FocalVariant = "paper") -> None:
-        super().__init__(weighted_focal_mse, **_focal(beta, gamma, variant))
+    def __init__(
+        self, *, beta: float = 0.2, gamma: float = 1.0, variant: FocalVariant = "paper", missing: Missing = "raise"
+    ) -> None:
+        super().__init__(weighted_focal_mse, **_focal(beta, gamma, variant), missing=missing)
 
 
 def _scaled(

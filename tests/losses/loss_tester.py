@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -149,6 +150,64 @@ class LossTester:
             target[3] = torch.nan
             with pytest.raises(DirToolkitError, match=r"target must (be finite|not be NaN), got nan at index \[3"):
                 self.call(options, {**batch, "target": target})
+
+    def test_dropped_labels_are_no_samples(self, options: Any) -> None:
+        if self.classes:
+            return
+        batch, gone = self.batch(self.n), torch.arange(self.n) % 5 == 1
+        batch["target"] = batch["target"].double()
+        holes = {**batch, "target": batch["target"].clone(), "weight": batch["weight"].masked_fill(gone, torch.nan)}
+        holes["target"][gone] = torch.nan
+        if holes["target"].ndim > 1:
+            holes["target"][6] = 0.0 if self.soft else batch["target"][6]
+            holes["target"][6, 0] = torch.nan  # one number of a label is enough
+        holes["rows"] = batch["rows"].masked_fill(gone.view(-1, *(1,) * (batch["rows"].ndim - 1)), torch.nan)
+        rest = at(batch, ~gone)
+        for reduction in ("mean", "sum"):
+            own = [one["rows"].clone().requires_grad_() for one in (holes, rest)]
+            for call in (self.call, self.plain):
+                given, right = (
+                    call(options, {**one, "rows": rows}, reduction=reduction, missing=missing)
+                    for one, rows, missing in zip((holes, rest), own, ("drop", "raise"), strict=True)
+                )
+                close(given, right)
+                given.backward(), right.backward()
+            close(own[0].grad[~gone], own[1].grad)
+            assert (own[0].grad[gone] == 0).all()
+        each = self.call(options, holes, reduction="none", missing="drop")
+        close(each[~gone], self.call(options, rest, reduction="none"))
+        assert (each[gone] == 0).all()
+        none = {**batch, "target": batch["target"] * torch.nan, "rows": batch["rows"].clone().requires_grad_()}
+        for reduction in ("none", "mean", "sum"):
+            value = self.call(options, none, reduction=reduction, missing="drop")
+            assert (value == 0).all()
+            value.sum().backward()
+        assert (none["rows"].grad == 0).all()
+        close(self.call(options, batch, missing="drop"), self.call(options, batch))  # where none is missing
+        half = self.call(options, cast(holes, torch.float16), missing="drop")
+        close(half, self.call(options, cast(rest, torch.float16)).float(), 1e-5)
+        if not self.copies and options == next(iter(self.variants.values())):  # one graph, without a look at values
+            torch._dynamo.reset()
+            call = torch.compile(partial(self.call, options, missing="drop"), fullgraph=True, backend="eager")
+            close(call(holes), self.call(options, rest))
+        if self.module is not None:
+            module, plain = self.module(**options, missing="drop").double(), self.module(**options).double()
+            close(module(holes["rows"], holes["target"], holes["weight"]), self.call(options, rest), 1e-6)
+            close(module(holes["rows"], holes["target"]), plain(rest["rows"], rest["target"]), 1e-6)
+        for word in ("skip", None, True):
+            with pytest.raises(
+                ValueError, match=f"^{self.function.__name__}: missing must be one of 'raise', 'drop', got"
+            ):
+                self.call(options, holes, missing=word)
+        with pytest.raises(ShapeError, match="weight"):
+            self.call(options, {**holes, "weight": holes["weight"][:1]}, missing="drop")
+        with pytest.raises(TypeError, match="weight"):
+            self.call(options, {**holes, "weight": ~gone}, missing="drop")
+        if not self.soft:
+            infinite = {**holes, "target": holes["target"].clone()}
+            infinite["target"][0] = torch.inf
+            with pytest.raises(DirToolkitError, match=r"target must .*inf at index \[0"):
+                self.plain(options, infinite, missing="drop")
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_lower_precision_is_raised(self, options: Any, dtype: torch.dtype) -> None:

@@ -400,8 +400,13 @@ def test_the_states_hold_what_the_losses_know() -> None:
     assert list(BatchMCLoss(1.0, learn=False).state_dict()) == ["sigma"]
     assert list(GaussianMixtureLoss(*PLANE).state_dict()) == ["log_sigma", "weights", "means", "variances"]
     assert list(BinnedIntegrationLoss(BINS, PRIOR).state_dict()) == ["log_sigma", "prior"]
-    assert repr(BatchMCLoss(0.5, learn=False)) == "BatchMCLoss(gather=False, noise_sigma=0.5, learn=False)"
-    expected = "weights=[0.25, 0.75], means=[-1.5, 0.5], variances=[0.25, 2.0], noise_sigma=None, learn=True"
+    assert (
+        repr(BatchMCLoss(0.5, learn=False))
+        == "BatchMCLoss(gather=False, missing='raise', noise_sigma=0.5, learn=False)"
+    )
+    expected = (
+        "weights=[0.25, 0.75], means=[-1.5, 0.5], variances=[0.25, 2.0], missing='raise', noise_sigma=None, learn=True"
+    )
     assert repr(GaussianMixtureLoss(*MIXTURE)) == f"GaussianMixtureLoss({expected})"
     assert repr(BinnedIntegrationLoss(BINS, PRIOR)).startswith("BinnedIntegrationLoss(bins=<Bins: 16 from -4 to 4>, de")
     assert BatchMCLoss(0.1, learn=False).noise_sigma == torch.tensor(0.1)
@@ -910,3 +915,14 @@ def test_modules_of_losses_work_under_torch_func(learn: bool) -> None:
             for half in zip(outputs.view(2, 4), labels.view(2, 4), strict=True)
         ]
         assert_close(both, torch.stack(each))
+
+
+def test_a_mixture_is_fitted_to_the_labels_that_are_there() -> None:
+    labels = np.array([0.0, np.nan, 0.0, 1.0, 1.0, 20.0, np.nan, 21.0])
+    loss = GaussianMixtureLoss.fit(labels, components=2, missing="drop")
+    assert torch.equal(loss.means, GaussianMixtureLoss.fit(labels[~np.isnan(labels)], components=2).means)
+    assert loss.missing == "drop"
+    with pytest.raises(ValueError, match="labels must hold at least one value"):
+        GaussianMixtureLoss.fit([np.nan, np.nan], missing="drop")
+    with pytest.raises(ValueError, match="labels must be finite"):
+        GaussianMixtureLoss.fit(labels)

@@ -254,10 +254,8 @@ def test_the_module_adds_conr_to_its_base() -> None:
     assert torch.equal(twin.weights(labels), lds(labels))
     plain = ConRLoss(coefficient=0.0)
     same(plain(out, labels), weighted_l1(out.prediction, labels))
-    assert (
-        repr(plain)
-        == "ConRLoss(base=weighted_l1, coefficient=0.0, omega=None, temperature=0.2, eta=None, weights=None)"
-    )
+    scales = "omega=None, temperature=0.2, eta=None, weights=None, missing='raise'"
+    assert repr(plain) == f"ConRLoss(base=weighted_l1, coefficient=0.0, {scales})"
 
 
 class Scaled(nn.Module):
@@ -344,3 +342,22 @@ def test_features_are_one_row_per_sample() -> None:
     parts["push_weight"][4] = torch.nan
     with pytest.raises(ValueError, match=r"^conr_loss: push_weight must be finite, got nan at index \[4\]"):
         conr_loss(**parts)
+
+
+def test_its_module_drops_missing_labels_from_both_terms() -> None:
+    features, labels, pred = torch.randn(6, 3), torch.tensor([1.0, 1.2, torch.nan, 8.0, 8.1, 3.0]), torch.rand(6)
+    there = ~labels.isnan()
+    bins = Bins.uniform(0, 10, width=1)
+    lds = LDS(bins, missing="drop").fit(labels)
+    loss, plain = (ConRLoss(omega=1.0, weights=lds, missing=missing) for missing in ("drop", "raise"))
+    output = SimpleNamespace(prediction=pred, features=features)
+    rest = SimpleNamespace(prediction=pred[there], features=features[there])
+    torch.testing.assert_close(loss(output, labels), plain(rest, labels[there]))
+    with pytest.raises(
+        ValueError, match=r'^ConRLoss: weights must have missing="drop", as the loss has, got \'raise\''
+    ):
+        ConRLoss(weights=LDS(bins).fit(labels[there]), missing="drop")
+    with pytest.raises(ValueError, match="target must be finite, got nan at index"):
+        ConRLoss(omega=1.0)(output, labels)
+    with pytest.raises(ValueError, match=r"^ConRLoss: missing must be one of 'raise', 'drop', got 'skip'"):
+        ConRLoss(missing="skip")  # type: ignore[arg-type]
