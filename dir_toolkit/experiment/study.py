@@ -32,7 +32,7 @@ from torch import nn
 
 from .._checks import problem, whole
 from ..errors import RunExistsError, SettingsError, StudyError
-from ..labels.bins import Bins
+from ..labels.bins import Bins, Missing
 from ..labels.density import LabelDensity
 from ..labels.weights import LDS
 from ..longtail import LongTailModel
@@ -80,6 +80,7 @@ class Task:
         metrics: made from the density of the training labels, for what training watches and selects by; None takes the
             kind that the axis asks for. What results hold besides does not depend on it.
         augmentation: as in :func:`dir_toolkit.experiment.training.loop.fit`; None flips and shifts images only.
+        missing: ``"drop"`` where labels may be NaN, of any part. Density, models, trainings and metrics drop them.
         measure: from a trial, its network and what that says of the test set, to further variables of the result.
         folder: below that of the study, where runs on this task lie.
         shown: what results call a method on this task, where a study has several tasks.
@@ -93,6 +94,7 @@ class Task:
     label_units: str = "1"
     metrics: Callable[[LabelDensity], Metrics] | None = None
     augmentation: bool | Callable[..., torch.Tensor] | None = None
+    missing: Missing = "raise"
     measure: Callable[[Trial, Trained, Any], Mapping[str, Any]] | None = None
     folder: str = ""
     shown: str = "{method}"
@@ -170,12 +172,18 @@ class Trial:
         if self.task.metrics is not None:
             return self.task.metrics(self.density)
         kind = ClassificationMetrics if self.bins.categorical else RegressionMetrics
-        return kind(self.density)
+        return kind(self.density, missing=self.task.missing)
 
     def model(self, backbone: Any = None, **options: Any) -> LongTailModel:
         """A backbone, by default a fresh one, in a :class:`dir_toolkit.LongTailModel` with these options."""
         backbone = self.network() if backbone is None else backbone
-        return LongTailModel(backbone, backbone.num_features, self.bins, density=self.density, **options)
+        return LongTailModel(
+            backbone,
+            backbone.num_features,
+            self.bins,
+            density=self.density,
+            **{"missing": self.task.missing, **options},
+        )
 
     def fit(
         self,
@@ -216,7 +224,11 @@ class Trial:
             folder=self.folder,
             resume=True,  # a method may go on from another's network; the study refused what was there before all
             checkpoint_minutes=study.checkpoint_minutes,
-            **{"augmentation": images if self.task.augmentation is None else self.task.augmentation, **options},
+            **{
+                "augmentation": images if self.task.augmentation is None else self.task.augmentation,
+                "missing": self.task.missing,
+                **options,
+            },
         )
         column = "val_" + metrics.selects.removesuffix("/all")
         best = min(history, key=lambda row: (math.isnan(row[column]), row[column]))["epoch"]
@@ -299,7 +311,8 @@ class Trial:
                 lower, upper = lower.masked_fill(lower.isinf(), first), upper.masked_fill(upper.isinf(), last)
                 for side, values in (("lower", lower), ("upper", upper)):
                     columns[side] = ("sample", values.numpy(), {"interval_level": level})
-            found = found.assign(columns)
+            there = ~np.isnan(test.labels)  # Samples without a label have no error to be drawn.
+            found = found.assign({name: (dim, values[there], *rest) for name, (dim, values, *rest) in columns.items()})
         return found if self.task.measure is None else found.assign(self.task.measure(self, trained, output))
 
 
@@ -355,7 +368,7 @@ class Study:
             train, val, test = (f"{len(part):,}" for part in (splits.train, splits.val, splits.test))
             skipped = "".join(f"; {count} skipped: {why}" for why, count in splits.skipped.items())
             self.say(f"{splits.source}: {train} samples to train on, {val} to validate, {test} to test{skipped}")
-            self._data[task, seed] = splits, LabelDensity.count(splits.train.labels, task.bins)
+            self._data[task, seed] = splits, LabelDensity.count(splits.train.labels, task.bins, missing=task.missing)
         return Trial(self, task, method, replace(self.runtime, seed=seed), *self._data[task, seed])
 
     def run(

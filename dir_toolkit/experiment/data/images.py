@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +27,14 @@ class SampleSet:
 
     Attributes:
         inputs: (M, ...) float32, uint8 or int64, such as rows of a table or sequences. Several sets may share it.
-        labels: (N,), float32 in label units or int64 class indices. ``labels[i]`` belongs to ``inputs[rows[i]]``.
+        labels: (N,), float32 in label units, where NaN is a missing label, or int64 class indices. ``labels[i]``
+            belongs to ``inputs[rows[i]]``.
         rows: (N,) int64, each in [0, M).
         digest: the :func:`content_digest` of the inputs, labels and rows, which is computed if it is not given.
     Raises:
         ShapeError: an array has the wrong number of axes, or labels and rows differ in length.
         TypeError: an argument is not an array, or it has another dtype.
-        LabelError: a label is NaN or infinite, or a class index is negative.
+        LabelError: a label is infinite, or a class index is negative.
         ValueError: a row lies outside its range, or the digest is not a SHA-256.
     """
 
@@ -47,8 +50,10 @@ class SampleSet:
         one, other = len(self.labels), len(self.rows)
         require(one == other, "labels and rows must be equally long", got=f"{one} and {other}", error=ShapeError)
         is_class = self.labels.dtype == np.int64
-        sound = self.labels >= 0 if is_class else np.isfinite(self.labels)
-        check_each(f"labels must be {'class indices >= 0' if is_class else 'finite'}", self.labels, sound, LabelError)
+        sound = self.labels >= 0 if is_class else ~np.isinf(self.labels)
+        check_each(
+            f"labels must {'be class indices >= 0' if is_class else 'not be infinite'}", self.labels, sound, LabelError
+        )
         check_positions("rows", self.rows, len(self.inputs))
         digest = self.digest or content_digest(self.inputs, self.labels, self.rows)
         self._take_digest(digest)
@@ -77,6 +82,10 @@ class SampleSet:
         check_positions("indices", positions, len(self))
         inputs = np.ascontiguousarray(self.inputs[self.rows[positions]])
         return torch.from_numpy(inputs), torch.from_numpy(self.labels[positions])
+
+    def batches(self, batches: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor]]:
+        """:meth:`batch` of some indices after the other, as a training asks for them."""
+        return map(self.batch, batches)
 
 
 class ImageSet(SampleSet):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import default_collate
 
 from ..._checks import instance, require
-from ...errors import LabelError
+from ...errors import LabelError, ShapeError
 from ._checks import check_array
 from .images import SampleSet, check_positions
 
@@ -26,12 +26,19 @@ class MappedSet(SampleSet):
     """The samples of a map-style dataset: ``dataset[i]`` is a pair of inputs and a label, for i below ``len(dataset)``.
 
     A model is called with the inputs of a batch as one argument: a tensor, or the tuple or dict that ``collate`` makes.
-    A label may be one number, or one per step or pixel, and may be missing (NaN): then let the loss, the weights, the
-    FDS and the metrics drop what is missing.
+    A label may be one number, or one per step or pixel, and may be missing (NaN): then let all of a training drop what
+    is missing, ``fit(..., missing="drop")``.
+
+    A run is resumed, and shared by ranks, with the bits of an unbroken one where a sample depends on its number alone.
+    Random changes of samples belong in the ``augmentation`` of ``fit``, which is a function of the place in the run.
 
     Args:
         dataset: as above. Each sample is read once here, in order, for its label and for the digest.
         collate: makes a batch of inputs and labels of a list of samples, as that of a ``DataLoader`` does.
+        loader: makes the batches in place of ``collate``, for example with workers. It is called as ``loader(dataset,
+            batches)`` with a list of lists of sample numbers, for what is left of an epoch, and returns an iterable of
+            one pair of inputs and labels for each, in this order, such as ``DataLoader(dataset, batch_sampler=batches,
+            num_workers=4)``. Which samples these are is decided by the training, its sampler and its ranks.
         digest: 64 hexadecimal digits that tell these samples from others. None takes those of what was read, which
             differ from run to run where the dataset draws random numbers.
     Attributes:
@@ -39,20 +46,32 @@ class MappedSet(SampleSet):
     Raises:
         TypeError: the dataset has no length or no samples by number, or a sample is not a pair of inputs and labels.
         LabelError: a label is infinite.
+        ShapeError: a loader gives another number of samples or batches.
     """
 
+    dataset: Any
+    collate: Callable[[list[Any]], Any]
+    loader: Callable[[Any, list[list[int]]], Iterable[Any]] | None
+
     def __init__(
-        self, dataset: Any, *, collate: Callable[[list[Any]], Any] = default_collate, digest: str | None = None
+        self,
+        dataset: Any,
+        *,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        loader: Callable[[Any, list[list[int]]], Iterable[Any]] | None = None,
+        digest: str | None = None,
     ) -> None:
         sound = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         fix = "Use a list of (inputs, label), or a torch.utils.data.Dataset."
         require(sound, "dataset must have a length and samples by number", got=type(dataset), fix=fix)
         instance(Callable, collate=collate)
-        for name, value in {"dataset": dataset, "collate": collate}.items():
+        if loader is not None:
+            instance(Callable, loader=loader)
+        for name, value in {"dataset": dataset, "collate": collate, "loader": loader}.items():
             object.__setattr__(self, name, value)
         read, labels = hashlib.sha256(), []
-        for start in range(0, len(dataset), _CHUNK):
-            inputs, some = self._read(range(start, min(start + _CHUNK, len(dataset))))
+        chunks = [list(range(start, min(start + _CHUNK, len(dataset)))) for start in range(0, len(dataset), _CHUNK)]
+        for inputs, some in self._read(chunks):
             labels.append(some)
             leaves, structure = tree_flatten((inputs, some))
             read.update(str(structure).encode())
@@ -69,14 +88,27 @@ class MappedSet(SampleSet):
         self._take_digest(self.digest)  # All else that SampleSet checks is of arrays.
 
     def batch(self, indices: np.ndarray | Tensor) -> tuple[Any, Tensor]:
-        positions = np.asarray(indices)
-        check_array("indices", positions, 1, np.int64)
-        check_positions("indices", positions, len(self))
-        return self._read(positions.tolist())
+        return next(self.batches([torch.as_tensor(indices)]))
 
-    def _read(self, places: Sequence[int]) -> tuple[Any, Tensor]:
-        batch = self.collate([self.dataset[place] for place in places])  # type: ignore[attr-defined]
-        pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
-        require(pair, "a batch must be a pair of inputs and a tensor of labels", got=type(batch), error=TypeError)
-        inputs, labels = batch
-        return inputs, labels.float() if labels.dtype == torch.float64 else labels
+    def batches(self, batches: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor]]:
+        for positions in map(np.asarray, batches):
+            check_array("indices", positions, 1, np.int64)
+            check_positions("indices", positions, len(self))
+        return self._read([batch.tolist() for batch in batches])
+
+    def _read(self, batches: list[list[int]]) -> Iterator[tuple[Any, Tensor]]:
+        if self.loader is None:
+            made: Iterable[Any] = (self.collate([self.dataset[place] for place in batch]) for batch in batches)
+        else:
+            made = self.loader(self.dataset, batches)
+        count = 0
+        for count, batch in enumerate(made, 1):
+            pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
+            require(pair, "a batch must be a pair of inputs and a tensor of labels", got=type(batch), error=TypeError)
+            inputs, labels = batch
+            asked = len(batches[count - 1]) if count <= len(batches) else 0
+            rule, fix = f"batch {count} must hold {asked} samples", "Use DataLoader(dataset, batch_sampler=batches)."
+            require(len(labels) == asked, rule, got=f"{len(labels)}", fix=fix, error=ShapeError)
+            yield inputs, labels.float() if labels.dtype == torch.float64 else labels
+        rule = f"loader must make {len(batches)} batches"
+        require(count == len(batches), rule, got=f"{count}", error=ShapeError)

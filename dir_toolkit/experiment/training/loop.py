@@ -7,17 +7,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..._checks import instance, number, problem, require, warn, whole
-from ...errors import SettingsError
+from ..._checks import drop_alike, instance, number, one_of, problem, require, warn, whole
+from ...errors import LabelError, SettingsError
 from ...features.fds import FDS
 from ...features.hooks import FDSHook
+from ...labels.bins import MISSING, Missing
 from ...labels.sampling import BinSampler
 from ...labels.weights import LDS
 from ...losses.regression import weighted_l1
@@ -63,6 +66,7 @@ def fit(
     resume: bool = False,
     augmentation: bool | Callable[..., Tensor] = True,
     mixing: Callable[..., tuple[Any, Tensor]] | None = None,
+    missing: Missing = "raise",
     checkpoint_minutes: float = 5.0,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -100,6 +104,11 @@ def fit(
         mixing: what makes one batch of another after augmentation, called as
             ``mixing(inputs, labels, generator=generator)``, such as
             ``functools.partial(dir_toolkit.labels.c_mixup, bandwidth=2.0)``.
+        missing: what a training label that is NaN does: ``"raise"``; or ``"drop"``, with which the loss is to be the
+            mean over the labels of a batch that are there. Each rank counts by its share of these then, and each batch
+            in the history, too. The loss, ``weights`` and ``fds`` must drop missing labels themselves, as a
+            :class:`dir_toolkit.LongTailModel` made with ``missing="drop"`` does in its ``criterion``. A function that
+            takes ``missing=``, as those of :mod:`dir_toolkit.losses` do, is called with it.
         checkpoint_minutes: the longest time between two checkpoints; 0 writes one in each step. One is written at the
             end of each epoch anyway.
         fingerprint: plain values that tell this run from others, beside the settings of all that is passed here. A
@@ -117,13 +126,15 @@ def fit(
         or infinite. SettingsError: the sets are too small for the batches, nothing can be trained, the FDS is a part
         of the model, or nothing but its place in memory tells an argument from another. ShapeError: the loss is not
         one number. UsageError: another thread of the process trains, gradients are off, or the loss has none.
-        LabelError: a validation label lies beyond the axis. TypeError: an argument is of another kind. OSError: the
+        LabelError: a validation label lies beyond the axis, or a label is missing where these are not dropped, or all
+        are. TypeError: an argument is of another kind. OSError: the
         folder cannot be made or written to.
     """
     instance(nn.Module, model=model)
     instance(SampleSet, train=train, val=val)
     instance(get_args(Metrics), metrics=metrics)
     instance(Callable, loss=loss)
+    one_of("missing", missing, MISSING)
     optional = ((LDS, "weights", weights), (BinSampler, "sampler", sampler), (FDS, "fds", fds))
     for kind, name, value in (*optional, (Callable, "mixing", mixing)):
         instance(kind, **({} if value is None else {name: value}))
@@ -136,6 +147,10 @@ def fit(
     got, on = "torch.no_grad() or torch.inference_mode() around it", torch.is_grad_enabled()
     require(on, "gradients must be on", got=got, fix="Call it outside of these.", error=RuntimeError)
     _check_trainable(model, train, val, loss, sampler, fds, optimization, runtime.world)
+    counts = _labels_there(train, missing)
+    for name, part in {"loss": getattr(loss, "__self__", loss), "weights": weights, "fds": fds}.items():
+        if hasattr(part, "missing"):
+            drop_alike(name, part, "training", missing=missing)
     instance((str, os.PathLike), folder=folder)
     instance(bool, resume=resume)
     weights_from = whole("weights_from", weights_from, low=0)
@@ -146,9 +161,9 @@ def fit(
     folder = Path(folder)
     weights = weights.to(runtime.device) if weights is not None else None
     fds = fds.to(runtime.device).train() if fds is not None else None
-    both = _ModelAndLoss(model, loss, runtime).to(runtime.device)
+    both = _ModelAndLoss(model, loss, runtime, missing).to(runtime.device)
     samples = _samples(train, sampler)
-    steps = Steps(both, optimization, samples, runtime, fewest=2 * runtime.world, norms=True)
+    steps = Steps(both, optimization, samples, runtime, fewest=2 * runtime.world, norms=True, counts=counts)
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
     progress = Progress(_column(metrics.selects), steps.batches, loss_sum)
     parts = {
@@ -165,6 +180,7 @@ def fit(
         "fds_attached": _attached(fds, model),
         "augmentation": augmentation,
         "mixing": mixing,
+        "missing": missing,
         "optimization": asdict(optimization),
     }
     files = RunFiles(
@@ -203,7 +219,10 @@ def fit(
 
         def loss_of(place: int, indices: Tensor) -> Tensor:
             key = (progress.epoch, place, runtime.rank)
-            images, labels = _moved(train.batch(indices), runtime.device)
+            if place not in read:  # A sharpness-aware step asks twice.
+                read.clear()
+                read[place] = next(batches)
+            images, labels = _moved(read[place], runtime.device)
             if augmentation:
                 change = augment if augmentation is True else augmentation
                 images = change(images, generator=runtime.generator("augmentation", *key))
@@ -221,11 +240,13 @@ def fit(
                 order = sampler.order(progress.epoch)
             else:
                 order = torch.randperm(samples, generator=runtime.generator("order", progress.epoch), device="cpu")
+            batches = train.batches([batch for batch, _ in steps.own_batches(order, progress.step)])
+            read: dict[int, tuple[Any, Tensor]] = {}
             watch = LossWatch(runtime.device)
             log.start_epoch(progress.epoch + 1, progress.step)
             for step in steps.epoch(progress.epoch, order, loss_of, start=progress.step):
                 watch.see(progress.steps_done, step)
-                progress.loss_sum += step.samples * step.loss.double()
+                progress.loss_sum += step.labels * step.loss.double()
                 progress.step += 1
                 log.step()
 
@@ -247,7 +268,8 @@ def fit(
             runtime.share_buffers(both)
             errors = evaluate(model, val, metrics=metrics, runtime=runtime)
             progress.seconds = time.monotonic() - started
-            row = _row(progress, errors, runtime, lr=steps.rate(progress.steps_done - 1))
+            seen = sum(labels for _, labels in steps.all_batches(order))
+            row = _row(progress, errors, runtime, seen, lr=steps.rate(progress.steps_done - 1))
             best_yet = progress.end_epoch(row)
             if best_yet:
                 files.save_best()
@@ -333,10 +355,10 @@ def _outputs(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for indices in torch.arange(len(data), device="cpu")[runtime.rank :: runtime.world].split(batch_size):
-            if len(indices) == 0:  # more ranks than images
-                continue
-            images, labels = _moved(data.batch(indices), runtime.device)
+        own = torch.arange(len(data), device="cpu")[runtime.rank :: runtime.world]
+        parts = own.split(batch_size) if len(own) else ()  # there may be more ranks than images
+        for indices, batch in zip(parts, data.batches(parts), strict=True):
+            images, labels = _moved(batch, runtime.device)
             with runtime.autocast():
                 output = model(_floats(images))
             yield indices, output, labels
@@ -358,14 +380,16 @@ def _floats(inputs: Any) -> Any:
 class _ModelAndLoss(nn.Module):
     """Model and loss as one module, so that DistributedDataParallel sees the parameters of both."""
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], runtime: Runtime) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], runtime: Runtime, missing: Missing) -> None:
         super().__init__()
         self.model, self.loss, self._runtime = model, loss, runtime
+        takes = missing == "drop" and not isinstance(loss, nn.Module) and "missing" in signature(loss).parameters
+        self._options = {"missing": missing} if takes else {}
 
     def forward(self, images: Any, labels: Tensor, weight: Tensor | None) -> Tensor:
         with self._runtime.autocast():
             output = self.model(images)
-        return self.loss(output, labels, weight)
+        return self.loss(output, labels, weight, **self._options)
 
 
 def _stop(files: RunFiles, log: RunLog) -> None:
@@ -420,6 +444,15 @@ def _check_trainable(
         raise SettingsError("\n  ".join(["fit: this cannot be trained:", *faults]))
 
 
+def _labels_there(train: SampleSet, missing: Missing) -> Tensor:
+    """The number of labels of each training sample, (N,), without those that are missing."""
+    there = ~np.isnan(train.labels).reshape(len(train), -1)
+    got, fix = lambda: f"{int((~there).sum())} that are", 'Pass missing="drop".'
+    require(missing == "drop" or bool(there.all()), "train.labels must not be NaN", got=got, fix=fix, error=LabelError)
+    require(bool(there.any()), "train must hold at least one label that is not missing", got="none", error=LabelError)
+    return torch.from_numpy(there.sum(1))
+
+
 def _samples(train: SampleSet, sampler: BinSampler | None) -> int:
     """How many samples an epoch holds."""
     return len(train) if sampler is None else sampler.num_samples
@@ -430,12 +463,12 @@ def _column(name: str) -> str:
     return "val_" + name.removesuffix("/all").replace("/", "_")
 
 
-def _row(progress: Progress, metrics: Metrics, runtime: Runtime, *, lr: float) -> dict[str, Any]:
+def _row(progress: Progress, metrics: Metrics, runtime: Runtime, labels: int, *, lr: float) -> dict[str, Any]:
     return {
         "epoch": progress.epoch + 1,
         "step": progress.steps_done,
         "lr": lr,
-        "loss": runtime.sum(progress.loss_sum).item() / progress.batches[-1].stop,
+        "loss": runtime.sum(progress.loss_sum).item() / labels,
         **{_column(name): value for name, value in metrics.summary().items()},
         "seconds": round(progress.seconds, 3),
     }

@@ -20,10 +20,10 @@ __all__ = ["LossWatch", "Step", "Steps"]
 
 
 class Step(NamedTuple):
-    """What a step did: its place in the epoch from 0, this rank's samples and their mean loss, the gradient's norm."""
+    """What a step did: its place in the epoch from 0, this rank's labels and their mean loss, the gradient's norm."""
 
     place: int
-    samples: int
+    labels: int
     loss: Tensor
     norm: Tensor | None
 
@@ -32,12 +32,13 @@ class Steps:
     """The steps of a training. Each moves the parameters of a module by the gradient of one batch.
 
     A batch is dealt to the ranks in turn. DistributedDataParallel averages the gradients of the ranks, so that each
-    rank's loss is multiplied by its share of the batch: then n ranks step as one does, however many samples each has.
+    rank's loss is multiplied by its share of the labels: then n ranks step as one does, however many each has.
 
     Args:
         module: whose parameters are moved; gradients that it came with are dropped.
         samples: of an epoch.
         fewest: samples of a batch; the last batch of an epoch is left out where it holds fewer.
+        counts: of the labels of each sample; None gives each as many.
         norms: whether to measure the norm of each gradient, which is measured anyway where it is clipped.
     Attributes:
         batches: the places of each batch in the order of an epoch.
@@ -53,6 +54,7 @@ class Steps:
         *,
         fewest: int = 1,
         norms: bool = False,
+        counts: Tensor | None = None,
     ) -> None:
         ends = (*range(0, samples, optimization.batch_size), samples)
         self.batches = [slice(a, b) for a, b in pairwise(ends) if b - a >= fewest]
@@ -60,12 +62,25 @@ class Steps:
         self.optimizer = make_optimizer(module, optimization)
         self._module, self._parameters = module, list(module.parameters())
         self._optimization, self._runtime = optimization, runtime
+        self._counts = counts
         self._norms = norms or optimization.clip_norm is not None
         module.zero_grad()  # of frozen parameters, too, whose gradients would count in the norm
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0 over all epochs."""
         return learning_rate(self._optimization, step, self.total)
+
+    def all_batches(self, order: Tensor, start: int = 0) -> list[tuple[Tensor, int]]:
+        """The samples of each batch of an epoch in this order, from this step on, and how many labels they have."""
+        return [(batch, self._labels(batch)) for batch in (order[place] for place in self.batches[start:])]
+
+    def own_batches(self, order: Tensor, start: int = 0) -> list[tuple[Tensor, int]]:
+        """Of :meth:`all_batches` what this rank has."""
+        rank, world = self._runtime.rank, self._runtime.world
+        return [(own, self._labels(own)) for own in (batch[rank::world] for batch, _ in self.all_batches(order, start))]
+
+    def _labels(self, samples: Tensor) -> int:
+        return len(samples) if self._counts is None else int(self._counts[samples].sum())
 
     def epoch(
         self, epoch: int, order: Tensor, loss_of: Callable[[int, Tensor], Tensor], *, start: int = 0
@@ -78,11 +93,10 @@ class Steps:
             loss_of: called with the place of a batch in the epoch and this rank's indices; returns their mean loss.
             start: steps of the epoch that are done.
         """
-        rank, world = self._runtime.rank, self._runtime.world
-        for place in range(start, len(self.batches)):
-            batch = order[self.batches[place]]
-            own = batch[rank::world]
-            share = len(own) * world / len(batch)
+        world = self._runtime.world
+        parts = zip(self.all_batches(order, start), self.own_batches(order, start), strict=True)
+        for place, ((_, labels), (own, own_labels)) in enumerate(parts, start):
+            share = own_labels * world / max(labels, 1)
             loss = loss_of(place, own)
             (loss if world == 1 else loss * share).backward()
             if self._optimization.sharpness is not None:
@@ -96,7 +110,7 @@ class Steps:
                 norm = nn.utils.clip_grad_norm_(self._parameters, self._optimization.clip_norm or math.inf)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            yield Step(place, len(own), loss.detach(), norm)
+            yield Step(place, own_labels, loss.detach(), norm)
 
 
 class LossWatch:

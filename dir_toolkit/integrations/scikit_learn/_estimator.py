@@ -237,7 +237,7 @@ class LongTailEstimator(BaseEstimator):
             total = torch.zeros((), dtype=torch.float64, device=device)
             order = torch.randperm(len(trained), generator=runtime.generator("order", epoch), device="cpu").to(device)
             for step in steps.epoch(epoch - 1, order, loss_of):
-                total += step.samples * step.loss
+                total += step.labels * step.loss
             row = {"epoch": epoch, "loss": total.item() / len(trained)}
             if longest:
                 model.eval()

@@ -116,7 +116,11 @@ def test_digest_tells_what_is_seen_and_not_how_it_is_stored() -> None:
         ({"labels": np.array([0, 2, -1])}, LabelError, "labels must be class indices >= 0, got -1 at index [2]"),
         ({"labels": np.zeros((3, 1), np.float32)}, ShapeError, "labels must have shape (N,), got (3, 1)."),
         ({"labels": np.zeros(2, np.float32)}, ShapeError, "labels and rows must be equally long, got 2 and 3."),
-        ({"labels": np.array([0, np.nan, 1], np.float32)}, LabelError, "labels must be finite, got nan at index [1]"),
+        (
+            {"labels": np.array([0, np.inf, 1], np.float32)},
+            LabelError,
+            "labels must not be infinite, got inf at index [1]",
+        ),
         ({"rows": np.zeros(3, np.int32)}, TypeError, "rows must be a NumPy array of int64, got dtype int32."),
         ({"rows": np.array([0, 4, -1])}, ValueError, "rows must lie in [0, 4), got 4 at index [1] (2 such values)."),
         ({"images": np.zeros((0, 3, 2, 1), np.uint8)}, ValueError, "rows must lie in [0, 0), got 3"),
