@@ -18,7 +18,7 @@ import xarray as xr
 from torch import nn
 
 import dir_toolkit as dt
-from dir_toolkit.errors import CheckpointError, RunExistsError, SettingsError, StudyError
+from dir_toolkit.errors import CheckpointError, LabelError, RunExistsError, SettingsError, StudyError
 from dir_toolkit.experiment.data.images import ImageSet, SampleSet, Splits, content_digest
 from dir_toolkit.experiment.results.schema import load_results
 from dir_toolkit.experiment.results.tables import as_text, results_table
@@ -405,3 +405,21 @@ def test_a_fault_of_the_data_ends_the_study(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="no such data"):
         study(tmp_path, replace(ROWS, data=data)).run()
+
+
+def test_a_task_whose_labels_are_missing_in_part(tmp_path: Path) -> None:
+    parts = splits()
+    holes = []
+    for part in (parts.train, parts.val, parts.test):
+        labels = part.labels.copy()
+        labels[::5] = np.nan
+        holes.append(SampleSet(part.inputs, labels, part.rows))
+    task = replace(ROWS, data=lambda seed: Splits(*holes, source="table", skipped={}), missing="drop")
+    calibrated = lambda trial: trial.adjusted(trial.trained("soft"))  # noqa: E731
+    one = study(tmp_path, task, {"plain": plain, "soft": soft, "adjusted": calibrated})
+    one.run()
+    errors = one.runs[task, "soft", 0].errors
+    assert errors["count"].sel(region="all") == errors.sizes["sample"] == 32
+    assert np.isfinite(errors["target"]).all()
+    with pytest.raises(LabelError, match=r"labels must not be NaN.* missing= can drop them"):
+        study(tmp_path / "raise", replace(task, missing="raise"), {"plain": plain}).run()
