@@ -40,10 +40,10 @@ def drops_missing(label: Literal["number", "row", "shares"]) -> Callable[[_Funct
         place = list(signature(loss).parameters).index("weight")
 
         @wraps(loss)
-        def dropping(*args: Any, missing: str = "raise", **options: Any) -> Tensor:
-            if missing == "raise" or len(args) > place + 1:
+        def dropping(*args: Any, missing: Any = "raise", **options: Any) -> Tensor:
+            if (isinstance(missing, str) and missing == "raise") or len(args) > place + 1:
                 return loss(*args, **options)
-            if missing not in MISSING:
+            if not (isinstance(missing, str) and missing in MISSING):
                 rule = f"missing must be one of {', '.join(map(repr, MISSING))}"
                 raise problem(rule, got=repr(missing), source=loss.__name__)
             target = args[place - 1] if len(args) >= place else options.get("target")

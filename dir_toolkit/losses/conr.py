@@ -159,10 +159,11 @@ class ConRLoss(Loss):
         require(callable(base), "base must be callable", got=type(base))
         if weights is not None:
             instance(LDS, weights=weights)
-            drop_alike("weights", weights, "loss", missing=missing)
         coefficient = number("coefficient", coefficient, low=0, float32=True)
         scales = _scales(omega, temperature, eta)
         super().__init__(conr_loss, base=base, coefficient=coefficient, **scales, weights=weights, missing=missing)
+        if weights is not None:
+            drop_alike("weights", weights, "loss", missing=missing)
 
     def forward(self, output: Any, target: Tensor, weight: Tensor | None = None) -> Tensor:
         return self._sum(output, target, weight, missing=self.missing)
