@@ -188,7 +188,10 @@ class LossTester:
         close(half, self.call(options, cast(rest, torch.float16)).float(), 1e-5)
         if not self.copies and options == next(iter(self.variants.values())):  # one graph, without a look at values
             torch._dynamo.reset()
-            call = torch.compile(partial(self.call, options, missing="drop"), fullgraph=True, backend="eager")
+            given = {
+                k: torch.as_tensor(v, dtype=torch.float64) if isinstance(v, list) else v for k, v in options.items()
+            }
+            call = torch.compile(partial(self.call, given, missing="drop"), fullgraph=True, backend="eager")
             close(call(holes), self.call(options, rest))
         if self.module is not None:
             module, plain = self.module(**options, missing="drop").double(), self.module(**options).double()
