@@ -164,6 +164,22 @@ LOSSES: list[Case] = [
     ),
     Case(dt.losses.RankNContrast, {}, {"temperature": {"temperature": 1.0}, "missing": {"missing": "drop"}}),
     Case(
+        dt.losses.SRLLoss,
+        {"num_features": 4, "bins": BINS},
+        {
+            "num_features": {"num_features": 5},
+            "bins": {"bins": OTHER_BINS},
+            "base": {"base": dt.losses.weighted_huber},
+            "coefficient": {"coefficient": 2.0},
+            "temperature": {"temperature": 2.0},
+            "enveloping": {"enveloping": 2.0},
+            "homogeneity": {"homogeneity": 2.0},
+            "momentum": {"momentum": 0.5},
+            "num_points": {"num_points": 5},
+            "seed": {"seed": 1},
+        },
+    ),
+    Case(
         dt.losses.CenterLoss,
         {"num_features": 4, "num_classes": 3},
         {"num_classes": {"num_classes": 4}, "num_features": {"num_features": 5}, "strength": {"strength": 0.5}},

@@ -87,6 +87,7 @@ from .regression import (
     weighted_l1,
     weighted_mse,
 )
+from .srl import SRLLoss, srl_loss
 
 __all__ = [
     "CRPS",
@@ -108,6 +109,7 @@ __all__ = [
     "LogitAdjustedCrossEntropy",
     "PairwiseCrossEntropy",
     "RankNContrast",
+    "SRLLoss",
     "SoftCrossEntropy",
     "SquaredEMD",
     "WeightedFocalL1",
@@ -137,6 +139,7 @@ __all__ = [
     "rank_n_contrast",
     "soft_cross_entropy",
     "squared_emd",
+    "srl_loss",
     "weighted_focal_l1",
     "weighted_focal_mse",
     "weighted_huber",

@@ -156,6 +156,11 @@ LOSSES: dict[str, Callable[[], Job]] = {
     ),
     "RankNContrast": of(lambda: dt.losses.RankNContrast(), lambda m, d: m(d.features, d.y, d.w)),
     "rank_n_contrast": alone(lambda d: dt.losses.rank_n_contrast(d.features, d.y2)),
+    "SRLLoss": of(
+        lambda: dt.losses.SRLLoss(D, BINS),
+        lambda m, d: m(SimpleNamespace(prediction=d.pred, features=d.features), d.y, d.w),
+    ),
+    "srl_loss": alone(lambda d: dt.losses.srl_loss(d.features, d.y, d.w, bins=BINS, points=d.x)),
     "soft_cross_entropy": alone(lambda d: dt.soft_cross_entropy(d.scores, d.spread, weight=d.w)),
     "squared_emd": alone(lambda d: dt.losses.squared_emd(d.scores, d.spread, d.w, bins=BINS)),
     "weighted_focal_l1": alone(lambda d: dt.losses.weighted_focal_l1(d.pred, d.y, d.w)),
