@@ -106,6 +106,10 @@ class SRLLoss(Loss):
     (0.25, [[1.0, 0.0], [0.0, 1.0]])
     """
 
+    bins: Bins
+    base: Callable[..., Tensor]
+    coefficient: float
+    momentum: float
     surrogate: Tensor
     points: Tensor
 
@@ -144,10 +148,10 @@ class SRLLoss(Loss):
 
     def forward(self, output: Any, target: Tensor, weight: Tensor | None = None) -> Tensor:
         prediction, features = (held(output, name) for name in ("prediction", "features"))
-        scales = {name: getattr(self, name) for name in ("temperature", "enveloping", "homogeneity")}
+        scales: dict[str, Any] = {name: getattr(self, name) for name in ("temperature", "enveloping", "homogeneity")}
         value, means, here = _parts(
             features, target, weight, self.bins, self.points, self.surrogate, reduction="mean", **scales
-        )  # type: ignore[arg-type]
+        )
         if self.training:
             with torch.no_grad():
                 old = self.surrogate
