@@ -101,8 +101,8 @@ class FDS(RunningStatistics):
         settings: the arguments by name, without ``group``, and with ``kernel`` resolved to a window.
         smoothing: (K,) float64, the window of the first axis, scaled to sum to one.
         epoch: the number of finished epochs.
-        warns_of_forgotten_end: whether to warn if :meth:`end_epoch` seems to have been forgotten. Set it to False if
-            evaluations run within an epoch, since each is taken for the end of an epoch.
+        warns_of_forgotten_end: whether to warn if :meth:`FDS.end_epoch` seems to have been forgotten. Set it to False
+            if evaluations run within an epoch, since each is taken for the end of an epoch.
     Shape:
         features: (N, D); sequences (N, T, D) or (N, D, T); maps and volumes (N, D, H, W, ...) or (N, H, W, ..., D).
         labels: (N,), or (N, T) or (N, H, W, ...) for one label per step or pixel; over a grid of K axes (N, ..., K).
