@@ -477,7 +477,7 @@ def keys(name: str, value: object, expected: Collection[str], *, error: type[Exc
 
 def labels_array(labels: object, name: str = "labels") -> np.ndarray:
     """Labels, or values called ``name``, as a NumPy array of integers or floats that torch can convert."""
-    labels = _without_tensors(labels, name)
+    labels = without_tensors(labels, name)
     try:
         array = np.asarray(labels)
     except ValueError:
@@ -487,7 +487,8 @@ def labels_array(labels: object, name: str = "labels") -> np.ndarray:
         raise problem(rule, got=got, fix="Pass its values.", error=TypeError) from None
     if array.dtype.kind not in "iuf":
         got = type(labels).__name__ if array.shape == () and array.dtype == object else f"dtype {array.dtype}"
-        raise problem(f"{name} must be integers or floats", got=got, fix="Convert them first.", error=TypeError)
+        fix = f"Use numpy.asarray({name}, dtype=float), if they stand for numbers."
+        raise problem(f"{name} must be integers or floats", got=got, fix=fix, error=TypeError)
     # Torch supports neither big-endian numbers, as in NetCDF and FITS files, nor floats of 80 bits.
     return array.astype(np.float64 if array.itemsize > 8 else array.dtype.newbyteorder("="), copy=False)
 
@@ -498,7 +499,7 @@ def as_tensors(**values: Any) -> tuple[Tensor, ...]:
     return tuple(value if isinstance(value, Tensor) else torch.from_numpy(value.copy()) for value in arrays)
 
 
-def _without_tensors(labels: Any, name: str) -> Any:
+def without_tensors(labels: Any, name: str) -> Any:
     """Labels with tensors, also in lists, converted to arrays. Raises at masked values."""
     if isinstance(labels, Tensor):
         is_tensor(**{name: labels})
@@ -508,7 +509,7 @@ def _without_tensors(labels: Any, name: str) -> Any:
     if isinstance(labels, (list, tuple)):
         kinds = set(map(type, labels))
         if any(issubclass(kind, (Tensor, list, tuple, np.ndarray)) for kind in kinds):
-            return [_without_tensors(item, name) for item in labels]
+            return [without_tensors(item, name) for item in labels]
     if np.ma.is_masked(labels):
         raise problem(f"{name} must not be masked", got="masked values", fix=f"Use {name}.compressed().")
     return labels

@@ -31,7 +31,7 @@ def methods(loss: str) -> dict[str, Callable[[Trial], Trained]]:
         "lds": lambda trial: regression(trial, lds=True),
         "fds": lambda trial: regression(trial, fds=True),
         "lds+fds": lambda trial: regression(trial, lds=True, fds=True),
-        "soft+tau": lambda trial: trial.adjusted(trial.fit(trial.model(outside="clip"))),
+        "soft+tau": lambda trial: trial.adjusted(trial.fit(trial.model(outside="clip"), selects="mae/all")),
     }
 
 

@@ -30,7 +30,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from .._checks import problem, whole
+from .._checks import one_of, problem, whole
 from ..errors import RunExistsError, SettingsError, StudyError
 from ..labels.bins import Bins, Missing
 from ..labels.density import LabelDensity
@@ -192,6 +192,7 @@ class Trial:
         loss: Callable[..., torch.Tensor] | None = None,
         optimization: Optimization | None = None,
         after: Trained | None = None,
+        selects: str | None = None,
         **options: Any,
     ) -> Trained:
         """Train a model in this run's folder, or go on with it: :func:`dir_toolkit.experiment.training.loop.fit`.
@@ -200,6 +201,9 @@ class Trial:
             loss: by default the ``criterion`` of a :class:`dir_toolkit.LongTailModel`; its weights and FDS count too.
             optimization: in place of the study's.
             after: the training that this one goes on from, whose minutes count.
+            selects: the validation error that decides the best epoch; None takes that of the metrics. A model whose
+                prior is adjusted afterwards takes ``"mae/all"``, since before the adjustment a network that has hardly
+                learnt can have the least bMAE.
             options: weights, weights_from, sampler, fds, augmentation and fingerprint, as in ``fit``.
         """
         study, images = self.study, isinstance(self.splits.train, ImageSet)
@@ -214,6 +218,9 @@ class Trial:
             write_json(self.folder / "config.json", {**study.settings, **plan})
             write_json(self.folder / "env.json", environment(self.runtime, self.splits))
         metrics = self.metrics()
+        if selects is not None:
+            one_of("selects", selects, tuple(metrics.summary()))
+            metrics.selects = selects  # type: ignore[misc]  # of this one alone
         history = fit(
             model.to(self.runtime.device),
             self.splits.train,
@@ -230,7 +237,7 @@ class Trial:
                 **options,
             },
         )
-        column = "val_" + metrics.selects.removesuffix("/all")
+        column = "val_" + metrics.selects.removesuffix("/all").replace("/", "_")
         best = min(history, key=lambda row: (math.isnan(row[column]), row[column]))["epoch"]
         minutes = history[-1]["seconds"] / 60 + (0 if after is None else after.minutes)
         return Trained(model, self.method, history, best, minutes, options.get("weights"), options.get("fds"))

@@ -173,7 +173,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise missing_package("safetensors>=0.4", error) from error
     instance((str, os.PathLike), path=path)
     place = repr(os.fspath(path))
-    require(Path(path).exists(), "path must be a saved model", got=f"no file {place}", error=FileNotFoundError)
+    require(Path(path).is_file(), "path must be a saved model", got=f"no file {place}", error=FileNotFoundError)
     try:
         with safe_open(path, "pt") as file:
             notes: Mapping[str, str] = file.metadata() or {}
@@ -181,7 +181,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:  # of a library that raises several
         raise _foreign("path must be a whole safetensors file", f"{place}: {error}") from error
     if (found := notes.get("format", "")) != _FORMAT:
-        fix = "Load it with the release of dir_toolkit that saved it."
+        ours = found.startswith("dir_toolkit")
+        fix = "Load it with the release that saved it." if ours else "Only what save of a model has written is read."
         raise _foreign(f"path must be a file of the format {_FORMAT!r}", f"{found!r} in {place}", fix)
     if notes.get("sha256") != _digest(tensors):
         raise _foreign("path must be a file as it was written", f"bytes that have changed in {place}")

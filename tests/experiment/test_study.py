@@ -423,3 +423,23 @@ def test_a_task_whose_labels_are_missing_in_part(tmp_path: Path) -> None:
     assert np.isfinite(errors["target"]).all()
     with pytest.raises(LabelError, match=r"labels must not be NaN.* missing= can drop them"):
         study(tmp_path / "raise", replace(task, missing="raise"), {"plain": plain}).run()
+
+
+def test_the_best_epoch_is_that_of_the_error_that_is_named(tmp_path: Path) -> None:
+    found: list[Trained] = []
+
+    def selected(trial: Trial) -> Trained:
+        found.append(trial.fit(trial.model(sigma=1.0), selects="mae/all"))
+        return found[-1]
+
+    study(tmp_path / "a", methods={"one": selected}, optimization=replace(BUDGET, epochs=4, lr=0.1)).run(
+        ["one"], seeds=3
+    )
+
+    def best(column: str) -> list[int]:
+        return [1 + int(np.argmin([row[column] for row in trained.history])) for trained in found]
+
+    assert [trained.epoch for trained in found] == best("val_mae") != best("val_bmae")
+    wrong = study(tmp_path / "b", methods={"one": lambda trial: trial.fit(trial.model(sigma=1.0), selects="rmsle")})
+    wrong.run(["one"], seeds=1)
+    assert "selects must be one of 'mae/all', 'mae/medium'" in str(wrong.failed)

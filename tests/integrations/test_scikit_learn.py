@@ -599,6 +599,16 @@ def test_each_run_of_sorted_labels_has_one_row_in_each_fold() -> None:
     assert len(set(fold[20:])) == 2
 
 
+def test_masked_labels_are_refused_and_tensors_taken() -> None:
+    x, y = long_tailed(60, 0)
+    with pytest.raises(DirToolkitError, match=r"LongTailRegressor.fit: y must not be masked"):
+        LongTailRegressor(**QUICKER).fit(x, np.ma.array(y, mask=y > 9))
+    quick = {**QUICKER, "epochs": 1, "members": 2, "random_state": 0}
+    tensor = torch.tensor(y, requires_grad=True)
+    fitted = [LongTailRegressor(**quick).fit(x, labels).predict(x) for labels in (y, tensor)]
+    assert np.array_equal(*fitted)
+
+
 def test_several_targets_are_learnt_by_a_regressor_each() -> None:
     x, y = long_tailed(200, 0)
     both = np.stack([y, 100 - 3 * y], 1)

@@ -16,7 +16,7 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
-from ..._checks import number, one_of, problem, require, whole
+from ..._checks import number, one_of, problem, require, whole, without_tensors
 from ...errors import NonFiniteLossError
 from ...experiment.training.optimization import Optimization
 from ...experiment.training.runtime import Runtime, chosen_device
@@ -75,6 +75,8 @@ class LongTailEstimator(BaseEstimator):
         return _dense(X)[present], y[present], weight[present]
 
     def _table(self, X: Any, **options: Any) -> Any:
+        if "y" in options:  # scikit-learn would read what is behind a mask
+            options["y"] = without_tensors(options["y"], "y")
         return validate_data(self, X, dtype=np.float64, accept_sparse="csr", **options)
 
     def _check_settings(self, head: str) -> None:
