@@ -173,7 +173,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise missing_package("safetensors>=0.4", error) from error
     instance((str, os.PathLike), path=path)
     place = repr(os.fspath(path))
-    require(Path(path).is_file(), "path must be a saved model", got=f"no file {place}", error=FileNotFoundError)
+    require(Path(path).exists(), "path must be a saved model", got=f"no file {place}", error=FileNotFoundError)
     try:
         with safe_open(path, "pt") as file:
             notes: Mapping[str, str] = file.metadata() or {}
