@@ -286,7 +286,7 @@ class GaussianConformal(Conformal):
     Args:
         density, regions, per_region, outside: as those of :class:`PointConformal`.
     Shape:
-            output: (N, 2), the mean and the log-variance, as in :func:`dir_toolkit.losses.gaussian_nll.gaussian_nll`.
+        output: (N, 2), the mean and the log-variance, as in :func:`dir_toolkit.losses.gaussian_nll.gaussian_nll`.
 
     >>> density = LabelDensity(Bins.uniform(0, 20, width=10), [500, 9])
     >>> calibration = GaussianConformal(density)
@@ -410,8 +410,8 @@ def conformal_interval(
         calibration_pred, calibration_labels: predictions and labels of held-out samples, used neither for training nor
             for choosing settings.
         density: of the training labels.
-        density, regions, per_region, outside: as in :class:`PointConformal`. level: the coverage in each region, in (0,
-            1).
+        density, regions, per_region, outside: as in :class:`PointConformal`.
+        level: the coverage in each region, in (0, 1).
     Shape:
         pred: (N,). calibration_pred, calibration_labels: (M,). Returns the lower and the upper end, (N,) each.
     Units:

@@ -240,9 +240,9 @@ def choose_tau(
     best, the middle of their longest run is chosen.
 
     Args:
-        logits: those of a model trained with a plain loss. labels: integer classes. prior: its training prior. by: the
-            criterion. ``"balanced_error"`` is the mean error rate of the classes, ``"log_loss"`` their mean log loss in
-            nats, and ``"ece"`` the expected calibration error of the top label over 15 bins.
+        logits: those of a model trained with a plain loss. labels: integer classes. prior: its training prior.
+        by: the criterion. ``"balanced_error"`` is the mean error rate of the classes, ``"log_loss"`` their mean log
+            loss in nats, and ``"ece"`` the expected calibration error of the top label over 15 bins.
         taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. A choice at the end of a range causes a warning.
         temperature: the divisor of the logits. None fits it for ``"log_loss"`` and ``"ece"``, with validation classes
             weighted by the prior, and is 1 for ``"balanced_error"``.

@@ -318,9 +318,9 @@ class FDS(RunningStatistics):
         these labels, and its features are further samples. If the runs have different labels, use one context for each.
 
         Args:
-            where: ``"input"`` or ``"output"``. select: selects the features if there are several values: the index or
-                the name of an input, or the index, key or attribute of an output, as for LSTM, GRU and Hugging Face
-                models. Other values do not change.
+            where: ``"input"`` or ``"output"``.
+            select: selects the features if there are several values: the index or the name of an input, or the index,
+                key or attribute of an output, as for LSTM, GRU and Hugging Face models. Other values do not change.
         Returns:
             a handle. ``handle.remove()`` detaches, which ``torch.jit.script`` and ``torch.compile(fullgraph=True)``
             need.

@@ -1,1 +1,1 @@
-"""Adapters to libraries that users already train with. Each module needs the library that it is named after."""
+"""Adapters to other training libraries. Each module needs the library in its name."""

@@ -1,4 +1,4 @@
-"""What the callbacks share: they place labels around a step, end epochs, and save statistics."""
+"""The common part of the FDS callbacks: provide labels in each step, end epochs, and save statistics."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..features.select import form
 LabelsOf = Callable[[Any], Tensor] | str | int | None
 
 _TRAINER_HINT = (
-    " For label smoothing or a compute_loss_func the Hugging Face Trainer takes `labels` out: hand them to the model "
-    "under another name, too."
+    " With label smoothing or a compute_loss_func the Hugging Face Trainer removes `labels`: pass them to the model "
+    "under a second name."
 )
 
 
 class Driver:
-    """One FDS or several of them, and the places of their labels in a batch."""
+    """One or several FDS, and the keys of their labels in a batch."""
 
     def __init__(self, fds: FDS | Sequence[FDS], labels_of: LabelsOf | Sequence[LabelsOf]) -> None:
         self.all: list[FDS] = list(fds) if isinstance(fds, Sequence) else [fds]
@@ -39,25 +39,24 @@ class Driver:
         self._placed: ExitStack | None = None
 
     def start(self, *, resumed: bool) -> None:
-        """Make ready for training. The statistics of an epoch that was broken off are dropped, unless it is
-        ``resumed``."""
+        """Prepare training. The statistics of an unfinished epoch are dropped unless it is ``resumed``."""
         self.leave(broken_off=True)
         for fds in self.all:
-            rule, fix = "fds must be attached to a part of the model", 'Call fds.attach(model.head, "input") first.'
-            require(fds.attached, rule, got="one that is attached nowhere", fix=fix, error=RuntimeError)
+            rule, fix = "fds must be attached to a module of the model", 'Call fds.attach(model.head, "input") first.'
+            require(fds.attached, rule, got="one that is not attached", fix=fix, error=RuntimeError)
             fds.train()
-            fds.warns_of_forgotten_end = False  # since evaluations may come in mid-epoch
+            fds.warns_of_forgotten_end = False  # evaluations may run within an epoch
             if not resumed:
                 fds.drop_epoch()
 
     def end_overdue_epoch(self) -> None:
-        """End an epoch that was saved after its last step and before its end, now that the next one begins."""
+        """End an epoch that was saved after its last step but before its end, when the next epoch begins."""
         for fds in self.all:
             if fds.has_open_epoch:
                 fds.end_epoch()
 
     def enter(self, batch: Any) -> None:
-        """Place the labels of this batch, on whose samples attached modules run until :meth:`leave`."""
+        """Enter the label context of this batch until :meth:`leave`."""
         self.leave(broken_off=True)
         with ExitStack() as stack:
             for fds, key in zip(self.all, self._labels_of, strict=True):
@@ -66,10 +65,10 @@ class Driver:
             self._placed = stack.pop_all()
 
     def leave(self, *, broken_off: bool = False) -> None:
-        """End what :meth:`enter` began, if it did. A step that was broken off need not have run the module."""
+        """Leave the label context, if any. In an aborted step the attached module need not have run."""
         stack, self._placed = self._placed, None
         if stack is not None:
-            error = RuntimeError("the step was broken off") if broken_off else None
+            error = RuntimeError("the step was aborted") if broken_off else None
             stack.__exit__(type(error) if error else None, error, None)
 
     def end_epoch(self) -> None:
@@ -79,11 +78,11 @@ class Driver:
             fds.end_epoch()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that must be saved. The open epoch is merged over ranks, which must all call this."""
+        """The state of all FDS. The current epoch is merged over ranks, which must all call this."""
         return {"fds": [fds.merged_state() for fds in self.all]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, on any number of ranks."""
+        """Restore the result of :meth:`state_dict`, on any number of ranks."""
         keys("the saved state", state, ("fds",))
         saved, own = len(state["fds"]), len(self.all)
         require(saved == own, f"the saved state must be of {own} FDS", got=saved, error=CheckpointError)

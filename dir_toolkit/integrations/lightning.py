@@ -1,4 +1,4 @@
-"""A callback of Lightning that drives FDS."""
+"""A Lightning callback for FDS."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ __all__ = ["FDSCallback"]
 
 
 class FDSCallback(pl.Callback):
-    """Drives FDS in a training of Lightning. It places the labels of each batch around the training step, ends the
-    epochs, and saves the statistics.
+    """A Lightning callback for FDS: it provides labels in each training step, ends epochs, and saves statistics.
 
     .. code-block:: python
 
@@ -30,23 +29,21 @@ class FDSCallback(pl.Callback):
         trainer = lightning.Trainer(callbacks=[FDSCallback(fds, labels_of="age")])
         trainer.fit(module, loader)
 
-    Labels are placed for backward, too, so that activation checkpointing works. They are not placed for validation,
-    whether it comes in mid-epoch or before training. An epoch ends after its last validation. The statistics go into
-    Lightning's checkpoints whether or not ``fds`` is a part of the module. With ``fit(ckpt_path=...)`` training goes on
-    as if it had never stopped. On several ranks, a checkpoint in mid-epoch leads to the same numbers but for
-    rounding. If ``fit`` is called again without a checkpoint, an epoch that was broken off is dropped, and the
-    statistics of whole epochs stay. The callbacks of ``pytorch_lightning`` are of another class, so that this one does
-    not work there.
+    Activation checkpointing works. Validation does not change the statistics. An epoch ends after its last validation.
+    The statistics are saved in Lightning's checkpoints, and ``fit(ckpt_path=...)`` continues exactly; on several ranks,
+    after a checkpoint within an epoch, up to rounding. If ``fit`` is called again without a checkpoint, the statistics
+    of an unfinished epoch are dropped. Import ``lightning``, not ``pytorch_lightning``, whose callbacks are another
+    class.
 
     Args:
-        fds: one FDS or several, each attached by the time training starts.
-        labels_of: where the labels are in a batch as it arrives at ``training_step``: an index (of a tuple), a key (of
-            a dict), or a function of the batch. Pass one for all FDS, or a list with one per FDS. Pass None where the
-            module places them itself, as :class:`dir_toolkit.LongTailModel` does when it is given labels.
+        fds: one FDS or several, attached before training starts.
+        labels_of: the labels in a batch of ``training_step``: an index (of a tuple), a key (of a dict), or a function
+            of the batch. Pass one for all FDS, or a list with one per FDS. Pass None if the module provides labels
+            itself, as :class:`dir_toolkit.LongTailModel` does when it is called with labels.
     Raises:
-        ValueError: a batch has no labels there. TypeError: they are no tensor. UsageError: an FDS is attached nowhere,
-        or ``training_step`` takes ``dataloader_iter``. CheckpointError: the checkpoint to go on from has no statistics,
-        or those of other bins. Further errors are those of :meth:`FDS.labels` and :meth:`FDS.end_epoch`.
+        ValueError: a batch has no such labels. TypeError: they are not a tensor. UsageError: an FDS is not attached, or
+            ``training_step`` takes ``dataloader_iter``. CheckpointError: the checkpoint has no statistics, or those of
+            other bins. Further errors are those of :meth:`FDS.labels` and :meth:`FDS.end_epoch`.
     Source:
         Yang et al. 2021, section 3.2 (arXiv:2102.09554), for FDS.
     """
@@ -56,15 +53,15 @@ class FDSCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         unseen = self._driver.places and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
-        rule, got = "training_step must take the batch", "a dataloader_iter, whose batch no callback sees in time"
-        fix = "Let it take (self, batch), or place the labels in it yourself and pass labels_of=None."
+        rule, got = "training_step must take the batch", "a dataloader_iter, whose batch callbacks do not get"
+        fix = "Use the signature (self, batch), or use fds.labels in it and pass labels_of=None."
         require(not unseen, rule, got=got, fix=fix, error=RuntimeError)
         self._driver.start(resumed=trainer.ckpt_path is not None)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == 0:  # Lightning skips the end of an epoch that was saved at its last batch
+        if batch_idx == 0:  # Lightning does not end an epoch that was saved at its last batch
             self._driver.end_overdue_epoch()
         self._driver.enter(batch)
 
@@ -85,7 +82,7 @@ class FDSCallback(pl.Callback):
         inside = all(any(part is fds for part in pl_module.modules()) for fds in self._driver.all)
         resumes = trainer.state.fn == "fit" and not inside
         held = not resumes or self.state_key in checkpoint.get("callbacks", {})
-        rule, got = "the checkpoint to go on from must hold FDS statistics", "one that was saved without this callback"
+        rule, got = "the checkpoint must hold FDS statistics", "one that was saved without this callback"
         fix = "Load its weights into the module, and call fit without ckpt_path."
         require(held, rule, got=got, fix=fix, error=CheckpointError)
 

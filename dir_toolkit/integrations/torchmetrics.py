@@ -24,22 +24,22 @@ __all__ = ["RegionMetric"]
 
 
 class RegionMetric(Metric):
-    """Errors by region of the training density, wherever a ``torchmetrics.Metric`` is taken, as in a
-    ``MetricCollection`` or in Lightning's ``log_dict``.
+    """Errors by region of the training density as a ``torchmetrics.Metric``, for a ``MetricCollection`` or Lightning's
+    ``log_dict``.
 
     The errors are those of :class:`RegressionMetrics` or :class:`ClassificationMetrics`. ``compute`` returns a dict of
-    float64 numbers. Its keys are such as ``"mae/all"``, ``"mae/few"``, ``"bmae/all"`` or ``"balanced_error/few"``, and
-    ``"count/few"`` for the number of samples. A number is NaN where its region has no samples.
+    float64 numbers with keys such as ``"mae/all"``, ``"mae/few"``, ``"bmae/all"`` or ``"balanced_error/few"``, and
+    ``"count/few"`` for the number of samples. A number is NaN if its region has no samples.
 
     Args:
-        metrics: the metrics whose settings are taken. What they have seen is not.
+        metrics: metrics whose settings are used. Their samples are not copied.
         keys: the keys that ``compute`` returns; None for all.
         many, few: the limits of the regions, as in :meth:`LabelDensity.regions`.
         options: those of ``torchmetrics.Metric``, such as ``dist_sync_on_step``.
     Shape:
         as ``metrics.update``.
     Raises:
-        TypeError: ``metrics`` is neither. ValueError: a key is not known. Further errors are those of
+        TypeError: ``metrics`` is neither of these. ValueError: a key is unknown. Further errors are those of
         ``metrics.update``.
 
     >>> from dir_toolkit import Bins, LabelDensity, RegressionMetrics
@@ -71,7 +71,8 @@ class RegionMetric(Metric):
         self._metrics, self._limits = metrics.fresh(), {"many": many, "few": few}
         for name in self._metrics.kept:
             self.add_state(name, getattr(self._metrics, name), dist_reduce_fx="sum")
-        # After the first batch, a MetricCollection lets metrics of equal states share one. This must not be by chance.
+        # A MetricCollection merges metrics with equal states after the first batch. The digest prevents this for
+        # metrics with different settings.
         self.add_state("identity", _digest(self._metrics), dist_reduce_fx="max")
         known = list(_numbers(self._metrics, self._limits))
         self._keys = known if keys is None else list(keys)
@@ -80,14 +81,14 @@ class RegionMetric(Metric):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments it was made with, by name, without the options of torchmetrics."""
+        """The arguments of the constructor, without the options of torchmetrics."""
         return {"metrics": self._metrics, "keys": self._keys, **self._limits}
 
     def extra_repr(self) -> str:
         return shown(self.settings)
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """Add a batch, as ``metrics.update`` does."""
+        """Add a batch, as ``metrics.update``."""
         metrics = self._seen()
         metrics.update(pred, target)
         for name in metrics.kept:
@@ -106,12 +107,12 @@ class RegionMetric(Metric):
         return metrics
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        """Move the sums with a module. They stay float64 and whole numbers whatever the module is cast to."""
-        self._computed = None  # It would be cast.
+        """Move the sums with a module. Casting the module does not change their dtypes."""
+        self._computed = None  # it would be cast
         super()._apply(fn, exclude_state=[*self._defaults, *exclude_state])
         for name, default in self._defaults.items():
             device = fn(default[:0]).device
-            if device.type not in ("meta", "mps"):  # One of these has no numbers, and the other has no float64.
+            if device.type not in ("meta", "mps"):  # meta tensors have no values, and mps has no float64
                 self._defaults[name] = default.to(device)
                 setattr(self, name, getattr(self, name).to(device))
         return self
@@ -128,6 +129,6 @@ def _numbers(metrics: RegressionMetrics | ClassificationMetrics, limits: dict[st
 
 
 def _digest(metrics: RegressionMetrics | ClassificationMetrics) -> Tensor:
-    """A digest of what the sums depend on, as 32 numbers."""
+    """A digest of the settings, as 32 numbers."""
     content = json.dumps([metrics.bins.to_dict(), getattr(metrics, "floor", None), metrics.outside, metrics.missing])
     return torch.tensor(list(hashlib.sha256(content.encode()).digest()), device="cpu")

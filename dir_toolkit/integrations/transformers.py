@@ -1,4 +1,4 @@
-"""A callback of the Hugging Face Trainer that drives FDS."""
+"""A callback for FDS in the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _FILE = "fds.pt"
 
 
 class FDSCallback(TrainerCallback):
-    """Drives FDS in a training of the Hugging Face Trainer. It places the labels that the model gets around each
-    training pass, ends the epochs, and saves the statistics beside the Trainer's checkpoints.
+    """A callback for FDS in the Hugging Face Trainer: it provides labels in each training step, ends epochs, and saves
+    statistics with the Trainer's checkpoints.
 
     .. code-block:: python
 
@@ -40,26 +40,24 @@ class FDSCallback(TrainerCallback):
         trainer = Trainer(model, args, train_dataset=data, callbacks=[FDSCallback(fds)])
         trainer.train()
 
-    The Trainer shows a callback no batch. Hooks on the model therefore take the labels from its keyword inputs while
-    it trains, and evaluation passes untouched. An epoch ends before the evaluation at its end. Keep ``fds`` outside the
-    model's tree, as :meth:`FDS.attach` does, since the Trainer's files hold nothing but tensors. Each checkpoint folder
-    gets a file ``fds.pt`` of its own, from which ``train(resume_from_checkpoint=...)`` goes on as if training had never
-    stopped. On several ranks, a checkpoint in mid-epoch leads to the same numbers but for rounding. Under
-    ``ignore_data_skip`` an epoch is begun again, and what was gathered of it is dropped. A hyperparameter search saves
-    no statistics. Gradient checkpointing works, too.
+    Since the Trainer passes no batch to callbacks, hooks on the model read the labels from its keyword inputs in
+    training. Evaluation does not change the statistics. An epoch ends before the evaluation at its end. Do not register
+    ``fds`` as a submodule of the model. Each checkpoint folder gets a file ``fds.pt``, from which
+    ``train(resume_from_checkpoint=...)`` continues exactly; on several ranks, after a checkpoint within an epoch, up to
+    rounding. With ``ignore_data_skip`` an epoch is restarted, and its statistics are dropped. A hyperparameter search
+    saves no statistics. Gradient checkpointing works.
 
     Args:
-        fds: one FDS or several, each attached by the time training starts.
-        labels_of: where the labels are among the model's keyword inputs: a key, or a function of the dict of them. Pass
-            one for all FDS, or a list with one per FDS. Pass None where the model places them itself. With label
-            smoothing or a ``compute_loss_func`` the Trainer keeps ``labels`` to itself, so hand them to the model under
-            another name, too.
-        resume_from: the folder of the checkpoint to go on from, if it is not in ``output_dir``.
+        fds: one FDS or several, attached before training starts.
+        labels_of: the labels among the model's keyword inputs: a key, or a function of the dict of inputs. Pass one for
+            all FDS, or a list with one per FDS. Pass None if the model provides labels itself. With label smoothing or
+            a ``compute_loss_func`` the Trainer removes ``labels``: pass them to the model under a second name.
+        resume_from: the folder of the checkpoint to resume from, if it is not in ``output_dir``.
     Raises:
-        ValueError: the model gets no labels there. TypeError: they are no tensor. UsageError: an FDS is attached
-        nowhere or is a part of the model, or one process trains on several GPUs. CheckpointError: the checkpoint to go
-        on from has no statistics, those of another run, or those of other bins. Further errors are those of
-        :meth:`FDS.labels` and :meth:`FDS.end_epoch`.
+        ValueError: the model gets no such labels. TypeError: they are not a tensor. UsageError: an FDS is not attached
+        or is a submodule of the model, or one process trains on several GPUs. CheckpointError: the checkpoint has no
+        statistics, or those of another run or of other bins. Further errors are those of :meth:`FDS.labels` and
+        :meth:`FDS.end_epoch`.
     Source:
         Yang et al. 2021, section 3.2 (arXiv:2102.09554), for FDS.
     """
@@ -82,13 +80,13 @@ class FDSCallback(TrainerCallback):
         got, fix = f"{args.n_gpu} in one", "Start one process per GPU (torchrun), or set CUDA_VISIBLE_DEVICES to one."
         require(args.n_gpu <= 1, "each process must train on one GPU", got=got, fix=fix, error=RuntimeError)
         inside = any(part is fds for part in model.modules() for fds in self._driver.all)
-        rule = "fds must be no part of the model, whose buffers each rank overwrites with those of the first"
-        fix = "Keep it in a variable and attach it; this callback saves it."
+        rule = "fds must not be a submodule of the model, whose buffers are overwritten by those of the first rank"
+        fix = "Keep it in a variable and attach it. This callback saves it."
         require(not inside, rule, got="one that is", fix=fix, error=RuntimeError)
         resumed = state.global_step > 0
         if resumed:
             self._load(args, state)
-        over = float(state.epoch or 0).is_integer()  # It was saved after an epoch's last step, perhaps before its end.
+        over = float(state.epoch or 0).is_integer()  # saved after the last step of an epoch, perhaps before its end
         self._driver.start(resumed=resumed and (over or not args.ignore_data_skip))
         if over:
             self._driver.end_overdue_epoch()
@@ -107,7 +105,7 @@ class FDSCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_hyper_param_search:
             return
-        saved = self._driver.state_dict() | {"of": _fingerprint(state)}  # All ranks do this, since it sums over them.
+        saved = self._driver.state_dict() | {"of": _fingerprint(state)}  # on all ranks, since it sums over them
         if args.should_save:
             save_checkpoint(_folder(args, state) / _FILE, saved)
 
@@ -118,15 +116,15 @@ class FDSCallback(TrainerCallback):
 
     def _load(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = self._resume_from or _folder(args, state)
-        rule, got = "the checkpoint to go on from must hold FDS statistics", f"no file {str(folder / _FILE)!r}"
+        rule, got = "the checkpoint must hold FDS statistics", f"no file {str(folder / _FILE)!r}"
         fix = (
-            "Pass resume_from= the folder of the checkpoint if it lies elsewhere. If it was saved without this "
+            "Pass resume_from= the folder of the checkpoint if it is elsewhere. If it was saved without this "
             "callback, load its weights into the model and train without resume_from_checkpoint."
         )
         require((folder / _FILE).exists(), rule, got=got, fix=fix, error=CheckpointError)
         saved = load_checkpoint(folder / _FILE)
         same = saved.pop("of", None) == _fingerprint(state)
-        rule = "the FDS statistics must be of the checkpoint to go on from"
+        rule = "the FDS statistics must be those of the checkpoint"
         got, fix = f"those of another in {str(folder)!r}", "Pass resume_from= the folder that train() resumes from."
         require(same, rule, got=got, fix=fix, error=CheckpointError)
         self._driver.load_state_dict(saved)
@@ -150,6 +148,6 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _fingerprint(state: TrainerState) -> str:
-    """What tells the ``trainer_state.json`` of a checkpoint from that of any other run or step."""
+    """A digest that identifies the run and the step of a ``trainer_state.json``."""
     content = json.dumps([state.global_step, state.epoch, state.total_flos, state.log_history], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Backbone, feature smoothing, head, loss and prior as one module: continuous labels and classes by the same path."""
+"""Models of backbone, feature smoothing, head, loss and prior, for continuous labels and classes."""
 
 from .model import LongTailModel
 from .readouts import BinsReadout, ClassReadout, GaussianReadout, LongTailOutput, PointReadout

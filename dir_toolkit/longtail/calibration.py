@@ -1,8 +1,8 @@
 """Temperature and tau, chosen on validation data.
 
-Held-out labels are few where labels are rare, and they need not be distributed as those of training are. So every error
-and every log score is a sum over the label axis, in which each bin counts by a share that is known beforehand and is
-represented by the held-out labels in it or nearest to it.
+Held-out data have few rare labels, and may be distributed differently from training data. Every error and every log
+score is therefore a weighted sum over bins. The weight of a bin is known beforehand, and is divided among the held-out
+labels in the bin or nearest to it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Judged"]
 
 Judged = Literal["bmae", "mae", "balanced_error", "error"]
 
-_NEAREST = 3  # labels that are enough to stand for a bin
+_NEAREST = 3  # the number of labels that represent a bin
 
 
 def calibrate(
@@ -69,10 +69,11 @@ def choose_tau(
 
 
 def row_weights(share: np.ndarray, row: np.ndarray, bins: Bins) -> np.ndarray:
-    """What each of the labels in these bins weighs, if each bin is to count by its share: (N,) float64, summing to one.
+    """The weights (N,) of labels in these bins, such that each bin has its share as total weight. They are float64 and
+    sum to one.
 
-    A bin is represented by its own labels or, where it has fewer than three, by those up to as many bins away on either
-    side as hold three. A class is represented by its own labels alone, and does not count if it has none.
+    A bin with fewer than three labels is represented by the labels of a window of bins around it that holds three. A
+    class is represented by its own labels alone, and is ignored if it has none.
 
     Shape:
         share: (B,). row: (N,) int64.
@@ -90,7 +91,7 @@ def row_weights(share: np.ndarray, row: np.ndarray, bins: Bins) -> np.ndarray:
 
 
 class _Choice:
-    """Held-out labels and what the model says of them, once both were checked."""
+    """Checked held-out labels and scores."""
 
     def __init__(self, model: LongTailModel, prior: Tensor, scores: Any, labels: Any, outside: Outside | None) -> None:
         self.readout, self.bins, self.prior = _with_prior(model), model.bins, prior
@@ -114,7 +115,7 @@ class _Choice:
         )
 
     def temperature(self) -> float:
-        """The one with the best log score of the labels' bins, were they distributed as in training."""
+        """The temperature with the best log score of the labels' bins, weighted as in training."""
         weight = row_weights(self.prior.numpy(), self.row, self.bins)
         logits, offset = self.logits.cpu().double().numpy(), self.readout.loss_offset.cpu().double().numpy()
         return best_temperature(logits, self.row, weight, offset)
@@ -139,15 +140,16 @@ class _Choice:
         return search_tau(errors_at, taus, by, temperature=temperature, samples=len(self.row), bound=bound)
 
     def _weight(self) -> np.ndarray:
-        """Of each label, so that each bin counts alike that has training labels or held-out ones."""
+        """The weight of each label, such that all bins with training or held-out labels have weights proportional to
+        their widths."""
         density, held = self.readout.density, np.bincount(self.row, minlength=len(self.bins)) > 0
-        assert density is not None  # since there is a prior
+        assert density is not None  # a prior needs a density
         if self.bins.categorical and len(absent := np.flatnonzero(~held)):
-            warn(f"no validation label of {len(absent)} of {len(held)} classes, which do not count therefore.")
+            warn(f"no validation label of {len(absent)} of {len(held)} classes, which are ignored.")
         return row_weights(np.where(held | (density.counts > 0), self.bins.relative_widths, 0.0), self.row, self.bins)
 
     def _regions(self) -> dict[str, np.ndarray]:
-        """Which labels lie in each region of the training labels that has any."""
+        """The labels in each region of the training density that has any."""
         assert self.readout.density is not None
         region = self.readout.density.regions()[self.row]
         return {name: region == name for name in ("many", "medium", "few", "unseen") if (region == name).any()}

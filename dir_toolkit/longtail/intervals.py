@@ -1,4 +1,4 @@
-"""The calibrated intervals of a model, as a part of it that is moved, copied and saved with it."""
+"""The calibrated intervals of a model, a submodule that is moved, copied and saved with it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..labels.bins import Bins
 
 
 class CalibratedIntervals(Float64Module):
-    """What a calibration has left: a threshold for each bin, for one level.
+    """The result of a calibration: one threshold per bin, for one level.
 
     Attributes:
-        thresholds: (B,), in at least float32, whatever dtype the model is cast to.
-        level: (1,). It is zero before the first calibration, and below zero once the prior is another.
+        thresholds: (B,), in at least float32 even if the model is cast.
+        level: (1,). It is zero before the first calibration, and negative after the prior has changed.
     """
 
     thresholds: Tensor
@@ -37,11 +37,11 @@ class CalibratedIntervals(Float64Module):
 
     @property
     def exact_level(self) -> float:
-        """The level as the decimal that float32 has rounded."""
+        """The level as a decimal, without float32 rounding."""
         return float(f"{self.level.item():.6g}")
 
     def known(self, level: Any) -> bool:
-        """Whether there are any, which must then be of this level and of the prior of the predictions."""
+        """Whether intervals are calibrated. Raises if they are for another level or another prior."""
         own = self.exact_level
         rule, fix = "intervals must be calibrated under the prior of the predictions", "Call calibrate_intervals again."
         require(own >= 0, rule, got="a prior that was set afterwards", fix=fix, error=RuntimeError)

@@ -1,4 +1,4 @@
-"""The model: a backbone, a head, and a readout that knows what the head's numbers mean."""
+"""The model: a backbone, a head, and a readout that interprets the output of the head."""
 
 from __future__ import annotations
 
@@ -50,78 +50,74 @@ HeadName = Literal["regression", "gaussian", "linear", "cosine", "affinity", "co
 
 
 class LongTailModel(nn.Module):
-    r"""A backbone with all that long-tailed labels ask for, each part optional, over classes or a continuous axis.
+    r"""A model for long-tailed labels: backbone, head, loss, and optional smoothing, weights and prior adjustment.
 
-    On a continuous axis a head scores bins, is trained on labels that are spread over neighbouring bins, and is decoded
-    into a label. Its softmax is the posterior under the training prior. It is carried to any other prior as that of
-    classes is:
+    By default, on a continuous axis the head scores bins, is trained on soft labels, and its distribution is decoded
+    into a label. Over ``Bins.classes`` the model is a plain classifier. In both cases the softmax is the posterior
+    under the training prior, which logit adjustment converts to a target prior:
 
     .. math:: P(b|x) = \mathrm{softmax}\big(s_b / T - \tau \log (\pi_b / u_b) + \log (P_{target}(b) / u_b)\big),
 
-    with :math:`\pi` the training prior, which is the shares of labels times the weights that their loss had, spread
-    over bins as the loss spreads labels, and :math:`u` the shares of the bins' widths. So a network that learns nothing
-    from its inputs answers with the target at :math:`\tau = 1`. Over ``Bins.classes`` the same path is plain
-    classification with logit adjustment.
+    Here :math:`\pi` is the training prior: the shares of labels times their loss weights, smoothed as the loss smooths
+    labels. :math:`u_b` is the width of bin b as a share of the axis, and T is the temperature.
 
-    ``model(x, labels)`` computes the loss, too; in training it hands the labels to ``fds``. With
-    :func:`dir_toolkit.experiment.training.loop.fit` use ``loss=model.criterion`` and, if there is one,
-    ``fds=model.fds``. In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is not a submodule, so that
-    DistributedDataParallel does not send its buffers around; it goes along with ``to()``, with copies, and with the
-    ``state_dict``.
+    The usual order is :meth:`for_labels`, training with ``model(x, labels).loss``, :meth:`calibrate` on validation
+    data, and :meth:`predict`. Without :meth:`calibrate` or ``target_prior`` predictions are not adjusted towards rare
+    labels.
 
-    ``torch.export`` takes and saves every model. ``torch.onnx`` has no search among sorted numbers, which the median
-    needs: convert a model with ``decode="expectation"`` or ``"mode"``.
+    With :func:`dir_toolkit.experiment.training.loop.fit` use ``loss=model.criterion`` and, if there is one,
+    ``fds=model.fds``. In other loops call ``model.fds.end_epoch()`` after each epoch. FDS is not a submodule, since
+    DistributedDataParallel would broadcast its buffers. It still follows ``to()``, copies and the ``state_dict``.
+
+    ``torch.export`` works for every model. ``torch.onnx`` cannot convert the median: use ``decode="expectation"`` or
+    ``"mode"``.
 
     Args:
-        num_features: D, the number of features that the backbone gives.
+        backbone: a module from inputs to features (N, D).
+        num_features: the number of features, D.
         bins: the label axis.
-        density: of the training labels, as counted, over these bins. A prior and ``"balanced_mse"`` need it. Where a
-            sampler draws the labels, it is the density of what is drawn:
-            ``LabelDensity.count(labels[sampler.order(0)], bins)``.
-        head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"coral"`` or ``"corn"``, which do so by
-            an ordinal question at each border of two bins; ``"regression"``, one number, or ``"gaussian"``, a mean and
-            a variance, both around the density's median in units of its standard deviation (without a density, those of
-            evenly spread labels); or a module from (N, D) to (N, B) that scores bins. Affinities
-            a are read as logits log a, so that they are shares once divided by their sum. On a continuous axis each bin
-            has one prototype, and each class has five.
-        loss: by name, of which the first is the default. Bins: ``"cross_entropy"``, ``"coral_loss"``, the first with
-            ``"coral"``, ``"crps"``, ``"squared_emd"``. Classes: ``"cross_entropy"``; with affinities
-            ``"affinity_loss"``, which adds the head's diversity, or ``"cross_entropy"``. Regression:
+        density: the counted density of the training labels over these bins. A prior and ``"balanced_mse"`` need it.
+            With a sampler count the labels that it draws: ``LabelDensity.count(labels[sampler.order(0)], bins)``.
+        head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"coral"`` or ``"corn"``, which score
+            them by one binary ordinal classifier per inner edge; ``"regression"``, one number per sample;
+            ``"gaussian"``, a mean and a variance; or a module from (N, D) to (N, B). The last two named heads work in
+            standardized labels, with the median and the standard deviation of the density. The logits of affinities are
+            their logarithms. An affinity head has one prototype per bin, or five per class.
+        loss: a name; the first is the default. Bins: ``"cross_entropy"``, ``"coral_loss"`` (the default of
+            ``"coral"``), ``"crps"``, ``"squared_emd"``. Classes: ``"cross_entropy"``; with affinities
+            ``"affinity_loss"``, which adds the head's diversity term, or ``"cross_entropy"``. Regression:
             ``"weighted_l1"``, ``"weighted_mse"``, ``"weighted_huber"``, ``"weighted_focal_l1"``,
             ``"weighted_focal_mse"``, ``"balanced_mse"``, ``"ccc_loss"``. Gaussian: ``"gaussian_nll"``. Or a function or
-            module, called as ``loss(scores, labels, weight)``, that returns the mean over samples. Named losses in
-            label units are divided by the labels' spread, and squared errors by its square. The unit of Huber's loss
-            and of the focal losses is a tenth of the spread.
-        fds: not attached yet; the model attaches it to what its head takes.
-        weights: fitted, over these bins or others of the axis. They weigh the loss where no weights are given, in eval
-            mode, too. Weights are a part of the training prior; so a model that is trained with weights should know
-            them here, however they reach its loss.
-        outside: what a label beyond the axis does in the loss. ``"raise"`` refuses it; ``"clip"`` places it in the end
-            bin, while its error stays exact; ``"drop"`` counts it nowhere, as a weight of zero does. An ``fds`` must
-            drop, too, where the model does.
-        missing: what NaN does in the loss. ``"raise"`` refuses it; ``"drop"`` takes it for a missing label: the loss is
-            the mean over the others, and nothing of it is left where there are none. An ``fds`` must drop, too.
-        options: those of the readout, which head and axis decide: :class:`BinsReadout`, :class:`ClassReadout`,
+            module ``loss(scores, labels, weight)`` that returns the mean over samples. Named losses in label units are
+            divided by the standard deviation of the labels, and squared errors by the variance. For Huber and focal
+            losses a tenth of the standard deviation is the unit.
+        fds: an FDS over the features, not attached yet. The model attaches it to the input of its head.
+        weights: a fitted LDS for the loss, used in training and eval mode unless weights are passed. Weights change the
+            training prior. Pass them here even if your own loop weights the loss.
+        outside: for labels beyond the axis in the loss: ``"raise"``; ``"clip"``, which uses the end bin, or the exact
+            error; or ``"drop"``, which ignores them. If the model drops, ``fds`` must also drop.
+        missing: for NaN labels in the loss: ``"raise"``; or ``"drop"``, which takes the mean over the other samples. If
+            the model drops, ``fds`` must also drop.
+        options: those of the readout, which depends on head and axis: :class:`BinsReadout`, :class:`ClassReadout`,
             :class:`GaussianReadout` or :class:`PointReadout`.
     Attributes:
         backbone, head, readout: the three parts.
-        fds, weights, bins, density: as given.
+        fds, weights, bins, density: the arguments.
     Shape:
-        forward: x as the backbone takes it; labels, weight: (N,). Returns :class:`LongTailOutput`. Floats are float32
-        or wider, under autocast, too.
+        forward: x as for the backbone; labels, weight: (N,). Returns :class:`LongTailOutput`. Floats are float32 or
+            wider, even under autocast.
 
-        A backbone may give features (N, T, D), one row per step of a sequence, or per pixel with D last. All that is
-        returned then begins with (N, T). Labels and weights are (N, T), or (N,) where all steps of a sequence share
-        them. Steps that are padding have the label NaN under ``missing="drop"``, or weight 0.
+        A backbone may also return features (N, T, D), one row per step of a sequence or per pixel. All outputs then
+        begin with (N, T). Labels and weights are (N, T), or (N,) for one per sequence. Padding steps have the label NaN
+        with ``missing="drop"``, or weight 0.
     Units:
-        labels, sigma and predictions in those of the axis, in float64 where float32 does not tell its bins apart;
-        ``"cross_entropy"``, ``"coral_loss"`` and ``"gaussian_nll"`` in nats, other named losses in spreads of labels.
+        labels, sigma and predictions are in label units; ``"cross_entropy"``, ``"coral_loss"`` and ``"gaussian_nll"``
+        in nats, other named losses in standard deviations of the labels.
     Raises:
         ShapeError: head or backbone do not fit features and axis, or labels or weights do not fit features. TypeError:
-        an option is none of the readout's, or a part is of another kind. ValueError: a word is unknown, a number is
-        out of range, or there is no density where one is needed. NotFittedError: weights are not fitted where a prior
-        is asked for. LabelError: a label is NaN, unless missing ones are dropped, or lies beyond the axis under
-        ``"raise"``; on accelerators the loss is NaN instead.
+            an option is not one of the readout's, or an argument has the wrong type. ValueError: a name is unknown, a
+            number is out of range, or a density is missing. NotFittedError: weights are not fitted. LabelError: a label
+            is NaN or beyond the axis under ``"raise"``; on accelerators the loss is NaN instead.
     Source:
         Menon et al. 2021 (arXiv:2007.07314) for the adjustment; Yang et al. 2021 (arXiv:2102.09554) for smoothing.
 
@@ -172,12 +168,12 @@ class LongTailModel(nn.Module):
         self.backbone, self.num_features = backbone, (takes := length("num_features", num_features))
         gives = getattr(backbone, "num_features", takes)
         require(gives == takes, f"num_features must be the backbone's {gives}", got=takes, error=ShapeError)
-        self.neck = nn.Identity()  # FDS is attached here, so that all that reads features reads calibrated ones.
+        self.neck = nn.Identity()  # FDS is attached here, so that head and readout get calibrated features
         self.head = kind.make_head(head, self.num_features, bins)
         self._head = head if isinstance(head, str) else None
         self.weights = weights
         self.readout: Readout = kind(Setup(self.num_features, bins, density, weights, self.head, loss), **options)
-        self.__dict__["fds"] = fds  # no submodule
+        self.__dict__["fds"] = fds  # not a submodule
         if fds is not None:
             self._attach(fds)
 
@@ -192,18 +188,18 @@ class LongTailModel(nn.Module):
         for_metric: Literal["mae", "bmae", "mse", "rmse"] | None = None,
         **options: Any,
     ) -> LongTailModel:
-        """A model over the axis that these training labels ask for, with their density.
+        """A model with bins and density from the training labels.
 
-        After training, :meth:`calibrate` finds how far to go towards rare labels.
+        After training call :meth:`calibrate`, which chooses the adjustment towards rare labels.
 
         Args:
-            labels: of all training samples: an array, a tensor, a list or a column. For classes pass
-                ``bins=Bins.classes(n)``, since whole numbers may as well be ages.
-            bins: the axis; None makes ``Bins.auto(labels)``, whose ``why`` says what was recognised.
-            for_metric: what predictions will be judged by, on a continuous axis. Distributions over bins are decoded by
-                their median for absolute errors and by their expectation for squared ones, and ``head="regression"`` is
-                trained by the absolute or the squared error. None leaves all as it is without.
-            options: as those of the model and its readout. They come before what ``for_metric`` would choose.
+            labels: the labels of all training samples: an array, a tensor, a list or a column. For classes pass
+                ``bins=Bins.classes(n)``, since whole numbers could also be ages.
+            bins: the axis; None means ``Bins.auto(labels)``.
+            for_metric: the metric of predictions on a continuous axis. For absolute errors it decodes by the median,
+                and for squared errors by the expectation. ``head="regression"`` is trained with the absolute or the
+                squared error. None uses the defaults.
+            options: those of the model and its readout. They override ``for_metric``.
         Raises:
             as :class:`LongTailModel`, :meth:`Bins.auto` and :meth:`LabelDensity.count`; ValueError: ``for_metric`` is
             unknown, or given for classes.
@@ -242,12 +238,12 @@ class LongTailModel(nn.Module):
 
     def _calibrated(self, features: Tensor, labels: Tensor | None, index: Tensor | None) -> Tensor:
         if not self.training and torch.compiler.is_compiling():
-            return features  # A compiled graph in eval mode has no use for the hook, which would break it.
+            return features  # skips the FDS hook, which would break a compiled graph
         if self.fds is None or not self.training or labels is None or index is None:
             return self.neck(features)
         return self._neck_under(labels, index, features)
 
-    @torch._disable_dynamo  # so that the compiler breaks its graph once, around all of FDS, and not within a with
+    @torch._disable_dynamo  # one graph break around all of FDS
     def _neck_under(self, labels: Tensor, index: Tensor, features: Tensor) -> Tensor:
         assert self.fds is not None
         within: AbstractContextManager[None]
@@ -259,7 +255,7 @@ class LongTailModel(nn.Module):
             return self.neck(features)
 
     def read(self, features: Tensor) -> LongTailOutput:
-        """What the model says about features that its backbone gave before. No FDS calibrates them.
+        """The output for features that the backbone computed before. FDS does not calibrate them.
 
         Shape:
             features: (N, num_features), or (N, T, num_features).
@@ -268,11 +264,10 @@ class LongTailModel(nn.Module):
         return self._of_shape(self.readout(self.head(features), features, features), shape)
 
     def criterion(self, output: LongTailOutput, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The mean loss of what ``model(x)`` returned, with all its terms; ``model(x, labels)`` computes the same.
+        """The mean loss of an output of ``model(x)``. ``model(x, labels)`` computes the same.
 
         Args:
-            weight: >= 0, one per sample; None takes those of ``weights``. The sum over the batch is divided by N, not
-                by the sum of weights.
+            weight: >= 0, one per sample; None takes those of ``weights``.
         Shape:
             labels, weight: as those of the model. Returns ().
         Raises:
@@ -286,8 +281,8 @@ class LongTailModel(nn.Module):
     def _placed_rows(
         self, labels: Tensor, weight: Tensor | None, shape: torch.Size, rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The label, the bin and the weight of each row, (M,). This is the one place where a batch of labels meets the
-        axis: the bins are as :meth:`Bins.place` answers."""
+        """The label, the bin and the weight of each row, (M,). Bins come from :meth:`Bins.place`, which is called once
+        per batch."""
         labels = one_per_row("labels", labels, shape, rows)
         weight = None if weight is None else one_per_row("weight", weight, shape, rows)
         return labels, self.bins.place(labels, self.outside, self.missing), weight
@@ -313,16 +308,16 @@ class LongTailModel(nn.Module):
         if "drop" in (self.outside, self.missing):
             counts = index >= 0
             weight = counts.to(output.scores.dtype) if weight is None else torch.where(counts, weight, 0)
-        if self.missing == "drop":  # Missing labels are not samples, of which the loss would be the mean.
+        if self.missing == "drop":  # the mean is over samples with a label
             weight = weight * (len(labels) / (~labels.isnan()).sum().clamp_min(1))  # type: ignore[operator]
         loss = self.readout.criterion(output, placed, weight, self.head)
         if readable(labels):
             return loss
-        # Where values cannot be looked at, a label that should not be there makes the loss NaN.
+        # Where values cannot be read, an invalid label makes the loss NaN.
         return loss * torch.where((index > -2).all(), 1.0, torch.nan).to(loss.dtype)
 
     def _clipped(self, labels: Tensor) -> Tensor:
-        """Labels as they are, or with ``outside="clip"`` or bins without bounds those beyond the axis at its end."""
+        """The labels. With ``outside="clip"`` or unbounded bins they are clipped to the axis."""
         if self.outside != "clip" and not self.bins.unbounded:
             return labels
         if self.bins.categorical:
@@ -330,7 +325,7 @@ class LongTailModel(nn.Module):
         return labels.to(self.bins.wide_dtype(labels)).clamp(float(self.bins.edges[0]), float(self.bins.edges[-1]))
 
     def _shares_bins(self, bins: AnyBins) -> bool:
-        """Whether labels that are placed on the model's bins are placed on these as well."""
+        """Whether the bins and the way to place labels on them are equal to the model's."""
         return bins is self.bins or bins == self.bins
 
     def set_prior(
@@ -341,15 +336,15 @@ class LongTailModel(nn.Module):
         kernel: PriorKernel = "auto",
         temperature: float | None = None,
     ) -> None:
-        """Choose, after training, the prior under which the model predicts. Its buffers change, no parameter does.
+        """Set the prior under which the model predicts. This changes buffers, not parameters.
 
-        Where the prior was adjusted in the loss already, what the scores know of it is taken off first. Intervals that
-        were calibrated before are of another prior then. A warning says so, and they must be calibrated again.
+        With ``adjust="in_loss"`` the adjustment in the loss is taken into account. Intervals that were calibrated
+        before must be calibrated again, and a warning is issued.
 
         Args:
-            target_prior, tau: as those of the readout; :meth:`calibrate` and :meth:`choose_tau` find tau.
-            kernel: as ``prior_kernel`` of the readout; ``"auto"`` takes the readout's own.
-            temperature: > 0; None leaves it as it is.
+            target_prior, tau: as in the readout. :meth:`calibrate` and :meth:`choose_tau` choose tau.
+            kernel: as ``prior_kernel`` of the readout; ``"auto"`` takes that of the readout.
+            temperature: > 0; None keeps the current one.
         Raises:
             ValueError: there is no density, the target has another length or is not a distribution, or a number is out
             of range. RuntimeError: the head has no bins.
@@ -367,32 +362,32 @@ class LongTailModel(nn.Module):
         kernel: PriorKernel = "auto",
         outside: Outside | None = None,
     ) -> TauChoice:
-        """The tau with which ``set_prior("uniform", tau)`` errs least on validation data. The model stays as it is.
+        """Choose the tau for ``set_prior("uniform", tau)`` on validation data. The model does not change.
 
-        The criterion counts each bin alike that has training or held-out labels, as wide as it is. A bin of fewer than
-        three held-out labels is judged by the nearest ones too, since where labels are rare most bins have none.
-        Held-out labels may be distributed otherwise than those of training.
+        The criterion is a mean over all bins with training or validation labels, weighted by width. A bin with fewer
+        than three validation labels is represented by the nearest labels, since most bins of rare labels have none.
+        Validation labels may be distributed differently from training labels.
 
         Args:
-            scores: as the model gives them, of validation data that training has not seen. The prior that it predicts
-                under now does not matter, and neither do the offsets of ``residual``.
+            scores: ``output.scores`` of validation data that were not used for training. The current prior and the
+                offsets of ``residual`` have no influence.
             labels: in label units.
-            by: ``"bmae"``, the mean absolute error over the axis as above, or ``"mae"``, over samples; of classes
+            by: ``"bmae"``, the mean absolute error over bins, or ``"mae"``, over samples; for classes
                 ``"balanced_error"`` or ``"error"``. None takes the first of the two.
-            taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. A choice at their end is warned of.
-            most_mae: bounds the price, which common labels pay: the most that the MAE over samples, or the error of
-                classes, may be, as a factor >= 1 of what it is at tau 0.
+            taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. A choice at their end causes a warning.
+            most_mae: the largest allowed ratio, >= 1, of the MAE over samples, or the error of classes, to its value at
+                tau 0. It bounds the cost for common labels.
             kernel: as in :meth:`set_prior`.
-            outside: as ``outside`` of the model; None takes the model's own.
+            outside: as in the model; None takes that of the model.
         Shape:
             scores: (N, B) or (N, T, B). labels: as in training.
         Returns:
-            the choice and the curves of both errors and of the MAE by region of training labels, in label units; among
-            equals the middle of the longest run.
+            the choice, and the curves of both errors and of the MAE by region, in label units. Of several best taus it
+            is the middle of their longest run.
         Raises:
             as :meth:`set_prior`; ShapeError: scores and labels do not fit; LabelError: a label lies beyond the axis.
-            ValueError: there is no label, a score is not finite, taus are empty, not rising or negative, or none of
-            them keeps to ``most_mae``. TypeError: scores are no tensor of real numbers.
+            ValueError: there is no label, a score is not finite, taus are empty, not rising or negative, or all violate
+                ``most_mae``. TypeError: scores are not a tensor of real numbers.
         """
         return choose_tau(self, scores, labels, by=by, taus=taus, most_mae=most_mae, kernel=kernel, outside=outside)
 
@@ -405,34 +400,34 @@ class LongTailModel(nn.Module):
         most_mae: float | None = None,
         outside: Outside | None = None,
     ) -> TauChoice:
-        """Choose temperature and tau on validation data, and predict with them from now on.
+        """Choose temperature and tau on validation data, and set them.
 
-        The temperature comes first: the one with the best log score of the labels' bins, under the training prior.
-        Then comes tau, as in :meth:`choose_tau`, and ``set_prior("uniform", tau, temperature=temperature)``. Printed,
-        the result says what errors were without any adjustment and what they are now.
+        First the temperature is fitted by the log score of the labels' bins under the training prior. Then tau is
+        chosen as in :meth:`choose_tau`, and ``set_prior("uniform", tau, temperature=temperature)`` is called. Print the
+        result to see the errors before and after.
 
         Args:
-            scores_or_loader: scores as in :meth:`choose_tau`; or batches, such as a DataLoader's or
-                ``[(inputs, labels)]``, that the model is run on in eval mode.
-            labels: of the scores; None where batches bring their own.
+            scores_or_loader: scores as in :meth:`choose_tau`; or batches, such as a DataLoader or ``[(inputs,
+                labels)]``, on which the model is run in eval mode.
+            labels: the labels of the scores; None for batches.
             by, most_mae, outside: as in :meth:`choose_tau`.
         Raises:
-            as :meth:`choose_tau`. Nothing has changed then.
+            as :meth:`choose_tau`. The model does not change then.
         """
         return calibrate(self, scores_or_loader, labels, by=by, most_mae=most_mae, outside=outside)
 
     def predict(self, inputs: Tensor | Iterable[Any], *, level: float | None = None) -> xr.Dataset:
-        """A table of what the model says of many inputs, with one row per sample, or per sample and step;
-        ``to_dataframe()`` makes it pandas'.
+        """A table of predictions with one row per sample, or per sample and step. ``to_dataframe()`` converts it to
+        pandas.
 
-        Its columns are ``prediction``; ``lower`` and ``upper``, the ends of :meth:`interval`, unless the readout has
-        none, as that of classes or of one number that is not calibrated; and ``region``, whether training labels were
-        many or few in the bin of the prediction (:meth:`dir_toolkit.LabelDensity.regions`), if there is a density.
+        Its columns are ``prediction``; ``lower`` and ``upper``, the ends of :meth:`interval`, if the readout has
+        intervals; and ``region``, the region of the training density at the prediction
+        (:meth:`dir_toolkit.LabelDensity.regions`), if there is a density.
 
         Args:
-            inputs: one batch of what the backbone takes, as a tensor; or batches, such as a DataLoader's, of inputs or
-                of pairs of inputs and labels. The model runs on them in eval mode, on its own device.
-            level: as that of :meth:`interval`. A level asks for ends, and so refuses a readout that has none.
+            inputs: one batch of inputs as a tensor; or batches, such as a DataLoader, of inputs or of pairs of inputs
+                and labels. The model runs in eval mode, on its own device.
+            level: as in :meth:`interval`. If it is given, a readout without intervals raises an error.
         Raises:
             as :meth:`interval`. ValueError: a prediction is NaN or infinite, or there is no batch. TypeError: the
             inputs are not batches.
@@ -450,29 +445,26 @@ class LongTailModel(nn.Module):
         gamma: float = 0.5,
         outside: Outside | None = None,
     ) -> None:
-        """Calibrate :meth:`sets` and :meth:`interval`, their hull, on held-out data, so that they hold at least a share
-        ``level`` of the labels of each region, rare or common, whatever the model is worth
-        (:mod:`dir_toolkit.conformal`).
+        """Calibrate :meth:`sets` and :meth:`interval` on held-out data by conformal prediction.
 
-        These data must have chosen nothing: no parameter, epoch, temperature or tau, nor an estimated prior. Split them
-        off first. Calibrate last, under the prior that is predicted under. What :meth:`set_prior` changes afterwards is
-        warned of, and :meth:`interval` refuses then. More training is not seen, and needs a new calibration, too. The
+        They then hold at least a share ``level`` of the labels of each region, rare or common, for any model
+        (:mod:`dir_toolkit.conformal`). Use data that were not used for training, nor to choose the epoch, the
+        temperature, tau or a prior. Calibrate last: after :meth:`set_prior` or more training calibrate again. The
         thresholds are in the ``state_dict``.
 
         Args:
-            scores: as the model gives them in eval mode.
+            scores: ``output.scores`` of the model in eval mode.
             labels: in label units.
             level: in (0, 1).
-            regions, per_region: as those of :class:`dir_toolkit.conformal.PointConformal`.
-            gamma: as that of :class:`dir_toolkit.conformal.BinsConformal`, with the training prior, for heads that
-                score bins or classes. Others have no use for it.
+            regions, per_region: as in :class:`dir_toolkit.conformal.PointConformal`.
+            gamma: as in :class:`dir_toolkit.conformal.BinsConformal`, with the training prior. Other heads ignore it.
             outside: as ``outside`` of the model; None takes the model's own.
         Shape:
             scores, labels: as in :class:`LongTailOutput` and in training.
         Raises:
-            ShapeError: the shapes do not fit. LabelError: a label is NaN and the model does not drop missing ones, or
-            it lies beyond the axis. ValueError: there is no density or no sample, a score is not finite, or a number is
-            out of range.
+            ShapeError: the shapes do not fit. LabelError: a label is NaN or lies beyond the axis, and the model does
+            not drop it. ValueError: there is no density or no sample, a score is not finite, or a number is out of
+            range.
         """
         outside = self.outside if outside is None else outside
         scores, shape = as_rows(scores, len(self.readout.score_shape))
@@ -490,33 +482,33 @@ class LongTailModel(nn.Module):
         )  # fmt: skip
 
     def interval(self, output: LongTailOutput | Tensor, level: float | None = None) -> tuple[Tensor, Tensor]:
-        """The interval that is to hold a label with at least the probability ``level``.
+        """Prediction intervals with the probability ``level``.
 
-        After :meth:`calibrate_intervals` it is the hull of the calibrated set. Around numbers it can be infinite, where
-        calibration samples were too few. Before, it is the central interval of the model's own distribution, which is
-        right as far as that distribution is.
+        After :meth:`calibrate_intervals` it is the hull of the calibrated set, which can be infinite if there were too
+        few calibration samples. Before, it is the central interval of the predicted distribution.
 
         Args:
-            output: of the model, or its ``distribution``; with ``"gaussian"`` and ``"regression"``, its ``scores``.
-            level: in (0, 1). None is the calibrated one, which is the only one there is then, and 0.9 before.
+            output: the model's output or its ``distribution``; with ``"gaussian"`` and ``"regression"``, its
+                ``scores``.
+            level: in (0, 1). After calibration only the calibrated level is possible. None means that level, or 0.9
+                before calibration.
         Shape:
             Returns the lower and the upper end, each as the predictions.
         Units:
             those of the label.
         Raises:
             ValueError: the level lies outside (0, 1), or is not the calibrated one. RuntimeError: the head scores
-            classes, which have no order, or gives one number, which is not a distribution, and is not calibrated; or
-            the prior was set after calibration.
+                classes; the head predicts one number and is not calibrated; or the prior was set after calibration.
         """
         rows, shape = as_rows(output, len(self.readout.score_shape))
         lower, upper = self.readout.interval(rows, level)
         return of_shape(lower, shape), of_shape(upper, shape)
 
     def sets(self, output: LongTailOutput | Tensor, level: float | None = None) -> Tensor:
-        """The classes, or the bins, that could hold the label, as calibrated by :meth:`calibrate_intervals`.
+        """Prediction sets of classes or bins, calibrated by :meth:`calibrate_intervals`.
 
         Args:
-            output, level: as those of :meth:`interval`.
+            output, level: as in :meth:`interval`.
         Shape:
             Returns (N, B), or (N, T, B), bool.
         Raises:
@@ -559,18 +551,17 @@ class LongTailModel(nn.Module):
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all that predictions need into one file, which :func:`dir_toolkit.load` reads: the numbers of backbone
-        and head, axis, density, weights, options, prior, tau, temperature and calibrated intervals. It needs the
-        package ``safetensors``.
+        """Save the model in one file for :func:`dir_toolkit.load`. It needs the package ``safetensors``.
 
-        The code of the backbone is not saved, nor that of a head or loss of one's own; they are handed to ``load``.
-        Neither are the statistics of FDS, which predictions do not need.
+        The file holds all parameters and buffers, axis, density, weights, options, prior and calibrated intervals. It
+        holds no code: pass the backbone, and a custom head or loss, to ``load``. It does not hold the statistics of
+        FDS, which predictions do not need.
 
         Args:
-            path: of a file, which is replaced as a whole or not at all.
+            path: a file, which is replaced atomically.
         Raises:
-            ImportError: safetensors is not installed. FileNotFoundError: the folder does not exist. TypeError: a module
-            keeps a state that is not a tensor.
+            ImportError: safetensors is not installed. FileNotFoundError: the folder does not exist. TypeError: the
+                extra state of a module is not a tensor.
         """
         from .saving import save
 
@@ -581,12 +572,12 @@ class LongTailModel(nn.Module):
         return pack({"bins": self.bins.settings, "fds": None if without else dict(self.fds.state_dict())})  # type: ignore[union-attr]
 
     def set_extra_state(self, state: Tensor) -> None:
-        """``load_state_dict`` has taken it up before anything of the model changed; others hand over nothing else."""
+        """Do nothing: ``load_state_dict`` has read it before."""
         if self.__dict__.pop("_taken_up", None) is not state:
             self._take_up(state, assign=False)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, but a state that is refused changes nothing; for this all numbers are held twice meanwhile."""
+        """As in torch, but if it raises, nothing changes. It holds all tensors twice."""
         with whole_or_not_at_all(self, *([] if self.fds is None else [self.fds])):
             return super().load_state_dict(state_dict, strict, assign)
 
@@ -605,7 +596,7 @@ class LongTailModel(nn.Module):
         state = unpack(packed)
         keys("the saved state", state, ("bins", "fds"))
         same_bins("the saved model", Bins.from_dict(state["bins"]), self.bins, error=CheckpointError)
-        if self.fds is None:  # There is nothing to calibrate; predictions do not need the statistics.
+        if self.fds is None:  # predictions do not need the statistics
             return
         if state["fds"] is None:
             fix = "Build the model without fds."
@@ -614,7 +605,7 @@ class LongTailModel(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the model was made with, except for its backbone, and the prior that it predicts under now."""
+        """The arguments of the model except for its backbone, and its current prior."""
         return {
             "num_features": self.num_features,
             "bins": self.bins,
@@ -632,7 +623,7 @@ class LongTailModel(nn.Module):
 
 
 def _check_labels(name: str, part: FDS | LDS, bins: Bins) -> None:
-    """A part may cut the axis into bins of its own, but it must take the same labels."""
+    """Check that a part takes the same kind of labels. Its bins may differ."""
     same = isinstance(part.bins, Bins) and part.bins.categorical == bins.categorical
     axis = "classes" if bins.categorical else "a continuous label axis"
     require(same, f"{name} must be over {axis}, as the model is", got=part.bins)

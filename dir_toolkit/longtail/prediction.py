@@ -1,4 +1,4 @@
-"""What a model says of many inputs, batch by batch, and a table of it."""
+"""Predictions over batches, and tables of them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def predict(model: LongTailModel, inputs: Any, level: float | None) -> xr.Datase
 
 
 def columns(model: LongTailModel, output: LongTailOutput, level: float | None, ends: bool) -> list[np.ndarray]:
-    """Predictions of a batch, and the ends of their intervals where they are asked for."""
+    """The predictions of a batch and, with ``ends``, the ends of their intervals."""
     finite(predictions=output.prediction.cpu())
-    found = [output.prediction, *(model.interval(output, level) if ends else ())]
-    return [column.cpu().numpy() for column in found]
+    parts = [output.prediction, *(model.interval(output, level) if ends else ())]
+    return [column.cpu().numpy() for column in parts]
 
 
 def table(model: LongTailModel, batches: Sequence[list[np.ndarray]], level: float | None) -> xr.Dataset:
@@ -56,13 +56,13 @@ def table(model: LongTailModel, batches: Sequence[list[np.ndarray]], level: floa
 
 @torch.no_grad()
 def read_batches(model: nn.Module, batches: Any, read: Callable[[LongTailOutput, Any], T]) -> list[T]:
-    """What ``read`` takes from the output and the labels of each batch. The model runs in eval mode, on its own device,
-    and every module gets its own mode back.
+    """The results of ``read`` on the output and the labels of each batch. The model runs in eval mode, on its own
+    device, and modes are restored.
 
     Args:
-        batches: an iterable of inputs, of lists of inputs alone, or of pairs of inputs and labels; or one batch of
-            inputs as a tensor. Inputs are what the backbone takes, such as a tensor or a dict of tensors.
-        read: called with labels of None where there are none.
+        batches: an iterable of inputs, of one-element lists of inputs, or of pairs of inputs and labels; or one batch
+            of inputs as a tensor. Inputs are as for the backbone, such as a tensor or a dict of tensors.
+        read: called with the output and the labels, or None.
     """
     rule, fix = "a tensor or a loader of batches is needed", "Use a DataLoader, or [(inputs, labels)]."
     require(isinstance(batches, Iterable), rule, got=type(batches), fix=fix, error=TypeError)

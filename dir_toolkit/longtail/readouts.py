@@ -1,11 +1,11 @@
-"""Readouts: what the numbers of a head mean, how labels become their loss, and how they become a prediction.
+"""Readouts interpret the output of a head: they define targets, loss, prediction and intervals.
 
-There is one readout per kind of answer: a number, a Gaussian, a distribution over the bins of a continuous axis, or a
-class. Each owns its options (the keyword-only arguments of its constructor), the heads that can be named, the losses
-that can be named, and its decoding. :class:`dir_toolkit.LongTailModel` builds the one that suits its head and its axis.
+There is one readout per kind of output: a number, a Gaussian, a distribution over the bins of a continuous axis, or a
+distribution over classes. Each has its own options (the keyword-only arguments of its constructor), named heads, named
+losses and decoding. :class:`dir_toolkit.LongTailModel` creates the readout for its head and its axis.
 
 Losses in label units are divided by the spread of the labels (squared errors by its square), so that a model does not
-depend on the unit of its labels. The spread is the standard deviation of the density, or of evenly spread labels where
+depend on the unit of its labels. The spread is the standard deviation of the density, or of a uniform distribution if
 there is no density.
 """
 
@@ -66,25 +66,25 @@ __all__ = ["BinsReadout", "ClassReadout", "GaussianReadout", "LongTailOutput", "
 TargetPrior = Literal["uniform"] | Prior | None
 PriorKernel = Window | Literal["auto"] | None
 
-_HARDLY_ANY = 1e-3  # A bin that less of a label reaches, once labels are spread, has no label in or near it.
-_LEAST_VARIANCE = 1e-6  # of a Gaussian, in variances of the labels
-_SMALL_ERROR = 0.1  # in standard deviations of the labels: the unit of Huber's loss and of the focal losses
+_HARDLY_ANY = 1e-3  # the smallest smoothed count of a bin that has a label in or near it
+_LEAST_VARIANCE = 1e-6  # the smallest variance of a Gaussian, in variances of the labels
+_SMALL_ERROR = 0.1  # the unit of Huber and focal losses, in standard deviations of the labels
 
 
 class LongTailOutput(NamedTuple):
-    """What a :class:`LongTailModel` says about a batch. All fields are tensors, so that an output can be gathered,
-    saved and averaged. Of sequences each field but the loss has a second axis, of T steps.
+    """The output of a :class:`LongTailModel` for a batch. All fields are tensors. For sequences each field except the
+    loss has a second axis, of T steps.
 
     Attributes:
         loss: (). It is NaN without labels.
-        scores: (N, B), the logits or affinities that the head gives. With ``head="regression"`` they are (N,), the
-            prediction itself. With ``head="gaussian"`` they are (N, 2), which
-            :func:`dir_toolkit.losses.gaussian_nll.gaussian_nll` takes. Both are in label units.
+        scores: (N, B), the logits or affinities of the head. With ``head="regression"`` they are (N,), the prediction
+            itself. With ``head="gaussian"`` they are (N, 2), mean and log-variance as in
+            :func:`dir_toolkit.losses.gaussian_nll.gaussian_nll`. Both are in label units.
         prediction: (N,), in label units; int64 for classes.
-        features: (N, num_features), as the backbone gives them, before any calibration.
-        distribution: (N, B), the adjusted shares of the bins, each row summing to one; (N, 0) without bins. Functions
-            that decode it take ``ends=model.readout.ends`` where bins are those of a continuous axis.
-        residual: (N, B), what is added to the centre of each bin, in label units; (N, 0) unless asked for.
+        features: (N, num_features) from the backbone, before calibration by FDS.
+        distribution: (N, B), the adjusted probabilities of the bins, each row summing to one; (N, 0) without bins. Over
+            a continuous axis decode it with ``ends=model.readout.ends``.
+        residual: (N, B), the offset from the centre of each bin, in label units; (N, 0) without ``residual=True``.
     """
 
     loss: Tensor
@@ -95,17 +95,17 @@ class LongTailOutput(NamedTuple):
     residual: Tensor
 
 
-# torch.export can only save a model whose output it knows by name.
+# torch.export can save a model only if the type of its output is registered.
 torch.utils._pytree._register_namedtuple(LongTailOutput, serialized_type_name="dir_toolkit.LongTailOutput")
 
 
 class Placed(NamedTuple):
-    """Labels (N,) that have been placed on the axis.
+    """Labels (N,) placed on the axis.
 
     Attributes:
-        row: the bin of each label; the first bin for a label that counts nowhere.
-        values: the labels moved onto the axis, in label units; for classes the row itself.
-        exact: the labels from which errors are measured: those that were clipped are as far out as they were.
+        row: the bin of each label; the first bin for ignored labels.
+        values: the labels clipped to the axis, in label units; for classes the row itself.
+        exact: the labels without clipping, for errors.
     """
 
     row: Tensor
@@ -114,7 +114,7 @@ class Placed(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What a model hands to its readout. The weights are needed to know the prior under which the loss trains."""
+    """The arguments of a readout. The weights determine the training prior."""
 
     num_features: int
     bins: Bins
@@ -125,12 +125,12 @@ class Setup(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A loss that can be named.
+    """A named loss.
 
     Attributes:
-        function: called as ``function(scores, target, weight, **options)``; returns the mean over the samples.
-        power: of the label's unit that the loss is in.
-        options: of the function, given the bins and the spread of the labels.
+        function: called as ``function(scores, target, weight, **options)``; returns the mean over samples.
+        power: the power of the label unit in the unit of the loss.
+        options: a function from bins and spread to the options of the loss.
     """
 
     function: Callable[..., Any]
@@ -139,7 +139,7 @@ class Loss(NamedTuple):
 
 
 class Readout(nn.Module):
-    """What all readouts share. The keyword-only arguments of a subclass are its options."""
+    """The base of readouts. The keyword-only arguments of a subclass are its options."""
 
     heads: ClassVar[Mapping[str, Callable[[int, int], nn.Module]]]
     losses: ClassVar[Mapping[str, Loss]]
@@ -162,7 +162,7 @@ class Readout(nn.Module):
 
     @classmethod
     def make_head(cls, head: str | nn.Module, num_features: int, bins: Bins) -> nn.Module:
-        """The head of this name, or a module as it is, once its sizes are checked where it tells them."""
+        """The head of this name, or the given module with sizes checked where it has them."""
         if isinstance(head, str):
             one_of("head", head, tuple(cls.heads))
             return cls.heads[head](num_features, len(bins))
@@ -174,15 +174,15 @@ class Readout(nn.Module):
         return head
 
     def _loss_names(self, head: nn.Module) -> tuple[str, ...]:
-        """The losses that can be named for this head; the first is the default."""
+        """The named losses for this head; the first is the default."""
         return tuple(self.losses)
 
     def seen(self, scores: Tensor) -> Tensor:
-        """The scores that the loss is given."""
+        """The scores for the loss."""
         return scores
 
     def target(self, labels: Placed) -> Tensor:
-        """The labels that the loss is given."""
+        """The target for the loss."""
         return labels.exact
 
     def criterion(self, output: LongTailOutput, labels: Placed, weight: Tensor | None, head: nn.Module) -> Tensor:
@@ -190,7 +190,7 @@ class Readout(nn.Module):
         return self.loss_of(output.scores, self.target(labels), weight)
 
     def loss_of(self, scores: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        """The mean loss of scores against what :meth:`target` made of their labels."""
+        """The mean loss of scores and the result of :meth:`target`."""
         return self.loss(self.seen(scores), target, weight, **self.loss_options) / self.loss_unit
 
     def set_prior(
@@ -199,7 +199,7 @@ class Readout(nn.Module):
         raise self.cannot("have a prior")
 
     def forecast(self, scores: Tensor) -> Tensor:
-        """What is calibrated, of scores that have been checked."""
+        """The forecast of checked scores for conformal calibration."""
         return scores
 
     @torch.no_grad()
@@ -234,13 +234,13 @@ class Readout(nn.Module):
         return self.intervals.sets(self._calibrated(output))
 
     def _calibrated(self, output: LongTailOutput | Tensor) -> Tensor:
-        """The part of an output that is calibrated."""
+        """The forecast of an output for conformal calibration."""
         scores = output.scores if isinstance(output, LongTailOutput) else output
         is_tensor(output=scores)
         return self.forecast(self.conformal._checked("output", scores, self.bins))
 
     def _central(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
-        """The interval of the model's own distribution."""
+        """The central interval of the predicted distribution."""
         raise self.cannot("give intervals of a label")
 
     def cannot(self, what: str, fix: str = 'Use a head that scores bins, such as head="linear".') -> Exception:
@@ -248,12 +248,12 @@ class Readout(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The loss and the options, with which the readout could be made again."""
+        """The loss and the options of the constructor."""
         return {"loss": self.loss_name or self.loss}
 
 
 class _NumberReadout(Readout):
-    """What the head gives is read around the median of the labels, in units of their spread."""
+    """A readout of standardized numbers: relative to the median of the labels, in units of their spread."""
 
     offset: Tensor
     scale: Tensor
@@ -283,10 +283,10 @@ class _NumberReadout(Readout):
 
     @torch.inference_mode(False)  # Buffers must serve training later.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = dict(self._buffers)
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name in ("offset", "scale"):  # Where labels lie is not rounded to the precision of weights.
-            old, new = kept[name], self._buffers[name]
+        for name in ("offset", "scale"):  # offset and scale keep their precision when weights are cast
+            old, new = before[name], self._buffers[name]
             if old is not None and new is not None and new.itemsize < old.itemsize:
                 self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
         return self
@@ -301,11 +301,11 @@ class _NumberReadout(Readout):
 
 
 class PointReadout(_NumberReadout):
-    """One number per sample, which is the prediction.
+    """A point prediction: one number per sample.
 
     Args:
-        within_axis: whether predictions and the ends of intervals are held to the axis. Scores, and with them the loss,
-            are left as they are. Balanced MSE predicts beyond the labels otherwise.
+        within_axis: whether predictions and ends of intervals are clipped to the axis. Scores and the loss are not
+            clipped. Balanced MSE needs it, since it can predict beyond the labels.
         prior_kernel: the window that smooths the density for ``"balanced_mse"``. ``"auto"`` is ``gaussian(5, 2)`` on an
             axis of five bins or more, else None.
     """
@@ -345,10 +345,10 @@ class PointReadout(_NumberReadout):
 
 
 class GaussianReadout(_NumberReadout):
-    """A mean and a log-variance per sample; the mean is the prediction.
+    """A mean and a log-variance per sample. The mean is the prediction.
 
     Args:
-        within_axis: whether predictions and the ends of intervals are held to the axis. Scores are left as they are.
+        within_axis: whether predictions and ends of intervals are clipped to the axis. Scores are not clipped.
     """
 
     conformal = GaussianConformal
@@ -376,13 +376,12 @@ class GaussianReadout(_NumberReadout):
 
 
 class ScoreReadout(Readout):
-    """One score per bin. The softmax of the scores is a posterior under the training prior, and is carried to the
-    target prior by what ``adjuster`` adds."""
+    """One score per bin. ``adjuster`` converts scores from the training prior to the target prior."""
 
     conformal = BinsConformal
 
-    loss_offset: Tensor  # (B,), what the loss adds to the logits
-    judged: ClassVar[tuple[str, str]]  # the error over the axis, and that over samples
+    loss_offset: Tensor  # (B,), the offset of logits in the loss
+    judged: ClassVar[tuple[str, str]]  # the error over bins, and the error over samples
 
     def __init__(
         self,
@@ -406,7 +405,7 @@ class ScoreReadout(Readout):
         self.register_buffer("loss_offset", torch.zeros(len(self.bins)))
 
     def _start_prior(self, target_prior: TargetPrior, tau: float, temperature: float, weights: LDS | None) -> None:
-        """Adjust as the options say, once all that decides the training prior is known."""
+        """Set the initial prior from the options."""
         self.set_prior(target_prior, tau, "auto", temperature, weights)
         if self.adjust == "after":
             return
@@ -433,22 +432,22 @@ class ScoreReadout(Readout):
         self.prior_settings = {"target_prior": target_prior, "tau": tau, "temperature": temperature}
 
     def _offset(self, target: Any, tau: float, kernel: PriorKernel, weights: LDS | None) -> Tensor:
-        """What is added to the logits to predict under a target that has been checked, (B,)."""
+        """The offset of logits, (B,), for predictions under a checked target."""
         if target is None:
             return self.loss_offset.clone()
         return self.offset_from(self.training_prior(kernel, weights), target, tau)
 
     def offset_from(self, prior: Tensor, target: Any, tau: float) -> Tensor:
-        """What is added to the logits, (B,), to get from a training prior to a target."""
+        """The offset of logits, (B,), from a training prior to a target."""
         uniform = isinstance(target, str)
         offset = log_prior_offset(prior, -tau, None if uniform else target)
-        # Shares are taken per label unit. The widths cancel at tau 1, unless the target is even over the axis itself.
+        # Shares are per label unit. The widths cancel at tau 1, unless the target is uniform over the axis.
         power = tau if uniform else tau - 1
         offset = offset + power * torch.from_numpy(np.log(self.bins.relative_widths))
         return offset.float().to(self.loss_offset) + self.loss_offset
 
     def chosen_kernel(self, kernel: PriorKernel) -> PriorKernel:
-        """The checked kernel; the readout's own for ``"auto"``."""
+        """The checked kernel. ``"auto"`` is that of the readout."""
         word("kernel", kernel, "auto")
         kernel = self.prior_kernel if isinstance(kernel, str) else kernel
         if kernel is not None and not isinstance(kernel, str):
@@ -456,19 +455,19 @@ class ScoreReadout(Readout):
         return kernel
 
     def training_prior(self, kernel: PriorKernel, weights: LDS | None) -> Tensor:
-        """The shares of the labels times their weights, (B,), spread over bins as the loss spreads labels."""
+        """The training prior, (B,): the shares of labels times their weights, smoothed as the loss smooths labels."""
         density = _needed("target_prior", self.density)
         reached, learnt = self._spread_out(kernel, density, _weighted(density, weights))
         unseen = int((reached < _HARDLY_ANY).sum())
         if unseen and not self._warned_unseen:
             self._warned_unseen = True
-            warn(f"no label in or near {unseen} of {len(self.bins)} bins; the prior takes each to have one.")
+            warn(f"no label in or near {unseen} of {len(self.bins)} bins; in the prior each has a count of one.")
         one_each = _weighted(LabelDensity(self.bins, np.ones(len(self.bins))), weights).counts
-        # Bins are filled up, so that the adjustment of a bin that training has hardly seen stays bounded.
+        # A minimum count bounds the adjustment of bins without labels.
         return torch.from_numpy(to_shares(learnt + one_each * (1 - reached).clip(min=0)))
 
     def _spread_out(self, kernel: PriorKernel, *densities: LabelDensity) -> Sequence[np.ndarray] | np.ndarray:
-        """The counts (B,) of each density, spread as the loss spreads labels or smoothed by a window."""
+        """The counts (B,) of each density, smoothed as the loss smooths labels or by a window."""
         if kernel is None or isinstance(kernel, str):
             return [density.counts for density in densities]
         return [_as_counted(self.density, density).smooth(kernel).counts for density in densities]
@@ -503,16 +502,15 @@ class ScoreReadout(Readout):
         raise NotImplementedError
 
     def errors(self, adjusted: Tensor, labels: Tensor) -> Tensor:
-        """How far off each label (N,) is what adjusted logits predict, without residuals."""
+        """The error (N,) of the prediction from adjusted logits for each label, without residuals."""
         raise NotImplementedError
 
     def logits(self, scores: Tensor) -> Tensor:
-        """Scores as logits. An affinity that has underflowed to zero has no slope; log 0 would give it an infinite
-        one."""
+        """Scores as logits. Affinities are raised to a minimum, since log 0 has an infinite slope."""
         return scores.clamp_min(torch.finfo(scores.dtype).tiny).log() if self.affinities else scores
 
     def trained_logits(self, scores: Tensor) -> Tensor:
-        """The logits that the loss sees."""
+        """The logits for the loss."""
         return self.logits(scores) + self.loss_offset.to(scores.dtype)
 
     @property
@@ -521,33 +519,30 @@ class ScoreReadout(Readout):
 
 
 class BinsReadout(ScoreReadout):
-    """A distribution over the bins of a continuous axis, decoded into a label.
+    """A distribution over the bins of a continuous axis, decoded into a point prediction.
 
     Args:
-        target_prior: what the model predicts under. None is the training prior; ``"uniform"`` is even over the axis,
-            whatever the widths of its bins; or the share of each bin, (B,).
-        tau: strength of the adjustment, >= 0.
-        adjust: ``"after"`` adjusts predictions. ``"in_loss"`` trains with the logits plus tau times the log of the
-            training prior, so that scores that are not adjusted already predict under the target prior.
-        prior_kernel: how the training prior is spread over bins. ``"auto"`` spreads it as the loss spreads labels, each
-            of which is taken to lie at the centre of its bin, and not at all where the loss takes labels as they are. A
-            window smooths the prior instead, and None leaves it as counted. A bin that less than one label reaches is
-            filled up to one label of its own weight.
-        temperature: T > 0, by which logits are divided first, :func:`dir_toolkit.fit_temperature`.
-        sigma: by how much ``"cross_entropy"``, ``"coral_loss"`` and ``"squared_emd"`` spread labels over bins, in label
-            units. ``"auto"`` takes two bins, as wide as they are where the label lies. None or 0 means hard labels, as
-            in the papers of CORAL and CORN. Where labels are spread, the first and the last bin reach one width beyond
-            the axis, ``ends="open"`` of :func:`dir_toolkit.labels.soft_labels.soft_labels`, unless each bin is one
+        target_prior: the prior of predictions: None, the training prior; ``"uniform"``, uniform per label unit; or the
+            probability of each bin, (B,).
+        tau: the strength of the adjustment, >= 0.
+        adjust: ``"after"`` adjusts predictions. ``"in_loss"`` adds tau times the log of the training prior to the
+            logits in training, so that plain logits predict under the target prior.
+        prior_kernel: the smoothing of the training prior. ``"auto"`` smooths as the loss smooths labels. A window
+            smooths the counts instead, and None does not smooth. Every bin has a minimum of one label of its own
+            weight.
+        temperature: the divisor of logits, T > 0, :func:`dir_toolkit.fit_temperature`.
+        sigma: the standard deviation of soft labels for ``"cross_entropy"``, ``"coral_loss"`` and ``"squared_emd"``, in
+            label units. ``"auto"`` is two bins. None or 0 means hard labels, as in the papers of CORAL and CORN. Soft
+            labels use ``ends="open"`` of :func:`dir_toolkit.labels.soft_labels.soft_labels`, unless each bin is one
             whole number.
         label_kernel: as ``kernel`` of :func:`dir_toolkit.labels.soft_labels.soft_labels`.
-        decode: how a distribution becomes a label, :func:`dir_toolkit.labels.decoding.decode`. The ``"median"`` errs
-            least where absolute errors are judged (MAE, bMAE), ``"expectation"`` where squared ones are (MSE, RMSE).
-        residual: whether to learn where in its bin a label lies, too, as an offset that does not reach beyond the
-            edges of the bin. The prediction is then the centre of the decoded bin plus its offset. This pays where bins
-            are coarse.
-        residual_weight: factor, >= 0, of the absolute error of that offset, in widths of the bin, in the loss.
-        expectation_weight: factor, >= 0, of the absolute error of the expectation, in spreads of the labels, in the
-            loss.
+        decode: the point prediction, as ``point`` of :func:`dir_toolkit.labels.decoding.decode`. ``"median"`` suits
+            absolute errors (MAE, bMAE), and ``"expectation"`` squared errors (MSE, RMSE).
+        residual: whether to also learn an offset of the label within its bin. The prediction is then the centre of the
+            decoded bin plus its offset. Use it for wide bins.
+        residual_weight: the factor, >= 0, of the absolute error of that offset in the loss. The error is in bin widths.
+        expectation_weight: the factor, >= 0, of the absolute error of the expectation in the loss. The error is in
+            spreads of the labels.
     """
 
     heads: ClassVar = {
@@ -568,10 +563,10 @@ class BinsReadout(ScoreReadout):
         "cross_entropy",
         "coral_loss",
         "squared_emd",
-    )  # the losses whose targets are labels spread over bins
+    )  # the losses with soft labels as targets
 
-    warned_crowded = False  # whether labels are spread wider than most of them lie
-    reach: Tensor  # (B,), how far a residual may lead from the centre of its bin
+    warned_crowded = False  # whether a warning was issued that sigma exceeds the spread of most labels
+    reach: Tensor  # (B,), the largest residual in each bin
 
     def __init__(
         self,
@@ -598,8 +593,8 @@ class BinsReadout(ScoreReadout):
         self.expectation_weight = number("expectation_weight", expectation_weight, low=0)
         self._given_sigma = sigma
         self.sigma = self._numeric(sigma)
-        # A label that is spread near an end of the axis needs an end bin that reaches beyond it. Bins of one whole
-        # number each have their labels in the middle, and reach half a number beyond the axis as they are.
+        # A soft label near an end of the axis needs an end bin that extends beyond it. Bins of one whole number have
+        # their labels in the middle, and already extend half a number beyond them.
         self.ends: Ends = "open" if self.sigma and self.bins.centers[0] > self.bins.edges[0] else "closed"
         self._start_prior(target_prior, tau, temperature, setup.weights)
         self.residual = LinearHead(setup.num_features, len(self.bins)) if residual else None
@@ -632,10 +627,10 @@ class BinsReadout(ScoreReadout):
             loss = loss + self.residual_weight * weighted_l1(own, rest, weight)
         return loss
 
-    def label(self, distribution: Tensor, how: Decoding) -> Tensor:
-        """The decoded label, (N,). It is NaN where scores are, so that a training loop sees where training broke."""
+    def label(self, distribution: Tensor, point: Decoding) -> Tensor:
+        """The decoded label, (N,). It is NaN where scores are NaN."""
         known = distribution.detach().isfinite().all(1)
-        value = decoded(torch.where(known[:, None], distribution, 1 / len(self.bins)), self.bins, how, self.ends)
+        value = decoded(torch.where(known[:, None], distribution, 1 / len(self.bins)), self.bins, point, self.ends)
         return value.masked_fill(~known, torch.nan)
 
     def _read(self, adjusted: Tensor, calibrated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -650,7 +645,7 @@ class BinsReadout(ScoreReadout):
         else:
             row = torch.searchsorted(limits(self.bins, adjusted)[1:-1].contiguous(), prediction.detach(), right=True)
         inside = self.bins.tensor("centers", prediction)[row] + residual.gather(1, row[:, None]).squeeze(1)
-        # The search places NaN in the last bin.
+        # searchsorted would place NaN in the last bin
         return inside.masked_fill(prediction.isnan(), torch.nan), distribution, residual
 
     def _spread_out(self, kernel: PriorKernel, *densities: LabelDensity) -> Sequence[np.ndarray] | np.ndarray:
@@ -669,12 +664,12 @@ class BinsReadout(ScoreReadout):
         return interval(shares, self.bins, level, ends=self.ends)
 
     def _numeric(self, sigma: Any) -> float | None:
-        """Sigma as a number, after a warning where it hides the labels; None where labels are not spread."""
+        """Sigma as a number, or None for hard labels. Warns if it is too large."""
         self._sigma_unit: KernelUnit = "label"
         word("sigma", sigma, "auto")
         spreads, rule = (
             self.loss_name in self._spread_labels,
-            "sigma must be left out with a loss of labels as they are",
+            "sigma must be omitted with a loss of hard labels",
         )
         require(spreads or sigma in ("auto", None, 0), rule, got=repr(sigma), fix='Use loss="cross_entropy".')
         if sigma is None or not spreads:
@@ -700,13 +695,13 @@ class BinsReadout(ScoreReadout):
             if sigma > middle / 1.35:
                 self.warned_crowded = True
                 warn(
-                    f"{name} spreads each label wider than the middle half of all labels lies, {middle:.3g} of "
+                    f"{name} is larger than the interquartile range of the labels, {middle:.3g} of "
                     f"{length:g}. Learn the logarithm of the labels, or use bins that are narrow where labels are, as "
                     "Bins.quantile or Bins.from_edges(numpy.geomspace(...)) make them.",
                 )
 
     def _middle_half(self, density: LabelDensity, in_bins: bool) -> float:
-        """How far the quartiles of the labels lie apart, in label units or in bins."""
+        """The interquartile range of the labels, in label units or in bins."""
         ends = quantiles(torch.from_numpy(density.prior()), self.bins, [0.25, 0.75]).numpy()
         if in_bins:
             ends = np.interp(ends, self.bins.edges, np.arange(len(self.bins) + 1))
@@ -726,13 +721,12 @@ class BinsReadout(ScoreReadout):
 
 
 class ClassReadout(ScoreReadout):
-    """A distribution over classes, of which the most probable one is the prediction.
+    """A distribution over classes. The prediction is the most probable class.
 
     Args:
-        target_prior, tau, adjust, temperature: as those of :class:`BinsReadout`. ``"uniform"`` gives each class the
-            same share.
-        prior_kernel: a window that smooths the training prior. ``"auto"`` and None leave it as counted, since classes
-            have no neighbours.
+        target_prior, tau, adjust, temperature: as in :class:`BinsReadout`. ``"uniform"`` is uniform over classes.
+        prior_kernel: a window that smooths the training prior. ``"auto"`` and None do not smooth, since classes have no
+            neighbours.
     """
 
     heads: ClassVar = {"linear": LinearHead, "cosine": CosineHead, "affinity": partial(AffinityHead, prototypes=5)}
@@ -774,7 +768,7 @@ _OF_NUMBERS = (PointReadout, GaussianReadout, BinsReadout)
 
 
 def readout_for(head: Any, bins: Bins) -> type[Readout]:
-    """The readout that suits a head, given by name or as a module, and an axis."""
+    """The class of the readout for a head, given by name or as a module, and an axis."""
     if bins.categorical:
         return ClassReadout
     if isinstance(head, nn.Module):
@@ -785,7 +779,7 @@ def readout_for(head: Any, bins: Bins) -> type[Readout]:
 
 
 def _target_shares(target: TargetPrior, bins: Bins) -> Any:
-    """None, ``"uniform"``, or the shares (B,) as a tensor of float64."""
+    """None, ``"uniform"``, or the checked prior (B,) as a float64 tensor."""
     word("target_prior", target, "uniform")
     if target is None or isinstance(target, str):
         return target
@@ -802,7 +796,7 @@ def _needed(what: str, density: LabelDensity | None) -> LabelDensity:
 
 
 def _as_counted(given: LabelDensity | None, density: LabelDensity) -> LabelDensity:
-    """``density``, which is to be smoothed, if the density that was given has not been smoothed before."""
+    """Return ``density``, after checking that the given density is not smoothed."""
     smoothed = given is not None and given.counts.dtype.kind == "f" and not given._of_weighted_rows
     fix = "Pass the counted density, or prior_kernel=None."
     require(not smoothed, "density must not be smoothed already", got=lambda: repr(given), fix=fix)
@@ -811,12 +805,12 @@ def _as_counted(given: LabelDensity | None, density: LabelDensity) -> LabelDensi
 
 def _weighted(density: LabelDensity, weights: LDS | None) -> LabelDensity:
     if weights is None or (weights.table.is_meta and torch.empty(0).is_meta):
-        return density  # Weights that are made without storage are filled by a state later, and so is the prior.
+        return density  # meta weights, and with them the prior, are loaded from a state later
     return density.weighted(weights)
 
 
 def _spread_of_labels(bins: Bins, density: LabelDensity | None) -> tuple[float, float]:
-    """The median and the standard deviation of labels that lie evenly in each bin; 0 and 1 for classes."""
+    """The median and the standard deviation of labels spread uniformly within bins; 0 and 1 for classes."""
     if bins.categorical:
         return 0.0, 1.0
     widths = np.diff(bins.edges)

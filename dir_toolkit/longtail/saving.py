@@ -1,4 +1,4 @@
-"""Models in one safetensors file each, with everything that predictions need but the code of the backbone."""
+"""Save and load models in safetensors files, which hold everything for predictions except code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .several import MultiTargetModel
 __all__ = ["load"]
 
 _FORMAT = "dir_toolkit.LongTailModel 1"
-_MADE_WITH = "made_with"  # the one entry that is no state of a module: what the model was made with
+_MADE_WITH = "made_with"  # the entry with the arguments of the model
 _EXTRA = "_extra_state"
 
 
@@ -64,19 +64,19 @@ def load(
     head: nn.Module | None = None,
     loss: Callable[..., Tensor] | None = None,
 ) -> AnyModel:
-    """The model that :meth:`dir_toolkit.LongTailModel.save`, or that of :class:`dir_toolkit.MultiTargetModel`, wrote,
-    in eval mode. It predicts what that model did, to the bit, on the device of the backbone. Nothing in the file is
-    run.
+    """Load a model saved by :meth:`dir_toolkit.LongTailModel.save` or :meth:`dir_toolkit.MultiTargetModel.save`.
+
+    It is in eval mode, on the device of the backbone. On the same device predictions are bit-identical. No code from
+    the file is run.
 
     Args:
-        path: of the file.
-        backbone: a module of the architecture of the saved one. Its numbers are replaced by the saved ones, in their
-            precision.
-        head, loss: to be given where the saved model had a module or a function of its own there, and only then.
+        path: the file.
+        backbone: a module with the architecture of the saved backbone. Its parameters and buffers are replaced.
+        head, loss: required if the saved model had a custom head or loss, and not allowed otherwise.
     Raises:
         FileNotFoundError: there is no such file. CheckpointError: the file is damaged, or of another kind or format, or
-        the backbone or head is of another architecture. Backbone and head are as they were then. ValueError: a head or
-        loss of one's own is missing, or there was none. ImportError: safetensors is not installed.
+        the backbone or head has another architecture. Backbone and head do not change then. ValueError: a custom head
+        or loss is missing, or was not expected. ImportError: safetensors is not installed.
     """
     instance(nn.Module, backbone=backbone)
     state = _read(path)
@@ -91,7 +91,7 @@ def load(
     if head is not None:
         _check_same("head", head, state)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DirToolkitWarning)  # They were read when the model was made.
+        warnings.simplefilter("ignore", DirToolkitWarning)  # they were issued when the model was made
         if several is None:
             return _filled(_remade(made_with, backbone, head, loss), state)
         targets = [_remade(one, nn.Identity(), None, None) for one in several]
@@ -99,7 +99,7 @@ def load(
 
 
 def _extra_states(model: nn.Module) -> list[str]:
-    """Entries of the state that hold an axis and the statistics of FDS, which predictions do not need."""
+    """The entries of the state with the axis and the statistics of FDS, which are not saved."""
     models = [name for name, part in model.named_modules() if isinstance(part, LongTailModel)]
     return [f"{name}.{_EXTRA}" if name else _EXTRA for name in models]
 
@@ -149,7 +149,7 @@ def _remade(made_with: dict[str, Any], backbone: nn.Module, head: Any, loss: Any
         missing=made_with["missing"],
         **made_with["options"],
     )
-    if isinstance(model.readout, ScoreReadout):  # The buffers that belong to this are a part of the state.
+    if isinstance(model.readout, ScoreReadout):  # its buffers are in the state
         model.readout.adjust = made_with["prior"].pop("adjust")
         model.readout.prior_settings = made_with["prior"]
     return model
@@ -166,7 +166,7 @@ def _filled(model: AnyModel, state: dict[str, Tensor]) -> AnyModel:
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file of this format that is as it was written."""
+    """The tensors of an intact file of this format."""
     try:
         from safetensors import safe_open
     except ImportError as error:
@@ -178,12 +178,12 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             notes: Mapping[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    except Exception as error:  # of a library that raises several
+    except Exception as error:  # the library raises several types
         raise _foreign("path must be a whole safetensors file", f"{place}: {error}") from error
-    if (found := notes.get("format", "")) != _FORMAT:
-        ours = found.startswith("dir_toolkit")
-        fix = "Load it with the release that saved it." if ours else "Only what save of a model has written is read."
-        raise _foreign(f"path must be a file of the format {_FORMAT!r}", f"{found!r} in {place}", fix)
+    if (saved := notes.get("format", "")) != _FORMAT:
+        ours = saved.startswith("dir_toolkit")
+        fix = "Load it with the release that saved it." if ours else "Only files from save of a model can be loaded."
+        raise _foreign(f"path must be a file of the format {_FORMAT!r}", f"{saved!r} in {place}", fix)
     if notes.get("sha256") != _digest(tensors):
         raise _foreign("path must be a file as it was written", f"bytes that have changed in {place}")
     return tensors
@@ -203,7 +203,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_same(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise unless the module has the names and shapes of that part of the saved model."""
+    """Raise unless the module has the names and shapes of the saved state."""
     own = {f"{name}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
     saved = {key: tuple(value.shape) for key, value in state.items() if key.startswith(f"{name}.")}
     faults = [f"no {key}" for key in saved if key not in own] + [f"{key} besides" for key in own if key not in saved]

@@ -1,4 +1,4 @@
-"""Several targets: one backbone, and for each target a model of its own on the features."""
+"""Several targets: one backbone, and one model per target on its features."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ _FDS = "Attach one FDS over Bins.grid(...) to model.neck, and use fds.labels(y) 
 
 
 class MultiTargetModel(nn.Module):
-    """One backbone for several targets, such as age and head pose, with a :class:`LongTailModel` for each on top.
+    """One backbone for several targets, such as age and head pose, with one :class:`LongTailModel` per target.
 
-    Each target has its own label axis, density, head, prior and tau. The loss is the mean of theirs, which named losses
-    state in nats or in spreads of their labels, so that no target outweighs another by its unit.
+    Each target has its own label axis, density, head, prior and tau. The loss is the mean of their losses. Named losses
+    do not depend on the unit of labels, so that no unit dominates.
 
     With :func:`dir_toolkit.experiment.training.loop.fit` use ``loss=model.criterion``.
 
     Args:
-        backbone: gives the features of all targets.
-        targets: one model per target over these features, ``LongTailModel(nn.Identity(), num_features, bins, ...)``.
-            :meth:`for_labels` makes them. Their options need not be alike, and one may be over classes.
+        backbone: a module from inputs to the features of all targets.
+        targets: one model per target on these features, ``LongTailModel(nn.Identity(), num_features, bins, ...)``.
+            :meth:`for_labels` makes them. Their options may differ, and some may be over classes.
     Attributes:
-        backbone, neck: what features come from, and a place behind it for an FDS over ``Bins.grid(...)``.
-        targets: the K models. What concerns one target is asked of it: ``model.targets[0].set_prior("uniform", 0.5)``.
+        backbone, neck: the backbone, and an identity after it to attach an FDS over ``Bins.grid(...)``.
+        targets: the K models, for methods of one target: ``model.targets[0].set_prior("uniform", 0.5)``.
     Shape:
-        forward: x as the backbone takes it; labels (N, K); weight (N,), for all targets, or (N, K). Returns
-        :class:`LongTailOutput` with the loss, predictions (N, K) and features (N, D). Scores, distributions and
-        residuals of the targets stand beside each other in their last axis; :meth:`of_targets` takes them apart.
+        forward: x as for the backbone; labels (N, K); weight (N,), for all targets, or (N, K). Returns
+            :class:`LongTailOutput` with the loss, predictions (N, K) and features (N, D). Scores, distributions and
+            residuals of the targets are concatenated in the last axis; :meth:`of_targets` splits them.
     Raises:
-        TypeError: a part is of another kind. ValueError: there is no target, or one has an FDS of its own. ShapeError:
-        features or labels do not fit. Otherwise as :class:`LongTailModel`.
+        TypeError: an argument has the wrong type. ValueError: there is no target, or a target has its own FDS.
+        ShapeError: features or labels do not fit. Otherwise as :class:`LongTailModel`.
 
     >>> age, pose = torch.arange(200) % 50, torch.linspace(-90, 90, 200)
     >>> model = MultiTargetModel.for_labels(nn.Linear(3, 8), 8, torch.stack([age, pose], 1))
@@ -83,14 +83,14 @@ class MultiTargetModel(nn.Module):
         bins: BinGrid | Sequence[Bins | None] | None = None,
         **options: Any,
     ) -> MultiTargetModel:
-        """A model over the axes that these training labels ask for, with their densities.
+        """A model with bins and densities from the training labels.
 
         Args:
-            labels: of all training samples, (N, K): an array, a tensor or a table. With ``missing="drop"`` NaN is a
-                missing label, in each target by itself.
-            bins: one axis per target, as a sequence or a grid; None in place of an axis makes ``Bins.auto`` of its
+            labels: the labels of all training samples, (N, K): an array, a tensor or a table. With ``missing="drop"``
+                NaN is a missing label of that target alone.
+            bins: one axis per target, as a sequence or a grid; None instead of an axis means ``Bins.auto`` of its
                 labels.
-            options: as those of :meth:`LongTailModel.for_labels`, for all targets alike.
+            options: as in :meth:`LongTailModel.for_labels`, for all targets.
 
         >>> y = torch.rand(200, 2) * torch.tensor([1.0, 60.0])
         >>> MultiTargetModel.for_labels(nn.Linear(3, 8), 8, y, for_metric="mse").targets[1].settings["decode"]
@@ -118,7 +118,7 @@ class MultiTargetModel(nn.Module):
         return self._together(outputs, self._loss(outputs, labels, weight))
 
     def criterion(self, output: LongTailOutput, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The mean over targets of their losses of what ``model(x)`` returned, as :meth:`LongTailModel.criterion`."""
+        """The mean over targets of :meth:`LongTailModel.criterion`, for an output of ``model(x)``."""
         return self._loss(self.of_targets(output), labels, weight)
 
     def _loss(self, outputs: Sequence[LongTailOutput], labels: Tensor, weight: Tensor | None) -> Tensor:
@@ -136,7 +136,7 @@ class MultiTargetModel(nn.Module):
         shaped((..., len(self.targets)), "one per target in the last axis", labels=labels)
 
     def _together(self, outputs: Sequence[LongTailOutput], loss: Tensor) -> LongTailOutput:
-        """One output of those of all targets."""
+        """Join the outputs of all targets."""
         scores = [one.scores.reshape(*one.prediction.shape, -1) for one in outputs]
         return LongTailOutput(
             loss,
@@ -148,7 +148,7 @@ class MultiTargetModel(nn.Module):
         )
 
     def of_targets(self, output: LongTailOutput) -> list[LongTailOutput]:
-        """The output of each target, as its own model gives it."""
+        """The output of each target, in the form of its own model."""
         instance(LongTailOutput, output=output)
         readouts = [target.readout for target in self.targets]
         binned = [len(readout.bins) * isinstance(readout, ScoreReadout) for readout in readouts]
@@ -166,7 +166,7 @@ class MultiTargetModel(nn.Module):
         ]
 
     def _split(self, scores: Any) -> list[Tensor]:
-        """The scores of each target, as its own model gives them."""
+        """The scores of each target, in the form of its own model."""
         is_tensor(scores=scores)
         shapes = [target.readout.score_shape for target in self.targets]
         sizes = [int(np.prod(shape)) for shape in shapes]
@@ -188,12 +188,12 @@ class MultiTargetModel(nn.Module):
         most_mae: float | None = None,
         outside: Outside | None = None,
     ) -> list[TauChoice]:
-        """Choose temperature and tau of each target on validation data, as :meth:`LongTailModel.calibrate` does.
+        """Choose temperature and tau of each target on validation data, by :meth:`LongTailModel.calibrate`.
 
         Args:
-            scores_or_loader: scores as the model gives them; or batches of inputs and labels (N, K).
-            labels: (N, K), of the scores; None where batches bring their own.
-            by, most_mae, outside: as those of :meth:`LongTailModel.calibrate`, for all targets alike.
+            scores_or_loader: the scores of this model's output; or batches of inputs and labels (N, K).
+            labels: (N, K), the labels of the scores; None for batches.
+            by, most_mae, outside: as in :meth:`LongTailModel.calibrate`, for all targets.
         Returns:
             the choice for each target.
         """
@@ -206,8 +206,7 @@ class MultiTargetModel(nn.Module):
     def calibrate_intervals(
         self, scores: Tensor, labels: Any, level: float = 0.9, *, outside: Outside | None = None
     ) -> None:
-        """:meth:`LongTailModel.calibrate_intervals` of each target. The level is that of each alone, not of all at
-        once."""
+        """:meth:`LongTailModel.calibrate_intervals` of each target. The level holds for each target, not jointly."""
         for target, pair in zip(self.targets, self._scores_and_labels(scores, labels), strict=True):
             target.calibrate_intervals(*pair, level, outside=outside)
 
@@ -228,8 +227,8 @@ class MultiTargetModel(nn.Module):
         return torch.stack(lower, -1), torch.stack(upper, -1)
 
     def predict(self, inputs: Tensor | Iterable[Any], *, level: float | None = None) -> xr.Dataset:
-        """The table of :meth:`LongTailModel.predict`, over samples and targets. ``lower`` and ``upper`` are there if
-        all targets have them."""
+        """The table of :meth:`LongTailModel.predict`, over samples and targets. It has ``lower`` and ``upper`` if all
+        targets have intervals."""
         import xarray as xr
 
         ends = level is not None or all(target.readout.has_interval for target in self.targets)
@@ -250,13 +249,13 @@ class MultiTargetModel(nn.Module):
         save(self, path)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, but a state that is refused changes nothing; for this all numbers are held twice meanwhile."""
+        """As in torch, but if it raises, nothing changes. It holds all tensors twice."""
         with whole_or_not_at_all(self):
             return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What each target was made with."""
+        """The settings of each target."""
         return {"targets": [target.settings for target in self.targets]}
 
     def extra_repr(self) -> str:

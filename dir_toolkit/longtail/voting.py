@@ -1,4 +1,4 @@
-"""Several heads on one backbone, trained towards ever rarer labels, of which the surest answers."""
+"""Uncertainty voting: several heads with increasing weight on rare labels; the most certain head predicts."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["VotingModel", "VotingOutput"]
 
 
 class VotingOutput(NamedTuple):
-    """What a :class:`VotingModel` of M heads says about a batch.
+    """The output of a :class:`VotingModel` with M heads for a batch.
 
     Attributes:
         loss: (), the mean of the heads' losses. It is NaN without labels.
-        scores: (N, M, ...), those of each head, as in :class:`LongTailOutput`.
-        prediction: (N,), that of the surest head, in label units.
+        scores: (N, M, ...), the scores of each head, as in :class:`LongTailOutput`.
+        prediction: (N,), the prediction of the most certain head, in label units.
         features: (N, num_features).
-        distribution: (N, B), that of the surest head; (N, 0) for Gaussian heads.
-        residual: (N, M, B) or (N, M, 0), those of each head.
-        spread: (N, M), the standard deviation that each head gives the label, in label units.
-        surest: (N,) int64, the head of the smallest spread.
+        distribution: (N, B), the distribution of the most certain head; (N, 0) for Gaussian heads.
+        residual: (N, M, B) or (N, M, 0), the residuals of each head.
+        spread: (N, M), the predicted standard deviation of each head, in label units.
+        surest: (N,) int64, the head with the smallest spread.
     """
 
     loss: Tensor
@@ -47,33 +47,33 @@ class VotingOutput(NamedTuple):
 
 
 class VotingModel(nn.Module):
-    r"""Uncertainty voting: heads that are trained towards ever rarer labels, of which the surest answers each sample.
+    r"""Uncertainty voting: heads are trained with increasing weight on rare labels; the most certain one predicts.
 
-    Head m of M is trained with the density q of the labels, smoothed as in :class:`~dir_toolkit.LDS`, to the power
+    Head m of M balances the smoothed label density q, as in :class:`~dir_toolkit.LDS`, with the exponent
 
     .. math:: \tau_m = m / (M - 1), \qquad m = 0, \dots, M - 1
 
-    A Gaussian head has the loss :math:`q(y)^{-\tau_m}` times the negative log-likelihood, with weights that average
-    one. A head over bins is trained with its logits adjusted by :math:`\tau_m` times the log of the training prior, and
-    so predicts under a prior of its own, from that of training to an even one. The loss is the mean over the heads. The
-    paper's heads are not over bins; these are of this toolkit.
+    The loss of a Gaussian head is :math:`q(y)^{-\tau_m}` times the negative log-likelihood, with a mean weight of one.
+    A head over bins is trained with its logits adjusted by :math:`\tau_m` times the log of the training prior, so that
+    it predicts under a prior between that of training and a uniform one. The loss is the mean over the heads. The paper
+    has only Gaussian heads.
 
-    ``model(x, labels)`` and, in :func:`dir_toolkit.experiment.training.loop.fit`, ``loss=model.criterion`` are as those
-    of :class:`LongTailModel`. The heads are the models ``model.members``, whose priors can be set as usual.
+    Train it like :class:`LongTailModel`. The heads are the models ``model.members``, whose priors can be set.
 
     Args:
-        backbone: from inputs to features (N, num_features).
-        num_features: D.
+        backbone: a module from inputs to features (N, D).
+        num_features: the number of features, D.
         bins: the label axis, which must be continuous.
-        density: of the training labels, as counted, over these bins.
-        heads: M, at least 1.
-        head: ``"gaussian"``, or one over bins: ``"linear"``, ``"cosine"``, ``"affinity"``, ``"coral"``, ``"corn"``.
-        kernel: that smooths q, as in :class:`~dir_toolkit.LDS`. Heads over bins have ``prior_kernel`` instead.
-        options: of every head, as those of :class:`LongTailModel` and of its readout.
+        density: the counted density of the training labels over these bins.
+        heads: the number of heads, M, at least 1.
+        head: ``"gaussian"``, or a head over bins: ``"linear"``, ``"cosine"``, ``"affinity"``, ``"coral"``, ``"corn"``.
+        kernel: the kernel that smooths q, as in :class:`~dir_toolkit.LDS`. Heads over bins use ``prior_kernel``
+            instead.
+        options: those of :class:`LongTailModel` and its readout, for every head.
     Attributes:
         backbone, members: the backbone, and one :class:`LongTailModel` of features for each head.
     Shape:
-        forward: x as the backbone takes it; labels, weight: (N,). Returns :class:`VotingOutput`.
+        forward: x as for the backbone; labels, weight: (N,). Returns :class:`VotingOutput`.
     Units:
         those of :class:`LongTailModel`.
     Raises:
@@ -114,7 +114,7 @@ class VotingModel(nn.Module):
                 placing = {name: options[name] for name in ("outside", "missing") if name in options}
                 weights = LDS(bins, kernel=kernel, scheme="inverse", power=power, **placing)
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", DirToolkitWarning)  # that few labels rule it, as they are to do
+                    warnings.simplefilter("ignore", DirToolkitWarning)  # that a few labels dominate, which is intended
                     own = {"weights": weights.fit(density)}
             return LongTailModel(nn.Identity(), num_features, bins, density=density, head=head, **{**own, **options})
 
@@ -134,7 +134,7 @@ class VotingModel(nn.Module):
         return output if labels is None else output._replace(loss=self.criterion(output, labels, weight))
 
     def criterion(self, output: VotingOutput, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The mean loss of the heads, of what ``model(x)`` returned.
+        """The mean loss of the heads, for an output of ``model(x)``.
 
         Args:
             weight: >= 0, one per sample, by which each head's own weights are multiplied.
@@ -158,7 +158,7 @@ class VotingModel(nn.Module):
         return member.criterion(own, labels, weight)
 
     def interval(self, output: VotingOutput, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """The central interval that the surest head gives the label, which is right as far as its distribution is.
+        """The central interval of the most certain head's distribution, not calibrated.
 
         Args:
             level: in (0, 1).
@@ -175,7 +175,7 @@ class VotingModel(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the model was made with, but for its backbone; ``members`` have the rest."""
+        """The arguments of the model except for its backbone. ``members`` have the rest."""
         return {"heads": len(self.members), "bins": self.bins, "kernel": self.kernel}
 
     def extra_repr(self) -> str:
@@ -183,7 +183,7 @@ class VotingModel(nn.Module):
 
 
 def _of_surest(values: Tensor, surest: Tensor) -> Tensor:
-    """Of the values (N, M, ...) of all heads those of the surest, (N, ...)."""
+    """The values (N, ...) of the most certain head, out of the values (N, M, ...) of all heads."""
     return values[torch.arange(len(surest), device=surest.device), surest]
 
 
@@ -194,6 +194,6 @@ def _spread(member: Any, output: LongTailOutput) -> Tensor:
             return (member.readout.forecast(output.scores)[:, 1] / 2).exp()
         knots = limits(member.bins, output.distribution, ends=member.readout.ends)
         middle, widths = (knots[1:] + knots[:-1]) / 2, knots.diff()
-        middle = middle - middle.mean()  # far from zero squares would swallow the rest
+        middle = middle - middle.mean()  # avoids cancellation far from zero
         mean = output.distribution @ middle
         return (output.distribution @ (middle.square() + widths.square() / 12) - mean.square()).clamp_min(0).sqrt()

@@ -102,8 +102,8 @@ def logit_adjusted_cross_entropy(
     of :func:`cross_entropy`.
 
     Args:
-        prior: (C,), the share of training labels in each class. tau: the strength, >= 0. 1 is consistent with the
-            balanced error, 0 is plain cross-entropy.
+        prior: (C,), the share of training labels in each class.
+        tau: the strength, >= 0. 1 is consistent with the balanced error, 0 is plain cross-entropy.
         label_smoothing: as in :func:`cross_entropy`.
     Source:
         Menon et al. 2021, equation 10 (arXiv:2007.07314).

@@ -246,16 +246,16 @@ def test_labels_whose_density_was_warned_of_are_not_told_again() -> None:
     with pytest.warns(DirToolkitWarning, match=r"^LabelDensity\.count: 98% of the labels lie in one of 50 bins"):
         density = LabelDensity.count(labels, bins)
     LongTailModel(net(), 6, bins, density=density)
-    with pytest.warns(DirToolkitWarning, match=r"sigma=30 spreads each label wider than the middle half"):
+    with pytest.warns(DirToolkitWarning, match=r"sigma=30 is larger than the interquartile range"):
         LongTailModel(net(), 6, bins, density=density, sigma=30)  # of one's own choice
-    with pytest.warns(DirToolkitWarning, match=r"sigma=40 spreads each label wider than the middle half"):
+    with pytest.warns(DirToolkitWarning, match=r"sigma=40 is larger than the interquartile range"):
         LongTailModel(net(), 6, bins, density=LabelDensity(bins, density.counts))
 
 
 def test_labels_narrower_than_they_are_spread_are_told() -> None:
     bins = Bins.uniform(0, 1000, count=50)
     density = LabelDensity(bins, np.array([900, 60] + [1] * 48))
-    with pytest.warns(DirToolkitWarning, match=r"sigma=40 spreads each label wider than the middle half of all lab"):
+    with pytest.warns(DirToolkitWarning, match=r"sigma=40 is larger than the interquartile range of the lab"):
         LongTailModel(net(), 6, bins, density=density)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -416,7 +416,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sigma": -1.0}, ValueError, "sigma must be >= 0 and <= 2000, got -1"),
     ({"sigma": 2001.0}, ValueError, "sigma must be >= 0 and <= 2000, got 2001"),
     ({"sigma": "wide"}, ValueError, "sigma must be one of 'auto', got 'wide'"),
-    ({"sigma": 1.0, "loss": "crps"}, ValueError, "sigma must be left out with a loss of labels as they are"),
+    ({"sigma": 1.0, "loss": "crps"}, ValueError, "sigma must be omitted with a loss of hard labels"),
     ({"label_kernel": "box"}, ValueError, "label_kernel must be one of 'gaussian', 'laplace', 'triangular'"),
     ({"decode": "mean"}, ValueError, "decode must be one of 'expectation', 'median', 'mode', got 'mean'"),
     ({"residual": 1}, TypeError, "residual must be a bool, got int"),

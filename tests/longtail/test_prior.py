@@ -269,7 +269,7 @@ def test_the_default_prior_is_spread_as_labels_are_and_the_kernel_can_be_chosen(
 def test_bins_without_labels_are_told_once() -> None:
     bins = Bins.classes(4)
     density = LabelDensity(bins, np.array([3, 2, 1, 0]))
-    with pytest.warns(DirToolkitWarning, match="no label in or near 1 of 4 bins; the prior takes each to have one"):
+    with pytest.warns(DirToolkitWarning, match="no label in or near 1 of 4 bins; in the prior each has a count of one"):
         model = LongTailModel(net(), 6, bins, density=density, target_prior="uniform")
     model.set_prior("uniform", 0.5)  # pytest would raise a second warning
     assert torch.isfinite(model.readout.adjuster.offset).all()

@@ -1,5 +1,4 @@
-"""For scikit-learn: estimators of :class:`dir_toolkit.LongTailModel` on tables, LDS weights for any regressor, and
-scorers that look at rare labels."""
+"""scikit-learn estimators for tables, LDS weights for any regressor, and scorers for rare labels."""
 
 from ..._checks import problem
 

@@ -1,27 +1,27 @@
-"""The columns of a table as a network takes them."""
+"""Transform the columns of a table into inputs of a network."""
 
 from __future__ import annotations
 
 import numpy as np
 from sklearn.preprocessing import StandardScaler
 
-_USUAL_DISTANCES = 30  # of a column from its median, beyond which it is cut off
-_DEVIATIONS = 10  # the same, in standard deviations from the mean
-_PIECES = 12  # that a column is cut into, with about as many rows in each
-_MOST_INPUTS = 400  # into which all columns may be cut together
+_USUAL_DISTANCES = 30  # columns are clipped beyond so many median absolute deviations from the median
+_DEVIATIONS = 10  # columns are clipped beyond so many standard deviations from the mean
+_PIECES = 12  # pieces per column, with about equal numbers of rows
+_MOST_INPUTS = 400  # the largest number of inputs from all columns
 
 
 class Columns:
-    """Learns how columns are cut off, standardized and cut into pieces.
+    """Clipping, standardization and piecewise linear encoding of columns, fitted to rows.
 
-    Without the cut a sentinel among the rows would squeeze all other values together. Each piece of a column is one
-    input, which rises from -1 to 1 within it, so that the network learns steps and bends at once. A column that is
-    constant stays so everywhere.
+    Clipping limits the influence of sentinel values such as 9999. Each piece of a column is one input, which rises from
+    -1 to 1 within the piece, so that the network can learn steps and bends easily. A constant column stays constant for
+    all rows.
 
     Attributes:
-        limits: where columns are cut off, (2, columns).
-        scaler: what standardizes the columns after the cut.
-        cuts: per column, the ends of its pieces; none for one of two values or less.
+        limits: the clipping bounds, (2, columns).
+        scaler: the standardization after clipping.
+        cuts: the ends of the pieces of each column; empty for a column with at most two values.
     Source:
         Gorishniy et al. 2022 (arXiv:2203.05556) for the pieces.
     """
@@ -46,16 +46,16 @@ class Columns:
     def __call__(self, columns: np.ndarray) -> np.ndarray:
         """The inputs of the network, (N, inputs): the standardized columns, then their pieces."""
         scaled = self._scaled(columns)
-        found = [scaled]
+        inputs = [scaled]
         for column, cuts in zip(scaled.T, self.cuts, strict=False):
             if len(cuts) > 2:
-                found.append(2 * np.clip((column[:, None] - cuts[:-1]) / np.diff(cuts), 0, 1) - 1)
-        return np.hstack(found)
+                inputs.append(2 * np.clip((column[:, None] - cuts[:-1]) / np.diff(cuts), 0, 1) - 1)
+        return np.hstack(inputs)
 
 
 def unlike(inputs: np.ndarray, own: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Rows held out of which an input lies farther off those to train on than half of their range. What a network
-    makes of such rows says nothing of how well it has learnt, and few of them outweigh all others. None, if all are."""
+    """The held-out rows with an input beyond the range of the training rows by more than half of that range. Errors on
+    these few rows would dominate. If all rows are such rows, none is marked."""
     low, high = inputs[own].min(0), inputs[own].max(0)
     margin = (high - low) / 2
     far = held & ((inputs < low - margin) | (inputs > high + margin)).any(1)
@@ -63,7 +63,7 @@ def unlike(inputs: np.ndarray, own: np.ndarray, held: np.ndarray) -> np.ndarray:
 
 
 def _quantiles(values: np.ndarray, weight: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """The least values that these shares of the weight do not exceed."""
+    """Weighted quantiles: the smallest values at which the cumulative weight reaches these shares."""
     order = np.argsort(values, kind="stable")
     total = np.cumsum(weight[order])
     return values[order[np.searchsorted(total, shares * total[-1]).clip(max=len(order) - 1)]]

@@ -1,4 +1,4 @@
-"""What the estimators share: settings, rows held out, training, prediction. Each has its own signature of settings."""
+"""The base of the estimators: checks of settings, held-out rows, training and prediction."""
 # ruff: noqa: N803, N806, since scikit-learn's tables are called X
 
 from __future__ import annotations
@@ -31,15 +31,19 @@ from ...longtail.readouts import ScoreReadout
 from ._columns import Columns, unlike
 from ._members import MemberHead, Members
 
-_ROWS = 8192  # at a time in prediction, which holds a share of each bin for each row
-_MEMBER_HEADS = {"linear": None, "regression": 1, "gaussian": 2}  # outputs of heads that members can be averaged of
-_BATCHES = 20  # of an epoch where the batch size is chosen
+_ROWS = 8192  # rows at a time in prediction, which needs rows times bins numbers
+_MEMBER_HEADS = {
+    "linear": None,
+    "regression": 1,
+    "gaussian": 2,
+}  # numbers of outputs of the heads whose members can be averaged
+_BATCHES = 20  # batches per epoch with batch_size="auto"
 _BATCH_SIZES = (32, 512)
 
 
 @dataclass
 class Rows:
-    """The rows of a fit: inputs, labels, weights, and for each member (K) which it is trained on and judged by."""
+    """The rows of a fit: inputs, labels, weights, and the training and validation rows of each member (K)."""
 
     inputs: np.ndarray
     labels: np.ndarray
@@ -67,7 +71,7 @@ class LongTailEstimator(BaseEstimator):
     model_: LongTailModel
 
     def _checked(self, X: Any, y: Any, sample_weight: Any, **options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The columns, labels and weights of the rows of positive weight. A row of weight zero counts as absent."""
+        """The checked columns, labels and weights of rows with positive weight. Other rows are ignored."""
         X, y = self._table(X, y=y, ensure_min_samples=2, **options)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         present = weight > 0
@@ -83,13 +87,13 @@ class LongTailEstimator(BaseEstimator):
         one_of("adjust", self.adjust, ("after", "in_loss"))
         bins = head not in ("regression", "gaussian")
         if not isinstance(self.tau, str):
-            rule = f'tau must be "auto", which does nothing, with head={head!r}, which has no bins'
+            rule = f'tau must be "auto" (not used) with head={head!r}, which has no bins'
             require(bins, rule, got=repr(self.tau))
             number("tau", self.tau, low=0)
         else:
             one_of("tau", self.tau, ("auto",))
             if bins and self.adjust == "in_loss":
-                rule = 'tau must be a number with adjust="in_loss", since no training can choose it'
+                rule = 'tau must be a number with adjust="in_loss", since it is needed before training'
                 raise problem(rule, got='"auto"', fix='Use adjust="after".')
         number("validation_fraction", self.validation_fraction, low=0, high=0.5, open_low=True)
         whole("members", self.members, low=1)
@@ -116,12 +120,12 @@ class LongTailEstimator(BaseEstimator):
         bins: Bins,
         judged: bool,
     ) -> Rows:
-        """Rows to train on and to hold out, once columns are learnt."""
+        """Split the rows into training and held-out rows, and fit the columns."""
         members = min(self.members, len(labels) // 2)
         held = np.zeros((members, len(labels)), dtype=bool)
         if judged and members == 1:
             held[0, validation_rows(random, labels, self.validation_fraction, bins)] = True
-            fix = "Pass patience=None and a number as tau, to train without."
+            fix = "Pass patience=None and a number as tau to train without held-out rows."
             require(held.any(), "y must hold a label twice, to validate on", got="each once", fix=fix)
         elif judged:
             held = folds(random, labels, members) == np.arange(members)[:, None]
@@ -144,7 +148,7 @@ class LongTailEstimator(BaseEstimator):
         runtime: Runtime,
         **options: Any,
     ) -> tuple[LongTailModel, Tensor]:
-        """A trained model, and the scores of held-out rows (M, ...), in the order of the rows."""
+        """A trained model, and the scores of held-out rows (M, ...) in the order of the rows."""
         scores_bins = head not in ("regression", "gaussian")
         count, trained = len(rows.own), rows.own.any(0)
         counts = np.bincount(bins.index(rows.labels[trained]), weights=rows.weight[trained], minlength=len(bins))
@@ -153,7 +157,7 @@ class LongTailEstimator(BaseEstimator):
         smooth = density.smooth("auto")
         lds, weight = None, rows.weight
         if scheme is not None:
-            if scores_bins:  # bins that the held-out rows left empty are no news
+            if scores_bins:  # no warning of bins that are empty because rows were held out
                 smooth = LabelDensity(bins, np.maximum(smooth.counts, 1.0))
             lds = LDS(bins, kernel=None, scheme=scheme).fit(smooth)
             weight = weight * lds.sample_weight(rows.labels)
@@ -162,7 +166,7 @@ class LongTailEstimator(BaseEstimator):
         if even and spreads and "sigma" not in options:
             options["sigma"] = _spread(bins, density)
         if head == "regression":
-            options["prior_kernel"] = None  # The density is smooth already.
+            options["prior_kernel"] = None  # the density is smoothed already
 
         if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
             rule = "hidden must be a tuple of whole numbers"
@@ -177,18 +181,19 @@ class LongTailEstimator(BaseEstimator):
                     bins,
                     density=density if scores_bins else smooth,
                     head=head,  # type: ignore[arg-type]
-                    weights=lds,  # a part of the prior, though the loss is given them together with those of rows
+                    weights=lds,  # for the prior; the loss gets them multiplied by the weights of rows
                     **options,
                 )
                 if head in _MEMBER_HEADS:
                     model.head = MemberHead(count, widths[-1], _MEMBER_HEADS[head] or len(bins))
             model = model.to(runtime.device, torch.float32)
             scores = self._train(model, rows, weight, optimization, runtime)
-            # In float64 a prediction does not depend on the rows beside it; on the CPU a pickle can be loaded anywhere.
+            # In float64 a prediction does not depend on other rows of the batch. On the CPU a pickle can be loaded
+            # anywhere.
             model = model.eval().cpu().double()
             if isinstance(model.head, MemberHead):
                 members.side_by_side, model.num_features = True, count * widths[-1]
-                with runtime.seeded("average"):  # Its first weights are drawn in vain.
+                with runtime.seeded("average"):  # initial weights are not used
                     model.head = model.head.average()
         return model, scores
 
@@ -207,7 +212,7 @@ class LongTailEstimator(BaseEstimator):
         steps = Steps(model, optimization, len(trained), runtime)
         parameters = list(model.parameters())
         best, best_scores = torch.full((count,), math.inf), None
-        kept = [parameter.detach().clone() for parameter in parameters]
+        best_weights = [parameter.detach().clone() for parameter in parameters]
         history: list[dict[str, float]] = []
         self.best_epochs_ = np.full(count, optimization.epochs)
 
@@ -227,12 +232,12 @@ class LongTailEstimator(BaseEstimator):
             return loss + model.head.diversity() if diverse else loss  # type: ignore[operator]
 
         def judged() -> tuple[Tensor, Tensor]:
-            """The loss of each member on the rows that it is judged by, and the scores of these rows, (K, M, ...)."""
+            """The loss of each member on its validation rows, and the scores of these rows, (K, M, ...)."""
             with torch.no_grad():
                 scores = scores_of(inputs[padded])
                 scores = scores.view(count, longest, *scores.shape[1:])
                 parts = zip(scores, held, strict=True)
-                losses = [model.readout.loss_of(one[: len(at)], target[at], all_weights[at]) for one, at in parts]
+                losses = [model.readout.loss_of(one[: len(row)], target[row], all_weights[row]) for one, row in parts]
             return torch.stack(losses).cpu(), scores
 
         for epoch in range(1, optimization.epochs + 1):
@@ -252,7 +257,7 @@ class LongTailEstimator(BaseEstimator):
                 best_scores[better] = scores[better]
                 best = torch.where(better, losses, best)
                 self.best_epochs_[better.numpy()] = epoch
-                for old, new in zip(kept, parameters, strict=True):
+                for old, new in zip(best_weights, parameters, strict=True):
                     old.view(count, -1)[better] = new.detach().view(count, -1)[better]
             history.append(row)
             if self.verbose:
@@ -267,14 +272,14 @@ class LongTailEstimator(BaseEstimator):
         if best_scores is None:
             return torch.zeros(0)
         with torch.no_grad():
-            for old, new in zip(kept, parameters, strict=True):
+            for old, new in zip(best_weights, parameters, strict=True):
                 new.copy_(old)
-        found = torch.cat([one[: len(at)] for one, at in zip(best_scores, held, strict=True)])
-        return found[torch.cat(held).argsort()].cpu().double()
+        scores = torch.cat([one[: len(row)] for one, row in zip(best_scores, held, strict=True)])
+        return scores[torch.cat(held).argsort()].cpu().double()
 
     @torch.no_grad()
     def _read(self, inputs: np.ndarray, read: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``read`` makes of the inputs of each row."""
+        """The results of ``read`` for the inputs of all rows."""
         return torch.cat([read(x) for x in torch.from_numpy(inputs).split(_ROWS)])
 
     def _predicted(self, X: Any, read: Callable[[Tensor], Tensor]) -> np.ndarray:
@@ -293,7 +298,7 @@ class LongTailEstimator(BaseEstimator):
 
 
 def _spread(bins: Bins, density: LabelDensity) -> float:
-    """By how much labels are spread over bins: two bins, but no wider than the middle half of the labels lies."""
+    """Sigma of soft labels: two bins, but at most the interquartile range of the labels."""
     low, high = quantiles(torch.from_numpy(density.prior()), bins, [0.25, 0.75]).tolist()
     return min(2 * float(np.diff(bins.edges)[0]), (high - low) / 1.35)
 
@@ -303,7 +308,7 @@ def _dense(X: Any) -> np.ndarray:
 
 
 def folds(random: np.random.RandomState, labels: np.ndarray, count: int) -> np.ndarray:
-    """The fold of each row, such that each run of ``count`` rows along the sorted labels has one row in each fold."""
+    """Stratified folds: each run of ``count`` rows in the order of labels has one row in each fold."""
     order = np.lexsort((random.random_sample(len(labels)), labels))
     fold = np.empty(len(labels), dtype=np.int64)
     for start in range(0, len(labels), count):
@@ -313,7 +318,7 @@ def folds(random: np.random.RandomState, labels: np.ndarray, count: int) -> np.n
 
 
 def validation_rows(random: np.random.RandomState, labels: np.ndarray, fraction: float, bins: Bins) -> np.ndarray:
-    """Rows to hold out, one of each run along the sorted labels; no class loses its last row."""
+    """Stratified validation rows: one of each run of rows in the order of labels. No class loses its last row."""
     order = np.lexsort((random.random_sample(len(labels)), labels))
     runs = np.array_split(order, max(1, min(len(labels) // 2, round(fraction * len(labels)))))
     rows = np.array([random.choice(run) for run in runs])

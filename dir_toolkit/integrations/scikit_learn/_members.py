@@ -1,4 +1,4 @@
-"""Several perceptrons that are trained at once, each on rows of its own, and averaged."""
+"""An ensemble of perceptrons that are trained at the same time on different rows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from ...heads.linear import LinearHead
 
 
 class Members(nn.Module):
-    """Perceptrons (K of them) of the same widths. A backbone whose features are those of each member in turn.
+    """A backbone of K perceptrons with the same widths.
 
     Attributes:
-        side_by_side: whether to give the members' features of one row beside each other.
+        side_by_side: whether to concatenate the members' features of a row.
     Shape:
-        forward: (N, inputs), the same rows for all, or (K, N, inputs). Returns (K * N, D); side by side (N, K * D).
+        forward: (N, inputs), the same rows for all members, or (K, N, inputs). Returns (K * N, D), member by member, or
+            side by side (N, K * D).
     """
 
     def __init__(self, members: int, widths: Sequence[int]) -> None:
@@ -41,7 +42,7 @@ class MemberHead(nn.Module):
     """A linear head per member.
 
     Shape:
-        forward: (K * N, D), the features of each member in turn. Returns (K * N, outputs).
+        forward: (K * N, D), member by member. Returns (K * N, outputs).
     """
 
     def __init__(self, members: int, num_features: int, outputs: int) -> None:
@@ -57,7 +58,7 @@ class MemberHead(nn.Module):
 
     @torch.no_grad()
     def average(self) -> LinearHead:
-        """A head over the members' features side by side, which gives the mean of what the members' heads give."""
+        """A head over the members' concatenated features that returns the mean of the members' outputs."""
         members, num_features, outputs = self.weight.shape
         head = LinearHead(members * num_features, outputs).to(self.weight)
         head.weight.copy_(self.weight.permute(2, 0, 1).reshape(outputs, members * num_features) / members)
@@ -70,5 +71,5 @@ def _stacked(tensors: Sequence[Tensor]) -> nn.Parameter:
 
 
 def _end_to_end(biases: Sequence[Tensor]) -> nn.Parameter:
-    """Biases in one row, since what has one axis is not decayed in training."""
+    """Biases in one row, since parameters with one axis get no weight decay."""
     return nn.Parameter(torch.cat([bias.detach() for bias in biases]))

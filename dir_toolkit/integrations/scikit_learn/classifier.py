@@ -21,33 +21,33 @@ __all__ = ["LongTailClassifier"]
 
 
 class LongTailClassifier(ClassifierMixin, LongTailEstimator):
-    """A classifier for long-tailed classes, by the rules of scikit-learn.
+    """A scikit-learn classifier for long-tailed classes.
 
-    By default it is trained by the logit-adjusted loss, so that it predicts as if all classes were equally frequent.
-    Columns are standardized and cut off inside, as by :class:`LongTailRegressor`. Rows are held out in proportion to
-    the classes, of each of which at least one row is left to train on.
+    By default it is a perceptron trained with the logit-adjusted loss, so that it predicts as if all classes were
+    equally frequent. Columns are transformed as in :class:`LongTailRegressor`. Held-out rows are stratified by class,
+    and each class keeps at least one training row.
 
     Args:
         head: ``"linear"``, ``"cosine"`` or ``"affinity"``.
         loss: as in :class:`dir_toolkit.LongTailModel`.
-        weights: the scheme of :class:`dir_toolkit.LDS` by which the counts of the classes weight the loss, or None. The
-            weights are a part of the prior from which ``tau`` starts.
-        tau: how far to go towards rare classes. 0 keeps the training prior, and 1 goes all the way to even classes.
-            ``"auto"`` takes the value with the least balanced error on the held-out rows, and needs
+        weights: the scheme of :class:`dir_toolkit.LDS` for loss weights, or None. They are taken into account in the
+            adjustment by ``tau``.
+        tau: the strength of the adjustment towards rare classes. 0 predicts under the training prior, and 1 under equal
+            class frequencies. ``"auto"`` takes the value with the smallest balanced error on held-out rows, and needs
             ``adjust="after"``.
-        adjust: ``"in_loss"``, or ``"after"`` training. Affinities need the latter, unless ``loss="cross_entropy"``.
+        adjust: ``"in_loss"``, or ``"after"`` training. Affinities need ``"after"``, unless ``loss="cross_entropy"``.
         hidden, epochs, batch_size, lr, weight_decay, validation_fraction, patience, random_state, device, verbose: as
             in :class:`LongTailRegressor`.
     Attributes:
-        classes_: the classes, in order.
+        classes_: the sorted classes.
         model_, columns_, tau_, tau_choice_, history_, best_epochs_, n_features_in_, feature_names_in_: as
             in :class:`LongTailRegressor`.
     Shape:
         X: (N, columns). y, sample_weight: (N,), one class per row, of numbers or strings.
     Raises:
-        ValueError: X or y hold NaN or infinity, labels are of one class, of one row or continuous, or y has several
-        columns; a setting is unknown or out of range. TypeError: a setting is of another kind. NonFiniteLossError:
-        training diverged. NotFittedError of scikit-learn: predictions are asked for before ``fit``.
+        ValueError: X or y hold NaN or infinity, there is one class or one row, labels are continuous, or y has several
+        columns; a setting is unknown or out of range. TypeError: a setting has the wrong type. NonFiniteLossError:
+        training diverged. NotFittedError of scikit-learn: a method is called before ``fit``.
 
     >>> X = np.linspace(0, 1, 400)[:, None]
     >>> classifier = LongTailClassifier(epochs=20, random_state=0).fit(X, np.where(X[:, 0] < 0.9, "benign", "rare"))
@@ -93,13 +93,13 @@ class LongTailClassifier(ClassifierMixin, LongTailEstimator):
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LongTailClassifier:
-        """Train on rows X and their classes; ``sample_weight`` as in :meth:`LongTailRegressor.fit`."""
+        """Train on rows X and their classes y. ``sample_weight`` is as in :meth:`LongTailRegressor.fit`."""
         one_of("head", self.head, ("linear", "cosine", "affinity"))
         X, y, weight = self._checked(X, y, sample_weight)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
-        found = f"one class, {self.classes_[0]!r}"
-        require(len(self.classes_) > 1, "y must hold at least two classes", got=found)
+        got = f"one class, {self.classes_[0]!r}"
+        require(len(self.classes_) > 1, "y must hold at least two classes", got=got)
         self._check_settings(self.head)
         bins, optimization = Bins.classes(len(self.classes_)), self._optimization(len(y))
         random, runtime = self._start()
@@ -121,10 +121,10 @@ class LongTailClassifier(ClassifierMixin, LongTailEstimator):
         return self.classes_[place]
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The probability of each class, (N, classes), under the prior that predictions are made for."""
+        """The probability of each class, (N, classes), after the adjustment by ``tau``."""
         return self._predicted(X, lambda x: self.model_(x).distribution)
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """The log-probability of each class, (N, classes); of two classes the log-odds of the second, (N,)."""
+        """The log-probability of each class, (N, classes); for two classes the log-odds of the second, (N,)."""
         scores = np.log(self.predict_proba(X).clip(np.finfo(np.float64).tiny))
         return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores

@@ -24,83 +24,82 @@ from ._estimator import LongTailEstimator
 __all__ = ["LongTailRegressor"]
 
 _HEADS = ("auto", "linear", "cosine", "affinity", "regression", "gaussian")
-_TAUS = np.linspace(0, 1.5, 16)  # that are tried together with each share of the number
+_TAUS = np.linspace(0, 1.5, 16)  # candidates, each with every share of the number
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_ALIKE = 1.02  # the ratio of held-out errors up to which chance may tell them apart
-_FEWEST = 20  # held-out rows, on which errors say more than chance does
+_ALIKE = 1.02  # ratios of held-out errors up to this may be due to chance
+_FEWEST = 20  # the smallest number of held-out rows for a warning
 
 
 class LongTailRegressor(RegressorMixin, LongTailEstimator):
-    """A regressor for long-tailed labels, by the rules of scikit-learn.
+    """A scikit-learn regressor for long-tailed labels.
 
-    Two networks are trained by default. One gives a number, and its absolute errors are weighted by LDS. The other
-    scores the bins of a label axis, and is adjusted towards rare labels after training by ``tau``. A prediction is the
-    mean of both in proportions that, like ``tau``, are chosen on rows that were held out. Their mean absolute error
-    must keep within ``most_mae`` and not exceed that of a constant, the median label. Among the choices whose bMAE is
-    then within 2 % of the least, the one with the least mean absolute error is taken.
+    By default it trains two networks. The first predicts a number, with an absolute error weighted by LDS. The second
+    predicts a distribution over bins, which is adjusted towards rare labels by ``tau``. The prediction is a weighted
+    mean of both. The weight and ``tau`` are chosen on held-out rows by the smallest bMAE. Their mean absolute error
+    must not exceed ``most_mae`` nor that of the median label. Among choices with a bMAE within 2 % of the smallest, the
+    one with the smallest mean absolute error is taken.
 
-    Each network is the mean of a few members. Each member is trained without a share of the rows, by which it is judged
-    and which no other member lacks, so that all rows judge and all rows are learnt from.
+    Each network is the mean of several members. Each member holds out a different fold of the rows for validation, so
+    that all rows are used both for training and for validation.
 
-    Columns are standardized inside, cut off far from most values that the rows to train on have, and cut into pieces.
-    A column that is constant in these rows has no effect. Held-out rows that are unlike all rows to train on do not
-    judge a member. A warning says where the mean of held-out errors is larger than that of a constant.
+    Columns are clipped, standardized and encoded piecewise linearly. A column that is constant in training has no
+    effect. Held-out rows far outside the range of the training rows are not used for validation. A warning is issued if
+    the held-out error is larger than that of a constant.
 
-    Labels of several targets, (N, K), are learnt by a regressor each.
+    For several targets, (N, K), one regressor per target is trained.
 
     Args:
-        hidden: the widths of the hidden layers. ``()`` makes a linear model.
+        hidden: the widths of the hidden layers. ``()`` is a linear model.
         bins: the label axis, which must hold all labels. None takes :meth:`dir_toolkit.Bins.auto`.
-        head: ``"auto"``, which is both networks as above; ``"regression"``, which gives one number; ``"linear"``,
-            ``"cosine"`` or ``"affinity"``, which score bins; or ``"gaussian"``, which gives mean and variance.
-        loss: of the bins, or of the head that is named, as in :class:`dir_toolkit.LongTailModel`.
+        head: ``"auto"``, the two networks above; ``"regression"``, which predicts a number; ``"linear"``, ``"cosine"``
+            or ``"affinity"``, which score bins; or ``"gaussian"``, which predicts mean and variance.
+        loss: the loss of the bins, or of the named head, as in :class:`dir_toolkit.LongTailModel`.
         sigma, decode: as in :class:`dir_toolkit.LongTailModel`.
-        weights: the scheme of :class:`dir_toolkit.LDS` by which the smoothed density of labels weights the loss:
-            ``"sqrt_inverse"``, ``"inverse"``, ``"effective_number"`` or ``"dense"``. None weights all labels alike, but
-            the number of ``head="auto"`` by ``"sqrt_inverse"``. Weights are a part of the prior from which ``tau``
-            starts, so that with any of them 1 means even labels.
-        tau: how far to go towards rare labels. 0 keeps the training prior, and 1 goes all the way to even labels.
-            ``"auto"`` takes the value that suits the held-out rows best. Heads without bins have nothing to adjust.
-        by: what ``"auto"`` judges by: ``"bmae"``, the mean absolute error with each bin counting alike, or ``"mae"``.
-        most_mae: the most that the mean absolute error over held-out rows may be, as a factor >= 1 of the least that is
-            found with ``head="auto"``, and of that at tau 0 with other heads; None sets no limit.
+        weights: the scheme of :class:`dir_toolkit.LDS` for loss weights: ``"sqrt_inverse"``, ``"inverse"``,
+            ``"effective_number"`` or ``"dense"``. None means equal weights, except for the number of ``head="auto"``,
+            which uses ``"sqrt_inverse"``. Weights are taken into account in the adjustment by ``tau``.
+        tau: the strength of the adjustment towards rare labels. 0 predicts under the training prior, and 1 under
+            uniform labels. ``"auto"`` chooses it on held-out rows. Heads without bins are not adjusted.
+        by: the criterion of ``"auto"``: ``"bmae"``, the mean absolute error with equal weight per bin, or ``"mae"``.
+        most_mae: the largest allowed ratio, >= 1, of the mean absolute error over held-out rows to the smallest one
+            with ``head="auto"``, or to that at tau 0 with other heads; None sets no limit.
         adjust: ``"after"`` training, or ``"in_loss"``, which needs a number as ``tau``.
-        members: how many networks are averaged; 1 with ``"cosine"`` and ``"affinity"``, whose scores cannot be. With
-            one a share of the rows is held out and lost to training. Several hold out an equal part of the rows each.
+        members: the number of networks to average; 1 with ``"cosine"`` and ``"affinity"``, which cannot be averaged. A
+            single member does not train on its held-out rows.
         epochs: the largest number of passes over the rows.
-        batch_size: the rows per step; ``"auto"`` takes a twentieth of all, but 32 at least and 512 at most.
-        lr: the highest learning rate of AdamW. It rises over the first twentieth of all steps and falls as a cosine.
-        weight_decay: the pull of weight matrices towards zero.
-        validation_fraction: the share of the rows that is held out with ``members=1``, in (0, 0.5]. Where a number is
-            passed as ``tau``, no ``head`` is to be chosen and ``patience=None``, none are held out.
-        patience: the number of epochs without a lower loss on any member's held-out rows after which training stops.
-            Then the weights of each member's best epoch are taken. None trains all epochs and takes the last weights.
-        random_state: decides which rows are held out, the first weights, and the order of the rows.
-        device: the device to train on: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, which takes CUDA where there
-            is any. Predictions are made on the CPU.
+        batch_size: the rows per step. ``"auto"`` takes a twentieth of all rows, between 32 and 512.
+        lr: the peak learning rate of AdamW, after warm-up in the first twentieth of all steps and before cosine decay.
+        weight_decay: the weight decay of weight matrices.
+        validation_fraction: the share of held-out rows with ``members=1``, in (0, 0.5]. No rows are held out if ``tau``
+            is a number, ``head`` is not ``"auto"`` and ``patience`` is None.
+        patience: training stops after this number of epochs without a lower held-out loss of any member, and each
+            member takes the weights of its best epoch. None trains all epochs and takes the last weights.
+        random_state: the seed of held-out rows, initial weights and the order of rows.
+        device: the training device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, which is CUDA if available.
+            Predictions are made on the CPU.
         verbose: whether to print a line per epoch.
     Attributes:
         bins_: the label axis.
-        model_: the :class:`dir_toolkit.LongTailModel` in float64, over the inputs that ``columns_`` makes of a table.
-            ``model_.set_prior`` turns its part of the predictions to any other prior.
-        number_: the model of the number, and None unless ``head="auto"``; share_: what it weighs in predictions.
+        model_: the :class:`dir_toolkit.LongTailModel` in float64, on inputs transformed by ``columns_``.
+            ``model_.set_prior`` changes the prior of its part of the predictions.
+        number_: the model of the number, or None unless ``head="auto"``. share_: its weight in predictions.
         tau_: the strength of the adjustment; None without bins.
-        tau_choice_: the :class:`dir_toolkit.priors.TauChoice` of a head that scores bins, with its curve; else None.
-        choice_: what ``head="auto"`` chose from, a list of rows with ``share``, ``tau``, ``mae`` and ``bmae``.
-        history_: one row per epoch, with ``epoch``, ``loss`` and, where rows are held out, ``val_loss``.
-        best_epochs_: the epoch of the weights of each member. This and ``history_`` are those of ``model_``.
-        estimators_: of several targets, the regressor of each, which has the attributes above; None for one target.
-        n_features_in_, feature_names_in_: as everywhere in scikit-learn.
+        tau_choice_: the :class:`dir_toolkit.priors.TauChoice` of a head that scores bins; else None.
+        choice_: the candidates of ``head="auto"``, a list of dicts with ``share``, ``tau``, ``mae`` and ``bmae``.
+        history_: one dict per epoch, with ``epoch``, ``loss`` and, if rows are held out, ``val_loss``.
+        best_epochs_: the best epoch of each member. This and ``history_`` are those of ``model_``.
+        estimators_: one regressor per target, with the attributes above; None for a single target.
+        n_features_in_, feature_names_in_: as in scikit-learn.
     Shape:
-        X: (N, columns), dense or sparse; it is trained on as a dense one. y: (N,), or (N, K) for several targets;
-        sample_weight: (N,). Predictions are shaped as y.
+        X: (N, columns), dense or sparse; it is converted to dense. y: (N,), or (N, K) for several targets;
+            sample_weight: (N,). Predictions have the shape of y.
     Units:
         those of the labels.
     Raises:
         ValueError: X or y hold NaN or infinity, labels are all equal or too large for float32, or there is one row
         only; a setting is unknown or out of range. LabelError: a label lies beyond ``bins``.
-        TypeError: labels are not numbers, or a setting is of another kind. NonFiniteLossError: training diverged.
-        NotFittedError of scikit-learn: predictions are asked for before ``fit``.
+        TypeError: labels are not numbers, or a setting has the wrong type. NonFiniteLossError: training diverged.
+            NotFittedError of scikit-learn: a method is called before ``fit``.
 
     >>> X = np.linspace(0, 1, 400)[:, None]
     >>> regressor = LongTailRegressor(epochs=20, random_state=0).fit(X, 60 * X[:, 0] ** 3)
@@ -160,8 +159,8 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         """Train on rows X and their labels.
 
         Args:
-            sample_weight: >= 0, and scaled to a mean of one. A row of weight zero counts as absent. The prior that
-                predictions are adjusted from counts weights, not rows.
+            sample_weight: >= 0, scaled to a mean of one. A row of weight zero is ignored. The training prior counts
+                weights, not rows.
         """
         self.estimators_: list[LongTailRegressor] | None = None
         if np.ndim(y) == 2:
@@ -180,7 +179,7 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         X, y, weight = self._checked(X, y, sample_weight, y_numeric=True)
         labels = labels_array(y, "y").astype(np.float64)
         bins = self._axis(labels)
-        bins.index(labels)  # Labels beyond the axis are refused before anything has changed.
+        bins.index(labels)  # raises for labels beyond the axis before anything changes
         ends = float(bins.edges[0]), float(bins.edges[-1])
         self.bins_, self.label_range_ = bins, np.clip([labels.min(), labels.max()], *ends)
         optimization = self._optimization(len(labels))
@@ -229,32 +228,35 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         return self.bins
 
     def _held_out_weight(self, labels: np.ndarray) -> np.ndarray:
-        """Of held-out labels, such that each bin that has training labels counts by its width."""
+        """Weights of held-out labels, such that each bin with training labels has a weight proportional to its
+        width."""
         assert self.model_.density is not None
         widths = np.where(self.model_.density.counts > 0, self.bins_.relative_widths, 0.0)
         return row_weights(widths, self.bins_.index(labels), self.bins_)
 
     def _choose(self, labels: np.ndarray, numbers: Tensor, scores: Tensor) -> float:
-        """The share of the number and the tau of the bins that suit the held-out rows best."""
-        weight, found = self._held_out_weight(labels), []
+        """Choose the share of the number and the tau of the bins on held-out rows."""
+        weight, candidates = self._held_out_weight(labels), []
         for tau in _TAUS.tolist() if isinstance(self.tau, str) else [self.tau]:
             if self.adjust == "after":
                 self.model_.set_prior("uniform", tau)
             binned = self.model_.readout(scores, scores, scores).prediction
             for share in _SHARES:
                 error = np.abs(self._on_axis(share * numbers + (1 - share) * binned).numpy() - labels)
-                found.append({"share": share, "tau": tau, "mae": float(error.mean()), "bmae": float(weight @ error)})
-        least = min(row["mae"] for row in found)
+                candidates.append(
+                    {"share": share, "tau": tau, "mae": float(error.mean()), "bmae": float(weight @ error)}
+                )
+        least = min(row["mae"] for row in candidates)
         most = math.inf if self.most_mae is None else self.most_mae * least
         most = max(least, min(most, float(np.abs(labels - np.median(labels)).mean())))
-        allowed = [row for row in found if row["mae"] <= most]
+        allowed = [row for row in candidates if row["mae"] <= most]
         good = _ALIKE * min(row[self.by] for row in allowed)
         best = min((row for row in allowed if row[self.by] <= good), key=lambda row: row["mae"])
-        self.choice_, self.share_ = found, best["share"]
+        self.choice_, self.share_ = candidates, best["share"]
         return best["tau"]
 
     def _compare(self, pred: np.ndarray, labels: np.ndarray) -> None:
-        """Warn where a constant predicts the held-out labels better."""
+        """Warn if a constant predicts the held-out labels better."""
         if len(labels) < _FEWEST:
             return
         weight = self._held_out_weight(labels)
@@ -266,8 +268,7 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
             warn(f"{message}constant, the median label. Lower {lower}, or look for mistyped labels.")
 
     def predict(self, X: Any) -> np.ndarray:
-        """The label of each row, shaped as y was, which lies on the label axis and in the range of the labels of
-        training."""
+        """The predicted label of each row, in the shape of y, within the range of the training labels."""
         if (each := self._of_each(X, "predict")) is not None:
             return np.stack(each, 1)
         return self._predicted(X, self._label)
@@ -282,12 +283,12 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         return values.clamp(*self.label_range_.tolist())
 
     def predict_interval(self, X: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends, shaped as y was, of central intervals that hold a label with the probability ``level``.
+        """Central prediction intervals with the probability ``level``: lower and upper ends, in the shape of y.
 
-        They are those of the bins, or of the Gaussian, and are widened to the prediction where it lies outside.
+        They are those of the distribution over bins, or of the Gaussian, extended to the prediction if it lies outside.
 
         Raises:
-            ValueError: the level lies outside (0, 1). RuntimeError: ``head="regression"`` tells no distribution.
+            ValueError: the level lies outside (0, 1). RuntimeError: ``head="regression"`` predicts no distribution.
         """
         if (each := self._of_each(X, "predict_interval", level)) is not None:
             lower, upper = np.stack(each, 2)
@@ -302,7 +303,7 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         return lower, upper
 
     def _of_each(self, X: Any, method: str, *arguments: Any) -> list[Any] | None:
-        """What the regressor of each target answers; None if there is one target."""
+        """The results of a method of each target's regressor; None for a single target."""
         check_is_fitted(self)
         if self.estimators_ is None:
             return None

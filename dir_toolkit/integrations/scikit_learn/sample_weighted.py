@@ -1,4 +1,4 @@
-"""LDS weights for any regressor of scikit-learn's kind, learnt anew from the labels of each fit."""
+"""LDS sample weights for any scikit-learn regressor."""
 # ruff: noqa: N803, since scikit-learn's tables are called X
 
 from __future__ import annotations
@@ -25,22 +25,21 @@ __all__ = ["SampleWeighted"]
 
 
 class SampleWeighted(RegressorMixin, MetaEstimatorMixin, BaseEstimator):
-    """Any regressor that takes ``sample_weight``, trained with the LDS weights of the labels it is fitted to.
+    """A meta-estimator that fits any regressor with LDS weights of its training labels as ``sample_weight``.
 
-    In a cross-validation each fold's weights so come from that fold's training labels alone. Around a pipeline it
-    cannot reach the last step: put it inside, ``make_pipeline(StandardScaler(), SampleWeighted(Ridge()))``.
+    In cross-validation the weights of each fold come from its training labels alone. In a pipeline wrap the last step:
+    ``make_pipeline(StandardScaler(), SampleWeighted(Ridge()))``.
 
     Args:
-        estimator: a regressor, which is cloned and not fitted itself.
-        bins: the label axis, which must hold all labels. None takes :meth:`dir_toolkit.Bins.auto` of the labels,
-            in each fit anew.
-        scheme: of :class:`dir_toolkit.LDS`: how weights follow the smoothed density.
+        estimator: a regressor, which is cloned.
+        bins: the label axis, which must hold all labels. None takes :meth:`dir_toolkit.Bins.auto` in each fit.
+        scheme: as in :class:`dir_toolkit.LDS`.
     Attributes:
-        estimator_: the regressor that was fitted.
+        estimator_: the fitted regressor.
         lds_: the fitted :class:`dir_toolkit.LDS`.
         bins_: the label axis.
     Raises:
-        TypeError: the fit of the estimator takes no ``sample_weight``. LabelError: a label lies beyond ``bins``.
+        TypeError: ``fit`` of the estimator takes no ``sample_weight``. LabelError: a label lies beyond ``bins``.
 
     >>> from sklearn.linear_model import LinearRegression
     >>> x, y = np.arange(50.0)[:, None], np.arange(50.0) ** 2
@@ -55,14 +54,14 @@ class SampleWeighted(RegressorMixin, MetaEstimatorMixin, BaseEstimator):
         self.scheme = scheme
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, **options: Any) -> SampleWeighted:
-        """Learn the weights from the labels, then fit the estimator with them.
+        """Compute the weights from the labels, then fit the estimator with them.
 
         Args:
-            sample_weight: >= 0, by which the weights are multiplied. The density of the labels counts them.
-            options: handed to the estimator's own ``fit``.
+            sample_weight: >= 0. It multiplies the LDS weights, and the label density counts it.
+            options: further arguments of the estimator's ``fit``.
         """
         takes, fix = has_fit_parameter(self.estimator, "sample_weight"), "In a pipeline wrap its last step."
-        require(takes, "the fit of estimator must take sample_weight", got=type(self.estimator), fix=fix)
+        require(takes, "fit of the estimator must take sample_weight", got=type(self.estimator), fix=fix)
         labels = labels_array(validate_data(self, y=y, y_numeric=True, reset=False), "y")
         check_consistent_length(X, labels)
         require(len(labels) > 1, "y must hold at least two labels", got="1 sample")
@@ -81,19 +80,19 @@ class SampleWeighted(RegressorMixin, MetaEstimatorMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """What the fitted estimator predicts."""
+        """The predictions of the fitted estimator."""
         check_is_fitted(self)
         return self.estimator_.predict(X)
 
     @property
     def n_features_in_(self) -> int:
-        """The number of columns, as the fitted estimator knows it."""
+        """The number of columns."""
         check_is_fitted(self)
         return self.estimator_.n_features_in_
 
     @property
     def feature_names_in_(self) -> np.ndarray:
-        """The names of the columns, where they have names."""
+        """The names of the columns, if they have names."""
         check_is_fitted(self)
         return self.estimator_.feature_names_in_
 

@@ -1,4 +1,4 @@
-"""Scorers that look at rare labels, for ``scoring=`` in scikit-learn's searches and cross-validation."""
+"""Scorers for rare labels, for ``scoring=`` in scikit-learn's searches and cross-validation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["bmae_scorer", "few_shot_scorer"]
 
 
 def bmae_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., float]:
-    """A scorer of the negative bMAE: the mean over the bins of the axis of each bin's mean absolute error.
+    """A scorer of the negative bMAE, the mean over bins of the mean absolute error in each bin.
 
-    The axis is the same in all folds, and a test label beyond it counts in the bin at its end.
+    The bins are the same in all folds. A test label beyond the axis counts in the end bin.
 
     Args:
-        labels: of training, anything that :meth:`dir_toolkit.LabelDensity.count` takes.
+        labels: the training labels, anything that :meth:`dir_toolkit.LabelDensity.count` takes.
         bins: the label axis; None takes :meth:`dir_toolkit.Bins.auto`.
     Returns:
-        a scorer, called as ``scorer(estimator, X, y)``. More is better.
+        a scorer, called as ``scorer(estimator, X, y)``. Higher is better.
     Units:
         those of the labels.
 
@@ -40,9 +40,8 @@ def bmae_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., float]:
 def few_shot_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., float]:
     """A scorer of the negative mean absolute error of rare labels.
 
-    A label is rare if its bin is in the region "few" or "unseen" of the training labels, as
-    ``LabelDensity.regions(relative=True)`` has it: fewer labels than a fifth of what an even spread over the axis would
-    give it. Where no test label is rare the score is NaN.
+    A label is rare if its bin is in the region "few" or "unseen" of ``LabelDensity.regions(relative=True)``: it has
+    fewer labels than a fifth of the count under a uniform distribution. Without rare test labels the score is NaN.
 
     Args:
         labels, bins: as in :func:`bmae_scorer`.
