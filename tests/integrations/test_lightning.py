@@ -260,7 +260,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with_callback.fit(Module(other), Loader(*((x, 2 * y) for x, y in Loader())))
     with_callback.save_checkpoint(tmp_path / "other.ckpt")
     for name, message in [
-        ("without", "the checkpoint to go on from must hold FDS statistics, got one that was saved without"),
+        ("without", "the checkpoint must hold FDS statistics, got one that was saved without"),
         ("other", "the saved statistics must be over the same bins"),
     ]:
         with pytest.raises(CheckpointError, match=message):

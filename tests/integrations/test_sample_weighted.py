@@ -74,7 +74,7 @@ def test_estimators_without_weights_and_labels_beyond_the_axis_are_refused() -> 
     x, y = long_tailed(50)
     for estimator in (KNeighborsRegressor(), make_pipeline(StandardScaler(), LinearRegression())):
         with pytest.raises(
-            ArgumentTypeError, match=r"SampleWeighted\.fit: the fit of estimator must take sample_weight, got .*wrap"
+            ArgumentTypeError, match=r"SampleWeighted\.fit: fit of the estimator must take sample_weight, got .*wrap"
         ):
             SampleWeighted(estimator).fit(x, y)
     with pytest.raises(LabelError):
