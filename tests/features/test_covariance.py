@@ -423,7 +423,7 @@ for words in sys.argv[1:]:
     use(form, *map(int, sizes))
     print(peak() - before)
 """
-TAKES: dict[str, tuple[int, int, int]] = {"full": (600, 96, 2), "low_rank": (300, 256, 64)}  # bins, features, rank
+TAKES: dict[str, tuple[int, int, int]] = {"full": (300, 96, 2), "low_rank": (150, 256, 64)}  # bins, features, rank
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def environment(runtime: Runtime, splits: Splits) -> dict[str, Any]:
             "python": platform.python_version(),
             "dir_toolkit": __version__,
             "torch": str(torch.__version__),  # with the build, unlike the version of the package
-            **{package: version(package) for package in ("numpy", "scipy", "xarray")},
+            **{package: _version(package) for package in ("numpy", "scipy", "xarray")},
         },
         "commit": _commit(),
         "device": f"{device.type} ({name}), {runtime.world} process{'es' * (runtime.world > 1)}, "
@@ -42,6 +43,9 @@ def environment(runtime: Runtime, splits: Splits) -> dict[str, Any]:
             "skipped": splits.skipped,
         },
     }
+
+
+_version = cache(version)  # which reads files, and a study asks for each of its runs
 
 
 def _commit() -> str:

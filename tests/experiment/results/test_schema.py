@@ -247,9 +247,13 @@ FAULTS: list[tuple[Callable[[xr.Dataset], xr.Dataset], str]] = [
 ]
 
 
-def test_results_without_a_fault_pass(ds: xr.Dataset, classes: xr.Dataset, compared: xr.Dataset) -> None:
+def test_results_without_a_fault_pass_and_stay_as_they_are(
+    ds: xr.Dataset, classes: xr.Dataset, compared: xr.Dataset
+) -> None:
     for sound in (ds, classes, compared):
+        before = sound.copy(deep=True)
         validate_results(sound)
+        xr.testing.assert_identical(sound, before)
 
 
 @pytest.mark.parametrize(("break_it", "said"), FAULTS, ids=[said[:60] for _, said in FAULTS])
