@@ -499,7 +499,9 @@ def middle_of_best(scores: np.ndarray) -> int:
 def _in_words(name: str) -> str:
     """``bMAE``, or ``MAE of few``."""
     name, _, region = name.replace("balanced_error", "balanced error").replace("log_loss", "log-loss").partition("_")
-    return {"bmae": "bMAE", "mae": "MAE", "ece": "ECE"}.get(name, name) + (f" of {region}" if region else "")
+    return {"bmae": "bMAE", "mae": "MAE", "bmse": "bMSE", "mse": "MSE", "ece": "ECE"}.get(name, name) + (
+        f" of {region}" if region else ""
+    )
 
 
 def _listed(classes: np.ndarray) -> str:

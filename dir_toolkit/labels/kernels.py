@@ -62,7 +62,8 @@ class LabelWindow:
             ValueError: bins differ in width, or are classes.
         """
         rule = "a kernel in label units needs bins of one width, and not classes"
-        require(not axis.categorical and (axis.relative_widths == 1).all(), rule, got=axis, fix="Give it in bins.")
+        fix = "Pass gaussian(5, 2) in bins: it widens with them, so that it smooths alike wherever labels lie."
+        require(not axis.categorical and (axis.relative_widths == 1).all(), rule, got=axis, fix=fix)
         size, *widths = (float(f"{x / np.median(np.diff(axis.edges)):.12g}") for x in (self.size, *self.widths))
         return self.make(2 * int(size / 2) + 1, *widths, **({"folded": True} if self.folded else {}))
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Judged"]
 
-Judged = Literal["bmae", "mae", "balanced_error", "error"]
+Judged = Literal["bmae", "mae", "bmse", "mse", "balanced_error", "error"]
 
+_SQUARED = ("bmse", "mse")
 _NEAREST = 3  # the number of labels that represent a bin
 
 
@@ -122,7 +123,7 @@ class _Choice:
 
     @torch.no_grad()
     def tau(self, temperature: float, by: Any, taus: Any, most_mae: float | None) -> TauChoice:
-        balanced, plain = self.readout.judged
+        balanced, plain = self.readout.judged[:2]
         by = balanced if by is None else by
         one_of("by", by, self.readout.judged)
         if most_mae is not None:
@@ -134,7 +135,8 @@ class _Choice:
             adjusted = logits + self.readout.offset_from(self.prior, "uniform", tau).to(logits)
             error = self.readout.errors(adjusted, self.labels).double().cpu().numpy()
             of_regions = {f"{plain}_{region}": float(error[own].mean()) for region, own in regions.items()}
-            return {balanced: float(weight @ error), plain: float(error.mean()), **of_regions}
+            squared = {"bmse": float(weight @ error**2), "mse": float((error**2).mean())} if by in _SQUARED else {}
+            return {**squared, balanced: float(weight @ error), plain: float(error.mean()), **of_regions}
 
         bound = None if most_mae is None else (plain, most_mae)
         return search_tau(errors_at, taus, by, temperature=temperature, samples=len(self.row), bound=bound)

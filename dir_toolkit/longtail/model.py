@@ -185,7 +185,7 @@ class LongTailModel(nn.Module):
         labels: Any,
         *,
         bins: Bins | None = None,
-        for_metric: Literal["mae", "bmae", "mse", "rmse"] | None = None,
+        for_metric: Literal["mae", "bmae", "mse", "bmse", "rmse"] | None = None,
         **options: Any,
     ) -> LongTailModel:
         """A model with bins and density from the training labels.
@@ -214,9 +214,9 @@ class LongTailModel(nn.Module):
             bins = Bins.auto(known[~np.isnan(known)] if options.get("missing") == "drop" else known)
         require(isinstance(bins, Bins), "bins must be one label axis, a Bins", got=type(bins), fix=_ONE_AXIS)
         if for_metric is not None:
-            one_of("for_metric", for_metric, ("mae", "bmae", "mse", "rmse"))
+            one_of("for_metric", for_metric, ("mae", "bmae", "mse", "bmse", "rmse"))
             require(not bins.categorical, "for_metric must be left out for classes", got=repr(for_metric))
-            squared, head = for_metric in ("mse", "rmse"), options.get("head", "linear")
+            squared, head = for_metric in ("mse", "bmse", "rmse"), options.get("head", "linear")
             if head == "regression":
                 options = {"loss": "weighted_mse" if squared else "weighted_l1", **options}
             elif head != "gaussian":
@@ -372,8 +372,9 @@ class LongTailModel(nn.Module):
             scores: ``output.scores`` of validation data that were not used for training. The current prior and the
                 offsets of ``residual`` have no influence.
             labels: in label units.
-            by: ``"bmae"``, the mean absolute error over bins, or ``"mae"``, over samples; for classes
-                ``"balanced_error"`` or ``"error"``. None takes the first of the two.
+            by: ``"bmae"``, the mean absolute error over bins; ``"mae"``, over samples; ``"bmse"`` or ``"mse"``, the
+                same with squared errors, for ``decode="expectation"``. For classes ``"balanced_error"`` or
+                ``"error"``. None takes the first.
             taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. A choice at their end causes a warning.
             most_mae: the largest allowed ratio, >= 1, of the MAE over samples, or the error of classes, to its value at
                 tau 0. It bounds the cost for common labels.

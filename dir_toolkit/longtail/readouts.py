@@ -381,7 +381,7 @@ class ScoreReadout(Readout):
     conformal = BinsConformal
 
     loss_offset: Tensor  # (B,), the offset of logits in the loss
-    judged: ClassVar[tuple[str, str]]  # the error over bins, and the error over samples
+    judged: ClassVar[tuple[str, ...]]  # the error over bins, the error over samples, and both with squared errors
 
     def __init__(
         self,
@@ -558,7 +558,7 @@ class BinsReadout(ScoreReadout):
         "crps": Loss(crps, 1, lambda bins, spread: {"bins": bins}),
         "squared_emd": Loss(squared_emd, 1, lambda bins, spread: {"bins": bins}),
     }
-    judged: ClassVar = ("bmae", "mae")
+    judged: ClassVar = ("bmae", "mae", "bmse", "mse")
     _spread_labels = (
         "cross_entropy",
         "coral_loss",

@@ -38,6 +38,8 @@ def one_per_row(name: str, value: Tensor, shape: torch.Size, rows: Tensor | None
     if len(shape) > 1 and value.shape == shape[:1]:
         value = value.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
     meaning = "one per sample" if len(shape) < 2 else f"one per step, or {tuple(shape[:1])}, one per sequence"
+    if len(shape) < 2 and value.ndim == 2 and value.shape[1] > 1:
+        meaning += ", where MultiTargetModel takes several targets"
     shaped(shape, meaning, **{name: value})
     if rows is not None:
         same_device(output=rows, **{name: value})

@@ -601,6 +601,17 @@ def test_each_run_of_sorted_labels_has_one_row_in_each_fold() -> None:
     assert len(set(fold[20:])) == 2
 
 
+@pytest.mark.parametrize("by", ["mse", "bmse"])
+def test_auto_judges_by_squared_errors_where_it_is_told(by: Any) -> None:
+    x, y = long_tailed(200, 0)
+    chosen = LongTailRegressor(**QUICKER, members=2, random_state=0, by=by, most_mae=None).fit(x, y)
+    least = min(row[by] for row in chosen.choice_)
+    (row,) = [row for row in chosen.choice_ if (row["share"], row["tau"]) == (chosen.share_, chosen.tau_)]
+    assert row[by] <= 1.02 * least
+    with pytest.raises(DirToolkitError, match="by must be one of 'bmae', 'mae', 'bmse', 'mse', got 'rmse'"):
+        LongTailRegressor(**QUICKER, by="rmse").fit(x, y)  # type: ignore[arg-type]
+
+
 def test_masked_labels_are_refused_and_tensors_taken() -> None:
     x, y = long_tailed(60, 0)
     with pytest.raises(DirToolkitError, match=r"LongTailRegressor.fit: y must not be masked"):

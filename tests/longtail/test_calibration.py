@@ -148,6 +148,26 @@ def test_a_tau_worked_out_by_hand() -> None:
     np.testing.assert_allclose(model.choose_tau(*more, taus=[0.0, 1.0], by="mae").scores, [6 / 11, 2 / 11], rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*the best temperature lies at:dir_toolkit.errors.DirToolkitWarning")
+@pytest.mark.parametrize("by", ["mse", "bmse"])
+def test_squared_errors_are_judged_as_absolute_ones_are(by: str) -> None:
+    x, labels = batch()
+    model = ages(decode="expectation")
+    scores = model(x).scores
+    choice = model.choose_tau(scores, labels, by=by, taus=[0, 0.5, 1.0])
+    weights = np.full(len(labels), 1 / len(labels))
+    if by == "bmse":
+        held = model.bins.index(labels)
+        weights = row_weights(np.ones(20), held.numpy(), AGES)
+    for tau, judged in zip(choice.taus, choice.scores, strict=True):
+        model.set_prior("uniform", float(tau))
+        error = (model(x).prediction - labels).detach().double().numpy()
+        assert judged == pytest.approx(weights @ error**2, rel=1e-5)
+    assert choice.tau == choice.taus[choice.scores.argmin()]
+    assert "bmse" not in model.choose_tau(scores, labels, taus=[0, 1]).curves
+    assert {"bMSE", "MSE"} <= set(str(choice).replace(",", "").split())
+
+
 def test_errors_are_told_by_region_of_the_training_labels() -> None:
     x, y = batch()
     model = ages()
@@ -317,7 +337,11 @@ def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
     broken = scores.clone()
     broken[2, 1] = math.nan
     cases: list[tuple[Callable[[], object], type[Exception], str]] = [
-        (lambda: model.choose_tau(scores, y, by="rmse"), ValueError, "by must be one of 'bmae', 'mae', got 'rmse'"),
+        (
+            lambda: model.choose_tau(scores, y, by="rmse"),
+            ValueError,
+            "by must be one of 'bmae', 'mae', 'bmse', 'mse', got",
+        ),
         (lambda: model.choose_tau([1.0], y), TypeError, r"scores must be a torch\.Tensor, got list"),
         (lambda: model.choose_tau(scores, ["1.0"]), TypeError, "labels must be integers or floats, got dtype <U3"),
         (

@@ -368,7 +368,7 @@ def test_the_training_loop_takes_its_criterion_and_fds(tmp_path: Path) -> None:
 FLOAT_DENSITY = AGE_DENSITY.smooth(gaussian(5, 2))
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"bins": [1, 2]}, TypeError, "bins must be one label axis, a Bins, got list. Labels have one dimension: use"),
+    ({"bins": [1, 2]}, TypeError, "bins must be one label axis, a Bins, got list. For several targets use Multi"),
     ({"density": [1, 2]}, TypeError, "density must be a LabelDensity, got list"),
     ({"density": CLASS_DENSITY}, ValueError, "density must be over the same bins, got"),
     ({"backbone": len}, TypeError, "backbone must be a Module, got builtin"),
@@ -378,7 +378,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"head": nn.Linear(5, 20)}, ShapeError, "head must take the backbone's 6 features, got 5"),
     ({"head": nn.Linear(6, 19)}, ShapeError, r"head must give one score per bin, \(N, 20\), got 19"),
     ({"head": AffinityHead(6, 21)}, ShapeError, r"head must give one score per bin, \(N, 20\), got 21"),
-    ({"loss": "l1"}, ValueError, "loss must be one of 'cross_entropy', 'crps', 'squared_emd', got 'l1'"),
+    ({"loss": "l1"}, ValueError, "loss must be one of 'cross_entropy', 'coral_loss', 'crps', 'squared_emd', got 'l1'"),
     ({"head": "regression", "loss": "crps"}, ValueError, "loss must be one of 'weighted_l1', .*'balanced_mse', got"),
     ({"head": "gaussian", "loss": "crps"}, ValueError, "loss must be one of 'gaussian_nll', got 'crps'"),
     ({"loss": 3}, TypeError, "loss must be a name or a function, got int"),

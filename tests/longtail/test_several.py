@@ -103,6 +103,16 @@ def test_weights_count_for_all_targets_or_for_each() -> None:
     assert torch.allclose(model(X, y, first).loss, alone, rtol=1e-6, atol=0)
 
 
+def test_targets_of_each_step_are_no_steps_of_one_target() -> None:
+    y = torch.stack([labels()[:, :2].unflatten(0, (50, 4))[..., k] for k in range(2)], -1)  # (N, T, K)
+    model, steps = several(labels()[:, :2], [AGES, None]), X.unflatten(0, (50, 4))
+    out, flat = model(steps, y), model(X, y.flatten(0, 1))
+    assert out.prediction.shape == (50, 4, 2)
+    assert torch.allclose(out.loss, flat.loss, rtol=1e-6, atol=0)
+    assert torch.equal(out.prediction.flatten(0, 1), flat.prediction)
+    assert model.interval(out)[0].shape == (50, 4, 2)
+
+
 def test_missing_labels_of_one_target_cost_the_others_nothing() -> None:
     y = labels()
     holes = y.clone()
@@ -239,6 +249,8 @@ def test_refusals_say_what_to_do() -> None:
         several()(X, weight=torch.ones(200))
     with pytest.raises(ShapeError, match="scores must be"):
         several().calibrate(torch.zeros(4, 3), y[:4])
+    with pytest.raises(ShapeError, match=r"labels must be \(200,\), one per sample, where MultiTargetModel takes"):
+        dt.LongTailModel(net(), 6, AGES)(X, y)
     with pytest.raises(ArgumentTypeError, match="For several targets use MultiTargetModel"):
         dt.LongTailModel(net(), 6, dt.Bins.grid(AGES, AGES))  # type: ignore[arg-type]
 

@@ -60,7 +60,8 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
             which uses ``"sqrt_inverse"``. Weights are taken into account in the adjustment by ``tau``.
         tau: the strength of the adjustment towards rare labels. 0 predicts under the training prior, and 1 under
             uniform labels. ``"auto"`` chooses it on held-out rows. Heads without bins are not adjusted.
-        by: the criterion of ``"auto"``: ``"bmae"``, the mean absolute error with equal weight per bin, or ``"mae"``.
+        by: the criterion of ``"auto"``: ``"bmae"``, the mean absolute error with equal weight per bin, or ``"mae"``;
+            or ``"bmse"`` or ``"mse"``, the same with squared errors, for which ``decode="expectation"`` is best.
         most_mae: the largest allowed ratio, >= 1, of the mean absolute error over held-out rows to the smallest one
             with ``head="auto"``, or to that at tau 0 with other heads; None sets no limit.
         adjust: ``"after"`` training, or ``"in_loss"``, which needs a number as ``tau``.
@@ -85,7 +86,8 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         number_: the model of the number, or None unless ``head="auto"``. share_: its weight in predictions.
         tau_: the strength of the adjustment; None without bins.
         tau_choice_: the :class:`dir_toolkit.priors.TauChoice` of a head that scores bins; else None.
-        choice_: the candidates of ``head="auto"``, a list of dicts with ``share``, ``tau``, ``mae`` and ``bmae``.
+        choice_: the candidates of ``head="auto"``, a list of dicts with ``share``, ``tau``, ``mae``, ``bmae``, ``mse`` and
+            ``bmse``.
         history_: one dict per epoch, with ``epoch``, ``loss`` and, if rows are held out, ``val_loss``.
         best_epochs_: the best epoch of each member. This and ``history_`` are those of ``model_``.
         estimators_: one regressor per target, with the attributes above; None for a single target.
@@ -119,7 +121,7 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         decode: Decoding | None = None,
         weights: Scheme | None = None,
         tau: float | Literal["auto"] = "auto",
-        by: Literal["bmae", "mae"] = "bmae",
+        by: Literal["bmae", "mae", "bmse", "mse"] = "bmae",
         most_mae: float | None = 1.5,
         adjust: Literal["after", "in_loss"] = "after",
         members: int = 4,
@@ -170,7 +172,7 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
                 return self
             y = targets[:, 0]
         one_of("head", self.head, _HEADS)
-        one_of("by", self.by, ("bmae", "mae"))
+        one_of("by", self.by, ("bmae", "mae", "bmse", "mse"))
         if self.most_mae is not None:
             number("most_mae", self.most_mae, low=1)
         auto = self.head == "auto"
@@ -243,9 +245,9 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
             binned = self.model_.readout(scores, scores, scores).prediction
             for share in _SHARES:
                 error = np.abs(self._on_axis(share * numbers + (1 - share) * binned).numpy() - labels)
-                candidates.append(
-                    {"share": share, "tau": tau, "mae": float(error.mean()), "bmae": float(weight @ error)}
-                )
+                errors = {"mae": error.mean(), "bmae": weight @ error}
+                errors |= {"mse": (error**2).mean(), "bmse": weight @ error**2}
+                candidates.append({"share": share, "tau": tau, **{name: float(x) for name, x in errors.items()}})
         least = min(row["mae"] for row in candidates)
         most = math.inf if self.most_mae is None else self.most_mae * least
         most = max(least, min(most, float(np.abs(labels - np.median(labels)).mean())))
