@@ -389,7 +389,7 @@ def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
             "a batch must be inputs, or a pair of inputs and labels, go",
         ),
         (lambda: model.calibrate(scores, y, most_mae=0.9), ValueError, r"most_mae must be >= 1, got 0\.9"),
-        (lambda: model.calibrate(scores, y, by="error"), ValueError, "by must be one of 'bmae', 'mae', got 'error'"),
+        (lambda: model.calibrate(scores, y, by="error"), ValueError, "by must be one of .*'bmse', 'mse', got 'error'"),
         (lambda: model.calibrate(scores, y + 20), LabelError, r"labels must lie on the label axis \[0, 20\]"),
     ]
     for call, error, rule in pairs:

@@ -86,8 +86,8 @@ class LongTailRegressor(RegressorMixin, LongTailEstimator):
         number_: the model of the number, or None unless ``head="auto"``. share_: its weight in predictions.
         tau_: the strength of the adjustment; None without bins.
         tau_choice_: the :class:`dir_toolkit.priors.TauChoice` of a head that scores bins; else None.
-        choice_: the candidates of ``head="auto"``, a list of dicts with ``share``, ``tau``, ``mae``, ``bmae``, ``mse`` and
-            ``bmse``.
+        choice_: the candidates of ``head="auto"``, a list of dicts with ``share``, ``tau``, ``mae``, ``bmae``,
+            ``mse`` and ``bmse``.
         history_: one dict per epoch, with ``epoch``, ``loss`` and, if rows are held out, ``val_loss``.
         best_epochs_: the best epoch of each member. This and ``history_`` are those of ``model_``.
         estimators_: one regressor per target, with the attributes above; None for a single target.
