@@ -89,7 +89,7 @@ def run(main: Callable[[_Settings], None], settings: _Settings) -> None:
         if isinstance(error, (DirToolkitError, ImportError)):
             ending = str(error)
         elif isinstance(error, OSError):  # a full disk, a file where a folder should be
-            ending = f"{type(error).__name__}: {error}. What was written before is whole: go on with --resume."
+            ending = f"{type(error).__name__}: {error}. Files written before are intact: continue with --resume."
         else:
             raise
     # Here, not above: there the error would keep the network alive into Python's end, where several processes may hang.

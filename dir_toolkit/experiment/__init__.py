@@ -1,1 +1,1 @@
-"""The wing for experiments: data sets, training, results and the networks of the recipes. The core never imports it."""
+"""Experiments: data sets, training, results and networks of the recipes. The rest of the package never imports it."""

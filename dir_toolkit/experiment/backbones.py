@@ -42,7 +42,7 @@ def small_resnet(*, width: int = 32, in_channels: int = 3) -> SmallResNet:
 class SmallResNet(nn.Module):
     """The network of :func:`small_resnet`: a stem that halves the side, four residual blocks, and the mean over pixels.
 
-    Weights and images are laid out with the channels last, with which convolutions on a CPU are faster.
+    Weights and images use the channels-last layout, which is faster on a CPU.
 
     Attributes:
         num_features: the number of features in the output.
@@ -124,7 +124,7 @@ def digit_cnn(num_features: int = 128, *, size: int = 28, in_channels: int = 1, 
 class DigitCNN(nn.Module):
     """The network of :func:`digit_cnn`: convolutions of 32, 64 and 128 channels, each with a ReLU and a pooling by two.
 
-    Weights and images are laid out with the channels last, with which convolutions on a CPU are faster.
+    Weights and images use the channels-last layout, which is faster on a CPU.
 
     Attributes:
         num_features: the number of features in the output.
@@ -151,7 +151,7 @@ class DigitCNN(nn.Module):
         _check_images(images)
         if images.shape[2] != self.size or images.shape[3] != self.size:
             rule = f"images must have sides of {self.size}"
-            fix = "Give digit_cnn the size of yours."
+            fix = "Pass the size of the images to digit_cnn."
             raise problem(rule, got=tuple(images.shape), fix=fix, error=ShapeError)
         maps = self.convolutions(images.contiguous(memory_format=torch.channels_last))
         return self.activation(self.projection(maps.flatten(1)))
@@ -167,7 +167,7 @@ def _check_images(images: Tensor) -> None:
 
 
 def backbone_of(name: str) -> nn.Module:
-    """:func:`small_resnet` by its name, or else :func:`timm_backbone`, as settings of a run name it."""
+    """:func:`small_resnet` by its name, or else :func:`timm_backbone`."""
     return small_resnet() if name == "small_resnet" else timm_backbone(name)
 
 
@@ -194,6 +194,6 @@ def timm_backbone(name: str, *, pretrained: bool = False) -> nn.Module:
         fix = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them."
         raise problem("name must be a model of timm", got=repr(name), fix=fix)
     model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    # Some models widen what they pooled. Then num_features is the width before, and this is the width of the output.
+    # Some models widen the pooled features. Their num_features is the width before; this is the width of the output.
     model.num_features = getattr(model, "head_hidden_size", model.num_features)
     return model

@@ -1,4 +1,4 @@
-"""What went wrong with a file, locks between processes, and a progress bar."""
+"""Errors of files, locks between processes, and a progress bar."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, *([errno.EDQUOT] if hasattr(errno
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Inside, an error of the file system becomes one of the same kind that names ``path``."""
+    """A context that adds ``path`` to errors of the file system, which keep their class."""
     try:
         yield
     except OSError as error:
@@ -32,12 +32,12 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def unwritable(
     path: str | os.PathLike[str], error: BaseException, *, kind: type[Exception], then: str = ""
 ) -> Exception:
-    """The error of a file or folder that could not be written. It tells a full disk from a wrong place.
+    """The error for a file or folder that could not be written, with advice for a full disk or a wrong path.
 
     Args:
-        error: what the file system raised.
-        kind: the class of the error that is returned.
-        then: the sentence with which its advice ends.
+        error: the error of the file system.
+        kind: the class of the returned error.
+        then: the last sentence of the advice.
     """
     folder = next((place for place in (Path(path), *Path(path).parents) if place.exists()), Path())
     if isinstance(error, (FileExistsError, NotADirectoryError)) and not folder.is_dir():
@@ -50,13 +50,13 @@ def unwritable(
 
 
 class FolderLock:
-    """A lock on a folder. It leaves nothing there, and ends with the process, however the process ends.
+    """A lock on a folder. It creates no file, and is released when the process ends, even if it is killed.
 
-    Everyone gets it where there are no such locks: on Windows, on some network drives, and in folders that cannot be
-    read.
+    On Windows, on some network drives, and for folders that cannot be read there is no lock, and ``held`` is always
+    true.
 
     Attributes:
-        held: whether this object holds the lock. If not, another one did when this was made.
+        held: whether this object holds the lock. If not, another process or object holds it.
     Raises:
         FileNotFoundError: there is no such folder.
     """
@@ -64,17 +64,17 @@ class FolderLock:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.held = True
         self._descriptor: int | None = None
-        if os.name != "posix":  # elsewhere a folder cannot be opened
+        if os.name != "posix":  # other systems cannot open a folder
             return
         try:
             self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except PermissionError:  # a folder that may be written to and not read
+        except PermissionError:  # a folder that can be written but not read
             return
         if _lock(self._descriptor, wait=False) is False:
             self.release()
 
     def release(self) -> None:
-        """Let others have the lock."""
+        """Release the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
         self.held, self._descriptor = False, None
@@ -82,13 +82,14 @@ class FolderLock:
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[bool]:
-    """Wait for the lock on a file, which is made if missing, and hold it. Yields whether there are such locks here."""
+    """A context that waits for and holds the lock on a file, which is created if missing. Yields whether locks
+    exist."""
     with path.open("ab") as file:
         yield _lock(file.fileno(), wait=True) is not None
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool | None:
-    """Whether this process has the lock now; None where there are none, as on Windows and some network drives."""
+    """Whether this process has the lock; None if there are no locks, as on Windows and some network drives."""
     try:
         import fcntl
 
@@ -101,7 +102,7 @@ def _lock(descriptor: int, *, wait: bool) -> bool | None:
 
 
 def progress_bar() -> Progress | None:
-    """A bar on stderr, if that is a terminal and rich is installed."""
+    """A progress bar on stderr, or None unless it is a terminal and rich is installed."""
     if not sys.stderr.isatty():
         return None
     try:

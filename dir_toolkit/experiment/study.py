@@ -1,6 +1,6 @@
-"""Studies: several methods on one task under one budget, run by run, each in a folder of its own.
+"""Studies: compare several methods on one task with one budget, with one folder per run.
 
-A method is a function from a :class:`Trial` to what :meth:`Trial.fit` returned, and methods stand in one literal dict::
+A method is a function from a :class:`Trial` to the result of :meth:`Trial.fit`. Methods are given in a dict::
 
     def weighted(trial):
         lds = dt.LDS(trial.bins).fit(trial.density)
@@ -10,8 +10,8 @@ A method is a function from a :class:`Trial` to what :meth:`Trial.fit` returned,
     study.run(seeds=3)
     study.report(title="Mine")
 
-A study that was stopped goes on with ``resume=True``, and its finished parts are not done again. A run that fails is
-named at the end and costs the others nothing. Under ``torchrun`` every rank makes the same calls, and rank 0 writes.
+A stopped study continues with ``resume=True``, without repeating finished runs. If a run fails, the others still run,
+and the failure is reported at the end. Under ``torchrun`` every rank makes the same calls, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -69,21 +69,22 @@ _MOST_IN_A_FIGURE = {"history": 12, "classes": 16}  # methods
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is to be learnt.
+    """A learning task: data, label axis and network.
 
     Attributes:
-        data: the three parts for a seed; they may be the same for all seeds. Images, rows or sequences.
-        bins: the label axis; classes make it a task of classification.
-        network: makes a fresh backbone, a module with ``num_features``, for the data.
-        title: of the task, in the results.
-        label_name, label_units: of the label; "1" stands for no units.
+        data: a function from a seed to the three parts, which may be the same for all seeds. Images, rows or sequences.
+        bins: the label axis. Classes make it a classification task.
+        network: a function that makes a new backbone, a module with ``num_features``.
+        title: the name of the task in results.
+        label_name, label_units: the name and the unit of the label; "1" means no unit.
         metrics: made from the density of the training labels, for what training watches and selects by; None takes the
             kind that the axis asks for. What results hold besides does not depend on it.
         augmentation: as in :func:`dir_toolkit.experiment.training.loop.fit`; None flips and shifts images only.
-        missing: ``"drop"`` where labels may be NaN, of any part. Density, models, trainings and metrics drop them.
-        measure: from a trial, its network and what that says of the test set, to further variables of the result.
-        folder: below that of the study, where runs on this task lie.
-        shown: what results call a method on this task, where a study has several tasks.
+        missing: ``"drop"`` if labels of any part may be NaN. Density, models, training and metrics then drop them.
+        measure: a function from a trial, its trained network and the network's output on the test set to further
+            variables of the result.
+        folder: the subfolder of the study for runs on this task.
+        shown: the name of a method on this task in results, if a study has several tasks.
     """
 
     data: Callable[[int], Splits]
@@ -102,16 +103,16 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A network at the end of its training.
+    """A trained network.
 
     Attributes:
-        model: with the weights of ``epoch``.
-        method: the one that trained it.
-        history: a row per epoch; of a method in two stages, of the second.
-        epoch: of the weights, counted from 1.
-        minutes: spent on all its stages.
-        weights, fds: what it was trained with.
-        tau: how its prior was adjusted, and what that was chosen from; None where it was not.
+        model: the model, with the weights of ``epoch``.
+        method: the name of the method that trained it.
+        history: one row per epoch; for a method with two stages, of the second stage.
+        epoch: the epoch of the weights, counted from 1.
+        minutes: the training time of all stages.
+        weights, fds: the LDS and the FDS of the training.
+        tau: the choice of tau for its prior; None without adjustment.
     """
 
     model: nn.Module
@@ -126,26 +127,26 @@ class Trained:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What one method with one seed came to.
+    """The result of one method with one seed.
 
     Attributes:
-        errors: on the test set; where labels are continuous, also each sample's prediction and interval.
-        trained: without its model, which may be large; None where the result was read from a file.
-        kept: what ``keep`` of :meth:`Study.run` returned.
+        errors: the errors on the test set; for continuous labels also each sample's prediction and interval.
+        trained: the training without its model, which may be large; None if the result was read from a file.
+        extra: the value of ``keep`` of :meth:`Study.run`.
     """
 
     errors: xr.Dataset
     trained: Trained | None = None
-    kept: Any = None
+    extra: Any = None
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One method with one seed on one task: what a method is handed. Made by :class:`Study`.
+    """One method with one seed on one task, the argument of a method. :class:`Study` makes it.
 
     Attributes:
-        runtime: with the seed of the run.
-        density: of the training labels.
+        runtime: the runtime, with the seed of the run.
+        density: the density of the training labels.
     """
 
     study: Study
@@ -164,7 +165,7 @@ class Trial:
         return self.study.folder / self.task.folder / self.method / f"seed{self.runtime.seed}"
 
     def network(self) -> nn.Module:
-        """A fresh backbone."""
+        """A new backbone."""
         return self.task.network(self.splits)
 
     def metrics(self) -> Metrics:
@@ -175,7 +176,7 @@ class Trial:
         return kind(self.density, missing=self.task.missing)
 
     def model(self, backbone: Any = None, **options: Any) -> LongTailModel:
-        """A backbone, by default a fresh one, in a :class:`dir_toolkit.LongTailModel` with these options."""
+        """A :class:`dir_toolkit.LongTailModel` with these options, on this backbone or a new one."""
         backbone = self.network() if backbone is None else backbone
         return LongTailModel(
             backbone,
@@ -195,15 +196,15 @@ class Trial:
         selects: str | None = None,
         **options: Any,
     ) -> Trained:
-        """Train a model in this run's folder, or go on with it: :func:`dir_toolkit.experiment.training.loop.fit`.
+        """Train a model in this run's folder, or resume it, by :func:`dir_toolkit.experiment.training.loop.fit`.
 
         Args:
-            loss: by default the ``criterion`` of a :class:`dir_toolkit.LongTailModel`; its weights and FDS count too.
-            optimization: in place of the study's.
-            after: the training that this one goes on from, whose minutes count.
-            selects: the validation error that decides the best epoch; None takes that of the metrics. A model whose
-                prior is adjusted afterwards takes ``"mae/all"``, since before the adjustment a network that has hardly
-                learnt can have the least bMAE.
+            loss: by default the ``criterion`` of a :class:`dir_toolkit.LongTailModel`, with its weights and FDS.
+            optimization: None means that of the study.
+            after: the training of the first stage, whose minutes are added.
+            selects: the validation error that selects the best epoch; None takes that of the metrics. For a model whose
+                prior is adjusted afterwards use ``"mae/all"``, since before the adjustment an untrained network can
+                have the smallest bMAE.
             options: weights, weights_from, sampler, fds, augmentation and fingerprint, as in ``fit``.
         """
         study, images = self.study, isinstance(self.splits.train, ImageSet)
@@ -220,7 +221,7 @@ class Trial:
         metrics = self.metrics()
         if selects is not None:
             one_of("selects", selects, tuple(metrics.summary()))
-            metrics.selects = selects  # type: ignore[misc]  # of this one alone
+            metrics.selects = selects  # type: ignore[misc]  # of this object alone
         history = fit(
             model.to(self.runtime.device),
             self.splits.train,
@@ -229,7 +230,7 @@ class Trial:
             optimization=optimization,
             runtime=self.runtime,
             folder=self.folder,
-            resume=True,  # a method may go on from another's network; the study refused what was there before all
+            resume=True,  # a method may continue another's network; the study itself refuses earlier runs
             checkpoint_minutes=study.checkpoint_minutes,
             **{
                 "augmentation": images if self.task.augmentation is None else self.task.augmentation,
@@ -243,7 +244,7 @@ class Trial:
         return Trained(model, self.method, history, best, minutes, options.get("weights"), options.get("fds"))
 
     def trained(self, method: str, *, epoch: Literal["best", "last"] = "best") -> Trained:
-        """The network of another method with this seed, trained now or before, with its best or its last weights."""
+        """The network of another method with this seed, trained if necessary, with its best or its last weights."""
         other = replace(self, method=method)
         self.study.say(f"{self.method} goes on from {method}:")
         result = other.result()
@@ -253,10 +254,10 @@ class Trial:
         return replace(result, epoch=len(result.history))
 
     def adjusted(self, trained: Trained, *, tau: float | None = None) -> Trained:
-        """A :class:`dir_toolkit.LongTailModel` that predicts under an even prior, as far as errs least on validation.
+        """A :class:`dir_toolkit.LongTailModel` adjusted to a uniform prior, with tau chosen on validation data.
 
         Args:
-            tau: how far to go; None chooses it.
+            tau: the strength of the adjustment; None chooses it.
         """
         model: Any = trained.model
         labels = torch.from_numpy(self.splits.val.labels).to(self.runtime.device)
@@ -267,13 +268,13 @@ class Trial:
         return replace(trained, tau=choice)
 
     def calibrated(self, trained: Trained, *, level: float = _LEVEL) -> Trained:
-        """A :class:`dir_toolkit.LongTailModel` with calibrated intervals. Of the validation samples every second one
-        chooses temperature and tau first, where the head scores bins, and the others calibrate.
+        """A :class:`dir_toolkit.LongTailModel` with calibrated intervals. If the head scores bins, every second
+        validation sample is used to choose temperature and tau. The other samples calibrate.
 
-        They hold what was asked as far as validation has not chosen the epoch: take ``trained(method, epoch="last")``.
+        Coverage is guaranteed only if validation data did not select the epoch: use ``trained(method, epoch="last")``.
 
         Args:
-            level: of the intervals, on a continuous axis.
+            level: the level of the intervals, on a continuous axis.
         """
         model: Any = trained.model
         labels = torch.from_numpy(self.splits.val.labels).to(self.runtime.device)
@@ -285,59 +286,61 @@ class Trial:
         return replace(trained, tau=choice)
 
     def result(self) -> Trained:
-        """What the method makes of this trial."""
+        """Run the method on this trial."""
         with self.runtime.seeded("network"):
             return self.study.methods[self.method](self)
 
     def errors(self, trained: Trained, output: Any) -> xr.Dataset:
-        """The errors on the test set of what the network says of it."""
+        """The errors of the network's output on the test set."""
         test, metrics = self.splits.test, self.metrics()
         if isinstance(metrics, DistributionMetrics):
             metrics = RegressionMetrics(self.density, outside=metrics.outside, missing=metrics.missing)
         by_class = isinstance(trained.model, LongTailModel) and self.bins.categorical
-        said = output.distribution if by_class else getattr(output, metrics.takes, output)
-        metrics.update(said, torch.from_numpy(test.labels).to(self.runtime.device))
-        found = metrics.compute().assign(minutes=trained.minutes, best_epoch=trained.epoch)
+        part = output.distribution if by_class else getattr(output, metrics.takes, output)
+        metrics.update(part, torch.from_numpy(test.labels).to(self.runtime.device))
+        errors = metrics.compute().assign(minutes=trained.minutes, best_epoch=trained.epoch)
         if trained.tau is not None:
-            found = found.assign(tau=((), trained.tau.tau, {"units": "1"}))
-        if not self.bins.categorical and said.ndim == 1:
-            columns: dict[str, Any] = {"target": ("sample", test.labels), "prediction": ("sample", said.cpu().numpy())}
+            errors = errors.assign(tau=((), trained.tau.tau, {"units": "1"}))
+        if not self.bins.categorical and part.ndim == 1:
+            columns: dict[str, Any] = {"target": ("sample", test.labels), "prediction": ("sample", part.cpu().numpy())}
             model: Any = trained.model
             options: Any = {"outside": metrics.outside, "missing": metrics.missing}
             if isinstance(model, LongTailModel) and output.distribution.shape[1]:
                 ends: Any = model.readout.ends
                 shares = output.distribution.cpu()
                 scored = distribution_metrics(shares, test.labels, self.density, ends=ends, **options)
-                found = found.assign(_declared(scored, DistributionMetrics))
+                errors = errors.assign(_declared(scored, DistributionMetrics))
             if isinstance(model, LongTailModel) and model.readout.has_interval:
                 level = model.readout.intervals.exact_level or _LEVEL
                 lower, upper = (side.cpu() for side in model.interval(output, level))
                 held = interval_metrics(lower, upper, test.labels, self.density, **options)
-                found = found.assign(_declared(held, IntervalMetrics))
-                first, last = self.bins.edges[[0, -1]]  # in place of infinite ends, which no result has
+                errors = errors.assign(_declared(held, IntervalMetrics))
+                first, last = self.bins.edges[[0, -1]]  # results must be finite
                 lower, upper = lower.masked_fill(lower.isinf(), first), upper.masked_fill(upper.isinf(), last)
                 for side, values in (("lower", lower), ("upper", upper)):
                     columns[side] = ("sample", values.numpy(), {"interval_level": level})
-            there = ~np.isnan(test.labels)  # Samples without a label have no error to be drawn.
-            found = found.assign({name: (dim, values[there], *rest) for name, (dim, values, *rest) in columns.items()})
-        return found if self.task.measure is None else found.assign(self.task.measure(self, trained, output))
+            there = ~np.isnan(test.labels)  # samples without a label have no error
+            errors = errors.assign(
+                {name: (dim, values[there], *rest) for name, (dim, values, *rest) in columns.items()}
+            )
+        return errors if self.task.measure is None else errors.assign(self.task.measure(self, trained, output))
 
 
 @dataclass(eq=False)
 class Study:
-    """Several methods on one task, or on several that share an axis.
+    """Several methods on one task, or on several tasks with the same axis.
 
     Attributes:
-        folder: of all results. Runs lie in ``<task's folder>/<method>/seed<k>`` in it.
-        methods: by name, each a function from a :class:`Trial` to what its :meth:`Trial.fit` returned, or to what
-            :meth:`Trial.trained` and :meth:`Trial.adjusted` did, where nothing is trained.
-        optimization: the one budget of all methods.
-        settings: plain values that each run's ``config.json`` and the report show.
-        command: what a reader would type to get the same result.
-        resume: go on where an earlier study in the folder was stopped, and add methods and seeds to it.
-        checkpoint_minutes: most time between two checkpoints.
-        runs: what was finished, by task, method and seed.
-        failed: what was not, by the same, and why.
+        folder: the folder of all results. Runs are in ``<task's folder>/<method>/seed<k>``.
+        methods: functions by name, from a :class:`Trial` to the result of :meth:`Trial.fit`, or of
+            :meth:`Trial.trained` or :meth:`Trial.adjusted` if nothing is trained.
+        optimization: the budget of all methods.
+        settings: plain values for each run's ``config.json`` and the report.
+        command: the command that reproduces the result.
+        resume: whether to continue an earlier study in the folder, and to add methods and seeds to it.
+        checkpoint_minutes: the longest time between two checkpoints.
+        runs: finished runs, by task, method and seed.
+        failed: the errors of failed runs, by task, method and seed.
     """
 
     folder: Any
@@ -359,8 +362,8 @@ class Study:
         earlier = [path for task in self.tasks for path in sorted((self.folder / task.folder).glob(f"*/seed*/{_LAST}"))]
         if earlier and not self.resume:
             raise RunExistsError(
-                f"{self.folder} must hold no earlier run, for none is overwritten, got {earlier[0]}. "
-                "Go on with --resume, which also adds methods and seeds, or choose another folder."
+                f"{self.folder} must hold no earlier run, since runs are never overwritten, got {earlier[0]}. "
+                "Use --resume to continue it, which also adds methods and seeds, or choose another folder."
             )
 
     def say(self, text: str) -> None:
@@ -369,7 +372,7 @@ class Study:
             print(text, flush=True)
 
     def trial(self, task: Task, method: str, seed: int) -> Trial:
-        """What a method is handed."""
+        """The argument of a method."""
         if (task, seed) not in self._data:
             splits = task.data(seed)
             train, val, test = (f"{len(part):,}" for part in (splits.train, splits.val, splits.test))
@@ -385,12 +388,13 @@ class Study:
         seeds: int = 1,
         keep: Callable[[Trial, Trained, Any], Any] | None = None,
     ) -> None:
-        """Train and test methods, all with one seed before the next one.
+        """Train and test methods, seed by seed.
 
         Args:
-            names: of ``methods``; None takes all.
-            seeds: how many: 0, 1, ...
-            keep: from a trial, its network and what that says of the test set, to what :class:`Run` keeps of it.
+            names: the names of methods to run; None means all.
+            seeds: the number of seeds, which are 0, 1, ...
+            keep: a function from a trial, its trained network and the network's output on the test set to ``extra`` of
+                :class:`Run`.
         Raises:
             SettingsError: a name is unknown.
         """
@@ -408,7 +412,7 @@ class Study:
                 self.runs[task, name, seed] = self._run(trial, keep)
                 self.failed.pop((task, name, seed), None)
             except Exception as error:
-                if self.runtime.world > 1:  # the other ranks wait for this one
+                if self.runtime.world > 1:  # the other ranks wait for this rank
                     raise
                 self.failed[task, name, seed] = f"{type(error).__name__}: {error}"
                 self.say(traceback.format_exc())
@@ -418,7 +422,7 @@ class Study:
         output = predict(trained.model, trial.splits.test, runtime=trial.runtime)
         errors = trial.errors(trained, output)
         path = trial.folder / "results.nc"
-        # A run that was finished before keeps its provenance; what follows without training is always made anew.
+        # A finished run keeps its provenance. Results without training are always computed again.
         if self.runtime.is_main and (trained.method != trial.method or not path.exists()):
             path.parent.mkdir(parents=True, exist_ok=True)
             if trained.method != trial.method:
@@ -429,8 +433,8 @@ class Study:
             title = f"{trial.task.title}: {trial.method}, seed {trial.runtime.seed}"
             runs = {(trial.method, trial.runtime.seed): errors}
             save_results(self._combined(runs, title, environment(trial.runtime, trial.splits)), path)
-        kept = None if keep is None else keep(trial, trained, output)
-        return Run(errors, replace(trained, model=nn.Identity()), kept)
+        extra = None if keep is None else keep(trial, trained, output)
+        return Run(errors, replace(trained, model=nn.Identity()), extra)
 
     def _combined(self, runs: Mapping[tuple[str, int], xr.Dataset], title: str, attrs: Mapping[str, Any]) -> xr.Dataset:
         task = self.tasks[0]  # type: ignore[index]
@@ -438,14 +442,14 @@ class Study:
         return combine_runs(runs, title=title, command=self.command, attrs=attrs, **label)
 
     def _finished(self) -> Iterator[tuple[str, Task, str, int]]:
-        """What results call a run, and its key: methods in the order of ``methods``."""
+        """The name of each run in results and its key, in the order of ``methods``."""
         for name in self.methods:
             for task in self.tasks:  # type: ignore[union-attr]
                 for seed in sorted(seed for own, method, seed in self.runs if own is task and method == name):
                     yield task.shown.format(method=name), task, name, seed
 
     def result(self, title: str) -> xr.Dataset:
-        """All finished runs as one result and, where labels are continuous, the constant predictor of their median.
+        """All finished runs as one result. For continuous labels it includes a constant predictor, the median label.
 
         Raises:
             StudyError: no run was finished.
@@ -484,15 +488,15 @@ class Study:
         """Write the result, its table, figures and report, and print the table.
 
         Args:
-            folder: in place of the study's.
-            title: of the result, after the task's.
-            figures: by title, besides those of errors, density, training, tau and FDS.
+            folder: None means the study's folder.
+            title: the title of the result, after that of the task.
+            figures: further figures, by title.
             notes, titles, columns: as in :func:`dir_toolkit.experiment.results.summary.write_summary`.
-            baseline: the method that the others are compared with, run by run, by
+            baseline: the method to compare the others with, run by run, by
                 :func:`dir_toolkit.experiment.results.summary.write_comparison`; None compares nothing.
-            replicates: of the bootstrap behind the intervals of that comparison.
+            replicates: the number of bootstrap replicates for the intervals of that comparison.
         Raises:
-            StudyError: a run failed; all else has been written then, but where no run was finished.
+            StudyError: a run failed. The finished runs are reported before.
         """
         if not self.runtime.is_main:
             return
@@ -501,7 +505,7 @@ class Study:
         ds = self.result(f"{task.title}: {title}")
         notes = [*notes, *(f"Failed: {failure}" for failure in self._failures())]
         out.mkdir(parents=True, exist_ok=True)
-        told: dict[str, Any] = {"notes": notes, "titles": titles, "settings": self.settings}
+        extras: dict[str, Any] = {"notes": notes, "titles": titles, "settings": self.settings}
         if baseline is None:
             figures = {**self._figures(ds), **(figures or {})}
             if columns is None and "tau" in ds and not task.bins.categorical:
@@ -509,13 +513,13 @@ class Study:
                     (metric, region) for metric in ("mae", "bmae") for region in ("all", "many", "medium", "few")
                 ]
                 columns = [*columns, ("tau", None)]
-            write_summary(out, ds, figures, columns=columns, **told)
+            write_summary(out, ds, figures, columns=columns, **extras)
             table = results_table(ds, columns=columns)
         else:
             figures = {**self._tau_figure(), **(figures or {})}
             density = next(iter(self._data.values()))[1]
-            told |= {"density": density, "figures": figures, "replicates": replicates}
-            table = comparison_table(ds, write_comparison(out, ds, baseline=baseline, **told))
+            extras |= {"density": density, "figures": figures, "replicates": replicates}
+            table = comparison_table(ds, write_comparison(out, ds, baseline=baseline, **extras))
         self.say(
             f"\n{as_text(table)}\nFigures, settings and what the methods are: {out / 'report.html'}\n"
             f"All numbers: {out / 'results.nc'}. Curves: tensorboard --logdir {out}"
@@ -524,12 +528,12 @@ class Study:
             raise self._failure("these runs failed; --resume tries them again")
 
     def verdict(self, method: str, baseline: str) -> None:
-        """Say in one sentence what a method did to errors, where it and the baseline have a finished run."""
+        """Print one sentence on the errors of a method and the baseline, if both have a finished run."""
         if method != baseline and {method, baseline} <= {name for _, name, _ in self.runs}:
             self.say(verdict(self.result("verdict"), method, baseline))
 
     def _failures(self) -> list[str]:
-        """A line for each, without the places on this machine."""
+        """One line per failed run, without paths of this machine."""
         return [
             f"{task.shown.format(method=name)}, seed {seed}: {why}".replace(str(self.folder), "DIR")
             for (task, name, seed), why in self.failed.items()
@@ -541,7 +545,7 @@ class Study:
     def _figures(self, ds: xr.Dataset) -> dict[str, Figure]:
         task = self.tasks[0]  # type: ignore[index]
         label, colors = {"label_name": task.label_name, "label_units": task.label_units}, None
-        told: dict[str, Any]
+        extras: dict[str, Any]
         histories = {
             (shown, seed): run.trained.history
             for shown, run, name, seed in self._trained()
@@ -550,7 +554,7 @@ class Study:
         if task.bins.categorical:
             few = ds.sizes["method"] <= _MOST_IN_A_FIGURE["classes"]
             figures = {f"Error by {task.label_name}": class_error_figure(ds)} if few else {}
-            told = {"metric": "val_balanced_error", "metric_name": "validation balanced error", "percent": True}
+            extras = {"metric": "val_balanced_error", "metric_name": "validation balanced error", "percent": True}
         else:
             colors = method_colors(ds["method"].values.tolist())
             figures = {
@@ -560,22 +564,22 @@ class Study:
             }
             if "lower" in ds and bool(ds["lower"].notnull().any()):
                 figures["Interval coverage by region"] = coverage_figure(ds)
-            told = {"colors": colors}
+            extras = {"colors": colors}
             density = next(iter(self._data.values()))[1]
             if task.metrics is not None and isinstance(task.metrics(density), DistributionMetrics):
-                told |= {"metric": "val_crps", "metric_name": "validation CRPS"}
+                extras |= {"metric": "val_crps", "metric_name": "validation CRPS"}
         if 0 < len({shown for shown, _ in histories}) <= _MOST_IN_A_FIGURE["history"]:
-            figures["Training"] = history_figure(histories, label_units=task.label_units, **told)
+            figures["Training"] = history_figure(histories, label_units=task.label_units, **extras)
         return {**figures, **self._tau_figure(), **self._statistics_figures(label)}
 
     def _trained(self) -> Iterator[tuple[str, Any, str, int]]:
-        """Runs that were made now: what results call them, the run, its method and seed."""
+        """Runs of this process: the name in results, the run, its method and seed."""
         for shown, task, name, seed in self._finished():
             if (run := self.runs[task, name, seed]).trained is not None:
                 yield shown, run, name, seed
 
     def _density_figure(self, label: dict[str, Any]) -> dict[str, Figure]:
-        """Training labels along the axis and, where a method has them, what weights LDS makes of them."""
+        """The density of training labels and, if a method has them, the LDS weights."""
         density = next(iter(self._data.values()))[1]
         every = [run.trained.weights for _, run, _, _ in self._trained()]
         smooth = [weights for weights in every if weights is not None and weights.kernels[0] is not None]
@@ -586,12 +590,11 @@ class Study:
         return {"Label density and LDS weights": density_figure(density, each, effective=effective, **label)}
 
     def _tau_figure(self) -> dict[str, Figure]:
-        """What validation says of each strength of the adjustment, its gain and its price: for each method the bMAE and
-        the MAE, as means over seeds."""
+        """The bMAE and the MAE on validation data against tau for each method, as means over seeds."""
         task = self.tasks[0]  # type: ignore[index]
         choices: dict[str, list[TauChoice]] = {}
         for shown, run, _, _ in self._trained():
-            if run.trained.tau is not None and len(run.trained.tau.taus) > 1:  # not given, but chosen
+            if run.trained.tau is not None and len(run.trained.tau.taus) > 1:  # tau was chosen, not given
                 choices.setdefault(shown, []).append(run.trained.tau)
         if not choices or task.bins.categorical:
             return {}
@@ -604,7 +607,7 @@ class Study:
         return {"Tau on validation": tau_figure(curves, chosen, ylabel=ylabel, percent=False)}
 
     def _statistics_figures(self, label: dict[str, Any]) -> dict[str, Figure]:
-        """How alike the features of all labels are to those of the most frequent one, before and after smoothing."""
+        """The similarity of feature statistics to those of the most frequent label, before and after smoothing."""
         density, figures = next(iter(self._data.values()))[1], {}
         bins: Any = density.bins
         for shown, run, name, seed in self._trained():
@@ -623,5 +626,5 @@ class Study:
 
 
 def _declared(ds: xr.Dataset, kind: type[DistributionMetrics] | type[IntervalMetrics]) -> xr.Dataset:
-    """What metrics declare, without the counts beside."""
+    """The declared variables of metrics, without counts."""
     return ds[[name for metric in kind.metrics for name in metric.variables]]

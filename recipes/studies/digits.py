@@ -59,8 +59,8 @@ def draw_norms(study: Study) -> dict[str, Figure]:
 
     kept: dict[str, list[Any]] = {}
     for (_, name, _), one in study.runs.items():
-        if one.kept is not None:
-            kept.setdefault(name, []).append(one.kept)
+        if one.extra is not None:
+            kept.setdefault(name, []).append(one.extra)
     counts = study.trial(study.tasks[0], "softmax", 0).density.counts
     return {"Length of each class's weights": norms_figure({n: np.stack(rows) for n, rows in kept.items()}, counts)}
 
@@ -142,7 +142,7 @@ def plane(trial: Trial, trained: Trained, output: Any) -> Any:
 def draw_plane(study: Study) -> dict[str, Figure]:
     from dir_toolkit.experiment.results.digit_figures import feature_space_figure
 
-    panels = {name: run.kept for (_, name, seed), run in study.runs.items() if seed == 0}
+    panels = {name: run.extra for (_, name, seed), run in study.runs.items() if seed == 0}
     return {"Feature space of the test images": feature_space_figure(panels)}
 
 
@@ -173,7 +173,7 @@ def draw_taus(study: Study) -> dict[str, Figure]:
     from dir_toolkit.experiment.results.class_figures import tau_figure
     from dir_toolkit.experiment.results.digit_figures import reliability_figure
 
-    choices = {seed: run.kept[1] for (_, name, seed), run in study.runs.items() if name == "softmax"}
+    choices = {seed: run.extra[1] for (_, name, seed), run in study.runs.items() if name == "softmax"}
 
     def over_seeds(by: str, ylabel: str, **options: Any) -> Figure:
         # On test images the curve is only looked at: what is marked was chosen on validation images.
@@ -183,7 +183,7 @@ def draw_taus(study: Study) -> dict[str, Figure]:
         return tau_figure(curves, chosen, ylabel=ylabel, **options)
 
     nats = "log-loss, every class alike (nats)"
-    diagrams = {name: run.kept[0].reliability() for (_, name, seed), run in study.runs.items() if seed == 0}
+    diagrams = {name: run.extra[0].reliability() for (_, name, seed), run in study.runs.items() if seed == 0}
     return {
         "Balanced error over tau on validation images": over_seeds("validation", "balanced error"),
         "Balanced error over tau on test images": over_seeds("test", "balanced error"),

@@ -152,7 +152,7 @@ def test_digit_cnn_refuses() -> None:
             digit_cnn(**wrong)  # type: ignore[arg-type]
     backbone = digit_cnn(4, size=8)
     for shape in ((1, 1, 28, 28), (1, 1, 8, 9), (1, 1, 9, 8)):
-        with pytest.raises(ShapeError, match=r"^DigitCNN: images must have sides of 8, got .* Give digit_cnn the size"):
+        with pytest.raises(ShapeError, match=r"^DigitCNN: images must have sides of 8, got .* Pass the size"):
             backbone(torch.zeros(shape))
     with pytest.raises(ShapeError, match=r"^DigitCNN: images must have shape \(N, C, H, W\), got \(1, 8, 8\)"):
         backbone(torch.zeros(1, 8, 8))

@@ -225,7 +225,7 @@ def test_a_method_goes_on_from_the_network_of_another(finished: Path) -> None:
 def test_an_earlier_study_is_refused_and_nothing_is_touched(finished: Path) -> None:
     before = {name: (finished / name).read_bytes() for name in names(finished)}
     with pytest.raises(
-        RunExistsError, match=r"must hold no earlier run, .* got .*checkpoint-last\.pt\. Go on with --r"
+        RunExistsError, match=r"must hold no earlier run, .* got .*checkpoint-last\.pt\. Use --r"
     ):
         study(finished)
     assert {name: (finished / name).read_bytes() for name in names(finished)} == before
@@ -353,7 +353,7 @@ def test_classes_on_several_tasks(tmp_path: Path) -> None:
     one = study(tmp_path, tasks, methods)
     one.run(seeds=2, keep=lambda trial, trained, output: output.features.shape)
     assert seeds == [0, 0, 1, 1]  # each task was asked once for each seed
-    assert {run.kept for run in one.runs.values()} == {(40, 8)}
+    assert {run.extra for run in one.runs.values()} == {(40, 8)}
     ds = one.result("x")
     assert ds["method"].values.tolist() == ["softmax on a", "softmax on b", "adjusted on a", "adjusted on b"]
     assert set(ds.attrs["data"]) == {f"{place}, seed {seed}" for place in "ab" for seed in (0, 1)}

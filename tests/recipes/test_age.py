@@ -124,7 +124,7 @@ def test_an_earlier_run_is_refused_and_nothing_is_touched(
     outcome = here(*QUICK, "--methods", "lds", "vanilla", "--out", out)
     assert outcome.code == 1
     assert re.fullmatch(
-        r".* must hold no earlier run.* got .*checkpoint-last\.pt\. Go on with --resume.*\n", outcome.err
+        r".* must hold no earlier run.* got .*checkpoint-last\.pt\. Use --resume.*\n", outcome.err
     )
     assert files(out) == before
 
@@ -156,7 +156,7 @@ def test_stopped_and_resumed_in_a_new_process_it_ends_with_equal_bits(
         process.wait()
     made = tmp_path / "made"
     assert (process.returncode, err) == (130, "")
-    assert out.rstrip().endswith("Go on with --resume.")
+    assert out.rstrip().endswith("Continue with --resume.")
     assert set(files(made / "lds+fds/seed0")) == RUN_FILES - {"results.nc", "model.safetensors"}
     assert not (made / "results.nc").exists()
     done = files(made / "vanilla")

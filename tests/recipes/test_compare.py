@@ -289,9 +289,9 @@ def test_every_method_trains_and_predicts_ages(name: str, tried: Study, monkeypa
     assert ("lower" in run.errors) == (method.head != "regression" or method.tau)
     if "lower" in run.errors:
         assert (run.errors["lower"] <= run.errors["upper"]).all()
-    assert run.kept.method == (name if not method.tau else method.start)
-    assert (run.kept.fds is None) == (faces.METHODS[run.kept.method].fds is None)
-    assert (run.kept.tau is not None) == method.tau
+    assert run.extra.method == (name if not method.tau else method.start)
+    assert (run.extra.fds is None) == (faces.METHODS[run.extra.method].fds is None)
+    assert (run.extra.tau is not None) == method.tau
     if method.start is not None and not method.tau:
         at = Path(tried.folder)
         first, second = (running.tensors(at / n / "seed0/checkpoint-last.pt") for n in (method.start, name))

@@ -1,1 +1,1 @@
-"""From a model and its data to checkpoints and logs."""
+"""Training loops, checkpoints, logs and searches for settings."""

@@ -1,4 +1,4 @@
-"""Checkpoints of tensors and plain values only, written whole or not at all, read without running what they hold."""
+"""Checkpoints of tensors and plain values, written atomically and loaded without running code."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a state. A reader, or a crash, meets the whole old file or the whole new one.
+    """Write a state atomically: readers see either the old or the new file, also after a crash.
 
     Args:
         state: tensors, None, bool, int, float and str, in dicts (keyed by str or int), lists and tuples of any depth.
     Raises:
-        CheckpointError: the state holds anything else, for example a NumPy number, or the disk is full. The file that
-        was there before stays as it was. FileNotFoundError: the folder does not exist.
+        CheckpointError: the state holds other values, such as NumPy numbers, or the disk is full. An earlier file does
+            not change. FileNotFoundError: the folder does not exist.
     """
     require(isinstance(state, dict), "state must be a dict", got=type(state), error=CheckpointError)
     check_plain("state", state)
@@ -34,26 +34,26 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
     except FileNotFoundError:
         raise
     except (OSError, RuntimeError) as error:
-        # torch hides what the file system said behind an error about its own archive.
+        # torch replaces the error of the file system by its own.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        then = "What was there before is as it was: go on from it (--resume)."
+        then = "The checkpoint before is intact: continue with --resume."
         raise unwritable(path, cause, kind=CheckpointError, then=then) from error
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what :func:`save_checkpoint` wrote. The checksums of the file are compared, and no code in it is ever run.
+    """Load a checkpoint of :func:`save_checkpoint`. Checksums are verified, and no code in the file is run.
 
     Args:
-        map_location: the device that tensors are put on.
+        map_location: the device of the tensors.
     Raises:
-        CheckpointError: the file is missing, damaged, cut short, or holds more than tensors and plain values.
+        CheckpointError: the file is missing, damaged or truncated, or holds other values.
     """
     name = repr(os.fspath(path))
     try:
         with zipfile.ZipFile(path) as archive:
             packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
             whole = not packed and archive.testzip() is None
-        # torch reads the archive itself. It is not handed one that is compressed or whose checksums differ.
+        # Checked before torch reads the archive: no compression and equal checksums.
         state = torch.load(path, map_location=map_location, weights_only=True) if whole else None
     except FileNotFoundError:
         raise problem("the checkpoint must exist", got=f"no file {name}", error=CheckpointError) from None
@@ -69,7 +69,7 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
 
 
 def check_plain(key: str, value: object) -> None:
-    """Require what a checkpoint may hold: tensors and plain values, in dicts, lists and tuples."""
+    """Raise unless a value can be saved in a checkpoint: tensors and plain values, in dicts, lists and tuples."""
     if value is None or type(value) in (bool, int, float, str, Tensor, nn.Parameter):
         return
     nested, fix = type(value), "Use .item() or .tolist() for NumPy, and state_dict() for modules."

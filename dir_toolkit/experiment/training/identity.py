@@ -1,4 +1,4 @@
-"""The identity of a run: the settings of everything that decides its numbers."""
+"""The identity of a run: the settings of everything that influences its numbers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["check_same_run", "is_plain", "run_identity"]
 def run_identity(
     parts: Mapping[str, object], *, model: nn.Module, loss: Callable[..., Any], fingerprint: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The identity as nested plain values, by the names of the arguments of ``fit``.
+    """The identity as nested plain values, with the argument names of ``fit``.
 
     Args:
-        parts: what decides the numbers beside the model and the loss, by name.
-        fingerprint: what the user passed. An entry takes the place of the part of that name, which is then not read.
+        parts: the other arguments that influence the numbers, by name.
+        fingerprint: the user's argument. An entry replaces the part of that name.
     Raises:
-        SettingsError: only its place in memory tells a part from another one, as with a lambda.
+        SettingsError: a part cannot be identified, such as a lambda.
     """
     named: dict[str, Callable[[], Any]] = {
         "model": partial(_network, model),
@@ -44,7 +44,7 @@ def run_identity(
 
 
 def check_same_run(path: object, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of other settings, and name these settings."""
+    """Raise if a checkpoint has other settings. The message names them."""
     differs = differing(saved, now)
     fix = "Resume with the settings and as many processes as it was started with, or choose another folder."
     require(not differs, f"{path} must be of the same run", got=differs, fix=fix, error=CheckpointError)
@@ -53,12 +53,12 @@ def check_same_run(path: object, saved: Mapping[str, Any], now: Mapping[str, Any
 def _loss(loss: Callable[..., Any], model: nn.Module) -> Any:
     owner = getattr(loss, "__self__", None)
     if inspect.ismethod(loss) and any(owner is module for module in model.modules()):
-        return f"{type(owner).__qualname__}.{loss.__name__}"  # the entry of the model holds the rest
+        return f"{type(owner).__qualname__}.{loss.__name__}"  # the entry of the model has the rest
     return described("loss", loss)
 
 
 def _network(model: nn.Module) -> dict[str, Any]:
-    """The settings of the modules that have some, the arguments of torch's modules, and the class of all others."""
+    """The settings of modules that have them, the arguments of torch's modules, and the classes of all others."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     modules = {name or "itself": _module(f"model.{name}", module) for name, module in model.named_modules()}
     return {**modules, **({"frozen": frozen} if frozen else {})}
@@ -67,7 +67,7 @@ def _network(model: nn.Module) -> dict[str, Any]:
 def _module(name: str, module: nn.Module) -> Any:
     if isinstance(getattr(module, "settings", None), Mapping):
         return described(name, module)
-    kind = type(module).__qualname__  # without its module, whose name is another one in the program that defines it
+    kind = type(module).__qualname__  # without its module, whose name is __main__ in the defining program
     if not type(module).__module__.startswith("torch.nn."):
         return kind
     plain = {
@@ -79,7 +79,7 @@ def _module(name: str, module: nn.Module) -> Any:
 
 
 def is_plain(value: object) -> bool:
-    """Whether JSON knows a value and everything in it."""
+    """Whether JSON can represent a value and everything in it."""
     if isinstance(value, dict):
         return all(isinstance(key, str) for key in value) and all(map(is_plain, value.values()))
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which end a training after the step under way."""
+"""Ctrl-C and SIGTERM end a training after the current step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ __all__ = ["Interrupts"]
 
 
 class Interrupts(AbstractContextManager["Interrupts"]):
-    """Notes Ctrl-C, the second of which kills the process, and SIGTERM. Outside the main thread it does nothing.
+    """A context that records Ctrl-C and SIGTERM. A second Ctrl-C kills the process. It has no effect outside the main
+    thread.
 
     Attributes:
-        noted: whether one of the two came.
+        noted: whether one of the two was received.
     """
 
     def __init__(self) -> None:
@@ -25,10 +26,10 @@ class Interrupts(AbstractContextManager["Interrupts"]):
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             before = {sort: signal.getsignal(sort) for sort in (signal.SIGINT, signal.SIGTERM)}
-            if before[signal.SIGTERM] is not signal.SIG_DFL:  # the program has a handler of its own
+            if before[signal.SIGTERM] is not signal.SIG_DFL:  # the program has its own handler
                 del before[signal.SIGTERM]
             for sort, handler in before.items():
-                if handler is not None:  # None was not set by Python, and could not be put back
+                if handler is not None:  # None was not set by Python and cannot be restored
                     self._before[sort] = handler
                     signal.signal(sort, self._note)
         return self

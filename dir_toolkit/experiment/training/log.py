@@ -33,17 +33,16 @@ _WIDTH = 8
 
 
 class RunLog:
-    """A context manager that writes and prints a run's history on the main rank. It does nothing on the others.
+    """A context manager that writes and prints a run's history on the main rank, and does nothing on the others.
 
-    ``history.csv`` is written anew in each epoch, so that it holds the given history and the rows that were added, and
-    never a row of an epoch that is done again. TensorBoard forgets what lies beyond ``step``. Its file is made when the
-    first epoch ends, so that a run that is stopped often leaves no empty files.
+    ``history.csv`` is rewritten after each epoch, so that it has one row per epoch even after a resume. TensorBoard
+    drops entries beyond ``step``. Its file is created at the end of the first epoch.
 
     Args:
         folder: the folder of the run, which must exist.
-        history: the rows of the epochs that are done, where a run is resumed.
-        step: the number of training steps that are done.
-        steps_per_epoch: the length of the bar, which is drawn on stderr if that is a terminal and rich is installed.
+        history: the rows of finished epochs, if a run is resumed.
+        step: the number of finished training steps.
+        steps_per_epoch: the length of the progress bar, which is shown if stderr is a terminal and rich is installed.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class RunLog:
             self._board.close()
 
     def start_epoch(self, epoch: int, done: int = 0) -> None:
-        """Show the bar of an epoch of which ``done`` steps are done."""
+        """Show the progress bar of an epoch, of which ``done`` steps are finished."""
         if self._main:
             self._bar = progress_bar()
         if self._bar is not None:
@@ -81,7 +80,7 @@ class RunLog:
             self._bar.add_task(f"epoch {epoch}", total=self._steps_per_epoch, completed=done)
 
     def step(self) -> None:
-        """Move the bar by one step."""
+        """Advance the progress bar by one step."""
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0])
 
@@ -91,7 +90,7 @@ class RunLog:
         Args:
             row: plain values: ``epoch``, ``step``, ``loss``, ``lr`` and ``seconds``, and the numbers of a metric on the
                 validation set, as ``val_mae`` over all and ``val_mae_few`` for a region.
-            best: whether to mark it on the terminal as the best so far.
+            best: whether to mark it as the best epoch so far.
         Raises:
             ValueError: the row has other columns. Nothing is written then.
         """
@@ -137,7 +136,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         board = self._board or SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
-        self._board = None  # one that breaks cannot be closed
+        self._board = None  # after an error it cannot be closed
         for tag, value in scalars.items():
             board.add_scalar(tag, value, step)
         board.flush()
@@ -155,7 +154,7 @@ class RunLog:
 
 
 def _metric_of(column: str) -> tuple[Metric, str] | None:
-    """The metric and the region that a column holds: ``val_mae_few`` is the MAE and "few"."""
+    """The metric and the region of a column: ``val_mae_few`` is the MAE and "few"."""
     if not column.startswith("val_"):
         return None
     name = column.removeprefix("val_")

@@ -1,4 +1,4 @@
-"""Training on labelled samples: one loop, on one process or many, that can be stopped and resumed."""
+"""The training loop, for one process or several, which can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ __all__ = ["Metrics", "Optimization", "evaluate", "fit", "predict"]
 
 Metrics = RegressionMetrics | ClassificationMetrics | DistributionMetrics
 
-# On an accelerator the host looks at the loss, and the ranks agree whether to stop, once in so many steps.
+# On an accelerator the loss is checked, and the ranks agree whether to stop, once in so many steps.
 _CHECK_EVERY = 50
 
-_EARLY = 3  # epochs; where none after them is better, a training has done little good
+_EARLY = 3  # a warning is issued if the best epoch is not after this one
 
 
 def fit(
@@ -70,55 +70,52 @@ def fit(
     checkpoint_minutes: float = 5.0,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train a model, keep the weights of the epoch with the least validation error, and load them at the end.
+    """Train a model, and load the weights of the epoch with the smallest validation error at the end.
 
-    Everything random follows from the seed and the place in the run: the order of an epoch from (seed, epoch), the
-    augmentation and what the model draws from (seed, epoch, step, rank). So on the CPU a run that was stopped anywhere,
-    and resumed in a new process with as many threads, ends with the bits of a run that was not stopped. With another
-    number of threads it warns, and CUDA adds up in no fixed order.
+    All random numbers depend on the seed and the position in the run: the order of an epoch on (seed, epoch),
+    augmentation and random layers on (seed, epoch, step, rank). On the CPU a run that was stopped anywhere and resumed
+    with the same number of threads is therefore bit-identical to an uninterrupted run. With another number of threads a
+    warning is issued. On CUDA sums have no fixed order.
 
-    Each global batch is dealt to the ranks in turn, and a rank's loss counts in proportion to its share of the batch,
-    so that n ranks step as one does where the loss is a mean over samples. What looks at several samples at once, such
-    as BatchNorm or a loss of pairs, sees those of its rank. An epoch's last, short batch is kept unless it holds fewer
-    than two samples per rank. Only as many ranks as started a run may go on with it.
+    Each batch is distributed to the ranks, and a rank's loss is weighted by its share of the batch. If the loss is a
+    mean over samples, n ranks make the same steps as one. BatchNorm and losses of pairs use the samples of their rank.
+    The last, smaller batch of an epoch is used unless it has fewer than two samples per rank. A run must be resumed
+    with the same number of ranks.
 
-    Ctrl-C ends the step, writes a checkpoint, and raises ``KeyboardInterrupt``; a second one kills the process.
-    SIGTERM, by which schedulers end a job, ends it like the first Ctrl-C, however often it comes, unless the program
-    has a handler of its own.
+    Ctrl-C finishes the step, writes a checkpoint, and raises ``KeyboardInterrupt``. A second Ctrl-C kills the process.
+    SIGTERM, which schedulers send, acts like the first Ctrl-C, unless the program has its own handler.
 
     Args:
-        model: from float images (N, C, H, W) in [-1, 1], or from rows, sequences, tuples or dicts as the sets hold
-            them, to what the loss takes. It is moved to the runtime's device.
-        metrics: without samples. The validation errors are of this kind, and its ``selects`` decides the best epoch.
-        loss: called as ``loss(output, labels, weight)``, with None as the weight where samples are not weighted. It
-            returns the mean over the samples of the batch, or any other number that is made of the batch as a whole.
-            The parameters of a module are trained, too.
-        weights: fitted; None weights all samples alike.
-        weights_from: number of epochs before the weights count, as in deferred reweighting (Cao et al. 2019).
-        sampler: its ``order(epoch)`` decides what an epoch holds; None takes every sample once, shuffled.
-        fds: attached to a part of the model, and no part of it, since ranks would then overwrite its statistics.
-        folder: of the run; it is made if missing.
-        resume: go on from ``checkpoint-last.pt`` where there is one; a finished run is left as it is.
-        augmentation: whether to flip and shift images, or a function of what a set holds, called as
-            ``augmentation(inputs, generator=generator)``.
-        mixing: what makes one batch of another after augmentation, called as
-            ``mixing(inputs, labels, generator=generator)``, such as
-            ``functools.partial(dir_toolkit.labels.c_mixup, bandwidth=2.0)``.
+        model: a module from float images (N, C, H, W) in [-1, 1], or from rows, sequences, tuples or dicts of the data
+            sets, to the input of the loss. It is moved to the runtime's device.
+        metrics: empty metrics for validation errors. Its ``selects`` names the error that selects the best epoch.
+        loss: called as ``loss(output, labels, weight)``; the weight is None without ``weights``. It returns the mean
+            over the batch, or one number for the whole batch. If it is a module, its parameters are trained as well.
+        weights: a fitted LDS; None means equal weights.
+        weights_from: the number of epochs without weights at the start, for deferred reweighting (Cao et al. 2019).
+        sampler: its ``order(epoch)`` gives the samples of an epoch; None takes every sample once, shuffled.
+        fds: an FDS that is attached to the model but is not a submodule, since ranks would then overwrite its
+            statistics.
+        folder: the folder of the run, which is created if missing.
+        resume: whether to continue from ``checkpoint-last.pt`` if it exists. A finished run does not change.
+        augmentation: whether to flip and shift images, or a function of inputs, called as ``augmentation(inputs,
+            generator=generator)``.
+        mixing: a function that mixes the samples of a batch after augmentation, called as ``mixing(inputs, labels,
+            generator=generator)``, such as ``functools.partial(dir_toolkit.labels.c_mixup, bandwidth=2.0)``.
         missing: what a training label that is NaN does: ``"raise"``; or ``"drop"``, with which the loss is to be the
             mean over the labels of a batch that are there. Each rank counts by its share of these then, and each batch
             in the history, too. The loss, ``weights`` and ``fds`` must drop missing labels themselves, as a
             :class:`dir_toolkit.LongTailModel` made with ``missing="drop"`` does in its ``criterion``. A function that
             takes ``missing=``, as those of :mod:`dir_toolkit.losses` do, is called with it.
-        checkpoint_minutes: the longest time between two checkpoints; 0 writes one in each step. One is written at the
-            end of each epoch anyway.
-        fingerprint: plain values that tell this run from others, beside the settings of all that is passed here. A
-            checkpoint with other values is refused. Of the model the classes and settings of its modules count. An
-            entry named after an argument takes its place, where nothing else tells the argument from another, as with
-            a lambda: ``{"loss": "huber, delta 2"}``.
+        checkpoint_minutes: the longest time between two checkpoints; 0 writes one in each step. One is also written at
+            the end of each epoch.
+        fingerprint: plain values that identify this run, in addition to the settings of all arguments. A checkpoint
+            with other values raises an error. An entry with the name of an argument replaces its settings, which a
+            lambda needs: ``{"loss": "huber, delta 2"}``.
     Returns:
         the history, one row per epoch: ``epoch`` and ``step``, counted from 1; ``lr`` of the epoch's last step;
-        ``loss``; what ``metrics.summary()`` says of the validation set (``"mae/all"`` and ``"mae/few"`` as ``val_mae``
-        and ``val_mae_few``); and ``seconds`` since the start, not counting pauses.
+        ``loss``; ``metrics.summary()`` of the validation set (``"mae/all"`` and ``"mae/few"`` as ``val_mae`` and
+        ``val_mae_few``); and ``seconds`` since the start, not counting pauses.
     Raises:
         RunExistsError: the folder holds a run and ``resume`` is false, or another process trains in it, which a lock
         shows that ends with the process, even a killed one. CheckpointError: its checkpoint is damaged, of another run
@@ -290,17 +287,17 @@ def fit(
 def evaluate(
     model: nn.Module, data: SampleSet, *, metrics: Metrics, runtime: Runtime, batch_size: int = 512
 ) -> Metrics:
-    """A model's errors over a set, each sample counted once whatever the number of ranks, which must all call this.
+    """A model's errors over a data set. All ranks must call this; each sample is counted once.
 
     Modules run in eval mode and get their own modes back. All ranks must hold the same weights and buffers.
 
     Args:
         model: from float images in [-1, 1] to what ``metrics`` takes, or to something that names it: ``prediction``
             for regression, ``scores`` for classes, ``distribution`` for distributions.
-        metrics: of the kind wanted; it is left as it is.
+        metrics: metrics of the wanted kind, which do not change.
         batch_size: images per forward pass of one rank.
     Returns:
-        metrics of all ranks; ``.compute()`` makes the numbers.
+        the metrics of all ranks, for ``.compute()``.
     """
     instance(get_args(Metrics), metrics=metrics)
     own = metrics.fresh()
@@ -310,7 +307,7 @@ def evaluate(
 
 
 def predict(model: nn.Module, data: SampleSet, *, runtime: Runtime, batch_size: int = 512) -> Any:
-    """What a model makes of each image of a set, in the set's order, on every rank; all must call this.
+    """The outputs of a model for a data set, in its order, on every rank. All ranks must call this.
 
     Modules run in eval mode and get their own modes back. All ranks must hold the same weights and buffers.
 
@@ -347,7 +344,7 @@ def predict(model: nn.Module, data: SampleSet, *, runtime: Runtime, batch_size: 
 def _outputs(
     model: nn.Module, data: SampleSet, runtime: Runtime, batch_size: int
 ) -> Iterator[tuple[Tensor, Any, Tensor]]:
-    """This rank's share of a set: indices, what the model makes of their images in eval mode, their labels."""
+    """This rank's samples of a set: indices, the model's outputs in eval mode, and labels."""
     instance(nn.Module, model=model)
     instance(SampleSet, data=data)
     instance(Runtime, runtime=runtime)
@@ -356,7 +353,7 @@ def _outputs(
     model.eval()
     try:
         own = torch.arange(len(data), device="cpu")[runtime.rank :: runtime.world]
-        parts = own.split(batch_size) if len(own) else ()  # there may be more ranks than images
+        parts = own.split(batch_size) if len(own) else ()  # there may be more ranks than samples
         for indices, batch in zip(parts, data.batches(parts), strict=True):
             images, labels = _moved(batch, runtime.device)
             with runtime.autocast():
@@ -368,12 +365,12 @@ def _outputs(
 
 
 def _moved(batch: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Tensor]:
-    """Inputs and labels on the device, whatever tuples or dicts hold them."""
+    """Inputs and labels on the device, also in tuples or dicts."""
     return tree_map_only(Tensor, lambda part: part.to(device), batch)
 
 
 def _floats(inputs: Any) -> Any:
-    """Pixels as floats in [-1, 1]; the numbers of rows and sequences as they are."""
+    """Pixels as floats in [-1, 1]; other inputs unchanged."""
     return to_float(inputs) if getattr(inputs, "dtype", None) == torch.uint8 else inputs
 
 
@@ -393,22 +390,22 @@ class _ModelAndLoss(nn.Module):
 
 
 def _stop(files: RunFiles, log: RunLog) -> None:
-    log.say(f"Stopped. {files.state()} Go on with --resume.")
+    log.say(f"Stopped. {files.state()} Continue with --resume.")
     raise KeyboardInterrupt
 
 
 def _checked_loss(loss: object) -> Tensor:
-    """The loss, which is one number and has a gradient."""
+    """The loss, checked to be one number with a gradient."""
     if not isinstance(loss, Tensor):
         raise problem("loss must return a tensor", got=type(loss))
     require(loss.ndim == 0, "loss must return one number", got=loss.shape, fix="Return the mean over samples.")
-    got, fix = "one without a gradient", "Leave out .detach() and torch.no_grad(), and use the output it is handed."
+    got, fix = "one without a gradient", "Remove .detach() and torch.no_grad(), and use the output that it gets."
     require(loss.requires_grad, "loss must depend on what is trained", got=got, fix=fix, error=RuntimeError)
     return loss
 
 
 def _attached(fds: FDS | None, model: nn.Module) -> list[tuple[str, str, int | str | None]]:
-    """Where in the model an FDS works: the names of modules, on which of their ends, and on what of it."""
+    """The modules that an FDS is attached to: their names, input or output, and ``select``."""
     return [
         (name, end, hook.select)
         for name, module in model.named_modules()
@@ -419,9 +416,16 @@ def _attached(fds: FDS | None, model: nn.Module) -> list[tuple[str, str, int | s
 
 
 def _check_trainable(
-    model: nn.Module, train: SampleSet, val: SampleSet, loss: Any, sampler: Any, fds: Any, how: Optimization, world: int
+    model: nn.Module,
+    train: SampleSet,
+    val: SampleSet,
+    loss: Any,
+    sampler: Any,
+    fds: Any,
+    optimization: Optimization,
+    world: int,
 ) -> None:
-    least, batch_size = 2 * world, how.batch_size
+    least, batch_size = 2 * world, optimization.batch_size
     faults = []
     samples = _samples(train, sampler)
     if sampler is not None and sampler.num_labels != len(train):
@@ -435,11 +439,11 @@ def _check_trainable(
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         faults.append("model must have weights, got lazy layers that have none yet. Run it once on a few images first.")
     if fds is not None and any(module is fds for module in model.modules()):
-        faults.append("fds must be no part of the model. Keep it outside and attach it.")
-    if fds is not None and how.sharpness is not None:
+        faults.append("fds must not be a submodule of the model. Keep it outside and attach it.")
+    if fds is not None and optimization.sharpness is not None:
         faults.append("fds must be left out with sharpness, whose second pass it would count. Use sharpness=None.")
     if fds is not None and not fds.attached:
-        faults.append('fds must be attached to a part of the model. Call fds.attach(model.head, "input") first.')
+        faults.append('fds must be attached to a module of the model. Call fds.attach(model.head, "input") first.')
     if faults:
         raise SettingsError("\n  ".join(["fit: this cannot be trained:", *faults]))
 
@@ -454,12 +458,12 @@ def _labels_there(train: SampleSet, missing: Missing) -> Tensor:
 
 
 def _samples(train: SampleSet, sampler: BinSampler | None) -> int:
-    """How many samples an epoch holds."""
+    """The number of samples per epoch."""
     return len(train) if sampler is None else sampler.num_samples
 
 
 def _column(name: str) -> str:
-    """What a history calls a number of ``metrics.summary()``: ``val_mae`` for "mae/all", ``val_mae_few``."""
+    """The column of a number of ``metrics.summary()``: ``val_mae`` for "mae/all", ``val_mae_few``."""
     return "val_" + name.removesuffix("/all").replace("/", "_")
 
 

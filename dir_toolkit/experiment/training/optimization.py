@@ -17,7 +17,7 @@ __all__ = ["Optimization", "learning_rate", "make_optimizer"]
 
 @dataclass(frozen=True)
 class Optimization:
-    """The settings that say how the parameters of a model are moved.
+    """The settings of an optimization.
 
     Raises:
         SettingsError: one or several settings are wrong. All of them are named.
@@ -40,7 +40,7 @@ class Optimization:
     momentum: float = 0.9
     """The momentum of SGD, or the first beta of AdamW, in [0, 1)."""
     weight_decay: float = 0.05
-    """The pull of weight matrices and convolutions towards zero. Biases, norms and scales are not decayed."""
+    """The weight decay of weight matrices and convolutions. Biases, norms and scales have none."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """A cosine to zero, a division by ten at each milestone, or a constant."""
     warmup: float = 0.05
@@ -55,7 +55,7 @@ class Optimization:
 
     def __post_init__(self) -> None:
         faults = []
-        # Each check returns a plain value, which a checkpoint may hold, as it may not hold a number of NumPy.
+        # Checks return plain Python values, since a checkpoint cannot hold NumPy numbers.
         checks: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
             (whole, ("epochs", self.epochs), {"low": 1}),
             (whole, ("batch_size", self.batch_size), {"low": 1}),
@@ -76,14 +76,14 @@ class Optimization:
                 if plain is not None:
                     object.__setattr__(self, arguments[0], plain)
             except (ValueError, TypeError) as error:
-                faults.append(str(error).partition(": ")[2])  # without its first words, which name the caller
+                faults.append(str(error).partition(": ")[2])  # without the name of the caller
         if faults:
             count = "1 setting is" if len(faults) == 1 else f"{len(faults)} settings are"
             raise SettingsError("\n  ".join([f"Optimization: {count} wrong:", *faults]))
 
 
 def learning_rate(optimization: Optimization, step: int, steps: int) -> float:
-    """The learning rate of a step, in closed form, so that a resumed run need not remember it.
+    """The learning rate of a step, in closed form, so that it is not part of a checkpoint.
 
     Args:
         step: counted from 0 over all epochs.
@@ -104,7 +104,7 @@ def learning_rate(optimization: Optimization, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.Optimizer:
-    """The optimizer of a model's trainable parameters. Weights decay that have two axes or more."""
+    """The optimizer of a model's trainable parameters. Parameters with two or more axes get weight decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optimization.weight_decay},

@@ -23,7 +23,7 @@ __all__ = ["environment", "write_json"]
 
 
 def environment(runtime: Runtime, splits: Splits) -> dict[str, Any]:
-    """As plain values: versions, the commit of a toolkit that is a checkout, the device, and digests of the data."""
+    """Versions, the commit of a checkout, the device, and digests of the data, as plain values."""
     device, threads = runtime.device, torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -50,7 +50,7 @@ _version = cache(version)  # which reads files, and a study asks for each of its
 
 def _commit() -> str:
     checkout = Path(__file__).parents[3]
-    # Git would look further up, into the project around a site-packages folder.
+    # Git would find the project around a site-packages folder.
     if not (checkout / ".git").exists():
         return "unknown"
     try:
@@ -67,7 +67,7 @@ def _commit() -> str:
 
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Write plain values as JSON, whole or not at all. Paths become text."""
+    """Write plain values as JSON, atomically. Paths become str."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(values, indent=2, default=str) + "\n"

@@ -34,8 +34,8 @@ class RunFiles(AbstractContextManager["RunFiles"]):
 
     Args:
         loss: a module whose parameters are trained too, else None.
-        progress: where the run stands; it is set when a run is resumed.
-        columns: of the history.
+        progress: the progress of the run, which is set when a run is resumed.
+        columns: the columns of the history.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         self._at_work = False
 
     def open(self, resume: bool) -> None:
-        """Start afresh, or from the last checkpoint."""
+        """Start a new run, or resume from the last checkpoint."""
         self._at_work = _AT_WORK.acquire(blocking=False)
         rule = "one thread of a process may train at a time, since all draw from the same random numbers"
-        fix = 'Start processes in place of threads, as joblib does with backend="loky".'
+        fix = 'Use processes instead of threads, such as joblib with backend="loky".'
         require(self._at_work, rule, got="another one at work", fix=fix, error=RuntimeError)
         try:
             self._open(resume)
@@ -121,7 +121,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         self._note_saved()
 
     def save_last(self) -> None:
-        """Write all that is needed to go on; all ranks must call this."""
+        """Write the checkpoint for resuming. All ranks must call this."""
         own: dict[str, Any] = {"loss_sum": self._progress.loss_sum.item(), "threads": torch.get_num_threads()}
         if self._fds is not None:
             own["fds"] = _on_cpu(self._fds.state_dict())
@@ -161,7 +161,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
             save_checkpoint(self.best, state)
 
     def load_best(self) -> None:
-        """Give the model the best weights; all ranks must call this."""
+        """Load the best weights into the model. All ranks must call this."""
         self._runtime.barrier()
         epoch, least = self._progress.best
         if not epoch:
@@ -178,7 +178,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         self._load(self.best, [(self._model, state["model"])])
 
     def state(self) -> str:
-        """What the last checkpoint holds, in a sentence."""
+        """A sentence on the last checkpoint."""
         if self._saved is None:
             return "There is no checkpoint yet."
         epoch, step = self._saved
@@ -205,7 +205,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         return state
 
     def _load(self, path: Path, saved: Sequence[tuple[Any, Any]]) -> None:
-        """Load each state into its object; where one does not fit, all objects stay as they were."""
+        """Load each state into its object. If one does not fit, no object changes."""
         for _, state in saved:
             plain = isinstance(state, Mapping) and all(isinstance(name, (str, int)) for name in state)
             require_own(path, plain, f"a {type(state).__name__} as the state of a module")

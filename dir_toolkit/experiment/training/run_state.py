@@ -1,4 +1,4 @@
-"""What the last checkpoint of a run holds: where the run stands, and checks of all that before any of it is used."""
+"""The content of a run's last checkpoint, and checks of all of it before it is used."""
 
 from __future__ import annotations
 
@@ -23,52 +23,52 @@ _OPTIMIZER_STATE = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentu
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """The progress of a run."""
 
     selects: str
-    """The column of the history that decides which epoch is the best."""
+    """The column of the history that selects the best epoch."""
     batches: Sequence[slice]
     """Of an epoch."""
     loss_sum: Tensor
-    """The sum of the losses of this rank's samples, over the epoch so far."""
+    """The sum of the losses of this rank's samples in the current epoch."""
     step: int = 0
-    """Steps done in the epoch under way."""
+    """Finished steps of the current epoch."""
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One row per epoch that is done."""
+    """One row per finished epoch."""
 
     @property
     def epoch(self) -> int:
-        """Epochs done."""
+        """The number of finished epochs."""
         return len(self.history)
 
     @property
     def steps_done(self) -> int:
-        """Over all epochs."""
+        """The number of finished steps over all epochs."""
         return self.epoch * len(self.batches) + self.step
 
     @property
     def best(self) -> tuple[int, float]:
-        """The first epoch with the least error, and that error; 0 and infinity where no error is known."""
+        """The first epoch with the smallest error, and that error; 0 and infinity if there is none."""
         return min(
             ((row[self.selects], row["epoch"]) for row in self.history if row[self.selects] < math.inf),
             default=(math.inf, 0),
         )[::-1]
 
     def end_epoch(self, row: dict[str, Any]) -> bool:
-        """Add a row and go on to the next epoch; returns whether this was the best."""
+        """Add a row and start the next epoch. Returns whether this epoch is the best so far."""
         self.history.append(row)
         self.step = 0
         self.loss_sum.zero_()
         return self.best[0] == row["epoch"]
 
     def shared(self) -> dict[str, Any]:
-        """What all ranks share."""
+        """The state common to all ranks."""
         return {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "history": self.history}
 
 
 def foreign(path: Path, got: str) -> Exception:
-    """The error of a checkpoint that holds what no run writes."""
+    """The error for a checkpoint that ``fit`` cannot have written."""
     fix = "Put an intact copy in its place, or start in another folder."
     return problem(f"{path} must hold what fit() wrote there", got=got, fix=fix, error=CheckpointError)
 
@@ -80,7 +80,7 @@ def require_own(path: Path, sound: bool | Tensor, came: str) -> None:
 
 
 def check_progress(path: Path, saved: Any, own: Progress, epochs: int, columns: Collection[str]) -> None:
-    """Require a place at which a run may stand, and a history of as many epochs."""
+    """Raise unless the progress is possible and the history has as many epochs."""
     steps = len(own.batches)
     alike = isinstance(saved, dict) and saved.keys() == own.shared().keys()
     require_own(path, alike, "a place in the run with other entries")
@@ -96,7 +96,7 @@ def check_progress(path: Path, saved: Any, own: Progress, epochs: int, columns: 
 
 
 def rank_state(path: Path, saved: Any, rank: int, world: int, *, with_fds: bool) -> dict[str, Any]:
-    """What a rank keeps of its own."""
+    """The checked state of one rank."""
     expected = {"loss_sum", "threads", *(("fds",) if with_fds else ())}
     require_own(path, isinstance(saved, list) and len(saved) == world, f"other than {world} ranks")
     for own in saved:
@@ -114,10 +114,10 @@ def rank_state(path: Path, saved: Any, rank: int, world: int, *, with_fds: bool)
 
 
 def optimizer_state(path: Path, saved: Any, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
-    """What the optimizer remembers, for its own groups, whose settings the identity of the run tells.
+    """The checked state of the optimizer, with its own parameter groups.
 
     Args:
-        steps: of the whole run.
+        steps: the number of steps of the whole run.
     """
     own = optimizer.state_dict()
     groups = saved["param_groups"] if isinstance(saved, dict) and saved.keys() == {"state", "param_groups"} else None

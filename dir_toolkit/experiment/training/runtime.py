@@ -24,13 +24,13 @@ Precision = Literal["float32", "bf16"]
 
 @dataclass(frozen=True)
 class Runtime:
-    """The place of a run, which :func:`start_runtime` makes.
+    """The device, rank, precision and seed of a run, made by :func:`start_runtime`.
 
     Attributes:
         device: the device of this process.
-        rank, world: the number of this process, from 0, and how many processes there are.
-        precision: the precision of the forward pass. Parameters and sums keep theirs.
-        seed: the seed from which every random number of a run follows.
+        rank, world: the number of this process, from 0, and the number of processes.
+        precision: the precision of the forward pass. It does not affect parameters and sums.
+        seed: the seed of all random numbers of a run.
     """
 
     device: torch.device
@@ -41,15 +41,15 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def autocast(self) -> torch.autocast:
-        """A context in which matrix products run in the precision of the run."""
+        """A context in which matrix products use the precision of the run."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     def derive(self, *key: str | int) -> int:
-        """A seed that depends on nothing but the run's seed and ``key``, as in ``derive("order", epoch)``.
+        """A seed that depends only on the run's seed and ``key``, as in ``derive("order", epoch)``.
 
         >>> Runtime(torch.device("cpu"), seed=1).derive("order", 0)
         954623460253835154
@@ -63,7 +63,7 @@ class Runtime:
 
     @contextmanager
     def seeded(self, *key: str | int) -> Iterator[None]:
-        """Inside, torch's global random numbers follow from ``key``. Afterwards they go on as before."""
+        """A context in which torch's global random state is seeded by ``key``. It is restored afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.default_generator.manual_seed(self.derive(*key))  # torch.manual_seed would seed every accelerator
@@ -73,7 +73,7 @@ class Runtime:
             yield
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model as training calls it: wrapped where there are several ranks, else itself."""
+        """The model for training: wrapped if there are several ranks, else itself."""
         if self.world == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
@@ -85,7 +85,7 @@ class Runtime:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over the ranks, which must all call this. The input is not written to."""
+        """The sum over the ranks, which must all call this. The input does not change."""
         total = value.clone()
         if self.world > 1:
             dist.all_reduce(total)
@@ -100,7 +100,7 @@ class Runtime:
         return [bool(flag) for flag in raised.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
-        """On rank 0 the values of all ranks, by rank; on the others an empty list. Tensors must be on the CPU."""
+        """The values of all ranks on rank 0, in rank order; an empty list on the others. Tensors must be on the CPU."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world if self.is_main else []
@@ -108,7 +108,7 @@ class Runtime:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all ranks the buffers of rank 0, which DistributedDataParallel gives in training alone."""
+        """Broadcast the buffers of rank 0, which DistributedDataParallel does only in training."""
         if self.world > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -116,18 +116,18 @@ class Runtime:
 
 @contextmanager
 def start_runtime(device: str = "auto", precision: Precision = "float32", seed: int = 0) -> Iterator[Runtime]:
-    """Join the processes that ``torchrun`` started, or run as the only one. At the end, leave them again.
+    """A context that joins the processes of ``torchrun``, or runs as a single process.
 
-    A process group that exists already is used, and not left.
+    An existing process group is used and not destroyed at the end.
 
     Args:
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, which takes CUDA where there is any. Under torchrun
-            ``"cuda"`` is the device whose number is LOCAL_RANK.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, which is CUDA if available. Under torchrun
+            ``"cuda"`` is the device with the number LOCAL_RANK.
         precision: ``"bf16"`` runs the forward pass under autocast.
         seed: at least 0.
     Raises:
-        ValueError: the precision or the seed is none of the above. SettingsError: there is no such device, the machine
-        does not have what was asked for, or torchrun's environment is incomplete or contradicts itself.
+        ValueError: the precision or the seed is invalid. SettingsError: the device or the precision is not available,
+            or torchrun's environment is incomplete or inconsistent.
 
     >>> with start_runtime("cpu", seed=7) as runtime:
     ...     runtime
@@ -158,7 +158,7 @@ def start_runtime(device: str = "auto", precision: Precision = "float32", seed: 
 
 
 def chosen_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a name."""
+    """The device with this name."""
     rule = 'device must be "auto", "cpu", "cuda" or "cuda:<number>"'
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Settings are chosen by their scores on validation data, by optuna and successive halving."""
+"""Search for settings on validation data, by optuna and successive halving."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 __all__ = ["STATE", "Search", "search", "search_figure"]
 
 STATE = "search.db"
-"""The file in a search's folder that holds all that is known of it."""
+"""The file with the state of a search in its folder."""
 
 _REDUCTION = 2  # of the candidates at each number of epochs, one in so many goes on
 
 
 @dataclass(frozen=True)
 class Search:
-    """What :func:`search` came to."""
+    """The result of :func:`search`."""
 
     settings: dict[str, Any]
-    """Those with the best score of all that were trained to the end."""
+    """The settings with the best score of all candidates that were trained to the end."""
     score: float
     """Their score."""
     study: optuna.Study
@@ -57,23 +57,24 @@ def search(
     resume: bool = False,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> Search:
-    """Train with all settings for a quarter of the epochs, with the better ones for a half, with the best for all.
+    """Search by successive halving: all candidates train for a quarter of the epochs, the better ones for a half, the
+    best for all.
 
-    Candidates are tried one after the other. At a quarter and at a half of the epochs each goes on only if it is in
-    the better half of those that came so far (optuna's ``SuccessiveHalvingPruner``). A candidate whose run ends in an
-    error of ours, such as ``NonFiniteLossError``, or whose score is not finite, has failed; any other error ends the
-    search. What is known is kept in ``search.db``, so that a search that was stopped goes on without repeating a run.
+    Candidates run one after the other. At a quarter and at a half of the epochs a candidate continues only if it is in
+    the better half of the candidates so far (optuna's ``SuccessiveHalvingPruner``). A candidate fails if its run raises
+    an error of this package, such as ``NonFiniteLossError``, or its score is not finite; any other error ends the
+    search. The state is saved in ``search.db``, so that a stopped search continues without repeating runs.
 
-    A schedule that ends with the last epoch, as a cosine does, needs a fresh start for each number of epochs, since its
-    first 3 of 12 epochs are not its 3 of 3. The score must come from validation data, never from test data.
+    Each number of epochs needs a new training, since a cosine schedule depends on it. The score must come from
+    validation data, never from test data.
 
     Args:
-        knobs: by name, what is tried of each: settings that go together. All combinations are candidates.
-        run: called as ``run(settings, epochs)``; returns the score, of which less is better.
-        epochs: of a whole training.
-        folder: of the search; it is made if missing.
-        resume: go on where the folder holds a search.
-        fingerprint: plain values that all runs share, and that tell this search from others.
+        knobs: for each name the alternatives to try, each a dict of settings. All combinations are candidates.
+        run: called as ``run(settings, epochs)``; returns the score. Lower is better.
+        epochs: the number of epochs of a whole training.
+        folder: the folder of the search, which is created if missing.
+        resume: whether to continue a search in the folder.
+        fingerprint: plain values that identify this search.
     Raises:
         SettingsError: all candidates failed. RunExistsError: the folder holds a search and ``resume`` is false.
         CheckpointError: that search is damaged, or had other knobs, epochs or another fingerprint.
@@ -108,10 +109,10 @@ def search(
 
 @look()
 def search_figure(result: Search, *, score_name: str) -> Figure:
-    """The score of each candidate against epochs. Optuna's own picture names candidates by their numbers alone.
+    """The score of each candidate against epochs, with the candidates' settings as names.
 
     Args:
-        score_name: what the score is, with its units.
+        score_name: the name of the score, with its unit.
     """
     figure = new_figure(3.6)
     axes = figure.add_subplot()
@@ -138,7 +139,7 @@ def _try(
     run: Callable[[int], float],
     budgets: Sequence[int],
 ) -> None:
-    """One candidate, from where an earlier search left it to its end."""
+    """Run one candidate to its end, or resume it."""
     earlier = next((trial for trial in study.trials if trial.params == params), None)
     if earlier is not None and earlier.state.is_finished():
         print(f"  {_name(params)}: done before", flush=True)
@@ -146,7 +147,7 @@ def _try(
     if earlier is None:
         study.enqueue_trial(params, skip_if_exists=True)
         trial = study.ask(axes)
-    else:  # a search was stopped in it: optuna itself would begin another one, beside it
+    else:  # a stopped candidate, which optuna would start again as a second one
         trial = optuna.trial.Trial(study, earlier._trial_id)
     known = {} if earlier is None else earlier.intermediate_values
     for epochs in budgets:
@@ -170,7 +171,7 @@ def _try(
 
 
 def _opened(path: Path, pruner: Any, identity: dict[str, Any]) -> optuna.Study:
-    """A new search, or the one in the file, which must be the same."""
+    """A new search, or the search in the file, which must have the same identity."""
     try:
         with _quiet():
             # Without a pool, so that no connection stays open when the search is over.
@@ -191,7 +192,7 @@ def _opened(path: Path, pruner: Any, identity: dict[str, Any]) -> optuna.Study:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without optuna's own lines on stderr."""
+    """A context without optuna's output on stderr."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

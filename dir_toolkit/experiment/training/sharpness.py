@@ -1,4 +1,4 @@
-"""Sharpness-aware steps: the gradient of a step is taken uphill, where the loss is worst nearby."""
+"""Sharpness-aware minimization: gradients are computed at a nearby point with a higher loss."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["BSAM", "uphill"]
 
 @contextmanager
 def uphill(parameters: Iterable[Tensor], rho: float, model: nn.Module | None = None) -> Iterator[None]:
-    """A context in which parameters lie farther up by a step of length ``rho`` along their gradient. Afterwards they
-    are as they were, to the bit.
+    """A context in which parameters are moved by a step of length ``rho`` along their gradient. They are restored
+    exactly.
 
     Args:
-        model: whose BatchNorm statistics stay as they are meanwhile, since they have seen the batch before.
+        model: its BatchNorm statistics do not change in the context.
     """
     moved = [p for p in parameters if p.grad is not None]
     before = [p.detach().clone() for p in moved]
@@ -48,13 +48,13 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class BSAM(torch.optim.Optimizer):
-    r"""Balanced sharpness-aware minimization: any optimizer, with gradients of a weighted loss taken uphill.
+    r"""Balanced sharpness-aware minimization (BSAM), around any optimizer.
 
     .. math:: w \leftarrow \mathrm{base}\Big(w, \nabla L\Big(w + \rho \frac{\nabla L(w)}{\lVert \nabla L(w) \rVert}\Big)
               \Big), \qquad L = \frac1N \sum_i \frac{c}{\sqrt{n(y_i)}} \ell_i
 
-    The loss is the closure's. With the square-root inverse weights of a :class:`dir_toolkit.LDS` in it this is BSAM,
-    and without weights it is SAM. Each step takes two passes::
+    The closure computes the loss. With square-root inverse weights of a :class:`dir_toolkit.LDS` this is BSAM, and
+    without weights it is SAM. Each step takes two passes::
 
         optimizer = BSAM(torch.optim.AdamW(model.parameters()), rho=0.05, model=model)
 
@@ -66,14 +66,14 @@ class BSAM(torch.optim.Optimizer):
 
         optimizer.step(closure)
 
-    Layers that draw random numbers, as dropout, draw anew in the second pass.
+    Layers with random numbers, such as dropout, draw new ones in the second pass.
     :func:`dir_toolkit.experiment.training.loop.fit` takes ``Optimization(sharpness=0.05)`` and ``weights=lds`` instead;
     there both passes draw the same.
 
     Args:
-        base: an optimizer of the parameters. Its groups and its state are shared, so that schedulers work.
-        rho: > 0, how far uphill, in units of all parameters together.
-        model: whose BatchNorm statistics are moved by the first pass alone.
+        base: an optimizer of the parameters. Its groups and its state are used, so that schedulers work.
+        rho: the length of the step along the gradient, > 0, in the Euclidean norm of all parameters.
+        model: its BatchNorm statistics are updated in the first pass alone.
     Source:
         Liu et al. 2025 (arXiv:2508.16973); Foret et al. 2021, algorithm 1, for SAM (arXiv:2010.01412).
     """
@@ -88,8 +88,8 @@ class BSAM(torch.optim.Optimizer):
         self._share()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step. The closure clears the gradients, computes the loss, calls ``backward`` and returns the loss, which
-        is that of the first pass."""
+        """Make one step and return the loss of the first pass. The closure clears the gradients, computes the loss,
+        calls ``backward`` and returns the loss."""
         fix = "Call step(closure)."
         require(callable(closure), "closure must be a function that computes the loss", got=type(closure), fix=fix)
         assert closure is not None

@@ -1,4 +1,4 @@
-"""The steps of a training, which ``fit`` and the estimators for scikit-learn share."""
+"""Training steps for ``fit`` and the scikit-learn estimators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["LossWatch", "Step", "Steps"]
 
 
 class Step(NamedTuple):
-    """What a step did: its place in the epoch from 0, this rank's labels and their mean loss, the gradient's norm."""
+    """A finished step: its index in the epoch, this rank's number of labels and mean loss, and the gradient norm."""
 
     place: int
     labels: int
@@ -29,20 +29,20 @@ class Step(NamedTuple):
 
 
 class Steps:
-    """The steps of a training. Each moves the parameters of a module by the gradient of one batch.
+    """The steps of a training. Each updates the parameters of a module by the gradient of one batch.
 
-    A batch is dealt to the ranks in turn. DistributedDataParallel averages the gradients of the ranks, so that each
-    rank's loss is multiplied by its share of the labels: then n ranks step as one does, however many each has.
+    The samples of a batch are distributed to the ranks in turn. Each rank's loss is multiplied by its share of the
+    labels, so that the average of DistributedDataParallel equals the gradient of a single process.
 
     Args:
-        module: whose parameters are moved; gradients that it came with are dropped.
-        samples: of an epoch.
-        fewest: samples of a batch; the last batch of an epoch is left out where it holds fewer.
-        counts: of the labels of each sample; None gives each as many.
-        norms: whether to measure the norm of each gradient, which is measured anyway where it is clipped.
+        module: the module to train. Existing gradients are dropped.
+        samples: the number of samples of an epoch.
+        fewest: the smallest batch; a smaller last batch of an epoch is skipped.
+        counts: the number of labels of each sample; None means equal numbers.
+        norms: whether to compute the norm of each gradient even without clipping.
     Attributes:
-        batches: the places of each batch in the order of an epoch.
-        total: number of steps of the whole training.
+        batches: the positions of each batch in the order of an epoch.
+        total: the number of steps of the whole training.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class Steps:
         self._optimization, self._runtime = optimization, runtime
         self._counts = counts
         self._norms = norms or optimization.clip_norm is not None
-        module.zero_grad()  # of frozen parameters, too, whose gradients would count in the norm
+        module.zero_grad()  # also of frozen parameters, whose gradients would enter the norm
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0 over all epochs."""
         return learning_rate(self._optimization, step, self.total)
 
     def all_batches(self, order: Tensor, start: int = 0) -> list[tuple[Tensor, int]]:
-        """The samples of each batch of an epoch in this order, from this step on, and how many labels they have."""
+        """The samples of each batch of an epoch in this order, from this step on, and their number of labels."""
         return [(batch, self._labels(batch)) for batch in (order[place] for place in self.batches[start:])]
 
     def own_batches(self, order: Tensor, start: int = 0) -> list[tuple[Tensor, int]]:
-        """Of :meth:`all_batches` what this rank has."""
+        """This rank's part of :meth:`all_batches`."""
         rank, world = self._runtime.rank, self._runtime.world
         return [(own, self._labels(own)) for own in (batch[rank::world] for batch, _ in self.all_batches(order, start))]
 
@@ -85,13 +85,14 @@ class Steps:
     def epoch(
         self, epoch: int, order: Tensor, loss_of: Callable[[int, Tensor], Tensor], *, start: int = 0
     ) -> Iterator[Step]:
-        """Make the steps of an epoch, one each time that the next is asked for.
+        """An iterator that makes the steps of an epoch.
 
         Args:
             epoch: counted from 0.
             order: the indices of its samples.
-            loss_of: called with the place of a batch in the epoch and this rank's indices; returns their mean loss.
-            start: steps of the epoch that are done.
+            loss_of: called with the index of a batch in the epoch and this rank's sample indices; returns their mean
+                loss.
+            start: the number of finished steps of the epoch.
         """
         world = self._runtime.world
         parts = zip(self.all_batches(order, start), self.own_batches(order, start), strict=True)
@@ -114,24 +115,24 @@ class Steps:
 
 
 class LossWatch:
-    """Keeps the first step whose loss or gradient is not finite, on the device, until it is asked."""
+    """Records on the device the first step whose loss or gradient is not finite."""
 
     def __init__(self, device: torch.device) -> None:
         self._first = torch.full((3,), -1.0, dtype=torch.float64, device=device)  # step, loss, gradient norm
 
     def see(self, number: int, step: Step) -> None:
-        """Look at a step; ``number`` counts it from 0 over all epochs."""
+        """Check a step. ``number`` counts it from 0 over all epochs."""
         assert step.norm is not None
         now = torch.stack([torch.full_like(self._first[0], number), step.loss.double(), step.norm.double()])
         new = ~now.isfinite().all() & (self._first[0] < 0)
         self._first = torch.where(new, now, self._first)
 
     def broken(self) -> bool:
-        """Whether there was such a step, for which an accelerator is waited for."""
+        """Whether there was such a step. This waits for an accelerator."""
         return self._first[0].item() >= 0
 
     def error(self, steps: Steps, checkpoint: str) -> Exception:
-        """The error that says where training broke; ``checkpoint`` is a sentence on what was saved before."""
+        """The error for this step. ``checkpoint`` is a sentence on the last checkpoint."""
         number, loss, norm = self._first.tolist()
         got = "another rank's"
         if number >= 0:

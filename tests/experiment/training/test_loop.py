@@ -542,7 +542,7 @@ def test_all_that_cannot_be_trained_is_told_at_once(tmp_path: Path) -> None:
     model.fds = FDS(BINS, num_features=8)
     with pytest.raises(SettingsError) as error:
         train(tmp_path, model=model, val=image_set(0), fds=model.fds, optimization=Optimization(batch_size=1))
-    for part in ("two images per rank", "val must hold at least one", "no part of the model"):
+    for part in ("two images per rank", "val must hold at least one", "not be a submodule of the model"):
         assert part in str(error.value)
 
 
