@@ -26,9 +26,8 @@ def free_memory() -> int | None:
         with suppress(OSError, ValueError, KeyError):  # the file is missing, or the limit is "max"
             most, taken = (int((folder / name).read_text()) for name in (limit, usage))
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            free.append(
-                most - taken + int(stat["active_file"]) + int(stat["inactive_file"])
-            )  # cached files can be dropped
+            cached = int(stat["active_file"]) + int(stat["inactive_file"])  # can be dropped
+            free.append(most - taken + cached)
     return min(free, default=None)
 
 

@@ -13,13 +13,13 @@ from .._checks import digits
 _FEWEST, _MOST, _LABELS_PER_BIN = 10, 200, 5  # bins, and labels per bin on average
 _LONGEST_TAIL = 8  # the longest tail that gets bins of one width, in interquartile ranges
 _PILE, _FAR = 0.1, 0.05  # shares of all labels: the least of a repeated value, and the most of outliers
-_MOST_STEPS = 10**6  # from the least label to the largest; rounding hides finer ones
+_MOST_STEPS = 10**6  # from the smallest label to the largest; finer steps are lost in rounding
 
 
 class _Scale(NamedTuple):
     name: str
-    there: Callable[[np.ndarray], np.ndarray]
-    back: Callable[[np.ndarray], np.ndarray]
+    transform: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
 
 
 def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
@@ -36,16 +36,16 @@ def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
     else:
         kind = "whole numbers" if step == 1 and own[0] == round(own[0]) else "numbers"
         for scale in _scales(labels, pile):
-            own = values[_near(scale.there(values), counts)]
-            rest = scale.there(labels[(labels != pile) & (labels >= own[0]) & (labels <= own[-1])])
-            low, high = scale.there(own[[0, -1]])
+            own = values[_near(scale.transform(values), counts)]
+            rest = scale.transform(labels[(labels != pile) & (labels >= own[0]) & (labels <= own[-1])])
+            low, high = scale.transform(own[[0, -1]])
             lower, upper = np.quantile(rest, [0.25, 0.75])
             if max(high - upper, lower - low) <= _LONGEST_TAIL * (upper - lower):
                 break
         width = (upper - lower) / len(rest) ** (1 / 3)
         width = float(np.clip(width, (high - low) / most, (high - low) / _FEWEST))
         if scale.name:
-            edges = scale.back(width * _halves(low, high, width))
+            edges = scale.inverse(width * _halves(low, high, width))
             edges = _between_steps(edges, own, step) if step else edges
             widths = np.diff(edges)
             made = f"bins, {widths.min():.3g} to {widths.max():.3g} wide, even in {scale.name} since a tail is long"

@@ -70,7 +70,7 @@ class MultiTargetModel(nn.Module):
         require(len(targets) > 0, "targets must hold at least one LongTailModel", got="none")
         for k, target in enumerate(targets):
             instance(LongTailModel, **{f"targets[{k}]": target})
-            require(target.fds is None, "a target must have no FDS of its own", got=f"one in targets[{k}]", fix=_FDS)
+            require(target.fds is None, "targets must not have their own FDS", got=f"one in targets[{k}]", fix=_FDS)
         self.backbone, self.neck, self.targets = backbone, nn.Identity(), nn.ModuleList(targets)
 
     @classmethod
@@ -242,8 +242,7 @@ class MultiTargetModel(nn.Module):
         return xr.concat(tables, "target", combine_attrs="override").transpose("sample", ..., "target")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one file that :func:`dir_toolkit.load` reads, as :meth:`LongTailModel.save` does. Heads and losses must
-        be named ones."""
+        """Save the model in one file, as :meth:`LongTailModel.save`. Heads and losses must be named, not custom."""
         from .saving import save
 
         save(self, path)

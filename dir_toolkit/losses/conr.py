@@ -76,7 +76,7 @@ def conr_loss(
         \omega`, follow the authors' code (github.com/BorealisAI/ConR).
 
     >>> features, labels = torch.ones(3, 2), torch.tensor([20.0, 20.5, 60.0])
-    >>> conr_loss(features, labels, pred=torch.tensor([20.0, 20.0, 60.0])).item()  # nothing is confused
+    >>> conr_loss(features, labels, pred=torch.tensor([20.0, 20.0, 60.0])).item()  # there is no negative
     0.0
     >>> values = conr_loss(features, labels, pred=torch.tensor([20.0, 20.0, 20.0]), eta=0.0, reduction="none")
     >>> values.exp()  # 1 positive, 1 negative; the third has no positive
@@ -104,7 +104,7 @@ def conr_loss(
         unit = unit_rows(features.to(dtype))
         logits = unit @ unit.t() / temperature  # (N, N)
     among = torch.where(negative, logits + push, logits).masked_fill(~(positive | negative), -torch.inf)
-    # A row without any pair would be infinite, with a gradient of NaN.
+    # Rows that are not anchors are masked first, since a row without pairs would have a gradient of NaN.
     total = among.masked_fill(~anchor[:, None], 0.0).logsumexp(1)
     drawn = logits.masked_fill(~positive, 0.0).sum(1) / positive.sum(1).clamp_min(1)
     return reduce((total - drawn).masked_fill(~anchor, 0.0), weight, reduction)
@@ -122,8 +122,8 @@ class ConRLoss(Loss):
         temperature: as in :func:`conr_loss`.
         eta: as in :func:`conr_loss`.
         weights: a fitted LDS for r, ``weights(target)``; None means ones.
-        missing: as for all losses, in both terms. The base is given weight 0 for a missing label. ``weights`` must drop
-            missing labels, too.
+        missing: as for all losses, in both terms. The base loss gets weight 0 for a missing label. If labels are
+            dropped, ``weights`` must also drop them.
     Shape:
         forward: output.prediction (N,) in label units, output.features (N, D), target (N,), weight (N,). Returns ().
     Units:
@@ -133,7 +133,7 @@ class ConRLoss(Loss):
 
     >>> from types import SimpleNamespace
     >>> output = SimpleNamespace(prediction=torch.tensor([20.0, 60.0]), features=torch.ones(2, 3))
-    >>> ConRLoss(coefficient=4.0)(output, torch.tensor([22.0, 60.0])).item()  # nothing is confused
+    >>> ConRLoss(coefficient=4.0)(output, torch.tensor([22.0, 60.0])).item()  # there is no negative
     1.0
     """
 

@@ -34,5 +34,5 @@ def test_a_terminal_that_is_not_of_utf_8_shows_what_it_can() -> None:
         timeout=120,
     )
     assert done.stdout.splitlines() == [b"2.5 \xb1 0.1 at ? = 1"]
-    assert done.stderr.startswith(b"OSError: no ?. What was written before is whole")
+    assert done.stderr.startswith(b"OSError: no ?. Files written before are intact")
     assert done.returncode == 1
