@@ -177,6 +177,7 @@ LOSSES: list[Case] = [
             "momentum": {"momentum": 0.5},
             "num_points": {"num_points": 5},
             "seed": {"seed": 1},
+            "missing": {"missing": "drop"},
         },
     ),
     Case(

@@ -11,14 +11,15 @@ from torch.nn import functional as F
 
 from .._checks import floats, length, number, require, same_device, shaped, whole
 from .._numerics import full_precision, unit_rows, wide_dtype
-from ..labels.bins import Bins, continuous
+from ..labels.bins import Bins, Missing, continuous
 from ._inputs import of_features, present
-from ._loss import Loss, Reduction, held, reduce
+from ._loss import Loss, Reduction, drops_missing, held, reduce
 from .regression import weighted_l1
 
 __all__ = ["SRLLoss", "srl_loss"]
 
 
+@drops_missing("number")
 def srl_loss(
     features: Tensor,
     target: Tensor,
@@ -30,6 +31,7 @@ def srl_loss(
     temperature: float = 0.1,
     enveloping: float = 1.0,
     homogeneity: float = 0.1,
+    missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Contrast of features with the means of all bins, and two terms on how these means lie on the unit sphere.
@@ -90,6 +92,7 @@ class SRLLoss(Loss):
         momentum: m, in [0, 1).
         num_points: P, drawn evenly from the sphere.
         seed: of the points, at least 0.
+        missing: as for all losses, in both terms. The base is given weight 0 for a missing label.
     Attributes:
         surrogate: (B, D), zeros for bins that were not seen. points: (P, D).
     Shape:
@@ -110,6 +113,7 @@ class SRLLoss(Loss):
     base: Callable[..., Tensor]
     coefficient: float
     momentum: float
+    missing: Missing
     surrogate: Tensor
     points: Tensor
 
@@ -126,6 +130,7 @@ class SRLLoss(Loss):
         momentum: float = 0.9,
         num_points: int = 1000,
         seed: int = 0,
+        missing: Missing = "raise",
     ) -> None:
         require(callable(base), "base must be a loss to call", got=type(base))
         continuous(bins, "Classes have no order.")
@@ -139,6 +144,7 @@ class SRLLoss(Loss):
             momentum=number("momentum", momentum, low=0, high=1, open_high=True),
             num_points=length("num_points", num_points),
             seed=whole("seed", seed, low=0),
+            missing=missing,
         )
         generator = torch.Generator("cpu").manual_seed(seed)
         points = torch.randn(num_points, num_features, generator=generator, device="cpu", dtype=torch.float32)
@@ -147,6 +153,10 @@ class SRLLoss(Loss):
             self.register_buffer("surrogate", torch.zeros(len(bins), num_features))
 
     def forward(self, output: Any, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self._sum(output, target, weight, missing=self.missing)
+
+    @drops_missing("number")
+    def _sum(self, output: Any, target: Tensor, weight: Tensor | None, *, missing: Missing = "raise") -> Tensor:
         prediction, features = (held(output, name) for name in ("prediction", "features"))
         scales: dict[str, Any] = {name: getattr(self, name) for name in ("temperature", "enveloping", "homogeneity")}
         value, means, here = _parts(

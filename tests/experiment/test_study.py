@@ -224,9 +224,7 @@ def test_a_method_goes_on_from_the_network_of_another(finished: Path) -> None:
 
 def test_an_earlier_study_is_refused_and_nothing_is_touched(finished: Path) -> None:
     before = {name: (finished / name).read_bytes() for name in names(finished)}
-    with pytest.raises(
-        RunExistsError, match=r"must hold no earlier run, .* got .*checkpoint-last\.pt\. Use --r"
-    ):
+    with pytest.raises(RunExistsError, match=r"must hold no earlier run, .* got .*checkpoint-last\.pt\. Use --r"):
         study(finished)
     assert {name: (finished / name).read_bytes() for name in names(finished)} == before
 

@@ -171,6 +171,16 @@ def test_the_module_adds_the_function_to_its_base_and_trains() -> None:
     assert dt.weighted_l1(model(x).prediction, y).item() < 1
 
 
+def test_a_missing_label_leaves_no_trace_in_the_module() -> None:
+    loss, other = (SRLLoss(3, AXIS, missing=missing) for missing in ("drop", "raise"))  # type: ignore[arg-type]
+    features, y = rows(4, 3).float(), torch.tensor([0.5, torch.nan, 2.0, 11.0])
+    output = SimpleNamespace(prediction=torch.arange(4.0), features=features)
+    there = ~y.isnan()
+    part = SimpleNamespace(prediction=output.prediction[there], features=features[there])
+    assert_close(loss(output, y), other(part, y[there]))
+    assert_close(loss.surrogate, other.surrogate)
+
+
 def test_arguments_are_checked() -> None:
     given: dict[str, Any] = {"features": rows(4, 0), "target": torch.rand(4), "bins": AXIS, "points": POINTS}
 

@@ -123,9 +123,7 @@ def test_an_earlier_run_is_refused_and_nothing_is_touched(
     before = files(out)
     outcome = here(*QUICK, "--methods", "lds", "vanilla", "--out", out)
     assert outcome.code == 1
-    assert re.fullmatch(
-        r".* must hold no earlier run.* got .*checkpoint-last\.pt\. Use --resume.*\n", outcome.err
-    )
+    assert re.fullmatch(r".* must hold no earlier run.* got .*checkpoint-last\.pt\. Use --resume.*\n", outcome.err)
     assert files(out) == before
 
 
