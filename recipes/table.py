@@ -47,7 +47,7 @@ from dir_toolkit.experiment.results.figures import density_figure, error_figure
 from dir_toolkit.experiment.results.schema import combine_runs
 from dir_toolkit.experiment.results.summary import write_summary
 from dir_toolkit.experiment.results.tables import as_text, results_table, verdict
-from dir_toolkit.integrations.scikit_learn import LongTailRegressor
+from dir_toolkit.integrations.scikit_learn import LongTailRegressor, PriorAdjusted
 
 
 def draw(n: int, seed: int, *, even: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,8 @@ def methods(trees: int, seed: int) -> dict[str, tuple[Any, bool]]:
     boosting = HistGradientBoostingRegressor(max_iter=trees, loss="absolute_error", random_state=seed)
     network = LongTailRegressor(head="regression", random_state=seed)
     found = {"boosting": (boosting, False), "boosting, LDS": (boosting, True), "network, LDS": (network, True)}
-    return {**found, "LongTailRegressor": (LongTailRegressor(random_state=seed), False)}
+    own = {"boosting, adjusted": PriorAdjusted(boosting), "LongTailRegressor": LongTailRegressor()}
+    return found | {name: (model.set_params(random_state=seed), False) for name, model in own.items()}
 
 
 def main(settings: Settings) -> None:
@@ -89,8 +90,7 @@ def main(settings: Settings) -> None:
     title, command = f"A table: {name}", typed_command("recipes/table.py", ("file", "out"))
     ds = combine_runs(runs, title=title, command=command, label_name=name, label_units=units)
     settings.out.mkdir(parents=True, exist_ok=True)
-    figures = {"Error by label": error_figure(ds), "Density": density_figure(density)}
-    write_summary(settings.out, ds, figures)
+    write_summary(settings.out, ds, {"Error by label": error_figure(ds), "Density": density_figure(density)})
     print(f"\n{bins.why}\n\n{as_text(results_table(ds))}\nFigures: {settings.out / 'report.html'}")
     print(verdict(ds, "LongTailRegressor", "boosting"))
 

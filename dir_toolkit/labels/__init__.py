@@ -31,7 +31,7 @@ Widths:
 """
 
 from .bins import Bins
-from .decoding import decode, interval, quantiles
+from .decoding import bin_shares, decode, interval, quantiles
 from .density import REGIONS, LabelDensity
 from .description import Description
 from .grid import BinGrid
@@ -50,6 +50,7 @@ __all__ = [
     "Description",
     "LabelDensity",
     "bin_probabilities",
+    "bin_shares",
     "c_mixup",
     "decode",
     "gaussian",

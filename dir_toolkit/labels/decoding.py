@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import instance, number, one_of, real, require, same_device
+from .._checks import finite, instance, labels_array, number, one_of, real, require, same_device
 from .._numerics import readable
 from .bins import Bins, continuous, lookup
 from .soft_labels import ENDS, Ends, knots_of
 
-__all__ = ["Decoding", "decode", "interval", "quantiles"]
+__all__ = ["Decoding", "bin_shares", "decode", "interval", "quantiles"]
 
 Decoding = Literal["expectation", "median", "mode"]
 _POINTS = get_args(Decoding)
@@ -123,6 +123,49 @@ def interval(probabilities: Tensor, bins: Bins, level: float = 0.9, *, ends: End
     tails = torch.stack([probabilities.new_full((), (1 + side * level) / 2) for side in (-1, 1)])
     lower, upper = quantiles_of(probabilities, bins, tails, ends).unbind(-1)
     return lower, upper
+
+
+def bin_shares(points: Any, cumulative: Any, bins: Bins) -> np.ndarray:
+    """The shares of bins of distributions that are known by quantiles, or over an axis of their own.
+
+    Between two points mass is spread evenly, and so is what lies beyond the outermost ones, up to the ends of the axis.
+    What lies beyond the axis counts with the end bins.
+
+    Args:
+        points: labels, not falling along the last axis: the quantiles of a quantile forest, or the borders of a
+            forecaster's own bins.
+        cumulative: the shares that lie below the points, in [0, 1], not falling along the last axis: the levels of the
+            quantiles, or the cumulated probabilities of the bins with a zero before them.
+    Shape:
+        points, cumulative: (N, K), or (K,) if they are the same for each row. Returns (N, B) float64.
+    Units:
+        points: those of the label.
+    Raises:
+        ShapeError: the shapes do not fit. ValueError: a value is not finite, falls or is no share, or bins are classes.
+
+    >>> quartiles = [[1.0, 2.0, 3.0], [2.0, 2.0, 3.0]]
+    >>> bin_shares(quartiles, [0.25, 0.5, 0.75], Bins.uniform(0, 4, width=2)).round(6).tolist()
+    [[0.5, 0.5], [0.25, 0.75]]
+    """
+    continuous(bins, "Use the probabilities of the classes themselves.", of="shares from points")
+    knots, shares = (
+        np.atleast_2d(labels_array(values, name).astype(np.float64))
+        for name, values in (("points", points), ("cumulative", cumulative))
+    )
+    finite(points=knots, cumulative=shares)
+    fits = knots.ndim == shares.ndim == 2 and knots.shape[1] == shares.shape[1] > 0
+    fits = fits and (len(knots) == len(shares) or 1 in (len(knots), len(shares)))
+    require(fits, f"points must fit cumulative {shares.shape}", got=knots.shape)
+    sound = (np.diff(knots) >= 0).all() and (np.diff(shares) >= 0).all() and shares.min() >= 0 and shares.max() <= 1
+    require(sound, "points and cumulative shares in [0, 1] must not fall along the last axis", got="values that do")
+    rows = max(len(knots), len(shares))
+    low, high = np.minimum(knots[:, :1], bins.edges[0]), np.maximum(knots[:, -1:], bins.edges[-1])
+    knots = np.hstack([low, knots, high])
+    shares = np.pad(shares, ((0, 0), (1, 1)), constant_values=((0, 0), (0, 1)))
+    knots, shares = (np.broadcast_to(values, (rows, values.shape[1])) for values in (knots, shares))
+    inner = np.nextafter(bins.edges[1:-1], -np.inf)  # Mass on an edge lies in the bin above it.
+    below = np.array([np.interp(inner, *row) for row in zip(knots, shares, strict=True)])
+    return np.diff(below, axis=1, prepend=0.0, append=1.0)
 
 
 def quantiles_of(probabilities: Tensor, bins: Bins, levels: Tensor, ends: Ends) -> Tensor:

@@ -30,9 +30,9 @@ class Settings:
     """Folder of the tables."""
     tables: tuple[str, ...] = ("diabetes", "abalone", "airfoil", "concrete", "house16H", "appliances", "rain")
     """Any of these and ``house16H_raw``, whose prices are not brought to their logarithm."""
-    methods: tuple[str, ...] = ("median", "boosting", "boosting_lds", "network_lds", "default")
-    """Any of these, ``boosting_l1`` and ``boosting_l1_lds``, which minimise absolute errors, and scikit-learn's
-    ``mlp``."""
+    methods: tuple[str, ...] = ("median", "boosting", "boosting_lds", "boosting_adjusted", "network_lds", "default")
+    """Any of these, ``boosting_l1`` and ``boosting_l1_lds``, which minimise absolute errors, ``boosting_lds_adjusted``,
+    and scikit-learn's ``mlp``."""
     splits: int = 5
     """Seeds 0, 1, ... decide which rows train, and what a method draws."""
     rows: int = 5000
@@ -55,7 +55,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import dir_toolkit as dt
-from dir_toolkit.integrations.scikit_learn import LongTailRegressor
+from dir_toolkit.integrations.scikit_learn import LongTailRegressor, PriorAdjusted, SampleWeighted
 
 FILES = {"house16H_raw": "house16H", "appliances": "appliances_energy", "rain": "rain_ibk"}
 ERRORS = ["mae", "bmae", "few", "seconds"]
@@ -83,6 +83,8 @@ METHODS: dict[str, tuple[Callable[[int], Any], bool]] = {
     "boosting_lds": (boosting(), True),
     "boosting_l1": (boosting(loss="absolute_error"), False),
     "boosting_l1_lds": (boosting(loss="absolute_error"), True),
+    "boosting_adjusted": (lambda seed: PriorAdjusted(boosting()(seed), random_state=seed), False),
+    "boosting_lds_adjusted": (lambda seed: PriorAdjusted(SampleWeighted(boosting()(seed)), random_state=seed), False),
     "mlp": (
         lambda seed: make_pipeline(
             StandardScaler(), MLPRegressor(hidden_layer_sizes=(64, 64), early_stopping=True, random_state=seed)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from dir_toolkit import Bins
 from dir_toolkit.errors import ShapeError
-from dir_toolkit.labels.decoding import decode, interval, quantiles
+from dir_toolkit.labels.decoding import bin_shares, decode, interval, quantiles
 from dir_toolkit.labels.soft_labels import limits, soft_labels
 
 AGES = Bins.uniform(0, 117, width=1, integer=True)
@@ -327,3 +327,38 @@ def test_make_fx_traces_what_it_is_not_shown(mode: Any) -> None:
     traced = make_fx(both, tracing_mode=mode)(p, labels)
     other = labels + 7
     assert_close(traced(p.flip(0), other), both(p.flip(0), other))
+
+
+# ---- from quantiles or another axis ----
+
+
+def test_shares_of_bins_from_quantiles_are_those_of_the_piecewise_even_distribution() -> None:
+    bins = Bins.from_edges([0, 1, 4, 10])
+    points = [[2.0, 4.0, 6.0], [-1.0, 0.5, 12.0]]
+    shares = bin_shares(points, [0.25, 0.5, 0.75], bins)
+    # Below 2 a quarter is spread evenly over two units; from 4 a quarter to 6, and a quarter over the last four.
+    np.testing.assert_allclose(shares[0], [0.125, 0.375, 0.5], rtol=1e-9)
+    # Of the middle quarters, 1 / 11.5 of the second lies between 0.5 and 1, and 3 / 11.5 of it up to 4.
+    low = 0.5 + 0.25 * 0.5 / 11.5
+    np.testing.assert_allclose(shares[1], [low, 0.25 * 3 / 11.5, 1 - low - 0.25 * 3 / 11.5], rtol=1e-9)
+
+
+def test_shares_over_another_axis_come_back_on_a_finer_one_and_ties_lie_in_the_bin_above() -> None:
+    bins, coarse = Bins.uniform(0, 10, count=10), np.array([0.2, 0.5, 0.3])
+    borders, cumulative = [0.0, 2.0, 5.0, 10.0], np.concatenate([[0], coarse.cumsum()])
+    shares = bin_shares(borders, cumulative, bins)[0]
+    np.testing.assert_allclose([shares[:2].sum(), shares[2:5].sum(), shares[5:].sum()], coarse, rtol=1e-9)
+    np.testing.assert_allclose(bin_shares([3.0, 3.0], [0.0, 1.0], bins)[0], np.eye(10)[3], atol=1e-9)
+
+
+def test_points_that_fall_or_do_not_fit_are_refused() -> None:
+    bins = Bins.uniform(0, 10, count=10)
+    for points, cumulative in (([2.0, 1.0], [0.1, 0.9]), ([1.0, 2.0], [0.9, 0.1]), ([1.0, 2.0], [0.5, 1.5])):
+        with pytest.raises(ValueError, match=r"bin_shares: points and cumulative shares in \[0, 1\] must not fall"):
+            bin_shares(points, cumulative, bins)
+    with pytest.raises(ShapeError, match=r"points must fit cumulative \(1, 3\), got shape \(1, 2\)"):
+        bin_shares([1.0, 2.0], [0.1, 0.5, 0.9], bins)
+    with pytest.raises(ValueError, match="points must be finite"):
+        bin_shares([np.nan, 2.0], [0.1, 0.9], bins)
+    with pytest.raises(ValueError, match="shares from points"):
+        bin_shares([1.0, 2.0], [0.1, 0.9], Bins.classes(3))

@@ -32,8 +32,8 @@ def test_it_ends_in_a_table_a_report_and_a_sentence(own: bool, here: Callable[..
     outcome = here(*TINY, *words, "--seeds", 1)
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
-    names = ["boosting", "boosting, LDS", "network, LDS", "LongTailRegressor"]
-    assert [line.split(", seed")[0] for line in lines[:4]] == names
+    names = ["boosting", "boosting, LDS", "network, LDS", "boosting, adjusted", "LongTailRegressor"]
+    assert [line.split(", seed")[0] for line in lines[:5]] == names
     assert "bins of" in outcome.out
     assert lines[-1].startswith("LongTailRegressor against boosting: bMAE ")
     assert (tmp_path / "runs/table/report.html").exists()

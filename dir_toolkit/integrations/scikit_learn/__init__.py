@@ -1,4 +1,4 @@
-"""scikit-learn estimators for tables, LDS weights for any regressor, and scorers for rare labels."""
+"""scikit-learn estimators for tables, LDS weights and prior adjustment for any regressor, and scorers for rare labels."""
 
 from ..._checks import problem
 
@@ -13,8 +13,16 @@ except ImportError as error:
     ) from error
 
 from .classifier import LongTailClassifier
+from .prior_adjusted import PriorAdjusted
 from .regressor import LongTailRegressor
 from .sample_weighted import SampleWeighted
 from .scorers import bmae_scorer, few_shot_scorer
 
-__all__ = ["LongTailClassifier", "LongTailRegressor", "SampleWeighted", "bmae_scorer", "few_shot_scorer"]
+__all__ = [
+    "LongTailClassifier",
+    "LongTailRegressor",
+    "PriorAdjusted",
+    "SampleWeighted",
+    "bmae_scorer",
+    "few_shot_scorer",
+]

@@ -23,11 +23,11 @@ from ...experiment.training.runtime import Runtime, chosen_device
 from ...experiment.training.steps import Steps
 from ...heads.affinity import AffinityHead
 from ...labels.bins import Bins
-from ...labels.decoding import quantiles
 from ...labels.density import LabelDensity
 from ...labels.weights import LDS, Scheme
 from ...longtail import LongTailModel
 from ...longtail.readouts import ScoreReadout
+from ._blended import counted, usual_sigma
 from ._columns import Columns, unlike
 from ._members import MemberHead, Members
 
@@ -151,9 +151,7 @@ class LongTailEstimator(BaseEstimator):
         """A trained model, and the scores of held-out rows (M, ...) in the order of the rows."""
         scores_bins = head not in ("regression", "gaussian")
         count, trained = len(rows.own), rows.own.any(0)
-        counts = np.bincount(bins.index(rows.labels[trained]), weights=rows.weight[trained], minlength=len(bins))
-        density = LabelDensity(bins, counts)
-        density._of_weighted_rows = density._warned_crowded = True
+        density = counted(bins, rows.labels[trained], rows.weight[trained])
         smooth = density.smooth("auto")
         lds, weight = None, rows.weight
         if scheme is not None:
@@ -161,10 +159,9 @@ class LongTailEstimator(BaseEstimator):
                 smooth = LabelDensity(bins, np.maximum(smooth.counts, 1.0))
             lds = LDS(bins, kernel=None, scheme=scheme).fit(smooth)
             weight = weight * lds.sample_weight(rows.labels)
-        even = not bins.categorical and bool((bins.relative_widths == 1).all())
         spreads = scores_bins and options.get("loss") in (None, "cross_entropy", "squared_emd")
-        if even and spreads and "sigma" not in options:
-            options["sigma"] = _spread(bins, density)
+        if spreads and not bins.categorical:
+            options.setdefault("sigma", usual_sigma(bins, density))
         if head == "regression":
             options["prior_kernel"] = None  # the density is smoothed already
 
@@ -285,7 +282,10 @@ class LongTailEstimator(BaseEstimator):
     def _predicted(self, X: Any, read: Callable[[Tensor], Tensor]) -> np.ndarray:
         check_is_fitted(self)
         X = _dense(self._table(X, reset=False))
-        return self._read(self.columns_(X), read).numpy()
+        return self._read(self._inputs(X), read).numpy()
+
+    def _inputs(self, X: np.ndarray) -> np.ndarray:
+        return self.columns_(X)
 
     def _start(self) -> tuple[np.random.RandomState, Runtime]:
         random = check_random_state(self.random_state)
@@ -295,12 +295,6 @@ class LongTailEstimator(BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         return tags
-
-
-def _spread(bins: Bins, density: LabelDensity) -> float:
-    """Sigma of soft labels: two bins, but at most the interquartile range of the labels."""
-    low, high = quantiles(torch.from_numpy(density.prior()), bins, [0.25, 0.75]).tolist()
-    return min(2 * float(np.diff(bins.edges)[0]), (high - low) / 1.35)
 
 
 def _dense(X: Any) -> np.ndarray:

@@ -1,0 +1,226 @@
+"""Any regressor, with a distribution over the label axis that is adjusted towards rare labels."""
+# ruff: noqa: N803, N806, since scikit-learn's tables are called X
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier
+from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import check_cv
+from sklearn.utils import Tags, _safe_indexing, check_random_state, get_tags, indexable
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    _num_samples,
+    check_consistent_length,
+    check_is_fitted,
+    has_fit_parameter,
+    validate_data,
+)
+from torch import Tensor
+
+from ..._checks import distributions, finite, labels_array, number, one_of, require, whole
+from ...labels.bins import Bins
+from ...labels.decoding import Decoding
+from ._blended import FEWEST, Blended, counted, model_of_forecasts, model_of_shares
+from ._estimator import folds
+
+__all__ = ["PriorAdjusted"]
+
+Forecast = Literal["predict", "predict_proba"] | Callable[[Any, Any, Bins], Any]
+
+
+class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
+    """Any regressor or binned forecaster, adjusted after training from the prior of its labels to even ones.
+
+    The rows are cut into ``cv`` parts. For each part a clone of the estimator is trained on the others and forecasts
+    it, so that no forecast is of a row that was trained on. How labels lie where a forecast lies, over the bins of a
+    label axis, is learnt from all these forecasts. This distribution is adjusted towards rare labels by ``tau``. A
+    prediction averages its median with the estimator's own number, in proportions that, like ``tau``, are chosen on the
+    same forecasts: as :class:`LongTailRegressor` chooses, and no worse there than a constant. A new row is forecast by
+    the mean of all clones.
+
+    The estimator may know rare labels already, as ``PriorAdjusted(SampleWeighted(booster))`` does. One that is fitted
+    already stays so as ``PriorAdjusted(FrozenEstimator(booster))``. Then ``fit`` is handed rows that it was **not**
+    trained on, as ``X`` and ``y``.
+
+    Args:
+        estimator: a regressor, or whatever ``forecast`` reads; it is cloned and not fitted itself.
+        bins: the label axis, which must hold all labels. None takes :meth:`dir_toolkit.Bins.auto`.
+        forecast: what is read off the estimator: ``"predict"``, one number per row; ``"predict_proba"``, the
+            probabilities of a classifier that is then trained on the numbers of bins; or a function, called as
+            ``forecast(estimator, X, bins)``, that returns a number per row (N,) or the shares of the bins (N, B). For
+            quantiles and for bins of another axis, :func:`dir_toolkit.labels.decoding.bin_shares` makes shares.
+        cv: the number of parts, each of which holds labels of all sizes; or a splitter of scikit-learn, or a list of
+            pairs of rows to train on and rows to forecast.
+        tau, by, most_mae, decode: as those of :class:`LongTailRegressor`.
+        random_state: decides the parts.
+    Attributes:
+        estimators_: the estimators that were fitted.
+        bins_: the label axis.
+        model_: a :class:`dir_toolkit.LongTailModel` over forecasts, (N, 1) or (N, B).
+        share_, tau_, choice_: as those of :class:`LongTailRegressor`.
+        scores_, labels_: the scores of the rows that were forecast, as :meth:`scores` gives them, (M, B), and their
+            labels, (M,): for ``estimate_prior(adjusted.scores(X), source=adjusted.scores_, labels=adjusted.labels_,
+            bins=adjusted.bins_)``.
+    Shape:
+        X: whatever the estimator takes. y, sample_weight: (N,), one label per row.
+    Raises:
+        TypeError: the estimator is a classifier that is to predict, or has not the method that is asked for.
+        ValueError: a forecast is NaN or infinite, labels are all equal, a setting is out of range, or a frozen
+        estimator is given fewer than 20 rows. ShapeError: a forecast is neither (N,) nor (N, B). LabelError: a label
+        lies beyond ``bins``.
+    Source:
+        Menon et al. 2021 (arXiv:2007.07314) for the adjustment.
+
+    >>> from sklearn.tree import DecisionTreeRegressor
+    >>> X = np.linspace(0, 1, 400)[:, None]
+    >>> adjusted = PriorAdjusted(DecisionTreeRegressor(max_depth=4), random_state=0).fit(X, 60 * X[:, 0] ** 3)
+    >>> lower, upper = adjusted.predict_interval(X, level=0.9)
+    >>> bool((lower <= adjusted.predict(X)).all()), adjusted.predict(X).shape
+    (True, (400,))
+    """
+
+    def __init__(
+        self,
+        estimator: Any,
+        *,
+        bins: Bins | None = None,
+        forecast: Forecast = "predict",
+        cv: Any = 5,
+        tau: float | Literal["auto"] = "auto",
+        by: Literal["bmae", "mae", "bmse", "mse"] = "bmae",
+        most_mae: float | None = 1.5,
+        decode: Decoding = "median",
+        random_state: Any = None,
+    ) -> None:
+        self.estimator = estimator
+        self.bins = bins
+        self.forecast = forecast
+        self.cv = cv
+        self.tau = tau
+        self.by = by
+        self.most_mae = most_mae
+        self.decode = decode
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PriorAdjusted:
+        """Train the clones, learn how labels lie around their forecasts, and choose how to predict.
+
+        Args:
+            sample_weight: >= 0, handed on to the estimator. A row of weight zero counts as absent.
+        """
+        self._check_choice()
+        if not isinstance(self.tau, str):
+            number("tau", self.tau, low=0)
+        else:
+            one_of("tau", self.tau, ("auto",))
+        if not callable(self.forecast):
+            one_of("forecast", self.forecast, ("predict", "predict_proba"))
+            has, fix = hasattr(self.estimator, self.forecast), "Pass a function as forecast."
+            require(has, f"estimator must have {self.forecast}", got=type(self.estimator), fix=fix)
+            numbers = self.forecast != "predict" or not is_classifier(self.estimator)
+            fix = 'Pass forecast="predict_proba" for one that scores bins.'
+            require(numbers, "estimator must be a regressor", got=type(self.estimator), fix=fix)
+        labels = labels_array(validate_data(self, y=y, y_numeric=True, reset=False), "y").astype(np.float64)
+        check_consistent_length(X, labels)
+        require(len(labels) > 1, "y must hold at least two labels", got="1 sample")
+        weight = _check_sample_weight(sample_weight, labels, dtype=np.float64, ensure_non_negative=True)
+        present = weight > 0
+        require(present.sum() > 1, "sample_weight must be positive for at least two rows", got=present.sum())
+        self._take_axis(labels[present])
+        (X,) = indexable(X)
+        forecasts, held = self._cross_fitted(X, labels, weight, sample_weight is not None)
+        weight = weight / weight[present].mean()
+        own, options = labels[held], {"decode": self.decode}
+        density = counted(self.bins_, labels[present], weight[present])
+        of_rows: Tensor | None = None
+        if forecasts.ndim == 1:
+            of_rows = torch.from_numpy(forecasts)
+            self.model_, scores = model_of_forecasts(self.bins_, forecasts, own, weight[held], density, **options)
+        else:
+            self.model_, scores = model_of_shares(self.bins_, forecasts, own, density, **options)
+        self._choose(own, of_rows, scores)
+        self.scores_, self.labels_ = scores.numpy(), own
+        return self
+
+    def _cross_fitted(
+        self, X: Any, labels: np.ndarray, weight: np.ndarray, weighted: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Forecasts of rows, and which rows they are."""
+        present = np.flatnonzero(weight)
+        if isinstance(self.estimator, FrozenEstimator):
+            rule, rows = f"a frozen estimator needs {FEWEST} rows that it was not trained on", len(present)
+            require(rows >= FEWEST, rule, got=rows, fix="Keep some from its training.")
+            self.estimators_ = [self.estimator]
+            return self._forecasts(self.estimator, _safe_indexing(X, present), rows), present
+        splits: Any = self.cv
+        if isinstance(splits, int):
+            parts = min(whole("cv", splits, low=2), len(present))
+            fold = folds(check_random_state(self.random_state), labels[present], parts)
+            splits = [(present[fold != k], present[fold == k]) for k in range(parts)]
+        else:
+            splits = check_cv(splits).split(X, labels)
+        takes = not weighted or has_fit_parameter(self.estimator, "sample_weight")
+        require(takes, "the fit of estimator must take sample_weight", got=type(self.estimator))
+        forecasts, held, estimators = [], [], []
+        for train, test in splits:
+            train, test = (rows[weight[rows] > 0] for rows in (train, test))
+            target = labels[train] if self.forecast != "predict_proba" else self.bins_.index(labels[train])
+            options = {"sample_weight": weight[train]} if weighted else {}
+            estimators.append(clone(self.estimator).fit(_safe_indexing(X, train), target, **options))
+            forecasts.append(self._forecasts(estimators[-1], _safe_indexing(X, test), len(test)))
+            held.append(test)
+        self.estimators_ = estimators
+        return np.concatenate(forecasts), np.concatenate(held)
+
+    def _forecasts(self, estimator: Any, X: Any, rows: int) -> np.ndarray:
+        """What an estimator forecasts, (N,) or (N, B)."""
+        if isinstance(self.forecast, str):
+            name, found = f"what {self.forecast} of estimator gives", getattr(estimator, self.forecast)(X)
+        else:
+            name, found = "what forecast returns", self.forecast(estimator, X, self.bins_)
+        found, bins = labels_array(found, name).astype(np.float64), len(self.bins_)
+        if self.forecast == "predict_proba" and found.shape == (rows, len(estimator.classes_)):
+            of_classes, found = found, np.zeros((rows, bins))
+            found[:, np.asarray(estimator.classes_, dtype=np.int64)] = of_classes
+        shapes = [(rows,)] * (self.forecast != "predict_proba") + [(rows, bins)] * (self.forecast != "predict")
+        rule = f"{name} must have the shape {' or '.join(map(str, shapes))}"
+        require(found.shape in shapes, rule, got=found.shape)
+        finite(**{name: found})
+        if found.ndim == 2:
+            distributions(zeros=True, **{name: torch.from_numpy(found)})
+        return found
+
+    def _predicted(self, X: Any, read: Callable[[Tensor], Tensor]) -> np.ndarray:
+        check_is_fitted(self)
+        rows = _num_samples(X)
+        forecasts = np.mean([self._forecasts(one, X, rows) for one in self.estimators_], 0)
+        with torch.no_grad():
+            return read(torch.from_numpy(forecasts.reshape(rows, -1))).numpy()
+
+    def _number(self, x: Tensor) -> Tensor | None:
+        return x[:, 0] if x.shape[1] == 1 else None
+
+    def _of_model(self, x: Tensor) -> Tensor:
+        return x
+
+    @property
+    def n_features_in_(self) -> int:
+        """The number of columns, as the fitted estimators know it."""
+        check_is_fitted(self)
+        return self.estimators_[0].n_features_in_
+
+    @property
+    def feature_names_in_(self) -> np.ndarray:
+        """The names of the columns, where they have names."""
+        check_is_fitted(self)
+        return self.estimators_[0].feature_names_in_
+
+    def __sklearn_tags__(self) -> Tags:
+        tags, own = super().__sklearn_tags__(), get_tags(self.estimator)
+        tags.input_tags, tags.non_deterministic = own.input_tags, own.non_deterministic
+        return tags
