@@ -436,6 +436,10 @@ VALID: dict[str, Callable[[], Call]] = {
         dt.priors.pointwise_mutual_information,
         {"logits": rows(), "prior": prior()},
     ),
+    "bin_shares": lambda: (
+        dt.labels.bin_shares,
+        {"points": np.array([[3.0, 5.0], [4.0, 4.5]]), "cumulative": np.array([0.2, 0.9]), "bins": BINS},
+    ),
     "quantiles": lambda: (dt.labels.quantiles, {"probabilities": shares(), "bins": BINS, "levels": [0.1, 0.5]}),
     "regression_metrics": lambda: (
         dt.regression_metrics,

@@ -1,4 +1,4 @@
-"""scikit-learn estimators for tables, LDS weights and prior adjustment for any regressor, and scorers for rare labels."""
+"""scikit-learn estimators for tables, LDS weights and prior adjustment for any regressor, scorers for rare labels."""
 
 from ..._checks import problem
 

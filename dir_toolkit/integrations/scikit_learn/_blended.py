@@ -66,19 +66,21 @@ class Blended(RegressorMixin):
 
     def _choose(self, labels: np.ndarray, numbers: Tensor | None, scores: Tensor) -> None:
         """Take the share of the number and the tau of the bins that suit the held-out rows best."""
-        weight, found = self._held_out_weight(labels), []
+        weight, candidates = self._held_out_weight(labels), []
         for tau in TAUS.tolist() if isinstance(self.tau, str) else [self.tau]:
             self.model_.set_prior("uniform", tau)
             binned = self.model_.readout(scores, scores, scores).prediction
             for share in SHARES if numbers is not None else (0.0,):
                 blend = binned if numbers is None else share * numbers + (1 - share) * binned
                 error = np.abs(self._on_axis(blend).numpy() - labels)
-                found.append({"share": share, "tau": tau, "mae": float(error.mean()), "bmae": float(weight @ error)})
-        least = min(row["mae"] for row in found)
+                candidates.append(
+                    {"share": share, "tau": tau, "mae": float(error.mean()), "bmae": float(weight @ error)}
+                )
+        least = min(row["mae"] for row in candidates)
         most = math.inf if self.most_mae is None else self.most_mae * least
         most = max(least, min(most, float(np.abs(labels - np.median(labels)).mean())))
-        best = min((row for row in found if row["mae"] <= most), key=lambda row: row[self.by])
-        self.choice_, self.share_, self.tau_ = found, best["share"], best["tau"]
+        best = min((row for row in candidates if row["mae"] <= most), key=lambda row: row[self.by])
+        self.choice_, self.share_, self.tau_ = candidates, best["share"], best["tau"]
         self.model_.set_prior("uniform", best["tau"])
 
     def _compare(self, pred: np.ndarray, labels: np.ndarray) -> None:

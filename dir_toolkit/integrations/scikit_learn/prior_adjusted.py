@@ -180,20 +180,20 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
     def _forecasts(self, estimator: Any, X: Any, rows: int) -> np.ndarray:
         """What an estimator forecasts, (N,) or (N, B)."""
         if isinstance(self.forecast, str):
-            name, found = f"what {self.forecast} of estimator gives", getattr(estimator, self.forecast)(X)
+            name, values = f"what {self.forecast} of estimator gives", getattr(estimator, self.forecast)(X)
         else:
-            name, found = "what forecast returns", self.forecast(estimator, X, self.bins_)
-        found, bins = labels_array(found, name).astype(np.float64), len(self.bins_)
-        if self.forecast == "predict_proba" and found.shape == (rows, len(estimator.classes_)):
-            of_classes, found = found, np.zeros((rows, bins))
-            found[:, np.asarray(estimator.classes_, dtype=np.int64)] = of_classes
+            name, values = "what forecast returns", self.forecast(estimator, X, self.bins_)
+        values, bins = labels_array(values, name).astype(np.float64), len(self.bins_)
+        if self.forecast == "predict_proba" and values.shape == (rows, len(estimator.classes_)):
+            of_classes, values = values, np.zeros((rows, bins))
+            values[:, np.asarray(estimator.classes_, dtype=np.int64)] = of_classes
         shapes = [(rows,)] * (self.forecast != "predict_proba") + [(rows, bins)] * (self.forecast != "predict")
         rule = f"{name} must have the shape {' or '.join(map(str, shapes))}"
-        require(found.shape in shapes, rule, got=found.shape)
-        finite(**{name: found})
-        if found.ndim == 2:
-            distributions(zeros=True, **{name: torch.from_numpy(found)})
-        return found
+        require(values.shape in shapes, rule, got=values.shape)
+        finite(**{name: values})
+        if values.ndim == 2:
+            distributions(zeros=True, **{name: torch.from_numpy(values)})
+        return values
 
     def _predicted(self, X: Any, read: Callable[[Tensor], Tensor]) -> np.ndarray:
         check_is_fitted(self)
