@@ -73,9 +73,9 @@ class Blended(RegressorMixin):
             for share in SHARES if numbers is not None else (0.0,):
                 blend = binned if numbers is None else share * numbers + (1 - share) * binned
                 error = np.abs(self._on_axis(blend).numpy() - labels)
-                candidates.append(
-                    {"share": share, "tau": tau, "mae": float(error.mean()), "bmae": float(weight @ error)}
-                )
+                errors = {"mae": error.mean(), "bmae": weight @ error}
+                errors |= {"mse": (error**2).mean(), "bmse": weight @ error**2}
+                candidates.append({"share": share, "tau": tau, **{name: float(x) for name, x in errors.items()}})
         least = min(row["mae"] for row in candidates)
         most = math.inf if self.most_mae is None else self.most_mae * least
         most = max(least, min(most, float(np.abs(labels - np.median(labels)).mean())))
