@@ -1,5 +1,5 @@
-"""Data sets, and what they share: image sets, long tails, archives, decoded images on disk, random changes of images.
+"""Data sets and their common parts: image sets, long tails, archives, caches of decoded images, augmentation.
 
-Each reader returns :class:`~dir_toolkit.experiment.data.images.Splits`. An error that lies in a file is a
-:class:`~dir_toolkit.errors.DataError` and names the file, with the line or the byte where there is one.
+Each reader returns :class:`~dir_toolkit.experiment.data.images.Splits`. An error in a file is a
+:class:`~dir_toolkit.errors.DataError`, which names the file and, if known, the line or the byte.
 """

@@ -1,4 +1,4 @@
-"""Checks that several files of this room share; each fact is checked in one place."""
+"""Checks for several data sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHAPES = {None: "(M, ...)", 1: "(N,)", 4: "(M, C, H, W)"}
 
 
 def data_error(rule: str, *, got: object = None, fix: str = "", source: object = "") -> Exception:
-    """The error of data from outside. It names ``source``, a file with its line or byte, or else the caller."""
+    """The error for invalid data. It names ``source``, a file with its line or byte, or else the caller."""
     return problem(rule, got=got, fix=fix, error=DataError, source=str(source))
 
 

@@ -1,4 +1,4 @@
-"""Files from outside, in a tar archive or in a folder: every one is checked before any is read, and none is extracted.
+"""Untrusted files in a tar archive or a folder. All are checked before any is read, and none is extracted.
 
 The checks of members are our own, since the ``data`` filter of ``tarfile`` is about extraction: it renames absolute
 members, and it lets through links and ``..`` that stay inside, backslashes and sparse files.
@@ -58,8 +58,8 @@ class TarFiles:
     Attributes:
         names: the names of the regular files, in the order of the archive, without a leading ``./``.
     Raises:
-        DataError: the archive is missing, damaged, cut short or over a limit; or a member is a link, a device or
-            anything else; or its name is absolute, holds ``..`` or occurs twice.
+        DataError: the archive is missing, damaged, truncated or over a limit; or a member is not a regular file or
+            folder; or its name is absolute, contains ``..`` or occurs twice.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class TarFiles:
 
     @contextmanager
     def _stream(self) -> Iterator[BinaryIO]:
-        """The bytes of the archive, decompressed. Any exception while they are read becomes our error."""
+        """The decompressed bytes of the archive. Any exception in reading them becomes a DataError."""
         try:
             with self.path.open("rb") as file:
                 packed = file.read(2) == b"\x1f\x8b"
@@ -221,7 +221,7 @@ class FolderFiles:
         return digest.hexdigest()
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Each of ``names``, which :meth:`has` has accepted, with its bytes."""
+        """Each of ``names``, which :meth:`has` accepted, with its bytes."""
         for name in names:
             path = self.root / name
             try:

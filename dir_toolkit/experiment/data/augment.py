@@ -1,4 +1,4 @@
-"""Random changes of a whole batch of images at once; each image changes in its own way."""
+"""Random augmentation of batches of images, drawn independently for each image."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def augment(images: Tensor, *, generator: torch.Generator, flip: bool = True, sh
     """Each image is mirrored with probability one half and then moved by a whole number of pixels each way.
 
     The pixels that a move uncovers are filled by reflection about the border pixels, as ``numpy.pad(mode="reflect")``
-    does. Three numbers per image are drawn whatever the settings are, so all settings leave the generator in the same
-    state.
+    does. Three numbers per image are drawn for all settings, so that they leave the generator in the same state.
 
     Args:
         generator: the only source of randomness, on the device of ``images`` or on the CPU.
@@ -55,13 +54,13 @@ def augment(images: Tensor, *, generator: torch.Generator, flip: bool = True, sh
 
 
 def augment_strongly(images: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Each image is mirrored, turned, zoomed and moved, and its light and its colors change: for long trainings.
+    """Strong augmentation for long trainings: each image is mirrored, rotated, zoomed, moved and changed in color.
 
-    All changes are drawn evenly from their range. An image is mirrored with probability one half. It is turned by up to
-    15 degrees, zoomed by up to 15 % and moved by up to a twelfth of its side, each in both directions. Its brightness
+    All changes are uniformly distributed. An image is mirrored with probability one half. It is rotated by up to 15
+    degrees, zoomed by up to 15 % and moved by up to a twelfth of its side, each in both directions. Its brightness
     changes by up to an eighth of the range of values, and its contrast, about the mean of the image, by up to 25 %.
-    With probability one fifth all colors are replaced by their mean. The pixels that turns and moves uncover are filled
-    by reflection. Eight numbers per image are drawn.
+    With probability one fifth all colors are replaced by their mean. Uncovered pixels are filled by reflection. Eight
+    numbers per image are drawn.
 
     Args:
         generator: the only source of randomness, on the device of ``images`` or on the CPU.
@@ -97,7 +96,7 @@ def augment_strongly(images: Tensor, *, generator: torch.Generator) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images of uint8 as float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1. The input is not written to.
+    """Images of uint8 as float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1. The input does not change.
 
     Raises:
         TypeError: images are not uint8.

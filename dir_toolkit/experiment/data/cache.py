@@ -1,4 +1,4 @@
-"""JPEG files are decoded once into one uint8 array on disk, which every later run maps into memory."""
+"""A cache of decoded images: one uint8 array on disk, which later runs map into memory."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def decode_once(
     """Decode images into a file of the cache folder, or map the file that an earlier call left there.
 
     The file is named by the SHA-256 of the names and bytes of the images, of ``size`` and of the version of this
-    reader, so changed images are decoded anew. It is written under another name and moved into place when it is whole.
-    One process decodes while the others wait, on a lock that ends with its holder. Where the system has no locks, every
-    process decodes for itself, with the same result. A file of the wrong length or type is replaced.
+    reader, so changed images are decoded again. It is written atomically. One process decodes while the others wait for
+    a lock. On systems without locks every process decodes, with the same result. A file of the wrong length or type is
+    replaced.
 
     Args:
         names: the names of the images in the order of ``files``, each of them once.
         size: the height and the width of the decoded images, in pixels.
         cache: the folder; None means ``$DIR_TOOLKIT_CACHE``, or ``~/.cache/dir_toolkit`` if that is not set.
-        on_error: what happens at a damaged image: ``"raise"``, or ``"skip"``, which leaves it out of ``rows``.
+        on_error: for damaged images: ``"raise"``, or ``"skip"``, which omits them from ``rows``.
     Raises:
         DataError: an image cannot be decoded, or a file cannot be read. ImportError: Pillow is missing.
     """
@@ -78,7 +78,7 @@ def decode_once(
     if (faults := _stored_faults(path, shape, names)) is None:
         folder.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(path.with_suffix(".lock")) as alone:
-            # What a killed process left is cleared away, but without locks others may be at work.
+            # Files of killed processes are removed. Without locks other processes may still write them.
             for left in folder.glob(f".{path.stem}.*.tmp") if alone else ():
                 left.unlink()
             if (faults := _stored_faults(path, shape, names)) is None:
@@ -92,7 +92,7 @@ def decode_once(
 def make_splits(
     decoded: Decoded, parts: Mapping[str, Sequence[tuple[str, float]]], *, source: str, skipped: dict[str, int]
 ) -> Splits:
-    """Splits from the names and labels of each part. Names that could not be decoded are left out and counted.
+    """Splits from the names and labels of each part. Names that could not be decoded are omitted and counted.
 
     Raises:
         DataError: a part has no image.
@@ -109,7 +109,7 @@ def make_splits(
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
-    """One JPEG or PNG as RGB, at ``size`` by ``size`` pixels whatever its proportions are.
+    """Decode a JPEG or PNG as RGB, resized to ``size`` by ``size`` pixels.
 
     The decoder first halves a JPEG up to three times, but not below ``size``. Lanczos resampling does the rest. An
     orientation in the EXIF data is not applied, and neither is transparency.
@@ -117,7 +117,7 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     Shape:
         Returns (3, size, size) uint8.
     Raises:
-        ValueError: the data are no whole JPEG or PNG, or have more than 67,108,864 pixels. ImportError: Pillow is
+        ValueError: the data are not a complete JPEG or PNG, or have more than 67,108,864 pixels. ImportError: Pillow is
         missing.
     """
     try:
@@ -161,7 +161,7 @@ def _build(path: Path, shape: tuple[int, ...], files: Files, names: Sequence[str
 
 
 def _decode_all(files: Iterable[tuple[str, bytes]], size: int) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Each name in order, with its image or with what is wrong with it. A few hundred files are held at a time."""
+    """Each name in order, with its image or an error text. A few hundred files are in memory at a time."""
 
     def decode(file: tuple[str, bytes]) -> tuple[str, np.ndarray | str]:
         try:

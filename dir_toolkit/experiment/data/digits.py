@@ -1,4 +1,4 @@
-"""The 1,797 small handwritten digits that come with scikit-learn, cut to a long tail; nothing is downloaded."""
+"""The 1,797 small handwritten digits of scikit-learn, thinned to a long tail, without a download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image sets whose ages and splits stand in a CSV list: AgeDB-DIR and IMDB-WIKI-DIR."""
+"""Image sets with ages and splits in a CSV list: AgeDB-DIR and IMDB-WIKI-DIR."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def dir_list(
 ) -> Splits:
     """Images named by a CSV list with the columns ``age,path,split``, as AgeDB-DIR and IMDB-WIKI-DIR are published.
 
-    The list says which split an image belongs to, so an image that is skipped moves no other image. A row that occurs
-    twice counts twice. A path in two splits is an error, since it would be tested on what it was trained on.
+    The list defines the split of each image, so that skipping an image moves no other. Repeated rows are repeated
+    samples. A path in two splits is an error, since a test image would be in training.
 
     Args:
         listing: the CSV file, in UTF-8, with a header line that names at least the three columns.
@@ -41,8 +41,8 @@ def dir_list(
             ``imdb_crop`` and ``wiki_crop``.
         source: the name of the result, for example ``"agedb_dir"``.
         size, cache: as for :func:`dir_toolkit.experiment.data.cache.decode_once`.
-        on_error: what happens at a missing or damaged image: ``"raise"``, or ``"skip"``, which counts it as ``"missing
-            file"`` or ``"unreadable image"``.
+        on_error: for missing or damaged images: ``"raise"``, or ``"skip"``, which counts them as ``"missing file"`` or
+            ``"unreadable image"``.
     Returns:
         Splits whose labels are ages in years.
     Raises:

@@ -1,4 +1,4 @@
-"""Files in the idx format, in which MNIST and its relatives are published, read without trusting their headers."""
+"""Read idx files, the format of MNIST and similar data sets, without trusting their headers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _CHUNK = 1 << 20
 
 
 def read_idx(path: str | os.PathLike[str], *, max_bytes: int = 2**31) -> np.ndarray:
-    """The array in an idx file, which may be packed with gzip, whatever its name is.
+    """The array in an idx file, which may be compressed by gzip.
 
     The header is two zeros, the type of the numbers, the number of axes and the length of each axis as 32 bits, all
     big-endian. What it claims is compared with the size of the file before any memory of that size is allocated, and no
-    more of a packed file is unpacked than the header claims. So a small file cannot fill the memory. Zeros may follow a
-    gzip stream, as in the tool of that name.
+    more of a packed file is unpacked than the header claims. A small file therefore cannot fill the memory. Zeros may
+    follow a gzip stream, as in the tool of that name.
 
     Args:
         max_bytes: the largest size of the unpacked numbers.

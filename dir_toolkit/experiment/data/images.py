@@ -1,4 +1,4 @@
-"""Samples with one label each, images among them, and the three parts that they are split into."""
+"""Sets of labelled samples and images, and splits into training, validation and test sets."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class SampleSet:
         return torch.from_numpy(inputs), torch.from_numpy(self.labels[positions])
 
     def batches(self, batches: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor]]:
-        """:meth:`batch` of some indices after the other, as a training asks for them."""
+        """:meth:`batch` of each item of a sequence of indices."""
         return map(self.batch, batches)
 
 

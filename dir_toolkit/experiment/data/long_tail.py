@@ -1,6 +1,6 @@
-"""A long tail cut into balanced classes: which samples are kept, which labels are made wrong, and what is held out.
+"""Make balanced classes long-tailed: thinning, label noise and held-out sets.
 
-Every choice follows a seed, which is a whole number of at least 0. It has nothing to do with the seed of the training.
+All choices depend on a seed, a whole number of at least 0, which is independent of the seed of training.
 """
 
 from __future__ import annotations

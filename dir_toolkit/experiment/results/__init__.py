@@ -1,1 +1,1 @@
-"""From finished runs to one labelled result, its tables, figures and report."""
+"""Results of finished runs: one labelled dataset, tables, figures and a report."""

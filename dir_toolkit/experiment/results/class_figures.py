@@ -1,4 +1,4 @@
-"""Pictures of errors by class and of the choice of tau. Shares of one are shown in percent."""
+"""Figures of errors by class and of the choice of tau. Fractions are shown in percent."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def class_error_figure(
 
 
 def _heat_map(figure: Figure, axes: Axes, bar: Axes, rows: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> None:
-    """Methods down, classes across. The numbers are written in if there is room."""
+    """A heat map with methods as rows and classes as columns. Numbers are shown if there is room."""
     no_frame(axes)
     mean = np.array([mean for _, _, mean, _ in rows])
     most = float(np.nanmax(mean)) or 1.0  # all classes may be without error
@@ -135,10 +135,11 @@ def tau_figure(
     Dotted lines mark τ = 0, which leaves scores as they are, and τ = 1, which is consistent with the balanced error.
 
     Args:
-        curves: by name, the τ tried and the score at each. All scores are of one kind, since they share an axis.
-        chosen: by the same names, the τ chosen. It need not be one of those tried.
-        ylabel: what the scores are, with their units unless ``percent``.
-        percent: the scores are shares of one and are shown in percent.
+        curves: for each name, the values of τ and the score at each. All scores must have the same unit, since they
+            share an axis.
+        chosen: for each name, the chosen τ. It may differ from the values in ``curves``.
+        ylabel: the name of the scores, with their unit unless ``percent``.
+        percent: whether scores are fractions, which are shown in percent.
     Raises:
         ValueError: there is no curve, ``chosen`` has other names, or a number is not finite. ShapeError: τ and scores
         are not two equal rows.

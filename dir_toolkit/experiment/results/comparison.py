@@ -1,4 +1,4 @@
-"""Which methods differ from a baseline by more than their seeds and the test samples explain."""
+"""Paired comparisons of methods with a baseline, with bootstrap intervals over seeds and test samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAIRED = tuple(metric.name for metric in RegressionMetrics.metrics if metric.sum
 
 _DEFAULT = (("bmae", "all"), ("mae", "all"), ("mae", "many"), ("mae", "medium"), ("mae", "few"), ("bmae", "few"))
 _NUMBERS = tuple(f"{name}{end}" for name in ("difference", "ratio") for end in ("", "_low", "_high"))
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of one
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters that a spreadsheet treats as a formula
 _BLOCK = 2**22  # counts drawn at a time
 
 
@@ -55,15 +55,15 @@ def paired_differences(
         ds: a result of regression that holds predictions. Methods without predictions are NaN and have 0 seeds.
         metrics: (``"mae"`` or ``"bmae"``, region) pairs.
         replicates: at least 100.
-        level: of each interval by itself. If many are looked at, some exclude 0 by chance.
-        seed: of the draws. The draws of a method do not depend on which others are compared.
+        level: the level of each interval. Of many intervals, some exclude 0 by chance.
+        seed: the seed of the bootstrap. The replicates of a method do not depend on the other methods.
     Shape:
         ``difference``, ``difference_low``, ``difference_high``, ``ratio``, ``ratio_low``, ``ratio_high`` over (method,
         column), with coordinates ``metric`` and ``region`` along ``column``. ``seeds``, those shared, over (method).
     Units:
         differences are in label units, method minus baseline, so that below 0 is better. Ratios are method by baseline.
     Raises:
-        ResultsError: ``ds`` holds no predictions, or none of the baseline. ValueError: the baseline, a metric or a
+        ResultsError: ``ds`` holds no predictions, or none for the baseline. ValueError: the baseline, a metric or a
         region is unknown, or a number is out of range.
     Source:
         Rao and Wu 1988, Resampling inference with complex survey data, for drawing n - 1 within strata.
@@ -185,7 +185,7 @@ def _replicates(
 
 
 def _redrawn(rng: np.random.Generator, n: int, replicates: int) -> np.ndarray:
-    """How often each of n counts in each replicate, (R, n), n in all."""
+    """The weight of each of n samples in each replicate, (R, n), summing to n."""
     if n == 1:
         return np.ones((replicates, 1))
     return rng.multinomial(n - 1, np.full(n, 1 / n), size=replicates) * (n / (n - 1))
@@ -196,14 +196,14 @@ def _ratio(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def check_differences(differences: object) -> None:
-    """Raise unless ``differences`` is what :func:`paired_differences` gave."""
+    """Raise unless ``differences`` is a result of :func:`paired_differences`."""
     instance(xr.Dataset, differences=differences)
     assert isinstance(differences, xr.Dataset)
     missing = [name for name in (*_NUMBERS, "seeds", "metric", "region") if name not in differences]
     missing += [name for name in ("baseline", "level") if name not in differences.attrs]
     if missing:
         got = f"a dataset without {', '.join(missing)}"
-        raise problem("differences must be what paired_differences gives", got=got, error=ResultsError)
+        raise problem("differences must be a result of paired_differences", got=got, error=ResultsError)
 
 
 def comparison_table(ds: xr.Dataset, differences: xr.Dataset) -> ResultsTable:
@@ -215,9 +215,9 @@ def comparison_table(ds: xr.Dataset, differences: xr.Dataset) -> ResultsTable:
 
     Args:
         ds: the result that was compared.
-        differences: what :func:`paired_differences` made of it.
+        differences: its result of :func:`paired_differences`.
     Raises:
-        ResultsError: ``differences`` is something else. ValueError: it is of other methods.
+        ResultsError: ``differences`` is something else. ValueError: its methods are not those of ``ds``.
     """
     check_result(ds)
     check_differences(differences)
@@ -267,7 +267,7 @@ def differences_csv(differences: xr.Dataset) -> str:
     A name that a spreadsheet would take for a formula, such as ``=a+b``, gets an apostrophe in front.
 
     Raises:
-        ResultsError: ``differences`` is not what :func:`paired_differences` gives.
+        ResultsError: ``differences`` is not a result of :func:`paired_differences`.
     """
     check_differences(differences)
     text = io.StringIO()
@@ -288,7 +288,7 @@ def _csv_rows(differences: xr.Dataset) -> Iterator[list[object]]:
 
 
 def leading_methods(ds: xr.Dataset, baseline: str = "vanilla", *, most: int = 6) -> list[str]:
-    """The baseline and the methods worth a closer look, in the order of ``ds``, for figures without room for all.
+    """The baseline and the best methods, in the order of ``ds``, for figures without room for all.
 
     They are the method with the least mean bMAE over all, those with the least MAE in the few-shot region, over all and
     in the many-shot region, and then others by their bMAE. The constant predictor is never among them.

@@ -1,6 +1,6 @@
-"""Pictures of many methods at once: differences to a baseline, coverage of intervals, and cost.
+"""Figures of many methods: differences to a baseline, coverage of intervals, and cost.
 
-Methods stand in rows, so that twenty-five of them, with long names, can be read.
+Methods are rows, so that many long names are readable.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _legend(figure: Figure, axes: Axes, marks: dict[str, tuple[str, str, bool]]) -> None:
-    """Say what marker, color and filling mean."""
+    """Add a legend for marker, color and filling."""
     from matplotlib.lines import Line2D
 
     handles = [

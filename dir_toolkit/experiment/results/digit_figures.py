@@ -1,4 +1,4 @@
-"""Pictures of studies, feature spaces, norms and calibration. Shares of one are shown in percent."""
+"""Figures of studies, feature spaces, norms and calibration. Fractions are shown in percent."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def study_figure(
     percent: bool = True,
     colors: Colors | None = None,
 ) -> Figure:
-    """A number of each series against what was varied: a line through the means, and a band of one sd over the seeds.
+    """Each series against the varied value: a line through the means, and a band of one standard deviation over seeds.
 
     Args:
         curves: by name and varied value, one number per seed. NaN stands for a seed that gave none.
         ylabel: what the numbers are, with their units unless ``percent``.
-        log_x: the varied values stand on a log scale.
+        log_x: whether the varied values are on a log scale.
         percent: the numbers are shares of one and are shown in percent.
     Raises:
         ValueError: a series is empty, a varied value is not finite or, on a log scale, not above 0, or a color is
@@ -107,7 +107,7 @@ def bar_figure(
         values: by name, one number per seed. NaN stands for a seed that gave none.
         ylabel: what the numbers are, with their units unless ``percent``.
         percent: the numbers are shares of one and are shown in percent.
-        colors: by name. None draws all alike, since the names stand below the bars.
+        colors: by name. None uses one color, since the names are below the bars.
     Raises:
         ValueError: there are no names, or a color is unknown. ShapeError: the numbers of a name are not one per seed.
     """
@@ -355,7 +355,7 @@ def _correlation(norms: np.ndarray, counts: np.ndarray) -> str:
 
 
 def _by_seed(name: str, values: Any, percent: bool) -> np.ndarray:
-    """One number per seed, which is NaN if it gave none, in percent if asked for."""
+    """One number per seed, or NaN, optionally in percent."""
     each = checked_row(name, values, "one number per seed, shape (S,)")
     if np.isinf(each).any():
         raise problem(f"{name} must be finite or NaN", got=each.tolist())
@@ -384,7 +384,7 @@ def _class_style(label: int) -> tuple[str, str]:
 
 
 def _value_ticks(axes: Axes, values: Sequence[float], log_x: bool) -> None:
-    """A tick at every value that was tried. Its number is left out if it would run into the one before."""
+    """A tick at every value. Its label is omitted if it would overlap the one before."""
     scaled = np.log(values) if log_x else np.array(values, dtype=np.float64)
     span = float(np.ptp(scaled)) or 1.0
     texts, free = [], -math.inf

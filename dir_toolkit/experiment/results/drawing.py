@@ -1,4 +1,4 @@
-"""What all figures share: one look, one colour per method, checks of what is drawn, and ways to save a figure.
+"""The common parts of all figures: style, one colour per method, checks, and saving.
 
 Each figure function returns a ``matplotlib`` ``Figure`` and never uses pyplot. matplotlib is imported when a figure is
 made, so that a result can be read and written without it. Its defaults belong to the user and change only while a
@@ -99,12 +99,12 @@ def figure_svg(figure: Figure, *, name: str = "figure") -> str:
         figure.savefig(buffer, format="svg", dpi=200, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     text = _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text[text.index("<svg") :])
-    # Only tags are looked at: a label may well read id="x".
+    # Only tags are changed: the text of a label may contain id="x".
     return re.sub(r"<[^>]*>", lambda tag: re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag[0]), text)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200) -> None:
-    """Write a figure in the format of its ending (``.svg``, ``.png``, ``.pdf``), whole or not at all."""
+    """Write a figure atomically, in the format of its suffix (``.svg``, ``.png``, ``.pdf``)."""
     kind = Path(path).suffix[1:].lower()
     if kind == "svg":
         content = figure_svg(figure).encode()
@@ -131,7 +131,7 @@ def figure_to_tensorboard(writer: Any, tag: str, figure: Figure, step: int) -> N
 
 @contextmanager
 def look(grid: Literal["x", "y", "both"] = "y") -> Iterator[None]:
-    """The look of all figures, as a decorator of the functions that draw them."""
+    """The style of all figures, as a decorator of the functions that draw them."""
     try:
         import matplotlib.figure  # noqa: F401
         from matplotlib import rc_context
@@ -194,7 +194,7 @@ def line_style(i: int, dash: str) -> dict[str, Any]:
 
 
 def color_scale(figure: Figure, image: Any, label: str, **place: Any) -> None:
-    """What the colours of an image mean."""
+    """A colour bar for an image."""
     bar = figure.colorbar(image, **place)
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8, color=INK)
@@ -208,7 +208,7 @@ def cut_below_zero(axes: Axes) -> None:
 
 
 def note_no_runs(axes: Axes) -> None:
-    """Say in an empty panel why it is empty."""
+    """Write in an empty panel why it is empty."""
     axes.text(0.5, 0.5, "no completed run", transform=axes.transAxes, ha="center", va="center", fontsize=10)
 
 
@@ -226,7 +226,7 @@ def class_counts(figure: Figure, axes: Axes, counts: np.ndarray, names: Sequence
 
 
 def given_colors(colors: Colors | None) -> dict[str, str]:
-    """The colours that the caller gave, after a check that matplotlib knows each of them."""
+    """The caller's colours, checked to be known to matplotlib."""
     if colors is None:
         return {}
     from matplotlib.colors import is_color_like
@@ -240,7 +240,7 @@ def given_colors(colors: Colors | None) -> dict[str, str]:
 
 
 def styles(methods: Iterable[str], colors: Colors | None = None) -> tuple[dict[str, str], dict[str, str]]:
-    """The colour and the dashes of each method. Colours that the caller gave come before our own."""
+    """The colour and the dashes of each method. The caller's colours override the default ones."""
     names = list(methods)
     return {**method_colors(names), **given_colors(colors)}, method_dashes(names)
 
