@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import floats, length, number, require, same_device, shaped, whole
+from .._checks import MOST_LONG, floats, length, number, require, same_device, shaped, whole
 from .._numerics import full_precision, unit_rows, wide_dtype
 from ..labels.bins import Bins, Missing, continuous
 from ._inputs import of_features, present
@@ -143,7 +143,7 @@ class SRLLoss(Loss):
             **_scales(temperature, enveloping, homogeneity),
             momentum=number("momentum", momentum, low=0, high=1, open_high=True),
             num_points=length("num_points", num_points),
-            seed=whole("seed", seed, low=0),
+            seed=whole("seed", seed, low=0, high=MOST_LONG),
             missing=missing,
         )
         generator = torch.Generator("cpu").manual_seed(seed)
