@@ -97,14 +97,14 @@ def make_splits(
     Raises:
         DataError: a part has no image.
     """
-    kept = {part: [member for member in members if member[0] in decoded.rows] for part, members in parts.items()}
-    check_parts(kept, source)
+    readable = {part: [member for member in members if member[0] in decoded.rows] for part, members in parts.items()}
+    check_parts(readable, source)
     sets = {}
-    for part, members in kept.items():
+    for part, members in readable.items():
         rows = np.array([decoded.rows[name] for name, _ in members], np.int64)
         labels = np.array([label for _, label in members], np.float32)
         sets[part] = ImageSet(decoded.images, labels, rows)
-    lost = sum(map(len, parts.values())) - sum(map(len, kept.values()))
+    lost = sum(map(len, parts.values())) - sum(map(len, readable.values()))
     return Splits(**sets, source=source, skipped={**skipped, "unreadable image": lost} if lost else dict(skipped))
 
 

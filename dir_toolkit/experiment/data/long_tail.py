@@ -94,11 +94,11 @@ def thin(labels: _Labels, shares: Sequence[float] | np.ndarray, *, seed: int) ->
     >>> thin([0, 0, 0, 0, 1, 1], [0.5, 1.0], seed=0)
     array([0, 2, 4, 5])
     """
-    kept = row("shares", shares).astype(np.float64)
-    check_each("shares must be > 0 and <= 1", kept, (kept > 0) & (kept <= 1))
-    classes, seed = _classes(labels, len(kept)), whole("seed", seed, low=0)
-    counts = np.bincount(classes, minlength=len(kept))
-    return _first(classes, np.rint(kept * counts).astype(np.int64).clip(1), seed, "thin")
+    fractions = row("shares", shares).astype(np.float64)
+    check_each("shares must be > 0 and <= 1", fractions, (fractions > 0) & (fractions <= 1))
+    classes, seed = _classes(labels, len(fractions)), whole("seed", seed, low=0)
+    counts = np.bincount(classes, minlength=len(fractions))
+    return _first(classes, np.rint(fractions * counts).astype(np.int64).clip(1), seed, "thin")
 
 
 def uniform_noise(labels: _Labels, rate: float, num_classes: int, *, seed: int) -> np.ndarray:
@@ -199,10 +199,10 @@ def long_tail_splits(
         require(array.shape == expected, f"{name} must have shape {expected}, one image per label", got=array.shape)
     most = len(classes) if train_per_class is None else whole("train_per_class", train_per_class, low=1)
     train = train[_first(classes[train], np.full(num_classes, most), seed, "cap")]
-    kept = np.ones(num_classes) if shares is None else row("shares", shares)
-    fits, got = len(kept) == num_classes, f"{len(kept)} for {num_classes} classes"
+    fractions = np.ones(num_classes) if shares is None else row("shares", shares)
+    fits, got = len(fractions) == num_classes, f"{len(fractions)} for {num_classes} classes"
     require(fits, "shares must hold one share per class", got=got, error=ShapeError)
-    train = train[thin(classes[train], kept, seed=seed)]
+    train = train[thin(classes[train], fractions, seed=seed)]
     noise = number("noise", noise, low=0, high=1, open_high=True)
     train_classes = uniform_noise(classes[train], noise, num_classes, seed=seed) if noise else classes[train]
     return Splits(

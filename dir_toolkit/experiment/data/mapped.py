@@ -76,8 +76,8 @@ class MappedSet(SampleSet):
             leaves, structure = tree_flatten((inputs, some))
             read.update(str(structure).encode())
             for leaf in leaves:
-                told = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
-                read.update(told.encode())
+                text = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+                read.update(text.encode())
                 if isinstance(leaf, Tensor):
                     read.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         array = torch.cat(labels).numpy() if labels else np.zeros(0, np.float32)

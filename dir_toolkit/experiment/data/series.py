@@ -71,11 +71,11 @@ def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hour
     breaks = np.concatenate([[0], (np.diff(time) != 1).cumsum()])
     unbroken = breaks[hours - 1 :] == breaks[: max(0, len(breaks) - hours + 1)]
     known = [rows[np.isfinite(label[rows])] for rows in parts]
-    kept = [rows[unbroken[rows]] for rows in known]
-    total, labelled, used = (sum(map(len, some)) for some in (parts, known, kept))
+    complete = [rows[unbroken[rows]] for rows in known]
+    total, labelled, used = (sum(map(len, some)) for some in (parts, known, complete))
     skipped = {"without label": total - labelled, "after a gap": labelled - used}
     skipped = {why: count for why, count in skipped.items() if count}
-    return splits_of_rows(windows, label, *kept, source=f"beijing_{station.lower()}", skipped=skipped)
+    return splits_of_rows(windows, label, *complete, source=f"beijing_{station.lower()}", skipped=skipped)
 
 
 def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0, part: str = "FD001") -> Splits:

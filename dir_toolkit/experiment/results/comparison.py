@@ -249,7 +249,7 @@ def comparison_table(ds: xr.Dataset, differences: xr.Dataset) -> ResultsTable:
 def _explained(differences: xr.Dataset) -> str:
     """A sentence on what brackets, bold and italics mean."""
     attrs = differences.attrs
-    said = (
+    sentence = (
         f"In brackets: ratio to {attrs['baseline']}, over the seeds that both have. Bold: better than "
         f"{attrs['baseline']}; italics: worse; that is, the {100 * attrs['level']:g} % bootstrap interval of the "
         "paired difference excludes 0. Each interval stands by itself: of many, some exclude 0 by chance."
@@ -257,8 +257,8 @@ def _explained(differences: xr.Dataset) -> str:
     others = differences["method"] != attrs["baseline"]
     alone = differences["method"].values[((differences["seeds"] == 1) & others).values]
     if alone.size:
-        said += f" With one shared seed an interval is of the test samples alone: {', '.join(alone)}."
-    return said
+        sentence += f" With one shared seed an interval is of the test samples alone: {', '.join(alone)}."
+    return sentence
 
 
 def differences_csv(differences: xr.Dataset) -> str:

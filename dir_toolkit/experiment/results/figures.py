@@ -280,7 +280,7 @@ def similarity_figure(
         pairs["feature variances"] = (variance_before, variance_after)
     instance(Bins, bins=bins)
     instance(str, label_name=label_name, label_units=label_units)
-    at = int(bins.index([number("anchor", anchor)], name="anchor")[0])
+    anchor_bin = int(bins.index([number("anchor", anchor)], name="anchor")[0])
     tables = {}
     for name, pair in pairs.items():
         before, after = (labels_array(values, name).astype(np.float64) for values in pair)
@@ -291,7 +291,7 @@ def similarity_figure(
                 error=ShapeError,
             )
         tables[name] = (_cosines(before), _cosines(after))
-        if np.isnan(tables[name][0][at, at]):
+        if np.isnan(tables[name][0][anchor_bin, anchor_bin]):
             raise problem(f"anchor must lie in a bin that has {name}", got=f"{anchor:g}, whose bin is empty")
     figure = new_figure(5.6)
     grid = figure.add_gridspec(2, 1, height_ratios=[1, 1.25])
@@ -299,9 +299,9 @@ def similarity_figure(
     lines: list[Axes] = []
     for i, (name, (before, after)) in enumerate(tables.items()):
         axes = figure.add_subplot(upper[i], sharey=lines[0] if lines else None)
-        axes.axvline(bins.centers[at], color=GREY, linewidth=0.8, linestyle="--")
-        axes.plot(bins.centers, before[at], color=_BEFORE, label="before smoothing")
-        axes.plot(bins.centers, after[at], color=_AFTER, label="after smoothing")
+        axes.axvline(bins.centers[anchor_bin], color=GREY, linewidth=0.8, linestyle="--")
+        axes.plot(bins.centers, before[anchor_bin], color=_BEFORE, label="before smoothing")
+        axes.plot(bins.centers, after[anchor_bin], color=_AFTER, label="after smoothing")
         axes.set_title(literal(f"{name}, against {label_name} {anchor:g}"))
         axes.set_xlabel(with_units(label_name, label_units))
         axes.set_xlim(bins.edges[0], bins.edges[-1])

@@ -267,7 +267,7 @@ def test_table_refuses_what_does_not_belong(compared: xr.Dataset) -> None:
     found = paired_differences(compared)
     with pytest.raises(ValueError, match="comparison_table: differences must be of the methods of ds"):
         comparison_table(compared.isel(method=[0, 1]), found)
-    with pytest.raises(ResultsError, match="must be what paired_differences gives, got a dataset without ratio"):
+    with pytest.raises(ResultsError, match="must be a result of paired_differences, got a dataset without ratio"):
         comparison_table(compared, found.drop_vars("ratio"))
     with pytest.raises(TypeError, match="differences must be a Dataset, got dict"):
         comparison_table(compared, {})  # type: ignore[arg-type]
@@ -283,7 +283,7 @@ def test_csv(compared: xr.Dataset) -> None:
     for name in NAMES:
         assert float(row[name]) == pytest.approx(_of(found, "half", "mae", "few")[name], rel=1e-5)
     assert {r["difference"] for r in rows if r["method"] == "plain"} == {""}
-    with pytest.raises(ResultsError, match="differences_csv: differences must be what paired_differences gives"):
+    with pytest.raises(ResultsError, match="differences_csv: differences must be a result of paired_differences"):
         differences_csv(found.drop_attrs())
 
 

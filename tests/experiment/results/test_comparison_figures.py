@@ -100,7 +100,7 @@ def test_difference_leaves_out_regions_that_were_not_compared(compared: xr.Datas
         difference_figure(found, metric="bmae", regions=["many"])
     with pytest.raises(ValueError, match="metric must be one of 'mae', 'bmae', got 'rmse'"):
         difference_figure(found, metric="rmse")
-    with pytest.raises(ResultsError, match="must be what paired_differences gives, got a dataset without difference"):
+    with pytest.raises(ResultsError, match="must be a result of paired_differences, got a dataset without difference"):
         difference_figure(compared)
     with pytest.raises(TypeError, match="regions must be a Sequence, got int"):
         difference_figure(found, regions=1)  # type: ignore[arg-type]
