@@ -113,7 +113,7 @@ class Blended(RegressorMixin):
     def predict_interval(self, X: Any, level: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper ends, (N,) each, of intervals that hold a label with the probability ``level``.
 
-        They are those of :meth:`calibrate_intervals`. Before, they are the central intervals of the bins, or of the
+        They are those of ``calibrate_intervals``. Before, they are the central intervals of the bins, or of the
         Gaussian. They are widened to the prediction where it lies outside.
 
         Args:
@@ -132,10 +132,10 @@ class Blended(RegressorMixin):
         return lower, upper
 
     def calibrate_intervals(self, X: Any, y: Any, level: float = 0.9, **options: Any) -> None:
-        """Calibrate :meth:`predict_interval`, so that it holds a share ``level`` of the labels of each region.
+        """Calibrate ``predict_interval``, so that it holds a share ``level`` of the labels of each region.
 
         Args:
-            X, y: rows that were kept from :meth:`fit`. level, options: as those of
+            X, y: rows that were kept from ``fit``. level, options: as those of
                 :meth:`dir_toolkit.LongTailModel.calibrate_intervals`, whose errors hold here, too.
         """
         self.model_.calibrate_intervals(torch.from_numpy(self.scores(X)), y, level, **options)

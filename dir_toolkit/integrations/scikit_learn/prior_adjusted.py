@@ -63,7 +63,7 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         bins_: the label axis.
         model_: a :class:`dir_toolkit.LongTailModel` over forecasts, (N, 1) or (N, B).
         share_, tau_, choice_: as those of :class:`LongTailRegressor`.
-        scores_, labels_: the scores of the rows that were forecast, as :meth:`scores` gives them, (M, B), and their
+        scores_, labels_: the scores of the rows that were forecast, as ``scores(X)`` gives them, (M, B), and their
             labels, (M,): for ``estimate_prior(adjusted.scores(X), source=adjusted.scores_, labels=adjusted.labels_,
             bins=adjusted.bins_)``.
     Shape:
