@@ -24,6 +24,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"dir_toolkit": "index.md"},
         {"Methods": "methods.md"},
+        {"From a file to a model": "jobs.md"},
         {"Recipes and runs": "running.md"},
         {"Measured": ["ages.md", "digits.md", "tables.md", "intervals.md", "target-prior.md", "speed.md"]},
         {"Guarantees": "guarantees.md"},

@@ -1,13 +1,18 @@
 """The README's examples run, what pages name exists, and the README stays short."""
 
+import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import dir_toolkit as dt
+
 ROOT = Path(__file__).parents[1]
+REAL = Path(os.environ.get("DIR_TOOLKIT_DATA", ROOT.parent / "shared" / "data"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -40,6 +45,20 @@ def test_the_code_of_the_page_on_priors_runs_and_adjusting_pays(capsys: pytest.C
     assert "it is accepted" in printed
     before, after = (float(number) for number in re.findall(r"MAE ([\d.]+)", printed))
     assert after < 0.95 * before
+
+
+@pytest.mark.skipif(not (REAL / "tables").is_dir(), reason="the real tables, series and texts are not there")
+@pytest.mark.parametrize("job", ["table", "sentences", "series"])
+def test_the_jobs_from_a_raw_file_run(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    page = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = blocks[["table", "sentences", "series"].index(job)].replace('"data/', f'"{REAL.as_posix()}/')
+    assert len(code.split("\n")) < 30
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dt.errors.DirToolkitWarning)
+        exec(compile(code, "jobs.md", "exec"), {"__name__": "jobs"})
+    assert "'few': " in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
