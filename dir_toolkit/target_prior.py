@@ -1,12 +1,13 @@
 """Estimate the label prior of unlabelled data from the scores of a model (label shift).
 
 The prior of new data may differ from that of training. It can be estimated from forecasts under label shift: the shares
-of labels change, but inputs of one label do not. Pass the estimate as the target to
-:meth:`dir_toolkit.LongTailModel.set_prior` or to :func:`dir_toolkit.adjust_logits`.
+of labels change, but inputs of one label do not. Pass the estimate to :meth:`dir_toolkit.LongTailModel.set_prior`, or
+its ``prior`` to :func:`dir_toolkit.adjust_logits` as the target.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ _RIDGE = 0.1  # on the biases of the calibration, against the sum of the samples
 _STEPS, _STILL = 1000, 1e-6  # the largest number of steps, and the total change below which the prior has converged
 _LEAST = 1e-12  # the smallest probability
 _FOLDS = 5
+_SURE = 2.0  # standard errors, by which an estimate must explain data better that it was not made of
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class PriorEstimate:
     """The result of :func:`estimate_prior`. Its ``str`` summarises it in a sentence or two.
 
     Attributes:
-        prior: (B,) float64, the prior to predict under: ``estimated``, or ``source`` if the check refused the estimate.
+        prior: (B,) float64, the prior to predict under: ``estimated`` if it was accepted, else ``source``.
         estimated: (B,) float64, the estimate from the unlabelled data.
         source: (B,) float64, the mean of the calibrated forecasts for the held-out data.
         curve: (K,) float64, read-only: before each step, the gain in log-likelihood of the unlabelled data over
@@ -40,11 +42,13 @@ class PriorEstimate:
         converged: whether the last step changed less than a millionth of the prior. At most 1000 steps are made.
         auc: the AUC of a classifier between weighted held-out features and unlabelled features. It is about 0.5 under
             label shift, and None without features.
-        refused: whether ``auc`` was above the limit, so that ``prior`` is ``source``.
+        refused: whether ``auc`` was above the limit.
+        gain, gain_error: the gain in log-likelihood over ``source``, in nats per sample, of estimates from one half of
+            the unlabelled data on the other half, and its standard error.
+        accepted: whether the gain is above twice its standard error, and the estimate was not refused.
         bbse: (B,) float64, a second estimate by black-box shift estimation, for classes with labels; else None.
     """
 
-    prior: Tensor
     estimated: Tensor
     source: Tensor
     curve: np.ndarray
@@ -52,6 +56,21 @@ class PriorEstimate:
     auc: float | None
     refused: bool
     bbse: Tensor | None
+    gain: float
+    gain_error: float
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the shares of labels differ from those of the source by more than chance explains."""
+        return self.gain > _SURE * self.gain_error
+
+    @property
+    def accepted(self) -> bool:
+        return self.shifted and not self.refused
+
+    @property
+    def prior(self) -> Tensor:
+        return self.estimated if self.accepted else self.source
 
     def __str__(self) -> str:
         def moved(other: Tensor) -> str:
@@ -61,13 +80,20 @@ class PriorEstimate:
         sentences = [
             f"The estimate differs from the source prior by {moved(self.source)} after {len(self.curve)} steps{ended}."
         ]
+        verdict = "a shift" if self.shifted else "no significant shift, and the source prior is used"
+        sentences.append(
+            f"On the other half of the data it gains {self.gain:.3f} ± {self.gain_error:.3f} nats per sample: "
+            f"{verdict}."
+        )
         if self.bbse is not None:
             sentences.append(f"The estimate by BBSE differs from it by {moved(self.bbse)}.")
         if self.auc is None:
             sentences.append("Without features it is not checked that only the shares of labels have shifted.")
         else:
             verdict = (
-                "more than the shares has shifted, and the source prior is used" if self.refused else "it is accepted"
+                "more than the shares has shifted, and the source prior is used"
+                if self.refused
+                else "it passes the check"
             )
             sentences.append(
                 f"A classifier between weighted held-out and unlabelled data has an AUC of {self.auc:.2f}: {verdict}."
@@ -83,7 +109,7 @@ def estimate_prior(
     bins: Bins | None = None,
     features: Any = None,
     source_features: Any = None,
-    max_auc: float = 0.75,
+    max_auc: float = 0.65,
 ) -> PriorEstimate:
     r"""Estimate the label prior of unlabelled data by expectation maximization on a model's forecasts.
 
@@ -94,6 +120,10 @@ def estimate_prior(
 
     and divides t by its sum. Over a continuous axis K is a Gaussian window of 1.5 bins. Without it t would concentrate
     on single bins. Over classes K is the identity.
+
+    An estimate from one half of the unlabelled data is tested on the other half, and the other way round. If its gain
+    over s is not above two standard errors, the shift is not significant, and the prior stays ``source``.
+    ``model.set_prior(estimate)`` then predicts as trained.
 
     If labels of the held-out data are given, they first calibrate the forecasts, by a temperature and a bias per bin,
     smoothed by K. The held-out data must come from the training distribution, and must not have been used for training.
@@ -123,7 +153,7 @@ def estimate_prior(
         smoothed step; Lipton et al. 2018 (arXiv:1802.03916) for BBSE.
 
     >>> held_out = [[0.9, 0.1]] * 3 + [[0.1, 0.9]]
-    >>> estimate = estimate_prior([[0.9, 0.1], [0.1, 0.9]], source=held_out)
+    >>> estimate = estimate_prior([[0.9, 0.1], [0.1, 0.9]] * 100, source=held_out)
     >>> estimate.source.numpy().round(3).tolist(), estimate.prior.numpy().round(3).tolist()
     ([0.7, 0.3], [0.35, 0.65])
     """
@@ -146,6 +176,8 @@ def estimate_prior(
     mean = held_p.mean(0).clip(_LEAST)
     mean /= mean.sum()
     t, curve, converged = _steps(p, mean, window)
+    gains = _held_out_gains(p, mean, window)
+    error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
     bbse = None if row is None or not bins.categorical else torch.from_numpy(_bbse(p, held_p, row))
 
     auc = None
@@ -161,8 +193,9 @@ def estimate_prior(
         )
     source_prior, estimated = torch.from_numpy(mean), torch.from_numpy(t)
     curve.setflags(write=False)
-    prior = source_prior if refused else estimated
-    return PriorEstimate(prior, estimated, source_prior, curve, converged, auc, refused, bbse)
+    return PriorEstimate(
+        estimated, source_prior, curve, converged, auc, refused, bbse, float(gains.mean()), float(error)
+    )
 
 
 def _steps(p: np.ndarray, source: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -178,6 +211,15 @@ def _steps(p: np.ndarray, source: np.ndarray, window: np.ndarray) -> tuple[np.nd
         if np.abs(t - before).sum() / 2 < _STILL:
             return t, np.array(curve), True
     return t, np.array(curve), False
+
+
+def _held_out_gains(p: np.ndarray, source: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """By how much an estimate from the other half explains each sample better than the source does, (N,)."""
+    first = np.random.default_rng(0).permutation(len(p)) < len(p) / 2
+    gains = np.zeros(len(p))
+    for half in (first, ~first) if len(p) > 1 else ():
+        gains[half] = np.log((p[half] @ (_steps(p[~half], source, window)[0] / source)).clip(_LEAST))
+    return gains
 
 
 def _smooth(values: np.ndarray, window: np.ndarray) -> np.ndarray:

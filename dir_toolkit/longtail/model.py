@@ -343,6 +343,8 @@ class LongTailModel(nn.Module):
 
         Args:
             target_prior, tau: as in the readout. :meth:`calibrate` and :meth:`choose_tau` choose tau.
+                The result of :func:`dir_toolkit.estimate_prior` stands for its estimate, or for None if that was not
+                accepted.
             kernel: as ``prior_kernel`` of the readout; ``"auto"`` takes that of the readout.
             temperature: > 0; None keeps the current one.
         Raises:
@@ -459,7 +461,8 @@ class LongTailModel(nn.Module):
             level: in (0, 1).
             regions, per_region: as in :class:`dir_toolkit.conformal.PointConformal`.
             gamma: as in :class:`dir_toolkit.conformal.BinsConformal`, with the training prior. Other heads ignore it.
-            outside: as ``outside`` of the model; None takes the model's own.
+            outside: as ``outside`` of the model; None takes the model's own. A warning counts clipped labels that
+                no interval can hold, because intervals of bins and of ``within_axis=True`` end with the axis.
         Shape:
             scores, labels: as in :class:`LongTailOutput` and in training.
         Raises:

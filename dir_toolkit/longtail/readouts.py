@@ -59,11 +59,12 @@ from ..losses.distribution import coral_loss, crps, soft_cross_entropy, squared_
 from ..losses.gaussian_nll import gaussian_interval, gaussian_nll
 from ..losses.regression import weighted_focal_l1, weighted_focal_mse, weighted_huber, weighted_l1, weighted_mse
 from ..priors import LogitAdjuster, Prior, log_prior_offset
+from ..target_prior import PriorEstimate
 from .intervals import CalibratedIntervals
 
 __all__ = ["BinsReadout", "ClassReadout", "GaussianReadout", "LongTailOutput", "PointReadout"]
 
-TargetPrior = Literal["uniform"] | Prior | None
+TargetPrior = Literal["uniform"] | Prior | PriorEstimate | None
 PriorKernel = Window | Literal["auto"] | None
 
 _HARDLY_ANY = 1e-3  # the smallest smoothed count of a bin that has a label in or near it
@@ -214,7 +215,21 @@ class Readout(nn.Module):
         finite(scores=on_host("scores", scores))
         calibration = self._calibration(_needed("calibrate_intervals", self.density), gamma, weights, **options)
         calibration._add(scores=self.forecast(scores), labels=labels)
+        if self.ends_on_axis and options["outside"] == "clip":
+            values = labels_array(labels, "labels")
+            lost = int(((values < self.bins.edges[0]) | (values > self.bins.edges[-1])).sum())
+            if lost:
+                fix = "a wider or an unbounded axis" + ", or within_axis=False" * isinstance(self, _NumberReadout)
+                warn(
+                    f"{lost} of {len(values)} labels lie beyond the axis, where intervals end, so that they are not "
+                    f"held. Use {fix}."
+                )
         self.intervals.take(calibration, level)
+
+    @property
+    def ends_on_axis(self) -> bool:
+        """Whether no interval reaches beyond the axis."""
+        return not (self.bins.unbounded or self.bins.categorical)
 
     def _calibration(self, density: LabelDensity, gamma: float, weights: LDS | None, **options: Any) -> Conformal:
         return self.conformal(density, **options)
@@ -276,6 +291,10 @@ class _NumberReadout(Readout):
         """The scores and the prediction, in label units."""
         raise NotImplementedError
 
+    @property
+    def ends_on_axis(self) -> bool:
+        return self.within_axis
+
     def _held(self, prediction: Tensor) -> Tensor:
         if not self.within_axis:
             return prediction
@@ -305,7 +324,8 @@ class PointReadout(_NumberReadout):
 
     Args:
         within_axis: whether predictions and ends of intervals are clipped to the axis. Scores and the loss are not
-            clipped. Balanced MSE needs it, since it can predict beyond the labels.
+            clipped. Balanced MSE needs it, since it can predict beyond the labels. No interval then holds a label
+            beyond the axis, which ``outside="clip"`` allows.
         prior_kernel: the window that smooths the density for ``"balanced_mse"``. ``"auto"`` is ``gaussian(5, 2)`` on an
             axis of five bins or more, else None.
     """
@@ -422,6 +442,8 @@ class ScoreReadout(Readout):
         if temperature is None:
             temperature = self.adjuster.temperature.item()
         temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
+        if isinstance(target_prior, PriorEstimate):
+            target_prior = target_prior.estimated if target_prior.accepted else None
         target, kernel = _target_shares(target_prior, self.bins), self.chosen_kernel(kernel)
         offset = self._offset(target, checked_tau(tau), kernel, weights)
         self.adjuster.offset.copy_(offset)

@@ -1,14 +1,14 @@
 """Whether 90 % intervals hold 90 % of the rare labels: calibrated for all labels at once, and region by region.
 
-    python recipes/studies/intervals.py --root DIR                          # seven sets, 5 seeds, 1 thread
+    python recipes/studies/intervals.py --root DIR                          # ten sets, 5 seeds, 1 thread
     python recipes/studies/intervals.py --root DIR --sets abalone --seeds 1
 
-DIR holds ``tables/`` and ``series/``: the tables of ``data_cards/tables.md`` and the series of
-``data_cards/beijing.md``. A seed draws the rows to train on, at most ``--rows`` and half of all. The other rows are
-halved into rows to calibrate and rows to test 20 times, and numbers are means over these halvings. ``beijing_time``
-trains and calibrates on earlier years and tests on the last one, as ``beijing_year``, and on that of another station,
-as ``beijing_station``; the other sets are exchangeable. Regions are those of the training density, with bins without a
-training label among the few. Widths end with the axis. ``OUT/rows.csv`` has a row per set, halving, method and region.
+DIR holds the sets, and ``forecasts.py`` tells how each is trained on. The rows that the network has not seen are halved
+into rows to calibrate and rows to test 5 times, and numbers are means over these halvings; rows from elsewhere are all
+tested, which is where calibration data are not drawn as new data are. There "rolling" calibrates again each month, in
+the order of time, on the labels of as many hours as the held-out rows had at first. Regions are those of the training
+density, with bins without a training label among the few. Widths end with the axis. ``OUT/rows.csv`` has a row per set,
+halving, method and region.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from command_line import parse, run
 @dataclass(frozen=True)
 class Settings:
     root: Path
-    """Folder of ``tables`` and ``series``."""
-    sets: tuple[str, ...] = ("house16H", "abalone", "appliances", "rain", "beijing", "beijing_time")
+    """Folder of the sets."""
+    sets: tuple[str, ...] = (
+        "house16H", "abalone", "appliances", "rain", "beijing", "beijing_time", "utkface", "emobank",
+    )  # fmt: skip
     """Any of these."""
     seeds: int = 5
     """Seeds 0, 1, ... decide which rows train, and what a method draws."""
@@ -44,16 +46,14 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 import torch
+from forecasts import Forecasts, Part, forecasts, halved
 from matplotlib.figure import Figure
-from sklearn.ensemble import HistGradientBoostingRegressor
-from tables import read
+from scipy.special import softmax
 
 import dir_toolkit as dt
 from dir_toolkit.conformal import BinsConformal, PointConformal
-from dir_toolkit.experiment.data.series import beijing
-from dir_toolkit.integrations.scikit_learn import LongTailRegressor
 
-LEVEL, HALVINGS = 0.9, 20
+LEVEL, HALVINGS, MONTH = 0.9, 5, 730  # rows of an hour each
 REGIONS = ("all", "many", "medium", "few")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "boosting, one threshold": ("number", {"per_region": 0.0}),
@@ -65,79 +65,74 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By name: what is calibrated, and how. Besides, "bins, own" is the central interval of the bins' distribution."""
 BASE = "bins, one threshold"
-SHOWN = {"bins, own": "k:s", BASE: "C1-o", "bins, one threshold, p/prior^.5": "C2--v", "bins, per region": "C0-D"}
+SHOWN = {
+    "bins, own": "k:s", BASE: "C1-o", "bins, one threshold, p/prior^.5": "C2--v", "bins, per region": "C0-D",
+    "bins, per region, rolling": "C3-^",
+}  # fmt: skip
 """The methods in the picture, and their lines."""
-Rows = tuple[np.ndarray, np.ndarray]
+ROLLING = "bins, per region, rolling"
 
 
-def rows_of(root: Path, name: str, rng: np.random.Generator) -> tuple[Rows, Rows, dict[str, Rows]]:
-    """The rows to train on, the others, and those to test on where these are from elsewhere."""
-    if not name.startswith("beijing"):
-        x, y = read(root / "tables", name)
-        return *halved((x, np.log1p(y) if name == "appliances" else y), rng), {}
-    parts, far = (beijing(root / "series", station, hours=1) for station in ("Aotizhongxin", "Wanshouxigong"))
-    train, val, test, other = (
-        (part.inputs[part.rows][:, 0], part.labels) for part in (parts.train, parts.val, parts.test, far.test)
-    )
-    if name == "beijing_time":
-        return train, val, {"beijing_year": test, "beijing_station": other}
-    return *halved([np.concatenate(part) for part in zip(train, val, test, strict=True)], rng), {}
-
-
-def halved(rows: Any, rng: np.random.Generator) -> tuple[Rows, Rows]:
-    first, second = np.array_split(rng.permutation(len(rows[1])), 2)
-    return (rows[0][first], rows[1][first]), (rows[0][second], rows[1][second])
-
-
-def judge(root: Path, name: str, seed: int, most: int) -> Iterator[dict[str, Any]]:
+def judge(name: str, seed: int, said: Forecasts) -> Iterator[dict[str, Any]]:
     """What each method covers in each region by its sets and by their hulls, and how wide both are."""
-    rng = np.random.default_rng(seed)
-    (x, y), others, elsewhere = rows_of(root, name, rng)
-    chosen = rng.permutation(len(y))[:most]
-    x, y = x[chosen], y[chosen]
-    bins = dt.Bins.auto(y)
-    density = dt.LabelDensity.count(y, bins)
+    rng, density, bins = np.random.default_rng(seed), said.density, said.density.bins
     regions = np.where(density.counts > 0, density.regions(), "few")
-    trees = HistGradientBoostingRegressor(random_state=seed).fit(x, y)
-    network: Any = LongTailRegressor(bins=bins, head="linear", tau=0.0, random_state=seed).fit(x, y)
 
-    def forecasts(rows: Rows) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        shares = network._predicted(rows[0], lambda x: network.model_(x).distribution)
-        return {"number": trees.predict(rows[0]), "bins": shares}, rows[1]
+    def fresh(method: str) -> tuple[Any, Any]:
+        kind, options = METHODS[method]
+        if kind == "number":
+            return PointConformal(density, regions=regions, **options), lambda part: part.boosted
+        return BinsConformal(density, regions=regions, prior=said.prior, **options), shares
 
     def found(name: str, method: str, y: np.ndarray, ends: Any, held: Any, size: Any) -> Iterator[dict[str, Any]]:
         lower, upper = map(np.asarray, ends)
         width = np.clip(upper, None, bins.edges[-1]) - np.clip(lower, bins.edges[0], None)
         numbers = {"held": held, "size": size, "covered": (lower <= y) & (y <= upper), "width": width}
         for region in REGIONS:
-            own = (regions[bins.index(y)] == region) | (region == "all")
+            own = (regions[bins.index(y, "clip")] == region) | (region == "all")
             row = {"set": name, "seed": seed, "method": method, "region": region, "rows": own.sum()}
-            yield row | {key: value[own].mean() for key, value in numbers.items()}
+            yield row | {key: value[own].mean() if own.any() else np.nan for key, value in numbers.items()}
 
-    known, labels = forecasts(others)
-    tests = {test: forecasts(rows) for test, rows in elsewhere.items()}
+    known = [method for method, (kind, _) in METHODS.items() if kind == "bins" or not np.isnan(said.held.boosted).any()]
     for _ in range(HALVINGS):
-        own, new = np.array_split(rng.permutation(len(labels)), 2)
-        for test, (said, y) in (tests or {name: ({k: v[new] for k, v in known.items()}, labels[new])}).items():
-            ends = dt.interval(torch.from_numpy(said["bins"]), bins, LEVEL, ends=network.model_.readout.ends)
-            yield from found(test, "bins, own", y, ends, np.full(len(y), np.nan), np.full(len(y), np.nan))
-            for method, (kind, options) in METHODS.items():
-                calibration = {"number": PointConformal, "bins": BinsConformal}[kind](
-                    density, regions=regions, **options
-                )
-                calibration.update(known[kind][own], labels[own])
-                yield from found(test, method, y, calibration.interval(said[kind], LEVEL), *sets(calibration, said, y))
+        own, rest = halved(said.held, rng)
+        for test, new in (said.elsewhere or {name: rest}).items():
+            ends = dt.interval(torch.from_numpy(shares(new)), bins, LEVEL, ends=said.ends)
+            yield from found(test, "bins, own", new.labels, ends, *np.full((2, len(new.labels)), np.nan))
+            for method in known:
+                calibration, read = fresh(method)
+                calibration.update(read(own), own.labels)
+                yield from found(
+                    test, method, new.labels, calibration.interval(read(new), LEVEL),
+                    *sets(calibration, read(new), new.labels),
+                )  # fmt: skip
+    for test, new in said.elsewhere.items():
+        both = Part(*map(np.concatenate, zip(said.held, new, strict=True)))
+        first, months = len(said.held.labels), []
+        for start in range(0, len(new.labels), MONTH):
+            calibration, read = fresh("bins, per region")
+            past, now = slice(start, first + start), slice(first + start, first + start + MONTH)
+            calibration.update(read(both)[past], both.labels[past])
+            months.append(
+                (*calibration.interval(read(both)[now], LEVEL), *sets(calibration, read(both)[now], both.labels[now]))
+            )
+        lower, upper, held, size = map(np.concatenate, zip(*months, strict=True))
+        yield from found(test, ROLLING, new.labels, (lower, upper), held, size)
 
 
-def sets(calibration: Any, said: dict[str, np.ndarray], y: np.ndarray) -> Rows:
+def shares(part: Part) -> np.ndarray:
+    return softmax(part.scores.astype(float), axis=1)
+
+
+def sets(calibration: Any, said: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether each set holds its label, and how long its parts are together."""
-    bins, row = calibration.bins, calibration.bins.index(y)
+    bins, row = calibration.bins, calibration.bins.index(y, "clip")
     if isinstance(calibration, BinsConformal):
-        inside = calibration.sets(said["bins"], LEVEL)
+        inside = calibration.sets(said, LEVEL)
         return inside[np.arange(len(y)), row], inside @ np.diff(bins.edges)
-    reach, pred = -calibration.thresholds(LEVEL), said["number"]
-    parts = np.minimum(pred[:, None] + reach, bins.edges[1:]) - np.maximum(pred[:, None] - reach, bins.edges[:-1])
-    return np.abs(y - pred) <= reach[row], parts.clip(min=0).sum(1)
+    reach = -calibration.thresholds(LEVEL)
+    parts = np.minimum(said[:, None] + reach, bins.edges[1:]) - np.maximum(said[:, None] - reach, bins.edges[:-1])
+    return np.abs(y - said) <= reach[row], parts.clip(min=0).sum(1)
 
 
 def summary(rows: pd.DataFrame) -> str:
@@ -162,6 +157,8 @@ def picture(rows: pd.DataFrame, path: Path) -> None:
         mean = rows[rows.set == name].groupby(["method", "region"])[["held", "covered", "width"]].mean()
         base = mean.loc[BASE, "width"].loc[list(REGIONS[1:])]
         for method, look in SHOWN.items():
+            if method not in mean.index:
+                continue
             of_method = mean.loc[method].loc[list(REGIONS[1:])]
             above.plot(REGIONS[1:], 100 * of_method.held.fillna(of_method.covered), look, label=method, markersize=4)
             below.plot(REGIONS[1:], of_method.width / base, look, markersize=4)
@@ -172,7 +169,8 @@ def picture(rows: pd.DataFrame, path: Path) -> None:
             panel.margins(x=0.15)
     axes[0, 0].set_ylabel("labels held, %\n(90 intended)")
     axes[1, 0].set_ylabel("width / that of\none threshold")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(SHOWN), frameon=False)
+    drawn = {label: line for one in axes[0] for line, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="lower center", ncols=len(SHOWN), frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=100)
 
@@ -183,7 +181,7 @@ def main(settings: Settings) -> None:
     rows: list[dict[str, Any]] = []
     for name in settings.sets:
         for seed in range(settings.seeds):
-            rows += judge(settings.root, name, seed, settings.rows)
+            rows += judge(name, seed, forecasts(settings.root, name, seed, settings.rows))
             pd.DataFrame(rows).to_csv(settings.out / "rows.csv", index=False)
             print(f"{name}, seed {seed}", flush=True)
     picture(pd.DataFrame(rows), settings.out / "intervals.png")

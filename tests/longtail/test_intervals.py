@@ -168,6 +168,23 @@ def test_what_is_refused() -> None:
     assert model.readout.intervals.level == 0  # nothing has changed
 
 
+def test_labels_that_no_interval_reaches_are_warned_of() -> None:
+    x, labels = drawn()
+    beyond = labels.double().where(labels < 11, 30.0)
+    lost = int((beyond == 30).sum())
+    for head, options, fix in (
+        ("regression", {"within_axis": True}, "a wider or an unbounded axis, or within_axis=False"),
+        ("linear", {}, "a wider or an unbounded axis"),
+    ):
+        model: Any = untrained(head, **options)
+        with pytest.warns(dt.DirToolkitWarning, match=rf"calibrate_intervals: {lost} of 600 labels .* Use {fix}\.$"):
+            model.calibrate_intervals(model(x).scores, beyond, outside="clip")
+        assert (model.interval(model(x))[1] <= 12).all()
+    free = untrained("regression")
+    free.calibrate_intervals(free(x).scores, beyond, outside="clip")
+    assert (free.interval(free(x))[1] > 12).all()
+
+
 def test_missing_labels_calibrate_nothing_where_the_model_drops_them() -> None:
     x, labels = drawn()
     gaps = labels.double().where(torch.arange(len(labels)) % 5 > 0, torch.nan)

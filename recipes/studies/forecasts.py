@@ -1,0 +1,135 @@
+"""What networks say of rows that they have not seen, on real sets: what the studies of intervals and priors begin with.
+
+The root holds ``tables/``, ``series/``, ``utkface/`` and ``text/`` with the sets of ``data_cards/`` under these names.
+Of tables and series a seed draws the rows to train on, at most ``rows`` and half of all; the network is
+``LongTailRegressor(bins=Bins.auto(y), head="linear", tau=0)``. Of faces and sentences it draws the network, which
+trains on the training part of the set, and is as it was after its last epoch; the other parts together are the unseen
+rows. ``beijing_time`` trains on earlier years, and the last one (``beijing_year``) and that of another station
+(``beijing_station``) are elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import numpy as np
+from sklearn.ensemble import HistGradientBoostingRegressor
+from tables import read
+from text import Reader
+
+import dir_toolkit as dt
+from dir_toolkit.experiment.backbones import small_resnet
+from dir_toolkit.experiment.data.images import Splits
+from dir_toolkit.experiment.data.series import beijing
+from dir_toolkit.experiment.data.text import emobank, word_vectors
+from dir_toolkit.experiment.data.utkface import utkface
+from dir_toolkit.experiment.training.checkpoint import load_checkpoint
+from dir_toolkit.experiment.training.loop import Optimization, fit, predict
+from dir_toolkit.experiment.training.runtime import start_runtime
+from dir_toolkit.integrations.scikit_learn import LongTailRegressor
+
+SETS = ("house16H", "abalone", "appliances", "rain", "beijing", "beijing_time", "utkface", "emobank")
+NETWORKS = ("utkface", "emobank")
+
+
+class Part(NamedTuple):
+    """Rows that the network has not seen: its scores (N, B), the labels (N,), what tells the rows apart (N, D), and
+    what gradient boosting predicts (N,), NaN where it was not trained."""
+
+    scores: np.ndarray
+    labels: np.ndarray
+    features: np.ndarray
+    boosted: np.ndarray
+
+
+class Forecasts(NamedTuple):
+    """The density of the training labels, the prior that the network was trained under (B,), the ends of its bins, and
+    the rows that it has not seen, from where it was trained and from elsewhere, by name."""
+
+    density: dt.LabelDensity
+    prior: np.ndarray
+    ends: Any
+    held: Part
+    elsewhere: dict[str, Part]
+
+
+def forecasts(root: Path, name: str, seed: int, rows: int) -> Forecasts:
+    return of_network(root, name, seed) if name in NETWORKS else of_table(root, name, seed, rows)
+
+
+def of_table(root: Path, name: str, seed: int, rows: int) -> Forecasts:
+    rng = np.random.default_rng(seed)
+    (x, y), others, elsewhere = rows_of(root, name, rng)
+    chosen = rng.permutation(len(y))[:rows]
+    x, y = x[chosen], y[chosen]
+    trees = HistGradientBoostingRegressor(random_state=seed).fit(x, y)
+    network: Any = LongTailRegressor(bins=dt.Bins.auto(y), head="linear", tau=0.0, random_state=seed).fit(x, y)
+    model = network.model_
+
+    def part(x: np.ndarray, y: np.ndarray) -> Part:
+        return Part(network._predicted(x, lambda x: model(x).scores), y, x, trees.predict(x))
+
+    return made(model, part(*others), {key: part(*both) for key, both in elsewhere.items()})
+
+
+def of_network(root: Path, name: str, seed: int) -> Forecasts:
+    splits, bins, backbone, options, epochs = task(root, name)
+    density = dt.LabelDensity.count(splits.train.labels, bins, outside="clip")
+    with start_runtime("cpu", "float32", seed=seed) as runtime, TemporaryDirectory() as folder:
+        with runtime.seeded("network"):
+            body = backbone()
+            model = dt.LongTailModel(body, body.num_features, bins, density=density, outside="clip", **options)
+            fit(
+                model, splits.train, splits.val, metrics=dt.RegressionMetrics(density, outside="clip"),
+                loss=model.criterion, optimization=Optimization(epochs=epochs, batch_size=128, lr=2e-3),
+                runtime=runtime, folder=Path(folder), augmentation=name == "utkface",
+            )  # fmt: skip
+        model.load_state_dict(load_checkpoint(Path(folder) / "checkpoint-last.pt")["model"])
+        said = [predict(model, part, runtime=runtime) for part in (splits.val, splits.test)]
+    scores, features = (np.concatenate([getattr(one, key).numpy() for one in said]) for key in ("scores", "features"))
+    labels = np.concatenate([splits.val.labels, splits.test.labels]).astype(float)
+    return made(model, Part(scores, labels, features, np.full(len(labels), np.nan)), {})
+
+
+def made(model: Any, held: Part, elsewhere: dict[str, Part]) -> Forecasts:
+    readout = model.readout
+    prior = readout.training_prior(readout.chosen_kernel("auto"), None).numpy()
+    return Forecasts(model.density, prior, readout.ends, held, elsewhere)
+
+
+@cache
+def task(root: Path, name: str) -> tuple[Splits, dt.Bins, Any, dict[str, Any], int]:
+    """The parts of a set, its axis, what makes its backbone, the options of its model, and how long it trains."""
+    if name == "utkface":
+        axis = dt.Bins.uniform(0, 117, width=1, integer=True)
+        return utkface(root / "utkface", size=32), axis, small_resnet, {"sigma": 2.0}, 5
+    number, vectors = word_vectors(root / "text")
+    axis = dt.Bins.uniform(1, 5, width=0.1)
+    return emobank(root / "text", number), axis, lambda: Reader(vectors, pairs=False), {}, 4
+
+
+def rows_of(root: Path, name: str, rng: np.random.Generator) -> tuple[Any, Any, dict[str, Any]]:
+    """The rows to train on, the others, and those from elsewhere: inputs and labels of each."""
+    if not name.startswith("beijing"):
+        x, y = read(root / "tables", name)
+        return *halved((x, np.log1p(y) if name == "appliances" else y), rng), {}
+    parts, far = (beijing(root / "series", station, hours=1) for station in ("Aotizhongxin", "Wanshouxigong"))
+    train, val, test, other = (
+        (part.inputs[part.rows][:, 0], part.labels) for part in (parts.train, parts.val, parts.test, far.test)
+    )
+    if name == "beijing_time":
+        return train, val, {"beijing_year": test, "beijing_station": other}
+    return *halved([np.concatenate(part) for part in zip(train, val, test, strict=True)], rng), {}
+
+
+def halved(parts: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Two random halves of the same rows of each array; those of a :class:`Part` are parts."""
+    make = getattr(type(parts), "_make", list)
+    first, second = np.array_split(rng.permutation(len(parts[1])), 2)
+    return make(part[first] for part in parts), make(part[second] for part in parts)

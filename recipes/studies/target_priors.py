@@ -1,0 +1,173 @@
+"""Whether the prior of new data can be told from a model's scores alone, and what predicting under it brings.
+
+    python recipes/studies/target_priors.py --root DIR                          # eight sets, 5 seeds, 1 thread
+    python recipes/studies/target_priors.py --root DIR --sets abalone --seeds 1
+
+DIR holds the sets, and ``forecasts.py`` tells how each is trained on. The rows that the network has not seen are halved
+into held-out rows and rows of which new ones are drawn, with replacement: as they are (``none``), even over the bins
+that hold a label (``even``), the highest 30 % alone (``high``), and in proportion to the rank of the label
+(``tilted``). Rows from elsewhere, of Beijing's last year and of its other station, are natural shifts. Errors are those
+of the median as trained, under the estimate, and under the true prior of the new rows. ``OUT/rows.csv`` has a row per
+set, seed and shift, and ``OUT/target-prior.png`` shows the last seed's priors under the even shift.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from command_line import parse, run
+
+
+@dataclass(frozen=True)
+class Settings:
+    root: Path
+    """Folder of the sets."""
+    sets: tuple[str, ...] = (
+        "abalone", "house16H", "appliances", "rain", "beijing", "beijing_time", "utkface", "emobank",
+    )  # fmt: skip
+    """Any of these."""
+    seeds: int = 5
+    """Seeds 0, 1, ... decide which rows train, and what a method draws."""
+    rows: int = 3000
+    """Most rows to train on."""
+    new: int = 2000
+    """Rows of each shift."""
+    out: Path = Path("runs/target_priors")
+    """Folder of the results."""
+
+
+if __name__ == "__main__":
+    SETTINGS = parse(Settings)  # --help is answered here, before torch is loaded
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import torch
+from forecasts import Forecasts, Part, forecasts, halved
+from matplotlib.figure import Figure
+from scipy.stats import rankdata
+
+import dir_toolkit as dt
+
+SHOWN = "even"  # the shift in the picture
+Curves = dict[str, np.ndarray]
+
+
+def shifts(said: Forecasts, most: int, rng: np.random.Generator) -> tuple[Part, dict[str, Part]]:
+    """Held-out rows, and new ones by the name of their shift."""
+
+    def drawn(part: Part, weight: np.ndarray) -> Part:
+        rows = rng.choice(len(part.labels), most, p=weight / weight.sum())
+        return Part(*(values[rows] for values in part))
+
+    if said.elsewhere:
+        return said.held, {name: drawn(part, np.ones(len(part.labels))) for name, part in said.elsewhere.items()}
+    held, new = halved(said.held, rng)
+    row = said.density.bins.index(new.labels, "clip")
+    weights = {
+        "none": np.ones(len(row)),
+        "even": 1 / np.bincount(row)[row],
+        "high": (new.labels >= np.quantile(new.labels, 0.7)).astype(float),
+        "tilted": rankdata(new.labels),
+    }
+    return held, {name: drawn(new, weight) for name, weight in weights.items()}
+
+
+def judge(name: str, seed: int, said: Forecasts, most: int) -> tuple[list[dict[str, Any]], Curves]:
+    """What the estimate comes to under each shift, and the priors along the axis under one."""
+    bins, prior = said.density.bins, said.prior
+    held, tests = shifts(said, most, np.random.default_rng(1000 + seed))
+    rows, curves = [], {}
+    for shift, new in tests.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dt.DirToolkitWarning)  # that the source prior stays, which the row tells
+            estimate = dt.estimate_prior(
+                new.scores, source=held.scores, labels=held.labels, bins=bins,
+                features=new.features, source_features=held.features,
+            )  # fmt: skip
+        truth = np.bincount(bins.index(new.labels, "clip"), minlength=len(bins)) / len(new.labels)
+        source, estimated = estimate.source.numpy(), estimate.estimated.numpy()
+
+        def error(target: Any, new: Part = new) -> float:
+            logits = torch.from_numpy(new.scores.astype(float))
+            logits = logits if target is None else dt.adjust_logits(logits, prior, target=target)
+            pred = dt.decode(logits.softmax(1), bins, "median", ends=said.ends).numpy()
+            return float(np.abs(pred - new.labels).mean())
+
+        rows.append(
+            {
+                "set": name, "seed": seed, "shift": shift,
+                "tv_training": variation(source, truth), "tv_estimate": variation(estimated, truth),
+                "mae_trained": error(None), "mae_true": error(truth),
+                "mae_adjusted": error(estimated if estimate.accepted else None),
+                "auc": estimate.auc, "gain": estimate.gain / estimate.gain_error, "kept": not estimate.accepted,
+            }
+        )  # fmt: skip
+        if shift == SHOWN:
+            curves = {"true": truth, "training": source, "estimated": estimated}
+    return rows, curves
+
+
+def variation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).sum() / 2)
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """Means and standard deviations over seeds."""
+    by = rows.groupby(["set", "shift"], sort=False)[[c for c in rows if c not in ("set", "seed", "shift")]]
+    mean, spread = by.mean(), by.std()
+    shown = {c: mean[c].map("{:.3g}".format) + " ± " + spread[c].map("{:.2g}".format) for c in mean}
+    return pd.DataFrame(shown).to_string()
+
+
+def picture(curves: dict[str, tuple[dt.Bins, Curves]], path: Path) -> None:
+    """The true, the training and the estimated prior of each set, as shares per label unit."""
+    figure = Figure(figsize=(3.2 * len(curves), 2.9))
+    lines: list[Any] = []
+    for panel, (name, (bins, priors)) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
+    ):
+        widths, (low, *_, high) = np.diff(bins.edges), bins.edges
+        lines = [
+            panel.stairs(shares / widths, bins.edges, color=color, linewidth=width, label=label, fill=fill, baseline=0)
+            for (label, shares), color, width, fill in zip(
+                priors.items(), ("0.85", "C1", "C0"), (0, 1.2, 1.8), (True, False, False), strict=True
+            )
+        ]
+        panel.set_title(name, fontsize=10)
+        panel.set_xlim(low, high)
+        panel.set_yticks([])
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    figure.supylabel("share per label unit", fontsize=9)
+    figure.legend(handles=lines, loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(path, dpi=100)
+
+
+def main(settings: Settings) -> None:
+    settings.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, tuple[dt.Bins, Curves]] = {}
+    for name in settings.sets:
+        for seed in range(settings.seeds):
+            said = forecasts(settings.root, name, seed, settings.rows)
+            more, priors = judge(name, seed, said, settings.new)
+            rows += more
+            if priors:
+                curves[name] = said.density.bins, priors
+            pd.DataFrame(rows).to_csv(settings.out / "rows.csv", index=False)
+            print(f"{name}, seed {seed}", flush=True)
+    if curves:
+        picture(curves, settings.out / "target-prior.png")
+    print(summary(pd.DataFrame(rows)))
+
+
+if __name__ == "__main__":
+    run(main, SETTINGS)

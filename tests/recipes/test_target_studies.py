@@ -1,0 +1,93 @@
+"""The studies of intervals and of target priors, on a small table and on a few sentences."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import running
+
+pytest.importorskip("sklearn", minversion="1.6")
+
+STUDIES = running.RECIPES / "studies"
+WORDS = ["a", "b", "c", "d", "e", "f", "g", "h"]
+TINY = ["--root", ".", "--seeds", "1"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::dir_toolkit.errors.DirToolkitWarning"),  # so few rows teach too little
+]
+
+
+@pytest.fixture(autouse=True)
+def sets(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "text").mkdir()
+    x = random.exponential(4, 400).round(2)
+    table = pd.DataFrame({"Rings": np.ceil(x + random.random(400)), "Sex": "M", "length": x})
+    table.to_csv(tmp_path / "tables/abalone.csv.gz", index=False)
+    vectors = [" ".join([word, *random.normal(size=5).round(3).astype(str)]) for word in WORDS]
+    (tmp_path / "text/glove_100d.txt").write_text("\n".join(vectors))
+    rows = [
+        f"{i},{part},{3 + random.normal() / 3:.2f},3,3,{' '.join(random.choice(WORDS, 4))}"
+        for i, part in enumerate(["train", "dev", "test"] * 140)
+    ]
+    (tmp_path / "text/emobank.csv").write_text("\n".join(["id,split,V,A,D,text", *rows]))
+
+
+def test_intervals_end_in_a_table_and_a_picture(tmp_path: Path) -> None:
+    outcome = running.run(STUDIES / "intervals.py", tmp_path, *TINY, "--sets", "emobank")
+    rows = pd.read_csv(tmp_path / "runs/intervals/rows.csv")
+    assert rows.method.nunique() == 5  # no boosting of sentences
+    whole = rows[rows.region == "all"].groupby("method").held.mean()
+    assert whole["bins, per region"] >= 0.85
+    assert "test rows" in outcome.out
+    assert (tmp_path / "runs/intervals/intervals.png").stat().st_size > 10_000
+
+
+def test_new_rows_are_drawn_as_their_shift_says_and_priors_are_judged(tmp_path: Path) -> None:
+    words = [*TINY, "--sets", "abalone", "--new", "200"]
+    outcome = running.run(STUDIES / "target_priors.py", tmp_path, *words)
+    rows = pd.read_csv(tmp_path / "runs/target_priors/rows.csv").set_index("shift")
+    assert rows.index.tolist() == ["none", "even", "high", "tilted"]
+    assert rows.tv_training["high"] > rows.tv_training["tilted"] > rows.tv_training["none"]
+    assert rows.tv_training["high"] > 0.4
+    kept = rows[rows.kept]
+    np.testing.assert_array_equal(kept.mae_adjusted, kept.mae_trained)
+    assert "tv_estimate" in outcome.out
+    assert (tmp_path / "runs/target_priors/target-prior.png").stat().st_size > 5_000
+
+
+def test_from_elsewhere_calibration_rolls_on_and_shifts_are_natural(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels rise by the month, of which intervals that are calibrated once hold ever fewer, and rolling ones more."""
+    monkeypatch.syspath_prepend(str(STUDIES))
+    intervals: Any = runpy.run_path(str(STUDIES / "intervals.py"))
+    said = drifting(intervals["Forecasts"], intervals["Part"])
+    rows = pd.DataFrame(intervals["judge"]("made", 0, said))
+    held = rows[(rows.region == "all")].groupby("method").covered.mean()
+    assert held["bins, per region, rolling"] > held["bins, per region"] + 0.05
+    priors: Any = runpy.run_path(str(STUDIES / "target_priors.py"))
+    (row,), curves = priors["judge"]("made", 0, said, 200)
+    assert (row["shift"], curves) == ("later", {})
+
+
+def drifting(forecasts: Any, part: Any) -> Any:
+    import dir_toolkit as dt
+
+    random = np.random.default_rng(0)
+    bins = dt.Bins.uniform(0, 10, count=20)
+    density = dt.LabelDensity(bins, [200] * 10 + [30] * 10)
+
+    def rows(count: int, drift: float) -> Any:
+        seen = 4 + random.random(count)
+        labels = (seen + drift * np.arange(count) / count + random.normal(size=count) / 4).clip(0, 9.9)
+        scores = -((seen[:, None] - bins.centers) ** 2)
+        return part(scores, labels, seen[:, None], seen)
+
+    held, later = rows(730, 0.0), rows(2920, 1.2)
+    return forecasts(density, density.prior(), "closed", held, {"later": later})
