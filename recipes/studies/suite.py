@@ -262,7 +262,8 @@ def ranks(rows: pd.DataFrame) -> str:
     bMAE, with the interval that holds 95 % of the averages over sets drawn again."""
     groups = rows.groupby(["set", "method"], sort=False)[["mae", "bmae", "few", "bmase"]]
     means = groups.mean()
-    parts = [means.round(4).astype(str) + " ± " + groups.std().round(4).astype(str)]
+    spread = groups.std().map(lambda value: "" if np.isnan(value) else f" ± {value:.4f}")  # one seed has none
+    parts = [means.map("{:.4f}".format) + spread]
     rank = means["bmae"].unstack("method").dropna().rank(axis=1)  # sets by methods
     drawn = np.random.default_rng(0).integers(0, max(len(rank), 1), (2000, len(rank)))
     if len(rank):

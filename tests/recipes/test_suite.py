@@ -40,6 +40,7 @@ def test_methods_are_tuned_alike_and_judged(here: Callable[..., Outcome], tmp_pa
     assert rows["method"].tolist() == ["l1", "uvote_bins", "c_mixup", "boosting_lds"]
     assert (rows[["mae", "bmae", "bmase"]] > 0).all(axis=None)
     assert "average rank by bMAE over 1 sets" in outcome.out
+    assert f"{rows['bmae'][0]:.4f}" in outcome.out.split("All numbers")[1]
     tried = {path.parent.name for path in (tmp_path / "out/concrete/tune").glob("*/search.db")}
     assert tried == {"l1", "uvote_bins", "c_mixup"}
     for method in tried:  # as many trials for each
