@@ -53,7 +53,7 @@ def affinity_loss(
 
 
 class AffinityLoss(ScoreLoss):
-    """:func:`affinity_loss` as a module."""
+    """:func:`affinity_loss` as a module, with its options."""
 
     def __init__(self, *, margin: float = 0.75) -> None:
         super().__init__(affinity_loss, margin=_margin(margin))

@@ -74,7 +74,7 @@ def ccc_loss(
 
 
 class CCCLoss(PointLoss):
-    """:func:`ccc_loss` as a module."""
+    """:func:`ccc_loss` as a module, with its options."""
 
     def __init__(self, *, missing: Missing = "raise") -> None:
         super().__init__(ccc_loss, missing=missing)

@@ -77,7 +77,7 @@ def cross_entropy(
 
 
 class CrossEntropy(ScoreLoss):
-    """:func:`cross_entropy` as a module."""
+    """:func:`cross_entropy` as a module, with its options."""
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         super().__init__(cross_entropy, label_smoothing=_smoothing(label_smoothing))

@@ -142,7 +142,7 @@ def coral_loss(
 
 
 class CoralLoss(ScoreLoss):
-    """:func:`coral_loss` as a module."""
+    """:func:`coral_loss` as a module, with its options."""
 
     def __init__(self, *, missing: Missing = "raise") -> None:
         super().__init__(coral_loss, missing=missing)
@@ -208,7 +208,7 @@ def crps_of(shares: Tensor, y: Tensor, knots: Tensor) -> Tensor:
 
 
 class CRPS(ScoreLoss):
-    """:func:`crps` as a module."""
+    """:func:`crps` as a module, with its options."""
 
     def __init__(self, bins: Bins, *, outside: Outside = "raise", missing: Missing = "raise") -> None:
         _continuous(bins, outside)
@@ -259,7 +259,7 @@ def squared_emd(
 
 
 class SquaredEMD(ScoreLoss):
-    """:func:`squared_emd` as a module."""
+    """:func:`squared_emd` as a module, with its options."""
 
     def __init__(self, bins: Bins | None = None, *, missing: Missing = "raise") -> None:
         _ordered(bins)

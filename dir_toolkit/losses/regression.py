@@ -61,7 +61,7 @@ def weighted_l1(
 
 
 class WeightedL1(PointLoss):
-    """:func:`weighted_l1` as a module."""
+    """:func:`weighted_l1` as a module, with its options."""
 
     def __init__(self, *, missing: Missing = "raise") -> None:
         super().__init__(weighted_l1, missing=missing)
@@ -87,7 +87,7 @@ def weighted_mse(
 
 
 class WeightedMSE(PointLoss):
-    """:func:`weighted_mse` as a module."""
+    """:func:`weighted_mse` as a module, with its options."""
 
     def __init__(self, *, missing: Missing = "raise") -> None:
         super().__init__(weighted_mse, missing=missing)
@@ -126,7 +126,7 @@ def weighted_huber(
 
 
 class WeightedHuber(PointLoss):
-    """:func:`weighted_huber` as a module."""
+    """:func:`weighted_huber` as a module, with its options."""
 
     def __init__(self, *, delta: float = 1.0, missing: Missing = "raise") -> None:
         super().__init__(weighted_huber, delta=_positive("delta", delta), missing=missing)
@@ -161,7 +161,7 @@ def weighted_focal_l1(
 
 
 class WeightedFocalL1(PointLoss):
-    """:func:`weighted_focal_l1` as a module."""
+    """:func:`weighted_focal_l1` as a module, with its options."""
 
     def __init__(
         self, *, beta: float = 0.2, gamma: float = 1.0, variant: FocalVariant = "paper", missing: Missing = "raise"
@@ -190,7 +190,7 @@ def weighted_focal_mse(
 
 
 class WeightedFocalMSE(PointLoss):
-    """:func:`weighted_focal_mse` as a module."""
+    """:func:`weighted_focal_mse` as a module, with its options."""
 
     def __init__(
         self, *, beta: float = 0.2, gamma: float = 1.0, variant: FocalVariant = "paper", missing: Missing = "raise"

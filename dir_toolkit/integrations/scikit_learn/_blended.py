@@ -135,13 +135,15 @@ class Blended(RegressorMixin):
         """Calibrate ``predict_interval``, so that it holds a share ``level`` of the labels of each region.
 
         Args:
-            X, y: rows that were kept from ``fit``. level, options: as those of
-                :meth:`dir_toolkit.LongTailModel.calibrate_intervals`, whose errors hold here, too.
+            X: rows that were not used in ``fit``.
+            y: their labels.
+            level: the coverage, in (0, 1).
+            options: those of :meth:`dir_toolkit.LongTailModel.calibrate_intervals`, which has the same errors.
         """
         self.model_.calibrate_intervals(torch.from_numpy(self.scores(X)), y, level, **options)
 
     def scores(self, X: Any) -> np.ndarray:
-        """What the model scores each row with under the training prior, (N, B) where it has bins: for
+        """The scores of each row under the training prior, (N, B) with bins, for
         :func:`dir_toolkit.estimate_prior`."""
         return self._predicted(X, lambda x: self.model_(self._of_model(x)).scores)
 
