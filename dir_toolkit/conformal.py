@@ -56,7 +56,7 @@ from ._numerics import wide_dtype
 from ._ranks import check_group, is_parallel
 from ._settings import described, differing, shown
 from .errors import ShapeError
-from .labels.bins import OUTSIDE, Bins, Outside, continuous
+from .labels.bins import MISSING, OUTSIDE, Bins, Missing, Outside, continuous
 from .labels.density import LabelDensity
 
 __all__ = ["BinsConformal", "GaussianConformal", "PointConformal", "conformal_interval"]
@@ -79,12 +79,14 @@ class Conformal(ABC):
         regions: Sequence[str] | np.ndarray | None = None,
         per_region: float = 1.0,
         outside: Outside = "raise",
+        missing: Missing = "raise",
     ) -> None:
         instance(LabelDensity, density=density)
         bins: Any = density.bins
         require(isinstance(bins, Bins), "density must be over one axis", got=bins)
         one_of("outside", outside, OUTSIDE)
-        self.density, self.bins, self.outside = density, bins, outside
+        one_of("missing", missing, MISSING)
+        self.density, self.bins, self.outside, self.missing = density, bins, outside, missing
         self.regions = label_regions(density) if regions is None else _checked_regions(regions, self.bins)
         self._names, self._of_bin = np.unique(self.regions, return_inverse=True)
         self.per_region = number("per_region", per_region, low=0, high=1)
@@ -98,6 +100,7 @@ class Conformal(ABC):
             "regions": self.regions,
             "per_region": self.per_region,
             "outside": self.outside,
+            "missing": self.missing,
         }
 
     def __repr__(self) -> str:
@@ -109,7 +112,7 @@ class Conformal(ABC):
         Args:
             labels: (N,), in label units.
         Raises:
-            ShapeError: the shapes do not fit. LabelError: a label is NaN, or lies beyond the axis under ``"raise"``.
+            ShapeError: the shapes do not fit. LabelError: a label is NaN or lies beyond the axis, under ``"raise"``.
             ValueError: a forecast is not finite, or not a distribution in :class:`BinsConformal`.
         """
         self._add(output=output, labels=labels)
@@ -120,7 +123,7 @@ class Conformal(ABC):
         output = self._checked(name, on_host(name, _as_tensor(name, output)), self.bins)
         labels = on_host(of_labels, _as_tensor(of_labels, labels))
         shaped(output.shape[:1], f"one per forecast of {name}", **{of_labels: labels})
-        row = self.bins.index(labels, self.outside, name=of_labels)
+        row = self.bins.index(labels, self.outside, missing=self.missing, name=of_labels)
         output, labels, row = (part[row >= 0] for part in (output, labels, row))
         finite(**{of_labels: labels})
         self._scores.append(self._score(output, labels, row).double().numpy())
@@ -249,6 +252,7 @@ class PointConformal(Conformal):
             covered less often. Only 0 and 1 have a guarantee.
         outside: for a calibration label beyond the axis: ``"raise"``; ``"clip"``, which assigns it to the end bin; or
             ``"drop"``.
+        missing: for a calibration label that is NaN: ``"raise"`` or ``"drop"``.
     Shape:
         output: (N,), predictions in label units.
 
@@ -284,7 +288,7 @@ class GaussianConformal(Conformal):
     large.
 
     Args:
-        density, regions, per_region, outside: as those of :class:`PointConformal`.
+        density, regions, per_region, outside, missing: as those of :class:`PointConformal`.
     Shape:
         output: (N, 2), the mean and the log-variance, as in :func:`dir_toolkit.losses.gaussian_nll.gaussian_nll`.
 
@@ -322,7 +326,7 @@ class BinsConformal(Conformal):
     V is computed and averaged.
 
     Args:
-        density, regions, per_region, outside: as those of :class:`PointConformal`.
+        density, regions, per_region, outside, missing: as those of :class:`PointConformal`.
         gamma: in [0, 1].
         prior: the training prior, (B,), > 0. None takes that of the density, with at least one label in each bin.
     Shape:
@@ -344,10 +348,11 @@ class BinsConformal(Conformal):
         regions: Sequence[str] | np.ndarray | None = None,
         per_region: float = 1.0,
         outside: Outside = "raise",
+        missing: Missing = "raise",
         gamma: float = 0.5,
         prior: Tensor | np.ndarray | Sequence[float] | None = None,
     ) -> None:
-        super().__init__(density, regions=regions, per_region=per_region, outside=outside)
+        super().__init__(density, regions=regions, per_region=per_region, outside=outside, missing=missing)
         self.gamma = number("gamma", gamma, low=0, high=1)
         self.prior = density.prior(floor=1.0) if prior is None else labels_array(prior, "prior").astype(np.float64)
         shaped((len(self.bins),), "one share per bin", prior=self.prior)
@@ -402,6 +407,7 @@ def conformal_interval(
     regions: Sequence[str] | np.ndarray | None = None,
     per_region: float = 1.0,
     outside: Outside = "raise",
+    missing: Missing = "raise",
 ) -> tuple[Any, Any]:
     """Conformal intervals around the predictions of any regressor, by :class:`PointConformal`.
 
@@ -409,8 +415,7 @@ def conformal_interval(
         pred: the predictions to compute intervals for.
         calibration_pred, calibration_labels: predictions and labels of held-out samples, used neither for training nor
             for choosing settings.
-        density: of the training labels.
-        density, regions, per_region, outside: as in :class:`PointConformal`.
+        density, regions, per_region, outside, missing: as in :class:`PointConformal`.
         level: the coverage in each region, in (0, 1).
     Shape:
         pred: (N,). calibration_pred, calibration_labels: (M,). Returns the lower and the upper end, (N,) each.
@@ -424,7 +429,7 @@ def conformal_interval(
     >>> lower.round(6).tolist(), upper.round(6).tolist()
     ([4.0], [13.0])
     """
-    calibration = PointConformal(density, regions=regions, per_region=per_region, outside=outside)
+    calibration = PointConformal(density, regions=regions, per_region=per_region, outside=outside, missing=missing)
     calibration._add(calibration_pred=calibration_pred, calibration_labels=calibration_labels)
     return calibration._interval(level, pred=pred)
 

@@ -9,7 +9,7 @@ import torch
 
 import dir_toolkit as dt
 from dir_toolkit.conformal import BinsConformal, GaussianConformal, PointConformal, conformal_interval, label_regions
-from dir_toolkit.errors import ShapeError
+from dir_toolkit.errors import LabelError, ShapeError
 
 BINS = dt.Bins.uniform(0, 10, width=1)
 DENSITY = dt.LabelDensity(BINS, [200, 200, 200, 50, 50, 50, 9, 9, 0, 0])
@@ -311,3 +311,25 @@ def test_float32_ends_hold_float64_labels_on_an_edge() -> None:
     calibration.update(shares, labels)
     lower, upper = calibration.interval(shares)
     assert ((lower.numpy() <= labels) & (labels <= upper.numpy())).all()
+
+
+@NO_WARNING
+@pytest.mark.parametrize("kind", [PointConformal, GaussianConformal, BinsConformal])
+@pytest.mark.parametrize("outside", ["raise", "clip", "drop"])
+def test_missing_labels_are_left_out_where_that_is_asked_for(kind: type, outside: Any) -> None:
+    output, labels = drawn(kind, 30, np.random.default_rng(0))
+    gone = np.arange(len(labels)) % 4 == 1
+    holes = np.where(gone, np.nan, labels)
+    one = calibrated(kind, (output, holes), missing="drop", outside=outside)
+    rest = calibrated(kind, (output[~gone], labels[~gone]), outside=outside)
+    assert np.array_equal(one.thresholds(0.8), rest.thresholds(0.8))
+    assert one.counts() == rest.counts()
+    with pytest.raises(LabelError, match=r"labels must not be NaN, .*missing="):
+        calibrated(kind, (output, holes), outside=outside)
+    with pytest.raises(ValueError, match="missing must be one of 'raise', 'drop', got 'skip'"):
+        kind(DENSITY, missing="skip")
+    with pytest.raises(ValueError, match="there must be calibration samples, got none"):
+        calibrated(kind, (output, holes * np.nan), missing="drop").thresholds()
+    if kind is PointConformal:
+        given = conformal_interval(output[:3], output, holes, DENSITY, 0.8, missing="drop", outside=outside)
+        assert np.array_equal(given, rest.interval(output[:3], 0.8))

@@ -311,6 +311,7 @@ CALIBRATED = {
     "regions": {"regions": ["all"] * 60},
     "per_region": {"per_region": 0.5},
     "outside": {"outside": "clip"},
+    "missing": {"missing": "drop"},
 }
 CONFORMAL: list[Case] = [
     Case(dt.conformal.PointConformal, {"density": DENSITY}, CALIBRATED),

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .._checks import (
     drop_alike,
     instance,
-    is_tensor,
     keys,
     labels_array,
     length,
@@ -474,15 +473,9 @@ class LongTailModel(nn.Module):
         scores, shape = as_rows(scores, len(self.readout.score_shape))
         if len(shape) > 1:
             labels = one_per_row("labels", torch.from_numpy(labels_array(labels, "labels")), shape)
-        if self.missing == "drop":
-            is_tensor(scores=scores)
-            labels = labels_array(labels, "labels")
-            there = ~np.isnan(labels)
-            if there.shape == scores.shape[:1]:
-                scores, labels = scores[torch.from_numpy(there).to(scores.device)], labels[there]
         self.readout.calibrate_intervals(
             scores, labels, level, gamma=gamma, weights=self.weights,
-            regions=regions, per_region=per_region, outside=outside,
+            regions=regions, per_region=per_region, outside=outside, missing=self.missing,
         )  # fmt: skip
 
     def interval(self, output: LongTailOutput | Tensor, level: float | None = None) -> tuple[Tensor, Tensor]:
