@@ -61,6 +61,21 @@ def test_the_jobs_from_a_raw_file_run(job: str, capsys: pytest.CaptureFixture[st
     assert "'few': " in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_the_code_of_the_page_on_runs_trains_on_sequences_with_missing_labels(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "running.md").read_text("utf-8"), flags=re.DOTALL)
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "running.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "chosen on 1," in printed  # some 1,700 of the 2,400 labels of validation are there
+    assert "(sample: 100, step: 24)" in printed
+    errors = (names["model"].eval()(names["x"][200:]).prediction - names["y"][200:]).abs()
+    assert errors.nanmean() < 0.7 * (names["y"][200:] - names["y"][:200].nanmedian()).abs().nanmean()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_every_file_a_page_names_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

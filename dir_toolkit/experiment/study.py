@@ -42,7 +42,7 @@ from ..metrics.distribution import DistributionMetrics, distribution_metrics
 from ..metrics.intervals import IntervalMetrics, interval_metrics
 from ..metrics.regression import RegressionMetrics, regression_metrics
 from ..priors import TauChoice
-from .data.images import ImageSet, Splits
+from .data.images import Splits
 from .results.class_figures import class_error_figure, tau_figure
 from .results.comparison import comparison_table
 from .results.comparison_figures import coverage_figure
@@ -207,7 +207,7 @@ class Trial:
                 have the smallest bMAE.
             options: weights, weights_from, sampler, fds, augmentation and fingerprint, as in ``fit``.
         """
-        study, images = self.study, isinstance(self.splits.train, ImageSet)
+        study = self.study
         optimization = study.optimization if optimization is None else optimization
         if isinstance(model, LongTailModel):
             loss = model.criterion if loss is None else loss
@@ -232,11 +232,7 @@ class Trial:
             folder=self.folder,
             resume=True,  # a method may continue another's network; the study itself refuses earlier runs
             checkpoint_minutes=study.checkpoint_minutes,
-            **{
-                "augmentation": images if self.task.augmentation is None else self.task.augmentation,
-                "missing": self.task.missing,
-                **options,
-            },
+            **{"augmentation": self.task.augmentation, "missing": self.task.missing, **options},
         )
         column = "val_" + metrics.selects.removesuffix("/all").replace("/", "_")
         best = min(history, key=lambda row: (math.isnan(row[column]), row[column]))["epoch"]

@@ -555,7 +555,7 @@ def _different(labels: Any) -> np.ndarray:
     not_empty(labels=array)
     if (bad := ~np.isfinite(array)).any():
         got = f"{array[bad.argmax()]} at index [{bad.argmax()}] ({bad.sum()} such labels)"
-        raise label_problem("labels must be finite", got=got, fix="Remove these samples first.")
+        raise label_problem("labels must be finite", got=got, fix=_NO_NAN)
     several = array.min() < array.max()
     require(several, "labels must hold at least two different values", got=f"only {digits(array[0])}")
     return array

@@ -28,7 +28,7 @@ from ...metrics.classification import ClassificationMetrics
 from ...metrics.distribution import DistributionMetrics
 from ...metrics.regression import RegressionMetrics
 from ..data.augment import augment, to_float
-from ..data.images import SampleSet
+from ..data.images import ImageSet, SampleSet
 from .checkpoint import check_plain
 from .identity import run_identity
 from .interrupts import Interrupts
@@ -64,7 +64,7 @@ def fit(
     runtime: Runtime,
     folder: Path,
     resume: bool = False,
-    augmentation: bool | Callable[..., Tensor] = True,
+    augmentation: bool | Callable[..., Tensor] | None = None,
     mixing: Callable[..., tuple[Any, Tensor]] | None = None,
     missing: Missing = "raise",
     checkpoint_minutes: float = 5.0,
@@ -98,8 +98,8 @@ def fit(
             statistics.
         folder: the folder of the run, which is created if missing.
         resume: whether to continue from ``checkpoint-last.pt`` if it exists. A finished run does not change.
-        augmentation: whether to flip and shift images, or a function of inputs, called as ``augmentation(inputs,
-            generator=generator)``.
+        augmentation: whether to flip and shift images, which None does for an ``ImageSet`` only; or a function of
+            inputs, called as ``augmentation(inputs, generator=generator)``.
         mixing: a function that mixes the samples of a batch after augmentation, called as ``mixing(inputs, labels,
             generator=generator)``, such as ``functools.partial(dir_toolkit.labels.c_mixup, bandwidth=2.0)``.
         missing: what a training label that is NaN does: ``"raise"``; or ``"drop"``, with which the loss is to be the
@@ -135,6 +135,7 @@ def fit(
     optional = ((LDS, "weights", weights), (BinSampler, "sampler", sampler), (FDS, "fds", fds))
     for kind, name, value in (*optional, (Callable, "mixing", mixing)):
         instance(kind, **({} if value is None else {name: value}))
+    augmentation = isinstance(train, ImageSet) if augmentation is None else augmentation
     instance((bool, Callable), augmentation=augmentation)
     instance(Optimization, optimization=optimization)
     instance(Runtime, runtime=runtime)
