@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..._checks import drop_alike, instance, number, one_of, problem, require, warn, whole
+from ..._checks import drop_alike, instance, number, one_of, require, warn, whole
 from ...errors import LabelError, SettingsError
 from ...features.fds import FDS
 from ...features.hooks import FDSHook
@@ -395,10 +395,9 @@ def _stop(files: RunFiles, log: RunLog) -> None:
     raise KeyboardInterrupt
 
 
-def _checked_loss(loss: object) -> Tensor:
+def _checked_loss(loss: Any) -> Tensor:
     """The loss, checked to be one number with a gradient."""
-    if not isinstance(loss, Tensor):
-        raise problem("loss must return a tensor", got=type(loss))
+    require(isinstance(loss, Tensor), "loss must return a tensor", got=type(loss))
     require(loss.ndim == 0, "loss must return one number", got=loss.shape, fix="Return the mean over samples.")
     got, fix = "one without a gradient", "Remove .detach() and torch.no_grad(), and use the output that it gets."
     require(loss.requires_grad, "loss must depend on what is trained", got=got, fix=fix, error=RuntimeError)
@@ -452,9 +451,10 @@ def _check_trainable(
 def _labels_there(train: SampleSet, missing: Missing) -> Tensor:
     """The number of labels of each training sample, (N,), without those that are missing."""
     there = ~np.isnan(train.labels).reshape(len(train), -1)
-    got, fix = lambda: f"{int((~there).sum())} that are", 'Pass missing="drop".'
-    require(missing == "drop" or bool(there.all()), "train.labels must not be NaN", got=got, fix=fix, error=LabelError)
-    require(bool(there.any()), "train must hold at least one label that is not missing", got="none", error=LabelError)
+    sound, rule, fix = bool(there.all()), "train.labels must not be NaN", 'Pass missing="drop".'
+    if missing == "drop":
+        sound, rule, fix = bool(there.any()), "train must hold at least one label that is not missing", ""
+    require(sound, rule, got=lambda: f"{int((~there).sum())} that are", fix=fix, error=LabelError)
     return torch.from_numpy(there.sum(1))
 
 

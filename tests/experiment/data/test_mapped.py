@@ -165,7 +165,7 @@ def test_missing_labels_are_refused_by_name_unless_all_drop_them(tmp_path: Path)
             data,
             {"missing": "raise"},
         ),
-        (LabelError, "train must hold at least one label that is not missing, got none", none, {}),
+        (LabelError, "train must hold at least one label that is not missing, got 100 that are", none, {}),
         (ValueError, "missing must be one of 'raise', 'drop', got 'skip'", data, {"missing": "skip"}),
         (
             ValueError,
