@@ -425,9 +425,8 @@ def _check_trainable(
     optimization: Optimization,
     world: int,
 ) -> None:
-    least, batch_size = 2 * world, optimization.batch_size
+    least, batch_size, samples = 2 * world, optimization.batch_size, _samples(train, sampler)
     faults = []
-    samples = _samples(train, sampler)
     if sampler is not None and sampler.num_labels != len(train):
         faults.append(f"sampler must draw from the {len(train)} labels of train, got one of {sampler.num_labels}.")
     if samples < least or batch_size < least:

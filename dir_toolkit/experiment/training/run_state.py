@@ -120,9 +120,9 @@ def optimizer_state(path: Path, saved: Any, optimizer: torch.optim.Optimizer, st
         steps: the number of steps of the whole run.
     """
     own = optimizer.state_dict()
-    groups = saved["param_groups"] if isinstance(saved, dict) and saved.keys() == {"state", "param_groups"} else None
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise foreign(path, "no state of an optimizer")
+    groups = saved["param_groups"] if isinstance(saved, dict) and saved.keys() == {"state", "param_groups"} else ()
+    alike = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+    require_own(path, alike, "no state of an optimizer")
     numbered = [group.get("params") for group in groups]
     same = is_plain(numbered) and numbered == [group["params"] for group in own["param_groups"]]
     require_own(path, same, "an optimizer of other parameters")
