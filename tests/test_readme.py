@@ -42,7 +42,7 @@ def test_the_code_of_the_page_on_priors_runs_and_adjusting_pays(capsys: pytest.C
     torch.manual_seed(0)
     exec(compile(code, "target-prior.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert "it is accepted" in printed
+    assert "it passes the check" in printed
     before, after = (float(number) for number in re.findall(r"MAE ([\d.]+)", printed))
     assert after < 0.95 * before
 
