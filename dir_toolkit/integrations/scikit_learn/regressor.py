@@ -163,7 +163,7 @@ class LongTailRegressor(Blended, LongTailEstimator):
                 weights, not rows.
         """
         self.estimators_: list[LongTailRegressor] | None = None
-        if np.ndim(y) == 2:
+        if np.asarray(without_tensors(y, "y")).ndim == 2:
             values, targets = self._table(X, y=y, y_numeric=True, multi_output=True)
             if targets.shape[1] > 1:
                 self.estimators_ = [clone(self).fit(values, column, sample_weight) for column in targets.T]
