@@ -14,7 +14,7 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..._checks import labels_array, one_of, require
+from ..._checks import labels_array, one_of, require, without_tensors
 from ...experiment.training.runtime import Runtime
 from ...labels.bins import Bins
 from ...labels.decoding import Decoding
