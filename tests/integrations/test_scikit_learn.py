@@ -634,5 +634,10 @@ def test_several_targets_are_learnt_by_a_regressor_each() -> None:
     assert np.array_equal(lower[:, 1], alone[1].predict_interval(x, level=0.8)[0])
     assert regressor.score(x, both) > 0.1
     assert regressor.n_features_in_ == 2
+    before = regressor.predict(x)
+    with pytest.raises(DirToolkitError, match="head must be"):
+        regressor.set_params(head="quantile").fit(x, y)
+    assert np.array_equal(regressor.predict(x), before), "a refused fit leaves the fitted regressor as it was"
+    regressor.set_params(head="auto")
     assert regressor.fit(x, both[:, :1]).predict(x).shape == (200,)
     assert regressor.estimators_ is None

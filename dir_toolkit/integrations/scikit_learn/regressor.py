@@ -162,11 +162,11 @@ class LongTailRegressor(Blended, LongTailEstimator):
             sample_weight: >= 0, scaled to a mean of one. A row of weight zero is ignored. The training prior counts
                 weights, not rows.
         """
-        self.estimators_: list[LongTailRegressor] | None = None
         if np.asarray(without_tensors(y, "y")).ndim == 2:
             values, targets = self._table(X, y=y, y_numeric=True, multi_output=True)
             if targets.shape[1] > 1:
-                self.estimators_ = [clone(self).fit(values, column, sample_weight) for column in targets.T]
+                one_each = [clone(self).fit(values, column, sample_weight) for column in targets.T]
+                self.estimators_: list[LongTailRegressor] | None = one_each
                 return self
             y = targets[:, 0]
         one_of("head", self.head, _HEADS)
@@ -193,7 +193,7 @@ class LongTailRegressor(Blended, LongTailEstimator):
             options["sigma"] = self.sigma
         if self.decode is not None:
             options["decode"] = self.decode
-        self.number_, self.share_, self.tau_choice_ = None, 0.0, None
+        self.estimators_, self.number_, self.share_, self.tau_choice_ = None, None, 0.0, None
         self.choice_, self.trees_ = [], list[HistGradientBoostingRegressor]()
         if auto:
             self.number_, numbers = self._fit_model(rows, bins, "regression", self.weights or "sqrt_inverse", *training)
