@@ -55,6 +55,7 @@ def test_the_jobs_from_a_raw_file_run(job: str, capsys: pytest.CaptureFixture[st
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     code = blocks[["table", "sentences", "series"].index(job)].replace('"data/', f'"{REAL.as_posix()}/')
     assert len(code.split("\n")) < 30
+    code = re.sub(r"range\(\d\)", "range(1)", code)  # one epoch shows that it runs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dt.errors.DirToolkitWarning)
         exec(compile(code, "jobs.md", "exec"), {"__name__": "jobs"})
