@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._checks import instance, one_of, shaped, whole
 from .._settings import shown
 from ..errors import DirToolkitWarning
-from ..labels.bins import Bins
+from ..labels.bins import Bins, continuous
 from ..labels.density import LabelDensity
 from ..labels.grid import Windows
 from ..labels.soft_labels import limits
@@ -55,8 +55,8 @@ class VotingModel(nn.Module):
 
     The loss of a Gaussian head is :math:`q(y)^{-\tau_m}` times the negative log-likelihood, with a mean weight of one.
     A head over bins is trained with its logits adjusted by :math:`\tau_m` times the log of the training prior, so that
-    it predicts under a prior between that of training and a uniform one. The loss is the mean over the heads. The paper
-    has only Gaussian heads.
+    it predicts under a prior between that of training and a uniform one. The loss is the mean over the heads. The
+    paper has no heads over bins, and the authors' code sums the losses of Laplace heads.
 
     Train it like :class:`LongTailModel`. The heads are the models ``model.members``, whose priors can be set.
 
@@ -106,7 +106,8 @@ class VotingModel(nn.Module):
         instance(LabelDensity, density=density)
         heads = whole("heads", heads, low=1)
         one_of("head", head, ("gaussian", "linear", "cosine", "affinity", "coral", "corn"))
-        self.backbone, self.bins, self.kernel = backbone, bins, kernel
+        continuous(bins, "Classes have no order.")
+        self.backbone, self.bins, self.kernel, self.num_features = backbone, bins, kernel, num_features
 
         def member(power: float) -> LongTailModel:
             own: dict[str, Any] = {"target_prior": "uniform", "tau": power, "adjust": "in_loss"}
@@ -122,6 +123,7 @@ class VotingModel(nn.Module):
 
     def forward(self, x: Any, labels: Tensor | None = None, weight: Tensor | None = None) -> VotingOutput:
         features = self.backbone(x)
+        shaped(("N", self.num_features), "one row per sample", features=features)
         of_heads = [member(features) for member in self.members]
         scores, residual = (torch.stack([getattr(out, name) for out in of_heads], 1) for name in ("scores", "residual"))
         spread = torch.stack([_spread(*pair) for pair in zip(self.members, of_heads, strict=True)], 1)
@@ -150,7 +152,7 @@ class VotingModel(nn.Module):
     def _loss(self, m: int, output: VotingOutput, labels: Tensor, weight: Tensor | None) -> Tensor:
         member: Any = self.members[m]
         if weight is not None and member.weights is not None:
-            weight = weight * member.weights(labels).to(weight.dtype)
+            weight = weight * member.weights(labels)
         own = LongTailOutput(
             output.loss, output.scores[:, m], output.prediction, output.features, output.distribution,
             output.residual[:, m],
@@ -169,9 +171,9 @@ class VotingModel(nn.Module):
         """
         instance(VotingOutput, output=output)
         member: Any = self.members[0]
-        if isinstance(member.readout, GaussianReadout):
-            return member.interval(_of_surest(output.scores, output.surest), level)
-        return member.interval(output.distribution, level)
+        gaussian = isinstance(member.readout, GaussianReadout)
+        forecast = _of_surest(output.scores, output.surest) if gaussian else output.distribution
+        return member.readout._central(forecast, level)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -195,5 +197,6 @@ def _spread(member: Any, output: LongTailOutput) -> Tensor:
         knots = limits(member.bins, output.distribution, ends=member.readout.ends)
         middle, widths = (knots[1:] + knots[:-1]) / 2, knots.diff()
         middle = middle - middle.mean()  # avoids cancellation far from zero
-        mean = output.distribution @ middle
-        return (output.distribution @ (middle.square() + widths.square() / 12) - mean.square()).clamp_min(0).sqrt()
+        shares = output.distribution.to(knots.dtype)
+        mean = shares @ middle
+        return (shares @ (middle.square() + widths.square() / 12) - mean.square()).clamp_min(0).sqrt()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import dir_toolkit as dt
-from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.errors import ArgumentError, LabelError, ShapeError
 from dir_toolkit.labels.soft_labels import limits, soft_labels
 from dir_toolkit.longtail import VotingModel, VotingOutput
 
@@ -32,7 +32,7 @@ def inverse_weights(power: float, y: Tensor) -> np.ndarray:
     return weights[AGES.index(y.numpy())]
 
 
-def test_gaussian_heads_have_the_loss_and_the_vote_of_the_paper() -> None:
+def test_gaussian_heads_have_the_loss_and_the_vote_of_the_formula() -> None:
     x, y = batch()
     model = voting(kernel=None, heads=4).double()
     own = torch.linspace(0.5, 2, len(y)).double()
@@ -151,3 +151,22 @@ def test_arguments_are_checked() -> None:
     assert clipped(x, y + 100).loss.isfinite()
     assert isinstance(clipped(x), VotingOutput)
     assert math.isnan(clipped(x).loss.item())
+
+
+def test_whole_weights_and_axes_of_large_numbers_lose_nothing() -> None:
+    bins = dt.Bins.uniform(100_000, 100_020, width=0.5)
+    density = dt.LabelDensity(bins, torch.arange(1, 41))
+    x, y = torch.randn(4, 3), torch.tensor([100_001.0, 100_019.0, 100_017.0, 100_003.0], dtype=torch.float64)
+    assert VotingModel(nn.Linear(3, 6), 6, bins, density=density, head="linear")(x).spread.isfinite().all()
+    model = VotingModel(nn.Linear(3, 6), 6, bins, density=density)
+    assert_close(model(x, y, torch.tensor([1, 1, 1, 0])).loss, model(x, y, torch.tensor([1.0, 1, 1, 0])).loss)
+
+
+def test_classes_and_sequences_are_refused() -> None:
+    classes = dt.Bins.classes(3)
+    with pytest.raises(ArgumentError, match="bins must cut a continuous label axis"):
+        VotingModel(nn.Linear(3, 6), 6, classes, density=dt.LabelDensity(classes, [3, 2, 1]), head="linear")
+    bins = dt.Bins.uniform(0, 20, width=1)
+    model = VotingModel(nn.Linear(3, 6), 6, bins, density=dt.LabelDensity(bins, torch.arange(1, 21)))
+    with pytest.raises(ShapeError, match=r"features must be \(N, 6\)"):
+        model(torch.randn(2, 5, 3))

@@ -21,11 +21,11 @@ def uphill(parameters: Iterable[Tensor], rho: float, model: nn.Module | None = N
     exactly.
 
     Args:
-        model: its BatchNorm statistics do not change in the context.
+        model: its buffers, such as the statistics of BatchNorm, are restored, too.
     """
     moved = [p for p in parameters if p.grad is not None]
-    before = [p.detach().clone() for p in moved]
-    momenta = {m: m.momentum for m in (() if model is None else model.modules()) if isinstance(m, _NORMS)}
+    buffers = [] if model is None else list(model.buffers())
+    before = [value.detach().clone() for value in (*moved, *buffers)]
     with torch.no_grad():
         norms = [torch.linalg.vector_norm(p.grad, dtype=wide_dtype(p)).float() for p in moved]  # type: ignore[arg-type]
         scale = rho / (torch.stack(norms).norm() + torch.finfo(torch.float32).tiny) if moved else 0.0
@@ -33,18 +33,11 @@ def uphill(parameters: Iterable[Tensor], rho: float, model: nn.Module | None = N
             assert p.grad is not None
             p.add_((p.grad * scale).to(p.dtype))
     try:
-        for norm in momenta:
-            norm.momentum = 0.0
         yield
     finally:
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
         with torch.no_grad():
-            for p, old in zip(moved, before, strict=True):
-                p.copy_(old)
-
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+            for value, old in zip((*moved, *buffers), before, strict=True):
+                value.copy_(old)
 
 
 class BSAM(torch.optim.Optimizer):
@@ -73,7 +66,7 @@ class BSAM(torch.optim.Optimizer):
     Args:
         base: an optimizer of the parameters. Its groups and its state are used, so that schedulers work.
         rho: the length of the step along the gradient, > 0, in the Euclidean norm of all parameters.
-        model: its BatchNorm statistics are updated in the first pass alone.
+        model: its buffers, such as the statistics of BatchNorm, are updated in the first pass alone.
     Source:
         Liu et al. 2025 (arXiv:2508.16973); Foret et al. 2021, algorithm 1, for SAM (arXiv:2010.01412).
     """
