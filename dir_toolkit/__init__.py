@@ -1,8 +1,8 @@
 """Imbalanced regression and long-tailed classification in PyTorch.
 
 The most used names can be imported from here. All others are in ``dt.labels``, ``dt.features``, ``dt.heads``,
-``dt.losses``, ``dt.metrics``, ``dt.priors``, ``dt.conformal`` and ``dt.decoupling``. Data sets, training loops and
-results are in ``dir_toolkit.experiment``, which is not imported here.
+``dt.losses``, ``dt.metrics``, ``dt.priors``, ``dt.longtail``, ``dt.target_prior``, ``dt.conformal``, ``dt.decoupling``
+and ``dt.errors``. Data sets, training loops and results are in ``dir_toolkit.experiment``, which is not imported here.
 """
 
 from . import conformal, decoupling, errors, features, heads, labels, losses, metrics, priors

@@ -44,7 +44,8 @@ class PriorEstimate:
             label shift, and None without features.
         refused: whether ``auc`` was above the limit.
         gain, gain_error: the gain in log-likelihood over ``source``, in nats per sample, of estimates from one half of
-            the unlabelled data on the other half, and its standard error.
+            the unlabelled data on the other half, and its standard error. The error assumes independent samples; it is
+            too small for neighbouring samples of a series.
         accepted: whether the gain is above twice its standard error, and the estimate was not refused.
         bbse: (B,) float64, a second estimate by black-box shift estimation, for classes with labels; else None.
     """

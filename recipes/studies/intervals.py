@@ -1,6 +1,6 @@
 """Whether 90 % intervals hold 90 % of the rare labels: calibrated for all labels at once, and region by region.
 
-    python recipes/studies/intervals.py --root DIR                          # ten sets, 5 seeds, 1 thread
+    python recipes/studies/intervals.py --root DIR                          # eight sets, 5 seeds, 1 thread
     python recipes/studies/intervals.py --root DIR --sets abalone --seeds 1
 
 DIR holds the sets, and ``forecasts.py`` tells how each is trained on. The rows that the network has not seen are halved
