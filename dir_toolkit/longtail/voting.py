@@ -61,7 +61,7 @@ class VotingModel(nn.Module):
 
     Train it with ``model(x, labels).loss``, as :class:`LongTailModel`. It has :meth:`criterion` and :meth:`interval`,
     but none of ``calibrate``, ``calibrate_intervals``, ``predict``, ``set_prior`` and ``save``. Keep its ``state_dict``
-    instead. The heads are the models ``model.members``, (N, D) each, whose priors can be set.
+    instead. The heads are the models ``model.members`` of features (N, D), whose priors can be set.
 
     Args:
         backbone: a module from inputs to features (N, D).
