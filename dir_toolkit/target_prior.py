@@ -31,7 +31,7 @@ _SURE = 2.0  # standard errors, by which an estimate must explain data better th
 
 @dataclass(frozen=True, eq=False)
 class PriorEstimate:
-    """The result of :func:`estimate_prior`. Its ``str`` summarises it in a sentence or two.
+    """The result of :func:`estimate_prior`. Its ``str`` summarises it in a few sentences.
 
     Attributes:
         prior: (B,) float64, the prior to predict under: ``estimated`` if it was accepted, else ``source``.
@@ -44,9 +44,10 @@ class PriorEstimate:
             label shift, and None without features.
         refused: whether ``auc`` was above the limit.
         gain, gain_error: the gain in log-likelihood over ``source``, in nats per sample, of estimates from one half of
-            the unlabelled data on the other half, and its standard error. The error assumes independent samples; it is
-            too small for neighbouring samples of a series.
-        accepted: whether the gain is above twice its standard error, and the estimate was not refused.
+            the unlabelled data on the other half, and its standard error. That is the standard deviation over the
+            square root of N, which holds for independent samples and is too small for others.
+        shifted: whether the gain is above twice its standard error.
+        accepted: whether ``shifted``, and the estimate was not refused.
         bbse: (B,) float64, a second estimate by black-box shift estimation, for classes with labels; else None.
     """
 
@@ -124,7 +125,8 @@ def estimate_prior(
 
     An estimate from one half of the unlabelled data is tested on the other half, and the other way round. If its gain
     over s is not above two standard errors, the shift is not significant, and the prior stays ``source``.
-    ``model.set_prior(estimate)`` then predicts as trained.
+    ``model.set_prior(estimate)`` then predicts as trained, and ``model.set_prior(estimate.estimated)`` uses it anyway.
+    The test supposes that the samples are independent.
 
     If labels of the held-out data are given, they first calibrate the forecasts, by a temperature and a bias per bin,
     smoothed by K. The held-out data must come from the training distribution, and must not have been used for training.
@@ -141,7 +143,7 @@ def estimate_prior(
         bins: the label axis; None means classes.
         features, source_features: the features of the unlabelled and the held-out data, for the check. It also needs
             labels.
-        max_auc: the limit of the check; 1 accepts every estimate.
+        max_auc: the limit of the check, in [0.5, 1]; at 1 it refuses nothing. The gain is tested all the same.
     Shape:
         scores: (N, B). source: (M, B). labels: (M,). features: (N, D). source_features: (M, D).
     Raises:
@@ -190,7 +192,7 @@ def estimate_prior(
     if refused:
         warn(
             f"more has shifted than the shares of labels, since a classifier between the data has an AUC of "
-            f"{auc:.2f} above {max_auc:g}. The source prior is used. Pass max_auc=1 to use the estimate anyway."
+            f"{auc:.2f} above {max_auc:g}. The source prior is used. Pass estimated to set_prior to use it anyway."
         )
     source_prior, estimated = torch.from_numpy(mean), torch.from_numpy(t)
     curve.setflags(write=False)

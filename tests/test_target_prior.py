@@ -154,7 +154,7 @@ def test_a_shift_of_labels_passes_the_check() -> None:
 def test_a_shift_of_features_is_refused_unless_told_otherwise() -> None:
     moved = NEW_X + np.array([0.0, 2.0])
     given: dict[str, Any] = {"source": class_scores(HELD_X), "labels": HELD_Y, "source_features": HELD_X}
-    with pytest.warns(DirToolkitWarning, match=r"^estimate_prior: .* AUC of 0\.\d\d above 0\.65\. .* Pass max_auc=1"):
+    with pytest.warns(DirToolkitWarning, match=r"^estimate_prior: .* AUC of 0\.\d\d above 0\.65\. .* Pass estimated"):
         estimate = estimate_prior(class_scores(moved), features=moved, **given)
     assert estimate.refused
     assert estimate.prior is estimate.source

@@ -1,4 +1,4 @@
-"""Ordinal heads: a question of "greater than?" at each border of two bins, whose answers make a distribution."""
+"""Ordinal heads: one binary classifier per bin edge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CoralHead", "CornHead"]
 
 
 class _OrdinalHead(SoundModule):
-    """A logit for each of the C - 1 borders. What is known of them makes the log-probabilities of the C bins."""
+    """A logit for each of the C - 1 inner edges. The subclass turns them into log-probabilities of the C bins."""
 
     @torch.inference_mode(False)  # what is kept must serve training, too
     def __init__(self, num_features: int, num_classes: int, *, shared: bool) -> None:
@@ -33,7 +33,7 @@ class _OrdinalHead(SoundModule):
         """Draw the weights anew, normal, so that logits differ by about one; a feature of zero has even shares."""
         nn.init.normal_(self.weight, std=self.num_features**-0.5)
         with torch.no_grad():
-            above = torch.arange(self.num_classes - 1, 0, -1, dtype=torch.float64)  # bins above each border
+            above = torch.arange(self.num_classes - 1, 0, -1, dtype=torch.float64)  # bins above each edge
             self.bias.copy_(self._even(above))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -60,13 +60,13 @@ class _OrdinalHead(SoundModule):
 
 
 class CoralHead(_OrdinalHead):
-    r"""One direction for all borders: :math:`P(y > b) = \sigma(w \cdot z + \beta_b)` with falling :math:`\beta_b`.
+    r"""One direction for all inner edges: :math:`P(y > b) = \sigma(w \cdot z + \beta_b)` with falling :math:`\beta_b`.
 
-    Its scores are the log-probabilities of the bins, of which each is the difference of two such probabilities, so that
-    whatever takes logits takes them: losses, priors, intervals. :func:`~dir_toolkit.losses.coral_loss` is the paper's.
+    Its scores are the log-probabilities of the bins. The probability of a bin is the difference of two adjacent ones.
+    The scores can replace logits. :func:`~dir_toolkit.losses.coral_loss` is the paper's.
 
-    In the paper the biases are free, and it proves that they fall in order once the loss is least. Here they are in
-    order from the start, :math:`\beta_b = \beta_{b-1} - \mathrm{softplus}(g_b)`, so that no share is ever negative.
+    In the paper the biases are free, and it proves that they are ordered at the optimum. Here they are in order from
+    the start, :math:`\beta_b = \beta_{b-1} - \mathrm{softplus}(g_b)`, so that no share is ever negative.
 
     Args:
         num_features: D.
@@ -75,8 +75,11 @@ class CoralHead(_OrdinalHead):
         weight: (1, D), the direction w. bias: (C - 1,), :math:`\beta_0` and then :math:`g_1, g_2, \dots`
     Shape:
         forward: features (N, D). Returns (N, C), rows whose exponentials sum to one.
+    Raises:
+        TypeError: a size is not a whole number, or features are not real numbers. ValueError: a size is below 1.
+        ShapeError: features are not (N, D).
     Source:
-        Cao, Mirjalili and Raschka 2020, section 3 (arXiv:1901.07884).
+        Cao, Mirjalili and Raschka 2020 (arXiv:1901.07884).
 
     >>> CoralHead(2, 4)(torch.zeros(1, 2)).exp()
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]], grad_fn=<ExpBackward0>)
@@ -86,7 +89,7 @@ class CoralHead(_OrdinalHead):
         super().__init__(num_features, num_classes, shared=True)
 
     def _even(self, above: Tensor) -> Tensor:
-        at = (above / above.flip(0)).log()  # as many bins lie above a border as below its mirror image
+        at = (above / above.flip(0)).log()  # as many bins lie above an edge as below its mirror image
         return torch.cat([at[:1], (-at.diff()).expm1().log()])
 
     def _log_shares(self, projected: Tensor) -> Tensor:
@@ -94,21 +97,22 @@ class CoralHead(_OrdinalHead):
         fall = pad(softplus(gaps).cumsum(0), (min(1, len(self.bias)), 0))
         logits = projected + self.bias[:1].to(projected.dtype) - fall  # (N, C - 1)
         above, below = pad(logsigmoid(logits), (1, 0)), pad(logsigmoid(-logits), (0, 1))
-        # s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)) for the logits a and b of a bin's borders, and a - b = softplus(g).
+        # s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)) for the logits a and b of a bin's edges, and a - b = softplus(g).
         return above + below + pad(logsigmoid(gaps), (1, self.num_classes - 1 - len(gaps)))
 
 
 class CornHead(_OrdinalHead):
-    r"""A question for each border that is asked only above the one before:
+    r"""One classifier per inner edge, conditional on the previous edge being exceeded:
     :math:`P(y > b \mid y > b - 1) = \sigma(w_b \cdot z + \beta_b)`.
 
-    Its scores are the log-probabilities of the bins,
-    :math:`\log p_b = \log(1 - \sigma_b) + \sum_{j < b} \log \sigma_j`, so that whatever takes logits takes them.
+    Its scores are the log-probabilities of the bins, which can replace logits:
+    :math:`\log p_b = \log(1 - \sigma_b) + \sum_{j < b} \log \sigma_j`, without the first term for the last bin, which
+    has no edge above it.
 
-    The paper's loss sums, over the borders, the binary cross-entropies of the samples that lie above the border before.
-    For a sample in bin b these are its borders up to b, and their sum is :math:`-\log p_b`. So
+    The paper's loss sums binary cross-entropies over edges; an edge uses only samples beyond the previous one. For a
+    sample in bin b these are its edges up to b, and their sum is :math:`-\log p_b`. So
     :func:`~dir_toolkit.losses.cross_entropy` of these scores is that loss; the paper divides the sum over a batch by
-    the number of questions asked rather than by the number of samples.
+    the number of terms rather than by the number of samples.
 
     Args:
         num_features: D.
@@ -117,8 +121,11 @@ class CornHead(_OrdinalHead):
         weight: (C - 1, D). bias: (C - 1,).
     Shape:
         forward: features (N, D). Returns (N, C), rows whose exponentials sum to one.
+    Raises:
+        TypeError: a size is not a whole number, or features are not real numbers. ValueError: a size is below 1.
+        ShapeError: features are not (N, D).
     Source:
-        Shi, Cao and Raschka 2023, section 3 (arXiv:2111.08851).
+        Shi, Cao and Raschka 2023 (arXiv:2111.08851).
 
     >>> CornHead(2, 4)(torch.zeros(1, 2)).exp()
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]], grad_fn=<ExpBackward0>)

@@ -44,7 +44,7 @@ def c_mixup(
         ShapeError: the sizes of inputs and labels differ. TypeError: inputs are not floats. ValueError: a number is out
         of range, or there is no sample.
     Source:
-        Yao et al. 2022, equation 6 and algorithm 1 (arXiv:2210.05775).
+        Yao et al. 2022 (arXiv:2210.05775).
 
     >>> x, y = torch.tensor([[0.0], [1.0], [50.0]]), torch.tensor([0.0, 1.0, 50.0])
     >>> mixed, labels = c_mixup(x, y, bandwidth=2.0, generator=torch.Generator().manual_seed(0))

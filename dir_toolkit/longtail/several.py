@@ -175,7 +175,14 @@ class MultiTargetModel(nn.Module):
         return [part if shape else part.squeeze(-1) for part, shape in parts]
 
     def set_prior(self, target_prior: TargetPrior = None, tau: float = 1.0) -> None:
-        """:meth:`LongTailModel.set_prior` of all targets, which must have bins or classes."""
+        """:meth:`LongTailModel.set_prior` of all targets, which must have bins or classes.
+
+        Args:
+            target_prior: one for all targets. A prior (B,) fits only if all have B bins.
+            tau: >= 0.
+        Raises:
+            as :meth:`LongTailModel.set_prior`. Targets before the one that raises have changed by then.
+        """
         for target in self.targets:
             target.set_prior(target_prior, tau)
 
@@ -219,16 +226,29 @@ class MultiTargetModel(nn.Module):
     def interval(self, output: LongTailOutput, level: float | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`LongTailModel.interval` of each target.
 
+        Args:
+            level: in (0, 1), for all targets; None means the calibrated level of each, or 0.9 before calibration.
         Shape:
             Returns the lower and the upper end, (N, K) each.
+        Units:
+            those of each label.
+        Raises:
+            as :meth:`LongTailModel.interval`.
         """
         pairs = zip(self.targets, self.of_targets(output), strict=True)
         lower, upper = zip(*(target.interval(own, level) for target, own in pairs), strict=True)
         return torch.stack(lower, -1), torch.stack(upper, -1)
 
     def predict(self, inputs: Tensor | Iterable[Any], *, level: float | None = None) -> xr.Dataset:
-        """The table of :meth:`LongTailModel.predict`, over samples and targets. It has ``lower`` and ``upper`` if all
-        targets have intervals."""
+        """The table of :meth:`LongTailModel.predict` over (sample, target), or (sample, step, target) for sequences. It
+        has ``lower`` and ``upper`` if all targets have intervals.
+
+        Args:
+            inputs: as in :meth:`LongTailModel.predict`.
+            level: as in :meth:`interval`. If it is given, a target without intervals raises an error.
+        Raises:
+            as :meth:`LongTailModel.predict`.
+        """
         import xarray as xr
 
         ends = level is not None or all(target.readout.has_interval for target in self.targets)
@@ -242,7 +262,11 @@ class MultiTargetModel(nn.Module):
         return xr.concat(tables, "target", combine_attrs="override").transpose("sample", ..., "target")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save the model in one file, as :meth:`LongTailModel.save`. Heads and losses must be named, not custom."""
+        """Save the model in one file, as :meth:`LongTailModel.save`, which has the same errors.
+
+        Raises:
+            ValueError: a head or a loss is custom, not named.
+        """
         from .saving import save
 
         save(self, path)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, one_of, shaped, whole
+from .._checks import instance, one_of, require, shaped, whole
 from .._settings import shown
 from ..errors import DirToolkitWarning
 from ..labels.bins import Bins, continuous
@@ -33,7 +33,7 @@ class VotingOutput(NamedTuple):
         distribution: (N, B), the distribution of the most certain head; (N, 0) for Gaussian heads.
         residual: (N, M, B) or (N, M, 0), the residuals of each head.
         spread: (N, M), the predicted standard deviation of each head, in label units.
-        surest: (N,) int64, the head with the smallest spread.
+        most_certain: (N,) int64, the head with the smallest spread.
     """
 
     loss: Tensor
@@ -43,33 +43,37 @@ class VotingOutput(NamedTuple):
     distribution: Tensor
     residual: Tensor
     spread: Tensor
-    surest: Tensor
+    most_certain: Tensor
 
 
 class VotingModel(nn.Module):
     r"""Uncertainty voting: heads are trained with increasing weight on rare labels; the most certain one predicts.
 
-    Head m of M balances the smoothed label density q, as in :class:`~dir_toolkit.LDS`, with the exponent
+    Head m of M has the exponent
 
     .. math:: \tau_m = m / (M - 1), \qquad m = 0, \dots, M - 1
 
-    The loss of a Gaussian head is :math:`q(y)^{-\tau_m}` times the negative log-likelihood, with a mean weight of one.
+    and a single head has the exponent 0. The loss of a Gaussian head is :math:`q(y)^{-\tau_m}` times the negative
+    log-likelihood, with a mean weight of one. Here q is the smoothed label density, as in :class:`~dir_toolkit.LDS`.
     A head over bins is trained with its logits adjusted by :math:`\tau_m` times the log of the training prior, so that
     it predicts under a prior between that of training and a uniform one. The loss is the mean over the heads. The
     paper has no heads over bins, and the authors' code sums the losses of Laplace heads.
 
-    Train it like :class:`LongTailModel`. The heads are the models ``model.members``, whose priors can be set.
+    Train it with ``model(x, labels).loss``, as :class:`LongTailModel`. It has :meth:`criterion` and :meth:`interval`,
+    but none of ``calibrate``, ``calibrate_intervals``, ``predict``, ``set_prior`` and ``save``. Keep its ``state_dict``
+    instead. The heads are the models ``model.members`` of features (N, D), whose priors can be set.
 
     Args:
         backbone: a module from inputs to features (N, D).
         num_features: the number of features, D.
         bins: the label axis, which must be continuous.
         density: the counted density of the training labels over these bins.
-        heads: the number of heads, M, at least 1.
+        heads: the number of heads, M, at least 1. One head is trained as a plain :class:`LongTailModel`.
         head: ``"gaussian"``, or a head over bins: ``"linear"``, ``"cosine"``, ``"affinity"``, ``"coral"``, ``"corn"``.
-        kernel: the kernel that smooths q, as in :class:`~dir_toolkit.LDS`. Heads over bins use ``prior_kernel``
-            instead.
-        options: those of :class:`LongTailModel` and its readout, for every head.
+        kernel: the kernel that smooths q, as in :class:`~dir_toolkit.LDS`, for Gaussian heads. Heads over bins take
+            ``prior_kernel`` instead.
+        options: those of :class:`LongTailModel` and its readout, for every head. The model itself sets ``weights`` of
+            Gaussian heads, and ``target_prior``, ``tau`` and ``adjust`` of heads over bins.
     Attributes:
         backbone, members: the backbone, and one :class:`LongTailModel` of features for each head.
     Shape:
@@ -77,9 +81,9 @@ class VotingModel(nn.Module):
     Units:
         those of :class:`LongTailModel`.
     Raises:
-        as :class:`LongTailModel`.
+        as :class:`LongTailModel`. ValueError: ``heads`` is below 1, or an option is given that the model itself sets.
     Source:
-        Jiang et al. 2023, section 3 (arXiv:2305.15178).
+        Jiang et al. 2023 (arXiv:2305.15178).
 
     >>> bins = Bins.uniform(0, 100, width=5)
     >>> density = LabelDensity(bins, torch.arange(20, 0, -1))
@@ -107,17 +111,23 @@ class VotingModel(nn.Module):
         heads = whole("heads", heads, low=1)
         one_of("head", head, ("gaussian", "linear", "cosine", "affinity", "coral", "corn"))
         continuous(bins, "Classes have no order.")
+        gaussian = head == "gaussian"
+        for name in ("weights",) if gaussian else ("target_prior", "tau", "adjust"):
+            got, fix = f"{name}={options.get(name)!r}", "VotingModel sets it for each head."
+            require(name not in options, f"{name} must be left out", got=got, fix=fix)
+        used = gaussian or (isinstance(kernel, str) and kernel == "auto")
+        require(used, f'kernel must be left out for head="{head}"', got=repr(kernel), fix="Pass prior_kernel.")
         self.backbone, self.bins, self.kernel, self.num_features = backbone, bins, kernel, num_features
 
         def member(power: float) -> LongTailModel:
             own: dict[str, Any] = {"target_prior": "uniform", "tau": power, "adjust": "in_loss"}
-            if head == "gaussian":
+            if gaussian:
                 placing = {name: options[name] for name in ("outside", "missing") if name in options}
                 weights = LDS(bins, kernel=kernel, scheme="inverse", power=power, **placing)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", DirToolkitWarning)  # that a few labels dominate, which is intended
                     own = {"weights": weights.fit(density)}
-            return LongTailModel(nn.Identity(), num_features, bins, density=density, head=head, **{**own, **options})
+            return LongTailModel(nn.Identity(), num_features, bins, density=density, head=head, **own, **options)
 
         self.members = nn.ModuleList([member(m / max(heads - 1, 1)) for m in range(heads)])
 
@@ -127,12 +137,12 @@ class VotingModel(nn.Module):
         of_heads = [member(features) for member in self.members]
         scores, residual = (torch.stack([getattr(out, name) for out in of_heads], 1) for name in ("scores", "residual"))
         spread = torch.stack([_spread(*pair) for pair in zip(self.members, of_heads, strict=True)], 1)
-        surest, loss = spread.argmin(1), scores.new_full((), torch.nan)
+        most_certain, loss = spread.argmin(1), scores.new_full((), torch.nan)
         prediction, distribution = (
-            _of_surest(torch.stack([getattr(out, name) for out in of_heads], 1), surest)
+            _of_most_certain(torch.stack([getattr(out, name) for out in of_heads], 1), most_certain)
             for name in ("prediction", "distribution")
         )
-        output = VotingOutput(loss, scores, prediction, features, distribution, residual, spread, surest)
+        output = VotingOutput(loss, scores, prediction, features, distribution, residual, spread, most_certain)
         return output if labels is None else output._replace(loss=self.criterion(output, labels, weight))
 
     def criterion(self, output: VotingOutput, labels: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -142,6 +152,8 @@ class VotingModel(nn.Module):
             weight: >= 0, one per sample, by which each head's own weights are multiplied.
         Shape:
             labels, weight: (N,). Returns ().
+        Raises:
+            as :meth:`LongTailModel.criterion`.
         """
         instance(VotingOutput, output=output)
         member: Any = self.members[0]
@@ -168,11 +180,13 @@ class VotingModel(nn.Module):
             Returns the lower and the upper end, (N,) each.
         Units:
             those of the label.
+        Raises:
+            TypeError: the output is not a VotingOutput. ValueError: the level lies outside (0, 1).
         """
         instance(VotingOutput, output=output)
         member: Any = self.members[0]
         gaussian = isinstance(member.readout, GaussianReadout)
-        forecast = _of_surest(output.scores, output.surest) if gaussian else output.distribution
+        forecast = _of_most_certain(output.scores, output.most_certain) if gaussian else output.distribution
         return member.readout._central(forecast, level)
 
     @property
@@ -184,9 +198,9 @@ class VotingModel(nn.Module):
         return shown(self.settings)
 
 
-def _of_surest(values: Tensor, surest: Tensor) -> Tensor:
+def _of_most_certain(values: Tensor, most_certain: Tensor) -> Tensor:
     """The values (N, ...) of the most certain head, out of the values (N, M, ...) of all heads."""
-    return values[torch.arange(len(surest), device=surest.device), surest]
+    return values[torch.arange(len(most_certain), device=most_certain.device), most_certain]
 
 
 def _spread(member: Any, output: LongTailOutput) -> Tensor:

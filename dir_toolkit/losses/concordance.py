@@ -1,4 +1,4 @@
-"""Concordance: the squared error of a batch, as a share of what predictions without any agreement would have."""
+"""One minus the concordance correlation."""
 
 from __future__ import annotations
 
@@ -33,11 +33,10 @@ def ccc_loss(
     0 for perfect predictions, 1 for constant ones or others that vary independently of the labels, and 2 at worst. A
     constant is as bad as noise, and so shrinking towards the common labels, which pays under other losses, costs here.
 
-    The second form gives each sample its value: the mean is the whole. With weights that do not average one the mean is
-    the coefficient's complement times their average, as in other losses. A batch is to hold many labels, since their
-    spread is that of the batch; a batch of one adds nothing that could be learnt from, and a warning says so. Each rank
-    of a distributed run has its own batch. Predictions that all equal their labels have the loss 0, even if those are
-    all the same.
+    The second form gives a value per sample. Its mean is 1 - CCC, times the mean weight. Use large batches: the
+    variance is estimated within the batch. A batch of one adds nothing that could be learnt from, and a warning says
+    so. Each rank of a distributed run has its own batch. Predictions that all equal their labels have the loss 0, even
+    if those are all the same.
 
     Shape:
         pred, target, weight: (N,) or (N, K), all equal. Each column is judged by itself. Returns (), or the input's
@@ -74,7 +73,13 @@ def ccc_loss(
 
 
 class CCCLoss(PointLoss):
-    """:func:`ccc_loss` as a module, with its options."""
+    """:func:`ccc_loss` as a module.
+
+    Args:
+        missing: ``"raise"``, or ``"drop"``, which leaves out labels that are NaN.
+    Shape:
+        forward: output.prediction, target, weight: (N,) or (N, K). Returns ().
+    """
 
     def __init__(self, *, missing: Missing = "raise") -> None:
         super().__init__(ccc_loss, missing=missing)

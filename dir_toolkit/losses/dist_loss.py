@@ -55,7 +55,7 @@ def dist_loss(
     Units:
         those of the label, squared if errors are.
     Source:
-        Nie, Tang and Hong 2025, section 3 (arXiv:2411.15216).
+        Nie, Tang and Hong 2025 (arXiv:2411.15216).
 
     >>> bins = Bins.uniform(0, 2, width=1)
     >>> pred, labels = torch.tensor([1.0, 1.0]), torch.tensor([0.5, 1.5])  # of which 0.5 and 1.5 are the quartiles

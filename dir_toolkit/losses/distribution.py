@@ -122,7 +122,7 @@ def coral_loss(
     Units:
         nats.
     Source:
-        Cao, Mirjalili and Raschka 2020, equation 5 (arXiv:1901.07884).
+        Cao, Mirjalili and Raschka 2020 (arXiv:1901.07884).
 
     >>> import torch
     >>> round(coral_loss(torch.zeros(1, 3), torch.tensor([2])).item(), 4)  # -log(2/3) - log(1/3)

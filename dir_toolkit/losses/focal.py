@@ -52,7 +52,14 @@ def focal_loss(
 
 
 class FocalLoss(ScoreLoss):
-    """:func:`focal_loss` as a module, which holds ``alpha`` as a buffer."""
+    """:func:`focal_loss` as a module, which holds ``alpha`` as a buffer.
+
+    Args:
+        gamma: the focus, >= 0.
+        alpha: (C,), a factor >= 0 per true class; None means ones.
+    Shape:
+        forward: output.scores (N, C), target (N,), weight (N,). Returns ().
+    """
 
     def __init__(self, *, gamma: float = 2.0, alpha: Any = None) -> None:
         alpha = None if alpha is None else per_class("alpha", alpha)

@@ -1,4 +1,4 @@
-"""SRL: features whose means per bin wind evenly, and all around, over the unit sphere."""
+"""SRL: features whose bin means form a smooth curve that covers the unit sphere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def srl_loss(
     missing: Missing = "raise",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Contrast of features with the means of all bins, and two terms on how these means lie on the unit sphere.
+    r"""Contrast features with bin means, and regularize the means on the unit sphere.
 
     .. math::
         L = \frac1N \sum_i w_i \Big[-\log \frac{e^{z_i \cdot s_{b_i} / \tau}}{\sum_b e^{z_i \cdot s_b / \tau}}
@@ -43,16 +43,17 @@ def srl_loss(
 
     Here z are features of length one and s their means per bin, of length one, in the order of the labels. For a bin
     without samples in the batch its row of ``surrogate`` is taken, and bins without either are skipped. The enveloping
-    term asks that each of the points u of the sphere has a mean near it, and the homogeneity term that means move at an
-    even speed. In it t are the centers of the bins, with the axis from 0 to 1. The contrast moves features alone, and
-    the other terms move the means of the batch.
+    term is small if every point u has a mean nearby, and the homogeneity term if means move at an even speed. In it t
+    are the centers of the bins, with the axis from 0 to 1. The contrast moves features alone, and the other terms move
+    the means of the batch.
 
     Weights scale the terms of samples, and count in the means. Labels beyond the axis count in its end bins.
 
     Args:
         bins: the label axis, which must not be classes.
         points: u, of length one, spread evenly over the sphere.
-        surrogate: a mean for each bin, zeros where it is not known; None knows none. No gradient passes to it.
+        surrogate: a mean per bin, zero rows for unknown bins; None means that all are unknown. No gradient passes to
+            it.
         temperature: :math:`\tau`, > 0.
         enveloping: :math:`\lambda_e`, >= 0.
         homogeneity: :math:`\lambda_h`, >= 0.
@@ -62,9 +63,8 @@ def srl_loss(
     Units:
         none.
     Source:
-        Dong et al. 2025, section 3 (arXiv:2503.00876). The enveloping term is that of the authors' code
-        (github.com/yilei-wu/imbalanced-regression), which has a gradient, while the share of points that are covered
-        has none.
+        Dong et al. 2025 (arXiv:2503.00876). The enveloping term is that of the authors' code
+        (github.com/yilei-wu/imbalanced-regression). The paper's term, the share of covered points, has no gradient.
 
     >>> bins, compass = Bins.uniform(0, 2, width=1), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> loss = srl_loss(compass, torch.tensor([0.5, 1.5]), bins=bins, points=compass, homogeneity=0.5)
@@ -100,7 +100,7 @@ class SRLLoss(Loss):
     Units:
         those of the base loss.
     Source:
-        Dong et al. 2025, section 3 (arXiv:2503.00876).
+        Dong et al. 2025 (arXiv:2503.00876).
 
     >>> from types import SimpleNamespace
     >>> loss = SRLLoss(2, Bins.uniform(0, 2, width=1), homogeneity=0.0, enveloping=0.0)

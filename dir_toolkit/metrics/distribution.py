@@ -218,8 +218,8 @@ def distribution_metrics(
     many: int = 100,
     few: int = 20,
 ) -> xr.Dataset:
-    """:class:`DistributionMetrics` of one whole data set, with the arguments of the class, ``update`` and
-    ``compute``."""
+    """:class:`DistributionMetrics` of one whole data set, with the arguments of the class, ``update`` and ``compute``
+    except ``pit_bins``, since the result has no histogram."""
     (probabilities,) = as_tensors(probabilities=probabilities)
     check_some(probabilities=probabilities)
     metrics = DistributionMetrics(

@@ -241,7 +241,7 @@ def test_refusals_say_what_to_do() -> None:
         dt.MultiTargetModel(net(), [])
     with pytest.raises(ArgumentTypeError, match=r"targets\[1\] must be a LongTailModel"):
         dt.MultiTargetModel(net(), [one, net()])  # type: ignore[list-item]
-    with pytest.raises(ArgumentError, match=r"not have their own FDS.*Bins.grid"):
+    with pytest.raises(ArgumentError, match=r"must not have their own FDS.*Bins.grid"):
         dt.MultiTargetModel(net(), [dt.LongTailModel(nn.Identity(), 6, AGES, fds=dt.FDS(AGES, 6))])
     with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 3\), one per target"):
         several()(X, y[:, :2])

@@ -48,9 +48,9 @@ def test_gaussian_heads_have_the_loss_and_the_vote_of_the_formula() -> None:
             given = 1 if weight is None else weight.numpy()
             losses.append(np.mean(given * inverse_weights(m / 3, y) * nll))
         assert out.loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
-    surest = (scores[:, :, 1]).argmin(1)
-    assert out.surest.tolist() == surest.tolist()
-    assert_close(out.prediction.detach(), torch.from_numpy(scores[np.arange(len(y)), surest, 0]))
+    most_certain = (scores[:, :, 1]).argmin(1)
+    assert out.most_certain.tolist() == most_certain.tolist()
+    assert_close(out.prediction.detach(), torch.from_numpy(scores[np.arange(len(y)), most_certain, 0]))
     assert_close(out.spread, out.scores[..., 1].detach().div(2).exp(), rtol=1e-3, atol=1e-6)
 
 
@@ -71,9 +71,9 @@ def test_heads_over_bins_train_and_predict_under_priors_of_their_own() -> None:
         spreads.append(np.sqrt(p @ (middles**2 + widths**2 / 12) - (p @ middles) ** 2))
     assert out.loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
     assert_close(out.spread, torch.from_numpy(np.stack(spreads, 1)), rtol=1e-5, atol=1e-6)
-    surest = np.argmin(spreads, 0)
-    assert out.surest.tolist() == surest.tolist()
-    rows = softmax(out.scores.detach().numpy()[np.arange(len(y)), surest], axis=1)
+    most_certain = np.argmin(spreads, 0)
+    assert out.most_certain.tolist() == most_certain.tolist()
+    rows = softmax(out.scores.detach().numpy()[np.arange(len(y)), most_certain], axis=1)
     assert_close(out.distribution.detach(), torch.from_numpy(rows))
 
 
@@ -88,7 +88,7 @@ def test_one_head_is_the_plain_model(head: Any) -> None:
     assert_close(out.prediction, expected.prediction)
     for own, other in zip(model.interval(out, 0.8), plain.interval(expected, 0.8), strict=True):
         assert_close(own, other)
-    assert (out.surest == 0).all()
+    assert (out.most_certain == 0).all()
 
 
 @HEADS
@@ -140,6 +140,20 @@ def test_arguments_are_checked() -> None:
         voting(head="regression")
     with pytest.raises(TypeError, match=r"sigma must be an option of GaussianReadout"):
         voting(sigma=1.0)
+    with pytest.raises(TypeError, match=r"nonsense must be an option of BinsReadout"):
+        voting(head="linear", nonsense=1)
+    for name in ("target_prior", "tau", "adjust"):
+        with pytest.raises(TypeError, match=rf"{name} must be an option of GaussianReadout"):
+            voting(**{name: None})
+        with pytest.raises(ValueError, match=rf"^VotingModel: {name} must be left out, got {name}=None"):
+            voting(head="linear", **{name: None})
+    weights = dt.LDS(AGES).fit(AGE_DENSITY)
+    with pytest.raises(ValueError, match=r"^VotingModel: weights must be left out, got weights="):
+        voting(weights=weights)
+    assert all(member.weights is weights for member in voting(head="linear", weights=weights).members)
+    for kernel in ("nonsense", None):
+        with pytest.raises(ValueError, match=r'^VotingModel: kernel must be left out for head="linear", got '):
+            voting(head="linear", kernel=kernel)
     model, (x, y) = voting(), batch()
     with pytest.raises(ShapeError, match=r"output.scores must be"):
         model.criterion(voting(heads=2)(x), y)

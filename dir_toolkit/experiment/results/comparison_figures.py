@@ -244,6 +244,7 @@ def _apart(wanted: np.ndarray, gap: float) -> np.ndarray:
 
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:
+    """Label the rows of a panel with these names, the first at the top."""
     axes.set_yticks(np.arange(len(names)), list(names))
     axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
 

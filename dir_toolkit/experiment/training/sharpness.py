@@ -68,7 +68,7 @@ class BSAM(torch.optim.Optimizer):
         rho: the length of the step along the gradient, > 0, in the Euclidean norm of all parameters.
         model: its buffers, such as the statistics of BatchNorm, are updated in the first pass alone.
     Source:
-        Liu et al. 2025 (arXiv:2508.16973); Foret et al. 2021, algorithm 1, for SAM (arXiv:2010.01412).
+        Liu et al. 2025 (arXiv:2508.16973); Foret et al. 2021 for SAM (arXiv:2010.01412).
     """
 
     def __init__(self, base: torch.optim.Optimizer, *, rho: float = 0.05, model: nn.Module | None = None) -> None:

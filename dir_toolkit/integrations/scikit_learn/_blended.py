@@ -27,7 +27,7 @@ FEWEST = 20  # held-out rows, on which errors say more than chance does
 
 
 class Blended(RegressorMixin):
-    """What predicts by ``share_`` of a number and, for the rest, by a model whose bins ``tau_`` adjusts."""
+    """Mixin: prediction = share_ * number + (1 - share_) * model, whose bins are adjusted by ``tau_``."""
 
     bins: Bins | None
     tau: float | Literal["auto"]
@@ -59,7 +59,7 @@ class Blended(RegressorMixin):
         return bins
 
     def _held_out_weight(self, labels: np.ndarray) -> np.ndarray:
-        """Of held-out labels, such that each bin that has training labels counts by its width."""
+        """The weight of each held-out label, (N,), such that each bin with training labels counts by its width."""
         assert self.model_.density is not None
         widths = np.where(self.model_.density.counts > 0, self.bins_.relative_widths, 0.0)
         return row_weights(widths, self.bins_.index(labels), self.bins_)
@@ -119,8 +119,8 @@ class Blended(RegressorMixin):
         Args:
             level: in (0, 1); None is the calibrated one, and 0.9 before.
         Raises:
-            ValueError: the level lies outside (0, 1), or is not the calibrated one. RuntimeError: ``"regression"``
-            tells no distribution, and is not calibrated.
+            NotFittedError: it is not fitted. ValueError: the level lies outside (0, 1), or is not the calibrated one.
+            RuntimeError: the prior was set after calibration.
         """
 
         def ends(x: Tensor) -> Tensor:
@@ -143,15 +143,23 @@ class Blended(RegressorMixin):
         self.model_.calibrate_intervals(torch.from_numpy(self.scores(X)), y, level, **options)
 
     def scores(self, X: Any) -> np.ndarray:
-        """The scores of each row under the training prior, (N, B) with bins, for
-        :func:`dir_toolkit.estimate_prior`."""
+        """The scores of each row under the training prior, for :func:`dir_toolkit.estimate_prior`.
+
+        Shape:
+            Returns (N, B) with bins.
+        Raises:
+            NotFittedError: it is not fitted.
+        """
         return self._predicted(X, lambda x: self.model_(self._of_model(x)).scores)
 
     def set_prior(self, target_prior: TargetPrior, tau: float = 1.0) -> None:
         """Predict under this prior, by the bins alone, since a number keeps the prior that it was trained under.
 
         Args:
-            target_prior, tau: as those of :meth:`dir_toolkit.LongTailModel.set_prior`, whose errors hold here, too.
+            target_prior: as in :meth:`dir_toolkit.LongTailModel.set_prior`; a prior is (B,), with the sum one.
+            tau: >= 0, the strength of the adjustment.
+        Raises:
+            as :meth:`dir_toolkit.LongTailModel.set_prior`.
         """
         self.model_.set_prior(target_prior, tau)
         self.share_, self.tau_ = 0.0, tau
@@ -165,8 +173,7 @@ def counted(bins: Bins, labels: np.ndarray, weight: np.ndarray) -> LabelDensity:
 
 
 def usual_sigma(bins: Bins, density: LabelDensity) -> float | Literal["auto"]:
-    """By how much labels are spread over bins: two bins, but over bins of one width no wider than the middle half of
-    the labels lies."""
+    """Width of the label kernel: two bins; for equal bins at most IQR/1.35."""
     if not (bins.relative_widths == 1).all():
         return "auto"
     low, high = quantiles(torch.from_numpy(density.prior()), bins, [0.25, 0.75]).tolist()
@@ -176,7 +183,7 @@ def usual_sigma(bins: Bins, density: LabelDensity) -> float | Literal["auto"]:
 def model_of_forecasts(
     bins: Bins, forecasts: np.ndarray, labels: np.ndarray, weight: np.ndarray, density: LabelDensity, **options: Any
 ) -> tuple[LongTailModel, Tensor]:
-    """A model that takes forecasts for features, and the scores of these rows, of which each was left out.
+    """A model that takes forecasts for features, and leave-one-out scores of these rows.
 
     Args:
         bins, density: the axis, and the labels of all rows.

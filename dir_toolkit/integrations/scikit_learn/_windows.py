@@ -17,21 +17,23 @@ _STEPS = 100  # of expectation-maximization
 
 
 class Windows(nn.Module):
-    """A head that tells how labels lie where a forecast lies.
+    """A head that estimates the label distribution given a forecast.
 
-    A window holds the rows whose forecasts are nearest: 8 of them, 16, 32, and so on up to all. Each window answers in
-    two ways: with the labels of its rows, and with the errors of their forecasts, which are moved to the new forecast.
-    The answers are averaged in those proportions under which the labels are likeliest, while no row belongs to its own
-    windows. So labels that a forecast tells little of are looked up, and forecasts that are precise are believed.
+    A window holds the rows whose forecasts are nearest in rank: 8 of them, 16, 32, and so on up to all. Above 8,192
+    rows it counts groups of neighbouring rows instead, of which there are at most 8,192. Each window gives two
+    distributions: that of the labels of its rows, and that of the errors of their forecasts, moved to the new forecast.
+    The result is a mixture of them. Mixture weights maximise the leave-one-out likelihood of the labels. With an
+    uninformative forecast the labels in the window dominate, with a precise one its error distribution.
 
     Args:
-        forecasts: of rows that what forecasts was not trained on. labels, weight: of these rows; weights are positive.
-        target: the labels spread over bins.
+        forecasts: (N,), out-of-sample predictions, in label units.
+        labels, weight: (N,), those of the same rows; weights are positive.
+        target: (N, B), the labels spread over bins.
+        bins: the label axis, of B bins.
     Attributes:
-        log_shares: (N, B), what the module says of the forecasts given, each row being left out.
+        log_shares: (N, B), the leave-one-out result for the given forecasts.
     Shape:
-        forecasts, labels, weight: (N,). target: (N, B). forward: (M, 1), forecasts. Returns (M, B), logarithms of
-        shares.
+        forward: forecasts (M, 1). Returns (M, B), log-probabilities of the bins.
     """
 
     forecasts: Tensor
@@ -80,7 +82,7 @@ class Windows(nn.Module):
         return total.clamp_min(1e-12).log()
 
     def _answers(self, forecasts: Tensor, own: Tensor | None) -> Iterator[Tensor]:
-        """The shares (N, B) that each window tells in each of its ways, without what rows of its own add to it."""
+        """The shares (N, B) of each distribution of each window, without what the rows themselves add to it."""
         left, right = (torch.searchsorted(self.forecasts, forecasts, right=right) for right in (False, True))
         groups, bins = len(self.forecasts), len(self.bins)
         for size in self.sizes:
@@ -107,9 +109,15 @@ def _shares(sums: Tensor) -> Tensor:
 
 
 class LogShares(nn.Module):
-    """A head over shares of bins, (N, B), that gives their logarithms, (N, B).
+    """A head over shares of bins that returns their logarithms.
 
-    A little of the prior is mixed in, as much as a row counts among the held-out ones, so that no bin is impossible.
+    The prior is mixed in, with weight 1 / (rows + 1), so that no bin is impossible.
+
+    Args:
+        prior: (B,), positive.
+        rows: the number of held-out rows.
+    Shape:
+        forward: (N, B), shares, which need not sum to one. Returns (N, B), log-probabilities.
     """
 
     prior: Tensor

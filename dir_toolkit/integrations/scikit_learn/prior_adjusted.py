@@ -34,18 +34,21 @@ Forecast = Literal["predict", "predict_proba"] | Callable[[Any, Any, Bins], Any]
 
 
 class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
-    """Any regressor or binned forecaster, adjusted after training from the prior of its labels to even ones.
+    """Any regressor or binned forecaster, whose predictions are adjusted from the training prior to a uniform prior.
 
     The rows are cut into ``cv`` parts. For each part a clone of the estimator is trained on the others and forecasts
-    it, so that no forecast is of a row that was trained on. How labels lie where a forecast lies, over the bins of a
-    label axis, is learnt from all these forecasts. This distribution is adjusted towards rare labels by ``tau``. A
-    prediction averages its median with the estimator's own number, in proportions that, like ``tau``, are chosen on the
-    same forecasts: as :class:`LongTailRegressor` chooses, and no worse there than a constant. A new row is forecast by
-    the mean of all clones.
+    it, so that no forecast is of a row that was trained on. These forecasts are used to learn the label distribution
+    given a forecast, over the bins of a label axis. This distribution is adjusted towards rare labels by ``tau``. The
+    prediction is a weighted mean of this distribution's median and the estimator's number. The weight and ``tau`` are
+    chosen on the same forecasts, as :class:`LongTailRegressor` chooses them. For ``predict_proba`` there is no number.
+    A new row is forecast by the mean of all clones.
 
-    The estimator may know rare labels already, as ``PriorAdjusted(SampleWeighted(booster))`` does. One that is fitted
-    already stays so as ``PriorAdjusted(FrozenEstimator(booster))``. Then ``fit`` is handed rows that it was **not**
-    trained on, as ``X`` and ``y``.
+    The choice keeps the mean absolute error at most ``most_mae`` times the smallest one, and at most that of the median
+    label. If no setting does, the one with the least mean absolute error is taken. A number as ``tau`` is used as it
+    is, and then only the weight is chosen.
+
+    The estimator may know rare labels already, as ``PriorAdjusted(SampleWeighted(booster))`` does. Wrap a fitted
+    estimator: ``PriorAdjusted(FrozenEstimator(booster))``. Then pass rows to ``fit`` that it was **not** trained on.
 
     Args:
         estimator: a regressor, or whatever ``forecast`` reads; it is cloned and not fitted itself.
@@ -69,7 +72,7 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
     Shape:
         X: whatever the estimator takes. y, sample_weight: (N,), one label per row.
     Raises:
-        TypeError: the estimator is a classifier that is to predict, or has not the method that is asked for.
+        TypeError: the estimator is a classifier with ``forecast="predict"``, or lacks the method.
         ValueError: a forecast is NaN or infinite, labels are all equal, a setting is out of range, or a frozen
         estimator is given fewer than 20 rows. ShapeError: a forecast is neither (N,) nor (N, B). LabelError: a label
         lies beyond ``bins``.
@@ -108,10 +111,14 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PriorAdjusted:
-        """Train the clones, learn how labels lie around their forecasts, and choose how to predict.
+        """Train the clones, learn the label distribution given a forecast, and choose the weight and ``tau``.
 
         Args:
-            sample_weight: >= 0, handed on to the estimator. A row of weight zero counts as absent.
+            X: rows as the estimator takes them.
+            y: (N,), the labels, in label units.
+            sample_weight: (N,), >= 0, handed on to the estimator. A row of weight zero counts as absent.
+        Raises:
+            as the class. TypeError: the estimator takes no ``sample_weight``, and one is given.
         """
         self._check_choice()
         if not isinstance(self.tau, str):

@@ -33,8 +33,9 @@ class LongTailRegressor(Blended, LongTailEstimator):
     By default it trains a network and boosted trees. The network predicts a number, with an absolute error weighted by
     LDS. The trees' forecasts become a distribution over bins, as in :class:`PriorAdjusted`, which is adjusted towards
     rare labels by ``tau``. The prediction is a weighted mean of the number and of the median over the bins. The weight
-    and ``tau`` are chosen on held-out rows by the smallest bMAE. Their mean absolute error must not exceed ``most_mae``
-    nor that of the median label.
+    and ``tau`` are chosen on held-out rows by the smallest bMAE. Their mean absolute error must exceed neither
+    ``most_mae`` times the smallest one nor that of the median label. If no setting meets this, the one with the least
+    mean absolute error is taken. A number as ``tau`` is used as it is, and then only the weight is chosen.
 
     Network and trees are the mean of several members. Each member holds out a different fold of the rows for
     validation, so that all rows are used both for training and for validation.
@@ -252,7 +253,11 @@ class LongTailRegressor(Blended, LongTailEstimator):
         return super().predict(X)
 
     def predict_interval(self, X: Any, level: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """As of :class:`PriorAdjusted`. The ends are shaped as y was."""
+        """As of :class:`PriorAdjusted`. The ends are shaped as y was.
+
+        Raises:
+            as there. RuntimeError: ``head="regression"`` needs ``calibrate_intervals`` before.
+        """
         if (each := self._of_each(X, "predict_interval", level)) is not None:
             lower, upper = np.stack(each, 2)
             return lower, upper
