@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._checks import as_tensors, instance, is_tensor, labels_array, not_empty, require, shaped
 from .._settings import shown
 from .._state import whole_or_not_at_all
+from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.grid import BinGrid
 from ..priors import TauChoice
@@ -45,9 +46,11 @@ class MultiTargetModel(nn.Module):
         backbone, neck: the backbone, and an identity after it to attach an FDS over ``Bins.grid(...)``.
         targets: the K models, for methods of one target: ``model.targets[0].set_prior("uniform", 0.5)``.
     Shape:
-        forward: x as for the backbone; labels (N, K); weight (N,), for all targets, or (N, K). Returns
-            :class:`LongTailOutput` with the loss, predictions (N, K) and features (N, D). Scores, distributions and
-            residuals of the targets are concatenated in the last axis; :meth:`of_targets` splits them.
+        forward: x as for the backbone; labels (N, K); weight (N,), for all targets, or (N, K). For sequences labels
+            are (N, T, K), or (N, K) for all steps; weights also (N, T) or (N, T, K). If T is K, (N, K) is ambiguous
+            and refused. Returns :class:`LongTailOutput` with the loss, predictions (N, K) and features (N, D). Scores,
+            distributions and residuals of the targets are concatenated in the last axis; :meth:`of_targets` splits
+            them.
     Raises:
         TypeError: an argument has the wrong type. ValueError: there is no target, or a target has its own FDS.
         ShapeError: features or labels do not fit. Otherwise as :class:`LongTailModel`.
@@ -123,13 +126,26 @@ class MultiTargetModel(nn.Module):
 
     def _loss(self, outputs: Sequence[LongTailOutput], labels: Tensor, weight: Tensor | None) -> Tensor:
         self._check_labels(labels)
-        if weight is not None:
-            is_tensor(weight=weight)
-        losses = []
-        for k, (target, output) in enumerate(zip(self.targets, outputs, strict=True)):
-            own = weight[..., k] if weight is not None and weight.ndim == labels.ndim else weight
-            losses.append(target.criterion(output, labels[..., k], own))
-        return torch.stack(losses).mean()
+        weights = self._weights(weight, outputs[0].prediction.shape)
+        parts = zip(self.targets, outputs, labels.unbind(-1), weights, strict=True)
+        return torch.stack([target.criterion(*own) for target, *own in parts]).mean()
+
+    def _weights(self, weight: Tensor | None, shape: torch.Size) -> Sequence[Tensor | None]:
+        """The weight of each target, for predictions of this shape, (N,) or (N, T)."""
+        count = len(self.targets)
+        if weight is None:
+            return [None] * count
+        is_tensor(weight=weight)
+        for_all, for_each = ((shape[0],), (*shape,)), ((shape[0], count), (*shape, count))
+        shared, own = weight.shape in for_all, weight.shape in for_each
+        rule, fix = "", ""
+        if shared and own:
+            rule = "weight must be clearly for steps or for targets, which are equally many"
+            fix = "Expand it to one number for each step and target, (N, T, K)."
+        elif not shared and not own:
+            rule = f"the shape of weight must be one of {for_all} for all targets, or of {for_each} for each"
+        require(not rule, rule, got=weight.shape, fix=fix, error=ShapeError)
+        return weight.unbind(-1) if own else [weight] * count
 
     def _check_labels(self, labels: Any) -> None:
         is_tensor(labels=labels)

@@ -241,7 +241,7 @@ def test_refusals_say_what_to_do() -> None:
         dt.MultiTargetModel(net(), [])
     with pytest.raises(ArgumentTypeError, match=r"targets\[1\] must be a LongTailModel"):
         dt.MultiTargetModel(net(), [one, net()])  # type: ignore[list-item]
-    with pytest.raises(ArgumentError, match=r"no FDS of its own.*Bins.grid"):
+    with pytest.raises(ArgumentError, match=r"must not have their own FDS.*Bins.grid"):
         dt.MultiTargetModel(net(), [dt.LongTailModel(nn.Identity(), 6, AGES, fds=dt.FDS(AGES, 6))])
     with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 3\), one per target"):
         several()(X, y[:, :2])
@@ -258,3 +258,29 @@ def test_refusals_say_what_to_do() -> None:
 def test_a_prior_is_refused_where_a_target_has_none() -> None:
     with pytest.raises(RuntimeError, match="have a prior"):
         mixed().set_prior("uniform", 1.0)
+
+
+def test_a_weight_is_read_by_its_shape() -> None:
+    y = labels()[:, :2]
+    model = several(y, [AGES, None])
+    x, y = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(3)), y[:4]
+    of_all = y[:, None].expand(4, 5, 2)
+    weight = torch.rand(4, 5, 2, generator=torch.Generator().manual_seed(4))
+
+    def expected(first: Tensor, second: Tensor) -> Tensor:
+        features = model.backbone(x)
+        pairs = enumerate((first, second))
+        return torch.stack([model.targets[k](features, y[:, k], own).loss for k, own in pairs]).mean()
+
+    step, column = weight[..., 0], weight[:, 0]
+    for own in (y, of_all):
+        assert torch.equal(model(x, own, step).loss, expected(step, step))
+        assert torch.equal(model(x, own, column).loss, expected(column[:, 0], column[:, 1]))
+        assert torch.equal(model(x, own, weight).loss, expected(weight[..., 0], weight[..., 1]))
+    for wrong in (weight[..., :1], torch.rand(4, 3), torch.rand(4, 1), torch.rand(5)):
+        with pytest.raises(ShapeError, match="the shape of weight must be one of"):
+            model(x, y, wrong)
+    with pytest.raises(ShapeError, match="the shape of weight must be one of"):
+        model(x[:, 0], y, torch.rand(4, 3))
+    with pytest.raises(ShapeError, match="weight must be clearly for steps or for targets"):
+        model(x[:, :2], of_all[:, :2], column)
