@@ -124,8 +124,8 @@ def fit(
         of the model, or nothing but its place in memory tells an argument from another. ShapeError: the loss is not
         one number. UsageError: another thread of the process trains, gradients are off, or the loss has none.
         LabelError: a validation label lies beyond the axis, or a label is missing where these are not dropped, or all
-        are. TypeError: an argument is of another kind. OSError: the
-        folder cannot be made or written to.
+        are, of training or of validation. TypeError: an argument is of another kind. OSError: the folder cannot be made
+        or written to.
     """
     instance(nn.Module, model=model)
     instance(SampleSet, train=train, val=val)
@@ -139,9 +139,10 @@ def fit(
     instance((bool, Callable), augmentation=augmentation)
     instance(Optimization, optimization=optimization)
     instance(Runtime, runtime=runtime)
-    metrics.bins.index(
-        val.labels, metrics.outside, missing=metrics.missing, name="val.labels"
-    )  # now, and not when the first epoch has ended
+    # Now, and not when the first epoch has ended.
+    placed = metrics.bins.index(val.labels, metrics.outside, missing=metrics.missing, name="val.labels")
+    rule, fix = "val must hold at least one label that metrics count", "Over a grid a label is dropped if part is NaN."
+    require(not len(val) or bool((placed >= 0).any()), rule, got="none", fix=fix, error=LabelError)
     got, on = "torch.no_grad() or torch.inference_mode() around it", torch.is_grad_enabled()
     require(on, "gradients must be on", got=got, fix="Call it outside of these.", error=RuntimeError)
     _check_trainable(model, train, val, loss, sampler, fds, optimization, runtime.world)

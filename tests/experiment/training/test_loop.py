@@ -41,7 +41,7 @@ from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.mixing import c_mixup
 from dir_toolkit.labels.sampling import BinSampler
 from dir_toolkit.labels.weights import LDS
-from dir_toolkit.longtail import LongTailModel, LongTailOutput
+from dir_toolkit.longtail import LongTailModel, LongTailOutput, MultiTargetModel
 from dir_toolkit.losses.center import CenterLoss
 from dir_toolkit.losses.cross_entropy import cross_entropy
 from dir_toolkit.losses.regression import weighted_l1
@@ -1106,3 +1106,28 @@ def train_to_step_eight(connection: Any, folder: Path) -> None:
 
 def go_on(connection: Any, folder: Path) -> None:
     train(folder, resume=True)
+
+
+def partly_missing(folder: Path, val: np.ndarray, weights: LDS | None = None) -> Any:
+    """Fit two targets, of which each training sample lacks one."""
+    grid = Bins.grid(BINS, BINS)
+    y = np.tile(np.array([[3.0, np.nan], [np.nan, 7.0], [2.0, 4.0]], np.float32), (10, 1))
+    model = MultiTargetModel.for_labels(
+        nn.Flatten(), 3 * 16 * 16, y, bins=[BINS, BINS], head="regression", missing="drop"
+    )
+    sets = []
+    for labels in (y, val):
+        images, rows = image_set(len(labels)).images, np.arange(len(labels))
+        sets.append(ImageSet(images, labels, rows, content_digest(images, labels, rows)))
+    metrics = RegressionMetrics(LabelDensity.count(y, grid, missing="drop"), missing="drop")
+    options: Any = {"loss": model.criterion, "metrics": metrics, "weights": weights, "missing": "drop"}
+    return fit(model, *sets, optimization=ONE_EPOCH, runtime=one_process(), folder=folder, **options)
+
+
+def test_a_validation_set_that_metrics_count_nothing_of_is_refused(tmp_path: Path) -> None:
+    lacking = np.array([[3.0, np.nan], [np.nan, 7.0]], np.float32)
+    for val in (lacking, np.full_like(lacking, np.nan)):
+        with pytest.raises(LabelError, match="^fit: val must hold at least one label that metrics count, got none"):
+            partly_missing(tmp_path / "refused", val)
+    assert not (tmp_path / "refused").exists()
+    assert np.isfinite(partly_missing(tmp_path / "run", np.nan_to_num(lacking))[0]["val_bmae"])
