@@ -21,6 +21,7 @@ from ...errors import LabelError, SettingsError
 from ...features.fds import FDS
 from ...features.hooks import FDSHook
 from ...labels.bins import MISSING, Missing
+from ...labels.grid import BinGrid
 from ...labels.sampling import BinSampler
 from ...labels.weights import LDS
 from ...losses.regression import weighted_l1
@@ -91,7 +92,8 @@ def fit(
         metrics: empty metrics for validation errors. Its ``selects`` names the error that selects the best epoch.
         loss: called as ``loss(output, labels, weight)``; the weight is None without ``weights``. It returns the mean
             over the batch, or one number for the whole batch. If it is a module, its parameters are trained as well.
-        weights: a fitted LDS; None means equal weights.
+        weights: a fitted LDS; None means equal weights. Over a grid it refuses samples that lack only some of their
+            labels.
         weights_from: the number of epochs without weights at the start, for deferred reweighting (Cao et al. 2019).
         sampler: its ``order(epoch)`` gives the samples of an epoch; None takes every sample once, shuffled.
         fds: an FDS that is attached to the model but is not a submodule, since ranks would then overwrite its
@@ -150,6 +152,11 @@ def fit(
     for name, part in {"loss": getattr(loss, "__self__", loss), "weights": weights, "fds": fds}.items():
         if hasattr(part, "missing"):
             drop_alike(name, part, "training", missing=missing)
+    if weights is not None and isinstance(weights.bins, BinGrid):
+        gone = np.isnan(train.labels)
+        rule, got = "weights over a grid need all labels of a sample or none", "samples that lack some, which weigh 0"
+        fix = "Give each model of MultiTargetModel.targets its own weights=LDS(bins), and fit none."
+        require(bool((gone.all(-1) == gone.any(-1)).all()), rule, got=got, fix=fix, error=LabelError)
     instance((str, os.PathLike), folder=folder)
     instance(bool, resume=resume)
     weights_from = whole("weights_from", weights_from, low=0)

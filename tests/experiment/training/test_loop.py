@@ -1131,3 +1131,11 @@ def test_a_validation_set_that_metrics_count_nothing_of_is_refused(tmp_path: Pat
             partly_missing(tmp_path / "refused", val)
     assert not (tmp_path / "refused").exists()
     assert np.isfinite(partly_missing(tmp_path / "run", np.nan_to_num(lacking))[0]["val_bmae"])
+
+
+def test_weights_over_a_grid_need_all_labels_of_a_sample(tmp_path: Path) -> None:
+    grid, val = Bins.grid(BINS, BINS), np.ones((2, 2), np.float32)
+    weights = LDS(grid, missing="drop").fit(torch.rand(50, 2) * 20)
+    with pytest.raises(LabelError, match="^fit: weights over a grid need all labels of a sample or none.*its own wei"):
+        partly_missing(tmp_path / "refused", val, weights)
+    assert not (tmp_path / "refused").exists()
