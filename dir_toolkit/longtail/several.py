@@ -244,7 +244,7 @@ class MultiTargetModel(nn.Module):
 
     def predict(self, inputs: Tensor | Iterable[Any], *, level: float | None = None) -> xr.Dataset:
         """The table of :meth:`LongTailModel.predict`, over samples and targets. It has ``lower`` and ``upper`` if all
-        targets have intervals."""
+        targets have intervals, and the attribute ``interval_level`` if their levels are equal."""
         import xarray as xr
 
         ends = level is not None or all(target.readout.has_interval for target in self.targets)
@@ -255,7 +255,7 @@ class MultiTargetModel(nn.Module):
 
         batches = zip(*read_batches(self, inputs, read), strict=True)
         tables = [table(target, own, level) for target, own in zip(self.targets, batches, strict=True)]
-        return xr.concat(tables, "target", combine_attrs="override").transpose("sample", ..., "target")
+        return xr.concat(tables, "target", combine_attrs="drop_conflicts").transpose("sample", ..., "target")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the model in one file, as :meth:`LongTailModel.save`. Heads and losses must be named, not custom."""

@@ -284,3 +284,13 @@ def test_a_weight_is_read_by_its_shape() -> None:
         model(x[:, 0], y, torch.rand(4, 3))
     with pytest.raises(ShapeError, match="weight must be clearly for steps or for targets"):
         model(x[:, :2], of_all[:, :2], column)
+
+
+def test_a_table_states_no_level_of_one_target_for_all() -> None:
+    y = labels()[:, :2]
+    model = several(y, [AGES, None])
+    for levels in ((0.8, 0.8), (0.8, 0.9)):
+        for k, level in enumerate(levels):
+            model.targets[k].calibrate_intervals(model.of_targets(model(X))[k].scores, y[:, k], level)
+        table = model.predict(X)
+        assert table.lower.attrs.get("interval_level") == (0.8 if levels == (0.8, 0.8) else None)
