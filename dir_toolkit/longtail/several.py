@@ -191,9 +191,10 @@ class MultiTargetModel(nn.Module):
         return [part if shape else part.squeeze(-1) for part, shape in parts]
 
     def set_prior(self, target_prior: TargetPrior = None, tau: float = 1.0) -> None:
-        """:meth:`LongTailModel.set_prior` of all targets, which must have bins or classes."""
-        for target in self.targets:
-            target.set_prior(target_prior, tau)
+        """:meth:`LongTailModel.set_prior` of all targets, which must have bins or classes. If it raises, none changes."""
+        with whole_or_not_at_all(self.targets):
+            for target in self.targets:
+                target.set_prior(target_prior, tau)
 
     def calibrate(
         self,
@@ -212,19 +213,24 @@ class MultiTargetModel(nn.Module):
             by, most_mae, outside: as in :meth:`LongTailModel.calibrate`, for all targets.
         Returns:
             the choice for each target.
+        Raises:
+            as :meth:`LongTailModel.calibrate`. No target changes then.
         """
         if labels is None:
             scores_or_loader, labels = held_out(self, scores_or_loader)
         pairs = self._scores_and_labels(scores_or_loader, labels)
         options: Any = {"by": by, "most_mae": most_mae, "outside": outside}
-        return [target.calibrate(*pair, **options) for target, pair in zip(self.targets, pairs, strict=True)]
+        with whole_or_not_at_all(self.targets):
+            return [target.calibrate(*pair, **options) for target, pair in zip(self.targets, pairs, strict=True)]
 
     def calibrate_intervals(
         self, scores: Tensor, labels: Any, level: float = 0.9, *, outside: Outside | None = None
     ) -> None:
-        """:meth:`LongTailModel.calibrate_intervals` of each target. The level holds for each target, not jointly."""
-        for target, pair in zip(self.targets, self._scores_and_labels(scores, labels), strict=True):
-            target.calibrate_intervals(*pair, level, outside=outside)
+        """:meth:`LongTailModel.calibrate_intervals` of each target. The level holds for each target, not jointly. If it
+        raises, no target changes."""
+        with whole_or_not_at_all(self.targets):
+            for target, pair in zip(self.targets, self._scores_and_labels(scores, labels), strict=True):
+                target.calibrate_intervals(*pair, level, outside=outside)
 
     def _scores_and_labels(self, scores: Any, labels: Any) -> list[tuple[Tensor, Tensor]]:
         (labels,) = as_tensors(labels=labels)

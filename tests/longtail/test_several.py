@@ -294,3 +294,21 @@ def test_a_table_states_no_level_of_one_target_for_all() -> None:
             model.targets[k].calibrate_intervals(model.of_targets(model(X))[k].scores, y[:, k], level)
         table = model.predict(X)
         assert table.lower.attrs.get("interval_level") == (0.8 if levels == (0.8, 0.8) else None)
+
+
+def test_all_targets_change_or_none() -> None:
+    def state(model: dt.MultiTargetModel) -> str:
+        return str([model.settings, *(target.state_dict() for target in model.targets)])
+
+    model = mixed()
+    before = state(model)
+    with pytest.raises(RuntimeError, match="have a prior"):
+        model.set_prior("uniform", 1.0)
+    assert state(model) == before
+    y = labels()[:, [0, 0, 0, 2]]
+    with pytest.raises(RuntimeError, match="have a prior"):
+        model.calibrate(model(X).scores, y)
+    assert state(model) == before
+    with pytest.raises(ValueError, match="density"):
+        model.calibrate_intervals(model(X).scores, y)  # the last target has none
+    assert state(model) == before
