@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -153,7 +154,8 @@ class MultiTargetModel(nn.Module):
 
     def _together(self, outputs: Sequence[LongTailOutput], loss: Tensor) -> LongTailOutput:
         """Join the outputs of all targets."""
-        scores = [one.scores.reshape(*one.prediction.shape, -1) for one in outputs]
+        sizes = [math.prod(target.readout.score_shape) for target in self.targets]
+        scores = [one.scores.reshape(*one.prediction.shape, size) for one, size in zip(outputs, sizes, strict=True)]
         return LongTailOutput(
             loss,
             torch.cat(scores, -1),
@@ -185,7 +187,7 @@ class MultiTargetModel(nn.Module):
         """The scores of each target, in the form of its own model."""
         is_tensor(scores=scores)
         shapes = [target.readout.score_shape for target in self.targets]
-        sizes = [int(np.prod(shape)) for shape in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
         shaped((..., sum(sizes)), "as this model gives them", scores=scores)
         parts = zip(scores.split(sizes, -1), shapes, strict=True)
         return [part if shape else part.squeeze(-1) for part, shape in parts]

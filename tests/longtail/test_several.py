@@ -312,3 +312,20 @@ def test_all_targets_change_or_none() -> None:
     with pytest.raises(ValueError, match="density"):
         model.calibrate_intervals(model(X).scores, y)  # the last target has none
     assert state(model) == before
+
+
+def test_calibration_takes_sequences_of_any_length_and_labels_per_sequence() -> None:
+    y = labels()[:, :2]
+    model, x = several(y, [AGES, None]), torch.randn(40, 5, 3, generator=torch.Generator().manual_seed(5))
+    alone = copy.deepcopy(model)
+    one = [choice.tau for choice in model.calibrate([(x, y[:40])])]
+    assert one == [choice.tau for choice in alone.calibrate(alone(x).scores, y[:40])]
+    of_steps = y[:40, None].expand(40, 5, 2)
+    uneven = [(x[:20], of_steps[:20]), (x[20:, :3], of_steps[20:, :3]), (x[20:, 3:], y[20:40])]
+    assert one == [choice.tau for choice in several(y, [AGES, None]).calibrate(uneven)]
+    with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 2\), one per target"):
+        model.calibrate([(x, y[:40, 0])])
+
+
+def test_an_empty_batch_has_outputs_of_the_same_form() -> None:
+    assert mixed()(torch.randn(0, 3)).scores.shape == (0, 20 + 1 + 2 + 3)
