@@ -300,12 +300,12 @@ def test_all_targets_change_or_none() -> None:
     def state(model: dt.MultiTargetModel) -> str:
         return str([model.settings, *(target.state_dict() for target in model.targets)])
 
-    model = mixed()
+    y = labels()[:, [0, 0, 0, 2]]
+    model = trained(mixed(), y)
     before = state(model)
     with pytest.raises(RuntimeError, match="have a prior"):
         model.set_prior("uniform", 1.0)
     assert state(model) == before
-    y = labels()[:, [0, 0, 0, 2]]
     with pytest.raises(RuntimeError, match="have a prior"):
         model.calibrate(model(X).scores, y)
     assert state(model) == before
@@ -316,13 +316,13 @@ def test_all_targets_change_or_none() -> None:
 
 def test_calibration_takes_sequences_of_any_length_and_labels_per_sequence() -> None:
     y = labels()[:, :2]
-    model, x = several(y, [AGES, None]), torch.randn(40, 5, 3, generator=torch.Generator().manual_seed(5))
-    alone = copy.deepcopy(model)
+    model, x = trained(several(y, [AGES, None]), y), X[:40, None].expand(40, 5, 3)
+    alone, uneven = copy.deepcopy(model), copy.deepcopy(model)
     one = [choice.tau for choice in model.calibrate([(x, y[:40])])]
     assert one == [choice.tau for choice in alone.calibrate(alone(x).scores, y[:40])]
     of_steps = y[:40, None].expand(40, 5, 2)
-    uneven = [(x[:20], of_steps[:20]), (x[20:, :3], of_steps[20:, :3]), (x[20:, 3:], y[20:40])]
-    assert one == [choice.tau for choice in several(y, [AGES, None]).calibrate(uneven)]
+    batches = [(x[:20], of_steps[:20]), (x[20:, :3], of_steps[20:, :3]), (x[20:, 3:], y[20:40])]
+    assert one == [choice.tau for choice in uneven.calibrate(batches)]
     with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 2\), one per target"):
         model.calibrate([(x, y[:40, 0])])
 
