@@ -35,7 +35,8 @@ class MultiTargetModel(nn.Module):
     """One backbone for several targets, such as age and head pose, with one :class:`LongTailModel` per target.
 
     Each target has its own label axis, density, head, prior and tau. The loss is the mean of their losses. Named losses
-    do not depend on the unit of labels, so that no unit dominates.
+    do not depend on the unit of labels, so that no unit dominates. With missing labels each target has the mean over
+    its own labels, and training on n ranks is therefore close, but not equal, to training on one.
 
     With :func:`dir_toolkit.experiment.training.loop.fit` use ``loss=model.criterion``.
 

@@ -108,7 +108,9 @@ def fit(
             mean over the labels of a batch that are there. Each rank counts by its share of these then, and each batch
             in the history, too. The loss, ``weights`` and ``fds`` must drop missing labels themselves, as a
             :class:`dir_toolkit.LongTailModel` made with ``missing="drop"`` does in its ``criterion``. A function that
-            takes ``missing=``, as those of :mod:`dir_toolkit.losses` do, is called with it.
+            takes ``missing=``, as those of :mod:`dir_toolkit.losses` do, is called with it. Ranks make the same steps
+            as one process only if the loss is the mean over all labels that are there. That of a
+            :class:`dir_toolkit.MultiTargetModel` is not, since it is a mean of one mean per target.
         checkpoint_minutes: the longest time between two checkpoints; 0 writes one in each step. One is also written at
             the end of each epoch.
         fingerprint: plain values that identify this run, in addition to the settings of all arguments. A checkpoint
