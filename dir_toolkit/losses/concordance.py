@@ -35,8 +35,10 @@ def ccc_loss(
 
     The second form gives each sample its value: the mean is the whole. With weights that do not average one the mean is
     the coefficient's complement times their average, as in other losses. A batch is to hold many labels, since their
-    spread is that of the batch; a batch of one adds nothing that could be learnt from, and a warning says so. Each rank
-    of a distributed run has its own batch. Predictions that all equal their labels have the loss 0, even if those are
+    spread is that of the batch. One label alone, or one left by ``missing`` or by weights of zero, has the loss 1, or 0 if
+    it is predicted exactly, and no gradient. A warning says so for a batch of one sample, but not for a longer batch
+    with one label left, since that would read the labels in each step. Each rank of a distributed run has its own
+    batch. Predictions that all equal their labels have the loss 0, even if those are
     all the same.
 
     Shape:
