@@ -194,7 +194,8 @@ class MultiTargetModel(nn.Module):
         return [part if shape else part.squeeze(-1) for part, shape in parts]
 
     def set_prior(self, target_prior: TargetPrior = None, tau: float = 1.0) -> None:
-        """:meth:`LongTailModel.set_prior` of all targets, which must have bins or classes. If it raises, none changes."""
+        """:meth:`LongTailModel.set_prior` of all targets, which must have bins or classes. If it raises, no
+        target changes."""
         with whole_or_not_at_all(self.targets):
             for target in self.targets:
                 target.set_prior(target_prior, tau)

@@ -35,11 +35,10 @@ def ccc_loss(
 
     The second form gives each sample its value: the mean is the whole. With weights that do not average one the mean is
     the coefficient's complement times their average, as in other losses. A batch is to hold many labels, since their
-    spread is that of the batch. One label alone, or one left by ``missing`` or by weights of zero, has the loss 1, or 0 if
-    it is predicted exactly, and no gradient. A warning says so for a batch of one sample, but not for a longer batch
+    spread is that of the batch. One label alone, or one left by ``missing`` or by weights of zero, has the loss 1, or 0
+    if it is predicted exactly, and no gradient. A warning says so for a batch of one sample, but not for a longer batch
     with one label left, since that would read the labels in each step. Each rank of a distributed run has its own
-    batch. Predictions that all equal their labels have the loss 0, even if those are
-    all the same.
+    batch. Predictions that all equal their labels have the loss 0, even if those are all the same.
 
     Shape:
         pred, target, weight: (N,) or (N, K), all equal. Each column is judged by itself. Returns (), or the input's
