@@ -171,9 +171,14 @@ def held_out(model: nn.Module, batches: Any) -> tuple[Tensor, Tensor]:
     def pair(output: LongTailOutput, labels: Any) -> tuple[Tensor, Tensor]:
         is_tensor(labels=labels)
         scores = output.scores
-        if labels.ndim < scores.ndim > 2:  # Sequences of one target, which need not be of one length.
+        if scores.ndim > 2:  # Sequences need not be of one length.
+            several = output.prediction.ndim == scores.ndim
             scores, shape = as_rows(scores, 1)
-            labels = one_per_row("labels", labels, shape)
+            if several:
+                shaped((..., output.prediction.shape[-1]), "one per target in the last axis", labels=labels)
+                labels = torch.stack([one_per_row("labels", own, shape) for own in labels.unbind(-1)], -1)
+            else:
+                labels = one_per_row("labels", labels, shape)
         return scores, labels.to(scores.device)
 
     scores, labels = zip(*read_batches(model, batches, pair), strict=True)

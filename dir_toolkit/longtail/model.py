@@ -108,7 +108,8 @@ class LongTailModel(nn.Module):
 
         A backbone may also return features (N, T, D), one row per step of a sequence or per pixel. All outputs then
         begin with (N, T). Labels and weights are (N, T), or (N,) for one per sequence. Padding steps have the label NaN
-        with ``missing="drop"``, or weight 0.
+        with ``missing="drop"``, or weight 0. Their inputs and features must still be finite, such as 0: NaN there
+        leaves the loss finite but makes gradients NaN.
     Units:
         labels, sigma and predictions are in label units; ``"cross_entropy"``, ``"coral_loss"`` and ``"gaussian_nll"``
         in nats, other named losses in standard deviations of the labels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .._checks import as_tensors, instance, is_tensor, labels_array, not_empty, require, shaped
 from .._settings import shown
 from .._state import whole_or_not_at_all
+from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.grid import BinGrid
 from ..priors import TauChoice
@@ -33,7 +35,8 @@ class MultiTargetModel(nn.Module):
     """One backbone for several targets, such as age and head pose, with one :class:`LongTailModel` per target.
 
     Each target has its own label axis, density, head, prior and tau. The loss is the mean of their losses. Named losses
-    do not depend on the unit of labels, so that no unit dominates.
+    do not depend on the unit of labels, so that no unit dominates. With missing labels each target has the mean over
+    its own labels, and training on n ranks is therefore close, but not equal, to training on one.
 
     With :func:`dir_toolkit.experiment.training.loop.fit` use ``loss=model.criterion``.
 
@@ -45,9 +48,11 @@ class MultiTargetModel(nn.Module):
         backbone, neck: the backbone, and an identity after it to attach an FDS over ``Bins.grid(...)``.
         targets: the K models, for methods of one target: ``model.targets[0].set_prior("uniform", 0.5)``.
     Shape:
-        forward: x as for the backbone; labels (N, K); weight (N,), for all targets, or (N, K). Returns
-            :class:`LongTailOutput` with the loss, predictions (N, K) and features (N, D). Scores, distributions and
-            residuals of the targets are concatenated in the last axis; :meth:`of_targets` splits them.
+        forward: x as for the backbone; labels (N, K); weight (N,), for all targets, or (N, K). For sequences labels
+            are (N, T, K), or (N, K) for all steps; weights also (N, T) or (N, T, K). If T is K, (N, K) is ambiguous
+            and refused. Returns :class:`LongTailOutput` with the loss, predictions (N, K) and features (N, D). Scores,
+            distributions and residuals of the targets are concatenated in the last axis; :meth:`of_targets` splits
+            them.
     Raises:
         TypeError: an argument has the wrong type. ValueError: there is no target, or a target has its own FDS.
         ShapeError: features or labels do not fit. Otherwise as :class:`LongTailModel`.
@@ -123,13 +128,26 @@ class MultiTargetModel(nn.Module):
 
     def _loss(self, outputs: Sequence[LongTailOutput], labels: Tensor, weight: Tensor | None) -> Tensor:
         self._check_labels(labels)
-        if weight is not None:
-            is_tensor(weight=weight)
-        losses = []
-        for k, (target, output) in enumerate(zip(self.targets, outputs, strict=True)):
-            own = weight[..., k] if weight is not None and weight.ndim == labels.ndim else weight
-            losses.append(target.criterion(output, labels[..., k], own))
-        return torch.stack(losses).mean()
+        weights = self._weights(weight, outputs[0].prediction.shape)
+        parts = zip(self.targets, outputs, labels.unbind(-1), weights, strict=True)
+        return torch.stack([target.criterion(*own) for target, *own in parts]).mean()
+
+    def _weights(self, weight: Tensor | None, shape: torch.Size) -> Sequence[Tensor | None]:
+        """The weight of each target, for predictions of this shape, (N,) or (N, T)."""
+        count = len(self.targets)
+        if weight is None:
+            return [None] * count
+        is_tensor(weight=weight)
+        for_all, for_each = ((shape[0],), (*shape,)), ((shape[0], count), (*shape, count))
+        shared, own = weight.shape in for_all, weight.shape in for_each
+        rule, fix = "", ""
+        if shared and own:
+            rule = "weight must be clearly for steps or for targets, which are equally many"
+            fix = "Expand it to one number for each step and target, (N, T, K)."
+        elif not shared and not own:
+            rule = f"the shape of weight must be one of {for_all} for all targets, or of {for_each} for each"
+        require(not rule, rule, got=weight.shape, fix=fix, error=ShapeError)
+        return weight.unbind(-1) if own else [weight] * count
 
     def _check_labels(self, labels: Any) -> None:
         is_tensor(labels=labels)
@@ -137,7 +155,8 @@ class MultiTargetModel(nn.Module):
 
     def _together(self, outputs: Sequence[LongTailOutput], loss: Tensor) -> LongTailOutput:
         """Join the outputs of all targets."""
-        scores = [one.scores.reshape(*one.prediction.shape, -1) for one in outputs]
+        sizes = [math.prod(target.readout.score_shape) for target in self.targets]
+        scores = [one.scores.reshape(*one.prediction.shape, size) for one, size in zip(outputs, sizes, strict=True)]
         return LongTailOutput(
             loss,
             torch.cat(scores, -1),
@@ -169,7 +188,7 @@ class MultiTargetModel(nn.Module):
         """The scores of each target, in the form of its own model."""
         is_tensor(scores=scores)
         shapes = [target.readout.score_shape for target in self.targets]
-        sizes = [int(np.prod(shape)) for shape in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
         shaped((..., sum(sizes)), "as this model gives them", scores=scores)
         parts = zip(scores.split(sizes, -1), shapes, strict=True)
         return [part if shape else part.squeeze(-1) for part, shape in parts]
@@ -181,10 +200,11 @@ class MultiTargetModel(nn.Module):
             target_prior: one for all targets. A prior (B,) fits only if all have B bins.
             tau: >= 0.
         Raises:
-            as :meth:`LongTailModel.set_prior`. Targets before the one that raises have changed by then.
+            as :meth:`LongTailModel.set_prior`. No target changes then.
         """
-        for target in self.targets:
-            target.set_prior(target_prior, tau)
+        with whole_or_not_at_all(self.targets):
+            for target in self.targets:
+                target.set_prior(target_prior, tau)
 
     def calibrate(
         self,
@@ -203,19 +223,24 @@ class MultiTargetModel(nn.Module):
             by, most_mae, outside: as in :meth:`LongTailModel.calibrate`, for all targets.
         Returns:
             the choice for each target.
+        Raises:
+            as :meth:`LongTailModel.calibrate`. No target changes then.
         """
         if labels is None:
             scores_or_loader, labels = held_out(self, scores_or_loader)
         pairs = self._scores_and_labels(scores_or_loader, labels)
         options: Any = {"by": by, "most_mae": most_mae, "outside": outside}
-        return [target.calibrate(*pair, **options) for target, pair in zip(self.targets, pairs, strict=True)]
+        with whole_or_not_at_all(self.targets):
+            return [target.calibrate(*pair, **options) for target, pair in zip(self.targets, pairs, strict=True)]
 
     def calibrate_intervals(
         self, scores: Tensor, labels: Any, level: float = 0.9, *, outside: Outside | None = None
     ) -> None:
-        """:meth:`LongTailModel.calibrate_intervals` of each target. The level holds for each target, not jointly."""
-        for target, pair in zip(self.targets, self._scores_and_labels(scores, labels), strict=True):
-            target.calibrate_intervals(*pair, level, outside=outside)
+        """:meth:`LongTailModel.calibrate_intervals` of each target. The level holds for each target, not jointly. If it
+        raises, no target changes."""
+        with whole_or_not_at_all(self.targets):
+            for target, pair in zip(self.targets, self._scores_and_labels(scores, labels), strict=True):
+                target.calibrate_intervals(*pair, level, outside=outside)
 
     def _scores_and_labels(self, scores: Any, labels: Any) -> list[tuple[Tensor, Tensor]]:
         (labels,) = as_tensors(labels=labels)
@@ -241,7 +266,7 @@ class MultiTargetModel(nn.Module):
 
     def predict(self, inputs: Tensor | Iterable[Any], *, level: float | None = None) -> xr.Dataset:
         """The table of :meth:`LongTailModel.predict` over (sample, target), or (sample, step, target) for sequences. It
-        has ``lower`` and ``upper`` if all targets have intervals.
+        has ``lower`` and ``upper`` if all targets have intervals, and ``interval_level`` if their levels are equal.
 
         Args:
             inputs: as in :meth:`LongTailModel.predict`.
@@ -259,7 +284,7 @@ class MultiTargetModel(nn.Module):
 
         batches = zip(*read_batches(self, inputs, read), strict=True)
         tables = [table(target, own, level) for target, own in zip(self.targets, batches, strict=True)]
-        return xr.concat(tables, "target", combine_attrs="override").transpose("sample", ..., "target")
+        return xr.concat(tables, "target", combine_attrs="drop_conflicts").transpose("sample", ..., "target")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the model in one file, as :meth:`LongTailModel.save`, which has the same errors.

@@ -34,9 +34,10 @@ def ccc_loss(
     constant is as bad as noise, and so shrinking towards the common labels, which pays under other losses, costs here.
 
     The second form gives a value per sample. Its mean is 1 - CCC, times the mean weight. Use large batches: the
-    variance is estimated within the batch. A batch of one adds nothing that could be learnt from, and a warning says
-    so. Each rank of a distributed run has its own batch. Predictions that all equal their labels have the loss 0, even
-    if those are all the same.
+    variance is estimated within the batch. One label alone, or one left by ``missing`` or by weights of zero, has the
+    loss 1, or 0 if it is predicted exactly, and no gradient. A warning says so for a batch of one sample, but not for a
+    longer batch with one label left, since that would read the labels in each step. Each rank of a distributed run has
+    its own batch. Predictions that all equal their labels have the loss 0, even if those are all the same.
 
     Shape:
         pred, target, weight: (N,) or (N, K), all equal. Each column is judged by itself. Returns (), or the input's

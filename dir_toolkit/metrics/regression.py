@@ -109,7 +109,8 @@ class RegressionMetrics(RegionMetrics):
             not make it zero. None takes a hundredth of the median bin width. Over a grid it is one number, or one per
             axis.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``. The error of a clipped target is exact.
-        missing: ``"raise"``, or ``"drop"``, which ignores targets that are NaN.
+        missing: ``"raise"``, or ``"drop"``, which ignores targets that are NaN. Over a grid one NaN of K drops the
+            whole row, also for the other dimensions. For each alone use metrics of its own axis.
 
     Source:
         Ribeiro and Moniz 2020, doi:10.1007/s10994-020-05900-9, for SERA.

@@ -258,3 +258,74 @@ def test_refusals_say_what_to_do() -> None:
 def test_a_prior_is_refused_where_a_target_has_none() -> None:
     with pytest.raises(RuntimeError, match="have a prior"):
         mixed().set_prior("uniform", 1.0)
+
+
+def test_a_weight_is_read_by_its_shape() -> None:
+    y = labels()[:, :2]
+    model = several(y, [AGES, None])
+    x, y = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(3)), y[:4]
+    of_all = y[:, None].expand(4, 5, 2)
+    weight = torch.rand(4, 5, 2, generator=torch.Generator().manual_seed(4))
+
+    def expected(first: Tensor, second: Tensor) -> Tensor:
+        features = model.backbone(x)
+        pairs = enumerate((first, second))
+        return torch.stack([model.targets[k](features, y[:, k], own).loss for k, own in pairs]).mean()
+
+    step, column = weight[..., 0], weight[:, 0]
+    for own in (y, of_all):
+        assert torch.equal(model(x, own, step).loss, expected(step, step))
+        assert torch.equal(model(x, own, column).loss, expected(column[:, 0], column[:, 1]))
+        assert torch.equal(model(x, own, weight).loss, expected(weight[..., 0], weight[..., 1]))
+    for wrong in (weight[..., :1], torch.rand(4, 3), torch.rand(4, 1), torch.rand(5)):
+        with pytest.raises(ShapeError, match="the shape of weight must be one of"):
+            model(x, y, wrong)
+    with pytest.raises(ShapeError, match="the shape of weight must be one of"):
+        model(x[:, 0], y, torch.rand(4, 3))
+    with pytest.raises(ShapeError, match="weight must be clearly for steps or for targets"):
+        model(x[:, :2], of_all[:, :2], column)
+
+
+def test_a_table_states_no_level_of_one_target_for_all() -> None:
+    y = labels()[:, :2]
+    model = several(y, [AGES, None])
+    for levels in ((0.8, 0.8), (0.8, 0.9)):
+        for k, level in enumerate(levels):
+            model.targets[k].calibrate_intervals(model.of_targets(model(X))[k].scores, y[:, k], level)
+        table = model.predict(X)
+        assert table.lower.attrs.get("interval_level") == (0.8 if levels == (0.8, 0.8) else None)
+
+
+def test_all_targets_change_or_none() -> None:
+    def state(model: dt.MultiTargetModel) -> str:
+        return str([model.settings, *(target.state_dict() for target in model.targets)])
+
+    y = labels()[:, [0, 0, 0, 2]]
+    model = trained(mixed(), y)
+    before = state(model)
+    with pytest.raises(RuntimeError, match="have a prior"):
+        model.set_prior("uniform", 1.0)
+    assert state(model) == before
+    with pytest.raises(RuntimeError, match="have a prior"):
+        model.calibrate(model(X).scores, y)
+    assert state(model) == before
+    with pytest.raises(ValueError, match="density"):
+        model.calibrate_intervals(model(X).scores, y)  # the last target has none
+    assert state(model) == before
+
+
+def test_calibration_takes_sequences_of_any_length_and_labels_per_sequence() -> None:
+    y = labels()[:, :2]
+    model, x = trained(several(y, [AGES, None]), y), X[:40, None].expand(40, 5, 3)
+    alone, uneven = copy.deepcopy(model), copy.deepcopy(model)
+    one = [choice.tau for choice in model.calibrate([(x, y[:40])])]
+    assert one == [choice.tau for choice in alone.calibrate(alone(x).scores, y[:40])]
+    of_steps = y[:40, None].expand(40, 5, 2)
+    batches = [(x[:20], of_steps[:20]), (x[20:, :3], of_steps[20:, :3]), (x[20:, 3:], y[20:40])]
+    assert one == [choice.tau for choice in uneven.calibrate(batches)]
+    with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 2\), one per target"):
+        model.calibrate([(x, y[:40, 0])])
+
+
+def test_an_empty_batch_has_outputs_of_the_same_form() -> None:
+    assert mixed()(torch.randn(0, 3)).scores.shape == (0, 20 + 1 + 2 + 3)

@@ -21,6 +21,7 @@ from ...errors import LabelError, SettingsError
 from ...features.fds import FDS
 from ...features.hooks import FDSHook
 from ...labels.bins import MISSING, Missing
+from ...labels.grid import BinGrid
 from ...labels.sampling import BinSampler
 from ...labels.weights import LDS
 from ...losses.regression import weighted_l1
@@ -91,7 +92,8 @@ def fit(
         metrics: empty metrics for validation errors. Its ``selects`` names the error that selects the best epoch.
         loss: called as ``loss(output, labels, weight)``; the weight is None without ``weights``. It returns the mean
             over the batch, or one number for the whole batch. If it is a module, its parameters are trained as well.
-        weights: a fitted LDS; None means equal weights.
+        weights: a fitted LDS; None means equal weights. Over a grid it refuses samples that lack only some of their
+            labels.
         weights_from: the number of epochs without weights at the start, for deferred reweighting (Cao et al. 2019).
         sampler: its ``order(epoch)`` gives the samples of an epoch; None takes every sample once, shuffled.
         fds: an FDS that is attached to the model but is not a submodule, since ranks would then overwrite its
@@ -106,7 +108,9 @@ def fit(
             mean over the labels of a batch that are there. Each rank counts by its share of these then, and each batch
             in the history, too. The loss, ``weights`` and ``fds`` must drop missing labels themselves, as a
             :class:`dir_toolkit.LongTailModel` made with ``missing="drop"`` does in its ``criterion``. A function that
-            takes ``missing=``, as those of :mod:`dir_toolkit.losses` do, is called with it.
+            takes ``missing=``, as those of :mod:`dir_toolkit.losses` do, is called with it. Ranks make the same steps
+            as one process only if the loss is the mean over all labels that are there. That of a
+            :class:`dir_toolkit.MultiTargetModel` is not, since it is a mean of one mean per target.
         checkpoint_minutes: the longest time between two checkpoints; 0 writes one in each step. One is also written at
             the end of each epoch.
         fingerprint: plain values that identify this run, in addition to the settings of all arguments. A checkpoint
@@ -124,8 +128,8 @@ def fit(
         of the model, or nothing but its place in memory tells an argument from another. ShapeError: the loss is not
         one number. UsageError: another thread of the process trains, gradients are off, or the loss has none.
         LabelError: a validation label lies beyond the axis, or a label is missing where these are not dropped, or all
-        are. TypeError: an argument is of another kind. OSError: the
-        folder cannot be made or written to.
+        are, of training or of validation. TypeError: an argument is of another kind. OSError: the folder cannot be made
+        or written to.
     """
     instance(nn.Module, model=model)
     instance(SampleSet, train=train, val=val)
@@ -139,9 +143,10 @@ def fit(
     instance((bool, Callable), augmentation=augmentation)
     instance(Optimization, optimization=optimization)
     instance(Runtime, runtime=runtime)
-    metrics.bins.index(
-        val.labels, metrics.outside, missing=metrics.missing, name="val.labels"
-    )  # now, and not when the first epoch has ended
+    # Now, and not when the first epoch has ended.
+    placed = metrics.bins.index(val.labels, metrics.outside, missing=metrics.missing, name="val.labels")
+    rule, fix = "val must hold at least one label that metrics count", "Over a grid a label is dropped if part is NaN."
+    require(not len(val) or bool((placed >= 0).any()), rule, got="none", fix=fix, error=LabelError)
     got, on = "torch.no_grad() or torch.inference_mode() around it", torch.is_grad_enabled()
     require(on, "gradients must be on", got=got, fix="Call it outside of these.", error=RuntimeError)
     _check_trainable(model, train, val, loss, sampler, fds, optimization, runtime.world)
@@ -149,6 +154,11 @@ def fit(
     for name, part in {"loss": getattr(loss, "__self__", loss), "weights": weights, "fds": fds}.items():
         if hasattr(part, "missing"):
             drop_alike(name, part, "training", missing=missing)
+    if weights is not None and isinstance(weights.bins, BinGrid):
+        gone = np.isnan(train.labels)
+        rule, got = "weights over a grid need all labels of a sample or none", "samples that lack some, which weigh 0"
+        fix = "Give each model of MultiTargetModel.targets its own weights=LDS(bins), and fit none."
+        require(bool((gone.all(-1) == gone.any(-1)).all()), rule, got=got, fix=fix, error=LabelError)
     instance((str, os.PathLike), folder=folder)
     instance(bool, resume=resume)
     weights_from = whole("weights_from", weights_from, low=0)

@@ -31,6 +31,7 @@ from dir_toolkit.errors import (
 )
 from dir_toolkit.experiment.data.augment import to_float
 from dir_toolkit.experiment.data.images import ImageSet, content_digest
+from dir_toolkit.experiment.data.mapped import MappedSet
 from dir_toolkit.experiment.training.checkpoint import load_checkpoint
 from dir_toolkit.experiment.training.loop import Optimization, evaluate, fit, predict
 from dir_toolkit.experiment.training.runtime import Runtime, start_runtime
@@ -41,7 +42,7 @@ from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.mixing import c_mixup
 from dir_toolkit.labels.sampling import BinSampler
 from dir_toolkit.labels.weights import LDS
-from dir_toolkit.longtail import LongTailModel, LongTailOutput
+from dir_toolkit.longtail import LongTailModel, LongTailOutput, MultiTargetModel
 from dir_toolkit.losses.center import CenterLoss
 from dir_toolkit.losses.cross_entropy import cross_entropy
 from dir_toolkit.losses.regression import weighted_l1
@@ -1106,3 +1107,31 @@ def train_to_step_eight(connection: Any, folder: Path) -> None:
 
 def go_on(connection: Any, folder: Path) -> None:
     train(folder, resume=True)
+
+
+def partly_missing(folder: Path, val: np.ndarray, weights: LDS | None = None) -> Any:
+    """Fit two targets, of which each training sample lacks one."""
+    grid = Bins.grid(BINS, BINS)
+    y = np.tile(np.array([[3.0, np.nan], [np.nan, 7.0], [2.0, 4.0]], np.float32), (10, 1))
+    model = MultiTargetModel.for_labels(nn.Identity(), 3, y, bins=[BINS, BINS], head="regression", missing="drop")
+    sets = [MappedSet([(torch.ones(3), label) for label in torch.from_numpy(own)]) for own in (y, val)]
+    metrics = RegressionMetrics(LabelDensity.count(y, grid, missing="drop"), missing="drop")
+    options: Any = {"loss": model.criterion, "metrics": metrics, "weights": weights, "missing": "drop"}
+    return fit(model, *sets, optimization=ONE_EPOCH, runtime=one_process(), folder=folder, **options)
+
+
+def test_a_validation_set_that_metrics_count_nothing_of_is_refused(tmp_path: Path) -> None:
+    lacking = np.array([[3.0, np.nan], [np.nan, 7.0]], np.float32)
+    for val in (lacking, np.full_like(lacking, np.nan)):
+        with pytest.raises(LabelError, match=r"^fit: val must hold at least one label that metrics count, got none"):
+            partly_missing(tmp_path / "refused", val)
+    assert not (tmp_path / "refused").exists()
+    assert np.isfinite(partly_missing(tmp_path / "run", np.nan_to_num(lacking))[0]["val_bmae"])
+
+
+def test_weights_over_a_grid_need_all_labels_of_a_sample(tmp_path: Path) -> None:
+    grid, val = Bins.grid(BINS, BINS), np.ones((2, 2), np.float32)
+    weights = LDS(grid, missing="drop").fit(torch.rand(50, 2) * 20)
+    with pytest.raises(LabelError, match=r"^fit: weights over a grid need all labels of a sample or none.*its own wei"):
+        partly_missing(tmp_path / "refused", val, weights)
+    assert not (tmp_path / "refused").exists()
