@@ -16,7 +16,7 @@ from sklearn.base import clone
 from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestClassifier
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.model_selection import GridSearchCV, KFold, RepeatedKFold
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -72,6 +72,31 @@ def test_each_row_is_forecast_by_a_clone_that_was_not_trained_on_it() -> None:
     assert len(model.estimators_) == 4
     fewer = PriorAdjusted(LinearRegression(), bins=AXIS, cv=splits[:1]).fit(x, y)
     np.testing.assert_array_equal(fewer.labels_, y[splits[0][1]])
+
+
+def test_parts_may_be_lists_masks_and_numbers_of_numpy() -> None:
+    x, y = long_tailed(200, 0)
+    splits = list(KFold(3).split(x))
+    lists = [(train.tolist(), test.tolist()) for train, test in splits]
+    masks = [(np.isin(np.arange(200), train), np.isin(np.arange(200), test)) for train, test in splits]
+    first, *others = [PriorAdjusted(LinearRegression(), bins=AXIS, cv=cv).fit(x, y) for cv in (splits, lists, masks)]
+    for other in others:
+        np.testing.assert_array_equal(other.predict(x), first.predict(x))
+    whole, of_numpy = [
+        PriorAdjusted(LinearRegression(), bins=AXIS, cv=cv, random_state=0).fit(x, y) for cv in (5, np.int64(5))
+    ]
+    np.testing.assert_array_equal(of_numpy.predict(x), whole.predict(x))
+
+
+def test_rows_that_are_forecast_more_than_once_count_once_by_the_mean() -> None:
+    x, y = long_tailed(200, 0)
+    cv = RepeatedKFold(n_splits=4, n_repeats=3, random_state=0)
+    model = PriorAdjusted(KNeighborsRegressor(1), bins=AXIS, cv=cv).fit(x, y)
+    by_hand = np.zeros(200)
+    for train, test in cv.split(x):
+        by_hand[test] += KNeighborsRegressor(1).fit(x[train], y[train]).predict(x[test]) / 3
+    np.testing.assert_allclose(model.model_.head.forecasts.numpy(), np.sort(by_hand))
+    np.testing.assert_array_equal(model.labels_, y)
 
 
 def test_intervals_hold_what_they_say_and_calibrated_ones_in_every_region(adjusted: PriorAdjusted) -> None:

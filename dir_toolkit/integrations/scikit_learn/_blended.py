@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from sklearn.base import RegressorMixin
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from ..._checks import number, one_of, require, warn
@@ -140,7 +141,8 @@ class Blended(RegressorMixin):
             level: the coverage, in (0, 1).
             options: those of :meth:`dir_toolkit.LongTailModel.calibrate_intervals`, which has the same errors.
         """
-        self.model_.calibrate_intervals(torch.from_numpy(self.scores(X)), y, level, **options)
+        scores = torch.from_numpy(self.scores(X))
+        self.model_.calibrate_intervals(scores, y, level, **options)
 
     def scores(self, X: Any) -> np.ndarray:
         """The scores of each row under the training prior, (N, B) with bins, for
@@ -153,6 +155,7 @@ class Blended(RegressorMixin):
         Args:
             target_prior, tau: as those of :meth:`dir_toolkit.LongTailModel.set_prior`, whose errors hold here, too.
         """
+        check_is_fitted(self)
         self.model_.set_prior(target_prior, tau)
         self.share_, self.tau_ = 0.0, tau
 

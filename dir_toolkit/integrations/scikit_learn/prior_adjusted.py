@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..._checks import distributions, finite, labels_array, number, one_of, requ
 from ...labels.bins import Bins
 from ...labels.decoding import Decoding
 from ._blended import FEWEST, Blended, counted, model_of_forecasts, model_of_shares
-from ._estimator import folds
+from ._estimator import all_or_nothing, folds
 
 __all__ = ["PriorAdjusted"]
 
@@ -107,6 +108,7 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         self.decode = decode
         self.random_state = random_state
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PriorAdjusted:
         """Train the clones, learn how labels lie around their forecasts, and choose how to predict.
 
@@ -158,7 +160,7 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             self.estimators_ = [self.estimator]
             return self._forecasts(self.estimator, _safe_indexing(X, present), rows), present
         splits: Any = self.cv
-        if isinstance(splits, int):
+        if isinstance(splits, Integral):
             parts = min(whole("cv", splits, low=2), len(present))
             fold = folds(check_random_state(self.random_state), labels[present], parts)
             splits = [(present[fold != k], present[fold == k]) for k in range(parts)]
@@ -166,8 +168,9 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             splits = check_cv(splits).split(X, labels)
         takes = not weighted or has_fit_parameter(self.estimator, "sample_weight")
         require(takes, "the fit of estimator must take sample_weight", got=type(self.estimator))
-        forecasts, held, estimators = [], [], []
+        forecasts, held, estimators, every = [], [], [], np.arange(len(labels))
         for train, test in splits:
+            train, test = (every[np.asarray(rows)] for rows in (train, test))  # from lists and masks, too
             train, test = (rows[weight[rows] > 0] for rows in (train, test))
             target = labels[train] if self.forecast != "predict_proba" else self.bins_.index(labels[train])
             options = {"sample_weight": weight[train]} if weighted else {}
@@ -175,7 +178,10 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             forecasts.append(self._forecasts(estimators[-1], _safe_indexing(X, test), len(test)))
             held.append(test)
         self.estimators_ = estimators
-        return np.concatenate(forecasts), np.concatenate(held)
+        rows, place, count = np.unique(np.concatenate(held), return_inverse=True, return_counts=True)
+        total = np.zeros((len(rows), *forecasts[0].shape[1:]))
+        np.add.at(total, place, np.concatenate(forecasts))
+        return (total.T / count).T, rows  # the mean of all forecasts of a row, which must not be in its own windows
 
     def _forecasts(self, estimator: Any, X: Any, rows: int) -> np.ndarray:
         """What an estimator forecasts, (N,) or (N, B)."""
