@@ -54,7 +54,8 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         forecast: what is read off the estimator: ``"predict"``, one number per row; ``"predict_proba"``, the
             probabilities of a classifier that is then trained on the numbers of bins; or a function, called as
             ``forecast(estimator, X, bins)``, that returns a number per row (N,) or the shares of the bins (N, B). For
-            quantiles and for bins of another axis, :func:`dir_toolkit.labels.decoding.bin_shares` makes shares.
+            quantiles and for bins of another axis, :func:`dir_toolkit.labels.decoding.bin_shares` makes shares. The
+            temperature of shares is chosen without ``sample_weight``.
         cv: the number of parts, each of which holds labels of all sizes; or a splitter of scikit-learn, or a list of
             pairs of rows to train on and rows to forecast.
         tau, by, most_mae, decode: as those of :class:`LongTailRegressor`.
@@ -65,8 +66,11 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         model_: a :class:`dir_toolkit.LongTailModel` over forecasts, (N, 1) or (N, B).
         share_, tau_, choice_: as those of :class:`LongTailRegressor`.
         scores_, labels_: the scores of the rows that were forecast, as ``scores(X)`` gives them, (M, B), and their
-            labels, (M,): for ``estimate_prior(adjusted.scores(X), source=adjusted.scores_, labels=adjusted.labels_,
-            bins=adjusted.bins_)``.
+            labels, (M,). Each comes from clones that were not trained on its row, but ``scores(X)`` from the mean of
+            all clones. So do not pass ``scores_`` to :func:`dir_toolkit.estimate_prior` as ``source``: it may find a
+            shift where there is none. Pass rows (X_held, y_held) that were not used in ``fit``:
+            ``estimate_prior(adjusted.scores(X), source=adjusted.scores(X_held), labels=y_held, bins=adjusted.bins_)``.
+            Or fit with a ``FrozenEstimator``, whose ``scores_`` come from the same estimator as ``scores(X)``.
     Shape:
         X: whatever the estimator takes. y, sample_weight: (N,), one label per row.
     Raises:
@@ -145,7 +149,7 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             self.model_, scores = model_of_forecasts(self.bins_, forecasts, own, weight[held], density, **options)
         else:
             self.model_, scores = model_of_shares(self.bins_, forecasts, own, density, **options)
-        self._choose(own, of_rows, scores)
+        self._choose(own, weight[held], of_rows, scores)
         self.scores_, self.labels_ = scores.numpy(), own
         return self
 

@@ -163,7 +163,7 @@ class LongTailRegressor(Blended, LongTailEstimator):
 
         Args:
             sample_weight: >= 0, scaled to a mean of one. A row of weight zero is ignored. The training prior counts
-                weights, not rows.
+                weights, not rows. With a named head the choice of ``tau`` ignores weights.
         """
         if np.asarray(without_tensors(y, "y")).ndim == 2:
             values, targets = self._table(X, y=y, y_numeric=True, multi_output=True)
@@ -204,7 +204,7 @@ class LongTailRegressor(Blended, LongTailEstimator):
             held, density = rows.held.any(0), counted(bins, labels, rows.weight)
             of_held = forecasts, labels[held], rows.weight[held]
             self.model_, scores = model_of_forecasts(bins, *of_held, density, **options)
-            self._choose(labels[held], numbers, scores)
+            self._choose(*of_held[1:], numbers, scores)
             return self
         if scores_bins:
             options["adjust"] = self.adjust
@@ -267,7 +267,9 @@ class LongTailRegressor(Blended, LongTailEstimator):
         if self.estimators_ is None:
             return super().calibrate_intervals(X, y, level, **options)
         X, labels = self._table(X, reset=False), labels_array(y, "y")
-        require(labels.shape == (X.shape[0], len(self.estimators_)), "y must have a column per target", got=labels.shape)
+        require(
+            labels.shape == (X.shape[0], len(self.estimators_)), "y must have a column per target", got=labels.shape
+        )
         each = copy.deepcopy(self.estimators_)  # so that all are calibrated or none
         for one, column in zip(each, labels.T, strict=True):
             one.calibrate_intervals(X, column, level, **options)
