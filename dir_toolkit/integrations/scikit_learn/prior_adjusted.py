@@ -182,10 +182,10 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             forecasts.append(self._forecasts(estimators[-1], _safe_indexing(X, test), len(test)))
             held.append(test)
         self.estimators_ = estimators
-        rows, place, count = np.unique(np.concatenate(held), return_inverse=True, return_counts=True)
-        total = np.zeros((len(rows), *forecasts[0].shape[1:]))
+        numbers, place, count = np.unique(np.concatenate(held), return_inverse=True, return_counts=True)
+        total = np.zeros((len(numbers), *forecasts[0].shape[1:]))
         np.add.at(total, place, np.concatenate(forecasts))
-        return (total.T / count).T, rows  # the mean of all forecasts of a row, which must not be in its own windows
+        return (total.T / count).T, numbers  # the mean of all forecasts of a row, which must not be in its own windows
 
     def _forecasts(self, estimator: Any, X: Any, rows: int) -> np.ndarray:
         """What an estimator forecasts, (N,) or (N, B)."""
