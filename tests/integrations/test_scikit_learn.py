@@ -18,6 +18,7 @@ pytest.importorskip("sklearn", minversion="1.6")
 
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import QuantileTransformer
@@ -25,7 +26,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import dir_toolkit as dt
 from dir_toolkit.errors import ArgumentTypeError, DirToolkitError, LabelError, NonFiniteLossError, SettingsError
-from dir_toolkit.integrations.scikit_learn import LongTailClassifier, LongTailRegressor
+from dir_toolkit.integrations.scikit_learn import LongTailClassifier, LongTailRegressor, PriorAdjusted, SampleWeighted
 from dir_toolkit.integrations.scikit_learn._columns import Columns
 from dir_toolkit.integrations.scikit_learn._estimator import folds, validation_rows
 from dir_toolkit.integrations.scikit_learn._members import MemberHead, Members
@@ -641,3 +642,60 @@ def test_several_targets_are_learnt_by_a_regressor_each() -> None:
     regressor.set_params(head="auto")
     assert regressor.fit(x, both[:, :1]).predict(x).shape == (200,)
     assert regressor.estimators_ is None
+
+
+@pytest.mark.parametrize(
+    ("estimator", "changes"),
+    [
+        (LongTailRegressor(**{**QUICKER, "epochs": 2}, members=2, random_state=0), {"epochs": 0}),
+        (LongTailClassifier(**{**QUICKER, "epochs": 2}, random_state=0), {"epochs": 0}),
+        (PriorAdjusted(LinearRegression(), random_state=0), {"decode": "bogus"}),
+        (SampleWeighted(LinearRegression()), {"estimator": Ridge(alpha=-1)}),
+    ],
+)
+def test_a_refused_fit_changes_nothing(estimator: Any, changes: dict[str, Any]) -> None:
+    x, y = long_tailed(120, 0)
+    y = y > 5 if isinstance(estimator, LongTailClassifier) else y
+    model, unfitted = clone(estimator).fit(x, y), clone(estimator).set_params(**changes)
+    before, attributes = model.predict(x), set(vars(model))
+    with pytest.raises(ValueError, match="must be"):
+        model.set_params(**changes).fit(x[:50, :1], y[:50])
+    assert np.array_equal(model.predict(x), before)
+    assert set(vars(model)) == attributes
+    x[0] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        model.set_params(**estimator.get_params(deep=False)).fit(x[:50], y[:50])
+    assert np.array_equal(model.predict(x[1:]), before[1:])
+    with pytest.raises(ValueError, match="must be"):
+        unfitted.fit(x[1:], y[1:])
+    with pytest.raises(NotFittedError):
+        unfitted.predict(x[1:])
+
+
+def test_each_method_reaches_the_regressors_of_all_targets() -> None:
+    x, y = long_tailed(120, 0)
+    both = np.stack([y, 100 - 3 * y], 1)
+    model = LongTailRegressor(**{**QUICKER, "epochs": 2}, members=2, random_state=0).fit(x, y)
+    model.fit(x, both)
+    assert not hasattr(model, "model_"), "the model of an earlier fit has gone"
+    assert model.estimators_ is not None
+    with pytest.raises(RuntimeError, match=r"single target, got 2 targets\. Use estimators_\[k\]\.scores"):
+        model.scores(x)
+    by_hand = pickle.loads(pickle.dumps(model.estimators_))
+    before = model.predict(x)
+    model.set_prior("uniform", 0.5)
+    assert not np.array_equal(model.predict(x), before)
+    model.calibrate_intervals(x, both, level=0.8)
+    lower, _ = model.predict_interval(x)
+    for k, one in enumerate(by_hand):
+        one.set_prior("uniform", 0.5)
+        one.calibrate_intervals(x, both[:, k], level=0.8)
+        assert np.array_equal(one.predict_interval(x)[0], lower[:, k])
+    with pytest.raises(DirToolkitError, match=r"y must have a column per target, got shape \(120,\)"):
+        model.calibrate_intervals(x, y)
+    both[0, 1] = np.nan
+    with pytest.raises(DirToolkitError):
+        model.calibrate_intervals(x, both, level=0.5)
+    assert np.array_equal(model.predict_interval(x)[0], lower)
+    with pytest.raises(NotFittedError):
+        LongTailRegressor().set_prior("uniform")

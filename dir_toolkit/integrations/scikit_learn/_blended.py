@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from sklearn.base import RegressorMixin
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from ..._checks import number, one_of, require, warn
@@ -19,6 +20,7 @@ from ...labels.density import LabelDensity
 from ...longtail import LongTailModel
 from ...longtail.calibration import row_weights
 from ...longtail.readouts import TargetPrior
+from ...target_prior import PriorEstimate
 from ._windows import LogShares, Windows
 
 TAUS = np.linspace(0, 1.5, 16)  # that are tried together with each share of the number
@@ -64,21 +66,26 @@ class Blended(RegressorMixin):
         widths = np.where(self.model_.density.counts > 0, self.bins_.relative_widths, 0.0)
         return row_weights(widths, self.bins_.index(labels), self.bins_)
 
-    def _choose(self, labels: np.ndarray, numbers: Tensor | None, scores: Tensor) -> None:
-        """Take the share of the number and the tau of the bins that suit the held-out rows best."""
-        weight, candidates = self._held_out_weight(labels), []
+    def _choose(self, labels: np.ndarray, weight: np.ndarray, numbers: Tensor | None, scores: Tensor) -> None:
+        """Take the share of the number and the tau of the bins that suit the held-out rows best, by their weights."""
+        of_bins, index, candidates = self._held_out_weight(labels), self.bins_.index(labels), []
+        balanced = of_bins * weight  # with each bin's total kept
+        balanced *= (np.bincount(index, of_bins) / np.bincount(index, balanced).clip(1e-300))[index]
         for tau in TAUS.tolist() if isinstance(self.tau, str) else [self.tau]:
             self.model_.set_prior("uniform", tau)
             binned = self.model_.readout(scores, scores, scores).prediction
             for share in SHARES if numbers is not None else (0.0,):
                 blend = binned if numbers is None else share * numbers + (1 - share) * binned
                 error = np.abs(self._on_axis(blend).numpy() - labels)
-                errors = {"mae": error.mean(), "bmae": weight @ error}
-                errors |= {"mse": (error**2).mean(), "bmse": weight @ error**2}
+                errors = {"mae": np.average(error, weights=weight), "bmae": balanced @ error}
+                errors |= {"mse": np.average(error**2, weights=weight), "bmse": balanced @ error**2}
                 candidates.append({"share": share, "tau": tau, **{name: float(x) for name, x in errors.items()}})
         least = min(row["mae"] for row in candidates)
         most = math.inf if self.most_mae is None else self.most_mae * least
-        most = max(least, min(most, float(np.abs(labels - np.median(labels)).mean())))
+        order = labels.argsort()
+        total = weight[order].cumsum()
+        median = labels[order][np.searchsorted(total, total[-1] / 2)]
+        most = max(least, min(most, float(np.average(np.abs(labels - median), weights=weight))))
         best = min((row for row in candidates if row["mae"] <= most), key=lambda row: row[self.by])
         self.choice_, self.share_, self.tau_ = candidates, best["share"], best["tau"]
         self.model_.set_prior("uniform", best["tau"])
@@ -140,7 +147,8 @@ class Blended(RegressorMixin):
             level: the coverage, in (0, 1).
             options: those of :meth:`dir_toolkit.LongTailModel.calibrate_intervals`, which has the same errors.
         """
-        self.model_.calibrate_intervals(torch.from_numpy(self.scores(X)), y, level, **options)
+        scores = torch.from_numpy(self.scores(X))
+        self.model_.calibrate_intervals(scores, y, level, **options)
 
     def scores(self, X: Any) -> np.ndarray:
         """The scores of each row under the training prior, for :func:`dir_toolkit.estimate_prior`.
@@ -154,6 +162,7 @@ class Blended(RegressorMixin):
 
     def set_prior(self, target_prior: TargetPrior, tau: float = 1.0) -> None:
         """Predict under this prior, by the bins alone, since a number keeps the prior that it was trained under.
+        An estimate that was not accepted changes nothing.
 
         Args:
             target_prior: as in :meth:`dir_toolkit.LongTailModel.set_prior`; a prior is (B,), with the sum one.
@@ -161,6 +170,9 @@ class Blended(RegressorMixin):
         Raises:
             as :meth:`dir_toolkit.LongTailModel.set_prior`.
         """
+        check_is_fitted(self)
+        if isinstance(target_prior, PriorEstimate) and not target_prior.accepted:
+            return
         self.model_.set_prior(target_prior, tau)
         self.share_, self.tau_ = 0.0, tau
 

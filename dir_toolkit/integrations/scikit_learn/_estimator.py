@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,27 @@ _MEMBER_HEADS = {
 }  # numbers of outputs of the heads whose members can be averaged
 _BATCHES = 20  # batches per epoch with batch_size="auto"
 _BATCH_SIZES = (32, 512)
+
+Fit = TypeVar("Fit", bound=Callable[..., Any])
+
+
+def all_or_nothing(method: Fit) -> Fit:
+    """Decorate a ``fit`` so that it drops all attributes of an earlier fit, and restores them if it fails."""
+
+    @functools.wraps(method)
+    def fit(self: Any, *args: Any, **kwargs: Any) -> Any:  # messages name it
+        before, own = dict(vars(self)), vars(self)
+        for name in before:
+            if name.endswith("_"):
+                del own[name]
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException:
+            own.clear()
+            own.update(before)
+            raise
+
+    return fit  # type: ignore[return-value]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._checks import one_of, require
 from ...labels.bins import Bins
 from ...labels.weights import Scheme
-from ._estimator import LongTailEstimator
+from ._estimator import LongTailEstimator, all_or_nothing
 
 __all__ = ["LongTailClassifier"]
 
@@ -92,6 +92,7 @@ class LongTailClassifier(ClassifierMixin, LongTailEstimator):
         self.device = device
         self.verbose = verbose
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LongTailClassifier:
         """Train on rows X and their classes y. ``sample_weight`` is as in :meth:`LongTailRegressor.fit`."""
         one_of("head", self.head, ("linear", "cosine", "affinity"))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..._checks import distributions, finite, labels_array, number, one_of, requ
 from ...labels.bins import Bins
 from ...labels.decoding import Decoding
 from ._blended import FEWEST, Blended, counted, model_of_forecasts, model_of_shares
-from ._estimator import folds
+from ._estimator import all_or_nothing, folds
 
 __all__ = ["PriorAdjusted"]
 
@@ -56,7 +57,8 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         forecast: what is read off the estimator: ``"predict"``, one number per row; ``"predict_proba"``, the
             probabilities of a classifier that is then trained on the numbers of bins; or a function, called as
             ``forecast(estimator, X, bins)``, that returns a number per row (N,) or the shares of the bins (N, B). For
-            quantiles and for bins of another axis, :func:`dir_toolkit.labels.decoding.bin_shares` makes shares.
+            quantiles and for bins of another axis, :func:`dir_toolkit.labels.decoding.bin_shares` makes shares. The
+            temperature of shares is chosen without ``sample_weight``.
         cv: the number of parts, each of which holds labels of all sizes; or a splitter of scikit-learn, or a list of
             pairs of rows to train on and rows to forecast.
         tau, by, most_mae, decode: as those of :class:`LongTailRegressor`.
@@ -67,8 +69,11 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         model_: a :class:`dir_toolkit.LongTailModel` over forecasts, (N, 1) or (N, B).
         share_, tau_, choice_: as those of :class:`LongTailRegressor`.
         scores_, labels_: the scores of the rows that were forecast, as ``scores(X)`` gives them, (M, B), and their
-            labels, (M,): for ``estimate_prior(adjusted.scores(X), source=adjusted.scores_, labels=adjusted.labels_,
-            bins=adjusted.bins_)``.
+            labels, (M,). Each comes from clones that were not trained on its row, but ``scores(X)`` from the mean of
+            all clones. So do not pass ``scores_`` to :func:`dir_toolkit.estimate_prior` as ``source``: it may find a
+            shift where there is none. Pass rows (X_held, y_held) that were not used in ``fit``:
+            ``estimate_prior(adjusted.scores(X), source=adjusted.scores(X_held), labels=y_held, bins=adjusted.bins_)``.
+            Or fit with a ``FrozenEstimator``, whose ``scores_`` come from the same estimator as ``scores(X)``.
     Shape:
         X: whatever the estimator takes. y, sample_weight: (N,), one label per row.
     Raises:
@@ -110,6 +115,7 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         self.decode = decode
         self.random_state = random_state
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PriorAdjusted:
         """Train the clones, learn the label distribution given a forecast, and choose the weight and ``tau``.
 
@@ -150,7 +156,7 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             self.model_, scores = model_of_forecasts(self.bins_, forecasts, own, weight[held], density, **options)
         else:
             self.model_, scores = model_of_shares(self.bins_, forecasts, own, density, **options)
-        self._choose(own, of_rows, scores)
+        self._choose(own, weight[held], of_rows, scores)
         self.scores_, self.labels_ = scores.numpy(), own
         return self
 
@@ -165,7 +171,7 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             self.estimators_ = [self.estimator]
             return self._forecasts(self.estimator, _safe_indexing(X, present), rows), present
         splits: Any = self.cv
-        if isinstance(splits, int):
+        if isinstance(splits, Integral):
             parts = min(whole("cv", splits, low=2), len(present))
             fold = folds(check_random_state(self.random_state), labels[present], parts)
             splits = [(present[fold != k], present[fold == k]) for k in range(parts)]
@@ -173,8 +179,9 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             splits = check_cv(splits).split(X, labels)
         takes = not weighted or has_fit_parameter(self.estimator, "sample_weight")
         require(takes, "the fit of estimator must take sample_weight", got=type(self.estimator))
-        forecasts, held, estimators = [], [], []
+        forecasts, held, estimators, every = [], [], [], np.arange(len(labels))
         for train, test in splits:
+            train, test = (every[np.asarray(rows)] for rows in (train, test))  # from lists and masks, too
             train, test = (rows[weight[rows] > 0] for rows in (train, test))
             target = labels[train] if self.forecast != "predict_proba" else self.bins_.index(labels[train])
             options = {"sample_weight": weight[train]} if weighted else {}
@@ -182,7 +189,10 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             forecasts.append(self._forecasts(estimators[-1], _safe_indexing(X, test), len(test)))
             held.append(test)
         self.estimators_ = estimators
-        return np.concatenate(forecasts), np.concatenate(held)
+        numbers, place, count = np.unique(np.concatenate(held), return_inverse=True, return_counts=True)
+        total = np.zeros((len(numbers), *forecasts[0].shape[1:]))
+        np.add.at(total, place, np.concatenate(forecasts))
+        return (total.T / count).T, numbers  # the mean of all forecasts of a row, which must not be in its own windows
 
     def _forecasts(self, estimator: Any, X: Any, rows: int) -> np.ndarray:
         """What an estimator forecasts, (N,) or (N, B)."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ from ...experiment.training.runtime import Runtime
 from ...labels.bins import Bins
 from ...labels.decoding import Decoding
 from ...labels.weights import Scheme
+from ...longtail.readouts import TargetPrior
 from ._blended import Blended, counted, model_of_forecasts
-from ._estimator import LongTailEstimator, Rows
+from ._estimator import LongTailEstimator, Rows, all_or_nothing
 
 __all__ = ["LongTailRegressor"]
 
@@ -93,7 +95,7 @@ class LongTailRegressor(Blended, LongTailEstimator):
         n_features_in_, feature_names_in_: as in scikit-learn.
     Shape:
         X: (N, columns), dense or sparse; it is converted to dense. y: (N,), or (N, K) for several targets;
-            sample_weight: (N,). Predictions have the shape of y.
+            sample_weight: (N,). Predictions have the shape of y, and that of (N, 1) is (N,).
     Units:
         those of the labels.
     Raises:
@@ -156,12 +158,13 @@ class LongTailRegressor(Blended, LongTailEstimator):
         self.device = device
         self.verbose = verbose
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LongTailRegressor:
         """Train on rows X and their labels.
 
         Args:
             sample_weight: >= 0, scaled to a mean of one. A row of weight zero is ignored. The training prior counts
-                weights, not rows.
+                weights, not rows. With a named head the choice of ``tau`` ignores weights.
         """
         if np.asarray(without_tensors(y, "y")).ndim == 2:
             values, targets = self._table(X, y=y, y_numeric=True, multi_output=True)
@@ -202,7 +205,7 @@ class LongTailRegressor(Blended, LongTailEstimator):
             held, density = rows.held.any(0), counted(bins, labels, rows.weight)
             of_held = forecasts, labels[held], rows.weight[held]
             self.model_, scores = model_of_forecasts(bins, *of_held, density, **options)
-            self._choose(labels[held], numbers, scores)
+            self._choose(*of_held[1:], numbers, scores)
             return self
         if scores_bins:
             options["adjust"] = self.adjust
@@ -247,7 +250,7 @@ class LongTailRegressor(Blended, LongTailEstimator):
         return x[:, :1] if self.trees_ else x
 
     def predict(self, X: Any) -> np.ndarray:
-        """The predicted label of each row, in the shape of y, within the range of the training labels."""
+        """The predicted label of each row, (N,) or (N, K), within the range of the training labels."""
         if (each := self._of_each(X, "predict")) is not None:
             return np.stack(each, 1)
         return super().predict(X)
@@ -262,6 +265,38 @@ class LongTailRegressor(Blended, LongTailEstimator):
             lower, upper = np.stack(each, 2)
             return lower, upper
         return super().predict_interval(X, level)
+
+    def calibrate_intervals(self, X: Any, y: Any, level: float = 0.9, **options: Any) -> None:
+        """As of :class:`PriorAdjusted`, for each column of y."""
+        check_is_fitted(self)
+        if self.estimators_ is None:
+            return super().calibrate_intervals(X, y, level, **options)
+        X, labels = self._table(X, reset=False), labels_array(y, "y")
+        require(
+            labels.shape == (X.shape[0], len(self.estimators_)), "y must have a column per target", got=labels.shape
+        )
+        each = copy.deepcopy(self.estimators_)  # so that all are calibrated or none
+        for one, column in zip(each, labels.T, strict=True):
+            one.calibrate_intervals(X, column, level, **options)
+        self.estimators_ = each
+
+    def scores(self, X: Any) -> np.ndarray:
+        """As of :class:`PriorAdjusted`. For several targets call it of each of ``estimators_``."""
+        check_is_fitted(self)
+        rule = "scores needs a regressor of a single target"
+        got = self.estimators_ and f"{len(self.estimators_)} targets"
+        require(self.estimators_ is None, rule, got=got, fix="Use estimators_[k].scores(X).", error=RuntimeError)
+        return super().scores(X)
+
+    def set_prior(self, target_prior: TargetPrior, tau: float = 1.0) -> None:
+        """As of :class:`PriorAdjusted`, for each target."""
+        check_is_fitted(self)
+        if self.estimators_ is None:
+            return super().set_prior(target_prior, tau)
+        each = copy.deepcopy(self.estimators_)
+        for one in each:
+            one.set_prior(target_prior, tau)
+        self.estimators_ = each
 
     def _of_each(self, X: Any, method: str, *arguments: Any) -> list[Any] | None:
         """The results of a method of each target's regressor; None for a single target."""

@@ -20,6 +20,7 @@ from ..._checks import instance, labels_array, require
 from ...labels.bins import Bins
 from ...labels.density import LabelDensity
 from ...labels.weights import LDS, Scheme
+from ._estimator import all_or_nothing
 
 __all__ = ["SampleWeighted"]
 
@@ -53,6 +54,7 @@ class SampleWeighted(RegressorMixin, MetaEstimatorMixin, BaseEstimator):
         self.bins = bins
         self.scheme = scheme
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None, **options: Any) -> SampleWeighted:
         """Compute the weights from the labels, then fit the estimator with them.
 
