@@ -461,10 +461,12 @@ class Study:
             }
             attrs["data"] = {f"{place or 'data'}, seed {seed}": data for (place, seed), data in each.items()}
         if not task.bins.categorical:
-            target = torch.from_numpy(splits.test.labels)
-            median = torch.full_like(target, float(np.median(splits.train.labels)))
-            samples = {"target": ("sample", splits.test.labels), "prediction": ("sample", median.numpy())}
-            runs["constant", 0] = regression_metrics(median, target, density).assign(samples)
+            target = splits.test.labels
+            median = np.full_like(target, np.nanmedian(splits.train.labels))
+            errors = regression_metrics(median, target, density, missing=task.missing)
+            there = ~np.isnan(target)
+            samples = {"target": ("sample", target[there]), "prediction": ("sample", median[there])}
+            runs["constant", 0] = errors.assign(samples)
         if self.failed:
             attrs["failed"] = self._failures()
         return self._combined(runs, title, attrs)

@@ -405,6 +405,7 @@ def test_a_fault_of_the_data_ends_the_study(tmp_path: Path) -> None:
         study(tmp_path, replace(ROWS, data=data)).run()
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_task_whose_labels_are_missing_in_part(tmp_path: Path) -> None:
     parts = splits()
     holes = []
@@ -419,6 +420,11 @@ def test_a_task_whose_labels_are_missing_in_part(tmp_path: Path) -> None:
     errors = one.runs[task, "soft", 0].errors
     assert errors["count"].sel(region="all") == errors.sizes["sample"] == 32
     assert np.isfinite(errors["target"]).all()
+    constant = one.result("x").sel({"method": "constant", "seed": 0})
+    assert np.unique(constant["prediction"]) == pytest.approx(np.nanmedian(holes[0].labels))
+    assert constant["count"].sel(region="all") == 32
+    one.report(title="x")
+    assert (tmp_path / "report.html").exists()
     with pytest.raises(LabelError, match=r"labels must not be NaN, .*missing="):
         study(tmp_path / "raise", replace(task, missing="raise"), {"plain": plain}).run()
 
