@@ -44,8 +44,8 @@ class PriorEstimate:
             label shift, and None without features.
         refused: whether ``auc`` was above the limit.
         gain, gain_error: the gain in log-likelihood over ``source``, in nats per sample, of estimates from one half of
-            the unlabelled data on the other half, and its standard error. That is the standard deviation over the
-            square root of N, which holds for independent samples and is too small for others.
+            the unlabelled data on the other half, and its standard error over unlabelled and held-out rows. The error
+            holds for independent samples and is too small for others.
         shifted: whether the gain is above twice its standard error.
         accepted: whether ``shifted``, and the estimate was not refused.
         bbse: (B,) float64, a second estimate by black-box shift estimation, for classes with labels; else None.
@@ -124,9 +124,9 @@ def estimate_prior(
     on single bins. Over classes K is the identity.
 
     An estimate from one half of the unlabelled data is tested on the other half, and the other way round. If its gain
-    over s is not above two standard errors, the shift is not significant, and the prior stays ``source``.
+    over s is not above two standard errors, the shift is not significant, and the prior stays ``source``. The standard
+    error counts the noise of the unlabelled and of the held-out forecasts, which are taken as independent samples.
     ``model.set_prior(estimate)`` then predicts as trained, and ``model.set_prior(estimate.estimated)`` uses it anyway.
-    The test supposes that the samples are independent.
 
     If labels of the held-out data are given, they first calibrate the forecasts, by a temperature and a bias per bin,
     smoothed by K. The held-out data must come from the training distribution, and must not have been used for training.
@@ -155,7 +155,7 @@ def estimate_prior(
         for the calibration and the source prior; Silverman et al. 1990, doi:10.1111/j.2517-6161.1990.tb01788.x, for a
         smoothed step; Lipton et al. 2018 (arXiv:1802.03916) for BBSE.
 
-    >>> held_out = [[0.9, 0.1]] * 3 + [[0.1, 0.9]]
+    >>> held_out = ([[0.9, 0.1]] * 3 + [[0.1, 0.9]]) * 50
     >>> estimate = estimate_prior([[0.9, 0.1], [0.1, 0.9]] * 100, source=held_out)
     >>> estimate.source.numpy().round(3).tolist(), estimate.prior.numpy().round(3).tolist()
     ([0.7, 0.3], [0.35, 0.65])
@@ -179,8 +179,10 @@ def estimate_prior(
     mean = held_p.mean(0).clip(_LEAST)
     mean /= mean.sum()
     t, curve, converged = _steps(p, mean, window)
-    gains = _held_out_gains(p, mean, window)
-    error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+    gains, ratio = _held_out_gains(p, mean, window)
+    # As the mean of ratio under the source is one, the gain falls as the held-out forecasts raise that mean.
+    spread = [values.var(ddof=1) / len(values) if len(values) > 1 else math.inf for values in (gains, held_p @ ratio)]
+    error = math.sqrt(sum(spread))
     bbse = None if row is None or not bins.categorical else torch.from_numpy(_bbse(p, held_p, row))
 
     auc = None
@@ -216,13 +218,16 @@ def _steps(p: np.ndarray, source: np.ndarray, window: np.ndarray) -> tuple[np.nd
     return t, np.array(curve), False
 
 
-def _held_out_gains(p: np.ndarray, source: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """By how much an estimate from the other half explains each sample better than the source does, (N,)."""
+def _held_out_gains(p: np.ndarray, source: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By how much an estimate from the other half explains each sample better than the source does, (N,), and the mean
+    ratio of both estimates to the source, (B,)."""
     first = np.random.default_rng(0).permutation(len(p)) < len(p) / 2
-    gains = np.zeros(len(p))
+    gains, ratios = np.zeros(len(p)), np.zeros(len(source))
     for half in (first, ~first) if len(p) > 1 else ():
-        gains[half] = np.log((p[half] @ (_steps(p[~half], source, window)[0] / source)).clip(_LEAST))
-    return gains
+        ratio = _steps(p[~half], source, window)[0] / source
+        gains[half] = np.log((p[half] @ ratio).clip(_LEAST))
+        ratios += ratio / 2
+    return gains, ratios
 
 
 def _smooth(values: np.ndarray, window: np.ndarray) -> np.ndarray:

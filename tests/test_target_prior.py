@@ -138,6 +138,25 @@ def test_the_gain_is_that_of_estimates_from_the_other_half() -> None:
     assert (one.gain, one.gain_error, one.shifted) == (0, math.inf, False)
 
 
+def test_many_rows_against_few_held_out_ones_are_no_shift_by_chance() -> None:
+    """The noise of 300 held-out rows is no shift of 2000 new ones, while an even prior is one."""
+    bins = Bins.uniform(0, 10, count=40)
+    falling = np.exp(-bins.centers / 2.5) / np.exp(-bins.centers / 2.5).sum()
+
+    def draw(n: int, prior: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        x = bins.centers[random.choice(40, n, p=prior)] + random.normal(size=n)
+        return np.log(falling) - 0.5 * (x[:, None] - bins.centers) ** 2
+
+    accepted = np.zeros(2, int)
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        held = draw(300, falling, random)
+        for i, prior in enumerate((falling, np.full(40, 1 / 40))):
+            accepted[i] += estimate_prior(draw(2000, prior, random), source=held, bins=bins).accepted
+    assert accepted[0] <= 2
+    assert accepted[1] == 20
+
+
 # The check
 
 

@@ -30,7 +30,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from .._checks import one_of, problem, whole
+from .._checks import number, one_of, problem, whole
 from ..errors import RunExistsError, SettingsError, StudyError
 from ..labels.bins import Bins, Missing
 from ..labels.density import LabelDensity
@@ -62,7 +62,6 @@ if TYPE_CHECKING:
 __all__ = ["Run", "Study", "Task", "Trained", "Trial"]
 
 _LAST = "checkpoint-last.pt"
-_LEVEL = 0.9  # of the intervals
 _JUDGED = {"bmae": "bMAE", "mae": "MAE"}  # what the figure of tau shows
 _MOST_IN_A_FIGURE = {"history": 12, "classes": 16}  # methods
 
@@ -263,14 +262,11 @@ class Trial:
         model.set_prior("uniform", choice.tau)
         return replace(trained, tau=choice)
 
-    def calibrated(self, trained: Trained, *, level: float = _LEVEL) -> Trained:
-        """A :class:`dir_toolkit.LongTailModel` with calibrated intervals. If the head scores bins, every second
-        validation sample is used to choose temperature and tau. The other samples calibrate.
+    def calibrated(self, trained: Trained) -> Trained:
+        """A :class:`dir_toolkit.LongTailModel` with intervals calibrated at the level of the study. If the head scores
+        bins, every second validation sample is used to choose temperature and tau. The other samples calibrate.
 
         Coverage is guaranteed only if validation data did not select the epoch: use ``trained(method, epoch="last")``.
-
-        Args:
-            level: the level of the intervals, on a continuous axis.
         """
         model: Any = trained.model
         labels = torch.from_numpy(self.splits.val.labels).to(self.runtime.device)
@@ -278,7 +274,7 @@ class Trial:
         if isinstance(model.readout, ScoreReadout):
             choice, first = model.calibrate(scores[::2], labels[::2]), 1
             self.study.say(str(choice))
-        model.calibrate_intervals(scores[first :: 1 + first], labels[first :: 1 + first], level)
+        model.calibrate_intervals(scores[first :: 1 + first], labels[first :: 1 + first], self.study.level)
         return replace(trained, tau=choice)
 
     def result(self) -> Trained:
@@ -307,7 +303,7 @@ class Trial:
                 scored = distribution_metrics(shares, test.labels, self.density, ends=ends, **options)
                 errors = errors.assign(_declared(scored, DistributionMetrics))
             if isinstance(model, LongTailModel) and model.readout.has_interval:
-                level = model.readout.intervals.exact_level or _LEVEL
+                level = self.study.level
                 lower, upper = (side.cpu() for side in model.interval(output, level))
                 held = interval_metrics(lower, upper, test.labels, self.density, **options)
                 errors = errors.assign(_declared(held, IntervalMetrics))
@@ -335,6 +331,7 @@ class Study:
         command: the command that reproduces the result.
         resume: whether to continue an earlier study in the folder, and to add methods and seeds to it.
         checkpoint_minutes: the longest time between two checkpoints.
+        level: the level of all intervals in results, in (0, 1), whether they are calibrated or not.
         runs: finished runs, by task, method and seed.
         failed: the errors of failed runs, by task, method and seed.
     """
@@ -348,12 +345,14 @@ class Study:
     command: str = ""
     resume: bool = False
     checkpoint_minutes: float = 5.0
+    level: float = 0.9
     runs: dict[tuple[Task, str, int], Run] = field(default_factory=dict)
     failed: dict[tuple[Task, str, int], str] = field(default_factory=dict)
     _data: dict[tuple[Task, int], tuple[Splits, LabelDensity]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
+        self.level = number("level", self.level, low=0, high=1, open_low=True, open_high=True)
         self.tasks = [self.tasks] if isinstance(self.tasks, Task) else list(self.tasks)
         earlier = [path for task in self.tasks for path in sorted((self.folder / task.folder).glob(f"*/seed*/{_LAST}"))]
         if earlier and not self.resume:
@@ -461,10 +460,12 @@ class Study:
             }
             attrs["data"] = {f"{place or 'data'}, seed {seed}": data for (place, seed), data in each.items()}
         if not task.bins.categorical:
-            target = torch.from_numpy(splits.test.labels)
-            median = torch.full_like(target, float(np.median(splits.train.labels)))
-            samples = {"target": ("sample", splits.test.labels), "prediction": ("sample", median.numpy())}
-            runs["constant", 0] = regression_metrics(median, target, density).assign(samples)
+            target = splits.test.labels
+            median = np.full_like(target, np.nanmedian(splits.train.labels))
+            errors = regression_metrics(median, target, density, missing=task.missing)
+            there = ~np.isnan(target)
+            samples = {"target": ("sample", target[there]), "prediction": ("sample", median[there])}
+            runs["constant", 0] = errors.assign(samples)
         if self.failed:
             attrs["failed"] = self._failures()
         return self._combined(runs, title, attrs)

@@ -19,6 +19,7 @@ __all__ = ["Decoding", "bin_shares", "decode", "interval", "quantiles"]
 Decoding = Literal["expectation", "median", "mode"]
 _POINTS = get_args(Decoding)
 
+_ROUNDING = 1e-6  # by which a cumulated share may leave [0, 1]
 _LEVELS = "levels must be one number or a row of them, each in (0, 1)"
 
 
@@ -134,8 +135,8 @@ def bin_shares(points: Any, cumulative: Any, bins: Bins) -> np.ndarray:
     Args:
         points: labels, not falling along the last axis: the quantiles of a quantile forest, or the borders of a
             forecaster's own bins.
-        cumulative: the shares that lie below the points, in [0, 1], not falling along the last axis: the levels of the
-            quantiles, or the cumulated probabilities of the bins with a zero before them.
+        cumulative: the shares that lie below the points, in [0, 1] up to rounding, not falling along the last axis: the
+            levels of the quantiles, or the cumulated probabilities of the bins with a zero before them.
     Shape:
         points, cumulative: (N, K), or (K,) if they are the same for each row. Returns (N, B) float64.
     Units:
@@ -156,15 +157,18 @@ def bin_shares(points: Any, cumulative: Any, bins: Bins) -> np.ndarray:
     fits = knots.ndim == shares.ndim == 2 and knots.shape[1] == shares.shape[1] > 0
     fits = fits and (len(knots) == len(shares) or 1 in (len(knots), len(shares)))
     require(fits, f"points must fit cumulative {shares.shape}", got=knots.shape)
-    sound = (np.diff(knots) >= 0).all() and (np.diff(shares) >= 0).all() and shares.min() >= 0 and shares.max() <= 1
-    require(sound, "points and cumulative shares in [0, 1] must not fall along the last axis", got="values that do")
-    rows = max(len(knots), len(shares))
+    rising = (np.diff(knots) >= 0).all() and (np.diff(shares) >= 0).all()
+    require(rising, "points and cumulative must not fall along the last axis", got="values that do")
+    within = (shares >= -_ROUNDING).all() and (shares <= 1 + _ROUNDING).all()
+    require(within, "cumulative must be in [0, 1]", got=lambda: f"values from {shares.min():g} to {shares.max():g}")
+    shares = shares.clip(0, 1)
+    rows = np.broadcast_shapes(knots.shape[:1], shares.shape[:1])[0]
     low, high = np.minimum(knots[:, :1], bins.edges[0]), np.maximum(knots[:, -1:], bins.edges[-1])
     knots = np.hstack([low, knots, high])
     shares = np.pad(shares, ((0, 0), (1, 1)), constant_values=((0, 0), (0, 1)))
     knots, shares = (np.broadcast_to(values, (rows, values.shape[1])) for values in (knots, shares))
     inner = np.nextafter(bins.edges[1:-1], -np.inf)  # Mass on an edge lies in the bin above it.
-    below = np.array([np.interp(inner, *row) for row in zip(knots, shares, strict=True)])
+    below = np.array([np.interp(inner, *row) for row in zip(knots, shares, strict=True)]).reshape(rows, len(inner))
     return np.diff(below, axis=1, prepend=0.0, append=1.0)
 
 

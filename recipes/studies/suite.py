@@ -49,6 +49,7 @@ if __name__ == "__main__":
     SETTINGS = parse(Settings)  # --help is answered here, before torch is loaded
 
 import time
+import traceback
 
 import numpy as np
 import pandas as pd
@@ -161,7 +162,8 @@ def mixed(trial: Trial, own: dict[str, Any]) -> Trained:
 
 def over_bins(trial: Trial, own: dict[str, Any], head: Any = "linear", adjusted: bool = False) -> Trained:
     sigma = own["width"] * float(np.diff(trial.bins.edges)[0])
-    trained = fitted(trial, trial.model(head=head, sigma=sigma), own)
+    options: dict[str, Any] = {"selects": "mae/all"} if adjusted else {}
+    trained = fitted(trial, trial.model(head=head, sigma=sigma), own, **options)
     return trial.adjusted(trained) if adjusted else trained
 
 
@@ -235,7 +237,11 @@ def chosen(name: str, task: Task, settings: Settings, runtime: Runtime, how: Opt
         short = replace(how, epochs=epochs)
         methods = {name: partial(make, own=own)}
         study = Study(place / label / f"{epochs}-epochs", task, methods, runtime, short, resume=True)
-        trained = study.trial(task, name, 0).result()
+        try:
+            trained = study.trial(task, name, 0).result()
+        except Exception as error:  # of any kind: this trial alone fails
+            print(traceback.format_exc(), flush=True)
+            raise StudyError(f"{type(error).__name__}: {error}") from error
         return float(trained.tau.scores.min()) if trained.tau else min(row["val_bmae"] for row in trained.history)
 
     lrs = values("lr", *(float(f"{rate:.2g}") for rate in rates))
@@ -287,8 +293,8 @@ def main(settings: Settings) -> None:
     path = settings.out / "suite.csv"
     with start_runtime() as runtime:
         how = Optimization(epochs=settings.epochs, batch_size=128, weight_decay=1e-4)
-        for name in settings.sets:
-            task = task_of(name, settings.root)
+        for task in [task_of(name, settings.root) for name in settings.sets]:  # all are read before anything trains
+            name = task.title
             options: dict[str, Any] = {
                 "settings": shown(settings),
                 "command": typed_command("recipes/studies/suite.py"),

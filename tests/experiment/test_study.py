@@ -172,8 +172,8 @@ def test_the_result_holds_every_run_and_the_constant_predictor(finished: Path) -
 @pytest.mark.usefixtures("sketched")
 def test_distributions_and_calibrated_intervals_are_judged_by_region(tmp_path: Path) -> None:
     task = replace(ROWS, metrics=lambda density: dt.metrics.DistributionMetrics(density))
-    calibrated = lambda trial: trial.calibrated(trial.trained("soft", epoch="last"), level=0.5)  # noqa: E731
-    one = study(tmp_path, task, {"soft": soft, "calibrated": calibrated})
+    calibrated = lambda trial: trial.calibrated(trial.trained("soft", epoch="last"))  # noqa: E731
+    one = study(tmp_path, task, {"soft": soft, "calibrated": calibrated}, level=0.5)
     one.run(["soft"])
     one.report(title="x", columns=["mae", "crps", "pit_mean", "bmase", "sera", ("coverage", "all")])
     header = (tmp_path / "table.md").read_text().splitlines()[0]
@@ -191,15 +191,21 @@ def test_distributions_and_calibrated_intervals_are_judged_by_region(tmp_path: P
         errors = one.runs[task, name, 0].errors
         scored = dt.metrics.distribution_metrics(output.distribution, data.test.labels, density, ends="open")
         xr.testing.assert_allclose(errors["crps"], scored["crps"], rtol=1e-5)
-        lower, upper = model.interval(output)
+        lower, upper = model.interval(output, 0.5)
         held = dt.metrics.interval_metrics(lower, upper, data.test.labels, density)
         xr.testing.assert_allclose(errors["coverage"], held["coverage"])
-        assert errors["lower"].attrs["interval_level"] == (0.9 if name == "soft" else 0.5)
+        assert errors["lower"].attrs["interval_level"] == 0.5
+    assert one.result("x")["lower"].attrs["interval_level"] == 0.5  # of both methods
     assert errors["tau"] == model.settings["tau"]
     assert model.settings["temperature"] != 1
     scores, thresholds = model(torch.from_numpy(data.val.inputs)).scores, model.readout.intervals.thresholds.clone()
     model.calibrate_intervals(scores[1::2], data.val.labels[1::2], 0.5)  # those that have not chosen tau
     torch.testing.assert_close(model.readout.intervals.thresholds, thresholds)
+
+
+def test_a_level_is_a_share(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="level must be > 0 and < 1, got 90"):
+        study(tmp_path, level=90)
 
 
 def test_settings_budget_and_data_are_kept(finished: Path) -> None:
@@ -405,6 +411,7 @@ def test_a_fault_of_the_data_ends_the_study(tmp_path: Path) -> None:
         study(tmp_path, replace(ROWS, data=data)).run()
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_task_whose_labels_are_missing_in_part(tmp_path: Path) -> None:
     parts = splits()
     holes = []
@@ -419,6 +426,11 @@ def test_a_task_whose_labels_are_missing_in_part(tmp_path: Path) -> None:
     errors = one.runs[task, "soft", 0].errors
     assert errors["count"].sel(region="all") == errors.sizes["sample"] == 32
     assert np.isfinite(errors["target"]).all()
+    constant = one.result("x").sel({"method": "constant", "seed": 0})
+    assert np.unique(constant["prediction"]) == pytest.approx(np.nanmedian(holes[0].labels))
+    assert constant["count"].sel(region="all") == 32
+    one.report(title="x")
+    assert (tmp_path / "report.html").exists()
     with pytest.raises(LabelError, match=r"labels must not be NaN, .*missing="):
         study(tmp_path / "raise", replace(task, missing="raise"), {"plain": plain}).run()
 

@@ -351,11 +351,24 @@ def test_shares_over_another_axis_come_back_on_a_finer_one_and_ties_lie_in_the_b
     np.testing.assert_allclose(bin_shares([3.0, 3.0], [0.0, 1.0], bins)[0], np.eye(10)[3], atol=1e-9)
 
 
+def test_cumulated_probabilities_may_end_above_one_by_rounding_and_no_rows_give_no_rows() -> None:
+    bins, random = Bins.uniform(0, 4, count=50), np.random.default_rng(0)
+    shares = random.dirichlet(np.ones(50), 30)
+    cumulative = np.pad(shares.cumsum(1), ((0, 0), (1, 0)))
+    assert cumulative.max() > 1
+    np.testing.assert_allclose(bin_shares(bins.edges, cumulative, bins), shares, atol=1e-12)
+    for points in (bins.edges, np.zeros((0, 51))):
+        assert bin_shares(points, cumulative[:0], bins).shape == (0, 50)
+    assert bin_shares(np.zeros((0, 51)), cumulative[0], bins).shape == (0, 50)
+
+
 def test_points_that_fall_or_do_not_fit_are_refused() -> None:
     bins = Bins.uniform(0, 10, count=10)
-    for points, cumulative in (([2.0, 1.0], [0.1, 0.9]), ([1.0, 2.0], [0.9, 0.1]), ([1.0, 2.0], [0.5, 1.5])):
-        with pytest.raises(ValueError, match=r"bin_shares: points and cumulative shares in \[0, 1\] must not fall"):
+    for points, cumulative in (([2.0, 1.0], [0.1, 0.9]), ([1.0, 2.0], [0.9, 0.1])):
+        with pytest.raises(ValueError, match="bin_shares: points and cumulative must not fall along the last axis"):
             bin_shares(points, cumulative, bins)
+    with pytest.raises(ValueError, match=r"bin_shares: cumulative must be in \[0, 1\], got values from 0.5 to 1.5"):
+        bin_shares([1.0, 2.0], [0.5, 1.5], bins)
     with pytest.raises(ShapeError, match=r"points must fit cumulative \(1, 3\), got shape \(1, 2\)"):
         bin_shares([1.0, 2.0], [0.1, 0.5, 0.9], bins)
     with pytest.raises(ValueError, match="points must be finite"):

@@ -6,12 +6,16 @@ import gzip
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import running
 from running import Outcome, files
+
+import dir_toolkit as dt
+from dir_toolkit.experiment.study import Trained, Trial
 
 RECIPE = running.RECIPES / "studies/suite.py"
 
@@ -75,3 +79,39 @@ def test_what_cannot_run_is_told(tmp_path: Path, here: Callable[..., Outcome], w
     told = rf"recipes/studies/suite\.py: these settings cannot run:\n  {rule}.*\.\n"
     assert re.fullmatch(told, outcome.err), outcome.err
     assert files(tmp_path) == {}
+
+
+def test_a_missing_file_of_a_later_set_is_found_before_anything_trains(
+    tmp_path: Path, here: Callable[..., Outcome]
+) -> None:
+    pytest.importorskip("optuna")
+    make_table(tmp_path / "data")
+    outcome = here("--root", "data", "--sets", "concrete", "rain", "--methods", "l1", "--epochs", 1, "--trials", 2)
+    assert outcome.code == 1
+    assert "rain_ibk.csv.gz" in outcome.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("sketched")
+def test_a_method_that_breaks_costs_the_others_nothing_and_a_prior_is_adjusted_after_the_least_mae(
+    tmp_path: Path, here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    make_table(tmp_path / "data")
+    fit, selects = Trial.fit, set()
+
+    def watched(trial: Trial, model: Any, **options: Any) -> Trained:
+        selects.add((trial.method, options.get("selects")))
+        return fit(trial, model, **options)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Trial, "fit", watched)
+    monkeypatch.setattr(dt.losses, "DistLoss", broken)
+    words = ["--root", "data", "--sets", "concrete", "--trials", 2, "--seeds", 1, "--epochs", 1, "--out", "out"]
+    outcome = here(*words, "--methods", "dist_loss", "soft+tau", "soft")
+    assert outcome.code == 0, outcome.err
+    assert "RuntimeError: out of memory" in outcome.out
+    assert pd.read_csv(tmp_path / "out/suite.csv")["method"].tolist() == ["soft+tau", "soft"]
+    assert selects == {("soft+tau", "mae/all"), ("soft", None)}

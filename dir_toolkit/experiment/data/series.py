@@ -94,8 +94,8 @@ def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0
     Returns:
         Splits with inputs (M, cycles, 24) float32, three settings and 21 sensors, and labels in cycles.
     Raises:
-        DataError: a file is missing or damaged, a line has other than 26 numbers, cycles do not count from 1 up, or
-            the remaining lives are not one per test engine.
+        DataError: a file is missing or damaged, a line has other than 26 numbers, an engine's number is not whole,
+            cycles do not count from 1 up, or the remaining lives are negative or not one per test engine.
     Source:
         Saxena et al. 2008, Damage propagation modeling for aircraft engine run-to-failure simulation.
     """
@@ -105,8 +105,9 @@ def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0
     train_path, test_path, rest_path = (find_file(root, name, f"cmapss_{name}", card="cmapss") for name in files)
     engines, cut = _engines(train_path), _engines(test_path)
     lives = [_line_of_numbers(line, 1, f"{rest_path}, line {i + 1}")[0] for i, line in _data_lines(rest_path, "RUL")]
-    got, rule = f"{len(lives)} and {len(cut)}", f"the lives must be as many as the engines in {test_path.name}"
-    require_data(len(lives) == len(cut), rule, got=got, source=rest_path)
+    got = f"{len(lives)} lives for {len(cut)} engines, the least {min(lives, default=0):g}"
+    rule = f"the lives must be >= 0, and as many as the engines in {test_path.name}"
+    require_data(len(lives) == len(cut) and min(lives, default=0) >= 0, rule, got=got, source=rest_path)
     inputs, labels, owner = [], [], []
     for engine, readings in engines.items():
         windows = _windows(_lengthened(readings, cycles), cycles)
@@ -150,8 +151,8 @@ def _engines(path: Path) -> dict[int, np.ndarray]:
         place = f"{path}, line {i + 1}"
         engine, cycle, *values = _line_of_numbers(line, _CELLS, place)
         rows = readings.setdefault(int(engine), [])
-        due = len(rows) + 1
-        require_data(cycle == due, f"engine {int(engine)} must go on with cycle {due}", got=cycle, source=place)
+        rule, got = f"engine {int(engine)} must go on with cycle {len(rows) + 1}", f"engine {engine:g}, cycle {cycle:g}"
+        require_data((engine, cycle) == (int(engine), len(rows) + 1), rule, got=got, source=place)
         rows.append(np.array(values, np.float32))
     return {engine: np.stack(rows) for engine, rows in readings.items()}
 

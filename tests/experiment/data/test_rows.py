@@ -177,10 +177,12 @@ def test_windows_of_engines_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"RUL": "7\n"}, "the lives must be as many as the engines in test_FD001.txt, got 1 and 2"),
+        ({"RUL": "7\n"}, "as many as the engines in test_FD001.txt, got 1 lives for 2 engines"),
+        ({"RUL": "7\n-3\n"}, "the lives must be >= 0, .* got 2 lives for 2 engines, the least -3"),
+        ({"train": "1.5 1" + " 0" * 24}, "engine 1 must go on with cycle 1, got engine 1.5, cycle 1"),
         ({"RUL": "7\nx\n"}, "RUL_FD001.txt, line 2: a line must hold numbers"),
         ({"train": "1 1 2\n"}, "train_FD001.txt, line 1: a line must hold 26 finite numbers, got 3"),
-        ({"train": "1 2" + " 0" * 24}, "engine 1 must go on with cycle 1, got 2"),
+        ({"train": "1 2" + " 0" * 24}, "engine 1 must go on with cycle 1, got engine 1, cycle 2"),
     ],
 )
 def test_what_engines_refuse(tmp_path: Path, changed: dict[str, str], message: str) -> None:
