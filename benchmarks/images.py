@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from timing import Report, medians, milliseconds
 
-from dir_toolkit.experiment.data.cache import decode_jpeg
+from dir_toolkit.experiment.data.cache import decode_image
 from dir_toolkit.experiment.data.images import ImageSet, content_digest
 from dir_toolkit.experiment.data.portraits import portraits
 
@@ -30,7 +30,7 @@ def as_jpeg(image: np.ndarray) -> bytes:
 def main(report: Report) -> None:
     drawn = portraits(seed=0).train
     files = [as_jpeg(image) for image in drawn.inputs[drawn.rows[:NUM_IMAGES]]]
-    images = np.stack([decode_jpeg(file, SIZE) for file in files])
+    images = np.stack([decode_image(file, SIZE) for file in files])
     labels, rows = drawn.labels[:NUM_IMAGES], np.arange(NUM_IMAGES)
     cached = ImageSet(images, labels, rows, content_digest(images, labels, rows))
     batches = np.array_split(np.random.default_rng(0).permutation(NUM_IMAGES), NUM_IMAGES // BATCH)
@@ -41,7 +41,7 @@ def main(report: Report) -> None:
 
     def anew() -> None:
         for batch in batches:
-            np.stack([decode_jpeg(files[i], SIZE) for i in batch])
+            np.stack([decode_image(files[i], SIZE) for i in batch])
 
     times = medians({"decoding": anew, "cache": from_cache}, repeats=7, warmup=1)
     what = f"epoch of images, decoding each JPEG / from the cache, {NUM_IMAGES} of {STORED} px"

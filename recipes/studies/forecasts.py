@@ -58,6 +58,11 @@ class Forecasts(NamedTuple):
     held: Part
     elsewhere: dict[str, Part]
 
+    @property
+    def bins(self) -> dt.Bins:
+        assert isinstance(self.density.bins, dt.Bins)
+        return self.density.bins
+
 
 def forecasts(root: Path, name: str, seed: int, rows: int) -> Forecasts:
     return of_network(root, name, seed) if name in NETWORKS else of_table(root, name, seed, rows)

@@ -75,7 +75,7 @@ ROLLING = "bins, per region, rolling"
 
 def judge(name: str, seed: int, said: Forecasts) -> Iterator[dict[str, Any]]:
     """What each method covers in each region by its sets and by their hulls, and how wide both are."""
-    rng, density, bins = np.random.default_rng(seed), said.density, said.density.bins
+    rng, density, bins = np.random.default_rng(seed), said.density, said.bins
     regions = np.where(density.counts > 0, density.regions(), "few")
 
     def fresh(method: str) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ methods and seeds.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,8 @@ LABELS = {  # of each table: its file, its label, and the columns that are neith
 }
 
 
-TEXT, SERIES = {"emobank": emobank, "sts_b_dir": sts_b_dir}, {"beijing": beijing, "cmapss": cmapss}
+TEXT = {"emobank": emobank, "sts_b_dir": sts_b_dir}
+SERIES: dict[str, Callable[[Path], Splits]] = {"beijing": beijing, "cmapss": cmapss}
 
 
 class Perceptron(nn.Module):
@@ -99,12 +101,13 @@ class Perceptron(nn.Module):
 
 
 def relabeled(splits: Splits, change: Any) -> Splits:
-    parts = [SampleSet(p.inputs, change(p.labels), p.rows) for p in (splits.train, splits.val, splits.test)]
-    return Splits(*parts, splits.source, splits.skipped)
+    train, val, test = (SampleSet(p.inputs, change(p.labels), p.rows) for p in (splits.train, splits.val, splits.test))
+    return Splits(train, val, test, splits.source, splits.skipped)
 
 
 def task_of(name: str, root: Path) -> Task:
     """A set with its one split, its axis and its network."""
+    network: Callable[[Splits], nn.Module]
     if name in LABELS:
         file, label, drop = LABELS[name]
         path = root / "tables" / f"{file}.csv.gz"

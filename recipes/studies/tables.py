@@ -123,7 +123,7 @@ def judge(x: np.ndarray, y: np.ndarray, method: str, seed: int, most: int) -> di
 def summary(rows: pd.DataFrame) -> str:
     """Errors per table and method, mean ± standard deviation over splits, and the geometric means of the ratios of the
     tables' means to those of plain boosting."""
-    by = rows.groupby(["table", "method"], sort=False)[ERRORS]
+    by = rows.astype(dict.fromkeys(ERRORS, float)).groupby(["table", "method"], sort=False)[ERRORS]
     mean, spread = by.mean(), by.std()
     shown = [mean[name].map("{:.4g}".format) + " ± " + spread[name].map("{:.2g}".format) for name in ERRORS]
     parts = [pd.concat(shown, axis=1).to_string()]

@@ -69,7 +69,7 @@ def shifts(said: Forecasts, most: int, rng: np.random.Generator) -> tuple[Part, 
     if said.elsewhere:
         return said.held, {name: drawn(part, np.ones(len(part.labels))) for name, part in said.elsewhere.items()}
     held, new = halved(said.held, rng)
-    row = said.density.bins.index(new.labels, "clip")
+    row = said.bins.index(new.labels, "clip")
     weights = {
         "none": np.ones(len(row)),
         "even": 1 / np.bincount(row)[row],
@@ -81,7 +81,7 @@ def shifts(said: Forecasts, most: int, rng: np.random.Generator) -> tuple[Part, 
 
 def judge(name: str, seed: int, said: Forecasts, most: int) -> tuple[list[dict[str, Any]], Curves]:
     """What the estimate comes to under each shift, and the priors along the axis under one."""
-    bins, prior = said.density.bins, said.prior
+    bins, prior = said.bins, said.prior
     held, tests = shifts(said, most, np.random.default_rng(1000 + seed))
     rows, curves = [], {}
     for shift, new in tests.items():
@@ -161,7 +161,7 @@ def main(settings: Settings) -> None:
             more, priors = judge(name, seed, said, settings.new)
             rows += more
             if priors:
-                curves[name] = said.density.bins, priors
+                curves[name] = said.bins, priors
             pd.DataFrame(rows).to_csv(settings.out / "rows.csv", index=False)
             print(f"{name}, seed {seed}", flush=True)
     if curves:

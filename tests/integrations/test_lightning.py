@@ -373,7 +373,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(error, match=message):
             FDSCallback(*arguments)
-    with pytest.raises(UsageError, match=r"fds must be attached to a part of the model.*attach\(model.head"):
+    with pytest.raises(UsageError, match=r"fds must be attached to a module of the model.*attach\(model.head"):
         trainer(tmp_path, FDSCallback(fds)).fit(Module(FDS(BINS, 4)), Loader())
 
     class Iterates(Module):

@@ -299,7 +299,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     fds = FDS(BINS, 4)
     with pytest.raises(TypeError, match="fds must be an FDS, got Bins"):
         FDSCallback(BINS)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="fds must be attached to a part of the model, got one that is attached nowh"):
+    with pytest.raises(UsageError, match="fds must be attached to a module of the model, got one that is not att"):
         trainer(tmp_path, Model(FDS(BINS, 4)), FDSCallback(fds)).train()
     model = Model(fds)
     model.register_module("fds", fds)
