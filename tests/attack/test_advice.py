@@ -176,6 +176,21 @@ def test_classes_decode_by_their_mode() -> None:
         assert done(f"dt.decode(p, bins, {found[1]})", p=p, bins=bins).tolist() == [1]
 
 
+def test_labels_of_other_kinds() -> None:
+    bins = Bins.uniform(0, 4, width=1)
+    for labels in (np.ma.masked_array([1.0, 2.0], [False, True]), ["1", "2"]):
+        found = advice(
+            lambda y=labels: dt.LabelDensity.count(y, bins), r"Use (labels\.compressed\(\)|numpy\S+ \S+\)),?"
+        )
+        counted = dt.LabelDensity.count(done(found[1], labels=labels, numpy=np), bins)
+        assert counted.counts[1] == 1
+
+
+def test_classes_have_shares_already() -> None:
+    bins, points, levels = Bins.classes(2), np.array([0.0, 1.0]), np.array([0.0, 1.0])
+    advice(lambda: dt.labels.bin_shares(points, levels, bins), r"Use the probabilities of the classes themselves\.")
+
+
 def patterns(file: Path) -> list[str]:
     """The sentences of a file that begin with "Use", what they fill in standing for anything."""
     parts = []
