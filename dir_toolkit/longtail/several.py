@@ -128,7 +128,10 @@ class MultiTargetModel(nn.Module):
 
     def _loss(self, outputs: Sequence[LongTailOutput], labels: Tensor, weight: Tensor | None) -> Tensor:
         self._check_labels(labels)
-        weights = self._weights(weight, outputs[0].prediction.shape)
+        shape = outputs[0].prediction.shape
+        if labels.shape[:-1] not in (shape, shape[:1]):
+            shaped((*shape, len(self.targets)), "one per sample and target", labels=labels)
+        weights = self._weights(weight, shape)
         parts = zip(self.targets, outputs, labels.unbind(-1), weights, strict=True)
         return torch.stack([target.criterion(*own) for target, *own in parts]).mean()
 
