@@ -1,4 +1,4 @@
-"""SRL: features whose bin means form a smooth curve that covers the unit sphere."""
+"""SRL: terms that ask the bin means of features to form a smooth curve that covers the unit sphere."""
 
 from __future__ import annotations
 

@@ -310,3 +310,10 @@ def test_many_rows_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(grouped.forecasts) == 250
     at = torch.linspace(1, 49, 50).double()[:, None]
     assert (grouped(at).exp() - whole(at).exp()).abs().sum(1).mean() < 0.15
+
+
+@pytest.mark.parametrize("part", [([0, 1, 2, 3], []), ([], [0, 1]), (list(range(30)), list(range(29, 40)))])
+def test_a_part_without_rows_or_with_rows_of_its_training_is_refused(part: Any) -> None:
+    x = np.linspace(0, 1, 60)[:, None]
+    with pytest.raises(ArgumentError, match="each part of cv must have rows to train on and other rows to forecast"):
+        PriorAdjusted(LinearRegression(), cv=[part]).fit(x, 9 * x[:, 0])

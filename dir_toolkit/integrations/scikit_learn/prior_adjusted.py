@@ -181,8 +181,13 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         require(takes, "the fit of estimator must take sample_weight", got=type(self.estimator))
         forecasts, held, estimators, every = [], [], [], np.arange(len(labels))
         for train, test in splits:
-            train, test = (every[np.asarray(rows)] for rows in (train, test))  # from lists and masks, too
+            train, test = (
+                every[np.asarray(rows) if len(rows) else slice(0)] for rows in (train, test)
+            )  # lists, masks, too
             train, test = (rows[weight[rows] > 0] for rows in (train, test))
+            apart = len(train) and len(test) and not np.isin(test, train).any()
+            got = f"{len(train)} and {len(test)} rows, {np.isin(test, train).sum()} of them in both"
+            require(bool(apart), "each part of cv must have rows to train on and other rows to forecast", got=got)
             target = labels[train] if self.forecast != "predict_proba" else self.bins_.index(labels[train])
             options = {"sample_weight": weight[train]} if weighted else {}
             estimators.append(clone(self.estimator).fit(_safe_indexing(X, train), target, **options))
