@@ -94,9 +94,9 @@ def main(report: Report) -> None:
             ("memmap, uneven", "np.histogram, uneven"),
             ("dask", "dask.array.histogram"),
         ):
-            told = milliseconds({ours: times[ours], theirs: times[theirs]})
+            detail = milliseconds({ours: times[ours], theirs: times[theirs]})
             what = f"LabelDensity.count of a {ours} / {theirs}, {NUM_LABELS:,} labels"
-            report.add(what, times[ours] / times[theirs], "<= 1.1", told)
+            report.add(what, times[ours] / times[theirs], "<= 1.1", detail)
         for name in functions:
             command = [sys.executable, __file__, name, str(path)]
             extra = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -97,8 +97,8 @@ def calibration(report: Report, num_features: int) -> None:
     # The loop's cost is per label and ours per number, so that the goal is one of 512 features.
     goal = ">= 50" if num_features == 512 else ""
     report.add(f"loop over labels / FDS calibration, {where}", times["loop"] / times["calibrate"], goal)
-    told = milliseconds(times)
-    report.add(f"FDS calibration / multiply-add, {where}", times["calibrate"] / times["multiply-add"], "<= 3", told)
+    detail = milliseconds(times)
+    report.add(f"FDS calibration / multiply-add, {where}", times["calibrate"] / times["multiply-add"], "<= 3", detail)
     placed = times["with labels placed"] / times["multiply-add"]
     report.add(f"FDS calibration with labels placed / multiply-add, {where}", placed)
     # The hook also places labels and gathers statistics, for which the loop needs a second pass.
@@ -142,11 +142,11 @@ def forms(report: Report, num_features: int = 512) -> None:
     )
     ends = {form: statistics.median(end_of(fds) for _ in range(3)) for form, fds in by_form.items()}
     where = f"{BATCH} x {num_features}, {NUM_BINS} bins"
-    told = milliseconds(carrying)
-    report.add(f"loop over samples / full FDS calibration, {where}", carrying["loop"] / carrying["full"], "", told)
+    detail = milliseconds(carrying)
+    report.add(f"loop over samples / full FDS calibration, {where}", carrying["loop"] / carrying["full"], "", detail)
     for form in ("full", "low_rank"):
-        told = f"64 steps: {milliseconds(steps)}"
-        report.add(f"FDS steps, {form} / diagonal, {where}", steps[form] / steps["diagonal"], "", told)
+        detail = f"64 steps: {milliseconds(steps)}"
+        report.add(f"FDS steps, {form} / diagonal, {where}", steps[form] / steps["diagonal"], "", detail)
     for form, seconds in ends.items():
         what = f"end of an epoch with {form} FDS, {num_features} features, {NUM_BINS} bins"
         report.add(what, 1e3 * seconds, unit="ms")
@@ -196,8 +196,8 @@ def epochs(report: Report, num_images: int = 2560, size: int = 48, batch: int = 
             ratios = [a / b for a, b in zip(seconds[form], seconds[None], strict=True)]
             goal = "<= 1.03" if form == "diagonal" else ""
             what = f"epoch with / without FDS, {form}{', compiled' * compiled}, {where}"
-            told = f"median of {pairs} pairs, which lie between {min(ratios):.3f} and {max(ratios):.3f}"
-            report.add(what, statistics.median(ratios), goal, told)
+            detail = f"median of {pairs} pairs, which lie between {min(ratios):.3f} and {max(ratios):.3f}"
+            report.add(what, statistics.median(ratios), goal, detail)
 
 
 def main(report: Report) -> None:

@@ -162,9 +162,9 @@ def main(report: Report) -> None:
         curves = measure()
         draw(curves, what, x, OUT / f"growth-{name}.png")
         for label, (sizes, seconds) in curves.items():
-            told = ", ".join(f"{size}: {1e3 * s:.3g} ms" for size, s in zip(sizes, seconds, strict=True))
+            detail = ", ".join(f"{size}: {1e3 * s:.3g} ms" for size, s in zip(sizes, seconds, strict=True))
             grown = seconds[-1] / seconds[0]
-            report.add(f"{what}, {label}: {x} {sizes[-1]} / {sizes[0]}", grown, "", told)
+            report.add(f"{what}, {label}: {x} {sizes[-1]} / {sizes[0]}", grown, "", detail)
 
 
 if __name__ == "__main__":

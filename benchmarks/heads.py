@@ -94,10 +94,10 @@ def compare(
     held = {name: step.held() for name, step in steps.items()}
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
     whole = {name: held[name] + peaks[name] for name in steps}
-    told = ", ".join(f"{name} {held[name] / 2**20:.1f} + {peaks[name] / 2**20:.1f} MiB" for name in steps)
+    detail = ", ".join(f"{name} {held[name] / 2**20:.1f} + {peaks[name] / 2**20:.1f} MiB" for name in steps)
     what = f"{first} / {second}, batch {len(steps[first].features)}"
     report.add(f"{what}: time", times[first] / times[second], goals[0], milliseconds(times))
-    report.add(f"{what}: peak memory beyond what is held", peaks[first] / peaks[second], goals[1], told)
+    report.add(f"{what}: peak memory beyond what is held", peaks[first] / peaks[second], goals[1], detail)
     report.add(f"{what}: peak memory with parameters", whole[first] / whole[second], goals[1])
 
 

@@ -64,8 +64,8 @@ def overhead(report: Report, labels: Tensor, generator: torch.Generator) -> None
     plain, *others = times
     for name in others:
         goal = "<= 1.5" if "weighted_l1" in name else ""
-        told = milliseconds({plain: times[plain], name: times[name]})
-        report.add(f"{name} / {plain}, batch {BATCH}, forward", times[name] / times[plain], goal, told)
+        detail = milliseconds({plain: times[plain], name: times[name]})
+        report.add(f"{name} / {plain}, batch {BATCH}, forward", times[name] / times[plain], goal, detail)
 
 
 def of_scores(report: Report, labels: Tensor, density: dt.LabelDensity, generator: torch.Generator) -> None:
@@ -101,8 +101,8 @@ def of_model(report: Report, labels: Tensor, density: dt.LabelDensity, generator
     times = medians(runs, repeats=200)
     first, *others = times
     for name in others:
-        told = milliseconds({first: times[first], name: times[name]})
-        report.add(f"{name} / {first}, batch {BATCH}, forward and backward", times[name] / times[first], "", told)
+        detail = milliseconds({first: times[first], name: times[name]})
+        report.add(f"{name} / {first}, batch {BATCH}, forward and backward", times[name] / times[first], "", detail)
 
 
 def of_features(report: Report, labels: Tensor, generator: torch.Generator) -> None:
@@ -124,8 +124,8 @@ def compare(report: Report, losses: dict[str, Callable[[Tensor], Tensor]], start
     times = medians({name: backward(loss, start) for name, loss in losses.items()}, repeats=100)
     plain, *others = times
     for name in others:
-        told = milliseconds({plain: times[plain], name: times[name]})
-        report.add(f"{name} / {plain}, batch {BATCH}, forward and backward", times[name] / times[plain], "", told)
+        detail = milliseconds({plain: times[plain], name: times[name]})
+        report.add(f"{name} / {plain}, batch {BATCH}, forward and backward", times[name] / times[plain], "", detail)
 
 
 def metrics(report: Report, labels: Tensor, density: dt.LabelDensity) -> None:

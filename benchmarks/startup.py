@@ -29,8 +29,10 @@ def main(report: Report) -> None:
         "recipes/mnist.py --help": (str(RECIPES / "mnist.py"), "--help"),
     }
     times = medians({name: partial(python, *command) for name, command in commands.items()}, repeats=9, warmup=1)
-    told = milliseconds(times)
-    report.add("import dir_toolkit / import torch", times["import dir_toolkit"] / times["import torch"], "<= 1.1", told)
+    detail = milliseconds(times)
+    report.add(
+        "import dir_toolkit / import torch", times["import dir_toolkit"] / times["import torch"], "<= 1.1", detail
+    )
     for name in ("recipes/age.py --help", "recipes/mnist.py --help"):
         report.add(name, times[name], "<= 0.3", unit="s")
 

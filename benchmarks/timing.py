@@ -55,7 +55,7 @@ class Report:
     def add(self, what: str, value: float, goal: str = "", detail: str = "", *, unit: str = "x") -> None:
         row = Row(what, value, unit, goal, detail)
         self.rows.append(row)
-        told = f"  goal {goal}: {row.verdict}" if goal else ""
-        print(f"{what:<72} {value:9.2f} {unit:<4}{told}", flush=True)
+        outcome = f"  goal {goal}: {row.verdict}" if goal else ""
+        print(f"{what:<72} {value:9.2f} {unit:<4}{outcome}", flush=True)
         if detail:
             print(f"    {detail}", flush=True)

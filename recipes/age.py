@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 2 recipes/age.py ...                    # several processes or GPUs
 
 The first command takes about two minutes on two CPU cores, and ends with a table, figures and a report in
-``runs/age/portraits``. Expected there of vanilla, lds and soft+tau: a bMAE of 10.9, 9.9 and 8.9 years, and of rare
-ages a MAE of 14.6, 11.8 and 10.8. A run that was stopped goes on with ``--resume``; finished parts are not done again.
+``runs/age/portraits``. The expected bMAE of vanilla, lds and soft+tau is 10.9, 9.9 and 8.9 years, and their MAE at rare
+ages is 14.6, 11.8 and 10.8 years. ``--resume`` continues a run that was stopped and repeats nothing that was finished.
 ``studies/compare.py`` compares all methods, and ``studies/tune.py`` chooses the settings of one.
 """
 
@@ -30,9 +30,9 @@ class Settings:
     size: int | None = None
     """Side of the images in pixels; by default 32 for portraits and 64 for photographs."""
     methods: tuple[str, ...] = ("vanilla", "lds", "soft+tau")
-    """What to train, of vanilla, lds, fds, lds+fds, soft (soft bins) and soft+tau (these, adjusted by the prior)."""
+    """The methods: vanilla, lds, fds, lds+fds, soft (soft bins) and soft+tau (the same, adjusted by the prior)."""
     seeds: int = 1
-    """How many seeds each method is trained with: 0, 1, ..."""
+    """The number of seeds per method: 0, 1, ..."""
     epochs: int = 12
     """Passes over the training faces."""
     batch_size: int = 128
@@ -40,15 +40,15 @@ class Settings:
     lr: float = 2e-3
     """The highest learning rate."""
     kernel_sigma: float = 2.0
-    """Standard deviation, in years, of the window of five years that LDS and FDS smooth by."""
+    """Standard deviation, in years, of the window of five years with which LDS and FDS smooth."""
     label_sigma: float = 2.0
     """How far soft bins spread a label over neighbouring ages, in years."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Of the forward pass."""
+    """The precision of the forward pass."""
     resume: bool = False
-    """Go on where an earlier run in --out was stopped."""
+    """Continue an earlier run in --out that was stopped."""
     out: Path | None = None
     """Folder of all results; by default runs/age/<data>."""
 
@@ -68,15 +68,15 @@ from dir_toolkit.experiment.training.runtime import start_runtime
 
 @cache
 def faces(settings: Settings) -> Splits:
-    """The same for all seeds."""
+    """The splits, which are the same for all seeds."""
     if settings.root is None:
         return portraits(size=settings.size or 32)
     return utkface(settings.root, size=settings.size or 64)
 
 
 def methods(settings: Settings) -> dict[str, Callable[[Trial], Trained]]:
-    """Each trains a network and returns it. ``trial.model()`` is ``dt.LongTailModel`` with a fresh backbone and the
-    density of the training labels, and ``trial.fit()`` is ``dir_toolkit.experiment.training.loop.fit``."""
+    """Functions that train a network and return it. ``trial.model()`` makes a ``dt.LongTailModel`` with a new backbone
+    and the density of the training labels, and ``trial.fit()`` calls ``dir_toolkit.experiment.training.loop.fit``."""
     window = dt.gaussian(5, settings.kernel_sigma)
 
     def regression(trial: Trial, *, lds: bool = False, fds: bool = False) -> Trained:
@@ -90,24 +90,24 @@ def methods(settings: Settings) -> dict[str, Callable[[Trial], Trained]]:
         "fds": lambda trial: regression(trial, fds=True),
         "lds+fds": lambda trial: regression(trial, lds=True, fds=True),
         "soft": lambda trial: trial.fit(trial.model(sigma=settings.label_sigma)),
-        # Which epoch errs least before the prior is adjusted says little of what it does after: take the last.
+        # The epoch with the least error before the adjustment need not have the least after it, so the last is taken.
         "soft+tau": lambda trial: trial.adjusted(trial.trained("soft", epoch="last")),
     }
 
 
 TITLES = {
     "vanilla": "plain L1 regression",
-    "lds": "L1 weighed by the smoothed density of the labels (LDS, Yang et al. 2021)",
+    "lds": "L1 regression weighted by the smoothed density of the labels (LDS, Yang et al. 2021)",
     "fds": "features smoothed over ages (FDS, Yang et al. 2021)",
-    "lds+fds": "both",
-    "soft": "bins of a year, labels spread over neighbouring ones",
-    "soft+tau": "the same network, its distribution adjusted by the training prior as far as validation finds best",
+    "lds+fds": "LDS and FDS together",
+    "soft": "bins of one year, with labels spread over neighbouring bins",
+    "soft+tau": "the same network, adjusted by the training prior with the strength that is best on validation data",
 }
 NOTES = (
     "Ages fall into regions by their training faces: many (more than 100 per age), medium (20 to 100), few (1 to 19). "
     "MAE is the mean over faces, bMAE the mean over ages of the MAE of each age: the two are the same where all ages "
-    "have equally many test faces. The constant predictor answers the training median whatever it sees.",
-    "Each run is judged at the epoch of its least validation bMAE. A method that goes on from the network of another "
+    "have equally many test faces. The constant predictor always predicts the training median.",
+    "Each run is judged at the epoch of its least validation bMAE. A method that starts from the network of another "
     "takes it as it was after its last epoch. The test set was used once, at the end.",
 )
 

@@ -1,4 +1,4 @@
-"""What the recipes share: the command line, the command as it was typed, and a clean end of every kind."""
+"""Common parts of the recipes: the command line, the command as it was typed, and a clean exit in every case."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import tyro
 _Settings = TypeVar("_Settings")
 
 PLACES = ("root", "listing", "out")
-"""Settings that say where things lie on this machine; no result shows them."""
+"""Settings that name places on this machine. No result shows them."""
 
 
 def typed_command(script: str, places: Collection[str] = PLACES) -> str:
-    """What was typed after the name of the script, with DIR for the value of each option that says where things lie."""
+    """The command as it was typed, with DIR in place of each path on this machine."""
     options = [f"--{name}" for name in places]
     words = ["python", script]
     for before, word in pairwise(["", *sys.argv[1:]]):
@@ -39,7 +39,7 @@ def shown(settings: Any) -> dict[str, Any]:
 
 
 def unfit_folder(option: str, folder: Path) -> list[str]:
-    """What is wrong with a folder to write into, before hours are spent on what goes there."""
+    """The faults of an output folder, which are collected before hours are spent on its contents."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
         return [f"{option} must be a folder, got {folder}, where {there} is a file."]
@@ -61,20 +61,20 @@ def parse(settings: type[_Settings], *, description: str | None = None) -> _Sett
     """The settings from the command line. ``--help`` is answered here, so call it before anything slow is imported.
 
     Args:
-        description: for ``--help``; by default what the recipe says of itself.
+        description: the text of ``--help``; by default the docstring of the recipe.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not of UTF-8 gets "?" in place of what it cannot show
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows "?" for other characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         return tyro.cli(settings, description=description or sys.modules["__main__"].__doc__)
-    except BrokenPipeError:  # nobody reads on, as after `| head`; what Python still holds back goes nowhere
+    except BrokenPipeError:  # the reader has ended, as after `| head`, and the rest of the output is dropped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
 def run(main: Callable[[_Settings], None], settings: _Settings) -> None:
-    """Run a recipe, and leave Python; bad input ends in a message without a trace."""
+    """Run a recipe and exit. Bad input ends in a message without a traceback."""
     ending: int | str = 0
     try:
         main(settings)
@@ -92,5 +92,5 @@ def run(main: Callable[[_Settings], None], settings: _Settings) -> None:
             ending = f"{type(error).__name__}: {error}. Files written before are intact: continue with --resume."
         else:
             raise
-    # Here, not above: there the error would keep the network alive into Python's end, where several processes may hang.
+    # Not in the except clause, where the error would keep the network alive until Python ends, and ranks might hang.
     sys.exit(ending)

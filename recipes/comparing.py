@@ -1,4 +1,4 @@
-"""What recipes share: the methods of text and series and a study of them on one task, and a table of errors."""
+"""Common parts of recipes: the methods for text and series, a study of them on one task, and a table of errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dir_toolkit.experiment.training.runtime import start_runtime
 
 
 def methods(loss: str) -> dict[str, Callable[[Trial], Trained]]:
-    """One number trained by a loss, with LDS weights, with features smoothed by FDS, or with both; and bins."""
+    """Regression with a loss, alone, with LDS weights, with FDS or with both; and soft bins adjusted by the prior."""
 
     def regression(trial: Trial, *, lds: bool = False, fds: bool = False) -> Trained:
         backbone: Any = trial.network()
@@ -36,7 +36,7 @@ def methods(loss: str) -> dict[str, Callable[[Trial], Trained]]:
 
 
 def compare(recipe: str, task: Task, settings: Any, out: Path, *, loss: str, batch_size: int) -> None:
-    """Train the methods of the settings on a task, and end with a table, figures and what the last did to the first."""
+    """Train the methods on a task, write a table and figures, and compare the last method with the first."""
     with start_runtime() as runtime:
         study = Study(
             out,
@@ -54,7 +54,7 @@ def compare(recipe: str, task: Task, settings: Any, out: Path, *, loss: str, bat
 
 
 def errors_by_region(table: Mapping[str, Sequence[xr.Dataset]]) -> str:
-    """The MAE in each region and the bMAE of each method, means over its runs, below the number of test samples."""
+    """A table of the MAE in each region and the bMAE per method, averaged over runs, and of the test samples."""
     first = next(iter(table.values()))[0]
     names, counts = [*map(str, first.region.values), "bMAE"], [f"{count:,}" for count in first["count"].values]
     lines = [["", *names], ["test samples", *counts]]

@@ -2,7 +2,7 @@
 
     python recipes/depth.py          # rooms drawn by this recipe, no download
 
-Pixels without a label hold 0, beyond the axis: ``outside="drop"`` neither counts nor weighs nor calibrates them.
+Pixels without a label hold 0, beyond the axis. ``outside="drop"`` leaves them out of counts, weights and FDS.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Settings:
     epochs: int = 10
     """Passes over the pictures."""
     seeds: int = 2
-    """How many seeds each method is trained with: 0, 1, ..."""
+    """The number of seeds per method: 0, 1, ..."""
 
 
 if __name__ == "__main__":
@@ -39,7 +39,7 @@ import dir_toolkit as dt
 
 
 def draw(n: int, size: int, seed: int, *, even: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (n, 2, H, W) and metres (n, H, W) of a floor, a wall, most near unless ``even``, and boxes, in fog."""
+    """Pictures (n, 2, H, W) and metres (n, H, W): floor, wall and boxes in fog. Unless ``even`` most walls are near."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(n, 1, 1, generator=generator)
     wall = (2 + 27 * share if even else (2 - 4 * (1 - share).log()).clamp(max=29)).expand(n, size, size)
@@ -52,7 +52,7 @@ def draw(n: int, size: int, seed: int, *, even: bool = False) -> tuple[torch.Ten
         away = 1 + (wall[:, :1, :1] - 1) * near
         inside = ((column - where).abs() < 0.5 / away) & ((row - 0.45 - 0.3 / away).abs() < 0.4 / away)
         depth, shade = torch.where(inside & (away < depth), away, depth), torch.where(inside, 0.3 + gloss, shade)
-    fog = 10 * (0.4 * torch.randn(n, 1, 1, generator=generator)).exp()  # nobody tells, so far depths are uncertain
+    fog = 10 * (0.4 * torch.randn(n, 1, 1, generator=generator)).exp()  # it is unknown, so far depths are uncertain
     noise = 0.05 * torch.randn(2, n, size, size, generator=generator)
     clear = (-depth / fog).exp()
     image = torch.stack([shade * clear + noise[0], 1 - clear + noise[1] + 0.1 * (shade - 0.7)], 1)
@@ -71,7 +71,7 @@ def main(settings: Settings) -> None:
             torch.manual_seed(seed)
             maps = [nn.Conv2d(2, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 1, 2, 2), nn.Conv2d(32, 32, 3, 1, 1)]
             layers = [layer for conv in maps for layer in (conv, nn.ReLU())]
-            head = nn.Conv2d(32, 1, 1)  # reads each pixel by itself, so FDS calibrates what enters it
+            head = nn.Conv2d(32, 1, 1)  # it reads each pixel alone, so FDS calibrates its input
             model = nn.Sequential(*layers, nn.Upsample(scale_factor=2), head)
             fds = dt.FDS(bins, 32, outside="drop", momentum=0.5, start_epoch=1 if smoothed else settings.epochs)
             fds.attach(head, "input")

@@ -5,7 +5,7 @@
 
 The first command takes about 12 seconds on two CPU cores, and ends with a table, figures and a report in
 ``runs/mnist/digits``. The digits 0 to 4 are thinned to a tenth, and test and validation images are balanced.
-Expected there of softmax, logit-adjusted and affinity: balanced errors of 7.6, 5.2 and 8.6 %.
+The expected balanced errors of softmax, logit-adjusted and affinity are 7.6, 5.2 and 8.6 %.
 ``studies/digits.py`` has all remedies, and the studies of the affinity paper.
 """
 
@@ -27,13 +27,13 @@ class Settings:
     download: bool = False
     """Fetch the files of MNIST into --root first, where they are missing."""
     methods: tuple[str, ...] = ("softmax", "logit-adjusted", "affinity")
-    """What to train, of softmax, logit-adjusted, affinity and post-hoc (softmax, adjusted by the prior afterwards)."""
+    """The methods to train: softmax, logit-adjusted, affinity, post-hoc (softmax, adjusted by the prior afterwards)."""
     retention: float = 0.1
     """Share kept of the digits 0 to 4, in (0, 1]."""
     train_per_class: int | None = None
     """Images per digit of MNIST before any is thinned; by default all."""
     seeds: int = 1
-    """How many seeds: 0, 1, ... A seed decides the network, the order, and which images are kept."""
+    """The number of seeds: 0, 1, ... A seed decides the network, the order, and which images are kept."""
     epochs: int | None = None
     """Passes over the training images; by default 40 for digits and 15 for MNIST."""
     batch_size: int | None = None
@@ -45,7 +45,7 @@ class Settings:
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     resume: bool = False
-    """Go on where an earlier run in --out was stopped."""
+    """Continue an earlier run in --out that was stopped."""
     out: Path | None = None
     """Folder of all results; by default runs/mnist/<data>."""
 
@@ -64,19 +64,16 @@ from dir_toolkit.experiment.training.loop import Optimization
 from dir_toolkit.experiment.training.runtime import start_runtime
 
 BINS = dt.Bins.classes(10)
-
-
 NOTES = [
     "Balanced error is the mean over digits of the share of wrong answers; few: over the digits 0 to 4, which are "
     "thinned; many: over 5 to 9. The best epoch, and tau after training, follow from the balanced error on clean, "
     "balanced validation images. The test set was used once, at the end."
 ]
-
 COLUMNS = [("balanced_error", "all"), ("balanced_error", "few"), ("balanced_error", "many"), ("error", "all")]
 
 
 def load(settings: Settings, seed: int) -> Splits:
-    """The images of a seed, whose validation images were cut before anything was thinned."""
+    """The splits of a seed. Validation images are held out before any digit is thinned."""
     shares = step_profile(10, settings.retention, thinned=range(5))
     if settings.root is None:
         return digits(shares=shares, seed=seed)
@@ -84,13 +81,13 @@ def load(settings: Settings, seed: int) -> Splits:
 
 
 def metrics(density: dt.LabelDensity) -> dt.ClassificationMetrics:
-    """With the thinned digits as the region "few" and the others as "many", however many there are of them."""
+    """Metrics in which the thinned digits are the region "few" and the others "many", whatever their counts are."""
     return dt.ClassificationMetrics(density, regions=["few"] * 5 + ["many"] * 5)
 
 
 def affinity(trial: Trial) -> Trained:
-    """``trial.model()`` is ``dt.LongTailModel`` with the density of the training labels, and ``trial.fit()`` the
-    training loop, ``dir_toolkit.experiment.training.loop.fit``."""
+    """A network with the affinity head. ``trial.model()`` makes a ``dt.LongTailModel`` with the density of the training
+    labels, and ``trial.fit()`` calls ``dir_toolkit.experiment.training.loop.fit``."""
     backbone = trial.network()
     head = dt.AffinityHead(128, 10, prototypes=5, sigma=10.0, feature_scale=1.0)  # as the paper has them
     return trial.fit(trial.model(backbone, head=head))
@@ -139,11 +136,7 @@ def main(settings: Settings) -> None:
             out, task, methods, runtime, budget, settings=shown(settings), command=command, resume=settings.resume
         )
         study.run(settings.methods, seeds=settings.seeds)
-        study.report(
-            title="comparison",
-            notes=NOTES,
-            columns=COLUMNS,
-        )
+        study.report(title="comparison", notes=NOTES, columns=COLUMNS)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ BATCH = 256
 
 
 def batches(files: list[Path], size: int, read: list[Path]) -> Iterator[Tensor]:
-    """Images as the network was trained on; those that could be decoded are added to ``read``."""
+    """Batches of images, prepared as in training. The files that could be decoded are added to ``read``."""
     for start in range(0, len(files), BATCH):
         images = []
         for file in files[start : start + BATCH]:
@@ -57,7 +57,7 @@ def batches(files: list[Path], size: int, read: list[Path]) -> Iterator[Tensor]:
                 images.append(decode_image(file.read_bytes(), size))
                 read.append(file)
             except (OSError, ValueError) as error:
-                print(f"{file} is left out, since it is no whole JPEG or PNG: {error}", file=sys.stderr)
+                print(f"{file} is left out, since it is not a complete JPEG or PNG: {error}", file=sys.stderr)
         if images:
             yield to_float(torch.from_numpy(np.stack(images)))
 

@@ -4,7 +4,7 @@
     python recipes/series.py --root DIR --data cmapss      # cycles that a turbofan engine has left
 
 DIR holds the series: ``data_cards/beijing.md`` and ``data_cards/cmapss.md`` say where to get them. Hours without a
-label are left out and counted. A run that was stopped goes on with ``--resume``.
+label are left out and counted. ``--resume`` continues a run that was stopped.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class Settings:
     root: Path
     """Folder of the series."""
     data: Literal["beijing", "cmapss"] = "beijing"
-    """Fine dust of an hour, or remaining life of an engine."""
+    """The label: fine dust of an hour, or remaining life of an engine."""
     methods: tuple[str, ...] = ("vanilla", "lds", "soft+tau")
-    """What to train, of vanilla, lds, fds, lds+fds and soft+tau (bins, adjusted by the prior)."""
+    """The methods to train: vanilla, lds, fds, lds+fds or soft+tau (soft bins, adjusted by the prior)."""
     seeds: int = 3
-    """How many seeds each method is trained with: 0, 1, ..."""
+    """The number of seeds per method: 0, 1, ..."""
     epochs: int = 8
     """Passes over the training windows."""
     resume: bool = False
-    """Go on where an earlier run in --out was stopped."""
+    """Continue an earlier run in --out that was stopped."""
     out: Path | None = None
     """Folder of all results; by default runs/series/<data>."""
 
@@ -48,7 +48,7 @@ from dir_toolkit.experiment.study import Task
 
 
 class Recurrent(nn.Module):
-    """From a window (N, T, F) to features (N, 64): the state after its last step."""
+    """A network from windows (N, T, F) to features (N, 64), the state after the last step."""
 
     num_features = 64
 

@@ -1,10 +1,11 @@
-"""A table with a long-tailed label: what gradient boosting and a network make of rare ones.
+"""A table with a long-tailed label: the errors of gradient boosting and of a network at rare labels.
 
     python recipes/table.py                                # a table drawn by this recipe, no download
-    python recipes/table.py --file CSV --label COLUMN      # yours; a fifth of its rows is the test
+    python recipes/table.py --file CSV --label COLUMN      # your own; a fifth of its rows is the test
 
-The drawn table holds each patient's findings at admission, and the label is the length of the stay in days. Most stays
-are short, and those of the test are even. LDS weights, which any library takes, and an adjustment by the prior help.
+The drawn table holds each patient's findings at admission, and the label is the length of the stay in days. Most
+training stays are short, and test stays are uniform. LDS weights, which suit any library, and an adjustment by the
+prior reduce the errors of long stays.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ class Settings:
     label: str = ""
     """The column of the file that holds the labels."""
     drop: tuple[str, ...] = ()
-    """Columns of the file that are no features."""
+    """Columns of the file that are not features."""
     samples: int = 6000
-    """Patients to draw and train on."""
+    """The number of patients to draw and train on."""
     trees: int = 100
-    """Of gradient boosting."""
+    """The number of trees in gradient boosting."""
     seeds: int = 3
-    """How many seeds each method is trained with: 0, 1, ..."""
+    """The number of seeds per method: 0, 1, ..."""
     out: Path = Path("runs/table")
     """Folder of all results; what an earlier run left there is replaced."""
 
@@ -53,7 +54,7 @@ from dir_toolkit.integrations.scikit_learn import LongTailRegressor, PriorAdjust
 def draw(n: int, seed: int, *, even: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Findings (n, 12), and stays in days (n,) in [0, 60], exponential with a mean of six days unless ``even``.
 
-    Six findings rise or fall with it and saturate; two are yes or no; four have nothing to do with it."""
+    Six findings rise or fall with the stay and saturate, two are yes or no, and four do not depend on it."""
     random = np.random.default_rng(seed)
     share = random.random(n)
     stay = 60 * share if even else -6 * np.log1p(share * np.expm1(-10))
@@ -68,9 +69,10 @@ def methods(trees: int, seed: int) -> dict[str, tuple[Any, bool]]:
     """Regressors by name, and whether each is given LDS weights."""
     boosting = HistGradientBoostingRegressor(max_iter=trees, loss="absolute_error", random_state=seed)
     network = LongTailRegressor(head="regression", random_state=seed)
-    found = {"boosting": (boosting, False), "boosting, LDS": (boosting, True), "network, LDS": (network, True)}
-    own = {"boosting, adjusted": PriorAdjusted(boosting), "LongTailRegressor": LongTailRegressor()}
-    return found | {name: (model.set_params(random_state=seed), False) for name, model in own.items()}
+    adjusted = PriorAdjusted(boosting).set_params(random_state=seed)
+    models = {"boosting": boosting, "boosting, LDS": boosting, "network, LDS": network}
+    models |= {"boosting, adjusted": adjusted, "LongTailRegressor": LongTailRegressor(random_state=seed)}
+    return {name: (model, name.endswith("LDS")) for name, model in models.items()}
 
 
 def main(settings: Settings) -> None:

@@ -4,7 +4,7 @@
     python recipes/text.py --root DIR --data emobank       # sentences and how pleasant they are
 
 DIR holds the texts and the vectors: ``data_cards/sts_b_dir.md`` and ``data_cards/emobank.md`` say where to get them. A
-small recurrent network reads the words. A run that was stopped goes on with ``--resume``.
+small recurrent network reads the words. ``--resume`` continues a run that was stopped.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class Settings:
     root: Path
     """Folder of the texts and of the vectors."""
     data: Literal["sts_b_dir", "emobank"] = "sts_b_dir"
-    """Similarity of two sentences, or valence of one."""
+    """The label: similarity of two sentences, or valence of one."""
     vectors: str = "glove_100d.txt"
     """Name of the file of word vectors."""
     methods: tuple[str, ...] = ("vanilla", "lds", "fds", "lds+fds")
-    """What to train, of vanilla, lds, fds, lds+fds and soft+tau (bins, adjusted by the prior)."""
+    """The methods to train: vanilla, lds, fds, lds+fds or soft+tau (soft bins, adjusted by the prior)."""
     seeds: int = 3
-    """How many seeds each method is trained with: 0, 1, ..."""
+    """The number of seeds per method: 0, 1, ..."""
     epochs: int = 12
     """Passes over the training sentences."""
     resume: bool = False
-    """Go on where an earlier run in --out was stopped."""
+    """Continue an earlier run in --out that was stopped."""
     out: Path | None = None
     """Folder of all results; by default runs/text/<data>."""
 
@@ -50,7 +50,7 @@ from dir_toolkit.experiment.study import Task
 
 
 class Reader(nn.Module):
-    """From the words of one sentence (N, L) to its features, or of two (N, 2, L) to what they share and what not."""
+    """Features (N, 128) of a sentence (N, L), or of a pair (N, 2, L) from their differences and products."""
 
     def __init__(self, vectors: np.ndarray, *, pairs: bool, width: int = 64) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Reader(nn.Module):
     def forward(self, words: Tensor) -> Tensor:
         sentences = words.flatten(0, -2)
         states, _ = self.recurrent(self.words(sentences))
-        states = states.masked_fill((sentences == 0).unsqueeze(-1), -10)  # Padding is never the greatest.
+        states = states.masked_fill((sentences == 0).unsqueeze(-1), -10)  # so that padding is never the maximum
         read = states.amax(1).unflatten(0, words.shape[:-1])
         if words.ndim == 3:
             read = torch.cat([(read[:, 0] - read[:, 1]).abs(), read[:, 0] * read[:, 1]], 1)

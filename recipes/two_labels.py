@@ -2,8 +2,8 @@
 
     python recipes/two_labels.py     # features drawn by this recipe, no download
 
-Old faces are rare, and so are faces turned far to a side; old *and* turned ones hardly occur. Weights over a grid of
-joint bins see that, weights over one axis do not.
+Old faces are rare, and so are faces that are turned far to a side. Faces that are both hardly occur. Weights over a
+grid of joint bins reflect that; weights over one axis do not.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Settings:
     epochs: int = 20
     """Passes over them."""
     batch_size: int = 128
-    """Faces a step."""
+    """Faces per step."""
     lr: float = 5e-3
-    """Highest learning rate."""
+    """The highest learning rate."""
     seeds: int = 3
-    """How many seeds each method is trained with: 0, 1, ..."""
+    """The number of seeds per method: 0, 1, ..."""
 
 
 if __name__ == "__main__":
@@ -38,8 +38,10 @@ import dir_toolkit as dt
 
 
 def draw(n: int, seed: int, *, even: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (n, 16), and labels (n, 2): age in [0, 100] years and pose in [-90, 90] degrees, long-tailed both
-    unless ``even``. Features show what a face looks like, which strays from the labels, in age more for the old."""
+    """Features (n, 16), and labels (n, 2): age in [0, 100] years and pose in [-90, 90] degrees.
+
+    Both labels are long-tailed unless ``even``. Features are functions of the labels plus noise, which grows with them.
+    """
     generator = torch.Generator().manual_seed(seed)
     age, pose = torch.rand(2, n, generator=generator)
     if even:
@@ -61,7 +63,7 @@ def main(settings: Settings) -> None:
     density = dt.LabelDensity.count(y, grid)
     by_age, jointly = dt.LDS(years).fit(y[:, 0]), dt.LDS(grid).fit(density)
     weights = {"vanilla": torch.ones(len(y)), "lds of age": by_age(y[:, 0]), "lds of both": jointly(y)}
-    scale = y.std(0)  # a year and a degree are not alike, and one loss must hold both
+    scale = y.std(0)  # years and degrees share one loss
     table: dict[str, list[np.ndarray]] = {}
     for name, weight in weights.items():
         for seed in range(settings.seeds):

@@ -1,8 +1,8 @@
-"""LDS, FDS and errors by region in a Lightning training: what they add to a module that is there already.
+"""LDS, FDS and errors by region in a Lightning training, added to an existing module.
 
     python recipes/with_lightning.py     # ages drawn by this recipe, no download; needs lightning and torchmetrics
 
-A callback drives FDS, LDS weights come with the batch, and errors of rare ages are a metric that Lightning logs.
+A callback drives FDS, the batches hold LDS weights, and Lightning logs the errors of rare ages as a metric.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from dir_toolkit.integrations.torchmetrics import RegionMetric
 
 
 def draw(n: int, seed: int, *, even: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (n, 16) of how old somebody looks, and ages (n,) in [0, 100] years, few of them old unless ``even``."""
+    """Features (n, 16) of apparent ages, and ages (n,) in [0, 100] years, few of which are old unless ``even``."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(n, generator=generator)
     age = 100 * share if even else (-20 * (1 - share).log()).clamp(0, 100)

@@ -1,9 +1,9 @@
-"""FDS in a training of the Hugging Face Trainer: what it adds to a model that is there already.
+"""FDS in a training with the Hugging Face Trainer, added to an existing model.
 
     python recipes/with_transformers.py     # letters drawn by this recipe, no download; needs transformers[torch]
 
-A small transformer reads the age of a writer off the words of a letter, and few writers are old. A callback drives FDS
-and would save its statistics beside the Trainer's checkpoints; LDS weights come as one more column.
+A small transformer predicts the age of a writer from the words of a letter, and few writers are old. A callback drives
+FDS and would save its statistics beside the Trainer's checkpoints. LDS weights are one more column of the data.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ from dir_toolkit.integrations.transformers import FDSCallback
 
 def draw(n: int, seed: int, *, even: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Letters (n, 12) of word numbers from 0 to 59, and ages (n,) in [0, 100] years, few of them old unless ``even``.
-    Each word is most often used at some age, and the old write more loosely."""
+
+    Each word is most frequent at some age, and the words of old writers vary more."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(n, 1, generator=generator)
     age = 100 * share if even else (-20 * (1 - share).log()).clamp(0, 100)
     used_at = age + torch.randn(n, 12, generator=generator) * (8 + 0.2 * age)
-    order = torch.randperm(WORDS, generator=torch.Generator().manual_seed(0))  # a word's number tells nothing
+    order = torch.randperm(WORDS, generator=torch.Generator().manual_seed(0))  # a number carries no information
     return order[(used_at / 100 * WORDS).long().clamp(0, WORDS - 1)], age[:, 0]
 
 

@@ -89,8 +89,8 @@ class CoralHead(_OrdinalHead):
         super().__init__(num_features, num_classes, shared=True)
 
     def _even(self, above: Tensor) -> Tensor:
-        at = (above / above.flip(0)).log()  # as many bins lie above an edge as below its mirror image
-        return torch.cat([at[:1], (-at.diff()).expm1().log()])
+        logits = (above / above.flip(0)).log()  # as many bins lie above an edge as below its mirror image
+        return torch.cat([logits[:1], (-logits.diff()).expm1().log()])
 
     def _log_shares(self, projected: Tensor) -> Tensor:
         gaps = self.bias[1:].to(projected.dtype)

@@ -224,9 +224,9 @@ def _homogeneity(trace: Tensor, known: Tensor, bins: Bins) -> Tensor:
     place = torch.arange(len(known), device=known.device)
     last = torch.where(known, place, -1).cummax(0).values  # the last known bin up to here
     before = F.pad(last[:-1], (1, 0), value=-1)
-    at = bins.tensor("centers", trace)
-    at = ((at - at[0]) / (at[-1] - at[0]).clamp_min(torch.finfo(at.dtype).tiny)).to(trace.dtype)
+    point = bins.tensor("centers", trace)
+    point = ((point - point[0]) / (point[-1] - point[0]).clamp_min(torch.finfo(point.dtype).tiny)).to(trace.dtype)
     step = known & (before >= 0)
     before = before.clamp_min(0)
-    way = torch.where(step, at - at[before], 1.0)
+    way = torch.where(step, point - point[before], 1.0)
     return ((trace - trace[before]).square().sum(1) / way).masked_fill(~step, 0.0).sum()

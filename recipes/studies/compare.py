@@ -4,10 +4,10 @@
     python recipes/studies/compare.py --data utkface --root DIR --methods all --seeds 5     # real faces
 
 Runs are made one after the other, all methods with one seed before the next seed, in ``runs/compare/<data>``. A run
-that fails is named at the end and costs the others nothing; ``--resume`` makes up for it, goes on after a stop, and
-adds methods and seeds. Several such processes may share a folder, each with methods of its own, those that they start
-from included. The result, the table with intervals of the paired differences to the baseline, figures and report cover
-all runs in the folder.
+that fails is named at the end, and the others go on. ``--resume`` repeats failed runs, continues after a stop, and adds
+methods and seeds. Several such processes may share a folder if each has methods of its own, including those that they
+start from. The result, the table with intervals of the paired differences to the baseline, the figures and the report
+cover all runs in the folder.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Settings(faces.Settings):
     baseline: str = "vanilla"
-    """What the others are compared with."""
+    """The method with which the others are compared."""
     replicates: int = 2000
-    """Bootstrap replicates behind each interval."""
+    """The number of bootstrap replicates per interval."""
     out: Path | None = None
     """Folder of all results; by default runs/compare/<data>."""
 
@@ -57,22 +57,22 @@ def main(settings: Settings) -> None:
 
 
 def faults(settings: Settings) -> list[str]:
-    found = faces.unknown("--baseline", [settings.baseline])
+    problems = faces.unknown("--baseline", [settings.baseline])
     if settings.baseline in faces.GROUPS:
-        found.append(f"--baseline must be one method, got {settings.baseline}.")
+        problems.append(f"--baseline must be one method, got {settings.baseline}.")
     if settings.replicates < 100:
-        found.append(f"--replicates must be at least 100, got {settings.replicates}.")
+        problems.append(f"--replicates must be at least 100, got {settings.replicates}.")
     if (
         settings.baseline in faces.METHODS
         and settings.baseline not in faces.named(settings.methods)
         and not settings.resume
     ):
-        found.append(f"--methods must include the baseline {settings.baseline}, got {' '.join(settings.methods)}.")
-    return found
+        problems.append(f"--methods must include the baseline {settings.baseline}, got {' '.join(settings.methods)}.")
+    return problems
 
 
 def add_finished_runs(study: Study, settings: Settings) -> None:
-    """All runs in the folder, those of earlier studies and of other processes too, as their files tell them."""
+    """Add all runs in the folder to the study, including those of earlier studies and of other processes."""
     from dir_toolkit.errors import SettingsError, StudyError
     from dir_toolkit.experiment.results.schema import load_results
     from dir_toolkit.experiment.study import Run
@@ -85,8 +85,8 @@ def add_finished_runs(study: Study, settings: Settings) -> None:
             made = study.runs.get(key)
             study.runs[key] = Run(one.isel({"method": 0, "seed": 0}), None if made is None else made.trained)
     if others:
-        rule = "all runs in --out must have had one budget"
-        raise SettingsError("\n  ".join([f"recipes/studies/compare.py: {rule}; these had another:", *others]))
+        rule = "all runs in --out must have the same budget"
+        raise SettingsError("\n  ".join([f"recipes/studies/compare.py: {rule}; these had another one:", *others]))
     if not any(name == settings.baseline for _, name, _ in study.runs):
         rule = f"--baseline must have a finished run in {study.folder}, got {settings.baseline}, which has none"
         fix = "These runs failed; --resume tries them again:" if study.failed else "Add it to --methods."
@@ -95,11 +95,11 @@ def add_finished_runs(study: Study, settings: Settings) -> None:
 
 
 def other_budget(settings: Settings, folder: Path) -> list[str]:
-    """In what a run was trained otherwise than the settings say; what was not trained itself has no file to tell."""
+    """The settings in which a run differs from the present ones. A run that needed no training has no such file."""
     config = folder / "config.json"
     if not config.exists():
         return []
-    was = {**asdict(Settings()), **json.loads(config.read_text(encoding="utf-8"))}  # what was not yet a setting then
+    was = {**asdict(Settings()), **json.loads(config.read_text(encoding="utf-8"))}  # settings that did not exist then
     names = ["backbone", "loss", "batch_size", "lr", "optimizer", "schedule", "augmentation", "precision", "scheme"]
     names += ["label_sigma"] if was.get("after") else ["label_sigma", "epochs"]
     now = asdict(settings)

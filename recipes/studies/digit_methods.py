@@ -1,4 +1,4 @@
-"""What ``digits.py`` compares: its settings, the digits, and every method, a line of ``METHODS`` each."""
+"""The settings, data and methods of ``digits.py``. Each method is an entry of ``METHODS``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Settings:
     verify: bool = False
     """Refuse files in --root that are not the official ones of MNIST."""
     profile: Literal["step", "exponential"] = "step"
-    """Which digits are thinned: 0 to 4 alike, or all, ever more from 0 to 9."""
+    """Which digits are thinned: 0 to 4 alike, or all, increasingly from 0 to 9."""
     retention: float = 0.1
     """Share kept of the digits that are thinned most, in (0, 1]."""
     noise: float = 0.0
@@ -49,11 +49,11 @@ class Settings:
     val_per_class: int | None = None
     """Validation images per digit; by default 20 of digits and 200 of MNIST."""
     seeds: int = 1
-    """How many seeds: 0, 1, ... A seed decides the network, the order, and which images are kept."""
+    """The number of seeds: 0, 1, ... A seed decides the network, the order, and which images are kept."""
     feature_scale: float = 1.0
-    """What affinity heads multiply features by; 1 is the formula of the paper, for features of its network."""
+    """The factor of the features in affinity heads; 1 is the formula of the paper, for features of its network."""
     margin: float = 0.75
-    """Between the affinities of the true class and the others."""
+    """The margin between the affinity of the true class and those of the others."""
     tau: float = 1.0
     """Strength of the logit-adjusted loss and of post-hoc adjustment."""
     focal_gamma: float = 2.0
@@ -61,11 +61,11 @@ class Settings:
     ldam_margin: float = 0.5
     """The largest margin of LDAM, between cosines."""
     ldam_start: float = 0.8
-    """Share of the epochs after which LDAM-DRW weighs classes."""
+    """Share of the epochs after which LDAM-DRW weights classes."""
     center_strength: float = 0.01
     """Weight of the center loss beside cross-entropy."""
     equalized_drop: float = 0.9
-    """How often equalization spares a rare class from the pull of a sample of another class."""
+    """How often the equalization loss ignores the score of a rare class for a sample of another class."""
     epochs: int | None = None
     """Passes over the training images; by default 40 for digits and 15 for MNIST."""
     batch_size: int | None = None
@@ -73,36 +73,36 @@ class Settings:
     lr: float = 0.05
     """The highest learning rate."""
     weight_decay: float = 5e-4
-    """Pull of weights towards zero."""
+    """The weight decay of SGD."""
     clip_norm: float = 5.0
-    """The longest gradient; without a limit LDAM, whose scores are scaled by 30, and high learning rates diverge."""
+    """The limit of the gradient norm, without which LDAM, with scores scaled by 30, and high learning rates diverge."""
     stage_two_epochs: int = 5
     """Passes in which crt and lws retrain the head."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Of the forward pass."""
+    """The precision of the forward pass."""
     checkpoint_minutes: float = 5.0
-    """Most time between two checkpoints."""
+    """The longest time between two checkpoints."""
     resume: bool = False
-    """Take what an earlier run in --out has trained, and go on where it was stopped."""
+    """Use what an earlier run in --out has trained, and continue it if it was stopped."""
     out: Path | None = None
     """Folder of all results; by default runs/mnist/<data>."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train and to predict; all defaults together are softmax and cross-entropy."""
+    """One way to train and to predict. The defaults are softmax and cross-entropy."""
 
     head: Literal["softmax", "cosine", "affinity"] = "softmax"
     loss: Loss = "cross-entropy"
-    """Of softmax and cosine heads; affinity has its own."""
+    """The loss of softmax and cosine heads; the affinity head has its own."""
     after: Literal["post-hoc", "post-hoc-chosen", "tau-norm", "ncm", "crt", "lws"] | None = None
-    """What is done to the network of softmax."""
+    """If not None, what is done to the trained network of softmax."""
     prototypes: int = 5
-    """Per class, of the affinity head."""
+    """The prototypes per class of the affinity head."""
     sigma: float = 10.0
-    """Width of its similarity."""
+    """The width of its similarity."""
     distance: Literal["l2", "l1"] = "l2"
     similarity: Literal["gaussian", "inverse"] = "gaussian"
     num_features: int = 128
@@ -132,14 +132,14 @@ METHODS: dict[str, Method] = {
 
 
 def methods(settings: Settings, names: Sequence[str]) -> dict[str, Callable[[Trial], Trained]]:
-    """What a study runs, in the order in which it names them."""
+    """The functions that a study runs, by name: the study's methods first and in its order, then all others."""
     return {
         name: partial(trained, METHODS[name], settings) for name in dict.fromkeys([*names, *METHODS]) if name in METHODS
     }
 
 
 def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
-    """The network of a method with a seed."""
+    """Train the network of a method with the seed of the trial."""
     import dir_toolkit as dt
     from dir_toolkit.experiment.backbones import digit_cnn
 
@@ -178,14 +178,17 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
 def on_scores(
     loss: Callable[..., Tensor], output: Any, labels: Tensor, weight: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """A loss of scores as one of what the model returns."""
+    """A loss of scores as a loss of the model's output."""
     return loss(output.scores, labels, weight, **options)
 
 
 def margin_loss(
     output: Any, labels: Tensor, weight: Tensor | None = None, *, head: Any, margin: float, diversity: bool
 ) -> Tensor:
-    """In the plane only three prototypes can be equally far apart, and diversity would pull all others together."""
+    """The affinity loss, with diversity unless features are planar.
+
+    In the plane only three prototypes can be equally far apart, and diversity would pull all others together.
+    """
     import dir_toolkit as dt
 
     loss = dt.affinity_loss(output.scores, labels, weight, margin=margin)
@@ -193,7 +196,10 @@ def margin_loss(
 
 
 def equalized(output: Any, labels: Tensor, weight: Tensor | None = None, *, prior: Tensor, drop: float) -> Tensor:
-    """Rare is what is rarer than if all were alike. The generator of torch is seeded anew in every step."""
+    """The equalization loss, where rare classes are those with less than the mean share.
+
+    It draws from the generator of torch, which is seeded anew in every step.
+    """
     import torch
 
     import dir_toolkit as dt
@@ -207,8 +213,8 @@ def equalized(output: Any, labels: Tensor, weight: Tensor | None = None, *, prio
 def with_centers(num_features: int, strength: float) -> nn.Module:
     """Cross-entropy and the center loss, whose centers are trained with the network.
 
-    The gradient of a center is the step of the paper, whatever the batch size. SGD takes that step as it does all
-    others, with its rate, momentum and decay.
+    The gradient of a center is the update of the paper, whatever the batch size. SGD applies it with its learning rate,
+    momentum and decay.
     """
     from torch import nn
 
@@ -228,7 +234,7 @@ def with_centers(num_features: int, strength: float) -> nn.Module:
 
 
 def afterwards(after: Any, settings: Settings, trial: Trial) -> Trained:
-    """What is done to a network after it was trained with softmax."""
+    """Apply a remedy to the network that was trained with softmax."""
     import torch
 
     import dir_toolkit as dt
@@ -244,8 +250,8 @@ def afterwards(after: Any, settings: Settings, trial: Trial) -> Trained:
     if after in ("crt", "lws"):  # the encoder is frozen, and classes are drawn evenly
         dt.stage_two(model, after, seed=trial.runtime.derive("head"))
         sampler = dt.BinSampler(trial.splits.train.labels, trial.bins, q=0.0, seed=trial.runtime.seed)
-        how = replace(trial.study.optimization, epochs=settings.stage_two_epochs)
-        return trial.fit(model, sampler=sampler, optimization=how, after=first)
+        budget = replace(trial.study.optimization, epochs=settings.stage_two_epochs)
+        return trial.fit(model, sampler=sampler, optimization=budget, after=first)
     part = trial.splits.train if after == "ncm" else trial.splits.val
     features = predict(model, part, runtime=trial.runtime).features
     labels = torch.from_numpy(part.labels).to(features.device)
@@ -260,7 +266,7 @@ def afterwards(after: Any, settings: Settings, trial: Trial) -> Trained:
 
 
 def gives_logits(head: object) -> bool:
-    """Whether scores are linear in the features, and their softmax tells probabilities."""
+    """Whether scores are linear in the features, and their softmax gives probabilities."""
     from torch import nn
 
     import dir_toolkit as dt
@@ -290,7 +296,7 @@ def thinned(settings: Settings) -> range:
 
 
 def task(settings: Settings, retention: float, noise: float) -> Task:
-    """With the thinned digits as the region "few" and the others as "many", however many there are of them."""
+    """A task in which the thinned digits are the region "few" and the others "many", whatever their counts are."""
     import dir_toolkit as dt
     from dir_toolkit.experiment.study import Task
 
@@ -362,15 +368,15 @@ def notes(settings: Settings) -> list[str]:
 
 
 def faults(settings: Any, out: Path) -> list[str]:
-    """What keeps the settings from running, all of it, before anything is loaded."""
-    found = unfit_folder("--out", out)
+    """All faults of the settings, which are collected before any data is loaded."""
+    problems = unfit_folder("--out", out)
     if (settings.data == "digits") != (settings.root is None):
-        found.append("--root must name the folder of the files of --data mnist; digits come with scikit-learn.")
+        problems.append("--root must name the folder of the files of --data mnist; digits come with scikit-learn.")
     for name in ("download", "verify", "train_per_class"):
         if settings.data == "digits" and getattr(settings, name):
-            found.append(f"--{name.replace('_', '-')} needs --data mnist; digits come with scikit-learn.")
+            problems.append(f"--{name.replace('_', '-')} needs --data mnist; digits come with scikit-learn.")
     if strange := [name for name in settings.methods if name not in METHODS]:
-        found.append(f"--methods must name methods that --help lists, got {' '.join(strange) or 'none'}.")
+        problems.append(f"--methods must name methods that --help lists, got {' '.join(strange) or 'none'}.")
     whole, shares = ("seeds", "stage_two_epochs", "train_per_class", "val_per_class"), ("ldam_start", "equalized_drop")
     limits = {
         **dict.fromkeys(whole, (1, math.inf)),
@@ -381,16 +387,16 @@ def faults(settings: Any, out: Path) -> list[str]:
         value = getattr(settings, name)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             limit = f"between {low} and {high:g}" if math.isfinite(high) else f"finite and at least {low}"
-            found.append(f"--{name.replace('_', '-')} must be {limit}, got {value:g}.")
+            problems.append(f"--{name.replace('_', '-')} must be {limit}, got {value:g}.")
     for name in ("feature_scale", "margin", "ldam_margin", "center_strength", "retention"):
         if not 0 < getattr(settings, name) < math.inf:
-            found.append(f"--{name.replace('_', '-')} must be > 0, got {getattr(settings, name):g}.")
+            problems.append(f"--{name.replace('_', '-')} must be > 0, got {getattr(settings, name):g}.")
     if not 0 <= settings.noise < 1:
-        found.append(f"--noise must be at least 0 and below 1, got {settings.noise:g}.")
+        problems.append(f"--noise must be at least 0 and below 1, got {settings.noise:g}.")
     if settings.retention > 1:
-        found.append(f"--retention must be at most 1, got {settings.retention:g}.")
+        problems.append(f"--retention must be at most 1, got {settings.retention:g}.")
     try:
         optimization(settings)
     except ValueError as error:
-        found.append(str(error))
-    return found
+        problems.append(str(error))
+    return problems

@@ -5,9 +5,9 @@
     python recipes/studies/digits.py --methods softmax cosine+focal affinity-m2            # any methods
 
 Runs lie in ``runs/mnist/<data>/<thinning>``, and the table, figures and report of a study beside them in
-``<study>-<thinning>``. Studies share their runs: with ``--resume`` what was trained before is taken, and what was
-stopped goes on. A training takes 12 seconds on digits and about a minute on a tenth of MNIST, on one core.
-``digit_methods.py`` says what the methods are.
+``<study>-<thinning>``. Studies share their runs: ``--resume`` uses what was trained before and continues what was
+stopped. A training takes 12 seconds on digits and about a minute on a tenth of MNIST, on one core.
+``digit_methods.py`` defines the methods.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ COLUMNS = (("balanced_error", "all"), ("balanced_error", "few"), ("balanced_erro
 @dataclass(frozen=True)
 class Settings(digit_methods.Settings):
     study: str | None = None
-    """A whole study, of those above, in place of --methods."""
+    """A whole study, by its name above, in place of --methods."""
     methods: tuple[str, ...] = ("softmax", "logit-adjusted", "affinity-m5")
-    """What to train, of the names above."""
+    """The methods to train, by the names above."""
 
 
-# ---- what a study keeps of a run, and what it draws of all ----
+# ---- what a study keeps from each run, and the figures that it draws of all runs ----
 
 
 def norms(trial: Trial, trained: Trained, output: Any) -> Any:
-    """Length of the weights of each class, where scores are linear in the features."""
+    """The length of each class's weights, if scores are linear in the features."""
     import dir_toolkit as dt
 
     head: Any = trained.model.head
@@ -76,7 +76,7 @@ def by_seed(study: Study, region: str) -> dict[tuple[str, Task], list[float]]:
 def draw_curve(
     study: Study, x: Callable[[str, Task], float], xlabel: str, region: str, *, log_x: bool = False
 ) -> Figure:
-    """The balanced error in a region against what was varied: a line per method, or one for all affinities."""
+    """The balanced error in a region against the varied setting, with one line per method or one for all affinities."""
     from dir_toolkit.experiment.results.digit_figures import study_figure
 
     curves: dict[str, dict[float, list[float]]] = {}
@@ -128,7 +128,7 @@ def draw_similarity(study: Study) -> dict[str, Figure]:
 
 
 def plane(trial: Trial, trained: Trained, output: Any) -> Any:
-    """The test images in a plane of features, as the head sees them, and its prototypes there."""
+    """The features of the test images in the plane, as the head receives them, and the prototypes of the head."""
     import torch
 
     head: Any = trained.model.head
@@ -147,7 +147,7 @@ def draw_plane(study: Study) -> dict[str, Figure]:
 
 
 def taus(trial: Trial, trained: Trained, output: Any) -> Any:
-    """How reliable the shares of the classes are; and of softmax, how every tau does by three criteria."""
+    """The reliability of the class probabilities; and for softmax, the score of every tau by three criteria."""
     import torch
 
     import dir_toolkit as dt
@@ -176,7 +176,7 @@ def draw_taus(study: Study) -> dict[str, Figure]:
     choices = {seed: run.extra[1] for (_, name, seed), run in study.runs.items() if name == "softmax"}
 
     def over_seeds(by: str, ylabel: str, **options: Any) -> Figure:
-        # On test images the curve is only looked at: what is marked was chosen on validation images.
+        # The curve of the test images is only for inspection, so its mark is the tau chosen on validation images.
         marked = "validation" if by == "test" else by
         curves = {f"seed {seed}": (choice[by].taus, choice[by].scores) for seed, choice in choices.items()}
         chosen = {f"seed {seed}": choice[marked].tau for seed, choice in choices.items()}
@@ -206,7 +206,7 @@ class Plan:
     retentions: tuple[float, ...] | None = None
     noises: tuple[float, ...] | None = None
     more: tuple[tuple[str, str | None], ...] = ()
-    """Columns of the table, besides errors."""
+    """Columns of the table beside the errors."""
 
 
 STUDIES: Mapping[str, Plan] = {

@@ -1,4 +1,4 @@
-"""What the studies of faces share: their settings, the faces, and every method, a line of ``METHODS`` each."""
+"""The settings, data and methods of the studies of faces. Each method is an entry of ``METHODS``."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # torch and the toolkit load within functions, so that --help
 NOTES = (
     "Ages fall into regions by their training faces: many (more than 100 per age), medium (20 to 100), few (1 to 19). "
     "MAE is the mean over faces, bMAE the mean over ages of the MAE of each age: the two are the same where all ages "
-    "have equally many test faces. The constant predictor answers the training median whatever it sees.",
-    "Each run is judged at the epoch of its least validation bMAE. A method that goes on from the network of another "
+    "have equally many test faces. The constant predictor always predicts the training median.",
+    "Each run is judged at the epoch of its least validation bMAE. A method that starts from the network of another "
     "takes it as it was after its last epoch. The test set was used once, at the end.",
 )
 
@@ -42,17 +42,17 @@ class Settings:
     listing: Path | None = None
     """CSV list (age,path,split) of agedb and imdb-wiki; by default agedb.csv or imdb_wiki.csv in --root."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What an image that cannot be read does: stop the study, or be skipped and counted."""
+    """What happens if an image cannot be read: the study stops, or the image is skipped and counted."""
     size: int | None = None
     """Side of the images in pixels; by default 32 for portraits and 64 for photographs."""
     methods: tuple[str, ...] = ("all",)
-    """What to train, of the names above."""
+    """The methods to train, by the names above."""
     seeds: int = 3
-    """How many seeds each method is trained with: 0, 1, ..."""
+    """The number of seeds per method: 0, 1, ..."""
     backbone: str = "small_resnet"
     """The network: small_resnet, or the name of any timm model (needs the extra "models")."""
     loss: Literal["l1", "mse", "huber", "focal-l1", "focal-mse"] = "l1"
-    """What regression minimises, where a method does not say otherwise."""
+    """The loss of regression, unless the method has one of its own."""
     epochs: int = 12
     """Passes over the training faces."""
     batch_size: int = 128
@@ -60,21 +60,21 @@ class Settings:
     lr: float = 2e-3
     """The highest learning rate."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """How parameters are moved."""
+    """The optimizer."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """How the learning rate falls."""
     augmentation: Literal["plain", "strong"] = "plain"
-    """Flips and shifts; or turns, zooms, light and colors too, which long trainings ask for."""
+    """Flips and shifts; strong adds rotation, zoom, brightness and color, which long trainings need."""
     scheme: Literal["inverse", "sqrt_inverse", "effective_number", "dense"] = "sqrt_inverse"
     """How LDS turns the smoothed density into weights."""
     kernel_size: int = 5
     """Width of the Gaussian window of LDS and FDS, in years, odd."""
     kernel_sigma: float = 2.0
-    """Its standard deviation, in years."""
+    """Standard deviation of this window, in years."""
     label_sigma: float = 2.0
     """How far labels are spread over neighbouring bins, in years."""
     tau: float | None = None
-    """Strength of the adjustment after training; by default what validation finds best."""
+    """Strength of the adjustment after training; by default the one that is best on validation data."""
     stage_two_epochs: int = 4
     """Passes over the training faces where a head is trained again on a frozen encoder."""
     fds_momentum: float = 0.9
@@ -82,60 +82,60 @@ class Settings:
     fds_covariance: Literal["diagonal", "full", "low_rank"] = "diagonal"
     """Which part of the covariances of the features is smoothed."""
     fds_map: Literal["paper", "transport"] = "transport"
-    """How features go over to a covariance that is not diagonal."""
+    """How features are mapped to the smoothed covariance if it is not diagonal."""
     fds_rank: int = 32
-    """Directions of low_rank."""
+    """The number of directions of low_rank."""
     fds_shrinkage: float | None = None
-    """Pseudo-samples that pull the covariance of each age towards the pooled one; by default none for a diagonal, else
-    as many as the matrices have rows."""
+    """Pseudo-samples that pull the covariance of each age towards the pooled one; by default none for a diagonal, and
+    otherwise as many as the matrices have rows."""
     fds_count_weighted: bool = False
-    """Smooth statistics in proportion to the samples behind them."""
+    """Weight statistics by their numbers of samples when they are smoothed."""
     fds_start_epoch: int = 1
-    """Epochs before features are calibrated."""
+    """The number of epochs before features are calibrated."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Of the forward pass."""
+    """The precision of the forward pass."""
     checkpoint_minutes: float = 5.0
-    """Most time between two checkpoints."""
+    """The longest time between two checkpoints."""
     resume: bool = False
-    """Go on where an earlier study in --out was stopped."""
+    """Continue an earlier study in --out that was stopped."""
     out: Path | None = None
     """Folder of all results."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train and to predict; all defaults together are plain L1 regression."""
+    """One way to train and to predict. The defaults are plain L1 regression."""
 
     title: str
-    """In a few words."""
+    """A description in a few words."""
     head: Literal["regression", "gaussian", "linear", "cosine", "affinity"] = "regression"
-    """Of ``LongTailModel``; all but the first two score bins of the label axis."""
+    """The head of ``LongTailModel``; all but the first two score bins of the label axis."""
     loss: str | None = None
-    """Of ``LongTailModel`` by name, or one of ``objective``; None takes the setting for regression, else the head's."""
+    """A loss of ``LongTailModel`` or of ``objective``; None is the setting for regression, else the head's default."""
     hard: bool = False
-    """Labels are not spread over neighbouring bins."""
+    """Whether labels are not spread over neighbouring bins."""
     weights: Literal["counts", "smoothed"] | None = None
-    """The density that samples are weighed by."""
+    """The density from which samples are weighted."""
     scheme: Literal["inverse"] | None = None
-    """Of these weights, in place of the setting."""
+    """The scheme of these weights; None is the setting."""
     fds: Mapping[str, Any] | None = None
-    """Features are smoothed, with these settings in place of the usual ones."""
+    """If not None, features are smoothed, and these options replace the settings."""
     normalized: bool = False
-    """Features pass a BatchNorm before they are smoothed and read."""
+    """Whether features pass a BatchNorm before they are smoothed."""
     bottleneck: bool = False
-    """A layer of 32 features stands between the backbone and the head."""
+    """Whether there is a layer of 32 features between the backbone and the head."""
     fds_before: bool = False
-    """Features are smoothed before that layer, not after it."""
+    """Whether features are smoothed before that layer and not after it."""
     in_loss: bool = False
-    """The prior is adjusted in the loss, with tau 1."""
+    """Whether the prior is adjusted in the loss, with tau 1."""
     q: float | None = None
     """Ages are drawn in proportion to their counts to this power."""
     start: str | None = None
-    """The method whose trained network is taken over."""
+    """The method from whose trained network this one starts."""
     tau: bool = False
-    """The network taken over is not trained again: predictions are adjusted, as validation finds best."""
+    """Whether that network is only adjusted, with the tau that is best on validation data, and not trained again."""
 
 
 MAIN: dict[str, Method] = {
@@ -205,23 +205,23 @@ VARIANTS: dict[str, Method] = {
 METHODS = MAIN | VARIANTS
 
 WINNER = "soft+tau"
-"""The method that did best, as the README tells."""
+"""The best method in the table of the README."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "default": (WINNER,),
     "all": tuple(MAIN),
     "fds-study": ("lds", "lds+fds", *VARIANTS, "soft+lds", "soft+lds+fds"),
 }
-"""Names that stand for several methods; the study asks whether, and how, feature smoothing adds to LDS or to bins."""
+"""Names that stand for several methods. The study of FDS asks whether feature smoothing improves LDS or bins."""
 
 
 def named(methods: Sequence[str]) -> list[str]:
-    """Methods by their own names, each once, where a name may stand for several."""
+    """The names of single methods, each once. A given name may stand for several methods."""
     return list(dict.fromkeys(name for method in methods for name in GROUPS.get(method, (method,))))
 
 
 def unknown(option: str, methods: Sequence[str]) -> list[str]:
-    """What is wrong with names that ``named`` does not know."""
+    """One fault per name that is neither a method nor a group of methods."""
     strange = [name for name in named(methods) if name not in METHODS]
     near = [difflib.get_close_matches(name, (*METHODS, *GROUPS), n=2) for name in strange]
     return [
@@ -234,43 +234,43 @@ def unknown(option: str, methods: Sequence[str]) -> list[str]:
 def overview() -> str:
     """All methods and groups of them, for ``--help``."""
 
-    def told(methods: Mapping[str, Method]) -> list[str]:
+    def listed(methods: Mapping[str, Method]) -> list[str]:
         return [f"  {name:26}{method.title}" for name, method in methods.items()]
 
     return "\n".join(
         [
             "methods; LDS and FDS are label and feature distribution smoothing (Yang et al. 2021):",
-            *told(MAIN),
+            *listed(MAIN),
             "",
             "variants of lds and lds+fds:",
-            *told(VARIANTS),
+            *listed(VARIANTS),
             "",
             "names that stand for several:",
             f"  {'default':26}{WINNER}, which did best of all",
             f"  {'all':26}all methods but the variants",
-            f"  {'fds-study':26}the variants, and what they are compared with",
+            f"  {'fds-study':26}the variants, and the methods that they are compared with",
         ]
     )
 
 
 def faults(settings: Settings, out: Path) -> list[str]:
-    """What keeps the settings from running, all of it, before anything is loaded."""
+    """All faults of the settings, which are collected before any data is loaded."""
     import dir_toolkit as dt
 
-    found = [*unfit_folder("--out", out), *unknown("--methods", settings.methods)]
+    problems = [*unfit_folder("--out", out), *unknown("--methods", settings.methods)]
     methods = [METHODS[name] for name in named(settings.methods) if name in METHODS]
     if (settings.data == "portraits") != (settings.root is None):
-        found.append("--root must name the folder of the images of other --data than portraits, which are drawn.")
+        problems.append("--root must name the folder of the images of other --data than portraits, which are drawn.")
     if settings.data in ("portraits", "utkface") and settings.listing is not None:
-        found.append("--listing needs --data agedb or imdb-wiki.")
+        problems.append("--listing needs --data agedb or imdb-wiki.")
     if not settings.methods:
-        found.append("--methods must name a method, got none.")
+        problems.append("--methods must name a method, got none.")
     if settings.tau is not None and not any(method.tau for method in methods):
-        found.append("--tau needs a method that is adjusted after training, such as soft+tau.")
+        problems.append("--tau needs a method that is adjusted after training, such as soft+tau.")
     for name, low in (("seeds", 1), ("stage_two_epochs", 1), ("checkpoint_minutes", 0), ("label_sigma", 0), ("tau", 0)):
         value = getattr(settings, name)
         if value is not None and not low <= value < math.inf:
-            found.append(f"--{name.replace('_', '-')} must be finite and at least {low}, got {value:g}.")
+            problems.append(f"--{name.replace('_', '-')} must be finite and at least {low}, got {value:g}.")
     makers: tuple[Callable[[], object], ...] = (
         lambda: optimization(settings),
         lambda: dt.LDS(label_axis(settings), kernel=dt.gaussian(settings.kernel_size, settings.kernel_sigma)),
@@ -281,8 +281,8 @@ def faults(settings: Settings, out: Path) -> list[str]:
         try:
             make()
         except (ValueError, TypeError) as error:
-            found.append(str(error))
-    return found
+            problems.append(str(error))
+    return problems
 
 
 @cache
@@ -356,7 +356,7 @@ def optimization(settings: Settings) -> Optimization:
 def smoother(
     settings: Settings, num_features: int, *, kernel: tuple[int, float] | None = None, **changes: Any
 ) -> dt.FDS:
-    """FDS as the settings say, with the changes that a method makes to them."""
+    """FDS with these settings, some of which a method changes."""
     import dir_toolkit as dt
 
     names = ("momentum", "covariance", "map", "rank", "shrinkage", "count_weighted", "start_epoch")
@@ -366,12 +366,12 @@ def smoother(
 
 
 def methods(settings: Settings) -> dict[str, Callable[[Trial], Trained]]:
-    """What a study runs."""
+    """The functions that a study runs, by name."""
     return {name: partial(trained, method, settings) for name, method in METHODS.items()}
 
 
 def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
-    """The network of a method with a seed."""
+    """Train the network of a method with the seed of the trial."""
     import dir_toolkit as dt
 
     options: dict[str, Any] = {"weights": None}
@@ -398,7 +398,7 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
 def network(
     method: Method, settings: Settings, trial: Trial, weights: dt.LDS | None = None
 ) -> tuple[dt.LongTailModel, dt.FDS | None]:
-    """A fresh model of a method, and the FDS in it."""
+    """A new model for a method, and the FDS in it."""
     import numpy as np
     from torch import nn
 
@@ -441,7 +441,7 @@ def network(
 
 
 def objective(method: Method, model: dt.LongTailModel, density: dt.LabelDensity) -> Callable[..., Tensor]:
-    """The loss of what the model returns for images."""
+    """The loss, a function of the model's output and the labels."""
     import dir_toolkit as dt
 
     if method.loss == "conr":
@@ -449,7 +449,7 @@ def objective(method: Method, model: dt.LongTailModel, density: dt.LabelDensity)
     if method.loss == "rnc":
 
         def rank_and_probe(output: dt.LongTailOutput, labels: Tensor, weight: Tensor | None) -> Tensor:
-            """The regressor reads features that its loss does not move, so that it is trained beside the encoder."""
+            """The loss of the regressor does not reach the encoder, so both are trained side by side."""
             probe = model.read(output.features.detach())
             return dt.losses.rank_n_contrast(output.features, labels, weight) + model.criterion(probe, labels, weight)
 

@@ -1,12 +1,12 @@
-"""Settings of one method, chosen on validation faces by successive halving, and the method trained with them.
+"""Choose settings of one method on validation faces by successive halving, and train the method with them.
 
     python recipes/studies/tune.py --methods soft --knobs sigma lr                                   # portraits
     python recipes/studies/tune.py --data utkface --root DIR --methods soft+tau --knobs sigma        # real faces
 
 Every combination of the knobs is trained for a quarter of the epochs, the better ones for a half, the best for all. The
-tau of a method that is adjusted after training needs no knob: every candidate is judged at the tau that suits it best.
-What was tried lies in ``runs/tune/<data>/tune``, and the table, figures and report of the choice beside it.
-``--resume`` goes on after a stop. ``compare.py`` takes what was chosen as settings.
+tau of a method that is adjusted after training needs no knob, since every candidate is judged at its best tau. The
+trials lie in ``runs/tune/<data>/tune``, and the table, figures and report of the choice lie beside that folder.
+``--resume`` continues after a stop. ``compare.py`` has the chosen settings as options.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KNOBS: dict[str, tuple[dict[str, Any], ...]] = {
     "momentum": tuple({"fds_momentum": momentum} for momentum in (0.0, 0.5, 0.9)),
     "lr": tuple({"lr": lr} for lr in (1e-3, 2e-3, 4e-3)),
 }
-"""What is tried, by name: settings that go together."""
+"""The candidates of each knob. A candidate is one setting, or several that are varied together."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Settings(faces.Settings):
     methods: tuple[str, ...] = ("default",)
     """One method."""
     seeds: int = 1
-    """How many seeds the method is trained with after the choice; candidates are trained with seed 0."""
+    """The number of seeds after the choice; candidates are trained with seed 0."""
     knobs: tuple[str, ...] = ("sigma",)
-    """What to choose: kernel, sigma, scheme, momentum, lr."""
+    """The knobs to choose: kernel, sigma, scheme, momentum or lr."""
     out: Path | None = None
     """Folder of all results; by default runs/tune/<data>."""
 
@@ -67,40 +67,40 @@ def main(settings: Settings) -> None:
                 return float(trained.tau.scores.min())
             return min(row["val_bmae"] for row in trained.history)
 
-        study = faces.study(settings, out, runtime, "tune.py")  # refuses what is there already
+        study = faces.study(settings, out, runtime, "tune.py")  # which refuses an existing study
         fingerprint = {
             "method": name,
             **{k: str(v) for k, v in study.settings.items() if k not in ("methods", "seeds")},
         }
         tried = {knob: KNOBS[knob] for knob in settings.knobs}
         options: dict[str, Any] = {"epochs": settings.epochs, "folder": out / "tune", "resume": settings.resume}
-        found = search(tried, score, fingerprint=fingerprint, **options)
-        best = ", ".join(f"--{knob.replace('_', '-')} {value}" for knob, value in found.settings.items())
-        study = faces.study(replace(settings, **found.settings, resume=True), out, runtime, "tune.py")
+        choice = search(tried, score, fingerprint=fingerprint, **options)
+        best = ", ".join(f"--{knob.replace('_', '-')} {value}" for knob, value in choice.settings.items())
+        study = faces.study(replace(settings, **choice.settings, resume=True), out, runtime, "tune.py")
         study.say(f"Chosen on validation: {best}.")
         study.run([name], seeds=settings.seeds)
         study.report(
             title=f"{name}, tuned",
-            figures={"Settings tried on validation": search_figure(found, score_name="validation bMAE (years)")},
+            figures={"Settings tried on validation": search_figure(choice, score_name="validation bMAE (years)")},
             notes=[*faces.NOTES, f"Chosen on validation: {best}."],
             titles={name: METHODS[name].title},
         )
 
 
 def faults(settings: Settings) -> list[str]:
-    found = []
+    problems = []
     if len(named(settings.methods)) != 1:
-        found.append("--methods must name one method, for each has settings of its own.")
+        problems.append("--methods must name one method, for each has settings of its own.")
     knobs = settings.knobs
     if not knobs or not set(knobs) <= set(KNOBS) or len(set(knobs)) < len(knobs):
-        found.append(f"--knobs must name some of {', '.join(KNOBS)}, each once, got {' '.join(knobs) or 'none'}.")
+        problems.append(f"--knobs must name some of {', '.join(KNOBS)}, each once, got {' '.join(knobs) or 'none'}.")
     elif idle := [knob for knob in knobs if not moved(knob, settings.methods)]:
-        found.append(f"--knobs {' '.join(idle)} would change nothing in {' '.join(settings.methods)}.")
-    return found
+        problems.append(f"--knobs {' '.join(idle)} would change nothing in {' '.join(settings.methods)}.")
+    return problems
 
 
 def moved(knob: str, methods: Sequence[str]) -> bool:
-    """Whether a knob decides how one of the methods, or of those they start from, is trained."""
+    """Whether a knob changes the training of one of the methods, or of one that they start from."""
     names = [name for name in named(methods) if name in METHODS]
     names += [start for name in names if (start := METHODS[name].start) is not None]
 

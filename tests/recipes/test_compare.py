@@ -158,7 +158,7 @@ def test_runs_of_another_budget_and_a_missing_baseline_are_told(copied: Path, he
     usual = config.read_text()
     config.write_text(usual.replace('"lr": 0.002', '"lr": 0.1'))
     told = here(*SHORT, "--methods", "soft+tau", "--resume", "--out", copied)
-    assert "all runs in --out must have had one budget; these had another:" in told.err
+    assert "all runs in --out must have the same budget; these had another one:" in told.err
     assert re.search(r"soft/seed1: --lr 0\.1, now 0\.002\n?$", told.err)
     config.write_text(usual)
     for seed in (0, 1):

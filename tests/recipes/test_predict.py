@@ -50,7 +50,7 @@ def test_images_are_predicted_and_those_that_cannot_be_read_are_named(
     Image.open(some).save(photos / "last.png")
     outcome = here("--run", finished, "--images", photos, "--out", "ages.csv")
     assert outcome.code == 0
-    assert outcome.err.count("is left out, since it is no whole JPEG or PNG") == 1
+    assert outcome.err.count("is left out, since it is not a complete JPEG or PNG") == 1
     assert "61_1_20170109150557335.jpg.chip.jpg is left out" in outcome.err
     assert "Predictions for 5 of 6 images: ages.csv" in outcome.out
     with (tmp_path / "ages.csv").open() as file:

@@ -26,21 +26,21 @@ class MappedSet(SampleSet):
     """The samples of a map-style dataset: ``dataset[i]`` is a pair of inputs and a label, for i below ``len(dataset)``.
 
     A model is called with the inputs of a batch as one argument: a tensor, or the tuple or dict that ``collate`` makes.
-    A label may be one number, or one per step or pixel, and may be missing (NaN): then let all of a training drop what
-    is missing, ``fit(..., missing="drop")``.
+    A label may be one number, or one per step or pixel. It may be missing (NaN) if the training drops missing labels:
+    ``fit(..., missing="drop")``.
 
-    A run is resumed, and shared by ranks, with the bits of an unbroken one where a sample depends on its number alone.
-    Random changes of samples belong in the ``augmentation`` of ``fit``, which is a function of the place in the run.
+    If a sample depends only on its number, a run that is resumed or shared by ranks has the same bits as an unbroken
+    one. So random changes of samples belong in the ``augmentation`` of ``fit``, which draws by the place in the run.
 
     Args:
         dataset: as above. Each sample is read once here, in order, for its label and for the digest.
-        collate: makes a batch of inputs and labels of a list of samples, as that of a ``DataLoader`` does.
-        loader: makes the batches in place of ``collate``, for example with workers. It is called as ``loader(dataset,
-            batches)`` with a list of lists of sample numbers, for what is left of an epoch, and returns an iterable of
-            one pair of inputs and labels for each, in this order, such as ``DataLoader(dataset, batch_sampler=batches,
-            num_workers=4)``. Which samples these are is decided by the training, its sampler and its ranks.
-        digest: 64 hexadecimal digits that tell these samples from others. None takes those of what was read, which
-            differ from run to run where the dataset draws random numbers.
+        collate: makes a batch of inputs and labels from a list of samples, as the ``collate_fn`` of a ``DataLoader``.
+        loader: makes the batches in place of ``collate``, for example with workers. ``loader(dataset, batches)`` is
+            called with the batches that are left in an epoch, as lists of sample numbers. It returns an iterable with
+            one pair of inputs and labels per batch, in this order, such as ``DataLoader(dataset,
+            batch_sampler=batches, num_workers=4)``.
+        digest: 64 hexadecimal digits that identify the samples. None computes them from the samples, so they differ
+            between runs if the dataset draws random numbers.
     Attributes:
         labels: (N, ...), as the dataset has them; float64 becomes float32.
     Raises:
@@ -85,7 +85,7 @@ class MappedSet(SampleSet):
         super().__init__(array[:, None], array, np.arange(len(array)), digest or read.hexdigest())
 
     def __post_init__(self) -> None:
-        self._take_digest(self.digest)  # All else that SampleSet checks is of arrays.
+        self._take_digest(self.digest)  # The other checks of SampleSet are for arrays.
 
     def batch(self, indices: np.ndarray | Tensor) -> tuple[Any, Tensor]:
         return next(self.batches([torch.as_tensor(indices)]))

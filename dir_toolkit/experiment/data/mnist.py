@@ -124,7 +124,7 @@ def download_mnist(root: str | os.PathLike[str]) -> None:
         root: the folder, which is made if it does not exist.
     Raises:
         DataError: a file that is already there is damaged or not the official one; then nothing is fetched. Or no
-            mirror gave a file; the error tells what each of them gave.
+            mirror gave a file; the error holds the answer of each.
         OSError: the folder cannot be made or written to. ImportError: pooch is not installed.
     """
     folder = Path(root)

@@ -1,4 +1,4 @@
-"""Text files of rows, packed or not: CSV tables by column, and what the readers of tables, series and text share."""
+"""Text files of rows, packed or not: CSV tables by column, and common parts of the readers of such files."""
 
 from __future__ import annotations
 

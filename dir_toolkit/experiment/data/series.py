@@ -38,7 +38,7 @@ def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hour
     Args:
         root: the folder of the file ``PRSA_Data_<station>_20130301-20170228.csv``, or ``beijing_<station>.csv`` in
             lower case, packed with gzip or not.
-        station: another station is a natural shift.
+        station: the name of the station. Between stations the distribution shifts naturally.
         hours: the length of a window, which ends with the hour of the label.
     Returns:
         Splits with inputs (M, hours, 11) float32, whose features are ``BEIJING_FEATURES``, as a read-only view of
@@ -81,16 +81,17 @@ def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hour
 def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0, part: str = "FD001") -> Splits:
     """The cycles that a turbofan engine has left before it fails, from its readings in the last cycles (C-MAPSS).
 
-    Each cycle of a training engine, from the one at which a window is full, is a sample. The engines whose number is
-    divisible by five validate, the others train. A test engine is cut short, and its last window is the sample.
+    Each cycle of a training engine, from the first with a full window on, is a sample. Engines whose number is
+    divisible by five are for validation, and the others for training. A test engine is cut short, and its last window
+    is a sample.
 
     Args:
         root: the folder of ``train_FD001.txt``, ``test_FD001.txt`` and ``RUL_FD001.txt``, or of the same with
             ``cmapss_`` before the name, packed with gzip or not.
-        cycles: the length of a window, which ends with the cycle of the label. The first cycle
-            of an engine that has fewer is repeated in front.
-        cap: labels above it count as this, as is usual, since an engine in good order shows no sign of its end.
-        part: of the four sets of the source: ``"FD001"`` to ``"FD004"``.
+        cycles: the length of a window, which ends with the cycle of the label. If an engine has fewer cycles, its first
+            one is repeated in front.
+        cap: the largest label. Higher ones are cut, as usual, since an engine in good order shows no sign of its end.
+        part: one of the four sets of the source, ``"FD001"`` to ``"FD004"``.
     Returns:
         Splits with inputs (M, cycles, 24) float32, three settings and 21 sensors, and labels in cycles.
     Raises:

@@ -26,8 +26,8 @@ def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (
     Args:
         path: the file, with the names of the columns in its first line, packed with gzip or not.
         label: the name of the column that holds the labels.
-        drop: names of columns that are neither.
-        seed: of the split: three fifths of the rows are for training, a fifth for validation and a fifth for the test.
+        drop: the names of columns that are neither label nor feature.
+        seed: the seed of the split. Three fifths of the rows are for training, a fifth each for validation and test.
     Returns:
         Splits with inputs (N, F) float32 as the file has them; :func:`standardized` scales them.
     Raises:

@@ -36,7 +36,7 @@ def word_vectors(root: str | os.PathLike[str], name: str = "glove_100d.txt") -> 
     Shape:
         Returns vectors (V + 1, D) float32, whose row 0 is zero and stands for padding.
     Raises:
-        DataError: the file is missing or damaged, or a line has another number of numbers than the first.
+        DataError: the file is missing or damaged, or a line has fewer or more numbers than the first.
     Source:
         Pennington et al. 2014, GloVe: Global vectors for word representation.
     """
@@ -64,11 +64,11 @@ def emobank(
 
     Args:
         root: the folder of ``emobank.csv``, packed with gzip or not.
-        number: of each word, from :func:`word_vectors`.
-        longest: the number of known words after which a sentence is cut; unknown ones are left out.
+        number: the number of each word, from :func:`word_vectors`.
+        longest: the number of known words after which a sentence is cut. Unknown words are left out.
     Returns:
         Splits as the authors made them, with inputs (N, longest) int64, the numbers of the words, then zeros.
-        ``skipped`` counts rows ``"of another split"`` than train, dev and test.
+        ``skipped`` counts the rows of other splits as ``"of another split"``.
     Raises:
         DataError: the file is missing or damaged, lacks a column or a part, or holds a label beyond the scale.
     Source:

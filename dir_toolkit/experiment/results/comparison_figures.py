@@ -62,7 +62,7 @@ def difference_figure(
     Args:
         differences: what :func:`dir_toolkit.experiment.results.comparison.paired_differences` gives.
         metric: ``"mae"`` or ``"bmae"``.
-        regions: those to show. One that was not compared, or has no test samples, is left out.
+        regions: the regions to show. One that was not compared, or has no test samples, is left out.
     Raises:
         ResultsError: ``differences`` is something else. ValueError: the metric was compared in none of the regions.
     """

@@ -62,10 +62,10 @@ def study_figure(
     """Each series against the varied value: a line through the means, and a band of one standard deviation over seeds.
 
     Args:
-        curves: by name and varied value, one number per seed. NaN stands for a seed that gave none.
-        ylabel: what the numbers are, with their units unless ``percent``.
+        curves: by name and varied value, one number per seed. NaN stands for a seed without a number.
+        ylabel: the name of the numbers, with their units unless ``percent``.
         log_x: whether the varied values are on a log scale.
-        percent: the numbers are shares of one and are shown in percent.
+        percent: whether the numbers are shares of one, which are shown in percent.
     Raises:
         ValueError: a series is empty, a varied value is not finite or, on a log scale, not above 0, or a color is
         unknown. ShapeError: the numbers of a value are not one per seed.
@@ -104,9 +104,9 @@ def bar_figure(
     """One bar per name: the mean over seeds, with a whisker of one standard deviation and a dot per seed.
 
     Args:
-        values: by name, one number per seed. NaN stands for a seed that gave none.
-        ylabel: what the numbers are, with their units unless ``percent``.
-        percent: the numbers are shares of one and are shown in percent.
+        values: by name, one number per seed. NaN stands for a seed without a number.
+        ylabel: the name of the numbers, with their units unless ``percent``.
+        percent: whether the numbers are shares of one, which are shown in percent.
         colors: by name. None uses one color, since the names are below the bars.
     Raises:
         ValueError: there are no names, or a color is unknown. ShapeError: the numbers of a name are not one per seed.

@@ -345,9 +345,9 @@ def history_figure(
     Args:
         histories: by (method, seed), rows with an ``epoch``, as read from ``history.csv``. Numbers may still be text,
             and an empty or missing one is a gap.
-        loss: the column of the training loss. Each method has its own, so their heights do not compare.
+        loss: the column of the training loss. Each method has its own loss, so their heights cannot be compared.
         metric: the column of the metric, in label units.
-        percent: the metric is a share, such as an error rate, and is shown in percent without ``label_units``.
+        percent: whether the metric is a share, such as an error rate, which is shown in percent.
     Raises:
         ValueError: no row of any run has the column, or a color is unknown.
     """

@@ -45,9 +45,9 @@ def write_report(
         figures: by title, in the order of the page.
         notes: paragraphs of plain text above the table.
         titles: a few words on each method, shown below the table.
-        settings: of the experiment. Nested ones are shown as ``outer.inner``.
-        columns: of the table, as in :func:`results_table`.
-        table: shown instead of that of ``columns``.
+        settings: the settings of the experiment. Nested ones are shown as ``outer.inner``.
+        columns: the columns of the table, as in :func:`results_table`.
+        table: a table to show instead of that of ``columns``.
     Raises:
         ResultsError: ``ds`` breaks the schema. TypeError: ``notes`` is one text. ImportError: jinja2 is not installed.
     """

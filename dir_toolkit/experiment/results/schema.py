@@ -212,7 +212,7 @@ def combine_runs(
 
 
 def _misfits(run: xr.Dataset, first: xr.Dataset, examples: Mapping[str, xr.DataArray]) -> Iterator[str]:
-    """What keeps a run from standing beside the first one, and beside the first run that has each variable."""
+    """The faults that keep a run from being combined with the first one, and with the first that has each variable."""
     for name in ("region", "bin", *_COORDS):
         if name not in run.coords:
             yield f"coordinate {name!r} is missing"
@@ -260,7 +260,7 @@ def validate_results(ds: xr.Dataset) -> None:
 def check_result(ds: xr.Dataset, *names: str, kind: str = "") -> None:
     """Raise unless ``ds`` has what each result has, and ``names``, which one of this kind has.
 
-    Whoever makes, writes or reads a result checks all of it. Whoever is given one asks for no more than it needs.
+    What makes, writes or reads a result checks all of it. What is given one asks only for what it needs.
     """
     instance(xr.Dataset, ds=ds)
     missing = [name for name in (*_DIMS, "bin_region", "count", "completed", *names) if name not in ds.variables]
@@ -351,7 +351,7 @@ def _of_kind(array: xr.DataArray, kind: str) -> bool:
 
 
 def _variable_faults(ds: xr.Dataset, name: str) -> Iterator[str]:
-    """Faults of one variable that keep its numbers from being looked at."""
+    """Faults of one variable because of which its numbers are not checked."""
     if name not in ds.data_vars:
         yield f"variable {name!r} is missing"
         return

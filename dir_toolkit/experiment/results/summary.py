@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["write_comparison", "write_summary"]
 
 _LONGEST = 150  # bytes of the name of a figure's file
-_SUFFIX = ".summary"  # of our TensorBoard file, which other programs in the folder do not use
+_SUFFIX = ".summary"  # the end of our TensorBoard file, which other programs in the folder do not use
 
 
 def write_summary(
@@ -139,11 +139,11 @@ def write_comparison(
     Args:
         folder: must exist.
         ds: a result of regression that holds predictions.
-        density: of the training labels. None leaves its figure out.
+        density: the density of the training labels. None leaves its figure out.
         level, replicates, seed: as in :func:`dir_toolkit.experiment.results.comparison.paired_differences`.
-        methods: those in the figure of errors along the axis, which has no room for many. None takes
+        methods: the methods in the figure of errors along the axis, which has no room for many. None takes
             :func:`dir_toolkit.experiment.results.comparison.leading_methods`.
-        figures: further ones by title, which come after ours.
+        figures: further figures by title, which come last.
         notes, titles, settings: as in :func:`write_summary`.
     Returns:
         the differences, as ``paired_differences`` gives them.

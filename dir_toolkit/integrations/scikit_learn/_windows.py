@@ -100,8 +100,8 @@ class Windows(nn.Module):
         error = self.bins.tensor("edges", forecasts)[1:-1] - forecasts[:, None]
         piece = torch.searchsorted(self.errors[1:-1].contiguous(), error, right=True)
         within = ((error - self.errors[piece]) / self.errors.diff()[piece]).clamp(0, 1)
-        at = below.gather(1, piece).lerp(below.gather(1, piece + 1), within)
-        return nn.functional.pad(nn.functional.pad(at, (1, 0)), (0, 1), value=1.0).diff(dim=1)
+        covered = below.gather(1, piece).lerp(below.gather(1, piece + 1), within)
+        return nn.functional.pad(nn.functional.pad(covered, (1, 0)), (0, 1), value=1.0).diff(dim=1)
 
 
 def _shares(sums: Tensor) -> Tensor:
