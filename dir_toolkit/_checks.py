@@ -125,6 +125,7 @@ caller._torchdynamo_disable_msg = _REFUSED  # type: ignore[attr-defined]
 
 
 def _public_name(frame: FrameType) -> str | None:
+    """The name that a frame adds to a message, or None for private functions."""
     code = frame.f_code
     first = code.co_varnames[0] if code.co_argcount else ""
     own = frame.f_locals.get(first) if first in ("self", "cls") else None

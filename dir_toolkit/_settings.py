@@ -45,6 +45,7 @@ def described(name: str, value: object) -> Any:
 
 
 def _described(name: str, value: object) -> Any:
+    """``value`` as plain values that JSON can hold."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic):
@@ -103,6 +104,7 @@ def differing(saved: object, own: Mapping[str, Any]) -> str:
 
 
 def _differences(saved: Any, own: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """The dotted name, the saved value and the own value of each setting that differs."""
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
         was, became = saved.get("is"), own.get("is")
         if not _same(was, became):
@@ -131,6 +133,7 @@ def _cut(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value for a repr, with arrays as lists of rounded numbers."""
     if isinstance(value, (np.ndarray, Tensor)):
         plain = _array(value)
         return plain if isinstance(plain, str) else repr(_rounded(plain))
@@ -151,6 +154,7 @@ def _rounded(plain: Any) -> Any:
 
 
 def _array(value: np.ndarray | Tensor) -> Any:
+    """The numbers of a small array, or the dtype, shape and digest of a large one."""
     if isinstance(value, Tensor):
         if value.is_meta:
             return f"{value.dtype} {tuple(value.shape)} without values"
@@ -195,6 +199,7 @@ def _added(value: object, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _module(name: str, module: nn.Module) -> dict[str, Any]:
+    """The class, plain attributes, parameters, buffers and children of a module."""
     of_torch = type(module).__module__.startswith("torch.")  # private attributes of torch are not settings
     hidden = vars(nn.Module()).keys()
     plain = {

@@ -112,6 +112,7 @@ class Float64Module(SoundModule):
 
 
 def _encoded(value: Any, parts: list[bytes]) -> Any:
+    """``value`` for the header, where each tensor is replaced by its place in ``parts``."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.array(value))  # a copy, since the array may be read-only
     if isinstance(value, Tensor):
@@ -132,6 +133,7 @@ def _encoded(value: Any, parts: list[bytes]) -> Any:
 
 
 def _decoded(value: Any, blob: memoryview) -> Any:
+    """The inverse of :func:`_encoded`, for the bytes of all parts."""
     if isinstance(value, dict) and value.keys() == {_TENSOR}:
         name, shape, start = value[_TENSOR]
         dtype = _DTYPES[name]

@@ -387,6 +387,7 @@ class BinsConformal(Conformal):
 
     @staticmethod
     def _interval_at(output: Tensor, bins: Bins, thresholds: Array) -> tuple[Tensor, Tensor]:
+        """The hull of each set, or the best bin where the set is empty."""
         inside = BinsConformal._sets_at(output, bins, thresholds)
         best = (output.log() - _like(thresholds, output)).argmax(1, keepdim=True)
         inside = inside | (~inside.any(1, keepdim=True) & (torch.arange(len(bins), device=output.device) == best))

@@ -407,6 +407,7 @@ def _offset(prior: Prior, target: Any, tau: float) -> Tensor:
 
 
 def _shares(name: str, prior: Any, *, zeros: bool = False) -> Tensor:
+    """A checked prior as float64, (C,)."""
     if not isinstance(prior, Tensor):
         prior = torch.from_numpy(labels_array(prior, name).astype(np.float64))
     real(**{name: prior})

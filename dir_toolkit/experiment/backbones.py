@@ -78,6 +78,8 @@ class SmallResNet(nn.Module):
 
 
 class _Block(nn.Module):
+    """Two convolutions of 3×3 beside a shortcut."""
+
     def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)

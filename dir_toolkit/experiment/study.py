@@ -413,6 +413,7 @@ class Study:
                 self.say(traceback.format_exc())
 
     def _run(self, trial: Trial, keep: Callable[[Trial, Trained, Any], Any] | None) -> Run:
+        """Train or load one run, measure it on the test set, and write its result."""
         trained = trial.result()
         output = predict(trained.model, trial.splits.test, runtime=trial.runtime)
         errors = trial.errors(trained, output)
@@ -540,6 +541,7 @@ class Study:
         return StudyError("\n  ".join([f"{what}:" if self.failed else f"{what}.", *self._failures()]))
 
     def _figures(self, ds: xr.Dataset) -> dict[str, Figure]:
+        """The figures of the report, by title."""
         task = self.tasks[0]  # type: ignore[index]
         label, colors = {"label_name": task.label_name, "label_units": task.label_units}, None
         extras: dict[str, Any]

@@ -110,6 +110,7 @@ class FullCovariance(_MatrixCovariance):
         self._cast.clear()
 
     def _carry(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Features (N, D) with the map of their bin applied to each."""
         matrix, shift = self._tables(features, "matrix", "shift")
         order = rows.argsort()
         sizes = rows.bincount(minlength=self.num_bins + 1).tolist()
@@ -157,6 +158,7 @@ class LowRankCovariance(_MatrixCovariance):
         return SubspaceMoments(self.num_bins, self.num_features, self.rank, basis=basis, device=device)
 
     def fold(self, moments: SubspaceMoments, group: ProcessGroup | None) -> None:
+        """Fold an epoch in, and turn the running covariance into the basis of the next epoch."""
         beyond = self.num_features - self.rank
         if moments.basis is not None:
             covariance = moments.within.deviations / per_bin(moments.count - 1, moments.within.deviations)

@@ -80,6 +80,7 @@ class BinMoments:
 
     @torch.inference_mode(False)
     def _add(self, count: Tensor, mean: Tensor, deviations: Tensor) -> None:
+        """Merge the moments of other samples into these."""
         total = self.count + count
         share = (count.double() / total.clamp_min(1))[:, None]  # int / int would be float32
         step = mean - self.mean

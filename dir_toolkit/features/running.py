@@ -80,6 +80,7 @@ class RunningStatistics(Float64Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _gather(self, features: Tensor, rows: Tensor, axis: int) -> None:
+        """Add features to the moments of the current epoch. Warns if epochs are never ended."""
         rows = rows.to(features.device)
         flat, index, _ = as_rows(features.detach(), rows, axis)
         self._moments.update(flat, index.clamp_max(len(self.bins)))
@@ -168,6 +169,7 @@ class RunningStatistics(Float64Module):
         )
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Load the statistics that are not buffers, after all of them were checked."""
         saved = unpack(state)
         keys("the saved state", saved, ("bins", "covariance", "counters", "unplaced", "moments"), error=CheckpointError)
         same_bins("the saved statistics", saved_bins(saved["bins"]), self.bins, error=CheckpointError)

@@ -90,6 +90,7 @@ class Driver:
             fds.load_merged_state(saved)
 
     def _labels(self, batch: Any, key: Callable[[Any], Tensor] | str | int) -> Tensor:
+        """The labels in a batch."""
         if isinstance(batch, Mapping):
             within = key in batch
         else:

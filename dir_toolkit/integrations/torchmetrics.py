@@ -119,6 +119,7 @@ class RegionMetric(Metric):
 
 
 def _numbers(metrics: RegressionMetrics | ClassificationMetrics, limits: dict[str, int]) -> dict[str, float]:
+    """The value of each metric in each region, as ``metric/region``."""
     result = metrics.compute(**limits)
     return {
         f"{name}/{region}": float(value.sel(region=region))

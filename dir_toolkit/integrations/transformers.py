@@ -115,6 +115,7 @@ class FDSCallback(TrainerCallback):
         self._remove_hooks()
 
     def _load(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Load the statistics that belong to the resumed checkpoint."""
         folder = self._resume_from or _folder(args, state)
         rule, got = "the checkpoint must hold FDS statistics", f"no file {str(folder / _FILE)!r}"
         fix = (

@@ -17,6 +17,8 @@ _MOST_STEPS = 10**6  # from the smallest label to the largest; finer steps are l
 
 
 class _Scale(NamedTuple):
+    """A scale on which bins may have equal widths."""
+
     name: str
     transform: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]

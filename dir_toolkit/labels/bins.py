@@ -459,6 +459,7 @@ class Bins(LabelAxes):
         return index.masked_fill(absent, -1).masked_fill(refused, -2)
 
     def _warn_of_narrow(self, name: str, dtype: object) -> None:
+        """Warn once that labels of this dtype cannot be told apart on this axis."""
         if torch.compiler.is_compiling():
             return
         self._collapses = False  # so that the warning is issued once
@@ -603,6 +604,7 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _edges_array(edges: object) -> np.ndarray:
+    """Checked edges as one row of float64."""
     array = labels_array(edges, "edges").astype(np.float64) + 0.0  # no -0.0, which hashes unlike 0.0
     require(array.ndim == 1 and len(array) > 1, "edges must be one row of at least two numbers", got=array.shape)
     sound = (array[1:] > array[:-1]) & np.isfinite(array[1:]) & np.isfinite(array[:-1])

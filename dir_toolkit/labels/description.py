@@ -90,6 +90,7 @@ def described(density: LabelDensity) -> Description:
 
 
 def _advice(summary: Description, one_axis: bool, crowded: list[str]) -> Iterator[str]:
+    """Sentences on what suits labels that are distributed in this way."""
     left = summary.effective / summary.labels
     if left >= _EVEN:
         yield "Labels are nearly uniform over the axis: plain training is enough."

@@ -99,6 +99,7 @@ class BinGrid(LabelAxes):
         return torch.where(worst < 0, worst, index)
 
     def _mean(self, shares: Tensor) -> Tensor:
+        """The mean of each marginal distribution, (..., K)."""
         joint = shares.unflatten(-1, self.shape)  # (..., B_1, ..., B_K)
         first = joint.ndim - len(self.axes)
         means = []

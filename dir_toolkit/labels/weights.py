@@ -179,6 +179,7 @@ class LDS(SoundModule):
         self._fitted = True
 
     def _warn(self, counts: np.ndarray, weights: np.ndarray) -> None:
+        """Warn if few labels would dominate, or if all weights are equal."""
         effective = 1 / (to_shares(counts) * weights**2).sum()  # the mean weight is one
         if effective < 1 / 10:
             labels = counts.sum()
@@ -219,6 +220,7 @@ class LDS(SoundModule):
         return weights
 
     def _divisor(self, density: np.ndarray) -> np.ndarray:
+        """The number by which the scheme divides the weights of a bin."""
         if self.scheme == "sqrt_inverse":
             return np.sqrt(density)
         if self.scheme == "effective_number":
@@ -228,6 +230,7 @@ class LDS(SoundModule):
         return density**self.power
 
     def _smooth(self, values: np.ndarray) -> np.ndarray:
+        """Values of bins, smoothed along each axis."""
         if self.kernels is None:
             return values
         values = values.reshape(self.bins.shape)
@@ -297,6 +300,7 @@ class LDS(SoundModule):
         return {**self._arguments(), "weights": self.table[:-1] if self._fitted and not self.table.is_meta else None}
 
     def _arguments(self) -> dict[str, Any]:
+        """The arguments of the constructor, by which an LDS is saved and described."""
         grid = isinstance(self.bins, BinGrid)
         return {
             "bins": self.bins,

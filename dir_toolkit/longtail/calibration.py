@@ -123,6 +123,7 @@ class _Choice:
 
     @torch.no_grad()
     def tau(self, temperature: float, by: Any, taus: Any, most_mae: float | None) -> TauChoice:
+        """Choose tau at a temperature."""
         balanced, plain = self.readout.judged[:2]
         by = balanced if by is None else by
         one_of("by", by, self.readout.judged)

@@ -245,6 +245,7 @@ class LongTailModel(nn.Module):
 
     @torch._disable_dynamo  # one graph break around all of FDS
     def _neck_under(self, labels: Tensor, index: Tensor, features: Tensor) -> Tensor:
+        """Features after FDS, which receives their labels."""
         assert self.fds is not None
         within: AbstractContextManager[None]
         if self._shares_bins(self.fds.bins):
@@ -288,6 +289,7 @@ class LongTailModel(nn.Module):
         return labels, self.bins.place(labels, self.outside, self.missing), weight
 
     def _placed(self, labels: Tensor, index: Tensor) -> Placed:
+        """Labels and their bins as the readout takes them; ignored labels have the values of the first bin."""
         row = index.clamp_min(0)
         values, exact = row, labels
         drops = "drop" in (self.outside, self.missing)
@@ -301,6 +303,7 @@ class LongTailModel(nn.Module):
         return Placed(row, values, exact)
 
     def _loss(self, output: LongTailOutput, labels: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+        """The mean loss, with the weights of the model and without dropped labels."""
         placed = self._placed(labels, index)
         if weight is None and self.weights is not None:
             shared = self._shares_bins(self.weights.bins)
@@ -591,6 +594,7 @@ class LongTailModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def _take_up(self, packed: Any, assign: bool) -> None:
+        """Check and load the extra state."""
         state = unpack(packed)
         keys("the saved state", state, ("bins", "fds"))
         same_bins("the saved model", Bins.from_dict(state["bins"]), self.bins, error=CheckpointError)

@@ -706,6 +706,7 @@ class BinsReadout(ScoreReadout):
         return sigma
 
     def _warn_of_wide(self, sigma: float, density_warned: bool) -> None:
+        """Warn if sigma is large beside the axis or the labels."""
         in_bins = self._sigma_unit == "bin"
         length = len(self.bins) if in_bins else float(self.bins.edges[-1] - self.bins.edges[0])
         name = f"sigma={sigma:g}" + " bins" * in_bins

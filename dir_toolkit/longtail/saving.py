@@ -105,6 +105,7 @@ def _extra_states(model: nn.Module) -> list[str]:
 
 
 def _made_with(model: LongTailModel) -> dict[str, Any]:
+    """All that a file must hold to build the model again, without tensors of its state."""
     readout, density, weights = model.readout, model.density, model.weights
     prior = {**readout.prior_settings, "adjust": readout.adjust} if isinstance(readout, ScoreReadout) else {}
     options = {name: value for name, value in readout.settings.items() if name != "loss" and name not in prior}
@@ -127,6 +128,7 @@ def _made_with(model: LongTailModel) -> dict[str, Any]:
 
 
 def _remade(made_with: dict[str, Any], backbone: nn.Module, head: Any, loss: Any) -> LongTailModel:
+    """The model, built again from :func:`_made_with`. Its state is loaded later."""
     bins, counted, weighed = Bins.from_dict(made_with["bins"]), made_with["density"], made_with["weights"]
     bins.why = made_with["why"]
     density = weights = None
@@ -156,6 +158,7 @@ def _remade(made_with: dict[str, Any], backbone: nn.Module, head: Any, loss: Any
 
 
 def _filled(model: AnyModel, state: dict[str, Tensor]) -> AnyModel:
+    """The model in eval mode, on the device of its backbone, with the state and the dtypes of the file."""
     device = next((x.device for x in model.backbone.parameters()), torch.device("cpu"))
     model = model.to(device)
     for name, value in (*model.named_parameters(), *model.named_buffers()):

@@ -127,6 +127,7 @@ class MultiTargetModel(nn.Module):
         return self._loss(self.of_targets(output), labels, weight)
 
     def _loss(self, outputs: Sequence[LongTailOutput], labels: Tensor, weight: Tensor | None) -> Tensor:
+        """The mean over targets of their losses."""
         self._check_labels(labels)
         shape = outputs[0].prediction.shape
         if labels.shape[:-1] not in (shape, shape[:1]):

@@ -162,6 +162,7 @@ class VotingModel(nn.Module):
         return torch.stack([self._loss(m, output, labels, weight) for m in range(len(self.members))]).mean()
 
     def _loss(self, m: int, output: VotingOutput, labels: Tensor, weight: Tensor | None) -> Tensor:
+        """The loss of member ``m``."""
         member: Any = self.members[m]
         if weight is not None and member.weights is not None:
             weight = weight * member.weights(labels)

@@ -260,6 +260,7 @@ def checked_prior(prior: Any, logits: Tensor | None = None, *, zeros: bool = Fal
 
 
 def _one_per_class(name: str, value: Any, logits: Tensor | None) -> Tensor:
+    """Checked values of classes, (C,)."""
     if isinstance(value, Tensor):
         real(**{name: value})
         if logits is not None:

@@ -529,6 +529,7 @@ def _checked(
 def _scored(
     pred: Tensor, target: Tensor, weight: Tensor | None, sigma: Tensor | float, reduction: str, log_ratio: _LogRatio
 ) -> Tensor:
+    """The reduced loss, from a function that gives the log of the integral over the likelihood."""
     sigma = sigma.to(target) if isinstance(sigma, Tensor) else target.new_full((), sigma)
     error = (pred - target) / sigma
     # An infinite error gives NaN, whatever its sign.
@@ -557,6 +558,7 @@ _LogRatio = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _among_labels(error: Tensor, target: Tensor, sigma: Tensor, *, weight: Tensor | None, gather: bool) -> Tensor:
+    """The log-ratio (N,) for an integral over the labels of the batch."""
     share = torch.ones_like(target[:, 0]) if weight is None else weight.detach().to(target.dtype)
     drawn = torch.cat([target, share[:, None]], 1)  # (M, D + 1)
     if gather and is_parallel():
@@ -577,6 +579,7 @@ def _among_labels(error: Tensor, target: Tensor, sigma: Tensor, *, weight: Tenso
 def _under_mixture(
     weights: Tensor, means: Tensor, variances: Tensor, error: Tensor, target: Tensor, sigma: Tensor
 ) -> Tensor:
+    """The log-ratio (N,) for an integral over a Gaussian mixture."""
     shares, means, variances = (x.to(error.dtype) for x in (weights, means, variances))
     means, variances = means.view(len(means), -1), variances.view(len(means), -1)  # (K, D)
     middle, total = _total_variance(shares, means, variances)
@@ -591,6 +594,7 @@ def _under_mixture(
 
 
 def _over_bins(bins: Bins, prior: Tensor, error: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
+    """The log-ratio (N,) for an integral over the bins of the axis."""
     # In float64, since the difference of two tails loses digits where bins are narrow.
     wide = torch.float32 if error.device.type == "mps" else torch.float64
     error, target, scale = error.to(wide), target.to(wide), sigma.to(wide)
@@ -644,6 +648,7 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
 
 
 def _mixture_parts(weights: Any, means: Any, variances: Any) -> dict[str, np.ndarray]:
+    """The checked weights, means and variances of a mixture."""
     given = {"weights": weights, "means": means, "variances": variances}
     parts = {name: labels_array(value, name).astype(np.float64) for name, value in given.items()}
     shaped(("K",), weights=parts["weights"])

@@ -105,6 +105,7 @@ class CenterLoss(FeatureLoss):
 def _checked(
     features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
+    """Checked features and centers, in a common dtype."""
     floats(centers=centers)
     shaped(("C", "D"), centers=centers)
     wide = of_classes(features, target, weight, reduction, name="features", num_classes=len(centers))

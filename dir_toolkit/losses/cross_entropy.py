@@ -347,6 +347,7 @@ def _shares(threshold: float, drop: float) -> dict[str, float]:
 
 
 def _margins(margins: Tensor, logits: Tensor | None = None) -> Tensor:
+    """Checked margins, (C, C)."""
     real(margins=margins)
     classes = len(margins) if logits is None and margins.ndim else 0 if logits is None else logits.shape[1]
     if logits is not None:

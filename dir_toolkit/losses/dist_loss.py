@@ -102,6 +102,7 @@ class DistLoss(PointLoss):
 
 
 def _checked(bins: Bins, prior: Any, coefficient: float, squared: bool) -> tuple[Tensor, float]:
+    """The checked shares of labels and the checked coefficient."""
     continuous(bins, "Classes have no distances.")
     if not isinstance(prior, Tensor):
         prior = torch.from_numpy(labels_array(prior, "prior").astype(np.float64))

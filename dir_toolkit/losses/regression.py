@@ -223,6 +223,7 @@ def _focal(beta: float, gamma: float, variant: str) -> dict[str, Any]:
 
 
 def _focus(error: Tensor, beta: float, gamma: float, variant: str) -> Tensor:
+    """The factor of a focal loss."""
     hardness = torch.sigmoid(beta * error)
     if variant == "reference":
         hardness = torch.tanh(beta * error / 2)  # = 2 sigmoid - 1, without the cancellation near zero

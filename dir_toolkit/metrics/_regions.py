@@ -111,6 +111,7 @@ class RegionMetrics(MergingSums):
         return np.where(tested, (values * widths)[..., None, :], 0.0).sum(-1) / (tested * widths).sum(1)
 
     def _dataset(self, data: dict[str, Any], units: dict[str, str], regions: np.ndarray) -> xr.Dataset:
+        """Variables over regions and bins as a dataset with the coordinates of both."""
         import xarray as xr
 
         bins = self.bins

@@ -216,6 +216,7 @@ def _predicted(pred: Tensor, num_classes: int) -> Tensor:
 
 
 def _region_names(regions: Any, num_bins: int) -> np.ndarray:
+    """The checked region of each bin."""
     rule = f"regions must be {num_bins} names, one per bin, out of {', '.join(map(repr, REGIONS))}"
     in_row = isinstance(regions, (Sequence, np.ndarray)) and getattr(regions, "ndim", 1) > 0
     require(in_row and not isinstance(regions, str), rule, got=repr(regions), error=TypeError)

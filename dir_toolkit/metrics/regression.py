@@ -56,6 +56,7 @@ def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 def _pearson(
     n: np.ndarray, pred: np.ndarray, target: np.ndarray, pred2: np.ndarray, target2: np.ndarray, product: np.ndarray
 ) -> np.ndarray:
+    """Pearson's correlation from sums over n samples; NaN if a side does not vary."""
     covariance = product - pred * target / n
     spread_pred, spread_target = pred2 - pred**2 / n, target2 - target**2 / n
     # The variance of a constant is not exactly zero: it is within n rounding errors of the sum of squares.

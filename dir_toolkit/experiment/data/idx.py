@@ -66,6 +66,8 @@ def read_idx(path: str | os.PathLike[str], *, max_bytes: int = 2**31) -> np.ndar
 
 
 def _array(stream: io.BufferedIOBase, place: str, most: int, max_bytes: int) -> np.ndarray:
+    """The array in an open stream that holds at most ``most`` bytes; ``place`` begins the errors."""
+
     def refusal(byte: int, rule: str, *, got: object) -> Exception:
         fix = "The file is damaged or is not an idx file: get it again."
         return data_error(rule, got=got, fix=fix, source=f"{place} {byte:,}")

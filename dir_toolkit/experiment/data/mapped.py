@@ -97,6 +97,7 @@ class MappedSet(SampleSet):
         return self._read([batch.tolist() for batch in batches])
 
     def _read(self, batches: list[list[int]]) -> Iterator[tuple[Any, Tensor]]:
+        """The inputs and labels of each batch of sample numbers, checked."""
         if self.loader is None:
             made: Iterable[Any] = (self.collate([self.dataset[place] for place in batch]) for batch in batches)
         else:

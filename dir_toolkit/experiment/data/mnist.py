@@ -164,6 +164,7 @@ def _read(path: Path, name: str, *, verify: bool) -> np.ndarray:
 
 
 def _from_mirrors(name: str, folder: Path) -> None:
+    """Fetch one file from the first mirror that gives it."""
     import pooch
     import requests
 

@@ -143,6 +143,7 @@ def splits_of_rows(
 
 
 def _text_of(path: Path) -> str:
+    """The text of a file, unpacked if it begins as gzip does."""
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"

@@ -103,6 +103,7 @@ def utkface_dir_split(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _split(ages: dict[str, int]) -> dict[str, list[str]]:
+    """The file names of each part, from the age of each name."""
     by_age: dict[int, list[str]] = {age: [] for age in _AGES}
     for name, age in ages.items():
         by_age[age].append(name)

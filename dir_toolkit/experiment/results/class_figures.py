@@ -180,6 +180,7 @@ def tau_figure(
 
 
 def _pair(name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The checked values of tau and scores of one curve."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise problem(f"{name} must be a pair of τ and scores", got=type(pair).__name__, error=TypeError)
     rule = "τ and scores of one shape (K,)"

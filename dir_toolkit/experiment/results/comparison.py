@@ -139,6 +139,7 @@ def paired_differences(
 
 
 def _columns(metrics: Any, ds: xr.Dataset) -> list[tuple[str, str]]:
+    """The checked pairs of metric and region."""
     instance(Sequence, metrics=metrics)
     columns = []
     for column in metrics:

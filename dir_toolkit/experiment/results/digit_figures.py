@@ -323,6 +323,7 @@ def reliability_figure(curves: Mapping[str, Any], *, colors: Colors | None = Non
 
 
 def _reliability(method: str, curve: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The checked confidence, accuracy and count of one method."""
     parts = []
     for name in ("confidence", "accuracy", "count"):
         if not isinstance(curve, (Mapping, xr.Dataset)) or name not in curve:

@@ -277,6 +277,7 @@ def _all_of(rule: str, faults: list[str]) -> Exception:
 
 
 def _faults(ds: xr.Dataset) -> Iterator[str]:
+    """Every fault of a result, in words."""
     for name in _TEXTS:
         if not isinstance(ds.attrs.get(name), str):
             yield f"attribute {name!r} must be text, got {ds.attrs.get(name)!r}"
@@ -312,6 +313,7 @@ def _is_moment(text: str) -> bool:
 
 
 def _axis_faults(ds: xr.Dataset) -> Iterator[str]:
+    """Faults of the coordinates."""
     if tuple(ds["region"].values) != ALL_REGIONS:
         yield f"coordinate 'region' must be {ALL_REGIONS}, got {tuple(map(str, ds['region'].values))}"
     if not np.array_equal(ds["bin"].values, np.arange(ds.sizes["bin"])):
@@ -369,6 +371,7 @@ def _variable_faults(ds: xr.Dataset, name: str) -> Iterator[str]:
 
 
 def _number_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
+    """Faults in the values of the variables whose form is sound."""
     for name in sorted(sound):
         array, asked = ds[name], _VARIABLES.get(name, _Variable(""))
         if array.dtype.kind == "f" and np.isinf(array.values).any():

@@ -175,6 +175,7 @@ def count_range(counts: np.ndarray) -> str:
 
 
 def _caption(ds: xr.Dataset, columns: Sequence[tuple[str, str | None]]) -> str:
+    """A sentence with the units of the columns and the meaning of the spread."""
     by_units: dict[str, list[str]] = {}
     for metric, _ in columns:
         names = by_units.setdefault("%" if shown_in_percent(metric) else ds[metric].attrs["units"], [])

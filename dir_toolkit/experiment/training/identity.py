@@ -65,6 +65,7 @@ def _network(model: nn.Module) -> dict[str, Any]:
 
 
 def _module(name: str, module: nn.Module) -> Any:
+    """A module by its settings, or by its class and its plain attributes if it is one of torch."""
     if isinstance(getattr(module, "settings", None), Mapping):
         return described(name, module)
     kind = type(module).__qualname__  # without its module, whose name is __main__ in the defining program

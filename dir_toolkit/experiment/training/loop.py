@@ -435,6 +435,7 @@ def _check_trainable(
     optimization: Optimization,
     world: int,
 ) -> None:
+    """Raise one error that lists everything that keeps this from being trained."""
     least, batch_size, samples = 2 * world, optimization.batch_size, _samples(train, sampler)
     faults = []
     if sampler is not None and sampler.num_labels != len(train):
@@ -478,6 +479,7 @@ def _column(name: str) -> str:
 
 
 def _row(progress: Progress, metrics: Metrics, runtime: Runtime, labels: int, *, lr: float) -> dict[str, Any]:
+    """The row of the history for the current epoch."""
     return {
         "epoch": progress.epoch + 1,
         "step": progress.steps_done,

@@ -49,6 +49,7 @@ _version = cache(version)  # which reads files, and a study asks for each of its
 
 
 def _commit() -> str:
+    """The commit of the checkout that this package lies in, or ``unknown``."""
     checkout = Path(__file__).parents[3]
     # Git would find the project around a site-packages folder.
     if not (checkout / ".git").exists():

@@ -79,6 +79,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
             raise
 
     def _open(self, resume: bool) -> None:
+        """Lock the folder, and load the run that it holds if ``resume`` allows it."""
         folder = self.last.parent
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
             raise foreign(self.last, "values that are nested too deep") from None
 
     def _resume(self) -> None:
+        """Load the last checkpoint into all parts of the run."""
         state = self._read(self.last, ("model", "loss", "optimizer", "ranks", "progress"))
         check_progress(self.last, state["progress"], self._progress, self._epochs, self._columns)
         rank, world = self._runtime.rank, self._runtime.world

@@ -178,6 +178,7 @@ def chosen_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def _world_size() -> int:
+    """The number of processes that torchrun started, or 1 without it."""
     world = _environment("WORLD_SIZE", 1)
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     got, fix = f"no {', '.join(missing)}", "Start with torchrun, or unset WORLD_SIZE."

@@ -75,6 +75,8 @@ class Rows:
 
 
 class LongTailEstimator(BaseEstimator):
+    """The common part of the estimators: their settings, networks, training and calibration."""
+
     hidden: Sequence[int]
     loss: str | Callable[..., Tensor] | None
     weights: Scheme | None
@@ -106,6 +108,7 @@ class LongTailEstimator(BaseEstimator):
         return validate_data(self, X, dtype=np.float64, accept_sparse="csr", **options)
 
     def _check_settings(self, head: str) -> None:
+        """Raise at a setting that is out of range or does not suit the head."""
         one_of("adjust", self.adjust, ("after", "in_loss"))
         bins = head not in ("regression", "gaussian")
         if not isinstance(self.tau, str):
