@@ -10,7 +10,6 @@ import functools
 import math
 import numbers
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -94,10 +93,10 @@ def problem(
     return _OURS.get(error, error)(sentence)
 
 
-def missing_package(requirement: str, error: ImportError) -> Exception:
-    """The error to raise if the import of an optional package failed."""
-    rule = f"{re.split('[^a-z]', requirement)[0]} must be installed"
-    return problem(rule, got=f"{type(error).__name__}: {error}", fix=f"pip install '{requirement}'", error=ImportError)
+def missing_package(package: str, error: Exception, extra: str = "recipes") -> Exception:
+    """The error to raise if the import of an optional package failed, which ``extra`` of this package installs."""
+    fix = f'pip install "dir_toolkit[{extra}]"'
+    return problem(f"{package} must be installed", got=f"{type(error).__name__}: {error}", fix=fix, error=ImportError)
 
 
 def caller() -> tuple[str, int]:

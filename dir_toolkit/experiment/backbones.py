@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import instance, is_tensor, length, problem, whole
+from .._checks import instance, is_tensor, length, missing_package, problem, whole
 from ..errors import ShapeError
 
 __all__ = [
@@ -185,12 +185,7 @@ def timm_backbone(name: str, *, pretrained: bool = False) -> nn.Module:
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises RuntimeError
-        raise problem(
-            "timm must be importable",
-            got=f"{type(error).__name__}: {error}",
-            fix='Use pip install "dir_toolkit[models]".',
-            error=ImportError,
-        ) from error
+        raise missing_package("timm for this version of torch", error, "models") from error
     if not timm.is_model(name):
         near = difflib.get_close_matches(str(name), timm.list_models(), n=3)
         fix = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them."

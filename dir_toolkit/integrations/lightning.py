@@ -14,7 +14,7 @@ from ._fds import Driver, LabelsOf
 try:
     import lightning.pytorch as pl
 except ImportError as error:
-    raise missing_package("lightning>=2.5", error) from error
+    raise missing_package("lightning", error, "integrations") from error
 
 __all__ = ["FDSCallback"]
 

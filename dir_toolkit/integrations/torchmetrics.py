@@ -18,7 +18,7 @@ from ..metrics.regression import RegressionMetrics
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise missing_package("torchmetrics>=1.7", error) from error
+    raise missing_package("torchmetrics", error, "integrations") from error
 
 __all__ = ["RegionMetric"]
 

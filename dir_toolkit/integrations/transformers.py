@@ -22,7 +22,7 @@ from ._fds import Driver, LabelsOf
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
-    raise missing_package("transformers[torch]>=4.57", error) from error
+    raise missing_package("transformers", error, "integrations") from error
 
 __all__ = ["FDSCallback"]
 

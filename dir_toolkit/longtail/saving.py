@@ -38,7 +38,7 @@ def save(model: AnyModel, path: str | os.PathLike[str]) -> None:
     try:
         from safetensors.torch import save as to_bytes
     except ImportError as error:
-        raise missing_package("safetensors>=0.4", error) from error
+        raise missing_package("safetensors", error, "saving") from error
     instance((str, os.PathLike), path=path)
     without = _extra_states(model)
     state = {name: value for name, value in model.state_dict().items() if name not in without}
@@ -173,7 +173,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         from safetensors import safe_open
     except ImportError as error:
-        raise missing_package("safetensors>=0.4", error) from error
+        raise missing_package("safetensors", error, "saving") from error
     instance((str, os.PathLike), path=path)
     place = repr(os.fspath(path))
     require(Path(path).exists(), "path must be a saved model", got=f"no file {place}", error=FileNotFoundError)

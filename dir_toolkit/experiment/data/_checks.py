@@ -9,7 +9,6 @@ import numpy as np
 from ..._checks import labels_array, problem
 from ...errors import DataError, ShapeError
 
-RECIPES = 'pip install "dir_toolkit[recipes]"'
 _SHAPES = {None: "(M, ...)", 1: "(N,)", 4: "(M, C, H, W)"}
 
 

@@ -16,11 +16,11 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
-from ..._checks import length, one_of, problem
+from ..._checks import length, missing_package, one_of, problem
 from ..._files import write_atomically
 from ...errors import SettingsError
 from ..files import one_at_a_time, progress_bar
-from ._checks import RECIPES, check_parts, data_error, require_data
+from ._checks import check_parts, data_error, require_data
 from .archives import Files
 from .images import ImageSet, Splits
 
@@ -124,8 +124,8 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
         from PIL import Image
         from PIL.JpegImagePlugin import JpegImageFile
         from PIL.PngImagePlugin import PngImageFile
-    except ImportError:
-        raise problem("reading images needs Pillow", fix=RECIPES, error=ImportError) from None
+    except ImportError as error:
+        raise missing_package("Pillow", error) from None
     try:
         # Image.open would only warn of a decompression bomb, and would try every other format on hostile bytes.
         kind = PngImageFile if data.startswith(b"\x89PNG") else JpegImageFile

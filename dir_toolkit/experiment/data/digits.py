@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..._checks import problem, whole
-from ._checks import RECIPES
+from ..._checks import missing_package, whole
 from .images import Splits
 from .long_tail import long_tail_splits
 
@@ -50,8 +49,8 @@ def digits(
     test_per_class = whole("test_per_class", test_per_class, low=1, high=_RAREST - 1)
     try:
         from sklearn.datasets import load_digits
-    except ImportError:
-        raise problem("the images come from scikit-learn", fix=RECIPES, error=ImportError) from None
+    except ImportError as error:
+        raise missing_package("scikit-learn", error) from None
     values, target = load_digits(return_X_y=True)
     images = ((values.astype(np.int64) * 255 + 8) // 16).astype(np.uint8).reshape(-1, 1, 8, 8)  # 0 ... 16 -> 0 ... 255
     labels = target.astype(np.int64)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xarray as xr
 
-from ..._checks import instance, labels_array, problem
+from ..._checks import instance, labels_array, missing_package, problem
 from ..._files import write_atomically
 from ...errors import ShapeError
 from .tables import BASELINE
@@ -136,8 +136,7 @@ def look(grid: Literal["x", "y", "both"] = "y") -> Iterator[None]:
         import matplotlib.figure  # noqa: F401
         from matplotlib import rc_context
     except ImportError as error:
-        fix = 'pip install "dir_toolkit[recipes]"'
-        raise problem("matplotlib must be installed", got="no such package", fix=fix, error=ImportError) from error
+        raise missing_package("matplotlib", error) from error
     with rc_context({**_LOOK, "axes.grid.axis": grid}):
         yield
 

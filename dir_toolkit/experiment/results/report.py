@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import xarray as xr
 
-from ..._checks import problem
+from ..._checks import missing_package, problem
 from ..._files import write_atomically
 from .drawing import figure_svg
 from .schema import validate_results
@@ -54,12 +54,7 @@ def write_report(
     try:
         import jinja2
     except ImportError as error:
-        raise problem(
-            "jinja2 must be installed",
-            got="no such package",
-            fix='pip install "dir_toolkit[recipes]"',
-            error=ImportError,
-        ) from error
+        raise missing_package("jinja2", error) from error
     validate_results(ds)
     if isinstance(notes, str):
         raise problem("notes must be paragraphs", got="one text", fix="Use [notes].", error=TypeError)

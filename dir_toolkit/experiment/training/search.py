@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..._checks import caller, instance, problem, require, whole
+from ..._checks import caller, instance, missing_package, problem, require, whole
 from ..._settings import described, differing
 from ...errors import CheckpointError, DirToolkitError, RunExistsError, SettingsError
 from ..files import naming
@@ -22,8 +22,7 @@ try:
     import optuna
     import sqlalchemy
 except ImportError as error:
-    fix = 'Use pip install "dir_toolkit[recipes]".'
-    raise problem("a search for settings needs optuna", got=str(error), fix=fix, error=ImportError) from error
+    raise missing_package("optuna", error) from error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,16 +1,11 @@
 """scikit-learn estimators for tables, LDS weights and prior adjustment for any regressor, scorers for rare labels."""
 
-from ..._checks import problem
+from ..._checks import missing_package
 
 try:
     from sklearn.utils.validation import validate_data as _validate_data  # noqa: F401
 except ImportError as error:
-    raise problem(
-        "the estimators need scikit-learn 1.6 or newer",
-        got=str(error),
-        fix='pip install "dir_toolkit[integrations]"',
-        error=ImportError,
-    ) from error
+    raise missing_package("scikit-learn 1.6 or newer", error, "integrations") from error
 
 from .classifier import LongTailClassifier
 from .prior_adjusted import PriorAdjusted
