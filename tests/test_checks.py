@@ -141,7 +141,7 @@ def test_a_check_that_fails_in_a_compiled_function_says_who() -> None:
         (10**400, r"must fit into float64, got a larger int"),
     ],
 )
-def test_number_refuses(value: object, message: str) -> None:
+def test_number_refuses_other_values(value: object, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"^\S+: x {message}"):
         _checks.number("x", value, low=0, high=2, open_low=True)
 

@@ -234,7 +234,7 @@ def test_tensors_are_answered_by_tensors_and_all_else_by_numpy() -> None:
     assert conformal_interval([3], output, labels, DENSITY)[0].dtype == np.float64
 
 
-def test_labels_beyond_the_axis() -> None:
+def test_labels_beyond_the_axis_follow_outside() -> None:
     output, labels = np.full(40, 9.0), np.full(40, 9.5)
     beyond = [np.append(output, [9.0] * 20), np.append(labels, [14.0] * 20)]
     with pytest.raises(dt.LabelError, match=r"PointConformal.update: labels must lie on the label axis \[0, 10\]"):
@@ -288,7 +288,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_refused(wrong: str) -> None:
+def test_wrong_arguments_are_refused(wrong: str) -> None:
     call, error, message = WRONG[wrong]
     calibration = calibrated(PointConformal, ([1.0] * 20, [1.5] * 20))
     with pytest.raises(error, match=message):

@@ -28,7 +28,7 @@ def test_values_are_looked_at_only_where_that_costs_nothing_and_breaks_nothing()
     assert torch.compile(lambda y: y + readable(y), fullgraph=True, backend="eager")(x).tolist() == [1, 1]
 
 
-def test_what_is_keepable() -> None:
+def test_only_tensors_that_outlive_the_call_are_keepable() -> None:
     kept = []
     assert keepable(torch.ones(2))
     assert keepable(torch.nn.Parameter(torch.ones(2)))

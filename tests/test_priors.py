@@ -58,7 +58,7 @@ def naive_adjusted(logits: Tensor, prior: Any, target: Any, tau: float) -> Tenso
 # -- class_prior
 
 
-def test_class_prior_by_hand() -> None:
+def test_the_class_prior_is_that_worked_out_by_hand() -> None:
     assert class_prior([6, 3, 1]).tolist() == [0.6, 0.3, 0.1]
     assert class_prior([6, 3, 1], floor=2).tolist() == pytest.approx([6 / 11, 3 / 11, 2 / 11])
     assert class_prior([3, 0, 1], floor=0).tolist() == [0.75, 0, 0.25]
@@ -115,7 +115,7 @@ def test_class_prior_refuses_a_floor_that_leaves_nothing() -> None:
 # -- adjust_logits
 
 
-def test_adjusted_logits_by_hand() -> None:
+def test_adjusted_logits_are_those_worked_out_by_hand() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
     prior = [0.5, 0.25, 0.25]
     expected = [1 + math.log(2), 2 + math.log(4), 3 + math.log(4)]
@@ -162,7 +162,7 @@ def test_adjusted_decisions_err_as_bayes_does(target: tuple[float, ...]) -> None
         assert plain > bayes + 0.05
 
 
-def test_identities() -> None:
+def test_adjustments_undo_and_compose() -> None:
     logits = log_posterior(samples(50, PRIOR)[0], PRIOR)
     uniform, other = [1 / 3] * 3, [0.2, 0.3, 0.5]
     same = adjust_logits(logits, PRIOR, target=PRIOR)
@@ -177,7 +177,7 @@ def test_identities() -> None:
     assert_close(halves, balanced, rtol=1e-12, atol=1e-12)
 
 
-def test_shapes_dtypes_and_inputs() -> None:
+def test_shapes_and_dtypes_follow_and_inputs_are_left_alone() -> None:
     prior = torch.tensor([0.7, 0.2, 0.1])
     for shape in ((3,), (1, 3), (0, 3), (2, 5, 3)):
         logits = torch.randn(shape)
@@ -196,7 +196,7 @@ def test_shapes_dtypes_and_inputs() -> None:
     assert nan.isnan().tolist() == [[True, False, False]]
 
 
-def test_gradients() -> None:
+def test_gradients_agree_with_differences() -> None:
     logits = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     target = [0.2, 0.2, 0.6]
     assert torch.autograd.gradcheck(lambda x: adjust_logits(x, PRIOR, target=target, tau=0.7), logits)
@@ -282,7 +282,7 @@ def test_other_logits_are_refused(logits: Any, kind: type[Exception], message: s
         LogitAdjuster(PRIOR)(logits)
 
 
-def test_pointwise_mutual_information() -> None:
+def test_pointwise_mutual_information_is_the_evidence() -> None:
     independent = PRIOR.log().expand(4, 3) + 5  # the posterior is the prior, whatever the input
     assert_close(
         pointwise_mutual_information(independent, PRIOR), torch.zeros(4, 3, dtype=torch.float64), atol=1e-12, rtol=0
@@ -307,7 +307,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor, temperature: float, 
     return total / sum(weight)
 
 
-def test_temperature_by_hand() -> None:
+def test_the_temperature_is_that_worked_out_by_hand() -> None:
     logits = torch.tensor([[4.0, 0.0]]).repeat(4, 1)
     labels = torch.tensor([0, 0, 0, 1])
     assert fit_temperature(logits, labels) == pytest.approx(4 / math.log(3), rel=1e-12)
@@ -341,7 +341,7 @@ def test_temperature_recovers_what_logits_were_multiplied_by(factor: float) -> N
     assert exact == pytest.approx(fit_temperature(logits, labels), rel=1e-9)
 
 
-def test_temperature_and_its_invariances() -> None:
+def test_temperature_does_not_depend_on_shift_or_order() -> None:
     points, labels = samples(100, [0.4, 0.3, 0.3])
     logits = 2 * log_posterior(points, [0.4, 0.3, 0.3])
     best = fit_temperature(logits, labels)
@@ -511,7 +511,7 @@ def test_exact_posteriors_want_tau_one(factor: float, shares: list[float]) -> No
     assert plain.tau == pytest.approx(factor, abs=0.4 * factor)
 
 
-def test_the_choice_and_its_curve() -> None:
+def test_the_choice_holds_its_curve() -> None:
     points, labels = samples(300, PRIOR)
     logits = log_posterior(points, PRIOR)
     choice = choose_tau(logits, labels, PRIOR)
@@ -554,7 +554,7 @@ def test_of_equally_good_taus_the_middle_of_the_longest_run_is_taken() -> None:
     assert choose_tau(logits, labels, prior, taus=taus[:5]).tau == taus[0]  # of equally long runs the first
 
 
-def test_one_sample_and_absent_classes() -> None:
+def test_absent_classes_are_left_out_with_a_warning() -> None:
     message = r"^choose_tau: no validation label of class 2; the criterion leaves them out\.$"
     points, labels = samples(40, [0.5, 0.5, 0])
     logits = log_posterior(points, PRIOR)

@@ -27,7 +27,9 @@ from dir_toolkit import _ranks
         ("cpu:gloo,cuda:nccl", None, "cpu"),
     ],
 )
-def test_where_ranks_sum(backends: str, accelerator: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_lie_on_a_device_of_the_backend(
+    backends: str, accelerator: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_ranks, "_accelerator", lambda: accelerator)
     monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)

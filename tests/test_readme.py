@@ -89,7 +89,7 @@ def test_every_file_a_page_names_exists(page: Path) -> None:
     assert [name for name in {*linked, *named} if not any((place / name).exists() for place in places)] == []
 
 
-def test_it_is_short() -> None:
+def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 1000
     assert max(map(len, README.splitlines())) <= 120
 

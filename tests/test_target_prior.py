@@ -54,7 +54,7 @@ NEW_X, NEW_Y = classes(4000, SHIFTED, 1)
 # Recovery
 
 
-def test_two_classes_by_hand() -> None:
+def test_two_classes_have_the_prior_worked_out_by_hand() -> None:
     """Likelihood ratios 9/7 to 1/3 and 1/7 to 3: their slopes in t cancel where t is 0.35."""
     estimate = estimate_prior([[0.9, 0.1], [0.1, 0.9]], source=[[0.9, 0.1]] * 3 + [[0.1, 0.9]])
     assert estimate.source.tolist() == pytest.approx([0.7, 0.3])
@@ -195,7 +195,7 @@ def test_the_auc_is_that_of_a_naive_count_of_pairs() -> None:
     assert estimate.auc == pytest.approx((new > held.T).mean(), abs=0.01)
 
 
-def test_what_it_says() -> None:
+def test_the_text_explains_the_estimate() -> None:
     estimate = estimate_prior(class_scores(NEW_X), source=class_scores(HELD_X), labels=HELD_Y)
     steps = len(estimate.curve)
     pattern = rf"The estimate differs from the source prior by a total variation of 0\.\d+ after {steps} steps\. "
@@ -230,7 +230,7 @@ def test_what_it_says() -> None:
         ({"max_auc": 2}, ValueError, "max_auc must be >= 0.5 and <= 1, got 2"),
     ],
 )  # fmt: skip
-def test_bad_input_is_told(changed: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_bad_input_is_refused(changed: dict[str, Any], error: type[Exception], match: str) -> None:
     given: dict[str, Any] = {"scores": [[0.5, 0.5], [0.9, 0.1]], "source": [[0.5, 0.5], [0.9, 0.1]], "labels": [0, 1]}
     given |= changed
     with pytest.raises(error, match=match):

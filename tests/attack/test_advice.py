@@ -57,7 +57,7 @@ AXES: list[tuple[Any, Any, Any]] = [
 
 
 @pytest.mark.parametrize(("low", "high", "width"), AXES)
-def test_a_width_that_does_not_divide(low: Any, high: Any, width: Any) -> None:
+def test_advice_mends_a_width_that_does_not_divide(low: Any, high: Any, width: Any) -> None:
     found = advice(
         lambda: Bins.uniform(low, high, width=width),
         r"Use count=(?P<count>\d+)(, or (low=(?P<low>\S+) and )?high=(?P<high>\S+))?\.$",
@@ -83,20 +83,20 @@ def test_whole_numbers_need_a_width_of_one() -> None:
 
 
 @pytest.mark.parametrize("edges", [[0, 1, 1, 2], [2, 0, 1], [1, 0.0, -0.0]])
-def test_edges_sorted_without_repeats(edges: list[float]) -> None:
+def test_advice_mends_edges_that_do_not_rise(edges: list[float]) -> None:
     found = advice(lambda: Bins.from_edges(edges), r"Use (\S+)\.$")
     assert Bins.from_edges(done(found[1], edges=edges)).edges.tolist() == sorted({x + 0.0 for x in edges})
 
 
 @pytest.mark.parametrize("size", [2, 10, 10_000_000])
 @pytest.mark.parametrize("window", [lambda n: dt.gaussian(n, 2), triangular, lambda n: laplace(n, 2)])
-def test_windows_of_even_size(window: Callable[[int], np.ndarray], size: int) -> None:
+def test_advice_mends_windows_of_even_size(window: Callable[[int], np.ndarray], size: int) -> None:
     found = advice(lambda: window(size), r"Use (\d+)(?: or (\d+))?\.$")
     for other in filter(None, found.groups()):
         assert len(window(int(other))) == int(other)
 
 
-def test_windows_for_an_axis() -> None:
+def test_advice_mends_windows_for_an_axis() -> None:
     values = np.ones(4)
     found = advice(lambda: smooth(values, np.ones((3, 3))), r"Use (dir_toolkit\S+ 2\))\.$")
     assert len(done(found[1])) == 5
@@ -105,7 +105,7 @@ def test_windows_for_an_axis() -> None:
         assert smooth(np.ones(bins), dt.gaussian(int(found[1]), 2)).shape == (bins,)
 
 
-def test_what_is_no_plain_tensor() -> None:
+def test_advice_mends_tensors_that_are_not_plain() -> None:
     bins = Bins.uniform(0, 4, width=1)
     found = advice(lambda: dt.soft_labels([1.0, 2.0], bins, None), r"Use (torch.as_tensor\(labels\))\.$")  # type: ignore[arg-type]
     assert dt.soft_labels(done(found[1], labels=[1.0, 2.0]), bins, None).shape == (2, 4)
@@ -123,19 +123,19 @@ def test_what_is_no_plain_tensor() -> None:
         assert bins.index(done(found[1], labels=labels)).tolist() == [1, 1]
 
 
-def test_what_is_no_number() -> None:
+def test_advice_mends_masks_as_weights() -> None:
     mask = torch.tensor([True, False])
     found = advice(lambda: dt.weighted_l1(torch.ones(2), torch.zeros(2), mask), r"Use (weight\.float\(\))\.$")
     assert dt.weighted_l1(torch.ones(2), torch.zeros(2), done(found[1], weight=mask)).item() == 0.5
 
 
-def test_classes_that_are_no_int64() -> None:
+def test_advice_mends_classes_that_are_not_int64() -> None:
     logits, target = torch.eye(2), torch.tensor([0, 1], dtype=torch.int32)
     found = advice(lambda: dt.losses.cross_entropy(logits, target), r"Use (target\.long\(\))\.$")
     assert dt.losses.cross_entropy(logits, done(found[1], target=target)).item() < 0.4
 
 
-def test_what_lies_on_several_devices() -> None:
+def test_advice_mends_tensors_on_several_devices() -> None:
     class DTensor(torch.Tensor):
         def to_local(self) -> torch.Tensor:
             return self.as_subclass(torch.Tensor)
@@ -148,7 +148,7 @@ def test_what_lies_on_several_devices() -> None:
         assert bins.index(done(code, labels=labels)).tolist() == [1, 1]
 
 
-def test_shapes_and_devices() -> None:
+def test_advice_mends_shapes_and_devices() -> None:
     pred, target = torch.ones(3, 1), torch.ones(3)
     for a, b in ((pred, target), (target, pred), (torch.ones(2, 3, 1), torch.ones(2, 3))):
         found = advice(lambda a=a, b=b: dt.weighted_l1(a, b), r"Use ((pred|target)\.squeeze\(\d\))\.$")
@@ -161,7 +161,7 @@ def test_shapes_and_devices() -> None:
     assert found[1] == "target.to(pred.device)"
 
 
-def test_priors() -> None:
+def test_advice_mends_priors() -> None:
     for prior, zeros in (([0.5, 0.5, 0.0], False), ([30.0, 20.0, 10.0], False), ([0.6, 0.6, -0.2], True)):
         values = torch.tensor(prior)
         found = advice(lambda p=values, z=zeros: _checks.prior_shares("prior", p, zeros=z), r"Use (dt\S+( \S+)?),")
@@ -176,7 +176,7 @@ def test_classes_decode_by_their_mode() -> None:
         assert done(f"dt.decode(p, bins, {found[1]})", p=p, bins=bins).tolist() == [1]
 
 
-def test_labels_of_other_kinds() -> None:
+def test_advice_mends_labels_of_other_kinds() -> None:
     bins = Bins.uniform(0, 4, width=1)
     for labels in (np.ma.masked_array([1.0, 2.0], [False, True]), ["1", "2"]):
         found = advice(

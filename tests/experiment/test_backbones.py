@@ -54,7 +54,7 @@ def test_every_parameter_of_small_resnet_learns() -> None:
 
 
 @pytest.mark.parametrize(("settings", "message"), [({"width": 0}, "width"), ({"in_channels": 0}, "in_channels")])
-def test_small_resnet_refuses(settings: dict[str, int], message: str) -> None:
+def test_small_resnet_refuses_wrong_arguments(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} must be at least 1, got 0"):
         small_resnet(**settings)
 
@@ -139,7 +139,7 @@ def test_every_parameter_of_digit_cnn_learns() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_digit_cnn_refuses() -> None:
+def test_digit_cnn_refuses_wrong_arguments() -> None:
     settings = [
         ({"num_features": 0}, "num_features must be at least 1, got 0"),
         ({"size": 7}, "size must be at least 8, got 7"),
@@ -187,14 +187,14 @@ def fake_timm() -> types.ModuleType:
 
 
 @pytest.mark.parametrize("name", ["resnet50", "mobilenetv3"])
-def test_timm_backbone_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timm_backbone_is_given_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", fake_timm())
     backbone = timm_backbone(name)
     assert backbone.num_features == 2
     assert nn.Sequential(backbone, nn.Linear(2, 3))(torch.zeros(4, 2)).shape == (4, 3)
 
 
-def test_timm_backbone_suggests_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_timm_backbone_suggests_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", fake_timm())
     with pytest.raises(ValueError, match=r"got 'resnet5'\. Did you mean resnet50"):
         timm_backbone("resnet5")

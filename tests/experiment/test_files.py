@@ -63,7 +63,7 @@ def test_no_reader_ever_sees_half_a_file(tmp_path: Path) -> None:
     assert set(seen) <= contents
 
 
-def test_follows_a_link(tmp_path: Path) -> None:
+def test_a_link_is_followed(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_bytes(b"old")
     link.symlink_to(target)
@@ -72,7 +72,7 @@ def test_follows_a_link(tmp_path: Path) -> None:
     assert target.read_bytes() == b"new"
 
 
-def test_gets_the_mode_of_any_new_file(tmp_path: Path) -> None:
+def test_a_file_gets_the_mode_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     write_atomically(tmp_path / "ours", lambda file: file.write(b""))
     assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)

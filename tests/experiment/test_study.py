@@ -326,7 +326,7 @@ def test_an_unknown_method_is_told_with_what_was_meant(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_a_comparison_with_a_baseline(tmp_path: Path) -> None:
+def test_a_baseline_adds_a_comparison(tmp_path: Path) -> None:
     one = study(tmp_path)
     one.run(["plain", "weighted"])
     one.report(title="x", baseline="plain", replicates=100)
@@ -347,7 +347,7 @@ def classes_task(seeds: list[int], **options: Any) -> Task:
     return Task(data, CLASSES, lambda data: Perceptron(), "Tests", "class", metrics=metrics, **options)
 
 
-def test_classes_on_several_tasks(tmp_path: Path) -> None:
+def test_classes_train_on_several_tasks(tmp_path: Path) -> None:
     seeds: list[int] = []
     tasks = [classes_task(seeds, folder=name, shown="{method} on " + name) for name in ("a", "b")]
     methods = {

@@ -452,7 +452,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         FDS(BINS, 6, covariance="low_rank", rank=0)
 
 
-def test_settings_are_told() -> None:
+def test_settings_tell_the_form_apart() -> None:
     assert "(covariance): FullCovariance(6 directions, map='paper', clip=(0.1, 10.0), shrinkage=6.0)" in repr(
         make("full", map="paper")
     )

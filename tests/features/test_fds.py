@@ -492,7 +492,7 @@ def test_maps_and_checkpoints_over_a_grid(form: Any) -> None:
     assert not torch.equal(fds.calibrate(features, labels), features)
 
 
-def test_mistakes_over_a_grid() -> None:
+def test_mistakes_over_a_grid_are_refused() -> None:
     features, labels = joint_batch()
     fds = FDS(GRID, 4, kernel=WINDOWS)
     with pytest.raises(CheckpointError, match="the saved statistics must be over the same bins, got <BinGrid"):

@@ -19,7 +19,7 @@ def test_mapped_sample_has_the_smoothed_mean_and_variance() -> None:
     torch.testing.assert_close(mapped.var(), torch.tensor(2.0, dtype=torch.float64))
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     nan = float("nan")
     scale, shift = diagonal_map(
         mean=column(1, 1, 1, 1, 1, nan),

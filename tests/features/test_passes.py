@@ -111,7 +111,7 @@ def test_several_views_in_one_loss_have_the_gradient_of_the_plain_model(
     assert torch.equal(fds._moments.count, twin_fds._moments.count)
 
 
-def test_the_comparison_can_fail() -> None:
+def test_the_comparison_notices_a_wrong_answer() -> None:
     net, fds = made(None)
     one, other = (gradients(net, summed, fds, *seeds) for seeds in ((5, 6), (5, 7)))
     assert not torch.allclose(one[0], other[0])

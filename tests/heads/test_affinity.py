@@ -66,7 +66,7 @@ def assert_exact(given: Tensor, expected: Tensor) -> None:
 # ---- scores ----
 
 
-def test_scores_by_hand() -> None:
+def test_scores_are_those_worked_out_by_hand() -> None:
     head = AffinityHead(2, 2, prototypes=2, sigma=2.0, feature_scale=1.0)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[[0.0, 0.0], [9.0, 9.0]], [[3.0, 0.0], [1.0, 2.0]]]))
@@ -167,7 +167,7 @@ def test_no_tensor_of_all_differences_is_built(distance: Any, similarity: Any) -
 
 @each_pair
 @pytest.mark.parametrize("sigma_mode", ["fixed", "learnt"])
-def test_gradients(distance: Any, similarity: Any, sigma_mode: Any) -> None:
+def test_gradients_agree_with_differences(distance: Any, similarity: Any, sigma_mode: Any) -> None:
     head = make(4, 3, 2, 10.0, distance, similarity, sigma_mode=sigma_mode).double()
     names = [name for name, _ in head.named_parameters()]
     assert len(names) == (2 if sigma_mode == "learnt" else 1)
@@ -227,7 +227,7 @@ def test_forward_mode_and_second_derivatives(similarity: Any) -> None:
     assert_close(forward, backward)
 
 
-def test_scores_under_vmap() -> None:
+def test_vmap_gives_the_same_scores() -> None:
     head, features = make(4, 3, 2), sample(2, 5, 4).float()
     assert_close(vmap(head)(features), torch.stack([head(features[0]), head(features[1])]))
 
@@ -238,7 +238,7 @@ def test_scores_under_vmap() -> None:
 @pytest.mark.parametrize("sigma_mode", ["fixed", "learnt", "first_batch"])
 @pytest.mark.parametrize("num_features", [2, 128, 2048])
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])
-def test_training_from_the_default_start(sigma_mode: Any, num_features: int, optimizer_class: Any) -> None:
+def test_training_learns_from_the_default_start(sigma_mode: Any, num_features: int, optimizer_class: Any) -> None:
     torch.manual_seed(0)
     labels = torch.arange(60) % 3
     inputs = sample(60, 16).float() + 3 * sample(3, 16, seed=1).float()[labels]
@@ -359,7 +359,7 @@ def diversity_of(weight: Tensor) -> Tensor:
     return head.diversity()
 
 
-def test_diversity_by_hand() -> None:
+def test_diversity_is_that_worked_out_by_hand() -> None:
     head = AffinityHead(1, 3, prototypes=1)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([0.0, 1.0, 3.0])[:, None, None])

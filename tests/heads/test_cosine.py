@@ -34,7 +34,7 @@ def assert_right(scores: Tensor, features: Tensor, weight: Tensor, scale: float)
     assert_close(scores, naive(features, weight, scale), rtol=1e-12, atol=1e-12)
 
 
-def test_scores_by_hand() -> None:
+def test_scores_are_those_worked_out_by_hand() -> None:
     head = CosineHead(2, 2, scale=10.0)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[2.0, 0.0], [3.0, 4.0]]))
@@ -55,7 +55,7 @@ def test_scores_equal_a_naive_loop(learn_scale: bool) -> None:
 
 
 @pytest.mark.parametrize("learn_scale", [False, True])
-def test_gradients(learn_scale: bool) -> None:
+def test_gradients_agree_with_differences(learn_scale: bool) -> None:
     head, features = sample(learn_scale=learn_scale)
     names = [name for name, _ in head.named_parameters()]
     assert names == (["weight", "log_scale"] if learn_scale else ["weight"])

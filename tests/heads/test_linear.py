@@ -15,7 +15,7 @@ from dir_toolkit.heads.nearest_mean import NearestMeanHead
 from dir_toolkit.heads.normalized import ScaledHead
 
 
-def test_scores_by_hand() -> None:
+def test_scores_are_those_worked_out_by_hand() -> None:
     head = LinearHead(2, 2)
     head.load_state_dict({"weight": torch.tensor([[1.0, 2.0], [0.0, -1.0]]), "bias": torch.tensor([0.5, 0.0])})
     assert head(torch.tensor([[3.0, 1.0]])).tolist() == [[5.5, -1.0]]

@@ -60,7 +60,7 @@ def assert_right(scores: Tensor, *arguments: Any) -> None:
 # ---- scores ----
 
 
-def test_scores_by_hand() -> None:
+def test_scores_are_those_worked_out_by_hand() -> None:
     features, labels = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 0, 1])
     query = torch.tensor([[3.0, 4.0]])  # means (2, 0) and (0, 5)
     for metric, expected in (("cosine", [0.6, 0.8]), ("euclidean", [-17.0, -10.0])):

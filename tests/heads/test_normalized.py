@@ -97,7 +97,7 @@ def test_what_cannot_be_normalized_is_refused() -> None:
 # ---- ScaledHead ----
 
 
-def test_scores_by_hand() -> None:
+def test_scores_are_those_worked_out_by_hand() -> None:
     linear = nn.Linear(2, 2)
     linear.load_state_dict({"weight": torch.tensor([[1.0, 2.0], [0.0, -1.0]]), "bias": torch.tensor([0.5, 0.0])})
     head = ScaledHead(linear)

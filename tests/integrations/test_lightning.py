@@ -181,7 +181,7 @@ def test_several_fds_with_labels_of_their_own(tmp_path: Path) -> None:
         assert_equal_bits(everything(module, mine), everything(expected, theirs))
 
 
-def test_labels_under_a_key(tmp_path: Path) -> None:
+def test_labels_are_read_under_a_key(tmp_path: Path) -> None:
     class Named(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.loss(batch["image"], batch["age"])
@@ -351,7 +351,7 @@ def test_an_epoch_that_the_module_cuts_short(tmp_path: Path) -> None:
         (1, (torch.ones(2, 3), torch.tensor([1.0, 9.5])), LabelError, "labels must lie on the label axis"),
     ],
 )
-def test_batches_without_fit_labels(
+def test_batches_without_fit_labels_are_refused(
     tmp_path: Path, labels_of: Any, batch: Any, error: type[Exception], message: str
 ) -> None:
     fds = FDS(BINS, 4)

@@ -34,7 +34,7 @@ TREES = HistGradientBoostingRegressor(max_iter=30, random_state=0)
 
 
 @parametrize_with_checks([PriorAdjusted(LinearRegression(), random_state=0)])
-def test_scikit_learns_own_checks(estimator: Any, check: functools.partial[Any]) -> None:
+def test_the_checks_of_scikit_learn_pass(estimator: Any, check: functools.partial[Any]) -> None:
     check(estimator)
 
 

@@ -24,7 +24,7 @@ from dir_toolkit.integrations.scikit_learn import SampleWeighted, bmae_scorer, f
 
 
 @parametrize_with_checks([SampleWeighted(LinearRegression())])
-def test_scikit_learns_own_checks(estimator: Any, check: functools.partial[Any]) -> None:
+def test_the_checks_of_scikit_learn_pass(estimator: Any, check: functools.partial[Any]) -> None:
     check(estimator)
 
 

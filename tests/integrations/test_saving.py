@@ -124,7 +124,7 @@ def test_state_dicts_hold_tensors_alone_and_keep_their_shapes_while_training(kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_safetensors(kind: str, tmp_path: Path) -> None:
+def test_safetensors_saves_a_model_and_loads_it(kind: str, tmp_path: Path) -> None:
     st = pytest.importorskip("safetensors.torch")
     round_trip(st.save_model, st.load_model, tmp_path / "model.safetensors", kind)
 
@@ -164,7 +164,7 @@ def test_heads_losses_and_weights_inside_a_model_are_saved_with_it(name: str, tm
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", ["ModelEmaV2", "ModelEmaV3"])
-def test_timm_averages(kind: str, version: str) -> None:
+def test_timm_averages_a_model_with_fds(kind: str, version: str) -> None:
     utils = pytest.importorskip("timm.utils")
     if "low rank" in kind:
         pytest.skip("an average needs statistics of one shape; low rank grows while it gathers")
@@ -202,7 +202,7 @@ def test_exported_programs_are_saved(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FEW)
-def test_accelerate(kind: str, tmp_path: Path) -> None:
+def test_accelerate_saves_a_model_and_goes_on(kind: str, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     st = pytest.importorskip("safetensors.torch")
 

@@ -54,7 +54,7 @@ pytestmark = [
     [LongTailRegressor(**QUICKER, members=2), LongTailClassifier(**QUICKER)],
     expected_failed_checks=lambda estimator: NOT_APPLICABLE,
 )
-def test_scikit_learns_own_checks(estimator: Any, check: functools.partial[Any]) -> None:
+def test_the_checks_of_scikit_learn_pass(estimator: Any, check: functools.partial[Any]) -> None:
     check(estimator)
 
 

@@ -76,7 +76,7 @@ def test_forward_returns_the_numbers_of_the_batch_and_merges_it(kind: str) -> No
     assert_same(metric.compute(), merged.compute())
 
 
-def test_limits_and_keys() -> None:
+def test_limits_and_keys_reach_the_metrics() -> None:
     metric = RegionMetric(make("regression"), keys=["bmae/all", "count/many"], many=10, few=1)
     oracle = make("regression")
     for pred, target in batches("regression"):

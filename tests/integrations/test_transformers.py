@@ -262,7 +262,7 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
         ("labels", lambda y: y + 9, LabelError, "labels must lie on the label axis"),
     ],
 )
-def test_batches_without_fit_labels(
+def test_batches_without_fit_labels_are_refused(
     tmp_path: Path, labels_of: Any, change: Callable[[Tensor], Tensor], error: type[Exception], message: str
 ) -> None:
     fds = FDS(BINS, 4)

@@ -169,7 +169,7 @@ def test_a_model_clips_labels_beyond_an_unbounded_axis() -> None:
         ([True, False], TypeError, "integers or floats, got dtype bool"),
     ],
 )
-def test_labels_that_make_no_axis(labels: Any, error: type[Exception], message: str) -> None:
+def test_labels_that_make_no_axis_are_refused(labels: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=r"^Bins\.auto: labels must (be|hold) " + message):
         Bins.auto(labels)
 

@@ -30,7 +30,7 @@ def oracle(edges: np.ndarray, label: float) -> int:
 # Building
 
 
-def test_uniform_by_width_and_by_count() -> None:
+def test_uniform_bins_follow_width_or_count() -> None:
     bins = Bins.uniform(0, 117, width=1)
     assert len(bins) == 117
     assert bins == Bins.uniform(0, 117, count=117)
@@ -105,7 +105,7 @@ def test_tenths_are_the_tenths_one_writes() -> None:
         ({"low": 0, "high": 1, "count": True}, "count must be a whole number"),
     ],
 )
-def test_uniform_refuses(arguments: dict[str, Any], message: str) -> None:
+def test_uniform_refuses_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"^Bins.uniform: {re.escape(message)}"):
         Bins.uniform(**arguments)
 
@@ -172,7 +172,7 @@ def test_edges_may_be_uneven_negative_and_of_any_scale() -> None:
         ("ab", TypeError, "edges must be integers or floats"),
     ],
 )
-def test_from_edges_refuses(edges: Any, kind: type[Exception], message: str) -> None:
+def test_from_edges_refuses_bad_edges(edges: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"^Bins.from_edges: {message}"):
         Bins.from_edges(edges)
 
@@ -198,7 +198,7 @@ def test_quantile_bins_hold_equal_shares() -> None:
         ("ab", 2, TypeError, "labels must be integers or floats"),
     ],
 )
-def test_quantile_refuses(labels: Any, n: Any, kind: type[Exception], message: str) -> None:
+def test_quantile_refuses_bad_arguments(labels: Any, n: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"^Bins.quantile: {message}"):
         Bins.quantile(labels, n)
 
@@ -303,7 +303,7 @@ def test_index_keeps_shape_and_kind_and_leaves_its_input_alone() -> None:
     assert not bins.index(torch.ones(1, requires_grad=True)).requires_grad
 
 
-def test_labels_beyond_the_axis() -> None:
+def test_labels_beyond_the_axis_follow_outside() -> None:
     bins = Bins.uniform(-5, 5, width=1)
     labels = [-np.inf, -5.001, -5, 5, 5.001, np.inf]
     for given in (labels, torch.tensor(labels)):
@@ -410,7 +410,7 @@ def test_index_is_one_graph_and_reads_nothing_when_compiled(outside: Any) -> Non
 # Decoding
 
 
-def test_expectation_by_hand() -> None:
+def test_the_expectation_is_that_worked_out_by_hand() -> None:
     bins = Bins.uniform(0, 30, width=10)  # centres 5, 15, 25
     probabilities = np.array([[1.0, 0, 0], [0.5, 0.25, 0.25], [0, 0, 1]])
     np.testing.assert_allclose(bins.expectation(probabilities), [5, 12.5, 25], rtol=1e-15)
@@ -453,7 +453,7 @@ def test_expectation_equals_a_naive_loop_and_gradients_flow() -> None:
         ([[1.0], [0.5, 0.5]], ValueError, "probabilities must form one array of numbers"),
     ],
 )
-def test_expectation_refuses(probabilities: Any, kind: type[Exception], message: str) -> None:
+def test_expectation_refuses_other_shapes(probabilities: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"^Bins.expectation: {message}"):
         Bins.classes(3).expectation(probabilities)
 

@@ -45,7 +45,7 @@ def naive(row: list[float], bins: Bins, q: float) -> float:
     return at[-1]
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     bins = Bins.from_edges([0, 10, 20, 50])
     p = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.0, 1.0], [0.5, 0.0, 0.5], [1.0, 0.0, 0.0]])
     assert decode(p, bins).tolist() == pytest.approx([5 * 0.5 + 15 * 0.25 + 35 * 0.25, 35, 20, 5])
@@ -120,7 +120,7 @@ def test_rows_that_rounding_took_off_one(bins: Bins, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3), (2, 3, 4)])
-def test_any_leading_shape(shape: tuple[int, ...]) -> None:
+def test_any_leading_shape_is_taken(shape: tuple[int, ...]) -> None:
     p = distributions(UNEVEN, *shape)
     copy = p.clone()
     for point in POINTS:
@@ -133,7 +133,7 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
     assert torch.equal(p, copy)
 
 
-def test_one_bin() -> None:
+def test_one_bin_decodes_to_its_center() -> None:
     p, bins = torch.ones(2, 1), Bins.from_edges([2, 6])
     assert [decode(p, bins, point).tolist() for point in POINTS] == [[4, 4]] * 3  # type: ignore[arg-type]
     assert interval(p, bins, 0.5)[0].tolist() == [3, 3]

@@ -329,7 +329,7 @@ def test_labels_outside_follow_the_option() -> None:
 
 
 @pytest.mark.parametrize("outside", ["raise", "clip", "drop"])
-def test_nan_raises(outside: Any) -> None:
+def test_nan_is_refused(outside: Any) -> None:
     for labels in ([np.nan], torch.tensor([np.nan]), [np.ones(2), np.array([1, np.nan])]):
         with pytest.raises(LabelError, match="labels must not be NaN"):
             LabelDensity.count(labels, BINS, outside=outside)
@@ -416,7 +416,7 @@ def test_smoothed_counts_are_an_effective_number_of_labels() -> None:
         density.smooth(np.ones(7))
 
 
-def test_prior_by_hand() -> None:
+def test_the_prior_is_that_worked_out_by_hand() -> None:
     density = LabelDensity(Bins.classes(3), [3, 1, 0])
     assert density.prior().tolist() == [0.75, 0.25, 0]
     assert density.prior(floor=1).tolist() == [0.6, 0.2, 0.2]
@@ -586,7 +586,7 @@ def test_limits_of_regions_may_be_larger_than_floats() -> None:
     assert density.regions(many=10**400, few=10**400).tolist() == ["unseen", "few", "few"]
 
 
-def test_regions_at_their_very_limits() -> None:
+def test_regions_include_their_very_limits() -> None:
     density = LabelDensity(Bins.classes(8), [101, 100, 99, 20, 19, 1, 0, 10**6])
     expected = ["many", "medium", "medium", "medium", "few", "few", "unseen", "many"]
     assert density.regions().tolist() == expected

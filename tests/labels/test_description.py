@@ -10,7 +10,7 @@ def density(counts: list[int]) -> LabelDensity:
     return LabelDensity(Bins.uniform(0, len(counts), width=1), counts)
 
 
-def test_numbers_by_hand() -> None:
+def test_the_numbers_are_those_worked_out_by_hand() -> None:
     found = density([200, 50, 0, 10]).describe()  # too few bins to be smoothed
     assert (found.labels, found.bins, found.per_bin, found.empty, found.gap, found.ratio) == (260, 4, 50, 1, 1, 20)
     assert found.effective == pytest.approx(9 / (1 / 200 + 1 / 50 + 1 / 10))
@@ -45,7 +45,7 @@ def test_a_long_tail_is_weighed_and_scored() -> None:
         ([500] + [9] * 20, "74% of the labels lie in one of 21 bins, from 0 to 1: unless they are equal, use narrower"),
     ],
 )
-def test_advice(counts: list[int], sentence: str) -> None:
+def test_the_advice_fits_the_counts(counts: list[int], sentence: str) -> None:
     assert sentence in str(density(counts).describe())
 
 

@@ -37,7 +37,7 @@ def oracle(grid: BinGrid, labels: np.ndarray) -> list[int]:
 # Building and placing
 
 
-def test_a_grid_by_hand() -> None:
+def test_a_grid_places_labels_as_worked_out_by_hand() -> None:
     grid = Bins.grid(Bins.classes(2), Bins.uniform(0, 3, width=1))
     assert (len(grid), grid.shape) == (6, (2, 3))
     assert grid.axes == (Bins.classes(2), Bins.uniform(0, 3, width=1))
@@ -261,7 +261,7 @@ def test_smoothing_is_scipy_s_along_each_axis(edges: Any, mode: str) -> None:
     assert DENSITY.smooth(np.stack([narrow, narrow])) == DENSITY.smooth(narrow)
 
 
-def test_smoothing_by_hand() -> None:
+def test_smoothing_is_that_worked_out_by_hand() -> None:
     density = LabelDensity(Bins.grid(Bins.classes(3), Bins.classes(3)), [0, 0, 0, 0, 16, 0, 0, 0, 0])
     assert density.smooth([triangular(3)] * 2).counts.tolist() == [1, 2, 1, 2, 4, 2, 1, 2, 1]
 

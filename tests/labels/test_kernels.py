@@ -133,7 +133,7 @@ def test_rows_are_smoothed_in_little_memory() -> None:
     torch.testing.assert_close(smooth_rows(rows, window, "reflect"), rows)
 
 
-def test_the_usual_kernel() -> None:
+def test_the_usual_kernel_depends_on_the_number_of_bins() -> None:
     assert usual_kernel(Bins.classes(100)) is None
     assert usual_kernel(Bins.uniform(0, 4, width=1)) is None
     assert np.array_equal(usual_kernel(Bins.uniform(0, 5, width=1)), gaussian(5, 2))

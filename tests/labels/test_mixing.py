@@ -63,7 +63,7 @@ def test_inputs_and_labels_are_mixed_alike_and_nothing_leaves_their_range() -> N
     assert torch.equal(again, labels)
 
 
-def test_limits() -> None:
+def test_mixing_has_the_right_limits() -> None:
     y = torch.tensor([0, 1, 5, 40])
     x = torch.eye(4)
     near, labels = c_mixup(x, y, bandwidth=1e-3, generator=source())

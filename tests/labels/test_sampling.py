@@ -44,7 +44,7 @@ def likely(drawn: Any, probabilities: Sequence[float]) -> bool:
 # -- probabilities
 
 
-def test_probabilities_by_hand() -> None:
+def test_probabilities_are_those_worked_out_by_hand() -> None:
     assert bin_probabilities([16, 4, 0], 1).tolist() == [0.8, 0.2, 0]
     assert bin_probabilities([16, 4, 0], 0.5).tolist() == pytest.approx([2 / 3, 1 / 3, 0])
     assert bin_probabilities([16, 4, 0], 0).tolist() == [0.5, 0.5, 0]
@@ -184,7 +184,7 @@ def test_continuous_labels_are_placed_by_their_bins(kind: Any, dtype: Any) -> No
     assert torch.equal(sampler.order(0), BinSampler(ages.astype(float), bins, num_samples=5000).order(0))
 
 
-def test_one_sample() -> None:
+def test_one_sample_is_drawn_each_time() -> None:
     for replacement in (True, False):
         assert list(BinSampler([3.7], Bins.uniform(0, 10, width=1), q=1, replacement=replacement)) == [0]
     assert list(BinSampler([2], Bins.classes(5), num_samples=3)) == [0, 0, 0]

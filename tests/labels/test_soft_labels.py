@@ -61,7 +61,7 @@ def test_kernels_of_the_oracle_have_standard_deviation_one_and_differ() -> None:
     assert len(rows) == 3
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     # A triangle of half-width 2 about 2: of [1.5, 2.5) 1 - 2 * (1.5 / 2)^2 / 2, and of each neighbour half of the rest
     # but for the (0.5 / 2)^2 / 2 beyond it.
     bins = Bins.uniform(0, 5, width=1, integer=True)
@@ -113,7 +113,7 @@ def test_rows_sum_to_one_at_every_width(axis: str, kernel: Any) -> None:
 
 
 @pytest.mark.parametrize("sigma", [None, 0, 0.0])
-def test_no_width_is_one_hot(sigma: float | None) -> None:
+def test_labels_without_width_are_one_hot(sigma: float | None) -> None:
     for bins in (AGES, UNEVEN):
         labels = labels_on(bins)
         hot = torch.nn.functional.one_hot(bins.index(labels), len(bins))
@@ -174,7 +174,7 @@ def test_labels_at_the_ends_of_uneven_and_coarse_axes_decode_to_themselves(kerne
         assert_close(decoded, labels, rtol=0, atol=0.51 if bins is decades else 1e-6)
 
 
-def test_open_ends_by_hand() -> None:
+def test_open_ends_are_those_worked_out_by_hand() -> None:
     # Bins [-1, 1), [1, 2), [2, 3), [3, 5): label 0 has all of its mass around it in the first one.
     bins = Bins.uniform(0, 4, width=1)
     soft = soft_labels(torch.tensor([0.0, 1.0, 4.0]), bins, 100, ends="open")
@@ -286,7 +286,7 @@ def test_an_axis_far_from_zero_is_resolved_as_one_at_zero(dtype: torch.dtype, un
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3), (2, 3, 4)])
-def test_any_shape_of_labels(shape: tuple[int, ...]) -> None:
+def test_any_shape_of_labels_is_taken(shape: tuple[int, ...]) -> None:
     labels = (torch.arange(math.prod(shape)) * 7 % 117).reshape(shape)
     copy = labels.clone()
     soft = soft_labels(labels, AGES, 2)
@@ -350,7 +350,7 @@ def test_other_arguments_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("sigma", [None, 2.0])
-def test_one_graph_that_reads_no_values(sigma: float | None) -> None:
+def test_soft_labels_are_one_graph_that_reads_no_values(sigma: float | None) -> None:
     assert soft_labels(torch.ones(3, device="meta"), AGES, sigma).shape == (3, 117)
     compiled = torch.compile(lambda y: soft_labels(y, AGES, sigma), fullgraph=True, backend="eager")
     labels = torch.tensor([3.0, 26.5])

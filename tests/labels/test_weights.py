@@ -243,7 +243,7 @@ def test_the_reference_oracle_depends_on_everything_it_should() -> None:
         assert not np.allclose(base, other, rtol=1e-3)
 
 
-def test_reference_defaults_and_refusals() -> None:
+def test_the_reference_has_its_defaults_and_refuses_the_rest() -> None:
     lds = LDS.reference(Bins.uniform(0, 121, width=1))
     assert (lds.scheme, lds.edges, lds.order, lds.outside, lds.clip) == (
         "sqrt_inverse",
@@ -286,7 +286,7 @@ def test_an_axis_shorter_than_the_usual_window_is_not_smoothed() -> None:
 # Labels beyond the axis
 
 
-def test_outside_options() -> None:
+def test_labels_beyond_the_axis_follow_outside() -> None:
     bins, labels = Bins.uniform(0, 10, width=1), [1.0, 1.0, 9.5]
     beyond = torch.tensor([-3.0, 9.5, 42.0])
     with pytest.raises(LabelError, match="labels must lie on the label axis"):
@@ -554,7 +554,7 @@ def test_a_damaged_state_is_refused_by_name(extra: Any) -> None:
 # Refusals
 
 
-def test_not_fitted() -> None:
+def test_weights_that_are_not_fitted_are_refused() -> None:
     lds = LDS(Bins.classes(5))
     with pytest.raises(
         NotFittedError, match=r"^LDS: weights are not fitted yet\. Call lds\.fit\(training_labels\) firs"

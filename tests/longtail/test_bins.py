@@ -25,7 +25,7 @@ from dir_toolkit.losses.distribution import crps
 from dir_toolkit.losses.regression import weighted_l1
 
 
-def test_a_value_worked_out_by_hand() -> None:
+def test_the_loss_is_that_worked_out_by_hand() -> None:
     bins = Bins.uniform(0, 4, width=2)
     density = LabelDensity(bins, np.array([3, 1]))
     model = LongTailModel(nn.Flatten(), 1, bins, density=density, sigma=0, target_prior="uniform", decode="expectation")

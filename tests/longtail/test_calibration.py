@@ -130,7 +130,7 @@ def test_the_oracle_of_tau_sees_another_decoding() -> None:
     assert error_under(model, scores, y, "bmae", 0.5, of_mean="expectation") != pytest.approx(found, rel=1e-3)
 
 
-def test_a_tau_worked_out_by_hand() -> None:
+def test_tau_is_that_worked_out_by_hand() -> None:
     bins = Bins.uniform(0, 4, width=2)  # centres 1 and 3
     model = LongTailModel(
         nn.Flatten(), 1, bins, density=LabelDensity(bins, np.array([9, 1])), sigma=0, decode="mode", prior_kernel=None

@@ -126,7 +126,7 @@ def test_another_prior_makes_the_calibration_stale() -> None:
     model.interval(model(x))
 
 
-def test_what_is_refused() -> None:
+def test_wrong_arguments_are_refused() -> None:
     model, (x, labels) = untrained(), drawn()
     scores = model(x).scores
     broken = scores.clone()

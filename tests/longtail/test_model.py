@@ -71,7 +71,7 @@ def each(model: LongTailModel, out: LongTailOutput, y: Tensor, weight: Tensor | 
     )
 
 
-def test_comparing_outputs_can_fail() -> None:
+def test_the_comparison_of_outputs_notices_a_wrong_one() -> None:
     out = ages()(batch()[0])
     with pytest.raises(AssertionError):
         same_output(out, out._replace(prediction=out.prediction + 1))
@@ -79,7 +79,7 @@ def test_comparing_outputs_can_fail() -> None:
         same_output(out, out._replace(loss=out.loss + 1 if out.loss == out.loss else torch.zeros(())))
 
 
-def test_own_loss_and_own_head() -> None:
+def test_own_losses_and_own_heads_are_taken() -> None:
     x, y = class_batch()
     out = classes(loss=focal_loss)(x, y)
     assert torch.equal(out.loss, focal_loss(out.scores, y))
@@ -175,7 +175,7 @@ def test_criterion_on_a_plain_output_is_the_loss(options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("options", [v for v in VARIANTS if v.get("loss") != "balanced_mse"], ids=str)
-def test_gradients(options: dict[str, Any]) -> None:
+def test_gradients_agree_with_differences(options: dict[str, Any]) -> None:
     x, y = batch(4)
     model = ages(**options).double()
     # Features and not inputs, since a median steps where its bin changes; the loss does not.

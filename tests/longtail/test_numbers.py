@@ -52,7 +52,7 @@ def test_regression_is_its_parts_to_the_bit_and_starts_where_labels_are() -> Non
 @pytest.mark.parametrize(
     "loss", ["weighted_mse", "weighted_huber", "weighted_focal_l1", "weighted_focal_mse", "balanced_mse"]
 )
-def test_regression_losses_by_name(loss: str) -> None:
+def test_regression_losses_are_given_by_name(loss: str) -> None:
     x, y = batch()
     model = ages(head="regression", loss=loss)
     out = model(x, y)

@@ -33,7 +33,7 @@ COMPILED = [*({"head": head} for head in ("regression", "gaussian", "affinity"))
 
 
 @pytest.mark.parametrize("options", [*VARIANTS, {"target_prior": "uniform", "tau": 0.3, "temperature": 2.0}], ids=str)
-def test_state_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_state_restores_another_model(options: dict[str, Any], tmp_path: Path) -> None:
     x, y = batch(40)
     model = ages(**options, fds=FDS(AGES, 6), weights=LDS(AGES).fit(AGE_DENSITY))
     model(x, y)

@@ -23,7 +23,7 @@ class TestAffinityLoss(LossTester):
         return sum(max(0.0, margin + d - rows[target]) for j, d in enumerate(rows) if j != target)
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     affinities = torch.tensor([[1.0, 0.5, 0.125], [0.25, 0.25, 1.0]])
     values = affinity_loss(affinities, torch.tensor([0, 1]), reduction="none")
     assert values.tolist() == [0.25, 0.75 + 1.5]  # leads of 0.5 and 0.875; of 0 and -0.75

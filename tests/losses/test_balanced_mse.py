@@ -197,7 +197,7 @@ def test_a_missing_label_leaves_no_trace_where_labels_are_dropped() -> None:
     assert torch.equal(drop(pred, missing, weight), drop(pred, target, weight))
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     batch = BatchMCLoss(noise_sigma=2.0, learn=False)
     pred, target = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])
     # Squared distances to the two labels: 0 and 16, 9 and 1; 2 sigma² = 8.
@@ -771,7 +771,7 @@ def test_defaults_are_free_of_the_label_s_unit(unit: float) -> None:
         assert_close(other.noise_sigma / unit, one.noise_sigma, rtol=1e-4, atol=0)
 
 
-def test_labels_beyond_the_axis() -> None:
+def test_labels_beyond_the_axis_follow_outside() -> None:
     pred, target, weight = samples("bins")
     far = target.clone()
     far[2], far[5] = 4.5, -9.0

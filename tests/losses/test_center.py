@@ -58,7 +58,7 @@ def paper_step(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
     return step
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     features, centers = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 0.0], [1.0, 2.0]])
     assert center_loss(features, torch.tensor([1, 0]), centers=centers, reduction="none").tolist() == [0, 12.5]
     assert center_loss(features, torch.tensor([0, 1]), torch.tensor([2, 1]), centers=centers).item() == (5 + 4) / 2

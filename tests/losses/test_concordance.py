@@ -37,7 +37,7 @@ class TestCCCLoss(LossTester):
         return values / values.sum() * (1 - coefficient(batch["rows"], batch["target"], weight)) * weight.sum()
 
 
-def test_limits_by_hand() -> None:
+def test_limits_are_those_worked_out_by_hand() -> None:
     y = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
     assert ccc_loss(y, y).item() == 0
     assert ccc_loss(torch.full_like(y, 3.0), y).item() == pytest.approx(1)  # the mean of the labels

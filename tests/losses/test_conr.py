@@ -104,7 +104,7 @@ class TestConR(LossTester):
         return naive(**{**given, "weight": batch["weight"] if weighted else None}, **options)
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     features = torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 5.0], [4.0, 0.0]], dtype=torch.float64)
     labels, pred = torch.tensor([10.0, 10.5, 30.0, 80.0]), torch.tensor([12.0, 20.0, 12.5, 50.0])
     # Only the first and the third are confused, and only the first has a positive: the second, of cosine 1.
@@ -182,7 +182,7 @@ def test_a_rarer_anchor_and_a_grosser_confusion_push_harder() -> None:
     assert_close(far, torch.tensor([1e6, 1e6, 0.0]))  # exp(1e6) overflows
 
 
-def test_order_size_and_views() -> None:
+def test_order_length_and_views_do_not_matter() -> None:
     parts = samples()
     values = conr_loss(**parts, reduction="none")
     order = torch.randperm(14, generator=torch.Generator().manual_seed(1))
@@ -220,7 +220,7 @@ def test_a_weight_scales_an_anchor_and_zero_leaves_no_trace() -> None:
         assert (leaf.grad[anchor] == 0).all()
 
 
-def test_features_of_zero_or_not_finite() -> None:
+def test_features_of_zero_have_no_gradient_and_broken_ones_show() -> None:
     parts = samples()
     anchor = int(conr_loss(**parts, reduction="none").argmax())
     parts["features"][anchor] = 0

@@ -161,7 +161,7 @@ class TestEqualization(ClassTester):
         return equalized(rows, target)
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     logits, target = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0]]).double(), torch.tensor([0, 0])
     log4, log43 = math.log(4), math.log(4 / 3)
     assert cross_entropy(logits, target, reduction="none").tolist() == pytest.approx([log4, log43])

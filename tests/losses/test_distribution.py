@@ -148,7 +148,7 @@ class TestSquaredEMD(BinTester):
         return emd(rows, target, bins)
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     logits = torch.tensor([[math.log(3), 0.0, -torch.inf]])
     target = torch.tensor([[0.5, 0.5, 0.0]])
     assert soft_cross_entropy(logits, target).item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
@@ -194,7 +194,7 @@ def test_classes_are_the_classification_path_to_the_bit(dtype: torch.dtype, redu
             assert torch.equal(gradient, gradients[0][1])  # type: ignore[arg-type]
 
 
-def test_classes_of_every_pixel() -> None:
+def test_classes_of_every_pixel_are_scored() -> None:
     logits, _, weight = samples(2, 3, 4)
     classes = torch.arange(24).reshape(2, 3, 4) % 5
     flat = cross_entropy(logits.reshape(-1, 5), classes.flatten(), weight.flatten(), reduction="none")

@@ -33,7 +33,7 @@ class TestFocalLoss(LossTester):
         return -alpha[target] * (1 - p) ** gamma * math.log(p)
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     logits, target = torch.tensor([[math.log(3), 0.0], [math.log(3), 0.0]]), torch.tensor([0, 1])  # p = 3/4 and 1/4
     values = focal_loss(logits, target, alpha=[1.0, 4.0], reduction="none")
     assert values.tolist() == pytest.approx([math.log(4 / 3) / 16, 4 * 9 / 16 * math.log(4)])

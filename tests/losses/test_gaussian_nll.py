@@ -71,7 +71,7 @@ def test_any_shape_of_labels_is_taken(shape: tuple[int, ...]) -> None:
     assert torch.equal(gaussian_nll(pred, target, weight, reduction="none"), flat.view(shape))
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     pred, target = torch.tensor([[3.0, 0.0], [1.0, math.log(4.0)]]), torch.tensor([3.0, 5.0])
     half = math.log(2 * math.pi) / 2
     expected = [half, 16 / 8 + math.log(2) + half]

@@ -46,7 +46,7 @@ def test_honest_weights_per_sample_raise_no_warning(weight: list[float]) -> None
     assert cross_entropy(torch.zeros(4, 4), torch.tensor([0, 1, 1, 3]), torch.tensor(weight)) >= 0
 
 
-def test_reduce_by_hand() -> None:
+def test_reductions_are_those_worked_out_by_hand() -> None:
     values, weight = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1, 0, 2])
     assert reduce(values, None, "mean") == 3
     assert reduce(values, weight, "none").tolist() == [1, 0, 12]
@@ -54,7 +54,7 @@ def test_reduce_by_hand() -> None:
     assert reduce(values, weight, "mean") == pytest.approx(13 / 3)  # by N, not by the sum of weights
 
 
-def test_one_value_a_class_may_come_as_any_array() -> None:
+def test_one_value_per_class_may_come_as_any_array() -> None:
     scores = torch.zeros(2, 3)
     locked = np.array([3, 2, 1])[::-1]
     locked.setflags(write=False)
@@ -65,7 +65,7 @@ def test_one_value_a_class_may_come_as_any_array() -> None:
     assert per_class("counts", [1, 2, 3], scores.to("meta")).device.type == "meta"
 
 
-def test_one_value_a_class_is_checked() -> None:
+def test_one_value_per_class_is_checked() -> None:
     scores = torch.zeros(2, 3)
     check = partial(per_class, "p", logits=scores)
     for value in ([1.0, 2.0], torch.ones(3, 1), 1.0, torch.ones(2)):

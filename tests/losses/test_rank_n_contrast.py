@@ -62,7 +62,7 @@ def same(actual: Tensor, expected: Tensor) -> None:
     assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     features, labels = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([10, 20, 50])
     # From 0 the others lie at 1 and 3, from 1 at 1 and 2, from 3 at 2 and 3; the further one contributes log 1.
     expected = [math.log(1 + math.exp(-gap)) / 2 for gap in (2, 1, 1)]

@@ -124,7 +124,7 @@ class TestFocalMSE(PointTester):
         return focus(e, **options) * e * e
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     pred, target = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 4.0, 4.5])  # errors 0, -2, 0.5
     weight = torch.tensor([9.0, 0.5, 2.0])
     assert weighted_l1(pred, target).item() == pytest.approx(2.5 / 3)

@@ -68,7 +68,7 @@ def menon() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(right, target, (target + 1) % 3), target
 
 
-def test_the_example_of_the_paper() -> None:
+def test_the_example_of_the_paper_gives_its_numbers() -> None:
     pred, target = menon()
     expected = (9 / 10 + 10 / 20 + 10 / 30) / 3
     assert balanced_error(pred, target, 3) == pytest.approx(expected, rel=1e-12)
@@ -79,7 +79,7 @@ def test_the_example_of_the_paper() -> None:
     assert result.error.item() == pytest.approx(29 / 60, rel=1e-12)
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     result = of([0, 0, 1, 2, 0], [0, 0, 0, 2, 3])
     assert result.error.values.tolist()[:4] == pytest.approx([2 / 5, 1 / 3, 0, 1])
     assert result.balanced_error.values.tolist()[:4] == pytest.approx([(1 / 3 + 0 + 1) / 3, 1 / 3, 0, 1])
@@ -134,7 +134,7 @@ def test_the_comparison_notices_a_wrong_answer() -> None:
             assert_equals_naive(result, wrong)
 
 
-def test_the_confusion_matrix() -> None:
+def test_the_confusion_matrix_counts_target_by_prediction() -> None:
     metrics = ClassificationMetrics(DENSITY)
     metrics.update(torch.tensor([0, 1, 1, 5]), torch.tensor([0, 0, 0, 2]))
     matrix = metrics.confusion_matrix()

@@ -144,7 +144,7 @@ def test_a_clipped_target_keeps_its_distance() -> None:
         ({"density": LabelDensity(Bins.classes(2), [1, 2])}, ValueError, "density must be over a continuous axis"),
     ],
 )
-def test_settings_that_are_refused(settings: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         DistributionMetrics(**{"density": DENSITY, **settings})
 

@@ -409,7 +409,7 @@ def test_the_default_device_is_no_matter(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_settings_and_their_repr(kind: str) -> None:
+def test_the_repr_shows_the_settings(kind: str) -> None:
     metrics = make(kind, outside="clip")
     assert (
         list(metrics.settings)

@@ -64,7 +64,7 @@ def test_an_interval_of_two_infinite_ends_that_are_equal_has_no_width() -> None:
     assert result.coverage == pytest.approx(1 / 3)
 
 
-def test_targets_beyond_the_axis() -> None:
+def test_targets_beyond_the_axis_follow_outside() -> None:
     clipped, dropped = (
         interval_metrics([0.0, 0.0], [1.0, 9.0], [0.5, 7.0], DENSITY, outside=outside) for outside in ("clip", "drop")
     )
@@ -87,7 +87,7 @@ def test_targets_beyond_the_axis() -> None:
         (([0.0], [1.0], [1.0, 2.0]), ShapeError, "lower and target must have the same shape"),
     ],
 )
-def test_what_is_refused(arguments: Any, error: type[Exception], message: str) -> None:
+def test_wrong_arguments_are_refused(arguments: Any, error: type[Exception], message: str) -> None:
     metrics = IntervalMetrics(DENSITY)
     with pytest.raises(error, match=rf"^IntervalMetrics\.update: {message}"):
         metrics.update(*arguments)

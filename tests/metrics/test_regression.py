@@ -78,7 +78,7 @@ def of(pred: Any, target: Any, **options: Any) -> xr.Dataset:
     return regression_metrics(torch.as_tensor(pred), torch.as_tensor(target), DENSITY, **options)
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     result = of([1.0, 4.0, 2.5], [0.0, 0.0, 2.5])  # errors 1, 4 and 0
     assert result.mae.sel(region=["all", "many", "medium"]).values.tolist() == pytest.approx([5 / 3, 2.5, 0])
     assert result.rmse.sel(region="many").item() == pytest.approx(math.sqrt(17 / 2))
@@ -127,7 +127,7 @@ def test_the_summary_holds_what_training_watches() -> None:
     assert all(math.isnan(value) for value in metrics.fresh().summary().values())
 
 
-def test_one_sample() -> None:
+def test_one_sample_has_metrics_and_no_correlation() -> None:
     row = of([3.0], [2.0]).sel(region="medium")
     assert [row[name].item() for name in ("mae", "rmse", "gm", "bmae", "bias")] == [1] * 5
     assert math.isnan(row.pearson.item())
@@ -170,7 +170,7 @@ def test_perfect_predictions_correlate_fully() -> None:
     assert (of(target, target).pearson.fillna(1) <= 1).all()
 
 
-def test_the_floor_of_the_geometric_mean() -> None:
+def test_the_geometric_mean_has_a_floor() -> None:
     assert RegressionMetrics(DENSITY).floor == 0.01  # a hundredth of a bin
     assert of([2.5, 2.5], [2.5, 2.6], floor=0.1).gm.sel(region="all").item() == pytest.approx(0.1)
     for floor, kind in ((0, ValueError), (-1, ValueError), (math.nan, ValueError), ("1", TypeError)):

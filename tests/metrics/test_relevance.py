@@ -10,7 +10,7 @@ from dir_toolkit import Bins, LabelDensity
 from dir_toolkit.metrics import Relevance
 
 
-def test_the_cubic_by_hand() -> None:
+def test_the_cubic_is_that_worked_out_by_hand() -> None:
     relevance = Relevance(-4.0, 0.0, 2.0)
     labels = torch.tensor([-9.0, -4.0, -2.0, 0.0, 0.5, 1.0, 2.0, 7.0], dtype=torch.float64)
     assert relevance(labels).tolist() == [1, 1, 0.5, 0, 3 / 16 - 2 / 64, 0.5, 1, 1]
@@ -35,7 +35,7 @@ def test_whole_numbers_lie_in_the_middle_of_their_bins() -> None:
     assert Relevance.of(LabelDensity(Bins.classes(3), [2, 6, 2])).median == 1
 
 
-def test_a_grid_has_none() -> None:
+def test_a_grid_has_no_relevance() -> None:
     with pytest.raises(ValueError, match=r"^Relevance\.of: density must be over one axis, got <?BinGrid"):
         Relevance.of(LabelDensity(Bins.grid(Bins.classes(2), Bins.classes(2)), [1, 2, 3, 4]))
 

@@ -74,7 +74,7 @@ def metrics_of(*batch: torch.Tensor, num_bins: int = 15) -> CalibrationMetrics:
     return metrics
 
 
-def test_values_by_hand() -> None:
+def test_values_are_those_worked_out_by_hand() -> None:
     probabilities = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.5, 0.5]])
     result = calibration_metrics(probabilities, torch.tensor([0, 1, 0]), num_bins=5)
     assert result.ece.item() == pytest.approx((2 * abs(0.5 - 0.75) + abs(1 - 0.5)) / 3)
@@ -166,7 +166,7 @@ def test_weights_make_all_classes_alike() -> None:
         assert balanced[name].item() == pytest.approx(sum(part[name].item() for part in each) / 4, rel=1e-12)
 
 
-def test_the_reliability_diagram() -> None:
+def test_the_reliability_diagram_holds_means_by_bin() -> None:
     probabilities = torch.tensor([[0.75, 0.25], [0.875, 0.125], [0.5, 0.5]], dtype=torch.float64)
     metrics = metrics_of(probabilities, torch.tensor([0, 1, 1]), num_bins=4)
     diagram = metrics.reliability()

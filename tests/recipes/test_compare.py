@@ -206,7 +206,7 @@ def test_all_bad_settings_are_told_at_once(
 
 
 @pytest.mark.usefixtures("sketched")
-def test_a_list_of_agedb(tmp_path: Path, here: Callable[..., Outcome]) -> None:
+def test_a_list_of_agedb_is_read(tmp_path: Path, here: Callable[..., Outcome]) -> None:
     images = sorted(make_faces(tmp_path / "AgeDB").glob("*.chip.jpg"))
     rows = ["age,path,split"]
     for i, split in enumerate(["train"] * 8 + ["val"] * 2 + ["test"] * 3):

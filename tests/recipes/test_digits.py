@@ -159,7 +159,7 @@ def test_data_are_thinned_and_made_noisy_as_asked(here: Callable[..., Outcome], 
 
 
 @pytest.mark.usefixtures("sketched")
-def test_files_of_mnist(here: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_files_of_mnist_are_read(here: Callable[..., Outcome], tmp_path: Path) -> None:
     words = ["--data", "mnist", "--root", "mnist", "--epochs", 1, "--batch-size", 16, "--val-per-class", 1]
     outcome = here(*words)
     assert re.fullmatch(r"mnist: root must hold the four files of MNIST.*download_mnist.*\n", outcome.err)

@@ -28,7 +28,7 @@ def test_help_answers_without_torch(tmp_path: Path) -> None:
     running.check_help_answers_without_torch(RECIPE, tmp_path, "--samples", "--epochs")
 
 
-def test_it_prints_a_row_a_method(here: Callable[..., Outcome]) -> None:
+def test_it_prints_a_row_per_method(here: Callable[..., Outcome]) -> None:
     outcome = here(*TINY)
     assert outcome.code == 0, outcome.err
     title, header, *rows = outcome.out.splitlines()

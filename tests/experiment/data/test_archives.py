@@ -57,7 +57,7 @@ def with_header(field: slice, value: bytes, *, at: int = 0) -> bytes:
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_reads_what_tarfile_writes(tmp_path: Path, pack: Callable[[bytes], bytes], tar_format: int) -> None:
+def test_it_reads_what_tarfile_writes(tmp_path: Path, pack: Callable[[bytes], bytes], tar_format: int) -> None:
     long = "/".join(["a" * 60, "b" * 60, "é.jpg"])
     contents = {**CONTENTS, long: b"long"}
     files = TarFiles(write(tmp_path, pack(tar_bytes(contents, tar_format=tar_format))))
@@ -72,7 +72,7 @@ def test_folders_and_leading_dots_are_let_in(tmp_path: Path) -> None:
     assert TarFiles(write(tmp_path, data)).names == ["faces/a.jpg"]
 
 
-def test_digest_is_of_the_stored_bytes(tmp_path: Path) -> None:
+def test_the_digest_is_of_the_stored_bytes(tmp_path: Path) -> None:
     one, two = write(tmp_path, tar_bytes(), "1.tar"), write(tmp_path, tar_bytes({"a": b"2"}), "2.tar")
     assert TarFiles(one).digest() == TarFiles(one).digest() != TarFiles(two).digest()
 
@@ -110,12 +110,12 @@ def test_one_bad_member_refuses_the_archive(tmp_path: Path, bad: tarfile.TarInfo
         ({"most_bytes_each": 1499}, "'faces/b.jpg' must hold at most 1,499 bytes, got 1,500"),
     ],
 )
-def test_limits(tmp_path: Path, limits: dict[str, int], message: str) -> None:
+def test_archives_over_a_limit_are_refused(tmp_path: Path, limits: dict[str, int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         TarFiles(write(tmp_path, tar_bytes()), **limits)
 
 
-def test_promised_size_is_not_believed(tmp_path: Path) -> None:
+def test_a_promised_size_is_not_believed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must end within"):
         TarFiles(write(tmp_path, with_header(slice(124, 136), b"777777777777")))
     with pytest.raises(DataError, match="must hold at most"):
@@ -140,7 +140,7 @@ def test_pax_records_that_change_contents_are_refused(tmp_path: Path, key: str) 
 
 
 @pytest.mark.parametrize("records", [b"99 path=a\n", b"x path=a\n", b"9 path=ab", b"0 path=a\n", b"\xff\xfe"])
-def test_broken_pax_records(tmp_path: Path, records: bytes) -> None:
+def test_broken_pax_records_are_refused(tmp_path: Path, records: bytes) -> None:
     header = member("pax", b"x")
     header.size = len(records)
     data = header.tobuf() + records.ljust(512, b"\0") + tar_bytes()
@@ -164,12 +164,12 @@ def test_a_damaged_header_in_the_middle_does_not_end_the_list(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("cut", [0, 100, 512, 600, 1024, 3 * 512])
-def test_cut_short(tmp_path: Path, cut: int) -> None:
+def test_an_archive_that_is_cut_short_is_refused(tmp_path: Path, cut: int) -> None:
     with pytest.raises(DataError, match="whole and readable"):
         TarFiles(write(tmp_path, tar_bytes(tar_format=tarfile.USTAR_FORMAT)[:cut]))
 
 
-def test_damaged_gzip(tmp_path: Path) -> None:
+def test_a_damaged_gzip_stream_is_refused(tmp_path: Path) -> None:
     packed = gzip.compress(tar_bytes())
     flipped = bytearray(packed)
     flipped[-6] ^= 1  # the check sum behind the last byte
@@ -185,7 +185,7 @@ def test_nothing_hides_behind_the_end(tmp_path: Path) -> None:
         TarFiles(write(tmp_path, gzip.compress(tar_bytes() + bytes(2**25))))
 
 
-def test_no_such_archive(tmp_path: Path) -> None:
+def test_a_missing_archive_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="FileNotFoundError"):
         TarFiles(tmp_path / "none.tar")
 
@@ -208,7 +208,7 @@ def test_mutated_archives_give_our_error_or_a_valid_list(
     assert refused > 100
 
 
-def test_folder_reads_and_digests(tmp_path: Path) -> None:
+def test_a_folder_reads_its_files_and_digests_them(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub", b"one", "a.jpg")
     files = FolderFiles(tmp_path)
@@ -224,7 +224,7 @@ def test_folder_reads_and_digests(tmp_path: Path) -> None:
         FolderFiles(tmp_path / "none")
 
 
-def test_folder_keeps_to_itself(tmp_path: Path) -> None:
+def test_a_folder_reads_nothing_outside_itself(tmp_path: Path) -> None:
     root = tmp_path / "out"
     (root / "in").mkdir(parents=True)
     (tmp_path / "out-evil").mkdir()
@@ -249,7 +249,7 @@ def test_folder_keeps_to_itself(tmp_path: Path) -> None:
             files.has(name, source="list")
 
 
-def test_folder_passes_over_no_giant(tmp_path: Path) -> None:
+def test_a_folder_refuses_giant_files(tmp_path: Path) -> None:
     with write(tmp_path, b"", "giant.jpg").open("wb") as file:
         file.truncate(2**25 + 1)
     with pytest.raises(DataError, match="at most 33,554,432 bytes"):

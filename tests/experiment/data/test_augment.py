@@ -44,7 +44,7 @@ def test_equals_one_image_after_the_other(dtype: torch.dtype, flip: bool, shift:
     assert result.equal(images) == (not flip and shift == 0)
 
 
-def test_a_row_by_hand() -> None:
+def test_a_row_moves_and_flips_as_worked_out_by_hand() -> None:
     row = torch.tensor([10, 20, 30, 40], dtype=torch.uint8).view(1, 1, 1, 4).expand(200, 3, 4, 4)
     moved = {tuple(image[0, 0].tolist()) for image in augment(row, generator=seeded(), flip=False, shift=1)}
     assert moved == {(20, 10, 20, 30), (10, 20, 30, 40), (20, 30, 40, 30)}
@@ -87,7 +87,7 @@ def test_settings_draw_equally_many_numbers() -> None:
     assert ends[0].equal(ends[1])
 
 
-def test_input_is_left_alone() -> None:
+def test_the_input_is_left_alone() -> None:
     images = photos()
     before = images.clone()
     augment(images, generator=seeded(), flip=False, shift=0).zero_()
@@ -96,7 +96,7 @@ def test_input_is_left_alone() -> None:
     assert images.equal(before)
 
 
-def test_odd_layouts() -> None:
+def test_channels_last_and_empty_batches_are_taken() -> None:
     images = photos().contiguous(memory_format=torch.channels_last)
     assert augment(images, generator=seeded()).equal(augment(photos(), generator=seeded()))
     assert augment(photos()[:0], generator=seeded()).shape == (0, 3, 6, 9)
@@ -116,12 +116,14 @@ def test_odd_layouts() -> None:
         (torch.zeros(1, 3, 8, 8), {"generator": None}, TypeError, "generator must be a Generator, got NoneType."),
     ],
 )
-def test_refuses(images: Any, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_augment_refuses_wrong_arguments(
+    images: Any, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match="^augment: " + re.escape(message)):
         augment(images, **{"generator": seeded(), **settings})
 
 
-def test_to_float() -> None:
+def test_to_float_maps_bytes_to_minus_one_to_one() -> None:
     assert to_float(torch.tensor([[0, 255]], dtype=torch.uint8)).tolist() == [[-1.0, 1.0]]
     everything = to_float(torch.arange(256, dtype=torch.uint8))
     assert everything.dtype == torch.float32
@@ -199,6 +201,8 @@ def test_one_gray_in_five_is_made() -> None:
         (photos(1), {"generator": None}, TypeError, "generator must be a Generator, got NoneType."),
     ],
 )
-def test_strong_refuses(images: Any, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_augment_strongly_refuses_wrong_arguments(
+    images: Any, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match="^augment_strongly: " + re.escape(message)):
         augment_strongly(images, **{"generator": seeded(), **settings})

@@ -47,7 +47,7 @@ def kept(folder: Path) -> list[str]:
     return sorted(path.suffix for path in folder.iterdir())
 
 
-def test_decodes_to_channels_first_rgb() -> None:
+def test_images_are_decoded_to_channels_first_rgb() -> None:
     out = io.BytesIO()
     Image.new("RGB", (200, 100), (250, 128, 3)).save(out, "JPEG", quality=100)
     image = decode_image(out.getvalue(), 24)
@@ -69,13 +69,13 @@ def test_size_of_the_image_keeps_every_pixel(jpeg: Callable[..., bytes]) -> None
         np.testing.assert_array_equal(decode_image(data, 16), np.asarray(image).transpose(2, 0, 1))
 
 
-def test_giant_is_not_decoded(jpeg: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_giant_image_is_not_decoded(jpeg: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_MOST_PIXELS", 16 * 15)
     with pytest.raises(ValueError, match="256 pixels, at most 240 are decoded"):
         decode_image(jpeg(), 8)
 
 
-def test_bomb_of_one_header(jpeg: Callable[..., bytes]) -> None:
+def test_a_bomb_of_one_header_is_not_decoded(jpeg: Callable[..., bytes]) -> None:
     data = bytearray(jpeg())
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = b"\xff\xff\xff\xff"
@@ -112,7 +112,9 @@ def test_mutated_jpeg_gives_an_image_or_a_value_error(
     assert min(results.values()) > 20
 
 
-def test_without_pillow(monkeypatch: pytest.MonkeyPatch, jpeg: Callable[..., bytes]) -> None:
+def test_without_pillow_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, jpeg: Callable[..., bytes]
+) -> None:
     data = jpeg()
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r'Pillow must be installed, .* pip install "dir_toolkit\[recipes\]"'):
@@ -129,7 +131,9 @@ def test_rows_hold_the_images(files: FolderFiles, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(next((tmp_path / "cache").glob("*.npy"))), decoded.images)
 
 
-def test_second_call_does_not_decode(files: FolderFiles, tmp_path: Path, refuse_to_decode: Callable[[], None]) -> None:
+def test_a_second_call_does_not_decode(
+    files: FolderFiles, tmp_path: Path, refuse_to_decode: Callable[[], None]
+) -> None:
     first = decode_once(files, NAMES, size=8, cache=tmp_path / "cache").images
     refuse_to_decode()
     np.testing.assert_array_equal(decode_once(files, NAMES, size=8, cache=tmp_path / "cache").images, first)
@@ -153,7 +157,9 @@ def test_writes_nothing_outside_the_cache(files: FolderFiles, tmp_path: Path) ->
     assert kept(tmp_path / "a" / "cache") == [".json", ".lock", ".npy"]
 
 
-def test_default_folder(files: FolderFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder_follows_the_environment(
+    files: FolderFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DIR_TOOLKIT_CACHE", str(tmp_path / "named"))
     decode_once(files, NAMES, size=8)
     assert ".npy" in kept(tmp_path / "named")
@@ -186,7 +192,7 @@ def test_default_folder_of_a_user_with_or_without_a_home(
 
 
 @pytest.mark.parametrize("what", ["cut", "grown", "dtype", "empty", "gone", "notes", "notes gone", "other notes"])
-def test_damaged_cache_is_rebuilt(files: FolderFiles, tmp_path: Path, what: str) -> None:
+def test_a_damaged_cache_is_rebuilt(files: FolderFiles, tmp_path: Path, what: str) -> None:
     whole = decode_once(files, NAMES, size=8, cache=tmp_path / "cache").images.copy()
     array = next((tmp_path / "cache").glob("*.npy"))
     notes = array.with_suffix(".json")
@@ -252,7 +258,7 @@ def test_two_processes_build_at_once_after_a_third_was_killed_at_it(files: Folde
     assert kept(tmp_path / "cache") == [".json", ".lock", ".npy"]
 
 
-def test_without_locks(
+def test_without_locks_every_process_decodes(
     files: FolderFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse_to_decode: Callable[[], None]
 ) -> None:
     monkeypatch.setitem(sys.modules, "fcntl", None)
@@ -277,7 +283,7 @@ def test_damaged_image_raises_or_is_left_out(
         decode_once(files, NAMES, size=8, cache=tmp_path / "cache")
 
 
-def test_refuses_settings(files: FolderFiles, tmp_path: Path) -> None:
+def test_wrong_settings_are_refused(files: FolderFiles, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="size must be at least 1"):
         decode_once(files, NAMES, size=0, cache=tmp_path)
     with pytest.raises(ValueError, match="on_error must be one of"):
@@ -286,7 +292,7 @@ def test_refuses_settings(files: FolderFiles, tmp_path: Path) -> None:
         decode_once(files, [], size=8, cache=tmp_path)
 
 
-def test_progress_only_on_a_terminal(
+def test_progress_shows_only_on_a_terminal(
     files: FolderFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     decode_once(files, NAMES, size=8, cache=tmp_path / "quiet")

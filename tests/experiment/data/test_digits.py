@@ -37,7 +37,7 @@ def test_each_image_is_used_once_and_goes_with_its_label(default: Splits) -> Non
     assert default.train.images.max() == 255
 
 
-def test_the_test_set_by_hand(default: Splits) -> None:
+def test_the_test_set_is_that_worked_out_by_hand(default: Splits) -> None:
     from sklearn.datasets import load_digits
 
     labels = load_digits(return_X_y=True)[1]
@@ -79,12 +79,12 @@ def test_evaluation_is_balanced_and_left_alone_by_tail_noise_and_seed(default: S
         ({"seed": -1}, ValueError, "digits: seed must be at least 0, got -1."),
     ],
 )
-def test_refuses(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_digits_refuse_wrong_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^" + re.escape(message)):
         digits(**settings)
 
 
-def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"^digits: scikit-learn must be installed, got .*\. pip install"):
         digits()

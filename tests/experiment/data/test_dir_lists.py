@@ -47,7 +47,7 @@ def assert_as_listed(splits: Splits) -> None:
     assert splits.train.images.shape == (5, 3, 8, 8)
 
 
-def test_reads_a_list(read: Callable[..., Splits]) -> None:
+def test_a_list_gives_its_images_and_ages(read: Callable[..., Splits]) -> None:
     assert_as_listed(read())
 
 
@@ -95,7 +95,7 @@ def test_ages_may_have_decimals(read: Callable[..., Splits]) -> None:
         (f"30,{'a' * 5000},test", "path must name a file"),
     ],
 )
-def test_bad_row_names_its_line(read: Callable[..., Splits], root: Path, row: str, message: str) -> None:
+def test_a_bad_row_is_refused_by_its_line(read: Callable[..., Splits], root: Path, row: str, message: str) -> None:
     evil = root.parent / "root-evil"
     evil.mkdir()
     (evil / "4.jpg").write_bytes(b"")
@@ -107,12 +107,12 @@ def test_bad_row_names_its_line(read: Callable[..., Splits], root: Path, row: st
 
 
 @pytest.mark.parametrize("header", ["", "age,path", "age,path,split,age", "31,AgeDB/0.jpg,train", "Age,path,split"])
-def test_bad_header(read: Callable[..., Splits], header: str) -> None:
+def test_a_bad_header_is_refused(read: Callable[..., Splits], header: str) -> None:
     with pytest.raises(DataError, match=r"line 1: the header must name each of the columns age, path, split once"):
         read(header=header)
 
 
-def test_not_text(read: Callable[..., Splits], tmp_path: Path, root: Path) -> None:
+def test_files_that_are_not_text_are_refused(read: Callable[..., Splits], tmp_path: Path, root: Path) -> None:
     with pytest.raises(DataError, match="UnicodeDecodeError"):
         read(b"age,path,split\n31,AgeDB/\xff.jpg,train\n")
     with pytest.raises(DataError, match="FileNotFoundError"):

@@ -33,7 +33,7 @@ def claims(shape: Sequence[int], body: bytes = b"", *, code: int = 8, start: byt
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_by_hand_whatever_the_name(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+def test_bytes_written_by_hand_are_read_whatever_the_name(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     for name in ("a", "a.gz", "a.idx"):
         array = read_idx(write(tmp_path, pack(HAND), name))
         assert array.dtype == np.uint8
@@ -62,7 +62,7 @@ def test_types_come_in_native_order(
     np.testing.assert_array_equal(array, np.array(values, dtype))
 
 
-def test_more_than_one_chunk(tmp_path: Path) -> None:
+def test_arrays_of_more_than_one_chunk_are_read(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1500, 1, 1000), np.uint8)
     data = claims(pixels.shape, pixels.tobytes())
     for packed in (data, gzip.compress(data, 1, mtime=0)):
@@ -103,7 +103,7 @@ def test_more_than_one_chunk(tmp_path: Path) -> None:
         (claims([2**16, 2**16, 2**16, 2**16], b""), "byte 4: the numbers must take at most"),  # to 0, in 64 bits
     ],
 )
-def test_refuses_plain_files_that_lie(tmp_path: Path, data: bytes, message: str) -> None:
+def test_plain_files_that_lie_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     path = write(tmp_path, data)
     with pytest.raises(DataError, match="^" + re.escape(f"{path}, {message}")):
         read_idx(path)
@@ -130,7 +130,7 @@ def test_refuses_plain_files_that_lie(tmp_path: Path, data: bytes, message: str)
         (b"\x1f\x8b\x00" + bytes(30), "unpacked byte 0: the gzip stream must be whole, got Unknown compression method"),
     ],
 )
-def test_refuses_packed_files_that_lie(tmp_path: Path, data: bytes, message: str) -> None:
+def test_packed_files_that_lie_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         read_idx(write(tmp_path, data))
 
@@ -158,7 +158,7 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_limits_and_paths(tmp_path: Path) -> None:
+def test_limits_hold_and_paths_of_any_kind_are_taken(tmp_path: Path) -> None:
     path = write(tmp_path, HAND)
     assert read_idx(str(path), max_bytes=6).shape == (2, 3)
     with pytest.raises(DataError, match="byte 4: the numbers must take at most 5 bytes, the limit, got 6 in"):

@@ -23,7 +23,7 @@ def parts(**changes: Any) -> dict[str, Any]:
     return {**fields, **changes}
 
 
-def test_batch_follows_rows_and_order() -> None:
+def test_a_batch_follows_rows_and_order() -> None:
     data = ImageSet(**parts())
     images, labels = data.batch(np.array([2, 1, 1]))
     assert len(data) == 3
@@ -42,7 +42,7 @@ def test_digest_is_computed_if_it_is_not_given() -> None:
     assert ImageSet(**parts()).digest == "0" * 64
 
 
-def test_batch_is_a_copy() -> None:
+def test_a_batch_is_a_copy() -> None:
     data = ImageSet(**parts())
     images, labels = data.batch(np.arange(3))
     images.zero_()
@@ -51,7 +51,7 @@ def test_batch_is_a_copy() -> None:
     assert data.labels.tolist() == [5, 7, 9]
 
 
-def test_empty_set_and_empty_batch() -> None:
+def test_sets_and_batches_may_be_empty() -> None:
     none = np.zeros(0, dtype=np.int64)
     assert ImageSet(**parts()).batch(none)[0].shape == (0, 3, 2, 1)
     empty = ImageSet(**parts(images=np.zeros((0, 3, 2, 1), np.uint8), labels=np.zeros(0, np.float32), rows=none))
@@ -59,7 +59,7 @@ def test_empty_set_and_empty_batch() -> None:
     assert empty.batch(none)[1].shape == (0,)
 
 
-def test_read_only_memmap(tmp_path: Path) -> None:
+def test_a_read_only_memmap_is_copied(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", parts()["images"])
     images = np.load(tmp_path / "images.npy", mmap_mode="r")
     batch, _ = ImageSet(**parts(images=images)).batch(np.array([0]))
@@ -68,7 +68,7 @@ def test_read_only_memmap(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_grey_images_and_class_indices(channels: int) -> None:
+def test_grey_images_and_class_indices_are_taken(channels: int) -> None:
     images = np.arange(4 * channels * 2, dtype=np.uint8).reshape(4, channels, 2, 1)
     data = ImageSet(**parts(images=images, labels=np.array([2, 0, 2**40])))
     batch, labels = data.batch(np.array([2, 1]))
@@ -80,7 +80,7 @@ def test_grey_images_and_class_indices(channels: int) -> None:
     assert data.labels.tolist() == [2, 0, 2**40]
 
 
-def test_digest_of_class_indices_by_hand() -> None:
+def test_the_digest_of_class_indices_is_that_worked_out_by_hand() -> None:
     images, rows, labels = np.array([7, 9], np.uint8).reshape(2, 1, 1, 1), np.array([1, 0]), np.array([3, 258])
     bytes_seen = b"2 (1, 1, 1)" + bytes([3, 0, 0, 0, 0, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0]) + bytes([9, 7])
     assert content_digest(images, labels, rows) == hashlib.sha256(bytes_seen).hexdigest()
@@ -128,7 +128,7 @@ def test_digest_tells_what_is_seen_and_not_how_it_is_stored() -> None:
         ({"digest": 5}, ValueError, "digest must be 64 hexadecimal digits"),
     ],
 )
-def test_refuses_parts_that_do_not_fit(changes: Any, error: type[Exception], message: str) -> None:
+def test_parts_that_do_not_fit_are_refused(changes: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^ImageSet: " + re.escape(message)):
         ImageSet(**parts(**changes))
 
@@ -144,7 +144,7 @@ def test_refuses_parts_that_do_not_fit(changes: Any, error: type[Exception], mes
         (np.array([3]), ValueError, "indices must lie in [0, 3), got 3 at index [0] (1 such values)."),
     ],
 )
-def test_batch_refuses_bad_indices(indices: Any, error: type[Exception], message: str) -> None:
+def test_a_batch_refuses_bad_indices(indices: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^ImageSet.batch: " + re.escape(message)):
         ImageSet(**parts()).batch(indices)
 

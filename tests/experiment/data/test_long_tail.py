@@ -37,7 +37,7 @@ def splits_of(**changes: Any) -> Splits:
     return long_tail_splits(**{**data, "source": "x", "val_per_class": 5, "seed": 3, **changes})
 
 
-def test_step_profile_by_hand() -> None:
+def test_the_step_profile_is_that_worked_out_by_hand() -> None:
     assert step_profile(10, 0.025).tolist() == [0.025] * 5 + [1.0] * 5
     assert step_profile(3, 0.1).tolist() == [0.1, 1, 1]  # by default the first half, rounded down
     assert step_profile(1, 0.1).tolist() == [1]
@@ -46,7 +46,7 @@ def test_step_profile_by_hand() -> None:
     assert step_profile(3, 0.5, thinned=np.array([0, 0])).dtype == np.float64
 
 
-def test_exponential_profile_by_hand() -> None:
+def test_the_exponential_profile_is_that_worked_out_by_hand() -> None:
     assert exponential_profile(3, 4).tolist() == [1, 0.5, 0.25]
     assert exponential_profile(1, 100).tolist() == [1]
     assert exponential_profile(5, 1).tolist() == [1] * 5
@@ -85,7 +85,7 @@ def test_thin_chooses_evenly() -> None:
     assert np.abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)  # five standard deviations
 
 
-def test_random_choices_of_record() -> None:
+def test_random_choices_stay_as_recorded() -> None:
     assert thin(np.zeros(8, int), [0.5], seed=7).tolist() == [0, 3, 5, 7]
     assert uniform_noise(np.zeros(8, int), 0.5, 10, seed=7).tolist() == [6, 5, 7, 0, 0, 0, 0, 4]
 
@@ -159,7 +159,7 @@ def test_splits_cap_before_thinning() -> None:
     assert set(splits.train.rows) <= set(fewer.train.rows) <= set(splits_of().train.rows)
 
 
-def test_seeds_of_splits() -> None:
+def test_splits_follow_their_seed() -> None:
     assert splits_of().train.digest == splits_of().train.digest
     assert splits_of(seed=4).val.digest != splits_of().val.digest
     assert splits_of(seed=4).test.digest == splits_of().test.digest
@@ -211,7 +211,7 @@ def test_seeds_of_splits() -> None:
         (balanced_holdout, ([-1], 0), LabelError, "labels must be class indices, >= 0, got -1 at index [0] (1 such"),
     ],
 )
-def test_refuses(
+def test_profiles_and_thinning_refuse_wrong_arguments(
     function: Callable[..., object], arguments: tuple[Any, ...], error: type[Exception], message: str
 ) -> None:
     seed = {} if function in (step_profile, exponential_profile) else {"seed": 0}
@@ -275,6 +275,6 @@ def test_seeds_are_whole_numbers(seed: Any, error: type[Exception]) -> None:
         ({"images": [0]}, TypeError, "images must be a NumPy array of uint8, got list."),
     ],
 )
-def test_splits_refuse(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_splits_refuse_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^long_tail_splits: " + re.escape(message)):
         splits_of(**changes)

@@ -145,7 +145,7 @@ def test_missing_files_are_named(folder: Path) -> None:
         ("t10k-images-idx3-ubyte", np.zeros((21, 28, 28), np.uint8), "as many images as labels, got 21 and 20 of t10k"),
     ],
 )
-def test_refuses_other_arrays(
+def test_other_arrays_are_refused(
     folder: Path, name: str, array: np.ndarray, message: str, idx: Callable[[np.ndarray], bytes]
 ) -> None:
     (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
@@ -153,7 +153,7 @@ def test_refuses_other_arrays(
         mnist(folder, val_per_class=1)
 
 
-def test_refuses_other_types_of_numbers(folder: Path) -> None:
+def test_other_types_of_numbers_are_refused(folder: Path) -> None:
     data = bytes([0, 0, 9, 1, 0, 0, 0, 20]) + bytes(20)
     (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(data)
     with pytest.raises(DataError, match=r"the array must be uint8 \(M,\), got int8 \(20,\)\."):
@@ -173,7 +173,9 @@ def test_refuses_other_types_of_numbers(folder: Path) -> None:
         ({"verify": 1}, TypeError, "mnist: verify must be a bool, got int"),
     ],
 )
-def test_refuses_settings(folder: Path, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_settings_are_refused(
+    folder: Path, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=re.escape(message)):
         mnist(folder, **{"val_per_class": 2, **settings})
 
@@ -202,7 +204,7 @@ def test_verify_looks_at_what_is_inside(
         mnist(folder, val_per_class=2, verify=True)
 
 
-def test_download_then_read(tmp_path: Path, official: dict[str, bytes], network: dict[str, Any]) -> None:
+def test_downloaded_files_are_read(tmp_path: Path, official: dict[str, bytes], network: dict[str, Any]) -> None:
     fill(network, official)
     root = tmp_path / "new" / "mnist"
     download_mnist(root)
@@ -293,7 +295,7 @@ def card(read_card: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     return read_card("mnist", mnist)
 
 
-def test_card_matches_the_reader(card: dict[str, Any]) -> None:
+def test_the_card_matches_the_reader(card: dict[str, Any]) -> None:
     assert card["source"] == "mnist"
     assert card["files"] == {
         name: {"unpacked": facts.unpacked, "packed": facts.packed} for name, facts in module._FILES.items()
@@ -313,7 +315,7 @@ def test_card_matches_what_the_reader_gives(folder: Path, card: dict[str, Any]) 
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the files of MNIST; name their folder in DIR_TOOLKIT_MNIST")
-def test_card_matches_the_real_files(card: dict[str, Any], same_as_card: Callable[..., None]) -> None:
+def test_the_card_matches_the_real_files(card: dict[str, Any], same_as_card: Callable[..., None]) -> None:
     for name in ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"):
         module._read(module._find(REAL, name), name, verify=True)
     splits = mnist(REAL)

@@ -49,7 +49,7 @@ def test_seeds_splits_and_positions_give_different_faces_of_one_age() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 33, 64])
-def test_shape_dtype_and_contents(size: int) -> None:
+def test_images_have_their_shape_dtype_and_contents(size: int) -> None:
     images = draw_portraits([0, 50.5, 100], size=size)
     assert images.shape == (3, 3, size, size)
     assert images.dtype == np.uint8
@@ -100,7 +100,7 @@ def test_labels_can_be_learnt_but_not_perfectly() -> None:
     assert 5 < error < 0.6 * constant
 
 
-def test_apparent_age_spreads_with_age() -> None:
+def test_the_apparent_age_spreads_with_age() -> None:
     draws = module._Draws(module._raw(0, "train", "face", 0, 4000, module._DRAWS))
     apparent = module._Look(np.full((4000, 1, 1), 40, np.float32), draws).age.ravel()
     # draws are cut at 2.5 standard deviations, which leaves 0.955 of the spread 1.2 + 0.075 * 40 = 4.2
@@ -120,7 +120,7 @@ def test_random_words_are_uniform_and_independent_of_the_count() -> None:
     assert np.array_equal(module._grain(0, "train", 20, (3, 3, 17, 17)), grain[20:23])
 
 
-def test_shapes_by_hand() -> None:
+def test_shapes_are_those_worked_out_by_hand() -> None:
     canvas = object.__new__(module._Canvas)
     canvas.pixel = np.full((1, 1, 1), 0.5, np.float32)
     canvas.u = np.array([[[0.0, 3.0, 3.0, 0.0]]], np.float32)
@@ -153,13 +153,15 @@ def test_shapes_by_hand() -> None:
         ([5], {"split": "dev"}, ValueError, "split must be one of 'train', 'val', 'test', got 'dev'."),
     ],
 )
-def test_draw_portraits_refuses(ages: Any, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_draw_portraits_refuses_wrong_arguments(
+    ages: Any, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match="^draw_portraits: " + re.escape(message)):
         draw_portraits(ages, **settings)
 
 
 @pytest.mark.parametrize("name", ["n_train", "n_val", "n_test", "seed", "size"])
-def test_portraits_refuses(name: str) -> None:
+def test_portraits_refuse_wrong_arguments(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^portraits: {name} must be at least (0|16), got -1\."):
         portraits(**{name: -1})
 

@@ -33,7 +33,7 @@ def write(path: Path, text: str, *, packed: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_table_by_hand(tmp_path: Path, packed: bool) -> None:
+def test_a_table_gives_the_features_worked_out_by_hand(tmp_path: Path, packed: bool) -> None:
     splits = table(write(tmp_path / "some.csv", TABLE, packed=packed), "y", seed=1)
     assert splits.source == "some"
     np.testing.assert_array_equal(
@@ -79,12 +79,12 @@ def test_a_constant_column_becomes_zero(tmp_path: Path) -> None:
         ("y,x\n" + "".join(f"{i},w{i}\n" for i in range(101)), {"label": "y"}, r"at most 100 different .* Pass drop="),
     ],
 )
-def test_what_a_table_refuses(tmp_path: Path, text: str, options: dict[str, Any], message: str) -> None:
+def test_tables_that_do_not_fit_are_refused(tmp_path: Path, text: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         table(write(tmp_path / "some.csv", text), **options)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_not_text_are_refused(tmp_path: Path) -> None:
     whole = gzip.compress(TABLE.encode())
     (tmp_path / "cut").write_bytes(whole[:-9])
     (tmp_path / "latin").write_bytes("é".encode("latin-1"))
@@ -120,7 +120,7 @@ def air(tmp_path: Path, hours: int, **changed: str) -> Path:
     return tmp_path
 
 
-def test_windows_of_beijing_by_hand(tmp_path: Path) -> None:
+def test_windows_of_beijing_are_those_worked_out_by_hand(tmp_path: Path) -> None:
     before = 50
     splits = beijing(air(tmp_path, 366 * 24 + before, label5="NA", temp7="NA"), "Somewhere", hours=3)
     # 40 hours train, 10 validate; windows do not reach into the part before.
@@ -142,7 +142,7 @@ def test_no_window_of_beijing_reaches_over_hours_that_are_missing(tmp_path: Path
     assert splits.skipped == {"without label": 1, "after a gap": 1}  # the hours at 20 and 21, of which one has no label
 
 
-def test_what_beijing_refuses(tmp_path: Path) -> None:
+def test_recordings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold more than 8785 hours, got 30"):
         beijing(air(tmp_path, 30), "Somewhere")
     write(tmp_path / "beijing_elsewhere.csv", "hour,PM2.5\n1,2\n")
@@ -163,7 +163,7 @@ def engines(folder: Path, **changed: str) -> Path:
     return folder
 
 
-def test_windows_of_engines_by_hand(tmp_path: Path) -> None:
+def test_windows_of_engines_are_those_worked_out_by_hand(tmp_path: Path) -> None:
     splits = cmapss(engines(tmp_path), cycles=2, cap=100)
     assert splits.train.labels.tolist() == [2, 1, 0]
     assert splits.val.labels.tolist() == [1, 0]
@@ -185,7 +185,7 @@ def test_windows_of_engines_by_hand(tmp_path: Path) -> None:
         ({"train": "1 2" + " 0" * 24}, "engine 1 must go on with cycle 1, got engine 1, cycle 2"),
     ],
 )
-def test_what_engines_refuse(tmp_path: Path, changed: dict[str, str], message: str) -> None:
+def test_engines_that_do_not_fit_are_refused(tmp_path: Path, changed: dict[str, str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         cmapss(engines(tmp_path, **changed), cycles=2)
 
@@ -195,7 +195,7 @@ def test_a_cap_of_lives_is_positive(tmp_path: Path) -> None:
         cmapss(engines(tmp_path), cap=-5)
 
 
-def test_words_and_their_vectors(tmp_path: Path) -> None:
+def test_words_get_their_vectors(tmp_path: Path) -> None:
     assert words_of("Don't  pay 3.50€") == ["don", "'", "t", "pay", "3", ".", "50", "€"]
     write(tmp_path / "glove_100d.txt", "a 1 2\nb -1 0.5\n", packed=False)
     number, vectors = word_vectors(tmp_path)
@@ -207,7 +207,7 @@ def test_words_and_their_vectors(tmp_path: Path) -> None:
             word_vectors(tmp_path, "bad.txt")
 
 
-def test_sentences_by_hand(tmp_path: Path) -> None:
+def test_sentences_become_the_numbers_worked_out_by_hand(tmp_path: Path) -> None:
     text = 'id,split,V,A,D,text\n1,train,3,2,1,"B, a?"\n2,dev,4,3,3,c\n3,test,1.5,3,3,A A A A\n'
     splits = emobank(write(tmp_path / "emobank.csv", text).parent, {"a": 1, "b": 2}, longest=3)
     assert splits.train.inputs.tolist() == [[2, 1, 0], [0, 0, 0], [1, 1, 1]]
@@ -259,7 +259,7 @@ def same_as_card(facts: dict[str, Any], splits: Splits) -> None:
 
 @real
 @pytest.mark.parametrize("name", ["abalone", "airfoil", "appliances_energy", "concrete", "house16H", "rain_ibk"])
-def test_cards_of_tables(name: str) -> None:
+def test_the_cards_of_tables_match_the_files(name: str) -> None:
     facts = card("tables")["sets"][name]
     splits = table(REAL / "tables" / f"{name}.csv.gz", facts["label"], drop=facts["drop"])
     same_as_card(facts, splits)
@@ -267,7 +267,7 @@ def test_cards_of_tables(name: str) -> None:
 
 
 @real
-def test_cards_of_series_and_text() -> None:
+def test_the_cards_of_series_and_text_match_the_files() -> None:
     same_as_card(card("beijing"), beijing(REAL / "series"))
     same_as_card(card("cmapss"), cmapss(REAL / "series"))
     number, vectors = word_vectors(REAL / "text")

@@ -64,11 +64,11 @@ def pack(folder: Path, archive: Path, mode: Any = "w:gz") -> Path:
         ("", None),
     ],
 )
-def test_names(name: str, age: int | None) -> None:
+def test_file_names_tell_the_age_or_none(name: str, age: int | None) -> None:
     assert utkface_age(name) == age
 
 
-def test_split_rule_by_hand() -> None:
+def test_the_split_follows_the_rule_worked_out_by_hand() -> None:
     names = names_of(37, 7)  # 7 // 3 = 2 test, 7 // 6 = 1 validation, all 4 others train
     order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     assert utkface_dir_split(names) == {"test": order[:2], "val": order[2:3], "train": order[3:]}
@@ -89,13 +89,15 @@ def test_split_rule_by_hand() -> None:
         (26, 0, 0, 0, 0),
     ],
 )
-def test_split_sizes_by_hand(age: int, count: int, train: int, val: int, test: int) -> None:
+def test_the_sizes_of_the_split_are_those_worked_out_by_hand(
+    age: int, count: int, train: int, val: int, test: int
+) -> None:
     split = utkface_dir_split(names_of(age, count))
     assert {part: len(names) for part, names in split.items()} == {"train": train, "val": val, "test": test}
     assert len({name for names in split.values() for name in names}) == train + val + test
 
 
-def test_split_refuses() -> None:
+def test_the_split_refuses_names_that_do_not_parse() -> None:
     name = names_of(26, 1)[0]
     for bad, message in (
         (["a.jpg"], "got 'a.jpg'"),
@@ -146,7 +148,7 @@ def test_a_damaged_image_moves_no_other(faces: Path, tmp_path: Path) -> None:
     assert (splits.train.digest, splits.val.digest) == (whole.train.digest, whole.val.digest)
 
 
-def test_one_face_by_one_name(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+def test_a_file_name_stands_for_one_face(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
     with tarfile.open(tmp_path / "twice.tar", "w") as tar:
         for folder in ("a", "b"):
             info = tarfile.TarInfo(f"{folder}/{names_of(26, 1)[0]}")
@@ -164,13 +166,13 @@ def test_links_out_of_the_folder_are_refused(faces: Path, tmp_path: Path) -> Non
         utkface(faces, cache=tmp_path / "cache")
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_a_root_without_images_is_refused(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "none"):
         with pytest.raises(DataError, match="root must be the archive"):
             utkface(root, cache=tmp_path / "cache")
 
 
-def test_too_few_to_split(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+def test_too_few_images_to_split_are_refused(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
     (tmp_path / names_of(26, 1)[0]).write_bytes(jpeg())
     with pytest.raises(DataError, match="the val split must hold at least one image"):
         utkface(tmp_path, cache=tmp_path / "cache")
@@ -181,7 +183,7 @@ def card(read_card: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     return read_card("utkface", utkface)
 
 
-def test_card_matches_the_reader(card: dict[str, Any]) -> None:
+def test_the_card_matches_the_reader(card: dict[str, Any]) -> None:
     assert set(card["fields"]) == {"image", "age", "gender", "race", "date"}
     assert card["fields"]["age"]["unit"] == "year"
     rule = card["split_rule"]
@@ -193,7 +195,7 @@ def test_card_matches_the_reader(card: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="needs UTKFace.tar.gz; name it in DIR_TOOLKIT_UTKFACE")
-def test_card_matches_the_real_archive(card: dict[str, Any]) -> None:
+def test_the_card_matches_the_real_archive(card: dict[str, Any]) -> None:
     archive = TarFiles(REAL)
     if archive.digest() != card["digest"]:
         pytest.skip("another copy of UTKFace than the card describes")

@@ -78,7 +78,7 @@ def test_every_figure_is_drawn_labels_its_units_and_leaves_matplotlib_alone(
     assert dict(matplotlib.rcParams) == before
 
 
-def test_class_error_by_hand(classes: xr.Dataset) -> None:
+def test_class_errors_are_those_worked_out_by_hand(classes: xr.Dataset) -> None:
     figure = class_error_figure(classes, class_names=["zero", "one", "two", "$3$", "four"])
     top, below = figure.axes
     assert _legend(figure) == ["softmax (2 seeds)", "adjusted (1 seed)"]
@@ -185,20 +185,20 @@ def test_what_is_no_color_is_refused_for_a_result_too(classes: xr.Dataset) -> No
 @pytest.mark.parametrize(
     ("name", "argument"), [("study", "xlabel"), ("study", "ylabel"), ("bar", "ylabel"), ("tau", "ylabel")]
 )
-def test_labels_of_axes_are_text(name: str, argument: str) -> None:
+def test_labels_of_axes_that_are_no_text_are_refused(name: str, argument: str) -> None:
     with pytest.raises(TypeError, match=f"{name}_figure: {argument} must be a str, got int"):
         DRAWN[name](**{argument: 3})
 
 
 @pytest.mark.parametrize("name", ["norms", "feature_space"])
-def test_class_names_are_texts(name: str) -> None:
+def test_class_names_that_are_no_texts_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}_figure: class_names must be a Sequence, got int"):
         DRAWN[name](class_names=5)
     with pytest.raises(TypeError, match=rf"{name}_figure: class_names\[1\] must be a str, got int"):
         DRAWN[name](class_names=["a", 1, "c"])
 
 
-def test_names_are_texts() -> None:
+def test_names_that_are_no_texts_are_refused() -> None:
     for draw, where in (
         (lambda: bar_figure({1: [0.1]}, ylabel="y"), "bar_figure: the name 1 in values"),  # type: ignore[dict-item]
         (lambda: study_figure({1: {1: [0.1]}}, xlabel="x", ylabel="y"), "study_figure: the name 1 in curves"),  # type: ignore[dict-item]
@@ -218,7 +218,7 @@ def test_colours_can_be_handed_over(classes: xr.Dataset) -> None:
     assert [line.get_color() for line in study.lines] == [usual, "#000002"]
 
 
-def test_study_by_hand() -> None:
+def test_the_study_figure_is_that_worked_out_by_hand() -> None:
     figure = study_figure(STUDY, xlabel="share kept (dimensionless)", ylabel="balanced error")
     axes = figure.axes[0]
     np.testing.assert_array_equal(axes.lines[0].get_xdata(), [0.25, 1.0])
@@ -262,12 +262,12 @@ def test_numbers_that_would_run_into_each_other_are_left_out() -> None:
         ({"a": {1: ["x"]}}, False, TypeError, r"curves\['a'\]\[1\] must be integers or floats"),
     ],
 )
-def test_study_refuses(curves: Any, log_x: bool, error: type[Exception], said: str) -> None:
+def test_the_study_figure_refuses_wrong_arguments(curves: Any, log_x: bool, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         study_figure(curves, xlabel="x", ylabel="y", log_x=log_x)
 
 
-def test_bars_by_hand() -> None:
+def test_bars_are_those_worked_out_by_hand() -> None:
     axes = bar_figure({"a": [0.1, 0.2], "b": [0.5], "c": [NAN]}, ylabel="error").axes[0]
     np.testing.assert_allclose([bar.get_height() for bar in axes.patches], [15, 50, NAN])
     assert [text.get_text() for text in axes.texts] == ["15", "50"]
@@ -282,7 +282,7 @@ def test_bars_by_hand() -> None:
         bar_figure({"a": [[1.0]]}, ylabel="error")  # type: ignore[list-item]
 
 
-def test_feature_space_by_hand() -> None:
+def test_the_feature_space_is_that_worked_out_by_hand() -> None:
     figure = feature_space_figure(_panels(), class_names=["zero", "one", "two"])
     assert [axes.get_title() for axes in figure.axes] == ["softmax", "centers", "affinity"]
     assert all(axes.get_aspect() == 1 for axes in figure.axes)
@@ -345,12 +345,12 @@ def test_feature_space_takes_tensors_and_no_samples() -> None:
         ((np.full((1, 2), np.nan), [0], None, None), ValueError, "features must be finite"),
     ],
 )
-def test_feature_space_refuses(panel: Any, error: type[Exception], said: str) -> None:
+def test_the_feature_space_refuses_wrong_arguments(panel: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         feature_space_figure({"a": panel}, class_names=["x", "y"])
 
 
-def test_tau_by_hand() -> None:
+def test_the_tau_figure_is_that_worked_out_by_hand() -> None:
     curves = {"balanced error": ([2, 0, 1], [0.2, 0.4, 0.1]), "ECE": ([0, 1, 2], [0.3, 0.2, 0.4])}
     figure = tau_figure(curves, {"balanced error": 0.5, "ECE": 1}, ylabel="score")
     axes = figure.axes[0]
@@ -381,12 +381,12 @@ def test_tau_by_hand() -> None:
         ({"a": ([0], [1])}, {"a": NAN}, ValueError, r"chosen\['a'\] must be finite, got nan"),
     ],
 )
-def test_tau_refuses(curves: Any, chosen: Any, error: type[Exception], said: str) -> None:
+def test_the_tau_figure_refuses_wrong_arguments(curves: Any, chosen: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         tau_figure(curves, chosen, ylabel="score")
 
 
-def test_norms_by_hand() -> None:
+def test_norms_are_those_worked_out_by_hand() -> None:
     figure = norms_figure({"softmax": [1, 3, 2], "even": [[2, 2, 2], [5, 5, 5]]}, COUNTS, class_names=["a", "b", "c"])
     top, below = figure.axes
     np.testing.assert_allclose(top.lines[1].get_ydata(), [1.5, 1, 0.5])  # classes b, c, a
@@ -420,12 +420,12 @@ def test_correlation_of_norms_leaves_out_classes_without_samples() -> None:
         ({"a": [1, 2, 3]}, [[1, 2, 3]], ShapeError, r"counts must be one number per class, shape \(C,\), got \(1, 3\)"),
     ],
 )
-def test_norms_refuse(norms: Any, counts: Any, error: type[Exception], said: str) -> None:
+def test_norms_that_do_not_fit_are_refused(norms: Any, counts: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         norms_figure(norms, counts)
 
 
-def test_reliability_by_hand() -> None:
+def test_reliability_is_that_worked_out_by_hand() -> None:
     figure = reliability_figure({"softmax": CURVE})
     top, below = figure.axes
     # Two samples 0.125 off and two 0.25 off, of eight.
@@ -454,7 +454,9 @@ def test_reliability_draws_what_the_metrics_give() -> None:
         ({"count": [1, 2, 4, 2]}, ValueError, r"confidence of 'a' must lie in \[0, 1\]"),
     ],
 )
-def test_reliability_refuses(change: dict[str, Any], error: type[Exception], said: str) -> None:
+def test_the_reliability_diagram_refuses_wrong_arguments(
+    change: dict[str, Any], error: type[Exception], said: str
+) -> None:
     with pytest.raises(error, match=said):
         reliability_figure({"a": {**CURVE, **change}})
     with pytest.raises(ValueError, match=r"curves\['a'\] must have confidence, accuracy and count, got no 'count'"):

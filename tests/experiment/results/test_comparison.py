@@ -32,7 +32,7 @@ def _of(found: xr.Dataset, method: str, metric: str = "mae", region: str = "all"
     return {name: float(part[name]) for name in NAMES}
 
 
-def test_by_hand(compared: xr.Dataset) -> None:
+def test_differences_are_those_worked_out_by_hand(compared: xr.Dataset) -> None:
     found = paired_differences(compared)
     # |error| / 4: 1 2 1 2 | 4 2 3 | 8 4 sum to 27; over 9 samples 0.75, times 1.25 and 1.5 for seeds 1 and 2.
     shared = 0.75 * (1.25 + 1.5) / 2
@@ -214,7 +214,7 @@ def test_blocks_of_replicates_do_not_matter(compared: xr.Dataset, monkeypatch: p
         ({"baseline": "plain"}, "'plain' must have predictions to be compared with, got a baseline without any"),
     ],
 )
-def test_what_is_refused(compared: xr.Dataset, changes: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused(compared: xr.Dataset, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_differences(compared, **changes)
 
@@ -228,7 +228,7 @@ def test_other_kinds_are_refused(compared: xr.Dataset, ds: xr.Dataset) -> None:
         paired_differences(compared.drop_vars("completed"))
 
 
-def test_table_by_hand(compared: xr.Dataset) -> None:
+def test_the_table_is_that_worked_out_by_hand(compared: xr.Dataset) -> None:
     found = paired_differences(compared, metrics=[("mae", "all"), ("mae", "few")])
     table = comparison_table(compared, found)
     assert table.header == ["method", "seeds", "MAE all", "MAE few", "minutes"]
@@ -273,7 +273,7 @@ def test_table_refuses_what_does_not_belong(compared: xr.Dataset) -> None:
         comparison_table(compared, {})  # type: ignore[arg-type]
 
 
-def test_csv(compared: xr.Dataset) -> None:
+def test_the_csv_holds_every_difference(compared: xr.Dataset) -> None:
     found = paired_differences(compared)
     rows = list(csv.DictReader(io.StringIO(differences_csv(found))))
     assert len(rows) == found.sizes["method"] * found.sizes["column"]
@@ -287,7 +287,9 @@ def test_csv(compared: xr.Dataset) -> None:
         differences_csv(found.drop_attrs())
 
 
-def test_leading_methods(run: Callable[[list[float]], xr.Dataset], combine: Combine) -> None:
+def test_leading_methods_are_the_best_of_each_region(
+    run: Callable[[list[float]], xr.Dataset], combine: Combine
+) -> None:
     errors = {
         "vanilla": [2, 8, 20], "few": [9, 9, 1], "middling": [3, 5, 6], "worst": [9, 9, 9], "many": [1, 9, 9],
         "best": [3, 3, 6],

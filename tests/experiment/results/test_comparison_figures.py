@@ -111,7 +111,7 @@ def test_difference_without_others_says_so(compared: xr.Dataset) -> None:
     assert [text.get_text() for text in figure.axes[0].texts] == ["no completed run"]
 
 
-def test_coverage_by_hand(compared: xr.Dataset) -> None:
+def test_coverage_is_that_worked_out_by_hand(compared: xr.Dataset) -> None:
     # "half" errs |e| / 8 times 1.25 and 1.5, within 0.5: of 1 2 1 2 | 4 2 3 | 8 4 eighths those up to 3.2 and 2.67.
     # "alone" errs |e| / 2, within 1.
     figure = coverage_figure(compared)
@@ -133,14 +133,14 @@ def test_coverage_by_hand(compared: xr.Dataset) -> None:
     assert shares.cmap(shares.norm(100.0))[0] < 0.4  # too many are blue
 
 
-def test_coverage_needs_intervals(compared: xr.Dataset, ds: xr.Dataset) -> None:
+def test_a_result_without_intervals_has_no_coverage_figure(compared: xr.Dataset, ds: xr.Dataset) -> None:
     with pytest.raises(ResultsError, match="coverage_figure: ds must be a result of methods that give intervals"):
         coverage_figure(ds)
     with pytest.raises(ResultsError, match="ds must hold intervals of some method, got NaN alone"):
         coverage_figure(compared.sel({"method": ["vanilla", "constant"]}))
 
 
-def test_cost_by_hand(compared: xr.Dataset) -> None:
+def test_cost_is_that_worked_out_by_hand(compared: xr.Dataset) -> None:
     axes = cost_figure(compared, metric="mae").axes[0]
     dots = {
         tuple(np.round([line.get_xdata()[0], line.get_ydata()[0]], 6))

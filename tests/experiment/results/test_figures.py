@@ -225,14 +225,14 @@ def test_texts_histories_and_colors_are_checked(ds: xr.Dataset) -> None:
         error_figure(ds, colors={"lds": None})  # type: ignore[dict-item]
 
 
-def test_error_is_of_regression(classes: xr.Dataset) -> None:
+def test_error_figures_are_of_regression(classes: xr.Dataset) -> None:
     with pytest.raises(
         ResultsError, match="error_figure: ds must be a result of regression, got one without 'bin_mae'"
     ):
         error_figure(classes)
 
 
-def test_history_in_percent() -> None:
+def test_history_shows_shares_in_percent() -> None:
     rows = [{"epoch": 0, "loss": 1.0, "val": 0.25}, {"epoch": 1, "loss": 0.5, "val": ""}]
     axes = history_figure({("a", 0): rows}, loss="loss", metric="val", metric_name="error", percent=True).axes
     np.testing.assert_array_equal(axes[0].lines[0].get_ydata(), [1.0, 0.5])
@@ -255,7 +255,7 @@ def test_one_method_with_one_seed_is_drawn(run: Run, combine: Combine) -> None:
     assert len(region_figure(ds).axes[0].patches) == 4
 
 
-def test_similarity_by_hand() -> None:
+def test_similarity_is_that_worked_out_by_hand() -> None:
     before = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [np.nan, np.nan]])
     after = np.ones((4, 2))
     figure = similarity_figure(before, after, dt.Bins.uniform(0, 4, width=1), anchor=0.5)

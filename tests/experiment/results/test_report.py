@@ -74,7 +74,7 @@ def page(ds: xr.Dataset, tmp_path: Path) -> tuple[Page, str]:
     return Page(text), text
 
 
-def test_holds_everything_a_reader_needs(page: tuple[Page, str]) -> None:
+def test_the_report_holds_everything_a_reader_needs(page: tuple[Page, str]) -> None:
     parsed, _ = page
     for part in (
         "Ages",

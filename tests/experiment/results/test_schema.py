@@ -86,7 +86,7 @@ def test_what_the_metrics_give_combines(combine: Combine) -> None:
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_round_trip(run: Run, combine: Combine, tmp_path: Path, seeds: int) -> None:
+def test_a_saved_result_loads_as_it_was(run: Run, combine: Combine, tmp_path: Path, seeds: int) -> None:
     runs = {("soft bins, τ", s): run([1.0 + s, 2.0, 3.0]).assign(minutes=0.5) for s in range(seeds)}
     ds = combine(
         runs, label_units="days since 2000-01-01", attrs={"epochs": 12, "lr": 2e-3, "note": "ä\nb", "nothing": ""}
@@ -127,7 +127,7 @@ def test_a_whole_number_beyond_32_bits_is_refused(ds: xr.Dataset, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_classification_by_hand(classes: xr.Dataset) -> None:
+def test_a_result_of_classification_holds_its_metrics(classes: xr.Dataset) -> None:
     one = classes.sel({"method": "softmax", "seed": 1})
     assert one["error"].sel(region="all").item() == pytest.approx(3 / 9, abs=1e-12)
     assert one["balanced_error"].sel(region="all").item() == pytest.approx((0 + 2 / 3 + 1 / 2) / 3, abs=1e-12)

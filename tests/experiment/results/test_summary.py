@@ -133,7 +133,7 @@ def test_figures_never_take_one_anothers_file(tmp_path: Path, ds: xr.Dataset) ->
     assert files(tmp_path) == set()
 
 
-def test_a_comparison_in_one_folder(tmp_path: Path, compared: xr.Dataset) -> None:
+def test_a_comparison_lands_in_one_folder(tmp_path: Path, compared: xr.Dataset) -> None:
     density = dt.LabelDensity(dt.Bins.uniform(0, 5, width=1), [300, 50, 5, 0, 0])
     more = figures(compared)
     found = write_comparison(

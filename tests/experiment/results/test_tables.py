@@ -13,7 +13,7 @@ Run = Callable[[list[float]], xr.Dataset]
 Combine = Callable[..., xr.Dataset]
 
 
-def test_mean_and_spread_by_hand(ds: xr.Dataset) -> None:
+def test_mean_and_spread_are_those_worked_out_by_hand(ds: xr.Dataset) -> None:
     table = results_table(ds)
     assert table.header == ["method", "seeds", "MAE all", "MAE many", "MAE medium", "MAE few", "bMAE all"]
     assert table.counts == ["test samples", "", "9", "4", "3", "2", "9"]
@@ -33,7 +33,7 @@ def test_the_constant_predictor_stands_last(run: Run, combine: Combine) -> None:
     assert [row[0] for row in results_table(ds).rows] == ["b", "a", "constant"]
 
 
-def test_caption_says_units_and_spread(ds: xr.Dataset) -> None:
+def test_the_caption_names_units_and_spread(ds: xr.Dataset) -> None:
     assert results_table(ds).caption == "age: MAE and bMAE in years; mean ± standard deviation (n - 1) over seeds."
     one = results_table(ds.isel(seed=[0]), columns=[("rmse", "all"), ("pearson", "all")])
     assert one.caption == "age: RMSE in years; one seed per method, so no spread is known."
@@ -124,7 +124,7 @@ def test_decimals_follow_the_scale_of_the_label(ds: xr.Dataset, factor: float, c
     assert results_table(ds, columns=[("mae", "many")]).rows[0][2].startswith(f"{cell} ± ")
 
 
-def test_markdown(run: Run, combine: Combine) -> None:
+def test_markdown_has_a_row_per_method(run: Run, combine: Combine) -> None:
     ds = combine({("a|b", 0): run([1, 2, 3])})
     assert as_markdown(results_table(ds, columns=[("mae", "many"), ("mae", "few")])) == (
         "| method | seeds | MAE many | MAE few |\n"
@@ -136,7 +136,7 @@ def test_markdown(run: Run, combine: Combine) -> None:
     )
 
 
-def test_text(ds: xr.Dataset) -> None:
+def test_text_has_aligned_columns(ds: xr.Dataset) -> None:
     assert as_text(results_table(ds, columns=[("mae", "many")])) == (
         "method        seeds     MAE many\n"
         "test samples                   4\n"
@@ -166,7 +166,7 @@ def test_only_a_result_is_taken(run: Run) -> None:
         results_table("results.nc")  # type: ignore[arg-type]
 
 
-def test_cells_that_stand_out() -> None:
+def test_cells_that_stand_out_have_asterisks() -> None:
     table = ResultsTable(
         "said.", ["m", "x"], ["n", "2"], [["a", "1"], ["b|c", "3"]], {(0, 1): "better", (1, 1): "worse"}
     )

@@ -144,7 +144,7 @@ def density(last: int) -> dt.LabelDensity:
         ("runtime", Runtime(torch.device("cpu"), seed=1), Runtime(torch.device("cpu"), seed=2), "seed was 1 and is 2"),
     ],
 )
-def test_what_is_passed_by_itself(tmp_path: Path, name: str, one: Any, other: Any, says: str) -> None:
+def test_functions_and_modules_identify_a_run(tmp_path: Path, name: str, one: Any, other: Any, says: str) -> None:
     train(tmp_path, **{name: one})
     with pytest.raises(CheckpointError, match=says):
         train(tmp_path, resume=True, **{name: other})

@@ -18,7 +18,7 @@ def rates(steps: int, **settings: object) -> list[float]:
     return [learning_rate(optimization, step, steps) for step in range(steps)]
 
 
-def test_cosine_by_hand() -> None:
+def test_the_cosine_schedule_is_that_worked_out_by_hand() -> None:
     half = 2**-0.5
     assert rates(4, warmup=0.0) == pytest.approx([1, (1 + half) / 2, 0.5, (1 - half) / 2], abs=1e-12)
 

@@ -323,7 +323,7 @@ def test_values_nested_beyond_all_measure_are_refused(tmp_path: Path, stopped: d
         train(tmp_path, resume=True)
 
 
-def test_sgd_goes_on(tmp_path: Path) -> None:
+def test_a_run_with_sgd_goes_on(tmp_path: Path) -> None:
     how = {"optimization": Optimization(epochs=EPOCHS, batch_size=20, lr=0.01, optimizer="sgd")}
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stop=STOP + 1, **how)

@@ -21,7 +21,7 @@ def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_one_process() -> None:
+def test_one_process_needs_no_group() -> None:
     with start_runtime("cpu", seed=4) as runtime:
         assert runtime == Runtime(torch.device("cpu"), rank=0, world=1, precision="float32", seed=4)
         assert runtime.is_main
@@ -127,7 +127,7 @@ def test_torchruns_environment_starts_a_group_and_ends_it(monkeypatch: pytest.Mo
     assert begun == [("gloo", None), "ended"]
 
 
-def test_two_ranks(two_ranks: Callable[..., list[Any]]) -> None:
+def test_two_ranks_share_sums_and_buffers(two_ranks: Callable[..., list[Any]]) -> None:
     two_ranks(check_rank)
 
 
