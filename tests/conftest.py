@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import sys
@@ -20,6 +21,8 @@ from dir_toolkit.errors import ShapeError
 sys.path.insert(0, str(Path(__file__).parent))  # which pytest's importlib mode does not
 
 from forked import Forked, load
+
+gc.disable()  # until all tests are collected: looking for cycles among what stays takes a third of the collection
 
 # Tensors of tests are small, and threads that wait for one another stall on a machine with other work. What tests start
 # runs on as many threads, too, since sums of other threads end in other digits.
@@ -41,6 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     attack = parser.getgroup("attack", "how hard tests/attack tries")
     attack.addoption("--mutations", type=int, default=100, help="mutations of each kind of file (default: 100)")
     attack.addoption("--kills", type=int, default=2, help="kills of a training run (default: 2)")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and tests stay to the end, and need not be looked at again
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # so that libraries end without a word of leaks
 
 
 @pytest.fixture
