@@ -7,7 +7,6 @@ argument that its case does not name fails.
 import functools
 import inspect
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,307 +22,79 @@ BINS, OTHER_BINS = dt.Bins.uniform(0, 60, width=1), dt.Bins.uniform(0, 60, width
 DENSITY, OTHER_DENSITY = dt.LabelDensity(BINS, np.arange(60)), dt.LabelDensity(OTHER_BINS, np.arange(30))
 
 
-@dataclass
 class Case:
-    kind: type
-    base: dict[str, Any]
-    others: dict[str, dict[str, Any]]
-    """By argument, what to make the other object with; several arguments where one does not go alone."""
-    no_settings: tuple[str, ...] = ()
-    """Arguments that are no settings, such as a backbone."""
+    """A class, the arguments it is made with, and another value for each argument.
 
+    Args:
+        also: by argument, what else must change with it.
+        no_settings: arguments that are no settings, such as a backbone.
+    """
 
-LABELS: list[Case] = [
-    Case(
-        dt.LDS,
-        {"bins": BINS},
-        {
-            "bins": {"bins": OTHER_BINS},
-            "kernel": {"kernel": None},
-            "scheme": {"scheme": "inverse"},
-            "edges": {"edges": "zero"},
-            "order": {"order": "scheme_first"},
-            "clip": {"clip": (1, 5)},
-            "outside": {"outside": "clip"},
-            "missing": {"missing": "drop"},
-            "power": {"power": 0.5},
-            "beta": {"beta": 0.9},
-            "alpha": {"alpha": 0.5},
-            "epsilon": {"epsilon": 0.1},
-        },
-    ),
-    Case(
-        dt.BinSampler,
-        {"labels": [0.5, 1.5, 1.5], "bins": BINS},
-        {
-            "labels": {"labels": [0.5, 0.5, 1.5]},
-            "bins": {"bins": OTHER_BINS},
-            "missing": {"missing": "drop"},
-            "q": {"q": 0.5},
-            "progressive_epochs": {"progressive_epochs": 3},
-            "num_samples": {"num_samples": 2},
-            "replacement": {"replacement": False, "num_samples": 2},
-            "seed": {"seed": 1},
-            "world": {"world": 2},
-        },
-        no_settings=("rank",),  # ranks go on from the state of one of them
-    ),
-    Case(
-        dt.Bins,
-        {"edges": np.array([0.0, 1.0, 2.0])},
-        {
-            "edges": {"edges": np.array([0.0, 1.5, 2.0])},
-            "centers": {"centers": np.array([0.0, 1.0])},
-            "categorical": {"categorical": True},
-            "unbounded": {"unbounded": True},
-        },
-    ),
-]
-FEATURES: list[Case] = [
-    Case(
-        dt.FDS,
-        {"bins": BINS, "num_features": 4, "rank": 2},
-        {
-            "bins": {"bins": OTHER_BINS},
-            "num_features": {"num_features": 5},
-            "kernel": {"kernel": dt.gaussian(5, 3)},
-            "momentum": {"momentum": 0.5},
-            "covariance": {"covariance": "low_rank"},
-            "map": {"map": "paper"},
-            "rank": {"rank": 3},
-            "clip": {"clip": (0.2, 5.0)},
-            "start_epoch": {"start_epoch": 2},
-            "shrinkage": {"shrinkage": 1.0},
-            "count_weighted": {"count_weighted": True},
-            "edges": {"edges": "mirror"},
-            "outside": {"outside": "clip"},
-            "missing": {"missing": "drop"},
-            "channels": {"channels": "last"},
-        },
-        no_settings=("group",),
-    ),
-]
-LOSSES: list[Case] = [
-    Case(
-        dt.losses.BatchMCLoss,
-        {},
-        {
-            "noise_sigma": {"noise_sigma": 2.0},
-            "learn": {"learn": False},
-            "gather": {"gather": True},
-            "missing": {"missing": "drop"},
-        },
-    ),
-    Case(
-        dt.losses.GaussianMixtureLoss,
-        {"weights": [0.5, 0.5], "means": [1.0, 2.0], "variances": [1.0, 1.0]},
-        {
-            "weights": {"weights": [0.25, 0.75]},
-            "means": {"means": [1.0, 3.0]},
-            "variances": {"variances": [1.0, 2.0]},
-            "noise_sigma": {"noise_sigma": 2.0},
-            "learn": {"learn": False},
-            "missing": {"missing": "drop"},
-        },
-    ),
-    Case(
-        dt.losses.BinnedIntegrationLoss,
-        {"bins": BINS, "density": np.full(60, 1 / 60)},
-        {
-            "bins": {"bins": dt.Bins.uniform(0, 120, width=2)},
-            "density": {"density": np.eye(60)[3]},
-            "noise_sigma": {"noise_sigma": 2.0},
-            "learn": {"learn": False},
-            "outside": {"outside": "drop"},
-            "missing": {"missing": "drop"},
-        },
-    ),
-    Case(
-        dt.losses.ConRLoss,
-        {},
-        {
-            "base": {"base": functools.partial(dt.losses.weighted_huber, delta=2.0)},
-            "coefficient": {"coefficient": 2.0},
-            "omega": {"omega": 2.0},
-            "temperature": {"temperature": 2.0},
-            "eta": {"eta": 2.0},
-            "weights": {"weights": dt.LDS(BINS)},
-            "missing": {"missing": "drop"},
-        },
-    ),
-    Case(
-        dt.losses.DistLoss,
-        {"bins": BINS, "prior": np.full(60, 1 / 60)},
-        {
-            "bins": {"bins": dt.Bins.uniform(0, 120, width=2)},
-            "prior": {"prior": np.eye(60)[3]},
-            "coefficient": {"coefficient": 2.0},
-            "squared": {"squared": True},
-            "missing": {"missing": "drop"},
-        },
-    ),
-    Case(dt.losses.RankNContrast, {}, {"temperature": {"temperature": 1.0}, "missing": {"missing": "drop"}}),
-    Case(
-        dt.losses.SRLLoss,
-        {"num_features": 4, "bins": BINS},
-        {
-            "num_features": {"num_features": 5},
-            "bins": {"bins": OTHER_BINS},
-            "base": {"base": dt.losses.weighted_huber},
-            "coefficient": {"coefficient": 2.0},
-            "temperature": {"temperature": 2.0},
-            "enveloping": {"enveloping": 2.0},
-            "homogeneity": {"homogeneity": 2.0},
-            "momentum": {"momentum": 0.5},
-            "num_points": {"num_points": 5},
-            "seed": {"seed": 1},
-            "missing": {"missing": "drop"},
-        },
-    ),
-    Case(
-        dt.losses.CenterLoss,
-        {"num_features": 4, "num_classes": 3},
-        {"num_classes": {"num_classes": 4}, "num_features": {"num_features": 5}, "strength": {"strength": 0.5}},
-    ),
-]
-SHAPE = {"num_features": 4, "num_classes": 3}
-OTHER_SHAPES = {"num_features": {"num_features": 5}, "num_classes": {"num_classes": 4}}
-HEADS: list[Case] = [
-    Case(dt.heads.LinearHead, SHAPE, {**OTHER_SHAPES, "bias": {"bias": False}}),
-    Case(dt.heads.CoralHead, SHAPE, OTHER_SHAPES),
-    Case(dt.heads.CornHead, SHAPE, OTHER_SHAPES),
-    Case(dt.heads.CosineHead, SHAPE, {**OTHER_SHAPES, "scale": {"scale": 2.0}, "learn_scale": {"learn_scale": True}}),
-    Case(dt.heads.NearestMeanHead, SHAPE, {**OTHER_SHAPES, "metric": {"metric": "euclidean"}}),
-    Case(dt.heads.ScaledHead, {"linear": nn.Linear(4, 3)}, {"linear": {"linear": nn.Linear(4, 3)}}),
-    Case(
-        dt.AffinityHead,
-        SHAPE,
-        {
-            **OTHER_SHAPES,
-            "prototypes": {"prototypes": 2},
-            "sigma": {"sigma": 2.0},
-            "distance": {"distance": "l1"},
-            "similarity": {"similarity": "inverse"},
-            "sigma_mode": {"sigma_mode": "first_batch"},
-            "feature_scale": {"feature_scale": 1.0},
-        },
-    ),
-]
+    def __init__(self, kind: Any, base: Any, /, *, also: Any = None, no_settings: Any = (), **others: Any) -> None:
+        self.kind, self.base, self.no_settings = kind, base, no_settings
+        self.others = {name: {name: value, **(also or {}).get(name, {})} for name, value in others.items()}
+
 
 MODEL_DENSITY = dt.LabelDensity(BINS, np.arange(1, 61))
 MODEL = {"backbone": nn.Identity(), "num_features": 4, "bins": BINS, "density": MODEL_DENSITY}
-MODELS: list[Case] = [
-    Case(
-        dt.LongTailModel,
-        MODEL,
-        {
-            "num_features": {"num_features": 5},
-            "bins": {"bins": OTHER_BINS, "density": None},
-            "density": {"density": dt.LabelDensity(BINS, np.arange(2, 62))},
-            "head": {"head": "cosine"},
-            "loss": {"loss": "squared_emd"},
-            "sigma": {"sigma": 3.0},
-            "label_kernel": {"label_kernel": "laplace"},
-            "fds": {"fds": dt.FDS(BINS, 4)},
-            "weights": {"weights": dt.LDS(BINS).fit(MODEL_DENSITY)},
-            "target_prior": {"target_prior": "uniform"},
-            "tau": {"tau": 0.5},
-            "adjust": {"target_prior": "uniform", "adjust": "in_loss"},
-            "prior_kernel": {"prior_kernel": None},
-            "temperature": {"temperature": 2.0},
-            "decode": {"decode": "mode"},
-            "residual": {"residual": True},
-            "residual_weight": {"residual_weight": 0.2},
-            "expectation_weight": {"expectation_weight": 0.2},
-            "within_axis": {"head": "regression", "within_axis": True},
-            "outside": {"outside": "clip"},
-            "missing": {"missing": "drop"},
-        },
-        no_settings=("backbone",),
-    ),
-    Case(
-        dt.LogitAdjuster,
-        {"prior": [0.2, 0.8]},
-        {
-            "prior": {"prior": [0.3, 0.7]},
-            "target": {"target": [0.5, 0.5]},
-            "tau": {"tau": 0.5},
-            "temperature": {"temperature": 2.0},
-        },
-    ),
-]
-METRICS: list[Case] = [
-    Case(
-        dt.RegressionMetrics,
-        {"density": DENSITY},
-        {
-            "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
-            "floor": {"floor": 0.5},
-            "outside": {"outside": "clip"},
-            "missing": {"missing": "drop"},
-        },
-        no_settings=("counted",),  # which is the density where bins come first
-    ),
-    Case(
-        dt.ClassificationMetrics,
-        {"density": DENSITY},
-        {
-            "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
-            "regions": {"regions": ["many", "few"] * 30},
-            "outside": {"outside": "drop"},
-            "missing": {"missing": "drop"},
-        },
-        no_settings=("counted",),  # which is the density where bins come first
-    ),
-    Case(
-        dt.metrics.IntervalMetrics,
-        {"density": DENSITY},
-        {
-            "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
-            "outside": {"outside": "clip"},
-            "missing": {"missing": "drop"},
-        },
-        no_settings=("counted",),  # which is the density where bins come first
-    ),
-    Case(
-        dt.metrics.DistributionMetrics,
-        {"density": DENSITY},
-        {
-            "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
-            "level": {"level": 0.8},
-            "quantile": {"quantile": 0.5},
-            "pit_bins": {"pit_bins": 5},
-            "ends": {"ends": "open"},
-            "outside": {"outside": "drop"},
-            "missing": {"missing": "drop"},
-        },
-        no_settings=("counted",),
-    ),
-    Case(
-        dt.metrics.CalibrationMetrics,
-        {"num_classes": 5},
-        {"num_classes": {"num_classes": 6}, "num_bins": {"num_bins": 10}, "outside": {"outside": "clip"}},
-    ),
-]
+SHAPE, SHAPED = {"num_features": 4, "num_classes": 3}, {"num_features": 5, "num_classes": 4}
+DENSE = {"density": DENSITY}
+JUDGED = {"density": dt.LabelDensity(BINS, np.arange(60) + 1), "missing": "drop"}
+CALIBRATED = {**JUDGED, "regions": ["all"] * 60, "per_region": 0.5, "outside": "clip"}
+METRIC: Any = {"no_settings": ("counted",)}  # which is the density where bins come first
 
-CALIBRATED = {
-    "density": {"density": dt.LabelDensity(BINS, np.arange(60) + 1)},
-    "regions": {"regions": ["all"] * 60},
-    "per_region": {"per_region": 0.5},
-    "outside": {"outside": "clip"},
-    "missing": {"missing": "drop"},
-}
-CONFORMAL: list[Case] = [
-    Case(dt.conformal.PointConformal, {"density": DENSITY}, CALIBRATED),
-    Case(dt.conformal.GaussianConformal, {"density": DENSITY}, CALIBRATED),
-    Case(
-        dt.conformal.BinsConformal,
-        {"density": DENSITY},
-        {**CALIBRATED, "gamma": {"gamma": 0.0}, "prior": {"prior": np.full(60, 1 / 60)}},
-    ),
+# fmt: off
+CASES = [
+    Case(dt.LDS, {"bins": BINS}, bins=OTHER_BINS, kernel=None, scheme="inverse", edges="zero", order="scheme_first",
+         clip=(1, 5), outside="clip", missing="drop", power=0.5, beta=0.9, alpha=0.5, epsilon=0.1),
+    Case(dt.BinSampler, {"labels": [0.5, 1.5, 1.5], "bins": BINS}, labels=[0.5, 0.5, 1.5], bins=OTHER_BINS,
+         missing="drop", q=0.5, progressive_epochs=3, num_samples=2, replacement=False, seed=1, world=2,
+         also={"replacement": {"num_samples": 2}}, no_settings=("rank",)),  # ranks go on from the state of one of them
+    Case(dt.Bins, {"edges": np.array([0.0, 1.0, 2.0])}, edges=np.array([0.0, 1.5, 2.0]), centers=np.array([0.0, 1.0]),
+         categorical=True, unbounded=True),
+    Case(dt.FDS, {"bins": BINS, "num_features": 4, "rank": 2}, bins=OTHER_BINS, num_features=5, kernel=dt.gaussian(5, 3),
+         momentum=0.5, covariance="low_rank", map="paper", rank=3, clip=(0.2, 5.0), start_epoch=2, shrinkage=1.0,
+         count_weighted=True, edges="mirror", outside="clip", missing="drop", channels="last", no_settings=("group",)),
+    Case(dt.losses.BatchMCLoss, {}, noise_sigma=2.0, learn=False, gather=True, missing="drop"),
+    Case(dt.losses.GaussianMixtureLoss, {"weights": [0.5, 0.5], "means": [1.0, 2.0], "variances": [1.0, 1.0]},
+         weights=[0.25, 0.75], means=[1.0, 3.0], variances=[1.0, 2.0], noise_sigma=2.0, learn=False, missing="drop"),
+    Case(dt.losses.BinnedIntegrationLoss, {"bins": BINS, "density": np.full(60, 1 / 60)}, density=np.eye(60)[3],
+         bins=dt.Bins.uniform(0, 120, width=2), noise_sigma=2.0, learn=False, outside="drop", missing="drop"),
+    Case(dt.losses.ConRLoss, {}, base=functools.partial(dt.losses.weighted_huber, delta=2.0), coefficient=2.0, omega=2.0,
+         temperature=2.0, eta=2.0, weights=dt.LDS(BINS), missing="drop"),
+    Case(dt.losses.DistLoss, {"bins": BINS, "prior": np.full(60, 1 / 60)}, bins=dt.Bins.uniform(0, 120, width=2),
+         prior=np.eye(60)[3], coefficient=2.0, squared=True, missing="drop"),
+    Case(dt.losses.RankNContrast, {}, temperature=1.0, missing="drop"),
+    Case(dt.losses.SRLLoss, {"num_features": 4, "bins": BINS}, num_features=5, bins=OTHER_BINS,
+         base=dt.losses.weighted_huber, coefficient=2.0, temperature=2.0, enveloping=2.0, homogeneity=2.0, momentum=0.5,
+         num_points=5, seed=1, missing="drop"),
+    Case(dt.losses.CenterLoss, {"num_features": 4, "num_classes": 3}, num_classes=4, num_features=5, strength=0.5),
+    Case(dt.heads.LinearHead, SHAPE, **SHAPED, bias=False),
+    Case(dt.heads.CoralHead, SHAPE, **SHAPED),
+    Case(dt.heads.CornHead, SHAPE, **SHAPED),
+    Case(dt.heads.CosineHead, SHAPE, **SHAPED, scale=2.0, learn_scale=True),
+    Case(dt.heads.NearestMeanHead, SHAPE, **SHAPED, metric="euclidean"),
+    Case(dt.heads.ScaledHead, {"linear": nn.Linear(4, 3)}, linear=nn.Linear(4, 3)),
+    Case(dt.AffinityHead, SHAPE, **SHAPED, prototypes=2, sigma=2.0, distance="l1", similarity="inverse",
+         sigma_mode="first_batch", feature_scale=1.0),
+    Case(dt.LongTailModel, MODEL, num_features=5, bins=OTHER_BINS, density=dt.LabelDensity(BINS, np.arange(2, 62)),
+         head="cosine", loss="squared_emd", sigma=3.0, label_kernel="laplace", fds=dt.FDS(BINS, 4),
+         weights=dt.LDS(BINS).fit(MODEL_DENSITY), target_prior="uniform", tau=0.5, adjust="in_loss", prior_kernel=None,
+         temperature=2.0, decode="mode", residual=True, residual_weight=0.2, expectation_weight=0.2, within_axis=True,
+         outside="clip", missing="drop", no_settings=("backbone",),
+         also={"bins": {"density": None}, "adjust": {"target_prior": "uniform"}, "within_axis": {"head": "regression"}}),
+    Case(dt.LogitAdjuster, {"prior": [0.2, 0.8]}, prior=[0.3, 0.7], target=[0.5, 0.5], tau=0.5, temperature=2.0),
+    Case(dt.RegressionMetrics, DENSE, **JUDGED, floor=0.5, outside="clip", **METRIC),
+    Case(dt.ClassificationMetrics, DENSE, **JUDGED, regions=["many", "few"] * 30, outside="drop", **METRIC),
+    Case(dt.metrics.IntervalMetrics, DENSE, **JUDGED, outside="clip", **METRIC),
+    Case(dt.metrics.DistributionMetrics, DENSE, **JUDGED, level=0.8, quantile=0.5, pit_bins=5, ends="open",
+         outside="drop", **METRIC),
+    Case(dt.metrics.CalibrationMetrics, {"num_classes": 5}, num_classes=6, num_bins=10, outside="clip"),
+    Case(dt.conformal.PointConformal, DENSE, **CALIBRATED),
+    Case(dt.conformal.GaussianConformal, DENSE, **CALIBRATED),
+    Case(dt.conformal.BinsConformal, DENSE, **CALIBRATED, gamma=0.0, prior=np.full(60, 1 / 60)),
 ]
-
-CASES = [*LABELS, *FEATURES, *LOSSES, *HEADS, *MODELS, *METRICS, *CONFORMAL]
+# fmt: on
 CHANGES = [(case, name) for case in CASES for name in case.others]
 
 
