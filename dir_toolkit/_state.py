@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import problem, require
+from ._settings import shown
 from .errors import CheckpointError
 
 _FORMAT = 1
@@ -86,7 +87,7 @@ def whole_or_not_at_all(*modules: nn.Module) -> Iterator[None]:
 
 class SoundModule(nn.Module):
     """A module that does not change if ``load_state_dict`` raises, where torch would leave it partly loaded. It can be
-    trained after it was moved or cast in inference mode."""
+    trained after it was moved or cast in inference mode. Its repr shows its ``settings``, if it has them."""
 
     @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -95,6 +96,9 @@ class SoundModule(nn.Module):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         with whole_or_not_at_all(self):
             return super().load_state_dict(state_dict, strict, assign)
+
+    def extra_repr(self) -> str:
+        return shown(getattr(self, "settings", {}))
 
 
 class Float64Module(SoundModule):

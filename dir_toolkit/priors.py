@@ -37,7 +37,6 @@ from ._checks import (
     warn,
 )
 from ._numerics import confidence_bin, confidence_edges, wide_dtype
-from ._settings import shown
 from ._state import SoundModule
 from .labels.bins import Bins
 from .labels.density import LabelDensity, counts_array
@@ -379,9 +378,6 @@ class LogitAdjuster(SoundModule):
     def settings(self) -> dict[str, Any]:
         """The offset, computed from prior, target and tau, and the temperature."""
         return {"offset": self.offset, "temperature": self.temperature}
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)
 
 
 def log_prior_offset(prior: Tensor, tau: float, target: Tensor | None = None) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._checks import instance, interval, length, number, one_of, problem, require, warn, whole
-from .._settings import shown
 from ..errors import ShapeError
 from ..labels.bins import MISSING, Bins, Missing, Outside
 from ..labels.grid import AnyBins, BinGrid, Windows, chosen_windows
@@ -224,9 +223,6 @@ class FDS(RunningStatistics):
     @property
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)
 
     # ---- smoothing ----
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .._checks import length, number, one_of, require, same_device
 from .._numerics import full_precision, squared_distances, wide_dtype
 from .._ranks import summed
-from .._settings import shown
 from .._state import SoundModule
 from ..errors import NotFittedError
 from ._features import checked_features
@@ -217,9 +216,6 @@ class AffinityHead(SoundModule):
             "sigma_mode": self.sigma_mode,
             "feature_scale": self._given["feature_scale"],
         }
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)
 
 
 def _nearest_squared(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .._checks import instance, length, number, same_device
 from .._numerics import full_precision, unit_rows, wide_dtype
-from .._settings import shown
 from .._state import SoundModule
 from ._features import checked_features
 
@@ -81,6 +80,3 @@ class CosineHead(SoundModule):
         """The arguments of the constructor."""
         shape = {"num_features": self.num_features, "num_classes": self.num_classes}
         return {**shape, "scale": self._scale, "learn_scale": self.learn_scale}
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)

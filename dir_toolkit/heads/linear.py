@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import instance, length, same_device
-from .._settings import shown
 from .._state import SoundModule
 from ._features import checked_features, linear_scores
 
@@ -52,9 +51,6 @@ class LinearHead(SoundModule, nn.Linear):
         """The arguments of the constructor."""
         shape = {"num_features": self.num_features, "num_classes": self.num_classes}
         return {**shape, "bias": self.bias is not None}
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)
 
 
 def linear_of(weight: Tensor, bias: Tensor | None, *, trainable: bool) -> LinearHead:

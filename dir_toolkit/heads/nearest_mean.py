@@ -20,7 +20,6 @@ from .._checks import (
 )
 from .._numerics import full_precision, squared_distances, unit_rows, wide_dtype
 from .._ranks import summed
-from .._settings import shown
 from .._state import SoundModule
 from ..errors import LabelError, NotFittedError
 from ..features.moments import BinMoments
@@ -176,6 +175,3 @@ class NearestMeanHead(SoundModule):
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor."""
         return {"num_features": self.num_features, "num_classes": self.num_classes, "metric": self.metric}
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import finite, instance, number, on_host, require, same_device
-from .._settings import shown
 from .._state import SoundModule
 from ._features import checked_features, linear_scores
 from .linear import LinearHead, linear_of
@@ -92,6 +91,3 @@ class ScaledHead(SoundModule):
     def settings(self) -> dict[str, Any]:
         """The frozen classifier's sizes."""
         return {"linear": {"weight": self.linear.weight, "bias": self.linear.bias}}
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)

@@ -10,7 +10,6 @@ from torch.nn.functional import logsigmoid, pad, softplus
 
 from .._checks import length, same_device
 from .._numerics import full_precision
-from .._settings import shown
 from .._state import SoundModule
 from ._features import checked_features, linear_scores
 
@@ -54,9 +53,6 @@ class _OrdinalHead(SoundModule):
     def settings(self) -> dict[str, Any]:
         """What the head was made with."""
         return {"num_features": self.num_features, "num_classes": self.num_classes}
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)
 
 
 class CoralHead(_OrdinalHead):

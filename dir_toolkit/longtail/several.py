@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._checks import as_tensors, instance, is_tensor, labels_array, not_empty, require, shaped
 from .._settings import shown
-from .._state import whole_or_not_at_all
+from .._state import SoundModule, whole_or_not_at_all
 from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.grid import BinGrid
@@ -31,7 +31,7 @@ __all__ = ["MultiTargetModel"]
 _FDS = "Attach one FDS over Bins.grid(...) to model.neck, and use fds.labels(y) with y of (N, K)."
 
 
-class MultiTargetModel(nn.Module):
+class MultiTargetModel(SoundModule):
     """One backbone for several targets, such as age and head pose, with one :class:`LongTailModel` per target.
 
     Each target has its own label axis, density, head, prior and tau. The loss is the mean of their losses. Named losses
@@ -299,11 +299,6 @@ class MultiTargetModel(nn.Module):
         from .saving import save
 
         save(self, path)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch, but if it raises, nothing changes. It holds all tensors twice."""
-        with whole_or_not_at_all(self):
-            return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def settings(self) -> dict[str, Any]:

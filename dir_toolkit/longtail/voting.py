@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import instance, one_of, require, shaped, whole
-from .._settings import shown
+from .._state import SoundModule
 from ..errors import DirToolkitWarning
 from ..labels.bins import Bins, continuous
 from ..labels.density import LabelDensity
@@ -46,7 +46,7 @@ class VotingOutput(NamedTuple):
     most_certain: Tensor
 
 
-class VotingModel(nn.Module):
+class VotingModel(SoundModule):
     r"""Uncertainty voting: heads are trained with increasing weight on rare labels; the most certain one predicts.
 
     Head m of M has the exponent
@@ -194,9 +194,6 @@ class VotingModel(nn.Module):
     def settings(self) -> dict[str, Any]:
         """The arguments of the model except for its backbone. ``members`` have the rest."""
         return {"heads": len(self.members), "bins": self.bins, "kernel": self.kernel}
-
-    def extra_repr(self) -> str:
-        return shown(self.settings)
 
 
 def _of_most_certain(values: Tensor, most_certain: Tensor) -> Tensor:

@@ -29,10 +29,6 @@ _LEAST = 1e-30  # the smallest probability of a bin in the log score
 _SUMS = ("count", "crps", "log", "pinball", "interval", "pit", "pit_spread")
 
 
-def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return total / count
-
-
 class DistributionMetrics(RegionMetrics):
     r"""CRPS, log score, pinball loss, interval score and PIT of forecast distributions over bins.
 
@@ -73,14 +69,14 @@ class DistributionMetrics(RegionMetrics):
 
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric(
-            "crps", "CRPS", "label", ("crps", "count"), _mean,
+            "crps", "CRPS", "label", ("crps", "count"), np.divide,
             over=("region", "bin"), low=0, may_be_nan=True, watched=("all",),
         ),
-        Metric("log_score", "log score", "1", ("log", "count"), _mean, may_be_nan=True),
-        Metric("pinball", "pinball loss", "label", ("pinball", "count"), _mean, low=0, may_be_nan=True),
-        Metric("interval_score", "interval score", "label", ("interval", "count"), _mean, low=0, may_be_nan=True),
-        Metric("pit_mean", "mean PIT", "1", ("pit", "count"), _mean, low=0, high=1, may_be_nan=True),
-        Metric("pit_spread", "PIT spread", "1", ("pit_spread", "count"), _mean, low=0, high=3, may_be_nan=True),
+        Metric("log_score", "log score", "1", ("log", "count"), np.divide, may_be_nan=True),
+        Metric("pinball", "pinball loss", "label", ("pinball", "count"), np.divide, low=0, may_be_nan=True),
+        Metric("interval_score", "interval score", "label", ("interval", "count"), np.divide, low=0, may_be_nan=True),
+        Metric("pit_mean", "mean PIT", "1", ("pit", "count"), np.divide, low=0, high=1, may_be_nan=True),
+        Metric("pit_spread", "PIT spread", "1", ("pit_spread", "count"), np.divide, low=0, high=3, may_be_nan=True),
     )  # fmt: skip
     selects: ClassVar[str] = "crps/all"
     takes: ClassVar[str] = "distribution"

@@ -24,10 +24,6 @@ __all__ = ["IntervalMetrics", "interval_metrics"]
 _SUMS = ("count", "covered", "width")
 
 
-def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return total / count
-
-
 class IntervalMetrics(RegionMetrics):
     """Coverage and mean width of prediction intervals, over all labels and by region of the training density.
 
@@ -53,10 +49,12 @@ class IntervalMetrics(RegionMetrics):
 
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric(
-            "coverage", "coverage", "%", ("covered", "count"), _mean, over=("region", "bin"),
+            "coverage", "coverage", "%", ("covered", "count"), np.divide, over=("region", "bin"),
             low=0, high=1, may_be_nan=True,
         ),
-        Metric("width", "width", "label", ("width", "count"), _mean, over=("region", "bin"), low=0, may_be_nan=True),
+        Metric(
+            "width", "width", "label", ("width", "count"), np.divide, over=("region", "bin"), low=0, may_be_nan=True
+        ),
     )  # fmt: skip
     kept: ClassVar[tuple[str, ...]] = ("sums", "refused")
 

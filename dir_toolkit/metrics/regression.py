@@ -49,10 +49,6 @@ def _contributions(
     }
 
 
-def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return total / count
-
-
 def _pearson(
     n: np.ndarray, pred: np.ndarray, target: np.ndarray, pred2: np.ndarray, target2: np.ndarray, product: np.ndarray
 ) -> np.ndarray:
@@ -67,12 +63,12 @@ def _pearson(
 
 _METRICS = (
     Metric(
-        "mae", "MAE", "label", ("abs", "count"), _mean,
+        "mae", "MAE", "label", ("abs", "count"), np.divide,
         over=("region", "bin"), low=0, watched=("all", "many", "medium", "few"),
     ),
     Metric("rmse", "RMSE", "label", ("squared", "count"), lambda s, n: np.sqrt(s / n), pooled=True, low=0),
     Metric("gm", "GM", "label", ("log", "count"), lambda s, n: np.exp(s / n), pooled=True, low=0),
-    Metric("bmae", "bMAE", "label", ("abs", "count"), _mean, mean_over_bins=True, low=0, watched=("all",)),
+    Metric("bmae", "bMAE", "label", ("abs", "count"), np.divide, mean_over_bins=True, low=0, watched=("all",)),
     Metric(
         "bmase", "bMASE", "1", ("abs", "of_median", "count"), lambda s, m, n: np.stack([s / n, m / n]),
         mean_over_bins=True, ratio=True, low=0, may_be_nan=True,
@@ -81,7 +77,7 @@ _METRICS = (
         "sera", "SERA", "label^2", ("relevant", "count"), lambda s, n: np.where(n > 0, s, np.nan),
         pooled=True, low=0, may_be_nan=True,
     ),
-    Metric("bias", "bias", "label", ("error", "count"), _mean, over=("region", "bin")),
+    Metric("bias", "bias", "label", ("error", "count"), np.divide, over=("region", "bin")),
     Metric(
         "pearson", "Pearson's r", "1", ("count", "pred", "target", "pred2", "target2", "product"), _pearson,
         low=-1, high=1, may_be_nan=True,
