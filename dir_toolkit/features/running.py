@@ -219,12 +219,11 @@ class RunningStatistics(Float64Module):
         local_metadata: dict[str, Any],
         strict: bool,
         missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        *others: Any,
     ) -> None:
         """Load the whole state, including covariances."""
         for hook in self._load_state_dict_pre_hooks.values():
-            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, *others)
         saved = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
         expected = {*self._saved_buffers(), "_extra_state"}
         if (

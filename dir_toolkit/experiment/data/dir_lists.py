@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import posixpath
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from ._checks import check_parts, data_error
 from .archives import FolderFiles
 from .cache import OnError, decode_once, make_splits
 from .images import Splits
+from .rows import rows_of
 
 __all__ = ["dir_list"]
 
@@ -56,7 +55,15 @@ def dir_list(
     parts: dict[str, list[tuple[str, float]]] = {"train": [], "val": [], "test": []}
     split_of: dict[str, str] = {}
     missing = 0
-    for place, age, path, split in _rows(listing):
+    rows = rows_of(listing)
+    place, header = next(rows)
+    if any(header.count(column) != 1 for column in _COLUMNS):
+        raise data_error(
+            f"the header must name each of the columns {', '.join(_COLUMNS)} once", got=header, source=place
+        )
+    columns = [header.index(column) for column in _COLUMNS]
+    for place, row in rows:
+        age, path, split = (row[column] for column in columns)
         fix = ""
         if not _AGE.fullmatch(age) or float(age) > _OLDEST:
             rule, got = f"age must be a number from 0 to {_OLDEST}, in years", repr(age)
@@ -81,28 +88,3 @@ def dir_list(
     check_parts(parts, listing)
     decoded = decode_once(files, list(split_of), size=size, cache=cache, on_error=on_error)
     return make_splits(decoded, parts, source=source, skipped={"missing file": missing} if missing else {})
-
-
-def _rows(listing: Path) -> Iterator[tuple[str, str, str, str]]:
-    """The place of each row in the list, and its age, path and split as text."""
-    line = 0
-    try:
-        with listing.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            if any(header.count(column) != 1 for column in _COLUMNS):
-                rule = f"the header must name each of the columns {', '.join(_COLUMNS)} once"
-                raise data_error(rule, got=header, source=f"{listing}, line 1")
-            columns = [header.index(column) for column in _COLUMNS]
-            line = reader.line_num
-            for row in reader:
-                line = reader.line_num
-                if row and len(row) != len(header):
-                    rule = f"a row must have {len(header)} columns"
-                    raise data_error(rule, got=len(row), source=f"{listing}, line {line}")
-                if row:
-                    age, path, split = (row[column] for column in columns)
-                    yield f"{listing}, line {line}", age, path, split
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        got, place = f"{type(error).__name__}: {error}", f"{listing}, line {line + 1}"
-        raise data_error("the list must be readable as CSV in UTF-8", got=got, source=place) from None

@@ -8,7 +8,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ from ..._checks import whole
 from ._checks import data_error
 from .images import SampleSet, Splits
 
-__all__ = ["columns_of", "find_file", "has_columns", "lines_of", "numbers_of", "seeded_splits", "splits_of_rows"]
+__all__ = [
+    "columns_of", "find_file", "has_columns", "lines_of", "numbers_of", "rows_of", "seeded_splits", "splits_of_rows",
+]  # fmt: skip
 
 _MOST_BYTES = 4 * 2**30  # of one file once it is unpacked
 
@@ -56,26 +58,35 @@ def columns_of(path: str | os.PathLike[str], *, delimiter: str = ",", quoted: bo
             has another number of cells than the first line. The error names the line.
     """
     path = Path(path)
-    text = io.StringIO(_text_of(path), newline="")
-    reader = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True)
-    rows: list[list[str]] = []
-    names: list[str] = []
-    try:
-        names = [name.strip() for name in next(reader, [])]
-        for row in reader:
-            if row and len(row) != len(names):
-                place = f"{path}, line {reader.line_num}"
-                raise data_error(f"a row must have {len(names)} cells", got=len(row), source=place)
-            if row:
-                rows.append(row)
-    except csv.Error as error:
-        place = f"{path}, line {reader.line_num}"
-        raise data_error("the file must be readable as CSV", got=error, source=place) from None
+    first, *rows = [row for _, row in rows_of(path, delimiter=delimiter, quoted=quoted)]
+    names = [name.strip() for name in first]
     if twice := {name for name in names if names.count(name) > 1}:
         raise data_error("a column name must occur once", got=repr(min(twice)), source=f"{path}, line 1")
     if not rows:
         raise data_error("the file must hold a row below the names of its columns", got="none", source=path)
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def rows_of(path: Path, *, delimiter: str = ",", quoted: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """The place and the cells of each row that is not empty, after those of the first line.
+
+    Raises:
+        DataError: as :func:`columns_of`, but for what it says of names.
+    """
+    text = io.StringIO(_text_of(path), newline="")
+    reader = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True)
+    try:
+        names = next(reader, [])
+        yield f"{path}, line 1", names
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if row and len(row) != len(names):
+                raise data_error(f"a row must have {len(names)} cells", got=len(row), source=place)
+            if row:
+                yield place, row
+    except csv.Error as error:
+        place = f"{path}, line {reader.line_num}"
+        raise data_error("the file must be readable as CSV", got=error, source=place) from None
 
 
 def has_columns(columns: Mapping[str, Sequence[str]], names: Sequence[str], path: Path) -> None:
