@@ -32,8 +32,8 @@ class FDSCallback(pl.Callback):
     Activation checkpointing works. Validation does not change the statistics. An epoch ends after its last validation.
     The statistics are saved in Lightning's checkpoints, and ``fit(ckpt_path=...)`` continues exactly; on several ranks,
     after a checkpoint within an epoch, up to rounding. If ``fit`` is called again without a checkpoint, the statistics
-    of an unfinished epoch are dropped. Import ``lightning``, not ``pytorch_lightning``, whose callbacks are another
-    class.
+    of an unfinished epoch are dropped. Import ``lightning``, not ``pytorch_lightning``, whose callbacks have another
+    base class.
 
     Args:
         fds: one FDS or several, attached before training starts.
@@ -53,7 +53,7 @@ class FDSCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         unseen = self._driver.places and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
-        rule, got = "training_step must take the batch", "a dataloader_iter, whose batch callbacks do not get"
+        rule, got = "training_step must take the batch", "a dataloader_iter, from which callbacks get no batch"
         fix = "Use the signature (self, batch), or use fds.labels in it and pass labels_of=None."
         require(not unseen, rule, got=got, fix=fix, error=RuntimeError)
         self._driver.start(resumed=trainer.ckpt_path is not None)

@@ -88,7 +88,7 @@ def _counted_in_chunk(
 
 
 def _pieces(labels: Any, *, of_several: bool = False) -> Iterator[Any]:
-    """Labels as arrays in order, each of which fits into memory or belongs to dask. ``of_several`` says that they are
+    """Labels as arrays in order, each of which fits into memory or belongs to dask. ``of_several`` is whether they are
     one piece of an iterable."""
     _refuse_inputs(labels, of_several=of_several)
     # The data of a DataArray is the array that it wraps. The data of a NumPy array would be its bytes.
@@ -111,18 +111,18 @@ def _pieces(labels: Any, *, of_several: bool = False) -> Iterator[Any]:
 def _refuse_inputs(labels: Any, *, of_several: bool) -> None:
     """Refuse a loader, and a pair of inputs and labels. A pair is recognised by equal numbers of rows and different
     shapes, or as a piece of several arrays."""
-    came = ""
+    got = ""
     if isinstance(labels, (DataLoader, _BaseDataLoaderIter)):
-        came = "a DataLoader, whose batches hold inputs too"
+        got = "a DataLoader, whose batches hold inputs too"
     elif isinstance(labels, (list, tuple)):
         shapes = [shape for item in labels if isinstance(shape := getattr(item, "shape", None), tuple)]
         if len(shapes) == len(labels) > 1 and all(shapes) and (of_several or _are_inputs_and_labels(shapes)):
-            came = f"arrays of shapes {', '.join(map(str, map(tuple, shapes[:3])))}"
+            got = f"arrays of shapes {', '.join(map(str, map(tuple, shapes[:3])))}"
         elif shapes and any(shapes) and (not all(shapes) or any(isinstance(item, (int, float)) for item in labels)):
-            came = "arrays together with single numbers"
+            got = "arrays together with single numbers"
     rule = "labels must be labels alone, without their inputs"
     fix = "Pass the labels of each batch: (y for x, y in loader)."
-    require(not came, rule, got=came, fix=fix, error=TypeError)
+    require(not got, rule, got=got, fix=fix, error=TypeError)
 
 
 def _are_inputs_and_labels(shapes: list[tuple[int, ...]]) -> bool:

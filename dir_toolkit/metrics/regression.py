@@ -106,8 +106,8 @@ class RegressionMetrics(RegionMetrics):
             not make it zero. None takes a hundredth of the median bin width. Over a grid it is one number, or one per
             axis.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``. The error of a clipped target is exact.
-        missing: ``"raise"``, or ``"drop"``, which ignores targets that are NaN. Over a grid one NaN of K drops the
-            whole row, also for the other dimensions. For each alone use metrics of its own axis.
+        missing: ``"raise"``, or ``"drop"``, which ignores targets that are NaN. Over a grid a row with one NaN is
+            ignored in all dimensions. To judge each dimension alone, use metrics of its own axis.
 
     Source:
         Ribeiro and Moniz 2020, doi:10.1007/s10994-020-05900-9, for SERA.

@@ -80,7 +80,7 @@ def thin(labels: _Labels, shares: Sequence[float] | np.ndarray, *, seed: int) ->
     """The samples that are kept: the share of each class, rounded to a whole number of samples, but at least one.
 
     Each class is put in an order that depends only on the seed, the class and its size, and its first samples are kept.
-    So a larger share keeps whatever a smaller share keeps.
+    So a larger share keeps everything that a smaller share keeps.
 
     Args:
         shares: one share per class, each in (0, 1]; see :func:`step_profile` and :func:`exponential_profile`.
@@ -148,7 +148,7 @@ def balanced_holdout(labels: _Labels, per_class: int, *, seed: int) -> tuple[np.
     >>> balanced_holdout([0, 0, 0, 1, 1], 1, seed=0)
     (array([0, 4]), array([1, 2, 3]))
     """
-    return _hold_out(_classes(labels), seed, per_class=per_class)
+    return _hold_out(_classes(labels), "per_class", per_class, seed)
 
 
 def long_tail_splits(
@@ -190,7 +190,7 @@ def long_tail_splits(
         TypeError: images are not uint8, labels are not integers, or a setting is not a number.
     """
     classes = _classes(labels)
-    val, train = _hold_out(classes, seed, val_per_class=val_per_class)
+    val, train = _hold_out(classes, "val_per_class", val_per_class, seed)
     num_classes = int(classes.max(initial=-1)) + 1
     test_classes = _classes(test_labels, num_classes, "test_labels")
     for name, array, target in (("images", images, classes), ("test_images", test_images, test_classes)):
@@ -214,12 +214,10 @@ def long_tail_splits(
     )
 
 
-def _hold_out(classes: np.ndarray, seed: int, **per_class: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the held-out and of the other samples. The keyword is the name that the user knows."""
-    ((name, count),) = per_class.items()
+def _hold_out(classes: np.ndarray, name: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the held-out and of the other samples. The user calls the number per class ``name``."""
     count, seed = whole(name, count, low=0), whole("seed", seed, low=0)
-    # Not a count of every class up to the largest label: that label may be huge.
-    present, counts = np.unique(classes, return_counts=True)
+    present, counts = np.unique(classes, return_counts=True)  # the largest label may be huge, so bincount is not used
     too_few = (present != np.arange(len(present))) | (counts <= count)
     if too_few.any():
         index = int(too_few.argmax())

@@ -332,7 +332,7 @@ class _Hair:
         sides = _between(self.length, 0.05, 0.45) + 0.05 * look.grown
         cover = canvas.edge(np.maximum(cap, -face)) * canvas.edge(canvas.v - sides, 4)
         wave = canvas.u * self.strands + canvas.v * 3
-        strand = np.abs(wave - np.floor(wave) - 0.5)  # a saw from 0 to 0.5
+        strand = np.abs(wave - np.floor(wave) - 0.5)  # a triangle wave from 0 to 0.5
         canvas.paint(cover * self.thick * (1 - 0.35 * self.bald), self.colour)
         canvas.dim(cover, (0.24 * strand + 0.25 * _ramp(canvas.v, -0.5, 0.3)) * self.thick)
 
