@@ -2,7 +2,8 @@
 
 The prior of new data may differ from that of training. It can be estimated from forecasts under label shift: the shares
 of labels change, but inputs of one label do not. Pass the estimate to :meth:`dir_toolkit.LongTailModel.set_prior`, or
-its ``prior`` to :func:`dir_toolkit.adjust_logits` as the target.
+its ``source`` and ``prior`` to :func:`dir_toolkit.adjust_logits` as the prior and the target. Both change nothing where
+the estimate was not accepted.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class PriorEstimate:
     Attributes:
         prior: (B,) float64, the prior to predict under: ``estimated`` if it was accepted, else ``source``.
         estimated: (B,) float64, the estimate from the unlabelled data.
-        source: (B,) float64, the mean of the calibrated forecasts for the held-out data.
+        source: (B,) float64, the mean of the calibrated forecasts for the held-out data. A model's training prior is
+            another: the smoothed shares of its training labels. ``model.set_prior(estimate.source)`` therefore changes
+            forecasts by their ratio; ``model.set_prior(None)`` predicts as trained.
         curve: (K,) float64, read-only: before each step, the gain in log-likelihood of the unlabelled data over
             ``source``, in nats per sample.
         converged: whether the last step changed less than a millionth of the prior. At most 1000 steps are made.

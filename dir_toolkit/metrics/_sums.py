@@ -141,15 +141,11 @@ def placed(bins: AnyBins, target: Tensor, outside: Outside, missing: Missing) ->
     return index, None if readable(target) else (index == -2).sum()
 
 
-def class_indices(name: str, index: Tensor, num_classes: int, outside: Outside = "raise") -> Tensor:
-    """``index`` as int64 from 0 to ``num_classes`` - 1, and -1 for those that are dropped, or invalid but not
-    checked."""
+def class_indices(name: str, index: Tensor, num_classes: int) -> Tensor:
+    """``index`` as int64 from 0 to ``num_classes`` - 1, and -1 for those that are invalid but not checked."""
     integers(**{name: index})
     classes = index.detach().long()
-    if outside == "clip":
-        return classes.clamp(0, num_classes - 1)
-    if outside == "raise":
-        classes_exist(name, classes, num_classes)
+    classes_exist(name, classes, num_classes)
     return classes.masked_fill((classes < 0) | (classes >= num_classes), -1)
 
 

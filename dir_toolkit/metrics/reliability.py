@@ -12,9 +12,9 @@ from torch import Tensor
 from .._checks import MOST_BINS, finite, length, no_bad, not_negative, require, shaped, whole
 from .._memory import check_memory
 from .._numerics import confidence_bin, confidence_edges, readable
-from ..labels.bins import Outside
+from ..labels.bins import Bins, Missing, Outside
 from ._metric import Metric
-from ._sums import MergingSums, check_samples, check_some, class_indices
+from ._sums import MergingSums, check_samples, check_some
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -43,6 +43,7 @@ class CalibrationMetrics(MergingSums):
     Args:
         num_bins: the number of confidence bins, M.
         outside: ``"raise"``, ``"clip"`` or ``"drop"``. A clipped target counts as the first or the last class.
+        missing: ``"raise"``, or ``"drop"``, which ignores targets that are NaN.
     Attributes:
         histograms: (3, 1 + C, M) float64, by label (the top label, then each class) and confidence bin. They are the
             sums of weights, of weighted probabilities, and of the weights of samples with that label.
@@ -71,10 +72,13 @@ class CalibrationMetrics(MergingSums):
     histograms: Tensor
     totals: Tensor
 
-    def __init__(self, num_classes: int, *, num_bins: int = 15, outside: Outside = "raise") -> None:
-        super().__init__(outside)
+    def __init__(
+        self, num_classes: int, *, num_bins: int = 15, outside: Outside = "raise", missing: Missing = "raise"
+    ) -> None:
+        super().__init__(outside, missing)
         self.num_classes = length("num_classes", num_classes)
         self.num_bins = length("num_bins", num_bins, most=MOST_BINS)
+        self.bins = Bins.classes(self.num_classes)
         cells = (3, 1 + self.num_classes, self.num_bins)
         named = f"the histograms of {self.num_classes:,} classes in {self.num_bins:,} bins"
         check_memory(named, 8 * math.prod(cells), "Use fewer bins.")
@@ -82,22 +86,23 @@ class CalibrationMetrics(MergingSums):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"num_classes": self.num_classes, "num_bins": self.num_bins, "outside": self.outside}
+        names = ("num_classes", "num_bins", "outside", "missing")
+        return {name: getattr(self, name) for name in names}
 
     def update(self, probabilities: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
-            target: class indices.
+            target: class indices, whole numbers of any dtype.
             weight: >= 0; None means ones. A weight of 2 counts a sample twice.
         Shape:
             probabilities: (N, C), each row summing to one within 0.001. target, weight: (N,). An empty batch adds
             nothing.
         Raises:
-            ShapeError: the shapes do not fit. TypeError: target is not integers. LabelError: a class index lies beyond
-            the classes under ``outside="raise"``. ValueError: probabilities or weights are not finite or negative, a
-            row does not sum to one, or the sum of all weights reaches 1e300. On an accelerator each of these makes the
-            results NaN.
+            ShapeError: the shapes do not fit. LabelError: a target is NaN under ``missing="raise"``, is not a whole
+            number, or lies beyond the classes under ``outside="raise"``. ValueError: probabilities or weights are not
+            finite or negative, a row does not sum to one, or the sum of all weights reaches 1e300. On an accelerator
+            each of these but the first makes the results NaN.
         """
         _check_batch(probabilities, target, weight, self.num_classes)
         p = probabilities.detach().double()
@@ -107,10 +112,8 @@ class CalibrationMetrics(MergingSums):
             finite(probabilities=probabilities)
             no_bad("probabilities must lie in [0, 1]", p, (p < 0) | (p > 1 + _SLACK), fix=_SOFTMAX)
             no_bad("each row of probabilities must sum to one", p.sum(1), off, fix=_SOFTMAX)
-        index = class_indices("target", target, self.num_classes, self.outside)
-        astray, index = index < 0, index.clamp_min(0)
-        if self.outside == "drop":
-            w, astray = w.masked_fill(astray, 0), torch.zeros_like(astray)
+        index = self.bins.place(target, self.outside, self.missing, name="target")
+        w, astray, index = w.masked_fill(index == -1, 0), index == -2, index.clamp_min(0)
         if readable(p):
             total, rule = (
                 w.sum().item() + self.totals[0].item(),
@@ -182,11 +185,12 @@ def calibration_metrics(
     *,
     num_bins: int = 15,
     outside: Outside = "raise",
+    missing: Missing = "raise",
 ) -> xr.Dataset:
     """:class:`CalibrationMetrics` of one whole data set, with the arguments of the class and ``update``."""
     check_some(probabilities=probabilities)
     shaped(("N", "C"), probabilities=probabilities)
-    metrics = CalibrationMetrics(probabilities.shape[1], num_bins=num_bins, outside=outside)
+    metrics = CalibrationMetrics(probabilities.shape[1], num_bins=num_bins, outside=outside, missing=missing)
     metrics.update(probabilities, target, weight)
     return metrics.compute()
 

@@ -2,10 +2,12 @@
 
 The root holds ``tables/``, ``series/``, ``utkface/`` and ``text/`` with the sets of ``data_cards/`` under these names.
 Of tables and series a seed draws the rows to train on, at most ``rows`` and half of all; the network is
-``LongTailRegressor(bins=Bins.auto(y), head="linear", tau=0)``. Of faces and sentences it draws the network, which
-trains on the training part of the set, and is as it was after its last epoch; the other parts together are the unseen
-rows. ``beijing_time`` trains on earlier years, and the last one (``beijing_year``) and that of another station
-(``beijing_station``) are elsewhere.
+``LongTailRegressor(bins=Bins.auto(y), head="linear", tau=0)``, which averages four. Of faces and sentences a seed
+draws the network and a fifth of the training part, which is withheld from it; the network is as it was after its last
+epoch. Validation and test part together are the unseen rows, whose labels are nearly even. ``beijing_time`` trains on
+earlier years, and the last one (``beijing_year``) and that of another station (``beijing_station``) are elsewhere.
+
+A study keeps forecasts in a folder, from which later runs and the other study read them. Delete it to train again.
 """
 
 from __future__ import annotations
@@ -19,23 +21,24 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).parents[1]))
 
 import numpy as np
+from joblib import Memory
 from sklearn.ensemble import HistGradientBoostingRegressor
 from tables import read
 from text import Reader
 
 import dir_toolkit as dt
 from dir_toolkit.experiment.backbones import small_resnet
-from dir_toolkit.experiment.data.images import Splits
+from dir_toolkit.experiment.data.images import SampleSet, Splits
 from dir_toolkit.experiment.data.series import beijing
-from dir_toolkit.experiment.data.text import emobank, word_vectors
+from dir_toolkit.experiment.data.text import emobank, sts_b_dir, word_vectors
 from dir_toolkit.experiment.data.utkface import utkface
 from dir_toolkit.experiment.training.checkpoint import load_checkpoint
 from dir_toolkit.experiment.training.loop import Optimization, fit, predict
 from dir_toolkit.experiment.training.runtime import start_runtime
 from dir_toolkit.integrations.scikit_learn import LongTailRegressor
 
-SETS = ("house16H", "abalone", "appliances", "rain", "beijing", "beijing_time", "utkface", "emobank")
-NETWORKS = ("utkface", "emobank")
+SETS = ("house16H", "abalone", "appliances", "rain", "beijing", "beijing_time", "utkface", "sts_b")
+NETWORKS = ("utkface", "sts_b", "emobank")
 
 
 class Part(NamedTuple):
@@ -50,13 +53,15 @@ class Part(NamedTuple):
 
 class Forecasts(NamedTuple):
     """The density of the training labels, the prior that the network was trained under (B,), the ends of its bins, and
-    the rows that it has not seen, from where it was trained and from elsewhere, by name."""
+    the rows that it has not seen: from where it was trained, and from elsewhere, by name. Where the former have other
+    shares of labels than the training rows, ``withheld`` are rows with the same."""
 
     density: dt.LabelDensity
     prior: np.ndarray
     ends: Any
     held: Part
     elsewhere: dict[str, Part]
+    withheld: Part | None = None
 
     @property
     def bins(self) -> dt.Bins:
@@ -64,7 +69,12 @@ class Forecasts(NamedTuple):
         return self.density.bins
 
 
-def forecasts(root: Path, name: str, seed: int, rows: int) -> Forecasts:
+def forecasts(folder: Path, root: Path, name: str, seed: int, rows: int) -> Forecasts:
+    """The forecasts of a set and a seed, which the folder keeps."""
+    return Memory(folder, verbose=0).cache(fresh, ignore=["root"])(root, name, seed, rows)
+
+
+def fresh(root: Path, name: str, seed: int, rows: int) -> Forecasts:
     return of_network(root, name, seed) if name in NETWORKS else of_table(root, name, seed, rows)
 
 
@@ -85,27 +95,39 @@ def of_table(root: Path, name: str, seed: int, rows: int) -> Forecasts:
 
 def of_network(root: Path, name: str, seed: int) -> Forecasts:
     splits, bins, backbone, options, epochs = task(root, name)
-    density = dt.LabelDensity.count(splits.train.labels, bins, outside="clip")
+    order = np.random.default_rng(seed).permutation(len(splits.train))
+    withheld, train = (chosen(splits.train, np.sort(rows)) for rows in np.split(order, [len(order) // 5]))
+    density = dt.LabelDensity.count(train.labels, bins, outside="clip")
     with start_runtime("cpu", "float32", seed=seed) as runtime, TemporaryDirectory() as folder:
         with runtime.seeded("network"):
             body = backbone()
             model = dt.LongTailModel(body, body.num_features, bins, density=density, outside="clip", **options)
             fit(
-                model, splits.train, splits.val, metrics=dt.RegressionMetrics(density, outside="clip"),
+                model, train, splits.val, metrics=dt.RegressionMetrics(density, outside="clip"),
                 loss=model.criterion, optimization=Optimization(epochs=epochs, batch_size=128, lr=2e-3),
                 runtime=runtime, folder=Path(folder), augmentation=name == "utkface",
             )  # fmt: skip
         model.load_state_dict(load_checkpoint(Path(folder) / "checkpoint-last.pt")["model"])
-        said = [predict(model, part, runtime=runtime) for part in (splits.val, splits.test)]
-    scores, features = (np.concatenate([getattr(one, key).numpy() for one in said]) for key in ("scores", "features"))
-    labels = np.concatenate([splits.val.labels, splits.test.labels]).astype(float)
-    return made(model, Part(scores, labels, features, np.full(len(labels), np.nan)), {})
+
+        def part(*sets: SampleSet) -> Part:
+            said = [predict(model, one, runtime=runtime) for one in sets]
+            scores, features = (
+                np.concatenate([getattr(one, key).numpy() for one in said]) for key in ("scores", "features")
+            )
+            labels = np.concatenate([one.labels for one in sets]).astype(float)
+            return Part(scores, labels, features, np.full(len(labels), np.nan))
+
+        return made(model, part(splits.val, splits.test), {}, part(withheld))
 
 
-def made(model: Any, held: Part, elsewhere: dict[str, Part]) -> Forecasts:
+def chosen(whole: SampleSet, rows: np.ndarray) -> SampleSet:
+    return type(whole)(whole.inputs, whole.labels[rows], whole.rows[rows])
+
+
+def made(model: Any, held: Part, elsewhere: dict[str, Part], withheld: Part | None = None) -> Forecasts:
     readout = model.readout
     prior = readout.training_prior(readout.chosen_kernel("auto"), None).numpy()
-    return Forecasts(model.density, prior, readout.ends, held, elsewhere)
+    return Forecasts(model.density, prior, readout.ends, held, elsewhere, withheld)
 
 
 @cache
@@ -115,6 +137,9 @@ def task(root: Path, name: str) -> tuple[Splits, dt.Bins, Any, dict[str, Any], i
         axis = dt.Bins.uniform(0, 117, width=1, integer=True)
         return utkface(root / "utkface", size=32), axis, small_resnet, {"sigma": 2.0}, 5
     number, vectors = word_vectors(root / "text")
+    if name == "sts_b":
+        axis = dt.Bins.uniform(0, 5, width=0.1)
+        return sts_b_dir(root / "text", number), axis, lambda: Reader(vectors, pairs=True), {}, 8
     axis = dt.Bins.uniform(1, 5, width=0.1)
     return emobank(root / "text", number), axis, lambda: Reader(vectors, pairs=False), {}, 4
 

@@ -4,11 +4,12 @@
     python recipes/studies/intervals.py --root DIR --sets abalone --seeds 1
 
 DIR holds the sets, and ``forecasts.py`` tells how each is trained on. The rows that the network has not seen are halved
-into rows to calibrate and rows to test 5 times, and numbers are means over these halvings; rows from elsewhere are all
-tested, which is where calibration data are not drawn as new data are. There "rolling" calibrates again each month, in
-the order of time, on the labels of as many hours as the held-out rows had at first. Regions are those of the training
-density, with bins without a training label among the few. Widths end with the axis. ``OUT/rows.csv`` has a row per set,
-halving, method and region.
+into rows to calibrate and rows to test 5 times, and numbers are means over these halvings. Rows from elsewhere are all
+tested, where calibration data are not drawn as new data are. There "rolling" calibrates anew each day, in the order of
+time, on the labels of as many hours as the held-out rows had at first. Regions are those of the training density, with
+bins without a training label among the few. Coverage is that of the prediction sets, and widths are those of their
+hulls, the intervals, which end with the axis. ``OUT/rows.csv`` has a row per set, halving, method and region,
+``OUT/tables.md`` has tables, and ``OUT/intervals.png`` a picture.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ class Settings:
     root: Path
     """Folder of the sets."""
     sets: tuple[str, ...] = (
-        "house16H", "abalone", "appliances", "rain", "beijing", "beijing_time", "utkface", "emobank",
+        "house16H", "abalone", "appliances", "rain", "beijing", "beijing_time", "utkface", "sts_b",
     )  # fmt: skip
-    """Any of these."""
+    """Any of these and emobank."""
     seeds: int = 5
     """Seeds 0, 1, ... decide which rows train, and what a method draws."""
     rows: int = 3000
-    """Most rows to train on."""
+    """Most rows of a table to train on."""
+    forecasts: Path = Path("runs/forecasts")
+    """Folder of the forecasts, which both studies share."""
     out: Path = Path("runs/intervals")
     """Folder of the results."""
 
@@ -53,125 +56,153 @@ from scipy.special import softmax
 import dir_toolkit as dt
 from dir_toolkit.conformal import BinsConformal, PointConformal
 
-LEVEL, HALVINGS, MONTH = 0.9, 5, 730  # rows of an hour each
-REGIONS = ("all", "many", "medium", "few")
+LEVEL, HALVINGS, DAY = 0.9, 5, 24  # rows of an hour each
+REGIONS = ("many", "medium", "few")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "boosting, one threshold": ("number", {"per_region": 0.0}),
-    "boosting, per region": ("number", {}),
-    "bins, one threshold": ("bins", {"per_region": 0.0, "gamma": 0.0}),
-    "bins, one threshold, p/prior^.5": ("bins", {"per_region": 0.0}),
-    "bins, half way": ("bins", {"per_region": 0.5}),
-    "bins, per region": ("bins", {}),
+    "network, one threshold": ("network", {"per_region": 0.0, "gamma": 0.0}),
+    "network, per region": ("network", {}),
+    "boosting, one threshold": ("boosting", {"per_region": 0.0}),
+    "boosting, per region": ("boosting", {}),
+    "network, one threshold, p/prior^.5": ("network", {"per_region": 0.0}),
+    "network, half way": ("network", {"per_region": 0.5}),
 }
-"""By name: what is calibrated, and how. Besides, "bins, own" is the central interval of the bins' distribution."""
-BASE = "bins, one threshold"
+"""By name: what is calibrated, and with which options. Besides, "network, own" is the central interval of the
+network's distribution."""
 SHOWN = {
-    "bins, own": "k:s", BASE: "C1-o", "bins, one threshold, p/prior^.5": "C2--v", "bins, per region": "C0-D",
-    "bins, per region, rolling": "C3-^",
+    "network, one threshold": "C1o", "network, per region": "C0o",
+    "boosting, one threshold": "C1^", "boosting, per region": "C0^",
 }  # fmt: skip
-"""The methods in the picture, and their lines."""
-ROLLING = "bins, per region, rolling"
+"""The methods in the picture and in the first columns of the tables, and their marks."""
+ROLLING = ", rolling"
 
 
 def judge(name: str, seed: int, said: Forecasts) -> Iterator[dict[str, Any]]:
     """What each method covers in each region by its sets and by their hulls, and how wide both are."""
     rng, density, bins = np.random.default_rng(seed), said.density, said.bins
     regions = np.where(density.counts > 0, density.regions(), "few")
+    known = [name for name, (kind, _) in METHODS.items() if kind == "network" or not np.isnan(said.held.boosted).any()]
 
-    def fresh(method: str) -> tuple[Any, Any]:
+    def calibrated(method: str, part: Part, new: Part) -> tuple[np.ndarray, ...]:
+        """The ends of the intervals of new rows, whether the sets hold their labels, and the lengths of the sets."""
         kind, options = METHODS[method]
-        if kind == "number":
-            return PointConformal(density, regions=regions, **options), lambda part: part.boosted
-        return BinsConformal(density, regions=regions, prior=said.prior, **options), shares
+        calibration: Any
+        if kind == "boosting":
+            calibration, read = PointConformal(density, regions=regions, **options), lambda part: part.boosted
+        else:
+            calibration, read = BinsConformal(density, regions=regions, prior=said.prior, **options), shares
+        calibration.update(read(part), part.labels)
+        return *calibration.interval(read(new), LEVEL), *sets(calibration, read(new), new.labels)
 
-    def found(name: str, method: str, y: np.ndarray, ends: Any, held: Any, size: Any) -> Iterator[dict[str, Any]]:
-        lower, upper = map(np.asarray, ends)
+    def by_region(name: str, method: str, y: np.ndarray, *numbers: Any) -> Iterator[dict[str, Any]]:
+        lower, upper, held, length = map(np.asarray, numbers)
         width = np.clip(upper, None, bins.edges[-1]) - np.clip(lower, bins.edges[0], None)
-        numbers = {"held": held, "size": size, "covered": (lower <= y) & (y <= upper), "width": width}
-        for region in REGIONS:
+        columns = {"held": held, "length": length, "covered": (lower <= y) & (y <= upper), "width": width}
+        for region in ("all", *REGIONS):
             own = (regions[bins.index(y, "clip")] == region) | (region == "all")
             row = {"set": name, "seed": seed, "method": method, "region": region, "rows": own.sum()}
-            yield row | {key: value[own].mean() if own.any() else np.nan for key, value in numbers.items()}
+            yield row | {key: value[own].mean() if own.any() else np.nan for key, value in columns.items()}
 
-    known = [method for method, (kind, _) in METHODS.items() if kind == "bins" or not np.isnan(said.held.boosted).any()]
     for _ in range(HALVINGS):
         own, rest = halved(said.held, rng)
         for test, new in (said.elsewhere or {name: rest}).items():
-            ends = dt.interval(torch.from_numpy(shares(new)), bins, LEVEL, ends=said.ends)
-            yield from found(test, "bins, own", new.labels, ends, *np.full((2, len(new.labels)), np.nan))
+            lower, upper = map(np.asarray, dt.interval(torch.from_numpy(shares(new)), bins, LEVEL, ends=said.ends))
+            held, length = (lower <= new.labels) & (new.labels <= upper), upper - lower
+            yield from by_region(test, "network, own", new.labels, lower, upper, held, length)
             for method in known:
-                calibration, read = fresh(method)
-                calibration.update(read(own), own.labels)
-                yield from found(
-                    test, method, new.labels, calibration.interval(read(new), LEVEL),
-                    *sets(calibration, read(new), new.labels),
-                )  # fmt: skip
+                yield from by_region(test, method, new.labels, *calibrated(method, own, new))
     for test, new in said.elsewhere.items():
-        both = Part(*map(np.concatenate, zip(said.held, new, strict=True)))
-        first, months = len(said.held.labels), []
-        for start in range(0, len(new.labels), MONTH):
-            calibration, read = fresh("bins, per region")
-            past, now = slice(start, first + start), slice(first + start, first + start + MONTH)
-            calibration.update(read(both)[past], both.labels[past])
-            months.append(
-                (*calibration.interval(read(both)[now], LEVEL), *sets(calibration, read(both)[now], both.labels[now]))
-            )
-        lower, upper, held, size = map(np.concatenate, zip(*months, strict=True))
-        yield from found(test, ROLLING, new.labels, (lower, upper), held, size)
+        both, first = Part(*map(np.concatenate, zip(said.held, new, strict=True))), len(said.held.labels)
+        for method in SHOWN:
+            days = [
+                calibrated(
+                    method, between(both, start, first + start), between(both, first + start, first + start + DAY)
+                )
+                for start in range(0, len(new.labels), DAY)
+            ]
+            yield from by_region(test + ROLLING, method, new.labels, *map(np.concatenate, zip(*days, strict=True)))
+
+
+def between(part: Part, first: int, last: int) -> Part:
+    return Part(*(values[first:last] for values in part))
 
 
 def shares(part: Part) -> np.ndarray:
     return softmax(part.scores.astype(float), axis=1)
 
 
-def sets(calibration: Any, said: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sets(calibration: Any, output: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether each set holds its label, and how long its parts are together."""
     bins, row = calibration.bins, calibration.bins.index(y, "clip")
     if isinstance(calibration, BinsConformal):
-        inside = calibration.sets(said, LEVEL)
+        inside = calibration.sets(output, LEVEL)
         return inside[np.arange(len(y)), row], inside @ np.diff(bins.edges)
     reach = -calibration.thresholds(LEVEL)
-    parts = np.minimum(said[:, None] + reach, bins.edges[1:]) - np.maximum(said[:, None] - reach, bins.edges[:-1])
-    return np.abs(y - said) <= reach[row], parts.clip(min=0).sum(1)
+    parts = np.minimum(output[:, None] + reach, bins.edges[1:]) - np.maximum(output[:, None] - reach, bins.edges[:-1])
+    return np.abs(y - output) <= reach[row], parts.clip(min=0).sum(1)
 
 
-def summary(rows: pd.DataFrame) -> str:
-    """Means over seeds by region: coverage in % with its standard deviation, and widths."""
-    numbers = ["held", "covered", "size", "width"]
-    by_seed = rows.groupby(["set", "method", "region", "seed"], sort=False)[["rows", *numbers]].mean()
-    by_seed[numbers[:2]] *= 100
-    mean, spread = (getattr(by_seed.groupby(level=[0, 1, 2], sort=False), what)() for what in ("mean", "std"))
-    shown = {name: mean[name].map("{:.3g}".format).unstack()[list(REGIONS)] for name in numbers}
-    for name in numbers[:2]:
-        shown[name] += " ± " + spread[name].map("{:.1f}".format).unstack()[list(REGIONS)]
-    counts = mean.rows.groupby(level=[0, 2], sort=False).first().unstack()[list(REGIONS)].round()
-    return f"{pd.concat(shown, axis=1).to_string()}\n\ntest rows\n{counts.to_string()}"
+def tables(rows: pd.DataFrame) -> str:
+    """Coverage by region in %, and the lengths of sets and widths of intervals over all labels: means and standard
+    deviations over seeds."""
+    methods = [*SHOWN, *(method for method in dict.fromkeys(rows.method) if method not in SHOWN)]
+    by_seed = rows.groupby(["set", "method", "region", "seed"], sort=False).mean()
+    mean, spread = (getattr(by_seed.groupby(level=[0, 1, 2], sort=False), kind)() for kind in ("mean", "std"))
+    coverage, widths = [], []
+    for name in dict.fromkeys(rows.set):
+        title = name.replace("_", " ")
+        counts = mean.rows[name, methods[0]].round()
+        cells = [f"{title}: {' / '.join(f'{counts[region]:,.0f}' for region in REGIONS)}"]
+        sizes = [title]
+        for method in methods:
+            if (name, method) not in mean.index:
+                cells.append("")
+                sizes.append("")
+                continue
+            of_method, error = mean.loc[name, method], 100 * spread.held[name, method]
+            shares = [f"{100 * of_method.held[region]:.0f} ± {error[region]:.0f}" for region in REGIONS]
+            cells.append(" / ".join(shares))
+            whole = of_method.loc["all"]
+            sizes.append(f"{whole.length:.3g}; {whole.width:.3g}; {100 * whole.covered:.0f}")
+        coverage.append(cells)
+        widths.append(sizes)
+    return markdown(["set: test rows many / medium / few", *methods], coverage) + markdown(["set", *methods], widths)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + "\n\n"
 
 
 def picture(rows: pd.DataFrame, path: Path) -> None:
-    """Coverage of the sets by region, and mean widths of the intervals beside those of one threshold."""
-    sets = list(dict.fromkeys(rows.set))
-    figure = Figure(figsize=(2 * len(sets), 4.6))
-    axes = figure.subplots(2, len(sets), sharex=True, sharey="row", squeeze=False)
-    for (above, below), name in zip(axes.T, sets, strict=True):
-        mean = rows[rows.set == name].groupby(["method", "region"])[["held", "covered", "width"]].mean()
-        base = mean.loc[BASE, "width"].loc[list(REGIONS[1:])]
-        for method, look in SHOWN.items():
-            if method not in mean.index:
+    """Coverage of the sets by region, with the standard deviation over seeds, and widths of the intervals beside those
+    of one threshold of the network."""
+    names = list(dict.fromkeys(rows.set))
+    mean = rows.groupby(["set", "method", "region", "seed"], sort=False).mean()
+    figure = Figure(figsize=(11, 1.4 + 0.38 * len(names)))
+    panels = figure.subplots(1, 4, sharey=True)
+    for i, (method, mark) in enumerate(SHOWN.items()):
+        for place, name in enumerate(names):
+            if (name, method) not in mean.index:
                 continue
-            of_method = mean.loc[method].loc[list(REGIONS[1:])]
-            above.plot(REGIONS[1:], 100 * of_method.held.fillna(of_method.covered), look, label=method, markersize=4)
-            below.plot(REGIONS[1:], of_method.width / base, look, markersize=4)
-        above.axhspan(88, 92, color="0.9", zorder=0)
-        above.set_title(name.replace("_", " "), fontsize=10)
-        for panel in (above, below):
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.margins(x=0.15)
-    axes[0, 0].set_ylabel("labels held, %\n(90 intended)")
-    axes[1, 0].set_ylabel("width / that of\none threshold")
-    drawn = {label: line for one in axes[0] for line, label in zip(*one.get_legend_handles_labels(), strict=True)}
-    figure.legend(drawn.values(), drawn.keys(), loc="lower center", ncols=len(SHOWN), frameon=False)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+            of_set, height = mean.loc[name], place + 0.12 * (i - 1.5)
+            base = of_set.loc[(next(iter(SHOWN)), "all")].width.mean()
+            numbers = [100 * of_set.loc[(method, region)].held for region in REGIONS]
+            for panel, values in zip(panels, [*numbers, of_set.loc[(method, "all")].width / base], strict=True):
+                label = method if place == 0 else None
+                panel.errorbar(
+                    values.mean(), height, xerr=values.std(), fmt=mark, markersize=4, linewidth=1, label=label
+                )
+    for panel, title in zip(panels, [*(f"{region}: labels held, %" for region in REGIONS), "width"], strict=True):
+        panel.set_title(title, fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="0.9")
+        panel.set_axisbelow(True)
+    for panel in panels[:3]:
+        panel.axvspan(88, 92, color="0.85", zorder=0)
+    panels[3].set_title("width / network, one threshold", fontsize=10)
+    panels[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=len(SHOWN), frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=100)
 
 
@@ -181,11 +212,12 @@ def main(settings: Settings) -> None:
     rows: list[dict[str, Any]] = []
     for name in settings.sets:
         for seed in range(settings.seeds):
-            rows += judge(name, seed, forecasts(settings.root, name, seed, settings.rows))
+            rows += judge(name, seed, forecasts(settings.forecasts, settings.root, name, seed, settings.rows))
             pd.DataFrame(rows).to_csv(settings.out / "rows.csv", index=False)
             print(f"{name}, seed {seed}", flush=True)
     picture(pd.DataFrame(rows), settings.out / "intervals.png")
-    print(summary(pd.DataFrame(rows)))
+    (settings.out / "tables.md").write_text(tables(pd.DataFrame(rows)), encoding="utf-8")
+    print(tables(pd.DataFrame(rows)))
 
 
 if __name__ == "__main__":

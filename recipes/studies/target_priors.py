@@ -3,12 +3,14 @@
     python recipes/studies/target_priors.py --root DIR                          # eight sets, 5 seeds, 1 thread
     python recipes/studies/target_priors.py --root DIR --sets abalone --seeds 1
 
-DIR holds the sets, and ``forecasts.py`` tells how each is trained on. The rows that the network has not seen are halved
-into held-out rows and rows of which new ones are drawn, with replacement: as they are (``none``), even over the bins
-that hold a label (``even``), the highest 30 % alone (``high``), and in proportion to the rank of the label
-(``tilted``). Rows from elsewhere, of Beijing's last year and of its other station, are natural shifts. Errors are those
-of the median as trained, under the estimate, and under the true prior of the new rows. ``OUT/rows.csv`` has a row per
-set, seed and shift, and ``OUT/target-prior.png`` shows the last seed's priors under the even shift.
+DIR holds the sets, and ``forecasts.py`` tells how each is trained on. Rows that the network has not seen are halved
+into held-out rows and a pool, from which new rows are drawn, with replacement: as the training rows are distributed
+(``none``), even over the bins that hold a label (``even``), the highest 30 % of the labels alone (``high``), and in
+proportion to the rank of the label (``tilted``). Of faces and sentences the held-out rows are those withheld from
+training, and the pool is validation and test part. Rows from elsewhere, of Beijing's last year and of its other
+station, are natural shifts. Errors are those of the median as trained, under the estimate, and under the true prior of
+the new rows. ``OUT/rows.csv`` has a row per set, seed and shift, ``OUT/table.md`` has the table, and
+``OUT/target-prior.png`` shows the priors of the first seed under the even shift.
 """
 
 from __future__ import annotations
@@ -28,15 +30,17 @@ class Settings:
     root: Path
     """Folder of the sets."""
     sets: tuple[str, ...] = (
-        "abalone", "house16H", "appliances", "rain", "beijing", "beijing_time", "utkface", "emobank",
+        "abalone", "house16H", "appliances", "rain", "beijing", "beijing_time", "utkface", "sts_b",
     )  # fmt: skip
-    """Any of these."""
+    """Any of these and emobank."""
     seeds: int = 5
     """Seeds 0, 1, ... decide which rows train, and what a method draws."""
     rows: int = 3000
-    """Most rows to train on."""
+    """Most rows of a table to train on."""
     new: int = 2000
     """Rows of each shift."""
+    forecasts: Path = Path("runs/forecasts")
+    """Folder of the forecasts, which both studies share."""
     out: Path = Path("runs/target_priors")
     """Folder of the results."""
 
@@ -51,7 +55,6 @@ import pandas as pd
 import torch
 from forecasts import Forecasts, Part, forecasts, halved
 from matplotlib.figure import Figure
-from scipy.stats import rankdata
 
 import dir_toolkit as dt
 
@@ -68,15 +71,17 @@ def shifts(said: Forecasts, most: int, rng: np.random.Generator) -> tuple[Part, 
 
     if said.elsewhere:
         return said.held, {name: drawn(part, np.ones(len(part.labels))) for name, part in said.elsewhere.items()}
-    held, new = halved(said.held, rng)
-    row = said.bins.index(new.labels, "clip")
+    held, pool = halved(said.held, rng) if said.withheld is None else (said.withheld, said.held)
+    row, rising = said.bins.index(pool.labels, "clip"), np.sort(held.labels)
+    here = np.bincount(row, minlength=len(said.bins))
+    natural = (np.ones_like(here) if said.withheld is None else said.density.counts / here.clip(1))[row]
     weights = {
-        "none": np.ones(len(row)),
-        "even": 1 / np.bincount(row)[row],
-        "high": (new.labels >= np.quantile(new.labels, 0.7)).astype(float),
-        "tilted": rankdata(new.labels),
+        "none": natural,
+        "even": 1 / here[row],
+        "high": natural * (pool.labels >= np.quantile(held.labels, 0.7)),
+        "tilted": natural * np.searchsorted(rising, pool.labels, "right"),
     }
-    return held, {name: drawn(new, weight) for name, weight in weights.items()}
+    return held, {name: drawn(pool, weight) for name, weight in weights.items()}
 
 
 def judge(name: str, seed: int, said: Forecasts, most: int) -> tuple[list[dict[str, Any]], Curves]:
@@ -92,7 +97,7 @@ def judge(name: str, seed: int, said: Forecasts, most: int) -> tuple[list[dict[s
                 features=new.features, source_features=held.features,
             )  # fmt: skip
         truth = np.bincount(bins.index(new.labels, "clip"), minlength=len(bins)) / len(new.labels)
-        source, estimated = estimate.source.numpy(), estimate.estimated.numpy()
+        estimated = estimate.estimated.numpy()
 
         def error(target: Any, new: Part = new) -> float:
             logits = torch.from_numpy(new.scores.astype(float))
@@ -103,14 +108,15 @@ def judge(name: str, seed: int, said: Forecasts, most: int) -> tuple[list[dict[s
         rows.append(
             {
                 "set": name, "seed": seed, "shift": shift,
-                "tv_training": variation(source, truth), "tv_estimate": variation(estimated, truth),
-                "mae_trained": error(None), "mae_true": error(truth),
-                "mae_adjusted": error(estimated if estimate.accepted else None),
-                "auc": estimate.auc, "gain": estimate.gain / estimate.gain_error, "kept": not estimate.accepted,
+                "tv_training": variation(prior, truth), "tv_estimate": variation(estimated, truth),
+                "mae_trained": error(None), "mae_adjusted": error(estimated if estimate.accepted else None),
+                "mae_estimate": error(estimated), "mae_true": error(truth),
+                "auc": estimate.auc, "gain": estimate.gain / estimate.gain_error,
+                "kept": not estimate.shifted, "refused": estimate.refused,
             }
         )  # fmt: skip
         if shift == SHOWN:
-            curves = {"true": truth, "training": source, "estimated": estimated}
+            curves = {"true": truth, "training": prior, "estimated": estimated}
     return rows, curves
 
 
@@ -118,35 +124,47 @@ def variation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).sum() / 2)
 
 
-def summary(rows: pd.DataFrame) -> str:
-    """Means and standard deviations over seeds."""
-    by = rows.groupby(["set", "shift"], sort=False)[[c for c in rows if c not in ("set", "seed", "shift")]]
-    mean, spread = by.mean(), by.std()
-    shown = {c: mean[c].map("{:.3g}".format) + " ± " + spread[c].map("{:.2g}".format) for c in mean}
-    return pd.DataFrame(shown).to_string()
+def table(rows: pd.DataFrame) -> str:
+    """Means and standard deviations over seeds, and how many estimates were accepted."""
+    numbers = {
+        "tv_training": "TV of training prior", "tv_estimate": "TV of estimate", "mae_trained": "MAE as trained",
+        "mae_adjusted": "MAE as decided", "mae_estimate": "MAE under estimate", "mae_true": "MAE under true prior",
+        "auc": "AUC", "gain": "gain in standard errors",
+    }  # fmt: skip
+    lines = [f"| set | shift | {' | '.join(numbers.values())} | accepted |", "|---|---" + "|---:" * 9 + "|"]
+    for (name, shift), group in rows.groupby(["set", "shift"], sort=False):
+        cells = [f"{group[column].mean():.3g} ± {group[column].std():.1g}" for column in numbers]
+        refused, kept = int(group.refused.sum()), int((group.kept & ~group.refused).sum())
+        why = [f"{count} {word}" for count, word in ((refused, "refused"), (kept, "no shift")) if count]
+        accepted = f"{len(group) - refused - kept} of {len(group)}" + (f" ({', '.join(why)})" if why else "")
+        lines.append(f"| {name.replace('_', ' ')} | {shift} | {' | '.join(cells)} | {accepted} |")
+    return "\n".join([*lines, ""])
 
 
 def picture(curves: dict[str, tuple[dt.Bins, Curves]], path: Path) -> None:
     """The true, the training and the estimated prior of each set, as shares per label unit."""
-    figure = Figure(figsize=(3.2 * len(curves), 2.9))
+    columns = min(4, len(curves))
+    figure = Figure(figsize=(2.7 * columns, 0.5 + 2.1 * -(-len(curves) // columns)))
+    panels = figure.subplots(-(-len(curves) // columns), columns, squeeze=False).flat
     lines: list[Any] = []
-    for panel, (name, (bins, priors)) in zip(
-        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
-    ):
-        widths, (low, *_, high) = np.diff(bins.edges), bins.edges
+    for panel, (name, (bins, priors)) in zip(panels, curves.items(), strict=False):
+        widths = np.diff(bins.edges)
         lines = [
             panel.stairs(shares / widths, bins.edges, color=color, linewidth=width, label=label, fill=fill, baseline=0)
             for (label, shares), color, width, fill in zip(
                 priors.items(), ("0.85", "C1", "C0"), (0, 1.2, 1.8), (True, False, False), strict=True
             )
         ]
-        panel.set_title(name, fontsize=10)
-        panel.set_xlim(low, high)
+        panel.set_title(name.replace("_", " "), fontsize=10)
+        panel.set_xlim(bins.edges[0], bins.edges[-1])
+    for panel in figure.axes[len(curves) :]:
+        panel.remove()
+    for panel in figure.axes:
         panel.set_yticks([])
         panel.spines[["top", "right", "left"]].set_visible(False)
     figure.supylabel("share per label unit", fontsize=9)
     figure.legend(handles=lines, loc="lower center", ncols=3, frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=100)
 
 
@@ -157,16 +175,17 @@ def main(settings: Settings) -> None:
     curves: dict[str, tuple[dt.Bins, Curves]] = {}
     for name in settings.sets:
         for seed in range(settings.seeds):
-            said = forecasts(settings.root, name, seed, settings.rows)
+            said = forecasts(settings.forecasts, settings.root, name, seed, settings.rows)
             more, priors = judge(name, seed, said, settings.new)
             rows += more
-            if priors:
+            if priors and name not in curves:
                 curves[name] = said.bins, priors
             pd.DataFrame(rows).to_csv(settings.out / "rows.csv", index=False)
             print(f"{name}, seed {seed}", flush=True)
     if curves:
         picture(curves, settings.out / "target-prior.png")
-    print(summary(pd.DataFrame(rows)))
+    (settings.out / "table.md").write_text(table(pd.DataFrame(rows)), encoding="utf-8")
+    print(table(pd.DataFrame(rows)))
 
 
 if __name__ == "__main__":

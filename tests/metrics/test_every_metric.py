@@ -417,7 +417,7 @@ def test_the_repr_shows_the_settings(kind: str) -> None:
             "regression": ["density", "floor", "outside", "missing"],
             "distribution": ["density", "level", "quantile", "pit_bins", "ends", "outside", "missing"],
             "classification": ["density", "regions", "outside", "missing"],
-            "calibration": ["num_classes", "num_bins", "outside"],
+            "calibration": ["num_classes", "num_bins", "outside", "missing"],
         }[kind]
     )
     assert type(metrics)(**metrics.settings).settings == metrics.settings

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dir_toolkit import Bins, LabelDensity, RegressionMetrics
 from dir_toolkit.errors import LabelError
-from dir_toolkit.metrics import classification_metrics, interval_metrics, regression_metrics
+from dir_toolkit.metrics import calibration_metrics, classification_metrics, interval_metrics, regression_metrics
 
 BINS = Bins.uniform(0, 10, width=1)
 GRID = Bins.grid(BINS, Bins.uniform(0, 4, width=1))
@@ -49,6 +49,8 @@ def test_classes_that_are_missing_count_nowhere() -> None:
     scores, target = torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0.0, 1.0, torch.nan, 1.0])
     result = classification_metrics(scores, target, density, missing="drop")
     xr.testing.assert_equal(result, classification_metrics(scores[[0, 1, 3]], target[[0, 1, 3]], density))
+    result = calibration_metrics(scores, target, missing="drop")
+    xr.testing.assert_equal(result, calibration_metrics(scores[[0, 1, 3]], target[[0, 1, 3]].long()))
 
 
 def test_intervals_of_missing_targets_count_nowhere() -> None:
