@@ -135,11 +135,11 @@ def task(root: Path, name: str) -> tuple[Splits, dt.Bins, Any, dict[str, Any], i
     """The parts of a set, its axis, what makes its backbone, the options of its model, and how long it trains."""
     if name == "utkface":
         axis = dt.Bins.uniform(0, 117, width=1, integer=True)
-        return utkface(root / "utkface", size=32), axis, small_resnet, {"sigma": 2.0}, 5
+        return utkface(root / "utkface", size=32), axis, lambda: small_resnet(width=16), {"sigma": 2.0}, 5
     number, vectors = word_vectors(root / "text")
     if name == "sts_b":
         axis = dt.Bins.uniform(0, 5, width=0.1)
-        return sts_b_dir(root / "text", number), axis, lambda: Reader(vectors, pairs=True), {}, 8
+        return sts_b_dir(root / "text", number), axis, lambda: Reader(vectors, pairs=True), {}, 4
     axis = dt.Bins.uniform(1, 5, width=0.1)
     return emobank(root / "text", number), axis, lambda: Reader(vectors, pairs=False), {}, 4
 

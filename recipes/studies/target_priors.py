@@ -87,6 +87,7 @@ def shifts(said: Forecasts, most: int, rng: np.random.Generator) -> tuple[Part, 
 def judge(name: str, seed: int, said: Forecasts, most: int) -> tuple[list[dict[str, Any]], Curves]:
     """What the estimate comes to under each shift, and the priors along the axis under one."""
     bins, prior = said.bins, said.prior
+    trained = said.density.counts / said.density.counts.sum()
     held, tests = shifts(said, most, np.random.default_rng(1000 + seed))
     rows, curves = [], {}
     for shift, new in tests.items():
@@ -108,7 +109,7 @@ def judge(name: str, seed: int, said: Forecasts, most: int) -> tuple[list[dict[s
         rows.append(
             {
                 "set": name, "seed": seed, "shift": shift,
-                "tv_training": variation(prior, truth), "tv_estimate": variation(estimated, truth),
+                "tv_training": variation(trained, truth), "tv_estimate": variation(estimated, truth),
                 "mae_trained": error(None), "mae_adjusted": error(estimated if estimate.accepted else None),
                 "mae_estimate": error(estimated), "mae_true": error(truth),
                 "auc": estimate.auc, "gain": estimate.gain / estimate.gain_error,
@@ -116,7 +117,7 @@ def judge(name: str, seed: int, said: Forecasts, most: int) -> tuple[list[dict[s
             }
         )  # fmt: skip
         if shift == SHOWN:
-            curves = {"true": truth, "training": prior, "estimated": estimated}
+            curves = {"true": truth, "training": trained, "estimated": estimated}
     return rows, curves
 
 
