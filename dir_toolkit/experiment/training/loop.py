@@ -147,6 +147,7 @@ def fit(
     placed = metrics.bins.index(val.labels, metrics.outside, missing=metrics.missing, name="val.labels")
     rule, fix = "val must hold at least one label that metrics count", "Over a grid a label is dropped if part is NaN."
     require(not len(val) or bool((placed >= 0).any()), rule, got="none", fix=fix, error=LabelError)
+    one_of("metrics.selects", metrics.selects, tuple(metrics.summary()))
     got, on = "torch.no_grad() or torch.inference_mode() around it", torch.is_grad_enabled()
     require(on, "gradients must be on", got=got, fix="Call it outside of these.", error=RuntimeError)
     _check_trainable(model, train, val, loss, sampler, fds, optimization, runtime.world)
@@ -287,11 +288,19 @@ def fit(
             if any(runtime.any([interrupts.noted])):
                 _stop(files, log)
         files.load_best()
-    if runtime.is_main and 0 < progress.best[0] <= _EARLY < optimization.epochs // 2:
-        warn(
-            f"{progress.selects} was least at epoch {progress.best[0]} of {optimization.epochs}, and these weights are "
-            "loaded. Lower the learning rate, look for odd labels in the validation set, or train for fewer epochs.",
+    epoch, odd = progress.best[0], ""
+    if not epoch:
+        odd = (
+            f"{progress.selects} was finite after no epoch, and the weights are those of the last one. Look at the "
+            "metrics of the history, or let another error select the epoch."
         )
+    elif epoch <= _EARLY < optimization.epochs // 2:
+        odd = (
+            f"{progress.selects} was least at epoch {epoch} of {optimization.epochs}, and these weights are loaded. "
+            "Lower the learning rate, look for odd labels in the validation set, or train for fewer epochs."
+        )
+    if odd and runtime.is_main:
+        warn(odd)
     return progress.history
 
 

@@ -93,9 +93,16 @@ class BSAM(torch.optim.Optimizer):
         self.base.step()
         return loss
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.base, self.rho, self.model)  # where torch would keep the groups and the state alone
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.base.load_state_dict(state_dict)
         self._share()
 
     def _share(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state
+
+
+def _again(base: torch.optim.Optimizer, rho: float, model: nn.Module | None) -> BSAM:
+    return BSAM(base, rho=rho, model=model)

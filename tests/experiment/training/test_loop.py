@@ -658,6 +658,22 @@ def test_a_best_epoch_among_the_first_is_told_once(tmp_path: Path) -> None:
     run(3, tmp_path / "three")
 
 
+def test_an_error_that_is_never_finite_selects_no_epoch_and_says_so(tmp_path: Path) -> None:
+    class OfFew(RegressionMetrics):
+        selects = "mae/few"
+
+    counts, val = np.where(np.arange(len(BINS)) < 1, 5, 1000), image_set(31, seed=1)
+    val = ImageSet(val.images, val.labels.clip(1.5), val.rows)  # and none of few is left
+    with pytest.warns(
+        UserWarning, match="val_mae_few was finite after no epoch, and the weights are those of the last"
+    ):
+        _, _, history = train(tmp_path, val=val, metrics=OfFew(LabelDensity(BINS, counts)), optimization=ONE_EPOCH)
+    assert np.isnan(history[-1]["val_mae_few"])
+    with pytest.raises(ValueError, match=r"fit: metrics\.selects must be .*mae/all.*, got 'mae/few'"):
+        train(tmp_path / "none", metrics=OfFew(LabelDensity(BINS, np.full(len(BINS), 1000))))
+    assert not (tmp_path / "none").exists()
+
+
 def test_only_image_sets_are_taken(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="evaluate: data must be a SampleSet, got NoneType"):
         evaluate(tiny_model(), None, metrics=metrics_of(image_set()), runtime=one_process())  # type: ignore[arg-type]
