@@ -162,7 +162,7 @@ def combine_runs(
         whole("seed", key[1])
         instance(xr.Dataset, **{f"runs[{key!r}]": run})
     first = next(iter(runs.values()))
-    examples = {str(name): array for run in reversed(list(runs.values())) for name, array in run.data_vars.items()}
+    examples = {str(name): run.variables[name] for run in reversed(list(runs.values())) for name in run.data_vars}
     faults = [f"{key}: {fault}" for key, run in runs.items() for fault in _misfits(run, first, examples)]
     if faults:
         raise _all_of("every run must have the same axes and variables", faults)
@@ -170,11 +170,32 @@ def combine_runs(
     seeds = sorted({seed for _, seed in runs})
     sizes = {"method": len(methods), "seed": len(seeds), **first.sizes}
     sizes |= {"sample": examples["target"].size} if "target" in examples else {}
+    variables: dict[str, Any] = {}
+    for name in dict.fromkeys([*map(str, first.data_vars), *examples, "minutes", "best_epoch", "completed"]):
+        example = examples.get(name, xr.Variable((), np.nan))
+        if name == "target":
+            labels = example.values.astype(np.float32 if example.dtype == np.float32 else np.float64)
+            variables[name] = ("sample", labels, {"units": "label", **example.attrs})
+            continue
+        dims = (*_RUN, *example.dims)
+        counted = _kind(name, example) == "i" and (name in _VARIABLES or all(name in run for run in runs.values()))
+        kind = np.int64 if counted else np.float32 if name in _BY_SAMPLE else np.float64
+        values = np.full([sizes[d] for d in dims], 0 if counted else np.nan, dtype=kind)
+        for (method, seed), run in runs.items():
+            if name in run:
+                values[methods.index(method), seeds.index(seed)] = run.variables[name].values
+            elif name == "completed":
+                values[methods.index(method), seeds.index(seed)] = 1
+        declared = {"units": _VARIABLES[name].unit} if name in _VARIABLES else {}
+        values = values.astype(np.int8) if name == "completed" else values
+        variables[name] = (dims, values, {**declared, **example.attrs})
+    axes = {name: first.variables[name] for name in ("region", "bin", *_COORDS)}
     result = xr.Dataset(
+        variables,
         coords={
             "method": np.array(methods, dtype=str),
             "seed": np.array(seeds, dtype=np.int64),
-            **{name: (first[name].dims, first[name].values, first[name].attrs) for name in ("region", "bin", *_COORDS)},
+            **{name: (axis.dims, axis.values, axis.attrs) for name, axis in axes.items()},
         },
         attrs={
             "title": title,
@@ -186,24 +207,6 @@ def combine_runs(
             **(attrs or {}),
         },
     )
-    for name in dict.fromkeys([*map(str, first.data_vars), *examples, "minutes", "best_epoch", "completed"]):
-        example = examples.get(name, xr.DataArray(np.nan))
-        if name == "target":
-            labels = example.values.astype(np.float32 if example.dtype == np.float32 else np.float64)
-            result[name] = ("sample", labels, {"units": "label", **example.attrs})
-            continue
-        dims = (*_RUN, *example.dims)
-        counted = _kind(name, example) == "i" and (name in _VARIABLES or all(name in run for run in runs.values()))
-        kind = np.int64 if counted else np.float32 if name in _BY_SAMPLE else np.float64
-        values = np.full([sizes[d] for d in dims], 0 if counted else np.nan, dtype=kind)
-        for (method, seed), run in runs.items():
-            if name in run:
-                values[methods.index(method), seeds.index(seed)] = run[name].values
-            elif name == "completed":
-                values[methods.index(method), seeds.index(seed)] = 1
-        declared = {"units": _VARIABLES[name].unit} if name in _VARIABLES else {}
-        result[name] = (dims, values, {**declared, **example.attrs})
-    result["completed"] = result["completed"].astype(np.int8)
     for variable in result.variables.values():
         if "units" in variable.attrs:
             variable.attrs["units"] = stored_unit(variable.attrs["units"], label_units)
@@ -211,36 +214,37 @@ def combine_runs(
     return result
 
 
-def _misfits(run: xr.Dataset, first: xr.Dataset, examples: Mapping[str, xr.DataArray]) -> Iterator[str]:
+def _misfits(run: xr.Dataset, first: xr.Dataset, examples: Mapping[str, xr.Variable]) -> Iterator[str]:
     """The faults that keep a run from being combined with the first one, and with the first that has each variable."""
     for name in ("region", "bin", *_COORDS):
         if name not in run.coords:
             yield f"coordinate {name!r} is missing"
-        elif name in first.coords and not np.array_equal(run[name].values, first[name].values):
+        elif name in first.coords and not np.array_equal(run.variables[name].values, first.variables[name].values):
             yield f"coordinate {name!r} differs from the first run's"
     for name in sorted(map(str, set(run.data_vars) ^ set(first.data_vars))):
         known = _VARIABLES.get(name, _Variable(""))
         if examples[name].dims and name not in _BY_SAMPLE and not known.may_be_nan:  # others may be missing
             yield f"{name!r} is in {'this' if name in run else 'the first'} run only"
     for name in sorted(map(str, run.data_vars)):
-        if run[name].dims != examples[name].dims:
-            yield f"{name!r} is over {run[name].dims}, in the first run that has it over {examples[name].dims}"
-        if _kind(name, examples[name]) == "i" and run[name].dtype.kind not in "iub":
-            yield f"{name!r} must be whole numbers, got {run[name].dtype}"
+        dims, dtype = run.variables[name].dims, run.variables[name].dtype
+        if dims != examples[name].dims:
+            yield f"{name!r} is over {dims}, in the first run that has it over {examples[name].dims}"
+        if _kind(name, examples[name]) == "i" and dtype.kind not in "iub":
+            yield f"{name!r} must be whole numbers, got {dtype}"
     for name in [name for name in _BY_SAMPLE if name in run]:
         example = examples[name]
-        if run[name].dims == example.dims and run[name].shape != example.shape:
-            yield f"{name!r} has {run[name].size} samples, in the first run that has it {example.size}"
-        elif name == "target" and not np.array_equal(run[name].values, example.values):
+        if run.variables[name].dims == example.dims and run.variables[name].shape != example.shape:
+            yield f"{name!r} has {run.variables[name].size} samples, in the first run that has it {example.size}"
+        elif name == "target" and not np.array_equal(run.variables[name].values, example.values):
             yield "'target' differs from that of the first run that has it: predictions must be in one order"
         if name != "target" and "target" not in run:
             yield f"{name!r} must stand beside 'target'"
-        level, other = (array.attrs.get("interval_level") for array in (run[name], example))
+        level, other = (array.attrs.get("interval_level") for array in (run.variables[name], example))
         if level != other:
             yield f"{name!r} has interval_level {level}, in the first run that has it {other}"
 
 
-def _kind(name: str, example: xr.DataArray) -> str:
+def _kind(name: str, example: xr.Variable) -> str:
     """The kind of dtype that the schema asks of a variable, or its own if the schema does not know it."""
     return _VARIABLES[name].kind if name in _VARIABLES else "i" if example.dtype.kind in "iub" else "f"
 
@@ -300,7 +304,7 @@ def _faults(ds: xr.Dataset) -> Iterator[str]:
         yield from faults
         if not faults:
             sound.add(name)
-    if tuple(ds["region"].values) == ALL_REGIONS:
+    if tuple(ds.variables["region"].values) == ALL_REGIONS:
         yield from _number_faults(ds, sound)
         yield from _sample_faults(ds, sound)
 
@@ -314,39 +318,39 @@ def _is_moment(text: str) -> bool:
 
 def _axis_faults(ds: xr.Dataset) -> Iterator[str]:
     """Faults of the coordinates."""
-    if tuple(ds["region"].values) != ALL_REGIONS:
-        yield f"coordinate 'region' must be {ALL_REGIONS}, got {tuple(map(str, ds['region'].values))}"
-    if not np.array_equal(ds["bin"].values, np.arange(ds.sizes["bin"])):
+    if tuple(ds.variables["region"].values) != ALL_REGIONS:
+        yield f"coordinate 'region' must be {ALL_REGIONS}, got {tuple(map(str, ds.variables['region'].values))}"
+    if not np.array_equal(ds.variables["bin"].values, np.arange(ds.sizes["bin"])):
         yield f"coordinate 'bin' must be 0 ... {ds.sizes['bin'] - 1}"
-    seeds = ds["seed"].values
+    seeds = ds.variables["seed"].values
     if seeds.dtype.kind != "i" or (np.diff(seeds) <= 0).any():
         yield f"coordinate 'seed' must be rising whole numbers, got {seeds.tolist()}"
-    methods = ds["method"].values
+    methods = ds.variables["method"].values
     if not all(isinstance(m, str) for m in methods) or len(set(methods)) < len(methods):
         yield f"coordinate 'method' must be text without repeats, got {methods.tolist()}"
     sound = set()
     for name, kind in _COORDS.items():
-        if name not in ds.coords or ds[name].dims != ("bin",):
+        if name not in ds.coords or ds.variables[name].dims != ("bin",):
             yield f"coordinate {name!r} over ('bin',) is missing"
-        elif not _of_kind(ds[name], kind):
-            yield f"coordinate {name!r} must be {_KINDS[kind]}, got {ds[name].dtype}"
+        elif not _of_kind(ds.variables[name], kind):
+            yield f"coordinate {name!r} must be {_KINDS[kind]}, got {ds.variables[name].dtype}"
         else:
             sound.add(name)
-            units, expected = ds[name].attrs.get("units"), ds.attrs.get("label_units")
+            units, expected = ds.variables[name].attrs.get("units"), ds.attrs.get("label_units")
             if kind == "f" and units != expected:
                 yield f"coordinate {name!r} must have units {expected!r}, got {units!r}"
     if {"bin_low", "bin_high", "bin_center"} <= sound:
-        low, high, center = (ds[name].values for name in ("bin_low", "bin_high", "bin_center"))
+        low, high, center = (ds.variables[name].values for name in ("bin_low", "bin_high", "bin_center"))
         if not _sound_edges(ds):
             yield "bin edges must be finite and rising, each bin starting where the last one ends"
         elif not ((low <= center) & (center <= high)).all():
             yield "coordinate 'bin_center' must lie within its bin"
-    if "bin_region" in sound and not set(ds["bin_region"].values) <= set(REGIONS):
-        unknown = sorted(set(map(str, ds["bin_region"].values)) - set(REGIONS))
+    if "bin_region" in sound and not set(ds.variables["bin_region"].values) <= set(REGIONS):
+        unknown = sorted(set(map(str, ds.variables["bin_region"].values)) - set(REGIONS))
         yield f"coordinate 'bin_region' must be of {REGIONS}, got {unknown}"
 
 
-def _of_kind(array: xr.DataArray, kind: str) -> bool:
+def _of_kind(array: xr.Variable, kind: str) -> bool:
     if kind == "U":
         return all(isinstance(value, str) for value in array.values.ravel())
     return array.dtype.kind == kind
@@ -357,7 +361,7 @@ def _variable_faults(ds: xr.Dataset, name: str) -> Iterator[str]:
     if name not in ds.data_vars:
         yield f"variable {name!r} is missing"
         return
-    array, asked = ds[name], _VARIABLES.get(name)
+    array, asked = ds.variables[name], _VARIABLES.get(name)
     allowed: set[tuple[str, ...]] = {_RUN, (*_RUN, "region"), (*_RUN, "bin")}
     if asked:
         allowed = {("sample",) if name == "target" else _RUN + ((asked.axis,) if asked.axis else ())}
@@ -373,7 +377,7 @@ def _variable_faults(ds: xr.Dataset, name: str) -> Iterator[str]:
 def _number_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
     """Faults in the values of the variables whose form is sound."""
     for name in sorted(sound):
-        array, asked = ds[name], _VARIABLES.get(name, _Variable(""))
+        array, asked = ds.variables[name], _VARIABLES.get(name, _Variable(""))
         if array.dtype.kind == "f" and np.isinf(array.values).any():
             yield f"variable {name!r} must be finite or NaN"
         elif name != "completed" and ((array.values < asked.low) | (array.values > asked.high)).any():
@@ -390,32 +394,32 @@ def _number_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
 
 def _missing_faults(ds: xr.Dataset, sound: set[str], name: str) -> Iterator[str]:
     """Faults of one variable in where it is NaN."""
-    dims, values, asked = ds[name].dims, ds[name].values, _VARIABLES.get(name)
+    dims, values, asked = ds.variables[name].dims, ds.variables[name].values, _VARIABLES.get(name)
     known = ~np.isnan(values)
     at_empty = asked.at_empty if asked else math.nan
     for axis, count in (("region", "count"), ("bin", "bin_count")):
         if axis not in dims or count not in sound:
             continue
-        empty = ds[count].values == 0
+        empty = ds.variables[count].values == 0
         if (empty & known & (values != at_empty)).any():
             allowed = "NaN" if math.isnan(at_empty) else f"{at_empty:g} or NaN"
             yield f"variable {name!r} must be {allowed} where {count!r} is 0"
         if asked and not asked.may_be_nan and (~empty & ~known).any():
             yield f"variable {name!r} must not be NaN where {count!r} is above 0"
     by_run = dims == _RUN or not math.isnan(at_empty)  # counts say nothing about these
-    if by_run and "completed" in sound and known[ds["completed"].values == 0].any():
+    if by_run and "completed" in sound and known[ds.variables["completed"].values == 0].any():
         yield f"variable {name!r} must be NaN where 'completed' is 0"
 
 
 def _sum_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
     """Faults of counts beside each other, and beside the runs that were completed."""
-    values = {name: ds[name].values for name in sound}
+    values = {name: ds.variables[name].values for name in sound}
     for name in ("count", "bins"):
         if name in sound and (values[name][..., 0] != values[name][..., 1:].sum(-1)).any():
             yield f"variable {name!r} over the regions must add up to 'all'"
-    if {"count", "bin_count"} <= sound and "bin_region" in ds.coords and ds["bin_region"].dims == ("bin",):
+    if {"count", "bin_count"} <= sound and "bin_region" in ds.coords and ds.variables["bin_region"].dims == ("bin",):
         for region in REGIONS:
-            here, place = (ds["bin_region"] == region).values, ALL_REGIONS.index(region)
+            here, place = (ds.variables["bin_region"] == region).values, ALL_REGIONS.index(region)
             if (values["bin_count"][..., here].sum(-1) != values["count"][..., place]).any():
                 yield f"variable 'bin_count' over the bins of region {region!r} must add up to 'count'"
     if "completed" not in sound:
@@ -440,45 +444,49 @@ def _sample_faults(ds: xr.Dataset, sound: set[str]) -> Iterator[str]:
         yield "variables 'lower' and 'upper' must stand beside 'prediction'"
     if "prediction" in held and "mae" not in ds:
         yield "variable 'prediction' must be in a result of regression"
-    levels = [ds[name].attrs.get("interval_level") for name in ("lower", "upper") if name in held]
+    levels = [ds.variables[name].attrs.get("interval_level") for name in ("lower", "upper") if name in held]
     if levels and not (isinstance(levels[0], (int, float)) and 0 < levels[0] < 1 and levels[0] == levels[-1]):
         yield f"variables 'lower' and 'upper' must have one interval_level between 0 and 1, got {levels}"
     needed = {"target", "prediction", "mae", "count", "bin_count", "completed"}
-    edges = np.append(ds["bin_low"].values, ds["bin_high"].values[-1:]) if _sound_edges(ds) else None
+    edges = (
+        np.append(ds.variables["bin_low"].values, ds.variables["bin_high"].values[-1:]) if _sound_edges(ds) else None
+    )
     if not needed <= sound or edges is None:
         return
-    target = ds["target"].values
+    target = ds.variables["target"].values
     if not np.isfinite(target).all() or (place := Bins.from_edges(edges).index(target, "drop")).min() < 0:
         yield "variable 'target' must be finite and on the label axis"
         return
     runs = {}
     for name in ("prediction", "lower", "upper"):
         if name in sound:
-            finite = np.isfinite(ds[name].values)
+            finite = np.isfinite(ds.variables[name].values)
             runs[name] = finite.all(-1)
             if (finite.any(-1) != runs[name]).any():
                 yield f"variable {name!r} must be finite for all samples of a run, or NaN for all"
     known = runs["prediction"]
-    if (known & (ds["completed"].values != 1)).any():
+    if (known & (ds.variables["completed"].values != 1)).any():
         yield "variable 'prediction' must be NaN where 'completed' is 0"
-    if (ds["bin_count"].values[known] != np.bincount(place, minlength=ds.sizes["bin"])).any():
+    if (ds.variables["bin_count"].values[known] != np.bincount(place, minlength=ds.sizes["bin"])).any():
         yield "variable 'bin_count' must count the labels in 'target' in every run that has predictions"
-    errors = np.array([np.abs(row.astype(np.float64) - target).mean() for row in ds["prediction"].values[known]])
-    off = np.abs(errors - ds["mae"].values[..., 0][known])
+    errors = np.array(
+        [np.abs(row.astype(np.float64) - target).mean() for row in ds.variables["prediction"].values[known]]
+    )
+    off = np.abs(errors - ds.variables["mae"].values[..., 0][known])
     if (off > 1e-3 * (edges[-1] - edges[0])).any():
         yield f"variable 'mae' over all must be that of 'prediction' and 'target', is off by up to {np.nanmax(off):g}"
     if {"lower", "upper"} <= runs.keys():
         if (runs["lower"] != runs["upper"]).any() or (runs["lower"] & ~known).any():
             yield "variables 'lower' and 'upper' must be NaN in the same runs, and where 'prediction' is"
-        elif (ds["lower"].values[runs["lower"]] > ds["upper"].values[runs["lower"]]).any():
+        elif (ds.variables["lower"].values[runs["lower"]] > ds.variables["upper"].values[runs["lower"]]).any():
             yield "variable 'lower' must not be above 'upper'"
 
 
 def _sound_edges(ds: xr.Dataset) -> bool:
     """Whether the bins can be built again from their edges."""
-    if not all(name in ds.coords and ds[name].dims == ("bin",) for name in ("bin_low", "bin_high")):
+    if not all(name in ds.coords and ds.variables[name].dims == ("bin",) for name in ("bin_low", "bin_high")):
         return False
-    low, high = ds["bin_low"].values, ds["bin_high"].values
+    low, high = ds.variables["bin_low"].values, ds.variables["bin_high"].values
     if low.dtype.kind != "f" or high.dtype.kind != "f":
         return False
     return bool(np.isfinite([low, high]).all() and (low < high).all() and np.array_equal(low[1:], high[:-1]))

@@ -82,8 +82,9 @@ def write_summary(
         for tag, mean in _scalars(ds):
             board.add_scalar(tag, mean, 0)
         for title, figure in figures.items():
-            save_figure(figure, folder / "figures" / f"{names[title]}.png")
-            figure_to_tensorboard(board, f"figures/{names[title]}", figure, 0)
+            path = folder / "figures" / f"{names[title]}.png"
+            save_figure(figure, path)
+            figure_to_tensorboard(board, f"figures/{names[title]}", path, 0)
     write_report(
         folder / "report.html",
         ds,
@@ -108,10 +109,9 @@ def _file_name(title: str) -> str:
 def _scalars(ds: xr.Dataset) -> Iterator[tuple[str, float]]:
     """Tags and means over seeds of the metrics that training watches, by region, without those that no run has."""
     for metric in (name for name in WATCHED if name in ds):
-        means = ds[metric].mean("seed")
-        for region in ds["region"].values.tolist():
-            for method in ds["method"].values.tolist():
-                mean = float(means.sel({"method": method, "region": region}))
+        means = ds[metric].mean("seed").transpose("region", "method").values
+        for region, row in zip(ds["region"].values.tolist(), means, strict=True):
+            for method, mean in zip(ds["method"].values.tolist(), row.tolist(), strict=True):
                 if np.isfinite(mean):
                     yield f"test-{metric}-{region}/{method}", mean
 

@@ -84,12 +84,9 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
                 fix=f"Metrics are {by_region}, regions {ds['region'].values.tolist()}; with None for the region, "
                 f"{by_run}.",
             )
-    methods = sorted(ds["method"].values.tolist(), key=lambda method: method == BASELINE)
-    rows = []
-    for method in methods:
-        row = ds.sel({"method": method})
-        cells = [_cell(row[m] if region is None else row[m].sel(region=region), ds[m]) for m, region in pairs]
-        rows.append([method, str(int(row["completed"].sum())), *cells])
+    cells, finished = [_cells(ds, metric, region) for metric, region in pairs], ds["completed"].sum("seed").values
+    names = sorted(enumerate(ds["method"].values.tolist()), key=lambda method: method[1] == BASELINE)
+    rows = [[name, str(int(finished[i])), *(column[i] for column in cells)] for i, name in names]
     header = ["method", "seeds", *(" ".join(filter(None, (title(metric), region))) for metric, region in pairs)]
     tested = ["" if r is None else count_range(ds["count"].sel(region=r).values) for _, r in pairs]
     counts = ["test samples", "", *tested]
@@ -143,10 +140,13 @@ def shown_in_percent(metric: str) -> bool:
     return metric in METRICS and METRICS[metric].unit == "%"
 
 
-def _cell(values: xr.DataArray, all_values: xr.DataArray) -> str:
-    if shown_in_percent(str(values.name)):
-        return _mean_and_spread(values.values * 100, 2)
-    return _mean_and_spread(values.values, _decimals(all_values))
+def _cells(ds: xr.Dataset, metric: str, region: str | None) -> list[str]:
+    """One column of the table."""
+    values = (ds[metric] if region is None else ds[metric].sel(region=region)).values  # (method, seed)
+    if shown_in_percent(metric):
+        return [_mean_and_spread(row * 100, 2) for row in values]
+    decimals = _decimals(ds[metric])
+    return [_mean_and_spread(row, decimals) for row in values]
 
 
 def _decimals(values: xr.DataArray) -> int:

@@ -287,7 +287,8 @@ def fit(
             saved = time.monotonic()
             if any(runtime.any([interrupts.noted])):
                 _stop(files, log)
-        files.load_best()
+        if runtime.world > 1 or progress.best[0] != progress.epoch:  # else the model has these weights
+            files.load_best()
     epoch, odd = progress.best[0], ""
     if not epoch:
         odd = (

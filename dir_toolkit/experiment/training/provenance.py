@@ -48,6 +48,7 @@ def environment(runtime: Runtime, splits: Splits) -> dict[str, Any]:
 _version = cache(version)  # which reads files, and a study asks for each of its runs
 
 
+@cache  # the code that runs was read once, and asking git takes longer than the rest of a small run's provenance
 def _commit() -> str:
     """The commit of the checkout that this package lies in, or ``unknown``."""
     checkout = Path(__file__).parents[3]

@@ -32,14 +32,15 @@ def _ids(svg: str) -> list[str]:
     return [part.split('"')[0] for part in svg.split(' id="')[1:]]
 
 
-def test_tensorboard_gets_the_picture(ds: xr.Dataset) -> None:
+def test_tensorboard_gets_the_picture(ds: xr.Dataset, tmp_path: Path) -> None:
     added: list[tuple[Any, ...]] = []
 
     class Writer:
         def add_image(self, tag: str, image: np.ndarray, step: int, *, dataformats: str) -> None:
             added.append((tag, image, step, dataformats))
 
-    figure_to_tensorboard(Writer(), "figures/region", region_figure(ds), 3)
+    save_figure(region_figure(ds), tmp_path / "region.png")
+    figure_to_tensorboard(Writer(), "figures/region", tmp_path / "region.png", 3)
     tag, image, step, dataformats = added[0]
     assert (tag, step, dataformats) == ("figures/region", 3, "HWC")
     assert image.shape == (340, 700, 3)

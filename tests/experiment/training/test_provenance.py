@@ -26,6 +26,7 @@ def splits(**skipped: int) -> Splits:
 def place_package_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the package lay in this folder."""
     monkeypatch.setattr(provenance, "__file__", str(folder / "dir_toolkit/experiment/training/provenance.py"))
+    monkeypatch.setattr(provenance, "_commit", provenance._commit.__wrapped__)  # of this folder, not of a cache
 
 
 def make_checkout(folder: Path) -> str:
