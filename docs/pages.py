@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from docstrings import mathml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dir_toolkit"
@@ -20,30 +24,83 @@ ROOMS = (
 )  # fmt: skip
 
 
+# Where to read on, at the top of a room's page.
+READ_ON = {
+    "labels": "concepts.md#bins-and-how-wide", "features": "concepts.md#fds-feature-distribution-smoothing",
+    "heads": "concepts.md#affinity", "losses": "concepts.md#balanced-mse", "longtail": "start.md",
+    "priors": "concepts.md#soft-labels-tau-and-priors", "target_prior": "target-prior.md", "conformal": "intervals.md",
+    "decoupling": "concepts.md#decoupling", "metrics": "concepts.md#why-averages-mislead",
+    "integrations": "running.md#other-libraries", "experiment": "running.md",
+}  # fmt: skip
+AT_ROOT = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"dir_toolkit": "index.md"},
-        {"Methods": "methods.md"},
-        {"From a file to a model": "jobs.md"},
-        {"Recipes and runs": "running.md"},
+        {"Getting started": "start.md"},
+        {
+            "Guide": [
+                "concepts.md",
+                "methods.md",
+                "jobs.md",
+                "running.md",
+                "porting.md",
+                "beside.md",
+                "faq.md",
+                "glossary.md",
+            ]
+        },
         {"Measured": ["ages.md", "digits.md", "tables.md", "intervals.md", "target-prior.md", "speed.md"]},
-        {"Guarantees": "guarantees.md"},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},
-        {"Changes": "CHANGELOG.md"},
+        {"Project": ["guarantees.md", "citing.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]},
     ]
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for path in (*sorted((ROOT / "data_cards").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CITATION.cff"):
+    for path in (*sorted((ROOT / "data_cards").glob("*.md")), *(ROOT / name for name in AT_ROOT)):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    files.append(File.generated(config, "index.md", content=readme))
+    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text(encoding="utf-8")))
     files.append(File.generated(config, "reference/index.md", content=_names()))
     for room, modules in rooms().items():
         files.append(File.generated(config, f"reference/{room}.md", content=_page(room, modules)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Formulas in the form that GitHub knows, as MathML; the slider of tau; what a data card says before its text."""
+    if page.file.src_uri.startswith("data_cards/"):
+        title, _, rest = markdown.partition("\n")
+        facts = {name: value for name, value in page.meta.items() if name != "dir_toolkit"}
+        rows = "".join(f"| {name} | {value} |\n" for name, value in _facts(facts | page.meta["dir_toolkit"]))
+        return f"{title}\n\n| fact | |\n|---|---|\n{rows}\n{rest}"
+    if not page.file.src_uri.startswith("reference/"):
+        page.meta["search"] = {"boost": 2}  # the guide comes before names
+    markdown = markdown.replace("](docs/", "](").replace("<!-- tau -->", (ROOT / "docs/tau.html").read_text("utf-8"))
+    markdown = re.sub(r"^```math\n(.*?)```$", lambda m: mathml(m[1], "block"), markdown, flags=re.M | re.S)
+    return re.sub(r"\$`([^`]+)`\$", lambda m: mathml(m[1]), markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Names that ``import dir_toolkit as dt`` gives are headed so."""
+    if page.file.src_uri.startswith("reference/"):
+        for path, name in _everyday().items():
+            heading = rf'(id="{re.escape(path)}" class="doc doc-heading">.*?doc-object-name[^>]*>){name}<'
+            html = re.sub(heading, rf"\g<1>dt.{name}<", html, flags=re.S)
+    return html
+
+
+def _facts(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """The front matter of a data card as rows."""
+    for name, value in values.items():
+        if isinstance(value, dict) and any(isinstance(part, (dict, list)) for part in value.values()):
+            yield from _facts(value, f"{before}{name}, ")
+        else:
+            value = [f"{key}: {part}" for key, part in value.items()] if isinstance(value, dict) else value
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield f"{before}{name}".replace("_", " "), text
 
 
 def rooms() -> dict[str, list[str]]:
@@ -62,32 +119,58 @@ def rooms() -> dict[str, list[str]]:
 
 def _page(room: str, modules: list[str]) -> str:
     """A room with its modules; a room of one module is that module."""
-    alone = f"dir_toolkit.{room}"
+    alone, everyday = f"dir_toolkit.{room}", _everyday()
+    made = [(path, f"dt.{name}" if path in everyday else name) for module in modules for path, name in _public(module)]
+    guide = READ_ON.get(room, "methods.md")
+    front = f"# {room}\n\nSee also [the guide](../{guide}).\n\n{_table(made)}\n"
+    front += f"::: {alone}\n    options:\n      show_root_heading: false\n"
     if modules == [alone]:
-        return f"# {room}\n\n::: {alone}\n    options:\n      show_root_heading: false\n"
-    front = f"# {room}\n\n::: {alone}\n    options:\n      show_root_heading: false\n      members: false\n\n"
-    return front + "\n".join(f"::: {module}\n" for module in modules)
+        return front
+    return f"{front}      members: false\n\n" + "\n".join(f"::: {module}\n" for module in modules)
 
 
 def _names() -> str:
     """Everything that ``import dir_toolkit as dt`` gives, with where it is made and what it is."""
+    title = "# Names\n\nWhat `import dir_toolkit as dt` gives; the pages beside it hold the rest.\n\n"
+    return title + _table([(path, f"dt.{name}") for path, name in _everyday().items()])
+
+
+@cache
+def _everyday() -> dict[str, str]:
+    """The names in ``dt``, by where each is made."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    lines = ["# Names", "", "What `import dir_toolkit as dt` gives; the pages beside it hold the rest.", ""]
-    lines += ["| name | what it is |", "|---|---|"]
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module is not None:
-            for alias in node.names:
-                path = f"dir_toolkit.{node.module}.{alias.name}"
-                lines.append(f"| [`dt.{alias.name}`][{path}] | {_summary(node.module, alias.name)} |")
-    return "\n".join(lines) + "\n"
+    made = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    return {f"dir_toolkit.{node.module}.{alias.name}": alias.name for node in made for alias in node.names}
 
 
-def _summary(module: str | None, name: str) -> str:
+def _public(module: str) -> Iterator[tuple[str, str]]:
+    """The classes and functions of a module that are public, with their places."""
+    names: list[str] = []
+    for node in _tree(module).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            names = ast.literal_eval(node.value)
+    made = dict.fromkeys(node.name for node in _tree(module).body if isinstance(node, (ast.ClassDef, ast.FunctionDef)))
+    return ((f"{module}.{name}", name) for name in made if name in names)
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    path = ROOT.joinpath(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _table(made: list[tuple[str, str]]) -> str:
+    """What each name is, in a sentence."""
+    rows = [f"| [`{shown}`][{path}] | {_summary(*path.rsplit('.', 1))} |" for path, shown in made]
+    return "\n".join(["| name | what it is |", "|---|---|", *rows]) + "\n" if rows else ""
+
+
+def _summary(module: str, name: str) -> str:
     """The first sentence of a docstring."""
-    path = PACKAGE.joinpath(*str(module).split(".")).with_suffix(".py")
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in reversed(_tree(module).body):  # the last of a name, since overloads say nothing
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
             first = (ast.get_docstring(node) or "").partition("\n\n")[0]
-            text = re.sub(r":math:`([^`]+)`", lambda m: mathml(m[1]), " ".join(first.split()))
+            text = re.sub(r":math:`([^`]+)`", lambda m: mathml(m[1]), " ".join(first.split())).replace("|", r"\|")
             return re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
-    raise ValueError(f"{path} makes no {name}.")
+    raise ValueError(f"{module} makes no {name}.")
