@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -88,6 +89,24 @@ def test_the_first_page_is_the_readme(site: Path) -> None:
     headings = re.findall(r"^## (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert headings
     assert [heading for heading in headings if not re.search(rf"<h2[^>]*>{re.escape(heading)}<", page)] == []
+
+
+@pytest.mark.parametrize("sought", ["tau", "install", "which method", "missing labels", "how many bins", "cite"])
+def test_a_heading_answers_what_newcomers_search_for(site: Path, sought: str) -> None:
+    found = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
+    guide = [entry["title"].lower() for entry in found if not entry["location"].startswith("reference/")]
+    assert [title for title in guide if sought in title]
+    from_a_folder = (site / "search" / "search_index.js").read_text(encoding="utf-8")
+    assert from_a_folder.startswith("var __index")
+
+
+def test_names_are_headed_as_users_write_them_and_cards_show_their_front_matter(site: Path) -> None:
+    labels = (site / "reference" / "labels.html").read_text(encoding="utf-8")
+    assert re.search(r'<h\d id="dir_toolkit.labels.weights.LDS".*?doc-object-name[^>]*>dt\.LDS<', labels, re.DOTALL)
+    cards = [page for name, page in pages(site).items() if name.startswith("data_cards/")]
+    assert len(cards) == len(list((ROOT / "data_cards").glob("*.md")))
+    assert all(re.search(r"<td>license</td>", page) for page in cards)
+    assert 'id="tau-slider"' in (site / "concepts.html").read_text(encoding="utf-8")
 
 
 def test_no_markup_is_left_over(site: Path) -> None:
