@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from command_line import shown, typed_command
+from torch import Tensor
 
 import dir_toolkit as dt
 from dir_toolkit.experiment.study import Study, Task, Trained, Trial
@@ -16,34 +18,55 @@ from dir_toolkit.experiment.training.loop import Optimization
 from dir_toolkit.experiment.training.runtime import start_runtime
 
 
-def methods(loss: str) -> dict[str, Callable[[Trial], Trained]]:
-    """Regression with a loss, alone, with LDS weights, with FDS or with both; and soft bins adjusted by the prior."""
+class Permuted(dt.FDS):
+    """A control for FDS: features are smoothed by the labels of other samples of the batch."""
 
-    def regression(trial: Trial, *, lds: bool = False, fds: bool = False) -> Trained:
+    def labels(self, labels: Tensor) -> Any:
+        return super().labels(labels[torch.randperm(len(labels))])
+
+
+def methods(loss: str, selects: str | None = None) -> dict[str, Callable[[Trial], Trained]]:
+    """Regression with a loss, alone, with LDS weights, with FDS or with both; and soft bins adjusted by the prior.
+
+    Args:
+        selects: the validation error that selects the epoch; None takes the bMAE.
+    """
+
+    def regression(trial: Trial, *, lds: bool = False, fds: type[dt.FDS] | None = None) -> Trained:
         backbone: Any = trial.network()
         parts: dict[str, Any] = {"weights": dt.LDS(trial.bins).fit(trial.density)} if lds else {}
-        if fds:
-            parts["fds"] = dt.FDS(trial.bins, backbone.num_features, outside="clip")
-        return trial.fit(trial.model(backbone, head="regression", loss=loss, outside="clip", **parts))
+        if fds is not None:
+            parts["fds"] = fds(trial.bins, backbone.num_features, outside="clip")
+        return trial.fit(trial.model(backbone, head="regression", loss=loss, outside="clip", **parts), selects=selects)
 
     return {
         "vanilla": regression,
         "lds": lambda trial: regression(trial, lds=True),
-        "fds": lambda trial: regression(trial, fds=True),
-        "lds+fds": lambda trial: regression(trial, lds=True, fds=True),
+        "fds": lambda trial: regression(trial, fds=dt.FDS),
+        "lds+fds": lambda trial: regression(trial, lds=True, fds=dt.FDS),
+        "permuted": lambda trial: regression(trial, fds=Permuted),
         "soft+tau": lambda trial: trial.adjusted(trial.fit(trial.model(outside="clip"), selects="mae/all")),
     }
 
 
-def compare(recipe: str, task: Task, settings: Any, out: Path, *, loss: str, batch_size: int) -> None:
+def compare(
+    recipe: str,
+    task: Task,
+    settings: Any,
+    out: Path,
+    *,
+    loss: str,
+    optimization: Optimization,
+    selects: str | None = None,
+) -> Study:
     """Train the methods on a task, write a table and figures, and compare the last method with the first."""
     with start_runtime() as runtime:
         study = Study(
             out,
             task,
-            methods(loss),
+            methods(loss, selects),
             runtime,
-            Optimization(epochs=settings.epochs, batch_size=batch_size, lr=2e-3),
+            optimization,
             settings=shown(settings),
             command=typed_command(recipe),
             resume=settings.resume,
@@ -51,6 +74,7 @@ def compare(recipe: str, task: Task, settings: Any, out: Path, *, loss: str, bat
         study.run(settings.methods, seeds=settings.seeds)
         study.report(title="methods")
         study.verdict(settings.methods[-1], settings.methods[0])
+        return study
 
 
 def errors_by_region(table: Mapping[str, Sequence[xr.Dataset]]) -> str:

@@ -45,6 +45,7 @@ from dir_toolkit.experiment.data.images import Splits
 from dir_toolkit.experiment.data.series import beijing, cmapss
 from dir_toolkit.experiment.data.tables import standardized
 from dir_toolkit.experiment.study import Task
+from dir_toolkit.experiment.training.loop import Optimization
 
 
 class Recurrent(nn.Module):
@@ -68,7 +69,8 @@ def main(settings: Settings) -> None:
     bins = dt.Bins.uniform(0, 1000, width=20) if air else dt.Bins.uniform(0, 126, width=3, integer=True)
     label = ("fine dust", "µg/m³") if air else ("remaining life", "cycles")
     task = Task(lambda _: splits, bins, Recurrent, "Air of Beijing" if air else "C-MAPSS FD001", *label)
-    compare("recipes/series.py", task, settings, out, loss="weighted_l1", batch_size=256)
+    optimization = Optimization(epochs=settings.epochs, batch_size=256, lr=2e-3)
+    compare("recipes/series.py", task, settings, out, loss="weighted_l1", optimization=optimization)
 
 
 if __name__ == "__main__":

@@ -2,28 +2,33 @@
 
     python recipes/studies/suite.py --root DIR                                    # tables, series and text: many hours
     python recipes/studies/suite.py --root DIR --sets concrete --methods l1 lds coral --trials 2 --seeds 2 --epochs 10
+    python recipes/studies/suite.py --root DIR --minutes 90 --resume --results benchmarks/suite     # one more sitting
 
 DIR holds the folders ``tables``, ``series`` and ``text``; the data cards say where to get what is in them. Per set
 there is one split, and 50 even bins over the range of the training labels, to which others are clipped. A trial is one
 learning rate with one value of what else the method has to be chosen; trials are halved successively and judged by
-the validation bMAE, with seed 0. The settings of the best one are trained with all seeds and judged on test. Boosting
-is not tuned, and reads no text. A method that fails on a set is named, and costs the others nothing. Results lie in
-``OUT/<set>``, and the errors of all runs in ``OUT/suite.csv``. ``--resume`` goes on after a stop, and adds sets,
-methods and seeds.
+the validation bMAE, with seed 0. The settings of the best one are trained with all seeds and judged on test. What is
+of scikit-learn is not tuned, and reads no text. A method that fails on a set is named, and costs the others nothing.
+
+All trials lie in ``OUT/tune``, and the runs that are judged in a folder of OUT for each budget. The errors of a set are
+in ``RESULTS/<set>.csv``, one line per method and seed, and the differences to plain L1, with their intervals, in
+``RESULTS/<set>-differences.csv``. With ``--resume`` trials, sets, methods and seeds can be added. What is in the
+results already, with the same rows, epochs and trials, is not run again, even where OUT is new. ``--minutes`` ends a
+sitting between two runs. ``benchmarks/suite/report.py`` makes tables and a page of docs from the results.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from command_line import parse, refuse, run, shown, typed_command, unfit_folder
+from command_line import PLACES, parse, refuse, run, shown, typed_command, unfit_folder
 
 
 @dataclass(frozen=True)
@@ -35,29 +40,38 @@ class Settings:
     methods: tuple[str, ...] = ()
     """What to compare, of METHODS in this file; nothing takes all."""
     trials: int = 8
-    """How many trials each method has; an even number."""
+    """How many trials each method has; an even number up to 8."""
     seeds: int = 5
     """How many seeds the chosen settings are trained with: 0, 1, ..."""
     epochs: int = 40
     """Passes over the training rows of a whole training."""
+    rows: int | None = None
+    """Most training rows; half as many validate. They are drawn once per set."""
+    minutes: float | None = None
+    """Begin no run after so many minutes. What the suite takes is estimated before."""
     resume: bool = False
-    """Go on where an earlier suite in --out was stopped."""
+    """Go on where an earlier suite was stopped, or add to it."""
     out: Path = Path("runs/suite")
-    """Folder of all results."""
+    """Folder of all runs."""
+    results: Path | None = None
+    """Folder of the errors; by default that of all runs."""
 
 
 if __name__ == "__main__":
     SETTINGS = parse(Settings)  # --help is answered here, before torch is loaded
 
+import json
+import shutil
 import time
 import traceback
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 import torch
 from series import Recurrent
+from sklearn.dummy import DummyRegressor
 from sklearn.ensemble import HistGradientBoostingRegressor
-from text import Reader
 from torch import Tensor, nn
 
 import dir_toolkit as dt
@@ -66,12 +80,16 @@ from dir_toolkit.experiment.data.images import SampleSet, Splits
 from dir_toolkit.experiment.data.series import beijing, cmapss
 from dir_toolkit.experiment.data.tables import standardized, table
 from dir_toolkit.experiment.data.text import emobank, sts_b_dir, word_vectors
+from dir_toolkit.experiment.results.comparison import differences_csv, paired_differences
 from dir_toolkit.experiment.study import Study, Task, Trained, Trial
-from dir_toolkit.experiment.training.loop import Optimization
+from dir_toolkit.experiment.training.loop import Optimization, predict
+from dir_toolkit.experiment.training.provenance import environment
 from dir_toolkit.experiment.training.runtime import Runtime, start_runtime
 from dir_toolkit.experiment.training.search import search
+from dir_toolkit.integrations.scikit_learn import LongTailRegressor, PriorAdjusted
 from dir_toolkit.longtail import VotingModel
 
+SCRIPT = "recipes/studies/suite.py"
 LABELS = {  # of each table: its file, its label, and the columns that are neither
     "house16H": ("house16H", "Price", ()),
     "appliances": ("appliances_energy", "Appliances", ("rv1", "rv2")),
@@ -105,7 +123,18 @@ def relabeled(splits: Splits, change: Any) -> Splits:
     return Splits(train, val, test, splits.source, splits.skipped)
 
 
-def task_of(name: str, root: Path) -> Task:
+def fewer(splits: Splits, rows: int | None) -> Splits:
+    """The splits with at most so many training rows, and half as many to validate."""
+    if rows is None:
+        return splits
+    parts = []
+    for part, most in ((splits.train, rows), (splits.val, rows // 2)):
+        kept = np.sort(np.random.default_rng(0).permutation(len(part))[:most])
+        parts.append(SampleSet(part.inputs, part.labels[kept], part.rows[kept]))
+    return Splits(*parts, splits.test, splits.source, splits.skipped)
+
+
+def task_of(name: str, root: Path, rows: int | None) -> Task:
     """A set with its one split, its axis and its network."""
     network: Callable[[Splits], nn.Module]
     if name in LABELS:
@@ -121,20 +150,30 @@ def task_of(name: str, root: Path) -> Task:
         splits, network = standardized(SERIES[name](root / "series")), Recurrent
     else:
         words, vectors = word_vectors(root / "text")
-        splits, network = TEXT[name](root / "text", words), partial(_reader, vectors)
+        splits, network = standardized(pooled(TEXT[name](root / "text", words), vectors)), Perceptron
+    splits, folder = fewer(splits, rows), name if rows is None else f"{name}-{rows}-rows"
     low, high = splits.train.labels.min(), splits.train.labels.max()
     splits, bins = relabeled(splits, partial(np.clip, a_min=low, a_max=high)), dt.Bins.uniform(low, high, count=50)
-    return Task(lambda _: splits, bins, network, name, "label", folder=name)
+    return Task(lambda _: splits, bins, network, name, "label", folder=folder)
 
 
-def _reader(vectors: np.ndarray, splits: Splits) -> Reader:
-    return Reader(vectors, pairs=splits.train.inputs.ndim == 3)
+def pooled(splits: Splits, vectors: np.ndarray) -> Splits:
+    """The means and the maxima of the word vectors of each sentence; of two, their distances and their products."""
+    words = splits.train.inputs
+    each, there = vectors[words], (words > 0)[..., None]  # (N, 1 or 2, L, D)
+    mean = (each * there).sum(-2) / np.maximum(there.sum(-2), 1)
+    read = np.concatenate([mean, np.where(there, each, -10).max(-2) * there.any(-2)], -1)
+    if words.ndim == 3:
+        read = np.concatenate([np.abs(read[:, 0] - read[:, 1]), read[:, 0] * read[:, 1]], -1)
+    inputs = read.astype(np.float32)
+    train, val, test = (SampleSet(inputs, part.labels, part.rows) for part in (splits.train, splits.val, splits.test))
+    return Splits(train, val, test, splits.source, splits.skipped)
 
 
 def fitted(trial: Trial, model: Any, own: dict[str, Any], *, sharpness: float | None = None, **options: Any) -> Trained:
     """Train with the learning rate of a trial."""
-    how = replace(trial.study.optimization, lr=own["lr"], sharpness=sharpness)
-    return trial.fit(model, optimization=how, **options)
+    optimization = replace(trial.study.optimization, lr=own["lr"], sharpness=sharpness)
+    return trial.fit(model, optimization=optimization, **options)
 
 
 def number(trial: Trial, own: dict[str, Any], loss: str = "weighted_l1", **options: Any) -> Trained:
@@ -170,6 +209,28 @@ def over_bins(trial: Trial, own: dict[str, Any], head: Any = "linear", adjusted:
     return trial.adjusted(trained) if adjusted else trained
 
 
+def smoothed(trial: Trial, own: dict[str, Any], lds: bool = False) -> Trained:
+    backbone: Any = trial.network()
+    fds = dt.FDS(trial.bins, backbone.num_features, momentum=own["momentum"])
+    weights = dt.LDS(trial.bins).fit(trial.density) if lds else None
+    return fitted(trial, trial.model(backbone, head="regression", fds=fds, weights=weights), own)
+
+
+def contrasted(trial: Trial, own: dict[str, Any]) -> Trained:
+    """The coefficient is in standard deviations of the labels; the published one for ages is 0.2 of them."""
+    coefficient = own["coefficient"] * float(trial.splits.train.labels.std())
+    loss = dt.losses.ConRLoss(coefficient=coefficient, weights=dt.LDS(trial.bins).fit(trial.density))
+    return fitted(trial, trial.model(head="regression"), own, loss=loss)
+
+
+def calibrated(trial: Trial, own: dict[str, Any]) -> Trained:
+    """What README and estimators do by default: soft bins, then temperature and tau."""
+    trained = fitted(trial, trial.model(), own, selects="mae/all")
+    val, model = trial.splits.val, trained.model
+    assert isinstance(model, dt.LongTailModel)
+    return replace(trained, tau=model.calibrate(predict(model, val, runtime=trial.runtime).scores, val.labels))
+
+
 def voting(trial: Trial, own: dict[str, Any], head: Any = "gaussian") -> Trained:
     backbone: Any = trial.network()
     options = {"density": trial.density, "heads": own["heads"], "head": head}
@@ -177,24 +238,32 @@ def voting(trial: Trial, own: dict[str, Any], head: Any = "gaussian") -> Trained
     return fitted(trial, model, own, loss=model.criterion)
 
 
-class Boosted(nn.Module):
-    """Gradient boosting, whatever the shape of its inputs."""
+class OfRows(nn.Module):
+    """An estimator of scikit-learn, whatever the shape of its inputs."""
 
-    def __init__(self, trees: Any) -> None:
+    def __init__(self, estimator: Any) -> None:
         super().__init__()
-        self.trees = trees
+        self.estimator = estimator
 
     def forward(self, rows: Tensor) -> Tensor:
-        return torch.from_numpy(self.trees.predict(rows.flatten(1).cpu().numpy())).to(rows)
+        return torch.from_numpy(self.estimator.predict(rows.flatten(1).cpu().numpy())).to(torch.float32)
 
 
-def boosting(trial: Trial, own: dict[str, Any], weighted: bool = False) -> Trained:
+def of_rows(trial: Trial, own: dict[str, Any], make: Callable[..., Any], weighted: bool = False) -> Trained:
     train = trial.splits.train
     x, y = train.inputs[train.rows].reshape(len(train), -1), train.labels
-    weight = dt.LDS(trial.bins).fit(trial.density).sample_weight(y) if weighted else None
+    weight = {"sample_weight": dt.LDS(trial.bins).fit(trial.density).sample_weight(y)} if weighted else {}
     start = time.perf_counter()
-    trees = HistGradientBoostingRegressor(random_state=trial.runtime.seed).fit(x, y, weight)
-    return Trained(Boosted(trees), trial.method, [], 0, (time.perf_counter() - start) / 60)
+    estimator = make(random_state=trial.runtime.seed).fit(x, y, **weight)
+    return Trained(OfRows(estimator), trial.method, [], 0, (time.perf_counter() - start) / 60)
+
+
+def median(random_state: int) -> DummyRegressor:
+    return DummyRegressor(strategy="median")
+
+
+def adjusted_boosting(random_state: int) -> PriorAdjusted:
+    return PriorAdjusted(HistGradientBoostingRegressor(random_state=random_state), random_state=random_state)
 
 
 def values(name: str, *tried: Any) -> tuple[dict[str, Any], ...]:
@@ -210,6 +279,9 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
     "dist_loss": (values("coefficient", 0.3, 1.0), dist_loss),
     "srl": (values("homogeneity", 0.01, 0.1), srl),
     "c_mixup": (values("bandwidth", 0.03, 0.3), mixed),
+    "fds": (values("momentum", 0.5, 0.9), smoothed),
+    "lds+fds": (values("momentum", 0.5, 0.9), partial(smoothed, lds=True)),
+    "conr": (values("coefficient", 0.1, 0.5), contrasted),
     "bsam": (values("sharpness", 0.02, 0.1), weighed),
     "soft": (values("width", 1.0, 3.0), over_bins),
     "soft+tau": (values("width", 1.0, 3.0), partial(over_bins, adjusted=True)),
@@ -218,116 +290,241 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
     "corn": (values("width", 0.0, 2.0), partial(over_bins, head="corn")),
     "uvote": (values("heads", 2, 3), voting),
     "uvote_bins": (values("heads", 2, 3), partial(voting, head="linear")),
-    "boosting": (None, boosting),
-    "boosting_lds": (None, partial(boosting, weighted=True)),
+    "long_tail_model": (({},), calibrated),
+    "median": (None, partial(of_rows, make=median)),
+    "boosting": (None, partial(of_rows, make=HistGradientBoostingRegressor)),
+    "boosting_lds": (None, partial(of_rows, make=HistGradientBoostingRegressor, weighted=True)),
+    "boosting_adjusted": (None, partial(of_rows, make=adjusted_boosting)),
+    "long_tail_regressor": (None, partial(of_rows, make=LongTailRegressor)),
 }
 """By name: what is tried beside learning rates, or None where nothing is, and what makes a trial of it."""
 
 
-def chosen(name: str, task: Task, settings: Settings, runtime: Runtime, how: Optimization) -> dict[str, Any]:
-    """The settings of the best trial of a method on a set."""
-    knobs, make = METHODS[name]
-    if knobs is None:
-        return {}
-    place = settings.out / task.folder / "tune" / name
-    count = settings.trials // len(knobs)
-    rates = np.geomspace(3e-4, 1e-2, count).tolist() if count > 1 else [2e-3]
+RATES = (3e-3, 1e-3, 1e-2, 3e-4, 2e-3, 5e-3, 5e-4, 2e-2)
+"""The learning rates that are tried, the first ones if there are fewer trials, so that trials can be added later."""
 
-    def score(own: dict[str, Any], epochs: int) -> float:
-        label = "-".join(
-            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in own.items()
-        )
-        short = replace(how, epochs=epochs)
-        methods = {name: partial(make, own=own)}
-        study = Study(place / label / f"{epochs}-epochs", task, methods, runtime, short, resume=True)
+
+def reads(method: str, name: str) -> bool:
+    """Whether a method takes the rows of a set."""
+    if METHODS[method][0] is not None or method == "median":
+        return True
+    return name in LABELS or (name in SERIES and method != "long_tail_regressor")
+
+
+class OutOfTime(KeyboardInterrupt):
+    """The minutes of a sitting are over."""
+
+
+@dataclass
+class Sitting:
+    """All that the methods of a sitting share."""
+
+    settings: Settings
+    runtime: Runtime
+    start: float = field(default_factory=time.monotonic)
+
+    def budget(self, task: Task) -> Optimization:
+        """About twelve steps per epoch, unless there are many rows."""
+        batch = min(max(len(task.data(0).train) // 12, 32), 256)
+        return Optimization(epochs=self.settings.epochs, batch_size=batch, weight_decay=1e-4)
+
+    def begin(self) -> None:
+        """Called before each run."""
+        if self.settings.minutes is not None and time.monotonic() - self.start > 60 * self.settings.minutes:
+            raise OutOfTime
+
+    def chosen(self, name: str, task: Task) -> dict[str, Any]:
+        """The settings of the best trial of a method on a set."""
+        knobs, make = METHODS[name]
+        if knobs is None:
+            return {}
+
+        def score(own: dict[str, Any], epochs: int) -> float:
+            self.begin()
+            short = replace(self.budget(task), epochs=epochs)
+            methods = {name: partial(make, own=own)}
+            study = Study(self._trial(task, name, own, epochs), task, methods, self.runtime, short, resume=True)
+            try:
+                trained = study.trial(task, name, 0).result()
+            except Exception as error:  # of any kind: this trial alone fails
+                print(traceback.format_exc(), flush=True)
+                raise StudyError(f"{type(error).__name__}: {error}") from error
+            return float(trained.tau.scores.min()) if trained.tau else min(row["val_bmae"] for row in trained.history)
+
+        count = self.settings.trials
+        lrs = values("lr", *RATES[: count // len(knobs)])
+        folder = self.settings.out / "tune" / task.folder / name / f"{count}-trials-{self.settings.epochs}-epochs"
+        identity = {"method": name, "data": task.data(0).train.digest}
+        options: Any = {"folder": folder, "resume": self.settings.resume, "fingerprint": identity}
+        own = search({"lr": lrs, "own": knobs}, score, epochs=self.settings.epochs, **options).settings
+        once = self._trial(task, name, own, self.settings.epochs) / task.folder / name
+        shutil.copytree(once, self.place / task.folder / name, dirs_exist_ok=True)  # its seed 0 is trained already
+        return own
+
+    @property
+    def place(self) -> Path:
+        """Of the runs that are judged on test."""
+        return self.settings.out / f"{self.settings.trials}-trials-{self.settings.epochs}-epochs"
+
+    def _trial(self, task: Task, name: str, own: Mapping[str, Any], epochs: int) -> Path:
+        label = "-".join(f"{key}={value}" for key, value in own.items())
+        return self.settings.out / "tune" / task.folder / name / label / f"{epochs}-epochs"
+
+    def todo(self, task: Task, names: Sequence[str]) -> tuple[Results, list[str], dict[str, int]]:
+        """The results of a set, the methods that they lack, and the budget of each."""
+        settings = self.settings
+        results = Results(settings.results or settings.out, task.title)
+        budget = {"rows": len(task.data(0).train), "epochs": settings.epochs, "trials": settings.trials}
+        return results, [name for name in names if not results.has(name, settings.seeds, budget)], budget
+
+    def run(self, task: Task, names: Sequence[str]) -> None:
+        """Tune the methods on a set, one after the other, train them with all seeds, and add to the results."""
+        settings, name = self.settings, task.title
+        results, todo, budget = self.todo(task, names)
+        if not todo:
+            print(f"{name}: all is in {results.path} already", flush=True)
+            return
+        if "l1" not in todo and len(results.setting("l1", budget)):
+            todo.insert(0, "l1")  # the others are compared with its predictions
+        options: dict[str, Any] = {"settings": shown(settings), "command": typed_command(SCRIPT, (*PLACES, "results"))}
+        methods: dict[str, Any] = {}
+        study = Study(self.place, task, methods, self.runtime, self.budget(task), resume=True, **options)
         try:
-            trained = study.trial(task, name, 0).result()
-        except Exception as error:  # of any kind: this trial alone fails
-            print(traceback.format_exc(), flush=True)
-            raise StudyError(f"{type(error).__name__}: {error}") from error
-        return float(trained.tau.scores.min()) if trained.tau else min(row["val_bmae"] for row in trained.history)
+            for method in todo:
+                try:
+                    own = results.setting(method, budget) or self.chosen(method, task)
+                except SettingsError as error:  # all its trials failed
+                    print(f"{method} on {name} failed: {error}", flush=True)
+                    continue
+                methods[method] = partial(self.one, own=own)
+                study.run([method], seeds=settings.seeds)
+                results.add(study, method, budget | {"setting": json.dumps(own)})
+        finally:
+            results.compare(study)
 
-    lrs = values("lr", *(float(f"{rate:.2g}") for rate in rates))
-    told = {"method": name, "set": task.title, "data": task.data(0).train.digest}
-    return search(
-        {"lr": lrs, "own": knobs}, score, epochs=how.epochs, folder=place, resume=settings.resume, fingerprint=told
-    ).settings
+    def one(self, trial: Trial, own: dict[str, Any]) -> Trained:
+        self.begin()
+        return METHODS[trial.method][1](trial, own=own)
+
+    def estimate(self, tasks: Sequence[Task], names: Sequence[str]) -> float:
+        """About how many minutes it all takes, from one epoch of plain L1 on each set."""
+        minutes = 0.0
+        for task in tasks:
+            with TemporaryDirectory() as folder:
+                study = Study(folder, task, {"l1": number}, self.runtime, replace(self.budget(task), epochs=1))
+                once = number(study.trial(task, "l1", 0), {"lr": 1e-3}).minutes
+            todo = self.todo(task, [name for name in names if reads(name, task.title)])[1]
+            # Of n trials all have a quarter of the epochs, about half of them a half, and a quarter all of them.
+            each = 0.75 * self.settings.trials + self.settings.seeds
+            minutes += once * self.settings.epochs * each * len(todo)
+        return minutes
 
 
-def rows_of(study: Study) -> list[dict[str, Any]]:
-    """The errors of each run on test."""
-    rows = []
-    for (task, name, seed), one in study.runs.items():
-        every, few = one.errors.sel(region="all"), one.errors.sel(region="few")
-        row = {"set": task.title, "method": name, "seed": seed, "mae": every.mae.item(), "bmae": every.bmae.item()}
-        row |= {"few": few.mae.item(), "bmase": every.bmase.item(), "minutes": one.errors.minutes.item()}
-        row |= {key: every[key].item() for key in ("crps", "coverage") if key in every}
-        rows.append(row)
-    return rows
+class Results:
+    """The errors of all methods on a set, in two files that every sitting adds to."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path, self.differences = folder / f"{name}.csv", folder / f"{name}-differences.csv"
+        there = self.path.exists()
+        self.notes = [line for line in self.path.read_text().splitlines() if line.startswith("#")] if there else []
+        self.rows = pd.read_csv(self.path, comment="#") if there else pd.DataFrame()
+        there = self.differences.exists()  # a machine that stopped may not have come to it
+        self.compared = set(pd.read_csv(self.differences)["method"]) if there else set()
+
+    def _of(self, method: str, budget: Mapping[str, int]) -> pd.DataFrame:
+        rows = self.rows
+        if not len(rows):
+            return rows
+        same = rows["method"] == method
+        for key, value in budget.items():
+            same &= rows[key] == value
+        return rows[same]
+
+    def has(self, method: str, seeds: int, budget: Mapping[str, int]) -> bool:
+        rows = self._of(method, budget)
+        return method in self.compared and len(rows) > 0 and set(range(seeds)) <= set(rows["seed"])
+
+    def setting(self, method: str, budget: Mapping[str, int]) -> dict[str, Any]:
+        """What was chosen for a method in an earlier sitting; nothing if there was none."""
+        rows = self._of(method, budget)
+        return json.loads(rows["setting"].iloc[0]) if len(rows) else {}
+
+    def add(self, study: Study, method: str, same: Mapping[str, Any]) -> None:
+        """Add what a method made on test with each seed."""
+        rows = [row_of(one.errors) | same for (_, name, _), one in study.runs.items() if name == method]
+        if not rows:
+            return
+        tuning = (study.folder.parent / "tune" / study.tasks[0].folder / method).rglob("history.csv")
+        seconds = sum(pd.read_csv(path)["seconds"].iloc[-1] for path in tuning)
+        seeds = [seed for _, name, seed in study.runs if name == method]
+        new = pd.DataFrame(rows).assign(method=method, seed=seeds, tuning_seconds=seconds)
+        self.rows = pd.concat([self.rows, new], ignore_index=True).drop_duplicates(["method", "seed"], keep="last")
+        made = environment(study.runtime, study.tasks[0].data(0))
+        packages = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+        data = ", ".join(f"{part} {digest}" for part, digest in made["data"]["digests"].items())
+        note = f"# {study.command} | {packages} | commit {made['commit']} | {made['device']} | {data}"
+        self.notes = list(dict.fromkeys([*self.notes, note]))
+        write(self.path, "\n".join([*self.notes, self.rows.to_csv(index=False, float_format="%.6g")]))
+
+    def compare(self, study: Study) -> None:
+        """Add the differences to plain L1 and their intervals, over the seeds and test samples of this sitting."""
+        methods = {name for _, name, _ in study.runs}
+        if "l1" not in methods or len(methods) == 1:
+            return
+        text = differences_csv(paired_differences(study.result("suite"), "l1"))
+        if self.differences.exists():
+            old = pd.read_csv(self.differences)
+            text += old[~old["method"].isin(methods | {"constant"})].to_csv(index=False, header=False)
+        write(self.differences, text)
 
 
-def ranks(rows: pd.DataFrame) -> str:
-    """Means over seeds by set and method, and the average rank of each method over the sets that all were run on, by
-    bMAE, with the interval that holds 95 % of the averages over sets drawn again."""
-    groups = rows.groupby(["set", "method"], sort=False)[["mae", "bmae", "few", "bmase"]]
-    means = groups.mean()
-    spread = groups.std().map(lambda value: "" if np.isnan(value) else f" ± {value:.4f}")  # one seed has none
-    parts = [means.map("{:.4f}".format) + spread]
-    rank = means["bmae"].unstack("method").dropna().rank(axis=1)  # sets by methods
-    drawn = np.random.default_rng(0).integers(0, max(len(rank), 1), (2000, len(rank)))
-    if len(rank):
-        low, high = np.percentile(rank.to_numpy()[drawn].mean(1), [2.5, 97.5], axis=0)
-        columns = {f"average rank by bMAE over {len(rank)} sets": rank.mean(), "from": low, "to": high}
-        parts.append(pd.DataFrame(columns, index=rank.columns).sort_values(next(iter(columns))).round(2))
-    return "\n\n".join(part.to_string() for part in parts)
+def write(path: Path, text: str) -> None:
+    """Replace a file, never in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".new")
+    whole.write_text(text)
+    whole.replace(path)
+
+
+def row_of(errors: Any) -> dict[str, Any]:
+    """The errors of a run on test, NaN where there is none."""
+    every, few = errors.sel(region="all"), errors.sel(region="few")
+    row = {
+        name: every[name].item() if name in every else np.nan for name in ("mae", "bmae", "bmase", "crps", "coverage")
+    }
+    return row | {"few": few.mae.item(), "seconds": 60 * errors.minutes.item()}
 
 
 def main(settings: Settings) -> None:
     names = settings.methods or tuple(METHODS)
     faults = unfit_folder("--out", settings.out)
+    faults += [] if settings.results is None else unfit_folder("--results", settings.results)
     faults += [f"--methods must name some of {', '.join(METHODS)}, got {n}." for n in names if n not in METHODS]
     known = [*LABELS, *SERIES, *TEXT]
     faults += [
         f"--sets must name some of {', '.join(known)}, got {name}." for name in settings.sets if name not in known
     ]
-    if settings.trials < 2 or settings.trials % 2:
-        faults.append(f"--trials must be an even number from 2 on, got {settings.trials}.")
-    refuse("recipes/studies/suite.py", faults)
-    path = settings.out / "suite.csv"
+    if settings.trials not in (2, 4, 6, 8):
+        faults.append(f"--trials must be 2, 4, 6 or 8, got {settings.trials}.")
+    place = settings.results or settings.out
+    there = [path for name in settings.sets if (path := place / f"{name}.csv").exists() and not settings.resume]
+    faults += [f"--results must hold no {path.name} yet. Use --resume to add to it." for path in there]
+    refuse(SCRIPT, faults)
     with start_runtime() as runtime:
-        how = Optimization(epochs=settings.epochs, batch_size=128, weight_decay=1e-4)
-        for task in [task_of(name, settings.root) for name in settings.sets]:  # all are read before anything trains
-            name = task.title
-            options: dict[str, Any] = {
-                "settings": shown(settings),
-                "command": typed_command("recipes/studies/suite.py"),
-            }
-            Study(settings.out, task, {}, runtime, how, resume=settings.resume)  # refuses what is there already
-            own, notes = {}, []
-            for method in names:
-                if name in TEXT and METHODS[method][0] is None:
-                    continue
-                try:
-                    own[method] = chosen(method, task, settings, runtime, how)
-                except SettingsError as error:  # all its trials failed
-                    notes.append(f"{method} failed: {error}")
-                else:
-                    notes.append(f"{method}: {', '.join(f'{k} {v}' for k, v in own[method].items()) or 'not tuned'}.")
-            methods = {method: partial(METHODS[method][1], own=chose) for method, chose in own.items()}
-            study = Study(settings.out, task, methods, runtime, how, resume=True, **options)
-            study.run(seeds=settings.seeds)
-            baseline = "l1" if "l1" in own and len(own) > 1 else None
-            try:
-                study.report(settings.out / name, title="suite", notes=notes, baseline=baseline)
-            except StudyError as error:  # some runs failed; the others are written
-                print(error)
-            earlier = pd.read_csv(path) if path.exists() else pd.DataFrame()
-            if study.runs:
-                rows = pd.concat([earlier, pd.DataFrame(rows_of(study))], ignore_index=True)
-                rows.drop_duplicates(["set", "method", "seed"], keep="last").to_csv(path, index=False)
-    if not path.exists():
-        raise StudyError("no run of the suite was finished.")
-    print(f"\n{ranks(pd.read_csv(path))}\nAll runs: {path}")
+        sitting = Sitting(settings, runtime)
+        # All are read before anything trains.
+        tasks = [task_of(name, settings.root, settings.rows) for name in settings.sets]
+        for task in tasks:  # what is there already is refused
+            Study(sitting.place, task, {}, runtime, Optimization(), resume=settings.resume)
+        if settings.minutes is not None:
+            minutes = sitting.estimate(tasks, names)
+            print(f"All takes about {minutes:.0f} minutes; this sitting has {settings.minutes:g}.", flush=True)
+        try:
+            for task in tasks:
+                sitting.run(task, [name for name in names if reads(name, task.title)])
+        except OutOfTime:
+            print(f"The {settings.minutes:g} minutes are over. Go on with --resume.")
+    print(f"All errors: {place}")
 
 
 if __name__ == "__main__":

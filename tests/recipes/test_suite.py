@@ -34,34 +34,52 @@ def test_help_answers_without_torch(tmp_path: Path) -> None:
     running.check_help_answers_without_torch(RECIPE, tmp_path, "--sets", "--trials")
 
 
-def test_methods_are_tuned_alike_and_judged(here: Callable[..., Outcome], tmp_path: Path) -> None:
+def errors(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, comment="#")
+
+
+def test_methods_are_tuned_alike_and_judged_and_later_sittings_add_to_the_results(
+    here: Callable[..., Outcome], tmp_path: Path
+) -> None:
     pytest.importorskip("optuna")
     make_table(tmp_path / "data")
-    words = ["--root", "data", "--sets", "concrete", "--trials", 2, "--seeds", 1, "--epochs", 1, "--out", "out"]
-    outcome = here(*words, "--methods", "l1", "uvote_bins", "c_mixup", "boosting_lds")
+    words = ["--root", "data", "--sets", "concrete", "--trials", 2, "--seeds", 1, "--epochs", 1]
+    names = ["l1", "lds+fds", "long_tail_model", "boosting_lds"]
+    outcome = here(*words, "--out", "out", "--results", "kept", "--methods", *names)
     assert (outcome.code, outcome.err) == (0, "")
-    rows = pd.read_csv(tmp_path / "out/suite.csv")
-    assert rows["method"].tolist() == ["l1", "uvote_bins", "c_mixup", "boosting_lds"]
+    rows = errors(tmp_path / "kept/concrete.csv")
+    assert rows["method"].tolist() == names
     assert (rows[["mae", "bmae", "bmase"]] > 0).all(axis=None)
-    assert "average rank by bMAE over 1 sets" in outcome.out
-    assert f"{rows['bmae'][0]:.4f}" in outcome.out.split("All numbers")[1]
-    tried = {path.parent.name for path in (tmp_path / "out/concrete/tune").glob("*/search.db")}
-    assert tried == {"l1", "uvote_bins", "c_mixup"}
-    for method in tried:  # as many trials for each
-        assert len(list((tmp_path / "out/concrete/tune" / method).glob("lr=*"))) == 2
-    assert (tmp_path / "out/concrete/report.html").exists()
+    assert rows["crps"].notna().tolist() == [name == "long_tail_model" for name in names]
+    tuned = set(names) - {"boosting_lds"}
+    for method in tuned:  # as many trials for each
+        assert len(list((tmp_path / "out/tune/concrete" / method).glob("lr=*"))) == 2
+    assert outcome.out.count("This run was finished before") == len(tuned)  # the best trial is seed 0
+    note = (tmp_path / "kept/concrete.csv").read_text().splitlines()[0]
+    assert re.match(r"# python recipes/studies/suite.py .*\| commit \S+ \|.*train [0-9a-f]{64}", note)
+    assert str(tmp_path) not in note
+    differences = pd.read_csv(tmp_path / "kept/concrete-differences.csv").query("metric == 'bmae' and region == 'all'")
+    of_lds = differences.set_index("method").loc["lds+fds"]
+    bmae = rows.set_index("method")["bmae"]
+    np.testing.assert_allclose(of_lds["ratio"], bmae["lds+fds"] / bmae["l1"], rtol=1e-4)
+    assert of_lds["ratio_low"] < of_lds["ratio_high"]
 
-    before = files(tmp_path / "out")
-    refused = here(*words, "--methods", "l1")
+    before = files(tmp_path)
+    refused = here(*words, "--out", "new", "--results", "kept", "--methods", "l1")
     assert refused.code == 1
-    assert files(tmp_path / "out") == before
-    again = here(*words, "--methods", "l1", "coral", "--resume")
-    assert (again.code, again.err) == (0, "")
-    assert again.out.count("done before") == 2
-    more = pd.read_csv(tmp_path / "out/suite.csv")
-    assert set(more["method"]) == {*rows["method"], "coral"}
-    kept = more.set_index("method").loc[rows["method"], "bmae"]
-    np.testing.assert_allclose(kept, rows["bmae"])
+    assert files(tmp_path) == before
+    more = ["--out", "new", "--results", "kept", "--resume", "--methods", *names]
+    assert "all is in kept/concrete.csv already" in here(*words, *more).out
+    stopped = here(*words, *more, "coral", "--minutes", 0)
+    assert re.search(r"All takes about \d+ minutes.*\n(.*\n)*The 0 minutes are over", stopped.out)
+    assert errors(tmp_path / "kept/concrete.csv").equals(rows)
+    added = here(*words, *more, "coral", "--seeds", 1)
+    assert (added.code, added.err) == (0, "")
+    after = errors(tmp_path / "kept/concrete.csv").set_index("method")
+    assert set(after.index) == {*names, "coral"}
+    np.testing.assert_allclose(after.loc[names, "bmae"], bmae)  # l1 was trained again, for the differences
+    compared = pd.read_csv(tmp_path / "kept/concrete-differences.csv")["method"]
+    assert {"lds+fds", "coral"} <= set(compared)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +87,7 @@ def test_methods_are_tuned_alike_and_judged(here: Callable[..., Outcome], tmp_pa
     [
         ("--methods soft wide", "--methods must name some of .* got wide"),
         ("--sets moon", "--sets must name some of .* got moon"),
-        ("--trials 3", "--trials must be an even number from 2 on, got 3"),
+        ("--trials 3", "--trials must be 2, 4, 6 or 8, got 3"),
     ],
 )
 def test_what_cannot_run_is_told(tmp_path: Path, here: Callable[..., Outcome], words: str, rule: str) -> None:
@@ -92,7 +110,6 @@ def test_a_missing_file_of_a_later_set_is_found_before_anything_trains(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.usefixtures("sketched")
 def test_a_method_that_breaks_costs_the_others_nothing_and_a_prior_is_adjusted_after_the_least_mae(
     tmp_path: Path, here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,5 +130,5 @@ def test_a_method_that_breaks_costs_the_others_nothing_and_a_prior_is_adjusted_a
     outcome = here(*words, "--methods", "dist_loss", "soft+tau", "soft")
     assert outcome.code == 0, outcome.err
     assert "RuntimeError: out of memory" in outcome.out
-    assert pd.read_csv(tmp_path / "out/suite.csv")["method"].tolist() == ["soft+tau", "soft"]
+    assert errors(tmp_path / "out/concrete.csv")["method"].tolist() == ["soft+tau", "soft"]
     assert selects == {("soft+tau", "mae/all"), ("soft", None)}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import running
+import xarray as xr
 from running import Outcome
 
 RECIPE = running.RECIPES / "text.py"
@@ -29,14 +30,18 @@ def texts(tmp_path: Path) -> None:
         (tmp_path / f"stsb_dir_{part}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]))
 
 
-@pytest.mark.filterwarnings("ignore:.*no label in or near")
-def test_pairs_end_in_a_table_a_report_and_a_sentence(here: Callable[..., Outcome], tmp_path: Path) -> None:
-    outcome = here(*TINY, "--methods", "vanilla", "soft+tau")
+@pytest.mark.usefixtures("sketched")
+def test_pairs_end_in_a_table_a_report_and_paired_differences(here: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = here(*TINY, "--seeds", 2, "--methods", "vanilla", "permuted")
     assert (outcome.code, outcome.err) == (0, "")
-    for method in ("vanilla", "soft+tau", "constant"):
+    for method in ("vanilla", "permuted", "constant"):
         assert f"\n{method} " in outcome.out
-    assert outcome.out.splitlines()[-1].startswith("soft+tau against vanilla: bMAE ")
-    assert (tmp_path / "runs/text/sts_b_dir/report.html").exists()
+    folder = tmp_path / "runs/text/sts_b_dir"
+    mse = xr.load_dataset(folder / "results.nc", engine="scipy")["rmse"].sel(region="all") ** 2
+    by_seed = (mse.sel({"method": "permuted"}) - mse.sel({"method": "vanilla"})).values
+    assert f"permuted minus vanilla, MSE all: {by_seed.mean():.3f} ± {np.ptp(by_seed) / 2:.3f}, " in outcome.out
+    assert f"smaller in {(by_seed < 0).sum()} of 2 seeds" in outcome.out
+    assert (folder / "report.html").exists()
 
 
 def test_texts_that_are_not_there_end_in_a_message(here: Callable[..., Outcome]) -> None:

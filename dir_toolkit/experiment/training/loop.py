@@ -238,7 +238,7 @@ def fit(
             images = _floats(images)
             if mixing is not None:
                 images, labels = mixing(images, labels, generator=runtime.generator("mixing", *key))
-            torch.manual_seed(runtime.derive("model", *key))
+            runtime.set_seed("model", *key)
             weight = weights(labels) if weights is not None and progress.epoch >= weights_from else None
             with fds.labels(labels) if fds is not None else nullcontext():
                 return _checked_loss(network(images, labels, weight))

@@ -64,13 +64,20 @@ class Runtime:
     @contextmanager
     def seeded(self, *key: str | int) -> Iterator[None]:
         """A context in which torch's global random state is seeded by ``key``. It is restored afterwards."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.default_generator.manual_seed(self.derive(*key))  # torch.manual_seed would seed every accelerator
-            for device in devices:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(self.derive(*key))
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            self.set_seed(*key)
             yield
+
+    def set_seed(self, *key: str | int) -> None:
+        """Seed torch's global random state by ``key``.
+
+        ``torch.manual_seed`` would seed every accelerator. Where none is in use, it would also keep a stack trace per
+        call, which takes longer than a step of a small network.
+        """
+        torch.default_generator.manual_seed(self.derive(*key))
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(self.derive(*key))
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model for training: wrapped if there are several ranks, else itself."""

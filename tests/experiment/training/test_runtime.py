@@ -58,8 +58,13 @@ def test_seeded_on_the_cpu_leaves_accelerators_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     torch.manual_seed(1)
     assert seeded == [1]  # what a global seed does
-    with Runtime(torch.device("cpu"), seed=1).seeded("init"):
+    runtime = Runtime(torch.device("cpu"), seed=1)
+    with runtime.seeded("init"):
         pass
+    before = torch.get_rng_state()
+    runtime.set_seed("init")
+    assert torch.initial_seed() == runtime.derive("init")
+    torch.set_rng_state(before)
     assert seeded == [1]
 
 

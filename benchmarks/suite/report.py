@@ -1,0 +1,297 @@
+"""What the suite measured: tables, ranks with a critical-difference picture, and the page "Which method?".
+
+    python benchmarks/suite/report.py
+
+Reads ``<set>.csv`` and ``<set>-differences.csv`` in this folder, which ``recipes/studies/suite.py`` writes, and writes
+``tables.md`` beside them, and ``docs/which-method.md`` and ``docs/which-method.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy.stats import friedmanchisquare, studentized_range, t
+
+from dir_toolkit.experiment.results.drawing import GREY, INK, literal, look, new_figure, save_figure
+
+HERE, DOCS = Path(__file__).parent, Path(__file__).parents[2] / "docs"
+OF_TABLES = ("boosting", "boosting_lds", "boosting_adjusted", "long_tail_regressor")  # cannot read every set
+LEVEL = 0.95
+
+
+class Suite(NamedTuple):
+    rows: pd.DataFrame
+    """The errors of each run, with its set."""
+    differences: pd.DataFrame
+    """The comparisons with plain L1, with their set."""
+    notes: dict[str, list[str]]
+    """Command, versions, commit and digests of the sittings of each set."""
+
+
+def read(folder: Path) -> Suite:
+    rows, differences, notes = [], [], {}
+    for path in sorted(folder.glob("*-differences.csv")):
+        name = path.stem.removesuffix("-differences")
+        text = (folder / f"{name}.csv").read_text(encoding="utf-8")
+        notes[name] = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")]
+        rows.append(pd.read_csv(folder / f"{name}.csv", comment="#").assign(set=name))
+        differences.append(pd.read_csv(path).assign(set=name))
+    if not rows:
+        sys.exit(f"{folder} must hold a <set>-differences.csv of recipes/studies/suite.py, got none.")
+    return Suite(pd.concat(rows, ignore_index=True), pd.concat(differences, ignore_index=True), notes)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table whose index is its first column."""
+    head = ["", *map(str, table.columns)]
+    lines = [head, ["---", *["---:"] * len(table.columns)]]
+    lines += [[str(name), *map(str, row)] for name, row in zip(table.index, table.to_numpy(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def means(suite: Suite, error: str) -> pd.DataFrame:
+    """Methods by sets: mean ± standard deviation over seeds."""
+    groups = suite.rows.groupby(["method", "set"], sort=False)[error]
+    cells = groups.mean().map("{:.4g}".format) + groups.std().map(lambda sd: "" if np.isnan(sd) else f" ± {sd:.2g}")
+    return cells.where(groups.mean().notna(), "").unstack("set").fillna("")
+
+
+def ratios(suite: Suite, error: str, region: str = "all") -> pd.DataFrame:
+    """Methods by sets: the ratio to plain L1 and its interval, in bold where it excludes 1."""
+    part = suite.differences.query("metric == @error and region == @region and method not in ['l1', 'constant']")
+    cells = [
+        "" if np.isnan(row.ratio) else _bold(f"{row.ratio:.2f}", row) + f" [{row.ratio_low:.2f}, {row.ratio_high:.2f}]"
+        for row in part.itertuples()
+    ]
+    return part.assign(cell=cells).pivot(index="method", columns="set", values="cell").fillna("")
+
+
+def _bold(text: str, row: object) -> str:
+    apart = row.difference_high < 0 or row.difference_low > 0  # type: ignore[attr-defined]
+    return f"**{text}**" if apart else text
+
+
+def ratios_of(suite: Suite, method: str, metric: str, region: str) -> pd.Series:
+    """The ratio of a method to plain L1 on each set."""
+    those = suite.differences
+    those = those[(those.method == method) & (those.metric == metric) & (those.region == region)]
+    return those.set_index("set")["ratio"].dropna()
+
+
+def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means over the first axis, the sets, and their intervals by Student's t; NaN for one set."""
+    mean = values.mean(0)
+    if len(values) < 2:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    half = t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(0, ddof=1) / np.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def geometric(ratios: pd.Series) -> tuple[float, float, float]:
+    """The geometric mean over sets and its interval."""
+    mean, low, high = (float(np.exp(end)) for end in mean_and_interval(np.log(ratios.to_numpy())))
+    return mean, low, high
+
+
+COLUMNS = {"bMAE": ("bmae", "all"), "few": ("mae", "few"), "MAE": ("mae", "all")}
+
+
+def over_sets(suite: Suite) -> pd.DataFrame:
+    """The geometric mean over sets of each method's ratios to plain L1 and its interval."""
+    table = {}
+    for method in suite.rows["method"].unique():
+        every = {title: ratios_of(suite, method, *column) for title, column in COLUMNS.items()}
+        if method != "l1" and len(every["bMAE"]):
+            cells = {title: interval(*geometric(ratios)) for title, ratios in every.items() if len(ratios)}
+            table[method] = cells | {"sets": len(every["bMAE"])}
+    rows = pd.DataFrame(table).T
+    return rows.sort_values("bMAE").fillna("")
+
+
+def interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:.2f}" if np.isnan(low) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+OF_LOSSES = ("mse", "lds", "balanced_mse", "ccc", "dist_loss", "srl", "c_mixup", "fds", "lds+fds", "conr", "bsam")
+OF_HEADS = ("soft", "soft+tau", "coral", "coral+tau", "corn", "uvote", "uvote_bins", "long_tail_model")
+LEAVES = (  # the question, who stands to choose from, and the error that chooses
+    ("The rows are a table, and any estimator will do", OF_TABLES, "bMAE"),
+    ("A network; its head is one number and stays", OF_LOSSES, "bMAE"),
+    ("A network; its head may become bins", OF_HEADS, "bMAE"),
+    ("A network; only the rare labels matter", (*OF_LOSSES, *OF_HEADS), "few"),
+    ("A network; the mean error must not rise", (*OF_LOSSES, *OF_HEADS), "MAE"),
+)
+
+
+def leaves(suite: Suite) -> str:
+    """For each question the method with the least mean, what it costs, and the sets on which it failed."""
+    lines = ["| you have | take | bMAE | few | price: MAE | fails when |", "|---|---|---|---|---|---|"]
+    for question, candidates, title in LEAVES:
+        there = {m: ratios_of(suite, m, *COLUMNS[title]) for m in candidates}
+        there = {m: ratios for m, ratios in there.items() if len(ratios)}
+        if not there:
+            continue
+        best = min(there, key=lambda method: geometric(there[method])[0])
+        cells = [interval(*geometric(ratios_of(suite, best, *column))) for column in COLUMNS.values()]
+        lines.append(f"| {question} | `{best}` (of {len(there)}) | {' | '.join(cells)} | {fails(suite, best)} |")
+    return "\n".join(lines)
+
+
+def fails(suite: Suite, method: str) -> str:
+    """The sets on which a method is worse than plain L1 beyond chance, or pays more than a tenth of the MAE."""
+    own = suite.differences[suite.differences.method == method]
+    faults = []
+    for title, (metric, region) in list(COLUMNS.items())[:2]:
+        those = own[(own.metric == metric) & (own.region == region) & (own.difference_low > 0)]
+        names = [f"{r.set} {interval(r.ratio, r.ratio_low, r.ratio_high)}" for r in those.itertuples()]
+        faults += [f"{title} rises: {', '.join(names)}"] if names else []
+    those = own[(own.metric == "mae") & (own.region == "all") & (own.ratio > 1.1)]
+    names = [f"{r.set} {interval(r.ratio, r.ratio_low, r.ratio_high)}" for r in those.itertuples()]
+    faults += [f"MAE rises by more than a tenth: {', '.join(names)}"] if names else []
+    return "; ".join(faults) or "no failure seen on these sets"
+
+
+def ranks(suite: Suite, error: str = "bmae") -> pd.DataFrame:
+    """Sets by methods: the rank by the mean over seeds, of the methods that were run on every set."""
+    table = suite.rows.groupby(["set", "method"])[error].mean().unstack("method")
+    return table.dropna(axis=1).rank(axis=1)
+
+
+def average_ranks(table: pd.DataFrame) -> pd.DataFrame:
+    """The mean rank of each method and its interval."""
+    mean, low, high = mean_and_interval(table.to_numpy())
+    ends = {"from": low.clip(1), "to": high.clip(max=table.shape[1])}
+    rows = pd.DataFrame({"rank": mean, **ends}, index=table.columns)
+    return rows.sort_values("rank").round(1)
+
+
+def critical_difference(methods: int, sets: int) -> float:
+    """How far apart two average ranks must be by the test of Nemenyi (Demšar 2006)."""
+    q = studentized_range.ppf(LEVEL, methods, np.inf) / np.sqrt(2)
+    return float(q * np.sqrt(methods * (methods + 1) / (6 * sets)))
+
+
+@look(grid="x")
+def rank_figure(table: pd.DataFrame) -> Figure:
+    """Average ranks, the best on top, and a bar as long as the critical difference from the best one."""
+    rows = average_ranks(table)
+    distance = critical_difference(table.shape[1], len(table))
+    figure = new_figure(1.4 + 0.2 * len(rows))
+    axes = figure.add_subplot()
+    best = rows["rank"].iloc[0]
+    axes.axvspan(best, best + distance, color=GREY, alpha=0.2, linewidth=0)
+    for i, (low, mean, high) in enumerate(rows[["from", "rank", "to"]].to_numpy()):
+        axes.plot([low, high], [i, i], color=INK, linewidth=1.2)
+        axes.plot([mean], [i], "o", color=INK, markersize=5)
+    axes.set_yticks(range(len(rows)), [literal(name) for name in rows.index])
+    axes.invert_yaxis()
+    chance = friedmanchisquare(*table.to_numpy().T).pvalue
+    axes.set_xlabel(
+        f"average rank by bMAE over {len(table)} sets, 95 % interval over sets (Friedman p = {chance:.2g});\n"
+        f"grey: within the critical difference {distance:.1f} of the best"
+    )
+    return figure
+
+
+def hours(suite: Suite) -> float:
+    tuning = suite.rows.drop_duplicates(["set", "method"])["tuning_seconds"].sum()
+    return float(suite.rows["seconds"].sum() + tuning) / 3600
+
+
+def tables(suite: Suite) -> str:
+    parts = [
+        "# The suite, all figures",
+        "Made by `python benchmarks/suite/report.py`. Mean ± standard deviation over seeds.",
+    ]
+    titles = {"bmae": "bMAE", "mae": "MAE", "few": "few", "bmase": "bMASE", "crps": "CRPS", "coverage": "coverage"}
+    titles["seconds"] = "seconds of a training"
+    for error, title in titles.items():
+        parts += [f"## {title}", markdown(means(suite, error))]
+    for title, error, region in (("bMAE", "bmae", "all"), ("MAE", "mae", "all"), ("few", "mae", "few")):
+        parts += [f"## {title}, ratio to plain L1", markdown(ratios(suite, error, region))]
+    chosen = suite.rows.drop_duplicates(["set", "method"]).pivot(index="method", columns="set", values="setting")
+    parts += ["## Chosen settings", markdown(chosen.fillna("").map(lambda text: text.strip("{}").replace('"', "")))]
+    parts += [
+        "## Commands, versions, data",
+        *(f"- {name}: {line}" for name, those in suite.notes.items() for line in those),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(suite: Suite, table: pd.DataFrame) -> str:
+    rows = suite.rows
+    names, ranked = sorted(rows["set"].unique()), ""
+    seeds = rows.groupby(["set", "method"])["seed"].nunique()
+    budget = [f"{name} {part['rows'].iloc[0]:,}" for name, part in rows.groupby("set")]
+    trials, epochs = (f"{rows[n].min()}" for n in ("trials", "epochs"))
+    if len(table) > 1:
+        distance = critical_difference(table.shape[1], len(table))
+        ranked = f"""## Average ranks
+
+![Average ranks by bMAE](which-method.png)
+
+By the mean bMAE over seeds, of the {table.shape[1]} methods that ran on all {len(table)} sets. By the test of Nemenyi
+two methods differ if their ranks are {distance:.1f} apart.
+
+{markdown(average_ranks(table))}
+"""
+    return f"""# Which method?
+
+`python benchmarks/suite/report.py` makes this page from the results in `benchmarks/suite`, to which
+`python recipes/studies/suite.py --root DIR --resume --results benchmarks/suite` adds. So far they hold {len(names)}
+sets (training rows: {", ".join(budget)}) and {rows["method"].nunique()} methods, with {trials} trials each on
+validation data, {epochs} epochs and {seeds.min()} to {seeds.max()} seeds: {hours(suite):.2f} hours of training.
+**These are few sets, few seeds and a short budget: read the intervals, not the means.** Faces are on
+[another page](ages.md).
+
+All figures are ratios to a plain network trained with L1: below 1 is better. Each is the geometric mean over sets, with
+its 95 % interval by Student's t over sets. The method of each line was chosen as the one with the best mean on these
+same test data, so its advantage is somewhat overstated.
+
+{leaves(suite)}
+
+"few" is the MAE of labels in bins of fewer than 20 training rows. A method fails on a set if the 95 % interval of its
+paired difference to L1, over seeds and test samples, lies above 0, or if its MAE is more than a tenth higher.
+
+## All methods
+
+{markdown(over_sets(suite))}
+
+`median` predicts one number. Names are those of `recipes/studies/suite.py`, and [methods](methods.md) says what they
+are. The methods of scikit-learn are not tuned and run on tables only. What a training costs is not compared, since the
+machine was busy with other work; `bsam` takes two passes per step.
+
+## bMAE on each set
+
+The ratio to plain L1, and its 95 % interval over seeds and test samples. Bold: the interval of the difference excludes
+0. Of many intervals, some do by chance.
+
+{markdown(ratios(suite, "bmae"))}
+
+All figures, chosen settings, commands, versions and digests are in `benchmarks/suite/tables.md`.
+
+{ranked}"""
+
+
+def main(folder: Path, docs: Path) -> None:
+    suite = read(folder)
+    table = ranks(suite)
+    (folder / "tables.md").write_text(tables(suite), encoding="utf-8")
+    if len(table) > 1:  # one set has no average
+        save_figure(rank_figure(table), docs / "which-method.png")
+    (docs / "which-method.md").write_text(page(suite, table), encoding="utf-8")
+    print(f"{over_sets(suite).to_string()}\n\n{average_ranks(table).to_string()}\n\n{hours(suite):.2f} hours")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=HERE, help="of the results")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="of the page")
+    given = parser.parse_args()
+    main(given.folder, given.docs)
