@@ -127,11 +127,13 @@ def fewer(splits: Splits, rows: int | None) -> Splits:
     """The splits with at most so many training rows, and half as many to validate."""
     if rows is None:
         return splits
-    parts = []
-    for part, most in ((splits.train, rows), (splits.val, rows // 2)):
+
+    def some(part: SampleSet, most: int) -> SampleSet:
         kept = np.sort(np.random.default_rng(0).permutation(len(part))[:most])
-        parts.append(SampleSet(part.inputs, part.labels[kept], part.rows[kept]))
-    return Splits(*parts, splits.test, splits.source, splits.skipped)
+        return SampleSet(part.inputs, part.labels[kept], part.rows[kept])
+
+    train, val = some(splits.train, rows), some(splits.val, rows // 2)
+    return Splits(train, val, splits.test, splits.source, splits.skipped)
 
 
 def task_of(name: str, root: Path, rows: int | None) -> Task:
@@ -411,7 +413,9 @@ class Sitting:
         minutes = 0.0
         for task in tasks:
             with TemporaryDirectory() as folder:
-                study = Study(folder, task, {"l1": number}, self.runtime, replace(self.budget(task), epochs=1))
+                study = Study(
+                    folder, task, {"l1": METHODS["l1"][1]}, self.runtime, replace(self.budget(task), epochs=1)
+                )
                 once = number(study.trial(task, "l1", 0), {"lr": 1e-3}).minutes
             todo = self.todo(task, [name for name in names if reads(name, task.title)])[1]
             # Of n trials all have a quarter of the epochs, about half of them a half, and a quarter all of them.
@@ -451,7 +455,7 @@ class Results:
 
     def add(self, study: Study, method: str, same: Mapping[str, Any]) -> None:
         """Add what a method made on test with each seed."""
-        rows = [row_of(one.errors) | same for (_, name, _), one in study.runs.items() if name == method]
+        rows = [{**row_of(one.errors), **same} for (_, name, _), one in study.runs.items() if name == method]
         if not rows:
             return
         tuning = (study.folder.parent / "tune" / study.tasks[0].folder / method).rglob("history.csv")
