@@ -31,8 +31,8 @@ from dir_toolkit.integrations.scikit_learn._columns import Columns
 from dir_toolkit.integrations.scikit_learn._estimator import folds, validation_rows
 from dir_toolkit.integrations.scikit_learn._members import MemberHead, Members
 
-QUICK: dict[str, Any] = {"hidden": (16,), "epochs": 40, "lr": 1e-2, "batch_size": 32}
-QUICKER: dict[str, Any] = {**QUICK, "epochs": 12, "lr": 3e-2}
+QUICK: dict[str, Any] = {"hidden": (16,), "epochs": 15, "lr": 3e-2, "batch_size": 64}
+QUICKER: dict[str, Any] = {**QUICK, "epochs": 4, "lr": 0.1}
 REGRESSOR = LongTailRegressor(**QUICK, head="linear", members=1, random_state=0)
 CLASSIFIER = LongTailClassifier(**QUICK, random_state=0)
 NOT_APPLICABLE = {
@@ -75,8 +75,9 @@ def two_classes(n: int, seed: int, share: float) -> tuple[np.ndarray, np.ndarray
 @pytest.fixture(scope="module")
 def regressor() -> LongTailRegressor:
     bins = dt.Bins.uniform(0, 50, width=1)
-    settings: dict[str, Any] = {"hidden": (32,), "head": "linear", "members": 2, "epochs": 20, "most_mae": None}
-    return LongTailRegressor(**settings, bins=bins, random_state=0).fit(*long_tailed(1000, 0))
+    return LongTailRegressor(**QUICK, head="linear", members=2, most_mae=None, bins=bins, random_state=0).fit(
+        *long_tailed(1000, 0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +116,7 @@ def test_tau_is_chosen_on_held_out_rows_and_moves_predictions_to_rare_labels(reg
 
 def test_intervals_hold_labels_as_often_as_they_say() -> None:
     x, y = long_tailed(1000, 0)
-    settings: dict[str, Any] = {"hidden": (32,), "head": "linear", "members": 2, "epochs": 15}
-    plain = LongTailRegressor(**settings, tau=0, sigma=0.5, random_state=0).fit(x, y)
+    plain = LongTailRegressor(**QUICK, head="linear", members=2, tau=0, sigma=0.5, random_state=0).fit(x, y)
     x_test, y_test = long_tailed(4000, 2)
     for level in (0.5, 0.9):
         lower, upper = plain.predict_interval(x_test, level=level)
@@ -173,14 +173,14 @@ def test_weights_of_lds_raise_predictions() -> None:
     [
         {"head": "gaussian"},
         {"head": "regression", "loss": "balanced_mse"},
-        {"head": "affinity", "loss": "crps", "epochs": 60},
+        {"head": "affinity", "loss": "crps", "epochs": 40},
         {"adjust": "in_loss", "tau": 0.5},
-        {"hidden": (), "patience": None, "decode": "expectation", "weights": "dense", "epochs": 60},
+        {"hidden": (), "patience": None, "decode": "expectation", "weights": "dense", "epochs": 40},
     ],
 )
 def test_regressors_of_every_kind_learn(changes: dict[str, Any]) -> None:
     x, y = long_tailed(400, 0)
-    model = clone(REGRESSOR).set_params(**{"epochs": 15, **changes}).fit(x, y)
+    model = clone(REGRESSOR).set_params(**{"epochs": 10, **changes}).fit(x, y)
     assert np.corrcoef(model.predict(x), y)[0, 1] > 0.6
     if changes.get("head") == "gaussian":
         lower, upper = model.predict_interval(x, 0.5)
@@ -374,7 +374,7 @@ def test_with_columns_that_tell_nothing_classes_come_out_even_under_any_weights(
     model = LongTailClassifier(
         hidden=(), weights=weights, tau=1.0, adjust=adjust, patience=None, batch_size=240, random_state=0
     )
-    model.set_params(epochs=400, lr=0.1 if weights != "dense" else 2.0)
+    model.set_params(**{"epochs": 400, "lr": 2.0} if weights == "dense" else {"epochs": 150, "lr": 0.3})
     model.fit(np.zeros((240, 1)), y, sample_weight=np.where(y == 1, 3.0, 1.0) if sampled else None)
     np.testing.assert_allclose(model.predict_proba([[0.0]]), 1 / 3, atol=1e-3)
     model.model_.set_prior(None)
@@ -399,8 +399,10 @@ def test_with_columns_that_tell_nothing_labels_come_out_even_under_any_weights(
     axis = dt.Bins.uniform(0, 18, width=1)
     y = np.repeat(axis.centers, counts)
     settings: dict[str, Any] = {"hidden": (), "head": "linear", "patience": None, "batch_size": 600, **spread}
-    model = LongTailRegressor(**settings, bins=axis, weights=weights, tau=1.0, members=1)
-    model.set_params(epochs=600, lr=0.3 if weights != "dense" else 2.0, random_state=0, weight_decay=0.0)
+    model = LongTailRegressor(
+        **settings, bins=axis, weights=weights, tau=1.0, members=1, weight_decay=0.0, random_state=0
+    )
+    model.set_params(**{"epochs": 500, "lr": 2.0} if weights == "dense" else {"epochs": 200, "lr": 3.0})
     model.fit(np.zeros((len(y), 1)), y, sample_weight=np.where(y < 9, 3.0, 1.0) if sampled else None)
     one = torch.zeros(1, 1, dtype=torch.float64)
     np.testing.assert_allclose(model.model_(one).distribution[0].detach().numpy(), 1 / 18, rtol=1e-2)
@@ -449,7 +451,7 @@ def sentinels(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 )
 def test_sentinels_in_a_few_rows_do_not_spoil_the_others(kind: str, head: Any) -> None:
     members = 2 if head == "auto" else 1
-    model = LongTailRegressor(hidden=(32,), head=head, members=members, epochs=30, lr=1e-2, random_state=0)
+    model = LongTailRegressor(**QUICK, head=head, members=members, random_state=0)
     x, y, usual = sentinels(kind, 0)
     error = np.abs(model.fit(x, y).predict(x[usual]) - y[usual]).mean()
     assert error < (4 if "many" in kind else 2.5)  # where a constant errs by 8
@@ -490,11 +492,11 @@ def test_columns_are_cut_off_far_from_all_others_and_cut_into_pieces() -> None:
 
 def test_zeros_are_predicted_as_zeros() -> None:
     random = np.random.default_rng(0)
-    x = random.normal(size=(1500, 3))
-    y = np.maximum(0, 10 * x[:, 0] - 8 + 0.5 * random.normal(size=1500))
+    x = random.normal(size=(700, 3))
+    y = np.maximum(0, 10 * x[:, 0] - 8 + 0.5 * random.normal(size=700))
     zero = y == 0
     assert zero.mean() > 0.7
-    model = LongTailRegressor(hidden=(32,), members=2, epochs=30, random_state=0)
+    model = LongTailRegressor(**QUICK, members=2, random_state=0)
     pred = model.fit(x, y).predict(x)
     width = float(np.diff(model.bins_.edges)[0])
     assert np.median(np.abs(pred[zero])) < 0.1 * width
@@ -528,11 +530,11 @@ def test_a_regressor_worse_than_a_constant_says_so() -> None:
 
 @pytest.fixture(scope="module")
 def default() -> LongTailRegressor:
-    return LongTailRegressor(hidden=(32,), members=3, epochs=25, random_state=0).fit(*long_tailed(1500, 0))
+    return LongTailRegressor(**QUICK, members=3, random_state=0).fit(*long_tailed(700, 0))
 
 
 def test_the_default_chooses_on_held_out_rows_between_a_network_and_trees(default: LongTailRegressor) -> None:
-    (x, y), (x_test, y_test) = long_tailed(1500, 0), long_tailed(2000, 1, even=True)
+    (x, y), (x_test, y_test) = long_tailed(700, 0), long_tailed(2000, 1, even=True)
     tried = {(row["share"], row["tau"]): row for row in default.choice_}
     chosen, least = tried[default.share_, default.tau_], min(row["mae"] for row in tried.values())
     constant = np.abs(y - np.median(y)).mean()
@@ -567,7 +569,7 @@ def test_a_mistyped_label_spoils_nothing() -> None:
     x = random.normal(size=(600, 4))
     y = 30 + 10 * x[:, 0]
     y[0] = 1e6
-    model = LongTailRegressor(hidden=(16,), members=2, epochs=30, lr=1e-2, random_state=0).fit(x, y)
+    model = LongTailRegressor(**QUICK, members=2, random_state=0).fit(x, y)
     assert np.median(np.abs(model.predict(x) - y)) < 1
 
 
