@@ -78,7 +78,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{title}\n\n| fact | |\n|---|---|\n{rows}\n{rest}"
     if not page.file.src_uri.startswith("reference/"):
         page.meta["search"] = {"boost": 2}  # the guide comes before names
-    markdown = markdown.replace("](docs/", "](").replace("<!-- tau -->", (ROOT / "docs/tau.html").read_text("utf-8"))
+    markdown = markdown.replace("](docs/", "](")
+    if "/" not in page.file.src_uri:
+        markdown = markdown.replace("](../", "](")
+    markdown = markdown.replace("<!-- tau -->", (ROOT / "docs/tau.html").read_text("utf-8"))
     markdown = re.sub(r"^```math\n(.*?)```$", lambda m: mathml(m[1], "block"), markdown, flags=re.M | re.S)
     return re.sub(r"\$`([^`]+)`\$", lambda m: mathml(m[1]), markdown)
 
