@@ -76,8 +76,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         facts = {name: value for name, value in page.meta.items() if name != "dir_toolkit"}
         rows = "".join(f"| {name} | {value} |\n" for name, value in _facts(facts | page.meta["dir_toolkit"]))
         return f"{title}\n\n| fact | |\n|---|---|\n{rows}\n{rest}"
-    if not page.file.src_uri.startswith("reference/"):
-        page.meta["search"] = {"boost": 2}  # the guide comes before names
+    page.meta["search"] = {"boost": 0.5 if page.file.src_uri.startswith("reference/") else 2}
     markdown = markdown.replace("](docs/", "](")
     if "/" not in page.file.src_uri:
         markdown = markdown.replace("](../", "](")
