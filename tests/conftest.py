@@ -21,6 +21,7 @@ from dir_toolkit.errors import ShapeError
 sys.path.insert(0, str(Path(__file__).parent))  # which pytest's importlib mode does not
 
 from forked import Forked, load
+from sketching import sketch
 
 gc.disable()  # until all tests are collected: looking for cycles among what stays takes a third of the collection
 
@@ -76,10 +77,7 @@ def not_counts(request: pytest.FixtureRequest) -> tuple[Any, type[Exception], st
 @pytest.fixture
 def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures of reports are made and not drawn, which takes longest: for tests that look at other files."""
-    results = "dir_toolkit.experiment.results"
-    monkeypatch.setattr(f"{results}.summary.save_figure", lambda figure, path: path.write_bytes(b""))
-    monkeypatch.setattr(f"{results}.summary.figure_to_tensorboard", lambda *_: None)
-    monkeypatch.setattr(f"{results}.report.figure_svg", lambda *_, **__: "<svg></svg>")
+    sketch(monkeypatch)
 
 
 class Ranks:

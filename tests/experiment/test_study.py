@@ -326,6 +326,7 @@ def test_an_unknown_method_is_told_with_what_was_meant(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_baseline_adds_a_comparison(tmp_path: Path) -> None:
     one = study(tmp_path)
     one.run(["plain", "weighted"])

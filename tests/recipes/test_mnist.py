@@ -13,6 +13,7 @@ import pytest
 import running
 import xarray as xr
 from running import RUN_FILES, Outcome, files, make_mnist, numbers
+from sketching import sketch
 
 from dir_toolkit.experiment.data.digits import digits
 from dir_toolkit.experiment.results.schema import load_results
@@ -25,9 +26,9 @@ METHODS = ("softmax", "logit-adjusted", "affinity")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of the default methods after two epochs, and what was printed."""
+    """The folder of the default methods after one epoch, and what was printed."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder / "made", running.run(RECIPE, folder, "--epochs", 2, "--out", folder / "made").out
+    return folder / "made", running.run(RECIPE, folder, "--epochs", 1, "--out", folder / "made").out
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
@@ -68,11 +69,13 @@ def test_only_training_images_are_thinned(finished: tuple[Path, str]) -> None:
     np.testing.assert_allclose(kept, [0.1] * 5 + [1.0] * 5, atol=0.005)
     found = json.loads((out / "affinity/seed0/env.json").read_text())["data"]["digests"]
     assert (found["val"], found["test"]) == (whole.val.digest, whole.test.digest)
-    assert ds.attrs["command"] == "python recipes/mnist.py --epochs 2 --out DIR"
+    assert ds.attrs["command"] == "python recipes/mnist.py --epochs 1 --out DIR"
 
 
 def rank_main(rank: int) -> list[str]:
-    outcome = running.run(RECIPE, Path.cwd(), "--epochs", 2, "--out", "made")
+    with pytest.MonkeyPatch.context() as patch:
+        sketch(patch)
+        outcome = running.run(RECIPE, Path.cwd(), "--epochs", 1, "--out", "made")
     return outcome.out.splitlines()
 
 

@@ -29,6 +29,7 @@ def engines(tmp_path: Path) -> None:
     (tmp_path / "RUL_FD001.txt").write_text("5\n20\n130\n")
 
 
+@pytest.mark.usefixtures("sketched")  # the recipe of sentences draws the same figures
 def test_it_ends_in_a_table_a_report_and_a_sentence(here: Callable[..., Outcome], tmp_path: Path) -> None:
     outcome = here(*TINY, "--methods", "vanilla", "lds+fds")
     assert (outcome.code, outcome.err) == (0, "")

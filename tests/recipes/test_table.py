@@ -23,8 +23,11 @@ def test_help_answers_without_torch(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:LongTailRegressor.* on .* held-out rows")  # so few rows teach it too little
 @pytest.mark.parametrize("own", [False, True])
-def test_it_ends_in_a_table_a_report_and_a_sentence(own: bool, here: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_it_ends_in_a_table_a_report_and_a_sentence(
+    own: bool, here: Callable[..., Outcome], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     if own:
+        request.getfixturevalue("sketched")  # the other report has the same figures
         random = np.random.default_rng(0)
         rows = [f"{x:.2f},{'ab'[i % 2]},{x + random.random():.2f}" for i, x in enumerate(random.exponential(4, 300))]
         (tmp_path / "own.csv").write_text("\n".join(["size,kind,price", *rows]))

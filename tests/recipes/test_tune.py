@@ -17,10 +17,12 @@ def test_help_answers_without_torch(tmp_path: Path) -> None:
     running.check_help_answers_without_torch(RECIPE, tmp_path, "--knobs", "momentum", "soft+tau")
 
 
+@pytest.mark.filterwarnings("ignore:.* the best tau is the largest")  # of one epoch
+@pytest.mark.usefixtures("sketched")
 def test_settings_are_chosen_on_validation_and_used(here: Callable[..., Outcome], tmp_path: Path) -> None:
     pytest.importorskip("optuna")
-    make_faces(tmp_path / "faces", ages=range(2, 117, 4), each=9)
-    words = ["--data", "utkface", "--root", "faces", "--size", 16, "--epochs", 1, "--batch-size", 32]
+    make_faces(tmp_path / "faces", ages=range(2, 117, 4), each=6)
+    words = ["--data", "utkface", "--root", "faces", "--size", 16, "--epochs", 1, "--batch-size", 64]
     words += ["--methods", "soft+tau", "--knobs", "sigma", "--out", "out"]
     outcome = here(*words)
     assert (outcome.code, outcome.err) == (0, "")

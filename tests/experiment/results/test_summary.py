@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,6 +33,12 @@ def files(folder: Path) -> set[str]:
 
 def figures(ds: xr.Dataset) -> dict[str, Figure]:
     return {TITLE: region_figure(ds)}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are saved with few dots, which is faster."""
+    monkeypatch.setattr(summary, "save_figure", partial(summary.save_figure, dpi=40))
 
 
 def test_everything_lands_in_one_folder(tmp_path: Path, ds: xr.Dataset) -> None:
@@ -133,6 +140,7 @@ def test_figures_never_take_one_anothers_file(tmp_path: Path, ds: xr.Dataset) ->
     assert files(tmp_path) == set()
 
 
+@pytest.mark.usefixtures("small")
 def test_a_comparison_lands_in_one_folder(tmp_path: Path, compared: xr.Dataset) -> None:
     density = dt.LabelDensity(dt.Bins.uniform(0, 5, width=1), [300, 50, 5, 0, 0])
     more = figures(compared)
@@ -208,6 +216,7 @@ def test_a_comparison_that_is_refused_leaves_nothing(tmp_path: Path, ds: xr.Data
 
 
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:constrained_layout")  # what no font has, and no figure room for
+@pytest.mark.usefixtures("small")
 def test_names_of_any_length_and_kind_leave_whole_files(tmp_path: Path, compared: xr.Dataset) -> None:
     """Longer than a file's name may be, with control characters, line breaks and what a spreadsheet would run."""
     long, odd = "m" * 300, "=HYPERLINK(1)\x01\n\x0bend"
