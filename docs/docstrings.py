@@ -103,8 +103,8 @@ def _inlined(expression: Any, pkg: griffe.Module) -> Any:
 def _find(path: str, pkg: griffe.Module) -> griffe.Object | None:
     """What a dotted path within the package names, wherever it was imported from."""
     try:
-        found = pkg.modules_collection[path]
-        return found.final_target if found.is_alias else found
+        result = pkg.modules_collection[path]
+        return result.final_target if result.is_alias else result
     except (KeyError, griffe.AliasResolutionError):
         return None
 
@@ -143,8 +143,8 @@ def _link(role: str, thing: griffe.Object) -> str:
     shown = name.rpartition(".")[2] if role.startswith("~") or name.startswith("dir_toolkit.") else name
     first, _, rest = name.partition(".")
     path = name if first == "dir_toolkit" else ".".join(filter(None, (thing.resolve(first), rest)))
-    found = _find(path, thing.package)
-    return f"[`{shown}`][{found.path if found else path}]"
+    result = _find(path, thing.package)
+    return f"[`{shown}`][{result.path if result else path}]"
 
 
 def _section(match: re.Match[str], thing: griffe.Object) -> str:

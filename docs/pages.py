@@ -107,16 +107,16 @@ def _facts(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]
 
 def rooms() -> dict[str, list[str]]:
     """The public modules of each room, dotted, in the order of reading."""
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts[1].startswith("_"):
             continue
-        modules = found.setdefault(parts[1], [])
+        modules = result.setdefault(parts[1], [])
         if not parts[-1].startswith("_"):
             modules.append(".".join(parts))
-    order = [*(room for room in ROOMS if room in found), *sorted(found.keys() - set(ROOMS))]
-    return {room: found[room] for room in order}
+    order = [*(room for room in ROOMS if room in result), *sorted(result.keys() - set(ROOMS))]
+    return {room: result[room] for room in order}
 
 
 def _page(room: str, modules: list[str]) -> str:

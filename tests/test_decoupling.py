@@ -310,8 +310,8 @@ def test_gradients_left_on_a_frozen_encoder_do_not_count_in_the_next_stage(tmp_p
             (1e3 * model.eval()(IMAGES).square().sum()).backward()
             model.head.zero_grad()
         stage_two(model, "crt")
-        how = Optimization(epochs=1, batch_size=32, lr=0.1, optimizer="sgd", clip_norm=0.1)
-        second_stage(model, digits_like(TAIL, seed=0), tmp_path / str(left), optimization=how)
+        budget = Optimization(epochs=1, batch_size=32, lr=0.1, optimizer="sgd", clip_norm=0.1)
+        second_stage(model, digits_like(TAIL, seed=0), tmp_path / str(left), optimization=budget)
         heads.append(bits(model.head))
     assert heads[0] == heads[1]
 
@@ -476,15 +476,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
     with RUNTIME.seeded("plain"):
         model = Classifier(with_dropout(), LinearHead(16, 4))
     folder = tmp_path_factory.mktemp("plain")
-    how = Optimization(epochs=8, batch_size=32, lr=0.01)
-    second_stage(model, train, folder, sampler=None, optimization=how)
+    budget = Optimization(epochs=8, batch_size=32, lr=0.01)
+    second_stage(model, train, folder, sampler=None, optimization=budget)
     return model
 
 
 def error_of(model: nn.Module, data: ImageSet) -> float:
     density = LabelDensity(CLASSES, TAIL)
-    found = evaluate(model, data, metrics=ClassificationMetrics(density), runtime=RUNTIME)
-    return found.summary()["balanced_error/all"]
+    result = evaluate(model, data, metrics=ClassificationMetrics(density), runtime=RUNTIME)
+    return result.summary()["balanced_error/all"]
 
 
 @pytest.mark.parametrize("method", ["crt", "lws"])

@@ -100,7 +100,7 @@ CASES = [
 CHANGES = [(case, name) for case in CASES for name in case.others]
 
 
-def told(value: Any) -> str:
+def text_of(value: Any) -> str:
     return json.dumps(described("it", value), sort_keys=True)
 
 
@@ -119,51 +119,51 @@ def test_two_made_alike_have_the_same_settings(case):
     first = case.kind(**case.base)
     torch.manual_seed(1)
     second = case.kind(**case.base)
-    assert told(first) == told(second)
+    assert text_of(first) == text_of(second)
     assert repr(first) == repr(second)
 
 
 @pytest.mark.parametrize(("case", "name"), CHANGES, ids=lambda x: x if isinstance(x, str) else x.kind.__name__)
 def test_another_argument_has_other_settings_and_another_repr(case, name):
     first, second = case.kind(**case.base), case.kind(**{**case.base, **case.others[name]})
-    assert told(first) != told(second)
+    assert text_of(first) != text_of(second)
     assert repr(first) != repr(second)
 
 
 def test_densities_grids_and_windows_count_by_what_they_hold():
     other = dt.LabelDensity(BINS, np.arange(60)[::-1])  # as many labels
-    assert told(DENSITY) == told(dt.LabelDensity(BINS, DENSITY.counts)) != told(other)
+    assert text_of(DENSITY) == text_of(dt.LabelDensity(BINS, DENSITY.counts)) != text_of(other)
     grids = [
         dt.labels.BinGrid(BINS, dt.Bins.classes(3)),
         dt.labels.BinGrid(BINS, dt.Bins.classes(4)),
         dt.labels.BinGrid(BINS),
     ]
-    assert len(set(map(told, grids))) == len(set(map(repr, grids))) == 3
-    assert told(grids[0]) == told(dt.labels.BinGrid(BINS, dt.Bins.classes(3)))
+    assert len(set(map(text_of, grids))) == len(set(map(repr, grids))) == 3
+    assert text_of(grids[0]) == text_of(dt.labels.BinGrid(BINS, dt.Bins.classes(3)))
     windows = [dt.gaussian(5, 2), dt.gaussian(5, 2, folded=True), dt.laplace(5, 2), dt.triangular(5)]
     for made in (dt.LDS, dt.LDS.reference):
-        assert len({told(made(grids[0], kernel=[w, [1.0]])) for w in windows}) == len(windows)
+        assert len({text_of(made(grids[0], kernel=[w, [1.0]])) for w in windows}) == len(windows)
 
 
 def test_weights_count_by_what_they_learnt():
-    assert told(dt.LDS(BINS).fit([1.0, 2.0])) == told(dt.LDS(BINS).fit([2.0, 1.0]))
-    assert told(dt.LDS(BINS).fit([1.0, 2.0])) != told(dt.LDS(BINS).fit([1.0, 20.0]))
-    assert told(dt.LDS(BINS).fit([1.0, 2.0])) != told(dt.LDS(BINS))
-    assert told(dt.LDS.reference(BINS, scheme="inverse")) != told(dt.LDS.reference(BINS))
+    assert text_of(dt.LDS(BINS).fit([1.0, 2.0])) == text_of(dt.LDS(BINS).fit([2.0, 1.0]))
+    assert text_of(dt.LDS(BINS).fit([1.0, 2.0])) != text_of(dt.LDS(BINS).fit([1.0, 20.0]))
+    assert text_of(dt.LDS(BINS).fit([1.0, 2.0])) != text_of(dt.LDS(BINS))
+    assert text_of(dt.LDS.reference(BINS, scheme="inverse")) != text_of(dt.LDS.reference(BINS))
 
 
 def test_a_partial_counts_by_its_arguments():
     of = functools.partial
-    assert told(of(dt.losses.weighted_huber, delta=0.1)) == told(of(dt.losses.weighted_huber, delta=0.1))
-    assert told(of(dt.losses.weighted_huber, delta=0.1)) != told(of(dt.losses.weighted_huber, delta=10.0))
-    assert told(of(dt.weighted_l1)) != told(of(dt.weighted_mse))
+    assert text_of(of(dt.losses.weighted_huber, delta=0.1)) == text_of(of(dt.losses.weighted_huber, delta=0.1))
+    assert text_of(of(dt.losses.weighted_huber, delta=0.1)) != text_of(of(dt.losses.weighted_huber, delta=10.0))
+    assert text_of(of(dt.weighted_l1)) != text_of(of(dt.weighted_mse))
 
 
 def test_a_lambda_is_refused():
     with pytest.raises(SettingsError, match=r"dir_toolkit: it must have settings that .* got a lambda\. Use a func"):
-        told(lambda x: x)
+        text_of(lambda x: x)
     with pytest.raises(SettingsError, match="got a lambda"):
-        told(functools.partial(lambda x: x))
+        text_of(functools.partial(lambda x: x))
 
 
 def test_a_function_made_in_another_counts_by_what_it_takes_from_there():
@@ -173,19 +173,19 @@ def test_a_function_made_in_another_counts_by_what_it_takes_from_there():
 
         return inner
 
-    assert told(made(1, 2)) == told(made(1, 2))
-    assert told(made(1, 2)) != told(made(3, 2))
-    assert told(made(1, 2)) != told(made(1, 3))
-    assert told(made(np, 2)) == told(made(np, 2)) != told(made(torch, 2))
+    assert text_of(made(1, 2)) == text_of(made(1, 2))
+    assert text_of(made(1, 2)) != text_of(made(3, 2))
+    assert text_of(made(1, 2)) != text_of(made(1, 3))
+    assert text_of(made(np, 2)) == text_of(made(np, 2)) != text_of(made(torch, 2))
     with pytest.raises(SettingsError, match=r"its number\) must have settings that identify"):
-        told(made(lambda: 1, 2))
+        text_of(made(lambda: 1, 2))
 
 
 def test_modules_without_settings_count_by_their_attributes_buffers_and_children():
-    assert told(nn.SmoothL1Loss(beta=1.0)) != told(nn.SmoothL1Loss(beta=2.0))
-    assert told(nn.Sequential(nn.Dropout(0.1))) != told(nn.Sequential(nn.Dropout(0.2)))
-    assert told(nn.CrossEntropyLoss(torch.ones(3))) != told(nn.CrossEntropyLoss(torch.arange(3.0)))
-    assert told(nn.Linear(2, 3)) == told(nn.Linear(2, 3))
+    assert text_of(nn.SmoothL1Loss(beta=1.0)) != text_of(nn.SmoothL1Loss(beta=2.0))
+    assert text_of(nn.Sequential(nn.Dropout(0.1))) != text_of(nn.Sequential(nn.Dropout(0.2)))
+    assert text_of(nn.CrossEntropyLoss(torch.ones(3))) != text_of(nn.CrossEntropyLoss(torch.arange(3.0)))
+    assert text_of(nn.Linear(2, 3)) == text_of(nn.Linear(2, 3))
 
 
 class Hidden(nn.Module):
@@ -201,8 +201,8 @@ class Frozen(nn.Module):
 
 
 def test_private_attributes_and_frozen_parameters_of_a_module_count():
-    assert told(Hidden(1.0)) == told(Hidden(1.0)) != told(Hidden(2.0))
-    assert told(Frozen(1.0)) == told(Frozen(1.0)) != told(Frozen(2.0))
+    assert text_of(Hidden(1.0)) == text_of(Hidden(1.0)) != text_of(Hidden(2.0))
+    assert text_of(Frozen(1.0)) == text_of(Frozen(1.0)) != text_of(Frozen(2.0))
 
 
 def times(function, number):
@@ -219,10 +219,10 @@ def decorated(x):
 
 
 def test_a_function_counts_by_what_its_decorator_takes_too():
-    assert told(times(dt.weighted_l1, 1.0)) == told(times(dt.weighted_l1, 1.0))
-    assert told(times(dt.weighted_l1, 1.0)) != told(times(dt.weighted_l1, 2.0))
-    assert told(times(dt.weighted_l1, 1.0)) != told(dt.weighted_l1)
-    assert "decorated" in told(decorated)
+    assert text_of(times(dt.weighted_l1, 1.0)) == text_of(times(dt.weighted_l1, 1.0))
+    assert text_of(times(dt.weighted_l1, 1.0)) != text_of(times(dt.weighted_l1, 2.0))
+    assert text_of(times(dt.weighted_l1, 1.0)) != text_of(dt.weighted_l1)
+    assert "decorated" in text_of(decorated)
 
 
 def test_defaults_that_are_given_by_name_count():
@@ -232,7 +232,7 @@ def test_defaults_that_are_given_by_name_count():
 
         return inner
 
-    assert told(made(1)) == told(made(1)) != told(made(2))
+    assert text_of(made(1)) == text_of(made(1)) != text_of(made(2))
 
 
 def test_what_holds_itself_is_refused():
@@ -243,7 +243,7 @@ def test_what_holds_itself_is_refused():
     module.others = [module]
     for value in (itself, module):
         with pytest.raises(SettingsError, match=r"dir_toolkit: it .*got something that contains itself"):
-            told(value)
+            text_of(value)
 
 
 class Extended(dt.losses.ConRLoss):
@@ -253,7 +253,7 @@ class Extended(dt.losses.ConRLoss):
 
 
 def test_a_subclass_counts_by_the_arguments_that_it_adds():
-    assert told(Extended(1.0)) == told(Extended(1.0)) != told(Extended(2.0))
+    assert text_of(Extended(1.0)) == text_of(Extended(1.0)) != text_of(Extended(2.0))
 
 
 @pytest.mark.parametrize(
@@ -267,11 +267,11 @@ def test_a_subclass_counts_by_the_arguments_that_it_adds():
     ],
 )
 def test_arrays_of_every_kind_count(made):
-    assert told(made(1.0)) == told(made(1.0)) != told(made(2.0))
+    assert text_of(made(1.0)) == text_of(made(1.0)) != text_of(made(2.0))
 
 
 def test_long_arrays_count_by_a_digest():
     a = np.arange(1000.0)
-    assert told(a) != told(a + 1e-9)
-    assert len(told(a)) < 100
-    assert told(torch.from_numpy(a)) == told(a)
+    assert text_of(a) != text_of(a + 1e-9)
+    assert len(text_of(a)) < 100
+    assert text_of(torch.from_numpy(a)) == text_of(a)

@@ -52,11 +52,11 @@ def check_lines(tree: ast.Module) -> set[int]:
             return isinstance(called, ast.Attribute) and called.attr.startswith(CHECKS[:2])
         return isinstance(node, ast.Raise) or (isinstance(node, ast.FunctionDef) and node.name.startswith(CHECKS))
 
-    found = [node for node in ast.walk(tree) if is_check(node)]
+    result = [node for node in ast.walk(tree) if is_check(node)]
     # Of a condition only its own branch counts, and not the one after else.
     return {
         line
-        for node in found
+        for node in result
         if isinstance(node, ast.stmt)
         for line in range(node.lineno, ((node.body[-1] if isinstance(node, ast.If) else node).end_lineno or 0) + 1)
     }

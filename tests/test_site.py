@@ -110,7 +110,7 @@ def test_names_are_headed_as_users_write_them_and_cards_show_their_front_matter(
 
 
 def test_no_markup_is_left_over(site: Path) -> None:
-    assert {name: found for name, page in pages(site).items() if (found := left_over(page))} == {}
+    assert {name: result for name, page in pages(site).items() if (result := left_over(page))} == {}
     formulas = sum(page.count("<math") for page in pages(site).values())
     assert formulas > 100
 
@@ -132,7 +132,7 @@ def test_markup_that_is_left_over_is_found(broken: str) -> None:
 
 
 def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
-    assert {name: found for name, page in pages(site).items() if (found := loaded_from_elsewhere(page))} == {}
+    assert {name: result for name, page in pages(site).items() if (result := loaded_from_elsewhere(page))} == {}
     sheets = [sheet.read_text(encoding="utf-8") for sheet in site.rglob("*.css")]
     assert sheets
     assert not [sheet for sheet in sheets if re.search(r"(@import|url\()\s*[\"']?(https?:)?//", sheet)]

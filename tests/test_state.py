@@ -84,16 +84,16 @@ MADE = [
 
 
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("how", ["missing", "of another shape", "unknown besides"])
+@pytest.mark.parametrize("fault", ["missing", "of another shape", "unknown besides"])
 @pytest.mark.parametrize("make", MADE, ids=lambda make: type(make()).__name__)
-def test_a_refused_load_changes_nothing(make, how, assign):
+def test_a_refused_load_changes_nothing(make, fault, assign):
     module = make()
     good = {name: value + 1 if value.is_floating_point() else value for name, value in module.state_dict().items()}
     for name in good:
         state = dict(good)
-        if how == "missing":
+        if fault == "missing":
             del state[name]
-        elif how == "of another shape":
+        elif fault == "of another shape":
             state[name] = torch.ones(7, 7)
         else:
             state["other"] = torch.ones(1)

@@ -178,9 +178,9 @@ def test_a_shift_of_features_is_refused_unless_told_otherwise() -> None:
     assert estimate.refused
     assert estimate.prior is estimate.source
     assert "the source prior is used" in str(estimate)
-    told = estimate_prior(class_scores(moved), features=moved, max_auc=1, **given)
-    assert told.auc == estimate.auc
-    assert torch.equal(told.prior, estimate.estimated)
+    checked = estimate_prior(class_scores(moved), features=moved, max_auc=1, **given)
+    assert checked.auc == estimate.auc
+    assert torch.equal(checked.prior, estimate.estimated)
 
 
 def test_the_auc_is_that_of_a_naive_count_of_pairs() -> None:

@@ -67,10 +67,10 @@ def draw_norms(study: Study) -> dict[str, Figure]:
 
 def by_seed(study: Study, region: str) -> dict[tuple[str, Task], list[float]]:
     """The balanced error in a region, of each seed, by method and task."""
-    found: dict[tuple[str, Task], list[float]] = {}
+    result: dict[tuple[str, Task], list[float]] = {}
     for (task, name, _), one in study.runs.items():
-        found.setdefault((name, task), []).append(float(one.errors["balanced_error"].sel(region=region)))
-    return found
+        result.setdefault((name, task), []).append(float(one.errors["balanced_error"].sel(region=region)))
+    return result
 
 
 def draw_curve(

@@ -436,7 +436,7 @@ def metrics_jobs(outside: Any) -> dict[str, Callable[[], Job]]:
     }
 
 
-METRICS = {name: job for how in ("raise", "clip", "drop") for name, job in metrics_jobs(how).items()}
+METRICS = {name: job for option in ("raise", "clip", "drop") for name, job in metrics_jobs(option).items()}
 if importlib.util.find_spec("torchmetrics"):
 
     def region_metric() -> nn.Module:
@@ -492,8 +492,8 @@ class Watch(TorchDispatchMode):
 
     def note(self, what: str) -> None:
         own = [frame for frame in traceback.extract_stack() if "/dir_toolkit/" in frame.filename]
-        at = f" at {own[-1].filename.rsplit('/dir_toolkit/', 1)[1]}:{own[-1].lineno}" if own else ""
-        self.seen.add(what + at)
+        spot = f" at {own[-1].filename.rsplit('/dir_toolkit/', 1)[1]}:{own[-1].lineno}" if own else ""
+        self.seen.add(what + spot)
 
 
 class Fakes(FakeTensorMode):
@@ -551,8 +551,8 @@ def watched(job: Callable[[], Job], device: str, *, backward: bool) -> list[str]
                 whole_step(Data(**there))
         except Exception as error:
             own = [f for f in traceback.extract_tb(error.__traceback__) if "/dir_toolkit/" in f.filename]
-            at = f"{own[-1].filename.rsplit('/dir_toolkit/', 1)[1]}:{own[-1].lineno}" if own else "the test"
-            watch.seen.add(f"{type(error).__name__} at {at}: {str(error)[:200]}")
+            spot = f"{own[-1].filename.rsplit('/dir_toolkit/', 1)[1]}:{own[-1].lineno}" if own else "the test"
+            watch.seen.add(f"{type(error).__name__} at {spot}: {str(error)[:200]}")
     return sorted(watch.seen)
 
 
@@ -583,13 +583,13 @@ def take_whole_steps(connection: Connection) -> None:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_step_makes_nothing_wait(name: str, whole_steps: dict[str, list[str]] | None) -> None:
-    found = watched(JOBS[name], "cuda", backward=False) if whole_steps is None else whole_steps[name]
-    assert found == []
+    outcome = watched(JOBS[name], "cuda", backward=False) if whole_steps is None else whole_steps[name]
+    assert outcome == []
 
 
 def offered(package: Any) -> set[str]:
     """What the modules of a package offer."""
-    files = [found.name for found in pkgutil.iter_modules(package.__path__) if not found.name.startswith("_")]
+    files = [outcome.name for outcome in pkgutil.iter_modules(package.__path__) if not outcome.name.startswith("_")]
     return {name for file in files for name in import_module(f"{package.__name__}.{file}").__all__}
 
 

@@ -30,9 +30,9 @@ def advice(call: Callable[[], object], pattern: str) -> re.Match[str]:
     with pytest.raises((ValueError, TypeError)) as caught:
         call()
     heard.append(str(caught.value))
-    found = re.search(pattern, str(caught.value))
-    assert found, str(caught.value)
-    return found
+    result = re.search(pattern, str(caught.value))
+    assert result, str(caught.value)
+    return result
 
 
 def done(code: str, **names: Any) -> Any:
@@ -58,13 +58,13 @@ AXES: list[tuple[Any, Any, Any]] = [
 
 @pytest.mark.parametrize(("low", "high", "width"), AXES)
 def test_advice_mends_a_width_that_does_not_divide(low: Any, high: Any, width: Any) -> None:
-    found = advice(
+    result = advice(
         lambda: Bins.uniform(low, high, width=width),
         r"Use count=(?P<count>\d+)(, or (low=(?P<low>\S+) and )?high=(?P<high>\S+))?\.$",
     )
-    axes = [Bins.uniform(low, high, count=int(found["count"]))]
-    if found["high"]:
-        axes.append(Bins.uniform(float(found["low"]) if found["low"] else low, float(found["high"]), width=width))
+    axes = [Bins.uniform(low, high, count=int(result["count"]))]
+    if result["high"]:
+        axes.append(Bins.uniform(float(result["low"]) if result["low"] else low, float(result["high"]), width=width))
         np.testing.assert_allclose(np.diff(axes[1].edges), float(str(width)), rtol=1e-4)
     else:
         assert len(str(width)) > 6  # only where no decimals are to be had
@@ -78,37 +78,37 @@ def test_advice_mends_a_width_that_does_not_divide(low: Any, high: Any, width: A
 
 def test_whole_numbers_need_a_width_of_one() -> None:
     wanted = r"Use a width of at least (\S+), or integer=False\.$"
-    found = advice(lambda: Bins.uniform(0, 3, width=0.5, integer=True), wanted)
-    assert len(Bins.uniform(0, 3, width=float(found[1]), integer=True)) == 3
+    result = advice(lambda: Bins.uniform(0, 3, width=0.5, integer=True), wanted)
+    assert len(Bins.uniform(0, 3, width=float(result[1]), integer=True)) == 3
 
 
 @pytest.mark.parametrize("edges", [[0, 1, 1, 2], [2, 0, 1], [1, 0.0, -0.0]])
 def test_advice_mends_edges_that_do_not_rise(edges: list[float]) -> None:
-    found = advice(lambda: Bins.from_edges(edges), r"Use (\S+)\.$")
-    assert Bins.from_edges(done(found[1], edges=edges)).edges.tolist() == sorted({x + 0.0 for x in edges})
+    result = advice(lambda: Bins.from_edges(edges), r"Use (\S+)\.$")
+    assert Bins.from_edges(done(result[1], edges=edges)).edges.tolist() == sorted({x + 0.0 for x in edges})
 
 
 @pytest.mark.parametrize("size", [2, 10, 10_000_000])
 @pytest.mark.parametrize("window", [lambda n: dt.gaussian(n, 2), triangular, lambda n: laplace(n, 2)])
 def test_advice_mends_windows_of_even_size(window: Callable[[int], np.ndarray], size: int) -> None:
-    found = advice(lambda: window(size), r"Use (\d+)(?: or (\d+))?\.$")
-    for other in filter(None, found.groups()):
+    result = advice(lambda: window(size), r"Use (\d+)(?: or (\d+))?\.$")
+    for other in filter(None, result.groups()):
         assert len(window(int(other))) == int(other)
 
 
 def test_advice_mends_windows_for_an_axis() -> None:
     values = np.ones(4)
-    found = advice(lambda: smooth(values, np.ones((3, 3))), r"Use (dir_toolkit\S+ 2\))\.$")
-    assert len(done(found[1])) == 5
+    result = advice(lambda: smooth(values, np.ones((3, 3))), r"Use (dir_toolkit\S+ 2\))\.$")
+    assert len(done(result[1])) == 5
     for bins in (1, 4, 5, 8):
-        found = advice(lambda n=bins: smooth(np.ones(n), dt.gaussian(9, 2)), r"Use at most (\d+)\.$")
-        assert smooth(np.ones(bins), dt.gaussian(int(found[1]), 2)).shape == (bins,)
+        result = advice(lambda n=bins: smooth(np.ones(n), dt.gaussian(9, 2)), r"Use at most (\d+)\.$")
+        assert smooth(np.ones(bins), dt.gaussian(int(result[1]), 2)).shape == (bins,)
 
 
 def test_advice_mends_tensors_that_are_not_plain() -> None:
     bins = Bins.uniform(0, 4, width=1)
-    found = advice(lambda: dt.soft_labels([1.0, 2.0], bins, None), r"Use (torch.as_tensor\(labels\))\.$")  # type: ignore[arg-type]
-    assert dt.soft_labels(done(found[1], labels=[1.0, 2.0]), bins, None).shape == (2, 4)
+    result = advice(lambda: dt.soft_labels([1.0, 2.0], bins, None), r"Use (torch.as_tensor\(labels\))\.$")  # type: ignore[arg-type]
+    assert dt.soft_labels(done(result[1], labels=[1.0, 2.0]), bins, None).shape == (2, 4)
     with warnings.catch_warnings():  # torch's own, which it gives once in a process
         warnings.simplefilter("ignore", UserWarning)
         quantized = torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.quint8)
@@ -119,20 +119,20 @@ def test_advice_mends_tensors_that_are_not_plain() -> None:
         (nested, r"torch\.cat\(labels\.unbind\(\)\)"),
         (np.ma.array([1.0, 1.0, 9.0], mask=[False, False, True]), r"labels\.compressed\(\)"),
     ):
-        found = advice(lambda y=labels: bins.index(y), rf"Use ({code})\.$")
-        assert bins.index(done(found[1], labels=labels)).tolist() == [1, 1]
+        result = advice(lambda y=labels: bins.index(y), rf"Use ({code})\.$")
+        assert bins.index(done(result[1], labels=labels)).tolist() == [1, 1]
 
 
 def test_advice_mends_masks_as_weights() -> None:
     mask = torch.tensor([True, False])
-    found = advice(lambda: dt.weighted_l1(torch.ones(2), torch.zeros(2), mask), r"Use (weight\.float\(\))\.$")
-    assert dt.weighted_l1(torch.ones(2), torch.zeros(2), done(found[1], weight=mask)).item() == 0.5
+    result = advice(lambda: dt.weighted_l1(torch.ones(2), torch.zeros(2), mask), r"Use (weight\.float\(\))\.$")
+    assert dt.weighted_l1(torch.ones(2), torch.zeros(2), done(result[1], weight=mask)).item() == 0.5
 
 
 def test_advice_mends_classes_that_are_not_int64() -> None:
     logits, target = torch.eye(2), torch.tensor([0, 1], dtype=torch.int32)
-    found = advice(lambda: dt.losses.cross_entropy(logits, target), r"Use (target\.long\(\))\.$")
-    assert dt.losses.cross_entropy(logits, done(found[1], target=target)).item() < 0.4
+    result = advice(lambda: dt.losses.cross_entropy(logits, target), r"Use (target\.long\(\))\.$")
+    assert dt.losses.cross_entropy(logits, done(result[1], target=target)).item() < 0.4
 
 
 def test_advice_mends_tensors_on_several_devices() -> None:
@@ -143,53 +143,53 @@ def test_advice_mends_tensors_on_several_devices() -> None:
         full_tensor = to_local
 
     labels, bins = torch.ones(2).as_subclass(DTensor), Bins.uniform(0, 4, width=1)
-    found = advice(lambda: bins.index(labels), r"Use (labels\S+\)), or (labels\S+\))\.$")
-    for code in found.groups():
+    result = advice(lambda: bins.index(labels), r"Use (labels\S+\)), or (labels\S+\))\.$")
+    for code in result.groups():
         assert bins.index(done(code, labels=labels)).tolist() == [1, 1]
 
 
 def test_advice_mends_shapes_and_devices() -> None:
     pred, target = torch.ones(3, 1), torch.ones(3)
     for a, b in ((pred, target), (target, pred), (torch.ones(2, 3, 1), torch.ones(2, 3))):
-        found = advice(lambda a=a, b=b: dt.weighted_l1(a, b), r"Use ((pred|target)\.squeeze\(\d\))\.$")
+        result = advice(lambda a=a, b=b: dt.weighted_l1(a, b), r"Use ((pred|target)\.squeeze\(\d\))\.$")
         mended = {"pred": a, "target": b}
-        mended[found[2]] = done(found[1], **mended)
+        mended[result[2]] = done(result[1], **mended)
         dt.weighted_l1(**mended)
     far = target.to("meta")
-    found = advice(lambda: _checks.same_device(pred=target, target=far), r"Use (target\.to\(pred\.device\))\.$")
+    result = advice(lambda: _checks.same_device(pred=target, target=far), r"Use (target\.to\(pred\.device\))\.$")
     assert "meta" in str(far.device)
-    assert found[1] == "target.to(pred.device)"
+    assert result[1] == "target.to(pred.device)"
 
 
 def test_advice_mends_priors() -> None:
     for prior, zeros in (([0.5, 0.5, 0.0], False), ([30.0, 20.0, 10.0], False), ([0.6, 0.6, -0.2], True)):
         values = torch.tensor(prior)
-        found = advice(lambda p=values, z=zeros: _checks.prior_shares("prior", p, zeros=z), r"Use (dt\S+( \S+)?),")
-        shares = done(found[1], counts=[30, 20, 10])
+        result = advice(lambda p=values, z=zeros: _checks.prior_shares("prior", p, zeros=z), r"Use (dt\S+( \S+)?),")
+        shares = done(result[1], counts=[30, 20, 10])
         _checks.prior_shares("prior", torch.as_tensor(shares), zeros=zeros)
 
 
 def test_classes_decode_by_their_mode() -> None:
     p, bins = torch.tensor([[0.2, 0.8]]), Bins.classes(2)
     for call in (dt.decode, lambda p, bins: dt.labels.quantiles(p, bins, 0.5), dt.interval):
-        found = advice(lambda c=call: c(p, bins), r"Use decode\(\.\.\., (point=\"mode\")\), or Bins\.uniform")
-        assert done(f"dt.decode(p, bins, {found[1]})", p=p, bins=bins).tolist() == [1]
+        result = advice(lambda c=call: c(p, bins), r"Use decode\(\.\.\., (point=\"mode\")\), or Bins\.uniform")
+        assert done(f"dt.decode(p, bins, {result[1]})", p=p, bins=bins).tolist() == [1]
 
 
 def test_advice_mends_labels_of_other_kinds() -> None:
     bins = Bins.uniform(0, 4, width=1)
     for labels in (np.ma.masked_array([1.0, 2.0], [False, True]), ["1", "2"]):
-        found = advice(
+        result = advice(
             lambda y=labels: dt.LabelDensity.count(y, bins), r"Use (labels\.compressed\(\)|numpy\S+ \S+\)),?"
         )
-        counted = dt.LabelDensity.count(done(found[1], labels=labels, numpy=np), bins)
+        counted = dt.LabelDensity.count(done(result[1], labels=labels, numpy=np), bins)
         assert counted.counts[1] == 1
 
 
 def test_classes_have_shares_already() -> None:
     bins, points, levels = Bins.classes(2), np.array([0.0, 1.0]), np.array([0.0, 1.0])
-    found = advice(lambda: dt.labels.bin_shares(points, levels, bins), r"Use the (.*) of the classes themselves\.")
-    assert found[1] == "probabilities"
+    result = advice(lambda: dt.labels.bin_shares(points, levels, bins), r"Use the (.*) of the classes themselves\.")
+    assert result[1] == "probabilities"
 
 
 def patterns(file: Path) -> list[str]:

@@ -775,10 +775,10 @@ def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 def attacks(name: str) -> Iterator[tuple[str, str, Any]]:
     """Parameter, what is wrong with its value, and the value."""
     function, valid = VALID[name]()
-    for parameter, told in parameters_of(function).items():
+    for parameter, text in parameters_of(function).items():
         if parameter not in valid and name.partition(",")[2]:
             continue  # those that the other variant attacks
-        for label, value in wrong_values(valid.get(parameter, told.default)):
+        for label, value in wrong_values(valid.get(parameter, text.default)):
             yield parameter, label, value
 
 
@@ -868,8 +868,8 @@ def test_valid_arguments_stay_as_they_are_and_a_wrong_one_works_or_is_named(name
     assert len(tried) > 30
     random.Random(name).shuffle(tried)
     tried = tried[: mutations // 3]
-    found = ((parameter, label, fault_of(name, parameter, value)) for parameter, label, value in tried)
-    faults = [f"{parameter} = {label}: {fault}" for parameter, label, fault in found if fault]
+    outcome = ((parameter, label, fault_of(name, parameter, value)) for parameter, label, value in tried)
+    faults = [f"{parameter} = {label}: {fault}" for parameter, label, fault in outcome if fault]
     assert not faults, "\n".join(faults)
     print(f"{name}: {len(tried)} wrong arguments")
 

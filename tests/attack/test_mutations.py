@@ -43,33 +43,33 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     """One to three changes of the kinds that broken disks, cut downloads and attackers make."""
     changed = bytearray(data)
     for _ in range(chance.randint(1, 3)):
-        at = chance.randrange(len(changed) + 1)
-        end = min(len(changed), at + chance.choice([1, 4, 30, 600, len(data)]))
+        spot = chance.randrange(len(changed) + 1)
+        end = min(len(changed), spot + chance.choice([1, 4, 30, 600, len(data)]))
         kind = chance.randrange(11)
-        if kind <= 1 and at < len(changed):
-            changed[at] ^= 1 << chance.randrange(8)
+        if kind <= 1 and spot < len(changed):
+            changed[spot] ^= 1 << chance.randrange(8)
         elif kind == 2:
-            del changed[at:]
+            del changed[spot:]
         elif kind == 3:
-            del changed[at:end]
+            del changed[spot:end]
         elif kind == 4:
-            changed[at:at] = chance.randbytes(chance.choice([1, 4, 30, 600]))
+            changed[spot:spot] = chance.randbytes(chance.choice([1, 4, 30, 600]))
         elif kind == 5:
-            changed[at:end] = chance.randbytes(end - at)
+            changed[spot:end] = chance.randbytes(end - spot)
         elif kind == 6:
-            changed[at:at] = changed[at:end]
+            changed[spot:spot] = changed[spot:end]
         elif kind == 7:  # two neighbouring chunks swapped
-            middle = (at + end) // 2
-            changed[at:end] = changed[middle:end] + changed[at:middle]
+            middle = (spot + end) // 2
+            changed[spot:end] = changed[middle:end] + changed[spot:middle]
         elif kind == 8:  # an extreme number, as headers of either byte order hold them
             size = chance.choice([1, 2, 4, 8])
             number = chance.choice(EXTREMES) & (256**size - 1)
-            changed[at : at + size] = number.to_bytes(size, chance.choice(["big", "little"]))
+            changed[spot : spot + size] = number.to_bytes(size, chance.choice(["big", "little"]))
         elif kind == 9:  # and as text
             number = chance.choice([0, 7, 8, 9, 99999999, 77777777777, 10**30, -1])
-            changed[at : at + 12] = str(number).encode()
+            changed[spot : spot + 12] = str(number).encode()
         else:
-            changed[at:end] = bytes(end - at)
+            changed[spot:end] = bytes(end - spot)
     return bytes(changed) if chance.random() > 0.01 else chance.randbytes(chance.randrange(len(data) + 1))
 
 
@@ -107,12 +107,12 @@ class Arena:
         return sorted(str(path) for path in {*now, *then} if now.get(path) != then.get(path))
 
     def _outside(self) -> dict[Path, bytes]:
-        found: dict[Path, bytes] = {}
-        for at, folders, names in os.walk(self.whole):
-            folders[:] = [name for name in folders if Path(at, name) != self.cache]
-            found |= dict.fromkeys((Path(at, name) for name in folders), b"a folder")
-            found |= {path: path.read_bytes() for path in (Path(at, name) for name in names)}
-        return found
+        outcome: dict[Path, bytes] = {}
+        for spot, folders, names in os.walk(self.whole):
+            folders[:] = [name for name in folders if Path(spot, name) != self.cache]
+            outcome |= dict.fromkeys((Path(spot, name) for name in folders), b"a folder")
+            outcome |= {path: path.read_bytes() for path in (Path(spot, name) for name in names)}
+        return outcome
 
 
 @pytest.fixture
@@ -157,10 +157,10 @@ def checkpoint() -> bytes:
 def result() -> xr.Dataset:
     bins = dt.Bins.uniform(0, 4, width=1)
     target = torch.tensor([0.5, 1.5, 2.5, 2.75])
-    found = dt.regression_metrics(target + 0.25, target, dt.LabelDensity(bins, np.array([200, 50, 5, 0])))
+    outcome = dt.regression_metrics(target + 0.25, target, dt.LabelDensity(bins, np.array([200, 50, 5, 0])))
     years = {"units": "label"}
     labels, guesses = target.numpy(), (target + 0.25).numpy()
-    run = found.assign({"target": ("sample", labels, years), "prediction": ("sample", guesses, years)})
+    run = outcome.assign({"target": ("sample", labels, years), "prediction": ("sample", guesses, years)})
     runs = {("vanilla", 0): run, ("lds", 1): run}
     return combine_runs(runs, title="t", command="c", label_name="age", label_units="years")
 
@@ -304,8 +304,8 @@ def test_mutations_end_in_our_error_or_a_valid_result(arena: Arena, target: str,
 
 def patched(data: bytes, mark: bytes, offset: int, number: bytes) -> bytes:
     """``number`` written over what stands ``offset`` bytes behind the first ``mark``."""
-    at = data.index(mark) + offset
-    return data[:at] + number + data[at + len(number) :]
+    spot = data.index(mark) + offset
+    return data[:spot] + number + data[spot + len(number) :]
 
 
 def lying_tar(form: int, kind: bytes = tarfile.REGTYPE) -> bytes:

@@ -37,9 +37,9 @@ def axes(draw: st.DrawFn) -> dt.Bins:
     return dt.Bins.from_edges([0.0, *sorted(between), 10.0])
 
 
-def pieces(values: Any, at: list[int]) -> list[Any]:
+def pieces(values: Any, spot: list[int]) -> list[Any]:
     """The same values in order, cut anywhere, some pieces empty."""
-    places = [0, *sorted(min(place, len(values)) for place in at), len(values)]
+    places = [0, *sorted(min(place, len(values)) for place in spot), len(values)]
     return [values[start:end] for start, end in itertools.pairwise(places)]
 
 
@@ -96,10 +96,10 @@ def test_a_joint_bin_is_the_pair_of_bins(one: dt.Bins, two: dt.Bins, some: list[
 @attack
 @given(axes(), labels, cuts, st.randoms(use_true_random=False))
 def test_counting_in_pieces_in_any_order_and_merging_is_counting(
-    bins: dt.Bins, some: list[float], at: list[int], chance: Any
+    bins: dt.Bins, some: list[float], spot: list[int], chance: Any
 ) -> None:
     whole = dt.LabelDensity.count(some, bins)
-    split = [part for part in pieces(some, at) if part]
+    split = [part for part in pieces(some, spot) if part]
     assert dt.LabelDensity.count((np.array(part) for part in split), bins) == whole
     chance.shuffle(split)
     merged = [dt.LabelDensity.count(part, bins) for part in split]
@@ -138,39 +138,39 @@ def test_weights_average_one_and_fall_with_the_density(some: list[float], scheme
 @attack
 @given(st.integers(1, 40), cuts, st.integers(0, 2**31), st.sampled_from([0.0, 1e4]), st.randoms(use_true_random=False))
 def test_moments_in_any_split_are_those_of_one_pass(
-    n: int, at: list[int], seed: int, shift: float, chance: Any
+    n: int, spot: list[int], seed: int, shift: float, chance: Any
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(n, 2, generator=generator, dtype=torch.float64) + shift
     index = torch.randint(-1, 4, (n,), generator=generator)
     streamed, parts = BinMoments(4, 2), []
-    for part in pieces(torch.arange(n), at):
+    for part in pieces(torch.arange(n), spot):
         streamed.update(features[part], index[part])
         parts.append(BinMoments(4, 2))
         parts[-1].update(features[part], index[part])
     chance.shuffle(parts)
     merged = reduce(lambda a, b: a.merge(b), parts, BinMoments(4, 2))
-    for found in (streamed, merged):
+    for result in (streamed, merged):
         for b in range(4):
             mine = features[index == b].numpy()
-            assert found.count[b] == len(mine)
+            assert result.count[b] == len(mine)
             if len(mine):
-                np.testing.assert_allclose(found.mean[b], mine.mean(0), rtol=1e-12, atol=1e-12)
+                np.testing.assert_allclose(result.mean[b], mine.mean(0), rtol=1e-12, atol=1e-12)
             if len(mine) > 1:
-                np.testing.assert_allclose(found.variance()[b], mine.var(0, ddof=1), rtol=1e-7, atol=1e-12)
+                np.testing.assert_allclose(result.variance()[b], mine.var(0, ddof=1), rtol=1e-7, atol=1e-12)
 
 
 @attack
 @given(st.integers(1, 40), cuts, st.integers(0, 2**31), st.sampled_from([0.0, 1e4]), st.randoms(use_true_random=False))
 def test_scatters_in_any_split_are_those_of_one_pass_also_within_a_subspace(
-    n: int, at: list[int], seed: int, shift: float, chance: Any
+    n: int, spot: list[int], seed: int, shift: float, chance: Any
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(n, 3, generator=generator, dtype=torch.float64) + shift
     index = torch.randint(-1, 4, (n,), generator=generator)
     basis = torch.linalg.qr(torch.randn(3, 2, generator=generator, dtype=torch.float64))[0]
     streamed, subspace, parts = BinScatters(4, 3), SubspaceMoments(4, 3, 2, basis=basis), []
-    for part in pieces(torch.arange(n), at):
+    for part in pieces(torch.arange(n), spot):
         streamed.update(features[part], index[part])
         subspace.update(features[part], index[part])
         parts.append(BinScatters(4, 3))
@@ -183,9 +183,9 @@ def test_scatters_in_any_split_are_those_of_one_pass_also_within_a_subspace(
         mine = features[index == b].numpy()
         own = np.cov(mine.T, bias=True) * len(mine) if len(mine) else np.zeros((3, 3))
         pooled += own
-        for found in (streamed.settle(), merged):
-            assert found.count[b] == len(mine)
-            np.testing.assert_allclose(found.deviations[b], own, rtol=1e-7, atol=1e-7)
+        for result in (streamed.settle(), merged):
+            assert result.count[b] == len(mine)
+            np.testing.assert_allclose(result.deviations[b], own, rtol=1e-7, atol=1e-7)
         np.testing.assert_allclose(subspace.within.deviations[b], along.T @ own @ along, rtol=1e-7, atol=1e-7)
     np.testing.assert_allclose(subspace.pooled_scatter(), pooled, rtol=1e-7, atol=1e-7 * max(1.0, shift))
 
@@ -198,7 +198,7 @@ def assert_close(one: Any, two: Any) -> None:
 
 @attack
 @given(tenths, cuts, st.integers(0, 2**31))
-def test_regression_metrics_do_not_know_batches_or_order(some: list[float], at: list[int], seed: int) -> None:
+def test_regression_metrics_do_not_know_batches_or_order(some: list[float], spot: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     target = torch.tensor(some, dtype=torch.float64)
     pred = target + torch.randn(len(some), generator=generator, dtype=torch.float64)
@@ -206,7 +206,7 @@ def test_regression_metrics_do_not_know_batches_or_order(some: list[float], at: 
     whole = dt.regression_metrics(pred, target, density)
     order = torch.randperm(len(some), generator=generator)
     metrics = dt.RegressionMetrics(density)
-    for part in pieces(order, at):
+    for part in pieces(order, spot):
         if len(part):
             other = metrics.fresh()
             other.update(pred[part], target[part])
@@ -217,14 +217,14 @@ def test_regression_metrics_do_not_know_batches_or_order(some: list[float], at: 
 
 @attack
 @given(st.integers(1, 40), cuts, st.integers(0, 2**31))
-def test_classification_metrics_do_not_know_batches_or_order(n: int, at: list[int], seed: int) -> None:
+def test_classification_metrics_do_not_know_batches_or_order(n: int, spot: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     bins = dt.Bins.classes(5)
     pred, target = torch.randint(0, 5, (2, n), generator=generator)
     density = dt.LabelDensity.count(target, bins)
     whole = dt.classification_metrics(pred, target, density)
     metrics = dt.ClassificationMetrics(density)
-    for part in pieces(torch.randperm(n, generator=generator), at):
+    for part in pieces(torch.randperm(n, generator=generator), spot):
         other = metrics.fresh()
         other.update(pred[part], target[part])
         metrics.merge(other)
@@ -234,14 +234,14 @@ def test_classification_metrics_do_not_know_batches_or_order(n: int, at: list[in
 
 @attack
 @given(st.integers(1, 40), cuts, st.integers(0, 2**31), st.integers(1, 20))
-def test_calibration_metrics_do_not_know_batches_or_order(n: int, at: list[int], seed: int, num_bins: int) -> None:
+def test_calibration_metrics_do_not_know_batches_or_order(n: int, spot: list[int], seed: int, num_bins: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     shares = (3 * torch.randn(n, 4, generator=generator, dtype=torch.float64)).softmax(1)
     target = torch.randint(0, 4, (n,), generator=generator)
     weight = torch.randint(1, 4, (n,), generator=generator).double()
     whole = dt.metrics.calibration_metrics(shares, target, weight=weight, num_bins=num_bins)
     metrics = dt.metrics.CalibrationMetrics(4, num_bins=num_bins)
-    for part in pieces(torch.randperm(n, generator=generator), at):
+    for part in pieces(torch.randperm(n, generator=generator), spot):
         other = metrics.fresh()
         other.update(shares[part], target[part], weight[part])
         metrics.merge(other)

@@ -97,8 +97,8 @@ def study(folder: Path, task: Any = ROWS, methods: Any = METHODS, **options: Any
 
 
 def names(folder: Path) -> set[str]:
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return {name for name in found if "events.out" not in name}
+    outcome = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {name for name in outcome if "events.out" not in name}
 
 
 def weights(folder: Path, which: str = "last") -> dict[str, torch.Tensor]:
@@ -437,20 +437,20 @@ def test_a_task_whose_labels_are_missing_in_part(tmp_path: Path) -> None:
 
 
 def test_the_best_epoch_is_that_of_the_error_that_is_named(tmp_path: Path) -> None:
-    found: list[Trained] = []
+    outcome: list[Trained] = []
 
     def selected(trial: Trial) -> Trained:
-        found.append(trial.fit(trial.model(sigma=1.0), selects="mae/all"))
-        return found[-1]
+        outcome.append(trial.fit(trial.model(sigma=1.0), selects="mae/all"))
+        return outcome[-1]
 
     study(tmp_path / "a", methods={"one": selected}, optimization=replace(BUDGET, epochs=4, lr=0.1)).run(
         ["one"], seeds=3
     )
 
     def best(column: str) -> list[int]:
-        return [1 + int(np.argmin([row[column] for row in trained.history])) for trained in found]
+        return [1 + int(np.argmin([row[column] for row in trained.history])) for trained in outcome]
 
-    assert [trained.epoch for trained in found] == best("val_mae") != best("val_bmae")
+    assert [trained.epoch for trained in outcome] == best("val_mae") != best("val_bmae")
     wrong = study(tmp_path / "b", methods={"one": lambda trial: trial.fit(trial.model(sigma=1.0), selects="rmsle")})
     wrong.run(["one"], seeds=1)
     assert "selects must be one of 'mae/all', 'mae/medium'" in str(wrong.failed)

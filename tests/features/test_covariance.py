@@ -432,10 +432,10 @@ def test_no_more_memory_is_taken_than_stated() -> None:
     # The threshold has the allocator give large arrays back at once: else gaps between them count.
     settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", MEASURE, *words], env=environment, capture_output=True, text=True, check=True
     )
-    for (form, (num_bins, num_features, rank)), taken in zip(TAKES.items(), told.stdout.split(), strict=True):
+    for (form, (num_bins, num_features, rank)), taken in zip(TAKES.items(), output.stdout.split(), strict=True):
         bins = Bins.uniform(0, num_bins, width=1)
         stated = FDS(bins, num_features, covariance=form, rank=rank).covariance.most_bytes  # type: ignore[arg-type]
         assert stated / 3 < int(taken) <= stated, form

@@ -702,7 +702,7 @@ def test_labels_around_a_model_that_places_its_own_do_not_warn() -> None:
             net(x)
         with fds.labels(y):
             pass
-    assert ["no attached module ran" in told for told in our_warnings(caught)] == [True]  # of the last
+    assert ["no attached module ran" in message for message in our_warnings(caught)] == [True]  # of the last
 
 
 @pytest.mark.parametrize("validates", [True, False])

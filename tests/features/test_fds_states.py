@@ -79,8 +79,8 @@ def test_two_hooks_in_one_forward_count_and_carry_once_and_are_told_once() -> No
             torch.testing.assert_close(plain, again)
             once.end_epoch(), twice.end_epoch()
     assert torch.equal(once.running_count, twice.running_count)
-    (told,) = [str(w.message) for w in caught if issubclass(w.category, DirToolkitWarning)]
-    assert "two modules that this FDS is attached to ran within one labels()" in told
+    (message,) = [str(w.message) for w in caught if issubclass(w.category, DirToolkitWarning)]
+    assert "two modules that this FDS is attached to ran within one labels()" in message
 
 
 def test_a_module_run_twice_counts_both_views() -> None:
@@ -267,8 +267,8 @@ def test_not_strict_a_state_without_any_of_it_is_passed_over_and_a_part_refused(
     fds = trained(made(), 0)
     net = nn.ModuleDict({"fds": fds, "head": nn.Linear(4, 1)})
     before = bits(fds)
-    told = net.load_state_dict(nn.ModuleDict({"head": nn.Linear(4, 1)}).state_dict(), strict=False)
-    assert "fds.running_mean" in told.missing_keys
+    keys = net.load_state_dict(nn.ModuleDict({"head": nn.Linear(4, 1)}).state_dict(), strict=False)
+    assert "fds.running_mean" in keys.missing_keys
     with pytest.raises(CheckpointError, match="must have the keys"):
         fds.load_state_dict({"running_mean": fds.running_mean}, strict=False)
     assert bits(fds) == before

@@ -64,8 +64,8 @@ def test_order_does_not_matter() -> None:
     features, index = sample()
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1))
     moments = BinMoments(7, 3)
-    for at in order.chunk(9):
-        moments.update(features[at], index[at])
+    for place in order.chunk(9):
+        moments.update(features[place], index[place])
     assert_same(moments, features, index)
 
 

@@ -90,7 +90,7 @@ def test_scores_equal_a_naive_loop(metric: Any) -> None:
 def test_batches_and_their_order_do_not_matter(metric: Any) -> None:
     (features, labels), queries = sample(), sample(1)[0]
     order = torch.randperm(60, generator=torch.Generator().manual_seed(2))
-    batches = [(features[at], labels[at]) for at in order.split(7)]
+    batches = [(features[place], labels[place]) for place in order.split(7)]
     empty = (features[:0], labels[:0])
     assert_close(fitted(metric, empty, *batches)(queries), fitted(metric)(queries), rtol=1e-12, atol=1e-12)
 
@@ -335,9 +335,9 @@ def rank_main(rank: int) -> dict[str, Any]:
     if rank == 0:  # a fault that one rank alone has seen is told by both
         head.update(features, labels)
         head._outside += 1
-    with pytest.raises(LabelError) as told:
+    with pytest.raises(LabelError) as caught:
         head.finish()
-    return {**head.state_dict(), "told": str(told.value)}
+    return {**head.state_dict(), "told": str(caught.value)}
 
 
 def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:

@@ -143,8 +143,8 @@ def test_prior_intervals_and_weights_apply_as_to_any_head(kind: Any, sigma: Any)
     above = prior.flip(0).cumsum(0).flip(0)
     with torch.no_grad():
         if kind is CoralHead:
-            at = above[1:].logit()
-            model.head.bias.copy_(torch.cat([at[:1], (-at.diff()).expm1().log()]))
+            place = above[1:].logit()
+            model.head.bias.copy_(torch.cat([place[:1], (-place.diff()).expm1().log()]))
         else:
             model.head.bias.copy_((above[1:] / above[:-1]).logit())
     x = torch.zeros(3, 1)

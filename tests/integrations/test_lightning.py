@@ -104,8 +104,8 @@ def fitted(
     """What a fit with the callback comes to, validated in mid-epoch and before it."""
     fds = FDS(BINS, 4, covariance=form, rank=2)
     module = Module(fds, inside=inside)
-    how = {"num_sanity_val_steps": 2, "val_check_interval": 2, **settings}
-    trainer(folder, FDSCallback(fds), *callbacks, **how).fit(module, Loader(), Loader(), ckpt_path=start)
+    options = {"num_sanity_val_steps": 2, "val_check_interval": 2, **settings}
+    trainer(folder, FDSCallback(fds), *callbacks, **options).fit(module, Loader(), Loader(), ckpt_path=start)
     return everything(module, fds)
 
 
@@ -227,13 +227,13 @@ def test_a_module_that_places_its_labels_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("when", ["in mid-epoch", "at the last step", "at the last validation", "at the end"])
 def test_a_resumed_training_is_one_that_never_stopped(tmp_path: Path, inside: bool, when: str) -> None:
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "in mid-epoch": {"every_n_train_steps": 9},
         "at the last step": {"every_n_train_steps": 12},
         "at the last validation": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
         "at the end": {"every_n_epochs": 2, "save_on_train_epoch_end": True},
     }[when]
-    keeps = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}-{step}", save_top_k=-1, **how)
+    keeps = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}-{step}", save_top_k=-1, **options)
     expected = fitted(tmp_path, keeps, inside=inside)
     assert_equal_bits(expected, plain())
     (saved,) = [file for file in tmp_path.glob("*.ckpt") if any(f"epoch=1-step={n}.ckpt" == file.name for n in (9, 12))]
@@ -285,8 +285,8 @@ def rank_main(rank: int) -> dict[str, Any]:
             module = Module(fds, inside=inside)
             keeps = pl.callbacks.ModelCheckpoint(name, "{epoch}-{step}", save_top_k=-1, every_n_train_steps=9)
             strategy = pl.strategies.DDPStrategy(process_group_backend="gloo")
-            how = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
-            trainer(Path(name), FDSCallback(fds), keeps, **how).fit(module, Loader(share=share), ckpt_path=start)
+            options = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
+            trainer(Path(name), FDSCallback(fds), keeps, **options).fit(module, Loader(share=share), ckpt_path=start)
             result[f"{name}, {'resumed' if start else 'whole'}"] = everything(module, fds)
     return result
 

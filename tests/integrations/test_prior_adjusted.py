@@ -173,8 +173,8 @@ def test_weights_searches_and_weighted_boosters_go_through() -> None:
     heavy = PriorAdjusted(LinearRegression(), bins=AXIS, cv=KFold(3)).fit(x, y, sample_weight=3 * weight)
     np.testing.assert_allclose(heavy.predict(x), model.predict(x), rtol=1e-9)
     inside = PriorAdjusted(SampleWeighted(TREES, bins=AXIS), bins=AXIS, cv=2)
-    found = GridSearchCV(inside, {"estimator__estimator__max_depth": [1, 2], "tau": [0.0, 0.5]}, cv=2).fit(x, y)
-    assert found.predict(x).shape == (300,)
+    result = GridSearchCV(inside, {"estimator__estimator__max_depth": [1, 2], "tau": [0.0, 0.5]}, cv=2).fit(x, y)
+    assert result.predict(x).shape == (300,)
 
 
 def test_share_and_tau_are_judged_by_weights_while_each_bin_keeps_its_total() -> None:
@@ -290,8 +290,8 @@ def test_precise_forecasts_are_believed_and_useless_ones_give_the_prior() -> Non
     target = soft_labels(torch.from_numpy(labels), AXIS, sigma=1.0)
     ones, values = torch.ones(2000, dtype=torch.float64), torch.from_numpy(labels)
     precise = Windows(values + 0.1 * torch.randn(2000).double(), values, ones, target, AXIS)
-    at = torch.tensor([[3.0], [47.0]], dtype=torch.float64)  # where labels are rare, too
-    assert precise(at).argmax(1).tolist() == [1, 23]
+    place = torch.tensor([[3.0], [47.0]], dtype=torch.float64)  # where labels are rare, too
+    assert precise(place).argmax(1).tolist() == [1, 23]
     useless = Windows(torch.randn(2000).double(), values, ones, target, AXIS)
     np.testing.assert_allclose(useless(torch.zeros(1, 1).double()).exp()[0], target.mean(0), atol=0.05)
     constant = Windows(torch.zeros(2000).double(), values, ones, target, AXIS)
@@ -308,8 +308,8 @@ def test_many_rows_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dir_toolkit.integrations.scikit_learn._windows._GROUPS", 256)
     grouped = Windows(*given, target, AXIS)
     assert len(grouped.forecasts) == 250
-    at = torch.linspace(1, 49, 50).double()[:, None]
-    assert (grouped(at).exp() - whole(at).exp()).abs().sum(1).mean() < 0.15
+    place = torch.linspace(1, 49, 50).double()[:, None]
+    assert (grouped(place).exp() - whole(place).exp()).abs().sum(1).mean() < 0.15
 
 
 @pytest.mark.parametrize("part", [([0, 1, 2, 3], []), ([], [0, 1]), (list(range(30)), list(range(29, 40)))])

@@ -78,25 +78,25 @@ def train(net: dt.LongTailModel, epochs: int = 2) -> None:
 
 def everything(net: nn.Module) -> dict[str, Tensor]:
     """All that a model knows and says, weights, statistics and answers, by name."""
-    found = {name: value.clone() for name, value in net.state_dict().items() if "_extra_state" not in name}
+    result = {name: value.clone() for name, value in net.state_dict().items() if "_extra_state" not in name}
     for name, part in net.named_modules():
         fds = getattr(part, "fds", None)
         if isinstance(fds, dt.FDS):
-            found |= {f"{name} fds {key}": torch.as_tensor(value) for key, value in fds.statistics().items()}
-            found[f"{name} fds epoch"] = torch.tensor(fds.epoch)
+            result |= {f"{name} fds {key}": torch.as_tensor(value) for key, value in fds.statistics().items()}
+            result[f"{name} fds epoch"] = torch.tensor(fds.epoch)
         if isinstance(part, dt.LongTailModel):
             x, y = data()[0], labels_of(part)
             with torch.no_grad():
                 output = copy.deepcopy(part).eval()(x, y)
-            found |= {f"{name} says {key}": value for key, value in output._asdict().items()}
-    return found
+            result |= {f"{name} says {key}": value for key, value in output._asdict().items()}
+    return result
 
 
-def assert_alike(one: nn.Module, other: nn.Module, **how: Any) -> None:
+def assert_alike(one: nn.Module, other: nn.Module, **tolerance: Any) -> None:
     first, second = everything(one), everything(other)
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, equal_nan=True, **(how or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(second[name], value, equal_nan=True, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 def round_trip(save: Callable[[nn.Module, str], Any], load: Callable[[nn.Module, str], Any], path: Path, kind: str):
@@ -281,10 +281,10 @@ def test_the_hugging_face_trainer_saves_evaluates_and_resumes(kind: str, tmp_pat
     whole, net = trainer("whole", 0)
     whole.train()
     assert {path.name for path in (tmp_path / "whole").iterdir()} >= {"checkpoint-3", "checkpoint-12"}
-    found = whole.evaluate()
+    result = whole.evaluate()
     scores, prediction = seen[-1].predictions[:2]
     assert len(scores) == len(prediction) == 48
-    assert found["eval_mae"] >= 0
+    assert result["eval_mae"] >= 0
     again, resumed = trainer("again", 1)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-9")) if net.net.fds is None else None
     if net.net.fds is None:
@@ -354,9 +354,9 @@ def test_lightning_validates_first_and_trains_then(kind: str, tmp_path: Path) ->
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
-    def trainer(**how: Any) -> Any:
+    def trainer(**tolerance: Any) -> Any:
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
-        return pl.Trainer(default_root_dir=tmp_path, max_epochs=2, **quiet, **how)
+        return pl.Trainer(default_root_dir=tmp_path, max_epochs=2, **quiet, **tolerance)
 
     module = Module()
     rows = torch.utils.data.TensorDataset(data()[0], labels_of(module.net))

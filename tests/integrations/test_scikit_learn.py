@@ -156,9 +156,9 @@ def test_in_whole_batches_weight_two_is_seen_twice(estimator: Any) -> None:
     weighted = clone(whole).fit(x, y, sample_weight=1.0 + twice)
     repeated = clone(whole).fit(np.r_[x, x[twice]], np.r_[y, y[twice]])
     read = "predict" if estimator is REGRESSOR else "predict_proba"
-    told = [getattr(one, read)(x) for one in (weighted, repeated, clone(whole).fit(x, y))]
-    np.testing.assert_allclose(told[0], told[1], atol=2e-3)
-    assert np.abs(told[0] - told[2]).max() > 10 * np.abs(told[0] - told[1]).max()
+    printed = [getattr(one, read)(x) for one in (weighted, repeated, clone(whole).fit(x, y))]
+    np.testing.assert_allclose(printed[0], printed[1], atol=2e-3)
+    assert np.abs(printed[0] - printed[2]).max() > 10 * np.abs(printed[0] - printed[1]).max()
 
 
 def test_weights_of_lds_raise_predictions() -> None:
@@ -205,11 +205,11 @@ def test_logit_adjustment_finds_rare_classes(classifier: LongTailClassifier) -> 
     margin = clone(plain).set_params(head="affinity", adjust="after").fit(*two_classes(400, 0, 0.5))
     assert after.tau_choice_.by == "balanced_error"
     assert after.tau_ == after.tau_choice_.tau > 0
-    found = {
+    result = {
         name: (model.predict(x_test) == y_test).mean() for name, model in locals().items() if hasattr(model, "tau_")
     }
-    assert found["plain"] + 0.1 < min(found["classifier"], found["after"], found["weighed"])
-    assert found["margin"] > 0.7
+    assert result["plain"] + 0.1 < min(result["classifier"], result["after"], result["weighed"])
+    assert result["margin"] > 0.7
 
 
 @pytest.mark.parametrize("estimator", [REGRESSOR, CLASSIFIER])
@@ -506,7 +506,7 @@ def test_zeros_are_predicted_as_zeros() -> None:
 # ---- what is told ----
 
 
-def told(estimator: Any, x: np.ndarray, y: np.ndarray) -> list[str]:
+def printed(estimator: Any, x: np.ndarray, y: np.ndarray) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         estimator.fit(x, y)
@@ -518,11 +518,11 @@ def test_a_regressor_worse_than_a_constant_says_so() -> None:
     random = np.random.default_rng(0)
     x, y = random.normal(size=(400, 3)), random.normal(size=400)
     diverged = clone(REGRESSOR).set_params(head="regression", loss="weighted_mse", patience=100, epochs=1, lr=1.0)
-    (message,) = (text for text in told(diverged, x, y) if "mean absolute error" in text)
+    (message,) = (text for text in printed(diverged, x, y) if "mean absolute error" in text)
     assert re.search(
         r"on 60 held-out rows the mean absolute error is .*, and 0\..* for a constant, the median", message
     )
-    assert told(clone(REGRESSOR), *long_tailed(400, 0)) == []
+    assert printed(clone(REGRESSOR), *long_tailed(400, 0)) == []
 
 
 # ---- the default ----

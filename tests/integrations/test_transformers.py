@@ -58,7 +58,7 @@ class InOrder(transformers.Trainer):  # type: ignore[misc, name-defined]
 
 
 def trainer(folder: Path, model: nn.Module, *callbacks: Any, train: Any = None, **settings: Any) -> Any:
-    how = {
+    options = {
         "num_train_epochs": EPOCHS,
         "per_device_train_batch_size": 8,
         "use_cpu": True,
@@ -74,7 +74,7 @@ def trainer(folder: Path, model: nn.Module, *callbacks: Any, train: Any = None, 
         "dataloader_pin_memory": False,
         **settings,
     }
-    args = transformers.TrainingArguments(output_dir=str(folder), **how)
+    args = transformers.TrainingArguments(output_dir=str(folder), **options)
     return InOrder(
         model, args, train_dataset=data() if train is None else train, eval_dataset=data(), callbacks=list(callbacks)
     )
@@ -177,10 +177,10 @@ def test_a_resumed_training_is_one_that_never_stopped(tmp_path: Path, step: int)
 
 @pytest.mark.parametrize("form", ["full", "low_rank"])
 def test_covariances_of_any_form_are_resumed_in_mid_epoch(tmp_path: Path, form: str) -> None:
-    how = {"save_strategy": "steps", "save_steps": 9}
-    expected = fitted(tmp_path, form=form, **how)
+    options = {"save_strategy": "steps", "save_steps": 9}
+    expected = fitted(tmp_path, form=form, **options)
     assert int(expected["epochs"]) == EPOCHS
-    assert_equal_bits(fitted(tmp_path, form=form, start=str(tmp_path / "checkpoint-9"), **how), expected)
+    assert_equal_bits(fitted(tmp_path, form=form, start=str(tmp_path / "checkpoint-9"), **options), expected)
 
 
 def test_a_resumed_training_after_an_epoch(tmp_path: Path) -> None:
@@ -212,11 +212,11 @@ def rank_main(rank: int) -> dict[str, Any]:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"
     }  # fmt: skip
-    how = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 9, "ddp_backend": "gloo"}
+    options = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 9, "ddp_backend": "gloo"}
     folder = Path("run").absolute()
     return {
-        "whole": fitted(folder, **how),
-        "resumed": fitted(folder, start=str(folder / "checkpoint-9"), **how),
+        "whole": fitted(folder, **options),
+        "resumed": fitted(folder, start=str(folder / "checkpoint-9"), **options),
     }
 
 

@@ -111,14 +111,14 @@ def test_uniform_refuses_bad_arguments(arguments: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("how", ["numpy", "torch", "array"])
-def test_an_axis_from_the_least_to_the_largest_label_holds_all(dtype: Any, how: str) -> None:
+@pytest.mark.parametrize("holder", ["numpy", "torch", "array"])
+def test_an_axis_from_the_least_to_the_largest_label_holds_all(dtype: Any, holder: str) -> None:
     for seed in range(60):
         y = (np.random.default_rng(seed).standard_normal(50) * 10 ** (seed % 7 - 3)).astype(dtype)
         low, high = y.min(), y.max()
-        if how == "torch":
+        if holder == "torch":
             low, high = torch.from_numpy(y).min(), torch.from_numpy(y).max()
-        elif how == "array":
+        elif holder == "array":
             low, high = np.array(low), np.array(high)
         bins = Bins.uniform(low, high, count=7)
         assert (bins.relative_widths == 1).all()
@@ -524,9 +524,9 @@ def test_from_dict_refuses_what_to_dict_never_wrote(values: Any, message: str) -
 def test_a_single_label_is_placed_as_one_of_many(axis: Bins, label: int) -> None:
     expected = axis.index([label, label]).tolist()[0]
     for one in (label, np.float32(label), np.array(label), torch.tensor(label), torch.tensor(float(label))):
-        found = axis.index(one)
-        assert found.shape == ()
-        assert int(found) == expected
+        result = axis.index(one)
+        assert result.shape == ()
+        assert int(result) == expected
         assert LabelDensity.count(np.asarray(one), axis).counts[expected] == 1
 
 

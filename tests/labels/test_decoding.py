@@ -36,13 +36,13 @@ def distributions(bins: Bins, *shape: int, dtype: torch.dtype = torch.float64) -
 
 def naive(row: list[float], bins: Bins, q: float) -> float:
     """The smallest label at which the cumulative distribution, a line in each bin, reaches q."""
-    at = limits(bins, torch.zeros((), dtype=torch.float64)).tolist()
+    ends = limits(bins, torch.zeros((), dtype=torch.float64)).tolist()
     reached = 0.0
     for b, p in enumerate(row):
         if reached + p >= q:
-            return at[b] + (at[b + 1] - at[b]) * (q - reached) / p
+            return ends[b] + (ends[b + 1] - ends[b]) * (q - reached) / p
         reached += p
-    return at[-1]
+    return ends[-1]
 
 
 def test_values_are_those_worked_out_by_hand() -> None:
@@ -79,9 +79,9 @@ def test_quantiles_equal_a_naive_loop(bins: Bins) -> None:
 @each_axis
 def test_the_cumulative_distribution_takes_quantiles_back_to_their_levels(bins: Bins) -> None:
     p = distributions(bins, 30)
-    at = limits(bins, p).numpy()
+    ends = limits(bins, p).numpy()
     for row, labels in zip(p.numpy(), quantiles(p, bins, LEVELS).numpy(), strict=True):
-        back = np.interp(labels, at, np.concatenate([[0], row.cumsum()]))
+        back = np.interp(labels, ends, np.concatenate([[0], row.cumsum()]))
         np.testing.assert_allclose(back, LEVELS, atol=1e-12)
 
 
@@ -312,10 +312,10 @@ def test_another_default_device_changes_nothing() -> None:
     p = torch.full((2, 4), 0.25)
     with torch.device("meta"):
         bins = Bins.uniform(0, 4, width=1)
-        found = [decode(p, bins, point) for point in POINTS]  # type: ignore[arg-type]
-        found += [quantiles(p, bins, [0.2, 0.7]), *interval(p, bins), soft_labels(p[:, 0], bins, 1.0, unit="bin")]
+        result = [decode(p, bins, point) for point in POINTS]  # type: ignore[arg-type]
+        result += [quantiles(p, bins, [0.2, 0.7]), *interval(p, bins), soft_labels(p[:, 0], bins, 1.0, unit="bin")]
         assert bins.index([1.0, 2.5]).tolist() == [1, 2]
-    assert all(x.device.type == "cpu" for x in found)
+    assert all(x.device.type == "cpu" for x in result)
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])

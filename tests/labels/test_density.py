@@ -285,7 +285,7 @@ def rank_main(rank: int) -> dict[str, Any]:
     smoothed = own.smooth(triangular(3)) if rank == 0 else own
     alone, together = [dist.new_group([r]) for r in range(2)][rank], dist.new_group([0, 1])
     other = Bins.uniform(0, 5, count=10) if rank else SHARED
-    with pytest.raises(ValueError, match="all ranks must count over the same bins") as told:
+    with pytest.raises(ValueError, match="all ranks must count over the same bins") as caught:
         LabelDensity(other, own.counts).all_reduce()
     return {
         "own": torch.tensor(own.counts),
@@ -295,24 +295,24 @@ def rank_main(rank: int) -> dict[str, Any]:
         "grid": torch.tensor(LabelDensity(Bins.grid(SHARED), own.counts).all_reduce().counts),
         "a group of one": torch.tensor(own.all_reduce(group=alone).counts),
         "a group of both": torch.tensor(own.all_reduce(group=together).counts),
-        "told": str(told.value),
+        "told": str(caught.value),
     }
 
 
 def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
     returned = two_ranks(rank_main)
-    first, second = (found["own"] for found in returned)
+    first, second = (outcome["own"] for outcome in returned)
     assert (first == 0).any()
     assert (second == 0).any()
-    for found in returned:
-        assert found["both"].dtype == torch.int64
-        assert found["both"].tolist() == found["grid"].tolist() == COUNTS.tolist()
-        assert torch.equal(found["one empty"], second)
-        assert torch.equal(found["a group of one"], found["own"])
-        assert torch.equal(found["a group of both"], found["both"])
+    for outcome in returned:
+        assert outcome["both"].dtype == torch.int64
+        assert outcome["both"].tolist() == outcome["grid"].tolist() == COUNTS.tolist()
+        assert torch.equal(outcome["one empty"], second)
+        assert torch.equal(outcome["a group of one"], outcome["own"])
+        assert torch.equal(outcome["a group of both"], outcome["both"])
         smoothed = LabelDensity(SHARED, first.numpy()).smooth(triangular(3)).counts + second.numpy()
-        np.testing.assert_allclose(found["one smoothed"].numpy(), smoothed, rtol=1e-12)
-        assert found["told"].endswith("got others on ranks [1] than rank 0.")
+        np.testing.assert_allclose(outcome["one smoothed"].numpy(), smoothed, rtol=1e-12)
+        assert outcome["told"].endswith("got others on ranks [1] than rank 0.")
     alone = LabelDensity.count(LABELS, BINS)
     assert alone.all_reduce() is alone
 
@@ -453,10 +453,10 @@ def test_uneven_bins_are_read_by_the_unit() -> None:
     fine = LDS(Bins.uniform(0, 60, width=1), scheme="inverse").fit(labels)
     for coarse in (Bins.from_edges([0, 1, 2, 5, 10, 20, 60]), Bins.quantile([*labels, 0.0, 60.0], 20)):
         weights = LDS(coarse, kernel=None, scheme="inverse").fit(labels)
-        at = np.array([0.5, 7.0, 15.0])
-        ratio = weights.sample_weight(at) / fine.sample_weight(at)
+        place = np.array([0.5, 7.0, 15.0])
+        ratio = weights.sample_weight(place) / fine.sample_weight(place)
         assert ratio.max() / ratio.min() < 2
-        assert weights.sample_weight(at)[2] > 2 * weights.sample_weight(at)[0]
+        assert weights.sample_weight(place)[2] > 2 * weights.sample_weight(place)[0]
 
 
 def test_a_bin_with_more_than_half_of_the_labels_is_told_once() -> None:

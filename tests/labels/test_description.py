@@ -11,27 +11,28 @@ def density(counts: list[int]) -> LabelDensity:
 
 
 def test_the_numbers_are_those_worked_out_by_hand() -> None:
-    found = density([200, 50, 0, 10]).describe()  # too few bins to be smoothed
-    assert (found.labels, found.bins, found.per_bin, found.empty, found.gap, found.ratio) == (260, 4, 50, 1, 1, 20)
-    assert found.effective == pytest.approx(9 / (1 / 200 + 1 / 50 + 1 / 10))
-    assert found.regions == {"many": 1, "medium": 1, "few": 1, "unseen": 1}
-    assert found.why is None
+    result = density([200, 50, 0, 10]).describe()  # too few bins to be smoothed
+    numbers = (result.labels, result.bins, result.per_bin, result.empty, result.gap, result.ratio)
+    assert numbers == (260, 4, 50, 1, 1, 20)
+    assert result.effective == pytest.approx(9 / (1 / 200 + 1 / 50 + 1 / 10))
+    assert result.regions == {"many": 1, "medium": 1, "few": 1, "unseen": 1}
+    assert result.why is None
 
 
 def test_uneven_bins_are_compared_per_label_unit() -> None:
-    found = LabelDensity(Bins.from_edges([0, 1, 11]), [10, 100]).describe()
-    assert found.ratio == 1
-    assert found.effective == pytest.approx(110)
-    assert found.advice[0] == "Labels are nearly uniform over the axis: plain training is enough."
+    result = LabelDensity(Bins.from_edges([0, 1, 11]), [10, 100]).describe()
+    assert result.ratio == 1
+    assert result.effective == pytest.approx(110)
+    assert result.advice[0] == "Labels are nearly uniform over the axis: plain training is enough."
 
 
 def test_a_long_tail_is_weighed_and_scored() -> None:
     tail = np.repeat(np.arange(60), 2000 // (np.arange(60) + 1))
-    found = LabelDensity.count(tail, Bins.auto(tail)).describe()
-    assert repr(found) == str(found)
-    assert f"axis              {len(tail):,} whole numbers from 0 to 59" in str(found)
-    assert "- Weight the loss by LDS(bins).fit(labels)" in str(found)
-    assert "- Or predict a distribution over bins, LongTailModel(..., bins)" in str(found)
+    result = LabelDensity.count(tail, Bins.auto(tail)).describe()
+    assert repr(result) == str(result)
+    assert f"axis              {len(tail):,} whole numbers from 0 to 59" in str(result)
+    assert "- Weight the loss by LDS(bins).fit(labels)" in str(result)
+    assert "- Or predict a distribution over bins, LongTailModel(..., bins)" in str(result)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +52,9 @@ def test_the_advice_fits_the_counts(counts: list[int], sentence: str) -> None:
 
 def test_classes_and_grids_have_no_gaps() -> None:
     for bins in (Bins.classes(6), Bins.grid(Bins.classes(2), Bins.uniform(0, 3, width=1))):
-        found = LabelDensity(bins, [500, 0, 0, 0, 0, 9]).describe()
-        assert found.gap == 0
-        assert "predict under a uniform one" in str(found)
+        result = LabelDensity(bins, [500, 0, 0, 0, 0, 9]).describe()
+        assert result.gap == 0
+        assert "predict under a uniform one" in str(result)
 
 
 def test_there_must_be_a_label() -> None:

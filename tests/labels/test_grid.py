@@ -27,11 +27,11 @@ LABELS = np.stack([RNG.gamma(2, 1.2, 400).clip(0, 10), RNG.uniform(-90, 100, 400
 def oracle(grid: BinGrid, labels: np.ndarray) -> list[int]:
     """Joint bins by a loop over labels and all joint bins."""
     cells = list(itertools.product(*(range(len(axis)) for axis in grid.axes)))
-    found = []
+    result = []
     for label in labels:
         cell = tuple(int(axis.index([value])[0]) for axis, value in zip(grid.axes, label, strict=True))
-        found.append(cells.index(cell))
-    return found
+        result.append(cells.index(cell))
+    return result
 
 
 # Building and placing

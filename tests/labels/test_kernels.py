@@ -24,13 +24,13 @@ def naive(values: np.ndarray, window: np.ndarray, edges: str) -> np.ndarray:
     out = np.zeros(len(values))
     for b in range(len(values)):
         for d in range(-half, half + 1):
-            at = b + d
-            if not 0 <= at <= last:
+            place = b + d
+            if not 0 <= place <= last:
                 if edges == "zero":
                     continue
                 step = 1 if edges == "reflect" else 0
-                at = -at - step if at < 0 else 2 * last - at + step
-            out[b] += window[half + d] / sum(window) * values[at]
+                place = -place - step if place < 0 else 2 * last - place + step
+            out[b] += window[half + d] / sum(window) * values[place]
     return out
 
 

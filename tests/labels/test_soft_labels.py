@@ -41,10 +41,10 @@ def knots(bins: Bins) -> list[float]:
 
 def naive(label: float, bins: Bins, sigma: float, kernel: str) -> list[float]:
     """The kernel, cut off on both sides as far away as the nearer end is, or within the end bin."""
-    at = knots(bins)
-    label = min(max(label, (at[0] + at[1]) / 2), (at[-2] + at[-1]) / 2)
-    reach = min(label - at[0], at[-1] - label)
-    cdf = KERNELS[kernel].cdf([min(max(k - label, -reach), reach) / sigma for k in at])
+    place = knots(bins)
+    label = min(max(label, (place[0] + place[1]) / 2), (place[-2] + place[-1]) / 2)
+    reach = min(label - place[0], place[-1] - label)
+    cdf = KERNELS[kernel].cdf([min(max(k - label, -reach), reach) / sigma for k in place])
     mass = [high - low for low, high in pairwise(cdf)]
     return [m / sum(mass) for m in mass]
 
@@ -139,15 +139,15 @@ def test_a_soft_label_decodes_to_its_label_up_to_the_ends(kernel: Any, sigma: fl
     soft = soft_labels(labels, YEARS, sigma, kernel=kernel)
     reached = labels.clamp(0.5, 19.5)  # what a distribution over bins that end with the axis can stand for
     edges = torch.arange(1, 20).double() * 10
-    for how in ("median", "expectation"):
-        found = decode(soft, YEARS, how)  # type: ignore[arg-type]
-        assert_close(found[edges.long()], reached[edges.long()], rtol=0, atol=1e-9)
+    for point in ("median", "expectation"):
+        result = decode(soft, YEARS, point)  # type: ignore[arg-type]
+        assert_close(result[edges.long()], reached[edges.long()], rtol=0, atol=1e-9)
         # Between edges a bin's mass is taken to lie evenly in it, which a kernel narrower than the bin does not.
-        assert (found - reached).abs().max() < (0.25 if sigma < 1 else 0.13)
+        assert (result - reached).abs().max() < (0.25 if sigma < 1 else 0.13)
     whole = torch.arange(118).double()
-    for how in ("median", "expectation"):
-        found = decode(soft_labels(whole, AGES, sigma, kernel=kernel), AGES, how)  # type: ignore[arg-type]
-        assert_close(found, whole.clamp_max(116), rtol=0, atol=1e-9)
+    for point in ("median", "expectation"):
+        result = decode(soft_labels(whole, AGES, sigma, kernel=kernel), AGES, point)  # type: ignore[arg-type]
+        assert_close(result, whole.clamp_max(116), rtol=0, atol=1e-9)
 
 
 @each_kernel
@@ -192,7 +192,7 @@ def test_open_ends_are_those_worked_out_by_hand() -> None:
 def test_zeros_decode_to_zero_where_the_least_label_is_a_middle(kernel: Any) -> None:
     bins = Bins.uniform(-0.5, 99.5, width=1)
     soft = soft_labels(torch.zeros(1), bins, 2.0, kernel=kernel)
-    assert [decode(soft, bins, how).item() for how in ("median", "expectation", "mode")] == [0, 0, 0]  # type: ignore[arg-type]
+    assert [decode(soft, bins, point).item() for point in ("median", "expectation", "mode")] == [0, 0, 0]  # type: ignore[arg-type]
 
 
 # Sigma in bins
@@ -211,13 +211,13 @@ def test_bins_are_the_unit_that_an_even_axis_has_anyway(kernel: Any) -> None:
 def test_a_kernel_in_bins_follows_uneven_ones(kernel: Any) -> None:
     log = Bins.from_edges(torch.logspace(0, 6, 61, dtype=torch.float64))
     even = Bins.uniform(0, 60, width=1)
-    at = torch.tensor([0.5, 1.0, 7.3, 30.0, 59.2], dtype=torch.float64)
-    whole = at.floor().long()
+    place = torch.tensor([0.5, 1.0, 7.3, 30.0, 59.2], dtype=torch.float64)
+    whole = place.floor().long()
     edges = torch.tensor(log.edges)
-    labels = edges[whole] + (at - whole) * edges.diff()[whole]  # as far along the axis, counted in bins
+    labels = edges[whole] + (place - whole) * edges.diff()[whole]  # as far along the axis, counted in bins
     assert_close(
         soft_labels(labels, log, 2, kernel=kernel, unit="bin"),
-        soft_labels(at, even, 2, kernel=kernel),
+        soft_labels(place, even, 2, kernel=kernel),
         rtol=0,
         atol=1e-9,
     )
@@ -299,9 +299,9 @@ def test_any_shape_of_labels_is_taken(shape: tuple[int, ...]) -> None:
 @each_axis
 def test_limits_have_the_centres_in_the_middle(axis: str) -> None:
     bins = AXES[axis]
-    at = limits(bins, torch.zeros((), dtype=torch.float64))
-    assert at.tolist() == pytest.approx(knots(bins))
-    assert_close((at[1:] + at[:-1]) / 2, torch.tensor(bins.centers), rtol=1e-12, atol=1e-12)
+    place = limits(bins, torch.zeros((), dtype=torch.float64))
+    assert place.tolist() == pytest.approx(knots(bins))
+    assert_close((place[1:] + place[:-1]) / 2, torch.tensor(bins.centers), rtol=1e-12, atol=1e-12)
     for dtype in (torch.float32, torch.float16, torch.int64):
         assert limits(bins, torch.zeros((), dtype=dtype)).dtype == torch.float32
 

@@ -357,14 +357,14 @@ def test_uneven_bins_weigh_as_fine_even_ones_do(scheme: Any, of: str) -> None:
     middles = (coarse.edges[:-1] + coarse.edges[1:]) / 2
     middles, counts = middles[1:], coarse.index(labels)  # a density near zero has the most error
     exact = 60 / middles if scheme == "inverse" else np.sqrt(60 / middles) if scheme == "sqrt_inverse" else None
-    found = [LDS(bins, kernel=None, scheme=scheme).fit(labels).sample_weight(middles) for bins in (coarse, fine)]
+    result = [LDS(bins, kernel=None, scheme=scheme).fit(labels).sample_weight(middles) for bins in (coarse, fine)]
     if exact is None:  # dense: falls in a straight line with the density
-        at = [np.polyfit(middles, weights / weights.max(), 1) for weights in found]
-        for weights, line in zip(found, at, strict=True):
+        place = [np.polyfit(middles, weights / weights.max(), 1) for weights in result]
+        for weights, line in zip(result, place, strict=True):
             np.testing.assert_allclose(weights / weights.max(), np.polyval(line, middles), atol=0.02)
         return
     least = min(np.bincount(counts)[1:].min(), np.histogram(labels, fine.edges)[0][fine.index(middles)].min())
-    for weights in found:
+    for weights in result:
         np.testing.assert_allclose(weights / weights[-1], exact / exact[-1], rtol=6 / np.sqrt(least))
 
 

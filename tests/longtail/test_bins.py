@@ -70,11 +70,11 @@ def test_loss_and_expectation_equal_a_naive_loop(adjust: Any) -> None:
     np.testing.assert_allclose(out.prediction.detach().numpy(), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["expectation", "median", "mode"])
-def test_predictions_are_decoded(how: Any) -> None:
-    out = ages(decode=how)(batch()[0])
-    assert torch.equal(out.prediction, decode(out.distribution, AGES, how, ends="open"))
-    if how == "median":
+@pytest.mark.parametrize("kind", ["expectation", "median", "mode"])
+def test_predictions_are_decoded(kind: Any) -> None:
+    out = ages(decode=kind)(batch()[0])
+    assert torch.equal(out.prediction, decode(out.distribution, AGES, kind, ends="open"))
+    if kind == "median":
         assert torch.equal(ages()(batch()[0]).prediction, out.prediction)
 
 

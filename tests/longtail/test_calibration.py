@@ -125,9 +125,9 @@ def test_the_oracle_of_tau_sees_another_decoding() -> None:
     x, y = batch()
     model = ages()
     scores = model(x).scores.detach()
-    found = model.choose_tau(scores, y, taus=[0.5]).scores[0]
-    assert error_under(model, scores, y, "bmae", 0.5) == pytest.approx(found, rel=1e-6)
-    assert error_under(model, scores, y, "bmae", 0.5, of_mean="expectation") != pytest.approx(found, rel=1e-3)
+    result = model.choose_tau(scores, y, taus=[0.5]).scores[0]
+    assert error_under(model, scores, y, "bmae", 0.5) == pytest.approx(result, rel=1e-6)
+    assert error_under(model, scores, y, "bmae", 0.5, of_mean="expectation") != pytest.approx(result, rel=1e-3)
 
 
 def test_tau_is_that_worked_out_by_hand() -> None:
@@ -324,10 +324,10 @@ def test_a_tau_at_the_end_of_its_range_is_told() -> None:
     with pytest.warns(DirToolkitWarning, match=r"^LongTailModel\.choose_tau: the best tau is the largest of those"):
         assert ages(decode="expectation").choose_tau(2 * scores, torch.full((12,), 19.5)).tau == 3.0
     with pytest.warns(DirToolkitWarning, match=r"^choose_tau: the best tau is the largest of those tried, 3\."):
-        found = choose_tau(
+        result = choose_tau(
             torch.tensor([[9.0, 0.0], [3.0, 0.0]]), torch.tensor([1, 0]), [0.7, 0.3], by="log_loss", temperature=1.0
         )
-    assert found.tau == 3.0
+    assert result.tau == 3.0
 
 
 def test_what_tau_cannot_be_chosen_from_is_refused() -> None:

@@ -53,7 +53,7 @@ from dir_toolkit.metrics.classification import ClassificationMetrics
 HEADS = get_args(HeadName)
 
 
-def told(value: object) -> str:
+def text_of(value: object) -> str:
     """A name of a case that is the same in every process."""
     return re.sub(r" at 0x\w+", "", str(value))[:60]
 
@@ -466,7 +466,7 @@ def test_a_readout_takes_its_own_options_and_no_others(readout: str) -> None:
             assert set(str(error.value).partition("It takes ")[2].rstrip(".").split(", ")) == set(options), rule
 
 
-@pytest.mark.parametrize(("options", "error", "rule"), REFUSED, ids=told)
+@pytest.mark.parametrize(("options", "error", "rule"), REFUSED, ids=text_of)
 def test_options_are_refused(options: dict[str, Any], error: type[Exception], rule: str) -> None:
     arguments = {"backbone": net(), "num_features": 6, "bins": AGES, "density": AGE_DENSITY, **options}
     with pytest.raises(error, match=rf"^\w+(\.\w+)?: {rule}"):
@@ -569,7 +569,7 @@ OVER_CLASSES_TOO: list[tuple[Callable[..., LongTailModel], dict[str, Any]]] = [
     (classes, {"loss": focal_loss}),
 ]
 
-each_kind = pytest.mark.parametrize(("make", "options"), OVER_CLASSES_TOO, ids=told)
+each_kind = pytest.mark.parametrize(("make", "options"), OVER_CLASSES_TOO, ids=text_of)
 
 
 def labels_of(make: Callable[..., LongTailModel]) -> tuple[Tensor, Tensor, int]:
@@ -580,8 +580,8 @@ def labels_of(make: Callable[..., LongTailModel]) -> tuple[Tensor, Tensor, int]:
 @each_kind
 def test_a_label_beyond_the_axis_raises_for_every_head(make: Any, options: dict[str, Any]) -> None:
     x, y, beyond = labels_of(make)
-    for at in (beyond, -2):
-        y[4] = at
+    for place in (beyond, -2):
+        y[4] = place
         with pytest.raises(LabelError, match=r"labels must lie on the label axis .* at index \[4\]"):
             make(**options)(x, y)
 

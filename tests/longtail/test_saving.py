@@ -186,10 +186,10 @@ def test_a_file_that_is_damaged_foreign_or_missing_is_told(tmp_path: Path) -> No
     whole = path.read_bytes()
     generator = np.random.default_rng(0)
     for i in range(60):
-        at = int(generator.integers(len(whole))) if i else len(whole) - 1
+        place = int(generator.integers(len(whole))) if i else len(whole) - 1
         damaged = bytearray(whole)
-        damaged[at] ^= 1 << int(generator.integers(8))
-        path.write_bytes(damaged if i % 3 else whole[:at])
+        damaged[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged if i % 3 else whole[:place])
         backbone = net()
         before = copy.deepcopy(backbone.state_dict())
         with pytest.raises(CheckpointError, match=r"^load: path must be a (whole|file).*model\.safetensors'"):

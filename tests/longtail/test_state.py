@@ -226,12 +226,12 @@ def test_gradients_of_each_sample_are_those_of_a_loop(options: dict[str, Any]) -
         out = torch.func.functional_call(model, parameters, (x[None], y[None]))
         return out.loss
 
-    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
+    result = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
     for i in range(4):
         model.zero_grad()
         model(x[[i]], y[[i]]).loss.backward()
         for name, value in model.named_parameters():
-            torch.testing.assert_close(found[name][i], value.grad)
+            torch.testing.assert_close(result[name][i], value.grad)
 
 
 def test_fds_follows_the_model_to_its_device() -> None:

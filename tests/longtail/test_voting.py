@@ -61,8 +61,8 @@ def test_heads_over_bins_train_and_predict_under_priors_of_their_own() -> None:
     prior = COUNTS @ soft_labels(torch.tensor(AGES.centers), AGES, 2.0, ends="open").numpy()
     prior /= prior.sum()
     target = soft_labels(y.double(), AGES, 2.0, ends="open").numpy()
-    at = limits(AGES, torch.zeros((), dtype=torch.float64), ends="open").numpy()
-    middles, widths = (at[1:] + at[:-1]) / 2, np.diff(at)
+    place = limits(AGES, torch.zeros((), dtype=torch.float64), ends="open").numpy()
+    middles, widths = (place[1:] + place[:-1]) / 2, np.diff(place)
     losses, spreads = [], []
     for m, tau in enumerate((0, 0.5, 1)):
         scores = out.scores[:, m].detach().numpy()

@@ -31,7 +31,7 @@ def cast(batch: Batch, dtype: torch.dtype) -> Batch:
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
 
 
-def at(batch: Batch, index: Any) -> Batch:
+def rows_at(batch: Batch, index: Any) -> Batch:
     return {name: x[index] for name, x in batch.items()}
 
 
@@ -100,8 +100,8 @@ class LossTester:
         sums = [round(self.each(options, batch).sum().item(), 9) for options in self.variants.values()]
         assert len(set(sums)) == len(sums)
         if self.module is not None:  # and so does what a checkpoint calls the module by
-            told = {str(described("it", self.module(**options))) for options in self.variants.values()}
-            assert len(told) == len(sums) or not isinstance(self.module, type)
+            text = {str(described("it", self.module(**options))) for options in self.variants.values()}
+            assert len(text) == len(sums) or not isinstance(self.module, type)
         first = self.each(next(iter(self.variants.values())), batch)
         assert first.shape == (self.n,)
         assert (first != 0).sum() > self.n / 4
@@ -117,17 +117,17 @@ class LossTester:
         again, doubled = [*range(self.n), 3, 7], {**batch, "weight": batch["weight"].clone()}
         doubled["weight"][[3, 7]] *= 2
         if not self.whole:
-            twice = self.call(options, at(batch, again), reduction="sum")
+            twice = self.call(options, rows_at(batch, again), reduction="sum")
             close(self.call(options, doubled, reduction="sum"), twice)
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(1))
-        close(self.call(options, at(batch, order)), self.call(options, batch))
+        close(self.call(options, rows_at(batch, order)), self.call(options, batch))
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     def test_a_sample_of_weight_zero_leaves_no_trace(self, options: Any, value: float) -> None:
         batch = self.batch(self.n)
         batch["weight"][4] = 0
         rest = torch.arange(self.n) != 4
-        expected = self.call(options, at(batch, rest), reduction="sum")
+        expected = self.call(options, rows_at(batch, rest), reduction="sum")
         batch["rows"][4] = value
         for name, x in batch.items():
             if name in ("target", "pred") and x.is_floating_point() and not (self.soft and name == "target"):
@@ -162,7 +162,7 @@ class LossTester:
             holes["target"][6] = 0.0 if self.soft else batch["target"][6]
             holes["target"][6, 0] = torch.nan  # one number of a label is enough
         holes["rows"] = batch["rows"].masked_fill(gone.view(-1, *(1,) * (batch["rows"].ndim - 1)), torch.nan)
-        rest = at(batch, ~gone)
+        rest = rows_at(batch, ~gone)
         for reduction in ("mean", "sum"):
             own = [one["rows"].clone().requires_grad_() for one in (holes, rest)]
             for call in (self.call, self.plain):
@@ -338,7 +338,7 @@ class LossTester:
             if name not in ("rows", "weight") and x.ndim == 1 and not self.several:
                 refused(ShapeError, rf".*{name}.*Use (pred|{name})\.squeeze\(1\)\.$", **{name: x[:, None]})
         with pytest.raises(ValueError, match=f"^{self.function.__name__}: .* must hold at least one value, got shape"):
-            self.call(options, at(batch, slice(0)))
+            self.call(options, rows_at(batch, slice(0)))
         for value in ("avg", None, True):
             with pytest.raises(ValueError, match="reduction must be one of 'none', 'mean', 'sum', got"):
                 self.call(options, batch, reduction=value)

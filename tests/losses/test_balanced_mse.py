@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_tester import Batch, LossTester, at, close
+from loss_tester import Batch, LossTester, close, rows_at
 from scipy.integrate import quad
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -134,7 +134,9 @@ class TestBatch(FormTester):
     def test_weight_two_is_seen_twice(self, options: Any) -> None:
         batch = self.batch()
         batch["weight"][[3, 7]] = 2.0
-        again = at({**batch, "weight": torch.where(batch["weight"] == 2, 1.0, batch["weight"])}, [*range(12), 3, 7])
+        again = rows_at(
+            {**batch, "weight": torch.where(batch["weight"] == 2, 1.0, batch["weight"])}, [*range(12), 3, 7]
+        )
         close(self.call(options, batch, reduction="sum"), self.call(options, again, reduction="sum"))
 
 
@@ -886,7 +888,7 @@ def test_bins_of_all_widths_give_the_exact_integral(noise_sigma: float) -> None:
 
         for p, y, value, grad in zip(pred.tolist(), target.tolist(), values.tolist(), grads.tolist(), strict=True):
             assert value == pytest.approx(float(exact(mpmath.mpf(p), y)), rel=1e-9, abs=4e-11 * sigma**2)
-            slope = float(mpmath.diff(lambda at, y=y: exact(at, y), mpmath.mpf(p)))
+            slope = float(mpmath.diff(lambda rows_at, y=y: exact(rows_at, y), mpmath.mpf(p)))
             assert grad == pytest.approx(slope, rel=1e-6, abs=4e-11 * sigma)
 
 

@@ -51,10 +51,10 @@ def soft_ce(s: list[float], t: list[float], tau: float = 0.0) -> float:
 
 def ranked(s: list[float], y: float, bins: Bins) -> float:
     """The integral of (F - [t >= y])^2, bin by bin, cut at the label."""
-    at, f = limits(bins, torch.zeros((), dtype=torch.float64)).tolist(), cumulative(softmax(s))
-    value = max(at[0] - y, 0) + max(y - at[-1], 0)
+    ends, f = limits(bins, torch.zeros((), dtype=torch.float64)).tolist(), cumulative(softmax(s))
+    value = max(ends[0] - y, 0) + max(y - ends[-1], 0)
     for b in range(len(s)):
-        low, high = at[b], at[b + 1]
+        low, high = ends[b], ends[b + 1]
         cut = min(max(y, low), high)
         for start, end in ((low, cut), (cut, high)):
             if start < end:
@@ -65,9 +65,12 @@ def ranked(s: list[float], y: float, bins: Bins) -> float:
 
 
 def emd(s: list[float], t: list[float], bins: Bins | None = None) -> float:
-    at = None if bins is None else limits(bins, torch.zeros((), dtype=torch.float64)).tolist()
+    ends = None if bins is None else limits(bins, torch.zeros((), dtype=torch.float64)).tolist()
     f, g = cumulative(softmax(s)), cumulative(t)
-    ways = [1.0 if at is None else (at[b + 2] + at[b + 1]) / 2 - (at[b + 1] + at[b]) / 2 for b in range(len(s) - 1)]
+    ways = [
+        1.0 if ends is None else (ends[b + 2] + ends[b + 1]) / 2 - (ends[b + 1] + ends[b]) / 2
+        for b in range(len(s) - 1)
+    ]
     return sum(ways[b] * (f[b + 1] - g[b + 1]) ** 2 for b in range(len(s) - 1))
 
 

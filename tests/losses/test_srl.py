@@ -98,8 +98,8 @@ class TestSRLLoss(LossTester):
 
 
 def circle(bins: int, angle: float) -> Tensor:
-    at = torch.arange(bins, dtype=torch.float64) * angle / (bins - 1)
-    return torch.stack([at.cos(), at.sin()], 1)
+    place = torch.arange(bins, dtype=torch.float64) * angle / (bins - 1)
+    return torch.stack([place.cos(), place.sin()], 1)
 
 
 def geometry(z: Tensor, **scales: float) -> float:

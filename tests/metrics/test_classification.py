@@ -31,7 +31,7 @@ def samples(n: int = 300, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def naive(pred: torch.Tensor, target: torch.Tensor) -> dict[str, dict[str, float]]:
     """Every number in plain Python, region by region and class by class, from class indices."""
     pairs = list(zip(pred.tolist(), target.tolist(), strict=True))
-    found: dict[str, dict[str, float]] = {}
+    outcome: dict[str, dict[str, float]] = {}
     for region in REGIONS:
         classes = [c for c in range(6) if region in ("all", REGION_OF_BIN[c]) and any(t == c for _, t in pairs)]
         inside = [(p, t) for p, t in pairs if t in classes]
@@ -46,8 +46,8 @@ def naive(pred: torch.Tensor, target: torch.Tensor) -> dict[str, dict[str, float
                 precision, recall = hits / claims if claims else 0.0, hits / len(mine)
                 f1.append(2 * precision * recall / (precision + recall) if hits else 0.0)
             row["balanced_error"], row["macro_f1"] = sum(misses) / len(misses), sum(f1) / len(f1)
-        found[region] = row | {"count": len(inside), "bins": len(classes)}
-    return found
+        outcome[region] = row | {"count": len(inside), "bins": len(classes)}
+    return outcome
 
 
 def assert_equals_naive(result: xr.Dataset, expected: dict[str, dict[str, float]]) -> None:

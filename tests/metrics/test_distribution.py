@@ -29,7 +29,7 @@ def naive(p: np.ndarray, y: float, *, level: float, quantile: float) -> dict[str
     """Each score of one label, from the cumulative distribution and by numerical integration."""
     cumulative = np.concatenate([[0.0], p.cumsum()])
 
-    def at(q: float) -> float:
+    def place(q: float) -> float:
         return float(np.interp(q, cumulative, EDGES))
 
     def distance(t: float) -> float:
@@ -38,7 +38,7 @@ def naive(p: np.ndarray, y: float, *, level: float, quantile: float) -> dict[str
     knots = sorted({*EDGES, y})
     crps = sum(quad(distance, a, b - 1e-14 * b, epsabs=1e-13)[0] for a, b in pairwise(knots))
     b = min(int(np.searchsorted(EDGES, y, side="right")) - 1, 3)
-    lower, upper, z = at((1 - level) / 2), at((1 + level) / 2), at(quantile)
+    lower, upper, z = place((1 - level) / 2), place((1 + level) / 2), place(quantile)
     missed = 2 / (1 - level) * (max(lower - y, 0) + max(y - upper, 0))
     pit = float(np.interp(y, EDGES, cumulative))
     return {

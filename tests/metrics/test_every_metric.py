@@ -166,12 +166,12 @@ def test_any_split_into_batches_equals_the_whole(kind: str, sizes: list[int]) ->
 
 
 def sharing_main(rank: int) -> list[list[torch.Tensor]]:
-    found = []
+    outcome = []
     for kind in KINDS:
         share = (tensor[:213] if rank == 0 else tensor[213:] for tensor in samples(kind))
         metrics = updated(make(kind), *zip(*(tensor.split(64) for tensor in share), strict=True))
-        found.append(states(metrics.all_reduce()))
-    return found
+        outcome.append(states(metrics.all_reduce()))
+    return outcome
 
 
 def test_two_processes_with_uneven_shares_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
@@ -438,13 +438,13 @@ def test_an_object_of_a_subclass_makes_fresh_ones_of_its_kind_and_merges_with_ou
 
 def rank_main(rank: int) -> list[list[torch.Tensor]]:
     groups = [dist.new_group([r]) for r in range(2)]
-    found = []
+    outcome = []
     for kind in KINDS:
         metrics, alone = make(kind), make(kind)
         for target in (metrics, alone):
             target.update(*batch(kind, INSIDE[: 2 + rank]))
-        found.append(states(alone.all_reduce(group=groups[rank])) + states(metrics.all_reduce(group=None)))
-    return found
+        outcome.append(states(alone.all_reduce(group=groups[rank])) + states(metrics.all_reduce(group=None)))
+    return outcome
 
 
 def test_ranks_that_hold_the_same_data_are_left_out_by_a_group(two_ranks: Callable[..., list[Any]]) -> None:
@@ -470,9 +470,9 @@ def refusing_main(rank: int) -> list[str]:
     metrics = make("regression")
     metrics.update(*batch("regression", INSIDE))
     metrics.refused[0] += rank  # as an accelerator counts them
-    with pytest.raises(LabelError) as told:
+    with pytest.raises(LabelError) as caught:
         metrics.all_reduce()
-    return [str(told.value)]
+    return [str(caught.value)]
 
 
 def test_what_one_rank_was_handed_every_rank_tells(two_ranks: Callable[..., list[Any]]) -> None:
@@ -501,7 +501,7 @@ def distributed_main(rank: int) -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh, told = init_device_mesh("cpu", (2,)), []
+    mesh, messages = init_device_mesh("cpu", (2,)), []
     for kind in KINDS:
         pred, target = (distribute_tensor(x, mesh, [Shard(0)]) for x in batch(kind, INSIDE))
         with pytest.raises(TypeError) as error:
@@ -511,8 +511,8 @@ def distributed_main(rank: int) -> list[str]:
         whole.update(*batch(kind, INSIDE))
         for a, b in zip(states(metrics.all_reduce()), states(whole), strict=True):
             torch.testing.assert_close(a, b)
-        told.append(str(error.value))
-    return told
+        messages.append(str(error.value))
+    return messages
 
 
 def test_distributed_tensors_are_refused_in_words_that_work(two_ranks: Callable[..., list[Any]]) -> None:
@@ -591,10 +591,10 @@ def test_bmae_over_uneven_bins_is_that_of_fine_even_ones() -> None:
     target = 10 * torch.rand(20_000, generator=generator, dtype=torch.float64) ** 3
     pred = target + 0.3 * target * torch.randn(20_000, generator=generator, dtype=torch.float64)
     fine, coarse = Bins.uniform(0, 10, width=0.1), Bins.quantile(target, 40)
-    found = [regression_metrics(pred, target, LabelDensity.count(target, b)) for b in (fine, coarse)]
-    even, quantile = (float(r.bmae.sel(region="all")) for r in found)
+    outcome = [regression_metrics(pred, target, LabelDensity.count(target, b)) for b in (fine, coarse)]
+    even, quantile = (float(r.bmae.sel(region="all")) for r in outcome)
     assert quantile == pytest.approx(even, rel=0.03)
-    assert float(found[0].mae.sel(region="all")) < 0.6 * even  # which plain means over quantile bins would give
+    assert float(outcome[0].mae.sel(region="all")) < 0.6 * even  # which plain means over quantile bins would give
 
 
 @pytest.mark.parametrize(

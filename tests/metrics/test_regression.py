@@ -35,7 +35,7 @@ def naive_relevance(label: float) -> float:
 def naive(pred: torch.Tensor, target: torch.Tensor, floor: float = 0.01) -> dict[str, dict[str, float]]:
     """Every number in plain Python, region by region and sample by sample."""
     pairs = list(zip(pred.double().flatten().tolist(), target.double().flatten().tolist(), strict=True))
-    found: dict[str, dict[str, float]] = {}
+    outcome: dict[str, dict[str, float]] = {}
     for region in ("all", "many", "medium", "few", "unseen"):
         by_bin: dict[int, list[tuple[float, float]]] = {}
         for p, t in pairs:
@@ -61,8 +61,8 @@ def naive(pred: torch.Tensor, target: torch.Tensor, floor: float = 0.01) -> dict
             mp, mt = (math.fsum(x) / n for x in zip(*inside, strict=True))
             spread = math.sqrt(sum((p - mp) ** 2 for p, _ in inside) * sum((t - mt) ** 2 for _, t in inside))
             row["pearson"] = sum((p - mp) * (t - mt) for p, t in inside) / spread if spread else math.nan
-        found[region] = row | {"count": n, "bins": len(by_bin)}
-    return found
+        outcome[region] = row | {"count": n, "bins": len(by_bin)}
+    return outcome
 
 
 def assert_equals_naive(result: xr.Dataset, expected: dict[str, dict[str, float]], rtol: float = 1e-12) -> None:
@@ -287,23 +287,23 @@ def test_a_grid_equals_a_naive_loop(floor: Any) -> None:
         cells = sorted({index[i] for i in inside})
         assert ds["count"].sel(region=region) == len(inside)
         assert ds.bins.sel(region=region) == len(cells)
-        found: dict[str, list[float]] = {name: [] for name in ("mae", "square", "log", "bias", "bmae", "pearson")}
+        outcome: dict[str, list[float]] = {name: [] for name in ("mae", "square", "log", "bias", "bmae", "pearson")}
         for k in range(2):
             errors = {i: (pred[i, k] - target[i, k]).item() for i in inside}
-            found["mae"].append(sum(abs(e) for e in errors.values()) / len(inside))
-            found["square"].append(sum(e * e for e in errors.values()) / len(inside))
-            found["log"].append(sum(math.log(max(abs(e), floors[k])) for e in errors.values()) / len(inside))
-            found["bias"].append(sum(errors.values()) / len(inside))
+            outcome["mae"].append(sum(abs(e) for e in errors.values()) / len(inside))
+            outcome["square"].append(sum(e * e for e in errors.values()) / len(inside))
+            outcome["log"].append(sum(math.log(max(abs(e), floors[k])) for e in errors.values()) / len(inside))
+            outcome["bias"].append(sum(errors.values()) / len(inside))
             means = [np.mean([abs(errors[i]) for i in inside if index[i] == b]) for b in cells]
             # Bins of the second axis are 10, 4, 1 and 15 wide, and those of the first all alike.
-            found["bmae"].append(float(np.average(means, weights=[(10, 4, 1, 15)[b % 4] for b in cells])))
-            found["pearson"].append(pearsonr(pred[inside, k], target[inside, k]).statistic)
-        expected = {name: sum(found[name]) / 2 for name in ("mae", "bias", "bmae", "pearson")}
-        expected["rmse"], expected["gm"] = math.sqrt(sum(found["square"]) / 2), math.exp(sum(found["log"]) / 2)
+            outcome["bmae"].append(float(np.average(means, weights=[(10, 4, 1, 15)[b % 4] for b in cells])))
+            outcome["pearson"].append(pearsonr(pred[inside, k], target[inside, k]).statistic)
+        expected = {name: sum(outcome[name]) / 2 for name in ("mae", "bias", "bmae", "pearson")}
+        expected["rmse"], expected["gm"] = math.sqrt(sum(outcome["square"]) / 2), math.exp(sum(outcome["log"]) / 2)
         for name, value in expected.items():
             np.testing.assert_allclose(ds[name].sel(region=region), value, rtol=1e-11, err_msg=f"{name} of {region}")
-        of_axis = {name: found[name] for name in ("mae", "bias", "bmae", "pearson")}
-        of_axis |= {"rmse": list(map(math.sqrt, found["square"])), "gm": list(map(math.exp, found["log"]))}
+        of_axis = {name: outcome[name] for name in ("mae", "bias", "bmae", "pearson")}
+        of_axis |= {"rmse": list(map(math.sqrt, outcome["square"])), "gm": list(map(math.exp, outcome["log"]))}
         for name, row in of_axis.items():
             np.testing.assert_allclose(ds[f"axis_{name}"].sel(region=region), row, rtol=1e-11)
     b = index[0]

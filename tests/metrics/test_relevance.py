@@ -18,20 +18,20 @@ def test_the_cubic_is_that_worked_out_by_hand() -> None:
 
 def test_the_ends_are_those_of_a_box_plot_of_the_labels() -> None:
     labels = np.random.default_rng(0).exponential(size=20_000)
-    found = Relevance.of(LabelDensity.count(labels, Bins.uniform(0, 20, width=0.01)))
+    result = Relevance.of(LabelDensity.count(labels, Bins.uniform(0, 20, width=0.01)))
     first, median, third = np.quantile(labels, [0.25, 0.5, 0.75])
-    assert found.median == pytest.approx(median, abs=0.01)
-    assert found.high == pytest.approx(labels[labels <= third + 1.5 * (third - first)].max(), abs=0.02)
-    assert found.low == -math.inf  # no label lies below the whisker
+    assert result.median == pytest.approx(median, abs=0.01)
+    assert result.high == pytest.approx(labels[labels <= third + 1.5 * (third - first)].max(), abs=0.02)
+    assert result.low == -math.inf  # no label lies below the whisker
     mirrored = Relevance.of(LabelDensity.count(-labels, Bins.uniform(-20, 0, width=0.01)))
-    assert (mirrored.low, mirrored.high) == (pytest.approx(-found.high, abs=0.02), math.inf)
+    assert (mirrored.low, mirrored.high) == (pytest.approx(-result.high, abs=0.02), math.inf)
 
 
 def test_whole_numbers_lie_in_the_middle_of_their_bins() -> None:
     counts = [1, 10, 40, 10, 1, 0, 0, 1]
-    found = Relevance.of(LabelDensity(Bins.uniform(0, 8, width=1, integer=True), counts))
-    assert found.median == pytest.approx(2, abs=0.05)
-    assert found.low < 0.5 < 3.5 < found.high < 4.5
+    result = Relevance.of(LabelDensity(Bins.uniform(0, 8, width=1, integer=True), counts))
+    assert result.median == pytest.approx(2, abs=0.05)
+    assert result.low < 0.5 < 3.5 < result.high < 4.5
     assert Relevance.of(LabelDensity(Bins.classes(3), [2, 6, 2])).median == 1
 
 

@@ -35,15 +35,15 @@ def naive(
     total, num_classes = math.fsum(weights), len(rows[0])
 
     def error(pairs: list[tuple[float, bool]]) -> float:
-        found = 0.0
+        outcome = 0.0
         for m in range(num_bins):
             inside = [(w, p, hit) for w, (p, hit) in zip(weights, pairs, strict=True) if bin_of(p, num_bins) == m]
             size = math.fsum(w for w, _, _ in inside)
             if size:
                 accuracy = math.fsum(w for w, _, hit in inside if hit) / size
                 confidence = math.fsum(w * p for w, p, _ in inside) / size
-                found += size / total * abs(accuracy - confidence)
-        return found
+                outcome += size / total * abs(accuracy - confidence)
+        return outcome
 
     both = list(zip(rows, labels, strict=True))
     each = [error([(p[c], t == c) for p, t in both]) for c in range(num_classes)]
@@ -103,8 +103,8 @@ def test_scikit_learn_agrees_on_log_loss() -> None:
     expected = log_loss(target.numpy(), probabilities.numpy(), labels=range(4))
     assert calibration_metrics(probabilities, target).log_loss.item() == pytest.approx(expected, rel=1e-12)
     expected = log_loss(target.numpy(), probabilities.numpy(), labels=range(4), sample_weight=weight.numpy())
-    found = calibration_metrics(probabilities, target, weight=weight)
-    assert found.log_loss.item() == pytest.approx(expected, rel=1e-12)
+    outcome = calibration_metrics(probabilities, target, weight=weight)
+    assert outcome.log_loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_comparisons_notice_a_wrong_answer() -> None:

@@ -125,8 +125,8 @@ def make_mnist(root: Path, train: int = 6, test: int = 2) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     """All files below a folder by name, TensorBoard's under one."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {re.sub(r"events\.out\.tfevents\..*", "events", name): content for name, content in found.items()}
+    result = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {re.sub(r"events\.out\.tfevents\..*", "events", name): content for name, content in result.items()}
 
 
 def numbers(ds: xr.Dataset) -> xr.Dataset:
@@ -139,7 +139,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
     def walk(value: object, name: str) -> None:
         if isinstance(value, torch.Tensor):
-            found[name] = value
+            result[name] = value
         elif isinstance(value, dict):
             for key, item in value.items():
                 walk(item, f"{name}.{key}")
@@ -147,9 +147,9 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
             for i, item in enumerate(value):
                 walk(item, f"{name}.{i}")
 
-    found: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
     walk(load_checkpoint(path), "")
-    return found
+    return result
 
 
 def layout(path: Path) -> set[tuple[str, torch.Size, torch.dtype]]:

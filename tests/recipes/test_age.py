@@ -64,33 +64,33 @@ def test_the_command_of_the_readme_is_the_default(
 
     def noted(self: Study, names: tuple[str, ...], *, seeds: int) -> None:
         self.tasks[0].data(0)  # type: ignore[index]
-        asked.update(names=names, seeds=seeds, how=self.optimization)
+        asked.update(names=names, seeds=seeds, budget=self.optimization)
 
     monkeypatch.setattr("dir_toolkit.experiment.data.portraits.portraits", lambda size: asked.update(side=size))
     monkeypatch.setattr(Study, "run", noted)
     monkeypatch.setattr(Study, "report", lambda self, **_: asked.update(folder=self.folder))
     assert here().code == 0
-    how = asked.pop("how")
-    assert (how.epochs, how.batch_size, how.lr) == (12, 128, 2e-3)  # type: ignore[attr-defined]
+    budget = asked.pop("budget")
+    assert (budget.epochs, budget.batch_size, budget.lr) == (12, 128, 2e-3)  # type: ignore[attr-defined]
     names = ("vanilla", "lds", "soft+tau")
     assert asked == {"names": names, "seeds": 1, "side": 32, "folder": Path("runs/age/portraits")}
 
 
 def test_a_run_leaves_the_files_that_are_promised_and_no_others(finished: tuple[Path, str]) -> None:
-    out, told = finished
+    out, output = finished
     runs = {f"{method}/seed0/{name}" for method in ("vanilla", "lds+fds") for name in RUN_FILES}
     summary = {"results.nc", "table.md", "report.html", "events"}
     assert set(files(out)) == runs | summary | {f"figures/{name}.png" for name in FIGURES}
-    assert "utkface: 20 samples to train on, 8 to validate, 16 to test; 1 skipped: name does not parse" in told
-    assert str(out / "report.html") in told
+    assert "utkface: 20 samples to train on, 8 to validate, 16 to test; 1 skipped: name does not parse" in output
+    assert str(out / "report.html") in output
 
 
 def test_the_result_is_of_ages_and_holds_the_constant_predictor(finished: tuple[Path, str]) -> None:
-    out, told = finished
+    out, output = finished
     ds = load_results(out / "results.nc")
     assert ds["method"].values.tolist() == ["vanilla", "lds+fds", "constant"]
     assert (ds.sizes["bin"], ds.attrs["label_units"], ds.sizes["sample"]) == (117, "years", 16)
-    for table in (told, (out / "table.md").read_text(), (out / "report.html").read_text()):
+    for table in (output, (out / "table.md").read_text(), (out / "report.html").read_text()):
         assert "constant" in table
 
 
@@ -187,14 +187,14 @@ def test_two_processes_leave_the_same_files(finished: tuple[Path, str], tmp_path
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     pair = [Forked(__file__, "as_torchrun_starts_it", tmp_path, rank, port) for rank in range(2)]
-    (told,), (nothing,) = (process.finish() for process in pair)
-    assert [process.code for process in pair] == [0, 0], told + nothing
-    assert (told.count("lds+fds, seed 0"), nothing) == (1, "")
+    (output,), (nothing,) = (process.finish() for process in pair)
+    assert [process.code for process in pair] == [0, 0], output + nothing
+    assert (output.count("lds+fds, seed 0"), nothing) == (1, "")
     assert set(files(tmp_path / "made")) == {name for name in files(finished[0]) if not name.startswith("vanilla/")}
     for name in ("checkpoint-last.pt", "checkpoint-best.pt"):
-        found = layout(tmp_path / "made/lds+fds/seed0" / name)
-        assert found == layout(finished[0] / "lds+fds/seed0" / name)
-        assert found != layout(finished[0] / "vanilla/seed0" / name)
+        result = layout(tmp_path / "made/lds+fds/seed0" / name)
+        assert result == layout(finished[0] / "lds+fds/seed0" / name)
+        assert result != layout(finished[0] / "vanilla/seed0" / name)
     ds, whole = (load_results(place / "results.nc") for place in (tmp_path / "made", finished[0]))
     assert "2 processes" in ds.attrs["device"]
     xr.testing.assert_identical(

@@ -76,7 +76,7 @@ def test_help_answers_without_torch_and_says_what_every_method_is(tmp_path: Path
 
 
 def test_a_comparison_leaves_the_files_that_are_promised_and_no_others(finished: tuple[Path, str]) -> None:
-    out, told = finished
+    out, text = finished
     trained = {f"{method}/seed{seed}/{name}" for method in ("vanilla", "soft") for seed in (0, 1) for name in RUN_FILES}
     not_trained = ("config.json", "results.nc", "model.safetensors")
     adjusted = {f"soft+tau/seed{seed}/{name}" for seed in (0, 1) for name in not_trained}
@@ -85,16 +85,16 @@ def test_a_comparison_leaves_the_files_that_are_promised_and_no_others(finished:
     page = (out / "report.html").read_text()
     assert page.count("<svg") == len(FIGURES)
     assert "soft bins, prior adjusted after training" in page
-    runs = re.findall(r"^(\S+), seed (\d) \(\d of 6\)$", told, re.MULTILINE)
+    runs = re.findall(r"^(\S+), seed (\d) \(\d of 6\)$", text, re.MULTILINE)
     assert runs == [(method, seed) for seed in "01" for method in ("soft+tau", "vanilla", "soft")]
 
 
 def test_the_result_holds_all_methods_in_their_order(finished: tuple[Path, str]) -> None:
-    out, told = finished
+    out, text = finished
     ds = load_results(out / "results.nc")
     assert ds["method"].values.tolist() == ["vanilla", "soft", "soft+tau", "constant"]
     assert ds["completed"].values.tolist() == [[1, 1], [1, 1], [1, 1], [1, 0]]
-    for table in (told, (out / "table.md").read_text(), (out / "report.html").read_text()):
+    for table in (text, (out / "table.md").read_text(), (out / "report.html").read_text()):
         assert "Bold: better than vanilla" in table
     with (out / "differences.csv").open() as file:
         for row in (row for row in csv.DictReader(file) if row["difference"]):  # no test sample is of many or medium
@@ -164,9 +164,9 @@ def test_runs_of_another_budget_and_a_missing_baseline_are_told(copied: Path, he
     config = copied / "soft/seed1/config.json"
     usual = config.read_text()
     config.write_text(usual.replace('"lr": 0.002', '"lr": 0.1'))
-    told = here(*SHORT, "--methods", "soft+tau", "--resume", "--out", copied)
-    assert "all runs in --out must have the same budget; these had another one:" in told.err
-    assert re.search(r"soft/seed1: --lr 0\.1, now 0\.002\n?$", told.err)
+    text = here(*SHORT, "--methods", "soft+tau", "--resume", "--out", copied)
+    assert "all runs in --out must have the same budget; these had another one:" in text.err
+    assert re.search(r"soft/seed1: --lr 0\.1, now 0\.002\n?$", text.err)
     config.write_text(usual)
     for seed in (0, 1):
         (copied / f"vanilla/seed{seed}/results.nc").unlink()
@@ -204,10 +204,10 @@ def test_all_bad_settings_are_told_at_once(
 ) -> None:
     outcome = here(*words.split())
     assert outcome.code == 1
-    first, *told = outcome.err.splitlines()
+    first, *text = outcome.err.splitlines()
     assert first == "recipes/studies/compare.py: these settings cannot run:"
-    assert len(told) == len(rules), told
-    for one, rule in zip(told, rules, strict=True):
+    assert len(text) == len(rules), text
+    for one, rule in zip(text, rules, strict=True):
         assert one.strip().startswith(rule)
     assert files(tmp_path) == {}
 
@@ -300,8 +300,8 @@ def test_every_method_trains_and_predicts_ages(name: str, tried: Study, monkeypa
     assert (run.extra.fds is None) == (faces.METHODS[run.extra.method].fds is None)
     assert (run.extra.tau is not None) == method.tau
     if method.start is not None and not method.tau:
-        at = Path(tried.folder)
-        first, second = (running.tensors(at / n / "seed0/checkpoint-last.pt") for n in (method.start, name))
+        spot = Path(tried.folder)
+        first, second = (running.tensors(spot / n / "seed0/checkpoint-last.pt") for n in (method.start, name))
         moved = {key for key in first if key.startswith(".model.") and not torch.equal(first[key], second[key])}
         assert moved == {".model.head.weight", ".model.head.bias"}
 

@@ -122,15 +122,15 @@ def test_the_second_stage_leaves_the_encoder_alone(studied: Path, here: Callable
     assert torch.equal(lws["head.linear.weight"], first["head.weight"])
     assert not torch.equal(lws["head.scale"], torch.ones(10))
     # What follows without training is made anew, in the run's own result, too; the tau of post-hoc is given.
-    found = []
+    result = []
     for tau in (2.0, 0.5):
         assert here(*SHORT, *words, "--tau", tau, "--resume", "--out", studied).code == 0
         ds = load_results(studied / "comparison-step-0.1/results.nc").sel({"seed": 0})
         assert ds["tau"].isnull().values.tolist() == [True, True, True, True, False]
         one = load_results(studied / "step-0.1/post-hoc/seed0/results.nc")
-        found.append(float(ds["log_loss"].sel({"method": "post-hoc"})))
-        assert one["log_loss"].values.item() == found[-1]
-    assert found[0] != found[1]
+        result.append(float(ds["log_loss"].sel({"method": "post-hoc"})))
+        assert one["log_loss"].values.item() == result[-1]
+    assert result[0] != result[1]
 
 
 @pytest.mark.usefixtures("sketched")

@@ -36,15 +36,15 @@ def test_help_answers_without_torch(tmp_path: Path) -> None:
 
 
 def test_it_leaves_the_files_that_are_promised_and_no_others(finished: tuple[Path, str]) -> None:
-    out, told = finished
+    out, output = finished
     runs = {f"{method}/seed0/{name}" for method in METHODS for name in RUN_FILES}
     summary = {"results.nc", "table.md", "report.html", "events"}
     assert set(files(out)) == runs | summary | {"figures/error-by-digit.png", "figures/training.png"}
-    assert "digits: 601 samples to train on, 200 to validate, 500 to test" in told
+    assert "digits: 601 samples to train on, 200 to validate, 500 to test" in output
 
 
 def test_the_table_tells_balanced_errors_of_all_few_and_many(finished: tuple[Path, str]) -> None:
-    out, told = finished
+    out, output = finished
     ds = load_results(out / "results.nc").sel({"seed": 0})
     table = (out / "table.md").read_text()
     columns = "balanced error all | balanced error few | balanced error many | error all"
@@ -57,7 +57,7 @@ def test_the_table_tells_balanced_errors_of_all_few_and_many(finished: tuple[Pat
         shares = [of["balanced_error"].sel(region=region) for region in ("all", "few", "many")]
         cells = [f"{100 * float(share):.2f}" for share in (*shares, of["error"].sel(region="all"))]
         assert f"| {method} | 1 | {' | '.join(cells)} |" in table
-        assert re.search(rf"^{method} +1 +{' +'.join(cells)}$", told, re.MULTILINE)
+        assert re.search(rf"^{method} +1 +{' +'.join(cells)}$", output, re.MULTILINE)
 
 
 def test_only_training_images_are_thinned(finished: tuple[Path, str]) -> None:
@@ -67,8 +67,8 @@ def test_only_training_images_are_thinned(finished: tuple[Path, str]) -> None:
     whole = digits(seed=0)
     kept = ds["train_count"].values[0, 0] / np.bincount(whole.train.labels)
     np.testing.assert_allclose(kept, [0.1] * 5 + [1.0] * 5, atol=0.005)
-    found = json.loads((out / "affinity/seed0/env.json").read_text())["data"]["digests"]
-    assert (found["val"], found["test"]) == (whole.val.digest, whole.test.digest)
+    result = json.loads((out / "affinity/seed0/env.json").read_text())["data"]["digests"]
+    assert (result["val"], result["test"]) == (whole.val.digest, whole.test.digest)
     assert ds.attrs["command"] == "python recipes/mnist.py --epochs 1 --out DIR"
 
 
@@ -82,9 +82,9 @@ def rank_main(rank: int) -> list[str]:
 def test_two_processes_come_to_the_same(
     finished: tuple[Path, str], tmp_path: Path, two_ranks: Callable[..., list[Any]]
 ) -> None:
-    told = two_ranks(rank_main, timeout=240)
-    assert told[0]
-    assert not told[1]
+    output = two_ranks(rank_main, timeout=240)
+    assert output[0]
+    assert not output[1]
     assert set(files(tmp_path / "made")) == set(files(finished[0]))
     one, two = (load_results(out / "results.nc") for out in (finished[0], tmp_path / "made"))
     assert "2 processes" in two.attrs["device"]
@@ -116,8 +116,8 @@ def test_files_of_mnist_are_fetched_when_asked_for(
     assert ds["train_count"].values[0, 0].tolist() == [10] * 5 + [20] * 5
     assert ds.attrs["command"].startswith("python recipes/mnist.py --data mnist --root DIR --train-per-class 20")
     # Each seed cuts the data anew.
-    told = json.loads(ds.attrs["data"])
-    assert told["data, seed 0"]["digests"]["train"] != told["data, seed 1"]["digests"]["train"]
+    output = json.loads(ds.attrs["data"])
+    assert output["data, seed 0"]["digests"]["train"] != output["data, seed 1"]["digests"]["train"]
     one = numbers(load_results(tmp_path / "runs/mnist/mnist/softmax/seed1/results.nc"))
     xr.testing.assert_identical(one, numbers(ds.sel({"method": ["softmax"], "seed": [1]}))[list(one.data_vars)])
 

@@ -94,8 +94,8 @@ def test_what_cannot_run_is_told(tmp_path: Path, here: Callable[..., Outcome], w
     pytest.importorskip("optuna")
     outcome = here("--root", "data", *words.split())
     assert outcome.code == 1
-    told = rf"recipes/studies/suite\.py: these settings cannot run:\n  {rule}.*\.\n"
-    assert re.fullmatch(told, outcome.err), outcome.err
+    expected = rf"recipes/studies/suite\.py: these settings cannot run:\n  {rule}.*\.\n"
+    assert re.fullmatch(expected, outcome.err), outcome.err
     assert files(tmp_path) == {}
 
 

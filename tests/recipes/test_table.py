@@ -59,6 +59,6 @@ def test_stays_have_a_long_tail_and_findings_tell_of_them(monkeypatch: pytest.Mo
     assert abs(y.mean() - 6) < 0.2
     assert abs(even.mean() - 30) < 0.5
     assert (y > 40).mean() < 0.005 < 0.3 < (even > 40).mean()
-    told = [abs(np.corrcoef(column, np.log1p(y))[0, 1]) for column in x.T]
-    assert min(told[:8]) > 0.15 > 0.03 > max(told[8:])
+    correlations = [abs(np.corrcoef(column, np.log1p(y))[0, 1]) for column in x.T]
+    assert min(correlations[:8]) > 0.15 > 0.03 > max(correlations[8:])
     np.testing.assert_array_equal(y, draw(20000, 0)[1])

@@ -66,6 +66,6 @@ def test_what_cannot_be_tuned_is_told(tmp_path: Path, here: Callable[..., Outcom
     pytest.importorskip("optuna")
     outcome = here(*words.split())
     assert outcome.code == 1
-    told = rf"recipes/studies/tune\.py: these settings cannot run:\n  {rule}.*\.\n"
-    assert re.fullmatch(told, outcome.err), outcome.err
+    expected = rf"recipes/studies/tune\.py: these settings cannot run:\n  {rule}.*\.\n"
+    assert re.fullmatch(expected, outcome.err), outcome.err
     assert files(tmp_path) == {}

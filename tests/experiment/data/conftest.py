@@ -30,13 +30,13 @@ def mutated(data: bytes, *, count: int, longest: int = 600, seed: int = 0) -> It
     for _ in range(count):
         changed = bytearray(data)
         for _ in range(rng.integers(1, 4)):
-            at, kind = int(rng.integers(len(changed) + 1)), rng.integers(3)
-            if kind == 0 and at < len(changed):
-                changed[at] ^= 1 << int(rng.integers(8))
+            place, kind = int(rng.integers(len(changed) + 1)), rng.integers(3)
+            if kind == 0 and place < len(changed):
+                changed[place] ^= 1 << int(rng.integers(8))
             elif kind == 1:
-                del changed[at : at + int(rng.integers(1, longest))]
+                del changed[place : place + int(rng.integers(1, longest))]
             else:
-                changed[at:at] = rng.bytes(int(rng.integers(1, longest)))
+                changed[place:place] = rng.bytes(int(rng.integers(1, longest)))
         yield bytes(changed)
 
 

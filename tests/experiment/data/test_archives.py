@@ -46,12 +46,12 @@ def write(folder: Path, data: bytes, name: str = "faces.tar") -> Path:
     return path
 
 
-def with_header(field: slice, value: bytes, *, at: int = 0) -> bytes:
+def with_header(field: slice, value: bytes, *, place: int = 0) -> bytes:
     """A valid archive with one header field overwritten and its check sum made to fit."""
     data = bytearray(tar_bytes())
-    data[at + field.start : at + field.stop] = value
-    data[at + 148 : at + 156] = b" " * 8
-    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    data[place + field.start : place + field.stop] = value
+    data[place + 148 : place + 156] = b" " * 8
+    data[place + 148 : place + 156] = b"%06o\0 " % sum(data[place : place + 512])
     return bytes(data)
 
 

@@ -156,9 +156,9 @@ def strongly_by_hand(images: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def bilinear(image: np.ndarray, y: float, x: float) -> np.ndarray:
-    def reflected(at: float, size: int) -> float:  # about the outer edges of the border pixels
-        at = (at + 0.5) % (2 * size)
-        return np.clip(min(at, 2 * size - at) - 0.5, 0, size - 1)
+    def reflected(spot: float, size: int) -> float:  # about the outer edges of the border pixels
+        spot = (spot + 0.5) % (2 * size)
+        return np.clip(min(spot, 2 * size - spot) - 0.5, 0, size - 1)
 
     y, x = reflected(y, image.shape[1]), reflected(x, image.shape[2])
     top, left = int(y), int(x)

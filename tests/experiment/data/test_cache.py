@@ -77,8 +77,8 @@ def test_a_giant_image_is_not_decoded(jpeg: Callable[..., bytes], monkeypatch: p
 
 def test_a_bomb_of_one_header_is_not_decoded(jpeg: Callable[..., bytes]) -> None:
     data = bytearray(jpeg())
-    at = data.index(b"\xff\xc0") + 5
-    data[at : at + 4] = b"\xff\xff\xff\xff"
+    start = data.index(b"\xff\xc0") + 5
+    data[start : start + 4] = b"\xff\xff\xff\xff"
     with pytest.raises(ValueError, match="4,294,836,225 pixels"):
         decode_image(bytes(data), 8)
 

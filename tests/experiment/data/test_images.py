@@ -166,10 +166,10 @@ def test_rows_and_sequences_are_samples_too():
     digests = set()
     for inputs in (table, table.astype(np.int64), words):
         data = SampleSet(inputs, labels, rows, content_digest(inputs, labels, rows))
-        batch, told = data.batch(np.array([1, 0]))
+        batch, chosen = data.batch(np.array([1, 0]))
         assert batch.dtype == torch.from_numpy(inputs).dtype
         np.testing.assert_array_equal(batch, inputs[[0, 2]])
-        assert told.tolist() == [2.0, 1.0]
+        assert chosen.tolist() == [2.0, 1.0]
         digests.add(data.digest)
     assert len(digests) == 3
     with pytest.raises(TypeError, match=r"^SampleSet: inputs must be a NumPy array of float32 or uint8 or int64"):

@@ -92,7 +92,7 @@ def classes() -> xr.Dataset:
 def _predicted(target: np.ndarray, prediction: np.ndarray, *, half: float | None = None) -> xr.Dataset:
     """One run from its predictions, and half widths of its intervals where given, on five bins of a year."""
     bins = dt.Bins.uniform(0, 5, width=1)
-    found = dt.regression_metrics(
+    result = dt.regression_metrics(
         torch.from_numpy(prediction.astype(np.float64)),
         torch.from_numpy(target),
         dt.LabelDensity(bins, TRAIN),
@@ -102,7 +102,7 @@ def _predicted(target: np.ndarray, prediction: np.ndarray, *, half: float | None
     if half is not None:
         parts |= {"lower": prediction - half, "upper": prediction + half}
     level = {"lower": {"interval_level": 0.75}, "upper": {"interval_level": 0.75}}
-    return found.assign({name: ("sample", part, years | level.get(name, {})) for name, part in parts.items()})
+    return result.assign({name: ("sample", part, years | level.get(name, {})) for name, part in parts.items()})
 
 
 @pytest.fixture

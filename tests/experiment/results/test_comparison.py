@@ -26,37 +26,37 @@ EVERY = tuple((metric, region) for metric in ("mae", "bmae") for region in ("all
 NAMES = [f"{name}{end}" for name in ("difference", "ratio") for end in ("", "_low", "_high")]
 
 
-def _of(found: xr.Dataset, method: str, metric: str = "mae", region: str = "all") -> dict[str, float]:
-    pairs = list(zip(found["metric"].values.tolist(), found["region"].values.tolist(), strict=True))
-    part = found.sel({"method": method}).isel(column=pairs.index((metric, region)))
+def _of(result: xr.Dataset, method: str, metric: str = "mae", region: str = "all") -> dict[str, float]:
+    pairs = list(zip(result["metric"].values.tolist(), result["region"].values.tolist(), strict=True))
+    part = result.sel({"method": method}).isel(column=pairs.index((metric, region)))
     return {name: float(part[name]) for name in NAMES}
 
 
 def test_differences_are_those_worked_out_by_hand(compared: xr.Dataset) -> None:
-    found = paired_differences(compared)
+    result = paired_differences(compared)
     # |error| / 4: 1 2 1 2 | 4 2 3 | 8 4 sum to 27; over 9 samples 0.75, times 1.25 and 1.5 for seeds 1 and 2.
     shared = 0.75 * (1.25 + 1.5) / 2
-    assert _of(found, "half")["difference"] == pytest.approx(-shared / 2, abs=1e-12)
+    assert _of(result, "half")["difference"] == pytest.approx(-shared / 2, abs=1e-12)
     # One bin each: (6/4 + 9/3 + 12/2) / 4 / 3 = 0.875.
-    assert _of(found, "half", "bmae")["difference"] == pytest.approx(-0.875 * 1.375 / 2, abs=1e-12)
-    assert _of(found, "half", "mae", "few")["difference"] == pytest.approx(-1.5 * 1.375 / 2, abs=1e-12)
-    assert found["seeds"].values.tolist() == [3, 2, 1, 0, 3]
-    assert found["difference"].attrs["units"] == "years"
-    assert found["ratio"].attrs["units"] == "1"
+    assert _of(result, "half", "bmae")["difference"] == pytest.approx(-0.875 * 1.375 / 2, abs=1e-12)
+    assert _of(result, "half", "mae", "few")["difference"] == pytest.approx(-1.5 * 1.375 / 2, abs=1e-12)
+    assert result["seeds"].values.tolist() == [3, 2, 1, 0, 3]
+    assert result["difference"].attrs["units"] == "years"
+    assert result["ratio"].attrs["units"] == "1"
 
 
 def test_half_of_every_error_is_half_in_every_replicate(compared: xr.Dataset) -> None:
     # Seeds and samples are the same on both sides, so the ratio cannot vary.
-    found = paired_differences(compared)
+    result = paired_differences(compared)
     for metric, region in (("mae", "all"), ("bmae", "all"), ("mae", "few")):
-        part = _of(found, "half", metric, region)
+        part = _of(result, "half", metric, region)
         np.testing.assert_allclose([part[n] for n in NAMES[3:]], 0.5, atol=1e-12)
         assert part["difference_low"] < part["difference"] < part["difference_high"] < 0
 
 
 def test_the_baseline_against_itself_is_exactly_zero(compared: xr.Dataset) -> None:
-    found = paired_differences(compared)
-    assert _of(found, "vanilla") == {**dict.fromkeys(NAMES[:3], 0.0), **dict.fromkeys(NAMES[3:], 1.0)}
+    result = paired_differences(compared)
+    assert _of(result, "vanilla") == {**dict.fromkeys(NAMES[:3], 0.0), **dict.fromkeys(NAMES[3:], 1.0)}
 
 
 def _many(predicted: Run, combine: Combine, *, seeds: int = 4, n: int = 300, **scales: float) -> xr.Dataset:
@@ -75,23 +75,23 @@ def _many(predicted: Run, combine: Combine, *, seeds: int = 4, n: int = 300, **s
 
 def test_points_are_the_differences_of_the_result(predicted: Run, combine: Combine) -> None:
     ds = _many(predicted, combine, vanilla=1.0, better=0.7, other=1.1)
-    found = paired_differences(ds, metrics=EVERY, replicates=100)
+    result = paired_differences(ds, metrics=EVERY, replicates=100)
     means = ds.mean("seed")
     for method in ("better", "other"):
         for metric, region in EVERY:
-            part, both = _of(found, method, metric, region), means[metric].sel(region=region)
+            part, both = _of(result, method, metric, region), means[metric].sel(region=region)
             mine, theirs = float(both.sel({"method": method})), float(both.sel({"method": "vanilla"}))
             assert part["difference"] == pytest.approx(mine - theirs, abs=1e-6)
             assert part["ratio"] == pytest.approx(mine / theirs, abs=1e-6)
     with pytest.raises(AssertionError):  # the comparison above tells other methods apart
-        assert _of(found, "better")["difference"] == pytest.approx(_of(found, "other")["difference"], abs=1e-6)
+        assert _of(result, "better")["difference"] == pytest.approx(_of(result, "other")["difference"], abs=1e-6)
 
 
 def test_a_clear_gap_excludes_zero_and_equal_methods_include_it(predicted: Run, combine: Combine) -> None:
     ds = _many(predicted, combine, vanilla=1.0, better=0.6, same=1.0, worse=1.6)
-    found = paired_differences(ds)
+    result = paired_differences(ds)
     for metric, region in (("mae", "all"), ("bmae", "all"), ("mae", "few")):
-        better, same, worse = (_of(found, m, metric, region) for m in ("better", "same", "worse"))
+        better, same, worse = (_of(result, m, metric, region) for m in ("better", "same", "worse"))
         assert better["difference_high"] < 0 < worse["difference_low"]
         assert same["difference_low"] < 0 < same["difference_high"]
         assert better["ratio_high"] < 1 < worse["ratio_low"]
@@ -143,19 +143,19 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(predicted: Run, co
                 scale = 1 + (0.05 * rng.normal() if seeds > 1 else 0.0)
                 error = scale * (shared + rng.normal(size=bins.size))
                 runs[method, seed] = predicted(bins, bins + error)
-        found = paired_differences(combine(runs), metrics=[("mae", "all")], level=0.8, replicates=300)
-        inside = (found["difference_low"] < 0) & (found["difference_high"] > 0)
+        result = paired_differences(combine(runs), metrics=[("mae", "all")], level=0.8, replicates=300)
+        inside = (result["difference_low"] < 0) & (result["difference_high"] > 0)
         covered.append(float(inside[1:].mean()))
     assert 0.65 < np.mean(covered) < 0.97
 
 
 def test_one_seed_tells_the_variation_of_samples_alone(compared: xr.Dataset) -> None:
-    found = paired_differences(compared)
-    assert found.attrs["resampled"].endswith("of one seed, test samples alone: alone")
-    assert found.attrs["baseline"] == "vanilla"
+    result = paired_differences(compared)
+    assert result.attrs["resampled"].endswith("of one seed, test samples alone: alone")
+    assert result.attrs["baseline"] == "vanilla"
     several = paired_differences(compared.sel({"method": ["vanilla", "half"]}))
     assert several.attrs["resampled"] == "seeds, and test samples within their bins"
-    part = _of(found, "alone")
+    part = _of(result, "alone")
     assert part["difference_low"] < part["difference"] < part["difference_high"]
 
 
@@ -168,10 +168,10 @@ def test_the_constant_predictor_meets_every_seed(compared: xr.Dataset) -> None:
 
 
 def test_methods_without_predictions_or_regions_without_samples_are_nan(compared: xr.Dataset) -> None:
-    found = paired_differences(compared, metrics=[("mae", "all"), ("bmae", "unseen")])
-    assert all(np.isnan(_of(found, "plain")[name]) for name in NAMES)
-    assert all(np.isnan(_of(found, "half", "bmae", "unseen")[name]) for name in NAMES)
-    assert not np.isnan(_of(found, "half")["difference"])
+    result = paired_differences(compared, metrics=[("mae", "all"), ("bmae", "unseen")])
+    assert all(np.isnan(_of(result, "plain")[name]) for name in NAMES)
+    assert all(np.isnan(_of(result, "half", "bmae", "unseen")[name]) for name in NAMES)
+    assert not np.isnan(_of(result, "half")["difference"])
 
 
 def test_a_perfect_baseline_has_no_ratio(predicted: Run, combine: Combine) -> None:
@@ -186,11 +186,11 @@ def test_a_perfect_baseline_has_no_ratio(predicted: Run, combine: Combine) -> No
 def test_draws_repeat_and_do_not_depend_on_the_other_methods(predicted: Run, combine: Combine) -> None:
     ds = _many(predicted, combine, n=60, vanilla=1.0, other=0.8, half=0.5)
     before = ds.copy(deep=True)
-    found = paired_differences(ds)
-    xr.testing.assert_identical(found, paired_differences(ds))
+    result = paired_differences(ds)
+    xr.testing.assert_identical(result, paired_differences(ds))
     fewer = paired_differences(ds.sel({"method": ["half", "vanilla"]}))
-    np.testing.assert_allclose(fewer["difference_low"][0], found["difference_low"][2], atol=1e-12)
-    assert not np.array_equal(paired_differences(ds, seed=1)["difference_low"][2], found["difference_low"][2])
+    np.testing.assert_allclose(fewer["difference_low"][0], result["difference_low"][2], atol=1e-12)
+    assert not np.array_equal(paired_differences(ds, seed=1)["difference_low"][2], result["difference_low"][2])
     xr.testing.assert_identical(ds, before)
 
 
@@ -229,8 +229,8 @@ def test_other_kinds_are_refused(compared: xr.Dataset, ds: xr.Dataset) -> None:
 
 
 def test_the_table_is_that_worked_out_by_hand(compared: xr.Dataset) -> None:
-    found = paired_differences(compared, metrics=[("mae", "all"), ("mae", "few")])
-    table = comparison_table(compared, found)
+    result = paired_differences(compared, metrics=[("mae", "all"), ("mae", "few")])
+    table = comparison_table(compared, result)
     assert table.header == ["method", "seeds", "MAE all", "MAE few", "minutes"]
     assert table.counts == ["test samples", "", "9", "2", ""]
     # 0.75 times 1, 1.25, 1.5 has the mean 0.9375 and sd 0.1875; of the half, 0.375 times 1.25 and 1.5.
@@ -259,32 +259,32 @@ def test_the_table_is_that_worked_out_by_hand(compared: xr.Dataset) -> None:
 
 def test_table_without_minutes_has_no_such_column(compared: xr.Dataset) -> None:
     compared["minutes"][:] = np.nan
-    found = paired_differences(compared, metrics=[("bmae", "all")])
-    assert comparison_table(compared, found).header == ["method", "seeds", "bMAE all"]
+    result = paired_differences(compared, metrics=[("bmae", "all")])
+    assert comparison_table(compared, result).header == ["method", "seeds", "bMAE all"]
 
 
 def test_table_refuses_what_does_not_belong(compared: xr.Dataset) -> None:
-    found = paired_differences(compared)
+    result = paired_differences(compared)
     with pytest.raises(ValueError, match="comparison_table: differences must be of the methods of ds"):
-        comparison_table(compared.isel(method=[0, 1]), found)
+        comparison_table(compared.isel(method=[0, 1]), result)
     with pytest.raises(ResultsError, match="must be a result of paired_differences, got a dataset without ratio"):
-        comparison_table(compared, found.drop_vars("ratio"))
+        comparison_table(compared, result.drop_vars("ratio"))
     with pytest.raises(TypeError, match="differences must be a Dataset, got dict"):
         comparison_table(compared, {})  # type: ignore[arg-type]
 
 
 def test_the_csv_holds_every_difference(compared: xr.Dataset) -> None:
-    found = paired_differences(compared)
-    rows = list(csv.DictReader(io.StringIO(differences_csv(found))))
-    assert len(rows) == found.sizes["method"] * found.sizes["column"]
+    result = paired_differences(compared)
+    rows = list(csv.DictReader(io.StringIO(differences_csv(result))))
+    assert len(rows) == result.sizes["method"] * result.sizes["column"]
     row = next(r for r in rows if r["method"] == "half" and (r["metric"], r["region"]) == ("mae", "few"))
     assert row["seeds"] == "2"
     assert row["baseline"] == "vanilla"
     for name in NAMES:
-        assert float(row[name]) == pytest.approx(_of(found, "half", "mae", "few")[name], rel=1e-5)
+        assert float(row[name]) == pytest.approx(_of(result, "half", "mae", "few")[name], rel=1e-5)
     assert {r["difference"] for r in rows if r["method"] == "plain"} == {""}
     with pytest.raises(ResultsError, match="differences_csv: differences must be a result of paired_differences"):
-        differences_csv(found.drop_attrs())
+        differences_csv(result.drop_attrs())
 
 
 def test_leading_methods_are_the_best_of_each_region(
@@ -316,13 +316,13 @@ def test_the_axis_may_be_of_any_edges(combine: Combine) -> None:
     target = np.array([0.1, 0.3, 3.9, 9.0], dtype=np.float32)  # the end of the axis is in the last bin
     runs = {}
     for seed, method in enumerate(("vanilla", "a")):
-        told = target + np.float32(seed + 1) * np.array([1, 1, 1, 3], dtype=np.float32)
-        found = dt.regression_metrics(
-            torch.from_numpy(told), torch.from_numpy(target), dt.LabelDensity(bins, [200, 30, 3])
+        output = target + np.float32(seed + 1) * np.array([1, 1, 1, 3], dtype=np.float32)
+        result = dt.regression_metrics(
+            torch.from_numpy(output), torch.from_numpy(target), dt.LabelDensity(bins, [200, 30, 3])
         )
         years = {"units": "label"}
-        runs[method, 0] = found.assign(target=("sample", target, years), prediction=("sample", told, years))
-    found = paired_differences(combine(runs))
-    assert _of(found, "a")["difference"] == pytest.approx(6 / 4, abs=1e-6)
+        runs[method, 0] = result.assign(target=("sample", target, years), prediction=("sample", output, years))
+    result = paired_differences(combine(runs))
+    assert _of(result, "a")["difference"] == pytest.approx(6 / 4, abs=1e-6)
     # A bin weighs by its width in the bMAE.
-    assert _of(found, "a", "bmae")["difference"] == pytest.approx((0.3 + 3.7 + 3 * 5) / 9, abs=1e-6)
+    assert _of(result, "a", "bmae")["difference"] == pytest.approx((0.3 + 3.7 + 3 * 5) / 9, abs=1e-6)

@@ -52,8 +52,8 @@ def crowd(predicted: Run, combine: Combine) -> xr.Dataset:
     runs = {}
     for name in names:
         for seed in range(2):
-            told = (target + rng.normal(size=60)).astype(np.float32)
-            runs[name, seed] = predicted(target, told, half=1.0).assign(minutes=5 + 0.1 * rng.normal())
+            output = (target + rng.normal(size=60)).astype(np.float32)
+            runs[name, seed] = predicted(target, output, half=1.0).assign(minutes=5 + 0.1 * rng.normal())
     runs["constant", 0] = predicted(target, np.full(60, 0.5))
     return combine(runs)
 
@@ -62,8 +62,8 @@ def test_every_figure_is_drawn_labels_its_units_and_leaves_matplotlib_alone(
     compared: xr.Dataset, tmp_path: Path
 ) -> None:
     before = dict(matplotlib.rcParams)
-    found = paired_differences(compared, replicates=100)
-    for i, figure in enumerate((difference_figure(found), coverage_figure(compared), cost_figure(compared))):
+    result = paired_differences(compared, replicates=100)
+    for i, figure in enumerate((difference_figure(result), coverage_figure(compared), cost_figure(compared))):
         said = [name for axes in figure.axes for name in (axes.get_xlabel(), axes.get_ylabel())]
         said += [figure.get_supxlabel(), *(axes.get_title() for axes in figure.axes)]
         assert any("(years)" in text for text in said)
@@ -74,36 +74,36 @@ def test_every_figure_is_drawn_labels_its_units_and_leaves_matplotlib_alone(
 
 
 def test_difference_shows_points_intervals_and_verdicts(compared: xr.Dataset) -> None:
-    found = paired_differences(compared)
-    figure = difference_figure(found)
+    result = paired_differences(compared)
+    figure = difference_figure(result)
     assert [axes.get_title() for axes in figure.axes] == ["all", "many", "medium", "few"]
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["half (2 seeds)", "alone (1 seed)"]
     zero, interval, dot, other_interval, other = axes.lines
     assert set(zero.get_xdata()) == {0}
-    part = found.isel(column=1).sel({"method": "half"})
+    part = result.isel(column=1).sel({"method": "half"})
     assert dot.get_xdata()[0] == float(part["difference"])
     assert list(interval.get_xdata()) == [float(part["difference_low"]), float(part["difference_high"])]
     assert dot.get_color() == dot.get_markerfacecolor() == "#0072B2"
     assert other.get_color() == other_interval.get_color() == "#D55E00"
-    found["difference_high"][1] = 0.5
-    hollow = difference_figure(found).axes[0].lines[2]
+    result["difference_high"][1] = 0.5
+    hollow = difference_figure(result).axes[0].lines[2]
     assert (hollow.get_color(), hollow.get_markerfacecolor()) == ("#777777", "white")
 
 
 def test_difference_leaves_out_regions_that_were_not_compared(compared: xr.Dataset) -> None:
-    found = paired_differences(compared)
-    figure = difference_figure(found, metric="bmae")
+    result = paired_differences(compared)
+    figure = difference_figure(result, metric="bmae")
     assert [axes.get_title() for axes in figure.axes] == ["all", "few"]
     assert figure.get_supxlabel() == "bMAE minus that of vanilla (years), 95 % interval; left of 0 is better"
     with pytest.raises(ValueError, match=r"regions must be some in which bmae was compared, got \['many'\]"):
-        difference_figure(found, metric="bmae", regions=["many"])
+        difference_figure(result, metric="bmae", regions=["many"])
     with pytest.raises(ValueError, match="metric must be one of 'mae', 'bmae', got 'rmse'"):
-        difference_figure(found, metric="rmse")
+        difference_figure(result, metric="rmse")
     with pytest.raises(ResultsError, match="must be a result of paired_differences, got a dataset without difference"):
         difference_figure(compared)
     with pytest.raises(TypeError, match="regions must be a Sequence, got int"):
-        difference_figure(found, regions=1)  # type: ignore[arg-type]
+        difference_figure(result, regions=1)  # type: ignore[arg-type]
 
 
 def test_difference_without_others_says_so(compared: xr.Dataset) -> None:

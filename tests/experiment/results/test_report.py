@@ -38,9 +38,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        found = dict(attrs)
-        self.ids += [found["id"] or ""] if "id" in found else []
-        self.links += [found[name] or "" for name in ("href", "src", "xlink:href") if name in found]
+        result = dict(attrs)
+        self.ids += [result["id"] or ""] if "id" in result else []
+        self.links += [result[name] or "" for name in ("href", "src", "xlink:href") if name in result]
         if tag not in self.void:
             self.open.append(tag)
 

@@ -333,8 +333,8 @@ def test_runs_with_and_without_predictions_and_intervals_stand_side_by_side(comp
     assert compared["target"].dims == ("sample",)
     assert compared["target"].dtype == np.float64
     assert compared["prediction"].dims == ("method", "seed", "sample")
-    told = {name: compared[name].notnull().all("sample").values.tolist() for name in ("prediction", "lower", "upper")}
-    assert told["prediction"] == [
+    output = {name: compared[name].notnull().all("sample").values.tolist() for name in ("prediction", "lower", "upper")}
+    assert output["prediction"] == [
         [True] * 3,
         [False, True, True],
         [False, False, True],
@@ -342,11 +342,11 @@ def test_runs_with_and_without_predictions_and_intervals_stand_side_by_side(comp
         [True, False, False],
     ]
     assert (
-        told["lower"]
-        == told["upper"]
+        output["lower"]
+        == output["upper"]
         == [[False] * 3, [False, True, True], [False, False, True], [False] * 3, [False] * 3]
     )
-    assert {compared[name].dtype for name in told} == {np.dtype(np.float32)}
+    assert {compared[name].dtype for name in output} == {np.dtype(np.float32)}
     assert compared["lower"].attrs == {"units": "years", "interval_level": 0.75}
 
 
@@ -514,8 +514,8 @@ def test_damaged_files_raise_our_error_or_none(ds: xr.Dataset, tmp_path: Path) -
         elif i % 3 == 1:
             del bad[rng.randrange(len(bad) - 8) :]
         else:
-            at = rng.randrange(len(bad))
-            bad[at:at] = rng.randbytes(rng.randint(1, 64))
+            spot = rng.randrange(len(bad))
+            bad[spot:spot] = rng.randbytes(rng.randint(1, 64))
         path.write_bytes(bad)
         try:
             load_results(path)

@@ -144,7 +144,7 @@ def test_figures_never_take_one_anothers_file(tmp_path: Path, ds: xr.Dataset) ->
 def test_a_comparison_lands_in_one_folder(tmp_path: Path, compared: xr.Dataset) -> None:
     density = dt.LabelDensity(dt.Bins.uniform(0, 5, width=1), [300, 50, 5, 0, 0])
     more = figures(compared)
-    found = write_comparison(
+    result = write_comparison(
         tmp_path,
         compared,
         density=density,
@@ -155,7 +155,7 @@ def test_a_comparison_lands_in_one_folder(tmp_path: Path, compared: xr.Dataset) 
         titles={"half": "errs half as much"},
         figures=more,
     )
-    xr.testing.assert_identical(found, paired_differences(compared, level=0.9, replicates=200, seed=3))
+    xr.testing.assert_identical(result, paired_differences(compared, level=0.9, replicates=200, seed=3))
     drawn = {
         "label-density",
         "error-by-region",
@@ -169,8 +169,8 @@ def test_a_comparison_lands_in_one_folder(tmp_path: Path, compared: xr.Dataset) 
     others = {"results.nc", "table.md", "report.html", "differences.csv", "events"}
     assert files(tmp_path) == others | {f"figures/{name}.png" for name in drawn}
     xr.testing.assert_identical(load_results(tmp_path / "results.nc"), compared)
-    assert (tmp_path / "table.md").read_text() == as_markdown(comparison_table(compared, found))
-    assert (tmp_path / "differences.csv").read_text() == differences_csv(found)
+    assert (tmp_path / "table.md").read_text() == as_markdown(comparison_table(compared, result))
+    assert (tmp_path / "differences.csv").read_text() == differences_csv(result)
     page = (tmp_path / "report.html").read_text()
     for part in (
         "A note.",
@@ -184,7 +184,7 @@ def test_a_comparison_lands_in_one_folder(tmp_path: Path, compared: xr.Dataset) 
     events.Reload()
     assert set(events.Tags()["images"]) == {f"figures/{name}" for name in drawn}
     text = events.Tensors("results/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text == as_markdown(comparison_table(compared, found))
+    assert text == as_markdown(comparison_table(compared, result))
 
 
 def test_a_comparison_shows_what_there_is(

@@ -103,9 +103,9 @@ def test_damaged_bytes_never_pass_and_only_our_error_comes_out(tmp_path: Path) -
     random = np.random.default_rng(0)
     refusals = []
     for _ in range(60):
-        at = int(random.integers(len(whole)))
-        flipped = whole[:at] + bytes([whole[at] ^ int(random.integers(1, 256))]) + whole[at + 1 :]
-        for damaged in (flipped, whole[:at], whole + random.bytes(9)):
+        start = int(random.integers(len(whole)))
+        flipped = whole[:start] + bytes([whole[start] ^ int(random.integers(1, 256))]) + whole[start + 1 :]
+        for damaged in (flipped, whole[:start], whole + random.bytes(9)):
             file.write_bytes(damaged)
             try:
                 loaded = load_checkpoint(file)
@@ -122,8 +122,8 @@ def test_a_flipped_weight_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "c.pt"
     save_checkpoint(file, {"weight": torch.full((100,), 1.5)})
     data = file.read_bytes()
-    at = data.index(torch.full((100,), 1.5).numpy().tobytes())
-    file.write_bytes(data[:at] + b"\x01" + data[at + 1 :])
+    start = data.index(torch.full((100,), 1.5).numpy().tobytes())
+    file.write_bytes(data[:start] + b"\x01" + data[start + 1 :])
     with pytest.raises(CheckpointError, match="bytes that have changed"):
         load_checkpoint(file)
 

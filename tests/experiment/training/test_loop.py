@@ -615,7 +615,7 @@ def test_what_has_no_gradient_is_refused_in_words(tmp_path: Path) -> None:
 
 def test_another_default_device_changes_nothing(tmp_path: Path) -> None:
     """Meta stands for an accelerator; AdamW itself makes tensors there."""
-    how = Optimization(epochs=1, batch_size=BATCH, lr=0.01, optimizer="sgd", momentum=0.0)
+    budget = Optimization(epochs=1, batch_size=BATCH, lr=0.01, optimizer="sgd", momentum=0.0)
 
     def run(folder: Path, device: str) -> None:
         data, model = image_set(), Regressor(nn.Sequential(nn.Flatten(), nn.Linear(768, 8)), 8)
@@ -624,7 +624,7 @@ def test_another_default_device_changes_nothing(tmp_path: Path) -> None:
             with runtime.seeded("init"):
                 for parameter in model.parameters():
                     nn.init.normal_(parameter, std=0.01)
-            fit(model, data, image_set(31, 1), runtime=runtime, folder=folder, optimization=how, **arguments)
+            fit(model, data, image_set(31, 1), runtime=runtime, folder=folder, optimization=budget, **arguments)
             predict(model, data, runtime=runtime)
 
     run(tmp_path / "meta", "meta")
@@ -647,8 +647,8 @@ def test_a_best_epoch_among_the_first_is_told_once(tmp_path: Path) -> None:
         return -(output + model.by).mean()
 
     def run(epochs: int, folder: Path) -> None:
-        how = Optimization(epochs=epochs, batch_size=BATCH, lr=0.01)
-        train(folder, model=model, val=image_set(), loss=away, optimization=how, fingerprint={"loss": "away"})
+        budget = Optimization(epochs=epochs, batch_size=BATCH, lr=0.01)
+        train(folder, model=model, val=image_set(), loss=away, optimization=budget, fingerprint={"loss": "away"})
 
     model = Worse()
     with pytest.warns(UserWarning, match=r"val_bmae was least at epoch [12] of 8, .* Lower the learning rate") as said:
@@ -712,8 +712,8 @@ def test_evaluate_restores_every_mode() -> None:
 
 
 def test_classes_are_learnt_from_grey_images_and_history_tells_their_errors(tmp_path: Path) -> None:
-    how = Optimization(epochs=6, batch_size=BATCH, lr=0.03)
-    model, history = classify(tmp_path, optimization=how)
+    budget = Optimization(epochs=6, batch_size=BATCH, lr=0.03)
+    model, history = classify(tmp_path, optimization=budget)
     best = load_checkpoint(tmp_path / "checkpoint-best.pt")
     assert best["val_balanced_error"] == min(row["val_balanced_error"] for row in history)
     val = class_set(31, seed=1)
@@ -754,14 +754,14 @@ def test_an_epoch_holds_what_the_sampler_says(tmp_path: Path, num_samples: int, 
 
 def test_a_run_is_resumed_with_its_own_sampler_only(tmp_path: Path) -> None:
     labels = class_set().labels
-    how = Optimization(epochs=1, batch_size=BATCH)
-    classify(tmp_path, optimization=how)
+    budget = Optimization(epochs=1, batch_size=BATCH)
+    classify(tmp_path, optimization=budget)
     for other in (BinSampler(labels, CLASSES, q=0.5, num_samples=40, seed=8), None):
         with pytest.raises(CheckpointError, match=r"sampler(\.seed was 7 and is 8| was .* and is None)"):
-            classify(tmp_path, optimization=how, resume=True, sampler=other)
+            classify(tmp_path, optimization=budget, resume=True, sampler=other)
     with pytest.raises(CheckpointError, match="weights_from was 1 and is 2"):
-        classify(tmp_path, optimization=how, resume=True, weights_from=2)
-    _, history = classify(tmp_path, optimization=how, resume=True)
+        classify(tmp_path, optimization=budget, resume=True, weights_from=2)
+    _, history = classify(tmp_path, optimization=budget, resume=True)
     assert len(history) == 1
 
 
@@ -769,10 +769,10 @@ def test_each_rank_may_resume_with_its_own_rank_of_the_sampler(tmp_path: Path) -
     def of_rank(rank: int) -> BinSampler:
         return BinSampler(class_set().labels, CLASSES, num_samples=40, rank=rank, world=2)
 
-    how = Optimization(epochs=1, batch_size=BATCH)
-    classify(tmp_path, optimization=how, sampler=of_rank(0))
+    budget = Optimization(epochs=1, batch_size=BATCH)
+    classify(tmp_path, optimization=budget, sampler=of_rank(0))
     # Rank 0 writes the checkpoint that rank 1 reads; order(epoch) is the same on both.
-    _, history = classify(tmp_path, optimization=how, sampler=of_rank(1), resume=True)
+    _, history = classify(tmp_path, optimization=budget, sampler=of_rank(1), resume=True)
     assert len(history) == 1
 
 
@@ -850,10 +850,10 @@ def test_predict_returns_a_row_an_image_in_order(batch_size: int) -> None:
         expected = model.eval()(images)
     model.train()
     model.head.eval()
-    found = predict(model, data, runtime=one_process(), batch_size=batch_size)
-    assert type(found) is Scored
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert not found.scores.requires_grad
+    result = predict(model, data, runtime=one_process(), batch_size=batch_size)
+    assert type(result) is Scored
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    assert not result.scores.requires_grad
     assert [model.training, model.backbone.training, model.head.training] == [True, True, False]
     model.return_features = False
     scores = predict(model, data, runtime=one_process(), batch_size=batch_size)
@@ -882,12 +882,12 @@ def test_predict_needs_an_image_a_rank() -> None:
 def test_evaluate_takes_scores_from_what_has_them_and_leaves_the_metrics_alone() -> None:
     data = class_set(31)
     model, metrics = class_model(), class_metrics(data)
-    found = evaluate(model, data, metrics=metrics, runtime=one_process(), batch_size=8)
+    result = evaluate(model, data, metrics=metrics, runtime=one_process(), batch_size=8)
     assert int(metrics.confusion.sum()) == 0
     model.return_features = False
     plain = evaluate(model, data, metrics=metrics, runtime=one_process())
-    assert torch.equal(found.confusion, plain.confusion)
-    assert int(found.confusion.sum()) == 31
+    assert torch.equal(result.confusion, plain.confusion)
+    assert int(result.confusion.sum()) == 31
 
 
 @pytest.mark.parametrize("head", ["regression", "gaussian", "linear"])
@@ -896,22 +896,22 @@ def test_evaluate_takes_the_prediction_of_what_has_one(head: Any) -> None:
     model = binned_model(head=head)
     with torch.no_grad():
         out = model.eval()(to_float(torch.from_numpy(data.images)))
-    found = evaluate(model, data, metrics=metrics_of(data), runtime=one_process(), batch_size=8)
+    result = evaluate(model, data, metrics=metrics_of(data), runtime=one_process(), batch_size=8)
     expected = metrics_of(data)
     expected.update(out.prediction, torch.from_numpy(data.labels))
     for name in ("mae", "bmae"):
-        own, wanted = (float(m.compute()[name].sel(region="all")) for m in (found, expected))
+        own, wanted = (float(m.compute()[name].sel(region="all")) for m in (result, expected))
         assert own == pytest.approx(wanted, rel=1e-5)
 
 
 def test_evaluate_takes_the_scores_of_what_has_them_for_classes() -> None:
     data = class_set(31)
     model = LongTailModel(class_model().backbone, 54, CLASSES)
-    found = evaluate(model, data, metrics=class_metrics(data), runtime=one_process(), batch_size=8)
+    result = evaluate(model, data, metrics=class_metrics(data), runtime=one_process(), batch_size=8)
     expected = class_metrics(data)
     with torch.no_grad():
         expected.update(model.eval()(to_float(torch.from_numpy(data.images))).scores, torch.from_numpy(data.labels))
-    assert torch.equal(found.confusion, expected.confusion)
+    assert torch.equal(result.confusion, expected.confusion)
 
 
 @pytest.mark.parametrize("batch_size", [8, 512])
@@ -921,16 +921,16 @@ def test_predict_keeps_the_fields_and_leaves_out_what_the_model_does(options: An
     model = binned_model(**options)
     with torch.no_grad():
         expected = model.eval()(to_float(torch.from_numpy(data.images)))
-    found = predict(model.train(), data, runtime=one_process(), batch_size=batch_size)
-    assert type(found) is LongTailOutput
+    result = predict(model.train(), data, runtime=one_process(), batch_size=batch_size)
+    assert type(result) is LongTailOutput
     assert model.training
-    for name in found._fields:
+    for name in result._fields:
         torch.testing.assert_close(
-            getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5, equal_nan=name == "loss"
+            getattr(result, name), getattr(expected, name), rtol=1e-5, atol=1e-5, equal_nan=name == "loss"
         )
-    assert found.loss.isnan()
-    assert (found.distribution.shape[1] == 0) == ("head" in options)
-    assert (found.residual.shape[1] == 0) == ("residual" not in options)
+    assert result.loss.isnan()
+    assert (result.distribution.shape[1] == 0) == ("head" in options)
+    assert (result.residual.shape[1] == 0) == ("residual" not in options)
 
 
 def test_predict_returns_none_and_plain_tuples_as_the_model_does() -> None:
@@ -1044,8 +1044,10 @@ def test_a_loss_of_pairs_is_taken_as_it_is(tmp_path: Path) -> None:
     model, data = tiny_model(random=False), image_set(15)
     first = copy.deepcopy(model)
     handle = register_optimizer_step_pre_hook(lambda *_: seen.append(model.head.weight.grad.clone()))
-    how = Optimization(epochs=4, batch_size=BATCH, lr=0.03)
-    history = train(tmp_path, model=model, data=data, val=data, loss=ranking, optimization=how, augmentation=False)[2]
+    budget = Optimization(epochs=4, batch_size=BATCH, lr=0.03)
+    history = train(tmp_path, model=model, data=data, val=data, loss=ranking, optimization=budget, augmentation=False)[
+        2
+    ]
     handle.remove()
     ranking(first(to_float(torch.from_numpy(data.images))), torch.from_numpy(data.labels), None).backward()
     torch.testing.assert_close(seen[0], first.head.weight.grad, rtol=1e-4, atol=1e-6)
@@ -1081,9 +1083,9 @@ def gradients(folder: Path, runtime: Runtime, *, spread: float = 0.0) -> list[li
         seen.append([parameter.grad.clone() for parameter in model.parameters()])
 
     handle = register_optimizer_step_pre_hook(note)
-    how, weights = Optimization(epochs=1, batch_size=BATCH, lr=0.01), LDS(BINS).fit(image_set().labels)
+    budget, weights = Optimization(epochs=1, batch_size=BATCH, lr=0.01), LDS(BINS).fit(image_set().labels)
     fingerprint = {"loss": f"spread {spread}"}
-    arguments: dict[str, Any] = {"optimization": how, "weights": weights, "fingerprint": fingerprint}
+    arguments: dict[str, Any] = {"optimization": budget, "weights": weights, "fingerprint": fingerprint}
     train(folder, runtime, model=model, loss=loss if spread else weighted_l1, augmentation=False, **arguments)
     handle.remove()
     return seen
@@ -1101,19 +1103,19 @@ def run_rank(rank: int) -> dict[str, Any]:
             train(folder / "two-stopped", runtime, random=False, resume=True)
         else:
             raise AssertionError("both ranks must stop")
-        found = {"model": model.state_dict(), "history": history}
-        found["gradients"] = gradients(folder / "two-gradients", runtime)
-        found["spread"] = gradients(folder / "two-spread", runtime, spread=3.0)
+        result = {"model": model.state_dict(), "history": history}
+        result["gradients"] = gradients(folder / "two-gradients", runtime)
+        result["spread"] = gradients(folder / "two-spread", runtime, spread=3.0)
         with pytest.raises(CheckpointError, match="number of processes was 1 and is 2"):
             train(folder / "one", runtime, random=False, resume=True)
         model, history = train_binned(folder / "binned", runtime, random=False)
         predicted = predict(model, image_set(31, seed=1), runtime=runtime)
-        found["binned"] = {"history": history, "predicted": tuple(predicted)}
+        result["binned"] = {"history": history, "predicted": tuple(predicted)}
         for kind in ("classes", "second"):
             model, history = classify(folder / kind, runtime, second_stage=kind == "second")
             predicted = predict(model, class_set(31, seed=1), runtime=runtime)
-            found[kind] = {"model": model.state_dict(), "history": history, "predicted": tuple(predicted)}
-    return found
+            result[kind] = {"model": model.state_dict(), "history": history, "predicted": tuple(predicted)}
+    return result
 
 
 def train_to_step_eight(connection: Any, folder: Path) -> None:

@@ -56,10 +56,10 @@ class Tiny(nn.Module):
 class Stops(nn.Module):
     """A loss with parameters, and settings, that stops the run at a step."""
 
-    def __init__(self, at: int = 0) -> None:
+    def __init__(self, spot: int = 0) -> None:
         super().__init__()
         self.center = CenterLoss(1, 1)
-        self._at, self._calls = at, 0
+        self._at, self._calls = spot, 0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def resumed(tmp_path: Path, stopped: dict[str, Any]) -> Callable[..., Any]:
     return go_on
 
 
-def at(state: Any, path: tuple[Any, ...]) -> Any:
+def spot(state: Any, path: tuple[Any, ...]) -> Any:
     for key in path:
         state = state[key]
     return state
@@ -125,7 +125,7 @@ def at(state: Any, path: tuple[Any, ...]) -> Any:
 def changed(state: Any, path: tuple[Any, ...], value: Any) -> Any:
     """A copy with another value in one place; ``...`` for none at all."""
     state = copy.deepcopy(state)
-    inside = at(state, path[:-1])
+    inside = spot(state, path[:-1])
     if value is ...:
         del inside[path[-1]]
     else:
@@ -134,9 +134,9 @@ def changed(state: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def places(state: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    found = [path] if path else []
+    result = [path] if path else []
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return found + [place for key, item in items for place in places(item, (*path, key))]
+    return result + [place for key, item in items for place in places(item, (*path, key))]
 
 
 def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -251,13 +251,13 @@ def test_a_checkpoint_of_another_structure_is_refused_and_nothing_changed(
 @pytest.mark.parametrize("value", [..., None, -1, {"a": torch.ones(2)}], ids=repr)
 def test_any_place_may_hold_anything(resumed: Callable[..., Any], stopped: dict[str, Any], value: Any) -> None:
     """Only our own error comes out, or a run that goes on to its end."""
-    told = 0
+    refused = 0
     for path in places({key: item for key, item in stopped[LAST].items() if key != "fingerprint"}):
         try:
             resumed(changed(stopped[LAST], path, value))
         except CheckpointError:
-            told += 1
-    assert told > 30
+            refused += 1
+    assert refused > 30
 
 
 @pytest.mark.parametrize(
@@ -324,11 +324,11 @@ def test_values_nested_beyond_all_measure_are_refused(tmp_path: Path, stopped: d
 
 
 def test_a_run_with_sgd_goes_on(tmp_path: Path) -> None:
-    how = {"optimization": Optimization(epochs=EPOCHS, batch_size=20, lr=0.01, optimizer="sgd")}
+    options = {"optimization": Optimization(epochs=EPOCHS, batch_size=20, lr=0.01, optimizer="sgd")}
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, stop=STOP + 1, **how)
-    _, history = train(tmp_path, resume=True, **how)
-    assert repr(untimed(history)) == repr(untimed(train(tmp_path / "whole", **how)[1]))
+        train(tmp_path, stop=STOP + 1, **options)
+    _, history = train(tmp_path, resume=True, **options)
+    assert repr(untimed(history)) == repr(untimed(train(tmp_path / "whole", **options)[1]))
 
 
 def test_the_model_as_it_was_left_may_go_on(tmp_path: Path) -> None:

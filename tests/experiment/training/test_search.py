@@ -27,8 +27,8 @@ def searched(folder: Path, function: Callable[..., Any] = run, knobs: Any = KNOB
     return search(knobs, function, **{"epochs": 12, "folder": folder, **options})
 
 
-def states(found: Search) -> list[str]:
-    return [trial.state.name for trial in found.study.trials]
+def states(result: Search) -> list[str]:
+    return [trial.state.name for trial in result.study.trials]
 
 
 def recorded(calls: list[Any], function: Callable[..., Any] = run) -> Callable[..., float]:
@@ -47,22 +47,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, list[Any]]:
 
 
 def test_the_best_of_those_that_were_trained_to_the_end(whole: tuple[Search, list[Any]]) -> None:
-    found, calls = whole
-    assert found.settings == {"lr": 2, "size": 5, "sigma": 2.0}
-    assert found.score == pytest.approx(1 / 12)
-    assert len(found.study.trials) == 6
+    result, calls = whole
+    assert result.settings == {"lr": 2, "size": 5, "sigma": 2.0}
+    assert result.score == pytest.approx(1 / 12)
+    assert len(result.study.trials) == 6
     # The first is the best so far; (4, 1.0) and (4, 2.0) are in the worse half at a quarter of the epochs already.
     assert [call for call in calls if call[:2] == (1, 1.0)] == [(1, 1.0, 3), (1, 1.0, 6), (1, 1.0, 12)]
     assert [call for call in calls if call[0] == 4] == [(4, 1.0, 3), (4, 2.0, 3)]
-    assert states(found)[-2:] == ["PRUNED", "PRUNED"]
+    assert states(result)[-2:] == ["PRUNED", "PRUNED"]
 
 
 @pytest.mark.parametrize(("epochs", "budgets"), [(1, [1]), (2, [1, 2]), (7, [1, 3, 7]), (20, [5, 10, 20])])
 def test_a_single_candidate_is_trained_for_ever_more_epochs(tmp_path: Path, epochs: int, budgets: list[int]) -> None:
     calls: list[Any] = []
-    found = searched(tmp_path, recorded(calls), {"all": [{"lr": 2, "sigma": 2.0}]}, epochs=epochs)
+    result = searched(tmp_path, recorded(calls), {"all": [{"lr": 2, "sigma": 2.0}]}, epochs=epochs)
     assert [call[2] for call in calls] == budgets
-    assert found.settings == {"lr": 2, "sigma": 2.0}
+    assert result.settings == {"lr": 2, "sigma": 2.0}
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 7])
@@ -80,10 +80,10 @@ def test_a_search_that_was_stopped_repeats_nothing_and_ends_alike(
     with pytest.raises(KeyboardInterrupt):
         searched(tmp_path / "stopped", recorded(first, stopped))
     rest: list[Any] = []
-    found = searched(tmp_path / "stopped", recorded(rest), resume=True)
+    result = searched(tmp_path / "stopped", recorded(rest), resume=True)
     assert first[:-1] + rest == calls  # the run that was stopped is made again
-    assert found.settings == expected.settings
-    assert states(found) == states(expected)
+    assert result.settings == expected.settings
+    assert states(result) == states(expected)
     if stop == 4:
         again: list[Any] = []
         assert searched(tmp_path / "stopped", recorded(again), resume=True).settings == expected.settings
@@ -98,9 +98,9 @@ def test_what_fails_is_never_the_best_and_other_errors_end_the_search(tmp_path: 
             return float("nan") if epochs == 12 else 0.0
         return run(settings, epochs)
 
-    found = searched(tmp_path / "some", fails)
-    assert found.settings == {"lr": 1, "size": 5, "sigma": 2.0}
-    messages = {trial.user_attrs["message"] for trial in found.study.trials if trial.state.name == "FAIL"}
+    result = searched(tmp_path / "some", fails)
+    assert result.settings == {"lr": 1, "size": 5, "sigma": 2.0}
+    messages = {trial.user_attrs["message"] for trial in result.study.trials if trial.state.name == "FAIL"}
     assert messages == {"its score is nan", "NonFiniteLossError: fit: the loss must be finite, got nan."}
 
     def broken(settings: dict[str, Any], epochs: int) -> float:
@@ -152,16 +152,16 @@ def test_a_damaged_state_is_refused_and_left_alone(tmp_path: Path, content: byte
 
 
 def test_curves_are_drawn_and_optuna_speaks_on_no_stream(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    found = searched(tmp_path)
+    result = searched(tmp_path)
     streams = capfd.readouterr()
     assert streams.err == ""
-    assert streams.out.count("\n") == sum(len(trial.intermediate_values) for trial in found.study.trials)
+    assert streams.out.count("\n") == sum(len(trial.intermediate_values) for trial in result.study.trials)
     assert optuna.logging.get_verbosity() == optuna.logging.INFO
-    figure = search_figure(found, score_name="validation bMAE ($)")
+    figure = search_figure(result, score_name="validation bMAE ($)")
     assert type(figure) is Figure
     save_figure(figure, tmp_path / "search.png", dpi=50)
     (axes,) = figure.axes
     lines = {tuple(line.get_xdata()): line.get_ydata() for line in axes.lines}
     assert len(axes.lines) == 6
-    np.testing.assert_allclose(lines[3, 6, 12], found.study.trials[3].intermediate_values[12], atol=3)
+    np.testing.assert_allclose(lines[3, 6, 12], result.study.trials[3].intermediate_values[12], atol=3)
     assert axes.get_ylabel() == r"validation bMAE (\$)"

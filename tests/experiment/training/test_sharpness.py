@@ -52,8 +52,8 @@ def test_both_passes_have_the_weights_of_the_label_axis() -> None:
     weights = counts[y.int().numpy()] ** -0.5
     weights = weights / weights.mean()
 
-    def gradient(at: np.ndarray) -> np.ndarray:
-        return 2 * (weights[:, None] * x.numpy() * (x.numpy() @ at - y.numpy())[:, None]).mean(0)
+    def gradient(place: np.ndarray) -> np.ndarray:
+        return 2 * (weights[:, None] * x.numpy() * (x.numpy() @ place - y.numpy())[:, None]).mean(0)
 
     expected = np.zeros(3)
     for _ in range(5):
