@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -32,6 +33,8 @@ READ_ON = {
     "decoupling": "concepts.md#decoupling", "metrics": "concepts.md#why-averages-mislead",
     "integrations": "running.md#other-libraries", "experiment": "running.md",
 }  # fmt: skip
+# Pages whose code runs from top to bottom, which are notebooks as well.
+NOTEBOOKS = ("start.md", "concepts.md", "porting.md", "faq.md", "target-prior.md")
 AT_ROOT = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
 
 
@@ -63,6 +66,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in (*sorted((ROOT / "data_cards").glob("*.md")), *(ROOT / name for name in AT_ROOT)):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text(encoding="utf-8")))
+    for name in NOTEBOOKS:
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        files.append(File.generated(config, name.replace(".md", ".ipynb"), content=_notebook(text)))
     files.append(File.generated(config, "reference/index.md", content=_names()))
     for room, modules in rooms().items():
         files.append(File.generated(config, f"reference/{room}.md", content=_page(room, modules)))
@@ -80,6 +86,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = markdown.replace("](docs/", "](")
     if "/" not in page.file.src_uri:
         markdown = markdown.replace("](../", "](")
+    if page.file.src_uri in NOTEBOOKS:
+        notebook = page.file.src_uri.replace(".md", ".ipynb")
+        markdown = markdown.replace("\n\n", f"\n\n[As a notebook]({notebook})\n\n", 1)
     markdown = markdown.replace("<!-- tau -->", (ROOT / "docs/tau.html").read_text("utf-8"))
     markdown = re.sub(r"^```math\n(.*?)```$", lambda m: mathml(m[1], "block"), markdown, flags=re.M | re.S)
     return re.sub(r"\$`([^`]+)`\$", lambda m: mathml(m[1]), markdown)
@@ -92,6 +101,16 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             heading = rf'(id="{re.escape(path)}" class="doc doc-heading">.*?doc-object-name[^>]*>){name}<'
             html = re.sub(heading, rf"\g<1>dt.{name}<", html, flags=re.S)
     return html
+
+
+def _notebook(text: str) -> str:
+    """A page as a Jupyter notebook, without what its code printed."""
+    cells = []
+    for i, part in enumerate(re.split(r"^```python\n(.*?)^```\n(?:\n```\n.*?^```\n)?", text, flags=re.M | re.S)):
+        cell: dict[str, Any] = {"id": f"cell{i}", "metadata": {}, "source": part.strip(), "cell_type": "markdown"}
+        cells.append(cell | {"cell_type": "code", "outputs": [], "execution_count": None} if i % 2 else cell)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
 
 
 def _facts(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
