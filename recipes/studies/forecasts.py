@@ -1,11 +1,12 @@
-"""What networks say of rows that they have not seen, on real sets: what the studies of intervals and priors begin with.
+"""Forecasts of networks for rows that they have not seen, on real sets, for the studies of intervals and priors.
 
 The root holds ``tables/``, ``series/``, ``utkface/`` and ``text/`` with the sets of ``data_cards/`` under these names.
-Of tables and series a seed draws the rows to train on, at most ``rows`` and half of all; the network is
-``LongTailRegressor(bins=Bins.auto(y), head="linear", tau=0)``, which averages four. Of faces and sentences a seed
-draws the network and a fifth of the training part, which is withheld from it; the network is as it was after its last
-epoch. Validation and test part together are the unseen rows, whose labels are nearly even. ``beijing_time`` trains on
-earlier years, and the last one (``beijing_year``) and that of another station (``beijing_station``) are elsewhere.
+For tables and series a seed draws the training rows, at most ``rows`` and half of all. The network is
+``LongTailRegressor(bins=Bins.auto(y), head="linear", tau=0)``, the mean of four networks. For faces and sentences a
+seed draws the network, and withholds a fifth of the training part from it. The network has the weights of its last
+epoch. The validation and test parts together are the unseen rows, and their labels are nearly uniform.
+``beijing_time`` trains on earlier years. Its last year (``beijing_year``) and the last year of another station
+(``beijing_station``) are the rows from elsewhere.
 
 A study keeps forecasts in a folder, from which later runs and the other study read them. Delete it to train again.
 """
@@ -42,8 +43,8 @@ NETWORKS = ("utkface", "sts_b", "emobank")
 
 
 class Part(NamedTuple):
-    """Rows that the network has not seen: its scores (N, B), the labels (N,), what tells the rows apart (N, D), and
-    what gradient boosting predicts (N,), NaN where it was not trained."""
+    """Rows that the network has not seen: its scores (N, B), the labels (N,), the features (N, D), and the predictions
+    of gradient boosting (N,), which are NaN where it was not trained."""
 
     scores: np.ndarray
     labels: np.ndarray
@@ -52,9 +53,9 @@ class Part(NamedTuple):
 
 
 class Forecasts(NamedTuple):
-    """The density of the training labels, the prior that the network was trained under (B,), the ends of its bins, and
-    the rows that it has not seen: from where it was trained, and from elsewhere, by name. Where the former have other
-    shares of labels than the training rows, ``withheld`` are rows with the same."""
+    """The density of the training labels, the prior under which the network was trained (B,), the ends of its bins, and
+    the unseen rows: from the source of the training rows, and from elsewhere, by name. If the former are distributed
+    differently from the training rows, ``withheld`` holds unseen rows that are not."""
 
     density: dt.LabelDensity
     prior: np.ndarray
@@ -110,9 +111,9 @@ def of_network(root: Path, name: str, seed: int) -> Forecasts:
         model.load_state_dict(load_checkpoint(Path(folder) / "checkpoint-last.pt")["model"])
 
         def part(*sets: SampleSet) -> Part:
-            said = [predict(model, one, runtime=runtime) for one in sets]
+            outputs = [predict(model, one, runtime=runtime) for one in sets]
             scores, features = (
-                np.concatenate([getattr(one, key).numpy() for one in said]) for key in ("scores", "features")
+                np.concatenate([getattr(one, key).numpy() for one in outputs]) for key in ("scores", "features")
             )
             labels = np.concatenate([one.labels for one in sets]).astype(float)
             return Part(scores, labels, features, np.full(len(labels), np.nan))
@@ -132,7 +133,7 @@ def made(model: Any, held: Part, elsewhere: dict[str, Part], withheld: Part | No
 
 @cache
 def task(root: Path, name: str) -> tuple[Splits, dt.Bins, Any, dict[str, Any], int]:
-    """The parts of a set, its axis, what makes its backbone, the options of its model, and how long it trains."""
+    """The splits of a set, its axis, a function that makes its backbone, the options of its model, and its epochs."""
     if name == "utkface":
         axis = dt.Bins.uniform(0, 117, width=1, integer=True)
         return utkface(root / "utkface", size=32), axis, lambda: small_resnet(width=16), {"sigma": 2.0}, 5
@@ -145,7 +146,7 @@ def task(root: Path, name: str) -> tuple[Splits, dt.Bins, Any, dict[str, Any], i
 
 
 def rows_of(root: Path, name: str, rng: np.random.Generator) -> tuple[Any, Any, dict[str, Any]]:
-    """The rows to train on, the others, and those from elsewhere: inputs and labels of each."""
+    """Inputs and labels of the training rows, of the unseen rows, and of those from elsewhere by name."""
     if not name.startswith("beijing"):
         x, y = read(root / "tables", name)
         return *halved((x, np.log1p(y) if name == "appliances" else y), rng), {}

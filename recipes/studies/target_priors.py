@@ -1,15 +1,15 @@
-"""Whether the prior of new data can be told from a model's scores alone, and what predicting under it brings.
+"""Whether the prior of new data can be estimated from a model's scores alone, and how much predictions gain by it.
 
     python recipes/studies/target_priors.py --root DIR                          # eight sets, 5 seeds, 1 thread
     python recipes/studies/target_priors.py --root DIR --sets abalone --seeds 1
 
-DIR holds the sets, and ``forecasts.py`` tells how each is trained on. Rows that the network has not seen are halved
-into held-out rows and a pool, from which new rows are drawn, with replacement: as the training rows are distributed
-(``none``), even over the bins that hold a label (``even``), the highest 30 % of the labels alone (``high``), and in
-proportion to the rank of the label (``tilted``). Of faces and sentences the held-out rows are those withheld from
-training, and the pool is validation and test part. Rows from elsewhere, of Beijing's last year and of its other
-station, are natural shifts. Errors are those of the median as trained, under the estimate, and under the true prior of
-the new rows. ``OUT/rows.csv`` has a row per set, seed and shift, ``OUT/table.md`` has the table, and
+DIR holds the sets, and ``forecasts.py`` describes the training on each. Rows that the network has not seen are halved
+into held-out rows and a pool, from which new rows are drawn with replacement: as the training rows are distributed
+(``none``), uniformly over the bins that hold a label (``even``), from the highest 30 % of the labels (``high``), and in
+proportion to the rank of the label (``tilted``). For faces and sentences the held-out rows are those withheld from
+training, and the pool consists of the validation and test parts. Rows from elsewhere, of Beijing's last year and of
+another station, are natural shifts. Errors are those of the median as trained, under the estimate, and under the true
+prior of the new rows. ``OUT/rows.csv`` has a row per set, seed and shift, ``OUT/table.md`` has the table, and
 ``OUT/target-prior.png`` shows the priors of the first seed under the even shift.
 """
 
@@ -34,11 +34,11 @@ class Settings:
     )  # fmt: skip
     """Any of these and emobank."""
     seeds: int = 5
-    """Seeds 0, 1, ... decide which rows train, and what a method draws."""
+    """The number of seeds 0, 1, ... A seed decides the training rows and the random choices of a method."""
     rows: int = 3000
-    """Most rows of a table to train on."""
+    """The largest number of rows of a table to train on."""
     new: int = 2000
-    """Rows of each shift."""
+    """The number of rows per shift."""
     forecasts: Path = Path("runs/forecasts")
     """Folder of the forecasts, which both studies share."""
     out: Path = Path("runs/target_priors")
@@ -62,19 +62,21 @@ SHOWN = "even"  # the shift in the picture
 Curves = dict[str, np.ndarray]
 
 
-def shifts(said: Forecasts, most: int, rng: np.random.Generator) -> tuple[Part, dict[str, Part]]:
+def shifts(forecast: Forecasts, most: int, rng: np.random.Generator) -> tuple[Part, dict[str, Part]]:
     """Held-out rows, and new ones by the name of their shift."""
 
     def drawn(part: Part, weight: np.ndarray) -> Part:
         rows = rng.choice(len(part.labels), most, p=weight / weight.sum())
         return Part(*(values[rows] for values in part))
 
-    if said.elsewhere:
-        return said.held, {name: drawn(part, np.ones(len(part.labels))) for name, part in said.elsewhere.items()}
-    held, pool = halved(said.held, rng) if said.withheld is None else (said.withheld, said.held)
-    row, rising = said.bins.index(pool.labels, "clip"), np.sort(held.labels)
-    here = np.bincount(row, minlength=len(said.bins))
-    natural = (np.ones_like(here) if said.withheld is None else said.density.counts / here.clip(1))[row]
+    if forecast.elsewhere:
+        return forecast.held, {
+            name: drawn(part, np.ones(len(part.labels))) for name, part in forecast.elsewhere.items()
+        }
+    held, pool = halved(forecast.held, rng) if forecast.withheld is None else (forecast.withheld, forecast.held)
+    row, rising = forecast.bins.index(pool.labels, "clip"), np.sort(held.labels)
+    here = np.bincount(row, minlength=len(forecast.bins))
+    natural = (np.ones_like(here) if forecast.withheld is None else forecast.density.counts / here.clip(1))[row]
     weights = {
         "none": natural,
         "even": 1 / here[row],
@@ -84,15 +86,15 @@ def shifts(said: Forecasts, most: int, rng: np.random.Generator) -> tuple[Part, 
     return held, {name: drawn(pool, weight) for name, weight in weights.items()}
 
 
-def judge(name: str, seed: int, said: Forecasts, most: int) -> tuple[list[dict[str, Any]], Curves]:
-    """What the estimate comes to under each shift, and the priors along the axis under one."""
-    bins, prior = said.bins, said.prior
-    trained = said.density.counts / said.density.counts.sum()
-    held, tests = shifts(said, most, np.random.default_rng(1000 + seed))
+def judge(name: str, seed: int, forecast: Forecasts, most: int) -> tuple[list[dict[str, Any]], Curves]:
+    """The errors of the estimate under each shift, and the priors along the axis under the shift in the picture."""
+    bins, prior = forecast.bins, forecast.prior
+    trained = forecast.density.counts / forecast.density.counts.sum()
+    held, tests = shifts(forecast, most, np.random.default_rng(1000 + seed))
     rows, curves = [], {}
     for shift, new in tests.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", dt.DirToolkitWarning)  # that the source prior stays, which the row tells
+            warnings.simplefilter("ignore", dt.DirToolkitWarning)  # that the source prior is kept, which a column says
             estimate = dt.estimate_prior(
                 new.scores, source=held.scores, labels=held.labels, bins=bins,
                 features=new.features, source_features=held.features,
@@ -103,7 +105,7 @@ def judge(name: str, seed: int, said: Forecasts, most: int) -> tuple[list[dict[s
         def error(target: Any, new: Part = new) -> float:
             logits = torch.from_numpy(new.scores.astype(float))
             logits = logits if target is None else dt.adjust_logits(logits, prior, target=target)
-            pred = dt.decode(logits.softmax(1), bins, "median", ends=said.ends).numpy()
+            pred = dt.decode(logits.softmax(1), bins, "median", ends=forecast.ends).numpy()
             return float(np.abs(pred - new.labels).mean())
 
         rows.append(
@@ -176,11 +178,11 @@ def main(settings: Settings) -> None:
     curves: dict[str, tuple[dt.Bins, Curves]] = {}
     for name in settings.sets:
         for seed in range(settings.seeds):
-            said = forecasts(settings.forecasts, settings.root, name, seed, settings.rows)
-            more, priors = judge(name, seed, said, settings.new)
+            forecast = forecasts(settings.forecasts, settings.root, name, seed, settings.rows)
+            more, priors = judge(name, seed, forecast, settings.new)
             rows += more
             if priors and name not in curves:
-                curves[name] = said.bins, priors
+                curves[name] = forecast.bins, priors
             pd.DataFrame(rows).to_csv(settings.out / "rows.csv", index=False)
             print(f"{name}, seed {seed}", flush=True)
     if curves:
