@@ -35,6 +35,7 @@ READ_ON = {
 }  # fmt: skip
 # Pages whose code runs from top to bottom, which are notebooks as well.
 NOTEBOOKS = ("start.md", "concepts.md", "porting.md", "faq.md", "target-prior.md")
+GUIDE = ("concepts", "which-method", "methods", "jobs", "running", "porting", "beside", "faq", "glossary")
 AT_ROOT = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
 
 
@@ -42,18 +43,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"dir_toolkit": "index.md"},
         {"Getting started": "start.md"},
-        {
-            "Guide": [
-                "concepts.md",
-                "methods.md",
-                "jobs.md",
-                "running.md",
-                "porting.md",
-                "beside.md",
-                "faq.md",
-                "glossary.md",
-            ]
-        },
+        {"Guide": [f"{name}.md" for name in GUIDE if (ROOT / "docs" / f"{name}.md").exists()]},
         {"Measured": ["ages.md", "digits.md", "tables.md", "intervals.md", "target-prior.md", "speed.md"]},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},
