@@ -41,13 +41,20 @@ CORE = [
     for _, name, _ in pkgutil.walk_packages([str(ROOT)], "dir_toolkit.")
     if not name.startswith(("dir_toolkit.experiment", "dir_toolkit.integrations"))
 ]
-WITHOUT = """
+OPTIONAL = {"xarray", "pandas", "matplotlib", "rich", "PIL", "sklearn", "tensorboard", "torchvision", "timm", "tyro"}
+FRESH = """
 import importlib, sys
+import torch
+print(*sys.modules)
+import dir_toolkit
+print(*sys.modules)
 
+for name in [name for name in sys.modules if name.partition(".")[0] == "dir_toolkit"]:
+    del sys.modules[name]
 sys.modules.update(dict.fromkeys(%r))  # so that importing one of them fails
 for name in %r:
     importlib.import_module(name)
-import torch, dir_toolkit as dt
+import dir_toolkit as dt
 bins = dt.Bins.uniform(0, 9, width=1)
 labels = torch.arange(9.0)
 density = dt.LabelDensity.count(labels, bins)
@@ -85,13 +92,20 @@ def test_a_wing_that_the_core_would_import_is_seen() -> None:
     )
 
 
-def test_the_core_imports_and_trains_without_the_wing_and_the_extras() -> None:
+def test_a_process_imports_little_with_the_package_and_trains_without_the_wing_and_the_extras() -> None:
+    """The package imports no optional library, and neither SciPy nor torch's compiler, each slower than all of ours,
+    before it is used. The core then trains where the wing and the extras are blocked."""
     assert set(EXTRAS) & set(packages_distributions())  # else this test would see nothing
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", WITHOUT % (["dir_toolkit.experiment", *EXTRAS], CORE)],
+        [sys.executable, "-W", "error", "-c", FRESH % (["dir_toolkit.experiment", *EXTRAS], CORE)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert {"mae", "bmae"} <= set(done.stdout.split())
+    by_torch, loaded, metrics = (set(line.split()) for line in done.stdout.splitlines())
+    assert "torch" in by_torch
+    assert "dir_toolkit.labels.bins" in loaded - by_torch
+    assert not {name.partition(".")[0] for name in loaded} & OPTIONAL
+    assert not [name for name in loaded - by_torch if name.startswith(("scipy", "torch._dynamo", "sympy"))]
+    assert {"mae", "bmae"} <= metrics

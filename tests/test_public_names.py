@@ -3,15 +3,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-import subprocess
 import sys
 
 import pytest
 
 import dir_toolkit
-
-OPTIONAL = {"xarray", "matplotlib", "pandas", "rich", "PIL", "sklearn", "tensorboard", "torchvision", "timm", "tyro"}
-
 
 ROOMS = ("conformal", "decoupling", "errors", "features", "heads", "labels", "losses", "metrics", "priors")
 
@@ -47,14 +43,3 @@ def test_every_class_and_function_of_a_room_is_in_its_list(room: str) -> None:
     made |= {name for home in homes for name in home.__all__ if inspect.isclass(getattr(home, name))}
     assert len(made) > 5
     assert made <= set(module.__all__)
-
-
-def test_importing_the_package_imports_no_optional_library_and_takes_little_longer_than_importing_torch() -> None:
-    """Neither SciPy nor torch's compiler, each slower than all of ours, is imported before it is used."""
-    code = "import sys, torch; print(*sys.modules); import dir_toolkit; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    by_torch, loaded = (set(line.split()) for line in done.stdout.splitlines())
-    assert "torch" in by_torch  # else this test would see nothing
-    assert "dir_toolkit.labels.bins" in loaded - by_torch
-    assert not {name.partition(".")[0] for name in loaded} & OPTIONAL
-    assert not [name for name in loaded - by_torch if name.startswith(("scipy", "torch._dynamo", "sympy"))]

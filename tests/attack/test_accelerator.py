@@ -9,7 +9,6 @@ Where torch cannot make one up, forward passes alone run on fake CUDA in this pr
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 import itertools
 import pkgutil
@@ -437,15 +436,6 @@ def metrics_jobs(outside: Any) -> dict[str, Callable[[], Job]]:
 
 
 METRICS = {name: job for option in ("raise", "clip", "drop") for name, job in metrics_jobs(option).items()}
-if importlib.util.find_spec("torchmetrics"):
-
-    def region_metric() -> nn.Module:
-        from dir_toolkit.integrations.torchmetrics import RegionMetric
-
-        return RegionMetric(dt.RegressionMetrics(density(BINS)))
-
-    METRICS["RegionMetric"] = measured(region_metric, "pred", "y")
-
 JOBS = {**LOSSES, **HEADS, **MODELS, **FEATURES, **LABELS, **METRICS}
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import xarray as xr
+from forked import load
 from torch import Tensor
 
 from dir_toolkit import Bins, ClassificationMetrics, LabelDensity, RegressionMetrics
@@ -117,6 +119,14 @@ def test_in_a_collection_it_shares_its_sums_only_with_its_like() -> None:
         name, region = key.split("/")
         want = float(oracle.compute()[name].sel(region=region))
         assert got[key].item() == want or want != want, key
+
+
+def test_an_update_on_an_accelerator_makes_nothing_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = load(str(Path(__file__).parents[1] / "attack" / "test_accelerator.py"))
+    monkeypatch.setattr(accelerator.bins_module, "keepable", lambda tensor: True)  # as in its own tests
+    density = accelerator.density(accelerator.BINS)
+    job = accelerator.measured(lambda: RegionMetric(RegressionMetrics(density)), "pred", "y")
+    assert accelerator.watched(job, "cuda", backward=False) == []
 
 
 def rank_main(rank: int) -> dict[str, Any]:
