@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import os
 import random
 import re
@@ -508,6 +510,22 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     return {**given, "weights": lds()} if function is dt.losses.ConRLoss else given
 
 
+@functools.cache
+def rows_and_target(name: str) -> tuple[Callable[[], Any], Callable[[], Tensor]]:
+    """What makes the first rows and target that a loss, or its module, takes."""
+    kind, _, forward = name.partition(".")
+    function = getattr(dt.losses, kind)
+    function = function(**options_of(function)) if forward else function
+    first = next(iter(parameters_of(function)))
+    for pair in itertools.product(OUTPUTS if forward else FIRST[first], TARGETS):
+        try:
+            call(function, {**options_of(function), first: pair[0](), "target": pair[1]()})
+        except DirToolkitError:
+            continue
+        return pair
+    raise AssertionError(f"{name} needs an option that OPTIONS lacks, or other rows")
+
+
 def loss_call(name: str) -> Call:
     """The first call of a loss, or of its module, that is valid."""
     kind, _, forward = name.partition(".")
@@ -515,16 +533,8 @@ def loss_call(name: str) -> Call:
     if inspect.isclass(made) and not forward:
         return made, options_of(made)
     function = made(**options_of(made)) if forward else made
-    first = next(iter(parameters_of(function)))
-    for rows_of in OUTPUTS if forward else FIRST[first]:
-        for target in TARGETS:
-            arguments = {**options_of(function), first: rows_of(), "target": target()}
-            try:
-                call(function, arguments)
-            except DirToolkitError:
-                continue
-            return function, arguments
-    raise AssertionError(f"{name} needs an option that OPTIONS lacks, or other rows")
+    rows_of, target = rows_and_target(name)
+    return function, {**options_of(function), next(iter(parameters_of(function))): rows_of(), "target": target()}
 
 
 def losses() -> list[str]:
@@ -765,11 +775,9 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """With every argument by name, but for ``*axes``."""
-    for name, parameter in parameters_of(function).items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            return function(arguments[name])
-    return function(**arguments)
+    """With every argument by name, but for ``*axes`` and ``*tensors``."""
+    several = [value for name, value in arguments.items() if name in ("axes", "tensors")]
+    return function(*several) if several else function(**arguments)
 
 
 def attacks(name: str) -> Iterator[tuple[str, str, Any]]:
@@ -838,6 +846,12 @@ def head_calls() -> dict[str, Callable[[], Call]]:
 
 
 VALID.update({name: call for name, call in head_calls().items() if name not in VALID})
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of expectation maximization, since no test here looks at its result."""
+    monkeypatch.setattr("dir_toolkit.target_prior._STEPS", 20)
 
 
 def test_the_table_covers_every_public_name_and_method() -> None:

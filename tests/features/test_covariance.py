@@ -1,19 +1,24 @@
 """FDS with full and low-rank covariances."""
 
 import copy
-import os
-import subprocess
+import ctypes
+import re
 import sys
+import warnings
 from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dir_toolkit import FDS, Bins, _memory
+from dir_toolkit.errors import DirToolkitWarning
 from dir_toolkit.features.covariance import BinCovariance, Settings
 from dir_toolkit.features.maps import covariance_map
 from dir_toolkit.features.matrix_covariance import FullCovariance, LowRankCovariance
@@ -399,46 +404,41 @@ def test_more_matrices_than_memory_are_refused_before_they_are_taken(monkeypatch
         make(form, size)
 
 
-MEASURE = """
-import re, sys, torch
-from pathlib import Path
-from dir_toolkit import FDS, Bins
+TAKES: dict[str, tuple[int, int, int]] = {"full": (200, 64, 2), "low_rank": (100, 160, 40)}  # bins, features, rank
 
-def peak():
-    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-def use(form, B, D, rank):
-    y = torch.arange(B).repeat_interleave(4)
-    fds = FDS(Bins.classes(B), D, covariance=form, rank=rank)
+def peak() -> int:
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0])
+
+
+def smooth_twice(form: Any, num_bins: int, num_features: int, rank: int) -> None:
+    y = torch.arange(num_bins).repeat_interleave(4)
+    fds = FDS(Bins.classes(num_bins), num_features, covariance=form, rank=rank)
     for _ in range(2):
-        fds.update(torch.randn(len(y), D), y)
+        fds.update(torch.randn(len(y), num_features), y)
         fds.end_epoch()
-        fds.calibrate(torch.randn(9, D), y[:9])
+        fds.calibrate(torch.randn(9, num_features), y[:9])
 
-for words in sys.argv[1:]:
-    form, *sizes = words.split()
-    use(form, 5, 6, 2)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use now
-    before = peak()
-    use(form, *map(int, sizes))
-    print(peak() - before)
-"""
-TAKES: dict[str, tuple[int, int, int]] = {"full": (300, 96, 2), "low_rank": (150, 256, 64)}  # bins, features, rank
+
+def measure(connection: Connection) -> None:
+    warnings.simplefilter("ignore", DirToolkitWarning)  # that classes are not smoothed
+    # By M_MMAP_THRESHOLD the allocator gives large arrays back at once: else gaps between them count.
+    ctypes.CDLL(None).mallopt(-3, 1_000_000)
+    for form, sizes in TAKES.items():
+        smooth_twice(form, 5, 6, 2)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use now
+        before = peak()
+        smooth_twice(form, *sizes)
+        connection.send(peak() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_more_memory_is_taken_than_stated() -> None:
-    words = [" ".join(map(str, (form, *sizes))) for form, sizes in TAKES.items()]
-    # The threshold has the allocator give large arrays back at once: else gaps between them count.
-    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
-    output = subprocess.run(
-        [sys.executable, "-c", MEASURE, *words], env=environment, capture_output=True, text=True, check=True
-    )
-    for (form, (num_bins, num_features, rank)), taken in zip(TAKES.items(), output.stdout.split(), strict=True):
+    all_taken = Forked(__file__, "measure").finish()
+    for (form, (num_bins, num_features, rank)), taken in zip(TAKES.items(), all_taken, strict=True):
         bins = Bins.uniform(0, num_bins, width=1)
         stated = FDS(bins, num_features, covariance=form, rank=rank).covariance.most_bytes  # type: ignore[arg-type]
-        assert stated / 3 < int(taken) <= stated, form
+        assert stated / 3 < taken <= stated, form
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

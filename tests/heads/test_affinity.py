@@ -235,9 +235,14 @@ def test_vmap_gives_the_same_scores() -> None:
 # ---- training ----
 
 
-@pytest.mark.parametrize("sigma_mode", ["fixed", "learnt", "first_batch"])
-@pytest.mark.parametrize("num_features", [2, 128, 2048])
-@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize(
+    ("sigma_mode", "num_features", "optimizer_class"),  # each two of them meet
+    [
+        (mode, size, (torch.optim.SGD, torch.optim.Adam)[(i + j) % 2])
+        for i, mode in enumerate(("fixed", "learnt", "first_batch"))
+        for j, size in enumerate((2, 128, 2048))
+    ],
+)
 def test_training_learns_from_the_default_start(sigma_mode: Any, num_features: int, optimizer_class: Any) -> None:
     torch.manual_seed(0)
     labels = torch.arange(60) % 3
@@ -380,7 +385,7 @@ def test_diversity_equals_a_naive_loop(num_features: int, shift: float) -> None:
         if expected > 0:
             with pytest.raises(AssertionError):
                 assert_close(head.diversity() * (1 + 1e-6), expected, rtol=tolerance, atol=tolerance)
-        if shift == 0:
+        if shift == 0 and head.weight.numel() < 100:
             assert gradcheck(diversity_of, (head.weight,))
 
 
@@ -422,8 +427,9 @@ def test_copies_pickles_and_states_score_alike(distance: Any, similarity: Any, s
     assert f"sigma_mode={sigma_mode!r}" in repr(head)
 
 
-@pytest.mark.parametrize("distance", ["l2", "l1"])
-@pytest.mark.parametrize("sigma_mode", ["fixed", "learnt", "first_batch"])
+@pytest.mark.parametrize(
+    ("distance", "sigma_mode"), [("l2", "fixed"), ("l1", "fixed"), ("l2", "learnt"), ("l1", "first_batch")]
+)
 def test_compiled_forms_score_alike(distance: Any, sigma_mode: Any) -> None:
     head, features = make(5, 3, 2, distance=distance, sigma_mode=sigma_mode), sample(7, 5).float()
     head(features)

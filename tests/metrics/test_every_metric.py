@@ -148,7 +148,7 @@ def test_region_limits_are_chosen_afterwards(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [[300], [1] * 300, [299, 1], [0, 7, 0, 100, 193]])
+@pytest.mark.parametrize("sizes", [[300], [*[1] * 20, 280], [299, 1], [0, 7, 0, 100, 193]])
 def test_any_split_into_batches_equals_the_whole(kind: str, sizes: list[int]) -> None:
     whole, one, merged = updated(make(kind), samples(kind)), make(kind), make(kind)
     for part in zip(*(tensor.split(sizes) for tensor in samples(kind)), strict=True):
