@@ -245,11 +245,7 @@ def test_a_prior_may_be_off_by_rounding() -> None:
     ("options", "kind", "message"),
     [
         ({"target": "balanced"}, ValueError, "target must be one of 'uniform', got 'balanced'"),
-        (
-            {"target": [0.5, 0.5]},
-            ShapeError,
-            r"target must be \(3,\), one per class of the prior, got shape \(2,\)",
-        ),
+        ({"target": [0.5, 0.5]}, ShapeError, r"target must be \(3,\), one per class of the prior, got shape \(2,\)"),
         ({"target": [1.2, -0.2, 0]}, ValueError, "target must not be negative, got -0.2 for class 1"),
         ({"target": [1, 1, 1]}, ValueError, "target must sum to one, got a sum of 3"),
         ({"target": None}, TypeError, "target must be integers or floats"),
@@ -385,12 +381,7 @@ BAD_DATA: list[tuple[Any, Any, type[Exception], str]] = [
     (torch.zeros(2, 2), torch.zeros(2, 1).long(), ShapeError, r"labels must be \(2,\), one per row of logits, got"),
     (torch.zeros(2), torch.zeros(2).long(), ShapeError, r"logits must be \(N, C\), got shape \(2,\)"),
     (torch.zeros(0, 2), torch.zeros(0).long(), ValueError, "logits must hold at least one value"),
-    (
-        torch.zeros(2, 2),
-        torch.zeros(2),
-        TypeError,
-        r"labels must be integers, .*float32\. Use labels.long\(\)\.",
-    ),
+    (torch.zeros(2, 2), torch.zeros(2), TypeError, r"labels must be integers, .*float32\. Use labels.long\(\)\."),
     (torch.zeros(2, 2), torch.tensor([True, False]), TypeError, "labels must be integers, got dtype torch.bool"),
     (
         torch.zeros(3, 2),

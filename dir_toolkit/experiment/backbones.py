@@ -12,13 +12,7 @@ from torch.nn import functional as F
 from .._checks import instance, is_tensor, length, missing_package, problem, whole
 from ..errors import ShapeError
 
-__all__ = [
-    "DigitCNN",
-    "SmallResNet",
-    "digit_cnn",
-    "small_resnet",
-    "timm_backbone",
-]
+__all__ = ["DigitCNN", "SmallResNet", "digit_cnn", "small_resnet", "timm_backbone"]
 
 
 def small_resnet(*, width: int = 32, in_channels: int = 3) -> SmallResNet:
@@ -33,10 +27,7 @@ def small_resnet(*, width: int = 32, in_channels: int = 3) -> SmallResNet:
     >>> backbone.num_features, backbone(torch.zeros(2, 3, 48, 48)).shape
     (32, torch.Size([2, 32]))
     """
-    return SmallResNet(
-        width=length("width", width),
-        in_channels=length("in_channels", in_channels),
-    )
+    return SmallResNet(width=length("width", width), in_channels=length("in_channels", in_channels))
 
 
 class SmallResNet(nn.Module):
@@ -89,9 +80,7 @@ class _Block(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1:
             self.shortcut = nn.Sequential(
-                nn.AvgPool2d(stride, ceil_mode=True),
-                nn.Conv2d(inputs, outputs, 1, bias=False),
-                nn.BatchNorm2d(outputs),
+                nn.AvgPool2d(stride, ceil_mode=True), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
             )
 
     def forward(self, maps: Tensor) -> Tensor:

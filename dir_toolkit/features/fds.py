@@ -166,7 +166,7 @@ class FDS(RunningStatistics):
         if isinstance(kernel, str) and all(len(window) == 1 for window in windows):
             warn(
                 f"nothing is smoothed over {bins!r}, since its bins are classes or fewer than five, so features "
-                "do not change. Pass a window as kernel= if neighbouring bins are similar, else remove FDS.",
+                "do not change. Pass a window as kernel= if neighbouring bins are similar, else remove FDS."
             )
         self._windows = tuple(smoothing_window(window, size) for window, size in zip(windows, bins.shape, strict=True))
         self._edges: Edges = edges

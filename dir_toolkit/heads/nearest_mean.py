@@ -7,17 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._checks import (
-    classes_exist,
-    finite,
-    integers,
-    length,
-    one_of,
-    one_per_sample,
-    require,
-    same_device,
-    warn,
-)
+from .._checks import classes_exist, finite, integers, length, one_of, one_per_sample, require, same_device, warn
 from .._numerics import full_precision, squared_distances, unit_rows, wide_dtype
 from .._ranks import summed
 from .._state import SoundModule

@@ -71,11 +71,7 @@ def decoded(probabilities: Tensor, bins: Bins, point: Decoding, ends: Ends) -> T
 
 
 def quantiles(
-    probabilities: Tensor,
-    bins: Bins,
-    levels: float | Sequence[float] | np.ndarray | Tensor,
-    *,
-    ends: Ends = "closed",
+    probabilities: Tensor, bins: Bins, levels: float | Sequence[float] | np.ndarray | Tensor, *, ends: Ends = "closed"
 ) -> Tensor:
     """Quantiles of a distribution over bins.
 

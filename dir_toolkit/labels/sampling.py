@@ -12,18 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler, Sampler
 
-from .._checks import (
-    MOST_LONG,
-    instance,
-    keys,
-    labels_array,
-    not_empty,
-    number,
-    require,
-    shaped,
-    warn,
-    whole,
-)
+from .._checks import MOST_LONG, instance, keys, labels_array, not_empty, number, require, shaped, warn, whole
 from .._settings import described, differing, shown
 from ..errors import CheckpointError
 from .bins import Bins, Missing

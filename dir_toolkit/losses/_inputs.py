@@ -192,12 +192,7 @@ def _warn_of_class_weights(target: Tensor, weight: Tensor) -> None:
 
 
 def of_features(
-    features: Tensor,
-    columns: dict[str, Tensor],
-    weight: Tensor | None,
-    reduction: str,
-    *,
-    several: bool = False,
+    features: Tensor, columns: dict[str, Tensor], weight: Tensor | None, reduction: str, *, several: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """``features`` (N, D) in at least float32, with zeros where the weight is zero, and the mask of these samples.
     Columns are real numbers (N,), or with ``several`` also (N, K). All except ``pred`` must be finite where the weight

@@ -307,12 +307,7 @@ class BatchMCLoss(_BalancedMSE):
     gather: bool
 
     def __init__(
-        self,
-        noise_sigma: float | None = None,
-        *,
-        learn: bool = True,
-        gather: bool = False,
-        missing: Missing = "raise",
+        self, noise_sigma: float | None = None, *, learn: bool = True, gather: bool = False, missing: Missing = "raise"
     ) -> None:
         instance(bool, gather=gather)
         super().__init__(batch_mc_loss, noise_sigma, 1.0, learn, None, gather=gather, missing=missing)
@@ -566,7 +561,7 @@ def _among_labels(error: Tensor, target: Tensor, sigma: Tensor, *, weight: Tenso
     if len(drawn) < 2:
         warn(
             "a batch of one label has no other label to compare with, and has zero loss. Drop a last batch of one "
-            "(drop_last=True), or use GaussianMixtureLoss or BinnedIntegrationLoss.",
+            "(drop_last=True), or use GaussianMixtureLoss or BinnedIntegrationLoss."
         )
     labels, share = drawn[:, :-1], drawn[:, -1]
     # Absent labels get the smallest number, since the gradient of a row of -inf is NaN.

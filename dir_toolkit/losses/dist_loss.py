@@ -87,13 +87,7 @@ class DistLoss(PointLoss):
     """:func:`dist_loss` as a module, which holds the prior as a buffer."""
 
     def __init__(
-        self,
-        bins: Bins,
-        prior: Any,
-        *,
-        coefficient: float = 1.0,
-        squared: bool = False,
-        missing: Missing = "raise",
+        self, bins: Bins, prior: Any, *, coefficient: float = 1.0, squared: bool = False, missing: Missing = "raise"
     ) -> None:
         shares, coefficient = _checked(bins, prior, coefficient, squared)
         shares = shares if isinstance(prior, Tensor) else shares.to(torch.get_default_dtype())

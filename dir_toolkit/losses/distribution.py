@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._checks import (
-    checked_tau,
-    class_indices,
-    distributions,
-    is_tensor,
-    not_empty,
-    one_of,
-    require,
-    shaped,
-)
+from .._checks import checked_tau, class_indices, distributions, is_tensor, not_empty, one_of, require, shaped
 from .._numerics import wide_dtype
 from ..labels.bins import Bins, Missing, Outside, continuous
 from ..labels.soft_labels import limits

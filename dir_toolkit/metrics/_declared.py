@@ -11,13 +11,7 @@ from .reliability import CalibrationMetrics
 
 METRICS: dict[str, Metric] = {
     name: metric
-    for kind in (
-        RegressionMetrics,
-        DistributionMetrics,
-        IntervalMetrics,
-        ClassificationMetrics,
-        CalibrationMetrics,
-    )
+    for kind in (RegressionMetrics, DistributionMetrics, IntervalMetrics, ClassificationMetrics, CalibrationMetrics)
     for metric in kind.metrics
     for name in metric.variables
 }

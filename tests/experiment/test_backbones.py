@@ -8,12 +8,7 @@ import torch
 from torch import nn
 
 from dir_toolkit.errors import ShapeError
-from dir_toolkit.experiment.backbones import (
-    DigitCNN,
-    digit_cnn,
-    small_resnet,
-    timm_backbone,
-)
+from dir_toolkit.experiment.backbones import DigitCNN, digit_cnn, small_resnet, timm_backbone
 
 
 @pytest.mark.parametrize("side", [32, 45, 48, 64, 80])

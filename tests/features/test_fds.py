@@ -498,8 +498,7 @@ def test_mistakes_over_a_grid_are_refused() -> None:
     with pytest.raises(CheckpointError, match="the saved statistics must be over the same bins, got <BinGrid"):
         fds.set_extra_state(pack(unpack(fds.get_extra_state()) | {"bins": Bins.grid(BINS).settings}))
     with pytest.raises(
-        ShapeError,
-        match=r"labels must be \(N, 2\), or \(N, \.\.\., 2\) for one label per step or.*got shape \(90",
+        ShapeError, match=r"labels must be \(N, 2\), or \(N, \.\.\., 2\) for one label per step or.*got shape \(90"
     ):
         fds.update(features, labels[:90, 0])
     with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 2\), one number per dimension"):

@@ -364,11 +364,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     for arguments, error, message in [
         ((BINS,), TypeError, "fds must be an FDS, got Bins"),
         (([],), ValueError, r"fds must be an FDS or several, got \[\]"),
-        (
-            (fds, 1.5),
-            TypeError,
-            "labels_of must be a function of the batch, a key, .*, got 1.5 for 1 FDS",
-        ),
+        ((fds, 1.5), TypeError, "labels_of must be a function of the batch, a key, .*, got 1.5 for 1 FDS"),
         (([fds, fds], [0]), ValueError, r"labels_of must be .*, or a list with one per FDS, got \[0\] for 2 FDS"),
     ]:
         with pytest.raises(error, match=message):

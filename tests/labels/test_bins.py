@@ -434,11 +434,7 @@ def test_expectation_equals_a_naive_loop_and_gradients_flow() -> None:
 @pytest.mark.parametrize(
     ("probabilities", "kind", "message"),
     [
-        (
-            np.ones((3, 2)) / 2,
-            ShapeError,
-            r"probabilities must be \(\.\.\., 3\), one per bin, got shape \(3, 2\)",
-        ),
+        (np.ones((3, 2)) / 2, ShapeError, r"probabilities must be \(\.\.\., 3\), one per bin, got shape \(3, 2\)"),
         (np.float64(1), ShapeError, r"probabilities must be \(\.\.\., 3\), one per bin, got shape \(\)"),
         (
             np.array([0.5, 0.5, 0.5]),

@@ -11,9 +11,7 @@ from scipy.special import log_softmax, softmax
 from small_models import AGE_DENSITY, AGES, SPREAD, ages, batch, net, seeded
 from torch import nn
 
-from dir_toolkit.errors import (
-    DirToolkitWarning,
-)
+from dir_toolkit.errors import DirToolkitWarning
 from dir_toolkit.features.fds import FDS
 from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.decoding import decode

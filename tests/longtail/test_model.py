@@ -26,11 +26,7 @@ from small_models import (
 )
 from torch import Tensor, nn
 
-from dir_toolkit.errors import (
-    LabelError,
-    ShapeError,
-    UsageError,
-)
+from dir_toolkit.errors import LabelError, ShapeError, UsageError
 from dir_toolkit.experiment.data.images import ImageSet, content_digest
 from dir_toolkit.experiment.training.loop import Optimization, fit
 from dir_toolkit.experiment.training.runtime import Runtime
@@ -388,11 +384,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "target_prior needs density, got None. Pass density=LabelDensity",
     ),
-    (
-        {"target_prior": "uniform", "density": FLOAT_DENSITY},
-        ValueError,
-        "density must not be smoothed already, got",
-    ),
+    ({"target_prior": "uniform", "density": FLOAT_DENSITY}, ValueError, "density must not be smoothed already, got"),
     ({"target_prior": "balanced"}, ValueError, "target_prior must be one of 'uniform', got 'balanced'"),
     ({"target_prior": [0.5, 0.5]}, ShapeError, r"target_prior must be \(20,\), one share per bin, got shape \(2,\)"),
     ({"target_prior": [1.0] * 20}, ValueError, "target_prior must sum to one, got a sum of 20"),

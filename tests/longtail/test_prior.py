@@ -10,10 +10,7 @@ import torch
 from small_models import AGE_DENSITY, AGES, ages, batch, net
 from torch import Tensor, nn
 
-from dir_toolkit.errors import (
-    DirToolkitWarning,
-    NotFittedError,
-)
+from dir_toolkit.errors import DirToolkitWarning, NotFittedError
 from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.kernels import triangular

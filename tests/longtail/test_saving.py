@@ -197,8 +197,7 @@ def test_a_file_that_is_damaged_foreign_or_missing_is_told(tmp_path: Path) -> No
         assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     path.write_bytes(safetensors.save({"a": torch.ones(2)}))
     with pytest.raises(
-        CheckpointError,
-        match=r"must be a file of the format 'dir_toolkit\.LongTailModel 1', got '' in .* Only",
+        CheckpointError, match=r"must be a file of the format 'dir_toolkit\.LongTailModel 1', got '' in .* Only"
     ):
         dt.load(path, net())
     size = int.from_bytes(whole[:8], "little")

@@ -11,10 +11,7 @@ import torch
 from small_models import AGE_DENSITY, AGES, ages, batch, net, same_output, seeded
 from torch import Tensor
 
-from dir_toolkit.errors import (
-    CheckpointError,
-    NotFittedError,
-)
+from dir_toolkit.errors import CheckpointError, NotFittedError
 from dir_toolkit.experiment.training.checkpoint import load_checkpoint, save_checkpoint
 from dir_toolkit.features.fds import FDS
 from dir_toolkit.labels.bins import Bins

@@ -574,12 +574,7 @@ def test_the_label_must_have_the_mixture_s_dimensions() -> None:
         ([3.0, 3.0], {}, ValueError, "labels must hold at least two different values, got only 3"),
         ([[1.0, 3.0], [2.0, 3.0]], {}, ValueError, "labels must hold at least two .*, got only 3 in column 1"),
         ([[[1.0]]], {}, ShapeError, r"labels must be \(N,\) or \(N, D\), got shape \(1, 1, 1\)"),
-        (
-            [1.0, 2.0, 2.0],
-            {"components": 3},
-            ValueError,
-            r"components must be at most 2, got 3\. This is the number",
-        ),
+        ([1.0, 2.0, 2.0], {"components": 3}, ValueError, r"components must be at most 2, got 3\. This is the number"),
         ([1.0, 2.0], {"components": 0}, ValueError, "components must be at least 1, got 0"),
         ([1.0, 2.0], {"components": 1, "seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ([1.0, 2.0], {"components": 1, "least_variance": 0}, ValueError, "least_variance must be > 0 and .*, got 0"),
@@ -604,12 +599,7 @@ def test_a_density_gives_its_prior() -> None:
     [
         (BINS, None, TypeError, r"density must be a LabelDensity.*, got NoneType\. Use LabelDensity\.count"),
         (BINS, "uniform", TypeError, "density must be a LabelDensity.*, got str"),
-        (
-            BINS,
-            LabelDensity.count([1], Bins.uniform(0, 8, width=0.5)),
-            ValueError,
-            "density must be over the same",
-        ),
+        (BINS, LabelDensity.count([1], Bins.uniform(0, 8, width=0.5)), ValueError, "density must be over the same"),
         (BINS, LabelDensity(BINS, np.zeros(16)), ValueError, "at least one label must have been counted, got none"),
         (BINS, PRIOR[1:], ShapeError, r"density must be \(16,\), one share of labels per bin, got shape \(15,\)"),
         (BINS, PRIOR * 64, ValueError, "density must sum to one, got a sum of 64"),

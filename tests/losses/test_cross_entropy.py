@@ -352,8 +352,7 @@ def test_margins_are_for_cosines() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [logit_adjusted_cross_entropy, balanced_cross_entropy, partial(equalization_loss, threshold=0.1)],
+    "loss", [logit_adjusted_cross_entropy, balanced_cross_entropy, partial(equalization_loss, threshold=0.1)]
 )
 def test_priors_are_checked(loss: Callable[..., Tensor]) -> None:
     logits, target, _ = samples()

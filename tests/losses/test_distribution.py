@@ -313,8 +313,7 @@ def test_other_targets_and_axes_are_refused_by_name() -> None:
     for call, fix in ((crps, "Use soft_cross_entropy"), (squared_emd, "Use bins=None for ordinal classes")):
         given = labels if call is crps else target
         with pytest.raises(
-            ValueError,
-            match=rf"^{call.__name__}: bins must cut a continuous .*, got Bins\.classes\(5\)\. {fix}",
+            ValueError, match=rf"^{call.__name__}: bins must cut a continuous .*, got Bins\.classes\(5\)\. {fix}"
         ):
             call(logits, given, bins=Bins.classes(5))
         with pytest.raises(TypeError, match=f"^{call.__name__}: bins must be a Bins, got int"):

@@ -52,11 +52,7 @@ class TestSRLLoss(LossTester):
 
     def batch(self, n: int = 12) -> Batch:
         labels = torch.tensor([0.2, 2.0, 2.9, 10.5, 0.7, 1.5, 11.0, 2.2, 0.1, 10.1, 1.1, 0.9], dtype=torch.float64)
-        return {
-            "rows": rows(n, 0),
-            "target": labels[:n],
-            "weight": torch.linspace(0.1, 2, n, dtype=torch.float64),
-        }
+        return {"rows": rows(n, 0), "target": labels[:n], "weight": torch.linspace(0.1, 2, n, dtype=torch.float64)}
 
     def each(self, options: Mapping[str, Any], batch: Batch, *, weighted: bool = False) -> Tensor:
         tau, env, homo = (

@@ -349,8 +349,7 @@ def test_arguments_are_checked() -> None:
         CalibrationMetrics(2).update(torch.tensor(GOOD), torch.tensor([0, 1]), [1, 1])  # type: ignore[arg-type]
     for empty in (torch.empty(0, 2), torch.empty(3, 0), torch.ones(2)):
         with pytest.raises(
-            ShapeError,
-            match=r"^calibration_metrics: probabilities must (hold at least one value|be \(N, C\))",
+            ShapeError, match=r"^calibration_metrics: probabilities must (hold at least one value|be \(N, C\))"
         ):
             calibration_metrics(empty, torch.zeros(len(empty), dtype=torch.int64))
     for other, got in (

@@ -15,14 +15,7 @@ from ...errors import LabelError, ShapeError
 from ._checks import check_array, check_each, row
 from .images import ImageSet, Splits
 
-__all__ = [
-    "balanced_holdout",
-    "exponential_profile",
-    "long_tail_splits",
-    "step_profile",
-    "thin",
-    "uniform_noise",
-]
+__all__ = ["balanced_holdout", "exponential_profile", "long_tail_splits", "step_profile", "thin", "uniform_noise"]
 
 _Labels = Sequence[int] | np.ndarray | Tensor
 _USES = ("holdout", "cap", "thin", "noise", "class")

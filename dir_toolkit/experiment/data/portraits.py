@@ -243,14 +243,7 @@ class _Canvas:
         return self.edge(np.sqrt(past * past + off * off) - width)
 
     def upright(
-        self,
-        x: np.ndarray,
-        cu: _Number,
-        cv: _Number,
-        half: _Number,
-        width: _Number,
-        *,
-        lean: _Number = 0.0,
+        self, x: np.ndarray, cu: _Number, cv: _Number, half: _Number, width: _Number, *, lean: _Number = 0.0
     ) -> np.ndarray:
         """A line that runs down and moves outward by ``lean`` per unit of height."""
         along = self.v - cv

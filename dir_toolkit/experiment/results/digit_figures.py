@@ -216,11 +216,7 @@ def feature_space_figure(panels: Mapping[str, Panel], *, class_names: Sequence[s
 
 @look()
 def norms_figure(
-    norms: Mapping[str, Any],
-    counts: Any,
-    *,
-    class_names: Sequence[str] | None = None,
-    colors: Colors | None = None,
+    norms: Mapping[str, Any], counts: Any, *, class_names: Sequence[str] | None = None, colors: Colors | None = None
 ) -> Figure:
     """Lengths of the classifier's rows, by class in falling order of training samples, above these counts.
 

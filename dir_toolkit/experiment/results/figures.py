@@ -46,13 +46,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "density_figure",
-    "error_figure",
-    "history_figure",
-    "region_figure",
-    "similarity_figure",
-]
+__all__ = ["density_figure", "error_figure", "history_figure", "region_figure", "similarity_figure"]
 
 _SHADES = {"many": "#dcdcdc", "medium": "#ededed", "few": "#fafafa", "unseen": "#fdeee6"}
 _MOST_BARS = 8  # side by side in one region
@@ -360,9 +354,7 @@ def history_figure(
         if not any(column in row for rows in histories.values() for row in rows):
             columns = sorted({name for rows in histories.values() for row in rows for name in row})
             raise problem(
-                "histories must have the columns asked for",
-                got=f"no {column!r}",
-                fix=f"Columns are {columns}.",
+                "histories must have the columns asked for", got=f"no {column!r}", fix=f"Columns are {columns}."
             )
     known, dashes = styles((method for method, _ in histories), colors)
     figure = new_figure(3.2)

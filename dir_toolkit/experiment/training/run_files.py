@@ -118,7 +118,7 @@ class RunFiles(AbstractContextManager["RunFiles"]):
         if self._runtime.device.type == "cpu" and own["threads"] != threads and self._progress.epoch < self._epochs:
             warn(
                 f"this run used {own['threads']} threads and goes on with {threads}, so that sums are rounded "
-                f"otherwise and it ends in other bits. Call torch.set_num_threads({own['threads']}) first.",
+                f"otherwise and it ends in other bits. Call torch.set_num_threads({own['threads']}) first."
             )
         self._note_saved()
 

@@ -64,11 +64,7 @@ def test_evaluation_is_balanced_and_left_alone_by_tail_noise_and_seed(default: S
     [
         ({"test_per_class": 0}, ValueError, "digits: test_per_class must be at least 1, got 0."),
         ({"test_per_class": 5.5}, TypeError, "digits: test_per_class must be a whole number, got 5.5."),
-        (
-            {"test_per_class": 174},
-            ValueError,
-            "digits: test_per_class must be at most 173, got 174.",
-        ),
+        ({"test_per_class": 174}, ValueError, "digits: test_per_class must be at most 173, got 174."),
         (
             {"val_per_class": 124},
             ValueError,

@@ -93,9 +93,7 @@ def _predicted(target: np.ndarray, prediction: np.ndarray, *, half: float | None
     """One run from its predictions, and half widths of its intervals where given, on five bins of a year."""
     bins = dt.Bins.uniform(0, 5, width=1)
     result = dt.regression_metrics(
-        torch.from_numpy(prediction.astype(np.float64)),
-        torch.from_numpy(target),
-        dt.LabelDensity(bins, TRAIN),
+        torch.from_numpy(prediction.astype(np.float64)), torch.from_numpy(target), dt.LabelDensity(bins, TRAIN)
     )
     years = {"units": "label"}
     parts = {"target": target, "prediction": prediction}

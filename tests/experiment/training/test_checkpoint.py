@@ -148,9 +148,7 @@ def test_a_full_disk_is_named_and_spares_what_was_there(tmp_path: Path, monkeypa
     path = tmp_path / "checkpoint-last.pt"
     save_checkpoint(path, {"step": 1})
     monkeypatch.setattr(
-        checkpoint,
-        "write_atomically",
-        lambda path, writer: write_atomically(path, lambda file: writer(FullDisk(file))),
+        checkpoint, "write_atomically", lambda path, writer: write_atomically(path, lambda file: writer(FullDisk(file)))
     )
     with pytest.raises(CheckpointError, match=r"checkpoint-last\.pt' must be writable to its end.*No space left"):
         save_checkpoint(path, {"step": 2, "weights": torch.zeros(10_000)})
