@@ -97,12 +97,12 @@ def test_it_trains_as_one_module_and_its_state_comes_back(head: Any) -> None:
     x = torch.randn(80, 3, generator=generator)
     y = 10 + 5 * torch.tanh(x[:, 0])
     model = voting(head=head)
-    optimizer = torch.optim.Adam(model.parameters(), 0.03)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
     first = dt.weighted_l1(model(x).prediction, y).item()
-    for _ in range(80):
+    assert_close(model.criterion(model(x), y), model(x, y).loss)
+    for _ in range(50):
         optimizer.zero_grad()
-        loss = model.criterion(model(x), y)
-        assert_close(loss, model(x, y).loss)
+        loss = model(x, y).loss
         loss.backward()
         optimizer.step()
     assert dt.weighted_l1(model(x).prediction, y).item() < min(1.5, first / 2)
@@ -118,7 +118,7 @@ def test_it_trains_as_one_module_and_its_state_comes_back(head: Any) -> None:
 
 def test_rare_labels_are_predicted_by_heads_of_rare_labels() -> None:
     """Inputs without any information: under its own prior each head answers with another middle, the last even."""
-    density = dt.LabelDensity(AGES, np.array([400] * 4 + [1] * 16))
+    density = dt.LabelDensity(AGES, np.array([100] * 4 + [1] * 16))
     model = VotingModel(nn.Identity(), 1, AGES, density=density, head="linear", sigma=None)
     y = torch.from_numpy(np.repeat(AGES.centers, density.counts)).float()
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
