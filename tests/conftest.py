@@ -74,6 +74,30 @@ def not_counts(request: pytest.FixtureRequest) -> tuple[Any, type[Exception], st
     return request.param
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Files are not written through to the disk, which takes milliseconds per file and matters after a power cut only.
+
+    Tests of processes that are killed start their own, which do.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture
+def unsynced_database() -> Iterator[None]:
+    """The same for the files of searches."""
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+
+    def connect(connection: Any, record: Any) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", connect)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", connect)
+
+
 @pytest.fixture
 def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures of reports are made and not drawn, which takes longest: for tests that look at other files."""

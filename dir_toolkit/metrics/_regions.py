@@ -57,10 +57,10 @@ class RegionMetrics(MergingSums):
     def summary(self) -> dict[str, float]:
         """The numbers to watch in training, under keys such as "mae/few". They are NaN where there is no sample.
         Regions without bins are omitted."""
-        result = self.compute()
+        result, places = self.compute().variables, ("all", *REGIONS)
         present = {"all", *result["bin_region"].values}
         watched = [(metric.name, region) for metric in self.metrics for region in metric.watched if region in present]
-        return {f"{name}/{region}": float(result[name].sel(region=region)) for name, region in watched}
+        return {f"{name}/{region}": float(result[name].values[places.index(region)]) for name, region in watched}
 
     def compute(self, *, many: int = 100, few: int = 20) -> xr.Dataset:
         """The numbers so far, as a dataset over ``region`` (all, many, medium, few, unseen) and ``bin``.

@@ -16,6 +16,8 @@ from running import RUN_FILES, Outcome, files, make_mnist, numbers
 from sketching import sketch
 
 from dir_toolkit.experiment.data.digits import digits
+from dir_toolkit.experiment.data.images import Splits
+from dir_toolkit.experiment.data.mnist import mnist
 from dir_toolkit.experiment.results.schema import load_results
 
 pytest.importorskip("sklearn")
@@ -107,7 +109,12 @@ def test_files_of_mnist_are_fetched_when_asked_for(
     words = ["--data", "mnist", "--root", "mnist", "--train-per-class", 20, "--retention", 0.5, "--seeds", 2]
     outcome = here(*words, "--epochs", 1, "--methods", "softmax", "post-hoc", "--download")
     assert "val_per_class must leave each class" in outcome.err  # the official files have thousands
-    monkeypatch.setattr("dir_toolkit.experiment.data.mnist.download_mnist", lambda root: make_mnist(root, train=230))
+    monkeypatch.setattr("dir_toolkit.experiment.data.mnist.download_mnist", lambda root: make_mnist(root, train=60))
+
+    def fewer(root: Path, *, val_per_class: int, **options: Any) -> Splits:
+        return mnist(root, val_per_class=val_per_class // 10, **options)
+
+    monkeypatch.setattr("dir_toolkit.experiment.data.mnist.mnist", fewer)
     (tmp_path / "mnist").rename(tmp_path / "few")
     outcome = here(*words, "--epochs", 1, "--methods", "softmax", "post-hoc", "--download")
     assert (outcome.code, outcome.err) == (0, "")

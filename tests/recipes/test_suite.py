@@ -38,6 +38,7 @@ def errors(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, comment="#")
 
 
+@pytest.mark.usefixtures("unsynced_database")
 def test_methods_are_tuned_alike_and_judged_and_later_sittings_add_to_the_results(
     here: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_missing_file_of_a_later_set_is_found_before_anything_trains(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("unsynced_database")
 def test_a_method_that_breaks_costs_the_others_nothing_and_a_prior_is_adjusted_after_the_least_mae(
     tmp_path: Path, here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,9 +18,8 @@ def test_help_answers_without_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.* the best tau is the largest")  # of one epoch
-@pytest.mark.usefixtures("sketched")
+@pytest.mark.usefixtures("sketched", "unsynced_database")
 def test_settings_are_chosen_on_validation_and_used(here: Callable[..., Outcome], tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
     make_faces(tmp_path / "faces", ages=range(2, 117, 4), each=6)
     words = ["--data", "utkface", "--root", "faces", "--size", 16, "--epochs", 1, "--batch-size", 64]
     words += ["--methods", "soft+tau", "--knobs", "sigma", "--out", "out"]

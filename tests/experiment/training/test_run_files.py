@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ EPOCHS, STOP = 3, 3  # two steps per epoch
 LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"
 
 
+@cache
 def image_set(samples: int, seed: int = 0) -> ImageSet:
     random = np.random.default_rng(seed)
     labels = np.minimum(random.exponential(5, samples), 19).astype(np.float32)
@@ -97,11 +100,11 @@ def train(folder: Path, *, stop: int = 0, resume: bool = False, model: nn.Module
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The checkpoint of a run stopped in its second epoch."""
+    """The folder of a run stopped in its second epoch, and its checkpoints."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(KeyboardInterrupt):
         train(folder, stop=STOP + 1)
-    return {name: load_checkpoint(folder / name) for name in (LAST, BEST)}
+    return {"folder": folder, **{name: load_checkpoint(folder / name) for name in (LAST, BEST)}}
 
 
 @pytest.fixture
@@ -110,7 +113,10 @@ def resumed(tmp_path: Path, stopped: dict[str, Any]) -> Callable[..., Any]:
 
     def go_on(last: Any = None, best: Any = None, **changes: Any) -> Any:
         for name, state in ((LAST, last), (BEST, best)):
-            save_checkpoint(tmp_path / name, stopped[name] if state is None else state)
+            if state is None:
+                shutil.copy(stopped["folder"] / name, tmp_path)
+            else:
+                save_checkpoint(tmp_path / name, state)
         return train(tmp_path, resume=True, **changes)
 
     return go_on

@@ -13,6 +13,8 @@ from dir_toolkit.errors import CheckpointError, DirToolkitError, NonFiniteLossEr
 from dir_toolkit.experiment.results.drawing import save_figure
 from dir_toolkit.experiment.training.search import STATE, Search, search, search_figure
 
+pytestmark = pytest.mark.usefixtures("unsynced_database")
+
 KNOBS: dict[str, Any] = {
     "lr": [{"lr": lr} for lr in (1, 2, 4)],
     "window": [{"size": 3, "sigma": 1.0}, {"size": 5, "sigma": 2.0}],
