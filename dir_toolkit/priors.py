@@ -193,6 +193,7 @@ class TauChoice:
         by: the name of the criterion.
         temperature: the divisor of the logits. Pass it to :class:`LogitAdjuster` together with tau.
         samples: the number of held-out labels.
+        biased: whether biases were fitted together with the temperature.
     """
 
     tau: float
@@ -201,6 +202,7 @@ class TauChoice:
     by: str
     temperature: float
     samples: int
+    biased: bool = False
 
     @property
     def scores(self) -> np.ndarray:
@@ -220,7 +222,8 @@ class TauChoice:
 
     def __str__(self) -> str:
         changes = [f"{_in_words(name)} from {x:.3g} to {self.after[name]:.3g}" for name, x in self.before.items()]
-        start = f"tau {self.tau:g} at temperature {self.temperature:.3g}, chosen on {self.samples:,} labels"
+        temperature = f"temperature {self.temperature:.3g}" + " with a bias" * self.biased
+        start = f"tau {self.tau:g} at {temperature}, chosen on {self.samples:,} labels"
         return f"{start}, takes {', '.join(changes)}."
 
 

@@ -176,8 +176,8 @@ def estimate_prior(
     together = all(checked) or not any(checked[1:])
     require(together, "features, source_features and labels must come together", got="a part")
 
-    window = np.ones(1) if bins.categorical else gaussian(min(_SIZE, len(bins) - 1 + len(bins) % 2), _SIGMA)
-    slope, bias = (1.0, 0.0) if row is None else _calibration(held, row, window)
+    window = ratio_window(bins)
+    slope, bias = (1.0, 0.0) if row is None else slope_and_bias(held, row, window, np.ones(len(row)))
     p, held_p = _softmax(slope * logits + bias), _softmax(slope * held + bias)
     mean = held_p.mean(0).clip(_LEAST)
     mean /= mean.sum()
@@ -242,21 +242,29 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return shares / shares.sum(1, keepdims=True)
 
 
-def _calibration(logits: np.ndarray, row: np.ndarray, window: np.ndarray) -> tuple[float, np.ndarray]:
-    """The slope (one over the temperature) and the biases (B,) that maximise the likelihood of these labels, with a
-    ridge penalty on the biases before smoothing."""
+def ratio_window(bins: Bins) -> np.ndarray:
+    """The window that smooths ratios and biases over a continuous axis."""
+    return np.ones(1) if bins.categorical else gaussian(min(_SIZE, len(bins) - 1 + len(bins) % 2), _SIGMA)
+
+
+def slope_and_bias(
+    logits: np.ndarray, row: np.ndarray, window: np.ndarray, weight: np.ndarray, offset: float | np.ndarray = 0.0
+) -> tuple[float, np.ndarray]:
+    """The slope (one over the temperature) and the biases (B,) of ``slope * logits + bias + offset`` that maximise the
+    likelihood of these labels, each counted by its weight (N,), with a ridge penalty on the biases before smoothing."""
     from scipy.optimize import minimize
     from scipy.special import logsumexp
 
-    mine, counts = logits[np.arange(len(row)), row], np.bincount(row, minlength=logits.shape[1])
+    logits = logits - logits.max(1, keepdims=True)  # so that no slope makes them overflow
+    mine, counts = logits[np.arange(len(row)), row], np.bincount(row, weight, minlength=logits.shape[1])
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
         slope, bias = np.exp(point[0]), _smooth(point[1:], window)
-        scaled = slope * logits + bias
+        scaled = slope * logits + bias + offset
         norm = logsumexp(scaled, axis=1)
-        p = np.exp(scaled - norm[:, None])
-        total = norm.sum() - slope * mine.sum() - bias @ counts + _RIDGE / 2 * (point[1:] @ point[1:])
-        by_slope = slope * ((p * logits).sum() - mine.sum())
+        p = weight[:, None] * np.exp(scaled - norm[:, None])
+        total = weight @ (norm - slope * mine) - (bias + offset) @ counts + _RIDGE / 2 * (point[1:] @ point[1:])
+        by_slope = slope * ((p * logits).sum() - weight @ mine)
         by_bias = _smooth(p.sum(0) - counts, window) + _RIDGE * point[1:]  # smoothing is its own transpose
         return total, np.concatenate([[by_slope], by_bias])
 

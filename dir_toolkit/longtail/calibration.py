@@ -8,16 +8,31 @@ labels in the bin or nearest to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_tensors, finite, is_tensor, number, on_host, one_of, real, require, shaped, warn
+from .._checks import (
+    as_tensors,
+    finite,
+    instance,
+    is_tensor,
+    number,
+    on_host,
+    one_of,
+    real,
+    require,
+    shaped,
+    warn,
+    word,
+)
 from .._numerics import wide_dtype
 from ..labels.bins import Bins, Outside
 from ..priors import TauChoice, best_temperature, search_tau
+from ..target_prior import ratio_window, slope_and_bias
 from .prediction import read_batches
 from .readouts import LongTailOutput, PriorKernel, ScoreReadout
 from .rows import as_rows, one_per_row
@@ -30,6 +45,7 @@ __all__ = ["Judged"]
 Judged = Literal["bmae", "mae", "bmse", "mse", "balanced_error", "error"]
 
 _SQUARED = ("bmse", "mse")
+_TAUS = np.linspace(0, 3, 16)  # at which calibrations are compared
 _NEAREST = 3  # the number of labels that represent a bin
 
 
@@ -40,14 +56,20 @@ def calibrate(
     *,
     by: Judged | None,
     most_mae: float | None,
+    bias: bool | Literal["auto"],
     outside: Outside | None,
 ) -> TauChoice:
+    instance((bool, str), bias=bias)
+    word("bias", bias, "auto")
     readout = _with_prior(model)
     if labels is None:
         scores_or_batches, labels = held_out(model, scores_or_batches)
     prior = readout.training_prior(readout.chosen_kernel("auto"), model.weights)
     choose = _Choice(model, prior, scores_or_batches, labels, outside)
-    choice = choose.tau(choose.temperature(), by, None, most_mae)
+    biased = choose.gains_by_bias(by, most_mae) if isinstance(bias, str) else bias
+    temperature, biases = choose.calibration(biased)
+    choice = replace(choose.tau(temperature, biases, by, None, most_mae), biased=biased)
+    readout.bias.copy_(biases)
     model.set_prior("uniform", choice.tau, temperature=choice.temperature)
     return choice
 
@@ -66,7 +88,7 @@ def choose_tau(
     readout = _with_prior(model)
     prior = readout.training_prior(readout.chosen_kernel(kernel), model.weights)
     choose = _Choice(model, prior, scores, labels, outside)
-    return choose.tau(readout.adjuster.temperature.item(), by, taus, most_mae)
+    return choose.tau(readout.adjuster.temperature.item(), readout.bias, by, taus, most_mae)
 
 
 def row_weights(share: np.ndarray, row: np.ndarray, bins: Bins) -> np.ndarray:
@@ -115,22 +137,47 @@ class _Choice:
             labels[held.to(labels.device)].to(scores.device),
         )
 
-    def temperature(self) -> float:
-        """The temperature with the best log score of the labels' bins, weighted as in training."""
-        weight = row_weights(self.prior.numpy(), self.row, self.bins)
-        logits, offset = self.logits.cpu().double().numpy(), self.readout.loss_offset.cpu().double().numpy()
-        return best_temperature(logits, self.row, weight, offset)
+    def calibration(self, biased: bool, rows: Any = slice(None)) -> tuple[float, Tensor]:
+        """The temperature and the biases (B,) with the best log score of the labels' bins, weighted as in training.
+        Without ``biased`` the biases are zero."""
+        logits, row = self.logits[rows].cpu().double().numpy(), self.row[rows]
+        weight = row_weights(self.prior.numpy(), row, self.bins)
+        offset = self.readout.loss_offset.cpu().double().numpy()
+        if not biased:
+            return best_temperature(logits, row, weight, offset), torch.zeros_like(self.readout.bias)
+        slope, biases = slope_and_bias(logits, row, ratio_window(self.bins), len(row) * weight, offset)
+        return 1 / slope, torch.from_numpy(biases).to(self.readout.bias)
+
+    def gains_by_bias(self, by: Any, most_mae: float | None) -> bool:
+        """Whether biases lower the error at the best tau, where each half of the labels is calibrated on the other."""
+        half = np.empty(len(self.row), dtype=bool)
+        half[self.row.argsort(kind="stable")] = np.arange(len(half)) % 2 == 0
+        if half.all():
+            return False
+        least = []
+        for biased in (False, True):
+            logits = torch.empty_like(self.logits)
+            for own in (half, ~half):
+                temperature, biases = self.calibration(biased, ~own)
+                logits[own] = self.logits[own] / temperature + biases.to(logits)
+            choice = self._tau(logits, by, _TAUS, most_mae)
+            least.append(choice.after[choice.by])
+        return least[1] < least[0]
+
+    def tau(self, temperature: float, biases: Tensor, by: Any, taus: Any, most_mae: float | None) -> TauChoice:
+        """Choose tau at a temperature and biases."""
+        choice = self._tau(self.logits / temperature + biases.to(self.logits), by, taus, most_mae)
+        return replace(choice, temperature=temperature)
 
     @torch.no_grad()
-    def tau(self, temperature: float, by: Any, taus: Any, most_mae: float | None) -> TauChoice:
-        """Choose tau at a temperature."""
+    def _tau(self, logits: Tensor, by: Any, taus: Any, most_mae: float | None) -> TauChoice:
+        """Choose tau for calibrated logits."""
         balanced, plain = self.readout.judged[:2]
         by = balanced if by is None else by
         one_of("by", by, self.readout.judged)
         if most_mae is not None:
             most_mae = number("most_mae", most_mae, low=1)
         regions, weight = self._regions(), self._weight()
-        logits = self.logits / temperature
 
         def errors_at(tau: float) -> dict[str, float]:
             adjusted = logits + self.readout.offset_from(self.prior, "uniform", tau).to(logits)
@@ -140,7 +187,7 @@ class _Choice:
             return {**squared, balanced: float(weight @ error), plain: float(error.mean()), **of_regions}
 
         bound = None if most_mae is None else (plain, most_mae)
-        return search_tau(errors_at, taus, by, temperature=temperature, samples=len(self.row), bound=bound)
+        return search_tau(errors_at, taus, by, samples=len(self.row), bound=bound)
 
     def _weight(self) -> np.ndarray:
         """The weight of each label, such that all bins with training or held-out labels have weights proportional to

@@ -404,6 +404,7 @@ class LongTailModel(nn.Module):
         *,
         by: Judged | None = None,
         most_mae: float | None = None,
+        bias: bool | Literal["auto"] = False,
         outside: Outside | None = None,
     ) -> TauChoice:
         """Choose temperature and tau on validation data, and set them.
@@ -417,10 +418,13 @@ class LongTailModel(nn.Module):
                 labels)]``, on which the model is run in eval mode.
             labels: the labels of the scores; None for batches.
             by, most_mae, outside: as in :meth:`choose_tau`.
+            bias: whether to fit, together with the temperature, a bias per class or a smooth bias along the axis, which
+                is added to the divided logits and kept by :meth:`set_prior`. ``"auto"`` fits it if that lowers the
+                error on each half of the data that is calibrated on the other half.
         Raises:
             as :meth:`choose_tau`. The model does not change then.
         """
-        return calibrate(self, scores_or_loader, labels, by=by, most_mae=most_mae, outside=outside)
+        return calibrate(self, scores_or_loader, labels, by=by, most_mae=most_mae, bias=bias, outside=outside)
 
     def predict(self, inputs: Tensor | Iterable[Any], *, level: float | None = None) -> xr.Dataset:
         """A table of predictions with one row per sample, or per sample and step. ``to_dataframe()`` converts it to

@@ -401,6 +401,7 @@ class ScoreReadout(Readout):
     conformal = BinsConformal
 
     loss_offset: Tensor  # (B,), the offset of logits in the loss
+    bias: Tensor  # (B,), the offset of logits that calibration found
     judged: ClassVar[tuple[str, ...]]  # the error over bins, the error over samples, and both with squared errors
 
     def __init__(
@@ -423,6 +424,7 @@ class ScoreReadout(Readout):
             raise problem(rule, got='"in_loss"', fix=fix)
         self.adjuster = LogitAdjuster(np.full(len(self.bins), 1 / len(self.bins)), tau=0.0)
         self.register_buffer("loss_offset", torch.zeros(len(self.bins)))
+        self.register_buffer("bias", torch.zeros(len(self.bins)))
 
     def _start_prior(self, target_prior: TargetPrior, tau: float, temperature: float, weights: LDS | None) -> None:
         """Set the initial prior from the options."""
@@ -456,8 +458,8 @@ class ScoreReadout(Readout):
     def _offset(self, target: Any, tau: float, kernel: PriorKernel, weights: LDS | None) -> Tensor:
         """The offset of logits, (B,), for predictions under a checked target."""
         if target is None:
-            return self.loss_offset.clone()
-        return self.offset_from(self.training_prior(kernel, weights), target, tau)
+            return self.loss_offset + self.bias
+        return self.offset_from(self.training_prior(kernel, weights), target, tau) + self.bias
 
     def offset_from(self, prior: Tensor, target: Any, tau: float) -> Tensor:
         """The offset of logits, (B,), from a training prior to a target."""

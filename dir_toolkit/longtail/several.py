@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -217,6 +217,7 @@ class MultiTargetModel(SoundModule):
         *,
         by: Judged | None = None,
         most_mae: float | None = None,
+        bias: bool | Literal["auto"] = False,
         outside: Outside | None = None,
     ) -> list[TauChoice]:
         """Choose temperature and tau of each target on validation data, by :meth:`LongTailModel.calibrate`.
@@ -224,7 +225,7 @@ class MultiTargetModel(SoundModule):
         Args:
             scores_or_loader: the scores of this model's output; or batches of inputs and labels (N, K).
             labels: (N, K), the labels of the scores; None for batches.
-            by, most_mae, outside: as in :meth:`LongTailModel.calibrate`, for all targets.
+            by, most_mae, bias, outside: as in :meth:`LongTailModel.calibrate`, for all targets.
         Returns:
             the choice for each target.
         Raises:
@@ -233,7 +234,7 @@ class MultiTargetModel(SoundModule):
         if labels is None:
             scores_or_loader, labels = held_out(self, scores_or_loader)
         pairs = self._scores_and_labels(scores_or_loader, labels)
-        options: Any = {"by": by, "most_mae": most_mae, "outside": outside}
+        options: Any = {"by": by, "most_mae": most_mae, "bias": bias, "outside": outside}
         with whole_or_not_at_all(self.targets):
             return [target.calibrate(*pair, **options) for target, pair in zip(self.targets, pairs, strict=True)]
 

@@ -31,8 +31,8 @@ class Settings:
     tables: tuple[str, ...] = ("diabetes", "abalone", "airfoil", "concrete", "house16H", "appliances", "rain")
     """Any of these and ``house16H_raw``, whose prices are not brought to their logarithm."""
     methods: tuple[str, ...] = ("median", "boosting", "boosting_lds", "boosting_adjusted", "network_lds", "default")
-    """Any of these, ``boosting_l1`` and ``boosting_l1_lds``, which minimise absolute errors, ``boosting_lds_adjusted``,
-    and scikit-learn's ``mlp``."""
+    """Any of these, ``default_on_axis``, which is given the axis that judges, ``boosting_l1`` and ``boosting_l1_lds``,
+    which minimise absolute errors, ``boosting_lds_adjusted``, and scikit-learn's ``mlp``."""
     splits: int = 5
     """Seeds 0, 1, ... decide which rows train, and what a method draws."""
     rows: int = 5000
@@ -73,31 +73,35 @@ def read(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     return pd.get_dummies(table).to_numpy(float), np.log1p(label) if name == "house16H" else label
 
 
-def boosting(**settings: Any) -> Callable[[int], BaseEstimator]:
-    return lambda seed: HistGradientBoostingRegressor(random_state=seed, **settings)
+def boosting(**settings: Any) -> Callable[..., BaseEstimator]:
+    return lambda seed, bins=None: HistGradientBoostingRegressor(random_state=seed, **settings)
 
 
-METHODS: dict[str, tuple[Callable[[int], Any], bool]] = {
-    "median": (lambda seed: DummyRegressor(strategy="median"), False),
+METHODS: dict[str, tuple[Callable[[int, dt.Bins], Any], bool]] = {
+    "median": (lambda seed, bins: DummyRegressor(strategy="median"), False),
     "boosting": (boosting(), False),
     "boosting_lds": (boosting(), True),
     "boosting_l1": (boosting(loss="absolute_error"), False),
     "boosting_l1_lds": (boosting(loss="absolute_error"), True),
-    "boosting_adjusted": (lambda seed: PriorAdjusted(boosting()(seed), random_state=seed), False),
-    "boosting_lds_adjusted": (lambda seed: PriorAdjusted(SampleWeighted(boosting()(seed)), random_state=seed), False),
+    "boosting_adjusted": (lambda seed, bins: PriorAdjusted(boosting()(seed), random_state=seed), False),
+    "boosting_lds_adjusted": (
+        lambda seed, bins: PriorAdjusted(SampleWeighted(boosting()(seed)), random_state=seed),
+        False,
+    ),
     "mlp": (
-        lambda seed: make_pipeline(
+        lambda seed, bins: make_pipeline(
             StandardScaler(), MLPRegressor(hidden_layer_sizes=(64, 64), early_stopping=True, random_state=seed)
         ),
         False,
     ),
     "network_lds": (
-        lambda seed: LongTailRegressor(head="regression", weights="sqrt_inverse", random_state=seed),
+        lambda seed, bins: LongTailRegressor(head="regression", weights="sqrt_inverse", random_state=seed),
         False,
     ),
-    "default": (lambda seed: LongTailRegressor(random_state=seed), False),
+    "default": (lambda seed, bins: LongTailRegressor(random_state=seed), False),
+    "default_on_axis": (lambda seed, bins: LongTailRegressor(bins=bins, random_state=seed), False),
 }
-"""By name: the estimator of a seed, and whether it is handed LDS weights of the axis that judges."""
+"""By name: the estimator of a seed and of the axis that judges, and whether it is handed LDS weights of that axis."""
 
 
 def judge(x: np.ndarray, y: np.ndarray, method: str, seed: int, most: int) -> dict[str, float]:
@@ -110,7 +114,7 @@ def judge(x: np.ndarray, y: np.ndarray, method: str, seed: int, most: int) -> di
     make, weighted = METHODS[method]
     weight = {"sample_weight": dt.LDS(bins).fit(density).sample_weight(y[train])} if weighted else {}
     start = time.process_time()
-    model = make(seed).fit(x[train], y[train], **weight)
+    model = make(seed, bins).fit(x[train], y[train], **weight)
     seconds = time.process_time() - start
     pred = model.predict(x[test])
     found = dt.regression_metrics(pred, y[test].astype(float), density, outside="clip").sel(region="all")

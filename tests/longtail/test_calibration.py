@@ -241,6 +241,35 @@ def test_held_out_labels_may_be_distributed_otherwise(even: bool) -> None:
     assert model.readout.adjuster.temperature.item() == pytest.approx(choice.temperature)
 
 
+def test_a_smooth_bias_of_the_logits_is_undone_where_there_is_one() -> None:
+    _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 1000, heat=1.7)
+    wave = torch.from_numpy(2 * np.sin(np.arange(20) / 3))
+    model = ages(sigma=None).double()
+    choice = model.calibrate(logits + wave, y, bias="auto")
+    assert choice.biased
+    assert "at temperature 1." in str(choice)
+    assert " with a bias, chosen on 1,000 labels" in str(choice)
+    assert choice.temperature == pytest.approx(1.7, rel=0.1)
+    assert choice.tau == pytest.approx(1, abs=0.2)
+    common = slice(0, 12)  # where labels are enough
+    rest = (model.readout.bias.double() + wave / choice.temperature)[common]
+    assert (rest - rest.mean()).abs().max() < 0.35
+    bias, offset = model.readout.bias.clone(), model.readout.adjuster.offset.clone()
+    assert model.choose_tau(logits + wave, y).tau == choice.tau
+    model.set_prior(None)
+    assert torch.equal(model.readout.adjuster.offset, bias)
+    model.set_prior("uniform", choice.tau)
+    assert torch.equal(model.readout.adjuster.offset, offset)
+    plain, other = ages(sigma=None).double(), ages(sigma=None).double()
+    few = slice(0, 200)
+    choices = [plain.calibrate(logits[few], y[few], bias="auto"), model.calibrate(logits[few], y[few])]
+    assert not any(one.biased for one in choices)
+    other.calibrate(logits[few], y[few])
+    assert bits(plain) == bits(model) == bits(other)
+    with pytest.warns(DirToolkitWarning, match="the best temperature lies at or below"):
+        assert not other.calibrate(logits[:1], y[:1], bias="auto").biased
+
+
 def test_weights_and_what_the_loss_adjusts_belong_to_the_temperature() -> None:
     _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 3000, heat=1.0)
     weights = LDS(AGES, kernel=None).fit(AGE_DENSITY)
@@ -389,6 +418,7 @@ def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
             "a batch must be inputs, or a pair of inputs and labels, go",
         ),
         (lambda: model.calibrate(scores, y, most_mae=0.9), ValueError, r"most_mae must be >= 1, got 0\.9"),
+        (lambda: model.calibrate(scores, y, bias="yes"), ValueError, "bias must be one of 'auto', got 'yes'"),
         (lambda: model.calibrate(scores, y, by="error"), ValueError, "by must be one of .*'bmse', 'mse', got 'error'"),
         (lambda: model.calibrate(scores, y + 20), LabelError, r"labels must lie on the label axis \[0, 20\]"),
     ]
