@@ -29,7 +29,8 @@ class Settings:
     root: Path
     """Folder of the tables."""
     tables: tuple[str, ...] = ("diabetes", "abalone", "airfoil", "concrete", "house16H", "appliances", "rain")
-    """Any of these and ``house16H_raw``, whose prices are not brought to their logarithm."""
+    """Any of these; ``house16H_raw``, whose prices are not brought to their logarithm; and ``beijing``, hours of the
+    series of the station Aotizhongxin in random order, whose file DIR must then hold."""
     methods: tuple[str, ...] = ("median", "boosting", "boosting_lds", "boosting_adjusted", "network_lds", "default")
     """Any of these, ``default_on_axis``, which is given the axis that judges, ``boosting_l1`` and ``boosting_l1_lds``,
     which minimise absolute errors, ``boosting_lds_adjusted``, and scikit-learn's ``mlp``."""
@@ -55,6 +56,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import dir_toolkit as dt
+from dir_toolkit.experiment.data.series import beijing
 from dir_toolkit.integrations.scikit_learn import LongTailRegressor, PriorAdjusted, SampleWeighted
 
 FILES = {"house16H_raw": "house16H", "appliances": "appliances_energy", "rain": "rain_ibk"}
@@ -67,6 +69,10 @@ def read(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_diabetes
 
         return load_diabetes(return_X_y=True)
+    if name == "beijing":
+        splits = beijing(root, hours=1)
+        parts = splits.train, splits.val, splits.test
+        return np.concatenate([p.inputs[p.rows][:, 0] for p in parts]), np.concatenate([p.labels for p in parts])
     table = pd.read_csv(root / f"{FILES.get(name, name)}.csv.gz", encoding="utf-8-sig")
     table = table.drop(columns="rownames", errors="ignore")
     label = table.pop(table.columns[0]).to_numpy(float)
