@@ -123,11 +123,11 @@ def judge(x: np.ndarray, y: np.ndarray, method: str, seed: int, most: int) -> di
     model = make(seed, bins).fit(x[train], y[train], **weight)
     seconds = time.process_time() - start
     pred = model.predict(x[test])
-    found = dt.regression_metrics(pred, y[test].astype(float), density, outside="clip").sel(region="all")
+    errors = dt.regression_metrics(pred, y[test].astype(float), density, outside="clip").sel(region="all")
     frequency = density.smooth(dt.gaussian(5, 2)).counts[bins.index(y[test], "clip")]
     rare = np.argsort(frequency, kind="stable")[: -(-len(test) // 10)]
     few = np.abs(pred - y[test])[rare].mean()
-    return {"mae": found.mae.item(), "bmae": found.bmae.item(), "few": few, "seconds": seconds}
+    return {"mae": errors.mae.item(), "bmae": errors.bmae.item(), "few": few, "seconds": seconds}
 
 
 def summary(rows: pd.DataFrame) -> str:
