@@ -4,8 +4,7 @@
     python recipes/table.py --file CSV --label COLUMN      # your own; a fifth of its rows is the test
 
 The drawn table holds each patient's findings at admission, and the label is the length of the stay in days. Most
-training stays are short, and test stays are uniform. LDS weights, which suit any library, and an adjustment by the
-prior reduce the errors of long stays.
+training stays are short, and test stays are uniform. LDS weights and an adjustment by the prior help long stays.
 """
 
 from __future__ import annotations
