@@ -11,7 +11,8 @@ where the 0-th smallest is :math:`-\infty`. Then :math:`P(y \in C(x) \mid y \in 
 and any model, if calibration samples and new samples are exchangeable. The interval is the hull of the set.
 
 Exchangeable means that calibration data are drawn from the same distribution as new data, and were not used for
-training, nor to choose the epoch, the temperature or tau.
+training, nor to choose the epoch, the temperature or tau. Where new data drift and their labels arrive later,
+:meth:`PointConformal.adapt` keeps the coverage of each region.
 
 Each class takes one kind of forecast: :class:`PointConformal` takes point predictions of any regressor,
 :class:`GaussianConformal` takes means and variances, and :class:`BinsConformal` takes distributions over bins or
@@ -19,7 +20,7 @@ classes. :func:`conformal_interval` handles point predictions in one call.
 
 Source:
     Vovk 2012 (arXiv:1209.2673) for label-conditional conformal prediction; Ding et al. 2026 (arXiv:2507.06867) for the
-    division by the prior.
+    division by the prior; Gibbs and Candès 2021 (arXiv:2106.00170) for data that drift.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Conformal(ABC):
         self._names, self._of_bin = np.unique(self.regions, return_inverse=True)
         self.per_region = number("per_region", per_region, low=0, high=1)
         self._scores, self._rows, self._warned = [np.empty(0)], [np.empty(0, dtype=np.int64)], False
+        self._moved = np.zeros(len(self._names))  # by how much adapt() has raised the miss rate of each region
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -117,8 +119,40 @@ class Conformal(ABC):
         """
         self._add(output=output, labels=labels)
 
+    def adapt(self, output: Any, labels: Any, level: float = 0.9, *, rate: float = 0.005) -> None:
+        r"""Follow data that drift, by labels that have arrived: adaptive conformal inference for each region.
+
+        Every label of region r that its set misses lowers the miss rate :math:`\alpha_r` from which the threshold of r
+        follows, and every label that it holds raises it:
+
+        .. math:: \alpha_r \leftarrow \alpha_r + \text{rate}\,(1 - \text{level} - \text{missed})
+
+        After n labels of a region that came one by one, each followed by this call, the share of missed ones differs
+        from 1 - level by at most (max(level, 1 - level) + rate) / (rate n), whatever the data. Meanwhile a set may hold
+        all labels of a region, or none. Calibration samples stay as they are. ``+`` sums the steps of both.
+
+        Args:
+            output, labels: as in :meth:`update`; forecasts whose sets were used, and their labels.
+            level: that of the sets.
+            rate: > 0; a higher rate follows faster, and makes sets vary more.
+        Raises:
+            as :meth:`update` and :meth:`thresholds`.
+        Source:
+            Gibbs and Candès 2021, equation 2 and proposition 4.1 (arXiv:2106.00170), here for each region.
+        """
+        rate, thresholds = number("rate", rate, low=0, high=1, open_low=True), self._scores_at(level)
+        scores, rows = self._scored(output=output, labels=labels)
+        steps = 1 - level - (scores < thresholds[rows])
+        self._moved = self._moved + rate * np.bincount(self._of_bin[rows], steps, minlength=len(self._names))
+
     def _add(self, **given: Any) -> None:
         """:meth:`update` with other names of forecasts and labels for errors."""
+        scores, rows = self._scored(**given)
+        self._scores.append(scores)
+        self._rows.append(rows)
+
+    def _scored(self, **given: Any) -> tuple[np.ndarray, np.ndarray]:
+        """V and the bin of each sample whose label counts, of checked forecasts and labels."""
         (name, output), (of_labels, labels) = given.items()
         output = self._checked(name, on_host(name, _as_tensor(name, output)), self.bins)
         labels = on_host(of_labels, _as_tensor(of_labels, labels))
@@ -126,8 +160,7 @@ class Conformal(ABC):
         row = self.bins.index(labels, self.outside, missing=self.missing, name=of_labels)
         output, labels, row = (part[row >= 0] for part in (output, labels, row))
         finite(**{of_labels: labels})
-        self._scores.append(self._score(output, labels, row).double().numpy())
-        self._rows.append(row.numpy())
+        return self._score(output, labels, row).double().numpy(), row.numpy()
 
     def __add__(self: _Own, other: _Own) -> _Own:
         if type(other) is not type(self):
@@ -135,6 +168,7 @@ class Conformal(ABC):
         self._check_same(described("settings", other.settings))
         total = type(self)(**self.settings)
         total._scores, total._rows = self._scores + other._scores, self._rows + other._rows
+        total._moved = self._moved + other._moved
         return total
 
     def all_reduce(self: _Own, *, group: dist.ProcessGroup | None = None) -> _Own:
@@ -149,13 +183,16 @@ class Conformal(ABC):
         check_group(group)
         if not is_parallel():
             return self
-        own = (described("settings", self.settings), np.concatenate(self._scores), np.concatenate(self._rows))
+        samples = np.concatenate(self._scores), np.concatenate(self._rows), self._moved
+        own = described("settings", self.settings), *samples
         known: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(known, own, group=group)
-        for settings, _, _ in known:
-            self._check_same(settings)
         total = type(self)(**self.settings)
-        total._scores, total._rows = [scores for _, scores, _ in known], [rows for _, _, rows in known]
+        for settings, scores, rows, moved in known:
+            self._check_same(settings)
+            total._scores.append(scores)
+            total._rows.append(rows)
+            total._moved = total._moved + moved
         return total
 
     def _check_same(self, settings: Any) -> None:
@@ -178,6 +215,10 @@ class Conformal(ABC):
         Raises:
             ValueError: the level lies outside (0, 1), or there is no calibration sample.
         """
+        return self._scores_at(level)
+
+    def _scores_at(self, level: float) -> np.ndarray:
+        """The smallest V of a label in the set, for each bin, (B,)."""
         level = number("level", level, low=0, high=1, open_low=True, open_high=True)
         miss = 1 - Fraction(str(level))
         scores, rows = np.concatenate(self._scores), np.concatenate(self._rows)
@@ -192,8 +233,9 @@ class Conformal(ABC):
                 f"{where} {counts[fewest]} calibration samples, and level {digits(level)} needs {needed}, so that sets "
                 "hold all of these labels. Use more samples, a lower level, or larger regions."
             )
+        misses = np.array([miss + Fraction(moved) for moved in self._moved])[self._of_bin]
         cuts = ((self.per_region, self._of_bin), (1 - self.per_region, np.zeros_like(self._of_bin)))
-        return np.sum([share * _thresholds(scores, rows, of_bin, miss) for share, of_bin in cuts if share], axis=0)
+        return np.sum([share * _thresholds(scores, rows, of_bin, misses) for share, of_bin in cuts if share], axis=0)
 
     def sets(self, output: Any, level: float = 0.9) -> Any:
         """The bins with a label in the prediction set, (N, B) bool. For classes this is the set itself."""
@@ -451,14 +493,15 @@ def _checked_regions(regions: Any, bins: Bins) -> np.ndarray:
     return np.array([str(name) for name in names])
 
 
-def _thresholds(scores: np.ndarray, rows: np.ndarray, of_bin: np.ndarray, miss: Fraction) -> np.ndarray:
-    """The score that at most a share ``miss`` of new samples falls below, for the region of each bin, (B,)."""
+def _thresholds(scores: np.ndarray, rows: np.ndarray, of_bin: np.ndarray, misses: np.ndarray) -> np.ndarray:
+    """The score that at most a share ``misses`` (B,) of new samples falls below, for the region of each bin, (B,)."""
     of_sample = of_bin[rows]
     counts = np.bincount(of_sample, minlength=of_bin.max() + 1)
-    ranks = np.array([int(miss * (int(n) + 1)) for n in counts])
+    own = counts[of_bin]
+    ranks = np.array([math.floor(miss * (int(n) + 1)) for miss, n in zip(misses, own, strict=True)])
     rising = scores[np.lexsort((scores, of_sample))]
-    place = (counts.cumsum() - counts + ranks - 1).clip(min=0, max=len(scores) - 1)
-    return np.where(ranks > 0, rising[place], -math.inf)[of_bin]
+    place = ((counts.cumsum() - counts)[of_bin] + ranks - 1).clip(min=0, max=len(scores) - 1)
+    return np.where(ranks < 1, -math.inf, np.where(ranks > own, math.inf, rising[place]))
 
 
 def _as_tensor(name: str, values: Any) -> Tensor:

@@ -159,6 +159,37 @@ def test_chunks_and_sums_equal_the_whole(kind: type) -> None:
         assert other.counts() == whole.counts() == {"few": 40, "many": 40, "medium": 40}
 
 
+@NO_WARNING
+@pytest.mark.parametrize("per_region", [0.0, 1.0])
+def test_adapted_sets_hold_their_level_in_each_region_whatever_comes(per_region: float) -> None:
+    """Half of the new forecasts are 30 off, and adapted sets miss 10 % all the same."""
+    rng, level, rate = np.random.default_rng(8), 0.9, 0.1
+    calibration = calibrated(PointConformal, drawn(PointConformal, 30, rng), per_region=per_region)
+    labels = rng.uniform(0, 10, 300)
+    output, row = labels + 30 * (rng.random(300) < 0.5), BINS.index(labels)
+    before, missed = calibration.thresholds(level), np.empty(300, bool)
+    for i in range(300):
+        missed[i] = not calibration.sets(output[i : i + 1], level)[0, row[i]]
+        calibration.adapt(output[i : i + 1], labels[i : i + 1], level, rate=rate)
+    for region in np.unique(REGION):
+        own = REGION[row] == region
+        assert abs(missed[own].mean() - 0.1) <= (level + rate) / (rate * own.sum())
+    assert (np.abs(labels - output) > -before[row]).mean() > 0.4
+    summed = PointConformal(DENSITY, per_region=per_region) + calibration
+    assert summed.thresholds(level).tolist() == calibration.thresholds(level).tolist()
+
+
+def test_each_missed_label_lowers_the_miss_rate_of_its_region_alone() -> None:
+    calibration = calibrated(
+        PointConformal, ([1.0] * 99 + [4.0] * 99, [*(1 + np.arange(99) / 99), *(4 + np.arange(99) / 99)])
+    )
+    before = calibration.thresholds(0.9)
+    calibration.adapt([1.0, 1.0], [2.5, 1.1], 0.9, rate=0.095)  # of common labels one is missed, and one is held
+    after = calibration.thresholds(0.9)
+    assert (before - after)[:3].round(4).tolist() == [0.0808] * 3  # from the 10th to the 2nd smallest of 99 scores
+    assert (before == after)[3:].all()
+
+
 def ranks(rank: int) -> Any:
     output, labels = drawn(PointConformal, 40, np.random.default_rng(5))
     own = [slice(0, 13), slice(13, None)][rank]
@@ -274,6 +305,9 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "density must be over one axis",
     ),
+    "rate": (lambda c: c.adapt([1.0], [1.0], rate=0), ValueError, "PointConformal.adapt: rate must be > 0 and <= 1"),
+    "level to adapt to": (lambda c: c.adapt([1.0], [1.0], 1.0), ValueError, "adapt: level must be > 0 and < 1, got 1"),
+    "NaN to adapt to": (lambda c: c.adapt([math.nan], [1.0]), ValueError, "adapt: output must be finite"),
     "classes": (
         lambda c: PointConformal(dt.LabelDensity(dt.Bins.classes(2), [1, 1])).update([0.5], [1]),
         ValueError,
@@ -294,6 +328,9 @@ def test_wrong_arguments_are_refused(wrong: str) -> None:
     with pytest.raises(error, match=message):
         call(calibration)
     assert calibration.counts()["many"] == 20  # nothing was added
+    assert (
+        calibration.thresholds().tolist() == calibrated(PointConformal, ([1.0] * 20, [1.5] * 20)).thresholds().tolist()
+    )
 
 
 def test_bins_without_a_training_label_belong_to_the_rarest_region_that_has_any() -> None:

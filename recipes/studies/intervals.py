@@ -5,11 +5,11 @@
 
 DIR holds the sets, and ``forecasts.py`` tells how each is trained on. The rows that the network has not seen are halved
 into rows to calibrate and rows to test 5 times, and numbers are means over these halvings. Rows from elsewhere are all
-tested, where calibration data are not drawn as new data are. There "rolling" calibrates anew each day, in the order of
-time, on the labels of as many hours as the held-out rows had at first. Regions are those of the training density, with
-bins without a training label among the few. Coverage is that of the prediction sets, and widths are those of their
-hulls, the intervals, which end with the axis. ``OUT/rows.csv`` has a row per set, halving, method and region,
-``OUT/tables.md`` has tables, and ``OUT/intervals.png`` a picture.
+tested, where calibration data are not drawn as new data are. There "adapted" passes the labels of each day to ``adapt``
+before the next day. Regions are those of the training density, with bins without a training label among the few.
+Coverage is that of the prediction sets, and widths are those of their hulls, the intervals, which end with the axis.
+``OUT/rows.csv`` has a row per set, halving, method and region, ``OUT/tables.md`` has tables, and
+``OUT/intervals.png`` a picture.
 """
 
 from __future__ import annotations
@@ -73,25 +73,33 @@ SHOWN = {
     "boosting, one threshold": "C1^", "boosting, per region": "C0^",
 }  # fmt: skip
 """The methods in the picture and in the first columns of the tables, and their marks."""
-ROLLING = ", rolling"
+ADAPTED = ", adapted"
 
 
 def judge(name: str, seed: int, said: Forecasts) -> Iterator[dict[str, Any]]:
     """What each method covers in each region by its sets and by their hulls, and how wide both are."""
     rng, density, bins = np.random.default_rng(seed), said.density, said.bins
     regions = np.where(density.counts > 0, density.regions(), "few")
-    known = [name for name, (kind, _) in METHODS.items() if kind == "network" or not np.isnan(said.held.boosted).any()]
+    held, elsewhere = shares(said.held), {test: shares(new) for test, new in said.elsewhere.items()}
+    known = [name for name, (kind, _) in METHODS.items() if kind == "network" or not np.isnan(held.boosted).any()]
 
-    def calibrated(method: str, part: Part, new: Part) -> tuple[np.ndarray, ...]:
-        """The ends of the intervals of new rows, whether the sets hold their labels, and the lengths of the sets."""
+    def calibration_of(method: str, part: Part) -> Any:
         kind, options = METHODS[method]
         calibration: Any
-        if kind == "boosting":
-            calibration, read = PointConformal(density, regions=regions, **options), lambda part: part.boosted
+        if kind == "network":
+            calibration = BinsConformal(density, regions=regions, prior=said.prior, **options)
         else:
-            calibration, read = BinsConformal(density, regions=regions, prior=said.prior, **options), shares
-        calibration.update(read(part), part.labels)
-        return *calibration.interval(read(new), LEVEL), *sets(calibration, read(new), new.labels)
+            calibration = PointConformal(density, regions=regions, **options)
+        calibration.update(given(method, part), part.labels)
+        return calibration
+
+    def given(method: str, part: Part) -> np.ndarray:
+        return part.scores if METHODS[method][0] == "network" else part.boosted
+
+    def judged(method: str, calibration: Any, new: Part) -> tuple[np.ndarray, ...]:
+        """The ends of the intervals of new rows, whether the sets hold their labels, and the lengths of the sets."""
+        output = given(method, new)
+        return *calibration.interval(output, LEVEL), *sets(calibration, output, new.labels)
 
     def by_region(name: str, method: str, y: np.ndarray, *numbers: Any) -> Iterator[dict[str, Any]]:
         lower, upper, held, length = map(np.asarray, numbers)
@@ -103,31 +111,26 @@ def judge(name: str, seed: int, said: Forecasts) -> Iterator[dict[str, Any]]:
             yield row | {key: value[own].mean() if own.any() else np.nan for key, value in columns.items()}
 
     for _ in range(HALVINGS):
-        own, rest = halved(said.held, rng)
-        for test, new in (said.elsewhere or {name: rest}).items():
-            lower, upper = map(np.asarray, dt.interval(torch.from_numpy(shares(new)), bins, LEVEL, ends=said.ends))
-            held, length = (lower <= new.labels) & (new.labels <= upper), upper - lower
-            yield from by_region(test, "network, own", new.labels, lower, upper, held, length)
+        own, rest = halved(held, rng)
+        for test, new in (elsewhere or {name: rest}).items():
+            lower, upper = map(np.asarray, dt.interval(torch.from_numpy(new.scores), bins, LEVEL, ends=said.ends))
+            inside = (lower <= new.labels) & (new.labels <= upper)
+            yield from by_region(test, "network, own", new.labels, lower, upper, inside, upper - lower)
             for method in known:
-                yield from by_region(test, method, new.labels, *calibrated(method, own, new))
-    for test, new in said.elsewhere.items():
-        both, first = Part(*map(np.concatenate, zip(said.held, new, strict=True))), len(said.held.labels)
+                yield from by_region(test, method, new.labels, *judged(method, calibration_of(method, own), new))
+    for test, new in elsewhere.items():
         for method in SHOWN:
-            days = [
-                calibrated(
-                    method, between(both, start, first + start), between(both, first + start, first + start + DAY)
-                )
-                for start in range(0, len(new.labels), DAY)
-            ]
-            yield from by_region(test + ROLLING, method, new.labels, *map(np.concatenate, zip(*days, strict=True)))
+            calibration, days = calibration_of(method, held), []
+            for start in range(0, len(new.labels), DAY):
+                day = Part(*(values[start : start + DAY] for values in new))
+                days.append(judged(method, calibration, day))
+                calibration.adapt(given(method, day), day.labels, LEVEL)
+            yield from by_region(test + ADAPTED, method, new.labels, *map(np.concatenate, zip(*days, strict=True)))
 
 
-def between(part: Part, first: int, last: int) -> Part:
-    return Part(*(values[first:last] for values in part))
-
-
-def shares(part: Part) -> np.ndarray:
-    return softmax(part.scores.astype(float), axis=1)
+def shares(part: Part) -> Part:
+    """The same rows with probabilities in place of scores."""
+    return part._replace(scores=softmax(part.scores.astype(float), axis=1))
 
 
 def sets(calibration: Any, output: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -142,34 +145,34 @@ def sets(calibration: Any, output: np.ndarray, y: np.ndarray) -> tuple[np.ndarra
 
 
 def tables(rows: pd.DataFrame) -> str:
-    """Coverage by region in %, and the lengths of sets and widths of intervals over all labels: means and standard
-    deviations over seeds."""
-    methods = [*SHOWN, *(method for method in dict.fromkeys(rows.method) if method not in SHOWN)]
+    """Tables of coverage and of widths, of the methods in the picture and of the others."""
+    others = [method for method in dict.fromkeys(rows.method) if method not in SHOWN]
+    there = [method for method in SHOWN if method in set(rows.method)]
+    return "\n".join(table(rows, methods, widths) for methods in (there, others) for widths in (False, True))
+
+
+def table(rows: pd.DataFrame, methods: list[str], widths: bool) -> str:
+    """Coverage by region in %, means and standard deviations over seeds; or mean lengths of sets, widths of intervals,
+    and how many of all labels in % the intervals hold."""
     by_seed = rows.groupby(["set", "method", "region", "seed"], sort=False).mean()
     mean, spread = (getattr(by_seed.groupby(level=[0, 1, 2], sort=False), kind)() for kind in ("mean", "std"))
-    coverage, widths = [], []
-    for name in dict.fromkeys(rows.set):
-        title = name.replace("_", " ")
-        counts = mean.rows[name, methods[0]].round()
-        cells = [f"{title}: {' / '.join(f'{counts[region]:,.0f}' for region in REGIONS)}"]
-        sizes = [title]
-        for method in methods:
-            if (name, method) not in mean.index:
-                cells.append("")
-                sizes.append("")
-                continue
-            of_method, error = mean.loc[name, method], 100 * spread.held[name, method]
-            shares = [f"{100 * of_method.held[region]:.0f} ± {error[region]:.0f}" for region in REGIONS]
-            cells.append(" / ".join(shares))
+
+    def cell(name: str, method: str) -> str:
+        if (name, method) not in mean.index:
+            return ""
+        of_method, error = mean.loc[name, method], spread.loc[name, method]
+        if widths:
             whole = of_method.loc["all"]
-            sizes.append(f"{whole.length:.3g}; {whole.width:.3g}; {100 * whole.covered:.0f}")
-        coverage.append(cells)
-        widths.append(sizes)
-    return markdown(["set: test rows many / medium / few", *methods], coverage) + markdown(["set", *methods], widths)
+            return f"{whole.length:.3g}; {whole.width:.3g}; {100 * whole.covered:.0f}"
+        return " / ".join(f"{100 * of_method.held[of]:.0f} ± {100 * error.held[of]:.0f}" for of in REGIONS)
 
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + "\n\n"
+    lines = [["set: test rows many / medium / few", *methods], ["---"] * (1 + len(methods))]
+    for name in dict.fromkeys(rows.set):
+        if (name, methods[0]) in mean.index:
+            counts = mean.loc[name, methods[0]].rows
+            size = f": {' / '.join(f'{counts[of]:,.0f}' for of in REGIONS)}" * (not widths)
+            lines.append([name.replace("_", " ") + size, *(cell(name, method) for method in methods)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def picture(rows: pd.DataFrame, path: Path) -> None:

@@ -63,16 +63,16 @@ def test_new_rows_are_drawn_as_their_shift_says_and_priors_are_judged(tmp_path: 
     assert (tmp_path / "runs/target_priors/target-prior.png").stat().st_size > 5_000
 
 
-def test_from_elsewhere_calibration_rolls_on_and_shifts_are_natural(
+def test_from_elsewhere_calibration_adapts_and_shifts_are_natural(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Labels rise by the month, of which intervals that are calibrated once hold ever fewer, and rolling ones more."""
+    """Labels rise by the month, of which intervals that are calibrated once hold ever fewer, and adapted ones more."""
     monkeypatch.syspath_prepend(str(STUDIES))
     intervals: Any = runpy.run_path(str(STUDIES / "intervals.py"))
     said = drifting(intervals["Forecasts"], intervals["Part"])
     rows = pd.DataFrame(intervals["judge"]("made", 0, said))
     held = rows[(rows.region == "all") & (rows.method == "network, per region")].groupby("set").held.mean()
-    assert held["later, rolling"] > held["later"] + 0.05
+    assert held["later, adapted"] > held["later"] + 0.05
     priors: Any = runpy.run_path(str(STUDIES / "target_priors.py"))
     (row,), curves = priors["judge"]("made", 0, said, 200)
     assert (row["shift"], curves) == ("later", {})
