@@ -140,9 +140,9 @@ class Conformal(ABC):
         Source:
             Gibbs and Candès 2021, equation 2 and proposition 4.1 (arXiv:2106.00170), here for each region.
         """
-        rate, thresholds = number("rate", rate, low=0, high=1, open_low=True), self._scores_at(level)
+        rate = number("rate", rate, low=0, high=1, open_low=True)
         scores, rows = self._scored(output=output, labels=labels)
-        steps = 1 - level - (scores < thresholds[rows])
+        steps = 1 - level - (scores < self._scores_at(level)[rows])
         self._moved = self._moved + rate * np.bincount(self._of_bin[rows], steps, minlength=len(self._names))
 
     def _add(self, **given: Any) -> None:
@@ -233,9 +233,10 @@ class Conformal(ABC):
                 f"{where} {counts[fewest]} calibration samples, and level {digits(level)} needs {needed}, so that sets "
                 "hold all of these labels. Use more samples, a lower level, or larger regions."
             )
-        misses = np.array([miss + Fraction(moved) for moved in self._moved])[self._of_bin]
-        cuts = ((self.per_region, self._of_bin), (1 - self.per_region, np.zeros_like(self._of_bin)))
-        return np.sum([share * _thresholds(scores, rows, of_bin, misses) for share, of_bin in cuts if share], axis=0)
+        misses, alone = [miss + Fraction(moved) for moved in self._moved], np.arange(len(self._names))
+        cuts = ((self.per_region, alone), (1 - self.per_region, np.zeros_like(alone)))
+        own = [share * _thresholds(scores, self._of_bin[rows], group, misses) for share, group in cuts if share]
+        return np.sum(own, axis=0)[self._of_bin]
 
     def sets(self, output: Any, level: float = 0.9) -> Any:
         """The bins with a label in the prediction set, (N, B) bool. For classes this is the set itself."""
@@ -493,15 +494,16 @@ def _checked_regions(regions: Any, bins: Bins) -> np.ndarray:
     return np.array([str(name) for name in names])
 
 
-def _thresholds(scores: np.ndarray, rows: np.ndarray, of_bin: np.ndarray, misses: np.ndarray) -> np.ndarray:
-    """The score that at most a share ``misses`` (B,) of new samples falls below, for the region of each bin, (B,)."""
-    of_sample = of_bin[rows]
-    counts = np.bincount(of_sample, minlength=of_bin.max() + 1)
-    own = counts[of_bin]
-    ranks = np.array([math.floor(miss * (int(n) + 1)) for miss, n in zip(misses, own, strict=True)])
+def _thresholds(scores: np.ndarray, region: np.ndarray, group: np.ndarray, misses: list[Fraction]) -> np.ndarray:
+    """For each of R regions, the score that at most a share ``misses`` of new samples of its ``group`` (R,) falls
+    below, (R,)."""
+    of_sample = group[region]
+    counts = np.bincount(of_sample, minlength=len(group))
+    size = counts[group]
+    ranks = np.array([math.floor(miss * (int(n) + 1)) for miss, n in zip(misses, size, strict=True)])
     rising = scores[np.lexsort((scores, of_sample))]
-    place = ((counts.cumsum() - counts)[of_bin] + ranks - 1).clip(min=0, max=len(scores) - 1)
-    return np.where(ranks < 1, -math.inf, np.where(ranks > own, math.inf, rising[place]))
+    place = ((counts.cumsum() - counts)[group] + ranks - 1).clip(min=0, max=len(scores) - 1)
+    return np.where(ranks < 1, -math.inf, np.where(ranks > size, math.inf, rising[place]))
 
 
 def _as_tensor(name: str, values: Any) -> Tensor:

@@ -179,6 +179,7 @@ def test_adapted_sets_hold_their_level_in_each_region_whatever_comes(per_region:
     assert summed.thresholds(level).tolist() == calibration.thresholds(level).tolist()
 
 
+@NO_WARNING
 def test_each_missed_label_lowers_the_miss_rate_of_its_region_alone() -> None:
     calibration = calibrated(
         PointConformal, ([1.0] * 99 + [4.0] * 99, [*(1 + np.arange(99) / 99), *(4 + np.arange(99) / 99)])
@@ -186,7 +187,7 @@ def test_each_missed_label_lowers_the_miss_rate_of_its_region_alone() -> None:
     before = calibration.thresholds(0.9)
     calibration.adapt([1.0, 1.0], [2.5, 1.1], 0.9, rate=0.095)  # of common labels one is missed, and one is held
     after = calibration.thresholds(0.9)
-    assert (before - after)[:3].round(4).tolist() == [0.0808] * 3  # from the 10th to the 2nd smallest of 99 scores
+    assert (before[:3] - after[:3]).round(4).tolist() == [0.0808] * 3  # from the 10th to the 2nd smallest of 99 scores
     assert (before == after)[3:].all()
 
 
@@ -328,9 +329,7 @@ def test_wrong_arguments_are_refused(wrong: str) -> None:
     with pytest.raises(error, match=message):
         call(calibration)
     assert calibration.counts()["many"] == 20  # nothing was added
-    assert (
-        calibration.thresholds().tolist() == calibrated(PointConformal, ([1.0] * 20, [1.5] * 20)).thresholds().tolist()
-    )
+    assert not calibration._moved.any()
 
 
 def test_bins_without_a_training_label_belong_to_the_rarest_region_that_has_any() -> None:
