@@ -302,8 +302,16 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
 """By name: what is tried beside learning rates, or None where nothing is, and what makes a trial of it."""
 
 
-RATES = (3e-3, 1e-3, 1e-2, 3e-4, 2e-3, 5e-3, 5e-4, 2e-2)
-"""The learning rates that are tried, the first ones if there are fewer trials, so that trials can be added later."""
+RATES = (1e-2, 3e-3, 1e-3, 3e-4, 2e-2, 5e-3, 2e-3, 5e-4)
+"""The learning rates of the trials, in their order, so that trials can be added later."""
+
+
+def trials_of(knobs: Sequence[dict[str, Any]], count: int) -> tuple[dict[str, Any], ...]:
+    """So many trials. Every method has the same learning rates; of two values of a knob they take turns, and the second
+    four trials swap them."""
+    if len(knobs) == 1:
+        return values("lr", *RATES[:count])
+    return tuple({"lr": RATES[i % 4], **knobs[(i + i // 4) % len(knobs)]} for i in range(count))
 
 
 def reads(method: str, name: str) -> bool:
@@ -354,11 +362,11 @@ class Sitting:
             return float(trained.tau.scores.min()) if trained.tau else min(row["val_bmae"] for row in trained.history)
 
         count = self.settings.trials
-        lrs = values("lr", *RATES[: count // len(knobs)])
+        tried = {"trial": trials_of(knobs, count)}
         folder = self.settings.out / "tune" / task.folder / name / f"{count}-trials-{self.settings.epochs}-epochs"
         identity = {"method": name, "data": task.data(0).train.digest}
         options: Any = {"folder": folder, "resume": self.settings.resume, "fingerprint": identity}
-        own = search({"lr": lrs, "own": knobs}, score, epochs=self.settings.epochs, **options).settings
+        own = search(tried, score, epochs=self.settings.epochs, **options).settings
         once = self._trial(task, name, own, self.settings.epochs) / task.folder / name
         shutil.copytree(once, self.place / task.folder / name, dirs_exist_ok=True)  # its seed 0 is trained already
         return own
