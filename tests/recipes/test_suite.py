@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,19 @@ def test_methods_are_tuned_alike_and_judged_and_later_sittings_add_to_the_result
     np.testing.assert_allclose(after.loc[names, "bmae"], bmae)  # l1 was trained again, for the differences
     compared = pd.read_csv(tmp_path / "kept/concrete-differences.csv")["method"]
     assert {"lds+fds", "coral"} <= set(compared)
+
+
+def test_every_method_has_the_same_learning_rates_and_more_trials_only_add() -> None:
+    pytest.importorskip("optuna")
+    suite = runpy.run_path(str(RECIPE))
+    methods = {name: knobs for name, (knobs, _) in suite["METHODS"].items() if knobs is not None}
+    for knobs in methods.values():
+        eight = suite["trials_of"](knobs, 8)
+        assert [trial["lr"] for trial in eight[:4]] == [1e-2, 3e-3, 1e-3, 3e-4]
+        assert len({tuple(trial.items()) for trial in eight}) == 8
+        assert [suite["trials_of"](knobs, count) for count in (2, 4, 6)] == [eight[:2], eight[:4], eight[:6]]
+        used = [{key: trial[key] for key in trial if key != "lr"} for trial in eight[:4]]
+        assert [used.count(knob) for knob in knobs] == [4 // len(knobs)] * len(knobs)
 
 
 @pytest.mark.parametrize(
