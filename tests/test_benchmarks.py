@@ -96,3 +96,11 @@ def test_the_page_of_the_suite_says_what_its_results_hold(suite: Path) -> None:
     assert "0.44 hours" in page
     assert "| lds | 0.8 ± 0 |" in (suite / "tables.md").read_text(encoding="utf-8")
     assert (suite / "which-method.png").stat().st_size > 5_000
+
+
+def test_the_page_of_the_suite_needs_three_sets(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in suite.glob("c*.csv"):
+        path.unlink()
+    runpy.run_path(str(FOLDER / "suite/report.py"))["main"](suite, suite / "docs")
+    assert "The page needs 3 sets" in capsys.readouterr().out
+    assert "| lds | 0.8 ± 0 |" in (suite / "tables.md").read_text(encoding="utf-8")

@@ -23,6 +23,8 @@ from dir_toolkit.experiment.results.drawing import GREY, INK, literal, look, new
 HERE, DOCS = Path(__file__).parent, Path(__file__).parents[2] / "docs"
 OF_TABLES = ("boosting", "boosting_lds", "boosting_adjusted", "long_tail_regressor")  # cannot read every set
 LEVEL = 0.95
+FEWEST = 3
+"""Sets from which on a page says which method to take."""
 
 
 class Suite(NamedTuple):
@@ -85,10 +87,8 @@ def ratios_of(suite: Suite, method: str, metric: str, region: str) -> pd.Series:
 
 
 def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means over the first axis, the sets, and their intervals by Student's t; NaN for one set."""
+    """Means over the first axis, the sets, and their intervals by Student's t."""
     mean = values.mean(0)
-    if len(values) < 2:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     half = t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(0, ddof=1) / np.sqrt(len(values))
     return mean, mean - half, mean + half
 
@@ -115,7 +115,7 @@ def over_sets(suite: Suite) -> pd.DataFrame:
 
 
 def interval(mean: float, low: float, high: float) -> str:
-    return f"{mean:.2f}" if np.isnan(low) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 OF_LOSSES = ("mse", "lds", "balanced_mse", "ccc", "dist_loss", "srl", "c_mixup", "fds", "lds+fds", "conr", "bsam")
@@ -138,6 +138,9 @@ def leaves(suite: Suite) -> str:
         if not there:
             continue
         best = min(there, key=lambda method: geometric(there[method])[0])
+        if geometric(there[best])[0] >= 1:
+            lines.append(f"| {question} | plain L1: none of {len(there)} is better | | | | |")
+            continue
         cells = [interval(*geometric(ratios_of(suite, best, *column))) for column in COLUMNS.values()]
         lines.append(f"| {question} | `{best}` (of {len(there)}) | {' | '.join(cells)} | {fails(suite, best)} |")
     return "\n".join(lines)
@@ -226,21 +229,10 @@ def tables(suite: Suite) -> str:
 
 def page(suite: Suite, table: pd.DataFrame) -> str:
     rows = suite.rows
-    names, ranked = sorted(rows["set"].unique()), ""
+    names, distance = sorted(rows["set"].unique()), critical_difference(table.shape[1], len(table))
     seeds = rows.groupby(["set", "method"])["seed"].nunique()
     budget = [f"{name} {part['rows'].iloc[0]:,}" for name, part in rows.groupby("set")]
     trials, epochs = (f"{rows[n].min()}" for n in ("trials", "epochs"))
-    if len(table) > 1:
-        distance = critical_difference(table.shape[1], len(table))
-        ranked = f"""## Average ranks
-
-![Average ranks by bMAE](which-method.png)
-
-By the mean bMAE over seeds, of the {table.shape[1]} methods that ran on all {len(table)} sets. By the test of Nemenyi
-two methods differ if their ranks are {distance:.1f} apart.
-
-{markdown(average_ranks(table))}
-"""
     return f"""# Which method?
 
 `python benchmarks/suite/report.py` makes this page from the results in `benchmarks/suite`, to which
@@ -276,15 +268,25 @@ The ratio to plain L1, and its 95 % interval over seeds and test samples. Bold: 
 
 All figures, chosen settings, commands, versions and digests are in `benchmarks/suite/tables.md`.
 
-{ranked}"""
+## Average ranks
+
+![Average ranks by bMAE](which-method.png)
+
+By the mean bMAE over seeds, of the {table.shape[1]} methods that ran on all {len(table)} sets. By the test of Nemenyi
+two methods differ if their ranks are {distance:.1f} apart.
+
+{markdown(average_ranks(table))}
+"""
 
 
 def main(folder: Path, docs: Path) -> None:
     suite = read(folder)
-    table = ranks(suite)
     (folder / "tables.md").write_text(tables(suite), encoding="utf-8")
-    if len(table) > 1:  # one set has no average
-        save_figure(rank_figure(table), docs / "which-method.png")
+    table = ranks(suite)
+    if len(table) < FEWEST:
+        print(f"The page needs {FEWEST} sets, and {folder} has {len(table)}. Only its tables.md was written.")
+        return
+    save_figure(rank_figure(table), docs / "which-method.png")
     (docs / "which-method.md").write_text(page(suite, table), encoding="utf-8")
     print(f"{over_sets(suite).to_string()}\n\n{average_ranks(table).to_string()}\n\n{hours(suite):.2f} hours")
 
