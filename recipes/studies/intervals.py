@@ -3,10 +3,11 @@
     python recipes/studies/intervals.py --root DIR                          # eight sets, 5 seeds, 1 thread
     python recipes/studies/intervals.py --root DIR --sets abalone --seeds 1
 
-DIR holds the sets, and ``forecasts.py`` tells how each is trained on. The rows that the network has not seen are halved
-into rows to calibrate and rows to test 5 times, and numbers are means over these halvings. Rows from elsewhere are all
-tested, where calibration data are not drawn as new data are. There "adapted" passes the labels of each day to ``adapt``
-before the next day. Regions are those of the training density, with bins without a training label among the few.
+DIR holds the sets, and ``forecasts.py`` describes the training on each. The rows that the network has not seen are
+halved 5 times into rows to calibrate and rows to test, and numbers are means over these halvings. All rows from
+elsewhere are tested, although calibration data are distributed differently. There "adapted" passes the labels of each
+day to ``adapt`` before the next day. Regions are those of the training density, where "few" includes bins without a
+training label.
 Coverage is that of the prediction sets, and widths are those of their hulls, the intervals, which end with the axis.
 ``OUT/rows.csv`` has a row per set, halving, method and region, ``OUT/tables.md`` has tables, and
 ``OUT/intervals.png`` a picture.
@@ -34,9 +35,9 @@ class Settings:
     )  # fmt: skip
     """Any of these and emobank."""
     seeds: int = 5
-    """Seeds 0, 1, ... decide which rows train, and what a method draws."""
+    """The number of seeds 0, 1, ... A seed decides the training rows and the random choices of a method."""
     rows: int = 3000
-    """Most rows of a table to train on."""
+    """The largest number of rows of a table to train on."""
     forecasts: Path = Path("runs/forecasts")
     """Folder of the forecasts, which both studies share."""
     out: Path = Path("runs/intervals")
@@ -66,7 +67,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "network, one threshold, p/prior^.5": ("network", {"per_region": 0.0}),
     "network, half way": ("network", {"per_region": 0.5}),
 }
-"""By name: what is calibrated, and with which options. Besides, "network, own" is the central interval of the
+"""By name: the forecast that is calibrated, and the options. In addition, "network, own" is the central interval of the
 network's distribution."""
 SHOWN = {
     "network, one threshold": "C1o", "network, per region": "C0o",
@@ -77,7 +78,7 @@ ADAPTED = ", adapted"
 
 
 def judge(name: str, seed: int, said: Forecasts) -> Iterator[dict[str, Any]]:
-    """What each method covers in each region by its sets and by their hulls, and how wide both are."""
+    """Coverage and width of each method's sets and of their hulls, in each region."""
     rng, density, bins = np.random.default_rng(seed), said.density, said.bins
     regions = np.where(density.counts > 0, density.regions(), "few")
     held, elsewhere = shares(said.held), {test: shares(new) for test, new in said.elsewhere.items()}
@@ -134,7 +135,7 @@ def shares(part: Part) -> Part:
 
 
 def sets(calibration: Any, output: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each set holds its label, and how long its parts are together."""
+    """Whether each set holds its label, and the total length of its parts."""
     bins, row = calibration.bins, calibration.bins.index(y, "clip")
     if isinstance(calibration, BinsConformal):
         inside = calibration.sets(output, LEVEL)
