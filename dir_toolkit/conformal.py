@@ -142,7 +142,8 @@ class Conformal(ABC):
         """
         rate = number("rate", rate, low=0, high=1, open_low=True)
         scores, rows = self._scored(output=output, labels=labels)
-        steps = 1 - level - (scores < self._scores_at(level)[rows])
+        missed = scores < self._scores_at(level)[rows]
+        steps = 1 - level - missed
         self._moved = self._moved + rate * np.bincount(self._of_bin[rows], steps, minlength=len(self._names))
 
     def _add(self, **given: Any) -> None:

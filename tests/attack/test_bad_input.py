@@ -112,7 +112,8 @@ def conformal_call(kind: Any, method: str, output: Callable[[], Tensor]) -> Call
     if not method:
         return kind, options
     (calibration := kind(density())).update(output(), years())
-    given = {".update": {"output": output(), "labels": years()}, ".thresholds": {}, ".all_reduce": {}}
+    labelled = {"output": output(), "labels": years()}
+    given = {".update": labelled, ".adapt": labelled, ".thresholds": {}, ".all_reduce": {}}
     return getattr(calibration, method[1:]), given.get(method, {"output": output()})
 
 
@@ -416,7 +417,7 @@ VALID: dict[str, Callable[[], Call]] = {
             (dt.conformal.GaussianConformal, lambda: rows(2)),
             (dt.conformal.BinsConformal, shares),
         )
-        for method in ("", ".update", ".sets", ".interval", ".thresholds", ".all_reduce")
+        for method in ("", ".update", ".adapt", ".sets", ".interval", ".thresholds", ".all_reduce")
     },
     "conformal_interval": lambda: (
         dt.conformal.conformal_interval,
