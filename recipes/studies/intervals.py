@@ -180,7 +180,7 @@ def picture(rows: pd.DataFrame, path: Path) -> None:
     """Coverage of the sets by region, with the standard deviation over seeds, and widths of the intervals beside those
     of one threshold of the network."""
     names = list(dict.fromkeys(rows.set))
-    mean = rows.groupby(["set", "method", "region", "seed"], sort=False).mean()
+    mean = rows.groupby(["set", "method", "region", "seed"]).mean()
     figure = Figure(figsize=(11, 1.4 + 0.38 * len(names)))
     panels = figure.subplots(1, 4, sharey=True)
     for i, (method, mark) in enumerate(SHOWN.items()):
