@@ -131,17 +131,23 @@ def table(rows: pd.DataFrame) -> str:
     """Means and standard deviations over seeds, and how many estimates were accepted."""
     numbers = {
         "tv_training": "TV of training prior", "tv_estimate": "TV of estimate", "mae_trained": "MAE as trained",
-        "mae_adjusted": "MAE as decided", "mae_estimate": "MAE under estimate", "mae_true": "MAE under true prior",
+        "mae_estimate": "MAE under estimate", "mae_true": "MAE under true prior",
         "auc": "AUC", "gain": "gain in standard errors",
     }  # fmt: skip
-    lines = [f"| set | shift | {' | '.join(numbers.values())} | accepted |", "|---|---" + "|---:" * 9 + "|"]
+    lines = [f"| set | shift | {' | '.join(numbers.values())} | accepted |", "|---|---" + "|---:" * 8 + "|"]
     for (name, shift), group in rows.groupby(["set", "shift"], sort=False):
-        cells = [f"{group[column].mean():.3g} ± {group[column].std():.1g}" for column in numbers]
+        cells = [shown(group[column].mean(), group[column].std()) for column in numbers]
         refused, kept = int(group.refused.sum()), int((group.kept & ~group.refused).sum())
         why = [f"{count} {word}" for count, word in ((refused, "refused"), (kept, "no shift")) if count]
         accepted = f"{len(group) - refused - kept} of {len(group)}" + (f" ({', '.join(why)})" if why else "")
         lines.append(f"| {name.replace('_', ' ')} | {shift} | {' | '.join(cells)} | {accepted} |")
     return "\n".join([*lines, ""])
+
+
+def shown(mean: float, spread: float) -> str:
+    """Both with the decimals at which the mean has three digits, and with two at most."""
+    decimals = int(np.clip(2 - np.floor(np.log10(max(abs(mean), 1e-9))), 0, 2))
+    return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
 
 
 def picture(curves: dict[str, tuple[dt.Bins, Curves]], path: Path) -> None:
