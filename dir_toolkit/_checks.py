@@ -151,14 +151,14 @@ def warn(message: str) -> None:
     warnings.warn(f"{name}: {message}", DirToolkitWarning, stacklevel=depth + 1)
 
 
-def instance(kind: Any, **values: object) -> None:
+def instance(kind: Any, fix: str = "", /, **values: object) -> None:
     """Raise unless every value is an instance of ``kind``, a class or a tuple of classes."""
     for name, value in values.items():
         if not isinstance(value, kind):
             kinds = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
             with_article = [f"{'an' if k[0] in 'AEIOaeio' or k.isupper() else 'a'} {k}" for k in kinds]  # an LDS
             rule = f"{name} must be {' or '.join(with_article)}"
-            raise problem(rule, got=type(value))
+            raise problem(rule, got=type(value), fix=fix)
 
 
 def is_tensor(**tensors: object) -> None:
@@ -166,6 +166,8 @@ def is_tensor(**tensors: object) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             rule, fix = f"{name} must be a torch.Tensor", f"Use torch.as_tensor({name})."
+            if isinstance(getattr(value, name, None), Tensor):  # such as the scores of an output
+                fix = f"Use output.{name}."
             raise problem(rule, got=type(value), fix=fix)
         if value.is_nested:
             got, fix = "a nested tensor", f"Use torch.cat({name}.unbind())."
@@ -432,11 +434,11 @@ def _shown(value: object) -> str:
     return repr(value) if bits <= 64 else f"a whole number of {bits:,} bits"
 
 
-def one_of(name: str, value: object, allowed: Collection[str]) -> None:
+def one_of(name: str, value: object, allowed: Collection[str], *, fix: str = "") -> None:
     """Raise unless ``value`` is one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
         listed = ", ".join(repr(a) for a in allowed)
-        raise problem(f"{name} must be one of {listed}", got=repr(value))
+        raise problem(f"{name} must be one of {listed}", got=repr(value), fix=fix)
 
 
 def drop_alike(name: str, part: Any, owner: str, **of_owner: str) -> None:
@@ -446,10 +448,10 @@ def drop_alike(name: str, part: Any, owner: str, **of_owner: str) -> None:
         require(word != "drop" or own == "drop", f'{name} must have {what}="drop", as the {owner} has', got=repr(own))
 
 
-def word(name: str, value: object, *allowed: str) -> None:
+def word(name: str, value: object, *allowed: str, fix: str = "") -> None:
     """Raise if ``value`` is a str but none of the allowed words. Other types pass."""
     if isinstance(value, str):
-        one_of(name, value, allowed)
+        one_of(name, value, allowed, fix=fix)
 
 
 def interval(name: str, value: object, *, low: float = 0.0) -> tuple[float, float]:

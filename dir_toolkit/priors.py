@@ -183,7 +183,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = N
 
 @dataclass(frozen=True, eq=False)
 class TauChoice:
-    """A tau chosen on held-out labels, with the error curves. Its ``str`` summarises gain and cost.
+    """A tau chosen on held-out labels, with the error curves. It prints as a sentence on gain and cost.
 
     Attributes:
         tau: the chosen tau, one of ``taus``.
@@ -220,7 +220,7 @@ class TauChoice:
         place = int(np.flatnonzero(self.taus == self.tau)[0])
         return {name: float(curve[place]) for name, curve in self.curves.items()}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         changes = [f"{_in_words(name)} from {x:.3g} to {self.after[name]:.3g}" for name, x in self.before.items()]
         temperature = f"temperature {self.temperature:.3g}" + " with a bias" * self.biased
         start = f"tau {self.tau:g} at {temperature}, chosen on {self.samples:,} labels"

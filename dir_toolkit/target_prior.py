@@ -32,7 +32,7 @@ _SURE = 2.0  # standard errors, by which an estimate must explain data better th
 
 @dataclass(frozen=True, eq=False)
 class PriorEstimate:
-    """The result of :func:`estimate_prior`. Its ``str`` summarises it in a few sentences.
+    """The result of :func:`estimate_prior`. It prints as a few sentences.
 
     Attributes:
         prior: (B,) float64, the prior to predict under: ``estimated`` if it was accepted, else ``source``.
@@ -77,7 +77,7 @@ class PriorEstimate:
     def prior(self) -> Tensor:
         return self.estimated if self.accepted else self.source
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         def moved(other: Tensor) -> str:
             return f"a total variation of {0.5 * float((self.estimated - other).abs().sum()):.3f}"
 

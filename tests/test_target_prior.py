@@ -167,7 +167,7 @@ def test_a_shift_of_labels_passes_the_check() -> None:
     assert abs(estimate.auc - 0.5) < 0.05
     assert not estimate.refused
     assert estimate.prior is estimate.estimated
-    assert "it passes the check" in str(estimate)
+    assert "it passes the check" in str(estimate) == repr(estimate)
 
 
 def test_a_shift_of_features_is_refused_unless_told_otherwise() -> None:

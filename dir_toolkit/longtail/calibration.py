@@ -47,6 +47,7 @@ Judged = Literal["bmae", "mae", "bmse", "mse", "balanced_error", "error"]
 _SQUARED = ("bmse", "mse")
 _TAUS = np.linspace(0, 3, 16)  # at which calibrations are compared
 _NEAREST = 3  # the number of labels that represent a bin
+OF_MODEL = "output.scores of this model; calibrate takes inputs as [(inputs, labels)]"  # what scores are
 
 
 def calibrate(
@@ -123,7 +124,7 @@ class _Choice:
         real(scores=scores)
         (labels,) = as_tensors(labels=labels)
         scores, shape = as_rows(scores, 1)
-        shaped(("N", len(self.bins)), scores=scores)
+        shaped(("N", len(self.bins)), OF_MODEL, scores=scores)
         labels = one_per_row("labels", labels, shape) if len(shape) > 1 else labels
         shaped(scores.shape[:1], "one per row of scores", labels=labels)
         scores = scores.detach().to(wide_dtype(scores))
@@ -229,5 +230,5 @@ def held_out(model: nn.Module, batches: Any) -> tuple[Tensor, Tensor]:
                 labels = one_per_row("labels", labels, shape)
         return scores, labels.to(scores.device)
 
-    scores, labels = zip(*read_batches(model, batches, pair), strict=True)
+    scores, labels = zip(*read_batches(model, batches, pair, labelled=True), strict=True)
     return torch.cat(scores), torch.cat(labels)

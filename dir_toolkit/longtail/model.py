@@ -75,8 +75,9 @@ class LongTailModel(nn.Module):
         backbone: a module from inputs to features (N, D).
         num_features: the number of features, D.
         bins: the label axis.
-        density: the counted density of the training labels over these bins. A prior and ``"balanced_mse"`` need it.
-            With a sampler count the labels that it draws: ``LabelDensity.count(labels[sampler.order(0)], bins)``.
+        density: the counted density of the training labels over these bins. ``"balanced_mse"``, a prior,
+            :meth:`calibrate` and :meth:`calibrate_intervals` need it. With a sampler count the labels that it draws:
+            ``LabelDensity.count(labels[sampler.order(0)], bins)``.
         head: ``"linear"``, ``"cosine"`` or ``"affinity"``, which score bins; ``"coral"`` or ``"corn"``, which score
             them by one binary ordinal classifier per inner edge; ``"regression"``, one number per sample;
             ``"gaussian"``, a mean and a variance; or a module from (N, D) to (N, B). The last two named heads work in
@@ -201,14 +202,19 @@ class LongTailModel(nn.Module):
                 squared error. None uses the defaults.
             options: those of the model and its readout. They override ``for_metric``.
         Raises:
-            as :class:`LongTailModel`, :meth:`Bins.auto` and :meth:`LabelDensity.count`; ValueError: ``for_metric`` is
-            unknown, or given for classes.
+            as :class:`LongTailModel`, :meth:`Bins.auto` and :meth:`LabelDensity.count`; ShapeError: labels are (N, 1).
+            ValueError: ``for_metric`` is unknown, or given for classes.
 
         >>> ages = [21, 34, 34, 35, 60, 33, 18, 25, 41, 52]
         >>> model = LongTailModel.for_labels(nn.Linear(3, 8), 8, ages, for_metric="mse")
         >>> model.bins, model.settings["decode"]
         (<Bins: 11 from 12.5 to 67.5, unbounded>, 'expectation')
         """
+        shape, rule = tuple(getattr(labels, "shape", ())), "labels must be (N,), one per sample"
+        require(len(shape) != 2 or shape[1] != 1, rule, got=shape, fix="Use labels.squeeze(1).")
+        one_of("missing", options.get("missing", "raise"), MISSING)
+        if isinstance(weights := options.get("weights"), LDS):
+            weights._check_fitted(weights._fitted)
         if bins is None:
             known = labels_array(labels)
             bins = Bins.auto(known[~np.isnan(known)] if options.get("missing") == "drop" else known)

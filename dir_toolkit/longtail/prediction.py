@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,7 +55,9 @@ def table(model: LongTailModel, batches: Sequence[list[np.ndarray]], level: floa
 
 
 @torch.no_grad()
-def read_batches(model: nn.Module, batches: Any, read: Callable[[LongTailOutput, Any], T]) -> list[T]:
+def read_batches(
+    model: nn.Module, batches: Any, read: Callable[[LongTailOutput, Any], T], *, labelled: bool = False
+) -> list[T]:
     """The results of ``read`` on the output and the labels of each batch. The model runs in eval mode, on its own
     device, and modes are restored.
 
@@ -63,16 +65,20 @@ def read_batches(model: nn.Module, batches: Any, read: Callable[[LongTailOutput,
         batches: an iterable of inputs, of one-element lists of inputs, or of pairs of inputs and labels; or one batch
             of inputs as a tensor. Inputs are as for the backbone, such as a tensor or a dict of tensors.
         read: called with the output and the labels, or None.
+        labelled: whether each batch must have labels.
     """
     rule, fix = "a tensor or a loader of batches is needed", "Use a DataLoader, or [(inputs, labels)]."
-    require(isinstance(batches, Iterable), rule, got=type(batches), fix=fix, error=TypeError)
+    sound = isinstance(batches, Iterable) and not isinstance(batches, (str, Mapping))
+    if not isinstance(batches, Tensor) and hasattr(batches, "__array__"):  # iterating a table gives names of columns
+        sound, fix = False, "Use a tensor: torch.tensor(numpy.asarray(inputs), dtype=torch.float32)."
+    require(sound, rule, got=type(batches), fix=fix, error=TypeError)
     device = next(chain(model.parameters(), model.buffers())).device
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         parts = []
         for batch in [batches] if isinstance(batches, Tensor) else batches:
-            inputs, labels = _split(batch)
+            inputs, labels = _split(batch, labelled)
             parts.append(read(model(tree_map_only(Tensor, lambda x: x.to(device), inputs)), labels))
     finally:
         for module, mode in modes.items():
@@ -81,9 +87,10 @@ def read_batches(model: nn.Module, batches: Any, read: Callable[[LongTailOutput,
     return parts
 
 
-def _split(batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, (list, tuple)):
-        return batch, None
-    rule, fix = "a batch must be inputs, or a pair of inputs and labels", "Join several inputs in a tuple or a dict."
-    require(1 <= len(batch) <= 2, rule, got=f"{len(batch)} values", fix=fix, error=TypeError)
-    return batch[0], batch[1] if len(batch) == 2 else None
+def _split(batch: Any, labelled: bool) -> tuple[Any, Any]:
+    parts = batch if isinstance(batch, (list, tuple)) else [batch]
+    rule = "a batch must be " + "inputs, or " * (not labelled) + "a pair of inputs and labels"
+    got, fix = f"{len(batch)} values" if parts is batch else type(batch), "Join several inputs in a tuple or a dict."
+    fix = fix if len(parts) > 2 else "Pass a DataLoader of pairs, or [(inputs, labels)]."
+    require(1 + labelled <= len(parts) <= 2, rule, got=got, fix=fix, error=TypeError)
+    return parts[0], parts[1] if len(parts) == 2 else None

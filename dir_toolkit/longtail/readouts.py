@@ -210,7 +210,7 @@ class Readout(nn.Module):
         number("level", level, low=0, high=1, open_low=True, open_high=True, float32=True)
         is_tensor(scores=scores)
         real(scores=scores)
-        shaped(("N", *self.score_shape), scores=scores)
+        shaped(("N", *self.score_shape), "output.scores of this model", scores=scores)
         scores = scores.to(wide_dtype(scores))
         finite(scores=on_host("scores", scores))
         calibration = self._calibration(_needed("calibrate_intervals", self.density), gamma, weights, **options)
@@ -480,7 +480,7 @@ class ScoreReadout(Readout):
 
     def training_prior(self, kernel: PriorKernel, weights: LDS | None) -> Tensor:
         """The training prior, (B,): the shares of labels times their weights, smoothed as the loss smooths labels."""
-        density = _needed("target_prior", self.density)
+        density = _needed("the training prior", self.density)
         reached, learnt = self._spread_out(kernel, density, _weighted(density, weights))
         unseen = int((reached < _HARDLY_ANY).sum())
         if unseen and not self._warned_unseen:
@@ -714,7 +714,10 @@ class BinsReadout(ScoreReadout):
         name = f"sigma={sigma:g}" + " bins" * in_bins
         if sigma > length / 4:
             axis = f"an axis of {length} bins" if in_bins else f"an axis {length:g} long"
-            warn(f"{name} spreads each label over most of {axis}. Pass a smaller one.")
+            warn(
+                f"{name} spreads each label over most of {axis}. Pass a smaller one, or bins=Bins.classes(n) if labels "
+                "are classes."
+            )
         elif self.density is not None and not density_warned:
             middle = self._middle_half(self.density, in_bins)
             if sigma > middle / 1.35:
@@ -805,7 +808,7 @@ def readout_for(head: Any, bins: Bins) -> type[Readout]:
 
 def _target_shares(target: TargetPrior, bins: Bins) -> Any:
     """None, ``"uniform"``, or the checked prior (B,) as a float64 tensor."""
-    word("target_prior", target, "uniform")
+    word("target_prior", target, "uniform", fix="Or pass None, one share per bin, or the result of estimate_prior.")
     if target is None or isinstance(target, str):
         return target
     shares = torch.from_numpy(labels_array(target, "target_prior").astype(np.float64))

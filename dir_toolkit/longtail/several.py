@@ -18,7 +18,7 @@ from ..errors import ShapeError
 from ..labels.bins import Bins, Outside
 from ..labels.grid import BinGrid
 from ..priors import TauChoice
-from .calibration import Judged, held_out
+from .calibration import OF_MODEL, Judged, held_out
 from .model import LongTailModel
 from .prediction import columns, read_batches, table
 from .readouts import LongTailOutput, ScoreReadout, TargetPrior
@@ -193,7 +193,7 @@ class MultiTargetModel(SoundModule):
         is_tensor(scores=scores)
         shapes = [target.readout.score_shape for target in self.targets]
         sizes = [math.prod(shape) for shape in shapes]
-        shaped((..., sum(sizes)), "as this model gives them", scores=scores)
+        shaped((..., sum(sizes)), OF_MODEL, scores=scores)
         parts = zip(scores.split(sizes, -1), shapes, strict=True)
         return [part if shape else part.squeeze(-1) for part, shape in parts]
 

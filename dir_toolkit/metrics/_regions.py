@@ -41,7 +41,9 @@ class RegionMetrics(MergingSums):
             density = counted
         axes = (Bins, BinGrid) if grids else Bins
         if not isinstance(density, LabelDensity) or not isinstance(density.bins, axes):
-            raise problem(f"density must be a LabelDensity{'' if grids else ' over one axis'}", got=repr(density))
+            rule = f"density must be a LabelDensity{'' if grids else ' over one axis'}"
+            got = repr(density) if isinstance(density, Axis) else type(density).__name__
+            raise problem(rule, got=got, fix="Use LabelDensity.count(train_labels, bins).")
         require(density.counts.dtype.kind != "f", "density must be counted, not smoothed", got=density)
         self.density, self.bins = density, density.bins
         super().__init__(outside, missing)

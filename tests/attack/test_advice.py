@@ -123,6 +123,14 @@ def test_advice_mends_tensors_that_are_not_plain() -> None:
         assert bins.index(done(result[1], labels=labels)).tolist() == [1, 1]
 
 
+def test_advice_mends_outputs_as_scores() -> None:
+    density = dt.LabelDensity(Bins.classes(2), [3, 1])
+    model = dt.LongTailModel(torch.nn.Identity(), 2, density.bins, density=density)
+    output, labels = model(torch.eye(2)), torch.tensor([0, 1])
+    result = advice(lambda: model.choose_tau(output, labels), r"Use (output\.scores)\.$")
+    assert model.choose_tau(done(result[1], output=output), labels).samples == 2
+
+
 def test_advice_mends_masks_as_weights() -> None:
     mask = torch.tensor([True, False])
     result = advice(lambda: dt.weighted_l1(torch.ones(2), torch.zeros(2), mask), r"Use (weight\.float\(\))\.$")

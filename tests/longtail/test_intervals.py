@@ -142,7 +142,7 @@ def test_wrong_arguments_are_refused() -> None:
         ),
         (lambda: model.calibrate_intervals(scores, labels * np.nan), dt.LabelError, "labels must not be NaN"),
         (lambda: model.calibrate_intervals(scores, labels + 20), dt.LabelError, "labels must lie on the label axis"),
-        (lambda: model.calibrate_intervals(scores[:, 1:], labels), ValueError, r"scores must be \(N, 12\), got shape"),
+        (lambda: model.calibrate_intervals(scores[:, 1:], labels), ValueError, r"scores must be \(N, 12\), output\."),
         (
             lambda: model.calibrate_intervals(scores, labels[1:]),
             ValueError,

@@ -26,7 +26,7 @@ from small_models import (
 )
 from torch import Tensor, nn
 
-from dir_toolkit.errors import LabelError, ShapeError, UsageError
+from dir_toolkit.errors import LabelError, NotFittedError, ShapeError, UsageError
 from dir_toolkit.experiment.data.images import ImageSet, content_digest
 from dir_toolkit.experiment.training.loop import Optimization, fit
 from dir_toolkit.experiment.training.runtime import Runtime
@@ -382,10 +382,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"target_prior": "uniform", "density": None},
         ValueError,
-        "target_prior needs density, got None. Pass density=LabelDensity",
+        "the training prior needs density, got None. Pass density=LabelDensity",
     ),
     ({"target_prior": "uniform", "density": FLOAT_DENSITY}, ValueError, "density must not be smoothed already, got"),
-    ({"target_prior": "balanced"}, ValueError, "target_prior must be one of 'uniform', got 'balanced'"),
+    (
+        {"target_prior": "balanced"},
+        ValueError,
+        "target_prior must be .*'uniform', got 'balanced'. Or pass None",
+    ),
     ({"target_prior": [0.5, 0.5]}, ShapeError, r"target_prior must be \(20,\), one share per bin, got shape \(2,\)"),
     ({"target_prior": [1.0] * 20}, ValueError, "target_prior must sum to one, got a sum of 20"),
     ({"tau": -1}, ValueError, r"tau must be >= 0 and <= 1e\+30, got -1"),
@@ -538,7 +542,7 @@ def test_what_needs_a_distribution_says_so() -> None:
             ages().interval(ages()(x), level)
     with pytest.raises(ValueError, match=r"^LongTailModel\.set_prior: kernel must be one of 'auto', got 'none'"):
         ages().set_prior("uniform", kernel="none")
-    with pytest.raises(ValueError, match="target_prior needs density"):
+    with pytest.raises(ValueError, match="the training prior needs density"):
         LongTailModel(net(), 6, AGES).set_prior("uniform")
     with pytest.raises(ValueError, match=r"^LongTailModel\.set_prior: tau must be >= 0"):
         ages().set_prior("uniform", -1)
@@ -677,3 +681,11 @@ def test_a_model_for_labels_has_their_axis_and_density_and_suits_the_metric() ->
         LongTailModel.for_labels(nn.Linear(3, 8), 8, [0, 1], bins=Bins.classes(3), for_metric="mae")
     with pytest.raises(ValueError, match=r"^LongTailModel\.for_labels: for_metric must be one of 'mae', 'bmae', "):
         LongTailModel.for_labels(nn.Linear(3, 8), 8, labels, for_metric="r2")
+    refused: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+        (labels[:, None], {}, ShapeError, r"labels must be \(N,\), .* got shape \(500, 1\)\. Use labels\.squeeze\(1\)"),
+        ([1.0, math.nan, 3.0], {"missing": "skip"}, ValueError, "missing must be one of 'raise', 'drop', got 'skip'"),
+        (labels, {"weights": LDS(model.bins)}, NotFittedError, "weights are not fitted yet"),
+    ]
+    for of, options, error, rule in refused:
+        with pytest.raises(error, match=rf"^LongTailModel\.for_labels: {rule}"):
+            LongTailModel.for_labels(nn.Linear(3, 8), 8, of, **options)

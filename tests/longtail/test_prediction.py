@@ -97,6 +97,14 @@ def test_a_readout_without_an_interval_has_no_ends() -> None:
     assert table.lower.attrs["interval_level"] == pytest.approx(0.7)
 
 
+def test_arrays_and_tables_are_told_how_to_become_tensors() -> None:
+    for kind in (lambda x: x.numpy(), lambda x: pytest.importorskip("pandas").DataFrame(x.numpy())):
+        with pytest.raises(TypeError, match=r"got (ndarray|DataFrame)\. Use a tensor: ") as caught:
+            ages().predict(kind(X))
+        code = str(caught.value).partition("tensor: ")[2].rstrip(".")
+        assert torch.equal(eval(code, {"torch": torch, "numpy": np, "inputs": kind(X)}), X)
+
+
 def test_what_cannot_be_predicted_is_told_and_modes_come_back() -> None:
     model = ages()
     with pytest.raises(ValueError, match=r"^LongTailModel\.predict: level must be > 0 and < 1, got 2"):
@@ -105,6 +113,10 @@ def test_what_cannot_be_predicted_is_told_and_modes_come_back() -> None:
         model.predict(torch.where(X > 2, X, torch.nan))
     with pytest.raises(TypeError, match=r"^LongTailModel\.predict: a tensor or a loader of batches is needed, got int"):
         model.predict(3)
+    with pytest.raises(TypeError, match=r"is needed, got dict\. Use a DataLoader, or \[\(inputs, labels\)\]"):
+        model.predict({"x": X})
+    with pytest.raises(TypeError, match=r"a batch must be inputs, or a pair of inputs and labels, got 3 values\. Join"):
+        model.predict([(X, X, X)])
     with pytest.raises(ValueError, match=r"^LongTailModel\.predict: there must be at least one batch, got none"):
         model.predict([])
     assert model.training

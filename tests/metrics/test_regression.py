@@ -233,6 +233,9 @@ def test_arguments_are_checked() -> None:
             RegressionMetrics(DENSITY).update(value, torch.ones(3))
         with pytest.raises(TypeError, match=r"^regression_metrics: target must be integers or floats"):
             regression_metrics(torch.ones(3), value, DENSITY)
+    for value, got in ((torch.ones(3), "Tensor"), (DENSITY.bins, "<Bins: .*>")):
+        with pytest.raises(ValueError, match=rf"LabelDensity, got {got}\. Use LabelDensity\.count\("):
+            RegressionMetrics(value)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"^RegressionMetrics\.merge: other must be a RegressionMetrics, got"):
             RegressionMetrics(DENSITY).merge(value)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"^regression_metrics: pred must hold at least one value, got shape \(0,\)"):

@@ -47,6 +47,7 @@ Metrics = RegressionMetrics | ClassificationMetrics | DistributionMetrics
 # On an accelerator the loss is checked, and the ranks agree whether to stop, once in so many steps.
 _CHECK_EVERY = 50
 
+_AS_SET = "Use MappedSet(dataset)."
 _EARLY = 3  # a warning is issued if the best epoch is not after this one
 
 
@@ -132,7 +133,7 @@ def fit(
         or written to.
     """
     instance(nn.Module, model=model)
-    instance(SampleSet, train=train, val=val)
+    instance(SampleSet, _AS_SET, train=train, val=val)
     instance(get_args(Metrics), metrics=metrics)
     instance(Callable, loss=loss)
     one_of("missing", missing, MISSING)
@@ -338,7 +339,7 @@ def predict(model: nn.Module, data: SampleSet, *, runtime: Runtime, batch_size: 
     Raises:
         ValueError: there are fewer images than ranks.
     """
-    instance(SampleSet, data=data)
+    instance(SampleSet, _AS_SET, data=data)
     instance(Runtime, runtime=runtime)
     images, least = len(data), runtime.world  # a rank without images would know no shapes
     require(images >= least, f"data must hold at least one image per rank, {least}", got=images)
@@ -367,7 +368,7 @@ def _outputs(
 ) -> Iterator[tuple[Tensor, Any, Tensor]]:
     """This rank's samples of a set: indices, the model's outputs in eval mode, and labels."""
     instance(nn.Module, model=model)
-    instance(SampleSet, data=data)
+    instance(SampleSet, _AS_SET, data=data)
     instance(Runtime, runtime=runtime)
     batch_size = whole("batch_size", batch_size, low=1)
     modes = {module: module.training for module in model.modules()}

@@ -677,7 +677,7 @@ def test_an_error_that_is_never_finite_selects_no_epoch_and_says_so(tmp_path: Pa
 def test_only_image_sets_are_taken(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="evaluate: data must be a SampleSet, got NoneType"):
         evaluate(tiny_model(), None, metrics=metrics_of(image_set()), runtime=one_process())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="fit: val must be a SampleSet, got list"):
+    with pytest.raises(TypeError, match=r"fit: val must be a SampleSet, got list\. Use MappedSet\(dataset\)"):
         train(tmp_path, model=tiny_model(), val=[], optimization=Optimization())  # type: ignore[arg-type]
 
 
