@@ -91,7 +91,7 @@ CASES = [
     Case(dt.metrics.IntervalMetrics, DENSE, **JUDGED, outside="clip", **METRIC),
     Case(dt.metrics.DistributionMetrics, DENSE, **JUDGED, level=0.8, quantile=0.5, pit_bins=5, ends="open",
          outside="drop", **METRIC),
-    Case(dt.metrics.CalibrationMetrics, {"num_classes": 5}, num_classes=6, num_bins=10, outside="clip"),
+    Case(dt.metrics.CalibrationMetrics, {"num_classes": 5}, num_classes=6, num_bins=10, outside="clip", missing="drop"),
     Case(dt.conformal.PointConformal, DENSE, **CALIBRATED),
     Case(dt.conformal.GaussianConformal, DENSE, **CALIBRATED),
     Case(dt.conformal.BinsConformal, DENSE, **CALIBRATED, gamma=0.0, prior=np.full(60, 1 / 60)),
