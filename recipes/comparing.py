@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +86,22 @@ def errors_by_region(table: Mapping[str, Sequence[xr.Dataset]]) -> str:
         means = np.mean([[*run.mae.values, run.bmae.values[0]] for run in runs], axis=0)
         lines.append([method, *(f"{mean:.2f}" for mean in means)])
     return "\n".join(f"{line[0]:14}" + "".join(f"{cell:>9}" for cell in line[1:]) for line in lines)
+
+
+def paired_differences(study: Study, pairs: Iterable[tuple[str, str]]) -> str:
+    """The differences in test MSE of methods and baselines over seeds, mean ± standard error, and how often it fell."""
+    mse = {
+        (name, seed, region): float(one.errors.rmse.sel(region=region)) ** 2
+        for (_, name, seed), one in study.runs.items()
+        for region in ("all", "few")
+    }
+    lines = []
+    for method, baseline in pairs:
+        for region in ("all", "few"):
+            seeds = sorted({seed for name, seed, _ in mse if name == method and (baseline, seed, region) in mse})
+            by_seed = np.array([mse[method, seed, region] - mse[baseline, seed, region] for seed in seeds])
+            if len(seeds) > 1:
+                error = by_seed.std(ddof=1) / len(seeds) ** 0.5
+                better = f"smaller in {(by_seed < 0).sum()} of {len(seeds)} seeds"
+                lines.append(f"{method} minus {baseline}, MSE {region}: {by_seed.mean():.3f} ± {error:.3f}, {better}")
+    return "\n".join(lines)

@@ -44,12 +44,12 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from comparing import compare
+from comparing import compare, paired_differences
 from torch import Tensor, nn
 
 import dir_toolkit as dt
 from dir_toolkit.experiment.data.text import emobank, sts_b_dir, word_vectors
-from dir_toolkit.experiment.study import Study, Task
+from dir_toolkit.experiment.study import Task
 from dir_toolkit.experiment.training.loop import Optimization
 
 
@@ -74,25 +74,6 @@ class Reader(nn.Module):
         return self.mix(read)
 
 
-def gains(study: Study) -> str:
-    """The paired differences over seeds in test MSE, mean ± standard error, and in how many seeds it is smaller."""
-    mse = {
-        (name, seed, region): float(one.errors.rmse.sel(region=region)) ** 2
-        for (_, name, seed), one in study.runs.items()
-        for region in ("all", "few")
-    }
-    lines = []
-    for method, baseline in (("lds", "vanilla"), ("fds", "vanilla"), ("permuted", "vanilla"), ("lds+fds", "lds")):
-        for region in ("all", "few"):
-            seeds = sorted({seed for name, seed, _ in mse if name == method and (baseline, seed, region) in mse})
-            by_seed = np.array([mse[method, seed, region] - mse[baseline, seed, region] for seed in seeds])
-            if len(seeds) > 1:
-                error = by_seed.std(ddof=1) / len(seeds) ** 0.5
-                better = f"smaller in {(by_seed < 0).sum()} of {len(seeds)} seeds"
-                lines.append(f"{method} minus {baseline}, MSE {region}: {by_seed.mean():.3f} ± {error:.3f}, {better}")
-    return "\n".join(lines)
-
-
 def main(settings: Settings) -> None:
     out = settings.out or Path("runs/text") / settings.data
     refuse("recipes/text.py", unfit_folder("--out", out))
@@ -106,8 +87,9 @@ def main(settings: Settings) -> None:
     study = compare(
         "recipes/text.py", task, settings, out, loss="weighted_mse", optimization=optimization, selects="mae/all"
     )
-    if text := gains(study):
-        print(f"\n{text}")
+    print(
+        paired_differences(study, (("lds", "vanilla"), ("fds", "vanilla"), ("permuted", "vanilla"), ("lds+fds", "lds")))
+    )
 
 
 if __name__ == "__main__":
