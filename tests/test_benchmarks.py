@@ -59,43 +59,85 @@ def test_every_benchmark_is_run_by_all(benchmarks: dict[str, ModuleType]) -> Non
     assert set(benchmarks["all"].NAMES) == scripts
 
 
+HEAD = "method,seed,mae,bmae,few,bmase,crps,coverage,seconds,tuning_seconds,setting,rows,epochs,trials"
+RATIOS = {  # of bMAE, of few and of MAE on the sets a, b and c
+    "l1": [(1.0, 1.0, 1.0)] * 3,
+    "lds": [(0.70, 0.50, 1.05), (0.80, 0.70, 1.12), (0.75, 0.60, 1.00)],
+    "mse": [(1.30, 1.40, 0.97), (1.20, 1.10, 0.95), (1.40, 1.05, 0.96)],
+    "balanced_mse": [(0.60, 0.70, 1.30), (1.25, 1.30, 1.40), (0.97, 0.80, 1.20)],
+    "boosting": [(0.90, 0.95, 0.92), (0.85, 0.91, 0.94)],
+    "coral": [(0.10, 0.10, 0.10)],
+}
+
+
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """Results of the suite on three sets, on which ``lds`` is better, ``mse`` worse, and trees read only two."""
+    """Results on three sets: ``lds`` is better, ``mse`` worse, ``balanced_mse`` uncertain, and others lack sets."""
     pytest.importorskip("matplotlib")
-    bmae = {"l1": 1.0, "lds": 0.8, "mse": 1.3, "boosting": 0.9}
-    for name in ("a", "b", "c"):
+    for i, name in enumerate("abc"):
         rows, differences = [], ["method,metric,region,difference_low,difference_high,ratio,ratio_low,ratio_high"]
-        for method, error in list(bmae.items())[: 3 if name == "c" else 4]:
-            rows += [f'{method},{seed},1.0,{error},0.5,0.9,,,36,72,"{{""lr"": 0.1}}",100,4,2' for seed in (0, 1)]
-            for metric, region in (("bmae", "all"), ("mae", "few"), ("mae", "all")):
-                low, high = error - 1.05, error - 0.95
-                differences.append(f"{method},{metric},{region},{low},{high},{error},{error - 0.05},{error + 0.05}")
-        head = "method,seed,mae,bmae,few,bmase,crps,coverage,seconds,tuning_seconds,setting,rows,epochs,trials"
-        (tmp_path / f"{name}.csv").write_text("\n".join(["# command | versions", head, *rows]))
+        for method, sets in RATIOS.items():
+            if i >= len(sets):
+                continue
+            for seed in (0, 1):  # which differ by a tenth
+                bmae, few, mae = (ratio * (10 + i) * (1 + seed / 10) for ratio in sets[i])
+                rows.append(f'{method},{seed},{mae},{bmae},{few},0.9,,,36,72,"{{""lr"": 0.1}}",100,4,2')
+            for (metric, region), ratio in zip((("bmae", "all"), ("mae", "few"), ("mae", "all")), sets[i], strict=True):
+                ends = f"{ratio - 1.05:.2f},{ratio - 0.95:.2f},{ratio},{ratio - 0.05:.2f},{ratio + 0.05:.2f}"
+                differences.append(f"{method},{metric},{region},{ends}")
+        (tmp_path / f"{name}.csv").write_text("\n".join(["# command | versions", HEAD, *rows]))
         (tmp_path / f"{name}-differences.csv").write_text("\n".join(differences))
+    (tmp_path / "b-failed.csv").write_text("method,reason\ncoral,out of memory")
     return tmp_path
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_the_page_of_the_suite_says_what_its_results_hold(suite: Path) -> None:
     report = runpy.run_path(str(FOLDER / "suite/report.py"))
     read = report["read"](suite)
     table = report["ranks"](read)
-    assert table.columns.tolist() == ["l1", "lds", "mse"]  # trees did not run on every set
-    assert report["average_ranks"](table)["rank"].to_dict() == {"lds": 1.0, "l1": 2.0, "mse": 3.0}
+    assert table.columns.tolist() == ["balanced_mse", "l1", "lds", "mse"]  # the others did not run on every set
+    assert report["average_ranks"](table)["rank"].to_dict() == {"lds": 1.3, "balanced_mse": 2.3, "l1": 2.7, "mse": 3.7}
     # Demšar 2006, table 5: q is 2.343 for three classifiers.
     assert report["critical_difference"](3, 3) == pytest.approx(2.343 * (3 * 4 / (6 * 3)) ** 0.5, rel=1e-3)
-    assert report["geometric"](pd.Series([0.5, 2.0]))[0] == pytest.approx(1.0)
-    assert report["hours"](read) == pytest.approx((22 * 36 + 11 * 72) / 3600)
-    assert report["fails"](read, "lds") == "no failure seen on these sets"
-    assert "bMAE rises: a 1.30 [1.25, 1.35], b" in report["fails"](read, "mse")
+    assert report["hours"](read) == pytest.approx((30 * 36 + 15 * 72) / 3600)
+    # Logarithms of 0.70, 0.80 and 0.75: mean -0.28916, deviation 0.06681; 97.5 % of Student's t with 2 degrees of
+    # freedom lie below 4.3027, so half of the interval is 0.16597.
+    assert report["geometric"](pd.Series([0.70, 0.80, 0.75])) == pytest.approx((0.74889, 0.63435, 0.88411), abs=2e-4)
     report["main"](suite, suite)
     page = (suite / "which-method.md").read_text(encoding="utf-8")
-    assert "| A network; its head is one number and stays | `lds` (of 2) | 0.80 [0.80, 0.80] |" in page
-    assert "| lds | **0.80** [0.75, 0.85] | **0.80** [0.75, 0.85] | **0.80** [0.75, 0.85] |" in page
-    assert "0.44 hours" in page
-    assert "| lds | 0.8 ± 0 |" in (suite / "tables.md").read_text(encoding="utf-8")
+    rises = "MAE rises by more than a tenth: b 1.12 [1.07, 1.17]"
+    best = "`lds` (of 3) | 0.75 [0.63, 0.88] | 0.59 [0.39, 0.90] | 1.06 [0.92, 1.22]"
+    coral = "not compared, without results on: `coral` (b (failed), c)"
+    assert f"| A network; its head is one number and stays | {best} | {rises} |" in page
+    assert f"| A network; its head may become bins | no advice: 0 methods on 3 sets | | | | {coral} |" in page
+    assert f"| A network; only the rare labels matter | {best} | {rises}; {coral} |" in page
+    assert "| A network; the mean error must not rise | `mse` (of 3) | 1.30 " in page
+    assert "bMAE rises: a 1.30 [1.25, 1.35], b 1.20 [1.15, 1.25], c 1.40 [1.35, 1.45]; few rises: a 1.40 " in page
+    assert "| The rows are a table, and any estimator will do | no advice: 0 methods on 3 sets |" in page
+    assert "| coral | 0.10 | 0.10 | 0.10 | 1 | b (failed), c |" in page
+    assert "| lds | **0.70** [0.65, 0.75] | **0.80** [0.75, 0.85] | **0.75** [0.70, 0.80] |" in page
+    assert "| balanced_mse | **0.60** [0.55, 0.65] | **1.25** [1.20, 1.30] | 0.97 [0.92, 1.02] |" in page
+    assert ", 4 epochs and 2 seeds: 0.60 hours" in page
+    assert "| lds | 7.35 ± 0.49 |" in (suite / "tables.md").read_text(encoding="utf-8")
     assert (suite / "which-method.png").stat().st_size > 5_000
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_what_is_not_better_beyond_chance_is_not_recommended_and_two_methods_have_no_ranks(suite: Path) -> None:
+    for path in suite.glob("[abc]*.csv"):
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if not line.startswith(("lds", "mse", "boosting", "coral"))]
+        path.write_text("\n".join(kept))
+    report = runpy.run_path(str(FOLDER / "suite/report.py"))
+    report["main"](suite, suite)
+    page = (suite / "which-method.md").read_text(encoding="utf-8")
+    assert "its head is one number and stays | plain L1: none of 1 is better beyond chance |" in page
+    assert "Ranks are compared from 3 methods on, and 2 ran on all 3 sets." in page
+    assert not (suite / "which-method.png").exists()
+    (suite / "c.csv").write_text((suite / "c.csv").read_text().replace(",100,4,2", ",100,8,2", 1))
+    with pytest.raises(SystemExit, match=r"must have one budget, got several:\n *rows +epochs"):
+        report["read"](suite)
 
 
 def test_the_page_of_the_suite_needs_three_sets(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,4 +145,4 @@ def test_the_page_of_the_suite_needs_three_sets(suite: Path, capsys: pytest.Capt
         path.unlink()
     runpy.run_path(str(FOLDER / "suite/report.py"))["main"](suite, suite / "docs")
     assert "The page needs 3 sets" in capsys.readouterr().out
-    assert "| lds | 0.8 ± 0 |" in (suite / "tables.md").read_text(encoding="utf-8")
+    assert "| lds | 7.35 ± 0.49 |" in (suite / "tables.md").read_text(encoding="utf-8")

@@ -2,8 +2,9 @@
 
     python benchmarks/suite/report.py
 
-Reads ``<set>.csv`` and ``<set>-differences.csv`` in this folder, which ``recipes/studies/suite.py`` writes, and writes
-``tables.md`` beside them, and ``docs/which-method.md`` and ``docs/which-method.png``.
+Reads ``<set>.csv``, ``<set>-differences.csv`` and ``<set>-failed.csv`` in this folder, which
+``recipes/studies/suite.py`` writes, and writes ``tables.md`` beside them, and ``docs/which-method.md`` and
+``docs/which-method.png``.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from scipy.stats import friedmanchisquare, studentized_range, t
 from dir_toolkit.experiment.results.drawing import GREY, INK, literal, look, new_figure, save_figure
 
 HERE, DOCS = Path(__file__).parent, Path(__file__).parents[2] / "docs"
-OF_TABLES = ("boosting", "boosting_lds", "boosting_adjusted", "long_tail_regressor")  # cannot read every set
+NOT_TABLES = ("beijing", "cmapss", "emobank", "sts_b_dir")
+OF_TABLES = ("boosting", "boosting_lds", "boosting_adjusted", "long_tail_regressor")  # cannot read all of these
 LEVEL = 0.95
 FEWEST = 3
-"""Sets from which on a page says which method to take."""
+"""Sets from which on a page says which method to take, and methods from which on ranks are compared."""
 
 
 class Suite(NamedTuple):
@@ -34,19 +36,26 @@ class Suite(NamedTuple):
     """The comparisons with plain L1, with their set."""
     notes: dict[str, list[str]]
     """Command, versions, commit and digests of the sittings of each set."""
+    failed: dict[str, set[str]]
+    """The methods that failed on each set."""
 
 
 def read(folder: Path) -> Suite:
-    rows, differences, notes = [], [], {}
+    rows, differences, notes, failed = [], [], {}, {}
     for path in sorted(folder.glob("*-differences.csv")):
         name = path.stem.removesuffix("-differences")
         text = (folder / f"{name}.csv").read_text(encoding="utf-8")
         notes[name] = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")]
         rows.append(pd.read_csv(folder / f"{name}.csv", comment="#").assign(set=name))
         differences.append(pd.read_csv(path).assign(set=name))
+        faults = folder / f"{name}-failed.csv"
+        failed[name] = set(pd.read_csv(faults)["method"]) if faults.exists() else set()
+        budgets = rows[-1][["rows", "epochs", "trials"]].drop_duplicates()
+        if len(budgets) > 1:
+            sys.exit(f"{folder / name}.csv must have one budget, got several:\n{budgets.to_string(index=False)}")
     if not rows:
         sys.exit(f"{folder} must hold a <set>-differences.csv of recipes/studies/suite.py, got none.")
-    return Suite(pd.concat(rows, ignore_index=True), pd.concat(differences, ignore_index=True), notes)
+    return Suite(pd.concat(rows, ignore_index=True), pd.concat(differences, ignore_index=True), notes, failed)
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -94,7 +103,9 @@ def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def geometric(ratios: pd.Series) -> tuple[float, float, float]:
-    """The geometric mean over sets and its interval."""
+    """The geometric mean over sets and its interval, which one set does not have."""
+    if len(ratios) == 1:
+        return float(ratios.iloc[0]), float("nan"), float("nan")
     mean, low, high = (float(np.exp(end)) for end in mean_and_interval(np.log(ratios.to_numpy())))
     return mean, low, high
 
@@ -103,19 +114,25 @@ COLUMNS = {"bMAE": ("bmae", "all"), "few": ("mae", "few"), "MAE": ("mae", "all")
 
 
 def over_sets(suite: Suite) -> pd.DataFrame:
-    """The geometric mean over sets of each method's ratios to plain L1 and its interval."""
-    table = {}
+    """The geometric mean over sets of each method's ratios to plain L1 and its interval, the best bMAE first."""
+    table, order = {}, {}
     for method in suite.rows["method"].unique():
         every = {title: ratios_of(suite, method, *column) for title, column in COLUMNS.items()}
         if method != "l1" and len(every["bMAE"]):
             cells = {title: interval(*geometric(ratios)) for title, ratios in every.items() if len(ratios)}
-            table[method] = cells | {"sets": len(every["bMAE"])}
-    rows = pd.DataFrame(table).T
-    return rows.sort_values("bMAE").fillna("")
+            table[method] = cells | {"sets": len(every["bMAE"]), "without": lacks(suite, method)}
+            order[method] = geometric(every["bMAE"])[0]
+    return pd.DataFrame(table).T.loc[sorted(order, key=order.__getitem__)].fillna("")
 
 
 def interval(mean: float, low: float, high: float) -> str:
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{mean:.2f}" if np.isnan(low) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def lacks(suite: Suite, method: str) -> str:
+    """The sets without results of a method."""
+    missing = sorted(set(suite.notes) - set(ratios_of(suite, method, *COLUMNS["bMAE"]).index))
+    return ", ".join(f"{name} (failed)" if method in suite.failed[name] else name for name in missing)
 
 
 OF_LOSSES = ("mse", "lds", "balanced_mse", "ccc", "dist_loss", "srl", "c_mixup", "fds", "lds+fds", "conr", "bsam")
@@ -130,24 +147,40 @@ LEAVES = (  # the question, who stands to choose from, and the error that choose
 
 
 def leaves(suite: Suite) -> str:
-    """For each question the method with the least mean, what it costs, and the sets on which it failed."""
+    """For each question the method with the least mean, what it costs, and the sets on which it failed.
+
+    Only methods with a result on every set that bears on the question are compared, and one is recommended only if the
+    interval of its mean lies below 1.
+    """
     lines = ["| you have | take | bMAE | few | price: MAE | fails when |", "|---|---|---|---|---|---|"]
+    ran = set(suite.rows["method"]).union(*suite.failed.values())
     for question, candidates, title in LEAVES:
-        there = {m: ratios_of(suite, m, *COLUMNS[title]) for m in candidates}
-        there = {m: ratios for m, ratios in there.items() if len(ratios)}
-        if not there:
+        every = {m: ratios_of(suite, m, *COLUMNS[title]) for m in candidates if m in ran}
+        sets = {name for name in suite.notes if candidates is not OF_TABLES or name not in NOT_TABLES}
+        if title == "few":  # some sets have no such label
+            sets &= set(suite.differences.query("metric == 'mae' and region == 'few'").dropna(subset="ratio")["set"])
+        there = {m: ratios[sorted(sets)] for m, ratios in every.items() if sets <= set(ratios.index)}
+        left = [f"`{m}` ({lacks(suite, m) or title})" for m in every if m not in there]
+        out = f"not compared, without results on: {', '.join(left)}" if left else ""
+        if not there or len(sets) < FEWEST:
+            if every:
+                lines.append(f"| {question} | no advice: {len(there)} methods on {len(sets)} sets | | | | {out} |")
             continue
-        best = min(there, key=lambda method: geometric(there[method])[0])
-        if geometric(there[best])[0] >= 1:
-            lines.append(f"| {question} | plain L1: none of {len(there)} is better | | | | |")
+        better = [m for m, ratios in there.items() if geometric(ratios)[2] < 1]
+        if not better:
+            lines.append(f"| {question} | plain L1: none of {len(there)} is better beyond chance | | | | {out} |")
             continue
-        cells = [interval(*geometric(ratios_of(suite, best, *column))) for column in COLUMNS.values()]
-        lines.append(f"| {question} | `{best}` (of {len(there)}) | {' | '.join(cells)} | {fails(suite, best)} |")
+        best = min(better, key=lambda method: geometric(there[method])[0])
+        shown = {name: ratios_of(suite, best, *column) for name, column in COLUMNS.items()}
+        cells = [interval(*geometric(ratios)) if len(ratios) else "" for ratios in shown.values()]
+        faults = "; ".join(filter(None, [fails(suite, best), out]))
+        lines.append(f"| {question} | `{best}` (of {len(there)}) | {' | '.join(cells)} | {faults} |")
     return "\n".join(lines)
 
 
 def fails(suite: Suite, method: str) -> str:
-    """The sets on which a method is worse than plain L1 beyond chance, or pays more than a tenth of the MAE."""
+    """The sets on which a method is worse than plain L1 beyond chance, pays more than a tenth of the MAE, or has no
+    result."""
     own = suite.differences[suite.differences.method == method]
     faults = []
     for title, (metric, region) in list(COLUMNS.items())[:2]:
@@ -157,6 +190,7 @@ def fails(suite: Suite, method: str) -> str:
     those = own[(own.metric == "mae") & (own.region == "all") & (own.ratio > 1.1)]
     names = [f"{r.set} {interval(r.ratio, r.ratio_low, r.ratio_high)}" for r in those.itertuples()]
     faults += [f"MAE rises by more than a tenth: {', '.join(names)}"] if names else []
+    faults += [f"no result: {lacks(suite, method)}"] if lacks(suite, method) else []
     return "; ".join(faults) or "no failure seen on these sets"
 
 
@@ -194,7 +228,8 @@ def rank_figure(table: pd.DataFrame) -> Figure:
         axes.plot([mean], [i], "o", color=INK, markersize=5)
     axes.set_yticks(range(len(rows)), [literal(name) for name in rows.index])
     axes.invert_yaxis()
-    chance = friedmanchisquare(*table.to_numpy().T).pvalue
+    tied = (table.nunique(axis=1) == 1).all()
+    chance = 1.0 if tied else friedmanchisquare(*table.to_numpy().T).pvalue
     axes.set_xlabel(
         f"average rank by bMAE over {len(table)} sets, 95 % interval over sets (Friedman p = {chance:.2g});\n"
         f"grey: within the critical difference {distance:.1f} of the best"
@@ -227,29 +262,48 @@ def tables(suite: Suite) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def ranked(table: pd.DataFrame) -> str:
+    """The section on ranks."""
+    count = table.shape[1]
+    if count < FEWEST:
+        return f"Ranks are compared from {FEWEST} methods on, and {count} ran on all {len(table)} sets."
+    return f"""![Average ranks by bMAE](which-method.png)
+
+By the mean bMAE over seeds, of the {count} methods that ran on all {len(table)} sets. By the test of Nemenyi
+two methods differ if their ranks are {critical_difference(count, len(table)):.1f} apart.
+
+{markdown(average_ranks(table))}"""
+
+
 def page(suite: Suite, table: pd.DataFrame) -> str:
     rows = suite.rows
-    names, distance = sorted(rows["set"].unique()), critical_difference(table.shape[1], len(table))
+    names = sorted(rows["set"].unique())
     seeds = rows.groupby(["set", "method"])["seed"].nunique()
+    seeds_text, trials, epochs = (
+        f"{low}" if low == high else f"{low} to {high}"
+        for low, high in ((column.min(), column.max()) for column in (seeds, rows["trials"], rows["epochs"]))
+    )
     budget = [f"{name} {part['rows'].iloc[0]:,}" for name, part in rows.groupby("set")]
-    trials, epochs = (f"{rows[n].min()}" for n in ("trials", "epochs"))
     return f"""# Which method?
 
 `python benchmarks/suite/report.py` makes this page from the results in `benchmarks/suite`, to which
 `python recipes/studies/suite.py --root DIR --resume --results benchmarks/suite` adds. So far they hold {len(names)}
-sets (training rows: {", ".join(budget)}) and {rows["method"].nunique()} methods, with {trials} trials each on
-validation data, {epochs} epochs and {seeds.min()} to {seeds.max()} seeds: {hours(suite):.2f} hours of training.
+sets (training rows: {", ".join(budget)}) and {rows["method"].nunique()} methods, with at most {trials} trials each
+on validation data, {epochs} epochs and {seeds_text} seeds: {hours(suite):.2f} hours of training.
 **These are few sets, few seeds and a short budget: read the intervals, not the means.** Faces are on
-[another page](ages.md).
+[another page](ages.md). Labels of all parts, test included, are clipped to the range of the training labels. Errors of
+house16H are those of log1p of the price.
 
 All figures are ratios to a plain network trained with L1: below 1 is better. Each is the geometric mean over sets, with
 its 95 % interval by Student's t over sets. The method of each line was chosen as the one with the best mean on these
-same test data, so its advantage is somewhat overstated.
+same test data, so its advantage is somewhat overstated. It is named only if
+it has results on every set and its interval lies below 1.
 
 {leaves(suite)}
 
 "few" is the MAE of labels in bins of fewer than 20 training rows. A method fails on a set if the 95 % interval of its
-paired difference to L1, over seeds and test samples, lies above 0, or if its MAE is more than a tenth higher.
+paired difference to L1, over seeds and test samples, lies above 0, if its MAE is more than a tenth higher, or
+if it has no result there.
 
 ## All methods
 
@@ -270,12 +324,7 @@ All figures, chosen settings, commands, versions and digests are in `benchmarks/
 
 ## Average ranks
 
-![Average ranks by bMAE](which-method.png)
-
-By the mean bMAE over seeds, of the {table.shape[1]} methods that ran on all {len(table)} sets. By the test of Nemenyi
-two methods differ if their ranks are {distance:.1f} apart.
-
-{markdown(average_ranks(table))}
+{ranked(table)}
 """
 
 
@@ -286,7 +335,8 @@ def main(folder: Path, docs: Path) -> None:
     if len(table) < FEWEST:
         print(f"The page needs {FEWEST} sets, and {folder} has {len(table)}. Only its tables.md was written.")
         return
-    save_figure(rank_figure(table), docs / "which-method.png")
+    if table.shape[1] >= FEWEST:
+        save_figure(rank_figure(table), docs / "which-method.png")
     (docs / "which-method.md").write_text(page(suite, table), encoding="utf-8")
     print(f"{over_sets(suite).to_string()}\n\n{average_ranks(table).to_string()}\n\n{hours(suite):.2f} hours")
 

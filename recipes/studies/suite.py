@@ -12,9 +12,9 @@ of scikit-learn is not tuned, and reads no text. A method that fails on a set is
 
 All trials lie in ``OUT/tune``, and the runs that are judged in a folder of OUT for each budget. The errors of a set are
 in ``RESULTS/<set>.csv``, one line per method and seed, and the differences to plain L1, with their intervals, in
-``RESULTS/<set>-differences.csv``. With ``--resume`` trials, sets, methods and seeds can be added. What is in the
-results already, with the same rows, epochs and trials, is not run again, even where OUT is new. ``--minutes`` ends a
-sitting between two runs. ``benchmarks/suite/report.py`` makes tables and a page of docs from the results.
+``RESULTS/<set>-differences.csv``. Methods that failed are in ``RESULTS/<set>-failed.csv``. With ``--resume`` sets,
+methods and seeds can be added; what is in the results already is not run again, even where OUT is new. Results of
+other data, rows, epochs or trials need another RESULTS. ``--minutes`` ends a sitting between two runs. ``benchmarks/suite/report.py`` makes tables and a page of docs from the results.
 """
 
 from __future__ import annotations
@@ -398,6 +398,7 @@ class Sitting:
             todo.insert(0, "l1")  # the others are compared with its predictions
         options: dict[str, Any] = {"settings": shown(settings), "command": typed_command(SCRIPT, (*PLACES, "results"))}
         methods: dict[str, Any] = {}
+        whole = set()
         study = Study(self.place, task, methods, self.runtime, self.budget(task), resume=True, **options)
         try:
             for method in todo:
@@ -405,11 +406,18 @@ class Sitting:
                     own = results.setting(method, budget) or self.chosen(method, task)
                 except SettingsError as error:  # all its trials failed
                     print(f"{method} on {name} failed: {error}", flush=True)
+                    results.fail(method, str(error))
                     continue
                 methods[method] = partial(self.one, own=own)
                 study.run([method], seeds=settings.seeds)
+                if faults := [text for (_, other, _), text in study.failed.items() if other == method]:
+                    results.fail(method, faults[0])  # the other seeds alone are no result
+                    continue
                 results.add(study, method, budget | {"setting": json.dumps(own)})
+                whole.add(method)
         finally:
+            for key in [key for key in study.runs if key[1] not in whole]:  # half of it tells nothing
+                del study.runs[key]
             results.compare(study)
 
     def one(self, trial: Trial, own: dict[str, Any]) -> Trained:
@@ -437,6 +445,7 @@ class Results:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.path, self.differences = folder / f"{name}.csv", folder / f"{name}-differences.csv"
+        self.failed = folder / f"{name}-failed.csv"
         there = self.path.exists()
         self.notes = [line for line in self.path.read_text().splitlines() if line.startswith("#")] if there else []
         self.rows = pd.read_csv(self.path, comment="#") if there else pd.DataFrame()
@@ -477,6 +486,15 @@ class Results:
         note = f"# {study.command} | {packages} | commit {made['commit']} | {made['device']} | {data}"
         self.notes = list(dict.fromkeys([*self.notes, note]))
         write(self.path, "\n".join([*self.notes, self.rows.to_csv(index=False, float_format="%.6g")]))
+        self.fail(method, None)
+
+    def fail(self, method: str, reason: str | None) -> None:
+        """Note that a method failed, or with None that it did not."""
+        faults = {} if not self.failed.exists() else pd.read_csv(self.failed, index_col="method")["reason"].to_dict()
+        faults.pop(method, None)
+        faults |= {} if reason is None else {method: reason.splitlines()[-1].strip()}
+        if faults or self.failed.exists():
+            write(self.failed, pd.Series(faults, name="reason", dtype=str).to_csv(index_label="method"))
 
     def compare(self, study: Study) -> None:
         """Add the differences to plain L1 and their intervals, over the seeds and test samples of this sitting."""
