@@ -14,7 +14,8 @@ All trials lie in ``OUT/tune``, and the runs that are judged in a folder of OUT 
 in ``RESULTS/<set>.csv``, one line per method and seed, and the differences to plain L1, with their intervals, in
 ``RESULTS/<set>-differences.csv``. Methods that failed are in ``RESULTS/<set>-failed.csv``. With ``--resume`` sets,
 methods and seeds can be added; what is in the results already is not run again, even where OUT is new. Results of
-other data, rows, epochs or trials need another RESULTS. ``--minutes`` ends a sitting between two runs. ``benchmarks/suite/report.py`` makes tables and a page of docs from the results.
+other data, rows, epochs or trials need another RESULTS. ``--minutes`` ends a sitting between two runs.
+``benchmarks/suite/report.py`` makes tables and a page of docs from the results.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Settings:
     methods: tuple[str, ...] = ()
     """What to compare, of METHODS in this file; nothing takes all."""
     trials: int = 8
-    """How many trials each method has; an even number up to 8."""
+    """How many trials each method has: 2, 4, or 8, of which methods that have only a learning rate need 4."""
     seeds: int = 5
     """How many seeds the chosen settings are trained with: 0, 1, ..."""
     epochs: int = 40
@@ -302,16 +303,20 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
 """By name: what is tried beside learning rates, or None where nothing is, and what makes a trial of it."""
 
 
-RATES = (1e-2, 3e-3, 1e-3, 3e-4, 2e-2, 5e-3, 2e-3, 5e-4)
+RATES = (1e-2, 3e-3, 3e-2, 1e-3)
 """The learning rates of the trials, in their order, so that trials can be added later."""
 
 
 def trials_of(knobs: Sequence[dict[str, Any]], count: int) -> tuple[dict[str, Any], ...]:
-    """So many trials. Every method has the same learning rates; of two values of a knob they take turns, and the second
-    four trials swap them."""
+    """The trials of a method, at most so many.
+
+    All methods have the same learning rates, each equally often. Of two values of a knob, up to four trials give each
+    rate one, and eight cross both with all rates. A method without a knob has nothing to cross, hence four at most.
+    """
     if len(knobs) == 1:
         return values("lr", *RATES[:count])
-    return tuple({"lr": RATES[i % 4], **knobs[(i + i // 4) % len(knobs)]} for i in range(count))
+    turns = (0, 1, 1, 0, 1, 0, 0, 1)[:count]  # each value has a high and a low rate
+    return tuple({"lr": RATES[i % 4], **knobs[turn]} for i, turn in enumerate(turns))
 
 
 def reads(method: str, name: str) -> bool:
@@ -381,11 +386,16 @@ class Sitting:
         return self.settings.out / "tune" / task.folder / name / label / f"{epochs}-epochs"
 
     def todo(self, task: Task, names: Sequence[str]) -> tuple[Results, list[str], dict[str, int]]:
-        """The results of a set, the methods that they lack, and the budget of each."""
+        """The results of a set, the methods that they lack, and the budget of each.
+
+        Raises:
+            SettingsError: the results are of another budget or of other data.
+        """
         settings = self.settings
         results = Results(settings.results or settings.out, task.title)
         budget = {"rows": len(task.data(0).train), "epochs": settings.epochs, "trials": settings.trials}
-        return results, [name for name in names if not results.has(name, settings.seeds, budget)], budget
+        refuse(SCRIPT, results.faults(budget, task.data(0)))
+        return results, [name for name in names if not results.has(name, settings.seeds)], budget
 
     def run(self, task: Task, names: Sequence[str]) -> None:
         """Tune the methods on a set, one after the other, train them with all seeds, and add to the results."""
@@ -394,7 +404,7 @@ class Sitting:
         if not todo:
             print(f"{name}: all is in {results.path} already", flush=True)
             return
-        if "l1" not in todo and len(results.setting("l1", budget)):
+        if "l1" not in todo and results.setting("l1"):
             todo.insert(0, "l1")  # the others are compared with its predictions
         options: dict[str, Any] = {"settings": shown(settings), "command": typed_command(SCRIPT, (*PLACES, "results"))}
         methods: dict[str, Any] = {}
@@ -403,7 +413,7 @@ class Sitting:
         try:
             for method in todo:
                 try:
-                    own = results.setting(method, budget) or self.chosen(method, task)
+                    own = results.setting(method) or self.chosen(method, task)
                 except SettingsError as error:  # all its trials failed
                     print(f"{method} on {name} failed: {error}", flush=True)
                     results.fail(method, str(error))
@@ -452,22 +462,31 @@ class Results:
         there = self.differences.exists()  # a machine that stopped may not have come to it
         self.compared = set(pd.read_csv(self.differences)["method"]) if there else set()
 
-    def _of(self, method: str, budget: Mapping[str, int]) -> pd.DataFrame:
-        rows = self.rows
-        if not len(rows):
-            return rows
-        same = rows["method"] == method
-        for key, value in budget.items():
-            same &= rows[key] == value
-        return rows[same]
+    def faults(self, budget: Mapping[str, int], splits: Splits) -> list[str]:
+        """Why rows of this budget and these data cannot be added to the file."""
+        got = {
+            key: [one for one in self.rows[key].unique() if one != value] for key, value in budget.items()
+        } if len(self.rows) else {}  # fmt: skip
+        faults = [
+            f"{self.path.name} holds results of {key} {others[0]}, and this sitting has {key} {budget[key]}. "
+            f"Choose the same, or another --results."
+            for key, others in got.items()
+            if others
+        ]
+        if any(digests_of(splits) not in note for note in self.notes):
+            faults.append(f"{self.path.name} holds results of other data. Choose another --results.")
+        return faults
 
-    def has(self, method: str, seeds: int, budget: Mapping[str, int]) -> bool:
-        rows = self._of(method, budget)
+    def _of(self, method: str) -> pd.DataFrame:
+        return self.rows[self.rows["method"] == method] if len(self.rows) else self.rows
+
+    def has(self, method: str, seeds: int) -> bool:
+        rows = self._of(method)
         return method in self.compared and len(rows) > 0 and set(range(seeds)) <= set(rows["seed"])
 
-    def setting(self, method: str, budget: Mapping[str, int]) -> dict[str, Any]:
+    def setting(self, method: str) -> dict[str, Any]:
         """What was chosen for a method in an earlier sitting; nothing if there was none."""
-        rows = self._of(method, budget)
+        rows = self._of(method)
         return json.loads(rows["setting"].iloc[0]) if len(rows) else {}
 
     def add(self, study: Study, method: str, same: Mapping[str, Any]) -> None:
@@ -482,7 +501,7 @@ class Results:
         self.rows = pd.concat([self.rows, new], ignore_index=True).drop_duplicates(["method", "seed"], keep="last")
         made = environment(study.runtime, study.tasks[0].data(0))
         packages = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-        data = ", ".join(f"{part} {digest}" for part, digest in made["data"]["digests"].items())
+        data = digests_of(study.tasks[0].data(0))
         note = f"# {study.command} | {packages} | commit {made['commit']} | {made['device']} | {data}"
         self.notes = list(dict.fromkeys([*self.notes, note]))
         write(self.path, "\n".join([*self.notes, self.rows.to_csv(index=False, float_format="%.6g")]))
@@ -506,6 +525,10 @@ class Results:
             old = pd.read_csv(self.differences)
             text += old[~old["method"].isin(methods | {"constant"})].to_csv(index=False, header=False)
         write(self.differences, text)
+
+
+def digests_of(splits: Splits) -> str:
+    return ", ".join(f"{part} {getattr(splits, part).digest}" for part in ("train", "val", "test"))
 
 
 def write(path: Path, text: str) -> None:
@@ -534,8 +557,8 @@ def main(settings: Settings) -> None:
     faults += [
         f"--sets must name some of {', '.join(known)}, got {name}." for name in settings.sets if name not in known
     ]
-    if settings.trials not in (2, 4, 6, 8):
-        faults.append(f"--trials must be 2, 4, 6 or 8, got {settings.trials}.")
+    if settings.trials not in (2, 4, 8):
+        faults.append(f"--trials must be 2, 4 or 8, got {settings.trials}.")
     place = settings.results or settings.out
     there = [path for name in settings.sets if (path := place / f"{name}.csv").exists() and not settings.resume]
     faults += [f"--results must hold no {path.name} yet. Use --resume to add to it." for path in there]
@@ -546,6 +569,7 @@ def main(settings: Settings) -> None:
         tasks = [task_of(name, settings.root, settings.rows) for name in settings.sets]
         for task in tasks:  # what is there already is refused
             Study(sitting.place, task, {}, runtime, Optimization(), resume=settings.resume)
+            sitting.todo(task, names)
         if settings.minutes is not None:
             minutes = sitting.estimate(tasks, names)
             print(f"All takes about {minutes:.0f} minutes; this sitting has {settings.minutes:g}.", flush=True)
