@@ -48,6 +48,30 @@ def unfit_folder(option: str, folder: Path) -> list[str]:
     return []
 
 
+def unknown(option: str, names: Collection[str], known: Collection[str]) -> list[str]:
+    """The faults of names, of which there must be one and each must be known."""
+    got = [name for name in names if name not in known] or ([] if names else ["none"])
+    return [f"{option} must name some of {', '.join(known)}, got {name}." for name in got]
+
+
+def too_low(settings: Any, **lowest: int) -> list[str]:
+    """The faults of settings that are below the least that they may be."""
+    given = {name: getattr(settings, name) for name in lowest}
+    return [
+        f"--{name} must be at least {lowest[name]}, got {value}."
+        for name, value in given.items()
+        if value is not None and value < lowest[name]
+    ]
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file, never in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".new")
+    whole.write_text(text, encoding="utf-8")
+    whole.replace(path)
+
+
 def refuse(recipe: str, faults: Collection[str]) -> None:
     """Raise one error that names all faults of the settings, if there are any."""
     if faults:

@@ -8,11 +8,13 @@ epoch. The validation and test parts together are the unseen rows, and their lab
 ``beijing_time`` trains on earlier years. Its last year (``beijing_year``) and the last year of another station
 (``beijing_station``) are the rows from elsewhere.
 
-A study keeps forecasts in a folder, from which later runs and the other study read them. Delete it to train again.
+A study keeps forecasts in a folder, from which later runs and the other study read them, unless the data files, the
+package or the scripts have changed since.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import numpy as np
 from joblib import Memory
 from sklearn.ensemble import HistGradientBoostingRegressor
-from tables import read
+from tables import FILES, read
 from text import Reader
 
 import dir_toolkit as dt
@@ -38,7 +40,7 @@ from dir_toolkit.experiment.training.loop import Optimization, fit, predict
 from dir_toolkit.experiment.training.runtime import start_runtime
 from dir_toolkit.integrations.scikit_learn import LongTailRegressor
 
-SETS = ("house16H", "abalone", "appliances", "rain", "beijing", "beijing_time", "utkface", "sts_b")
+SETS = ("house16H", "abalone", "appliances", "rain", "beijing", "beijing_time", "utkface", "sts_b", "emobank")
 NETWORKS = ("utkface", "sts_b", "emobank")
 
 
@@ -71,12 +73,42 @@ class Forecasts(NamedTuple):
 
 
 def forecasts(folder: Path, root: Path, name: str, seed: int, rows: int) -> Forecasts:
-    """The forecasts of a set and a seed, which the folder keeps."""
-    return Memory(folder, verbose=0).cache(fresh, ignore=["root"])(root, name, seed, rows)
+    """The forecasts of a set and a seed, which the folder keeps for as long as data and code stay the same."""
+    most = 0 if name in NETWORKS else rows  # networks read all rows
+    kept = Memory(folder, verbose=0).cache(fresh, ignore=["root"])
+    return kept(root, name, seed, most, digest_of(files_of(root, name)), digest_of(code()))
 
 
-def fresh(root: Path, name: str, seed: int, rows: int) -> Forecasts:
+def fresh(root: Path, name: str, seed: int, rows: int, data: str, code: str) -> Forecasts:
+    """``data`` and ``code`` only tell forecasts apart."""
     return of_network(root, name, seed) if name in NETWORKS else of_table(root, name, seed, rows)
+
+
+def files_of(root: Path, name: str) -> tuple[Path, ...]:
+    """The files of a set."""
+    if name in NETWORKS:
+        folder = root / ("utkface" if name == "utkface" else "text")
+        return tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
+    if name.startswith("beijing"):
+        return tuple(sorted((root / "series").glob("beijing*")))
+    return (root / "tables" / f"{FILES.get(name, name)}.csv.gz",)
+
+
+def code() -> tuple[Path, ...]:
+    """The source of the package and of what is imported here."""
+    here = Path(__file__)
+    package = sorted(Path(dt.__file__).parent.rglob("*.py"))
+    return (here, here.with_name("tables.py"), here.parents[1] / "text.py", *package)
+
+
+@cache
+def digest_of(files: tuple[Path, ...]) -> str:
+    """Of the names and the contents."""
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def of_table(root: Path, name: str, seed: int, rows: int) -> Forecasts:

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from command_line import parse, run
+from command_line import parse, refuse, run, too_low, unfit_folder, unknown, write
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 import torch
-from forecasts import Forecasts, Part, forecasts, halved
+from forecasts import SETS, Forecasts, Part, forecasts, halved
 from matplotlib.figure import Figure
 from scipy.special import softmax
 
@@ -211,13 +211,15 @@ def picture(rows: pd.DataFrame, path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
+    faults = unknown("--sets", settings.sets, SETS) + unfit_folder("--out", settings.out)
+    refuse("recipes/studies/intervals.py", faults + too_low(settings, seeds=1, rows=20))
     settings.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name in settings.sets:
         for seed in range(settings.seeds):
             rows += judge(name, seed, forecasts(settings.forecasts, settings.root, name, seed, settings.rows))
-            pd.DataFrame(rows).to_csv(settings.out / "rows.csv", index=False)
+            write(settings.out / "rows.csv", pd.DataFrame(rows).to_csv(index=False))
             print(f"{name}, seed {seed}", flush=True)
     picture(pd.DataFrame(rows), settings.out / "intervals.png")
     (settings.out / "tables.md").write_text(tables(pd.DataFrame(rows)), encoding="utf-8")

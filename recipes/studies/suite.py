@@ -1,4 +1,4 @@
-"""Every method over every set, each with the same number of trials on validation data, then with several seeds on test.
+"""Every method over every set, each with the same learning rates on validation data, then with several seeds on test.
 
     python recipes/studies/suite.py --root DIR                                    # tables, series and text: many hours
     python recipes/studies/suite.py --root DIR --sets concrete --methods l1 lds coral --trials 2 --seeds 2 --epochs 10
@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from command_line import PLACES, parse, refuse, run, shown, typed_command, unfit_folder
+from command_line import PLACES, parse, refuse, run, shown, too_low, typed_command, unfit_folder, unknown, write
 
 
 @dataclass(frozen=True)
@@ -531,14 +531,6 @@ def digests_of(splits: Splits) -> str:
     return ", ".join(f"{part} {getattr(splits, part).digest}" for part in ("train", "val", "test"))
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file, never in part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".new")
-    whole.write_text(text)
-    whole.replace(path)
-
-
 def row_of(errors: Any) -> dict[str, Any]:
     """The errors of a run on test, NaN where there is none."""
     every, few = errors.sel(region="all"), errors.sel(region="few")
@@ -552,11 +544,8 @@ def main(settings: Settings) -> None:
     names = settings.methods or tuple(METHODS)
     faults = unfit_folder("--out", settings.out)
     faults += [] if settings.results is None else unfit_folder("--results", settings.results)
-    faults += [f"--methods must name some of {', '.join(METHODS)}, got {n}." for n in names if n not in METHODS]
-    known = [*LABELS, *SERIES, *TEXT]
-    faults += [
-        f"--sets must name some of {', '.join(known)}, got {name}." for name in settings.sets if name not in known
-    ]
+    faults += unknown("--methods", names, METHODS) + unknown("--sets", settings.sets, [*LABELS, *SERIES, *TEXT])
+    faults += too_low(settings, seeds=1, epochs=1, rows=20)
     if settings.trials not in (2, 4, 8):
         faults.append(f"--trials must be 2, 4 or 8, got {settings.trials}.")
     place = settings.results or settings.out

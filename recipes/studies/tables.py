@@ -7,11 +7,12 @@ DIR holds the tables as CSV packed with gzip, the label in the first column; ``d
 split trains on 70 % of the rows, at most ``--rows``. All methods are judged on one axis: 50 even bins over the range of
 the training labels, with test labels beyond it in the end bins. ``few`` is the mean absolute error of the tenth of the
 test rows whose labels are the rarest by the smoothed training density. Rows are added to ``OUT/rows.csv``, where those
-of an earlier run stay unless they are of the same table, split and method.
+of an earlier run stay unless they are of the same data, split, method and ``--rows``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from command_line import parse, run
+from command_line import parse, refuse, run, too_low, unfit_folder, unknown, write
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ from dir_toolkit.experiment.data.series import beijing
 from dir_toolkit.integrations.scikit_learn import LongTailRegressor, PriorAdjusted, SampleWeighted
 
 FILES = {"house16H_raw": "house16H", "appliances": "appliances_energy", "rain": "rain_ibk"}
+TABLES = (
+    "diabetes", "abalone", "airfoil", "concrete", "house16H", "appliances", "rain", "house16H_raw", "beijing",
+)  # fmt: skip
 ERRORS = ["mae", "bmae", "few", "seconds"]
 
 
@@ -131,35 +135,54 @@ def judge(x: np.ndarray, y: np.ndarray, method: str, seed: int, most: int) -> di
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """Errors per table and method, mean ± standard deviation over splits, and the geometric means of the ratios of the
-    tables' means to those of plain boosting."""
-    by = rows.astype(dict.fromkeys(ERRORS, float)).groupby(["table", "method"], sort=False)[ERRORS]
-    mean, spread = by.mean(), by.std()
-    shown = [mean[name].map("{:.4g}".format) + " ± " + spread[name].map("{:.2g}".format) for name in ERRORS]
-    parts = [pd.concat(shown, axis=1).to_string()]
+    """Errors per table and method, and their ratios to those of plain boosting: the geometric mean over tables of each
+    split. Both are mean ± standard deviation over splits."""
+    rows = rows.astype(dict.fromkeys(ERRORS, float))
+    parts = [spread(rows.groupby(["table", "method"], sort=False)[ERRORS], ".4g", ".2g")]
     if "boosting" in set(rows.method):
-        base = mean.xs("boosting", level="method")
-        ratios = np.log(mean / base.reindex(mean.index, level="table")).groupby("method", sort=False).mean()
-        parts.append("geometric means of ratios to boosting\n" + np.exp(ratios).round(3).to_string())
+        each = rows.set_index(["table", "split", "method"])[ERRORS]
+        base = each.xs("boosting", level="method").reindex(each.index.droplevel("method")).set_axis(each.index)
+        with np.errstate(divide="ignore"):  # a constant takes no time
+            logs = np.log(each / base).groupby(["split", "method"], sort=False).mean()
+        ratios = np.exp(logs).groupby("method", sort=False)
+        parts.append(f"ratios to boosting, geometric means over tables\n{spread(ratios, '.3f', '.3f')}")
     return "\n\n".join(parts)
+
+
+def spread(groups: Any, mean: str, deviation: str) -> str:
+    means, deviations = groups.mean(), groups.std()
+    columns = [
+        means[name].map(f"{{:{mean}}}".format) + " ± " + deviations[name].map(f"{{:{deviation}}}".format)
+        for name in ERRORS
+    ]
+    return pd.concat(columns, axis=1).to_string()
 
 
 def main(settings: Settings) -> None:
     path = settings.out / "rows.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keys = ["table", "split", "method"]
-    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *ERRORS])
+    keys = ["table", "split", "method", "rows", "data"]
+    faults = unknown("--tables", settings.tables, TABLES) + unknown("--methods", settings.methods, METHODS)
+    faults += too_low(settings, splits=1, rows=20) + unfit_folder("--out", settings.out)
+    if not faults:
+        rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *ERRORS])
+        faults = [] if set(keys) <= set(rows) else [f"{path} says neither rows nor data. Choose another --out."]
+    refuse("recipes/studies/tables.py", faults)
     torch.set_num_threads(1)
-    for table in settings.tables:
-        x, y = read(settings.root, table)
+    known = {table: read(settings.root, table) for table in settings.tables}  # all before anything trains
+    digests = {table: content(x, y) for table, (x, y) in known.items()}
+    for table, (x, y) in known.items():
         for split in range(settings.splits):
             for method in settings.methods:
-                row = {"table": table, "split": split, "method": method}
+                row = {"table": table, "split": split, "method": method, "rows": settings.rows, "data": digests[table]}
                 row |= judge(x, y, method, split, settings.rows)
                 print(" ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
                 rows = pd.concat([rows, pd.DataFrame([row])]).drop_duplicates(keys, keep="last")
-                rows.to_csv(path, index=False)
-    print(summary(rows[rows.table.isin(settings.tables)]))
+                write(path, rows.to_csv(index=False))
+    print(summary(rows[(rows["rows"] == settings.rows) & (rows.data == rows.table.map(digests))]))
+
+
+def content(x: np.ndarray, y: np.ndarray) -> str:
+    return hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from command_line import parse, run
+from command_line import parse, refuse, run, too_low, unfit_folder, unknown, write
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import torch
-from forecasts import Forecasts, Part, forecasts, halved
+from forecasts import SETS, Forecasts, Part, forecasts, halved
 from matplotlib.figure import Figure
 
 import dir_toolkit as dt
@@ -178,6 +178,8 @@ def picture(curves: dict[str, tuple[dt.Bins, Curves]], path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
+    faults = unknown("--sets", settings.sets, SETS) + unfit_folder("--out", settings.out)
+    refuse("recipes/studies/target_priors.py", faults + too_low(settings, seeds=1, rows=20, new=1))
     settings.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
@@ -189,7 +191,7 @@ def main(settings: Settings) -> None:
             rows += more
             if priors and name not in curves:
                 curves[name] = forecast.bins, priors
-            pd.DataFrame(rows).to_csv(settings.out / "rows.csv", index=False)
+            write(settings.out / "rows.csv", pd.DataFrame(rows).to_csv(index=False))
             print(f"{name}, seed {seed}", flush=True)
     if curves:
         picture(curves, settings.out / "target-prior.png")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,67 @@ def test_from_elsewhere_calibration_adapts_and_shifts_are_natural(
     priors: Any = runpy.run_path(str(STUDIES / "target_priors.py"))
     (row,), curves = priors["judge"]("made", 0, said, 200)
     assert (row["shift"], curves) == ("later", {})
+
+
+@pytest.mark.parametrize(
+    ("study", "words", "rule"),
+    [
+        ("tables", "--methods nonsense", "--methods must name some of .*, got nonsense"),
+        ("tables", "--tables moon", "--tables must name some of .*, got moon"),
+        ("tables", "--splits 0 --rows 0", "--splits must be at least 1, got 0.\n  --rows must be at least 20, got 0"),
+        ("intervals", "--sets moon", "--sets must name some of .*, got moon"),
+        ("target_priors", "--seeds 0", "--seeds must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_a_sentence(tmp_path: Path, study: str, words: str, rule: str) -> None:
+    before = running.files(tmp_path)
+    outcome = running.run_here(STUDIES / f"{study}.py", tmp_path, "--root", ".", *words.split())
+    assert outcome.code == 1
+    assert re.fullmatch(rf"recipes/studies/{study}\.py: these settings cannot run:\n  {rule}\.\n", outcome.err)
+    assert running.files(tmp_path) == before
+
+
+def test_rows_of_tables_are_kept_by_their_settings_and_ratios_are_of_splits(tmp_path: Path) -> None:
+    words = ["--root", "tables", "--tables", "abalone", "--methods", "median", "boosting", "--splits", 2, "--rows"]
+    for most in (100, 50, 50):
+        running.run(STUDIES / "tables.py", tmp_path, *words, most)
+    rows = pd.read_csv(tmp_path / "runs/tables/rows.csv")
+    assert rows.groupby("rows").size().to_dict() == {50: 4, 100: 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(STUDIES)
+        summary: Any = runpy.run_path(str(STUDIES / "tables.py"))["summary"]
+    # The ratios are 2 and 8 on split 0, and 1 and 9 on split 1: geometric means 4 and 3.
+    made = [("a", 0, 2.0), ("b", 0, 8.0), ("a", 1, 1.0), ("b", 1, 9.0)]
+    lines = [
+        {"table": table, "split": split, "method": method, **dict.fromkeys(["mae", "bmae", "few", "seconds"], error)}
+        for table, split, ratio in made
+        for method, error in (("boosting", 5.0), ("default", 5 * ratio))
+    ]
+    assert re.search(r"default +3\.500 ± 0\.707 ", summary(pd.DataFrame(lines)))
+
+
+def test_forecasts_are_made_anew_where_data_or_code_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(STUDIES))
+    import forecasts
+
+    def fresh(root: Path, name: str, seed: int, rows: int, data: str, code: str) -> list[Any]:
+        made.append((name, rows))
+        return []
+
+    made: list[Any] = []
+    monkeypatch.setattr(forecasts, "fresh", fresh)
+    keep = partial(forecasts.forecasts, tmp_path / "kept")
+    for rows in (300, 300, 200):
+        keep(tmp_path, "abalone", 0, rows)
+        keep(tmp_path, "emobank", 0, rows)  # of which rows says nothing
+    assert made == [("abalone", 300), ("emobank", 0), ("abalone", 200)]
+    (tmp_path / "others/tables").mkdir(parents=True)
+    (tmp_path / "others/tables/abalone.csv.gz").write_bytes(b"others")
+    keep(tmp_path / "others", "abalone", 0, 200)
+    (tmp_path / "code.py").write_text("")
+    monkeypatch.setattr(forecasts, "code", lambda: (tmp_path / "code.py",))
+    keep(tmp_path, "abalone", 0, 200)
+    assert made[3:] == [("abalone", 200)] * 2
 
 
 def drifting(forecasts: Any, part: Any) -> Any:
