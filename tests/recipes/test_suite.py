@@ -161,3 +161,23 @@ def test_a_method_that_breaks_costs_the_others_nothing_and_a_prior_is_adjusted_a
     assert failed.method == "dist_loss"
     assert "out of memory" in failed.reason
     assert selects == {("soft+tau", "mae/all"), ("soft", None)}
+
+
+@pytest.mark.usefixtures("unsynced_database")
+def test_a_sitting_that_ends_inside_a_method_leaves_nothing_of_it(
+    tmp_path: Path, here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    make_table(tmp_path / "data")
+    fit = Trial.fit
+
+    def stopped(trial: Trial, model: Any, **options: Any) -> Trained:
+        if (trial.method, trial.runtime.seed) == ("mse", 1):
+            raise KeyboardInterrupt
+        return fit(trial, model, **options)
+
+    monkeypatch.setattr(Trial, "fit", stopped)
+    words = ["--root", "data", "--sets", "concrete", "--trials", 2, "--seeds", 2, "--epochs", 1, "--out", "out"]
+    assert here(*words, "--methods", "l1", "median", "mse").code == 130
+    assert errors(tmp_path / "out/concrete.csv")["method"].unique().tolist() == ["l1", "median"]
+    assert "mse" not in set(pd.read_csv(tmp_path / "out/concrete-differences.csv")["method"])
