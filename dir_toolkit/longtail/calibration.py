@@ -142,8 +142,11 @@ class _Choice:
         """The temperature and the biases (B,) with the best log score of the labels' bins, weighted as in training.
         Without ``biased`` the biases are zero."""
         logits, row = self.logits[rows].cpu().double().numpy(), self.row[rows]
-        weight = row_weights(self.prior.numpy(), row, self.bins)
+        prior = self.prior.numpy()
         offset = self.readout.loss_offset.cpu().double().numpy()
+        if biased:  # bins without labels get no weight, as slope_and_bias leaves them out
+            prior = np.where(np.bincount(row, minlength=len(prior)) > 0, prior, 0.0)
+        weight = row_weights(prior, row, self.bins)
         if not biased:
             return best_temperature(logits, row, weight, offset), torch.zeros_like(self.readout.bias)
         slope, biases = slope_and_bias(logits, row, ratio_window(self.bins), len(row) * weight, offset)

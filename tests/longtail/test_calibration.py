@@ -270,6 +270,31 @@ def test_a_smooth_bias_of_the_logits_is_undone_where_there_is_one() -> None:
         assert not other.calibrate(logits[:1], y[:1], bias="auto").biased
 
 
+def test_a_bias_is_not_learnt_from_bins_without_labels() -> None:
+    random, prior = np.random.default_rng(0), AGE_DENSITY.prior()
+    classes = Bins.classes(20)
+    y = random.choice(20, 600, p=prior)
+    y = y[(y < 4) | (y > 8)]
+    logits = torch.from_numpy(3 * np.eye(20)[y] + random.standard_normal((len(y), 20)) * 3**0.5 + np.log(prior))
+    model = LongTailModel(net(), 6, classes, density=LabelDensity(classes, AGE_DENSITY.counts)).eval().double()
+    with pytest.warns(DirToolkitWarning, match="which are ignored"):
+        model.calibrate(logits, torch.from_numpy(y), bias=True)
+    absent = np.setdiff1d(np.arange(20), y)
+    assert {4, 5, 6, 7, 8} <= set(absent)
+    assert not model.readout.bias[absent].any()
+    assert model.readout.bias.sum().item() == pytest.approx(0, abs=0.01)
+    assert 0.05 < model.readout.bias.abs().max() < 1
+
+    _, y, logits = drawn(AGES, prior, 600, heat=1.0)
+    kept = (y < 4) | (y >= 9)
+    axis = ages(sigma=None).double()
+    axis.calibrate(logits[kept], y[kept], bias=True)
+    bias = axis.readout.bias
+    ends = bias[[3, 9]]
+    assert ends.min() - 1e-9 <= bias[4:9].min() <= bias[4:9].max() <= ends.max() + 1e-9
+    assert bias[3:10].abs().max() < 0.7
+
+
 def test_weights_and_what_the_loss_adjusts_belong_to_the_temperature() -> None:
     _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 3000, heat=1.0)
     weights = LDS(AGES, kernel=None).fit(AGE_DENSITY)
