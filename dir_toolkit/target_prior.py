@@ -25,6 +25,7 @@ __all__ = ["PriorEstimate", "estimate_prior"]
 _SIGMA, _SIZE = 1.5, 13  # of the window that smooths ratios, in bins
 _RIDGE = 0.1  # on the biases of the calibration, against the sum of the samples' log losses
 _STEPS, _STILL = 1000, 1e-6  # the largest number of steps, and the total change below which the prior has converged
+_MOST_LOG = math.log(1e3)  # the temperature is from a thousandth to a thousand
 _LEAST = 1e-12  # the smallest probability
 _FOLDS = 5
 _SURE = 2.0  # standard errors, by which an estimate must explain data better that it was not made of
@@ -278,7 +279,7 @@ def slope_and_bias(
         by_bias = _smooth(excess, window) + _RIDGE * point[1:]  # smoothing is its own transpose
         return total, np.concatenate([[by_slope], by_bias])
 
-    bounds = [(-5.0, 5.0), *[(None, None)] * size]
+    bounds = [(-_MOST_LOG, _MOST_LOG), *[(None, None)] * size]
     best = minimize(loss, np.zeros(1 + size), jac=True, method="L-BFGS-B", bounds=bounds).x
     bias = np.where(held, _smooth(best[1:], window), 0.0)
     if len(window) > 1:
