@@ -56,6 +56,7 @@ Criterion = Literal["balanced_error", "log_loss", "ece"]
 Prior = Tensor | np.ndarray | Sequence[float]
 
 _TEMPERATURES = (1e-3, 1e3)
+_SLACK = 1e-6
 _CONFIDENCE_EDGES = confidence_edges(15)
 _HANDFUL = 4  # more taus are a range, and a choice at its end causes a warning
 
@@ -194,6 +195,7 @@ class TauChoice:
         temperature: the divisor of the logits. Pass it to :class:`LogitAdjuster` together with tau.
         samples: the number of held-out labels.
         biased: whether biases were fitted together with the temperature.
+        start: each error without adjustment or biases, where biases were fitted; else None.
     """
 
     tau: float
@@ -203,6 +205,7 @@ class TauChoice:
     temperature: float
     samples: int
     biased: bool = False
+    start: Mapping[str, float] | None = None
 
     @property
     def scores(self) -> np.ndarray:
@@ -211,8 +214,13 @@ class TauChoice:
 
     @property
     def before(self) -> dict[str, float]:
-        """Each error at the first candidate, which is no adjustment if candidates start with zero."""
-        return {name: float(curve[0]) for name, curve in self.curves.items()}
+        """Each error at the first candidate, which is no adjustment if candidates start with zero; or ``start``, where
+        biases were fitted."""
+        return (
+            dict(self.start)
+            if self.start is not None
+            else {name: float(curve[0]) for name, curve in self.curves.items()}
+        )
 
     @property
     def after(self) -> dict[str, float]:
@@ -293,6 +301,7 @@ def search_tau(
     temperature: float = 1.0,
     most: float = 3.0,
     bound: tuple[str, float] | None = None,
+    start: Mapping[str, float] | None = None,
 ) -> TauChoice:
     """The tau with the smallest error. Of several best taus it is the middle of their longest run. A choice at the end
     of a range causes a warning.
@@ -300,7 +309,7 @@ def search_tau(
     Args:
         errors_at: a function from tau to errors by name.
         taus: candidates, >= 0, rising; None means steps of 0.05 up to ``most``.
-        bound: the name of an error, and its largest allowed ratio to its value at tau 0.
+        bound: the name of an error, and its largest allowed ratio to its value at tau 0, or in ``start``.
     """
     values = labels_array(np.linspace(0, most, round(20 * most) + 1) if taus is None else taus, "taus")
     values = values.astype(np.float64)
@@ -315,17 +324,19 @@ def search_tau(
     allowed = np.ones(len(values), dtype=bool)
     if bound is not None:
         name, factor = bound
-        limit = factor * errors_at(0.0)[name]
+        limit = factor * (errors_at(0.0) if start is None else start)[name]
         allowed = curves[name] <= limit
-        rule, least = f"taus must hold one with a {_in_words(name)} of at most {limit:.3g}", curves[name].min()
-        require(allowed.any(), rule, got=f"at least {least:.3g}", fix="Begin them with 0.")
+        rule, least = "taus must hold one with" if start is None else "with a bias a tau must have", curves[name].min()
+        fix = "Begin them with 0." if start is None else "Pass a larger most_mae, or bias=False."
+        rule += f" a {_in_words(name)} of at most {limit:.3g}"
+        require(allowed.any(), rule, got=f"at least {least:.3g}", fix=fix)
     best = middle_of_best(np.where(allowed, curves[by], np.inf))
     if best == len(values) - 1 >= _HANDFUL:
         warn(
             f"the best tau is the largest of those tried, {values[best]:g}. Labels are so few that chance decides, or "
             "the prior is not the one of training. Give more labels and the right prior, or try larger taus.",
         )
-    return TauChoice(float(values[best]), values, curves, by, temperature, samples)
+    return TauChoice(float(values[best]), values, curves, by, temperature, samples, start=start)
 
 
 class LogitAdjuster(SoundModule):
@@ -460,17 +471,22 @@ def best_temperature(
     if at_low == 0 == at_high:
         warn("the logits of each sample are all equal, so that every temperature is equally good; it is set to 1.")
         return 1.0
-    if at_low <= 0:
+    return at_bound(_TEMPERATURES[at_low > 0])
+
+
+def at_bound(temperature: float) -> float:
+    """The temperature. A warning is issued if it is a bound of the search."""
+    if temperature < _TEMPERATURES[0] * (1 + _SLACK):
         warn(
             f"the best temperature lies at or below {_TEMPERATURES[0]:g}, since every label has the largest logit or "
             "logits hardly differ; that bound is returned. Use more held-out data.",
         )
-        return _TEMPERATURES[0]
-    warn(
-        f"the best temperature lies at or above {_TEMPERATURES[1]:g}, since the logits tell no more than chance or are "
-        "huge; that bound is returned. Check that labels belong to the logits.",
-    )
-    return _TEMPERATURES[1]
+    elif temperature > _TEMPERATURES[1] * (1 - _SLACK):
+        warn(
+            f"the best temperature lies at or above {_TEMPERATURES[1]:g}, since the logits tell no more than chance or "
+            "are huge; that bound is returned. Check that labels belong to the logits.",
+        )
+    return temperature
 
 
 def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> float:

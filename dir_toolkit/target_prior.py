@@ -25,6 +25,7 @@ __all__ = ["PriorEstimate", "estimate_prior"]
 _SIGMA, _SIZE = 1.5, 13  # of the window that smooths ratios, in bins
 _RIDGE = 0.1  # on the biases of the calibration, against the sum of the samples' log losses
 _STEPS, _STILL = 1000, 1e-6  # the largest number of steps, and the total change below which the prior has converged
+_MOST_LOG = math.log(1e3)  # the temperature is from a thousandth to a thousand
 _LEAST = 1e-12  # the smallest probability
 _FOLDS = 5
 _SURE = 2.0  # standard errors, by which an estimate must explain data better that it was not made of
@@ -251,26 +252,39 @@ def slope_and_bias(
     logits: np.ndarray, row: np.ndarray, window: np.ndarray, weight: np.ndarray, offset: float | np.ndarray = 0.0
 ) -> tuple[float, np.ndarray]:
     """The slope (one over the temperature) and the biases (B,) of ``slope * logits + bias + offset`` that maximise the
-    likelihood of these labels, each counted by its weight (N,), with a ridge penalty on the biases before smoothing."""
+    likelihood of these labels, each counted by its weight (N,), with a ridge penalty on the biases before smoothing.
+
+    Bins without labels do not compete for the others. Their biases are interpolated on an axis, and zero for classes.
+    """
     from scipy.optimize import minimize
     from scipy.special import logsumexp
 
+    size = logits.shape[1]
+    held = np.bincount(row, minlength=size) > 0
+    logits = logits[:, held]
     logits = logits - logits.max(1, keepdims=True)  # so that no slope makes them overflow
-    mine, counts = logits[np.arange(len(row)), row], np.bincount(row, weight, minlength=logits.shape[1])
+    offset = np.broadcast_to(offset, size)[held]
+    mine = logits[np.arange(len(row)), held.cumsum()[row] - 1]
+    counts = np.bincount(row, weight, minlength=size)[held]
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        slope, bias = np.exp(point[0]), _smooth(point[1:], window)
+        slope, bias = np.exp(point[0]), _smooth(point[1:], window)[held]
         scaled = slope * logits + bias + offset
         norm = logsumexp(scaled, axis=1)
         p = weight[:, None] * np.exp(scaled - norm[:, None])
         total = weight @ (norm - slope * mine) - (bias + offset) @ counts + _RIDGE / 2 * (point[1:] @ point[1:])
         by_slope = slope * ((p * logits).sum() - weight @ mine)
-        by_bias = _smooth(p.sum(0) - counts, window) + _RIDGE * point[1:]  # smoothing is its own transpose
+        excess = np.zeros(size)
+        excess[held] = p.sum(0) - counts
+        by_bias = _smooth(excess, window) + _RIDGE * point[1:]  # smoothing is its own transpose
         return total, np.concatenate([[by_slope], by_bias])
 
-    bounds = [(-5.0, 5.0), *[(None, None)] * logits.shape[1]]
-    best = minimize(loss, np.zeros(1 + logits.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds).x
-    return float(np.exp(best[0])), _smooth(best[1:], window)
+    bounds = [(-_MOST_LOG, _MOST_LOG), *[(None, None)] * size]
+    best = minimize(loss, np.zeros(1 + size), jac=True, method="L-BFGS-B", bounds=bounds).x
+    bias = np.where(held, _smooth(best[1:], window), 0.0)
+    if len(window) > 1:
+        bias = np.interp(np.arange(size), np.flatnonzero(held), bias[held])
+    return float(np.exp(best[0])), bias
 
 
 def _bbse(p: np.ndarray, held_p: np.ndarray, row: np.ndarray) -> np.ndarray:

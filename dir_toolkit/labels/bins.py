@@ -523,7 +523,10 @@ class Bins(LabelAxes):
         if bool(broken[first]):
             return label_problem(f"{name} must be whole numbers where bins are classes", got=got)
         axis = f"0 to {len(self) - 1}" if self.categorical else f"[{digits(self.edges[0])}, {digits(self.edges[-1])}]"
-        fix = 'Widen the bins, remove these samples, or pass outside="clip" or "drop" where it is an argument.'
+        fix = (
+            "Count classes from zero, and give the model one output for each" if self.categorical else "Widen the bins"
+        )
+        fix += ', remove these samples, or pass outside="clip" or "drop" where it is an argument.'
         return label_problem(f"{name} must lie on the label axis {axis}", got=got, fix=fix)
 
     def _mean(self, shares: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ labels in the bin or nearest to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,8 +33,9 @@ from .._checks import (
     word,
 )
 from .._numerics import wide_dtype
+from ..errors import ArgumentError, DirToolkitWarning
 from ..labels.bins import Bins, Outside
-from ..priors import TauChoice, best_temperature, search_tau
+from ..priors import TauChoice, at_bound, best_temperature, search_tau
 from ..target_prior import ratio_window, slope_and_bias
 from .prediction import read_batches
 from .readouts import LongTailOutput, PriorKernel, ScoreReadout
@@ -60,6 +64,7 @@ def calibrate(
     bias: bool | Literal["auto"],
     outside: Outside | None,
 ) -> TauChoice:
+    bias = bool(bias) if isinstance(bias, np.bool_) else bias
     instance((bool, str), bias=bias)
     word("bias", bias, "auto")
     readout = _with_prior(model)
@@ -68,8 +73,7 @@ def calibrate(
     prior = readout.training_prior(readout.chosen_kernel("auto"), model.weights)
     choose = _Choice(model, prior, scores_or_batches, labels, outside)
     biased = choose.gains_by_bias(by, most_mae) if isinstance(bias, str) else bias
-    temperature, biases = choose.calibration(biased)
-    choice = replace(choose.tau(temperature, biases, by, None, most_mae), biased=biased)
+    choice, biases = choose.choice(biased, by, most_mae)
     readout.bias.copy_(biases)
     model.set_prior("uniform", choice.tau, temperature=choice.temperature)
     return choice
@@ -133,6 +137,7 @@ class _Choice:
         held = row >= 0
         require(bool(held.any()), "at least one label must lie on the axis", got="none")
         self.row = row[held].numpy()
+        self.sequence = np.arange(len(row))[held.numpy()] // (len(row) // shape[0])
         self.logits, self.labels = (
             self.readout.logits(scores[held.to(scores.device)]),
             labels[held.to(labels.device)].to(scores.device),
@@ -142,37 +147,67 @@ class _Choice:
         """The temperature and the biases (B,) with the best log score of the labels' bins, weighted as in training.
         Without ``biased`` the biases are zero."""
         logits, row = self.logits[rows].cpu().double().numpy(), self.row[rows]
-        weight = row_weights(self.prior.numpy(), row, self.bins)
+        prior = self.prior.numpy()
         offset = self.readout.loss_offset.cpu().double().numpy()
+        if biased:  # bins without labels get no weight, as slope_and_bias leaves them out
+            prior = np.where(np.bincount(row, minlength=len(prior)) > 0, prior, 0.0)
+        weight = row_weights(prior, row, self.bins)
         if not biased:
             return best_temperature(logits, row, weight, offset), torch.zeros_like(self.readout.bias)
         slope, biases = slope_and_bias(logits, row, ratio_window(self.bins), len(row) * weight, offset)
-        return 1 / slope, torch.from_numpy(biases).to(self.readout.bias)
+        return at_bound(1 / slope), torch.from_numpy(biases).to(self.readout.bias)
 
     def gains_by_bias(self, by: Any, most_mae: float | None) -> bool:
-        """Whether biases lower the error at the best tau, where each half of the labels is calibrated on the other."""
-        half = np.empty(len(self.row), dtype=bool)
-        half[self.row.argsort(kind="stable")] = np.arange(len(half)) % 2 == 0
-        if half.all():
+        """Whether biases lower the error at the best tau by more than its standard error, where each half of the labels
+        is calibrated on the other. Sequences are not split. It does not warn."""
+        _, sequence = np.unique(self.sequence, return_inverse=True)
+        middle = np.bincount(sequence, self.row) / np.bincount(sequence)
+        first = np.empty(len(middle), dtype=bool)
+        first[middle.argsort(kind="stable")] = np.arange(len(first)) % 2 == 0
+        if first.all():
             return False
-        least = []
-        for biased in (False, True):
+        half = first[sequence]
+
+        def of_halves(biased: bool) -> Tensor:
             logits = torch.empty_like(self.logits)
             for own in (half, ~half):
                 temperature, biases = self.calibration(biased, ~own)
                 logits[own] = self.logits[own] / temperature + biases.to(logits)
-            choice = self._tau(logits, by, _TAUS, most_mae)
-            least.append(choice.after[choice.by])
-        return least[1] < least[0]
+            return logits
 
-    def tau(self, temperature: float, biases: Tensor, by: Any, taus: Any, most_mae: float | None) -> TauChoice:
+        with _silent():
+            plain = of_halves(False)
+            without = self._tau(plain, by, _TAUS, most_mae)
+            try:
+                biased = of_halves(True)
+                after = self._tau(biased, by, _TAUS, most_mae, without.before)
+                if most_mae is not None:
+                    self.choice(True, by, most_mae)
+            except ArgumentError:  # no tau keeps the error below most_mae
+                return False
+            gain = self._weighted_errors(plain, without) - self._weighted_errors(biased, after)
+        gains = np.bincount(sequence, gain)
+        return bool(gains.sum() > math.sqrt(len(gains)) * gains.std(ddof=1))
+
+    def choice(self, biased: bool, by: Any, most_mae: float | None) -> tuple[TauChoice, Tensor]:
+        """The calibration on all labels, and its biases. Errors before it are those without biases."""
+        temperature, biases = self.calibration(biased)
+        start = None
+        if biased:
+            with _silent():
+                start = self.tau(*self.calibration(False), by, [0.0], None).before
+        return replace(self.tau(temperature, biases, by, None, most_mae, start), biased=biased), biases
+
+    def tau(
+        self, temperature: float, biases: Tensor, by: Any, taus: Any, most_mae: float | None, start: Any = None
+    ) -> TauChoice:
         """Choose tau at a temperature and biases."""
-        choice = self._tau(self.logits / temperature + biases.to(self.logits), by, taus, most_mae)
+        choice = self._tau(self.logits / temperature + biases.to(self.logits), by, taus, most_mae, start)
         return replace(choice, temperature=temperature)
 
     @torch.no_grad()
-    def _tau(self, logits: Tensor, by: Any, taus: Any, most_mae: float | None) -> TauChoice:
-        """Choose tau for calibrated logits."""
+    def _tau(self, logits: Tensor, by: Any, taus: Any, most_mae: float | None, start: Any = None) -> TauChoice:
+        """Choose tau for calibrated logits. ``start`` are the errors before the adjustment, if not those at tau 0."""
         balanced, plain = self.readout.judged[:2]
         by = balanced if by is None else by
         one_of("by", by, self.readout.judged)
@@ -181,14 +216,24 @@ class _Choice:
         regions, weight = self._regions(), self._weight()
 
         def errors_at(tau: float) -> dict[str, float]:
-            adjusted = logits + self.readout.offset_from(self.prior, "uniform", tau).to(logits)
-            error = self.readout.errors(adjusted, self.labels).double().cpu().numpy()
+            error = self._errors(logits, tau)
             of_regions = {f"{plain}_{region}": float(error[own].mean()) for region, own in regions.items()}
             squared = {"bmse": float(weight @ error**2), "mse": float((error**2).mean())} if by in _SQUARED else {}
             return {**squared, balanced: float(weight @ error), plain: float(error.mean()), **of_regions}
 
         bound = None if most_mae is None else (plain, most_mae)
-        return search_tau(errors_at, taus, by, samples=len(self.row), bound=bound)
+        return search_tau(errors_at, taus, by, samples=len(self.row), bound=bound, start=start)
+
+    @torch.no_grad()
+    def _errors(self, logits: Tensor, tau: float) -> np.ndarray:
+        """The error (N,) of each label at a tau, for calibrated logits."""
+        adjusted = logits + self.readout.offset_from(self.prior, "uniform", tau).to(logits)
+        return self.readout.errors(adjusted, self.labels).double().cpu().numpy()
+
+    def _weighted_errors(self, logits: Tensor, choice: TauChoice) -> np.ndarray:
+        """What each label adds to the chosen error, (N,)."""
+        error = self._errors(logits, choice.tau) ** (2 if choice.by in _SQUARED else 1)
+        return error * (self._weight() if choice.by in (self.readout.judged[0], "bmse") else 1 / len(error))
 
     def _weight(self) -> np.ndarray:
         """The weight of each label, such that all bins with training or held-out labels have weights proportional to
@@ -206,6 +251,14 @@ class _Choice:
         return {name: region == name for name in ("many", "medium", "few", "unseen") if (region == name).any()}
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """A context for trials, which do not warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DirToolkitWarning)
+        yield
+
+
 def _with_prior(model: LongTailModel) -> ScoreReadout:
     if not isinstance(model.readout, ScoreReadout):
         raise model.readout.cannot("have a prior")
@@ -213,22 +266,25 @@ def _with_prior(model: LongTailModel) -> ScoreReadout:
 
 
 def held_out(model: nn.Module, batches: Any) -> tuple[Tensor, Tensor]:
-    """The scores and labels of all batches."""
+    """The scores and labels of all batches. Sequences of one length stay whole, and others become rows."""
     fix = "Use model.calibrate(scores, labels)."
     require(not isinstance(batches, Tensor), "scores need labels", got="labels=None", fix=fix)
 
     def pair(output: LongTailOutput, labels: Any) -> tuple[Tensor, Tensor]:
         is_tensor(labels=labels)
         scores = output.scores
-        if scores.ndim > 2:  # Sequences need not be of one length.
-            several = output.prediction.ndim == scores.ndim
-            scores, shape = as_rows(scores, 1)
-            if several:
+        if scores.ndim > 2:
+            shape = scores.shape[:-1]
+            if output.prediction.ndim == scores.ndim:
                 shaped((..., output.prediction.shape[-1]), "one per target in the last axis", labels=labels)
-                labels = torch.stack([one_per_row("labels", own, shape) for own in labels.unbind(-1)], -1)
+                of_targets = [one_per_row("labels", own, shape).view(shape) for own in labels.unbind(-1)]
+                labels = torch.stack(of_targets, -1)
             else:
-                labels = one_per_row("labels", labels, shape)
+                labels = one_per_row("labels", labels, shape).view(shape)
         return scores, labels.to(scores.device)
 
     scores, labels = zip(*read_batches(model, batches, pair, labelled=True), strict=True)
+    steps = scores[0].ndim - 1
+    if len({part.shape[1:] for part in scores}) > 1:
+        scores, labels = (tuple(part.flatten(0, steps - 1) for part in parts) for parts in (scores, labels))
     return torch.cat(scores), torch.cat(labels)

@@ -425,8 +425,10 @@ class LongTailModel(nn.Module):
             labels: the labels of the scores; None for batches.
             by, most_mae, outside: as in :meth:`choose_tau`.
             bias: whether to fit, together with the temperature, a bias per class or a smooth bias along the axis, which
-                is added to the divided logits and kept by :meth:`set_prior`. ``"auto"`` fits it if that lowers the
-                error on each half of the data that is calibrated on the other half.
+                is added to the divided logits and kept by :meth:`set_prior`. Classes without labels
+                have none, and on an axis it is interpolated. ``"auto"`` fits it if that lowers the error, where each
+                half of the data is calibrated on the other half, by more than its standard error over labels or
+                sequences. Sequences are not split, unless batches hold sequences of several lengths.
         Raises:
             as :meth:`choose_tau`. The model does not change then.
         """

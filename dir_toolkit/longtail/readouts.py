@@ -426,6 +426,11 @@ class ScoreReadout(Readout):
         self.register_buffer("loss_offset", torch.zeros(len(self.bins)))
         self.register_buffer("bias", torch.zeros(len(self.bins)))
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if (like := state_dict.get(prefix + "loss_offset")) is not None:  # older states have no bias
+            state_dict.setdefault(prefix + "bias", torch.zeros_like(like))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _start_prior(self, target_prior: TargetPrior, tau: float, temperature: float, weights: LDS | None) -> None:
         """Set the initial prior from the options."""
         self.set_prior(target_prior, tau, "auto", temperature, weights)

@@ -162,7 +162,7 @@ def _filled(model: AnyModel, state: dict[str, Tensor]) -> AnyModel:
     device = next((x.device for x in model.backbone.parameters()), torch.device("cpu"))
     model = model.to(device)
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        value.data = value.data.to(state[name].dtype)
+        value.data = value.data.to(state.get(name, value).dtype)
     own = model.state_dict()
     model.load_state_dict({**state, **{name: own[name] for name in _extra_states(model)}})
     return model.eval()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from dir_toolkit.labels.density import LabelDensity
 from dir_toolkit.labels.kernels import triangular
 from dir_toolkit.labels.weights import LDS
 from dir_toolkit.longtail import LongTailModel
-from dir_toolkit.longtail.calibration import row_weights
+from dir_toolkit.longtail.calibration import held_out, row_weights
 from dir_toolkit.metrics.regression import regression_metrics
 from dir_toolkit.priors import choose_tau, class_prior
 
@@ -218,9 +219,9 @@ def test_tau_of_classes_is_that_of_choose_tau(options: dict[str, Any]) -> None:
         assert model.choose_tau(scores[y > 0], y[y > 0], taus=[0.0]).samples == 60
 
 
-def drawn(bins: Bins, prior: np.ndarray, samples: int, heat: float) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(bins: Bins, prior: np.ndarray, samples: int, heat: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs x = label + noise with labels of a prior, and the logits under AGE_DENSITY's prior times ``heat``."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     y = bins.centers[generator.choice(len(bins), samples, p=prior)]
     x = y + 2 * generator.standard_normal(samples)
     logits = -((x[:, None] - bins.centers) ** 2) / 8 + np.log(AGE_DENSITY.prior())
@@ -268,6 +269,69 @@ def test_a_smooth_bias_of_the_logits_is_undone_where_there_is_one() -> None:
     assert bits(plain) == bits(model) == bits(other)
     with pytest.warns(DirToolkitWarning, match="the best temperature lies at or below"):
         assert not other.calibrate(logits[:1], y[:1], bias="auto").biased
+
+
+def test_a_bias_is_not_learnt_from_bins_without_labels() -> None:
+    random, prior = np.random.default_rng(0), AGE_DENSITY.prior()
+    classes = Bins.classes(20)
+    y = random.choice(20, 600, p=prior)
+    y = y[(y < 4) | (y > 8)]
+    logits = torch.from_numpy(3 * np.eye(20)[y] + random.standard_normal((len(y), 20)) * 3**0.5 + np.log(prior))
+    model = LongTailModel(net(), 6, classes, density=LabelDensity(classes, AGE_DENSITY.counts)).eval().double()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.calibrate(logits, torch.from_numpy(y), bias="auto")
+        model.calibrate(logits, torch.from_numpy(y), bias=np.bool_(True))  # type: ignore[arg-type]
+    assert sum("which are ignored" in str(one.message) for one in caught) == len(caught) == 2  # trials warn of nothing
+    absent = np.setdiff1d(np.arange(20), y)
+    assert {4, 5, 6, 7, 8} <= set(absent)
+    assert not model.readout.bias[absent].any()
+    assert model.readout.bias.sum().item() == pytest.approx(0, abs=0.01)
+    assert 0.05 < model.readout.bias.abs().max() < 1
+
+    _, y, logits = drawn(AGES, prior, 600, heat=1.0)
+    kept = (y < 4) | (y >= 9)
+    axis = ages(sigma=None).double()
+    axis.calibrate(logits[kept], y[kept], bias=True)
+    bias = axis.readout.bias
+    ends = bias[[3, 9]]
+    assert ends.min() - 1e-9 <= bias[4:9].min() <= bias[4:9].max() <= ends.max() + 1e-9
+    assert bias[3:10].abs().max() < 0.7
+
+
+@pytest.mark.filterwarnings("ignore:.*the best (tau|temperature):dir_toolkit.errors.DirToolkitWarning")
+def test_a_bias_must_pay_by_more_than_its_error_and_is_not_judged_within_a_sequence() -> None:
+    def biased(y: Tensor, logits: Tensor) -> bool:
+        return ages(sigma=None).double().calibrate(logits, y, bias="auto").biased
+
+    exact = [drawn(AGES, AGE_DENSITY.prior(), 50, heat=1.0, seed=seed)[1:] for seed in range(9)]
+    assert sum(biased(*own) for own in exact) <= 3
+    for seed in (1, 5, 7):
+        _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 40, heat=1.0, seed=seed)
+        labels, scores = y[:, None].repeat(1, 9), logits[:, None].repeat(1, 9, 1)
+        assert not biased(labels, scores)
+        assert biased(labels.flatten(), scores.flatten(0, 1))  # rows that are equal in both halves
+    x, y = batch(40)
+    sequences = (x.view(10, 4, 3), y.view(10, 4))
+    scores, labels = held_out(ages(), [sequences, sequences])
+    assert (scores.shape, labels.shape) == ((20, 4, 20), (20, 4))
+    assert held_out(ages(), [sequences, (x[None], y[None])])[0].shape == (80, 20)
+
+
+def test_what_a_bias_costs_counts_from_the_calibration_without_it() -> None:
+    _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 100, heat=1.0, seed=1)
+    plain, model = (ages(sigma=None).double() for _ in range(2))
+    before = plain.calibrate(logits, y).before
+    choice = model.calibrate(logits, y, bias=True)
+    assert choice.before == before
+    assert f"MAE from {before['mae']:.3g} to {choice.after['mae']:.3g}" in str(choice)
+    assert choice.curves["mae"][0] != before["mae"]
+    _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 60, heat=1.0, seed=8)
+    with pytest.raises(
+        ValueError, match=r"a tau must have a MAE of at most 1\.33, got at least 1\.37\. .* or bias=False"
+    ):
+        model.calibrate(logits, y, bias=True, most_mae=1.0)
+    assert not model.calibrate(logits, y, bias="auto", most_mae=1.0).biased
 
 
 def test_weights_and_what_the_loss_adjusts_belong_to_the_temperature() -> None:

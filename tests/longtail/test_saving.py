@@ -108,6 +108,19 @@ def test_a_window_in_label_units_is_saved_as_that_of_the_axis(tmp_path: Path) ->
     same_output(loaded(X), model(X))
 
 
+def test_states_saved_before_there_was_a_bias_are_loaded_without_one(tmp_path: Path) -> None:
+    old, path = trained(target_prior="uniform"), tmp_path / "model.safetensors"
+    expected = old(X)
+    del old.readout.bias
+    old.save(path)
+    same_output(dt.load(path, net())(X), expected)
+    model = trained()
+    model.readout.bias.fill_(1)
+    model.load_state_dict(old.state_dict())
+    assert not model.readout.bias.any()
+    same_output(model(X), expected)
+
+
 def test_calibration_is_saved_and_random_numbers_are_left_alone(tmp_path: Path) -> None:
     model, path = trained(), tmp_path / "model.safetensors"
     model.choose_tau(model(X).scores, torch.linspace(0, 19, 9), taus=[0.0])

@@ -94,7 +94,12 @@ class BSAM(torch.optim.Optimizer):
         return loss
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.base, self.rho, self.model)  # where torch would keep the groups and the state alone
+        return _again, (
+            type(self),
+            self.base,
+            self.rho,
+            self.model,
+        )  # where torch would keep the groups and the state alone
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.base.load_state_dict(state_dict)
@@ -104,5 +109,5 @@ class BSAM(torch.optim.Optimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
 
-def _again(base: torch.optim.Optimizer, rho: float, model: nn.Module | None) -> BSAM:
-    return BSAM(base, rho=rho, model=model)
+def _again(kind: type[BSAM], base: torch.optim.Optimizer, rho: float, model: nn.Module | None) -> BSAM:
+    return kind(base, rho=rho, model=model)

@@ -130,7 +130,7 @@ def test_schedulers_and_states_go_through_to_the_base() -> None:
 
 def test_a_copy_steps_on_its_own_parameters() -> None:
     w = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    optimizer = BSAM(torch.optim.SGD([w], lr=0.5, momentum=0.9), rho=0.2)
+    optimizer = type("Own", (BSAM,), {})(torch.optim.SGD([w], lr=0.5, momentum=0.9), rho=0.2)
     optimizer.step(closed(optimizer, lambda: w @ MATRIX @ w / 2))
     twin, other = copy.deepcopy((w, optimizer))
     before = w.detach().clone()
@@ -139,6 +139,7 @@ def test_a_copy_steps_on_its_own_parameters() -> None:
     optimizer.step(closed(optimizer, lambda: w @ MATRIX @ w / 2))
     assert torch.equal(twin, w)
     assert other.rho == 0.2
+    assert type(other) is type(optimizer)
 
 
 def test_a_plain_loop_learns_with_it() -> None:
