@@ -326,10 +326,10 @@ def search_tau(
         name, factor = bound
         limit = factor * (errors_at(0.0) if start is None else start)[name]
         allowed = curves[name] <= limit
-        rule, least = "taus must hold one with" if start is None else "with a bias a tau must have", curves[name].min()
+        rule, least = f"taus must hold one with a {_in_words(name)} of", curves[name].min()
         fix = "Begin them with 0." if start is None else "Pass a larger most_mae, or bias=False."
-        rule += f" a {_in_words(name)} of at most {limit:.3g}"
-        require(allowed.any(), rule, got=f"at least {least:.3g}", fix=fix)
+        rule = rule if start is None else f"with a bias the {_in_words(name)} at some tau must be"
+        require(allowed.any(), f"{rule} at most {limit:.3g}", got=f"at least {least:.3g}", fix=fix)
     best = middle_of_best(np.where(allowed, curves[by], np.inf))
     if best == len(values) - 1 >= _HANDFUL:
         warn(

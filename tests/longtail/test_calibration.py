@@ -328,7 +328,7 @@ def test_what_a_bias_costs_counts_from_the_calibration_without_it() -> None:
     assert choice.curves["mae"][0] != before["mae"]
     _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 60, heat=1.0, seed=8)
     with pytest.raises(
-        ValueError, match=r"a tau must have a MAE of at most 1\.33, got at least 1\.37\. .* or bias=False"
+        ValueError, match=r"the MAE at some tau must be at most 1\.33, got at least 1\.37\. .* or bias=False"
     ):
         model.calibrate(logits, y, bias=True, most_mae=1.0)
     assert not model.calibrate(logits, y, bias="auto", most_mae=1.0).biased
