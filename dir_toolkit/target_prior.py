@@ -178,7 +178,11 @@ def estimate_prior(
     require(together, "features, source_features and labels must come together", got="a part")
 
     window = ratio_window(bins)
-    slope, bias = (1.0, 0.0) if row is None else slope_and_bias(held, row, window, np.ones(len(row)))
+    slope, bias = (1.0, 0.0)
+    if (
+        row is not None
+    ):  # on an axis all bins compete, since the estimate was no better without those that hold no label
+        slope, bias = slope_and_bias(held, row, window, np.ones(len(row)), all_compete=len(window) > 1)
     p, held_p = _softmax(slope * logits + bias), _softmax(slope * held + bias)
     mean = held_p.mean(0).clip(_LEAST)
     mean /= mean.sum()
@@ -249,18 +253,25 @@ def ratio_window(bins: Bins) -> np.ndarray:
 
 
 def slope_and_bias(
-    logits: np.ndarray, row: np.ndarray, window: np.ndarray, weight: np.ndarray, offset: float | np.ndarray = 0.0
+    logits: np.ndarray,
+    row: np.ndarray,
+    window: np.ndarray,
+    weight: np.ndarray,
+    offset: float | np.ndarray = 0.0,
+    *,
+    all_compete: bool = False,
 ) -> tuple[float, np.ndarray]:
     """The slope (one over the temperature) and the biases (B,) of ``slope * logits + bias + offset`` that maximise the
     likelihood of these labels, each counted by its weight (N,), with a ridge penalty on the biases before smoothing.
 
-    Bins without labels do not compete for the others. Their biases are interpolated on an axis, and zero for classes.
+    Bins without labels do not compete with the others, unless all do. Their biases are interpolated on an axis, and
+    zero for classes.
     """
     from scipy.optimize import minimize
     from scipy.special import logsumexp
 
     size = logits.shape[1]
-    held = np.bincount(row, minlength=size) > 0
+    held = (np.bincount(row, minlength=size) > 0) | all_compete
     logits = logits[:, held]
     logits = logits - logits.max(1, keepdims=True)  # so that no slope makes them overflow
     offset = np.broadcast_to(offset, size)[held]

@@ -432,7 +432,7 @@ def test_a_broken_state_is_refused() -> None:
         (
             [0, 7],
             LabelError,
-            r"labels must lie on the label axis 0 to 6, got 7 at index \[1\] \(1 such labels\)\. Widen",
+            r"labels must lie on the label axis 0 to 6, got 7 at index \[1\] \(1 such labels\)\. Count classes",
         ),
         ([0, -1], LabelError, "labels must lie on the label axis"),
         ([0, 0.5], LabelError, "labels must be whole numbers where bins are classes"),

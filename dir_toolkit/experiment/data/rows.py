@@ -159,7 +159,8 @@ def _text_of(path: Path) -> str:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
         with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            # A plain file is not read by more than it holds, since that much memory is taken in advance.
+            content = file.read(1 + (_MOST_BYTES if packed else min(_MOST_BYTES, path.stat().st_size)))
         if len(content) > _MOST_BYTES:
             raise data_error("a file must hold at most 4 GiB", got="more", source=path)
         return content.decode("utf-8-sig")
