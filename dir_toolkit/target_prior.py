@@ -178,10 +178,9 @@ def estimate_prior(
     require(together, "features, source_features and labels must come together", got="a part")
 
     window = ratio_window(bins)
-    slope, bias = (1.0, 0.0)
-    if (
-        row is not None
-    ):  # on an axis all bins compete, since the estimate was no better without those that hold no label
+    slope, bias = 1.0, np.zeros(logits.shape[1])
+    if row is not None:
+        # On an axis all bins compete, since estimates were no better without those that hold no label.
         slope, bias = slope_and_bias(held, row, window, np.ones(len(row)), all_compete=len(window) > 1)
     p, held_p = _softmax(slope * logits + bias), _softmax(slope * held + bias)
     mean = held_p.mean(0).clip(_LEAST)
