@@ -34,7 +34,8 @@ class Settings:
     series of the station Aotizhongxin in random order, whose file DIR must then hold."""
     methods: tuple[str, ...] = ("median", "boosting", "boosting_lds", "boosting_adjusted", "network_lds", "default")
     """Any of these, ``default_on_axis``, which is given the axis that judges, ``boosting_l1`` and ``boosting_l1_lds``,
-    which minimise absolute errors, ``boosting_lds_adjusted``, and scikit-learn's ``mlp``."""
+    which minimise absolute errors, ``boosting_lds_adjusted``, ``lightgbm``, ``lightgbm_lds``, ``lightgbm_adjusted``,
+    and scikit-learn's ``mlp``."""
     splits: int = 5
     """Seeds 0, 1, ... decide which rows train, and what a method draws."""
     rows: int = 5000
@@ -87,6 +88,12 @@ def boosting(**settings: Any) -> Callable[..., BaseEstimator]:
     return lambda seed, bins=None: HistGradientBoostingRegressor(random_state=seed, **settings)
 
 
+def lightgbm(seed: int, bins: dt.Bins | None = None) -> BaseEstimator:
+    from lightgbm import LGBMRegressor
+
+    return LGBMRegressor(random_state=seed, n_jobs=1, verbose=-1)
+
+
 METHODS: dict[str, tuple[Callable[[int, dt.Bins], Any], bool]] = {
     "median": (lambda seed, bins: DummyRegressor(strategy="median"), False),
     "boosting": (boosting(), False),
@@ -98,6 +105,9 @@ METHODS: dict[str, tuple[Callable[[int, dt.Bins], Any], bool]] = {
         lambda seed, bins: PriorAdjusted(SampleWeighted(boosting()(seed)), random_state=seed),
         False,
     ),
+    "lightgbm": (lightgbm, False),
+    "lightgbm_lds": (lightgbm, True),
+    "lightgbm_adjusted": (lambda seed, bins: PriorAdjusted(lightgbm(seed), random_state=seed), False),
     "mlp": (
         lambda seed, bins: make_pipeline(
             StandardScaler(), MLPRegressor(hidden_layer_sizes=(64, 64), early_stopping=True, random_state=seed)
