@@ -7,7 +7,7 @@
 The first command takes about two minutes on two CPU cores, and ends with a table, figures and a report in
 ``runs/age/portraits``. The expected bMAE of vanilla, lds and soft+tau is 10.9, 9.9 and 8.9 years, and their MAE at rare
 ages is 14.6, 11.8 and 10.8 years. ``--resume`` continues a run that was stopped and repeats nothing that was finished.
-``studies/compare.py`` compares all methods, and ``studies/tune.py`` chooses the settings of one.
+``recipes/studies/compare.py`` compares all methods, ``recipes/studies/tune.py`` chooses the settings of one.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def main(settings: Settings) -> None:
     out = settings.out or Path("runs/age") / settings.data
     faults = unfit_folder("--out", out)
     if (settings.data == "portraits") != (settings.root is None):
-        faults.append("--root must name the folder of the images of utkface; portraits are drawn. See data_cards/.")
+        faults.append(
+            "--root must name the folder of the images of utkface, as its data card says; portraits are drawn."
+        )
     refuse("recipes/age.py", faults)
     with start_runtime(settings.device, settings.precision) as runtime:
         task = Task(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -19,10 +20,25 @@ PLACES = ("root", "listing", "out")
 """Settings that name places on this machine. No result shows them."""
 
 
+def worded(text: str) -> str:
+    """Text that names recipes, as they are called where it is read: ``python recipes/age.py`` in a checkout, and
+    ``dir-toolkit age`` where a wheel brought the recipes."""
+    if Path(__file__).parents[1].name != "dir_toolkit_recipes":
+        return text
+    text = re.sub(r"(torchrun .*)\brecipes/([\w/]+)\.py", r"\1-m dir_toolkit \2", text)
+    return re.sub(r"(?:python )?\brecipes/([\w/]+)\.py", r"dir-toolkit \1", text)
+
+
+def _called() -> str:
+    """What was started, as ``--help`` names it."""
+    folder, script = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
+    return worded(f"recipes/{script.relative_to(folder).as_posix()}") if folder in script.parents else sys.argv[0]
+
+
 def typed_command(script: str, places: Collection[str] = PLACES) -> str:
     """The command as it was typed, with DIR in place of each path on this machine."""
     options = [f"--{name}" for name in places]
-    words = ["python", script]
+    words = [worded(f"python {script}")]
     for before, word in pairwise(["", *sys.argv[1:]]):
         name, equals, _ = word.partition("=")
         if before in options:
@@ -91,7 +107,8 @@ def parse(settings: type[_Settings], *, description: str | None = None) -> _Sett
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return tyro.cli(settings, description=description or sys.modules["__main__"].__doc__)
+        text = worded(description or sys.modules["__main__"].__doc__ or "")
+        return tyro.cli(settings, prog=_called(), description=text)
     except BrokenPipeError:  # the reader has ended, as after `| head`, and the rest of the output is dropped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -111,7 +128,7 @@ def run(main: Callable[[_Settings], None], settings: _Settings) -> None:
         from dir_toolkit.errors import DirToolkitError
 
         if isinstance(error, (DirToolkitError, ImportError)):
-            ending = str(error)
+            ending = worded(str(error))
         elif isinstance(error, OSError):  # a full disk, a file where a folder should be
             ending = f"{type(error).__name__}: {error}. Files written before are intact: continue with --resume."
         else:

@@ -6,7 +6,7 @@
 The first command takes about 12 seconds on two CPU cores, and ends with a table, figures and a report in
 ``runs/mnist/digits``. The digits 0 to 4 are thinned to a tenth, and test and validation images are balanced.
 The expected balanced errors of softmax, logit-adjusted and affinity are 7.6, 5.2 and 8.6 %.
-``studies/digits.py`` has all remedies, and the studies of the affinity paper.
+``recipes/studies/digits.py`` has all remedies, and the studies of the affinity paper.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Predictions, intervals and regions for images that nobody trained on, from a finished run of a recipe on faces.
+"""Predictions for new images: with intervals and regions, from a finished run of a recipe on faces.
 
     python recipes/age.py --data utkface --root DIR
     python recipes/predict.py --run runs/age/utkface/soft+tau/seed0 --images photos

@@ -3,8 +3,8 @@
     python recipes/series.py --root DIR                    # fine dust in Beijing from the weather of a day
     python recipes/series.py --root DIR --data cmapss      # cycles that a turbofan engine has left
 
-DIR holds the series: ``data_cards/beijing.md`` and ``data_cards/cmapss.md`` say where to get them. Hours without a
-label are left out and counted. ``--resume`` continues a run that was stopped.
+DIR holds the series: the data cards ``beijing`` and ``cmapss`` say where to get them. Hours without a label are left
+out and counted. ``--resume`` continues a run that was stopped.
 """
 
 from __future__ import annotations

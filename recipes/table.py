@@ -19,7 +19,7 @@ from command_line import parse, run, typed_command
 @dataclass(frozen=True)
 class Settings:
     file: Path | None = None
-    """A CSV file with the names of its columns in the first line; data_cards/tables.md names some."""
+    """A CSV file with the names of its columns in the first line; the data card ``tables`` names some."""
     label: str = ""
     """The column of the file that holds the labels."""
     drop: tuple[str, ...] = ()

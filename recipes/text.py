@@ -3,10 +3,10 @@
     python recipes/text.py --root DIR                      # pairs of sentences and their similarity (STS-B-DIR)
     python recipes/text.py --root DIR --data emobank       # sentences and how pleasant they are
 
-DIR holds the texts and the vectors: ``data_cards/sts_b_dir.md`` and ``data_cards/emobank.md`` say where to get them. A
-small recurrent network reads the words. It is trained with squared errors and a constant learning rate. The epoch with
-the smallest MAE over all validation labels is used. At the end the recipe prints the paired differences in test MSE
-over seeds. ``--resume`` continues a run that was stopped.
+DIR holds the texts and the vectors: the data cards ``sts_b_dir`` and ``emobank`` say where to get them. A small
+recurrent network reads the words. It is trained with squared errors and a constant learning rate. The epoch with the
+smallest MAE over all validation labels is used. At the end the recipe prints the paired differences in test MSE over
+seeds. ``--resume`` continues a run that was stopped.
 """
 
 from __future__ import annotations

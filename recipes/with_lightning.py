@@ -1,4 +1,4 @@
-"""LDS, FDS and errors by region in a Lightning training, added to an existing module.
+"""A Lightning training with LDS and FDS: both, and errors by region, are added to an existing module.
 
     python recipes/with_lightning.py     # ages drawn by this recipe, no download; needs lightning and torchmetrics
 

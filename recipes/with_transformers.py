@@ -1,4 +1,4 @@
-"""FDS in a training with the Hugging Face Trainer, added to an existing model.
+"""A training with the Hugging Face Trainer and FDS: it is added to an existing model.
 
     python recipes/with_transformers.py     # letters drawn by this recipe, no download; needs transformers[torch]
 

@@ -1,4 +1,4 @@
-"""Every remedy for long-tailed classes on digits, and the studies of the affinity paper.
+"""Remedies for long-tailed classes on digits: all of them, and the studies of the affinity paper.
 
     python recipes/studies/digits.py --study imbalance                                     # scikit-learn's digits
     python recipes/studies/digits.py --data mnist --root DIR --study remedies --seeds 3    # real MNIST

@@ -1,6 +1,6 @@
 """Forecasts of networks for rows that they have not seen, on real sets, for the studies of intervals and priors.
 
-The root holds ``tables/``, ``series/``, ``utkface/`` and ``text/`` with the sets of ``data_cards/`` under these names.
+The root holds ``tables/``, ``series/``, ``utkface/`` and ``text/`` with the sets of the data cards under these names.
 For tables and series a seed draws the training rows, at most ``rows`` and half of all. The network is
 ``LongTailRegressor(bins=Bins.auto(y), head="linear", tau=0)``, the mean of four networks. For faces and sentences a
 seed draws the network, and withholds a fifth of the training part from it. The network has the weights of its last

@@ -1,4 +1,4 @@
-"""Every method over every set, each with the same learning rates on validation data, then with several seeds on test.
+"""Every method over every set: each with the same learning rates on validation data, then with several seeds on test.
 
     python recipes/studies/suite.py --root DIR                                    # tables, series and text: many hours
     python recipes/studies/suite.py --root DIR --sets concrete --methods l1 lds coral --trials 2 --seeds 2 --epochs 10
@@ -16,7 +16,6 @@ in ``RESULTS/<set>.csv``, one line per method and seed, and the differences to p
 ``RESULTS/<set>-differences.csv``. Methods that failed are in ``RESULTS/<set>-failed.csv``. With ``--resume`` sets,
 methods and seeds can be added; what is in the results already is not run again, even where OUT is new. Results of
 other data, rows, epochs or trials need another RESULTS. ``--minutes`` ends a sitting between two runs.
-``benchmarks/suite/report.py`` makes tables and a page of docs from the results.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What LongTailRegressor makes of real tables, beside gradient boosting and a plain network with LDS weights.
+"""LongTailRegressor on real tables: beside gradient boosting, and beside a plain network with LDS weights.
 
     python recipes/studies/tables.py --root DIR                                   # seven tables, 5 splits, 1 thread
     python recipes/studies/tables.py --root DIR --tables concrete --methods default --splits 2

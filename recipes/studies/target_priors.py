@@ -1,4 +1,4 @@
-"""Whether the prior of new data can be estimated from a model's scores alone, and how much predictions gain by it.
+"""The prior of new data: whether a model's scores suffice to estimate it, and how much predictions gain by it.
 
     python recipes/studies/target_priors.py --root DIR                          # eight sets, 5 seeds, 1 thread
     python recipes/studies/target_priors.py --root DIR --sets abalone --seeds 1

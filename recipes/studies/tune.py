@@ -1,4 +1,4 @@
-"""Choose settings of one method on validation faces by successive halving, and train the method with them.
+"""Settings of one method on faces: chosen on validation by successive halving, and then trained with.
 
     python recipes/studies/tune.py --methods soft --knobs sigma lr                                   # portraits
     python recipes/studies/tune.py --data utkface --root DIR --methods soft+tau --knobs sigma        # real faces
@@ -6,7 +6,7 @@
 Every combination of the knobs is trained for a quarter of the epochs, the better ones for a half, the best for all. The
 tau of a method that is adjusted after training needs no knob, since every candidate is judged at its best tau. The
 trials lie in ``runs/tune/<data>/tune``, and the table, figures and report of the choice lie beside that folder.
-``--resume`` continues after a stop. ``compare.py`` has the chosen settings as options.
+``--resume`` continues after a stop. ``recipes/studies/compare.py`` has the chosen settings as options.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dir_toolkit_recipes import HOME
+
 from ..._checks import instance
 from ._checks import data_error, require_data
 from .idx import read_idx
@@ -174,5 +176,5 @@ def _from_mirrors(name: str, folder: Path) -> None:
             return
         except (requests.RequestException, ValueError) as error:  # ValueError: the file has another SHA-256
             faults.append(f"{url}: {str(error) or type(error).__name__}")
-    fix = "Try again later, or put the file into root by hand; data_cards/mnist.md tells where it is."
+    fix = f"Try again later, or put the file into root by hand; {HOME / 'data_cards/mnist.md'} tells where it is."
     raise data_error(f"one of the mirrors must give {name}.gz", got="; ".join(faults), fix=fix)

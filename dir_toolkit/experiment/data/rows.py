@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dir_toolkit_recipes import HOME
+
 from ..._checks import whole
 from ._checks import data_error
 from .images import SampleSet, Splits
@@ -35,7 +37,7 @@ def find_file(root: str | os.PathLike[str], *names: str, card: str) -> Path:
             if path.is_file():
                 return path
     rule = f"root must be a folder that holds {' or '.join(names)}, packed with gzip or not"
-    raise data_error(rule, got=root, fix=f"data_cards/{card}.md tells where to get it.")
+    raise data_error(rule, got=root, fix=f"{HOME / 'data_cards' / card}.md tells where to get it.")
 
 
 def lines_of(path: Path) -> list[str]:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from dir_toolkit_recipes import HOME
+
 from ._checks import data_error
 from .archives import Files, FolderFiles, TarFiles
 from .cache import OnError, decode_once, make_splits
@@ -135,4 +137,4 @@ def _find(root: Path) -> tuple[Files, list[str]]:
             if faces:
                 return files, names
     rule = "root must be the archive UTKFace.tar.gz, or a folder that holds it or the images"
-    raise data_error(rule, got=root, fix="data_cards/utkface.md tells where to get them.")
+    raise data_error(rule, got=root, fix=f"{HOME / 'data_cards/utkface.md'} tells where to get them.")

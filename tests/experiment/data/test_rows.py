@@ -91,8 +91,11 @@ def test_files_that_are_not_text_are_refused(tmp_path: Path) -> None:
     for name in ("cut", "latin", "none"):
         with pytest.raises(DataError, match=f"{name}: the file must be whole, and text in UTF-8"):
             lines_of(tmp_path / name)
-    with pytest.raises(DataError, match=r"emobank.csv, packed with gzip or not, got .* data_cards/emobank.md"):
+    with pytest.raises(
+        DataError, match=r"emobank.csv, packed with gzip or not, got .*data_cards/emobank\.md"
+    ) as caught:
         emobank(tmp_path, {})
+    assert Path(str(caught.value).rpartition(". ")[2].removesuffix(" tells where to get it.")).is_file()
 
 
 def test_lines_end_with_line_feeds_alone(tmp_path: Path) -> None:
