@@ -42,15 +42,17 @@ from ..metrics.distribution import DistributionMetrics, distribution_metrics
 from ..metrics.intervals import IntervalMetrics, interval_metrics
 from ..metrics.regression import RegressionMetrics, regression_metrics
 from ..priors import TauChoice
-from .data.images import Splits
+from .data.images import ImageSet, Splits
 from .results.class_figures import class_error_figure, tau_figure
-from .results.comparison import comparison_table
+from .results.comparison import comparison_table, leading_methods
 from .results.comparison_figures import coverage_figure
 from .results.drawing import method_colors
 from .results.figures import density_figure, error_figure, history_figure, region_figure, similarity_figure
+from .results.headline import headline
+from .results.sample_figures import example_samples, examples_figure, prediction_figure
 from .results.schema import combine_runs, save_results
 from .results.summary import write_comparison, write_summary
-from .results.tables import Columns, as_text, results_table, verdict
+from .results.tables import BASELINE, Columns, as_text, default_columns, results_table, verdict
 from .training.checkpoint import load_checkpoint
 from .training.loop import Metrics, Optimization, fit, predict
 from .training.provenance import environment, write_json
@@ -466,7 +468,7 @@ class Study:
             errors = regression_metrics(median, target, density, missing=task.missing)
             there = ~np.isnan(target)
             samples = {"target": ("sample", target[there]), "prediction": ("sample", median[there])}
-            runs["constant", 0] = errors.assign(samples)
+            runs[BASELINE, 0] = errors.assign(samples)
         if self.failed:
             attrs["failed"] = self._failures()
         return self._combined(runs, title, attrs)
@@ -483,7 +485,7 @@ class Study:
         baseline: str | None = None,
         replicates: int = 2000,
     ) -> None:
-        """Write the result, its table, figures and report, and print the table.
+        """Write the result, its table, figures and report, and print the table and who won.
 
         Args:
             folder: None means the study's folder.
@@ -491,7 +493,8 @@ class Study:
             figures: further figures, by title.
             notes, titles, columns: as in :func:`dir_toolkit.experiment.results.summary.write_summary`.
             baseline: the method to compare the others with, run by run, by
-                :func:`dir_toolkit.experiment.results.summary.write_comparison`; None compares nothing.
+                :func:`dir_toolkit.experiment.results.summary.write_comparison`; None compares only the best method
+                with the first, in the :func:`dir_toolkit.experiment.results.headline.headline`.
             replicates: the number of bootstrap replicates for the intervals of that comparison.
         Raises:
             StudyError: a run failed. The finished runs are reported before.
@@ -501,26 +504,31 @@ class Study:
         out = Path(self.folder if folder is None else folder)
         task = self.tasks[0]  # type: ignore[index]
         ds = self.result(f"{task.title}: {title}")
+        lead = headline(ds, baseline)
         notes = [*notes, *(f"Failed: {failure}" for failure in self._failures())]
         out.mkdir(parents=True, exist_ok=True)
+        if titles is not None and BASELINE in ds["method"]:
+            titles = {**titles, BASELINE: "no training: always the median of the training labels"}
+        colors = self._colors(ds, baseline)
         extras: dict[str, Any] = {"notes": notes, "titles": titles, "settings": self.settings}
         if baseline is None:
-            figures = {**self._figures(ds), **(figures or {})}
-            if columns is None and "tau" in ds and not task.bins.categorical:
-                columns = [
-                    (metric, region) for metric in ("mae", "bmae") for region in ("all", "many", "medium", "few")
-                ]
-                columns = [*columns, ("tau", None)]
+            figures = {**self._figures(ds, colors), **(figures or {})}
+            if columns is None and not task.bins.categorical:
+                columns = [*default_columns(ds), *([("tau", None)] if "tau" in ds else [])]
+                if np.allclose(ds["mae"], ds["bmae"], rtol=1e-6, atol=0, equal_nan=True):
+                    columns = [column for column in columns if column[0] != "bmae"]
+                    notes.append("bMAE equals MAE here, since all bins that are tested have equally many samples.")
+            extras["notes"] = [lead, *notes]
             write_summary(out, ds, figures, columns=columns, **extras)
             table = results_table(ds, columns=columns)
         else:
-            figures = {**self._tau_figure(), **(figures or {})}
+            figures = {**self._examples(ds, colors), **self._tau_figure(colors), **(figures or {})}
             density = next(iter(self._data.values()))[1]
             extras |= {"density": density, "figures": figures, "replicates": replicates}
             table = comparison_table(ds, write_comparison(out, ds, baseline=baseline, **extras))
         self.say(
             f"\n{as_text(table)}\nFigures, settings and what the methods are: {out / 'report.html'}\n"
-            f"All numbers: {out / 'results.nc'}. Curves: tensorboard --logdir {out}"
+            f"All numbers: {out / 'results.nc'}. Curves: tensorboard --logdir {out}\n{lead}"
         )
         if self.failed:
             raise self._failure("these runs failed; --resume tries them again")
@@ -540,36 +548,66 @@ class Study:
     def _failure(self, what: str) -> StudyError:
         return StudyError("\n  ".join([f"{what}:" if self.failed else f"{what}.", *self._failures()]))
 
-    def _figures(self, ds: xr.Dataset) -> dict[str, Figure]:
+    def _colors(self, ds: xr.Dataset, baseline: str | None) -> dict[str, str]:
+        """One colour per method in all figures, those of a comparison too, and for networks that others go on from."""
+        first = [] if baseline is None else leading_methods(ds, baseline)
+        return method_colors([*first, *ds["method"].values.tolist(), *(name for name, _ in self._histories())])
+
+    def _histories(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
+        """The training of each network under the name of the method that trained it. A network that was adjusted
+        afterwards has one row more, under its own name: its validation error after the adjustment."""
+        histories: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for shown, task, name, seed in self._finished():
+            if (trained := self.runs[task, name, seed].trained) is None:
+                continue
+            place = task.shown.format(method=trained.method)
+            histories.setdefault((place, seed), trained.history)
+            if place != shown and trained.tau is not None:
+                after = {f"val_{key}": value for key, value in trained.tau.after.items()}
+                histories[shown, seed] = [{"epoch": trained.epoch, **after}]
+        return histories
+
+    def _figures(self, ds: xr.Dataset, colors: dict[str, str]) -> dict[str, Figure]:
         """The figures of the report, by title."""
         task = self.tasks[0]  # type: ignore[index]
-        label, colors = {"label_name": task.label_name, "label_units": task.label_units}, None
-        extras: dict[str, Any]
-        histories = {
-            (shown, seed): run.trained.history
-            for shown, run, name, seed in self._trained()
-            if run.trained.method == name or run.trained.method not in {key[1] for key in self.runs}
-        }
+        label = {"label_name": task.label_name, "label_units": task.label_units}
+        extras: dict[str, Any] = {"colors": colors}
+        histories = self._histories()
         if task.bins.categorical:
             few = ds.sizes["method"] <= _MOST_IN_A_FIGURE["classes"]
-            figures = {f"Error by {task.label_name}": class_error_figure(ds)} if few else {}
-            extras = {"metric": "val_balanced_error", "metric_name": "validation balanced error", "percent": True}
+            figures = {f"Error by {task.label_name}": class_error_figure(ds, colors=colors)} if few else {}
+            extras |= {"metric": "val_balanced_error", "metric_name": "validation balanced error", "percent": True}
         else:
-            colors = method_colors(ds["method"].values.tolist())
             figures = {
                 "Error by region": region_figure(ds, colors=colors),
                 f"Error by {task.label_name}": error_figure(ds, window=min(5, len(task.bins)), colors=colors),
+                **self._examples(ds, colors),
                 **self._density_figure(label),
             }
+            if "prediction" in ds:
+                figures["Predicted against true"] = prediction_figure(self._few(ds), colors=colors)
             if "lower" in ds and bool(ds["lower"].notnull().any()):
                 figures["Interval coverage by region"] = coverage_figure(ds)
-            extras = {"colors": colors}
             density = next(iter(self._data.values()))[1]
             if task.metrics is not None and isinstance(task.metrics(density), DistributionMetrics):
                 extras |= {"metric": "val_crps", "metric_name": "validation CRPS"}
         if 0 < len({shown for shown, _ in histories}) <= _MOST_IN_A_FIGURE["history"]:
             figures["Training"] = history_figure(histories, label_units=task.label_units, **extras)
-        return {**figures, **self._tau_figure(), **self._statistics_figures(label)}
+        return {**figures, **self._tau_figure(colors), **self._statistics_figures(label)}
+
+    def _examples(self, ds: xr.Dataset, colors: dict[str, str]) -> dict[str, Figure]:
+        """A few examples with what the leading methods say of them, if there are predictions."""
+        if "prediction" not in ds or not (chosen := example_samples(ds)).size:
+            return {}
+        test = next(iter(self._data.values()))[0].test
+        images = None
+        if isinstance(test, ImageSet):
+            images = test.batch(np.flatnonzero(~np.isnan(test.labels))[chosen])[0].numpy()
+        return {"Examples": examples_figure(self._few(ds), images, colors=colors)}
+
+    def _few(self, ds: xr.Dataset) -> xr.Dataset:
+        """The leading methods, for figures without room for all."""
+        return ds.sel({"method": leading_methods(ds, ds["method"].values[0].item())})
 
     def _trained(self) -> Iterator[tuple[str, Any, str, int]]:
         """Runs of this process: the name in results, the run, its method and seed."""
@@ -588,7 +626,7 @@ class Study:
         effective = density.smooth(smooth[0].kernels[0])
         return {"Label density and LDS weights": density_figure(density, each, effective=effective, **label)}
 
-    def _tau_figure(self) -> dict[str, Figure]:
+    def _tau_figure(self, colors: dict[str, str]) -> dict[str, Figure]:
         """The bMAE and the MAE on validation data against tau for each method, as means over seeds."""
         task = self.tasks[0]  # type: ignore[index]
         choices: dict[str, list[TauChoice]] = {}
@@ -598,12 +636,13 @@ class Study:
         if not choices or task.bins.categorical:
             return {}
         drawn = {f"{name}, {title}": (many, key) for name, many in choices.items() for key, title in _JUDGED.items()}
+        colors = {f"{name}, {title}": colors[name] for name in choices for title in _JUDGED.values()}
         curves = {
             name: (many[0].taus, np.mean([c.curves[key] for c in many], 0)) for name, (many, key) in drawn.items()
         }
         chosen = {name: float(np.mean([c.tau for c in many])) for name, (many, _) in drawn.items()}
         ylabel = f"validation error ({task.label_units})"
-        return {"Tau on validation": tau_figure(curves, chosen, ylabel=ylabel, percent=False)}
+        return {"Tau on validation": tau_figure(curves, chosen, ylabel=ylabel, percent=False, colors=colors)}
 
     def _statistics_figures(self, label: dict[str, Any]) -> dict[str, Figure]:
         """The similarity of feature statistics to those of the most frequent label, before and after smoothing."""

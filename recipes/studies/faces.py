@@ -141,9 +141,11 @@ class Method:
 MAIN: dict[str, Method] = {
     "vanilla": Method("plain regression"),
     "unsmoothed": Method("weights of the density as counted", weights="counts"),
-    "lds": Method("label smoothing: weights of the smoothed density", weights="smoothed"),
-    "fds": Method("feature smoothing", fds={}),
-    "lds+fds": Method("label and feature smoothing", weights="smoothed", fds={}),
+    "lds": Method(
+        "label distribution smoothing (LDS): loss weights from the smoothed label density", weights="smoothed"
+    ),
+    "fds": Method("feature distribution smoothing (FDS)", fds={}),
+    "lds+fds": Method("LDS and FDS", weights="smoothed", fds={}),
     "sampling": Method("ages drawn by the root of their counts", q=0.5),
     "rrt": Method(
         "frozen encoder of vanilla, regressor trained again with inverse weights",
@@ -165,10 +167,10 @@ MAIN: dict[str, Method] = {
     "soft+crps": Method("bins, CRPS", head="linear", loss="crps"),
     "soft+in-loss": Method("soft bins, prior adjusted in the loss", head="linear", in_loss=True),
     "soft+tau": Method("soft bins, prior adjusted after training", start="soft", tau=True),
-    "soft+fds": Method("soft bins, feature smoothing", head="linear", fds={}),
+    "soft+fds": Method("soft bins, FDS", head="linear", fds={}),
     "soft+lds": Method("soft bins, LDS weights", head="linear", weights="smoothed"),
     "soft+lds+tau": Method("soft bins, LDS weights, prior adjusted after training", start="soft+lds", tau=True),
-    "soft+lds+fds": Method("soft bins, LDS weights, feature smoothing", head="linear", weights="smoothed", fds={}),
+    "soft+lds+fds": Method("soft bins, LDS weights, FDS", head="linear", weights="smoothed", fds={}),
     "soft+crt": Method(
         "frozen encoder of soft bins, head trained again on even ages", head="linear", start="soft", q=0.0
     ),

@@ -20,6 +20,9 @@ from torch import nn
 import dir_toolkit as dt
 from dir_toolkit.errors import CheckpointError, LabelError, RunExistsError, SettingsError, StudyError
 from dir_toolkit.experiment.data.images import ImageSet, SampleSet, Splits, content_digest
+from dir_toolkit.experiment.results.comparison import leading_methods
+from dir_toolkit.experiment.results.drawing import method_colors
+from dir_toolkit.experiment.results.headline import headline
 from dir_toolkit.experiment.results.schema import load_results
 from dir_toolkit.experiment.results.tables import as_text, results_table
 from dir_toolkit.experiment.study import Study, Task, Trained, Trial
@@ -129,7 +132,7 @@ def test_it_leaves_the_files_that_are_promised_and_no_others(finished: Path) -> 
     trained = {f"{name}/seed{seed}/{file}" for name in METHODS for seed in (0, 1) for file in RUN_FILES}
     trained -= {f"adjusted/seed{seed}/{file}" for seed in (0, 1) for file in RUN_FILES - NOT_TRAINED}
     pictures = {"error-by-region", "error-by-size", "label-density-and-lds-weights", "training", "tau-on-validation"}
-    pictures |= {"feature-statistics-of-weighted", "interval-coverage-by-region"}
+    pictures |= {"feature-statistics-of-weighted", "interval-coverage-by-region", "predicted-against-true", "examples"}
     summary = {"results.nc", "table.md", "report.html", *(f"figures/{name}.png" for name in pictures)}
     assert names(finished) == trained | summary
 
@@ -165,6 +168,8 @@ def test_the_result_holds_every_run_and_the_constant_predictor(finished: Path) -
     np.testing.assert_allclose(ds["coverage"].sel(region="all"), held)
     assert "coverage all" in as_text(results_table(ds, columns=[("coverage", "all"), ("width", "all")]))
     page = (finished / "report.html").read_text()
+    assert f'<p class="lead">{headline(ds)}</p>' in page
+    assert "always the median of the training labels" in page
     assert all(part in page for part in ("A note.", "regression", "Tau on validation"))
     assert str(finished) not in page
 
@@ -226,6 +231,24 @@ def test_a_method_goes_on_from_the_network_of_another(finished: Path) -> None:
     assert (
         ds["best_epoch"].sel({"method": "adjusted"}) == BUDGET.epochs
     )  # it takes the last epoch, whatever the best is
+
+
+def test_a_network_has_another_name_before_and_after_its_adjustment(tmp_path: Path) -> None:
+    one = study(tmp_path)
+    one.run(["plain", "adjusted", "retrained"])
+    histories = one._histories()
+    assert list(histories) == [("plain", 0), ("soft", 0), ("adjusted", 0), ("retrained", 0)]
+    trained = one.runs[ROWS, "adjusted", 0].trained
+    assert trained is not None
+    assert trained.tau is not None
+    assert histories["soft", 0] is trained.history
+    (row,) = histories["adjusted", 0]
+    assert (row["epoch"], row["val_bmae"]) == (BUDGET.epochs, trained.tau.after["bmae"])
+    ds = one.result("x")
+    colors = one._colors(ds, None)
+    assert len({colors[name] for name in ("plain", "soft", "adjusted", "retrained")}) == 4
+    compared = one._colors(ds, "plain")
+    assert compared == method_colors([*leading_methods(ds, "plain"), *ds["method"].values.tolist(), "soft"])
 
 
 def test_an_earlier_study_is_refused_and_nothing_is_touched(finished: Path) -> None:

@@ -31,7 +31,7 @@ RECIPE = running.RECIPES / "age.py"
 QUICK = ["--data", "utkface", "--root", "faces", "--size", 16, "--epochs", 2, "--batch-size", 8]
 METHODS = ["--methods", "vanilla", "lds+fds"]
 FIGURES = {"error-by-age", "error-by-region", "label-density-and-lds-weights", "training"}
-FIGURES |= {"feature-statistics-of-lds-fds"}
+FIGURES |= {"feature-statistics-of-lds-fds", "predicted-against-true", "examples"}
 
 run = partial(running.run, RECIPE)
 
@@ -72,7 +72,7 @@ def test_the_command_of_the_readme_is_the_default(
     assert here().code == 0
     budget = asked.pop("budget")
     assert (budget.epochs, budget.batch_size, budget.lr) == (12, 128, 2e-3)  # type: ignore[attr-defined]
-    names = ("vanilla", "lds", "soft+tau")
+    names = ("vanilla", "lds", "soft", "soft+tau")
     assert asked == {"names": names, "seeds": 1, "side": 32, "folder": Path("runs/age/portraits")}
 
 
@@ -83,6 +83,9 @@ def test_a_run_leaves_the_files_that_are_promised_and_no_others(finished: tuple[
     assert set(files(out)) == runs | summary | {f"figures/{name}.png" for name in FIGURES}
     assert "utkface: 20 samples to train on, 8 to validate, 16 to test; 1 skipped: name does not parse" in output
     assert str(out / "report.html") in output
+    last = output.rstrip().splitlines()[-1]
+    assert "MAE" in last
+    assert f'<p class="lead">{last}</p>' in (out / "report.html").read_text()
 
 
 def test_the_result_is_of_ages_and_holds_the_constant_predictor(finished: tuple[Path, str]) -> None:

@@ -36,6 +36,7 @@ AGES: dict[str, Any] = {"ages": range(2, 117, 4), "each": 6}  # near every bin o
 FIGURES = {
     *("label-density", "error-by-region", "difference-to-vanilla--mae", "difference-to-vanilla--bmae"),
     *("interval-coverage-by-region", "error-and-cost", "error-by-age--some-methods", "tau-on-validation"),
+    *("predicted-against-true--some-methods", "examples"),
 }
 
 

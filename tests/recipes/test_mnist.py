@@ -43,6 +43,10 @@ def test_it_leaves_the_files_that_are_promised_and_no_others(finished: tuple[Pat
     summary = {"results.nc", "table.md", "report.html", "events"}
     assert set(files(out)) == runs | summary | {"figures/error-by-digit.png", "figures/training.png"}
     assert "digits: 601 samples to train on, 200 to validate, 500 to test" in output
+    last = output.rstrip().splitlines()[-1]
+    assert re.search(r"(wins with|Nobody wins beyond noise: .* has) the least balanced error, [\d.]+ %", last)
+    assert "95 % interval" in last
+    assert f'<p class="lead">{last}</p>' in (out / "report.html").read_text()
 
 
 def test_the_table_tells_balanced_errors_of_all_few_and_many(finished: tuple[Path, str]) -> None:

@@ -26,10 +26,10 @@ from .drawing import (
     literal,
     look,
     mean_and_spread,
+    method_label,
     new_figure,
     no_frame,
     note_no_runs,
-    seeds_text,
     share_name,
     spread_shown,
     styled_methods,
@@ -74,7 +74,7 @@ def class_error_figure(
         part = ds.sel({"method": method})
         done = part["completed"].values == 1
         mean, spread = mean_and_spread(100 - 100 * part["bin_recall"].values[done])
-        rows.append((literal(f"{method} ({seeds_text(int(done.sum()))})"), color, mean, spread))
+        rows.append((method_label(ds, method), color, mean, spread))
     many = len(rows) > _MOST_METHODS or len(rows) * len(names) > _MOST_DOTS
     height = max(1.3, 0.3 * len(rows))
     figure = new_figure(2.2 + height if many else 4.4)
@@ -128,7 +128,12 @@ def _heat_map(figure: Figure, axes: Axes, bar: Axes, rows: Sequence[tuple[str, s
 
 @look()
 def tau_figure(
-    curves: Mapping[Any, tuple[Any, Any]], chosen: Mapping[Any, float], *, ylabel: str, percent: bool = True
+    curves: Mapping[Any, tuple[Any, Any]],
+    chosen: Mapping[Any, float],
+    *,
+    ylabel: str,
+    percent: bool = True,
+    colors: Colors | None = None,
 ) -> Figure:
     """A score against the strength of logit adjustment, one line per criterion or seed, and the strength chosen.
 
@@ -140,9 +145,10 @@ def tau_figure(
         chosen: for each name, the chosen τ. It may differ from the values in ``curves``.
         ylabel: the name of the scores, with their unit unless ``percent``.
         percent: whether scores are fractions, which are shown in percent.
+        colors: by name. Curves of one color differ in their dashes.
     Raises:
-        ValueError: there is no curve, ``chosen`` has other names, or a number is not finite. ShapeError: τ and scores
-        are not two equal rows.
+        ValueError: there is no curve, ``chosen`` has other names, a number is not finite, or a color is unknown.
+        ShapeError: τ and scores are not two equal rows.
     Source:
         Menon et al. 2021 (arXiv:2007.07314).
     """
@@ -154,7 +160,8 @@ def tau_figure(
     figure = new_figure(3.4)
     axes = figure.add_subplot(1, 1, 1)
     names = [str(name) for name in curves]
-    colors, dashes = styles(names)
+    known, dashes = styles(names, colors)
+    used: list[str] = []
     for i, (key, name) in enumerate(zip(curves, names, strict=True)):
         taus, scores = _pair(f"curves[{key!r}]", curves[key])
         best = number(f"chosen[{key!r}]", chosen[key])
@@ -163,9 +170,12 @@ def tau_figure(
         label = literal(f"{name}: τ = {best:.3g}")
         marker = MARKERS[i % len(MARKERS)]
         height = float(np.interp(best, taus, scores))
-        dot: dict[str, Any] = {"color": colors[name], "markeredgecolor": INK, "markersize": 8}
-        axes.plot(taus, scores, color=colors[name], linestyle=dashes[name], linewidth=1.4)
-        axes.axvline(best, color=colors[name], linewidth=0.7, alpha=0.6)
+        color = known[name]
+        dash = ("--", ":", "-.")[used.count(color) % 3 - 1] if color in used else dashes[name]
+        used.append(color)
+        dot: dict[str, Any] = {"color": color, "markeredgecolor": INK, "markersize": 8}
+        axes.plot(taus, scores, color=color, linestyle=dash, linewidth=1.4)
+        axes.axvline(best, color=color, linewidth=0.7, alpha=0.6)
         axes.plot([best], [height], marker=marker, linestyle="", zorder=4, label=label, **dot)
     for tau, name in ((0, "unadjusted"), (1, "consistent")):
         axes.axvline(tau, color=GREY, linewidth=0.9, linestyle=":", zorder=0)

@@ -13,7 +13,6 @@ import xarray as xr
 from ..._checks import instance, number, one_of, problem, whole
 from ...errors import ResultsError
 from ...labels.bins import Bins
-from ...metrics._declared import METRICS
 from ...metrics.regression import RegressionMetrics
 from .schema import check_result
 from .tables import BASELINE, Columns, Mark, ResultsTable, results_table
@@ -22,6 +21,8 @@ __all__ = ["comparison_table", "differences_csv", "leading_methods", "paired_dif
 
 PAIRED = tuple(metric.name for metric in RegressionMetrics.metrics if metric.sums == ("abs", "count"))
 """The metrics that are a weighted mean of absolute errors, and so can be drawn again sample by sample."""
+
+_OF_CLASSES = ("balanced_error", "error")
 
 _DEFAULT = (("bmae", "all"), ("mae", "all"), ("mae", "many"), ("mae", "medium"), ("mae", "few"), ("bmae", "few"))
 _NUMBERS = tuple(f"{name}{end}" for name in ("difference", "ratio") for end in ("", "_low", "_high"))
@@ -51,9 +52,14 @@ def paired_differences(
 
     No seed changes the constant predictor, so it is paired with every seed of the other side.
 
+    A result of classification holds no predictions, only the recall of each class. There the samples of each run are
+    drawn by themselves. Intervals are then too wide, not too narrow, where methods err on the same samples.
+
     Args:
-        ds: a result of regression that holds predictions. Methods without predictions are NaN and have 0 seeds.
-        metrics: (``"mae"`` or ``"bmae"``, region) pairs.
+        ds: a result of regression that holds predictions, or of classification. Methods without predictions are NaN
+            and have 0 seeds.
+        metrics: (metric, region) pairs, with the metric ``"mae"`` or ``"bmae"``, or for classes ``"balanced_error"``
+            or ``"error"``.
         replicates: at least 100.
         level: the level of each interval. Of many intervals, some exclude 0 by chance.
         seed: the seed of the bootstrap. The replicates of a method do not depend on the other methods.
@@ -69,20 +75,19 @@ def paired_differences(
         Rao and Wu 1988, Resampling inference with complex survey data, for drawing n - 1 within strata.
     """
     check_result(ds)
-    if "prediction" not in ds:
+    classes = "bin_recall" in ds
+    if not classes and "prediction" not in ds:
         rule, fix = "ds must hold the prediction for each test sample", "Give target and prediction to combine_runs."
         raise problem(rule, got="none", fix=fix, error=ResultsError)
     methods = ds["method"].values.tolist()
     one_of("baseline", baseline, methods)
-    columns = _columns(metrics, ds)
+    columns = _columns(metrics, ds, _OF_CLASSES if classes else PAIRED)
     replicates = whole("replicates", replicates, low=100)
     level = number("level", level, low=0, high=1, open_low=True, open_high=True)
     whole("seed", seed, low=0)
 
-    target = ds["target"].values
-    errors = np.abs(ds["prediction"].values.astype(np.float64) - target)  # (M, S, N)
-    known = np.isfinite(errors[..., 0])
-    run_of = np.full(known.shape, -1)  # the row in ``errors[known]``
+    known = (ds["completed"].values == 1) if classes else np.isfinite(ds["prediction"].values[..., 0])
+    run_of = np.full(known.shape, -1)  # the row in the errors of known runs
     run_of[known] = np.arange(known.sum())
     for i in [i for i, method in enumerate(methods) if method == BASELINE and known[i].any()]:
         run_of[i] = run_of[i].max()
@@ -90,13 +95,22 @@ def paired_differences(
     if (run_of[base] < 0).all():
         got = "a baseline without any"
         raise problem(f"{baseline!r} must have predictions to be compared with", got=got, error=ResultsError)
-    edges = np.append(ds["bin_low"].values, ds["bin_high"].values[-1])
-    bins = Bins.from_edges(edges)
-    place = bins.index(target)
-    tested = np.bincount(place, minlength=len(bins))
-    weights = {name: bins.relative_widths if METRICS[name].mean_over_bins else tested for name in PAIRED}
+    bins = Bins.from_edges(np.append(ds["bin_low"].values, ds["bin_high"].values[-1]))
+    if classes:
+        counts = ds["bin_count"].values[known]  # (P, B)
+        tested = counts[0]
+    else:
+        target = ds["target"].values
+        errors = np.abs(ds["prediction"].values[known].astype(np.float64) - target)  # (P, N)
+        place = bins.index(target)
+        tested = np.bincount(place, minlength=len(bins))
+    even = bins.relative_widths
+    weights = {name: tested if name in ("mae", "error") else even for name, _ in columns}
     shares = np.stack([_bin_shares(ds, weights[metric], region, tested > 0) for metric, region in columns])  # (C, B)
-    point, drawn = _replicates(errors[known], place, shares, replicates, seed)
+    if classes:
+        point, drawn = _class_replicates(1 - ds["bin_recall"].values[known], counts, shares, replicates, seed)
+    else:
+        point, drawn = _replicates(errors, place, shares, replicates, seed)
 
     numbers = {name: np.full((len(methods), len(columns)), np.nan) for name in _NUMBERS}
     seeds = np.zeros(len(methods), dtype=np.int64)
@@ -113,7 +127,7 @@ def paired_differences(
         for name, compare in (("difference", np.subtract), ("ratio", _ratio)):
             numbers[name][i] = compare(*once)
             numbers[f"{name}_low"][i], numbers[f"{name}_high"][i] = np.quantile(compare(*again), ends, axis=0)
-    units = ds.attrs["label_units"]
+    units = "1" if classes else ds.attrs["label_units"]
     alone = [method for method, n in zip(methods, seeds, strict=True) if n == 1]
     sources = "seeds, and test samples within their bins"
     return xr.Dataset(
@@ -138,14 +152,14 @@ def paired_differences(
     )
 
 
-def _columns(metrics: Any, ds: xr.Dataset) -> list[tuple[str, str]]:
+def _columns(metrics: Any, ds: xr.Dataset, known: Sequence[str]) -> list[tuple[str, str]]:
     """The checked pairs of metric and region."""
     instance(Sequence, metrics=metrics)
     columns = []
     for column in metrics:
         if not isinstance(column, (tuple, list)) or len(column) != 2:
             raise problem("metrics must be (metric, region) pairs", got=repr(column))
-        one_of("a metric", column[0], PAIRED)
+        one_of("a metric", column[0], known)
         one_of("a region", column[1], ds["region"].values.tolist())
         columns.append((column[0], column[1]))
     if not columns:
@@ -183,6 +197,18 @@ def _replicates(
                 drawn[first : first + step, c] += shares[c, b] * means
     point[empty], drawn[:, empty] = np.nan, np.nan
     return point, drawn
+
+
+def _class_replicates(
+    errors: np.ndarray, counts: np.ndarray, shares: np.ndarray, replicates: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What :func:`_replicates` gives, from the share of wrong answers of each run and class (P, B), and its samples."""
+    used = np.nan_to_num(shares).any(0)
+    errors, counts, shares = errors[:, used], counts[:, used], shares[:, used]
+    fewer = np.maximum(counts - 1, 1)
+    drawn = np.random.default_rng([seed, 0]).binomial(fewer, errors, size=(replicates, *errors.shape)) / fewer
+    drawn = np.where(counts > 1, drawn, errors)  # a sample alone in its class never varies
+    return shares @ errors.T, np.einsum("rpb,cb->rcp", drawn, shares)
 
 
 def _redrawn(rng: np.random.Generator, n: int, replicates: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from .drawing import (
     literal,
     look,
     mean_and_spread,
+    method_label,
     new_figure,
     no_frame,
     note_no_runs,
@@ -151,7 +152,7 @@ def coverage_figure(ds: xr.Dataset) -> Figure:
             words = f"{means[row, j]:.{digits if panels else 0}f}"
             if not panels and np.isfinite(spreads[row, j]):
                 words += f" ± {spreads[row, j]:.0f}"
-            axes.text(j, row, words, ha="center", va="center", fontsize=8)
+            axes.text(j, row, words, ha="center", va="center", fontsize=8, color="black")
         axes.set_title(heading)
         axes.set_xticks(range(len(regions)), regions)
         no_frame(axes)
@@ -160,7 +161,7 @@ def coverage_figure(ds: xr.Dataset) -> Figure:
         axes.grid(which="minor", color="white", linewidth=2)
         axes.tick_params(which="both", length=0, labelleft=not panels)
         panels.append(axes)
-    _rows(panels[0], [literal(f"{ds['method'].values[i]} ({seeds_text(int(known[i].sum()))})") for i in rows])
+    _rows(panels[0], [method_label(ds, ds["method"].values[i]) for i in rows])
     below = "orange: fewer inside than intended; blue: more" + spread_shown(ds).replace("\n", "; ")
     figure.supxlabel(below, fontsize=9)
     return figure
@@ -215,8 +216,7 @@ def cost_figure(ds: xr.Dataset, *, metric: str = "bmae", region: str = "all", co
         path = [float(minutes[0]), edge], [float(error[0]), height_at]
         axes.plot(*path, color=color, linewidth=0.6, alpha=0.6, zorder=1)
         text: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-        label = literal(f"{method} ({seeds_text(int(ds['completed'].sel({'method': method}).sum()))})")
-        axes.annotate(label, (edge, height_at), annotation_clip=False, **text)
+        axes.annotate(method_label(ds, method), (edge, height_at), annotation_clip=False, **text)
     axes.set_xlim(right=edge)
     several = spread_shown(ds)
     name = " ".join([title(metric), region])

@@ -304,8 +304,25 @@ def seeds_text(number: int) -> str:
     return f"{number} seed{'s' * (number != 1)}"
 
 
+def _shared_seeds(ds: xr.Dataset) -> int | None:
+    """The number of seeds of all methods that have any, if it is the same, whatever the constant predictor has."""
+    counts = zip(ds["method"].values.tolist(), ds["completed"].sum("seed").values.tolist(), strict=True)
+    numbers = {number for method, number in counts if number and method != BASELINE}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def method_label(ds: xr.Dataset, method: str) -> str:
+    """The name of a method in a figure, with its number of seeds unless that is the same for all."""
+    if _shared_seeds(ds) is not None:
+        return literal(method)
+    return literal(f"{method} ({seeds_text(int(ds['completed'].sel({'method': method}).sum()))})")
+
+
 def spread_shown(ds: xr.Dataset) -> str:
-    """What a label says about the spread, if any method has several seeds."""
+    """What a label says about seeds: the number that all methods have, and the spread where there is one."""
+    shared = _shared_seeds(ds)
+    if shared is not None:
+        return f"\n{'mean ± sd over ' * (shared > 1)}{seeds_text(shared)}"
     return f"\n{SPREAD}" if bool((ds["completed"].sum("seed") > 1).any()) else ""
 
 

@@ -28,10 +28,10 @@ from .drawing import (
     look,
     mean_and_spread,
     method_dashes,
+    method_label,
     new_figure,
     no_frame,
     note_no_runs,
-    seeds_text,
     spread_shown,
     stairs,
     styled_methods,
@@ -40,7 +40,7 @@ from .drawing import (
     with_units,
 )
 from .schema import check_result
-from .tables import count_range, shown_in_percent, title
+from .tables import BASELINE, count_range, shown_in_percent, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,6 +110,7 @@ def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | 
 
     A line is the mean over seeds, and its band is one standard deviation of the seeds either way. Bins hold few test
     samples, so lines are running means over ``window`` bins, each bin weighted by its test samples. The axis says so.
+    The constant predictor is a thin line beside other methods, and the axis ends where they end.
 
     Args:
         ds: a result of regression.
@@ -128,14 +129,19 @@ def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | 
     axes = [top, figure.add_subplot(grid[1], sharex=top)]
     center = ds["bin_center"].values
     dashes = method_dashes(ds["method"].values.tolist())
-    for method, color in styled_methods(ds, colors).items():
+    constant: np.ndarray | None = None
+    shown = styled_methods(ds, colors)
+    for method, color in shown.items():
         part = ds.sel({"method": method})
         curves = [
             _running_mean(part["bin_mae"].sel(seed=seed).values, part["bin_count"].sel(seed=seed).values, window)
             for seed in ds["seed"].values[part["completed"].values == 1]
         ]
         mean, spread = mean_and_spread(np.array(curves))
-        label = literal(f"{method} ({seeds_text(len(curves))})")
+        if method == BASELINE and len(shown) > 1:
+            constant = mean
+            continue
+        label = method_label(ds, method)
         line_and_band(top, center, mean, spread, color, linestyle=dashes[method], label=label)
     if not top.lines:
         note_no_runs(top)
@@ -143,6 +149,8 @@ def error_figure(ds: xr.Dataset, *, window: int | None = None, colors: Colors | 
     name = "MAE" if window == 1 else f"MAE, mean of {window} bins"
     top.set_ylabel(with_units(name, units) + spread_shown(ds))
     top.set_ylim(bottom=0)
+    if constant is not None:
+        _constant_line(top, center, constant, shown[BASELINE])
     top.tick_params(labelbottom=False)
     low, high = ds["bin_low"].values, ds["bin_high"].values
     stairs(axes[1], np.append(low, high[-1]), train_counts(ds), None)
@@ -159,7 +167,8 @@ def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors |
     """A metric of each method over all and in each region with test samples. Whiskers are one sd over the seeds.
 
     Up to eight methods are bars side by side. More are rows, with one column per region. The constant predictor would
-    dwarf the others. It is left out of error rates, and if there are more than eight methods with it.
+    dwarf the others. Beside bars it is a thin line with its number, which stands at the top where the line lies beyond
+    the axis. It is left out of error rates, and if there are more than eight methods with it.
 
     Args:
         ds: a result.
@@ -174,13 +183,17 @@ def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors |
         raise problem(f"metric must be one of {known}", got=repr(metric))
     regions = [r for r in ("all", *REGIONS) if bool((ds["count"].sel(region=r) > 0).any())]
     percent = shown_in_percent(metric)
-    bars = []
+    bars: list[tuple[str, str, np.ndarray, np.ndarray | None]] = []
+    constant: np.ndarray | None = None
     crowded = int(ds["completed"].any("seed").sum()) > _MOST_BARS
     for method, color in styled_methods(ds, colors, baseline=not percent and not crowded).items():
         part = ds.sel({"method": method, "region": regions})
         seeds = int(part["completed"].sum())
         mean, spread = mean_and_spread(part[metric].values[part["completed"].values == 1] * (100 if percent else 1))
-        bars.append((literal(f"{method} ({seeds_text(seeds)})"), color, mean, spread if seeds > 1 else None))
+        if method == BASELINE and bars:
+            constant = mean
+        else:
+            bars.append((method_label(ds, method), color, mean, spread if seeds > 1 else None))
     name = with_units(title(metric), "%" if percent else ds[metric].attrs["units"])
     ticks = []
     for region in regions:
@@ -206,11 +219,41 @@ def region_figure(ds: xr.Dataset, *, metric: str | None = None, colors: Colors |
         note_no_runs(axes)
     if percent:
         cut_below_zero(axes)
+    if constant is not None:
+        _constant_steps(axes, constant, styled_methods(ds, colors)[BASELINE])
     axes.set_xticks(place, ticks)
     axes.set_xlabel("region, with its test samples and the bins that hold them")
     axes.set_ylabel(name + spread_shown(ds))
     legend_above(figure, axes)
     return figure
+
+
+def _constant_line(axes: Axes, center: np.ndarray, mean: np.ndarray, color: str) -> None:
+    """The constant predictor as a thin line with its name, as far as it lies within the axis of the other methods."""
+    limit = axes.get_ylim()[1]
+    axes.plot(center, mean, color=color, linewidth=0.9, linestyle="--", zorder=1, label="_constant")
+    axes.set_ylim(0, limit)
+    inside = np.flatnonzero(mean <= limit)
+    if inside.size:
+        last = inside[-1]
+        late = center[last] > (center[0] + center[-1]) / 2
+        place: dict[str, Any] = {"ha": "right" if late else "left", "va": "top", "textcoords": "offset points"}
+        axes.annotate(BASELINE, (center[last], mean[last]), (-7 if late else 7, 0), fontsize=8, color=color, **place)
+
+
+def _constant_steps(axes: Axes, mean: np.ndarray, color: str) -> None:
+    """The constant predictor as a thin line with its number at each region."""
+    limit = axes.get_ylim()[1] * 1.08
+    axes.set_ylim(0, limit)
+    for place, value in enumerate(mean):
+        if np.isnan(value):
+            continue
+        if value <= limit:
+            axes.hlines(value, place - 0.45, place + 0.45, color=color, linewidth=0.9, linestyle="--", zorder=3)
+        words = f"{BASELINE} {value:.3g}" + " ↑" * bool(value > limit)
+        where: dict[str, Any] = {"xytext": (0, 3 if value < 0.94 * limit else -10), "textcoords": "offset points"}
+        where["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # it may stand on a bar
+        axes.annotate(words, (place + 0.45, min(value, limit)), ha="right", fontsize=7.5, color=color, **where)
 
 
 def _region_rows(

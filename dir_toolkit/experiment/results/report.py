@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import resources
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _SHOWN_ELSEWHERE = ("title", "command", "label_name", "label_units")
+_THEMED = ("222222", "d9d9d9", "777777", "ffffff", "8c8c8c", "dcdcdc", "ededed", "fafafa", "fdeee6", "332288", "882255")
+"""Colours of figures that have another value in the dark. White text stands on a colour and stays white."""
 _DEEPEST = 20  # levels of settings that are shown one by one
 
 
@@ -43,7 +46,7 @@ def write_report(
     Args:
         ds: a result. Its attributes are shown as provenance.
         figures: by title, in the order of the page.
-        notes: paragraphs of plain text above the table.
+        notes: paragraphs of plain text. The first stands above the table, the others below.
         titles: a few words on each method, shown below the table.
         settings: the settings of the experiment. Nested ones are shown as ``outer.inner``.
         columns: the columns of the table, as in :func:`results_table`.
@@ -67,11 +70,25 @@ def write_report(
         notes=notes,
         methods=dict(titles or {}),
         table=results_table(ds, columns=columns) if table is None else table,
-        figures=[(name, figure_svg(figure, name=f"figure{i}")) for i, (name, figure) in enumerate(figures.items(), 1)],
+        figures=[
+            (name, _themed(figure_svg(figure, name=f"figure{i}")))
+            for i, (name, figure) in enumerate(figures.items(), 1)
+        ],
         settings=list(_flat(settings or {})),
         provenance=list(_flat(provenance)),
     )
     write_atomically(path, lambda file: file.write(page.encode()))
+
+
+def _themed(svg: str) -> str:
+    """The figure with variables of the page in place of the colours that change in the dark."""
+
+    def variables(tag: re.Match[str]) -> str:
+        white = "" if tag[0].startswith("<text") else "|ffffff"
+        known = "|".join(color for color in _THEMED if color != "ffffff") + white
+        return re.sub(rf"(?<=[ :])#({known})(?=[;\"])", r"var(--c\1, #\1)", tag[0])
+
+    return re.sub(r"<[^>]*>", variables, svg)
 
 
 def _flat(values: Mapping[str, object], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,9 @@ from .comparison import comparison_table, differences_csv, leading_methods, pair
 from .comparison_figures import cost_figure, coverage_figure, difference_figure
 from .drawing import figure_to_tensorboard, method_colors, save_figure
 from .figures import density_figure, error_figure, region_figure
+from .headline import headline
 from .report import write_report
+from .sample_figures import prediction_figure
 from .schema import save_results, validate_results
 from .tables import Columns, ResultsTable, as_markdown, results_table
 
@@ -133,16 +135,17 @@ def write_comparison(
 ) -> xr.Dataset:
     """Compare methods with a baseline, and write what :func:`write_summary` writes, and ``differences.csv``.
 
-    The table is that of :func:`dir_toolkit.experiment.results.comparison.comparison_table`. Figures show regions,
-    differences, the error along the axis, coverage if a method gives intervals, and cost if minutes are known.
+    The report begins with :func:`dir_toolkit.experiment.results.headline.headline`. The table is that of
+    :func:`dir_toolkit.experiment.results.comparison.comparison_table`. Figures show regions, differences, the error
+    along the axis, predictions against labels, coverage if a method gives intervals, and cost if minutes are known.
 
     Args:
         folder: must exist.
         ds: a result of regression that holds predictions.
         density: the density of the training labels. None leaves its figure out.
         level, replicates, seed: as in :func:`dir_toolkit.experiment.results.comparison.paired_differences`.
-        methods: the methods in the figure of errors along the axis, which has no room for many. None takes
-            :func:`dir_toolkit.experiment.results.comparison.leading_methods`.
+        methods: the methods in the figures of errors along the axis and of predictions, which have no room for many.
+            None takes :func:`dir_toolkit.experiment.results.comparison.leading_methods`.
         figures: further figures by title, which come last.
         notes, titles, settings: as in :func:`write_summary`.
     Returns:
@@ -165,6 +168,7 @@ def write_comparison(
     pictures[f"Difference to {baseline}: bMAE"] = difference_figure(differences, metric="bmae")
     shown = ds.sel({"method": list(methods)})
     pictures[f"Error by {name}, some methods"] = error_figure(shown, colors=colors)
+    pictures["Predicted against true, some methods"] = prediction_figure(shown, colors=colors)
     if "lower" in ds and bool(ds["lower"].notnull().any()):
         pictures["Interval coverage by region"] = coverage_figure(ds)
     if bool(ds["minutes"].notnull().any()):
@@ -174,6 +178,7 @@ def write_comparison(
     pictures |= figures or {}
     table = comparison_table(ds, differences)
     text = differences_csv(differences)
+    notes = [headline(ds, baseline, level=level), *notes]
     write_summary(folder, ds, pictures, notes=notes, titles=titles, settings=settings, table=table)
     write_atomically(Path(folder) / "differences.csv", lambda file: file.write(text.encode()))
     return differences

@@ -65,7 +65,7 @@ def results_table(ds: xr.Dataset, *, columns: Columns | None = None) -> ResultsT
         ValueError: a metric or a region is not in ``ds``.
     """
     check_result(ds)
-    columns = _default_columns(ds) if columns is None else columns
+    columns = default_columns(ds) if columns is None else columns
     instance(Sequence, columns=columns)
     pairs: list[Any] = [pair for column in columns for pair in _over_regions(ds, column)]
     for column in pairs:
@@ -113,7 +113,7 @@ def verdict(ds: xr.Dataset, method: str, baseline: str) -> str:
     return f"{method} against {baseline}: {', '.join(clauses)}."
 
 
-def _default_columns(ds: xr.Dataset) -> Columns:
+def default_columns(ds: xr.Dataset) -> Columns:
     """The metrics that training watches and every method has, in the regions where it does so and ``unseen``, if they
     have test samples."""
     watched = {name: metric.watched for name, metric in WATCHED.items() if name in ds and not metric.may_be_nan}
@@ -145,11 +145,11 @@ def _cells(ds: xr.Dataset, metric: str, region: str | None) -> list[str]:
     values = (ds[metric] if region is None else ds[metric].sel(region=region)).values  # (method, seed)
     if shown_in_percent(metric):
         return [_mean_and_spread(row * 100, 2) for row in values]
-    decimals = _decimals(ds[metric])
+    decimals = decimals_of(ds[metric])
     return [_mean_and_spread(row, decimals) for row in values]
 
 
-def _decimals(values: xr.DataArray) -> int:
+def decimals_of(values: xr.DataArray) -> int:
     """The number of decimals that gives the smallest mean over seeds three digits."""
     finite = np.abs(values.mean("seed").values)
     finite = finite[np.isfinite(finite) & (finite > 0)]

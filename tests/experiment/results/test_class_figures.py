@@ -99,7 +99,7 @@ def test_many_methods_are_a_heat_map(class_run: ClassRun, combine: Combine) -> N
     shown = top.images[0].get_array()
     assert shown.shape == (16, 5)
     np.testing.assert_allclose(np.asarray(shown)[1, :3], [25, 50, 100])
-    assert [label.get_text() for label in top.get_yticklabels()] == [f"m{i} (2 seeds)" for i in range(16)]
+    assert [label.get_text() for label in top.get_yticklabels()] == [f"m{i}" for i in range(16)]
     texts = [text.get_text() for text in top.texts]
     assert texts[:3] == ["0.0\n±0.0", "50.0\n±23.6", "100.0\n±0.0"]
     assert len(texts) == 16 * 3  # none for classes without test samples
@@ -166,7 +166,7 @@ DRAWN: dict[str, Callable[..., Figure]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["study", "bar", "norms", "reliability"])
+@pytest.mark.parametrize("name", ["study", "bar", "tau", "norms", "reliability"])
 def test_what_is_no_color_is_refused(name: str) -> None:
     said = rf"{name}_figure: colors\['a'\] must be a color, got 'nocolor'\. Use a hex code"
     with pytest.raises(ValueError, match=said):
@@ -362,6 +362,15 @@ def test_the_tau_figure_is_that_worked_out_by_hand() -> None:
     assert [text.get_text() for text in axes.texts] == ["unadjusted", "consistent"]
     plain = tau_figure({0: ([0, 1], [3.0, 2.0])}, {0: 1}, ylabel="log loss (nats)", percent=False).axes[0]
     np.testing.assert_array_equal(plain.lines[0].get_ydata(), [3, 2])
+
+
+def test_curves_of_tau_in_one_color_differ_in_their_dashes() -> None:
+    curves = {name: ([0, 1], [3.0, 2.0]) for name in ("a, bMAE", "a, MAE", "b, bMAE")}
+    axes = tau_figure(
+        curves, dict.fromkeys(curves, 1), ylabel="y", colors={"a, bMAE": "red", "a, MAE": "red", "b, bMAE": "blue"}
+    ).axes[0]
+    drawn = [(line.get_color(), line.get_linestyle()) for line in axes.lines if list(line.get_ydata()) == [300, 200]]
+    assert drawn == [("red", "-"), ("red", "--"), ("blue", "-")]
 
 
 @pytest.mark.parametrize(

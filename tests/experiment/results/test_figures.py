@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 import dir_toolkit as dt
@@ -149,14 +150,35 @@ def test_only_a_result_is_drawn(draw: Callable[[Any], Figure], run: Run) -> None
 
 def test_error_has_a_line_a_method_and_a_band_where_seeds_are_several(ds: xr.Dataset) -> None:
     top, below = error_figure(ds).axes
-    assert [line.get_label() for line in top.lines] == ["vanilla (2 seeds)", "lds (1 seed)", "constant (1 seed)"]
+    assert [line.get_label() for line in top.lines] == ["vanilla (2 seeds)", "lds (1 seed)", "_constant"]
     assert len(top.collections) == 1
     band = top.collections[0].get_paths()[0].vertices
     first = band[band[:, 0] == 0, 1]  # MAE 2 and 3 in the first bin: sd sqrt(1/2)
     assert [first.min(), first.max()] == pytest.approx([2.5 - 0.5**0.5, 2.5 + 0.5**0.5])
     np.testing.assert_array_equal(top.lines[0].get_ydata(), [2.5, 4.0, 10.5, np.nan, np.nan])
     assert top.get_ylabel() == "MAE (years)\nmean ± sd over seeds"
+    assert top.get_ylim() == (
+        0,
+        pytest.approx(error_figure(ds.sel({"method": ["vanilla", "lds"]})).axes[0].get_ylim()[1]),
+    )
+    assert [text.get_text() for text in top.texts] == ["constant"]
     assert "log scale" in below.get_ylabel()
+
+
+def test_seeds_that_all_methods_share_are_said_once(ds: xr.Dataset) -> None:
+    for seeds, said in (([0], "1 seed"), ([0, 1], "mean ± sd over 2 seeds")):
+        some = ds.sel({"method": ["vanilla", "constant"], "seed": seeds})
+        for figure in (error_figure(some), region_figure(some)):
+            assert figure.axes[0].get_ylabel() == f"MAE (years)\n{said}"
+            assert "vanilla" in [text.get_text() for legend in figure.legends for text in legend.texts]
+
+
+def test_a_constant_beyond_the_axis_is_a_number_at_its_end(ds: xr.Dataset) -> None:
+    axes = region_figure(ds).axes[0]
+    assert [text.get_text() for text in axes.texts][-1] == "constant 20 ↑"
+    assert axes.get_ylim()[1] < 20
+    assert [text.get_text() for text in axes.texts][1] == "constant 5"
+    assert len(axes.collections) == 1 + 3  # whiskers of vanilla; steps over all, many and medium
 
 
 def test_error_says_how_it_smooths_and_weighs_bins_by_their_samples(ds: xr.Dataset) -> None:
@@ -171,11 +193,12 @@ def test_error_says_how_it_smooths_and_weighs_bins_by_their_samples(ds: xr.Datas
 
 def test_region_has_a_bar_a_method_and_region_with_counts_below(ds: xr.Dataset) -> None:
     axes = region_figure(ds).axes[0]
-    assert len(axes.patches) == 3 * 4
+    assert len(axes.patches) == 2 * 4
     assert [bar.get_height() for bar in axes.patches[4:8]] == pytest.approx([33 / 9, 3, 3, 6])
     ticks = [label.get_text() for label in axes.get_xticklabels()]
     assert ticks[:2] == ["all\n9 samples\n3 bins", "many\n4 samples\n1 bins"]
-    assert len(axes.collections) == 1  # whiskers for the method with two seeds alone
+    whiskers = [bars.errorbar is not None for bars in axes.containers if isinstance(bars, BarContainer)]
+    assert whiskers == [True, False]  # for the method with two seeds alone
 
 
 def test_region_shows_classification_in_percent_without_the_constant_predictor(classes: xr.Dataset) -> None:
@@ -195,9 +218,9 @@ def test_region_of_many_methods_has_a_row_each(run: Run, combine: Combine) -> No
     figure = region_figure(ds, metric="bmae")
     assert len(figure.axes) == 4
     first = figure.axes[0]
-    assert [label.get_text() for label in first.get_yticklabels()] == [f"m{i} (2 seeds)" for i in range(9)]
+    assert [label.get_text() for label in first.get_yticklabels()] == [f"m{i}" for i in range(9)]
     np.testing.assert_allclose([line.get_xdata()[0] for line in first.lines], [(6.5 + i) / 3 for i in range(9)])
-    assert figure.get_supxlabel() == "bMAE (years), mean ± sd over seeds"
+    assert figure.get_supxlabel() == "bMAE (years), mean ± sd over 2 seeds"
     assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["all", "many", "medium", "few"]
 
 
@@ -251,7 +274,7 @@ def test_colours_that_repeat_come_with_another_line() -> None:
 
 def test_one_method_with_one_seed_is_drawn(run: Run, combine: Combine) -> None:
     ds = combine({("only", 3): run([1, 2, 3])})
-    assert error_figure(ds).axes[0].get_ylabel() == "MAE (years)"
+    assert error_figure(ds).axes[0].get_ylabel() == "MAE (years)\n1 seed"
     assert len(region_figure(ds).axes[0].patches) == 4
 
 

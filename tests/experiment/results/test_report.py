@@ -11,6 +11,7 @@ import pytest
 import xarray as xr
 
 from dir_toolkit.errors import ResultsError
+from dir_toolkit.experiment.results import report
 from dir_toolkit.experiment.results.figures import error_figure, region_figure
 from dir_toolkit.experiment.results.report import write_report
 from dir_toolkit.experiment.results.tables import ResultsTable
@@ -112,6 +113,25 @@ def test_ids_are_unique_and_every_reference_meets_one(page: tuple[Page, str]) ->
     parsed, text = page
     assert len(parsed.ids) == len(set(parsed.ids)) > 10
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(parsed.ids)
+
+
+def test_figures_follow_the_dark_mode_of_the_page(page: tuple[Page, str]) -> None:
+    _, text = page
+    style, figures = text.split("</style>", 1)
+    dark = style[style.index("prefers-color-scheme: dark") :]
+    used = set(re.findall(r"var\(--c([0-9a-f]{6}), #([0-9a-f]{6})\)", figures))
+    assert {"222222", "ffffff", "777777"} <= {name for name, _ in used}
+    for name, color in used:
+        assert name == color  # by day they look as ever
+        assert f"--c{name}: #" in dark
+
+
+def test_white_text_stays_white_in_the_dark() -> None:
+    svg = '<path style="fill: #ffffff; stroke: #222222"/><text style="fill: #ffffff">#ffffff</text>'
+    assert report._themed(svg) == (
+        '<path style="fill: var(--cffffff, #ffffff); stroke: var(--c222222, #222222)"/>'
+        '<text style="fill: #ffffff">#ffffff</text>'
+    )
 
 
 def test_the_same_result_gives_the_same_bytes(ds: xr.Dataset, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dir_toolkit.errors import ResultsError
 from dir_toolkit.experiment.results import summary
 from dir_toolkit.experiment.results.comparison import comparison_table, differences_csv, paired_differences
 from dir_toolkit.experiment.results.figures import region_figure
+from dir_toolkit.experiment.results.headline import headline
 from dir_toolkit.experiment.results.schema import load_results
 from dir_toolkit.experiment.results.summary import write_comparison, write_summary
 from dir_toolkit.experiment.results.tables import as_markdown, results_table
@@ -101,12 +102,12 @@ def test_a_method_has_one_color_in_all_figures_of_a_comparison(
 
         return noted
 
-    for name in ("region_figure", "cost_figure", "error_figure"):
+    for name in ("region_figure", "cost_figure", "error_figure", "prediction_figure"):
         monkeypatch.setattr(summary, name, noting(getattr(summary, name)))
     monkeypatch.setattr(summary, "write_summary", lambda *_, **__: None)
     write_comparison(tmp_path, compared, methods=["half", "vanilla"], replicates=100)
-    assert len(given) == 3
-    assert given[0] == given[1] == given[2]
+    assert len(given) == 4
+    assert all(colors == given[0] for colors in given)
     assert list(given[0])[:2] == ["half", "vanilla"]
 
 
@@ -161,6 +162,7 @@ def test_a_comparison_lands_in_one_folder(tmp_path: Path, compared: xr.Dataset) 
         "error-by-region",
         "difference-to-vanilla--mae",
         "difference-to-vanilla--bmae",
+        "predicted-against-true--some-methods",
         "interval-coverage-by-region",
         "error-and-cost",
         "error-by-age--some-methods",
@@ -172,6 +174,7 @@ def test_a_comparison_lands_in_one_folder(tmp_path: Path, compared: xr.Dataset) 
     assert (tmp_path / "table.md").read_text() == as_markdown(comparison_table(compared, result))
     assert (tmp_path / "differences.csv").read_text() == differences_csv(result)
     page = (tmp_path / "report.html").read_text()
+    assert f'<p class="lead">{headline(compared, level=0.9)}</p>' in page
     for part in (
         "A note.",
         "errs half as much",
@@ -200,6 +203,7 @@ def test_a_comparison_shows_what_there_is(
         "Difference to half: MAE",
         "Difference to half: bMAE",
         "Error by age, some methods",
+        "Predicted against true, some methods",
     ]
 
 

@@ -1,0 +1,78 @@
+"""The first sentences of a report, on results whose winner is known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from dir_toolkit.experiment.results.headline import headline
+
+Combine = Callable[..., xr.Dataset]
+
+
+@pytest.fixture
+def four(predicted: Callable[..., xr.Dataset], combine: Combine) -> xr.Dataset:
+    """Sixty samples in two bins of the regions many and medium, two seeds, and errors that hardly vary.
+
+    ``plain`` errs by 0.2 and 0.8, ``good`` by 0.3 and 0.4, ``near`` nearly like ``plain``.
+    """
+    target = np.repeat([0.5, 1.5], 30)
+    wobble = 0.01 * np.tile([1.0, -1.0], 30)
+
+    def run(first: float, second: float, sign: float = 1) -> xr.Dataset:
+        return predicted(target, target + np.repeat([first, second], 30) + sign * wobble)
+
+    runs = {("plain", s): run(0.2, 0.8) for s in (0, 1)}
+    runs |= {("near", s): run(0.2, 0.799, -1) for s in (0, 1)}
+    runs |= {("good", s): run(0.3, 0.4) for s in (0, 1)}
+    return combine({**runs, ("constant", 0): run(0.9, 2.0)})
+
+
+def test_it_says_who_won_by_how_much_and_at_what_price(four: xr.Dataset) -> None:
+    text = headline(four)
+    first, price, following = re.split(r"\. (?:The price: |It is )", text)
+    assert first.startswith(
+        "good wins with the least bMAE, 0.350 years: 0.150 less than plain, or 30 % (95 % interval: 0."
+    )
+    assert price.startswith("MAE many is 0.300 years, 0.100 more (0.")
+    assert price.endswith(" more)")
+    assert following.startswith("also apart from the next best, near, beyond noise (0.150 less; 95 % interval: 0.")
+    assert "seed" not in text
+
+
+def test_what_is_not_apart_from_noise_is_not_a_win(four: xr.Dataset) -> None:
+    text = headline(four.sel({"method": ["plain", "near"], "seed": [0]}))
+    assert text.startswith("Nobody wins beyond noise: near has the least bMAE, 0.500 years, ")
+    assert "less to 0.0" in text
+    assert text.endswith("Of one seed, intervals hold the chance of the test samples alone.")
+
+
+def test_the_best_is_compared_with_the_baseline_and_with_the_next(four: xr.Dataset) -> None:
+    assert headline(four, "good").startswith("good wins with the least bMAE, 0.350 years: 0.150 less than near")
+    assert "0.150 less than near" in headline(four, "near")
+    with pytest.raises(ValueError, match=r"headline: baseline must be one of 'plain', .*, got 'lds'"):
+        headline(four, "lds")
+    with pytest.raises(ValueError, match="headline: level must be > 0 and < 1, got 95"):
+        headline(four, level=95)
+
+
+def test_a_constant_that_no_method_beats_is_named(four: xr.Dataset) -> None:
+    four["bmae"].loc[{"method": "constant", "region": "all", "seed": 0}] = 0.25
+    assert headline(four).startswith("No method beats the constant predictor, whose bMAE is 0.250 years. good wins")
+
+
+def test_without_predictions_or_rivals_it_claims_nothing(ds: xr.Dataset, compared: xr.Dataset) -> None:
+    unknown = "how far that is from noise is not known."
+    assert headline(ds) == f"lds has the least bMAE, 4.00 years; {unknown}"
+    assert headline(compared.sel({"method": ["plain", "alone"]})).endswith(unknown)  # no seed in common
+    assert headline(ds.sel({"method": ["lds", "constant"]})).endswith("nothing to be compared with.")
+    assert headline(ds.sel({"method": ["constant"]})) == "No method has a finished run."
+
+
+def test_classes_are_compared_by_their_balanced_error(class_run: Callable[..., xr.Dataset], combine: Combine) -> None:
+    few = combine({("softmax", 0): class_run([4, 2, 0]), ("adjusted", 0): class_run([3, 2, 1])}, label_units="1")
+    assert headline(few).startswith("Nobody wins beyond noise: adjusted has the least balanced error, 36.1 %, 8.3 less")
