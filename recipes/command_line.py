@@ -6,8 +6,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, fields, make_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,10 +97,11 @@ def refuse(recipe: str, faults: Collection[str]) -> None:
         raise SettingsError(f"{recipe}: {listed}")
 
 
-def parse(settings: type[_Settings], *, description: str | None = None) -> _Settings:
+def parse(settings: type[_Settings], *, parts: Sequence[type] = (), description: str | None = None) -> _Settings:
     """The settings from the command line. ``--help`` is answered here, so call it before anything slow is imported.
 
     Args:
+        parts: the dataclasses that the settings consist of; ``--help`` shows the options of each in a box of its own.
         description: the text of ``--help``; by default the docstring of the recipe.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows "?" for other characters
@@ -108,10 +109,19 @@ def parse(settings: type[_Settings], *, description: str | None = None) -> _Sett
             stream.reconfigure(errors="replace")
     try:
         text = worded(description or sys.modules["__main__"].__doc__ or "")
-        return tyro.cli(settings, prog=_called(), description=text)
+        asked: Any = settings
+        if parts:
+            asked = make_dataclass("Parts", [(part.__name__.lower(), part) for part in parts])
+            asked = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(asked)
+        given = tyro.cli(asked, prog=_called(), description=text)
     except BrokenPipeError:  # the reader has ended, as after `| head`, and the rest of the output is dropped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    if not parts:
+        return given
+    return settings(
+        **{field.name: getattr(part, field.name) for part in vars(given).values() for field in fields(part)}
+    )
 
 
 def run(main: Callable[[_Settings], None], settings: _Settings) -> None:

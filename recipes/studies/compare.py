@@ -25,13 +25,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings(faces.Settings):
+class Run(faces.Run):
+    """What is run, and where."""
+
     baseline: str = "vanilla"
     """The method with which the others are compared."""
     replicates: int = 2000
     """The number of bootstrap replicates per interval."""
     out: Path | None = None
     """Folder of all results; by default runs/compare/<data>."""
+
+
+@dataclass(frozen=True)
+class Settings(Run, faces.Settings):
+    """All settings."""
 
 
 def main(settings: Settings) -> None:
@@ -75,7 +82,7 @@ def add_finished_runs(study: Study, settings: Settings) -> None:
     """Add all runs in the folder to the study, including those of earlier studies and of other processes."""
     from dir_toolkit.errors import SettingsError, StudyError
     from dir_toolkit.experiment.results.schema import load_results
-    from dir_toolkit.experiment.study import Run
+    from dir_toolkit.experiment.study import Run as Finished
 
     (task,), others = study.tasks, []
     for name in faces.METHODS:
@@ -83,7 +90,7 @@ def add_finished_runs(study: Study, settings: Settings) -> None:
             others += [f"{path.parent}: {difference}" for difference in other_budget(settings, path.parent)]
             one, key = load_results(path), (task, name, int(path.parent.name.removeprefix("seed")))
             made = study.runs.get(key)
-            study.runs[key] = Run(one.isel({"method": 0, "seed": 0}), None if made is None else made.trained)
+            study.runs[key] = Finished(one.isel({"method": 0, "seed": 0}), None if made is None else made.trained)
     if others:
         rule = "all runs in --out must have the same budget"
         raise SettingsError("\n  ".join([f"recipes/studies/compare.py: {rule}; these had another one:", *others]))
@@ -107,4 +114,4 @@ def other_budget(settings: Settings, folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main, parse(Settings, description=f"{__doc__}\n\n{faces.overview()}"))
+    run(main, parse(Settings, parts=(Run, *faces.PARTS), description=f"{__doc__}\n\n{faces.overview()}"))

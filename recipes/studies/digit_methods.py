@@ -29,7 +29,9 @@ SIGMAS = (0.1, 0.5, 1.0, 5.0, 10.0, 20.0, 50.0)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Data:
+    """Digits, and which of them are kept."""
+
     data: Literal["digits", "mnist"] = "digits"
     """Digits of 8x8 pixels that come with scikit-learn, or the files of MNIST in --root."""
     root: Path | None = None
@@ -48,8 +50,12 @@ class Settings:
     """Images per digit of MNIST before any is thinned; by default all."""
     val_per_class: int | None = None
     """Validation images per digit; by default 20 of digits and 200 of MNIST."""
-    seeds: int = 1
-    """The number of seeds: 0, 1, ... A seed decides the network, the order, and which images are kept."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Heads, losses and adjustments."""
+
     feature_scale: float = 1.0
     """The factor of the features in affinity heads; 1 is the formula of the paper, for features of its network."""
     margin: float = 0.75
@@ -66,6 +72,12 @@ class Settings:
     """Weight of the center loss beside cross-entropy."""
     equalized_drop: float = 0.9
     """How often the equalization loss ignores the score of a rare class for a sample of another class."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How networks are trained."""
+
     epochs: int | None = None
     """Passes over the training images; by default 40 for digits and 15 for MNIST."""
     batch_size: int | None = None
@@ -78,6 +90,14 @@ class Settings:
     """The limit of the gradient norm, without which LDAM, with scores scaled by 30, and high learning rates diverge."""
     stage_two_epochs: int = 5
     """Passes in which crt and lws retrain the head."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run, and where."""
+
+    seeds: int = 1
+    """The number of seeds: 0, 1, ... A seed decides the network, the order, and which images are kept."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -88,6 +108,15 @@ class Settings:
     """Use what an earlier run in --out has trained, and continue it if it was stopped."""
     out: Path | None = None
     """Folder of all results; by default runs/mnist/<data>."""
+
+
+@dataclass(frozen=True)
+class Settings(Run, Training, Remedy, Data):
+    """All settings of a study of digits, but which study."""
+
+
+PARTS = (Data, Training, Remedy)
+"""The settings but those of ``Run``."""
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,18 @@ COLUMNS = (("balanced_error", "all"), ("balanced_error", "few"), ("balanced_erro
 
 
 @dataclass(frozen=True)
-class Settings(digit_methods.Settings):
+class Run(digit_methods.Run):
+    """What is run, and where."""
+
     study: str | None = None
     """A whole study, by its name above, in place of --methods."""
     methods: tuple[str, ...] = ("softmax", "logit-adjusted", "affinity-m5")
     """The methods to train, by the names above."""
+
+
+@dataclass(frozen=True)
+class Settings(Run, digit_methods.Settings):
+    """All settings."""
 
 
 # ---- what a study keeps from each run, and the figures that it draws of all runs ----
@@ -303,4 +310,4 @@ def main(settings: Settings) -> None:
 if __name__ == "__main__":
     listed = "\n".join(f"  {name:14}{plan.title}: {', '.join(plan.methods)}" for name, plan in STUDIES.items())
     every = f"methods:\n  {', '.join(METHODS)}\n\nstudies:\n{listed}"
-    run(main, parse(Settings, description=f"{__doc__}\n\n{every}"))
+    run(main, parse(Settings, parts=(Run, *digit_methods.PARTS), description=f"{__doc__}\n\n{every}"))

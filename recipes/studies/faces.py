@@ -34,7 +34,9 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class Data:
+    """Faces, and what is done to them."""
+
     data: Literal["portraits", "utkface", "agedb", "imdb-wiki"] = "portraits"
     """Faces: drawn by the package, or real ones in --root."""
     root: Path | None = None
@@ -45,10 +47,14 @@ class Settings:
     """What happens if an image cannot be read: the study stops, or the image is skipped and counted."""
     size: int | None = None
     """Side of the images in pixels; by default 32 for portraits and 64 for photographs."""
-    methods: tuple[str, ...] = ("all",)
-    """The methods to train, by the names above."""
-    seeds: int = 3
-    """The number of seeds per method: 0, 1, ..."""
+    augmentation: Literal["plain", "strong"] = "plain"
+    """Flips and shifts; strong adds rotation, zoom, brightness and color, which long trainings need."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The network, and how it is trained."""
+
     backbone: str = "small_resnet"
     """The network: small_resnet, or the name of any timm model (needs the extra "models")."""
     loss: Literal["l1", "mse", "huber", "focal-l1", "focal-mse"] = "l1"
@@ -63,8 +69,14 @@ class Settings:
     """The optimizer."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """How the learning rate falls."""
-    augmentation: Literal["plain", "strong"] = "plain"
-    """Flips and shifts; strong adds rotation, zoom, brightness and color, which long trainings need."""
+    stage_two_epochs: int = 4
+    """Passes over the training faces where a head is trained again on a frozen encoder."""
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """LDS, the window of LDS and FDS, soft labels, and the adjustment by the prior."""
+
     scheme: Literal["inverse", "sqrt_inverse", "effective_number", "dense"] = "sqrt_inverse"
     """How LDS turns the smoothed density into weights."""
     kernel_size: int = 5
@@ -75,8 +87,12 @@ class Settings:
     """How far labels are spread over neighbouring bins, in years."""
     tau: float | None = None
     """Strength of the adjustment after training; by default the one that is best on validation data."""
-    stage_two_epochs: int = 4
-    """Passes over the training faces where a head is trained again on a frozen encoder."""
+
+
+@dataclass(frozen=True)
+class FDS:
+    """Feature distribution smoothing."""
+
     fds_momentum: float = 0.9
     """Weight of the old statistics when an epoch is folded in; 0 uses the last epoch only."""
     fds_covariance: Literal["diagonal", "full", "low_rank"] = "diagonal"
@@ -92,6 +108,16 @@ class Settings:
     """Weight statistics by their numbers of samples when they are smoothed."""
     fds_start_epoch: int = 1
     """The number of epochs before features are calibrated."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run, and where."""
+
+    methods: tuple[str, ...] = ("all",)
+    """The methods to train, by the names above."""
+    seeds: int = 3
+    """The number of seeds per method: 0, 1, ..."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -102,6 +128,15 @@ class Settings:
     """Continue an earlier study in --out that was stopped."""
     out: Path | None = None
     """Folder of all results."""
+
+
+@dataclass(frozen=True)
+class Settings(Run, FDS, Smoothing, Training, Data):
+    """All settings of a study of faces."""
+
+
+PARTS = (Data, Training, Smoothing, FDS)
+"""The settings that no study has in another way."""
 
 
 @dataclass(frozen=True)

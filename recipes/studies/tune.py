@@ -33,7 +33,9 @@ KNOBS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 @dataclass(frozen=True)
-class Settings(faces.Settings):
+class Run(faces.Run):
+    """What is run, and where."""
+
     methods: tuple[str, ...] = ("default",)
     """One method."""
     seeds: int = 1
@@ -42,6 +44,11 @@ class Settings(faces.Settings):
     """The knobs to choose: kernel, sigma, scheme, momentum or lr."""
     out: Path | None = None
     """Folder of all results; by default runs/tune/<data>."""
+
+
+@dataclass(frozen=True)
+class Settings(Run, faces.Settings):
+    """All settings."""
 
 
 def main(settings: Settings) -> None:
@@ -120,4 +127,4 @@ def moved(knob: str, methods: Sequence[str]) -> bool:
 
 
 if __name__ == "__main__":
-    run(main, parse(Settings, description=f"{__doc__}\n\n{faces.overview()}"))
+    run(main, parse(Settings, parts=(Run, *faces.PARTS), description=f"{__doc__}\n\n{faces.overview()}"))

@@ -14,7 +14,7 @@ RECIPE = running.RECIPES / "studies/tune.py"
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
-    running.check_help_answers_without_torch(RECIPE, tmp_path, "--knobs", "momentum", "soft+tau")
+    running.check_help_answers_without_torch(RECIPE, tmp_path, "--knobs", "momentum", "soft+tau", "─ fds options ─")
 
 
 @pytest.mark.filterwarnings("ignore:.* the best tau is the largest")  # of one epoch
