@@ -163,7 +163,7 @@ class Training:
         self.fds = dt.FDS(bins, backbone.num_features, covariance=form) if form else None
         self.model = dt.LongTailModel(backbone, backbone.num_features, bins, head="regression", fds=self.fds).train()
         if compiled:
-            self.model.compile()
+            self.model.compile(fullgraph=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         for _ in range(2):
             self.epoch()
@@ -194,7 +194,7 @@ def epochs(report: Report, num_images: int = 2560, size: int = 48, batch: int = 
                 seconds[form].append(trainings[form].epoch())
         for form in forms:
             ratios = [a / b for a, b in zip(seconds[form], seconds[None], strict=True)]
-            goal = "<= 1.03" if form == "diagonal" else ""
+            goal = f"<= {1.02 if compiled else 1.03}" if form == "diagonal" else ""
             what = f"epoch with / without FDS, {form}{', compiled' * compiled}, {where}"
             detail = f"median of {pairs} pairs, which lie between {min(ratios):.3f} and {max(ratios):.3f}"
             report.add(what, statistics.median(ratios), goal, detail)

@@ -24,7 +24,9 @@ def placed(labels: Tensor, bins: AnyBins, outside: Outside, missing: Missing = "
         rule = f"labels must be {shapes} for one label per step or pixel"
         raise problem(rule, got=tuple(labels.shape), error=ShapeError)
     rows = bins.rows(labels, outside, missing)
-    return rows.clone() if rows.is_inference() and not torch.is_inference_mode_enabled() else rows
+    if torch.compiler.is_compiling() or not rows.is_inference() or torch.is_inference_mode_enabled():
+        return rows
+    return rows.clone()
 
 
 def check_features(features: Tensor, rows: Tensor, num_features: int, channels: Channels | None) -> list[Channels]:
@@ -36,7 +38,8 @@ def check_features(features: Tensor, rows: Tensor, num_features: int, channels: 
         rule = "features must not be under a transform of torch.func, since statistics cannot leave it"
         fix = "Leave out the labels, use eval mode, or call remove() on the handle before."
         raise problem(rule, got="such features", fix=fix, error=RuntimeError)
-    if features.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    by_hand = features.is_cuda and not torch.compiler.is_compiling()  # replays of compiled graphs are counted
+    if by_hand and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         rule = "features must not be gathered while a CUDA graph is captured, since its replays would not be counted"
         fix = "Capture the parts before and after the attached module separately."
         raise problem(rule, got="a stream that is capturing", fix=fix, error=RuntimeError)

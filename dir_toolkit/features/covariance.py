@@ -114,6 +114,8 @@ class BinCovariance(Float64Module, ABC):
     def _tables(self, features: Tensor, *names: str) -> list[Tensor]:
         """The maps in the dtype to compute with for these features."""
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        if torch.compiler.is_compiling():
+            return [getattr(self, name).to(dtype) for name in names]
         if dtype in self._cast:
             return self._cast[dtype]
         with torch.inference_mode(False):
@@ -160,6 +162,12 @@ class DiagonalCovariance(BinCovariance):
         scale, shift = diagonal_map(*(statistics[name] for name in names), clip=self.settings.clip)
         self.scale[:-1] = scale
         self.shift[:-1] = shift
+        self._cast.clear()
+
+    def reset(self) -> None:
+        """Make the maps the identity."""
+        self.scale.fill_(1)
+        self.shift.zero_()
         self._cast.clear()
 
     def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:

@@ -21,7 +21,7 @@ from .covariance import DiagonalCovariance, Settings
 from .hooks import FDSHook, FDSInputHook, FDSOutputHook
 from .maps import Map
 from .matrix_covariance import FullCovariance, LowRankCovariance
-from .passes import Passes, in_backward
+from .passes import Passes, around_graph, in_backward
 from .rows import Channels
 from .running import RunningStatistics
 from .select import Select
@@ -61,7 +61,8 @@ class FDS(RunningStatistics):
 
     The smoothing window is renormalised over the bins that have samples. Features of a bin without samples are not
     calibrated. A bin with one sample uses the smoothed variance. :meth:`FDS.end_epoch` merges the statistics of the
-    epoch over the ranks of ``torch.distributed``. Under ``torch.compile``, attach before the first call.
+    epoch over the ranks of ``torch.distributed``. Under ``torch.compile``, attach before the first call. A hook breaks
+    the graph once. With a diagonal covariance ``fds(features, labels)`` in the model's forward does not.
 
     Activation checkpointing is supported. The forward that it repeats is recognised by its features, for which backward
     waits for an accelerator once. Backward must run before :meth:`FDS.end_epoch`. It raises an error if two recent
@@ -191,7 +192,7 @@ class FDS(RunningStatistics):
         self.covariance = _FORMS[covariance](len(bins), self.num_features, of_form)
         self.attached = False
         self._rows: Tensor | None = None
-        self._gathered_by: FDSHook | None = None
+        self._gathered_by: FDSHook | FDS | None = None
         self._ran = False
         self._layout: Channels | None = None  # of the latest features with more than two axes
         self._passes = Passes()
@@ -249,7 +250,7 @@ class FDS(RunningStatistics):
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Accumulate the statistics of features, without a hook. The features do not change."""
-        rows = placed(labels, self.bins, self.outside, self.missing)
+        rows = self._placed(labels)
         self._gather(features, rows, self._axis(features, rows))
 
     def statistics(self) -> dict[str, Tensor]:
@@ -273,6 +274,8 @@ class FDS(RunningStatistics):
         self._maps_made += 1
         if self.epoch >= self.start_epoch:
             self.covariance.refresh(self.statistics())
+        elif isinstance(self.covariance, DiagonalCovariance):
+            self.covariance.reset()
 
     # ---- calibration ----
 
@@ -281,7 +284,7 @@ class FDS(RunningStatistics):
 
         Before ``start_epoch`` epochs have ended, and in eval mode, the features themselves are returned.
         """
-        rows = placed(labels, self.bins, self.outside, self.missing)
+        rows = self._placed(labels)
         return self._calibrate(features, rows, self._axis(features, rows))
 
     def _calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
@@ -294,6 +297,9 @@ class FDS(RunningStatistics):
             self.to(features.device)
         return self.covariance.calibrate(features, rows.clamp_max(len(self.bins)), axis)
 
+    def _placed(self, labels: Any) -> Tensor:
+        return placed(labels, self.bins, self.outside, self.missing)
+
     def _axis(self, features: Tensor, rows: Tensor) -> int:
         """The axis of the channels of checked features."""
         layouts = check_features(features, rows, self.num_features, self.channels)
@@ -304,6 +310,48 @@ class FDS(RunningStatistics):
             fix = 'Pass channels="first" or channels="last" to FDS.'
             raise problem(rule, got=tuple(features.shape), fix=fix, error=ShapeError)
         return features.ndim - 1 if self._layout == "last" else 1
+
+    # ---- in a forward ----
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Accumulate the statistics of features and calibrate them, as a hook does, for models that call FDS in their
+        forward.
+
+        With a diagonal covariance it does not break a compiled graph, so that ``torch.compile(fullgraph=True)`` takes
+        it. The FDS must then be on the device of the features. A compiled step does not warn if :meth:`end_epoch` was
+        forgotten. Activation checkpointing may be used inside a compiled graph. If a graph is compiled while a
+        checkpoint runs it, it breaks, and samples are counted once. They are counted twice if it was compiled before,
+        outside a checkpoint, and with torch before 2.8.
+
+        Args:
+            labels: in eval mode they are ignored, and may be None.
+        Returns:
+            the calibrated features, as a new tensor of the same dtype; in eval mode the features themselves.
+        Raises:
+            as :meth:`labels`; ShapeError: features do not fit. In a compiled graph invalid labels raise an error at
+                :meth:`end_epoch`.
+        """
+        return self._step(features, self._placed(labels) if self.training else None)
+
+    def _step(self, features: Tensor, rows: Tensor | None) -> Tensor:
+        """:meth:`forward` for rows instead of labels."""
+        if not self.training and torch.compiler.is_compiling():
+            return features
+        here = getattr(features, "device", None) == self.running_count.device
+        traced = torch.compiler.is_compiling() and isinstance(self.covariance, DiagonalCovariance) and here
+        if rows is None or not traced or around_graph():
+            return self._eager_step(features, rows)
+        axis = self._axis(features, rows)
+        with torch.no_grad():
+            self._accumulate(features, rows, axis)
+            self._seen_compiled.add_(len(features))
+        # Maps are the identity before start_epoch. A branch would compile the model twice.
+        return self._carried(features, rows, axis)
+
+    @torch._disable_dynamo  # unlike torch.compiler.disable, it imports the compiler only when called
+    def _eager_step(self, features: Tensor, rows: Tensor | None) -> Tensor:
+        with self._on_rows(rows):
+            return self._run(self, self, features)
 
     # ---- the hook ----
 
@@ -345,10 +393,10 @@ class FDS(RunningStatistics):
             LabelError: as :meth:`Bins.index`. ShapeError: labels have no axis of samples, or over a grid no last axis
                 of length K.
         """
-        return self._on_rows(placed(labels, self.bins, self.outside, self.missing))
+        return self._on_rows(self._placed(labels))
 
     @contextmanager
-    def _on_rows(self, rows: Tensor) -> Iterator[None]:
+    def _on_rows(self, rows: Tensor | None) -> Iterator[None]:
         """:meth:`labels` for rows instead of labels."""
         outer = self._rows, self._gathered_by, self._ran
         self._rows, self._gathered_by, self._ran = rows, None, False
@@ -365,14 +413,14 @@ class FDS(RunningStatistics):
             self._rows, self._gathered_by, self._ran = outer
             self._ran = self._ran or ran
 
-    def _run(self, hook: FDSHook, module: nn.Module, features: Tensor) -> Tensor:
+    def _run(self, hook: FDSHook | FDS, module: nn.Module, features: Tensor) -> Tensor:
         """The hook: accumulate the statistics of the features, then calibrate them."""
         self._ran = True
         trains = module.training and self.training
         if in_backward():
             return self._repeat(hook, features, must=trains)
         if not trains:
-            if self.has_open_epoch:
+            if self._seen:
                 self._evaluated_at.add(self._seen)
             return features
         if self._rows is None:
@@ -398,7 +446,7 @@ class FDS(RunningStatistics):
         self._passes.keep(hook, features, self._rows, self._maps_made if self.epoch >= self.start_epoch else None)
         return self._calibrate(features, self._rows, axis)
 
-    def _repeat(self, hook: FDSHook, features: Tensor, *, must: bool) -> Tensor:
+    def _repeat(self, hook: FDSHook | FDS, features: Tensor, *, must: bool) -> Tensor:
         """Calibrate features that activation checkpointing computes again in backward as in the forward, and do not
         count them again."""
         if not features.is_floating_point():

@@ -80,14 +80,14 @@ class BinMoments:
 
     @torch.inference_mode(False)
     def _add(self, count: Tensor, mean: Tensor, deviations: Tensor) -> None:
-        """Merge the moments of other samples into these."""
+        """Merge the moments of other samples into these, in place, so that compiled graphs can do it."""
         total = self.count + count
         share = (count.double() / total.clamp_min(1))[:, None]  # int / int would be float32
         step = mean - self.mean
         self.mean.addcmul_(step, share)
-        self.deviations += deviations
+        self.deviations.add_(deviations)
         self._spread(step, self.count[:, None] * share)
-        self.count = total
+        self.count.add_(count)
 
     def _spread(self, step: Tensor, weight: Tensor) -> None:
         """Add the squares of steps (B, D) between means to the deviations, weighted by (B, 1)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import problem
 from .._numerics import is_wrapped, wide_dtype
 
-__all__ = ["Pass", "Passes", "in_backward"]
+__all__ = ["Pass", "Passes", "around_graph", "in_backward"]
 
 _MOST, _MOST_NUMBERS = 256, 2**24  # the largest numbers of recorded passes, and of values in them
 _ALIKE = 1e-2  # recomputed features differ by less than this share of their size
@@ -102,6 +102,15 @@ class Passes:
 def in_backward() -> bool:
     """Whether autograd is running. A module that runs then is run by activation checkpointing."""
     return torch._C._current_graph_task_id() != -1
+
+
+def around_graph() -> bool:
+    """Whether activation checkpointing runs a compiled graph. Torch before 2.8 tells this in backward only."""
+    holders = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return in_backward() or (holders is not None and holders(False) is not None)
+
+
+around_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called when a graph is traced
 
 
 def _may_be_repeated() -> bool:

@@ -67,26 +67,26 @@ class RunningStatistics(Float64Module):
     @property
     def has_open_epoch(self) -> bool:
         """Whether features were accumulated since the last epoch ended."""
-        return self._seen > 0
+        return self._all_seen() > 0
+
+    def _all_seen(self) -> int:
+        """The number of samples of this epoch, for which this waits for an accelerator."""
+        return self._seen + (0 if self._seen_compiled.is_meta else int(self._seen_compiled))
 
     @torch.inference_mode(False)
     def drop_epoch(self) -> None:
         """Discard the features since the last epoch ended, for example after an aborted training."""
         self._moments = self.covariance.moments()
         self._unplaced = torch.zeros((), dtype=torch.int64, device=self.running_count.device)
-        self._seen = 0
+        self._seen = 0  # without compiled steps, whose number of samples stays on the device
+        self._seen_compiled = torch.zeros_like(self._unplaced)
         self._evaluated_at: set[int] = set()  # the number of samples seen before each evaluation
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _gather(self, features: Tensor, rows: Tensor, axis: int) -> None:
         """Add features to the moments of the current epoch. Warns if epochs are never ended."""
-        rows = rows.to(features.device)
-        flat, index, _ = as_rows(features.detach(), rows, axis)
-        self._moments.update(flat, index.clamp_max(len(self.bins)))
-        if self._unplaced.device != rows.device:
-            self._unplaced = self._unplaced.to(rows.device)
-        self._unplaced += (rows > len(self.bins)).sum()
+        self._accumulate(features, rows.to(features.device), axis)
         self._seen += len(features)
         if self._seen > 2 * self._last_seen > 0 or len(self._evaluated_at) > 1:
             self._warn_once(
@@ -94,6 +94,13 @@ class RunningStatistics(Float64Module):
                 "more than one epoch has been gathered since the last end_epoch(). Call fds.end_epoch() once after "
                 "each training epoch. Features are not calibrated before.",
             )
+
+    def _accumulate(self, features: Tensor, rows: Tensor, axis: int) -> None:
+        flat, index, _ = as_rows(features.detach(), rows, axis)
+        self._moments.update(flat, index.clamp_max(len(self.bins)))
+        if self._unplaced.device != rows.device:
+            self._unplaced = self._unplaced.to(rows.device)
+        self._unplaced.add_((rows > len(self.bins)).sum())
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned and (key != "end" or self.warns_of_forgotten_end):
@@ -112,7 +119,7 @@ class RunningStatistics(Float64Module):
                 there were none. In all these cases the running statistics do not change, and those of the epoch are
                 dropped.
         """
-        moments, seen = self._moments.all_reduce(self._group.of), self._seen
+        moments, seen = self._moments.all_reduce(self._group.of), self._all_seen()
         (unplaced,) = summed(self._unplaced.to(moments.count.device), group=self._group.of)
         self.drop_epoch()
         if int(unplaced):
@@ -147,7 +154,7 @@ class RunningStatistics(Float64Module):
             return self
         super()._apply(fn)
         self._moments.to(device)
-        self._unplaced = self._unplaced.to(device)
+        self._unplaced, self._seen_compiled = self._unplaced.to(device), self._seen_compiled.to(device)
         return self
 
     # ---- saved states ----
@@ -162,7 +169,7 @@ class RunningStatistics(Float64Module):
             {
                 "bins": self.bins.settings,
                 "covariance": self.covariance.form,
-                "counters": torch.tensor([self.epoch, self._seen, self._last_seen], device="cpu"),
+                "counters": torch.tensor([self.epoch, self._all_seen(), self._last_seen], device="cpu"),
                 "unplaced": torch.zeros_like(unplaced, device="cpu") if moments is None else unplaced,
                 "moments": None if moments is None else moments.state_dict(),
             }
@@ -183,6 +190,7 @@ class RunningStatistics(Float64Module):
             moments.load_state_dict(saved["moments"])
         self.epoch, self._seen, self._last_seen = numbers["counters"].tolist()
         self._unplaced, self._moments = numbers["unplaced"], moments
+        self._seen_compiled = torch.zeros_like(self._unplaced)
 
     def merged_state(self) -> dict[str, Any]:
         """``state_dict()`` with the current epoch merged over the ranks of the group, which must all call this.

@@ -433,13 +433,13 @@ class Bins(LabelAxes):
         if self._collapses and labels.is_floating_point() and labels.itemsize < 8:
             self._warn_of_narrow(name, labels.dtype)
         labels = labels.detach()
-        # Apple's GPUs have no float64.
-        wide = torch.float32 if labels.device.type == "mps" else torch.float64
-        values = labels if labels.is_floating_point() else labels.to(wide)
-        if readable(values) and (values.itemsize > 2 or not labels.is_floating_point()):
+        if readable(labels) and (labels.itemsize > 2 or not labels.is_floating_point()):
             quick = self._quick_index(labels.numpy(force=True))
             if quick is not None:
                 return torch.from_numpy(quick)
+        # Apple's GPUs have no float64.
+        wide = torch.float32 if labels.device.type == "mps" else torch.float64
+        values = labels if labels.is_floating_point() else labels.to(wide)
         edges = self.tensor("edges", values)
         if values.itemsize < 4:
             values, edges = values.float(), edges.float()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -247,18 +246,13 @@ class LongTailModel(nn.Module):
             return features  # skips the FDS hook, which would break a compiled graph
         if self.fds is None or not self.training or labels is None or index is None:
             return self.neck(features)
-        return self._neck_under(labels, index, features)
-
-    @torch._disable_dynamo  # one graph break around all of FDS
-    def _neck_under(self, labels: Tensor, index: Tensor, features: Tensor) -> Tensor:
-        """Features after FDS, which receives their labels."""
-        assert self.fds is not None
-        within: AbstractContextManager[None]
         if self._shares_bins(self.fds.bins):
-            within = self.fds._on_rows(torch.where(index < 0, len(self.bins) - 1 - index, index))
+            rows = torch.where(index < 0, len(self.bins) - 1 - index, index)
         else:
-            within = self.fds.labels(self._clipped(labels))
-        with within:
+            rows = self.fds._placed(self._clipped(labels))
+        if torch.compiler.is_compiling():
+            return self.fds._step(features, rows)
+        with self.fds._on_rows(rows):
             return self.neck(features)
 
     def read(self, features: Tensor) -> LongTailOutput:
@@ -334,8 +328,9 @@ class LongTailModel(nn.Module):
         return labels.to(self.bins.wide_dtype(labels)).clamp(float(self.bins.edges[0]), float(self.bins.edges[-1]))
 
     def _shares_bins(self, bins: AnyBins) -> bool:
-        """Whether the bins and the way to place labels on them are equal to the model's."""
-        return bins is self.bins or bins == self.bins
+        """Whether the bins and the way to place labels on them are equal to the model's. Compiled graphs cannot compare
+        them, and place labels twice."""
+        return bins is self.bins or (not torch.compiler.is_compiling() and bins == self.bins)
 
     def set_prior(
         self,

@@ -359,6 +359,7 @@ def fds_job(form: str, data: str, labels: str, bins: Any = BINS, **settings: Any
 
 FEATURES: dict[str, Callable[[], Job]] = {
     "FDS": fds_job("diagonal", "features", "y"),
+    "FDS in a forward": of(lambda: dt.FDS(BINS, D), lambda m, d: m(d.features, d.y).square().mean()),
     "FDS of maps": fds_job("diagonal", "maps", "pixels"),
     "FDS over a grid": fds_job("diagonal", "features", "y2", GRID),
     "FDS that drops": fds_job("diagonal", "features", "y", outside="drop"),

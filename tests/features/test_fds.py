@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dir_toolkit import FDS, Bins, gaussian
@@ -550,6 +551,90 @@ def test_compiled_after_attaching_it_gives_the_same_steps(form: str) -> None:
         torch.testing.assert_close(run_epoch(net, fds, x, y), run_epoch(compiled, twin_fds, x, y))
     torch.testing.assert_close(fds.running_mean, twin_fds.running_mean)
     assert twin_fds.epoch == 3
+
+
+class Calling(nn.Module):
+    """A small regressor that calls FDS in its forward."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.fds = nn.Linear(3, 4), nn.Linear(4, 1), FDS(BINS, 4, rank=2, **settings)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.head(self.fds(self.body(x), y)).squeeze(1)
+
+
+def test_called_in_a_forward_it_does_what_a_hook_does() -> None:
+    called, hooked, place = FDS(BINS, 4), FDS(BINS, 4), nn.Identity()
+    hooked.attach(place, "output")
+    for seed in range(3):
+        features, labels = batch(seed)
+        with hooked.labels(labels):
+            expected = place(features)
+        assert torch.equal(called(features, labels), expected)
+        assert called.has_open_epoch
+        called.end_epoch()
+        hooked.end_epoch()
+    assert not torch.equal(expected, features)
+    assert called.eval()(features) is features
+    assert not called.has_open_epoch
+    with pytest.raises(TypeError, match=r"^FDS: labels must be a torch\.Tensor, got NoneType"):
+        called.train()(features)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch's own tracing
+@pytest.mark.parametrize(
+    "settings", [{}, {"start_epoch": 2, "outside": "drop"}, *({"covariance": form} for form in FORMS[1:])], ids=str
+)
+def test_a_model_that_calls_it_is_compiled_whole_and_has_the_same_epochs(settings: dict[str, Any]) -> None:
+    torch.compiler.reset()  # what torch learnt of other models' sizes
+    whole, beyond = "covariance" not in settings, 3 * ("outside" in settings)
+    nets = plain, twin = Calling(**settings), Calling(**settings)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(twin, backend=counter, fullgraph=whole)
+    x, y = net_data()
+    for epoch in range(4):
+        for size in (90, 60):
+            outputs = [net(x[:size] + epoch, y[:size] + beyond) for net in (plain, compiled)]
+            torch.testing.assert_close(*outputs)
+            for output in outputs:
+                output.square().mean().backward()
+        for p, q in zip(plain.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        counts = [unpack(net.fds.get_extra_state())["counters"] for net in nets]
+        assert counts[0].tolist() == counts[1].tolist()
+        for net in nets:
+            net.fds.end_epoch()
+        expected = plain.fds.statistics()
+        torch.testing.assert_close(twin.fds.statistics(), expected, rtol=1e-9, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(compiled.eval()(x), plain.eval()(x))
+        assert not twin.fds.has_open_epoch
+        for net in nets:
+            net.train()
+    if whole:
+        assert counter.frame_count == 3  # batches of one size, of any size, and eval mode
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch's own tracing
+def test_bad_labels_and_arguments_of_a_compiled_step_are_told() -> None:
+    x, y = net_data()
+    net = Calling()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    compiled(x, y + 3)
+    with pytest.raises(LabelError, match=r"^FDS.end_epoch: labels must lie on the label axis .*, got 20 that do not"):
+        net.fds.end_epoch()
+    with pytest.raises(ShapeError, match=r"^FDS: features and labels must have the same samples"):
+        torch.compile(net, backend="eager")(x, y[1:])
+
+
+def test_the_state_of_an_epoch_before_calibration_starts_undoes_the_maps() -> None:
+    fds, (features, labels) = FDS(BINS, 4, start_epoch=2), batch()
+    states = [trained(fds, batch(seed)).state_dict() for seed in range(2)]
+    net = torch.compile(fds, backend="eager", fullgraph=True)
+    assert not torch.equal(net(features, labels), features)
+    fds.load_state_dict(states[0])
+    assert torch.equal(net(features, labels), features)
 
 
 def test_attached_after_the_first_compiled_call_it_says_so() -> None:

@@ -258,3 +258,38 @@ def test_a_copy_finds_its_own_forwards() -> None:
     summed(*losses(twin, hook.fds, 6, 7))
     assert any(parameter.grad is not None for parameter in twin.parameters())
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+class Calling(nn.Module):
+    """A checkpoint around FDS, called in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.fds = nn.Linear(3, 4), nn.Linear(4, 1), FDS(BINS, 4)
+
+    def part(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(self.fds(self.body(x).relu(), y))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return checkpoint(self.part, x, y, use_reentrant=False)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch's own tracing
+@pytest.mark.parametrize("compiled", ["none", "model", "part"])
+def test_called_in_a_checkpoint_it_counts_once_also_in_compiled_graphs(compiled: str) -> None:
+    plain, net = Calling(), Calling()
+    step: Any = net
+    if compiled == "model":
+        step = torch.compile(net, backend="aot_eager", fullgraph=True)
+    elif compiled == "part":
+        net.part = torch.compile(net.part, backend="aot_eager")  # type: ignore[method-assign]
+    for seed in range(2):
+        x, y = view(seed)
+        plain.part(x, y).square().mean().backward()
+        step(x, y).square().mean().backward()
+        assert torch.equal(net.fds._moments.count, plain.fds._moments.count)
+        for p, q in zip(plain.parameters(), net.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        plain.fds.end_epoch()
+        net.fds.end_epoch()

@@ -268,5 +268,12 @@ def test_predictions_and_steps_of_every_readout_are_one_graph() -> None:
 
     x, y = batch()
     read = [ages(**options, fds=FDS(AGES, 6)).eval() for options in COMPILED]
-    trained = [ages(**options) for options in COMPILED]
+    others = Bins.from_edges(AGES.edges)  # equal bins, which a graph places labels in by themselves
+    trained = [
+        *(ages(**options, fds=FDS(AGES, 6)) for options in COMPILED),
+        ages(),
+        ages(fds=FDS(others, 6), weights=LDS(others).fit(AGE_DENSITY)),
+    ]
+    trained[0].fds.eval()
     torch.testing.assert_close(torch.compile(all_of, backend="eager", fullgraph=True)(x, y), all_of(x, y))
+    assert [model.fds.has_open_epoch for model in trained if model.fds] == [False, True, True, True, True]
