@@ -102,12 +102,11 @@ TITLES = {
     "fds": "feature distribution smoothing over ages (FDS, Yang et al. 2021)",
     "lds+fds": "LDS and FDS together",
     "soft": "bins of one year, with labels spread over neighbouring bins, before any adjustment",
-    "soft+tau": "that network after its last epoch, adjusted by the training prior as is best on validation data",
+    "soft+tau": "the network of soft after its last epoch, adjusted by the prior as is best on validation data",
 }
 NOTES = (
     "Ages fall into regions by their training faces: many (more than 100 per age), medium (20 to 100), few (1 to 19). "
-    "MAE is the mean over faces, bMAE the mean over ages of the MAE of each age: the two are the same where all ages "
-    "have equally many test faces.",
+    "MAE is the mean over faces, bMAE the mean over ages of the MAE of each age.",
     "Each run is judged at the epoch of its least validation bMAE. A method that starts from the network of another "
     "takes it as it was after its last epoch. The test set was used once, at the end.",
 )

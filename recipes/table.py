@@ -43,7 +43,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 
 import dir_toolkit as dt
 from dir_toolkit.experiment.data.tables import table
-from dir_toolkit.experiment.results.figures import density_figure, error_figure
+from dir_toolkit.experiment.results.figures import error_figure
 from dir_toolkit.experiment.results.schema import combine_runs
 from dir_toolkit.experiment.results.summary import write_summary
 from dir_toolkit.experiment.results.tables import as_text, results_table, verdict
@@ -91,9 +91,9 @@ def main(settings: Settings) -> None:
     title, command = f"A table: {name}", typed_command("recipes/table.py", ("file", "out"))
     ds = combine_runs(runs, title=title, command=command, label_name=name, label_units=units)
     settings.out.mkdir(parents=True, exist_ok=True)
-    write_summary(settings.out, ds, {"Error by label": error_figure(ds), "Density": density_figure(density)})
-    print(f"\n{bins.why}\n\n{as_text(results_table(ds))}\nFigures: {settings.out / 'report.html'}")
-    print(verdict(ds, "LongTailRegressor", "boosting"))
+    said = verdict(ds, "LongTailRegressor", "boosting")
+    write_summary(settings.out, ds, {"Error by label": error_figure(ds)}, notes=[said])
+    print(f"\n{bins.why}\n\n{as_text(results_table(ds))}\nFigures: {settings.out / 'report.html'}\n{said}")
 
 
 if __name__ == "__main__":

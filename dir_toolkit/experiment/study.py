@@ -616,12 +616,13 @@ class Study:
                 yield shown, run, name, seed
 
     def _density_figure(self, label: dict[str, Any]) -> dict[str, Figure]:
-        """The density of training labels and, if a method has them, the LDS weights."""
+        """The density of training labels and the LDS weights, if a method has them. The figure of errors along the axis
+        has the counts alone."""
         density = next(iter(self._data.values()))[1]
         every = [run.trained.weights for _, run, _, _ in self._trained()]
         smooth = [weights for weights in every if weights is not None and weights.kernels[0] is not None]
         if not smooth:
-            return {"Label density": density_figure(density, **label)}
+            return {}
         each = smooth[0].sample_weight(density.bins.centers)
         effective = density.smooth(smooth[0].kernels[0])
         return {"Label density and LDS weights": density_figure(density, each, effective=effective, **label)}

@@ -233,6 +233,13 @@ def test_a_method_goes_on_from_the_network_of_another(finished: Path) -> None:
     )  # it takes the last epoch, whatever the best is
 
 
+def test_the_density_alone_is_not_drawn_twice(tmp_path: Path) -> None:
+    one = study(tmp_path)
+    one.run(["plain"])
+    figures = one._figures(one.result("x"), {})
+    assert set(figures) == {"Error by region", "Error by size", "Examples", "Predicted against true", "Training"}
+
+
 def test_a_network_has_another_name_before_and_after_its_adjustment(tmp_path: Path) -> None:
     one = study(tmp_path)
     one.run(["plain", "adjusted", "retrained"])

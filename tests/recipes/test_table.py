@@ -39,7 +39,7 @@ def test_it_ends_in_a_table_a_report_and_a_sentence(
     assert [line.split(", seed")[0] for line in lines[:5]] == names
     assert "bins of" in outcome.out
     assert lines[-1].startswith("LongTailRegressor against boosting: bMAE ")
-    assert (tmp_path / "runs/table/report.html").exists()
+    assert f'<p class="lead">{lines[-1]}</p>' in (tmp_path / "runs/table/report.html").read_text()
 
 
 def test_bad_settings_end_in_a_message(here: Callable[..., Outcome]) -> None:
