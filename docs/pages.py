@@ -14,6 +14,7 @@ from docstrings import mathml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from tutorials import CELL, gallery
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dir_toolkit"
@@ -34,7 +35,7 @@ READ_ON = {
     "integrations": "running.md#other-libraries", "experiment": "running.md",
 }  # fmt: skip
 # Pages whose code runs from top to bottom, which are notebooks as well.
-NOTEBOOKS = ("start.md", "concepts.md", "porting.md", "faq.md", "target-prior.md")
+NOTEBOOKS = ("concepts.md", "porting.md", "faq.md", *gallery())
 GUIDE = ("concepts", "which-method", "methods", "jobs", "running", "porting", "beside", "faq", "glossary")
 AT_ROOT = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
 
@@ -43,6 +44,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"dir_toolkit": "index.md"},
         {"Getting started": "start.md"},
+        {"Gallery": ["gallery.md", *(page for page in gallery() if page.startswith("tutorials/"))]},
         {"Guide": [f"{name}.md" for name in GUIDE if (ROOT / "docs" / f"{name}.md").exists()]},
         {"Measured": ["ages.md", "digits.md", "tables.md", "intervals.md", "target-prior.md", "speed.md"]},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
@@ -74,10 +76,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{title}\n\n| fact | |\n|---|---|\n{rows}\n{rest}"
     page.meta["search"] = {"boost": 0.5 if page.file.src_uri.startswith("reference/") else 2}
     markdown = markdown.replace("](docs/", "](")
-    if "/" not in page.file.src_uri:
-        markdown = markdown.replace("](../", "](")
+    above = "../" * page.file.src_uri.count("/")  # from the page to the site's root
+    markdown = markdown.replace(f"]({above}../", f"]({above}")
     if page.file.src_uri in NOTEBOOKS:
-        notebook = page.file.src_uri.replace(".md", ".ipynb")
+        notebook = page.file.name + ".ipynb"
         markdown = markdown.replace("\n\n", f"\n\n[As a notebook]({notebook})\n\n", 1)
     markdown = markdown.replace("<!-- tau -->", (ROOT / "docs/tau.html").read_text("utf-8"))
     markdown = re.sub(r"^```math\n(.*?)```$", lambda m: mathml(m[1], "block"), markdown, flags=re.M | re.S)
@@ -85,7 +87,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Names that ``import dir_toolkit as dt`` gives are headed so."""
+    """Names that ``import dir_toolkit as dt`` gives are headed so; the gallery's list is a grid."""
+    if page.file.src_uri == "gallery.md":
+        html = html.replace("<ul>", '<ul class="gallery">')
     if page.file.src_uri.startswith("reference/"):
         for path, name in _everyday().items():
             heading = rf'(id="{re.escape(path)}" class="doc doc-heading">.*?doc-object-name[^>]*>){name}<'
@@ -96,9 +100,11 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 def _notebook(text: str) -> str:
     """A page as a Jupyter notebook, without what its code printed."""
     cells = []
-    for i, part in enumerate(re.split(r"^```python\n(.*?)^```\n(?:\n```\n.*?^```\n)?", text, flags=re.M | re.S)):
-        cell: dict[str, Any] = {"id": f"cell{i}", "metadata": {}, "source": part.strip(), "cell_type": "markdown"}
-        cells.append(cell | {"cell_type": "code", "outputs": [], "execution_count": None} if i % 2 else cell)
+    for i, part in enumerate(CELL.split(text)):
+        cell: dict[str, Any] = {"id": f"cell{i}", "metadata": {}, "source": (part or "").strip()}
+        code = {"cell_type": "code", "outputs": [], "execution_count": None}
+        if i % 3 < 2:  # the third is what the code printed
+            cells.append(cell | (code if i % 3 else {"cell_type": "markdown"}))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
 

@@ -110,14 +110,14 @@ def test_names_are_headed_as_users_write_them_and_cards_show_their_front_matter(
 
 
 def test_pages_whose_code_runs_are_notebooks_of_the_same_code(site: Path) -> None:
-    notebooks = sorted(site.glob("*.ipynb"))
-    assert {"start", "concepts"} <= {path.stem for path in notebooks}
+    notebooks = sorted(site.rglob("*.ipynb"))
+    assert {"start", "concepts", "classes"} <= {path.stem for path in notebooks}
     for path in notebooks:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        page = (ROOT / "docs" / f"{path.stem}.md").read_text(encoding="utf-8")
+        page = (ROOT / "docs" / path.relative_to(site).with_suffix(".md")).read_text(encoding="utf-8")
         code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
         assert code == [block.strip() for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)]
-        assert f'href="{path.name}"' in (site / f"{path.stem}.html").read_text(encoding="utf-8")
+        assert f'href="{path.name}"' in path.with_suffix(".html").read_text(encoding="utf-8")
 
 
 def test_no_markup_is_left_over(site: Path) -> None:

@@ -1,0 +1,100 @@
+"""Runs the code of the gallery's pages and writes what it printed into them, their pictures, and small ones of these.
+
+    OMP_NUM_THREADS=1 python docs/tutorials.py            # all pages, or name some: table classes
+
+It ends with the seconds of CPU time per page, which ``gallery.md`` states. A notebook of a page holds the same cells.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DOCS = Path(__file__).parent
+# A cell of code, and what the page shows of what it prints.
+CELL = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.M | re.S)
+PICTURE = re.compile(r"^!\[[^]]*\]\(([^)]+)\)", re.M)
+
+
+def gallery() -> list[str]:
+    """The pages of the gallery in its order, as paths below ``docs``."""
+    return re.findall(r"^- \[.*?\]\(([\w/.-]+\.md)\)", (DOCS / "gallery.md").read_text("utf-8"), re.M)
+
+
+def thumbnail(page: str) -> str:
+    return f"gallery/{Path(page).stem}.png"
+
+
+def run(text: str, adapted: Callable[[str], str] = str) -> Iterator[tuple[str, str]]:
+    """What each cell of a page shows and what it prints, where cells run in order and share their names."""
+    names: dict[str, Any] = {"__name__": "page"}
+    for code, shown in CELL.findall(text):
+        with redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings():
+            exec(compile(adapted(code), "page", "exec"), names)
+        yield shown, printed.getvalue()
+
+
+def small(picture: Path) -> Image.Image:
+    """A picture as the gallery shows it."""
+    from PIL import Image
+
+    image = Image.open(picture).convert("RGB")
+    image.thumbnail((400, 225))
+    return image
+
+
+def wrapped(printed: str) -> str:
+    """What was printed in lines that fit on a page."""
+    lines = printed.split("\n")
+    return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") if len(line) > 120 else line for line in lines)
+
+
+def refresh(page: Path) -> float:
+    """Run a page in the working folder, and write what it shows. Returns the seconds of CPU time."""
+    from PIL import Image
+
+    text, begun = page.read_text("utf-8"), time.process_time()
+    results = iter(list(run(text)))
+    seconds = time.process_time() - begun
+
+    def cell(match: re.Match[str]) -> str:
+        _, printed = next(results)
+        return f"```python\n{match[1]}```\n" + (f"\n```\n{wrapped(printed)}```\n" if printed else "")
+
+    page.write_text(CELL.sub(cell, text), "utf-8")
+    pictures = [page.parent / link for link in PICTURE.findall(text) if Path(Path(link).name).exists()]
+    for picture in pictures:
+        _write(Image.open(picture.name).convert("RGB"), picture)
+    _write(small(pictures[0]), DOCS / thumbnail(page.name))
+    return seconds
+
+
+def _write(image: Image.Image, path: Path) -> None:
+    """Write a picture. With few colours it takes a third of the bytes."""
+    image.quantize(96).save(path, optimize=True)
+
+
+def main(names: list[str]) -> None:
+    for page in gallery():
+        if not names or Path(page).stem in names:
+            with TemporaryDirectory() as folder:
+                os.chdir(folder)
+                print(f"{refresh(DOCS / page):5.1f} s  {page}")
+                os.chdir(DOCS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
