@@ -21,7 +21,7 @@ import torch
 import xarray as xr
 from timing import Report, Row
 
-NAMES = ("startup", "lds", "density", "fds", "heads", "losses", "images", "growth")
+NAMES = ("startup", "lds", "density", "fds", "heads", "losses", "images", "regressor", "growth")
 OUT = Path("runs/benchmarks")
 
 

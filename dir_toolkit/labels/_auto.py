@@ -13,6 +13,7 @@ from .._checks import digits
 _FEWEST, _MOST, _LABELS_PER_BIN = 10, 200, 5  # bins, and labels per bin on average
 _LONGEST_TAIL = 8  # the longest tail that gets bins of one width, in interquartile ranges
 _PILE, _FAR = 0.1, 0.05  # shares of all labels: the least of a repeated value, and the most of outliers
+_REACH = 5  # the farthest that a value of several labels may lie from the others, in ranges of these
 _MOST_STEPS = 10**6  # from the smallest label to the largest; finer steps are lost in rounding
 
 
@@ -29,7 +30,7 @@ def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
     most = int(np.clip(len(labels) // _LABELS_PER_BIN, _FEWEST, _MOST))
     values, counts = np.unique(labels + 0.0, return_counts=True)  # no -0.0
     pile = values[counts.argmax()] if counts.max() >= _PILE * len(labels) else np.nan
-    own = values[_near(values, counts)]
+    own, measured = values[_near(values, counts)], values
     step = _step(own)
     if step and (own[-1] - own[0]) / step < most - 0.5:
         start = own[0] if abs(own[0] / step - round(own[0] / step)) > 1e-3 else step * round(own[0] / step)
@@ -38,7 +39,8 @@ def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
     else:
         kind = "whole numbers" if step == 1 and own[0] == round(own[0]) else "numbers"
         for scale in _scales(labels, pile):
-            own = values[_near(scale.transform(values), counts)]
+            measured = scale.transform(values)
+            own = values[_near(measured, counts)]
             rest = scale.transform(labels[(labels != pile) & (labels >= own[0]) & (labels <= own[-1])])
             low, high = scale.transform(own[[0, -1]])
             lower, upper = np.quantile(rest, [0.25, 0.75])
@@ -58,13 +60,19 @@ def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
     why = f"{len(labels):,} {kind} from {own[0]:.6g} to {own[-1]:.6g}"
     why += f", {np.mean(labels == pile):.0%} of them {pile:.6g}" if pile in (0, own[0], own[-1]) else ""
     why += f": {len(edges) - 1} {made}, of which the first and the last are spare."
+    near = values[_near(measured, counts, 0)]
+    if len(apart := own[(own < near[0]) | (own > near[-1])]):
+        why += f" {apart[0]:.6g} lies apart and is no outlier, since several labels share it: drop it if it is a code."
     if len(far):
         why += f" {len(far):,} far off, such as {far[0]:.6g}, count in the end bins: look for mistyped ones."
     return edges, why
 
 
-def _near(values: np.ndarray, counts: np.ndarray) -> slice:
-    """The sorted values without outliers: a few values whose distance from the others exceeds the range of those."""
+def _near(values: np.ndarray, counts: np.ndarray, reach: float = _REACH) -> slice:
+    """The sorted values without outliers: a few values whose distance from the others exceeds the range of those.
+
+    Values that several labels share, such as zero, are outliers only where the distance exceeds ``reach`` times it.
+    """
     first, last = 0, len(values)
     while last - first > 2:
         gaps = np.diff(values[first:last])
@@ -72,6 +80,9 @@ def _near(values: np.ndarray, counts: np.ndarray) -> slice:
         far, left = sorted((slice(first, cut), slice(cut, last)), key=lambda part: part.stop - part.start)
         few = far.stop - far.start <= max(1, len(values) // 100)
         if not few or counts[left].sum() < (1 - _FAR) * counts.sum() or gaps.max() <= gaps.sum() / 2:
+            break
+        shared = counts[far].sum() >= _LABELS_PER_BIN * (far.stop - far.start)
+        if shared and gaps.max() <= reach * (values[left][-1] - values[left][0]):
             break
         first, last = left.start, left.stop
     return slice(first, last)

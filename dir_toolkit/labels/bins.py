@@ -353,6 +353,9 @@ class Bins(LabelAxes):
         width on a logarithmic scale, or on an asinh scale where some labels are not positive. The edges are still in
         label units. A value that a tenth of the labels share, such as zero, is left out of the interquartile range.
 
+        A few values are outliers if their distance from the others exceeds the range of those. A value that five labels
+        or more share, such as a price of zero, is one only if the distance exceeds five times that range.
+
         The first and the last bin hold none of the labels except outliers. They let soft labels at the ends of the axis
         decode without bias. The axis is unbounded: its end bins also hold new labels beyond it, and outliers such as
         typing errors.

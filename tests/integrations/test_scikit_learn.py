@@ -542,8 +542,10 @@ def test_the_default_chooses_on_held_out_rows_between_a_network_and_trees(defaul
     allowed = [row for row in tried.values() if row["mae"] <= min(1.5 * least, constant)]
     assert chosen == min(allowed, key=lambda row: row["bmae"])
     number = default.number_(torch.from_numpy(default.columns_(x_test))).prediction
-    forecasts = np.mean([trees.predict(x_test) for trees in default.trees_], 0)
-    binned = default.model_(torch.from_numpy(forecasts)[:, None]).prediction
+    trees = torch.from_numpy(np.mean([trees.predict(x_test) for trees in default.trees_], 0))
+    assert 0 < default.trees_share_ < 1
+    forecasts = default.trees_share_ * trees + (1 - default.trees_share_) * number
+    binned = default.model_(forecasts[:, None]).prediction
     mean = (default.share_ * number + (1 - default.share_) * binned).detach().numpy()
     np.testing.assert_allclose(default.predict(x_test), mean.clip(y.min(), y.max()), rtol=1e-9)
     assert np.abs(default.predict(x_test) - y_test).mean() < 0.7 * np.abs(np.median(y) - y_test).mean()
@@ -563,6 +565,18 @@ def test_on_noise_with_a_long_tail_the_default_is_no_worse_than_a_constant() -> 
     model = LongTailRegressor(hidden=(16,), members=2, epochs=5, random_state=0).fit(x[:800], y[:800])
     constant = np.abs(np.median(y[:800]) - y[800:]).mean()
     assert np.abs(model.predict(x[800:]) - y[800:]).mean() < 1.03 * constant
+
+
+def test_the_forecast_leans_on_what_errs_less() -> None:
+    random = np.random.default_rng(0)
+    x = random.uniform(-1, 1, (400, 2))
+    steps = np.floor(4 * x[:, 0]) + np.sign(x[:, 1])  # which trees know and one line does not
+    shares = [
+        LongTailRegressor(hidden=(), members=2, epochs=epochs, lr=lr, random_state=0).fit(x, y).trees_share_
+        for y, epochs, lr in ((steps, 1, 1e-6), (10 * x[:, 0] - 3 * x[:, 1], 30, 0.03))
+    ]
+    assert shares[0] == 1
+    assert shares[1] < 0.5
 
 
 def test_a_mistyped_label_spoils_nothing() -> None:

@@ -112,6 +112,30 @@ def test_rare_labels_are_not_taken_for_mistyped_ones() -> None:
     assert "far off" not in str(all_held(claims).why)
 
 
+@pytest.mark.parametrize("value", [0.0, 5.0])
+def test_a_distant_value_that_several_labels_share_is_no_outlier(value: float) -> None:
+    labels = 2 + RANDOM.random(1000)
+    bins = all_held(np.append(labels, [value] * 5))
+    assert (bins.relative_widths == 1).all()
+    text = f"{value:g} lies apart and is no outlier, since several labels share it: drop it if it is a code."
+    assert text in str(bins.why)
+    density = LabelDensity.count(np.append(labels, [value] * 5), bins)
+    apart = density.smooth().counts[bins.index([value])[0]]  # no common label is in reach of its window
+    assert apart <= 5
+    for rare in ([value] * 4, [value, value / 2 + 0.1] * 2):  # is mistyped, or is several values
+        assert Bins.auto(np.append(labels, rare)) == Bins.auto(labels)
+
+
+def test_a_shared_value_far_beyond_the_others_stays_an_outlier() -> None:
+    labels = RANDOM.random(1000)
+    bins = Bins.auto(np.append(labels, [-999.0] * 20))
+    assert bins == Bins.auto(labels)
+    assert "20 far off, such as -999, count in the end bins" in str(bins.why)
+    both = Bins.auto(np.concatenate([labels, [-999.0], [-3.0] * 8]))
+    assert "-3 lies apart" in str(both.why)
+    assert "1 far off, such as -999" in str(both.why)
+
+
 def test_labels_at_the_ends_decode_to_themselves() -> None:
     labels = torch.tensor(PRICES)
     bins = Bins.auto(labels)

@@ -21,7 +21,7 @@ from ...labels.bins import Bins
 from ...labels.decoding import Decoding
 from ...labels.weights import Scheme
 from ...longtail.readouts import TargetPrior
-from ._blended import Blended, counted, model_of_forecasts
+from ._blended import SHARES, Blended, counted, model_of_forecasts
 from ._estimator import LongTailEstimator, Rows, all_or_nothing
 
 __all__ = ["LongTailRegressor"]
@@ -33,11 +33,12 @@ class LongTailRegressor(Blended, LongTailEstimator):
     """A scikit-learn regressor for long-tailed labels.
 
     By default it trains a network and boosted trees. The network predicts a number, with an absolute error weighted by
-    LDS. The trees' forecasts become a distribution over bins, as in :class:`PriorAdjusted`, which is adjusted towards
-    rare labels by ``tau``. The prediction is a weighted mean of the number and of the median over the bins. The weight
-    and ``tau`` are chosen on held-out rows by the smallest bMAE. Their mean absolute error must exceed neither
-    ``most_mae`` times the smallest one nor that of the median label. If no setting meets this, the one with the least
-    mean absolute error is taken. A number as ``tau`` is used as it is, and then only the weight is chosen.
+    LDS. The weighted mean of trees and network that has the least squared error on held-out rows is a forecast. It
+    becomes a distribution over bins, as in :class:`PriorAdjusted`, which is adjusted towards rare labels by ``tau``.
+    The prediction is a weighted mean of the number and of the median over the bins. The weight and ``tau`` are chosen
+    on held-out rows by the smallest bMAE. Their mean absolute error must exceed neither ``most_mae`` times the smallest
+    one nor that of the median label. If no setting meets this, the one with the least mean absolute error is taken. A
+    number as ``tau`` is used as it is, and then only the weight is chosen.
 
     Network and trees are the mean of several members. Each member holds out a different fold of the rows for
     validation, so that all rows are used both for training and for validation.
@@ -82,9 +83,10 @@ class LongTailRegressor(Blended, LongTailEstimator):
     Attributes:
         bins_: the label axis.
         model_: the :class:`dir_toolkit.LongTailModel` in float64, on inputs transformed by ``columns_``, and with
-            ``head="auto"`` on the forecasts of ``trees_``.
+            ``head="auto"`` on forecasts.
         number_: the model of the number, or None unless ``head="auto"``. share_: its weight in predictions.
-        trees_: the boosted trees of each member, with ``head="auto"``; else empty.
+        trees_: the boosted trees of each member, with ``head="auto"``; else empty. trees_share_: their weight in the
+            forecast; None unless ``head="auto"``.
         tau_: the strength of the adjustment; None without bins.
         tau_choice_: the :class:`dir_toolkit.priors.TauChoice` of a head that scores bins; else None.
         choice_: the candidates of ``head="auto"``, a list of dicts with ``share``, ``tau``, ``mae``, ``bmae``,
@@ -199,10 +201,11 @@ class LongTailRegressor(Blended, LongTailEstimator):
             options["decode"] = self.decode
         self.estimators_, self.number_, self.share_, self.tau_choice_ = None, None, 0.0, None
         self.choice_, self.trees_ = [], list[HistGradientBoostingRegressor]()
+        self.trees_share_: float | None = None
         if auto:
             self.number_, numbers = self._fit_model(rows, bins, "regression", self.weights or "sqrt_inverse", *training)
-            forecasts = self._fit_trees(X, rows, runtime)
             held, density = rows.held.any(0), counted(bins, labels, rows.weight)
+            forecasts = self._fit_trees(X, rows, runtime, numbers.numpy())
             of_held = forecasts, labels[held], rows.weight[held]
             self.model_, scores = model_of_forecasts(bins, *of_held, density, **options)
             self._choose(*of_held[1:], numbers, scores)
@@ -226,8 +229,8 @@ class LongTailRegressor(Blended, LongTailEstimator):
             self._compare(self._on_axis(read).numpy(), labels[held])
         return self
 
-    def _fit_trees(self, X: np.ndarray, rows: Rows, runtime: Runtime) -> np.ndarray:
-        """Boosted trees on the rows of each member, and their forecasts of the rows held out."""
+    def _fit_trees(self, X: np.ndarray, rows: Rows, runtime: Runtime, numbers: np.ndarray) -> np.ndarray:
+        """Train trees on the rows of each member. Return the best mean of trees and numbers, on the rows held out."""
         forecasts = np.empty(len(rows.labels))
         weight = None if np.ptp(rows.weight) == 0 else rows.weight  # Without weights trees grow faster.
         for own, held in zip(rows.own, rows.held, strict=True):
@@ -235,16 +238,24 @@ class LongTailRegressor(Blended, LongTailEstimator):
             own_weight = None if weight is None else weight[own]
             self.trees_.append(trees.fit(X[own], rows.labels[own], sample_weight=own_weight))
             forecasts[held] = trees.predict(X[held])
-        return forecasts[rows.held.any(0)]
+        judged = rows.held.any(0)
+        forecasts, labels, weight = forecasts[judged], rows.labels[judged], rows.weight[judged]
+        means = {share: share * forecasts + (1 - share) * numbers for share in SHARES}
+        best = min(SHARES, key=lambda share: float(np.average((means[share] - labels) ** 2, weights=weight)))
+        self.trees_share_ = best
+        return means[best]
 
     def _inputs(self, X: np.ndarray) -> np.ndarray:
-        columns = super()._inputs(X)
-        if not self.trees_:
+        """Columns, or with ``head="auto"`` the forecast and the number, (N, 2)."""
+        columns, number, share = super()._inputs(X), self.number_, self.trees_share_
+        if number is None or share is None:
             return columns
-        return np.column_stack([np.mean([trees.predict(X) for trees in self.trees_], 0), columns])
+        numbers = self._read(columns, lambda x: number(x).prediction).numpy()
+        trees = np.mean([trees.predict(X) for trees in self.trees_], 0)
+        return np.column_stack([share * trees + (1 - share) * numbers, numbers])
 
     def _number(self, x: Tensor) -> Tensor | None:
-        return None if self.number_ is None else self.number_(x[:, 1:]).prediction
+        return None if self.number_ is None else x[:, 1]
 
     def _of_model(self, x: Tensor) -> Tensor:
         return x[:, :1] if self.trees_ else x
