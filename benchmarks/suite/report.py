@@ -136,7 +136,17 @@ def lacks(suite: Suite, method: str) -> str:
 
 
 OF_LOSSES = ("mse", "lds", "balanced_mse", "ccc", "dist_loss", "srl", "c_mixup", "fds", "lds+fds", "conr", "bsam")
-OF_HEADS = ("soft", "soft+tau", "coral", "coral+tau", "corn", "uvote", "uvote_bins", "long_tail_model")
+OF_HEADS = (
+    "soft",
+    "soft+tau",
+    "coral",
+    "coral+tau",
+    "corn",
+    "uvote",
+    "uvote_bins",
+    "long_tail_model",
+    "long_tail_model+bias",
+)
 LEAVES = (  # the question, who stands to choose from, and the error that chooses
     ("The rows are a table, and any estimator will do", OF_TABLES, "bMAE"),
     ("A network; its head is one number and stays", OF_LOSSES, "bMAE"),

@@ -227,12 +227,13 @@ def contrasted(trial: Trial, own: dict[str, Any]) -> Trained:
     return fitted(trial, trial.model(head="regression"), own, loss=loss)
 
 
-def calibrated(trial: Trial, own: dict[str, Any]) -> Trained:
-    """What README and estimators do by default: soft bins, then temperature and tau."""
+def calibrated(trial: Trial, own: dict[str, Any], bias: bool = False) -> Trained:
+    """What README and estimators do by default: soft bins, then temperature and tau; or a bias along the axis, too."""
     trained = fitted(trial, trial.model(), own, selects="mae/all")
     val, model = trial.splits.val, trained.model
     assert isinstance(model, dt.LongTailModel)
-    return replace(trained, tau=model.calibrate(predict(model, val, runtime=trial.runtime).scores, val.labels))
+    scores = predict(model, val, runtime=trial.runtime).scores
+    return replace(trained, tau=model.calibrate(scores, val.labels, bias=bias))
 
 
 def voting(trial: Trial, own: dict[str, Any], head: Any = "gaussian") -> Trained:
@@ -298,6 +299,7 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
     "uvote": (values("heads", 2, 3), voting),
     "uvote_bins": (values("heads", 2, 3), partial(voting, head="linear")),
     "long_tail_model": (DECAYS, calibrated),
+    "long_tail_model+bias": (DECAYS, partial(calibrated, bias=True)),
     "median": (None, partial(of_rows, make=median)),
     "boosting": (None, partial(of_rows, make=HistGradientBoostingRegressor)),
     "boosting_lds": (None, partial(of_rows, make=HistGradientBoostingRegressor, weighted=True)),
