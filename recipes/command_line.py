@@ -23,7 +23,7 @@ PLACES = ("root", "listing", "out")
 def worded(text: str) -> str:
     """Text that names recipes, as they are called where it is read: ``python recipes/age.py`` in a checkout, and
     ``dir-toolkit age`` where a wheel brought the recipes."""
-    if Path(__file__).parents[1].name != "dir_toolkit_recipes":
+    if not Path(__file__).parents[1].joinpath("__main__.py").exists():
         return text
     text = re.sub(r"(torchrun .*)\brecipes/([\w/]+)\.py", r"\1-m dir_toolkit \2", text)
     return re.sub(r"(?:python )?\brecipes/([\w/]+)\.py", r"dir-toolkit \1", text)

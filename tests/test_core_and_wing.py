@@ -39,7 +39,7 @@ ROOT = Path(dir_toolkit.__file__).parent
 CORE = [
     name
     for _, name, _ in pkgutil.walk_packages([str(ROOT)], "dir_toolkit.")
-    if not name.startswith(("dir_toolkit.experiment", "dir_toolkit.integrations"))
+    if not name.startswith(("dir_toolkit.experiment", "dir_toolkit.integrations", "dir_toolkit.__main__"))
 ]
 OPTIONAL = {"xarray", "pandas", "matplotlib", "rich", "PIL", "sklearn", "tensorboard", "torchvision", "timm", "tyro"}
 FRESH = """
@@ -82,7 +82,7 @@ def test_no_module_of_the_core_imports_the_wing_or_a_library_that_it_does_not_ne
     path = ROOT.joinpath(*name.split(".")[1:])
     names = list(imported(path / "__init__.py" if path.is_dir() else path.with_suffix(".py")))
     assert [other for other in names if other.startswith("dir_toolkit.experiment")] == []
-    known = NEEDED | LATE | set(sys.stdlib_module_names) | {"dir_toolkit", "dir_toolkit_recipes", ""}
+    known = NEEDED | LATE | set(sys.stdlib_module_names) | {"dir_toolkit", ""}
     assert {other.partition(".")[0] for other in names} - known == set()
 
 

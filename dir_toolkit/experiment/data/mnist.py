@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dir_toolkit_recipes import HOME
-
 from ..._checks import instance
+from ..command import HOME
 from ._checks import data_error, require_data
 from .idx import read_idx
 from .images import Splits

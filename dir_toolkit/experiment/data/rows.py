@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dir_toolkit_recipes import HOME
-
 from ..._checks import whole
+from ..command import HOME
 from ._checks import data_error
 from .images import SampleSet, Splits
 

@@ -9,8 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from dir_toolkit_recipes import HOME
-
+from ..command import HOME
 from ._checks import data_error
 from .archives import Files, FolderFiles, TarFiles
 from .cache import OnError, decode_once, make_splits

@@ -1,7 +1,4 @@
-"""The command ``dir-toolkit``, which runs the recipes. In a wheel they and the data cards lie in this folder, too.
-
-It is no part of ``dir_toolkit``, whose import loads torch, so that ``--help`` answers before that.
-"""
+"""The command ``dir-toolkit``, which runs the recipes. In a wheel they and the data cards lie in the package."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from pathlib import Path
 
 __all__ = ["HOME", "main", "overview", "recipes"]
 
-_HERE = Path(__file__).resolve().parent
-HOME = _HERE if (_HERE / "recipes").is_dir() else _HERE.parent
-"""The folder that holds ``recipes`` and ``data_cards``: this one in a wheel, in a checkout the one above."""
+_PACKAGE = Path(__file__).resolve().parents[1]
+HOME = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
+"""The folder that holds ``recipes`` and ``data_cards``: the package in a wheel, and the one above it in a checkout."""
 _GROUPS = {"recipes": "recipes", "studies, which compare many methods": "recipes/studies"}
 _INTEGRATIONS = ("lightgbm", "lightning", "torchmetrics", "transformers")
 
