@@ -318,8 +318,8 @@ class FDS(RunningStatistics):
         forward.
 
         With a diagonal covariance it does not break a compiled graph, so that ``torch.compile(fullgraph=True)`` takes
-        it. The FDS must then be on the device of the features. A compiled step does not warn if :meth:`end_epoch` was
-        forgotten. Activation checkpointing may be used inside a compiled graph. If a graph is compiled while a
+        it. The FDS must then be on the device of the features. A compiled step does not warn if :meth:`FDS.end_epoch`
+        was forgotten. Activation checkpointing may be used inside a compiled graph. If a graph is compiled while a
         checkpoint runs it, it breaks, and samples are counted once. They are counted twice if it was compiled before,
         outside a checkpoint, and with torch before 2.8.
 
@@ -329,7 +329,7 @@ class FDS(RunningStatistics):
             the calibrated features, as a new tensor of the same dtype; in eval mode the features themselves.
         Raises:
             as :meth:`labels`; ShapeError: features do not fit. In a compiled graph invalid labels raise an error at
-                :meth:`end_epoch`.
+                :meth:`FDS.end_epoch`.
         """
         return self._step(features, self._placed(labels) if self.training else None)
 
