@@ -92,7 +92,8 @@ class _Numbers:
         """One change, or an interval between two, which starts with the smaller change if both have one direction."""
         alike = max(ends) < 0 or min(ends) >= 0
         ends = tuple(sorted(ends, key=abs)) if alike else ends
-        words = [f"{self.number(abs(end))} {'less' if end < 0 else 'more'}" for end in ends]
+        points = " points" * self.percent
+        words = [f"{self.number(abs(end))}{points} {'less' if end < 0 else 'more'}" for end in ends]
         return " to ".join([*(word.split()[0] for word in words[:-1]), words[-1]] if alike else words)
 
 

@@ -75,4 +75,6 @@ def test_without_predictions_or_rivals_it_claims_nothing(ds: xr.Dataset, compare
 
 def test_classes_are_compared_by_their_balanced_error(class_run: Callable[..., xr.Dataset], combine: Combine) -> None:
     few = combine({("softmax", 0): class_run([4, 2, 0]), ("adjusted", 0): class_run([3, 2, 1])}, label_units="1")
-    assert headline(few).startswith("Nobody wins beyond noise: adjusted has the least balanced error, 36.1 %, 8.3 less")
+    assert headline(few).startswith(
+        "Nobody wins beyond noise: adjusted has the least balanced error, 36.1 %, 8.3 points less"
+    )
