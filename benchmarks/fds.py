@@ -12,12 +12,13 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from timing import Report, medians, milliseconds
-from torch import Tensor
+from torch import Tensor, nn
 
 import dir_toolkit as dt
 from dir_toolkit.experiment.backbones import small_resnet
@@ -155,13 +156,26 @@ def forms(report: Report, num_features: int = 512) -> None:
 class Training:
     """Epochs of one model; the first two, which compile, gather and first calibrate, are behind it."""
 
-    def __init__(self, form: Any, images: Tensor, labels: Tensor, batch: int, *, compiled: bool) -> None:
+    def __init__(
+        self,
+        form: Any,
+        images: Tensor,
+        labels: Tensor,
+        batch: int,
+        *,
+        compiled: bool,
+        backbone: nn.Module | None = None,
+        bf16: bool = False,
+    ) -> None:
         torch.manual_seed(0)
-        self.images, self.labels, self.batch = images, labels, batch
+        self.images, self.labels, self.batch, self.bf16 = images, labels, batch, bf16
         bins = dt.Bins.uniform(0, NUM_BINS, width=1)
-        backbone = small_resnet()
-        self.fds = dt.FDS(bins, backbone.num_features, covariance=form) if form else None
-        self.model = dt.LongTailModel(backbone, backbone.num_features, bins, head="regression", fds=self.fds).train()
+        backbone = (backbone or small_resnet()).to(images.device).eval()
+        with torch.no_grad():
+            num_features = backbone(images[:1]).shape[1]
+        self.fds = dt.FDS(bins, num_features, covariance=form) if form else None
+        self.model = dt.LongTailModel(backbone, num_features, bins, head="regression", fds=self.fds)
+        self.model.to(images.device).train()
         if compiled:
             self.model.compile(fullgraph=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
@@ -170,15 +184,28 @@ class Training:
 
     def epoch(self) -> float:
         """Seconds taken."""
+        kind = self.images.device.type
         start = time.perf_counter()
         for x, y in zip(self.images.split(self.batch), self.labels.split(self.batch), strict=True):
-            loss = self.model(x, y).loss
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.bf16):
+                loss = self.model(x, y).loss
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
         if self.fds is not None:
             self.fds.end_epoch()
+        if kind == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
+
+
+def paired(trainings: Mapping[Any, Training], pairs: int) -> dict[Any, list[float]]:
+    """Seconds of epochs that run in turn. The order alternates: none always runs first."""
+    seconds: dict[Any, list[float]] = {form: [] for form in trainings}
+    for turn in range(pairs):
+        for form in list(seconds)[:: 1 if turn % 2 else -1]:
+            seconds[form].append(trainings[form].epoch())
+    return seconds
 
 
 def epochs(report: Report, num_images: int = 2560, size: int = 48, batch: int = 128, pairs: int = 15) -> None:
@@ -188,10 +215,7 @@ def epochs(report: Report, num_images: int = 2560, size: int = 48, batch: int = 
     where = f"{num_images} images of {size} px"
     for compiled, forms in ((False, FORMS), (True, ("diagonal",))):
         trainings = {form: Training(form, images, labels, batch, compiled=compiled) for form in (None, *forms)}
-        seconds: dict[Any, list[float]] = {form: [] for form in trainings}
-        for turn in range(pairs):  # the order alternates: none always runs first
-            for form in list(seconds)[:: 1 if turn % 2 else -1]:
-                seconds[form].append(trainings[form].epoch())
+        seconds = paired(trainings, pairs)
         for form in forms:
             ratios = [a / b for a, b in zip(seconds[form], seconds[None], strict=True)]
             goal = f"<= {1.02 if compiled else 1.03}" if form == "diagonal" else ""

@@ -20,6 +20,7 @@ from dir_toolkit.errors import ShapeError
 
 sys.path.insert(0, str(Path(__file__).parent))  # which pytest's importlib mode does not
 
+import madeup
 from forked import Forked, load
 from sketching import sketch
 
@@ -45,6 +46,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     attack = parser.getgroup("attack", "how hard tests/attack tries")
     attack.addoption("--mutations", type=int, default=100, help="mutations of each kind of file (default: 100)")
     attack.addoption("--kills", type=int, default=2, help="kills of a training run (default: 2)")
+    accelerator = parser.getgroup("accelerator", "where tests marked gpu run")
+    accelerator.addoption("--device", choices=("cuda", madeup.NAME), default="cuda", help="cuda, or one made up")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == madeup.NAME:
+        madeup.start()
 
 
 def pytest_collection_finish() -> None:

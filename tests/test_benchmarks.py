@@ -1,15 +1,23 @@
 """What the benchmarks write: verdicts, the table and the result. The timing itself is not tested."""
 
 import importlib
+import os
 import runpy
+import shutil
+import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
+from forked import load
+
+from dir_toolkit import DirToolkitWarning
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -55,8 +63,62 @@ def test_the_table_and_the_result_hold_every_row(benchmarks: dict[str, ModuleTyp
 
 
 def test_every_benchmark_is_run_by_all(benchmarks: dict[str, ModuleType]) -> None:
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"all", "timing"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"all", "timing", "gpu"}
     assert set(benchmarks["all"].NAMES) == scripts
+
+
+def test_what_is_measured_on_a_gpu_runs_on_a_few_numbers(
+    benchmarks: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: None
+) -> None:
+    """With all that is measured in it, the time of each stage, and how it ended."""
+    gpu, running = importlib.import_module("gpu"), load(str(FOLDER.parent / "tests" / "recipes" / "running.py"))
+    running.make_faces(tmp_path / "faces")
+    for name, value in running.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    device, words = torch.device("cpu"), ["--data", "utkface", "--root", str(tmp_path / "faces"), "--size", "16"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DirToolkitWarning)
+        for stage, more in (("parts", ()), ("step", ()), ("age", (words,))):
+            gpu.STAGES[stage](gpu.KeptReport(tmp_path / f"{stage}.csv"), device, True, *more)
+    (tmp_path / "tests.txt").write_text("...\n==== 7 passed in 2 s ====\n")
+    (tmp_path / "stages.csv").write_text("what,value,unit,detail\nparts: exit code 0; took,3,s,\n")
+    gpu.table(tmp_path, device)
+    table = pd.read_csv(tmp_path / "gpu.csv")
+    assert table.stage.unique().tolist() == ["stages", "parts", "step", "age"]
+    parts = table[table.stage == "parts"]
+    assert (parts.value > 0).all()
+    assert {"GB/s", "µs", "%"} == set(parts.unit)
+    text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "Tests: 7 passed in 2 s" in text
+    for what in ("FDS, calibration, 64 rows: time", "ResNet-18", "fastest epoch of vanilla on cpu", "exit code 0"):
+        assert what in text, what
+
+
+def test_a_resnet_that_cannot_be_had_is_said_to_be_skipped(
+    benchmarks: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = importlib.import_module("gpu")
+    for library in ("torchvision", "timm"):
+        monkeypatch.setitem(sys.modules, library, None)
+    gpu.step(gpu.KeptReport(tmp_path / "step.csv"), torch.device("cpu"), True)
+    assert "skipped, since neither torchvision nor timm is installed" in (tmp_path / "step.csv").read_text()
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="needs timeout, which most Linux systems have")
+@pytest.mark.parametrize("failing", ["step", ""])
+def test_a_stage_that_fails_leaves_the_others_and_shows_in_the_exit_code(failing: str, tmp_path: Path) -> None:
+    stand_in = tmp_path / "python"  # for what takes minutes
+    stand_in.write_text(f'#!/bin/sh\necho "$@"\n[ "$2" != "{failing}" ]\n')
+    stand_in.chmod(0o755)
+    paths = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([FOLDER / "gpu.sh", tmp_path / "out"], env=paths, capture_output=True, text=True)
+    assert done.returncode == (1 if failing else 0)
+    stages = pd.read_csv(tmp_path / "out" / "stages.csv")
+    codes = [f"{name}: exit code {1 if name == failing else 0}" for name in ("tests", "parts", "step", "age", "table")]
+    assert [what.split(" (")[0] for what in stages.what] == codes
+    limits = [int(line.split()[-2]) for line in done.stdout.splitlines() if line.startswith("+ ")]
+    assert sum(limits) + 5 * len(limits) <= 370
+    assert "-m gpu" in (tmp_path / "out" / "tests.txt").read_text()
 
 
 HEAD = "method,seed,mae,bmae,few,bmase,crps,coverage,seconds,tuning_seconds,setting,rows,epochs,trials"

@@ -634,7 +634,7 @@ def _total_variance(shares: Any, means: Any, variances: Any) -> tuple[Any, Any]:
 def _of_all_ranks(rows: Tensor) -> Tensor:
     """The rows of all ranks, in rank order. Ranks may hold different numbers of rows."""
     rank = dist.get_rank()
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device="cpu")
     sizes[rank] = len(rows)
     ends = summed(sizes)[0].cumsum(0).tolist()
     everyone = rows.new_zeros(ends[-1], rows.shape[1])

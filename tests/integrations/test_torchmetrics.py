@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jobs
 import pytest
 import torch
 import xarray as xr
@@ -124,8 +125,7 @@ def test_in_a_collection_it_shares_its_sums_only_with_its_like() -> None:
 def test_an_update_on_an_accelerator_makes_nothing_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = load(str(Path(__file__).parents[1] / "attack" / "test_accelerator.py"))
     monkeypatch.setattr(accelerator.bins_module, "keepable", lambda tensor: True)  # as in its own tests
-    density = accelerator.density(accelerator.BINS)
-    job = accelerator.measured(lambda: RegionMetric(RegressionMetrics(density)), "pred", "y")
+    job = jobs.measured(lambda: RegionMetric(RegressionMetrics(jobs.density(jobs.BINS))), "pred", "y")
     assert accelerator.watched(job, "cuda", backward=False) == []
 
 

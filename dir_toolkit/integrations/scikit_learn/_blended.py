@@ -203,7 +203,7 @@ def model_of_forecasts(
         options: of the readout.
     """
     options.setdefault("sigma", usual_sigma(bins, density))
-    model = LongTailModel(nn.Identity(), 1, bins, density=density, head=nn.Identity(), **options)
+    model = LongTailModel(nn.Identity(), 1, bins, density=density, head=nn.Identity(), **options).cpu()
     values = torch.from_numpy(labels)
     target = model.readout.target(model._placed(values, bins.place(values, model.outside, model.missing)))
     model.head = head = Windows(torch.from_numpy(forecasts), values, torch.from_numpy(weight), target, bins)
@@ -214,7 +214,8 @@ def model_of_shares(
     bins: Bins, shares: np.ndarray, labels: np.ndarray, density: LabelDensity, **options: Any
 ) -> tuple[LongTailModel, Tensor]:
     """A model that takes shares of bins for features, with the temperature that suits these rows, and their scores."""
-    model = LongTailModel(nn.Identity(), len(bins), bins, density=density, head=nn.Identity(), sigma=None, **options)
+    options |= {"density": density, "head": nn.Identity(), "sigma": None}
+    model = LongTailModel(nn.Identity(), len(bins), bins, **options).cpu()
     model.head = head = LogShares(torch.from_numpy(density.prior(floor=1.0)), len(labels))
     scores = head(torch.from_numpy(shares))
     model.calibrate(scores, torch.from_numpy(labels))

@@ -233,7 +233,7 @@ class LongTailEstimator(BaseEstimator):
         padded = torch.stack([torch.cat([one, trained[:1].expand(longest - len(one))]) for one in held])
         steps = Steps(model, optimization, len(trained), runtime)
         parameters = list(model.parameters())
-        best, best_scores = torch.full((count,), math.inf), None
+        best, best_scores = torch.full((count,), math.inf, device="cpu"), None
         best_weights = [parameter.detach().clone() for parameter in parameters]
         history: list[dict[str, float]] = []
         self.best_epochs_ = np.full(count, optimization.epochs)
@@ -273,7 +273,7 @@ class LongTailEstimator(BaseEstimator):
                 losses, scores = judged()
                 row["val_loss"] = losses.mean().item()
                 model.train()
-                better = losses < best if self.patience is not None else torch.ones(count, dtype=torch.bool)
+                better = losses < best if self.patience is not None else torch.ones_like(losses, dtype=torch.bool)
                 if best_scores is None:
                     best_scores = scores.clone()
                 best_scores[better] = scores[better]
@@ -292,7 +292,7 @@ class LongTailEstimator(BaseEstimator):
                 break
         self.history_ = history
         if best_scores is None:
-            return torch.zeros(0)
+            return torch.zeros(0, device="cpu")
         with torch.no_grad():
             for old, new in zip(best_weights, parameters, strict=True):
                 new.copy_(old)

@@ -45,7 +45,7 @@ class Windows(nn.Module):
         super().__init__()
         self.bins = bins
         rows, order = len(forecasts), forecasts.argsort(stable=True)
-        group = torch.arange(rows) // -(-rows // _GROUPS)  # of each row, in the order of forecasts
+        group = torch.arange(rows, device="cpu") // -(-rows // _GROUPS)  # of each row, in the order of forecasts
         groups = int(group[-1]) + 1
         self.register_buffer("forecasts", forecasts[order][group.diff(prepend=group.new_full((1,), -1)) > 0])
         self.sizes = [*(_FEWEST * 2**k for k in range(32) if _FEWEST * 2**k < groups), 2 * groups]
