@@ -65,7 +65,7 @@ __all__ = ["Run", "Study", "Task", "Trained", "Trial"]
 
 _LAST = "checkpoint-last.pt"
 _JUDGED = {"bmae": "bMAE", "mae": "MAE"}  # what the figure of tau shows
-_MOST_IN_A_FIGURE = {"history": 12, "classes": 16}  # methods
+_MOST_IN_A_FIGURE = {"history": 16, "classes": 16}  # methods
 
 
 @dataclass(frozen=True, eq=False)
