@@ -6,7 +6,7 @@
 The first command takes about 12 seconds on two CPU cores, and ends with a table, figures and a report in
 ``runs/mnist/digits``. The digits 0 to 4 are thinned to a tenth, and test and validation images are balanced.
 The expected balanced errors of softmax, logit-adjusted and affinity are 7.6, 6.6 and 8.6 %, of 500 test images and one
-seed. The last line says that no method is apart from noise then; ``--seeds 5`` tells more.
+seed. The last line then says that no difference exceeds noise; ``--seeds 5`` tells more.
 ``recipes/studies/digits.py`` has all remedies, and the studies of the affinity paper.
 """
 

@@ -18,7 +18,7 @@ __all__ = ["headline"]
 
 
 def headline(ds: xr.Dataset, baseline: str | None = None, *, level: float = 0.95) -> str:
-    """Who won, by how much and at what price; or that nobody is apart from noise.
+    """Who won, by how much and at what price; or that no difference exceeds noise.
 
     The winner has the least bMAE, or balanced error, over all. It is compared with the baseline and with the next best.
     The price is each region in which the winner is worse than the baseline beyond noise.
@@ -52,15 +52,15 @@ def headline(ds: xr.Dataset, baseline: str | None = None, *, level: float = 0.95
             [*lines, f"{best} has the {title(metric)} {say.value(means[best])} and nothing to be compared with."]
         )
     if not all(_comparable(ds, best, rival) for rival in rivals):
-        return " ".join([*lines, f"{best} has {least}; how far that is from noise is not known."])
+        return " ".join([*lines, f"{best} has {least}; whether that exceeds noise is not known."])
     for rival in rivals:
         pair = _compared(ds, best, rival, metric, level)
         difference, low, high = (float(pair[f"difference{end}"][0]) for end in ("", "_low", "_high"))
         far = f"{say.change(difference)} than {rival}"
         span = f"{100 * level:g} % interval: {say.change(low, high)}"
         if rival != rivals[0]:
-            apart = "also apart from" if high < 0 else "not apart from"
-            lines.append(f"It is {apart} the next best, {rival}, beyond noise ({say.change(difference)}; {span}).")
+            differs = "also differs" if high < 0 else "does not differ"
+            lines.append(f"It {differs} from the next best, {rival}, beyond noise ({say.change(difference)}; {span}).")
         elif high < 0:
             lines.append(f"{best} wins with {least}: {far}, or {100 - 100 * float(pair['ratio'][0]):.0f} % ({span}).")
             prices = list(_prices(ds, pair, best, rival, say))

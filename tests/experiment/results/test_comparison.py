@@ -149,6 +149,31 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(predicted: Run, co
     assert 0.65 < np.mean(covered) < 0.97
 
 
+def test_classes_vary_as_shares_of_their_samples_do(combine: Combine) -> None:
+    tested = {0: (400, {"a": 100, "b": 60}), 1: (100, {"a": 10, "b": 40})}  # samples, and wrong answers of each method
+    target = torch.cat([torch.full((n,), c) for c, (n, _) in tested.items()])
+
+    def run(method: str) -> xr.Dataset:
+        wrong = torch.cat([torch.arange(n) < of[method] for n, of in tested.values()])
+        density = dt.LabelDensity(dt.Bins.classes(2), torch.tensor([200, 200]))
+        return dt.classification_metrics(torch.where(wrong, 1 - target, target), target, density)
+
+    ds = combine({(method, 0): run(method) for method in "ab"}, label_units="1")
+    columns = [("balanced_error", "all"), ("error", "all")]
+    result = paired_differences(ds, "a", metrics=columns, replicates=4000)
+    assert set(_of(result, "a", "error").values()) == {0.0, 1.0}
+    for name, shares in (("balanced_error", (0.5, 0.5)), ("error", (0.8, 0.2))):
+        part = _of(result, "b", name)
+        expected, variance = 0.0, 0.0
+        for share, (n, wrong) in zip(shares, tested.values(), strict=True):
+            expected += share * (wrong["b"] - wrong["a"]) / n
+            variance += share**2 * sum(k / n * (1 - k / n) / (n - 1) for k in wrong.values())
+        assert part["difference"] == pytest.approx(expected, abs=1e-12)
+        reach = 1.96 * variance**0.5
+        ends = [part["difference_low"] - expected, part["difference_high"] - expected]
+        np.testing.assert_allclose(ends, [-reach, reach], rtol=0.1)
+
+
 def test_one_seed_tells_the_variation_of_samples_alone(compared: xr.Dataset) -> None:
     result = paired_differences(compared)
     assert result.attrs["resampled"].endswith("of one seed, test samples alone: alone")
