@@ -319,9 +319,11 @@ class FDS(RunningStatistics):
 
         With a diagonal covariance it does not break a compiled graph, so that ``torch.compile(fullgraph=True)`` takes
         it. The FDS must then be on the device of the features. A compiled step does not warn if :meth:`FDS.end_epoch`
-        was forgotten. Activation checkpointing may be used inside a compiled graph. If a graph is compiled while a
-        checkpoint runs it, it breaks, and samples are counted once. They are counted twice if it was compiled before,
-        outside a checkpoint, and with torch before 2.8.
+        was forgotten.
+
+        Activation checkpointing may be used inside a compiled graph. If a checkpoint runs a compiled graph instead,
+        samples are counted once only if torch 2.8 or newer compiled the graph inside the checkpoint, which breaks it.
+        Otherwise they are counted twice.
 
         Args:
             labels: in eval mode they are ignored, and may be None.

@@ -328,8 +328,8 @@ class LongTailModel(nn.Module):
         return labels.to(self.bins.wide_dtype(labels)).clamp(float(self.bins.edges[0]), float(self.bins.edges[-1]))
 
     def _shares_bins(self, bins: AnyBins) -> bool:
-        """Whether the bins and the way to place labels on them are equal to the model's. Compiled graphs cannot compare
-        them, and place labels twice."""
+        """Whether the bins and the way to place labels on them are equal to the model's. A compiled graph cannot
+        compare them: there equal bins that are another object count as different, and labels are placed twice."""
         return bins is self.bins or (not torch.compiler.is_compiling() and bins == self.bins)
 
     def set_prior(
