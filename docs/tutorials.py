@@ -1,8 +1,8 @@
-"""Runs the code of the gallery's pages and writes what it printed into them, their pictures, and small ones of these.
+"""Runs the code of the gallery's pages, and writes what it printed into them, their pictures, and thumbnails.
 
     OMP_NUM_THREADS=1 python docs/tutorials.py            # all pages, or name some: table classes
 
-It ends with the seconds of CPU time per page, which ``gallery.md`` states. A notebook of a page holds the same cells.
+It prints the seconds of CPU time of each page, which ``gallery.md`` states. A page's notebook holds the same cells.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def gallery() -> list[str]:
 
 
 def thumbnail(page: str) -> str:
+    """The small picture of a page, as a path below ``docs``."""
     return f"gallery/{Path(page).stem}.png"
 
 
@@ -83,11 +84,12 @@ def refresh(page: Path) -> float:
 
 
 def _write(image: Image.Image, path: Path) -> None:
-    """Write a picture. With few colours it takes a third of the bytes."""
+    """Write a picture in 96 colours, which takes a third of the bytes."""
     image.quantize(96).save(path, optimize=True)
 
 
 def main(names: list[str]) -> None:
+    """Refresh the named pages, or all."""
     for page in gallery():
         if not names or Path(page).stem in names:
             with TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ PLACES = ("root", "listing", "out")
 
 
 def worded(text: str) -> str:
-    """Text that names recipes, as they are called where it is read: ``python recipes/age.py`` in a checkout, and
+    """The text with each recipe named as its reader can call it: ``python recipes/age.py`` in a checkout, and
     ``dir-toolkit age`` where a wheel brought the recipes."""
     if not Path(__file__).parents[1].joinpath("__main__.py").exists():
         return text

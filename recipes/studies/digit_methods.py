@@ -112,11 +112,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Settings(Run, Training, Remedy, Data):
-    """All settings of a study of digits, but which study."""
+    """All settings of a study of digits except which study it is."""
 
 
 PARTS = (Data, Training, Remedy)
-"""The settings but those of ``Run``."""
+"""All parts except ``Run``, to which a study adds settings of its own."""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class Settings(Run, FDS, Smoothing, Training, Data):
 
 
 PARTS = (Data, Training, Smoothing, FDS)
-"""The settings that no study has in another way."""
+"""The parts that all studies of faces share. Each study has a ``Run`` of its own."""
 
 
 @dataclass(frozen=True)
