@@ -308,6 +308,18 @@ def test_what_looks_at_values_takes_tensors_of_the_device(
         agree(HOST[name](there), expected)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_label_beyond_the_axis_makes_the_loss_nan(name: str, device: torch.device) -> None:
+    """Nothing looks at it, and no index is out of range, which would end a CUDA process."""
+    modules, step = MODELS[name]()
+    for module in modules:
+        module.to(device)
+    numbers = {**batch(), "y": batch()["y"].clone(), "c": batch()["c"].clone()}
+    numbers["y"][3], numbers["c"][3] = 99.0, 77
+    loss = step(SimpleNamespace(**{k: v.detach().to(device) for k, v in numbers.items()}))
+    assert loss.isnan().item() == ("'clip'" not in name and "'drop'" not in name)
+
+
 HALF = {name: ALL[name] for name in (*MODELS, *HEADS, *FEATURES, "full FDS")}
 
 

@@ -107,7 +107,8 @@ class Runtime:
         return [bool(flag) for flag in raised.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks on rank 0, in rank order; an empty list on the others. Tensors must be on the CPU."""
+        """The values of all ranks on rank 0, in rank order; an empty list on the others. Tensors must be on the CPU.
+        NCCL sends the pickled values by way of the GPU's memory."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world if self.is_main else []
