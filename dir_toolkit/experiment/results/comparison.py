@@ -58,8 +58,8 @@ def paired_differences(
     Args:
         ds: a result of regression that holds predictions, or of classification. Methods without predictions are NaN
             and have 0 seeds.
-        metrics: (metric, region) pairs, with the metric ``"mae"`` or ``"bmae"``. For classes, which the default does not
-            fit, ``"balanced_error"`` or ``"error"``.
+        metrics: (metric, region) pairs, with the metric ``"mae"`` or ``"bmae"``. A result of classification needs pairs
+            with ``"balanced_error"`` or ``"error"``, which the default does not hold.
         replicates: at least 100.
         level: the level of each interval. Of many intervals, some exclude 0 by chance.
         seed: the seed of the bootstrap. The replicates of a method do not depend on the other methods.

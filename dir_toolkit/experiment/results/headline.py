@@ -63,7 +63,7 @@ def headline(ds: xr.Dataset, baseline: str | None = None, *, level: float = 0.95
             lines.append(f"It {differs} from the next best, {rival}, beyond noise ({say.change(difference)}; {span}).")
         elif high < 0:
             lines.append(f"{best} wins with {least}: {far}, or {100 - 100 * float(pair['ratio'][0]):.0f} % ({span}).")
-            prices = list(_prices(ds, pair, best, rival, say))
+            prices = list(_prices(ds, pair, best, say))
             free = f"No region is worse than with {rival} beyond noise."
             lines.append(f"The price: {'; '.join(prices)}." if prices else free)
         else:
@@ -113,7 +113,7 @@ def _compared(ds: xr.Dataset, best: str, rival: str, metric: str, level: float) 
     return paired_differences(pair, rival, metrics=columns, level=level).sel({"method": best})
 
 
-def _prices(ds: xr.Dataset, pair: xr.Dataset, best: str, rival: str, say: _Numbers) -> Iterator[str]:
+def _prices(ds: xr.Dataset, pair: xr.Dataset, best: str, say: _Numbers) -> Iterator[str]:
     """Each region in which the best method is worse beyond noise."""
     for j in range(1, pair.sizes["column"]):
         metric, region = (str(pair[name].values[j]) for name in ("metric", "region"))

@@ -32,13 +32,13 @@ _HEADS = ("auto", "linear", "cosine", "affinity", "regression", "gaussian")
 class LongTailRegressor(Blended, LongTailEstimator):
     """A scikit-learn regressor for long-tailed labels.
 
-    By default it trains a network and boosted trees. The network predicts a number, with an absolute error weighted by
-    LDS. The weighted mean of trees and network that has the least squared error on held-out rows is a forecast. It
-    becomes a distribution over bins, as in :class:`PriorAdjusted`, which is adjusted towards rare labels by ``tau``.
-    The prediction is a weighted mean of the number and of the median over the bins. The weight and ``tau`` are chosen
-    on held-out rows by the smallest bMAE. Their mean absolute error must exceed neither ``most_mae`` times the smallest
-    one nor that of the median label. If no setting meets this, the one with the least mean absolute error is taken. A
-    number as ``tau`` is used as it is, and then only the weight is chosen.
+    By default it trains a network and boosted trees. The network predicts a number, with an absolute error weighted
+    by LDS. Of the weighted means of trees and network, the one with the least squared error on held-out rows is the
+    forecast. It becomes a distribution over bins, as in :class:`PriorAdjusted`, which ``tau`` adjusts towards rare
+    labels. The prediction is a weighted mean of the number and of the median over the bins. The weight and ``tau``
+    are chosen on held-out rows by the smallest bMAE. Their mean absolute error must exceed neither ``most_mae``
+    times the smallest one nor that of the median label. If no setting meets this, the one with the least mean
+    absolute error is taken. A number as ``tau`` is used as it is, and then only the weight is chosen.
 
     Network and trees are the mean of several members. Each member holds out a different fold of the rows for
     validation, so that all rows are used both for training and for validation.
