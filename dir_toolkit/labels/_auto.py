@@ -30,7 +30,7 @@ def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
     most = int(np.clip(len(labels) // _LABELS_PER_BIN, _FEWEST, _MOST))
     values, counts = np.unique(labels + 0.0, return_counts=True)  # no -0.0
     pile = values[counts.argmax()] if counts.max() >= _PILE * len(labels) else np.nan
-    own, measured = values[_near(values, counts)], values
+    own = values[_near(values, counts)]
     step = _step(own)
     if step and (own[-1] - own[0]) / step < most - 0.5:
         start = own[0] if abs(own[0] / step - round(own[0] / step)) > 1e-3 else step * round(own[0] / step)
@@ -39,8 +39,7 @@ def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
     else:
         kind = "whole numbers" if step == 1 and own[0] == round(own[0]) else "numbers"
         for scale in _scales(labels, pile):
-            measured = scale.transform(values)
-            own = values[_near(measured, counts)]
+            own = values[_near(scale.transform(values), counts)]
             rest = scale.transform(labels[(labels != pile) & (labels >= own[0]) & (labels <= own[-1])])
             low, high = scale.transform(own[[0, -1]])
             lower, upper = np.quantile(rest, [0.25, 0.75])
@@ -60,18 +59,18 @@ def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
     why = f"{len(labels):,} {kind} from {own[0]:.6g} to {own[-1]:.6g}"
     why += f", {np.mean(labels == pile):.0%} of them {pile:.6g}" if pile in (0, own[0], own[-1]) else ""
     why += f": {len(edges) - 1} {made}, of which the first and the last are spare."
-    near = values[_near(measured, counts, 0)]
-    if len(apart := own[(own < near[0]) | (own > near[-1])]):
-        why += f" {apart[0]:.6g} lies apart and is no outlier, since several labels share it: drop it if it is a code."
+    for value in _apart(values, counts):
+        if own[0] <= value <= own[-1]:
+            why += f" {value:.6g} lies apart and is no outlier, since several labels share it: drop it if it is a code."
     if len(far):
         why += f" {len(far):,} far off, such as {far[0]:.6g}, count in the end bins: look for mistyped ones."
     return edges, why
 
 
-def _near(values: np.ndarray, counts: np.ndarray, reach: float = _REACH) -> slice:
-    """The sorted values without outliers: a few values whose distance from the others exceeds the range of those.
+def _near(values: np.ndarray, counts: np.ndarray, reach: float = _REACH, least: float = 1) -> slice:
+    """The sorted values without outliers: a few values whose distance from the others exceeds ``least`` ranges of those.
 
-    Values that several labels share, such as zero, are outliers only where the distance exceeds ``reach`` times it.
+    Values that several labels share, such as zero, are outliers only where the distance exceeds ``reach`` ranges.
     """
     first, last = 0, len(values)
     while last - first > 2:
@@ -79,13 +78,22 @@ def _near(values: np.ndarray, counts: np.ndarray, reach: float = _REACH) -> slic
         cut = first + 1 + int(gaps.argmax())
         far, left = sorted((slice(first, cut), slice(cut, last)), key=lambda part: part.stop - part.start)
         few = far.stop - far.start <= max(1, len(values) // 100)
-        if not few or counts[left].sum() < (1 - _FAR) * counts.sum() or gaps.max() <= gaps.sum() / 2:
+        if not few or counts[left].sum() < (1 - _FAR) * counts.sum() or gaps.max() <= least * (gaps.sum() - gaps.max()):
             break
         shared = counts[far].sum() >= _LABELS_PER_BIN * (far.stop - far.start)
         if shared and gaps.max() <= reach * (values[left][-1] - values[left][0]):
             break
         first, last = left.start, left.stop
     return slice(first, last)
+
+
+def _apart(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The first and the last value that several labels share more than half the range of the others away from these."""
+    if len(values) < _FEWEST:  # such as grades, which lie apart from one another
+        return values[:0]
+    near = values[_near(values, counts, 0, 0.5)]
+    apart = values[((values < near[0]) | (values > near[-1])) & (counts >= _LABELS_PER_BIN)]
+    return np.unique([*apart[:1], *apart[-1:]])
 
 
 def _step(values: np.ndarray) -> float:

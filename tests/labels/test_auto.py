@@ -136,6 +136,21 @@ def test_a_shared_value_far_beyond_the_others_stays_an_outlier() -> None:
     assert "1 far off, such as -999" in str(both.why)
 
 
+def test_codes_that_the_axis_reaches_are_named_also_where_bins_are_even_in_a_logarithm() -> None:
+    said = "lies apart and is no outlier, since several labels share it"
+    whole, spread = np.arange(2000.0) % 1001, RANDOM.gamma(2, 10, 2000)
+    assert f"-999 {said}" in str(Bins.auto(np.append(whole, [-999] * 20)).why)
+    assert f" 400 {said}" in str(Bins.auto(np.append(spread, [400] * 5)).why)
+    both = str(Bins.auto(np.concatenate([whole, [-999] * 20, [9999] * 20])).why)
+    assert f" -999 {said}" in both
+    assert f" 9999 {said}" in both
+    mistyped = str(Bins.auto(np.concatenate([RANDOM.random(1000), [4.0] * 8, [-2.9]])).why)
+    assert f" 4 {said}" in mistyped
+    assert f"-2.9 {said}" not in mistyped
+    for labels in (whole, spread, np.append(np.arange(2000) % 5, [8] * 9)):
+        assert said not in str(Bins.auto(labels).why)
+
+
 def test_labels_at_the_ends_decode_to_themselves() -> None:
     labels = torch.tensor(PRICES)
     bins = Bins.auto(labels)
