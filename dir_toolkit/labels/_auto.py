@@ -68,7 +68,7 @@ def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _near(values: np.ndarray, counts: np.ndarray, reach: float = _REACH, least: float = 1) -> slice:
-    """The sorted values without outliers: a few values whose distance from the others exceeds ``least`` ranges of those.
+    """The sorted values without outliers: a few values more than ``least`` ranges of the others away from these.
 
     Values that several labels share, such as zero, are outliers only where the distance exceeds ``reach`` ranges.
     """
