@@ -88,7 +88,8 @@ def _near(values: np.ndarray, counts: np.ndarray, reach: float = _REACH, least: 
 
 
 def _apart(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The first and the last value that several labels share more than half the range of the others away from these."""
+    """Values that several labels share, on either side the outermost: they lie more than half the range of the other
+    values away from those."""
     if len(values) < _FEWEST:  # such as grades, which lie apart from one another
         return values[:0]
     near = values[_near(values, counts, 0, 0.5)]
