@@ -51,10 +51,11 @@ def headline(ds: xr.Dataset, baseline: str | None = None, *, level: float = 0.95
         return " ".join(
             [*lines, f"{best} has the {title(metric)} {say.value(means[best])} and nothing to be compared with."]
         )
-    if not all(_comparable(ds, best, rival) for rival in rivals):
+    sound = all(_comparable(ds, best, rival) for rival in rivals)
+    pairs = {rival: _compared(ds, best, rival, metric, level) for rival in rivals} if sound else {}
+    if not sound or any(pair["difference"][0] != 0 and not _varies(pair)[0] for pair in pairs.values()):
         return " ".join([*lines, f"{best} has {least}; whether that exceeds noise is not known."])
-    for rival in rivals:
-        pair = _compared(ds, best, rival, metric, level)
+    for rival, pair in pairs.items():
         difference, low, high = (float(pair[f"difference{end}"][0]) for end in ("", "_low", "_high"))
         far = f"{say.change(difference)} than {rival}"
         span = f"{100 * level:g} % interval: {say.change(low, high)}"
@@ -113,11 +114,16 @@ def _compared(ds: xr.Dataset, best: str, rival: str, metric: str, level: float) 
     return paired_differences(pair, rival, metrics=columns, level=level).sel({"method": best})
 
 
+def _varies(pair: xr.Dataset) -> Any:
+    """Whether the differences vary with the seeds or samples drawn, (C,). One seed and one sample per bin cannot."""
+    return pair["difference_high"].values > pair["difference_low"].values
+
+
 def _prices(ds: xr.Dataset, pair: xr.Dataset, best: str, say: _Numbers) -> Iterator[str]:
     """Each region in which the best method is worse beyond noise."""
     for j in range(1, pair.sizes["column"]):
         metric, region = (str(pair[name].values[j]) for name in ("metric", "region"))
-        if pair["difference_low"].values[j] > 0:
+        if pair["difference_low"].values[j] > 0 and _varies(pair)[j]:
             part: Any = ds[metric].sel({"region": region, "method": best}).mean("seed")
             ends = (float(pair[f"difference{end}"].values[j]) for end in ("_low", "_high"))
             rise = say.change(float(pair["difference"].values[j]))

@@ -73,6 +73,17 @@ def test_without_predictions_or_rivals_it_claims_nothing(ds: xr.Dataset, compare
     assert headline(ds.sel({"method": ["constant"]})) == "No method has a finished run."
 
 
+def test_one_sample_per_bin_is_no_evidence(predicted: Callable[..., xr.Dataset], combine: Combine) -> None:
+    alone, many = np.array([0.5, 1.5]), np.append(np.full(30, 0.5), 1.5)
+    two = combine({("plain", 0): predicted(alone, alone + 0.4), ("good", 0): predicted(alone, alone + 0.3)})
+    assert headline(two) == "good has the least bMAE, 0.300 years; whether that exceeds noise is not known."
+    error = np.append(0.6 + 0.01 * np.tile([1.0, -1.0], 15), 0.2)
+    good = predicted(many, many + np.append(np.full(30, 0.1), 0.3))
+    text = headline(combine({("plain", 0): predicted(many, many + error), ("good", 0): good}))
+    assert text.startswith("good wins")
+    assert "No region is worse than with plain beyond noise." in text  # one rare label is 0.1 worse
+
+
 def test_classes_are_compared_by_their_balanced_error(class_run: Callable[..., xr.Dataset], combine: Combine) -> None:
     few = combine({("softmax", 0): class_run([4, 2, 0]), ("adjusted", 0): class_run([3, 2, 1])}, label_units="1")
     assert headline(few).startswith(
