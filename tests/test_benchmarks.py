@@ -210,3 +210,11 @@ def test_the_page_of_the_suite_needs_three_sets(suite: Path, capsys: pytest.Capt
     runpy.run_path(str(FOLDER / "suite/report.py"))["main"](suite, suite / "docs")
     assert "The page needs 3 sets" in capsys.readouterr().out
     assert "| lds | 7.35 ± 0.49 |" in (suite / "tables.md").read_text(encoding="utf-8")
+
+
+def test_the_page_that_is_published_is_made_of_the_results_beside_it() -> None:
+    report = runpy.run_path(str(FOLDER / "suite/report.py"))
+    suite = report["read"](FOLDER / "suite")
+    assert (FOLDER / "suite/tables.md").read_text(encoding="utf-8") == report["tables"](suite)
+    page = FOLDER.parent / "docs/which-method.md"
+    assert page.read_text(encoding="utf-8") == report["page"](suite, report["ranks"](suite))

@@ -244,6 +244,7 @@ def test_full_covariance_waits_once_a_step_to_sort_samples_by_bin(monkeypatch: p
     assert asked.counts == {"bincount": 1, "tolist": 1}
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA, not even of fake tensors")
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
