@@ -52,6 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == madeup.NAME:
+        if not madeup.EXISTS:
+            raise pytest.UsageError(f"--device {madeup.NAME} needs torch 2.10 or newer")
         madeup.start()
 
 

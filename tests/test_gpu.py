@@ -1,7 +1,9 @@
 """The accelerator's part of the tests: what runs there gives what it gives on the CPU.
 
     python -m pytest -m gpu -n 0 tests/test_gpu.py                    # on a CUDA device; without one it is skipped
-    python -m pytest -m gpu -n 0 tests/test_gpu.py --device madeup    # on the device of tests/madeup.py, as CI does
+    python -m pytest -m gpu -n 0 tests/test_gpu.py --device madeup    # on the device of tests/madeup.py
+
+CI runs the second, in a stage of its own.
 
 What the made-up device cannot do (autocast and compilation) runs on the CPU instead of on it.
 """

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import pkgutil
-import re
-import subprocess
 import sys
 import traceback
 import warnings
@@ -19,10 +17,8 @@ from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, get_args
 
-import madeup
 import pytest
 import torch
 import torch.utils.backend_registration
@@ -186,18 +182,6 @@ def take_whole_steps(connection: Connection) -> None:
 def test_a_step_makes_nothing_wait(name: str, whole_steps: dict[str, list[str]] | None) -> None:
     outcome = watched(JOBS[name], "cuda", backward=False) if whole_steps is None else whole_steps[name]
     assert outcome == []
-
-
-@pytest.mark.skipif(not madeup.EXISTS, reason="this torch makes up no devices")
-def test_the_tests_of_a_gpu_pass_on_a_device_that_is_made_up() -> None:
-    """With numbers: in a process of its own, since the device stays."""
-    words = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "gpu", "--device", madeup.NAME]
-    file = Path(__file__).parents[1] / "test_gpu.py"
-    done = subprocess.run([sys.executable, *words, str(file)], capture_output=True, text=True, timeout=3000)
-    assert done.returncode == 0, done.stdout[-5000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) > 3 * len(JOBS)
 
 
 def offered(package: Any) -> set[str]:
