@@ -44,6 +44,7 @@ class Markdown(griffe.Extension):
             if isinstance(thing, griffe.Module):  # so that what a function raises is known where it is not imported
                 for name in errors.keys() - thing.members.keys():
                     thing.set_member(name, griffe.Alias(name, errors[name]))
+                    thing.imports[name] = errors[name].path  # so that no page lists it again
             if thing.docstring:
                 thing.docstring.value = translate(thing.docstring.value, thing)
             if isinstance(thing, griffe.Function):

@@ -188,6 +188,7 @@ def _summary(module: str, name: str) -> str:
     for node in reversed(_tree(module).body):  # the last of a name, since overloads say nothing
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
             first = (ast.get_docstring(node) or "").partition("\n\n")[0]
-            text = re.sub(r":math:`([^`]+)`", lambda m: mathml(m[1]), " ".join(first.split())).replace("|", r"\|")
+            text = re.sub(r":math:`([^`]+)`", lambda m: mathml(m[1]), " ".join(first.split()))
+            text = re.sub(r"(`+[^`]+`+)|\|", lambda m: m[1] or r"\|", text)  # inside code a bar needs no backslash
             return re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
     raise ValueError(f"{module} makes no {name}.")

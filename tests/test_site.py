@@ -18,7 +18,7 @@ for name in ("mkdocs", "material", "mkdocstrings_handlers.python", "latex2mathml
 ROOT = Path(__file__).parents[1]
 
 # Markup of the docstrings that Markdown does not know, or that went through as it was.
-LEFT_OVER = r":[a-z]+:(`|<code>)|(^|>|\s)\.\. [a-z-]+::|``|\\(frac|sum|mathrm|hat|sigma)|<blockquote|::$|={5}"
+LEFT_OVER = r":[a-z]+:(`|<code>)|(^|>|\s)\.\. [a-z-]+::|``|\\(frac|sum|mathrm|hat|sigma)|<blockquote|::$|={5}|\\\|"
 
 
 @pytest.fixture(scope="module")

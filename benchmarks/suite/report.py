@@ -296,25 +296,27 @@ def page(suite: Suite, table: pd.DataFrame) -> str:
     budget = [f"{name} {part['rows'].iloc[0]:,}" for name, part in rows.groupby("set")]
     return f"""# Which method?
 
-`python benchmarks/suite/report.py` makes this page from the results in `benchmarks/suite`, to which
-`python recipes/studies/suite.py --root DIR --resume --results benchmarks/suite` adds. So far they hold {len(names)}
-sets (training rows: {", ".join(budget)}) and {rows["method"].nunique()} methods, with {trials} trials each
-on validation data, {epochs} epochs and {seeds_text} seeds: {hours(suite):.2f} hours of training.
-**These are few sets, few seeds and a short budget: read the intervals, not the means.** Faces are on
-[another page](ages.md). Labels of all parts, test included, are clipped to the range of the training labels. Errors of
-house16H are those of log1p of the price, and its 52 prices of 0 count as the next lowest.
-
-All figures are ratios to a plain network trained with L1: below 1 is better. Each is the geometric mean over sets, with
-its 95 % interval by Student's t over sets. The method of each line was chosen as the one with the best mean on these
-same test data, so its advantage is somewhat overstated. It is named only if
-it has results on every set and its interval lies below 1. Settings were chosen by the bMAE of validation data alone,
-which is why the MAE may rise so far; `most_mae=` of `calibrate` and of the estimators bounds it.
+All figures are ratios to a plain network trained with L1: below 1 is better. Each is the geometric mean over
+{len(names)} sets, with its 95 % interval by Student's t over sets. **These are few sets, few seeds and a short budget:
+read the intervals, not the means.** Faces are on [another page](ages.md).
 
 {leaves(suite)}
 
 "few" is the MAE of labels in bins of fewer than 20 training rows. A method fails on a set if the 95 % interval of its
 paired difference to L1, over seeds and test samples, lies above 0, if its MAE is more than a tenth higher, or
 if it has no result there.
+
+The method of each line was chosen as the one with the best mean on these same test data, so its advantage is somewhat
+overstated. It is named only if it has results on every set and its interval lies below 1. Settings were chosen by the
+bMAE of validation data alone, which is why the MAE may rise so far; `most_mae=` of `calibrate` and of the estimators
+bounds it.
+
+`python benchmarks/suite/report.py` makes this page from the results in `benchmarks/suite`, to which
+`python recipes/studies/suite.py --root DIR --resume --results benchmarks/suite` adds. So far they hold {len(names)}
+sets (training rows: {", ".join(budget)}) and {rows["method"].nunique()} methods, with {trials} trials each
+on validation data, {epochs} epochs and {seeds_text} seeds: {hours(suite):.2f} hours of training. Labels of all parts,
+test included, are clipped to the range of the training labels. Errors of house16H are those of log1p of the price, and
+its 52 prices of 0 count as the next lowest.
 
 ## All methods
 
