@@ -55,7 +55,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for path in (*sorted((ROOT / "data_cards").glob("*.md")), *(ROOT / name for name in AT_ROOT)):
+    for path in (*sorted((ROOT / "data_cards").glob("*.*")), *(ROOT / name for name in AT_ROOT)):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text(encoding="utf-8")))
     for name in NOTEBOOKS:
@@ -68,12 +68,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas in the form that GitHub knows, as MathML; the slider of tau; what a data card says before its text."""
+    """Formulas in the form that GitHub knows, as MathML; the slider of tau; what a data card says before its title."""
     if page.file.src_uri.startswith("data_cards/"):
-        title, _, rest = markdown.partition("\n")
         facts = {name: value for name, value in page.meta.items() if name != "dir_toolkit"}
         rows = "".join(f"| {name} | {value} |\n" for name, value in _facts(facts | page.meta["dir_toolkit"]))
-        return f"{title}\n\n| fact | |\n|---|---|\n{rows}\n{rest}"
+        opening = r"\A(#.+?\n\n(?:!\[.+?\n\n)?.+?\n\n)"  # the title, the samples where a card has some, a paragraph
+        return re.sub(opening, lambda m: f"{m[1]}| fact | |\n|---|---|\n{rows}\n", markdown, flags=re.S)
     page.meta["search"] = {"boost": 0.5 if page.file.src_uri.startswith("reference/") else 2}
     markdown = markdown.replace("](docs/", "](")
     above = "../" * page.file.src_uri.count("/")  # from the page to the site's root

@@ -1,6 +1,7 @@
 """Runs the code of the gallery's pages, and writes what it printed into them, their pictures, and thumbnails.
 
     OMP_NUM_THREADS=1 python docs/tutorials.py            # all pages, or name some: table classes
+    python docs/tutorials.py digits portraits             # the samples in these data cards
 
 It prints the seconds of CPU time of each page, which ``gallery.md`` states. A page's notebook holds the same cells.
 """
@@ -57,6 +58,23 @@ def small(picture: Path) -> Image.Image:
     return image
 
 
+def samples(card: str) -> Image.Image:
+    """The row of images in a data card, in the order of their labels."""
+    import numpy as np
+    from PIL import Image
+
+    from dir_toolkit.experiment.data.digits import digits
+    from dir_toolkit.experiment.data.portraits import draw_portraits
+
+    if card == "portraits":
+        images = draw_portraits(range(5, 100, 10), size=48, split="test")
+    else:
+        test = digits().test
+        images = np.stack([test.images[list(test.labels).index(digit)] for digit in range(10)])
+    row = np.concatenate([*images.transpose(0, 2, 3, 1)], 1)  # (size, 10 size, 1 or 3)
+    return Image.fromarray(row.squeeze()).convert("RGB").resize((480, 48), Image.Resampling.NEAREST)
+
+
 def wrapped(printed: str) -> str:
     """What was printed in lines that fit on a page."""
     lines = printed.split("\n")
@@ -89,13 +107,16 @@ def _write(image: Image.Image, path: Path) -> None:
 
 
 def main(names: list[str]) -> None:
-    """Refresh the named pages, or all."""
+    """Refresh the named pages and samples, or all."""
     for page in gallery():
         if not names or Path(page).stem in names:
             with TemporaryDirectory() as folder:
                 os.chdir(folder)
                 print(f"{refresh(DOCS / page):5.1f} s  {page}")
                 os.chdir(DOCS)
+    for card in ("digits", "portraits"):
+        if not names or card in names:
+            _write(samples(card), DOCS.parent / "data_cards" / f"{card}.png")
 
 
 if __name__ == "__main__":

@@ -103,6 +103,19 @@ def test_the_gallery_shows_each_tutorial_by_a_small_copy_of_its_picture() -> Non
         assert np.abs(np.asarray(shown, dtype=float) - np.asarray(small)).mean() < 2, page
 
 
+@pytest.mark.parametrize("card", ["digits", "portraits"])
+def test_the_samples_in_a_data_card_are_those_of_its_reader(card: str) -> None:
+    for package in ("PIL", "sklearn"):
+        pytest.importorskip(package)
+    path = ROOT / "data_cards" / f"{card}.png"
+    assert f"({path.name})" in path.with_suffix(".md").read_text(encoding="utf-8")
+    shown = np.asarray(pytest.importorskip("PIL.Image").open(path).convert("RGB"), dtype=float)
+    made = np.asarray(tutorials.samples(card))
+    assert shown.shape == made.shape
+    assert np.abs(shown - made).mean() < 8  # of 255: the file has 96 colours
+    assert np.abs(shown - made[:, ::-1]).mean() > 20
+
+
 @pytest.mark.skipif(not (REAL / "tables").is_dir(), reason="the real tables, series and texts are not there")
 @pytest.mark.parametrize("job", ["table", "sentences", "series"])
 def test_the_jobs_from_a_raw_file_run(job: str, capsys: pytest.CaptureFixture[str]) -> None:
