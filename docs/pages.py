@@ -73,6 +73,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         facts = {name: value for name, value in page.meta.items() if name != "dir_toolkit"}
         rows = "".join(f"| {name} | {value} |\n" for name, value in _facts(facts | page.meta["dir_toolkit"]))
         opening = r"\A(#.+?\n\n(?:!\[.+?\n\n)?.+?\n\n)"  # the title, the samples where a card has some, a paragraph
+        page.meta.pop("tags", None)  # any word of theirs would come before every heading of the guide in a search
+        page.meta["search"] = {"boost": 0.5}
         return re.sub(opening, lambda m: f"{m[1]}| fact | |\n|---|---|\n{rows}\n", markdown, flags=re.S)
     page.meta["search"] = {"boost": 0.5 if page.file.src_uri.startswith("reference/") else 2}
     markdown = markdown.replace("](docs/", "](")

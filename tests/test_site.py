@@ -91,10 +91,14 @@ def test_the_first_page_is_the_readme(site: Path) -> None:
     assert [heading for heading in headings if not re.search(rf"<h2[^>]*>{re.escape(heading)}<", page)] == []
 
 
-@pytest.mark.parametrize("sought", ["tau", "install", "which method", "missing labels", "how many bins", "cite"])
+SOUGHT = ("tau", "install", "which method", "missing labels", "how many bins", "heavy tail", "cite")
+
+
+@pytest.mark.parametrize("sought", SOUGHT)
 def test_a_heading_answers_what_newcomers_search_for(site: Path, sought: str) -> None:
     found = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
     guide = [entry["title"].lower() for entry in found if not entry["location"].startswith("reference/")]
+    assert [entry["title"] for entry in found if entry.get("tags")] == []  # which come before all headings
     assert [title for title in guide if sought in title]
     from_a_folder = (site / "search" / "search_index.js").read_text(encoding="utf-8")
     assert from_a_folder.startswith("var __index")
