@@ -39,7 +39,7 @@ ROOT = Path(dir_toolkit.__file__).parent
 CORE = [
     name
     for _, name, _ in pkgutil.walk_packages([str(ROOT)], "dir_toolkit.")
-    if not name.startswith(("dir_toolkit.experiment", "dir_toolkit.integrations", "dir_toolkit.__main__"))
+    if not name.startswith(("dir_toolkit.experiment", "dir_toolkit.integrations"))
 ]
 OPTIONAL = {"xarray", "pandas", "matplotlib", "rich", "PIL", "sklearn", "tensorboard", "torchvision", "timm", "tyro"}
 FRESH = """

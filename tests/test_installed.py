@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import dir_toolkit
-from dir_toolkit.experiment.command import HOME, main
+from dir_toolkit.__main__ import main
+from dir_toolkit._home import HOME
 
 CARRIED = ("recipes", "data_cards")
 """The folders that a wheel holds inside the package."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..._checks import instance
-from ..command import HOME
+from ..._home import HOME
 from ._checks import data_error, require_data
 from .idx import read_idx
 from .images import Splits

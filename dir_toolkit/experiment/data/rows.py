@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..._checks import whole
-from ..command import HOME
+from ..._home import HOME
 from ._checks import data_error
 from .images import SampleSet, Splits
 

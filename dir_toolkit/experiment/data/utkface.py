@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..command import HOME
+from ..._home import HOME
 from ._checks import data_error
 from .archives import Files, FolderFiles, TarFiles
 from .cache import OnError, decode_once, make_splits
