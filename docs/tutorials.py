@@ -96,12 +96,12 @@ def refresh(page: Path) -> float:
     page.write_text(CELL.sub(cell, text), "utf-8")
     pictures = [page.parent / link for link in PICTURE.findall(text) if Path(Path(link).name).exists()]
     for picture in pictures:
-        _write(Image.open(picture.name).convert("RGB"), picture)
-    _write(small(pictures[0]), DOCS / thumbnail(page.name))
+        write(Image.open(picture.name).convert("RGB"), picture)
+    write(small(pictures[0]), DOCS / thumbnail(page.name))
     return seconds
 
 
-def _write(image: Image.Image, path: Path) -> None:
+def write(image: Image.Image, path: Path) -> None:
     """Write a picture in 96 colours, which takes a third of the bytes."""
     image.quantize(96).save(path, optimize=True)
 
@@ -116,7 +116,7 @@ def main(names: list[str]) -> None:
                 os.chdir(DOCS)
     for card in ("digits", "portraits"):
         if not names or card in names:
-            _write(samples(card), DOCS.parent / "data_cards" / f"{card}.png")
+            write(samples(card), DOCS.parent / "data_cards" / f"{card}.png")
 
 
 if __name__ == "__main__":
