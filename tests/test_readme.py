@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import dir_toolkit as dt
 
@@ -137,6 +138,25 @@ def test_the_jobs_from_a_raw_file_run(job: str, capsys: pytest.CaptureFixture[st
         warnings.simplefilter("ignore", dt.errors.DirToolkitWarning)
         exec(compile(code, "jobs.md", "exec"), {"__name__": "jobs"})
     assert "'few': " in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword", "ignore:Consolidated metadata")  # of dask and of zarr
+def test_the_code_for_labels_in_dask_weighs_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("pyarrow", "zarr"):
+        pytest.importorskip(package)
+    dd, pd = pytest.importorskip("dask.dataframe"), pytest.importorskip("pandas")
+    page = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8").split("## Labels that do not fit")[1]
+    monkeypatch.chdir(tmp_path)
+    labels = np.random.default_rng(0).gamma(4, 8, 10_000).clip(0, 119)
+    dd.from_pandas(pd.DataFrame({"y": labels}), npartitions=4).to_parquet("data/labels")
+    xr.Dataset({"y": ("sample", labels)}).chunk(sample=2500).to_zarr("data/labels.zarr")
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)), {"__name__": "jobs"})
+    assert "10000 labels in 120 bins" in capsys.readouterr().out
+    expected = dt.LDS(dt.Bins.uniform(0, 120, width=1)).fit(labels).sample_weight(labels)
+    np.testing.assert_array_equal(dd.read_parquet("data/weighted")["weight"].compute(), expected)
+    np.testing.assert_array_equal(xr.open_zarr("data/weights.zarr")["weight"], expected)
 
 
 def test_the_code_of_the_page_on_runs_trains_on_sequences_with_missing_labels(

@@ -14,6 +14,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from .._checks import labels_array, problem, require
 from ..errors import LabelError
 from .bins import Missing, Outside
+from .chunks import chunked, in_dask
 from .grid import AnyBins, BinGrid
 
 _PIECE = 2**15  # labels at a time: they fit into the cache, and torch starts no threads for so few
@@ -23,7 +24,7 @@ def count_labels(labels: Any, bins: AnyBins, outside: Outside, missing: Missing)
     """The number of labels in each bin, (B,) int64, for anything that :meth:`LabelDensity.count` takes."""
     counts = np.zeros(len(bins) + 1, dtype=np.int64)
     for piece in _pieces(labels):
-        counted = _counted_by_dask if _is_dask(piece) else _counted
+        counted = _counted if in_dask(piece) is None else _counted_by_dask
         counts += counted(piece, bins, outside, missing)
     require(counts[-1] > 0, "labels must hold at least one label", got="none")
     return counts[:-1]
@@ -58,19 +59,9 @@ def _parts(array: np.ndarray, size: int, *, whole_axes: int) -> Iterator[np.ndar
             yield from _parts(row, size, whole_axes=whole_axes)
 
 
-def _is_dask(labels: Any) -> bool:
-    return hasattr(labels, "to_delayed")
-
-
 def _counted_by_dask(labels: Any, bins: AnyBins, outside: Outside, missing: Missing) -> np.ndarray:
-    """:func:`_counted` of a dask array. Each chunk is counted in its own task, and the counts are summed."""
-    of_array, rule = hasattr(labels, "map_blocks"), "labels in dask must be a dask array"  # not a bag or a table
-    require(of_array, rule, got=type(labels), fix="Use .to_dask_array().")
-    if isinstance(bins, BinGrid) and labels.ndim > 0 and labels.numblocks[-1] > 1:
-        rule = f"the last axis, of {len(bins.axes)} numbers per label, must not be in chunks of unknown size"
-        known = not np.isnan(labels.shape[-1])
-        require(known, rule, got=str(labels.chunks[-1]), fix="Call labels.compute_chunk_sizes().")
-        labels = labels.rechunk({-1: -1})
+    """:func:`_counted` of labels in dask. Each chunk is counted in its own task, and the counts are summed."""
+    labels = chunked(labels, bins)
     counts = labels.map_blocks(
         partial(_counted_in_chunk, bins=bins, outside=outside, missing=missing),
         chunks=(*((1,) * count for count in labels.numblocks), (len(bins) + 1,)),
@@ -91,13 +82,11 @@ def _pieces(labels: Any, *, of_several: bool = False) -> Iterator[Any]:
     """Labels as arrays in order, each of which fits into memory or belongs to dask. ``of_several`` is whether they are
     one piece of an iterable."""
     _refuse_inputs(labels, of_several=of_several)
-    # The data of a DataArray is the array that it wraps. The data of a NumPy array would be its bytes.
-    wrapped: Any = labels if isinstance(labels, np.ndarray) else getattr(labels, "data", labels)
     of_numbers = isinstance(labels, (list, tuple)) and all(
         not isinstance(item, (list, tuple)) and np.ndim(item) == 0 for item in labels[:1]
     )
-    if _is_dask(wrapped):
-        yield wrapped
+    if (lazy := in_dask(labels)) is not None:
+        yield lazy
     elif hasattr(labels, "__array__") or of_numbers:
         yield labels
     elif isinstance(labels, Iterable) and not isinstance(labels, (str, bytes, dict)):

@@ -73,16 +73,16 @@ class LabelDensity:
     ) -> LabelDensity:
         """Count labels, which may come in several pieces.
 
-        A dask array, or an xarray that wraps one, is counted by dask, one task per chunk. Only counts leave a worker,
-        and each worker holds one chunk in memory at a time. Chunks may be of unknown size. Errors of a task are passed
-        on.
+        A dask array or column, or an xarray over an array, is counted by dask, one task per chunk. Only counts leave a
+        worker, and each worker holds one chunk in memory at a time. Chunks may be of unknown size. Errors of a task are
+        passed on.
 
         A warning is issued if a single bin holds more than half of the labels on a continuous axis of ten bins or more.
 
         Args:
-            labels: an array, a tensor, an ``xarray.DataArray``, a dask array, a list of numbers, or an iterable of any
-                of these, which is read one piece at a time. Labels have any shape, such as maps with one label per
-                pixel. For a loader of inputs and labels pass ``(y for x, y in loader)``.
+            labels: an array, a tensor, an ``xarray.DataArray``, a dask array or column, a list of numbers, or an
+                iterable of any of these, which is read one piece at a time. Labels have any shape, such as maps with
+                one label per pixel. For a loader of inputs and labels pass ``(y for x, y in loader)``.
             outside, missing: as in :meth:`Bins.index`. ``"drop"`` does not count these labels.
         Raises:
             LabelError: as :meth:`Bins.index`; it names the chunk of a dask array. ValueError: there is no label.

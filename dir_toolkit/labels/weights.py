@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from .._settings import described, differing, shown
 from .._state import SoundModule, pack, unpack
 from ..errors import CheckpointError, NotFittedError
 from .bins import MISSING, OUTSIDE, Bins, Missing, Outside
+from .chunks import chunked, in_dask
 from .density import LabelDensity, to_shares
 from .grid import AnyBins, BinGrid, Windows, chosen_windows, saved_bins
 from .kernels import EDGES, FOLDED_KERNEL, Edges, smooth_axes
@@ -269,12 +271,35 @@ class LDS(SoundModule):
             self._copy = self.table, self.table._version, copy
         return self._copy[2]
 
-    def sample_weight(self, labels: Any) -> np.ndarray:
+    def sample_weight(self, labels: Any) -> Any:
         """Weights as a float64 NumPy array, for scikit-learn or gradient boosting:
-        ``LDS(bins).fit(y).sample_weight(y)``."""
-        table = self._known()
-        index = self.bins.index(labels_array(labels), self.outside, missing=self.missing)
-        return np.where(index < 0, 0.0, table[index])
+        ``LDS(bins).fit(y).sample_weight(y)``. Labels in dask have their weights in dask, where nothing is computed yet.
+
+        Args:
+            labels: an array, a tensor, a list or a column; or a dask array or column, or an ``xarray.DataArray`` over
+                an array, which may be larger than memory. Chunks may be of unknown size.
+        Shape:
+            labels: (...), or over a grid of K axes (..., K). Returns (...): for dask a dask array of the same chunks,
+            and for a column, or over a grid a table, a column of the same index.
+        Raises:
+            NotFittedError: called before :meth:`fit`. LabelError: as :meth:`Bins.index`. In dask it is raised when the
+            weights are computed, and names the chunk of an array.
+        """
+        own: dict[str, Any] = {
+            "bins": self.bins,
+            "outside": self.outside,
+            "missing": self.missing,
+            "table": self._known(),
+        }
+        if (lazy := in_dask(labels)) is None:
+            return _looked_up(labels_array(labels), **own)
+        on_grid = isinstance(self.bins, BinGrid)
+        if hasattr(lazy, "to_dask_array") and lazy.ndim == 1 + on_grid:
+            return lazy.map_partitions(partial(_of_partition, **own), meta=("weight", np.float64))
+        lazy = chunked(lazy, self.bins)
+        dropped = [lazy.ndim - 1] if on_grid and lazy.ndim > 0 else []
+        meta = np.empty((0,) * (lazy.ndim - len(dropped)))
+        return lazy.map_blocks(partial(_of_chunk, **own), drop_axis=dropped, dtype=np.float64, meta=meta)
 
     def _known(self) -> np.ndarray:
         self._check_fitted(self._fitted and not self.table.is_meta)
@@ -397,6 +422,26 @@ class LDS(SoundModule):
 
     def extra_repr(self) -> str:
         return f"{shown(self._arguments())}, fitted={self._fitted}"
+
+
+def _looked_up(
+    labels: np.ndarray, bins: AnyBins, outside: Outside, missing: Missing, table: np.ndarray, name: str = "labels"
+) -> np.ndarray:
+    """The weights of labels from a table with one weight per bin."""
+    index = bins.index(labels, outside, missing=missing, name=name)
+    return np.where(index < 0, 0.0, table[index])
+
+
+def _of_chunk(chunk: Any, block_id: tuple[int, ...], **own: Any) -> np.ndarray:
+    name = f"labels of chunk {block_id}"
+    return _looked_up(labels_array(chunk, name), **own, name=name)
+
+
+def _of_partition(part: Any, **own: Any) -> Any:
+    """The weights of a pandas column or table, as a column."""
+    column, name = part if part.ndim == 1 else part.iloc[:, 0], "labels of a partition"
+    weights = _looked_up(labels_array(part, name), **own, name=name)
+    return type(column)(weights, index=part.index, name="weight")
 
 
 def _means_over(values: np.ndarray, own: Bins, other: Bins, outside: Outside) -> np.ndarray:

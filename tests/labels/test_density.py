@@ -228,7 +228,7 @@ def test_what_is_no_labels_in_dask_is_refused() -> None:
         LabelDensity.count(broken, BINS)
     with pytest.raises(ShapeError, match=r"labels of chunk \(\d, \d\) must be \(\.\.\., 2\)"):
         LabelDensity.count(in_chunks(), Bins.grid(BINS, BINS))
-    message = r"^LabelDensity\.count: labels in dask must be a dask array, got Bag\. Use \.to_dask_array\(\)\.$"
+    message = r"^LabelDensity\.count: labels in dask must be an array or a column, got Bag\. Use \.to_dataframe\(\)\.$"
     with pytest.raises(TypeError, match=message):
         LabelDensity.count(dask.bag.from_sequence([1.0, 2.0]), BINS)
 
