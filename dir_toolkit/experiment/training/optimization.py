@@ -103,15 +103,20 @@ def learning_rate(optimization: Optimization, step: int, steps: int) -> float:
     return optimization.lr
 
 
-def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.Optimizer:
-    """The optimizer of a model's trainable parameters. Parameters with two or more axes get weight decay."""
+def make_optimizer(model: nn.Module, optimization: Optimization, *, fused: bool | None = None) -> torch.optim.Optimizer:
+    """The optimizer of a model's trainable parameters. Parameters with two or more axes get weight decay.
+
+    Args:
+        fused: whether AdamW updates all parameters in one kernel, which is faster where they are small and rounds
+            otherwise; None leaves it to torch.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optimization.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     if optimization.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=optimization.lr, betas=(optimization.momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=optimization.lr, betas=(optimization.momentum, 0.999), fused=fused)
     nesterov = optimization.momentum > 0
     return torch.optim.SGD(groups, lr=optimization.lr, momentum=optimization.momentum, nesterov=nesterov)
 

@@ -39,6 +39,7 @@ class Steps:
         samples: the number of samples of an epoch.
         fewest: the smallest batch; a smaller last batch of an epoch is skipped.
         counts: the number of labels of each sample; None means equal numbers.
+        fused: as in :func:`make_optimizer`.
         norms: whether to compute the norm of each gradient even without clipping.
     Attributes:
         batches: the positions of each batch in the order of an epoch.
@@ -55,11 +56,12 @@ class Steps:
         fewest: int = 1,
         norms: bool = False,
         counts: Tensor | None = None,
+        fused: bool | None = None,
     ) -> None:
         ends = (*range(0, samples, optimization.batch_size), samples)
         self.batches = [slice(a, b) for a, b in pairwise(ends) if b - a >= fewest]
         self.total = optimization.epochs * len(self.batches)
-        self.optimizer = make_optimizer(module, optimization)
+        self.optimizer = make_optimizer(module, optimization, fused=fused)
         self._module, self._parameters = module, list(module.parameters())
         self._optimization, self._runtime = optimization, runtime
         self._counts = counts

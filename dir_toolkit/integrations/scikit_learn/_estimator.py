@@ -228,10 +228,12 @@ class LongTailEstimator(BaseEstimator):
         labels, own = (torch.from_numpy(values).to(device) for values in (rows.labels, rows.own))
         trained = own.any(0).nonzero().squeeze(1)
         own = own * all_weights * (count / own[:, trained].sum(0).clamp_min(1).float().mean())
+        by_row = own.t().contiguous()  # a gather of rows is faster than one of columns
         held = [torch.from_numpy(np.flatnonzero(one)).to(device) for one in rows.held]
         longest = max(map(len, held))
         padded = torch.stack([torch.cat([one, trained[:1].expand(longest - len(one))]) for one in held])
-        steps = Steps(model, optimization, len(trained), runtime)
+        fused = device.type in ("cpu", "cuda") or None
+        steps = Steps(model, optimization, len(trained), runtime, fused=fused)
         parameters = list(model.parameters())
         best, best_scores = torch.full((count,), math.inf, device="cpu"), None
         best_weights = [parameter.detach().clone() for parameter in parameters]
@@ -247,9 +249,10 @@ class LongTailEstimator(BaseEstimator):
             return raw if isinstance(model.readout, ScoreReadout) else model.readout(raw, raw, raw).scores
 
         def loss_of(place: int, indices: Tensor) -> Tensor:
-            batch = trained[indices]
-            repeated = target[batch].repeat(count, *[1] * (target.ndim - 1))
-            loss = model.readout.loss_of(scores_of(inputs[batch]), repeated, own[:, batch].flatten())
+            batch = trained.index_select(0, indices)
+            x, weights = inputs.index_select(0, batch), by_row.index_select(0, batch).t().flatten()
+            repeated = target.index_select(0, batch).repeat(count, *[1] * (target.ndim - 1))
+            loss = model.readout.loss_of(scores_of(x), repeated, weights)
             diverse = isinstance(model.head, AffinityHead) and model.readout.loss_name == "affinity_loss"
             return loss + model.head.diversity() if diverse else loss  # type: ignore[operator]
 

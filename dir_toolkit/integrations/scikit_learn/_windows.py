@@ -13,6 +13,7 @@ from ...labels.bins import Bins
 _FEWEST = 8  # rows of the narrowest window; each other one is twice as wide as the one before
 _GROUPS = 8192  # of rows that windows are made of, where rows are more
 _PIECES = 200  # that the errors of forecasts are cut into
+_ROWS = 1024  # that are answered at a time in training, few enough for the caches
 _STEPS = 100  # of expectation-maximization
 
 
@@ -61,7 +62,7 @@ class Windows(nn.Module):
         sums = own.new_zeros(groups, own.shape[1]).index_add_(0, group, own)
         self.register_buffer("cumulative", nn.functional.pad(sums.cumsum(0), (0, 0, 1, 0)))
 
-        parts = list(zip(*(values.split(_GROUPS) for values in (forecasts[order], own, target)), strict=True))
+        parts = list(zip(*(values.split(_ROWS) for values in (forecasts[order], own, target)), strict=True))
         likely = torch.cat([torch.stack([(one * t).sum(1) for one in self._answers(f, o)]) for f, o, t in parts], 1)
         share = likely.new_full((len(likely),), 1 / len(likely))
         for _ in range(_STEPS):
@@ -85,23 +86,28 @@ class Windows(nn.Module):
         """The shares (N, B) of each distribution of each window, without what the rows themselves add to it."""
         left, right = (torch.searchsorted(self.forecasts, forecasts, right=right) for right in (False, True))
         groups, bins = len(self.forecasts), len(self.bins)
-        for size in self.sizes:
-            low = ((left + right - size) // 2).clamp(0, groups - 1).minimum(left)
-            high = ((left + right + size + 1) // 2).clamp(1, groups).maximum(right)
-            inside = self.cumulative[high] - self.cumulative[low]
-            inside = inside if own is None else (inside - own).clamp_min(0)
-            yield _shares(inside[:, :bins])
-            if size < groups:
-                yield self._moved(_shares(inside[:, bins:]), forecasts)
-
-    def _moved(self, shares: Tensor, forecasts: Tensor) -> Tensor:
-        """Shares of the errors, as shares of the bins around each forecast; the end bins hold what lies beyond."""
-        below = nn.functional.pad(shares.cumsum(1), (1, 0))
         error = self.bins.tensor("edges", forecasts)[1:-1] - forecasts[:, None]
         piece = torch.searchsorted(self.errors[1:-1].contiguous(), error, right=True)
         within = ((error - self.errors[piece]) / self.errors.diff()[piece]).clamp(0, 1)
-        covered = below.gather(1, piece).lerp(below.gather(1, piece + 1), within)
-        return nn.functional.pad(nn.functional.pad(covered, (1, 0)), (0, 1), value=1.0).diff(dim=1)
+        for size in self.sizes:
+            low = ((left + right - size) // 2).clamp(0, groups - 1).minimum(left)
+            high = ((left + right + size + 1) // 2).clamp(1, groups).maximum(right)
+            inside = self.cumulative.index_select(0, high) - self.cumulative.index_select(0, low)
+            inside = inside if own is None else (inside - own).clamp_min(0)
+            yield _shares(inside[:, :bins])
+            if size < groups:
+                yield _moved(_shares(inside[:, bins:]), piece, within)
+
+
+def _moved(shares: Tensor, piece: Tensor, within: Tensor) -> Tensor:
+    """Shares of the errors, as shares of the bins around each forecast; the end bins hold what lies beyond.
+
+    Args:
+        piece, within: (N, B - 1), the piece of errors that reaches each inner edge, and the part of it below the edge.
+    """
+    below = nn.functional.pad(shares.cumsum(1), (1, 0))
+    covered = below.gather(1, piece).lerp(below.gather(1, piece + 1), within)
+    return nn.functional.pad(nn.functional.pad(covered, (1, 0)), (0, 1), value=1.0).diff(dim=1)
 
 
 def _shares(sums: Tensor) -> Tensor:

@@ -77,6 +77,20 @@ def test_weight_decay_spares_biases_norms_and_frozen_parameters() -> None:
     assert len(spared["params"]) == 3
 
 
+def test_a_fused_optimizer_takes_the_same_steps() -> None:
+    weights = []
+    for fused in (None, True):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = make_optimizer(model, Optimization(lr=0.1, weight_decay=0.1), fused=fused)
+        assert optimizer.defaults["fused"] is fused
+        for _ in range(5):
+            model(torch.ones(4, 3)).square().mean().backward()
+            optimizer.step()
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
 def test_momentum_reaches_both_optimizers() -> None:
     model = nn.Linear(1, 1)
     adamw, sgd = (make_optimizer(model, Optimization(optimizer=name, momentum=0.8)) for name in ("adamw", "sgd"))
