@@ -23,7 +23,7 @@ def placed(labels: Tensor, bins: AnyBins, outside: Outside, missing: Missing = "
         shapes = f"(N, {k}), or (N, ..., {k})" if isinstance(bins, BinGrid) else "(N,), or (N, ...)"
         rule = f"labels must be {shapes} for one label per step or pixel"
         raise problem(rule, got=tuple(labels.shape), error=ShapeError)
-    rows = bins.rows(labels, outside, missing)
+    rows = bins._rows(labels, outside, missing)
     if torch.compiler.is_compiling() or not rows.is_inference() or torch.is_inference_mode_enabled():
         return rows
     return rows.clone()
@@ -44,6 +44,8 @@ def check_features(features: Tensor, rows: Tensor, num_features: int, channels: 
         fix = "Capture the parts before and after the attached module separately."
         raise problem(rule, got="a stream that is capturing", fix=fix, error=RuntimeError)
     shape = tuple(features.shape)
+    if shape == (*rows.shape, num_features) and len(shape) == 2:
+        return ["first", "last"] if channels is None else [channels]
     sizes: dict[Channels, int] = {"first": shape[1], "last": shape[-1]} if len(shape) > 1 else {}
     layouts = [name for name, size in sizes.items() if size == num_features and channels in (None, name)]
     if not layouts:

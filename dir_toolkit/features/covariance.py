@@ -54,9 +54,13 @@ class BinCovariance(Float64Module, ABC):
 
     The maps have one row per bin, and a last row, the identity, for samples without a bin. :meth:`begin` creates the
     buffers.
+
+    Attributes:
+        identities: the number of last rows that are the identity. With two, rows need no clamp.
     """
 
     form: str
+    identities = 1
     shift: Tensor
 
     def __init__(self, num_bins: int, num_features: int, settings: Settings, *, shrinkage: float) -> None:
@@ -67,7 +71,7 @@ class BinCovariance(Float64Module, ABC):
 
     def begin(self, device: torch.device) -> None:
         """Create empty buffers on a device."""
-        shape = (self.num_bins + 1, self.num_features)
+        shape = (self.num_bins + self.identities, self.num_features)
         self._add_map("shift", torch.zeros(shape, dtype=torch.float64, device=device))
         self._cast.clear()
 
@@ -96,7 +100,8 @@ class BinCovariance(Float64Module, ABC):
 
     @abstractmethod
     def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
-        """The calibrated features: each sample is mapped by the map of its row. Arguments are as in ``as_rows``."""
+        """The calibrated features: each sample is mapped by the map of its row of :meth:`Bins.rows`. Arguments are as in
+        ``as_rows``."""
 
     def _blend(self, old: Tensor, new: Tensor, count: Tensor) -> Tensor:
         return blend(old, new, count > 1, self.settings.momentum)
@@ -136,6 +141,7 @@ class DiagonalCovariance(BinCovariance):
     """One variance per feature in each bin."""
 
     form = "diagonal"
+    identities = 2
     running_variance: Tensor
     scale: Tensor
 
@@ -160,8 +166,8 @@ class DiagonalCovariance(BinCovariance):
     def refresh(self, statistics: dict[str, Tensor]) -> None:
         names = ("mean", "variance", "smoothed_mean", "smoothed_variance")
         scale, shift = diagonal_map(*(statistics[name] for name in names), clip=self.settings.clip)
-        self.scale[:-1] = scale
-        self.shift[:-1] = shift
+        self.scale[: self.num_bins] = scale
+        self.shift[: self.num_bins] = shift
         self._cast.clear()
 
     def reset(self) -> None:
@@ -171,11 +177,13 @@ class DiagonalCovariance(BinCovariance):
         self._cast.clear()
 
     def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
-        flat = rows.flatten().to(features.device)
-        scale, shift = (table.index_select(0, flat) for table in self._tables(features, "scale", "shift"))
-        wide = features.to(scale.dtype)
+        flat = (rows if rows.ndim == 1 else rows.flatten()).to(features.device)
+        scales, shifts = self._tables(features, "scale", "shift")
+        scale, shift = scales.index_select(0, flat), shifts.index_select(0, flat)
+        wide = features if features.dtype == scale.dtype else features.to(scale.dtype)
         if features.ndim > 2:
             scale, shift = (beside(features, t.view(*rows.shape, self.num_features), axis) for t in (scale, shift))
-            return torch.addcmul(shift, wide, scale).to(features.dtype)
-        # In place, since an allocation would take most of the time.
-        return shift.addcmul_(wide, scale).to(features.dtype)
+            mapped = torch.addcmul(shift, wide, scale)
+        else:  # in place, since an allocation would take most of the time
+            mapped = shift.addcmul_(wide, scale)
+        return mapped if wide is features else mapped.to(features.dtype)

@@ -295,7 +295,7 @@ class FDS(RunningStatistics):
     def _carried(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
         if self.running_count.device != features.device:
             self.to(features.device)
-        return self.covariance.calibrate(features, rows.clamp_max(len(self.bins)), axis)
+        return self.covariance.calibrate(features, rows, axis)
 
     def _placed(self, labels: Any) -> Tensor:
         return placed(labels, self.bins, self.outside, self.missing)

@@ -46,7 +46,8 @@ class _MatrixCovariance(BinCovariance):
         self.register_buffer("running_covariance", unknown(self.num_bins, self.side, self.side, device=device))
 
     def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
-        flat, index, back = as_rows(features, rows.to(features.device), axis)
+        rows = rows.to(features.device).clamp_max(self.num_bins)
+        flat, index, back = as_rows(features, rows, axis)
         with full_precision(features.device):  # autocast would compute the products in half precision
             return back(self._carry(flat, index).to(features.dtype))
 

@@ -135,8 +135,15 @@ class LabelAxes(ABC):
     def rows(self, labels: Tensor, outside: Outside = "raise", missing: Missing = "raise") -> Tensor:
         """The row of each label in a table of B + 2 rows: one per bin, row B for ignored labels, and row B + 1 for
         those for which :meth:`place` returns -2."""
-        index = self.place(labels, outside, missing)
-        whole = readable(labels) and outside != "drop" and missing != "drop"
+        one_of("outside", outside, OUTSIDE)
+        one_of("missing", missing, MISSING)
+        is_tensor(labels=labels)
+        return self._rows(labels, outside, missing)
+
+    def _rows(self, labels: Tensor, outside: Outside, missing: Missing) -> Tensor:
+        """:meth:`rows` of checked arguments."""
+        index = self._index(labels, outside, missing, "labels", wait=False)
+        whole = outside != "drop" and missing != "drop" and readable(labels)
         return index if whole else torch.where(index < 0, len(self) - 1 - index, index)
 
     def tally(
@@ -435,11 +442,11 @@ class Bins(LabelAxes):
             raise no_values(name)
         if self._collapses and labels.is_floating_point() and labels.itemsize < 8:
             self._warn_of_narrow(name, labels.dtype)
-        labels = labels.detach()
         if readable(labels) and (labels.itemsize > 2 or not labels.is_floating_point()):
             quick = self._quick_index(labels.numpy(force=True))
             if quick is not None:
                 return torch.from_numpy(quick)
+        labels = labels.detach()
         # Apple's GPUs have no float64.
         wide = torch.float32 if labels.device.type == "mps" else torch.float64
         values = labels if labels.is_floating_point() else labels.to(wide)
@@ -488,8 +495,11 @@ class Bins(LabelAxes):
         if labels.size == 0 or labels.ndim == 0:  # results without dimensions would be NumPy scalars
             return None
         if self.categorical:
-            whole = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < len(self)
-            return labels.astype(np.int64) if whole else None
+            if labels.dtype.kind not in "iu":
+                return None
+            index = labels.astype(np.int64)
+            # Read as unsigned, a negative number is beyond every axis.
+            return index if index.view(np.uint64).max() < len(self) else None
         values = labels if labels.dtype.kind == "f" else labels.astype(np.float64)
         if (scale := self._scale(values.dtype)) is None:
             return None

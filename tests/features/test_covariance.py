@@ -282,6 +282,16 @@ def test_samples_without_a_bin_are_neither_counted_nor_moved(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["diagonal", *FORMS])
+def test_rows_of_ignored_and_of_refused_labels_are_the_identity(form: str) -> None:
+    features, labels = batch()
+    fds = make(form)
+    trained(fds, *[(features, labels)] * 2)
+    for row in (len(fds.bins), len(fds.bins) + 1):
+        rows = torch.full((len(features),), row)
+        torch.testing.assert_close(fds.covariance.calibrate(features, rows, 1), features, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["diagonal", *FORMS])
 @pytest.mark.parametrize("per_pixel", [False, True])
 def test_maps_equal_their_pixels_taken_one_by_one(form: str, per_pixel: bool) -> None:
     generator = torch.Generator().manual_seed(0)

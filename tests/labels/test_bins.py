@@ -622,3 +622,14 @@ def test_rows_tallies_and_tensors_of_an_axis_by_hand() -> None:
     assert bins.tensor("edges", labels) is bins.tensor("edges", labels)  # copied once
     assert (bins.wide_dtype(labels), bins.wide_dtype(labels.double())) == (torch.float32, torch.float64)
     assert Bins.uniform(1e9, 1e9 + 10, width=1).wide_dtype(labels) == torch.float64
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
+def test_classes_refuse_integers_below_and_beyond_them_in_every_width(dtype: str) -> None:
+    bins, limits = Bins.classes(200), np.iinfo(dtype)
+    inside = np.array([0, 7, min(199, limits.max)], dtype=dtype)
+    assert bins.index(inside).tolist() == inside.tolist()
+    for wrong in {-1, limits.min, limits.max, 200} - set(range(200)):
+        if limits.min <= wrong <= limits.max:
+            with pytest.raises(LabelError, match=f"got {wrong}"):
+                bins.index(np.array([3, wrong], dtype=dtype))
