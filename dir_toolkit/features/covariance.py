@@ -100,8 +100,8 @@ class BinCovariance(Float64Module, ABC):
 
     @abstractmethod
     def calibrate(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
-        """The calibrated features: each sample is mapped by the map of its row of :meth:`Bins.rows`. Arguments are as in
-        ``as_rows``."""
+        """The calibrated features: each sample is mapped by the map of its row, of :meth:`Bins.rows`. Other arguments
+        are as in ``as_rows``."""
 
     def _blend(self, old: Tensor, new: Tensor, count: Tensor) -> Tensor:
         return blend(old, new, count > 1, self.settings.momentum)
