@@ -25,26 +25,40 @@ class Permuted(dt.FDS):
         return super().labels(labels[torch.randperm(len(labels))])
 
 
-def methods(loss: str, selects: str | None = None) -> dict[str, Callable[[Trial], Trained]]:
-    """Regression with a loss, alone, with LDS weights, with FDS or with both; and soft bins adjusted by the prior.
+class Noisy(dt.FDS):
+    """A control for FDS: noise as large as what FDS would change, feature by feature."""
+
+    def _carried(self, features: Tensor, rows: Tensor, axis: int) -> Tensor:
+        size = (super()._carried(features, rows, axis) - features).detach().square().mean(0).sqrt()
+        return features + size * torch.randn_like(features)
+
+
+def methods(loss: str, selects: str | None = None, fds: type[dt.FDS] = dt.FDS) -> dict[str, Callable[[Trial], Trained]]:
+    """Regression with a loss, alone, with LDS weights, with FDS or with both; two controls for FDS; and soft bins
+    adjusted by the prior.
 
     Args:
         selects: the validation error that selects the epoch; None takes the bMAE.
+        fds: the class of the methods with FDS.
     """
 
-    def regression(trial: Trial, *, lds: bool = False, fds: type[dt.FDS] | None = None) -> Trained:
-        backbone: Any = trial.network()
-        parts: dict[str, Any] = {"weights": dt.LDS(trial.bins).fit(trial.density)} if lds else {}
-        if fds is not None:
-            parts["fds"] = fds(trial.bins, backbone.num_features, outside="clip")
-        return trial.fit(trial.model(backbone, head="regression", loss=loss, outside="clip", **parts), selects=selects)
+    def regression(trial: Trial, *, lds: bool = False, smooths: type[dt.FDS] | None = None) -> Trained:
+        weights = dt.LDS(trial.bins).fit(trial.density) if lds else None
+        model = trial.model(head="regression", loss=loss, outside="clip", weights=weights)
+        if smooths is None:
+            return trial.fit(model, selects=selects)
+        # Passed to the model, an FDS gets bins from it and no labels, which controls permute.
+        smoothing = smooths(trial.bins, model.num_features, outside="clip")
+        smoothing.attach(model.head, "input")
+        return trial.fit(model, fds=smoothing, selects=selects)
 
     return {
         "vanilla": regression,
         "lds": lambda trial: regression(trial, lds=True),
-        "fds": lambda trial: regression(trial, fds=dt.FDS),
-        "lds+fds": lambda trial: regression(trial, lds=True, fds=dt.FDS),
-        "permuted": lambda trial: regression(trial, fds=Permuted),
+        "fds": lambda trial: regression(trial, smooths=fds),
+        "lds+fds": lambda trial: regression(trial, lds=True, smooths=fds),
+        "permuted": lambda trial: regression(trial, smooths=Permuted),
+        "noise": lambda trial: regression(trial, smooths=Noisy),
         "soft+tau": lambda trial: trial.adjusted(trial.fit(trial.model(outside="clip"), selects="mae/all")),
     }
 

@@ -27,8 +27,8 @@ class Settings:
     vectors: str = "glove_100d.txt"
     """Name of the file of word vectors."""
     methods: tuple[str, ...] = ("vanilla", "lds", "fds", "lds+fds")
-    """The methods to train: vanilla, lds, fds, lds+fds, permuted (a control: FDS with the labels permuted within each
-    batch) or soft+tau (soft bins, adjusted by the prior)."""
+    """The methods to train: vanilla, lds, fds, lds+fds, permuted or noise (controls: FDS with the labels permuted
+    within each batch, or noise as large as its changes) or soft+tau (soft bins, adjusted by the prior)."""
     seeds: int = 3
     """The number of seeds per method: 0, 1, ..."""
     epochs: int = 12

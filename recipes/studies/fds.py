@@ -1,0 +1,203 @@
+"""Where does FDS pay, and can that be told after one epoch? FDS, LDS and two controls over many sets and sizes.
+
+    python recipes/studies/fds.py --root DIR                       # tables and pooled word vectors, of two sizes: hours
+    python recipes/studies/fds.py --root DIR --sets sts_b_dir_gru emobank_gru --rows 100000
+    python recipes/studies/fds.py --root DIR --sets concrete --rows 400 --seeds 2
+
+DIR, the sets, their axes and their networks are those of ``recipes/studies/suite.py``. ``sts_b_dir_gru`` and
+``emobank_gru`` are the recurrent networks of ``recipes/text.py`` and train with squared errors, the others with
+absolute ones. All methods of a set share one setting. The figures of FDS are computed from its statistics after the
+first epoch, before it has changed anything:
+
+- ``agreement``: which share of the variance between the means of bins is left after smoothing. At 1, neighbouring bins
+  have equal means already.
+- ``noise``: which share of what smoothing would change is sampling noise of the means. At 1, smoothing removes noise
+  alone; near 0, it removes what tells labels apart.
+- ``size``: the change of a bin's mean, in standard deviations of a feature, averaged over bins.
+
+Errors and figures are in ``OUT/runs.csv``, one line per set, size, method and seed. ``--resume`` adds to it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from command_line import PLACES, parse, refuse, run, shown, too_low, typed_command, unfit_folder, unknown, write
+
+
+@dataclass(frozen=True)
+class Settings:
+    root: Path
+    """Folder of the sets."""
+    sets: tuple[str, ...] = (
+        "concrete", "airfoil", "abalone", "rain", "appliances", "house16H", "sts_b_dir", "emobank", "beijing",
+    )  # fmt: skip
+    """Any of the suite's, sts_b_dir_gru and emobank_gru."""
+    rows: tuple[int, ...] = (400, 4000)
+    """Most training rows; half as many validate. Each size is a case of its own."""
+    methods: tuple[str, ...] = ("vanilla", "fds", "permuted", "noise", "lds", "lds+fds")
+    """What to train. All are compared with vanilla, and lds+fds with lds, too."""
+    seeds: int = 10
+    """The number of seeds per method: 0, 1, ..."""
+    epochs: int | None = None
+    """Passes over the training rows; by default 40, and 12 for the recurrent networks of sentences."""
+    resume: bool = False
+    """Go on where an earlier study was stopped, or add to it."""
+    out: Path = Path("runs/fds")
+    """Folder of all results."""
+
+
+if __name__ == "__main__":
+    SETTINGS = parse(Settings)  # --help is answered here, before torch is loaded
+
+import comparing
+import pandas as pd
+import xarray as xr
+from scipy.stats import spearmanr
+from suite import LABELS, SERIES, TEXT, fewer, task_of
+from text import Reader
+from torch import Tensor
+
+import dir_toolkit as dt
+from dir_toolkit.experiment.data.text import word_vectors
+from dir_toolkit.experiment.study import Study, Task, Trained, Trial
+from dir_toolkit.experiment.training.loop import Optimization
+from dir_toolkit.experiment.training.runtime import start_runtime
+
+RECURRENT = {"sts_b_dir_gru": "sts_b_dir", "emobank_gru": "emobank"}
+FIGURES = ("agreement", "noise", "size")
+METHODS = tuple(comparing.methods("weighted_l1"))
+
+
+def figures(statistics: Mapping[str, Tensor]) -> dict[str, float]:
+    """The figures of FDS, from :meth:`dir_toolkit.FDS.statistics`, over bins with two samples or more."""
+    known = statistics["count"] >= 2
+    count, mean, variance, smoothed = (
+        statistics[name][known] for name in ("count", "mean", "variance", "smoothed_mean")
+    )
+    center = (count[:, None] * mean).sum(0) / count.sum()
+    between = (mean - center).square()
+    total = (count[:, None] * (variance + between)).sum(0) / count.sum()
+    alive = total > 1e-8 * total.max()  # units that never fire tell nothing
+    moved = (((smoothed - mean).square() / total)[:, alive]).mean(1)
+    noise = ((variance / count[:, None] / total)[:, alive]).mean(1)
+    spread = ((between / total)[:, alive]).mean(1)
+    return {
+        "agreement": 1 - float(moved.sum() / spread.sum()),
+        "noise": float(noise.sum() / moved.sum()),
+        "size": float(moved.sqrt().mean()),
+    }
+
+
+class Watched(dt.FDS):
+    """FDS that keeps its figures of the first epoch."""
+
+    figures: dict[str, float]
+
+    def end_epoch(self) -> None:
+        super().end_epoch()
+        if self.epoch == 1:
+            self.figures = figures(self.statistics())
+
+
+def measured(trial: Trial, trained: Trained, output: Any) -> Mapping[str, xr.DataArray]:
+    own = getattr(trained.fds, "figures", {}).items()
+    return {f"fds_{name}": xr.DataArray(value, attrs={"units": "1"}) for name, value in own}
+
+
+def task_with(name: str, settings: Settings, rows: int) -> Task:
+    """A set with at most so many rows, and its network."""
+    if name not in RECURRENT:
+        return task_of(name, settings.root, rows)
+    number, vectors = word_vectors(settings.root / "text")
+    splits = fewer(TEXT[RECURRENT[name]](settings.root / "text", number), rows)
+    low, high = (0, 5) if name == "sts_b_dir_gru" else (1, 5)
+    bins = dt.Bins.uniform(low, high, width=0.1)
+    pairs = name == "sts_b_dir_gru"
+    return Task(lambda _: splits, bins, lambda _: Reader(vectors, pairs=pairs), name, "label", folder=f"{name}-{rows}")
+
+
+def budget(name: str, task: Task, epochs: int | None) -> Optimization:
+    if name in RECURRENT:
+        return Optimization(epochs=epochs or 12, lr=1e-3, schedule="constant", warmup=0.0, weight_decay=0.0)
+    batch = min(max(len(task.data(0).train) // 12, 32), 256)
+    return Optimization(epochs=epochs or 40, batch_size=batch, lr=3e-3, weight_decay=1e-4)
+
+
+def compared(rows: pd.DataFrame) -> tuple[str, str]:
+    """A table of cases, with what each method changes of the bMAE; and how each figure goes with what FDS changes."""
+    keyed = rows.set_index(["set", "rows", "seed"])
+    error = {name: keyed[keyed.method == name].bmae for name in dict.fromkeys(rows.method)}
+    pairs = [(name, "vanilla") for name in error if name != "vanilla"]
+    pairs += [("lds+fds", "lds")] if {"lds", "lds+fds"} <= set(error) else []
+    ratio = {f"{a} / {b}": (error[a] / error[b]).dropna() for a, b in pairs}
+    grouped = {name: of.groupby(level=[0, 1], sort=False) for name, of in ratio.items()}
+    mean = pd.DataFrame({name: of.mean() for name, of in grouped.items()})
+    sem = pd.DataFrame({name: of.sem() for name, of in grouped.items()})
+    told = keyed[keyed.method == "fds"][list(FIGURES)].groupby(level=[0, 1], sort=False).mean().reindex(mean.index)
+    lines = [["set", "training rows", *mean.columns, *FIGURES], ["---"] * (2 + len(mean.columns) + len(FIGURES))]
+    for case in mean.index:
+        ratios = [f"{mean.loc[case, name]:.3f} ± {sem.loc[case, name]:.3f}" for name in mean.columns]
+        lines.append([case[0], f"{case[1]:,}", *ratios, *(f"{told.loc[case, name]:.2f}" for name in FIGURES)])
+    gains = mean.get("fds / vanilla", pd.Series(dtype=float)).dropna()
+    goes = "\n".join(
+        f"{name}: Spearman {test.statistic:+.2f}, p = {test.pvalue:.2f}, over {len(gains)} cases"
+        for name in FIGURES
+        if len(gains) > 2
+        for test in [spearmanr(told.loc[gains.index, name], gains)]
+    )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines), goes
+
+
+def main(settings: Settings) -> None:
+    faults = unknown("--sets", settings.sets, [*LABELS, *SERIES, *TEXT, *RECURRENT])
+    faults += unknown("--methods", settings.methods, METHODS) + unfit_folder("--out", settings.out)
+    faults += too_low(settings, seeds=1, epochs=1) + [
+        f"--rows must be at least 20, got {rows}." for rows in settings.rows if rows < 20
+    ]
+    refuse("recipes/studies/fds.py", faults)
+    table = settings.out / "runs.csv"
+    old = pd.read_csv(table) if settings.resume and table.exists() else pd.DataFrame()
+    with start_runtime() as runtime:
+        for name in settings.sets:
+            for rows in settings.rows:
+                task = replace(task_with(name, settings, rows), measure=measured)
+                loss = "weighted_mse" if name in RECURRENT else "weighted_l1"
+                methods = comparing.methods(loss, "mae/all" if name in RECURRENT else None, fds=Watched)
+                study = Study(
+                    settings.out / f"{name}-{rows}",
+                    task,
+                    methods,
+                    runtime,
+                    budget(name, task, settings.epochs),
+                    settings=shown(settings),
+                    command=typed_command("recipes/studies/fds.py", PLACES),
+                    resume=settings.resume,
+                )
+                study.run(settings.methods, seeds=settings.seeds)
+                new = pd.DataFrame([row_of(name, study, key) for key in study.runs])
+                old = pd.concat([old, new]).drop_duplicates(["set", "rows", "method", "seed"], keep="last")
+                write(table, old.to_csv(index=False, float_format="%.6g"))
+    cases, goes = compared(old)
+    write(settings.out / "cases.md", f"{cases}\n{goes}\n")
+    print(f"{cases}\n{goes}")
+
+
+def row_of(name: str, study: Study, key: tuple[str, str, int]) -> dict[str, Any]:
+    errors, (_, method, seed) = study.runs[key].errors, key
+    rows = len(study.tasks[0].data(0).train)
+    row = {"set": name, "rows": rows, "method": method, "seed": seed, "best_epoch": errors.best_epoch.item()}
+    row |= {kind: errors[kind].sel(region="all").item() for kind in ("mae", "rmse", "bmae")}
+    row |= {"few": errors.mae.sel(region="few").item()}
+    return row | {figure: float(errors.get(f"fds_{figure}", math.nan)) for figure in FIGURES}
+
+
+if __name__ == "__main__":
+    run(main, SETTINGS)
