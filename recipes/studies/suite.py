@@ -227,13 +227,13 @@ def contrasted(trial: Trial, own: dict[str, Any]) -> Trained:
     return fitted(trial, trial.model(head="regression"), own, loss=loss)
 
 
-def calibrated(trial: Trial, own: dict[str, Any], bias: bool = False) -> Trained:
+def calibrated(trial: Trial, own: dict[str, Any], **options: Any) -> Trained:
     """What README and estimators do by default: soft bins, then temperature and tau; or a bias along the axis, too."""
     trained = fitted(trial, trial.model(), own, selects="mae/all")
     val, model = trial.splits.val, trained.model
     assert isinstance(model, dt.LongTailModel)
     scores = predict(model, val, runtime=trial.runtime).scores
-    return replace(trained, tau=model.calibrate(scores, val.labels, bias=bias))
+    return replace(trained, tau=model.calibrate(scores, val.labels, **options))
 
 
 def voting(trial: Trial, own: dict[str, Any], head: Any = "gaussian") -> Trained:
@@ -300,6 +300,7 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
     "uvote_bins": (values("heads", 2, 3), partial(voting, head="linear")),
     "long_tail_model": (DECAYS, calibrated),
     "long_tail_model+bias": (DECAYS, partial(calibrated, bias=True)),
+    "long_tail_model+bound": (DECAYS, partial(calibrated, bias="auto", most_mae=1.1)),
     "median": (None, partial(of_rows, make=median)),
     "boosting": (None, partial(of_rows, make=HistGradientBoostingRegressor)),
     "boosting_lds": (None, partial(of_rows, make=HistGradientBoostingRegressor, weighted=True)),
