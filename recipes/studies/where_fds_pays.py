@@ -1,8 +1,8 @@
 """Where does FDS pay, and can that be told after one epoch? FDS, LDS and two controls over many sets and sizes.
 
-    python recipes/studies/fds.py --root DIR                       # tables and pooled word vectors, of two sizes: hours
-    python recipes/studies/fds.py --root DIR --sets sts_b_dir_gru emobank_gru --rows 100000
-    python recipes/studies/fds.py --root DIR --sets concrete --rows 400 --seeds 2
+    python recipes/studies/where_fds_pays.py --root DIR               # tables, series and pooled words: an hour
+    python recipes/studies/where_fds_pays.py --root DIR --sets sts_b_dir_gru emobank_gru --rows 100000
+    python recipes/studies/where_fds_pays.py --root DIR --sets concrete --rows 400 --seeds 2
 
 DIR, the sets, their axes and their networks are those of ``recipes/studies/suite.py``. ``sts_b_dir_gru`` and
 ``emobank_gru`` are the recurrent networks of ``recipes/text.py`` and train with squared errors, the others with
@@ -20,6 +20,7 @@ Errors and figures are in ``OUT/runs.csv``, one line per set, size, method and s
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Mapping
@@ -108,8 +109,14 @@ class Watched(dt.FDS):
 
 
 def measured(trial: Trial, trained: Trained, output: Any) -> Mapping[str, xr.DataArray]:
-    own = getattr(trained.fds, "figures", {}).items()
-    return {f"fds_{name}": xr.DataArray(value, attrs={"units": "1"}) for name, value in own}
+    """The figures of a run, kept in its folder, since a run that is read again has no first epoch."""
+    path = trial.folder / "figures.json"
+    own = getattr(trained.fds, "figures", None)
+    if own is not None:
+        write(path, json.dumps(own))
+    elif path.exists():
+        own = json.loads(path.read_text())
+    return {f"fds_{name}": xr.DataArray(value, attrs={"units": "1"}) for name, value in (own or {}).items()}
 
 
 def task_with(name: str, settings: Settings, rows: int) -> Task:
@@ -162,7 +169,7 @@ def main(settings: Settings) -> None:
     faults += too_low(settings, seeds=1, epochs=1) + [
         f"--rows must be at least 20, got {rows}." for rows in settings.rows if rows < 20
     ]
-    refuse("recipes/studies/fds.py", faults)
+    refuse("recipes/studies/where_fds_pays.py", faults)
     table = settings.out / "runs.csv"
     old = pd.read_csv(table) if settings.resume and table.exists() else pd.DataFrame()
     with start_runtime() as runtime:
@@ -178,12 +185,12 @@ def main(settings: Settings) -> None:
                     runtime,
                     budget(name, task, settings.epochs),
                     settings=shown(settings),
-                    command=typed_command("recipes/studies/fds.py", PLACES),
+                    command=typed_command("recipes/studies/where_fds_pays.py", PLACES),
                     resume=settings.resume,
                 )
                 study.run(settings.methods, seeds=settings.seeds)
                 new = pd.DataFrame([row_of(name, study, key) for key in study.runs])
-                old = pd.concat([old, new]).drop_duplicates(["set", "rows", "method", "seed"], keep="last")
+                old = pd.concat([old, new]).drop_duplicates(["set", "rows", "method", "seed"])
                 write(table, old.to_csv(index=False, float_format="%.6g"))
     cases, goes = compared(old)
     write(settings.out / "cases.md", f"{cases}\n{goes}\n")

@@ -1,0 +1,64 @@
+"""The study of where FDS pays, on one small table, and its figures on made-up statistics."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import running
+import torch
+from running import Outcome
+from test_suite import make_table
+
+import dir_toolkit as dt
+
+RECIPE = running.RECIPES / "studies/where_fds_pays.py"
+sys.path[:0] = [str(running.RECIPES), str(RECIPE.parent)]
+
+
+def test_help_answers_without_torch(tmp_path: Path) -> None:
+    running.check_help_answers_without_torch(RECIPE, tmp_path, "--rows", "--seeds")
+
+
+@pytest.mark.usefixtures("sketched")
+def test_each_case_has_a_line_with_paired_ratios_and_figures(here: Callable[..., Outcome], tmp_path: Path) -> None:
+    make_table(tmp_path / "data")
+    words = ["--root", "data", "--sets", "concrete", "--rows", 30, "--epochs", 2, "--methods", "vanilla", "fds"]
+    assert here(*words, "--seeds", 1).code == 0
+    outcome = here(*words, "--seeds", 2, "--resume")
+    assert (outcome.code, outcome.err) == (0, "")
+    rows = pd.read_csv(tmp_path / "runs/fds/runs.csv")
+    assert list(zip(rows.method, rows.seed, strict=True)) == [
+        ("vanilla", 0), ("fds", 0), ("vanilla", 1), ("fds", 1)
+    ]  # fmt: skip
+    figures = rows[["agreement", "noise", "size"]]
+    assert figures[rows.method == "fds"].notna().all(axis=None)
+    assert figures[rows.method == "vanilla"].isna().all(axis=None)
+    ratios = rows[rows.method == "fds"].bmae.to_numpy() / rows[rows.method == "vanilla"].bmae.to_numpy()
+    cell = f"{ratios.mean():.3f} ± {ratios.std(ddof=1) / 2**0.5:.3f}"
+    assert f"| concrete | 30 | {cell} |" in (tmp_path / "runs/fds/cases.md").read_text()
+
+
+def statistics(slope: float, samples: int) -> dict[str, torch.Tensor]:
+    """Of an FDS over 50 bins, with a feature of unit variance around a mean that rises with the label or does not."""
+    random, bins = np.random.default_rng(0), dt.Bins.uniform(0, 1, count=50)
+    labels = torch.from_numpy(np.repeat(bins.centers, samples)).float()
+    features = slope * labels[:, None] + torch.from_numpy(random.standard_normal((len(labels), 200))).float()
+    fds = dt.FDS(bins, 200)
+    fds.update(features, labels)
+    fds.end_epoch()
+    return fds.statistics()
+
+
+def test_noise_is_above_one_where_bins_differ_by_chance_alone_and_small_where_their_means_rise() -> None:
+    from where_fds_pays import figures
+
+    by_chance, rising = figures(statistics(0, samples=20)), figures(statistics(200, samples=20))
+    assert by_chance["noise"] > 1
+    assert rising["noise"] < 0.2
+    assert by_chance["agreement"] < 0.5 < 0.95 < rising["agreement"]
+    assert by_chance["size"] == pytest.approx((1 / 20) ** 0.5, rel=0.2)  # nearly the whole error of a mean
