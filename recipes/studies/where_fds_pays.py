@@ -204,7 +204,7 @@ def main(settings: Settings) -> None:
     print(f"{cases}\n{goes}")
 
 
-def row_of(name: str, study: Study, key: tuple[str, str, int]) -> dict[str, Any]:
+def row_of(name: str, study: Study, key: tuple[Task, str, int]) -> dict[str, Any]:
     errors, (_, method, seed) = study.runs[key].errors, key
     task = study.tasks[0]
     row = {"set": name, "rows": len(task.data(0).train), "bin_width": task.bins.edges[1] - task.bins.edges[0]}
