@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .._checks import instance, missing_package, problem, require
 from .._files import write_atomically
 from .._state import pack, unpack
-from ..errors import CheckpointError, DirToolkitWarning
+from ..errors import CheckpointError, DirToolkitError, DirToolkitWarning
 from ..labels.bins import Bins
 from ..labels.density import LabelDensity
 from ..labels.kernels import LabelWindow
@@ -29,6 +30,7 @@ __all__ = ["load"]
 _FORMAT = "dir_toolkit.LongTailModel 1"
 _MADE_WITH = "made_with"  # the entry with the arguments of the model
 _EXTRA = "_extra_state"
+_OWN = ("head", "loss")  # what may be the user's own
 
 
 AnyModel = LongTailModel | MultiTargetModel
@@ -74,23 +76,29 @@ def load(
         backbone: a module with the architecture of the saved backbone. Its parameters and buffers are replaced.
         head, loss: required if the saved model had a custom head or loss, and not allowed otherwise.
     Raises:
-        FileNotFoundError: there is no such file. CheckpointError: the file is damaged, or of another kind or format, or
-        the backbone or head has another architecture. Backbone and head do not change then. ValueError: a custom head
-        or loss is missing, or was not expected. ImportError: safetensors is not installed.
+        FileNotFoundError: there is no such file. CheckpointError: the file is damaged, its parts do not fit, it is of
+        another kind or format, or the backbone or head has another architecture. Backbone and head do not change then.
+        ValueError: a custom head or loss is missing, or was not expected. ImportError: safetensors is not installed.
     """
     instance(nn.Module, backbone=backbone)
     state = _read(path)
-    made_with = unpack(state.pop(_MADE_WITH))
-    several = made_with.get("targets")
-    for name, own in (("head", head), ("loss", loss)):
-        saved = made_with[name] if several is None else "named ones of several targets"
+    with _blaming(path):
+        made_with = unpack(state.pop(_MADE_WITH, None))
+        several = made_with.get("targets")
+        every = dict.fromkeys(_OWN, "named ones of several targets") if several is not None else made_with
+        names = [every[name] if every[name] is None else str(every[name]) for name in _OWN]
+    for name, saved, own in zip(_OWN, names, (head, loss), strict=True):
         rule = f"{name} must be {'left out' if saved else 'given, as in the saved model'}"
         got = "None" if own is None else f"one beside the saved {saved!r}"
         require((own is None) == (saved is not None), rule, got=got)
-    _check_same("backbone", backbone, state)
+    _check_same("backbone", backbone, state, path)
     if head is not None:
-        _check_same("head", head, state)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        _check_same("head", head, state, path)
+    with (
+        _blaming(path, besides=head is not None or loss is not None),
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", DirToolkitWarning)  # they were issued when the model was made
         if several is None:
             return _filled(_remade(made_with, backbone, head, loss), state)
@@ -161,10 +169,17 @@ def _filled(model: AnyModel, state: dict[str, Tensor]) -> AnyModel:
     """The model in eval mode, on the device of its backbone, with the state and the dtypes of the file."""
     device = next((x.device for x in model.backbone.parameters()), torch.device("cpu"))
     model = model.to(device)
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        value.data = value.data.to(state.get(name, value).dtype)
-    own = model.state_dict()
-    model.load_state_dict({**state, **{name: own[name] for name in _extra_states(model)}})
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {name: value.data for name, value in tensors.items()}
+    try:
+        for name, value in tensors.items():
+            value.data = value.data.to(state.get(name, value).dtype)
+        own = model.state_dict()
+        model.load_state_dict({**state, **{name: own[name] for name in _extra_states(model)}})
+    except BaseException:
+        for name, value in tensors.items():
+            value.data = before[name]
+        raise
     return model.eval()
 
 
@@ -192,6 +207,19 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
+@contextmanager
+def _blaming(path: str | os.PathLike[str], *, besides: bool = False) -> Iterator[None]:
+    """A context in which errors of any kind come from the contents of a file. Errors of the package are raised as they
+    are if something besides the file may be at fault."""
+    try:
+        yield
+    except Exception as error:
+        if besides and isinstance(error, DirToolkitError):
+            raise
+        got = f"{os.fspath(path)!r}: {type(error).__name__}: {error}"
+        raise _foreign("path must hold a model whose parts fit, as it was saved", got) from error
+
+
 def _foreign(rule: str, got: str, fix: str = "Load an intact copy.") -> Exception:
     return problem(rule, got=got, fix=fix, error=CheckpointError)
 
@@ -205,7 +233,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_same(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _check_same(name: str, module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Raise unless the module has the names and shapes of the saved state."""
     own = {f"{name}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
     saved = {key: tuple(value.shape) for key, value in state.items() if key.startswith(f"{name}.")}
@@ -215,5 +243,6 @@ def _check_same(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> No
     ]
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        rule, fix = f"{name} must be of the architecture that was saved", "Make it as it was made for that model."
+        rule = f"{name} must be of the architecture that was saved in {os.fspath(path)!r}"
+        fix = "Make it as it was made for that model."
         raise _foreign(rule, ", ".join(faults[:3]) + more, fix)

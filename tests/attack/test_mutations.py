@@ -17,6 +17,7 @@ import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,21 @@ import xarray as xr
 
 import dir_toolkit as dt
 from dir_toolkit.errors import DirToolkitError
+from dir_toolkit.experiment.data import series
 from dir_toolkit.experiment.data.archives import FolderFiles, TarFiles, stays_inside
 from dir_toolkit.experiment.data.cache import decode_once
 from dir_toolkit.experiment.data.dir_lists import dir_list
 from dir_toolkit.experiment.data.idx import read_idx
+from dir_toolkit.experiment.data.images import Splits
+from dir_toolkit.experiment.data.series import beijing, cmapss
+from dir_toolkit.experiment.data.tables import standardized, table
+from dir_toolkit.experiment.data.text import emobank, sts_b_dir, word_vectors
 from dir_toolkit.experiment.results.schema import combine_runs, load_results, save_results, validate_results
 from dir_toolkit.experiment.training.checkpoint import load_checkpoint
+from dir_toolkit.longtail.saving import _FORMAT, _MADE_WITH, _digest
 
 pytest.importorskip("PIL")
+safetensors = pytest.importorskip("safetensors.torch")
 
 GIGABYTE = 2**30
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1)
@@ -45,7 +53,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.randint(1, 3)):
         spot = chance.randrange(len(changed) + 1)
         end = min(len(changed), spot + chance.choice([1, 4, 30, 600, len(data)]))
-        kind = chance.randrange(11)
+        kind = chance.randrange(12)
         if kind <= 1 and spot < len(changed):
             changed[spot] ^= 1 << chance.randrange(8)
         elif kind == 2:
@@ -68,6 +76,10 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
         elif kind == 9:  # and as text
             number = chance.choice([0, 7, 8, 9, 99999999, 77777777777, 10**30, -1])
             changed[spot : spot + 12] = str(number).encode()
+        elif kind == 10:  # a cell of a table with what is no number, or none that is usable
+            first = spot - len(re.split(rb"[\s,]", changed[:spot])[-1])
+            last = spot + len(re.split(rb"[\s,]", changed[spot:])[0])
+            changed[first:last] = chance.choice([b"", b"NA", b"nan", b"inf", b"1e39", b"1e308", b"1_0", b"-1", b"0.5"])
         else:
             changed[spot:end] = bytes(end - spot)
     return bytes(changed) if chance.random() > 0.01 else chance.randbytes(chance.randrange(len(data) + 1))
@@ -121,6 +133,7 @@ def arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Arena:
     monkeypatch.chdir(arena.rest)
     monkeypatch.setenv("HOME", str(arena.rest))
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # of what is thrown away at once
+    monkeypatch.setattr(series, "_TEST_FROM", 10)  # hours, so that a file can be short
     return arena
 
 
@@ -205,6 +218,108 @@ def reads_list(arena: Arena, data: bytes) -> None:
         assert part.images.shape[1:] == (3, 8, 8)
 
 
+def sound(splits: Splits) -> None:
+    for part in (splits.train, splits.val, splits.test):
+        assert len(part) >= 1
+        assert np.isfinite(part.labels).all()
+        assert np.isfinite(part.inputs[part.rows]).all()
+
+
+def reads_table(arena: Arena, data: bytes) -> None:
+    sound(standardized(table(arena.write("some.csv", data), "y")))
+
+
+def reads_air(arena: Arena, data: bytes) -> None:
+    arena.write("beijing_somewhere.csv", data)
+    sound(beijing(arena.inputs, "Somewhere", hours=3))
+
+
+def reads_engines(arena: Arena, data: bytes) -> None:
+    """All three files from one text, at the marks between them."""
+    parts = data.split(b"%%")
+    for name, part in zip(("train", "test", "RUL"), [*parts, b"", b""], strict=False):
+        arena.write(f"{name}_FD001.txt", part)
+    sound(cmapss(arena.inputs, cycles=2))
+
+
+def reads_words(arena: Arena, data: bytes) -> None:
+    arena.write("glove_100d.txt", data)
+    number, vectors = word_vectors(arena.inputs)
+    assert len(vectors) == len(number) + 1
+    assert np.isfinite(vectors).all()
+
+
+def reads_sentences(arena: Arena, data: bytes) -> None:
+    arena.write("emobank.csv", data)
+    sound(emobank(arena.inputs, {"a": 1, "b": 2}, longest=3))
+
+
+def reads_pairs(arena: Arena, data: bytes) -> None:
+    for part in ("train", "dev", "test"):
+        arena.write(f"stsb_dir_{part}.tsv", data if part == "dev" else PAIRS.encode())
+    sound(sts_b_dir(arena.inputs, {"a": 1, "b": 2}, longest=3))
+
+
+TABLE = "y, x,sex\n" + "".join(f"{i},{i / 2},{'FMI'[i % 3]}\n" for i in range(9))
+WORDS = "".join(f"w{i} {i}.5 -1 {i}e-3\n" for i in range(8))
+SENTENCES = "split,V,text\n" + "".join(f'{("train", "dev", "test")[i % 3]},{1 + i % 5},"a, b {i}"\n' for i in range(9))
+PAIRS = "sentence1\tsentence2\tscore\n" + "".join(f'a "q {i}\tb\t{i}.25\n' for i in range(5))
+
+
+def air(hours: int) -> str:
+    rows = ["year,month,day,hour,PM2.5,TEMP,PRES,DEWP,RAIN,wd,WSPM"]
+    times = (datetime(2016, 2, 28) + timedelta(hours=i) for i in range(hours))
+    rows += [
+        f'{t.year},{t.month},{t.day},{t.hour},{"NA" if i == 7 else i},{i},1000,-3,0,"E",1.5'
+        for i, t in enumerate(times)
+    ]
+    return "\n".join(rows)
+
+
+def engines() -> str:
+    def lines(lives: dict[int, int]) -> str:
+        zeros = " 0.5" * 24
+        return "".join(f"{e} {c}{zeros}\n" for e, life in lives.items() for c in range(1, life + 1))
+
+    return f"{lines({1: 4, 5: 3})}%%{lines({1: 1, 2: 4})}%%7\n200\n"
+
+
+def saved_model() -> bytes:
+    bins = dt.Bins.uniform(0, 4, width=1)
+    model = dt.LongTailModel(
+        torch.nn.Linear(3, 3), 3, bins, density=dt.LabelDensity(bins, np.array([50, 40, 20, 10])), sigma=0.5
+    )
+    model.calibrate_intervals(torch.zeros(200, 4), torch.arange(200) / 50)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(path := Path(folder, "model"))
+        return path.read_bytes()
+
+
+def reads_model(arena: Arena, data: bytes) -> None:
+    backbone = torch.nn.Linear(3, 3)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    try:
+        dt.load(arena.write("model", data), backbone)
+    except DirToolkitError:
+        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+        raise
+
+
+def forged_model(data: bytes) -> bytes:
+    """A model whose settings are these bytes, with the checksum that belongs to them."""
+    tensors = safetensors.load(saved_model())
+    tensors[_MADE_WITH] = torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)
+    return safetensors.save(tensors, {"format": _FORMAT, "sha256": _digest(tensors)})
+
+
+def reads_forged_model(arena: Arena, data: bytes) -> None:
+    reads_model(arena, forged_model(data))
+
+
+def settings_of_a_model() -> bytes:
+    return safetensors.load(saved_model())[_MADE_WITH].numpy().tobytes()
+
+
 def reads_folder(arena: Arena, data: bytes) -> None:
     for name, content in {"a.jpg": jpeg(0), "b.jpg": data}.items():
         arena.write(name, content)
@@ -238,6 +353,15 @@ TARGETS: dict[str, tuple[Callable[[], bytes], Callable[[Arena, bytes], None]]] =
     "tar, pax": (lambda: tar(tarfile.PAX_FORMAT), reads_tar),
     "tar, packed": (lambda: gzip.compress(tar(tarfile.PAX_FORMAT), mtime=0), reads_tar),
     "list": (LIST.encode, reads_list),
+    "table": (TABLE.encode, reads_table),
+    "table, packed": (lambda: gzip.compress(TABLE.encode(), mtime=0), reads_table),
+    "air by the hour": (lambda: air(60).encode(), reads_air),
+    "engines": (lambda: engines().encode(), reads_engines),
+    "word vectors": (WORDS.encode, reads_words),
+    "sentences": (SENTENCES.encode, reads_sentences),
+    "pairs of sentences": (PAIRS.encode, reads_pairs),
+    "saved model": (saved_model, reads_model),
+    "settings of a saved model": (settings_of_a_model, reads_forged_model),
     "notes in the cache": (lambda: b'{"a.jpg": "it is cut short"}', reads_cache),
     "checkpoint": (checkpoint, reads_checkpoint),
     "results": (results_file, reads_results),
@@ -253,6 +377,10 @@ def refusal(read: Callable[[Arena, bytes], None], arena: Arena, data: bytes) -> 
         if re.search("MemoryError|allocate", str(error)):
             raise MemoryError(str(error)) from error
         answer = error
+    named = answer is None or any(
+        name in str(answer) for name in ["cache", *(path.name for path in arena.inputs.iterdir())]
+    )
+    assert named, f"the error names no file: {answer}"
     if strays := arena.strays():
         raise AssertionError(f"the reader wrote to {strays}")
     return answer
@@ -337,6 +465,7 @@ LIES: list[tuple[str, Callable[[], bytes], str]] = [
     ("tar, packed", lambda: packed(lying_tar(PAX)), "the pax record 'size'"),
     ("tar, packed", lambda: packed(lying_tar(USTAR, tarfile.XHDTYPE)), "bytes of names, one claims 4,294,967,296"),
     ("checkpoint", lambda: patched(checkpoint(), b"PK\x01\x02", 20, struct.pack("<2I", 2**32 - 16, 2**32 - 16)), "EOF"),
+    ("saved model", lambda: patched(saved_model(), b"", 0, struct.pack("<Q", 2**40)), "header too large"),
     ("results", lambda: patched(results_file(), b"\0\0\0\x03bin\0", 8, struct.pack(">I", 2**31 - 1)), "2147483647"),
 ]
 
@@ -360,4 +489,6 @@ def test_a_header_that_claims_gigabytes_is_refused_and_nothing_of_it_allocated(
 
 
 def test_every_target_whose_headers_tell_sizes_is_lied_to() -> None:
-    assert {*TARGETS} - {target for target, _, _ in LIES} == {"list", "notes in the cache"}
+    without = {"list", "notes in the cache", "settings of a saved model", "air by the hour", "engines"}
+    without |= {"table", "table, packed", "word vectors", "sentences", "pairs of sentences"}
+    assert {*TARGETS} - {target for target, _, _ in LIES} == without

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import dir_toolkit as dt
 from dir_toolkit._settings import described
+from dir_toolkit._state import pack, unpack
 from dir_toolkit.errors import ArgumentError, CheckpointError, MissingPackageError
 from dir_toolkit.longtail import LongTailModel, LongTailOutput
 from dir_toolkit.longtail.model import HeadName
-from dir_toolkit.longtail.saving import _made_with
+from dir_toolkit.longtail.saving import _FORMAT, _digest, _made_with
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -166,7 +167,7 @@ def test_a_head_and_a_loss_of_ones_own_are_handed_over(tmp_path: Path) -> None:
         ({"head": Own()}, r"loss must be given, as in the saved model, got None"),
         (
             {"head": Own(3), "loss": own_loss},
-            r"head must be of the architecture that was saved, got head\.layer\.weight of",
+            r"head must be of the architecture that was saved in .*, got head\.layer\.weight of",
         ),
     ):
         with pytest.raises(ValueError, match=f"^load: {message}"):
@@ -178,7 +179,7 @@ def test_a_head_and_a_loss_of_ones_own_are_handed_over(tmp_path: Path) -> None:
 
 def test_another_backbone_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     trained().save(path := tmp_path / "model.safetensors")
-    rule = r"^load: backbone must be of the architecture that was saved, got "
+    rule = r"^load: backbone must be of the architecture that was saved in .*, got "
     for other, got in (
         (net(width=4), r"backbone\.0\.weight of shape \(4, 3\), saved as \(5, 3\), .* and 4 more\. Make it as it was"),
         (net()[:3], r"no backbone\.3\.bias, no backbone\.3\.weight\."),
@@ -224,6 +225,42 @@ def test_a_file_that_is_damaged_foreign_or_missing_is_told(tmp_path: Path) -> No
         dt.load(tmp_path / "none", net())
     with pytest.raises(CheckpointError, match="must be a whole safetensors file"):
         dt.load(tmp_path, net())
+
+
+def forged(path: Path, change: Any) -> None:
+    """The file with other tensors, and the checksum that belongs to them."""
+    tensors = safetensors.load(path.read_bytes())
+    change(tensors)
+    path.write_bytes(safetensors.save(tensors, {"format": _FORMAT, "sha256": _digest(tensors)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("made_with"), "must be the bytes from state_dict"),
+        (lambda t: t.update(made_with=pack({"head": None})), "KeyError: 'loss'"),
+        (lambda t: t.update(made_with=pack({"targets": 3})), "TypeError"),
+        (lambda t: t.update(made_with=pack({**unpack(t["made_with"]), "head": torch.ones(2)})), "ambiguous"),
+        (lambda t: t.pop("head.weight"), r"Missing key.*head\.weight"),
+        (lambda t: t.update({"head.weight": torch.ones(2, 2)}), r"size mismatch for head\.weight"),
+        (lambda t: t.update({"head.weight": t["head.weight"].int()}), "floating point"),
+        (lambda t: t.update({"backbone.0.weight": torch.ones(5, 3).int()}), "floating point"),
+    ],
+)
+def test_a_file_whose_parts_do_not_fit_is_named_and_the_backbone_stays(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    trained().double().save(path)
+    forged(path, change)
+    backbone = net()
+    before = copy.deepcopy(backbone.state_dict())
+    with pytest.raises(
+        CheckpointError, match=rf"(?s)^load: path must hold a model whose parts fit.*model\.saf.*{message}"
+    ):
+        dt.load(path, backbone)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert all(value.dtype == before[name].dtype for name, value in backbone.state_dict().items())
 
 
 class Stateful(nn.Identity):

@@ -19,10 +19,12 @@ from ._checks import data_error
 from .images import SampleSet, Splits
 
 __all__ = [
-    "columns_of", "find_file", "has_columns", "lines_of", "numbers_of", "rows_of", "seeded_splits", "splits_of_rows",
+    "columns_of", "find_file", "has_columns", "lines_of", "number_of", "numbers_of", "rows_of", "seeded_splits",
+    "splits_of_rows",
 ]  # fmt: skip
 
 _MOST_BYTES = 4 * 2**30  # of one file once it is unpacked
+_PIECE = 2**24  # bytes read at a time
 
 
 def find_file(root: str | os.PathLike[str], *names: str, card: str) -> Path:
@@ -96,6 +98,17 @@ def has_columns(columns: Mapping[str, Sequence[str]], names: Sequence[str], path
         raise data_error(f"the file must have a column {lacking[0]!r}", got=", ".join(columns), source=path)
 
 
+def number_of(cell: str) -> float:
+    """The number in a cell, in float64.
+
+    Raises:
+        ValueError: the cell holds no number, or one with underscores, which Python alone takes for a number.
+    """
+    if "_" in cell:
+        raise ValueError(f"{cell!r} is no number")
+    return float(cell)
+
+
 def numbers_of(
     cells: Sequence[str],
     column: str,
@@ -113,7 +126,7 @@ def numbers_of(
     values = np.full(len(cells), np.nan)
     for i, cell in enumerate(cells):
         with contextlib.suppress(ValueError):
-            values[i] = float(cell)
+            values[i] = number_of(cell)
     with np.errstate(over="ignore"):
         unfit = ~np.isfinite(values.astype(np.float32)) | (values < within[0]) | (values > within[1])
     for row in np.flatnonzero(unfit).tolist():
@@ -125,7 +138,7 @@ def numbers_of(
     return values
 
 
-def seeded_splits(inputs: np.ndarray, labels: np.ndarray, *, source: str, seed: int) -> Splits:
+def seeded_splits(inputs: np.ndarray, labels: np.ndarray, *, path: Path, source: str, seed: int) -> Splits:
     """Three fifths of the rows for training and a fifth each for validation and test, drawn by a seed.
 
     Shape:
@@ -133,7 +146,7 @@ def seeded_splits(inputs: np.ndarray, labels: np.ndarray, *, source: str, seed: 
     """
     order = np.random.default_rng(whole("seed", seed, low=0)).permutation(len(labels))
     train, val = len(order) * 3 // 5, len(order) * 4 // 5
-    return splits_of_rows(inputs, labels, order[:train], order[train:val], order[val:], source=source)
+    return splits_of_rows(inputs, labels, order[:train], order[train:val], order[val:], path=path, source=source)
 
 
 def splits_of_rows(
@@ -143,13 +156,18 @@ def splits_of_rows(
     val: np.ndarray,
     test: np.ndarray,
     *,
+    path: Path,
     source: str,
     skipped: dict[str, int] | None = None,
 ) -> Splits:
-    """Splits of one array by the numbers of its rows. Labels become float32."""
+    """Splits of one array by the numbers of its rows. Labels become float32.
+
+    Raises:
+        DataError: a part is empty. The error names ``path``.
+    """
     for part, rows in {"train": train, "val": val, "test": test}.items():
         if len(rows) == 0:
-            raise data_error(f"the {part} split must hold at least one row", got="none", source=source)
+            raise data_error(f"the {part} split must hold at least one row", got="none", source=path)
     sets = [SampleSet(inputs, labels[rows].astype(np.float32), rows.astype(np.int64)) for rows in (train, val, test)]
     return Splits(sets[0], sets[1], sets[2], source, skipped or {})
 
@@ -159,11 +177,12 @@ def _text_of(path: Path) -> str:
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
+        content = bytearray()
         with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            # A plain file is not read by more than it holds, since that much memory is taken in advance.
-            content = file.read(1 + (_MOST_BYTES if packed else min(_MOST_BYTES, path.stat().st_size)))
-        if len(content) > _MOST_BYTES:
-            raise data_error("a file must hold at most 4 GiB", got="more", source=path)
+            while piece := file.read(_PIECE):  # as much memory as it may be is taken in advance
+                content += piece
+                if len(content) > _MOST_BYTES:
+                    raise data_error("a file must hold at most 4 GiB", got="more", source=path)
         return content.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         got = f"{type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ import numpy as np
 from ..._checks import number, one_of, whole
 from ._checks import data_error, require_data
 from .images import Splits
-from .rows import columns_of, find_file, has_columns, lines_of, numbers_of, splits_of_rows
+from .rows import columns_of, find_file, has_columns, lines_of, number_of, numbers_of, splits_of_rows
 
 __all__ = ["BEIJING_FEATURES", "beijing", "cmapss"]
 
@@ -24,6 +24,7 @@ _TEST_FROM = 366 * 24  # hours before the end
 _VAL_SHARE = 0.2  # of the hours before it, the last of which validate
 
 _CELLS = 26  # of a line: the engine, the cycle, 3 settings, 21 sensors
+_MOST, _MOST_ENGINES = float(np.finfo(np.float32).max), 2**31
 _EVERY = 5  # the engine of every fifth number validates
 
 
@@ -44,7 +45,7 @@ def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hour
         Splits with inputs (M, hours, 11) float32, whose features are ``BEIJING_FEATURES``, as a read-only view of
         the series, and labels in µg/m³. ``skipped`` counts hours ``"without label"`` and ``"after a gap"``.
     Raises:
-        DataError: the file is missing or damaged, lacks a column, or is too short.
+        DataError: the file is missing or damaged, lacks a column, is too short, or holds an hour that does not exist.
     Source:
         Zhang et al. 2017, Cautionary tales on air-quality improvement in Beijing (doi 10.1098/rspa.2017.0457).
     """
@@ -67,7 +68,7 @@ def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hour
     require_data(val > 0, f"the file must hold more than {_TEST_FROM + 1} hours", got=len(series), source=path)
     spans = ((0, val), (val, test), (test, len(series)))
     parts = [np.arange(first, max(first, last - hours + 1)) for first, last in spans]
-    time = _hour_numbers(cells)
+    time = _hour_numbers(cells, path)
     breaks = np.concatenate([[0], (np.diff(time) != 1).cumsum()])
     unbroken = breaks[hours - 1 :] == breaks[: max(0, len(breaks) - hours + 1)]
     known = [rows[np.isfinite(label[rows])] for rows in parts]
@@ -75,7 +76,7 @@ def beijing(root: str | os.PathLike[str], station: str = "Aotizhongxin", *, hour
     total, labelled, used = (sum(map(len, some)) for some in (parts, known, complete))
     skipped = {"without label": total - labelled, "after a gap": labelled - used}
     skipped = {why: count for why, count in skipped.items() if count}
-    return splits_of_rows(windows, label, *complete, source=f"beijing_{station.lower()}", skipped=skipped)
+    return splits_of_rows(windows, label, *complete, path=path, source=f"beijing_{station.lower()}", skipped=skipped)
 
 
 def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0, part: str = "FD001") -> Splits:
@@ -119,14 +120,22 @@ def cmapss(root: str | os.PathLike[str], *, cycles: int = 30, cap: float = 125.0
     label, engine_of = np.concatenate([*labels, lives]), np.concatenate(owner)
     val = engine_of % _EVERY == 0
     rows = (np.flatnonzero(~val), np.flatnonzero(val), np.arange(len(engine_of), len(label)))
-    return splits_of_rows(np.concatenate(inputs), label.clip(max=cap), *rows, source=f"cmapss_{part.lower()}")
+    return splits_of_rows(
+        np.concatenate(inputs), label.clip(max=cap), *rows, path=train_path, source=f"cmapss_{part.lower()}"
+    )
 
 
-def _hour_numbers(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+def _hour_numbers(columns: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
     """The hours since 1970 of rows with a year, a month, a day and an hour."""
-    year, month, day, hour = (columns[name].astype(np.int64) for name in ("year", "month", "day", "hour"))
-    days = (12 * (year - 1970) + month - 1).astype("datetime64[M]").astype("datetime64[D]").astype(np.int64) + day - 1
-    return 24 * days + hour
+    given = np.stack([columns[name] for name in ("year", "month", "day", "hour")])
+    year, month, day, hour = np.clip(given, 0, 9999).astype(np.int64)
+    months = (12 * (year - 1970) + month - 1).astype("datetime64[M]")
+    days = months.astype("datetime64[D]") + (day - 1)
+    exists = (year >= 1) & (month >= 1) & (month <= 12) & (days.astype("datetime64[M]") == months) & (hour <= 23)
+    for row in np.flatnonzero(~exists | (given != (year, month, day, hour)).any(0))[:1]:
+        got = ", ".join(f"{value:g}" for value in given[:, row])
+        raise data_error("year, month, day and hour must exist", got=got, source=f"{path}, row {row + 1}")
+    return 24 * days.astype(np.int64) + hour
 
 
 def _windows(series: np.ndarray, length: int) -> np.ndarray:
@@ -151,10 +160,13 @@ def _engines(path: Path) -> dict[int, np.ndarray]:
     for i, line in _data_lines(path, "unit_number"):
         place = f"{path}, line {i + 1}"
         engine, cycle, *values = _line_of_numbers(line, _CELLS, place)
+        is_number = engine % 1 == 0 and 0 <= engine < _MOST_ENGINES
+        require_data(is_number, "an engine must have a whole number from 0 on", got=f"{engine:g}", source=place)
         rows = readings.setdefault(int(engine), [])
-        rule, got = f"engine {int(engine)} must go on with cycle {len(rows) + 1}", f"engine {engine:g}, cycle {cycle:g}"
-        require_data((engine, cycle) == (int(engine), len(rows) + 1), rule, got=got, source=place)
+        rule = f"engine {int(engine)} must go on with cycle {len(rows) + 1}"
+        require_data(cycle == len(rows) + 1, rule, got=f"cycle {cycle:g}", source=place)
         rows.append(np.array(values, np.float32))
+    require_data(len(readings) > 0, "the file must hold an engine", got="none", source=path)
     return {engine: np.stack(rows) for engine, rows in readings.items()}
 
 
@@ -165,11 +177,12 @@ def _data_lines(path: Path, heading: str) -> list[tuple[int, str]]:
 
 def _line_of_numbers(line: str, count: int, place: str) -> list[float]:
     try:
-        values = [float(cell) for cell in line.split()]
+        values = [number_of(cell) for cell in line.split()]
     except ValueError as error:
         raise data_error("a line must hold numbers", got=error, source=place) from None
-    sound = len(values) == count and bool(np.isfinite(values).all())
-    require_data(sound, f"a line must hold {count} finite numbers", got=len(values), source=place)
+    require_data(len(values) == count, f"a line must hold {count} numbers", got=len(values), source=place)
+    finite = all(abs(value) <= _MOST for value in values)  # in float32, too
+    require_data(finite, "a line must hold finite numbers", got=values, source=place)
     return values
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ._checks import require_data
 from .images import SampleSet, Splits
-from .rows import columns_of, has_columns, numbers_of, seeded_splits
+from .rows import columns_of, has_columns, number_of, numbers_of, seeded_splits
 
 __all__ = ["standardized", "table"]
 
@@ -46,7 +46,7 @@ def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (
     some, got = len(features) > 0 and len(labels) >= 5, f"{len(features)} and {len(labels)}"
     require_data(some, "the table must have a feature and at least 5 rows", got=got, source=path)
     inputs = np.concatenate(features, axis=1).astype(np.float32)
-    return seeded_splits(inputs, labels, source=path.name.split(".")[0], seed=seed)
+    return seeded_splits(inputs, labels, path=path, source=path.name.split(".")[0], seed=seed)
 
 
 def standardized(splits: Splits) -> Splits:
@@ -74,7 +74,7 @@ def _features(cells: list[str], name: str, path: Path) -> np.ndarray:
 
 def _is_word(cell: str) -> bool:
     try:
-        float(cell)
+        number_of(cell)
     except ValueError:
         return cell.strip() != ""
     return False

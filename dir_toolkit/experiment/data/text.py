@@ -45,10 +45,7 @@ def word_vectors(root: str | os.PathLike[str], name: str = "glove_100d.txt") -> 
     rows: list[np.ndarray] = []
     for i, line in enumerate(lines_of(path)):
         word, *cells = line.rstrip().split(" ")
-        try:
-            rows.append(np.array(cells, np.float32))
-        except ValueError:
-            rows.append(np.empty(0, np.float32))
+        rows.append(_vector(cells))
         sound = word not in number and len(rows[-1]) == len(rows[0]) > 0 and bool(np.isfinite(rows[-1]).all())
         rule = f"a line must hold a new word and {len(rows[0]) or 'its'} numbers"
         require_data(sound, rule, got=repr(line[:40]), source=f"{path}, line {i + 1}")
@@ -84,7 +81,9 @@ def emobank(
     labels = numbers_of(columns[label], label, path, within=(1, 5))
     other = len(part) - len(train) - len(val) - len(test)
     skipped = {"of another split": other} if other else {}
-    return splits_of_rows(inputs, labels, train, val, test, source=f"emobank_{label.lower()}", skipped=skipped)
+    return splits_of_rows(
+        inputs, labels, train, val, test, path=path, source=f"emobank_{label.lower()}", skipped=skipped
+    )
 
 
 def sts_b_dir(root: str | os.PathLike[str], number: dict[str, int], *, longest: int = 30) -> Splits:
@@ -111,6 +110,15 @@ def sts_b_dir(root: str | os.PathLike[str], number: dict[str, int], *, longest: 
         sets.append(SampleSet(pairs, labels, np.arange(len(labels))))
     train, val, test = sets
     return Splits(train, val, test, "sts_b_dir", {})
+
+
+def _vector(cells: Sequence[str]) -> np.ndarray:
+    """(D,) float32: the numbers in these cells, infinite where they are too large; (0,) if one is no number."""
+    try:
+        with np.errstate(over="ignore"):
+            return np.array([] if "_" in "".join(cells) else cells, np.float32)
+    except ValueError:
+        return np.empty(0, np.float32)
 
 
 def _numbers(sentences: Sequence[str], number: dict[str, int], longest: int) -> np.ndarray:

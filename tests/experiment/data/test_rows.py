@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_a_constant_column_becomes_zero(tmp_path: Path) -> None:
         ("y,x\n", {"label": "y"}, "must hold a row below the names"),
         ("", {"label": "y"}, "must hold a row below the names"),
         ("y,x\n1,\n2,3\n", {"label": "y"}, "row 1: column 'x' must hold finite numbers, got ''"),
+        ("y,x\n1_0,2\n", {"label": "y"}, "row 1: column 'y' must hold finite numbers, got '1_0'"),
         ('y,x\n1,"2\n', {"label": "y"}, "must be readable as CSV"),
         ("y,x\n" + "".join(f"{i},w{i}\n" for i in range(101)), {"label": "y"}, r"at most 100 different .* Pass drop="),
     ],
@@ -108,6 +110,8 @@ def test_missing_numbers_are_nan_where_they_are_named() -> None:
         numbers_of(["1", "NA"], "x", Path("f"))
     with pytest.raises(DataError, match="got 'inf'"):
         numbers_of(["inf"], "x", Path("f"))
+    with pytest.raises(DataError, match="got '1_0'"):
+        numbers_of(["1_0"], "x", Path("f"))
     with pytest.raises(DataError, match="got '1e39'"):
         numbers_of(["1e39"], "x", Path("f"))
 
@@ -148,6 +152,12 @@ def test_no_window_of_beijing_reaches_over_hours_that_are_missing(tmp_path: Path
 def test_recordings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold more than 8785 hours, got 30"):
         beijing(air(tmp_path, 30), "Somewhere")
+    whole = air(tmp_path, 366 * 24 + 50) / "beijing_somewhere.csv"
+    for hour in ("2013,2,29,0", "2013,13,1,0", "2013,3,1,24", "2013,3,0,0", "2013.5,3,1,0", "1e+30,3,1,0", "-1,3,1,0"):
+        write(whole, whole.read_text().replace("2013,3,1,5,", f"{hour},", 1))
+        with pytest.raises(DataError, match=rf"row 6: year.* must exist, got {re.escape(hour.replace(',', ', '))}\."):
+            beijing(tmp_path, "Somewhere")
+        write(whole, whole.read_text().replace(f"{hour},", "2013,3,1,5,", 1))
     write(tmp_path / "beijing_elsewhere.csv", "hour,PM2.5\n1,2\n")
     with pytest.raises(DataError, match="must have a column 'year'"):
         beijing(tmp_path, "Elsewhere")
@@ -182,10 +192,16 @@ def test_windows_of_engines_are_those_worked_out_by_hand(tmp_path: Path) -> None
     [
         ({"RUL": "7\n"}, "as many as the engines in test_FD001.txt, got 1 lives for 2 engines"),
         ({"RUL": "7\n-3\n"}, "the lives must be >= 0, .* got 2 lives for 2 engines, the least -3"),
-        ({"train": "1.5 1" + " 0" * 24}, "engine 1 must go on with cycle 1, got engine 1.5, cycle 1"),
+        ({"train": "1.5 1" + " 0" * 24}, "an engine must have a whole number from 0 on, got 1.5"),
+        ({"train": "-5 1" + " 0" * 24}, "an engine must have a whole number from 0 on, got -5"),
+        ({"train": "1e10 1" + " 0" * 24}, "an engine must have a whole number from 0 on, got 1e\\+10"),
+        ({"train": "1 1" + " 1e39" * 24}, "train_FD001.txt, line 1: a line must hold finite numbers, got .*1e"),
+        ({"RUL": "7\n2_0\n"}, "RUL_FD001.txt, line 2: a line must hold numbers, got '2_0' is no number"),
+        ({"train": "\n"}, "train_FD001.txt: the file must hold an engine, got none"),
+        ({"train": "1 1" + " 0" * 24}, "train_FD001.txt: the val split must hold at least one row"),
         ({"RUL": "7\nx\n"}, "RUL_FD001.txt, line 2: a line must hold numbers"),
-        ({"train": "1 1 2\n"}, "train_FD001.txt, line 1: a line must hold 26 finite numbers, got 3"),
-        ({"train": "1 2" + " 0" * 24}, "engine 1 must go on with cycle 1, got engine 1, cycle 2"),
+        ({"train": "1 1 2\n"}, "train_FD001.txt, line 1: a line must hold 26 numbers, got 3"),
+        ({"train": "1 2" + " 0" * 24}, "engine 1 must go on with cycle 1, got cycle 2"),
     ],
 )
 def test_engines_that_do_not_fit_are_refused(tmp_path: Path, changed: dict[str, str], message: str) -> None:
@@ -204,7 +220,7 @@ def test_words_get_their_vectors(tmp_path: Path) -> None:
     number, vectors = word_vectors(tmp_path)
     assert number == {"a": 1, "b": 2}
     np.testing.assert_array_equal(vectors, [[0, 0], [1, 2], [-1, 0.5]])
-    for text in ("a 1 2\nb 1\n", "a 1\na 2\n", "a\n", "a 1\nb x\n", ""):
+    for text in ("a 1 2\nb 1_0 2\n", "a 1e39\n", "a 1 2\nb 1\n", "a 1\na 2\n", "a\n", "a 1\nb x\n", ""):
         write(tmp_path / "bad.txt", text)
         with pytest.raises(DataError, match=r"bad.txt"):
             word_vectors(tmp_path, "bad.txt")
