@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import length, number, one_of, require, same_device
+from .._checks import gathered, length, number, one_of, require, same_device
 from .._numerics import full_precision, squared_distances, wide_dtype
 from .._ranks import summed
 from .._state import SoundModule
@@ -150,9 +150,12 @@ class AffinityHead(SoundModule):
 
         Shape:
             Returns ().
+        Raises:
+            UsageError: FSDP2 has sharded the head by itself.
         Source:
             Hayat et al. 2019, section 3.3 (arXiv:1901.07711).
         """
+        gathered(self)
         count = self.num_classes * self.num_prototypes
         w = self.weight.to(wide_dtype(self.weight)).flatten(0, 1)
         if count == 1:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .._checks import (
     drop_alike,
+    gathered,
     instance,
     keys,
     labels_array,
@@ -260,8 +261,13 @@ class LongTailModel(nn.Module):
 
         Shape:
             features: (N, num_features), or (N, T, num_features).
+        Raises:
+            UsageError: parameters are sharded by FSDP2, and this method is not registered as a forward method there.
         """
         features, shape = self._rows(features)
+        for part in (self.head, self.readout):
+            if not hasattr(part, "unshard"):  # which gathers its own
+                gathered(part)
         return self._of_shape(self.readout(self.head(features), features, features), shape)
 
     def criterion(self, output: LongTailOutput, labels: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -564,6 +570,9 @@ class LongTailModel(nn.Module):
         The file holds all parameters and buffers, axis, density, weights, options, prior and calibrated intervals. It
         holds no code: pass the backbone, and a custom head or loss, to ``load``. It does not hold the statistics of
         FDS, which predictions do not need.
+
+        If parameters are sharded by FSDP2, all ranks must call this. It gathers them on each, and rank 0 writes the
+        file.
 
         Args:
             path: a file, which is replaced atomically.

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._checks import instance, missing_package, problem, require
+from .._checks import instance, is_spread, missing_package, problem, require
 from .._files import write_atomically
 from .._state import pack, unpack
 from ..errors import CheckpointError, DirToolkitError, DirToolkitWarning
@@ -47,7 +48,7 @@ def save(model: AnyModel, path: str | os.PathLike[str]) -> None:
     for name, value in state.items():
         rule = f"the model must keep its state in tensors alone, also {name}"
         require(isinstance(value, Tensor), rule, got=type(value), error=TypeError)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    tensors = {name: _whole(value).cpu().contiguous().clone() for name, value in state.items()}
     if isinstance(model, MultiTargetModel):
         named = all(target._head and target.readout.loss_name for target in model.targets)
         fix = "Save each of model.targets by itself."
@@ -55,8 +56,14 @@ def save(model: AnyModel, path: str | os.PathLike[str]) -> None:
         tensors[_MADE_WITH] = pack({"targets": [_made_with(target) for target in model.targets]})
     else:
         tensors[_MADE_WITH] = pack(_made_with(model))
-    blob = to_bytes(tensors, {"format": _FORMAT, "sha256": _digest(tensors)})
-    write_atomically(path, lambda file: file.write(blob))
+    sharded = any(map(is_spread, state.values()))
+    try:
+        if not sharded or dist.get_rank() == 0:
+            blob = to_bytes(tensors, {"format": _FORMAT, "sha256": _digest(tensors)})
+            write_atomically(path, lambda file: file.write(blob))
+    finally:
+        if sharded:
+            dist.barrier()  # so that the file is there for every rank
 
 
 def load(
@@ -104,6 +111,11 @@ def load(
             return _filled(_remade(made_with, backbone, head, loss), state)
         targets = [_remade(one, nn.Identity(), None, None) for one in several]
         return _filled(MultiTargetModel(backbone, targets), state)
+
+
+def _whole(value: Any) -> Tensor:
+    """A tensor of the state, detached, gathered from all ranks if it is sharded."""
+    return (value.full_tensor() if is_spread(value) else value).detach()
 
 
 def _extra_states(model: nn.Module) -> list[str]:

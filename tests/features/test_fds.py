@@ -727,6 +727,51 @@ def rank_main(rank: int) -> dict[str, Any]:
     return result
 
 
+def sharded_main(rank: int) -> dict[str, Any]:
+    """Inside the sharded module, of which FSDP2 leaves buffers alone."""
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which is not written to here
+    mine, result = slice(0, 45) if rank == 0 else slice(45, None), {}
+    for form in FORMS:
+        net, fds = make(covariance=form)
+        net.register_module("fds", fds)
+        net.body[1].eval()
+        fully_shard(net.body)
+        fully_shard(net)
+        x, y = net_data()
+        losses = []
+        for _ in range(2):
+            with fds.labels(y[mine]):
+                loss = net(x[mine]).square().mean()
+            loss.backward()
+            losses.append(loss.detach())
+            fds.end_epoch()
+        net.load_state_dict(net.state_dict())
+        result[form] = {"loss": torch.stack(losses), **without_signs(fds.statistics())}
+    return result
+
+
+def test_two_ranks_with_sharded_parameters_equal_one(two_ranks: Callable[..., list[Any]]) -> None:
+    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+        pytest.skip("torch 2.6 is the first with FSDP2 in public")
+    states = two_ranks(sharded_main)
+    x, y = net_data()
+    for form in FORMS:
+        net, fds = make(covariance=form)
+        net.body[1].eval()
+        losses = []
+        for _ in range(2):
+            with fds.labels(y):
+                losses.append(net(x).square().mean().detach())
+            fds.end_epoch()
+        loss = torch.stack([state[form].pop("loss") for state in states]).mean(0)
+        torch.testing.assert_close(loss, torch.stack(losses), rtol=1e-5, atol=1e-6)
+        for name, value in without_signs(fds.statistics()).items():
+            for state in states:
+                torch.testing.assert_close(state[form][name], value, rtol=1e-6, atol=1e-6, equal_nan=True, msg=name)
+
+
 def without_signs(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
     """The statistics of low rank with eigenvectors whose largest entry is positive, since their signs are arbitrary."""
     if "basis" in statistics:

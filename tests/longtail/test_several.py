@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +330,43 @@ def test_calibration_takes_sequences_of_any_length_and_labels_per_sequence() -> 
 
 def test_an_empty_batch_has_outputs_of_the_same_form() -> None:
     assert mixed()(torch.randn(0, 3)).scores.shape == (0, 20 + 1 + 2 + 3)
+
+
+# ---- two processes ----
+
+
+def stepped(model: dt.MultiTargetModel, call: Any, share: slice) -> dict[str, Tensor]:
+    """Losses, statistics, taus and predictions of three steps on a share of the rows, each an epoch by itself."""
+    y = labels()[:, [0, 2]]
+    fds = dt.FDS(dt.Bins.grid(*(target.bins for target in model.targets)), 6)
+    fds.attach(model.neck, "output")
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.3), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with fds.labels(y[share]):
+            loss = call(X[share], y[share], 1 + y[share] / 20).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        fds.end_epoch()
+    taus = [choice.tau for choice in model.calibrate([(X, y)])]
+    with torch.no_grad():
+        prediction = model.eval()(X).prediction
+    return {**fds.statistics(), "losses": torch.stack(losses), "taus": torch.tensor(taus), "prediction": prediction}
+
+
+def rank_main(rank: int) -> dict[str, Tensor]:
+    model = several(labels()[:, [0, 2]], (AGES, CLASSES))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    return stepped(model, wrapped, slice(100 * rank, 100 * rank + 100))
+
+
+def test_two_ranks_equal_one_process(two_ranks: Callable[..., list[Any]]) -> None:
+    model = several(labels()[:, [0, 2]], (AGES, CLASSES))
+    expected = stepped(model, model, slice(None))
+    states = two_ranks(rank_main)
+    losses = torch.stack([state.pop("losses") for state in states]).mean(0)
+    torch.testing.assert_close(losses, expected.pop("losses"), rtol=1e-5, atol=1e-6)
+    for state in states:
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
