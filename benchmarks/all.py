@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other, as one table and one xarray result.
+"""All benchmarks of time and memory, one after the other, as one table and one xarray result.
 
     python benchmarks/all.py
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -63,8 +64,30 @@ def test_the_table_and_the_result_hold_every_row(benchmarks: dict[str, ModuleTyp
 
 
 def test_every_benchmark_is_run_by_all(benchmarks: dict[str, ModuleType]) -> None:
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"all", "timing", "gpu"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"all", "timing", "gpu", "tau"}
     assert set(benchmarks["all"].NAMES) == scripts
+
+
+def test_the_regret_of_tau_is_told_per_table_and_over_all(
+    benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    tau = importlib.import_module("tau")
+    monkeypatch.setattr(tau, "TABLES", ("diabetes",))
+    monkeypatch.setattr(tau, "TAUS", tau.TAUS[::10])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DirToolkitWarning)
+        tau.main(FOLDER, range(2))  # diabetes is not in a folder
+        (found, of_each), (again, _) = (tau.regrets(*tau.read(FOLDER, "diabetes"), seed) for seed in (0, 0))
+    assert found == again
+    assert min(found.values()) >= 0
+    assert of_each.min() == 0
+    assert found["tau 1"] == of_each[2]
+    names, *rows = capsys.readouterr().out.splitlines()[1:]
+    assert re.fullmatch(r" *choose_tau +calibrate +half of test +tau 1 +best fixed, [\d.]+", names)
+    of_table, of_all = (row.replace("geometric mean", "mean").split() for row in rows)
+    assert (of_table[0], of_all[0], len(of_table), len(of_all)) == ("diabetes", "mean", 16, 16)
+    assert all(abs(float(a) - float(b)) < 0.3 for a, b in zip(of_table[1::3], of_all[1::3], strict=True))
 
 
 def test_what_is_measured_on_a_gpu_runs_on_a_few_numbers(

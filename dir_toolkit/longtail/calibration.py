@@ -51,6 +51,7 @@ Judged = Literal["bmae", "mae", "bmse", "mse", "balanced_error", "error"]
 _SQUARED = ("bmse", "mse")
 _TAUS = np.linspace(0, 3, 16)  # at which calibrations are compared
 _NEAREST = 3  # the number of labels that represent a bin
+_TEST = 1 / 3  # the size of a usual test set, in training sets
 OF_MODEL = "output.scores of this model; calibrate takes inputs as [(inputs, labels)]"  # what scores are
 
 
@@ -236,13 +237,15 @@ class _Choice:
         return error * (self._weight() if choice.by in (self.readout.judged[0], "bmse") else 1 / len(error))
 
     def _weight(self) -> np.ndarray:
-        """The weight of each label, such that all bins with training or held-out labels have weights proportional to
-        their widths."""
+        """The weight of each label, such that the weighted error is what is expected of the error over bins of a test
+        set. Bins with held-out labels have weights proportional to their widths. Those of other bins are multiplied by
+        the probability that the test set has a label there."""
         density, held = self.readout.density, np.bincount(self.row, minlength=len(self.bins)) > 0
         assert density is not None  # a prior needs a density
         if self.bins.categorical and len(absent := np.flatnonzero(~held)):
             warn(f"no validation label of {len(absent)} of {len(held)} classes, which are ignored.")
-        return row_weights(np.where(held | (density.counts > 0), self.bins.relative_widths, 0.0), self.row, self.bins)
+        share = np.where(held, 1.0, -np.expm1(-_TEST * density.counts))
+        return row_weights(share * self.bins.relative_widths, self.row, self.bins)
 
     def _regions(self) -> dict[str, np.ndarray]:
         """The labels in each region of the training density that has any."""

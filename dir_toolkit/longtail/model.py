@@ -376,9 +376,10 @@ class LongTailModel(nn.Module):
     ) -> TauChoice:
         """Choose the tau for ``set_prior("uniform", tau)`` on validation data. The model does not change.
 
-        The criterion is a mean over all bins with training or validation labels, weighted by width. A bin with fewer
-        than three validation labels is represented by the nearest labels, since most bins of rare labels have none.
-        Validation labels may be distributed differently from training labels.
+        The criterion estimates the error over bins of a test set: a mean over bins, weighted by width. A bin with fewer
+        than three validation labels is represented by the nearest labels, since most bins of rare labels have none. A
+        bin without any is weighted by the probability that a test set a third as large as the training set has a label
+        there. Validation labels may be distributed differently from training labels.
 
         Args:
             scores: ``output.scores`` of validation data that were not used for training. The current prior and the

@@ -28,6 +28,8 @@ AGES = Bins.uniform(0, 20, width=1)
 
 AGE_DENSITY = LabelDensity(AGES, np.arange(1, 21)[::-1] ** 2)
 
+LARGE = LabelDensity(AGES, 10 * AGE_DENSITY.counts)  # a test set has labels in each of its bins
+
 
 def net(num_features: int = 6) -> nn.Module:
     return nn.Sequential(nn.Linear(3, num_features), nn.Tanh())
@@ -149,6 +151,19 @@ def test_tau_is_that_worked_out_by_hand() -> None:
     np.testing.assert_allclose(model.choose_tau(*more, taus=[0.0, 1.0], by="mae").scores, [6 / 11, 2 / 11], rtol=1e-6)
 
 
+def test_a_bin_without_held_out_labels_counts_as_often_as_a_test_set_has_labels_there() -> None:
+    bins = Bins.uniform(0, 4, width=1)
+    density = LabelDensity(bins, np.array([60, 6, 1, 1]))
+    model = LongTailModel(nn.Flatten(), 4, bins, density=density, sigma=0, decode="mode")
+    labels = torch.tensor([0.5, 0.5, 0.5, 2.5, 2.5, 2.5])
+    choice = model.choose_tau(torch.tensor([[9.0, 0, 0, 0]]).repeat(6, 1), labels, taus=[0.0])  # predicts 0.5
+    # A third as many labels as those of training have one in bin 1 and in bin 3 with these probabilities. The labels
+    # of both occupied bins represent bin 1, and those of bin 2 represent bin 3.
+    second, last = 1 - math.exp(-2), 1 - math.exp(-1 / 3)
+    expected = 2 * (1 + second / 2 + last) / (2 + second + last)
+    assert choice.scores[0] == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:.*the best temperature lies at:dir_toolkit.errors.DirToolkitWarning")
 @pytest.mark.parametrize("by", ["mse", "bmse"])
 def test_squared_errors_are_judged_as_absolute_ones_are(by: str) -> None:
@@ -245,7 +260,7 @@ def test_held_out_labels_may_be_distributed_otherwise(even: bool) -> None:
 def test_a_smooth_bias_of_the_logits_is_undone_where_there_is_one() -> None:
     _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 1000, heat=1.7)
     wave = torch.from_numpy(2 * np.sin(np.arange(20) / 3))
-    model = ages(sigma=None).double()
+    model = ages(density=LARGE, sigma=None).double()
     choice = model.calibrate(logits + wave, y, bias="auto")
     assert choice.biased
     assert "at temperature 1." in str(choice)
@@ -261,7 +276,7 @@ def test_a_smooth_bias_of_the_logits_is_undone_where_there_is_one() -> None:
     assert torch.equal(model.readout.adjuster.offset, bias)
     model.set_prior("uniform", choice.tau)
     assert torch.equal(model.readout.adjuster.offset, offset)
-    plain, other = ages(sigma=None).double(), ages(sigma=None).double()
+    plain, other = ages(density=LARGE, sigma=None).double(), ages(density=LARGE, sigma=None).double()
     few = slice(0, 200)
     choices = [plain.calibrate(logits[few], y[few], bias="auto"), model.calibrate(logits[few], y[few])]
     assert not any(one.biased for one in choices)
@@ -302,7 +317,7 @@ def test_a_bias_is_not_learnt_from_bins_without_labels() -> None:
 @pytest.mark.filterwarnings("ignore:.*the best (tau|temperature):dir_toolkit.errors.DirToolkitWarning")
 def test_a_bias_must_pay_by_more_than_its_error_and_is_not_judged_within_a_sequence() -> None:
     def biased(y: Tensor, logits: Tensor) -> bool:
-        return ages(sigma=None).double().calibrate(logits, y, bias="auto").biased
+        return ages(density=LARGE, sigma=None).double().calibrate(logits, y, bias="auto").biased
 
     exact = [drawn(AGES, AGE_DENSITY.prior(), 50, heat=1.0, seed=seed)[1:] for seed in range(9)]
     assert sum(biased(*own) for own in exact) <= 3
