@@ -37,7 +37,7 @@ READ_ON = {
 # Pages whose code runs from top to bottom, which are notebooks as well.
 NOTEBOOKS = ("concepts.md", "porting.md", "faq.md", *gallery())
 GUIDE = ("concepts", "which-method", "methods", "jobs", "running", "porting", "beside", "faq", "glossary")
-AT_ROOT = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
+AT_ROOT = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "CITATION.cff")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -49,7 +49,14 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Measured": ["ages.md", "digits.md", "tables.md", "intervals.md", "target-prior.md", "speed.md"]},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},
-        {"Project": ["architecture.md", "guarantees.md", "citing.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]},
+        {
+            "Project": [
+                "architecture.md",
+                "guarantees.md",
+                "citing.md",
+                *AT_ROOT[:3],
+            ]
+        },
     ]
     return config
 
