@@ -93,7 +93,7 @@ def _apart(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     if len(values) < _FEWEST:  # such as grades, which lie apart from one another
         return values[:0]
     near = values[_near(values, counts, 0, 0.5)]
-    apart = values[((values < near[0]) | (values > near[-1])) & (counts >= _LABELS_PER_BIN)]
+    apart = values[((values < near[0]) | (values > near[-1])) & (counts > 1)]
     return np.unique([*apart[:1], *apart[-1:]])
 
 

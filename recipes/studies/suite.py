@@ -15,7 +15,8 @@ All trials lie in ``OUT/tune``, and the runs that are judged in a folder of OUT 
 in ``RESULTS/<set>.csv``, one line per method and seed, and the differences to plain L1, with their intervals, in
 ``RESULTS/<set>-differences.csv``. Methods that failed are in ``RESULTS/<set>-failed.csv``. With ``--resume`` sets,
 methods and seeds can be added; what is in the results already is not run again, even where OUT is new. Results of
-other data, rows, epochs or trials need another RESULTS. ``--minutes`` ends a sitting between two runs.
+other data, rows, epochs or trials need another RESULTS. ``--minutes`` ends a sitting between two runs. Only
+one sitting at a time may add to RESULTS.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ from dir_toolkit.experiment.data.images import SampleSet, Splits
 from dir_toolkit.experiment.data.series import beijing, cmapss
 from dir_toolkit.experiment.data.tables import standardized, table
 from dir_toolkit.experiment.data.text import emobank, sts_b_dir, word_vectors
+from dir_toolkit.experiment.files import FolderLock
 from dir_toolkit.experiment.results.comparison import differences_csv, paired_differences
 from dir_toolkit.experiment.study import Study, Task, Trained, Trial
 from dir_toolkit.experiment.training.loop import Optimization, predict
@@ -557,6 +559,10 @@ def main(settings: Settings) -> None:
     there = [path for name in settings.sets if (path := place / f"{name}.csv").exists() and not settings.resume]
     faults += [f"--results must hold no {path.name} yet. Use --resume to add to it." for path in there]
     refuse(SCRIPT, faults)
+    place.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(place)  # until this process ends
+    if not lock.held:
+        refuse(SCRIPT, [f"--results must be of no other suite at work, got {place}. Wait for it, or choose another."])
     with start_runtime() as runtime:
         sitting = Sitting(settings, runtime)
         # All are read before anything trains.

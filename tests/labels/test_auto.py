@@ -141,6 +141,8 @@ def test_codes_that_the_axis_reaches_are_named_also_where_bins_are_even_in_a_log
     whole, spread = np.arange(2000.0) % 1001, RANDOM.gamma(2, 10, 2000)
     assert f"-999 {said}" in str(Bins.auto(np.append(whole, [-999] * 20)).why)
     assert f" 400 {said}" in str(Bins.auto(np.append(spread, [400] * 5)).why)
+    for few in (2, 4):  # too few for a bin of their own, and still on the axis
+        assert f"-700 {said}" in str(Bins.auto(np.append(whole, [-700] * few)).why)
     both = str(Bins.auto(np.concatenate([whole, [-999] * 20, [9999] * 20])).why)
     assert f" -999 {said}" in both
     assert f" 9999 {said}" in both

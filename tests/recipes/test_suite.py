@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import runpy
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import running
 from running import Outcome, files
 
 import dir_toolkit as dt
+from dir_toolkit.experiment.files import FolderLock
 from dir_toolkit.experiment.study import Trained, Trial
 
 RECIPE = running.RECIPES / "studies/suite.py"
@@ -161,6 +163,19 @@ def test_a_method_that_breaks_costs_the_others_nothing_and_a_prior_is_adjusted_a
     assert failed.method == "dist_loss"
     assert "out of memory" in failed.reason
     assert selects == {("soft+tau", "mae/all"), ("soft", None)}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems cannot lock a folder")
+def test_two_sittings_at_once_do_not_write_to_the_same_results(tmp_path: Path, here: Callable[..., Outcome]) -> None:
+    make_table(tmp_path / "data")
+    (tmp_path / "kept").mkdir()
+    lock = FolderLock(tmp_path / "kept")
+    words = ["--root", "data", "--sets", "concrete", "--trials", 2, "--seeds", 1, "--epochs", 1, "--methods", "median"]
+    refused = here(*words, "--results", "kept")
+    assert refused.code == 1
+    assert "--results must be of no other suite at work, got kept. Wait for it" in refused.err
+    lock.release()
+    assert here(*words, "--results", "kept").code == 0
 
 
 @pytest.mark.usefixtures("unsynced_database")

@@ -51,17 +51,24 @@ def headline(ds: xr.Dataset, baseline: str | None = None, *, level: float = 0.95
         return " ".join(
             [*lines, f"{best} has the {title(metric)} {say.value(means[best])} and nothing to be compared with."]
         )
-    sound = all(_comparable(ds, best, rival) for rival in rivals)
-    pairs = {rival: _compared(ds, best, rival, metric, level) for rival in rivals} if sound else {}
-    if not sound or any(pair["difference"][0] != 0 and not _varies(pair)[0] for pair in pairs.values()):
-        return " ".join([*lines, f"{best} has {least}; whether that exceeds noise is not known."])
+    shared = [rival for rival in rivals if _comparable(ds, best, rival)]
+    pairs = {rival: _compared(ds, best, rival, metric, level) for rival in shared}
+    pairs = {rival: pair for rival, pair in pairs.items() if pair["difference"][0] == 0 or _varies(pair)[0]}
+    if rivals[0] not in pairs:
+        why = f"no seed has {'predictions of ' * ('mae' in ds)}both"
+        why = "more samples or seeds are needed" if rivals[0] in shared else why
+        unknown = f"whether it is better than {rivals[0]} beyond noise is not known, since {why}"
+        lines.append(f"{best} has {least}; {unknown}.")
     for rival, pair in pairs.items():
         difference, low, high = (float(pair[f"difference{end}"][0]) for end in ("", "_low", "_high"))
-        far = f"{say.change(difference)} than {rival}"
+        step = say.change(difference)
+        far = f"{step} than {rival}" if say.differs(difference) else f"the same as {rival} when rounded"
+        if difference == 0:
+            step, far = "exactly the same", f"exactly the same as {rival}"
         span = f"{100 * level:g} % interval: {say.change(low, high)}"
         if rival != rivals[0]:
-            differs = "also differs" if high < 0 else "does not differ"
-            lines.append(f"It {differs} from the next best, {rival}, beyond noise ({say.change(difference)}; {span}).")
+            differs = "does not differ" if high >= 0 else "also differs" if rivals[0] in pairs else "differs"
+            lines.append(f"It {differs} from the next best, {rival}, beyond noise ({step}; {span}).")
         elif high < 0:
             lines.append(f"{best} wins with {least}: {far}, or {100 - 100 * float(pair['ratio'][0]):.0f} % ({span}).")
             prices = list(_prices(ds, pair, best, say))
@@ -69,7 +76,7 @@ def headline(ds: xr.Dataset, baseline: str | None = None, *, level: float = 0.95
             lines.append(f"The price: {'; '.join(prices)}." if prices else free)
         else:
             lines.append(f"Nobody wins beyond noise: {best} has {least}, {far} ({span}).")
-    if int(pair["seeds"]) == 1:
+    if any(int(pair["seeds"]) == 1 for pair in pairs.values()):
         lines.append("Of one seed, intervals hold the chance of the test samples alone.")
     return " ".join(lines)
 
@@ -89,11 +96,17 @@ class _Numbers:
     def value(self, value: float) -> str:
         return self.number(value) + self.units
 
+    def differs(self, difference: float) -> bool:
+        """Whether a difference shows in the decimals."""
+        return float(self.number(difference)) != 0
+
     def change(self, *ends: float) -> str:
         """One change, or an interval between two, which starts with the smaller change if both have one direction."""
         alike = max(ends) < 0 or min(ends) >= 0
         ends = tuple(sorted(ends, key=abs)) if alike else ends
         points = " points" * self.percent
+        if not any(map(self.differs, ends)):
+            return " to ".join(f"{self.number(0)}{points}" for _ in ends)
         words = [f"{self.number(abs(end))}{points} {'less' if end < 0 else 'more'}" for end in ends]
         return " to ".join([*(word.split()[0] for word in words[:-1]), words[-1]] if alike else words)
 

@@ -66,9 +66,9 @@ def test_a_constant_that_no_method_beats_is_named(four: xr.Dataset) -> None:
 
 
 def test_without_predictions_or_rivals_it_claims_nothing(ds: xr.Dataset, compared: xr.Dataset) -> None:
-    unknown = "whether that exceeds noise is not known."
-    assert headline(ds) == f"lds has the least bMAE, 4.00 years; {unknown}"
-    assert headline(compared.sel({"method": ["plain", "alone"]})).endswith(unknown)  # no seed in common
+    unknown = "whether it is better than {} beyond noise is not known, since no seed has predictions of both."
+    assert headline(ds) == f"lds has the least bMAE, 4.00 years; {unknown.format('vanilla')}"
+    assert headline(compared.sel({"method": ["plain", "alone"]})).endswith(unknown.format("alone"))
     assert headline(ds.sel({"method": ["lds", "constant"]})).endswith("nothing to be compared with.")
     assert headline(ds.sel({"method": ["constant"]})) == "No method has a finished run."
 
@@ -76,12 +76,45 @@ def test_without_predictions_or_rivals_it_claims_nothing(ds: xr.Dataset, compare
 def test_one_sample_per_bin_is_no_evidence(predicted: Callable[..., xr.Dataset], combine: Combine) -> None:
     alone, many = np.array([0.5, 1.5]), np.append(np.full(30, 0.5), 1.5)
     two = combine({("plain", 0): predicted(alone, alone + 0.4), ("good", 0): predicted(alone, alone + 0.3)})
-    assert headline(two) == "good has the least bMAE, 0.300 years; whether that exceeds noise is not known."
+    why = "is better than plain beyond noise is not known, since more samples or seeds are needed"
+    assert headline(two) == f"good has the least bMAE, 0.300 years; whether it {why}."
     error = np.append(0.6 + 0.01 * np.tile([1.0, -1.0], 15), 0.2)
     good = predicted(many, many + np.append(np.full(30, 0.1), 0.3))
     text = headline(combine({("plain", 0): predicted(many, many + error), ("good", 0): good}))
     assert text.startswith("good wins")
     assert "No region is worse than with plain beyond noise." in text  # one rare label is 0.1 worse
+
+
+def test_exact_ties_and_differences_below_the_last_digit_are_said_to_be_the_same(
+    predicted: Callable[..., xr.Dataset], combine: Combine
+) -> None:
+    target = np.repeat([0.5, 1.5], 30)
+
+    def text(second: float) -> str:
+        one = predicted(target, target + 0.25)
+        return headline(combine({("a", 0): one, ("b", 0): predicted(target, target + second)}))
+
+    tie = text(0.25)
+    assert tie.startswith("Nobody wins beyond noise: a has the least bMAE, 0.250 years, exactly the same as b (95 %")
+    assert "interval: 0.000 to 0.000)." in tie
+    assert ": the same as b when rounded, or 0 % (" in text(0.2500625)
+
+
+def test_a_baseline_without_a_seed_of_the_winner_leaves_the_next_best_to_be_compared_with(
+    predicted: Callable[..., xr.Dataset], combine: Combine
+) -> None:
+    target = np.repeat([0.5, 1.5], 30)
+    wobble = 0.01 * np.tile([1.0, -1.0], 30)
+    runs = {("base", 0): predicted(target, target + 0.9 + wobble)}
+    for seed in (1, 2):
+        runs |= {("good", seed): predicted(target, target + 0.3 + wobble)}
+        runs |= {("next", seed): predicted(target, target + 0.5 - wobble)}
+    text = headline(combine(runs))
+    assert text.startswith(
+        "good has the least bMAE, 0.300 years; whether it is better than base beyond noise is not known"
+    )
+    assert "It also differs" not in text
+    assert "It differs from the next best, next, beyond noise (0.200 less; 95 % interval: 0." in text
 
 
 def test_classes_are_compared_by_their_balanced_error(class_run: Callable[..., xr.Dataset], combine: Combine) -> None:
