@@ -4,7 +4,8 @@
 
 Prints calibration against a loop over labels, as the public DIR code does it, and against one multiply-add on as many
 numbers; full and low-rank covariances against diagonal ones and against a loop; and a training epoch with FDS, of each
-form and compiled, against the same epoch without. Takes about five minutes on two CPU cores.
+form and compiled, against the same epoch without. A compiled epoch is one of four plain convolutions, since the ResNet
+takes more than seven minutes to compile on two cores. Takes about five minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,7 +103,8 @@ def calibration(report: Report, num_features: int) -> None:
     detail = milliseconds(times)
     report.add(f"FDS calibration / multiply-add, {where}", times["calibrate"] / times["multiply-add"], "<= 3", detail)
     placed = times["with labels placed"] / times["multiply-add"]
-    report.add(f"FDS calibration with labels placed / multiply-add, {where}", placed)
+    goal = "<= 3" if num_features == 512 else "<= 2.5"
+    report.add(f"FDS calibration with labels placed / multiply-add, {where}", placed, goal)
     # The hook also places labels and gathers statistics, for which the loop needs a second pass.
     report.add(f"loop over labels / whole FDS hook, {where}", times["loop"] / times["hook"])
 
@@ -147,7 +150,8 @@ def forms(report: Report, num_features: int = 512) -> None:
     report.add(f"loop over samples / full FDS calibration, {where}", carrying["loop"] / carrying["full"], "", detail)
     for form in ("full", "low_rank"):
         detail = f"64 steps: {milliseconds(steps)}"
-        report.add(f"FDS steps, {form} / diagonal, {where}", steps[form] / steps["diagonal"], "", detail)
+        goal = "<= 10" if form == "full" else ""
+        report.add(f"FDS steps, {form} / diagonal, {where}", steps[form] / steps["diagonal"], goal, detail)
     for form, seconds in ends.items():
         what = f"end of an epoch with {form} FDS, {num_features} features, {NUM_BINS} bins"
         report.add(what, 1e3 * seconds, unit="ms")
@@ -208,19 +212,37 @@ def paired(trainings: Mapping[Any, Training], pairs: int) -> dict[Any, list[floa
     return seconds
 
 
-def epochs(report: Report, num_images: int = 2560, size: int = 48, batch: int = 128, pairs: int = 15) -> None:
+def plain_convolutions() -> nn.Module:
+    """Four convolutions, 128 features, which compile in less than a tenth of the time of :func:`small_resnet`."""
+    widths = (3, 32, 64, 96, 128)
+    layers = [
+        layer
+        for inputs, outputs in pairwise(widths)
+        for layer in (nn.Conv2d(inputs, outputs, 3, stride=1 if inputs == 3 else 2, padding=1), nn.ReLU())
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def epochs(report: Report, num_images: int = 2560, batch: int = 128, pairs: int = 15) -> None:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(num_images, 3, size, size, generator=generator)
     labels = torch.randint(0, NUM_BINS, (num_images,), generator=generator).float()
-    where = f"{num_images} images of {size} px"
-    for compiled, forms in ((False, FORMS), (True, ("diagonal",))):
-        trainings = {form: Training(form, images, labels, batch, compiled=compiled) for form in (None, *forms)}
+    for compiled, forms, size, make in (
+        (False, FORMS, 48, small_resnet),
+        (True, ("diagonal",), 32, plain_convolutions),
+    ):
+        images = torch.randn(num_images, 3, size, size, generator=generator)
+        where = f"{num_images} images of {size} px"
+        trainings = {
+            form: Training(form, images, labels, batch, compiled=compiled, backbone=make()) for form in (None, *forms)
+        }
         seconds = paired(trainings, pairs)
         for form in forms:
             ratios = [a / b for a, b in zip(seconds[form], seconds[None], strict=True)]
             goal = f"<= {1.02 if compiled else 1.03}" if form == "diagonal" else ""
-            what = f"epoch with / without FDS, {form}{', compiled' * compiled}, {where}"
-            detail = f"median of {pairs} pairs, which lie between {min(ratios):.3f} and {max(ratios):.3f}"
+            kind = ", plain convolutions, compiled" if compiled else ""
+            what = f"epoch with / without FDS, {form}{kind}, {where}"
+            plain = statistics.median(seconds[None])
+            detail = f"median of {pairs} pairs, between {min(ratios):.3f} and {max(ratios):.3f}; without {plain:.2f} s"
             report.add(what, statistics.median(ratios), goal, detail)
 
 

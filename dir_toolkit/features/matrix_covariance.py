@@ -115,9 +115,12 @@ class FullCovariance(_MatrixCovariance):
         matrix, shift = self._tables(features, "matrix", "shift")
         order = rows.argsort()
         sizes = rows.bincount(minlength=self.num_bins + 1).tolist()
-        # Sorting by bin needs one product per bin instead of one per sample.
+        # Sorting by bin needs one product per bin instead of one per sample. Samples are the columns of each product,
+        # which is faster for few of them.
         pieces = features.to(matrix.dtype).index_select(0, order).split(sizes)
-        carried = [piece @ matrix[b].T if b < self.num_bins else piece for b, piece in enumerate(pieces) if len(piece)]
+        carried = [
+            (matrix[b] @ piece.T).T if b < self.num_bins else piece for b, piece in enumerate(pieces) if len(piece)
+        ]
         return shift.index_select(0, rows).index_add_(0, order, torch.cat([*carried, pieces[0][:0]]))
 
 
