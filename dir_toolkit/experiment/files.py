@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -10,43 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._checks import problem
+from .._files import naming, unwritable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 __all__ = ["FolderLock", "naming", "one_at_a_time", "progress_bar", "unwritable"]
-
-_FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
-
-
-@contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A context that adds ``path`` to errors of the file system, which keep their class."""
-    try:
-        yield
-    except OSError as error:
-        raise unwritable(path, error, kind=type(error)) from error
-
-
-def unwritable(
-    path: str | os.PathLike[str], error: BaseException, *, kind: type[Exception], then: str = ""
-) -> Exception:
-    """The error for a file or folder that could not be written, with advice for a full disk or a wrong path.
-
-    Args:
-        error: the error of the file system.
-        kind: the class of the returned error.
-        then: the last sentence of the advice.
-    """
-    folder = next((place for place in (Path(path), *Path(path).parents) if place.exists()), Path())
-    if isinstance(error, (FileExistsError, NotADirectoryError)) and not folder.is_dir():
-        rule, got, fix = "must be a folder, or lie in one", f"the file {folder}", "Choose another folder."
-    else:
-        rule, got = "must be writable to its end", f"{type(error).__name__}: {error}"
-        full = getattr(error, "errno", None) in _FULL
-        fix = "Free the disk, or choose another folder." if full else "Choose a folder that can be written to."
-    return problem(f"{os.fspath(path)!r} {rule}", got=got, fix=" ".join(filter(None, (fix, then))), error=kind)
 
 
 class FolderLock:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import instance, is_spread, missing_package, problem, require
-from .._files import write_atomically
+from .._files import naming, write_atomically
 from .._state import pack, unpack
 from ..errors import CheckpointError, DirToolkitError, DirToolkitWarning
 from ..labels.bins import Bins
@@ -60,7 +60,8 @@ def save(model: AnyModel, path: str | os.PathLike[str]) -> None:
     try:
         if not sharded or dist.get_rank() == 0:
             blob = to_bytes(tensors, {"format": _FORMAT, "sha256": _digest(tensors)})
-            write_atomically(path, lambda file: file.write(blob))
+            with naming(path):
+                write_atomically(path, lambda file: file.write(blob))
     finally:
         if sharded:
             dist.barrier()  # so that the file is there for every rank

@@ -21,6 +21,8 @@ from .readouts import GaussianReadout, LongTailOutput
 
 __all__ = ["VotingModel", "VotingOutput"]
 
+_MOST_HEADS = 100
+
 
 class VotingOutput(NamedTuple):
     """The output of a :class:`VotingModel` with M heads for a batch.
@@ -68,7 +70,7 @@ class VotingModel(SoundModule):
         num_features: the number of features, D.
         bins: the label axis, which must be continuous.
         density: the counted density of the training labels over these bins.
-        heads: the number of heads, M, at least 1. One head is trained as a plain :class:`LongTailModel`.
+        heads: the number of heads, M, from 1 to 100. One head is trained as a plain :class:`LongTailModel`.
         head: ``"gaussian"``, or a head over bins: ``"linear"``, ``"cosine"``, ``"affinity"``, ``"coral"``, ``"corn"``.
         kernel: the kernel that smooths q, as in :class:`~dir_toolkit.LDS`, for Gaussian heads. Heads over bins take
             ``prior_kernel`` instead.
@@ -81,7 +83,7 @@ class VotingModel(SoundModule):
     Units:
         those of :class:`LongTailModel`.
     Raises:
-        as :class:`LongTailModel`. ValueError: ``heads`` is below 1, or an option is given that the model itself sets.
+        as :class:`LongTailModel`. ValueError: ``heads`` is out of range, or an option is given that the model sets.
     Source:
         Jiang et al. 2023 (arXiv:2305.15178).
 
@@ -108,7 +110,7 @@ class VotingModel(SoundModule):
         super().__init__()
         instance(nn.Module, backbone=backbone)
         instance(LabelDensity, density=density)
-        heads = whole("heads", heads, low=1)
+        heads = whole("heads", heads, low=1, high=_MOST_HEADS)
         one_of("head", head, ("gaussian", "linear", "cosine", "affinity", "coral", "corn"))
         continuous(bins, "Classes have no order.")
         gaussian = head == "gaussian"

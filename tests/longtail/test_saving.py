@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import inspect
 import io
 import json
@@ -263,6 +264,10 @@ def test_a_file_whose_parts_do_not_fit_is_named_and_the_backbone_stays(
     assert all(value.dtype == before[name].dtype for name, value in backbone.state_dict().items())
 
 
+def full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 class Stateful(nn.Identity):
     def get_extra_state(self) -> Any:
         return {"a": 1}
@@ -284,6 +289,11 @@ def test_what_cannot_be_written_spares_what_was_there(tmp_path: Path, monkeypatc
         model.save(path)
     with pytest.raises(FileNotFoundError, match=r"^LongTailModel\.save: path must lie in an existing folder"):
         trained().save(tmp_path / "none" / "model")
+    with monkeypatch.context() as disk:
+        disk.setattr("os.fsync", full_disk)
+        rule = rf"^LongTailModel\.save: '{path}' must be writable to its end, got OSError: .* Free the disk, or"
+        with pytest.raises(OSError, match=rule):
+            trained().save(path)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(MissingPackageError, match=r"^LongTailModel\.save: safetensors must be installed, .*pip inst"):

@@ -134,6 +134,8 @@ def test_rare_labels_are_predicted_by_heads_of_rare_labels() -> None:
 
 
 def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"^VotingModel: heads must be at most 100, got 4611686018427387904"):
+        voting(heads=2**62)
     with pytest.raises(ValueError, match=r"^VotingModel: heads must be at least 1, got 0"):
         voting(heads=0)
     with pytest.raises(ValueError, match=r"^VotingModel: head must be one of 'gaussian', 'linear'"):

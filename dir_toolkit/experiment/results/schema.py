@@ -76,7 +76,7 @@ import xarray as xr
 
 from ... import __version__
 from ..._checks import instance, problem, whole
-from ..._files import write_atomically
+from ..._files import naming, write_atomically
 from ...errors import ResultsError
 from ...labels.bins import Bins
 from ...labels.density import REGIONS
@@ -514,7 +514,8 @@ def save_results(ds: xr.Dataset, path: str | os.PathLike[str]) -> None:
     except (ValueError, TypeError) as error:
         rule = "what stands beside the schema must fit NetCDF-3"
         raise problem(rule, got=str(error), error=ResultsError) from error
-    write_atomically(path, lambda file: file.write(content))
+    with naming(path):
+        write_atomically(path, lambda file: file.write(content))
 
 
 def _plain(value: object) -> str | float:
