@@ -71,7 +71,7 @@ def overhead(report: Report, labels: Tensor, generator: torch.Generator) -> None
 def of_scores(report: Report, labels: Tensor, density: dt.LabelDensity, generator: torch.Generator) -> None:
     logits = torch.randn(BATCH, NUM_BINS, generator=generator)
     index, prior, counts = BINS.index(labels), density.prior(floor=1), density.counts.clip(1)
-    soft = dt.soft_labels(labels, BINS, 2.0)
+    soft, offset = dt.soft_labels(labels, BINS, 2.0), torch.as_tensor(prior).log().float()
     losses: dict[str, Callable[[Tensor], Tensor]] = {
         "F.cross_entropy": lambda s: F.cross_entropy(s, index),
         "logit_adjusted_cross_entropy": lambda s: dt.logit_adjusted_cross_entropy(s, index, prior),
@@ -84,6 +84,16 @@ def of_scores(report: Report, labels: Tensor, density: dt.LabelDensity, generato
         "squared_emd": lambda s: dt.losses.squared_emd(s, soft),
     }
     compare(report, losses, logits)
+    own = {
+        "F.cross_entropy of adjusted logits": lambda s: F.cross_entropy(s + offset, index),
+        "logit_adjusted_cross_entropy": losses["logit_adjusted_cross_entropy"],
+    }
+    compare(report, own, logits, "<= 1.3")
+    own = {
+        "F.cross_entropy of soft": lambda s: F.cross_entropy(s, soft),
+        "soft_cross_entropy": losses["soft_cross_entropy"],
+    }
+    compare(report, own, logits, "<= 1.3")
 
 
 def of_model(report: Report, labels: Tensor, density: dt.LabelDensity, generator: torch.Generator) -> None:
@@ -119,13 +129,13 @@ def of_features(report: Report, labels: Tensor, generator: torch.Generator) -> N
     compare(report, losses, features)
 
 
-def compare(report: Report, losses: dict[str, Callable[[Tensor], Tensor]], start: Tensor) -> None:
+def compare(report: Report, losses: dict[str, Callable[[Tensor], Tensor]], start: Tensor, goal: str = "") -> None:
     """All against the first."""
     times = medians({name: backward(loss, start) for name, loss in losses.items()}, repeats=100)
     plain, *others = times
     for name in others:
         detail = milliseconds({plain: times[plain], name: times[name]})
-        report.add(f"{name} / {plain}, batch {BATCH}, forward and backward", times[name] / times[plain], "", detail)
+        report.add(f"{name} / {plain}, batch {BATCH}, forward and backward", times[name] / times[plain], goal, detail)
 
 
 def metrics(report: Report, labels: Tensor, density: dt.LabelDensity) -> None:

@@ -365,7 +365,7 @@ def distributions(*, zeros: bool = False, **values: Tensor) -> None:
         shares = value.detach().to(wide_dtype(value))
         total = shares.sum(-1)
         sound = (total - 1).abs() <= (1e-3 if value.itemsize >= 4 else 1e-2)
-        if not bool((sound | (shares == 0).all(-1) if zeros else sound).all()):
+        if not (bool(sound.all()) or (zeros and bool((sound | (shares == 0).all(-1)).all()))):
             finite(**{name: shares})
             got = f"sums from {total.min().item():g} to {total.max().item():g}"
             raise problem(f"{name} must sum to one along the last axis", got=got, fix="Apply softmax to scores first.")

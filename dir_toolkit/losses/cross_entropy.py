@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .._checks import checked_tau, instance, no_bad, number, real, require, same_device, shaped
 from .._numerics import readable
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 _SLACK = 1e-3  # rounding error of a cosine
+_NO_CLASS = torch.iinfo(torch.int64).min  # so that no target is ignored
 
 
 def cross_entropy(
@@ -323,7 +325,7 @@ class EqualizationLoss(ScoreLoss):
 def negative_log(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The cross-entropy of each sample, (N,), without checks."""
     log_p = logits.log_softmax(1)
-    values = -log_p.gather(1, target[:, None]).squeeze(1)
+    values = functional.nll_loss(log_p, target, reduction="none", ignore_index=_NO_CLASS)
     if label_smoothing:
         values = (1 - label_smoothing) * values - label_smoothing * log_p.mean(1)
     return values

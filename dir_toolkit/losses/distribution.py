@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import pad
 
 from .._checks import checked_tau, class_indices, distributions, is_tensor, not_empty, one_of, require, shaped
-from .._numerics import wide_dtype
+from .._numerics import readable, wide_dtype
 from ..labels.bins import Bins, Missing, Outside, continuous
 from ..labels.soft_labels import limits
 from ..priors import log_prior_offset
@@ -72,12 +74,18 @@ def soft_cross_entropy(
     tau = checked_tau(tau)
     if prior is not None:
         rows = rows + log_prior_offset(checked_prior(prior, rows), tau).to(rows.dtype)
-    if flat.ndim == 1:
-        values = negative_log(rows, flat)
-    else:
-        # Zero times the log-probability of an impossible bin would be NaN.
-        values = -(flat * rows.log_softmax(1).masked_fill(flat == 0, 0.0)).sum(1)
+    values = negative_log(rows, flat) if flat.ndim == 1 else _soft(rows, flat)
     return _reduced(values, flat_weight, reduction, logits)
+
+
+def _soft(rows: Tensor, target: Tensor) -> Tensor:
+    """The cross-entropy (M,) of each row."""
+    if readable(rows) and readable(target):
+        values = functional.cross_entropy(rows, target, reduction="none")
+        if math.isfinite(values.sum().item()):
+            return values
+    # Zero times the log-probability of an impossible bin would be NaN.
+    return -(target * rows.log_softmax(1).masked_fill(target == 0, 0.0)).sum(1)
 
 
 class SoftCrossEntropy(ScoreLoss):
@@ -300,7 +308,9 @@ def _flat(
         distributions(zeros=True, target=present(target, gone))
     target = target.to(rows.dtype)
     if soft:
-        rows = rows.masked_fill(_dropped(target)[:, None], 0.0)
+        dropped = target.sum(1) == 0 if readable(target) else _dropped(target)  # equal where numbers were checked
+        if not readable(dropped) or bool(dropped.any()):
+            rows = rows.masked_fill(dropped[:, None], 0.0)
     return rows, present(target, gone), weight
 
 
