@@ -18,6 +18,7 @@ from ..labels.soft_labels import limits
 from ..labels.weights import LDS
 from .model import LongTailModel
 from .readouts import GaussianReadout, LongTailOutput
+from .rows import one_per_row
 
 __all__ = ["VotingModel", "VotingOutput"]
 
@@ -161,6 +162,9 @@ class VotingModel(SoundModule):
         member: Any = self.members[0]
         shape = ("N", len(self.members), *member.readout.score_shape)
         shaped(shape, "as this model gives them", **{"output.scores": output.scores})
+        samples = output.scores.shape[:1]
+        labels = one_per_row("labels", labels, samples, output.scores)
+        weight = None if weight is None else one_per_row("weight", weight, samples, output.scores)
         return torch.stack([self._loss(m, output, labels, weight) for m in range(len(self.members))]).mean()
 
     def _loss(self, m: int, output: VotingOutput, labels: Tensor, weight: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -83,6 +84,12 @@ def targets() -> dt.MultiTargetModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return dt.MultiTargetModel(nn.Linear(3, 3), [target()])
+
+
+def voting() -> dt.longtail.VotingModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return dt.longtail.VotingModel(nn.Linear(3, 3), 3, BINS, density=density(), heads=2)
 
 
 def linear() -> nn.Linear:
@@ -372,6 +379,23 @@ VALID: dict[str, Callable[[], Call]] = {
     "RegressionMetrics.all_reduce": lambda: (metrics(dt.RegressionMetrics, BINS).all_reduce, {}),
     "ScaledHead": lambda: (dt.heads.ScaledHead, {"linear": linear()}),
     "ScaledHead.forward": lambda: (dt.heads.ScaledHead(linear()), {"features": rows(3)}),
+    "VotingModel": lambda: (
+        dt.longtail.VotingModel,
+        {
+            "backbone": nn.Linear(3, 3),
+            "num_features": 3,
+            "bins": BINS,
+            "density": density(),
+            "heads": 2,
+            "kernel": dt.gaussian(3, 1),
+        },
+    ),
+    "VotingModel.forward": lambda: (voting(), {"x": rows(3), "labels": years(), "weight": ones()}),
+    "VotingModel.criterion": lambda: (
+        (m := voting()).criterion,
+        {"output": m(rows(3)), "labels": years(), "weight": ones()},
+    ),
+    "VotingModel.interval": lambda: ((m := voting()).interval, {"output": m(rows(3)), "level": 0.9}),
     "adjust_logits": lambda: (dt.adjust_logits, {"logits": rows(), "prior": prior(), "target": prior()}),
     "balanced_error": lambda: (dt.balanced_error, {"pred": rows(), "target": classes(), "num_classes": 4}),
     "c_mixup": lambda: (
@@ -555,6 +579,12 @@ NOT_CALLED = {
     "WeightedMSE": "a module without options, whose function is called",
     "Description": "a dataclass, which holds what LabelDensity.describe finds",
     "LongTailOutput": "a NamedTuple, which holds what the model puts there",
+    "VotingOutput": "a NamedTuple, which holds what the model puts there",
+    "PriorEstimate": "a dataclass, which holds what estimate_prior puts there",
+    "BinsReadout": "made by LongTailModel, whose arguments are its own",
+    "ClassReadout": "made by LongTailModel, whose arguments are its own",
+    "GaussianReadout": "made by LongTailModel, whose arguments are its own",
+    "PointReadout": "made by LongTailModel, whose arguments are its own",
     "Relevance": "a dataclass, which holds what its method of puts there",
     "TauChoice": "a NamedTuple or dataclass, which holds what the choice puts there",
 }
@@ -581,6 +611,7 @@ SPEAKS_AS: dict[str, tuple[str, ...]] = {
     "LongTailModel.read": ("LongTailModel", "LinearHead"),
     "LongTailModel.set_extra_state": ("LongTailModel.load_state_dict", "Bins.from_dict"),
     "RegressionMetrics.compute": ("LabelDensity.regions",),
+    "VotingModel": ("LDS",),
     "calibration_metrics": ("CalibrationMetrics", "CalibrationMetrics.update"),
     "choose_normalization": ("LinearHead", "balanced_error"),
     "classification_metrics": ("ClassificationMetrics", "ClassificationMetrics.update", "LabelDensity.regions"),
@@ -636,7 +667,7 @@ MUST_FIT: dict[str, tuple[str, ...]] = {
     "logits": ("labels", "target", "prior", "counts", "alpha", "margins"),
     "target": ("pred", "logits"),
     "output": ("target", "weight"),
-    "x": ("labels", "backbone"),
+    "x": ("labels", "backbone", "features"),
 }
 
 # What may come out besides our own errors, and why.
@@ -659,6 +690,7 @@ MAY_RAISE: dict[tuple[str, str], str] = {
     ("MultiTargetModel.forward", "x"): BACKBONE,
     ("MultiTargetModel.predict", "inputs"): BACKBONE,
     ("MultiTargetModel.save", "path"): FILES,
+    ("VotingModel.forward", "x"): BACKBONE,
     ("adjust_logits", "prior"): NO_VALUES,
     ("adjust_logits", "target"): NO_VALUES,
     ("load", "path"): FILES,
@@ -704,6 +736,11 @@ def wrong_values(valid: Any) -> Iterator[tuple[str, Any]]:
         "an object": Opaque(),
         "a class": Opaque,
         "a module": nn.ReLU(),
+        "a function": len,
+        "a set": {1.0},
+        "a range": range(5),
+        "an iterator": iter([1, 2]),
+        "an array of words": np.array(["a", "b", "c", "d", "e"]),
         "NumPy nan": np.float64("nan"),
         "an array of objects": np.array([Opaque(), None], dtype=object),
         "an array of dates": np.array(["2020-01-01"], dtype="datetime64[D]"),
@@ -770,6 +807,8 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     parameters = dict(inspect.signature(called).parameters)
     if function == dt.LongTailModel.for_labels:
         parameters.pop("options")
+    if function is dt.longtail.VotingModel:
+        parameters.pop("options")
     if function is dt.LongTailModel:  # whose options are those of its readout
         parameters.pop("options")
         of_readout = inspect.signature(dt.longtail.BinsReadout).parameters
@@ -827,6 +866,7 @@ def fault_of(name: str, parameter: str, value: Any) -> str | None:
 def exported() -> dict[str, Any]:
     """Everything that ``dt`` and its rooms list, by name."""
     rooms = [value for name in dt.__all__ if inspect.ismodule(value := getattr(dt, name))]
+    rooms += [dt.longtail, sys.modules["dir_toolkit.target_prior"]]
     listed = {name: getattr(home, name) for home in (dt, *rooms) for name in home.__all__}
     # Exceptions and warnings take any message.
     messages = {name for name, value in listed.items() if inspect.isclass(value) and issubclass(value, Exception)}
