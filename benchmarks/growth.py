@@ -1,13 +1,15 @@
-"""How costs grow: with samples N, bins B, features D, prototypes m and ranks, a picture each.
+"""How costs grow: with samples N, bins B, features D, prototypes m, ranks, rows of scores and labels, a picture each.
 
     python benchmarks/growth.py
+    python benchmarks/growth.py rows labels
 
-Draws into ``runs/benchmarks``. Times are medians on the machine it runs on, so only their slopes carry over. Takes
-about two minutes on two CPU cores.
+Draws into ``runs/benchmarks``, all pictures or those that are named. Times are medians on the machine it runs on, so
+only their slopes carry over. Takes about four minutes on two CPU cores.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 import warnings
@@ -16,10 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask.array
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -30,6 +34,8 @@ import dir_toolkit as dt
 
 FORMS = ("diagonal", "full", "low_rank")
 N, B, D = 256, 100, 256
+HELD_BINS, ROWS = 50, (1_000, 10_000, 50_000)
+LABELS, CHUNK = (100_000, 1_000_000, 10_000_000), 250_000
 OUT = Path("runs/benchmarks")
 Curves = dict[str, tuple[Sequence[int], list[float]]]
 
@@ -58,9 +64,9 @@ def step(smoothing: dt.FDS, num_samples: int = N) -> Callable[[], object]:
     return run
 
 
-def timed(runs: dict[str, Callable[[], object]], parts: int) -> dict[str, float]:
+def timed(runs: dict[str, Callable[[], object]], parts: int, repeats: int = 7, warmup: int = 3) -> dict[str, float]:
     """Seconds of one of the equal parts that each run has."""
-    return {name: value / parts for name, value in medians(runs, repeats=7, warmup=3).items()}
+    return {name: value / parts for name, value in medians(runs, repeats=repeats, warmup=warmup).items()}
 
 
 def with_samples() -> Curves:
@@ -129,6 +135,69 @@ def end_epochs(rank: int, world: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+def with_rows() -> Curves:
+    """What is fitted and read after training, on scores of ``HELD_BINS`` bins, each by a fresh object."""
+    bins = dt.Bins.uniform(0, HELD_BINS, width=1)
+    density = dt.LabelDensity(bins, (10_000 * 0.9 ** torch.arange(HELD_BINS)).round().long())
+    seconds: dict[str, list[float]] = {}
+    for n in ROWS:
+        scores, labels = forecasts(density, n)
+        shifted, _ = forecasts(dt.LabelDensity(bins, [1] * HELD_BINS), n)
+        for name, value in timed(
+            after_training(bins, density, scores, labels, shifted), 1, repeats=3, warmup=1
+        ).items():
+            seconds.setdefault(name, []).append(value)
+    return {name: (ROWS, values) for name, values in seconds.items()}
+
+
+def forecasts(density: dt.LabelDensity, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of a model that is off by two bins, and labels, drawn from a density."""
+    labels = torch.multinomial(torch.from_numpy(density.prior()), n, replacement=True) + torch.rand(n)
+    seen = labels + 2 * torch.randn(n)
+    return -(seen[:, None] - torch.tensor(density.bins.centers, dtype=torch.float32)).square() / 8, labels
+
+
+def after_training(
+    bins: dt.Bins, density: dt.LabelDensity, scores: torch.Tensor, labels: torch.Tensor, shifted: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    model = dt.LongTailModel(torch.nn.Identity(), 8, bins, density=density)
+    shares = scores.softmax(1)
+    fitted = dt.conformal.BinsConformal(density)
+    fitted.update(shares, labels)
+
+    def intervals() -> object:
+        conformal = dt.conformal.BinsConformal(density)
+        conformal.update(shares, labels)
+        return conformal.thresholds()
+
+    return {
+        "calibrate: temperature and tau": lambda: model.calibrate(scores, labels),
+        "calibrate with biases": lambda: model.calibrate(scores, labels, bias=True),
+        "estimate_prior": lambda: dt.estimate_prior(shifted, source=scores, labels=labels, bins=bins),
+        "BinsConformal: update and thresholds": intervals,
+        "BinsConformal.interval": lambda: fitted.interval(shares),
+    }
+
+
+def with_labels() -> Curves:
+    """Labels counted and weighed in one array, and in dask in chunks of ``CHUNK``, of which none is kept."""
+    bins = dt.Bins.uniform(0, 121, width=1)
+    lds = dt.LDS(bins).fit(dt.LabelDensity(bins, [10] * 121))
+    seconds: dict[str, list[float]] = {}
+    for n in LABELS:
+        labels = np.random.default_rng(0).gamma(4, 8, n).clip(0, 121).astype(np.float32)
+        lazy = dask.array.from_array(labels, chunks=CHUNK)
+        runs: dict[str, Callable[[], object]] = {
+            "LabelDensity.count": partial(dt.LabelDensity.count, labels, bins),
+            "LabelDensity.count, dask": partial(dt.LabelDensity.count, lazy, bins),
+            "LDS.sample_weight": partial(lds.sample_weight, labels),
+            "LDS.sample_weight, dask": lambda lazy=lazy: lds.sample_weight(lazy).sum().compute(),  # type: ignore[misc]
+        }
+        for name, value in timed(runs, 1, repeats=3, warmup=1).items():
+            seconds.setdefault(name, []).append(value)
+    return {name: (LABELS, values) for name, values in seconds.items()}
+
+
 def draw(curves: Curves, what: str, x: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     for name, (sizes, seconds) in curves.items():
@@ -151,14 +220,17 @@ PICTURES: dict[str, tuple[Callable[[], Curves], str, str]] = {
     "features": (with_features, f"FDS step, {N} samples, {B} bins", "features, D"),
     "prototypes": (with_prototypes, f"forward and backward, {N} samples", "prototypes a class, m"),
     "ranks": (with_ranks, f"end of an epoch with FDS, {B} bins of {D} features", "processes on this machine"),
+    "rows": (with_rows, f"after training, {HELD_BINS} bins", "rows of scores, N"),
+    "labels": (with_labels, f"labels counted and weighed, chunks of {CHUNK:,}", "labels, N"),
 }
 
 
-def main(report: Report) -> None:
+def main(report: Report, names: Sequence[str] = tuple(PICTURES)) -> None:
     warnings.simplefilter("ignore", dt.DirToolkitWarning)  # that batches repeat and no epoch ends
     torch.manual_seed(0)
     OUT.mkdir(parents=True, exist_ok=True)
-    for name, (measure, what, x) in PICTURES.items():
+    for name in names:
+        measure, what, x = PICTURES[name]
         curves = measure()
         draw(curves, what, x, OUT / f"growth-{name}.png")
         for label, (sizes, seconds) in curves.items():
@@ -168,4 +240,6 @@ def main(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    main(Report())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}")
+    main(Report(), parser.parse_args().names or tuple(PICTURES))

@@ -90,6 +90,20 @@ def test_the_regret_of_tau_is_told_per_table_and_over_all(
     assert all(abs(float(a) - float(b)) < 0.3 for a, b in zip(of_table[1::3], of_all[1::3], strict=True))
 
 
+def test_pictures_of_what_follows_training_are_drawn_from_few_numbers(
+    benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    growth = importlib.import_module("growth")
+    for name, value in {"ROWS": (300, 600), "LABELS": (1000, 2000), "CHUNK": 500, "OUT": tmp_path}.items():
+        monkeypatch.setattr(growth, name, value)
+    report = benchmarks["timing"].Report()
+    with warnings.catch_warnings():
+        growth.main(report, ["rows", "labels"])
+    assert len(report.rows) == 9
+    assert min(row.value for row in report.rows) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"growth-rows.png", "growth-labels.png"}
+
+
 def test_what_is_measured_on_a_gpu_runs_on_a_few_numbers(
     benchmarks: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: None
 ) -> None:
