@@ -53,7 +53,7 @@ from .._checks import (
 )
 from .._numerics import is_wrapped, readable
 from .._ranks import is_parallel, summed
-from ..labels.bins import Bins, Missing, Outside, continuous, lookup
+from ..labels.bins import MISSING, Bins, Missing, Outside, continuous, lookup
 from ..labels.density import LabelDensity
 from ..labels.soft_labels import limits
 from ._inputs import absent, finite_target, kinds, on_axis, one_per_sample, pairs, present
@@ -423,6 +423,7 @@ class GaussianMixtureLoss(_BalancedMSE):
         [0.5, 20.5]
         """
         seed = whole("seed", seed, low=0)
+        one_of("missing", missing, MISSING)
         least = number("least_variance", least_variance, low=0, high=1e36, open_low=True)
         array = labels_array(labels).astype(np.float64)
         require(array.ndim in (1, 2), "labels must be (N,) or (N, D)", got=array.shape)

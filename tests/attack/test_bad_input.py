@@ -665,6 +665,8 @@ MUST_FIT: dict[str, tuple[str, ...]] = {
     "centers": ("target",),
     "features": ("labels", "target"),
     "logits": ("labels", "target", "prior", "counts", "alpha", "margins"),
+    "scores": ("labels",),
+    "scores_or_loader": ("labels",),
     "target": ("pred", "logits"),
     "output": ("target", "weight"),
     "x": ("labels", "backbone", "features"),

@@ -918,3 +918,10 @@ def test_a_mixture_is_fitted_to_the_labels_that_are_there() -> None:
         GaussianMixtureLoss.fit([np.nan, np.nan], missing="drop")
     with pytest.raises(ValueError, match="labels must be finite"):
         GaussianMixtureLoss.fit(labels)
+
+
+def test_a_mixture_is_not_fitted_with_an_array_for_what_missing_labels_do() -> None:
+    with pytest.raises(
+        ValueError, match=r"^GaussianMixtureLoss\.fit: missing must be one of 'raise', 'drop', got array"
+    ):
+        GaussianMixtureLoss.fit([0.0, 1.0, 2.0], components=1, missing=np.array(["drop", "raise"]))
