@@ -332,7 +332,9 @@ def not_negative(**tensors: Tensor) -> None:
     """Raise if a value is below zero. Tensors on an accelerator are not checked."""
     for name, value in tensors.items():
         value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
-        if value.dtype.is_signed and readable(value) and bool((value < 0).any()):
+        if not (value.dtype.is_signed and readable(value) and value.numel()) or value.min().item() >= 0:
+            continue
+        if bool((value < 0).any()):  # not so if there is only NaN
             raise problem(f"{name} must not be negative", got=f"a minimum of {digits(value.min().item())}")
 
 
@@ -386,10 +388,13 @@ def prior_shares(name: str, prior: Tensor, *, zeros: bool = False) -> None:
     not checked."""
     if not readable(prior):
         return
+    total = prior.sum(dtype=torch.float64).item()
+    if prior.numel() and prior.min().item() > 0 and abs(total - 1) <= 1e-4:  # so that all are finite
+        return
     finite(**{name: prior})
     fix = f"Use dt.class_prior(counts{', floor=0' if zeros else ''}), which floors counts and divides by their sum."
     positive_classes(name, prior, zeros=zeros, fix=fix)
-    if abs((total := prior.sum(dtype=torch.float64).item()) - 1) > 1e-4:
+    if abs(total - 1) > 1e-4:
         raise problem(f"{name} must sum to one", got=f"a sum of {digits(total)}", fix=fix)
 
 
