@@ -79,6 +79,7 @@ def test_labels_beyond_memory_are_weighed_in_the_memory_of_a_few_chunks(tmp_path
     def hold() -> None:
         np.asarray(lazy)
 
+    stream()  # imports what it needs
     assert peak(stream) < lazy.nbytes / 8
     assert peak(hold) > lazy.nbytes  # so that the bound can fail
     written = dask.array.from_npy_stack(tmp_path / "weights")
