@@ -655,6 +655,7 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("class_prior", "density_or_counts"): ("counts",),
     ("progressive_probabilities", "density_or_counts"): ("counts", "bin"),
     ("classification_metrics", "few"): ("many",),
+    ("distribution_metrics", "few"): ("many",),
     ("interval_metrics", "few"): ("many",),
     ("regression_metrics", "few"): ("many",),
 }
@@ -663,9 +664,10 @@ STANDS_FOR = {"output": ("pred", "logits", "affinities", "features")}  # as each
 MUST_FIT: dict[str, tuple[str, ...]] = {
     "affinities": ("target",),
     "centers": ("target",),
-    "features": ("labels", "target"),
+    "features": ("labels", "target", "source_features"),
     "logits": ("labels", "target", "prior", "counts", "alpha", "margins"),
-    "scores": ("labels",),
+    "means": ("variances",),
+    "scores": ("labels", "features"),
     "scores_or_loader": ("labels",),
     "target": ("pred", "logits"),
     "output": ("target", "weight"),
@@ -694,6 +696,7 @@ MAY_RAISE: dict[tuple[str, str], str] = {
     ("MultiTargetModel.save", "path"): FILES,
     ("VotingModel.forward", "x"): BACKBONE,
     ("adjust_logits", "prior"): NO_VALUES,
+    ("dist_loss", "prior"): NO_VALUES,
     ("adjust_logits", "target"): NO_VALUES,
     ("load", "path"): FILES,
     ("pointwise_mutual_information", "prior"): NO_VALUES,
@@ -854,7 +857,9 @@ def fault_of(name: str, parameter: str, value: Any) -> str | None:
             *KNOWN_AS.get((named, parameter), ()),
             *(usual if isinstance(usual, dict) else ()),
         ]
-        if isinstance(value, Tensor) and isinstance(usual, Tensor) and value.shape != usual.shape:
+        tensors = isinstance(value, Tensor) and isinstance(usual, Tensor)
+        arrays = isinstance(value, np.ndarray) and isinstance(usual, list)
+        if arrays or (tensors and value.shape != usual.shape):
             words += MUST_FIT.get(parameter, ())
         if not any(re.search(rf"\b{word}\b", what) for word in words):
             return f"does not name it: {error}"
