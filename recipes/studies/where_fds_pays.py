@@ -2,7 +2,7 @@
 
     python recipes/studies/where_fds_pays.py --root DIR               # tables, series and pooled words: an hour
     python recipes/studies/where_fds_pays.py --root DIR --sets sts_b_dir_gru emobank_gru --rows 100000
-    python recipes/studies/where_fds_pays.py --root DIR --sets concrete --rows 400 --seeds 2
+    python recipes/studies/where_fds_pays.py --root DIR --sets concrete --rows 400 --bins 200 --methods vanilla fds
 
 DIR, the sets, their axes and their networks are those of ``recipes/studies/suite.py``. ``sts_b_dir_gru`` and
 ``emobank_gru`` are the recurrent networks of ``recipes/text.py`` and train with squared errors, the others with
@@ -19,7 +19,8 @@ Beside them is ``reach``, the bMAE of plain training in widths of a bin. The rul
 other sets test: below 3.5, FDS raises the bMAE, since it mixes bins that the network tells apart; above, it changes it
 by at most 2 %.
 
-Errors and figures are in ``OUT/runs.csv``, one line per set, size, method and seed. ``--resume`` adds to it.
+Errors and figures are in ``OUT/runs.csv``, one line per set, size, number of bins, method and seed. ``--resume`` adds
+to it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Settings:
     """Any of the suite's, sts_b_dir_gru and emobank_gru."""
     rows: tuple[int, ...] = (400, 4000)
     """Most training rows; half as many validate. Each size is a case of its own."""
+    bins: int = 50
+    """The number of bins of tables, series and pooled word vectors."""
     methods: tuple[str, ...] = ("vanilla", "fds", "permuted", "noise", "lds", "lds+fds")
     """What to train. All are compared with vanilla, and lds+fds with lds, too."""
     seeds: int = 10
@@ -127,12 +130,13 @@ def measured(trial: Trial, trained: Trained, output: Any) -> Mapping[str, xr.Dat
 def task_with(name: str, settings: Settings, rows: int) -> Task:
     """A set with at most so many rows, and its network."""
     if name not in RECURRENT:
-        return task_of(name, settings.root, rows)
+        task = task_of(name, settings.root, rows)
+        low, high = task.bins.edges[[0, -1]]
+        return replace(task, bins=dt.Bins.uniform(low, high, count=settings.bins))
     number, vectors = word_vectors(settings.root / "text")
     splits = fewer(TEXT[RECURRENT[name]](settings.root / "text", number), rows)
-    low, high = (0, 5) if name == "sts_b_dir_gru" else (1, 5)
-    bins = dt.Bins.uniform(low, high, width=0.1)
     pairs = name == "sts_b_dir_gru"
+    bins = dt.Bins.uniform(0 if pairs else 1, 5, width=0.1)
     return Task(lambda _: splits, bins, lambda _: Reader(vectors, pairs=pairs), name, "label", folder=f"{name}-{rows}")
 
 
@@ -145,21 +149,26 @@ def budget(name: str, task: Task, epochs: int | None) -> Optimization:
 
 def compared(rows: pd.DataFrame) -> tuple[str, str]:
     """A table of cases, with what each method changes of the bMAE; and how each figure goes with what FDS changes."""
-    keyed = rows.set_index(["set", "rows", "seed"])
+    keyed = rows.set_index(["set", "rows", "bins", "seed"])
     error = {name: keyed[keyed.method == name].bmae for name in dict.fromkeys(rows.method)}
     pairs = [(name, "vanilla") for name in error if name != "vanilla"]
     pairs += [("lds+fds", "lds")] if {"lds", "lds+fds"} <= set(error) else []
     ratio = {f"{a} / {b}": (error[a] / error[b]).dropna() for a, b in pairs}
-    grouped = {name: of.groupby(level=[0, 1], sort=False) for name, of in ratio.items()}
+    grouped = {name: of.groupby(level=[0, 1, 2], sort=False) for name, of in ratio.items()}
     mean = pd.DataFrame({name: of.mean() for name, of in grouped.items()})
     sem = pd.DataFrame({name: of.sem() for name, of in grouped.items()})
-    told = keyed[keyed.method == "fds"][list(FIGURES)].groupby(level=[0, 1], sort=False).mean().reindex(mean.index)
+    told = keyed[keyed.method == "fds"][list(FIGURES)].groupby(level=[0, 1, 2], sort=False).mean().reindex(mean.index)
     plain = keyed[keyed.method == "vanilla"]
-    told["reach"] = (plain.bmae / plain.bin_width).groupby(level=[0, 1], sort=False).mean().reindex(mean.index)
-    lines = [["set", "training rows", *mean.columns, *OF_CASES], ["---"] * (2 + len(mean.columns) + len(OF_CASES))]
+    told["reach"] = (plain.bmae / plain.bin_width).groupby(level=[0, 1, 2], sort=False).mean().reindex(mean.index)
+    lines = [
+        ["set", "training rows", "bins", *mean.columns, *OF_CASES],
+        ["---"] * (3 + len(mean.columns) + len(OF_CASES)),
+    ]
     for case in mean.index:
         ratios = [f"{mean.loc[case, name]:.3f} ± {sem.loc[case, name]:.3f}" for name in mean.columns]
-        lines.append([case[0], f"{case[1]:,}", *ratios, *(f"{told.loc[case, name]:.2f}" for name in OF_CASES)])
+        lines.append(
+            [case[0], f"{case[1]:,}", str(case[2]), *ratios, *(f"{told.loc[case, name]:.2f}" for name in OF_CASES)]
+        )
     gains = mean.get("fds / vanilla", pd.Series(dtype=float)).dropna()
     goes = "\n".join(
         f"{name}: Spearman {test.statistic:+.2f}, p = {test.pvalue:.2f}, over {len(gains)} cases"
@@ -173,7 +182,7 @@ def compared(rows: pd.DataFrame) -> tuple[str, str]:
 def main(settings: Settings) -> None:
     faults = unknown("--sets", settings.sets, [*LABELS, *SERIES, *TEXT, *RECURRENT])
     faults += unknown("--methods", settings.methods, METHODS) + unfit_folder("--out", settings.out)
-    faults += too_low(settings, seeds=1, epochs=1) + [
+    faults += too_low(settings, seeds=1, epochs=1, bins=5) + [
         f"--rows must be at least 20, got {rows}." for rows in settings.rows if rows < 20
     ]
     refuse("recipes/studies/where_fds_pays.py", faults)
@@ -186,7 +195,7 @@ def main(settings: Settings) -> None:
                 loss = "weighted_mse" if name in RECURRENT else "weighted_l1"
                 methods = comparing.methods(loss, "mae/all" if name in RECURRENT else None, fds=Watched)
                 study = Study(
-                    settings.out / f"{name}-{rows}",
+                    settings.out / f"{name}-{rows}-{settings.bins}",
                     task,
                     methods,
                     runtime,
@@ -197,7 +206,7 @@ def main(settings: Settings) -> None:
                 )
                 study.run(settings.methods, seeds=settings.seeds)
                 new = pd.DataFrame([row_of(name, study, key) for key in study.runs])
-                old = pd.concat([old, new]).drop_duplicates(["set", "rows", "method", "seed"])
+                old = pd.concat([old, new]).drop_duplicates(["set", "rows", "bins", "method", "seed"])
                 write(table, old.to_csv(index=False, float_format="%.6g"))
     cases, goes = compared(old)
     write(settings.out / "cases.md", f"{cases}\n{goes}\n")
@@ -207,7 +216,8 @@ def main(settings: Settings) -> None:
 def row_of(name: str, study: Study, key: tuple[Task, str, int]) -> dict[str, Any]:
     errors, (_, method, seed) = study.runs[key].errors, key
     task = study.tasks[0]
-    row = {"set": name, "rows": len(task.data(0).train), "bin_width": task.bins.edges[1] - task.bins.edges[0]}
+    row = {"set": name, "rows": len(task.data(0).train), "bins": len(task.bins)}
+    row["bin_width"] = task.bins.edges[1] - task.bins.edges[0]
     row |= {"method": method, "seed": seed, "best_epoch": errors.best_epoch.item()}
     row |= {kind: errors[kind].sel(region="all").item() for kind in ("mae", "rmse", "bmae")}
     row |= {"few": errors.mae.sel(region="few").item()}

@@ -40,7 +40,7 @@ def test_each_case_has_a_line_with_paired_ratios_and_figures(here: Callable[...,
     assert figures[rows.method == "vanilla"].isna().all(axis=None)
     ratios = rows[rows.method == "fds"].bmae.to_numpy() / rows[rows.method == "vanilla"].bmae.to_numpy()
     cell = f"{ratios.mean():.3f} ± {ratios.std(ddof=1) / 2**0.5:.3f}"
-    assert f"| concrete | 30 | {cell} |" in (tmp_path / "runs/fds/cases.md").read_text()
+    assert f"| concrete | 30 | 50 | {cell} |" in (tmp_path / "runs/fds/cases.md").read_text()
     reach = (rows.bmae / rows.bin_width)[rows.method == "vanilla"].mean()
     assert f" | {reach:.2f} |\n" in (tmp_path / "runs/fds/cases.md").read_text()
 
