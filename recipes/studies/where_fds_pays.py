@@ -15,9 +15,8 @@ first epoch, before it has changed anything:
   alone; near 0, it removes what tells labels apart.
 - ``size``: the change of a bin's mean, in standard deviations of a feature, averaged over bins.
 
-Beside them is ``reach``, the bMAE of plain training in widths of a bin. The rule that six tables gave, and that the
-other sets test: below 3.5, FDS raises the bMAE, since it mixes bins that the network tells apart; above, it changes it
-by at most 2 %.
+Beside them are two figures of plain training: ``reach``, its bMAE in widths of a bin, and ``skill``, 1 minus the ratio
+of its MAE to that of the median of the training labels.
 
 Errors and figures are in ``OUT/runs.csv``, one line per set, size, number of bins, method and seed. ``--resume`` adds
 to it.
@@ -66,6 +65,7 @@ if __name__ == "__main__":
     SETTINGS = parse(Settings)  # --help is answered here, before torch is loaded
 
 import comparing
+import numpy as np
 import pandas as pd
 import xarray as xr
 from scipy.stats import spearmanr
@@ -81,7 +81,7 @@ from dir_toolkit.experiment.training.runtime import start_runtime
 
 RECURRENT = {"sts_b_dir_gru": "sts_b_dir", "emobank_gru": "emobank"}
 FIGURES = ("agreement", "noise", "size")
-OF_CASES = (*FIGURES, "reach")
+OF_CASES = (*FIGURES, "reach", "skill")
 METHODS = tuple(comparing.methods("weighted_l1"))
 
 
@@ -159,7 +159,8 @@ def compared(rows: pd.DataFrame) -> tuple[str, str]:
     sem = pd.DataFrame({name: of.sem() for name, of in grouped.items()})
     told = keyed[keyed.method == "fds"][list(FIGURES)].groupby(level=[0, 1, 2], sort=False).mean().reindex(mean.index)
     plain = keyed[keyed.method == "vanilla"]
-    told["reach"] = (plain.bmae / plain.bin_width).groupby(level=[0, 1, 2], sort=False).mean().reindex(mean.index)
+    for name, values in {"reach": plain.bmae / plain.bin_width, "skill": 1 - plain.mae / plain.mae_of_median}.items():
+        told[name] = values.groupby(level=[0, 1, 2], sort=False).mean().reindex(mean.index)
     lines = [
         ["set", "training rows", "bins", *mean.columns, *OF_CASES],
         ["---"] * (3 + len(mean.columns) + len(OF_CASES)),
@@ -217,7 +218,8 @@ def row_of(name: str, study: Study, key: tuple[Task, str, int]) -> dict[str, Any
     errors, (_, method, seed) = study.runs[key].errors, key
     task = study.tasks[0]
     row = {"set": name, "rows": len(task.data(0).train), "bins": len(task.bins)}
-    row["bin_width"] = task.bins.edges[1] - task.bins.edges[0]
+    train, test = task.data(0).train.labels, task.data(0).test.labels
+    row |= {"bin_width": np.diff(task.bins.edges)[0], "mae_of_median": np.abs(test - np.median(train)).mean()}
     row |= {"method": method, "seed": seed, "best_epoch": errors.best_epoch.item()}
     row |= {kind: errors[kind].sel(region="all").item() for kind in ("mae", "rmse", "bmae")}
     row |= {"few": errors.mae.sel(region="few").item()}

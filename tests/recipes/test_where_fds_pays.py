@@ -42,7 +42,8 @@ def test_each_case_has_a_line_with_paired_ratios_and_figures(here: Callable[...,
     cell = f"{ratios.mean():.3f} ± {ratios.std(ddof=1) / 2**0.5:.3f}"
     assert f"| concrete | 30 | 50 | {cell} |" in (tmp_path / "runs/fds/cases.md").read_text()
     reach = (rows.bmae / rows.bin_width)[rows.method == "vanilla"].mean()
-    assert f" | {reach:.2f} |\n" in (tmp_path / "runs/fds/cases.md").read_text()
+    skill = (1 - rows.mae / rows.mae_of_median)[rows.method == "vanilla"].mean()
+    assert f" | {reach:.2f} | {skill:.2f} |\n" in (tmp_path / "runs/fds/cases.md").read_text()
 
 
 def statistics(slope: float, samples: int) -> dict[str, torch.Tensor]:
