@@ -42,7 +42,7 @@ Curves = dict[str, tuple[Sequence[int], list[float]]]
 
 def fds(num_bins: int = B, num_features: int = D, form: Any = "diagonal") -> dt.FDS:
     """With statistics of two epochs, so that it calibrates."""
-    smoothing = dt.FDS(dt.Bins.classes(num_bins), num_features, covariance=form)
+    smoothing = dt.FDS(dt.Bins.uniform(0, num_bins, width=1), num_features, covariance=form)
     every_bin = torch.arange(num_bins).repeat_interleave(20)
     for _ in range(2):
         smoothing.update(torch.randn(len(every_bin), num_features), every_bin)

@@ -1,12 +1,12 @@
 """How long ``LongTailRegressor()`` takes to fit, as ratios to scikit-learn's ``MLPRegressor`` within one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/regressor.py
-    OMP_NUM_THREADS=1 python benchmarks/regressor.py --root DIR
+    python benchmarks/regressor.py
+    python benchmarks/regressor.py --root DIR
 
 Without ``--root`` the tables have the 10 columns of ``make_friedman1``, and a label y becomes exp(y / 5), which has a
 long tail. With ``--root`` they are the first 5,000 rows of concrete, abalone and appliances_energy, which DIR holds as
 CSV packed with gzip, the label in the first column. The perceptron has its defaults, or stops early, on standardized
-columns. Seconds are those of the processor, for which one thread is best. Takes a minute and a half.
+columns. Seconds are those of the processor, with one thread. Takes half a minute.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from timing import Report, medians, milliseconds
 
 from dir_toolkit.integrations.scikit_learn import LongTailRegressor
@@ -55,7 +56,7 @@ def main(report: Report, root: Path | None = None) -> None:
                 StandardScaler(), MLPRegressor(early_stopping=True, random_state=0)
             ),
         }
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore", ConvergenceWarning)
             functions = {key: partial(model.fit, x, y) for key, model in fits.items()}
             times = medians(functions, repeats=3, warmup=0, clock=time.process_time)
