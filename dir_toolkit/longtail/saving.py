@@ -85,8 +85,9 @@ def load(
         head, loss: required if the saved model had a custom head or loss, and not allowed otherwise.
     Raises:
         FileNotFoundError: there is no such file. CheckpointError: the file is damaged, its parts do not fit, it is of
-        another kind or format, or the backbone or head has another architecture. Backbone and head do not change then.
-        ValueError: a custom head or loss is missing, or was not expected. ImportError: safetensors is not installed.
+        another kind or format, or the backbone or head has another architecture, or another dtype in a part of a
+        layer. Backbone and head do not change then. ValueError: a custom head or loss is missing, or was not expected;
+        or the backbone or head is lazy or on the meta device. ImportError: safetensors is not installed.
     """
     instance(nn.Module, backbone=backbone)
     state = _read(path)
@@ -96,8 +97,9 @@ def load(
         every = dict.fromkeys(_OWN, "named ones of several targets") if several is not None else made_with
         names = [every[name] if every[name] is None else str(every[name]) for name in _OWN]
     for name, saved, own in zip(_OWN, names, (head, loss), strict=True):
-        rule = f"{name} must be {'left out' if saved else 'given, as in the saved model'}"
-        got = "None" if own is None else f"one beside the saved {saved!r}"
+        place = repr(os.fspath(path))
+        rule = f"{name} must be {'left out' if saved else f'given, as in the model saved in {place}'}"
+        got = "None" if own is None else f"one beside the saved {saved!r} in {place}"
         require((own is None) == (saved is not None), rule, got=got)
     _check_same("backbone", backbone, state, path)
     if head is not None:
@@ -247,8 +249,13 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_same(name: str, module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Raise unless the module has the names and shapes of the saved state."""
-    own = {f"{name}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
+    """Raise unless the module has the names and shapes of the saved state, and the dtypes of a cast."""
+    values = {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    for key, value in values.items():
+        empty = isinstance(value, Tensor) and (nn.parameter.is_lazy(value) or value.is_meta)
+        fix = "Make it on the CPU, and call it once if it is lazy."
+        require(not empty, f"{name} must have values to replace, also {key}", got="none", fix=fix)
+    own = {key: tuple(value.shape) if isinstance(value, Tensor) else None for key, value in values.items()}
     saved = {key: tuple(value.shape) for key, value in state.items() if key.startswith(f"{name}.")}
     faults = [f"no {key}" for key in saved if key not in own] + [f"{key} besides" for key in own if key not in saved]
     faults += [
@@ -259,3 +266,19 @@ def _check_same(name: str, module: nn.Module, state: Mapping[str, Tensor], path:
         rule = f"{name} must be of the architecture that was saved in {os.fspath(path)!r}"
         fix = "Make it as it was made for that model."
         raise _foreign(rule, ", ".join(faults[:3]) + more, fix)
+    for place, layer in module.named_modules():
+        _check_alike(".".join(filter(None, (name, place))), layer, state, path)
+
+
+def _check_alike(name: str, layer: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise if numbers of a layer that have one dtype were saved in several, at which torch would raise later."""
+    numbers: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
+    if type(layer)._apply is nn.Module._apply:  # others may leave buffers out when they are cast
+        numbers |= dict(layer.named_buffers(recurse=False))
+    for dtype in {value.dtype for value in numbers.values() if value.is_floating_point()}:
+        keys = [f"{name}.{key}" for key, value in numbers.items() if value.dtype == dtype]
+        saved = {key: state[key].dtype for key in keys if key in state}
+        if len(set(saved.values())) > 1:
+            rule = f"{name} must have one dtype in {os.fspath(path)!r}, as in the module that is given"
+            fix = "Save it after a cast of the whole layer, or give one whose dtypes differ, too."
+            raise _foreign(rule, ", ".join(f"{value} in {key}" for key, value in saved.items()), fix)

@@ -164,8 +164,8 @@ def test_a_head_and_a_loss_of_ones_own_are_handed_over(tmp_path: Path) -> None:
     loaded = dt.load(path, net(), head=Own(), loss=own_loss)
     same_output(loaded(X), model(X))
     for given, message in (
-        ({"loss": own_loss}, r"head must be given, as in the saved model, got None"),
-        ({"head": Own()}, r"loss must be given, as in the saved model, got None"),
+        ({"loss": own_loss}, r"head must be given, as in the model saved in .*model\.safetensors', got None"),
+        ({"head": Own()}, r"loss must be given, as in the model saved in .*model\.safetensors', got None"),
         (
             {"head": Own(3), "loss": own_loss},
             r"head must be of the architecture that was saved in .*, got head\.layer\.weight of",
@@ -174,7 +174,7 @@ def test_a_head_and_a_loss_of_ones_own_are_handed_over(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"^load: {message}"):
             dt.load(path, net(), **given)
     trained().save(path)
-    with pytest.raises(ArgumentError, match=r"^load: head must be left out, got one beside the saved 'linear'"):
+    with pytest.raises(ArgumentError, match=r"^load: head must be left out, got one beside the saved 'linear' in '.*'"):
         dt.load(path, net(), head=Own())
 
 
@@ -245,7 +245,6 @@ def forged(path: Path, change: Any) -> None:
         (lambda t: t.pop("head.weight"), r"Missing key.*head\.weight"),
         (lambda t: t.update({"head.weight": torch.ones(2, 2)}), r"size mismatch for head\.weight"),
         (lambda t: t.update({"head.weight": t["head.weight"].int()}), "floating point"),
-        (lambda t: t.update({"backbone.0.weight": torch.ones(5, 3).int()}), "floating point"),
     ],
 )
 def test_a_file_whose_parts_do_not_fit_is_named_and_the_backbone_stays(
@@ -262,6 +261,46 @@ def test_a_file_whose_parts_do_not_fit_is_named_and_the_backbone_stays(
         dt.load(path, backbone)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert all(value.dtype == before[name].dtype for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["backbone.0.weight", "backbone.0.bias", "backbone.1.running_mean"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex64, torch.int32])
+def test_a_layer_in_several_dtypes_is_refused_unless_that_of_the_backbone_is_too(
+    tmp_path: Path, key: str, dtype: torch.dtype
+) -> None:
+    def normed() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6))
+
+    LongTailModel(normed(), 6, AGES).save(path := tmp_path / "model.safetensors")
+    forged(path, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    backbone = normed()
+    before = copy.deepcopy(backbone.state_dict())
+    layer = key.rpartition(".")[0]
+    with pytest.raises(CheckpointError, match=rf"^load: {layer} must have one dtype in '.*model.*', .* in {key}"):
+        dt.load(path, backbone)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    if dtype.is_floating_point:
+        own = backbone.get_parameter(key[9:]) if "running" not in key else backbone.get_buffer(key[9:])
+        own.data = own.data.to(dtype)
+        assert dt.load(path, backbone).state_dict()[key].dtype == dtype
+
+
+def test_layers_may_differ_in_dtype_from_one_another(tmp_path: Path) -> None:
+    model = LongTailModel(nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6)), 6, AGES)
+    model.backbone[0].half()  # type: ignore[index]
+    model.save(tmp_path / "model")
+    loaded = dt.load(tmp_path / "model", nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6)))
+    assert [value.dtype for value in loaded.backbone.parameters()] == [torch.float16] * 2 + [torch.float32] * 2
+
+
+def test_a_backbone_with_other_state_or_without_values_is_refused(tmp_path: Path) -> None:
+    trained().save(path := tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"^load: backbone must be of the arch.*_extra_state besides"):
+        dt.load(path, nn.Sequential(*net(), Stateful()))  # type: ignore[misc]
+    with pytest.raises(ValueError, match=r"^load: backbone must have values to replace, also backbone\.0\.weight"):
+        dt.load(path, nn.Sequential(nn.LazyLinear(6)))
+    with pytest.raises(ValueError, match=r"^load: backbone must have values to replace, also backbone\.0\.weight"):
+        dt.load(path, net().to("meta"))
 
 
 def full_disk(*_: Any) -> None:
