@@ -35,6 +35,7 @@ from .._checks import (
 from .._numerics import wide_dtype
 from ..errors import ArgumentError, DirToolkitWarning
 from ..labels.bins import Bins, Outside
+from ..labels.density import LabelDensity
 from ..priors import TauChoice, at_bound, best_temperature, search_tau
 from ..target_prior import ratio_window, slope_and_bias
 from .prediction import read_batches
@@ -51,7 +52,7 @@ Judged = Literal["bmae", "mae", "bmse", "mse", "balanced_error", "error"]
 _SQUARED = ("bmse", "mse")
 _TAUS = np.linspace(0, 3, 16)  # at which calibrations are compared
 _NEAREST = 3  # the number of labels that represent a bin
-_TEST = 1 / 3  # the size of a usual test set, in training sets
+_TEST_SHARE = 1 / 3  # labels of the test set that is assumed, per training label
 OF_MODEL = "output.scores of this model; calibrate takes inputs as [(inputs, labels)]"  # what scores are
 
 
@@ -117,6 +118,21 @@ def row_weights(share: np.ndarray, row: np.ndarray, bins: Bins) -> np.ndarray:
     steps = np.bincount(start, of_each, len(row) + 1) - np.bincount(stop, of_each, len(row) + 1)
     weight = steps.cumsum()[np.searchsorted(placed, row)]
     return weight / weight.sum()
+
+
+def balanced_weights(row: np.ndarray, density: LabelDensity) -> np.ndarray:
+    """The weights (N,) with which errors of held-out labels in these bins estimate the error over bins of a test set.
+    They sum to one.
+
+    A bin counts by its width. If it has no held-out label, this is multiplied by the probability that a test set a
+    third as large as the training set has a label there.
+
+    Shape:
+        row: (N,) int64.
+    """
+    held = np.bincount(row, minlength=len(density.bins)) > 0
+    share = np.where(held, 1.0, -np.expm1(-_TEST_SHARE * density.counts))
+    return row_weights(share * density.bins.relative_widths, row, density.bins)
 
 
 class _Choice:
@@ -237,15 +253,11 @@ class _Choice:
         return error * (self._weight() if choice.by in (self.readout.judged[0], "bmse") else 1 / len(error))
 
     def _weight(self) -> np.ndarray:
-        """The weight of each label, such that the weighted error is what is expected of the error over bins of a test
-        set. Bins with held-out labels have weights proportional to their widths. Those of other bins are multiplied by
-        the probability that the test set has a label there."""
         density, held = self.readout.density, np.bincount(self.row, minlength=len(self.bins)) > 0
         assert density is not None  # a prior needs a density
         if self.bins.categorical and len(absent := np.flatnonzero(~held)):
             warn(f"no validation label of {len(absent)} of {len(held)} classes, which are ignored.")
-        share = np.where(held, 1.0, -np.expm1(-_TEST * density.counts))
-        return row_weights(share * self.bins.relative_widths, self.row, self.bins)
+        return balanced_weights(self.row, density)
 
     def _regions(self) -> dict[str, np.ndarray]:
         """The labels in each region of the training density that has any."""

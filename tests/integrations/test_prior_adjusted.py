@@ -194,6 +194,16 @@ def test_share_and_tau_are_judged_by_weights_while_each_bin_keeps_its_total() ->
     assert model.choice_[-1]["bmae"] == pytest.approx(sum(total * mean for total, mean in of_bins))
 
 
+def test_a_bin_without_held_out_labels_counts_as_often_as_a_test_set_has_labels_there() -> None:
+    y = np.repeat([0.5, 1.5, 2.5, 3.5], [60, 6, 4, 1])
+    held = np.array([0, 1, 2, 66, 67, 68])  # three labels of the first bin, and three of the third
+    split = [(np.setdiff1d(np.arange(len(y)), held), held)]
+    model = PriorAdjusted(LinearRegression(), bins=dt.Bins.uniform(0, 4, width=1), cv=split).fit(y[:, None], y)
+    second, last = 1 - np.exp(-6 / 3), 1 - np.exp(-1 / 3)
+    of_labels = np.repeat([1 + second / 2, 1 + second / 2 + last], 3) / 3 / (2 + second + last)
+    np.testing.assert_allclose(model._held_out_weight(y[held]), of_labels)
+
+
 @pytest.mark.parametrize(
     ("estimator", "options", "error", "message"),
     [

@@ -18,7 +18,7 @@ from ...labels.bins import Bins, continuous
 from ...labels.decoding import quantiles
 from ...labels.density import LabelDensity
 from ...longtail import LongTailModel
-from ...longtail.calibration import row_weights
+from ...longtail.calibration import balanced_weights
 from ...longtail.readouts import TargetPrior
 from ...target_prior import PriorEstimate
 from ._windows import LogShares, Windows
@@ -61,10 +61,9 @@ class Blended(RegressorMixin):
         return bins
 
     def _held_out_weight(self, labels: np.ndarray) -> np.ndarray:
-        """The weight of each held-out label, (N,), such that each bin with training labels counts by its width."""
+        """The weight of each held-out label, (N,), as in :meth:`dir_toolkit.LongTailModel.choose_tau`."""
         assert self.model_.density is not None
-        widths = np.where(self.model_.density.counts > 0, self.bins_.relative_widths, 0.0)
-        return row_weights(widths, self.bins_.index(labels), self.bins_)
+        return balanced_weights(self.bins_.index(labels), self.model_.density)
 
     def _choose(self, labels: np.ndarray, weight: np.ndarray, numbers: Tensor | None, scores: Tensor) -> None:
         """Take the share of the number and the tau of the bins that suit the held-out rows best, by their weights."""
