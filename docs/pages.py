@@ -49,14 +49,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Measured": ["ages.md", "digits.md", "tables.md", "intervals.md", "target-prior.md", "speed.md"]},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},
-        {
-            "Project": [
-                "architecture.md",
-                "guarantees.md",
-                "citing.md",
-                *AT_ROOT[:3],
-            ]
-        },
+        {"Project": ["architecture.md", "guarantees.md", "citing.md", *AT_ROOT[:3]]},
     ]
     return config
 
