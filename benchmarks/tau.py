@@ -115,5 +115,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="the folder of the tables")
     parser.add_argument("--splits", type=int, nargs="+", default=[8], help="how many, or the first and the end")
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore", dt.DirToolkitWarning)
-    main(parser.parse_args().root, range(*parser.parse_args().splits))
+    main(arguments.root, range(*arguments.splits))

@@ -182,26 +182,24 @@ def is_tensor(**tensors: object) -> None:
 def on_one_device(**tensors: Tensor) -> None:
     """Raise if a tensor is distributed over devices, such as a DTensor."""
     for name, value in tensors.items():
-        if is_spread(value):
+        if is_distributed(value):
             got, fix = f"a {type(value).__name__}", f"Use {name}.to_local(), or {name}.full_tensor()."
             raise problem(f"{name} must be a plain tensor", got=got, fix=fix, error=TypeError)
 
 
-def is_spread(value: Tensor) -> bool:
+def is_distributed(value: Tensor) -> bool:
     """Whether a tensor is distributed over devices, such as a DTensor."""
     return type(value) not in (Tensor, nn.Parameter) and hasattr(value, "full_tensor")
 
 
 def gathered(module: nn.Module) -> None:
-    """Raise if a parameter of a module is sharded. FSDP2 gathers those of a module for its forward alone."""
+    """Raise if a parameter of a module is sharded. FSDP2 gathers parameters only while their module runs."""
     for name, value in module.named_parameters():
-        if is_spread(value):
-            rule, fix = (
-                f"parameters must be gathered, also {name}",
-                "Call fully_shard on the backbone and on the model, ",
-            )
-            fix += "not on its head, and register_fsdp_forward_method(model, name) for methods besides forward."
-            raise problem(rule, got=f"a {type(value).__name__}", fix=fix, error=RuntimeError)
+        if is_distributed(value):
+            rule, got = f"parameters must be gathered, also {name}", f"a {type(value).__name__}"
+            fix = "Call fully_shard on the backbone and on the model, not on its head, and "
+            fix += "register_fsdp_forward_method(model, name) for methods besides forward."
+            raise problem(rule, got=got, fix=fix, error=RuntimeError)
 
 
 def on_host(name: str, tensor: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def methods(loss: str, selects: str | None = None, fds: type[dt.FDS] = dt.FDS) -
         model = trial.model(head="regression", loss=loss, outside="clip", weights=weights)
         if smooths is None:
             return trial.fit(model, selects=selects)
-        # Passed to the model, an FDS gets bins from it and no labels, which controls permute.
+        # A model hands its own FDS bins in place of labels, and a control could not permute these.
         smoothing = smooths(trial.bins, model.num_features, outside="clip")
         smoothing.attach(model.head, "input")
         return trial.fit(model, fds=smoothing, selects=selects)

@@ -11,14 +11,13 @@ from .grid import AnyBins, BinGrid
 
 
 def in_dask(labels: Any) -> Any:
-    """What dask holds of labels: they themselves, or the array that an ``xarray.DataArray`` wraps; None if it holds
-    nothing of them."""
+    """The labels if dask holds them, or the array of dask that an ``xarray.DataArray`` wraps; otherwise None."""
     held = [labels] if isinstance(labels, np.ndarray) else [labels, getattr(labels, "data", None)]
     return next((own for own in held if hasattr(own, "to_delayed")), None)
 
 
 def chunked(labels: Any, bins: AnyBins) -> Any:
-    """The dask array of labels that dask holds as an array or a column. Over a grid it holds whole labels per chunk."""
+    """An array or a column of dask as an array. Over a grid, no chunk holds a part of a label."""
     labels = labels.to_dask_array() if hasattr(labels, "to_dask_array") else labels
     rule, fix = "labels in dask must be an array or a column", "Use .to_dataframe()."  # not a bag
     require(hasattr(labels, "map_blocks"), rule, got=type(labels), fix=fix)

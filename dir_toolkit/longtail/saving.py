@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._checks import instance, is_spread, missing_package, problem, require
+from .._checks import instance, is_distributed, missing_package, problem, require
 from .._files import naming, write_atomically
 from .._state import pack, unpack
 from ..errors import CheckpointError, DirToolkitError, DirToolkitWarning
@@ -56,7 +56,7 @@ def save(model: AnyModel, path: str | os.PathLike[str]) -> None:
         tensors[_MADE_WITH] = pack({"targets": [_made_with(target) for target in model.targets]})
     else:
         tensors[_MADE_WITH] = pack(_made_with(model))
-    sharded = any(map(is_spread, state.values()))
+    sharded = any(map(is_distributed, state.values()))
     try:
         if not sharded or dist.get_rank() == 0:
             blob = to_bytes(tensors, {"format": _FORMAT, "sha256": _digest(tensors)})
@@ -118,7 +118,7 @@ def load(
 
 def _whole(value: Any) -> Tensor:
     """A tensor of the state, detached, gathered from all ranks if it is sharded."""
-    return (value.full_tensor() if is_spread(value) else value).detach()
+    return (value.full_tensor() if is_distributed(value) else value).detach()
 
 
 def _extra_states(model: nn.Module) -> list[str]:
@@ -224,8 +224,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def _blaming(path: str | os.PathLike[str], *, besides: bool = False) -> Iterator[None]:
-    """A context in which errors of any kind come from the contents of a file. Errors of the package are raised as they
-    are if something besides the file may be at fault."""
+    """A context that turns errors of any kind into a CheckpointError that names the file. With ``besides``, for code
+    that reads arguments besides the file, errors of the package stay as they are."""
     try:
         yield
     except Exception as error:

@@ -308,7 +308,7 @@ def _flat(
         distributions(zeros=True, target=present(target, gone))
     target = target.to(rows.dtype)
     if soft:
-        dropped = target.sum(1) == 0 if readable(target) else _dropped(target)  # equal where numbers were checked
+        dropped = target.sum(1) == 0 if readable(target) else _dropped(target)  # checked shares are not negative
         if not readable(dropped) or bool(dropped.any()):
             rows = rows.masked_fill(dropped[:, None], 0.0)
     return rows, present(target, gone), weight
