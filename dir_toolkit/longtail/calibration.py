@@ -120,7 +120,7 @@ def row_weights(share: np.ndarray, row: np.ndarray, bins: Bins) -> np.ndarray:
     return weight / weight.sum()
 
 
-def balanced_weights(row: np.ndarray, density: LabelDensity) -> np.ndarray:
+def balanced_weights(row: np.ndarray, density: LabelDensity, bins: Bins) -> np.ndarray:
     """The weights (N,) with which errors of held-out labels in these bins estimate the error over bins of a test set.
     They sum to one.
 
@@ -128,11 +128,11 @@ def balanced_weights(row: np.ndarray, density: LabelDensity) -> np.ndarray:
     third as large as the training set has a label there.
 
     Shape:
-        row: (N,) int64.
+        row: (N,) int64, over the bins of the density.
     """
-    held = np.bincount(row, minlength=len(density.bins)) > 0
+    held = np.bincount(row, minlength=len(bins)) > 0
     share = np.where(held, 1.0, -np.expm1(-_TEST_SHARE * density.counts))
-    return row_weights(share * density.bins.relative_widths, row, density.bins)
+    return row_weights(share * bins.relative_widths, row, bins)
 
 
 class _Choice:
@@ -257,7 +257,7 @@ class _Choice:
         assert density is not None  # a prior needs a density
         if self.bins.categorical and len(absent := np.flatnonzero(~held)):
             warn(f"no validation label of {len(absent)} of {len(held)} classes, which are ignored.")
-        return balanced_weights(self.row, density)
+        return balanced_weights(self.row, density, self.bins)
 
     def _regions(self) -> dict[str, np.ndarray]:
         """The labels in each region of the training density that has any."""

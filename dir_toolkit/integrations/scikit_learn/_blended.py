@@ -63,7 +63,7 @@ class Blended(RegressorMixin):
     def _held_out_weight(self, labels: np.ndarray) -> np.ndarray:
         """The weight of each held-out label, (N,), as in :meth:`dir_toolkit.LongTailModel.choose_tau`."""
         assert self.model_.density is not None
-        return balanced_weights(self.bins_.index(labels), self.model_.density)
+        return balanced_weights(self.bins_.index(labels), self.model_.density, self.bins_)
 
     def _choose(self, labels: np.ndarray, weight: np.ndarray, numbers: Tensor | None, scores: Tensor) -> None:
         """Take the share of the number and the tau of the bins that suit the held-out rows best, by their weights."""
