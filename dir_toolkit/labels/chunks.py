@@ -18,7 +18,8 @@ def in_dask(labels: Any) -> Any:
 
 def chunked(labels: Any, bins: AnyBins) -> Any:
     """An array or a column of dask as an array. Over a grid, no chunk holds a part of a label."""
-    labels = labels.to_dask_array() if hasattr(labels, "to_dask_array") else labels
+    if hasattr(labels, "to_dask_array"):  # which would make objects of nullable numbers and of those of Arrow
+        labels = labels.map_partitions(np.asarray, meta=np.asarray(labels._meta))
     rule, fix = "labels in dask must be an array or a column", "Use .to_dataframe()."  # not a bag
     require(hasattr(labels, "map_blocks"), rule, got=type(labels), fix=fix)
     if isinstance(bins, BinGrid) and labels.ndim > 0 and labels.numblocks[-1] > 1:

@@ -438,7 +438,8 @@ def _of_chunk(chunk: Any, block_id: tuple[int, ...], **own: Any) -> np.ndarray:
 
 
 def _of_partition(part: Any, **own: Any) -> Any:
-    """The weights of a pandas column or table, as a column."""
+    """The weights of a pandas column, index or table, as a column."""
+    part = part if hasattr(part, "index") else part.to_series()
     column, name = part if part.ndim == 1 else part.iloc[:, 0], "labels of a partition"
     weights = _looked_up(labels_array(part, name), **own, name=name)
     return type(column)(weights, index=part.index, name="weight")

@@ -190,6 +190,30 @@ def test_columns_of_several_axes_are_labels_too() -> None:
         LDS(Bins.uniform(0, 1, width=0.1)).fit([0.5]).sample_weight(lazy["y"]).compute()
 
 
+@pytest.mark.parametrize("missing", ["raise", "drop"])
+@pytest.mark.parametrize("kind", ["Int64", "Float64", "double[pyarrow]", "int64[pyarrow]", "category"])
+def test_columns_of_any_kind_of_number_are_counted_and_weighed(kind: str, missing: Any) -> None:
+    table()  # which skips without packages
+    import dask.dataframe as dd
+    import pandas as pd
+
+    own = pd.Series([1, 2, 2, 4, None if missing == "drop" else 3], dtype=kind, index=list("abcde"))
+    lazy = dd.from_pandas(own, npartitions=2)
+    options: Any = {"missing": missing}
+    density = LabelDensity.count(own, BINS, **options)
+    assert LabelDensity.count(lazy, BINS, **options) == density
+    lds = LDS(BINS, **options).fit(lazy)
+    np.testing.assert_array_equal(lds.sample_weight(lazy), lds.sample_weight(own))
+    assert lds.sample_weight(lazy).compute().index.tolist() == list("abcde")
+
+
+def test_the_index_of_a_column_is_counted_and_weighed() -> None:
+    lazy, numbers = table(18).index, np.arange(9)
+    lds = LDS(BINS).fit(lazy)
+    assert LabelDensity.count(lazy, BINS) == LabelDensity.count(numbers, BINS)
+    np.testing.assert_array_equal(lds.sample_weight(lazy), lds.sample_weight(numbers))
+
+
 def test_an_array_of_zarr_gets_an_array_of_weights(tmp_path: Path) -> None:
     pytest.importorskip("zarr")
     xr.Dataset({"y": ("sample", LABELS.ravel())}).chunk(sample=60).to_zarr(tmp_path / "labels.zarr", consolidated=False)
