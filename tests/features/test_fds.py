@@ -163,6 +163,12 @@ def test_start_epoch_delays_calibration() -> None:
         trained(fds, (features, labels))
 
 
+def test_over_one_bin_nothing_changes() -> None:
+    features, labels = batch()
+    fds = trained(FDS(Bins.uniform(0, 9, count=1), 4, kernel=[1.0]), (features, labels))
+    torch.testing.assert_close(fds.calibrate(features, labels), features)
+
+
 def test_clip_bounds_the_ratio_of_variances() -> None:
     features, labels = batch()
     features[labels == 4] *= 100

@@ -63,11 +63,3 @@ def test_noise_is_as_large_as_what_fds_changes() -> None:
     changed, noised = (one.calibrate(features, labels) - features for one in (fds, noisy))
     assert noised.square().mean(0) == pytest.approx(changed.square().mean(0), rel=0.1)
     assert noised.mean(0).abs().max() < 0.01
-
-
-def test_over_one_bin_fds_changes_nothing() -> None:
-    fds = dt.FDS(dt.Bins.uniform(0, 1, count=1), 2, kernel=np.ones(1))
-    features, labels = torch.randn(100, 2), torch.rand(100)
-    fds.update(features, labels)
-    fds.end_epoch()
-    assert fds.calibrate(features, labels) == pytest.approx(features, abs=1e-5)
