@@ -29,6 +29,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Settings:
     bins: int = 50
     """The number of bins of tables, series and pooled word vectors."""
     methods: tuple[str, ...] = ("vanilla", "fds", "permuted", "noise", "lds", "lds+fds")
-    """What to train. All are compared with vanilla, and lds+fds with lds, too."""
+    """What to train, with vanilla among them. All are compared with it, and lds+fds with lds, too."""
     seeds: int = 10
     """The number of seeds per method: 0, 1, ..."""
     epochs: int | None = None
@@ -83,6 +84,7 @@ RECURRENT = {"sts_b_dir_gru": "sts_b_dir", "emobank_gru": "emobank"}
 FIGURES = ("agreement", "noise", "size")
 OF_CASES = (*FIGURES, "reach", "skill")
 METHODS = tuple(comparing.methods("weighted_l1"))
+words = cache(word_vectors)
 
 
 def figures(statistics: Mapping[str, Tensor]) -> dict[str, float]:
@@ -133,7 +135,7 @@ def task_with(name: str, settings: Settings, rows: int) -> Task:
         task = task_of(name, settings.root, rows)
         low, high = task.bins.edges[[0, -1]]
         return replace(task, bins=dt.Bins.uniform(low, high, count=settings.bins))
-    number, vectors = word_vectors(settings.root / "text")
+    number, vectors = words(settings.root / "text")
     splits = fewer(TEXT[RECURRENT[name]](settings.root / "text", number), rows)
     pairs = name == "sts_b_dir_gru"
     bins = dt.Bins.uniform(0 if pairs else 1, 5, width=0.1)
@@ -186,32 +188,37 @@ def main(settings: Settings) -> None:
     faults += too_low(settings, seeds=1, epochs=1, bins=5) + [
         f"--rows must be at least 20, got {rows}." for rows in settings.rows if rows < 20
     ]
-    refuse("recipes/studies/where_fds_pays.py", faults)
+    if "vanilla" not in settings.methods:
+        faults.append(f"--methods must name vanilla, with which all are compared, got {' '.join(settings.methods)}.")
     table = settings.out / "runs.csv"
+    if table.exists() and not settings.resume:
+        faults.append(f"--out must hold no {table.name} yet. Use --resume to add to it.")
+    refuse("recipes/studies/where_fds_pays.py", faults)
+    cases = dict.fromkeys((name, rows) for name in settings.sets for rows in settings.rows)
     old = pd.read_csv(table) if settings.resume and table.exists() else pd.DataFrame()
     with start_runtime() as runtime:
-        for name in settings.sets:
-            for rows in settings.rows:
-                task = replace(task_with(name, settings, rows), measure=measured)
-                loss = "weighted_mse" if name in RECURRENT else "weighted_l1"
-                methods = comparing.methods(loss, "mae/all" if name in RECURRENT else None, fds=Watched)
-                study = Study(
-                    settings.out / f"{name}-{rows}-{settings.bins}",
-                    task,
-                    methods,
-                    runtime,
-                    budget(name, task, settings.epochs),
-                    settings=shown(settings),
-                    command=typed_command("recipes/studies/where_fds_pays.py", PLACES),
-                    resume=settings.resume,
-                )
-                study.run(settings.methods, seeds=settings.seeds)
-                new = pd.DataFrame([row_of(name, study, key) for key in study.runs])
-                old = pd.concat([old, new]).drop_duplicates(["set", "rows", "bins", "method", "seed"])
-                write(table, old.to_csv(index=False, float_format="%.6g"))
-    cases, goes = compared(old)
-    write(settings.out / "cases.md", f"{cases}\n{goes}\n")
-    print(f"{cases}\n{goes}")
+        # All are read before anything trains.
+        tasks = [replace(task_with(name, settings, rows), measure=measured) for name, rows in cases]
+        for (name, rows), task in zip(cases, tasks, strict=True):
+            loss = "weighted_mse" if name in RECURRENT else "weighted_l1"
+            methods = comparing.methods(loss, "mae/all" if name in RECURRENT else None, fds=Watched)
+            study = Study(
+                settings.out / f"{name}-{rows}-{settings.bins}",
+                task,
+                methods,
+                runtime,
+                budget(name, task, settings.epochs),
+                settings=shown(settings),
+                command=typed_command("recipes/studies/where_fds_pays.py", PLACES),
+                resume=settings.resume,
+            )
+            study.run(settings.methods, seeds=settings.seeds)
+            new = pd.DataFrame([row_of(name, study, key) for key in study.runs])
+            old = pd.concat([old, new]).drop_duplicates(["set", "rows", "bins", "method", "seed"])
+            write(table, old.to_csv(index=False, float_format="%.6g"))
+    lines, goes = compared(old)
+    write(settings.out / "cases.md", f"{lines}\n{goes}\n")
+    print(f"{lines}\n{goes}")
 
 
 def row_of(name: str, study: Study, key: tuple[Task, str, int]) -> dict[str, Any]:

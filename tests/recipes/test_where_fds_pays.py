@@ -46,6 +46,29 @@ def test_each_case_has_a_line_with_paired_ratios_and_figures(here: Callable[...,
     assert f" | {reach:.2f} | {skill:.2f} |\n" in (tmp_path / "runs/fds/cases.md").read_text()
 
 
+def test_settings_that_would_fail_after_hours_are_refused_at_once(here: Callable[..., Outcome], tmp_path: Path) -> None:
+    make_table(tmp_path / "data")
+    (tmp_path / "runs/fds").mkdir(parents=True)
+    (tmp_path / "runs/fds/runs.csv").write_text("kept")
+    outcome = here("--root", "data", "--sets", "concrete", "--rows", 30, "--methods", "fds")
+    assert outcome.code == 1
+    assert "--methods must name vanilla, with which all are compared, got fds." in outcome.err
+    assert "--out must hold no runs.csv yet. Use --resume to add to it." in outcome.err
+    assert (tmp_path / "runs/fds/runs.csv").read_text() == "kept"
+    outcome = here("--root", "data", "--sets", "concrete", "airfoil", "--epochs", 1, "--seeds", 1, "--out", "new")
+    assert outcome.code == 1
+    assert "airfoil.csv.gz" in outcome.err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("sketched")
+def test_what_is_named_twice_is_trained_once(here: Callable[..., Outcome], tmp_path: Path) -> None:
+    make_table(tmp_path / "data")
+    words = ["--root", "data", "--sets", "concrete", "concrete", "--rows", 30, 30, "--epochs", 1, "--seeds", 1]
+    assert here(*words, "--methods", "vanilla", "vanilla").code == 0
+    assert len(pd.read_csv(tmp_path / "runs/fds/runs.csv")) == 1
+
+
 def statistics(slope: float, samples: int) -> dict[str, torch.Tensor]:
     """Of an FDS over 50 bins, with a feature of unit variance around a mean that rises with the label or does not."""
     random, bins = np.random.default_rng(0), dt.Bins.uniform(0, 1, count=50)
