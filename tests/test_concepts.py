@@ -72,3 +72,14 @@ def test_a_picture_is_what_the_script_draws(name: str, monkeypatch: pytest.Monke
     )
     # Of 255: another seed or other fonts change 8, and the most similar two pictures differ by 14.
     assert np.abs(shown - made).mean() < 10 < np.abs(other - made).mean()
+
+
+def test_the_affinity_head_errs_less_on_rare_classes_and_more_on_the_common_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for package in ("matplotlib", "sklearn", "PIL"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(DOCS))
+    errors = importlib.import_module("concepts").errors_of_affinity(0)
+    (softmax_common, softmax_rare), (common, rare) = errors["softmax"], errors["affinity"]
+    assert softmax_common < 0.02 < common < 0.08 < rare < 0.14 < softmax_rare
