@@ -559,14 +559,23 @@ def main(settings: Settings) -> None:
     there = [path for name in settings.sets if (path := place / f"{name}.csv").exists() and not settings.resume]
     faults += [f"--results must hold no {path.name} yet. Use --resume to add to it." for path in there]
     refuse(SCRIPT, faults)
+    # All are read before anything trains or is written.
+    tasks = [task_of(name, settings.root, settings.rows) for name in settings.sets]
     place.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(place)  # until this process ends
+    lock = FolderLock(place)
     if not lock.held:
         refuse(SCRIPT, [f"--results must be of no other suite at work, got {place}. Wait for it, or choose another."])
+    try:
+        sit(settings, names, tasks)
+    finally:
+        lock.release()
+    print(f"All errors: {place}")
+
+
+def sit(settings: Settings, names: tuple[str, ...], tasks: list[Task]) -> None:
+    """Tune and judge all methods, or as many as ``--minutes`` allow."""
     with start_runtime() as runtime:
         sitting = Sitting(settings, runtime)
-        # All are read before anything trains.
-        tasks = [task_of(name, settings.root, settings.rows) for name in settings.sets]
         for task in tasks:  # what is there already is refused
             Study(sitting.place, task, {}, runtime, Optimization(), resume=settings.resume)
             sitting.todo(task, names)
@@ -578,7 +587,6 @@ def main(settings: Settings) -> None:
                 sitting.run(task, [name for name in names if reads(name, task.title)])
         except OutOfTime:
             print(f"The {settings.minutes:g} minutes are over. Go on with --resume.")
-    print(f"All errors: {place}")
 
 
 if __name__ == "__main__":
