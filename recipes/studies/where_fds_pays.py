@@ -75,6 +75,7 @@ from text import Reader
 from torch import Tensor
 
 import dir_toolkit as dt
+from dir_toolkit.errors import StudyError
 from dir_toolkit.experiment.data.text import word_vectors
 from dir_toolkit.experiment.study import Study, Task, Trained, Trial
 from dir_toolkit.experiment.training.loop import Optimization
@@ -196,6 +197,7 @@ def main(settings: Settings) -> None:
     refuse("recipes/studies/where_fds_pays.py", faults)
     cases = dict.fromkeys((name, rows) for name in settings.sets for rows in settings.rows)
     old = pd.read_csv(table) if settings.resume and table.exists() else pd.DataFrame()
+    failed: list[str] = []
     with start_runtime() as runtime:
         # All are read before anything trains.
         tasks = [replace(task_with(name, settings, rows), measure=measured) for name, rows in cases]
@@ -213,12 +215,18 @@ def main(settings: Settings) -> None:
                 resume=settings.resume,
             )
             study.run(settings.methods, seeds=settings.seeds)
+            failed += [f"{name}, {rows} rows, {key[1]}, seed {key[2]}: {why}" for key, why in study.failed.items()]
+            if not study.runs:
+                continue
             new = pd.DataFrame([row_of(name, study, key) for key in study.runs])
             old = pd.concat([old, new]).drop_duplicates(["set", "rows", "bins", "method", "seed"])
             write(table, old.to_csv(index=False, float_format="%.6g"))
-    lines, goes = compared(old)
-    write(settings.out / "cases.md", f"{lines}\n{goes}\n")
-    print(f"{lines}\n{goes}")
+    if "vanilla" in set(old.get("method", ())):
+        lines, goes = compared(old)
+        write(settings.out / "cases.md", f"{lines}\n{goes}\n")
+        print(f"{lines}\n{goes}")
+    if failed:
+        raise StudyError("\n  ".join(["these runs failed; --resume tries them again:", *failed]))
 
 
 def row_of(name: str, study: Study, key: tuple[Task, str, int]) -> dict[str, Any]:

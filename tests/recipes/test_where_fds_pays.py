@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from running import Outcome
 from test_suite import make_table
 
 import dir_toolkit as dt
+from dir_toolkit.experiment.study import Trained, Trial
 
 RECIPE = running.RECIPES / "studies/where_fds_pays.py"
 sys.path[:0] = [str(running.RECIPES), str(RECIPE.parent)]
@@ -67,6 +69,28 @@ def test_what_is_named_twice_is_trained_once(here: Callable[..., Outcome], tmp_p
     words = ["--root", "data", "--sets", "concrete", "concrete", "--rows", 30, 30, "--epochs", 1, "--seeds", 1]
     assert here(*words, "--methods", "vanilla", "vanilla").code == 0
     assert len(pd.read_csv(tmp_path / "runs/fds/runs.csv")) == 1
+
+
+@pytest.mark.parametrize("broken", [("fds",), ("vanilla", "fds")])
+def test_runs_that_fail_are_named_at_the_end_and_cost_the_others_nothing(
+    here: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: tuple[str, ...]
+) -> None:
+    make_table(tmp_path / "data")
+    fit = Trial.fit
+
+    def breaking(trial: Trial, model: Any, **options: Any) -> Trained:
+        if trial.method in broken:
+            raise RuntimeError("out of memory")
+        return fit(trial, model, **options)
+
+    monkeypatch.setattr(Trial, "fit", breaking)
+    words = ["--root", "data", "--sets", "concrete", "--rows", 30, "--epochs", 1, "--seeds", 1]
+    outcome = here(*words, "--methods", "vanilla", "fds")
+    assert outcome.code == 1
+    assert "these runs failed; --resume tries them again:\n  concrete, 30 rows, " in outcome.err
+    assert "fds, seed 0: RuntimeError: out of memory" in outcome.err
+    table = tmp_path / "runs/fds/runs.csv"
+    assert (pd.read_csv(table)["method"].tolist() if table.exists() else []) == ["vanilla"] * ("vanilla" not in broken)
 
 
 def statistics(slope: float, samples: int) -> dict[str, torch.Tensor]:
