@@ -46,7 +46,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Getting started": "start.md"},
         {"Gallery": ["gallery.md", *(page for page in gallery() if page.startswith("tutorials/"))]},
         {"Guide": [f"{name}.md" for name in GUIDE if (ROOT / "docs" / f"{name}.md").exists()]},
-        {"Measured": ["ages.md", "digits.md", "tables.md", "intervals.md", "target-prior.md", "speed.md"]},
+        {"Measured": ["ages.md", "digits.md", "fds.md", "tables.md", "intervals.md", "target-prior.md", "speed.md"]},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},
         {"Project": ["architecture.md", "guarantees.md", "citing.md", *AT_ROOT[:3]]},

@@ -160,6 +160,8 @@ def compared(rows: pd.DataFrame) -> tuple[str, str]:
     grouped = {name: of.groupby(level=[0, 1, 2], sort=False) for name, of in ratio.items()}
     mean = pd.DataFrame({name: of.mean() for name, of in grouped.items()})
     sem = pd.DataFrame({name: of.sem() for name, of in grouped.items()})
+    if "fds / vanilla" in mean:  # from the largest gain to the largest loss
+        mean = mean.sort_values("fds / vanilla")
     told = keyed[keyed.method == "fds"][list(FIGURES)].groupby(level=[0, 1, 2], sort=False).mean().reindex(mean.index)
     plain = keyed[keyed.method == "vanilla"]
     for name, values in {"reach": plain.bmae / plain.bin_width, "skill": 1 - plain.mae / plain.mae_of_median}.items():
@@ -169,7 +171,8 @@ def compared(rows: pd.DataFrame) -> tuple[str, str]:
         ["---"] * (3 + len(mean.columns) + len(OF_CASES)),
     ]
     for case in mean.index:
-        ratios = [f"{mean.loc[case, name]:.3f} ± {sem.loc[case, name]:.3f}" for name in mean.columns]
+        both = [(mean.loc[case, name], sem.loc[case, name]) for name in mean.columns]
+        ratios = ["" if math.isnan(value) else f"{value:.3f} ± {error:.3f}" for value, error in both]
         lines.append(
             [case[0], f"{case[1]:,}", str(case[2]), *ratios, *(f"{told.loc[case, name]:.2f}" for name in OF_CASES)]
         )
