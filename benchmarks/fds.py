@@ -5,7 +5,7 @@
 Prints calibration against a loop over labels, as the public DIR code does it, and against one multiply-add on as many
 numbers; full and low-rank covariances against diagonal ones and against a loop; and a training epoch with FDS, of each
 form and compiled, against the same epoch without. A compiled epoch is one of four plain convolutions, since the ResNet
-takes more than seven minutes to compile on two cores. Takes about five minutes on two CPU cores.
+takes more than seven minutes to compile on two cores. Takes about seven minutes on two CPU cores.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def contrasted(trial: Trial, own: dict[str, Any]) -> Trained:
 
 
 def calibrated(trial: Trial, own: dict[str, Any], **options: Any) -> Trained:
-    """What README and estimators do by default: soft bins, then temperature and tau; or a bias along the axis, too."""
+    """What README and estimators do by default: soft bins, then temperature and tau, with further options."""
     trained = fitted(trial, trial.model(), own, selects="mae/all")
     val, model = trial.splits.val, trained.model
     assert isinstance(model, dt.LongTailModel)
