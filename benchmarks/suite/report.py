@@ -329,9 +329,10 @@ its 52 prices of 0 count as the next lowest.
 `median` predicts one number. Names are those of `recipes/studies/suite.py`, and [methods](methods.md) says what they
 are. `long_tail_model` is `dt.LongTailModel` with its defaults and `calibrate()`; with `+bias` it is
 `calibrate(bias=True)`, and with `+bound` it is `calibrate(bias="auto", most_mae=1.1)`, which lets the MAE of validation
-data rise by a tenth at most. All tau were chosen by an [older rule](methods.md#rules-that-hold-everywhere). The methods of scikit-learn are
-not tuned and run on tables only. What a training costs is
-not compared, since the machine was busy with other work; `bsam` takes two passes per step.
+data rise by a tenth at most. All tau were chosen by an [older rule](methods.md#rules-that-hold-everywhere).
+
+The methods of scikit-learn are not tuned and run on tables only. What a training costs is not compared, since the
+machine was busy with other work; `bsam` takes two passes per step.
 
 ## bMAE on each set
 
