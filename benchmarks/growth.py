@@ -35,6 +35,7 @@ import dir_toolkit as dt
 FORMS = ("diagonal", "full", "low_rank")
 N, B, D = 256, 100, 256
 HELD_BINS, ROWS = 50, (1_000, 10_000, 50_000)
+UNLABELLED, LABELLED = (1000, 10_000, 100_000, 1_000_000), 5000
 LABELS, CHUNK = (100_000, 1_000_000, 10_000_000), 250_000
 OUT = Path("runs/benchmarks")
 Curves = dict[str, tuple[Sequence[int], list[float]]]
@@ -147,7 +148,14 @@ def with_rows() -> Curves:
             after_training(bins, density, scores, labels, shifted), 1, repeats=3, warmup=1
         ).items():
             seconds.setdefault(name, []).append(value)
-    return {name: (ROWS, values) for name, values in seconds.items()}
+    curves: Curves = {name: (ROWS, values) for name, values in seconds.items()}
+    scores, labels = forecasts(density, LABELLED)
+    priors: list[float] = []
+    for n in UNLABELLED:
+        shifted, _ = forecasts(dt.LabelDensity(bins, [1] * HELD_BINS), n)
+        estimate = partial(dt.estimate_prior, shifted, source=scores, labels=labels, bins=bins)
+        priors += timed({"estimate": estimate}, 1, repeats=1, warmup=0).values()
+    return curves | {f"estimate_prior, {LABELLED:,} labelled rows": (UNLABELLED, priors)}
 
 
 def forecasts(density: dt.LabelDensity, n: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,7 @@ _MOST_LOG = math.log(1e3)  # the temperature is from a thousandth to a thousand
 _LEAST = 1e-12  # the smallest probability
 _FOLDS = 5
 _SURE = 2.0  # standard errors, by which an estimate must explain data better that it was not made of
+_BLOCK = 2048  # rows whose probabilities fit the caches
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +268,6 @@ def slope_and_bias(
     zero for classes.
     """
     from scipy.optimize import minimize
-    from scipy.special import logsumexp
 
     size = logits.shape[1]
     held = (np.bincount(row, minlength=size) > 0) | all_compete
@@ -279,15 +279,22 @@ def slope_and_bias(
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
         slope, bias = np.exp(point[0]), _smooth(point[1:], window)[held]
-        scaled = slope * logits + bias + offset
-        norm = logsumexp(scaled, axis=1)
-        p = weight[:, None] * np.exp(scaled - norm[:, None])
-        total = weight @ (norm - slope * mine) - (bias + offset) @ counts + _RIDGE / 2 * (point[1:] @ point[1:])
-        by_slope = slope * ((p * logits).sum() - weight @ mine)
-        excess = np.zeros(size)
-        excess[held] = p.sum(0) - counts
+        total = -weight @ (slope * mine) - (bias + offset) @ counts + _RIDGE / 2 * (point[1:] @ point[1:])
+        by_slope, excess = -weight @ mine, np.zeros(size)
+        excess[held] = -counts
+        for start in range(0, len(logits), _BLOCK):
+            here, w = logits[start : start + _BLOCK], weight[start : start + _BLOCK]
+            p = slope * here
+            p += bias + offset
+            most = p.max(1)
+            np.exp(p - most[:, None], out=p)
+            norm = p.sum(1)
+            total += w @ (np.log(norm) + most)
+            p *= (w / norm)[:, None]
+            by_slope += np.vdot(p, here)
+            excess[held] += p.sum(0)
         by_bias = _smooth(excess, window) + _RIDGE * point[1:]  # smoothing is its own transpose
-        return total, np.concatenate([[by_slope], by_bias])
+        return total, np.concatenate([[slope * by_slope], by_bias])
 
     bounds = [(-_MOST_LOG, _MOST_LOG), *[(None, None)] * size]
     best = minimize(loss, np.zeros(1 + size), jac=True, method="L-BFGS-B", bounds=bounds).x

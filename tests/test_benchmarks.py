@@ -94,12 +94,13 @@ def test_pictures_of_what_follows_training_are_drawn_from_few_numbers(
     benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     growth = importlib.import_module("growth")
-    for name, value in {"ROWS": (300, 600), "LABELS": (1000, 2000), "CHUNK": 500, "OUT": tmp_path}.items():
+    numbers = {"ROWS": (300, 600), "UNLABELLED": (300, 600), "LABELLED": 300, "LABELS": (1000, 2000), "CHUNK": 500}
+    for name, value in {**numbers, "OUT": tmp_path}.items():
         monkeypatch.setattr(growth, name, value)
     report = benchmarks["timing"].Report()
     with warnings.catch_warnings():
         growth.main(report, ["rows", "labels"])
-    assert len(report.rows) == 9
+    assert len(report.rows) == 10
     assert min(row.value for row in report.rows) > 0
     assert {path.name for path in tmp_path.iterdir()} == {"growth-rows.png", "growth-labels.png"}
 
