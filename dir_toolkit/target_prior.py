@@ -291,7 +291,7 @@ def slope_and_bias(
             norm = p.sum(1)
             total += w @ (np.log(norm) + most)
             p *= (w / norm)[:, None]
-            by_slope += np.vdot(p, here)
+            by_slope += np.einsum("ij,ij", p, here)  # without BLAS, whose threads would wait for each other
             excess[held] += p.sum(0)
         by_bias = _smooth(excess, window) + _RIDGE * point[1:]  # smoothing is its own transpose
         return total, np.concatenate([[slope * by_slope], by_bias])
