@@ -429,7 +429,9 @@ def _looked_up(
 ) -> np.ndarray:
     """The weights of labels from a table with one weight per bin."""
     index = bins.index(labels, outside, missing=missing, name=name)
-    return np.where(index < 0, 0.0, table[index])
+    weights = np.asarray(table[index])  # of labels that are dropped, that of the last bin
+    weights[index < 0] = 0.0
+    return weights
 
 
 def _of_chunk(chunk: Any, block_id: tuple[int, ...], **own: Any) -> np.ndarray:
