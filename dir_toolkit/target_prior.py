@@ -284,8 +284,7 @@ def slope_and_bias(
         excess[held] = -counts
         for start in range(0, len(logits), _BLOCK):
             here, w = logits[start : start + _BLOCK], weight[start : start + _BLOCK]
-            p = slope * here
-            p += bias + offset
+            p = slope * here + (bias + offset)
             most = p.max(1)
             np.exp(p - most[:, None], out=p)
             norm = p.sum(1)
