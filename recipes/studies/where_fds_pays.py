@@ -178,7 +178,7 @@ def compared(rows: pd.DataFrame) -> tuple[str, str]:
         )
     gains = mean.get("fds / vanilla", pd.Series(dtype=float)).dropna()
     goes = "\n".join(
-        f"{name}: Spearman {test.statistic:+.2f}, p = {test.pvalue:.2f}, over {len(gains)} cases"
+        f"{name}: Spearman {test.statistic:+.2f}, p = {test.pvalue:.3f}, over {len(gains)} cases"
         for name in OF_CASES
         if len(gains) > 2
         for test in [spearmanr(told.loc[gains.index, name], gains)]
