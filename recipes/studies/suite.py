@@ -4,8 +4,9 @@
     python recipes/studies/suite.py --root DIR --sets concrete --methods l1 lds coral --trials 2 --seeds 2 --epochs 10
     python recipes/studies/suite.py --root DIR --minutes 90 --resume --results benchmarks/suite     # one more sitting
 
-DIR holds the folders ``tables``, ``series`` and ``text``; the data cards say where to get what is in them. Per set
-there is one split, and 50 even bins over the range of the training labels, to which others are clipped. A trial is one
+DIR holds the folders ``tables``, ``series``, ``text`` and ``utkface``; the data cards say where to get what is in them.
+Per set there is one split, and 50 even bins over the range of the training labels, to which others are clipped. Faces
+have 32 pixels. A trial is one
 learning rate with one value of what else the method has to be chosen, or of the weight decay where it has nothing
 else, so that all methods have as many trials. Trials are halved successively and judged by the validation bMAE, with
 seed 0. The settings of the best one are trained with all seeds and judged on test. What is of scikit-learn is not
@@ -26,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -38,7 +39,7 @@ class Settings:
     root: Path
     """Folder of the sets."""
     sets: tuple[str, ...] = ("house16H", "appliances", "abalone", "rain", "beijing", "cmapss", "emobank", "sts_b_dir")
-    """Any of these, airfoil and concrete."""
+    """Any of these, airfoil, concrete and utkface."""
     methods: tuple[str, ...] = ()
     """What to compare, of METHODS in this file; nothing takes all."""
     trials: int = 8
@@ -49,6 +50,8 @@ class Settings:
     """Passes over the training rows of a whole training."""
     rows: int | None = None
     """Most training rows; half as many validate. They are drawn once per set."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """The precision of the forward pass."""
     minutes: float | None = None
     """Begin no run after so many minutes. What the suite takes is estimated before."""
     resume: bool = False
@@ -78,10 +81,12 @@ from torch import Tensor, nn
 
 import dir_toolkit as dt
 from dir_toolkit.errors import SettingsError, StudyError
+from dir_toolkit.experiment.backbones import small_resnet
 from dir_toolkit.experiment.data.images import SampleSet, Splits
 from dir_toolkit.experiment.data.series import beijing, cmapss
 from dir_toolkit.experiment.data.tables import standardized, table
 from dir_toolkit.experiment.data.text import emobank, sts_b_dir, word_vectors
+from dir_toolkit.experiment.data.utkface import utkface
 from dir_toolkit.experiment.files import FolderLock
 from dir_toolkit.experiment.results.comparison import differences_csv, paired_differences
 from dir_toolkit.experiment.study import Study, Task, Trained, Trial
@@ -105,6 +110,7 @@ LABELS = {  # of each table: its file, its label, and the columns that are neith
 
 TEXT = {"emobank": emobank, "sts_b_dir": sts_b_dir}
 SERIES: dict[str, Callable[[Path], Splits]] = {"beijing": beijing, "cmapss": cmapss}
+FACES = ("utkface",)
 
 
 class Perceptron(nn.Module):
@@ -122,7 +128,7 @@ class Perceptron(nn.Module):
 
 
 def relabeled(splits: Splits, change: Any) -> Splits:
-    train, val, test = (SampleSet(p.inputs, change(p.labels), p.rows) for p in (splits.train, splits.val, splits.test))
+    train, val, test = (type(p)(p.inputs, change(p.labels), p.rows) for p in (splits.train, splits.val, splits.test))
     return Splits(train, val, test, splits.source, splits.skipped)
 
 
@@ -133,7 +139,7 @@ def fewer(splits: Splits, rows: int | None) -> Splits:
 
     def some(part: SampleSet, most: int) -> SampleSet:
         kept = np.sort(np.random.default_rng(0).permutation(len(part))[:most])
-        return SampleSet(part.inputs, part.labels[kept], part.rows[kept])
+        return type(part)(part.inputs, part.labels[kept], part.rows[kept])
 
     train, val = some(splits.train, rows), some(splits.val, rows // 2)
     return Splits(train, val, splits.test, splits.source, splits.skipped)
@@ -153,6 +159,8 @@ def task_of(name: str, root: Path, rows: int | None) -> Task:
         splits = standardized(splits)
     elif name in SERIES:
         splits, network = standardized(SERIES[name](root / "series")), Recurrent
+    elif name in FACES:
+        splits, network = utkface(root / "utkface", size=32), lambda _: small_resnet()
     else:
         words, vectors = word_vectors(root / "text")
         splits, network = standardized(pooled(TEXT[name](root / "text", words), vectors)), Perceptron
@@ -230,8 +238,12 @@ def contrasted(trial: Trial, own: dict[str, Any]) -> Trained:
 
 
 def calibrated(trial: Trial, own: dict[str, Any], **options: Any) -> Trained:
-    """What README and estimators do by default: soft bins, then temperature and tau, with further options."""
-    trained = fitted(trial, trial.model(), own, selects="mae/all")
+    """What README and estimators do by default: soft bins, then temperature and tau, with further options.
+
+    What is trained does not depend on the options, and is trained once for all of them.
+    """
+    shared = "-".join(["long_tail_model", *(f"{key}={value}" for key, value in own.items())])
+    trained = fitted(replace(trial, method=shared), trial.model(), own, selects="mae/all")
     val, model = trial.splits.val, trained.model
     assert isinstance(model, dt.LongTailModel)
     scores = predict(model, val, runtime=trial.runtime).scores
@@ -311,6 +323,8 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
 }
 """By name: what is tried beside learning rates, or None where nothing is, and what makes a trial of it."""
 
+TRAINED_AS = {"long_tail_model+bias": "long_tail_model", "long_tail_model+bound": "long_tail_model"}
+"""The methods that differ from another in what is done after training alone. They share its trainings."""
 
 RATES = (1e-2, 3e-3, 3e-2, 1e-3)
 """The learning rates of the trials, in their order, so that trials can be added later."""
@@ -379,8 +393,8 @@ class Sitting:
         identity = {"method": name, "data": task.data(0).train.digest}
         options: Any = {"folder": folder, "resume": self.settings.resume, "fingerprint": identity}
         own = search(tried, score, epochs=self.settings.epochs, **options).settings
-        once = self._trial(task, name, own, self.settings.epochs) / task.folder / name
-        shutil.copytree(once, self.place / task.folder / name, dirs_exist_ok=True)  # its seed 0 is trained already
+        once = self._trial(task, name, own, self.settings.epochs) / task.folder
+        shutil.copytree(once, self.place / task.folder, dirs_exist_ok=True)  # its seed 0 is trained already
         return own
 
     @property
@@ -390,7 +404,7 @@ class Sitting:
 
     def _trial(self, task: Task, name: str, own: Mapping[str, Any], epochs: int) -> Path:
         label = "-".join(f"{key}={value}" for key, value in own.items())
-        return self.settings.out / "tune" / task.folder / name / label / f"{epochs}-epochs"
+        return self.settings.out / "tune" / task.folder / TRAINED_AS.get(name, name) / label / f"{epochs}-epochs"
 
     def todo(self, task: Task, names: Sequence[str]) -> tuple[Results, list[str], dict[str, int]]:
         """The results of a set, the methods that they lack, and the budget of each.
@@ -501,7 +515,8 @@ class Results:
         rows = [{**row_of(one.errors), **same} for (_, name, _), one in study.runs.items() if name == method]
         if not rows:
             return
-        tuning = (study.folder.parent / "tune" / study.tasks[0].folder / method).rglob("history.csv")
+        trained_as = TRAINED_AS.get(method, method)
+        tuning = (study.folder.parent / "tune" / study.tasks[0].folder / trained_as).rglob("history.csv")
         seconds = sum(pd.read_csv(path)["seconds"].iloc[-1] for path in tuning)
         seeds = [seed for _, name, seed in study.runs if name == method]
         new = pd.DataFrame(rows).assign(method=method, seed=seeds, tuning_seconds=seconds)
@@ -551,7 +566,7 @@ def main(settings: Settings) -> None:
     names = settings.methods or tuple(METHODS)
     faults = unfit_folder("--out", settings.out)
     faults += [] if settings.results is None else unfit_folder("--results", settings.results)
-    faults += unknown("--methods", names, METHODS) + unknown("--sets", settings.sets, [*LABELS, *SERIES, *TEXT])
+    faults += unknown("--methods", names, METHODS) + unknown("--sets", settings.sets, [*LABELS, *SERIES, *TEXT, *FACES])
     faults += too_low(settings, seeds=1, epochs=1, rows=20)
     if settings.trials not in (2, 4, 8):
         faults.append(f"--trials must be 2, 4 or 8, got {settings.trials}.")
@@ -574,7 +589,7 @@ def main(settings: Settings) -> None:
 
 def sit(settings: Settings, names: tuple[str, ...], tasks: list[Task]) -> None:
     """Tune and judge all methods, or as many as ``--minutes`` allow."""
-    with start_runtime() as runtime:
+    with start_runtime(precision=settings.precision) as runtime:
         sitting = Sitting(settings, runtime)
         for task in tasks:  # what is there already is refused
             Study(sitting.place, task, {}, runtime, Optimization(), resume=settings.resume)

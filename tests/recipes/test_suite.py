@@ -165,6 +165,54 @@ def test_a_method_that_breaks_costs_the_others_nothing_and_a_prior_is_adjusted_a
     assert selects == {("soft+tau", "mae/all"), ("soft", None)}
 
 
+@pytest.mark.filterwarnings("ignore::dir_toolkit.errors.DirToolkitWarning")  # the table has little to learn
+@pytest.mark.usefixtures("unsynced_database")
+def test_methods_that_differ_after_training_alone_share_their_trainings(
+    tmp_path: Path, here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    make_table(tmp_path / "data", rows=300)
+    fit, folders = Trial.fit, []
+
+    def watched(trial: Trial, model: Any, **options: Any) -> Trained:
+        if not (trial.folder / "history.csv").exists():
+            folders.append(trial.folder)
+        return fit(trial, model, **options)
+
+    monkeypatch.setattr(Trial, "fit", watched)
+    words = ["--root", "data", "--sets", "concrete", "--trials", 2, "--seeds", 2, "--epochs", 2]
+    names = ["l1", "long_tail_model", "long_tail_model+bias"]
+    outcome = here(*words, "--out", "out", "--results", "kept", "--methods", *names)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert len(folders) == len(set(folders))
+    assert sum("long_tail_model" in folder.parts for folder in folders) in (
+        3,
+        4,
+    )  # two of half the epochs, then the best
+    assert not any("long_tail_model+bias" in folder.parts for folder in folders)
+    together = errors(tmp_path / "kept/concrete.csv")
+    assert len(together) == 2 * len(names)
+    alone = here(*words, "--out", "new", "--results", "other", "--methods", "l1", "long_tail_model+bias")
+    assert alone.code == 0
+    part = errors(tmp_path / "other/concrete.csv")
+    same = ["mae", "bmae", "few", "setting", "method", "seed"]
+    expected = together[together["method"] != "long_tail_model"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(part[same], expected[same])
+
+
+@pytest.mark.usefixtures("unsynced_database")
+def test_faces_are_read_and_compared(tmp_path: Path, here: Callable[..., Outcome]) -> None:
+    pytest.importorskip("optuna")
+    running.make_faces(tmp_path / "data/utkface/UTKFace", ages=(3, 20, 40, 60, 90))
+    words = ["--root", "data", "--sets", "utkface", "--trials", 2, "--seeds", 1, "--epochs", 1, "--rows", 20]
+    outcome = here(*words, "--precision", "bf16", "--out", "out", "--methods", "l1", "median")
+    assert (outcome.code, outcome.err) == (0, "")
+    rows = errors(tmp_path / "out/utkface.csv")
+    assert (rows["rows"] == 20).all()
+    assert (rows[["mae", "bmae"]] > 0).all(axis=None)
+    assert "bf16" in (tmp_path / "out/utkface.csv").read_text().splitlines()[0]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="other systems cannot lock a folder")
 def test_two_sittings_at_once_do_not_write_to_the_same_results(tmp_path: Path, here: Callable[..., Outcome]) -> None:
     make_table(tmp_path / "data")
