@@ -6,11 +6,13 @@
 
 DIR holds the folders ``tables``, ``series``, ``text`` and ``utkface``; the data cards say where to get what is in them.
 Per set there is one split, and 50 even bins over the range of the training labels, to which others are clipped. Faces
-have 32 pixels. A trial is one
-learning rate with one value of what else the method has to be chosen, or of the weight decay where it has nothing
-else, so that all methods have as many trials. Trials are halved successively and judged by the validation bMAE, with
-seed 0. The settings of the best one are trained with all seeds and judged on test. What is of scikit-learn is not
-tuned, and reads no text. A method that fails on a set is named, and costs the others nothing.
+have 32 pixels. airfoil_dir, abalone_dir and concrete_dir are UCI-DIR as far as it is published (Dong et al. 2025,
+arXiv:2503.00876): bins of one unit, each with up to four rows to validate and to test, and layers of 20, 30 and 10.
+
+A trial is one learning rate with one value of what else the method has to be chosen, or of the weight decay where it
+has nothing else, so that all methods have as many trials. Trials are halved successively and judged by the validation
+bMAE, with seed 0. The settings of the best one are trained with all seeds and judged on test. What is of scikit-learn
+is not tuned, and reads no text. A method that fails on a set is named, and costs the others nothing.
 
 All trials lie in ``OUT/tune``, and the runs that are judged in a folder of OUT for each budget. The errors of a set are
 in ``RESULTS/<set>.csv``, one line per method and seed, and the differences to plain L1, with their intervals, in
@@ -26,6 +28,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +42,7 @@ class Settings:
     root: Path
     """Folder of the sets."""
     sets: tuple[str, ...] = ("house16H", "appliances", "abalone", "rain", "beijing", "cmapss", "emobank", "sts_b_dir")
-    """Any of these, airfoil, concrete and utkface."""
+    """Any of these, airfoil, concrete, utkface, airfoil_dir, abalone_dir and concrete_dir."""
     methods: tuple[str, ...] = ()
     """What to compare, of METHODS in this file; nothing takes all."""
     trials: int = 8
@@ -105,12 +108,16 @@ LABELS = {  # of each table: its file, its label, and the columns that are neith
     "rain": ("rain_ibk", "rain", ("rownames",)),
     "airfoil": ("airfoil", None, ()),
     "concrete": ("concrete", None, ()),
+    "airfoil_dir": ("airfoil", None, ()),
+    "abalone_dir": ("abalone", "Rings", ()),
+    "concrete_dir": ("concrete", None, ()),
 }
 
 
 TEXT = {"emobank": emobank, "sts_b_dir": sts_b_dir}
 SERIES: dict[str, Callable[[Path], Splits]] = {"beijing": beijing, "cmapss": cmapss}
 FACES = ("utkface",)
+UCI_DIR = ("airfoil_dir", "abalone_dir", "concrete_dir")
 
 
 class Perceptron(nn.Module):
@@ -125,6 +132,30 @@ class Perceptron(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.layers(rows)
+
+
+class SmallPerceptron(nn.Sequential):
+    """The network of UCI-DIR, from rows (N, F) to features (N, 10)."""
+
+    num_features = 10
+
+    def __init__(self, splits: Splits) -> None:
+        sizes = (splits.train.inputs.shape[-1], 20, 30, 10)
+        layers = [(nn.Linear(size, to), nn.ReLU()) for size, to in pairwise(sizes)]
+        super().__init__(*(layer for both in layers for layer in both))
+
+
+def evened(splits: Splits, most: int = 4) -> Splits:
+    """The same rows, split anew: of each whole unit of labels at most so many rows, and a third, validate and test."""
+    parts = (splits.train, splits.val, splits.test)
+    rows, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "labels"))
+    random, held = np.random.default_rng(0), np.zeros(len(rows), dtype=int)
+    for unit in np.unique(np.floor(labels)):
+        members = random.permutation(np.flatnonzero(np.floor(labels) == unit))
+        count = min(len(members) // 3, most)
+        held[members[:count]], held[members[count : 2 * count]] = 1, 2
+    train, val, test = (SampleSet(splits.train.inputs, labels[held == i], rows[held == i]) for i in range(3))
+    return Splits(train, val, test, splits.source, splits.skipped)
 
 
 def relabeled(splits: Splits, change: Any) -> Splits:
@@ -154,6 +185,8 @@ def task_of(name: str, root: Path, rows: int | None) -> Task:
         if label is None:  # the first column
             label = pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns[0]
         splits, network = table(path, label, drop=drop), Perceptron
+        if name in UCI_DIR:
+            splits, network = evened(splits), SmallPerceptron
         if name == "house16H":  # 52 prices are 0, and all others at least 14,999: they would stretch the axis
             splits = relabeled(splits, lambda price: np.log1p(np.maximum(price, 14_999)))
         splits = standardized(splits)
@@ -167,6 +200,8 @@ def task_of(name: str, root: Path, rows: int | None) -> Task:
     splits, folder = fewer(splits, rows), name if rows is None else f"{name}-{rows}-rows"
     low, high = splits.train.labels.min(), splits.train.labels.max()
     splits, bins = relabeled(splits, partial(np.clip, a_min=low, a_max=high)), dt.Bins.uniform(low, high, count=50)
+    if name in UCI_DIR:
+        bins = dt.Bins.uniform(np.floor(low), np.floor(high) + 1, width=1)
     return Task(lambda _: splits, bins, network, name, "label", folder=folder)
 
 

@@ -200,6 +200,21 @@ def test_methods_that_differ_after_training_alone_share_their_trainings(
     pd.testing.assert_frame_equal(part[same], expected[same])
 
 
+def test_uci_dir_is_judged_on_evenly_spread_labels(tmp_path: Path) -> None:
+    make_table(tmp_path, rows=300)
+    task = runpy.run_path(str(RECIPE))["task_of"]("concrete_dir", tmp_path, None)
+    splits = task.data(0)
+    parts = (splits.train, splits.val, splits.test)
+    assert sorted(np.concatenate([part.rows for part in parts])) == list(range(300))
+    units = [np.unique(np.floor(part.labels), return_counts=True) for part in parts]
+    of_train = dict(zip(*units[0], strict=True))
+    for unit, count in zip(*units[2], strict=True):
+        assert count == min(4, (2 * count + of_train[unit]) // 3)
+    assert [len(units[1][0]), units[1][1].tolist()] == [len(units[2][0]), units[2][1].tolist()]
+    assert np.diff(task.bins.edges).tolist() == [1.0] * len(task.bins)
+    assert [layer.out_features for layer in task.network(splits) if hasattr(layer, "out_features")] == [20, 30, 10]
+
+
 @pytest.mark.usefixtures("unsynced_database")
 def test_faces_are_read_and_compared(tmp_path: Path, here: Callable[..., Outcome]) -> None:
     pytest.importorskip("optuna")
