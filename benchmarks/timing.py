@@ -65,3 +65,7 @@ class Report:
         print(f"{what:<72} {value:9.2f} {unit:<4}{outcome}", flush=True)
         if detail:
             print(f"    {detail}", flush=True)
+
+    def leave_out(self, package: str) -> None:
+        """Say that a rival cannot be measured here."""
+        print(f"{package} is not installed, so that what is compared with it is left out.", flush=True)

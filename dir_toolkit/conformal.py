@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -64,6 +64,7 @@ __all__ = ["BinsConformal", "GaussianConformal", "PointConformal", "conformal_in
 
 Array = Tensor | np.ndarray
 _Own = TypeVar("_Own", bound="Conformal")
+_BLOCK = 2**15  # the number of forecasts for which intervals are computed at once
 
 
 class Conformal(ABC):
@@ -159,7 +160,8 @@ class Conformal(ABC):
         labels = on_host(of_labels, _as_tensor(of_labels, labels))
         shaped(output.shape[:1], f"one per forecast of {name}", **{of_labels: labels})
         row = self.bins.index(labels, self.outside, missing=self.missing, name=of_labels)
-        output, labels, row = (part[row >= 0] for part in (output, labels, row))
+        if not (counted := row >= 0).all():
+            output, labels, row = (part[counted] for part in (output, labels, row))
         finite(**{of_labels: labels})
         return self._score(output, labels, row).double().numpy(), row.numpy()
 
@@ -313,7 +315,7 @@ class PointConformal(Conformal):
         return _numbers(name, output, bins, ())
 
     def _score(self, output: Tensor, labels: Tensor, row: Tensor) -> Tensor:
-        return -(labels.double() - output.double()).abs()
+        return (labels.double() - output.double()).abs_().neg_()
 
     @staticmethod
     def _sets_at(output: Tensor, bins: Bins, thresholds: Array) -> Tensor:
@@ -322,7 +324,8 @@ class PointConformal(Conformal):
     @staticmethod
     def _interval_at(output: Tensor, bins: Bins, thresholds: Array) -> tuple[Tensor, Tensor]:
         thresholds, edges = _runs(thresholds, bins)
-        return _hull(output, *_pieces(output, -_like(thresholds, output), edges))
+        reach = -_like(thresholds, output)
+        return _hulls(output, lambda part: (part, *_pieces(part, reach, edges)))
 
 
 class GaussianConformal(Conformal):
@@ -358,7 +361,7 @@ class GaussianConformal(Conformal):
     @staticmethod
     def _interval_at(output: Tensor, bins: Bins, thresholds: Array) -> tuple[Tensor, Tensor]:
         thresholds, edges = _runs(thresholds, bins)
-        return _hull(output[:, 0], *_pieces(output[:, 0], _gaussian_reach(output, thresholds), edges))
+        return _hulls(output, lambda part: (part[:, 0], *_pieces(part[:, 0], _gaussian_reach(part, thresholds), edges)))
 
 
 class BinsConformal(Conformal):
@@ -498,13 +501,17 @@ def _checked_regions(regions: Any, bins: Bins) -> np.ndarray:
 def _thresholds(scores: np.ndarray, region: np.ndarray, group: np.ndarray, misses: list[Fraction]) -> np.ndarray:
     """For each of R regions, the score that at most a share ``misses`` of new samples of its ``group`` (R,) falls
     below, (R,)."""
-    of_sample = group[region]
+    of_sample = group[region].astype(np.min_scalar_type(len(group)))  # NumPy sorts small integers by radix
     counts = np.bincount(of_sample, minlength=len(group))
-    size = counts[group]
+    size, stop = counts[group], counts.cumsum()
     ranks = np.array([math.floor(miss * (int(n) + 1)) for miss, n in zip(misses, size, strict=True)])
-    rising = scores[np.lexsort((scores, of_sample))]
-    place = ((counts.cumsum() - counts)[group] + ranks - 1).clip(min=0, max=len(scores) - 1)
-    return np.where(ranks < 1, -math.inf, np.where(ranks > size, math.inf, rising[place]))
+    place = (stop - counts)[group] + (ranks.clip(1, size.clip(min=1)) - 1)
+    of_groups = scores[of_sample.argsort(kind="stable")]
+    for g in np.unique(group[size > 0]):
+        start = stop[g] - counts[g]
+        of_groups[start : stop[g]].partition(np.unique(place[group == g] - start))
+    own = of_groups[place.clip(max=len(scores) - 1)]
+    return np.where(ranks < 1, -math.inf, np.where(ranks > size, math.inf, own))
 
 
 def _as_tensor(name: str, values: Any) -> Tensor:
@@ -569,9 +576,17 @@ def _outwards(edges: np.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
     return below.to(like.device), above.to(like.device)
 
 
+def _hulls(output: Tensor, parts_of: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+    """The hull of the pieces of each forecast, or its centre if all are empty. Forecasts are taken in blocks, so that
+    pieces stay in the cache."""
+    hulls = [_hull(*parts_of(block)) for block in output.split(_BLOCK)]
+    lower, upper = zip(*hulls, strict=True)
+    return torch.cat(lower), torch.cat(upper)
+
+
 def _hull(center: Tensor, lower: Tensor, upper: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = lower.masked_fill(~there, math.inf).amin(1), upper.masked_fill(~there, -math.inf).amax(1)
-    empty = ~there.any(1)
+    low, high = torch.where(there, lower, math.inf).amin(1), torch.where(there, upper, -math.inf).amax(1)
+    empty = low > high
     return torch.where(empty, center, low), torch.where(empty, center, high)
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks write: verdicts, the table and the result. The timing itself is not tested."""
 
 import importlib
+import math
 import os
 import re
 import runpy
@@ -11,14 +12,17 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import xarray as xr
 from forked import load
+from scipy.stats import gaussian_kde
 
-from dir_toolkit import DirToolkitWarning
+from dir_toolkit import DirToolkitWarning, LabelDensity
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -103,6 +107,88 @@ def test_pictures_of_what_follows_training_are_drawn_from_few_numbers(
     assert len(report.rows) == 10
     assert min(row.value for row in report.rows) > 0
     assert {path.name for path in tmp_path.iterdir()} == {"growth-rows.png", "growth-labels.png"}
+
+
+RIVALS = ("denseweight", "tsai.callback.core", "mapie.regression")
+
+
+def with_few_numbers(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
+    lds, conformal = importlib.import_module("lds"), importlib.import_module("conformal")
+    monkeypatch.setattr(lds, "NUM_LABELS", 2000)
+    monkeypatch.setattr(conformal, "NUM_ROWS", 2000)
+    return lds, conformal
+
+
+def test_what_is_compared_with_other_packages_computes_the_same(
+    benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which stand-ins are written here, by their definition."""
+    lds, conformal = with_few_numbers(monkeypatch)
+
+    class DenseWeight:
+        def fit(self, labels: np.ndarray) -> np.ndarray:
+            density = gaussian_kde(labels, bw_method=1.06 * len(labels) ** -0.2)(labels)
+            weights = np.maximum(1 - density / density.max(), 1e-6)
+            return weights / weights.mean()
+
+    class SplitConformalRegressor:
+        def __init__(self, estimator: Any, confidence_level: float, prefit: bool) -> None:
+            self.predict, self.level = estimator.predict, confidence_level
+
+        def conformalize(self, x: np.ndarray, y: np.ndarray) -> None:
+            self.reach = np.sort(np.abs(y - self.predict(x)))[math.ceil(self.level * (len(y) + 1)) - 1]
+
+        def predict_interval(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            pred = self.predict(x)
+            return pred, np.stack([pred - self.reach, pred + self.reach], 1)[:, :, None]
+
+    def prepare_LDS_weights(labels: np.ndarray, **settings: Any) -> torch.Tensor:  # noqa: N802
+        return torch.tensor(lds.weights_by_loop(labels))
+
+    for name, rival in zip(RIVALS, (DenseWeight, prepare_LDS_weights, SplitConformalRegressor), strict=True):
+        module = ModuleType(name)
+        setattr(module, rival.__name__, rival)
+        monkeypatch.setitem(sys.modules, name, module)
+    for package in ("tsai", "tsai.callback", "mapie"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    report = benchmarks["timing"].Report()
+    lds.main(report)
+    conformal.main(report)
+    differences = [re.search(r"by at most ([\d.e-]+\d)", row.detail) for row in report.rows]
+    most = (None, 0.1, 1e-5, 1e-10, None)
+    assert [found is None for found in differences] == [bound is None for bound in most]
+    assert all(float(found[1]) < bound for found, bound in zip(differences, most, strict=True) if found and bound)
+    assert min(row.value for row in report.rows) > 0
+
+
+def test_what_is_compared_with_a_package_that_is_missing_is_left_out(
+    benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in RIVALS:
+        monkeypatch.setitem(sys.modules, name, None)
+    report = benchmarks["timing"].Report()
+    for benchmark in with_few_numbers(monkeypatch):
+        benchmark.main(report)
+    assert [row.what.split(",")[0] for row in report.rows] == ["loop over labels / LDS fit and weigh", "PointConformal"]
+    said = capsys.readouterr().out
+    assert all(f"{name} is not installed" in said for name in ("denseweight", "tsai", "MAPIE"))
+
+
+def test_a_training_step_of_a_model_is_compared_on_each_backbone_there_is(
+    benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchmetrics")
+    losses, report = importlib.import_module("losses"), benchmarks["timing"].Report()
+    monkeypatch.setattr(losses, "IMAGES", {"small_resnet": 2})
+    monkeypatch.setattr(losses, "ROUNDS", 2)
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    generator = torch.Generator().manual_seed(0)
+    density = LabelDensity.count(100 * torch.rand(500, generator=generator) ** 2, losses.BINS)
+    losses.of_step(report, density, generator)
+    assert "torchvision for this version of torch is not installed" in capsys.readouterr().out
+    whats = [row.what.split(" / ")[0] for row in report.rows]
+    assert whats == ["step of LongTailModel", 'step of LongTailModel, head="regression", LDS weights']
+    assert min(row.value for row in report.rows) > 0
 
 
 def test_what_is_measured_on_a_gpu_runs_on_a_few_numbers(

@@ -235,6 +235,17 @@ def test_the_set_of_a_forecast_that_fits_no_label_is_around_the_best_one() -> No
     assert [end.tolist() for end in bins.interval(flat)] == [[4], [5]]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_intervals_in_blocks_are_those_of_all_forecasts_at_once(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = drawn(kind, 40, np.random.default_rng(9))
+    calibration = calibrated(kind, batch)
+    whole = calibration.interval(batch[0])
+    monkeypatch.setattr("dir_toolkit.conformal._BLOCK", 7)
+    for end, same in zip(calibration.interval(batch[0]), whole, strict=True):
+        assert end.tolist() == same.tolist()
+    assert [end.shape for end in calibration.interval(batch[0][:0])] == [(0,), (0,)]
+
+
 def test_the_interval_ends_where_the_axis_ends() -> None:
     flat, at_end = np.full((40, 3), 1 / 3), np.full(40, 2.5)
     for unbounded, ends in ((False, [0, 3]), (True, [-np.inf, np.inf])):
