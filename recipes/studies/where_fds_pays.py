@@ -24,7 +24,6 @@ to it.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -109,25 +108,28 @@ def figures(statistics: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 class Watched(dt.FDS):
-    """FDS that keeps its figures of the first epoch."""
+    """FDS that keeps its figures of the first epoch, in its state too, since a run that goes on has no first epoch."""
 
-    figures: dict[str, float]
+    figures: dict[str, float] | None = None
 
     def end_epoch(self) -> None:
         super().end_epoch()
         if self.epoch == 1:
             self.figures = figures(self.statistics())
 
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return {**super().state_dict(*args, **options), "figures": self.figures}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        state = dict(state_dict)
+        self.figures = state.pop("figures")
+        return super().load_state_dict(state, strict, assign)
+
 
 def measured(trial: Trial, trained: Trained, output: Any) -> Mapping[str, xr.DataArray]:
-    """The figures of a run, kept in its folder, since a run that is read again has no first epoch."""
-    path = trial.folder / "figures.json"
-    own = getattr(trained.fds, "figures", None)
-    if own is not None:
-        write(path, json.dumps(own))
-    elif path.exists():
-        own = json.loads(path.read_text())
-    return {f"fds_{name}": xr.DataArray(value, attrs={"units": "1"}) for name, value in (own or {}).items()}
+    """The figures of a run with FDS."""
+    own = getattr(trained.fds, "figures", None) or {}
+    return {f"fds_{name}": xr.DataArray(value, attrs={"units": "1"}) for name, value in own.items()}
 
 
 def task_with(name: str, settings: Settings, rows: int) -> Task:

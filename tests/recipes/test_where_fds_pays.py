@@ -48,6 +48,32 @@ def test_each_case_has_a_line_with_paired_ratios_and_figures(here: Callable[...,
     assert f" | {reach:.2f} | {skill:.2f} |\n" in (tmp_path / "runs/fds/cases.md").read_text()
 
 
+@pytest.mark.usefixtures("sketched")
+def test_a_run_that_is_stopped_after_its_first_epoch_keeps_its_figures(
+    here: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_table(tmp_path / "data")
+    words = ["--root", "data", "--sets", "concrete", "--rows", 30, "--epochs", 2, "--seeds", 1]
+    words += ["--methods", "vanilla", "lds+fds", "--resume", "--out"]
+    assert here(*words, "whole").code == 0
+    labels = dt.FDS.labels
+
+    def stopped(fds: dt.FDS, *arguments: Any) -> Any:
+        if fds.epoch == 1:
+            raise KeyboardInterrupt
+        return labels(fds, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dt.FDS, "labels", stopped)
+        assert here(*words, "stopped").code == 130
+    for _ in range(2):  # of a finished run, too
+        assert here(*words, "stopped").code == 0
+        whole, rows = (pd.read_csv(tmp_path / name / "runs.csv") for name in ("whole", "stopped"))
+        assert rows["noise"].notna().tolist() == [False, True]
+        pd.testing.assert_frame_equal(rows, whole, check_exact=True)
+        (tmp_path / "stopped/runs.csv").unlink()
+
+
 def test_settings_that_would_fail_after_hours_are_refused_at_once(here: Callable[..., Outcome], tmp_path: Path) -> None:
     make_table(tmp_path / "data")
     (tmp_path / "runs/fds").mkdir(parents=True)

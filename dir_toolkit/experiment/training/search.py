@@ -60,9 +60,10 @@ def search(
     best for all.
 
     Candidates run one after the other. At a quarter and at a half of the epochs a candidate continues only if it is in
-    the better half of the candidates so far (optuna's ``SuccessiveHalvingPruner``). A candidate fails if its run raises
-    an error of this package, such as ``NonFiniteLossError``, or its score is not finite; any other error ends the
-    search. The state is saved in ``search.db``, so that a stopped search continues without repeating runs.
+    the better half of the candidates so far, as in optuna's ``SuccessiveHalvingPruner``. A candidate fails if its run
+    raises an error of this package, such as ``NonFiniteLossError``, or its score is not finite; any other error ends
+    the search. The state is saved in ``search.db``, so that a search continues without repeating runs wherever it was
+    stopped or killed.
 
     Each number of epochs needs a new training, since a cosine schedule depends on it. The score must come from
     validation data, never from test data.
@@ -90,9 +91,8 @@ def search(
     require(free, "a search is never overwritten", got=f"one in {folder}", fix=fix, error=RunExistsError)
     with naming(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)  # before anything is trained
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=budgets[0], reduction_factor=_REDUCTION)
     identity = described("fingerprint", {"knobs": knobs, "epochs": epochs, **(fingerprint or {})})
-    study = _opened(path, pruner, identity)
+    study = _opened(path, identity)
     for values in itertools.product(*choices.values()):
         params = dict(zip(choices, values, strict=True))
         _try(study, params, axes, partial(run, _settings(params, choices)), budgets)
@@ -143,12 +143,11 @@ def _try(
     if earlier is not None and earlier.state.is_finished():
         print(f"  {_name(params)}: done before", flush=True)
         return
-    if earlier is None:
-        study.enqueue_trial(params, skip_if_exists=True)
-        trial = study.ask(axes)
-    else:  # a stopped candidate, which optuna would start again as a second one
-        trial = optuna.trial.Trial(study, earlier._trial_id)
-    known = {} if earlier is None else earlier.intermediate_values
+    if earlier is None:  # not by study.ask, which adds a trial and its settings one after the other
+        running = optuna.trial.TrialState.RUNNING
+        study.add_trial(optuna.trial.create_trial(state=running, params=params, distributions=axes))
+        earlier = study.trials[-1]
+    trial, known = optuna.trial.Trial(study, earlier._trial_id), earlier.intermediate_values
     for epochs in budgets:
         try:
             score = known[epochs] if epochs in known else float(run(epochs))
@@ -163,20 +162,30 @@ def _try(
         print(f"  {_name(params)}: {score:.4g} after {epochs} epochs", flush=True)
         if epochs not in known:
             trial.report(score, epochs)
-        if epochs < budgets[-1] and trial.should_prune():
+        if epochs < budgets[-1] and not _among_the_best(study, epochs, score):
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             return
     study.tell(trial, score)
 
 
-def _opened(path: Path, pruner: Any, identity: dict[str, Any]) -> optuna.Study:
+def _among_the_best(study: optuna.Study, epochs: int, score: float) -> bool:
+    """Whether a candidate goes on after so many epochs. optuna's pruner would say the same, but only once: a candidate
+    that was killed after its answer, and before it was obeyed, went on."""
+    known = [trial.intermediate_values for trial in study.trials]
+    scores = sorted(values[epochs] for values in known if epochs in values)
+    return score <= scores[max(len(scores) // _REDUCTION, 1) - 1]
+
+
+def _opened(path: Path, identity: dict[str, Any]) -> optuna.Study:
     """A new search, or the search in the file, which must have the same identity."""
     try:
         with _quiet():
             # Without a pool, so that no connection stays open when the search is over.
             pool = {"poolclass": sqlalchemy.pool.NullPool}
             storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=pool)
-            study = optuna.create_study(storage=storage, study_name="search", pruner=pruner, load_if_exists=True)
+            # Not by load_if_exists: it relies on an index, which a file lacks whose making was killed.
+            make = optuna.load_study if storage.get_all_studies() else optuna.create_study
+            study = make(storage=storage, study_name="search")
         text = study.user_attrs.get("settings")
         saved = identity if text is None else json.loads(text)
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, ValueError) as error:

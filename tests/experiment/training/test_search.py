@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
 from matplotlib.figure import Figure
 
 from dir_toolkit.errors import CheckpointError, DirToolkitError, NonFiniteLossError, RunExistsError, SettingsError
@@ -90,6 +93,54 @@ def test_a_search_that_was_stopped_repeats_nothing_and_ends_alike(
         again: list[Any] = []
         assert searched(tmp_path / "stopped", recorded(again), resume=True).settings == expected.settings
         assert again == []
+
+
+@contextmanager
+def killed_before(which: Callable[[str], bool], count: int = 1) -> Iterator[list[str]]:
+    """A context that ends the search before the statement so many that changes its file, of those that fit. What is not
+    committed by then is lost, as in a process that is killed. Yields the statements that fit."""
+    met: list[str] = []
+
+    def execute(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if not statement.lstrip().startswith(("SELECT", "PRAGMA")) and which(statement):
+            met.append(statement)
+            if len(met) == count:
+                raise KeyboardInterrupt
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", execute)
+    with suppress(KeyboardInterrupt):
+        yield met
+    sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", execute)
+
+
+def test_a_search_that_is_killed_before_any_change_of_its_file_ends_alike(tmp_path: Path) -> None:
+    """The second of two candidates is in the worse half."""
+    knobs, calls = {"all": [{"lr": 2, "sigma": 2.0}, {"lr": 4, "sigma": 2.0}]}, []
+    with killed_before(lambda statement: "INTO trials" in statement):
+        searched(tmp_path / "new", knobs=knobs, epochs=2)
+    with killed_before(lambda statement: True, count=0) as changes:
+        expected = searched(shutil.copytree(tmp_path / "new", tmp_path / "whole"), knobs=knobs, epochs=2, resume=True)
+    assert len(changes) > 10
+    assert states(expected) == ["COMPLETE", "PRUNED"]
+    for count in range(1, len(changes) + 1):
+        folder = shutil.copytree(tmp_path / "new", tmp_path / str(count))
+        with killed_before(lambda statement: True, count) as met:
+            searched(folder, knobs=knobs, epochs=2, resume=True)
+        assert met == changes[:count]
+        result = searched(folder, recorded(calls), knobs, epochs=2, resume=True)
+        assert (result.settings, result.score) == (expected.settings, expected.score)
+        assert states(result) == states(expected), met[-1]
+    assert (4, 2.0, 2) not in calls
+
+
+def test_a_search_that_is_killed_while_its_file_is_made_goes_on_ever_after(tmp_path: Path) -> None:
+    with killed_before(lambda statement: statement.lstrip().startswith("CREATE UNIQUE INDEX")) as met:
+        searched(tmp_path)
+    assert len(met) == 1
+    with killed_before(lambda statement: "INTO trials" in statement):
+        searched(tmp_path, resume=True)
+    for _ in range(2):
+        assert searched(tmp_path, resume=True).settings == {"lr": 2, "size": 5, "sigma": 2.0}
 
 
 def test_what_fails_is_never_the_best_and_other_errors_end_the_search(tmp_path: Path) -> None:
