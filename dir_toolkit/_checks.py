@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType, FrameType, FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from .errors import (
 
 MOST_BINS = 10_000_000
 MOST_LONG = 2**31 - 1  # the length of any other axis
+PLAIN = (torch.float32, torch.float64)
 MOST_TAU = 1e30  # its product with any log-share fits into float32
 
 _HERE = str(Path(__file__).parent) + os.sep
@@ -179,6 +180,22 @@ def is_tensor(**tensors: object) -> None:
             raise problem(f"{name} must not be quantized", got=value.dtype, fix=f"Use {name}.dequantize().")
 
 
+def alike(first: object, *others: object) -> bool:
+    """Whether these are dense tensors of float32 or float64, not empty, and all of one dtype, shape and device, so that
+    checks with detailed messages can be skipped."""
+    if not _is_plain(first) or first.dtype not in PLAIN or first.numel() == 0:
+        return False
+    dtype, shape, device = first.dtype, first.shape, first.device
+    for other in others:
+        if not (_is_plain(other) and other.dtype == dtype and other.shape == shape and other.device == device):
+            return False
+    return True
+
+
+def _is_plain(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
+
+
 def on_one_device(**tensors: Tensor) -> None:
     """Raise if a tensor is distributed over devices, such as a DTensor."""
     for name, value in tensors.items():
@@ -311,8 +328,9 @@ def finite(**tensors: Tensor | np.ndarray) -> None:
                 continue
             value = value.detach()
             value = (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy(force=True)
-        bad = ~np.isfinite(value)
-        if bad.any():
+        sound = np.isfinite(value)
+        if np.count_nonzero(sound) < sound.size:
+            bad = ~sound
             first = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
             got = f"{value[first]} at index {list(first)} ({int(bad.sum())} such values)"
             raise problem(f"{name} must be finite", got=got, fix="Remove or repair these samples first.")

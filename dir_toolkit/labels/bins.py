@@ -246,7 +246,7 @@ class Bins(LabelAxes):
             self._edges, self._centers = torch.from_numpy(edges.copy()), torch.from_numpy(centers.copy())
             self._limits = torch.from_numpy(self._placed_limits())
         self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}  # copies per dtype and device
-        self._scales: dict[np.dtype, np.ndarray | None] = {}
+        self._scales: dict[np.dtype, tuple[float, float, float, float] | None] = {}
 
     def _placed_limits(self) -> np.ndarray:
         """:func:`~dir_toolkit.labels.soft_labels.limits` in float64."""
@@ -503,27 +503,27 @@ class Bins(LabelAxes):
         values = labels if labels.dtype.kind == "f" else labels.astype(np.float64)
         if (scale := self._scale(values.dtype)) is None:
             return None
-        first, last = self.edges[[0, -1]].astype(values.dtype)
-        low, high = values.min(), values.max()  # NaN if any label is
+        offset, slope, first, last = scale
+        low, high = values.item(values.argmin()), values.item(values.argmax())  # NaN if any label is
         if not first <= low <= high <= last:
             return None
-        index = _scaled(values, scale).astype(np.int64)
+        index = _scaled(values, offset, slope).astype(np.int64)
         return np.minimum(index, len(self) - 1, out=index) if high == last else index
 
-    def _scale(self, dtype: np.dtype) -> np.ndarray | None:
-        """(offset, slope) such that rounding ``slope * label + offset`` down gives the bin of every label of this
-        dtype, or None if there is no such pair. Each step is monotone, so checking both sides of each edge is
-        enough."""
+    def _scale(self, dtype: np.dtype) -> tuple[float, float, float, float] | None:
+        """(offset, slope, first edge, last edge), such that rounding ``slope * label + offset`` down gives the bin of
+        every label of this dtype, or None if there is no such pair. Each step is monotone, so checking both sides of
+        each edge is enough."""
         if dtype not in self._scales:
             with np.errstate(over="ignore", invalid="ignore"):
                 edges = self.edges.astype(dtype)
                 slope = len(self) / (self.edges[-1] - self.edges[0])
-                scale = np.array([-self.edges[0] * slope, slope], dtype=dtype)
-                at_edge = _scaled(edges, scale).astype(np.int64)
-                just_below = _scaled(np.nextafter(edges[1:], dtype.type(-np.inf)), scale).astype(np.int64)
+                offset, slope = np.array([-self.edges[0] * slope, slope], dtype=dtype).tolist()
+                at_edge = _scaled(edges, offset, slope).astype(np.int64)
+                just_below = _scaled(np.nextafter(edges[1:], dtype.type(-np.inf)), offset, slope).astype(np.int64)
             expected = np.arange(len(edges))
             exact = np.array_equal(at_edge, expected) and np.array_equal(just_below, expected[:-1])
-            self._scales[dtype] = scale if exact else None
+            self._scales[dtype] = (offset, slope, float(edges[0]), float(edges[-1])) if exact else None
         return self._scales[dtype]
 
     def _refusal(self, name: str, labels: Tensor, broken: Tensor, refused: Tensor) -> Exception:
@@ -632,8 +632,7 @@ def _edges_array(edges: object) -> np.ndarray:
     return array
 
 
-def _scaled(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    offset, slope = scale
+def _scaled(values: np.ndarray, offset: float, slope: float) -> np.ndarray:
     values = values if slope == 1 else values * slope
     return values if offset == 0 else values + offset
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    PLAIN,
+    alike,
     class_indices,
     finite,
     floats,
@@ -31,7 +33,6 @@ from .._checks import (
 from .._numerics import readable, wide_dtype
 from ..labels.bins import Bins, Outside
 
-_PLAIN = (torch.float32, torch.float64)
 _REDUCTIONS = ("none", "mean", "sum")
 _warned_of_class_weights = False
 
@@ -50,7 +51,7 @@ def kinds(reduction: str, weight: Tensor | None, **tensors: Tensor) -> None:
 def pairs(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
     """Predictions and labels of one shape, in at least float32, both zero where the weight is zero."""
     given = (pred, target) if weight is None else (pred, target, weight)
-    if not (_alike(*given) and isinstance(reduction, str) and reduction in _REDUCTIONS):
+    if not (alike(*given) and isinstance(reduction, str) and reduction in _REDUCTIONS):
         kinds(reduction, weight, pred=pred, target=target)
         same_shape(pred=pred, target=target, **({} if weight is None else {"weight": weight}))
         not_empty(pred=pred)
@@ -59,26 +60,11 @@ def pairs(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -
     return pred, target
 
 
-def _alike(first: Tensor, *others: Tensor) -> bool:
-    """Whether tensors fit each other, so that the checks with detailed messages can be skipped."""
-    if not _plain(first) or first.dtype not in _PLAIN or first.numel() == 0:
-        return False
-    dtype, shape, device = first.dtype, first.shape, first.device
-    for other in others:
-        if not (_plain(other) and other.dtype == dtype and other.shape == shape and other.device == device):
-            return False
-    return True
-
-
-def _plain(value: Tensor) -> bool:
-    return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
-
-
 def absent(weight: Tensor | None) -> Tensor | None:
     """The mask of samples with weight zero, or None if there are none. Checks that weights are finite and >= 0."""
     if weight is None:
         return None
-    weight = weight if weight.dtype in _PLAIN else weight.float()
+    weight = weight if weight.dtype in PLAIN else weight.float()
     if readable(weight):
         least, most = weight.aminmax()
         low = least.item()

@@ -97,9 +97,10 @@ class MergingSums(ABC):
                 dtype = torch.int64 if name in ("confusion", "refused") else torch.float64
                 setattr(self, name, torch.zeros(shape, dtype=dtype, device="cpu"))
 
-    def _ready(self, device: torch.device) -> None:
-        """Move the sums to this device, as tensors that can be updated inside and outside of inference mode."""
-        for name in self.kept:
+    def _ready(self, device: torch.device, *names: str) -> None:
+        """Move the sums, or those with these names, to this device, as tensors that can be updated inside and outside
+        of inference mode."""
+        for name in names or self.kept:
             kept: Tensor = getattr(self, name)
             if kept.device != device or kept.is_inference():
                 with torch.inference_mode(False):
@@ -137,7 +138,7 @@ def check_some(**tensors: Tensor) -> None:
 def placed(bins: AnyBins, target: Tensor, outside: Outside, missing: Missing) -> tuple[Tensor, Tensor | None]:
     """The bin of each target, or -1 for ignored targets. On an accelerator invalid targets also get -1, and their
     number, () int64, is returned."""
-    index = bins.place(target, outside, missing, name="target")
+    index = bins._index(target, outside, missing, "target", wait=False)
     return index, None if readable(target) else (index == -2).sum()
 
 

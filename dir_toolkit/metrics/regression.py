@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import as_tensors, finite, number, require, same_shape
+from .._checks import alike, as_tensors, finite, number, require, same_shape
+from .._numerics import readable
 from ..labels.bins import Missing, Outside
 from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins, BinGrid
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["RegressionMetrics", "regression_metrics"]
 
 _PIECE = 2**20  # labels at a time, which bounds the memory for maps with one label per pixel
+_SMALL, _MOST_WAITING = 2**10, 16  # samples of a small batch, and how many of these wait to be added together
 
 
 def _contributions(
@@ -31,12 +33,12 @@ def _contributions(
 ) -> dict[str, Tensor]:
     """The terms that each sample adds to the sums of its bin, by name. A metric may use any of these."""
     error = pred - target
-    size = error.abs()
+    size, squared = error.abs(), error.square()
     p, t = pred - origin, target - origin
     return {
         "count": torch.ones_like(p),
         "abs": size,
-        "squared": error.square(),
+        "squared": squared,
         "log": size.clamp_min(floor).log(),
         "error": error,
         "pred": p,
@@ -45,7 +47,7 @@ def _contributions(
         "target2": t.square(),
         "product": p * t,
         "of_median": (target - median).abs(),
-        "relevant": relevance(target) * error.square(),
+        "relevant": relevance(target) * squared,
     }
 
 
@@ -124,8 +126,6 @@ class RegressionMetrics(RegionMetrics):
     takes: ClassVar[str] = "prediction"
     kept: ClassVar[tuple[str, ...]] = ("sums", "refused")
 
-    sums: Tensor
-
     def __init__(
         self,
         density: Axis,
@@ -151,7 +151,8 @@ class RegressionMetrics(RegionMetrics):
         return {"density": self.density, "floor": self.floor, "outside": self.outside, "missing": self.missing}
 
     def update(self, pred: Any, target: Any) -> None:
-        """Add a batch, without waiting for an accelerator.
+        """Add a batch, without waiting for an accelerator. Copies of small batches, at most 16,384 samples, are held
+        back, since adding many together takes hardly longer than adding one.
 
         Args:
             pred, target: tensors, or NumPy arrays, pandas columns and lists of numbers.
@@ -164,25 +165,54 @@ class RegressionMetrics(RegionMetrics):
             ValueError: a prediction or a clipped target is not finite. On an accelerator such values make results NaN
                 or infinite.
         """
-        pred, target = as_tensors(pred=pred, target=target)
-        check_samples(pred=pred, target=target)
-        same_shape(pred=pred, target=target)
+        if not (alike(pred, target) and readable(pred) and readable(target)):
+            pred, target = as_tensors(pred=pred, target=target)
+            check_samples(pred=pred, target=target)
+            same_shape(pred=pred, target=target)
         finite(pred=pred)
         index, refused = placed(self.bins, target, self.outside, self.missing)
         if self.outside == "clip":
             finite(target=target if self.missing == "raise" else target.masked_fill(target.isnan(), 0))
-        some_lack_a_bin = refused is not None or "drop" in (self.outside, self.missing)
-        self._ready(index.device)
         if refused is not None:
+            self._ready(index.device, "refused")
             self.refused[0].add_(refused)
-        sums = self.sums.view(-1, len(self.bins))  # (K * S, B)
-        p, t = (x.detach().reshape(-1, len(self.bins.axes)) for x in (pred, target))  # (N, K)
-        pieces = (x.split(_PIECE) for x in (p, t, index.flatten()))
-        for p_piece, t_piece, of_bin in zip(*pieces, strict=True):
-            rows = self._rows(p_piece.double(), t_piece.double())
-            if some_lack_a_bin:
-                rows = rows.masked_fill(of_bin < 0, 0)
-            sums.index_add_(1, of_bin.clamp_min(0) if some_lack_a_bin else of_bin, rows)
+        of_bin, p, t = index.flatten(), pred.detach().flatten(), target.detach().flatten()
+        if len(of_bin) <= _SMALL and not torch.compiler.is_compiling():
+            if len(self._waiting) == _MOST_WAITING or (self._waiting and self._waiting[0][0].device != of_bin.device):
+                self._add_waiting()
+            self._waiting.append((of_bin, p.to(torch.float64, copy=True), t.to(torch.float64, copy=True)))
+            return
+        self._add_waiting()
+        many = _PIECE * len(self.bins.axes)
+        for piece in zip(of_bin.split(_PIECE), p.split(many), t.split(many), strict=True):
+            self._add(*piece)
+
+    @property
+    def sums(self) -> Tensor:
+        """(S, B), or over a grid (K, S, B), float64: the sums of all samples so far."""
+        self._add_waiting()
+        return self._sums
+
+    @sums.setter
+    def sums(self, sums: Tensor) -> None:
+        self._sums = sums
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # arguments of _add
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            self._add(*map(torch.cat, zip(*waiting, strict=True)))
+
+    def _add(self, of_bin: Tensor, pred: Tensor, target: Tensor) -> None:
+        """Add predictions and targets, (N,) or over a grid (N * K,), to the sums of their bins (N,), unless these are
+        negative."""
+        self._ready(of_bin.device)
+        shape = (-1, len(self.bins.axes))
+        rows = self._rows(pred.double().view(shape), target.double().view(shape))
+        ignored = of_bin < 0
+        if not readable(of_bin) or ignored.any():
+            of_bin, rows = of_bin.clamp_min(0), rows.masked_fill_(ignored, 0)
+        self._sums.view(-1, len(self.bins)).index_add_(1, of_bin, rows)
 
     def _rows(self, pred: Tensor, target: Tensor) -> Tensor:
         """The terms that samples (N, K) add to the sums of their bins, (K * S, N)."""

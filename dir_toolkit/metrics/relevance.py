@@ -65,7 +65,8 @@ class Relevance:
 
     def __call__(self, labels: Tensor) -> Tensor:
         """The relevance of each label, in [0, 1], of the shape of the labels."""
-        ways = ((labels - self.median) / (end - self.median) for end in (self.low, self.high))
+        distance = labels - self.median
+        ways = (distance / (end - self.median) for end in (self.low, self.high))
         below, above = (u.clamp(0, 1) for u in ways)
         u = torch.maximum(below, above)
         return u.square() * (3 - 2 * u)

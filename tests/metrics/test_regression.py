@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from scipy.stats import pearsonr
 
 from dir_toolkit import Bins, LabelDensity, RegressionMetrics, regression_metrics
 from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.metrics import regression
 
 BINS = Bins.uniform(0, 5, width=1)
 DENSITY = LabelDensity(BINS, [500, 101, 100, 19, 0])
@@ -262,9 +265,66 @@ def test_maps_are_their_pixels_and_pieces_change_no_bit(monkeypatch: pytest.Monk
     one, pieces = RegressionMetrics(DENSITY), RegressionMetrics(DENSITY)
     one.update(maps[valid], labels[valid])
     assert_equals_naive(one.compute(), naive(pred[valid.flatten()], target[valid.flatten()]))
-    monkeypatch.setattr("dir_toolkit.metrics.regression._PIECE", 13)
+    monkeypatch.setattr(regression, "_PIECE", 13)
+    monkeypatch.setattr(regression, "_SMALL", 0)
     pieces.update(maps[valid], labels[valid])
     assert torch.equal(one.sums, pieces.sums)
+
+
+# Small batches, which wait to be added together
+
+
+@pytest.mark.parametrize("sizes", [[1] * 50 + [350], [20] * 17 + [60], [400], [3] * 100 + [100]])
+def test_batches_of_any_size_make_the_same_bits(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "_SMALL", 0)
+    pred, target = samples()
+    whole, split = RegressionMetrics(DENSITY), RegressionMetrics(DENSITY)
+    whole.update(pred, target)
+    monkeypatch.setattr(regression, "_SMALL", 60)
+    for p, t in zip(pred.split(sizes), target.split(sizes), strict=True):
+        split.update(p, t)
+        assert len(split._waiting) <= regression._MOST_WAITING
+        assert all(len(of_bin) <= 60 for of_bin, *_ in split._waiting)
+    assert torch.equal(whole.sums, split.sums)
+    assert not split._waiting
+
+
+def test_what_waits_belongs_to_the_metrics_alone() -> None:
+    pred, target = (x.double() for x in samples())
+    expected = RegressionMetrics(DENSITY)
+    expected.update(pred.clone(), target.clone())
+    metrics = RegressionMetrics(DENSITY)
+    leaf = pred.clone().requires_grad_()
+    metrics.update(leaf, target)
+    assert not any(x.requires_grad for x in metrics._waiting[0])
+    copied, loaded = copy.deepcopy(metrics), pickle.loads(pickle.dumps(metrics))
+    with torch.no_grad():
+        leaf.zero_()
+    target.zero_()
+    merged = metrics.fresh().merge(copied)
+    for own in (metrics, copied, loaded, merged):
+        assert torch.equal(own.sums, expected.sums)
+    metrics.update(pred, pred.clamp(0, 5))
+    metrics.sums = torch.zeros_like(expected.sums)
+    assert not metrics.sums.any()  # what waited is forgotten too
+
+
+def test_small_batches_of_mixed_dtypes_and_dropped_targets_add_up() -> None:
+    together, alone = (RegressionMetrics(DENSITY, outside="drop", missing="drop") for _ in range(2))
+    batches: list[tuple[torch.Tensor, torch.Tensor]] = [
+        (torch.tensor([2**24 + 2, 3]), torch.tensor([1, 9])),
+        (torch.tensor([0.1, 0.2]), torch.tensor([math.nan, 2.0])),
+        (torch.tensor([0.1], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float16)),
+        (torch.empty(0), torch.empty(0)),
+    ]
+    for pred, target in batches:
+        together.update(pred, target)
+        one = alone.fresh()
+        one.update(pred, target)
+        alone.merge(one)
+    assert torch.equal(together.sums, alone.sums)
+    assert together.compute().bin_count.values.tolist() == [1, 1, 1, 0, 0]
+    assert together.compute().bin_mae[1] == 2**24 + 1  # which float32 would round
 
 
 OTHER = Bins.from_edges([-10, 0, 4, 5, 20])
