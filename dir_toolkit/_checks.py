@@ -326,7 +326,6 @@ def finite(**tensors: Tensor | np.ndarray) -> None:
         if isinstance(value, Tensor):
             if not readable(value):
                 continue
-            value = value.detach()
             value = (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy(force=True)
         sound = np.isfinite(value)
         if np.count_nonzero(sound) < sound.size:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["RegressionMetrics", "regression_metrics"]
 
 _PIECE = 2**20  # labels at a time, which bounds the memory for maps with one label per pixel
-_SMALL, _MOST_WAITING = 2**10, 16  # samples of a small batch, and how many of these wait to be added together
+_SMALL, _MOST_WAITING = 2**9, 32  # samples of a small batch, and how many of these wait to be added together
 
 
 def _contributions(
@@ -180,7 +180,8 @@ class RegressionMetrics(RegionMetrics):
         if len(of_bin) <= _SMALL and not torch.compiler.is_compiling():
             if len(self._waiting) == _MOST_WAITING or (self._waiting and self._waiting[0][0].device != of_bin.device):
                 self._add_waiting()
-            self._waiting.append((of_bin, p.to(torch.float64, copy=True), t.to(torch.float64, copy=True)))
+            p, t = (x.clone() if x.dtype == torch.float64 else x.double() for x in (p, t))
+            self._waiting.append((of_bin, p, t))
             return
         self._add_waiting()
         many = _PIECE * len(self.bins.axes)
