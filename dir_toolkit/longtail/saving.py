@@ -18,12 +18,13 @@ from .._checks import instance, is_distributed, missing_package, problem, requir
 from .._files import naming, write_atomically
 from .._state import pack, unpack
 from ..errors import CheckpointError, DirToolkitError, DirToolkitWarning
+from ..heads.linear import LinearHead
 from ..labels.bins import Bins
 from ..labels.density import LabelDensity
 from ..labels.kernels import LabelWindow
 from ..labels.weights import LDS
 from .model import LongTailModel
-from .readouts import ScoreReadout
+from .readouts import ScoreReadout, readout_for
 from .several import MultiTargetModel
 
 __all__ = ["load"]
@@ -111,8 +112,8 @@ def load(
     ):
         warnings.simplefilter("ignore", DirToolkitWarning)  # they were issued when the model was made
         if several is None:
-            return _filled(_remade(made_with, backbone, head, loss), state)
-        targets = [_remade(one, nn.Identity(), None, None) for one in several]
+            return _filled(_remade(made_with, state, "", backbone, head, loss), state)
+        targets = [_remade(one, state, f"targets.{i}.", nn.Identity(), None, None) for i, one in enumerate(several)]
         return _filled(MultiTargetModel(backbone, targets), state)
 
 
@@ -150,10 +151,13 @@ def _made_with(model: LongTailModel) -> dict[str, Any]:
     }
 
 
-def _remade(made_with: dict[str, Any], backbone: nn.Module, head: Any, loss: Any) -> LongTailModel:
-    """The model, built again from :func:`_made_with`. Its state is loaded later."""
+def _remade(
+    made_with: dict[str, Any], state: Mapping[str, Tensor], prefix: str, backbone: nn.Module, head: Any, loss: Any
+) -> LongTailModel:
+    """The model, built again from :func:`_made_with`. Its state, whose names begin with ``prefix``, is loaded later."""
     bins, counted, weighed = Bins.from_dict(made_with["bins"]), made_with["density"], made_with["weights"]
     bins.why = made_with["why"]
+    _check_sizes(made_with, bins, {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
     density = weights = None
     if counted is not None:
         density = LabelDensity(bins, counted["counts"])
@@ -178,6 +182,19 @@ def _remade(made_with: dict[str, Any], backbone: nn.Module, head: Any, loss: Any
         model.readout.adjust = made_with["prior"].pop("adjust")
         model.readout.prior_settings = made_with["prior"]
     return model
+
+
+def _check_sizes(made_with: dict[str, Any], bins: Bins, state: Mapping[str, Tensor]) -> None:
+    """Raise if the layers that are made here would have more numbers than the state, so that a small file takes little
+    memory whatever number of features it names."""
+    named, num_features = made_with["head"], made_with["num_features"]
+    layers: list[Any] = [readout_for(named, bins).make_head(named, 1, bins)] if named else []
+    layers += [LinearHead(1, len(bins))] if made_with["options"].get("residual") else []
+    per_feature = sum(layer.weight.numel() for layer in layers)
+    rule = f"the {per_feature} weights of each feature must be saved"
+    most = sum(value.numel() for value in state.values())
+    got = f"{num_features} features and {most:,} numbers"
+    require(per_feature * num_features <= most, rule, got=got, error=CheckpointError)
 
 
 def _filled(model: AnyModel, state: dict[str, Tensor]) -> AnyModel:

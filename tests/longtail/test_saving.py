@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dir_toolkit as dt
 from dir_toolkit._settings import described
@@ -261,6 +262,53 @@ def test_a_file_whose_parts_do_not_fit_is_named_and_the_backbone_stays(
         dt.load(path, backbone)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert all(value.dtype == before[name].dtype for name, value in backbone.state_dict().items())
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a tensor that was made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    "options", [*({"head": head} for head in get_args(HeadName)), {"residual": True}, {"head": Own(), "loss": own_loss}]
+)
+def test_a_small_file_that_names_many_features_takes_no_memory(tmp_path: Path, options: dict[str, Any]) -> None:
+    model, path = trained(**options), tmp_path / "model"
+    model.save(path)
+    own = {name: value for name, value in options.items() if not isinstance(value, (str, bool))}
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        made_with = unpack(tensors["made_with"])
+        made_with["options"] |= {"residual": True} if own else {}
+        tensors["made_with"] = pack({**made_with, "num_features": 10**6})
+
+    forged(path, change)
+    assert path.stat().st_size < 12_000
+    with Largest() as largest, pytest.raises(CheckpointError, match=r"got 1000000 features and .* numbers"):
+        dt.load(path, net(), **own)
+    assert largest.numel < 12_000
+
+
+def test_a_small_file_of_several_targets_that_names_many_features_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    dt.MultiTargetModel.for_labels(net(), 6, torch.rand(40, 2)).save(path)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        first, second = unpack(tensors["made_with"])["targets"]
+        tensors["made_with"] = pack({"targets": [first, {**second, "num_features": 10**6}]})
+
+    forged(path, change)
+    with Largest() as largest, pytest.raises(CheckpointError, match=r"got 1000000 features and .* numbers"):
+        dt.load(path, net())
+    assert largest.numel < 12_000
 
 
 @pytest.mark.parametrize("key", ["backbone.0.weight", "backbone.0.bias", "backbone.1.running_mean"])
