@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def unpack(packed: object) -> dict[str, Any]:
     rule, fix = f"the saved state must be of format {_FORMAT}", "Load it with the release of dir_toolkit that saved it."
     require(version == _FORMAT, rule, got=f"format {version!r}", fix=fix, error=CheckpointError)
     try:
-        decoded = _decoded(state, memoryview(blob)[start:])
+        decoded = _decoded(state, BytesIO(blob[start:]))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise _damaged(str(error)) from None
     if not isinstance(decoded, dict):
@@ -136,20 +137,21 @@ def _encoded(value: Any, parts: list[bytes]) -> Any:
     return value
 
 
-def _decoded(value: Any, blob: memoryview) -> Any:
-    """The inverse of :func:`_encoded`, for the bytes of all parts."""
+def _decoded(value: Any, blob: BytesIO) -> Any:
+    """The inverse of :func:`_encoded`, for the bytes of all parts. Each byte is read once, in order, so that no more
+    memory is taken than these bytes have."""
     if isinstance(value, dict) and value.keys() == {_TENSOR}:
         name, shape, start = value[_TENSOR]
         dtype = _DTYPES[name]
         if not all(isinstance(size, int) and size >= 0 for size in (*shape, start)):
             raise ValueError("a tensor of no shape")
         numbers = math.prod(shape)
-        size = numbers * dtype.itemsize
-        if start + size > len(blob):
+        if start != blob.tell():
+            raise ValueError("tensors that overlap")
+        part = bytearray(blob.read(size := numbers * dtype.itemsize))
+        if len(part) < size:
             raise ValueError("bytes that end too early")
-        if not numbers:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(bytearray(blob[start : start + size]), dtype=dtype).reshape(shape)
+        return torch.frombuffer(part, dtype=dtype).reshape(shape) if numbers else torch.empty(shape, dtype=dtype)
     if isinstance(value, dict) and value.keys() == {_TUPLE}:
         return tuple(_decoded(item, blob) for item in value[_TUPLE])
     if isinstance(value, dict):

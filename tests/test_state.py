@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -60,6 +61,19 @@ def test_another_format_is_named():
     blob = len(text).to_bytes(8, "little") + text
     with pytest.raises(CheckpointError, match=r"of format 1, got format 99. Load it with the release"):
         unpack(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
+
+
+def test_bytes_that_are_named_again_and_again_are_refused():
+    """Else a small file could ask for a thousand times its size."""
+    once = {"tensor": ["uint8", [100_000], 0]}
+    text = json.dumps({"format": 1, "state": {"many": [once] * 1000}}).encode()
+    blob = len(text).to_bytes(8, "little") + text + bytes(100_000)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="tensors that overlap"):
+        unpack(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * len(blob)
 
 
 @pytest.mark.parametrize("packed", [None, {}, torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)])
