@@ -179,8 +179,8 @@ def after_training(
         return conformal.thresholds()
 
     return {
-        "calibrate: temperature and tau": lambda: model.calibrate(scores, labels),
-        "calibrate with biases": lambda: model.calibrate(scores, labels, bias=True),
+        "calibrate: temperature and tau": lambda: model.calibrate(scores, labels, most_mae=None, bias=False),
+        "calibrate with biases": lambda: model.calibrate(scores, labels, most_mae=None, bias=True),
         "estimate_prior": lambda: dt.estimate_prior(shifted, source=scores, labels=labels, bins=bins),
         "BinsConformal: update and thresholds": intervals,
         "BinsConformal.interval": lambda: fitted.interval(shares),

@@ -90,7 +90,8 @@ def regrets(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[dict[str, float], 
     def regret(curve: np.ndarray, tau: float) -> float:
         return float(curve[np.abs(TAUS - tau).argmin()] / curve.min() - 1)
 
-    chosen, choice = model.choose_tau(scores, labels).tau, model.calibrate(scores, labels)
+    chosen = model.choose_tau(scores, labels).tau
+    choice = model.calibrate(scores, labels, most_mae=None, bias=False)
     plain, half = errors(1.0), np.random.default_rng(seed).permutation(len(row)) % 2 == 0
     of_all, one, two = bmae(plain), bmae(plain, half), bmae(plain, ~half)
     found = {"choose_tau": regret(of_all, chosen), "calibrate": regret(bmae(errors(choice.temperature)), choice.tau)}

@@ -196,6 +196,7 @@ class TauChoice:
         samples: the number of held-out labels.
         biased: whether biases were fitted together with the temperature.
         start: each error without adjustment or biases, where biases were fitted; else None.
+        bound: the ``most_mae`` without which a tau with a lower criterion would have been chosen; else None.
     """
 
     tau: float
@@ -206,6 +207,7 @@ class TauChoice:
     samples: int
     biased: bool = False
     start: Mapping[str, float] | None = None
+    bound: float | None = None
 
     @property
     def scores(self) -> np.ndarray:
@@ -232,7 +234,8 @@ class TauChoice:
         changes = [f"{_in_words(name)} from {x:.3g} to {self.after[name]:.3g}" for name, x in self.before.items()]
         temperature = f"temperature {self.temperature:.3g}" + " with a bias" * self.biased
         start = f"tau {self.tau:g} at {temperature}, chosen on {self.samples:,} labels"
-        return f"{start}, takes {', '.join(changes)}."
+        bounded = "" if self.bound is None else f" Bounded by most_mae={self.bound:g}; most_mae=None chooses without."
+        return f"{start}, takes {', '.join(changes)}.{bounded}"
 
 
 def choose_tau(
@@ -301,6 +304,7 @@ def search_tau(
     temperature: float = 1.0,
     most: float = 3.0,
     bound: tuple[str, float] | None = None,
+    strict: bool = True,
     start: Mapping[str, float] | None = None,
 ) -> TauChoice:
     """The tau with the smallest error. Of several best taus it is the middle of their longest run. A choice at the end
@@ -310,6 +314,7 @@ def search_tau(
         errors_at: a function from tau to errors by name.
         taus: candidates, >= 0, rising; None means steps of 0.05 up to ``most``.
         bound: the name of an error, and its largest allowed ratio to its value at tau 0, or in ``start``.
+        strict: whether it raises if no tau keeps the bound. Otherwise the bound is then the least value of that error.
     """
     values = labels_array(np.linspace(0, most, round(20 * most) + 1) if taus is None else taus, "taus")
     values = values.astype(np.float64)
@@ -321,22 +326,24 @@ def search_tau(
     curves = {name: np.array([each[name] for each in errors]) for name in errors[0]}
     for array in (values, *curves.values()):
         array.setflags(write=False)
-    allowed = np.ones(len(values), dtype=bool)
+    allowed, held_by = np.ones(len(values), dtype=bool), None
     if bound is not None:
         name, factor = bound
+        least = curves[name].min()
         limit = factor * (errors_at(0.0) if start is None else start)[name]
-        allowed = curves[name] <= limit
-        rule, least = f"taus must hold one with a {_in_words(name)} of", curves[name].min()
+        allowed = curves[name] <= (limit if strict else max(limit, least))
+        rule = f"taus must hold one with a {_in_words(name)} of"
         fix = "Begin them with 0." if start is None else "Pass a larger most_mae, or bias=False."
         rule = rule if start is None else f"with a bias the {_in_words(name)} at some tau must be"
         require(allowed.any(), f"{rule} at most {limit:.3g}", got=f"at least {least:.3g}", fix=fix)
+        held_by = factor if curves[by][allowed].min() > curves[by].min() else None
     best = middle_of_best(np.where(allowed, curves[by], np.inf))
     if best == len(values) - 1 >= _HANDFUL:
         warn(
             f"the best tau is the largest of those tried, {values[best]:g}. Labels are so few that chance decides, or "
             "the prior is not the one of training. Give more labels and the right prior, or try larger taus.",
         )
-    return TauChoice(float(values[best]), values, curves, by, temperature, samples, start=start)
+    return TauChoice(float(values[best]), values, curves, by, temperature, samples, start=start, bound=held_by)
 
 
 class LogitAdjuster(SoundModule):

@@ -50,6 +50,7 @@ __all__ = ["Judged"]
 Judged = Literal["bmae", "mae", "bmse", "mse", "balanced_error", "error"]
 
 _SQUARED = ("bmse", "mse")
+_MOST_MAE = 1.1  # the bound of the MAE by default, on an axis
 _TAUS = np.linspace(0, 3, 16)  # at which calibrations are compared
 _NEAREST = 3  # the number of labels that represent a bin
 _TEST_SHARE = 1 / 3  # labels of the test set that is assumed, per training label
@@ -62,7 +63,7 @@ def calibrate(
     labels: Any,
     *,
     by: Judged | None,
-    most_mae: float | None,
+    most_mae: float | Literal["auto"] | None,
     bias: bool | Literal["auto"],
     outside: Outside | None,
 ) -> TauChoice:
@@ -88,7 +89,7 @@ def choose_tau(
     *,
     by: Judged | None,
     taus: Sequence[float] | np.ndarray | None,
-    most_mae: float | None,
+    most_mae: float | Literal["auto"] | None,
     kernel: PriorKernel,
     outside: Outside | None,
 ) -> TauChoice:
@@ -174,9 +175,12 @@ class _Choice:
         slope, biases = slope_and_bias(logits, row, ratio_window(self.bins), len(row) * weight, offset)
         return at_bound(1 / slope), torch.from_numpy(biases).to(self.readout.bias)
 
-    def gains_by_bias(self, by: Any, most_mae: float | None) -> bool:
+    def gains_by_bias(self, by: Any, most_mae: Any) -> bool:
         """Whether biases lower the error at the best tau by more than its standard error, where each half of the labels
-        is calibrated on the other. Sequences are not split. It does not warn."""
+        is calibrated on the other. Biases that break the bound or have no best temperature gain nothing. Sequences are
+        not split. It does not warn.
+        """
+        most_mae = self._bound(most_mae)
         _, sequence = np.unique(self.sequence, return_inverse=True)
         middle = np.bincount(sequence, self.row) / np.bincount(sequence)
         first = np.empty(len(middle), dtype=bool)
@@ -198,15 +202,15 @@ class _Choice:
             try:
                 biased = of_halves(True)
                 after = self._tau(biased, by, _TAUS, most_mae, without.before)
-                if most_mae is not None:
-                    self.choice(True, by, most_mae)
-            except ArgumentError:  # no tau keeps the error below most_mae
+                warnings.filterwarnings("error", ".*the best temperature ", DirToolkitWarning)
+                self.choice(True, by, most_mae)
+            except (ArgumentError, DirToolkitWarning):  # no tau keeps the bound, or no temperature is best
                 return False
             gain = self._weighted_errors(plain, without) - self._weighted_errors(biased, after)
         gains = np.bincount(sequence, gain)
         return bool(gains.sum() > math.sqrt(len(gains)) * gains.std(ddof=1))
 
-    def choice(self, biased: bool, by: Any, most_mae: float | None) -> tuple[TauChoice, Tensor]:
+    def choice(self, biased: bool, by: Any, most_mae: Any) -> tuple[TauChoice, Tensor]:
         """The calibration on all labels, and its biases. Errors before it are those without biases."""
         temperature, biases = self.calibration(biased)
         start = None
@@ -216,20 +220,19 @@ class _Choice:
         return replace(self.tau(temperature, biases, by, None, most_mae, start), biased=biased), biases
 
     def tau(
-        self, temperature: float, biases: Tensor, by: Any, taus: Any, most_mae: float | None, start: Any = None
+        self, temperature: float, biases: Tensor, by: Any, taus: Any, most_mae: Any, start: Any = None
     ) -> TauChoice:
         """Choose tau at a temperature and biases."""
         choice = self._tau(self.logits / temperature + biases.to(self.logits), by, taus, most_mae, start)
         return replace(choice, temperature=temperature)
 
     @torch.no_grad()
-    def _tau(self, logits: Tensor, by: Any, taus: Any, most_mae: float | None, start: Any = None) -> TauChoice:
+    def _tau(self, logits: Tensor, by: Any, taus: Any, most_mae: Any, start: Any = None) -> TauChoice:
         """Choose tau for calibrated logits. ``start`` are the errors before the adjustment, if not those at tau 0."""
         balanced, plain = self.readout.judged[:2]
         by = balanced if by is None else by
         one_of("by", by, self.readout.judged)
-        if most_mae is not None:
-            most_mae = number("most_mae", most_mae, low=1)
+        factor, asked = self._bound(most_mae), not isinstance(most_mae, str)
         regions, weight = self._regions(), self._weight()
 
         def errors_at(tau: float) -> dict[str, float]:
@@ -238,8 +241,14 @@ class _Choice:
             squared = {"bmse": float(weight @ error**2), "mse": float((error**2).mean())} if by in _SQUARED else {}
             return {**squared, balanced: float(weight @ error), plain: float(error.mean()), **of_regions}
 
-        bound = None if most_mae is None else (plain, most_mae)
-        return search_tau(errors_at, taus, by, samples=len(self.row), bound=bound, start=start)
+        bound = None if factor is None else (plain, factor)
+        return search_tau(errors_at, taus, by, samples=len(self.row), bound=bound, strict=asked, start=start)
+
+    def _bound(self, most_mae: Any) -> float | None:
+        word("most_mae", most_mae, "auto")
+        if isinstance(most_mae, str):
+            return None if self.bins.categorical else _MOST_MAE
+        return None if most_mae is None else number("most_mae", most_mae, low=1)
 
     @torch.no_grad()
     def _errors(self, logits: Tensor, tau: float) -> np.ndarray:

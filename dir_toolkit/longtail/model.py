@@ -370,7 +370,7 @@ class LongTailModel(nn.Module):
         *,
         by: Judged | None = None,
         taus: Sequence[float] | np.ndarray | None = None,
-        most_mae: float | None = None,
+        most_mae: float | Literal["auto"] | None = None,
         kernel: PriorKernel = "auto",
         outside: Outside | None = None,
     ) -> TauChoice:
@@ -390,7 +390,8 @@ class LongTailModel(nn.Module):
                 ``"error"``. None takes the first.
             taus: candidates, >= 0, rising; None means 0, 0.05, ... 3. A choice at their end causes a warning.
             most_mae: the largest allowed ratio, >= 1, of the MAE over samples, or the error of classes, to its value at
-                tau 0. It bounds the cost for common labels.
+                tau 0. It bounds the cost for common labels. None is no bound. ``"auto"`` is 1.1 on an axis and none for
+                classes; if no tau keeps to it, the smallest MAE is the bound.
             kernel: as in :meth:`set_prior`.
             outside: as in the model; None takes that of the model.
         Shape:
@@ -411,15 +412,18 @@ class LongTailModel(nn.Module):
         labels: Any = None,
         *,
         by: Judged | None = None,
-        most_mae: float | None = None,
-        bias: bool | Literal["auto"] = False,
+        most_mae: float | Literal["auto"] | None = "auto",
+        bias: bool | Literal["auto"] = "auto",
         outside: Outside | None = None,
     ) -> TauChoice:
         """Choose temperature and tau on validation data, and set them.
 
         First the temperature is fitted by the log score of the labels' bins under the training prior. Then tau is
         chosen as in :meth:`choose_tau`, and ``set_prior("uniform", tau, temperature=temperature)`` is called. Print the
-        result to see the errors before and after.
+        result to see the errors before and after, and whether the bound held tau back.
+
+        By default the MAE over these data rises by at most a tenth. ``most_mae=None`` takes all that rare labels can
+        gain, whatever it costs the common ones.
 
         Args:
             scores_or_loader: scores as in :meth:`choose_tau`; or batches, such as a DataLoader or ``[(inputs,
@@ -430,7 +434,8 @@ class LongTailModel(nn.Module):
                 is added to the divided logits and kept by :meth:`set_prior`. Classes without labels
                 have none, and on an axis it is interpolated. ``"auto"`` fits it if that lowers the error, where each
                 half of the data is calibrated on the other half, by more than its standard error over labels or
-                sequences. Sequences are not split, unless batches hold sequences of several lengths.
+                sequences, if the bound can be kept, and if a best temperature is found. Sequences are not split, unless
+                batches hold sequences of several lengths.
         Raises:
             as :meth:`choose_tau`. The model does not change then.
         """

@@ -216,8 +216,8 @@ class MultiTargetModel(SoundModule):
         labels: Any = None,
         *,
         by: Judged | None = None,
-        most_mae: float | None = None,
-        bias: bool | Literal["auto"] = False,
+        most_mae: float | Literal["auto"] | None = "auto",
+        bias: bool | Literal["auto"] = "auto",
         outside: Outside | None = None,
     ) -> list[TauChoice]:
         """Choose temperature and tau of each target on validation data, by :meth:`LongTailModel.calibrate`.

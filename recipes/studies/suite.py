@@ -273,7 +273,7 @@ def contrasted(trial: Trial, own: dict[str, Any]) -> Trained:
 
 
 def calibrated(trial: Trial, own: dict[str, Any], **options: Any) -> Trained:
-    """What README and estimators do by default: soft bins, then temperature and tau, with further options.
+    """What README does: soft bins, then temperature and tau, by the defaults of ``calibrate`` or these options.
 
     What is trained does not depend on the options, and is trained once for all of them.
     """
@@ -347,9 +347,9 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
     "corn": (values("width", 0.0, 2.0), partial(over_bins, head="corn")),
     "uvote": (values("heads", 2, 3), voting),
     "uvote_bins": (values("heads", 2, 3), partial(voting, head="linear")),
-    "long_tail_model": (DECAYS, calibrated),
-    "long_tail_model+bias": (DECAYS, partial(calibrated, bias=True)),
-    "long_tail_model+bound": (DECAYS, partial(calibrated, bias="auto", most_mae=1.1)),
+    "long_tail_model": (DECAYS, partial(calibrated, most_mae=None, bias=False)),
+    "long_tail_model+bias": (DECAYS, partial(calibrated, most_mae=None, bias=True)),
+    "long_tail_model+bound": (DECAYS, calibrated),
     "median": (None, partial(of_rows, make=median)),
     "boosting": (None, partial(of_rows, make=HistGradientBoostingRegressor)),
     "boosting_lds": (None, partial(of_rows, make=HistGradientBoostingRegressor, weighted=True)),

@@ -22,7 +22,7 @@ from dir_toolkit.labels.weights import LDS
 from dir_toolkit.longtail import LongTailModel
 from dir_toolkit.longtail.calibration import held_out, row_weights
 from dir_toolkit.metrics.regression import regression_metrics
-from dir_toolkit.priors import choose_tau, class_prior
+from dir_toolkit.priors import best_temperature, choose_tau, class_prior
 
 AGES = Bins.uniform(0, 20, width=1)
 
@@ -249,7 +249,7 @@ def test_held_out_labels_may_be_distributed_otherwise(even: bool) -> None:
     prior = np.full(20, 1 / 20) if even else AGE_DENSITY.prior()
     _, y, logits = drawn(AGES, prior, 3000, heat=1.7)
     model = ages(sigma=None).double()
-    choice = model.calibrate(logits, y)
+    choice = model.calibrate(logits, y, most_mae=None, bias=False)
     assert choice.temperature == pytest.approx(1.7, rel=0.1)
     assert choice.tau == pytest.approx(1, abs=0.2)
     assert model.settings["temperature"] == choice.temperature
@@ -261,7 +261,7 @@ def test_a_smooth_bias_of_the_logits_is_undone_where_there_is_one() -> None:
     _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 1000, heat=1.7)
     wave = torch.from_numpy(2 * np.sin(np.arange(20) / 3))
     model = ages(density=LARGE, sigma=None).double()
-    choice = model.calibrate(logits + wave, y, bias="auto")
+    choice = model.calibrate(logits + wave, y, most_mae=None, bias="auto")
     assert choice.biased
     assert "at temperature 1." in str(choice)
     assert " with a bias, chosen on 1,000 labels" in str(choice)
@@ -278,12 +278,14 @@ def test_a_smooth_bias_of_the_logits_is_undone_where_there_is_one() -> None:
     assert torch.equal(model.readout.adjuster.offset, offset)
     plain, other = ages(density=LARGE, sigma=None).double(), ages(density=LARGE, sigma=None).double()
     few = slice(0, 200)
-    choices = [plain.calibrate(logits[few], y[few], bias="auto"), model.calibrate(logits[few], y[few])]
+    choices = [
+        one.calibrate(logits[few], y[few], most_mae=None, bias=bias)
+        for one, bias in ((plain, "auto"), (model, False), (other, False))
+    ]
     assert not any(one.biased for one in choices)
-    other.calibrate(logits[few], y[few])
     assert bits(plain) == bits(model) == bits(other)
     with pytest.warns(DirToolkitWarning, match="the best temperature lies at or below"):
-        assert not other.calibrate(logits[:1], y[:1], bias="auto").biased
+        assert not other.calibrate(logits[:1], y[:1], most_mae=None, bias="auto").biased
 
 
 def test_a_bias_is_not_learnt_from_bins_without_labels() -> None:
@@ -307,7 +309,7 @@ def test_a_bias_is_not_learnt_from_bins_without_labels() -> None:
     _, y, logits = drawn(AGES, prior, 600, heat=1.0)
     kept = (y < 4) | (y >= 9)
     axis = ages(sigma=None).double()
-    axis.calibrate(logits[kept], y[kept], bias=True)
+    axis.calibrate(logits[kept], y[kept], most_mae=None, bias=True)
     bias = axis.readout.bias
     ends = bias[[3, 9]]
     assert ends.min() - 1e-9 <= bias[4:9].min() <= bias[4:9].max() <= ends.max() + 1e-9
@@ -317,7 +319,7 @@ def test_a_bias_is_not_learnt_from_bins_without_labels() -> None:
 @pytest.mark.filterwarnings("ignore:.*the best (tau|temperature):dir_toolkit.errors.DirToolkitWarning")
 def test_a_bias_must_pay_by_more_than_its_error_and_is_not_judged_within_a_sequence() -> None:
     def biased(y: Tensor, logits: Tensor) -> bool:
-        return ages(density=LARGE, sigma=None).double().calibrate(logits, y, bias="auto").biased
+        return ages(density=LARGE, sigma=None).double().calibrate(logits, y, most_mae=None, bias="auto").biased
 
     exact = [drawn(AGES, AGE_DENSITY.prior(), 50, heat=1.0, seed=seed)[1:] for seed in range(9)]
     assert sum(biased(*own) for own in exact) <= 3
@@ -336,8 +338,8 @@ def test_a_bias_must_pay_by_more_than_its_error_and_is_not_judged_within_a_seque
 def test_what_a_bias_costs_counts_from_the_calibration_without_it() -> None:
     _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 100, heat=1.0, seed=1)
     plain, model = (ages(sigma=None).double() for _ in range(2))
-    before = plain.calibrate(logits, y).before
-    choice = model.calibrate(logits, y, bias=True)
+    before = plain.calibrate(logits, y, most_mae=None, bias=False).before
+    choice = model.calibrate(logits, y, most_mae=None, bias=True)
     assert choice.before == before
     assert f"MAE from {before['mae']:.3g} to {choice.after['mae']:.3g}" in str(choice)
     assert choice.curves["mae"][0] != before["mae"]
@@ -356,7 +358,8 @@ def test_weights_and_what_the_loss_adjusts_belong_to_the_temperature() -> None:
     for options in ({"weights": weights}, {"adjust": "in_loss", "target_prior": "uniform"}):
         model = ages(sigma=None, **options).double()
         scores = logits + torch.from_numpy(np.log(learnt[next(iter(options))] / AGE_DENSITY.prior()))
-        assert model.calibrate(1.5 * scores, y, by="mae").temperature == pytest.approx(1.5, rel=0.1)
+        choice = model.calibrate(1.5 * scores, y, by="mae", most_mae=None, bias=False)
+        assert choice.temperature == pytest.approx(1.5, rel=0.1)
 
 
 def test_the_price_is_bounded() -> None:
@@ -375,6 +378,112 @@ def test_the_price_is_bounded() -> None:
         model.choose_tau(scores, y, most_mae=1.0, taus=[2.5, 3.0])
 
 
+def hard(samples: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Labels of AGE_DENSITY's prior, and the right logits of inputs that tell them only to this noise."""
+    generator, prior = np.random.default_rng(seed), AGE_DENSITY.prior()
+    y = AGES.centers[generator.choice(20, samples, p=prior)]
+    x = y + noise * generator.standard_normal(samples)
+    return torch.from_numpy(y), torch.from_numpy(-((x[:, None] - AGES.centers) ** 2) / (2 * noise**2) + np.log(prior))
+
+
+def test_by_default_the_mae_rises_by_at_most_a_tenth() -> None:
+    (y, scores), (new, of_new) = hard(1000, 6.0), hard(3000, 6.0, seed=1)
+    choices, rises = {}, {}
+    for most_mae in ("auto", 1.1, None):
+        model = ages(density=LARGE, sigma=None).double()
+        errors = [(model.readout(of_new, of_new, of_new).prediction - new).abs().mean()]
+        choices[most_mae] = model.calibrate(scores, y, **({} if most_mae == "auto" else {"most_mae": most_mae}))
+        errors.append((model.readout(of_new, of_new, of_new).prediction - new).abs().mean())
+        rises[most_mae] = float(errors[1] / errors[0])
+    own, same, free = choices.values()
+    assert str(own) == str(same)
+    assert own.after["mae"] <= 1.1 * own.before["mae"]
+    assert own.after["bmae"] < 0.85 * own.before["bmae"]
+    assert free.after["mae"] > 1.2 * free.before["mae"]
+    assert free.after["bmae"] < own.after["bmae"]
+    assert rises["auto"] < 1.15
+    assert rises[None] > 1.2
+    assert str(own).endswith(". Bounded by most_mae=1.1; most_mae=None chooses without.")
+    assert "most_mae" not in str(free)
+    assert ages(density=LARGE, sigma=None).double().choose_tau(scores, y).bound is None  # it has no bound by default
+
+
+def test_without_bound_and_bias_the_choice_is_that_of_temperature_and_tau_alone() -> None:
+    y, scores = hard(300, 6.0)
+    model, other = (ages(density=LARGE, sigma=None).double() for _ in range(2))
+    choice = model.calibrate(scores, y, most_mae=None, bias=False)
+    row = AGES.index(y).numpy()
+    weight = row_weights(AGE_DENSITY.prior(), row, AGES)
+    temperature = best_temperature(scores.numpy(), row, weight, np.zeros(20))
+    tau = other.choose_tau(scores / temperature, y).tau
+    other.set_prior("uniform", tau, temperature=temperature)
+    assert (choice.temperature, choice.tau) == (temperature, tau)
+    assert bits(model) == bits(other)
+
+
+def test_the_bound_of_classes_is_none_by_default() -> None:
+    generator, prior = np.random.default_rng(0), CLASS_DENSITY.prior()
+    y = generator.choice(3, 1000, p=prior)
+    off = (y + generator.standard_normal(1000))[:, None] - np.arange(3)
+    scores, labels = torch.from_numpy(np.log(prior) - off**2 / 2), torch.from_numpy(y)
+    models = [ages(CLASSES, CLASS_DENSITY).double() for _ in range(3)]
+    options: list[dict[str, Any]] = [{}, {"most_mae": None, "bias": "auto"}, {"most_mae": 1.1}]
+    own, free, bounded = (one.calibrate(scores, labels, **each) for one, each in zip(models, options, strict=True))
+    assert str(own) == str(free)
+    assert bits(models[0]) == bits(models[1])
+    assert own.after["error"] > 1.1 * own.before["error"]
+    assert (own.bound, bounded.bound) == (None, 1.1)
+
+
+HOSTILE: dict[str, Tensor] = {
+    "one label": torch.tensor([3.5]),
+    "two": torch.tensor([3.5, 17.0]),
+    "one bin": torch.linspace(3.1, 3.9, 40),
+    "one rare bin": torch.full((40,), 19.2),
+    "both ends": torch.tensor([0.0, 20.0] * 10),
+    "missing": torch.where(torch.arange(60) % 3 > 0, torch.nan, torch.arange(60) % 20 + 0.5),
+    "sequences": (torch.arange(60) % 20 + 0.5).view(10, 6),
+    "one sequence": (torch.arange(6) * 3.0).view(1, 6),
+}
+
+
+@pytest.mark.filterwarnings("ignore::dir_toolkit.errors.DirToolkitWarning")
+@pytest.mark.parametrize("labels", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("by", [None, "mae", "mse"])
+def test_a_bound_that_none_asked_for_never_raises(labels: Tensor, by: Any) -> None:
+    generator, known = torch.Generator().manual_seed(0), labels.nan_to_num(5.0).double()[..., None]
+    noise = torch.randn(*labels.shape, 20, generator=generator).double()
+    centers = torch.tensor(AGES.centers)
+    for scores in (0 * noise, noise[..., :1, :].expand_as(noise), noise, 1e30 * noise, -50 * (known - centers).abs()):
+        for options in ({}, {"bias": False}, {"bias": True}):
+            model = ages(sigma=None, decode="expectation", missing="drop").double()
+            choice = model.calibrate(scores, labels, by=by, **options)  # type: ignore[arg-type]
+            limit = 1.1 * choice.before["mae"]
+            assert choice.after["mae"] <= (max(limit, choice.curves["mae"].min()) if options.get("bias") else limit)
+
+
+@pytest.mark.filterwarnings("ignore:.*the best temperature lies at:dir_toolkit.errors.DirToolkitWarning")
+def test_a_bias_that_breaks_the_bound_at_each_tau_raises_only_if_the_bound_was_asked_for() -> None:
+    y, scores = hard(4, 0.3)
+    with pytest.raises(ValueError, match=r"with a bias the MAE at some tau must be at most 0, got at least 0\.0"):
+        ages(sigma=None).double().calibrate(scores, y, bias=True, most_mae=1.1)
+    choice = ages(sigma=None).double().calibrate(scores, y, bias=True)
+    assert choice.biased
+    assert choice.after["mae"] == choice.curves["mae"].min() > choice.before["mae"] == 0
+    assert not ages(sigma=None).double().calibrate(scores, y).biased
+
+
+def test_a_bias_that_replaces_the_scores_is_not_chosen() -> None:
+    """The scores tell nothing of a label and are no prior: a bias then asks for any large temperature."""
+    generator = np.random.default_rng(0)
+    y = torch.from_numpy(AGES.centers[generator.choice(20, 300, p=AGE_DENSITY.prior())])
+    scores = torch.from_numpy(0.5 * generator.standard_normal((300, 20)) - 0.1 * np.arange(20))
+    model = ages(density=LARGE, sigma=None).double()
+    assert not model.calibrate(scores, y).biased
+    with pytest.warns(DirToolkitWarning, match="the best temperature lies at or above 1000"):
+        model.calibrate(scores, y, bias=True)
+
+
 def reader() -> LongTailModel:
     """A model whose inputs are its scores."""
     return LongTailModel(nn.Sequential(nn.Dropout(0.5)), 20, AGES, density=AGE_DENSITY, head=nn.Identity()).double()
@@ -384,8 +493,8 @@ def test_calibration_reads_batches_as_it_reads_scores() -> None:
     _, y, x = drawn(AGES, np.full(20, 1 / 20), 60, heat=1.0)
     model, other = reader(), reader().eval()
     model.train().backbone.eval()
-    other.calibrate(x, y, most_mae=1.2)
-    choice = model.calibrate([(x[:50], y[:50]), [x[50:], y[50:]]], most_mae=1.2)
+    other.calibrate(x, y, most_mae=1.2, bias=False)
+    choice = model.calibrate([(x[:50], y[:50]), [x[50:], y[50:]]], most_mae=1.2, bias=False)
     assert bits(model) == bits(other)
     assert model.training
     assert not model.backbone.training
@@ -505,6 +614,7 @@ def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
         (lambda: model.calibrate([]), ValueError, "there must be at least one batch, got none"),
         (lambda: model.calibrate(3), TypeError, r"a tensor or a loader of batches is needed, got int\. Use a DataL"),
         (lambda: model.calibrate(scores, y, most_mae=0.9), ValueError, r"most_mae must be >= 1, got 0\.9"),
+        (lambda: model.calibrate(scores, y, most_mae="none"), ValueError, "most_mae must be one of 'auto', got 'none'"),
         (lambda: model.calibrate(scores, y, bias="yes"), ValueError, "bias must be one of 'auto', got 'yes'"),
         (lambda: model.calibrate(scores, y, by="error"), ValueError, "by must be one of .*'bmse', 'mse', got 'error'"),
         (lambda: model.calibrate(scores, y + 20), LabelError, r"labels must lie on the label axis \[0, 20\]"),

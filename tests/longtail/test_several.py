@@ -149,6 +149,23 @@ def test_calibration_is_that_of_each_target() -> None:
     assert [target.settings["tau"] for target in model.targets] == [0.25] * 3
 
 
+def test_by_default_each_axis_has_a_bound_of_its_own_and_classes_have_none() -> None:
+    y = labels()[:, [0, 0, 2]]
+    model = several(y, (AGES, AGES, CLASSES))
+    free = copy.deepcopy(model)
+    noise = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    parts = []
+    for k, (target, spread) in enumerate(zip(model.targets, (6.0, 0.5, 1.0), strict=True)):
+        off = (y[:, k] + spread * noise[:, k])[:, None] - torch.tensor(target.bins.centers)
+        parts.append(torch.from_numpy(target.density.prior(floor=1.0)).log() - (off / spread).square() / 2)
+    own, without = model.calibrate(torch.cat(parts, 1), y), free.calibrate(torch.cat(parts, 1), y, most_mae=None)
+    assert [choice.bound for choice in own] == [1.1, None, None]
+    assert own[0].after["mae"] <= 1.1 * own[0].before["mae"]
+    assert without[0].after["mae"] > 1.1 * without[0].before["mae"]
+    assert own[2].after["error"] > 1.1 * own[2].before["error"]
+    assert list(map(str, own[1:])) == list(map(str, without[1:]))
+
+
 def test_intervals_and_tables_have_one_column_per_target() -> None:
     y = labels()[:, :2]
     model = trained(several(y, None), y)
@@ -319,11 +336,12 @@ def test_calibration_takes_sequences_of_any_length_and_labels_per_sequence() -> 
     y = labels()[:, :2]
     model, x = trained(several(y, [AGES, None]), y), X[:40, None].expand(40, 5, 3)
     alone, uneven = copy.deepcopy(model), copy.deepcopy(model)
-    one = [choice.tau for choice in model.calibrate([(x, y[:40])])]
-    assert one == [choice.tau for choice in alone.calibrate(alone(x).scores, y[:40])]
+    plainly = {"most_mae": None, "bias": False}
+    one = [choice.tau for choice in model.calibrate([(x, y[:40])], **plainly)]
+    assert one == [choice.tau for choice in alone.calibrate(alone(x).scores, y[:40], **plainly)]
     of_steps = y[:40, None].expand(40, 5, 2)
     batches = [(x[:20], of_steps[:20]), (x[20:, :3], of_steps[20:, :3]), (x[20:, 3:], y[20:40])]
-    assert one == [choice.tau for choice in uneven.calibrate(batches)]
+    assert one == [choice.tau for choice in uneven.calibrate(batches, **plainly)]
     with pytest.raises(ShapeError, match=r"labels must be \(\.\.\., 2\), one per target"):
         model.calibrate([(x, y[:40, 0])])
 
@@ -349,7 +367,7 @@ def stepped(model: dt.MultiTargetModel, call: Any, share: slice) -> dict[str, Te
         optimizer.step()
         losses.append(loss.detach())
         fds.end_epoch()
-    taus = [choice.tau for choice in model.calibrate([(X, y)])]
+    taus = [choice.tau for choice in model.calibrate([(X, y)], most_mae=None, bias=False)]
     with torch.no_grad():
         prediction = model.eval()(X).prediction
     return {**fds.statistics(), "losses": torch.stack(losses), "taus": torch.tensor(taus), "prediction": prediction}

@@ -62,7 +62,7 @@ def calibrated(model: dt.LongTailModel) -> dict[str, Tensor]:
     """What calibration finds, and predictions after it."""
     x, y = data(model)
     if isinstance(model.readout, ScoreReadout):
-        model.calibrate([(x, y)])
+        model.calibrate([(x, y)], most_mae=None, bias=False)
     with torch.no_grad():
         model.calibrate_intervals(model(x).scores, y, 0.8, per_region=0.0)
         return {"calibrated": model(x).prediction, **dict(model.readout.named_buffers())}

@@ -217,5 +217,5 @@ def model_of_shares(
     model = LongTailModel(nn.Identity(), len(bins), bins, **options).cpu()
     model.head = head = LogShares(torch.from_numpy(density.prior(floor=1.0)), len(labels))
     scores = head(torch.from_numpy(shares))
-    model.calibrate(scores, torch.from_numpy(labels))
+    model.calibrate(scores, torch.from_numpy(labels), most_mae=None, bias=False)
     return model.double().eval(), scores
