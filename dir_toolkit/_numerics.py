@@ -7,6 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+_PLAIN = (Tensor, nn.Parameter)
+# Looked up once, since every check calls them.
+_transform, _mode = torch._C._functorch.peek_interpreter_stack, torch._C._get_dispatch_mode
+_FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
+
 
 def readable(tensor: Tensor) -> bool:
     """Whether values can be read without blocking an accelerator or breaking a compiled graph."""
@@ -20,17 +25,17 @@ def has_values(tensor: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, nn.Parameter)
+        and type(tensor) in _PLAIN
         and not tensor.is_meta
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and _transform() is None
+        and _mode(_FAKE) is None
+        and _mode(_PROXY) is None
     )
 
 
 def strict_fake_mode() -> bool:
     """Whether fake mode is on and does not allow real tensors."""
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    mode = _mode(_FAKE)
     return mode is not None and not mode.allow_non_fake_inputs
 
 
@@ -42,7 +47,7 @@ def is_wrapped(tensor: Tensor) -> bool:
 def keepable(tensor: Tensor) -> bool:
     """Whether a tensor may be cached. Subclasses, such as fake and distributed tensors, wrapped tensors and inference
     tensors may not."""
-    return type(tensor) in (Tensor, nn.Parameter) and not is_wrapped(tensor) and not tensor.is_inference()
+    return type(tensor) in _PLAIN and not is_wrapped(tensor) and not tensor.is_inference()
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:

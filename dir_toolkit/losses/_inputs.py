@@ -15,6 +15,7 @@ from .._checks import (
     class_indices,
     finite,
     floats,
+    is_plain,
     is_tensor,
     labels_array,
     no_bad,
@@ -51,13 +52,17 @@ def kinds(reduction: str, weight: Tensor | None, **tensors: Tensor) -> None:
 def pairs(pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
     """Predictions and labels of one shape, in at least float32, both zero where the weight is zero."""
     given = (pred, target) if weight is None else (pred, target, weight)
-    if not (alike(*given) and isinstance(reduction, str) and reduction in _REDUCTIONS):
+    if not (alike(*given) and _is_known(reduction)):
         kinds(reduction, weight, pred=pred, target=target)
         same_shape(pred=pred, target=target, **({} if weight is None else {"weight": weight}))
         not_empty(pred=pred)
         wide = wide_dtype(pred, target)
         pred, target = pred.to(wide), target.to(wide)
     return pred, target
+
+
+def _is_known(reduction: object) -> bool:
+    return isinstance(reduction, str) and reduction in _REDUCTIONS
 
 
 def absent(weight: Tensor | None) -> Tensor | None:
@@ -100,6 +105,11 @@ def one_per_sample(samples: int, **tensors: Tensor | None) -> None:
     shaped((samples,), "one value per sample", **{name: x for name, x in tensors.items() if x is not None})
 
 
+def are_shares(logits: Tensor, target: Tensor, reduction: str) -> bool:
+    """Whether logits and shares (..., B) fit each other, so that the checks with detailed messages can be skipped."""
+    return alike(logits, target) and logits.ndim > 0 and _is_known(reduction)
+
+
 def matrix(name: str, rows: Tensor, shape: str, labels_name: str, labels: Tensor) -> None:
     """Check that ``rows`` have two dimensions and are not empty. The advice shows how to flatten others."""
     if rows.ndim != 2:
@@ -126,6 +136,26 @@ def of_classes(
     """``rows`` (N, C) in at least float32, with zeros where the weight is zero. Also checks classes and weights (N,).
     With ``num_classes`` the rows are features (N, D).
     """
+    if weight is not None or not (_are_usual(rows, target) and _is_known(reduction)):
+        _check_of_classes(rows, target, weight, reduction, name, num_classes)
+    classes = rows.shape[1] if num_classes is None else num_classes
+    class_indices("target", target, classes)
+    gone = absent(weight)
+    if weight is not None and len(rows) == classes:
+        _warn_of_class_weights(target, weight)
+    return present(rows.to(wide_dtype(rows)), gone)
+
+
+def _are_usual(rows: Tensor, target: Tensor) -> bool:
+    """Whether rows (N, C) and classes (N,) fit each other, so that the checks with detailed messages can be skipped."""
+    if not (alike(rows) and is_plain(target)):
+        return False
+    return rows.ndim == 2 and target.shape == rows.shape[:1] and target.device == rows.device
+
+
+def _check_of_classes(
+    rows: Tensor, target: Tensor, weight: Tensor | None, reduction: str, name: str, num_classes: int | None
+) -> None:
     kinds(reduction, weight, **{name: rows})
     is_tensor(target=target)
     shape = "(N, C), one column per class" if num_classes is None else "(N, D), one row per sample"
@@ -137,11 +167,6 @@ def of_classes(
         raise _refusal("weight", samples, weight, "Use weight[target] for one weight per class.")
     one_per_sample(samples, target=target, weight=weight)
     same_device(**{name: rows}, target=target)
-    class_indices("target", target, classes)
-    gone = absent(weight)
-    if weight is not None and samples == classes:
-        _warn_of_class_weights(target, weight)
-    return present(rows.to(wide_dtype(rows)), gone)
 
 
 def _refusal(name: str, samples: int, value: Tensor, fix: str) -> Exception:

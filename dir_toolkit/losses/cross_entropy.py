@@ -75,7 +75,7 @@ def cross_entropy(
     0.6931
     """
     logits = of_classes(logits, target, weight, reduction)
-    return reduce(negative_log(logits, target, _smoothing(label_smoothing)), weight, reduction)
+    return _reduced(logits, target, weight, reduction, _smoothing(label_smoothing))
 
 
 class CrossEntropy(ScoreLoss):
@@ -116,7 +116,7 @@ def logit_adjusted_cross_entropy(
     """
     logits = of_classes(logits, target, weight, reduction)
     adjusted = logits + log_prior_offset(checked_prior(prior, logits), checked_tau(tau)).to(logits.dtype)
-    return reduce(negative_log(adjusted, target, _smoothing(label_smoothing)), weight, reduction)
+    return _reduced(adjusted, target, weight, reduction, _smoothing(label_smoothing))
 
 
 class LogitAdjustedCrossEntropy(ScoreLoss):
@@ -251,7 +251,7 @@ def ldam_loss(
         require(not largest > 1 + _SLACK, "logits must be cosines, in [-1, 1]", got=f"one of size {largest:g}", fix=fix)
     margin = (options["max_margin"] * (counts.min() / counts).pow(0.25)).to(logits.dtype)
     led = logits.scatter_add(1, target[:, None], -margin.index_select(0, target)[:, None])
-    return reduce(negative_log(options["scale"] * led, target), weight, reduction)
+    return _reduced(options["scale"] * led, target, weight, reduction)
 
 
 class LDAMLoss(ScoreLoss):
@@ -303,7 +303,7 @@ def equalization_loss(
     dropped = dropped.scatter(1, target[:, None], False)
     # Added, not filled in, so that a NaN logit propagates.
     offset = torch.zeros_like(logits).masked_fill(dropped, -torch.inf)
-    return reduce(negative_log(logits + offset, target), weight, reduction)
+    return _reduced(logits + offset, target, weight, reduction)
 
 
 class EqualizationLoss(ScoreLoss):
@@ -329,6 +329,15 @@ def negative_log(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -
     if label_smoothing:
         values = (1 - label_smoothing) * values - label_smoothing * log_p.mean(1)
     return values
+
+
+def _reduced(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float = 0.0
+) -> Tensor:
+    """:func:`negative_log`, multiplied by weights and reduced."""
+    if weight is None and reduction != "none" and not label_smoothing:
+        return functional.cross_entropy(logits, target, reduction=reduction, ignore_index=_NO_CLASS)
+    return reduce(negative_log(logits, target, label_smoothing), weight, reduction)
 
 
 def _smoothing(label_smoothing: float) -> float:

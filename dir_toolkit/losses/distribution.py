@@ -10,12 +10,22 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import pad
 
-from .._checks import checked_tau, class_indices, distributions, is_tensor, not_empty, one_of, require, shaped
+from .._checks import (
+    all_distributions,
+    checked_tau,
+    class_indices,
+    distributions,
+    is_tensor,
+    not_empty,
+    one_of,
+    require,
+    shaped,
+)
 from .._numerics import readable, wide_dtype
 from ..labels.bins import Bins, Missing, Outside, continuous
 from ..labels.soft_labels import limits
 from ..priors import log_prior_offset
-from ._inputs import absent, checked_prior, finite_target, kinds, on_axis, present
+from ._inputs import absent, are_shares, checked_prior, finite_target, kinds, on_axis, present
 from ._loss import Reduction, ScoreLoss, drops_missing, reduce
 from .cross_entropy import negative_log
 
@@ -74,6 +84,10 @@ def soft_cross_entropy(
     tau = checked_tau(tau)
     if prior is not None:
         rows = rows + log_prior_offset(checked_prior(prior, rows), tau).to(rows.dtype)
+    if flat_weight is None and reduction != "none" and readable(rows) and readable(flat):
+        loss = functional.cross_entropy(rows, flat, reduction=reduction)
+        if math.isfinite(loss.item()):
+            return loss
     values = negative_log(rows, flat) if flat.ndim == 1 else _soft(rows, flat)
     return _reduced(values, flat_weight, reduction, logits)
 
@@ -293,9 +307,10 @@ def _flat(
 
     Logits and targets are in at least float32, and zero where the weight is.
     """
-    kinds(reduction, weight, logits=logits, target=target)
+    if weight is not None or bins is not None or not are_shares(logits, target, reduction):
+        kinds(reduction, weight, logits=logits, target=target)
+        _check_shapes(logits, target, weight, bins, numbers)
     soft = target.is_floating_point() and not numbers
-    _check_shapes(logits, target, weight, bins, soft)
     weight = None if weight is None else weight.reshape(-1)
     gone = absent(weight)
     rows = logits.to(wide_dtype(logits, *((target,) if target.is_floating_point() else ())))
@@ -304,17 +319,19 @@ def _flat(
     if not (soft or numbers):
         class_indices("target", target, rows.shape[1])
         return rows, target, weight
-    if soft:
-        distributions(zeros=True, target=present(target, gone))
+    sound = soft and all_distributions(there := present(target, gone))
+    if soft and not sound:
+        distributions(zeros=True, target=there)
     target = target.to(rows.dtype)
-    if soft:
+    if soft and not sound:
         dropped = target.sum(1) == 0 if readable(target) else _dropped(target)  # checked shares are not negative
         if not readable(dropped) or bool(dropped.any()):
             rows = rows.masked_fill(dropped[:, None], 0.0)
     return rows, present(target, gone), weight
 
 
-def _check_shapes(logits: Tensor, target: Tensor, weight: Tensor | None, bins: Bins | None, soft: bool) -> None:
+def _check_shapes(logits: Tensor, target: Tensor, weight: Tensor | None, bins: Bins | None, numbers: bool) -> None:
+    soft = target.is_floating_point() and not numbers
     shaped((..., "B" if bins is None else len(bins)), "one value per bin", logits=logits)
     shaped(logits.shape if soft else logits.shape[:-1], "as the logits are" if soft else _ONE_PER_ROW, target=target)
     if weight is not None:
