@@ -499,7 +499,8 @@ class Bins(LabelAxes):
                 return None
             index = labels.astype(np.int64)
             # Read as unsigned, a negative number is beyond every axis.
-            return index if index.view(np.uint64).max() < len(self) else None
+            unsigned = index.view(np.uint64)
+            return index if unsigned.item(unsigned.argmax()) < len(self) else None
         values = labels if labels.dtype.kind == "f" else labels.astype(np.float64)
         if (scale := self._scale(values.dtype)) is None:
             return None
