@@ -286,6 +286,8 @@ def tables(suite: Suite) -> str:
     parts += ["## Chosen settings", markdown(chosen.fillna("").map(lambda text: text.strip("{}").replace('"', "")))]
     parts += [
         "## Commands, versions, data",
+        "Until commit cd59bee `long_tail_model` was called `long_tail_model+bound`, and `long_tail_model+tau` was called "
+        "`long_tail_model`. Commands name methods as they were called then.",
         *(f"- {name}: {line}" for name, those in suite.notes.items() for line in those),
     ]
     return "\n\n".join(parts) + "\n"

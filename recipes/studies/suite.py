@@ -347,9 +347,9 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
     "corn": (values("width", 0.0, 2.0), partial(over_bins, head="corn")),
     "uvote": (values("heads", 2, 3), voting),
     "uvote_bins": (values("heads", 2, 3), partial(voting, head="linear")),
-    "long_tail_model": (DECAYS, partial(calibrated, most_mae=None, bias=False)),
+    "long_tail_model": (DECAYS, calibrated),
+    "long_tail_model+tau": (DECAYS, partial(calibrated, most_mae=None, bias=False)),
     "long_tail_model+bias": (DECAYS, partial(calibrated, most_mae=None, bias=True)),
-    "long_tail_model+bound": (DECAYS, calibrated),
     "median": (None, partial(of_rows, make=median)),
     "boosting": (None, partial(of_rows, make=HistGradientBoostingRegressor)),
     "boosting_lds": (None, partial(of_rows, make=HistGradientBoostingRegressor, weighted=True)),
@@ -358,7 +358,7 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
 }
 """By name: what is tried beside learning rates, or None where nothing is, and what makes a trial of it."""
 
-TRAINED_AS = {"long_tail_model+bias": "long_tail_model", "long_tail_model+bound": "long_tail_model"}
+TRAINED_AS = {"long_tail_model+tau": "long_tail_model", "long_tail_model+bias": "long_tail_model"}
 """The methods that differ from another in what is done after training alone. They share its trainings."""
 
 RATES = (1e-2, 3e-3, 3e-2, 1e-3)
