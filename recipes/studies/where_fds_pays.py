@@ -69,7 +69,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from scipy.stats import spearmanr
-from suite import LABELS, SERIES, TEXT, fewer, task_of
+from suite import FACES, LABELS, SERIES, TEXT, fewer, task_of
 from text import Reader
 from torch import Tensor
 
@@ -189,7 +189,7 @@ def compared(rows: pd.DataFrame) -> tuple[str, str]:
 
 
 def main(settings: Settings) -> None:
-    faults = unknown("--sets", settings.sets, [*LABELS, *SERIES, *TEXT, *RECURRENT])
+    faults = unknown("--sets", settings.sets, [*LABELS, *SERIES, *TEXT, *FACES, *RECURRENT])
     faults += unknown("--methods", settings.methods, METHODS) + unfit_folder("--out", settings.out)
     faults += too_low(settings, seeds=1, epochs=1, bins=5) + [
         f"--rows must be at least 20, got {rows}." for rows in settings.rows if rows < 20
