@@ -336,7 +336,7 @@ def search_tau(
         fix = "Begin them with 0." if start is None else "Pass a larger most_mae, or bias=False."
         rule = rule if start is None else f"with a bias the {_in_words(name)} at some tau must be"
         require(allowed.any(), f"{rule} at most {limit:.3g}", got=f"at least {least:.3g}", fix=fix)
-        held_by = factor if curves[by][allowed].min() > curves[by].min() else None
+        held_by = factor if least <= limit and curves[by][allowed].min() > curves[by].min() else None
     best = middle_of_best(np.where(allowed, curves[by], np.inf))
     if best == len(values) - 1 >= _HANDFUL:
         warn(

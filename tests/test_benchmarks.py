@@ -155,7 +155,7 @@ def test_what_is_compared_with_other_packages_computes_the_same(
     lds.main(report)
     conformal.main(report)
     differences = [re.search(r"by at most ([\d.e-]+\d)", row.detail) for row in report.rows]
-    most = (None, 0.1, 1e-5, 1e-10, None)
+    most = (None, 0.01, 1e-5, 1e-10, None)
     assert [found is None for found in differences] == [bound is None for bound in most]
     assert all(float(found[1]) < bound for found, bound in zip(differences, most, strict=True) if found and bound)
     assert min(row.value for row in report.rows) > 0

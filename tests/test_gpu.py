@@ -151,6 +151,7 @@ def calibrated(d: Any) -> list[Any]:
     """Everything a model does after training."""
     model = trained().to(d.x.device)
     scores = model(d.x).scores.detach()
+    usual = model.calibrate(scores, d.y)
     choice = model.calibrate(scores, d.y, most_mae=None, bias=True)
     model.calibrate_intervals(scores, d.y)
     output = model(d.x)
@@ -160,7 +161,7 @@ def calibrated(d: Any) -> list[Any]:
     assert {p.device.type for p in again.parameters()} == {"cpu"}
     predicted = model.predict(d.x, level=0.9)
     xr.testing.assert_allclose(again.predict(d.x.cpu(), level=0.9), predicted, rtol=1e-4, atol=1e-4)
-    return [choice.curves["bmae"], *model.interval(output), output.prediction.detach(), predicted]
+    return [usual.curves["bmae"], choice.curves["bmae"], *model.interval(output), output.prediction.detach(), predicted]
 
 
 def voting(d: Any) -> list[Tensor]:

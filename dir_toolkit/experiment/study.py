@@ -274,7 +274,7 @@ class Trial:
         labels = torch.from_numpy(self.splits.val.labels).to(self.runtime.device)
         scores, choice, first = predict(model, self.splits.val, runtime=self.runtime).scores, trained.tau, 0
         if isinstance(model.readout, ScoreReadout):
-            choice, first = model.calibrate(scores[::2], labels[::2]), 1
+            choice, first = model.calibrate(scores[::2], labels[::2], most_mae=None, bias=False), 1
             self.study.say(str(choice))
         model.calibrate_intervals(scores[first :: 1 + first], labels[first :: 1 + first], self.study.level)
         return replace(trained, tau=choice)

@@ -220,7 +220,7 @@ class MultiTargetModel(SoundModule):
         bias: bool | Literal["auto"] = "auto",
         outside: Outside | None = None,
     ) -> list[TauChoice]:
-        """Choose temperature and tau of each target on validation data, by :meth:`LongTailModel.calibrate`.
+        """Choose temperature, tau and, if it pays, a bias of each target, by :meth:`LongTailModel.calibrate`.
 
         Args:
             scores_or_loader: the scores of this model's output; or batches of inputs and labels (N, K).

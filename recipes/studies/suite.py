@@ -146,7 +146,8 @@ class SmallPerceptron(nn.Sequential):
 
 
 def evened(splits: Splits, most: int = 4) -> Splits:
-    """The same rows, split anew: of each whole unit of labels at most so many rows, and a third, validate and test."""
+    """The same rows, split anew. Of each whole unit of labels up to ``most`` rows, but at most a third, go to
+    validation, and as many to test."""
     parts = (splits.train, splits.val, splits.test)
     rows, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "labels"))
     random, held = np.random.default_rng(0), np.zeros(len(rows), dtype=int)

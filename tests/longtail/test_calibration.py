@@ -470,7 +470,13 @@ def test_a_bias_that_breaks_the_bound_at_each_tau_raises_only_if_the_bound_was_a
     choice = ages(sigma=None).double().calibrate(scores, y, bias=True)
     assert choice.biased
     assert choice.after["mae"] == choice.curves["mae"].min() > choice.before["mae"] == 0
+    assert choice.bound is None
     assert not ages(sigma=None).double().calibrate(scores, y).biased
+    y, scores = hard(6, 0.5, seed=44)  # another tau has the least bMAE
+    choice = ages(sigma=None).double().calibrate(scores, y, bias=True)
+    assert choice.after["mae"] > 1.1 * choice.before["mae"]
+    assert choice.curves["bmae"].min() < choice.after["bmae"]
+    assert "Bounded" not in str(choice)
 
 
 def test_a_bias_that_replaces_the_scores_is_not_chosen() -> None:

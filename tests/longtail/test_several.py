@@ -367,7 +367,8 @@ def stepped(model: dt.MultiTargetModel, call: Any, share: slice) -> dict[str, Te
         optimizer.step()
         losses.append(loss.detach())
         fds.end_epoch()
-    taus = [choice.tau for choice in model.calibrate([(X, y)], most_mae=None, bias=False)]
+    taus = [choice.tau for choice in model.calibrate([(X, y)])]
+    taus += [choice.tau for choice in model.calibrate([(X, y)], most_mae=None, bias=False)]
     with torch.no_grad():
         prediction = model.eval()(X).prediction
     return {**fds.statistics(), "losses": torch.stack(losses), "taus": torch.tensor(taus), "prediction": prediction}

@@ -60,12 +60,13 @@ def trained(model: dt.LongTailModel, share: slice) -> dict[str, Tensor]:
 
 def calibrated(model: dt.LongTailModel) -> dict[str, Tensor]:
     """What calibration finds, and predictions after it."""
-    x, y = data(model)
+    (x, y), found = data(model), {}
     if isinstance(model.readout, ScoreReadout):
+        found["tau"] = torch.tensor(model.calibrate([(x, y)]).tau)
         model.calibrate([(x, y)], most_mae=None, bias=False)
     with torch.no_grad():
         model.calibrate_intervals(model(x).scores, y, 0.8, per_region=0.0)
-        return {"calibrated": model(x).prediction, **dict(model.readout.named_buffers())}
+        return {**found, "calibrated": model(x).prediction, **dict(model.readout.named_buffers())}
 
 
 def rank_main(rank: int) -> dict[str, Any]:
