@@ -507,9 +507,12 @@ def _thresholds(scores: np.ndarray, region: np.ndarray, group: np.ndarray, misse
     ranks = np.array([math.floor(miss * (int(n) + 1)) for miss, n in zip(misses, size, strict=True)])
     place = (stop - counts)[group] + (ranks.clip(1, size.clip(min=1)) - 1)
     of_groups = scores[of_sample.argsort(kind="stable")]
-    for g in np.unique(group[size > 0]):
-        start = stop[g] - counts[g]
-        of_groups[start : stop[g]].partition(np.unique(place[group == g] - start))
+    by_group = group.argsort(kind="stable")
+    groups, first = np.unique(group[by_group], return_index=True)
+    for g, places in zip(groups, np.split(place[by_group], first[1:]), strict=True):
+        if counts[g]:
+            start = stop[g] - counts[g]
+            of_groups[start : stop[g]].partition(np.unique(places - start))
     own = of_groups[place.clip(max=len(scores) - 1)]
     return np.where(ranks < 1, -math.inf, np.where(ranks > size, math.inf, own))
 

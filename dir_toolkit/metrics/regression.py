@@ -177,7 +177,8 @@ class RegressionMetrics(RegionMetrics):
             self._ready(index.device, "refused")
             self.refused[0].add_(refused)
         of_bin, p, t = index.flatten(), pred.detach().flatten(), target.detach().flatten()
-        if len(of_bin) <= _SMALL and not torch.compiler.is_compiling():
+        recorded = torch.compiler.is_compiling() or (of_bin.is_cuda and torch.cuda.is_current_stream_capturing())
+        if len(of_bin) <= _SMALL and not recorded:
             if len(self._waiting) == _MOST_WAITING or (self._waiting and self._waiting[0][0].device != of_bin.device):
                 self._add_waiting()
             p, t = (x.clone() if x.dtype == torch.float64 else x.double() for x in (p, t))
@@ -201,8 +202,13 @@ class RegressionMetrics(RegionMetrics):
 
     def _add_waiting(self) -> None:
         if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            self._add(*map(torch.cat, zip(*waiting, strict=True)))
+            waiting = tuple(self._waiting)
+            self._waiting.clear()  # not replaced: a shallow copy shares it, as it shares the sums
+            try:
+                self._add(*map(torch.cat, zip(*waiting, strict=True)))
+            except BaseException:  # an interrupt, or no memory: nothing is lost
+                self._waiting[:0] = waiting
+                raise
 
     def _add(self, of_bin: Tensor, pred: Tensor, target: Tensor) -> None:
         """Add predictions and targets, (N,) or over a grid (N * K,), to the sums of their bins (N,), unless these are

@@ -450,3 +450,23 @@ def test_without_training_labels_bmase_and_sera_are_not_known() -> None:
     result = regression_metrics(torch.ones(2), torch.zeros(2), LabelDensity(BINS, [0] * 5))
     assert result[["bmase", "sera"]].to_array().isnull().all()
     assert result.mae.sel(region="all") == 1
+
+
+def test_a_shallow_copy_and_an_interrupt_neither_lose_nor_repeat_waiting_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    metrics = RegressionMetrics(LabelDensity(Bins.uniform(0, 10, count=5), np.full(5, 50)))
+    target = torch.linspace(0.5, 9.5, 8)
+    metrics.update(target + 1, target)
+    shared = copy.copy(metrics)
+    assert [int(one.compute()["count"][0]) for one in (shared, metrics, shared)] == [8, 8, 8]
+    metrics.update(target, target)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RegressionMetrics, "_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            metrics.compute()
+    assert int(metrics.compute()["count"][0]) == 16
