@@ -117,7 +117,7 @@ class Watched(dt.FDS):
         if self.epoch == 1:
             self.figures = figures(self.statistics())
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         return {**super().state_dict(*args, **options), "figures": self.figures}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
