@@ -28,6 +28,13 @@ _PIECE = 2**20  # labels at a time, which bounds the memory for maps with one la
 _SMALL, _MOST_WAITING = 2**9, 32  # samples of a small batch, and how many of these wait to be added together
 
 
+def _recorded(tensor: Tensor) -> bool:
+    """Whether what is done to a tensor now is recorded, to be done again later."""
+    if torch.compiler.is_compiling():
+        return True
+    return tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _contributions(
     pred: Tensor, target: Tensor, origin: float, floor: float, median: float, relevance: Relevance
 ) -> dict[str, Tensor]:
@@ -177,8 +184,7 @@ class RegressionMetrics(RegionMetrics):
             self._ready(index.device, "refused")
             self.refused[0].add_(refused)
         of_bin, p, t = index.flatten(), pred.detach().flatten(), target.detach().flatten()
-        recorded = torch.compiler.is_compiling() or (of_bin.is_cuda and torch.cuda.is_current_stream_capturing())
-        if len(of_bin) <= _SMALL and not recorded:
+        if len(of_bin) <= _SMALL and not _recorded(of_bin):
             if len(self._waiting) == _MOST_WAITING or (self._waiting and self._waiting[0][0].device != of_bin.device):
                 self._add_waiting()
             p, t = (x.clone() if x.dtype == torch.float64 else x.double() for x in (p, t))
