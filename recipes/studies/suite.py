@@ -426,7 +426,7 @@ class Sitting:
         count = self.settings.trials
         tried = {"trial": trials_of(knobs, count)}
         folder = self.settings.out / "tune" / task.folder / name / f"{count}-trials-{self.settings.epochs}-epochs"
-        identity = {"method": name, "data": task.data(0).train.digest}
+        identity = {"method": name, "data": task.data(0).train.digest, "precision": self.settings.precision}
         options: Any = {"folder": folder, "resume": self.settings.resume, "fingerprint": identity}
         own = search(tried, score, epochs=self.settings.epochs, **options).settings
         once = self._trial(task, name, own, self.settings.epochs) / task.folder
@@ -451,7 +451,7 @@ class Sitting:
         settings = self.settings
         results = Results(settings.results or settings.out, task.title)
         budget = {"rows": len(task.data(0).train), "epochs": settings.epochs, "trials": settings.trials}
-        refuse(SCRIPT, results.faults(budget, task.data(0)))
+        refuse(SCRIPT, results.faults(budget, task.data(0), settings.precision))
         return results, [name for name in names if not results.has(name, settings.seeds)], budget
 
     def run(self, task: Task, names: Sequence[str]) -> None:
@@ -519,8 +519,8 @@ class Results:
         there = self.differences.exists()  # a machine that stopped may not have come to it
         self.compared = set(pd.read_csv(self.differences)["method"]) if there else set()
 
-    def faults(self, budget: Mapping[str, int], splits: Splits) -> list[str]:
-        """Why rows of this budget and these data cannot be added to the file."""
+    def faults(self, budget: Mapping[str, int], splits: Splits, precision: str) -> list[str]:
+        """Why rows of this budget, these data and this precision cannot be added to the file."""
         got = {
             key: [one for one in self.rows[key].unique() if one != value] for key, value in budget.items()
         } if len(self.rows) else {}  # fmt: skip
@@ -532,6 +532,10 @@ class Results:
         ]
         if any(digests_of(splits) not in note for note in self.notes):
             faults.append(f"{self.path.name} holds results of other data. Choose another --results.")
+        if any(f", {precision} | " not in note for note in self.notes):
+            faults.append(
+                f"{self.path.name} holds results of another --precision. Choose the same, or another --results."
+            )
         return faults
 
     def _of(self, method: str) -> pd.DataFrame:

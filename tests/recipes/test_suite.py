@@ -225,7 +225,10 @@ def test_faces_are_read_and_compared(tmp_path: Path, here: Callable[..., Outcome
     rows = errors(tmp_path / "out/utkface.csv")
     assert (rows["rows"] == 20).all()
     assert (rows[["mae", "bmae"]] > 0).all(axis=None)
-    assert "bf16" in (tmp_path / "out/utkface.csv").read_text().splitlines()[0]
+    assert ", bf16 | train" in (tmp_path / "out/utkface.csv").read_text().splitlines()[0]
+    other = here(*words, "--resume", "--out", "out", "--methods", "l1", "median", "mse")
+    assert other.code == 1
+    assert "utkface.csv holds results of another --precision. Choose the same" in other.err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems cannot lock a folder")
