@@ -71,6 +71,8 @@ class Training:
     """How the learning rate falls."""
     stage_two_epochs: int = 4
     """Passes over the training faces where a head is trained again on a frozen encoder."""
+    compile: bool = False
+    """Compile the backbone by torch.compile, which takes a sixth off the time of a long training on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -347,9 +349,15 @@ def label_axis(settings: Settings) -> dt.Bins:
 
 
 def backbone(settings: Settings) -> nn.Module:
+    import torch
+
     from dir_toolkit.experiment.backbones import backbone_of
 
-    return backbone_of(settings.backbone)
+    network = backbone_of(settings.backbone)
+    if settings.compile:
+        torch.compiler.reset()  # else the networks of many runs reach the limit of compilations, and the last run eager
+        network.compile(dynamic=False)
+    return network
 
 
 def task(settings: Settings) -> Task:
