@@ -165,6 +165,8 @@ class Method:
     """Whether there is a layer of 32 features between the backbone and the head."""
     fds_before: bool = False
     """Whether features are smoothed before that layer and not after it."""
+    control: Literal["permuted", "noise"] | None = None
+    """What takes the place of FDS, to tell what FDS does from what any change of features does."""
     in_loss: bool = False
     """Whether the prior is adjusted in the loss, with tau 1."""
     q: float | None = None
@@ -215,6 +217,8 @@ MAIN: dict[str, Method] = {
 """All methods but variants."""
 
 VARIANTS: dict[str, Method] = {
+    "fds-permuted": Method("control: FDS by the labels of other samples of the batch", fds={}, control="permuted"),
+    "fds-noise": Method("control: noise as large as what FDS would change", fds={}, control="noise"),
     "lds+fds-m0": Method("LDS and FDS of the last epoch's statistics alone", weights="smoothed", fds={"momentum": 0.0}),
     "lds+fds-shrunk": Method(
         "LDS and FDS, variances shrunk towards the pooled one", weights="smoothed", fds={"shrinkage": 20.0}
@@ -249,7 +253,7 @@ WINNER = "soft+tau"
 GROUPS: dict[str, tuple[str, ...]] = {
     "default": (WINNER,),
     "all": tuple(MAIN),
-    "fds-study": ("lds", "lds+fds", *VARIANTS, "soft+lds", "soft+lds+fds"),
+    "fds-study": ("vanilla", "fds", "lds", "lds+fds", *VARIANTS, "soft+lds", "soft+lds+fds"),
 }
 """Names that stand for several methods. The study of FDS asks whether feature smoothing improves LDS or bins."""
 
@@ -281,7 +285,7 @@ def overview() -> str:
             "methods; LDS and FDS are label and feature distribution smoothing (Yang et al. 2021):",
             *listed(MAIN),
             "",
-            "variants of lds and lds+fds:",
+            "variants of fds, lds and lds+fds:",
             *listed(VARIANTS),
             "",
             "names that stand for several:",
@@ -399,15 +403,23 @@ def optimization(settings: Settings) -> Optimization:
 
 
 def smoother(
-    settings: Settings, num_features: int, *, kernel: tuple[int, float] | None = None, **changes: Any
+    settings: Settings,
+    num_features: int,
+    *,
+    kernel: tuple[int, float] | None = None,
+    control: Literal["permuted", "noise"] | None = None,
+    **changes: Any,
 ) -> dt.FDS:
-    """FDS with these settings, some of which a method changes."""
+    """FDS or a control of it with these settings, some of which a method changes."""
+    import comparing
+
     import dir_toolkit as dt
 
     names = ("momentum", "covariance", "map", "rank", "shrinkage", "count_weighted", "start_epoch")
     usual = {name: getattr(settings, f"fds_{name}") for name in names}
     window = dt.gaussian(*(kernel or (settings.kernel_size, settings.kernel_sigma)))
-    return dt.FDS(label_axis(settings), num_features, kernel=window, **{**usual, **changes})
+    make = {None: dt.FDS, "permuted": comparing.Permuted, "noise": comparing.Noisy}[control]
+    return make(label_axis(settings), num_features, kernel=window, **{**usual, **changes})
 
 
 def methods(settings: Settings) -> dict[str, Callable[[Trial], Trained]]:
@@ -459,7 +471,9 @@ def network(
     if method.normalized:
         body = nn.Sequential(body, nn.BatchNorm1d(num_features, affine=False))
     if method.fds is not None and fds is None:
-        fds = smoother(settings, num_features, **method.fds)
+        fds = smoother(settings, num_features, control=method.control, **method.fds)
+    # A model hands its own FDS bins in place of labels, and a control could not permute these.
+    attached = method.fds_before or method.control is not None
     loss: Any = method.loss
     if loss == "bmc":
         loss = dt.losses.BatchMCLoss(gather=True)
@@ -478,10 +492,12 @@ def network(
         density=trial.density,
         head=method.head,
         loss=loss,
-        fds=None if method.fds_before else fds,
+        fds=None if attached else fds,
         weights=weights,
         **options,
     )
+    if method.control is not None and fds is not None:
+        fds.attach(model.head, "input")
     return model, fds
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -307,6 +308,22 @@ def test_every_method_trains_and_predicts_ages(name: str, tried: Study, monkeypa
         assert moved == {".model.head.weight", ".model.head.bias"}
 
 
+@pytest.mark.parametrize("name", ["fds", "fds-permuted", "fds-noise"])
+def test_controls_of_fds_get_the_features_and_the_labels_of_the_head(
+    name: str, tried: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fds = faces.network(faces.METHODS[name], faces.Settings(), tried.trial(tried.tasks[0], name, 0))  # type: ignore[index]
+    ages = torch.tensor([10.0, 60.0]).repeat(64)
+    features = ages[:, None].repeat(1, 128)
+    monkeypatch.setattr(model.backbone, "forward", lambda images: features)
+    assert fds is not None
+    with fds.labels(ages) if name != "fds" else nullcontext():
+        model(torch.zeros(128, 3, 16, 16), ages)
+    fds.end_epoch()
+    mean = fds.statistics()["mean"][[10, 60], 0].tolist()
+    assert mean == ([10, 60] if name != "fds-permuted" else [pytest.approx(35, abs=8)] * 2)
+
+
 def test_settings_reach_the_network(tried: Study) -> None:
     def of(name: str, **settings: Any) -> Any:
         changed = replace(faces.Settings(), **settings)
@@ -317,3 +334,5 @@ def test_settings_reach_the_network(tried: Study) -> None:
     assert of("bins", label_sigma=3.5)[0].readout.sigma is None
     assert of("vanilla", loss="focal-mse")[0].settings["loss"] == "weighted_focal_mse"
     assert of("vanilla")[1] is None
+    assert not faces.backbone(faces.Settings())._compiled_call_impl
+    assert faces.backbone(faces.Settings(compile=True))._compiled_call_impl
