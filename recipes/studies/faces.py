@@ -153,6 +153,8 @@ class Method:
     """A loss of ``LongTailModel`` or of ``objective``; None is the setting for regression, else the head's default."""
     hard: bool = False
     """Whether labels are not spread over neighbouring bins."""
+    expectation: float = 0.0
+    """The factor of the absolute error of the expectation in the loss."""
     weights: Literal["counts", "smoothed"] | None = None
     """The density from which samples are weighted."""
     scheme: Literal["inverse"] | None = None
@@ -206,6 +208,12 @@ MAIN: dict[str, Method] = {
     "soft+crps": Method("bins, CRPS", head="linear", loss="crps"),
     "soft+in-loss": Method("soft bins, prior adjusted in the loss", head="linear", in_loss=True),
     "soft+tau": Method("soft bins, prior adjusted after training", start="soft", tau=True),
+    "soft+expectation": Method(
+        "soft bins, with the absolute error of their expectation in the loss", head="linear", expectation=1.0
+    ),
+    "soft+expectation+tau": Method(
+        "the same, prior adjusted after training", head="linear", start="soft+expectation", tau=True
+    ),
     "soft+fds": Method("soft bins, FDS", head="linear", fds={}),
     "soft+lds": Method("soft bins, LDS weights", head="linear", weights="smoothed"),
     "soft+lds+tau": Method("soft bins, LDS weights, prior adjusted after training", start="soft+lds", tau=True),
@@ -214,11 +222,15 @@ MAIN: dict[str, Method] = {
         "frozen encoder of soft bins, head trained again on even ages", head="linear", start="soft", q=0.0
     ),
 }
-"""All methods but variants."""
+"""All methods but controls and variants."""
+
+CONTROLS: dict[str, Method] = {
+    "fds-permuted": Method("FDS by the labels of other samples of the batch", fds={}, control="permuted"),
+    "fds-noise": Method("noise as large as what FDS would change", fds={}, control="noise"),
+}
+"""What a gain of FDS must exceed."""
 
 VARIANTS: dict[str, Method] = {
-    "fds-permuted": Method("control: FDS by the labels of other samples of the batch", fds={}, control="permuted"),
-    "fds-noise": Method("control: noise as large as what FDS would change", fds={}, control="noise"),
     "lds+fds-m0": Method("LDS and FDS of the last epoch's statistics alone", weights="smoothed", fds={"momentum": 0.0}),
     "lds+fds-shrunk": Method(
         "LDS and FDS, variances shrunk towards the pooled one", weights="smoothed", fds={"shrinkage": 20.0}
@@ -245,7 +257,7 @@ VARIANTS: dict[str, Method] = {
     ),
 }
 
-METHODS = MAIN | VARIANTS
+METHODS = MAIN | CONTROLS | VARIANTS
 
 WINNER = "soft+tau"
 """The best method in the table of the README."""
@@ -253,7 +265,8 @@ WINNER = "soft+tau"
 GROUPS: dict[str, tuple[str, ...]] = {
     "default": (WINNER,),
     "all": tuple(MAIN),
-    "fds-study": ("vanilla", "fds", "lds", "lds+fds", *VARIANTS, "soft+lds", "soft+lds+fds"),
+    "fds-controls": ("vanilla", "fds", *CONTROLS),
+    "fds-study": ("lds", "lds+fds", *VARIANTS, "soft+lds", "soft+lds+fds"),
 }
 """Names that stand for several methods. The study of FDS asks whether feature smoothing improves LDS or bins."""
 
@@ -285,12 +298,16 @@ def overview() -> str:
             "methods; LDS and FDS are label and feature distribution smoothing (Yang et al. 2021):",
             *listed(MAIN),
             "",
-            "variants of fds, lds and lds+fds:",
+            "controls of fds:",
+            *listed(CONTROLS),
+            "",
+            "variants of lds and lds+fds:",
             *listed(VARIANTS),
             "",
             "names that stand for several:",
             f"  {'default':26}{WINNER}, which did best of all",
-            f"  {'all':26}all methods but the variants",
+            f"  {'all':26}all methods but the controls and the variants",
+            f"  {'fds-controls':26}FDS, its controls, and plain regression",
             f"  {'fds-study':26}the variants, and the methods that they are compared with",
         ]
     )
@@ -483,6 +500,8 @@ def network(
         loss = f"weighted_{settings.loss.replace('-', '_')}"
     spreads = method.head not in ("regression", "gaussian") and loss != "crps"
     options: dict[str, Any] = {"sigma": None if method.hard else settings.label_sigma} if spreads else {}
+    if method.expectation:
+        options["expectation_weight"] = method.expectation
     if method.in_loss:
         options |= {"target_prior": "uniform", "adjust": "in_loss"}
     model = dt.LongTailModel(

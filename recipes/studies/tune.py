@@ -24,7 +24,7 @@ KNOBS: dict[str, tuple[dict[str, Any], ...]] = {
     "kernel": tuple(
         {"kernel_size": n, "kernel_sigma": sigma} for n, sigma in ((3, 1.0), (5, 2.0), (9, 4.0), (15, 6.0))
     ),
-    "sigma": tuple({"label_sigma": sigma} for sigma in (1.0, 2.0, 3.0, 5.0)),
+    "sigma": tuple({"label_sigma": sigma} for sigma in (2.0, 3.0, 5.0, 8.0)),
     "scheme": tuple({"scheme": scheme} for scheme in ("inverse", "sqrt_inverse", "effective_number", "dense")),
     "momentum": tuple({"fds_momentum": momentum} for momentum in (0.0, 0.5, 0.9)),
     "lr": tuple({"lr": lr} for lr in (1e-3, 2e-3, 4e-3)),

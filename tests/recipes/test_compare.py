@@ -332,6 +332,7 @@ def test_settings_reach_the_network(tried: Study) -> None:
 
     assert of("soft", label_sigma=3.5)[0].readout.sigma == 3.5
     assert of("bins", label_sigma=3.5)[0].readout.sigma is None
+    assert of("soft+expectation")[0].readout.expectation_weight == 1
     assert of("vanilla", loss="focal-mse")[0].settings["loss"] == "weighted_focal_mse"
     assert of("vanilla")[1] is None
     assert not faces.backbone(faces.Settings())._compiled_call_impl
