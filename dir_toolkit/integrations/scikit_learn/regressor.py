@@ -55,7 +55,8 @@ class LongTailRegressor(Blended, LongTailEstimator):
         head: ``"auto"``, network and trees as above; ``"regression"``, which predicts a number; ``"linear"``,
             ``"cosine"`` or ``"affinity"``, which score bins; or ``"gaussian"``, which predicts mean and variance.
         loss: the loss of the named head, as in :class:`dir_toolkit.LongTailModel`.
-        sigma, decode: those of the bins, as in :class:`dir_toolkit.LongTailModel`.
+        sigma, decode: those of the bins, as in :class:`dir_toolkit.LongTailModel`. On bins of one width, however,
+            ``"auto"`` is at most the interquartile range of the labels / 1.35, where ``LongTailModel`` would warn.
         weights: the scheme of :class:`dir_toolkit.LDS` for loss weights: ``"sqrt_inverse"``, ``"inverse"``,
             ``"effective_number"`` or ``"dense"``. None means equal weights, except for the network of ``head="auto"``,
             which uses ``"sqrt_inverse"``. Weights are taken into account in the adjustment by ``tau``.
