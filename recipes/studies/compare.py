@@ -108,7 +108,7 @@ def other_budget(settings: Settings, folder: Path) -> list[str]:
         return []
     was = {**asdict(Settings()), **json.loads(config.read_text(encoding="utf-8"))}  # settings that did not exist then
     names = ["backbone", "loss", "batch_size", "lr", "optimizer", "schedule", "augmentation", "precision", "scheme"]
-    names += ["compile", "label_sigma"] if was.get("after") else ["compile", "label_sigma", "epochs"]
+    names += ["compile", "label_sigma"] + ([] if was.get("after") else ["epochs"])
     now = asdict(settings)
     return [f"--{name.replace('_', '-')} {was[name]}, now {now[name]}" for name in names if was[name] != now[name]]
 

@@ -72,7 +72,7 @@ class Training:
     stage_two_epochs: int = 4
     """Passes over the training faces where a head is trained again on a frozen encoder."""
     compile: bool = False
-    """Compile the backbone by torch.compile, which takes a sixth off the time of a long training on a CPU."""
+    """Compile the backbone by torch.compile, which takes up to a minute once and pays off in long trainings."""
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ def backbone(settings: Settings) -> nn.Module:
 
     network = backbone_of(settings.backbone)
     if settings.compile:
-        torch.compiler.reset()  # else the networks of many runs reach the limit of compilations, and the last run eager
+        torch.compiler.reset()  # else many runs reach the limit of compilations, and later ones are not compiled
         network.compile(dynamic=False)
     return network
 

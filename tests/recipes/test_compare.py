@@ -165,10 +165,11 @@ def test_a_run_that_fails_costs_the_others_nothing_and_is_made_up_for(
 def test_runs_of_another_budget_and_a_missing_baseline_are_told(copied: Path, here: Callable[..., Outcome]) -> None:
     config = copied / "soft/seed1/config.json"
     usual = config.read_text()
-    config.write_text(usual.replace('"lr": 0.002', '"lr": 0.1'))
+    config.write_text(usual.replace('"lr": 0.002', '"lr": 0.1').replace('"compile": false', '"compile": true'))
     text = here(*SHORT, "--methods", "soft+tau", "--resume", "--out", copied)
     assert "all runs in --out must have the same budget; these had another one:" in text.err
-    assert re.search(r"soft/seed1: --lr 0\.1, now 0\.002\n?$", text.err)
+    assert "soft/seed1: --lr 0.1, now 0.002\n" in text.err
+    assert re.search(r"soft/seed1: --compile True, now False\n?$", text.err)
     config.write_text(usual)
     for seed in (0, 1):
         (copied / f"vanilla/seed{seed}/results.nc").unlink()
