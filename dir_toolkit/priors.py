@@ -58,6 +58,7 @@ Prior = Tensor | np.ndarray | Sequence[float]
 _TEMPERATURES = (1e-3, 1e3)
 _SLACK = 1e-6
 _CONFIDENCE_EDGES = confidence_edges(15)
+TIE = 1e-12  # errors that differ by less are equal
 _HANDFUL = 4  # more taus are a range, and a choice at its end causes a warning
 
 
@@ -195,7 +196,7 @@ class TauChoice:
         temperature: the divisor of the logits. Pass it to :class:`LogitAdjuster` together with tau.
         samples: the number of held-out labels.
         biased: whether biases were fitted together with the temperature.
-        start: each error without adjustment or biases, where biases were fitted; else None.
+        start: each error at tau 0 and temperature 1 without biases, from ``calibrate`` of a model; else None.
         bound: the ``most_mae`` without which a tau with a lower criterion would have been chosen; else None.
     """
 
@@ -216,8 +217,7 @@ class TauChoice:
 
     @property
     def before(self) -> dict[str, float]:
-        """Each error at the first candidate, which is no adjustment if candidates start with zero; or ``start``, where
-        biases were fitted."""
+        """Each error at the first candidate, which is no adjustment if candidates start with zero; or ``start``."""
         return (
             dict(self.start)
             if self.start is not None
@@ -512,7 +512,7 @@ def _criterion(by: Criterion, adjusted: np.ndarray, classes: np.ndarray, shares:
 
 def middle_of_best(scores: np.ndarray) -> int:
     """The middle of the longest run of smallest scores. Equal scores may differ by rounding."""
-    best = np.append(scores <= scores.min() + 1e-12, False)
+    best = np.append(scores <= scores.min() + TIE, False)
     starts = np.flatnonzero(best & ~np.append(False, best[:-1]))
     ends = np.flatnonzero(~best & np.append(False, best[:-1]))
     longest = int((ends - starts).argmax())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,7 +36,7 @@ from .._numerics import wide_dtype
 from ..errors import ArgumentError, DirToolkitWarning
 from ..labels.bins import Bins, Outside
 from ..labels.density import LabelDensity
-from ..priors import TauChoice, at_bound, best_temperature, search_tau
+from ..priors import TIE, TauChoice, at_bound, best_temperature, search_tau
 from ..target_prior import ratio_window, slope_and_bias
 from .prediction import read_batches
 from .readouts import LongTailOutput, PriorKernel, ScoreReadout
@@ -74,9 +74,7 @@ def calibrate(
     if labels is None:
         scores_or_batches, labels = held_out(model, scores_or_batches)
     prior = readout.training_prior(readout.chosen_kernel("auto"), model.weights)
-    choose = _Choice(model, prior, scores_or_batches, labels, outside)
-    biased = choose.gains_by_bias(by, most_mae) if isinstance(bias, str) else bias
-    choice, biases = choose.choice(biased, by, most_mae)
+    choice, biases = _Choice(model, prior, scores_or_batches, labels, outside).calibrated(bias, by, most_mae)
     readout.bias.copy_(biases)
     model.set_prior("uniform", choice.tau, temperature=choice.temperature)
     return choice
@@ -96,7 +94,10 @@ def choose_tau(
     readout = _with_prior(model)
     prior = readout.training_prior(readout.chosen_kernel(kernel), model.weights)
     choose = _Choice(model, prior, scores, labels, outside)
-    return choose.tau(readout.adjuster.temperature.item(), readout.bias, by, taus, most_mae)
+    temperature = readout.adjuster.temperature.item()
+    strict = not isinstance(most_mae, str)
+    choice = choose.tau(choose.divided(temperature, readout.bias), by, taus, choose.bound(most_mae), strict=strict)
+    return replace(choice, temperature=temperature)
 
 
 def row_weights(share: np.ndarray, row: np.ndarray, bins: Bins) -> np.ndarray:
@@ -175,12 +176,47 @@ class _Choice:
         slope, biases = slope_and_bias(logits, row, ratio_window(self.bins), len(row) * weight, offset)
         return at_bound(1 / slope), torch.from_numpy(biases).to(self.readout.bias)
 
-    def gains_by_bias(self, by: Any, most_mae: Any) -> bool:
+    def calibrated(self, bias: bool | str, by: Any, most_mae: Any) -> tuple[TauChoice, Tensor]:
+        """Choose tau and what it is added to: temperature and biases (B,)."""
+        bound, start = self.bound(most_mae), self.start(by)
+        if self.gains_by_bias(by, bound, start) if isinstance(bias, str) else bias:
+            temperature, biases = self.calibration(True)
+            strict = isinstance(bias, str) or not isinstance(most_mae, str)
+            choice = self.tau(self.divided(temperature, biases), by, None, bound, start, strict=strict)
+            return replace(choice, temperature=temperature, biased=True), biases
+        with _recorded() as warned:
+            temperature, biases = self.calibration(False)
+        fitted = self.divided(temperature)
+        choice, logits = self.better(fitted, by, None, bound, start)
+        if logits is fitted:
+            _issue(warned)
+        return replace(choice, temperature=temperature if logits is fitted else 1.0), biases
+
+    def better(
+        self, fitted: Tensor, by: Any, taus: Any, bound: float | None, start: Mapping[str, float]
+    ) -> tuple[TauChoice, Tensor]:
+        """Choose tau for logits divided by the fitted temperature and for logits as they are. The choice with the lower
+        error and its logits are returned.
+
+        The predicted class under the best tau does not depend on the temperature, which is the fitted one then.
+        """
+        candidates = []
+        for logits in (fitted,) if self.bins.categorical else (fitted, self.logits):
+            with _recorded() as warned:
+                candidates.append((self.tau(logits, by, taus, bound, start), logits, warned))
+        plain = self.readout.judged[1]
+        most = math.inf if bound is None else bound * start[plain]  # which the last candidate keeps at tau 0
+        choice, logits, warned = min(candidates, key=lambda one: (one[0].after[plain] > most, one[0].after[one[0].by]))
+        _issue(warned)
+        best = min(each.scores.min() for each, *_ in candidates)
+        held = bound if best < choice.after[choice.by] - TIE else None
+        return replace(choice, bound=held), logits
+
+    def gains_by_bias(self, by: Any, bound: float | None, start: Mapping[str, float]) -> bool:
         """Whether biases lower the error at the best tau by more than its standard error, where each half of the labels
         is calibrated on the other. Biases that break the bound or have no best temperature gain nothing. Sequences are
         not split. It does not warn.
         """
-        most_mae = self._bound(most_mae)
         _, sequence = np.unique(self.sequence, return_inverse=True)
         middle = np.bincount(sequence, self.row) / np.bincount(sequence)
         first = np.empty(len(middle), dtype=bool)
@@ -193,46 +229,47 @@ class _Choice:
             logits = torch.empty_like(self.logits)
             for own in (half, ~half):
                 temperature, biases = self.calibration(biased, ~own)
-                logits[own] = self.logits[own] / temperature + biases.to(logits)
+                logits[own] = self.divided(temperature, biases)[own]
             return logits
 
         with _silent():
-            plain = of_halves(False)
-            without = self._tau(plain, by, _TAUS, most_mae)
+            without, plain = self.better(of_halves(False), by, _TAUS, bound, start)
             try:
                 biased = of_halves(True)
-                after = self._tau(biased, by, _TAUS, most_mae, without.before)
+                after = self.tau(biased, by, _TAUS, bound, start, strict=True)
                 warnings.filterwarnings("error", ".*the best temperature ", DirToolkitWarning)
-                self.choice(True, by, most_mae)
+                self.tau(self.divided(*self.calibration(True)), by, None, bound, start, strict=True)
             except (ArgumentError, DirToolkitWarning):  # no tau keeps the bound, or no temperature is best
                 return False
             gain = self._weighted_errors(plain, without) - self._weighted_errors(biased, after)
         gains = np.bincount(sequence, gain)
         return bool(gains.sum() > math.sqrt(len(gains)) * gains.std(ddof=1))
 
-    def choice(self, biased: bool, by: Any, most_mae: Any) -> tuple[TauChoice, Tensor]:
-        """The calibration on all labels, and its biases. Errors before it are those without biases."""
-        temperature, biases = self.calibration(biased)
-        start = None
-        if biased:
-            with _silent():
-                start = self.tau(*self.calibration(False), by, [0.0], None).before
-        return replace(self.tau(temperature, biases, by, None, most_mae, start), biased=biased), biases
+    def start(self, by: Any) -> dict[str, float]:
+        """The errors of the model as trained: at tau 0 and temperature 1, without biases."""
+        with _silent():
+            return self.tau(self.logits, by, [0.0], None).before
 
-    def tau(
-        self, temperature: float, biases: Tensor, by: Any, taus: Any, most_mae: Any, start: Any = None
-    ) -> TauChoice:
-        """Choose tau at a temperature and biases."""
-        choice = self._tau(self.logits / temperature + biases.to(self.logits), by, taus, most_mae, start)
-        return replace(choice, temperature=temperature)
+    def divided(self, temperature: float, biases: Tensor | None = None) -> Tensor:
+        """The logits at a temperature and biases, (N, B)."""
+        logits = self.logits / temperature
+        return logits if biases is None else logits + biases.to(logits)
 
     @torch.no_grad()
-    def _tau(self, logits: Tensor, by: Any, taus: Any, most_mae: Any, start: Any = None) -> TauChoice:
+    def tau(
+        self,
+        logits: Tensor,
+        by: Any,
+        taus: Any,
+        bound: float | None,
+        start: Mapping[str, float] | None = None,
+        *,
+        strict: bool = False,
+    ) -> TauChoice:
         """Choose tau for calibrated logits. ``start`` are the errors before the adjustment, if not those at tau 0."""
         balanced, plain = self.readout.judged[:2]
         by = balanced if by is None else by
         one_of("by", by, self.readout.judged)
-        factor, asked = self._bound(most_mae), not isinstance(most_mae, str)
         regions, weight = self._regions(), self._weight()
 
         def errors_at(tau: float) -> dict[str, float]:
@@ -241,10 +278,11 @@ class _Choice:
             squared = {"bmse": float(weight @ error**2), "mse": float((error**2).mean())} if by in _SQUARED else {}
             return {**squared, balanced: float(weight @ error), plain: float(error.mean()), **of_regions}
 
-        bound = None if factor is None else (plain, factor)
-        return search_tau(errors_at, taus, by, samples=len(self.row), bound=bound, strict=asked, start=start)
+        limit = None if bound is None else (plain, bound)
+        return search_tau(errors_at, taus, by, samples=len(self.row), bound=limit, strict=strict, start=start)
 
-    def _bound(self, most_mae: Any) -> float | None:
+    def bound(self, most_mae: Any) -> float | None:
+        """The largest allowed ratio of the error over samples to that before."""
         word("most_mae", most_mae, "auto")
         if isinstance(most_mae, str):
             return None if self.bins.categorical else _MOST_MAE
@@ -281,6 +319,19 @@ def _silent() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DirToolkitWarning)
         yield
+
+
+@contextmanager
+def _recorded() -> Iterator[list[warnings.WarningMessage]]:
+    """A context whose warnings are listed. :func:`_issue` issues them."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        yield warned
+
+
+def _issue(warned: list[warnings.WarningMessage]) -> None:
+    for one in warned:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def _with_prior(model: LongTailModel) -> ScoreReadout:
