@@ -421,7 +421,8 @@ class Sitting:
             except Exception as error:  # of any kind: this trial alone fails
                 print(traceback.format_exc(), flush=True)
                 raise StudyError(f"{type(error).__name__}: {error}") from error
-            return float(trained.tau.scores.min()) if trained.tau else min(row["val_bmae"] for row in trained.history)
+            choice = trained.tau
+            return choice.after[choice.by] if choice else min(row["val_bmae"] for row in trained.history)
 
         count = self.settings.trials
         tried = {"trial": trials_of(knobs, count)}
