@@ -210,12 +210,12 @@ def model_of_forecasts(
 
 
 def model_of_shares(
-    bins: Bins, shares: np.ndarray, labels: np.ndarray, density: LabelDensity, **options: Any
+    bins: Bins, shares: np.ndarray, labels: np.ndarray, density: LabelDensity, by: Any, **options: Any
 ) -> tuple[LongTailModel, Tensor]:
     """A model that takes shares of bins for features, with the temperature that suits these rows, and their scores."""
     options |= {"density": density, "head": nn.Identity(), "sigma": None}
     model = LongTailModel(nn.Identity(), len(bins), bins, **options).cpu()
     model.head = head = LogShares(torch.from_numpy(density.prior(floor=1.0)), len(labels))
     scores = head(torch.from_numpy(shares))
-    model.calibrate(scores, torch.from_numpy(labels), most_mae=None, bias=False)
+    model.calibrate(scores, torch.from_numpy(labels), by=by, most_mae=None, bias=False)
     return model.double().eval(), scores

@@ -155,7 +155,7 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             of_rows = torch.from_numpy(forecasts)
             self.model_, scores = model_of_forecasts(self.bins_, forecasts, own, weight[held], density, **options)
         else:
-            self.model_, scores = model_of_shares(self.bins_, forecasts, own, density, **options)
+            self.model_, scores = model_of_shares(self.bins_, forecasts, own, density, self.by, **options)
         self._choose(own, weight[held], of_rows, scores)
         self.scores_, self.labels_ = scores.numpy(), own
         return self
