@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ._checks import instance, integers, is_tensor, one_of, problem, require, shaped, whole
 from .heads.normalized import ScaledHead, tau_normalized
 from .metrics.classification import balanced_error
-from .priors import TauChoice, search_tau
+from .priors import TauChoice, search_tau, warn_of_tau
 
 __all__ = ["Frozen", "choose_normalization", "freeze", "reinitialize", "stage_two"]
 
@@ -206,4 +206,4 @@ def choose_normalization(
     def errors_at(tau: float) -> dict[str, float]:
         return {"balanced_error": balanced_error(tau_normalized(head, tau)(features), labels, head.out_features)}
 
-    return search_tau(errors_at, taus, "balanced_error", samples=len(labels), most=2.0)
+    return warn_of_tau(search_tau(errors_at, taus, "balanced_error", samples=len(labels), most=2.0))

@@ -180,7 +180,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, weight: Tensor | None = N
         shares = weight.double().numpy()
         require(shares.any(), "at least one weight must be positive", got="zeros")
         shares = shares / shares.max()  # avoids overflow of sums
-    return best_temperature(scores, classes, shares)
+    return warn_of_temperature(best_temperature(scores, classes, shares), scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +197,7 @@ class TauChoice:
         samples: the number of held-out labels.
         biased: whether biases were fitted together with the temperature.
         start: each error at tau 0 and temperature 1 without biases, from ``calibrate`` of a model; else None.
-        bound: the ``most_mae`` without which a tau with a lower criterion would have been chosen; else None.
+        bound: the ``most_mae`` without which the criterion would be lower; else None.
     """
 
     tau: float
@@ -281,18 +281,20 @@ def choose_tau(
         temperature = 1.0
     else:
         temperature = best_temperature(scores, classes, np.exp(log_prior[classes]) / counts[classes])
+        warn_of_temperature(temperature, scores)
     absent = np.flatnonzero(counts == 0)
     if len(absent) > 0:
         warn(f"no validation label of {_listed(absent)}; the criterion leaves them out.")
     shares = 1 / counts[classes] / np.count_nonzero(counts)
     scores = scores / temperature
-    return search_tau(
+    choice = search_tau(
         lambda tau: {by: _criterion(by, scores - tau * log_prior, classes, shares)},
         taus,
         by,
         temperature=temperature,
         samples=len(classes),
     )
+    return warn_of_tau(choice)
 
 
 def search_tau(
@@ -307,8 +309,8 @@ def search_tau(
     strict: bool = True,
     start: Mapping[str, float] | None = None,
 ) -> TauChoice:
-    """The tau with the smallest error. Of several best taus it is the middle of their longest run. A choice at the end
-    of a range causes a warning.
+    """The tau with the smallest error. Of several best taus it is the middle of their longest run. Callers
+    :func:`warn_of_tau`.
 
     Args:
         errors_at: a function from tau to errors by name.
@@ -338,12 +340,17 @@ def search_tau(
         require(allowed.any(), f"{rule} at most {limit:.3g}", got=f"at least {least:.3g}", fix=fix)
         held_by = factor if least <= limit and curves[by][allowed].min() > curves[by].min() else None
     best = middle_of_best(np.where(allowed, curves[by], np.inf))
-    if best == len(values) - 1 >= _HANDFUL:
+    return TauChoice(float(values[best]), values, curves, by, temperature, samples, start=start, bound=held_by)
+
+
+def warn_of_tau(choice: TauChoice) -> TauChoice:
+    """The choice. A warning is issued if it lies at the end of a range."""
+    if choice.tau == choice.taus[-1] and len(choice.taus) > _HANDFUL:
         warn(
-            f"the best tau is the largest of those tried, {values[best]:g}. Labels are so few that chance decides, or "
+            f"the best tau is the largest of those tried, {choice.tau:g}. Labels are so few that chance decides, or "
             "the prior is not the one of training. Give more labels and the right prior, or try larger taus.",
         )
-    return TauChoice(float(values[best]), values, curves, by, temperature, samples, start=start, bound=held_by)
+    return choice
 
 
 class LogitAdjuster(SoundModule):
@@ -458,7 +465,7 @@ def _held_out(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def best_temperature(
     scores: np.ndarray, classes: np.ndarray, shares: np.ndarray, offset: float | np.ndarray = 0.0
 ) -> float:
-    """:func:`fit_temperature` without checks. ``offset`` is added to the divided logits."""
+    """:func:`fit_temperature` without checks and warnings. ``offset`` is added to the divided logits."""
     # After subtracting the largest logit, rows of equal logits are exactly zero, and so is their slope.
     scores = scores - scores.max(1, keepdims=True)
     of_label = scores[np.arange(len(classes)), classes]
@@ -475,20 +482,26 @@ def best_temperature(
     at_low, at_high = slope(low), slope(high)
     if at_low > 0 > at_high:
         return math.exp(brentq(slope, low, high, xtol=1e-13))
-    if at_low == 0 == at_high:
+    return 1.0 if at_low == 0 == at_high else _TEMPERATURES[at_low > 0]
+
+
+def is_best(temperature: float) -> bool:
+    """Whether a fitted temperature lies within the bounds of the search."""
+    return _TEMPERATURES[0] * (1 + _SLACK) <= temperature <= _TEMPERATURES[1] * (1 - _SLACK)
+
+
+def warn_of_temperature(temperature: float, logits: np.ndarray) -> float:
+    """The temperature. A warning is issued if it is a bound of the search, or if any is as good."""
+    if temperature == 1 and (logits == logits[:, :1]).all():
         warn("the logits of each sample are all equal, so that every temperature is equally good; it is set to 1.")
-        return 1.0
-    return at_bound(_TEMPERATURES[at_low > 0])
-
-
-def at_bound(temperature: float) -> float:
-    """The temperature. A warning is issued if it is a bound of the search."""
-    if temperature < _TEMPERATURES[0] * (1 + _SLACK):
+    elif is_best(temperature):
+        pass
+    elif temperature < 1:
         warn(
             f"the best temperature lies at or below {_TEMPERATURES[0]:g}, since every label has the largest logit or "
             "logits hardly differ; that bound is returned. Use more held-out data.",
         )
-    elif temperature > _TEMPERATURES[1] * (1 - _SLACK):
+    else:
         warn(
             f"the best temperature lies at or above {_TEMPERATURES[1]:g}, since the logits tell no more than chance or "
             "are huge; that bound is returned. Check that labels belong to the logits.",

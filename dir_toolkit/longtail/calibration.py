@@ -8,9 +8,7 @@ labels in the bin or nearest to it.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,10 +31,18 @@ from .._checks import (
     word,
 )
 from .._numerics import wide_dtype
-from ..errors import ArgumentError, DirToolkitWarning
+from ..errors import ArgumentError
 from ..labels.bins import Bins, Outside
 from ..labels.density import LabelDensity
-from ..priors import TIE, TauChoice, at_bound, best_temperature, search_tau
+from ..priors import (
+    TIE,
+    TauChoice,
+    best_temperature,
+    is_best,
+    search_tau,
+    warn_of_tau,
+    warn_of_temperature,
+)
 from ..target_prior import ratio_window, slope_and_bias
 from .prediction import read_batches
 from .readouts import LongTailOutput, PriorKernel, ScoreReadout
@@ -52,6 +58,7 @@ Judged = Literal["bmae", "mae", "bmse", "mse", "balanced_error", "error"]
 _SQUARED = ("bmse", "mse")
 _MOST_MAE = 1.1  # the bound of the MAE by default, on an axis
 _TAUS = np.linspace(0, 3, 16)  # at which calibrations are compared
+_REGIONS = ("many", "medium", "few", "unseen")
 _NEAREST = 3  # the number of labels that represent a bin
 _TEST_SHARE = 1 / 3  # labels of the test set that is assumed, per training label
 OF_MODEL = "output.scores of this model; calibrate takes inputs as [(inputs, labels)]"  # what scores are
@@ -74,7 +81,9 @@ def calibrate(
     if labels is None:
         scores_or_batches, labels = held_out(model, scores_or_batches)
     prior = readout.training_prior(readout.chosen_kernel("auto"), model.weights)
-    choice, biases = _Choice(model, prior, scores_or_batches, labels, outside).calibrated(bias, by, most_mae)
+    choose = _Choice(model, prior, scores_or_batches, labels, outside)
+    choice, biases = choose.calibrated(bias, by, most_mae)
+    choose.warn_of(choice)  # of this one alone, before the model changes
     readout.bias.copy_(biases)
     model.set_prior("uniform", choice.tau, temperature=choice.temperature)
     return choice
@@ -97,7 +106,7 @@ def choose_tau(
     temperature = readout.adjuster.temperature.item()
     strict = not isinstance(most_mae, str)
     choice = choose.tau(choose.divided(temperature, readout.bias), by, taus, choose.bound(most_mae), strict=strict)
-    return replace(choice, temperature=temperature)
+    return warn_of_tau(replace(choice, temperature=temperature))
 
 
 def row_weights(share: np.ndarray, row: np.ndarray, bins: Bins) -> np.ndarray:
@@ -161,6 +170,14 @@ class _Choice:
             self.readout.logits(scores[held.to(scores.device)]),
             labels[held.to(labels.device)].to(scores.device),
         )
+        density = self.readout.density
+        assert density is not None  # a prior needs a density
+        present = np.bincount(self.row, minlength=len(self.bins)) > 0
+        if self.bins.categorical and not present.all():
+            warn(f"no validation label of {(~present).sum()} of {len(present)} classes, which are ignored.")
+        self.weight, region = balanced_weights(self.row, density, self.bins), density.regions()[self.row]
+        # The labels in each region of the training density that has any.
+        self.regions = {name: own for name in _REGIONS if (own := region == name).any()}
 
     def calibration(self, biased: bool, rows: Any = slice(None)) -> tuple[float, Tensor]:
         """The temperature and the biases (B,) with the best log score of the labels' bins, weighted as in training.
@@ -174,81 +191,92 @@ class _Choice:
         if not biased:
             return best_temperature(logits, row, weight, offset), torch.zeros_like(self.readout.bias)
         slope, biases = slope_and_bias(logits, row, ratio_window(self.bins), len(row) * weight, offset)
-        return at_bound(1 / slope), torch.from_numpy(biases).to(self.readout.bias)
+        return 1 / slope, torch.from_numpy(biases).to(self.readout.bias)
 
     def calibrated(self, bias: bool | str, by: Any, most_mae: Any) -> tuple[TauChoice, Tensor]:
         """Choose tau and what it is added to: temperature and biases (B,)."""
-        bound, start = self.bound(most_mae), self.start(by)
-        if self.gains_by_bias(by, bound, start) if isinstance(bias, str) else bias:
-            temperature, biases = self.calibration(True)
-            strict = isinstance(bias, str) or not isinstance(most_mae, str)
-            choice = self.tau(self.divided(temperature, biases), by, None, bound, start, strict=strict)
-            return replace(choice, temperature=temperature, biased=True), biases
-        with _recorded() as warned:
-            temperature, biases = self.calibration(False)
+        bound, asked = self.bound(most_mae), not isinstance(most_mae, str)
+        start = self.tau(self.logits, by, [0.0], None).before
+        if isinstance(bias, str):
+            if (result := self.biased_if_it_pays(by, bound, start)) is not None:
+                return result
+        elif bias:
+            return self.biased(by, bound, start, strict=asked)
+        temperature, biases = self.calibration(False)
         fitted = self.divided(temperature)
         choice, logits = self.better(fitted, by, None, bound, start)
-        if logits is fitted:
-            _issue(warned)
         return replace(choice, temperature=temperature if logits is fitted else 1.0), biases
 
     def better(
         self, fitted: Tensor, by: Any, taus: Any, bound: float | None, start: Mapping[str, float]
     ) -> tuple[TauChoice, Tensor]:
-        """Choose tau for logits divided by the fitted temperature and for logits as they are. The choice with the lower
-        error and its logits are returned.
+        """Choose tau for logits divided by the fitted temperature and for logits as they are, which keep the bound at
+        tau 0. Of the choices that keep it, the one with the lower error is returned with its logits.
 
-        The predicted class under the best tau does not depend on the temperature, which is the fitted one then.
+        A most probable class or bin depends on the temperature by the grid of tau alone, unless the loss was adjusted.
+        Logits as they are then compete only if the others break the bound or raise the error.
         """
-        candidates = []
-        for logits in (fitted,) if self.bins.categorical else (fitted, self.logits):
-            with _recorded() as warned:
-                candidates.append((self.tau(logits, by, taus, bound, start), logits, warned))
         plain = self.readout.judged[1]
-        most = math.inf if bound is None else bound * start[plain]  # which the last candidate keeps at tau 0
-        choice, logits, warned = min(candidates, key=lambda one: (one[0].after[plain] > most, one[0].after[one[0].by]))
-        _issue(warned)
-        best = min(each.scores.min() for each, *_ in candidates)
-        held = bound if best < choice.after[choice.by] - TIE else None
-        return replace(choice, bound=held), logits
+        most = math.inf if bound is None else bound * start[plain]
+        choice = self.tau(fitted, by, taus, bound, start)
+        by, breaks = choice.by, choice.after[plain] > most
+        if self.predicts_mode and not breaks and choice.after[by] <= start[by] + TIE:
+            return choice, fitted
+        other = self.tau(self.logits, by, taus, bound, start)
+        best = min(choice.scores.min(), other.scores.min())
+        kept, logits = (choice, fitted)
+        if breaks or other.after[by] < choice.after[by] - TIE:
+            kept, logits = (other, self.logits)
+        return replace(kept, bound=bound if best < kept.after[by] - TIE else None), logits
 
-    def gains_by_bias(self, by: Any, bound: float | None, start: Mapping[str, float]) -> bool:
-        """Whether biases lower the error at the best tau by more than its standard error, where each half of the labels
-        is calibrated on the other. Biases that break the bound or have no best temperature gain nothing. Sequences are
-        not split. It does not warn.
+    def biased(
+        self, by: Any, bound: float | None, start: Mapping[str, float], *, strict: bool
+    ) -> tuple[TauChoice, Tensor]:
+        temperature, biases = self.calibration(True)
+        choice = self.tau(self.divided(temperature, biases), by, None, bound, start, strict=strict)
+        return replace(choice, temperature=temperature, biased=True), biases
+
+    def biased_if_it_pays(
+        self, by: Any, bound: float | None, start: Mapping[str, float]
+    ) -> tuple[TauChoice, Tensor] | None:
+        """:meth:`biased`, if biases lower the error at the best tau by more than its standard error, where each half of
+        the labels is calibrated on the other. Biases that break the bound or have no best temperature gain nothing.
+        Sequences are not split.
         """
         _, sequence = np.unique(self.sequence, return_inverse=True)
         middle = np.bincount(sequence, self.row) / np.bincount(sequence)
         first = np.empty(len(middle), dtype=bool)
         first[middle.argsort(kind="stable")] = np.arange(len(first)) % 2 == 0
         if first.all():
-            return False
+            return None
         half = first[sequence]
 
         def of_halves(biased: bool) -> Tensor:
             logits = torch.empty_like(self.logits)
             for own in (half, ~half):
                 temperature, biases = self.calibration(biased, ~own)
-                logits[own] = self.divided(temperature, biases)[own]
+                logits[own] = self.logits[own] / temperature + biases.to(logits)
             return logits
 
-        with _silent():
-            without, plain = self.better(of_halves(False), by, _TAUS, bound, start)
-            try:
-                biased = of_halves(True)
-                after = self.tau(biased, by, _TAUS, bound, start, strict=True)
-                warnings.filterwarnings("error", ".*the best temperature ", DirToolkitWarning)
-                self.tau(self.divided(*self.calibration(True)), by, None, bound, start, strict=True)
-            except (ArgumentError, DirToolkitWarning):  # no tau keeps the bound, or no temperature is best
-                return False
-            gain = self._weighted_errors(plain, without) - self._weighted_errors(biased, after)
+        without, plain = self.better(of_halves(False), by, _TAUS, bound, start)
+        biased = of_halves(True)
+        try:
+            after = self.tau(biased, by, _TAUS, bound, start, strict=True)
+            result = self.biased(by, bound, start, strict=True)
+        except ArgumentError:  # no tau keeps the bound
+            return None
+        gain = self._weighted_errors(plain, without) - self._weighted_errors(biased, after)
         gains = np.bincount(sequence, gain)
-        return bool(gains.sum() > math.sqrt(len(gains)) * gains.std(ddof=1))
+        pays = gains.sum() > math.sqrt(len(gains)) * gains.std(ddof=1)
+        return result if pays and is_best(result[0].temperature) else None
 
-    def start(self, by: Any) -> dict[str, float]:
-        """The errors of the model as trained: at tau 0 and temperature 1, without biases."""
-        with _silent():
-            return self.tau(self.logits, by, [0.0], None).before
+    def warn_of(self, choice: TauChoice) -> None:
+        warn_of_temperature(choice.temperature, self.logits.cpu().numpy())
+        warn_of_tau(choice)
+
+    @property
+    def predicts_mode(self) -> bool:
+        return self.bins.categorical or self.readout.decoding == "mode"
 
     def divided(self, temperature: float, biases: Tensor | None = None) -> Tensor:
         """The logits at a temperature and biases, (N, B)."""
@@ -270,13 +298,12 @@ class _Choice:
         balanced, plain = self.readout.judged[:2]
         by = balanced if by is None else by
         one_of("by", by, self.readout.judged)
-        regions, weight = self._regions(), self._weight()
 
         def errors_at(tau: float) -> dict[str, float]:
             error = self._errors(logits, tau)
-            of_regions = {f"{plain}_{region}": float(error[own].mean()) for region, own in regions.items()}
-            squared = {"bmse": float(weight @ error**2), "mse": float((error**2).mean())} if by in _SQUARED else {}
-            return {**squared, balanced: float(weight @ error), plain: float(error.mean()), **of_regions}
+            of_regions = {f"{plain}_{region}": float(error[own].mean()) for region, own in self.regions.items()}
+            squared = {"bmse": float(self.weight @ error**2), "mse": float((error**2).mean())} if by in _SQUARED else {}
+            return {**squared, balanced: float(self.weight @ error), plain: float(error.mean()), **of_regions}
 
         limit = None if bound is None else (plain, bound)
         return search_tau(errors_at, taus, by, samples=len(self.row), bound=limit, strict=strict, start=start)
@@ -297,41 +324,7 @@ class _Choice:
     def _weighted_errors(self, logits: Tensor, choice: TauChoice) -> np.ndarray:
         """What each label adds to the chosen error, (N,)."""
         error = self._errors(logits, choice.tau) ** (2 if choice.by in _SQUARED else 1)
-        return error * (self._weight() if choice.by in (self.readout.judged[0], "bmse") else 1 / len(error))
-
-    def _weight(self) -> np.ndarray:
-        density, held = self.readout.density, np.bincount(self.row, minlength=len(self.bins)) > 0
-        assert density is not None  # a prior needs a density
-        if self.bins.categorical and len(absent := np.flatnonzero(~held)):
-            warn(f"no validation label of {len(absent)} of {len(held)} classes, which are ignored.")
-        return balanced_weights(self.row, density, self.bins)
-
-    def _regions(self) -> dict[str, np.ndarray]:
-        """The labels in each region of the training density that has any."""
-        assert self.readout.density is not None
-        region = self.readout.density.regions()[self.row]
-        return {name: region == name for name in ("many", "medium", "few", "unseen") if (region == name).any()}
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """A context for trials, which do not warn."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DirToolkitWarning)
-        yield
-
-
-@contextmanager
-def _recorded() -> Iterator[list[warnings.WarningMessage]]:
-    """A context whose warnings are listed. :func:`_issue` issues them."""
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        yield warned
-
-
-def _issue(warned: list[warnings.WarningMessage]) -> None:
-    for one in warned:
-        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        return error * (self.weight if choice.by in (self.readout.judged[0], "bmse") else 1 / len(error))
 
 
 def _with_prior(model: LongTailModel) -> ScoreReadout:

@@ -419,10 +419,12 @@ class LongTailModel(nn.Module):
         """Choose temperature, tau and, if it pays, a bias on validation data, and set them.
 
         A temperature is fitted by the log score of the labels' bins under the training prior. Then tau is chosen as in
-        :meth:`choose_tau`, and ``set_prior("uniform", tau, temperature=temperature)`` is called. On an axis tau is also
-        chosen at temperature 1, which is kept if the chosen error is lower there. Print the result to see the errors
-        before and after, and whether the bound held tau back. Errors before are those at tau 0 and temperature 1,
-        without a bias.
+        :meth:`choose_tau`, and ``set_prior("uniform", tau, temperature=temperature)`` is called. Print the result to
+        see the errors before and after, and whether the bound held tau back. Errors before are those at tau 0 and
+        temperature 1, without a bias.
+
+        Medians and means of an axis depend on the temperature. For them tau is also chosen at temperature 1, which is
+        set if it has the lower error, or alone keeps the bound. Then the distribution stays as sharp as it was trained.
 
         By default the MAE over these data is at most 1.1 times that before; with ``bias=True`` it may be more if no tau
         keeps to that. Classes have no bound. ``most_mae=None`` takes all that rare labels can gain, whatever it costs
@@ -432,7 +434,8 @@ class LongTailModel(nn.Module):
             scores_or_loader: scores as in :meth:`choose_tau`; or batches, such as a DataLoader or ``[(inputs,
                 labels)]``, on which the model is run in eval mode.
             labels: the labels of the scores; None for batches.
-            by, most_mae, outside: as in :meth:`choose_tau`.
+            by, outside: as in :meth:`choose_tau`.
+            most_mae: as in :meth:`choose_tau`, as a ratio to the MAE before; ``"auto"`` is 1.1, and None for classes.
             bias: whether to fit, together with the temperature, a bias per class or a smooth bias along the axis, which
                 is added to the divided logits and kept by :meth:`set_prior`. Classes without labels
                 have none, and on an axis it is interpolated. ``"auto"`` fits it if that lowers the error, where each

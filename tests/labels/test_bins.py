@@ -526,6 +526,19 @@ def test_a_single_label_is_placed_as_one_of_many(axis: Bins, label: int) -> None
         assert LabelDensity.count(np.asarray(one), axis).counts[expected] == 1
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 100), (1000, 1001), (0, 1e-6)])
+@pytest.mark.parametrize("count", [10, 51, 128])
+def test_even_edges_in_float32_are_even(low: float, high: float, count: int) -> None:
+    steps = np.arange(count + 1, dtype=np.float32) * np.float32((high - low) / count) + np.float32(low)
+    for edges in (torch.linspace(low, high, count + 1), steps):
+        bins = Bins.from_edges(edges)
+        assert bins.edges.tolist() == [float(edge) for edge in edges]
+        assert bins.relative_widths.tolist() == [1.0] * count
+    wider = torch.linspace(low, high, count + 1)
+    wider[1:] += 0.05 * (high - low) / count
+    assert Bins.from_edges(wider).relative_widths[0] == pytest.approx(1.05, rel=1e-2)
+
+
 def test_relative_widths_are_ones_on_even_axes_and_classes_and_average_one_on_others():
     even = [Bins.uniform(0, 1, count=7), Bins.uniform(1.7e9, 1.7e9 + 3600, width=60), Bins.classes(3)]
     for bins in even:

@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -463,16 +464,85 @@ def test_of_both_temperatures_the_lower_error_is_chosen(sigma: float) -> None:
     assert choice.curves["bmae"][[0, 10, 20]].tolist() == choices[best].scores.tolist()
 
 
+def calibrated(scores: Tensor, y: Tensor, model: LongTailModel | None = None, **options: Any) -> Any:
+    model = ages(density=LARGE, sigma=None).double() if model is None else model
+    return model.calibrate(scores, y, **options)
+
+
 def test_a_bound_that_only_temperature_one_keeps_is_told() -> None:
     y, scores = hard(300, 6.0)
-    of_bound = [
-        ages(density=LARGE, sigma=None).double().calibrate(2 * scores, y, bias=False, most_mae=most_mae)
-        for most_mae in (None, 1.0)
-    ]
-    assert [one.temperature for one in of_bound] == [pytest.approx(1.9, rel=0.1), 1.0]
-    assert of_bound[1].after["mae"] <= of_bound[1].before["mae"] == of_bound[0].before["mae"]
-    assert of_bound[0].after["bmae"] < of_bound[1].after["bmae"]
-    assert [one.bound for one in of_bound] == [None, 1.0]
+    free, bounded = (calibrated(2 * scores, y, bias=False, most_mae=most_mae) for most_mae in (None, 1.0))
+    assert (free.temperature, bounded.temperature) == (pytest.approx(1.9, rel=0.1), 1)
+    assert bounded.after["mae"] <= bounded.before["mae"] == free.before["mae"]
+    assert free.after["bmae"] < bounded.after["bmae"]
+    assert (free.bound, bounded.bound) == (None, 1)
+    y, scores = hard(6, 2.0, seed=3)  # the fitted temperature has the lower error, and breaks the bound at each tau
+    free, bounded = (
+        calibrated(3 * scores, y, ages(sigma=None).double(), bias=False, most_mae=most_mae) for most_mae in (None, 1.1)
+    )
+    assert free.after["mae"] > 1.1 * free.before["mae"]
+    assert free.after["bmae"] < bounded.after["bmae"]
+    assert bounded.after["mae"] <= 1.1 * bounded.before["mae"]
+    assert (bounded.temperature, bounded.bound) == (1, 1.1)
+    y, scores = hard(40, 6.0, seed=59)  # the bound does not hold the other temperature's tau back
+    free, bounded = (calibrated(2 * scores, y, bias=False, most_mae=most_mae) for most_mae in (None, 1.05))
+    assert free.temperature != bounded.temperature
+    assert free.after["bmae"] < bounded.after["bmae"] == bounded.scores.min()
+    assert (free.bound, bounded.bound) == (None, 1.05)
+
+
+def test_only_the_temperature_that_is_set_causes_a_warning() -> None:
+    y = torch.from_numpy(np.repeat(AGES.centers, 3) + np.tile([-0.3, 0.0, 0.3], 20))
+    scores = -((y[:, None] - torch.tensor(AGES.centers)) ** 2) / 2
+    row = AGES.index(y).numpy()
+    assert best_temperature(scores.numpy(), row, row_weights(AGE_DENSITY.prior(), row, AGES), np.zeros(20)) < 0.0011
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert calibrated(scores, y, most_mae=None, bias=False).temperature == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*no validation label:dir_toolkit.errors.DirToolkitWarning")
+@pytest.mark.parametrize("mode", [False, True], ids=["classes", "mode"])
+def test_the_temperature_of_a_most_probable_bin_is_the_fitted_one(mode: bool) -> None:
+    _, y, logits = drawn(AGES, AGE_DENSITY.prior(), 500, heat=3.0, seed=10)
+    classes = LabelDensity(Bins.classes(20), LARGE.counts)
+    model = ages(density=LARGE, sigma=None, decode="mode") if mode else ages(classes.bins, classes)
+    choice = calibrated(logits, y if mode else AGES.index(y), model.double(), most_mae=None, bias=False)
+    assert choice.temperature == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"most_mae": 1.0}, {"by": "error"}, {"most_mae": 1.1}], ids=str)
+def test_an_adjusted_loss_over_classes_keeps_the_bound_and_never_raises_the_error(options: dict[str, Any]) -> None:
+    """Its offset stays undivided, so that a temperature changes what is predicted at tau 0."""
+    generator, set_to_one = np.random.default_rng(24), 0
+    for _ in range(8):
+        y = generator.choice(3, 300, p=CLASS_DENSITY.prior())
+        scores = -(((y + 0.8 * generator.standard_normal(300))[:, None] - np.arange(3)) ** 2) / 2
+        model = ages(CLASSES, CLASS_DENSITY, target_prior="uniform", adjust="in_loss").double()
+        choice = calibrated(torch.from_numpy(scores), torch.from_numpy(y), model, bias=False, **options)
+        set_to_one += choice.temperature == 1
+        assert choice.after[choice.by] <= choice.before[choice.by]
+        assert choice.after["error"] <= options.get("most_mae", math.inf) * choice.before["error"]
+    assert set_to_one < 8
+
+
+def test_a_bias_competes_with_the_better_temperature() -> None:
+    y, scores = accurate(60, 1.0, seed=0)
+    wave = torch.from_numpy(0.5 * np.sin(np.arange(20) / 3))
+    choice = calibrated(scores + wave, y, most_mae=None)
+    assert (choice.biased, choice.temperature) == (False, 1)
+
+
+def test_calibrating_in_threads_leaves_warnings_alone() -> None:
+    y, scores = hard(60, 2.0)
+    before, filters = warnings.showwarning, list(warnings.filters)
+    models = [ages(density=LARGE, sigma=None).double() for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda model: model.calibrate(scores, y), models))
+    assert warnings.showwarning is before
+    assert list(warnings.filters) == filters
+    with pytest.warns(UserWarning, match="later"):
+        warnings.warn("later", UserWarning, stacklevel=1)
 
 
 def test_the_bound_of_classes_is_none_by_default() -> None:
@@ -520,7 +590,9 @@ def test_a_bound_that_none_asked_for_never_raises(labels: Tensor, by: Any) -> No
 @pytest.mark.filterwarnings("ignore:.*the best (tau|temperature):dir_toolkit.errors.DirToolkitWarning")
 def test_a_bias_that_breaks_the_bound_at_each_tau_raises_only_if_the_bound_was_asked_for() -> None:
     y, scores = hard(4, 2.0, seed=1)
-    with pytest.raises(ValueError, match=r"with a bias the MAE at some tau must be at most 0\.445, got at least 0\.585"):
+    with pytest.raises(
+        ValueError, match=r"with a bias the MAE at some tau must be at most 0\.445, got at least 0\.585"
+    ):
         ages(sigma=None).double().calibrate(scores, y, bias=True, most_mae=1.1)
     choice = ages(sigma=None).double().calibrate(scores, y, bias=True)
     assert choice.biased
