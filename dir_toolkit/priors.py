@@ -309,8 +309,8 @@ def search_tau(
     strict: bool = True,
     start: Mapping[str, float] | None = None,
 ) -> TauChoice:
-    """The tau with the smallest error. Of several best taus it is the middle of their longest run. Callers
-    :func:`warn_of_tau`.
+    """The tau with the smallest error. Of several best taus it is the middle of their longest run. It does not
+    warn; callers pass the choice to :func:`warn_of_tau`.
 
     Args:
         errors_at: a function from tau to errors by name.
@@ -465,7 +465,7 @@ def _held_out(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def best_temperature(
     scores: np.ndarray, classes: np.ndarray, shares: np.ndarray, offset: float | np.ndarray = 0.0
 ) -> float:
-    """:func:`fit_temperature` without checks and warnings. ``offset`` is added to the divided logits."""
+    """:func:`fit_temperature` without checks or warnings. ``offset`` is added to the divided logits."""
     # After subtracting the largest logit, rows of equal logits are exactly zero, and so is their slope.
     scores = scores - scores.max(1, keepdims=True)
     of_label = scores[np.arange(len(classes)), classes]
@@ -485,7 +485,7 @@ def best_temperature(
     return 1.0 if at_low == 0 == at_high else _TEMPERATURES[at_low > 0]
 
 
-def is_best(temperature: float) -> bool:
+def within_bounds(temperature: float) -> bool:
     """Whether a fitted temperature lies within the bounds of the search."""
     return _TEMPERATURES[0] * (1 + _SLACK) <= temperature <= _TEMPERATURES[1] * (1 - _SLACK)
 
@@ -494,14 +494,12 @@ def warn_of_temperature(temperature: float, logits: np.ndarray) -> float:
     """The temperature. A warning is issued if it is a bound of the search, or if any is as good."""
     if temperature == 1 and (logits == logits[:, :1]).all():
         warn("the logits of each sample are all equal, so that every temperature is equally good; it is set to 1.")
-    elif is_best(temperature):
-        pass
-    elif temperature < 1:
+    elif temperature < 1 and not within_bounds(temperature):
         warn(
             f"the best temperature lies at or below {_TEMPERATURES[0]:g}, since every label has the largest logit or "
             "logits hardly differ; that bound is returned. Use more held-out data.",
         )
-    else:
+    elif not within_bounds(temperature):
         warn(
             f"the best temperature lies at or above {_TEMPERATURES[1]:g}, since the logits tell no more than chance or "
             "are huge; that bound is returned. Check that labels belong to the logits.",

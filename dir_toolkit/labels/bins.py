@@ -238,9 +238,8 @@ class Bins(LabelAxes):
         with np.errstate(over="ignore", invalid="ignore"):
             # The bins at the ends may hold the rounding of a bound in float32.
             rounding[[0, -1]] += np.fmin(np.spacing(np.abs(edges[[0, -1]]).astype(np.float32)), 1e-3 * self._width)
-            if np.array_equal(edges, edges.astype(np.float32)):  # all edges may be rounded to it
-                largest = np.float32(np.abs(edges).max())
-                rounding += np.fmin(4 * np.spacing(largest), 1e-2 * self._width)
+            if np.array_equal(edges, edges.astype(np.float32)):  # each may be rounded to it
+                rounding += np.fmin(3 * np.spacing(np.float32(np.abs(edges).max())), 1e-2 * self._width)
             steps = np.spacing(np.maximum(np.abs(edges[:-1]), np.abs(edges[1:])).astype(np.float32))
             self._collapses = bool((np.diff(edges.astype(np.float32)) <= 0).any())  # in float32
         self._even = categorical or bool((np.abs(widths - self._width) <= rounding).all())

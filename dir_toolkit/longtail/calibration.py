@@ -38,10 +38,10 @@ from ..priors import (
     TIE,
     TauChoice,
     best_temperature,
-    is_best,
     search_tau,
     warn_of_tau,
     warn_of_temperature,
+    within_bounds,
 )
 from ..target_prior import ratio_window, slope_and_bias
 from .prediction import read_batches
@@ -81,9 +81,10 @@ def calibrate(
     if labels is None:
         scores_or_batches, labels = held_out(model, scores_or_batches)
     prior = readout.training_prior(readout.chosen_kernel("auto"), model.weights)
-    choose = _Choice(model, prior, scores_or_batches, labels, outside)
-    choice, biases = choose.calibrated(bias, by, most_mae)
-    choose.warn_of(choice)  # of this one alone, before the model changes
+    choose = _Choice(model, prior, scores_or_batches, labels, outside, by, most_mae)
+    choice, biases = choose.calibrated(bias)
+    warn_of_temperature(choice.temperature, choose.logits.cpu().numpy())  # as errors these come before any change
+    warn_of_tau(choice)
     readout.bias.copy_(biases)
     model.set_prior("uniform", choice.tau, temperature=choice.temperature)
     return choice
@@ -102,10 +103,9 @@ def choose_tau(
 ) -> TauChoice:
     readout = _with_prior(model)
     prior = readout.training_prior(readout.chosen_kernel(kernel), model.weights)
-    choose = _Choice(model, prior, scores, labels, outside)
+    choose = _Choice(model, prior, scores, labels, outside, by, most_mae)
     temperature = readout.adjuster.temperature.item()
-    strict = not isinstance(most_mae, str)
-    choice = choose.tau(choose.divided(temperature, readout.bias), by, taus, choose.bound(most_mae), strict=strict)
+    choice = choose.tau(choose.divided(temperature, readout.bias), taus, strict=choose.asked)
     return warn_of_tau(replace(choice, temperature=temperature))
 
 
@@ -147,9 +147,25 @@ def balanced_weights(row: np.ndarray, density: LabelDensity, bins: Bins) -> np.n
 
 
 class _Choice:
-    """Checked held-out labels and scores."""
+    """Checked held-out labels and scores, and what judges them.
 
-    def __init__(self, model: LongTailModel, prior: Tensor, scores: Any, labels: Any, outside: Outside | None) -> None:
+    Attributes:
+        logits, labels, row: of each label, (N, B), (N,) and (N,).
+        by: the error to minimise. most: the largest allowed ratio of the error over samples to that before; None
+            means any. asked: whether it was asked for.
+        start: the errors before, if they are not those at tau 0.
+    """
+
+    def __init__(
+        self,
+        model: LongTailModel,
+        prior: Tensor,
+        scores: Any,
+        labels: Any,
+        outside: Outside | None,
+        by: Judged | None,
+        most_mae: float | str | None,
+    ) -> None:
         self.readout, self.bins, self.prior = _with_prior(model), model.bins, prior
         outside = model.outside if outside is None else outside
         is_tensor(scores=scores)
@@ -178,6 +194,16 @@ class _Choice:
         self.weight, region = balanced_weights(self.row, density, self.bins), density.regions()[self.row]
         # The labels in each region of the training density that has any.
         self.regions = {name: own for name in _REGIONS if (own := region == name).any()}
+        self.balanced, self.plain = self.readout.judged[:2]
+        self.by = self.balanced if by is None else by
+        one_of("by", self.by, self.readout.judged)
+        word("most_mae", most_mae, "auto")
+        self.asked = not isinstance(most_mae, str)
+        if isinstance(most_mae, str):
+            self.most = None if self.bins.categorical else _MOST_MAE
+        else:
+            self.most = None if most_mae is None else number("most_mae", most_mae, low=1)
+        self.start: Mapping[str, float] | None = None
 
     def calibration(self, biased: bool, rows: Any = slice(None)) -> tuple[float, Tensor]:
         """The temperature and the biases (B,) with the best log score of the labels' bins, weighted as in training.
@@ -193,54 +219,46 @@ class _Choice:
         slope, biases = slope_and_bias(logits, row, ratio_window(self.bins), len(row) * weight, offset)
         return 1 / slope, torch.from_numpy(biases).to(self.readout.bias)
 
-    def calibrated(self, bias: bool | str, by: Any, most_mae: Any) -> tuple[TauChoice, Tensor]:
-        """Choose tau and what it is added to: temperature and biases (B,)."""
-        bound, asked = self.bound(most_mae), not isinstance(most_mae, str)
-        start = self.tau(self.logits, by, [0.0], None).before
+    def calibrated(self, bias: bool | str) -> tuple[TauChoice, Tensor]:
+        """The choice of temperature and tau, and the biases (B,)."""
+        self.start = self.tau(self.logits, [0.0]).before
         if isinstance(bias, str):
-            if (result := self.biased_if_it_pays(by, bound, start)) is not None:
+            if (result := self.with_bias_if_it_pays()) is not None:
                 return result
         elif bias:
-            return self.biased(by, bound, start, strict=asked)
+            return self.with_bias(strict=self.asked)
         temperature, biases = self.calibration(False)
-        fitted = self.divided(temperature)
-        choice, logits = self.better(fitted, by, None, bound, start)
-        return replace(choice, temperature=temperature if logits is fitted else 1.0), biases
+        choice, is_fitted = self.fitted_or_one(self.divided(temperature))
+        return replace(choice, temperature=temperature if is_fitted else 1.0), biases
 
-    def better(
-        self, fitted: Tensor, by: Any, taus: Any, bound: float | None, start: Mapping[str, float]
-    ) -> tuple[TauChoice, Tensor]:
-        """Choose tau for logits divided by the fitted temperature and for logits as they are, which keep the bound at
-        tau 0. Of the choices that keep it, the one with the lower error is returned with its logits.
+    def fitted_or_one(self, fitted: Tensor, taus: Any = None) -> tuple[TauChoice, bool]:
+        """Choose tau for logits at the fitted temperature and at one, which keeps the bound at tau 0. Of the choices
+        that keep it, the one with the lower error is returned, and whether it is that of the fitted temperature.
 
-        A most probable class or bin depends on the temperature by the grid of tau alone, unless the loss was adjusted.
-        Logits as they are then compete only if the others break the bound or raise the error.
+        For a most probable class or bin a temperature only rescales tau, unless the loss was adjusted. There one
+        competes only if the fitted temperature breaks the bound or raises the error.
         """
-        plain = self.readout.judged[1]
-        most = math.inf if bound is None else bound * start[plain]
-        choice = self.tau(fitted, by, taus, bound, start)
-        by, breaks = choice.by, choice.after[plain] > most
-        if self.predicts_mode and not breaks and choice.after[by] <= start[by] + TIE:
-            return choice, fitted
-        other = self.tau(self.logits, by, taus, bound, start)
-        best = min(choice.scores.min(), other.scores.min())
-        kept, logits = (choice, fitted)
-        if breaks or other.after[by] < choice.after[by] - TIE:
-            kept, logits = (other, self.logits)
-        return replace(kept, bound=bound if best < kept.after[by] - TIE else None), logits
+        assert self.start is not None
+        most = math.inf if self.most is None else self.most * self.start[self.plain]
+        first = self.tau(fitted, taus)
+        breaks = first.after[self.plain] > most
+        mode = self.bins.categorical or self.readout.decoding == "mode"
+        if mode and not breaks and first.after[self.by] <= self.start[self.by] + TIE:
+            return first, True
+        second = self.tau(self.logits, taus)
+        is_fitted = not breaks and first.after[self.by] <= second.after[self.by] + TIE
+        kept = first if is_fitted else second
+        bounded = min(first.scores.min(), second.scores.min()) < kept.after[self.by] - TIE
+        return replace(kept, bound=self.most if bounded else None), is_fitted
 
-    def biased(
-        self, by: Any, bound: float | None, start: Mapping[str, float], *, strict: bool
-    ) -> tuple[TauChoice, Tensor]:
+    def with_bias(self, *, strict: bool) -> tuple[TauChoice, Tensor]:
         temperature, biases = self.calibration(True)
-        choice = self.tau(self.divided(temperature, biases), by, None, bound, start, strict=strict)
+        choice = self.tau(self.divided(temperature, biases), strict=strict)
         return replace(choice, temperature=temperature, biased=True), biases
 
-    def biased_if_it_pays(
-        self, by: Any, bound: float | None, start: Mapping[str, float]
-    ) -> tuple[TauChoice, Tensor] | None:
-        """:meth:`biased`, if biases lower the error at the best tau by more than its standard error, where each half of
-        the labels is calibrated on the other. Biases that break the bound or have no best temperature gain nothing.
+    def with_bias_if_it_pays(self) -> tuple[TauChoice, Tensor] | None:
+        """:meth:`with_bias`, if biases lower the error at the best tau by more than its standard error, where each half
+        of the labels is calibrated on the other. Biases that break the bound or have no best temperature gain nothing.
         Sequences are not split.
         """
         _, sequence = np.unique(self.sequence, return_inverse=True)
@@ -254,29 +272,21 @@ class _Choice:
         def of_halves(biased: bool) -> Tensor:
             logits = torch.empty_like(self.logits)
             for own in (half, ~half):
-                temperature, biases = self.calibration(biased, ~own)
-                logits[own] = self.logits[own] / temperature + biases.to(logits)
+                logits[own] = self.divided(*self.calibration(biased, ~own))[own]
             return logits
 
-        without, plain = self.better(of_halves(False), by, _TAUS, bound, start)
-        biased = of_halves(True)
+        fitted, biased = of_halves(False), of_halves(True)
+        without, is_fitted = self.fitted_or_one(fitted, _TAUS)
         try:
-            after = self.tau(biased, by, _TAUS, bound, start, strict=True)
-            result = self.biased(by, bound, start, strict=True)
+            after = self.tau(biased, _TAUS, strict=True)
+            before = self._weighted_errors(fitted if is_fitted else self.logits, without)
+            gains = np.bincount(sequence, before - self._weighted_errors(biased, after))
+            if gains.sum() <= math.sqrt(len(gains)) * gains.std(ddof=1):
+                return None
+            result = self.with_bias(strict=True)
         except ArgumentError:  # no tau keeps the bound
             return None
-        gain = self._weighted_errors(plain, without) - self._weighted_errors(biased, after)
-        gains = np.bincount(sequence, gain)
-        pays = gains.sum() > math.sqrt(len(gains)) * gains.std(ddof=1)
-        return result if pays and is_best(result[0].temperature) else None
-
-    def warn_of(self, choice: TauChoice) -> None:
-        warn_of_temperature(choice.temperature, self.logits.cpu().numpy())
-        warn_of_tau(choice)
-
-    @property
-    def predicts_mode(self) -> bool:
-        return self.bins.categorical or self.readout.decoding == "mode"
+        return result if within_bounds(result[0].temperature) else None
 
     def divided(self, temperature: float, biases: Tensor | None = None) -> Tensor:
         """The logits at a temperature and biases, (N, B)."""
@@ -284,36 +294,19 @@ class _Choice:
         return logits if biases is None else logits + biases.to(logits)
 
     @torch.no_grad()
-    def tau(
-        self,
-        logits: Tensor,
-        by: Any,
-        taus: Any,
-        bound: float | None,
-        start: Mapping[str, float] | None = None,
-        *,
-        strict: bool = False,
-    ) -> TauChoice:
-        """Choose tau for calibrated logits. ``start`` are the errors before the adjustment, if not those at tau 0."""
-        balanced, plain = self.readout.judged[:2]
-        by = balanced if by is None else by
-        one_of("by", by, self.readout.judged)
+    def tau(self, logits: Tensor, taus: Any = None, *, strict: bool = False) -> TauChoice:
+        """Choose tau for calibrated logits. If no tau keeps the bound, it raises if ``strict``, and otherwise takes
+        the least error over samples."""
 
         def errors_at(tau: float) -> dict[str, float]:
             error = self._errors(logits, tau)
-            of_regions = {f"{plain}_{region}": float(error[own].mean()) for region, own in self.regions.items()}
-            squared = {"bmse": float(self.weight @ error**2), "mse": float((error**2).mean())} if by in _SQUARED else {}
-            return {**squared, balanced: float(self.weight @ error), plain: float(error.mean()), **of_regions}
+            errors = {self.balanced: float(self.weight @ error), self.plain: float(error.mean())}
+            errors |= {f"{self.plain}_{region}": float(error[own].mean()) for region, own in self.regions.items()}
+            squared = {"bmse": float(self.weight @ error**2), "mse": float((error**2).mean())}
+            return {**squared, **errors} if self.by in _SQUARED else errors
 
-        limit = None if bound is None else (plain, bound)
-        return search_tau(errors_at, taus, by, samples=len(self.row), bound=limit, strict=strict, start=start)
-
-    def bound(self, most_mae: Any) -> float | None:
-        """The largest allowed ratio of the error over samples to that before."""
-        word("most_mae", most_mae, "auto")
-        if isinstance(most_mae, str):
-            return None if self.bins.categorical else _MOST_MAE
-        return None if most_mae is None else number("most_mae", most_mae, low=1)
+        bound = None if self.most is None else (self.plain, self.most)
+        return search_tau(errors_at, taus, self.by, samples=len(self.row), bound=bound, strict=strict, start=self.start)
 
     @torch.no_grad()
     def _errors(self, logits: Tensor, tau: float) -> np.ndarray:
@@ -324,7 +317,7 @@ class _Choice:
     def _weighted_errors(self, logits: Tensor, choice: TauChoice) -> np.ndarray:
         """What each label adds to the chosen error, (N,)."""
         error = self._errors(logits, choice.tau) ** (2 if choice.by in _SQUARED else 1)
-        return error * (self.weight if choice.by in (self.readout.judged[0], "bmse") else 1 / len(error))
+        return error * (self.weight if choice.by in (self.balanced, "bmse") else 1 / len(error))
 
 
 def _with_prior(model: LongTailModel) -> ScoreReadout:

@@ -420,11 +420,14 @@ class LongTailModel(nn.Module):
 
         A temperature is fitted by the log score of the labels' bins under the training prior. Then tau is chosen as in
         :meth:`choose_tau`, and ``set_prior("uniform", tau, temperature=temperature)`` is called. Print the result to
-        see the errors before and after, and whether the bound held tau back. Errors before are those at tau 0 and
+        see the errors before and after, and whether the bound mattered. Errors before are those at tau 0 and
         temperature 1, without a bias.
 
-        Medians and means of an axis depend on the temperature. For them tau is also chosen at temperature 1, which is
-        set if it has the lower error, or alone keeps the bound. Then the distribution stays as sharp as it was trained.
+        Medians and means of an axis depend on the temperature. For them, unless a bias is fitted, tau is also chosen at
+        temperature 1, which is set if it has the lower error or alone keeps the bound. Then the distribution stays as
+        sharp as it was trained. Of classes and modes, temperature 1 is set only if the loss was adjusted and the fitted
+        one raises the error or breaks the bound. A bias comes with the fitted temperature, so that ``bias=True`` can
+        raise the error, which what is printed tells.
 
         By default the MAE over these data is at most 1.1 times that before; with ``bias=True`` it may be more if no tau
         keeps to that. Classes have no bound. ``most_mae=None`` takes all that rare labels can gain, whatever it costs

@@ -165,6 +165,17 @@ def test_binned_forecasters_quantiles_and_functions(estimator: Any, forecast: An
     assert model.scores(x_test).shape == (500, 25)
 
 
+def test_the_temperature_of_shares_is_judged_as_tau_is() -> None:
+    def sharp(estimator: Any, x: Any, bins: dt.Bins) -> np.ndarray:
+        center, levels = estimator.predict(x), np.array([0.1, 0.3, 0.5, 0.7, 0.9])
+        return bin_shares(center[:, None] + 1.5 * np.array([-1.3, -0.5, 0, 0.5, 1.3]), levels, bins)
+
+    x, y = long_tailed(400, 0)
+    of_shares = functools.partial(PriorAdjusted, LinearRegression(), bins=AXIS, forecast=sharp, random_state=0)
+    temperatures = {by: of_shares(by=by).fit(x, y).model_.settings["temperature"] for by in ("bmae", "mae")}
+    assert temperatures == {"bmae": pytest.approx(1.27, abs=0.02), "mae": 1}
+
+
 def test_weights_searches_and_weighted_boosters_go_through() -> None:
     x, y = long_tailed(300, 0)
     weight = np.random.default_rng(0).choice([0.0, 1.0, 2.0], 300)

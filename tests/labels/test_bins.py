@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from dir_toolkit import Bins, DirToolkitWarning, LabelDensity, decode, soft_labels
+from dir_toolkit import Bins, DirToolkitWarning, LabelDensity, decode, gaussian, soft_labels
 from dir_toolkit.errors import LabelError, ShapeError
 
 
@@ -526,17 +526,28 @@ def test_a_single_label_is_placed_as_one_of_many(axis: Bins, label: int) -> None
         assert LabelDensity.count(np.asarray(one), axis).counts[expected] == 1
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 100), (1000, 1001), (0, 1e-6)])
-@pytest.mark.parametrize("count", [10, 51, 128])
-def test_even_edges_in_float32_are_even(low: float, high: float, count: int) -> None:
-    steps = np.arange(count + 1, dtype=np.float32) * np.float32((high - low) / count) + np.float32(low)
-    for edges in (torch.linspace(low, high, count + 1), steps):
+@pytest.mark.parametrize(
+    ("low", "width", "count"),
+    [(0, 0.1, 10), (0, 1 / 51, 51), (1000, 1 / 51, 51), (0, 1e-8, 128), (-91.965355, 4.2529655, 72)],
+)
+def test_even_edges_in_float32_are_even(low: float, width: float, count: int) -> None:
+    steps = np.arange(count + 1, dtype=np.float32) * np.float32(width) + np.float32(low)
+    for edges in (torch.linspace(low, low + count * width, count + 1), steps):
         bins = Bins.from_edges(edges)
         assert bins.edges.tolist() == [float(edge) for edge in edges]
         assert bins.relative_widths.tolist() == [1.0] * count
-    wider = torch.linspace(low, high, count + 1)
-    wider[1:] += 0.05 * (high - low) / count
-    assert Bins.from_edges(wider).relative_widths[0] == pytest.approx(1.05, rel=1e-2)
+        density = LabelDensity(bins, np.arange(count))
+        of_width, of_bins = (
+            density.smooth(one).counts for one in (gaussian(5 * width, 2 * width, unit="label"), gaussian(5, 2))
+        )
+        np.testing.assert_allclose(of_width, of_bins, rtol=1e-2)
+
+
+def test_uneven_edges_in_float32_stay_uneven() -> None:
+    uneven = [np.linspace(0, 1, 11) + 0.0005 * (np.arange(11) > 0), torch.linspace(1000, 1001, 1001)]  # steps of 16 ulp
+    uneven.append(torch.linspace(0, 1, 11) + 0.0005 * (torch.arange(11) > 0))
+    for edges in uneven:
+        assert not (Bins.from_edges(edges).relative_widths == 1).all()
 
 
 def test_relative_widths_are_ones_on_even_axes_and_classes_and_average_one_on_others():
