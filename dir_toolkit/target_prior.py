@@ -260,9 +260,11 @@ def slope_and_bias(
     offset: float | np.ndarray = 0.0,
     *,
     all_compete: bool = False,
+    slope: float | None = None,
 ) -> tuple[float, np.ndarray]:
     """The slope (one over the temperature) and the biases (B,) of ``slope * logits + bias + offset`` that maximise the
     likelihood of these labels, each counted by its weight (N,), with a ridge penalty on the biases before smoothing.
+    ``slope`` fixes the slope.
 
     Bins without labels do not compete with the others, unless all do. Their biases are interpolated on an axis, and
     zero for classes.
@@ -278,13 +280,13 @@ def slope_and_bias(
     counts = np.bincount(row, weight, minlength=size)[held]
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        slope, bias = np.exp(point[0]), _smooth(point[1:], window)[held]
-        total = -weight @ (slope * mine) - (bias + offset) @ counts + _RIDGE / 2 * (point[1:] @ point[1:])
+        factor, bias = np.exp(point[0]), _smooth(point[1:], window)[held]
+        total = -weight @ (factor * mine) - (bias + offset) @ counts + _RIDGE / 2 * (point[1:] @ point[1:])
         by_slope, excess = -weight @ mine, np.zeros(size)
         excess[held] = -counts
         for start in range(0, len(logits), _BLOCK):
             here, w = logits[start : start + _BLOCK], weight[start : start + _BLOCK]
-            p = slope * here + (bias + offset)
+            p = factor * here + (bias + offset)
             most = p.max(1)
             np.exp(p - most[:, None], out=p)
             norm = p.sum(1)
@@ -293,9 +295,10 @@ def slope_and_bias(
             by_slope += np.einsum("ij,ij", p, here)  # without BLAS, whose threads would wait for each other
             excess[held] += p.sum(0)
         by_bias = _smooth(excess, window) + _RIDGE * point[1:]  # smoothing is its own transpose
-        return total, np.concatenate([[slope * by_slope], by_bias])
+        return total, np.concatenate([[factor * by_slope], by_bias])
 
-    bounds = [(-_MOST_LOG, _MOST_LOG), *[(None, None)] * size]
+    first = (-_MOST_LOG, _MOST_LOG) if slope is None else (np.log(slope),) * 2
+    bounds = [first, *[(None, None)] * size]
     best = minimize(loss, np.zeros(1 + size), jac=True, method="L-BFGS-B", bounds=bounds).x
     bias = np.where(held, _smooth(best[1:], window), 0.0)
     if len(window) > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -205,61 +205,72 @@ class _Choice:
             self.most = None if most_mae is None else number("most_mae", most_mae, low=1)
         self.start: Mapping[str, float] | None = None
 
-    def calibration(self, biased: bool, rows: Any = slice(None)) -> tuple[float, Tensor]:
-        """The temperature and the biases (B,) with the best log score of the labels' bins, weighted as in training.
-        Without ``biased`` the biases are zero."""
+    def calibrated(self, bias: bool | str) -> tuple[TauChoice, Tensor]:
+        """The choice of temperature and tau, and the biases (B,)."""
+        self.start = self.tau(self.logits, [0.0]).before
+        if isinstance(bias, str):
+            best = self.biased_if_it_pays() or self.best(False)
+        else:
+            best = self.best(bias, strict=self.asked)
+        return best.choice, best.biases
+
+    def fit(self, biased: bool, rows: Any, temperature: float | None) -> tuple[float, Tensor]:
+        """The temperature, unless it is given, and the biases (B,) with the best log score of the labels' bins,
+        weighted as in training. Without ``biased`` the biases are zero."""
         logits, row = self.logits[rows].cpu().double().numpy(), self.row[rows]
         prior = self.prior.numpy()
         offset = self.readout.loss_offset.cpu().double().numpy()
         if biased:  # bins without labels get no weight, as slope_and_bias leaves them out
             prior = np.where(np.bincount(row, minlength=len(prior)) > 0, prior, 0.0)
-        weight = row_weights(prior, row, self.bins)
-        if not biased:
-            return best_temperature(logits, row, weight, offset), torch.zeros_like(self.readout.bias)
-        slope, biases = slope_and_bias(logits, row, ratio_window(self.bins), len(row) * weight, offset)
-        return 1 / slope, torch.from_numpy(biases).to(self.readout.bias)
+        weight, biases = row_weights(prior, row, self.bins), torch.zeros_like(self.readout.bias)
+        if biased:
+            slope = None if temperature is None else 1 / temperature
+            window, counts = ratio_window(self.bins), len(row) * weight
+            slope, of_bins = slope_and_bias(logits, row, window, counts, offset, slope=slope)
+            return 1 / slope, torch.from_numpy(of_bins).to(biases)
+        return best_temperature(logits, row, weight, offset) if temperature is None else temperature, biases
 
-    def calibrated(self, bias: bool | str) -> tuple[TauChoice, Tensor]:
-        """The choice of temperature and tau, and the biases (B,)."""
-        self.start = self.tau(self.logits, [0.0]).before
-        if isinstance(bias, str):
-            if (result := self.with_bias_if_it_pays()) is not None:
-                return result
-        elif bias:
-            return self.with_bias(strict=self.asked)
-        temperature, biases = self.calibration(False)
-        choice, is_fitted = self.fitted_or_one(self.divided(temperature))
-        return replace(choice, temperature=temperature if is_fitted else 1.0), biases
+    def at(self, temperature: float | None, biased: bool, half: np.ndarray | None) -> _Best:
+        """Choose tau at a temperature or at the fitted one. Of two halves each is calibrated on the other."""
+        logits = torch.empty_like(self.logits)
+        for own in [np.ones(len(self.row), dtype=bool)] if half is None else [half, ~half]:
+            used, biases = self.fit(biased, own if half is None else ~own, temperature)
+            logits[own] = self.divided(used, biases)[own]
+        choice = self.tau(logits, None if half is None else _TAUS)
+        return _Best(replace(choice, temperature=used, biased=biased), logits, biases)
 
-    def fitted_or_one(self, fitted: Tensor, taus: Any = None) -> tuple[TauChoice, bool]:
-        """Choose tau for logits at the fitted temperature and at one, which keeps the bound at tau 0. Of the choices
-        that keep it, the one with the lower error is returned, and whether it is that of the fitted temperature.
+    def best(self, biased: bool, half: np.ndarray | None = None, *, strict: bool = False) -> _Best:
+        """Choose tau at the fitted temperature and at one, and take the lower error of those that keep the bound.
+        Without biases one keeps it at tau 0. If no choice keeps it, it raises if ``strict``.
 
         For a most probable class or bin a temperature only rescales tau, unless the loss was adjusted. There one
         competes only if the fitted temperature breaks the bound or raises the error.
         """
         assert self.start is not None
         most = math.inf if self.most is None else self.most * self.start[self.plain]
-        first = self.tau(fitted, taus)
-        breaks = first.after[self.plain] > most
+
+        def rank(one: _Best) -> tuple[float, float]:
+            samples = one.choice.after[self.plain]
+            return (samples if samples > most else 0.0), one.choice.after[self.by]
+
+        fitted = best = self.at(None, biased, half)
         mode = self.bins.categorical or self.readout.decoding == "mode"
-        if mode and not breaks and first.after[self.by] <= self.start[self.by] + TIE:
-            return first, True
-        second = self.tau(self.logits, taus)
-        is_fitted = not breaks and first.after[self.by] <= second.after[self.by] + TIE
-        kept = first if is_fitted else second
-        bounded = min(first.scores.min(), second.scores.min()) < kept.after[self.by] - TIE
-        return replace(kept, bound=self.most if bounded else None), is_fitted
+        if mode and rank(fitted) <= (0.0, self.start[self.by] + TIE):
+            return fitted
+        one = self.at(1.0, biased, half)
+        (beyond, error), of_fitted = rank(one), rank(fitted)
+        if (beyond, error + TIE) < of_fitted:
+            best = one
+        if strict and rank(best)[0] > 0:
+            self.tau(best.logits, best.choice.taus, strict=True)  # raises, and says what would keep the bound
+        least = min(fitted.choice.scores.min(), one.choice.scores.min())
+        held = rank(best)[0] == 0 and least < best.choice.after[self.by] - TIE
+        return replace(best, choice=replace(best.choice, bound=self.most if held else None))
 
-    def with_bias(self, *, strict: bool) -> tuple[TauChoice, Tensor]:
-        temperature, biases = self.calibration(True)
-        choice = self.tau(self.divided(temperature, biases), strict=strict)
-        return replace(choice, temperature=temperature, biased=True), biases
-
-    def with_bias_if_it_pays(self) -> tuple[TauChoice, Tensor] | None:
-        """:meth:`with_bias`, if biases lower the error at the best tau by more than its standard error, where each half
-        of the labels is calibrated on the other. Biases that break the bound or have no best temperature gain nothing.
-        Sequences are not split.
+    def biased_if_it_pays(self) -> _Best | None:
+        """The best choice with biases, if they lower the error at the best tau by more than its standard error, where
+        each half of the labels is calibrated on the other. Biases that break the bound or have no best temperature gain
+        nothing. Sequences are not split.
         """
         _, sequence = np.unique(self.sequence, return_inverse=True)
         middle = np.bincount(sequence, self.row) / np.bincount(sequence)
@@ -267,31 +278,19 @@ class _Choice:
         first[middle.argsort(kind="stable")] = np.arange(len(first)) % 2 == 0
         if first.all():
             return None
-        half = first[sequence]
-
-        def of_halves(biased: bool) -> Tensor:
-            logits = torch.empty_like(self.logits)
-            for own in (half, ~half):
-                logits[own] = self.divided(*self.calibration(biased, ~own))[own]
-            return logits
-
-        fitted, biased = of_halves(False), of_halves(True)
-        without, is_fitted = self.fitted_or_one(fitted, _TAUS)
         try:
-            after = self.tau(biased, _TAUS, strict=True)
-            before = self._weighted_errors(fitted if is_fitted else self.logits, without)
-            gains = np.bincount(sequence, before - self._weighted_errors(biased, after))
+            before, after = (self.best(biased, first[sequence], strict=True) for biased in (False, True))
+            gains = np.bincount(sequence, self._weighted_errors(before) - self._weighted_errors(after))
             if gains.sum() <= math.sqrt(len(gains)) * gains.std(ddof=1):
                 return None
-            result = self.with_bias(strict=True)
+            best = self.best(True, strict=True)
         except ArgumentError:  # no tau keeps the bound
             return None
-        return result if within_bounds(result[0].temperature) else None
+        return best if within_bounds(best.choice.temperature) else None
 
-    def divided(self, temperature: float, biases: Tensor | None = None) -> Tensor:
+    def divided(self, temperature: float, biases: Tensor) -> Tensor:
         """The logits at a temperature and biases, (N, B)."""
-        logits = self.logits / temperature
-        return logits if biases is None else logits + biases.to(logits)
+        return self.logits / temperature + biases.to(self.logits)
 
     @torch.no_grad()
     def tau(self, logits: Tensor, taus: Any = None, *, strict: bool = False) -> TauChoice:
@@ -314,10 +313,19 @@ class _Choice:
         adjusted = logits + self.readout.offset_from(self.prior, "uniform", tau).to(logits)
         return self.readout.errors(adjusted, self.labels).double().cpu().numpy()
 
-    def _weighted_errors(self, logits: Tensor, choice: TauChoice) -> np.ndarray:
+    def _weighted_errors(self, best: _Best) -> np.ndarray:
         """What each label adds to the chosen error, (N,)."""
-        error = self._errors(logits, choice.tau) ** (2 if choice.by in _SQUARED else 1)
-        return error * (self.weight if choice.by in (self.balanced, "bmse") else 1 / len(error))
+        error = self._errors(best.logits, best.choice.tau) ** (2 if self.by in _SQUARED else 1)
+        return error * (self.weight if self.by in (self.balanced, "bmse") else 1 / len(error))
+
+
+@dataclass(frozen=True)
+class _Best:
+    """A choice, with the calibrated logits (N, B) and the biases (B,) that it was made for."""
+
+    choice: TauChoice
+    logits: Tensor
+    biases: Tensor
 
 
 def _with_prior(model: LongTailModel) -> ScoreReadout:

@@ -423,11 +423,9 @@ class LongTailModel(nn.Module):
         see the errors before and after, and whether the bound mattered. Errors before are those at tau 0 and
         temperature 1, without a bias.
 
-        Medians and means of an axis depend on the temperature. For them, unless a bias is fitted, tau is also chosen at
-        temperature 1, which is set if it has the lower error or alone keeps the bound. Then the distribution stays as
-        sharp as it was trained. Of classes and modes, temperature 1 is set only if the loss was adjusted and the fitted
-        one raises the error or breaks the bound. A bias comes with the fitted temperature, so that ``bias=True`` can
-        raise the error, which what is printed tells.
+        Medians and means of an axis depend on the temperature. For them tau is also chosen at temperature 1, which is
+        set if it has the lower error or alone keeps the bound. Then the distribution stays as sharp as it was trained.
+        Of classes and modes, temperature 1 is set only if the fitted one raises the error or breaks the bound.
 
         By default the MAE over these data is at most 1.1 times that before; with ``bias=True`` it may be more if no tau
         keeps to that. Classes have no bound. ``most_mae=None`` takes all that rare labels can gain, whatever it costs
@@ -439,7 +437,7 @@ class LongTailModel(nn.Module):
             labels: the labels of the scores; None for batches.
             by, outside: as in :meth:`choose_tau`.
             most_mae: as in :meth:`choose_tau`, as a ratio to the MAE before; ``"auto"`` is 1.1, and None for classes.
-            bias: whether to fit, together with the temperature, a bias per class or a smooth bias along the axis, which
+            bias: whether to fit, at either temperature, a bias per class or a smooth bias along the axis, which
                 is added to the divided logits and kept by :meth:`set_prior`. Classes without labels
                 have none, and on an axis it is interpolated. ``"auto"`` fits it if that lowers the error, where each
                 half of the data is calibrated on the other half, by more than its standard error over labels or
