@@ -323,7 +323,8 @@ def faces(suite: Suite) -> str:
 
 {those.rows["set"].iloc[0]}: {budget.rows:,} faces of 32 pixels to train on, the small residual CNN, {budget.trials}
 trials, {budget.epochs} epochs and {those.rows["seed"].nunique()} seeds. The leaders alone ran here, so these figures
-enter neither means nor ranks.
+enter neither means nor ranks. `calibrate` always set the fitted temperature here, as it did before it compared that
+with 1.
 
 {markdown(table)}
 """
