@@ -24,8 +24,8 @@ class Settings:
     """Folder of the texts and of the vectors."""
     data: Literal["sts_b_dir", "emobank"] = "sts_b_dir"
     """The label: similarity of two sentences, or valence of one."""
-    vectors: str = "glove_100d.txt"
-    """Name of the file of word vectors."""
+    vectors: str | None = None
+    """Name of the file of word vectors; by default glove.6B.100d.txt or glove_100d.txt."""
     methods: tuple[str, ...] = ("vanilla", "lds", "fds", "lds+fds")
     """The methods to train: vanilla, lds, fds, lds+fds, permuted or noise (controls: FDS with the labels permuted
     within each batch, or noise as large as its changes) or soft+tau (soft bins, adjusted by the prior)."""
@@ -88,7 +88,7 @@ def main(settings: Settings) -> None:
         "recipes/text.py", task, settings, out, loss="weighted_mse", optimization=optimization, selects="mae/all"
     )
     print(
-        paired_differences(study, (("lds", "vanilla"), ("fds", "vanilla"), ("permuted", "vanilla"), ("lds+fds", "lds")))
+        paired_differences(study, (("lds", "vanilla"), ("fds", "vanilla"), ("permuted", "vanilla"), ("noise", "vanilla"), ("lds+fds", "lds")))
     )
 
 

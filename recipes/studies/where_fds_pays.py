@@ -11,8 +11,8 @@ first epoch, before it has changed anything:
 
 - ``agreement``: which share of the variance between the means of bins is left after smoothing. At 1, neighbouring bins
   have equal means already.
-- ``noise``: which share of what smoothing would change is sampling noise of the means. At 1, smoothing removes noise
-  alone; near 0, it removes what tells labels apart.
+- ``noise``: the sampling noise of the means over what smoothing would change. Near 0, smoothing removes what tells
+  labels apart; at 1 or more, noise may be all that it removes.
 - ``size``: the change of a bin's mean, in standard deviations of a feature, averaged over bins.
 
 Beside them are two figures of plain training: ``reach``, its bMAE in widths of a bin, and ``skill``, 1 minus the ratio

@@ -17,6 +17,7 @@ from .rows import columns_of, find_file, has_columns, lines_of, numbers_of, spli
 __all__ = ["emobank", "sts_b_dir", "word_vectors", "words_of"]
 
 _TOKEN = re.compile(r"[a-z]+|[0-9]+|[^\sa-z0-9]")
+_VECTORS = ("glove.6B.100d.txt", "glove_100d.txt")
 
 
 def words_of(sentence: str) -> list[str]:
@@ -28,11 +29,12 @@ def words_of(sentence: str) -> list[str]:
     return _TOKEN.findall(sentence.lower())
 
 
-def word_vectors(root: str | os.PathLike[str], name: str = "glove_100d.txt") -> tuple[dict[str, int], np.ndarray]:
+def word_vectors(root: str | os.PathLike[str], name: str | None = None) -> tuple[dict[str, int], np.ndarray]:
     """The number of each word, counted from 1, and the vectors of all words.
 
     Args:
-        name: a file in ``root`` with one word per line, followed by its numbers, packed with gzip or not.
+        name: a file in ``root`` with one word per line, followed by its numbers, packed with gzip or not; by default
+            ``glove.6B.100d.txt`` or ``glove_100d.txt``.
     Shape:
         Returns vectors (V + 1, D) float32, whose row 0 is zero and stands for padding.
     Raises:
@@ -40,7 +42,7 @@ def word_vectors(root: str | os.PathLike[str], name: str = "glove_100d.txt") -> 
     Source:
         Pennington et al. 2014, GloVe: Global vectors for word representation.
     """
-    path = find_file(root, name, card="emobank")
+    path = find_file(root, *(_VECTORS if name is None else [name]), card="emobank")
     number: dict[str, int] = {}
     rows: list[np.ndarray] = []
     for i, line in enumerate(lines_of(path)):

@@ -220,6 +220,8 @@ def test_words_get_their_vectors(tmp_path: Path) -> None:
     number, vectors = word_vectors(tmp_path)
     assert number == {"a": 1, "b": 2}
     np.testing.assert_array_equal(vectors, [[0, 0], [1, 2], [-1, 0.5]])
+    write(tmp_path / "glove.6B.100d.txt", "c 3 4\n")  # the name that Stanford gives the file goes first
+    assert word_vectors(tmp_path)[0] == {"c": 1}
     for text in ("a 1 2\nb 1_0 2\n", "a 1e39\n", "a 1 2\nb 1\n", "a 1\na 2\n", "a\n", "a 1\nb x\n", ""):
         write(tmp_path / "bad.txt", text)
         with pytest.raises(DataError, match=r"bad.txt"):
