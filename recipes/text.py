@@ -88,7 +88,10 @@ def main(settings: Settings) -> None:
         "recipes/text.py", task, settings, out, loss="weighted_mse", optimization=optimization, selects="mae/all"
     )
     print(
-        paired_differences(study, (("lds", "vanilla"), ("fds", "vanilla"), ("permuted", "vanilla"), ("noise", "vanilla"), ("lds+fds", "lds")))
+        paired_differences(
+            study,
+            (("lds", "vanilla"), ("fds", "vanilla"), ("permuted", "vanilla"), ("noise", "vanilla"), ("lds+fds", "lds")),
+        )
     )
 
 

@@ -308,7 +308,7 @@ def test_the_page_of_the_suite_says_what_its_results_hold(suite: Path) -> None:
     assert "| coral | 0.10 | 0.10 | 0.10 | 1 | b (failed), c |" in page
     assert "| lds | **0.70** [0.65, 0.75] | **0.80** [0.75, 0.85] | **0.75** [0.70, 0.80] |" in page
     assert "| balanced_mse | **0.60** [0.55, 0.65] | **1.25** [1.20, 1.30] | 0.97 [0.92, 1.02] |" in page
-    assert ", 4 epochs and 2 seeds: 0.72 hours" in page
+    assert ", 4 epochs and 2 seeds:\n0.72 hours" in page
     assert "| lds | 7.35 ± 0.49 |" in (suite / "tables.md").read_text(encoding="utf-8")
     assert (suite / "which-method.png").stat().st_size > 5_000
 
@@ -320,12 +320,17 @@ def test_results_of_some_methods_alone_have_a_section_and_enter_no_mean(suite: P
         (suite / folder).mkdir()
         for end in (".csv", "-differences.csv"):
             (suite / folder / f"{name}{end}").write_text((suite / f"{old}{end}").read_text())
+    with (suite / "faces/utkface-differences.csv").open("a") as file:
+        file.write("\nlds,mae,many,0.1,0.5,1.3,1.1,1.5")
     report["main"](suite, suite)
     page = (suite / "which-method.md").read_text(encoding="utf-8")
     sections = page[page.index("## Faces") : page.index("## Average ranks")]
     assert page.replace(sections, "") == before
     assert "utkface: 100 faces" in sections
-    assert "| lds | **0.70** [0.65, 0.75] | **0.50** [0.45, 0.55] | 1.05 [1.00, 1.10] |" in sections
+    assert (
+        "| lds | **0.70** [0.65, 0.75] | **0.50** [0.45, 0.55] | 1.05 [1.00, 1.10] | **1.30** [1.10, 1.50] |"
+        in sections
+    )
     assert "| balanced_mse | 5.69; 16.17 ± 1.1 |" in sections  # 11 times 1.4, and a tenth more
     assert "| mse | 10.97 ± 0.74 |" in sections
     assert "| lds | 7.35 ± 0.49 |" in (suite / "faces/tables.md").read_text(encoding="utf-8")
@@ -346,6 +351,22 @@ def test_what_is_not_better_beyond_chance_is_not_recommended_and_two_methods_hav
     (suite / "c.csv").write_text((suite / "c.csv").read_text().replace(",100,4,2", ",100,8,2", 1))
     with pytest.raises(SystemExit, match=r"must have one budget, got several:\n *rows +epochs"):
         report["read"](suite)
+
+
+def test_the_page_names_sets_without_rare_labels_and_sets_where_the_mean_error_is_no_price(suite: Path) -> None:
+    part = suite / "c-differences.csv"
+    part.write_text("\n".join(line for line in part.read_text().splitlines() if ",few," not in line))
+    report = runpy.run_path(str(FOLDER / "suite/report.py"))
+    page = report["page"](report["read"](suite))
+    assert "fewer than 20 training rows, which c does not have. A method" in page
+    assert "spread evenly, so that its MAE is no price" not in page
+    for name, ratio in {"a": 1.1, "b": 1.1, "c": 0.5}.items():
+        with (suite / f"{name}-differences.csv").open("a") as file:
+            file.write(f"\nlong_tail_model,mae,all,0,1,{ratio},1,2")
+    for end in (".csv", "-differences.csv"):
+        (suite / f"c{end}").rename(suite / f"sts_b_dir{end}")
+    page = report["page"](report["read"](suite))
+    assert "Without it the MAE of\n`long_tail_model` is 1.10 [1.10, 1.10]." in page
 
 
 def test_the_page_of_the_suite_needs_three_sets(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -405,14 +405,15 @@ more than a tenth higher, or if it has no result there.{even_labels(suite)}
 
 The method of each line was chosen as the one with the best mean on these same test data, so its advantage is somewhat
 overstated. It is named only if it has results on every set that the question is about and its interval lies below 1.
-Settings were chosen by the bMAE of validation data alone, which is why the MAE may rise so far; `most_mae=` of `calibrate` and of the estimators
-bounds it.
+Settings were chosen by the bMAE of validation data alone, which is why the MAE may rise so far; `most_mae=` of
+`calibrate` and of the estimators bounds it.
 
 `python benchmarks/suite/report.py` makes this page from the results in `benchmarks/suite`, to which
 `python recipes/studies/suite.py --root DIR --resume --results benchmarks/suite` adds. So far they hold {len(names)}
 sets (training rows: {", ".join(budget)}) and {rows["method"].nunique()} methods, of which each network
-that is tuned has {trials} trials on validation data, {epochs} epochs and {seeds_text} seeds: {hours(suite):.2f} hours of training, in which a training
-that methods share counts for each. Labels of all parts, test included, are clipped to the range of the training labels.
+that is tuned has {trials} trials on validation data, {epochs} epochs and {seeds_text} seeds:
+{hours(suite):.2f} hours of training, in which a training that methods share counts for each. Labels of all parts, test
+included, are clipped to the range of the training labels.
 Errors of house16H are those of log1p of the price, and its 52 prices of 0 count as the next lowest.
 
 ## All methods
