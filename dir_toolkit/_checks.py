@@ -167,7 +167,8 @@ def is_tensor(**tensors: object) -> None:
     """Raise unless each value is a dense ``torch.Tensor``."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            rule, fix = f"{name} must be a torch.Tensor", f"Use torch.as_tensor({name})."
+            array = f"{name}.to_numpy()" if hasattr(value, "to_numpy") else name
+            rule, fix = f"{name} must be a torch.Tensor", f"Use torch.as_tensor({array})."
             if isinstance(getattr(value, name, None), Tensor):  # such as the scores of an output
                 fix = f"Use output.{name}."
             raise problem(rule, got=type(value), fix=fix)

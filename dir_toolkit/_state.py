@@ -118,6 +118,10 @@ class Float64Module(SoundModule):
 
 def _encoded(value: Any, parts: list[bytes]) -> Any:
     """``value`` for the header, where each tensor is replaced by its place in ``parts``."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    elif hasattr(value, "__array__") and not isinstance(value, Tensor):  # such as a column of pandas
+        value = np.asarray(value)
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.array(value))  # a copy, since the array may be read-only
     if isinstance(value, Tensor):

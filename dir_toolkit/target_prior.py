@@ -356,5 +356,8 @@ def _logits(name: str, scores: Any, count: int | None) -> np.ndarray:
     values = _matrix(name, scores, None, count)
     if (values < 0).any():
         return values
-    distributions(zeros=False, **{name: torch.from_numpy(values)})
+    half = isinstance(scores, Tensor) and scores.is_floating_point() and scores.itemsize < 4
+    distributions(zeros=False, **{name: scores.detach() if half else torch.from_numpy(values)})
+    if half:  # their sums differ from one by what they are rounded by
+        values = values / values.sum(1, keepdims=True)
     return np.log(values.clip(_LEAST))

@@ -235,3 +235,11 @@ def test_bad_input_is_refused(changed: dict[str, Any], error: type[Exception], m
     given |= changed
     with pytest.raises(error, match=match):
         estimate_prior(given.pop("scores"), **given)
+
+
+def test_probabilities_in_half_precision_are_probabilities() -> None:
+    scores = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).mul(2).softmax(1)
+    exact = estimate_prior(scores, source=scores).estimated
+    for dtype in (torch.bfloat16, torch.float16):
+        half = estimate_prior(scores.to(dtype), source=scores.to(dtype)).estimated
+        np.testing.assert_allclose(half, exact, atol=0.01)

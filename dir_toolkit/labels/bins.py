@@ -547,9 +547,9 @@ class Bins(LabelAxes):
 
     def _mean(self, shares: Tensor) -> Tensor:
         wide = shares.to(self.wide_dtype(shares))
-        mean = wide @ self.tensor("centers", wide)
-        # Far from zero a rounding error in the sum of probabilities would move the mean by bins.
-        return mean if self._fits_float32 else mean / wide.sum(-1)
+        # Not a matrix product, which autocast would compute in half precision. Far from zero a rounding error in the
+        # sum of probabilities would move the mean by bins.
+        return (wide * self.tensor("centers", wide)).sum(-1) / wide.sum(-1)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def limits(bins: Bins, like: Tensor, *, ends: Ends = "closed") -> Tensor:
     instance(Bins, bins=bins)
     is_tensor(like=like)
     one_of("ends", ends, ENDS)
-    return knots_of(bins, like, ends)
+    return knots_of(bins, like, ends).clone()  # the axis keeps its own
 
 
 def knots_of(bins: Bins, like: Tensor, ends: Ends) -> Tensor:

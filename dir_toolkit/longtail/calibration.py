@@ -85,8 +85,13 @@ def calibrate(
     choice, biases = choose.calibrated(bias)
     warn_of_temperature(choice.temperature, choose.logits.cpu().numpy())  # as errors these come before any change
     warn_of_tau(choice)
+    before = readout.bias.clone()
     readout.bias.copy_(biases)
-    model.set_prior("uniform", choice.tau, temperature=choice.temperature)
+    try:
+        model.set_prior("uniform", choice.tau, temperature=choice.temperature)
+    except BaseException:
+        readout.bias.copy_(before)
+        raise
     return choice
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import (
+    as_tensors,
     drop_alike,
     gathered,
     instance,
@@ -105,7 +106,7 @@ class LongTailModel(nn.Module):
         fds, weights, bins, density: the arguments.
     Shape:
         forward: x as for the backbone; labels, weight: (N,). Returns :class:`LongTailOutput`. Floats are float32 or
-            wider, even under autocast.
+            wider, even under autocast, except for the features, which are as the backbone gives them.
 
         A backbone may also return features (N, T, D), one row per step of a sequence or per pixel. All outputs then
         begin with (N, T). Labels and weights are (N, T), or (N,) for one per sequence. Padding steps have the label NaN
@@ -310,11 +311,14 @@ class LongTailModel(nn.Module):
 
     def _loss(self, output: LongTailOutput, labels: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
         """The mean loss, with the weights of the model and without dropped labels."""
-        placed = self._placed(labels, index)
+        placed, drops = self._placed(labels, index), "drop" in (self.outside, self.missing)
         if weight is None and self.weights is not None:
             shared = self._shares_bins(self.weights.bins)
-            weight = self.weights._of_rows(placed.row) if shared else self.weights(placed.values)
-        if "drop" in (self.outside, self.missing):
+            values = placed.values
+            if drops and not shared:  # dropped labels need a place on the axis of the weights, too
+                values = torch.where(index >= 0, values, self.weights.bins.tensor("edges", values)[0])
+            weight = self.weights._of_rows(placed.row) if shared else self.weights(values)
+        if drops:
             counts = index >= 0
             weight = counts.to(output.scores.dtype) if weight is None else torch.where(counts, weight, 0)
         if self.missing == "drop":  # the mean is over samples with a label
@@ -502,7 +506,8 @@ class LongTailModel(nn.Module):
         outside = self.outside if outside is None else outside
         scores, shape = as_rows(scores, len(self.readout.score_shape))
         if len(shape) > 1:
-            labels = one_per_row("labels", torch.from_numpy(labels_array(labels, "labels")), shape)
+            (labels,) = as_tensors(labels=labels)
+            labels = one_per_row("labels", labels, shape)
         self.readout.calibrate_intervals(
             scores, labels, level, gamma=gamma, weights=self.weights,
             regions=regions, per_region=per_region, outside=outside, missing=self.missing,

@@ -453,11 +453,12 @@ class ScoreReadout(Readout):
             target_prior = target_prior.estimated if target_prior.accepted else None
         target, kernel = _target_shares(target_prior, self.bins), self.chosen_kernel(kernel)
         offset = self._offset(target, checked_tau(tau), kernel, weights)
+        outdated = has_values(self.intervals.level) and bool(self.intervals.level > 0)
+        if outdated:  # as an error this comes before any change
+            warn("intervals were calibrated under another prior. Call calibrate_intervals again before interval.")
+            self.intervals.level.neg_()
         self.adjuster.offset.copy_(offset)
         self.adjuster.temperature.fill_(temperature)
-        if has_values(self.intervals.level) and self.intervals.level > 0:
-            self.intervals.level.neg_()
-            warn("intervals were calibrated under another prior. Call calibrate_intervals again before interval.")
         self.prior_settings = {"target_prior": target_prior, "tau": tau, "temperature": temperature}
 
     def _offset(self, target: Any, tau: float, kernel: PriorKernel, weights: LDS | None) -> Tensor:
@@ -594,7 +595,6 @@ class BinsReadout(ScoreReadout):
         "squared_emd",
     )  # the losses with soft labels as targets
 
-    warned_crowded = False  # whether a warning was issued that sigma exceeds the spread of most labels
     reach: Tensor  # (B,), the largest residual in each bin
 
     def __init__(
@@ -726,7 +726,6 @@ class BinsReadout(ScoreReadout):
         elif self.density is not None and not density_warned:
             middle = self._middle_half(self.density, in_bins)
             if sigma > middle / 1.35:
-                self.warned_crowded = True
                 warn(
                     f"{name} is larger than the interquartile range of the labels, {middle:.3g} of "
                     f"{length:g}. Learn the logarithm of the labels, or use bins that are narrow where labels are, as "

@@ -135,6 +135,8 @@ class VotingModel(SoundModule):
         self.members = nn.ModuleList([member(m / max(heads - 1, 1)) for m in range(heads)])
 
     def forward(self, x: Any, labels: Tensor | None = None, weight: Tensor | None = None) -> VotingOutput:
+        if labels is None:
+            require(weight is None, "weight needs labels", got="labels=None", fix="Use model(x, labels, weight).")
         features = self.backbone(x)
         shaped(("N", self.num_features), "one row per sample", features=features)
         of_heads = [member(features) for member in self.members]
@@ -194,7 +196,8 @@ class VotingModel(SoundModule):
         member: Any = self.members[0]
         gaussian = isinstance(member.readout, GaussianReadout)
         forecast = _of_most_certain(output.scores, output.most_certain) if gaussian else output.distribution
-        return member.readout._central(forecast, level)
+        lower, upper = member.readout._central(forecast, level)
+        return (member.readout._held(lower), member.readout._held(upper)) if gaussian else (lower, upper)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -216,5 +219,6 @@ def _spread(member: Any, output: LongTailOutput) -> Tensor:
         middle, widths = (knots[1:] + knots[:-1]) / 2, knots.diff()
         middle = middle - middle.mean()  # avoids cancellation far from zero
         shares = output.distribution.to(knots.dtype)
-        mean = shares @ middle
-        return (shares @ (middle.square() + widths.square() / 12) - mean.square()).clamp_min(0).sqrt()
+        # Not matrix products, which autocast would compute in half precision.
+        mean = (shares * middle).sum(1)
+        return ((shares * (middle.square() + widths.square() / 12)).sum(1) - mean.square()).clamp_min(0).sqrt()

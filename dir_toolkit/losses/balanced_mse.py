@@ -685,6 +685,7 @@ def _mixture(
     nearest = ((rows - starts) ** 2).sum(1)
     while len(starts) < components:
         odds = shares * nearest
+        odds = odds if odds.sum() > 0 else shares  # squares of tiny distances are zero
         starts = np.concatenate([starts, rows[[random.choice(len(rows), p=odds / odds.sum())]]])
         nearest = np.minimum(nearest, ((rows - starts[-1]) ** 2).sum(1))
     distances = np.stack([((rows - start) ** 2).sum(1) for start in starts], 1)

@@ -338,3 +338,23 @@ def test_a_part_without_rows_or_with_rows_of_its_training_is_refused(part: Any) 
     x = np.linspace(0, 1, 60)[:, None]
     with pytest.raises(ArgumentError, match="each part of cv must have rows to train on and other rows to forecast"):
         PriorAdjusted(LinearRegression(), cv=[part]).fit(x, 9 * x[:, 0])
+
+
+def test_calibrated_intervals_reach_beyond_the_labels_of_training() -> None:
+    """On an unbounded axis. Cut off at the largest label of training they would hold none beyond it."""
+    held = []
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        y = random.lognormal(0, 1, 7160)
+        x = (np.log(y) + random.normal(0, 0.5, len(y)))[:, None]
+        base = FrozenEstimator(LinearRegression().fit(x[:100], y[:100]))
+        model = PriorAdjusted(base).fit(x[100:260], y[100:260])
+        assert model.predict_interval(x[3260:])[1].max() <= y[100:260].max() + 1e-5  # before they are calibrated
+        model.calibrate_intervals(x[260:3260], y[260:3260], 0.9)
+        lower, upper = model.predict_interval(x[3260:])
+        assert (lower <= model.predict(x[3260:])).all()
+        new, density = y[3260:], model.model_.density
+        few = (density.regions() == "few")[density.bins.index(new)]
+        held.append(((lower <= new) & (new <= upper))[few])
+        assert held[-1][new[few] > y[100:260].max()].any()
+    assert np.concatenate(held).mean() > 0.89  # of 4,025 labels

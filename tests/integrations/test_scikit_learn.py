@@ -716,3 +716,9 @@ def test_each_method_reaches_the_regressors_of_all_targets() -> None:
     assert np.array_equal(model.predict_interval(x)[0], lower)
     with pytest.raises(NotFittedError):
         LongTailRegressor().set_prior("uniform")
+
+
+def test_members_share_what_a_loss_learns() -> None:
+    x = np.random.default_rng(0).normal(size=(200, 3))
+    model = LongTailRegressor(head="regression", loss="balanced_mse", epochs=3, hidden=(8,), random_state=0)
+    assert np.isfinite(model.fit(x, x[:, 0] + 3).predict(x)).all()

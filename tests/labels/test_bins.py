@@ -657,3 +657,12 @@ def test_classes_refuse_integers_below_and_beyond_them_in_every_width(dtype: str
         if limits.min <= wrong <= limits.max:
             with pytest.raises(LabelError, match=f"got {wrong}"):
                 bins.index(np.array([3, wrong], dtype=dtype))
+
+
+def test_an_expectation_is_that_of_decode_also_under_autocast_and_of_rounded_shares() -> None:
+    bins, shares = Bins.uniform(0, 100, count=20), torch.rand(3, 20).softmax(1)
+    plain = bins.expectation(shares)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(bins.expectation(shares), plain, rtol=0, atol=0)
+    assert_close(decode(shares, bins, "expectation"), plain, rtol=0, atol=0)
+    assert_close(bins.expectation(torch.full((20,), 0.05 * 1.0009)), torch.tensor(50.0))

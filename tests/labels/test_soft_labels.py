@@ -408,3 +408,11 @@ def test_counts_of_very_many_bins_are_spread_in_small_pieces(monkeypatch: pytest
         7, rel=1e-12
     )
     assert max(cells) < 2**21  # 16 MB
+
+
+def test_limits_are_a_copy() -> None:
+    bins, shares = Bins.uniform(0, 30, width=10), torch.tensor([0.2, 0.5, 0.3])
+    before = decode(shares, bins, "median")
+    for ends in ("closed", "open"):
+        limits(bins, shares, ends=ends).zero_()  # type: ignore[arg-type]
+    assert_close(decode(shares, bins, "median"), before, rtol=0, atol=0)

@@ -762,3 +762,18 @@ def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
         with pytest.raises(error, match=rf"^LongTailModel\.calibrate: {rule}"):
             call()
     assert bits(model) == before
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
+    bins = Bins.uniform(0, 10, width=1)
+    model = LongTailModel(nn.Linear(2, 4), 4, bins, density=LabelDensity(bins, np.arange(20, 10, -1)))
+    random = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(400, 10, generator=random), 10 * torch.rand(400, generator=random)
+    model.calibrate_intervals(scores, labels)
+    before = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DirToolkitWarning)
+        with pytest.raises(DirToolkitWarning, match="intervals were calibrated under another prior"):
+            model.calibrate(scores, labels, most_mae=None, bias=True)
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if isinstance(before[key], Tensor))

@@ -94,3 +94,16 @@ def test_tau_is_chosen_on_the_labels_that_are_there() -> None:
     taus = [0.0, 0.5, 1.0]
     one, other = model.choose_tau(scores, labels, taus=taus), model.choose_tau(scores[there], labels[there], taus=taus)
     assert one.tau == other.tau
+
+
+def test_dropped_labels_need_no_place_on_the_axis_of_weights() -> None:
+    bins, narrow = Bins.uniform(0, 100, width=1), Bins.uniform(18, 80, width=1)
+    known = torch.linspace(20, 79, 40)
+    density, weights = LabelDensity.count(known, bins), LDS(narrow).fit(known)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    for options, label in (({"missing": "drop"}, torch.nan), ({"outside": "drop"}, 120.0)):
+        model: Any = LongTailModel(nn.Identity(), 4, bins, density=density, weights=weights, **options)
+        loss = model(x, torch.tensor([20.0, label, 40.0])).loss
+        kept = model(x[[0, 2]], torch.tensor([20.0, 40.0])).loss
+        expected = kept if "missing" in options else kept * 2 / 3  # others count as samples
+        torch.testing.assert_close(loss, expected)

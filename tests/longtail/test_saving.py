@@ -409,3 +409,18 @@ def test_every_argument_of_the_constructor_is_saved() -> None:
     """But the backbone, which is handed over, and FDS, which predictions do not need."""
     arguments = set(inspect.signature(LongTailModel).parameters) - {"backbone", "fds"}
     assert arguments <= _made_with(trained()).keys()
+
+
+def test_numbers_of_numpy_and_columns_of_pandas_are_saved(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    bins = dt.Bins.uniform(0, 50, width=1)
+    density, shares = dt.LabelDensity(bins, np.arange(50, 0, -1)), np.arange(1, 51) / 1275
+    for sigma in (np.float32(3), np.int64(3)):
+        for prior, tau in (("uniform", np.float32(0.5)), (pandas.Series(shares), 1)):
+            model = LongTailModel(nn.Linear(3, 4), 4, bins, density=density, sigma=sigma)
+            model.set_prior(prior, tau)
+            model.save(tmp_path / "model.safetensors")
+            again = dt.load(tmp_path / "model.safetensors", nn.Linear(3, 4))
+            x = torch.ones(2, 3)
+            assert model.predict(x).prediction.equals(again.predict(x).prediction)
+            assert again.settings["sigma"] == 3

@@ -16,6 +16,7 @@ import dir_toolkit as dt
 from dir_toolkit.errors import ArgumentError, LabelError, ShapeError
 from dir_toolkit.labels.soft_labels import limits, soft_labels
 from dir_toolkit.longtail import VotingModel, VotingOutput
+from dir_toolkit.longtail.voting import _spread
 
 HEADS = pytest.mark.parametrize("head", ["gaussian", "linear", "corn"])
 COUNTS = AGE_DENSITY.counts.astype(float)
@@ -186,3 +187,38 @@ def test_classes_and_sequences_are_refused() -> None:
     model = VotingModel(nn.Linear(3, 6), 6, bins, density=dt.LabelDensity(bins, torch.arange(1, 21)))
     with pytest.raises(ShapeError, match=r"features must be \(N, 6\)"):
         model(torch.randn(2, 5, 3))
+
+
+def test_the_same_head_votes_under_autocast() -> None:
+    bins = dt.Bins.uniform(0, 100, width=1)
+    model: Any = VotingModel(nn.Identity(), 4, bins, density=dt.LabelDensity.count(bins.centers, bins), head="linear")
+    labels = torch.full((3,), 92.3)
+    scores = torch.stack([soft_labels(labels, bins, sigma, ends="open") for sigma in (2.0, 1.5, 1.0)], 1).log()
+    with torch.no_grad():
+        outputs = [
+            member.readout(scores[:, m].clamp_min(-80), torch.zeros(3, 4), torch.zeros(3, 4))
+            for m, member in enumerate(model.members)
+        ]
+    plain = [_spread(*pair) for pair in zip(model.members, outputs, strict=True)]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = [_spread(*pair) for pair in zip(model.members, outputs, strict=True)]
+    for one, other in zip(plain, half, strict=True):
+        assert other.dtype == torch.float32
+        assert_close(one, other)
+
+
+def test_intervals_of_gaussian_heads_stay_on_the_axis_if_predictions_do() -> None:
+    model = voting(within_axis=True)
+    out = model(100 * batch()[0])
+    lower, upper = model.interval(out)
+    first, last = AGES.edges[[0, -1]]
+    assert ((first <= lower) & (upper <= last)).all()
+    assert ((lower <= out.prediction) & (out.prediction <= upper)).all()
+    lower, upper = voting().interval(voting()(100 * batch()[0]))
+    assert (lower < first).any() or (upper > last).any()
+
+
+def test_a_weight_needs_labels() -> None:
+    x, y = batch()
+    with pytest.raises(ArgumentError, match="weight needs labels, got labels=None"):
+        voting()(x, None, torch.ones(len(y)))

@@ -925,3 +925,8 @@ def test_a_mixture_is_not_fitted_with_an_array_for_what_missing_labels_do() -> N
         ValueError, match=r"^GaussianMixtureLoss\.fit: missing must be one of 'raise', 'drop', got array"
     ):
         GaussianMixtureLoss.fit([0.0, 1.0, 2.0], components=1, missing=np.array(["drop", "raise"]))
+
+
+def test_a_mixture_takes_labels_whose_squared_distances_are_zero() -> None:
+    mixture = GaussianMixtureLoss.fit([0.0, 1e-170, 1.0], components=3)
+    assert mixture(torch.tensor([0.1, 0.9]), torch.tensor([0.0, 1.0])).isfinite()

@@ -119,8 +119,9 @@ class Blended(RegressorMixin):
     def predict_interval(self, X: Any, level: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper ends, (N,) each, of intervals that hold a label with the probability ``level``.
 
-        They are those of ``calibrate_intervals``. Before, they are the central intervals of the bins, or of the
-        Gaussian. They are widened to the prediction where it lies outside.
+        They are those of ``calibrate_intervals``, which may reach beyond the labels of training, even to infinity.
+        Before, they are the central intervals of the bins, or of the Gaussian, in the range of the labels of training.
+        They are widened to the prediction where it lies outside.
 
         Args:
             level: in (0, 1); None is the calibrated one, and 0.9 before.
@@ -129,10 +130,15 @@ class Blended(RegressorMixin):
             RuntimeError: the prior was set after calibration.
         """
 
+        check_is_fitted(self)
+        calibrated = self.model_.readout.intervals.known(level)
+
         def ends(x: Tensor) -> Tensor:
             lower, upper = self.model_.interval(self.model_(self._of_model(x)), level)
             label = self._label(x)
-            return torch.stack([self._on_axis(lower).minimum(label), self._on_axis(upper).maximum(label)], 1)
+            if not calibrated:
+                lower, upper = self._on_axis(lower), self._on_axis(upper)
+            return torch.stack([lower.minimum(label), upper.maximum(label)], 1)
 
         lower, upper = self._predicted(X, ends).T
         return lower, upper

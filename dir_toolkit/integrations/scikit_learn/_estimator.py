@@ -234,7 +234,7 @@ class LongTailEstimator(BaseEstimator):
         padded = torch.stack([torch.cat([one, trained[:1].expand(longest - len(one))]) for one in held])
         fused = device.type in ("cpu", "cuda") or None
         steps = Steps(model, optimization, len(trained), runtime, fused=fused)
-        parameters = list(model.parameters())
+        parameters = [*model.backbone.parameters(), *model.head.parameters()]  # those that each member has for itself
         best, best_scores = torch.full((count,), math.inf, device="cpu"), None
         best_weights = [parameter.detach().clone() for parameter in parameters]
         history: list[dict[str, float]] = []
