@@ -313,10 +313,10 @@ class LongTailModel(nn.Module):
         """The mean loss, with the weights of the model and without dropped labels."""
         placed, drops = self._placed(labels, index), "drop" in (self.outside, self.missing)
         if weight is None and self.weights is not None:
-            shared = self._shares_bins(self.weights.bins)
-            values = placed.values
+            axis: Any = self.weights.bins
+            shared, values = self._shares_bins(axis), placed.values
             if drops and not shared:  # dropped labels need a place on the axis of the weights, too
-                values = torch.where(index >= 0, values, self.weights.bins.tensor("edges", values)[0])
+                values = torch.where(index >= 0, values, axis.tensor("edges", values)[0])
             weight = self.weights._of_rows(placed.row) if shared else self.weights(values)
         if drops:
             counts = index >= 0
