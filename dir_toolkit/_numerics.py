@@ -65,6 +65,13 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def mean_under(shares: Tensor, values: Tensor) -> Tensor:
+    """The mean of values (B,) under distributions (..., B)."""
+    # Not a matrix product, which autocast would compute in half precision. Far from zero a rounding error in the sum of
+    # shares would move the mean by many of its digits.
+    return (shares * values).sum(-1) / shares.sum(-1)
+
+
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows (N, D) scaled to length one. A row shorter than 1e-12 becomes zero, with zero gradient."""
     # Dividing by the largest number first avoids overflow of squares. The result does not depend on it.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -100,6 +100,22 @@ class SoundModule(nn.Module):
 
     def extra_repr(self) -> str:
         return shown(getattr(self, "settings", {}))
+
+
+class WideBuffers(nn.Module):
+    """A module whose own buffers are not rounded where it is cast to half precision."""
+
+    _bytes_kept: ClassVar[int] = 4  # per number; a dtype with fewer is not taken, unless the buffer had it before
+
+    @torch.inference_mode(False)  # buffers must be usable in training
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.itemsize < min(self._bytes_kept, old.itemsize):
+                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
+        return self
 
 
 class Float64Module(SoundModule):

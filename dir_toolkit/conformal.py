@@ -226,7 +226,7 @@ class Conformal(ABC):
         miss = 1 - Fraction(str(level))
         scores, rows = np.concatenate(self._scores), np.concatenate(self._rows)
         some = len(scores) > 0
-        require(some, "there must be calibration samples", got="none", fix="Call update(output, labels) first.")
+        require(some, "there must be calibration samples", got="none", fix="Give some with labels on the axis first.")
         counts = np.array(list(self.counts().values()) if self.per_region else [len(rows)])
         needed, fewest = math.ceil(1 / miss) - 1, int(counts.argmin())
         if counts[fewest] < needed and not self._warned:
@@ -499,8 +499,8 @@ def _checked_regions(regions: Any, bins: Bins) -> np.ndarray:
 
 
 def _thresholds(scores: np.ndarray, region: np.ndarray, group: np.ndarray, misses: list[Fraction]) -> np.ndarray:
-    """For each of R regions, the score that at most a share ``misses`` of new samples of its ``group`` (R,) falls
-    below, (R,)."""
+    """The threshold of each of R regions, (R,): of new samples of its group at most a share of ``misses`` has a lower
+    score. ``group`` (R,) has the group of each region, and ``misses`` has one share per region."""
     of_sample = group[region].astype(np.min_scalar_type(len(group)))  # NumPy sorts small integers by radix
     counts = np.bincount(of_sample, minlength=len(group))
     size, stop = counts[group], counts.cumsum()

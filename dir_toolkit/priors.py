@@ -37,7 +37,7 @@ from ._checks import (
     warn,
 )
 from ._numerics import confidence_bin, confidence_edges, wide_dtype
-from ._state import SoundModule
+from ._state import SoundModule, WideBuffers
 from .labels.bins import Bins
 from .labels.density import LabelDensity, counts_array
 from .labels.weights import LDS
@@ -197,7 +197,7 @@ class TauChoice:
         samples: the number of held-out labels.
         biased: whether biases were fitted together with the temperature.
         start: each error at tau 0 and temperature 1 without biases, from ``calibrate`` of a model; else None.
-        bound: the ``most_mae`` without which the criterion would be lower; else None.
+        bound: ``most_mae``, if it kept the criterion from being lower; None if it did not matter.
     """
 
     tau: float
@@ -353,12 +353,12 @@ def warn_of_tau(choice: TauChoice) -> TauChoice:
     return choice
 
 
-class LogitAdjuster(SoundModule):
+class LogitAdjuster(WideBuffers, SoundModule):
     """:func:`adjust_logits` as the last layer of a deployed model: ``nn.Sequential(model, LogitAdjuster(prior))``.
 
-    It computes ``logits / temperature + offset``. Both are float32 buffers, so that a ``state_dict`` includes prior,
-    target and tau. It can be exported by ``torch.export``. Logits in float64 stay float64, but are adjusted only to
-    about seven digits.
+    It computes ``logits / temperature + offset``. Both are buffers, so that a ``state_dict`` includes prior, target and
+    tau. They are float32, also where a model is cast to half precision. It can be exported by ``torch.export``. Logits
+    in float64 stay float64, but are adjusted only to about seven digits.
 
     Args:
         prior, target, tau: as in :func:`adjust_logits`.

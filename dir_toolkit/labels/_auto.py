@@ -29,7 +29,7 @@ def chosen_edges(labels: np.ndarray) -> tuple[np.ndarray, str]:
     """The edges (B + 1,) for finite float64 labels (N,) that are not all equal, and the reason for them."""
     most = int(np.clip(len(labels) // _LABELS_PER_BIN, _FEWEST, _MOST))
     values, counts = np.unique(labels + 0.0, return_counts=True)  # no -0.0
-    pile = values[counts.argmax()] if counts.max() >= _PILE * len(labels) else np.nan
+    pile = values[counts.argmax()] if counts.max() >= max(2, _PILE * len(labels)) else np.nan
     own = values[_near(values, counts)]
     step = _step(own)
     if step and (own[-1] - own[0]) / step < most - 0.5:

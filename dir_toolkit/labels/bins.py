@@ -38,7 +38,7 @@ from .._checks import (
     warn,
     whole,
 )
-from .._numerics import has_values, keepable, readable, strict_fake_mode, wide_dtype
+from .._numerics import has_values, keepable, mean_under, readable, strict_fake_mode, wide_dtype
 from ._auto import chosen_edges
 
 if TYPE_CHECKING:
@@ -355,12 +355,13 @@ class Bins(LabelAxes):
     def auto(cls, labels: Any) -> Bins:
         """Bins chosen from the labels. ``bins.why`` gives the reason in a sentence or two.
 
-        Labels that are multiples of one step, such as whole numbers, get one bin per step if there are at least 5
-        labels per step and at most 200 steps. Other labels get bins of one round width. It is half the width of
-        Freedman and Diaconis, since densities are smoothed over several bins. It is adjusted so that there are about 10
-        to 200 bins with 5 labels or more on average. If a tail is longer than 8 interquartile ranges, bins have equal
-        width on a logarithmic scale, or on an asinh scale where some labels are not positive. The edges are still in
-        label units. A value that a tenth of the labels share, such as zero, is left out of the interquartile range.
+        Labels that are multiples of one step, such as whole numbers, get one bin per step if there are at most 200
+        steps, and at least 5 labels per step or at most 10 steps. Other labels get bins of one round width. It is half
+        the width of Freedman and Diaconis, since densities are smoothed over several bins. It is adjusted so that there
+        are about 10 to 200 bins with 5 labels or more on average. If a tail is longer than 8 interquartile ranges, bins
+        have equal width on a logarithmic scale, or on an asinh scale where some labels are not positive. The edges are
+        still in label units. A value that a tenth of the labels share, such as zero, is left out of the interquartile
+        range.
 
         A few values are outliers if their distance from the others exceeds the range of those. A value that five labels
         or more share, such as a price of zero, is one only if the distance exceeds five times that range.
@@ -547,9 +548,7 @@ class Bins(LabelAxes):
 
     def _mean(self, shares: Tensor) -> Tensor:
         wide = shares.to(self.wide_dtype(shares))
-        # Not a matrix product, which autocast would compute in half precision. Far from zero a rounding error in the
-        # sum of probabilities would move the mean by bins.
-        return (wide * self.tensor("centers", wide)).sum(-1) / wide.sum(-1)
+        return mean_under(wide, self.tensor("centers", wide))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import finite, instance, labels_array, number, one_of, real, require, same_device
-from .._numerics import readable
+from .._numerics import mean_under, readable
 from .bins import Bins, continuous, lookup
 from .soft_labels import ENDS, Ends, knots_of
 
@@ -65,8 +65,7 @@ def decoded(probabilities: Tensor, bins: Bins, point: Decoding, ends: Ends) -> T
     if ends == "open":
         knots = knots_of(bins, probabilities, "closed")
         centers = torch.cat([knots[:1], centers[1:-1], knots[-1:]]) if len(bins) > 1 else centers
-    # Not a matrix product, which autocast would compute in half precision.
-    mean = (probabilities * centers).sum(-1) / probabilities.sum(-1)
+    mean = mean_under(probabilities, centers)
     return mean if ends == "closed" else _held(mean, bins)
 
 

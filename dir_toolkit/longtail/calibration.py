@@ -85,13 +85,7 @@ def calibrate(
     choice, biases = choose.calibrated(bias)
     warn_of_temperature(choice.temperature, choose.logits.cpu().numpy())  # as errors these come before any change
     warn_of_tau(choice)
-    before = readout.bias.clone()
-    readout.bias.copy_(biases)
-    try:
-        model.set_prior("uniform", choice.tau, temperature=choice.temperature)
-    except BaseException:
-        readout.bias.copy_(before)
-        raise
+    readout.set_prior("uniform", choice.tau, "auto", choice.temperature, model.weights, biases)
     return choice
 
 
@@ -245,11 +239,12 @@ class _Choice:
         return _Best(replace(choice, temperature=used, biased=biased), logits, biases)
 
     def best(self, biased: bool, half: np.ndarray | None = None, *, strict: bool = False) -> _Best:
-        """Choose tau at the fitted temperature and at one, and take the lower error of those that keep the bound.
-        Without biases one keeps it at tau 0. If no choice keeps it, it raises if ``strict``.
+        """Choose tau at the fitted temperature and at temperature 1. Of the choices that keep the bound, the one with
+        the lower error is taken. Without biases temperature 1 always keeps it, at tau 0. If no choice keeps it, this
+        raises if ``strict``.
 
-        For a most probable class or bin a temperature only rescales tau, unless the loss was adjusted. There one
-        competes only if the fitted temperature breaks the bound or raises the error.
+        For a most probable class or bin a temperature only rescales tau, unless the loss was adjusted. There
+        temperature 1 competes only if the fitted one breaks the bound or raises the error.
         """
         assert self.start is not None
         most = math.inf if self.most is None else self.most * self.start[self.plain]

@@ -168,7 +168,8 @@ class LongTailModel(nn.Module):
             require(name in own, f"{name} must be an option of {kind.__name__}", got=got, fix=fix, error=TypeError)
         self.bins, self.density, self.outside, self.missing = bins, density, outside, missing
         self.backbone, self.num_features = backbone, (takes := length("num_features", num_features))
-        gives = getattr(backbone, "num_features", takes)
+        # timm: features may pass through one more layer, whose size is head_hidden_size
+        gives = getattr(backbone, "head_hidden_size", getattr(backbone, "num_features", takes))
         require(gives == takes, f"num_features must be the backbone's {gives}", got=takes, error=ShapeError)
         self.neck = nn.Identity()  # FDS is attached here, so that head and readout get calibrated features
         self.head = kind.make_head(head, self.num_features, bins)
@@ -641,7 +642,7 @@ class LongTailModel(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of the model except for its backbone, and its current prior."""
+        """The arguments of the model except for its backbone, and its current prior, unless a ``state_dict`` set it."""
         return {
             "num_features": self.num_features,
             "bins": self.bins,

@@ -38,6 +38,7 @@ from .._checks import (
     word,
 )
 from .._numerics import has_values, wide_dtype
+from .._state import WideBuffers
 from ..conformal import BinsConformal, Conformal, GaussianConformal, PointConformal
 from ..errors import ShapeError
 from ..heads.affinity import AffinityHead
@@ -139,7 +140,7 @@ class Loss(NamedTuple):
     options: Callable[[Bins, float], dict[str, Any]] = lambda bins, spread: {}
 
 
-class Readout(nn.Module):
+class Readout(WideBuffers):
     """The base of readouts. The keyword-only arguments of a subclass are its options."""
 
     heads: ClassVar[Mapping[str, Callable[[int, int], nn.Module]]]
@@ -215,14 +216,14 @@ class Readout(nn.Module):
         finite(scores=on_host("scores", scores))
         calibration = self._calibration(_needed("calibrate_intervals", self.density), gamma, weights, **options)
         calibration._add(scores=self.forecast(scores), labels=labels)
-        if self.ends_on_axis and options["outside"] == "clip":
+        if self.ends_on_axis and (options["outside"] == "clip" or self.bins.unbounded):
             values = labels_array(labels, "labels")
             lost = int(((values < self.bins.edges[0]) | (values > self.bins.edges[-1])).sum())
             if lost:
-                fix = "a wider or an unbounded axis" + ", or within_axis=False" * isinstance(self, _NumberReadout)
+                fix = "within_axis=False" if isinstance(self, _NumberReadout) else "an unbounded one"
                 warn(
                     f"{lost} of {len(values)} labels lie beyond the axis, where intervals end, so that they are not "
-                    f"held. Use {fix}."
+                    f"held. Use a wider axis, or {fix}."
                 )
         self.intervals.take(calibration, level)
 
@@ -272,6 +273,7 @@ class _NumberReadout(Readout):
 
     offset: Tensor
     scale: Tensor
+    _bytes_kept = 8  # labels that need float64 also need it after a cast
 
     def __init__(self, setup: Setup, within_axis: bool) -> None:
         super().__init__(setup)
@@ -300,16 +302,6 @@ class _NumberReadout(Readout):
             return prediction
         return prediction.clamp(float(self.bins.edges[0]), float(self.bins.edges[-1]))
 
-    @torch.inference_mode(False)  # Buffers must serve training later.
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name in ("offset", "scale"):  # offset and scale keep their precision when weights are cast
-            old, new = before[name], self._buffers[name]
-            if old is not None and new is not None and new.itemsize < old.itemsize:
-                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
-        return self
-
     def interval(self, output: LongTailOutput | Tensor, level: float | None) -> tuple[Tensor, Tensor]:
         lower, upper = super().interval(output, level)
         return self._held(lower), self._held(upper)
@@ -324,8 +316,8 @@ class PointReadout(_NumberReadout):
 
     Args:
         within_axis: whether predictions and ends of intervals are clipped to the axis. Scores and the loss are not
-            clipped. Balanced MSE needs it, since it can predict beyond the labels. No interval then holds a label
-            beyond the axis, which ``outside="clip"`` allows.
+            clipped. Balanced MSE needs it, since it can predict beyond the labels. Then no interval holds a
+            label beyond the axis. ``outside="clip"`` and an unbounded axis allow such labels.
         prior_kernel: the window that smooths the density for ``"balanced_mse"``. ``"auto"`` is ``gaussian(5, 2)`` on an
             axis of five bins or more, else None.
     """
@@ -444,7 +436,13 @@ class ScoreReadout(Readout):
         self.adjuster.offset.zero_()
 
     def set_prior(
-        self, target_prior: TargetPrior, tau: float, kernel: PriorKernel, temperature: float | None, weights: LDS | None
+        self,
+        target_prior: TargetPrior,
+        tau: float,
+        kernel: PriorKernel,
+        temperature: float | None,
+        weights: LDS | None,
+        bias: Tensor | None = None,
     ) -> None:
         if temperature is None:
             temperature = self.adjuster.temperature.item()
@@ -452,20 +450,21 @@ class ScoreReadout(Readout):
         if isinstance(target_prior, PriorEstimate):
             target_prior = target_prior.estimated if target_prior.accepted else None
         target, kernel = _target_shares(target_prior, self.bins), self.chosen_kernel(kernel)
-        offset = self._offset(target, checked_tau(tau), kernel, weights)
+        offset, bias = self._offset(target, checked_tau(tau), kernel, weights), self.bias if bias is None else bias
         outdated = has_values(self.intervals.level) and bool(self.intervals.level > 0)
         if outdated:  # as an error this comes before any change
             warn("intervals were calibrated under another prior. Call calibrate_intervals again before interval.")
             self.intervals.level.neg_()
-        self.adjuster.offset.copy_(offset)
+        self.bias.copy_(bias)
+        self.adjuster.offset.copy_(offset + bias)
         self.adjuster.temperature.fill_(temperature)
         self.prior_settings = {"target_prior": target_prior, "tau": tau, "temperature": temperature}
 
     def _offset(self, target: Any, tau: float, kernel: PriorKernel, weights: LDS | None) -> Tensor:
-        """The offset of logits, (B,), for predictions under a checked target."""
+        """The offset of logits, (B,), for predictions under a checked target, without bias."""
         if target is None:
-            return self.loss_offset + self.bias
-        return self.offset_from(self.training_prior(kernel, weights), target, tau) + self.bias
+            return self.loss_offset
+        return self.offset_from(self.training_prior(kernel, weights), target, tau)
 
     def offset_from(self, prior: Tensor, target: Any, tau: float) -> Tensor:
         """The offset of logits, (B,), from a training prior to a target."""
@@ -493,8 +492,10 @@ class ScoreReadout(Readout):
             self._warned_unseen = True
             warn(f"no label in or near {unseen} of {len(self.bins)} bins; in the prior each has a count of one.")
         one_each = _weighted(LabelDensity(self.bins, np.ones(len(self.bins))), weights).counts
-        # A minimum count bounds the adjustment of bins without labels.
-        return torch.from_numpy(to_shares(learnt + one_each * (1 - reached).clip(min=0)))
+        # A minimum count bounds the adjustment of bins without labels, and of those whose labels have no weight.
+        counts = learnt + one_each * (1 - reached).clip(min=0)
+        least = np.where(one_each > 0, 0, one_each[one_each > 0].min(initial=np.inf))
+        return torch.from_numpy(to_shares(np.maximum(counts, least)))
 
     def _spread_out(self, kernel: PriorKernel, *densities: LabelDensity) -> Sequence[np.ndarray] | np.ndarray:
         """The counts (B,) of each density, smoothed as the loss smooths labels or by a window."""

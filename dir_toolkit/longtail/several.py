@@ -176,9 +176,10 @@ class MultiTargetModel(SoundModule):
         readouts = [target.readout for target in self.targets]
         binned = [len(readout.bins) * isinstance(readout, ScoreReadout) for readout in readouts]
         moved = [len(readout.bins) * (getattr(readout, "residual", None) is not None) for readout in readouts]
+        of_each = zip(self.targets, output.prediction.unbind(-1), strict=True)
         parts = zip(
             self._split(output.scores),
-            output.prediction.unbind(-1),
+            [labels.long() if target.bins.categorical else labels for target, labels in of_each],
             output.distribution.split(binned, -1),
             output.residual.split(moved, -1),
             strict=True,

@@ -75,8 +75,8 @@ class VotingModel(SoundModule):
         head: ``"gaussian"``, or a head over bins: ``"linear"``, ``"cosine"``, ``"affinity"``, ``"coral"``, ``"corn"``.
         kernel: the kernel that smooths q, as in :class:`~dir_toolkit.LDS`, for Gaussian heads. Heads over bins take
             ``prior_kernel`` instead.
-        options: those of :class:`LongTailModel` and its readout, for every head. The model itself sets ``weights`` of
-            Gaussian heads, and ``target_prior``, ``tau`` and ``adjust`` of heads over bins.
+        options: those of :class:`LongTailModel` and its readout, for every head, except for ``fds``. The model itself
+            sets ``weights`` of Gaussian heads, and ``target_prior``, ``tau`` and ``adjust`` of heads over bins.
     Attributes:
         backbone, members: the backbone, and one :class:`LongTailModel` of features for each head.
     Shape:
@@ -115,6 +115,8 @@ class VotingModel(SoundModule):
         one_of("head", head, ("gaussian", "linear", "cosine", "affinity", "coral", "corn"))
         continuous(bins, "Classes have no order.")
         gaussian = head == "gaussian"
+        fix = 'Call fds.attach(model.backbone, "output"), and train inside `with fds.labels(y):`.'
+        require(options.get("fds") is None, "fds must be left out", got="one", fix=fix)
         for name in ("weights",) if gaussian else ("target_prior", "tau", "adjust"):
             got, fix = f"{name}={options.get(name)!r}", "VotingModel sets it for each head."
             require(name not in options, f"{name} must be left out", got=got, fix=fix)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._checks import one_of, problem, require
 from .._numerics import wide_dtype
 from .._settings import shown
-from .._state import SoundModule
+from .._state import SoundModule, WideBuffers
 from ..labels.bins import MISSING
 
 Reduction = Literal["none", "mean", "sum"]
@@ -97,7 +97,7 @@ def held(output: Any, name: str) -> Tensor:
     return value
 
 
-class Loss(SoundModule):
+class Loss(WideBuffers, SoundModule):
     """A loss as a module: its constructor takes the options of ``function``, and a call gives the mean over the batch.
 
     Options that are tensors become buffers, which are not rounded where a model is cast to half precision.
@@ -129,15 +129,6 @@ class Loss(SoundModule):
 
     def extra_repr(self) -> str:  # modules among the options appear as children
         return shown({name: value for name, value in self.settings.items() if not isinstance(value, nn.Module)})
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            cast = self._buffers[name]
-            if buffer is not None and cast is not None and cast.itemsize < min(4, buffer.itemsize):
-                self._buffers[name] = buffer.to(cast.device)
-        return self
 
 
 class PointLoss(Loss):

@@ -289,6 +289,9 @@ def test_rows_are_held_out_along_the_labels_and_no_class_loses_its_last() -> Non
         ({"validation_fraction": 0.6}, "validation_fraction must be > 0 and <= 0.5, got 0.6"),
         ({"patience": 0}, r"LongTailRegressor\.fit: patience must be at least 1, got 0"),
         ({"device": "abacus"}, 'device must be "auto", "cpu"'),
+        ({"head": "auto", "loss": "weighted_mse"}, r'loss must be None with head="auto".* or head="regression"\.$'),
+        ({"head": "regression", "decode": "mode"}, "decode must be left out with head='regression', which has no bins"),
+        ({"head": "gaussian", "sigma": 2.0}, "sigma must be left out with head='gaussian', which has no bins, got 2.0"),
     ],
 )
 def test_bad_settings_of_a_regressor_are_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -81,6 +81,13 @@ def test_a_pile_of_zeros_has_a_bin_that_is_symmetric_about_it() -> None:
     assert high < 0.5
 
 
+def test_one_label_is_no_pile() -> None:
+    """Of ten labels or fewer each is a tenth."""
+    few = [0.0, 0.3, 1.7, 2.9, 3.1, 4.4, 5.2, 6.9]
+    assert "of them" not in str(Bins.auto(few).why)
+    assert "22% of them 0" in str(Bins.auto([0.0, *few]).why)
+
+
 def test_tails_on_both_sides_are_shortened_alike() -> None:
     bins = all_held(np.concatenate([RETURNS, -RETURNS]))
     np.testing.assert_allclose(bins.edges, -bins.edges[::-1], atol=1e-12)

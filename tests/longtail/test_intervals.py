@@ -173,13 +173,18 @@ def test_labels_that_no_interval_reaches_are_warned_of() -> None:
     beyond = labels.double().where(labels < 11, 30.0)
     lost = int((beyond == 30).sum())
     for head, options, fix in (
-        ("regression", {"within_axis": True}, "a wider or an unbounded axis, or within_axis=False"),
-        ("linear", {}, "a wider or an unbounded axis"),
+        ("regression", {"within_axis": True}, "a wider axis, or within_axis=False"),
+        ("linear", {}, "a wider axis, or an unbounded one"),
     ):
         model: Any = untrained(head, **options)
         with pytest.warns(dt.DirToolkitWarning, match=rf"calibrate_intervals: {lost} of 600 labels .* Use {fix}\.$"):
             model.calibrate_intervals(model(x).scores, beyond, outside="clip")
         assert (model.interval(model(x))[1] <= 12).all()
+    endless = dt.Bins(np.arange(13.0), unbounded=True)
+    density = dt.LabelDensity(endless, np.ones(12))
+    short = LongTailModel(nn.Identity(), 2, endless, density=density, head="regression", within_axis=True)
+    with pytest.warns(dt.DirToolkitWarning, match=rf"{lost} of 600 labels .* or within_axis=False\.$"):
+        short.calibrate_intervals(short(x).scores, beyond)
     free = untrained("regression")
     free.calibrate_intervals(free(x).scores, beyond, outside="clip")
     assert (free.interval(free(x))[1] > 12).all()
@@ -195,6 +200,9 @@ def test_missing_labels_calibrate_nothing_where_the_model_drops_them() -> None:
     assert torch.equal(model.sets(model(x)), other.sets(other(x)))
     with pytest.raises(dt.LabelError, match="labels must not be NaN"):
         other.calibrate_intervals(other(x).scores, gaps)
+    rule = r"calibration samples, got none\. Give some with labels on the axis first\."
+    with pytest.raises(ValueError, match=rule):
+        model.calibrate_intervals(model(x).scores, gaps * torch.nan)
 
 
 def test_labels_are_counted_as_the_model_takes_them() -> None:

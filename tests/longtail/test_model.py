@@ -470,6 +470,15 @@ def test_options_are_refused(options: dict[str, Any], error: type[Exception], ru
         LongTailModel(**arguments)
 
 
+def test_the_size_of_what_a_backbone_gives_counts() -> None:
+    """Some backbones of timm have a last layer behind the features that they count."""
+    backbone: Any = net()
+    backbone.num_features, backbone.head_hidden_size = 4, 6
+    assert LongTailModel(backbone, 6, AGES)(batch()[0]).features.shape == (9, 6)
+    with pytest.raises(ShapeError, match="num_features must be the backbone's 6, got 4"):
+        LongTailModel(backbone, 4, AGES)
+
+
 def test_an_fds_serves_one_model() -> None:
     fds = FDS(AGES, 6)
     ages(fds=fds)

@@ -223,6 +223,27 @@ def test_a_bin_without_labels_counts_as_one_label_of_its_weight() -> None:
         torch.testing.assert_close(class_prior(density, weights=weights).float(), expected)
 
 
+def test_bins_whose_labels_have_no_weight_count_as_one_label_of_the_smallest_weight() -> None:
+    """Weights over a narrower axis leave out what lies beyond it."""
+    narrow = LDS(Bins.uniform(0, 15, width=1), kernel=None, scheme="inverse", outside="drop")
+    weights = narrow.fit(AGES.centers.repeat(AGE_DENSITY.counts))
+    table = weights(torch.tensor(AGES.centers)).numpy()
+    assert (table[15:] == 0).all()
+    for options in ({"prior_kernel": None}, {"sigma": None}, {}, {"adjust": "in_loss"}):
+        model = ages(weights=weights, target_prior="uniform", **options)
+        offset = (model.readout.adjuster.offset - model.readout.loss_offset).double().numpy()
+        prior = np.exp(-offset)
+        if options in ({"prior_kernel": None}, {"sigma": None}):  # labels are not spread
+            assert prior[15:] / prior[0] == pytest.approx(table[:15].min() / (400 * table[0]), rel=1e-4)
+        assert (prior > 0).all()
+        np.testing.assert_allclose(prior.sum(), 1, rtol=1e-5)
+    x, y = batch(300)
+    noisy = y + 2 * x[:, 0]
+    choice = model.calibrate(-(torch.tensor(AGES.centers) - noisy[:, None]).abs(), y)
+    assert np.isfinite(choice.scores).all()
+    assert model(x).prediction.isfinite().all()
+
+
 def test_weights_that_are_not_known_yet_leave_no_prior() -> None:
     with pytest.raises(NotFittedError):
         ages(target_prior="uniform", weights=LDS(AGES))

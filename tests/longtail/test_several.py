@@ -80,6 +80,7 @@ def test_targets_of_all_kinds_stand_beside_each_other_and_are_taken_apart() -> N
         alone = target(features)
         for name in ("scores", "distribution", "residual", "features"):
             assert torch.equal(getattr(own, name), getattr(alone, name)), name
+        assert own.prediction.dtype == (torch.int64 if target.bins.categorical else torch.float32)
 
 
 def test_the_unit_of_a_target_does_not_weigh_it() -> None:

@@ -18,6 +18,7 @@ from dir_toolkit.labels.bins import Bins
 from dir_toolkit.labels.weights import LDS
 from dir_toolkit.longtail import LongTailModel
 from dir_toolkit.longtail.model import HeadName
+from dir_toolkit.priors import LogitAdjuster
 
 VARIANTS: list[dict[str, Any]] = [
     *({"head": head} for head in get_args(HeadName)),
@@ -229,6 +230,22 @@ def test_gradients_of_each_sample_are_those_of_a_loop(options: dict[str, Any]) -
         model(x[[i]], y[[i]]).loss.backward()
         for name, value in model.named_parameters():
             torch.testing.assert_close(result[name][i], value.grad)
+
+
+def test_a_cast_to_half_precision_rounds_no_offset() -> None:
+    model = ages(target_prior="uniform", tau=0.7, temperature=1.3, adjust="in_loss", residual=True)
+    model.set_prior("uniform", 0.4)
+    wide = {name: value.clone() for name, value in model.readout.named_buffers()}
+    for dtype in (torch.float16, torch.bfloat16):
+        cast = copy.deepcopy(model).to(dtype)
+        assert cast.head.weight.dtype == dtype
+        own = dict(cast.readout.named_buffers())
+        for name in ("adjuster.offset", "adjuster.temperature", "loss_offset", "bias", "reach"):
+            assert torch.equal(own[name], wide[name]), name
+        assert cast.double().readout.adjuster.offset.dtype == torch.float64
+    alone = LogitAdjuster(AGE_DENSITY.prior()).half()
+    assert torch.equal(alone.offset, LogitAdjuster(AGE_DENSITY.prior()).offset)
+    assert alone(torch.zeros(2, 20, dtype=torch.float16)).dtype == torch.float32
 
 
 def test_fds_follows_the_model_to_its_device() -> None:

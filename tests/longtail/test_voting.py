@@ -150,6 +150,9 @@ def test_arguments_are_checked() -> None:
             voting(**{name: None})
         with pytest.raises(ValueError, match=rf"^VotingModel: {name} must be left out, got {name}=None"):
             voting(head="linear", **{name: None})
+    rule = r"^VotingModel: fds must be left out, got one\. Call fds\.attach\(model\.backbone, "
+    with pytest.raises(ValueError, match=rule):
+        voting(fds=dt.FDS(AGES, 6))
     weights = dt.LDS(AGES).fit(AGE_DENSITY)
     with pytest.raises(ValueError, match=r"^VotingModel: weights must be left out, got weights="):
         voting(weights=weights)
@@ -168,6 +171,21 @@ def test_arguments_are_checked() -> None:
     assert clipped(x, y + 100).loss.isfinite()
     assert isinstance(clipped(x), VotingOutput)
     assert math.isnan(clipped(x).loss.item())
+
+
+def test_fds_calibrates_what_the_backbone_gives() -> None:
+    """As the refusal of ``fds`` says."""
+    model, fds, (x, y) = voting(), dt.FDS(AGES, 6), batch(200)
+    fds.attach(model.backbone, "output")
+    outputs = []
+    for _ in range(2):
+        with fds.labels(y):
+            outputs.append(model(x, y))
+        fds.end_epoch()
+    plain, smoothed = outputs
+    assert not torch.allclose(smoothed.features, plain.features)
+    smoothed.loss.backward()
+    assert model.backbone[0].weight.grad.abs().sum() > 0
 
 
 def test_whole_weights_and_axes_of_large_numbers_lose_nothing() -> None:

@@ -181,9 +181,8 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         require(takes, "the fit of estimator must take sample_weight", got=type(self.estimator))
         forecasts, held, estimators, every = [], [], [], np.arange(len(labels))
         for train, test in splits:
-            train, test = (
-                every[np.asarray(rows) if len(rows) else slice(0)] for rows in (train, test)
-            )  # lists, masks, too
+            # The rows of a part may be given as a list or a mask, too.
+            train, test = (every[np.asarray(rows) if len(rows) else slice(0)] for rows in (train, test))
             train, test = (rows[weight[rows] > 0] for rows in (train, test))
             apart = len(train) and len(test) and not np.isin(test, train).any()
             got = f"{len(train)} and {len(test)} rows, {np.isin(test, train).sum()} of them in both"
@@ -197,7 +196,8 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         numbers, place, count = np.unique(np.concatenate(held), return_inverse=True, return_counts=True)
         total = np.zeros((len(numbers), *forecasts[0].shape[1:]))
         np.add.at(total, place, np.concatenate(forecasts))
-        return (total.T / count).T, numbers  # the mean of all forecasts of a row, which must not be in its own windows
+        # One forecast per row, the mean of those it has. With several a row would lie in its own window.
+        return (total.T / count).T, numbers
 
     def _forecasts(self, estimator: Any, X: Any, rows: int) -> np.ndarray:
         """What an estimator forecasts, (N,) or (N, B)."""

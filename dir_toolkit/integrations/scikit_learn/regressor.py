@@ -183,7 +183,8 @@ class LongTailRegressor(Blended, LongTailEstimator):
         self._check_settings(head)
         if auto:
             fix = 'Use head="linear".'
-            require(self.loss is None, 'loss must be None with head="auto"', got=repr(self.loss), fix=fix)
+            of_loss = 'Name the head of that loss, such as head="linear" or head="regression".'
+            require(self.loss is None, 'loss must be None with head="auto"', got=repr(self.loss), fix=of_loss)
             require(self.adjust == "after", 'adjust must be "after" with head="auto"', got=repr(self.adjust), fix=fix)
         X, y, weight = self._checked(X, y, sample_weight, y_numeric=True)
         labels = labels_array(y, "y").astype(np.float64)
@@ -200,6 +201,9 @@ class LongTailRegressor(Blended, LongTailEstimator):
             options["sigma"] = self.sigma
         if self.decode is not None:
             options["decode"] = self.decode
+        for name in options.keys() & {"sigma", "decode"}:
+            rule = f"{name} must be left out with head={head!r}, which has no bins"
+            require(scores_bins, rule, got=repr(options[name]))
         self.estimators_, self.number_, self.share_, self.tau_choice_ = None, None, 0.0, None
         self.choice_, self.trees_ = [], list[HistGradientBoostingRegressor]()
         self.trees_share_: float | None = None
