@@ -97,8 +97,9 @@ def _to_eval(module: nn.Module) -> None:
 def freeze(module: nn.Module) -> Frozen:
     """Freeze a module: parameters need no gradient, BatchNorm keeps its statistics, and dropout is off.
 
-    The module stays frozen after calls of ``train()`` on it or on a model around it. Its gradients are dropped. Create
-    the optimizer after freezing: an earlier optimizer with momentum or weight decay may still change these parameters.
+    The module stays frozen after calls of ``train()`` on it or on a model around it: each call of the module, or of one
+    of its submodules, first returns to eval mode. Its gradients are dropped. Create the optimizer after freezing: an
+    earlier optimizer with momentum or weight decay may still change these parameters.
 
     Copies of a frozen module are frozen, including pickled ones. A module that is frozen several times stays frozen
     until the last handle is removed. Freeze before a compiled model is first called.

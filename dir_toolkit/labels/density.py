@@ -236,7 +236,8 @@ class LabelDensity:
             Yang et al. 2021, section 4 (arXiv:2102.09554).
         """
         few = whole("few", few, low=1)
-        many = whole("many", many, low=few)
+        many, fix = whole("many", many), "This is few, which can be lowered as well."
+        require(many >= few, f"many must be at least {few}", got=many, fix=fix)
         names = np.full(len(self.bins), "medium", dtype="<U6")
         instance(bool, relative=relative)
         per_width, most = self._per_width(), 2**63  # larger whole numbers may not fit into float64

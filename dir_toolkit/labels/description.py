@@ -93,7 +93,8 @@ def _advice(summary: Description, one_axis: bool, crowded: list[str]) -> Iterato
     """Sentences on what suits labels that are distributed in this way."""
     left = summary.effective / summary.labels
     if left >= _EVEN:
-        yield "Labels are nearly uniform over the axis: plain training is enough."
+        where = "the bins that hold any" if summary.empty else "the axis"
+        yield f"Labels are nearly uniform over {where}: plain training is enough."
     else:
         scheme = "" if left < _HARSH else ', or by scheme="inverse" for a stronger effect'
         yield f"Weight the loss by LDS(bins).fit(labels){scheme}."

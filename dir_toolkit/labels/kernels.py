@@ -59,13 +59,17 @@ class LabelWindow:
         """The window in bins of this axis. Its length is the odd number of bins nearest to the size.
 
         Raises:
-            ValueError: bins differ in width, or are classes.
+            ValueError: bins differ in width, or are classes, or the window is longer than the axis.
         """
         rule = "a kernel in label units needs bins of one width, and not classes"
         fix = "Pass gaussian(5, 2) in bins: it widens with them, so that it smooths alike wherever labels lie."
         require(not axis.categorical and (axis.relative_widths == 1).all(), rule, got=axis, fix=fix)
-        size, *widths = (float(f"{x / np.median(np.diff(axis.edges)):.12g}") for x in (self.size, *self.widths))
-        return self.make(2 * int(size / 2) + 1, *widths, **({"folded": True} if self.folded else {}))
+        width = float(np.median(np.diff(axis.edges)))
+        size, *widths = (float(f"{x / width:.12g}") for x in (self.size, *self.widths))
+        bins, most = 2 * int(size / 2) + 1, len(axis) - 1 + len(axis) % 2
+        got, fix = f"{self.size:g} for {len(axis)} bins of {width:g}", f"Use a size of at most {most * width:g}."
+        require(bins <= most, "the size of kernel must not exceed the label axis", got=got, fix=fix)
+        return self.make(bins, *widths, **({"folded": True} if self.folded else {}))
 
 
 Window = Sequence[float] | np.ndarray | LabelWindow

@@ -74,7 +74,9 @@ def c_mixup(
 
     def mixed(part: Tensor) -> Tensor:
         own = share.to(part.dtype).reshape(-1, *[1] * (part.ndim - 1))
-        return torch.lerp(part[partner], part, own.expand_as(part))
+        other = part[partner]
+        # Equal numbers stay as they are, also infinite ones, as masks hold.
+        return torch.where(other == part, part, torch.lerp(other, part, own.expand_as(part)))
 
     return tree_map_only(Tensor, mixed, inputs), mixed(y)
 

@@ -157,7 +157,7 @@ class LDS(SoundModule):
         """
         if isinstance(labels, LabelDensity):
             density = labels
-            counted, fix = density.counts.dtype.kind != "f", "Pass the counted density, or kernel=None."
+            counted, fix = density.counts.dtype.kind != "f", "Pass the density as counted, in integers, or kernel=None."
             sound = counted or self.kernels is None
             require(sound, "the density must not be smoothed already", got=lambda: repr(density), fix=fix)
             same_bins("the density", density, self.bins)
@@ -457,7 +457,7 @@ def _means_over(values: np.ndarray, own: Bins, other: Bins, outside: Outside) ->
     pieces = values[of_own.clip(0, len(own) - 1)]
     starts = np.searchsorted(cuts[:-1], other.edges[:-1])
     wholes = np.add.reduceat(widths, starts)
-    if outside != "clip":
+    if outside != "clip" and not own.unbounded:
         of_other = np.searchsorted(other.edges, cuts[:-1], side="right") - 1
         beyond = ((of_own < 0) | (of_own >= len(own))) & (widths > 1e-9 * wholes[of_other])  # more than rounding
         pieces[beyond] = 0.0 if outside == "drop" else np.nan

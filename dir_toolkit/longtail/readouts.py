@@ -831,7 +831,7 @@ def _needed(what: str, density: LabelDensity | None) -> LabelDensity:
 def _as_counted(given: LabelDensity | None, density: LabelDensity) -> LabelDensity:
     """Return ``density``, after checking that the given density is not smoothed."""
     smoothed = given is not None and given.counts.dtype.kind == "f" and not given._of_weighted_rows
-    fix = "Pass the counted density, or prior_kernel=None."
+    fix = "Pass the density as counted, in integers, or prior_kernel=None."
     require(not smoothed, "density must not be smoothed already", got=lambda: repr(given), fix=fix)
     return density
 

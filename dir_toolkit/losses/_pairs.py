@@ -16,6 +16,13 @@ def pairs_of(features: Tensor, gone: Tensor | None) -> Tensor:
     return pairs if gone is None else pairs & ~gone & ~gone[:, None]
 
 
+def rounding_of(labels: Tensor) -> Tensor:
+    """A bound, (), of how much rounding changes the distance of two labels (N,) or (N, K)."""
+    width = labels[0].numel() if len(labels) else 1
+    largest = torch.cat([labels.detach().abs().flatten(), labels.new_zeros(1)]).amax()
+    return 4 * width * torch.finfo(labels.dtype).eps * largest
+
+
 def spread_of(labels: Tensor, weight: Tensor | None, *, ranks: bool = False) -> Tensor:
     """The standard deviation of labels (N,), or its mean over the D dimensions of labels (N, D), as (). It is NaN if
     all labels are equal. Labels of weight zero must be zero.

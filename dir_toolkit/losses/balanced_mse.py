@@ -70,6 +70,7 @@ __all__ = [
 ]
 
 _NOISE = 0.1  # initial sigma, in standard deviations of the labels
+_MOST_ROUNDED = 1e-3  # by which rounding may move a mean of a mixture, in widths of its component with the noise
 _BACKGROUND = 1e-9  # the mass of the wide Gaussian in mixtures and bins
 _NARROW = {torch.float64: 1e-5, torch.float32: 1e-2}  # width of a narrow bin, in units of sigma
 _MOST_GAP = {torch.float64: 300.0, torch.float32: 80.0}  # whose exponential is still finite
@@ -368,6 +369,7 @@ class GaussianMixtureLoss(_BalancedMSE):
     weights: Tensor
     means: Tensor
     variances: Tensor
+    _bytes_kept = 8  # a mixture that needs float64 also needs it after a cast
 
     def __init__(
         self,
@@ -384,9 +386,12 @@ class GaussianMixtureLoss(_BalancedMSE):
         if spread == 0 and noise_sigma is None:
             fix = "Pass the expected size of prediction errors, in label units."
             raise problem("noise_sigma must be given where the mixture has no spread", got="None", fix=fix)
-        buffers = {name: torch.tensor(part, dtype=torch.get_default_dtype()) for name, part in parts.items()}
+        start, means, dtype = _NOISE * spread, parts["means"], torch.get_default_dtype()
+        widths = np.hypot(np.sqrt(parts["variances"]), start if noise_sigma is None else _positive_sigma(noise_sigma))
+        if (np.abs(torch.tensor(means, dtype=dtype).double().numpy() - means) > _MOST_ROUNDED * widths).any():
+            dtype = torch.float64  # components are narrow beside their distance from zero
+        buffers = {name: torch.tensor(part, dtype=dtype) for name, part in parts.items()}
         shape = parts["means"].shape[1:]
-        start = _NOISE * spread
         super().__init__(gaussian_mixture_loss, noise_sigma, start, learn, shape, **buffers, missing=missing)
 
     def _log_ratio(self, weight: Tensor | None) -> _LogRatio:

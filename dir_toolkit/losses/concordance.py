@@ -68,8 +68,13 @@ def ccc_loss(
         return (share * values).sum(0) / total
 
     middle = mean(target)
-    scale = mean((pred - middle).square() + (target - middle).square())
-    values = (pred - target).square() / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    parts = torch.stack([pred - middle, target - middle])
+    # In units of the largest deviation, so that no square overflows or vanishes. The value does not depend on it.
+    largest = torch.cat([parts.detach().abs().flatten(0, 1), torch.zeros_like(middle)[None]]).amax(0)
+    tiny = torch.finfo(largest.dtype).tiny
+    parts = parts / largest.clamp_min(tiny)
+    scale = mean(parts.square().sum(0))
+    values = ((pred - target) / largest.clamp_min(tiny)).square() / scale.clamp_min(tiny)
     return reduce(present(values, gone), weight, reduction)
 
 

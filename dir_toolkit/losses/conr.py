@@ -14,7 +14,7 @@ from ..labels.bins import Missing
 from ..labels.weights import LDS
 from ._inputs import of_features, present
 from ._loss import Loss, Reduction, drops_missing, held, reduce
-from ._pairs import pairs_of, spread_of
+from ._pairs import pairs_of, rounding_of, spread_of
 from .regression import weighted_l1
 
 __all__ = ["ConRLoss", "conr_loss"]
@@ -94,8 +94,9 @@ def conr_loss(
     near = omega
     if near is None:
         near = 0.05 * spread_of(labels.detach(), None if gone is None else ~gone).nan_to_num(0.0)
-    positive = pairs & (distance <= near)
-    negative = pairs & (distance > near) & (_distances(pred.detach().to(dtype)) <= near)
+    reach = near + rounding_of(labels)
+    positive = pairs & (distance <= reach)
+    negative = pairs & (distance > reach) & (_distances(pred.detach().to(dtype)) <= reach)
     anchor = positive.any(1) & negative.any(1)
     push = (0.01 * distance / near).nan_to_num(0.0) if eta is None else eta * distance  # log S
     if push_weight is not None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from .._checks import number, warn
 from .._numerics import wide_dtype
 from ..labels.bins import Missing
-from ._inputs import of_features
+from ._inputs import of_features, present
 from ._loss import FeatureLoss, Reduction, drops_missing, reduce
-from ._pairs import pairs_of
+from ._pairs import pairs_of, rounding_of
 
 __all__ = ["RankNContrast", "rank_n_contrast"]
 
@@ -74,7 +74,9 @@ def rank_n_contrast(
     distance, order = torch.cdist(labels, labels, p=1.0).masked_fill(~pairs, -1.0).sort(dim=1)
     similarity = similarity.gather(1, order)
     onward = similarity.flip(1).logcumsumexp(1).flip(1)  # over a position in the row and all after it
-    first = torch.searchsorted(distance, distance)  # the position where each tie begins
+    least = (distance - rounding_of(present(labels, gone))).clamp_min(0.0)  # ties may differ by rounding
+    # The position where each tie begins.
+    first = torch.searchsorted(distance, torch.where(distance < 0, distance, least))
     values = (onward.gather(1, first) - similarity).masked_fill(distance < 0, 0.0).sum(1)
     return reduce(values / pairs.sum(1).clamp_min(1), weight, reduction)
 

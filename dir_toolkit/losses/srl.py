@@ -146,7 +146,7 @@ class SRLLoss(Loss):
             seed=whole("seed", seed, low=0, high=MOST_LONG),
             missing=missing,
         )
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         points = torch.randn(num_points, num_features, generator=generator, device="cpu", dtype=torch.float32)
         with torch.inference_mode(False):  # buffers must be usable in training
             self.register_buffer("points", unit_rows(points))
@@ -224,7 +224,7 @@ def _homogeneity(trace: Tensor, known: Tensor, bins: Bins) -> Tensor:
     place = torch.arange(len(known), device=known.device)
     last = torch.where(known, place, -1).cummax(0).values  # the last known bin up to here
     before = F.pad(last[:-1], (1, 0), value=-1)
-    point = bins.tensor("centers", trace)
+    point = bins.tensor("centers", trace.detach().to(bins.wide_dtype(trace)))
     point = ((point - point[0]) / (point[-1] - point[0]).clamp_min(torch.finfo(point.dtype).tiny)).to(trace.dtype)
     step = known & (before >= 0)
     before = before.clamp_min(0)

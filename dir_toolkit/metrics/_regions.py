@@ -44,7 +44,8 @@ class RegionMetrics(MergingSums):
             rule = f"density must be a LabelDensity{'' if grids else ' over one axis'}"
             got = repr(density) if isinstance(density, Axis) else type(density).__name__
             raise problem(rule, got=got, fix="Use LabelDensity.count(train_labels, bins).")
-        require(density.counts.dtype.kind != "f", "density must be counted, not smoothed", got=density)
+        fix = "Pass the density as counted, in integers."
+        require(density.counts.dtype.kind != "f", "density must be counted, not smoothed", got=density, fix=fix)
         self.density, self.bins = density, density.bins
         super().__init__(outside, missing)
 

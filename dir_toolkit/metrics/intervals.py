@@ -107,7 +107,11 @@ class IntervalMetrics(RegionMetrics):
             low == -torch.inf, high.clamp_max(first), low
         )
         width = torch.where(low == high, 0.0, length)  # also of infinite ends
-        covered = ((low <= label) & (label <= high)).double()
+        # In the lowest of the given precisions, so that a label on an end counts as inside, as in Bins.index.
+        dtypes = [x.dtype for x in (lower, upper, target) if x.is_floating_point()]
+        narrow = min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float64)
+        begin, end, at = (x.to(narrow) for x in (low, high, label))
+        covered = ((begin <= at) & (at <= end)).double()
         rows = torch.stack([torch.ones_like(low), covered, width.masked_fill(~(low <= high), torch.nan)])
         rows = rows.masked_fill(index < 0, 0)
         self.sums.index_add_(1, index.clamp_min(0), rows)

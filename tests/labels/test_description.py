@@ -26,6 +26,11 @@ def test_uneven_bins_are_compared_per_label_unit() -> None:
     assert result.advice[0] == "Labels are nearly uniform over the axis: plain training is enough."
 
 
+def test_an_even_spread_is_said_to_be_of_the_bins_that_hold_labels() -> None:
+    result = LabelDensity(Bins.uniform(0, 4, width=1), [50, 50, 0, 0]).describe()
+    assert result.advice[0] == "Labels are nearly uniform over the bins that hold any: plain training is enough."
+
+
 def test_a_long_tail_is_weighed_and_scored() -> None:
     tail = np.repeat(np.arange(60), 2000 // (np.arange(60) + 1))
     result = LabelDensity.count(tail, Bins.auto(tail)).describe()

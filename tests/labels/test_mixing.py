@@ -121,3 +121,13 @@ def test_wrong_arguments_are_refused() -> None:
     for name, value in itertools.product(("bandwidth", "alpha"), (0, -1.0, torch.nan)):
         refused(ValueError, f"{name} must be > 0", **{name: value})
     refused(TypeError, "generator must be a Generator", generator=3)
+
+
+def test_numbers_that_both_samples_have_stay_as_they_are() -> None:
+    """Also infinite ones, such as those of a mask of attention."""
+    x = torch.tensor([[0.0, -torch.inf], [1.0, -torch.inf]])
+    mixed, _ = c_mixup(x, torch.tensor([3.0, 3.5]), bandwidth=9.0, generator=source())
+    assert (mixed[:, 1] == -torch.inf).all()
+    assert mixed[:, 0].isfinite().all()
+    alone, _ = c_mixup(x, torch.tensor([0.0, 50.0]), bandwidth=0.1, generator=source())
+    assert torch.equal(alone, x)

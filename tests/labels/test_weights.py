@@ -624,3 +624,13 @@ def test_a_smoothed_density_is_not_smoothed_again() -> None:
     with pytest.raises(ValueError, match=r"LDS\.fit: the density must not be smoothed.* or kernel=None"):
         LDS(bins).fit(density)
     assert LDS(bins, kernel=None).fit(density).sample_weight([1.0])[0] > 0
+
+
+@pytest.mark.parametrize("outside", ["raise", "clip", "drop"])
+def test_an_unbounded_axis_weighs_the_bins_of_a_density_beyond_it(outside: Any) -> None:
+    labels = np.random.default_rng(0).exponential(8, 3000)
+    lds = LDS(Bins(np.arange(21.0), unbounded=True), outside=outside).fit(labels)
+    wide = Bins.uniform(0, 100, width=1)
+    sums = np.bincount(wide.index(labels), weights=lds.sample_weight(labels), minlength=100)
+    np.testing.assert_allclose(LabelDensity.count(labels, wide).weighted(lds).counts, sums, rtol=1e-5)
+    assert sums[20:].max() > 0

@@ -930,3 +930,18 @@ def test_a_mixture_is_not_fitted_with_an_array_for_what_missing_labels_do() -> N
 def test_a_mixture_takes_labels_whose_squared_distances_are_zero() -> None:
     mixture = GaussianMixtureLoss.fit([0.0, 1e-170, 1.0], components=3)
     assert mixture(torch.tensor([0.1, 0.9]), torch.tensor([0.0, 1.0])).isfinite()
+
+
+def test_a_mixture_far_from_zero_is_not_rounded() -> None:
+    labels = np.random.default_rng(0).normal(0, 100, 500)
+    options: Any = {"components": 3, "noise_sigma": 10.0, "learn": False}
+    near, far = (GaussianMixtureLoss.fit(labels + start, **options) for start in (0, 1.7e9))
+    assert (near.means.dtype, far.means.dtype) == (torch.float32, torch.float64)
+    assert_close((far.means - 1.7e9).float(), near.means, rtol=1e-5, atol=1e-5)
+    target = torch.tensor(labels + 1.7e9)
+    pred = target + 5
+    expected = near(pred - 1.7e9, target - 1.7e9)
+    for loss in (far, far.float(), copy.deepcopy(far).half()):
+        assert_close(loss(pred, target), expected, rtol=1e-6, atol=0)
+    parts = [part.numpy() for part in (far.weights, far.means, far.variances)]
+    assert_close(gaussian_mixture_loss(pred, target, *parts, noise_sigma=10.0), expected, rtol=1e-6, atol=0)

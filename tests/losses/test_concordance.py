@@ -96,3 +96,22 @@ def test_a_model_of_one_number_takes_it_by_name_in_any_unit() -> None:
         values.append(loss.item())
     assert values[0] < 0.01
     assert values[1] == pytest.approx(values[0], rel=0.05, abs=1e-5)
+
+
+def test_the_unit_of_labels_does_not_matter_even_where_squares_leave_float32() -> None:
+    labels = torch.tensor([1.0, 2.0, 3.0])
+    for unit in (1e-30, 1e-21, 1e-19, 1.0, 1e20, 1e35):
+        assert ccc_loss(torch.full((3,), 2.0) * unit, labels * unit).item() == pytest.approx(1)
+        pred = ((labels + 1) * unit).requires_grad_()
+        loss = ccc_loss(pred, labels * unit)
+        assert loss.item() == pytest.approx(3 / 7)
+        loss.backward()
+        assert pred.grad is not None
+        assert_close((pred.grad.double() * unit).float(), gradient_of(labels + 1, labels))
+
+
+def gradient_of(pred: Tensor, labels: Tensor) -> Tensor:
+    pred = pred.detach().requires_grad_()
+    ccc_loss(pred, labels).backward()
+    assert pred.grad is not None
+    return pred.grad

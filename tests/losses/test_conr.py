@@ -361,3 +361,13 @@ def test_its_module_drops_missing_labels_from_both_terms() -> None:
         ConRLoss(omega=1.0)(output, labels)
     with pytest.raises(ValueError, match=r"^ConRLoss: missing must be one of 'raise', 'drop', got 'skip'"):
         ConRLoss(missing="skip")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_that_are_just_omega_apart_are_similar_in_every_unit(dtype: torch.dtype) -> None:
+    features, labels = torch.eye(4, dtype=dtype), torch.tensor([2, 3, 9, 10], dtype=dtype)
+    whole = conr_loss(features, labels, pred=torch.full_like(labels, 5), omega=1.0, eta=0.0, reduction="none")
+    assert_close(whole, torch.full_like(labels, math.log(3)))  # one positive and two negatives, all alike
+    for unit in (0.1, 0.01, 1e-3, 0.3):
+        given = {"pred": torch.full_like(labels, 5 * unit), "omega": unit, "eta": 0.0, "reduction": "none"}
+        assert_close(conr_loss(features, labels * unit, **given), whole)

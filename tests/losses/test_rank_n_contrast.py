@@ -172,3 +172,17 @@ def test_arguments_are_checked() -> None:
         refused(kind, "temperature must", features, labels, temperature=value)
         with pytest.raises(kind, match=r"^RankNContrast: temperature must"):
             RankNContrast(temperature=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_that_differ_by_rounding_are_tied(dtype: torch.dtype) -> None:
+    features, labels = samples(6, dtype)[0], torch.arange(6, dtype=dtype)
+    whole = rank_n_contrast(features, labels)
+    for unit in (0.1, 0.01, 0.3):
+        assert_close(rank_n_contrast(features, labels * unit), whole)
+    # Equal labels are tied, also where rounding is coarse, and labels without weight do not make it so.
+    far = torch.tensor([1, 1, 3, 4, 1, 2], dtype=dtype)
+    assert_close(rank_n_contrast(features, far * 1e8), rank_n_contrast(features, far))
+    weight = torch.tensor([1, 1, 1, 1, 1, 0], dtype=dtype)
+    absent = torch.tensor([0, 1, 2, 3, 4, 1e12], dtype=dtype)
+    assert_close(rank_n_contrast(features, absent, weight), rank_n_contrast(features, labels, weight))

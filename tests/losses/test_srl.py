@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from loss_tester import Batch, LossTester
@@ -192,3 +193,16 @@ def test_arguments_are_checked() -> None:
     for name, value in (("momentum", 1), ("num_points", 0), ("seed", -1), ("num_features", 0), ("coefficient", -1)):
         with pytest.raises(ValueError, match=f"^SRLLoss: {name} must"):
             SRLLoss(**{"num_features": 3, "bins": AXIS, name: value})  # type: ignore[arg-type]
+
+
+def test_the_axis_counts_from_zero_to_one_wherever_it_lies() -> None:
+    features, at = torch.eye(3), torch.tensor([0.5, 1.5, 5.5], dtype=torch.float64)
+    plain = srl_loss(features, at, bins=dt.Bins.uniform(0, 10, width=1), points=features)
+    for start, width in ((1.7e9, 10.0), (2000.0, 0.01), (2000.0, 1e-4)):
+        bins = dt.Bins.uniform(start, start + 10 * width, width=width)
+        assert_close(srl_loss(features, start + width * at, bins=bins, points=features), plain)
+
+
+def test_a_seed_may_be_a_number_of_numpy() -> None:
+    given, plain = (SRLLoss(2, AXIS, seed=seed) for seed in (np.int64(3), 3))
+    assert torch.equal(given.points, plain.points)

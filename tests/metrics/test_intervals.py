@@ -101,3 +101,15 @@ def test_where_values_are_not_looked_at_a_broken_interval_makes_the_width_nan() 
     result = metrics.compute()
     np.testing.assert_array_equal(result.bin_width, [math.nan, math.nan, math.nan, 1])
     assert result["count"].sel(region="all") == 2
+
+
+def test_a_label_on_an_end_is_covered_whatever_the_precision_of_either() -> None:
+    labels = np.array([0.1, 0.3, 1.6, 3.7])
+    given = (labels, labels.astype(np.float32), torch.tensor(labels), torch.tensor(labels).float())
+    for ends in given:
+        for target in given:
+            assert interval_metrics(ends, ends, target, DENSITY)["coverage"].sel(region="all") == 1
+    whole = np.array([0, 1, 3])
+    assert interval_metrics(whole, whole, whole.astype(np.float32), DENSITY)["coverage"].sel(region="all") == 1
+    above = np.nextafter(labels, 9)
+    assert interval_metrics(above, above, labels, DENSITY)["coverage"].sel(region="all") == 0
