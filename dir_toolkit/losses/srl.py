@@ -116,6 +116,7 @@ class SRLLoss(Loss):
     missing: Missing
     surrogate: Tensor
     points: Tensor
+    seed: int
 
     def __init__(
         self,

@@ -131,6 +131,12 @@ def test_advice_mends_outputs_as_scores() -> None:
     assert model.choose_tau(done(result[1], output=output), labels).samples == 2
 
 
+def test_advice_mends_windows_in_label_units() -> None:
+    for bins, size in ((Bins.uniform(0, 100, width=5), 200), (Bins.uniform(0, 4.5, width=0.5), 5)):
+        result = advice(lambda b=bins, s=size: dt.LDS(b, kernel=dt.gaussian(s, 1, unit="label")), r"most (\S+)\.$")
+        dt.LDS(bins, kernel=dt.gaussian(done(result[1]), 1, unit="label")).fit(bins.centers)
+
+
 def test_advice_mends_masks_as_weights() -> None:
     mask = torch.tensor([True, False])
     result = advice(lambda: dt.weighted_l1(torch.ones(2), torch.zeros(2), mask), r"Use (weight\.float\(\))\.$")

@@ -943,5 +943,5 @@ def test_a_mixture_far_from_zero_is_not_rounded() -> None:
     expected = near(pred - 1.7e9, target - 1.7e9)
     for loss in (far, far.float(), copy.deepcopy(far).half()):
         assert_close(loss(pred, target), expected, rtol=1e-6, atol=0)
-    parts = [part.numpy() for part in (far.weights, far.means, far.variances)]
-    assert_close(gaussian_mixture_loss(pred, target, *parts, noise_sigma=10.0), expected, rtol=1e-6, atol=0)
+    parts = {name: getattr(far, name).numpy() for name in ("weights", "means", "variances")}
+    assert_close(gaussian_mixture_loss(pred, target, **parts, noise_sigma=10.0), expected, rtol=1e-6, atol=0)
