@@ -74,7 +74,7 @@ def too_low(settings: Any, **lowest: int) -> list[str]:
     """The faults of settings that are below the least that they may be."""
     given = {name: getattr(settings, name) for name in lowest}
     return [
-        f"--{name} must be at least {lowest[name]}, got {value}."
+        f"--{name.replace('_', '-')} must be at least {lowest[name]}, got {value}."
         for name, value in given.items()
         if value is not None and value < lowest[name]
     ]

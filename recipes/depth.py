@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from command_line import parse, run
+from command_line import parse, refuse, run, too_low
 
 METHODS = {"vanilla": (False, False), "lds": (True, False), "lds+fds": (True, True)}  # LDS weights, FDS
 BATCH = 16  # pictures per step
@@ -60,6 +60,8 @@ def draw(n: int, size: int, seed: int, *, even: bool = False) -> tuple[torch.Ten
 
 
 def main(settings: Settings) -> None:
+    odd = [f"--size must be even, got {settings.size}."] * (settings.size % 2)
+    refuse("recipes/depth.py", [*too_low(settings, scenes=1, size=2, epochs=1, seeds=1), *odd])
     bins = dt.Bins.uniform(0.5, 30, width=0.5)
     image, depth = draw(settings.scenes, settings.size, seed=1)
     test_image, test_depth = draw(128, settings.size, seed=2, even=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command_line import parse, run, typed_command
+from command_line import parse, refuse, run, too_low, typed_command
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,12 @@ def methods(trees: int, seed: int) -> dict[str, tuple[Any, bool]]:
 
 
 def main(settings: Settings) -> None:
+    faults = too_low(settings, samples=1, trees=1, seeds=1)
+    if settings.file is None:
+        faults += [f"--{name} needs --file." for name in ("label", "drop") if getattr(settings, name)]
+    elif not settings.label:
+        faults += ["--file needs --label, the column that holds the labels."]
+    refuse("recipes/table.py", faults)
     train, test, name, units = draw(settings.samples, 0), draw(6000, 10**6, even=True), "stay", "days"
     if settings.file is not None:
         splits, name, units = table(settings.file, settings.label, drop=settings.drop), settings.label, "1"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from command_line import parse, run
+from command_line import parse, refuse, run, too_low
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def draw(n: int, seed: int, *, even: bool = False) -> tuple[torch.Tensor, torch.
 
 
 def main(settings: Settings) -> None:
+    refuse("recipes/two_labels.py", too_low(settings, samples=1, epochs=1, batch_size=1, seeds=1))
     years, degrees = dt.Bins.uniform(0, 100, width=5), dt.Bins.uniform(-90, 90, width=10)
     grid = dt.Bins.grid(years, degrees)
     x, y = draw(settings.samples, seed=1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import instance, missing_package, problem
+from .._checks import instance, missing_package, problem, require
 from .._settings import shown
 from ..metrics.classification import ClassificationMetrics
 from ..metrics.regression import RegressionMetrics
@@ -33,14 +33,14 @@ class RegionMetric(Metric):
 
     Args:
         metrics: metrics whose settings are used. Their samples are not copied.
-        keys: the keys that ``compute`` returns; None for all.
+        keys: the keys that ``compute`` returns, as a list; None for all.
         many, few: the limits of the regions, as in :meth:`LabelDensity.regions`.
         options: those of ``torchmetrics.Metric``, such as ``dist_sync_on_step``.
     Shape:
         as ``metrics.update``.
     Raises:
-        TypeError: ``metrics`` is neither of these. ValueError: a key is unknown. Further errors are those of
-        ``metrics.update``.
+        TypeError: ``metrics`` is neither of these. ValueError: a key is unknown; or, in ``compute``, sums of metrics
+        with other settings were merged or loaded. Further errors are those of ``metrics.update``.
 
     >>> from dir_toolkit import Bins, LabelDensity, RegressionMetrics
     >>> bins = Bins.classes(2)
@@ -74,6 +74,7 @@ class RegionMetric(Metric):
         # A MetricCollection merges metrics with equal states after the first batch. The digest prevents this for
         # metrics with different settings.
         self.add_state("identity", _digest(self._metrics), dist_reduce_fx="max")
+        require(not isinstance(keys, str), "keys must be a list of keys", got=repr(keys), fix=f"Use [{keys!r}].")
         known = list(_numbers(self._metrics, self._limits))
         self._keys = known if keys is None else list(keys)
         if unknown := [key for key in self._keys if key not in known]:
@@ -96,6 +97,11 @@ class RegionMetric(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers of all samples so far, over all ranks, each () float64."""
+        same, fix = (
+            torch.equal(self.identity.cpu(), _digest(self._metrics)),
+            "Merge metrics of the same axis and options.",
+        )
+        require(same, "all sums must be of metrics with the same settings", got="others", fix=fix)
         numbers = _numbers(self._seen(), self._limits)
         device = self.refused.device
         return {key: torch.tensor(numbers[key], dtype=torch.float64, device=device) for key in self._keys}

@@ -257,7 +257,8 @@ class Readout(WideBuffers):
 
     def _central(self, output: LongTailOutput | Tensor, level: float) -> tuple[Tensor, Tensor]:
         """The central interval of the predicted distribution."""
-        raise self.cannot("give intervals of a label")
+        fix = 'Call calibrate_intervals first, or use a head that scores bins, such as head="linear".'
+        raise self.cannot("give intervals of a label", fix)
 
     def cannot(self, what: str, fix: str = 'Use a head that scores bins, such as head="linear".') -> Exception:
         return problem(f"the readout must {what}", got=f"a {type(self).__name__}", fix=fix, error=RuntimeError)

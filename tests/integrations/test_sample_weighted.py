@@ -98,7 +98,10 @@ def test_scores_are_those_of_a_loop_over_bins_and_choose_in_a_search() -> None:
     rare = counts < 0.2 * counts.sum() / len(axis)  # a fifth of what an even spread would give
     assert 0 < rare[index].sum() < len(y) / 4
     assert few(constant, x, y) == pytest.approx(-errors[rare[index]].mean(), rel=1e-12)
-    assert np.isnan(few(constant, x[:3], np.full(3, np.median(y))))
+    with pytest.warns(dt.DirToolkitWarning, match="no test label is rare, so that the score is NaN"):
+        assert np.isnan(few(constant, x[:3], np.full(3, np.median(y))))
+    with pytest.raises(ValueError, match=r"must have the same shape|target"):
+        few(constant, x, y[:, None])
     for scorer in (bmae_scorer(y), few_shot_scorer(y)):
         schemes = {"scheme": ["sqrt_inverse", "inverse"]}
         search = GridSearchCV(SampleWeighted(LinearRegression()), schemes, scoring=scorer, cv=2, n_jobs=1).fit(x, y)

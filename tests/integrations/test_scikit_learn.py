@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("sklearn", minversion="1.6")
 
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression, Ridge
@@ -351,7 +352,7 @@ def test_bad_weights_and_untrained_or_diverging_models_are_refused() -> None:
     ):
         clone(REGRESSOR).set_params(head="regression", loss="weighted_mse", lr=1e30, hidden=()).fit(x, y)
     point = clone(REGRESSOR).set_params(head="regression", epochs=1).fit(x, y)
-    with pytest.raises(RuntimeError, match="the readout must give intervals of a label"):
+    with pytest.raises(RuntimeError, match=r"must give intervals of a label.* Call calibrate_intervals first, or"):
         point.predict_interval(x)
     with pytest.raises(ValueError, match="level must be > 0 and < 1, got 1"):
         clone(REGRESSOR).set_params(epochs=1).fit(x, y).predict_interval(x, level=1)
@@ -725,3 +726,12 @@ def test_members_share_what_a_loss_learns() -> None:
     x = np.random.default_rng(0).normal(size=(200, 3))
     model = LongTailRegressor(head="regression", loss="balanced_mse", epochs=3, hidden=(8,), random_state=0)
     assert np.isfinite(model.fit(x, x[:, 0] + 3).predict(x)).all()
+
+
+def test_tables_as_output_of_scikit_learn_change_nothing() -> None:
+    x, y = long_tailed(80, 0)
+    given = [clone(REGRESSOR).set_params(epochs=2), LongTailClassifier(epochs=2, random_state=0)]
+    for estimator, labels in zip(given, (y, (y > np.median(y)).astype(int)), strict=True):
+        plain = clone(estimator).fit(x, labels)
+        with config_context(transform_output="pandas"):
+            np.testing.assert_array_equal(clone(estimator).fit(x, labels).predict(x), plain.predict(x))

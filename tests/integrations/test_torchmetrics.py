@@ -159,6 +159,8 @@ def test_bad_input_is_refused_and_adds_nothing() -> None:
         RegionMetric(BINS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"keys must be out of mae/all, .*, got 'mae/rare'"):
         RegionMetric(make("regression"), keys=["mae/rare"])
+    with pytest.raises(ValueError, match=r"keys must be a list of keys, got 'mae/all'\. Use \['mae/all'\]"):
+        RegionMetric(make("regression"), keys="mae/all")
     metric = RegionMetric(make("regression"), keys=["count/all"])
     with pytest.raises(LabelError):
         metric.update(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 9.0]))
@@ -242,3 +244,17 @@ def test_settings_are_shown() -> None:
     metric = RegionMetric(make("regression"), keys=["mae/all"], many=50)
     assert list(metric.settings) == ["metrics", "keys", "many", "few"]
     assert "keys=['mae/all'], many=50, few=20" in repr(metric)
+
+
+def test_sums_over_another_axis_are_refused() -> None:
+    own, other = (
+        RegionMetric(RegressionMetrics(LabelDensity(Bins.uniform(0, top, count=4), [9] * 4))) for top in (8, 80)
+    )
+    own.update(torch.tensor([1.0]), torch.tensor([2.0]))
+    other.update(torch.tensor([1.0]), torch.tensor([70.0]))
+    alike = own.clone()
+    alike.merge_state(own)
+    assert alike.compute()["count/all"] == 2
+    own.merge_state(other)
+    with pytest.raises(ValueError, match="all sums must be of metrics with the same settings"):
+        own.compute()

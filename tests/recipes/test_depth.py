@@ -34,9 +34,10 @@ def test_it_prints_a_row_a_method_and_the_same_again(here: Callable[..., Outcome
 
 
 def test_a_size_that_does_not_fit_the_network_ends_in_a_message(here: Callable[..., Outcome]) -> None:
-    outcome = here(*TINY, "--size", "15")
+    outcome = here(*TINY, "--size", "15", "--epochs", "0")
     assert outcome.code == 1
-    assert "must have the same s" in outcome.err
+    assert "--size must be even, got 15." in outcome.err
+    assert "--epochs must be at least 1, got 0." in outcome.err
     assert "Traceback" not in outcome.err
 
 

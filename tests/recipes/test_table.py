@@ -43,9 +43,14 @@ def test_it_ends_in_a_table_a_report_and_a_sentence(
 
 
 def test_bad_settings_end_in_a_message(here: Callable[..., Outcome]) -> None:
-    outcome = here(*TINY, "--samples", "0")
-    assert outcome.code == 1
-    assert "labels must hold at least one" in outcome.err
+    for given, messages in (
+        (("--samples", "0", "--trees", "0"), ("--samples must be at least 1, got 0.", "--trees must be at least 1")),
+        (("--label", "y"), ("--label needs --file.",)),
+        (("--file", "no.csv"), ("--file needs --label",)),
+    ):
+        outcome = here(*TINY, *given)
+        assert outcome.code == 1
+        assert all(message in outcome.err for message in messages)
 
 
 def test_stays_have_a_long_tail_and_findings_tell_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,10 @@ def test_it_prints_a_row_a_method_and_the_same_again(here: Callable[..., Outcome
 
 
 def test_bad_settings_end_in_a_message(here: Callable[..., Outcome]) -> None:
-    outcome = here(*TINY, "--samples", "0")
+    outcome = here(*TINY, "--samples", "0", "--batch-size", "0")
     assert outcome.code == 1
-    assert "labels must hold at least one" in outcome.err
+    for name in ("samples", "batch-size"):
+        assert f"--{name} must be at least 1, got 0." in outcome.err
 
 
 def test_both_labels_have_a_long_tail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from .images import ImageSet, Splits
 __all__ = ["Decoded", "OnError", "decode_image", "decode_once", "make_splits"]
 
 OnError = Literal["raise", "skip"]
-_VERSION = 1  # of the decoding; a new version leaves older files unused
+_VERSION = 2  # of the decoding; a new version leaves older files unused
 _MOST_PIXELS = 2**26
 _CHUNK = 256
 
@@ -134,6 +134,8 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
             if pixels > _MOST_PIXELS:
                 raise ValueError(f"{pixels:,} pixels, at most {_MOST_PIXELS:,} are decoded")
             image.draft("RGB", (size, size))
+            if image.mode.startswith("I"):  # 16 bits of grey, which convert would clip to 8
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
             small = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
     except Exception as error:  # a decoder may raise anything on damaged bytes
         raise ValueError(str(error) or type(error).__name__) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..._checks import require, warn
 from ._checks import require_data
 from .images import SampleSet, Splits
 from .rows import columns_of, has_columns, number_of, numbers_of, seeded_splits
@@ -21,12 +22,13 @@ def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (
     """A CSV file with a label in one column and features in all others, split by a seed.
 
     A column of numbers is one feature. A column in which any cell is not a number is one feature per different cell,
-    which is 1 in the rows of this cell and 0 in the others; the cells are sorted.
+    which is 1 in the rows of this cell and 0 in the others; the cells are sorted. A warning is issued if most cells of
+    such a column are numbers.
 
     Args:
         path: the file, with the names of the columns in its first line, packed with gzip or not.
         label: the name of the column that holds the labels.
-        drop: the names of columns that are neither label nor feature.
+        drop: the names of columns that are neither label nor feature, as a list.
         seed: the seed of the split. Three fifths of the rows are for training, a fifth each for validation and test.
     Returns:
         Splits with inputs (N, F) float32 as the file has them; :func:`standardized` scales them.
@@ -38,6 +40,8 @@ def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (
     >>> table("abalone.csv.gz", "Rings").train.inputs.shape                                         # doctest: +SKIP
     (4177, 10)
     """
+    require(not isinstance(drop, str), "drop must be a list of names", got=repr(drop), fix=f"Use [{drop!r}].")
+    require(label not in drop, "drop must not hold the label", got=repr(label))
     path = Path(path)
     columns = columns_of(path)
     has_columns(columns, (label, *drop), path)
@@ -64,8 +68,13 @@ def standardized(splits: Splits) -> Splits:
 
 def _features(cells: list[str], name: str, path: Path) -> np.ndarray:
     """(N, 1) numbers, or (N, W) of zeros and ones."""
-    if any(_is_word(cell) for cell in cells):
+    if odd := [cell for cell in cells if _is_word(cell)]:
         words = sorted(set(cells))
+        if len(odd) + sum(cell.strip() == "" for cell in cells) < len(cells) / 2:
+            warn(
+                f"{path}: {len(odd)} of {len(cells)} cells of column {name!r} are no numbers, such as {odd[0]!r}. Its "
+                f"{len(words)} different cells become one feature each. Mend these cells if it holds numbers."
+            )
         rule = f"column {name!r} must hold at most {_MOST_WORDS} different words"
         require_data(len(words) <= _MOST_WORDS, rule, got=len(words), fix=f"Pass drop=[{name!r}].", source=path)
         return (np.array(cells)[:, None] == np.array(words)).astype(np.float64)

@@ -116,7 +116,8 @@ def fit(
             the end of each epoch.
         fingerprint: plain values that identify this run, in addition to the settings of all arguments. A checkpoint
             with other values raises an error. An entry with the name of an argument replaces its settings, which a
-            lambda needs: ``{"loss": "huber, delta 2"}``.
+            lambda needs: ``{"loss": "huber, delta 2"}``. A module of your own in the model is known by the name of its
+            class alone, unless it has ``settings``: name here what else its numbers depend on.
     Returns:
         the history, one row per epoch: ``epoch`` and ``step``, counted from 1; ``lr`` of the epoch's last step;
         ``loss``; ``metrics.summary()`` of the validation set (``"mae/all"`` and ``"mae/few"`` as ``val_mae`` and

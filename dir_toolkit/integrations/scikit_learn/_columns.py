@@ -31,7 +31,9 @@ class Columns:
         distance = np.abs(columns - middle)
         usual = np.array([_median(row[row > 0], weight[row > 0]) if row.any() else 0.0 for row in distance.T])
         reach = _USUAL_DISTANCES * usual
-        self.scaler = StandardScaler().fit(np.clip(columns, middle - reach, middle + reach), sample_weight=weight)
+        # Arrays, even where scikit-learn is configured to give tables.
+        self.scaler = StandardScaler().set_output(transform="default")
+        self.scaler.fit(np.clip(columns, middle - reach, middle + reach), sample_weight=weight)
         mean, far = self.scaler.mean_, _DEVIATIONS * self.scaler.scale_
         self.limits = np.array([np.maximum(middle - reach, mean - far), np.minimum(middle + reach, mean + far)])
         pieces = min(_PIECES, _MOST_INPUTS // columns.shape[1])

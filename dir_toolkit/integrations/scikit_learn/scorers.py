@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.metrics import make_scorer
 
+from ..._checks import as_tensors, same_shape, warn
 from ...labels.bins import Bins
 from ...labels.density import LabelDensity
 from ...metrics import regression_metrics
@@ -41,7 +43,8 @@ def few_shot_scorer(labels: Any, bins: Bins | None = None) -> Callable[..., floa
     """A scorer of the negative mean absolute error of rare labels.
 
     A label is rare if its bin is in the region "few" or "unseen" of ``LabelDensity.regions(relative=True)``: it has
-    fewer labels than a fifth of the count under a uniform distribution. Without rare test labels the score is NaN.
+    fewer labels than a fifth of the count under a uniform distribution. Without rare test labels the score is NaN, and
+    a warning is issued: a search cannot compare candidates if one of its folds has the score NaN.
 
     Args:
         labels, bins: as in :func:`bmae_scorer`.
@@ -66,5 +69,9 @@ def _bmae(target: Any, pred: Any, density: LabelDensity) -> float:
 
 
 def _few(target: Any, pred: Any, bins: Bins, rare: np.ndarray) -> float:
-    errors = np.abs(np.asarray(pred) - np.asarray(target))[rare[bins.index(target, "clip")]]
-    return float(errors.mean()) if len(errors) else float("nan")
+    pred, target = as_tensors(pred=pred, target=target)
+    same_shape(pred=pred, target=target)
+    errors = (pred.double() - target.double()).abs()[torch.from_numpy(rare)[bins.index(target, "clip")]]
+    if len(errors) == 0:
+        warn("no test label is rare, so that the score is NaN. Use fewer folds, or folds that all have rare labels.")
+    return errors.mean().item()

@@ -63,6 +63,16 @@ def test_other_colour_modes_become_rgb(mode: str) -> None:
     assert decode_image(out.getvalue(), 8).shape == (3, 8, 8)
 
 
+def test_sixteen_bits_of_grey_become_eight() -> None:
+    ramp, images = np.linspace(0, 65535, 64).reshape(8, 8), []
+    for pixels in ((ramp / 257).round().astype(np.uint8), ramp.astype(np.uint16)):
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        images.append(decode_image(out.getvalue(), 8).astype(int))
+    np.testing.assert_allclose(images[1], images[0], atol=1)
+    assert images[1].max() == 255
+
+
 def test_size_of_the_image_keeps_every_pixel(jpeg: Callable[..., bytes]) -> None:
     data = jpeg(3)
     with Image.open(io.BytesIO(data)) as image:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dir_toolkit.errors import DataError
+from dir_toolkit.errors import DataError, DirToolkitWarning
 from dir_toolkit.experiment.data.images import Splits
 from dir_toolkit.experiment.data.rows import columns_of, lines_of, numbers_of
 from dir_toolkit.experiment.data.series import BEIJING_FEATURES, beijing, cmapss
@@ -57,6 +57,20 @@ def test_standardized_by_the_training_rows(tmp_path: Path) -> None:
 def test_a_column_with_any_word_is_of_words(tmp_path: Path) -> None:
     splits = table(write(tmp_path / "some.csv", "y,x\n1,a\n2,\n3,1\n4,a\n5,1\n"), "y")
     np.testing.assert_array_equal(splits.train.inputs, [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0]])
+
+
+def test_a_column_of_numbers_with_a_word_is_told_of(tmp_path: Path) -> None:
+    text = "y,x\n" + "".join(f"{i},{i}\n" for i in range(9)) + "9,NA\n"
+    with pytest.warns(
+        DirToolkitWarning, match=r"1 of 10 cells of column 'x' are no numbers, such as 'NA'\. Its 10 diff"
+    ):
+        assert table(write(tmp_path / "some.csv", text), "y").train.inputs.shape == (10, 10)
+    for drop, message in (
+        ("x", r"drop must be a list of names, got 'x'\. Use \['x'\]"),
+        (["y"], "must not hold the label"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            table(write(tmp_path / "some.csv", text), "y", drop=drop)
 
 
 def test_a_constant_column_becomes_zero(tmp_path: Path) -> None:
@@ -250,6 +264,7 @@ def test_sentences_become_the_numbers_worked_out_by_hand(tmp_path: Path) -> None
         emobank(write(tmp_path / "emobank.csv", "split,V\ntrain,3\n").parent, {})
 
 
+@pytest.mark.filterwarnings("ignore:.*are no numbers:dir_toolkit.errors.DirToolkitWarning")
 def test_mutated_files_give_our_error_or_columns(tmp_path: Path, mutations: Callable[..., Iterator[bytes]]) -> None:
     refused = 0
     for packed in (False, True):
