@@ -40,8 +40,8 @@ def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (
     >>> table("abalone.csv.gz", "Rings").train.inputs.shape                                         # doctest: +SKIP
     (4177, 10)
     """
-    require(not isinstance(drop, str), "drop must be a list of names", got=repr(drop), fix=f"Use [{drop!r}].")
-    require(label not in drop, "drop must not hold the label", got=repr(label))
+    named = not isinstance(drop, str) and label not in drop
+    require(named, "drop must be a list of names without that of the label", got=repr(drop))
     path = Path(path)
     columns = columns_of(path)
     has_columns(columns, (label, *drop), path)

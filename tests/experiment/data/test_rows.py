@@ -65,11 +65,8 @@ def test_a_column_of_numbers_with_a_word_is_told_of(tmp_path: Path) -> None:
         DirToolkitWarning, match=r"1 of 10 cells of column 'x' are no numbers, such as 'NA'\. Its 10 diff"
     ):
         assert table(write(tmp_path / "some.csv", text), "y").train.inputs.shape == (10, 10)
-    for drop, message in (
-        ("x", r"drop must be a list of names, got 'x'\. Use \['x'\]"),
-        (["y"], "must not hold the label"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for drop in ("x", ["y"]):
+        with pytest.raises(ValueError, match=rf"drop must be a list of names .*, got {re.escape(repr(drop))}"):
             table(write(tmp_path / "some.csv", text), "y", drop=drop)
 
 
