@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..._checks import require, warn
+from ..._checks import warn
 from ._checks import require_data
 from .images import SampleSet, Splits
 from .rows import columns_of, has_columns, number_of, numbers_of, seeded_splits
@@ -28,7 +28,7 @@ def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (
     Args:
         path: the file, with the names of the columns in its first line, packed with gzip or not.
         label: the name of the column that holds the labels.
-        drop: the names of columns that are neither label nor feature, as a list.
+        drop: the names of columns that are neither label nor feature, or one such name.
         seed: the seed of the split. Three fifths of the rows are for training, a fifth each for validation and test.
     Returns:
         Splits with inputs (N, F) float32 as the file has them; :func:`standardized` scales them.
@@ -40,9 +40,7 @@ def table(path: str | os.PathLike[str], label: str, *, drop: Collection[str] = (
     >>> table("abalone.csv.gz", "Rings").train.inputs.shape                                         # doctest: +SKIP
     (4177, 10)
     """
-    named = not isinstance(drop, str) and label not in drop
-    require(named, "drop must be a list of names without that of the label", got=repr(drop))
-    path = Path(path)
+    path, drop = Path(path), [drop] if isinstance(drop, str) else drop
     columns = columns_of(path)
     has_columns(columns, (label, *drop), path)
     labels = numbers_of(columns.pop(label), label, path)
