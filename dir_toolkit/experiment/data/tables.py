@@ -69,10 +69,9 @@ def _features(cells: list[str], name: str, path: Path) -> np.ndarray:
     if odd := [cell for cell in cells if _is_word(cell)]:
         words = sorted(set(cells))
         if len(odd) + sum(cell.strip() == "" for cell in cells) < len(cells) / 2:
-            warn(
-                f"{path}: {len(odd)} of {len(cells)} cells of column {name!r} are no numbers, such as {odd[0]!r}. Its "
-                f"{len(words)} different cells become one feature each. Mend these cells if it holds numbers."
-            )
+            seen = f"{len(odd)} of {len(cells)} cells of column {name!r} are no numbers, such as {odd[0]!r}"
+            result = f"Its {len(words)} different cells become one feature each"
+            warn(f"{path}: {seen}. {result}. Mend these cells if it holds numbers.")
         rule = f"column {name!r} must hold at most {_MOST_WORDS} different words"
         require_data(len(words) <= _MOST_WORDS, rule, got=len(words), fix=f"Pass drop=[{name!r}].", source=path)
         return (np.array(cells)[:, None] == np.array(words)).astype(np.float64)
