@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class SoundModule(nn.Module):
 class WideBuffers(nn.Module):
     """A module whose own buffers are not rounded where it is cast to half precision."""
 
-    _bytes_kept: ClassVar[int] = 4  # per number; a dtype with fewer is not taken, unless the buffer had it before
+    _bytes_kept = 4  # per number; a dtype with fewer is not taken, unless the buffer had it before
 
     @torch.inference_mode(False)  # buffers must be usable in training
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -114,7 +114,7 @@ class WideBuffers(nn.Module):
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.itemsize < min(self._bytes_kept, old.itemsize):
-                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
+                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device, copy=old.is_inference())
         return self
 
 

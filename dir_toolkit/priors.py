@@ -357,8 +357,8 @@ class LogitAdjuster(WideBuffers, SoundModule):
     """:func:`adjust_logits` as the last layer of a deployed model: ``nn.Sequential(model, LogitAdjuster(prior))``.
 
     It computes ``logits / temperature + offset``. Both are buffers, so that a ``state_dict`` includes prior, target and
-    tau. They are float32, also where a model is cast to half precision. It can be exported by ``torch.export``. Logits
-    in float64 stay float64, but are adjusted only to about seven digits.
+    tau. They are float32, and stay so where a model is cast to half precision. It can be exported by ``torch.export``.
+    Logits in float64 stay float64, but are adjusted only to about seven digits.
 
     Args:
         prior, target, tau: as in :func:`adjust_logits`.

@@ -97,10 +97,8 @@ class RegionMetric(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers of all samples so far, over all ranks, each () float64."""
-        same, fix = (
-            torch.equal(self.identity.cpu(), _digest(self._metrics)),
-            "Merge metrics of the same axis and options.",
-        )
+        same = torch.equal(self.identity.cpu(), _digest(self._metrics))
+        fix = "Merge metrics of the same axis and options."
         require(same, "all sums must be of metrics with the same settings", got="others", fix=fix)
         numbers = _numbers(self._seen(), self._limits)
         device = self.refused.device

@@ -67,8 +67,8 @@ class LabelWindow:
         width = float(np.median(np.diff(axis.edges)))
         size, *widths = (float(f"{x / width:.12g}") for x in (self.size, *self.widths))
         bins, most = 2 * int(size / 2) + 1, len(axis) - 1 + len(axis) % 2
-        got, fix = f"{self.size:g} for {len(axis)} bins of {width:g}", f"Use a size of at most {most * width:g}."
-        require(bins <= most, "the size of kernel must not exceed the label axis", got=got, fix=fix)
+        got, fix = f"{bins} bins for an axis of {len(axis)}", f"Use a size of at most {most * width:g}."
+        require(bins <= most, "the window of kernel must not be longer than the label axis", got=got, fix=fix)
         return self.make(bins, *widths, **({"folded": True} if self.folded else {}))
 
 

@@ -75,8 +75,8 @@ def c_mixup(
     def mixed(part: Tensor) -> Tensor:
         own = share.to(part.dtype).reshape(-1, *[1] * (part.ndim - 1))
         other = part[partner]
-        # Equal numbers stay as they are, also infinite ones, as masks hold.
-        return torch.where(other == part, part, torch.lerp(other, part, own.expand_as(part)))
+        # What is infinite in both, as in masks, stays as it is.
+        return torch.where((other == part) & part.isinf(), part, torch.lerp(other, part, own.expand_as(part)))
 
     return tree_map_only(Tensor, mixed, inputs), mixed(y)
 

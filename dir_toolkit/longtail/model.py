@@ -168,9 +168,9 @@ class LongTailModel(nn.Module):
             require(name in own, f"{name} must be an option of {kind.__name__}", got=got, fix=fix, error=TypeError)
         self.bins, self.density, self.outside, self.missing = bins, density, outside, missing
         self.backbone, self.num_features = backbone, (takes := length("num_features", num_features))
-        # timm: features may pass through one more layer, whose size is head_hidden_size
-        gives = getattr(backbone, "head_hidden_size", getattr(backbone, "num_features", takes))
-        require(gives == takes, f"num_features must be the backbone's {gives}", got=takes, error=ShapeError)
+        gives = getattr(backbone, "num_features", takes)
+        last = getattr(backbone, "head_hidden_size", gives)  # of timm, behind one more layer
+        require(takes in (gives, last), f"num_features must be the backbone's {gives}", got=takes, error=ShapeError)
         self.neck = nn.Identity()  # FDS is attached here, so that head and readout get calibrated features
         self.head = kind.make_head(head, self.num_features, bins)
         self._head = head if isinstance(head, str) else None

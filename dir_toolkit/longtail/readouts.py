@@ -493,10 +493,12 @@ class ScoreReadout(Readout):
             self._warned_unseen = True
             warn(f"no label in or near {unseen} of {len(self.bins)} bins; in the prior each has a count of one.")
         one_each = _weighted(LabelDensity(self.bins, np.ones(len(self.bins))), weights).counts
-        # A minimum count bounds the adjustment of bins without labels, and of those whose labels have no weight.
+        # A minimum count bounds the adjustment of bins without labels.
         counts = learnt + one_each * (1 - reached).clip(min=0)
-        least = np.where(one_each > 0, 0, one_each[one_each > 0].min(initial=np.inf))
-        return torch.from_numpy(to_shares(np.maximum(counts, least)))
+        if weights is not None and (one_each == 0).any():  # of labels that lie beyond the axis of the weights
+            table = weights.table[:-1].detach().cpu().double().numpy()
+            counts = np.maximum(counts, np.where(one_each > 0, 0, table[table > 0].min()))
+        return torch.from_numpy(to_shares(counts))
 
     def _spread_out(self, kernel: PriorKernel, *densities: LabelDensity) -> Sequence[np.ndarray] | np.ndarray:
         """The counts (B,) of each density, smoothed as the loss smooths labels or by a window."""
@@ -561,7 +563,7 @@ class BinsReadout(ScoreReadout):
             logits in training, so that plain logits predict under the target prior.
         prior_kernel: the smoothing of the training prior. ``"auto"`` smooths as the loss smooths labels. A window
             smooths the counts instead, and None does not smooth. Every bin has a minimum of one label of its own
-            weight.
+            weight, or of the smallest weight if its own is 0.
         temperature: the divisor of logits, T > 0, :func:`dir_toolkit.fit_temperature`.
         sigma: the standard deviation of soft labels for ``"cross_entropy"``, ``"coral_loss"`` and ``"squared_emd"``, in
             label units. ``"auto"`` is two bins. None or 0 means hard labels, as in the papers of CORAL and CORN. Soft

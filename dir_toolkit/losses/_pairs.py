@@ -17,10 +17,12 @@ def pairs_of(features: Tensor, gone: Tensor | None) -> Tensor:
 
 
 def rounding_of(labels: Tensor) -> Tensor:
-    """A bound, (), of how much rounding changes the distance of two labels (N,) or (N, K)."""
-    width = labels[0].numel() if len(labels) else 1
-    largest = torch.cat([labels.detach().abs().flatten(), labels.new_zeros(1)]).amax()
-    return 4 * width * torch.finfo(labels.dtype).eps * largest
+    """A bound (N, N) of how much rounding changes the distance of two labels (N,) or (N, K). It is 0 if all labels are
+    whole numbers."""
+    labels = labels.detach().reshape(len(labels), -1)
+    size = labels.abs().amax(1)
+    bound = 2 * labels.shape[1] * torch.finfo(labels.dtype).eps * torch.maximum(size[:, None], size)
+    return torch.where((labels == labels.round()).all(), 0.0, bound)
 
 
 def spread_of(labels: Tensor, weight: Tensor | None, *, ranks: bool = False) -> Tensor:

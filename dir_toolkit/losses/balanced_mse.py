@@ -369,7 +369,6 @@ class GaussianMixtureLoss(_BalancedMSE):
     weights: Tensor
     means: Tensor
     variances: Tensor
-    _bytes_kept = 8  # a mixture that needs float64 also needs it after a cast
 
     def __init__(
         self,
@@ -388,11 +387,13 @@ class GaussianMixtureLoss(_BalancedMSE):
             raise problem("noise_sigma must be given where the mixture has no spread", got="None", fix=fix)
         start, means, dtype = _NOISE * spread, parts["means"], torch.get_default_dtype()
         widths = np.hypot(np.sqrt(parts["variances"]), start if noise_sigma is None else _positive_sigma(noise_sigma))
-        if (np.abs(torch.tensor(means, dtype=dtype).double().numpy() - means) > _MOST_ROUNDED * widths).any():
-            dtype = torch.float64  # components are narrow beside their distance from zero
+        rounded = np.abs(torch.tensor(means, dtype=dtype).double().numpy() - means)
+        far = bool((rounded > _MOST_ROUNDED * widths).any())  # from zero, beside which components are narrow
+        dtype = torch.float64 if far else dtype
         buffers = {name: torch.tensor(part, dtype=dtype) for name, part in parts.items()}
         shape = parts["means"].shape[1:]
         super().__init__(gaussian_mixture_loss, noise_sigma, start, learn, shape, **buffers, missing=missing)
+        self._bytes_kept = 8 if far else 4  # a mixture that needs float64 also needs it after a cast
 
     def _log_ratio(self, weight: Tensor | None) -> _LogRatio:
         return partial(_under_mixture, self.weights, self.means, self.variances)

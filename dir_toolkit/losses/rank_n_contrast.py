@@ -74,8 +74,8 @@ def rank_n_contrast(
     distance, order = torch.cdist(labels, labels, p=1.0).masked_fill(~pairs, -1.0).sort(dim=1)
     similarity = similarity.gather(1, order)
     onward = similarity.flip(1).logcumsumexp(1).flip(1)  # over a position in the row and all after it
-    least = (distance - rounding_of(present(labels, gone))).clamp_min(0.0)  # ties may differ by rounding
-    # The position where each tie begins.
+    # The position where each tie begins. Ties may differ by rounding.
+    least = (distance - rounding_of(present(labels, gone)).gather(1, order)).clamp_min(0.0)
     first = torch.searchsorted(distance, torch.where(distance < 0, distance, least))
     values = (onward.gather(1, first) - similarity).masked_fill(distance < 0, 0.0).sum(1)
     return reduce(values / pairs.sum(1).clamp_min(1), weight, reduction)

@@ -225,7 +225,7 @@ def _homogeneity(trace: Tensor, known: Tensor, bins: Bins) -> Tensor:
     place = torch.arange(len(known), device=known.device)
     last = torch.where(known, place, -1).cummax(0).values  # the last known bin up to here
     before = F.pad(last[:-1], (1, 0), value=-1)
-    point = bins.tensor("centers", trace.detach().to(bins.wide_dtype(trace)))
+    point = bins.tensor("centers", trace.new_empty(0, dtype=bins.wide_dtype(trace)))
     point = ((point - point[0]) / (point[-1] - point[0]).clamp_min(torch.finfo(point.dtype).tiny)).to(trace.dtype)
     step = known & (before >= 0)
     before = before.clamp_min(0)

@@ -411,7 +411,7 @@ def test_what_is_not_mutated_is_read(arena: Arena, target: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory in use is read from /proc")
-@pytest.mark.filterwarnings("ignore:.*are no numbers:dir_toolkit.errors.DirToolkitWarning")
+@pytest.mark.filterwarnings("ignore:.*become one feature each:dir_toolkit.errors.DirToolkitWarning")
 @pytest.mark.parametrize("target", TARGETS)
 def test_mutations_end_in_our_error_or_a_valid_result(arena: Arena, target: str, mutations: int) -> None:
     make, read = TARGETS[target]

@@ -257,6 +257,6 @@ def test_a_window_in_label_units_needs_bins_of_one_width() -> None:
 
 def test_a_window_that_is_too_long_is_told_in_its_own_unit() -> None:
     bins = Bins.uniform(0, 100, width=5)
-    with pytest.raises(ValueError, match=r"got 200 for 20 bins of 5\. Use a size of at most 95\.$"):
+    with pytest.raises(ValueError, match=r"got 41 bins for an axis of 20\. Use a size of at most 95\.$"):
         LDS(bins, kernel=gaussian(200, 10, unit="label"))
     assert LDS(bins, kernel=gaussian(95, 10, unit="label")).fit([3.0, 50.0]).sample_weight([3.0])[0] > 0

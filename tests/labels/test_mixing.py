@@ -131,3 +131,16 @@ def test_numbers_that_both_samples_have_stay_as_they_are() -> None:
     assert mixed[:, 0].isfinite().all()
     alone, _ = c_mixup(x, torch.tensor([0.0, 50.0]), bandwidth=0.1, generator=source())
     assert torch.equal(alone, x)
+
+
+def test_equal_features_share_the_gradient_with_their_partners() -> None:
+    labels = torch.arange(6.0)
+    grads = []
+    for noise in (0.0, 1e-7):
+        x = (noise * torch.arange(6.0))[:, None].requires_grad_()
+        mixed, _ = c_mixup(x, labels, bandwidth=3.0, generator=source())
+        (mixed[:, 0] * torch.arange(1.0, 7.0)).sum().backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+    assert_close(*grads)
+    assert not torch.equal(grads[0][:, 0], torch.arange(1.0, 7.0))

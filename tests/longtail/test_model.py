@@ -475,8 +475,8 @@ def test_the_size_of_what_a_backbone_gives_counts() -> None:
     backbone: Any = net()
     backbone.num_features, backbone.head_hidden_size = 4, 6
     assert LongTailModel(backbone, 6, AGES)(batch()[0]).features.shape == (9, 6)
-    with pytest.raises(ShapeError, match="num_features must be the backbone's 6, got 4"):
-        LongTailModel(backbone, 4, AGES)
+    with pytest.raises(ShapeError, match="num_features must be the backbone's 4, got 5"):
+        LongTailModel(backbone, 5, AGES)
 
 
 def test_an_fds_serves_one_model() -> None:

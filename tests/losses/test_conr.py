@@ -371,3 +371,10 @@ def test_labels_that_are_just_omega_apart_are_similar_in_every_unit(dtype: torch
     for unit in (0.1, 0.01, 1e-3, 0.3):
         given = {"pred": torch.full_like(labels, 5 * unit), "omega": unit, "eta": 0.0, "reduction": "none"}
         assert_close(conr_loss(features, labels * unit, **given), whole)
+
+
+def test_whole_numbers_far_from_zero_are_compared_exactly() -> None:
+    features, labels = torch.eye(4), torch.tensor([0.0, 1.0, 3.0, 10.0])
+    near, far = (conr_loss(features, labels + at, pred=torch.zeros(4), eta=0.0, reduction="none") for at in (0, 5e6))
+    assert_close(far, near)
+    assert (near > 0).tolist() == [True, True, False, False]

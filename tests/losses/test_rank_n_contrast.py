@@ -186,3 +186,14 @@ def test_distances_that_differ_by_rounding_are_tied(dtype: torch.dtype) -> None:
     weight = torch.tensor([1, 1, 1, 1, 1, 0], dtype=dtype)
     absent = torch.tensor([0, 1, 2, 3, 4, 1e12], dtype=dtype)
     assert_close(rank_n_contrast(features, absent, weight), rank_n_contrast(features, labels, weight))
+
+
+def test_a_large_label_ties_no_others_and_whole_numbers_are_exact() -> None:
+    features = samples(8, torch.float64)[0].float()
+    labels = torch.tensor([1, 2, 3.5, 4, 6, 8, 15, 7.2e7]) / 8  # which float32 holds
+    alone, beside = (rank_n_contrast(features, y, reduction="none")[:7] for y in (labels, labels.double()))
+    assert_close(alone, beside.float())
+    whole = torch.tensor([0, 1, 3, 10, 12, 13, 17, 20])
+    expected = rank_n_contrast(features, whole)
+    for given in (whole + 5_000_000, whole.float() + 5_000_000):
+        assert_close(rank_n_contrast(features, given), expected)

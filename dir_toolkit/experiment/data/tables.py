@@ -68,12 +68,14 @@ def _features(cells: list[str], name: str, path: Path) -> np.ndarray:
     """(N, 1) numbers, or (N, W) of zeros and ones."""
     if odd := [cell for cell in cells if _is_word(cell)]:
         words = sorted(set(cells))
-        if len(odd) + sum(cell.strip() == "" for cell in cells) < len(cells) / 2:
-            seen = f"{len(odd)} of {len(cells)} cells of column {name!r} are no numbers, such as {odd[0]!r}"
-            result = f"Its {len(words)} different cells become one feature each"
-            warn(f"{path}: {seen}. {result}. Mend these cells if it holds numbers.")
+        numeric = len(odd) + sum(cell.strip() == "" for cell in cells) < len(cells) / 2
+        mend = f"Mend its {len(odd)} cells that are no numbers, such as {odd[0]!r}" if numeric else ""
         rule = f"column {name!r} must hold at most {_MOST_WORDS} different words"
-        require_data(len(words) <= _MOST_WORDS, rule, got=len(words), fix=f"Pass drop=[{name!r}].", source=path)
+        fix = f"{mend}, or pass drop=[{name!r}]." if numeric else f"Pass drop=[{name!r}]."
+        require_data(len(words) <= _MOST_WORDS, rule, got=len(words), fix=fix, source=path)
+        if numeric:
+            result = f"the {len(words)} different cells of column {name!r} become one feature each"
+            warn(f"{path}: {result}. {mend}, if they should be.")
         return (np.array(cells)[:, None] == np.array(words)).astype(np.float64)
     return numbers_of(cells, name, path)[:, None]
 

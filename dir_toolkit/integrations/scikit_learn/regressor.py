@@ -201,9 +201,9 @@ class LongTailRegressor(Blended, LongTailEstimator):
             options["sigma"] = self.sigma
         if self.decode is not None:
             options["decode"] = self.decode
-        for name in options.keys() & {"sigma", "decode"}:
+        for name in ("sigma", "decode"):
             rule = f"{name} must be left out with head={head!r}, which has no bins"
-            require(scores_bins, rule, got=repr(options[name]))
+            require(scores_bins or name not in options, rule, got=lambda name=name: repr(options[name]))
         self.estimators_, self.number_, self.share_, self.tau_choice_ = None, None, 0.0, None
         self.choice_, self.trees_ = [], list[HistGradientBoostingRegressor]()
         self.trees_share_: float | None = None
