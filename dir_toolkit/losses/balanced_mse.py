@@ -387,7 +387,7 @@ class GaussianMixtureLoss(_BalancedMSE):
             raise problem("noise_sigma must be given where the mixture has no spread", got="None", fix=fix)
         start, means, dtype = _NOISE * spread, parts["means"], torch.get_default_dtype()
         widths = np.hypot(np.sqrt(parts["variances"]), start if noise_sigma is None else _positive_sigma(noise_sigma))
-        rounded = np.abs(torch.tensor(means, dtype=dtype).double().numpy() - means)
+        rounded = np.abs(torch.from_numpy(means).to(dtype).double().numpy() - means)
         far = bool((rounded > _MOST_ROUNDED * widths).any())  # from zero, beside which components are narrow
         dtype = torch.float64 if far else dtype
         buffers = {name: torch.tensor(part, dtype=dtype) for name, part in parts.items()}
