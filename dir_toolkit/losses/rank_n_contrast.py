@@ -38,8 +38,8 @@ def rank_n_contrast(
         S_{ij} = \{k \ne i : d(y_i, y_k) \ge d(y_i, y_j)\}
 
     with :math:`s_{ij} = -\lVert z_i - z_j \rVert_2` between features and :math:`d` the L1 distance between labels. Ties
-    of distances belong to :math:`S_{ij}`. The loss trains an encoder. Train a head from features to predictions with
-    another loss; the paper trains it afterwards.
+    of distances, also those that differ by rounding alone, belong to :math:`S_{ij}`. The loss trains an encoder. Train
+    a head from features to predictions with another loss; the paper trains it afterwards.
 
     Memory is O(N²). Each rank of a distributed run contrasts its own batch. To contrast two augmented views, as in the
     paper, pass both as 2N samples: ``torch.cat([z1, z2])``, with the labels repeated. A batch of one sample has no

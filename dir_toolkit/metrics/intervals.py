@@ -110,7 +110,8 @@ class IntervalMetrics(RegionMetrics):
         # In the lowest of the given precisions, so that a label on an end counts as inside, as in Bins.index.
         dtypes = [x.dtype for x in (lower, upper, target) if x.is_floating_point()]
         narrow = min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float64)
-        begin, end, at = (x.to(narrow) for x in (low, high, label))
+        rounded = ((x, x.to(narrow).double()) for x in (low, high, label))
+        begin, end, at = (torch.where(y.isfinite(), y, x) for x, y in rounded)  # what is too large keeps its own
         covered = ((begin <= at) & (at <= end)).double()
         rows = torch.stack([torch.ones_like(low), covered, width.masked_fill(~(low <= high), torch.nan)])
         rows = rows.masked_fill(index < 0, 0)

@@ -111,5 +111,9 @@ def test_a_label_on_an_end_is_covered_whatever_the_precision_of_either() -> None
             assert interval_metrics(ends, ends, target, DENSITY)["coverage"].sel(region="all") == 1
     whole = np.array([0, 1, 3])
     assert interval_metrics(whole, whole, whole.astype(np.float32), DENSITY)["coverage"].sel(region="all") == 1
+    wide = LabelDensity(Bins.uniform(0, 1e5, count=2), [5, 5])
+    half = torch.zeros(1, dtype=torch.float16)  # which ends at 65,504
+    assert interval_metrics(half, np.array([8e4]), np.array([9e4]), wide)["coverage"].sel(region="all") == 0
+    assert interval_metrics(half, np.array([9e4]), np.array([9e4]), wide)["coverage"].sel(region="all") == 1
     above = np.nextafter(labels, 9)
     assert interval_metrics(above, above, labels, DENSITY)["coverage"].sel(region="all") == 0
