@@ -11,8 +11,9 @@ arXiv:2503.00876): bins of one unit, each with up to four rows to validate and t
 
 A trial is one learning rate with one value of what else the method has to be chosen, or of the weight decay where it
 has nothing else, so that all methods have as many trials. Trials are halved successively and judged by the validation
-bMAE, with seed 0. The settings of the best one are trained with all seeds and judged on test. What is of scikit-learn
-is not tuned, and reads no text. A method that fails on a set is named, and costs the others nothing.
+bMAE, with seed 0. The settings of the best one are trained with all seeds and judged on test. ``--trials 0`` tunes
+nothing: all methods have a learning rate of 0.002 and the first value of what is chosen elsewhere. What is of
+scikit-learn is not tuned, and reads no text. A method that fails on a set is named, and costs the others nothing.
 
 All trials lie in ``OUT/tune``, and the runs that are judged in a folder of OUT for each budget. The errors of a set are
 in ``RESULTS/<set>.csv``, one line per method and seed, and the differences to plain L1, with their intervals, in
@@ -46,7 +47,7 @@ class Settings:
     methods: tuple[str, ...] = ()
     """What to compare, of METHODS in this file; nothing takes all."""
     trials: int = 8
-    """How many trials each method has: 2, 4 or 8."""
+    """How many trials each method has: 2, 4 or 8, or 0 for fixed settings."""
     seeds: int = 5
     """How many seeds the chosen settings are trained with: 0, 1, ..."""
     epochs: int = 40
@@ -366,6 +367,9 @@ TRAINED_AS = {"long_tail_model+tau": "long_tail_model", "long_tail_model+bias": 
 RATES = (1e-2, 3e-3, 3e-2, 1e-3)
 """The learning rates of the trials, in their order, so that trials can be added later."""
 
+UNTUNED_RATE = 2e-3
+"""The learning rate without trials, that of ``recipes/studies/compare.py``."""
+
 
 def trials_of(knobs: Sequence[dict[str, Any]], count: int) -> tuple[dict[str, Any], ...]:
     """So many trials of a method.
@@ -411,6 +415,8 @@ class Sitting:
         knobs, make = METHODS[name]
         if knobs is None:
             return {}
+        if self.settings.trials == 0:
+            return {"lr": UNTUNED_RATE, **knobs[0]}
 
         def score(own: dict[str, Any], epochs: int) -> float:
             self.begin()
@@ -557,9 +563,10 @@ class Results:
         rows = [{**row_of(one.errors), **same} for (_, name, _), one in study.runs.items() if name == method]
         if not rows:
             return
-        trained_as = TRAINED_AS.get(method, method)
-        tuning = (study.folder.parent / "tune" / study.tasks[0].folder / trained_as).rglob("history.csv")
-        seconds = sum(pd.read_csv(path)["seconds"].iloc[-1] for path in tuning)
+        seconds = 0.0
+        if same["trials"]:
+            tuned = study.folder.parent / "tune" / study.tasks[0].folder / TRAINED_AS.get(method, method)
+            seconds = sum(pd.read_csv(path)["seconds"].iloc[-1] for path in tuned.rglob("history.csv"))
         seeds = [seed for _, name, seed in study.runs if name == method]
         new = pd.DataFrame(rows).assign(method=method, seed=seeds, tuning_seconds=seconds)
         self.rows = pd.concat([self.rows, new], ignore_index=True).drop_duplicates(["method", "seed"], keep="last")
@@ -610,8 +617,8 @@ def main(settings: Settings) -> None:
     faults += [] if settings.results is None else unfit_folder("--results", settings.results)
     faults += unknown("--methods", names, METHODS) + unknown("--sets", settings.sets, [*LABELS, *SERIES, *TEXT, *FACES])
     faults += too_low(settings, seeds=1, epochs=1, rows=20)
-    if settings.trials not in (2, 4, 8):
-        faults.append(f"--trials must be 2, 4 or 8, got {settings.trials}.")
+    if settings.trials not in (0, 2, 4, 8):
+        faults.append(f"--trials must be 0, 2, 4 or 8, got {settings.trials}.")
     place = settings.results or settings.out
     there = [path for name in settings.sets if (path := place / f"{name}.csv").exists() and not settings.resume]
     faults += [f"--results must hold no {path.name} yet. Use --resume to add to it." for path in there]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import runpy
@@ -93,6 +94,26 @@ def test_methods_are_tuned_alike_and_judged_and_later_sittings_add_to_the_result
     assert {"lds+fds", "coral"} <= set(compared)
 
 
+@pytest.mark.usefixtures("unsynced_database")
+def test_without_trials_all_methods_have_the_same_fixed_settings_and_other_results(
+    here: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna")
+    make_table(tmp_path / "data")
+    words = ["--root", "data", "--sets", "concrete", "--seeds", 2, "--epochs", 1, "--out", "out", "--results", "kept"]
+    outcome = here(*words, "--trials", 0, "--methods", "l1", "lds", "corn", "boosting")
+    assert (outcome.code, outcome.err) == (0, "")
+    rows = errors(tmp_path / "kept/concrete.csv")
+    settings = {"l1": {"weight_decay": 1e-4}, "lds": {"scheme": "sqrt_inverse"}, "corn": {"width": 0.0}}
+    expected = {method: {"lr": 2e-3, **own} for method, own in settings.items()} | {"boosting": {}}
+    assert dict(zip(rows["method"], rows["setting"].map(json.loads), strict=True)) == expected
+    assert rows["seed"].tolist() == [0, 1] * 4
+    assert (rows["trials"] == 0).all() and (rows["tuning_seconds"] == 0).all()
+    assert not (tmp_path / "out/tune").exists()
+    refused = here(*words, "--trials", 2, "--resume", "--methods", "srl")
+    assert "concrete.csv holds results of trials 0, and this sitting has trials 2" in refused.err
+
+
 @pytest.mark.parametrize(("count", "rates"), [(2, 2), (4, 4), (8, 4)])
 def test_every_method_has_the_same_learning_rates_equally_often(count: int, rates: int) -> None:
     pytest.importorskip("optuna")
@@ -114,7 +135,7 @@ def test_every_method_has_the_same_learning_rates_equally_often(count: int, rate
     [
         ("--methods soft wide", "--methods must name some of .* got wide"),
         ("--sets moon", "--sets must name some of .* got moon"),
-        ("--trials 3", "--trials must be 2, 4 or 8, got 3"),
+        ("--trials 3", "--trials must be 0, 2, 4 or 8, got 3"),
     ],
 )
 def test_what_cannot_run_is_told(tmp_path: Path, here: Callable[..., Outcome], words: str, rule: str) -> None:
