@@ -37,6 +37,7 @@ READ_ON = {
 # Pages whose code runs from top to bottom, which are notebooks as well.
 NOTEBOOKS = ("concepts.md", "porting.md", "faq.md", *gallery())
 GUIDE = ("concepts", "which-method", "methods", "jobs", "running", "porting", "beside", "faq", "glossary")
+MEASURED = ("ages", "digits", "fds", "tables", "intervals", "target-prior", "defaults", "speed")
 AT_ROOT = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "CITATION.cff")
 
 
@@ -46,7 +47,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Getting started": "start.md"},
         {"Gallery": ["gallery.md", *(page for page in gallery() if page.startswith("tutorials/"))]},
         {"Guide": [f"{name}.md" for name in GUIDE if (ROOT / "docs" / f"{name}.md").exists()]},
-        {"Measured": ["ages.md", "digits.md", "fds.md", "tables.md", "intervals.md", "target-prior.md", "speed.md"]},
+        {"Measured": [f"{name}.md" for name in MEASURED]},
         {"Reference": ["reference/index.md", *(f"reference/{room}.md" for room in rooms())]},
         {"Data": [f"data_cards/{card.name}" for card in sorted((ROOT / "data_cards").glob("*.md"))]},
         {"Project": ["architecture.md", "guarantees.md", "citing.md", *AT_ROOT[:3]]},

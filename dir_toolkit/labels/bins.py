@@ -349,7 +349,7 @@ class Bins(LabelAxes):
             LabelError: labels hold NaN or infinity. ValueError: labels are empty or all equal.
         """
         n = length("n", n, most=MOST_BINS)
-        return cls(np.unique(np.quantile(_different(labels), np.linspace(0, 1, n + 1))))
+        return cls(np.unique(np.quantile(_different(labels)[0], np.linspace(0, 1, n + 1))))
 
     @classmethod
     def auto(cls, labels: Any) -> Bins:
@@ -378,7 +378,7 @@ class Bins(LabelAxes):
         >>> bins.why
         '10 whole numbers from 18 to 60: 11 bins of 5, of which the first and the last are spare.'
         """
-        edges, why = chosen_edges(_different(labels))
+        edges, why = chosen_edges(*_different(labels))
         bins = cls(edges, unbounded=True)
         bins.why = why
         return bins
@@ -567,17 +567,18 @@ class Bins(LabelAxes):
         return cls(**values)
 
 
-def _different(labels: Any) -> np.ndarray:
-    """Labels (N,) as float64. Raises unless they are finite and not all equal."""
-    array = labels_array(labels).ravel()
-    array = _decimals(array) if array.dtype.kind == "f" and array.itemsize < 8 else array.astype(np.float64)
+def _different(labels: Any) -> tuple[np.ndarray, np.dtype]:
+    """Labels (N,) as float64, and the dtype in which they were given. Raises unless they are finite and not all
+    equal."""
+    given = labels_array(labels).ravel()
+    array = _decimals(given) if given.dtype.kind == "f" and given.itemsize < 8 else given.astype(np.float64)
     not_empty(labels=array)
     if (bad := ~np.isfinite(array)).any():
         got = f"{array[bad.argmax()]} at index [{bad.argmax()}] ({bad.sum()} such labels)"
         raise label_problem("labels must be finite", got=got, fix=_NO_NAN)
     several = array.min() < array.max()
     require(several, "labels must hold at least two different values", got=f"only {digits(array[0])}")
-    return array
+    return array, given.dtype
 
 
 def _decimals(array: np.ndarray) -> np.ndarray:

@@ -96,7 +96,8 @@ class LongTailModel(nn.Module):
         weights: a fitted LDS for the loss, used in training and eval mode unless weights are passed. Weights change the
             training prior. Pass them here even if your own loop weights the loss.
         outside: for labels beyond the axis in the loss: ``"raise"``; ``"clip"``, which uses the end bin, or the exact
-            error; or ``"drop"``, which ignores them. If the model drops, ``fds`` must also drop.
+            error; or ``"drop"``, by which their loss is 0, and counts in the mean. If the model drops, ``fds`` must
+            also drop.
         missing: for NaN labels in the loss: ``"raise"``; or ``"drop"``, which takes the mean over the other samples. If
             the model drops, ``fds`` must also drop.
         options: those of the readout, which depends on head and axis: :class:`BinsReadout`, :class:`ClassReadout`,

@@ -166,6 +166,8 @@ def _remade(
         public = weighed.pop("public_integers", False)
         weights = LDS(**{**weighed, "bins": Bins.from_dict(weighed["bins"])})
         weights._public_integers = public
+        mine = f"{prefix}weights."  # a loss may be built on them
+        weights.load_state_dict({key.removeprefix(mine): x for key, x in state.items() if key.startswith(mine)})
     model = LongTailModel(
         backbone,
         made_with["num_features"],

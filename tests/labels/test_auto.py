@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,21 @@ def test_a_long_tail_of_positive_labels_makes_bins_even_in_the_logarithm() -> No
     np.testing.assert_allclose(ratios, ratios[0])
     assert "even in the logarithm since a tail is long" in str(bins.why)
     assert LabelDensity.count(PRICES, bins).counts.max() < 0.1 * len(PRICES)
+
+
+@pytest.mark.parametrize(("start", "length"), [(1e6, 1), (1.7e9, 5000), (1e12, 3e6)])
+def test_the_rounding_of_float32_is_no_step_of_the_labels(start: float, length: float) -> None:
+    labels = (start + length * RANDOM.random(3000)).astype(np.float32)
+    different = np.unique(labels)
+    bins = all_held(labels)
+    assert "multiples" not in str(bins.why)
+    assert (LabelDensity.count(labels, bins).counts[1:-1] > 0).all()
+    assert np.diff(bins.edges).min() >= np.diff(different).min()
+    assert float(re.findall(r"from (\S+) to", str(bins.why))[0]) < float(re.findall(r" to (\S+):", str(bins.why))[0])
+    mistyped = Bins.auto(np.append(np.arange(18, 90, dtype=np.float32).repeat(9), [np.float32(1e30)]))
+    assert "whole numbers from 18 to 89: 74 bins of 1," in str(mistyped.why)
+    tenths = (1e6 + RANDOM.integers(0, 50, 3000) / 10).astype(np.float32)
+    assert "multiples of 0.1 from 1000000 to 1000004.9" in str(Bins.auto(tenths).why)
 
 
 def test_a_pile_of_zeros_has_a_bin_that_is_symmetric_about_it() -> None:
