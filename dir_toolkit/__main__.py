@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from . import __version__
 from ._home import HOME
 
 __all__ = ["main", "overview", "recipes"]
@@ -36,10 +37,14 @@ def overview() -> str:
 
 
 def main() -> None:
-    """Run the recipe that the command line names as Python would run its file, or list all of them."""
+    """Run the recipe that the command line names as Python would run its file, or list all of them, or tell the
+    version."""
     name, *options = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(overview())
+        return
+    if name == "--version":
+        print(f"dir_toolkit {__version__}")
         return
     known = {name: file for folder in _GROUPS.values() for name, file in recipes(folder).items()}
     if name not in known:

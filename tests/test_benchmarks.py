@@ -297,12 +297,12 @@ def test_the_page_of_the_suite_says_what_its_results_hold(suite: Path) -> None:
     report["main"](suite, suite)
     page = (suite / "which-method.md").read_text(encoding="utf-8")
     rises = "MAE rises by more than a tenth: b 1.12 [1.07, 1.17]"
-    best = "`lds` (of 4) | 0.75 [0.63, 0.88] | 0.59 [0.39, 0.90] | 1.06 [0.92, 1.22]"
+    best = "`lds`, best of 4 | 0.75 [0.63, 0.88] | 0.59 [0.39, 0.90] | 1.06 [0.92, 1.22]"
     coral = "not compared, without results on: `coral` (b (failed), c)"
     assert f"| A network; its head is one number and stays | {best} | {rises} |" in page
     assert f"| A network; its head may become bins | no advice: 0 methods on 3 sets | | | | {coral} |" in page
     assert f"| A network; only the rare labels matter | {best} | {rises}; {coral} |" in page
-    assert "| A network; the mean error must not rise | `mse` (of 4) | 1.30 " in page
+    assert "| A network; the mean error must not rise | `mse`, best of 4 | 1.30 " in page
     assert "bMAE rises: a 1.30 [1.25, 1.35], b 1.20 [1.15, 1.25], c 1.40 [1.35, 1.45]; few rises: a 1.40 " in page
     assert "| The rows are a table, and any estimator will do | no advice: 0 methods on 3 sets |" in page
     assert "| coral | 0.10 | 0.10 | 0.10 | 1 | b (failed), c |" in page

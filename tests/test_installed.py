@@ -73,6 +73,12 @@ def test_the_command_lists_all_recipes_in_groups_with_a_line_each(
     assert listed.endswith(f"{HOME / 'data_cards'}.\n")
 
 
+def test_the_command_tells_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["dir-toolkit", "--version"])
+    main()
+    assert capsys.readouterr().out == f"dir_toolkit {dir_toolkit.__version__}\n"
+
+
 def test_a_recipe_of_another_name_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "dir-toolkit: the recipe must be one that dir-toolkit --help lists, got mnsit. Did you mean mnist?"
     assert called(monkeypatch, "mnsit") == message

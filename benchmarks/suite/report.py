@@ -200,7 +200,7 @@ def leaves(suite: Suite) -> str:
         shown = {name: ratios_of(suite, best, *column) for name, column in COLUMNS.items()}
         cells = [interval(*geometric(ratios)) if len(ratios) else "" for ratios in shown.values()]
         faults = "; ".join(filter(None, [fails(suite, best), out]))
-        lines.append(f"| {question} | `{best}` (of {len(cheap)}) | {' | '.join(cells)} | {faults} |")
+        lines.append(f"| {question} | `{best}`, best of {len(cheap)} | {' | '.join(cells)} | {faults} |")
     return "\n".join(lines)
 
 
@@ -423,7 +423,8 @@ Errors of house16H are those of log1p of the price, and its 52 prices of 0 count
 `median` predicts one number. Names are those of `recipes/studies/suite.py`, and [methods](methods.md) says what they
 are. `long_tail_model` is `dt.LongTailModel` with its defaults and `calibrate()`, which lets the MAE of validation data
 rise by a tenth at most. With `+tau` it is `calibrate(most_mae=None, bias=False)`, and with `+bias`
-`calibrate(most_mae=None, bias=True)`.
+`calibrate(most_mae=None, bias=True)`. `soft+tau` differs from `long_tail_model+tau` in what is tuned, the width of the
+soft labels in place of the weight decay, and in how tau is chosen, by `choose_tau` at temperature 1.
 
 `median`, `long_tail_regressor` and boosting are not tuned. The estimators read no text, and `long_tail_regressor` reads
 tables alone. What a training costs is not compared, since the
