@@ -316,17 +316,25 @@ def test_the_page_of_the_suite_says_what_its_results_hold(suite: Path) -> None:
 def test_results_of_some_methods_alone_have_a_section_and_enter_no_mean(suite: Path) -> None:
     report = runpy.run_path(str(FOLDER / "suite/report.py"))
     before = report["page"](report["read"](suite))
-    for folder, old, name in (("faces", "a", "utkface"), ("uci_dir", "b", "airfoil_dir")):
+    folders = {"faces": ("a", "utkface"), "faces_untuned": ("c", "utkface"), "uci_dir": ("b", "airfoil_dir")}
+    for folder, (old, name) in folders.items():
         (suite / folder).mkdir()
         for end in (".csv", "-differences.csv"):
             (suite / folder / f"{name}{end}").write_text((suite / f"{old}{end}").read_text())
-    with (suite / "faces/utkface-differences.csv").open("a") as file:
-        file.write("\nlds,mae,many,0.1,0.5,1.3,1.1,1.5")
+    for folder in ("faces", "faces_untuned"):
+        with (suite / folder / "utkface-differences.csv").open("a") as file:
+            file.write("\nlds,mae,many,0.1,0.5,1.3,1.1,1.5")
+    untuned = suite / "faces_untuned/utkface.csv"
+    untuned.write_text(untuned.read_text().replace(",100,4,2", ",100,4,0"))
     report["main"](suite, suite)
     page = (suite / "which-method.md").read_text(encoding="utf-8")
     sections = page[page.index("## Faces") : page.index("## Average ranks")]
     assert page.replace(sections, "") == before
-    assert "utkface: 100 faces" in sections
+    tuned, fixed = re.findall(r"utkface: 100 faces .*, (.*?),\n4 epochs and 2 seeds; .* bMAE of (.*) years", sections)
+    assert tuned == ("2 trials", "10.50 ± 0.71")
+    assert fixed == ("no trials", "12.60 ± 0.85")
+    assert sections.index("| lds | **0.70**") < sections.index("| mse | **1.30**")  # by bMAE
+    assert "| lds | **0.75** [0.70, 0.80]" in sections
     assert (
         "| lds | **0.70** [0.65, 0.75] | **0.50** [0.45, 0.55] | 1.05 [1.00, 1.10] | **1.30** [1.10, 1.50] |"
         in sections

@@ -4,8 +4,8 @@
 
 Reads ``<set>.csv``, ``<set>-differences.csv`` and ``<set>-failed.csv`` in this folder, which
 ``recipes/studies/suite.py`` writes, and writes ``tables.md`` beside them, and ``docs/which-method.md`` and
-``docs/which-method.png``. The folders ``faces`` and ``uci_dir`` hold results of some methods alone, which have a
-section each and enter no mean and no rank.
+``docs/which-method.png``. The folders ``faces``, ``faces_untuned`` and ``uci_dir`` hold results of some methods alone,
+which have sections of their own and enter no mean and no rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dir_toolkit.experiment.results.drawing import GREY, INK, literal, look, new
 HERE, DOCS = Path(__file__).parent, Path(__file__).parents[2] / "docs"
 NOT_TABLES = ("beijing", "cmapss", "emobank", "sts_b_dir")
 OF_TABLES = ("boosting", "boosting_lds", "boosting_adjusted", "long_tail_regressor")  # cannot read all of these
-APART = ("faces", "uci_dir")
+APART = ("faces", "faces_untuned", "uci_dir")
 EVEN = ("sts_b_dir",)  # its test labels are spread evenly
 PUBLISHED = {  # MAE over all test labels in table 2 of Dong et al. 2025 (arXiv:2503.00876)
     "l1": {"airfoil_dir": 5.66, "abalone_dir": 4.57, "concrete_dir": 7.29},
@@ -312,27 +312,48 @@ method whose MAE is more than a tenth above that of plain L1 shares the last ran
 
 
 def faces(suite: Suite) -> str:
-    """The section on the sets on which the leaders alone ran."""
+    """The section on all faces, on which the leaders alone were tuned."""
     if "faces" not in suite.apart:
         return ""
-    those = suite.apart["faces"]
-    (budget,) = those.rows[["rows", "epochs", "trials"]].drop_duplicates().itertuples(index=False)
-    every = {**COLUMNS, "many": ("mae", "many")}
-    columns = {title: ratios(those, error, region).iloc[:, 0] for title, (error, region) in every.items()}
-    table = pd.DataFrame(columns)
-    return f"""
+    parts = f"""
 ## Faces
 
-{those.rows["set"].iloc[0]}: {budget.rows:,} faces of 32 pixels to train on, the small residual CNN, {budget.trials}
-trials, {budget.epochs} epochs and {those.rows["seed"].nunique()} seeds. The leaders alone ran here, so these figures
-enter neither means nor ranks. `calibrate` always set the fitted temperature here, as it did before it compared that
-with 1. An epoch has twelve batches, so networks are far from converged; [ages](ages.md) has long trainings.
+{_budget(suite.apart["faces"])} The methods with the best ranks alone were tuned here, so these figures enter neither
+means nor ranks.
 
-{markdown(table)}
-
-Faces to validate and to test are spread evenly over ages. So the MAE shows no price here, and its bound protects no
-common ages: their MAE is in the column *many*.
+{_by_region(suite.apart["faces"])}
 """
+    if "faces_untuned" in suite.apart:
+        parts += f"""
+Others were trained with one setting, and are compared with L1 of that setting (`--trials 0`):
+{_budget(suite.apart["faces_untuned"])}
+
+{_by_region(suite.apart["faces_untuned"])}
+"""
+    return f"""{parts}
+Faces to validate and to test are spread evenly over ages. So the MAE shows no price here, and its bound protects no
+common ages: their MAE is in the column *many*. [Ages](ages.md) has trainings of 60 epochs with stronger augmentation.
+"""
+
+
+def _budget(suite: Suite) -> str:
+    """How one set was trained, and the error of plain L1."""
+    ((rows, epochs, trials),) = suite.rows[["rows", "epochs", "trials"]].drop_duplicates().to_numpy()
+    plain = suite.rows[suite.rows["method"] == "l1"]
+    tuned = f"{trials} trials" if trials else "no trials"
+    return (
+        f"{suite.rows['set'].iloc[0]}: {rows:,} faces of 32 pixels to train on, the small residual CNN, {tuned},\n"
+        f"{epochs} epochs and {plain['seed'].nunique()} seeds; plain L1 has a bMAE of {plain['bmae'].mean():.2f} ± "
+        f"{plain['bmae'].std():.2f} years."
+    )
+
+
+def _by_region(suite: Suite) -> str:
+    """The ratios to plain L1 on one set."""
+    every = {**COLUMNS, "many": ("mae", "many")}
+    table = pd.DataFrame({title: ratios(suite, *column).iloc[:, 0] for title, column in every.items()})
+    order = {method: ratios_of(suite, method, *COLUMNS["bMAE"]).iloc[0] for method in table.index}
+    return markdown(table.loc[sorted(order, key=order.__getitem__)])
 
 
 def uci_dir(suite: Suite) -> str:
