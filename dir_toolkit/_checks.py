@@ -388,7 +388,8 @@ def distributions(*, zeros: bool = False, **values: Tensor) -> None:
         if not (bool(sound.all()) or (zeros and bool((sound | (shares == 0).all(-1)).all()))):
             finite(**{name: shares})
             got = f"sums from {total.min().item():g} to {total.max().item():g}"
-            raise problem(f"{name} must sum to one along the last axis", got=got, fix="Apply softmax to scores first.")
+            fix = "Apply softmax to logits, or take the distribution of a model's output."
+            raise problem(f"{name} must sum to one along the last axis", got=got, fix=fix)
         not_negative(**{name: shares})
 
 

@@ -2,7 +2,7 @@
 
 ================== ==========================================================================================
 cRT                ``stage_two(model, "crt")``, then train with ``BinSampler(labels, bins, q=0)``
-LWS                ``stage_two(model, "lws")``, then the same: one scale per class is learnt, all else is frozen
+LWS                ``stage_two(model, "lws")``, then the same: one scale per class is learnt, the layer is frozen
 RRT                ``stage_two(model, "rrt")``, then train a regressor with ``LDS(..., scheme="inverse")`` weights
 NCM                no training: :class:`dir_toolkit.heads.nearest_mean.NearestMeanHead` on the frozen features
 tau-normalization  no training: :func:`choose_normalization` on validation features
@@ -152,7 +152,9 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
         model: a model with ``backbone`` and ``head``, such as :class:`dir_toolkit.LongTailModel`. For other models use
             :func:`freeze` and :func:`reinitialize`.
         method: ``"crt"`` and ``"rrt"`` reinitialize the head. ``"lws"`` wraps a linear head in a
-            :class:`dir_toolkit.heads.normalized.ScaledHead`.
+            :class:`dir_toolkit.heads.normalized.ScaledHead`, of which :func:`dir_toolkit.load` needs another.
+            What is learnt in a readout or a loss, such as residuals or the noise of Balanced MSE, stays as it is,
+            and trainable.
         seed: the seed for reinitializing the head.
     Returns:
         the handle of the frozen backbone.

@@ -142,7 +142,9 @@ def estimate_prior(
 
     Args:
         scores: the model's scores of the unlabelled data under its training prior: logits, or probabilities of bins.
-            Scores without negative values are treated as probabilities.
+            Scores without negative values are treated as probabilities. Of a ``LongTailModel`` with an affinity head,
+            or with ``adjust="in_loss"``, whose scores are under the target prior, pass ``output.distribution`` after
+            ``model.set_prior(None)``.
         source: scores of held-out data, of the same kind.
         labels: the labels of the held-out data, in label units.
         bins: the label axis; None means classes.

@@ -121,6 +121,33 @@ def test_the_estimate_is_what_a_model_or_logits_are_set_to() -> None:
         assert not model.readout.adjuster.offset.any()
 
 
+def test_forecasts_of_a_model_that_adjusts_in_its_loss_are_those_of_its_distribution() -> None:
+    held, new = (torch.from_numpy(class_scores(x)).float() for x in (HELD_X, NEW_X))
+    density = LabelDensity(Bins.classes(3), [70, 20, 10])
+    options: dict[str, Any] = {"density": density, "head": nn.Identity(), "target_prior": "uniform"}
+    model = LongTailModel(nn.Identity(), 3, Bins.classes(3), adjust="in_loss", **options)
+    prior = torch.tensor([0.7, 0.2, 0.1])  # its scores are those of even classes
+    held, new = held - prior.log(), new - prior.log()
+    model.set_prior(None)
+    estimate = estimate_prior(model(new).distribution, source=model(held).distribution)
+    expected = estimate_prior(new + prior.log(), source=held + prior.log())
+    np.testing.assert_allclose(estimate.estimated, expected.estimated, atol=1e-5)
+    np.testing.assert_allclose(estimate.source, expected.source, atol=1e-5)
+    assert variation(estimate.prior, SHIFTED) < 0.05 < variation(estimate_prior(new, source=held).estimated, SHIFTED)
+
+
+def test_a_model_that_adjusts_in_its_loss_takes_an_estimate() -> None:
+    bins, density = Bins.classes(3), LabelDensity(Bins.classes(3), [70, 20, 10])
+    options: dict[str, Any] = {"density": density, "head": nn.Identity(), "adjust": "in_loss"}
+    estimate = estimate_prior(class_scores(NEW_X), source=class_scores(HELD_X))
+    model = LongTailModel(nn.Identity(), 3, bins, target_prior=estimate, **options)
+    other = LongTailModel(nn.Identity(), 3, bins, target_prior=estimate.estimated, **options)
+    assert torch.equal(model.readout.loss_offset, other.readout.loss_offset)
+    unshifted = estimate_prior(class_scores(HELD_X), source=class_scores(HELD_X))
+    with pytest.raises(ValueError, match='"in_loss" needs target_prior, got an estimate that was not accepted'):
+        LongTailModel(nn.Identity(), 3, bins, target_prior=unshifted, **options)
+
+
 def test_the_gain_is_that_of_estimates_from_the_other_half() -> None:
     """Sure where a shift is, by many standard errors, and not sure where none is, whatever the draw."""
     held = class_scores(HELD_X)
@@ -214,7 +241,7 @@ def test_the_text_explains_the_estimate() -> None:
         ({"scores": [[0.5, math.nan]]}, ValueError, r"^estimate_prior: scores must be finite, got nan at index"),
         ({"scores": np.zeros((0, 2))}, ValueError, "scores must hold at least one value"),
         ({"scores": [0.5, 0.5]}, ShapeError, r"scores must be \(N, B\), got shape \(2,\)"),
-        ({"scores": [[0.5, 0.6]]}, ValueError, "scores must sum to one along the last axis, got .* Apply softmax"),
+        ({"scores": [[0.5, 0.6]]}, ValueError, "scores must sum to one along the last axis, got .* take the distribution of"),
         ({"source": [[0.2, 0.3, 0.5]]}, ShapeError, r"source must be \(N, 2\), got shape \(1, 3\)"),
         ({"bins": Bins.classes(3)}, ShapeError, r"scores must be \(N, 3\), got shape \(2, 2\)"),
         ({"bins": 2}, TypeError, "bins must be a Bins, got int"),

@@ -209,7 +209,8 @@ class FDS(RunningStatistics):
         momentum: float = 0.9,
     ) -> FDS:
         """The settings of the authors' DIR code: a folded window, mirrored edges, labels beyond the axis clipped, and
-        no shrinkage. If no bin is empty, the results equal those of that code.
+        no shrinkage. If every bin has two samples or more in each epoch, the results equal those of that code, which
+        takes the variance of one sample for 0.
 
         Args:
             bins, num_features, kernel, momentum: as in the class.

@@ -175,6 +175,7 @@ class LongTailModel(nn.Module):
         self.neck = nn.Identity()  # FDS is attached here, so that head and readout get calibrated features
         self.head = kind.make_head(head, self.num_features, bins)
         self._head = head if isinstance(head, str) else None
+        self.__dict__["_head_of_name"] = self.head if self._head else None  # it may be replaced, by stage_two say
         self.weights = weights
         self.readout: Readout = kind(Setup(self.num_features, bins, density, weights, self.head, loss), **options)
         self.__dict__["fds"] = fds  # not a submodule
@@ -588,7 +589,8 @@ class LongTailModel(nn.Module):
         """Save the model in one file for :func:`dir_toolkit.load`. It needs the package ``safetensors``.
 
         The file holds all parameters and buffers, axis, density, weights, options, prior and calibrated intervals. It
-        holds no code: pass the backbone, and a custom head or loss, to ``load``. It does not hold the statistics of
+        holds no code: pass the backbone, and a custom head or loss, to ``load``; a head that took the place of a named
+        one, as by ``stage_two(model, "lws")``, is custom. It does not hold the statistics of
         FDS, which predictions do not need.
 
         If parameters are sharded by FSDP2, all ranks must call this. It gathers them on each, and rank 0 writes the
@@ -648,13 +650,17 @@ class LongTailModel(nn.Module):
             "num_features": self.num_features,
             "bins": self.bins,
             "density": None if self.density is None else self.density.counts,
-            "head": self._head or self.head,
+            "head": self._head if self._has_named_head else self.head,
             "fds": self.fds,
             "weights": self.weights,
             "outside": self.outside,
             "missing": self.missing,
             **self.readout.settings,
         }
+
+    @property
+    def _has_named_head(self) -> bool:
+        return self._head is not None and self.head is self.__dict__.get("_head_of_name", self.head)
 
     def extra_repr(self) -> str:
         return shown(self.settings)

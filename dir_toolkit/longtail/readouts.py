@@ -429,9 +429,11 @@ class ScoreReadout(Readout):
         self.set_prior(target_prior, tau, "auto", temperature, weights)
         if self.adjust == "after":
             return
-        if target_prior is None:
-            raise problem('adjust="in_loss" needs target_prior', got="None", fix='Pass target_prior="uniform".')
-        if not isinstance(target_prior, str) and (labels_array(target_prior, "target_prior") == 0).any():
+        shares: Any = self.prior_settings["target_prior"]
+        if shares is None:
+            got = "None" if target_prior is None else "an estimate that was not accepted"
+            raise problem('adjust="in_loss" needs target_prior', got=got, fix='Pass target_prior="uniform".')
+        if not isinstance(shares, str) and (shares == 0).any():
             raise problem('target_prior must be positive with adjust="in_loss"', got="a share of zero")
         self.loss_offset.copy_(-self.adjuster.offset)
         self.adjuster.offset.zero_()
@@ -450,8 +452,8 @@ class ScoreReadout(Readout):
         temperature = number("temperature", temperature, low=0, open_low=True, float32=True)
         if isinstance(target_prior, PriorEstimate):
             target_prior = target_prior.estimated if target_prior.accepted else None
-        target, kernel = _target_shares(target_prior, self.bins), self.chosen_kernel(kernel)
-        offset, bias = self._offset(target, checked_tau(tau), kernel, weights), self.bias if bias is None else bias
+        target, tau, kernel = _target_shares(target_prior, self.bins), checked_tau(tau), self.chosen_kernel(kernel)
+        offset, bias = self._offset(target, tau, kernel, weights), self.bias if bias is None else bias
         outdated = has_values(self.intervals.level) and bool(self.intervals.level > 0)
         if outdated:  # as an error this comes before any change
             warn("intervals were calibrated under another prior. Call calibrate_intervals again before interval.")
@@ -459,7 +461,8 @@ class ScoreReadout(Readout):
         self.bias.copy_(bias)
         self.adjuster.offset.copy_(offset + bias)
         self.adjuster.temperature.fill_(temperature)
-        self.prior_settings = {"target_prior": target_prior, "tau": tau, "temperature": temperature}
+        shares = target.numpy() if isinstance(target, Tensor) else target
+        self.prior_settings = {"target_prior": shares, "tau": tau, "temperature": temperature}
 
     def _offset(self, target: Any, tau: float, kernel: PriorKernel, weights: LDS | None) -> Tensor:
         """The offset of logits, (B,), for predictions under a checked target, without bias."""
@@ -624,8 +627,8 @@ class BinsReadout(ScoreReadout):
         self.label_kernel, self.decoding = label_kernel, decode
         self.residual_weight = number("residual_weight", residual_weight, low=0)
         self.expectation_weight = number("expectation_weight", expectation_weight, low=0)
-        self._given_sigma = sigma
         self.sigma = self._numeric(sigma)
+        self._given_sigma = sigma if sigma is None or isinstance(sigma, str) else float(sigma)
         # A soft label near an end of the axis needs an end bin that extends beyond it. Bins of one whole number have
         # their labels in the middle, and already extend half a number beyond them.
         self.ends: Ends = "open" if self.sigma and self.bins.centers[0] > self.bins.edges[0] else "closed"

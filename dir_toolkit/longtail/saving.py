@@ -33,6 +33,7 @@ _FORMAT = "dir_toolkit.LongTailModel 1"
 _MADE_WITH = "made_with"  # the entry with the arguments of the model
 _EXTRA = "_extra_state"
 _OWN = ("head", "loss")  # what may be the user's own
+_LITTLE = 10**7  # numbers that a file may make memory be taken for
 
 
 AnyModel = LongTailModel | MultiTargetModel
@@ -51,7 +52,7 @@ def save(model: AnyModel, path: str | os.PathLike[str]) -> None:
         require(isinstance(value, Tensor), rule, got=type(value), error=TypeError)
     tensors = {name: _whole(value).cpu().contiguous().clone() for name, value in state.items()}
     if isinstance(model, MultiTargetModel):
-        named = all(target._head and target.readout.loss_name for target in model.targets)
+        named = all(target._has_named_head and target.readout.loss_name for target in model.targets)
         fix = "Save each of model.targets by itself."
         require(named, "heads and losses must be named ones to be saved together", got="one's own", fix=fix)
         tensors[_MADE_WITH] = pack({"targets": [_made_with(target) for target in model.targets]})
@@ -96,6 +97,7 @@ def load(
         made_with = unpack(state.pop(_MADE_WITH, None))
         several = made_with.get("targets")
         every = dict.fromkeys(_OWN, "named ones of several targets") if several is not None else made_with
+        every = {**every, "head": None} if made_with.get("replaced") else every
         names = [every[name] if every[name] is None else str(every[name]) for name in _OWN]
     for name, saved, own in zip(_OWN, names, (head, loss), strict=True):
         place = repr(os.fspath(path))
@@ -142,6 +144,7 @@ def _made_with(model: LongTailModel) -> dict[str, Any]:
         "why": model.bins.why,
         "density": None if density is None else {"counts": density.counts, "of_rows": density._of_weighted_rows},
         "head": model._head,
+        "replaced": model._head is not None and not model._has_named_head,
         "loss": readout.loss_name,
         "weights": None if weights is None else {**weights._arguments(), "bins": weights.bins.settings},
         "outside": model.outside,
@@ -180,6 +183,8 @@ def _remade(
         missing=made_with["missing"],
         **made_with["options"],
     )
+    if made_with.get("replaced"):
+        model.head = head
     if isinstance(model.readout, ScoreReadout):  # its buffers are in the state
         model.readout.adjust = made_with["prior"].pop("adjust")
         model.readout.prior_settings = made_with["prior"]
@@ -195,6 +200,7 @@ def _check_sizes(made_with: dict[str, Any], bins: Bins, state: Mapping[str, Tens
     per_feature = sum(layer.weight.numel() for layer in layers)
     rule = f"the {per_feature} weights of each feature must be saved"
     most = sum(value.numel() for value in state.values())
+    most += _LITTLE if made_with.get("replaced") else 0  # by a head that may be smaller
     got = f"{num_features} features and {most:,} numbers"
     require(per_feature * num_features <= most, rule, got=got, error=CheckpointError)
 

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import warnings
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
@@ -181,6 +182,62 @@ def test_a_head_and_a_loss_of_ones_own_are_handed_over(tmp_path: Path) -> None:
     trained().save(path)
     with pytest.raises(ArgumentError, match=r"^load: head must be left out, got one beside the saved 'linear' in '.*'"):
         dt.load(path, net(), head=Own())
+
+
+class Twice(nn.Linear):
+    """A head with the parameters of a linear one, and other scores."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return 2 * super().forward(features)
+
+
+@pytest.mark.parametrize(
+    ("options", "replaced"),
+    [
+        ({"bins": CLASSES, "density": even_classes()}, lambda head: dt.heads.ScaledHead(head)),
+        ({}, lambda head: dt.heads.tau_normalized(head, 0.7)),
+        ({"head": "affinity"}, lambda head: Twice(6, 20)),
+        ({"head": "regression", "loss": "balanced_mse"}, lambda head: Twice(6, 1)),
+        ({"residual": True, "target_prior": "uniform", "adjust": "in_loss"}, lambda head: Twice(6, 20)),
+    ],
+)
+def test_a_head_that_took_the_place_of_a_named_one_is_handed_over(
+    options: dict[str, Any], replaced: Any, tmp_path: Path
+) -> None:
+    path, model = tmp_path / "model.safetensors", trained(**options)
+    model.head = replaced(model.head).eval()
+    assert model.settings["head"] is model.head
+    assert copy.deepcopy(trained(**options)).settings["head"] == (options.get("head") or "linear")
+    model.save(path)
+    with pytest.raises(ValueError, match=r"^load: head must be given, as in the model saved in .*, got None"):
+        dt.load(path, net())
+    blank = copy.deepcopy(model.head)
+    for value in (*blank.parameters(), *blank.buffers()):
+        value.data.zero_()
+    loaded = dt.load(path, net(), head=blank)
+    same_output(loaded(X), model(X))
+    again = tmp_path / "again.safetensors"
+    loaded.save(again)
+    same_output(dt.load(again, net(), head=copy.deepcopy(blank))(X), model(X))
+
+
+def test_targets_with_a_replaced_head_are_saved_one_by_one(tmp_path: Path) -> None:
+    several = dt.MultiTargetModel.for_labels(net(), 6, torch.rand(40, 2))
+    dt.stage_two(several.targets[0], "lws")
+    with pytest.raises(ValueError, match="heads and losses must be named ones to be saved together, got one's own"):
+        several.save(tmp_path / "model.safetensors")
+
+
+def test_numbers_of_any_kind_are_kept_and_saved_as_floats(tmp_path: Path) -> None:
+    prior, path = AGE_DENSITY.prior().copy(), tmp_path / "model.safetensors"
+    model = trained(sigma=Fraction(3, 2), target_prior=prior, tau=Fraction(1, 2))
+    expected = model(X)
+    prior[:] = 1 / 20  # settings are those of the model, whatever becomes of the array
+    np.testing.assert_array_equal(model.settings["target_prior"], AGE_DENSITY.prior())
+    model.save(path)
+    loaded = dt.load(path, net())
+    same_output(loaded(X), expected)
+    assert (loaded.settings["sigma"], loaded.settings["tau"]) == (1.5, 0.5)
 
 
 def test_another_backbone_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
