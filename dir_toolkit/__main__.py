@@ -26,7 +26,9 @@ def recipes(folder: str) -> dict[str, Path]:
 
 def overview() -> str:
     """All recipes in groups, one line each: its name, and what its docstring begins with."""
-    lines = ["usage: dir-toolkit RECIPE [OPTIONS], where --help after a recipe lists its options"]
+    lines = [
+        "usage: dir-toolkit RECIPE [OPTIONS], where --help after a recipe lists its options; or dir-toolkit --version"
+    ]
     for title, folder in _GROUPS.items():
         lines += ["", f"{title}:"]
         for name, file in recipes(folder).items():

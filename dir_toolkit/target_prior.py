@@ -142,9 +142,9 @@ def estimate_prior(
 
     Args:
         scores: the model's scores of the unlabelled data under its training prior: logits, or probabilities of bins.
-            Scores without negative values are treated as probabilities. Of a ``LongTailModel`` with an affinity head,
-            or with ``adjust="in_loss"``, whose scores are under the target prior, pass ``output.distribution`` after
-            ``model.set_prior(None)``.
+            Scores without negative values are treated as probabilities. With ``adjust="in_loss"`` scores of a
+            ``LongTailModel`` are under the target prior, and those of an affinity head are no logits: pass its
+            ``output.distribution`` after ``model.set_prior(None)``. If ``calibrate`` has set a bias, also pass labels.
         source: scores of held-out data, of the same kind.
         labels: the labels of the held-out data, in label units.
         bins: the label axis; None means classes.

@@ -318,8 +318,8 @@ def faces(suite: Suite) -> str:
     parts = f"""
 ## Faces
 
-{_budget(suite.apart["faces"])} The methods with the best ranks alone were tuned here, so these figures enter neither
-means nor ranks.
+{_budget(suite.apart["faces"])}
+The methods with the best ranks alone were tuned here, so these figures enter neither means nor ranks.
 
 {_by_region(suite.apart["faces"])}
 """

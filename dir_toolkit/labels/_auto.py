@@ -25,16 +25,16 @@ class _Scale(NamedTuple):
     inverse: Callable[[np.ndarray], np.ndarray]
 
 
-def chosen_edges(labels: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, str]:
+def chosen_edges(labels: np.ndarray, eps: float) -> tuple[np.ndarray, str]:
     """The edges (B + 1,) for finite float64 labels (N,) that are not all equal, and the reason for them. Neither steps
-    nor even bins are finer than ``dtype``, in which the labels were given, can tell apart."""
+    nor even bins are finer than labels whose dtype has this machine epsilon can tell apart."""
     most = int(np.clip(len(labels) // _LABELS_PER_BIN, _FEWEST, _MOST))
     values, counts = np.unique(labels + 0.0, return_counts=True)  # no -0.0
     pile = values[counts.argmax()] if counts.max() >= max(2, _PILE * len(labels)) else np.nan
     own = values[_near(values, counts)]
     step = _step(own)
-    finest = float(np.spacing(np.abs(own[[0, -1]]).max().astype(dtype))) if dtype.kind == "f" else 0.0
-    step = step if step >= finest else 0.0  # else it is that of the decimals to which labels are rounded
+    finest = eps * 2.0 ** np.floor(np.log2(np.abs(own[[0, -1]]).max()))
+    step = step if step >= 0.999 * finest else 0.0  # else it is that of the decimals to which labels are rounded
     if step and (own[-1] - own[0]) / step < most - 0.5:
         start = own[0] if abs(own[0] / step - round(own[0] / step)) > 1e-3 else step * round(own[0] / step)
         edges, made = _even(own, step, start), f"bins of {digits(step)}"
@@ -59,24 +59,25 @@ def chosen_edges(labels: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, str]:
             width = _round_width(width, max((high - low) / most, finest), step)
             edges, made = _even(own, width, 0.0), f"bins of {digits(width)}"
     far = labels[(labels < own[0]) | (labels > own[-1])]
-    why = f"{len(labels):,} {kind} from {' to '.join(_ends(own[0], own[-1]))}"
-    why += f", {np.mean(labels == pile):.0%} of them {pile:.6g}" if pile in (0, own[0], own[-1]) else ""
+    places = _places(own[0], own[-1])
+    why = f"{len(labels):,} {kind} from {own[0]:.{places}g} to {own[-1]:.{places}g}"
+    why += f", {np.mean(labels == pile):.0%} of them {pile:.{places}g}" if pile in (0, own[0], own[-1]) else ""
     why += f": {len(edges) - 1} {made}, of which the first and the last are spare."
     for value in _apart(values, counts):
         if own[0] <= value <= own[-1]:
-            why += f" {value:.6g} lies apart and is no outlier, since several labels share it: drop it if it is a code."
+            why += f" {value:.{places}g} lies apart and is no outlier, since several labels share it: drop it if it is a code."
     if len(far):
         why += f" {len(far):,} far off, such as {far[0]:.6g}, count in the end bins: look for mistyped ones."
     return edges, why
 
 
-def _ends(low: float, high: float) -> tuple[str, str]:
-    """Both ends of the labels, in so many digits that their distance is right to a hundredth."""
-    for places in range(6, 18):
-        ends = f"{low:.{places}g}", f"{high:.{places}g}"
-        if abs(float(ends[1]) - float(ends[0]) - (high - low)) <= 0.01 * (high - low):
-            break
-    return ends
+def _places(low: float, high: float) -> int:
+    """How many digits, at least six, give the distance of both ends to a hundredth."""
+
+    def off(places: int) -> float:
+        return abs(float(f"{high:.{places}g}") - float(f"{low:.{places}g}") - (high - low))
+
+    return next((places for places in range(6, 17) if off(places) <= 0.01 * (high - low)), 17)
 
 
 def _near(values: np.ndarray, counts: np.ndarray, reach: float = _REACH, least: float = 1) -> slice:
@@ -150,7 +151,7 @@ def _even(values: np.ndarray, width: float, start: float) -> np.ndarray:
 
 def _round_width(width: float, least: float, step: float) -> float:
     """The nearest 1, 2 or 5 times a power of ten that is not below the least width. It is counted in steps if any."""
-    unit = Fraction(str(step)) if step else Fraction(1)
+    width, unit = max(width, least), Fraction(str(step)) if step else Fraction(1)
     exponent = int(np.floor(np.log10(width / float(unit))))
     rounded = [leading * Fraction(10) ** (exponent + more) for more in (0, 1) for leading in (1, 2, 5)]
     if step:

@@ -567,18 +567,20 @@ class Bins(LabelAxes):
         return cls(**values)
 
 
-def _different(labels: Any) -> tuple[np.ndarray, np.dtype]:
-    """Labels (N,) as float64, and the dtype in which they were given. Raises unless they are finite and not all
-    equal."""
+def _different(labels: Any) -> tuple[np.ndarray, float]:
+    """Labels (N,) as float64, and the machine epsilon of their dtype, 0 for whole numbers and float64. Raises unless
+    they are finite and not all equal."""
     given = labels_array(labels).ravel()
-    array = _decimals(given) if given.dtype.kind == "f" and given.itemsize < 8 else given.astype(np.float64)
+    narrow = given.dtype.kind == "f" and given.itemsize < 8
+    array = _decimals(given) if narrow else given.astype(np.float64)
     not_empty(labels=array)
     if (bad := ~np.isfinite(array)).any():
         got = f"{array[bad.argmax()]} at index [{bad.argmax()}] ({bad.sum()} such labels)"
         raise label_problem("labels must be finite", got=got, fix=_NO_NAN)
     several = array.min() < array.max()
     require(several, "labels must hold at least two different values", got=f"only {digits(array[0])}")
-    return array, given.dtype
+    eps = float(np.finfo(given.dtype).eps) if narrow else 0.0
+    return array, torch.finfo(torch.bfloat16).eps if getattr(labels, "dtype", None) == torch.bfloat16 else eps
 
 
 def _decimals(array: np.ndarray) -> np.ndarray:

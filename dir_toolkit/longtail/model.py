@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._checks import (
     as_tensors,
@@ -96,8 +97,8 @@ class LongTailModel(nn.Module):
         weights: a fitted LDS for the loss, used in training and eval mode unless weights are passed. Weights change the
             training prior. Pass them here even if your own loop weights the loss.
         outside: for labels beyond the axis in the loss: ``"raise"``; ``"clip"``, which uses the end bin, or the exact
-            error; or ``"drop"``, by which their loss is 0, and counts in the mean. If the model drops, ``fds`` must
-            also drop.
+            error; or ``"drop"``, which sets their loss to 0; the mean still divides by all samples. If the model
+            drops, ``fds`` must also drop.
         missing: for NaN labels in the loss: ``"raise"``; or ``"drop"``, which takes the mean over the other samples. If
             the model drops, ``fds`` must also drop.
         options: those of the readout, which depends on head and axis: :class:`BinsReadout`, :class:`ClassReadout`,
@@ -175,7 +176,8 @@ class LongTailModel(nn.Module):
         self.neck = nn.Identity()  # FDS is attached here, so that head and readout get calibrated features
         self.head = kind.make_head(head, self.num_features, bins)
         self._head = head if isinstance(head, str) else None
-        self.__dict__["_head_of_name"] = self.head if self._head else None  # it may be replaced, by stage_two say
+        if isinstance(head, str):
+            self._mark(self.head)
         self.weights = weights
         self.readout: Readout = kind(Setup(self.num_features, bins, density, weights, self.head, loss), **options)
         self.__dict__["fds"] = fds  # not a submodule
@@ -658,9 +660,16 @@ class LongTailModel(nn.Module):
             **self.readout.settings,
         }
 
+    def _mark(self, head: nn.Module) -> nn.Module:
+        """Note on a head that it is the one of the name that was given. Copies of it have this note, and others, as of
+        ``stage_two(model, "lws")``, do not."""
+        head.__dict__["_of_name"] = self._head
+        return head
+
     @property
     def _has_named_head(self) -> bool:
-        return self._head is not None and self.head is self.__dict__.get("_head_of_name", self.head)
+        same = self.head.__dict__.get("_of_name") == self._head
+        return self._head is not None and same and not is_parametrized(self.head)
 
     def extra_repr(self) -> str:
         return shown(self.settings)

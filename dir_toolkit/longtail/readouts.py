@@ -432,7 +432,8 @@ class ScoreReadout(Readout):
         shares: Any = self.prior_settings["target_prior"]
         if shares is None:
             got = "None" if target_prior is None else "an estimate that was not accepted"
-            raise problem('adjust="in_loss" needs target_prior', got=got, fix='Pass target_prior="uniform".')
+            fix = 'Pass target_prior="uniform"' + (" or estimate.estimated" if target_prior is not None else "") + "."
+            raise problem('adjust="in_loss" needs target_prior', got=got, fix=fix)
         if not isinstance(shares, str) and (shares == 0).any():
             raise problem('target_prior must be positive with adjust="in_loss"', got="a share of zero")
         self.loss_offset.copy_(-self.adjuster.offset)
@@ -462,6 +463,8 @@ class ScoreReadout(Readout):
         self.adjuster.offset.copy_(offset + bias)
         self.adjuster.temperature.fill_(temperature)
         shares = target.numpy() if isinstance(target, Tensor) else target
+        if isinstance(shares, np.ndarray):
+            shares.setflags(write=False)
         self.prior_settings = {"target_prior": shares, "tau": tau, "temperature": temperature}
 
     def _offset(self, target: Any, tau: float, kernel: PriorKernel, weights: LDS | None) -> Tensor:

@@ -33,7 +33,7 @@ _FORMAT = "dir_toolkit.LongTailModel 1"
 _MADE_WITH = "made_with"  # the entry with the arguments of the model
 _EXTRA = "_extra_state"
 _OWN = ("head", "loss")  # what may be the user's own
-_LITTLE = 10**7  # numbers that a file may make memory be taken for
+_LITTLE = 10**7  # numbers that may be allocated though the file does not hold them
 
 
 AnyModel = LongTailModel | MultiTargetModel
@@ -200,7 +200,7 @@ def _check_sizes(made_with: dict[str, Any], bins: Bins, state: Mapping[str, Tens
     per_feature = sum(layer.weight.numel() for layer in layers)
     rule = f"the {per_feature} weights of each feature must be saved"
     most = sum(value.numel() for value in state.values())
-    most += _LITTLE if made_with.get("replaced") else 0  # by a head that may be smaller
+    most += _LITTLE if made_with.get("replaced") else 0  # the head that took its place may be smaller
     got = f"{num_features} features and {most:,} numbers"
     require(per_feature * num_features <= most, rule, got=got, error=CheckpointError)
 

@@ -81,11 +81,34 @@ def test_the_rounding_of_float32_is_no_step_of_the_labels(start: float, length: 
     assert "multiples" not in str(bins.why)
     assert (LabelDensity.count(labels, bins).counts[1:-1] > 0).all()
     assert np.diff(bins.edges).min() >= np.diff(different).min()
-    assert float(re.findall(r"from (\S+) to", str(bins.why))[0]) < float(re.findall(r" to (\S+):", str(bins.why))[0])
+    low, high = re.findall(r"from (\S+) to (\S+):", str(bins.why))[0]
+    assert float(high) - float(low) == pytest.approx(np.ptp(different), rel=0.02)
+
+
+def test_steps_and_outliers_of_float32_are_those_of_the_labels() -> None:
     mistyped = Bins.auto(np.append(np.arange(18, 90, dtype=np.float32).repeat(9), [np.float32(1e30)]))
     assert "whole numbers from 18 to 89: 74 bins of 1," in str(mistyped.why)
     tenths = (1e6 + RANDOM.integers(0, 50, 3000) / 10).astype(np.float32)
     assert "multiples of 0.1 from 1000000 to 1000004.9" in str(Bins.auto(tenths).why)
+    half = torch.linspace(1000, 1300, 2000).bfloat16()  # 4 apart up to 1024, and 8 beyond
+    assert np.diff(Bins.auto(half).edges).min() >= 8
+    for ulps in (1, 3):  # of float64, where nothing is rounded
+        fine = 1 + 2.0**-52 * ulps * np.arange(20)
+        assert f"multiples of {2.0**-52 * ulps:g}"[:18] in str(Bins.auto(np.repeat(fine, 9)).why)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_few_values_side_by_side_in_their_dtype_make_an_axis(dtype: Any) -> None:
+    for start in (1.0, 3.0, -590322.9, 1e12, 1e-5):
+        if dtype == np.float16 and not 1e-4 < abs(start) < 6e4:
+            continue
+        # Edges are float64, in which there is nothing between two of its own.
+        steps = np.arange(6) * (8 if dtype == np.float64 else 1)
+        values = (dtype(start) + steps * np.spacing(np.abs(dtype(start)))).astype(dtype)
+        for count in range(2, 7):
+            for repeats in (1, 50, 1000):
+                bins = Bins.auto(np.repeat(values[:count], repeats))
+                assert 3 <= len(bins) <= 203
 
 
 def test_a_pile_of_zeros_has_a_bin_that_is_symmetric_about_it() -> None:

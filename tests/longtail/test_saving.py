@@ -5,6 +5,7 @@ import errno
 import inspect
 import io
 import json
+import pickle
 import sys
 import warnings
 from fractions import Fraction
@@ -219,6 +220,21 @@ def test_a_head_that_took_the_place_of_a_named_one_is_handed_over(
     again = tmp_path / "again.safetensors"
     loaded.save(again)
     same_output(dt.load(again, net(), head=copy.deepcopy(blank))(X), model(X))
+
+
+def test_copies_of_a_named_head_are_named_and_take_no_other_with_them(tmp_path: Path) -> None:
+    model, path = trained(), tmp_path / "model.safetensors"
+    expected, size = model(X), len(pickle.dumps(model))
+    model.head = copy.deepcopy(model.head)  # such as that of the best epoch
+    copy.deepcopy(model).save(path)
+    same_output(dt.load(path, net())(X), expected)
+    model.head = pickle.loads(pickle.dumps(Twice(6, 20)))
+    assert len(pickle.dumps(model)) < size + 500
+    model = trained()
+    nn.utils.parametrizations.weight_norm(model.head)
+    model.save(path)
+    blank = nn.utils.parametrizations.weight_norm(dt.heads.LinearHead(6, 20))
+    same_output(dt.load(path, net(), head=blank)(X), model(X))
 
 
 def test_targets_with_a_replaced_head_are_saved_one_by_one(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ class LongTailEstimator(BaseEstimator):
             if isinstance(model.head, MemberHead):
                 members.side_by_side, model.num_features = True, count * widths[-1]
                 with runtime.seeded("average"):  # initial weights are not used
-                    model.head = model.head.average()
+                    model.head = model._mark(model.head.average())
         return model, scores
 
     def _train(
