@@ -153,8 +153,8 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
             :func:`freeze` and :func:`reinitialize`.
         method: ``"crt"`` and ``"rrt"`` reinitialize the head. ``"lws"`` wraps a linear head in a
             :class:`dir_toolkit.heads.normalized.ScaledHead`; to load the saved model, pass
-            ``head=ScaledHead(LinearHead(D, C))`` to :func:`dir_toolkit.load`. What is learnt in a readout or a loss, such as residuals or the noise of Balanced MSE, stays as it is,
-            and trainable.
+            ``head=ScaledHead(LinearHead(D, C))`` to :func:`dir_toolkit.load`. What is learnt in a readout or a loss,
+            such as residuals or the noise of Balanced MSE, stays as it is, and trainable.
         seed: the seed for reinitializing the head.
     Returns:
         the handle of the frozen backbone.

@@ -65,7 +65,8 @@ def chosen_edges(labels: np.ndarray, eps: float) -> tuple[np.ndarray, str]:
     why += f": {len(edges) - 1} {made}, of which the first and the last are spare."
     for value in _apart(values, counts):
         if own[0] <= value <= own[-1]:
-            why += f" {value:.{places}g} lies apart and is no outlier, since several labels share it: drop it if it is a code."
+            apart = f" {value:.{places}g} lies apart and is no outlier, since several labels share it"
+            why += f"{apart}: drop it if it is a code."
     if len(far):
         why += f" {len(far):,} far off, such as {far[0]:.6g}, count in the end bins: look for mistyped ones."
     return edges, why
