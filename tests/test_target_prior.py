@@ -241,7 +241,7 @@ def test_the_text_explains_the_estimate() -> None:
         ({"scores": [[0.5, math.nan]]}, ValueError, r"^estimate_prior: scores must be finite, got nan at index"),
         ({"scores": np.zeros((0, 2))}, ValueError, "scores must hold at least one value"),
         ({"scores": [0.5, 0.5]}, ShapeError, r"scores must be \(N, B\), got shape \(2,\)"),
-        ({"scores": [[0.5, 0.6]]}, ValueError, "scores must sum to one along the last axis, got .* the distribution of"),
+        ({"scores": [[0.5, 0.6]]}, ValueError, "scores must sum to one along the last axis, got .* distribution of"),
         ({"source": [[0.2, 0.3, 0.5]]}, ShapeError, r"source must be \(N, 2\), got shape \(1, 3\)"),
         ({"bins": Bins.classes(3)}, ShapeError, r"scores must be \(N, 3\), got shape \(2, 2\)"),
         ({"bins": 2}, TypeError, "bins must be a Bins, got int"),
