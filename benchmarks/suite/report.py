@@ -325,8 +325,8 @@ The methods with the best ranks alone were tuned here, so these figures enter ne
 """
     if "faces_untuned" in suite.apart:
         parts += f"""
-Others were not tuned, as `--trials 0` does: they have a learning rate of 0.002 and the first of the values that are
-tried elsewhere, and so has the L1 with which they are compared.
+Others were not tuned (`--trials 0`): they have a learning rate of 0.002 and the first of the values that are tried
+elsewhere, and so has the L1 with which they are compared.
 {_budget(suite.apart["faces_untuned"])}
 
 {_by_region(suite.apart["faces_untuned"])}
