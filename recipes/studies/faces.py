@@ -147,7 +147,7 @@ class Method:
 
     title: str
     """A description in a few words."""
-    head: Literal["regression", "gaussian", "linear", "cosine", "affinity"] = "regression"
+    head: Literal["regression", "gaussian", "linear", "cosine", "affinity", "coral", "corn"] = "regression"
     """The head of ``LongTailModel``; all but the first two score bins of the label axis."""
     loss: str | None = None
     """A loss of ``LongTailModel`` or of ``objective``; None is the setting for regression, else the head's default."""
@@ -177,6 +177,8 @@ class Method:
     """The method from whose trained network this one starts."""
     tau: bool = False
     """Whether that network is only adjusted, with the tau that is best on validation data, and not trained again."""
+    suite: str | None = None
+    """The method of ``suite.py`` that this is. Nothing else here then counts."""
 
 
 MAIN: dict[str, Method] = {
@@ -222,7 +224,7 @@ MAIN: dict[str, Method] = {
         "frozen encoder of soft bins, head trained again on even ages", head="linear", start="soft", q=0.0
     ),
 }
-"""All methods but controls and variants."""
+"""The methods that the short training of all compares."""
 
 CONTROLS: dict[str, Method] = {
     "fds-permuted": Method("FDS by the labels of other samples of the batch", fds={}, control="permuted"),
@@ -257,7 +259,20 @@ VARIANTS: dict[str, Method] = {
     ),
 }
 
-METHODS = MAIN | CONTROLS | VARIANTS
+RIVALS: dict[str, Method] = {
+    "ccc": Method("concordance correlation of the batch as the loss", suite="ccc"),
+    "dist_loss": Method("Dist loss, towards the distribution of the labels", suite="dist_loss"),
+    "srl": Method("surrogate-driven representation learning (SRL)", suite="srl"),
+    "c_mixup": Method("C-Mixup", suite="c_mixup"),
+    "bsam": Method("balanced sharpness-aware steps (BSAM)", suite="bsam"),
+    "uvote": Method("uncertainty voting (UVOTE)", suite="uvote"),
+    "corn": Method("soft bins, ordinal head CORN", head="corn"),
+    "coral": Method("soft bins, ordinal head CORAL", head="coral"),
+    "coral+tau": Method("soft bins, ordinal head CORAL, prior adjusted after training", start="coral", tau=True),
+}
+"""Methods of later papers. Those of ``suite.py`` have the first settings that are tried there."""
+
+METHODS = MAIN | CONTROLS | VARIANTS | RIVALS
 
 WINNER = "soft+tau"
 """The best method in the table of the README."""
@@ -267,6 +282,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(MAIN),
     "fds-controls": ("vanilla", "fds", *CONTROLS),
     "fds-study": ("lds", "lds+fds", *VARIANTS, "soft+lds", "soft+lds+fds"),
+    "rivals": tuple(RIVALS),
 }
 """Names that stand for several methods. The study of FDS asks whether feature smoothing improves LDS or bins."""
 
@@ -304,11 +320,15 @@ def overview() -> str:
             "variants of lds and lds+fds:",
             *listed(VARIANTS),
             "",
+            "methods of later papers:",
+            *listed(RIVALS),
+            "",
             "names that stand for several:",
             f"  {'default':26}{WINNER}, which did best of all",
-            f"  {'all':26}all methods but the controls and the variants",
+            f"  {'all':26}all methods of the first list",
             f"  {'fds-controls':26}FDS, its controls, and plain regression",
             f"  {'fds-study':26}the variants, and the methods that they are compared with",
+            f"  {'rivals':26}the methods of later papers",
         ]
     )
 
@@ -448,6 +468,13 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
     """Train the network of a method with the seed of the trial."""
     import dir_toolkit as dt
 
+    if method.suite is not None:
+        import suite
+
+        knobs, make = suite.METHODS[method.suite]
+        assert knobs is not None
+        own = {**knobs[0], "lr": settings.lr, "weight_decay": trial.study.optimization.weight_decay}
+        return make(trial, own=own)
     options: dict[str, Any] = {"weights": None}
     model: Any
     if method.weights is not None:
