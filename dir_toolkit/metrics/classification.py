@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import length, no_bad, on_host, require, shaped
+from .._checks import as_tensors, length, no_bad, on_host, require, shaped
 from .._memory import check_memory
 from ..errors import ShapeError
 from ..labels.bins import Missing, Outside
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 __all__ = ["ClassificationMetrics", "balanced_error", "classification_metrics"]
 
 
-def balanced_error(pred: Tensor, target: Tensor, num_classes: int) -> float:
+def balanced_error(pred: Any, target: Any, num_classes: int) -> float:
     r"""The balanced error: the error rate of each class, averaged over the L classes in ``target``.
 
     .. math:: \mathrm{BER} = \frac1L \sum_y P(\hat y \ne y \mid y)
 
     Args:
-        pred: class indices, or scores. Of equal scores the first is used.
+        pred: class indices, or scores. Of equal scores the first is used. ``pred`` and ``target`` are tensors, NumPy
+            arrays, pandas columns or lists.
     Shape:
         pred: (N,) or (N, num_classes). target: (N,) class indices.
     Raises:
@@ -48,6 +49,7 @@ def balanced_error(pred: Tensor, target: Tensor, num_classes: int) -> float:
     (0.5778, 29)
     """
     num_classes = length("num_classes", num_classes)
+    pred, target = as_tensors(pred=pred, target=target)
     _check_shapes(pred, target, num_classes)
     check_some(target=target)
     pred, target = on_host("pred", pred), on_host("target", target)
@@ -134,13 +136,14 @@ class ClassificationMetrics(RegionMetrics):
     def settings(self) -> dict[str, Any]:
         return {"density": self.density, "regions": self.regions, "outside": self.outside, "missing": self.missing}
 
-    def update(self, pred: Tensor, target: Tensor) -> None:
+    def update(self, pred: Any, target: Any) -> None:
         """Add a batch, without waiting for an accelerator.
 
         Args:
             pred: bin indices, or scores. Of equal scores the first is used. Convert predicted labels first:
                 ``bins.index(label, "clip")``.
-            target: labels in label units, or class indices if bins are classes.
+            target: labels in label units, or class indices if bins are classes. Both are tensors, NumPy arrays, pandas
+                columns or lists.
         Shape:
             pred: (N,) or (N, B). target: (N,). An empty batch adds nothing.
         Raises:
@@ -149,6 +152,7 @@ class ClassificationMetrics(RegionMetrics):
             NaN.
         """
         size = len(self.bins)
+        pred, target = as_tensors(pred=pred, target=target)
         _check_shapes(pred, target, size)
         index, refused = placed(self.bins, target, self.outside, self.missing)
         predicted = _predicted(pred, size)
@@ -180,8 +184,8 @@ class ClassificationMetrics(RegionMetrics):
 
 
 def classification_metrics(
-    pred: Tensor,
-    target: Tensor,
+    pred: Any,
+    target: Any,
     density: Axis,
     counted: LabelDensity | None = None,
     *,
@@ -193,6 +197,7 @@ def classification_metrics(
 ) -> xr.Dataset:
     """:class:`ClassificationMetrics` of one whole data set, with the arguments of the class, ``update`` and
     ``compute``."""
+    (target,) = as_tensors(target=target)
     check_some(target=target)
     metrics = ClassificationMetrics(density, counted, regions=regions, outside=outside, missing=missing)
     metrics.update(pred, target)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -274,17 +275,28 @@ def test_labels_that_are_no_class_are_refused(label: float) -> None:
         balanced_error(torch.tensor([0, 1]), torch.tensor([0.0, label]), 6)
 
 
+def test_arrays_columns_and_lists_are_taken_as_tensors_are() -> None:
+    scores, target = samples()
+    pred = scores.argmax(1)
+    expected, error = classification_metrics(scores, target, DENSITY), balanced_error(scores, target, 6)
+    for kind in (np.asarray, torch.Tensor.tolist, lambda values: pd.Series(values.numpy())):
+        assert classification_metrics(kind(pred), kind(target), DENSITY).equals(expected)
+        assert balanced_error(kind(pred), kind(target), 6) == error
+    assert classification_metrics(scores.numpy(), target.tolist(), DENSITY).equals(expected)
+    assert balanced_error(scores.tolist(), target.numpy(), 6) == error
+
+
 def test_arguments_are_checked() -> None:
     where = r"^ClassificationMetrics: "
-    for value in (None, "abc", [0, 1], np.arange(3)):
+    for value in (None, "abc", ["a", "b"], np.array(["a"])):
         with pytest.raises(ValueError, match=f"{where}density must be a LabelDensity over one axis, got"):
             ClassificationMetrics(value)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=r"^ClassificationMetrics\.update: pred must be a torch\.Tensor"):
-            ClassificationMetrics(DENSITY).update(value, torch.ones(3))  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=r"^classification_metrics: target must be a torch\.Tensor"):
-            classification_metrics(torch.ones(3), value, DENSITY)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=r"^balanced_error: target must be a torch\.Tensor"):
-            balanced_error(torch.ones(3), value, 2)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^ClassificationMetrics\.update: pred must be integers or floats"):
+            ClassificationMetrics(DENSITY).update(value, torch.ones(3))
+        with pytest.raises(TypeError, match=r"^classification_metrics: target must be integers or floats"):
+            classification_metrics(torch.ones(3), value, DENSITY)
+        with pytest.raises(TypeError, match=r"^balanced_error: target must be integers or floats"):
+            balanced_error(torch.ones(3), value, 2)
         with pytest.raises(TypeError, match=r"merge: other must be a ClassificationMetrics, got"):
             ClassificationMetrics(DENSITY).merge(value)  # type: ignore[arg-type]
     grid = Bins.grid(BINS, BINS)
