@@ -734,20 +734,13 @@ class BinsReadout(ScoreReadout):
                 "are classes."
             )
         elif self.density is not None and not density_warned:
-            middle = self._middle_half(self.density, in_bins)
+            middle = interquartile_range(self.bins, self.density, in_bins)
             if sigma > middle / 1.35:
                 warn(
                     f"{name} is larger than the interquartile range of the labels, {middle:.3g} of "
                     f"{length:g}. Learn the logarithm of the labels, or use bins that are narrow where labels are, as "
                     "Bins.quantile or Bins.from_edges(numpy.geomspace(...)) make them.",
                 )
-
-    def _middle_half(self, density: LabelDensity, in_bins: bool) -> float:
-        """The interquartile range of the labels, in label units or in bins."""
-        ends = quantiles(torch.from_numpy(density.prior()), self.bins, [0.25, 0.75]).numpy()
-        if in_bins:
-            ends = np.interp(ends, self.bins.edges, np.arange(len(self.bins) + 1))
-        return float(ends[1] - ends[0])
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -760,6 +753,14 @@ class BinsReadout(ScoreReadout):
             "residual_weight": self.residual_weight,
             "expectation_weight": self.expectation_weight,
         }
+
+
+def interquartile_range(bins: Bins, density: LabelDensity, in_bins: bool = False) -> float:
+    """The interquartile range of the labels, in label units or in bins."""
+    ends = quantiles(torch.from_numpy(density.prior()), bins, [0.25, 0.75]).numpy()
+    if in_bins:
+        ends = np.interp(ends, bins.edges, np.arange(len(bins) + 1))
+    return float(ends[1] - ends[0])
 
 
 class ClassReadout(ScoreReadout):

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from ..._checks import number, one_of, require, warn
 from ...labels.bins import Bins, continuous
-from ...labels.decoding import quantiles
 from ...labels.density import LabelDensity
 from ...longtail import LongTailModel
 from ...longtail.calibration import balanced_weights
-from ...longtail.readouts import TargetPrior
+from ...longtail.readouts import TargetPrior, interquartile_range
 from ...target_prior import PriorEstimate
 from ._windows import LogShares, Windows
 
@@ -193,8 +192,7 @@ def usual_sigma(bins: Bins, density: LabelDensity) -> float | Literal["auto"]:
     """Width of the label kernel: two bins; for equal bins at most IQR/1.35."""
     if not (bins.relative_widths == 1).all():
         return "auto"
-    low, high = quantiles(torch.from_numpy(density.prior()), bins, [0.25, 0.75]).tolist()
-    return min(2 * float(np.diff(bins.edges)[0]), (high - low) / 1.35)
+    return min(2 * float(np.diff(bins.edges)[0]), interquartile_range(bins, density) / 1.35)
 
 
 def model_of_forecasts(
