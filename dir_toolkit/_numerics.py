@@ -58,6 +58,11 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float32
 
 
+def default_dtype() -> torch.dtype:
+    """torch's default dtype, or float32 if that is narrower. Buffers are made in it, as casts keep them."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):

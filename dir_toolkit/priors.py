@@ -391,7 +391,7 @@ class LogitAdjuster(WideBuffers, SoundModule):
         offset = _offset(prior, target, tau).detach().float()
         device = prior.device if isinstance(prior, Tensor) else torch.empty(()).device  # the default one
         self.register_buffer("offset", offset.to(device))
-        self.register_buffer("temperature", torch.full((), temperature, device=device))
+        self.register_buffer("temperature", torch.full((), temperature, dtype=torch.float32, device=device))
 
     def forward(self, logits: Tensor) -> Tensor:
         logits = _wide(logits, len(self.offset))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import gathered, length, number, one_of, require, same_device
-from .._numerics import full_precision, squared_distances, wide_dtype
+from .._numerics import default_dtype, full_precision, squared_distances, wide_dtype
 from .._ranks import summed
 from .._state import SoundModule
 from ..errors import NotFittedError
@@ -97,13 +97,14 @@ class AffinityHead(SoundModule):
         if feature_scale is None:
             feature_scale = self._start_std()
         feature_scale = number("feature_scale", feature_scale, low=0, open_low=True, float32=True)
-        self.register_buffer("feature_scale", torch.tensor(feature_scale))
+        self.register_buffer("feature_scale", torch.tensor(feature_scale, dtype=default_dtype()))
         self._sigma_known = sigma_mode != "first_batch"
         self._start = math.log(sigma)
         if sigma_mode == "learnt":
             self.log_sigma = nn.Parameter(torch.tensor([self._start]))
         else:
-            self.register_buffer("sigma", torch.tensor(sigma if self._sigma_known else math.nan))
+            start = sigma if self._sigma_known else math.nan
+            self.register_buffer("sigma", torch.tensor(start, dtype=default_dtype()))
         self.weight = nn.Parameter(torch.empty(self.num_classes, self.num_prototypes, self.num_features))
         self.reset_parameters()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import instance, length, number, same_device
-from .._numerics import full_precision, unit_rows, wide_dtype
+from .._numerics import default_dtype, full_precision, unit_rows, wide_dtype
 from .._state import SoundModule
 from ._features import checked_features
 
@@ -57,7 +57,7 @@ class CosineHead(SoundModule):
         if learn_scale:
             self.log_scale = nn.Parameter(torch.tensor([self._start]))
         else:
-            self.register_buffer("scale", torch.tensor(scale))
+            self.register_buffer("scale", torch.tensor(scale, dtype=default_dtype()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

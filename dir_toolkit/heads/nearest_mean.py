@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import classes_exist, finite, integers, length, one_of, one_per_sample, require, same_device, warn
-from .._numerics import full_precision, squared_distances, unit_rows, wide_dtype
+from .._numerics import default_dtype, full_precision, squared_distances, unit_rows, wide_dtype
 from .._ranks import summed
 from .._state import SoundModule
 from ..errors import LabelError, NotFittedError
@@ -63,7 +63,7 @@ class NearestMeanHead(SoundModule):
         one_of("metric", metric, ("cosine", "euclidean"))
         self.metric = metric
         with torch.inference_mode(False):
-            self.register_buffer("means", torch.zeros(self.num_classes, self.num_features))
+            self.register_buffer("means", torch.zeros(self.num_classes, self.num_features, dtype=default_dtype()))
             self.register_buffer("count", torch.zeros(self.num_classes, dtype=torch.int64))
         self._fitted = self._warned = False
         self._start_over()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import instance, interval, keys, labels_array, number, one_of, problem, require, same_bins, warn
-from .._numerics import has_values, keepable
+from .._numerics import default_dtype, has_values, keepable
 from .._settings import described, differing, shown
 from .._state import SoundModule, pack, unpack
 from ..errors import CheckpointError, NotFittedError
@@ -111,8 +111,7 @@ class LDS(SoundModule):
         # One weight per bin, and a last weight for labels without a bin.
         self.table: Tensor
         with torch.inference_mode(False):  # training could not use inference tensors
-            wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-            self.register_buffer("table", torch.full((len(bins) + 1,), torch.nan, dtype=wide))
+            self.register_buffer("table", torch.full((len(bins) + 1,), torch.nan, dtype=default_dtype()))
         self._fitted = False
         self._copy: tuple[Tensor, int, Tensor] | None = None
 

@@ -317,12 +317,8 @@ class LongTailModel(nn.Module):
     def _loss(self, output: LongTailOutput, labels: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
         """The mean loss, with the weights of the model and without dropped labels."""
         placed, drops = self._placed(labels, index), "drop" in (self.outside, self.missing)
-        if weight is None and self.weights is not None:
-            axis: Any = self.weights.bins
-            shared, values = self._shares_bins(axis), placed.values
-            if drops and not shared:  # dropped labels need a place on the axis of the weights, too
-                values = torch.where(index >= 0, values, axis.tensor("edges", values)[0])
-            weight = self.weights._of_rows(placed.row) if shared else self.weights(values)
+        if weight is None:
+            weight = self._own_weight(placed, index)
         if drops:
             counts = index >= 0
             weight = counts.to(output.scores.dtype) if weight is None else torch.where(counts, weight, 0)
@@ -333,6 +329,18 @@ class LongTailModel(nn.Module):
             return loss
         # Where values cannot be read, an invalid label makes the loss NaN.
         return loss * torch.where((index > -2).all(), 1.0, torch.nan).to(loss.dtype)
+
+    def _own_weight(self, placed: Placed, index: Tensor) -> Tensor | None:
+        """The weights that ``weights`` give, (N,), of any size for labels that are dropped."""
+        if self.weights is None:
+            return None
+        axis: Any = self.weights.bins
+        if self._shares_bins(axis):
+            return self.weights._of_rows(placed.row)
+        values = placed.values
+        if "drop" in (self.outside, self.missing):  # dropped labels need a place on the axis of the weights, too
+            values = torch.where(index >= 0, values, axis.tensor("edges", values)[0])
+        return self.weights(values)
 
     def _clipped(self, labels: Tensor) -> Tensor:
         """The labels. With ``outside="clip"`` or unbounded bins they are clipped to the axis."""

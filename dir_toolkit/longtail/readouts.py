@@ -37,7 +37,7 @@ from .._checks import (
     warn,
     word,
 )
-from .._numerics import has_values, wide_dtype
+from .._numerics import default_dtype, has_values, wide_dtype
 from .._state import WideBuffers
 from ..conformal import BinsConformal, Conformal, GaussianConformal, PointConformal
 from ..errors import ShapeError
@@ -281,6 +281,10 @@ class _NumberReadout(Readout):
         instance(bool, within_axis=within_axis)
         self.within_axis = within_axis
         dtype = self.bins.wide_dtype(torch.zeros(()))
+        squares = self.loss_name in ("weighted_mse", "weighted_focal_mse", "gaussian_nll") and dtype == torch.float32
+        rule = f'labels must have a spread from 1e-15 to 1e15 for loss="{self.loss_name}", as their squares are float32'
+        fix = "Divide the labels by their spread."
+        require(not squares or 1e-15 <= self.spread <= 1e15, rule, got=f"{self.spread:g}", fix=fix)
         self.register_buffer("offset", torch.tensor(self.median, dtype=dtype))
         self.register_buffer("scale", torch.tensor(self.spread, dtype=dtype))
 
@@ -416,8 +420,8 @@ class ScoreReadout(Readout):
             rule, fix = 'adjust must be "after" with a loss that takes scores as they are', 'Use loss="cross_entropy".'
             raise problem(rule, got='"in_loss"', fix=fix)
         self.adjuster = LogitAdjuster(np.full(len(self.bins), 1 / len(self.bins)), tau=0.0)
-        self.register_buffer("loss_offset", torch.zeros(len(self.bins)))
-        self.register_buffer("bias", torch.zeros(len(self.bins)))
+        for name in ("loss_offset", "bias"):
+            self.register_buffer(name, torch.zeros(len(self.bins), dtype=default_dtype()))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if (like := state_dict.get(prefix + "loss_offset")) is not None:  # older states have no bias

@@ -49,6 +49,9 @@ class VotingOutput(NamedTuple):
     most_certain: Tensor
 
 
+torch.utils._pytree._register_namedtuple(VotingOutput, serialized_type_name="dir_toolkit.VotingOutput")
+
+
 class VotingModel(SoundModule):
     r"""Uncertainty voting: heads are trained with increasing weight on rare labels; the most certain one predicts.
 
@@ -175,7 +178,8 @@ class VotingModel(SoundModule):
         """The loss of member ``m``."""
         member: Any = self.members[m]
         if weight is not None and member.weights is not None:
-            weight = weight * member.weights(labels)
+            index = member.bins.place(labels, member.outside, member.missing)
+            weight = weight * member._own_weight(member._placed(labels, index), index)
         own = LongTailOutput(
             output.loss, output.scores[:, m], output.prediction, output.features, output.distribution,
             output.residual[:, m],
@@ -209,7 +213,7 @@ class VotingModel(SoundModule):
 
 def _of_most_certain(values: Tensor, most_certain: Tensor) -> Tensor:
     """The values (N, ...) of the most certain head, out of the values (N, M, ...) of all heads."""
-    return values[torch.arange(len(most_certain), device=most_certain.device), most_certain]
+    return values[torch.arange(most_certain.shape[0], device=most_certain.device), most_certain]
 
 
 def _spread(member: Any, output: LongTailOutput) -> Tensor:

@@ -10,9 +10,10 @@ Target:
     Labels are called ``labels`` in data and ``target`` in losses. Class indices are int64, from 0 to C - 1.
 Weight:
     One number per sample, dimensionless, not negative; None means ones. The mean divides by N, the number of samples,
-    and not by the sum of the weights. A weight of 2 counts a sample twice. A sample of weight 0 adds nothing and has
-    zero gradient, even if its prediction or its target is NaN. A mask of missing labels is therefore the weight
-    ``mask.float()``. Pass weights per class as ``weight[target]``.
+    and not by the sum of the weights. A weight of 2 counts a sample twice, except where a loss compares samples with
+    each other and says what a weight scales. A sample of weight 0 adds nothing and has zero gradient, even if its
+    prediction or its target is NaN. A mask of missing labels is therefore the weight ``mask.float()``. Pass weights per
+    class as ``weight[target]``.
 Missing:
     With ``missing="drop"``, which each loss takes whose target can be NaN, NaN is a missing label. It has weight 0,
     whatever weight it is given, and the mean is over the labels that are present. Its value is 0 under

@@ -31,7 +31,7 @@ from .._checks import (
     shaped,
     warn,
 )
-from .._numerics import readable, wide_dtype
+from .._numerics import default_dtype, readable, wide_dtype
 from ..labels.bins import Bins, Outside
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -225,6 +225,16 @@ def of_features(
     return present(features.to(wide_dtype(features)), gone), gone
 
 
+def counted(target: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Labels in which one that counts replaces those of weight zero, if values can be read; None if none counts."""
+    if weight is None or weight.shape != target.shape or not (readable(target) and readable(weight)):
+        return target
+    gone = weight == 0
+    if not gone.any():
+        return target
+    return None if gone.all() else torch.where(gone, target[~gone][0], target)
+
+
 def on_axis(target: Tensor, bins: Bins, weight: Tensor | None, outside: Outside) -> Tensor | None:
     """The weights. Labels beyond the axis get zero under ``"drop"``, and NaN under ``"raise"`` on an accelerator.
 
@@ -234,10 +244,10 @@ def on_axis(target: Tensor, bins: Bins, weight: Tensor | None, outside: Outside)
     looked_at = readable(target)
     if outside == "clip" and not looked_at:
         return weight
-    if looked_at and weight is not None and bool((gone := weight == 0).any()):
-        if bool(gone.all()):
-            return weight
-        target = torch.where(gone, target[~gone][0], target)
+    there = counted(target, weight)
+    if there is None:
+        return weight
+    target = there
     index = bins.index(target, outside if looked_at else "drop", name="target")
     if outside == "clip" or (looked_at and outside == "raise"):
         return weight
@@ -274,6 +284,6 @@ def _one_per_class(name: str, value: Any, logits: Tensor | None) -> Tensor:
         values = value.to(wide_dtype(value) if logits is None else wide_dtype(value, logits))
     else:
         values = torch.from_numpy(labels_array(value, name).astype(np.float64, order="C"))
-        values = values.to(torch.get_default_dtype()) if logits is None else values
+        values = values.to(default_dtype()) if logits is None else values
     shaped(("C" if logits is None else logits.shape[1],), "one value per class", **{name: values})
     return values

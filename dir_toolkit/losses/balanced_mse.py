@@ -51,7 +51,7 @@ from .._checks import (
     warn,
     whole,
 )
-from .._numerics import is_wrapped, readable
+from .._numerics import default_dtype, is_wrapped, readable
 from .._ranks import is_parallel, summed
 from ..labels.bins import MISSING, Bins, Missing, Outside, continuous, lookup
 from ..labels.density import LabelDensity
@@ -247,7 +247,7 @@ class _BalancedMSE(PointLoss):
             if learn:
                 self.log_sigma = nn.Parameter(torch.tensor([math.log(start)]))
             else:
-                self.register_buffer("sigma", torch.tensor(start))
+                self.register_buffer("sigma", torch.tensor(start, dtype=default_dtype()))
 
     @property
     def noise_sigma(self) -> Tensor:
@@ -315,7 +315,7 @@ class BatchMCLoss(_BalancedMSE):
         self._unit_known = noise_sigma is not None
         if not self._unit_known:
             with torch.inference_mode(False):
-                self.register_buffer("unit", torch.tensor(math.nan))
+                self.register_buffer("unit", torch.tensor(math.nan, dtype=default_dtype()))
 
     @property
     def noise_sigma(self) -> Tensor:
@@ -385,7 +385,7 @@ class GaussianMixtureLoss(_BalancedMSE):
         if spread == 0 and noise_sigma is None:
             fix = "Pass the expected size of prediction errors, in label units."
             raise problem("noise_sigma must be given where the mixture has no spread", got="None", fix=fix)
-        start, means, dtype = _NOISE * spread, parts["means"], torch.get_default_dtype()
+        start, means, dtype = _NOISE * spread, parts["means"], default_dtype()
         widths = np.hypot(np.sqrt(parts["variances"]), start if noise_sigma is None else _positive_sigma(noise_sigma))
         rounded = np.abs(torch.from_numpy(means).to(dtype).double().numpy() - means)
         far = bool((rounded > _MOST_ROUNDED * widths).any())  # from zero, beside which components are narrow
@@ -487,7 +487,7 @@ class BinnedIntegrationLoss(_BalancedMSE):
     ) -> None:
         prior = _axis_shares(bins, density, outside)
         spread = float(np.sqrt(_total_variance(prior, bins.centers, np.diff(bins.edges) ** 2 / 12)[1]))
-        shares = torch.tensor(prior, dtype=torch.get_default_dtype())
+        shares = torch.tensor(prior, dtype=default_dtype())
         start = _NOISE * spread
         options = {"bins": bins, "prior": shares, "outside": outside, "missing": missing}
         super().__init__(binned_integration_loss, noise_sigma, start, learn, (), **options)
@@ -658,7 +658,7 @@ def _mixture_parts(weights: Any, means: Any, variances: Any) -> dict[str, np.nda
     shaped(rows, "one row for each of the weights", means=parts["means"], variances=parts["variances"])
     not_empty(**parts)
     with np.errstate(over="ignore"):
-        finite(**{name: torch.from_numpy(part).to(torch.get_default_dtype()) for name, part in parts.items()})
+        finite(**{name: torch.from_numpy(part).to(default_dtype()) for name, part in parts.items()})
     not_negative(**{name: torch.from_numpy(parts[name]) for name in ("weights", "variances")})
     total = parts["weights"].sum()
     require(abs(total - 1) <= 1e-4, "weights must sum to one", got=f"a sum of {total:g}", fix="Divide by the sum.")

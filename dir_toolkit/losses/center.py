@@ -57,9 +57,9 @@ class CenterLoss(FeatureLoss):
     This is not the derivative of the loss, which is :math:`N / (1 + n_j)` times smaller and would hardly move the
     centers of rare classes. For the derivative pass a parameter to :func:`center_loss`.
 
-    Differences from the paper: centers start at zero and not at random, and a sample's weight also scales its pull on
-    the center. Under DistributedDataParallel each rank counts its own batch, and gradients are averaged. Scaling or
-    clipping of gradients also changes the steps of the centers.
+    Differences from the paper: centers start at zero and not at random, and a sample counts by its weight, in the sum
+    as in :math:`n_j`. Under DistributedDataParallel each rank counts its own batch, and gradients are averaged. Scaling
+    or clipping of gradients also changes the steps of the centers.
 
     Args:
         num_features: the number of features, D.
@@ -93,8 +93,8 @@ class CenterLoss(FeatureLoss):
 
     def forward(self, output: Any, target: Tensor, weight: Tensor | None = None) -> Tensor:
         features, centers = _checked(part_of(output, "features"), target, self.centers, weight, "mean")
-        ones = torch.ones_like(target, dtype=features.dtype)
-        count = torch.zeros_like(centers[:, 0]).index_add(0, target, ones)
+        each = torch.ones_like(features[:, 0]) if weight is None else weight.to(features.dtype)
+        count = torch.zeros_like(centers[:, 0]).index_add(0, target, each)
         rate = len(target) / (self.strength * (1 + count.index_select(0, target)))
         rows = centers.index_select(0, target)
         still = rows.detach()

@@ -12,7 +12,7 @@ from .._checks import drop_alike, instance, number, require
 from .._numerics import full_precision, unit_rows, wide_dtype
 from ..labels.bins import Missing
 from ..labels.weights import LDS
-from ._inputs import of_features, present
+from ._inputs import counted, of_features, present
 from ._loss import Loss, Reduction, drops_missing, held, reduce
 from ._pairs import pairs_of, rounding_of, spread_of
 from .regression import weighted_l1
@@ -94,7 +94,7 @@ def conr_loss(
     near = omega
     if near is None:
         near = 0.05 * spread_of(labels.detach(), None if gone is None else ~gone).nan_to_num(0.0)
-    reach = near + rounding_of(labels)
+    reach = near + rounding_of(labels, target)
     positive = pairs & (distance <= reach)
     negative = pairs & (distance > reach) & (_distances(pred.detach().to(dtype)) <= reach)
     anchor = positive.any(1) & negative.any(1)
@@ -108,7 +108,8 @@ def conr_loss(
     # Rows that are not anchors are masked first, since a row without pairs would have a gradient of NaN.
     total = among.masked_fill(~anchor[:, None], 0.0).logsumexp(1)
     drawn = logits.masked_fill(~positive, 0.0).sum(1) / positive.sum(1).clamp_min(1)
-    return reduce((total - drawn).masked_fill(~anchor, 0.0), weight, reduction)
+    # A feature that is not finite makes all gradients NaN, and so its own term, which shows it.
+    return reduce((total - drawn).masked_fill(~anchor, 0.0) + 0 * unit.sum(1), weight, reduction)
 
 
 class ConRLoss(Loss):
@@ -172,12 +173,13 @@ class ConRLoss(Loss):
     @drops_missing("number")
     def _sum(self, output: Any, target: Tensor, weight: Tensor | None, *, missing: Missing = "raise") -> Tensor:
         prediction, features = (held(output, name) for name in ("prediction", "features"))
+        labels = counted(target, weight)
         contrast = conr_loss(
             features,
             target,
             weight,
             pred=prediction,
-            push_weight=None if self.weights is None else self.weights(target),
+            push_weight=None if self.weights is None or labels is None else self.weights(labels),
             omega=self.omega,
             temperature=self.temperature,
             eta=self.eta,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import instance, labels_array, number, shaped
+from .._numerics import default_dtype
 from ..labels.bins import Bins, Missing, continuous
 from ..labels.decoding import quantiles_of
 from ._inputs import absent, checked_prior, finite_target, kinds, one_per_sample, pairs, present
@@ -90,7 +91,7 @@ class DistLoss(PointLoss):
         self, bins: Bins, prior: Any, *, coefficient: float = 1.0, squared: bool = False, missing: Missing = "raise"
     ) -> None:
         shares, coefficient = _checked(bins, prior, coefficient, squared)
-        shares = shares if isinstance(prior, Tensor) else shares.to(torch.get_default_dtype())
+        shares = shares if isinstance(prior, Tensor) else shares.to(default_dtype())
         options = {"coefficient": coefficient, "squared": squared, "missing": missing}
         super().__init__(dist_loss, bins=bins, prior=shares, **options)
 

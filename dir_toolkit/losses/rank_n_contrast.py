@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from .._checks import number, warn
-from .._numerics import wide_dtype
 from ..labels.bins import Missing
 from ._inputs import of_features, present
 from ._loss import FeatureLoss, Reduction, drops_missing, reduce
-from ._pairs import pairs_of, rounding_of
+from ._pairs import label_dtype, pairs_of, rounding_of
 
 __all__ = ["RankNContrast", "rank_n_contrast"]
 
@@ -65,7 +64,7 @@ def rank_n_contrast(
     samples = len(features)
     if samples < 2:
         warn("a batch of one sample has no pair, and has zero loss. Drop a last batch of one (drop_last=True).")
-    labels = target.to(wide_dtype(target)).reshape(samples, -1)  # (N, K)
+    labels = target.to(label_dtype(target)).reshape(samples, -1)  # (N, K)
     pairs = pairs_of(features, gone)
     # By differences and not by matrix products, which would round small distances away.
     exact = "donot_use_mm_for_euclid_dist"
@@ -75,7 +74,7 @@ def rank_n_contrast(
     similarity = similarity.gather(1, order)
     onward = similarity.flip(1).logcumsumexp(1).flip(1)  # over a position in the row and all after it
     # The position where each tie begins. Ties may differ by rounding.
-    least = (distance - rounding_of(present(labels, gone)).gather(1, order)).clamp_min(0.0)
+    least = (distance - rounding_of(present(labels, gone), target).gather(1, order)).clamp_min(0.0)
     first = torch.searchsorted(distance, torch.where(distance < 0, distance, least))
     values = (onward.gather(1, first) - similarity).masked_fill(distance < 0, 0.0).sum(1)
     return reduce(values / pairs.sum(1).clamp_min(1), weight, reduction)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._checks import MOST_LONG, floats, length, number, require, same_device, shaped, whole
-from .._numerics import full_precision, unit_rows, wide_dtype
+from .._numerics import default_dtype, full_precision, unit_rows, wide_dtype
 from ..labels.bins import Bins, Missing, continuous
 from ._inputs import of_features, present
 from ._loss import Loss, Reduction, drops_missing, held, reduce
@@ -44,7 +44,8 @@ def srl_loss(
     Here z are features of length one and s their means per bin, of length one, in the order of the labels. For a bin
     without samples in the batch its row of ``surrogate`` is taken, and bins without either are skipped. The enveloping
     term is small if every point u has a mean nearby, and the homogeneity term if means move at an even speed. In it t
-    are the centers of the bins, with the axis from 0 to 1. The contrast moves features alone, and the other terms move
+    are the centers of the bins, with the axis from 0 to 1, so that bins much narrower than the others dominate it. The
+    contrast moves features alone, and the other terms move
     the means of the batch.
 
     Weights scale the terms of samples, and count in the means. Labels beyond the axis count in its end bins.
@@ -151,7 +152,7 @@ class SRLLoss(Loss):
         points = torch.randn(num_points, num_features, generator=generator, device="cpu", dtype=torch.float32)
         with torch.inference_mode(False):  # buffers must be usable in training
             self.register_buffer("points", unit_rows(points))
-            self.register_buffer("surrogate", torch.zeros(len(bins), num_features))
+            self.register_buffer("surrogate", torch.zeros(len(bins), num_features, dtype=default_dtype()))
 
     def forward(self, output: Any, target: Tensor, weight: Tensor | None = None) -> Tensor:
         return self._sum(output, target, weight, missing=self.missing)
@@ -226,8 +227,9 @@ def _homogeneity(trace: Tensor, known: Tensor, bins: Bins) -> Tensor:
     last = torch.where(known, place, -1).cummax(0).values  # the last known bin up to here
     before = F.pad(last[:-1], (1, 0), value=-1)
     point = bins.tensor("centers", trace.new_empty(0, dtype=bins.wide_dtype(trace)))
-    point = ((point - point[0]) / (point[-1] - point[0]).clamp_min(torch.finfo(point.dtype).tiny)).to(trace.dtype)
     step = known & (before >= 0)
     before = before.clamp_min(0)
-    way = torch.where(step, point - point[before], 1.0)
+    # Centers are subtracted first, since centers on an axis from 0 to 1 may be equal after rounding.
+    way = (point - point[before]) / (point[-1] - point[0]).clamp_min(torch.finfo(point.dtype).tiny)
+    way = torch.where(step, way, 1.0).to(trace.dtype)
     return ((trace - trace[before]).square().sum(1) / way).masked_fill(~step, 0.0).sum()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,3 +109,17 @@ def test_the_least_variance_is_of_the_labels_own() -> None:
         output = LongTailOutput(torch.zeros(()), certain, certain[:, 0], certain, certain, certain)
         lower, upper = model.interval(output, 0.6827)
         assert ((upper - lower) / 2).item() == pytest.approx(1e-3 * SPREAD * unit, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"head": "regression", "loss": "weighted_mse"}, {"head": "gaussian"}], ids=str)
+def test_labels_whose_squares_leave_float32_are_refused(options: Any) -> None:
+    for unit in (1e-18, 1e17):
+        density = LabelDensity(Bins.uniform(0, 20 * unit, count=20), AGE_DENSITY.counts)
+        with pytest.raises(ValueError, match=r"^LongTailModel: labels must have a spread from 1e-15 to 1e15 for loss="):
+            LongTailModel(net(), 6, density.bins, density=density, **options)
+    for unit in (1e-15, 1e14):
+        x, y = batch()
+        density = LabelDensity(Bins.uniform(0, 20 * unit, count=20), AGE_DENSITY.counts)
+        model = seeded(lambda density=density: LongTailModel(net(), 6, density.bins, density=density, **options))
+        shift = 0 if options["head"] == "regression" else math.log(unit)  # of a log-likelihood
+        assert model(x, y * unit).loss.item() - shift == pytest.approx(ages(**options)(x, y).loss.item(), rel=1e-4)

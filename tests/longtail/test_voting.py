@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -240,3 +241,26 @@ def test_a_weight_needs_labels() -> None:
     x, y = batch()
     with pytest.raises(ArgumentError, match="weight needs labels, got labels=None"):
         voting()(x, None, torch.ones(len(y)))
+
+
+@pytest.mark.parametrize("label", [math.nan, 500.0, -3.0])
+def test_weights_take_the_labels_that_the_heads_drop_or_clip(label: float) -> None:
+    x, y = batch()
+    y[0] = label
+    placing: Any = {"missing": "drop"} if math.isnan(label) else {"outside": "clip"}
+    for bins in (AGES, dt.Bins.uniform(0, 20, width=2)):  # the weights' own axis, too
+        lds = dt.LDS(bins).fit(batch(200)[1])
+        model = voting(head="linear", weights=lds, **placing)
+        assert_close(model(x, y, torch.ones(len(y))).loss, model(x, y).loss)
+        twice = model(x, y, torch.full((len(y),), 2.0)).loss
+        assert_close(twice, 2 * model(x, y).loss)
+
+
+def test_it_is_exported_and_saved_for_batches_of_any_size(tmp_path: Path) -> None:
+    model = voting().eval()
+    sizes = ({0: torch.export.Dim("samples", min=2)},)
+    torch.export.save(torch.export.export(model, (batch(8)[0],), dynamic_shapes=sizes), tmp_path / "model.pt2")
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    x = batch(5)[0]
+    assert_close(again(x).prediction, model(x).prediction)
+    assert torch.equal(again(x).most_certain, model(x).most_certain)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -91,12 +92,32 @@ def test_the_derivative_is_what_the_docstring_says_the_gradient_is_not() -> None
     assert_close(scaled, paper_step(features, target, centers.detach()), rtol=1e-12, atol=1e-12)
 
 
-def test_a_weight_scales_the_pull_on_the_center() -> None:
-    center = CenterLoss(1, 1).double()
-    features = torch.tensor([[3.0], [6.0]], dtype=torch.float64)
-    center(features, torch.tensor([0, 0]), torch.tensor([2.0, 0.5])).backward()
-    assert center.centers.grad is not None
-    assert center.centers.grad.item() == pytest.approx(-(2 * 3 + 0.5 * 6) / 3)
+def test_a_sample_pulls_its_center_as_so_many_samples_as_its_weight_says() -> None:
+    def pull(features: list[float], weight: list[float] | None) -> float:
+        center, rows = CenterLoss(1, 1).double(), torch.tensor(features, dtype=torch.float64)[:, None]
+        target = torch.zeros(len(features), dtype=torch.int64)
+        center(rows, target, None if weight is None else torch.tensor(weight, dtype=torch.float64)).backward()
+        assert center.centers.grad is not None
+        return center.centers.grad.item()
+
+    assert pull([3.0, 6.0], [2.0, 0.5]) == pytest.approx(-(2 * 3 + 0.5 * 6) / 3.5)
+    assert pull([3.0, 6.0], [2.0, 1.0]) == pytest.approx(pull([3.0, 3.0, 6.0], None))
+    assert pull([3.0, math.nan], [1.0, 0.0]) == pytest.approx(pull([3.0], None))
+
+
+def test_weights_that_balance_classes_keep_centers_within_their_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    center = CenterLoss(2, 3, strength=0.003)
+    features, target = torch.randn(32, 2, generator=generator) + 5, torch.tensor([0] * 24 + [1] * 7 + [2])
+    weight = 1 / target.bincount()[target]
+    weight = weight * 32 / weight.sum()
+    optimizer = torch.optim.SGD(center.parameters(), lr=0.5)
+    for _ in range(60):
+        optimizer.zero_grad()
+        center(features, target, weight).backward()
+        optimizer.step()
+    means = torch.stack([features[target == j].mean(0) for j in range(3)])
+    assert_close(center.centers.detach(), means, rtol=0, atol=1e-3)
 
 
 def test_rare_classes_find_their_center_as_frequent_ones_do() -> None:

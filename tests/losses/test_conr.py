@@ -232,6 +232,8 @@ def test_features_of_zero_have_no_gradient_and_broken_ones_show() -> None:
     for value in (torch.nan, torch.inf):
         parts["features"][anchor] = value
         assert not conr_loss(**parts).isfinite()
+    alone = {**parts, "target": torch.arange(14.0), "omega": 0.5}  # without an anchor, but gradients are NaN, too
+    assert conr_loss(**alone).isnan()
     parts = samples()
     parts["pred"][anchor] = torch.nan  # alike to none
     assert conr_loss(**parts, reduction="none")[anchor] == 0
@@ -378,3 +380,27 @@ def test_whole_numbers_far_from_zero_are_compared_exactly() -> None:
     near, far = (conr_loss(features, labels + at, pred=torch.zeros(4), eta=0.0, reduction="none") for at in (0, 5e6))
     assert_close(far, near)
     assert (near > 0).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("unit", [1e18, 1e19, 1e-21, 1e-23])
+def test_defaults_follow_labels_whose_squares_leave_float32(unit: float) -> None:
+    parts = samples(40)
+    plain = conr.conr_loss(**{**parts, "target": parts["target"].float()})
+    assert plain > 0
+    scaled = conr.conr_loss(**{**parts, "target": (parts["target"] * unit).float(), "pred": parts["pred"] * unit})
+    assert_close(scaled, plain, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("label", [math.nan, 500.0])
+def test_a_label_of_weight_zero_needs_no_place_on_the_axis_of_the_weights(label: float) -> None:
+    parts = samples(40)
+    labels, bins = parts["target"].double(), Bins.uniform(-100, 100, width=1)
+    loss = ConRLoss(weights=LDS(bins).fit(labels), omega=parts.get("omega", 1.0))
+    weight = torch.ones(40, dtype=torch.float64)
+    weight[3] = 0
+    without = loss(output(**parts), labels, weight)
+    assert without > ConRLoss(coefficient=0.0)(output(**parts), labels, weight)
+    masked = labels.clone()
+    masked[3] = label
+    assert_close(loss(output(**parts), masked, weight), without)
+    assert loss(output(**parts), torch.full_like(labels, label), torch.zeros_like(weight)).item() == 0

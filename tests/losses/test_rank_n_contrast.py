@@ -197,3 +197,11 @@ def test_a_large_label_ties_no_others_and_whole_numbers_are_exact() -> None:
     expected = rank_n_contrast(features, whole)
     for given in (whole + 5_000_000, whole.float() + 5_000_000):
         assert_close(rank_n_contrast(features, given), expected)
+
+
+def test_time_stamps_are_compared_exactly_and_ties_of_half_precision_are_ties() -> None:
+    features, order = samples(12, torch.float64)[0], torch.arange(12)
+    expected = rank_n_contrast(features, order)
+    assert_close(rank_n_contrast(features, 1_700_000_000 + 10 * order), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert_close(rank_n_contrast(features, (0.1 * order).to(dtype)), expected)

@@ -206,3 +206,21 @@ def test_the_axis_counts_from_zero_to_one_wherever_it_lies() -> None:
 def test_a_seed_may_be_a_number_of_numpy() -> None:
     given, plain = (SRLLoss(2, AXIS, seed=seed) for seed in (np.int64(3), 3))
     assert torch.equal(given.points, plain.points)
+
+
+@pytest.mark.parametrize(
+    "edges", [-np.geomspace(1e6, 1e-3, 50), [0, 1e9, 1e9 + 1, 1e9 + 2]], ids=["towards zero", "far from zero"]
+)
+def test_bins_that_are_narrow_beside_the_axis_have_their_distance(edges: Any) -> None:
+    bins = dt.Bins.from_edges(edges)
+    turned = torch.stack([torch.arange(len(bins)).cos(), torch.arange(len(bins)).sin()], 1).double()
+    at = torch.tensor(bins.centers)
+    options: Any = {"bins": bins, "points": turned, "enveloping": 0.0, "reduction": "none"}
+    steps = np.square(np.diff(turned, axis=0)).sum(1) / (np.diff(bins.centers) / np.ptp(bins.centers))
+    for dtype in (torch.float64, torch.float32):
+        features = turned.to(dtype, copy=True).requires_grad_()
+        values = srl_loss(features, at, homogeneity=1.0, **options) - srl_loss(features, at, homogeneity=0.0, **options)
+        assert_close(values.detach(), torch.full_like(values, steps.sum()), rtol=1e-4, atol=0)
+        values.sum().backward()
+        assert features.grad is not None
+        assert features.grad.isfinite().all()
