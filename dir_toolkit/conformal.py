@@ -53,7 +53,7 @@ from ._checks import (
     shaped,
     warn,
 )
-from ._numerics import wide_dtype
+from ._numerics import has_values, wide_dtype
 from ._ranks import check_group, is_parallel
 from ._settings import described, differing, shown
 from .errors import ShapeError
@@ -379,7 +379,9 @@ class BinsConformal(Conformal):
     Shape:
         output: (N, B), each row summing to one.
 
-    Intervals end at the ends of the axis, or at infinity if it is unbounded.
+    Intervals end at the ends of the axis, or at infinity if it is unbounded. An end bin of an unbounded axis that holds
+    no training label, as both of :meth:`Bins.auto <dir_toolkit.Bins.auto>`, belongs to no set, so that intervals stay
+    finite. Labels in it count as missed, for which other sets of their region grow, until they hold everything.
 
     >>> density = LabelDensity(Bins.classes(2), [500, 9])
     >>> calibration = BinsConformal(density)
@@ -411,10 +413,18 @@ class BinsConformal(Conformal):
 
     def thresholds(self, level: float = 0.9) -> np.ndarray:
         """The threshold of each bin, (B,) float64: the smallest log p(b|x) of a bin in the set."""
-        return super().thresholds(level) + self._log_divisor()
+        scores = super().thresholds(level)
+        some = scores > -np.inf  # the others stay, also where the divisor is infinite
+        scores[some] += self._log_divisor()[some]
+        return scores
 
     def _log_divisor(self) -> np.ndarray:
-        return np.log(self.bins.relative_widths) + self.gamma * np.log(self.prior)
+        """The logarithm of what p(b|x) is divided by, infinite for a bin that belongs to no set, (B,)."""
+        divisor = np.log(self.bins.relative_widths) + self.gamma * np.log(self.prior)
+        if self.bins.unbounded:
+            ends = np.array([0, -1])
+            divisor[ends] = np.where(self.density.counts[ends] == 0, np.inf, divisor[ends])
+        return divisor
 
     @staticmethod
     def _checked(name: str, output: Tensor, bins: Bins) -> Tensor:
@@ -438,7 +448,7 @@ class BinsConformal(Conformal):
         inside = BinsConformal._sets_at(output, bins, thresholds)
         best = (output.log() - _like(thresholds, output)).argmax(1, keepdim=True)
         inside = inside | (~inside.any(1, keepdim=True) & (torch.arange(len(bins), device=output.device) == best))
-        edges = np.append(np.append(-np.inf, bins.edges[1:-1]), np.inf) if bins.unbounded else bins.edges
+        edges = _opened(bins.edges) if bins.unbounded else bins.edges
         below, above = _outwards(edges, output.to(bins.wide_dtype(output)))
         first = inside.to(torch.uint8).argmax(1)
         last = len(bins) - inside.flip(1).to(torch.uint8).argmax(1)
@@ -548,7 +558,10 @@ def _rounding(values: Tensor) -> float:
 
 
 def _runs(thresholds: Array, bins: Bins) -> tuple[Array, np.ndarray]:
-    """The thresholds (K,) of runs of bins with the same threshold, and the edges (K + 1,) of these runs."""
+    """The thresholds (K,) of runs of bins with the same threshold, and the edges (K + 1,) of these runs. In a graph
+    each bin is a run."""
+    if isinstance(thresholds, Tensor) and not has_values(thresholds):
+        return thresholds, bins.edges
     host = torch.as_tensor(thresholds).cpu().numpy()
     first = np.flatnonzero(np.append(True, host[1:] != host[:-1]))
     return host[first], np.append(bins.edges[first], bins.edges[-1])
@@ -561,11 +574,16 @@ def _pieces(center: Tensor, reach: Tensor, edges: np.ndarray) -> tuple[Tensor, T
         center: (N,). reach: (N, K) or (K,), NaN if not even the centre is within reach. edges: (K + 1,); the outer
             edges are treated as infinite. Returns the lower and upper ends and whether the part is not empty, (N, K).
     """
-    below, above = _outwards(np.array([-math.inf, *edges[1:-1], math.inf]), center)
+    below, above = _outwards(_opened(edges), center)
     center, slack = center[:, None], _rounding(center)
     reach = reach + slack * (reach + center.abs())
     lower, upper = torch.maximum(center - reach, below[:-1]), torch.minimum(center + reach, above[1:])
     return lower, upper, lower <= upper
+
+
+def _opened(edges: np.ndarray) -> np.ndarray:
+    """Edges (K,) whose ends are infinite."""
+    return np.append(np.append(-np.inf, edges[1:-1]), np.inf)
 
 
 def _outwards(edges: np.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -581,7 +599,9 @@ def _outwards(edges: np.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _hulls(output: Tensor, parts_of: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
     """The hull of the pieces of each forecast, or its centre if all are empty. Forecasts are taken in blocks, so that
-    pieces stay in the cache."""
+    pieces stay in the cache, but in a graph at once."""
+    if not has_values(output):
+        return _hull(*parts_of(output))
     hulls = [_hull(*parts_of(block)) for block in output.split(_BLOCK)]
     lower, upper = zip(*hulls, strict=True)
     return torch.cat(lower), torch.cat(upper)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._checks import instance, integers, is_tensor, one_of, problem, require, shaped, whole
+from ._checks import instance, integers, is_tensor, one_of, problem, require, shaped, warn, whole
 from .heads.normalized import ScaledHead, tau_normalized
 from .metrics.classification import balanced_error
 from .priors import TauChoice, search_tau, warn_of_tau
@@ -157,7 +157,7 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
             such as residuals or the noise of Balanced MSE, stays as it is, and trainable.
         seed: the seed for reinitializing the head.
     Returns:
-        the handle of the frozen backbone.
+        the handle of the frozen backbone. A warning is issued if the model adjusts its prior.
     Raises:
         TypeError: the model lacks a part, or its head has the wrong type. A ScaledHead is wrong for every method.
         ValueError: the method is unknown, or the seed is not in 0 ... 2**63 - 1.
@@ -168,6 +168,7 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
         fix = "Use freeze(encoder) and reinitialize(head)."
         raise problem("model must have modules named backbone and head", got=type(model), fix=fix)
+    _warn_of_adjustment(getattr(model, "readout", None))
     if method == "lws":
         if not isinstance(head, nn.Linear):
             raise problem('model.head must be an nn.Linear for "lws"', got=type(head))
@@ -179,6 +180,20 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
         reinitialize(head, seed=seed)
         head.requires_grad_(True)
     return freeze(backbone)
+
+
+def _warn_of_adjustment(readout: Any) -> None:
+    """Warn if a model adjusts its scores, which the second stage does not change."""
+    adjuster, in_loss = getattr(readout, "adjuster", None), getattr(readout, "adjust", "after") == "in_loss"
+    if adjuster is None or not (in_loss or bool(adjuster.offset.any()) or adjuster.temperature.item() != 1):
+        return
+    fix = (
+        "Train a model without it." if in_loss else "Call model.set_prior(None, temperature=1.0), and calibrate later."
+    )
+    warn(
+        f"the model adjusts its prior {'in the loss' if in_loss else 'after training'}, and goes on to do so. With a "
+        f"sampler or weights that even out labels, rare ones are then corrected twice. {fix}"
+    )
 
 
 def choose_normalization(

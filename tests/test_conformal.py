@@ -255,6 +255,34 @@ def test_the_interval_ends_where_the_axis_ends() -> None:
         assert [end[0] for end in calibration.interval(flat)] == ends
 
 
+def test_end_bins_without_training_labels_leave_intervals_finite_and_coverage_as_asked() -> None:
+    """Of the rare labels 4 % lie beyond the axis, and then 20 %; over 400 calibrations with 60 rare labels each."""
+    bins = dt.Bins(np.arange(8.0), unbounded=True)
+    density = dt.LabelDensity(bins, [0, 500, 500, 9, 9, 9, 0])
+    rng, level = np.random.default_rng(0), 0.9
+
+    def drawn(n: int, beyond: float) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.where(rng.random(n) < beyond, rng.choice([-5.0, 50.0], n), rng.uniform(3, 6, n))
+        scores = -((bins.centers - np.clip(labels, 0, 7)[:, None] + rng.normal(0, 1, (n, 1))) ** 2)
+        return np.exp(scores) / np.exp(scores).sum(1, keepdims=True), labels
+
+    new, y = drawn(4000, 0.04)
+    held, finite = [], []
+    for _ in range(400):
+        calibration = BinsConformal(density, regions=["rare"] * 7)
+        calibration.update(*drawn(60, 0.04))
+        lower, upper = calibration.interval(new, level)
+        held.append(((lower <= y) & (y <= upper)).mean())
+        finite.append(np.isfinite(lower).all() and np.isfinite(upper).all())
+    assert np.mean(held) >= level - 4 * np.std(held) / 20
+    assert 0.9 < np.mean(finite) < 1  # more than 10 % beyond the axis are seen by chance in some
+    calibration = BinsConformal(density, regions=["rare"] * 7)
+    calibration.update(*drawn(1000, 0.2))
+    lower, upper = calibration.interval(new, level)
+    assert (lower == -math.inf).all()
+    assert (upper == math.inf).all()
+
+
 def test_uneven_bins_are_judged_per_label_unit_and_by_their_prior() -> None:
     bins = dt.Bins.from_edges([0.0, 1.0, 4.0])
     density, output = dt.LabelDensity(bins, [90, 10]), [[0.5, 0.5]] * 20

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dir_toolkit.decoupling import Frozen, choose_normalization, freeze, reinitialize, stage_two
-from dir_toolkit.errors import LabelError, ShapeError
+from dir_toolkit.errors import DirToolkitWarning, LabelError, ShapeError
 from dir_toolkit.experiment.backbones import DigitCNN, small_resnet
 from dir_toolkit.experiment.data.augment import to_float
 from dir_toolkit.experiment.data.images import ImageSet, content_digest
@@ -631,3 +631,24 @@ def test_a_model_goes_all_the_way_with_images_of_one_size() -> None:
     assert model.head.weight.grad is not None
     data = image_set(np.zeros((3, 1, 8, 8), np.uint8), np.arange(3))
     assert predict(model, data, runtime=RUNTIME).shape == (3, 3)
+
+
+@pytest.mark.parametrize("case", ["calibrated", "from the start", "in the loss", "temperature"])
+def test_an_adjustment_that_would_correct_a_second_time_is_told(case: str) -> None:
+    density = LabelDensity(CLASSES, list(TAIL))
+    options: Any = {
+        "from the start": {"target_prior": "uniform"},
+        "in the loss": {"target_prior": "uniform", "adjust": "in_loss"},
+    }.get(case, {})
+    model = LongTailModel(nn.Linear(3, 6), 6, CLASSES, density=density, **options)
+    if case in ("calibrated", "temperature"):
+        model.set_prior("uniform" if case == "calibrated" else None, temperature=1.0 if case == "calibrated" else 2.0)
+    message = (
+        "Train a model without it" if case == "in the loss" else r"Call model\.set_prior\(None, temperature=1\.0\)"
+    )
+    for method in ("crt", "lws"):
+        with pytest.warns(DirToolkitWarning, match=rf"^stage_two: .* rare ones are then corrected twice\. {message}"):
+            stage_two(copy.deepcopy(model), method)
+    if case != "in the loss":
+        model.set_prior(None, temperature=1.0)
+        stage_two(model, "crt")  # without a warning

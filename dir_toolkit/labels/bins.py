@@ -232,6 +232,7 @@ class Bins(LabelAxes):
         centers.setflags(write=False)
         self.edges, self.centers, self.categorical, self.unbounded = edges, centers, categorical, unbounded
         self.why: str | None = None
+        self._of_whole_numbers = not categorical and np.array_equal(centers, edges[:-1])  # one in each bin
         widths = np.diff(edges)
         self._width = float(np.median(widths))
         rounding = np.full(len(widths), 1e-9 * self._width + 4 * np.spacing(np.abs(edges).max()))

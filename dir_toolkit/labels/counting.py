@@ -11,9 +11,9 @@ import numpy as np
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from .._checks import labels_array, problem, require
+from .._checks import digits, labels_array, problem, require, warn
 from ..errors import LabelError
-from .bins import Missing, Outside
+from .bins import Bins, Missing, Outside
 from .chunks import chunked, in_dask
 from .grid import AnyBins, BinGrid
 
@@ -22,23 +22,33 @@ _PIECE = 2**15  # labels at a time: they fit into the cache, and torch starts no
 
 def count_labels(labels: Any, bins: AnyBins, outside: Outside, missing: Missing) -> np.ndarray:
     """The number of labels in each bin, (B,) int64, for anything that :meth:`LabelDensity.count` takes."""
-    counts = np.zeros(len(bins) + 1, dtype=np.int64)
+    counts = np.zeros(len(bins) + 2, dtype=np.int64)
     for piece in _pieces(labels):
         counted = _counted if in_dask(piece) is None else _counted_by_dask
         counts += counted(piece, bins, outside, missing)
-    require(counts[-1] > 0, "labels must hold at least one label", got="none")
-    return counts[:-1]
+    *of_bins, at_end, every = counts
+    require(every > 0, "labels must hold at least one label", got="none")
+    if at_end and outside != "clip":
+        (end,) = (digits(axis.edges[-1]) for axis in bins.axes)
+        warn(
+            f"{at_end} labels are {end}, the end of the axis, and count in the bin of the whole number before. Give "
+            "them a bin of their own: high must exceed all labels."
+        )
+    return np.array(of_bins)
 
 
 def _counted(labels: Any, bins: AnyBins, outside: Outside, missing: Missing, name: str = "labels") -> np.ndarray:
-    """The number of labels in each bin and, last, of all labels: (B + 1,) int64."""
+    """The number of labels in each bin, of those at the end of an axis of whole numbers, and of all labels: (B + 2,)
+    int64."""
     plain = isinstance(labels, np.ndarray) and not np.ma.is_masked(labels)
     array = np.asarray(labels) if plain else labels_array(labels, name)
-    counts = np.zeros(len(bins) + 1, dtype=np.int64)
+    counts = np.zeros(len(bins) + 2, dtype=np.int64)
     whole_axes = int(isinstance(bins, BinGrid))
     try:
         for part in _parts(array, max(_PIECE, len(bins)), whole_axes=whole_axes):
-            counts[:-1] += bins.tally(part, outside, missing=missing, name=name)
+            counts[:-2] += bins.tally(part, outside, missing=missing, name=name)
+            if isinstance(bins, Bins) and bins._of_whole_numbers:
+                counts[-2] += np.count_nonzero(part == bins.edges[-1])
     except LabelError:
         bins.index(array, outside, missing=missing, name=name)  # raises with the index of the label among all labels
         raise
@@ -64,7 +74,7 @@ def _counted_by_dask(labels: Any, bins: AnyBins, outside: Outside, missing: Miss
     labels = chunked(labels, bins)
     counts = labels.map_blocks(
         partial(_counted_in_chunk, bins=bins, outside=outside, missing=missing),
-        chunks=(*((1,) * count for count in labels.numblocks), (len(bins) + 1,)),
+        chunks=(*((1,) * count for count in labels.numblocks), (len(bins) + 2,)),
         new_axis=labels.ndim,
         meta=np.empty((0,) * (labels.ndim + 1), dtype=np.int64),
     )

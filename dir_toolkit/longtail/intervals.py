@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import number, require
+from .._numerics import has_values
 from .._state import Float64Module
 from ..conformal import Conformal
 from ..labels.bins import Bins
@@ -30,15 +31,26 @@ class CalibratedIntervals(Float64Module):
         dtype = bins.wide_dtype(torch.zeros(()))
         self.register_buffer("thresholds", torch.zeros(len(bins), dtype=dtype))
         self.register_buffer("level", torch.zeros(1, dtype=dtype))
+        self._level_read = 0.0
 
     def take(self, calibration: Conformal, level: float) -> None:
         self.thresholds.copy_(torch.from_numpy(calibration.thresholds(level)))
+        self.set_level(level)
+
+    def set_level(self, level: float) -> None:
         self.level.fill_(level)
+        self._level_read = self.exact_level
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._level_read = self.exact_level
 
     @property
     def exact_level(self) -> float:
-        """The level as a decimal, without float32 rounding."""
-        return float(f"{self.level.item():.6g}")
+        """The level as a decimal, without float32 rounding. A compiled or exported graph takes the one read last."""
+        if has_values(self.level):
+            self._level_read = float(f"{self.level.item():.6g}")
+        return self._level_read
 
     def known(self, level: Any) -> bool:
         """Whether intervals are calibrated. Raises if they are for another level or another prior."""

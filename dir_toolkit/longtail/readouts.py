@@ -37,7 +37,7 @@ from .._checks import (
     warn,
     word,
 )
-from .._numerics import default_dtype, has_values, wide_dtype
+from .._numerics import default_dtype, wide_dtype
 from .._state import WideBuffers
 from ..conformal import BinsConformal, Conformal, GaussianConformal, PointConformal
 from ..errors import ShapeError
@@ -242,7 +242,7 @@ class Readout(WideBuffers):
 
     @property
     def has_interval(self) -> bool:
-        return self.intervals.level.item() != 0 or type(self)._central is not Readout._central
+        return self.intervals.exact_level != 0 or type(self)._central is not Readout._central
 
     def sets(self, output: LongTailOutput | Tensor, level: float | None) -> Tensor:
         rule, fix = "intervals must be calibrated", "Call calibrate_intervals first."
@@ -459,10 +459,9 @@ class ScoreReadout(Readout):
             target_prior = target_prior.estimated if target_prior.accepted else None
         target, tau, kernel = _target_shares(target_prior, self.bins), checked_tau(tau), self.chosen_kernel(kernel)
         offset, bias = self._offset(target, tau, kernel, weights), self.bias if bias is None else bias
-        outdated = has_values(self.intervals.level) and bool(self.intervals.level > 0)
-        if outdated:  # as an error this comes before any change
+        if (level := self.intervals.exact_level) > 0:  # as an error this comes before any change
             warn("intervals were calibrated under another prior. Call calibrate_intervals again before interval.")
-            self.intervals.level.neg_()
+            self.intervals.set_level(-level)
         self.bias.copy_(bias)
         self.adjuster.offset.copy_(offset + bias)
         self.adjuster.temperature.fill_(temperature)

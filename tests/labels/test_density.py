@@ -168,7 +168,7 @@ def test_each_chunk_is_read_once_and_only_counts_leave_its_task(scheduler: str) 
     assert density.counts.tolist() == [1000] * 6 + [0] * 4
     assert sorted(read) == [(i,) for i in range(6)]
     assert made
-    assert max(made) == len(BINS) + 1
+    assert max(made) == len(BINS) + 2  # the counts of the bins, of labels at the end, and of all
 
 
 def test_chunks_of_unknown_size_are_counted() -> None:
@@ -618,3 +618,20 @@ def test_relative_regions_are_those_of_any_number_of_labels() -> None:
 def test_regions_refuse_other_limits(limits: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^LabelDensity.regions: {message}"):
         LabelDensity(Bins.classes(1), [1]).regions(**limits)
+
+
+@pytest.mark.parametrize("of", [np.asarray, iter, lambda labels: dask.array.from_array(labels, chunks=2)])
+def test_labels_at_the_end_of_an_axis_of_whole_numbers_are_told(of: Any) -> None:
+    labels, ages = np.array([3.0, 100.0, 99.0, 100.0]), Bins.uniform(0, 100, width=1, integer=True)
+    given = (np.array([one]) for one in labels) if of is iter else of(labels)
+    with pytest.warns(
+        DirToolkitWarning, match=r"^LabelDensity\.count: 2 labels are 100, the end of the axis, and count"
+    ):
+        density = LabelDensity.count(given, ages)
+    assert density.counts[-1] == 3
+    for bins, outside in (
+        (ages, "clip"),
+        (Bins.uniform(0, 100, width=1), "raise"),
+        (Bins.uniform(0, 101, width=1, integer=True), "raise"),
+    ):
+        LabelDensity.count(labels, bins, outside=outside)  # type: ignore[arg-type]

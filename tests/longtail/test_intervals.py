@@ -212,3 +212,40 @@ def test_labels_are_counted_as_the_model_takes_them() -> None:
     assert gaps.density is not None
     assert beyond.density is not None
     assert (gaps.density.counts.tolist(), beyond.density.counts.tolist()) == ([1, 1, 0], [1, 1, 1])
+
+
+@pytest.mark.parametrize("head", ["linear", "regression", "gaussian"])
+def test_intervals_are_exported_and_compiled_with_the_model(head: str) -> None:
+    class WithInterval(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = untrained(head).eval()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            output = self.model(x)
+            return output.prediction, *self.model.interval(output)
+
+    x, labels = drawn()
+    plain, known, loaded = WithInterval(), WithInterval(), WithInterval()
+    known.model.calibrate_intervals(known.model(x).scores, labels)
+    loaded.load_state_dict(known.state_dict())
+    for module in (loaded, known) if head == "regression" else (plain, loaded, known):
+        sizes = ({0: torch.export.Dim("rows", min=2)},)
+        exported = torch.export.export(module, (x[:9],), dynamic_shapes=sizes).module()
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        for made in (exported(x[:50]), compiled(x[:50])):
+            for end, same in zip(made, known(x[:50]) if module is loaded else module(x[:50]), strict=True):
+                torch.testing.assert_close(end, same)
+
+
+def test_intervals_on_a_chosen_axis_are_finite_and_hold_what_they_promise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6000, 2, generator=generator)
+    labels = (x[:, 0] + 0.3 * torch.randn(6000, generator=generator)).exp()
+    torch.manual_seed(0)
+    model = LongTailModel.for_labels(nn.Linear(2, 8), 8, labels[:3000]).eval()
+    model.calibrate_intervals(model(x[3000:4500]).scores, labels[3000:4500])
+    lower, upper = model.interval(model(x[4500:]))
+    assert lower.isfinite().all()
+    assert upper.isfinite().all()
+    assert ((lower <= labels[4500:]) & (labels[4500:] <= upper)).float().mean() > 0.88

@@ -178,7 +178,8 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
         else:
             splits = check_cv(splits).split(X, labels)
         takes = not weighted or has_fit_parameter(self.estimator, "sample_weight")
-        require(takes, "the fit of estimator must take sample_weight", got=type(self.estimator))
+        fix = "In a pipeline wrap its last step."
+        require(takes, "the fit of estimator must take sample_weight", got=type(self.estimator), fix=fix)
         forecasts, held, estimators, every = [], [], [], np.arange(len(labels))
         for train, test in splits:
             # The rows of a part may be given as a list or a mask, too.
