@@ -587,6 +587,7 @@ class LongTailModel(nn.Module):
         require(takes == size, f"fds must be over the backbone's {size} features", got=takes, error=ShapeError)
         require(not fds.attached, "fds must not be attached yet", got="one in use", fix="Make one for each model.")
         fds.attach(self.neck, "output")
+        fds._expected = 0 if self.density is None else int(self.density.counts.sum())
 
     @torch.inference_mode(False)  # Buffers must serve training later.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LongTailModel:
