@@ -336,7 +336,7 @@ def _with_prior(model: LongTailModel) -> ScoreReadout:
 
 def held_out(model: nn.Module, batches: Any) -> tuple[Tensor, Tensor]:
     """The scores and labels of all batches. Sequences of one length stay whole, and others become rows."""
-    fix = "Use model.calibrate(scores, labels)."
+    fix = "Pass scores and labels."
     require(not isinstance(batches, Tensor), "scores need labels", got="labels=None", fix=fix)
 
     def pair(output: LongTailOutput, labels: Any) -> tuple[Tensor, Tensor]:
@@ -353,7 +353,8 @@ def held_out(model: nn.Module, batches: Any) -> tuple[Tensor, Tensor]:
         return scores, labels.to(scores.device)
 
     scores, labels = zip(*read_batches(model, batches, pair, labelled=True), strict=True)
-    steps = scores[0].ndim - 1
+    of_numbers = getattr(getattr(model, "readout", None), "score_shape", None) == ()
+    steps = scores[0].ndim - (not of_numbers)
     if len({part.shape[1:] for part in scores}) > 1:
         scores, labels = (tuple(part.flatten(0, steps - 1) for part in parts) for parts in (scores, labels))
     return torch.cat(scores), torch.cat(labels)

@@ -36,7 +36,7 @@ from ..labels.density import LabelDensity
 from ..labels.grid import AnyBins
 from ..labels.weights import LDS
 from ..priors import TauChoice
-from .calibration import Judged, calibrate, choose_tau
+from .calibration import Judged, calibrate, choose_tau, held_out
 from .prediction import predict
 from .readouts import LongTailOutput, Placed, PriorKernel, Readout, Setup, TargetPrior, readout_for
 from .rows import as_rows, of_shape, one_per_row
@@ -485,8 +485,8 @@ class LongTailModel(nn.Module):
 
     def calibrate_intervals(
         self,
-        scores: Tensor,
-        labels: Any,
+        scores_or_loader: Tensor | Iterable[Any],
+        labels: Any = None,
         level: float = 0.9,
         *,
         regions: Sequence[str] | np.ndarray | None = None,
@@ -502,8 +502,9 @@ class LongTailModel(nn.Module):
         thresholds are in the ``state_dict``.
 
         Args:
-            scores: ``output.scores`` of the model in eval mode.
-            labels: in label units.
+            scores_or_loader: ``output.scores`` of the model in eval mode; or batches, such as a DataLoader or
+                ``[(inputs, labels)]``, on which the model is run in eval mode.
+            labels: in label units; None for batches.
             level: in (0, 1).
             regions, per_region: as in :class:`dir_toolkit.conformal.PointConformal`.
             gamma: as in :class:`dir_toolkit.conformal.BinsConformal`, with the training prior. Other heads ignore it.
@@ -517,6 +518,9 @@ class LongTailModel(nn.Module):
             range.
         """
         outside = self.outside if outside is None else outside
+        scores: Any = scores_or_loader
+        if labels is None:
+            scores, labels = held_out(self, scores)
         scores, shape = as_rows(scores, len(self.readout.score_shape))
         if len(shape) > 1:
             (labels,) = as_tensors(labels=labels)

@@ -240,10 +240,16 @@ class MultiTargetModel(SoundModule):
             return [target.calibrate(*pair, **options) for target, pair in zip(self.targets, pairs, strict=True)]
 
     def calibrate_intervals(
-        self, scores: Tensor, labels: Any, level: float = 0.9, *, outside: Outside | None = None
+        self,
+        scores_or_loader: Tensor | Iterable[Any],
+        labels: Any = None,
+        level: float = 0.9,
+        *,
+        outside: Outside | None = None,
     ) -> None:
         """:meth:`LongTailModel.calibrate_intervals` of each target. The level holds for each target, not jointly. If it
         raises, no target changes."""
+        scores, labels = held_out(self, scores_or_loader) if labels is None else (scores_or_loader, labels)
         with whole_or_not_at_all(self.targets):
             for target, pair in zip(self.targets, self._scores_and_labels(scores, labels), strict=True):
                 target.calibrate_intervals(*pair, level, outside=outside)

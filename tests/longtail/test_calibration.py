@@ -735,7 +735,11 @@ def test_what_tau_cannot_be_chosen_from_is_refused() -> None:
     model = reader()
     before = bits(model)
     pairs: list[tuple[Callable[[], object], type[Exception], str]] = [
-        (lambda: model.calibrate(scores), ValueError, r"scores need labels, got labels=None\. Use model\.calibrate\("),
+        (
+            lambda: model.calibrate(scores),
+            ValueError,
+            r"scores need labels, got labels=None\. Pass scores and labels\.",
+        ),
         (
             lambda: model.calibrate(scores[:, :3], y),
             ShapeError,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dir_toolkit as dt
 from dir_toolkit.conformal import BinsConformal, PointConformal
@@ -249,3 +250,43 @@ def test_intervals_on_a_chosen_axis_are_finite_and_hold_what_they_promise() -> N
     assert lower.isfinite().all()
     assert upper.isfinite().all()
     assert ((lower <= labels[4500:]) & (labels[4500:] <= upper)).float().mean() > 0.88
+
+
+@pytest.mark.parametrize("head", ["linear", "regression", "gaussian", "classes"])
+def test_batches_calibrate_as_their_scores_do_in_eval_mode(head: str) -> None:
+    x, labels = drawn()
+    model, other = untrained(head), untrained(head)
+    for one in (model, other):
+        one.backbone = nn.Sequential(one.backbone, nn.Dropout(0.5))
+    other.calibrate_intervals(other.eval()(x).scores, labels, 0.8)
+    batches = DataLoader(TensorDataset(x, labels), batch_size=70)
+    model.calibrate_intervals(batches, level=0.8)
+    assert model.training
+    assert torch.equal(model.readout.intervals.thresholds, other.readout.intervals.thresholds)
+    assert model.readout.intervals.exact_level == 0.8
+    with pytest.raises(ValueError, match=r"scores need labels, got labels=None\. Pass scores and labels\.$"):
+        model.calibrate_intervals(model(x).scores)
+
+
+@pytest.mark.parametrize("head", ["linear", "regression", "gaussian"])
+def test_batches_of_sequences_of_several_lengths_calibrate(head: str) -> None:
+    x, labels = drawn()
+    model, other = untrained(head).eval(), untrained(head).eval()
+    model.calibrate_intervals(
+        [(x[:400].view(100, 4, 2), labels[:400].view(100, 4)), (x[400:].view(100, 2, 2), labels[400:].view(100, 2))]
+    )
+    other.calibrate_intervals([(x, labels)])
+    assert torch.equal(model.readout.intervals.thresholds, other.readout.intervals.thresholds)
+
+
+def test_batches_calibrate_several_targets() -> None:
+    x, labels = drawn()
+    both = torch.stack([labels, 11 - labels], 1)
+    density = dt.LabelDensity(BINS, COUNTS)
+    targets = [LongTailModel(nn.Identity(), 2, BINS, density=density, sigma=0.5) for _ in range(2)]
+    model = dt.MultiTargetModel(nn.Identity(), targets).eval()
+    other = copy.deepcopy(model)
+    model.calibrate_intervals([(x[:300], both[:300]), (x[300:], both[300:])])
+    other.calibrate_intervals(other(x).scores, both)
+    for one, same in zip(model.interval(model(x)), other.interval(other(x)), strict=True):
+        assert torch.equal(one, same)
