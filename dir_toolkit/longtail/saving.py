@@ -103,7 +103,9 @@ def load(
         place = repr(os.fspath(path))
         rule = f"{name} must be {'left out' if saved else f'given, as in the model saved in {place}'}"
         got = "None" if own is None else f"one beside the saved {saved!r} in {place}"
-        require((own is None) == (saved is not None), rule, got=got)
+        lws = name == "head" and not saved and any(key.endswith("head.linear.weight") for key in state)
+        fix = "After stage_two(model, 'lws') it is ScaledHead(LinearHead(num_features, num_bins))." * lws
+        require((own is None) == (saved is not None), rule, got=got, fix=fix)
     _check_same("backbone", backbone, state, path)
     if head is not None:
         _check_same("head", head, state, path)

@@ -215,11 +215,20 @@ def test_a_bin_without_held_out_labels_counts_as_often_as_a_test_set_has_labels_
     np.testing.assert_allclose(model._held_out_weight(y[held]), of_labels)
 
 
+class Booster:
+    """A trained model that is no estimator of scikit-learn, as that of lightgbm.train."""
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        return np.zeros(len(x))
+
+
 @pytest.mark.parametrize(
     ("estimator", "options", "error", "message"),
     [
         (LogisticRegression(), {}, ArgumentTypeError, "estimator must be a regressor, got LogisticRegression. Pass"),
         (LinearRegression(), {"forecast": "predict_proba"}, ArgumentTypeError, "must have predict_proba, got LinearR"),
+        (Booster(), {}, ArgumentTypeError, r"estimator must be one of scikit-learn, .*, got Booster\. Use one around"),
+        (FrozenEstimator(Booster()), {}, ArgumentTypeError, "estimator must be one of scikit-learn"),
         (LinearRegression(), {"forecast": "median"}, ArgumentError, "forecast must be one of 'predict', 'predict_pro"),
         (LinearRegression(), {"cv": 1}, ArgumentError, "cv must be"),
         (LinearRegression(), {"tau": -1}, ArgumentError, "tau must be"),
@@ -261,7 +270,8 @@ def test_other_tables_than_those_of_the_fit_are_refused(adjusted: PriorAdjusted)
         adjusted.predict(np.zeros((2, 3)))
     x, y = long_tailed(50, 0)
     pipeline = make_pipeline(StandardScaler(), LinearRegression())
-    with pytest.raises(ArgumentTypeError, match="the fit of estimator must take sample_weight, got Pipeline"):
+    message = r"the fit of estimator must take sample_weight, got Pipeline\. In a pipeline wrap its last step\."
+    with pytest.raises(ArgumentTypeError, match=message):
         PriorAdjusted(pipeline).fit(x, y, sample_weight=np.ones(50))
     assert PriorAdjusted(pipeline).fit(x, y).predict(x).shape == (50,)
 

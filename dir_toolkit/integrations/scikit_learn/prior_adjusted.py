@@ -127,6 +127,10 @@ class PriorAdjusted(Blended, MetaEstimatorMixin, BaseEstimator):
             as the class. TypeError: the estimator takes no ``sample_weight``, and one is given.
         """
         self._check_choice()
+        own = self.estimator.estimator if isinstance(self.estimator, FrozenEstimator) else self.estimator
+        fix = "Use one around it, such as lightgbm.LGBMRegressor for a Booster."
+        rule = "estimator must be one of scikit-learn, with get_params"
+        require(hasattr(own, "get_params"), rule, got=type(own), fix=fix, error=TypeError)
         if not isinstance(self.tau, str):
             number("tau", self.tau, low=0)
         else:
