@@ -211,7 +211,9 @@ def test_a_head_that_took_the_place_of_a_named_one_is_handed_over(
     assert copy.deepcopy(trained(**options)).settings["head"] == (options.get("head") or "linear")
     model.save(path)
     hint = (
-        r"\. After stage_two\(model, 'lws'\) it is ScaledHead" if isinstance(model.head, dt.heads.ScaledHead) else "$"
+        r"\. After stage_two\(model, 'lws'\) it is ScaledHead"
+        if isinstance(model.head, dt.heads.ScaledHead)
+        else r"\.$"
     )
     with pytest.raises(ValueError, match=r"^load: head must be given, as in the model saved in .*, got None" + hint):
         dt.load(path, net())
