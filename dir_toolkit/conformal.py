@@ -381,7 +381,8 @@ class BinsConformal(Conformal):
 
     Intervals end at the ends of the axis, or at infinity if it is unbounded. An end bin of an unbounded axis that holds
     no training label, as both of :meth:`Bins.auto <dir_toolkit.Bins.auto>`, belongs to no set, so that intervals stay
-    finite. Labels in it count as missed, for which other sets of their region grow, until they hold everything.
+    finite. Labels in it count as missed, for which the sets of their region grow, until they hold everything. That is
+    so at once for such a bin that is a region of its own.
 
     >>> density = LabelDensity(Bins.classes(2), [500, 9])
     >>> calibration = BinsConformal(density)
@@ -446,7 +447,8 @@ class BinsConformal(Conformal):
     def _interval_at(output: Tensor, bins: Bins, thresholds: Array) -> tuple[Tensor, Tensor]:
         """The hull of each set, or the best bin where the set is empty."""
         inside = BinsConformal._sets_at(output, bins, thresholds)
-        best = (output.log() - _like(thresholds, output)).argmax(1, keepdim=True)
+        gap = output.log() - _like(thresholds, output)
+        best = torch.where(gap.isneginf().all(1, keepdim=True), output, gap).argmax(1, keepdim=True)
         inside = inside | (~inside.any(1, keepdim=True) & (torch.arange(len(bins), device=output.device) == best))
         edges = _opened(bins.edges) if bins.unbounded else bins.edges
         below, above = _outwards(edges, output.to(bins.wide_dtype(output)))

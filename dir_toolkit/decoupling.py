@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import instance, integers, is_tensor, one_of, problem, require, shaped, warn, whole
+from ._numerics import has_values
 from .heads.normalized import ScaledHead, tau_normalized
 from .metrics.classification import balanced_error
 from .priors import TauChoice, search_tau, warn_of_tau
@@ -168,7 +169,6 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
         fix = "Use freeze(encoder) and reinitialize(head)."
         raise problem("model must have modules named backbone and head", got=type(model), fix=fix)
-    _warn_of_adjustment(getattr(model, "readout", None))
     if method == "lws":
         if not isinstance(head, nn.Linear):
             raise problem('model.head must be an nn.Linear for "lws"', got=type(head))
@@ -179,20 +179,21 @@ def stage_two(model: nn.Module, method: Method, *, seed: int = 0) -> Frozen:
             raise problem(rule, got="a ScaledHead, which learns scales alone", fix=fix, error=TypeError)
         reinitialize(head, seed=seed)
         head.requires_grad_(True)
+    _warn_of_adjustment(getattr(model, "readout", None))
     return freeze(backbone)
 
 
 def _warn_of_adjustment(readout: Any) -> None:
-    """Warn if a model adjusts its scores, which the second stage does not change."""
-    adjuster, in_loss = getattr(readout, "adjuster", None), getattr(readout, "adjust", "after") == "in_loss"
-    if adjuster is None or not (in_loss or bool(adjuster.offset.any()) or adjuster.temperature.item() != 1):
+    """Warn if a model adjusts its scores by a prior, which the second stage does not change."""
+    in_loss = getattr(readout, "adjust", None) == "in_loss"
+    offset = readout.loss_offset if in_loss else getattr(getattr(readout, "adjuster", None), "offset", None)
+    if not isinstance(offset, Tensor) or not has_values(offset) or offset.abs().max() < 1e-4:
         return
-    fix = (
-        "Train a model without it." if in_loss else "Call model.set_prior(None, temperature=1.0), and calibrate later."
-    )
+    fix = "Call model.calibrate after this stage, or model.set_prior(None)."
     warn(
         f"the model adjusts its prior {'in the loss' if in_loss else 'after training'}, and goes on to do so. With a "
-        f"sampler or weights that even out labels, rare ones are then corrected twice. {fix}"
+        "sampler or weights that even out labels, rare ones are then corrected twice. "
+        + ("Train a model without it." if in_loss else fix)
     )
 
 

@@ -36,7 +36,7 @@ from ._checks import (
     shaped,
     warn,
 )
-from ._numerics import confidence_bin, confidence_edges, wide_dtype
+from ._numerics import confidence_bin, confidence_edges, default_dtype, wide_dtype
 from ._state import SoundModule, WideBuffers
 from .labels.bins import Bins
 from .labels.density import LabelDensity, counts_array
@@ -391,7 +391,7 @@ class LogitAdjuster(WideBuffers, SoundModule):
         offset = _offset(prior, target, tau).detach().float()
         device = prior.device if isinstance(prior, Tensor) else torch.empty(()).device  # the default one
         self.register_buffer("offset", offset.to(device))
-        self.register_buffer("temperature", torch.full((), temperature, dtype=torch.float32, device=device))
+        self.register_buffer("temperature", torch.full((), temperature, dtype=default_dtype(), device=device))
 
     def forward(self, logits: Tensor) -> Tensor:
         logits = _wide(logits, len(self.offset))

@@ -283,6 +283,15 @@ def test_end_bins_without_training_labels_leave_intervals_finite_and_coverage_as
     assert (upper == math.inf).all()
 
 
+def test_where_no_set_holds_anything_the_interval_is_the_most_probable_bin() -> None:
+    calibration = BinsConformal(dt.LabelDensity(dt.Bins(np.arange(5.0), unbounded=True), [0, 50, 50, 0]))
+    output = np.tile([0.1, 0.2, 0.6, 0.1], (40, 1))
+    calibration.update(output, np.full(40, 2.5))
+    calibration.adapt(output, np.full(40, 2.5), rate=0.9)  # what is held raises the share that may be missed
+    assert (calibration.thresholds() == math.inf).all()
+    assert [end[0] for end in calibration.interval(output)] == [2, 3]
+
+
 def test_uneven_bins_are_judged_per_label_unit_and_by_their_prior() -> None:
     bins = dt.Bins.from_edges([0.0, 1.0, 4.0])
     density, output = dt.LabelDensity(bins, [90, 10]), [[0.5, 0.5]] * 20

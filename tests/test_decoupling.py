@@ -633,22 +633,29 @@ def test_a_model_goes_all_the_way_with_images_of_one_size() -> None:
     assert predict(model, data, runtime=RUNTIME).shape == (3, 3)
 
 
-@pytest.mark.parametrize("case", ["calibrated", "from the start", "in the loss", "temperature"])
+@pytest.mark.parametrize("case", ["calibrated", "from the start", "in the loss"])
 def test_an_adjustment_that_would_correct_a_second_time_is_told(case: str) -> None:
     density = LabelDensity(CLASSES, list(TAIL))
-    options: Any = {
-        "from the start": {"target_prior": "uniform"},
-        "in the loss": {"target_prior": "uniform", "adjust": "in_loss"},
-    }.get(case, {})
+    options: dict[str, Any] = {} if case == "calibrated" else {"target_prior": "uniform"}
+    options |= {"adjust": "in_loss"} if case == "in the loss" else {}
     model = LongTailModel(nn.Linear(3, 6), 6, CLASSES, density=density, **options)
-    if case in ("calibrated", "temperature"):
-        model.set_prior("uniform" if case == "calibrated" else None, temperature=1.0 if case == "calibrated" else 2.0)
-    message = (
-        "Train a model without it" if case == "in the loss" else r"Call model\.set_prior\(None, temperature=1\.0\)"
+    if case == "calibrated":
+        model.set_prior("uniform", 0.5)
+    advice = (
+        "Train a model without it" if case == "in the loss" else r"Call model\.calibrate after this stage, or model\."
     )
     for method in ("crt", "lws"):
-        with pytest.warns(DirToolkitWarning, match=rf"^stage_two: .* rare ones are then corrected twice\. {message}"):
-            stage_two(copy.deepcopy(model), method)
-    if case != "in the loss":
-        model.set_prior(None, temperature=1.0)
-        stage_two(model, "crt")  # without a warning
+        with pytest.warns(DirToolkitWarning, match=rf"^stage_two: .* rare ones are then corrected twice\. {advice}"):
+            stage_two(copy.deepcopy(model), method)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", ["none", "temperature", "training prior", "tau 0", "meta", "in the loss, tau 0"])
+def test_what_corrects_nothing_is_not_told(case: str) -> None:
+    density = LabelDensity(CLASSES, list(TAIL))
+    options: dict[str, Any] = {"target_prior": "uniform", "adjust": "in_loss", "tau": 0.0} if "loss" in case else {}
+    model = LongTailModel(nn.Linear(3, 6), 6, CLASSES, density=density, **options)
+    if case == "temperature":
+        model.set_prior(None, temperature=2.0)
+    elif case in ("training prior", "tau 0"):
+        model.set_prior("uniform", 0.0) if case == "tau 0" else model.set_prior(torch.tensor(density.prior()).float())
+    stage_two(model.to("meta") if case == "meta" else model, "crt")  # warnings are errors here

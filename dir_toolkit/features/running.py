@@ -47,7 +47,6 @@ class RunningStatistics(Float64Module):
         check_group(group)
         self._group = _Group(group)
         self.warns_of_forgotten_end = True
-        self._expected = 0  # the samples of an epoch, where a model knows them
         self._warned: set[str] = set()
 
     @torch.inference_mode(False)
@@ -89,7 +88,7 @@ class RunningStatistics(Float64Module):
         """Add features to the moments of the current epoch. Warns if epochs are never ended."""
         self._accumulate(features, rows.to(features.device), axis)
         self._seen += len(features)
-        if self._seen > 2 * (self._last_seen or self._expected) > 0 or len(self._evaluated_at) > 1:
+        if self._seen > 2 * self._last_seen > 0 or len(self._evaluated_at) > 1:
             self._warn_once(
                 "end",
                 "more than one epoch has been gathered since the last end_epoch(). Call fds.end_epoch() once after "

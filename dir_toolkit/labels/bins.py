@@ -232,8 +232,9 @@ class Bins(LabelAxes):
         centers.setflags(write=False)
         self.edges, self.centers, self.categorical, self.unbounded = edges, centers, categorical, unbounded
         self.why: str | None = None
-        self._of_whole_numbers = not categorical and np.array_equal(centers, edges[:-1])  # one in each bin
         widths = np.diff(edges)
+        whole = bool((widths == 1).all()) and np.array_equal(edges, edges.round())
+        self._of_whole_numbers = whole and np.array_equal(centers, edges[:-1]) and not unbounded  # one in each bin
         self._width = float(np.median(widths))
         rounding = np.full(len(widths), 1e-9 * self._width + 4 * np.spacing(np.abs(edges).max()))
         with np.errstate(over="ignore", invalid="ignore"):

@@ -31,8 +31,8 @@ def count_labels(labels: Any, bins: AnyBins, outside: Outside, missing: Missing)
     if at_end and outside != "clip":
         (end,) = (digits(axis.edges[-1]) for axis in bins.axes)
         warn(
-            f"{at_end} labels are {end}, the end of the axis, and count in the bin of the whole number before. Give "
-            "them a bin of their own: high must exceed all labels."
+            f"labels equal to {end}, the end of the axis ({at_end} of them), count in the bin of the whole number "
+            "before. Give them a bin of their own: high must exceed all labels."
         )
     return np.array(of_bins)
 

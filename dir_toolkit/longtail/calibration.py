@@ -341,20 +341,18 @@ def held_out(model: nn.Module, batches: Any) -> tuple[Tensor, Tensor]:
 
     def pair(output: LongTailOutput, labels: Any) -> tuple[Tensor, Tensor]:
         is_tensor(labels=labels)
-        scores = output.scores
-        if scores.ndim > 2:
-            shape = scores.shape[:-1]
-            if output.prediction.ndim == scores.ndim:
-                shaped((..., output.prediction.shape[-1]), "one per target in the last axis", labels=labels)
-                of_targets = [one_per_row("labels", own, shape).view(shape) for own in labels.unbind(-1)]
-                labels = torch.stack(of_targets, -1)
-            else:
-                labels = one_per_row("labels", labels, shape).view(shape)
-        return scores, labels.to(scores.device)
+        shape = output.prediction.shape[:-1] if several else output.prediction.shape
+        if len(shape) > 1 and several:
+            shaped((..., output.prediction.shape[-1]), "one per target in the last axis", labels=labels)
+            of_targets = [one_per_row("labels", own, shape).view(shape) for own in labels.unbind(-1)]
+            labels = torch.stack(of_targets, -1)
+        elif len(shape) > 1:
+            labels = one_per_row("labels", labels, shape).view(shape)
+        dims.append(len(shape))
+        return output.scores, labels.to(output.scores.device)
 
+    several, dims = hasattr(model, "targets"), list[int]()
     scores, labels = zip(*read_batches(model, batches, pair, labelled=True), strict=True)
-    of_numbers = getattr(getattr(model, "readout", None), "score_shape", None) == ()
-    steps = scores[0].ndim - (not of_numbers)
     if len({part.shape[1:] for part in scores}) > 1:
-        scores, labels = (tuple(part.flatten(0, steps - 1) for part in parts) for parts in (scores, labels))
+        scores, labels = (tuple(part.flatten(0, dims[0] - 1) for part in parts) for parts in (scores, labels))
     return torch.cat(scores), torch.cat(labels)

@@ -24,6 +24,7 @@ class CalibratedIntervals(Float64Module):
 
     thresholds: Tensor
     level: Tensor
+    _level_read = 0.0  # for graphs, in which it cannot be read
 
     def __init__(self, bins: Bins, kind: type[Conformal]) -> None:
         super().__init__()
@@ -31,7 +32,6 @@ class CalibratedIntervals(Float64Module):
         dtype = bins.wide_dtype(torch.zeros(()))
         self.register_buffer("thresholds", torch.zeros(len(bins), dtype=dtype))
         self.register_buffer("level", torch.zeros(1, dtype=dtype))
-        self._level_read = 0.0
 
     def take(self, calibration: Conformal, level: float) -> None:
         self.thresholds.copy_(torch.from_numpy(calibration.thresholds(level)))
@@ -47,9 +47,13 @@ class CalibratedIntervals(Float64Module):
 
     @property
     def exact_level(self) -> float:
-        """The level as a decimal, without float32 rounding. A compiled or exported graph takes the one read last."""
+        """The level as a decimal, without float32 rounding. A graph takes the one that was read last. After a copy of
+        buffers, as into an average of models, that may be another, with which an exported graph fails."""
         if has_values(self.level):
             self._level_read = float(f"{self.level.item():.6g}")
+        else:
+            same = (self.level - self._level_read).abs().max() < 1e-6
+            torch._assert_async(same, "intervals have a new level: call model.interval once, then export again")
         return self._level_read
 
     def known(self, level: Any) -> bool:

@@ -521,6 +521,9 @@ class LongTailModel(nn.Module):
         scores: Any = scores_or_loader
         if labels is None:
             scores, labels = held_out(self, scores)
+        batches = not isinstance(scores, LongTailOutput) and not hasattr(scores, "__array__")
+        fix = "Pass the level by name."
+        require(not batches, "labels must be left out for batches", got=type(labels), fix=fix, error=TypeError)
         scores, shape = as_rows(scores, len(self.readout.score_shape))
         if len(shape) > 1:
             (labels,) = as_tensors(labels=labels)
@@ -591,7 +594,6 @@ class LongTailModel(nn.Module):
         require(takes == size, f"fds must be over the backbone's {size} features", got=takes, error=ShapeError)
         require(not fds.attached, "fds must not be attached yet", got="one in use", fix="Make one for each model.")
         fds.attach(self.neck, "output")
-        fds._expected = 0 if self.density is None else int(self.density.counts.sum())
 
     @torch.inference_mode(False)  # Buffers must serve training later.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LongTailModel:

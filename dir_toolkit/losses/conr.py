@@ -14,7 +14,7 @@ from ..labels.bins import Missing
 from ..labels.weights import LDS
 from ._inputs import counted, of_features, present
 from ._loss import Loss, Reduction, drops_missing, held, reduce
-from ._pairs import pairs_of, rounding_of, spread_of
+from ._pairs import label_dtype, pairs_of, rounding_of, spread_of
 from .regression import weighted_l1
 
 __all__ = ["ConRLoss", "conr_loss"]
@@ -88,7 +88,7 @@ def conr_loss(
         columns["push_weight"] = push_weight
     features, gone = of_features(features, columns, weight, reduction)
     dtype = wide_dtype(features, target, pred)
-    labels = present(target.to(dtype), gone)
+    labels = present(target.to(label_dtype(target)), gone)
     pairs = pairs_of(features, gone)
     distance = _distances(labels)
     near = omega
@@ -98,7 +98,7 @@ def conr_loss(
     positive = pairs & (distance <= reach)
     negative = pairs & (distance > reach) & (_distances(pred.detach().to(dtype)) <= reach)
     anchor = positive.any(1) & negative.any(1)
-    push = (0.01 * distance / near).nan_to_num(0.0) if eta is None else eta * distance  # log S
+    push = ((0.01 * distance / near).nan_to_num(0.0) if eta is None else eta * distance).to(dtype)  # log S
     if push_weight is not None:
         push = push + push_weight.detach().to(dtype).log()[:, None]
     with full_precision(features.device):

@@ -45,8 +45,7 @@ def srl_loss(
     without samples in the batch its row of ``surrogate`` is taken, and bins without either are skipped. The enveloping
     term is small if every point u has a mean nearby, and the homogeneity term if means move at an even speed. In it t
     are the centers of the bins, with the axis from 0 to 1, so that bins much narrower than the others dominate it. The
-    contrast moves features alone, and the other terms move
-    the means of the batch.
+    contrast moves features alone, and the other terms move the means of the batch.
 
     Weights scale the terms of samples, and count in the means. Labels beyond the axis count in its end bins.
 

@@ -178,7 +178,7 @@ class Method:
     tau: bool = False
     """Whether that network is only adjusted, with the tau that is best on validation data, and not trained again."""
     suite: str | None = None
-    """The method of ``suite.py`` that this is. Nothing else here then counts."""
+    """The method of ``suite.py`` that this is, with L1 where it takes a loss. Nothing else here then counts."""
 
 
 MAIN: dict[str, Method] = {
@@ -345,6 +345,9 @@ def faults(settings: Settings, out: Path) -> list[str]:
         problems.append("--listing needs --data agedb or imdb-wiki.")
     if not settings.methods:
         problems.append("--methods must name a method, got none.")
+    own = [name for name in named(settings.methods) if name in METHODS and METHODS[name].suite is not None]
+    if settings.loss != "l1" and own:
+        problems.append(f"--loss must be l1 with {' '.join(own)}, got {settings.loss}.")
     if settings.tau is not None and not any(method.tau for method in methods):
         problems.append("--tau needs a method that is adjusted after training, such as soft+tau.")
     for name, low in (("seeds", 1), ("stage_two_epochs", 1), ("checkpoint_minutes", 0), ("label_sigma", 0), ("tau", 0)):

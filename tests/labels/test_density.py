@@ -624,9 +624,7 @@ def test_regions_refuse_other_limits(limits: dict[str, Any], message: str) -> No
 def test_labels_at_the_end_of_an_axis_of_whole_numbers_are_told(of: Any) -> None:
     labels, ages = np.array([3.0, 100.0, 99.0, 100.0]), Bins.uniform(0, 100, width=1, integer=True)
     given = (np.array([one]) for one in labels) if of is iter else of(labels)
-    with pytest.warns(
-        DirToolkitWarning, match=r"^LabelDensity\.count: 2 labels are 100, the end of the axis, and count"
-    ):
+    with pytest.warns(DirToolkitWarning, match=r"^LabelDensity\.count: labels equal to 100, .* \(2 of them\), count"):
         density = LabelDensity.count(given, ages)
     assert density.counts[-1] == 3
     for bins, outside in (
@@ -635,3 +633,6 @@ def test_labels_at_the_end_of_an_axis_of_whole_numbers_are_told(of: Any) -> None
         (Bins.uniform(0, 101, width=1, integer=True), "raise"),
     ):
         LabelDensity.count(labels, bins, outside=outside)  # type: ignore[arg-type]
+    LabelDensity.count([*labels, 500.0], Bins(ages.edges, centers=ages.centers, unbounded=True))
+    quarters = Bins([0.0, 0.25, 0.5, 0.75, 1.0], centers=np.array([0.0, 0.25, 0.5, 0.75]))
+    LabelDensity.count([0.1, 1.0], quarters)

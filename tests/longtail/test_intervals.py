@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import dir_toolkit as dt
@@ -277,6 +278,14 @@ def test_batches_of_sequences_of_several_lengths_calibrate(head: str) -> None:
     )
     other.calibrate_intervals([(x, labels)])
     assert torch.equal(model.readout.intervals.thresholds, other.readout.intervals.thresholds)
+    parts = x[:400].view(100, 4, 2), x[400:].view(100, 2, 2)
+    of_sequences = labels[::6]
+    model.calibrate_intervals(list(zip(parts, (of_sequences, of_sequences), strict=True)))  # one label each
+    each = torch.cat([of_sequences.repeat_interleave(4), of_sequences.repeat_interleave(2)])
+    other.calibrate_intervals([(x, each)])
+    assert torch.equal(model.readout.intervals.thresholds, other.readout.intervals.thresholds)
+    with pytest.raises(dt.ShapeError, match="labels must be"):
+        model.calibrate_intervals([(part, torch.ones(part.shape[1::-1])) for part in parts])
 
 
 def test_batches_calibrate_several_targets() -> None:
@@ -290,3 +299,32 @@ def test_batches_calibrate_several_targets() -> None:
     other.calibrate_intervals(other(x).scores, both)
     for one, same in zip(model.interval(model(x)), other.interval(other(x)), strict=True):
         assert torch.equal(one, same)
+
+
+def test_a_graph_of_an_average_of_models_does_not_take_an_old_level() -> None:
+    class WithInterval(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = untrained().eval()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.model.interval(self.model(x))
+
+    x, labels = drawn()
+    plain = WithInterval()
+    average = AveragedModel(plain, use_buffers=True).eval()
+    plain.model.calibrate_intervals([(x, labels)], level=0.5)
+    average.update_parameters(plain)
+    with pytest.raises(RuntimeError, match=r"call model\.interval once, then export again"):
+        torch.export.export(average.module, (x[:9],)).module()(x[:9])
+    lower, upper = average.module(x[:9])
+    again = torch.export.export(average.module, (x[:9],)).module()(x[:9])
+    assert torch.equal(again[0], lower)
+    assert torch.equal(again[1], upper)
+
+
+def test_labels_beside_batches_are_refused() -> None:
+    x, labels = drawn()
+    for beside in (0.8, labels):
+        with pytest.raises(TypeError, match=r"labels must be left out for batches, got .*\. Pass the level by name\.$"):
+            untrained().calibrate_intervals([(x, labels)], beside)

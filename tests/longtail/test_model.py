@@ -26,7 +26,7 @@ from small_models import (
 )
 from torch import Tensor, nn
 
-from dir_toolkit.errors import DirToolkitWarning, LabelError, NotFittedError, ShapeError, UsageError
+from dir_toolkit.errors import LabelError, NotFittedError, ShapeError, UsageError
 from dir_toolkit.experiment.data.images import ImageSet, content_digest
 from dir_toolkit.experiment.training.loop import Optimization, fit
 from dir_toolkit.experiment.training.runtime import Runtime
@@ -699,14 +699,3 @@ def test_a_model_for_labels_has_their_axis_and_density_and_suits_the_metric() ->
     for of, options, error, rule in refused:
         with pytest.raises(error, match=rf"^LongTailModel\.for_labels: {rule}"):
             LongTailModel.for_labels(nn.Linear(3, 8), 8, of, **options)
-
-
-def test_a_training_that_never_ends_an_epoch_is_told_after_two() -> None:
-    x, y = batch(len(AGES))
-    model = ages(density=LabelDensity(AGES, np.ones(len(AGES))), fds=FDS(AGES, 6))
-    model(x, y)
-    model(x, y)
-    with pytest.warns(
-        DirToolkitWarning, match=r"more than one epoch has been gathered .* Call fds\.end_epoch\(\) once"
-    ):
-        model(x, y)

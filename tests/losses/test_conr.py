@@ -379,6 +379,10 @@ def test_whole_numbers_far_from_zero_are_compared_exactly() -> None:
     features, labels = torch.eye(4), torch.tensor([0.0, 1.0, 3.0, 10.0])
     near, far = (conr_loss(features, labels + at, pred=torch.zeros(4), eta=0.0, reduction="none") for at in (0, 5e6))
     assert_close(far, near)
+    stamps = 1_700_000_000 + labels.long()
+    assert_close(conr_loss(features, stamps, pred=torch.zeros(4), eta=0.0, reduction="none"), near)
+    default = conr.conr_loss(features, labels, pred=torch.zeros(4))
+    assert_close(conr.conr_loss(features, stamps, pred=torch.zeros(4)), default)
     assert (near > 0).tolist() == [True, True, False, False]
 
 

@@ -190,6 +190,7 @@ def test_runs_of_another_budget_and_a_missing_baseline_are_told(copied: Path, he
             "--methods vanila --baseline sofft",
             ["--baseline must name methods that --help lists, got sofft. Did", "--methods must name methods that --h"],
         ),
+        ("--methods vanilla bsam ccc --loss mse", ["--loss must be l1 with bsam ccc, got mse."]),
         ("--methods vanilla soft --tau 0.5", ["--tau needs a method that is adjusted after training"]),
         (
             "--seeds 0 --epochs 0 --kernel-size 4 --fds-momentum 2 --root x --listing y --label-sigma nan "
