@@ -522,8 +522,8 @@ class LongTailModel(nn.Module):
         if labels is None:
             scores, labels = held_out(self, scores)
         batches = not isinstance(scores, LongTailOutput) and not hasattr(scores, "__array__")
-        fix = "Pass the level by name."
-        require(not batches, "labels must be left out for batches", got=type(labels), fix=fix, error=TypeError)
+        rule, fix = "scores must be a tensor, or batches without labels beside them", "Pass the level by name."
+        require(not batches, rule, got=type(scores), fix=fix, error=TypeError)
         scores, shape = as_rows(scores, len(self.readout.score_shape))
         if len(shape) > 1:
             (labels,) = as_tensors(labels=labels)

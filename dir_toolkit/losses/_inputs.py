@@ -227,7 +227,9 @@ def of_features(
 
 def counted(target: Tensor, weight: Tensor | None) -> Tensor | None:
     """Labels in which one that counts replaces those of weight zero, if values can be read; None if none counts."""
-    if weight is None or weight.shape != target.shape or not (readable(target) and readable(weight)):
+    if not (isinstance(weight, Tensor) and isinstance(target, Tensor) and weight.shape == target.shape):
+        return target
+    if not (readable(target) and readable(weight)):
         return target
     gone = weight == 0
     if not gone.any():

@@ -208,7 +208,8 @@ def _check_shapes(pred: Tensor, target: Tensor, num_classes: int) -> None:
     check_samples(pred=pred, target=target)
     shaped(("N",), target=target)
     indices, scores = (len(target),), (len(target), num_classes)
-    require(pred.shape in (indices, scores), f"pred must be indices {indices} or scores {scores}", got=pred.shape)
+    rule, fix = f"pred must be indices {indices} or scores {scores}", "There is one row for each target."
+    require(pred.shape in (indices, scores), rule, got=pred.shape, fix=fix)
 
 
 def _predicted(pred: Tensor, num_classes: int) -> Tensor:

@@ -310,7 +310,7 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "LongTailModel.calibrate_intervals": lambda: (
         model().calibrate_intervals,
-        {"scores": rows(), "labels": years(), "regions": ["many", "many", "few", "few"], "gamma": 0.5},
+        {"scores_or_loader": rows(), "labels": years(), "regions": ["many", "many", "few", "few"], "gamma": 0.5},
     ),
     "LongTailModel.sets": lambda: (calibrated().sets, {"output": shares(), "level": 0.9}),
     "LongTailModel.interval, calibrated": lambda: (calibrated().interval, {"output": shares(), "level": 0.9}),
@@ -335,7 +335,7 @@ VALID: dict[str, Callable[[], Call]] = {
     ),
     "MultiTargetModel.calibrate_intervals": lambda: (
         targets().calibrate_intervals,
-        {"scores": rows().repeat(20, 1), "labels": years().repeat(20)[:, None], "level": 0.9},
+        {"scores_or_loader": rows().repeat(20, 1), "labels": years().repeat(20)[:, None], "level": 0.9},
     ),
     "MultiTargetModel.interval": lambda: ((m := targets()).interval, {"output": m(rows(3)), "level": 0.9}),
     "MultiTargetModel.predict": lambda: (targets().predict, {"inputs": rows(3), "level": 0.9}),
@@ -637,6 +637,7 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("IntervalMetrics.compute", "few"): ("many",),
     ("LabelDensity.regions", "few"): ("many",),
     ("LongTailModel.calibrate", "scores_or_loader"): ("scores", "batch"),
+    ("LongTailModel.calibrate_intervals", "scores_or_loader"): ("scores", "batch"),
     ("LongTailModel.predict", "inputs"): ("backbone", "batch", "predictions"),
     ("LongTailModel", "labels"): ("target",),  # as every loss calls them, also one that the user chose
     ("LongTailModel", "prior_kernel"): ("kernel",),
@@ -644,6 +645,7 @@ KNOWN_AS: dict[tuple[str, str], tuple[str, ...]] = {
     ("LongTailModel.interval", "output"): ("probabilities",),  # which a tensor must be
     ("LongTailModel.set_extra_state", "state"): ("values",),
     ("MultiTargetModel.calibrate", "scores_or_loader"): ("scores", "batch"),
+    ("MultiTargetModel.calibrate_intervals", "scores_or_loader"): ("scores", "batch"),
     ("MultiTargetModel.criterion", "labels"): ("target",),
     ("MultiTargetModel.predict", "inputs"): ("backbone", "batch", "predictions"),
     ("RegressionMetrics.compute", "few"): ("many",),

@@ -326,5 +326,7 @@ def test_a_graph_of_an_average_of_models_does_not_take_an_old_level() -> None:
 def test_labels_beside_batches_are_refused() -> None:
     x, labels = drawn()
     for beside in (0.8, labels):
-        with pytest.raises(TypeError, match=r"labels must be left out for batches, got .*\. Pass the level by name\.$"):
+        with pytest.raises(
+            TypeError, match=r"scores must be a tensor, or batches without labels .*, got list\. Pass the"
+        ):
             untrained().calibrate_intervals([(x, labels)], beside)
