@@ -51,7 +51,7 @@ class CalibratedIntervals(Float64Module):
         buffers, as into an average of models, that may be another, with which an exported graph fails."""
         if has_values(self.level):
             self._level_read = float(f"{self.level.item():.6g}")
-        else:
+        elif torch.compiler.is_compiling():
             same = (self.level - self._level_read).abs().max() < 1e-6
             torch._assert_async(same, "intervals have a new level: call model.interval once, then export again")
         return self._level_read
