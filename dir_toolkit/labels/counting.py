@@ -26,7 +26,7 @@ def count_labels(labels: Any, bins: AnyBins, outside: Outside, missing: Missing)
     for piece in _pieces(labels):
         counted = _counted if in_dask(piece) is None else _counted_by_dask
         counts += counted(piece, bins, outside, missing)
-    *of_bins, at_end, every = counts
+    at_end, every = counts[-2:].tolist()
     require(every > 0, "labels must hold at least one label", got="none")
     if at_end and outside != "clip":
         (end,) = (digits(axis.edges[-1]) for axis in bins.axes)
@@ -34,7 +34,7 @@ def count_labels(labels: Any, bins: AnyBins, outside: Outside, missing: Missing)
             f"labels equal to {end}, the end of the axis ({at_end} of them), count in the bin of the whole number "
             "before. Give them a bin of their own: high must exceed all labels."
         )
-    return np.array(of_bins)
+    return counts[:-2]
 
 
 def _counted(labels: Any, bins: AnyBins, outside: Outside, missing: Missing, name: str = "labels") -> np.ndarray:
