@@ -380,7 +380,7 @@ class BinsConformal(Conformal):
         output: (N, B), each row summing to one.
 
     Intervals end at the ends of the axis, or at infinity if it is unbounded. An end bin of an unbounded axis that holds
-    no training label, as both of :meth:`Bins.auto <dir_toolkit.Bins.auto>`, belongs to no set, so that intervals stay
+    no training label, as both of ``Bins.auto``, belongs to no set, so that intervals stay
     finite. Labels in it count as missed, for which the sets of their region grow, until they hold everything. That is
     so at once for such a bin that is a region of its own.
 
