@@ -380,9 +380,9 @@ class BinsConformal(Conformal):
         output: (N, B), each row summing to one.
 
     Intervals end at the ends of the axis, or at infinity if it is unbounded. An end bin of an unbounded axis that holds
-    no training label, as both of ``Bins.auto``, belongs to no set, so that intervals stay
-    finite. Labels in it count as missed, for which the sets of their region grow, until they hold everything. That is
-    so at once for such a bin that is a region of its own.
+    no training label, as both of ``Bins.auto``, belongs to no set, so that intervals stay finite. Labels in it count as
+    missed, for which the sets of their region grow, until they hold everything. That is so at once for such a bin that
+    is a region of its own.
 
     >>> density = LabelDensity(Bins.classes(2), [500, 9])
     >>> calibration = BinsConformal(density)
