@@ -1,5 +1,6 @@
 """Models of backbone, feature smoothing, head, loss and prior, for continuous labels and classes."""
 
+from .ensembles import ensemble
 from .model import LongTailModel
 from .readouts import BinsReadout, ClassReadout, GaussianReadout, LongTailOutput, PointReadout
 from .several import MultiTargetModel
@@ -15,4 +16,5 @@ __all__ = [
     "PointReadout",
     "VotingModel",
     "VotingOutput",
+    "ensemble",
 ]

@@ -280,12 +280,51 @@ def calibrated(trial: Trial, own: dict[str, Any], **options: Any) -> Trained:
 
     What is trained does not depend on the options, and is trained once for all of them.
     """
+    return calibrate(soft_bins(trial, own), trial, **options)
+
+
+def soft_bins(trial: Trial, own: dict[str, Any]) -> Trained:
     shared = "-".join(["long_tail_model", *(f"{key}={value}" for key, value in own.items())])
-    trained = fitted(replace(trial, method=shared), trial.model(), own, selects="mae/all")
+    return fitted(replace(trial, method=shared), trial.model(), own, selects="mae/all")
+
+
+def calibrate(trained: Trained, trial: Trial, **options: Any) -> Trained:
     val, model = trial.splits.val, trained.model
     assert isinstance(model, dt.LongTailModel)
     scores = predict(model, val, runtime=trial.runtime).scores
     return replace(trained, tau=model.calibrate(scores, val.labels, **options))
+
+
+def members(trial: Trial, method: str, train: Callable[[Trial], Trained]) -> tuple[list[Any], float]:
+    """Networks of a method with seeds that no other seed of the trial has, and the minutes of their trainings."""
+    every = []
+    for k in range(MEMBERS):
+        one = trial.study.trial(trial.task, method, MEMBERS * trial.runtime.seed + k)
+        with one.runtime.seeded("network"):
+            every.append(train(one))
+    return [trained.model for trained in every], sum(trained.minutes for trained in every)
+
+
+def l1_ensemble(trial: Trial, own: dict[str, Any]) -> Trained:
+    models, minutes = members(trial, "l1", partial(number, own=own))
+    return Trained(MeanOf(models), trial.method, [], 0, minutes)
+
+
+def ensemble(trial: Trial, own: dict[str, Any], **options: Any) -> Trained:
+    """The mean of the distributions of networks of :func:`calibrated`, calibrated as a whole."""
+    models, minutes = members(trial, "long_tail_model", partial(soft_bins, own=own))
+    return calibrate(Trained(dt.longtail.ensemble(models), trial.method, [], 0, minutes), trial, **options)
+
+
+class MeanOf(nn.Module):
+    """The mean of the predictions of several models."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.stack([model(rows).prediction for model in self.models]).mean(0)
 
 
 def voting(trial: Trial, own: dict[str, Any], head: Any = "gaussian") -> Trained:
@@ -353,6 +392,9 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
     "long_tail_model": (DECAYS, calibrated),
     "long_tail_model+tau": (DECAYS, partial(calibrated, most_mae=None, bias=False)),
     "long_tail_model+bias": (DECAYS, partial(calibrated, most_mae=None, bias=True)),
+    "l1_ensemble": (DECAYS, l1_ensemble),
+    "long_tail_model_ensemble": (DECAYS, ensemble),
+    "long_tail_model_ensemble+bias": (DECAYS, partial(ensemble, most_mae=None, bias=True)),
     "median": (None, partial(of_rows, make=median)),
     "boosting": (None, partial(of_rows, make=HistGradientBoostingRegressor)),
     "boosting_lds": (None, partial(of_rows, make=HistGradientBoostingRegressor, weighted=True)),
@@ -363,6 +405,16 @@ METHODS: dict[str, tuple[tuple[dict[str, Any], ...] | None, Any]] = {
 
 TRAINED_AS = {"long_tail_model+tau": "long_tail_model", "long_tail_model+bias": "long_tail_model"}
 """The methods that differ from another in what is done after training alone. They share its trainings."""
+
+MEMBERS_ARE = {
+    "l1_ensemble": "l1",
+    "long_tail_model_ensemble": "long_tail_model",
+    "long_tail_model_ensemble+bias": "long_tail_model",
+}
+"""The methods of the networks that are averaged. Their settings are those that were chosen for one network."""
+
+MEMBERS = 3
+"""How many networks are averaged."""
 
 RATES = (1e-2, 3e-3, 3e-2, 1e-3)
 """The learning rates of the trials, in their order, so that trials can be added later."""
@@ -412,6 +464,7 @@ class Sitting:
 
     def chosen(self, name: str, task: Task) -> dict[str, Any]:
         """The settings of the best trial of a method on a set."""
+        name = MEMBERS_ARE.get(name, name)
         knobs, make = METHODS[name]
         if knobs is None:
             return {}
@@ -478,7 +531,8 @@ class Sitting:
         try:
             for method in todo:
                 try:
-                    own = results.setting(method) or self.chosen(method, task)
+                    known = results.setting(method) or results.setting(MEMBERS_ARE.get(method, method))
+                    own = known or self.chosen(method, task)
                 except SettingsError as error:  # all its trials failed
                     print(f"{method} on {name} failed: {error}", flush=True)
                     results.fail(method, str(error))
@@ -567,6 +621,8 @@ class Results:
         if same["trials"]:
             tuned = study.folder.parent / "tune" / study.tasks[0].folder / TRAINED_AS.get(method, method)
             seconds = sum(pd.read_csv(path)["seconds"].iloc[-1] for path in tuned.rglob("history.csv"))
+            if method in MEMBERS_ARE and len(one := self._of(MEMBERS_ARE[method])):
+                seconds = one["tuning_seconds"].iloc[0]
         seeds = [seed for _, name, seed in study.runs if name == method]
         new = pd.DataFrame(rows).assign(method=method, seed=seeds, tuning_seconds=seconds)
         self.rows = pd.concat([self.rows, new], ignore_index=True).drop_duplicates(["method", "seed"], keep="last")

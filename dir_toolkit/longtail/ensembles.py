@@ -1,0 +1,103 @@
+"""Deep ensembles: several models that predict by the mean of their distributions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import instance, require, same_bins
+from .model import LongTailModel
+from .readouts import ScoreReadout
+
+__all__ = ["ensemble"]
+
+_SPREADING = ("cross_entropy", "coral_loss", "affinity_loss")
+_OWN = ("num_features", "head", "fds", "loss", "target_prior", "tau", "temperature", "adjust")
+
+
+def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
+    r"""A model that predicts by the mean of the distributions of several trained models.
+
+    .. math:: p(b | x) = \frac{1}{K} \sum_{k = 1}^K p_k(b | x)
+
+    Each :math:`p_k` is the distribution that model k learnt, under the training prior. Priors, temperatures and
+    biases that were set on the models have no influence, since the mean is adjusted as a whole: call ``calibrate`` on
+    the ensemble. It is in eval mode, and shares the models with the caller.
+
+    Networks that were trained with other seeds err in different directions, and most so where labels are rare. So an
+    ensemble allows a stronger adjustment for the same error of common labels. It takes K times as long.
+
+    To load a saved ensemble, build it from untrained models: ``dt.load(path, ensemble(models).backbone,
+    head=nn.Identity())``.
+
+    Args:
+        models: K models over the same bins or classes, with the same training prior, that is the same density, weights
+            and spread of labels. Backbones and heads may differ; each head must score bins, without ``residual``.
+    Returns:
+        a model whose options are those of the first. Its features are the log-probabilities of the mean, (N, B).
+    Raises:
+        TypeError: ``models`` are not a sequence of models. ValueError: there is none, or one cannot be averaged with
+        the others.
+    Source:
+        Lakshminarayanan, Pritzel, Blundell 2017 (arXiv:1612.01474), equation of section 2.4.
+
+    >>> ages = [21, 34, 34, 35, 60, 33, 18, 25, 41, 52]
+    >>> models = [dt.LongTailModel.for_labels(nn.Linear(3, 8), 8, ages) for _ in range(3)]
+    >>> mean = ensemble(models)
+    >>> x = torch.randn(4, 3)
+    >>> each = torch.stack([model(x).distribution for model in models])
+    >>> torch.allclose(mean(x).distribution, each.mean(0), atol=1e-6)
+    True
+    """
+    instance((list, tuple, nn.ModuleList), models=models)
+    require(len(models) > 0, "models must hold at least one LongTailModel", got="none")
+    for k, model in enumerate(models):
+        _check(model, models[0], f"models[{k}]")
+    first: LongTailModel = models[0]
+    own = (*_OWN, "residual", "residual_weight")
+    options: dict[str, Any] = {name: value for name, value in first.settings.items() if name not in own}
+    options["density"] = first.density
+    if first.readout.loss_name not in _SPREADING:  # which decides whether labels are spread
+        options["loss"] = first.settings["loss"]
+    members = Members(models)
+    return LongTailModel(members, members.num_features, head=nn.Identity(), **options).eval()
+
+
+class Members(nn.Module):
+    """The mean distribution of several models.
+
+    Shape:
+        forward: as for the models. Returns log-probabilities, (N, B) or (N, T, B).
+    """
+
+    def __init__(self, models: Sequence[LongTailModel]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.num_features = len(models[0].bins)
+
+    def forward(self, x: Any) -> Tensor:
+        logits = [model.readout.trained_logits(model(x).scores) for model in self.models]  # type: ignore[operator]
+        return torch.stack([one.log_softmax(-1) for one in logits]).logsumexp(0) - math.log(len(logits))
+
+
+def _check(model: Any, first: LongTailModel, name: str) -> None:
+    """Check that a model can be averaged with the first one."""
+    instance(LongTailModel, **{name: model})
+    readout = model.readout
+    fix = "Take the mean of their predictions." if not isinstance(readout, ScoreReadout) else ""
+    require(isinstance(readout, ScoreReadout), f"{name} must score bins", got=f"a {type(readout).__name__}", fix=fix)
+    require(getattr(readout, "residual", None) is None, f"{name} must have residual=False", got="residual=True")
+    same_bins(name, model, first.bins)
+    priors = [_training_prior(one) for one in (first, model)]
+    same = priors[0] is priors[1] if None in priors else torch.allclose(*priors, rtol=1e-6)
+    fix = "Give all models the same density, weights and sigma."
+    require(same, f"{name} must have the training prior of models[0]", got="another one", fix=fix)
+
+
+def _training_prior(model: Any) -> Tensor | None:
+    readout = model.readout
+    return None if model.density is None else readout.training_prior(readout.chosen_kernel("auto"), model.weights)
