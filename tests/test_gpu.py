@@ -172,6 +172,14 @@ def voting(d: Any) -> list[Tensor]:
     return [output.prediction.detach(), *(side.detach() for side in model.interval(output))]
 
 
+def averaged(d: Any) -> list[Any]:
+    models = [trained().to(d.x.device) for _ in range(2)]
+    mean = dt.longtail.ensemble(models)
+    choice = mean.calibrate([(d.x, d.y)], most_mae=None, bias=False)
+    assert mean.readout.bias.device == d.x.device  # type: ignore[union-attr]
+    return [choice.curves["bmae"], mean(d.x).prediction.detach(), mean.predict(d.x)]
+
+
 def several(d: Any) -> list[Any]:
     torch.manual_seed(0)
     model = dt.MultiTargetModel.for_labels(nn.Linear(6, 6), 6, d.y2, bins=GRID).to(d.x.device)
@@ -286,6 +294,7 @@ HOST: dict[str, Callable[[Any], Any]] = {
     "quantiles": lambda d: quantiles(d.spread, BINS, [0.1, 0.9]),
     "a model, calibrated, saved and loaded": calibrated,
     "VotingModel": voting,
+    "ensemble": averaged,
     "MultiTargetModel": several,
     "conformal": conformed,
     **{f"epochs of {form} FDS": partial(fds_epochs, form) for form in ("diagonal", "low_rank", "full")},

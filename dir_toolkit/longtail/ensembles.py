@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
 
     Each :math:`p_k` is the distribution that model k learnt, under the training prior. Priors, temperatures and
     biases that were set on the models have no influence, since the mean is adjusted as a whole: call ``calibrate`` on
-    the ensemble. It is in eval mode, and shares the models with the caller.
+    the ensemble. It is in eval mode, on the device of the first model, and shares the models with the caller.
 
     Networks that were trained with other seeds err in different directions, and most so where labels are rare. So an
     ensemble allows a stronger adjustment for the same error of common labels. It takes K times as long.
@@ -46,7 +47,7 @@ def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
         Lakshminarayanan, Pritzel, Blundell 2017 (arXiv:1612.01474), equation of section 2.4.
 
     >>> ages = [21, 34, 34, 35, 60, 33, 18, 25, 41, 52]
-    >>> models = [dt.LongTailModel.for_labels(nn.Linear(3, 8), 8, ages) for _ in range(3)]
+    >>> models = [LongTailModel.for_labels(nn.Linear(3, 8), 8, ages) for _ in range(3)]
     >>> mean = ensemble(models)
     >>> x = torch.randn(4, 3)
     >>> each = torch.stack([model(x).distribution for model in models])
@@ -55,16 +56,23 @@ def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
     """
     instance((list, tuple, nn.ModuleList), models=models)
     require(len(models) > 0, "models must hold at least one LongTailModel", got="none")
-    for k, model in enumerate(models):
-        _check(model, models[0], f"models[{k}]")
     first: LongTailModel = models[0]
+    for k, model in enumerate(models):
+        instance(LongTailModel, **{f"models[{k}]": model})
+        readout, fix = model.readout, "Take the mean of the predictions in place of this."
+        sound = isinstance(readout, ScoreReadout) and getattr(readout, "residual", None) is None
+        require(sound, f"models[{k}] must score bins, without residual", got=f"a {type(readout).__name__}", fix=fix)
+        same_bins(f"models[{k}]", model, first.bins)
+        rule, fix = f"models[{k}] must have the training prior of models[0]", "Give all the same density and options."
+        require(_same(_training_prior(model), _training_prior(first)), rule, got="another one", fix=fix)
     own = (*_OWN, "residual", "residual_weight")
     options: dict[str, Any] = {name: value for name, value in first.settings.items() if name not in own}
     options["density"] = first.density
     if first.readout.loss_name not in _SPREADING:  # which decides whether labels are spread
         options["loss"] = first.settings["loss"]
     members = Members(models)
-    return LongTailModel(members, members.num_features, head=nn.Identity(), **options).eval()
+    device = next(chain(first.parameters(), first.buffers())).device
+    return LongTailModel(members, members.num_features, head=nn.Identity(), **options).eval().to(device)
 
 
 class Members(nn.Module):
@@ -80,24 +88,15 @@ class Members(nn.Module):
         self.num_features = len(models[0].bins)
 
     def forward(self, x: Any) -> Tensor:
-        logits = [model.readout.trained_logits(model(x).scores) for model in self.models]  # type: ignore[operator]
+        models: Any = self.models
+        logits = [model.readout.trained_logits(model(x).scores) for model in models]
         return torch.stack([one.log_softmax(-1) for one in logits]).logsumexp(0) - math.log(len(logits))
-
-
-def _check(model: Any, first: LongTailModel, name: str) -> None:
-    """Check that a model can be averaged with the first one."""
-    instance(LongTailModel, **{name: model})
-    readout = model.readout
-    fix = "Take the mean of their predictions." if not isinstance(readout, ScoreReadout) else ""
-    require(isinstance(readout, ScoreReadout), f"{name} must score bins", got=f"a {type(readout).__name__}", fix=fix)
-    require(getattr(readout, "residual", None) is None, f"{name} must have residual=False", got="residual=True")
-    same_bins(name, model, first.bins)
-    priors = [_training_prior(one) for one in (first, model)]
-    same = priors[0] is priors[1] if None in priors else torch.allclose(*priors, rtol=1e-6)
-    fix = "Give all models the same density, weights and sigma."
-    require(same, f"{name} must have the training prior of models[0]", got="another one", fix=fix)
 
 
 def _training_prior(model: Any) -> Tensor | None:
     readout = model.readout
     return None if model.density is None else readout.training_prior(readout.chosen_kernel("auto"), model.weights)
+
+
+def _same(prior: Tensor | None, other: Tensor | None) -> bool:
+    return prior is other if prior is None or other is None else torch.allclose(prior, other, rtol=1e-6)

@@ -277,7 +277,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _check_same(name: str, module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Raise unless the module has the names and shapes of the saved state, and the dtypes of a cast."""
-    values = {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    without = _extra_states(module)
+    values = {f"{name}.{key}": value for key, value in module.state_dict().items() if key not in without}
     for key, value in values.items():
         empty = isinstance(value, Tensor) and (nn.parameter.is_lazy(value) or value.is_meta)
         fix = "Make it on the CPU, and call it once if it is lazy."

@@ -420,6 +420,7 @@ VALID: dict[str, Callable[[], Call]] = {
         {"pred": rows(), "target": classes(), "density": density(CLASSES), "many": 100, "few": 20},
     ),
     "decode": lambda: (dt.decode, {"probabilities": shares(), "bins": BINS}),
+    "ensemble": lambda: (dt.longtail.ensemble, {"models": [model(), model()]}),
     "estimate_prior": lambda: (
         dt.estimate_prior,
         {
