@@ -4,8 +4,8 @@
 
 Reads ``<set>.csv``, ``<set>-differences.csv`` and ``<set>-failed.csv`` in this folder, which
 ``recipes/studies/suite.py`` writes, and writes ``tables.md`` beside them, and ``docs/which-method.md`` and
-``docs/which-method.png``. The folders ``faces``, ``faces_untuned`` and ``uci_dir`` hold results of some methods alone,
-which have sections of their own and enter no mean and no rank.
+``docs/which-method.png``. The folders ``ensembles``, ``faces``, ``faces_untuned`` and ``uci_dir`` hold results of some
+methods alone, which have sections of their own and enter no other mean and no rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dir_toolkit.experiment.results.drawing import GREY, INK, literal, look, new
 HERE, DOCS = Path(__file__).parent, Path(__file__).parents[2] / "docs"
 NOT_TABLES = ("beijing", "cmapss", "emobank", "sts_b_dir")
 OF_TABLES = ("boosting", "boosting_lds", "boosting_adjusted", "long_tail_regressor")  # cannot read all of these
-APART = ("faces", "faces_untuned", "uci_dir")
+APART = ("ensembles", "faces", "faces_untuned", "uci_dir")
 EVEN = ("sts_b_dir",)  # its test labels are spread evenly
 PUBLISHED = {  # MAE over all test labels in table 2 of Dong et al. 2025 (arXiv:2503.00876)
     "l1": {"airfoil_dir": 5.66, "abalone_dir": 4.57, "concrete_dir": 7.29},
@@ -311,6 +311,42 @@ method whose MAE is more than a tenth above that of plain L1 shares the last ran
 {markdown(average_ranks(table).join(cheap))}"""
 
 
+ENSEMBLES = {  # and the one network that each is compared with
+    "l1_ensemble": "l1",
+    "long_tail_model_ensemble": "long_tail_model",
+    "long_tail_model_ensemble+bias": "long_tail_model+bias",
+}
+
+
+def ensembles(suite: Suite) -> str:
+    """The section on networks that are averaged."""
+    if "ensembles" not in suite.apart:
+        return ""
+    those = suite.apart["ensembles"]
+    beside = {
+        name: {
+            title: interval(*geometric((ratios_of(those, name, *column) / ratios_of(those, one, *column)).dropna()))
+            for title, column in COLUMNS.items()
+        }
+        for name, one in ENSEMBLES.items()
+    }
+    return f"""
+## Three networks, averaged
+
+`dt.longtail.ensemble` makes one model of several, which predicts by the mean of their distributions and is calibrated as
+a whole. Here are three networks with the settings that were chosen for one, {those.rows["seed"].nunique()} times, and the mean of three predictions
+of L1. The networks were trained anew on another machine, those of one network, too. Ratios to one network with L1:
+
+{markdown(over_sets(those))}
+
+Each beside one network of its kind, as a ratio:
+
+{markdown(pd.DataFrame(beside).T)}
+
+Three networks take three times as long to train and to predict. All figures are in `benchmarks/suite/ensembles`.
+"""
+
+
 def faces(suite: Suite) -> str:
     """The section on all faces, on which the leaders alone were tuned."""
     if "faces" not in suite.apart:
@@ -460,7 +496,7 @@ The ratio to plain L1, and its 95 % interval over seeds and test samples. Bold: 
 {markdown(ratios(suite, "bmae"))}
 
 All figures, chosen settings, commands, versions and digests are in `benchmarks/suite/tables.md`.
-{faces(suite)}{uci_dir(suite)}
+{ensembles(suite)}{faces(suite)}{uci_dir(suite)}
 ## Average ranks
 
 {ranked(suite)}

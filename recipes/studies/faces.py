@@ -177,6 +177,8 @@ class Method:
     """The method from whose trained network this one starts."""
     tau: bool = False
     """Whether that network is only adjusted, with the tau that is best on validation data, and not trained again."""
+    members: int = 1
+    """How many networks of ``start`` are averaged. For seed s they have the seeds from members * s on."""
     suite: str | None = None
     """The method of ``suite.py`` that this is, with L1 where it takes a loss. Nothing else here then counts."""
 
@@ -272,7 +274,17 @@ RIVALS: dict[str, Method] = {
 }
 """Methods of later papers. Those of ``suite.py`` have the first settings that are tried there."""
 
-METHODS = MAIN | CONTROLS | VARIANTS | RIVALS
+ENSEMBLES: dict[str, Method] = {
+    "soft+ensemble+tau": Method(
+        "five networks of soft bins for each seed, averaged, prior adjusted after training",
+        start="soft",
+        tau=True,
+        members=5,
+    ),
+}
+"""Several networks that are averaged."""
+
+METHODS = MAIN | CONTROLS | VARIANTS | RIVALS | ENSEMBLES
 
 WINNER = "soft+tau"
 """The best method in the table of the README."""
@@ -283,6 +295,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "fds-controls": ("vanilla", "fds", *CONTROLS),
     "fds-study": ("lds", "lds+fds", *VARIANTS, "soft+lds", "soft+lds+fds"),
     "rivals": tuple(RIVALS),
+    "ensembles": tuple(ENSEMBLES),
 }
 """Names that stand for several methods. The study of FDS asks whether feature smoothing improves LDS or bins."""
 
@@ -323,12 +336,16 @@ def overview() -> str:
             "methods of later papers:",
             *listed(RIVALS),
             "",
+            "averages of networks:",
+            *listed(ENSEMBLES),
+            "",
             "names that stand for several:",
             f"  {'default':26}{WINNER}, which did best of all",
             f"  {'all':26}all methods of the first list",
             f"  {'fds-controls':26}FDS, its controls, and plain regression",
             f"  {'fds-study':26}the variants, and the methods that they are compared with",
             f"  {'rivals':26}the methods of later papers",
+            f"  {'ensembles':26}the averages of networks",
         ]
     )
 
@@ -488,7 +505,7 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
     if method.start is None:
         model, options["fds"] = network(method, settings, trial, options["weights"])
     else:
-        first = trial.trained(method.start, epoch="last")
+        first = averaged(method, trial) if method.members > 1 else trial.trained(method.start, epoch="last")
         if method.tau:
             return trial.adjusted(first, tau=settings.tau)
         model = first.model
@@ -497,6 +514,18 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
     if method.q is not None:
         options["sampler"] = dt.BinSampler(trial.splits.train.labels, trial.bins, q=method.q, seed=trial.runtime.seed)
     return trial.fit(model, loss=objective(method, model, trial.density), **options)
+
+
+def averaged(method: Method, trial: Trial) -> Trained:
+    """The mean of the distributions of several networks, whose seeds no other seed of the trial has."""
+    import dir_toolkit as dt
+
+    assert method.start is not None
+    seeds = range(method.members * trial.runtime.seed, method.members * (trial.runtime.seed + 1))
+    own = (trial.study.trial(trial.task, trial.method, seed) for seed in seeds)
+    every: list[Any] = [one.trained(method.start, epoch="last") for one in own]
+    model, minutes = dt.longtail.ensemble([one.model for one in every]), sum(one.minutes for one in every)
+    return replace(every[0], model=model, minutes=minutes)
 
 
 def network(

@@ -310,6 +310,18 @@ def test_every_method_trains_and_predicts_ages(name: str, tried: Study, monkeypa
         assert moved == {".model.head.weight", ".model.head.bias"}
 
 
+def test_the_networks_that_are_averaged_are_those_of_five_seeds_and_their_minutes_are_added(tried: Study) -> None:
+    method = replace(faces.ENSEMBLES["soft+ensemble+tau"], members=2)
+    trial = tried.trial(tried.tasks[0], "soft+ensemble+tau", 1)  # type: ignore[index]
+    mean = faces.averaged(method, trial)
+    every = [trial.study.trial(trial.task, "soft", seed).result() for seed in (2, 3)]
+    assert mean.minutes == pytest.approx(sum(one.minutes for one in every))
+    images = torch.rand(3, 3, 16, 16)
+    each = torch.stack([one.model.eval()(images).distribution for one in every])
+    assert torch.allclose(mean.model(images).distribution, each.mean(0), atol=1e-5)
+    assert not torch.allclose(each[0], each[1], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["fds", "fds-permuted", "fds-noise"])
 def test_controls_of_fds_get_the_features_and_the_labels_of_the_head(
     name: str, tried: Study, monkeypatch: pytest.MonkeyPatch

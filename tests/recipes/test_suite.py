@@ -221,6 +221,38 @@ def test_methods_that_differ_after_training_alone_share_their_trainings(
     pd.testing.assert_frame_equal(part[same], expected[same])
 
 
+@pytest.mark.filterwarnings("ignore::dir_toolkit.errors.DirToolkitWarning")  # the table has little to learn
+@pytest.mark.usefixtures("unsynced_database")
+def test_ensembles_average_networks_of_other_seeds_with_the_settings_of_one(
+    tmp_path: Path, here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    make_table(tmp_path / "data", rows=300)
+    fit, seeds = Trial.fit, []
+
+    def watched(trial: Trial, model: Any, **options: Any) -> Trained:
+        if not (trial.folder / "history.csv").exists() and "tune" not in trial.folder.parts:
+            seeds.append((trial.folder.parent.name.partition("-")[0], trial.runtime.seed))
+        return fit(trial, model, **options)
+
+    monkeypatch.setattr(Trial, "fit", watched)
+    words = ["--root", "data", "--sets", "concrete", "--trials", 2, "--seeds", 2, "--epochs", 2, "--results", "kept"]
+    names = ["l1", "long_tail_model", "l1_ensemble", "long_tail_model_ensemble", "long_tail_model_ensemble+bias"]
+    assert here(*words, "--out", "out", "--methods", *names[:2]).code == 0
+    seeds.clear()
+    outcome = here(*words, "--out", "new", "--resume", "--methods", *names[2:])
+    assert (outcome.code, outcome.err) == (0, "")
+    assert sorted(set(seeds)) == [(kind, seed) for kind in ("l1", "long_tail_model") for seed in range(6)]
+    assert len(seeds) == 12  # each is trained once, and nothing is tuned again
+    assert not (tmp_path / "new/tune").exists()
+    made = errors(tmp_path / "kept/concrete.csv").set_index(["method", "seed"])
+    for name in names[2:]:
+        member = name.partition("_ensemble")[0]
+        assert made.loc[(name, 1), "setting"] == made.loc[(member, 1), "setting"]
+        assert made.loc[(name, 1), "tuning_seconds"] == made.loc[(member, 1), "tuning_seconds"]
+        assert made.loc[(name, 1), "mae"] != made.loc[(member, 1), "mae"]
+
+
 def test_uci_dir_is_judged_on_evenly_spread_labels(tmp_path: Path) -> None:
     make_table(tmp_path, rows=300)
     task = runpy.run_path(str(RECIPE))["task_of"]("concrete_dir", tmp_path, None)
