@@ -330,12 +330,14 @@ def ensembles(suite: Suite) -> str:
         }
         for name, one in ENSEMBLES.items()
     }
+    times = those.rows["seed"].nunique()
     return f"""
 ## Three networks, averaged
 
-`dt.longtail.ensemble` makes one model of several, which predicts by the mean of their distributions and is calibrated as
-a whole. Here are three networks with the settings that were chosen for one, {those.rows["seed"].nunique()} times, and the mean of three predictions
-of L1. The networks were trained anew on another machine, those of one network, too. Ratios to one network with L1:
+`dt.longtail.ensemble` makes one model of several. It predicts by the mean of their distributions, and is calibrated as
+a whole. Here it joins three networks with the settings that were chosen for one, {times} times. `l1_ensemble` is the
+mean prediction of three networks with L1. All networks of this section were trained on another machine than those
+above. Ratios to one network with L1:
 
 {markdown(over_sets(those))}
 

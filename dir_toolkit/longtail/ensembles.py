@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._checks import instance, require, same_bins
+from ..errors import DirToolkitWarning
 from .model import LongTailModel
 from .readouts import ScoreReadout
 
@@ -27,17 +30,17 @@ def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
 
     Each :math:`p_k` is the distribution that model k learnt, under the training prior. Priors, temperatures and
     biases that were set on the models have no influence, since the mean is adjusted as a whole: call ``calibrate`` on
-    the ensemble. It is in eval mode, on the device of the first model, and shares the models with the caller.
+    the ensemble. Train the models before. They become parts of the ensemble, in eval mode and on the device of the
+    first one.
 
-    Networks that were trained with other seeds err in different directions, and most so where labels are rare. So an
-    ensemble allows a stronger adjustment for the same error of common labels. It takes K times as long.
+    Training and prediction take K times as long as those of one model.
 
     To load a saved ensemble, build it from untrained models: ``dt.load(path, ensemble(models).backbone,
-    head=nn.Identity())``.
+    head=nn.Identity())``, and ``loss=`` if theirs is a function.
 
     Args:
-        models: K models over the same bins or classes, with the same training prior, that is the same density, weights
-            and spread of labels. Backbones and heads may differ; each head must score bins, without ``residual``.
+        models: K models over the same bins or classes, with the same density, weights and spread of labels, and so the
+            same training prior. Backbones and heads may differ; each head must score bins, without ``residual``.
     Returns:
         a model whose options are those of the first. Its features are the log-probabilities of the mean, (N, B).
     Raises:
@@ -63,8 +66,8 @@ def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
         sound = isinstance(readout, ScoreReadout) and getattr(readout, "residual", None) is None
         require(sound, f"models[{k}] must score bins, without residual", got=f"a {type(readout).__name__}", fix=fix)
         same_bins(f"models[{k}]", model, first.bins)
-        rule, fix = f"models[{k}] must have the training prior of models[0]", "Give all the same density and options."
-        require(_same(_training_prior(model), _training_prior(first)), rule, got="another one", fix=fix)
+        other = [name for name, value in _learnt(model).items() if not np.array_equal(value, _learnt(first)[name])]
+        require(not other, f"models[{k}] must have the {' and '.join(other)} of models[0]", got="another one")
     own = (*_OWN, "residual", "residual_weight")
     options: dict[str, Any] = {name: value for name, value in first.settings.items() if name not in own}
     options["density"] = first.density
@@ -72,7 +75,9 @@ def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
         options["loss"] = first.settings["loss"]
     members = Members(models)
     device = next(chain(first.parameters(), first.buffers())).device
-    return LongTailModel(members, members.num_features, head=nn.Identity(), **options).eval().to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DirToolkitWarning)  # they were issued when the models were made
+        return LongTailModel(members, members.num_features, head=nn.Identity(), **options).eval().to(device)
 
 
 class Members(nn.Module):
@@ -93,10 +98,12 @@ class Members(nn.Module):
         return torch.stack([one.log_softmax(-1) for one in logits]).logsumexp(0) - math.log(len(logits))
 
 
-def _training_prior(model: Any) -> Tensor | None:
-    readout = model.readout
-    return None if model.density is None else readout.training_prior(readout.chosen_kernel("auto"), model.weights)
-
-
-def _same(prior: Tensor | None, other: Tensor | None) -> bool:
-    return prior is other if prior is None or other is None else torch.allclose(prior, other, rtol=1e-6)
+def _learnt(model: Any) -> dict[str, Any]:
+    """What decides under which prior a model was trained, each as an array."""
+    density, weights, readout = model.density, model.weights, model.readout
+    return {
+        "density": None if density is None else density.counts,
+        "weights": None if weights is None else weights.table[:-1].detach().cpu().numpy(),
+        "sigma": getattr(readout, "sigma", None),
+        "label_kernel": getattr(readout, "label_kernel", None),
+    }

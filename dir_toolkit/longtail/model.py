@@ -634,7 +634,8 @@ class LongTailModel(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, but if it raises, nothing changes. It holds all tensors twice."""
-        with whole_or_not_at_all(self, *([] if self.fds is None else [self.fds])):
+        models = (part for part in self.modules() if isinstance(part, LongTailModel))
+        with whole_or_not_at_all(self, *(model.fds for model in models if model.fds is not None)):
             return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(

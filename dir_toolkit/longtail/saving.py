@@ -103,7 +103,7 @@ def load(
         place = repr(os.fspath(path))
         rule = f"{name} must be {'left out' if saved else f'given, as in the model saved in {place}'}"
         got = "None" if own is None else f"one beside the saved {saved!r} in {place}"
-        lws = name == "head" and not saved and any(key.endswith("head.linear.weight") for key in state)
+        lws = name == "head" and not saved and "head.linear.weight" in state
         fix = "After stage_two(model, 'lws') it is ScaledHead(LinearHead(num_features, num_bins))." * lws
         require((own is None) == (saved is not None), rule, got=got, fix=fix)
     _check_same("backbone", backbone, state, path)
@@ -128,7 +128,8 @@ def _whole(value: Any) -> Tensor:
 
 def _extra_states(model: nn.Module) -> list[str]:
     """The entries of the state with the axis and the statistics of FDS, which are not saved."""
-    models = [name for name, part in model.named_modules() if isinstance(part, LongTailModel)]
+    every = model.named_modules(remove_duplicate=False)
+    models = [name for name, part in every if isinstance(part, LongTailModel)]
     return [f"{name}.{_EXTRA}" if name else _EXTRA for name in models]
 
 

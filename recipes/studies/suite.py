@@ -307,13 +307,13 @@ def members(trial: Trial, method: str, train: Callable[[Trial], Trained]) -> tup
 
 def l1_ensemble(trial: Trial, own: dict[str, Any]) -> Trained:
     models, minutes = members(trial, "l1", partial(number, own=own))
-    return Trained(MeanOf(models), trial.method, [], 0, minutes)
+    return Trained(MeanOf(models), "l1", [], 0, minutes)
 
 
 def ensemble(trial: Trial, own: dict[str, Any], **options: Any) -> Trained:
     """The mean of the distributions of networks of :func:`calibrated`, calibrated as a whole."""
     models, minutes = members(trial, "long_tail_model", partial(soft_bins, own=own))
-    return calibrate(Trained(dt.longtail.ensemble(models), trial.method, [], 0, minutes), trial, **options)
+    return calibrate(Trained(dt.longtail.ensemble(models), "long_tail_model", [], 0, minutes), trial, **options)
 
 
 class MeanOf(nn.Module):
@@ -409,9 +409,9 @@ TRAINED_AS = {"long_tail_model+tau": "long_tail_model", "long_tail_model+bias": 
 MEMBERS_ARE = {
     "l1_ensemble": "l1",
     "long_tail_model_ensemble": "long_tail_model",
-    "long_tail_model_ensemble+bias": "long_tail_model",
+    "long_tail_model_ensemble+bias": "long_tail_model+bias",
 }
-"""The methods of the networks that are averaged. Their settings are those that were chosen for one network."""
+"""The methods whose networks are averaged, with the settings that were chosen for one of them."""
 
 MEMBERS = 3
 """How many networks are averaged."""
@@ -451,6 +451,7 @@ class Sitting:
     settings: Settings
     runtime: Runtime
     start: float = field(default_factory=time.monotonic)
+    searched: set[Path] = field(default_factory=set)
 
     def budget(self, task: Task) -> Optimization:
         """About twelve steps per epoch, unless there are many rows."""
@@ -488,7 +489,9 @@ class Sitting:
         tried = {"trial": trials_of(knobs, count)}
         folder = self.settings.out / "tune" / task.folder / name / f"{count}-trials-{self.settings.epochs}-epochs"
         identity = {"method": name, "data": task.data(0).train.digest, "precision": self.settings.precision}
-        options: Any = {"folder": folder, "resume": self.settings.resume, "fingerprint": identity}
+        again = self.settings.resume or folder in self.searched  # another method may have these settings, too
+        self.searched.add(folder)
+        options: Any = {"folder": folder, "resume": again, "fingerprint": identity}
         own = search(tried, score, epochs=self.settings.epochs, **options).settings
         once = self._trial(task, name, own, self.settings.epochs) / task.folder
         shutil.copytree(once, self.place / task.folder, dirs_exist_ok=True)  # its seed 0 is trained already
@@ -564,8 +567,9 @@ class Sitting:
                 once = number(study.trial(task, "l1", 0), {"lr": 1e-3}).minutes
             todo = self.todo(task, [name for name in names if reads(name, task.title)])[1]
             # Of n trials all have a quarter of the epochs, about half of them a half, and a quarter all of them.
-            each = 0.75 * self.settings.trials + self.settings.seeds
-            minutes += once * self.settings.epochs * each * len(todo)
+            tuned = 0.75 * self.settings.trials + self.settings.seeds
+            each = [MEMBERS * self.settings.seeds if name in MEMBERS_ARE else tuned for name in todo]
+            minutes += once * self.settings.epochs * sum(each)
         return minutes
 
 
@@ -619,9 +623,10 @@ class Results:
             return
         seconds = 0.0
         if same["trials"]:
-            tuned = study.folder.parent / "tune" / study.tasks[0].folder / TRAINED_AS.get(method, method)
+            member = MEMBERS_ARE.get(method, method)
+            tuned = study.folder.parent / "tune" / study.tasks[0].folder / TRAINED_AS.get(member, member)
             seconds = sum(pd.read_csv(path)["seconds"].iloc[-1] for path in tuned.rglob("history.csv"))
-            if method in MEMBERS_ARE and len(one := self._of(MEMBERS_ARE[method])):
+            if member != method and len(one := self._of(member)):
                 seconds = one["tuning_seconds"].iloc[0]
         seeds = [seed for _, name, seed in study.runs if name == method]
         new = pd.DataFrame(rows).assign(method=method, seed=seeds, tuning_seconds=seconds)

@@ -100,6 +100,38 @@ def test_it_predicts_without_dropout_and_still_trains() -> None:
     assert all(p.grad is not None for p in backbone.parameters())
 
 
+def test_one_model_twice_is_saved_and_loaded_as_two(tmp_path: Path) -> None:
+    model, x = ages().eval(), batch()[0]
+    ensemble([model, model]).save(tmp_path / "mean.safetensors")
+    backbone = ensemble([ages(), ages()]).backbone
+    again = dt.load(tmp_path / "mean.safetensors", backbone, head=nn.Identity())
+    assert_close(again(x).distribution, model(x).distribution)
+
+
+def test_a_state_that_is_refused_leaves_the_fds_of_the_models_alone() -> None:
+    mean, other = (ensemble([ages(fds=dt.FDS(AGES, 6)) for _ in range(2)]) for _ in range(2))
+    models: Any = mean.backbone.models
+    trained: Any = other.backbone.models
+    for model in trained:
+        model.train()(*batch())
+        model.fds.end_epoch()
+    state = other.state_dict()
+    del state["backbone.models.1.head.weight"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        mean.load_state_dict(state)
+    assert all(model.fds.statistics()["count"].sum() == 0 for model in models)
+    assert all(model.fds.statistics()["count"].sum() > 0 for model in trained)
+
+
+def test_models_of_a_smoothed_density_are_averaged_and_warnings_are_not_repeated() -> None:
+    models, x = several(density=AGE_DENSITY.smooth(dt.gaussian(5, 2)), prior_kernel=None), batch()[0]
+    each = torch.stack([model(x).distribution for model in models])
+    assert_close(ensemble(models)(x).distribution, each.mean(0), rtol=1e-4, atol=1e-6)
+    with pytest.warns(dt.errors.DirToolkitWarning, match="spreads each label"):
+        wide = ages(sigma=9.0)
+    ensemble([wide])
+
+
 def test_classes_sequences_and_inputs_of_several_parts() -> None:
     x = batch()[0]
     of_classes = several(bins=CLASSES, density=CLASS_DENSITY, head="affinity")
@@ -145,12 +177,10 @@ def narrower() -> LongTailModel:
             r"models\[1\] must score bins, without residual, got a PointReadout. Take the",
         ),
         (lambda: ages(residual=True), r"models\[1\] must score bins, without residual, got a Bins"),
-        (
-            lambda: ages(sigma=1.0),
-            r"models\[1\] must have the training prior of models\[0\].* Give all the",
-        ),
-        (lambda: ages(density=None), r"models\[1\] must have the training prior"),
-        (lambda: ages(weights=dt.LDS(AGES).fit(AGE_DENSITY)), r"models\[1\] must have the training prior"),
+        (lambda: ages(sigma=1.0), r"models\[1\] must have the sigma of models\[0\], got another one"),
+        (lambda: ages(label_kernel="laplace"), r"models\[1\] must have the label_kernel of"),
+        (lambda: ages(density=None), r"models\[1\] must have the density of"),
+        (lambda: ages(weights=dt.LDS(AGES).fit(AGE_DENSITY)), r"models\[1\] must have the weights of"),
         (narrower, r"models\[1\] must be over the same bins"),
         (net, r"models\[1\] must be a LongTailModel"),
     ],

@@ -238,7 +238,7 @@ def test_ensembles_average_networks_of_other_seeds_with_the_settings_of_one(
     monkeypatch.setattr(Trial, "fit", watched)
     words = ["--root", "data", "--sets", "concrete", "--trials", 2, "--seeds", 2, "--epochs", 2, "--results", "kept"]
     names = ["l1", "long_tail_model", "l1_ensemble", "long_tail_model_ensemble", "long_tail_model_ensemble+bias"]
-    assert here(*words, "--out", "out", "--methods", *names[:2]).code == 0
+    assert here(*words, "--out", "out", "--methods", *names[:2], "long_tail_model+bias").code == 0
     seeds.clear()
     outcome = here(*words, "--out", "new", "--resume", "--methods", *names[2:])
     assert (outcome.code, outcome.err) == (0, "")
@@ -247,10 +247,16 @@ def test_ensembles_average_networks_of_other_seeds_with_the_settings_of_one(
     assert not (tmp_path / "new/tune").exists()
     made = errors(tmp_path / "kept/concrete.csv").set_index(["method", "seed"])
     for name in names[2:]:
-        member = name.partition("_ensemble")[0]
+        member = name.replace("_ensemble", "")
         assert made.loc[(name, 1), "setting"] == made.loc[(member, 1), "setting"]
         assert made.loc[(name, 1), "tuning_seconds"] == made.loc[(member, 1), "tuning_seconds"]
         assert made.loc[(name, 1), "mae"] != made.loc[(member, 1), "mae"]
+    # Without results of the networks that are averaged their settings are searched for, once.
+    alone = here(*words[:-1], "other", "--out", "alone", "--methods", "l1_ensemble", "l1")
+    assert (alone.code, alone.err) == (0, "")
+    of_ensemble, of_one = (errors(tmp_path / "other/concrete.csv").query("method == @name") for name in names[2::-2])
+    assert of_ensemble["setting"].tolist() == of_one["setting"].tolist()
+    assert (of_ensemble["tuning_seconds"].to_numpy() == of_one["tuning_seconds"].to_numpy()).all()
 
 
 def test_uci_dir_is_judged_on_evenly_spread_labels(tmp_path: Path) -> None:
