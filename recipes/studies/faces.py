@@ -179,6 +179,8 @@ class Method:
     """Whether that network is only adjusted, with the tau that is best on validation data, and not trained again."""
     members: int = 1
     """How many networks of ``start`` are averaged. For seed s they have the seeds from members * s on."""
+    teacher: str | None = None
+    """The method of the networks whose mean distribution takes the place of the labels, as many as ``members``."""
     suite: str | None = None
     """The method of ``suite.py`` that this is, with L1 where it takes a loss. Nothing else here then counts."""
 
@@ -281,8 +283,17 @@ ENSEMBLES: dict[str, Method] = {
         tau=True,
         members=5,
     ),
+    "soft+distilled": Method(
+        "soft bins, labels replaced by the mean distribution of these five networks",
+        head="linear",
+        teacher="soft",
+        members=5,
+    ),
+    "soft+distilled+tau": Method(
+        "that one network, prior adjusted after training", head="linear", start="soft+distilled", tau=True
+    ),
 }
-"""Several networks that are averaged."""
+"""Several networks that are averaged, and one that learns from their mean."""
 
 METHODS = MAIN | CONTROLS | VARIANTS | RIVALS | ENSEMBLES
 
@@ -504,8 +515,11 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
         )
     if method.start is None:
         model, options["fds"] = network(method, settings, trial, options["weights"])
+        if method.teacher is not None:
+            return distilled(method, model, trial)
     else:
-        first = averaged(method, trial) if method.members > 1 else trial.trained(method.start, epoch="last")
+        one = method.members == 1
+        first = trial.trained(method.start, epoch="last") if one else averaged(method.start, method.members, trial)
         if method.tau:
             return trial.adjusted(first, tau=settings.tau)
         model = first.model
@@ -516,16 +530,34 @@ def trained(method: Method, settings: Settings, trial: Trial) -> Trained:
     return trial.fit(model, loss=objective(method, model, trial.density), **options)
 
 
-def averaged(method: Method, trial: Trial) -> Trained:
+def averaged(method: str, members: int, trial: Trial) -> Trained:
     """The mean of the distributions of several networks, whose seeds no other seed of the trial has."""
     import dir_toolkit as dt
 
-    assert method.start is not None
-    seeds = range(method.members * trial.runtime.seed, method.members * (trial.runtime.seed + 1))
-    own = (trial.study.trial(trial.task, trial.method, seed) for seed in seeds)
-    every: list[Any] = [one.trained(method.start, epoch="last") for one in own]
+    own = (trial.study.trial(trial.task, trial.method, members * trial.runtime.seed + k) for k in range(members))
+    every: list[Any] = [one.trained(method, epoch="last") for one in own]
     model, minutes = dt.longtail.ensemble([one.model for one in every]), sum(one.minutes for one in every)
     return replace(every[0], model=model, minutes=minutes)
+
+
+def distilled(method: Method, model: dt.LongTailModel, trial: Trial) -> Trained:
+    """A network that learns, on each augmented image, what the mean of others says (Hinton et al. 2015)."""
+    import torch
+
+    import dir_toolkit as dt
+
+    assert method.teacher is not None
+    teacher = averaged(method.teacher, method.members, trial)
+
+    def answered(images: Tensor, labels: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return images, teacher.model(images).distribution
+
+    def loss(output: dt.LongTailOutput, shares: Tensor, weight: Tensor | None) -> Tensor:
+        return dt.losses.soft_cross_entropy(output.scores, shares)
+
+    told = {"loss": "soft_cross_entropy", "mixing": f"{method.members} of {method.teacher}"}
+    return trial.fit(model, loss=loss, mixing=answered, after=teacher, fingerprint=told)
 
 
 def network(

@@ -311,9 +311,8 @@ def test_every_method_trains_and_predicts_ages(name: str, tried: Study, monkeypa
 
 
 def test_the_networks_that_are_averaged_are_those_of_five_seeds_and_their_minutes_are_added(tried: Study) -> None:
-    method = replace(faces.ENSEMBLES["soft+ensemble+tau"], members=2)
     trial = tried.trial(tried.tasks[0], "soft+ensemble+tau", 1)  # type: ignore[index]
-    mean = faces.averaged(method, trial)
+    mean = faces.averaged("soft", 2, trial)
     every = [trial.study.trial(trial.task, "soft", seed).result() for seed in (2, 3)]
     assert mean.minutes == pytest.approx(sum(one.minutes for one in every))
     images = torch.rand(3, 3, 16, 16)
