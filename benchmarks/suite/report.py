@@ -331,19 +331,27 @@ def ensembles(suite: Suite) -> str:
         for name, one in ENSEMBLES.items()
     }
     times = those.rows["seed"].nunique()
+    beside_l1 = {name: ratios_of(those, name, *COLUMNS["MAE"]).drop(list(EVEN), errors="ignore") for name in ENSEMBLES}
+    priced = (
+        f"Without {', '.join(EVEN)}, whose MAE is no price, the ratio of the MAE to one network with L1 is\n"
+        + ",\n".join(f"{interval(*geometric(ratios))} for `{name}`" for name, ratios in beside_l1.items())
+    )
     return f"""
 ## Three networks, averaged
 
 `dt.longtail.ensemble` makes one model of several. It predicts by the mean of their distributions, and is calibrated as
-a whole. Here it joins three networks with the settings that were chosen for one, {times} times. `l1_ensemble` is the
-mean prediction of three networks with L1. All networks of this section were trained on another machine than those
-above. Ratios to one network with L1:
+a whole. Each mean here is of three networks, which have the settings that were chosen for one and are not tuned again.
+There are {times} such means per set, of {3 * times} networks; the {times} single ones are among these. `l1_ensemble` is
+the mean prediction of three networks with L1. All networks were trained anew on another machine, where the single ones
+gave the same errors as above. Ratios to one network with L1:
 
 {markdown(over_sets(those))}
 
 Each beside one network of its kind, as a ratio:
 
 {markdown(pd.DataFrame(beside).T)}
+
+{priced}.
 
 Three networks take three times as long to train and to predict. All figures are in `benchmarks/suite/ensembles`.
 """

@@ -30,8 +30,8 @@ def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
 
     Each :math:`p_k` is the distribution that model k learnt, under the training prior. Priors, temperatures and
     biases that were set on the models have no influence, since the mean is adjusted as a whole: call ``calibrate`` on
-    the ensemble. Train the models before. They become parts of the ensemble, in eval mode and on the device of the
-    first one.
+    the ensemble. Train the models first. They become parts of the ensemble, in eval mode and on the device of the first
+    one.
 
     Training and prediction take K times as long as those of one model.
 
@@ -40,7 +40,8 @@ def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
 
     Args:
         models: K models over the same bins or classes, with the same density, weights and spread of labels, and so the
-            same training prior. Backbones and heads may differ; each head must score bins, without ``residual``.
+            same training prior: folds and bootstraps are refused. Backbones and heads may differ; each head must score
+            bins, without ``residual``.
     Returns:
         a model whose options are those of the first. Its features are the log-probabilities of the mean, (N, B).
     Raises:
@@ -67,7 +68,8 @@ def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
         require(sound, f"models[{k}] must score bins, without residual", got=f"a {type(readout).__name__}", fix=fix)
         same_bins(f"models[{k}]", model, first.bins)
         other = [name for name, value in _learnt(model).items() if not np.array_equal(value, _learnt(first)[name])]
-        require(not other, f"models[{k}] must have the {' and '.join(other)} of models[0]", got="another one")
+        rule, fix = f"models[{k}] must have the {' and '.join(other)} of models[0]", "Train all on the same labels."
+        require(not other, rule, got="another one", fix=fix if "density" in other else "")
     own = (*_OWN, "residual", "residual_weight")
     options: dict[str, Any] = {name: value for name, value in first.settings.items() if name not in own}
     options["density"] = first.density

@@ -29,7 +29,7 @@ NOTES = (
     "MAE is the mean over faces, bMAE the mean over ages of the MAE of each age: the two are the same where all ages "
     "have equally many test faces. The constant predictor always predicts the training median.",
     "Each run is judged at the epoch of its least validation bMAE. A method that starts from the network of another "
-    "takes it as it was after its last epoch. The test set was used once, at the end.",
+    "takes it as it was after its last epoch. Nothing is chosen on the test set.",
 )
 
 
@@ -278,19 +278,22 @@ RIVALS: dict[str, Method] = {
 
 ENSEMBLES: dict[str, Method] = {
     "soft+ensemble+tau": Method(
-        "five networks of soft bins for each seed, averaged, prior adjusted after training",
+        "mean of five networks of soft bins, prior adjusted after training",
         start="soft",
         tau=True,
         members=5,
     ),
     "soft+distilled": Method(
-        "soft bins, labels replaced by the mean distribution of these five networks",
+        "one network that learns the mean distribution of five networks of soft bins",
         head="linear",
         teacher="soft",
         members=5,
     ),
     "soft+distilled+tau": Method(
-        "that one network, prior adjusted after training", head="linear", start="soft+distilled", tau=True
+        "one network that learns the mean of five, prior adjusted after training",
+        head="linear",
+        start="soft+distilled",
+        tau=True,
     ),
 }
 """Several networks that are averaged, and one that learns from their mean."""
@@ -298,7 +301,7 @@ ENSEMBLES: dict[str, Method] = {
 METHODS = MAIN | CONTROLS | VARIANTS | RIVALS | ENSEMBLES
 
 WINNER = "soft+tau"
-"""The best method in the table of the README."""
+"""The best single network in the short table of ``docs/ages.md``."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "default": (WINNER,),
@@ -351,7 +354,7 @@ def overview() -> str:
             *listed(ENSEMBLES),
             "",
             "names that stand for several:",
-            f"  {'default':26}{WINNER}, which did best of all",
+            f"  {'default':26}{WINNER}, the best single network",
             f"  {'all':26}all methods of the first list",
             f"  {'fds-controls':26}FDS, its controls, and plain regression",
             f"  {'fds-study':26}the variants, and the methods that they are compared with",

@@ -11,7 +11,8 @@ arXiv:2503.00876): bins of one unit, each with up to four rows to validate and t
 
 A trial is one learning rate with one value of what else the method has to be chosen, or of the weight decay where it
 has nothing else, so that all methods have as many trials. Trials are halved successively and judged by the validation
-bMAE, with seed 0. The settings of the best one are trained with all seeds and judged on test. ``--trials 0`` tunes
+bMAE, with seed 0. Ensembles have no trials: they take the settings of one network, and three trainings per seed. The
+settings of the best one are trained with all seeds and judged on test. ``--trials 0`` tunes
 nothing: all methods have a learning rate of 0.002 and the first value of what is chosen elsewhere. What is of
 scikit-learn is not tuned, and reads no text. A method that fails on a set is named, and costs the others nothing.
 

@@ -179,7 +179,10 @@ def narrower() -> LongTailModel:
         (lambda: ages(residual=True), r"models\[1\] must score bins, without residual, got a Bins"),
         (lambda: ages(sigma=1.0), r"models\[1\] must have the sigma of models\[0\], got another one"),
         (lambda: ages(label_kernel="laplace"), r"models\[1\] must have the label_kernel of"),
-        (lambda: ages(density=None), r"models\[1\] must have the density of"),
+        (
+            lambda: ages(density=None),
+            r"models\[1\] must have the density of models\[0\], got another one. Train all on",
+        ),
         (lambda: ages(weights=dt.LDS(AGES).fit(AGE_DENSITY)), r"models\[1\] must have the weights of"),
         (narrower, r"models\[1\] must be over the same bins"),
         (net, r"models\[1\] must be a LongTailModel"),
