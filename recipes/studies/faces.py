@@ -301,7 +301,7 @@ ENSEMBLES: dict[str, Method] = {
 METHODS = MAIN | CONTROLS | VARIANTS | RIVALS | ENSEMBLES
 
 WINNER = "soft+tau"
-"""The best single network in the short table of ``docs/ages.md``."""
+"""The best single network in the short training of all."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "default": (WINNER,),
