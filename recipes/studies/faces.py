@@ -291,7 +291,6 @@ ENSEMBLES: dict[str, Method] = {
     ),
     "soft+distilled+tau": Method(
         "one network that learns the mean of five, prior adjusted after training",
-        head="linear",
         start="soft+distilled",
         tau=True,
     ),

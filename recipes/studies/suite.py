@@ -11,10 +11,10 @@ arXiv:2503.00876): bins of one unit, each with up to four rows to validate and t
 
 A trial is one learning rate with one value of what else the method has to be chosen, or of the weight decay where it
 has nothing else, so that all methods have as many trials. Trials are halved successively and judged by the validation
-bMAE, with seed 0. Ensembles have no trials: they take the settings of one network, and three trainings per seed. The
-settings of the best one are trained with all seeds and judged on test. ``--trials 0`` tunes
-nothing: all methods have a learning rate of 0.002 and the first value of what is chosen elsewhere. What is of
-scikit-learn is not tuned, and reads no text. A method that fails on a set is named, and costs the others nothing.
+bMAE, with seed 0. The settings of the best one are trained with all seeds and judged on test. ``--trials 0`` tunes
+nothing: all methods have a learning rate of 0.002 and the first value of what is chosen elsewhere. Ensembles are not
+tuned: they have the settings of one network, and three trainings per seed. What is of scikit-learn is not tuned, and
+reads no text. A method that fails on a set is named, and costs the others nothing.
 
 All trials lie in ``OUT/tune``, and the runs that are judged in a folder of OUT for each budget. The errors of a set are
 in ``RESULTS/<set>.csv``, one line per method and seed, and the differences to plain L1, with their intervals, in
