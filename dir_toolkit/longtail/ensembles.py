@@ -68,8 +68,11 @@ def ensemble(models: Sequence[LongTailModel]) -> LongTailModel:
         require(sound, f"models[{k}] must score bins, without residual", got=f"a {type(readout).__name__}", fix=fix)
         same_bins(f"models[{k}]", model, first.bins)
         other = [name for name, value in _learnt(model).items() if not np.array_equal(value, _learnt(first)[name])]
-        rule, fix = f"models[{k}] must have the {' and '.join(other)} of models[0]", "Train all on the same labels."
-        require(not other, rule, got="another one", fix=fix if "density" in other else "")
+        rule, fix = (
+            f"models[{k}] must have the {' and '.join(other)} of models[0]",
+            "Train all on the same labels alike.",
+        )
+        require(not other, rule, got="another one", fix=fix)
     own = (*_OWN, "residual", "residual_weight")
     options: dict[str, Any] = {name: value for name, value in first.settings.items() if name not in own}
     options["density"] = first.density
@@ -105,7 +108,7 @@ def _learnt(model: Any) -> dict[str, Any]:
     density, weights, readout = model.density, model.weights, model.readout
     return {
         "density": None if density is None else density.counts,
-        "weights": None if weights is None else weights.table[:-1].detach().cpu().numpy(),
+        "weights": None if weights is None else [*weights.bins.edges, *weights.table[:-1].tolist()],
         "sigma": getattr(readout, "sigma", None),
         "label_kernel": getattr(readout, "label_kernel", None),
     }

@@ -164,6 +164,12 @@ def test_it_is_exported() -> None:
     assert_close(graph(x[:5]).prediction, mean(x[:5]).prediction)
 
 
+def weighted(high: float) -> LongTailModel:
+    """A model with weights over an axis up to ``high``, whose table is the same for all."""
+    bins = dt.Bins.uniform(0, high, count=20)
+    return ages(weights=dt.LDS(bins).fit(dt.LabelDensity(bins, AGE_DENSITY.counts)))
+
+
 def narrower() -> LongTailModel:
     bins = dt.Bins.uniform(0, 20, width=2)
     return LongTailModel(net(), 6, bins, density=dt.LabelDensity(bins, np.arange(1, 11)))
@@ -184,13 +190,14 @@ def narrower() -> LongTailModel:
             r"models\[1\] must have the density of models\[0\], got another one. Train all on",
         ),
         (lambda: ages(weights=dt.LDS(AGES).fit(AGE_DENSITY)), r"models\[1\] must have the weights of"),
+        (lambda: weighted(40), "must have the weights of models.0., got another one. Train all on"),
         (narrower, r"models\[1\] must be over the same bins"),
         (net, r"models\[1\] must be a LongTailModel"),
     ],
 )
 def test_models_that_cannot_be_averaged_are_refused(other: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        ensemble([ages(), other()])
+        ensemble([weighted(20) if "models.0." in message else ages(), other()])
 
 
 def test_models_must_be_a_list_with_one_at_least() -> None:
